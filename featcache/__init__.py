@@ -1,0 +1,19 @@
+"""featcache: a frozen teacher's features over replayable views, extracted once, read at memory speed.
+
+`featcache.open(path)` gives a `Cache`. Importing this package, and reading a cache, needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+
+from featcache.errors import IdentityError, UsageError, UserError
+from featcache.reader import Cache
+
+__version__ = "0.1.0"
+__all__ = ["Cache", "IdentityError", "UsageError", "UserError", "open"]
+
+
+def open(path: str | os.PathLike[str]) -> Cache:
+    """Open the cache at `path` for reading. Every file's existence and size is checked here, its rows as they are read."""
+    return Cache(path)

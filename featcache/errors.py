@@ -1,0 +1,45 @@
+"""The errors a user can cause, and how a command tells of them.
+
+A `UserError` is one line with four parts: what failed, what was given, what is allowed, what to do next. Commands
+print that line and exit; nobody sees a traceback for a mistake of their own. Anything else that reaches the top is a
+defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+WORK_FAILED = 1  # the command was right, the work could not be done
+COMMAND_WRONG = 2  # the command itself cannot be meant
+
+
+class UserError(Exception):
+    """One line for the person at the keyboard; `exit_status` is 1 (the work failed) or 2 (the command was wrong)."""
+
+    exit_status = WORK_FAILED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class UsageError(UserError):
+    """The command cannot be meant as given: an unknown name, an impossible combination."""
+
+    exit_status = COMMAND_WRONG
+
+
+class IdentityError(UserError):
+    """Two things that must be the same (weights, pixels, pictures) are not."""
+
+
+def near(given: str, known: Iterable[str]) -> str:
+    """The tail of an 'unknown name' message: near names first, then all that are known.
+
+    >>> near("clip-b61", ["clip-b16", "dino-b16", "synthetic"])
+    'did you mean clip-b16, dino-b16? known: clip-b16, dino-b16, synthetic'
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(given, names, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    return f"{hint}known: {', '.join(names)}"

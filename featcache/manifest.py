@@ -1,0 +1,173 @@
+"""What a cache is: its identity, its id, and graded answers to "are these two the same?".
+
+`identity` holds all that the stored numbers depend on, `provenance` what is worth knowing but changes nothing. Every JSON
+of a cache carries its own checksum and is replaced atomically; none holds a time, so the same work gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from featcache.errors import IdentityError, UserError
+
+FORMAT = 1
+NAME = "manifest.json"
+CHECKSUM = "checksum"
+
+# The first prefix that fits a field's dotted name is its grade. `fatal`: other numbers; `lossy`: the same numbers, stored
+# otherwise; `cosmetic`: no effect. What is not listed is fatal.
+GRADES = (("identity.codec", "lossy"), ("identity.", "fatal"), ("provenance.", "cosmetic"))
+
+
+class Mismatch(NamedTuple):
+    field: str
+    grade: str
+    here: Any
+    there: Any
+
+    def __str__(self) -> str:
+        return f"{self.field} ({self.grade}): {self.here!r} here, {self.there!r} there"
+
+
+def canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """BLAKE2b-128 of the canonical JSON."""
+    return hashlib.blake2b(canonical(value), digest_size=16).hexdigest()
+
+
+def keys_digest(keys: Iterable[str]) -> str:
+    """BLAKE2b-128 of the keys in order, each ended by a newline."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for key in keys:
+        hasher.update(key.encode() + b"\n")
+    return hasher.hexdigest()
+
+
+def make(
+    identity: dict[str, Any], provenance: dict[str, Any], arrays: dict[str, Any], shards: list[Any]
+) -> dict[str, Any]:
+    """A manifest; its id is the digest of the identity alone."""
+    return {
+        "format": FORMAT,
+        "id": digest(identity)[:16],
+        "identity": identity,
+        "provenance": provenance,
+        "arrays": arrays,
+        "shards": shards,
+    }
+
+
+def read(cache: Path) -> dict[str, Any]:
+    """The manifest of the cache at `cache`; one line says what is wrong when there is none or it is another format."""
+    path = cache / NAME
+    if not path.is_file():
+        raise UserError(
+            f"no cache at {str(cache)!r}: {NAME} is missing; give the folder that `featcache extract` wrote"
+        )
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"cache {str(cache)!r} has format {manifest.get('format')!r}, this version reads format {FORMAT}; "
+            "use the version of featcache that wrote it, or extract again"
+        )
+    return manifest
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write with a checksum of its own, under a temporary name, synced, then renamed into place."""
+    text = json.dumps({**value, CHECKSUM: digest(value)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON of ours; a missing, cut or changed file is a UserError with its name."""
+    try:
+        value = json.loads(path.read_text())
+        given = value.pop(CHECKSUM)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{str(path)!r} is missing; run `featcache verify`, or the same `featcache extract` again"
+        ) from error
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{str(path)!r} is damaged: no JSON object with a checksum; restore it or extract again"
+        ) from error
+    if digest(value) != given:
+        raise UserError(
+            f"{str(path)!r} is damaged: its checksum is {given}, its content has {digest(value)}; restore it"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def compare(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Mismatch]:
+    """Every differing field of identity and provenance, fatal ones first."""
+    ours, theirs = (dict(_flat({key: m[key] for key in ("identity", "provenance")})) for m in (here, there))
+    found = [
+        Mismatch(field, grade(field), ours.get(field), theirs.get(field))
+        for field in sorted(ours.keys() | theirs.keys())
+        if ours.get(field) != theirs.get(field)
+    ]
+    return sorted(found, key=lambda mismatch: ("fatal", "lossy", "cosmetic").index(mismatch.grade))
+
+
+def grade(field: str) -> str:
+    return next((grade for prefix, grade in GRADES if field.startswith(prefix)), "fatal")
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield prefix + key, item
+
+
+def refuse(here: Mapping[str, Any], there: Mapping[str, Any], what: str, todo: str, grades: Iterable[str]) -> None:
+    """Raise IdentityError when the two differ in a field of one of `grades`; the line names the fields and grades."""
+    found = [mismatch for mismatch in compare(here, there) if mismatch.grade in set(grades)]
+    if found:
+        shown = "; ".join(str(mismatch) for mismatch in found[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise IdentityError(f"{what}: {shown}{more}; {todo}")
+
+
+def is_random(manifest: Mapping[str, Any]) -> bool:
+    """Whether the teacher's weights were drawn, not trained; every command that shows the cache says so."""
+    return str(manifest["provenance"]["weights"]).startswith("random:")
+
+
+def title(manifest: Mapping[str, Any]) -> str:
+    """One line for people: teacher, levels, pictures, views, and a warning when the weights are random."""
+    identity = manifest["identity"]
+    note = (
+        f"  [RANDOM WEIGHTS {manifest['provenance']['weights']}: no meaning in these features]"
+        if is_random(manifest)
+        else ""
+    )
+    return (
+        f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  "
+        f"{identity['pictures']['count']} pictures x {identity['views']} views  id {manifest['id']}{note}"
+    )

@@ -1,0 +1,170 @@
+"""What every recipe's Config has, and how the command line changes it.
+
+A recipe's `Config` is a frozen dataclass of flat, plain values: it prints as JSON, lies in the run folder, and checks
+itself wherever it is made. `from_overrides` turns `--set key=value` into one; an unknown key or a value out of range is
+a `UsageError` that says what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from featcache.errors import UsageError, near
+from student import masking
+
+# Strict: 200 is an int and true is not; extra: an unknown key stops the run.
+CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _known_mask(name: str) -> str:
+    masking.known(name)
+    return name
+
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Mask = Annotated[str, AfterValidator(_known_mask)]
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class RecipeConfig:
+    """The fields all recipes share; a recipe overrides defaults and adds its own.
+
+    `blr` is the rate of a global batch of 256 and scales linearly; each recipe's docstring names the global batch of
+    its publication. Epochs are passes over the training pictures.
+
+    >>> from_overrides(RecipeConfig, ["encoder=tiny", "epochs=5"]).epochs
+    5
+    """
+
+    # student
+    encoder: str = "base"  # tiny, small, base, large, or a timm ViT: NAME or NAME,key=value,...
+    img_size: Positive = 224  # pixels a side, of the student's view
+    patch_size: Positive = 16  # pixels a side; both sizes overrule those in the encoder's name
+    drop_path: Fraction = 0.0  # rate at the last block, linear from 0 at the first
+
+    # teacher: facts of the cache, filled in by the trainer when it has opened one
+    teacher: str = "clip-b16"
+    teacher_depth: Positive = 12  # blocks
+    teacher_width: Positive = 768  # channels of a block's output
+
+    # mask
+    mask: Mask = "uniform"  # a name in student.masking.MASKS
+    mask_ratio: Fraction = 0.75  # hidden part of the patches; int(patches * (1 - mask_ratio)) stay visible
+
+    # optimiser
+    blr: Above0 = 1.5e-4  # base rate: lr = blr * global batch / 256
+    lr: Above0 | None = None  # peak rate as it is; wins over blr
+    min_lr: NotNegative = 0.0  # rate at the end of the cosine
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # AdamW
+    weight_decay: NotNegative = 0.05
+    decay_tokens: bool = False  # decay cls_token and mask_token too, as the released MAE-family code does
+    clip_grad: Above0 | None = None  # largest gradient norm; null: no clipping
+    epochs: Positive = 200
+    warmup_epochs: NotNegative = 20  # may exceed epochs: then the rate only rises
+
+    def __post_init__(self) -> None:
+        """What no single field can check."""
+        if self.img_size % self.patch_size:
+            raise UsageError(
+                f"cannot cut the picture into patches: img_size={self.img_size}, patch_size={self.patch_size}; "
+                "allowed: a patch_size that divides img_size; change one of them"
+            )
+        if self.visible < 1:
+            raise UsageError(
+                f"cannot hide that much: mask_ratio={self.mask_ratio} leaves 0 of {self.patches} patches; allowed: at "
+                "least 1 visible; give a smaller mask_ratio"
+            )
+
+    @property
+    def patches(self) -> int:
+        """P, the patches of one view."""
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def visible(self) -> int:
+        """V, the patches the student sees."""
+        return masking.kept_count(self.patches, self.mask_ratio)
+
+
+Config = TypeVar("Config", bound=RecipeConfig)
+
+
+def check_hides_patches(config: RecipeConfig) -> None:
+    """For recipes with a loss on hidden patches: there must be one."""
+    if config.visible >= config.patches:
+        raise UsageError(
+            f"nothing to predict: mask_ratio={config.mask_ratio} leaves all {config.patches} patches visible; allowed: "
+            "at least 1 hidden; give a larger mask_ratio"
+        )
+
+
+def from_overrides(kind: type[Config], overrides: Iterable[str]) -> Config:
+    """The recipe's defaults changed by 'key=value' texts; of two with one key the later wins.
+
+    A value is read as JSON where it is JSON, else as text; for a text field the text is kept (align_levels=12).
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UsageError(f"cannot read setting {override!r}: given no '='; allowed: key=value; such as epochs=100")
+        values[key.strip()] = text
+    _check_keys(kind, values)
+    hints = get_type_hints(kind)
+    return _build(kind, {key: _read(text, hints[key]) for key, text in values.items()})
+
+
+def replace(config: Config, **facts: Any) -> Config:
+    """The same configuration with some values changed, checked as a new one."""
+    _check_keys(type(config), facts)
+    return _build(type(config), {**as_dict(config), **facts})
+
+
+def as_dict(config: RecipeConfig) -> dict[str, Any]:
+    """Plain values, JSON-ready: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _check_keys(kind: type[RecipeConfig], values: Mapping[str, Any]) -> None:
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in names:
+            raise UsageError(f"unknown setting {key!r}: {near(key, names)}; see student recipes NAME")
+
+
+def _read(text: str, hint: Any) -> Any:
+    """JSON where it is JSON; the text itself where it is not, or where a text is wanted and the JSON is not one."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if hint is str and not isinstance(value, str) else value
+
+
+def _build(kind: type[Config], values: dict[str, Any]) -> Config:
+    """Through JSON, so that pydantic's strict types still take a list for a tuple."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise UsageError(
+            f"cannot set {key}: given {json.dumps(values[key])}; allowed: {_allowed(kind, key)} ({first['msg']}); "
+            f"change it with {key}=VALUE"
+        ) from None
+
+
+def _allowed(kind: type[RecipeConfig], key: str) -> str:
+    """The type of a field in words: 'float or null'."""
+    hint = get_type_hints(kind)[key]
+    name = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
+    return name.replace(" | None", " or null").replace("typing.", "")

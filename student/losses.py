@@ -1,0 +1,99 @@
+"""The losses of the recipes, and the weights of the aligned levels.
+
+Losses are where small numbers are summed over millions of values, so they never run in half precision: inputs are
+promoted to float32 (float64 is kept, for comparisons with a paper's code) and autocast is off inside.
+
+Shapes: B batch, N tokens, D width, P patches, M masked patches, C = p*p*3 values of a patch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featcache.errors import UsageError, near
+
+NORM_PIX_EPS = 1e-6
+LEVEL_WEIGHTS = ("top:K", "mean", "last", "linear-decay")
+
+
+def promote(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _autocast_off(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def smooth_l1(pred: Tensor, target: Tensor) -> Tensor:
+    """pred, target (..., D) -> scalar: MaskAlign's 2 x mean smooth-L1 with beta 1.
+
+    With e = pred - target: the mean of e^2 where |e| <= 1 and of 2|e| - 1 beyond (the paper's Eq. 3 lacks the factor 2,
+    the released code has it).
+    """
+    with _autocast_off(pred):
+        return 2 * F.smooth_l1_loss(promote(pred), promote(target), beta=1.0)
+
+
+def norm_pix(patches: Tensor) -> Tensor:
+    """patches (..., C) -> each patch less its mean, over its standard deviation (unbiased variance, eps 1e-6)."""
+    with _autocast_off(patches):
+        patches = promote(patches)
+        mean = patches.mean(dim=-1, keepdim=True)
+        variance = patches.var(dim=-1, keepdim=True, unbiased=True)
+        return (patches - mean) / (variance + NORM_PIX_EPS).sqrt()
+
+
+def masked_pixel_mse(pred: Tensor, patches: Tensor, ids_masked: Tensor, *, normalise: bool = True) -> Tensor:
+    """pred, patches (B,P,C), ids_masked (B,M) -> scalar: squared error, mean over a patch, then over masked patches.
+
+    Every picture hides the same number of patches, so this is MAE's sum(loss * mask) / sum(mask). Only masked patches
+    are gathered and normalised: visible ones never enter.
+    """
+    index = ids_masked.unsqueeze(-1).expand(-1, -1, pred.shape[-1])
+    target = patches.gather(1, index)
+    with _autocast_off(pred):
+        return F.mse_loss(promote(pred.gather(1, index)), norm_pix(target) if normalise else promote(target))
+
+
+def level_weights(name: str, n: int) -> tuple[float, ...]:
+    """Weights of n aligned levels, lowest first; they sum to 1.
+
+    >>> level_weights("top:2", 4)
+    (0.0, 0.0, 0.5, 0.5)
+    >>> level_weights("linear-decay", 3)
+    (0.0, 0.3333333333333333, 0.6666666666666666)
+    """
+    kind, count = parse_level_weights(name)
+    if kind == "top":
+        if count > n:
+            # The released code would give the n levels 1/K each, a sum of n/K.
+            raise UsageError(
+                f"cannot weight levels: level_weights={name} needs {count} levels, {n} are aligned; "
+                f"give level_weights=top:{n} or less, or align more levels"
+            )
+        return (0.0,) * (n - count) + (1 / count,) * count
+    if kind == "mean":
+        return (1 / n,) * n
+    if kind == "last":
+        return (0.0,) * (n - 1) + (1.0,)
+    if n < 2:
+        raise UsageError(
+            f"cannot weight levels: linear-decay over {n} level is 0 everywhere; allowed: 2 levels or more; "
+            "give level_weights=last, or align more levels"
+        )
+    return tuple(i / (n * (n - 1) / 2) for i in range(n))
+
+
+def parse_level_weights(name: str) -> tuple[str, int]:
+    """('top', K), or (name, 0) for the names without a count; anything else is refused."""
+    kind, colon, count = name.partition(":")
+    if kind == "top" and colon and count.isdecimal() and int(count) > 0:
+        return kind, int(count)
+    if name in LEVEL_WEIGHTS[1:]:
+        return name, 0
+    raise UsageError(
+        f"unknown level_weights {name!r}: {near(name, LEVEL_WEIGHTS)} (K a whole number from 1, such as top:5)"
+    )

@@ -1,0 +1,84 @@
+"""MaskAlign: align the visible tokens of a ViT with a frozen CLIP or DINO; nothing is reconstructed.
+
+Paper:    Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", CVPR 2023
+          (arXiv 2211.08887)
+Command:  student train --recipe maskalign --cache CACHE --images SRC --batch-size 128      (8 processes: 1,024)
+Cost:     ViT-B, 58 of 196 patches: 16.1 GMAC a picture forward and backward; the teacher's 17.6 are in the cache
+Expected: ImageNet-1k, ViT-B from CLIP-B/16, 200 epochs: 85.4 fine-tuned, 79.9 linear (published, not yet ours)
+Code:     OpenDriveLab/maskalign, models_pretrain.py at 4cb577f (fusion `linear`, whiten, top5, smoothl1)
+
+Reference global batch: 1,024, so blr 1.5e-4 is lr 6e-4.
+
+What differs from the released code:
+- only the aligned levels have a row of W and an adaptor (it builds all and gives the others weight 0); same loss;
+- unequal depths start W at 1/S (it pairs block 12 of 12 with level 12 of 24 without a word);
+- cls_token is not decayed; decay_tokens=true decays it as the released code does, probably unintended;
+- bf16 in place of fp16 with a scaled loss, by the trainer; targets from a cache, over a fixed number of views.
+
+The student is aligned before its final norm, so that norm would never get a gradient: it is frozen at weight 1, bias 0.
+The published linear probe reads CLS through it.
+
+Shapes: B batch, V visible, P patches, L levels.
+"""
+
+from __future__ import annotations
+
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from student import align, losses, masking, vit
+from student.config import CHECKED, Fraction, Mask, NotNegative, RecipeConfig
+from student.recipes import TargetSpec
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class Config(RecipeConfig):
+    """The released command's settings."""
+
+    drop_path: Fraction = 0.1
+    mask: Mask = "attentive"
+    mask_ratio: Fraction = 0.7
+    min_lr: NotNegative = 1e-5
+
+    level_weights: str = "top:5"  # top:K, mean, last, linear-decay
+    align_levels: str = "auto"  # auto (what level_weights names), last:K, or block numbers from 1: 8,10,12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        losses.parse_level_weights(self.level_weights)
+        align.parse_levels(self.align_levels)
+
+
+def needs(config: Config) -> TargetSpec:
+    """The aligned levels, and what the mask is drawn from."""
+    return TargetSpec(
+        teacher=config.teacher,
+        levels=tuple(align.levels(config.level_weights, config.align_levels, config.teacher_depth)),
+        fields=("features", *masking.fields(config.mask)),
+        patches=config.patches,
+    )
+
+
+class Model(nn.Module):
+    """The encoder and the alignment head; only the encoder is taken home."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.encoder = vit.build(
+            config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
+        )
+        self.encoder.norm.requires_grad_(False)
+        weights = align.levels(config.level_weights, config.align_levels, config.teacher_depth)
+        self.align = align.Align(
+            len(self.encoder.blocks), self.encoder.embed_dim, config.teacher_depth, config.teacher_width, weights
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """W starts near the identity and is not pulled to zero; tokens are the optimiser's matter (decay_tokens)."""
+        return {"align.mix"}
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V) -> the loss, and the loss of each level."""
+        outputs = vit.encode(self.encoder, batch["images"], batch["ids_keep"])
+        loss, parts = self.align(outputs, batch["features"], batch["ids_keep"])
+        return {"loss": loss, **parts}

@@ -1,0 +1,230 @@
+"""The MAE-style encoder and decoder: a timm VisionTransformer with MAE's stem, start values and token selection.
+
+    pictures -> embed all patches -> + positions -> keep the visible -> CLS in front -> blocks        (encode)
+    encoder tokens -> narrow -> mask tokens in the holes -> + positions -> blocks -> pixels           (Decoder)
+
+The modules are timm's own, so an encoder's state dict loads into timm by name; the decoder's parameters bear the names
+of MAE's released code, so a released decoder loads by name as well. Drop path is timm's and draws from torch's global
+generator, which the trainer seeds at every step; start values come from it too.
+
+Shapes: B batch, P patches, V visible, D width, p pixels a side of a patch, G patches a side.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from featcache.errors import UsageError, near
+
+SIZES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
+TOKEN_STD = 0.02  # start of cls_token and mask_token
+NORM = partial(nn.LayerNorm, eps=1e-6)
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def build(encoder: str, *, img_size: int = 224, patch_size: int = 16, drop_path: float = 0.0) -> VisionTransformer:
+    """The encoder with MAE's stem and start values, without a classifier.
+
+    `encoder` is tiny, small, base, large, a timm ViT name, or one with changes: vit_small_patch16_224,depth=6.
+    """
+    name, options = parse(encoder)
+    vit: nn.Module = timm.create_model(
+        name,
+        **{"norm_layer": NORM, "act_layer": nn.GELU, **options},
+        pretrained=False,
+        num_classes=0,
+        global_pool="token",
+        img_size=img_size,
+        patch_size=patch_size,
+        drop_path_rate=drop_path,
+    )
+    extras = _extras(vit)
+    if extras or not isinstance(vit, VisionTransformer):
+        raise UsageError(
+            f"cannot use encoder {encoder!r}: it has {', '.join(extras)}; allowed: plain ViTs such as "
+            f"{', '.join(SIZES)} or deit_small_patch16_224; choose one with encoder=NAME"
+        )
+    initialise(vit)
+    return vit
+
+
+def parse(encoder: str) -> tuple[str, dict[str, Any]]:
+    """'tiny,depth=2' -> ('vit_tiny_patch16_224', {'depth': 2}); an unknown name is refused."""
+    from featcache import teachers  # costs the teachers' imports, needed only when there are options to read
+
+    name, _, tail = encoder.partition(",")
+    options: dict[str, Any] = dict(teachers.parse_options(tail)) if tail else {}
+    for key in ("img_size", "patch_size"):
+        if key in options:
+            raise UsageError(
+                f"cannot build encoder {encoder!r}: it sets {key}; allowed: options of the network; give {key}=VALUE as "
+                "a setting of its own"
+            )
+    name = SIZES.get(name, name)
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models("*vit*"), n=3)
+        raise UsageError(f"unknown encoder {name!r}: {near(name, [*SIZES, *close])}, and any ViT in timm.list_models()")
+    return name, options
+
+
+def _extras(vit: nn.Module) -> list[str]:
+    """What keeps a network from being MAE's plain ViT; no paper here says how such extras would be trained."""
+    if type(vit) is not VisionTransformer:
+        return [f"the class {type(vit).__name__}"]
+    names = dict(vit.named_parameters())
+    wrong = {
+        "no class token": not vit.has_class_token,
+        "register tokens": vit.num_reg_tokens > 0,
+        "a norm before the blocks": not isinstance(vit.norm_pre, nn.Identity),
+        "no position for the class token": vit.no_embed_class or vit.pos_embed is None,
+        "no final norm": isinstance(vit.norm, nn.Identity),
+        "LayerScale": any(".ls1." in name for name in names),
+        "no bias on q, k, v": "blocks.0.attn.qkv.bias" not in names,
+    }
+    return [what for what, found in wrong.items() if found]
+
+
+@torch.no_grad()
+def initialise(vit: VisionTransformer) -> None:
+    """MAE's start values: fixed positions, Xavier on every Linear and on the flattened patch kernel.
+
+    A fused qkv weight is one [3D, D] matrix, hence a smaller Xavier limit than three D x D ones. The patch kernel's
+    bias keeps the framework's uniform start. (facebookresearch/mae models_mae.py:65-93.)
+    """
+    cls_token, positions = _tokens(vit)
+    vit.apply(_init_linear_and_norm)
+    kernel = vit.patch_embed.proj.weight
+    nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1))
+    nn.init.normal_(cls_token, std=TOKEN_STD)
+    _fix_positions(positions, vit.patch_embed.grid_size[0])
+
+
+def _tokens(vit: VisionTransformer) -> tuple[nn.Parameter, nn.Parameter]:
+    """cls_token (1,1,D) and pos_embed (1,1+P,D), which `build` has made sure of."""
+    assert vit.cls_token is not None
+    assert vit.pos_embed is not None
+    return vit.cls_token, vit.pos_embed
+
+
+def _init_linear_and_norm(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _fix_positions(positions: nn.Parameter, grid: int) -> None:
+    positions.copy_(sincos(positions.shape[-1], grid).unsqueeze(0))
+    positions.requires_grad_(False)
+
+
+def sincos(width: int, grid: int) -> Tensor:
+    """(1 + grid^2, width) float64: fixed 2-D sin-cos positions in MAE's layout, a row of zeros for CLS first.
+
+    With w_k = 10000^(-k / (width/4)), the patch at (row, col) has
+
+        [ sin(col w) | cos(col w) | sin(row w) | cos(row w) ]
+
+    column first; CAE's layout has the halves swapped and the same shape, so a checkpoint read with the wrong one is
+    silently wrong. (facebookresearch/mae util/pos_embed.py:26-67.)
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(grid, dtype=torch.float64).outer(frequency)  # (grid, width/4)
+    one_axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    col, row = one_axis.repeat(grid, 1), one_axis.repeat_interleave(grid, dim=0)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), torch.cat([col, row], dim=1)])
+
+
+# --- encoding -------------------------------------------------------------------------------------------------------
+
+
+def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """images (B,3,H,W) -> patch tokens with their positions (B,P,D), CLS not among them."""
+    return vit.patch_embed(images) + _tokens(vit)[1][:, 1:]
+
+
+def encode(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> list[Tensor]:
+    """images (B,3,H,W), ids_keep (B,V) -> the output of every block, (B,1+V,D) each, CLS first.
+
+    This is the residual stream: `vit.norm` is not applied.
+    """
+    cls_token, positions = _tokens(vit)
+    x = select(embed(vit, images), ids_keep)
+    x = torch.cat([(cls_token + positions[:, :1]).expand(len(x), -1, -1), x], dim=1)
+    outputs = []
+    for block in vit.blocks:
+        x = block(x)
+        outputs.append(x)
+    return outputs
+
+
+def select(tokens: Tensor, ids: Tensor) -> Tensor:
+    """tokens (B,N,D), ids (B,M) -> (B,M,D)."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def patchify(images: Tensor, patch_px: int) -> Tensor:
+    """images (B,3,H,W) -> (B,P,p*p*3): patches in raster order; inside one (row, column, channel), channel fastest."""
+    batch, channels, height, width = images.shape
+    rows, cols = height // patch_px, width // patch_px
+    x = images.reshape(batch, channels, rows, patch_px, cols, patch_px)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * cols, patch_px * patch_px * channels)
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+def check_decoder(width: int, heads: int) -> None:
+    """Heads divide the width, and so does 4 (sine and cosine of two axes)."""
+    if width % heads or width % 4:
+        raise UsageError(
+            f"cannot build the decoder: decoder_width={width}, decoder_heads={heads}; allowed: a width that 4 and the "
+            "heads divide; change one of them"
+        )
+
+
+class Decoder(nn.Module):
+    """MAE's decoder: plain self-attention over CLS and all patches, fixed positions, one Linear to the pixels.
+
+    Parameter names are those of MAE's released code: a released state dict's `decoder_*` and `mask_token` load here.
+    """
+
+    def __init__(self, width_in: int, width: int, depth: int, heads: int, patches_grid: int, out_dim: int) -> None:
+        super().__init__()
+        self.decoder_embed = nn.Linear(width_in, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + patches_grid**2, width), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=NORM)  # type: ignore[arg-type]  # a partial
+            for _ in range(depth)
+        )
+        self.decoder_norm = NORM(width)
+        self.decoder_pred = nn.Linear(width, out_dim)
+        self.apply(_init_linear_and_norm)
+        nn.init.normal_(self.mask_token, std=TOKEN_STD)
+        _fix_positions(self.decoder_pos_embed, patches_grid)
+
+    def forward(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """tokens (B,1+V,D) of the encoder, ids_keep (B,V), ids_masked (B,P-V) -> (B,P,out) in raster order, no CLS."""
+        x = self.decoder_embed(tokens)
+        holes = self.mask_token.to(x.dtype).expand(*ids_masked.shape, -1)
+        raster = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)
+        patches = select(torch.cat([x[:, 1:], holes], dim=1), raster)
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
