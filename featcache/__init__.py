@@ -15,5 +15,5 @@ __all__ = ["Cache", "IdentityError", "UsageError", "UserError", "open"]
 
 
 def open(path: str | os.PathLike[str]) -> Cache:
-    """Open the cache at `path` for reading. Every file's existence and size is checked here, its rows as they are read."""
+    """Open the cache at `path` for reading. Files are checked here for existence and size, rows as they are read."""
     return Cache(path)

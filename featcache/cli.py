@@ -329,8 +329,8 @@ def _verdict(facts: dict[str, Any]) -> str:
     lines = [f"{facts['shards']} shards checked, {len(facts['problems'])} problems"]
     if again := facts.get("recompute"):
         lines.append(
-            f"{again['rows']} rows recomputed: features within {again['feature_error']:.1e} per token, attention within "
-            f"{again['attention_error']:.1e}"
+            f"{again['rows']} rows recomputed: features within {again['feature_error']:.1e} per token, "
+            f"attention within {again['attention_error']:.1e}"
         )
         if again["bad_rows_below"] is not None:
             lines.append(f"with 95 % confidence fewer than {again['bad_rows_below']:.1%} of rows differ")

@@ -6,22 +6,19 @@ tensors where they are, so a GPU encodes before the copy to the host and decodes
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class Encode(Protocol):
-    def __call__(self, h: Tensor) -> Tensor: ...
 
 
 class Codec(NamedTuple):
     """`encode` (..., D) float -> stored `features` (..., D) of numpy dtype `dtype`; `decode` its inverse, float32."""
 
     dtype: str
-    encode: Encode
-    decode: Encode
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
 
 
 def encode_fp16(h: Tensor) -> Tensor:

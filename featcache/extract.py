@@ -325,7 +325,7 @@ def _usable(
             key = plan.source.keys[index]
             if strict:
                 raise UserError(
-                    f"picture {key!r} cannot be used: {error}; mend or remove it, or leave out --strict to quarantine it"
+                    f"picture {key!r} cannot be used: {error}; mend or remove it, or quarantine it (no --strict)"
                 ) from error
             quarantined.append({"key": key, "reason": str(error)})
 
@@ -399,9 +399,9 @@ def _to_device(pixels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
 def compute(
     teacher: teachers.Teacher, pixels: Tensor, levels: Sequence[int], codec: str, count: int
 ) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
-    """uint8 (B, 3, S, S) -> encoded features (count, L, T, D), statistics (count, L, T, 2), attention (count, P), range of h.
+    """uint8 (B, 3, S, S) -> encoded features (n, L, T, D), statistics (n, L, T, 2), attention (n, P), range of h.
 
-    The first `count` of the batch are kept; the rest is padding.
+    The first n = `count` of the batch are kept; the rest is padding.
     """
     ys, attention = teacher(pixels, levels)
     encode = codecs.CODECS[codec].encode

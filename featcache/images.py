@@ -46,11 +46,12 @@ class PictureError(Exception):
 
 
 class Source(Protocol):
-    """Pictures by number: `keys` in source order, bytes on demand, labels (n,) int64 or None. Safe to read in threads."""
+    """Pictures by number: `keys` in source order, bytes on demand, labels (n,) int64 or None. Safe in threads."""
 
-    spec: str
-    keys: Sequence[str]
-
+    @property
+    def spec(self) -> str: ...
+    @property
+    def keys(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def read(self, index: int) -> bytes: ...
     @property
@@ -141,10 +142,7 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
     path = Path(text)
     if text.endswith(".beton"):
         raise UserError(f"pictures {text!r}: FFCV's .beton files cannot be read by this version; give {ALLOWED}")
-    if path.is_dir():
-        source = _open_folder(text, path)
-    else:
-        source = _open_tars(text, _expand(text))
+    source: Source = _open_folder(text, path) if path.is_dir() else _open_tars(text, _expand(text))
     _refuse_double_keys(source)
     return source
 

@@ -1,7 +1,8 @@
 """What a cache is: its identity, its id, and graded answers to "are these two the same?".
 
-`identity` holds all that the stored numbers depend on, `provenance` what is worth knowing but changes nothing. Every JSON
-of a cache carries its own checksum and is replaced atomically; none holds a time, so the same work gives the same bytes.
+`identity` holds all that the stored numbers depend on, `provenance` what is worth knowing but changes nothing. Every
+JSON of a cache carries its own checksum and is replaced atomically; none holds a time, so the same work gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ FORMAT = 1
 NAME = "manifest.json"
 CHECKSUM = "checksum"
 
-# The first prefix that fits a field's dotted name is its grade. `fatal`: other numbers; `lossy`: the same numbers, stored
-# otherwise; `cosmetic`: no effect. What is not listed is fatal.
+# The first prefix that fits a field's dotted name is its grade. `fatal`: other numbers; `lossy`: the same numbers,
+# stored otherwise; `cosmetic`: no effect. What is not listed is fatal.
 GRADES = (("identity.codec", "lossy"), ("identity.", "fatal"), ("provenance.", "cosmetic"))
 
 
@@ -110,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{str(path)!r} is damaged: its checksum is {given}, its content has {digest(value)}; restore it"
         )
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def sync_folder(folder: Path) -> None:

@@ -144,9 +144,9 @@ class Cache:
     ) -> dict[str, npt.NDArray[Any]]:
         """Arrays (n, ...) of the rows, as stored (`features` stays encoded).
 
-        `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in `--levels`; `tokens`: the
-        first so many of T ([CLS] first); both apply to `features` and `feature_stats`. `out` is filled where it names a
-        field. `check` compares whole levels with their crc32c. Raises UserError when bytes are missing or changed.
+        `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in `--levels`; `tokens`:
+        the first so many of T ([CLS] first); both apply to `features` and `feature_stats`. `out` is filled where it names
+        a field. `check` compares whole levels with their crc32c. Raises UserError when bytes are missing or changed.
         """
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         views = np.broadcast_to(np.asarray(view, np.int64), rows.shape)
@@ -226,7 +226,7 @@ class Cache:
 
     def _pread(self, path: Path, out: npt.NDArray[Any], offset: int) -> None:
         """Fill `out` (contiguous) from the file; short or missing is an error, never zeros."""
-        view = memoryview(out.reshape(-1).view(np.uint8)) if out.size else memoryview(b"")
+        view = out.reshape(-1).view(np.uint8).data if out.size else memoryview(b"")
         fd, keep = self._handle(path)
         try:
             while view:

@@ -32,8 +32,8 @@ SHARDS = "shards"
 class Array:
     """One named array: what an item is, and how items are laid out.
 
-    `per_view`: an item for each (row, view), else for each row. `split`: one file per view (the big array), so that a view
-    can be read or added without touching the others.
+    `per_view`: an item for each (row, view), else for each row. `split`: one file per view (the big arrays), so that a
+    view can be read or added without touching the others.
     """
 
     name: str

@@ -76,7 +76,7 @@ def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
 
 
 def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
-    """What differs between a view rendered at the policy's size and the one that was extracted; None when nothing does."""
+    """What differs between a view rendered at the policy's size and the extracted one; None when nothing does."""
     stored = cache.read([row], view, ("pixel_hash", "thumbnail"))
     if views.pixel_hash(pixels) == int(stored["pixel_hash"][0]):
         return None

@@ -114,7 +114,8 @@ def from_dict(fields: dict[str, Any]) -> Policy:
         right = all(isinstance(part, str) if text else type(part) in (int, float) for part in parts)
         if not right or (pair and len(parts) != 2) or (key in ("size", "seed") and type(value) is not int):
             raise errors.UsageError(f"view policy: {key} is {value!r}, something like {known[key]!r} is needed")
-    return Policy(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Policy(**values)
 
 
 class Drawn(NamedTuple):
@@ -177,7 +178,7 @@ def _central_box(policy: Policy, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np
 def _jitter(policy: Policy, raw: rng.U64) -> npt.NDArray[np.float32]:
     """raw (n, V, >= 4) -> (n, V, 4): three factors in [1 - j, 1 + j] and the number of their order."""
     if policy.jitter == 0:
-        return np.broadcast_to(np.float32([1, 1, 1, 0]), (*raw.shape[:2], 4)).copy()
+        return np.broadcast_to(np.array([1, 1, 1, 0], np.float32), (*raw.shape[:2], 4)).copy()
     factors = 1 + policy.jitter * (2 * rng.uniform(raw[..., :3]) - 1)
     order = rng.below(raw[..., 3], len(_ORDERS))
     return np.concatenate([factors, order[..., None]], -1).astype(np.float32)

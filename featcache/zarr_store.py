@@ -49,7 +49,7 @@ class _RowFile:
         self.crc = 0
 
     def append(self, rows: npt.NDArray[Any]) -> None:
-        view = memoryview(np.ascontiguousarray(rows).reshape(-1)).cast("B") if rows.size else memoryview(b"")
+        view = np.ascontiguousarray(rows).reshape(-1).data.cast("B") if rows.size else memoryview(b"")
         self.crc = crc32c.crc32c(view, self.crc)
         self.bytes += len(view)
         while view:  # a raw file may take less than it is given
@@ -127,6 +127,7 @@ class ZarrShardWriter:
     def _write_metadata(self, rows: int, key_bytes: int) -> dict[str, Any]:
         """zarr.json of the group and of every array, by zarr-python; arrays without rows have no chunk."""
         import zarr
+        from zarr.codecs import Crc32cCodec
 
         group = zarr.create_group(self.folder, zarr_format=3)
         for array in self.arrays.values():
@@ -139,7 +140,7 @@ class ZarrShardWriter:
                 chunks=chunks,
                 dtype=array.dtype,
                 filters=None,
-                compressors=[zarr.codecs.Crc32cCodec()],
+                compressors=[Crc32cCodec()],
                 fill_value=float("nan") if np.dtype(array.dtype).kind == "f" else 0,
                 chunk_key_encoding={"name": "default", "separator": "."},
                 dimension_names=array.dimensions,

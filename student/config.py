@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -166,5 +166,6 @@ def _build(kind: type[Config], values: dict[str, Any]) -> Config:
 def _allowed(kind: type[RecipeConfig], key: str) -> str:
     """The type of a field in words: 'float or null'."""
     hint = get_type_hints(kind)[key]
-    name = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
-    return name.replace(" | None", " or null").replace("typing.", "")
+    if type(None) in get_args(hint):
+        return " or ".join("null" if part is type(None) else part.__name__ for part in get_args(hint))
+    return str(hint) if get_args(hint) else hint.__name__

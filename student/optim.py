@@ -27,7 +27,7 @@ def decays(name: str, parameter: nn.Parameter, skip: set[str], decay_tokens: boo
 
 def param_groups(model: nn.Module, weight_decay: float, decay_tokens: bool = False) -> list[dict[str, Any]]:
     """Two groups of the trainable parameters, `decay` and `no_decay`, each in the model's own order."""
-    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    skip: set[str] = getattr(model, "no_weight_decay", set)()
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -37,16 +37,17 @@ def build(encoder: str, *, img_size: int = 224, patch_size: int = 16, drop_path:
     `encoder` is tiny, small, base, large, a timm ViT name, or one with changes: vit_small_patch16_224,depth=6.
     """
     name, options = parse(encoder)
-    vit: nn.Module = timm.create_model(
-        name,
-        **{"norm_layer": NORM, "act_layer": nn.GELU, **options},
-        pretrained=False,
-        num_classes=0,
-        global_pool="token",
-        img_size=img_size,
-        patch_size=patch_size,
-        drop_path_rate=drop_path,
-    )
+    fixed = {"pretrained": False, "num_classes": 0, "global_pool": "token", "drop_path_rate": drop_path}
+    sizes = {"img_size": img_size, "patch_size": patch_size}
+    try:
+        vit: nn.Module = timm.create_model(
+            name, **{"norm_layer": NORM, "act_layer": nn.GELU, **options, **fixed, **sizes}
+        )
+    except (TypeError, AssertionError) as error:  # how timm refuses an option, or one that fits no other
+        raise UsageError(
+            f"cannot build encoder {encoder!r}: timm says {error}; allowed: a plain ViT and its options, such as "
+            "tiny,depth=6,embed_dim=128,num_heads=4; change it with encoder=VALUE"
+        ) from None
     extras = _extras(vit)
     if extras or not isinstance(vit, VisionTransformer):
         raise UsageError(
@@ -66,8 +67,8 @@ def parse(encoder: str) -> tuple[str, dict[str, Any]]:
     for key in ("img_size", "patch_size"):
         if key in options:
             raise UsageError(
-                f"cannot build encoder {encoder!r}: it sets {key}; allowed: options of the network; give {key}=VALUE as "
-                "a setting of its own"
+                f"cannot build encoder {encoder!r}: it sets {key}; allowed: options of the network; give {key}=VALUE "
+                "as a setting of its own"
             )
     name = SIZES.get(name, name)
     if not timm.is_model(name):
@@ -89,6 +90,7 @@ def _extras(vit: nn.Module) -> list[str]:
         "no final norm": isinstance(vit.norm, nn.Identity),
         "LayerScale": any(".ls1." in name for name in names),
         "no bias on q, k, v": "blocks.0.attn.qkv.bias" not in names,
+        "a width that 4 does not divide": vit.embed_dim % 4 > 0,
     }
     return [what for what, found in wrong.items() if found]
 

@@ -1,8 +1,8 @@
 """Teachers by name. One file, one family; this file only finds them.
 
 A family's module declares `NAMES` (what `featcache teachers` lists), optionally `PREFIX` for open-ended names
-(`timm:...`), and `load(name, options, weights) -> Teacher`. A spec is `NAME` or `NAME,key=value,...`; the part after the
-name goes to the family, typed. Adding a family touches no other file.
+(`timm:...`), and `load(name, options, weights) -> Teacher`. A spec is `NAME` or `NAME,key=value,...`; the part after
+the name goes to the family, typed. Adding a family touches no other file.
 """
 
 from __future__ import annotations
@@ -105,7 +105,11 @@ def _typed(text: str) -> Option:
 
 
 def split(spec: str) -> tuple[str, dict[str, Option]]:
-    """'timm:NAME,img_size=32' -> ('timm:NAME', {'img_size': 32}); 'synthetic:levels=5' -> ('synthetic', {'levels': 5})."""
+    """The name and the typed options of a spec.
+
+    >>> split("timm:NAME,img_size=32"), split("synthetic:levels=5")
+    (('timm:NAME', {'img_size': 32}), ('synthetic', {'levels': 5}))
+    """
     name, _, options = spec.partition(",")
     head, colon, first = name.partition(":")
     if colon and "=" in first:  # PREFIX:key=value,... without a name
@@ -123,13 +127,16 @@ def family(name: str) -> ModuleType:
 
 
 def load(spec: str, weights: str | None = None, device: str = "cpu") -> Teacher:
-    """The teacher on `device`, frozen, in eval mode. `weights`: None for the registered ones, a file, a tag, random:SEED."""
+    """The teacher on `device`, frozen, in eval mode.
+
+    `weights`: None for the registered ones, a file, a tag, or random:SEED.
+    """
     name, options = split(spec)
     teacher: Teacher = family(name).load(name, options, None if weights == REGISTERED else weights)
     if isinstance(teacher, nn.Module):
         teacher.eval().requires_grad_(False)
     teacher.name = spec
-    return teacher.to(device)  # type: ignore[no-any-return]
+    return teacher.to(device)
 
 
 class Tap:
@@ -153,7 +160,7 @@ class Tap:
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (B, 3, S, S) -> float32, normalised by the teacher's own statistics."""
-    channel = {"dtype": torch.float32, "device": images.device}
+    channel: dict[str, Any] = {"dtype": torch.float32, "device": images.device}
     return (images.float() / 255 - torch.tensor(mean, **channel).view(3, 1, 1)) / torch.tensor(std, **channel).view(
         3, 1, 1
     )
@@ -228,8 +235,9 @@ def fetch(get: Callable[[], nn.Module], what: str, tag: str) -> nn.Module:
     except Exception as error:  # hubs raise whatever their clients raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"pretrained weights {tag!r} of {what} are not on this machine and could not be fetched ({reason[:90]}...); "
-            "give a local file with --weights FILE, or try the program without them with --weights random:SEED"
+            f"pretrained weights {tag!r} of {what} are not on this machine and could not be fetched "
+            f"({reason[:90]}...); give a local file with --weights FILE, or try the program without them "
+            "with --weights random:SEED"
         ) from error
     finally:
         logging.disable(logging.NOTSET)

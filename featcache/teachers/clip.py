@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from featcache import targets, teachers
@@ -29,11 +29,11 @@ _TAG = "openai"
 
 
 class Clip(nn.Module):
-    """An open_clip VisionTransformer read through hooks: y_k after each block, the last block's [CLS] attention."""
+    """`visual`: an open_clip VisionTransformer, read through hooks: y_k after each block, [CLS] attention of the last."""
 
     name = "clip"
 
-    def __init__(self, visual: VisionTransformer, weights: str) -> None:
+    def __init__(self, visual: Any, weights: str) -> None:
         super().__init__()
         self.visual = visual
         self.weights = weights
@@ -45,7 +45,7 @@ class Clip(nn.Module):
         self._attention = torch.empty(0)
         self._tap = teachers.Tap(visual.transformer.resblocks, self._see_last)
 
-    def _see_last(self, block: nn.Module, x: Tensor) -> None:
+    def _see_last(self, block: Any, x: Tensor) -> None:
         x = block.ln_1(x)  # (B, T, D)
         weight, bias = block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)
         query, keys = F.linear(x[:, 0], weight[0], bias[0]), F.linear(x, weight[1], bias[1])
@@ -91,4 +91,4 @@ def _create(arch: str, tag: str | None, *, quick_gelu: bool) -> nn.Module:
         model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick_gelu)
     finally:
         logging.disable(before)
-    return model.visual  # type: ignore[no-any-return]
+    return model.visual

@@ -1,8 +1,8 @@
 """A teacher without a network: exact arithmetic on block means, so that every batch size gives the same bytes.
 
 For tests, benchmarks and dry trials of a pipeline. Features are an affine map of each patch's colours plus a position
-term, with a few outlier channels 60 times larger, as CLIP's residual stream has. Options: `levels`, `tokens` (patches, a square
-number), `width`, `size` (input pixels).
+term, with a few outlier channels 60 times larger, as CLIP's residual stream has. Options: `levels`, `tokens` (patches,
+a square number), `width`, `size` (input pixels).
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class Synthetic(nn.Module):
 
     name = "synthetic"
     weights = teachers.REGISTERED
+    colours: Tensor  # (levels, 3, D)
+    places: Tensor  # (levels, 1 + P, D)
+    gain: Tensor  # (D,)
 
     def __init__(self, levels: int, tokens: int, width: int, size: int) -> None:
         super().__init__()
@@ -64,7 +67,11 @@ class Synthetic(nn.Module):
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
         gamma, beta = _table("gamma", 1, 1, self.width)[0, 0], _table("beta", 1, 1, self.width)[0, 0]
-        return {"gamma": np.float32(1 + gamma / 4), "beta": np.float32(beta), "eps": np.array(1e-5, np.float32)}
+        return {
+            "gamma": (1 + gamma / 4).astype(np.float32),
+            "beta": beta.astype(np.float32),
+            "eps": np.array(1e-5, np.float32),
+        }
 
 
 def _table(name: str, *shape: int) -> npt.NDArray[np.float64]:

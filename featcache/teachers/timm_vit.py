@@ -7,6 +7,7 @@ The options after the name go to timm's constructor, so a small teacher of one's
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +29,11 @@ _ARCHITECTURES = {"dino-b16": "vit_base_patch16_224.dino", "dino-s16": "vit_smal
 
 
 class TimmVit(nn.Module):
-    """A timm VisionTransformer read through hooks; register tokens are dropped, [CLS] and patches are kept."""
+    """`vit`: a timm VisionTransformer, read through hooks; register tokens are dropped, [CLS] and patches are kept."""
 
     name = "timm"
 
-    def __init__(self, vit: VisionTransformer, weights: str) -> None:
+    def __init__(self, vit: Any, weights: str) -> None:
         super().__init__()
         self.vit = vit
         self.weights = weights
@@ -43,7 +44,7 @@ class TimmVit(nn.Module):
         self._attention = torch.empty(0)
         self._tap = teachers.Tap(vit.blocks, self._see_last)
 
-    def _see_last(self, block: nn.Module, x: Tensor) -> None:
+    def _see_last(self, block: Any, x: Tensor) -> None:
         attn, width = block.attn, self.width
         x = block.norm1(x)  # (B, T, D)
         bias = attn.qkv.bias if attn.qkv.bias is not None else x.new_zeros(3 * width)
@@ -112,7 +113,7 @@ def _check_kind(vit: nn.Module, name: str) -> VisionTransformer:
 
 def _create(arch: str, options: dict[str, teachers.Option], *, pretrained: bool) -> nn.Module:
     try:
-        return timm.create_model(arch, pretrained=pretrained, num_classes=0, **options)  # type: ignore[no-any-return]
+        return timm.create_model(arch, pretrained=pretrained, num_classes=0, **options)  # type: ignore[arg-type]
     except TypeError as error:  # timm hands unknown options down to the constructor
         raise UsageError(
             f"timm model {arch!r} with options {options}: {error}; give its constructor's arguments"

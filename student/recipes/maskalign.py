@@ -64,11 +64,11 @@ class Model(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        weights = align.levels(config.level_weights, config.align_levels, config.teacher_depth)
         self.encoder = vit.build(
             config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
         )
         self.encoder.norm.requires_grad_(False)
-        weights = align.levels(config.level_weights, config.align_levels, config.teacher_depth)
         self.align = align.Align(
             len(self.encoder.blocks), self.encoder.embed_dim, config.teacher_depth, config.teacher_width, weights
         )

@@ -76,11 +76,11 @@ class Model(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        weights = align.levels(config.level_weights, config.align_levels, config.teacher_depth)
         self.encoder = vit.build(
             config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
         )
         width = self.encoder.embed_dim
-        weights = align.levels(config.level_weights, config.align_levels, config.teacher_depth)
         self.align = align.Align(len(self.encoder.blocks), width, config.teacher_depth, config.teacher_width, weights)
         self.decoder = vit.Decoder(
             width,

@@ -1,0 +1,84 @@
+"""Checkpoints of a run: one file a step, complete or absent, and read without running anything in it.
+
+    RUN/checkpoints/step-00000020.pt = {step, model, optimizer, scaler}
+
+There is no generator state to keep: every random draw of a step is seeded by (seed, step), so a run resumes by
+arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featcache import manifest
+from featcache.errors import UserError
+from student import vit
+
+FOLDER = "checkpoints"
+KEEP = 2  # newest checkpoints of a run that stay on disk
+CONFIG = "config.json"
+
+
+def save(run: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write the checkpoint of `step`, durable before older ones go."""
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    with temporary.open("wb") as file:
+        torch.save({"step": step, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    manifest.sync_folder(folder)
+    for old in complete(run)[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def complete(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first; a file that was being written when its process died is not among them."""
+    return sorted((run / FOLDER).glob("step-*.pt"))
+
+
+def newest(run: Path) -> dict[str, Any]:
+    """The newest checkpoint's content on the CPU."""
+    paths = complete(run)
+    if not paths:
+        raise UserError(f"run {str(run)!r} has no checkpoint; train it first, or give the folder of a run")
+    try:
+        return torch.load(paths[-1], map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated or foreign files fail in many ways
+        raise UserError(
+            f"checkpoint {str(paths[-1])!r} cannot be read ({type(error).__name__}); "
+            "remove it to go on from the one before"
+        ) from error
+
+
+def config(run: Path) -> dict[str, Any]:
+    """config.json of a run."""
+    path = run / CONFIG
+    if not path.is_file():
+        raise UserError(
+            f"no run at {str(run)!r}: {CONFIG} is missing; give the folder that `student train --out` wrote"
+        )
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged: {error}; restore it, or train again into another --out") from error
+
+
+def load_encoder(run: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The newest encoder of a run in eval mode, and the recipe's configuration."""
+    settings = config(run)["config"]
+    state = newest(run)["model"]
+    encoder = vit.build(settings["encoder"], img_size=settings["img_size"], patch_size=settings["patch_size"])
+    own = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    encoder.load_state_dict(own)
+    return encoder.eval(), settings

@@ -1,0 +1,398 @@
+"""The `student` command: train, recipes, eval."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from featcache import home, images, manifest, rng, views
+from featcache.cli import entry, given_images, pick_device
+from featcache.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from featcache.images import Source
+    from student.train import Job
+
+BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="featcache")
+def cli() -> None:
+    """Train and evaluate students from a featcache cache, with no teacher in memory."""
+
+
+def main() -> None:
+    entry(cli)
+
+
+@cli.command(
+    epilog="Examples:\n\n  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d --batch-size 256\n\n"
+    "  student train --recipe maskalign --images train/ --set encoder=small --set drop_path=0 --out runs/small\n\n"
+    "  accelerate launch -m student train --recipe mralign --cache CACHE --out RUN --resume"
+)
+@click.option("--recipe", "recipe_name", help="A name from `student recipes`, or the path of your own .py file.")
+@click.option(
+    "--cache", "cache_path", type=click.Path(path_type=Path), help="[default: found in $FEATCACHE_HOME by need]"
+)
+@click.option(
+    "--images", "images_spec", help="Training pictures. [default: $FEATCACHE_IMAGES, then where the cache's were]"
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: runs/RECIPE-sSEED]")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the pictures. [default: the recipe's]")
+@click.option(
+    "--steps", type=click.IntRange(0), help="Optimiser steps in place of epochs; 0 writes the untrained student."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), help=f"Per process. [default: {BATCH_SIZE}, or all pictures if fewer]"
+)
+@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Micro-batches a step.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--teacher",
+    "mode",
+    type=click.Choice(["cached", "online"]),
+    default="cached",
+    show_default=True,
+    help="online: the teacher in the loop, no targets read.",
+)
+@click.option("--weights", help="Online: the teacher's weights, FILE, tag or random:SEED.")
+@click.option(
+    "--views", "view_count", type=click.IntRange(1), help="Online: views a picture. [default: a fresh one each epoch]"
+)
+@click.option(
+    "--policy", "policy_name", default="default", show_default=True, help="Online without --cache: view policy."
+)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="JSON of recipe settings; --set wins.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe.")
+@click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
+@click.option("--device", help="cpu keeps off the GPU. [default: cuda where there is one]")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads.")
+@click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints. [default: an epoch]")
+@click.option(
+    "--check-pixels",
+    type=click.FloatRange(0, 1),
+    default=1 / 16,
+    show_default="1/16",
+    help="Share of views compared with what the teacher saw.",
+)
+@click.option(
+    "--pixel-tolerance",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Mean difference let pass, in levels of 255; written into the run.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the run's newest checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Train a student by RECIPE from cached targets, or with the teacher in the loop."""
+    from student import recipes
+    from student import train as work
+
+    if recipe_name is None:
+        raise UsageError(f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of your own")
+    recipe = recipes.load(recipe_name)
+    acc = work.accelerator(options["precision"], options["device"])
+    job, loader = _job(recipe_name, recipe, acc, options)
+    facts = _dry_facts(job, loader)
+    if dry_run:
+        click.echo(json.dumps(facts) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
+        return
+    if acc.is_main_process and not as_json:
+        click.echo(
+            f"{recipe_name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} steps of "
+            f"{facts['global_batch']} -> {job.out}",
+            err=True,
+        )
+    summary = work.train(job, loader, acc)
+    if acc.is_main_process:
+        home.note_run(command="train", recipe=recipe_name, cache=job.about.get("id"), **summary)
+        text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"
+        click.echo(json.dumps(summary) if as_json else text)
+
+
+def _job(name: str, recipe: Any, acc: Any, options: dict[str, Any]) -> tuple[Job, Any]:
+    """The options as a Job and its Loader."""
+    from student import config, resolve
+    from student.loader import Loader
+    from student.train import Job
+
+    overrides = [*_file_settings(options["config_file"]), *options["settings"]]
+    if options["epochs"] is not None:
+        overrides.append(f"epochs={options['epochs']}")
+    config.from_overrides(recipe.Config, overrides)  # a wrong setting is told before anything is opened
+    found, spec_of_images = None, images_or_none(options["images_spec"])
+    source = images.open_source(spec_of_images) if spec_of_images else None
+    if options["cache_path"] is not None:
+        found = resolve.open_given(options["cache_path"], recipe, name, overrides)
+    elif options["mode"] == "cached":
+        found = resolve.find(recipe, name, overrides, source)
+    if source is None:
+        source = images.open_source(given_images(found.cache.manifest["provenance"]["source"] if found else None))
+    if options["mode"] == "online" or found is None:
+        settings, targets, pictures, about = _online(recipe, overrides, found, source, acc.device, options)
+    else:
+        settings, targets, pictures, about = _cached(found, source, options)
+    batch_size = options["batch_size"] or min(
+        BATCH_SIZE, max(len(pictures) // acc.num_processes // options["accumulate"], 1)
+    )
+    digests = rng.key_digests(source.keys[i] for i in pictures)
+    loader = Loader(
+        source, targets, pictures, digests, options["seed"], batch_size, options["accumulate"], acc.num_processes,
+        acc.process_index, options["workers"], options["check_pixels"],
+    )  # fmt: skip
+    out = options["out"] or Path("runs") / f"{Path(name).stem}-s{options['seed']}"
+    job = Job(
+        name, recipe, settings, targets, out, options["seed"], about, options["steps"], options["precision"],
+        options["save_every"], options["resume"],
+    )  # fmt: skip
+    return job, loader
+
+
+def images_or_none(spec: str | None) -> str | None:
+    """--images or FEATCACHE_IMAGES; None leaves it to the cache."""
+    try:
+        return given_images(spec)
+    except UsageError:
+        return None
+
+
+def _file_settings(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        fields = json.loads(path.read_text())
+        return [f"{key}={json.dumps(value)}" for key, value in fields.get("config", fields).items()]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"--config {str(path)!r}: {error}; a JSON object of settings is needed, such as a run's config.json"
+        ) from error
+
+
+def _cached(found: Any, source: Source, options: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    from student import resolve
+    from student.targets import Cached
+
+    for option in ("weights", "view_count"):
+        if options[option] is not None:
+            raise UsageError(f"--{option.replace('_count', 's')} belongs to --teacher online; the cache has its own")
+    pictures, rows, skipped = resolve.join(found.cache, source)
+    _notes(found, skipped)
+    about = {"kind": "cached", "id": found.cache.manifest["id"], "identity": found.cache.identity}
+    about["pixel_tolerance"] = options["pixel_tolerance"]
+    return found.config, Cached(found.cache, found.spec, rows, options["pixel_tolerance"]), pictures, about
+
+
+def _notes(found: Any, skipped: int) -> None:
+    """What a person should know about this cache before training from it."""
+    about = found.cache.manifest
+    if manifest.is_random(about) and found.spec.fields:
+        click.echo(f"note: {manifest.title(about)}", err=True)
+    if skipped:
+        click.echo(f"note: {skipped} pictures are in the cache's quarantine and are skipped", err=True)
+    scale = tuple(about["identity"]["policy"]["scale"])
+    if scale != tuple(found.spec.scale):
+        click.echo(
+            f"note: the cache's crops are {scale[0]:g}-{scale[1]:g} of the area, the recipe was published "
+            f"with {found.spec.scale[0]:g}-{found.spec.scale[1]:g}",
+            err=True,
+        )
+
+
+def _online(
+    recipe: Any, overrides: Sequence[str], found: Any, source: Source, device: Any, options: dict[str, Any]
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The teacher in the loop: over a cache's own views and pictures where one is given, else over fresh ones."""
+    from featcache import teachers
+    from student import config as configs
+    from student import resolve
+    from student.targets import Online
+
+    identity = found.cache.identity if found else None
+    policy = views.from_dict(identity["policy"]) if identity else views.policy(options["policy_name"])
+    count = options["view_count"] or (identity["views"] if identity else None)
+    plain = configs.from_overrides(recipe.Config, overrides)
+    needs = bool(recipe.needs(plain).fields)
+    teacher = None
+    if needs:
+        given = options["weights"] or (found.cache.manifest["provenance"]["weights"] if found else None)
+        teacher = teachers.load(identity["teacher"]["name"] if identity else plain.teacher, given, str(device))
+        if teachers.is_random(teacher.weights):
+            click.echo(f"note: {teacher.weights} - these weights are drawn, not trained", err=True)
+    facts: dict[str, Any] = {"img_size": policy.size}
+    if teacher is not None:
+        facts |= {"patch_size": resolve.patch_size(policy.size, teacher.patches), "teacher": teacher.name}
+        facts |= {"teacher_depth": teacher.depth, "teacher_width": teacher.width}
+    elif identity:
+        facts = resolve.facts(identity)
+    settings = resolve.with_facts(recipe.Config, overrides, facts)
+    pictures = resolve.join(found.cache, source)[0] if found else np.arange(len(source))
+    order = identity["order"] if identity else "attentive"
+    targets = Online(policy, recipe.needs(settings), list(source.keys), teacher, count, order)
+    about = {"kind": "online", "policy": policy.as_dict(), "views": count}
+    if teacher is not None:
+        about |= {"teacher": teacher.name, "weight_hash": teachers.weight_hash(teacher)}
+    return settings, targets, pictures, about
+
+
+def _dry_facts(job: Job, loader: Any) -> dict[str, Any]:
+    """What `--dry-run` prints."""
+    model = job.recipe.Model(job.config)
+    steps = loader.steps_per_epoch * job.config.epochs if job.steps is None else job.steps
+    kind = job.about["kind"]
+    shown = (
+        f"cache {job.about['id']}" if kind == "cached" else f"teacher {job.about.get('teacher', 'not needed')} online"
+    )
+    return {
+        "recipe": job.name,
+        "targets": shown,
+        "pictures": len(loader.pictures),
+        "global_batch": loader.global_batch,
+        "steps_per_epoch": loader.steps_per_epoch,
+        "steps": steps,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
+    }
+
+
+@cli.command(epilog="Examples:\n\n  student recipes\n\n  student recipes mralign --set encoder=large")
+@click.argument("name", required=False)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Show the configuration with this change.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def recipes(name: str | None, settings: tuple[str, ...], as_json: bool) -> None:
+    """The recipes, or one recipe's paper trail and its flattened configuration."""
+    from student import config
+    from student import recipes as known
+
+    if name is None:
+        lines = {each: (known.load(each).__doc__ or "").strip().splitlines()[0] for each in known.names()}
+        click.echo(json.dumps(lines) if as_json else "\n".join(f"{each:12}{line}" for each, line in lines.items()))
+        return
+    module = known.load(name)
+    values = config.as_dict(config.from_overrides(module.Config, settings))
+    if as_json:
+        click.echo(json.dumps(values))
+        return
+    click.echo((module.__doc__ or "").strip() + "\n")
+    click.echo("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
+
+
+class _Evals(click.Group):
+    """One command for each file in student/evals."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from student import evals
+
+        return evals.names()
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command:
+        from student import evals
+
+        return _eval_command(name, evals.load(name))
+
+
+@cli.group("eval", cls=_Evals)
+def evaluate() -> None:
+    """Accuracy of frozen features on labelled pictures."""
+
+
+def _eval_command(name: str, module: Any) -> click.Command:
+    options = [
+        click.Option([f"--{key.replace('_', '-')}"], default=default, show_default=default is not None, help=text,
+                     type=int if default is None else type(default))
+        for key, (default, text) in module.OPTIONS.items()
+    ]  # fmt: skip
+    shared = [
+        click.Argument(["run"], required=False, type=click.Path(path_type=Path)),
+        click.Option(["--images", "images_spec"], help="Labelled pictures: class folders, or tars with .cls members."),
+        click.Option(["--test", "test_spec"], help="Labelled test pictures. [default: a fifth of --images, held out]"),
+        click.Option(["--teacher", "teacher_spec"], help="Evaluate a teacher in place of RUN."),
+        click.Option(["--weights"], help="That teacher's weights."),
+        click.Option(["--pool"], default="cls", show_default=True, help="cls or mean of the patch tokens."),
+        click.Option(["--crop-pct"], type=click.FloatRange(0, 1, min_open=True), default=0.875, show_default=True),
+        click.Option(["--embed-batch"], type=click.IntRange(1), default=64, show_default=True),
+        click.Option(["--seed"], type=click.IntRange(0), default=0, show_default=True),
+        click.Option(["--device"], help="cpu, cuda, ... [default: cuda where there is one]"),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
+    ]
+
+    def run(**given: Any) -> None:
+        _evaluate(module, name, {key: given.pop(key) for key in module.OPTIONS}, **given)
+
+    help_text = (module.__doc__ or "").strip().splitlines()[0]
+    example = f"Example:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/"
+    return click.Command(name, params=[*shared, *options], callback=run, help=help_text, epilog=example)
+
+
+def _evaluate(
+    module: Any,
+    name: str,
+    own: dict[str, Any],
+    *,
+    run: Path | None,
+    images_spec: str | None,
+    test_spec: str | None,
+    teacher_spec: str | None,
+    weights: str | None,
+    pool: str,
+    crop_pct: float,
+    embed_batch: int,
+    seed: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    from student import frozen
+
+    if (run is None) == (teacher_spec is None):
+        raise UsageError(f"student eval {name} takes either RUN, a run folder, or --teacher SPEC; give one of them")
+    train = images.open_source(given_images(images_spec))
+    test = images.open_source(test_spec) if test_spec else None
+    net = frozen.from_run(run, pool) if run else frozen.from_teacher(str(teacher_spec), weights, pool)
+    if test is None:
+        train, test = frozen.split(train, seed=seed)
+        click.echo(f"note: no --test given; {len(test)} of {len(train) + len(test)} pictures are held out", err=True)
+    bar = _EvalBar()
+    result = module.evaluate(
+        net, train, test, seed=seed, device=pick_device(device), batch_size_embed=embed_batch, crop_pct=crop_pct,
+        progress=bar, **own,
+    )  # fmt: skip
+    bar.close()
+    facts = {"eval": name, "of": str(run or teacher_spec), "pool": pool, **result}
+    if result.get("note"):
+        click.echo(f"note: {result['note']}", err=True)
+    click.echo(
+        json.dumps(facts)
+        if as_json
+        else f"{name} of {facts['of']}: top-1 {result['top1']:.2f} % "
+        f"({result['n_test']} test, {result['n_train']} training pictures)"
+    )
+
+
+class _EvalBar:
+    """Progress of an evaluation at a terminal: (stage, done, total)."""
+
+    def __init__(self) -> None:
+        self.stage, self.bar = "", None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if stage != self.stage:
+            self.close()
+            self.stage = stage
+            self.bar = tqdm(total=total, desc=stage, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar, self.stage = None, ""

@@ -1,0 +1,71 @@
+"""metrics.jsonl: one JSON object a step. Values may still be on their way from the device when a row is added."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+NAME = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends rows; tensors are turned into numbers `lag` steps later, so that a device is not waited for.
+
+    `keys`, the pictures of a row, are for whoever looks at a bad loss and are not written.
+    """
+
+    def __init__(self, run: Path, lag: int = 0) -> None:
+        self.file = (run / NAME).open("a", buffering=1)
+        self.lag = lag
+        self.waiting: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows that have become numbers by now, oldest first."""
+        self.waiting.append(row)
+        return self.flush(self.lag)
+
+    def flush(self, keep: int = 0) -> list[dict[str, Any]]:
+        done = self.waiting[: len(self.waiting) - keep]
+        self.waiting = self.waiting[len(done) :]
+        rows = [
+            {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()} for row in done
+        ]
+        for row in rows:
+            self.file.write(json.dumps({key: _plain(value) for key, value in row.items() if key != "keys"}) + "\n")
+        return rows
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: they are written as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cut(run: Path, step: int) -> None:
+    """Drop rows beyond `step`, written between the last checkpoint and the end of a process."""
+    path = run / NAME
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # the line the process was writing when it died
+            continue
+    temporary = path.with_name(f".{NAME}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """All rows of a run."""
+    path = run / NAME
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

@@ -1,0 +1,160 @@
+"""Where a step's views and targets come from: a cache, or the teacher in the loop.
+
+Both give the same views, the same fields and the same masks for a picture and an epoch; only the storage between
+teacher and student differs. n rows of training pictures, B batch, V stored views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from featcache import codecs, rng, targets, teachers, verify, views
+from featcache.errors import IdentityError
+from featcache.reader import Cache
+from student import masking
+from student.config import RecipeConfig
+from student.recipes import TargetSpec
+
+I64 = npt.NDArray[np.int64]
+Host = dict[str, Any]  # arrays of a batch on the host
+
+
+class Targets(Protocol):
+    """What the loader and the trainer ask of either kind."""
+
+    policy: views.Policy
+
+    def view(self, digests: rng.U64, epoch: int) -> I64:
+        """Which view each picture shows in an epoch."""
+        ...
+
+    def fetch(self, at: I64, view: I64) -> Host:
+        """Stored arrays of training pictures `at`; called in a loader thread."""
+        ...
+
+    def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
+        """`pixels` (S, S, 3) of sample i, and `teacher_pixels` where a teacher in the loop wants another size."""
+        ...
+
+    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
+        """Raise when rendered pixels are not those the teacher saw."""
+        ...
+
+    def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+        """Tensors on the device (features), and the arrays a mask is drawn from."""
+        ...
+
+
+@dataclass
+class Cached:
+    """Rows of a cache: `rows` (n,) joins training picture and cache row."""
+
+    cache: Cache
+    spec: TargetSpec
+    rows: I64
+    tolerance: float = 0.0  # mean difference of block means, in levels of 255, that is let pass
+
+    def __post_init__(self) -> None:
+        self.policy = views.from_dict(self.cache.identity["policy"])
+
+    def view(self, digests: rng.U64, epoch: int) -> I64:
+        return stored_view(digests, epoch, self.cache.views)
+
+    def fetch(self, at: I64, view: I64) -> Host:
+        return self.cache.read(self.rows[at], view, (*self.spec.fields, *views.Drawn._fields), self.spec.levels or None)
+
+    def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
+        parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
+        return {"pixels": views.render(picture, *parts, self.policy.size, self.policy.filter)}
+
+    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
+        row = int(self.rows[at])
+        problem = verify.pixel_problem(self.cache, row, view, pixels)
+        if problem is None:
+            return
+        stored = self.cache.read([row], view, ("thumbnail",))["thumbnail"][0]
+        if np.abs(views.thumbnail(pixels).astype(int) - stored.astype(int)).mean() > self.tolerance:
+            raise IdentityError(
+                f"{problem}; train on the pictures of the extraction, or allow it: --pixel-tolerance LEVELS"
+            )
+
+    def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+        sources: dict[str, npt.NDArray[Any]] = {
+            name: host[name] for name in ("attention", "mask_order") if name in host
+        }
+        if "features" not in host:
+            return {}, sources
+        encoded = torch.from_numpy(host["features"]).to(device, non_blocking=True)
+        return {"features": codecs.CODECS[self.cache.identity["codec"]].decode(encoded)}, sources
+
+
+@dataclass
+class Online:
+    """Views drawn on the spot and, where the recipe needs targets, the teacher run on them: no cache is read."""
+
+    policy: views.Policy
+    spec: TargetSpec
+    keys: list[str]  # of the training pictures
+    teacher: teachers.Teacher | None
+    views: int | None  # as many as a cache would hold; None: a fresh view each epoch
+    order: str = "attentive"  # of `mask_order`
+
+    def view(self, digests: rng.U64, epoch: int) -> I64:
+        if self.views is None:
+            return np.full(len(digests), epoch, np.int64)
+        return stored_view(digests, epoch, self.views)
+
+    def fetch(self, at: I64, view: I64) -> Host:
+        return {}
+
+    def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
+        size = np.array([(picture.height, picture.width)])
+        drawn = views.draw(self.policy, digest[None], size, [view])
+        parts = (drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0])
+        out = {"pixels": views.render(picture, *parts, self.policy.size, self.policy.filter)}
+        if self.teacher is not None and self.teacher.input_px != self.policy.size:
+            out["teacher_pixels"] = views.render(picture, *parts, self.teacher.input_px, self.policy.filter)
+        return out
+
+    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
+        """Nothing is stored that the pixels could differ from."""
+
+    def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+        if self.teacher is None:
+            return {}, {}
+        pixels = torch.from_numpy(host.get("teacher_pixels", host["pixels"])).to(device).permute(0, 3, 1, 2)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            ys, attention = self.teacher(pixels.contiguous(), self.spec.levels)
+            features = torch.stack([targets.normalise(y)[0] for y in ys], 1) if ys else None
+        weights = attention.float().cpu().numpy()
+        sources = {"attention": weights}
+        if "mask_order" in self.spec.fields:
+            args = (host["digests"], host["view"], self.policy.seed)
+            sources["mask_order"] = targets.mask_order(self.order, weights, *args)
+        return ({} if features is None else {"features": features}), sources
+
+
+def stored_view(digests: rng.U64, epoch: int, count: int) -> I64:
+    """(epoch + offset(key)) mod V: every view equally often, and a batch mixes views."""
+    return ((np.uint64(epoch) + digests[:, 0] % np.uint64(count)) % np.uint64(count)).astype(np.int64)
+
+
+def draw_masks(config: RecipeConfig, host: Host, sources: dict[str, npt.NDArray[Any]], seed: int) -> dict[str, Tensor]:
+    """ids_keep and ids_masked of a batch, from (seed, epoch, key) and what the mask reads."""
+    keep, masked = masking.draw(
+        config.mask,
+        digests=host["digests"],
+        seed=seed,
+        epoch=host["epoch"],
+        n_visible=config.visible,
+        n_patches=config.patches,
+        **sources,
+    )
+    return {"ids_keep": torch.from_numpy(keep), "ids_masked": torch.from_numpy(masked)}

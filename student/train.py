@@ -1,0 +1,294 @@
+"""The trainer: one loop for every recipe, from a laptop to a cluster, through Accelerate.
+
+It knows no recipe by name. A step is a pure function of (weights, seed, step): batches, masks and drop path are seeded
+by arithmetic, so a run that was interrupted goes on as if nothing had happened. Accelerate prepares the model and the
+optimizer; never the loader (it would split batches again) and not the schedule (it would step once a process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+import featcache
+from featcache import rng
+from featcache.errors import UsageError, UserError
+from student import checkpoint, optim
+from student.config import RecipeConfig, as_dict
+from student.loader import Loader
+from student.metrics import NAME, Metrics, cut
+from student.targets import Host, Targets, draw_masks
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: everything its numbers depend on, and where they go."""
+
+    name: str  # of the recipe
+    recipe: ModuleType
+    config: RecipeConfig
+    targets: Targets
+    out: Path
+    seed: int
+    about: dict[str, Any]  # identity of the targets, for config.json
+    steps: int | None = None  # optimiser steps; None: config.epochs
+    precision: str = "auto"
+    save_every: int | None = None  # steps; None: an epoch
+    resume: bool = False
+
+
+def accelerator(precision: str, device: str | None = None) -> Accelerator:
+    """Accelerate for this process; `auto` is bf16 where the GPU has it and fp32 elsewhere."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision!r}: {', '.join(PRECISIONS)} are allowed")
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if precision == "fp16" and not cuda:
+        raise UsageError("--precision fp16 needs a GPU, this device is a CPU; fp32 and bf16 are allowed here")
+    if precision == "auto":
+        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not cuda)
+
+
+def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+    """Run the job to its end; returns a summary. The run folder holds config.json, metrics.jsonl, environment.json and
+    checkpoints/."""
+    # ---- what is to be done -------------------------------------------------------------------------------------
+    total = loader.steps_per_epoch * job.config.epochs if job.steps is None else job.steps
+    warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
+    peak = optim.peak_lr(job.config, loader.global_batch)
+    record = _record(job, loader, acc, total)
+    if acc.is_main_process:
+        _open_run(job, record)
+    acc.wait_for_everyone()
+
+    # ---- model and optimizer, or the checkpoint ------------------------------------------------------------------
+    torch.manual_seed(job.seed)
+    model = job.recipe.Model(job.config).to(acc.device)
+    optimizer = optim.adamw(model, job.config, peak)
+    state = checkpoint.newest(job.out) if job.resume and checkpoint.complete(job.out) else None
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    model, optimizer = acc.prepare(model, optimizer)
+    if state is not None and acc.scaler is not None and state["scaler"]:
+        acc.scaler.load_state_dict(state["scaler"])
+    first = 0 if state is None else int(state["step"])
+    model.train()
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+    metrics = _metrics(job, first, acc)
+    batches = loader.iterate(first, total)
+    save_every = job.save_every or loader.steps_per_epoch
+    with _bar(total, first, acc) as bar:
+        for step in range(first, total):
+            started = time.perf_counter()
+            lr = optim.lr_at(step, total, warmup, peak, job.config.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            parts, waited, keys = _step(job, loader, acc, model, optimizer, batches, step)
+            row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
+            row.update(_speed(loader, started, waited))
+            if metrics is not None:
+                _look(metrics.add({**row, "keys": keys}), job.out)
+                bar.update_with(row)
+            if (step + 1) % save_every == 0 and step + 1 < total:
+                _save(job.out, step + 1, acc, model, optimizer, metrics)
+    if metrics is not None:
+        _look(metrics.flush(), job.out)
+    if first < total or not checkpoint.complete(job.out):
+        _save(job.out, total, acc, model, optimizer, metrics)
+    if metrics is not None:
+        metrics.close()
+    return {"run": str(job.out), "steps": total, "first_step": first, **record["data"], "loss": bar.loss}
+
+
+def _step(
+    job: Job, loader: Loader, acc: Accelerator, model: Any, optimizer: Any, batches: Iterator[Host], step: int
+) -> tuple[dict[str, Tensor], float, list[str]]:
+    """One optimiser step over its micro-batches: mean parts of the loss, seconds waited for data, sample keys."""
+    sums: dict[str, Tensor] = {}
+    waited, keys = 0.0, []
+    for micro in range(loader.accumulation):
+        start = time.perf_counter()
+        host = next(batches)
+        waited += time.perf_counter() - start
+        keys += host["keys"]
+        batch = to_device(job.config, job.targets, host, acc.device, job.seed)
+        torch.manual_seed(step_seed(job.seed, step, micro, loader.rank))  # drop path draws from the global generator
+        last = micro == loader.accumulation - 1
+        with contextlib.nullcontext() if last else acc.no_sync(model):
+            with acc.autocast():
+                parts = model(batch)
+            acc.backward(parts["loss"] / loader.accumulation)
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0) + value.detach() / loader.accumulation
+    if job.config.clip_grad is not None:
+        sums["grad_norm"] = acc.clip_grad_norm_(model.parameters(), job.config.clip_grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if acc.num_processes > 1:
+        sums = {name: acc.reduce(value, "mean") for name, value in sums.items()}
+    return sums, waited, keys
+
+
+def to_device(config: RecipeConfig, targets: Targets, host: Host, device: torch.device, seed: int) -> dict[str, Tensor]:
+    """A host batch as the recipe takes it: normalised images, decoded features, masks."""
+    pixels = torch.from_numpy(host["pixels"]).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(3, 1, 1)
+    features, sources = targets.complete(host, device)
+    masks = draw_masks(config, host, sources, seed)
+    return {
+        "images": (pixels.float() / 255 - mean) / std,
+        **features,
+        **{name: ids.to(device, non_blocking=True) for name, ids in masks.items()},
+    }
+
+
+def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """Seed of what is drawn inside the model in one micro-step: a word of (seed, step, micro-batch, process)."""
+    word = rng.words(rng.key_digests([f"step:{micro}:{rank}"]), rng.stream("model", seed), 1, epoch=step)[0, 0]
+    return int(word >> np.uint64(1))
+
+
+def _look(rows: list[dict[str, Any]], run: Path) -> None:
+    """Stop at a loss that is not finite: nothing that follows it would mean anything."""
+    for row in rows:
+        if not np.isfinite(row["loss"]):
+            keys = row["keys"]
+            raise UserError(
+                f"loss is {row['loss']} at step {row['step']} (pictures {', '.join(keys[:4])}"
+                f"{' ...' if len(keys) > 4 else ''}); checkpoints before it are in {run}/checkpoints: lower the rate, "
+                "or use --precision fp32 or bf16"
+            )
+
+
+def _speed(loader: Loader, started: float, waited: float) -> dict[str, float]:
+    """Pictures a second over all processes, and the share of the step spent waiting for data."""
+    seconds = max(time.perf_counter() - started, 1e-9)
+    return {"images_per_s": round(loader.global_batch / seconds, 2), "data_wait": round(min(waited / seconds, 1.0), 4)}
+
+
+def _metrics(job: Job, first: int, acc: Accelerator) -> Metrics | None:
+    if not acc.is_main_process:
+        return None
+    cut(job.out, first)
+    return Metrics(job.out, lag=16 if acc.device.type == "cuda" else 0)
+
+
+def _save(run: Path, step: int, acc: Accelerator, model: Any, optimizer: Any, metrics: Metrics | None) -> None:
+    acc.wait_for_everyone()
+    if metrics is None:
+        return
+    metrics.flush()
+    scaler = acc.scaler.state_dict() if acc.scaler is not None else {}
+    state = {"model": acc.unwrap_model(model).state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+    checkpoint.save(run, step, state)
+
+
+def _record(job: Job, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:
+    """config.json: what a resumed run must agree with."""
+    return {
+        "recipe": job.name,
+        "config": as_dict(job.config),
+        "seed": job.seed,
+        "steps": total,
+        "precision": acc.mixed_precision,
+        "targets": job.about,
+        "data": {
+            "pictures": len(loader.pictures),
+            "global_batch": loader.global_batch,
+            "steps_per_epoch": loader.steps_per_epoch,
+        },
+    }
+
+
+def _open_run(job: Job, record: dict[str, Any]) -> None:
+    """Make the run folder, or check that the one to resume is the same run."""
+    path = job.out / checkpoint.CONFIG
+    if job.resume and not path.is_file():
+        raise UserError(f"--resume: no run at {str(job.out)!r}; leave --resume out to start it there")
+    if job.resume:
+        before = checkpoint.config(job.out)
+        changed = [
+            f"{key}: {before.get(key)!r} before, {value!r} now"
+            for key, value in record.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            raise UserError(
+                f"--resume: {str(job.out)!r} is another run ({'; '.join(changed)[:400]}); give its own arguments"
+            )
+    elif job.out.exists() and any(job.out.iterdir()):
+        raise UserError(f"--out {str(job.out)!r} is not empty; continue that run with --resume, or give another --out")
+    job.out.mkdir(parents=True, exist_ok=True)
+    (job.out / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    temporary = job.out / f".{checkpoint.CONFIG}.tmp"
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+    (job.out / NAME).touch()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit of this process, for people who compare runs."""
+    import timm
+
+    versions = {"featcache": featcache.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "commit": commit or None,
+        "command": sys.argv,
+    }
+
+
+class _Bar:
+    """Progress for a person at a terminal; keeps the last loss for the summary."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+        self.loss: float | None = None
+
+    def update_with(self, row: dict[str, Any]) -> None:
+        if isinstance(row["loss"], Tensor) and row["loss"].device.type == "cuda" and row["step"] % 20:
+            self.bar.update()
+            return
+        self.loss = round(float(row["loss"]), 6)
+        self.bar.set_postfix_str(
+            f"epoch {row['epoch']}  loss {self.loss:.4f}  lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  "
+            f"waiting for data {row['data_wait']:.0%}",
+            refresh=False,
+        )
+        self.bar.update()
+
+
+@contextlib.contextmanager
+def _bar(total: int, first: int, acc: Accelerator) -> Iterator[_Bar]:
+    from tqdm import tqdm
+
+    quiet = not acc.is_main_process or not sys.stderr.isatty()
+    with tqdm(total=total, initial=first, unit="step", disable=quiet, dynamic_ncols=True) as bar:
+        yield _Bar(bar)

@@ -1,0 +1,144 @@
+"""Masks: literal lists from numpy's own Philox, the law of attentive sampling, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featcache import rng
+from featcache.errors import UsageError, UserError
+from student import masking
+
+KEYS = ("n01440764/a", "n01440764/b")
+RAMP = (np.arange(1, 17, dtype=np.float32) / 200)[None].repeat(2, axis=0)
+
+
+def numpy_words(key: str, purpose: str, seed: int, epoch: int, n: int) -> list[int]:
+    """The words of one key from numpy's Philox, which steps its 256-bit counter before each block of four."""
+    digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
+    stream = int.from_bytes(hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=8).digest(), "little")
+    counter = ((epoch << 128) + (stream << 192) - 1) % 2**256
+    return [int(word) for word in np.random.Philox(counter=counter, key=digest).random_raw(n)]
+
+
+def draw(name: str, **changes: Any) -> tuple[list[list[int]], list[list[int]]]:
+    given = {"digests": rng.key_digests(KEYS), "seed": 7, "epoch": 3, "n_visible": 4, "n_patches": 16, **changes}
+    keep, masked = masking.draw(name, **given)
+    assert keep.dtype == masked.dtype == np.int64
+    return keep.tolist(), masked.tolist()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept"),
+    [(0.75, 49), (0.7, 58), (0.6, 78), (0.4, 117), (0.2, 156), (0.8, 39), (0.9, 19), (0.0, 196)],
+)
+def test_kept_counts(ratio: float, kept: int) -> None:
+    assert masking.kept_count(196, ratio) == kept
+
+
+def test_golden_masks() -> None:
+    """Computed once by a script that knows numpy's Philox and nothing of ours."""
+    assert draw("uniform")[0] == [[0, 3, 7, 14], [6, 8, 13, 15]]
+    assert draw("attentive", attention=RAMP)[0] == [[5, 8, 13, 15], [3, 13, 14, 15]]
+    assert (
+        draw("stored", mask_order=np.arange(15, -1, -1, dtype=np.uint8)[None].repeat(2, 0))[0] == [[12, 13, 14, 15]] * 2
+    )
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 299])
+def test_masks_equal_numpys_philox(epoch: int) -> None:
+    uniform, attentive = draw("uniform", epoch=epoch), draw("attentive", epoch=epoch, attention=RAMP)
+    for row, key in enumerate(KEYS):
+        raw = numpy_words(key, "mask:uniform", 7, epoch, 16)
+        assert uniform[0][row] == sorted(sorted(range(16), key=raw.__getitem__)[:4])
+        raw = numpy_words(key, "mask:attentive", 7, epoch, 16)
+        finish = [-math.log(((word >> 12) + 0.5) / 2**52) / ((i + 1) / 200) for i, word in enumerate(raw)]
+        assert attentive[0][row] == sorted(sorted(range(16), key=finish.__getitem__)[:4])
+
+
+@pytest.mark.parametrize("name", sorted(masking.MASKS))
+def test_both_parts_are_ascending_and_make_up_all_patches(name: str) -> None:
+    order = np.random.default_rng(0).permuted(np.arange(16)[None].repeat(2, 0), axis=1).astype(np.uint8)
+    keep, masked = draw(name, attention=RAMP, mask_order=order, n_visible=5)
+    for seen, hidden in zip(keep, masked, strict=True):
+        assert len(seen) == 5
+        assert seen == sorted(seen)
+        assert hidden == sorted(hidden)
+        assert sorted(seen + hidden) == list(range(16))
+
+
+@pytest.mark.parametrize("name", ["uniform", "attentive"])
+def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
+    whole = draw(name, attention=RAMP)[0]
+    alone = draw(name, attention=RAMP[1:], digests=rng.key_digests(KEYS[1:]))[0]
+    assert alone == whole[1:]
+    assert draw(name, attention=RAMP, epoch=4)[0] != whole
+    assert draw(name, attention=RAMP, seed=8)[0] != whole
+
+
+@pytest.mark.parametrize("n_visible", [0, 16])
+def test_all_or_none_visible(n_visible: int) -> None:
+    keep, masked = draw("uniform", n_visible=n_visible)
+    assert [len(row) for row in keep + masked] == [n_visible] * 2 + [16 - n_visible] * 2
+
+
+def test_attentive_draws_without_replacement_in_proportion() -> None:
+    """Ordered pairs of N = 4: P(i then j) = p_i p_j / (1 - p_i); chi-square, 11 degrees of freedom."""
+    p, n = np.array([0.5, 0.25, 0.15, 0.1]), 24_000
+    raw = rng.words(rng.key_digests(f"{i}" for i in range(n)), rng.stream("test", 0), 4)
+    order = masking.attentive(raw, np.tile(3 * p, (n, 1)))  # not normalised, on purpose
+    chi_square = 0.0
+    for i in range(4):
+        for j in set(range(4)) - {i}:
+            expected = n * p[i] * p[j] / (1 - p[i])
+            seen = ((order[:, 0] == i) & (order[:, 1] == j)).sum()
+            chi_square += (seen - expected) ** 2 / expected
+    assert 3.05 < chi_square < 31.26  # its 1 % and 99.9 % points
+
+
+def test_zero_weights_come_last_in_index_order() -> None:
+    attention = np.zeros((50, 6), np.float32)
+    attention[:, [1, 4]] = 1e-30
+    raw = rng.words(rng.key_digests(f"{i}" for i in range(50)), rng.stream("test", 0), 6)
+    order = masking.attentive(raw, attention)
+    assert {tuple(row[:2]) for row in order.tolist()} == {(1, 4), (4, 1)}
+    assert {tuple(row[2:]) for row in order.tolist()} == {(0, 2, 3, 5)}
+
+
+@pytest.mark.parametrize("row", [[0.0] * 16, [math.nan] + [1.0] * 15, [math.inf] + [1.0] * 15, [-1e-9] + [1.0] * 15])
+def test_attention_that_cannot_be_sampled_names_its_row(row: list[float]) -> None:
+    attention = np.stack([RAMP[0], np.array(row, np.float32)])
+    with pytest.raises(UserError, match=r"attention of row 1 .*not all zero; run featcache verify"):
+        draw("attentive", attention=attention)
+
+
+def test_missing_or_misshapen_rows() -> None:
+    with pytest.raises(UserError, match="mask 'attentive': its attention is nothing, needed: one row of 16 patches"):
+        draw("attentive")
+    with pytest.raises(UserError, match=r"mask 'stored': its mask_order is shape \(2, 9\)"):
+        draw("stored", mask_order=np.zeros((2, 9), np.uint8))
+
+
+def test_an_order_that_is_no_permutation() -> None:
+    order = np.stack([np.arange(16), np.array([3, 3, *range(14)])])
+    with pytest.raises(UserError, match="order of row 1 holds 3 different patches among its first 4"):
+        draw("stored", mask_order=order)
+    with pytest.raises(UserError, match="names patches 1 to 16, allowed: 0 to 15"):
+        draw("stored", mask_order=np.arange(1, 17)[None].repeat(2, 0))
+
+
+def test_unknown_mask() -> None:
+    with pytest.raises(UsageError, match=r"unknown mask 'atentive': did you mean attentive\? known: .*uniform"):
+        draw("atentive")
+
+
+def test_fields() -> None:
+    assert {name: masking.fields(name) for name in ("attentive", "uniform", "stored")} == {
+        "attentive": ("attention",),
+        "uniform": (),
+        "stored": ("mask_order",),
+    }

@@ -1,0 +1,247 @@
+"""The recipe folder: what every module in it promises, and the tiny case that the recipes' own tests share.
+
+The tiny case has no random number in it: weights and pictures are sines of their index, so that a loss is the same
+literal whatever the versions of torch and timm draw at the start.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from featcache.errors import UsageError
+from student import config, masking, optim, recipes
+from student.recipes import TargetSpec
+
+# 16 patches of 4 x 4 pixels; 3 student blocks of 2 heads, 3 teacher levels.
+TINY = [
+    "encoder=vit_tiny_patch16_224,embed_dim=16,depth=3,num_heads=2",
+    "img_size=16",
+    "patch_size=4",
+    "drop_path=0",
+    "teacher_depth=3",
+    "teacher_width=12",
+]
+TINY_ALIGN = [*TINY, "level_weights=top:2"]
+TINY_DECODER = ["decoder_width=8", "decoder_depth=2", "decoder_heads=2"]
+TINY_SETTINGS = {
+    "maskalign": TINY_ALIGN,
+    "mae": [*TINY, *TINY_DECODER],
+    "mralign": [*TINY_ALIGN, *TINY_DECODER],
+}
+
+
+def wave(*shape: int, phase: float, size: float = 1.0) -> Tensor:
+    return size * torch.sin(1.7 * torch.arange(math.prod(shape), dtype=torch.float64) + phase).view(shape)
+
+
+def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
+    """Two pictures, 4 of 16 patches visible."""
+    ids_keep = torch.tensor([[1, 5, 10, 12], [0, 3, 6, 15]])
+    hidden = [[p for p in range(16) if p not in row] for row in ids_keep.tolist()]
+    return {
+        "images": wave(2, 3, 16, 16, phase=0.3),
+        "features": wave(2, levels, 17, 12, phase=0.9, size=1.4),
+        "ids_keep": ids_keep,
+        "ids_masked": torch.tensor(hidden),
+    }
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Small sines in every trained parameter, around 1 in the norms' weights; fixed positions stay."""
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        if not name.endswith("pos_embed"):
+            parameter.copy_(wave(*parameter.shape, phase=0.1 * i, size=0.2))
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1)
+
+
+def tiny_model(name: str, *more: str) -> tuple[nn.Module, Any]:
+    module = recipes.load(name)
+    settings = config.from_overrides(module.Config, [*TINY_SETTINGS[name], *more])
+    model = module.Model(settings).double()
+    fill(model)
+    return model, settings
+
+
+def first_losses(name: str, steps: int = 3) -> list[float]:
+    model, settings = tiny_model(name)
+    optimizer = optim.adamw(model, settings, lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(tiny_batch())["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# --- the contract, for every module in the folder -------------------------------------------------------------------
+
+each = pytest.mark.parametrize("name", sorted(TINY_SETTINGS))
+
+
+def test_each_recipe_of_the_folder_has_a_tiny_case() -> None:
+    assert set(TINY_SETTINGS) <= set(recipes.names())
+
+
+@each
+def test_module_has_docstring_config_model_needs(name: str) -> None:
+    module = recipes.load(name)
+    assert module.__doc__ is not None
+    for heading in ("Paper:", "Command:", "Cost:", "Expected:", "differs"):
+        assert heading in module.__doc__, heading
+    assert f"--recipe {name}" in module.__doc__
+    assert issubclass(module.Config, config.RecipeConfig)
+    assert isinstance(module.needs(module.Config()), TargetSpec)
+
+
+@each
+def test_loss_has_a_gradient_in_every_trained_parameter(name: str) -> None:
+    model, _ = tiny_model(name)
+    out = model(tiny_batch())
+    assert out["loss"].dtype == torch.float64
+    assert all(value.ndim == 0 for value in out.values())
+    assert not any(value.requires_grad for part, value in out.items() if part != "loss")
+    out["loss"].backward()
+    assert [part for part, parameter in trained(model).items() if parameter.grad is None] == []
+
+
+@each
+def test_encoder_loads_strictly_into_timm(name: str) -> None:
+    model, _ = tiny_model(name)
+    plain = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2
+    )
+    plain.load_state_dict(model.encoder.state_dict(), strict=True)
+
+
+@each
+def test_no_weight_decay_names_parameters(name: str) -> None:
+    model, _ = tiny_model(name)
+    assert model.no_weight_decay() <= set(trained(model))
+
+
+@each
+def test_any_order_of_ids_keep_gives_the_same_loss(name: str) -> None:
+    model, _ = tiny_model(name)
+    batch = tiny_batch()
+    shuffled = {**batch, "ids_keep": batch["ids_keep"].flip(1)}
+    torch.testing.assert_close(model(shuffled)["loss"], model(batch)["loss"])
+
+
+@each
+def test_bf16_autocast_computes_the_loss_in_float32(name: str) -> None:
+    model, _ = tiny_model(name)
+    model.float()
+    batch = {key: x.float() if x.is_floating_point() else x for key, x in tiny_batch().items()}
+    exact = model(batch)["loss"]
+    batch["features"] = batch["features"].half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(batch)["loss"]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.0)
+
+
+@each
+def test_drop_path_draws_from_the_global_generator(name: str) -> None:
+    model, _ = tiny_model(name, "drop_path=0.5")
+
+    def loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        return model(tiny_batch())["loss"].item()
+
+    assert loss(1) == loss(1)
+    assert len({loss(seed) for seed in range(8)}) > 1
+
+
+def golden(**changes: object) -> dict[str, object]:
+    common: dict[str, object] = {
+        "encoder": "base", "img_size": 224, "patch_size": 16, "drop_path": 0.1,
+        "teacher": "clip-b16", "teacher_depth": 12, "teacher_width": 768,
+        "mask": "attentive", "mask_ratio": 0.7,
+        "blr": 1.5e-4, "lr": None, "min_lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.05, "decay_tokens": False,
+        "clip_grad": None, "epochs": 200, "warmup_epochs": 20,
+    }  # fmt: skip
+    return {**common, **changes}
+
+
+ALIGN = {"level_weights": "top:5", "align_levels": "auto"}
+DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16, "norm_pix": True}
+GOLDEN = {
+    "maskalign": golden(**ALIGN),
+    "mae": golden(drop_path=0.0, mask="uniform", mask_ratio=0.75, min_lr=0.0, epochs=800, warmup_epochs=40, **DECODER),
+    "mralign": golden(mask_ratio=0.75, align_weight=0.5, pixel_weight=0.5, **ALIGN, **DECODER),
+}
+
+
+@each
+def test_defaults_are_the_published_ones(name: str) -> None:
+    assert config.as_dict(recipes.load(name).Config()) == GOLDEN[name]
+
+
+@each
+@pytest.mark.parametrize("mask", sorted(masking.MASKS))
+def test_needs_holds_what_the_mask_reads(name: str, mask: str) -> None:
+    module = recipes.load(name)
+    spec = module.needs(config.from_overrides(module.Config, [f"mask={mask}"]))
+    read = {"attentive": ("attention",), "stored": ("mask_order",), "uniform": ()}[mask]
+    assert tuple(field for field in spec.fields if field != "features") == read
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_recipe_lists_near_names() -> None:
+    with pytest.raises(UsageError, match=r"unknown recipe 'maskaling': did you mean maskalign\b.*known: .*\bmae\b"):
+        recipes.load("maskaling")
+
+
+MINE = '''"""My own."""
+from __future__ import annotations
+from dataclasses import dataclass
+from student.recipes import mae
+Config = mae.Config
+Model = mae.Model
+needs = mae.needs
+
+@dataclass(frozen=True)
+class Extra:
+    number: int = 3
+'''
+
+
+def write(path: Path, text: str) -> ModuleType:
+    path.write_text(text)
+    return recipes.load(str(path))
+
+
+def test_a_users_file_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = write(tmp_path / "mine.py", MINE)
+    assert module.Extra().number == 3
+    assert module.needs(module.Config()).fields == ()
+    monkeypatch.chdir(tmp_path)
+    assert recipes.load("./mine.py").__doc__ == "My own."
+
+
+def test_a_file_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"it lacks Model, needs; needed: Config, Model, needs"):
+        write(tmp_path / "half.py", "Config = int\n")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        recipes.load(str(tmp_path / "none.py"))
