@@ -19,7 +19,8 @@ from featcache.reader import Cache
 from featcache.store import STORES
 
 if TYPE_CHECKING:
-    from featcache.extract import Plan, Progress
+    from featcache.extract import Progress
+    from featcache.plan import Plan
 
 
 def entry(command: click.Command) -> None:
@@ -144,7 +145,7 @@ def extract(
 ) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
     from featcache import codecs, targets, teachers
-    from featcache import extract as work
+    from featcache import plan as plans
 
     if teacher_name is None:
         raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
@@ -157,10 +158,10 @@ def extract(
     policy = views.policy(policy_name, **changes)
     source = images.open_source(given_images(images_spec))
     teacher = teachers.load(teacher_name, weights, pick_device(device))
-    chosen = work.parse_levels(levels, teacher.depth)
-    plan = work.Plan(source, teacher, policy, view_count, chosen, order, codec, store_name, rows_per_shard)
+    chosen = plans.parse_levels(levels, teacher.depth)
+    plan = plans.Plan(source, teacher, policy, view_count, chosen, order, codec, store_name, rows_per_shard)
     about = plan.manifest()
-    out = out or home.home() / f"{work.file_name(teacher_name)}-{about['id'][:8]}"
+    out = out or home.home() / f"{plans.file_name(teacher_name)}-{about['id'][:8]}"
     if manifest.is_random(about):
         click.echo(f"note: {weights} - these weights are drawn, not trained; the features carry no meaning", err=True)
     summary = {"cache": str(out), "id": about["id"], "pictures": len(source), "views": view_count, "levels": chosen}

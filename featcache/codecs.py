@@ -6,7 +6,7 @@ tensors where they are, so a GPU encodes before the copy to the host and decodes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,32 +14,36 @@ from torch import Tensor
 
 
 class Codec(NamedTuple):
-    """`encode` (..., D) float -> stored `features` (..., D) of numpy dtype `dtype`; `decode` its inverse, float32."""
+    """`arrays`: width -> what is stored for each token, name -> (numpy dtype, item, dimension names); `features` is one.
 
-    dtype: str
-    encode: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor]
+    `encode` (..., D) float -> those arrays (..., *item); `decode` takes them back to (..., D) float32.
+    """
+
+    arrays: Callable[[int], dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]]]
+    encode: Callable[[Tensor], dict[str, Tensor]]
+    decode: Callable[[Mapping[str, Tensor]], Tensor]
 
 
-def encode_fp16(h: Tensor) -> Tensor:
+def encode_fp16(h: Tensor) -> dict[str, Tensor]:
     """Half precision, rounded to nearest. |h| <= sqrt(D - 1), so only non-finite input leaves the range.
 
-    >>> encode_fp16(torch.tensor([1.0, -27.7, 1e-8])).tolist()
+    >>> encode_fp16(torch.tensor([1.0, -27.7, 1e-8]))["features"].tolist()
     [1.0, -27.703125, 0.0]
     """
-    return h.to(torch.float16)
+    return {"features": h.to(torch.float16)}
 
 
-def decode_fp16(features: Tensor) -> Tensor:
-    return features.to(torch.float32)
+def decode_fp16(coded: Mapping[str, Tensor]) -> Tensor:
+    return coded["features"].to(torch.float32)
 
 
 CODECS = {
-    "fp16": Codec("<f2", encode_fp16, decode_fp16),
+    "fp16": Codec(lambda width: {"features": ("<f2", (width,), ("channel",))}, encode_fp16, decode_fp16),
 }
 
 
-def out_of_range(features: Tensor, stats: Tensor) -> list[tuple[int, int]]:
-    """(batch, level) pairs of (B, L, T, D) encoded features or (B, L, T, 2) statistics that hold a non-finite value."""
-    bad = ~(torch.isfinite(features).flatten(2).all(2) & torch.isfinite(stats).flatten(2).all(2))
+def out_of_range(coded: Mapping[str, Tensor], stats: Tensor) -> list[tuple[int, int]]:
+    """(batch, level) pairs of encoded arrays and statistics, all (B, L, ...), that hold a non-finite value."""
+    good = [torch.isfinite(values).flatten(2).all(2) for values in (*coded.values(), stats)]
+    bad = ~torch.stack(good).all(0)
     return [(int(row), int(level)) for row, level in bad.nonzero().tolist()]

@@ -145,8 +145,8 @@ class Cache:
         """Arrays (n, ...) of the rows, as stored (`features` stays encoded).
 
         `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in `--levels`; `tokens`:
-        the first so many of T ([CLS] first); both apply to `features` and `feature_stats`. `out` is filled where it names
-        a field. `check` compares whole levels with their crc32c. Raises UserError when bytes are missing or changed.
+        the first so many of T ([CLS] first); both apply to arrays (L, T, ...). `out` is filled where it names a field.
+        `check` compares whole levels with their crc32c. Raises UserError when bytes are missing or changed.
         """
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         views = np.broadcast_to(np.asarray(view, np.int64), rows.shape)
@@ -190,7 +190,7 @@ class Cache:
 
     def _parts(self, spec: Array, slots: Sequence[int], tokens: int | None) -> list[tuple[int, int]]:
         """(offset, bytes) inside one item, in the order of the output; neighbours are joined."""
-        if spec.name not in ("features", "feature_stats"):
+        if not _has_tokens(spec):
             return [(0, spec.item_bytes)]
         per_token = spec.item_bytes // (spec.item[0] * spec.item[1])
         level_bytes, wanted = per_token * spec.item[1], per_token * (tokens or spec.item[1])
@@ -285,7 +285,12 @@ class Cache:
             self.close()
 
 
+def _has_tokens(spec: Array) -> bool:
+    """Whether an item is (L, T, ...), so that levels and tokens can be chosen from it."""
+    return spec.dimensions[2:4] == ("level", "token")
+
+
 def _selected(spec: Array, levels: int, tokens: int | None) -> tuple[int, ...]:
-    if spec.name not in ("features", "feature_stats"):
+    if not _has_tokens(spec):
         return spec.item
     return (levels, tokens or spec.item[1], *spec.item[2:])

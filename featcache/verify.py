@@ -100,16 +100,17 @@ def _recompute_row(
         return [f"picture {key!r} is not in {source.spec!r}"], 0.0, 0.0
     picture = images.decode(source.read(at[key]))
     policy = views.from_dict(cache.identity["policy"])
-    stored = cache.read([row], view, ("features", "attention", "crop", "flip", "jitter"))
+    codec = codecs.CODECS[cache.identity["codec"]]
+    stored = cache.read([row], view, (*codec.arrays(teacher.width), "attention", "crop", "flip", "jitter"))
     replayed = [
         views.render(picture, stored["crop"][0], stored["flip"][0], stored["jitter"][0], size, policy.filter)
         for size in (policy.size, teacher.input_px)
     ]
     device = next(iter(teacher.state_dict().values())).device
     pixels = torch.from_numpy(replayed[1].copy()).permute(2, 0, 1)[None].to(device)
-    features, _, attention, _ = extract.compute(teacher, pixels, cache.levels, cache.identity["codec"], 1)
-    decode = codecs.CODECS[cache.identity["codec"]].decode
-    new, old = decode(features[0].cpu()), decode(torch.from_numpy(stored["features"][0]))
+    coded, _, attention, _ = extract.compute(teacher, pixels, cache.levels, cache.identity["codec"], 1)
+    new = codec.decode({name: values.cpu() for name, values in coded.items()})
+    old = codec.decode({name: torch.from_numpy(stored[name]) for name in coded})
     error = float(((new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-12)).max())
     a = attention[0].cpu().numpy()
     attention_error = float(np.abs(a - stored["attention"][0]).max() / a.max())

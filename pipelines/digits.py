@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from featcache import images, rng, teachers, views
+from featcache.cli import entry
 from featcache.images import Source
-from pipelines.pack_images import one_line_errors, pack
+from pipelines.pack_images import pack
 
 PX = 32
 TRAIN = 1400
@@ -73,7 +73,9 @@ def write_shards(out: Path, seed: int) -> None:
         pack(images.open_source(out / "pictures" / part), out / "data", SHARD_SIZE, seed=seed, prefix=part)
 
 
-def train_teacher(train: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: float = 1e-3) -> VisionTransformer:
+def train_teacher(
+    train: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3
+) -> VisionTransformer:
     """Cross-entropy on a fresh view of every digit each epoch; AdamW, one epoch of warm-up, half a cosine to 0."""
     vit = teachers.build(lambda: timm.create_model(ARCHITECTURE, num_classes=CLASSES, **OPTIONS), f"random:{seed}")
     assert isinstance(vit, VisionTransformer)
@@ -140,10 +142,11 @@ def accuracy(vit: VisionTransformer, source: Source) -> float:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split, the order and the teacher.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split, the order and the teacher."
+)
 @click.option("--epochs", type=click.IntRange(2), default=25, show_default=True, help="Of the teacher's training.")
-@one_line_errors
-def main(out: Path, seed: int, epochs: int) -> None:
+def cli(out: Path, seed: int, epochs: int) -> None:
     """Write the digits to OUT/data as labelled shards and train OUT/teacher.safetensors on the training part.
 
     \b
@@ -164,6 +167,10 @@ def main(out: Path, seed: int, epochs: int) -> None:
         f"{len(train)} training and {len(test)} held-out digits in {out / 'data'}; the teacher names "
         f"{facts['head_top1']} % of the held-out ones ({facts['seconds']} s): {out / 'teacher.safetensors'}"
     )
+
+
+def main() -> None:
+    entry(cli)
 
 
 if __name__ == "__main__":

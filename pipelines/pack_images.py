@@ -17,11 +17,10 @@ import json
 import os
 import re
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial, wraps
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from featcache import images, rng
+from featcache.cli import entry
 from featcache.errors import UsageError, UserError
 from featcache.images import FolderSource, PictureError, Source
 from featcache.manifest import sync_folder
@@ -69,8 +69,6 @@ def pack(
         for name in names:
             (work / name).rename(out / name)
         _write_synced(out / "classes.json", classes)
-    except OSError as error:
-        raise UserError(f"packing into {str(out)!r}: {error}; make room or give another OUT, and run again") from error
     finally:
         shutil.rmtree(work)
     return [out / name for name in names]
@@ -199,29 +197,16 @@ def _write_synced(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that tells of a UserError in one line on stderr and exits with its status."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except UserError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_status)
-
-    return run
-
-
 @click.command()
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--shard-size", type=int, required=True, help="Pictures a shard.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the shuffled order.")
 @click.option("--resize", "resize_px", type=int, metavar="PX", help="Shorter side to PX pixels; never enlarges.")
-@click.option("--name", "prefix", default="shard", show_default=True, metavar="PREFIX", help="Shards are PREFIX-NNNNNN.tar.")
-@one_line_errors
-def main(src: str, out: Path, shard_size: int, seed: int, resize_px: int | None, prefix: str) -> None:
+@click.option(
+    "--name", "prefix", default="shard", show_default=True, metavar="PREFIX", help="Shards are PREFIX-NNNNNN.tar."
+)
+def cli(src: str, out: Path, shard_size: int, seed: int, resize_px: int | None, prefix: str) -> None:
     """Pack the pictures of SRC into webdataset tar shards in OUT, in a seeded shuffled order.
 
     SRC is a folder of pictures (class folders become labels) or webdataset tars. Bytes are kept as they are, unless
@@ -237,6 +222,10 @@ def main(src: str, out: Path, shard_size: int, seed: int, resize_px: int | None,
     shards = pack(source, out, shard_size, seed=seed, resize_px=resize_px, prefix=prefix)
     labels = "no labels" if source.labels is None else f"{len(set(source.labels.tolist()))} classes"
     click.echo(f"{len(source)} pictures ({labels}) in {len(shards)} shards: {shards[0]} ... {shards[-1].name}")
+
+
+def main() -> None:
+    entry(cli)
 
 
 if __name__ == "__main__":

@@ -63,12 +63,16 @@ class Cached:
 
     def __post_init__(self) -> None:
         self.policy = views.from_dict(self.cache.identity["policy"])
+        self.codec = codecs.CODECS[self.cache.identity["codec"]]
+        self.coded = tuple(self.codec.arrays(self.cache.identity["teacher"]["width"]))
 
     def view(self, digests: rng.U64, epoch: int) -> I64:
         return stored_view(digests, epoch, self.cache.views)
 
     def fetch(self, at: I64, view: I64) -> Host:
-        return self.cache.read(self.rows[at], view, (*self.spec.fields, *views.Drawn._fields), self.spec.levels or None)
+        fields = [field for field in self.spec.fields if field != "features"]
+        coded = self.coded if "features" in self.spec.fields else ()
+        return self.cache.read(self.rows[at], view, (*coded, *fields, *views.Drawn._fields), self.spec.levels or None)
 
     def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
         parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
@@ -91,8 +95,8 @@ class Cached:
         }
         if "features" not in host:
             return {}, sources
-        encoded = torch.from_numpy(host["features"]).to(device, non_blocking=True)
-        return {"features": codecs.CODECS[self.cache.identity["codec"]].decode(encoded)}, sources
+        coded = {name: torch.from_numpy(host[name]).to(device, non_blocking=True) for name in self.coded}
+        return {"features": self.codec.decode(coded)}, sources
 
 
 @dataclass

@@ -6,8 +6,10 @@ import gc
 import hashlib
 import io
 import json
+import sys
 import tarfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from PIL import Image
 from featcache import images, rng
 from featcache.errors import UsageError, UserError
 from pipelines import pack_images
-from pipelines.pack_images import main, pack, resized
+from pipelines.pack_images import cli, pack, resized
 
 
 def encode(width: int, height: int, kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -49,6 +51,24 @@ def classes(tmp_path: Path) -> Path:
         "emu/five.webp": encode(12, 6, "WEBP"),
     }
     return write(tmp_path / "photos", files)
+
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The program as it is started: exit status and stderr for some arguments."""
+
+    def start(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["pack_images", *map(str, arguments)])
+        try:
+            pack_images.main()
+        except SystemExit as stop:
+            return int(stop.code or 0), capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return start
 
 
 def content(shards: list[Path]) -> list[str]:
@@ -191,9 +211,11 @@ def test_resize_never_enlarges_and_then_keeps_the_bytes() -> None:
 
 
 def test_resize_through_the_command(tmp_path: Path) -> None:
-    src = write(tmp_path / "in", {"a/wide.png": encode(40, 20), "b/tall.jpg": encode(20, 60, "JPEG"), "b/s.png": encode(5, 4)})
+    src = write(
+        tmp_path / "in", {"a/wide.png": encode(40, 20), "b/tall.jpg": encode(20, 60, "JPEG"), "b/s.png": encode(5, 4)}
+    )
     arguments = [str(src), str(tmp_path / "out"), "--shard-size", "9", "--resize", "10", "--name", "train"]
-    result = CliRunner().invoke(main, arguments)
+    result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     assert "3 pictures (2 classes) in 1 shards" in result.output
     packed = images.open_source(str(tmp_path / "out/train-*.tar"))
@@ -201,13 +223,7 @@ def test_resize_through_the_command(tmp_path: Path) -> None:
     assert sizes == {"a/wide": (20, 10), "b/tall": (10, 30), "b/s": (5, 4)}
 
 
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit status and stderr of the command, which must be one line for a UserError."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    return result.exit_code, result.stderr
-
-
-def test_an_unreadable_picture_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unreadable_picture_leaves_nothing(run: Run, tmp_path: Path) -> None:
     """With --resize every picture is decoded; the bad one comes last, after several shards are done."""
     files = {f"{i}.png": encode(8 + i, 6) for i in range(9)}
     bad = int(rng.permutation(9, 0, 0)[-1])
@@ -221,7 +237,7 @@ def test_an_unreadable_picture_leaves_nothing(tmp_path: Path) -> None:
     assert run(src, tmp_path / "out", "--shard-size", 2)[0] == 0
 
 
-def test_shards_are_never_overwritten(classes: Path, tmp_path: Path) -> None:
+def test_shards_are_never_overwritten(run: Run, classes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     before = content(pack(images.open_source(classes), out, 2, seed=0))
     status, text = run(classes, out, "--shard-size", 3)
@@ -230,7 +246,7 @@ def test_shards_are_never_overwritten(classes: Path, tmp_path: Path) -> None:
     assert content(sorted(out.glob("*.tar"))) == before
 
 
-def test_a_killed_run_is_named(classes: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_named(run: Run, classes: Path, tmp_path: Path) -> None:
     (tmp_path / "out/.shard.packing").mkdir(parents=True)
     status, text = run(classes, tmp_path / "out", "--shard-size", 3)
     assert status == 1
@@ -238,7 +254,7 @@ def test_a_killed_run_is_named(classes: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/.shard.packing").is_dir()
 
 
-def test_a_full_disk_is_one_line(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
@@ -258,20 +274,22 @@ def test_a_full_disk_is_one_line(classes: Path, tmp_path: Path, monkeypatch: pyt
         ([], 2, "Missing option '--shard-size'"),
     ],
 )
-def test_wrong_commands(classes: Path, tmp_path: Path, arguments: list[object], status: int, text: str) -> None:
+def test_wrong_commands(
+    run: Run, classes: Path, tmp_path: Path, arguments: list[object], status: int, text: str
+) -> None:
     got, said = run(classes, tmp_path / "out", *arguments)
     assert got == status
     assert text in said
     assert not (tmp_path / "out").exists()
 
 
-def test_no_pictures(tmp_path: Path) -> None:
+def test_no_pictures(run: Run, tmp_path: Path) -> None:
     status, text = run(tmp_path / "nowhere", tmp_path / "out", "--shard-size", 1)
     assert (status, text.count("\n")) == (1, 1)
     assert "no pictures found" in text
 
 
-def test_out_is_a_file(classes: Path, tmp_path: Path) -> None:
+def test_out_is_a_file(run: Run, classes: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     assert run(classes, tmp_path / "out", "--shard-size", 1)[0] == 1
 
@@ -282,7 +300,7 @@ def test_shard_size_is_checked_for_callers_too(classes: Path, tmp_path: Path) ->
 
 
 def test_help_shows_examples() -> None:
-    result = CliRunner().invoke(main, ["--help"])
+    result = CliRunner().invoke(cli, ["--help"])
     assert result.exit_code == 0
     assert "python -m pipelines.pack_images photos packed --shard-size 1000" in result.output
     for option in ("--shard-size", "--seed", "--resize", "--name"):

@@ -29,7 +29,7 @@ _TAG = "openai"
 
 
 class Clip(nn.Module):
-    """`visual`: an open_clip VisionTransformer, read through hooks: y_k after each block, [CLS] attention of the last."""
+    """`visual`: an open_clip VisionTransformer, read through hooks: y_k of each block, the last [CLS] attention."""
 
     name = "clip"
 

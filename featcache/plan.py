@@ -1,0 +1,175 @@
+"""What an extraction will write, decided before anything is read.
+
+A `Plan` joins pictures, teacher, views and layout; its manifest is the cache's identity. `prepare` makes the folder, or
+checks that the cache that is there is the same one.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+
+from featcache import codecs, images, manifest, targets, teachers, views
+from featcache.errors import UsageError, UserError
+from featcache.store import SHARDS, Array
+
+_SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a cache's content depends on."""
+
+    source: images.Source
+    teacher: teachers.Teacher
+    policy: views.Policy
+    views: int = 1
+    levels: tuple[int, ...] = ()
+    order: str = "attentive"
+    codec: str = "fp16"
+    store: str = "zarr"
+    rows_per_shard: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.views < 1 or self.rows_per_shard < 1:
+            raise UsageError(f"--views {self.views}, --rows-per-shard {self.rows_per_shard}: at least 1 is needed")
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """Ranges of the source, fixed before anything is read: `first` picture and `count`."""
+        n, step = len(self.source), self.rows_per_shard
+        return [
+            {"name": f"{i:06d}", "first": first, "count": min(step, n - first)}
+            for i, first in enumerate(range(0, n, step))
+        ]
+
+    @property
+    def arrays(self) -> list[Array]:
+        levels, tokens, patches = len(self.levels), self.teacher.patches + 1, self.teacher.patches
+        coded = codecs.CODECS[self.codec].arrays(self.teacher.width)
+        order = "|u1" if patches <= 256 else "<u2"
+        row_view = ("row", "view")
+        return [
+            *(
+                Array(name, dtype, (levels, tokens, *item), (*row_view, "level", "token", *names), split=True)
+                for name, (dtype, item, names) in coded.items()
+            ),
+            Array("feature_stats", "<f4", (levels, tokens, 2), (*row_view, "level", "token", "mean_std"), split=True),
+            Array("row_crc", "<u4", (levels,), (*row_view, "level")),
+            Array("attention", "<f4", (patches,), (*row_view, "patch")),
+            Array("mask_order", order, (patches,), (*row_view, "rank")),
+            Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
+            Array("flip", "|u1", (), row_view),
+            Array("area", "<f4", (), row_view),
+            Array("jitter", "<f4", (4,), (*row_view, "brightness_contrast_saturation_order")),
+            Array("pixel_hash", "<u8", (), row_view),
+            Array("thumbnail", "|u1", (views.THUMBNAIL, views.THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
+            Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
+            Array("key", "|u1", (), ("byte",), per_view=False),
+            Array("key_offsets", "<i8", (), ("row_edge",), per_view=False),
+        ]
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of the arrays that are stored for each view."""
+        return sum(array.item_bytes for array in self.arrays if array.per_view)
+
+    def manifest(self) -> dict[str, Any]:
+        teacher = self.teacher
+        identity = {
+            "teacher": {
+                "name": teacher.name,
+                "weight_hash": teachers.weight_hash(teacher),
+                "input_px": teacher.input_px,
+                "pixel_mean": list(teacher.pixel_mean),
+                "pixel_std": list(teacher.pixel_std),
+                "patches": teacher.patches,
+                "width": teacher.width,
+                "depth": teacher.depth,
+                "tail_file": f"{file_name(teacher.name)}.safetensors",
+            },
+            "levels": list(self.levels),
+            "eps": targets.EPS,
+            "order": self.order,
+            "codec": self.codec,
+            "tokens": "raster",
+            "policy": self.policy.as_dict(),
+            "views": self.views,
+            "pixel_path": images.PIXEL_PATH,
+            "pictures": {"count": len(self.source), "keys_digest": manifest.keys_digest(self.source.keys)},
+            "rows_per_shard": self.rows_per_shard,
+            "store": self.store,
+        }
+        provenance = {
+            "weights": teacher.weights,
+            "source": self.source.spec,
+            "versions": {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()},
+        }
+        return manifest.make(identity, provenance, {a.name: a.as_dict() for a in self.arrays}, self.shards)
+
+
+def parse_levels(text: str, depth: int) -> tuple[int, ...]:
+    """'last:5', '8,10,12' or 'all' -> 1-based block numbers, ascending.
+
+    >>> parse_levels("last:3", 12), parse_levels("8,12,10", 12)
+    ((10, 11, 12), (8, 10, 12))
+    """
+    head, _, count = text.partition(":")
+    if text == "all":
+        return tuple(range(1, depth + 1))
+    if head == "last" and count.isdecimal() and 1 <= int(count) <= depth:
+        return tuple(range(depth - int(count) + 1, depth + 1))
+    parts = text.split(",")
+    if all(part.isdecimal() and 1 <= int(part) <= depth for part in parts) and len(set(parts)) == len(parts):
+        return tuple(sorted(map(int, parts)))
+    raise UsageError(f"--levels {text!r}: last:N, a list such as 8,10,{depth}, or all; blocks are 1 to {depth}")
+
+
+def file_name(text: str) -> str:
+    """A teacher's name as a file name: letters, digits, dot and dash."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)[:80]
+
+
+def prepare(plan: Plan, out: Path) -> dict[str, Any]:
+    """Make the folder, or check that the cache in it is the same one; returns its manifest."""
+    wanted = plan.manifest()
+    if (out / manifest.NAME).is_file():
+        there = manifest.read(out)
+        todo = "give another --out, or the same arguments to continue this cache"
+        manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, ("fatal", "lossy"))
+        wanted = there
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
+    else:
+        _check_space(plan, out)
+    (out / SHARDS).mkdir(parents=True, exist_ok=True)
+    _write_tail(plan, out / wanted["identity"]["teacher"]["tail_file"])
+    if not (out / manifest.NAME).is_file():
+        manifest.write_json(out / manifest.NAME, wanted)
+    return wanted
+
+
+def _check_space(plan: Plan, out: Path) -> None:
+    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    needed = plan.view_bytes * plan.views * len(plan.source) + _SPARE_BYTES
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "fewer --views or --levels, or another disk"
+        )
+
+
+def _write_tail(plan: Plan, path: Path) -> None:
+    from safetensors.numpy import save
+
+    if not path.is_file():
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(save(plan.teacher.tail()))
+        temporary.replace(path)
