@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Codec(NamedTuple):
-    """`arrays`: width -> what is stored for each token, name -> (numpy dtype, item, dimension names); `features` is one.
+    """`arrays`: width -> what is stored of a token, name -> (numpy dtype, item, dimension names); `features` is one.
 
     `encode` (..., D) float -> those arrays (..., *item); `decode` takes them back to (..., D) float32.
     """

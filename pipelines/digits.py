@@ -127,8 +127,9 @@ def _views(pictures: list[Image.Image], digests: rng.U64, seed: int, epoch: int)
 
 
 def _normalised(vit: VisionTransformer, pixels: Tensor) -> Tensor:
-    """With the statistics that the timm teacher will use."""
-    return teachers.pixels(pixels, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+    """With the statistics that featcache will use for this file."""
+    facts: Any = vit.pretrained_cfg
+    return teachers.pixels(pixels, facts["mean"], facts["std"])
 
 
 @torch.no_grad()
@@ -142,9 +143,7 @@ def accuracy(vit: VisionTransformer, source: Source) -> float:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split, the order and the teacher."
-)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split and the teacher.")
 @click.option("--epochs", type=click.IntRange(2), default=25, show_default=True, help="Of the teacher's training.")
 def cli(out: Path, seed: int, epochs: int) -> None:
     """Write the digits to OUT/data as labelled shards and train OUT/teacher.safetensors on the training part.

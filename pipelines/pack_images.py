@@ -3,11 +3,11 @@
     python -m pipelines.pack_images SRC OUT --shard-size N
 
 SRC is whatever `featcache.images.open_source` opens; a shard holds KEY.EXT with the picture's own bytes and, where the
-source is labelled, KEY.cls with the class as a decimal number. The names of the classes go to OUT/classes.json. The same
-pictures give the same bytes: times and owners are fixed, the order is a function of the seed and the number of pictures.
+source is labelled, KEY.cls with the class as a decimal number. The names of the classes go to OUT/classes.json. The
+same pictures give the same bytes: times and owners are fixed, the order is a function of seed and number of pictures.
 
-Shards grow in a hidden folder of OUT and are moved out of it, synced, when the last one is whole: a run that fails leaves
-no shard behind, and one that is killed leaves only that folder.
+Shards grow in a hidden folder of OUT and are moved out of it, synced, when the last one is whole: a run that fails
+leaves no shard behind, and one that is killed leaves only that folder.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def pack(
         work.mkdir(parents=True)
     except FileExistsError as error:
         raise UserError(
-            f"packing into {str(out)!r}: {work.name} is there, so another run is at work or was killed; nothing else may "
-            f"write these shards: wait for it, or remove {str(work)!r} and run again"
+            f"packing into {str(out)!r}: {work.name} is there, so another run is at work or was killed; one run at a "
+            f"time may write these shards: wait for it, or remove {str(work)!r} and run again"
         ) from error
     try:
         names = _write_shards(source, work, shard_size, seed, resize_px, prefix)
@@ -98,8 +98,8 @@ def _classes_text(source: Source, out: Path) -> str:
     path = out / "classes.json"
     if path.exists() and path.read_text() != text:
         raise UserError(
-            f"packing into {str(out)!r}: its classes.json names other classes than {source.spec!r}, so a label would mean "
-            "two things; shards of one folder share their classes: give another OUT"
+            f"packing into {str(out)!r}: its classes.json names other classes than {source.spec!r}, so a label would "
+            "mean two things; shards of one folder share their classes: give another OUT"
         )
     return text
 
@@ -143,8 +143,8 @@ def _picture(source: Source, resize_px: int | None, row: int) -> tuple[str, byte
         return suffix, resized(data, resize_px)
     except PictureError as error:
         raise UserError(
-            f"resizing {source.keys[row]!r} of {source.spec}: {error}; every picture must decode: repair it, take it out, "
-            "or pack without --resize (extraction lists what it cannot read)"
+            f"resizing {source.keys[row]!r} of {source.spec}: {error}; every picture must decode: repair it, take it "
+            "out, or pack without --resize (extraction lists what it cannot read)"
         ) from error
 
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-import numpy as np
 
-from featcache import home, images, manifest, rng, views
+from featcache import home, images
 from featcache.cli import entry, given_images, pick_device
-from featcache.errors import UsageError, UserError
-
-if TYPE_CHECKING:
-    from featcache.images import Source
-    from student.train import Job
-
-BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
+from featcache.errors import UsageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -38,38 +31,27 @@ def main() -> None:
     "  accelerate launch -m student train --recipe mralign --cache CACHE --out RUN --resume"
 )
 @click.option("--recipe", "recipe_name", help="A name from `student recipes`, or the path of your own .py file.")
-@click.option(
-    "--cache", "cache_path", type=click.Path(path_type=Path), help="[default: found in $FEATCACHE_HOME by need]"
-)
-@click.option(
-    "--images", "images_spec", help="Training pictures. [default: $FEATCACHE_IMAGES, then where the cache's were]"
-)
+@click.option("--cache", type=click.Path(path_type=Path), help="[default: found in $FEATCACHE_HOME by need]")
+@click.option("--images", help="Training pictures. [default: $FEATCACHE_IMAGES, then where the cache's were]")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: runs/RECIPE-sSEED]")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the pictures. [default: the recipe's]")
 @click.option(
     "--steps", type=click.IntRange(0), help="Optimiser steps in place of epochs; 0 writes the untrained student."
 )
-@click.option(
-    "--batch-size", type=click.IntRange(1), help=f"Per process. [default: {BATCH_SIZE}, or all pictures if fewer]"
-)
+@click.option("--batch-size", type=click.IntRange(1), help="Per process. [default: 64, or all pictures if fewer]")
 @click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Micro-batches a step.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--teacher",
-    "mode",
     type=click.Choice(["cached", "online"]),
     default="cached",
     show_default=True,
     help="online: the teacher in the loop, no targets read.",
 )
 @click.option("--weights", help="Online: the teacher's weights, FILE, tag or random:SEED.")
-@click.option(
-    "--views", "view_count", type=click.IntRange(1), help="Online: views a picture. [default: a fresh one each epoch]"
-)
-@click.option(
-    "--policy", "policy_name", default="default", show_default=True, help="Online without --cache: view policy."
-)
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="JSON of recipe settings; --set wins.")
+@click.option("--views", type=click.IntRange(1), help="Online: views a picture. [default: a fresh one each epoch]")
+@click.option("--policy", default="default", show_default=True, help="Online without --cache: view policy.")
+@click.option("--config", type=click.Path(path_type=Path), help="JSON of recipe settings; --set wins.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe.")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option("--device", help="cpu keeps off the GPU. [default: cuda where there is one]")
@@ -94,23 +76,24 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Train a student by RECIPE from cached targets, or with the teacher in the loop."""
+    from student import job as jobs
     from student import recipes
     from student import train as work
 
     if recipe_name is None:
         raise UsageError(f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of your own")
     recipe = recipes.load(recipe_name)
-    acc = work.accelerator(options["precision"], options["device"])
-    job, loader = _job(recipe_name, recipe, acc, options)
-    facts = _dry_facts(job, loader)
+    acc = work.accelerator(options["precision"], options.pop("device"))
+    options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
+    job, loader = jobs.build(recipe_name, recipe, acc, jobs.Options(**options), _say if acc.is_main_process else _hush)
+    facts = jobs.facts(job, loader)
     if dry_run:
         click.echo(json.dumps(facts) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
         return
-    if acc.is_main_process and not as_json:
-        click.echo(
+    if acc.is_main_process:
+        _say(
             f"{recipe_name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} steps of "
-            f"{facts['global_batch']} -> {job.out}",
-            err=True,
+            f"{facts['global_batch']} -> {job.out}"
         )
     summary = work.train(job, loader, acc)
     if acc.is_main_process:
@@ -119,148 +102,12 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
         click.echo(json.dumps(summary) if as_json else text)
 
 
-def _job(name: str, recipe: Any, acc: Any, options: dict[str, Any]) -> tuple[Job, Any]:
-    """The options as a Job and its Loader."""
-    from student import config, resolve
-    from student.loader import Loader
-    from student.train import Job
-
-    overrides = [*_file_settings(options["config_file"]), *options["settings"]]
-    if options["epochs"] is not None:
-        overrides.append(f"epochs={options['epochs']}")
-    config.from_overrides(recipe.Config, overrides)  # a wrong setting is told before anything is opened
-    found, spec_of_images = None, images_or_none(options["images_spec"])
-    source = images.open_source(spec_of_images) if spec_of_images else None
-    if options["cache_path"] is not None:
-        found = resolve.open_given(options["cache_path"], recipe, name, overrides)
-    elif options["mode"] == "cached":
-        found = resolve.find(recipe, name, overrides, source)
-    if source is None:
-        source = images.open_source(given_images(found.cache.manifest["provenance"]["source"] if found else None))
-    if options["mode"] == "online" or found is None:
-        settings, targets, pictures, about = _online(recipe, overrides, found, source, acc.device, options)
-    else:
-        settings, targets, pictures, about = _cached(found, source, options)
-    batch_size = options["batch_size"] or min(
-        BATCH_SIZE, max(len(pictures) // acc.num_processes // options["accumulate"], 1)
-    )
-    digests = rng.key_digests(source.keys[i] for i in pictures)
-    loader = Loader(
-        source, targets, pictures, digests, options["seed"], batch_size, options["accumulate"], acc.num_processes,
-        acc.process_index, options["workers"], options["check_pixels"],
-    )  # fmt: skip
-    out = options["out"] or Path("runs") / f"{Path(name).stem}-s{options['seed']}"
-    job = Job(
-        name, recipe, settings, targets, out, options["seed"], about, options["steps"], options["precision"],
-        options["save_every"], options["resume"],
-    )  # fmt: skip
-    return job, loader
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
-def images_or_none(spec: str | None) -> str | None:
-    """--images or FEATCACHE_IMAGES; None leaves it to the cache."""
-    try:
-        return given_images(spec)
-    except UsageError:
-        return None
-
-
-def _file_settings(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        fields = json.loads(path.read_text())
-        return [f"{key}={json.dumps(value)}" for key, value in fields.get("config", fields).items()]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"--config {str(path)!r}: {error}; a JSON object of settings is needed, such as a run's config.json"
-        ) from error
-
-
-def _cached(found: Any, source: Source, options: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
-    from student import resolve
-    from student.targets import Cached
-
-    for option in ("weights", "view_count"):
-        if options[option] is not None:
-            raise UsageError(f"--{option.replace('_count', 's')} belongs to --teacher online; the cache has its own")
-    pictures, rows, skipped = resolve.join(found.cache, source)
-    _notes(found, skipped)
-    about = {"kind": "cached", "id": found.cache.manifest["id"], "identity": found.cache.identity}
-    about["pixel_tolerance"] = options["pixel_tolerance"]
-    return found.config, Cached(found.cache, found.spec, rows, options["pixel_tolerance"]), pictures, about
-
-
-def _notes(found: Any, skipped: int) -> None:
-    """What a person should know about this cache before training from it."""
-    about = found.cache.manifest
-    if manifest.is_random(about) and found.spec.fields:
-        click.echo(f"note: {manifest.title(about)}", err=True)
-    if skipped:
-        click.echo(f"note: {skipped} pictures are in the cache's quarantine and are skipped", err=True)
-    scale = tuple(about["identity"]["policy"]["scale"])
-    if scale != tuple(found.spec.scale):
-        click.echo(
-            f"note: the cache's crops are {scale[0]:g}-{scale[1]:g} of the area, the recipe was published "
-            f"with {found.spec.scale[0]:g}-{found.spec.scale[1]:g}",
-            err=True,
-        )
-
-
-def _online(
-    recipe: Any, overrides: Sequence[str], found: Any, source: Source, device: Any, options: dict[str, Any]
-) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """The teacher in the loop: over a cache's own views and pictures where one is given, else over fresh ones."""
-    from featcache import teachers
-    from student import config as configs
-    from student import resolve
-    from student.targets import Online
-
-    identity = found.cache.identity if found else None
-    policy = views.from_dict(identity["policy"]) if identity else views.policy(options["policy_name"])
-    count = options["view_count"] or (identity["views"] if identity else None)
-    plain = configs.from_overrides(recipe.Config, overrides)
-    needs = bool(recipe.needs(plain).fields)
-    teacher = None
-    if needs:
-        given = options["weights"] or (found.cache.manifest["provenance"]["weights"] if found else None)
-        teacher = teachers.load(identity["teacher"]["name"] if identity else plain.teacher, given, str(device))
-        if teachers.is_random(teacher.weights):
-            click.echo(f"note: {teacher.weights} - these weights are drawn, not trained", err=True)
-    facts: dict[str, Any] = {"img_size": policy.size}
-    if teacher is not None:
-        facts |= {"patch_size": resolve.patch_size(policy.size, teacher.patches), "teacher": teacher.name}
-        facts |= {"teacher_depth": teacher.depth, "teacher_width": teacher.width}
-    elif identity:
-        facts = resolve.facts(identity)
-    settings = resolve.with_facts(recipe.Config, overrides, facts)
-    pictures = resolve.join(found.cache, source)[0] if found else np.arange(len(source))
-    order = identity["order"] if identity else "attentive"
-    targets = Online(policy, recipe.needs(settings), list(source.keys), teacher, count, order)
-    about = {"kind": "online", "policy": policy.as_dict(), "views": count}
-    if teacher is not None:
-        about |= {"teacher": teacher.name, "weight_hash": teachers.weight_hash(teacher)}
-    return settings, targets, pictures, about
-
-
-def _dry_facts(job: Job, loader: Any) -> dict[str, Any]:
-    """What `--dry-run` prints."""
-    model = job.recipe.Model(job.config)
-    steps = loader.steps_per_epoch * job.config.epochs if job.steps is None else job.steps
-    kind = job.about["kind"]
-    shown = (
-        f"cache {job.about['id']}" if kind == "cached" else f"teacher {job.about.get('teacher', 'not needed')} online"
-    )
-    return {
-        "recipe": job.name,
-        "targets": shown,
-        "pictures": len(loader.pictures),
-        "global_batch": loader.global_batch,
-        "steps_per_epoch": loader.steps_per_epoch,
-        "steps": steps,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
-    }
+def _hush(text: str) -> None:
+    """Other processes than the first say nothing."""
 
 
 @cli.command(epilog="Examples:\n\n  student recipes\n\n  student recipes mralign --set encoder=large")

@@ -105,7 +105,6 @@ class Online:
 
     policy: views.Policy
     spec: TargetSpec
-    keys: list[str]  # of the training pictures
     teacher: teachers.Teacher | None
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`

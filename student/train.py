@@ -49,9 +49,12 @@ class Job:
     seed: int
     about: dict[str, Any]  # identity of the targets, for config.json
     steps: int | None = None  # optimiser steps; None: config.epochs
-    precision: str = "auto"
     save_every: int | None = None  # steps; None: an epoch
     resume: bool = False
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of the whole run."""
+        return steps_per_epoch * self.config.epochs if self.steps is None else self.steps
 
 
 def accelerator(precision: str, device: str | None = None) -> Accelerator:
@@ -70,7 +73,7 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     """Run the job to its end; returns a summary. The run folder holds config.json, metrics.jsonl, environment.json and
     checkpoints/."""
     # ---- what is to be done -------------------------------------------------------------------------------------
-    total = loader.steps_per_epoch * job.config.epochs if job.steps is None else job.steps
+    total = job.total_steps(loader.steps_per_epoch)
     warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
     peak = optim.peak_lr(job.config, loader.global_batch)
     record = _record(job, loader, acc, total)

@@ -1,0 +1,216 @@
+"""One picture that shows what a cache holds and what was learnt from it.
+
+    | picture, crop boxes | views 1..V | attention 1..V | mask 1..V |      one row a sample
+    | loss over steps     | its parts, where runs have them         |
+
+Everything is replayed from the cache: the boxes, the mirrored views, the teacher's attention, the stored mask order.
+
+V views shown, P = g * g patches, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from featcache import images, views
+from featcache.errors import UserError
+from featcache.images import Source
+from featcache.reader import Cache
+from student import metrics
+
+VIEWS_SHOWN = 4  # more would be too small to read
+GREY = 0.82  # hidden patches
+FIELDS = ("crop", "flip", "jitter", "attention", "mask_order")
+PANELS = {"loss": "loss", "align": "its part: alignment with the teacher", "pixel": "its part: hidden pixels"}
+VIEW_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd")
+RUN_COLOURS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e")
+
+Pixels = npt.NDArray[np.float64]  # (S, S, 3) in 0..1
+
+
+def draw(
+    source: Source,
+    cache: Cache,
+    keys: Sequence[str],
+    runs: Mapping[str, Path],
+    path: Path,
+    *,
+    visible_ratio: float = 0.25,
+) -> None:
+    """Write the picture to `path` (its suffix is the format): samples `keys` above, the curves of `runs` below."""
+    count = min(cache.views, VIEWS_SHOWN)
+    figure = Figure(figsize=(1.5 + 3.6 * count, 1.3 * len(keys) + 4.4))
+    grid = GridSpec(
+        2, 1, figure, height_ratios=[1.3 * len(keys), 2.9], hspace=0.62 / max(len(keys), 2),
+        left=0.04, right=0.985, top=1 - 0.72 / figure.get_figheight(), bottom=0.55 / figure.get_figheight(),
+    )  # fmt: skip
+    _samples(figure, grid, source, cache, keys, count, visible_ratio)
+    _curves(figure, grid, {name: metrics.read(run) for name, run in runs.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _samples(
+    figure: Figure, grid: GridSpec, source: Source, cache: Cache, keys: Sequence[str], count: int, visible_ratio: float
+) -> None:
+    """The upper rows: one sample each, in four groups of columns."""
+    widths = [1.15, 0.12, *([1.0] * count), 0.12, *([1.0] * count), 0.12, *([1.0] * count)]
+    cells = GridSpecFromSubplotSpec(len(keys), len(widths), grid[0], width_ratios=widths, wspace=0.06, hspace=0.1)
+    starts = [2 + group * (count + 1) for group in range(3)]
+    for row, sample in enumerate(samples(source, cache, keys, count)):
+        axes = figure.add_subplot(cells[row, 0])
+        _show_boxes(axes, sample)
+        for view in range(count):
+            for start, kind in zip(starts, ("view", "attention", "mask"), strict=True):
+                axes = figure.add_subplot(cells[row, start + view])
+                _show(axes, sample["views"][view], kind, visible_ratio, VIEW_COLOURS[view % len(VIEW_COLOURS)])
+    titles = (
+        "views, as teacher and student see them",
+        "attention of the teacher's [CLS]",
+        f"mask: the {visible_ratio:.0%} that the student sees",
+    )
+    spans = [cells[0, 0], *(cells[0, start : start + count] for start in starts)]
+    for span, title in zip(spans, ("crop boxes", *titles), strict=True):
+        axes = figure.add_subplot(span, frameon=False, xticks=[], yticks=[], zorder=-1)
+        axes.set_title(title, fontsize=12, pad=8)
+
+
+def samples(source: Source, cache: Cache, keys: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """For each key its picture and, for each of `count` views, the pixels and the stored arrays."""
+    rows = cache.keys.find(list(keys))
+    number = {key: i for i, key in enumerate(source.keys)}
+    missing = [key for key, row in zip(keys, rows, strict=True) if row < 0 or key not in number]
+    if missing:
+        raise UserError(
+            f"drawing samples: {missing[0]!r} is not in both {source.spec!r} and {cache.path}; give keys of both"
+        )
+    policy = views.from_dict(cache.identity["policy"])
+    stored = [cache.read(rows, view=view, fields=FIELDS) for view in range(count)]
+    found = []
+    for i, key in enumerate(keys):
+        picture = images.decode(source.read(number[key]))
+        shown = [{name: array[i] for name, array in arrays.items()} for arrays in stored]
+        for view in shown:
+            view["pixels"] = views.render(
+                picture, view["crop"], int(view["flip"]), view["jitter"], policy.size, policy.filter
+            )
+        found.append({"key": key, "picture": picture, "views": shown})
+    return found
+
+
+def attention_over(pixels: npt.NDArray[np.uint8], attention: npt.NDArray[np.floating]) -> Pixels:
+    """(S, S, 3) uint8 and (P,) -> the grey view under a heat map scaled to its own largest weight."""
+    grid = grid_side(len(attention))
+    heat = np.asarray(attention, np.float64).reshape(grid, grid) / max(float(np.max(attention)), 1e-12)
+    coloured = matplotlib.colormaps["inferno"](_to_pixels(heat, len(pixels)))[..., :3]
+    grey = pixels.mean(-1, keepdims=True) / 255
+    return np.clip(0.3 * grey + 0.7 * coloured, 0, 1)
+
+
+def masked(pixels: npt.NDArray[np.uint8], mask_order: npt.NDArray[np.integer], visible_ratio: float) -> Pixels:
+    """(S, S, 3) uint8 and a permutation (P,) -> the first patches of the order; the others are grey."""
+    grid = grid_side(len(mask_order))
+    seen = np.zeros(grid * grid)
+    seen[np.asarray(mask_order[: int(grid * grid * visible_ratio)], np.int64)] = 1
+    shown = _to_pixels(seen.reshape(grid, grid), len(pixels))[..., None]
+    return shown * (pixels / 255) + (1 - shown) * GREY
+
+
+def grid_side(patches: int) -> int:
+    """g of P = g * g."""
+    return round(patches**0.5)
+
+
+def _to_pixels(grid: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
+    """(g, g) -> (S, S): every pixel takes its patch's value."""
+    at = np.arange(size) * len(grid) // size
+    return grid[at][:, at]
+
+
+def _show_boxes(axes: Axes, sample: dict[str, Any]) -> None:
+    """The source picture with the numbered, coloured boxes of its views."""
+    picture: Image.Image = sample["picture"]
+    axes.imshow(np.asarray(picture), interpolation="nearest")
+    unit = max(picture.size) / 100  # boxes are drawn a little outside one another, so that equal edges stay visible
+    for i, view in enumerate(sample["views"]):
+        top, left, height, width = (float(x) for x in view["crop"])
+        shift = (i - (len(sample["views"]) - 1) / 2) * unit
+        colour = VIEW_COLOURS[i % len(VIEW_COLOURS)]
+        corner = (left - 0.5 + shift, top - 0.5 + shift)
+        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.8, clip_on=False))
+    _bare(axes)
+    axes.set_xlabel(sample["key"][-24:], fontsize=8, labelpad=4)
+
+
+def _show(axes: Axes, view: dict[str, Any], kind: str, visible_ratio: float, colour: str) -> None:
+    """One view in one of its three forms, in a frame of its box's colour."""
+    pixels = view["pixels"]
+    if kind == "attention":
+        shown: npt.NDArray[Any] = attention_over(pixels, view["attention"])
+    elif kind == "mask":
+        shown = masked(pixels, view["mask_order"], visible_ratio)
+    else:
+        shown = pixels
+    axes.imshow(shown, interpolation="nearest")
+    _bare(axes)
+    for spine in axes.spines.values():
+        spine.set(edgecolor=colour, linewidth=1.8)
+    if kind == "view" and view["flip"]:
+        box = {"facecolor": "white", "alpha": 0.75, "pad": 1, "edgecolor": "none"}
+        axes.text(0.04, 0.05, "mirrored", transform=axes.transAxes, fontsize=7, bbox=box)
+
+
+def _bare(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[])
+
+
+def _curves(figure: Figure, grid: GridSpec, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    """The lower row: the loss of every run over its steps, and those parts that any run has."""
+    trained = {name: found for name, found in rows.items() if found}
+    panels = [part for part in PANELS if any(part in found[0] for found in trained.values())]
+    if not panels:
+        return
+    cells = GridSpecFromSubplotSpec(1, len(panels), grid[1], wspace=0.16)
+    for i, part in enumerate(panels):
+        axes = figure.add_subplot(cells[0, i])
+        for (name, found), colour in zip(trained.items(), _cycle(RUN_COLOURS, len(trained)), strict=True):
+            if part in found[0]:
+                _curve(axes, name, colour, [row["step"] for row in found], [float(row[part]) for row in found])
+        axes.set_title(PANELS[part], fontsize=12)
+        axes.set_xlabel("step", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=9, frameon=False)
+
+
+def _cycle(colours: Sequence[str], count: int) -> list[str]:
+    return [colours[i % len(colours)] for i in range(count)]
+
+
+def _curve(axes: Axes, name: str, colour: str, steps: Sequence[int], values: Sequence[float]) -> None:
+    """The steps as they were, faint, and their running mean over a thirtieth of the run."""
+    axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+    axes.plot(steps, running_mean(np.array(values), max(1, len(values) // 30)), color=colour, linewidth=2, label=name)
+
+
+def running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
+    """The mean of the last `width` values at every place; of fewer at the start.
+
+    >>> running_mean(np.array([2.0, 4.0, 6.0, 8.0]), 2).tolist()
+    [2.0, 3.0, 5.0, 7.0]
+    """
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -1,0 +1,209 @@
+"""From the options of `student train` to a Job and its Loader.
+
+Here it is decided where views and targets come from: a cache that was given or found, or the teacher in the loop. What
+a person should know before training goes through `say`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from accelerate import Accelerator
+
+from featcache import images, manifest, rng, teachers, views
+from featcache.errors import UsageError, UserError
+from featcache.images import Source
+from student import config, resolve
+from student.loader import Loader
+from student.resolve import Found
+from student.targets import Cached, Online, Targets
+from student.train import Job
+
+BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `student train` was told, beside the recipe; names are those of the options."""
+
+    cache: Path | None
+    images: str | None
+    out: Path | None
+    epochs: int | None
+    steps: int | None
+    batch_size: int | None
+    accumulate: int
+    seed: int
+    teacher: str
+    weights: str | None
+    views: int | None
+    policy: str
+    config: Path | None
+    settings: Sequence[str]
+    precision: str
+    workers: int
+    save_every: int | None
+    check_pixels: float
+    pixel_tolerance: float
+    resume: bool
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Where a run's views and targets come from."""
+
+    config: config.RecipeConfig
+    targets: Targets
+    pictures: npt.NDArray[np.int64]  # numbers of the training pictures in the source
+    about: dict[str, Any]  # for config.json
+
+
+def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say) -> tuple[Job, Loader]:
+    """The job and the loader of this process."""
+    overrides = [*_file_settings(options.config), *options.settings]
+    if options.epochs is not None:
+        overrides.append(f"epochs={options.epochs}")
+    config.from_overrides(recipe.Config, overrides)  # a wrong setting is told before anything is opened
+    source = images.open_source(options.images) if options.images else None
+    found = _cache(name, recipe, overrides, source, options)
+    source = source or _source_of(found)
+    if options.teacher == "online" or found is None:
+        chosen = _online(recipe, overrides, found, source, str(acc.device), options, say)
+    else:
+        chosen = _cached(found, source, options, say)
+    fitting = max(len(chosen.pictures) // acc.num_processes // options.accumulate, 1)
+    loader = Loader(
+        source,
+        chosen.targets,
+        chosen.pictures,
+        rng.key_digests(source.keys[i] for i in chosen.pictures),
+        options.seed,
+        options.batch_size or min(BATCH_SIZE, fitting),
+        options.accumulate,
+        acc.num_processes,
+        acc.process_index,
+        options.workers,
+        options.check_pixels,
+    )
+    out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
+    limits: dict[str, Any] = {"steps": options.steps, "save_every": options.save_every, "resume": options.resume}
+    return Job(name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits), loader
+
+
+def _file_settings(path: Path | None) -> list[str]:
+    """Settings from a JSON object, or from a run's config.json."""
+    if path is None:
+        return []
+    try:
+        fields = json.loads(path.read_text())
+        return [f"{key}={json.dumps(value)}" for key, value in fields.get("config", fields).items()]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"--config {str(path)!r}: {error}; a JSON object of settings is needed, such as a run's config.json"
+        ) from error
+
+
+def _cache(
+    name: str, recipe: ModuleType, overrides: Sequence[str], source: Source | None, options: Options
+) -> Found | None:
+    """The cache that was given; else, unless the teacher is in the loop, the one that serves."""
+    if options.cache is not None:
+        return resolve.open_given(options.cache, recipe, name, overrides)
+    return resolve.find(recipe, name, overrides, source) if options.teacher == "cached" else None
+
+
+def _source_of(found: Found | None) -> Source:
+    """The pictures a cache was made from, where it says and they are still there."""
+    if found is None:
+        raise UsageError(f"no pictures given: --images SRC is {images.ALLOWED}; FEATCACHE_IMAGES sets a default")
+    return images.open_source(found.cache.manifest["provenance"]["source"])
+
+
+def _cached(found: Found, source: Source, options: Options, say: Say) -> _Chosen:
+    for option, value in (("--weights", options.weights), ("--views", options.views)):
+        if value is not None:
+            raise UsageError(f"{option} belongs to --teacher online; the cache has its own: leave it out")
+    pictures, rows, skipped = resolve.join(found.cache, source)
+    if manifest.is_random(found.cache.manifest) and found.spec.fields:
+        say(f"note: {manifest.title(found.cache.manifest)}")
+    if skipped:
+        say(f"note: {skipped} pictures are in the cache's quarantine and are skipped")
+    scale = tuple(found.cache.identity["policy"]["scale"])
+    if scale != tuple(found.spec.scale):
+        published = f"{found.spec.scale[0]:g}-{found.spec.scale[1]:g}"
+        say(f"note: crops of {scale[0]:g}-{scale[1]:g} of the area; the recipe was published with {published}")
+    about = {"kind": "cached", "id": found.cache.manifest["id"], "identity": found.cache.identity}
+    about["pixel_tolerance"] = options.pixel_tolerance
+    targets = Cached(found.cache, found.spec, rows, options.pixel_tolerance)
+    return _Chosen(found.config, targets, pictures, about)
+
+
+def _online(
+    recipe: ModuleType,
+    overrides: Sequence[str],
+    found: Found | None,
+    source: Source,
+    device: str,
+    options: Options,
+    say: Say,
+) -> _Chosen:
+    """The teacher in the loop: over a cache's own views and pictures where one is given, else over fresh ones."""
+    identity = found.cache.identity if found else None
+    policy = views.from_dict(identity["policy"]) if identity else views.policy(options.policy)
+    count = options.views or (identity["views"] if identity else None)
+    plain = config.from_overrides(recipe.Config, overrides)
+    teacher = None
+    if recipe.needs(plain).fields:
+        given = options.weights or (found.cache.manifest["provenance"]["weights"] if found else None)
+        teacher = teachers.load(identity["teacher"]["name"] if identity else plain.teacher, given, device)
+        if teachers.is_random(teacher.weights):
+            say(f"note: {teacher.weights} - these weights are drawn, not trained")
+    settings = resolve.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))
+    pictures = resolve.join(found.cache, source)[0] if found else np.arange(len(source))
+    about = {"kind": "online", "policy": policy.as_dict(), "views": count}
+    if teacher is not None:
+        about |= {"teacher": teacher.name, "weight_hash": teachers.weight_hash(teacher)}
+    order = identity["order"] if identity else "attentive"
+    targets = Online(policy, recipe.needs(settings), teacher, count, order)
+    return _Chosen(settings, targets, pictures, about)
+
+
+def _online_facts(
+    identity: dict[str, Any] | None, policy: views.Policy, teacher: teachers.Teacher | None
+) -> dict[str, Any]:
+    if teacher is None:
+        return resolve.facts(identity) if identity else {"img_size": policy.size}
+    return {
+        "img_size": policy.size,
+        "patch_size": resolve.patch_size(policy.size, teacher.patches),
+        "teacher": teacher.name,
+        "teacher_depth": teacher.depth,
+        "teacher_width": teacher.width,
+    }
+
+
+def facts(job: Job, loader: Loader) -> dict[str, Any]:
+    """What `--dry-run` prints."""
+    model = job.recipe.Model(job.config)
+    cached = job.about["kind"] == "cached"
+    return {
+        "recipe": job.name,
+        "targets": f"cache {job.about['id']}"
+        if cached
+        else f"online, teacher {job.about.get('teacher', 'not needed')}",
+        "pictures": len(loader.pictures),
+        "global_batch": loader.global_batch,
+        "steps_per_epoch": loader.steps_per_epoch,
+        "steps": job.total_steps(loader.steps_per_epoch),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
+    }
