@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 def entry(command: click.Command) -> None:
     """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a traceback."""
+    warnings.filterwarnings("ignore", module="PIL")  # on odd but readable pictures; unreadable ones are quarantined
     try:
         command.main(standalone_mode=False)
     except UserError as error:

@@ -143,7 +143,7 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
     if text.endswith(".beton"):
         raise UserError(f"pictures {text!r}: FFCV's .beton files cannot be read by this version; give {ALLOWED}")
     source: Source = _open_folder(text, path) if path.is_dir() else _open_tars(text, _expand(text))
-    _refuse_double_keys(source)
+    _check_keys(source)
     return source
 
 
@@ -221,7 +221,11 @@ def unescape(stem: str) -> str:
     return folder + slash + name.replace("%2E", ".").replace("%25", "%")
 
 
-def _refuse_double_keys(source: Source) -> None:
+def _check_keys(source: Source) -> None:
+    """Keys are unique UTF-8."""
+    odd = next((key for key in source.keys if not _is_utf8(key)), None)
+    if odd is not None:
+        raise UserError(f"pictures {source.spec!r}: the name {odd!a} is not UTF-8; rename the file")
     if len(set(source.keys)) == len(source):
         return
     seen: set[str] = set()
@@ -230,6 +234,14 @@ def _refuse_double_keys(source: Source) -> None:
         f"pictures {source.spec!r}: the key {double!r} is used by two pictures; a key is the path without its last "
         "suffix and must be unique: rename one of them"
     )
+
+
+def _is_utf8(key: str) -> bool:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def decode(data: bytes) -> Image.Image:
@@ -241,7 +253,7 @@ def decode(data: bytes) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # whatever a decoder raises on these bytes, the bytes are at fault
-        reason = str(error).replace(repr(error), "").strip() or type(error).__name__
+        reason = str(error).strip() or type(error).__name__
         raise PictureError("not a readable picture" if "cannot identify" in reason else reason) from error
 
 

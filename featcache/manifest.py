@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import crc32c
+
 from featcache.errors import IdentityError, UserError
 
 FORMAT = 1
@@ -53,9 +55,13 @@ def keys_digest(keys: Iterable[str]) -> str:
 
 
 def make(
-    identity: dict[str, Any], provenance: dict[str, Any], arrays: dict[str, Any], shards: list[Any]
+    identity: dict[str, Any],
+    provenance: dict[str, Any],
+    arrays: dict[str, Any],
+    shards: list[Any],
+    files: Mapping[str, bytes],
 ) -> dict[str, Any]:
-    """A manifest; its id is the digest of the identity alone."""
+    """A manifest; its id is the digest of the identity alone. `files` lie beside it, and are noted with checksums."""
     return {
         "format": FORMAT,
         "id": digest(identity)[:16],
@@ -63,6 +69,7 @@ def make(
         "provenance": provenance,
         "arrays": arrays,
         "shards": shards,
+        "files": {name: {"bytes": len(data), "crc32c": f"{crc32c.crc32c(data):08x}"} for name, data in files.items()},
     }
 
 
@@ -85,13 +92,31 @@ def read(cache: Path) -> dict[str, Any]:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write with a checksum of its own, under a temporary name, synced, then renamed into place."""
     text = json.dumps({**value, CHECKSUM: digest(value)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    write_file(path, text.encode())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Durable or absent: a temporary name, synced, renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files beside the manifest."""
+    problems = []
+    for name, facts in manifest["files"].items():
+        path = cache / name
+        data = path.read_bytes() if path.is_file() else None
+        if data is None:
+            problems.append(f"{path}: missing")
+        elif f"{crc32c.crc32c(data):08x}" != facts["crc32c"]:
+            problems.append(f"{path}: checksum differs")
+    return problems
 
 
 def read_json(path: Path) -> dict[str, Any]:

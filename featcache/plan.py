@@ -14,6 +14,7 @@ from typing import Any
 
 import PIL
 import torch
+from safetensors.numpy import save
 
 from featcache import codecs, images, manifest, targets, teachers, views
 from featcache.errors import UsageError, UserError
@@ -92,7 +93,6 @@ class Plan:
                 "patches": teacher.patches,
                 "width": teacher.width,
                 "depth": teacher.depth,
-                "tail_file": f"{file_name(teacher.name)}.safetensors",
             },
             "levels": list(self.levels),
             "eps": targets.EPS,
@@ -111,7 +111,12 @@ class Plan:
             "source": self.source.spec,
             "versions": {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()},
         }
-        return manifest.make(identity, provenance, {a.name: a.as_dict() for a in self.arrays}, self.shards)
+        arrays = {array.name: array.as_dict() for array in self.arrays}
+        return manifest.make(identity, provenance, arrays, self.shards, self.side_files())
+
+    def side_files(self) -> dict[str, bytes]:
+        """Files beside the manifest: the teacher's tail."""
+        return {f"{file_name(self.teacher.name)}.safetensors": save(self.teacher.tail())}
 
 
 def parse_levels(text: str, depth: int) -> tuple[int, ...]:
@@ -144,14 +149,19 @@ def prepare(plan: Plan, out: Path) -> dict[str, Any]:
         todo = "give another --out, or the same arguments to continue this cache"
         manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, ("fatal", "lossy"))
         wanted = there
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
     else:
         _check_space(plan, out)
-    (out / SHARDS).mkdir(parents=True, exist_ok=True)
-    _write_tail(plan, out / wanted["identity"]["teacher"]["tail_file"])
-    if not (out / manifest.NAME).is_file():
+    out.mkdir(parents=True, exist_ok=True)
+    if not (
+        out / manifest.NAME
+    ).is_file():  # first, so that a process that dies from here on leaves a cache to continue
         manifest.write_json(out / manifest.NAME, wanted)
+    (out / SHARDS).mkdir(exist_ok=True)
+    for name, data in plan.side_files().items():
+        if not (out / name).is_file():
+            manifest.write_file(out / name, data)
     return wanted
 
 
@@ -164,12 +174,3 @@ def _check_space(plan: Plan, out: Path) -> None:
             f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
             "fewer --views or --levels, or another disk"
         )
-
-
-def _write_tail(plan: Plan, path: Path) -> None:
-    from safetensors.numpy import save
-
-    if not path.is_file():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(save(plan.teacher.tail()))
-        temporary.replace(path)

@@ -130,7 +130,10 @@ class Cache:
         """gamma, beta, eps and proj of the teacher's end, kept beside the shards."""
         from safetensors.numpy import load_file
 
-        return load_file(self.path / self.identity["teacher"]["tail_file"])
+        problems = manifests.check_files(self.path, self.manifest)
+        if problems:
+            raise UserError(f"cache file {problems[0]}; run the same `featcache extract` again to write it")
+        return load_file(self.path / next(iter(self.manifest["files"])))
 
     def read(
         self,

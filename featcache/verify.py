@@ -24,7 +24,7 @@ def files(path: Path, progress: Callable[[int, int], None] = lambda done, total:
     """(problems, shards checked): records, file sizes, every byte of every complete shard."""
     about = manifest.read(path)
     backend = store(about["identity"]["store"])
-    problems: list[str] = []
+    problems = manifest.check_files(path, about)
     for done, shard in enumerate(about["shards"], 1):
         record = record_path(path, shard["name"])
         try:

@@ -69,6 +69,10 @@ class _Chosen:
 
 def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say) -> tuple[Job, Loader]:
     """The job and the loader of this process."""
+    if options.epochs is not None and options.steps is not None:
+        raise UsageError(
+            f"--epochs {options.epochs} and --steps {options.steps}: one of them is allowed; leave one out"
+        )
     overrides = [*_file_settings(options.config), *options.settings]
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")

@@ -76,4 +76,4 @@ def one_view(case: dict, view: int) -> dict:
 
 if __name__ == "__main__":
     made = [{**case, "drawn": [one_view(case, view) for view in range(case["views"])]} for case in CASES]
-    print(json.dumps(made, indent=1, ensure_ascii=False))
+    print("[\n" + ",\n".join(json.dumps(case, ensure_ascii=False) for case in made) + "\n]")

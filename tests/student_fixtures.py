@@ -1,0 +1,186 @@
+"""What the tests of the trainer share: small pictures, a small cache, and both commands run in this process.
+
+The teacher is the synthetic one with 4 levels, 16 patches and width 24 on views of 32 pixels; the student is a ViT of
+width 48 with 4 blocks, so that twenty steps take a third of a second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import featcache.cli
+import student.cli
+from featcache.reader import Cache
+from student import metrics
+
+TEACHER = "synthetic:levels=4,tokens=16,width=24,size=32"
+ENCODER = "vit_tiny_patch16_224,embed_dim=48,depth=4,num_heads=3"
+PICTURES, VIEWS, SIZE = 24, 3, 32
+DECODER = ("decoder_width=32", "decoder_depth=1", "decoder_heads=4")
+COMMON = (f"encoder={ENCODER}", "warmup_epochs=0", "lr=0.003")
+RECIPES = {
+    "maskalign": (*COMMON, "level_weights=top:3"),
+    "mralign": (*COMMON, "level_weights=top:3", *DECODER),
+    "mae": (*COMMON, *DECODER),
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left: its exit status and its two streams."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+    @property
+    def line(self) -> str:
+        """The one line of a user's mistake."""
+        lines = [line for line in self.err.splitlines() if not line.startswith("note: ")]
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), self.err
+        assert "Traceback" not in self.err + self.out
+        return lines[0]
+
+
+@functools.cache
+def root() -> Path:
+    """A folder for this process, removed at its end."""
+    path = Path(tempfile.mkdtemp(prefix="student-tests-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def save_pictures(folder: Path, count: int = PICTURES, seed: int = 0, classes: int = 0) -> Path:
+    """`count` smooth colour PNGs of different sizes, in class folders when `classes` is given."""
+    draw = np.random.default_rng(seed)
+    for i in range(count):
+        place = folder / f"c{i % classes}" if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = draw.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+        if classes:  # a colour of its own
+            coarse[..., i % classes % 3] //= 4
+        Image.fromarray(coarse).resize((44 + i % 5, 40 + i % 7), Image.Resampling.BICUBIC).save(place / f"p{i:02d}.png")
+    return folder
+
+
+@functools.cache
+def pictures() -> Path:
+    return save_pictures(root() / "pictures")
+
+
+@functools.cache
+def cache_path() -> Path:
+    """24 pictures x 3 views, levels 2 to 4; outside every home, so that no search finds it."""
+    out = root() / "cache"
+    extract(pictures(), out)
+    return out
+
+
+@functools.cache
+def policy_file() -> Path:
+    path = root() / "policy.json"
+    path.write_text(json.dumps({"size": SIZE}))
+    return path
+
+
+def extract(images: Path, out: Path, *options: str, teacher: str = TEACHER, home: Path | None = None) -> Path:
+    args = ("--teacher", teacher, "--images", str(images), "--size", str(SIZE), "--views", str(VIEWS))
+    ran = feat("extract", *args, "--levels", "last:3", "--out", str(out), *options, home=home)
+    assert ran.status == 0, ran.err
+    return out
+
+
+def feat(*args: str, home: Path | None = None) -> Ran:
+    return _call("featcache", featcache.cli.main, args, home)
+
+
+def stud(*args: str | Path, home: Path | None = None) -> Ran:
+    fresh_state()
+    return _call("student", student.cli.main, tuple(map(str, args)), home)
+
+
+def fresh_state() -> None:
+    """Accelerate keeps one state a process; a new command starts without one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(recipe: str, out: Path, *options: str | Path, home: Path | None = None, sets: tuple[str, ...] = ()) -> Ran:
+    """`student train` with the recipe's small settings."""
+    settings = [part for text in (*RECIPES[recipe], *sets) for part in ("--set", text)]
+    return stud("train", "--recipe", recipe, "--out", out, "--device", "cpu", *settings, *options, home=home)
+
+
+def good(ran: Ran) -> Ran:
+    assert ran.status == 0, ran.err
+    return ran
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics.read(run)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The final model, read from the newest checkpoint file by hand."""
+    newest = max((run / "checkpoints").glob("step-*.pt"))
+    return torch.load(newest, map_location="cpu", weights_only=True)["model"]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def open_cache() -> Cache:
+    return Cache(cache_path())
+
+
+def environment(home: Path | None = None) -> dict[str, str]:
+    """This process's variables with the given home, no default pictures, one thread."""
+    rest = {key: value for key, value in os.environ.items() if key not in ("FEATCACHE_IMAGES", "ACCELERATE_USE_CPU")}
+    return {**rest, "FEATCACHE_HOME": str(home or root() / "home"), "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def _as_command(name: str, args: tuple[str, ...], home: Path | None) -> Iterator[None]:
+    before, argv = dict(os.environ), sys.argv
+    os.environ.clear()
+    os.environ.update(environment(home))
+    sys.argv = [name, *args]
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _call(name: str, main: Callable[[], None], args: tuple[str, ...], home: Path | None) -> Ran:
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with _as_command(name, args, home), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return Ran(status, out.getvalue(), err.getvalue())

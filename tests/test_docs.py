@@ -1,0 +1,84 @@
+"""The README names every command, teacher, recipe, eval and source file, and says only what exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from featcache import cli as featcache_cli
+from featcache import codecs, store, teachers
+from student import cli as student_cli
+from student import evals, masking, recipes
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def _commands(group: click.Group, name: str) -> list[str]:
+    return [f"{name} {command}" for command in group.list_commands(click.Context(group))]
+
+
+@pytest.mark.parametrize(
+    "command", [*_commands(featcache_cli.cli, "featcache"), *_commands(student_cli.cli, "student")]
+)
+def test_every_command_is_in_the_readme(command: str) -> None:
+    assert f"`{command}`" in README
+
+
+@pytest.mark.parametrize("name", [*teachers.rows(), *recipes.names(), *evals.names()])
+def test_every_teacher_recipe_and_eval_is_in_the_readme(name: str) -> None:
+    assert f"`{name}`" in README
+
+
+def test_the_readme_names_no_command_that_does_not_exist() -> None:
+    known = {"featcache": featcache_cli.cli.commands, "student": student_cli.cli.commands}
+    for program, command in re.findall(r"`(featcache|student) ([a-z_]+)", README):
+        assert command in known[program], f"{program} {command}"
+
+
+@pytest.mark.parametrize("package", ["featcache", "student", "pipelines"])
+def test_every_source_file_is_in_the_file_map(package: str) -> None:
+    block = README.split("## Where things are")[1].split("```")[1]
+    for path in sorted((ROOT / package).glob("*.py")):
+        if not path.stem.startswith("__"):
+            assert re.search(rf"\b{path.stem}\b", block), path
+
+
+def test_every_option_of_the_readme_exists() -> None:
+    groups = {"featcache": featcache_cli.cli, "student": student_cli.cli}
+    for line in re.findall(r"^(featcache|student) (train|extract|info|verify) (.*)$", README, re.M):
+        program, command, rest = line
+        options = {opt for param in groups[program].commands[command].params for opt in param.opts}
+        for option in re.findall(r"(--[a-z-]+)", rest):
+            assert option in options, (program, command, option)
+
+
+@pytest.mark.parametrize("group", [featcache_cli.cli, student_cli.cli])
+def test_every_command_has_help_with_an_example(group: click.Group) -> None:
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        subcommands = (
+            [command.get_command(click.Context(command), sub) for sub in command.list_commands(click.Context(command))]
+            if isinstance(command, click.Group)
+            else [command]
+        )
+        for each in subcommands:
+            assert each is not None
+            assert each.help, name
+            assert "Example" in (each.epilog or ""), name
+            assert all(param.help for param in each.params if isinstance(param, click.Option) and not _plain(param))
+
+
+def _plain(option: click.Option) -> bool:
+    """Options whose name and type say all: --store zarr, --rows-per-shard, ..."""
+    return option.name in {"rows_per_shard", "store_name", "seed", "crop_pct", "embed_batch"}
+
+
+def test_dictionaries_of_the_seams_hold_what_the_readme_says() -> None:
+    assert set(codecs.CODECS) == {"fp16"}
+    assert set(store.STORES) == {"zarr"}
+    assert {"uniform", "attentive", "stored"} <= set(masking.MASKS)

@@ -1,0 +1,343 @@
+"""The whole path through the commands: cached equals online, interrupted equals undisturbed, split equals whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import student.train
+from featcache import rng
+from featcache.reader import Cache
+from student import metrics
+from tests import student_fixtures as fx
+
+STEPS = 20
+ALIGNED = ("maskalign", "mralign")
+BOTH = ("--steps", str(STEPS), "--batch-size", "8")
+ONLINE = ("--teacher", "online")
+
+
+def alone(*views: str) -> tuple[str, ...]:
+    """Online without any cache: pictures, policy and the number of views are told by hand."""
+    return (*ONLINE, "--images", str(fx.pictures()), "--policy", str(fx.policy_file()), *views)
+
+
+def assert_same_losses(here: Path, there: Path, relative: float) -> None:
+    ours, theirs = metrics.read(here), metrics.read(there)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, len(ours) + 1))
+    parts = [name for name in ours[0] if name == "loss" or name.startswith(("level_", "align", "pixel"))]
+    for name in parts:
+        a, b = (np.array([row[name] for row in rows]) for rows in (ours, theirs))
+        assert np.abs(a - b).max() <= relative * np.abs(b).min(), (name, a, b)
+
+
+@pytest.mark.parametrize("recipe", ALIGNED)
+def test_cached_equals_online(recipe: str, tmp_path: Path) -> None:
+    """fp16 storage is the only difference: 1e-3 at each of 20 steps at the peak rate, drop path on (0.1, the default)."""
+    cached, over, without = tmp_path / "cached", tmp_path / "over", tmp_path / "without"
+    fx.good(fx.train(recipe, cached, "--cache", fx.cache_path(), *BOTH))
+    fx.good(fx.train(recipe, over, "--cache", fx.cache_path(), *ONLINE, *BOTH))
+    fx.good(fx.train(recipe, without, *alone("--views", str(fx.VIEWS)), *BOTH, sets=(f"teacher={fx.TEACHER}",)))
+    first, *_, last = fx.losses(cached)
+    assert last < 0.9 * first
+    assert_same_losses(cached, over, 1e-3)
+    assert_same_losses(cached, without, 1e-3)
+    assert fx.losses(over) == fx.losses(without)  # the same arithmetic, with and without a cache to look at
+    assert fx.losses(cached) != fx.losses(over)  # the cache's fp16 was really read
+
+
+@pytest.mark.parametrize("recipe", ALIGNED)
+def test_drop_path_is_on_in_these_comparisons(recipe: str, tmp_path: Path) -> None:
+    fx.good(fx.train(recipe, tmp_path / "on", "--cache", fx.cache_path(), *BOTH))
+    fx.good(fx.train(recipe, tmp_path / "off", "--cache", fx.cache_path(), *BOTH, sets=("drop_path=0",)))
+    on, off = fx.losses(tmp_path / "on"), fx.losses(tmp_path / "off")
+    assert max(abs(a - b) / b for a, b in zip(on, off, strict=True)) > 1e-2
+
+
+def test_a_wrong_teacher_online_would_be_seen(tmp_path: Path) -> None:
+    """The comparison has teeth: one view fewer gives other losses."""
+    fx.good(fx.train("maskalign", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH))
+    fx.good(fx.train("maskalign", tmp_path / "two", *alone("--views", "2"), *BOTH, sets=(f"teacher={fx.TEACHER}",)))
+    a, b = (np.array(fx.losses(tmp_path / run)) for run in ("cached", "two"))
+    assert (np.abs(a - b) / b).max() > 1e-2
+
+
+def test_online_without_views_draws_a_fresh_one_each_epoch(tmp_path: Path) -> None:
+    """View number = epoch: in the epochs before V the views are those of a cache, in another order, and later new."""
+    options = ("--steps", "12", "--batch-size", "24")
+    fx.good(fx.train("maskalign", tmp_path / "fresh", *alone(), *options, sets=(f"teacher={fx.TEACHER}",)))
+    fx.good(fx.train("maskalign", tmp_path / "one", *alone("--views", "1"), *options, sets=(f"teacher={fx.TEACHER}",)))
+    fresh, one = fx.losses(tmp_path / "fresh"), fx.losses(tmp_path / "one")
+    assert fresh[0] == pytest.approx(one[0], rel=1e-6)  # epoch 0 shows view 0 in both
+    assert fresh[1] != pytest.approx(one[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("mask", ["stored", "uniform"])
+def test_other_masks_are_equal_online_too(mask: str, tmp_path: Path) -> None:
+    sets = (f"mask={mask}",)
+    fx.good(fx.train("mralign", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH, sets=sets))
+    fx.good(fx.train("mralign", tmp_path / "over", "--cache", fx.cache_path(), *ONLINE, *BOTH, sets=sets))
+    both = (*sets, f"teacher={fx.TEACHER}")
+    fx.good(fx.train("mralign", tmp_path / "without", *alone("--views", str(fx.VIEWS)), *BOTH, sets=both))
+    assert_same_losses(tmp_path / "cached", tmp_path / "over", 1e-3)
+    assert_same_losses(tmp_path / "cached", tmp_path / "without", 1e-3)
+
+
+def test_mae_from_the_same_cache_equals_mae_without_any(tmp_path: Path) -> None:
+    """mae reads nothing but views: from the cache, or drawn anew, they are the same pixels to the last bit."""
+    fx.good(fx.train("mae", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH))
+    policy = ("--policy", fx.policy_file(), "--views", str(fx.VIEWS), "--images", fx.pictures())
+    fx.good(fx.train("mae", tmp_path / "without", *policy, *BOTH, sets=("patch_size=8",), home=tmp_path / "empty"))
+    assert fx.losses(tmp_path / "cached") == fx.losses(tmp_path / "without")
+    assert fx.same_weights(tmp_path / "cached", tmp_path / "without")
+
+
+def test_mae_with_an_attentive_mask_reads_only_the_attention(tmp_path: Path) -> None:
+    sets = ("mask=attentive",)
+    fx.good(fx.train("mae", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH, sets=sets))
+    fx.good(fx.train("mae", tmp_path / "over", "--cache", fx.cache_path(), *ONLINE, *BOTH, sets=sets))
+    assert fx.losses(tmp_path / "cached") == fx.losses(tmp_path / "over")  # attention is stored in fp32: exactly
+
+
+def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
+    ran = fx.good(fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(), "--steps", "0", "--json"))
+    assert ran.json["steps"] == 0
+    assert metrics.read(tmp_path / "run") == []
+    torch.manual_seed(0)
+    from student import config, recipes, resolve
+
+    recipe = recipes.load("mralign")
+    facts = resolve.facts(fx.open_cache().identity)
+    model = recipe.Model(config.replace(config.from_overrides(recipe.Config, fx.RECIPES["mralign"]), **facts))
+    saved = fx.weights(tmp_path / "run")
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+
+
+# --- interrupted ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("died", "save_every"), [(0, 4), (3, 4), (4, 4), (9, 4), (11, 12), (17, 5)])
+def test_stopped_at_a_step_and_resumed(
+    died: int, save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drop path on; the process fails inside step `died`, before its optimiser step."""
+    options = ("--cache", fx.cache_path(), *BOTH, "--save-every", str(save_every))
+    fx.good(fx.train("mralign", tmp_path / "whole", *options))
+    seed_of = student.train.step_seed
+
+    def dies(seed: int, step: int, micro: int, rank: int) -> int:
+        if step == died:
+            raise RuntimeError("power cut")
+        return seed_of(seed, step, micro, rank)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(student.train, "step_seed", dies)
+        fx.train("mralign", tmp_path / "cut", *options)
+    assert [row["step"] for row in metrics.read(tmp_path / "cut")] == list(range(1, died + 1))
+    ran = fx.good(fx.train("mralign", tmp_path / "cut", *options, "--resume", "--json"))
+    assert ran.json["first_step"] == died // save_every * save_every
+    assert_undisturbed(tmp_path / "cut", tmp_path / "whole")
+
+
+def assert_undisturbed(run: Path, whole: Path) -> None:
+    """Each step once, the same numbers as the whole run, and the same weights to the bit."""
+    clocks = ("images_per_s", "data_wait")
+    rows, expected = (
+        [{k: v for k, v in row.items() if k not in clocks} for row in metrics.read(place)] for place in (run, whole)
+    )
+    assert rows == expected
+    assert fx.same_weights(run, whole)
+
+
+@pytest.mark.parametrize("recipe", ALIGNED)
+def test_killed_in_training_and_resumed(recipe: str, tmp_path: Path) -> None:
+    options = ("--cache", fx.cache_path(), "--steps", "150", "--batch-size", "8", "--save-every", "4")
+    fx.good(fx.train(recipe, tmp_path / "whole", *options))
+    settings = [part for text in fx.RECIPES[recipe] for part in ("--set", text)]
+    command = [sys.executable, "-m", "student", "train", "--recipe", recipe, *map(str, options), *settings]
+    run = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*command, "--out", str(run), "--device", "cpu"],
+        env=fx.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while _lines(run) < 10 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 10 <= _lines(run) < 150
+    fx.good(fx.train(recipe, run, *options, "--resume"))
+    assert_undisturbed(run, tmp_path / "whole")
+
+
+def _lines(run: Path) -> int:
+    path = run / metrics.NAME
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    options = ("--cache", fx.cache_path(), "--steps", "4", "--batch-size", "8")
+    fx.good(fx.train("maskalign", tmp_path / "run", *options))
+    before = (tmp_path / "run" / metrics.NAME).read_bytes()
+    files = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    fx.good(fx.train("maskalign", tmp_path / "run", *options, "--resume"))
+    assert (tmp_path / "run" / metrics.NAME).read_bytes() == before
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == files
+
+
+def test_a_run_stopped_before_its_record_can_be_started(tmp_path: Path) -> None:
+    """environment.json is written first: a process killed right after it leaves a folder that one of the two ways
+    (--resume or not) must take."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "environment.json").write_text("{}\n")
+    options = ("--cache", fx.cache_path(), "--steps", "1", "--batch-size", "8")
+    assert 0 in [fx.train("maskalign", run, *options, *resume).status for resume in (("--resume",), ())]
+
+
+# --- split ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [*ALIGNED, "mae"])
+def test_accumulation_equals_a_larger_batch(recipe: str, tmp_path: Path) -> None:
+    options = ("--cache", fx.cache_path(), "--steps", "10")
+    off = ("drop_path=0",)
+    fx.good(fx.train(recipe, tmp_path / "whole", *options, "--batch-size", "8", sets=off))
+    fx.good(fx.train(recipe, tmp_path / "parts", *options, "--batch-size", "4", "--accumulate", "2", sets=off))
+    assert_same_losses(tmp_path / "parts", tmp_path / "whole", 1e-5)
+
+
+def test_accumulation_with_clipping_and_the_scaled_rate(tmp_path: Path) -> None:
+    """blr and the clipped norm are those of the global batch."""
+    sets = ("drop_path=0", "clip_grad=0.5", "lr=null", "blr=0.05")
+    options = ("--cache", fx.cache_path(), "--steps", "6")
+    fx.good(fx.train("maskalign", tmp_path / "whole", *options, "--batch-size", "8", sets=sets))
+    fx.good(fx.train("maskalign", tmp_path / "parts", *options, "--batch-size", "2", "--accumulate", "4", sets=sets))
+    whole, parts = metrics.read(tmp_path / "whole"), metrics.read(tmp_path / "parts")
+    assert [row["lr"] for row in whole] == [row["lr"] for row in parts]
+    assert whole[0]["lr"] == pytest.approx(0.05 * 8 / 256)
+    norms = [[row["grad_norm"] for row in rows] for rows in (whole, parts)]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
+    assert max(norms[0]) > 0.5  # the norm before clipping is what is told
+    assert_same_losses(tmp_path / "parts", tmp_path / "whole", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ALIGNED)
+def test_two_processes_equal_one(recipe: str, tmp_path: Path) -> None:
+    options = ("--cache", fx.cache_path(), "--steps", "10", "--device", "cpu")
+    fx.good(fx.train(recipe, tmp_path / "one", *options, "--batch-size", "8", sets=("drop_path=0",)))
+    settings = [part for text in (*fx.RECIPES[recipe], "drop_path=0") for part in ("--set", text)]
+    train = ["student", "train", "--recipe", recipe, *map(str, options), *settings]
+    ran = launch([*train, "--batch-size", "4", "--out", str(tmp_path / "two"), "--save-every", "5"])
+    assert ran.returncode == 0, ran.stderr
+    assert_same_losses(tmp_path / "two", tmp_path / "one", 1e-4)
+    assert metrics.read(tmp_path / "two")[0]["images_per_s"] > 0
+    one, two = fx.weights(tmp_path / "one"), fx.weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    # Adam's first steps have the size of the rate whatever the gradient, so rounding shows; the bound is a small part of it.
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed_with_drop_path(tmp_path: Path) -> None:
+    options = ("--cache", str(fx.cache_path()), "--batch-size", "4", "--device", "cpu", "--steps", "12")
+    settings = [part for text in fx.RECIPES["mralign"] for part in ("--set", text)]
+    train = ["student", "train", "--recipe", "mralign", *options, *settings, "--save-every", "4"]
+    assert launch([*train, "--out", str(tmp_path / "whole")]).returncode == 0
+    assert launch([*train, "--out", str(tmp_path / "cut")]).returncode == 0
+    newest = max((tmp_path / "cut" / "checkpoints").iterdir())
+    newest.unlink()  # as if the process had died after step 8
+    again = launch([*train, "--out", str(tmp_path / "cut"), "--resume"])
+    assert again.returncode == 0, again.stderr
+    assert_undisturbed(tmp_path / "cut", tmp_path / "whole")
+
+
+def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """accelerate launch with two processes over gloo."""
+    start = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    port = 20000 + os.getpid() % 20000
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *start, "--main_process_port", str(port), "-m", *command],
+        env=fx.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+# --- real shapes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ALIGNED)
+def test_cached_equals_online_with_a_real_vit(recipe: str, tmp_path: Path) -> None:
+    """ViT-B/16 at 224 on photographs of scikit-image: 12 blocks, 196 patches, a tiny student, batch 4, 20 steps."""
+    photographs = photos(tmp_path / "photos")
+    teacher = "timm:vit_base_patch16_224"
+    args = ("--teacher", teacher, "--weights", "random:0", "--images", str(photographs), "--views", "2")
+    assert fx.feat("extract", *args, "--out", str(tmp_path / "cache"), "--batch-size", "4").status == 0
+    sets = ["encoder=tiny", "warmup_epochs=0", "lr=0.0005"] + (["decoder_depth=1"] if recipe == "mralign" else [])
+    settings = [part for text in sets for part in ("--set", text)]
+    common = ("train", "--recipe", recipe, *settings, "--steps", str(STEPS), "--batch-size", "4", "--device", "cpu")
+    fx.good(fx.stud(*common, "--cache", tmp_path / "cache", "--out", tmp_path / "cached"))
+    fx.good(fx.stud(*common, "--cache", tmp_path / "cache", *ONLINE, "--out", tmp_path / "online"))
+    first, *_, last = fx.losses(tmp_path / "cached")
+    assert last < 0.9 * first
+    assert_same_losses(tmp_path / "cached", tmp_path / "online", 1e-3)
+
+
+def photos(folder: Path) -> Path:
+    skimage_data = pytest.importorskip("skimage.data")
+    from PIL import Image
+
+    folder.mkdir()
+    for name in ("astronaut", "coffee", "chelsea", "rocket", "camera", "coins", "page", "moon"):
+        try:
+            Image.fromarray(getattr(skimage_data, name)()).save(folder / f"{name}.png")
+        except OSError:  # not shipped with this version and nothing may be fetched
+            continue
+    assert len(list(folder.iterdir())) >= 4
+    return folder
+
+
+# --- targets, seen from outside -------------------------------------------------------------------------------------
+
+
+def test_every_view_and_the_right_rows_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What enters the model equals what lies in the cache under the picture's key: read by hand, one epoch after another."""
+    seen: list[tuple[list[str], Any, Any, torch.Tensor]] = []
+    original = student.train.to_device
+
+    def watch(config: Any, targets: Any, host: Any, device: Any, seed: int) -> Any:
+        batch = original(config, targets, host, device, seed)
+        seen.append((host["keys"], host["view"], host["epoch"], batch["features"].clone()))
+        return batch
+
+    monkeypatch.setattr(student.train, "to_device", watch)
+    fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), "--steps", "9", "--batch-size", "8"))
+    shown: dict[str, list[int]] = {}
+    with Cache(fx.cache_path()) as cache:
+        row_of = {key: row for row, key in enumerate(cache.keys)}
+        for keys, view, epoch, features in seen:
+            for key, number, feature in zip(keys, view.tolist(), features, strict=True):
+                stored = cache.read([row_of[key]], number, ("features",))["features"][0]
+                np.testing.assert_array_equal(feature.numpy(), stored.astype(np.float32))
+                offset = int(rng.key_digests([key])[0, 0] % np.uint64(fx.VIEWS))
+                assert number == (epoch + offset) % fx.VIEWS
+                shown.setdefault(key, []).append(number)
+    assert len(shown) == fx.PICTURES
+    assert all(sorted(numbers) == [0, 1, 2] for numbers in shown.values())
