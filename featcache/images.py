@@ -163,7 +163,11 @@ def _open_folder(spec: str, root: Path) -> Source:
 
 
 def _expand(spec: str) -> list[str]:
-    tars = [path for part in braceexpand(spec) for path in (sorted(glob.glob(part)) or [part])]  # noqa: PTH207
+    try:
+        parts = list(braceexpand(spec))
+    except ValueError as error:  # UnbalancedBracesError
+        raise UserError(f"pictures {spec!r}: a brace is not closed; allowed is {ALLOWED}") from error
+    tars = [path for part in parts for path in (sorted(glob.glob(part)) or [part])]  # noqa: PTH207
     missing = [path for path in tars if not Path(path).is_file()]
     if missing or not tars:
         raise UserError(f"no pictures found: {missing[0] if missing else spec!r} does not exist; allowed is {ALLOWED}")
@@ -188,7 +192,7 @@ def _open_tars(spec: str, tars: list[str]) -> TarSource:
 
 def _tar_members(path: str) -> list[tuple[str, str, int, int]]:
     """(key, suffix, offset, bytes) of each file; webdataset's rule: the key ends at the first dot of the file name."""
-    members = []
+    members, end = [], 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -197,12 +201,19 @@ def _tar_members(path: str) -> list[tuple[str, str, int, int]]:
                     stem, _, suffix = name.partition(".")
                     key = unescape(f"{folder}/{stem}" if folder else stem)
                     members.append((key, suffix, member.offset_data, member.size))
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"reading {path!r} as a tar failed: {error}; allowed is {ALLOWED}") from error
-    end = Path(path).stat().st_size
-    if members and members[-1][2] + members[-1][3] > end:
-        raise UserError(f"{path!r} is cut off: its last member ends beyond its {end} bytes; fetch or pack it again")
+    if not _ends(path, end):
+        raise UserError(f"{path!r} is cut off: it has no end mark after its last member; fetch or pack it again")
     return members
+
+
+def _ends(path: str, end: int) -> bool:
+    """Whether a block of zeros, a tar's end mark, stands where the last member ends."""
+    with Path(path).open("rb") as file:
+        file.seek(end)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def escape(key: str) -> str:
@@ -271,4 +282,6 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if mode in {"F", "LAB", "HSV"}:
         raise PictureError(f"colour mode {mode} has no fixed range: grey, palette, RGB, RGBA or CMYK are allowed")
+    if mode in {"P", "PA"}:  # by way of RGBA: the palette's colours, whatever its transparency is expressed in
+        picture = picture.convert("RGBA")
     return picture.convert("RGB")

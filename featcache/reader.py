@@ -151,8 +151,10 @@ class Cache:
         the first so many of T ([CLS] first); both apply to arrays (L, T, ...). `out` is filled where it names a field.
         `check` compares whole levels with their crc32c. Raises UserError when bytes are missing or changed.
         """
-        rows = np.atleast_1d(np.asarray(rows, np.int64))
-        views = np.broadcast_to(np.asarray(view, np.int64), rows.shape)
+        rows, views = _numbers("rows", rows), _numbers("view", view)
+        if len(views) not in (1, len(rows)):
+            raise UsageError(f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is needed")
+        views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
         self._check_request(rows, views, fields, levels, tokens)
         slots = [self.levels.index(level) for level in (self.levels if levels is None else levels)]
         result = {}
@@ -177,7 +179,7 @@ class Cache:
         levels: Sequence[int] | None,
         tokens: int | None,
     ) -> None:
-        if rows.ndim != 1 or (rows.size and (rows.min() < 0 or rows.max() >= len(self))):
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise UsageError(f"read: rows must be numbers from 0 to {len(self) - 1}")
         if views.size and (views.min() < 0 or views.max() >= self.views):
             raise UsageError(f"read: view must be from 0 to {self.views - 1}")
@@ -286,6 +288,14 @@ class Cache:
     def __del__(self) -> None:
         if hasattr(self, "_lock"):
             self.close()
+
+
+def _numbers(name: str, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """(n,) whole numbers; a mask of booleans or a fraction is a mistake, not a row."""
+    values = np.atleast_1d(np.asarray(given))
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise UsageError(f"read: {name} must be whole numbers (n,), {values.dtype} {values.shape} is given")
+    return values.astype(np.int64)
 
 
 def _has_tokens(spec: Array) -> bool:

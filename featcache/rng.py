@@ -70,7 +70,7 @@ def words(
     epochs = np.broadcast_to(np.asarray(epoch, np.uint64).reshape(-1, 1), shape)
     streams = np.broadcast_to(stream_word, shape)
     keys = (np.broadcast_to(digests[:, :1], shape), np.broadcast_to(digests[:, 1:], shape))
-    return philox((block, views, epochs, streams), keys).reshape(n, -1)[:, :count]
+    return philox((block, views, epochs, streams), keys).reshape(n, 4 * blocks)[:, :count]
 
 
 def uniform(raw: U64) -> F64:

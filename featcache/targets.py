@@ -70,6 +70,12 @@ def derive(name: str, h: Tensor, tail: Mapping[str, Tensor], std: Tensor | None 
     """
     if name not in ("f", "z", "fd"):
         raise errors.UsageError(f"unknown derived target {name!r}: {errors.near(name, ('f', 'z', 'fd'))}")
+    missing = {"gamma", "beta", "eps", *(["proj"] if name == "z" else [])} - set(tail)
+    if missing:
+        raise errors.UserError(
+            f"target {name!r}: this teacher's tail has no {', '.join(sorted(missing))}; it has "
+            f"{', '.join(tail) or 'nothing'}"
+        )
     if float(tail["eps"]) != float(np.float32(EPS)):
         if std is None:
             raise errors.UsageError(
@@ -81,6 +87,4 @@ def derive(name: str, h: Tensor, tail: Mapping[str, Tensor], std: Tensor | None 
         return f
     if name == "fd":
         return F.layer_norm(f, f.shape[-1:], eps=EPS)
-    if "proj" not in tail:
-        raise errors.UserError("target 'z': this teacher has no projection; 'f' and 'fd' are allowed")
     return f @ tail["proj"]

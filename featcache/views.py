@@ -59,7 +59,7 @@ class Policy:
         checks = [
             (1 <= self.size <= 4096, f"size {self.size}: 1 to 4096 pixels are allowed"),
             (0 < low <= high <= 1, f"scale {low:g},{high:g}: 0 < low <= high <= 1 is allowed"),
-            (0 < self.ratio[0] <= self.ratio[1], f"ratio {self.ratio}: 0 < low <= high is allowed"),
+            (0 < self.ratio[0] <= self.ratio[1] < math.inf, f"ratio {self.ratio}: 0 < low <= high is allowed"),
             (self.filter in FILTERS, f"filter {self.filter!r}: {errors.near(self.filter, FILTERS)}"),
             (0 <= self.flip <= 1, f"flip {self.flip:g}: a probability from 0 to 1 is allowed"),
             (0 <= self.jitter < 1, f"jitter {self.jitter:g}: 0 to below 1 is allowed"),

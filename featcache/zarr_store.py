@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache import manifest
+from featcache.errors import UserError
 from featcache.store import SHARDS, Array, record_path
 
 _RECORD = "record.json"
@@ -231,13 +232,23 @@ def settle(cache: Path, shard: str) -> None:
         if not _alive(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
     folder = _folder(cache, shard)
-    if not folder.is_dir() or record_path(cache, shard).is_file():
+    if not folder.is_dir():
         return
-    inside = folder / _RECORD
-    if inside.is_file() and not check(cache, shard, manifest.read_json(inside), deep=True):
+    record = _inner_record(folder)
+    # Only now: a record that left the folder since is_dir() was moved here by the process that wrote it.
+    if record_path(cache, shard).is_file():
+        return
+    if record is not None and not check(cache, shard, record, deep=True):
         _publish_record(cache, shard)
     else:
         shutil.rmtree(folder)
+
+
+def _inner_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        return manifest.read_json(folder / _RECORD)
+    except UserError:  # missing or damaged: nothing proves the bytes
+        return None
 
 
 def _alive(leftover: Path) -> bool:

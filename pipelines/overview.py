@@ -23,7 +23,7 @@ from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from featcache import images, views
+from featcache import images, manifest, views
 from featcache.errors import UserError
 from featcache.images import Source
 from featcache.reader import Cache
@@ -55,6 +55,7 @@ def draw(
         2, 1, figure, height_ratios=[1.3 * len(keys), 2.9], hspace=0.62 / max(len(keys), 2),
         left=0.04, right=0.985, top=1 - 0.72 / figure.get_figheight(), bottom=0.55 / figure.get_figheight(),
     )  # fmt: skip
+    figure.text(0.04, 1 - 0.2 / figure.get_figheight(), manifest.title(cache.manifest), fontsize=9, color="0.35")
     _samples(figure, grid, source, cache, keys, count, visible_ratio)
     _curves(figure, grid, {name: metrics.read(run) for name, run in runs.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ def attention_over(pixels: npt.NDArray[np.uint8], attention: npt.NDArray[np.floa
     heat = np.asarray(attention, np.float64).reshape(grid, grid) / max(float(np.max(attention)), 1e-12)
     coloured = matplotlib.colormaps["inferno"](_to_pixels(heat, len(pixels)))[..., :3]
     grey = pixels.mean(-1, keepdims=True) / 255
-    return np.clip(0.3 * grey + 0.7 * coloured, 0, 1)
+    return np.clip(0.4 * grey + 0.6 * coloured, 0, 1)
 
 
 def masked(pixels: npt.NDArray[np.uint8], mask_order: npt.NDArray[np.integer], visible_ratio: float) -> Pixels:
@@ -150,7 +151,7 @@ def _show_boxes(axes: Axes, sample: dict[str, Any]) -> None:
         corner = (left - 0.5 + shift, top - 0.5 + shift)
         axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.8, clip_on=False))
     _bare(axes)
-    axes.set_xlabel(sample["key"][-24:], fontsize=8, labelpad=4)
+    axes.set_ylabel(sample["key"][-16:], fontsize=9, labelpad=7)
 
 
 def _show(axes: Axes, view: dict[str, Any], kind: str, visible_ratio: float, colour: str) -> None:
@@ -199,18 +200,18 @@ def _cycle(colours: Sequence[str], count: int) -> list[str]:
 
 
 def _curve(axes: Axes, name: str, colour: str, steps: Sequence[int], values: Sequence[float]) -> None:
-    """The steps as they were, faint, and their running mean over a thirtieth of the run."""
+    """The steps as they were, faint, and their running mean over a thirtieth of the run around each."""
     axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
-    axes.plot(steps, running_mean(np.array(values), max(1, len(values) // 30)), color=colour, linewidth=2, label=name)
+    axes.plot(steps, running_mean(np.array(values), len(values) // 60), color=colour, linewidth=2, label=name)
 
 
 def running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
-    """The mean of the last `width` values at every place; of fewer at the start.
+    """The mean of up to `width` values on either side of every place, and its own; of fewer at the ends.
 
-    >>> running_mean(np.array([2.0, 4.0, 6.0, 8.0]), 2).tolist()
-    [2.0, 3.0, 5.0, 7.0]
+    >>> running_mean(np.array([2.0, 4.0, 9.0, 8.0]), 1).tolist()
+    [3.0, 5.0, 7.0, 8.5]
     """
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - width, 0)
+    at = np.arange(len(values))
+    starts, ends = np.maximum(at - width, 0), np.minimum(at + width + 1, len(values))
     return (sums[ends] - sums[starts]) / (ends - starts)

@@ -8,7 +8,7 @@ left out of the epoch. n training pictures, B pictures a process and micro-batch
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,7 +63,7 @@ class Loader:
         first = place * self.global_batch + (micro * self.world + self.rank) * self.batch_size
         return self._order(epoch)[first : first + self.batch_size], epoch
 
-    def iterate(self, first_step: int, last_step: int) -> Iterator[Host]:
+    def iterate(self, first_step: int, last_step: int) -> Generator[Host, None, None]:
         """Micro-batches of the steps in [first_step, last_step), in order."""
         wanted = iter([(step, micro) for step in range(first_step, last_step) for micro in range(self.accumulation)])
         with ThreadPoolExecutor(self.workers) as decoders, ThreadPoolExecutor(AHEAD) as batches:

@@ -15,11 +15,11 @@ NAME = "metrics.jsonl"
 class Metrics:
     """Appends rows; tensors are turned into numbers `lag` steps later, so that a device is not waited for.
 
-    `keys`, the pictures of a row, are for whoever looks at a bad loss and are not written.
+    `keys`, the pictures of a row, are for whoever looks at a bad loss and are not written; without a run nothing is.
     """
 
-    def __init__(self, run: Path, lag: int = 0) -> None:
-        self.file = (run / NAME).open("a", buffering=1)
+    def __init__(self, run: Path | None, lag: int = 0) -> None:
+        self.file = (run / NAME).open("a", buffering=1) if run is not None else None
         self.lag = lag
         self.waiting: list[dict[str, Any]] = []
 
@@ -34,13 +34,15 @@ class Metrics:
         rows = [
             {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()} for row in done
         ]
-        for row in rows:
-            self.file.write(json.dumps({key: _plain(value) for key, value in row.items() if key != "keys"}) + "\n")
+        if self.file is not None:
+            for row in rows:
+                self.file.write(json.dumps({key: _plain(value) for key, value in row.items() if key != "keys"}) + "\n")
         return rows
 
     def close(self) -> None:
         self.flush()
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def _plain(value: Any) -> Any:

@@ -84,7 +84,8 @@ class Cached:
         if problem is None:
             return
         stored = self.cache.read([row], view, ("thumbnail",))["thumbnail"][0]
-        if np.abs(views.thumbnail(pixels).astype(int) - stored.astype(int)).mean() > self.tolerance:
+        difference = np.abs(views.thumbnail(pixels).astype(int) - stored.astype(int)).mean()
+        if difference > self.tolerance or not self.tolerance:
             raise IdentityError(
                 f"{problem}; train on the pictures of the extraction, or allow it: --pixel-tolerance LEVELS"
             )

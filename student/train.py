@@ -26,7 +26,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 import featcache
-from featcache import rng
+from featcache import manifest, rng
 from featcache.errors import UsageError, UserError
 from student import checkpoint, optim
 from student.config import RecipeConfig, as_dict
@@ -99,7 +99,7 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     metrics = _metrics(job, first, acc)
     batches = loader.iterate(first, total)
     save_every = job.save_every or loader.steps_per_epoch
-    with _bar(total, first, acc) as bar:
+    with contextlib.closing(metrics), contextlib.closing(batches), _bar(total, first, acc) as bar:
         for step in range(first, total):
             started = time.perf_counter()
             lr = optim.lr_at(step, total, warmup, peak, job.config.min_lr)
@@ -108,17 +108,13 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
             parts, waited, keys = _step(job, loader, acc, model, optimizer, batches, step)
             row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
             row.update(_speed(loader, started, waited))
-            if metrics is not None:
-                _look(metrics.add({**row, "keys": keys}), job.out)
-                bar.update_with(row)
+            _look(metrics.add({**row, "keys": keys}), job.out)
+            bar.update_with(row)
             if (step + 1) % save_every == 0 and step + 1 < total:
                 _save(job.out, step + 1, acc, model, optimizer, metrics)
-    if metrics is not None:
         _look(metrics.flush(), job.out)
-    if first < total or not checkpoint.complete(job.out):
-        _save(job.out, total, acc, model, optimizer, metrics)
-    if metrics is not None:
-        metrics.close()
+        if first < total or not checkpoint.complete(job.out):
+            _save(job.out, total, acc, model, optimizer, metrics)
     return {"run": str(job.out), "steps": total, "first_step": first, **record["data"], "loss": bar.loss}
 
 
@@ -189,18 +185,18 @@ def _speed(loader: Loader, started: float, waited: float) -> dict[str, float]:
     return {"images_per_s": round(loader.global_batch / seconds, 2), "data_wait": round(min(waited / seconds, 1.0), 4)}
 
 
-def _metrics(job: Job, first: int, acc: Accelerator) -> Metrics | None:
-    if not acc.is_main_process:
-        return None
-    cut(job.out, first)
-    return Metrics(job.out, lag=16 if acc.device.type == "cuda" else 0)
+def _metrics(job: Job, first: int, acc: Accelerator) -> Metrics:
+    """The first process writes; the others look at their losses all the same."""
+    if acc.is_main_process:
+        cut(job.out, first)
+    return Metrics(job.out if acc.is_main_process else None, lag=16 if acc.device.type == "cuda" else 0)
 
 
-def _save(run: Path, step: int, acc: Accelerator, model: Any, optimizer: Any, metrics: Metrics | None) -> None:
+def _save(run: Path, step: int, acc: Accelerator, model: Any, optimizer: Any, metrics: Metrics) -> None:
+    _look(metrics.flush(), run)  # a checkpoint never follows a loss that was not finite
     acc.wait_for_everyone()
-    if metrics is None:
+    if not acc.is_main_process:
         return
-    metrics.flush()
     scaler = acc.scaler.state_dict() if acc.scaler is not None else {}
     state = {"model": acc.unwrap_model(model).state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
     checkpoint.save(run, step, state)
@@ -239,13 +235,12 @@ def _open_run(job: Job, record: dict[str, Any]) -> None:
             raise UserError(
                 f"--resume: {str(job.out)!r} is another run ({'; '.join(changed)[:400]}); give its own arguments"
             )
-    elif job.out.exists() and any(job.out.iterdir()):
+    elif job.out.exists() and any(not each.name.startswith(".") for each in job.out.iterdir()):
         raise UserError(f"--out {str(job.out)!r} is not empty; continue that run with --resume, or give another --out")
     job.out.mkdir(parents=True, exist_ok=True)
-    (job.out / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
-    temporary = job.out / f".{checkpoint.CONFIG}.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    # The record first: a process that dies from here on leaves a run that --resume takes.
+    manifest.write_file(path, (json.dumps(record, indent=1) + "\n").encode())
+    manifest.write_file(job.out / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     (job.out / NAME).touch()
 
 

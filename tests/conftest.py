@@ -45,7 +45,7 @@ def make_photos(root: Path) -> Path:
     rgb.quantize(32).save(root / "palette.png")
     Image.merge("RGBA", (*rgb.split(), alpha)).save(root / "rgba.png")
     rgb.convert("CMYK").save(root / "cmyk.jpg", quality=92)
-    Image.fromarray((waves(50, 60, 5.0)[..., 0].astype(np.uint16) * 257)).save(root / "grey16.png")
+    Image.fromarray(waves(50, 60, 5.0)[..., 0].astype(np.uint16) * 257).save(root / "grey16.png")
     return root
 
 

@@ -56,12 +56,11 @@ class Ran:
 
     @property
     def line(self) -> str:
-        """The one line of a user's mistake."""
-        lines = [line for line in self.err.splitlines() if not line.startswith("note: ")]
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("error: "), self.err
+        """The one line of a user's mistake: the last one, after what was announced."""
+        lines = self.err.splitlines()
+        assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True], self.err
         assert "Traceback" not in self.err + self.out
-        return lines[0]
+        return lines[-1]
 
 
 @functools.cache
@@ -116,7 +115,7 @@ def feat(*args: str, home: Path | None = None) -> Ran:
     return _call("featcache", featcache.cli.main, args, home)
 
 
-def stud(*args: str | Path, home: Path | None = None) -> Ran:
+def stud(*args: Any, home: Path | None = None) -> Ran:
     fresh_state()
     return _call("student", student.cli.main, tuple(map(str, args)), home)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache import codecs
+from featcache import codecs, targets
 
 # value -> the IEEE half nearest to it, as stored (little-endian); written by hand from the format.
 LITERAL = [
@@ -28,12 +28,15 @@ LITERAL = [
 @pytest.mark.parametrize(("value", "stored"), LITERAL)
 def test_fp16_literal_bytes(value: float, stored: str) -> None:
     codec = codecs.CODECS["fp16"]
-    assert codec.dtype == "<f2"
-    encoded = codec.encode(torch.tensor([value]))
-    assert encoded.numpy().astype(codec.dtype).tobytes().hex() == stored
-    decoded = codec.decode(encoded)
+    encoded = codec.encode(torch.tensor([value]))["features"]
+    assert encoded.numpy().astype("<f2").tobytes().hex() == stored
+    decoded = codec.decode({"features": encoded})
     assert decoded.dtype == torch.float32
     assert decoded.item() == np.frombuffer(bytes.fromhex(stored), "<f2")[0]
+
+
+def test_fp16_stores_the_features_alone() -> None:
+    assert codecs.CODECS["fp16"].arrays(768) == {"features": ("<f2", (768,), ("channel",))}
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=50))
@@ -48,28 +51,33 @@ def test_fp16_error_bound(values: list[float]) -> None:
 @given(st.integers(2, 4096))
 def test_a_normalised_token_never_leaves_the_range(width: int) -> None:
     """|h| <= sqrt(D - 1), reached by a single dominant channel: 64 at 4,096 wide, far below 65,504."""
-    y = torch.zeros(1, 1, width)
+    y = torch.zeros(1, 1, 1, width, dtype=torch.float64)
     y[..., 0] = 1e20
-    from featcache import targets
-
-    h, stats = targets.normalise(y.double())
+    h, stats = targets.normalise(y)
     assert h.abs().max() <= (width - 1) ** 0.5 * (1 + 1e-9)
-    assert not codecs.out_of_range(codecs.CODECS["fp16"].encode(h)[:, None], stats.float()[:, None])
+    assert codecs.out_of_range(codecs.CODECS["fp16"].encode(h), stats.float()) == []
 
 
 def test_out_of_range_names_batch_and_level() -> None:
     features, stats = torch.zeros(3, 2, 4, 5), torch.zeros(3, 2, 4, 2)
-    assert codecs.out_of_range(features, stats) == []
+    assert codecs.out_of_range({"features": features}, stats) == []
     features[1, 0, 3, 4] = float("inf")
     stats[2, 1, 0, 1] = float("nan")
-    assert codecs.out_of_range(features, stats) == [(1, 0), (2, 1)]
-    assert codecs.out_of_range(codecs.encode_fp16(torch.full((1, 1, 1, 1), 70000.0)), torch.zeros(1, 1, 1, 2)) == [
-        (0, 0)
-    ]
+    assert codecs.out_of_range({"features": features}, stats) == [(1, 0), (2, 1)]
+    too_large = codecs.CODECS["fp16"].encode(torch.full((1, 1, 1, 1), 70000.0))
+    assert codecs.out_of_range(too_large, torch.zeros(1, 1, 1, 2)) == [(0, 0)]
 
 
-def test_every_codec_keeps_its_shape_and_declared_type() -> None:
-    for name, codec in codecs.CODECS.items():
-        encoded = codec.encode(torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)))
-        assert encoded.numpy().dtype == np.dtype(codec.dtype), name
-        assert codec.decode(encoded).shape == (2, 3, 8), name
+@pytest.mark.parametrize("name", sorted(codecs.CODECS))
+def test_every_codec_stores_what_it_declares(name: str) -> None:
+    codec = codecs.CODECS[name]
+    h = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    encoded = codec.encode(h)
+    declared = codec.arrays(8)
+    assert "features" in declared
+    assert encoded.keys() == declared.keys()
+    for array, (dtype, item, dimensions) in declared.items():
+        assert encoded[array].numpy().dtype == np.dtype(dtype)
+        assert encoded[array].shape == (2, 3, *item)
+        assert len(dimensions) == len(item)
+    assert codec.decode(encoded).shape == (2, 3, 8)

@@ -49,9 +49,7 @@ def write_folder(root: Path, *names: str) -> Path:
 def test_folder_keys_are_paths_without_the_last_suffix_in_order(tmp_path: Path) -> None:
     names = ["b/z.png", "a/1.tar.jpg", "a/UPPER.JPEG", "a/Größe/ö 1.png", "a/x.txt", "a/noend", "a/b.c.d.PNG"]
     source = images.open_source(write_folder(tmp_path / "src", *names))
-    assert list(source.keys) == ["a/1.tar", "a/Größe/ö 1", "a/UPPER", "a/b.c.d", "b/z"] or list(
-        source.keys
-    ) == sorted(["a/1.tar", "a/Größe/ö 1", "a/UPPER", "a/b.c.d", "b/z"])
+    assert list(source.keys) == ["a/1.tar", "a/Größe/ö 1", "a/UPPER", "a/b.c.d", "b/z"]  # by code point
     assert len(source) == 5
     assert all(source.read(i) == PNG for i in range(5))
 
@@ -84,7 +82,7 @@ def test_a_folder_without_pictures_is_one_line(tmp_path: Path, names: list[str])
 
 def test_what_does_not_exist_is_one_line(tmp_path: Path) -> None:
     for spec in (tmp_path / "nothing", tmp_path / "x-{00..03}.tar", tmp_path / "*.tar"):
-        with pytest.raises(UserError, match="does not exist.*allowed is"):
+        with pytest.raises(UserError, match=r"does not exist.*allowed is"):
             images.open_source(spec)
 
 
@@ -258,11 +256,12 @@ def test_alpha_is_dropped_not_blended() -> None:
 
 @pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
 def test_palettes_are_looked_up(transparency: int | bytes | None) -> None:
-    """A palette picture with a transparent colour, or with an alpha for each, shows its colours like any other."""
+    """A palette picture with a transparent colour, or with an alpha for each, shows its colours like any other; what
+    comes out must not depend on the process's warning filters (Pillow warns of the last kind)."""
     index = (np.arange(63).reshape(9, 7) % 3).astype(np.uint8)
     palette = np.array([[10, 20, 30], [200, 100, 0], [5, 250, 125]], np.uint8)
-    picture = Image.fromarray(index, mode=None).convert("P") if False else Image.new("P", (7, 9))
-    picture.putdata(index.reshape(-1).tolist())
+    picture = Image.new("P", (7, 9))
+    picture.frombytes(index.tobytes())
     picture.putpalette(palette.reshape(-1).tolist())
     options = {} if transparency is None else {"transparency": transparency}
     np.testing.assert_array_equal(rgb(encoded(picture, **options)), palette[index])
@@ -271,8 +270,7 @@ def test_palettes_are_looked_up(transparency: int | bytes | None) -> None:
 def test_cmyk_is_multiplied_out() -> None:
     """R = (255 - C)(255 - K) / 255, to a level of rounding."""
     cmyk = np.stack([waves(9, 7, p)[..., 0] for p in range(4)], -1)
-    picture = rgb(encoded(Image.fromarray(cmyk, "CMYK") if False else Image.merge(
-        "CMYK", [Image.fromarray(cmyk[..., c]) for c in range(4)]), "tiff"))
+    picture = rgb(encoded(Image.merge("CMYK", [Image.fromarray(cmyk[..., c]) for c in range(4)]), "tiff"))
     rest = 255 - cmyk.astype(np.float64)
     expected = rest[..., :3] * rest[..., 3:] / 255
     assert np.abs(picture - expected).max() <= 1

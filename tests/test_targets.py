@@ -113,7 +113,10 @@ def test_orders_by_the_documented_words() -> None:
 def test_literal_orders() -> None:
     assert targets.mask_order("attentive", ATTENTION, DIGESTS, [2, 0], 5).tolist() == LITERAL_ATTENTIVE
     assert targets.mask_order("uniform", ATTENTION, DIGESTS, [2, 0], 5).tolist() == LITERAL_UNIFORM
-    assert targets.mask_order("topk", ATTENTION, DIGESTS, [2, 0], 5).tolist() == [[1, 3, 5, 2, 0, 4], [3, 4, 0, 1, 2, 5]]
+    assert targets.mask_order("topk", ATTENTION, DIGESTS, [2, 0], 5).tolist() == [
+        [1, 3, 5, 2, 0, 4],
+        [3, 4, 0, 1, 2, 5],
+    ]
 
 
 @given(patches=st.integers(1, 300), kind=st.sampled_from(targets.ORDERS), seed=st.integers(0, 9))
@@ -135,9 +138,7 @@ def test_views_and_keys_have_orders_of_their_own() -> None:
 def test_first_entries_are_the_attentive_mask_at_any_ratio() -> None:
     """P(patch among the first m) rises with its weight; by chance alone all would be m / P = 1/2."""
     n, weights = 8000, np.float32([0.4, 0.3, 0.2, 0.1])
-    order = targets.mask_order(
-        "attentive", np.tile(weights, (n, 1)), rng.key_digests(f"{i}" for i in range(n)), 0, 0
-    )
+    order = targets.mask_order("attentive", np.tile(weights, (n, 1)), rng.key_digests(f"{i}" for i in range(n)), 0, 0)
     first = np.bincount(order[:, 0], minlength=4) / n
     np.testing.assert_allclose(first, weights, atol=4 * 0.5 / n**0.5)
 

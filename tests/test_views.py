@@ -195,9 +195,7 @@ def test_jitter_acts_on_the_whole_picture_in_the_stored_order(order: int) -> Non
         expected = adjust[name](expected, float(np.float32(factors[name])))
     expected = tv.resized_crop(expected, 5, 9, 30, 40, [32, 32], tv.InterpolationMode.BICUBIC)
     jitter = np.float32([*factors.values(), order])
-    np.testing.assert_array_equal(
-        views.render(picture, (5, 9, 30, 40), 0, jitter, 32, "bicubic"), np.asarray(expected)
-    )
+    np.testing.assert_array_equal(views.render(picture, (5, 9, 30, 40), 0, jitter, 32, "bicubic"), np.asarray(expected))
 
 
 @pytest.mark.parametrize("size", [196, 224, 112])

@@ -261,13 +261,22 @@ def _offline_when_unreachable() -> Iterator[None]:
 
 
 def weight_hash(teacher: Teacher) -> str:
-    """BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state: taken from what really runs."""
-    digest = hashlib.blake2b(digest_size=16)
+    """BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state, taken from what really runs.
+
+    The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers.
+    """
+    digest = hashlib.blake2b(" ".join(_activations(teacher)).encode(), digest_size=16)
     for name, value in sorted(teacher.state_dict().items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _activations(teacher: Teacher) -> list[str]:
+    modules = teacher.modules() if isinstance(teacher, nn.Module) else []
+    names = {type(module).__name__ for module in modules}
+    return sorted(name for name in names if name.endswith(("GELU", "GELUTanh", "SiLU", "ReLU", "SwiGLU")))
 
 
 def file_weights(weights: str | None) -> str | None:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from featcache import targets, teachers
@@ -80,7 +81,8 @@ def load(name: str, options: dict[str, teachers.Option], weights: str | None) ->
         vit = teachers.build(lambda: _create(arch, options, pretrained=False), weights)
         if path:
             state = teachers.read_state(path, name)
-            own = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
+            kept = vit.state_dict().keys()
+            own = {k: v for k, v in state.items() if k in kept or not k.startswith(("head.", "fc_norm."))}
             teachers.load_state(vit, own, path, name)
         return TimmVit(_check_kind(vit, name), str(weights))
     if weights is not None:
@@ -102,8 +104,9 @@ def _near_models(bare: str) -> str:
     return near(bare, timm.list_models("vit_*"))[:200] + " ... (timm.list_models('vit_*') lists all)"
 
 
-def _check_kind(vit: nn.Module, name: str) -> VisionTransformer:
-    if type(vit) is not VisionTransformer or vit.cls_token is None or type(vit.blocks[-1].attn).__name__ != "Attention":
+def _check_kind(vit: Any, name: str) -> VisionTransformer:
+    plain = type(vit) is VisionTransformer and type(vit.blocks[-1]) is Block and type(vit.blocks[-1].attn) is Attention
+    if not plain or vit.cls_token is None:
         raise UserError(
             f"teacher {name!r} is a timm {type(vit).__name__} without what is read here: a VisionTransformer with a "
             "[CLS] token and plain attention is needed, such as vit_base_patch16_224"
@@ -114,7 +117,7 @@ def _check_kind(vit: nn.Module, name: str) -> VisionTransformer:
 def _create(arch: str, options: dict[str, teachers.Option], *, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(arch, pretrained=pretrained, num_classes=0, **options)  # type: ignore[arg-type]
-    except TypeError as error:  # timm hands unknown options down to the constructor
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # timm hands options to the constructor
         raise UsageError(
             f"timm model {arch!r} with options {options}: {error}; give its constructor's arguments"
         ) from error

@@ -1,0 +1,339 @@
+"""The `featcache` command as a person meets it: help with examples, one line for each mistake, JSON that parses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import featcache
+from featcache import manifest
+from tests.conftest import SYNTHETIC, Ran, make_photos, python
+
+Command = Callable[..., Ran]
+VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=6,num_heads=3"
+# DESIGN 7, less what comes later.
+OPTIONS = (
+    *("teacher", "images", "out", "views", "levels", "policy", "size", "scale", "ratio", "filter", "flip", "jitter"),
+    *("store", "codec", "order", "weights", "seed", "rows-per-shard", "device", "batch-size", "workers"),
+    *("strict", "dry-run"),
+)
+BASE = ("--teacher", SYNTHETIC, "--size", 28, "--levels", "last:2", "--batch-size", 4, "--workers", 2)
+
+
+@pytest.fixture(scope="module")
+def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache, made by the command in a process of its own."""
+    out = tmp_path_factory.mktemp("cli") / "cache"
+    command = [sys.executable, "-m", "featcache", "extract", "--images", str(photos), "--out", str(out)]
+    ran = subprocess.run(
+        [*command, *map(str, BASE), "--json"], capture_output=True, text=True, check=False, cwd=out.parent
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    facts = json.loads(ran.stdout)
+    assert (facts["pictures"], facts["rows"], facts["views"], facts["levels"]) == (11, 11, 1, [2, 3])
+    assert facts["quarantined"] == []
+    assert facts["slowest"] in ("decode", "teacher", "encode", "write")
+    assert (out.parent / "caches/runs.jsonl").is_file()  # the ledger is in the home, never in the cache
+    return out
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["extract", "info", "verify", "teachers"])
+def test_help_has_examples_and_options(featcache_command: Command, command: str) -> None:
+    ran = featcache_command(command, "--help")
+    assert ran.status == 0
+    assert f"  featcache {command}" in ran.out.split("Example")[1]
+    assert featcache_command(command, "-h").out == ran.out
+
+
+def test_top_level_help_names_every_command(featcache_command: Command) -> None:
+    ran = featcache_command("--help")
+    assert ran.status == 0
+    for command in ("extract", "info", "verify", "teachers"):
+        assert f"  {command} " in ran.out
+    bare = featcache_command()
+    assert bare.status == 2
+    assert "extract" in bare.out + bare.err
+    assert featcache.__version__ in featcache_command("--version").out
+
+
+def test_extract_help_has_the_designs_options(featcache_command: Command) -> None:
+    text = featcache_command("extract", "--help").out
+    for option in OPTIONS:
+        assert f"--{option} " in text or f"--{option}\n" in text, option
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def mistake(ran: Ran, status: int, *told: str) -> None:
+    assert ran.status == status, ran
+    assert "Traceback" not in ran.err + ran.out
+    assert len([line for line in ran.err.splitlines() if not line.startswith("note:")]) == 1, ran.err
+    for part in told:
+        assert part in ran.error, (part, ran.error)
+
+
+def test_no_images_names_the_variable(featcache_command: Command) -> None:
+    ran = featcache_command("extract", *BASE)
+    mistake(ran, 2, "FEATCACHE_IMAGES", "--images", "a folder of pictures", ".tar")
+
+
+def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None:
+    mistake(featcache_command("extract", "--images", photos), 2, "--teacher", "clip-b16", "dino-b16", "timm:NAME")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "told"),
+    [
+        (("--teacher", "clip-b61"), 2, ("unknown teacher 'clip-b61'", "did you mean clip-b16")),
+        (("--teacher", "timm:vit_tny_patch16_224"), 2, ("did you mean vit_tiny_patch16_224",)),
+        (("--teacher", SYNTHETIC + ",heads=3"), 2, ("heads",)),
+        (("--teacher", VIT.replace("num_heads=3", "num_heads=5"), "--weights", "random:0"), 2, ("num_heads",)),
+        (("--tacher", "clip-b16"), 2, ("--tacher", "--teacher")),
+        (("--scale", "0.2"), 2, ("'0.2'", "0.2,1 or 3/4,4/3")),
+        (("--scale", "a,b"), 2, ("'a,b'",)),
+        (("--scale", "1/0,1"), 2, ("'1/0,1'",)),
+        (("--scale", "0.5,0.2"), 2, ("scale 0.5,0.2", "0 < low <= high <= 1")),
+        (("--ratio", "4/3,3/4"), 2, ("ratio",)),
+        (("--filter", "nearest"), 2, ("nearest", "bicubic, bilinear, lanczos")),
+        (("--flip", "2"), 2, ("flip 2",)),
+        (("--jitter", "1"), 2, ("jitter 1",)),
+        (("--seed", "-1"), 2, ("seed -1",)),
+        (("--size", "0"), 2, ("size 0",)),
+        (("--levels", "last:9"), 2, ("last:9", "1 to 3")),
+        (("--levels", "4"), 2, ("--levels '4'", "1 to 3")),
+        (("--levels", "top"), 2, ("last:N", "all")),
+        (("--views", "0"), 2, ("--views",)),
+        (("--batch-size", "0"), 2, ("--batch-size",)),
+        (("--workers", "x"), 2, ("--workers",)),
+        (("--order", "random"), 2, ("--order 'random'", "attentive, topk, uniform")),
+        (("--codec", "q2"), 2, ("--codec 'q2'", "fp16")),
+        (("--store", "hdf5"), 2, ("hdf5", "zarr")),
+        (("--policy", "caev3"), 2, ("did you mean caev2", ".json")),
+        (("--policy", "nowhere.json"), 1, ("nowhere.json",)),
+        (("--weights", "random:0"), 2, ("no weights",)),
+        (("--weights", "no/such.pt", "--teacher", VIT), 1, ("no such file", "random:SEED")),
+        (("--device", "cuda:97"), 2, ("cuda:97", "cpu")),
+        (("--device", "tpu9"), 2, ("tpu9", "cpu")),
+        (("extra",), 2, ("extra",)),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:50] if isinstance(value, tuple) else str(value),
+)
+def test_mistakes_are_one_line(
+    featcache_command: Command, photos: Path, tmp_path: Path, change: tuple, status: int, told: tuple
+) -> None:
+    ran = featcache_command("extract", *BASE, "--images", photos, "--out", tmp_path / "c", *change)
+    mistake(ran, status, *told)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"sclae": [0.2, 1]}', '{"size": "big"}', '{"scale": [0, 2]}'])
+def test_bad_policy_files(featcache_command: Command, photos: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.json").write_text(text)
+    ran = featcache_command("extract", "--teacher", SYNTHETIC, "--images", photos, "--policy", tmp_path / "p.json")
+    mistake(ran, ran.status)
+    assert ran.status in (1, 2)
+
+
+def test_no_pictures(featcache_command: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for spec in ("empty", "nowhere", "x-{0..3}.tar", "x-{0..3.tar"):
+        mistake(featcache_command("extract", *BASE, "--images", tmp_path / spec), 1)
+    ran = featcache_command("extract", *BASE, "--images", tmp_path / "empty")
+    mistake(ran, 1, "no pictures found", ".jpg", ".tar")
+
+
+def test_truncated_picture_is_quarantined_or_strict_stops(featcache_command: Command, tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "photos")
+    (folder / "half.jpg").write_bytes((folder / "photo0.jpg").read_bytes()[:500])
+    mistake(
+        featcache_command("extract", *BASE, "--images", folder, "--out", tmp_path / "c", "--strict"),
+        1,
+        "'half'",
+        "--strict",
+    )
+    ran = featcache_command("extract", *BASE, "--images", folder, "--out", tmp_path / "c")
+    assert ran.status == 0
+    assert "quarantined 'half'" in ran.out
+    assert "quarantine.json" in ran.out
+    assert (tmp_path / "c/quarantine.json").is_file()
+    with featcache.open(tmp_path / "c") as cache:
+        assert len(cache) == 11
+
+
+def test_another_cache_in_out(featcache_command: Command, photos: Path, made: Path) -> None:
+    ran = featcache_command("extract", *BASE, "--images", photos, "--out", made, "--seed", 1)
+    mistake(ran, 1, "identity.policy.seed (fatal): 1 here, 0 there", "--out")
+
+
+def test_no_cache_there(featcache_command: Command, tmp_path: Path) -> None:
+    for command in ("info", "verify"):
+        mistake(featcache_command(command, tmp_path), 1, "no cache at", "manifest.json")
+        mistake(featcache_command(command), 2, "CACHE")
+
+
+def test_an_out_that_cannot_be_written(featcache_command: Command, photos: Path) -> None:
+    mistake(featcache_command("extract", *BASE, "--images", photos, "--out", "/proc/cache"), 1, "/proc")
+
+
+# ---------------------------------------------------------------- work
+
+
+def test_second_call_has_nothing_to_do(featcache_command: Command, photos: Path, made: Path) -> None:
+    ran = featcache_command("extract", *BASE, "--images", photos, "--out", made)
+    assert ran.status == 0
+    assert "nothing to do" in ran.out
+
+
+def test_images_from_the_environment_and_out_from_the_home(
+    featcache_command: Command, monkeypatch: pytest.MonkeyPatch, photos: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEATCACHE_IMAGES", str(photos))
+    ran = featcache_command("extract", *BASE, "--json")
+    assert ran.status == 0, ran.err
+    facts = json.loads(ran.out)
+    cache = Path(facts["cache"])
+    assert cache.parent == tmp_path / "home"
+    assert facts["id"][:8] in cache.name
+    with featcache.open(cache) as opened:
+        assert opened.manifest["id"] == facts["id"]
+    ledger = [json.loads(line) for line in (tmp_path / "home/runs.jsonl").read_text().splitlines()]
+    assert ledger[0]["command"] == "extract"
+    assert ledger[0]["id"] == facts["id"]
+    assert sorted(path.name for path in cache.iterdir() if "jsonl" in path.name) == []
+
+
+def test_dry_run_writes_nothing(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
+    ran = featcache_command("extract", *BASE, "--images", photos, "--out", tmp_path / "c", "--dry-run")
+    assert ran.status == 0
+    assert "would write" in ran.out
+    ran = featcache_command("extract", *BASE, "--images", photos, "--out", tmp_path / "c", "--dry-run", "--json")
+    facts = json.loads(ran.out)
+    assert facts["pictures"] == 11
+    assert facts["bytes"] > 11 * 2 * 5 * 8 * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_policy_options_reach_the_manifest(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
+    options = ("--policy", "caev2", "--scale", "1/2,1", "--ratio", "4/5,5/4", "--flip", 0, "--filter", "lanczos")
+    ran = featcache_command("extract", *BASE, *options, "--seed", 9, "--images", photos, "--out", tmp_path / "c")
+    assert ran.status == 0, ran.err
+    policy = manifest.read(tmp_path / "c")["identity"]["policy"]
+    assert policy == {
+        "size": 28,
+        "scale": [0.5, 1.0],
+        "ratio": [0.8, 1.25],
+        "filter": "lanczos",
+        "flip": 0.0,
+        "jitter": 0.4,
+        "seed": 9,
+    }
+
+
+def test_info(featcache_command: Command, made: Path) -> None:
+    ran = featcache_command("info", made, "--json")
+    facts = json.loads(ran.out)
+    assert facts["complete"] is True
+    assert facts["rows"] == 11
+    assert facts["random_weights"] is False
+    assert facts["arrays"]["features"]["shape"] == [11, 1, 2, 5, 8]
+    assert facts["arrays"]["features"]["dtype"] == "<f2"
+    low, high = facts["arrays"]["features"]["range"]
+    assert -(7**0.5) <= low < 0 < high <= 7**0.5 + 1e-6  # sqrt(D - 1)
+    assert 0 <= facts["arrays"]["attention"]["range"][0] <= facts["arrays"]["attention"]["range"][1] <= 1
+    assert facts["bytes"] == sum(p.stat().st_size for p in (made / "shards").rglob("*") if p.is_file()) - sum(
+        p.stat().st_size for p in (made / "shards").glob("*.json")
+    )
+    text = featcache_command("info", made).out
+    for part in (SYNTHETIC, facts["id"], "1 of 1 shards", "11 rows", "features"):
+        assert part in text
+    assert "RANDOM" not in text
+
+
+def test_info_of_an_unfinished_cache(featcache_command: Command, made: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "c"))
+    (copy / "shards/000000.json").unlink()
+    ran = featcache_command("info", copy)
+    assert ran.status == 0
+    assert "incomplete" in ran.out
+    assert json.loads(featcache_command("info", copy, "--json").out)["complete"] is False
+
+
+def test_verify(featcache_command: Command, made: Path, photos: Path, tmp_path: Path) -> None:
+    ran = featcache_command("verify", made, "--recompute", 5, "--images", photos, "--json")
+    assert ran.status == 0, ran.err
+    facts = json.loads(ran.out)
+    assert facts["problems"] == []
+    assert facts["recompute"]["rows"] == 5
+    text = featcache_command("verify", made, "--recompute", 5)  # pictures from where they were
+    assert text.status == 0
+    assert "95 % confidence" in text.out
+    copy = Path(shutil.copytree(made, tmp_path / "c"))
+    path = copy / "shards/000000.zarr/area/c.0.0"
+    path.write_bytes(b"\x00" + path.read_bytes()[1:])
+    ran = featcache_command("verify", copy)
+    assert ran.status == 1
+    assert str(path) in ran.error
+    ran = featcache_command("verify", copy, "--json")
+    assert ran.status == 1
+    assert len(json.loads(ran.out)["problems"]) == 1
+
+
+def test_verify_with_pictures_that_no_longer_decode(featcache_command: Command, made: Path, tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "photos")
+    (folder / "rgb.png").write_bytes((folder / "rgb.png").read_bytes()[:300])
+    ran = featcache_command("verify", made, "--recompute", 11, "--images", folder)
+    mistake(ran, 1, "'rgb'")
+
+
+def test_teachers(featcache_command: Command) -> None:
+    rows = {row["name"]: row for row in json.loads(featcache_command("teachers", "--json").out)}
+    assert rows["clip-b16"]["bytes_a_view_last5_fp16"] == 1_512_960  # DESIGN 5
+    text = featcache_command("teachers").out
+    for part in ("clip-b16", "dino-b16", "synthetic", "timm:NAME", "1,512,960"):
+        assert part in text
+
+
+def test_random_weights_are_said_wherever_the_cache_is_shown(
+    featcache_command: Command, photos: Path, tmp_path: Path
+) -> None:
+    options = ("--teacher", VIT, "--weights", "random:0", "--size", 32, "--workers", 2, "--images", photos)
+    ran = featcache_command("extract", *options, "--out", tmp_path / "c")
+    assert ran.status == 0, ran.err
+    assert "random:0" in ran.err
+    assert "not trained" in ran.err
+    assert "RANDOM WEIGHTS random:0" in featcache_command("info", tmp_path / "c").out
+    assert json.loads(featcache_command("info", tmp_path / "c", "--json").out)["random_weights"] is True
+    with featcache.open(tmp_path / "c") as cache:
+        assert cache.levels == (2, 3, 4, 5, 6)  # last:5
+        assert "RANDOM" in repr(cache)
+    mistake(
+        featcache_command("extract", *options[:3], "random:1", *options[4:], "--out", tmp_path / "c"),
+        1,
+        "identity.teacher.weight_hash (fatal)",
+    )
+
+
+def test_a_closed_pipe_is_no_error(made: Path) -> None:
+    """`featcache info ... | head -1`."""
+    code = f"{sys.executable} -m featcache info {made} --json | head -c 5; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+    assert "Traceback" not in ran.stderr
+    assert "Error" not in ran.stderr
+
+
+def test_main_is_a_module() -> None:
+    ran = python("import runpy, sys; sys.argv = ['featcache', 'nothing']; runpy.run_module('featcache')")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: ")
+    assert ran.stderr.count("\n") == 1

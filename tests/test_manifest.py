@@ -1,0 +1,154 @@
+"""Manifests: identity and id, checksums that notice any change, graded answers to "are these two the same?"."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from featcache import manifest
+from featcache.errors import IdentityError, UserError
+
+IDENTITY = {
+    "teacher": {"name": "clip-b16", "weight_hash": "00ff", "patches": 196},
+    "levels": [11, 12],
+    "codec": "fp16",
+    "pictures": {"count": 3, "keys_digest": "aa"},
+    "views": 2,
+    "store": "zarr",
+}
+PROVENANCE = {"weights": "registered", "source": "train/"}
+
+
+def make(**changes: object) -> dict:
+    identity, provenance = copy.deepcopy(IDENTITY), copy.deepcopy(PROVENANCE)
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        place: dict = identity if path[:1] != ["provenance"] else provenance
+        for step in [p for p in path if p != "provenance"]:
+            place = place[step]
+        place[last] = value
+    return manifest.make(identity, provenance, {}, [], {})
+
+
+def test_id_is_the_digest_of_the_canonical_identity() -> None:
+    text = json.dumps(IDENTITY, sort_keys=True, separators=(",", ":"))
+    assert make()["id"] == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()[:16]
+    assert manifest.keys_digest(["a", "ü/b"]) == hashlib.blake2b("a\nü/b\n".encode(), digest_size=16).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher__weight_hash": "00fe"},
+        {"levels": [12]},
+        {"codec": "q8"},
+        {"views": 3},
+        {"pictures__keys_digest": "ab"},
+    ],
+)
+def test_id_changes_with_everything_the_numbers_depend_on(change: dict) -> None:
+    assert make(**change)["id"] != make()["id"]
+
+
+def test_id_does_not_change_with_where_things_were() -> None:
+    assert make(provenance__source="elsewhere/", provenance__weights="w.pt")["id"] == make()["id"]
+
+
+def test_written_json_comes_back_and_its_bytes_repeat(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        manifest.write_json(tmp_path / name, make())
+    assert manifest.read_json(tmp_path / "a.json") == make()
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]  # nothing temporary stays
+
+
+def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    """Every position, every one of two bits: damage, or the same value written otherwise (a bit of white space)."""
+    path = tmp_path / "manifest.json"
+    manifest.write_json(path, make())
+    data = path.read_bytes()
+    for i in range(len(data)):
+        for bit in (0, 6):
+            path.write_bytes(data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :])
+            told = ""
+            try:
+                assert manifest.read_json(path) == make()
+            except UserError as error:
+                told = str(error)
+            assert not told or ("manifest.json" in told and "damaged" in told)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"format": 1}', '{"checksum": 1}', "\x00\xff"])
+def test_what_is_no_json_of_ours_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / manifest.NAME
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        manifest.read_json(path)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        manifest.read(tmp_path)
+
+
+def test_no_cache_and_another_format(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no cache at"):
+        manifest.read(tmp_path / "nothing")
+    manifest.write_json(tmp_path / manifest.NAME, {**make(), "format": 99})
+    with pytest.raises(UserError, match=r"format 99.*format 1"):
+        manifest.read(tmp_path)
+
+
+def test_side_files_are_checked(tmp_path: Path) -> None:
+    about = manifest.make(IDENTITY, PROVENANCE, {}, [], {"t.safetensors": b"abc", "u": b""})
+    assert about["files"]["t.safetensors"] == {
+        "bytes": 3,
+        "crc32c": "364b3fb7",
+    }  # crc32c of "abc", RFC 3720's polynomial
+    (tmp_path / "t.safetensors").write_bytes(b"abd")
+    problems = manifest.check_files(tmp_path, about)
+    assert len(problems) == 2
+    assert "t.safetensors: checksum differs" in problems[0]
+    assert "u: missing" in problems[1]
+    assert make(views=2)["id"] == about["id"]
+
+
+def test_differences_are_graded_fatal_first() -> None:
+    other = make(teacher__weight_hash="1", codec="q8", provenance__source="x")
+    found = manifest.compare(make(), other)
+    assert [(m.field, m.grade) for m in found] == [
+        ("identity.teacher.weight_hash", "fatal"),
+        ("identity.codec", "lossy"),
+        ("provenance.source", "cosmetic"),
+    ]
+    assert (found[0].here, found[0].there) == ("00ff", "1")
+    assert manifest.compare(make(), make()) == []
+
+
+def test_a_field_that_only_one_side_has_is_a_difference() -> None:
+    other = make()
+    other["identity"]["brand_new"] = 1
+    assert [(m.field, m.grade, m.here) for m in manifest.compare(make(), other)] == [
+        ("identity.brand_new", "fatal", None)
+    ]
+
+
+def test_refusal_names_field_grade_and_both_values() -> None:
+    other = make(teacher__weight_hash="1", codec="q8", provenance__source="x")
+    with pytest.raises(IdentityError) as caught:
+        manifest.refuse(make(), other, "the caches differ", "choose one", ("fatal",))
+    message = str(caught.value)
+    assert "identity.teacher.weight_hash (fatal): '00ff' here, '1' there" in message
+    assert message.startswith("the caches differ")
+    assert message.endswith("choose one")
+    assert "codec" not in message
+    manifest.refuse(make(), make(provenance__source="x"), "w", "t", ("fatal", "lossy"))
+
+
+def test_random_weights_are_said() -> None:
+    drawn = make(provenance__weights="random:3")
+    assert manifest.is_random(drawn)
+    assert "RANDOM WEIGHTS random:3" in manifest.title(drawn)
+    assert not manifest.is_random(make())
+    assert "RANDOM" not in manifest.title(make())

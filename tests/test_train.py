@@ -1,0 +1,342 @@
+"""The trainer: its rates, its run folder, what stops it, and what a resumed run must agree with."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import student.train
+from featcache import manifest
+from student import checkpoint, metrics
+from student.metrics import Metrics
+from student.train import step_seed
+from tests import student_fixtures as fx
+
+SMALL = ("--batch-size", "8")
+
+# A recipe of one's own: the mean colour is learnt, and from the third forward on the loss is not a number.
+MINE = '''"""Mine."""
+import torch
+from pydantic.dataclasses import dataclass
+from student import vit
+from student.config import CHECKED, RecipeConfig
+from student.recipes import TargetSpec
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class Config(RecipeConfig):
+    bad: int = 3
+
+def needs(config):
+    return TargetSpec(teacher="", levels=(), fields=(), patches=config.patches)
+
+class Model(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.encoder = vit.build(config.encoder, img_size=config.img_size, patch_size=config.patch_size)
+        self.bad, self.calls = config.bad, 0
+
+    def no_weight_decay(self):
+        return set()
+
+    def forward(self, batch):
+        self.calls += 1
+        loss = (self.encoder(batch["images"]) ** 2).mean()
+        return {"loss": loss * float("nan") if self.calls >= self.bad else loss}
+'''
+
+
+def mine(tmp_path: Path, run: Path, *options: str) -> fx.Ran:
+    (tmp_path / "mine.py").write_text(MINE)
+    sets = [part for text in (*fx.COMMON, "patch_size=8") for part in ("--set", text)]
+    recipe = ("--recipe", tmp_path / "mine.py", "--images", fx.pictures(), "--policy", fx.policy_file())
+    return fx.stud("train", *recipe, "--out", run, "--device", "cpu", *SMALL, *sets, *options, home=tmp_path / "home")
+
+
+def run_of(
+    tmp_path: Path, *options: Any, name: str = "run", sets: tuple[str, ...] = (), recipe: str = "maskalign"
+) -> Path:
+    fx.good(fx.train(recipe, tmp_path / name, "--cache", fx.cache_path(), *SMALL, *options, sets=sets))
+    return tmp_path / name
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------
+
+
+def test_rates_by_hand(tmp_path: Path) -> None:
+    """24 pictures in steps of 8 are 3 steps an epoch; 2 epochs of warm-up in 4, blr 0.32: the peak is 0.32 * 8 / 256 =
+    0.01, six steps rise to it by sixths, then half a cosine over six steps goes towards 0.001."""
+    sets = ("warmup_epochs=2", "lr=null", "blr=0.32", "min_lr=0.001")
+    rows = metrics.read(run_of(tmp_path, "--epochs", "4", sets=sets))
+    rise = [0, 0.01 / 6, 0.02 / 6, 0.03 / 6, 0.04 / 6, 0.05 / 6]
+    half = [1, (2 + math.sqrt(3)) / 4, 0.75, 0.5, 0.25, (2 - math.sqrt(3)) / 4]  # (1 + cos(k pi / 6)) / 2
+    expected = [*rise, *(0.001 + 0.009 * part for part in half)]
+    assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-12)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["epoch"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+
+
+def test_the_rate_is_really_used(tmp_path: Path) -> None:
+    """At a rate of 0 (the first step of a warm-up) no weight moves."""
+    one = run_of(tmp_path, "--steps", "1", sets=("warmup_epochs=1",), name="one")
+    none = run_of(tmp_path, "--steps", "0", sets=("warmup_epochs=1",), name="none")
+    assert fx.same_weights(one, none)
+
+
+def test_the_rate_follows_the_global_batch(tmp_path: Path) -> None:
+    sets = ("lr=null", "blr=0.32")
+    plain = metrics.read(run_of(tmp_path, "--steps", "1", sets=sets, name="a"))[0]["lr"]
+    double = metrics.read(run_of(tmp_path, "--steps", "1", "--accumulate", "2", sets=sets, name="b"))[0]["lr"]
+    assert (plain, double) == (pytest.approx(0.01), pytest.approx(0.02))
+
+
+def test_step_seed_literals() -> None:
+    """numpy.random.Philox, counter (0, 0, step, BLAKE2b-64 of 'model:SEED'), key BLAKE2b-128 of 'step:MICRO:RANK', the
+    first word without its last bit (torch takes 63 bits)."""
+    assert step_seed(0, 0, 0, 0) == 7697881356527860803
+    assert step_seed(0, 1, 0, 0) == 2263479409534137430
+    assert step_seed(3, 1000, 1, 2) == 2243229204195202265
+    several = {step_seed(s, t, m, r) for s in range(2) for t in range(5) for m in range(2) for r in range(3)}
+    assert len(several) == 60
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "--steps", "4", "--seed", "5", recipe="mralign")
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints", "config.json", "environment.json", "metrics.jsonl",
+    ]  # fmt: skip
+    rows = metrics.read(run)
+    parts = {"align", "pixel", "level_2", "level_3", "level_4"}
+    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "images_per_s", "data_wait"} | parts
+    assert all(row["images_per_s"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+    for row in rows:
+        assert row["loss"] == pytest.approx(0.5 * row["align"] + 0.5 * row["pixel"], rel=1e-5)
+        assert row["align"] == pytest.approx((row["level_2"] + row["level_3"] + row["level_4"]) / 3, rel=1e-5)
+
+
+def test_the_record_of_a_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "--steps", "2", "--seed", "5")
+    record = json.loads((run / "config.json").read_text())
+    cache = fx.open_cache()
+    assert record["recipe"] == "maskalign"
+    assert (record["seed"], record["steps"]) == (5, 2)
+    assert record["precision"] in ("no", "fp32")
+    assert record["config"]["encoder"] == fx.ENCODER
+    assert record["config"]["drop_path"] == 0.1
+    assert record["targets"]["id"] == cache.manifest["id"]
+    assert record["targets"]["identity"] == json.loads(json.dumps(cache.identity))
+    assert record["data"] == {"pictures": 24, "global_batch": 8, "steps_per_epoch": 3}
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert {"featcache", "timm", "python", "device", "threads", "commit", "command"} <= set(environment)
+
+
+def test_the_ledger_lies_in_home_and_the_cache_is_untouched(tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(fx.cache_path(), tmp_path / "c"))
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    fx.good(fx.train("maskalign", tmp_path / "run", "--cache", cache, "--steps", "1", *SMALL, home=tmp_path / "home"))
+    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+    (line,) = (tmp_path / "home" / "runs.jsonl").read_text().splitlines()
+    noted = json.loads(line)
+    assert noted["command"] == "train"
+    assert noted["recipe"] == "maskalign"
+    assert noted["run"] == str(tmp_path / "run")
+
+
+def test_a_config_file_is_a_runs_own_record(tmp_path: Path) -> None:
+    first = run_of(tmp_path, "--steps", "3", name="first", sets=("drop_path=0.3",))
+    options = ("--cache", fx.cache_path(), "--steps", "3", *SMALL, "--config", first / "config.json")
+    fx.good(fx.stud("train", "--recipe", "maskalign", "--device", "cpu", "--out", tmp_path / "again", *options))
+    assert fx.losses(first) == fx.losses(tmp_path / "again")
+    over = ("--set", "drop_path=0")
+    fx.good(fx.stud("train", "--recipe", "maskalign", "--device", "cpu", "--out", tmp_path / "over", *options, *over))
+    assert checkpoint.config(tmp_path / "over")["config"]["drop_path"] == 0
+
+
+def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    a, b = (run_of(tmp_path, "--steps", "4", "--workers", workers, name=workers) for workers in ("1", "3"))
+    assert fx.losses(a) == fx.losses(b)
+    assert fx.same_weights(a, b)
+    assert fx.losses(run_of(tmp_path, "--steps", "4", "--seed", "1", name="c")) != fx.losses(a)
+
+
+def test_an_out_that_is_used_is_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "--steps", "1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ran = fx.train("maskalign", run, "--cache", fx.cache_path(), "--steps", "1", *SMALL)
+    assert ran.status == 1
+    assert "--resume" in ran.line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    ran = fx.train("maskalign", tmp_path / "new", "--cache", fx.cache_path(), "--steps", "1", *SMALL, "--resume")
+    assert ran.status == 1
+    assert "no run at" in ran.line
+
+
+# --- what stops it --------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    ran = mine(tmp_path, tmp_path / "run", "--steps", "9", "--save-every", "1")
+    assert ran.status == 1
+    assert "loss is nan at step 3" in ran.line
+    shown = ran.line.split("pictures ", 1)[1].split(")")[0]
+    assert shown.startswith("p")
+    assert [path.name for path in checkpoint.complete(tmp_path / "run")] == ["step-00000001.pt", "step-00000002.pt"]
+    assert all(value.isfinite().all() for value in fx.weights(tmp_path / "run").values())
+    assert [row["loss"] for row in metrics.read(tmp_path / "run")][2] == "nan"
+
+
+def test_it_stops_too_when_losses_arrive_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU rows become numbers 16 steps later, and a checkpoint flushes them: it must look at them and must not be
+    written over good ones."""
+    monkeypatch.setattr(student.train, "Metrics", lambda run, lag=0: Metrics(run, 16))
+    ran = mine(tmp_path, tmp_path / "run", "--steps", "9", "--save-every", "2")
+    assert ran.status == 1
+    assert "loss is nan at step 3" in ran.line
+    assert all(value.isfinite().all() for value in fx.weights(tmp_path / "run").values())
+
+
+def test_files_are_closed_when_it_stops(tmp_path: Path) -> None:
+    gc.collect()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mine(tmp_path, tmp_path / "run", "--steps", "9")
+        gc.collect()
+    assert [str(w.message) for w in caught if issubclass(w.category, ResourceWarning)] == []
+
+
+def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
+    options = ("--cache", fx.cache_path(), "--steps", "1", *SMALL)
+    ran = fx.train("maskalign", tmp_path / "run", *options, "--precision", "fp16")
+    assert ran.status == 2
+    assert all(word in ran.line for word in ("fp16", "bf16", "fp32"))
+    ran = fx.train("maskalign", tmp_path / "run", *options, "--precision", "fp8")
+    assert ran.status == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_is_near_fp32_and_weights_stay_fp32(tmp_path: Path) -> None:
+    exact = fx.losses(run_of(tmp_path, "--steps", "4", name="fp32"))
+    rough = run_of(tmp_path, "--steps", "4", "--precision", "bf16", name="bf16")
+    assert fx.losses(rough) == pytest.approx(exact, rel=0.02)
+    assert fx.losses(rough) != exact
+    assert {value.dtype for value in fx.weights(rough).values()} == {torch.float32}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here(tmp_path: Path) -> None:
+    """Asked for a GPU it must not train on the CPU without a word."""
+    sets = [part for text in fx.RECIPES["maskalign"] for part in ("--set", text)]
+    options = ("--cache", fx.cache_path(), "--steps", "1", *SMALL, *sets, "--out", tmp_path / "run")
+    for device in ("cuda", "nonsense"):
+        ran = fx.stud("train", "--recipe", "maskalign", *options, "--device", device)
+        assert ran.status == 2
+        assert device in ran.line
+
+
+# --- what a resumed run must agree with -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("--seed", "1"), ("seed", "0", "1")),
+        (("--steps", "9"), ("steps", "4", "9")),
+        (("--batch-size", "4"), ("global_batch", "8", "4")),
+        (("--precision", "bf16"), ("precision", "bf16")),
+        (("--set", "drop_path=0.2"), ("drop_path", "0.1", "0.2")),
+        (("--set", "lr=0.002"), ("lr", "0.003", "0.002")),
+    ],
+)
+def test_other_settings_are_refused_by_name(change: tuple[str, str], told: tuple[str, ...], tmp_path: Path) -> None:
+    run = run_of(tmp_path, "--steps", "4", "--save-every", "2")
+    (run / "checkpoints" / "step-00000004.pt").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    options = ("--cache", fx.cache_path(), "--steps", "4", *SMALL, "--save-every", "2", "--resume", *change)
+    ran = fx.train("maskalign", run, *options)
+    assert ran.status == 1
+    assert all(word in ran.line for word in told), ran.line
+    assert "patch_size" not in ran.line  # what did not change is not told
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "--steps", "1")
+    ran = fx.train("mralign", run, "--cache", fx.cache_path(), "--steps", "1", *SMALL, "--resume")
+    assert ran.status == 1
+    assert "'maskalign'" in ran.line
+    assert "'mralign'" in ran.line
+
+
+def weighted(tmp_path: Path, seed: int) -> Path:
+    teacher = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=4,num_heads=3"
+    return fx.extract(fx.pictures(), tmp_path / f"w{seed}", "--weights", f"random:{seed}", teacher=teacher)
+
+
+def test_caches_of_other_weights_cannot_be_mixed_up(tmp_path: Path) -> None:
+    a, b = weighted(tmp_path, 0), weighted(tmp_path, 1)
+    assert manifest.read(a)["id"] != manifest.read(b)["id"]
+    options = ("--steps", "4", *SMALL, "--save-every", "2")
+    ran = fx.good(fx.train("maskalign", tmp_path / "run", "--cache", a, *options))
+    assert "RANDOM WEIGHTS random:0" in ran.err  # told where the cache is used
+    (tmp_path / "run" / "checkpoints" / "step-00000004.pt").unlink()
+    ran = fx.train("maskalign", tmp_path / "run", "--cache", b, *options, "--resume")
+    assert ran.status == 1
+    assert "weight_hash" in ran.line
+    hashes = [manifest.read(cache)["identity"]["teacher"]["weight_hash"] for cache in (a, b)]
+    assert all(each in ran.line for each in hashes)
+    fx.good(fx.train("maskalign", tmp_path / "run", "--cache", a, *options, "--resume"))
+
+
+def test_online_over_a_cache_uses_its_weights(tmp_path: Path) -> None:
+    """The file changed since the extraction: those are other weights, and the comparison would mean nothing."""
+    import timm
+    from safetensors.torch import save_file
+
+    from featcache import teachers
+
+    name = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=4,num_heads=3"
+    path = tmp_path / "teacher.safetensors"
+    plain = "vit_tiny_patch16_224"
+    shape: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 4,
+        "num_heads": 3,
+        "num_classes": 0,
+    }
+    torch.manual_seed(0)
+    save_file(timm.create_model(plain, **shape).state_dict(), str(path))
+    assert teachers.load(name, str(path)).weights == str(path)
+    fx.extract(fx.pictures(), tmp_path / "c", "--weights", str(path), teacher=name)
+    options = ("--cache", tmp_path / "c", "--teacher", "online", "--steps", "1", *SMALL)
+    fx.good(fx.train("maskalign", tmp_path / "same", *options))
+    torch.manual_seed(1)
+    save_file(timm.create_model(plain, **shape).state_dict(), str(path))
+    ran = fx.train("maskalign", tmp_path / "other", *options)
+    assert ran.status == 1
+    assert "weight" in ran.line
+
+
+def test_other_pictures_of_the_same_number_are_refused(tmp_path: Path) -> None:
+    """The order is by number: with other pictures under the numbers the run would be another one."""
+    one, two = (Path(shutil.copytree(fx.pictures(), tmp_path / name)) for name in ("one", "two"))
+    (one / "p00.png").unlink()
+    (two / "p23.png").unlink()
+    options = ("--cache", fx.cache_path(), "--steps", "4", *SMALL, "--save-every", "2")
+    fx.good(fx.train("maskalign", tmp_path / "run", *options, "--images", one))
+    (tmp_path / "run" / "checkpoints" / "step-00000004.pt").unlink()
+    ran = fx.train("maskalign", tmp_path / "run", *options, "--images", two, "--resume")
+    assert ran.status == 1
+    assert "pictures" in ran.line
