@@ -148,6 +148,7 @@ def extract(
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
     from featcache import codecs, targets, teachers
     from featcache import plan as plans
+    from featcache.device import pick_device
 
     if teacher_name is None:
         raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
@@ -211,19 +212,6 @@ def _story(summary: dict[str, Any]) -> str:
     if summary["quarantined"]:
         lines.append(f"{len(summary['quarantined'])} in quarantine, all listed in {summary['cache']}/quarantine.json")
     return "\n".join(lines)
-
-
-def pick_device(name: str | None) -> str:
-    """The device asked for, or cuda where there is one; a device that is not here is a UsageError."""
-    import torch
-
-    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {chosen!r} cannot be used here: {reason}; cpu always can") from error
-    return chosen
 
 
 def _show(facts: dict[str, Any], as_json: bool, text: str) -> None:
@@ -315,6 +303,7 @@ def verify(
 ) -> None:
     """Check every byte of CACHE against its checksums; with --recompute, rows against the teacher."""
     from featcache import verify as work
+    from featcache.device import pick_device
 
     problems, shards = work.files(cache)
     facts: dict[str, Any] = {"cache": str(cache), "shards": shards, "problems": problems}

@@ -26,7 +26,7 @@ from torch import Tensor
 from featcache import codecs, images, manifest, rng, targets, teachers, views
 from featcache.errors import UsageError, UserError
 from featcache.plan import Plan, prepare
-from featcache.store import ShardWriter, record_path, store
+from featcache.store import QUARANTINE, ShardWriter, record_path, store
 
 
 @dataclass
@@ -167,7 +167,11 @@ def _usable(
     for index, future in futures:
         try:
             yield future.result()
-        except (images.PictureError, OSError) as error:
+        except OSError as error:  # the disk, not the picture: what is read again may well be good
+            raise UserError(
+                f"picture {plan.source.keys[index]!r} cannot be read: {error}; mend this and run again"
+            ) from error
+        except images.PictureError as error:
             key = plan.source.keys[index]
             if strict:
                 raise UserError(
@@ -303,9 +307,9 @@ def _report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
     records = [manifest.read_json(record_path(out, shard["name"])) for shard in wanted["shards"]]
     rows = [row for record in records for row in record["quarantined"]]
     if rows:
-        manifest.write_json(out / "quarantine.json", {"pictures": rows})
+        manifest.write_json(out / QUARANTINE, {"pictures": rows})
     if rows and not sum(record["rows"] for record in records):
         raise UserError(
             f"none of {len(rows)} pictures could be used, the first {rows[0]['key']!r}: {rows[0]['reason']}; "
-            f"all are listed in {out / 'quarantine.json'}"
+            f"all are listed in {out / QUARANTINE}"
         )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from featcache.errors import IdentityError, UserError
 FORMAT = 1
 NAME = "manifest.json"
 CHECKSUM = "checksum"
+REGISTERED = "registered"  # provenance.weights when none were asked for: those the teacher's name stands for
 
 # The first prefix that fits a field's dotted name is its grade. `fatal`: other numbers; `lossy`: the same numbers,
 # stored otherwise; `cosmetic`: no effect. What is not listed is fatal.
@@ -97,13 +100,39 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Durable or absent: a temporary name, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{owner()}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def owner() -> str:
+    """Who writes a temporary file: HOST-PID-NONCE."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that dead writers left in a folder."""
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.is_file() and not alive(leftover.name.removesuffix(".tmp").rpartition(".")[2]):
+            leftover.unlink(missing_ok=True)
+
+
+def alive(owner: str) -> bool:
+    """Whether the writer HOST-PID-NONCE may still run: another host's is taken to be alive."""
+    host, _, pid = owner.rpartition("-")[0].rpartition("-")
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -150,7 +179,7 @@ def sync_folder(folder: Path) -> None:
 
 def compare(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Mismatch]:
     """Every differing field of identity and provenance, fatal ones first."""
-    ours, theirs = (dict(_flat({key: m[key] for key in ("identity", "provenance")})) for m in (here, there))
+    ours, theirs = (dict(flat({key: m[key] for key in ("identity", "provenance")})) for m in (here, there))
     found = [
         Mismatch(field, grade(field), ours.get(field), theirs.get(field))
         for field in sorted(ours.keys() | theirs.keys())
@@ -163,10 +192,15 @@ def grade(field: str) -> str:
     return next((grade for prefix, grade in GRADES if field.startswith(prefix)), "fatal")
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested objects as dotted names.
+
+    >>> dict(flat({"a": {"b": 1, "c": [2]}, "d": 3}))
+    {'a.b': 1, 'a.c': [2], 'd': 3}
+    """
     for key, item in value.items():
         if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{key}.")
+            yield from flat(item, f"{prefix}{key}.")
         else:
             yield prefix + key, item
 

@@ -131,7 +131,7 @@ def parse_levels(text: str, depth: int) -> tuple[int, ...]:
     if head == "last" and count.isdecimal() and 1 <= int(count) <= depth:
         return tuple(range(depth - int(count) + 1, depth + 1))
     parts = text.split(",")
-    if all(part.isdecimal() and 1 <= int(part) <= depth for part in parts) and len(set(parts)) == len(parts):
+    if all(part.isdecimal() and 1 <= int(part) <= depth for part in parts) and len(set(map(int, parts))) == len(parts):
         return tuple(sorted(map(int, parts)))
     raise UsageError(f"--levels {text!r}: last:N, a list such as 8,10,{depth}, or all; blocks are 1 to {depth}")
 
@@ -159,8 +159,10 @@ def prepare(plan: Plan, out: Path) -> dict[str, Any]:
     ).is_file():  # first, so that a process that dies from here on leaves a cache to continue
         manifest.write_json(out / manifest.NAME, wanted)
     (out / SHARDS).mkdir(exist_ok=True)
+    for folder in (out, out / SHARDS):
+        manifest.sweep(folder)
     for name, data in plan.side_files().items():
-        if not (out / name).is_file():
+        if not (out / name).is_file() or (out / name).read_bytes() != data:
             manifest.write_file(out / name, data)
     return wanted
 

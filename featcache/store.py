@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 STORES = {"zarr": "featcache.zarr_store"}
 SHARDS = "shards"
+QUARANTINE = "quarantine.json"
 
 
 @dataclass(frozen=True)

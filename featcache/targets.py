@@ -72,9 +72,9 @@ def derive(name: str, h: Tensor, tail: Mapping[str, Tensor], std: Tensor | None 
         raise errors.UsageError(f"unknown derived target {name!r}: {errors.near(name, ('f', 'z', 'fd'))}")
     missing = {"gamma", "beta", "eps", *(["proj"] if name == "z" else [])} - set(tail)
     if missing:
+        lacks = "no projection" if missing == {"proj"} else f"no {', '.join(sorted(missing))}"
         raise errors.UserError(
-            f"target {name!r}: this teacher's tail has no {', '.join(sorted(missing))}; it has "
-            f"{', '.join(tail) or 'nothing'}"
+            f"target {name!r}: this teacher's tail has {lacks}; it has {', '.join(tail) or 'nothing'}"
         )
     if float(tail["eps"]) != float(np.float32(EPS)):
         if std is None:

@@ -14,7 +14,7 @@ import numpy as np
 from featcache import images, manifest, rng, views
 from featcache.errors import IdentityError, UserError
 from featcache.reader import Cache
-from featcache.store import record_path, store
+from featcache.store import QUARANTINE, record_path, store
 
 FEATURE_BOUND = 1e-3  # per-token relative L2 between stored and recomputed features
 ATTENTION_BOUND = 1e-4  # largest difference over the largest weight
@@ -25,6 +25,8 @@ def files(path: Path, progress: Callable[[int, int], None] = lambda done, total:
     about = manifest.read(path)
     backend = store(about["identity"]["store"])
     problems = manifest.check_files(path, about)
+    if (path / QUARANTINE).is_file():
+        problems += _json_problem(path / QUARANTINE)
     for done, shard in enumerate(about["shards"], 1):
         record = record_path(path, shard["name"])
         try:
@@ -33,6 +35,14 @@ def files(path: Path, progress: Callable[[int, int], None] = lambda done, total:
             problems.append(str(error) if record.is_file() else f"{record}: missing; this shard is not extracted yet")
         progress(done, len(about["shards"]))
     return problems, len(about["shards"])
+
+
+def _json_problem(path: Path) -> list[str]:
+    try:
+        manifest.read_json(path)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def recompute(
@@ -98,7 +108,10 @@ def _recompute_row(
     key = cache.keys[row]
     if key not in at:
         return [f"picture {key!r} is not in {source.spec!r}"], 0.0, 0.0
-    picture = images.decode(source.read(at[key]))
+    try:
+        picture = images.decode(source.read(at[key]))
+    except (images.PictureError, OSError) as reason:
+        return [f"picture {key!r} can no longer be used: {reason}"], 0.0, 0.0
     policy = views.from_dict(cache.identity["policy"])
     codec = codecs.CODECS[cache.identity["codec"]]
     stored = cache.read([row], view, (*codec.arrays(teacher.width), "attention", "crop", "flip", "jitter"))

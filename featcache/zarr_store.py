@@ -8,9 +8,7 @@ zarr-python, rows by us, as they come, with a running checksum.
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +67,7 @@ class ZarrShardWriter:
     def __init__(self, cache: Path, shard: str, arrays: Sequence[Array], views: int) -> None:
         self.cache, self.shard, self.views = cache, shard, views
         self.arrays = {array.name: array for array in arrays}
-        nonce = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.folder = cache / SHARDS / f"{shard}.zarr.{nonce}.tmp"
+        self.folder = cache / SHARDS / f"{shard}.zarr.{manifest.owner()}.tmp"
         self.folder.mkdir(parents=True)
         self.files = {
             (array.name, view): _RowFile(self.folder / _chunk(array, view))
@@ -229,7 +226,7 @@ def _sound(path: Path, size: int, recorded: str, *, chunk: bool) -> bool:
 def settle(cache: Path, shard: str) -> None:
     """A folder without a record is adopted when its own record proves every byte, and removed otherwise."""
     for leftover in (cache / SHARDS).glob(f"{shard}.zarr.*.tmp"):
-        if not _alive(leftover):
+        if not manifest.alive(leftover.name.removesuffix(".tmp").split(".zarr.", 1)[1]):
             shutil.rmtree(leftover, ignore_errors=True)
     folder = _folder(cache, shard)
     if not folder.is_dir():
@@ -249,17 +246,3 @@ def _inner_record(folder: Path) -> dict[str, Any] | None:
         return manifest.read_json(folder / _RECORD)
     except UserError:  # missing or damaged: nothing proves the bytes
         return None
-
-
-def _alive(leftover: Path) -> bool:
-    """Whether the writer named in a temporary folder may still run: another host's is taken to be alive."""
-    host, _, rest = leftover.name.removesuffix(".tmp").split(".zarr.", 1)[1].rpartition("-")[0].rpartition("-")
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(int(rest), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True

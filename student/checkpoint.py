@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from student import vit
 FOLDER = "checkpoints"
 KEEP = 2  # newest checkpoints of a run that stay on disk
 CONFIG = "config.json"
+PARTS: dict[str, type] = {"step": int, "model": OrderedDict, "optimizer": dict, "scaler": dict}
 
 
 def save(run: Path, step: int, state: dict[str, Any]) -> Path:
@@ -53,12 +55,26 @@ def newest(run: Path) -> dict[str, Any]:
     if not paths:
         raise UserError(f"run {str(run)!r} has no checkpoint; train it first, or give the folder of a run")
     try:
-        return torch.load(paths[-1], map_location="cpu", weights_only=True)
+        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # truncated or foreign files fail in many ways
-        raise UserError(
-            f"checkpoint {str(paths[-1])!r} cannot be read ({type(error).__name__}); "
-            "remove it to go on from the one before"
-        ) from error
+        raise _foreign(run, f"cannot be read ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not PARTS.items() <= {key: type(value) for key, value in state.items()}.items():
+        raise _foreign(run, f"does not hold {', '.join(PARTS)}")
+    return state
+
+
+def restore(run: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint's content into model and optimizer; returns its step."""
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _foreign(run, "does not fit this run's model") from error
+    return int(state["step"])
+
+
+def _foreign(run: Path, what: str) -> UserError:
+    return UserError(f"checkpoint {str(complete(run)[-1])!r} {what}; remove it to go on from the one before")
 
 
 def config(run: Path) -> dict[str, Any]:
@@ -80,5 +96,8 @@ def load_encoder(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     state = newest(run)["model"]
     encoder = vit.build(settings["encoder"], img_size=settings["img_size"], patch_size=settings["patch_size"])
     own = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    encoder.load_state_dict(own)
+    try:
+        encoder.load_state_dict(own)
+    except RuntimeError as error:
+        raise _foreign(run, "does not fit the encoder of its config.json") from error
     return encoder.eval(), settings

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from featcache import home, images
-from featcache.cli import entry, given_images, pick_device
+from featcache.cli import entry, given_images
 from featcache.errors import UsageError
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 )
 @click.option("--weights", help="Online: the teacher's weights, FILE, tag or random:SEED.")
 @click.option("--views", type=click.IntRange(1), help="Online: views a picture. [default: a fresh one each epoch]")
-@click.option("--policy", default="default", show_default=True, help="Online without --cache: view policy.")
+@click.option("--policy", help="Online without --cache: a named view policy or a .json file. [default: default]")
 @click.option("--config", type=click.Path(path_type=Path), help="JSON of recipe settings; --set wins.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe.")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
@@ -196,6 +196,7 @@ def _evaluate(
     device: str | None,
     as_json: bool,
 ) -> None:
+    from featcache.device import pick_device
     from student import frozen
 
     if (run is None) == (teacher_spec is None):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from accelerate import Accelerator
 
 from featcache import images, manifest, rng, teachers, views
-from featcache.errors import UsageError, UserError
+from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
 from student import config, resolve
 from student.loader import Loader
@@ -46,7 +46,7 @@ class Options:
     teacher: str
     weights: str | None
     views: int | None
-    policy: str
+    policy: str | None
     config: Path | None
     settings: Sequence[str]
     precision: str
@@ -133,9 +133,7 @@ def _source_of(found: Found | None) -> Source:
 
 
 def _cached(found: Found, source: Source, options: Options, say: Say) -> _Chosen:
-    for option, value in (("--weights", options.weights), ("--views", options.views)):
-        if value is not None:
-            raise UsageError(f"{option} belongs to --teacher online; the cache has its own: leave it out")
+    _refuse({"--weights": options.weights, "--views": options.views, "--policy": options.policy})
     pictures, rows, skipped = resolve.join(found.cache, source)
     if manifest.is_random(found.cache.manifest) and found.spec.fields:
         say(f"note: {manifest.title(found.cache.manifest)}")
@@ -151,6 +149,12 @@ def _cached(found: Found, source: Source, options: Options, say: Say) -> _Chosen
     return _Chosen(found.config, targets, pictures, about)
 
 
+def _refuse(given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(f"{option} {value} does not go with a cache, which has its own: leave one of them out")
+
+
 def _online(
     recipe: ModuleType,
     overrides: Sequence[str],
@@ -162,13 +166,20 @@ def _online(
 ) -> _Chosen:
     """The teacher in the loop: over a cache's own views and pictures where one is given, else over fresh ones."""
     identity = found.cache.identity if found else None
-    policy = views.from_dict(identity["policy"]) if identity else views.policy(options.policy)
+    if identity:
+        _refuse({"--views": options.views, "--policy": options.policy})
+    policy = views.from_dict(identity["policy"]) if identity else views.policy(options.policy or "default")
     count = options.views or (identity["views"] if identity else None)
     plain = config.from_overrides(recipe.Config, overrides)
     teacher = None
     if recipe.needs(plain).fields:
         given = options.weights or (found.cache.manifest["provenance"]["weights"] if found else None)
         teacher = teachers.load(identity["teacher"]["name"] if identity else plain.teacher, given, device)
+        if identity and teachers.weight_hash(teacher) != identity["teacher"]["weight_hash"]:
+            raise IdentityError(
+                f"weights {given!r} have hash {teachers.weight_hash(teacher)}, the cache was made with "
+                f"{identity['teacher']['weight_hash']}; give those with --weights, or leave --cache out"
+            )
         if teachers.is_random(teacher.weights):
             say(f"note: {teacher.weights} - these weights are drawn, not trained")
     settings = resolve.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))

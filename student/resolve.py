@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from featcache import home, images, manifest
 from featcache.errors import IdentityError, UsageError, UserError
+from featcache.manifest import REGISTERED
 from featcache.reader import Cache
+from featcache.views import Policy
 from student.config import RecipeConfig, from_overrides
 from student.recipes import TargetSpec
 
@@ -100,9 +102,13 @@ def missing(cache: Cache, spec: TargetSpec) -> list[str]:
 
 
 def find(recipe: ModuleType, name: str, overrides: Sequence[str], source: images.Source | None) -> Found | None:
-    """The cache under $FEATCACHE_HOME that serves the recipe on these pictures; None where the recipe needs none and
-    there is none. Several are a UsageError, none is one with the command that makes it."""
+    """The cache under $FEATCACHE_HOME that serves the recipe on these pictures; None where the recipe needs none.
+
+    Several are a UsageError; none is a UserError with the command that makes one.
+    """
     plain = from_overrides(recipe.Config, overrides)
+    if not recipe.needs(plain).fields:
+        return None
     found, rejected = [], []
     for path in home.caches():
         try:
@@ -116,11 +122,9 @@ def find(recipe: ModuleType, name: str, overrides: Sequence[str], source: images
         raise UsageError(f"{len(found)} caches serve {name}: {paths}; choose one with --cache")
     if found:
         return found[0]
-    spec = recipe.needs(plain)
-    if not spec.fields:
-        return None
     looked = f"looked at {'; '.join(rejected[:2])}" if rejected else "it is empty"
-    raise UserError(f"no cache under {str(home.home())!r} serves {name} ({looked}); {todo(spec, plain, None, source)}")
+    command = todo(recipe.needs(plain), plain, None, source)
+    raise UserError(f"no cache under {str(home.home())!r} serves {name} ({looked}); {command}")
 
 
 def _check_fit(candidate: Found, plain: RecipeConfig, source: images.Source | None) -> None:
@@ -137,31 +141,42 @@ def _check_fit(candidate: Found, plain: RecipeConfig, source: images.Source | No
 
 
 def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: images.Source | None = None) -> str:
-    """The exact extract command that would make what is missing."""
-    last = tuple(range(config.teacher_depth - len(spec.levels) + 1, config.teacher_depth + 1))
-    levels = f"last:{len(spec.levels)}" if spec.levels == last else ",".join(map(str, spec.levels))
-    command = [
-        "featcache",
-        "extract",
-        "--teacher",
-        config.teacher if spec.fields else "clip-b16",
-        "--levels",
-        levels or "last:1",
-    ]
+    """The exact extract command that makes what is missing: an incomplete cache is finished in its place."""
     if cache is None:
-        command += ["--images", source.spec if source else "SRC"]
-        return f"make it with: {shlex.join(command)}"
-    provenance, policy = cache.manifest["provenance"], cache.identity["policy"]
-    command += ["--images", provenance["source"], "--views", str(cache.views)]
-    if provenance["weights"] != "registered":
-        command += ["--weights", provenance["weights"]]
-    command += [
-        f"--scale={policy['scale'][0]:g},{policy['scale'][1]:g}",
-        f"--size={policy['size']}",
-        f"--flip={policy['flip']:g}",
-    ]
-    command += [f"--jitter={policy['jitter']:g}", f"--filter={policy['filter']}", f"--seed={policy['seed']}"]
-    return f"make one with: {shlex.join(command)}"
+        facts = ["--teacher", config.teacher, "--levels", levels_text(spec.levels, config.teacher_depth)]
+        size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
+        command = [*facts, *size, "--images", source.spec if source else "SRC"]
+    elif cache.complete:
+        command = recipe_of(cache, levels_text(sorted({*cache.levels, *spec.levels}), config.teacher_depth))
+    else:
+        command = [*recipe_of(cache, ",".join(map(str, cache.levels))), "--out", str(cache.path)]
+    return f"make it with: {shlex.join(['featcache', 'extract', *command])}"
+
+
+def levels_text(levels: Sequence[int], depth: int) -> str:
+    """Block numbers as `--levels` takes them; a recipe that reads no level still needs a cache with one."""
+    if list(levels) == list(range(1, depth + 1)):
+        return "all"
+    if list(levels) == list(range(depth - len(levels) + 1, depth + 1)):
+        return f"last:{max(len(levels), 1)}"
+    return ",".join(map(str, levels))
+
+
+def recipe_of(cache: Cache, levels: str) -> list[str]:
+    """The options that extract a cache like this one, with these levels."""
+    identity, provenance = cache.identity, cache.manifest["provenance"]
+    policy = {key: value for key, value in identity["policy"].items() if value != Policy().as_dict()[key]}
+    options = {
+        "teacher": identity["teacher"]["name"],
+        "levels": levels,
+        "images": provenance["source"],
+        "views": identity["views"],
+        **({} if provenance["weights"] == REGISTERED else {"weights": provenance["weights"]}),
+        **{key: ",".join(map(repr, value)) if isinstance(value, list) else value for key, value in policy.items()},
+        **{key: identity[key] for key in ("order", "codec", "store")},
+        "rows-per-shard": identity["rows_per_shard"],
+    }
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
 def join(cache: Cache, source: images.Source) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:

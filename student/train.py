@@ -27,6 +27,7 @@ from torch import Tensor
 
 import featcache
 from featcache import manifest, rng
+from featcache.device import pick_device
 from featcache.errors import UsageError, UserError
 from student import checkpoint, optim
 from student.config import RecipeConfig, as_dict
@@ -61,6 +62,8 @@ def accelerator(precision: str, device: str | None = None) -> Accelerator:
     """Accelerate for this process; `auto` is bf16 where the GPU has it and fp32 elsewhere."""
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision!r}: {', '.join(PRECISIONS)} are allowed")
+    if device is not None and torch.device(pick_device(device)).type == "cuda":
+        torch.cuda.set_device(device)
     cuda = torch.cuda.is_available() and device != "cpu"
     if precision == "fp16" and not cuda:
         raise UsageError("--precision fp16 needs a GPU, this device is a CPU; fp32 and bf16 are allowed here")
@@ -86,13 +89,10 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     model = job.recipe.Model(job.config).to(acc.device)
     optimizer = optim.adamw(model, job.config, peak)
     state = checkpoint.newest(job.out) if job.resume and checkpoint.complete(job.out) else None
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    first = 0 if state is None else checkpoint.restore(job.out, state, model, optimizer)
     model, optimizer = acc.prepare(model, optimizer)
     if state is not None and acc.scaler is not None and state["scaler"]:
         acc.scaler.load_state_dict(state["scaler"])
-    first = 0 if state is None else int(state["step"])
     model.train()
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -213,6 +213,7 @@ def _record(job: Job, loader: Loader, acc: Accelerator, total: int) -> dict[str,
         "targets": job.about,
         "data": {
             "pictures": len(loader.pictures),
+            "keys_digest": manifest.keys_digest(loader.source.keys[i] for i in loader.pictures),
             "global_batch": loader.global_batch,
             "steps_per_epoch": loader.steps_per_epoch,
         },
@@ -225,16 +226,12 @@ def _open_run(job: Job, record: dict[str, Any]) -> None:
     if job.resume and not path.is_file():
         raise UserError(f"--resume: no run at {str(job.out)!r}; leave --resume out to start it there")
     if job.resume:
-        before = checkpoint.config(job.out)
-        changed = [
-            f"{key}: {before.get(key)!r} before, {value!r} now"
-            for key, value in record.items()
-            if before.get(key) != value
-        ]
+        before, now = (dict(manifest.flat(each)) for each in (checkpoint.config(job.out), record))
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
-            raise UserError(
-                f"--resume: {str(job.out)!r} is another run ({'; '.join(changed)[:400]}); give its own arguments"
-            )
+            shown = "; ".join(f"{key} {before.get(key)!r} before, {now.get(key)!r} now" for key in changed[:4])
+            more = f"; and {', '.join(changed[4:])}" if changed[4:] else ""
+            raise UserError(f"--resume: {str(job.out)!r} is another run: {shown}{more}; give its own arguments")
     elif job.out.exists() and any(not each.name.startswith(".") for each in job.out.iterdir()):
         raise UserError(f"--out {str(job.out)!r} is not empty; continue that run with --resume, or give another --out")
     job.out.mkdir(parents=True, exist_ok=True)

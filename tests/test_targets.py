@@ -102,12 +102,12 @@ def test_orders_by_the_documented_words() -> None:
         exponential = [-np.log(((w >> 12) + 0.5) / 2**52) for w in raw]
         with np.errstate(divide="ignore"):
             score = [np.log(np.float64(p)) - np.log(e) for p, e in zip(ATTENTION[row], exponential, strict=True)]
-        expected = sorted(range(6), key=lambda i: -score[i])  # noqa: B023 (used at once)
+        expected = sorted(range(6), key=lambda i: -score[i])
         got = targets.mask_order("attentive", ATTENTION, DIGESTS, [2, 0], 5)
         assert got[row].tolist() == expected
         raw = numpy_words(key, "order:uniform", 5, view, 6)
         got = targets.mask_order("uniform", ATTENTION, DIGESTS, [2, 0], 5)
-        assert got[row].tolist() == sorted(range(6), key=lambda i: raw[i])  # noqa: B023
+        assert got[row].tolist() == sorted(range(6), key=lambda i: raw[i])
 
 
 def test_literal_orders() -> None:
@@ -184,7 +184,7 @@ def test_what_cannot_be_derived_is_one_line() -> None:
     h = torch.zeros(1, 2, 16)
     with pytest.raises(UsageError, match="unknown derived target"):
         targets.derive("q", h, tail_of(16, 1e-5))
-    with pytest.raises(UserError, match="no projection"):
+    with pytest.raises(UserError, match="has no proj"):
         targets.derive("z", h, tail_of(16, 1e-5, None))
     with pytest.raises(UserError):  # a teacher that pools before its norm has no tail at all
         targets.derive("f", h, {})

@@ -255,7 +255,7 @@ def test_synthetic_feels_one_pixel_in_its_own_patch_only() -> None:
         ("synthetic:width=1.5", "width=1.5"),
         ("synthetic:tokens=5", "square"),
         ("synthetic:tokens=196,size=13", "fit"),
-        ("synthetic:levels", "key=value"),
+        ("synthetic:levels", "synthetic:levels=5"),
     ],
 )
 def test_synthetic_options_are_checked(spec: str, told: str) -> None:

@@ -106,7 +106,7 @@ def test_a_draw_depends_on_its_own_key_size_and_view_alone(n: int, at: int, view
 
 
 def test_law_of_area_flip_and_position() -> None:
-    """4,000 keys: the mean of a uniform area is (0.2 + 1) / 2 less what is rejected; flips are fair; the seed matters."""
+    """4,000 keys: areas average as torchvision's, flips are fair, positions even, and the seed matters."""
     digests = rng.key_digests(f"{i}" for i in range(4000))
     drawn = views.draw(views.Policy(), digests, np.full((4000, 2), 300), [0])
     torchvision = _torchvision_areas(4000)

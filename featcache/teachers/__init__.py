@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError, near
+from featcache.manifest import REGISTERED
 
 Option = int | float | bool | str
-REGISTERED = "registered"  # a Teacher's `weights` when none were asked for: those its name stands for
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,7 @@ def _table(name: str, *shape: int) -> npt.NDArray[np.float64]:
 
 def load(name: str, options: dict[str, teachers.Option], weights: str | None) -> Synthetic:
     if name != PREFIX:
-        raise UsageError(
-            f"teacher {name!r}: synthetic takes options only, as in synthetic:levels=5,tokens=196,width=768"
-        )
+        raise UsageError(f"teacher {name!r}: key=value options are needed, as in synthetic:levels=5,width=768")
     if weights is not None:
         raise UsageError(
             f"teacher 'synthetic' is arithmetic and has no weights; {weights!r} is given: leave --weights out"
