@@ -210,7 +210,10 @@ def _story(summary: dict[str, Any]) -> str:
     for row in summary["quarantined"][:10]:
         lines.append(f"quarantined {row['key']!r}: {row['reason']}")
     if summary["quarantined"]:
-        lines.append(f"{len(summary['quarantined'])} in quarantine, all listed in {summary['cache']}/quarantine.json")
+        lines.append(
+            f"{len(summary['quarantined'])} in quarantine, all listed in {summary['cache']}/quarantine.json; "
+            "mended pictures come in with a new --out"
+        )
     return "\n".join(lines)
 
 

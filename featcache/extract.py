@@ -103,6 +103,8 @@ def run(
     progress.total, progress.workers = sum(shard["count"] for shard in todo), workers
     with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as writing:
         for shard in todo:
+            if record_path(out, shard["name"]).is_file():  # by another process, in the meantime
+                continue
             writer = backend.writer(out, shard["name"], plan.arrays, plan.views)
             try:
                 _extract_shard(plan, shard, writer, batch_size, strict, progress, decoders, writing)

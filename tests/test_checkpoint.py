@@ -16,6 +16,7 @@ from student import checkpoint
 from tests import student_fixtures as fx
 
 OPTIONS = ("--steps", "6", "--batch-size", "8", "--save-every", "2")
+EMPTY: dict[str, Any] = {"model": {}, "optimizer": {}, "scaler": {}}
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +42,14 @@ def test_the_two_newest_stay(finished: Path) -> None:
 
 def test_the_order_is_that_of_the_steps(tmp_path: Path) -> None:
     for step in (8, 9, 10, 99, 100):
-        checkpoint.save(tmp_path, step, {"model": {"w": torch.tensor(float(step))}})
+        checkpoint.save(tmp_path, step, {**EMPTY, "model": {"w": torch.tensor(float(step))}})
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000099.pt", "step-00000100.pt"]
     assert checkpoint.newest(tmp_path)["step"] == 100
     assert checkpoint.newest(tmp_path)["model"]["w"].item() == 100
 
 
 def test_a_write_that_fails_leaves_the_ones_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, 1, {"model": {}})
+    checkpoint.save(tmp_path, 1, EMPTY)
     whole = torch.save
 
     def half(state: Any, file: Any) -> None:
@@ -57,10 +58,10 @@ def test_a_write_that_fails_leaves_the_ones_before(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, 2, {"model": {}})
+        checkpoint.save(tmp_path, 2, EMPTY)
     monkeypatch.setattr(torch, "save", whole)
     assert checkpoint.newest(tmp_path)["step"] == 1
-    checkpoint.save(tmp_path, 2, {"model": {}})
+    checkpoint.save(tmp_path, 2, EMPTY)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
@@ -135,7 +136,7 @@ def test_no_run_and_no_checkpoint(tmp_path: Path, run: Path) -> None:
 
 def test_the_encoder_loads_strictly_in_timm_by_name(finished: Path) -> None:
     """What a user does at home: a plain timm model, the encoder's part of the state, strict."""
-    plain = timm.create_model(
+    plain: Any = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=0
     )
     own = {k.removeprefix("encoder."): v for k, v in fx.weights(finished).items() if k.startswith("encoder.")}

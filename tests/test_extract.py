@@ -399,14 +399,18 @@ def test_strict_stops_at_the_first(pictures: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path / "c") == undisturbed(pictures)
 
 
-def test_a_picture_that_vanishes_is_quarantined(photos: Path, tmp_path: Path) -> None:
+def test_a_picture_that_vanishes_stops_by_name_and_can_come_back(photos: Path, tmp_path: Path) -> None:
+    """Quarantine is for pictures that were read and are bad: a complete shard is never made again."""
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     made = make_plan(folder)
     (folder / "rgb.png").unlink()
+    with pytest.raises(UserError, match=r"'rgb' cannot be read.*No such file"):
+        extract.run(made, tmp_path / "c")
+    shutil.copy(photos / "rgb.png", folder)
     extract.run(made, tmp_path / "c")
     with featcache.open(tmp_path / "c") as cache:
-        assert [row["key"] for row in cache.quarantined] == ["rgb"]
-        assert str(folder) not in cache.quarantined[0]["reason"] or "No such file" in cache.quarantined[0]["reason"]
+        assert len(cache) == 11
+        assert cache.quarantined == []
 
 
 def test_a_failing_disk_is_not_taken_for_bad_pictures(

@@ -181,7 +181,7 @@ def test_a_walk_can_be_left_early() -> None:
     """No hang and no thread that keeps the process when the training loop stops in the middle."""
     walk = cached(images.open_source(fx.pictures()), batch=4).iterate(0, 1000)
     next(walk)
-    walk.close()  # type: ignore[attr-defined]
+    walk.close()
 
 
 # --- the pixel proof ------------------------------------------------------------------------------------------------

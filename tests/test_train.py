@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import shutil
@@ -135,7 +136,9 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
     assert record["config"]["drop_path"] == 0.1
     assert record["targets"]["id"] == cache.manifest["id"]
     assert record["targets"]["identity"] == json.loads(json.dumps(cache.identity))
-    assert record["data"] == {"pictures": 24, "global_batch": 8, "steps_per_epoch": 3}
+    digest = hashlib.blake2b("".join(f"p{i:02d}\n" for i in range(24)).encode(), digest_size=16).hexdigest()
+    expected = {"pictures": 24, "keys_digest": digest, "global_batch": 8, "steps_per_epoch": 3}
+    assert record["data"] == expected
     environment = json.loads((run / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
     assert {"featcache", "timm", "python", "device", "threads", "commit", "command"} <= set(environment)

@@ -33,7 +33,7 @@ class Clip(nn.Module):
 
     name = "clip"
 
-    def __init__(self, visual: Any, weights: str) -> None:
+    def __init__(self, visual: Any, weights: str, mean: Any = None, std: Any = None) -> None:
         super().__init__()
         self.visual = visual
         self.weights = weights
@@ -41,7 +41,8 @@ class Clip(nn.Module):
         self.patches = int(visual.grid_size[0] * visual.grid_size[1])
         self.width = int(visual.transformer.width)
         self.depth = len(visual.transformer.resblocks)
-        self.pixel_mean, self.pixel_std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        self.pixel_mean = tuple(mean or open_clip.OPENAI_DATASET_MEAN)
+        self.pixel_std = tuple(std or open_clip.OPENAI_DATASET_STD)
         self._attention = torch.empty(0)
         self._tap = teachers.Tap(visual.transformer.resblocks, self._see_last)
 
@@ -80,8 +81,10 @@ def load(name: str, options: dict[str, teachers.Option], weights: str | None) ->
     known = open_clip.list_pretrained_tags_by_model(arch)
     if tag not in known:
         raise UsageError(f"unknown weights {tag!r} of {name}: {near(tag, known)}; or a file, or random:SEED")
-    quick = bool(open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"))
-    return Clip(teachers.fetch(lambda: _create(arch, tag, quick_gelu=quick), name, tag), weights or teachers.REGISTERED)
+    about = open_clip.get_pretrained_cfg(arch, tag)
+    quick = bool(about.get("quick_gelu"))
+    visual = teachers.fetch(lambda: _create(arch, tag, quick_gelu=quick), name, tag)
+    return Clip(visual, weights or teachers.REGISTERED, about.get("mean"), about.get("std"))
 
 
 def _create(arch: str, tag: str | None, *, quick_gelu: bool) -> nn.Module:

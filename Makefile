@@ -1,0 +1,49 @@
+# The two commands are `make quickstart` and `make test`; both make .venv and install what they need.
+#
+#   make quickstart      the whole idea on real pictures, some minutes on two cores; QUICKSTART_ARGS="--seeds 0,1,2"
+#   make test            linters, types, doctests and the tests that are not slow; PYTEST_ARGS="-x -k views"
+#   make test-all        the slow ones too
+#   make clean           removes what these made, but not .venv; make distclean removes that as well
+#
+# PYTHON is the interpreter that .venv is made with: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MARKS ?= not slow and not gpu
+PYTEST_ARGS ?=
+QUICKSTART_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: quickstart test test-all clean distclean
+
+quickstart: $(VENV)/.installed-quickstart
+	$(BIN)/python -m pipelines.quickstart $(QUICKSTART_ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m '$(MARKS)' --doctest-modules featcache student pipelines tests $(PYTEST_ARGS)
+
+test-all:
+	$(MAKE) test MARKS='not gpu'
+
+# pip runs again only when pyproject.toml is newer than the stamp of the last installation.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "installing .[$*] into $(VENV) (the first time: some minutes, torch is large)"
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 12) else \
+	'error: python is %d.%d, 3.11 or 3.12 is needed: make PYTHON=python3.12' % sys.version_info[:2])"
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf quickstart build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find featcache student pipelines tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
