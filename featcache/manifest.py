@@ -101,11 +101,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_file(path: Path, data: bytes) -> None:
     """Durable or absent: a temporary name, synced, renamed."""
     temporary = path.with_name(f".{path.name}.{owner()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -6,6 +6,7 @@ checks that the cache that is there is the same one.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class Plan:
         }
         provenance = {
             "weights": teacher.weights,
-            "source": self.source.spec,
+            "source": os.path.abspath(self.source.spec),  # noqa: PTH100 (a pattern, not always a path)
             "versions": {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()},
         }
         arrays = {array.name: array.as_dict() for array in self.arrays}

@@ -51,7 +51,7 @@ AHEAD = 256  # pictures read (and resized) before their turn; bounds the memory
 
 
 def pack(
-    source: Source, out: Path, shard_size: int, *, seed: int, resize_px: int | None = None, prefix: str = "shard"
+    source: Source, out: Path, shard_size: int, *, seed: int, resize_px: int | None = None, prefix: str = "pictures"
 ) -> list[Path]:
     """Write the shards OUT/PREFIX-000000.tar ... and OUT/classes.json; returns the shards."""
     _check(out, shard_size, resize_px, prefix)
@@ -204,7 +204,7 @@ def _write_synced(path: Path, text: str) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the shuffled order.")
 @click.option("--resize", "resize_px", type=int, metavar="PX", help="Shorter side to PX pixels; never enlarges.")
 @click.option(
-    "--name", "prefix", default="shard", show_default=True, metavar="PREFIX", help="Shards are PREFIX-NNNNNN.tar."
+    "--name", "prefix", default="pictures", show_default=True, metavar="PREFIX", help="Shards are PREFIX-NNNNNN.tar."
 )
 def cli(src: str, out: Path, shard_size: int, seed: int, resize_px: int | None, prefix: str) -> None:
     """Pack the pictures of SRC into webdataset tar shards in OUT, in a seeded shuffled order.

@@ -35,6 +35,9 @@ from featcache.errors import UsageError, UserError
 from pipelines import digits, overview
 
 MARGIN = 6.0  # points of k-NN, mralign above mae
+# torch's threads spin while they wait for one another. On two cores that are shared with anything else this makes a
+# step three to seven times slower (measured beside one busy process); sleeping costs next to nothing on idle ones.
+WAITING = "PASSIVE"
 MARKER = ".quickstart"  # in a folder that this program made and may clear
 LEVELS = 3
 ENCODER = f"{digits.ARCHITECTURE}," + ",".join(
@@ -100,7 +103,9 @@ def cli(out: Path, seed: int, seeds: str | None, reduced: bool) -> None:
     numbers = _numbers(seeds) if seeds else [seed]
     _clear(out)
     os.environ["FEATCACHE_HOME"] = str(out)  # the ledger of runs goes there too
-    click.echo(f"export FEATCACHE_HOME={shlex.quote(str(out))}   # python is {sys.executable}")
+    os.environ.setdefault("OMP_WAIT_POLICY", WAITING)
+    shown = f"FEATCACHE_HOME={shlex.quote(str(out))} OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
+    click.echo(f"export {shown}   # python is {sys.executable}")
     started = time.perf_counter()
     found = {number: one_seed(out / f"seed-{number}", number, plan) for number in numbers}
     picture = _draw(out, out / f"seed-{numbers[0]}")

@@ -30,12 +30,16 @@ def save(run: Path, step: int, state: dict[str, Any]) -> Path:
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
-        torch.save({"step": step, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    manifest.sweep(folder)
+    temporary = folder / f".{path.name}.{manifest.owner()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     manifest.sync_folder(folder)
     for old in complete(run)[:-KEEP]:
         old.unlink()

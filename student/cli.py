@@ -88,6 +88,7 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
     job, loader = jobs.build(recipe_name, recipe, acc, jobs.Options(**options), _say if acc.is_main_process else _hush)
     facts = jobs.facts(job, loader)
     if dry_run:
+        facts |= jobs.sizes(job)
         click.echo(json.dumps(facts) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
         return
     if acc.is_main_process:

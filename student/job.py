@@ -137,8 +137,7 @@ def _cached(found: Found, source: Source, options: Options, say: Say) -> _Chosen
     pictures, rows, skipped = resolve.join(found.cache, source)
     if manifest.is_random(found.cache.manifest) and found.spec.fields:
         say(f"note: {manifest.title(found.cache.manifest)}")
-    if skipped:
-        say(f"note: {skipped} pictures are in the cache's quarantine and are skipped")
+    _say_skipped(skipped, say)
     scale = tuple(found.cache.identity["policy"]["scale"])
     if scale != tuple(found.spec.scale):
         published = f"{found.spec.scale[0]:g}-{found.spec.scale[1]:g}"
@@ -147,6 +146,11 @@ def _cached(found: Found, source: Source, options: Options, say: Say) -> _Chosen
     about["pixel_tolerance"] = options.pixel_tolerance
     targets = Cached(found.cache, found.spec, rows, options.pixel_tolerance)
     return _Chosen(found.config, targets, pictures, about)
+
+
+def _say_skipped(skipped: int, say: Say) -> None:
+    if skipped:
+        say(f"note: {skipped} pictures are in the cache's quarantine and are skipped")
 
 
 def _refuse(given: dict[str, Any]) -> None:
@@ -183,7 +187,8 @@ def _online(
         if teachers.is_random(teacher.weights):
             say(f"note: {teacher.weights} - these weights are drawn, not trained")
     settings = resolve.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))
-    pictures = resolve.join(found.cache, source)[0] if found else np.arange(len(source))
+    pictures, _, skipped = resolve.join(found.cache, source) if found else (np.arange(len(source)), None, 0)
+    _say_skipped(skipped, say)
     about = {"kind": "online", "policy": policy.as_dict(), "views": count}
     if teacher is not None:
         about |= {"teacher": teacher.name, "weight_hash": teachers.weight_hash(teacher)}
@@ -207,8 +212,7 @@ def _online_facts(
 
 
 def facts(job: Job, loader: Loader) -> dict[str, Any]:
-    """What `--dry-run` prints."""
-    model = job.recipe.Model(job.config)
+    """What is going to be trained, from what."""
     cached = job.about["kind"] == "cached"
     return {
         "recipe": job.name,
@@ -219,6 +223,13 @@ def facts(job: Job, loader: Loader) -> dict[str, Any]:
         "global_batch": loader.global_batch,
         "steps_per_epoch": loader.steps_per_epoch,
         "steps": job.total_steps(loader.steps_per_epoch),
+    }
+
+
+def sizes(job: Job) -> dict[str, int]:
+    """Parameters of the model and of the encoder in it; builds the model once."""
+    model = job.recipe.Model(job.config)
+    return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
     }

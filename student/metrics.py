@@ -68,6 +68,7 @@ def cut(run: Path, step: int) -> None:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All rows of a run."""
+    """All whole rows of a run; the last may still be under the pen."""
     path = run / NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

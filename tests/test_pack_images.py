@@ -83,7 +83,7 @@ def members(shard: Path) -> list[tarfile.TarInfo]:
 def test_open_source_gives_back_keys_bytes_and_labels(classes: Path, tmp_path: Path) -> None:
     source = images.open_source(classes)
     pack(source, tmp_path / "out", 2, seed=3)
-    packed = images.open_source(str(tmp_path / "out/shard-*.tar"))
+    packed = images.open_source(str(tmp_path / "out/pictures-*.tar"))
     order = rng.permutation(5, 3, 0)
     assert list(packed.keys) == [source.keys[row] for row in order]
     assert [packed.read(i) for i in range(5)] == [source.read(int(row)) for row in order]
@@ -166,7 +166,7 @@ def test_tars_can_be_packed_again(classes: Path, tmp_path: Path) -> None:
     assert list(second.keys) == [first.keys[row] for row in rng.permutation(5, 1, 0)]
     assert dict(zip(second.keys, second.labels, strict=True)) == dict(zip(first.keys, first.labels, strict=True))
     assert {second.read(i) for i in range(5)} == {source.read(i) for i in range(5)}
-    suffixes = {Path(member.name).suffix for member in members(tmp_path / "two/shard-000000.tar")}
+    suffixes = {Path(member.name).suffix for member in members(tmp_path / "two/pictures-000000.tar")}
     assert suffixes == {".png", ".jpg", ".webp", ".cls"}  # from the first bytes: the names of members are not kept
 
 
@@ -242,16 +242,16 @@ def test_shards_are_never_overwritten(run: Run, classes: Path, tmp_path: Path) -
     before = content(pack(images.open_source(classes), out, 2, seed=0))
     status, text = run(classes, out, "--shard-size", 3)
     assert (status, text.count("\n")) == (1, 1)
-    assert "holds 3 shards already (shard-000000.tar ...)" in text
+    assert "holds 3 shards already (pictures-000000.tar ...)" in text
     assert content(sorted(out.glob("*.tar"))) == before
 
 
 def test_a_killed_run_is_named(run: Run, classes: Path, tmp_path: Path) -> None:
-    (tmp_path / "out/.shard.packing").mkdir(parents=True)
+    (tmp_path / "out/.pictures.packing").mkdir(parents=True)
     status, text = run(classes, tmp_path / "out", "--shard-size", 3)
     assert status == 1
     assert "another run is at work or was killed" in text
-    assert (tmp_path / "out/.shard.packing").is_dir()
+    assert (tmp_path / "out/.pictures.packing").is_dir()
 
 
 def test_a_full_disk_is_one_line(run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,112 @@
+"""The quick start without its work: what it would run, what it tells, and when it fails. CI runs it for real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from featcache import cli as featcache_cli
+from featcache.errors import UsageError, UserError
+from pipelines import quickstart
+from pipelines.quickstart import REDUCED, Plan
+from student import cli as student_cli
+
+ENVIRONMENT = {"device": "cpu", "torch": "2", "commit": None}
+
+
+def rows(mralign: float, mae: float = 60.0) -> dict[str, quickstart.Row]:
+    """The rows of one seed, linear 10 above k-NN."""
+    knn = {"teacher": 90.0, "untrained": 50.0, "mae": mae, "mralign": mralign, "control": 55.0}
+    found: dict[str, quickstart.Row] = {
+        name: {"knn": value, "linear": value + 10, "train_s": 7.4} for name, value in knn.items()
+    }
+    found["mralign"] |= {"extract_s": 12.0, "cache_bytes": 1234567}
+    return found
+
+
+def test_margins_are_points_above_each_other_student() -> None:
+    points = quickstart.margins({0: rows(80.0), 1: rows(70.5)})
+    assert points["mae"] == {"knn": [20.0, 10.5], "linear": [20.0, 10.5]}
+    assert points["untrained"]["knn"] == [30.0, 20.5]
+
+
+def test_the_report_of_one_seed() -> None:
+    text = quickstart.report({0: rows(80.0)}, ENVIRONMENT, Plan(), 333.3)
+    assert "| mralign student                         |   80.0 |     90.0 |        12 |       7 |   1,234,567 |" in text
+    assert "| mae student                             |   60.0 |     70.0 |         - |       7 |           - |" in text
+    assert "- mralign student less mae student: +20.0 points of k-NN and +20.0 points of linear" in text
+    assert "Seeds 0 (20 epochs); 333 s in all" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in table}) == 1
+
+
+def test_the_report_of_several_seeds_has_means_and_spreads() -> None:
+    text = quickstart.report({0: rows(80.0), 1: rows(82.0)}, ENVIRONMENT, REDUCED, 1.0)
+    assert "81.0 ± 1.4" in text
+    assert "+21.0 ± 1.4 points of k-NN" in text
+    assert "reduced: too short" in text
+
+
+def test_six_points_are_enough_and_less_is_an_error() -> None:
+    quickstart.judge(quickstart.margins({0: rows(66.0)}), Plan())
+    with pytest.raises(UserError, match=r"mralign is \+5.9 points of k-NN above mae, at least \+6") as error:
+        quickstart.judge(quickstart.margins({0: rows(65.9)}), Plan())
+    assert error.value.exit_status == 1
+    quickstart.judge(quickstart.margins({0: rows(50.0)}), REDUCED)
+
+
+def test_options_exist_in_the_commands(tmp_path: Path) -> None:
+    train = quickstart.train_arguments("mralign", tmp_path, "SRC", tmp_path, 0, Plan())
+    extract = quickstart.extract_arguments("SRC", "random:0", tmp_path, 0, Plan())
+    for arguments, command in (
+        (train, student_cli.cli.commands["train"]),
+        (extract, featcache_cli.cli.commands["extract"]),
+    ):
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in map(str, arguments) if word.startswith("--")} <= known
+
+
+def test_only_mralign_is_told_the_level_weights(tmp_path: Path) -> None:
+    mralign, mae = (
+        quickstart.train_arguments(name, tmp_path, "SRC", tmp_path, 0, Plan()) for name in ("mralign", "mae")
+    )
+    assert [word for word in mralign if word not in mae] == ["mralign", "level_weights=top:3"]
+
+
+def test_a_command_is_shown_run_and_timed(capfd: pytest.CaptureFixture[str]) -> None:
+    said, seconds = quickstart.run("this")
+    assert "Zen of Python" in said
+    assert 0 <= seconds < 60
+    out = capfd.readouterr().out
+    assert out.startswith("\n$ python -m this\n")
+    assert said in out
+
+
+def test_a_failing_command_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"`python -m student eval none \.\.\.` failed with exit status 2"):
+        quickstart.run("student", "eval", "none", "somewhere")
+    assert "unknown eval 'none'" in capfd.readouterr().err
+
+
+def test_only_its_own_folder_is_cleared(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quickstart._clear(out)
+    (out / "seed-0").mkdir()
+    (out / "results.md").write_text("old")
+    (out / "notes.txt").write_text("mine")
+    quickstart._clear(out)
+    assert sorted(path.name for path in out.iterdir()) == [quickstart.MARKER, "notes.txt"]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="did not write"):
+        quickstart._clear(tmp_path / "home")
+    with pytest.raises(UserError, match="did not write"):
+        quickstart._clear(tmp_path / "home/thesis.tex")
+
+
+@pytest.mark.parametrize("text", ["0,0", "a", "1,", "-1"])
+def test_wrong_seeds(text: str) -> None:
+    with pytest.raises(UsageError, match="different whole numbers"):
+        quickstart._numbers(text)
+    assert quickstart._numbers("0,2,1") == [0, 2, 1]
