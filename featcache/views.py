@@ -127,22 +127,31 @@ class Drawn(NamedTuple):
     jitter: npt.NDArray[np.float32]  # (n, V, 4): brightness, contrast, saturation, order
 
 
-def draw(policy: Policy, digests: rng.U64, source_sizes: npt.NDArray[np.integer], views: Sequence[int] = (0,)) -> Drawn:
+def draw(
+    policy: Policy,
+    digests: rng.U64,
+    source_sizes: npt.NDArray[np.integer],
+    views: Sequence[int] = (0,),
+    *,
+    clamp: bool = False,
+) -> Drawn:
     """Draw the given view numbers of n pictures from their key digests (n, 2) and sizes (n, 2).
 
     The law is torchvision's RandomResizedCrop: area fraction uniform in `scale`, log ratio uniform, ten tries, then the
-    largest centred box within `ratio`.
+    largest centred box within `ratio`. With `clamp` it is that of MAE's linear probe (facebookresearch/mae
+    util/crop.py:22-42): one try, whose sides are cut to the picture's; the area is then the box's own.
     """
     stream = rng.stream("view", policy.seed)
     raw = np.stack([rng.words(digests, stream, _WORDS, view=view) for view in views], 1)  # (n, V, words)
     sizes = np.asarray(source_sizes, np.int64)[:, None, :]  # (n, 1, 2)
-    crop, area = _boxes(policy, raw[..., : 4 * TRIES].reshape(*raw.shape[:2], TRIES, 4), sizes)
+    tries = raw[..., : 4 * TRIES].reshape(*raw.shape[:2], TRIES, 4)
+    crop, area = _boxes(policy, tries[:, :, :1] if clamp else tries, sizes, clamp)
     flip = (rng.uniform(raw[..., 4 * TRIES]) < policy.flip).astype(np.uint8)
     return Drawn(crop.astype(np.int32), flip, area.astype(np.float32), _jitter(policy, raw[..., 4 * TRIES + 1 :]))
 
 
 def _boxes(
-    policy: Policy, raw: rng.U64, sizes: npt.NDArray[np.int64]
+    policy: Policy, raw: rng.U64, sizes: npt.NDArray[np.int64], clamp: bool
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """raw (n, V, tries, 4), sizes (n, 1, 2) -> crop (n, V, 4) and area (n, V): the first try that fits."""
     height, width = sizes[..., 0, None], sizes[..., 1, None]  # (n, 1, 1)
@@ -153,6 +162,9 @@ def _boxes(
     target = fraction * (height * width)
     w = np.rint(np.sqrt(target * ratio)).astype(np.int64)
     h = np.rint(np.sqrt(target / ratio)).astype(np.int64)
+    if clamp:
+        w, h = np.clip(w, 1, width), np.clip(h, 1, height)
+        fraction = w * h / (height * width)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     top = rng.below(raw[..., 2], np.maximum(height - h + 1, 1))
     left = rng.below(raw[..., 3], np.maximum(width - w + 1, 1))
@@ -211,12 +223,15 @@ def _apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
 
 
 def centre(picture: Image.Image, size: int, crop_pct: float, filter: str) -> npt.NDArray[np.uint8]:
-    """The evaluation view: shorter side to round(size / crop_pct), then the central size x size; uint8 HWC."""
+    """The evaluation view: shorter side to round(size / crop_pct), then the central size x size; uint8 HWC.
+
+    Sides and offsets are rounded as in torchvision's Resize and CenterCrop.
+    """
     short = round(size / crop_pct)
     width, height = picture.size
-    scale = short / min(width, height)
-    picture = picture.resize((max(short, round(width * scale)), max(short, round(height * scale))), FILTERS[filter])
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    long = short * max(width, height) // min(width, height)
+    picture = picture.resize((short, long) if width <= height else (long, short), FILTERS[filter])
+    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 

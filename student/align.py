@@ -87,7 +87,8 @@ class Align(nn.Module):
     def forward(self, outputs: list[Tensor], features: Tensor, ids_keep: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """outputs: S x (B,1+V,D); features (B,L,1+P,Dt), ids_keep (B,V) -> the loss, and each level's own loss."""
         assert features.shape[1] == len(self.weights), (features.shape, tuple(self.weights))
-        mixed = torch.einsum("ls,sbnd->lbnd", self.mix, torch.stack(outputs))
+        with losses.autocast_off(self.mix):  # W's steps near 1 are finer than bf16's
+            mixed = torch.einsum("ls,sbnd->lbnd", losses.promote(self.mix), losses.promote(torch.stack(outputs)))
         rows = torch.cat([ids_keep.new_zeros(len(ids_keep), 1), ids_keep + 1], dim=1)  # CLS is token 0
         parts: dict[str, Tensor] = {}
         # Level by level: a smooth-L1 over all levels at once would keep one more float32 copy of all of them.

@@ -87,6 +87,8 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
     options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
     job, loader = jobs.build(recipe_name, recipe, acc, jobs.Options(**options), _say if acc.is_main_process else _hush)
     facts = jobs.facts(job, loader)
+    if note := jobs.warmup_note(job, loader):
+        (_say if acc.is_main_process else _hush)(note)
     if dry_run:
         facts |= jobs.sizes(job)
         click.echo(json.dumps(facts) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))

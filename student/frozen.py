@@ -239,7 +239,7 @@ def embed_source(
 
 
 def policy_of(img_size: int, seed: int) -> views.Policy:
-    """The training views of the linear protocol: RandomResizedCrop (0.08, 1), bicubic, flip; nothing photometric."""
+    """The training views of the linear protocol: crops of (0.08, 1) by MAE's own sampler, bicubic, flip; no jitter."""
     return views.Policy(size=img_size, scale=(0.08, 1.0), filter="bicubic", flip=0.5, seed=seed)
 
 
@@ -259,7 +259,7 @@ def _augmented(
     def pixels(row: int) -> npt.NDArray[np.uint8]:
         picture = _picture(source, row)
         digest = rng.key_digests([source.keys[row]])
-        drawn = views.draw(policy, digest, np.array([[picture.height, picture.width]]), views=view_numbers)
+        drawn = views.draw(policy, digest, np.array([[picture.height, picture.width]]), views=view_numbers, clamp=True)
         return np.stack(
             [
                 views.render(picture, drawn.crop[0, v], drawn.flip[0, v], drawn.jitter[0, v], size, policy.filter)

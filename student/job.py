@@ -226,6 +226,16 @@ def facts(job: Job, loader: Loader) -> dict[str, Any]:
     }
 
 
+def warmup_note(job: Job, loader: Loader) -> str:
+    """What to say when the rate would never reach its peak; empty otherwise."""
+    warmup, total = round(job.config.warmup_epochs * loader.steps_per_epoch), job.total_steps(loader.steps_per_epoch)
+    if not total or warmup < total:
+        return ""
+    return (
+        f"note: warm-up takes {warmup} of {total} steps, the rate never reaches its peak; see --set warmup_epochs=..."
+    )
+
+
 def sizes(job: Job) -> dict[str, int]:
     """Parameters of the model and of the encoder in it; builds the model once."""
     model = job.recipe.Model(job.config)

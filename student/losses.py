@@ -23,7 +23,7 @@ def promote(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _autocast_off(x: Tensor) -> torch.autocast:
+def autocast_off(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -33,13 +33,13 @@ def smooth_l1(pred: Tensor, target: Tensor) -> Tensor:
     With e = pred - target: the mean of e^2 where |e| <= 1 and of 2|e| - 1 beyond (the paper's Eq. 3 lacks the factor 2,
     the released code has it).
     """
-    with _autocast_off(pred):
+    with autocast_off(pred):
         return 2 * F.smooth_l1_loss(promote(pred), promote(target), beta=1.0)
 
 
 def norm_pix(patches: Tensor) -> Tensor:
     """patches (..., C) -> each patch less its mean, over its standard deviation (unbiased variance, eps 1e-6)."""
-    with _autocast_off(patches):
+    with autocast_off(patches):
         patches = promote(patches)
         mean = patches.mean(dim=-1, keepdim=True)
         variance = patches.var(dim=-1, keepdim=True, unbiased=True)
@@ -54,7 +54,7 @@ def masked_pixel_mse(pred: Tensor, patches: Tensor, ids_masked: Tensor, *, norma
     """
     index = ids_masked.unsqueeze(-1).expand(-1, -1, pred.shape[-1])
     target = patches.gather(1, index)
-    with _autocast_off(pred):
+    with autocast_off(pred):
         return F.mse_loss(promote(pred.gather(1, index)), norm_pix(target) if normalise else promote(target))
 
 

@@ -90,6 +90,8 @@ def _extras(vit: nn.Module) -> list[str]:
         "no final norm": isinstance(vit.norm, nn.Identity),
         "LayerScale": any(".ls1." in name for name in names),
         "no bias on q, k, v": "blocks.0.attn.qkv.bias" not in names,
+        "norms of q and k": any("attn.q_norm" in name for name in names),
+        "pictures of any size": vit.dynamic_img_size,
         "a width that 4 does not divide": vit.embed_dim % 4 > 0,
     }
     return [what for what, found in wrong.items() if found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -205,16 +206,32 @@ def test_one_view_at_several_sizes_is_a_direct_crop_each_time(size: int) -> None
     np.testing.assert_array_equal(views.render(picture, (17, 31, 100, 120), 0, STILL, size, "bicubic"), direct)
 
 
-@pytest.mark.parametrize(("height", "width"), [(50, 80), (80, 50), (64, 64), (20, 30)])
-def test_centre_is_resize_then_central_crop(height: int, width: int) -> None:
+@pytest.mark.parametrize(("height", "width"), [(50, 80), (80, 50), (64, 64), (20, 30), (53, 79), (101, 64)])
+def test_centre_is_torchvisions_resize_and_central_crop(height: int, width: int) -> None:
     picture = Image.fromarray(waves(height, width))
-    short = round(32 / 0.875)
-    w, h = (short, round(height * short / width)) if width <= height else (round(width * short / height), short)
-    resized = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC))
-    top, left = (h - 32) // 2, (w - 32) // 2
-    np.testing.assert_array_equal(
-        views.centre(picture, 32, 0.875, "bicubic"), resized[top : top + 32, left : left + 32]
-    )
+    resized = tv.resize(picture, round(32 / 0.875), tv.InterpolationMode.BICUBIC)
+    expected = np.asarray(tv.center_crop(resized, [32, 32]))
+    np.testing.assert_array_equal(views.centre(picture, 32, 0.875, "bicubic"), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (20, 300)])
+def test_clamped_draw_is_one_try_with_its_sides_cut(height: int, width: int) -> None:
+    """The sampler of MAE's linear probe, in scalar Python from the picture's words."""
+    policy = views.Policy(scale=(0.08, 1.0), seed=3)
+    digests = rng.key_digests([f"k{i}" for i in range(200)])
+    drawn = views.draw(policy, digests, np.full((200, 2), (height, width)), [6], clamp=True)
+    raw = rng.words(digests, rng.stream("view", 3), 4, view=6)
+    cut = 0
+    for i, row in enumerate(raw):
+        area, ratio, top, left = ((int(word) >> 11) / 2**53 for word in row)
+        target = (0.08 + 0.92 * area) * (height * width)
+        aspect = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio)
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        cut += w > width or h > height
+        w, h = min(w, width), min(h, height)
+        assert drawn.crop[i, 0].tolist() == [int(top * (height - h + 1)), int(left * (width - w + 1)), h, w]
+        assert drawn.area[i, 0] == np.float32(h * w / (height * width))
+    assert cut > 20
 
 
 def test_literal_pixel_hash() -> None:

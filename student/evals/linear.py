@@ -2,9 +2,9 @@
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, appendix A.1, as in the released code: CLS
 after the encoder's final norm, BatchNorm without affine, one Linear layer, LARS without weight decay at
-lr = blr * batch / 256, 10 warm-up epochs and a half cosine to 0 over 90, batch 16384; training views are
-RandomResizedCrop (0.08, 1) and flip, test views the centre crop. MaskAlign takes blr 0.025, MILAN 0.05 over 100 epochs,
-MAE and CAE 0.1.
+lr = blr * batch / 256, 10 warm-up epochs and a half cosine to 0 over 90, batch 16384; training views are crops of
+(0.08, 1) by the released code's one-try sampler and flip, test views the centre crop. MaskAlign takes blr 0.025, MILAN
+0.05 over 100 epochs, MAE and CAE 0.1.
 
     student eval linear RUN --images LABELLED --blr 0.025
 
@@ -16,9 +16,9 @@ The protocol is made for a million pictures. LARS moves the weight by 0.001 * lr
 pictures the default base rate hardly leaves the start (1,437 digits: 42 % at --blr 0.1, 86 % at 1, 90 % at 3, whatever
 the batch size): the result then carries a `note` that names a base rate to try.
 
-What differs: views are drawn by featcache.views (the cache's own sampler) and every picture has its own counter, so a
-probe is repeatable; the score is that of the last epoch, not the best epoch on the test pictures; batches larger than
-the training set are cut to it.
+What differs: every picture has its own counter, so a probe is repeatable; BatchNorm sees the whole batch, the released
+code each process's share of it; the score is that of the last epoch, not the best epoch on the test pictures; batches
+larger than the training set are cut to it.
 
 n training pictures, V views, B batch, D width, C classes.
 """

@@ -3,7 +3,8 @@
 Paper:    He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022 (arXiv 2111.06377)
 Command:  student train --recipe mae --images SRC --batch-size 512      (8 processes: 4,096)
 Cost:     ViT-B, 49 of 196 patches: 29.3 GMAC a picture forward and backward, 16.1 of them in the decoder
-Expected: ImageNet-1k, ViT-B, 1,600 epochs: 83.6 fine-tuned, 67.8 linear (published, not yet ours)
+Expected: ImageNet-1k, ViT-B, --epochs 1600: 83.6 fine-tuned, 67.8 linear (published, not yet ours; the default is
+          its 800 epochs)
 Code:     facebookresearch/mae, models_mae.py, with --norm_pix_loss as its PRETRAIN.md has it
 
 Reference global batch: 4,096, so blr 1.5e-4 is lr 2.4e-3.
