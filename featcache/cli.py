@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ from featcache.store import STORES
 if TYPE_CHECKING:
     from featcache.extract import Progress
     from featcache.plan import Plan
+
+
+LOG_EVERY_S = 30.0  # between two lines of progress where stderr is no terminal
 
 
 def entry(command: click.Command) -> None:
@@ -182,12 +186,18 @@ def _extract(plan: Plan, out: Path, batch_size: int, workers: int, strict: bool)
 
     from featcache import extract as work
 
-    with tqdm(total=None, unit="picture", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    terminal = sys.stderr.isatty()
+    told = time.monotonic()
+    with tqdm(unit="picture", disable=not terminal, dynamic_ncols=True) as bar:
 
         def report(progress: Progress) -> None:
+            nonlocal told
             bar.total = progress.total
             bar.set_postfix_str(f"slowest: {progress.slowest}", refresh=False)
             bar.update(progress.pictures - bar.n)
+            if not terminal and time.monotonic() - told > LOG_EVERY_S:  # a line now and then for a job's log
+                told = time.monotonic()
+                click.echo(_progress_line(progress), err=True)
 
         progress = work.Progress(report)
         work.run(plan, out, batch_size=batch_size, workers=workers, strict=strict, progress=progress)
@@ -199,6 +209,15 @@ def _extract(plan: Plan, out: Path, batch_size: int, workers: int, strict: bool)
             "pictures_per_s": round(progress.rate, 2),
             "slowest": progress.slowest,
         }
+
+
+def _progress_line(progress: Progress) -> str:
+    left = (progress.total - progress.pictures) / max(progress.rate, 1e-9)
+    eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
+    return (
+        f"{progress.pictures} of {progress.total} pictures, {progress.rate:.1f} pictures/s, ETA {eta}, "
+        f"slowest: {progress.slowest}"
+    )
 
 
 def _story(summary: dict[str, Any]) -> str:

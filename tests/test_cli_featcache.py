@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -337,3 +338,14 @@ def test_main_is_a_module() -> None:
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ")
     assert ran.stderr.count("\n") == 1
+
+
+def test_a_log_gets_a_line_of_progress(
+    featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where stderr is no terminal: pictures done, rate, ETA and the slowest stage, now and then."""
+    monkeypatch.setattr("featcache.cli.LOG_EVERY_S", 0.0)
+    teacher = "synthetic:levels=2,tokens=4,width=8,size=16"
+    options = ("--images", photos, "--size", 16, "--levels", "all", "--batch-size", 2, "--out", tmp_path / "c")
+    ran = featcache_command("extract", "--teacher", teacher, *options)
+    assert re.search(r"\d+ of \d+ pictures, [\d.]+ pictures/s, ETA \d\d:\d\d:\d\d, slowest: (decode|teacher)", ran.err)
