@@ -43,13 +43,14 @@ LEVELS = 3
 ENCODER = f"{digits.ARCHITECTURE}," + ",".join(
     f"{key}={digits.OPTIONS[key]}" for key in ("embed_dim", "depth", "num_heads")
 )
-# One decoder, one rate, one schedule for every student: the recipes' own defaults are for ImageNet.
+# One decoder, one rate, one schedule for every student: the recipes' own defaults are for ImageNet. The rate is where
+# the training loss is lowest: 1e-3, 2e-3 and 4e-3 end at .29, .26 and .20 for mralign, and at .53, .51 and .51 for mae.
 SETTINGS = {
     "encoder": ENCODER,
     "decoder_width": 64,
     "decoder_depth": 2,
     "decoder_heads": 4,
-    "lr": 1e-3,
+    "lr": 4e-3,
     "warmup_epochs": 2,
     "drop_path": 0,
 }
@@ -83,7 +84,7 @@ class Plan:
     enforced: bool = True  # whether the margin decides the exit status
 
 
-REDUCED = Plan(teacher_epochs=5, epochs=3, views=2, enforced=False)
+REDUCED = Plan(teacher_epochs=2, epochs=2, views=2, enforced=False)
 
 
 @click.command()

@@ -70,11 +70,12 @@ def test_training_is_repeatable_and_draws_from_no_global_generator(few: Bunch, t
     assert not torch.equal(one.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
 
 
-def test_training_learns(few: Bunch, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_training_learns(tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=0)
-    source = images.open_source(tmp_path / "train")
-    vit = digits.train_teacher(source, seed=0, epochs=20, batch_size=10, lr=1e-3)
-    assert digits.accuracy(vit, source) > 40  # a guess is right for 10 in 100
+    train, test = (images.open_source(tmp_path / part) for part in ("train", "test"))
+    vit = digits.train_teacher(train, seed=0, epochs=6)
+    assert digits.accuracy(vit, test) > 30  # a guess is right for 10 in 100
 
 
 def test_the_command_leaves_shards_and_a_teacher_that_featcache_loads(
