@@ -210,7 +210,7 @@ class StoreContract:
 
     def unpublish_record(self, cache: Path) -> None:
         """Put a published shard back into the state between the two renames."""
-        raise NotImplementedError
+        pytest.fail("a store's own suite says how")
 
     def damage(self, cache: Path) -> None:
         """Change one byte of the unrecorded shard's data."""

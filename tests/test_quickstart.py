@@ -77,7 +77,7 @@ def test_only_mralign_is_told_the_level_weights(tmp_path: Path) -> None:
 def test_a_command_is_shown_run_and_timed(capfd: pytest.CaptureFixture[str]) -> None:
     said, seconds = quickstart.run("this")
     assert "Zen of Python" in said
-    assert 0 <= seconds < 60
+    assert seconds >= 0
     out = capfd.readouterr().out
     assert out.startswith("\n$ python -m this\n")
     assert said in out
