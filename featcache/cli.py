@@ -177,7 +177,7 @@ def extract(
         _show(summary, as_json, f"would write {_size(summary['bytes'])} in {len(plan.shards)} shards to {out}")
         return
     summary.update(_extract(plan, out, batch_size, workers, strict))
-    home.note_run(command="extract", batch_size=batch_size, workers=workers, device=str(device), **summary)
+    home.note_run(command="extract", batch_size=batch_size, workers=workers, device=pick_device(device), **summary)
     _show(summary, as_json, _story(summary))
 
 
@@ -264,7 +264,7 @@ def info(cache: Path, as_json: bool) -> None:
     click.echo("views: " + ", ".join(f"{key} {value}" for key, value in policy.items()))
     for name, array in facts["arrays"].items():
         span = array["range"]
-        shown = f"  {span[0]:.6g} to {span[1]:.6g}" if span else ""
+        shown = f"  {span[0]:.6g} to {span[1]:.6g}" if span and name not in ("pixel_hash", "row_crc") else ""
         click.echo(f"  {name:14} {array['dtype']:4} {array['shape']!s:28}{shown}")
     for row in facts["quarantined"][:10]:
         click.echo(f"quarantined {row['key']!r}: {row['reason']}")
@@ -336,7 +336,7 @@ def verify(
         problems += facts["recompute"]["problems"]
     _show(facts, as_json, "\n".join([*problems, _verdict(facts)]))
     if problems:
-        raise UserError(f"{len(problems)} problems in {cache}, the first: {problems[0]}")
+        raise UserError(f"{len(problems)} problem(s) in {cache}, the first: {problems[0]}")
 
 
 def _verdict(facts: dict[str, Any]) -> str:
@@ -347,7 +347,10 @@ def _verdict(facts: dict[str, Any]) -> str:
             f"attention within {again['attention_error']:.1e}"
         )
         if again["bad_rows_below"] is not None:
-            lines.append(f"with 95 % confidence fewer than {again['bad_rows_below']:.1%} of rows differ")
+            lines.append(
+                f"a clean sample of {again['rows']} rows: at 95 % confidence at most {again['bad_rows_below']:.1%} of "
+                "all rows are bad; a larger --recompute N narrows this"
+            )
     return "\n".join(lines)
 
 

@@ -134,7 +134,7 @@ def parse_levels(text: str, depth: int) -> tuple[int, ...]:
     parts = text.split(",")
     if all(part.isdecimal() and 1 <= int(part) <= depth for part in parts) and len(set(map(int, parts))) == len(parts):
         return tuple(sorted(map(int, parts)))
-    raise UsageError(f"--levels {text!r}: last:N, a list such as 8,10,{depth}, or all; blocks are 1 to {depth}")
+    raise UsageError(f"--levels {text!r}: last:N, a list such as 1,{depth}, or all; blocks are 1 to {depth}")
 
 
 def file_name(text: str) -> str:

@@ -71,7 +71,11 @@ def main() -> None:
     show_default=True,
     help="Mean difference let pass, in levels of 255; written into the run.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the run's newest checkpoint.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the run's newest checkpoint; start where there is no run yet, so a job can be requeued.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:

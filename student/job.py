@@ -232,7 +232,8 @@ def warmup_note(job: Job, loader: Loader) -> str:
     if not total or warmup < total:
         return ""
     return (
-        f"note: warm-up takes {warmup} of {total} steps, the rate never reaches its peak; see --set warmup_epochs=..."
+        f"note: warm-up ({warmup} steps) is not shorter than the run ({total}): the rate never reaches its peak; "
+        "--set warmup_epochs=N changes it"
     )
 
 

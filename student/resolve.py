@@ -124,7 +124,9 @@ def find(recipe: ModuleType, name: str, overrides: Sequence[str], source: images
         return found[0]
     looked = f"looked at {'; '.join(rejected[:2])}" if rejected else "it is empty"
     command = todo(recipe.needs(plain), plain, None, source)
-    raise UserError(f"no cache under {str(home.home())!r} serves {name} ({looked}); {command}")
+    raise UserError(
+        f"no cache under {str(home.home())!r} serves {name} ({looked}); give one with --cache, or {command}"
+    )
 
 
 def _check_fit(candidate: Found, plain: RecipeConfig, source: images.Source | None) -> None:

@@ -32,7 +32,7 @@ from featcache.errors import UsageError, UserError
 from student import checkpoint, optim
 from student.config import RecipeConfig, as_dict
 from student.loader import Loader
-from student.metrics import NAME, Metrics, cut
+from student.metrics import NAME, Metrics, cut, read
 from student.targets import Host, Targets, draw_masks
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -115,7 +115,9 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         _look(metrics.flush(), job.out)
         if first < total or not checkpoint.complete(job.out):
             _save(job.out, total, acc, model, optimizer, metrics)
-    return {"run": str(job.out), "steps": total, "first_step": first, **record["data"], "loss": bar.loss}
+    rows = read(job.out) if bar.loss is None else []  # a run that was complete: its own last loss
+    loss = rows[-1]["loss"] if rows else bar.loss
+    return {"run": str(job.out), "steps": total, "first_step": first, **record["data"], "loss": loss}
 
 
 def _step(
@@ -223,9 +225,7 @@ def _record(job: Job, loader: Loader, acc: Accelerator, total: int) -> dict[str,
 def _open_run(job: Job, record: dict[str, Any]) -> None:
     """Make the run folder, or check that the one to resume is the same run."""
     path = job.out / checkpoint.CONFIG
-    if job.resume and not path.is_file():
-        raise UserError(f"--resume: no run at {str(job.out)!r}; leave --resume out to start it there")
-    if job.resume:
+    if job.resume and path.is_file():
         before, now = (dict(manifest.flat(each)) for each in (checkpoint.config(job.out), record))
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
