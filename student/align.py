@@ -64,7 +64,7 @@ def _check_depth(needed: int, level_weights: str, align_levels: str, teacher_dep
     if needed > teacher_depth:
         raise UsageError(
             f"cannot align levels: level_weights={level_weights} with align_levels={align_levels} needs {needed} "
-            f"levels; allowed: the teacher's {teacher_depth}; give fewer, as in --set level_weights=top:{teacher_depth}, "
+            f"levels; allowed: the teacher's {teacher_depth}; give fewer, as in level_weights=top:{teacher_depth}, "
             "or teacher_depth=N of a deeper teacher"
         )
 
