@@ -37,7 +37,7 @@ def near(given: str, known: Iterable[str]) -> str:
     """The tail of an 'unknown name' message: near names first, then all that are known.
 
     >>> near("clip-b61", ["clip-b16", "dino-b16", "synthetic"])
-    'did you mean clip-b16, dino-b16? known: clip-b16, dino-b16, synthetic'
+    'did you mean clip-b16? known: clip-b16, dino-b16, synthetic'
     """
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=3, cutoff=0.6)

@@ -15,8 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
+
+# One thread, here and in every process a test starts: bit-equality is promised for one number of threads, and two
+# threads of two processes on shared cores mostly wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 settings.register_profile("featcache", deadline=None, derandomize=True, max_examples=40, database=None)
 settings.load_profile("featcache")
