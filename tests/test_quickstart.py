@@ -36,7 +36,7 @@ def test_the_report_of_one_seed() -> None:
     assert "| mralign student                         |   80.0 |     90.0 |        12 |       7 |   1,234,567 |" in text
     assert "| mae student                             |   60.0 |     70.0 |         - |       7 |           - |" in text
     assert "- mralign student less mae student: +20.0 points of k-NN and +20.0 points of linear" in text
-    assert "Seeds 0 (20 epochs); 333 s in all" in text
+    assert "Seeds 0 (16 epochs); 333 s in all" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in table}) == 1
 
