@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 __all__ = ["Cache", "IdentityError", "UsageError", "UserError", "open"]
 
 
-def open(path: str | os.PathLike[str]) -> Cache:
-    """Open the cache at `path` for reading. Files are checked here for existence and size, rows as they are read."""
-    return Cache(path)
+def open(
+    path: str | os.PathLike[str], *, threads: int | None = None, verify_rows: float = 1.0, io: str = "auto"
+) -> Cache:
+    """Open the cache at `path` for reading; the options are those of `Cache`. Files are checked here for existence and
+    size, rows as they are read."""
+    return Cache(path, threads=threads, verify_rows=verify_rows, io=io)

@@ -10,9 +10,10 @@ B batch (views), V views a picture, S pixels, L levels, T tokens, P patches, D w
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache import codecs, images, manifest, rng, targets, teachers, views
+from featcache import checksums, codecs, manifest, publish, rendering, rng, targets, teachers, views
+from featcache import lease as leases
 from featcache.errors import UsageError, UserError
 from featcache.plan import Plan, prepare
+from featcache.statistics import OfFeatures, Statistics, of_stored
 from featcache.store import QUARANTINE, ShardWriter, record_path, store
+
+WAIT_S = 1.0  # between looks at shards that other processes work on
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Progress:
     """Busy seconds of each stage and what is done; `report` is called after every batch."""
 
     report: Callable[[Progress], None] = lambda progress: None
+    waiting: Callable[[int], None] = lambda shards: None  # called while other processes hold the last shards
+    told_waiting: int = 0
     pictures: int = 0
     total: int = 0
     workers: int = 1
@@ -60,25 +67,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Rendered:
-    """One picture's views, ready for the teacher."""
-
-    key: str
-    source_size: tuple[int, int]
-    drawn: views.Drawn
-    pixels: npt.NDArray[np.uint8]  # (V, S, S, 3)
-    hashes: npt.NDArray[np.uint64]  # (V,)
-    thumbnails: npt.NDArray[np.uint8]  # (V, 14, 14, 3)
-
-
-@dataclass(frozen=True)
 class Encoded:
-    """A batch on the host, as it will be stored."""
+    """A batch on the host, as it will be stored, but for the order of tokens."""
 
     coded: dict[str, npt.NDArray[Any]]  # the codec's arrays, `features` (B, L, T, ...) among them
     stats: npt.NDArray[np.float32]  # (B, L, T, 2)
     attention: npt.NDArray[np.float32]  # (B, P)
-    span: tuple[float, float]  # of h before encoding
+    about: OfFeatures  # h before encoding
 
 
 def run(
@@ -89,32 +84,80 @@ def run(
     workers: int = 2,
     strict: bool = False,
     progress: Progress | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Extract what is missing of the cache at `out`; returns its manifest. Killed at any moment, the next call
-    continues. A picture that cannot be used is quarantined, or a UserError with `strict`."""
+    continues; several processes may work on one cache at once. `share` (i, n) takes only shards i, i + n, ... A picture
+    that cannot be used is quarantined, or a UserError with `strict`."""
     if batch_size < 1 or workers < 1:
         raise UsageError(f"--batch-size {batch_size}, --workers {workers}: at least 1 is needed")
     progress = progress or Progress()
-    wanted = prepare(plan, out)
-    backend = store(plan.store)
-    for shard in wanted["shards"]:
-        backend.settle(out, shard["name"])
-    todo = [shard for shard in wanted["shards"] if not record_path(out, shard["name"]).is_file()]
-    progress.total, progress.workers = sum(shard["count"] for shard in todo), workers
-    with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as writing:
-        for shard in todo:
-            if record_path(out, shard["name"]).is_file():  # by another process, in the meantime
-                continue
-            writer = backend.writer(out, shard["name"], plan.arrays, plan.views)
+    wanted = prepare(plan, out, batch_size)
+    mine = wanted["shards"][share[0] :: share[1]]
+    publish.settle(out, plan.store, (shard["name"] for shard in mine))
+    progress.workers = workers
+    with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as writing, contextlib.ExitStack() as stack:
+        free = stack.enter_context(contextlib.closing(_free_shards(plan, out, mine, progress)))
+        for shard in free:
+            writer = None
             try:
+                writer = store(plan.store).writer(out, shard["name"], plan.arrays, plan.views)
                 _extract_shard(plan, shard, writer, batch_size, strict, progress, decoders, writing)
-            except BaseException:
+            except BaseException as error:
                 decoders.shutdown(wait=True, cancel_futures=True)
                 writing.shutdown(wait=True, cancel_futures=True)
-                writer.discard()
+                if writer is not None:
+                    writer.discard()
+                if full := _disk_full(error, out, wanted):
+                    raise full from error
                 raise
-    _report_quarantine(out, wanted)
+    report_quarantine(out, wanted)
     return wanted
+
+
+def _free_shards(
+    plan: Plan, out: Path, shards: Sequence[dict[str, Any]], progress: Progress
+) -> Generator[dict[str, Any], None, None]:
+    """Shards without a record that nobody else works on; waits for those that somebody does, until they are complete or
+    left behind."""
+    left = list(shards)
+    missing = {shard["name"] for shard in left if not record_path(out, shard["name"]).is_file()}
+    progress.total = sum(shard["count"] for shard in left if shard["name"] in missing)
+    while left:
+        taken = False
+        for shard in list(left):
+            if record_path(out, shard["name"]).is_file():
+                left.remove(shard)
+                progress.total -= shard["count"] if shard["name"] in missing else 0
+                leases.clear(out, shard["name"])
+                continue
+            lease = leases.take(out, shard["name"])
+            if lease is None:
+                continue
+            publish.settle(out, plan.store, [shard["name"]])
+            if record_path(out, shard["name"]).is_file():  # finished by another in the meantime, or adopted just now
+                lease.release()
+                taken = True
+                continue
+            taken = True
+            left.remove(shard)
+            try:
+                yield shard
+            finally:
+                lease.release()
+        if left and not taken:
+            progress.waiting(len(left))
+            time.sleep(WAIT_S)
+
+
+def _disk_full(error: BaseException, out: Path, wanted: dict[str, Any]) -> UserError | None:
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    done = sum(record_path(out, shard["name"]).is_file() for shard in wanted["shards"])
+    return UserError(
+        f"--out {str(out)!r}: {error.strerror}; {done} of {len(wanted['shards'])} shards are complete and kept; make "
+        "room and run the same command again, it continues"
+    )
 
 
 def _extract_shard(
@@ -127,120 +170,58 @@ def _extract_shard(
     decoders: ThreadPoolExecutor,
     writing: ThreadPoolExecutor,
 ) -> None:
-    keys: list[str] = []
+    statistics = Statistics()
     quarantined: list[dict[str, str]] = []
     pending: deque[Future[None]] = deque()
     indices = range(shard["first"], shard["first"] + shard["count"])
     window = max(2 * batch_size // plan.views, 2 * progress.workers)
-    rendered = _usable(
-        plan, _ahead(decoders, lambda i: _render(plan, i, progress), indices, window), strict, quarantined
-    )
-    for batch in _batches(rendered, plan.views, batch_size):
+
+    def decode(index: int) -> rendering.Rendered:
+        with progress.stage("decode"):
+            return rendering.render(plan, index)
+
+    rendered = rendering.usable(plan, rendering.ahead(decoders, decode, indices, window), strict, quarantined)
+    for batch in rendering.batches(rendered, plan.views, batch_size):
         with progress.stage("teacher"):
-            encoded = _run_teacher(plan, batch, batch_size, progress)
+            encoded = _run_teacher(plan, batch, batch_size)
         if len(pending) == 2:
             pending.popleft().result()
-        pending.append(writing.submit(_write, plan, writer, batch, encoded, progress))
-        keys.extend(picture.key for picture, view in batch if view == 0)
+        pending.append(writing.submit(_write, plan, writer, batch, encoded, statistics, progress))
         progress.pictures += sum(view == plan.views - 1 for _, view in batch)
         progress.report(progress)
     for future in pending:
         future.result()
     with progress.stage("write"):
-        writer.finish(keys, quarantined)
+        writer.finish(quarantined, statistics.summary())
     progress.pictures += len(quarantined)
+    progress.report(progress)
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int], window: int
-) -> Iterator[tuple[int, Future[Any]]]:
-    """Futures in order, at most `window` of them under way."""
-    waiting: deque[tuple[int, Future[Any]]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(work, item)))
-        if len(waiting) >= window:
-            yield waiting.popleft()
-    yield from waiting
-
-
-def _usable(
-    plan: Plan, futures: Iterable[tuple[int, Future[Any]]], strict: bool, quarantined: list[dict[str, str]]
-) -> Iterator[_Rendered]:
-    for index, future in futures:
-        try:
-            yield future.result()
-        except OSError as error:  # the disk, not the picture: what is read again may well be good
-            raise UserError(
-                f"picture {plan.source.keys[index]!r} cannot be read: {error}; mend this and run again"
-            ) from error
-        except images.PictureError as error:
-            key = plan.source.keys[index]
-            if strict:
-                raise UserError(
-                    f"picture {key!r} cannot be used: {error}; mend or remove it, or quarantine it (no --strict)"
-                ) from error
-            quarantined.append({"key": key, "reason": str(error)})
-
-
-def _render(plan: Plan, index: int, progress: Progress) -> _Rendered:
-    """Decode one picture in full and replay its V views at the teacher's size; hash and thumbnail at the policy's."""
-    with progress.stage("decode"):
-        key = plan.source.keys[index]
-        picture = images.decode(plan.source.read(index))
-        size = (picture.height, picture.width)
-        drawn = views.draw(plan.policy, rng.key_digests([key]), np.array([size]), range(plan.views))
-        proofs = [replay(picture, plan.policy, drawn, view, plan.policy.size) for view in range(plan.views)]
-        same = plan.teacher.input_px == plan.policy.size
-        pixels = (
-            proofs
-            if same
-            else [replay(picture, plan.policy, drawn, view, plan.teacher.input_px) for view in range(plan.views)]
-        )
-        return _Rendered(
-            key,
-            size,
-            drawn,
-            np.stack(pixels),
-            np.array([views.pixel_hash(proof) for proof in proofs], np.uint64),
-            np.stack([views.thumbnail(proof) for proof in proofs]),
-        )
-
-
-def replay(picture: Any, policy: views.Policy, drawn: views.Drawn, view: int, size: int) -> npt.NDArray[np.uint8]:
-    """One drawn view of row 0 at `size`."""
-    parts = (drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view])
-    return views.render(picture, *parts, size, policy.filter)
-
-
-def _batches(rendered: Iterable[_Rendered], views: int, batch_size: int) -> Iterator[list[tuple[_Rendered, int]]]:
-    """(picture, view) pairs in row-major order, `batch_size` at a time, the last batch shorter."""
-    batch: list[tuple[_Rendered, int]] = []
-    for picture in rendered:
-        for view in range(views):
-            batch.append((picture, view))
-            if len(batch) == batch_size:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
-
-
-def _run_teacher(plan: Plan, batch: list[tuple[_Rendered, int]], batch_size: int, progress: Progress) -> Encoded:
+def _run_teacher(plan: Plan, batch: list[tuple[rendering.Rendered, int]], batch_size: int) -> Encoded:
     pixels = np.stack([picture.pixels[view] for picture, view in batch])
     if len(batch) < batch_size:
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], batch_size - len(batch), 0)])
     device = next(iter(plan.teacher.state_dict().values())).device
-    coded, stats, attention, span = compute(
+    coded, stats, attention, about = compute(
         plan.teacher, _to_device(pixels, device), plan.levels, plan.codec, len(batch)
     )
     for row, level in codecs.out_of_range(coded, stats)[:1]:
         picture, view = batch[row]
         raise UserError(
-            f"teacher {plan.teacher.name!r} gave non-finite features for picture {picture.key!r}, view {view}, level "
-            f"{plan.levels[level]}; finite values within {plan.codec}'s range are needed: check the weights"
+            f"teacher {plan.teacher.name!r} gave non-finite features for picture {picture.key!r}, view "
+            f"{plan.view_numbers[view]}, level {plan.levels[level]}; finite values within {plan.codec}'s range are "
+            "needed: check the weights"
+        )
+    weights = attention.cpu().numpy()
+    good = np.isfinite(weights).all(1) & (weights >= 0).all(1) & (weights.sum(1) <= 1 + 1e-3)
+    for row in np.flatnonzero(~good)[:1]:
+        picture, view = batch[row]
+        raise UserError(
+            f"teacher {plan.teacher.name!r} gave [CLS] attention outside 0 to 1 for picture {picture.key!r}, view "
+            f"{plan.view_numbers[view]}; weights of one softmax row are needed: check the weights"
         )
     host = {name: value.cpu().numpy() for name, value in coded.items()}
-    return Encoded(host, stats.cpu().numpy(), attention.cpu().numpy(), span)
+    return Encoded(host, stats.cpu().numpy(), weights, about)
 
 
 def _to_device(pixels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -251,62 +232,82 @@ def _to_device(pixels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
 @torch.no_grad()
 def compute(
     teacher: teachers.Teacher, pixels: Tensor, levels: Sequence[int], codec: str, count: int
-) -> tuple[dict[str, Tensor], Tensor, Tensor, tuple[float, float]]:
-    """uint8 (B, 3, S, S) -> the codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention (n, P), range of h.
+) -> tuple[dict[str, Tensor], Tensor, Tensor, OfFeatures]:
+    """uint8 (B, 3, S, S) -> the codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention (n, P), facts on h.
 
     The first n = `count` of the batch are kept; the rest is padding.
     """
     ys, attention = teacher(pixels, levels)
-    levels_coded, stats, spans = [], [], []
+    levels_coded, stats, spans, norms = [], [], [], []
     for y in ys:
         h, stat = targets.normalise(y[:count])
         spans.append(torch.stack(h.aminmax()))
+        norms.append(torch.linalg.vector_norm(h, dim=-1).mean(-1))
         levels_coded.append(codecs.CODECS[codec].encode(h))
         stats.append(stat)
     low, high = torch.stack(spans, 1)
+    about = OfFeatures(float(low.min()), float(high.max()), torch.stack(norms, 1).float().cpu().numpy())
     coded = {name: torch.stack([level[name] for level in levels_coded], 1) for name in levels_coded[0]}
-    return coded, torch.stack(stats, 1), attention[:count].float(), (float(low.min()), float(high.max()))
+    return coded, torch.stack(stats, 1), attention[:count].float(), about
 
 
 def _write(
-    plan: Plan, writer: ShardWriter, batch: list[tuple[_Rendered, int]], encoded: Encoded, progress: Progress
+    plan: Plan,
+    writer: ShardWriter,
+    batch: list[tuple[rendering.Rendered, int]],
+    encoded: Encoded,
+    statistics: Statistics,
+    progress: Progress,
 ) -> None:
     with progress.stage("encode"):
-        digests = rng.key_digests(picture.key for picture, _ in batch)
-        numbers = np.array([view for _, view in batch])
-        order = targets.mask_order(plan.order, encoded.attention, digests, numbers, plan.policy.seed)
-        items = {
-            **encoded.coded,
-            "feature_stats": encoded.stats,
-            "row_crc": row_crcs(encoded.coded["features"]),
-            "attention": encoded.attention,
-            "mask_order": order,
-            **{
-                name: np.stack([getattr(picture.drawn, name)[0, view] for picture, view in batch])
-                for name in views.Drawn._fields
-            },
-            "pixel_hash": np.stack([picture.hashes[view] for picture, view in batch]),
-            "thumbnail": np.stack([picture.thumbnails[view] for picture, view in batch]),
-        }
+        items = _items(plan, batch, encoded)
+        kept = plan.keep is not None
+        statistics.add(items, of_stored(plan.codec, plan.teacher.width, items) if kept else encoded.about)
+        items |= checksums.compute(plan.arrays, items)
     with progress.stage("write"):
-        writer.append(items, {"features": encoded.span})
-        sizes = [picture.source_size for picture, view in batch if view == 0]
-        writer.append_rows({"source_size": np.array(sizes, np.int32).reshape(-1, 2)})
+        writer.append([picture.key for picture, _ in batch], items)
 
 
-def row_crcs(features: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
-    """(B, L, T, D) -> (B, L) crc32c of each level's bytes."""
-    import crc32c
+def _items(plan: Plan, batch: list[tuple[rendering.Rendered, int]], encoded: Encoded) -> dict[str, npt.NDArray[Any]]:
+    """What is stored of a batch, but for the checksums."""
+    digests = rng.key_digests(picture.key for picture, _ in batch)
+    numbers = np.array([plan.view_numbers[view] for _, view in batch])
+    order = targets.mask_order(plan.order, encoded.attention, digests, numbers, plan.policy.seed)
+    tokens = {**encoded.coded, "feature_stats": encoded.stats}
+    if plan.tokens == "ranked":
+        tokens = {name: ranked(values, order, plan.stored_tokens) for name, values in tokens.items()}
+    pixels = {"pixels": np.stack([p.proofs[view] for p, view in batch if p.proofs is not None])} if plan.pixels else {}
+    drawn = {
+        name: np.stack([getattr(picture.drawn, name)[0, view] for picture, view in batch])
+        for name in views.Drawn._fields
+    }
+    return {
+        **tokens,
+        **pixels,
+        "attention": encoded.attention,
+        "mask_order": order,
+        **drawn,
+        "pixel_hash": np.stack([picture.hashes[view] for picture, view in batch]),
+        "thumbnail": np.stack([picture.thumbnails[view] for picture, view in batch]),
+        "source_size": np.array([picture.source_size for picture, _ in batch], np.int32),
+    }
 
-    out = np.empty(features.shape[:2], np.uint32)
-    for row, level in np.ndindex(out.shape):
-        out[row, level] = crc32c.crc32c(features[row, level].reshape(-1).view(np.uint8).data)
+
+def ranked(values: npt.NDArray[Any], order: npt.NDArray[np.unsignedinteger], count: int) -> npt.NDArray[Any]:
+    """(B, L, 1 + P, ...) in image order -> (B, L, count, ...): [CLS], then patches as `order` (B, P) ranks them."""
+    out = np.empty((*values.shape[:2], count, *values.shape[3:]), values.dtype)
+    for item, ranks, target in zip(values, order, out, strict=True):
+        target[:, 0] = item[:, 0]
+        target[:, 1:] = item[:, 1 + ranks[: count - 1].astype(np.intp)]
     return out
 
 
-def _report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
+def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
     """quarantine.json beside the manifest, where a picture could not be used; an error where none could."""
-    records = [manifest.read_json(record_path(out, shard["name"])) for shard in wanted["shards"]]
+    paths = [record_path(out, shard["name"]) for shard in wanted["shards"]]
+    if not all(path.is_file() for path in paths):  # the shares of others are still to come
+        return
+    records = [manifest.read_json(path) for path in paths]
     rows = [row for record in records for row in record["quarantined"]]
     if rows:
         manifest.write_json(out / QUARANTINE, {"pictures": rows})

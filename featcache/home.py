@@ -21,7 +21,8 @@ def home() -> Path:
 
 def caches() -> list[Path]:
     """Folders below home that hold a manifest, by name."""
-    return sorted(path.parent for path in home().glob(f"*/{manifest.NAME}"))
+    found = (path.parent for path in home().glob(f"*/{manifest.NAME}"))
+    return sorted(path for path in found if not path.name.startswith("."))  # hidden ones are half removed
 
 
 def note_run(**facts: Any) -> None:
@@ -35,3 +36,21 @@ def note_run(**facts: Any) -> None:
             file.write(line + "\n")
     except OSError as error:
         print(f"note: the run ledger {home() / 'runs.jsonl'} cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def runs_of(cache_id: str) -> list[dict[str, Any]]:
+    """The ledger's lines on training with a cache, oldest first; lines that cannot be read are passed over."""
+    try:
+        lines = (home() / "runs.jsonl").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        if cache_id in line:
+            try:
+                facts = json.loads(line)
+            except ValueError:  # a process died while it wrote
+                continue
+            if isinstance(facts, dict) and facts.get("cache_id") == cache_id and facts.get("command") == "train":
+                found.append(facts)
+    return found

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +21,21 @@ import crc32c
 
 from featcache.errors import IdentityError, UserError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
+COPY = "manifest.copy.json"  # below shards/: what `repair` restores a damaged manifest from
 CHECKSUM = "checksum"
 REGISTERED = "registered"  # provenance.weights when none were asked for: those the teacher's name stands for
 
-# The first prefix that fits a field's dotted name is its grade. `fatal`: other numbers; `lossy`: the same numbers,
-# stored otherwise; `cosmetic`: no effect. What is not listed is fatal.
-GRADES = (("identity.codec", "lossy"), ("identity.", "fatal"), ("provenance.", "cosmetic"))
+# The first prefix that fits a field's dotted name is its grade. `fatal`: other numbers; `lossy`: the same numbers, less
+# exact; `layout`: the same numbers in other files; `cosmetic`: no effect. What is not listed is fatal.
+GRADES = (
+    ("identity.codec", "lossy"),
+    ("identity.store", "layout"),
+    ("identity.rows_per_shard", "layout"),
+    ("identity.", "fatal"),
+    ("provenance.", "cosmetic"),
+)
 
 
 class Mismatch(NamedTuple):
@@ -79,6 +87,8 @@ def make(
 def read(cache: Path) -> dict[str, Any]:
     """The manifest of the cache at `cache`; one line says what is wrong when there is none or it is another format."""
     path = cache / NAME
+    if not path.is_file() and (cache / "shards" / COPY).is_file():
+        raise UserError(f"{str(path)!r} is missing, but its copy is there; run `featcache repair {cache}`")
     if not path.is_file():
         raise UserError(
             f"no cache at {str(cache)!r}: {NAME} is missing; give the folder that `featcache extract` wrote"
@@ -94,8 +104,12 @@ def read(cache: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write with a checksum of its own, under a temporary name, synced, then renamed into place."""
-    text = json.dumps({**value, CHECKSUM: digest(value)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
-    write_file(path, text.encode())
+    write_file(path, _text(value))
+
+
+def _text(value: Mapping[str, Any]) -> bytes:
+    text = json.dumps({**value, CHECKSUM: digest(value)}, sort_keys=True, indent=1, allow_nan=False)
+    return f"{text}\n".encode()
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -113,8 +127,48 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def owner() -> str:
-    """Who writes a temporary file: HOST-PID-NONCE."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    """Who writes a temporary file: HOST-PID-NONCE; the nonce begins with the process's start time, so that another
+    process that gets the same number later is not taken for it."""
+    return f"{_host()}-{os.getpid()}-{_started(os.getpid()) or 0:x}x{secrets.token_hex(4)}"
+
+
+@lru_cache(1)
+def _host() -> str:
+    """This machine, or this container of it: process numbers mean the same only within one."""
+    try:
+        space = hashlib.blake2b(os.readlink("/proc/self/ns/pid").encode(), digest_size=2).hexdigest()  # noqa: PTH115
+    except OSError:
+        space = "0"
+    return f"{socket.gethostname().replace('.', '_')}+{space}"
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None where it has ended (zombies have), or no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def is_here(owner: str) -> bool:
+    """Whether the writer HOST-PID-NONCE ran where we run."""
+    return owner.rpartition("-")[0].rpartition("-")[0] == _host()
+
+
+def alive(owner: str) -> bool:
+    """Whether the writer HOST-PID-NONCE may still run: another host's is taken to be alive."""
+    if not is_here(owner):
+        return True
+    rest, _, nonce = owner.rpartition("-")
+    try:
+        pid = int(rest.rpartition("-")[2])
+        os.kill(pid, 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return f"{_started(pid) or 0:x}" == nonce.partition("x")[0]
 
 
 def sweep(folder: Path) -> None:
@@ -122,20 +176,6 @@ def sweep(folder: Path) -> None:
     for leftover in folder.glob(".*.tmp"):
         if leftover.is_file() and not alive(leftover.name.removesuffix(".tmp").rpartition(".")[2]):
             leftover.unlink(missing_ok=True)
-
-
-def alive(owner: str) -> bool:
-    """Whether the writer HOST-PID-NONCE may still run: another host's is taken to be alive."""
-    host, _, pid = owner.rpartition("-")[0].rpartition("-")
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -154,7 +194,8 @@ def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON of ours; a missing, cut or changed file is a UserError with its name."""
     try:
-        value = json.loads(path.read_text())
+        data = path.read_bytes()
+        value = json.loads(data)
         given = value.pop(CHECKSUM)
     except FileNotFoundError as error:
         raise UserError(
@@ -168,6 +209,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{str(path)!r} is damaged: its checksum is {given}, its content has {digest(value)}; restore it"
         )
+    if _text(value) != data:  # the same content in other bytes is not ours either
+        raise UserError(f"{str(path)!r} is damaged: its bytes are not those that were written; restore it")
     return value
 
 
@@ -188,7 +231,7 @@ def compare(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Mismatch]
         for field in sorted(ours.keys() | theirs.keys())
         if ours.get(field) != theirs.get(field)
     ]
-    return sorted(found, key=lambda mismatch: ("fatal", "lossy", "cosmetic").index(mismatch.grade))
+    return sorted(found, key=lambda mismatch: ("fatal", "lossy", "layout", "cosmetic").index(mismatch.grade))
 
 
 def grade(field: str) -> str:

@@ -6,10 +6,12 @@ checks that the cache that is there is the same one.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import PIL
 import torch
 from safetensors.numpy import save
 
-from featcache import codecs, images, manifest, targets, teachers, views
+from featcache import checksums, codecs, images, manifest, targets, teachers, views
 from featcache.errors import UsageError, UserError
-from featcache.store import SHARDS, Array
+from featcache.store import SHARDS, Array, record_path
 
+TOKENS = ("raster", "ranked")
 _SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
 
 
@@ -37,10 +40,29 @@ class Plan:
     codec: str = "fp16"
     store: str = "zarr"
     rows_per_shard: int = 1024
+    tokens: str = "raster"
+    keep: int | None = None  # patches stored of a ranked view; None: all
+    pixels: bool = False  # store the rendered view
+    first_view: int = 0  # above 0 where views are added to a cache
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.rows_per_shard < 1:
             raise UsageError(f"--views {self.views}, --rows-per-shard {self.rows_per_shard}: at least 1 is needed")
+        if self.tokens not in TOKENS:
+            raise UsageError(f"--tokens {self.tokens!r}: {' or '.join(TOKENS)} is allowed")
+        if self.keep is not None and self.tokens != "ranked":
+            raise UsageError(f"--keep {self.keep} keeps the first of ranked tokens: give --tokens ranked with it")
+        if self.keep is not None and not 1 <= self.keep <= self.teacher.patches:
+            raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches, or a share below 1, is allowed")
+
+    @property
+    def stored_tokens(self) -> int:
+        """[CLS] and the patches that are stored of each."""
+        return 1 + (self.teacher.patches if self.keep is None else self.keep)
+
+    @property
+    def view_numbers(self) -> range:
+        return range(self.first_view, self.first_view + self.views)
 
     @property
     def shards(self) -> list[dict[str, Any]]:
@@ -53,17 +75,22 @@ class Plan:
 
     @property
     def arrays(self) -> list[Array]:
-        levels, tokens, patches = len(self.levels), self.teacher.patches + 1, self.teacher.patches
+        levels, tokens, patches = len(self.levels), self.stored_tokens, self.teacher.patches
         coded = codecs.CODECS[self.codec].arrays(self.teacher.width)
         order = "|u1" if patches <= 256 else "<u2"
+        size = self.policy.size
         row_view = ("row", "view")
-        return [
+        arrays = [
             *(
                 Array(name, dtype, (levels, tokens, *item), (*row_view, "level", "token", *names), split=True)
                 for name, (dtype, item, names) in coded.items()
             ),
             Array("feature_stats", "<f4", (levels, tokens, 2), (*row_view, "level", "token", "mean_std"), split=True),
-            Array("row_crc", "<u4", (levels,), (*row_view, "level")),
+            *(
+                [Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)]
+                if self.pixels
+                else []
+            ),
             Array("attention", "<f4", (patches,), (*row_view, "patch")),
             Array("mask_order", order, (patches,), (*row_view, "rank")),
             Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
@@ -73,9 +100,8 @@ class Plan:
             Array("pixel_hash", "<u8", (), row_view),
             Array("thumbnail", "|u1", (views.THUMBNAIL, views.THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
             Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
-            Array("key", "|u1", (), ("byte",), per_view=False),
-            Array("key_offsets", "<i8", (), ("row_edge",), per_view=False),
         ]
+        return [*arrays, *checksums.declare(arrays, levels, tokens, ranked=self.tokens == "ranked")]
 
     @property
     def view_bytes(self) -> int:
@@ -99,7 +125,10 @@ class Plan:
             "eps": targets.EPS,
             "order": self.order,
             "codec": self.codec,
-            "tokens": "raster",
+            "tokens": self.tokens,
+            **({} if self.keep is None else {"keep": self.keep}),
+            **({"pixels": "raw"} if self.pixels else {}),
+            **({"first_view": self.first_view} if self.first_view else {}),
             "policy": self.policy.as_dict(),
             "views": self.views,
             "pixel_path": images.PIXEL_PATH,
@@ -142,24 +171,40 @@ def file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)[:80]
 
 
-def prepare(plan: Plan, out: Path) -> dict[str, Any]:
-    """Make the folder, or check that the cache in it is the same one; returns its manifest."""
+def parse_keep(text: str | None, patches: int) -> int | None:
+    """'58' patches, or '0.3' of them, rounded up; None keeps all.
+
+    >>> parse_keep("58", 196), parse_keep("0.3", 196), parse_keep(None, 196)
+    (58, 59, None)
+    """
+    if text is None:
+        return None
+    try:
+        value = int(text) if text.isdecimal() else math.ceil(Fraction(text) * patches)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"--keep {text!r}: a number of patches, or a share such as 0.3, is needed") from error
+    return value
+
+
+def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
+    """Make the folder, or check that the cache in it is the same one; returns its manifest. The batch size is noted in
+    it, since real networks give other bits at another."""
     wanted = plan.manifest()
+    wanted["provenance"]["batch_size"] = batch_size
     if (out / manifest.NAME).is_file():
         there = manifest.read(out)
-        todo = "give another --out, or the same arguments to continue this cache"
-        manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, ("fatal", "lossy"))
+        todo = "give another --out, the same arguments to continue this cache, or --add to add to it"
+        grades = ("fatal", "lossy", "layout")
+        manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, grades)
         wanted = there
     elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
-    else:
-        _check_space(plan, out)
+    _check_space(plan, out)
     out.mkdir(parents=True, exist_ok=True)
-    if not (
-        out / manifest.NAME
-    ).is_file():  # first, so that a process that dies from here on leaves a cache to continue
-        manifest.write_json(out / manifest.NAME, wanted)
-    (out / SHARDS).mkdir(exist_ok=True)
+    for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
+        if not path.is_file():  # before any shard, so that a process that dies from here on leaves a cache to continue
+            path.parent.mkdir(exist_ok=True)
+            manifest.write_json(path, wanted)
     for folder in (out, out / SHARDS):
         manifest.sweep(folder)
     for name, data in plan.side_files().items():
@@ -169,11 +214,13 @@ def prepare(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def _check_space(plan: Plan, out: Path) -> None:
+    """Is there room for the shards that are missing?"""
     place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    needed = plan.view_bytes * plan.views * len(plan.source) + _SPARE_BYTES
+    missing = sum(shard["count"] for shard in plan.shards if not record_path(out, shard["name"]).is_file())
+    needed = plan.view_bytes * plan.views * missing + (_SPARE_BYTES if missing else 0)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "
             "fewer --views or --levels, or another disk"
         )

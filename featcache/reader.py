@@ -1,107 +1,141 @@
 """Reading a cache: rows by number, keys to rows, bytes by pread.
 
 n rows asked for, V views, L levels, T tokens, D width. Row ranges are read straight into the caller's arrays; Zarr's
-own machinery is not entered. All rows of `features` are checked against their stored crc32c as they come.
+own machinery is not entered. Every item is compared with its stored crc32c as it comes; `verify_rows` lowers
+the share.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
 
+from featcache import checksums, publish
 from featcache import manifest as manifests
-from featcache import rng
 from featcache.errors import UsageError, UserError, near
-from featcache.store import Array, array, record_path, store
-
-_MAX_OPEN = 512
-
-
-class Keys(Sequence[str]):
-    """The keys of all rows as one block of bytes and its offsets: no Python object per row."""
-
-    def __init__(self, blob: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> None:
-        self._blob, self._offsets = blob, offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(len(self)))]
-        row = range(len(self))[row]
-        return self._blob[self._offsets[row] : self._offsets[row + 1]].tobytes().decode()
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[row] for row in range(len(self)))
-
-    @cached_property
-    def digests(self) -> rng.U64:
-        """(n, 2) key digests in row order."""
-        return rng.key_digests(self)
-
-    @cached_property
-    def _sorted(self) -> npt.NDArray[np.int64]:
-        return np.lexsort((self.digests[:, 1], self.digests[:, 0]))
-
-    def find(self, keys: Sequence[str]) -> npt.NDArray[np.int64]:
-        """(m,) row of each key, -1 where it is not here."""
-        wanted = rng.key_digests(keys)
-        if not len(self) or not len(wanted):
-            return np.full(len(wanted), -1, np.int64)
-        pairs = np.ascontiguousarray(self.digests[self._sorted]).view([("a", "u8"), ("b", "u8")])[:, 0]
-        sought = np.ascontiguousarray(wanted).view(pairs.dtype)[:, 0]
-        at = np.minimum(np.searchsorted(pairs, sought), len(self) - 1)
-        return np.where(pairs[at] == sought, self._sorted[at], -1)
+from featcache.part import I64, PARTS, Keys, Part, added, describe, same_rows
+from featcache.preads import IO, BadRow, Piece, Reads, Run
+from featcache.store import Array
 
 
 class Cache:
-    """An opened cache. `read` is safe to call from several threads and after a fork."""
+    """An opened cache. `read` is safe to call from several threads, after a fork, and in spawned processes.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    `threads` that read at the same time (default: 4, or fewer cores). `verify_rows` from 0 to 1: the share of rows that
+    are checked as they are read. `io`: `buffered` leaves what is read in the page cache, `streaming` takes it out
+    again, `direct` never puts it there (O_DIRECT); `auto` streams a cache larger than the machine's memory, of which
+    nothing would still be there when it is wanted again.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, threads: int | None = None, verify_rows: float = 1.0, io: str = "auto"
+    ) -> None:
+        if not 0 <= verify_rows <= 1:
+            raise UsageError(f"verify_rows {verify_rows}: a share from 0 to 1 is allowed")
         self.path = Path(path)
-        self.manifest = manifests.read(self.path)
-        self.identity: dict[str, Any] = self.manifest["identity"]
-        self.views: int = self.identity["views"]
-        self.levels: tuple[int, ...] = tuple(self.identity["levels"])
-        self.arrays: dict[str, Array] = {name: array(name, f) for name, f in self.manifest["arrays"].items()}
-        self.store = store(self.identity["store"])
-        self.records = self._complete_shards()
-        self._starts = np.cumsum([0, *(record["rows"] for record in self.records)])
-        self._handles: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._options = {"threads": threads, "verify_rows": verify_rows, "io": io}
+        self._base = Part(self.path)
+        self._parts = [self._base, *self._additions()]
+        self.manifest = self._base.manifest
+        self.identity = self._base.identity
+        self.records = self._base.records
+        self.verify_rows, self._calls = verify_rows, 0
+        self.views: int = self.views_of(self._base.teacher)
+        self.levels: tuple[int, ...] = self.levels_of(self._base.teacher)
+        self.arrays: dict[str, Array] = dict(self._all_arrays())
+        self._reads = Reads(threads, _choose(io, self.bytes))
 
-    def _complete_shards(self) -> list[dict[str, Any]]:
-        paths = (record_path(self.path, shard["name"]) for shard in self.manifest["shards"])
-        records = [manifests.read_json(path) for path in paths if path.is_file()]
-        for record in records:
-            problems = self.store.check(self.path, record["shard"], record, deep=False)
-            if problems:
-                raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
-        return records
+    def _additions(self) -> list[Part]:
+        """Parts that are complete; one that is still being extracted is not seen."""
+        parts = [Part(path) for path in added(self.path)] if self._base.complete else []
+        for part in parts:
+            why = part.complete and same_rows(self._base, part)
+            if why:
+                raise UserError(f"{str(part.path)!r} does not belong to cache {str(self.path)!r}: {why}; move it away")
+        parts = [part for part in parts if part.complete]
+        for teacher in dict.fromkeys(part.teacher for part in parts):
+            own = [part for part in (self._base, *parts) if part.teacher == teacher]
+            held = {(level, view) for part in own for level in part.levels for view in part.view_numbers}
+            if len(held) != len({level for level, _ in held}) * (max(view for _, view in held) + 1):
+                raise UserError(
+                    f"cache {str(self.path)!r}: of teacher {teacher} some views have levels that others lack; move "
+                    f"what was added last out of {self.path / PARTS}"
+                )
+        return parts
+
+    def _all_arrays(self) -> Iterator[tuple[str, Array]]:
+        """Arrays by the names that `read` takes, with the levels of all parts; another teacher's as TEACHER/NAME."""
+        for teacher in dict.fromkeys(part.teacher for part in self._parts):
+            first = next(part for part in self._parts if part.teacher == teacher)
+            levels = len(self.levels_of(teacher))
+            for name, spec in first.arrays.items():
+                if name in checksums.NAMES:
+                    continue
+                if checksums.has_levels(spec):
+                    spec = replace(spec, item=(levels, *spec.item[1:]))
+                if first is self._base:
+                    yield name, spec
+                elif checksums.has_levels(spec) or name in ("attention", "mask_order"):
+                    yield f"{teacher}/{name}", spec
+
+    def levels_of(self, teacher: str) -> tuple[int, ...]:
+        """The stored levels of one of the cache's teachers, ascending."""
+        return tuple(sorted({level for part in self._parts if part.teacher == teacher for level in part.levels}))
+
+    def views_of(self, teacher: str) -> int:
+        """How many views of one of the cache's teachers are stored."""
+        return max(part.view_numbers.stop for part in self._parts if part.teacher == teacher)
+
+    def manifest_of(self, teacher: str) -> dict[str, Any]:
+        """The manifest of a teacher's first part."""
+        return next(part.manifest for part in self._parts if part.teacher == teacher)
+
+    def records_of(self, teacher: str) -> list[dict[str, Any]]:
+        """The records of all shards of a teacher's parts."""
+        return [record for part in self._parts if part.teacher == teacher for record in part.records]
+
+    @property
+    def teachers(self) -> list[str]:
+        """The teacher of the cache itself, then those that were added."""
+        return list(dict.fromkeys(part.teacher for part in self._parts))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._base)
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}: {manifests.title(self.manifest)})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, **self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state.pop("path"), **state)  # type: ignore[misc]
+
     @property
     def fields(self) -> list[str]:
         """Names that `read` takes."""
-        return [name for name in self.arrays if name not in ("key", "key_offsets")]
+        return list(self.arrays)
 
     @property
     def complete(self) -> bool:
-        return len(self.records) == len(self.manifest["shards"])
+        return self._base.complete
+
+    @property
+    def bytes(self) -> int:
+        """Of all files of complete shards."""
+        return sum(part.bytes for part in self._parts)
+
+    @property
+    def parts(self) -> list[str]:
+        """What was extracted into this cache, in words: itself first, then what was added."""
+        return [describe(part.manifest) for part in self._parts]
 
     @property
     def quarantined(self) -> list[dict[str, str]]:
@@ -111,29 +145,11 @@ class Cache:
     @cached_property
     def keys(self) -> Keys:
         """The key of every row; `keys.find(list)` gives rows."""
-        blobs, offsets, end = [], [np.zeros(1, np.int64)], 0
-        for record in self.records:
-            local = self._whole("key_offsets", record["shard"], record["rows"] + 1)
-            blobs.append(self._whole("key", record["shard"], int(local[-1])))
-            offsets.append(local[1:] + end)
-            end += int(local[-1])
-        return Keys(np.concatenate([np.zeros(0, np.uint8), *blobs]), np.concatenate(offsets))
+        return self._base.keys()
 
-    def _whole(self, name: str, shard: str, count: int) -> npt.NDArray[Any]:
-        spec = self.arrays[name]
-        out = np.empty((count, *spec.item), spec.dtype)
-        path, _ = self.store.locate(self.path, shard, spec, self.views, 0, np.zeros(1, np.int64))
-        self._pread(path, out, 0)
-        return out
-
-    def tail(self) -> dict[str, npt.NDArray[np.float32]]:
-        """gamma, beta, eps and proj of the teacher's end, kept beside the shards."""
-        from safetensors.numpy import load_file
-
-        problems = manifests.check_files(self.path, self.manifest)
-        if problems:
-            raise UserError(f"cache file {problems[0]}; run the same `featcache extract` again to write it")
-        return load_file(self.path / next(iter(self.manifest["files"])))
+    def tail(self, teacher: str | None = None) -> dict[str, npt.NDArray[np.float32]]:
+        """gamma, beta, eps and proj of a teacher's end, kept beside the shards; of the cache's own by default."""
+        return next(part for part in self._parts if part.teacher == (teacher or self._base.teacher)).tail()
 
     def read(
         self,
@@ -148,136 +164,180 @@ class Cache:
         """Arrays (n, ...) of the rows, as stored (`features` stays encoded).
 
         `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in `--levels`; `tokens`:
-        the first so many of T ([CLS] first); both apply to arrays (L, T, ...). `out` is filled where it names a field.
-        `check` compares whole levels with their crc32c. Raises UserError when bytes are missing or changed.
+        the first so many of T ([CLS] first; in ranked caches then by rank); both apply to arrays (L, T, ...). `out` is
+        filled where it names a field: reused memory reads twice as fast as new. `check=False` compares nothing.
+        Raises UserError when bytes are missing or not those that were written.
         """
         rows, views = _numbers("rows", rows), _numbers("view", view)
         if len(views) not in (1, len(rows)):
             raise UsageError(f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is needed")
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
-        self._check_request(rows, views, fields, levels, tokens)
-        slots = [self.levels.index(level) for level in (self.levels if levels is None else levels)]
-        result = {}
+        self._check_request(rows, views, fields)
+        groups = list(self._groups(rows, views))
+        checked = self._choose_rows(rows, views) if check else np.zeros(len(rows), bool)
+        sums = self._checksums(rows, groups, checked, fields, tokens)
+        result, runs = {}, []
         for name in fields:
-            spec = self.arrays[name]
-            parts = self._parts(spec, slots, tokens)
-            shape = _selected(spec, len(slots), tokens)
-            target = out[name] if out is not None and name in out else np.empty((len(rows), *shape), spec.dtype)
-            if target.shape != (len(rows), *shape) or target.dtype != spec.dtype or not target.flags.c_contiguous:
-                raise UsageError(f"read: out[{name!r}] must be C-contiguous {spec.dtype} {(len(rows), *shape)}")
-            self._fill(target, spec, rows, views, parts)
-            result[name] = target
-        if check and "features" in fields and (tokens is None or tokens == self.arrays["features"].item[1]):
-            self._check_rows(result["features"], rows, views, slots)
+            wanted, count = self._wanted_levels(name, levels), self._wanted_tokens(name, tokens)
+            target = result[name] = self._target(name, len(rows), len(wanted), count, out)
+            if checked.any() and self._must_read_whole(name, count):
+                target[:] = self.read(rows, views, (name,), wanted, None, None, check)[name][:, :, :count]
+            else:
+                runs += self._plan(name, target, rows, groups, wanted, count, checked, sums)
+        try:
+            self._reads.read(runs)
+        except BadRow as bad:
+            raise self._explain(bad, rows, views) from bad
         return result
 
-    def _check_request(
-        self,
-        rows: npt.NDArray[np.int64],
-        views: npt.NDArray[np.int64],
-        fields: Sequence[str],
-        levels: Sequence[int] | None,
-        tokens: int | None,
-    ) -> None:
+    # ------------------------------------------------------------ what is asked for
+
+    def _check_request(self, rows: I64, views: I64, fields: Sequence[str]) -> None:
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise UsageError(f"read: rows must be numbers from 0 to {len(self) - 1}")
-        if views.size and (views.min() < 0 or views.max() >= self.views):
-            raise UsageError(f"read: view must be from 0 to {self.views - 1}")
         for name in fields:
-            if name not in self.fields:
+            if name not in self.arrays:
                 raise UsageError(f"read: unknown field {name!r}; {near(name, self.fields)}")
+            last = self.views_of(self._of(name)[0].teacher)
+            if views.size and (views.min() < 0 or views.max() >= last):
+                raise UsageError(f"read: view must be from 0 to {last - 1}")
+
+    def _of(self, name: str) -> list[Part]:
+        """The parts of a field's teacher."""
+        teacher = name.rpartition("/")[0] or self._base.teacher
+        return [part for part in self._parts if part.teacher == teacher]
+
+    def _wanted_levels(self, name: str, levels: Sequence[int] | None) -> tuple[int, ...]:
+        stored = self.levels_of(self._of(name)[0].teacher)
         for level in levels or ():
-            if level not in self.levels:
-                raise UsageError(f"read: level {level} is not stored; stored are {list(self.levels)}")
-        most = self.identity["teacher"]["patches"] + 1
-        if tokens is not None and not 1 <= tokens <= most:
-            raise UsageError(f"read: tokens must be from 1 to {most}, {tokens} given")
+            if level not in stored:
+                raise UsageError(f"read: level {level} is not stored; stored are {list(stored)}")
+        return stored if levels is None else tuple(levels)
 
-    def _parts(self, spec: Array, slots: Sequence[int], tokens: int | None) -> list[tuple[int, int]]:
-        """(offset, bytes) inside one item, in the order of the output; neighbours are joined."""
-        if not _has_tokens(spec):
-            return [(0, spec.item_bytes)]
-        per_token = spec.item_bytes // (spec.item[0] * spec.item[1])
-        level_bytes, wanted = per_token * spec.item[1], per_token * (tokens or spec.item[1])
-        parts: list[tuple[int, int]] = []
-        for slot in slots:
-            if parts and parts[-1][0] + parts[-1][1] == slot * level_bytes:
-                parts[-1] = (parts[-1][0], parts[-1][1] + wanted)
-            else:
-                parts.append((slot * level_bytes, wanted))
-        return parts
+    def _wanted_tokens(self, name: str, tokens: int | None) -> int:
+        spec = self.arrays[name]
+        if not checksums.has_levels(spec):
+            return 0
+        if tokens is not None and not 1 <= tokens <= spec.item[1]:
+            raise UsageError(f"read: tokens must be from 1 to {spec.item[1]}, {tokens} given")
+        return tokens or spec.item[1]
 
-    def _fill(
+    def _target(
+        self, name: str, rows: int, levels: int, tokens: int, out: Mapping[str, npt.NDArray[Any]] | None
+    ) -> npt.NDArray[Any]:
+        spec = self.arrays[name]
+        shape = (rows, *((levels, tokens, *spec.item[2:]) if checksums.has_levels(spec) else spec.item))
+        target = out[name] if out is not None and name in out else np.empty(shape, spec.dtype)
+        if target.shape != shape or target.dtype != spec.dtype or not target.flags.c_contiguous:
+            raise UsageError(f"read: out[{name!r}] must be C-contiguous {spec.dtype} {shape}")
+        return target
+
+    def _choose_rows(self, rows: I64, views: I64) -> npt.NDArray[np.bool_]:
+        """Which rows of this call are checked: others at the next."""
+        if self.verify_rows == 1:
+            return np.ones(len(rows), bool)
+        self._calls += 1
+        mixed = (rows * 2 + views * 3 + self._calls).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.verify_rows
+
+    def _must_read_whole(self, name: str, tokens: int) -> bool:
+        """Whether only whole levels have a checksum where some tokens are wanted."""
+        spec = self.arrays[name]
+        if not checksums.has_levels(spec) or tokens == spec.item[1]:
+            return False
+        return name.rpartition("/")[2] != "features" or "prefix_crc" not in self._of(name)[0].arrays
+
+    # ------------------------------------------------------------ where its bytes are
+
+    def _groups(self, rows: I64, views: I64) -> Iterator[tuple[int, int, I64]]:
+        """(shard, view, places in the request), places in the order of the file."""
+        shards = np.searchsorted(self._base.starts, rows, side="right") - 1
+        order = np.lexsort((rows, views, shards))
+        cuts = np.flatnonzero(np.diff(shards[order]) | np.diff(views[order])) + 1
+        for at in np.split(order, cuts) if len(rows) else []:
+            yield int(shards[at[0]]), int(views[at[0]]), at
+
+    def _checksums(
         self,
+        rows: I64,
+        groups: Sequence[tuple[int, int, I64]],
+        checked: npt.NDArray[np.bool_],
+        fields: Sequence[str],
+        tokens: int | None,
+    ) -> dict[tuple[int, str], npt.NDArray[np.uint32]]:
+        """(n, columns) of each part's checksum arrays that `fields` need; rows that are not checked stay unset."""
+        tables: dict[tuple[int, str], npt.NDArray[np.uint32]] = {}
+        runs: list[Run] = []
+        for i, part in enumerate(self._parts) if checked.any() else []:
+            for field in sorted({_crc_array(part, name, tokens) for name in fields if part in self._of(name)}):
+                spec = part.arrays[field]
+                pieces = [Piece(0, 0, spec.item_bytes)]
+                if field == "prefix_crc":  # (T, L): those of the wanted length
+                    level_bytes = 4 * spec.item[1]
+                    pieces = [Piece(((tokens or 0) - 1) * level_bytes, 0, level_bytes)]
+                table = tables[i, field] = np.empty((len(rows), sum(piece.size for piece in pieces) // 4), np.uint32)
+                for shard, view, at in groups:
+                    at = at[checked[at]]
+                    if part.holds(view) and len(at):
+                        path, offsets = part.locate(shard, spec, view, rows[at])
+                        runs.append(Run(path, table.view(np.uint8), at, offsets, pieces))
+        self._reads.read(runs)
+        return tables
+
+    def _plan(
+        self,
+        name: str,
         target: npt.NDArray[Any],
-        spec: Array,
-        rows: npt.NDArray[np.int64],
-        views: npt.NDArray[np.int64],
-        parts: list[tuple[int, int]],
-    ) -> None:
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        flat = target.reshape(len(rows), -1).view(np.uint8) if target.size else target
-        groups = np.unique(np.stack([shards, views], 1), axis=0) if len(rows) else np.zeros((0, 2), np.int64)
-        for shard, view in groups.tolist():
-            at = np.flatnonzero((shards == shard) & (views == view))
-            path, offsets = self.store.locate(
-                self.path, self.records[shard]["shard"], spec, self.views, view, rows[at] - self._starts[shard]
-            )
-            for i, offset in zip(at.tolist(), offsets.tolist(), strict=True):
-                done = 0
-                for start, count in parts:
-                    self._pread(path, flat[i, done : done + count], offset + start)
-                    done += count
+        rows: I64,
+        groups: Sequence[tuple[int, int, I64]],
+        levels: tuple[int, ...],
+        tokens: int,
+        checked: npt.NDArray[np.bool_],
+        sums: Mapping[tuple[int, str], npt.NDArray[np.uint32]],
+    ) -> list[Run]:
+        """The reads of one field."""
+        plain, parts = name.rpartition("/")[2], self._of(name)
+        flat = target.reshape(len(rows), -1).view(np.uint8) if target.size else np.empty((len(rows), 0), np.uint8)
+        runs: list[Run] = []
+        for i, part in enumerate(self._parts):
+            pieces = _pieces(part, plain, levels, tokens) if part in parts and plain in part.arrays else []
+            table = sums.get((i, _crc_array(part, plain, tokens))) if pieces else None
+            before = [] if checksums.has_levels(self.arrays[name]) else [p for p in self._parts[:i] if p in parts]
+            for shard, view, at in groups if pieces else []:
+                if not part.holds(view) or any(other.holds(view) for other in before):
+                    continue
+                path, offsets = part.locate(shard, part.arrays[plain], view, rows[at])
+                here = checked[at]
+                if table is None or here.all() or not here.any():
+                    crcs = None if table is None or not here.any() else table[at]
+                    runs.append(Run(path, flat, at, offsets, pieces, crcs))
+                else:
+                    runs.append(Run(path, flat, at[here], offsets[here], pieces, table[at[here]]))
+                    runs.append(Run(path, flat, at[~here], offsets[~here], pieces))
+        return runs
 
-    def _pread(self, path: Path, out: npt.NDArray[Any], offset: int) -> None:
-        """Fill `out` (contiguous) from the file; short or missing is an error, never zeros."""
-        view = out.reshape(-1).view(np.uint8).data if out.size else memoryview(b"")
-        fd, keep = self._handle(path)
-        try:
-            while view:
-                got = os.preadv(fd, [view], offset)
-                if not got:
-                    raise UserError(f"cache file {path}: ends before byte {offset + len(view)}; run `featcache verify`")
-                view, offset = view[got:], offset + got
-        finally:
-            if not keep:
-                os.close(fd)
+    # ------------------------------------------------------------ what went wrong
 
-    def _handle(self, path: Path) -> tuple[int, bool]:
-        """An open file and whether it stays open; beyond the bound files are opened for one read."""
-        fd = self._handles.get(path)
-        if fd is not None:
-            return fd, True
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"cache file {path}: {error.strerror}; run `featcache verify {self.path}`") from error
-        with self._lock:
-            if path in self._handles or len(self._handles) >= _MAX_OPEN:
-                return fd, False
-            self._handles[path] = fd
-        return fd, True
-
-    def _check_rows(
-        self,
-        features: npt.NDArray[Any],
-        rows: npt.NDArray[np.int64],
-        views: npt.NDArray[np.int64],
-        slots: Sequence[int],
-    ) -> None:
-        stored = self.read(rows, views, ("row_crc",))["row_crc"][:, list(slots)]
-        for i, slot in np.ndindex(stored.shape):
-            if crc32c.crc32c(features[i, slot].reshape(-1).view(np.uint8).data) != stored[i, slot]:
-                raise UserError(
-                    f"cache {self.path}: row {rows[i]} ({self.keys[int(rows[i])]!r}), view {views[i]}, level "
-                    f"{self.levels[slots[slot]]} differs from its checksum; run `featcache verify {self.path}`"
+    def _explain(self, bad: BadRow, rows: I64, views: I64) -> UserError:
+        """Name the file at fault: that of the row, or that of its checksum."""
+        row, view = int(rows[bad.row]), int(views[bad.row])
+        shard = int(np.searchsorted(self._base.starts, row, side="right") - 1)
+        record = self.records[shard]["shard"]
+        for part in self._parts:
+            name = part.identity["store"]
+            for problem in publish.check(part.path, record, name, part.records[shard], deep=True):
+                return UserError(
+                    f"cache file {problem} (seen at row {row}, {self.keys[row]!r}, view {view}); "
+                    f"run `featcache repair {self.path}`"
                 )
+        return UserError(
+            f"cache file {bad.path}: row {row} ({self.keys[row]!r}), view {view} differed from its checksum, but shard "
+            f"{record} is sound on disk: memory or transport may be at fault; run again, and `featcache verify` it"
+        )
 
     def close(self) -> None:
-        with self._lock:
-            for fd in self._handles.values():
-                os.close(fd)
-            self._handles.clear()
+        """Close all files; the next `read` opens them again."""
+        self._reads.close()
 
     def __enter__(self) -> Cache:
         return self
@@ -286,24 +346,41 @@ class Cache:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_lock"):
-            self.close()
+        if hasattr(self, "_reads"):
+            self._reads.close()
 
 
-def _numbers(name: str, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
+def _choose(io: str, cache_bytes: int) -> str:
+    if io not in IO:
+        raise UsageError(f"io {io!r}: one of {', '.join(IO)} is allowed")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return ("streaming" if cache_bytes > memory else "buffered") if io == "auto" else io
+
+
+def _pieces(part: Part, name: str, levels: tuple[int, ...], tokens: int) -> list[Piece]:
+    """What is read of one item: those of the wanted levels that this part holds, or the whole."""
+    spec = part.arrays[name]
+    first = checksums.columns(part.arrays.values()).get(name, 0)
+    if not checksums.has_levels(spec):
+        return [Piece(0, 0, spec.item_bytes, first)]
+    level_bytes = spec.item_bytes // spec.item[0]
+    wanted = level_bytes // spec.item[1] * tokens
+    here = [(place, part.levels.index(level)) for place, level in enumerate(levels) if level in part.levels]
+    return [Piece(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here]
+
+
+def _crc_array(part: Part, name: str, tokens: int | None) -> str:
+    """The array that holds the checksums of a field read by its first `tokens`."""
+    name = name.rpartition("/")[2]
+    if name != "features":
+        return "side_crc"
+    partial = tokens is not None and 0 < tokens < part.arrays[name].item[1]
+    return "prefix_crc" if partial and "prefix_crc" in part.arrays else "row_crc"
+
+
+def _numbers(name: str, given: npt.ArrayLike) -> I64:
     """(n,) whole numbers; a mask of booleans or a fraction is a mistake, not a row."""
     values = np.atleast_1d(np.asarray(given))
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise UsageError(f"read: {name} must be whole numbers (n,), {values.dtype} {values.shape} is given")
     return values.astype(np.int64)
-
-
-def _has_tokens(spec: Array) -> bool:
-    """Whether an item is (L, T, ...), so that levels and tokens can be chosen from it."""
-    return spec.dimensions[2:4] == ("level", "token")
-
-
-def _selected(spec: Array, levels: int, tokens: int | None) -> tuple[int, ...]:
-    if not _has_tokens(spec):
-        return spec.item
-    return (levels, tokens or spec.item[1], *spec.item[2:])

@@ -6,9 +6,10 @@ it must be able to say where an item's bytes lie, plain and in C order, because 
 A shard is complete when `shards/NAME.json`, its record, exists. A writer works under a name of its own, and the record
 travels inside its folder until the very end, so that one rename publishes the data and one publishes the record:
 
-    NAME.zarr.HOST-PID-NONCE.tmp/  ->  NAME.zarr/ (holds record.json)  ->  NAME.json (record.json moved out)
+    NAME.STORE.HOST-PID-NONCE.tmp/  ->  NAME.STORE/ (holds record.json)  ->  NAME.json (record.json moved out)
 
-Whatever moment a process dies at, the next one removes the temporary folder, or adopts the renamed one.
+Whatever moment a process dies at, the next one removes the temporary folder, or adopts the renamed one. What all
+stores share is in `publish`; a store writes the files, says where items lie, and checks a file.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-STORES = {"zarr": "featcache.zarr_store"}
+STORES = {"zarr": "featcache.zarr_store", "webdataset": "featcache.webdataset_store"}
 SHARDS = "shards"
 QUARANTINE = "quarantine.json"
 
@@ -64,21 +65,24 @@ def array(name: str, fields: Mapping[str, Any]) -> Array:
     return Array(name, fields["dtype"], item, dimensions, fields["per_view"], fields["split"])
 
 
+class Keys(NamedTuple):
+    """The keys of a shard's rows: key i is blob[offsets[i]:offsets[i + 1]], UTF-8."""
+
+    blob: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+
+
 class ShardWriter(Protocol):
     """Streams one shard. Memory stays flat: items go to their files as they come."""
 
-    def append(self, items: Mapping[str, npt.NDArray[Any]], ranges: Mapping[str, tuple[float, float]]) -> None:
-        """Items (m, *item) of every per-view array, in (row, view) order; rows may be split between calls.
-
-        `ranges` gives (min, max) of arrays for which computing it here would cost too much (`features`).
-        """
+    def append(self, keys: Sequence[str], items: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Items (m, *item) of every array, and the m keys they belong to, in (row, view) order; a row may be split
+        between calls. An array that is not per view is given for every item too; that of view 0 counts."""
         ...
 
-    def append_rows(self, items: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Items (m, *item) of the arrays that are not per view."""
-        ...
-
-    def finish(self, keys: Sequence[str], quarantined: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    def finish(
+        self, quarantined: Sequence[Mapping[str, str]], statistics: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
         """Close, sync and publish; returns the record. A shard that another process published meanwhile stays."""
         ...
 
@@ -88,7 +92,8 @@ class ShardWriter(Protocol):
 
 
 class Store(Protocol):
-    """What a store's module provides."""
+    """What a store's module provides. A shard's files lie below `shards/NAME.STORE/`; the record names them all, with
+    their bytes and the crc32c that `sound` compares."""
 
     @staticmethod
     def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> ShardWriter: ...
@@ -96,18 +101,21 @@ class Store(Protocol):
     @staticmethod
     def locate(
         cache: Path, shard: str, array: Array, views: int, view: int, rows: npt.NDArray[np.int64]
-    ) -> tuple[Path, npt.NDArray[np.int64]]:
-        """The file that holds an array's items of one view, and the byte offset of each of `rows` in it."""
+    ) -> tuple[str, npt.NDArray[np.int64]]:
+        """The file that holds an array's items of one view, and the byte offset of each of `rows` in it.
+
+        Called for every shard of every batch, so the path is text, which is ten times cheaper to make than a Path.
+        """
         ...
 
     @staticmethod
-    def check(cache: Path, shard: str, record: Mapping[str, Any], *, deep: bool) -> list[str]:
-        """What is wrong with a shard's files: missing or of another size; with `deep`, any changed byte."""
+    def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
+        """The keys of a shard, checked against the record's checksums."""
         ...
 
     @staticmethod
-    def settle(cache: Path, shard: str) -> None:
-        """Adopt or remove what dead writers left of a shard that has no record."""
+    def sound(path: Path, facts: Mapping[str, Any]) -> bool:
+        """Whether every byte of a file is as recorded."""
         ...
 
 
@@ -118,3 +126,8 @@ def store(name: str) -> ModuleType:
 
 def record_path(cache: Path, shard: str) -> Path:
     return cache / SHARDS / f"{shard}.json"
+
+
+def folder_path(cache: Path, shard: str, name: str) -> Path:
+    """The folder of a shard's files in the store `name`."""
+    return cache / SHARDS / f"{shard}.{name}"

@@ -5,44 +5,82 @@ Nothing here repairs: it names what is wrong, file by file or row by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from featcache import images, manifest, rng, views
+from featcache import images, manifest, publish, rng, views
 from featcache.errors import IdentityError, UserError
+from featcache.part import added
 from featcache.reader import Cache
-from featcache.store import QUARANTINE, record_path, store
+from featcache.store import QUARANTINE, SHARDS, record_path
 
 FEATURE_BOUND = 1e-3  # per-token relative L2 between stored and recomputed features
 ATTENTION_BOUND = 1e-4  # largest difference over the largest weight
 
 
+class Problem(NamedTuple):
+    """What is wrong with one file; `shard` where a shard must be extracted again to mend it."""
+
+    path: Path
+    text: str
+    shard: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def files(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[list[str], int]:
-    """(problems, shards checked): records, file sizes, every byte of every complete shard."""
-    about = manifest.read(path)
-    backend = store(about["identity"]["store"])
-    problems = manifest.check_files(path, about)
-    if (path / QUARANTINE).is_file():
-        problems += _json_problem(path / QUARANTINE)
+    """(problems, shards checked) of a cache and what was added to it: every byte of every file against its checksum."""
+    found: list[str] = []
+    shards = 0
+    for part in (path, *added(path)):
+        about = manifest.read(part)
+        found += [str(problem) for problem in problems(part, about, progress)]
+        shards += len(about["shards"])
+    return found, shards
+
+
+def problems(
+    part: Path, about: dict[str, Any], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[Problem]:
+    """Everything that is wrong with one part, file by file."""
+    backend = about["identity"]["store"]
+    for text in manifest.check_files(part, about):
+        yield Problem(Path(text.split(": ")[0]), text)
+    for path in (part / SHARDS / manifest.COPY, part / QUARANTINE):
+        wanted = path.name == manifest.COPY or path.is_file() or _lacks_quarantine(part, about)
+        if wanted and (damage := json_problem(path)):
+            yield Problem(path, damage)
+        elif path.name == manifest.COPY and manifest.read_json(path) != about:
+            yield Problem(path, f"{path}: differs from {manifest.NAME}")
     for done, shard in enumerate(about["shards"], 1):
-        record = record_path(path, shard["name"])
-        try:
-            problems += backend.check(path, shard["name"], manifest.read_json(record), deep=True)
-        except UserError as error:
-            problems.append(str(error) if record.is_file() else f"{record}: missing; this shard is not extracted yet")
+        record = record_path(part, shard["name"])
+        if damage := json_problem(record):
+            missing = f"{record}: missing; this shard is not extracted yet, or its record is lost"
+            yield Problem(record, damage if record.is_file() else missing, shard["name"])
+        else:
+            for text in publish.check(part, shard["name"], backend, manifest.read_json(record), deep=True):
+                yield Problem(Path(text.split(": ")[0]), text, shard["name"])
         progress(done, len(about["shards"]))
-    return problems, len(about["shards"])
 
 
-def _json_problem(path: Path) -> list[str]:
+def _lacks_quarantine(part: Path, about: dict[str, Any]) -> bool:
+    """Whether quarantine.json is missing although every record is there and one of them has something for it."""
+    paths = [record_path(part, shard["name"]) for shard in about["shards"]]
+    good = [manifest.read_json(path) for path in paths if not json_problem(path)]
+    return len(good) == len(paths) and any(record["quarantined"] for record in good)
+
+
+def json_problem(path: Path) -> str | None:
+    """What is wrong with a JSON of ours."""
     try:
         manifest.read_json(path)
     except UserError as error:
-        return [str(error)]
-    return []
+        return str(error)
+    return None
 
 
 def recompute(
@@ -114,7 +152,9 @@ def _recompute_row(
         return [f"picture {key!r} can no longer be used: {reason}"], 0.0, 0.0
     policy = views.from_dict(cache.identity["policy"])
     codec = codecs.CODECS[cache.identity["codec"]]
-    stored = cache.read([row], view, (*codec.arrays(teacher.width), "attention", "crop", "flip", "jitter"))
+    stored = cache.read(
+        [row], view, (*codec.arrays(teacher.width), "attention", "mask_order", "crop", "flip", "jitter")
+    )
     replayed = [
         views.render(picture, stored["crop"][0], stored["flip"][0], stored["jitter"][0], size, policy.filter)
         for size in (policy.size, teacher.input_px)
@@ -122,8 +162,13 @@ def _recompute_row(
     device = next(iter(teacher.state_dict().values())).device
     pixels = torch.from_numpy(replayed[1].copy()).permute(2, 0, 1)[None].to(device)
     coded, _, attention, _ = extract.compute(teacher, pixels, cache.levels, cache.identity["codec"], 1)
-    new = codec.decode({name: values.cpu() for name, values in coded.items()})
-    old = codec.decode({name: torch.from_numpy(stored[name]) for name in coded})
+    host = {name: values.cpu().numpy() for name, values in coded.items()}
+    if cache.identity["tokens"] == "ranked":  # by the stored order: a tie may fall otherwise when computed again
+        host = {
+            name: extract.ranked(values, stored["mask_order"], stored[name].shape[2]) for name, values in host.items()
+        }
+    new = codec.decode({name: torch.from_numpy(values) for name, values in host.items()})
+    old = codec.decode({name: torch.from_numpy(stored[name]) for name in host})
     error = float(((new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-12)).max())
     a = attention[0].cpu().numpy()
     attention_error = float(np.abs(a - stored["attention"][0]).max() / a.max())

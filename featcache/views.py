@@ -118,6 +118,12 @@ def from_dict(fields: dict[str, Any]) -> Policy:
     return Policy(**values)
 
 
+def stored_view(digests: rng.U64, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """digests (n, 2) -> (n,) which of `count` stored views each picture shows in an epoch: (epoch + offset(key)) mod
+    count, so every view is shown equally often, and a batch mixes views."""
+    return ((np.uint64(epoch) + digests[:, 0] % np.uint64(count)) % np.uint64(count)).astype(np.int64)
+
+
 class Drawn(NamedTuple):
     """What is stored of n pictures' V views; all that `render` needs."""
 

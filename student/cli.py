@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from featcache import home, images
-from featcache.cli import entry, given_images
+from featcache.cli import entry
 from featcache.errors import UsageError
+from featcache.show import given_images
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -71,6 +72,17 @@ def main() -> None:
     show_default=True,
     help="Mean difference let pass, in levels of 255; written into the run.",
 )
+@click.option("--decode", is_flag=True, help="Decode the pictures although the cache stores pixels (--pixels raw).")
+@click.option("--direct", is_flag=True, help="Read the cache past the page cache (O_DIRECT), which then keeps others.")
+@click.option(
+    "--verify-rows",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="Share of rows checked as they are read. Before that, a cache of up to 2 GiB is verified whole; of a larger "
+    "one the files' existence and sizes.",
+)
+@click.option("--read-threads", type=click.IntRange(1), help="Threads that read a batch. [default: 4, or fewer cores]")
 @click.option(
     "--resume",
     is_flag=True,
@@ -104,7 +116,7 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
         )
     summary = work.train(job, loader, acc)
     if acc.is_main_process:
-        home.note_run(command="train", recipe=recipe_name, cache=job.about.get("id"), **summary)
+        home.note_run(command="train", recipe=recipe_name, cache_id=job.about.get("id"), **summary)
         text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"
         click.echo(json.dumps(summary) if as_json else text)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
 
-from featcache import images, manifest, rng, teachers, views
+from featcache import images, joining, manifest, rng, teachers, views
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
 from student import config, resolve
 from student.loader import Loader
-from student.resolve import Found
+from student.resolve import Found, Reading
 from student.targets import Cached, Online, Targets
 from student.train import Job
 
@@ -54,7 +54,15 @@ class Options:
     save_every: int | None
     check_pixels: float
     pixel_tolerance: float
+    decode: bool
+    direct: bool
+    verify_rows: float
+    read_threads: int | None
     resume: bool
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.read_threads, self.verify_rows, "direct" if self.direct else "auto")
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class _Chosen:
     """Where a run's views and targets come from."""
 
     config: config.RecipeConfig
+    source: Source
     targets: Targets
     pictures: npt.NDArray[np.int64]  # numbers of the training pictures in the source
     about: dict[str, Any]  # for config.json
@@ -79,17 +88,18 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     config.from_overrides(recipe.Config, overrides)  # a wrong setting is told before anything is opened
     source = images.open_source(options.images) if options.images else None
     found = _cache(name, recipe, overrides, source, options)
-    source = source or _source_of(found)
+    if found is not None:
+        resolve.verify_small(found.cache)
     if options.teacher == "online" or found is None:
-        chosen = _online(recipe, overrides, found, source, str(acc.device), options, say)
+        chosen = _online(recipe, overrides, found, source or _source_of(found), str(acc.device), options, say)
     else:
         chosen = _cached(found, source, options, say)
     fitting = max(len(chosen.pictures) // acc.num_processes // options.accumulate, 1)
     loader = Loader(
-        source,
+        chosen.source,
         chosen.targets,
         chosen.pictures,
-        rng.key_digests(source.keys[i] for i in chosen.pictures),
+        rng.key_digests(chosen.source.keys[i] for i in chosen.pictures),
         options.seed,
         options.batch_size or min(BATCH_SIZE, fitting),
         options.accumulate,
@@ -121,8 +131,8 @@ def _cache(
 ) -> Found | None:
     """The cache that was given; else, unless the teacher is in the loop, the one that serves."""
     if options.cache is not None:
-        return resolve.open_given(options.cache, recipe, name, overrides)
-    return resolve.find(recipe, name, overrides, source) if options.teacher == "cached" else None
+        return resolve.open_given(options.cache, recipe, name, overrides, options.reading)
+    return resolve.find(recipe, name, overrides, source, options.reading) if options.teacher == "cached" else None
 
 
 def _source_of(found: Found | None) -> Source:
@@ -132,20 +142,35 @@ def _source_of(found: Found | None) -> Source:
     return images.open_source(found.cache.manifest["provenance"]["source"])
 
 
-def _cached(found: Found, source: Source, options: Options, say: Say) -> _Chosen:
+def _cached(found: Found, given: Source | None, options: Options, say: Say) -> _Chosen:
     _refuse({"--weights": options.weights, "--views": options.views, "--policy": options.policy})
-    pictures, rows, skipped = resolve.join(found.cache, source)
-    if manifest.is_random(found.cache.manifest) and found.spec.fields:
-        say(f"note: {manifest.title(found.cache.manifest)}")
+    cache = found.cache
+    stored = joining.stores_pixels(cache) and not options.decode
+    source = given or (joining.Stored(cache) if stored else _source_of(found))
+    pictures, rows, skipped = joining.join(cache, source)
+    if manifest.is_random(cache.manifest) and found.spec.fields:
+        say(f"note: {manifest.title(cache.manifest)}")
     _say_skipped(skipped, say)
-    scale = tuple(found.cache.identity["policy"]["scale"])
+    scale = tuple(cache.identity["policy"]["scale"])
     if scale != tuple(found.spec.scale):
         published = f"{found.spec.scale[0]:g}-{found.spec.scale[1]:g}"
         say(f"note: crops of {scale[0]:g}-{scale[1]:g} of the area; the recipe was published with {published}")
-    about = {"kind": "cached", "id": found.cache.manifest["id"], "identity": found.cache.identity}
+    for note in found.notes:
+        say(f"note: {note}")
+    if stored:
+        say("note: pixels come from the cache, nothing is decoded; --decode decodes the pictures in place of them")
+    elif joining.stores_pixels(cache):
+        say(f"note: pixels are decoded from {source.spec}, those in the cache are left alone")
+    about = {"kind": "cached", "id": cache.manifest["id"], "identity": cache.identity, "views": cache.views}
     about["pixel_tolerance"] = options.pixel_tolerance
-    targets = Cached(found.cache, found.spec, rows, options.pixel_tolerance)
-    return _Chosen(found.config, targets, pictures, about)
+    # What was read, and how: of no effect on any number, so that a resumed run may change it.
+    about["reading"] = {
+        **asdict(options.reading),
+        "tokens": found.tokens or "all",
+        "pixels": "stored" if stored else "decoded",
+    }
+    targets = Cached(cache, found.spec, rows, options.pixel_tolerance, found.tokens, stored)
+    return _Chosen(found.config, source, targets, pictures, about)
 
 
 def _say_skipped(skipped: int, say: Say) -> None:
@@ -159,6 +184,18 @@ def _refuse(given: dict[str, Any]) -> None:
             raise UsageError(f"{option} {value} does not go with a cache, which has its own: leave one of them out")
 
 
+def _refuse_reading(options: Options) -> None:
+    """Options of reading a cache where none is read."""
+    given = {
+        "--direct": options.direct,
+        "--verify-rows": options.verify_rows != 1,
+        "--read-threads": options.read_threads is not None,
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise UsageError(f"{option} is about reading targets from a cache, and none are read here: leave it out")
+
+
 def _online(
     recipe: ModuleType,
     overrides: Sequence[str],
@@ -170,10 +207,12 @@ def _online(
 ) -> _Chosen:
     """The teacher in the loop: over a cache's own views and pictures where one is given, else over fresh ones."""
     identity = found.cache.identity if found else None
-    if identity:
+    _refuse_reading(options)
+    if found:
         _refuse({"--views": options.views, "--policy": options.policy})
+        overrides = found.overrides
     policy = views.from_dict(identity["policy"]) if identity else views.policy(options.policy or "default")
-    count = options.views or (identity["views"] if identity else None)
+    count = options.views or (found.cache.views if found else None)
     plain = config.from_overrides(recipe.Config, overrides)
     teacher = None
     if recipe.needs(plain).fields:
@@ -187,14 +226,14 @@ def _online(
         if teachers.is_random(teacher.weights):
             say(f"note: {teacher.weights} - these weights are drawn, not trained")
     settings = resolve.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))
-    pictures, _, skipped = resolve.join(found.cache, source) if found else (np.arange(len(source)), None, 0)
+    pictures, _, skipped = joining.join(found.cache, source) if found else (np.arange(len(source)), None, 0)
     _say_skipped(skipped, say)
     about = {"kind": "online", "policy": policy.as_dict(), "views": count}
     if teacher is not None:
         about |= {"teacher": teacher.name, "weight_hash": teachers.weight_hash(teacher)}
     order = identity["order"] if identity else "attentive"
     targets = Online(policy, recipe.needs(settings), teacher, count, order)
-    return _Chosen(settings, targets, pictures, about)
+    return _Chosen(settings, source, targets, pictures, about)
 
 
 def _online_facts(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache import images, rng
+from featcache import images, joining, rng
 from featcache.errors import UserError
 from student.targets import Host, Targets
 
@@ -85,24 +85,29 @@ class Loader:
         at, epoch = self.rows(step, micro)
         digests = self.digests[at]
         view = self.targets.view(digests, epoch)
-        futures = []
+        checked = joining.sampled(digests, view, epoch, self.seed, self.check_fraction)
         host = self.targets.fetch(at, view)
         keys = [self.source.keys[self.pictures[i]] for i in at]
-        for i in range(len(at)):
-            futures.append(decoders.submit(self._render, host, i, int(at[i]), keys[i], int(view[i]), epoch))
+        futures = [
+            decoders.submit(self._sample, host, i, int(at[i]), keys[i], int(view[i]), bool(checked[i]))
+            for i in range(len(at))
+            if checked[i] or "pixels" not in host
+        ]
         rendered = [future.result() for future in futures]
-        stacked = {name: np.stack([row[name] for row in rendered]) for name in rendered[0]}
+        names = rendered[0] if "pixels" not in host else ()
+        stacked = {name: np.stack([row[name] for row in rendered]) for name in names}
         return {**host, **stacked, "at": at, "view": view, "digests": digests, "epoch": epoch, "keys": keys}
 
-    def _render(self, host: Host, i: int, at: int, key: str, view: int, epoch: int) -> dict[str, Any]:
+    def _sample(self, host: Host, i: int, at: int, key: str, view: int, checked: bool) -> dict[str, Any]:
+        """Render sample i, unless its pixels came with the targets, and compare them with the stored hash."""
+        out = {"pixels": host["pixels"][i]} if "pixels" in host else self._render(host, i, at, key, view)
+        if checked:
+            self.targets.check(out["pixels"], at, view)
+        return out
+
+    def _render(self, host: Host, i: int, at: int, key: str, view: int) -> dict[str, Any]:
         try:
             picture = images.decode(self.source.read(int(self.pictures[at])))
         except (images.PictureError, OSError) as error:
             raise UserError(f"picture {key!r} cannot be used in training: {error}; mend it, or remove it") from error
-        digest = self.digests[at]
-        out = self.targets.render(picture, host, i, key, digest, view)
-        if rng.uniform(rng.words(digest[None], rng.stream("check", self.seed), 1, view=view, epoch=epoch))[0, 0] < (
-            self.check_fraction
-        ):
-            self.targets.check(out["pixels"], at, view)
-        return out
+        return self.targets.render(picture, host, i, key, self.digests[at], view)

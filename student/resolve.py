@@ -1,7 +1,9 @@
 """From what a recipe needs to a cache that has it, or to the command that would make one.
 
 Facts of a cache (view size, patch grid, teacher) are filled into the recipe's configuration; what the user set by hand
-must agree with them. Caches are looked for under $FEATCACHE_HOME unless one is given.
+must agree with them. Caches are looked for under $FEATCACHE_HOME unless one is given. A cache of at most 2 GiB is
+verified whole before training; the files of a larger one are checked for existence and size when it is opened, its rows
+as they are read.
 """
 
 from __future__ import annotations
@@ -15,16 +17,29 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from featcache import home, images, manifest
-from featcache.errors import IdentityError, UsageError, UserError
+from featcache import home, images, verify
+from featcache.errors import UsageError, UserError
+from featcache.joining import join
 from featcache.manifest import REGISTERED
 from featcache.reader import Cache
 from featcache.views import Policy
 from student.config import RecipeConfig, from_overrides
 from student.recipes import TargetSpec
+
+
+VERIFIED_BYTES = 2 << 30  # a cache up to this size is read through before training: a second or two
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a cache is read; none of it changes what is read."""
+
+    threads: int | None = None
+    verify_rows: float = 1.0
+    io: str = "auto"
+
+    def open(self, path: Path) -> Cache:
+        return Cache(path, threads=self.threads, verify_rows=self.verify_rows, io=self.io)
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,17 @@ class Found:
     cache: Cache
     config: RecipeConfig
     spec: TargetSpec
+    overrides: tuple[str, ...]  # what was set by hand, and what this cache makes the default
+    notes: tuple[str, ...] = ()  # what a person should know of it
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens of each level are read; None: all that are stored. Where the mask is the order in which they
+        lie, those it shows come first."""
+        ranked = self.cache.identity["tokens"] == "ranked" and self.config.mask == "stored"
+        if not ranked or not self.spec.visible_only or "features" not in self.spec.fields:
+            return None
+        return 1 + self.config.visible
 
 
 def with_facts(kind: type[RecipeConfig], overrides: Sequence[str], facts: dict[str, Any]) -> RecipeConfig:
@@ -71,37 +97,89 @@ def patch_size(size: int, patches: int) -> int:
     return size // side
 
 
-def open_given(path: Path, recipe: ModuleType, name: str, overrides: Sequence[str]) -> Found:
+def open_given(
+    path: Path, recipe: ModuleType, name: str, overrides: Sequence[str], reading: Reading | None = None
+) -> Found:
     """The cache at `path`, checked against the recipe's needs."""
-    cache = Cache(path)
-    config = with_facts(recipe.Config, overrides, facts(cache.identity))
+    cache = (reading or Reading()).open(path)
+    given = tuple(overrides)
+    config = with_facts(recipe.Config, given, facts(cache.identity))
     spec = recipe.needs(config)
-    lacking = missing(cache, spec)
+    notes: list[str] = []
+    if _keeps_few(cache, spec) and not any(text.partition("=")[0].strip() == "mask" for text in given):
+        given = (*given, "mask=stored")
+        config = with_facts(recipe.Config, given, facts(cache.identity))
+        spec = recipe.needs(config)
+        notes.append(f"{_kept(cache)}: mask=stored, a view shows the same in each epoch")
+    lacking = missing(cache, spec, config)
     if lacking:
         raise UserError(f"cache {str(path)!r} does not serve {name}: {'; '.join(lacking)}; {todo(spec, config, cache)}")
-    return Found(cache, config, spec)
+    return Found(cache, config, spec, given, tuple(notes))
 
 
-def missing(cache: Cache, spec: TargetSpec) -> list[str]:
+def _keeps_few(cache: Cache, spec: TargetSpec) -> bool:
+    """Whether only the first tokens of each view are stored, and the recipe reads tokens."""
+    return "features" in spec.fields and "keep" in cache.identity
+
+
+def _kept(cache: Cache) -> str:
+    keep, patches = cache.identity["keep"], cache.identity["teacher"]["patches"]
+    return f"the cache keeps the first {keep} of {patches} patches of each view (--keep), in their stored order"
+
+
+def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
     """What a recipe needs and this cache lacks, in words."""
-    levels = sorted(set(spec.levels) - set(cache.levels))
+    levels = _missing_levels(cache, spec)
     fields = [field for field in spec.fields if field not in cache.fields]
-    return [
-        *(
-            [f"it is incomplete ({len(cache.records)} of {len(cache.manifest['shards'])} shards)"]
-            if not cache.complete
-            else []
-        ),
-        *([f"field {', '.join(fields)} is missing, it has {', '.join(cache.fields)}"] if fields else []),
-        *(
-            [f"level {', '.join(map(str, levels))} is missing, it has {', '.join(map(str, cache.levels))}"]
-            if levels
-            else []
-        ),
-    ]
+    shards = f"{len(cache.records)} of {len(cache.manifest['shards'])} shards"
+    found = {
+        f"it is incomplete ({shards})": not cache.complete,
+        f"field {', '.join(fields)} is missing, it has {', '.join(cache.fields)}": fields,
+        f"level {', '.join(map(str, levels))} is missing, it has {', '.join(map(str, cache.levels))}": levels,
+    }
+    return [*(text for text, lacks in found.items() if lacks), *_missing_tokens(cache, spec, config)]
 
 
-def find(recipe: ModuleType, name: str, overrides: Sequence[str], source: images.Source | None) -> Found | None:
+def _missing_levels(cache: Cache, spec: TargetSpec) -> list[int]:
+    return sorted(set(spec.levels) - set(cache.levels))
+
+
+def _missing_tokens(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
+    """Why the tokens of a kept cache are not those the recipe reads, and what to set."""
+    if not _keeps_few(cache, spec):
+        return []
+    if not spec.visible_only:
+        return [f"{_kept(cache)}, and the recipe reads all"]
+    if config.mask != "stored":
+        return [f"{_kept(cache)}, and mask={config.mask} shows others: --set mask=stored, or take another"]
+    if config.visible > cache.identity["keep"]:
+        text = (
+            f"and mask_ratio={config.mask_ratio:g} shows {config.visible}: --set a larger mask_ratio, or take another"
+        )
+        return [f"{_kept(cache)}, {text}"]
+    return []
+
+
+def verify_small(cache: Cache) -> None:
+    """UserError with the file's name where any byte of a small cache is not the one that was written."""
+    if cache.bytes > VERIFIED_BYTES:
+        return
+    problems, _ = verify.files(cache.path)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(
+            f"cache file {problems[0]}{more}; training does not begin with a damaged cache: run `featcache repair "
+            f"{cache.path}`"
+        )
+
+
+def find(
+    recipe: ModuleType,
+    name: str,
+    overrides: Sequence[str],
+    source: images.Source | None,
+    reading: Reading | None = None,
+) -> Found | None:
     """The cache under $FEATCACHE_HOME that serves the recipe on these pictures; None where the recipe needs none.
 
     Several are a UsageError; none is a UserError with the command that makes one.
@@ -112,7 +190,7 @@ def find(recipe: ModuleType, name: str, overrides: Sequence[str], source: images
     found, rejected = [], []
     for path in home.caches():
         try:
-            candidate = open_given(path, recipe, name, overrides)
+            candidate = open_given(path, recipe, name, overrides, reading)
             _check_fit(candidate, plain, source)
             found.append(candidate)
         except UserError as error:
@@ -143,15 +221,18 @@ def _check_fit(candidate: Found, plain: RecipeConfig, source: images.Source | No
 
 
 def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: images.Source | None = None) -> str:
-    """The exact extract command that makes what is missing: an incomplete cache is finished in its place."""
+    """The exact extract command that makes what is missing: an incomplete cache is finished in its place, missing
+    levels are added to it, and for the rest another is made."""
     if cache is None:
         facts = ["--teacher", config.teacher, "--levels", levels_text(spec.levels, config.teacher_depth)]
         size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
         command = [*facts, *size, "--images", source.spec if source else "SRC"]
-    elif cache.complete:
-        command = recipe_of(cache, levels_text(sorted({*cache.levels, *spec.levels}), config.teacher_depth))
+    elif not cache.complete:
+        command = [*recipe_of(cache, cache.levels), "--out", str(cache.path)]
+    elif _missing_tokens(cache, spec, config) or any(field not in cache.fields for field in spec.fields):
+        command = recipe_of(cache, sorted({*cache.levels, *spec.levels}), keep=False)
     else:
-        command = [*recipe_of(cache, ",".join(map(str, cache.levels))), "--out", str(cache.path)]
+        command = [*recipe_of(cache, _missing_levels(cache, spec)), "--add", "--out", str(cache.path)]
     return f"make it with: {shlex.join(['featcache', 'extract', *command])}"
 
 
@@ -164,37 +245,20 @@ def levels_text(levels: Sequence[int], depth: int) -> str:
     return ",".join(map(str, levels))
 
 
-def recipe_of(cache: Cache, levels: str) -> list[str]:
-    """The options that extract a cache like this one, with these levels."""
+def recipe_of(cache: Cache, levels: Sequence[int], *, keep: bool = True) -> list[str]:
+    """The options that extract a cache like this one, with these levels; all tokens without `keep`."""
     identity, provenance = cache.identity, cache.manifest["provenance"]
     policy = {key: value for key, value in identity["policy"].items() if value != Policy().as_dict()[key]}
     options = {
         "teacher": identity["teacher"]["name"],
-        "levels": levels,
+        "levels": levels_text(levels, identity["teacher"]["depth"]),
         "images": provenance["source"],
-        "views": identity["views"],
+        "views": cache.views,
         **({} if provenance["weights"] == REGISTERED else {"weights": provenance["weights"]}),
         **{key: ",".join(map(repr, value)) if isinstance(value, list) else value for key, value in policy.items()},
-        **{key: identity[key] for key in ("order", "codec", "store")},
+        **{key: identity[key] for key in ("order", "codec", "store", "tokens")},
+        **({"keep": identity["keep"]} if keep and "keep" in identity else {}),
+        **({"pixels": identity["pixels"]} if "pixels" in identity else {}),
         "rows-per-shard": identity["rows_per_shard"],
     }
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
-
-
-def join(cache: Cache, source: images.Source) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-    """(pictures, rows, skipped): source numbers and cache rows of the training pictures, joined by key.
-
-    Quarantined pictures are skipped and counted; any other picture the cache does not know is an IdentityError.
-    """
-    rows = cache.keys.find(source.keys)
-    unknown = np.flatnonzero(rows < 0)
-    quarantined = {row["key"] for row in cache.quarantined}
-    strange = [source.keys[i] for i in unknown.tolist() if source.keys[i] not in quarantined]
-    if strange:
-        raise IdentityError(
-            f"{len(strange)} of {len(source)} pictures of {source.spec!r} are not in cache {str(cache.path)!r} "
-            f"({manifest.title(cache.manifest)}), the first is {strange[0]!r}; give the pictures it was made from, or "
-            "extract these"
-        )
-    pictures = np.flatnonzero(rows >= 0)
-    return pictures, rows[pictures], len(unknown)

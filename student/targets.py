@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featcache import codecs, rng, targets, teachers, verify, views
-from featcache.errors import IdentityError
+from featcache import codecs, joining, rng, targets, teachers, views
 from featcache.reader import Cache
+from featcache.torch import raster, tensor
+from featcache.views import stored_view
 from student import masking
 from student.config import RecipeConfig
 from student.recipes import TargetSpec
@@ -40,7 +41,8 @@ class Targets(Protocol):
         ...
 
     def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
-        """`pixels` (S, S, 3) of sample i, and `teacher_pixels` where a teacher in the loop wants another size."""
+        """`pixels` (S, S, 3) of sample i, and `teacher_pixels` where a teacher in the loop wants another size. Not
+        called where `fetch` gave the pixels."""
         ...
 
     def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
@@ -54,50 +56,55 @@ class Targets(Protocol):
 
 @dataclass
 class Cached:
-    """Rows of a cache: `rows` (n,) joins training picture and cache row."""
+    """Rows of a cache: `rows` (n,) joins training picture and cache row.
+
+    Recipes get features in image order whatever the cache's. From a ranked cache the first `tokens` of each level are
+    enough where the stored order is the mask: one range of bytes a level, and NaN for what was not read.
+    """
 
     cache: Cache
     spec: TargetSpec
     rows: I64
     tolerance: float = 0.0  # mean difference of block means, in levels of 255, that is let pass
+    tokens: int | None = None  # of each level, CLS first; None: all that are stored
+    stored_pixels: bool = False  # take the pixels the cache stores, decode nothing
 
     def __post_init__(self) -> None:
         self.policy = views.from_dict(self.cache.identity["policy"])
         self.codec = codecs.CODECS[self.cache.identity["codec"]]
-        self.coded = tuple(self.codec.arrays(self.cache.identity["teacher"]["width"]))
+        coded = tuple(self.codec.arrays(self.cache.identity["teacher"]["width"]))
+        self.coded = coded if "features" in self.spec.fields else ()
+        self.ranked = bool(self.coded) and self.cache.identity["tokens"] == "ranked"
+        order = ("mask_order",) if self.ranked else ()
+        pixels = ("pixels",) if self.stored_pixels else views.Drawn._fields
+        side = [field for field in self.spec.fields if field != "features"]
+        self.reads = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
 
     def view(self, digests: rng.U64, epoch: int) -> I64:
         return stored_view(digests, epoch, self.cache.views)
 
     def fetch(self, at: I64, view: I64) -> Host:
-        fields = [field for field in self.spec.fields if field != "features"]
-        coded = self.coded if "features" in self.spec.fields else ()
-        return self.cache.read(self.rows[at], view, (*coded, *fields, *views.Drawn._fields), self.spec.levels or None)
+        return self.cache.read(self.rows[at], view, self.reads, self.spec.levels or None, self.tokens)
 
     def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
         parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
         return {"pixels": views.render(picture, *parts, self.policy.size, self.policy.filter)}
 
     def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
-        row = int(self.rows[at])
-        problem = verify.pixel_problem(self.cache, row, view, pixels)
-        if problem is None:
-            return
-        stored = self.cache.read([row], view, ("thumbnail",))["thumbnail"][0]
-        difference = np.abs(views.thumbnail(pixels).astype(int) - stored.astype(int)).mean()
-        if difference > self.tolerance or not self.tolerance:
-            raise IdentityError(
-                f"{problem}; train on the pictures of the extraction, or allow it: --pixel-tolerance LEVELS"
-            )
+        option = "--pixel-tolerance LEVELS"
+        joining.prove(self.cache, int(self.rows[at]), view, pixels, self.tolerance, option)
 
     def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         sources: dict[str, npt.NDArray[Any]] = {
-            name: host[name] for name in ("attention", "mask_order") if name in host
+            name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields
         }
-        if "features" not in host:
+        if not self.coded:
             return {}, sources
         coded = {name: torch.from_numpy(host[name]).to(device, non_blocking=True) for name in self.coded}
-        return {"features": self.codec.decode(coded)}, sources
+        features = self.codec.decode(coded)
+        if self.ranked:
+            features = raster(features, tensor(host["mask_order"]).to(device, non_blocking=True))
+        return {"features": features}, sources
 
 
 @dataclass
@@ -143,11 +150,6 @@ class Online:
             args = (host["digests"], host["view"], self.policy.seed)
             sources["mask_order"] = targets.mask_order(self.order, weights, *args)
         return ({} if features is None else {"features": features}), sources
-
-
-def stored_view(digests: rng.U64, epoch: int, count: int) -> I64:
-    """(epoch + offset(key)) mod V: every view equally often, and a batch mixes views."""
-    return ((np.uint64(epoch) + digests[:, 0] % np.uint64(count)) % np.uint64(count)).astype(np.int64)
 
 
 def draw_masks(config: RecipeConfig, host: Host, sources: dict[str, npt.NDArray[Any]], seed: int) -> dict[str, Tensor]:

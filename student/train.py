@@ -35,6 +35,7 @@ from student.loader import Loader
 from student.metrics import NAME, Metrics, cut, read
 from student.targets import Host, Targets, draw_masks
 
+READING = "targets.reading."  # how a cache was read, in config.json: of no effect on any number
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -227,7 +228,8 @@ def _open_run(job: Job, record: dict[str, Any]) -> None:
     path = job.out / checkpoint.CONFIG
     if job.resume and path.is_file():
         before, now = (dict(manifest.flat(each)) for each in (checkpoint.config(job.out), record))
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        names = [key for key in {**before, **now} if not key.startswith(READING)]
+        changed = [key for key in names if before.get(key) != now.get(key)]
         if changed:
             shown = "; ".join(f"{key} {before.get(key)!r} before, {now.get(key)!r} now" for key in changed[:4])
             more = f"; and {', '.join(changed[4:])}" if changed[4:] else ""

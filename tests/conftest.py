@@ -6,12 +6,16 @@ among them. S synthetic teacher's pixels are 28, so a whole extraction takes a f
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,6 +27,9 @@ from PIL import Image
 # threads of two processes on shared cores mostly wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+if TYPE_CHECKING:
+    from featcache.plan import Plan
 
 settings.register_profile("featcache", deadline=None, derandomize=True, max_examples=40, database=None)
 settings.load_profile("featcache")
@@ -59,6 +66,53 @@ def make_photos(root: Path) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of eleven readable pictures; do not write into it."""
     return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+def make_plan(folder: Path, teacher: str = SYNTHETIC, weights: str | None = None, **changes: Any) -> Plan:
+    """A plan over a folder's pictures: three views, the first and the last level, shards of five, unless changed."""
+    from featcache import images, plan, teachers, views
+
+    loaded = teachers.load(teacher, weights)
+    policy = changes.pop("policy", views.Policy(size=28))
+    options = {"views": 3, "levels": (1, loaded.depth), "rows_per_shard": 5, **changes}
+    return plan.Plan(images.open_source(folder), loaded, policy, **options)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The eleven photos, a truncated JPEG in their midst, and a text that calls itself a picture."""
+    root = make_photos(tmp_path_factory.mktemp("odd") / "pictures")
+    whole = (root / "photo1.jpg").read_bytes()
+    (root / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "lie.png").write_text("not a picture")
+    return root
+
+
+@functools.cache
+def undisturbed(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache of `make_plan` that was made in one go; it lies at `folder`/../undisturbed."""
+    from featcache import extract
+
+    out = folder.parent / "undisturbed"
+    extract.run(make_plan(folder), out, batch_size=4, workers=2)
+    return files_below(out)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_tree(source: Path, target: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(source, target))
+
+
+def flip(path: Path, at: int = 0, bit: int = 0) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
 
 
 @dataclass(frozen=True)
@@ -106,3 +160,65 @@ def python(code: str, *args: object, **environment: str) -> subprocess.Completed
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     command: Sequence[str] = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+
+
+# A process that has imported everything is forked for each command that needs one of its own: a tenth of a second
+# instead of three.
+_SERVER = multiprocessing.get_context("forkserver")
+_SLOW = ["zarr.codecs", "featcache.teachers.clip", "featcache.teachers.timm_vit"]  # to import
+_SERVER.set_forkserver_preload(["featcache.extract", "featcache.adding", "featcache.commands.extract", *_SLOW])
+
+
+class Running:
+    """`featcache ARGS` in a process of its own; `before` is a piece of Python that it runs first."""
+
+    def __init__(self, folder: Path, args: Sequence[object], before: str = "") -> None:
+        self.log = folder / f"log-{len(list(folder.glob('log-*')))}"
+        self.log.touch()
+        environment = {"FEATCACHE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        given = ([*map(str, args)], str(self.log), environment, before)
+        self.process = _SERVER.Process(target=_run_command, args=given)
+        self.process.start()
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Exit status, -N after signal N."""
+        self.process.join(timeout_s)
+        assert self.process.exitcode is not None, f"still running after {timeout_s} s: {self.said}"
+        return self.process.exitcode
+
+
+def _run_command(args: list[str], log: str, environment: dict[str, str], before: str) -> None:
+    os.environ.update(environment)
+    fd = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["featcache", *args]
+    exec(before, {})
+    from featcache.cli import main
+
+    main()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """`start("extract", ..., before="...")` -> Running; what still runs at the end is killed."""
+    started: list[Running] = []
+
+    def begin(*args: object, before: str = "") -> Running:
+        started.append(Running(tmp_path, args, before))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        if each.process.exitcode is None:
+            each.process.kill()
+            each.process.join()

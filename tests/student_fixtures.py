@@ -98,6 +98,18 @@ def cache_path() -> Path:
 
 
 @functools.cache
+def ranked_path() -> Path:
+    """The same pictures, views and levels, with patches in mask order and the views' pixels stored."""
+    return extract(pictures(), root() / "ranked", "--tokens", "ranked", "--pixels", "raw")
+
+
+@functools.cache
+def kept_path() -> Path:
+    """The same again, of which only the first 5 of 16 patches are stored."""
+    return extract(pictures(), root() / "kept", "--tokens", "ranked", "--keep", "5")
+
+
+@functools.cache
 def policy_file() -> Path:
     path = root() / "policy.json"
     path.write_text(json.dumps({"size": SIZE}))

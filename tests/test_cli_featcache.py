@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import featcache
-from featcache import manifest
+from featcache import home, manifest
 from tests.conftest import SYNTHETIC, Ran, make_photos, python
 
 Command = Callable[..., Ran]
@@ -22,7 +23,7 @@ VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=6,
 OPTIONS = (
     *("teacher", "images", "out", "views", "levels", "policy", "size", "scale", "ratio", "filter", "flip", "jitter"),
     *("store", "codec", "order", "weights", "seed", "rows-per-shard", "device", "batch-size", "workers"),
-    *("strict", "dry-run"),
+    *("tokens", "keep", "pixels", "rows-per-shard", "devices", "shard", "add", "strict", "dry-run", "json"),
 )
 BASE = ("--teacher", SYNTHETIC, "--size", 28, "--levels", "last:2", "--batch-size", 4, "--workers", 2)
 
@@ -48,7 +49,7 @@ def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["extract", "info", "verify", "teachers"])
+@pytest.mark.parametrize("command", ["extract", "info", "verify", "repair", "teachers"])
 def test_help_has_examples_and_options(featcache_command: Command, command: str) -> None:
     ran = featcache_command(command, "--help")
     assert ran.status == 0
@@ -59,7 +60,7 @@ def test_help_has_examples_and_options(featcache_command: Command, command: str)
 def test_top_level_help_names_every_command(featcache_command: Command) -> None:
     ran = featcache_command("--help")
     assert ran.status == 0
-    for command in ("extract", "info", "verify", "teachers"):
+    for command in ("extract", "info", "verify", "repair", "teachers"):
         assert f"  {command} " in ran.out
     bare = featcache_command()
     assert bare.status == 2
@@ -126,6 +127,21 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
         (("--weights", "no/such.pt", "--teacher", VIT), 1, ("no such file", "random:SEED")),
         (("--device", "cuda:97"), 2, ("cuda:97", "cpu")),
         (("--device", "tpu9"), 2, ("tpu9", "cpu")),
+        (("--devices", "cuda:97"), 2, ("--devices 'cuda:97'",)),
+        (("--devices", "cpu,tpu"), 2, ("'tpu'", "cpu")),
+        (("--devices", "cpu", "--device", "cpu"), 2, ("--devices", "--device")),
+        (("--shard", "2/2"), 2, ("--shard '2/2'", "0 to N - 1")),
+        (("--shard", "x"), 2, ("--shard 'x'",)),
+        (("--shard", "-1/2"), 2, ("--shard '-1/2'",)),
+        (("--tokens", "sorted"), 2, ("--tokens 'sorted'", "raster or ranked")),
+        (("--keep", "2"), 2, ("--keep 2", "--tokens ranked")),
+        (("--keep", "5", "--tokens", "ranked"), 2, ("--keep 5", "1 to 4")),
+        (("--keep", "0", "--tokens", "ranked"), 2, ("--keep 0", "1 to 4")),
+        (("--keep", "inf", "--tokens", "ranked"), 2, ("--keep 'inf'", "share such as 0.3")),
+        (("--keep", "x", "--tokens", "ranked"), 2, ("--keep 'x'", "share such as 0.3")),
+        (("--pixels", "png"), 2, ("png", "raw")),
+        (("--rows-per-shard", "0"), 2, ("--rows-per-shard",)),
+        (("--add",), 1, ("no cache at",)),
         (("extra",), 2, ("extra",)),
     ],
     ids=lambda value: " ".join(map(str, value))[:50] if isinstance(value, tuple) else str(value),
@@ -178,8 +194,8 @@ def test_another_cache_in_out(featcache_command: Command, photos: Path, made: Pa
 
 
 def test_no_cache_there(featcache_command: Command, tmp_path: Path) -> None:
-    for command in ("info", "verify"):
-        mistake(featcache_command(command, tmp_path), 1, "no cache at", "manifest.json")
+    for command in ("info", "verify", "repair"):
+        mistake(featcache_command(command, tmp_path), 1, "manifest.json")
         mistake(featcache_command(command), 2, "CACHE")
 
 
@@ -241,6 +257,60 @@ def test_policy_options_reach_the_manifest(featcache_command: Command, photos: P
     }
 
 
+# Every option of `extract` that says what a cache is: what it puts into the manifest.
+SAYS = {
+    "--teacher": ("synthetic:levels=3,tokens=9,width=8,size=28", "teacher.patches", 9),
+    "--views": ("2", "views", 2),
+    "--levels": ("1", "levels", [1]),
+    "--policy": ("fd", "policy.filter", "bilinear"),
+    "--size": ("30", "policy.size", 30),
+    "--scale": ("0.3,0.9", "policy.scale", [0.3, 0.9]),
+    "--ratio": ("1,1", "policy.ratio", [1.0, 1.0]),
+    "--filter": ("lanczos", "policy.filter", "lanczos"),
+    "--flip": ("0", "policy.flip", 0.0),
+    "--jitter": ("0.1", "policy.jitter", 0.1),
+    "--seed": ("5", "policy.seed", 5),
+    "--order": ("topk", "order", "topk"),
+    "--store": ("webdataset", "store", "webdataset"),
+    "--tokens": ("ranked", "tokens", "ranked"),
+    "--keep": ("0.5", "keep", 2),
+    "--pixels": ("raw", "pixels", "raw"),
+    "--rows-per-shard": ("4", "rows_per_shard", 4),
+}
+
+
+@pytest.mark.parametrize("option", SAYS)
+def test_no_option_does_nothing(featcache_command: Command, photos: Path, tmp_path: Path, option: str) -> None:
+    """Each changes the id that a dry run tells, and the identity that is written."""
+    value, field, wanted = SAYS[option]
+    plain = ("extract", *BASE, "--images", photos, *(("--tokens", "ranked") if option == "--keep" else ()))
+    ids = [
+        json.loads(featcache_command(*each, "--dry-run", "--json").out)["id"]
+        for each in (plain, (*plain, option, value))
+    ]
+    assert ids[0] != ids[1]
+    ran = featcache_command(*plain, option, value, "--out", tmp_path / "c")
+    assert ran.status == 0, ran.err
+    about = manifest.read(tmp_path / "c")
+    assert about["id"] == ids[1]
+    assert dict(manifest.flat(about["identity"]))[field] == wanted
+
+
+def test_options_of_the_work_change_the_work(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
+    """Those that do not change what is stored: the batch size is noted, a share is a share."""
+    options = ("extract", *BASE, "--images", photos, "--rows-per-shard", 4, "--out", tmp_path / "c")
+    facts = json.loads(
+        featcache_command(*options, "--shard", "1/3", "--batch-size", 5, "--device", "cpu", "--json").out
+    )
+    assert (facts["rows"], facts["complete"], facts["new_pictures"]) == (4, False, 4)
+    assert manifest.read(tmp_path / "c")["provenance"]["batch_size"] == 5
+    ran = featcache_command(*options, "--shard", "0/3")
+    assert "this share is done" in ran.out
+    ledger = [json.loads(line) for line in (tmp_path / "home/runs.jsonl").read_text().splitlines()]
+    assert [(line["batch_size"], line["device"]) for line in ledger] == [(5, "cpu"), (4, ledger[1]["device"])]
+    assert json.loads(featcache_command(*options, "--workers", 1, "--json").out)["complete"] is True
+
+
 def test_info(featcache_command: Command, made: Path) -> None:
     ran = featcache_command("info", made, "--json")
     facts = json.loads(ran.out)
@@ -249,16 +319,46 @@ def test_info(featcache_command: Command, made: Path) -> None:
     assert facts["random_weights"] is False
     assert facts["arrays"]["features"]["shape"] == [11, 1, 2, 5, 8]
     assert facts["arrays"]["features"]["dtype"] == "<f2"
-    low, high = facts["arrays"]["features"]["range"]
-    assert -(7**0.5) <= low < 0 < high <= 7**0.5 + 1e-6  # sqrt(D - 1)
-    assert 0 <= facts["arrays"]["attention"]["range"][0] <= facts["arrays"]["attention"]["range"][1] <= 1
+    found = {name: array["statistics"] for name, array in facts["arrays"].items()}
+    assert -(7**0.5) <= found["features"]["min"] < 0 < found["features"]["max"] <= 7**0.5 + 1e-6  # sqrt(D - 1)
+    assert 0 < found["features"]["norm"] <= 8**0.5 + 1e-6
+    assert 0 <= found["attention"]["min"] <= found["attention"]["max"] <= 1
+    assert 0 < found["attention"]["entropy"] <= math.log(4) + 1e-6
+    assert {each["non_finite"] for each in found.values() if each} == {0}
+    assert found["pixel_hash"] is None
+    assert facts["parts"] == [f"{SYNTHETIC}  levels 2,3  views 0 to 0"]
+    assert set(facts["serves"]) >= {"mae", "maskalign", "mralign"}
+    assert facts["serves"]["mae"] == ""
     assert facts["bytes"] == sum(p.stat().st_size for p in (made / "shards").rglob("*") if p.is_file()) - sum(
         p.stat().st_size for p in (made / "shards").glob("*.json")
     )
     text = featcache_command("info", made).out
-    for part in (SYNTHETIC, facts["id"], "1 of 1 shards", "11 rows", "features"):
+    for part in (SYNTHETIC, facts["id"], "1 of 1 shards", "11 rows", "features", "serves: ", "runs: none noted"):
         assert part in text
+    assert re.search(r"^features +<f2 +\[11, 1, 2, 5, 8\] +-?[\d.]+ to [\d.]+ +norm [\d.]+, 0 not finite$", text, re.M)
     assert "RANDOM" not in text
+
+
+def test_info_tells_which_recipes_lack_what(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
+    options = (*BASE, "--images", photos, "--out", tmp_path / "c")
+    assert featcache_command("extract", *options, "--levels", "1").status == 0
+    serves = json.loads(featcache_command("info", tmp_path / "c", "--json").out)["serves"]
+    assert serves["mae"] == ""
+    assert "level 2, 3 is not stored" in serves["maskalign"]
+    assert "not maskalign: level 2, 3 is not stored" in featcache_command("info", tmp_path / "c").out
+
+
+def test_info_lists_the_runs_of_this_cache(featcache_command: Command, made: Path) -> None:
+    cache_id = manifest.read(made)["id"]
+    for i in range(7):
+        home.note_run(command="train", recipe=f"mae{i}", cache_id=cache_id, run=f"runs/{i}")
+    home.note_run(command="train", recipe="other", cache_id="0" * 16, run="runs/x")
+    text = featcache_command("info", made).out
+    assert "runs: 7, the last:" in text
+    assert "mae6  runs/6" in text
+    assert "mae1" not in text
+    assert "other" not in text
+    assert len(json.loads(featcache_command("info", made, "--json").out)["runs"]) == 7
 
 
 def test_info_of_an_unfinished_cache(featcache_command: Command, made: Path, tmp_path: Path) -> None:
@@ -344,7 +444,7 @@ def test_a_log_gets_a_line_of_progress(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where stderr is no terminal: pictures done, rate, ETA and the slowest stage, now and then."""
-    monkeypatch.setattr("featcache.cli.LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("featcache.show.LOG_EVERY_S", 0.0)
     teacher = "synthetic:levels=2,tokens=4,width=8,size=16"
     options = ("--images", photos, "--size", 16, "--levels", "all", "--batch-size", 2, "--out", tmp_path / "c")
     ran = featcache_command("extract", "--teacher", teacher, *options)

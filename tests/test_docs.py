@@ -17,13 +17,20 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def _commands(group: click.Group, name: str) -> list[str]:
-    return [f"{name} {command}" for command in group.list_commands(click.Context(group))]
+PROGRAMS = {"featcache": featcache_cli.cli, "student": student_cli.cli}
 
 
-@pytest.mark.parametrize(
-    "command", [*_commands(featcache_cli.cli, "featcache"), *_commands(student_cli.cli, "student")]
-)
+def _names(program: str) -> list[str]:
+    return PROGRAMS[program].list_commands(click.Context(PROGRAMS[program]))
+
+
+def _command(program: str, name: str) -> click.Command:
+    command = PROGRAMS[program].get_command(click.Context(PROGRAMS[program]), name)
+    assert command is not None, f"{program} {name}"
+    return command
+
+
+@pytest.mark.parametrize("command", [f"{program} {name}" for program in PROGRAMS for name in _names(program)])
 def test_every_command_is_in_the_readme(command: str) -> None:
     assert f"`{command}`" in README
 
@@ -34,33 +41,32 @@ def test_every_teacher_recipe_and_eval_is_in_the_readme(name: str) -> None:
 
 
 def test_the_readme_names_no_command_that_does_not_exist() -> None:
-    known = {"featcache": featcache_cli.cli.commands, "student": student_cli.cli.commands}
     for program, command in re.findall(r"`(featcache|student) ([a-z_]+)", README):
-        assert command in known[program], f"{program} {command}"
+        assert command in _names(program), f"{program} {command}"
 
 
 @pytest.mark.parametrize("package", ["featcache", "student", "pipelines"])
 def test_every_source_file_is_in_the_file_map(package: str) -> None:
     block = README.split("## Where things are")[1].split("```")[1]
-    for path in sorted((ROOT / package).glob("*.py")):
+    for path in sorted([*(ROOT / package).glob("*.py"), *(ROOT / package).glob("commands/*.py")]):
         if not path.stem.startswith("__"):
             assert re.search(rf"\b{path.stem}\b", block), path
 
 
 def test_every_option_of_the_readme_exists() -> None:
-    groups = {"featcache": featcache_cli.cli, "student": student_cli.cli}
-    for line in re.findall(r"^(featcache|student) (train|extract|info|verify) (.*)$", README, re.M):
-        program, command, rest = line
-        options = {opt for param in groups[program].commands[command].params for opt in param.opts}
+    commands = "|".join(sorted({name for program in PROGRAMS for name in _names(program)}))
+    for program, command, rest in re.findall(rf"^(featcache|student) ({commands}) (.*)$", README, re.M):
+        if command == "eval":  # its evals have options of their own
+            continue
+        options = {opt for param in _command(program, command).params for opt in param.opts}
         for option in re.findall(r"(--[a-z-]+)", rest):
             assert option in options, (program, command, option)
 
 
-@pytest.mark.parametrize("group", [featcache_cli.cli, student_cli.cli])
-def test_every_command_has_help_with_an_example(group: click.Group) -> None:
-    for name in group.list_commands(click.Context(group)):
-        command = group.get_command(click.Context(group), name)
-        assert command is not None
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_command_has_help_with_an_example(program: str) -> None:
+    for name in _names(program):
+        command = _command(program, name)
         subcommands = (
             [command.get_command(click.Context(command), sub) for sub in command.list_commands(click.Context(command))]
             if isinstance(command, click.Group)
@@ -80,5 +86,5 @@ def _plain(option: click.Option) -> bool:
 
 def test_dictionaries_of_the_seams_hold_what_the_readme_says() -> None:
     assert set(codecs.CODECS) == {"fp16"}
-    assert set(store.STORES) == {"zarr"}
+    assert set(store.STORES) == {"zarr", "webdataset"}
     assert {"uniform", "attentive", "stored"} <= set(masking.MASKS)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import student.train
-from featcache import rng
+from featcache import images, rng
 from featcache.reader import Cache
-from student import metrics
+from student import checkpoint, metrics, recipes
 from tests import student_fixtures as fx
 
 STEPS = 20
@@ -92,6 +92,83 @@ def test_other_masks_are_equal_online_too(mask: str, tmp_path: Path) -> None:
     assert_same_losses(tmp_path / "cached", tmp_path / "without", 1e-3)
 
 
+# --- other layouts of the same targets ------------------------------------------------------------------------------
+
+STORED = ("mask=stored",)
+
+
+@pytest.mark.parametrize("recipe", ALIGNED)
+def test_a_prefix_of_ranked_tokens_equals_the_raster_cache(recipe: str, tmp_path: Path) -> None:
+    """mask=stored from all tokens in image order, from the first of ranked ones, and from a cache that keeps no more:
+    the same losses and weights to the bit, over 20 steps with drop path."""
+    caches = {"raster": fx.cache_path(), "ranked": fx.ranked_path(), "kept": fx.kept_path()}
+    for name, cache in caches.items():
+        fx.good(fx.train(recipe, tmp_path / name, "--cache", cache, *BOTH, sets=STORED))
+    visible = 4  # int(16 * 0.3) and int(16 * 0.25)
+    for name, tokens in {"raster": "all", "ranked": 1 + visible, "kept": 1 + visible}.items():
+        assert checkpoint.config(tmp_path / name)["targets"]["reading"]["tokens"] == tokens
+        assert fx.losses(tmp_path / name) == fx.losses(tmp_path / "raster")
+        assert fx.same_weights(tmp_path / name, tmp_path / "raster")
+
+
+@pytest.mark.parametrize("mask", ["attentive", "uniform"])
+def test_other_masks_from_a_ranked_cache_equal_the_raster_cache(mask: str, tmp_path: Path) -> None:
+    for name, cache in {"raster": fx.cache_path(), "ranked": fx.ranked_path()}.items():
+        fx.good(fx.train("mralign", tmp_path / name, "--cache", cache, *BOTH, sets=(f"mask={mask}",)))
+    assert fx.losses(tmp_path / "ranked") == fx.losses(tmp_path / "raster")
+
+
+def test_the_teacher_in_the_loop_over_a_kept_cache_takes_its_mask(tmp_path: Path) -> None:
+    for name, options in {"cached": (), "online": ONLINE}.items():
+        fx.good(fx.train("maskalign", tmp_path / name, "--cache", fx.kept_path(), *options, *BOTH))
+    assert_same_losses(tmp_path / "cached", tmp_path / "online", 1e-3)
+
+
+def test_a_recipe_that_looks_at_a_token_that_was_not_read_is_noticed(tmp_path: Path) -> None:
+    """It says that it looks at visible tokens only, and takes the mean of all: the loss is no number."""
+    text = (Path(recipes.__file__).parent / "maskalign.py").read_text()
+    wrong = text.replace('self.align(outputs, batch["features"], ', 'self.align(outputs, spread(batch["features"]), ')
+    (tmp_path / "wrong.py").write_text(wrong + "\n\ndef spread(x):\n    return x + 0 * x.mean(2, keepdim=True)\n")
+    sets = [part for setting in (*fx.RECIPES["maskalign"], *STORED) for part in ("--set", setting)]
+    words = ("train", "--recipe", tmp_path / "wrong.py", "--device", "cpu", *sets, *BOTH)
+    fx.good(fx.stud(*words, "--cache", fx.cache_path(), "--out", tmp_path / "all"))
+    ran = fx.stud(*words, "--cache", fx.ranked_path(), "--out", tmp_path / "few")
+    assert ran.status == 1
+    assert "loss is nan at step 1" in ran.line
+
+
+@pytest.mark.parametrize("recipe", [*ALIGNED, "mae"])
+def test_stored_pixels_equal_decoded_ones(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses to the bit without a picture to decode, and without anybody saying where pictures are."""
+    options = ("--cache", fx.ranked_path(), *BOTH, "--check-pixels", "1")
+    fx.good(fx.train(recipe, tmp_path / "raster", "--cache", fx.cache_path(), *BOTH))
+    decoding = fx.good(fx.train(recipe, tmp_path / "decoded", *options, "--decode"))
+    assert f"pixels are decoded from {fx.pictures()}" in decoding.err
+    monkeypatch.setattr(images, "decode", lambda data: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(images, "open_source", lambda spec: pytest.fail("pictures were opened"))
+    ran = fx.good(fx.train(recipe, tmp_path / "stored", *options))
+    assert "note: pixels come from the cache, nothing is decoded" in ran.err
+    for name in ("decoded", "stored"):
+        assert fx.losses(tmp_path / name) == fx.losses(tmp_path / "raster")
+    assert fx.same_weights(tmp_path / "stored", tmp_path / "raster")
+    reading = [checkpoint.config(tmp_path / name)["targets"]["reading"]["pixels"] for name in ("decoded", "stored")]
+    assert reading == ["decoded", "stored"]
+
+
+def test_stored_pixels_of_some_of_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--images chooses among them by key, and no file of it is read."""
+    some = tmp_path / "some"
+    some.mkdir()
+    for name in ("p20", "p03", "p11", "p07"):
+        (some / f"{name}.png").write_text("not a picture")
+    options = ("--cache", fx.ranked_path(), "--images", some, "--steps", "2", "--batch-size", "4")
+    fx.good(fx.train("maskalign", tmp_path / "run", *options))
+    assert checkpoint.config(tmp_path / "run")["data"]["pictures"] == 4
+    ran = fx.train("maskalign", tmp_path / "decoded", *options, "--decode")
+    assert ran.status == 1
+    assert "cannot be used in training" in ran.line
+
+
 def test_mae_from_the_same_cache_equals_mae_without_any(tmp_path: Path) -> None:
     """mae reads nothing but views: from the cache, or drawn anew, they are the same pixels to the last bit."""
     fx.good(fx.train("mae", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH))
@@ -113,7 +190,7 @@ def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
     assert ran.json["steps"] == 0
     assert metrics.read(tmp_path / "run") == []
     torch.manual_seed(0)
-    from student import config, recipes, resolve
+    from student import config, resolve
 
     recipe = recipes.load("mralign")
     facts = resolve.facts(fx.open_cache().identity)

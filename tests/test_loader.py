@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from featcache import images, rng, views
+from featcache import images, joining, rng, views
 from featcache.errors import IdentityError, UserError
+from featcache.reader import Cache
 from student import checkpoint, metrics
 from student.loader import Loader
+from student.recipes import TargetSpec
 from student.targets import Cached, Online
 from tests import student_fixtures as fx
 
@@ -139,8 +141,6 @@ def test_a_batch_larger_than_the_data() -> None:
 
 
 def cached(source: images.Source, *, fraction: float = 1.0, tolerance: float = 0.0, batch: int = 8) -> Loader:
-    from student.recipes import TargetSpec
-
     cache = fx.open_cache()
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16)
     targets = Cached(cache, spec, cache.keys.find(source.keys), tolerance)
@@ -246,6 +246,41 @@ def one_off(pixels: Any, place: tuple[int, ...]) -> Any:
     return out
 
 
+def test_stored_pixels_are_compared_with_their_hash_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are, all pass; with one value of one picture off by one level, that picture is named."""
+    cache = Cache(fx.ranked_path())
+    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16)
+    targets = Cached(cache, spec, np.arange(len(cache)), stored_pixels=True)
+    source = joining.Stored(cache)
+    loader = Loader(source, targets, np.arange(len(cache)), cache.keys.digests, 0, 24, check_fraction=1.0)
+    host = one_batch(loader)
+    decoded = one_batch(cached(images.open_source(fx.pictures()), batch=24))
+    assert host["keys"] == decoded["keys"]
+    np.testing.assert_array_equal(host["pixels"], decoded["pixels"])
+    assert not {"crop", "flip", "jitter", "area"} & set(host)  # what only decoding needs is not read
+    whole = Cache.read
+
+    def read(self: Cache, rows: Any, *args: Any, **others: Any) -> Any:
+        out = whole(self, rows, *args, **others)
+        if "pixels" in out:
+            place = np.flatnonzero(np.asarray(rows) == 7)
+            out["pixels"][place, 3, 4, 1] ^= 1
+        return out
+
+    monkeypatch.setattr(Cache, "read", read)
+    with pytest.raises(IdentityError, match="'p07'"):
+        one_batch(loader)
+    loader.check_fraction = 0.0
+    one_batch(loader)
+
+
+def test_a_source_without_pictures_says_so() -> None:
+    source = joining.Stored(Cache(fx.ranked_path()))
+    assert (len(source), list(source.keys)[:2], source.labels, source.classes) == (24, ["p00", "p01"], None, None)
+    with pytest.raises(UserError, match="views of it, not the picture"):
+        source.read(3)
+
+
 def test_a_tolerance_lets_small_differences_pass_and_is_recorded(tmp_path: Path) -> None:
     changed(tmp_path / "p", "p07.png", lambda pixels: pixels + np.where(pixels < 128, 3, -3))
     common = ("--cache", fx.cache_path(), "--images", tmp_path / "p", "--check-pixels", "1", "--batch-size", "24")
@@ -298,8 +333,6 @@ def test_a_picture_that_vanished_is_named(tmp_path: Path) -> None:
 
 def test_views_of_another_size_for_the_teacher() -> None:
     """A /14 teacher on the same grid: the same box, rendered twice."""
-    from student.recipes import TargetSpec
-
     class Small:
         input_px = 28
 

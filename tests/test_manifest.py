@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,7 @@ def test_no_cache_and_another_format(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no cache at"):
         manifest.read(tmp_path / "nothing")
     manifest.write_json(tmp_path / manifest.NAME, {**make(), "format": 99})
-    with pytest.raises(UserError, match=r"format 99.*format 1"):
+    with pytest.raises(UserError, match=r"format 99.*format 2"):
         manifest.read(tmp_path)
 
 
@@ -115,11 +117,12 @@ def test_side_files_are_checked(tmp_path: Path) -> None:
 
 
 def test_differences_are_graded_fatal_first() -> None:
-    other = make(teacher__weight_hash="1", codec="q8", provenance__source="x")
+    other = make(teacher__weight_hash="1", codec="q8", store="webdataset", provenance__source="x")
     found = manifest.compare(make(), other)
     assert [(m.field, m.grade) for m in found] == [
         ("identity.teacher.weight_hash", "fatal"),
         ("identity.codec", "lossy"),
+        ("identity.store", "layout"),
         ("provenance.source", "cosmetic"),
     ]
     assert (found[0].here, found[0].there) == ("00ff", "1")
@@ -152,3 +155,101 @@ def test_random_weights_are_said() -> None:
     assert "RANDOM WEIGHTS random:3" in manifest.title(drawn)
     assert not manifest.is_random(make())
     assert "RANDOM" not in manifest.title(make())
+
+
+@pytest.mark.parametrize(
+    ("field", "grade"),
+    [
+        ("identity.rows_per_shard", "layout"),
+        ("identity.store", "layout"),
+        ("identity.codec", "lossy"),
+        ("identity.tokens", "fatal"),
+        ("identity.keep", "fatal"),
+        ("identity.policy.seed", "fatal"),
+        ("provenance.batch_size", "cosmetic"),
+        ("something.new", "fatal"),
+    ],
+)
+def test_every_field_has_a_grade(field: str, grade: str) -> None:
+    assert manifest.grade(field) == grade
+
+
+# ---------------------------------------------------------------- who writes
+
+
+def test_an_owner_is_host_pid_and_nonce() -> None:
+    owners = [manifest.owner() for _ in range(5)]
+    assert len(set(owners)) == 5
+    for owner in owners:
+        host, pid, nonce = owner.rsplit("-", 2)
+        assert host.startswith(socket.gethostname().replace(".", "_") + "+")
+        assert int(pid) == os.getpid()
+        started, _, random = nonce.partition("x")
+        assert int(started, 16) == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        assert len(random) == 8
+        assert manifest.is_here(owner)
+        assert manifest.alive(owner)
+
+
+def test_another_process_with_the_same_number_is_not_taken_for_the_writer() -> None:
+    host, pid, nonce = manifest.owner().rsplit("-", 2)
+    started, _, random = nonce.partition("x")
+    assert not manifest.alive(f"{host}-{pid}-{int(started, 16) + 1:x}x{random}")
+    assert not manifest.alive(f"{host}-{pid}-{random}")
+    assert manifest.alive(f"{host}-{pid}-{started}x00000000")
+
+
+@pytest.mark.parametrize("pid", ["0", "99999999", "x", "", "9" * 30])
+def test_no_process_is_no_writer(pid: str) -> None:
+    assert not manifest.alive(f"{manifest.owner().rsplit('-', 2)[0]}-{pid}-1x2")
+
+
+@pytest.mark.parametrize("owner", ["other+1234-1-1x2", "host.example+1234-99999999-1x2", "nobody", ""])
+def test_a_writer_elsewhere_may_be_alive(owner: str) -> None:
+    assert not manifest.is_here(owner)
+    assert manifest.alive(owner)
+
+
+def test_dots_and_dashes_of_a_host_do_not_confuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Names of temporary files are parted by dots, owners by dashes."""
+    manifest._host.cache_clear()
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-7.rack-1.example.org")
+    try:
+        owner = manifest.owner()
+        assert "." not in owner
+        assert manifest.alive(owner)
+        dead = owner.replace(f"-{os.getpid()}-", "-99999999-")
+        for name in (owner, dead):
+            (tmp_path / f".manifest.json.{name}.tmp").write_text("half")
+        manifest.sweep(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [f".manifest.json.{owner}.tmp"]
+    finally:
+        monkeypatch.undo()
+        manifest._host.cache_clear()
+
+
+def test_a_zombie_is_no_writer() -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(read, 1)
+        os._exit(0)
+    owner = f"{manifest._host()}-{child}-{manifest._started(child) or 0:x}x00000000"
+    assert manifest.alive(owner)
+    os.write(write, b"!")
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there
+    try:
+        assert not manifest.alive(owner)
+    finally:
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_missing_last_byte_is_noticed(tmp_path: Path, cut: int) -> None:
+    """The value is still there, the file is not what was written."""
+    manifest.write_json(tmp_path / "a.json", make())
+    (tmp_path / "a.json").write_bytes((tmp_path / "a.json").read_bytes()[:-cut])
+    with pytest.raises(UserError, match=r"a\.json.*damaged"):
+        manifest.read_json(tmp_path / "a.json")

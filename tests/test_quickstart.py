@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 
 from featcache import cli as featcache_cli
@@ -60,9 +61,10 @@ def test_options_exist_in_the_commands(tmp_path: Path) -> None:
     train = quickstart.train_arguments("mralign", tmp_path, "SRC", tmp_path, 0, Plan())
     extract = quickstart.extract_arguments("SRC", "random:0", tmp_path, 0, Plan())
     for arguments, command in (
-        (train, student_cli.cli.commands["train"]),
-        (extract, featcache_cli.cli.commands["extract"]),
+        (train, student_cli.cli.get_command(click.Context(student_cli.cli), "train")),
+        (extract, featcache_cli.cli.get_command(click.Context(featcache_cli.cli), "extract")),
     ):
+        assert command is not None
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in map(str, arguments) if word.startswith("--")} <= known
 

@@ -1,57 +1,54 @@
-"""Reading a cache: every request against plain zarr and numpy; short, missing and changed files; what cannot be asked.
+"""Reading a cache: every request against plain zarr and numpy; what cannot be asked.
 
-One small cache of two shards (5 + 3 rows, V 3, L 3, T 5, D 8) is written by the store itself, numbers by numpy.
+Small caches of two shards (5 + 3 rows, V 3, L 3, T 5, D 8) are written by the stores themselves, numbers by numpy, in
+image order and as ranked tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import pickle
-import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
-import crc32c
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import featcache
-from featcache import manifest, zarr_store
+from featcache import checksums, manifest, preads, reader, statistics
 from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
-from featcache.store import SHARDS, Array
-from tests.conftest import python
+from featcache.store import SHARDS, STORES, Array, store
+from tests.conftest import copy_tree, python
 
 VIEWS, LEVELS, TOKENS, WIDTH = 3, (2, 5, 6), 5, 8
 KEYS = ["b/ü", "a", "z.1", "日", "", "c" * 300, "n/1", "n/11"]
 SIZES = {"000000": 5, "000001": 3}
 ROW_VIEW = ("row", "view")
-ARRAYS = [
+PLAIN = [
     Array("features", "<f2", (3, TOKENS, WIDTH), (*ROW_VIEW, "level", "token", "channel"), split=True),
     Array("feature_stats", "<f4", (3, TOKENS, 2), (*ROW_VIEW, "level", "token", "mean_std"), split=True),
-    Array("row_crc", "<u4", (3,), (*ROW_VIEW, "level")),
     Array("attention", "<f4", (4,), (*ROW_VIEW, "patch")),
     Array("pixel_hash", "<u8", (), ROW_VIEW),
     Array("flip", "|u1", (), ROW_VIEW),
     Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
-    Array("key", "|u1", (), ("byte",), per_view=False),
-    Array("key_offsets", "<i8", (), ("row_edge",), per_view=False),
 ]
-FIELDS = [array.name for array in ARRAYS[:7]]
+FIELDS = [array.name for array in PLAIN]
 
 
 def expected() -> dict[str, np.ndarray]:
-    """All numbers of the cache, (8, V, ...) or (8, ...)."""
+    """All numbers of a cache, (8, V, ...) or (8, ...)."""
     random = np.random.default_rng(0)
-    features = random.standard_normal((8, VIEWS, 3, TOKENS, WIDTH)).astype("<f2")
-    crcs = [crc32c.crc32c(level.tobytes()) for level in features.reshape(-1, TOKENS, WIDTH)]
     return {
-        "features": features,
+        "features": random.standard_normal((8, VIEWS, 3, TOKENS, WIDTH)).astype("<f2"),
         "feature_stats": random.standard_normal((8, VIEWS, 3, TOKENS, 2)).astype("<f4"),
-        "row_crc": np.array(crcs, "<u4").reshape(8, VIEWS, 3),
         "attention": random.random((8, VIEWS, 4)).astype("<f4"),
         "pixel_hash": random.integers(0, 2**64, (8, VIEWS), np.uint64),
         "flip": random.integers(0, 2, (8, VIEWS)).astype("|u1"),
@@ -62,41 +59,65 @@ def expected() -> dict[str, np.ndarray]:
 NUMBERS = expected()
 
 
-def write_cache(path: Path) -> Path:
+def write_cache(
+    path: Path, name: str = "zarr", tokens: str = "raster", sizes: Mapping[str, int] = MappingProxyType(SIZES)
+) -> Path:
+    """A cache in the store `name`, its features ranked or not (which the numbers do not show)."""
     (path / SHARDS).mkdir(parents=True)
+    arrays = [*PLAIN, *checksums.declare(PLAIN, 3, TOKENS, ranked=tokens == "ranked")]
     first, shards = 0, []
-    for name, count in SIZES.items():
-        writer = zarr_store.writer(path, name, ARRAYS, VIEWS)
+    for shard, count in sizes.items():
+        writer = store(name).writer(path, shard, arrays, VIEWS)
         rows = slice(first, first + count)
-        flat = {a.name: NUMBERS[a.name][rows].reshape(-1, *a.item) for a in ARRAYS[:6]}
-        writer.append(flat, {})
-        writer.append_rows({"source_size": NUMBERS["source_size"][rows]})
-        writer.finish(KEYS[rows], [{"key": f"bad{name}", "reason": "cut"}])
-        shards.append({"name": name, "first": first, "count": count})
+        items = {a.name: NUMBERS[a.name][rows].reshape(-1, *a.item) for a in PLAIN}
+        items["source_size"] = np.repeat(items["source_size"], VIEWS, 0)
+        found = statistics.Statistics()
+        found.add(items, statistics.OfFeatures(-1.0, 1.0, np.ones((count * VIEWS, 3), np.float32)))
+        keys = [key for key in KEYS[rows] for _ in range(VIEWS)]
+        writer.append(keys, {**items, **checksums.compute(arrays, items)})
+        writer.finish([{"key": f"bad{shard}", "reason": "cut"}], found.summary())
+        shards.append({"name": shard, "first": first, "count": count})
         first += count
     identity = {
-        "teacher": {"name": "synthetic", "patches": TOKENS - 1, "width": WIDTH},
+        "teacher": {"name": "synthetic", "patches": TOKENS - 1, "width": WIDTH, "depth": 6},
         "levels": list(LEVELS),
         "views": VIEWS,
-        "store": "zarr",
+        "store": name,
         "codec": "fp16",
+        "tokens": tokens,
         "policy": {"size": 28},
         "pictures": {"count": 10, "keys_digest": "0"},
     }
     provenance = {"weights": "random:4", "source": "x"}
-    about = manifest.make(identity, provenance, {a.name: a.as_dict() for a in ARRAYS}, shards, {})
+    about = manifest.make(identity, provenance, {a.name: a.as_dict() for a in arrays}, shards, {})
     manifest.write_json(path / manifest.NAME, about)
     return path
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cache(tmp_path_factory.mktemp("reader") / "cache")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """A cache for each store and order of tokens."""
+    root = tmp_path_factory.mktemp("reader")
+    orders = [(name, tokens) for name in STORES for tokens in ("raster", "ranked")]
+    return {(name, tokens): write_cache(root / f"{name}-{tokens}", name, tokens) for name, tokens in orders}
+
+
+@pytest.fixture(scope="module")
+def folder(folders: dict[tuple[str, str], Path]) -> Path:
+    return folders["zarr", "raster"]
 
 
 @pytest.fixture(scope="module")
 def cache(folder: Path) -> Cache:
     return featcache.open(folder)
+
+
+def test_what_zarr_reads_is_what_was_written(folders: dict[tuple[str, str], Path]) -> None:
+    """The reference of this file, `NUMBERS`, by a library of others."""
+    for tokens in ("raster", "ranked"):
+        groups = [zarr.open_group(folders["zarr", tokens] / SHARDS / f"{shard}.zarr", mode="r") for shard in SIZES]
+        for name, values in NUMBERS.items():
+            np.testing.assert_array_equal(np.concatenate([group[name][:] for group in groups]), values)
 
 
 def reference(name: str, rows: list[int], views: list[int], slots: list[int], tokens: int | None) -> np.ndarray:
@@ -124,26 +145,67 @@ REQUEST = st.integers(0, 12).flatmap(
         st.one_of(st.integers(0, VIEWS - 1), st.lists(st.integers(0, VIEWS - 1), min_size=n, max_size=n)),
         st.one_of(st.none(), st.lists(st.sampled_from(LEVELS), min_size=1, max_size=4)),
         st.one_of(st.none(), st.integers(1, TOKENS)),
-        st.lists(st.sampled_from(FIELDS), min_size=1, max_size=7, unique=True),
+        st.lists(st.sampled_from(FIELDS), min_size=1, max_size=6, unique=True),
         st.booleans(),
     )
 )
+HOW = st.tuples(
+    st.sampled_from([(name, tokens) for name in STORES for tokens in ("raster", "ranked")]),
+    st.sampled_from([1.0, 0.5, 0.0]),
+    st.sampled_from(["buffered", "streaming", "direct", "auto"]),
+    st.integers(1, 4),
+    st.booleans(),  # small parts in several threads, which megabytes would be needed for
+    st.booleans(),  # rows one by one, which large items would be needed for
+)
 
 
-@given(request=REQUEST)
-def test_read_equals_numpy(cache: Cache, request: tuple) -> None:
+@functools.cache
+def opened(path: Path, verify_rows: float, io: str, threads: int) -> Cache:
+    return featcache.open(path, verify_rows=verify_rows, io=io, threads=threads)
+
+
+@functools.cache
+def knows_direct(folder: Path) -> bool:
+    """Whether the file system of a folder reads past the page cache."""
+    try:
+        with featcache.open(folder, io="direct") as cache:
+            cache.read([0])
+    except UserError as error:
+        if "O_DIRECT" not in str(error):
+            raise
+        return False
+    return True
+
+
+@settings(max_examples=250)
+@given(request=REQUEST, how=HOW)
+def test_read_equals_numpy(folders: dict[tuple[str, str], Path], request: tuple, how: tuple) -> None:
     rows, view, levels, tokens, fields, given_out = request
+    which, verify_rows, io, threads, several, single = how
+    io = "buffered" if io == "direct" and not knows_direct(folders[which]) else io
+    cache = opened(folders[which], verify_rows, io, threads)
     views = view if isinstance(view, list) else [view] * len(rows)
     slots = [LEVELS.index(level) for level in (LEVELS if levels is None else levels)]
     wanted = {name: reference(name, rows, views, slots, tokens) for name in fields}
     out = {name: np.full(values.shape, 77, values.dtype) for name, values in wanted.items()} if given_out else None
-    got = cache.read(rows, view, fields, levels=levels, tokens=tokens, out=out)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preads, "_INLINE", 0 if several else 1 << 20)
+        patched.setattr(preads, "_SMALL", 0 if single else 4096)
+        got = cache.read(rows, view, fields, levels=levels, tokens=tokens, out=out)
     assert list(got) == fields
     for name, values in wanted.items():
         assert got[name].dtype == values.dtype
         np.testing.assert_array_equal(got[name], values)
         if out is not None:
             assert got[name] is out[name]
+
+
+def test_only_some_fields_may_have_a_place(cache: Cache) -> None:
+    out = {"flip": np.full(8, 77, np.uint8)}
+    got = cache.read(range(8), 1, ["features", "flip"], out=out)
+    assert got["flip"] is out["flip"]
+    np.testing.assert_array_equal(got["flip"], NUMBERS["flip"][:, 1])
+    np.testing.assert_array_equal(got["features"], NUMBERS["features"][:, 1])
 
 
 def test_every_kind_of_row_number(cache: Cache) -> None:
@@ -192,6 +254,7 @@ def test_keys_find_rows(cache: Cache) -> None:
         ({"rows": [0, 1], "view": [0, 1, 2]}, "view"),
         ({"rows": [0], "fields": ("feature",)}, "did you mean features"),
         ({"rows": [0], "fields": ("key",)}, "unknown field 'key'"),
+        ({"rows": [0], "fields": ("row_crc",)}, "unknown field 'row_crc'"),
         ({"rows": [0], "levels": [3]}, "stored are [2, 5, 6]"),
         ({"rows": [0], "levels": [0]}, "stored are [2, 5, 6]"),
         ({"rows": [0], "tokens": 0}, "1 to 5"),
@@ -200,7 +263,7 @@ def test_keys_find_rows(cache: Cache) -> None:
         ({"rows": [0], "out": {"features": np.zeros((1, 3, 5, 8), "<f4")}}, "out['features']"),
         ({"rows": [0], "out": {"features": np.zeros((1, 3, 8, 5), "<f2").swapaxes(2, 3)}}, "out['features']"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_impossible_requests_say_what_is_possible(cache: Cache, request_: dict, told: str) -> None:
     """A mask of booleans or a float would otherwise be taken for other row numbers, silently."""
@@ -209,67 +272,12 @@ def test_impossible_requests_say_what_is_possible(cache: Cache, request_: dict, 
     assert told in str(caught.value)
 
 
-# ---------------------------------------------------------------- damage
+# ---------------------------------------------------------------- states of a cache
 
 
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-CHUNK = f"{SHARDS}/000001.zarr/features/c.0.1.0.0.0"
-
-
-@pytest.mark.parametrize("name", [CHUNK, f"{SHARDS}/000000.zarr/attention/c.0.0.0", f"{SHARDS}/000000.zarr/zarr.json"])
-@pytest.mark.parametrize("how", ["short", "missing", "longer"])
-def test_a_file_of_another_size_is_named_when_the_cache_is_opened(copy: Path, name: str, how: str) -> None:
-    path = copy / name
-    data = path.read_bytes()
-    path.unlink()
-    if how != "missing":
-        path.write_bytes(data[:-5] if how == "short" else data + b"x")
-    with pytest.raises(UserError) as caught:
-        featcache.open(copy)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("how", ["short", "missing"])
-def test_a_file_that_goes_while_the_cache_is_open_is_named(copy: Path, how: str) -> None:
-    with featcache.open(copy) as cache:
-        path = copy / CHUNK
-        if how == "missing":
-            path.unlink()
-        else:
-            path.write_bytes(path.read_bytes()[:500])
-        with pytest.raises(UserError) as caught:
-            cache.read([7], 1)
-        assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("levels", [None, [5], [6, 2]])
-def test_a_flipped_bit_is_never_read_in_silence(copy: Path, levels: list[int] | None) -> None:
-    """Row 6 is the second of its shard; its level 5 begins after one row and one level."""
-    path = copy / CHUNK
-    data = bytearray(path.read_bytes())
-    data[240 + 80 + 33] ^= 1
-    path.write_bytes(data)
-    with featcache.open(copy) as cache:
-        assert cache.read([5, 7], 1, levels=levels)
-        if levels == [6, 2]:
-            assert cache.read([6], 1, levels=levels)
-            return
-        with pytest.raises(UserError) as caught:
-            cache.read([6], 1, levels=levels)
-        for part in (str(copy), "row 6", "'n/1'", "view 1", "level 5", "verify"):
-            assert part in str(caught.value)
-        assert cache.read([6], 1, levels=levels, check=False)
-
-
-def test_a_damaged_record_is_named(copy: Path) -> None:
-    path = copy / SHARDS / "000000.json"
-    path.write_text(path.read_text().replace('"rows": 5', '"rows": 4'))
-    with pytest.raises(UserError, match=r"000000\.json.*damaged"):
-        featcache.open(copy)
+    return copy_tree(folder, tmp_path / "copy")
 
 
 def test_an_unfinished_cache_opens_with_what_is_complete(copy: Path) -> None:
@@ -309,6 +317,38 @@ print(json.dumps(sorted({"torch", "timm", "open_clip", "torchvision", "zarr", "s
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout.splitlines()[-1]) == []
     assert "RANDOM WEIGHTS" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"threads": 0}, "threads 0: at least 1"),
+        ({"verify_rows": 1.5}, "verify_rows 1.5: a share from 0 to 1"),
+        ({"verify_rows": -0.1}, "verify_rows"),
+        ({"verify_rows": float("nan")}, "verify_rows"),
+        ({"io": "mmap"}, "auto, buffered, streaming, direct"),
+    ],
+    ids=str,
+)
+def test_impossible_options(folder: Path, options: dict, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        featcache.open(folder, **options)
+    assert told in str(caught.value)
+
+
+def test_auto_streams_what_is_larger_than_memory() -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert reader._choose("auto", memory // 2) == "buffered"
+    assert reader._choose("auto", 2 * memory) == "streaming"
+    assert reader._choose("direct", 1) == "direct"
+
+
+def test_close_and_read_again(folder: Path) -> None:
+    cache = featcache.open(folder)
+    for _ in range(3):
+        np.testing.assert_array_equal(cache.read([0, 7], 1)["features"], NUMBERS["features"][[0, 7], 1])
+        cache.close()
+        cache.close()
 
 
 def test_keys_survive_a_process_boundary(cache: Cache) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from featcache import images, manifest
+from featcache import images, joining, manifest
 from featcache.errors import IdentityError, UserError
 from featcache.reader import Cache
-from student import checkpoint, resolve
+from student import checkpoint, recipes, resolve
 from tests import student_fixtures as fx
 
 ONE = ("--steps", "1", "--batch-size", "8")
@@ -74,56 +74,76 @@ def test_a_setting_that_agrees_is_taken(tmp_path: Path) -> None:
 # --- what is missing, and the command that makes it -----------------------------------------------------------------
 
 
-def test_a_missing_level(tmp_path: Path) -> None:
-    mean = "level_weights=mean"  # levels 1 to 4; the cache holds 2 to 4
-    ran = fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *ONE, sets=(mean,))
+def test_a_missing_level_is_added_in_its_place(tmp_path: Path) -> None:
+    """The proposed command keeps what is there, and the same command to train is then served."""
+    there = copy(fx.cache_path(), tmp_path)
+    sets = ("level_weights=mean",)  # levels 1 to 4; the cache holds 2 to 4
+    ran = fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE, sets=sets)
     assert ran.status == 1
     assert "level 1 is missing, it has 2, 3, 4" in ran.line
-    home = tmp_path / "home"
-    assert run_command(ran.line, home).status == 0
-    sets = (mean, f"teacher={fx.TEACHER}")
-    fx.good(fx.train("maskalign", tmp_path / "run", "--images", fx.pictures(), *ONE, sets=sets, home=home))
-    with Cache(next(home.glob("*/manifest.json")).parent) as made:
-        assert set(made.levels) >= {1, 2, 3, 4}
-        assert made.identity["policy"] == fx.open_cache().identity["policy"]
-        assert made.views == fx.VIEWS
+    made = run_command(ran.line, tmp_path / "home")
+    assert made.status == 0, made.err
+    fx.good(fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE, sets=sets))
+    with Cache(there) as cache:
+        assert cache.levels == (1, 2, 3, 4)
+        assert cache.identity == fx.open_cache().identity
+    assert [line["run"] for line in runs_of(there, tmp_path / "home")] == []
+    fx.good(fx.train("maskalign", tmp_path / "noted", "--cache", there, *ONE, sets=sets, home=tmp_path / "home"))
+    assert [line["run"] for line in runs_of(there, tmp_path / "home")] == [str(tmp_path / "noted")]
 
 
-def test_the_command_keeps_the_whole_policy(tmp_path: Path) -> None:
-    """Every field by which the views of a cache are drawn, or the new one would hold other pictures."""
-    odd = ("--ratio", "1,1.25", "--scale", "0.33333333,1", "--flip", "0.3", "--filter", "lanczos", "--seed", "7")
-    fx.extract(fx.pictures(), tmp_path / "odd", *odd, "--order", "uniform")
-    ran = fx.train("maskalign", tmp_path / "run", "--cache", tmp_path / "odd", *ONE, sets=("level_weights=mean",))
-    assert ran.status == 1
-    assert run_command(ran.line, tmp_path / "home").status == 0
-    with Cache(tmp_path / "odd") as old, Cache(next((tmp_path / "home").glob("*/manifest.json")).parent) as made:
-        assert made.identity["policy"] == old.identity["policy"]
-        assert made.identity["order"] == old.identity["order"]
+def copy(cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cache, tmp_path / "copy"))
+
+
+def runs_of(cache: Path, home: Path) -> list[dict[str, Any]]:
+    """The runs that `featcache info` lists."""
+    runs: list[dict[str, Any]] = fx.good(fx.feat("info", str(cache), "--json", home=home)).json["runs"]
+    return runs
+
+
+def test_the_command_says_all_by_which_a_cache_is_made(tmp_path: Path) -> None:
+    """Every option of an odd cache: made again from them elsewhere, it is the same cache."""
+    odd = ("--ratio", "1,1.25", "--scale", "0.33333333,1", "--flip", "0.3", "--filter", "lanczos", "--seed", "7",
+           "--order", "uniform", "--tokens", "ranked", "--keep", "7", "--pixels", "raw", "--rows-per-shard", "10")  # fmt: skip
+    fx.extract(fx.pictures(), tmp_path / "odd", *odd)
+    with Cache(tmp_path / "odd") as old:
+        words = resolve.recipe_of(old, old.levels)
+        assert fx.feat("extract", *words, "--out", str(tmp_path / "again")).status == 0
+        with Cache(tmp_path / "again") as new:
+            assert new.manifest == old.manifest
+        whole = resolve.recipe_of(old, (1, 2, 3, 4), keep=False)
+        assert fx.feat("extract", *whole, "--out", str(tmp_path / "whole")).status == 0
+        with Cache(tmp_path / "whole") as new:
+            assert new.levels == (1, 2, 3, 4)
+            assert new.arrays["features"].item == (4, 17, 24)
+            assert new.identity["policy"] == old.identity["policy"]
 
 
 def test_the_command_names_the_weights(tmp_path: Path) -> None:
     teacher = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=4,num_heads=3"
     fx.extract(fx.pictures(), tmp_path / "timm", "--weights", "random:5", teacher=teacher)
-    ran = fx.train("maskalign", tmp_path / "run", "--cache", tmp_path / "timm", *ONE, sets=("level_weights=mean",))
+    options, sets = ("--cache", tmp_path / "timm", *ONE), ("level_weights=mean",)
+    ran = fx.train("maskalign", tmp_path / "run", *options, sets=sets)
     assert ran.status == 1
     assert run_command(ran.line, tmp_path / "home").status == 0
-    sets = ("level_weights=mean", f"teacher={teacher}")
-    fx.good(fx.train("maskalign", tmp_path / "run", "--images", fx.pictures(), *ONE, sets=sets, home=tmp_path / "home"))
+    fx.good(fx.train("maskalign", tmp_path / "run", *options, sets=sets))
 
 
 def test_a_missing_field(tmp_path: Path) -> None:
-    shutil.copytree(fx.cache_path(), tmp_path / "c")
-    about = manifest.read(tmp_path / "c")
-    del about["arrays"]["attention"]
-    manifest.write_json(tmp_path / "c" / manifest.NAME, about)
-    ran = fx.train("maskalign", tmp_path / "run", "--cache", tmp_path / "c", *ONE)
+    """A cache whose attention goes by another name: the command makes another cache, nothing can be added."""
+    there = copy(fx.cache_path(), tmp_path)
+    about = manifest.read(there)
+    about["arrays"]["attention_"] = about["arrays"].pop("attention")
+    manifest.write_json(there / manifest.NAME, about)
+    ran = fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE)
     assert ran.status == 1
     assert "field attention is missing" in ran.line
     assert run_command(ran.line, tmp_path / "home").status == 0
     sets = (f"teacher={fx.TEACHER}",)
     fx.good(fx.train("maskalign", tmp_path / "run", "--images", fx.pictures(), *ONE, sets=sets, home=tmp_path / "home"))
-    uniform = fx.train("maskalign", tmp_path / "uniform", "--cache", tmp_path / "c", *ONE, sets=("mask=uniform",))
-    assert uniform.status == 0  # who does not need the field is served
+    uniform = fx.train("maskalign", tmp_path / "uniform", "--cache", there, *ONE, sets=("mask=uniform",))
+    assert uniform.status == 0, uniform.err  # who does not need the field is served
 
 
 def test_an_incomplete_cache(tmp_path: Path) -> None:
@@ -184,6 +204,58 @@ def test_mae_with_an_attentive_mask_proposes_levels_that_exist(tmp_path: Path) -
     made = run_command(ran.line, home)
     assert made.status == 0, made.err
     fx.good(fx.train("mae", tmp_path / "run", "--images", fx.pictures(), *ONE, sets=sets, home=home))
+
+
+# --- what a kept cache can serve --------------------------------------------------------------------------------------
+
+
+def test_a_kept_cache_sets_the_stored_mask_and_says_so(tmp_path: Path) -> None:
+    options = ("--cache", fx.kept_path(), *ONE)
+    ran = fx.good(fx.train("maskalign", tmp_path / "run", *options))
+    assert "note: the cache keeps the first 5 of 16 patches of each view (--keep), in their stored order" in ran.err
+    assert "mask=stored" in ran.err
+    assert checkpoint.config(tmp_path / "run")["config"]["mask"] == "stored"
+    said = fx.good(fx.train("maskalign", tmp_path / "set", *options, sets=("mask=stored",)))
+    assert "mask=stored" not in said.err  # set by hand, nothing to say
+    assert fx.losses(tmp_path / "set") == fx.losses(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (("mask=uniform",), ("first 5 of 16", "mask=uniform shows others", "--set mask=stored")),
+        (("mask=attentive",), ("first 5 of 16", "mask=attentive shows others", "--set mask=stored")),
+        (("mask_ratio=0.5",), ("first 5 of 16", "mask_ratio=0.5 shows 8", "--set a larger mask_ratio")),
+    ],
+)
+def test_a_kept_cache_does_not_serve_other_masks(sets: tuple[str, ...], told: tuple[str, ...], tmp_path: Path) -> None:
+    ran = fx.train("mralign", tmp_path / "run", "--cache", fx.kept_path(), *ONE, sets=sets)
+    assert ran.status == 1
+    assert all(part in ran.line for part in told), ran.line
+    assert not (tmp_path / "run").exists()
+    home = tmp_path / "home"
+    assert run_command(ran.line, home).status == 0  # the same without --keep
+    options = ("--cache", next(home.glob("*/manifest.json")).parent, *ONE)
+    fx.good(fx.train("mralign", tmp_path / "run", *options, sets=sets))
+
+
+def test_a_kept_cache_does_not_serve_a_recipe_that_reads_all_tokens(tmp_path: Path) -> None:
+    """One of somebody's own, which does not say that it looks at visible tokens only."""
+    text = (Path(recipes.__file__).parent / "maskalign.py").read_text()
+    (tmp_path / "all.py").write_text(text.replace("visible_only=True", "visible_only=False"))
+    sets = [part for text in fx.RECIPES["maskalign"] for part in ("--set", text)]
+    words = ("--recipe", tmp_path / "all.py", "--out", tmp_path / "run", "--device", "cpu", *sets, *ONE)
+    ran = fx.stud("train", *words, "--cache", fx.kept_path(), "--set", "mask=stored")
+    assert ran.status == 1
+    assert "the recipe reads all" in ran.line
+    fx.good(fx.stud("train", *words, "--cache", fx.ranked_path(), "--set", "mask=stored"))
+    assert checkpoint.config(tmp_path / "run")["targets"]["reading"]["tokens"] == "all"
+
+
+def test_mae_reads_no_token_and_takes_any_cache(tmp_path: Path) -> None:
+    for mask in ("uniform", "attentive"):
+        ran = fx.good(fx.train("mae", tmp_path / mask, "--cache", fx.kept_path(), *ONE, sets=(f"mask={mask}",)))
+        assert "stored order" not in ran.err
 
 
 # --- the search -----------------------------------------------------------------------------------------------------
@@ -258,7 +330,7 @@ def test_a_subset_is_joined_by_key(tmp_path: Path) -> None:
         shutil.copy(fx.pictures() / f"{name}.png", tmp_path / "some")
     source = images.open_source(tmp_path / "some")
     cache = fx.open_cache()
-    chosen, rows, skipped = resolve.join(cache, source)
+    chosen, rows, skipped = joining.join(cache, source)
     assert chosen.tolist() == [0, 1, 2]
     assert [cache.keys[row] for row in rows.tolist()] == ["p03", "p11", "p20"] == list(source.keys)
     assert skipped == 0
@@ -270,7 +342,7 @@ def test_quarantined_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
     fx.extract(tmp_path / "p", tmp_path / "c")
     with Cache(tmp_path / "c") as cache:
         source = images.open_source(tmp_path / "p")
-        chosen, rows, skipped = resolve.join(cache, source)
+        chosen, rows, skipped = joining.join(cache, source)
         assert skipped == 1
         assert [source.keys[i] for i in chosen.tolist()] == [cache.keys[row] for row in rows.tolist()]
         assert "bad" not in [source.keys[i] for i in chosen.tolist()]
@@ -286,7 +358,7 @@ def test_an_unknown_picture_is_refused(tmp_path: Path) -> None:
     shutil.copytree(fx.pictures(), tmp_path / "p")
     shutil.copy(tmp_path / "p" / "p00.png", tmp_path / "p" / "zebra.png")
     with pytest.raises(IdentityError, match=r"1 of 25 pictures.*'zebra'"):
-        resolve.join(fx.open_cache(), images.open_source(tmp_path / "p"))
+        joining.join(fx.open_cache(), images.open_source(tmp_path / "p"))
     ran = fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), "--images", tmp_path / "p", *ONE)
     assert ran.status == 1
     assert "'zebra'" in ran.line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from featcache import images, rng, targets, teachers, views
+from featcache.errors import UserError
+from featcache.reader import Cache
 from student import recipes, resolve
 from student.loader import Loader
 from student.recipes import TargetSpec
@@ -172,6 +176,54 @@ def test_nothing_is_computed_where_nothing_is_needed() -> None:
     spec = TargetSpec(teacher="", levels=(), fields=(), patches=16)
     online = Online(views.Policy(size=fx.SIZE), spec, None, None)
     assert online.complete(hosts(online, 1)[0], CPU) == ({}, {})
+
+
+# --- ranked caches --------------------------------------------------------------------------------------------------
+
+
+def test_ranked_tokens_go_back_to_their_patches() -> None:
+    """All tokens: what the raster cache holds. The first five: those, and NaN on every patch beyond them."""
+    raster, ranked = fx.open_cache(), Cache(fx.ranked_path())
+    rows = np.arange(len(raster))
+    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features",), patches=16)
+    order = raster.read(rows[:6], 1, ("mask_order",))["mask_order"].astype(int)
+    plain = Cached(raster, spec, rows)
+    whole = plain.complete(plain.fetch(rows[:6], np.ones(6, int)), CPU)[0]["features"]
+    for tokens in (None, 17, 5, 1):
+        some = Cached(ranked, spec, rows, tokens=tokens)
+        host = some.fetch(rows[:6], np.ones(6, int))
+        assert host["features"].shape == (6, 2, tokens or 17, 24)
+        got, sources = some.complete(host, CPU)
+        assert sources == {}  # the order was read to place tokens, not to draw a mask from
+        there = np.zeros((6, 17), bool)
+        there[:, 0] = True
+        np.put_along_axis(there, 1 + order[:, : (tokens or 17) - 1], True, axis=1)
+        for i in range(6):
+            assert torch.equal(got["features"][i][:, there[i]], whole[i][:, there[i]])
+            assert got["features"][i][:, ~there[i]].isnan().all()
+
+
+def test_only_the_prefix_is_read(tmp_path: Path) -> None:
+    """A ranked cache whose bytes beyond the first five tokens are all lost serves five, checked, and not six."""
+    shutil.copytree(fx.ranked_path(), tmp_path / "c")
+    rows, five = np.arange(24), 5 * 24 * 2
+    cache = Cache(tmp_path / "c")
+    for part in cache._parts:
+        for view in range(fx.VIEWS):
+            path, offsets = part.locate(0, part.arrays["features"], view, rows)
+            data = bytearray(path.read_bytes())
+            for first in offsets.tolist():
+                for level in range(3):
+                    low = first + level * 17 * 24 * 2
+                    data[low + five : low + 17 * 24 * 2] = bytes(17 * 24 * 2 - five)
+            path.write_bytes(data)
+    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features",), patches=16)
+    view = np.arange(24) % fx.VIEWS
+    host = Cached(cache, spec, rows, tokens=5).fetch(rows, view)
+    expected = Cached(Cache(fx.ranked_path()), spec, rows, tokens=5).fetch(rows, view)
+    np.testing.assert_array_equal(host["features"], expected["features"])
+    with pytest.raises(UserError, match="features"):
+        Cached(cache, spec, rows, tokens=6).fetch(rows, view)
 
 
 # --- images ---------------------------------------------------------------------------------------------------------

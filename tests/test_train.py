@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -16,10 +17,12 @@ import torch
 
 import student.train
 from featcache import manifest
-from student import checkpoint, metrics
+from featcache.reader import Cache
+from student import checkpoint, metrics, resolve
 from student.metrics import Metrics
 from student.train import step_seed
 from tests import student_fixtures as fx
+from tests.conftest import flip
 
 SMALL = ("--batch-size", "8")
 
@@ -246,6 +249,110 @@ def test_a_device_that_is_not_here(tmp_path: Path) -> None:
         ran = fx.stud("train", "--recipe", "maskalign", *options, "--device", device)
         assert ran.status == 2
         assert device in ran.line
+
+
+# --- damaged caches -------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_any_file_of_a_small_cache_stops_it_before_the_first_step(tmp_path: Path) -> None:
+    """Every file there is, of the cache, of what was added to it, and those that training would never read."""
+    bad = fx.save_pictures(tmp_path / "p", 5)
+    (bad / "bad.png").write_text("not a picture")
+    cache = fx.extract(bad, tmp_path / "c", "--rows-per-shard", "4")
+    fx.extract(bad, cache, "--add", "--levels", "1")
+    files = sorted(path for path in cache.rglob("*") if path.is_file())
+    names = {path.name for path in files}
+    assert {"manifest.json", "manifest.copy.json", "quarantine.json", "zarr.json", "000000.json"} <= names
+    assert sum("feature_stats" in str(path) for path in files) >= 4
+    assert sum("parts" in path.parts for path in files) >= 10
+    options = ("--cache", cache, "--images", bad, "--steps", "1", "--batch-size", "2")
+    for path in files:
+        data = path.read_bytes()
+        flip(path, len(data) // 2)
+        ran = fx.train("maskalign", tmp_path / "run", *options)
+        assert ran.status == 1, path
+        assert str(path) in ran.line, (path, ran.line)
+        assert not (tmp_path / "run").exists()
+        path.write_bytes(data)
+    fx.good(fx.train("maskalign", tmp_path / "run", *options))
+
+
+def test_a_larger_cache_is_checked_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the bound a damaged row stops the step that reads it, unless rows are not checked; a damaged file that is
+    not read is not noticed."""
+    monkeypatch.setattr(resolve, "VERIFIED_BYTES", 0)
+    cache = Path(shutil.copytree(fx.cache_path(), tmp_path / "c"))
+    options = ("--cache", cache, "--steps", "3", *SMALL)
+    for path in cache.rglob("feature_stats/c.*"):
+        flip(path, 500)
+    fx.good(fx.train("maskalign", tmp_path / "unread", *options))
+    (path,) = cache.rglob("features/c.0.1.*")
+    flip(path, 3 * 17 * 24 * 2 * 5 + 7)  # of the sixth row's first level
+    ran = fx.train("maskalign", tmp_path / "read", *options)
+    assert ran.status == 1
+    assert str(path) in ran.line
+    fx.good(fx.train("maskalign", tmp_path / "blind", *options, "--verify-rows", "0"))
+    assert fx.losses(tmp_path / "blind") != fx.losses(tmp_path / "unread")
+
+
+# --- how a cache is read --------------------------------------------------------------------------------------------
+
+
+def test_how_a_cache_is_read_goes_to_the_cache_and_into_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, Any]] = []
+
+    class Watched(Cache):
+        def __init__(self, path: Any, **given: Any) -> None:
+            opened.append(given)
+            super().__init__(path, **given)
+
+    monkeypatch.setattr(resolve, "Cache", Watched)
+    options = ("--cache", fx.cache_path(), "--steps", "1", *SMALL)
+    fx.good(fx.train("maskalign", tmp_path / "plain", *options))
+    odd = ("--direct", "--verify-rows", "0.25", "--read-threads", "3")
+    fx.good(fx.train("maskalign", tmp_path / "odd", *options, *odd))
+    plain, changed = opened
+    assert plain == {"threads": None, "verify_rows": 1.0, "io": "auto"}
+    assert changed == {"threads": 3, "verify_rows": 0.25, "io": "direct"}
+    reading = [checkpoint.config(tmp_path / name)["targets"]["reading"] for name in ("plain", "odd")]
+    assert reading == [{**given, "tokens": "all", "pixels": "decoded"} for given in opened]
+    assert fx.losses(tmp_path / "odd") == fx.losses(tmp_path / "plain")
+
+
+def test_direct_reads_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags: list[int] = []
+    plain = os.open
+
+    def watch(path: Any, flag: int, *rest: Any, **others: Any) -> int:
+        if "features" in str(path):
+            flags.append(flag & os.O_DIRECT)
+        return plain(path, flag, *rest, **others)
+
+    monkeypatch.setattr(os, "open", watch)
+    for name, options in {"plain": (), "direct": ("--direct",)}.items():
+        flags.clear()
+        ran = fx.train("maskalign", tmp_path / name, "--cache", fx.cache_path(), "--steps", "3", *SMALL, *options)
+        assert ran.status == 0 or "O_DIRECT" in ran.line  # a file system that knows none says so
+        assert set(flags) == {os.O_DIRECT if options else 0}
+
+
+def test_a_run_may_be_resumed_with_another_way_of_reading(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "--steps", "4", "--save-every", "2")
+    whole = fx.losses(run)
+    (run / "checkpoints" / "step-00000004.pt").unlink()
+    options = ("--cache", fx.cache_path(), "--steps", "4", *SMALL, "--save-every", "2", "--resume")
+    fx.good(fx.train("maskalign", run, *options, "--read-threads", "1", "--verify-rows", "0"))
+    assert fx.losses(run) == whole
+
+
+@pytest.mark.parametrize("option", [("--direct",), ("--verify-rows", "0.5"), ("--read-threads", "2")])
+def test_ways_of_reading_without_anything_to_read(option: tuple[str, ...], tmp_path: Path) -> None:
+    options = ("--images", fx.pictures(), "--policy", fx.policy_file(), "--steps", "1", *SMALL)
+    ran = fx.train("mae", tmp_path / "run", *options, *option, sets=("patch_size=8",), home=tmp_path / "home")
+    assert ran.status == 2
+    assert option[0] in ran.line
 
 
 # --- what a resumed run must agree with -----------------------------------------------------------------------------

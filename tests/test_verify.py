@@ -12,15 +12,15 @@ from PIL import Image
 import featcache
 from featcache import extract, images, plan, teachers, verify, views
 from featcache.errors import IdentityError, UserError
-from tests.conftest import SYNTHETIC, make_photos, waves
-from tests.store_contract import files_below
+from featcache.store import STORES
+from tests.conftest import SYNTHETIC, files_below, make_photos, waves
 
 VIT = "timm:vit_tiny_patch16_224,img_size=16,patch_size=8,embed_dim=16,depth=2,num_heads=2"
 
 
-def make(folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None) -> Path:
-    loaded = teachers.load(teacher, weights)
-    made = plan.Plan(images.open_source(folder), loaded, views.Policy(size=28), 2, (1, 2), rows_per_shard=6)
+def make(folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None, **options: object) -> Path:
+    loaded, policy = teachers.load(teacher, weights), views.Policy(size=28)
+    made = plan.Plan(images.open_source(folder), loaded, policy, 2, (1, 2), rows_per_shard=6, **options)
     extract.run(made, out, batch_size=4)
     return out
 
@@ -118,6 +118,20 @@ def test_a_clean_sample(request: pytest.FixtureRequest, pictures: Path, name: st
     fewer = recompute(request.getfixturevalue(name), pictures, 3)
     assert fewer["rows"] == 3
     assert fewer["bad_rows_below"] == pytest.approx(0.6316, abs=1e-3)
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("options", [{"tokens": "ranked"}, {"tokens": "ranked", "keep": 2, "pixels": True}], ids=str)
+@pytest.mark.parametrize("teacher", [SYNTHETIC, VIT])
+def test_a_clean_sample_of_ranked_tokens(
+    pictures: Path, tmp_path: Path, teacher: str, options: dict, store: str
+) -> None:
+    """The teacher gives image order; the stored order decides what a stored token is."""
+    weights = "random:0" if teacher == VIT else None
+    cache = make(pictures, tmp_path / "c", teacher, weights, store=store, **options)
+    found = recompute(cache, pictures)
+    assert (found["rows"], found["problems"]) == (11, [])
+    assert found["feature_error"] < 1e-3
 
 
 def test_a_changed_picture_is_found_with_size_and_cause(sound: Path, pictures: Path, tmp_path: Path) -> None:

@@ -13,18 +13,14 @@ import pytest
 import tensorstore
 import zarr
 
-from featcache import manifest, zarr_store
-from featcache.store import SHARDS, record_path
-from tests.store_contract import ARRAYS, StoreContract, files_below, numbers
+from featcache.store import SHARDS
+from tests.store_contract import ARRAYS, StoreContract, numbers
 
 GROUP = f"{SHARDS}/000000.zarr"
 
 
 class TestZarrStore(StoreContract):
     name = "zarr"
-
-    def unpublish_record(self, cache: Path) -> None:
-        record_path(cache, "000000").rename(cache / GROUP / "record.json")
 
 
 @pytest.fixture
@@ -37,8 +33,8 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
 def test_plain_zarr_python_reads_every_array(written: tuple[Path, dict[str, np.ndarray]]) -> None:
     cache, data = written
     group = zarr.open_group(cache / GROUP, mode="r")
-    assert sorted(group.array_keys()) == sorted(array.name for array in ARRAYS)
-    for array in ARRAYS[:4]:
+    assert sorted(group.array_keys()) == sorted([*data, "key", "key_offsets"])
+    for array in ARRAYS:
         stored = group[array.name]
         assert stored.dtype == np.dtype(array.dtype)
         assert stored.metadata.dimension_names == array.dimensions
@@ -79,8 +75,11 @@ def test_metadata_is_what_the_design_says(written: tuple[Path, dict[str, np.ndar
     assert meta["fill_value"] == "NaN"
     assert [codec["name"] for codec in meta["codecs"]] == ["bytes", "crc32c"]
     assert meta["codecs"][0]["configuration"] == {"endian": "little"}
+    assert meta["dimension_names"] == ["row", "view", "level", "token", "channel"]
     small = json.loads((cache / GROUP / "attention/zarr.json").read_text())
     assert small["chunk_grid"]["configuration"]["chunk_shape"] == [5, 2, 2]
+    edges = json.loads((cache / GROUP / "key_offsets/zarr.json").read_text())
+    assert (edges["shape"], edges["data_type"], edges["dimension_names"]) == ([6], "int64", ["row_edge"])
 
 
 def test_an_all_zero_array_is_still_a_file(tmp_path: Path) -> None:
@@ -106,55 +105,8 @@ def test_other_libraries_refuse_a_flipped_bit(written: tuple[Path, dict[str, np.
 
 
 def test_a_shard_without_rows_opens_in_plain_zarr(tmp_path: Path) -> None:
-    TestZarrStore().writer(tmp_path).finish([], [])
+    TestZarrStore().writer(tmp_path).finish([], {})
     group = zarr.open_group(tmp_path / GROUP, mode="r")
     assert group["features"].shape == (0, 2, 2, 3, 4)
     assert group["features"][:].size == 0
     assert group["key_offsets"][:].tolist() == [0]
-
-
-def test_settle_removes_a_shard_whose_inner_record_is_damaged(tmp_path: Path) -> None:
-    """A record that cannot be read proves nothing; extraction must go on, not stop at it."""
-    contract = TestZarrStore()
-    contract.unrecorded(tmp_path)
-    path = tmp_path / GROUP / "record.json"
-    path.write_bytes(path.read_bytes()[:-30])
-    zarr_store.settle(tmp_path, "000000")
-    assert files_below(tmp_path) == {}
-
-
-def test_settle_never_removes_what_another_process_just_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two processes share --out. B looks for the record: none. A moves it into place. B looks into the folder: none
-    there either. It must not conclude that the folder is broken."""
-    contract = TestZarrStore()
-    whole = contract.unrecorded(tmp_path)
-    inside, outside = tmp_path / GROUP / "record.json", record_path(tmp_path, "000000")
-    asked = []
-    is_file = Path.is_file
-
-    def publishes_after_the_first_look(path: Path, **options: bool) -> bool:
-        answer = is_file(path, **options)
-        if path == outside and not asked:
-            asked.append(path)
-            inside.rename(outside)
-        return answer
-
-    monkeypatch.setattr(Path, "is_file", publishes_after_the_first_look)
-    zarr_store.settle(tmp_path, "000000")
-    monkeypatch.undo()
-    assert asked
-    assert files_below(tmp_path) == whole
-
-
-def test_a_stranger_in_the_way_of_publishing_is_an_error_not_a_loss(tmp_path: Path) -> None:
-    contract = TestZarrStore()
-    writer = contract.writer(tmp_path)
-    contract.fill(writer, ARRAYS, numbers(ARRAYS, 2, 2), 2)
-    (tmp_path / GROUP).write_text("a file where the folder should be")
-    with pytest.raises(OSError, match="000000"):
-        writer.finish(["k0", "k1"], [])
-    assert not record_path(tmp_path, "000000").exists()
-    assert any(name.endswith("features/c.0.0.0.0.0") for name in files_below(tmp_path))
-    assert manifest.FORMAT == 1

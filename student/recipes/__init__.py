@@ -35,6 +35,7 @@ class TargetSpec:
     fields: tuple[str, ...]  # arrays by name, the mask's own source among them
     patches: int  # P of the teacher's grid
     scale: tuple[float, float] = (0.2, 1.0)  # crop area of the publication, ends included
+    visible_only: bool = False  # of `features` only [CLS] and visible patches are looked at; the others may be missing
 
 
 def names() -> list[str]:

@@ -24,6 +24,8 @@ from student import losses, masking, vit
 from student.config import CHECKED, NotNegative, Positive, RecipeConfig, check_hides_patches
 from student.recipes import TargetSpec
 
+SERVED_BY = {"fields": (), "levels": ""}  # by default; `featcache info` reads this
+
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(RecipeConfig):

@@ -30,6 +30,8 @@ from student import align, losses, masking, vit
 from student.config import CHECKED, Fraction, Mask, NotNegative, Positive, RecipeConfig, check_hides_patches
 from student.recipes import TargetSpec
 
+SERVED_BY = {"fields": ("features", "attention"), "levels": "last:5"}  # by default; `featcache info` reads this
+
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(RecipeConfig):
@@ -68,6 +70,7 @@ def needs(config: Config) -> TargetSpec:
         levels=tuple(align.levels(config.level_weights, config.align_levels, config.teacher_depth)),
         fields=("features", *masking.fields(config.mask)),
         patches=config.patches,
+        visible_only=True,  # align.Align gathers [CLS] and ids_keep
     )
 
 

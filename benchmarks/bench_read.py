@@ -1,0 +1,320 @@
+"""How fast a cache is read, beside memcpy, beside other formats, and beside the bare disk.
+
+    python -m benchmarks.bench_read                                  all of it: 2,048 rows, a quarter of an hour
+    python -m benchmarks.bench_read --peers npy,h5py --no-cold       a part
+    python -m benchmarks.bench_read --rows 128 --reps 1              a trial of the program, not a measurement
+
+Records are 5 x 197 x 768 fp16. Every number is a ratio of rates within one repetition, its median over repetitions: to
+memcpy of the same rows, in the same order, by as many threads, into the same memory. Each format's files are written,
+read into the page cache, measured in turns with memcpy and us, and removed. The last lines say which claims hold; the
+exit status does not depend on them.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+
+import featcache
+from benchmarks import cold as colds
+from benchmarks import describe, environment, peers, save, sync, table, warm
+from benchmarks import resident as resident_share
+from benchmarks.contest import Contest, Task
+from benchmarks.records import Bench, Way, make_source, write_cache
+from featcache.cli import entry
+from featcache.errors import UsageError, UserError, near
+from featcache.store import STORES
+
+TOKENS, VISIBLE = 197, 59  # [CLS] and all patches; [CLS] and those a student with 30 % sees
+
+
+# ------------------------------------------------------------ what is measured
+
+
+@dataclass
+class Results:
+    """Everything that came out, for the JSON; and the lines at the end."""
+
+    facts: dict[str, Any]
+    claims: list[tuple[str, float, bool]] = field(default_factory=list)
+
+    def add(self, group: str, contest: Contest, name: str, versus: str, **more: Any) -> None:
+        self.facts["results"].append({"group": group, **contest.facts(name, versus), **more})
+
+    def note_pages(self, group: str, *shares: float) -> None:
+        """The least that was in the page cache before and after; with less than all, disks were measured too."""
+        self.facts.setdefault("resident", {})[group] = min(shares)
+        if min(shares) < 0.99:
+            click.echo(f"\n{group}: only {100 * min(shares):.0f} % was in the page cache; fewer --rows", err=True)
+
+    def claim(self, text: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
+        self.claims.append((text, value, low <= value <= high))
+
+    def lines(self) -> Iterator[str]:
+        for text, value, holds in self.claims:
+            yield f"{text} = {value:.2f}  {'ok' if holds else 'MISSED'}"
+
+
+def measure_ours(bench: Bench, folder: Path, options: Options, results: Results) -> None:
+    """Rows and blocks by every number of threads; parts of a row by the default number."""
+    levels, tokens, _ = bench.task.item
+    default, visible = bench.task.threads, max(tokens * VISIBLE // TOKENS, 1)
+    ways = [Way(kind, n, checks=c) for n in options.threads for kind in ("rows", "block") for c in (False, True)]
+    ways += [Way("rows", default, levels=k, checks=c) for k in (1, 3) if k < levels for c in (False, True)]
+    prefixes = [Way("rows", default, tokens=visible, checks=c) for c in (False, True)]
+    raster, ranked = folder / "raster", write_cache(folder / "ranked", bench.source, options.store, ranked=True)
+    opened = {n: featcache.open(raster, threads=n, io="buffered") for n in options.threads}
+    by_rank = featcache.open(ranked, threads=default, io="buffered")
+    sync(folder)
+    resident = [warm(raster), warm(ranked)]
+    contest = bench.contest([*ways, *prefixes], lambda way: by_rank if way in prefixes else opened[way.threads], [])
+    contest.run(bench.order, options.reps, options.seconds, options.say)
+    for way in [*ways, *prefixes]:
+        results.add("ours", contest, way.name, way.memcpy.name, threads=way.threads, checks=way.checks)
+    results.note_pages("ours", *resident, resident_share(raster), resident_share(ranked))
+    for cache in (*opened.values(), by_rank):
+        cache.close()
+    shutil.rmtree(ranked)
+    _claim_ours(contest, default, levels, visible, results)
+
+
+def _claim_ours(contest: Contest, threads: int, levels: int, visible: int, results: Results) -> None:
+    plain, checked = Way("rows", threads, checks=False), Way("rows", threads, checks=True)
+    results.claim("random rows, no checks / memcpy", contest.ratio(plain.name, plain.memcpy.name), 0.8)
+    results.claim("random rows, row checks / memcpy", contest.ratio(checked.name, checked.memcpy.name), 0.6)
+    for way in (plain, checked):
+        words = "row checks" if way.checks else "no checks"
+        if levels > 1:
+            part = contest.time_ratio(way._replace(levels=1).name, way.name)
+            results.claim(f"time for 1 of {levels} levels / all, {words}", part, high=1.25 / levels)
+        part = contest.time_ratio(way._replace(tokens=visible).name, way.name)
+        results.claim(f"time for {visible} ranked tokens / all, {words}", part, high=0.35)
+
+
+def measure_layout(bench: Bench, layout: peers.Layout, folder: Path, options: Options, results: Results) -> list[Best]:
+    """One format: written, warmed, measured in turns with memcpy and ours, removed. The best of each peer."""
+    files = folder / "peer"
+    files.mkdir()
+    layout.write(files, bench.source, bench.task)
+    sync(files)
+    resident = [warm(files), warm(folder / "raster")]
+    found = {peer: make(files, bench.task) for peer, make in layout.readers.items() if peer in options.peers}
+    ways = [Way(kind, bench.task.threads, checks=c) for kind in ("rows", "block") for c in (False, True)]
+    with featcache.open(folder / "raster", threads=bench.task.threads, io="buffered") as cache:
+        others = [reader for readers in found.values() for reader in readers]
+        contest = bench.contest(ways, lambda way: cache, others)
+        contest.run(bench.order, options.reps, options.seconds, options.say)
+    results.note_pages(layout.name, *resident, resident_share(files), resident_share(folder / "raster"))
+    bests = []
+    for peer, readers in found.items():
+        for reader in readers:
+            mine = Way("block" if reader.kind == "block" else "rows", bench.task.threads, checks=False)
+            checked = mine._replace(checks=True)
+            ours = [contest.ratio(way.name, reader.name) for way in (mine, checked)]
+            best = Best(peer, layout.name, reader.name, reader.kind, contest.gb_s(reader.name), 0.0, *ours)
+            bests.append(best._replace(memcpy=contest.ratio(reader.name, mine.memcpy.name)))
+            results.add(layout.name, contest, reader.name, mine.memcpy.name, peer=peer, ours=ours)
+    shutil.rmtree(files)
+    return bests
+
+
+class Best(NamedTuple):
+    """A way to read a peer's format, and ours over it, without and with row checks, in the same kind of order."""
+
+    peer: str
+    layout: str
+    name: str
+    kind: str
+    gb_s: float
+    memcpy: float
+    ours: float
+    ours_checked: float
+
+
+def quickest(bests: Sequence[Best]) -> list[Best]:
+    """The best way of each peer for each order."""
+    pairs = dict.fromkeys((best.peer, best.kind) for best in bests)
+    return [min((b for b in bests if (b.peer, b.kind) == pair), key=lambda b: b.ours) for pair in pairs]
+
+
+def measure_peers(bench: Bench, folder: Path, options: Options, results: Results) -> list[Best]:
+    bests: list[Best] = []
+    for layout in peers.LAYOUTS:
+        if set(layout.readers) & set(options.peers):
+            options.say(layout.name)
+            bests += measure_layout(bench, layout, folder, options, results)
+            gc.collect()  # files that are still open or mapped would keep their pages
+    loaders = [best for best in bests if "DataLoader" in best.name]
+    if loaders:
+        top = min(loaders, key=lambda best: best.ours_checked)
+        for words, best in (("as documented", loaders[0]), ("at its best", top)):
+            for checks, ratio in (("no checks", best.ours), ("row checks", best.ours_checked)):
+                text = f"random rows, {checks} / a webdataset DataLoader {words} ({best.name})"
+                results.claim(text, ratio, 10)
+    for best in quickest(bests):
+        results.claim(f"ours / {best.peer}, {best.kind}, at its best ({best.name}; {best.layout})", best.ours, 1.0)
+    return bests
+
+
+def measure_cold(bench: Bench, folder: Path, options: Options, results: Results) -> colds.Cold:
+    sync(folder / "raster")
+    cold = colds.measure(folder / "raster", bench.task, bench.order, min(options.reps, 3), options.say)
+    results.facts["cold"] = {"gb_s": cold.gb_s, "stayed": cold.stayed, "skipped": cold.skipped}
+    for ours, plain in colds.PAIRS:
+        if ours in cold.gb_s and plain in cold.gb_s:
+            results.claim(f"cold: {ours} / {plain}", cold.ratio(ours, plain), 0.9)
+    return cold
+
+
+# ------------------------------------------------------------ tables
+
+
+def ours_table(facts: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (
+            r["name"],
+            *(f"{r[key]:.2f}" for key in ("gb_s", "versus_gb_s", "ratio")),
+            f"{r['lowest']:.2f} to {r['highest']:.2f}",
+        )
+        for r in facts
+        if r["group"] == "ours"
+    ]
+    return table(["", "GB/s", "memcpy GB/s", "ratio", "range"], rows)
+
+
+def peers_table(bests: Sequence[Best]) -> str:
+    """All ways; the best of each peer for each order in bold."""
+    bold = quickest(bests)
+    rows = [
+        (
+            f"**{best.name}**" if best in bold else best.name,
+            best.layout,
+            best.kind,
+            f"{best.gb_s:.2f}",
+            f"{best.memcpy:.2f}",
+            f"{best.ours:.2f}",
+            f"{best.ours_checked:.2f}",
+        )
+        for best in bests
+    ]
+    return table(["", "files", "order", "GB/s", "/ memcpy", "ours / it", "ours, checks / it"], rows)
+
+
+def cold_table(cold: colds.Cold) -> str:
+    plain = dict(colds.PAIRS)
+    rows = [
+        (name, f"{cold.median(name):.2f}", f"{cold.ratio(name, plain[name]):.2f}" if name in plain else "1")
+        for name in cold.gb_s
+    ]
+    return table(["", "GB/s", "/ plain"], rows)
+
+
+# ------------------------------------------------------------ the program
+
+
+@dataclass(frozen=True)
+class Options:
+    reps: int
+    seconds: float
+    threads: tuple[int, ...]
+    peers: tuple[str, ...]
+    store: str
+
+    def say(self, line: str) -> None:
+        click.echo(f"  {line}", err=True)
+
+
+def parse_peers(text: str) -> tuple[str, ...]:
+    """'all', 'none' or names; what is not installed is left out, and said."""
+    names = {"all": peers.PEERS, "none": ()}.get(text) or (() if text == "none" else tuple(text.split(",")))
+    for name in names:
+        if name not in peers.PEERS:
+            raise UsageError(f"--peers: unknown {name!r}; {near(name, peers.PEERS)}")
+    absent = [name for name in names if peers.missing(name)]
+    if absent:
+        click.echo(f"not installed, left out: {', '.join(absent)}; pip install {' '.join(absent)}", err=True)
+    return tuple(name for name in names if name not in absent)
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts) or int(parts[1]) < 2:
+        raise UsageError(f"--shape {text!r}: LEVELSxTOKENSxWIDTH is needed, such as 5x197x768, tokens from 2")
+    levels, tokens, width = map(int, parts)
+    return levels, tokens, width
+
+
+def _check_space(folder: Path, task: Task) -> None:
+    """Two caches, or one and a peer's files; the page cache should hold them beside the records themselves."""
+    needed, free = 2.2 * task.rows * task.row_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"--folder {str(folder)!r}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; fewer --rows"
+        )
+
+
+@click.command(context_settings={"max_content_width": 110})
+@click.option("--rows", type=click.IntRange(8), default=2048, show_default=True, help="Records; 1.5 MB each.")
+@click.option("--reps", type=click.IntRange(1), default=5, show_default=True, help="Repetitions; medians are shown.")
+@click.option("--seconds", type=float, default=2.0, show_default=True, help="Longest turn of one reader.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where files are written. [default: a temporary one]")
+@click.option("--peers", "peers_text", default="all", show_default=True, help=f"{','.join(peers.PEERS)}, or none.")
+@click.option("--cold/--no-cold", default=True, show_default=True, help="Measure reads from the disk.")
+@click.option("--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True)
+@click.option("--threads", default="1,2,3,4", show_default=True, help="Numbers of reading threads to try.")
+@click.option("--shape", default="5x197x768", show_default=True, help="Levels x tokens x width of a record.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
+def cli(
+    rows: int,
+    reps: int,
+    seconds: float,
+    folder: Path | None,
+    peers_text: str,
+    cold: bool,
+    store_name: str,
+    threads: str,
+    shape: str,
+    json_path: Path | None,
+) -> None:
+    """Measure how fast a cache is read, beside memcpy, other formats and the bare disk."""
+    default = min(4, len(os.sched_getaffinity(0)))  # as featcache.open chooses
+    tried = tuple(sorted({*map(int, threads.split(",")), default}))
+    task = Task(rows, parse_shape(shape), default, min(256, rows // 4), min(64, rows // 4))
+    options = Options(reps, seconds, tried, parse_peers(peers_text), store_name)
+    with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
+        place = Path(temporary)
+        _check_space(place, task)
+        about = {**environment(place), "options": {"rows": rows, "reps": reps, "shape": shape, "store": store_name}}
+        results = Results({**about, "results": []})
+        click.echo(describe(about))
+        bench = Bench(task, make_source(task), np.random.default_rng(1).permutation(rows))
+        write_cache(place / "raster", bench.source, store_name, ranked=False)
+        measure_ours(bench, place, options, results)
+        click.echo(f"\nOurs, {default} threads by default:\n\n{ours_table(results.facts['results'])}")
+        bests = measure_peers(bench, place, options, results)
+        if bests:
+            click.echo(
+                f"\nOthers, {default} threads; in bold the best of each, for each order:\n\n{peers_table(bests)}"
+            )
+        if cold:
+            measured = measure_cold(bench, place, options, results)
+            click.echo(f"\nFrom the disk, {default} threads:\n\n{cold_table(measured)}")
+            if measured.skipped:
+                click.echo(f"\nNot measured from here on: {measured.skipped}")
+    results.facts["claims"] = [{"claim": c, "value": value, "ok": ok} for c, value, ok in results.claims]
+    save(json_path, results.facts)
+    click.echo("\n" + "\n".join(results.lines()))
+
+
+if __name__ == "__main__":
+    entry(cli)

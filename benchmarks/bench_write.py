@@ -1,0 +1,386 @@
+"""How fast an extraction writes, beside the bare disk and beside a sink that takes everything at once; and its memory.
+
+    python -m benchmarks.bench_write                                    1,024 pictures x 4 views: 6.2 GB, one shard
+    python -m benchmarks.bench_write --teacher clip-b16 --weights random:0 --rows 64
+    python -m benchmarks.bench_write --rows 32 --views 2                a trial of the program, not a measurement
+
+In turns, each its files removed afterwards:
+
+    raw disk        as many bytes by plain writes of 8 MiB and one fsync
+    writer alone    the store's writer, given ready batches
+    null sink       the extraction with a store that discards what it is given: decoding, teacher, encoding
+    store           the extraction
+
+Of the extraction it tells the stage that holds it up, resident memory at the start and after each quarter, its peak,
+and the most that was dirty in the page cache: a store that streams needs no more for a shard of 6 GB than for 60 MB.
+On few cores even the synthetic teacher is slower than a disk; `--ready` takes it out of the way.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import describe, environment, save, table
+from featcache import manifest, publish
+from featcache.cli import entry
+from featcache.errors import UserError
+from featcache.extract import Progress, compute, run
+from featcache.images import open_source
+from featcache.plan import Plan, parse_levels
+from featcache.store import SHARDS, STORES, Array, store
+from featcache.teachers import Teacher, load
+from featcache.views import policy
+
+PIECE_BYTES = 8 << 20
+SAMPLE_S = 0.05
+PICTURE_PX = 256
+
+
+# ------------------------------------------------------------ a store that keeps nothing: this module as store `null`
+
+NAME = "null"
+
+
+class NullWriter:
+    """See store.ShardWriter; counts, and publishes a record without files."""
+
+    def __init__(self, cache: Path, shard: str, views: int) -> None:
+        self.cache, self.shard, self.views = cache, shard, views
+        self.folder = publish.begin(cache, shard, NAME)
+        self.keys: list[str] = []
+        self.items = 0
+
+    def append(self, keys: Sequence[str], items: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.keys.extend(keys[-self.items % self.views :: self.views])
+        self.items += len(keys)
+
+    def finish(
+        self, quarantined: Sequence[Mapping[str, str]], statistics: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        record = {
+            "shard": self.shard,
+            "rows": len(self.keys),
+            "keys_digest": manifest.keys_digest(self.keys),
+            "quarantined": [dict(row) for row in quarantined],
+            "files": {},
+            "statistics": {name: dict(facts) for name, facts in statistics.items()},
+        }
+        publish.publish(self.folder, self.cache, self.shard, NAME, record)
+        return record
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> NullWriter:
+    return NullWriter(cache, shard, views)
+
+
+class Ready:
+    """A teacher that answers every batch as it answered the first of that size."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._answers: dict[int, tuple[list[Tensor], Tensor]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
+
+    def __call__(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        if len(images) not in self._answers:
+            self._answers[len(images)] = self._teacher(images, levels)
+        return self._answers[len(images)]
+
+
+# ------------------------------------------------------------ what is looked at meanwhile
+
+
+@dataclass
+class Watch:
+    """Resident memory of this process and dirty pages of the machine, while a block runs."""
+
+    start_bytes: int = 0
+    peak_bytes: int = 0
+    dirty_bytes: int = 0
+    quarters: dict[int, int] = field(default_factory=dict)  # per cent done -> resident bytes
+    seconds: float = 0.0
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Watch:
+        self._dirty_before = _kib("/proc/meminfo", "Dirty")
+        self.start_bytes = self.peak_bytes = _kib("/proc/self/status", "VmRSS")
+        self._exact = _reset_peak()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self._done.set()
+        self._thread.join()
+        if self._exact:
+            self.peak_bytes = max(self.peak_bytes, _kib("/proc/self/status", "VmHWM"))
+
+    def _look(self) -> None:
+        while not self._done.wait(SAMPLE_S):
+            self.peak_bytes = max(self.peak_bytes, _kib("/proc/self/status", "VmRSS"))
+            self.dirty_bytes = max(self.dirty_bytes, _kib("/proc/meminfo", "Dirty") - self._dirty_before)
+
+    def report(self, progress: Progress) -> None:
+        done = 100 * progress.pictures // max(progress.total, 1)
+        for quarter in (25, 50, 75, 100):
+            if done >= quarter and quarter not in self.quarters:
+                self.quarters[quarter] = _kib("/proc/self/status", "VmRSS")
+
+
+def _kib(path: str, name: str) -> int:
+    """Bytes of a `Name:   123 kB` line."""
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def _reset_peak() -> bool:
+    """Make VmHWM start again from now; False where a process may not."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------ the four
+
+
+def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
+    """JPEGs as photographs are for a decoder: slopes, edges, and noise."""
+    folder.mkdir()
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:PICTURE_PX, :PICTURE_PX].astype(np.float32) / PICTURE_PX
+    for i in range(count):
+        a, b, c = random.uniform(0.5, 6, (3, 3, 1, 1)).astype(np.float32)
+        picture = (
+            128 + 60 * np.sin(a * x + b * y) + 40 * np.sign(np.sin(c * (x - y))) + random.normal(0, 8, (3, *x.shape))
+        )
+        pixels = np.clip(picture, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(pixels)).save(folder / f"{i:06d}.jpg", quality=90)
+    return folder
+
+
+def write_raw(path: Path, count: int) -> int:
+    """So many bytes, on the disk when it returns."""
+    piece = np.random.default_rng(0).integers(0, 256, PIECE_BYTES, np.uint8).data
+    fd, left = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), count
+    try:
+        while left:
+            left -= os.write(fd, piece[: min(left, PIECE_BYTES)])
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return count
+
+
+def write_alone(path: Path, plan: Plan, batch_size: int) -> int:
+    """The store's writer with one batch again and again."""
+    random, arrays = np.random.default_rng(0), plan.arrays
+    batch = {array.name: np.zeros((batch_size, *array.item), array.dtype) for array in arrays}
+    batch["features"][:] = random.standard_normal(batch["features"].shape, np.float32)
+    (path / SHARDS).mkdir(parents=True)
+    for shard in plan.shards:
+        sink = store(plan.store).writer(path, shard["name"], arrays, plan.views)
+        names = [plan.source.keys[shard["first"] + i] for i in range(shard["count"]) for _ in range(plan.views)]
+        for low in range(0, len(names), batch_size):
+            part = names[low : low + batch_size]
+            sink.append(part, {name: values[: len(part)] for name, values in batch.items()})
+        sink.finish([], {})
+    return _bytes(path)
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def extract(path: Path, plan: Plan, batch_size: int, workers: int, watch: Watch) -> dict[str, Any]:
+    progress = Progress(report=watch.report)
+    run(plan, path, batch_size=batch_size, workers=workers, progress=progress)
+    return {"slowest": progress.slowest, "busy": dict(progress.busy)}
+
+
+def measure(work: Callable[[Watch], dict[str, Any]], rows: int, bytes_: int) -> dict[str, Any]:
+    """One run as numbers."""
+    with Watch() as watch:
+        facts = work(watch)
+    return {
+        **facts,
+        "seconds": watch.seconds,
+        "pictures_s": rows / watch.seconds,
+        "mb_s": bytes_ / watch.seconds / 1e6,
+        "start_bytes": watch.start_bytes,
+        "peak_bytes": watch.peak_bytes,
+        "dirty_bytes": watch.dirty_bytes,
+        "resident_bytes": watch.quarters,
+    }
+
+
+def warm_up(plan: Plan, batch_size: int) -> None:
+    """What only the first batch of a process costs."""
+    size = plan.teacher.input_px
+    compute(plan.teacher, torch.zeros((batch_size, 3, size, size), dtype=torch.uint8), plan.levels, plan.codec, 1)
+
+
+def repetition(folder: Path, plan: Plan, batch_size: int, workers: int, first: int) -> dict[str, dict[str, Any]]:
+    """The four in turn, another one first each time; rates are of the bytes that the store writes, for all."""
+    out, rows = folder / "out", len(plan.source)
+    total = plan.view_bytes * plan.views * rows
+    nothing = Plan(**{**vars(plan), "store": NAME})
+
+    def alone(watch: Watch) -> dict[str, Any]:
+        write_alone(out, plan, batch_size)
+        return {}
+
+    def raw(watch: Watch) -> dict[str, Any]:
+        write_raw(out, total)
+        return {}
+
+    works: dict[str, Callable[[Watch], dict[str, Any]]] = {
+        "raw disk": raw,
+        "writer alone": alone,
+        "null sink": lambda watch: extract(out, nothing, batch_size, workers, watch),
+        "store": lambda watch: extract(out, plan, batch_size, workers, watch),
+    }
+    results = {}
+    for i in range(len(works)):
+        name = list(works)[(first + i) % len(works)]
+        results[name] = measure(works[name], rows, total)
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        click.echo(f"  {name}: {results[name]['seconds']:.1f} s", err=True)
+    return {name: results[name] for name in works}
+
+
+# ------------------------------------------------------------ the program
+
+
+def medians(reps: Sequence[dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """Ratios within each repetition, their medians."""
+
+    def ratio(name: str, versus: str) -> float:
+        return statistics.median(rep[name]["mb_s"] / rep[versus]["mb_s"] for rep in reps)
+
+    return {
+        "writer alone / raw disk": ratio("writer alone", "raw disk"),
+        "store / null sink": ratio("store", "null sink"),
+        "store / raw disk": ratio("store", "raw disk"),
+    }
+
+
+def rates_table(reps: Sequence[dict[str, dict[str, Any]]]) -> str:
+    rows = []
+    for name in reps[0]:
+        mine = [rep[name] for rep in reps]
+        busy = mine[0].get("busy", {})
+        rate, speed = (statistics.median(each[key] for each in mine) for key in ("pictures_s", "mb_s"))
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in busy.items()) or "-"
+        rows.append((name, f"{rate:.1f}", f"{speed:.0f}", mine[0].get("slowest", "-"), stages))
+    return table(["", "pictures/s", "MB/s", "slowest", "busy seconds"], rows)
+
+
+def memory_table(reps: Sequence[dict[str, dict[str, Any]]]) -> str:
+    """Of the last repetition: the first one's start includes what is loaded once."""
+    rows = []
+    for name, mine in reps[-1].items():
+        quarters = [
+            f"{mine['resident_bytes'][q] / 1e6:.0f}" if q in mine["resident_bytes"] else "-" for q in (25, 50, 75, 100)
+        ]
+        sizes = [f"{mine[key] / 1e6:.0f}" for key in ("start_bytes", "peak_bytes", "dirty_bytes")]
+        rows.append((name, sizes[0], *quarters, sizes[1], sizes[2]))
+    return table(["MB resident", "start", "25 %", "50 %", "75 %", "100 %", "peak", "most dirty"], rows)
+
+
+@click.command(context_settings={"max_content_width": 110})
+@click.option("--teacher", default="synthetic:levels=5,tokens=196,width=768", show_default=True)
+@click.option("--weights", help="As for `featcache extract`.")
+@click.option("--ready", is_flag=True, help="Answer every batch with the teacher's first answer: no wait for it.")
+@click.option("--levels", default="last:5", show_default=True)
+@click.option("--rows", type=click.IntRange(1), default=1024, show_default=True, help="Pictures; one shard.")
+@click.option("--views", type=click.IntRange(1), default=4, show_default=True, help="Views a picture.")
+@click.option("--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Decoding threads. [default: cores]"
+)
+@click.option("--reps", type=click.IntRange(1), default=1, show_default=True, help="Repetitions; medians are shown.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where files are written. [default: a temporary one]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
+def cli(
+    teacher: str,
+    weights: str | None,
+    ready: bool,
+    levels: str,
+    rows: int,
+    views: int,
+    store_name: str,
+    batch_size: int,
+    workers: int,
+    reps: int,
+    folder: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Measure how fast an extraction writes, and what memory it needs."""
+    STORES[NAME] = "benchmarks.bench_write"
+    with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
+        place = Path(temporary)
+        model: Any = Ready(load(teacher, weights)) if ready else load(teacher, weights)
+        pictures = open_source(write_pictures(place / "pictures", rows))
+        plan = Plan(
+            pictures,
+            model,
+            policy(size=model.input_px),
+            views,
+            parse_levels(levels, model.depth),
+            store=store_name,
+            rows_per_shard=rows,
+        )
+        total = plan.view_bytes * views * rows
+        free = shutil.disk_usage(place).free
+        if 1.1 * total > free:
+            raise UserError(
+                f"--folder {str(place)!r}: {1.1 * total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
+                "fewer --rows or --views"
+            )
+        about = environment(place)
+        who = f"{teacher}{', ready' * ready}"
+        click.echo(f"{describe(about)}\n{rows} pictures x {views} views, {who}: {total / 1e9:.2f} GB in one shard")
+        warm_up(plan, batch_size)
+        done = [repetition(place, plan, batch_size, workers, first) for first in range(reps)]
+    ratios = medians(done)
+    options = {"teacher": teacher, "rows": rows, "views": views, "batch_size": batch_size, "workers": workers}
+    options |= {"ready": ready, "store": store_name}
+    save(json_path, {**about, "options": options, "bytes": total, "ratios": ratios, "repetitions": done})
+    click.echo(f"\n{rates_table(done)}\n\n{memory_table(done)}\n")
+    for text, value in ratios.items():
+        click.echo(f"{text} = {value:.2f}")
+    last = done[-1]["store"]
+    click.echo(f"memory above the start = {(last['peak_bytes'] - last['start_bytes']) / 1e6:.0f} MB")
+    click.echo(f"most dirty bytes = {last['dirty_bytes'] / 1e6:.0f} MB of {total / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    entry(cli)

@@ -1,0 +1,399 @@
+"""Other ways to keep and read the same records, each as fast as its documented interface allows.
+
+A `Layout` is files of one format, and the ways to read them. Nobody is asked for more than we are: no compression, no
+checksums where a format can do without, threads where they help. What a training step needs is a batch in one piece of
+memory, which is used again for the next: whoever can only give rows in memory of his own has them copied there. Streams
+are let off that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contest import F16, I64, Batches, Reader, Task
+
+Into = Callable[[int, F16], None]  # a row's number, and its place
+
+FEW = 32  # rows a batch of those who fill memory of their own, and of a block where a format has such
+_NPY_HEADER = 128  # bytes before the numbers, where a shape is short
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`write(folder, source, task)`, and for each peer that can read it: (folder, task) -> readers."""
+
+    name: str
+    write: Callable[[Path, F16, Task], None]
+    readers: Mapping[str, Callable[[Path, Task], list[Reader]]]
+
+
+def _each(
+    task: Task, one: Callable[[int, F16], None], pool: ThreadPoolExecutor | None = None
+) -> Callable[[I64], Batches]:
+    """Random rows into a batch's memory, `one` row a call, by the caller or by a pool's threads."""
+
+    def read(order: I64) -> Batches:
+        out = task.memory()
+        for rows in task.batches(order):
+            for _ in (pool.map if pool else map)(one, rows, out[: len(rows)]):
+                pass
+            yield rows, out[: len(rows)]
+
+    return read
+
+
+# ------------------------------------------------------------ Zarr, by three libraries
+
+
+def _write_zarr(chunk: int, sharded: bool = False) -> Callable[[Path, F16, Task], None]:
+    def write(folder: Path, source: F16, task: Task) -> None:
+        import zarr
+
+        shards = (task.file_rows, *task.item) if sharded else None
+        array = zarr.create_array(
+            str(folder),
+            shape=source.shape,
+            chunks=(min(chunk, task.file_rows), *task.item),
+            shards=shards,
+            dtype="<f2",
+            compressors=None,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            config={"write_empty_chunks": True},
+        )
+        step = task.file_rows if sharded else chunk
+        for low in range(0, task.rows, step):
+            array[low : low + step] = source[low : low + step]
+
+    return write
+
+
+def _zarr_readers(library: str, ways: str) -> Callable[[Path, Task], list[Reader]]:
+    def readers(folder: Path, task: Task) -> list[Reader]:
+        import zarr
+
+        pipelines = {"zarrs": "zarrs.ZarrsCodecPipeline", "zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+        zarr.config.set({"async.concurrency": 64})  # the default of later versions
+        with zarr.config.set({"codec_pipeline.path": pipelines[library]}):  # it is chosen when an array is opened
+            array: Any = zarr.open_array(str(folder), mode="r")
+
+        def one_row(row: int, out: F16) -> None:
+            out[:] = array[row]
+
+        def orthogonal(order: I64) -> Batches:
+            out = task.memory()
+            for rows in task.batches(order, FEW):
+                array.get_orthogonal_selection((rows,), out=_buffer(out[: len(rows)]))
+                yield rows, out[: len(rows)]
+
+        def by_block(order: I64) -> Batches:
+            out = task.memory(FEW)
+            for low, high in task.blocks(order, FEW):
+                array.get_basic_selection((slice(low, high),), out=_buffer(out[: high - low]))
+                yield range(low, high), out[: high - low]
+
+        name = {"zarr": "zarr-python", "zarrs": "zarr-python with zarrs"}[library]
+        known = {
+            "row": Reader(f"{name}, array[row]", "rows", _each(task, one_row)),
+            "oindex": Reader(f"{name}, orthogonal selection", "rows", orthogonal),
+            "block": Reader(f"{name}, {FEW}-row blocks", "block", by_block),
+        }
+        return [known[way] for way in ways.split()]
+
+    return readers
+
+
+def _buffer(out: F16) -> Any:
+    """Memory of ours that zarr-python reads into."""
+    from zarr.core.buffer import default_buffer_prototype
+
+    return default_buffer_prototype().nd_buffer.from_ndarray_like(out)  # type: ignore[arg-type]
+
+
+def _tensorstore(ways: str) -> Callable[[Path, Task], list[Reader]]:
+    def readers(folder: Path, task: Task) -> list[Reader]:
+        import tensorstore as ts
+
+        def opened(**context: Any) -> Any:
+            limits = {
+                "file_io_concurrency": {"limit": max(task.threads, 4)},
+                "data_copy_concurrency": {"limit": task.threads},
+            }
+            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}, "recheck_cached_data": False}
+            return ts.open({**spec, "context": {**limits, **context}}, read=True).result()
+
+        plain, mapped = opened(), opened(file_io_mode={"mode": "memmap"})
+
+        def futures(store: Any) -> Callable[[I64], Batches]:
+            def read(order: I64) -> Batches:
+                out = task.memory(FEW)
+                for rows in task.batches(order, FEW):
+                    with ts.Batch() as batch:
+                        waiting = [store[row].read(batch=batch) for row in rows]
+                    for place, future in zip(out, waiting, strict=False):
+                        place[:] = future.result()
+                    yield rows, out[: len(rows)]
+
+            return read
+
+        def into(store: Any) -> Callable[[I64], Batches]:
+            def read(order: I64) -> Batches:
+                out = task.memory()
+                for rows in task.batches(order):
+                    ts.array(out[: len(rows)], copy=False).write(store[rows]).result()
+                    yield rows, out[: len(rows)]
+
+            return read
+
+        def by_block(step: int) -> Callable[[I64], Batches]:
+            def read(order: I64) -> Batches:
+                out = task.memory(step)
+                for low, high in task.blocks(order, step):
+                    ts.array(out[: high - low], copy=False).write(plain[low:high]).result()
+                    yield range(low, high), out[: high - low]
+
+            return read
+
+        known = {
+            "rows": [
+                Reader("tensorstore, futures", "rows", futures(plain)),
+                Reader("tensorstore, futures, memmap", "rows", futures(mapped)),
+                Reader("tensorstore, copied into our memory", "rows", into(plain)),
+                Reader("tensorstore, copied into our memory, memmap", "rows", into(mapped)),
+            ],
+            "block": [Reader(f"tensorstore, {FEW}-row blocks", "block", by_block(FEW))],
+            "shard": [Reader("tensorstore, whole shards", "block", by_block(task.file_rows))],
+        }
+        return [reader for way in ways.split() for reader in known[way]]
+
+    return readers
+
+
+# ------------------------------------------------------------ webdataset
+
+
+def _write_tars(folder: Path, source: F16, task: Task) -> None:
+    from webdataset import TarWriter
+
+    for number, first in enumerate(range(0, task.rows, task.file_rows)):
+        with TarWriter(str(folder / f"{number:06d}.tar")) as tar:
+            for row in range(first, min(first + task.file_rows, task.rows)):
+                tar.write({"__key__": f"{row:09d}", "npy": source[row]})
+
+
+@dataclass(frozen=True)
+class _Parse:
+    """The quickest way to a tar's array: no copy. A class, since a worker may have to be sent it."""
+
+    item: tuple[int, ...]
+
+    def __call__(self, data: bytes) -> F16:
+        return np.frombuffer(data, np.float16, offset=_NPY_HEADER).reshape(self.item)
+
+
+def _webdataset_readers(folder: Path, task: Task) -> list[Reader]:
+    import webdataset as wds
+
+    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
+
+    def decoded() -> Any:
+        dataset = wds.WebDataset(tars, shardshuffle=False, empty_check=False)
+        return dataset.decode().to_tuple("__key__", "npy")
+
+    def bare() -> Any:
+        dataset = wds.WebDataset(tars, shardshuffle=False, empty_check=False).to_tuple("__key__", "npy")
+        return dataset.map_tuple(str, _Parse(task.item))
+
+    def in_process(make: Callable[[], Any]) -> Callable[[I64], Batches]:
+        return lambda order: ((int(key), values) for key, values in make())
+
+    def loaded(dataset: Any, workers: int, batch: int | None = None) -> Callable[[I64], Batches]:
+        def read(order: I64) -> Batches:
+            loader = wds.WebLoader(dataset, batch_size=batch, num_workers=workers, worker_init_fn=_quiet)
+            for keys, values in loader:
+                yield [int(key) for key in ([keys] if isinstance(keys, str) else keys)], values.numpy()
+
+        return read
+
+    few = min(FEW, task.file_rows)
+    return [
+        Reader("webdataset in process, decode()", "stream", in_process(decoded)),
+        Reader("webdataset in process, frombuffer", "stream", in_process(bare)),
+        *(
+            Reader(f"webdataset DataLoader, {workers} worker{'s' * (workers > 1)}, {how}", "stream", loaded(*way))
+            for workers in (1, 2)
+            for how, way in {
+                "one by one": (decoded(), workers),
+                f"batched({FEW})": (bare().batched(few), workers),
+                f"batch_size={FEW}": (bare(), workers, few),
+            }.items()
+        ),
+    ]
+
+
+def _quiet(worker: int) -> None:
+    """A tar's bytes cannot be written to, which torch says of every tensor; nobody writes to them."""
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+# ------------------------------------------------------------ one file a sample
+
+
+def _write_npy(folder: Path, source: F16, task: Task) -> None:
+    for row in range(task.rows):
+        np.save(folder / f"{row:09d}.npy", source[row])
+
+
+def _npy_readers(folder: Path, task: Task) -> list[Reader]:
+    paths = [str(folder / f"{row:09d}.npy") for row in range(task.rows)]
+    pool = ThreadPoolExecutor(task.threads)
+
+    def load(row: int, out: F16) -> None:
+        out[:] = np.load(paths[row])
+
+    def fromfile(row: int, out: F16) -> None:
+        out.reshape(-1)[:] = np.fromfile(paths[row], np.float16, offset=_NPY_HEADER)
+
+    def readinto(row: int, out: F16) -> None:
+        with open(paths[row], "rb", buffering=0) as file:  # noqa: PTH123 (a Path object costs what is measured here)
+            file.seek(_NPY_HEADER)
+            file.readinto(out.reshape(-1).view(np.uint8).data)
+
+    return [
+        Reader(f"npy, {name}{how}", "rows", _each(task, one, threads))
+        for how, threads in (("", None), (", threads", pool))
+        for name, one in (("np.load", load), ("np.fromfile", fromfile), ("readinto", readinto))
+    ]
+
+
+# ------------------------------------------------------------ HDF5 and safetensors
+
+
+def _write_hdf5(chunked: bool) -> Callable[[Path, F16, Task], None]:
+    def write(folder: Path, source: F16, task: Task) -> None:
+        import h5py  # type: ignore[import-untyped]
+
+        with h5py.File(folder / "rows.h5", "w", libver="latest") as file:
+            chunks = (1, *task.item) if chunked else None
+            dataset = file.create_dataset("features", source.shape, "<f2", chunks=chunks)
+            for row in range(task.rows):
+                dataset.write_direct(source, np.s_[row], np.s_[row])
+
+    return write
+
+
+def _hdf5_readers(folder: Path, task: Task) -> list[Reader]:
+    import h5py
+
+    dataset = h5py.File(folder / "rows.h5", "r")["features"]  # rows beyond the chunk cache's 1 MiB pass it by
+
+    def direct(order: I64) -> Batches:
+        out = task.memory()
+        for rows in task.batches(order):
+            for i, row in enumerate(rows):
+                dataset.read_direct(out, np.s_[row], np.s_[i])
+            yield rows, out[: len(rows)]
+
+    def by_block(order: I64) -> Batches:
+        out = task.memory(task.block)
+        for low, high in task.blocks(order):
+            dataset.read_direct(out, np.s_[low:high], np.s_[: high - low])
+            yield range(low, high), out[: high - low]
+
+    how = "by row" if dataset.chunks else "contiguous"
+    return [
+        Reader(f"h5py {how}, read_direct", "rows", direct),
+        Reader(f"h5py {how}, read_direct of blocks", "block", by_block),
+    ]
+
+
+def _write_safetensors(folder: Path, source: F16, task: Task) -> None:
+    from safetensors.numpy import save_file
+
+    for number, low in enumerate(range(0, task.rows, task.file_rows)):
+        save_file({"features": source[low : low + task.file_rows]}, folder / f"{number:06d}.safetensors")
+
+
+def _safetensors_readers(folder: Path, task: Task) -> list[Reader]:
+    from safetensors import safe_open
+
+    paths = sorted(folder.glob("*.safetensors"))
+    slices = {
+        kind: [safe_open(str(path), framework=kind).get_slice("features") for path in paths] for kind in ("np", "pt")
+    }
+    maps = []
+    for path in paths:
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        maps.append(np.memmap(path, np.float16, "r", start).reshape(-1, *task.item))
+    pool = ThreadPoolExecutor(task.threads)
+
+    def sliced(kind: str) -> Into:
+        def read(row: int, out: F16) -> None:
+            number, at = divmod(row, task.file_rows)
+            np.copyto(out, np.asarray(slices[kind][number][at : at + 1])[0])
+
+        return read
+
+    def mapped(row: int, out: F16) -> None:
+        number, at = divmod(row, task.file_rows)
+        np.copyto(out, maps[number][at])
+
+    return [
+        Reader(f"safetensors, {name}{how}", "rows", _each(task, one, threads))
+        for how, threads in (("", None), (", threads", pool))
+        for name, one in (
+            ("get_slice to numpy", sliced("np")),
+            ("get_slice to torch", sliced("pt")),
+            ("memory map", mapped),
+        )
+    ]
+
+
+LAYOUTS = (
+    Layout(
+        "Zarr, a chunk for each row",
+        _write_zarr(1),
+        {
+            "zarr": _zarr_readers("zarr", "row oindex"),
+            "zarrs": _zarr_readers("zarrs", "row oindex block"),
+            "tensorstore": _tensorstore("rows"),
+        },
+    ),
+    Layout(
+        f"Zarr, chunks of {FEW} rows",
+        _write_zarr(FEW),
+        {
+            "zarr": _zarr_readers("zarr", "block"),
+            "zarrs": _zarr_readers("zarrs", "block"),
+            "tensorstore": _tensorstore("block"),
+        },
+    ),
+    Layout(
+        "Zarr, rows in shards",
+        _write_zarr(1, sharded=True),
+        {
+            "zarr": _zarr_readers("zarr", "row block"),
+            "zarrs": _zarr_readers("zarrs", "row block"),
+            "tensorstore": _tensorstore("rows shard"),
+        },
+    ),
+    Layout("webdataset tars", _write_tars, {"webdataset": _webdataset_readers}),
+    Layout("a .npy for each row", _write_npy, {"npy": _npy_readers}),
+    Layout("HDF5, contiguous", _write_hdf5(False), {"h5py": _hdf5_readers}),
+    Layout("HDF5, a chunk for each row", _write_hdf5(True), {"h5py": _hdf5_readers}),
+    Layout("safetensors", _write_safetensors, {"safetensors": _safetensors_readers}),
+)
+PEERS = tuple(dict.fromkeys(peer for layout in LAYOUTS for peer in layout.readers))
+
+
+def missing(peer: str) -> bool:
+    """Whether a peer's library is not installed."""
+    return peer != "npy" and importlib.util.find_spec(peer) is None

@@ -1,0 +1,167 @@
+"""The records that are read, a cache that holds them, and the two readers that matter most: ours and memcpy.
+
+L levels, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import featcache
+from benchmarks.contest import F16, I64, Batches, Contest, Reader, Task, check
+from featcache import checksums, manifest
+from featcache.store import SHARDS, Array, store
+
+SHARD_ROWS = 1024
+
+
+# ------------------------------------------------------------ the records
+
+
+def make_source(task: Task, seed: int = 0) -> F16:
+    """Numbers as normalised features have them: fp16 of unit variance, nothing that a disk or a kernel could fold."""
+    random, source = np.random.default_rng(seed), np.empty((task.rows, *task.item), np.float16)
+    for low in range(0, task.rows, 16):
+        part = source[low : low + 16]
+        part[:] = random.standard_normal(part.shape, np.float32)
+    return source
+
+
+def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
+    """A cache with these features through the store's own writer; checksums as extraction stores them."""
+    rows, levels, tokens, width = source.shape
+    row_view = ("row", "view")
+    arrays = [
+        Array("features", "<f2", (levels, tokens, width), (*row_view, "level", "token", "channel"), split=True),
+        Array("attention", "<f4", (tokens - 1,), (*row_view, "patch")),
+        Array("mask_order", "<u2", (tokens - 1,), (*row_view, "rank")),
+    ]
+    arrays += checksums.declare(arrays, levels, tokens, ranked=ranked)
+    keys = [f"{row:09d}" for row in range(rows)]
+    (path / SHARDS).mkdir(parents=True)
+    shards = []
+    for first in range(0, rows, SHARD_ROWS):
+        shard = {"name": f"{first // SHARD_ROWS:06d}", "first": first, "count": min(SHARD_ROWS, rows - first)}
+        writer = store(name).writer(path, shard["name"], arrays, 1)
+        for low in range(first, first + shard["count"], 32):
+            high = min(low + 32, first + shard["count"])
+            items: dict[str, Any] = {
+                "features": source[low:high],
+                "attention": np.full((high - low, tokens - 1), 1 / tokens, np.float32),
+                "mask_order": np.tile(np.arange(tokens - 1, dtype=np.uint16), (high - low, 1)),
+            }
+            writer.append(keys[low:high], {**items, **checksums.compute(arrays, items)})
+        writer.finish([], {})
+        shards.append(shard)
+    identity = {
+        "teacher": {"name": "benchmark", "patches": tokens - 1, "width": width},
+        "levels": list(range(1, levels + 1)),
+        "codec": "fp16",
+        "tokens": "ranked" if ranked else "raster",
+        "policy": {"size": 224},
+        "views": 1,
+        "pictures": {"count": rows, "keys_digest": manifest.keys_digest(keys)},
+        "rows_per_shard": SHARD_ROWS,
+        "store": name,
+    }
+    declared = {array.name: array.as_dict() for array in arrays}
+    manifest.write_json(
+        path / manifest.NAME, manifest.make(identity, {"weights": "registered", "source": ""}, declared, shards, {})
+    )
+    return path
+
+
+# ------------------------------------------------------------ ours and memcpy
+
+
+class Way(NamedTuple):
+    """One way to read ours, and to copy the same in memory."""
+
+    kind: str = "rows"
+    threads: int = 1
+    levels: int | None = None
+    tokens: int | None = None
+    checks: bool | None = None  # None: memcpy
+
+    @property
+    def name(self) -> str:
+        who = "memcpy" if self.checks is None else "ours"
+        part = [f"{self.levels} level{'s' * (self.levels != 1)}"] * bool(self.levels) + [
+            f"{self.tokens} tokens"
+        ] * bool(self.tokens)
+        checks = [] if self.checks is None else ["checks" if self.checks else "no checks"]
+        return ", ".join([who, self.kind, *part, *checks, f"{self.threads} thread{'s' * (self.threads > 1)}"])
+
+    @property
+    def memcpy(self) -> Way:
+        return self._replace(checks=None)
+
+
+class Bench:
+    """The records in memory, a destination for each shape, and opened caches: what all our readers share."""
+
+    def __init__(self, task: Task, source: F16, order: I64) -> None:
+        self.task, self.source, self.order = task, source, order
+        self._memory: dict[tuple[int, ...], F16] = {}
+
+    def requests(self, kind: str) -> Iterator[I64]:
+        if kind == "rows":
+            return (np.asarray(rows) for rows in self.task.batches(self.order))
+        return (np.arange(low, high) for low, high in self.task.blocks(self.order))
+
+    def memory(self, way: Way) -> F16:
+        levels, tokens, width = self.task.item
+        count = self.task.batch if way.kind == "rows" else self.task.block
+        shape = (count, way.levels or levels, way.tokens or tokens, width)
+        if shape not in self._memory:
+            self._memory[shape] = np.ones(shape, np.float16)
+        return self._memory[shape]
+
+    def ours(self, cache: featcache.Cache, way: Way) -> Reader:
+        out, levels = self.memory(way), None if way.levels is None else cache.levels[: way.levels]
+
+        def read(order: I64) -> Batches:
+            for rows in self.requests(way.kind):
+                place = out[: len(rows)]
+                cache.read(rows, levels=levels, tokens=way.tokens, out={"features": place}, check=bool(way.checks))
+                yield rows, place
+
+        return Reader(way.name, way.kind, read, way.levels, way.tokens)
+
+    def memcpy(self, way: Way) -> Reader:
+        """Threads take a part of the rows each time one is free, as ours do."""
+        out, source = self.memory(way), self.source[:, : way.levels, : way.tokens]
+        pool = ThreadPoolExecutor(way.threads)
+
+        def copy(places: Sequence[int], rows: Sequence[int]) -> None:
+            for place, row in zip(places, rows, strict=True):
+                np.copyto(out[place], source[row])
+
+        def read(order: I64) -> Batches:
+            for numbers in self.requests(way.kind):
+                rows, step = numbers.tolist(), -(-len(numbers) // (4 * way.threads))
+                if way.threads == 1:
+                    copy(range(len(rows)), rows)
+                else:
+                    cuts = range(0, len(rows), step)
+                    parts = [range(low, min(low + step, len(rows))) for low in cuts]
+                    list(pool.map(copy, parts, [rows[low : low + step] for low in cuts]))
+                yield numbers, out[: len(rows)]
+
+        return Reader(way.name, way.kind, read, way.levels, way.tokens)
+
+    def contest(
+        self, ways: Sequence[Way], caches: Callable[[Way], featcache.Cache], others: Sequence[Reader]
+    ) -> Contest:
+        """Ways, the memcpy that belongs to each, and others; all have shown that they give the right numbers."""
+        readers = [self.memcpy(way) for way in dict.fromkeys(way.memcpy for way in ways)]
+        readers += [self.ours(caches(way), way) for way in ways]
+        contest = Contest([*readers, *others])
+        for reader in contest.readers:
+            check(reader, self.order, self.source)
+        return contest

@@ -1,0 +1,1 @@
+"""One file, one command of `featcache`: its options, and what it says. The work is done elsewhere."""

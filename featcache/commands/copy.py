@@ -1,0 +1,118 @@
+"""`featcache copy`: a cache, or a part of it, on another disk."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache import manifest, show, transfer
+from featcache.errors import UsageError
+from featcache.reader import Cache
+
+
+@click.command(
+    epilog="Examples:\n\n  featcache copy caches/clip-b16-1a2b3c4d /local/clip-b16\n\n"
+    "  featcache copy caches/clip-b16-1a2b3c4d /local/small --views 1 --levels last:5\n\n"
+    "  featcache copy caches/clip-b16-1a2b3c4d /local/tenth --shards 0:125"
+)
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--views", type=click.IntRange(1), help="Only the first N views. [default: all]")
+@click.option("--levels", help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]")
+@click.option("--shards", help="A:B: only shards A to B - 1, counted from 0. [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def command(cache: Path, dest: Path, views: int | None, levels: str | None, shards: str | None, as_json: bool) -> None:
+    """Copy CACHE to DEST, every file compared with its checksum. Killed, the same command continues.
+
+    With --views or --levels, additions to CACHE are merged: DEST is one flat cache of its own teacher.
+    """
+    span = _span(cache, shards) if shards else None
+    chosen = _levels(cache, levels) if levels else None
+    carry_out(
+        "copy",
+        dest,
+        as_json,
+        lambda progress: transfer.copy(cache, dest, views=views, levels=chosen, shards=span, progress=progress),
+    )
+
+
+def _levels(cache: Path, text: str) -> tuple[int, ...]:
+    """As `extract` reads them."""
+    from featcache.plan import parse_levels
+
+    return parse_levels(text, manifest.read(cache)["identity"]["teacher"]["depth"])
+
+
+def _span(cache: Path, text: str) -> tuple[int, int]:
+    """'A:B', where either may be left out, -> numbers of shards."""
+    low, colon, high = text.partition(":")
+    if not colon or not all(part == "" or part.isdecimal() for part in (low, high)):
+        raise UsageError(f"--shards {text!r}: A:B is needed, shards A to B - 1 counted from 0, such as 0:100")
+    return int(low or 0), int(high or len(manifest.read(cache)["shards"]))
+
+
+def carry_out(what: str, dest: Path, as_json: bool, work: Callable[[transfer.Progress], list[str]]) -> None:
+    """Run a transfer with a progress bar, and tell what is there now."""
+    bar = show.Bar(what, "MB")
+    progress = transfer.Progress()
+    progress.report = lambda now: bar(now.done // 10**6, now.total // 10**6)
+    progress.waiting = Waiting()
+    bar.text = lambda done, total: _rate(progress)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an orderly stop
+    try:
+        left = work(progress)
+    finally:
+        bar.close()
+    with Cache(dest) as cache:
+        summary = {
+            "cache": str(dest),
+            "id": cache.manifest["id"],
+            "store": cache.identity["store"],
+            "rows": len(cache),
+            "views": cache.views,
+            "levels": cache.levels,
+            "bytes": cache.bytes,
+            "complete": cache.complete,
+            "parts": cache.parts,
+            "new_shards": progress.shards,
+            "bytes_per_s": round(progress.rate),
+            "left_out": left,
+        }
+    show.facts_or_text(summary, as_json, _story(summary))
+
+
+class Waiting:
+    """Says so once each time the number of shards changes that other processes hold."""
+
+    def __init__(self) -> None:
+        self._told = 0
+
+    def __call__(self, shards: int) -> None:
+        if shards != self._told:
+            click.echo(f"note: waiting for {shards} shards that other processes work on", err=True)
+        self._told = shards
+
+
+def _rate(progress: transfer.Progress) -> str:
+    left = (progress.total - progress.done) / max(progress.rate, 1e-9)
+    eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
+    return f"{show.size(progress.rate)}/s, ETA {eta}"
+
+
+def _story(summary: dict[str, Any]) -> str:
+    levels = ",".join(map(str, summary["levels"]))
+    lines = [
+        f"{summary['cache']}: {summary['rows']} pictures x {summary['views']} views, levels {levels}, "
+        f"{summary['store']} store, {show.size(summary['bytes'])}, id {summary['id']}",
+        f"{summary['new_shards']} shards written, {show.size(summary['bytes_per_s'])}/s"
+        if summary["new_shards"]
+        else "was complete already; nothing to do",
+        *(f"added: {part}" for part in summary["parts"][1:]),
+        *(f"left out: {part}" for part in summary["left_out"]),
+    ]
+    return "\n".join(lines)

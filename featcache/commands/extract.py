@@ -1,0 +1,251 @@
+"""`featcache extract`: the teacher, once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featcache import home, images, manifest, show, views
+from featcache.errors import UsageError, UserError
+from featcache.reader import Cache
+from featcache.show import given_images
+from featcache.store import STORES, record_path
+
+if TYPE_CHECKING:
+    from featcache.extract import Progress
+    from featcache.plan import Plan
+
+
+class Pair(click.ParamType):
+    """Two numbers parted by a comma, fractions allowed: 0.2,1 or 3/4,4/3."""
+
+    name = "LOW,HIGH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        try:
+            low, high = (_number(part) for part in str(value).split(","))
+        except (ValueError, ZeroDivisionError):
+            self.fail(
+                f"{value!r} given; two numbers parted by a comma are needed, such as 0.2,1 or 3/4,4/3", param, ctx
+            )
+        return low, high
+
+
+def _number(text: str) -> float:
+    top, _, bottom = text.partition("/")
+    return float(top) / float(bottom or 1)
+
+
+@click.command(
+    epilog="Examples:\n\n  featcache extract --teacher clip-b16 --images train/ --views 4 --levels last:5\n\n"
+    "  featcache extract --teacher clip-b16 --images 'train-{000000..001281}.tar' --weights ViT-B-16.safetensors\n\n"
+    "  featcache extract --teacher synthetic:levels=5,tokens=196,width=768 --images photos/ --out trial"
+)
+@click.option("--teacher", "teacher_name", help="Name, or NAME,key=value,...; `featcache teachers` lists them.")
+@click.option("--images", "images_spec", help="Folder of pictures or webdataset tars. [default: $FEATCACHE_IMAGES]")
+@click.option("--out", type=click.Path(path_type=Path), help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]")
+@click.option("--views", "view_count", type=click.IntRange(1), default=1, show_default=True, help="Views a picture.")
+@click.option("--levels", default="last:5", show_default=True, help="last:N, a list such as 8,10,12, or all.")
+@click.option(
+    "--policy", "policy_name", default="default", show_default=True, help="Named view policy or a .json file."
+)
+@click.option("--size", type=int, help="Pixels of a view. [policy: 224]")
+@click.option("--scale", type=Pair(), help="Area fraction LOW,HIGH. [policy: 0.2,1]")
+@click.option("--ratio", type=Pair(), help="Width / height LOW,HIGH. [policy: 3/4,4/3]")
+@click.option("--filter", "filter_name", help="bicubic, bilinear or lanczos. [policy: bicubic]")
+@click.option("--flip", type=float, help="Probability of a mirrored view. [policy: 0.5]")
+@click.option("--jitter", type=float, help="Largest change of brightness, contrast, saturation. [policy: 0]")
+@click.option("--seed", type=int, help="Seed of the views. [policy: 0]")
+@click.option("--order", default="attentive", show_default=True, help="Stored mask order: attentive, topk or uniform.")
+@click.option("--codec", default="fp16", show_default=True, help="How features are stored.")
+@click.option("--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True)
+@click.option(
+    "--tokens", default="raster", show_default=True, help="raster, or ranked: in mask order, read by prefixes."
+)
+@click.option("--keep", help="With --tokens ranked: store the first N patches, or this share of them.")
+@click.option(
+    "--pixels", type=click.Choice(["raw"]), help="raw: store the rendered views, so training decodes nothing."
+)
+@click.option("--weights", help="FILE, a tag, or random:SEED. [default: the registered pretrained tag]")
+@click.option("--rows-per-shard", type=click.IntRange(1), default=1024, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Views a teacher batch.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Decoding threads. [default: cores]"
+)
+@click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one]")
+@click.option("--devices", help="all, or a list such as cuda:0,cuda:1: one process each, on one cache.")
+@click.option("--shard", "share", help="I/N: only shards I, I + N, ...; I counts from 0. For job arrays.")
+@click.option("--add", is_flag=True, help="Add views, levels or a second teacher to the cache at --out.")
+@click.option("--strict", is_flag=True, help="Stop at the first picture that cannot be used.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def command(
+    teacher_name: str | None,
+    images_spec: str | None,
+    out: Path | None,
+    view_count: int,
+    levels: str,
+    policy_name: str,
+    order: str,
+    codec: str,
+    store_name: str,
+    tokens: str,
+    keep: str | None,
+    pixels: str | None,
+    weights: str | None,
+    rows_per_shard: int,
+    batch_size: int,
+    workers: int,
+    device: str | None,
+    devices: str | None,
+    share: str | None,
+    add: bool,
+    strict: bool,
+    dry_run: bool,
+    as_json: bool,
+    **policy_options: Any,
+) -> None:
+    """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
+    from featcache import codecs, fleet, targets, teachers
+    from featcache import plan as plans
+    from featcache.device import pick_device
+
+    if teacher_name is None:
+        raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
+    for option, value, known in (("--order", order, targets.ORDERS), ("--codec", codec, codecs.CODECS)):
+        if value not in known:
+            raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
+    teachers.family(teachers.split(teacher_name)[0])  # an unknown name is told before anything is read
+    names = {"filter_name": "filter"}
+    changes = {names.get(key, key): value for key, value in policy_options.items() if value is not None}
+    policy = views.policy(policy_name, **changes)
+    source = images.open_source(given_images(images_spec))
+    if device and devices:
+        raise UsageError(f"--device {device} and --devices {devices}: one of them is allowed; leave one out")
+    several = fleet.devices(devices) if devices else []
+    device = several[0] if several else pick_device(device)
+    teacher = teachers.load(teacher_name, weights, device)
+    chosen = plans.parse_levels(levels, teacher.depth)
+    plan = plans.Plan(
+        source, teacher, policy, view_count, chosen, order, codec, store_name, rows_per_shard, tokens,
+        plans.parse_keep(keep, teacher.patches), pixels is not None,
+    )  # fmt: skip
+    if manifest.is_random(plan.manifest()):
+        click.echo(f"note: {weights} - these weights are drawn, not trained; the features carry no meaning", err=True)
+    place = _place(plan, out, add, teacher_name)
+    if place is None:
+        text = f"{out}: has all of this already; nothing to add"
+        show.facts_or_text({"cache": str(out), "new_pictures": 0, "complete": True}, as_json, text)
+        return
+    part, folder = place
+    summary = {"cache": str(out or folder), "id": part.manifest()["id"], "pictures": len(source), "views": part.views}
+    summary |= {"levels": part.levels, "bytes": part.view_bytes * part.views * len(source)}
+    if dry_run:
+        text = f"would write {show.size(summary['bytes'])} in {len(part.shards)} shards to {folder}"
+        show.facts_or_text(summary, as_json, text)
+        return
+    with fleet.helpers(several[1:]):
+        summary.update(_extract(part, folder, batch_size, workers, strict, _share(share)))
+    home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **summary)
+    show.facts_or_text(summary, as_json, _story(summary))
+
+
+def _place(plan: Plan, out: Path | None, add: bool, name: str) -> tuple[Plan, Path] | None:
+    """What is to be extracted, and into which folder; None where there is nothing to add."""
+    if not add:
+        from featcache.plan import file_name
+
+        return plan, out or home.home() / f"{file_name(name)}-{plan.manifest()['id'][:8]}"
+    if out is None:
+        raise UsageError("--add adds to a cache: name it with --out CACHE")
+    from featcache import adding
+
+    return adding.plan_part(plan, out)
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    """'2/8' -> (2, 8).
+
+    >>> _share("2/8"), _share(None)
+    ((2, 8), (0, 1))
+    """
+    if text is None:
+        return 0, 1
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(f"--shard {text!r}: I/N with I from 0 to N - 1 is needed, such as $SLURM_ARRAY_TASK_ID/8")
+    return int(index), int(count)
+
+
+def _extract(
+    plan: Plan, out: Path, batch_size: int, workers: int, strict: bool, share: tuple[int, int]
+) -> dict[str, Any]:
+    from featcache import extract as work
+
+    bar = show.Bar("extract", "pictures")
+    progress = work.Progress()
+    progress.report = lambda now: bar(now.pictures, now.total)
+    bar.text = lambda done, total: _rate(progress)
+    progress.waiting = lambda shards: _say_waiting(shards, progress)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an orderly stop
+    try:
+        work.run(plan, out, batch_size=batch_size, workers=workers, strict=strict, progress=progress, share=share)
+    except KeyboardInterrupt:
+        raise UserError(_left(plan, out)) from None
+    finally:
+        bar.close()
+    with Cache(out) as cache:
+        return {
+            "rows": len(cache),
+            "complete": cache.complete,
+            "new_pictures": progress.pictures,
+            "quarantined": cache.quarantined,
+            "pictures_per_s": round(progress.rate, 2),
+            "slowest": progress.slowest,
+        }
+
+
+def _left(plan: Plan, out: Path) -> str:
+    """What a person who stopped it wants to know."""
+    left = [shard["count"] for shard in plan.shards if not record_path(out, shard["name"]).is_file()]
+    return (
+        f"stopped: {len(plan.shards) - len(left)} of {len(plan.shards)} shards of {str(out)!r} are complete and kept, "
+        f"{sum(left)} pictures are left; the same command continues"
+    )
+
+
+def _say_waiting(shards: int, progress: Progress) -> None:
+    if progress.told_waiting != shards:
+        progress.told_waiting = shards
+        click.echo(f"note: waiting for {shards} shards that other processes work on", err=True)
+
+
+def _rate(progress: Progress) -> str:
+    left = (progress.total - progress.pictures) / max(progress.rate, 1e-9)
+    eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
+    return f"{progress.rate:.1f} pictures/s, ETA {eta}, slowest: {progress.slowest}"
+
+
+def _story(summary: dict[str, Any]) -> str:
+    lines = [
+        f"{summary['cache']}: {summary['rows']} pictures x {summary['views']} views, {show.size(summary['bytes'])}"
+    ]
+    if summary["new_pictures"]:
+        lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
+    elif summary["complete"]:
+        lines.append("was complete already; nothing to do")
+    if not summary["complete"]:
+        lines.append("this share is done; the cache is complete when the others are")
+    for row in summary["quarantined"][:10]:
+        lines.append(f"quarantined {row['key']!r}: {row['reason']}")
+    if summary["quarantined"]:
+        lines.append(
+            f"{len(summary['quarantined'])} in quarantine, all listed in {summary['cache']}/quarantine.json; "
+            "mended pictures come in with a new --out"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""`featcache info`: what a cache is, what it holds, whom it can serve, and who used it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache import home, manifest, serves, show, statistics
+from featcache.reader import Cache
+
+
+@click.command(epilog="Example:\n\n  featcache info caches/clip-b16-1a2b3c4d --json")
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(cache: Path, as_json: bool) -> None:
+    """Identity, completeness, sizes and statistics of CACHE, the recipes it can serve and the runs that used it."""
+    with Cache(cache) as opened:
+        facts = describe(opened)
+    click.echo(json.dumps(facts, indent=1) if as_json else text(opened, facts))
+
+
+def describe(cache: Cache) -> dict[str, Any]:
+    """All facts as plain data."""
+    found: dict[str, Any] = {}
+    for teacher in cache.teachers:
+        place = "" if teacher == cache.teachers[0] else f"{teacher}/"
+        found |= {f"{place}{name}": facts for name, facts in statistics.merge(cache.records_of(teacher)).items()}
+    arrays = {
+        name: {
+            "dtype": spec.dtype,
+            "shape": [len(cache), *([cache.views] if spec.per_view else []), *spec.item],
+            "statistics": found.get(name),
+        }
+        for name, spec in cache.arrays.items()
+    }
+    return {
+        "id": cache.manifest["id"],
+        "identity": cache.identity,
+        "provenance": cache.manifest["provenance"],
+        "random_weights": manifest.is_random(cache.manifest),
+        "complete": cache.complete,
+        "shards": len(cache.manifest["shards"]),
+        "shards_complete": len(cache.records),
+        "rows": len(cache),
+        "bytes": cache.bytes,
+        "views": cache.views,
+        "parts": cache.parts,
+        "arrays": arrays,
+        "serves": serves.recipes(cache),
+        "runs": home.runs_of(cache.manifest["id"]),
+        "quarantined": cache.quarantined,
+    }
+
+
+def text(cache: Cache, facts: dict[str, Any]) -> str:
+    identity = facts["identity"]
+    lines = [
+        manifest.title(cache.manifest),
+        f"{facts['shards_complete']} of {facts['shards']} shards, {facts['rows']} rows, {show.size(facts['bytes'])}, "
+        f"{identity['store']} store, codec {identity['codec']}, {identity['tokens']} tokens",
+        "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
+        *(f"added: {part}" for part in facts["parts"][1:]),
+        show.table([("array", "dtype", "shape", "range", ""), *map(_row, facts["arrays"].items())]),
+        "serves: " + (", ".join(name for name, why in facts["serves"].items() if not why) or "no known recipe"),
+        *(f"  not {name}: {why}" for name, why in facts["serves"].items() if why),
+        *_runs(facts["runs"]),
+        *(f"quarantined {row['key']!r}: {row['reason']}" for row in facts["quarantined"][:10]),
+    ]
+    if len(facts["quarantined"]) > 10:
+        lines.append(f"{len(facts['quarantined'])} in quarantine, all listed in {cache.path}/quarantine.json")
+    if not facts["complete"]:
+        lines.append("incomplete: run the same `featcache extract` again to finish it")
+    return "\n".join(lines)
+
+
+def _row(item: tuple[str, dict[str, Any]]) -> tuple[str, str, str, str, str]:
+    name, array = item
+    found = array["statistics"]
+    if not found:
+        return name, array["dtype"], str(array["shape"]), "", ""
+    notes = [f"{word} {found[word]:.4g}" for word in ("norm", "entropy") if word in found]
+    if array["dtype"][1] == "f":
+        notes.append(f"{found['non_finite']} not finite")
+    return name, array["dtype"], str(array["shape"]), f"{found['min']:.6g} to {found['max']:.6g}", ", ".join(notes)
+
+
+def _runs(runs: list[dict[str, Any]]) -> list[str]:
+    if not runs:
+        return ["runs: none noted"]
+    return [
+        f"runs: {len(runs)}, the last:",
+        *(f"  {run['time']}  {run.get('recipe', run['command'])}  {run.get('run', '')}".rstrip() for run in runs[-5:]),
+    ]

@@ -1,0 +1,40 @@
+"""`featcache repair`: only the bad shards, extracted again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache import images, show
+
+
+@click.command(
+    epilog="Examples:\n\n  featcache repair caches/clip-b16-1a2b3c4d\n\n"
+    "  featcache repair caches/clip-b16-1a2b3c4d --images /mnt/other/train --weights ViT-B-16.safetensors"
+)
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--images", "images_spec", help="The pictures. [default: where they were at extraction]")
+@click.option("--weights", help="The teacher's weights. [default: as at extraction]")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads.")
+@click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def command(
+    cache: Path, images_spec: str | None, weights: str | None, workers: int, device: str | None, as_json: bool
+) -> None:
+    """Find what is damaged in CACHE and mend it: files from their copies, bad shards by the teacher."""
+    from featcache import extract, repair, teachers
+    from featcache.device import pick_device
+
+    def load(about: dict[str, Any]) -> tuple[images.Source, teachers.Teacher]:
+        source = images.open_source(images_spec or about["provenance"]["source"])
+        given = weights or about["provenance"]["weights"]
+        return source, teachers.load(about["identity"]["teacher"]["name"], given, pick_device(device))
+
+    bar = show.Bar("repair", "pictures")
+    progress = extract.Progress(lambda now: bar(now.pictures, now.total))
+    done = repair.run(cache, load, workers=workers, progress=progress)
+    bar.close()
+    lines = [f"restored {name}" for name in done["restored"]] + [f"extracted again {name}" for name in done["shards"]]
+    show.facts_or_text({"cache": str(cache), **done}, as_json, "\n".join(lines) or f"{cache}: nothing to mend")

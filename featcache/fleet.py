@@ -1,0 +1,70 @@
+"""`--devices`: one process for each device, all on one cache; leases share out the shards.
+
+The calling process works on the first device itself. Whatever becomes of the others, it finishes what they leave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import click
+
+from featcache.errors import UsageError
+
+
+def devices(text: str) -> list[str]:
+    """'all' or 'cuda:0,cuda:1' -> the devices, each once."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if text == "all":
+        if not count:
+            raise UsageError("--devices all: this machine has no CUDA device; leave it out, or name some: cpu,cpu")
+        return [f"cuda:{i}" for i in range(count)]
+    names = text.split(",")
+    for name in names:
+        kind, _, number = name.partition(":")
+        if name != "cpu" and not (kind == "cuda" and number.isdecimal() and int(number) < count):
+            here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+            raise UsageError(f"--devices {text!r}: {name!r} is not here; allowed: {here}")
+    return names
+
+
+@contextlib.contextmanager
+def helpers(names: Sequence[str]) -> Iterator[None]:
+    """Run the same command once more for each device; they are waited for, or stopped where the caller fails."""
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in names]
+        started = [
+            subprocess.Popen([sys.executable, "-m", "featcache", *_arguments(name)], stdout=log, stderr=log)
+            for name, log in zip(names, logs, strict=True)
+        ]
+        try:
+            yield
+        except BaseException:
+            for process in started:
+                process.terminate()
+            raise
+        finally:
+            for process in started:
+                process.wait()
+        for name, process, log in zip(names, started, logs, strict=True):
+            if process.returncode:
+                log.seek(0)
+                last = (log.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+                click.echo(f"note: the process on {name} failed, its shards were done by the others: {last}", err=True)
+
+
+def _arguments(device: str) -> list[str]:
+    """This process's own command line with one device in place of several."""
+    out, words = [], iter(sys.argv[1:])
+    for word in words:
+        if word in ("--devices", "--device"):
+            next(words, None)
+        elif not word.startswith(("--devices=", "--device=")):
+            out.append(word)
+    return [*out, "--device", device]

@@ -1,0 +1,155 @@
+"""One extraction on disk: a manifest and its shards. A cache is one part, and those that were added to it later.
+
+n rows, V views of this part (numbers `first_view` to `first_view` + V - 1), L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache import manifest as manifests
+from featcache import publish, rng
+from featcache.errors import UserError
+from featcache.store import SHARDS, Array, array, record_path, store
+
+I64 = npt.NDArray[np.int64]
+PARTS = "parts"  # folder of what was added to a cache
+
+
+class Keys(Sequence[str]):
+    """The keys of all rows as one block of bytes and its offsets: no Python object per row."""
+
+    def __init__(self, blob: npt.NDArray[np.uint8], offsets: I64) -> None:
+        self._blob, self._offsets = blob, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        row = range(len(self))[row]
+        return self._blob[self._offsets[row] : self._offsets[row + 1]].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[row] for row in range(len(self)))
+
+    @cached_property
+    def digests(self) -> rng.U64:
+        """(n, 2) key digests in row order."""
+        return rng.key_digests(self)
+
+    @cached_property
+    def _sorted(self) -> I64:
+        return np.lexsort((self.digests[:, 1], self.digests[:, 0]))
+
+    def find(self, keys: Sequence[str]) -> I64:
+        """(m,) row of each key, -1 where it is not here."""
+        wanted = rng.key_digests(keys)
+        if not len(self) or not len(wanted):
+            return np.full(len(wanted), -1, np.int64)
+        pairs = np.ascontiguousarray(self.digests[self._sorted]).view([("a", "u8"), ("b", "u8")])[:, 0]
+        sought = np.ascontiguousarray(wanted).view(pairs.dtype)[:, 0]
+        at = np.minimum(np.searchsorted(pairs, sought), len(self) - 1)
+        return np.where(pairs[at] == sought, self._sorted[at], -1)
+
+
+class Part:
+    """An opened part: manifest and records are read, and every file's existence and size are checked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = manifests.read(path)
+        self.identity: dict[str, Any] = self.manifest["identity"]
+        self.teacher: str = self.identity["teacher"]["name"]
+        self.first_view: int = self.identity.get("first_view", 0)
+        self.views: int = self.identity["views"]
+        self.levels: tuple[int, ...] = tuple(self.identity["levels"])
+        self.arrays: dict[str, Array] = {name: array(name, f) for name, f in self.manifest["arrays"].items()}
+        self.store = store(self.identity["store"])
+        self.records = self._complete_shards()
+        self.starts: I64 = np.cumsum([0, *(record["rows"] for record in self.records)])
+
+    def _complete_shards(self) -> list[dict[str, Any]]:
+        paths = (record_path(self.path, shard["name"]) for shard in self.manifest["shards"])
+        records = [manifests.read_json(path) for path in paths if path.is_file()]
+        for record in records:
+            problems = publish.check(self.path, record["shard"], self.identity["store"], record, deep=False)
+            if problems:
+                raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
+        return records
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def complete(self) -> bool:
+        return len(self.records) == len(self.manifest["shards"])
+
+    @property
+    def bytes(self) -> int:
+        """Of all files of complete shards."""
+        return sum(file["bytes"] for record in self.records for file in record["files"].values())
+
+    @property
+    def view_numbers(self) -> range:
+        return range(self.first_view, self.first_view + self.views)
+
+    def holds(self, view: int) -> bool:
+        return view in self.view_numbers
+
+    def locate(self, shard: int, spec: Array, view: int, rows: I64) -> tuple[str, I64]:
+        """File and offsets of an array's items; rows are numbers of the whole part, all of one shard."""
+        return self.store.locate(
+            self.path,
+            self.records[shard]["shard"],
+            spec,
+            self.views,
+            view - self.first_view,
+            rows - self.starts[shard],
+        )
+
+    def keys(self) -> Keys:
+        parts = [self.store.keys(self.path, record["shard"], record) for record in self.records]
+        ends = np.cumsum([0, *(len(part.blob) for part in parts)])
+        offsets = [part.offsets[1:] + end for part, end in zip(parts, ends, strict=False)]
+        blobs = [part.blob for part in parts]
+        return Keys(np.concatenate([np.zeros(0, np.uint8), *blobs]), np.concatenate([np.zeros(1, np.int64), *offsets]))
+
+    def tail(self) -> dict[str, npt.NDArray[np.float32]]:
+        from safetensors.numpy import load_file
+
+        problems = manifests.check_files(self.path, self.manifest)
+        if problems:
+            raise UserError(f"cache file {problems[0]}; run `featcache repair {self.path}`")
+        return load_file(self.path / next(iter(self.manifest["files"])))
+
+
+def same_rows(base: Part, other: Part) -> str | None:
+    """Why two parts do not list the same rows; None where they do. Row i of one is then row i of the other."""
+    if base.identity["pictures"] != other.identity["pictures"]:
+        return "they are of other pictures"
+    for here, there in zip(base.records, other.records, strict=True):
+        if (here["shard"], here["rows"], here["keys_digest"]) != (there["shard"], there["rows"], there["keys_digest"]):
+            return f"rows of shard {here['shard']} differ: {here['rows']} and {there['rows']}"
+    return None
+
+
+def added(path: Path) -> list[Path]:
+    """Folders of the parts that were added to the cache at `path`, by name."""
+    folders = sorted((path / PARTS).iterdir()) if (path / PARTS).is_dir() else []
+    return [each for each in folders if (each / manifests.NAME).is_file() or (each / SHARDS / manifests.COPY).is_file()]
+
+
+def describe(manifest: Mapping[str, Any]) -> str:
+    """One part in a few words."""
+    identity = manifest["identity"]
+    first = identity.get("first_view", 0)
+    views = f"views {first} to {first + identity['views'] - 1}"
+    return f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  {views}"

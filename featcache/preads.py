@@ -1,0 +1,294 @@
+"""Byte ranges of many files into memory, by a few threads: bounded handles, checksums as bytes come, page cache or not.
+
+A `Run` is rows of one array in one file. Each row is one or more `Piece`s: so many bytes from an offset within the
+stored item to an offset within the row's place in memory, with or without a crc32c to compare. Threads take slices of
+runs until none is left; preadv and crc32c both leave the interpreter's lock while they work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import resource
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import crc32c
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import UsageError, UserError
+
+IO = ("auto", "buffered", "streaming", "direct")
+_ALIGN = 4096  # O_DIRECT wants offsets, sizes and memory in whole blocks; no disk asks for more than this
+_MOST_HANDLES = 16384
+_SMALL = 4096  # items up to this are read many at a time where they lie close
+_SPAN = 256 << 10  # how far apart the first and last of such items may lie
+_INLINE = 1 << 20  # less than this is read by the caller alone
+
+
+class Piece(NamedTuple):
+    """`size` bytes from `source` in an item to `place` in the row; `column` of the run's checksums, or -1."""
+
+    source: int
+    place: int
+    size: int
+    column: int = -1
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows `at` of `target` (n, row bytes) uint8, from the offsets of their items in the file."""
+
+    path: str
+    target: npt.NDArray[np.uint8]
+    at: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    pieces: Sequence[Piece]
+    crcs: npt.NDArray[np.uint32] | None = None  # (rows of `at`, columns)
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    def part(self, low: int, high: int) -> Run:
+        crcs = None if self.crcs is None else self.crcs[low:high]
+        return Run(self.path, self.target, self.at[low:high], self.offsets[low:high], self.pieces, crcs)
+
+
+class BadRow(Exception):
+    """A row's bytes are not those that were written: `row` of the target, `column` of its checksums."""
+
+    def __init__(self, path: str, row: int, column: int) -> None:
+        super().__init__(str(path))
+        self.path, self.row, self.column = path, row, column
+
+
+class Reads:
+    """Reads runs. Safe in several threads and after a fork; holds at most `most` files open."""
+
+    def __init__(self, threads: int | None = None, io: str = "buffered") -> None:
+        if io not in IO[1:]:
+            raise UsageError(f"io {io!r}: one of {', '.join(IO)} is allowed")
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads {threads}: at least 1 is needed")
+        self.threads = threads or min(4, len(os.sched_getaffinity(0)))
+        self.io = io
+        self._flags = os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0)
+        self._most = min(_raise_handles() // 2, _MOST_HANDLES)
+        self._files: OrderedDict[str, list[int]] = OrderedDict()  # path -> [handle, users]
+        self._start()
+        _alive.add(self)
+
+    def _start(self) -> None:
+        """A new lock and no threads: at first, and in a forked child, whose other threads are not there any more."""
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        for file in self._files.values():
+            file[1] = 0
+
+    def read(self, runs: Sequence[Run]) -> None:
+        """Fill every run. Raises UserError for a missing or short file, BadRow for a wrong checksum."""
+        total = sum(run.row_bytes * len(run.at) for run in runs)
+        if self.threads == 1 or total < _INLINE:
+            self._work(iter(runs))
+            return
+        parts = deque(_cut(runs, total // (4 * self.threads)))
+        with self._lock:
+            self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "featcache-read")
+        others = [self._pool.submit(self._work, _drain(parts)) for _ in range(self.threads - 1)]
+        try:
+            self._work(_drain(parts))
+        finally:
+            parts.clear()  # after an error nobody starts another part
+            errors = [error for other in others if (error := other.exception())]
+        if errors:
+            raise errors[0]
+
+    def _work(self, parts: Iterator[Run]) -> None:
+        for run in parts:
+            if len(run.at):
+                with self._open(run.path) as fd:
+                    try:
+                        self._fill(fd, run)
+                    except OSError as error:
+                        raise UserError(
+                            f"cache file {run.path}: {error.strerror}; mend the disk, or run `featcache verify`"
+                        ) from error
+
+    def _fill(self, fd: int, run: Run) -> None:
+        if len(run.at) > 1 and run.row_bytes <= _SMALL and self._fill_together(fd, run):
+            return
+        memory = run.target.reshape(-1).data
+        width = run.target.shape[1]
+        pieces = run.pieces if run.crcs is not None else _joined(run.pieces)
+        checks: list[Any] = run.crcs.tolist() if run.crcs is not None else [None] * len(run.at)
+        plain = self.io == "buffered"
+        for row, offset, crcs in zip(run.at.tolist(), run.offsets.tolist(), checks, strict=True):
+            base = row * width
+            for source, place, size, column in pieces:
+                view = memory[base + place : base + place + size]
+                if not plain or os.preadv(fd, (view,), offset + source) != size:
+                    self._pread(fd, run.path, view, offset + source)
+                if crcs is not None and column >= 0 and crc32c.crc32c(view) != crcs[column]:
+                    raise BadRow(run.path, row, column)
+
+    def _fill_together(self, fd: int, run: Run) -> bool:
+        """Small items that lie close: one read of all that is between them, then a gather. False where they don't."""
+        low, high = int(run.offsets.min()), int(run.offsets.max())
+        first, last = min(piece.source for piece in run.pieces), max(piece.source + piece.size for piece in run.pieces)
+        span = high - low + last - first
+        if span > max(_SPAN, 4 * run.row_bytes * len(run.at)):
+            return False
+        memory = np.empty(span, np.uint8)
+        self._pread(fd, run.path, memory.data, low + first)
+        for source, place, size, _ in run.pieces:
+            columns = (run.offsets - low)[:, None] + np.arange(source - first, source - first + size)
+            run.target[run.at, place : place + size] = memory[columns]
+        if run.crcs is not None:
+            for row, crcs in zip(run.at.tolist(), run.crcs.tolist(), strict=True):
+                view = run.target[row].data
+                for _, place, count, column in run.pieces:
+                    if column >= 0 and crc32c.crc32c(view[place : place + count]) != crcs[column]:
+                        raise BadRow(run.path, row, column)
+        return True
+
+    def _pread(self, fd: int, path: str, view: memoryview, offset: int) -> None:
+        """Fill `view` from the file; what is short or missing is an error, never zeros."""
+        if self.io == "direct":
+            _pread_direct(fd, path, view, offset)
+            return
+        start, count = offset, len(view)
+        while view:
+            got = os.preadv(fd, [view], offset)
+            if not got:
+                raise _ends(path, offset + len(view))
+            view, offset = view[got:], offset + got
+        if self.io == "streaming":
+            os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
+
+    @contextlib.contextmanager
+    def _open(self, path: str) -> Iterator[int]:
+        """An open file; it stays open until the bound asks for the place of the one that was used longest ago."""
+        with self._lock:
+            file = self._files.setdefault(path, [-1, 0])
+            file[1] += 1
+            self._files.move_to_end(path)
+        try:
+            yield self._handle(path, file)
+        finally:
+            with self._lock:
+                file[1] -= 1
+
+    def _handle(self, path: str, file: list[int]) -> int:
+        with self._lock:
+            if file[0] < 0:
+                try:
+                    file[0] = _open(path, self._flags)
+                except UserError:
+                    self._files.pop(path, None)
+                    raise
+            while len(self._files) > self._most:
+                oldest = next((each for each, (_, users) in self._files.items() if not users), None)
+                if oldest is None:
+                    break
+                os.close(self._files.pop(oldest)[0])
+            return file[0]
+
+    def close(self) -> None:
+        """Close all files; the next read opens them again."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown(wait=True)
+            self._pool = None
+            for fd, _ in self._files.values():
+                os.close(fd)
+            self._files.clear()
+
+
+_alive: weakref.WeakSet[Reads] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for reads in list(_alive):
+        reads._start()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _raise_handles() -> int:
+    """Files this process may hold open, after asking for as many as it is allowed to."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return soft if soft > 0 else 2 * _MOST_HANDLES
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno == 22:  # EINVAL: the file system knows no O_DIRECT
+            raise UserError(
+                f"cache file {path}: this file system does not read past the page cache (O_DIRECT); leave --direct out"
+            ) from error
+        raise UserError(f"cache file {path}: {error.strerror}; run `featcache verify`") from error
+
+
+def _cut(runs: Sequence[Run], part_bytes: int) -> Iterator[Run]:
+    """The same rows in parts of about so many bytes."""
+    for run in runs:
+        step = max(part_bytes // max(run.row_bytes, 1), 1)
+        for low in range(0, len(run.at), step):
+            yield run.part(low, low + step)
+
+
+def _drain(parts: deque[Run]) -> Iterator[Run]:
+    while True:
+        try:
+            yield parts.popleft()
+        except IndexError:
+            return
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbours in the file and in memory as one piece."""
+    out: list[Piece] = []
+    for piece in pieces:
+        if out and out[-1].source + out[-1].size == piece.source and out[-1].place + out[-1].size == piece.place:
+            out[-1] = Piece(out[-1].source, out[-1].place, out[-1].size + piece.size)
+        else:
+            out.append(piece)
+    return out
+
+
+_local = threading.local()
+
+
+def _pread_direct(fd: int, path: str, view: memoryview, offset: int) -> None:
+    """Whole blocks around the range into this thread's aligned memory, then a copy of what was asked for."""
+    low = offset // _ALIGN * _ALIGN
+    span = -(-(offset + len(view)) // _ALIGN) * _ALIGN - low
+    scratch: mmap.mmap | None = getattr(_local, "scratch", None)
+    if scratch is None or len(scratch) < span:
+        scratch = _local.scratch = mmap.mmap(-1, span)  # memory from mmap begins at a page
+    memory, got = memoryview(scratch), 0
+    while got < offset - low + len(view):
+        more = os.preadv(fd, [memory[got:span]], low + got)
+        if not more:
+            raise _ends(path, offset + len(view))
+        got += more
+    view[:] = memory[offset - low : offset - low + len(view)]
+
+
+def _ends(path: str, needed: int) -> UserError:
+    return UserError(f"cache file {path}: ends before byte {needed}; run `featcache verify`")

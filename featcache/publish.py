@@ -1,0 +1,175 @@
+"""How a shard becomes visible, whatever store wrote it: two renames, so that a death at any moment loses it at most.
+
+A writer's folder is published by one rename, its record by a second; the record lies inside the folder until then, so
+a folder that nobody finished publishing proves itself, byte by byte, to the next process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import crc32c
+
+from featcache import manifest
+from featcache.errors import UserError
+from featcache.store import SHARDS, folder_path, record_path, store
+
+RECORD = "record.json"
+ASIDE = "bad"  # suffix of a shard that a repair has put aside
+_STALE_S = 24 * 3600.0  # another machine's unfinished work is taken for dead after a day without a change
+_READ_BYTES = 8 << 20
+
+
+def begin(cache: Path, shard: str, name: str) -> Path:
+    """A new folder for one writer of a shard in the store `name`."""
+    folder = cache / SHARDS / f"{shard}.{name}.{manifest.owner()}.tmp"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, Any]) -> None:
+    """Two renames; the loser of a race removes its own work. The files' contents have been synced before."""
+    manifest.write_json(folder / RECORD, record)
+    for directory in sorted({path.parent for path in folder.rglob("*")}):
+        manifest.sync_folder(directory)
+    final = folder_path(cache, shard, name)
+    try:
+        folder.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(folder)
+    _publish_record(cache, shard, name)
+
+
+def _publish_record(cache: Path, shard: str, name: str) -> None:
+    try:
+        (folder_path(cache, shard, name) / RECORD).rename(record_path(cache, shard))
+    except FileNotFoundError:
+        if not record_path(cache, shard).is_file():  # else another process was a moment faster
+            raise
+    manifest.sync_folder(cache / SHARDS)
+
+
+def settle(cache: Path, name: str, shards: Iterable[str]) -> None:
+    """What dead writers left of shards: a folder without a record is adopted when its own record proves every byte, and
+    removed otherwise; unfinished folders are removed."""
+    wanted = set(shards)
+    for path in sorted((cache / SHARDS).iterdir()) if (cache / SHARDS).is_dir() else []:
+        shard, _, rest = path.name.partition(".")
+        if shard not in wanted:
+            continue
+        if rest.startswith(f"{name}.") and rest.endswith(".tmp") and is_dead(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif rest == name and not record_path(cache, shard).is_file():
+            _adopt(cache, shard, name)
+
+
+def _adopt(cache: Path, shard: str, name: str) -> None:
+    folder = folder_path(cache, shard, name)
+    record = _inner_record(folder)
+    # Only now: a record that left the folder in the meantime was moved here by the process that wrote it.
+    if record_path(cache, shard).is_file():
+        return
+    if record is not None and not check(cache, shard, name, record, deep=True):
+        _publish_record(cache, shard, name)
+    else:
+        shutil.rmtree(folder)
+
+
+def is_dead(leftover: Path) -> bool:
+    """Whether nobody works on a temporary file or folder any more."""
+    owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
+    if manifest.is_here(owner):
+        return not manifest.alive(owner)
+    try:
+        newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+    except OSError:  # it is being written, or removed, right now
+        return False
+    return time.time() - newest > _STALE_S
+
+
+def _inner_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        return manifest.read_json(folder / RECORD)
+    except UserError:  # missing or damaged: nothing proves the bytes
+        return None
+
+
+def check(cache: Path, shard: str, name: str, record: Mapping[str, Any], *, deep: bool) -> list[str]:
+    """What is wrong with a shard's files: missing or of another size; with `deep`, any changed byte."""
+    problems, folder, sound = [], str(folder_path(cache, shard, name)), store(name).sound
+    for file, facts in record["files"].items():
+        path = f"{folder}/{file}"  # text, not Path: a cache of ImageNet has 40,000 files to look at
+        try:
+            size = os.stat(path).st_size  # noqa: PTH116
+            good = not deep or size != facts["bytes"] or sound(Path(path), facts)
+        except OSError as error:
+            problems.append(f"{path}: missing" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}")
+            continue
+        if size != facts["bytes"]:
+            problems.append(f"{path}: {size} bytes, {facts['bytes']} recorded")
+        elif not good:
+            problems.append(f"{path}: checksum differs")
+    return problems
+
+
+def file_crc(path: Path, count: int) -> int:
+    """crc32c of the first `count` bytes of a file, or of all there are."""
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while count and (data := file.read(min(count, _READ_BYTES))):
+            crc, count = crc32c.crc32c(data, crc), count - len(data)
+    return crc
+
+
+# ------------------------------------------------------------ what a repair does to a shard
+
+
+def set_aside(cache: Path, shard: str, name: str) -> None:
+    """Take a shard's files and record out of sight, still there to be put back."""
+    present = [path for path in (record_path(cache, shard), folder_path(cache, shard, name)) if path.exists()]
+    if record_path(cache, shard) in present:  # what an earlier repair left aside has been replaced since
+        forget_aside(cache, shard, name)
+    for path in present:
+        if _aside(path).is_dir():  # `path` is a replacement that was never finished
+            shutil.rmtree(path)
+        else:
+            path.rename(_aside(path))
+    manifest.sync_folder(cache / SHARDS)
+
+
+def put_back(cache: Path, shard: str, name: str) -> None:
+    """Undo `set_aside`, unless a new shard is complete."""
+    if record_path(cache, shard).is_file():
+        forget_aside(cache, shard, name)
+        return
+    for path in (folder_path(cache, shard, name), record_path(cache, shard)):
+        if _aside(path).exists():
+            if path.is_dir():
+                shutil.rmtree(path)
+            _aside(path).rename(path)
+
+
+def forget_aside(cache: Path, shard: str, name: str) -> None:
+    """Remove what was set aside."""
+    _aside(record_path(cache, shard)).unlink(missing_ok=True)
+    shutil.rmtree(_aside(folder_path(cache, shard, name)), ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{ASIDE}")
+
+
+def leftovers(cache: Path) -> Iterator[Path]:
+    """Temporary files of dead writers, and shards set aside whose replacement is complete."""
+    for folder in (cache, cache / SHARDS):
+        yield from (path for path in folder.glob("*.tmp") if is_dead(path))
+    for path in (cache / SHARDS).glob(f"*.{ASIDE}"):
+        if record_path(cache, path.name.split(".")[0]).is_file():
+            yield path

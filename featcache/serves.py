@@ -1,0 +1,63 @@
+"""Which recipes a cache can serve, told without importing any of them (they need torch; `info` must not).
+
+A package of recipes announces itself with the entry point group `featcache.recipes`; each of its files states with a
+literal `SERVED_BY = {"fields": (...), "levels": "last:5"}` what its default configuration reads. The literal is parsed,
+never run.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from featcache.reader import Cache
+
+GROUP = "featcache.recipes"
+LITERAL = "SERVED_BY"
+
+
+def recipes(cache: Cache) -> dict[str, str]:
+    """Name -> why this cache does not serve it, empty where it does."""
+    return {name: lacks(cache, needs) for name, needs in sorted(known())}
+
+
+def known() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every announced recipe and what it states."""
+    for point in entry_points(group=GROUP):
+        spec = importlib.util.find_spec(point.value)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for path in Path(folder).glob("*.py"):
+                if needs := stated(path):
+                    yield path.stem, needs
+
+
+def stated(path: Path) -> dict[str, Any] | None:
+    """The literal of one file; None where there is none."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [LITERAL]:
+            value = ast.literal_eval(node.value)
+            return value if isinstance(value, dict) else None
+    return None
+
+
+def lacks(cache: Cache, needs: dict[str, Any]) -> str:
+    """What the default configuration of a recipe would miss here."""
+    if not needs["fields"]:
+        return ""
+    depth = cache.identity["teacher"]["depth"]
+    wanted = _levels(needs["levels"], depth)
+    if missing := [level for level in wanted if level not in cache.levels]:
+        return f"level {', '.join(map(str, missing))} is not stored (--levels {needs['levels']})"
+    if fields := [field for field in needs["fields"] if field not in cache.fields]:
+        return f"{', '.join(fields)} is not stored"
+    return "" if cache.complete else "the cache is incomplete"
+
+
+def _levels(text: str, depth: int) -> range:
+    """'last:5' of a teacher of so many blocks; a shallower one is aligned whole."""
+    count = int(text.removeprefix("last:")) if text else 0
+    return range(max(depth - count, 0) + 1, depth + 1)

@@ -1,0 +1,200 @@
+"""A cache as a PyTorch dataset, for people who keep their own trainer: pictures and targets joined by key.
+
+    data = Dataset("train/", "caches/clip-b16-1a2b3c4d", levels=[12])
+    for epoch in range(10):
+        data.set_epoch(epoch)                                   # the stored views take turns
+        for batch in DataLoader(data, 256, shuffle=True, num_workers=8, persistent_workers=True):
+            loss = ...(batch["pixels"], batch["features"])
+
+`examples/plain_pytorch.py` is a whole training loop. B batch, L levels, T stored tokens, P patches, D width, S pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from featcache import codecs, images, joining, rng, views
+from featcache.errors import UserError
+from featcache.reader import Cache
+
+Sample = dict[str, Any]
+
+
+def raster(features: Tensor, order: Tensor) -> Tensor:
+    """Ranked tokens (B, L, 1 + K, D) and the patches' order (B, P) -> (B, L, 1 + P, D) in image order.
+
+    Where a token was not read there is NaN, so that a loss which looks at it is not a number and cannot go unnoticed.
+    """
+    batch, levels, tokens, width = features.shape
+    out = features.new_full((batch, levels, 1 + order.shape[1], width), float("nan"))
+    out[:, :, 0] = features[:, :, 0]
+    at = 1 + order[:, : tokens - 1].long()
+    return out.scatter_(2, at[:, None, :, None].expand(-1, levels, -1, width), features[:, :, 1:])
+
+
+class Dataset(torch.utils.data.Dataset[Sample]):
+    """Map-style, one sample a picture: the view of the current epoch and what is stored of it.
+
+    `pictures` is a folder, a tar pattern or a `featcache.images.Source`; None takes the pixels that the cache stores
+    (`--pixels raw`), and nothing is decoded. Pictures in quarantine are skipped, pictures the cache does not know are
+    refused. A sample holds
+
+        pixels   (3, S, S) uint8, geometry as stored; `transform` is applied to it, and may change colours only
+        FIELDS   each of `fields` as a tensor; of `features` only `levels` (block numbers) and the first `tokens`
+        key, view, row, index     the picture's key, the view shown, the row in the cache, the number in this dataset
+
+    `decode=True` gives features as float32 in image order, (L, 1 + P, D), with NaN for tokens that are not stored or
+    not read. `decode=False` gives them as stored, half the bytes to carry from workers; `data.decode(batch)` does the
+    rest where the batch is, on a GPU too. A share `check_pixels` of the views is compared with what the teacher saw.
+
+    Works with num_workers=0 and with forked and spawned workers; a whole batch is one `cache.read`. `set_epoch` reaches
+    persistent workers too: call it before the epoch's iteration begins.
+    """
+
+    def __init__(
+        self,
+        pictures: str | os.PathLike[str] | images.Source | None,
+        cache: str | os.PathLike[str] | Cache,
+        *,
+        fields: Sequence[str] = ("features",),
+        levels: Sequence[int] | None = None,
+        tokens: int | None = None,
+        epoch: int = 0,
+        decode: bool = True,
+        transform: Callable[[Tensor], Any] | None = None,
+        return_key: bool = True,
+        check_pixels: float = 1 / 16,
+        pixel_tolerance: float = 0.0,
+    ) -> None:
+        self.cache = cache if isinstance(cache, Cache) else Cache(cache)
+        if not self.cache.complete:
+            raise UserError(
+                f"cache {str(self.cache.path)!r} is incomplete ({len(self.cache.records)} of "
+                f"{len(self.cache.manifest['shards'])} shards); finish it with the `featcache extract` that began it"
+            )
+        self.source = _open(pictures, self.cache)
+        self.pictures, self.rows, self.skipped = joining.join(self.cache, self.source)
+        self.policy = views.from_dict(self.cache.identity["policy"])
+        self.fields, self.levels, self.tokens = tuple(fields), levels, tokens
+        self.decoded, self.transform, self.return_key = decode, transform, return_key
+        self.check_pixels, self.pixel_tolerance = check_pixels, pixel_tolerance
+        self._digests = rng.key_digests(self.source.keys[i] for i in self.pictures)
+        self._epoch = torch.tensor([epoch]).share_memory_()  # workers see what `set_epoch` writes
+        self._features = [name for name in self.fields if name.rpartition("/")[2] == "features"]
+        self._reads = tuple(dict.fromkeys([*self._stored(), *self._pixel_fields()]))
+        self.cache.read(np.zeros(0, np.int64), 0, self._reads, levels, tokens)  # a name that is not stored is told now
+
+    def _stored(self) -> list[str]:
+        """Arrays that the fields are made of: features of a codec may be several, ranked ones need their order."""
+        names = list(self.fields)
+        for name in self._features:
+            prefix, identity = name[: -len("features")], self._identity(name)
+            names += [prefix + part for part in codecs.CODECS[identity["codec"]].arrays(identity["teacher"]["width"])]
+            names += [f"{prefix}mask_order"] if identity["tokens"] == "ranked" else []
+        return names
+
+    def _pixel_fields(self) -> tuple[str, ...]:
+        return ("pixels",) if isinstance(self.source, joining.Stored) else views.Drawn._fields
+
+    def _identity(self, name: str) -> dict[str, Any]:
+        """Of the teacher that a field belongs to: `features` of the cache's own, `TEACHER/features` of another."""
+        identity: dict[str, Any] = self.cache.manifest_of(name.rpartition("/")[0] or self.cache.teachers[0])["identity"]
+        return identity
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Show the views of this epoch from the next iteration on; over V epochs every picture shows its V views."""
+        self._epoch[0] = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([range(len(self))[index]])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of a batch, with one read of the cache; PyTorch's loader asks for batches in this way."""
+        at = np.asarray(indices, np.int64)
+        rows, digests = self.rows[at], self._digests[at]
+        shown = views.stored_view(digests, self.epoch, self.cache.views)
+        host = self.cache.read(rows, shown, self._reads, self.levels, self.tokens)
+        pixels = [self._pixels(host, i, int(index)) for i, index in enumerate(at)]
+        for i in np.flatnonzero(joining.sampled(digests, shown, self.epoch, 0, self.check_pixels)).tolist():
+            how = "pixel_tolerance=LEVELS"
+            joining.prove(self.cache, int(rows[i]), int(shown[i]), pixels[i], self.pixel_tolerance, how)
+        arrays = self._tensors({name: tensor(host[name]) for name in self._stored()})
+        return [
+            {
+                "pixels": self._image(pixels[i]),
+                **{name: values[i] for name, values in arrays.items()},
+                **({"key": self.source.keys[self.pictures[index]]} if self.return_key else {}),
+                **{"view": int(shown[i]), "row": int(rows[i]), "index": int(index)},
+            }
+            for i, index in enumerate(at)
+        ]
+
+    def decode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch of `decode=False` with float32 features (B, L, 1 + P, D) in image order, on the batch's device."""
+        out = dict(batch)
+        for name in self._features:
+            prefix, identity = name[: -len("features")], self._identity(name)
+            codec = codecs.CODECS[identity["codec"]]
+            names = codec.arrays(identity["teacher"]["width"])
+            out[name] = codec.decode({part: batch[prefix + part] for part in names})
+            if identity["tokens"] == "ranked":
+                out[name] = raster(out[name], batch[f"{prefix}mask_order"])
+        return out
+
+    def _tensors(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a sample keeps of the arrays that were read."""
+        if not self.decoded:
+            return arrays
+        whole = self.decode(arrays)
+        return {name: whole[name] for name in self.fields}
+
+    def _pixels(self, host: Mapping[str, npt.NDArray[Any]], i: int, index: int) -> npt.NDArray[np.uint8]:
+        if "pixels" in host:
+            stored: npt.NDArray[np.uint8] = host["pixels"][i]
+            return stored
+        number = int(self.pictures[index])
+        try:
+            picture = images.decode(self.source.read(number))
+        except (images.PictureError, OSError) as error:
+            key = self.source.keys[number]
+            raise UserError(f"picture {key!r} cannot be used in training: {error}; mend it, or remove it") from error
+        drawn = (host["crop"][i], host["flip"][i], host["jitter"][i])
+        return views.render(picture, *drawn, self.policy.size, self.policy.filter)
+
+    def _image(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return image if self.transform is None else self.transform(image)
+
+
+def tensor(values: npt.NDArray[Any]) -> Tensor:
+    """As a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64 of the same bits."""
+    if values.dtype.kind == "u" and values.dtype.itemsize > 1:
+        values = values.view(np.int64) if values.dtype.itemsize == 8 else values.astype(np.int64)
+    return torch.from_numpy(values)
+
+
+def _open(pictures: str | os.PathLike[str] | images.Source | None, cache: Cache) -> images.Source:
+    if isinstance(pictures, str | os.PathLike):
+        return images.open_source(pictures)
+    if pictures is not None:
+        return pictures
+    if not joining.stores_pixels(cache):
+        raise UserError(
+            f"cache {str(cache.path)!r} stores no pixels: give the pictures it was made from "
+            f"({cache.manifest['provenance']['source']!r}), or extract with --pixels raw"
+        )
+    return joining.Stored(cache)

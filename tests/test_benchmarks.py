@@ -1,0 +1,215 @@
+"""The benchmark programs run to their end at tiny sizes, and do not time a reader that gives wrong numbers.
+
+How fast anything is has no place here: 16 rows of 2 x 5 x 16 say nothing about it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import featcache
+from benchmarks import bench_read, cold, drop, peers, resident, table, warm
+from benchmarks.contest import Contest, Reader, Task, Turn, check, take
+from benchmarks.records import Bench, Way, make_source, write_cache
+from featcache.errors import UsageError, UserError
+
+TASK = Task(16, (2, 5, 16), 2, 4, 4)
+ORDER = np.random.default_rng(0).permutation(16)
+SOURCE = make_source(TASK)
+ROOT = Path(__file__).parent.parent
+
+
+def program(name: str, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
+
+
+# ------------------------------------------------------------ the programs
+
+
+def test_bench_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "read.json"
+    small = ("--rows", 16, "--shape", "2x5x16", "--reps", 1, "--threads", "1,2", "--seconds", 0.2)
+    ran = program("bench_read", *small, "--folder", tmp_path, "--json", path)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(path.read_text())
+    assert found["hardware"]["cores"] >= 1
+    assert {"cpu", "memory_bytes", "kernel", "filesystem"} <= set(found["hardware"])
+    assert found["versions"]["featcache"]
+    assert found["commit"]
+    assert found["options"]["rows"] == 16
+    assert all(result["ratio"] > 0 and result["gb_s"] > 0 for result in found["results"])
+    assert {result.get("peer") for result in found["results"]} >= {p for p in peers.PEERS if not peers.missing(p)}
+    lines = ran.stdout.splitlines()
+    for text in ("random rows, no checks / memcpy = ", "random rows, row checks / memcpy = ", "time for 1 of 2 levels"):
+        assert sum(line.startswith(text) and line.endswith(("  ok", "  MISSED")) for line in lines) >= 1, text
+    assert found["cold"]["gb_s"] or found["cold"]["skipped"]
+    assert [path.name for path in tmp_path.iterdir()] == ["read.json"]  # nothing else is left
+
+
+def test_bench_write_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "write.json"
+    small = ("--teacher", "synthetic:levels=2,tokens=4,width=16,size=28", "--levels", "all", "--rows", 8, "--views", 2)
+    ran = program("bench_write", *small, "--batch-size", 4, "--workers", 1, "--folder", tmp_path, "--json", path)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(path.read_text())
+    assert found["hardware"]["cpu"]
+    assert set(found["ratios"]) == {"writer alone / raw disk", "store / null sink", "store / raw disk"}
+    assert all(ratio > 0 for ratio in found["ratios"].values())
+    (rep,) = found["repetitions"]
+    assert rep["store"]["slowest"] in ("decode", "teacher", "encode", "write")
+    assert set(rep["store"]["resident_bytes"]) == {"25", "50", "75", "100"}
+    assert rep["store"]["peak_bytes"] >= rep["store"]["start_bytes"] > 0
+    assert "memory above the start = " in ran.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["write.json"]
+
+
+def test_what_cannot_be_asked() -> None:
+    assert bench_read.parse_peers("none") == ()
+    assert bench_read.parse_shape("5x197x768") == (5, 197, 768)
+    with pytest.raises(UsageError, match="--peers: unknown 'hdf5'"):
+        bench_read.parse_peers("npy,hdf5")
+    for shape in ("5x197", "5x1x768", "ax2x3", "0x2x3"):
+        with pytest.raises(UsageError, match="--shape"):
+            bench_read.parse_shape(shape)
+
+
+# ------------------------------------------------------------ right numbers, or no time
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # tars, where a stream is left before its end
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("layout", peers.LAYOUTS, ids=lambda layout: layout.name)
+def test_every_peer_is_checked(layout: peers.Layout, tmp_path: Path) -> None:
+    """Right numbers pass; with any number changed after writing, every reader is refused."""
+    if all(peers.missing(peer) for peer in layout.readers):
+        pytest.skip(f"needs one of {', '.join(layout.readers)}")
+    layout.write(tmp_path, SOURCE, TASK)
+    wrong = SOURCE.copy()
+    wrong[:, -1, -1, -1] += 1
+    for peer, make in layout.readers.items():
+        for reader in [] if peers.missing(peer) else make(tmp_path, TASK):
+            if "DataLoader" in reader.name:  # forks; it runs in the test of the program
+                continue
+            check(reader, ORDER, SOURCE)
+            with pytest.raises(UserError, match="not what was written"):
+                check(reader, ORDER, wrong)
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench")
+    write_cache(path / "raster", SOURCE, "zarr", ranked=False)
+    return write_cache(path / "ranked", SOURCE, "zarr", ranked=True)
+
+
+@pytest.mark.parametrize("checks", [False, True])
+@pytest.mark.parametrize("part", [{}, {"levels": 1}, {"tokens": 2}], ids=str)
+@pytest.mark.parametrize("kind", ["rows", "block"])
+def test_ours_and_memcpy_are_checked(folder: Path, kind: str, part: dict[str, int], checks: bool) -> None:
+    bench, way = Bench(TASK, SOURCE, ORDER), Way(kind, 2, checks=checks, **part)
+    with featcache.open(folder, threads=2) as cache:
+        for reader in (bench.ours(cache, way), bench.memcpy(way.memcpy)):
+            check(reader, ORDER, SOURCE, batches=99)
+            with pytest.raises(UserError, match="not what was written"):
+                check(reader, ORDER, SOURCE + np.float16(1))
+    assert bench.ours(cache, way).name != bench.memcpy(way.memcpy).name
+
+
+def test_a_written_cache_has_its_checksums(folder: Path) -> None:
+    for path in (folder, folder.with_name("raster")):
+        with featcache.open(path) as cache:
+            np.testing.assert_array_equal(cache.read(ORDER)["features"], SOURCE[ORDER])
+            assert cache.complete
+            assert list(cache.keys)[3] == "000000003"
+    with featcache.open(folder) as cache:
+        np.testing.assert_array_equal(cache.read([5], tokens=2)["features"], SOURCE[[5], :, :2])
+
+
+def test_a_reader_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="no rows at all"):
+        check(Reader("empty", "rows", lambda order: iter(())), ORDER, SOURCE)
+    with pytest.raises(UserError, match="more --rows"):
+        take(Reader("one", "rows", lambda order: iter([(ORDER, SOURCE)])), ORDER, 1.0)
+
+
+# ------------------------------------------------------------ the measuring itself
+
+
+def test_orders_cover_every_row_once() -> None:
+    assert sorted(row for rows in TASK.batches(ORDER) for row in rows) == list(range(16))
+    blocks = [row for low, high in TASK.blocks(ORDER) for row in range(low, high)]
+    assert sorted(blocks) == list(range(16))
+    assert blocks != sorted(blocks)
+
+
+def test_first_batch_is_not_timed() -> None:
+    turn = take(Reader("x", "rows", lambda order: iter([(range(4), SOURCE[:4])] * 3)), ORDER, 1.0)
+    assert (turn.rows, turn.bytes) == (8, 2 * SOURCE[:4].nbytes)
+
+
+def test_ratios_are_of_one_repetition() -> None:
+    """The median of 1/2, 1/4 and 1/12; the ratio of the medians would be another."""
+    readers = [Reader(name, "rows", lambda order: iter(())) for name in "ab"]
+    turns: dict[str, list[Turn]] = {
+        "a": [Turn(1, 10, 2.0), Turn(1, 10, 4.0), Turn(1, 10, 6.0)],
+        "b": [Turn(1, 10, 1.0), Turn(1, 10, 1.0), Turn(1, 20, 1.0)],
+    }
+    contest = Contest(readers, turns)
+    assert contest.ratios("a", "b") == pytest.approx([1 / 2, 1 / 4, 1 / 12])
+    assert contest.ratio("a", "b") == pytest.approx(1 / 4)
+    assert contest.time_ratio("a", "b") == pytest.approx(4.0)
+    facts: dict[str, Any] = contest.facts("a", "b")
+    assert (facts["lowest"], facts["highest"], facts["versus"]) == pytest.approx((1 / 12, 1 / 2, "b"))
+
+
+def test_pages_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "pages"
+    file.write_bytes(bytes(1 << 20))
+    fd = os.open(file, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    assert warm(file) == 1.0
+    if drop(file) > 0.01:
+        pytest.skip("this file system keeps its pages")
+    assert resident(tmp_path) == 0.0
+    with file.open("rb", buffering=0) as handle:
+        handle.read(4096)
+    assert 0 < resident(file) <= 1.0
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_plain_reads_read_everything(folder: Path, direct: bool) -> None:
+    with featcache.open(folder) as cache:
+        rows = cold.rows_of(cache, folder, ORDER)
+    whole = cold.ends_of(rows)
+    sizes = {path: Path(path).stat().st_size for path, _, _ in rows}
+    try:
+        assert cold.read_raw(rows, 2, direct=direct, shared=True) == 16 * TASK.row_bytes
+        assert cold.read_raw(whole, 2, direct=direct, shared=False) == sum(sizes.values())
+    except OSError:
+        assert direct  # not every file system reads past the page cache
+    path, offset, length = rows[0]
+    with open(path, "rb") as file:  # noqa: PTH123 (a text, as the program has it)
+        file.seek(offset)
+        assert file.read(length) == SOURCE[ORDER[0]].tobytes()
+
+
+def test_tables_line_up() -> None:
+    assert table(["", "a"], [("x", "1"), ("long", "22")]).splitlines() == [
+        "|      |  a |",
+        "| ---- | -: |",
+        "| x    |  1 |",
+        "| long | 22 |",
+    ]

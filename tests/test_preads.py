@@ -1,0 +1,394 @@
+"""Reading under duress: changed, cut and missing files, short reads, forks, threads, few handles, no page cache.
+
+The caches are those of test_reader.py; whatever happens, what is read is right or an error names the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import operator
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import featcache
+from featcache import preads
+from featcache.errors import UserError
+from featcache.reader import Cache
+from featcache.store import SHARDS, STORES, Array
+from tests.conftest import copy_tree, flip, python
+from tests.test_reader import FIELDS, KEYS, NUMBERS, TOKENS, VIEWS, knows_direct, write_cache
+
+CHUNK = f"{SHARDS}/000001.zarr/features/c.0.1.0.0.0"
+KINDS = [(name, tokens) for name in STORES for tokens in ("raster", "ranked")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    root = tmp_path_factory.mktemp("preads")
+    return {kind: write_cache(root / "-".join(kind), *kind) for kind in KINDS}
+
+
+@pytest.fixture
+def copy(folders: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
+    return copy_tree(folders["zarr", "raster"], tmp_path / "copy")
+
+
+def check_all(cache: Cache, tokens: int | None = None) -> None:
+    """Everything there is, view by view, equals what was written."""
+    for view in range(VIEWS):
+        for name, values in cache.read(range(len(cache)), view, FIELDS, tokens=tokens).items():
+            wanted = NUMBERS[name] if name == "source_size" else NUMBERS[name][:, view]
+            wanted = wanted[:, :, :tokens] if name in ("features", "feature_stats") else wanted
+            np.testing.assert_array_equal(values, wanted, err_msg=name)
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("name", [CHUNK, f"{SHARDS}/000000.zarr/attention/c.0.0.0", f"{SHARDS}/000000.zarr/zarr.json"])
+@pytest.mark.parametrize("how", ["short", "missing", "longer"])
+def test_a_file_of_another_size_is_named_when_the_cache_is_opened(copy: Path, name: str, how: str) -> None:
+    path = copy / name
+    data = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        path.write_bytes(data[:-5] if how == "short" else data + b"x")
+    with pytest.raises(UserError) as caught:
+        featcache.open(copy)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("io", ["buffered", "streaming", "direct"])
+@pytest.mark.parametrize("how", ["short", "missing"])
+@pytest.mark.parametrize("name", [CHUNK, f"{SHARDS}/000001.zarr/row_crc/c.0.0.0", f"{SHARDS}/000001.zarr/flip/c.0.0"])
+@pytest.mark.parametrize("rows", [[7], [5, 6, 7]])
+def test_a_file_that_goes_while_the_cache_is_open_is_named(
+    copy: Path, name: str, how: str, io: str, rows: list[int]
+) -> None:
+    if io == "direct" and not knows_direct(copy):
+        pytest.skip("this file system does not know O_DIRECT")
+    with featcache.open(copy, io=io) as cache:
+        path = copy / name
+        if how == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+        with pytest.raises(UserError) as caught:
+            cache.read(rows, 1, ["features", "flip"])
+        assert str(path) in str(caught.value)
+        assert ("ends before byte" if how == "short" else "No such file") in str(caught.value)
+
+
+@pytest.mark.parametrize("levels", [None, [5], [6, 2]])
+@pytest.mark.parametrize("rows", [[6], [5, 6, 7], [7, 6, 6]])
+def test_a_flipped_bit_is_never_read_in_silence(copy: Path, levels: list[int] | None, rows: list[int]) -> None:
+    """Row 6 is the second of its shard; its level 5 begins after one row and one level."""
+    path = copy / CHUNK
+    flip(path, 240 + 80 + 33)
+    with featcache.open(copy) as cache:
+        assert cache.read([5, 7], 1, levels=levels)
+        if levels == [6, 2]:
+            assert cache.read(rows, 1, levels=levels)
+            return
+        with pytest.raises(UserError) as caught:
+            cache.read(rows, 1, levels=levels)
+        for part in (str(path), "row 6", "'n/1'", "view 1", "checksum differs", "repair"):
+            assert part in str(caught.value)
+        assert cache.read(rows, 1, levels=levels, check=False)
+
+
+ANYWHERE = st.tuples(st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 7))
+
+
+@settings(max_examples=300)
+@given(where=ANYWHERE, tokens=st.one_of(st.none(), st.integers(1, TOKENS)))
+def test_a_flip_anywhere_is_harmless_or_named(
+    folders: dict[tuple[str, str], Path], where: tuple, tokens: int | None
+) -> None:
+    """Any bit of any file of a shard, those of checksums, keys and indices among them."""
+    kind, file, at, bit = where
+    files = sorted(path for path in folders[kind].glob(f"{SHARDS}/*/**/*") if path.is_file())
+    path = files[file % len(files)]
+    at %= path.stat().st_size
+    flip(path, at, bit)
+    told = ""
+    try:
+        with featcache.open(folders[kind]) as cache:
+            assert list(cache.keys) == KEYS
+            check_all(cache, tokens)
+    except UserError as error:
+        told = str(error)
+    finally:
+        flip(path, at, bit)
+    assert not told or str(path) in told
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_a_flip_in_the_numbers_is_always_named(folders: dict[tuple[str, str], Path], kind: tuple[str, str]) -> None:
+    """The middle of every array, also of the checksums' own files."""
+    from featcache.store import array, store
+
+    with featcache.open(folders[kind]) as cache:
+        specs: list[Array] = [array(name, facts) for name, facts in cache.manifest["arrays"].items()]
+    tokens = 2 if kind[1] == "ranked" else None
+    for spec in specs:
+        path, offsets = store(kind[0]).locate(folders[kind], "000001", spec, VIEWS, 1, np.array([1]))
+        at = int(offsets[0])
+        at += 4 * 3 * (2 - 1) if spec.name == "prefix_crc" else min(spec.item_bytes // 2, spec.item_bytes - 1)
+        if spec.name == "features" and tokens:
+            at = int(offsets[0])  # within the prefix
+        flip(path, at, 3)
+        with featcache.open(folders[kind]) as cache:
+            with pytest.raises(UserError) as caught:
+                cache.read([5, 6, 7], 1, FIELDS, tokens=None if spec.name == "row_crc" else tokens)
+            assert str(path) in str(caught.value), spec.name
+        flip(path, at, 3)
+
+
+def test_a_share_of_the_rows_is_checked_and_others_the_next_time(copy: Path) -> None:
+    """So that a bad row is met in the end, however small the share; none at all with 0."""
+    flip(copy / CHUNK, 240 + 3)
+    told = {}
+    for share in (0.0, 0.1, 0.5, 1.0):
+        with featcache.open(copy, verify_rows=share) as cache:
+            told[share] = 0
+            for _ in range(200):
+                try:
+                    cache.read([5, 6, 7], 1)
+                except UserError:
+                    told[share] += 1
+            chosen = np.mean([cache._choose_rows(np.arange(1000), np.arange(1000) % 3).mean() for _ in range(20)])
+            assert abs(chosen - share) < 0.02
+    assert told[0.0] == 0
+    assert told[1.0] == 200
+    assert 10 < told[0.1] < 30
+    assert 80 < told[0.5] < 120
+
+
+def test_bytes_that_went_wrong_on_their_way_are_not_blamed_on_a_file(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.preadv
+
+    def noisy(fd: int, buffers: list[memoryview], offset: int) -> int:
+        got = original(fd, buffers, offset)
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(CHUNK):  # noqa: PTH115
+            buffers[0][0] ^= 1
+        return got
+
+    with featcache.open(copy) as cache:
+        monkeypatch.setattr(os, "preadv", noisy)
+        with pytest.raises(UserError, match=r"sound on disk: memory or transport"):
+            cache.read([5], 1)
+
+
+def test_short_reads_are_continued(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may give less than was asked for."""
+    original = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset: original(fd, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset)
+    )
+    with featcache.open(copy) as cache:
+        check_all(cache)
+
+
+def test_a_failing_disk_is_one_line_with_the_file(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(fd: int, buffers: object, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with featcache.open(copy) as cache:
+        monkeypatch.setattr(os, "preadv", broken)
+        with pytest.raises(UserError, match=r"cache file .*000001\.zarr.*Input/output error"):
+            cache.read([7], 1)
+
+
+def test_an_error_in_one_thread_reaches_the_caller_and_the_cache_lives_on(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preads, "_INLINE", 0)
+    flip(copy / CHUNK, 240 + 80 + 33)
+    with featcache.open(copy, threads=4) as cache:
+        for _ in range(20):
+            with pytest.raises(UserError, match="row 6"):
+                cache.read([0, 5, 6, 7] * 5, 1)
+            np.testing.assert_array_equal(cache.read([0, 5, 7], 1)["features"], NUMBERS["features"][[0, 5, 7], 1])
+
+
+# ---------------------------------------------------------------- past the page cache
+
+
+def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
+    """Offsets and sizes that are no multiples of a block, up to the last byte of a file."""
+    path = tmp_path / "file"
+    data = np.random.default_rng(0).integers(0, 256, 3 * 4096 + 77, np.uint8)
+    path.write_bytes(data.tobytes())
+    reads = preads.Reads(1, "direct")
+    for low, count in [(0, 1), (4095, 2), (4096, 4096), (1, 3 * 4096 + 76), (3 * 4096 + 76, 1), (100, 9000)]:
+        target = np.zeros((1, count), np.uint8)
+        run = preads.Run(path, target, np.array([0]), np.array([low]), [preads.Piece(0, 0, count)])
+        try:
+            reads.read([run])
+        except UserError as error:
+            if "O_DIRECT" in str(error):
+                pytest.skip("this file system does not know O_DIRECT")
+            raise
+        np.testing.assert_array_equal(target[0], data[low : low + count])
+    for low, count in [(3 * 4096 + 77, 1), (3 * 4096, 78), (5 * 4096, 1)]:
+        run = preads.Run(
+            path, np.zeros((1, count), np.uint8), np.array([0]), np.array([low]), [preads.Piece(0, 0, count)]
+        )
+        with pytest.raises(UserError, match="ends before byte"):
+            reads.read([run])
+    reads.close()
+
+
+def test_a_file_system_without_direct_reads_says_so(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.open
+
+    def refuse(path: object, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return original(path, flags, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", refuse)
+    with featcache.open(copy, io="direct") as cache, pytest.raises(UserError, match=r"O_DIRECT.*leave --direct out"):
+        cache.read([0])
+
+
+# ---------------------------------------------------------------- processes and threads
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """Exit status of a fork that does `work`; one that hangs is ended by SIGALRM."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture
+def threaded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
+    """A cache whose threads have been started and whose files are open."""
+    monkeypatch.setattr(preads, "_INLINE", 0)
+    with featcache.open(copy, threads=3) as cache:
+        check_all(cache)
+        assert cache._reads._pool is not None
+        yield cache
+
+
+def test_after_a_fork_both_sides_read(threaded: Cache) -> None:
+    def both() -> None:
+        check_all(threaded)
+        with ThreadPoolExecutor(4) as pool:
+            for job in [pool.submit(check_all, threaded) for _ in range(8)]:
+                job.result()
+        assert in_a_child(lambda: check_all(threaded)) == 0  # a child's child
+        threaded.close()
+        check_all(threaded)
+
+    assert in_a_child(both) == 0
+    check_all(threaded)
+    process = multiprocessing.get_context("fork").Process(target=check_all, args=(threaded,))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("work", ["close", "read"])
+def test_a_fork_while_a_thread_holds_the_lock(threaded: Cache, work: str) -> None:
+    """The holder is not there in the child; nobody would ever give the lock back."""
+    with threaded._reads._lock:
+        assert in_a_child(threaded.close if work == "close" else lambda: check_all(threaded)) == 0
+
+
+def test_a_cache_goes_to_spawned_processes(threaded: Cache) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        got = pool.apply(operator.methodcaller("read", [0, 7], 1), (threaded,))
+    np.testing.assert_array_equal(got["features"], NUMBERS["features"][[0, 7], 1])
+
+
+def test_pickling_keeps_the_options(copy: Path) -> None:
+    options = {"threads": 2, "verify_rows": 0.25, "io": "streaming"}
+    with featcache.open(copy, **options) as cache, pickle.loads(pickle.dumps(cache)) as again:
+        assert again.path == cache.path
+        assert (again._reads.threads, again.verify_rows, again._reads.io) == (2, 0.25, "streaming")
+        check_all(again)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_many_threads_at_once(copy: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(preads, "_INLINE", 0)
+    with featcache.open(copy, threads=threads) as cache, ThreadPoolExecutor(8) as pool:
+        for job in [pool.submit(check_all, cache) for _ in range(40)]:
+            job.result()
+
+
+# ---------------------------------------------------------------- few handles
+
+
+def handles(folder: Path) -> int:
+    """Files below a folder that this process holds open."""
+    found = 0
+    for fd in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        try:
+            found += os.readlink(f"/proc/self/fd/{fd}").startswith(str(folder))  # noqa: PTH115
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_handles_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Eight shards of a row: 100 files and more, four handles, and one more for each thread that is at it."""
+    folder = write_cache(tmp_path / "c", name, sizes={f"{i:06d}": 1 for i in range(8)})
+    monkeypatch.setattr(preads, "_MOST_HANDLES", 4)
+    monkeypatch.setattr(preads, "_INLINE", 0)
+    with featcache.open(folder, threads=1) as cache:
+        for _ in range(2):
+            check_all(cache)
+            assert 0 < handles(folder) <= 4
+    assert handles(folder) == 0
+    with featcache.open(folder, threads=3) as cache, ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(check_all, cache) for _ in range(12)]
+        most = 0
+        while not all(job.done() for job in jobs):
+            most = max(most, handles(folder))
+        for job in jobs:
+            job.result()
+        assert most <= 4 + 4 + 2  # four callers and the two threads of the pool
+        cache.read([0])
+        assert handles(folder) <= 4
+
+
+def test_a_cache_asks_for_all_handles_it_may_have(copy: Path) -> None:
+    code = """
+import resource, sys, featcache
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+cache = featcache.open(sys.argv[1])
+soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+assert soft == hard, (soft, hard)
+assert cache._reads._most <= soft // 2
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+with featcache.open(sys.argv[1]) as tight:
+    assert tight._reads._most == 16
+    for view in range(3):
+        tight.read(range(8), view, tight.fields)
+"""
+    ran = python(code, copy)
+    assert ran.returncode == 0, ran.stderr
