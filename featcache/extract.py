@@ -96,21 +96,24 @@ def run(
     mine = wanted["shards"][share[0] :: share[1]]
     publish.settle(out, plan.store, (shard["name"] for shard in mine))
     progress.workers = workers
-    with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as writing, contextlib.ExitStack() as stack:
-        free = stack.enter_context(contextlib.closing(_free_shards(plan, out, mine, progress)))
-        for shard in free:
-            writer = None
-            try:
+    try:
+        with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as writing, contextlib.ExitStack() as stack:
+            free = stack.enter_context(contextlib.closing(_free_shards(plan, out, mine, progress)))
+            for shard in free:
                 writer = store(plan.store).writer(out, shard["name"], plan.arrays, plan.views)
-                _extract_shard(plan, shard, writer, batch_size, strict, progress, decoders, writing)
-            except BaseException as error:
-                decoders.shutdown(wait=True, cancel_futures=True)
-                writing.shutdown(wait=True, cancel_futures=True)
-                if writer is not None:
+                try:
+                    _extract_shard(plan, shard, writer, batch_size, strict, progress, decoders, writing)
+                except BaseException:
+                    decoders.shutdown(wait=True, cancel_futures=True)
+                    writing.shutdown(wait=True, cancel_futures=True)
                     writer.discard()
-                if full := _disk_full(error, out, wanted):
-                    raise full from error
-                raise
+                    raise
+    except BaseException as error:
+        publish.abandon(out)
+        leases.abandon(out)
+        if full := _disk_full(error, out, wanted):
+            raise full from error
+        raise
     report_quarantine(out, wanted)
     return wanted
 

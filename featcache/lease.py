@@ -76,6 +76,14 @@ def _replace(path: Path, probe: Path) -> bool:
     return True
 
 
+def abandon(cache: Path) -> None:
+    """Remove the leases of this process, whatever it was doing when it was interrupted."""
+    for path in (cache / SHARDS).glob("*.lease"):
+        with contextlib.suppress(OSError):
+            if manifest.is_own(path.read_text(errors="replace")):
+                path.unlink()
+
+
 def clear(cache: Path, shard: str) -> None:
     """Remove what a dead holder left of a shard that is complete."""
     path = path_of(cache, shard)

@@ -132,6 +132,11 @@ def owner() -> str:
     return f"{_host()}-{os.getpid()}-{_started(os.getpid()) or 0:x}x{secrets.token_hex(4)}"
 
 
+def is_own(name: str) -> bool:
+    """Whether HOST-PID-NONCE is a name of this very process."""
+    return name.rpartition("x")[0] == owner().rpartition("x")[0]
+
+
 @lru_cache(1)
 def _host() -> str:
     """This machine, or this container of it: process numbers mean the same only within one."""

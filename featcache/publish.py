@@ -82,6 +82,14 @@ def _adopt(cache: Path, shard: str, name: str) -> None:
         shutil.rmtree(folder)
 
 
+def abandon(cache: Path) -> None:
+    """Remove what this process has unfinished in a cache: an interrupt may fall between any two lines."""
+    for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
+        owner = path.name.removesuffix(".tmp").rpartition(".")[2]
+        if path.name.endswith(".tmp") and manifest.is_own(owner):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def is_dead(leftover: Path) -> bool:
     """Whether nobody works on a temporary file or folder any more."""
     owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]

@@ -32,7 +32,7 @@ def run(cache: Path, load: Load, *, workers: int = 2, progress: extract.Progress
         bad = sorted({problem.shard for problem in problems if problem.shard})
         if bad or any(problem.path.name in about["files"] for problem in problems):
             _extract(part, about, bad, load, workers, progress)
-        else:
+        elif problems:
             extract.report_quarantine(part, about)
         restored += [str(problem.path) for problem in problems if not problem.shard]
         shards += [str(record_path(part, shard)) for shard in bad]

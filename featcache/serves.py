@@ -28,9 +28,10 @@ def recipes(cache: Cache) -> dict[str, str]:
 def known() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every announced recipe and what it states."""
     for point in entry_points(group=GROUP):
-        spec = importlib.util.find_spec(point.value)
+        package, *inner = point.value.split(".")
+        spec = importlib.util.find_spec(package)  # of a top-level name, which imports nothing
         for folder in (spec.submodule_search_locations or []) if spec else []:
-            for path in Path(folder).glob("*.py"):
+            for path in Path(folder, *inner).glob("*.py"):
                 if needs := stated(path):
                     yield path.stem, needs
 

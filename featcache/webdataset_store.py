@@ -1,6 +1,6 @@
 """The webdataset store: one plain tar per view and shard, and a byte index beside the tars.
 
-    shards/NAME.webdataset/NAME.vK.tar         for each row, together: STEM.features.npy, STEM.attention.npy, ...
+    shards/NAME.webdataset/vK.tar              for each row, together: STEM.features.npy, STEM.attention.npy, ...
     shards/NAME.webdataset/index.safetensors   where the numbers of each member begin, and the keys
 
 Any tar reads on its own, so arrays that are not per view are in every one of them. STEM is the key, escaped so that
@@ -53,8 +53,8 @@ class Index(NamedTuple):
     keys: Keys
 
 
-def _tar(shard: str, view: int) -> str:
-    return f"{shard}.v{view}.tar"
+def _tar(view: int) -> str:
+    return f"v{view}.tar"
 
 
 class TarShardWriter:
@@ -73,7 +73,7 @@ class TarShardWriter:
         self.shared: dict[str, bytes] = {}  # and the items that all its views have in common
         try:
             for view in range(views):
-                self.files.append(RowFile(self.folder / _tar(shard, view)))
+                self.files.append(RowFile(self.folder / _tar(view)))
         except BaseException:
             self.discard()
             raise
@@ -112,7 +112,7 @@ class TarShardWriter:
     def finish(
         self, quarantined: Sequence[Mapping[str, str]], statistics: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
-        files = {_tar(self.shard, view): _close(file) for view, file in enumerate(self.files)}
+        files = {_tar(view): _close(file) for view, file in enumerate(self.files)}
         files[INDEX] = self._write_index()
         record = {
             "shard": self.shard,
@@ -242,7 +242,7 @@ def locate(
         column = _column(index, (status.st_mtime_ns, status.st_size, status.st_ino), views, view, array.name)
     except OSError as error:
         raise _damaged(Path(index), error.strerror or str(error)) from error
-    return f"{folder}/{_tar(shard, view)}", column[rows]
+    return f"{folder}/{_tar(view)}", column[rows]
 
 
 def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:

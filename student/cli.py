@@ -33,7 +33,7 @@ def main() -> None:
 )
 @click.option("--recipe", "recipe_name", help="A name from `student recipes`, or the path of your own .py file.")
 @click.option("--cache", type=click.Path(path_type=Path), help="[default: found in $FEATCACHE_HOME by need]")
-@click.option("--images", help="Training pictures. [default: $FEATCACHE_IMAGES, then where the cache's were]")
+@click.option("--images", help="Training pictures. [default: $FEATCACHE_IMAGES, then the cache's]")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: runs/RECIPE-sSEED]")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the pictures. [default: the recipe's]")
 @click.option(

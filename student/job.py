@@ -148,15 +148,8 @@ def _cached(found: Found, given: Source | None, options: Options, say: Say) -> _
     stored = joining.stores_pixels(cache) and not options.decode
     source = given or (joining.Stored(cache) if stored else _source_of(found))
     pictures, rows, skipped = joining.join(cache, source)
-    if manifest.is_random(cache.manifest) and found.spec.fields:
-        say(f"note: {manifest.title(cache.manifest)}")
     _say_skipped(skipped, say)
-    scale = tuple(cache.identity["policy"]["scale"])
-    if scale != tuple(found.spec.scale):
-        published = f"{found.spec.scale[0]:g}-{found.spec.scale[1]:g}"
-        say(f"note: crops of {scale[0]:g}-{scale[1]:g} of the area; the recipe was published with {published}")
-    for note in found.notes:
-        say(f"note: {note}")
+    _say_about(found, say)
     if stored:
         say("note: pixels come from the cache, nothing is decoded; --decode decodes the pictures in place of them")
     elif joining.stores_pixels(cache):
@@ -171,6 +164,18 @@ def _cached(found: Found, given: Source | None, options: Options, say: Say) -> _
     }
     targets = Cached(cache, found.spec, rows, options.pixel_tolerance, found.tokens, stored)
     return _Chosen(found.config, source, targets, pictures, about)
+
+
+def _say_about(found: Found, say: Say) -> None:
+    """What a person should know of the cache that serves."""
+    about, scale = found.cache.manifest, tuple(found.cache.identity["policy"]["scale"])
+    if manifest.is_random(about) and found.spec.fields:
+        say(f"note: {manifest.title(about)}")
+    if scale != tuple(found.spec.scale):
+        published = f"{found.spec.scale[0]:g}-{found.spec.scale[1]:g}"
+        say(f"note: crops of {scale[0]:g}-{scale[1]:g} of the area; the recipe was published with {published}")
+    for note in found.notes:
+        say(f"note: {note}")
 
 
 def _say_skipped(skipped: int, say: Say) -> None:

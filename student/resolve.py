@@ -26,7 +26,6 @@ from featcache.views import Policy
 from student.config import RecipeConfig, from_overrides
 from student.recipes import TargetSpec
 
-
 VERIFIED_BYTES = 2 << 30  # a cache up to this size is read through before training: a second or two
 
 

@@ -257,45 +257,6 @@ def test_policy_options_reach_the_manifest(featcache_command: Command, photos: P
     }
 
 
-# Every option of `extract` that says what a cache is: what it puts into the manifest.
-SAYS = {
-    "--teacher": ("synthetic:levels=3,tokens=9,width=8,size=28", "teacher.patches", 9),
-    "--views": ("2", "views", 2),
-    "--levels": ("1", "levels", [1]),
-    "--policy": ("fd", "policy.filter", "bilinear"),
-    "--size": ("30", "policy.size", 30),
-    "--scale": ("0.3,0.9", "policy.scale", [0.3, 0.9]),
-    "--ratio": ("1,1", "policy.ratio", [1.0, 1.0]),
-    "--filter": ("lanczos", "policy.filter", "lanczos"),
-    "--flip": ("0", "policy.flip", 0.0),
-    "--jitter": ("0.1", "policy.jitter", 0.1),
-    "--seed": ("5", "policy.seed", 5),
-    "--order": ("topk", "order", "topk"),
-    "--store": ("webdataset", "store", "webdataset"),
-    "--tokens": ("ranked", "tokens", "ranked"),
-    "--keep": ("0.5", "keep", 2),
-    "--pixels": ("raw", "pixels", "raw"),
-    "--rows-per-shard": ("4", "rows_per_shard", 4),
-}
-
-
-@pytest.mark.parametrize("option", SAYS)
-def test_no_option_does_nothing(featcache_command: Command, photos: Path, tmp_path: Path, option: str) -> None:
-    """Each changes the id that a dry run tells, and the identity that is written."""
-    value, field, wanted = SAYS[option]
-    plain = ("extract", *BASE, "--images", photos, *(("--tokens", "ranked") if option == "--keep" else ()))
-    ids = [
-        json.loads(featcache_command(*each, "--dry-run", "--json").out)["id"]
-        for each in (plain, (*plain, option, value))
-    ]
-    assert ids[0] != ids[1]
-    ran = featcache_command(*plain, option, value, "--out", tmp_path / "c")
-    assert ran.status == 0, ran.err
-    about = manifest.read(tmp_path / "c")
-    assert about["id"] == ids[1]
-    assert dict(manifest.flat(about["identity"]))[field] == wanted
-
-
 def test_options_of_the_work_change_the_work(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
     """Those that do not change what is stored: the batch size is noted, a share is a share."""
     options = ("extract", *BASE, "--images", photos, "--rows-per-shard", 4, "--out", tmp_path / "c")

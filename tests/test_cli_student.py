@@ -66,8 +66,10 @@ def test_help_has_an_example_that_names_real_options(command: tuple[str, ...]) -
 def test_the_documented_options_of_train() -> None:
     text = fx.stud("train", "--help").out
     for option in ("--recipe", "--cache", "--images", "--out", "--epochs", "--steps", "--batch-size", "--seed",
-                   "--teacher", "--config", "--set", "--resume", "--dry-run", "--json"):  # fmt: skip
+                   "--teacher", "--config", "--set", "--resume", "--dry-run", "--json", "--decode", "--direct",
+                   "--verify-rows", "--read-threads"):  # fmt: skip
         assert option in text, option
+    assert "up to 2 GiB is verified whole" in " ".join(text.split())
 
 
 def test_without_a_command_help_is_shown() -> None:

@@ -208,7 +208,7 @@ def test_stopped_by_hand_it_says_what_is_left_and_continues(
 ) -> None:
     out = tmp_path / "c"
     running = start(*command(pictures, out), before=SLOW)
-    wait_for(lambda: records(out))
+    wait_for(lambda: records(out) and list((out / SHARDS).glob("*.tmp/pixel_hash/c.0.0")))  # within the next shard
     running.signal(number)
     assert running.wait() == 1
     found = re.fullmatch(

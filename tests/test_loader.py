@@ -333,6 +333,7 @@ def test_a_picture_that_vanished_is_named(tmp_path: Path) -> None:
 
 def test_views_of_another_size_for_the_teacher() -> None:
     """A /14 teacher on the same grid: the same box, rendered twice."""
+
     class Small:
         input_px = 28
 

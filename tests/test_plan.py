@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import featcache
-from featcache import extract, plan, publish, views, webdataset_store, zarr_store
+from featcache import extract, manifest, plan, publish, views, webdataset_store, zarr_store
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.rowfile import RowFile
 from featcache.store import STORES
-from tests.conftest import SYNTHETIC, files_below, make_plan, undisturbed
+from tests.conftest import SYNTHETIC, Ran, files_below, make_plan, undisturbed
 
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 
@@ -222,6 +223,50 @@ def test_the_manifest_and_its_copy_are_there_before_any_shard(photos: Path, tmp_
     assert len(files) == 3  # and the teacher's tail
     plan.prepare(made, tmp_path / "c", 9)  # which is a matter of the first call
     assert files_below(tmp_path / "c") == files
+
+
+# ---------------------------------------------------------------- options
+
+BASE = ("--teacher", SYNTHETIC, "--size", 28, "--levels", "last:2", "--batch-size", 4, "--workers", 2)
+# Every option of `extract` that says what a cache is: what it puts into the manifest.
+SAYS = {
+    "--teacher": ("synthetic:levels=3,tokens=9,width=8,size=28", "teacher.patches", 9),
+    "--views": ("2", "views", 2),
+    "--levels": ("1", "levels", [1]),
+    "--policy": ("fd", "policy.filter", "bilinear"),
+    "--size": ("30", "policy.size", 30),
+    "--scale": ("0.3,0.9", "policy.scale", [0.3, 0.9]),
+    "--ratio": ("1,1", "policy.ratio", [1.0, 1.0]),
+    "--filter": ("lanczos", "policy.filter", "lanczos"),
+    "--flip": ("0", "policy.flip", 0.0),
+    "--jitter": ("0.1", "policy.jitter", 0.1),
+    "--seed": ("5", "policy.seed", 5),
+    "--order": ("topk", "order", "topk"),
+    "--store": ("webdataset", "store", "webdataset"),
+    "--tokens": ("ranked", "tokens", "ranked"),
+    "--keep": ("0.5", "keep", 2),
+    "--pixels": ("raw", "pixels", "raw"),
+    "--rows-per-shard": ("4", "rows_per_shard", 4),
+}
+
+
+@pytest.mark.parametrize("option", SAYS)
+def test_no_option_does_nothing(
+    featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, option: str
+) -> None:
+    """Each changes the id that a dry run tells, and the identity that is written."""
+    value, field, wanted = SAYS[option]
+    plain = ("extract", *BASE, "--images", photos, *(("--tokens", "ranked") if option == "--keep" else ()))
+    ids = [
+        json.loads(featcache_command(*each, "--dry-run", "--json").out)["id"]
+        for each in (plain, (*plain, option, value))
+    ]
+    assert ids[0] != ids[1]
+    ran = featcache_command(*plain, option, value, "--out", tmp_path / "c")
+    assert ran.status == 0, ran.err
+    about = manifest.read(tmp_path / "c")
+    assert about["id"] == ids[1]
+    assert dict(manifest.flat(about["identity"]))[field] == wanted
 
 
 # ---------------------------------------------------------------- no room

@@ -24,7 +24,7 @@ import featcache
 from featcache import preads
 from featcache.errors import UserError
 from featcache.reader import Cache
-from featcache.store import SHARDS, STORES, Array
+from featcache.store import SHARDS, STORES, Array, array, store
 from tests.conftest import copy_tree, flip, python
 from tests.test_reader import FIELDS, KEYS, NUMBERS, TOKENS, VIEWS, knows_direct, write_cache
 
@@ -136,23 +136,22 @@ def test_a_flip_anywhere_is_harmless_or_named(
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_a_flip_in_the_numbers_is_always_named(folders: dict[tuple[str, str], Path], kind: tuple[str, str]) -> None:
     """The middle of every array, also of the checksums' own files."""
-    from featcache.store import array, store
-
     with featcache.open(folders[kind]) as cache:
         specs: list[Array] = [array(name, facts) for name, facts in cache.manifest["arrays"].items()]
     tokens = 2 if kind[1] == "ranked" else None
     for spec in specs:
-        path, offsets = store(kind[0]).locate(folders[kind], "000001", spec, VIEWS, 1, np.array([1]))
-        at = int(offsets[0])
+        place, offsets = store(kind[0]).locate(folders[kind], "000001", spec, VIEWS, 1, np.array([1]))
+        path, at = Path(place), int(offsets[0])
         at += 4 * 3 * (2 - 1) if spec.name == "prefix_crc" else min(spec.item_bytes // 2, spec.item_bytes - 1)
         if spec.name == "features" and tokens:
             at = int(offsets[0])  # within the prefix
         flip(path, at, 3)
-        with featcache.open(folders[kind]) as cache:
-            with pytest.raises(UserError) as caught:
+        try:
+            with featcache.open(folders[kind]) as cache, pytest.raises(UserError) as caught:
                 cache.read([5, 6, 7], 1, FIELDS, tokens=None if spec.name == "row_crc" else tokens)
-            assert str(path) in str(caught.value), spec.name
-        flip(path, at, 3)
+        finally:
+            flip(path, at, 3)
+        assert str(path) in str(caught.value), spec.name
 
 
 def test_a_share_of_the_rows_is_checked_and_others_the_next_time(copy: Path) -> None:
@@ -235,7 +234,7 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
     reads = preads.Reads(1, "direct")
     for low, count in [(0, 1), (4095, 2), (4096, 4096), (1, 3 * 4096 + 76), (3 * 4096 + 76, 1), (100, 9000)]:
         target = np.zeros((1, count), np.uint8)
-        run = preads.Run(path, target, np.array([0]), np.array([low]), [preads.Piece(0, 0, count)])
+        run = preads.Run(str(path), target, np.array([0]), np.array([low]), [preads.Piece(0, 0, count)])
         try:
             reads.read([run])
         except UserError as error:
@@ -245,7 +244,7 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
         np.testing.assert_array_equal(target[0], data[low : low + count])
     for low, count in [(3 * 4096 + 77, 1), (3 * 4096, 78), (5 * 4096, 1)]:
         run = preads.Run(
-            path, np.zeros((1, count), np.uint8), np.array([0]), np.array([low]), [preads.Piece(0, 0, count)]
+            str(path), np.zeros((1, count), np.uint8), np.array([0]), np.array([low]), [preads.Piece(0, 0, count)]
         )
         with pytest.raises(UserError, match="ends before byte"):
             reads.read([run])

@@ -113,6 +113,7 @@ def test_needs() -> None:
         fields=("features", "attention"),
         scale=(0.2, 1.0),
         patches=196,
+        visible_only=True,
     )
     deep = config.replace(maskalign.Config(), teacher="clip-l14", teacher_depth=24)
     assert maskalign.needs(deep).levels == (20, 21, 22, 23, 24)

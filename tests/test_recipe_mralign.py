@@ -48,7 +48,11 @@ def test_settings() -> None:
     assert given.visible == 49
     assert optim.peak_lr(given, 1024) == pytest.approx(6e-4)
     assert mralign.needs(given) == recipes.TargetSpec(
-        teacher="clip-b16", levels=(8, 9, 10, 11, 12), fields=("features", "attention"), patches=196
+        teacher="clip-b16",
+        levels=(8, 9, 10, 11, 12),
+        fields=("features", "attention"),
+        patches=196,
+        visible_only=True,
     )
 
 

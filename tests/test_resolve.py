@@ -104,9 +104,9 @@ def runs_of(cache: Path, home: Path) -> list[dict[str, Any]]:
 
 def test_the_command_says_all_by_which_a_cache_is_made(tmp_path: Path) -> None:
     """Every option of an odd cache: made again from them elsewhere, it is the same cache."""
-    odd = ("--ratio", "1,1.25", "--scale", "0.33333333,1", "--flip", "0.3", "--filter", "lanczos", "--seed", "7",
-           "--order", "uniform", "--tokens", "ranked", "--keep", "7", "--pixels", "raw", "--rows-per-shard", "10")  # fmt: skip
-    fx.extract(fx.pictures(), tmp_path / "odd", *odd)
+    views = ("--ratio", "1,1.25", "--scale", "0.33333333,1", "--flip", "0.3", "--filter", "lanczos", "--seed", "7")
+    layout = ("--order", "uniform", "--tokens", "ranked", "--keep", "7", "--pixels", "raw", "--rows-per-shard", "10")
+    fx.extract(fx.pictures(), tmp_path / "odd", *views, *layout)
     with Cache(tmp_path / "odd") as old:
         words = resolve.recipe_of(old, old.levels)
         assert fx.feat("extract", *words, "--out", str(tmp_path / "again")).status == 0
@@ -135,7 +135,8 @@ def test_a_missing_field(tmp_path: Path) -> None:
     there = copy(fx.cache_path(), tmp_path)
     about = manifest.read(there)
     about["arrays"]["attention_"] = about["arrays"].pop("attention")
-    manifest.write_json(there / manifest.NAME, about)
+    for path in there.rglob("manifest*.json"):  # itself and its copy
+        manifest.write_json(path, about)
     ran = fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE)
     assert ran.status == 1
     assert "field attention is missing" in ran.line

@@ -211,12 +211,12 @@ def test_only_the_prefix_is_read(tmp_path: Path) -> None:
     for part in cache._parts:
         for view in range(fx.VIEWS):
             path, offsets = part.locate(0, part.arrays["features"], view, rows)
-            data = bytearray(path.read_bytes())
+            data = bytearray(Path(path).read_bytes())
             for first in offsets.tolist():
                 for level in range(3):
                     low = first + level * 17 * 24 * 2
                     data[low + five : low + 17 * 24 * 2] = bytes(17 * 24 * 2 - five)
-            path.write_bytes(data)
+            Path(path).write_bytes(data)
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features",), patches=16)
     view = np.arange(24) % fx.VIEWS
     host = Cached(cache, spec, rows, tokens=5).fetch(rows, view)

@@ -1,0 +1,169 @@
+"""A cache with as many rows as ImageNet-1k, of tiny width: what opening, `featcache info` and epochs of reading cost.
+
+    python -m benchmarks.bench_scale
+    python -m benchmarks.bench_scale --rows 100000 --epochs 2 --json scale.json
+
+Rows are zeros behind true checksums; every shard has the arrays, files and record that an extraction writes. Opening is
+measured in new processes. Of memory the anonymous part is given: the page cache belongs to the machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import shutil
+import statistics as stats
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import featcache
+from benchmarks import describe, environment, save, table
+
+FIELDS = ("features", "attention", "crop", "flip", "jitter")
+BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Names:
+    """A source that is only its keys."""
+
+    count: int
+    spec: str = "names"
+    labels: None = None
+    classes: None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @cached_property
+    def keys(self) -> Sequence[str]:
+        return [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}" for i in range(self.count)]
+
+    def read(self, index: int) -> bytes:
+        raise NotImplementedError
+
+
+def write(path: Path, rows: int, view_count: int) -> None:
+    """The cache; files are not synced, which is not what is measured here."""
+    from featcache import checksums, teachers, views  # here, so that the process that reads has no torch in its memory
+    from featcache.plan import Plan, prepare
+    from featcache.statistics import OfFeatures, Statistics
+    from featcache.store import store
+
+    teacher = teachers.load("synthetic:levels=5,tokens=4,width=4", None, "cpu")
+    plan = Plan(Names(rows), teacher, views.Policy(), view_count, (1, 2, 3, 4, 5))
+    about = prepare(plan, path, 1)
+    items: dict[str, Any] = {
+        a.name: np.zeros((plan.rows_per_shard * view_count, *a.item), a.dtype) for a in plan.arrays
+    }
+    items |= checksums.compute(plan.arrays, items)
+    known = Statistics()
+    known.add(items, OfFeatures(0.0, 0.0, np.zeros((len(items["features"]), 5), np.float32)))
+    sync, os.fsync = os.fsync, lambda fd: None
+    try:
+        for shard in about["shards"]:
+            count = shard["count"] * view_count
+            keys = [plan.source.keys[shard["first"] + i // view_count] for i in range(count)]
+            writer = store(plan.store).writer(path, shard["name"], plan.arrays, view_count)
+            writer.append(keys, {name: values[:count] for name, values in items.items()})
+            writer.finish([], known.summary())
+    finally:
+        os.fsync = sync
+
+
+def timed(code: Sequence[str], repeats: int) -> float:
+    """Median seconds of a command."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        subprocess.run(code, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - start)
+    return stats.median(seconds)
+
+
+def open_s(path: Path, repeats: int) -> float:
+    """Median seconds of `featcache.open` alone, each in a process of its own."""
+    code = (
+        "import featcache, time; t = time.perf_counter(); "
+        f"featcache.open({str(path)!r}); print(time.perf_counter() - t)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) for _ in range(repeats)]
+    return stats.median(float(run.stdout) for run in runs)
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file backs."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous"))
+
+
+def epochs(path: Path, count: int, batches: int) -> list[dict[str, float]]:
+    """Random batches of random views, so many an epoch: memory, Python objects and milliseconds after each."""
+    cache = featcache.open(path)
+    keys = cache.keys
+    random, facts, every = np.random.default_rng(0), [], np.arange(len(cache))
+    for _ in range(count):
+        start = time.perf_counter()
+        random.shuffle(every)  # in place: a new 10 MB array now and then would be this program's growth
+        order = every[: batches * BATCH]
+        for rows in np.split(order, range(BATCH, len(order), BATCH)):
+            cache.read(rows, random.integers(0, cache.views, len(rows)), FIELDS)
+            keys[int(rows[0])]
+        spent = time.perf_counter() - start
+        gc.collect()
+        facts.append(
+            {"anonymous": anonymous(), "objects": len(gc.get_objects()), "ms": spent / -(-len(order) // BATCH) * 1e3}
+        )
+    return facts
+
+
+@click.command()
+@click.option("--rows", default=1_281_167, show_default=True)
+@click.option("--views", "view_count", default=4, show_default=True)
+@click.option("--epochs", "epoch_count", default=5, show_default=True)
+@click.option("--batches", default=100, show_default=True, help="Batches of 1,024 rows an epoch.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where the cache goes. [default: a temporary folder]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results there.")
+def main(
+    rows: int, view_count: int, epoch_count: int, batches: int, folder: Path | None, json_path: Path | None
+) -> None:
+    """Open, info and epochs of random batches over a cache of many rows."""
+    root = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        path = root / "cache"
+        write(path, rows, view_count)
+        results: dict[str, Any] = {"rows": rows, "views": view_count, "environment": environment(root)}
+        results["files"] = sum(len(names) for _, _, names in os.walk(path))
+        results["open_s"] = open_s(path, 5)
+        results["info_s"] = timed([sys.executable, "-m", "featcache", "info", str(path)], 5)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            results["epochs"] = pool.apply(epochs, (path, epoch_count, batches))
+    finally:
+        shutil.rmtree(root)
+    after = [epoch["anonymous"] for epoch in results["epochs"]]
+    results["growth"] = max(after) / after[0] - 1
+    click.echo(describe(results["environment"]))
+    click.echo(f"{rows} rows x {view_count} views in {results['files']} files")
+    click.echo(f"open {results['open_s']:.2f} s, `featcache info` {results['info_s']:.2f} s (process start and all)")
+    lines = [
+        (str(i), f"{epoch['anonymous'] / 1e6:.1f}", str(epoch["objects"]), f"{epoch['ms']:.0f}")
+        for i, epoch in enumerate(results["epochs"], 1)
+    ]
+    click.echo(table(("epoch", "anonymous MB", "Python objects", "ms a batch of 1,024"), lines))
+    click.echo(f"growth after the first epoch: {results['growth']:.1%}")
+    save(json_path, results)
+
+
+if __name__ == "__main__":
+    main()

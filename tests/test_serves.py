@@ -1,0 +1,105 @@
+"""What `featcache info` says of recipes: literals against code, and its answer against that of training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from featcache import serves
+from featcache.reader import Cache
+from student import recipes
+from tests import student_fixtures as fx
+from tests.conftest import python
+
+SIX = "synthetic:levels=6,tokens=16,width=24,size=32"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
+    module = recipes.load(name)
+    needs = module.needs(module.Config())
+    stated = serves.stated(Path(str(module.__file__)))
+    assert stated == module.SERVED_BY
+    assert set(stated) == {"fields", "levels"}
+    assert stated["fields"] == needs.fields
+    assert tuple(serves._levels(stated["levels"], module.Config().teacher_depth)) == needs.levels
+
+
+def test_every_recipe_is_known() -> None:
+    assert sorted(name for name, _ in serves.known()) == recipes.names()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("SERVED_BY = {'fields': ('features',), 'levels': 'last:2'}", {"fields": ("features",), "levels": "last:2"}),
+        ("OTHER = {'fields': ()}", None),
+        ("SERVED_BY = ['fields']", None),
+        ("", None),
+        ("raise SystemExit('it was run')\nSERVED_BY = {'levels': ''}", {"levels": ""}),
+    ],
+)
+def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: Path) -> None:
+    (tmp_path / "recipe.py").write_text(text)
+    assert serves.stated(tmp_path / "recipe.py") == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "serving"),
+    [
+        (("--levels", "last:5"), ["mae", "maskalign", "mralign"]),
+        (("--levels", "all"), ["mae", "maskalign", "mralign"]),
+        (("--levels", "last:3"), ["mae"]),
+        (("--levels", "2,3,4,6"), ["mae"]),
+        (("--levels", "last:5", "--tokens", "ranked", "--keep", "4"), ["mae", "maskalign", "mralign"]),
+        (("--levels", "last:5", "--tokens", "ranked", "--pixels", "raw"), ["mae", "maskalign", "mralign"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_it_says_is_what_training_says(options: tuple[str, ...], serving: list[str], tmp_path: Path) -> None:
+    """A default configuration but for the size of the student, whose --dry-run passes where the recipe is served."""
+    path = fx.extract(fx.pictures(), tmp_path / "c", *options, teacher=SIX)
+    with Cache(path) as cache:
+        said = serves.recipes(cache)
+    assert [name for name, why in said.items() if not why] == serving
+    for name, why in said.items():
+        words = ("--recipe", name, "--cache", path, "--device", "cpu", "--out", tmp_path / "run", "--dry-run")
+        ran = fx.stud("train", *words, "--set", f"encoder={fx.ENCODER}")
+        assert (ran.status == 0) == (not why), (name, why, ran.err)
+        if why:
+            missing = why.removeprefix("level ").split(" is not stored")[0]
+            assert f"level {missing} is missing" in ran.line
+
+
+def test_an_incomplete_cache(tmp_path: Path) -> None:
+    path = fx.extract(fx.pictures(), tmp_path / "c", "--levels", "all", "--rows-per-shard", "12", teacher=SIX)
+    (path / "shards" / "000001.json").unlink()
+    with Cache(path) as cache:
+        assert serves.recipes(cache) == {
+            "mae": "",
+            "maskalign": "the cache is incomplete",
+            "mralign": "the cache is incomplete",
+        }
+
+
+def test_levels_that_were_added_count(tmp_path: Path) -> None:
+    path = fx.extract(fx.pictures(), tmp_path / "c", "--levels", "last:3", teacher=SIX)
+    fx.extract(fx.pictures(), path, "--add", "--levels", "2,3", teacher=SIX)
+    with Cache(path) as cache:
+        assert set(serves.recipes(cache).values()) == {""}
+
+
+def test_no_recipe_and_no_torch_is_imported() -> None:
+    code = (
+        "import json, sys, featcache.serves as serves, featcache\n"
+        "answer = serves.recipes(featcache.open(sys.argv[1]))\n"
+        "heavy = [name for name in ('torch', 'timm', 'student', 'student.recipes') if name in sys.modules]\n"
+        "print(json.dumps([answer, heavy]))"
+    )
+    ran = python(code, fx.cache_path())
+    assert ran.returncode == 0, ran.stderr
+    answer, heavy = json.loads(ran.stdout)
+    assert heavy == []
+    assert sorted(answer) == recipes.names()
