@@ -17,6 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import crc32c
@@ -78,7 +79,9 @@ class Reads:
             raise UsageError(f"io {io!r}: one of {', '.join(IO)} is allowed")
         if threads is not None and threads < 1:
             raise UsageError(f"threads {threads}: at least 1 is needed")
-        self.threads = threads or min(4, len(os.sched_getaffinity(0)))
+        # Past the page cache a thread waits for the disk, then copies: more of them keep both busy.
+        cores = len(os.sched_getaffinity(0))
+        self.threads = threads or (2 * min(4, cores) if io == "direct" else min(4, cores))
         self.io = io
         self._flags = os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0)
         self._most = min(_raise_handles() // 2, _MOST_HANDLES)
@@ -130,11 +133,15 @@ class Reads:
         pieces = run.pieces if run.crcs is not None else _joined(run.pieces)
         checks: list[Any] = run.crcs.tolist() if run.crcs is not None else [None] * len(run.at)
         plain = self.io == "buffered"
+        whole = _span(pieces) if self.io == "direct" else 0
         for row, offset, crcs in zip(run.at.tolist(), run.offsets.tolist(), checks, strict=True):
             base = row * width
+            block = _pread_direct(fd, run.path, offset + pieces[0].source, whole) if whole else None
             for source, place, size, column in pieces:
                 view = memory[base + place : base + place + size]
-                if not plain or os.preadv(fd, (view,), offset + source) != size:
+                if block is not None:
+                    view[:] = block[source - pieces[0].source :][:size]
+                elif not plain or os.preadv(fd, (view,), offset + source) != size:
                     self._pread(fd, run.path, view, offset + source)
                 if crcs is not None and column >= 0 and crc32c.crc32c(view) != crcs[column]:
                     raise BadRow(run.path, row, column)
@@ -162,7 +169,7 @@ class Reads:
     def _pread(self, fd: int, path: str, view: memoryview, offset: int) -> None:
         """Fill `view` from the file; what is short or missing is an error, never zeros."""
         if self.io == "direct":
-            _pread_direct(fd, path, view, offset)
+            view[:] = _pread_direct(fd, path, offset, len(view))
             return
         start, count = offset, len(view)
         while view:
@@ -274,20 +281,26 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
 _local = threading.local()
 
 
-def _pread_direct(fd: int, path: str, view: memoryview, offset: int) -> None:
-    """Whole blocks around the range into this thread's aligned memory, then a copy of what was asked for."""
+def _span(pieces: Sequence[Piece]) -> int:
+    """Bytes from the first piece to the end of the last, where they follow each other in the file; else 0."""
+    joined = all(one.source + one.size == other.source for one, other in pairwise(pieces))
+    return pieces[-1].source + pieces[-1].size - pieces[0].source if joined else 0
+
+
+def _pread_direct(fd: int, path: str, offset: int, count: int) -> memoryview:
+    """`count` bytes, within whole blocks that are read into this thread's aligned memory; good until its next read."""
     low = offset // _ALIGN * _ALIGN
-    span = -(-(offset + len(view)) // _ALIGN) * _ALIGN - low
+    span = -(-(offset + count) // _ALIGN) * _ALIGN - low
     scratch: mmap.mmap | None = getattr(_local, "scratch", None)
     if scratch is None or len(scratch) < span:
         scratch = _local.scratch = mmap.mmap(-1, span)  # memory from mmap begins at a page
     memory, got = memoryview(scratch), 0
-    while got < offset - low + len(view):
+    while got < offset - low + count:
         more = os.preadv(fd, [memory[got:span]], low + got)
         if not more:
-            raise _ends(path, offset + len(view))
+            raise _ends(path, offset + count)
         got += more
-    view[:] = memory[offset - low : offset - low + len(view)]
+    return memory[offset - low : offset - low + count]
 
 
 def _ends(path: str, needed: int) -> UserError:

@@ -323,13 +323,17 @@ class Cache:
         row, view = int(rows[bad.row]), int(views[bad.row])
         shard = int(np.searchsorted(self._base.starts, row, side="right") - 1)
         record = self.records[shard]["shard"]
-        for part in self._parts:
-            name = part.identity["store"]
-            for problem in publish.check(part.path, record, name, part.records[shard], deep=True):
-                return UserError(
-                    f"cache file {problem} (seen at row {row}, {self.keys[row]!r}, view {view}); "
-                    f"run `featcache repair {self.path}`"
-                )
+        problems = [
+            problem
+            for part in self._parts
+            for problem in publish.check(part.path, record, part.identity["store"], part.records[shard], deep=True)
+        ]
+        if problems:  # others may be damaged as well
+            problem = min(problems, key=lambda text: (not text.startswith(f"{bad.path}:"), "_crc/" not in text))
+            return UserError(
+                f"cache file {problem} (seen at row {row}, {self.keys[row]!r}, view {view}); "
+                f"run `featcache repair {self.path}`"
+            )
         return UserError(
             f"cache file {bad.path}: row {row} ({self.keys[row]!r}), view {view} differed from its checksum, but shard "
             f"{record} is sound on disk: memory or transport may be at fault; run again, and `featcache verify` it"

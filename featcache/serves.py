@@ -1,8 +1,9 @@
 """Which recipes a cache can serve, told without importing any of them (they need torch; `info` must not).
 
 A package of recipes announces itself with the entry point group `featcache.recipes`; each of its files states with a
-literal `SERVED_BY = {"fields": (...), "levels": "last:5"}` what its default configuration reads. The literal is parsed,
-never run.
+literal what its default configuration reads, which is parsed and never run:
+
+    SERVED_BY = {"fields": ("features", "attention"), "levels": "last:5", "mask_ratio": 0.7}
 """
 
 from __future__ import annotations
@@ -51,14 +52,20 @@ def lacks(cache: Cache, needs: dict[str, Any]) -> str:
         return ""
     depth = cache.identity["teacher"]["depth"]
     wanted = _levels(needs["levels"], depth)
+    if wanted.start < 1:
+        return f"{len(wanted)} levels are aligned, the teacher has {depth} blocks"
     if missing := [level for level in wanted if level not in cache.levels]:
         return f"level {', '.join(map(str, missing))} is not stored (--levels {needs['levels']})"
+    patches, keep = cache.identity["teacher"]["patches"], cache.identity.get("keep")
+    visible = int(patches * (1 - needs["mask_ratio"]))
+    if keep is not None and keep < visible:
+        return f"{keep} patches are kept, {visible} are visible"
     if fields := [field for field in needs["fields"] if field not in cache.fields]:
         return f"{', '.join(fields)} is not stored"
     return "" if cache.complete else "the cache is incomplete"
 
 
 def _levels(text: str, depth: int) -> range:
-    """'last:5' of a teacher of so many blocks; a shallower one is aligned whole."""
+    """'last:5' of a teacher of so many blocks."""
     count = int(text.removeprefix("last:")) if text else 0
-    return range(max(depth - count, 0) + 1, depth + 1)
+    return range(depth - count + 1, depth + 1)

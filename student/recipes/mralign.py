@@ -30,7 +30,11 @@ from student import align, losses, masking, vit
 from student.config import CHECKED, Fraction, Mask, NotNegative, Positive, RecipeConfig, check_hides_patches
 from student.recipes import TargetSpec
 
-SERVED_BY = {"fields": ("features", "attention"), "levels": "last:5"}  # by default; `featcache info` reads this
+SERVED_BY = {  # by default; `featcache info` reads this
+    "fields": ("features", "attention"),
+    "levels": "last:5",
+    "mask_ratio": 0.75,
+}
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
