@@ -305,7 +305,7 @@ def test_info_tells_which_recipes_lack_what(featcache_command: Command, photos: 
     assert featcache_command("extract", *options, "--levels", "1").status == 0
     serves = json.loads(featcache_command("info", tmp_path / "c", "--json").out)["serves"]
     assert serves["mae"] == ""
-    assert "level 2, 3 is not stored" in serves["maskalign"]
+    assert serves["maskalign"] == "5 levels are aligned, the teacher has 3 blocks"
     assert "not maskalign: level 2, 3 is not stored" in featcache_command("info", tmp_path / "c").out
 
 
