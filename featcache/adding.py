@@ -12,14 +12,12 @@ from typing import Any
 
 from featcache import manifest
 from featcache.errors import UsageError, UserError
-from featcache.part import PARTS, Part, added, describe
+from featcache.part import FREE, OF_TEACHER, PARTS, Part, added, describe
 from featcache.plan import Plan, file_name
 from featcache.reader import Cache
 
-# Fields in which a part may differ from the first part of its teacher.
-_FREE = ("identity.levels", "identity.views", "identity.first_view")
-# What another teacher's first part need not share with the cache.
-_OF_TEACHER = ("identity.teacher.", "identity.order", "identity.codec", "identity.tokens", "identity.keep")
+# Pixels are stored by the parts of the cache's own views, or by none.
+_FREE = tuple(field for field in FREE if field != "identity.pixels")
 
 
 def plan_part(wanted: Plan, out: Path) -> tuple[Plan, Path] | None:
@@ -30,7 +28,7 @@ def plan_part(wanted: Plan, out: Path) -> tuple[Plan, Path] | None:
         base = cache.identity
         wanted = replace(wanted, rows_per_shard=base["rows_per_shard"], pixels=wanted.pixels or "pixels" in base)
         name = wanted.teacher.name
-        _check_same(wanted, cache.manifest, _FREE if name == base["teacher"]["name"] else (*_FREE, *_OF_TEACHER))
+        _check_same(wanted, cache.manifest, _FREE if name == base["teacher"]["name"] else (*_FREE, *OF_TEACHER))
         if name in cache.teachers[1:]:
             _check_same(replace(wanted, pixels=False), cache.manifest_of(name), _FREE)
         part = _lacking(wanted, cache)

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 from featcache import manifest
+from featcache.errors import UserError
 from featcache.store import SHARDS
 
 STALE_S = 90.0  # without a touch; several times the interval, since clocks of a shared file system are coarse
@@ -93,13 +94,15 @@ def clear(cache: Path, shard: str) -> None:
 
 def is_stale(path: Path, now: float) -> bool:
     """Whether a lease's holder is gone; `now` by the file system's own clock."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{str(path)!r} is no lease, which is a plain file; remove it and run the same command again")
     try:
         owner, touched = path.read_text(errors="replace"), path.stat().st_mtime
     except OSError:  # released in this moment: the next round will see
         return False
     if manifest.is_here(owner):
         return not manifest.alive(owner)
-    return now - touched > STALE_S
+    return not -STALE_S <= now - touched <= STALE_S  # a time to come is of a clock that was set back since
 
 
 def held(cache: Path, shard: str) -> bool:

@@ -57,6 +57,12 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(canonical(value), digest_size=16).hexdigest()
 
 
+def content(manifest: Mapping[str, Any]) -> str:
+    """What the numbers of a shard depend on, wherever it lies: the identity but for pictures, store and shard size."""
+    apart = ("pictures", "store", "rows_per_shard")
+    return digest({key: value for key, value in manifest["identity"].items() if key not in apart})
+
+
 def keys_digest(keys: Iterable[str]) -> str:
     """BLAKE2b-128 of the keys in order, each ended by a newline."""
     hasher = hashlib.blake2b(digest_size=16)
@@ -99,6 +105,9 @@ def read(cache: Path) -> dict[str, Any]:
             f"cache {str(cache)!r} has format {manifest.get('format')!r}, this version reads format {FORMAT}; "
             "use the version of featcache that wrote it, or extract again"
         )
+    parts = {"id", "identity", "provenance", "arrays", "shards", "files"}
+    if not parts <= manifest.keys() or manifest["id"] != digest(manifest["identity"])[:16]:
+        raise UserError(f"{str(path)!r} is no manifest as extraction writes it: its id is not that of its identity")
     return manifest
 
 
@@ -202,19 +211,18 @@ def read_json(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
         value = json.loads(data)
         given = value.pop(CHECKSUM)
+        found, text = digest(value), _text(value)
     except FileNotFoundError as error:
         raise UserError(
             f"{str(path)!r} is missing; run `featcache verify`, or the same `featcache extract` again"
         ) from error
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{str(path)!r} is damaged: no JSON object with a checksum; restore it or extract again"
         ) from error
-    if digest(value) != given:
-        raise UserError(
-            f"{str(path)!r} is damaged: its checksum is {given}, its content has {digest(value)}; restore it"
-        )
-    if _text(value) != data:  # the same content in other bytes is not ours either
+    if found != given:
+        raise UserError(f"{str(path)!r} is damaged: its checksum is {given}, its content has {found}; restore it")
+    if text != data:  # the same content in other bytes is not ours either
         raise UserError(f"{str(path)!r} is damaged: its bytes are not those that were written; restore it")
     return value
 

@@ -77,9 +77,13 @@ class Part:
         self.starts: I64 = np.cumsum([0, *(record["rows"] for record in self.records)])
 
     def _complete_shards(self) -> list[dict[str, Any]]:
-        paths = (record_path(self.path, shard["name"]) for shard in self.manifest["shards"])
-        records = [manifests.read_json(path) for path in paths if path.is_file()]
-        for record in records:
+        paths = [record_path(self.path, shard["name"]) for shard in self.manifest["shards"]]
+        present = [shard for shard, path in zip(self.manifest["shards"], paths, strict=True) if path.is_file()]
+        records = [manifests.read_json(record_path(self.path, shard["name"])) for shard in present]
+        for shard, record in zip(present, records, strict=True):
+            if why := record_problem(self.manifest, shard, record):
+                path = record_path(self.path, shard["name"])
+                raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
             problems = publish.check(self.path, record["shard"], self.identity["store"], record, deep=False)
             if problems:
                 raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
@@ -131,10 +135,43 @@ class Part:
         return load_file(self.path / next(iter(self.manifest["files"])))
 
 
+def record_problem(about: Mapping[str, Any], shard: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
+    """Why a sound JSON is not the record of this shard of this cache; None where it is."""
+    rows, quarantined, files = record.get("rows"), record.get("quarantined"), record.get("files")
+    if record.get("shard") != shard["name"]:
+        return f"is the record of shard {record.get('shard')!r}"
+    if (
+        type(rows) is not int
+        or rows < 0
+        or not isinstance(quarantined, list)
+        or not (files and isinstance(files, dict))
+    ):
+        return "is not the record of a shard"
+    if rows + len(quarantined) != shard["count"]:
+        return f"has {rows} rows and {len(quarantined)} in quarantine, the manifest {shard['count']} pictures"
+    here = manifests.content(about)
+    if record.get("content", here) != here:
+        return "is of a shard of another cache"
+    return None
+
+
+# Fields in which what is added may differ from the first part of its teacher.
+FREE = ("identity.levels", "identity.views", "identity.first_view", "identity.pixels")
+# What another teacher's first part need not share with the cache.
+OF_TEACHER = ("identity.teacher.", "identity.order", "identity.codec", "identity.tokens", "identity.keep")
+
+
+def differing(here: Mapping[str, Any], there: Mapping[str, Any], free: tuple[str, ...]) -> manifests.Mismatch | None:
+    """The first field of identity, but for those in `free`, in which two manifests differ."""
+    found = (each for each in manifests.compare(here, there) if each.field.startswith("identity."))
+    return next((each for each in found if not each.field.startswith(free)), None)
+
+
 def same_rows(base: Part, other: Part) -> str | None:
     """Why two parts do not list the same rows; None where they do. Row i of one is then row i of the other."""
-    if base.identity["pictures"] != other.identity["pictures"]:
-        return "they are of other pictures"
+    free = FREE if other.teacher == base.teacher else (*FREE, *OF_TEACHER)
+    if found := differing(base.manifest, other.manifest, free):
+        return f"{found.field} is {found.there!r} there, {found.here!r} here"
     for here, there in zip(base.records, other.records, strict=True):
         if (here["shard"], here["rows"], here["keys_digest"]) != (there["shard"], there["rows"], there["keys_digest"]):
             return f"rows of shard {here['shard']} differ: {here['rows']} and {there['rows']}"

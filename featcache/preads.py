@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -104,8 +104,11 @@ class Reads:
             return
         parts = deque(_cut(runs, total // (4 * self.threads)))
         with self._lock:
-            self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "featcache-read")
-        others = [self._pool.submit(self._work, _drain(parts)) for _ in range(self.threads - 1)]
+            pool = self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "featcache-read")
+        others: list[Future[None]] = []
+        with contextlib.suppress(RuntimeError):  # closed in this moment by another thread: then we read alone
+            for _ in range(self.threads - 1):
+                others.append(pool.submit(self._work, _drain(parts)))
         try:
             self._work(_drain(parts))
         finally:
@@ -192,6 +195,8 @@ class Reads:
         finally:
             with self._lock:
                 file[1] -= 1
+                if not file[1] and self._files.get(path) is not file:  # closed or evicted while we read from it
+                    _close(file)
 
     def _handle(self, path: str, file: list[int]) -> int:
         with self._lock:
@@ -199,24 +204,32 @@ class Reads:
                 try:
                     file[0] = _open(path, self._flags)
                 except UserError:
-                    self._files.pop(path, None)
+                    if self._files.get(path) is file:
+                        del self._files[path]
                     raise
             while len(self._files) > self._most:
                 oldest = next((each for each, (_, users) in self._files.items() if not users), None)
                 if oldest is None:
                     break
-                os.close(self._files.pop(oldest)[0])
+                _close(self._files.pop(oldest))
             return file[0]
 
     def close(self) -> None:
-        """Close all files; the next read opens them again."""
+        """Close all files; the next read opens them again. What another thread reads from is closed when it is done."""
         with self._lock:
-            if self._pool is not None:
-                self._pool.shutdown(wait=True)
-            self._pool = None
-            for fd, _ in self._files.values():
-                os.close(fd)
-            self._files.clear()
+            pool, self._pool = self._pool, None
+            files, self._files = self._files, OrderedDict()
+            for file in files.values():
+                if not file[1]:
+                    _close(file)
+        if pool is not None:
+            pool.shutdown(wait=True)
+
+
+def _close(file: list[int]) -> None:
+    if file[0] >= 0:
+        os.close(file[0])
+        file[0] = -1
 
 
 _alive: weakref.WeakSet[Reads] = weakref.WeakSet()
@@ -293,7 +306,8 @@ def _pread_direct(fd: int, path: str, offset: int, count: int) -> memoryview:
     span = -(-(offset + count) // _ALIGN) * _ALIGN - low
     scratch: mmap.mmap | None = getattr(_local, "scratch", None)
     if scratch is None or len(scratch) < span:
-        scratch = _local.scratch = mmap.mmap(-1, span)  # memory from mmap begins at a page
+        # From mmap, whose memory begins at a page; private, or forked workers would read into one another.
+        scratch = _local.scratch = mmap.mmap(-1, span, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory, got = memoryview(scratch), 0
     while got < offset - low + count:
         more = os.preadv(fd, [memory[got:span]], low + got)

@@ -34,6 +34,8 @@ def begin(cache: Path, shard: str, name: str) -> Path:
 
 def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, Any]) -> None:
     """Two renames; the loser of a race removes its own work. The files' contents have been synced before."""
+    if (cache / manifest.NAME).is_file():  # so that a shard of another cache is not taken for one of this
+        record["content"] = manifest.content(manifest.read(cache))
     manifest.write_json(folder / RECORD, record)
     for directory in sorted({path.parent for path in folder.rglob("*")}):
         manifest.sync_folder(directory)
@@ -43,7 +45,7 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
     except OSError:
         if not final.is_dir():
             raise
-        shutil.rmtree(folder)
+        _remove(folder)
     _publish_record(cache, shard, name)
 
 
@@ -65,7 +67,7 @@ def settle(cache: Path, name: str, shards: Iterable[str]) -> None:
         if shard not in wanted:
             continue
         if rest.startswith(f"{name}.") and rest.endswith(".tmp") and is_dead(path):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         elif rest == name and not record_path(cache, shard).is_file():
             _adopt(cache, shard, name)
 
@@ -79,7 +81,7 @@ def _adopt(cache: Path, shard: str, name: str) -> None:
     if record is not None and not check(cache, shard, name, record, deep=True):
         _publish_record(cache, shard, name)
     else:
-        shutil.rmtree(folder)
+        _remove(folder)
 
 
 def abandon(cache: Path) -> None:
@@ -87,7 +89,15 @@ def abandon(cache: Path) -> None:
     for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
         if path.name.endswith(".tmp") and manifest.is_own(owner):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, a file, or a link but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_dead(leftover: Path) -> bool:
@@ -146,7 +156,7 @@ def set_aside(cache: Path, shard: str, name: str) -> None:
         forget_aside(cache, shard, name)
     for path in present:
         if _aside(path).is_dir():  # `path` is a replacement that was never finished
-            shutil.rmtree(path)
+            _remove(path)
         else:
             path.rename(_aside(path))
     manifest.sync_folder(cache / SHARDS)
@@ -160,7 +170,7 @@ def put_back(cache: Path, shard: str, name: str) -> None:
     for path in (folder_path(cache, shard, name), record_path(cache, shard)):
         if _aside(path).exists():
             if path.is_dir():
-                shutil.rmtree(path)
+                _remove(path)
             _aside(path).rename(path)
 
 

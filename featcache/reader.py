@@ -40,8 +40,9 @@ class Cache:
         if not 0 <= verify_rows <= 1:
             raise UsageError(f"verify_rows {verify_rows}: a share from 0 to 1 is allowed")
         self.path = Path(path)
+        self._place = self.path.absolute()  # the working directory may change
         self._options = {"threads": threads, "verify_rows": verify_rows, "io": io}
-        self._base = Part(self.path)
+        self._base = Part(self._place)
         self._parts = [self._base, *self._additions()]
         self.manifest = self._base.manifest
         self.identity = self._base.identity
@@ -54,7 +55,7 @@ class Cache:
 
     def _additions(self) -> list[Part]:
         """Parts that are complete; one that is still being extracted is not seen."""
-        parts = [Part(path) for path in added(self.path)] if self._base.complete else []
+        parts = [Part(path) for path in added(self._place)] if self._base.complete else []
         for part in parts:
             why = part.complete and same_rows(self._base, part)
             if why:
@@ -62,7 +63,10 @@ class Cache:
         parts = [part for part in parts if part.complete]
         for teacher in dict.fromkeys(part.teacher for part in parts):
             own = [part for part in (self._base, *parts) if part.teacher == teacher]
-            held = {(level, view) for part in own for level in part.levels for view in part.view_numbers}
+            pairs = [(level, view) for part in own for level in part.levels for view in part.view_numbers]
+            held = set(pairs)
+            if len(pairs) != len(held):
+                raise UserError(f"cache {str(self.path)!r}: two parts hold the same levels and views of {teacher}")
             if len(held) != len({level for level, _ in held}) * (max(view for _, view in held) + 1):
                 raise UserError(
                     f"cache {str(self.path)!r}: of teacher {teacher} some views have levels that others lack; move "
@@ -113,7 +117,7 @@ class Cache:
         return f"Cache({str(self.path)!r}: {manifests.title(self.manifest)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, **self._options}
+        return {"path": self._place, **self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state.pop("path"), **state)  # type: ignore[misc]
@@ -168,7 +172,7 @@ class Cache:
         filled where it names a field: reused memory reads twice as fast as new. `check=False` compares nothing.
         Raises UserError when bytes are missing or not those that were written.
         """
-        rows, views = _numbers("rows", rows), _numbers("view", view)
+        rows, views, fields = _numbers("rows", rows), _numbers("view", view), tuple(fields)
         if len(views) not in (1, len(rows)):
             raise UsageError(f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is needed")
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
@@ -198,9 +202,10 @@ class Cache:
         for name in fields:
             if name not in self.arrays:
                 raise UsageError(f"read: unknown field {name!r}; {near(name, self.fields)}")
-            last = self.views_of(self._of(name)[0].teacher)
-            if views.size and (views.min() < 0 or views.max() >= last):
-                raise UsageError(f"read: view must be from 0 to {last - 1}")
+            plain = name.rpartition("/")[2]
+            held = {view for part in self._of(name) if plain in part.arrays for view in part.view_numbers}
+            if views.size and (strange := np.setdiff1d(views, list(held))).size:
+                raise UsageError(f"read: view {strange[0]} of {name}: view must be from {min(held)} to {max(held)}")
 
     def _of(self, name: str) -> list[Part]:
         """The parts of a field's teacher."""
@@ -209,7 +214,7 @@ class Cache:
 
     def _wanted_levels(self, name: str, levels: Sequence[int] | None) -> tuple[int, ...]:
         stored = self.levels_of(self._of(name)[0].teacher)
-        for level in levels or ():
+        for level in () if levels is None else levels:
             if level not in stored:
                 raise UsageError(f"read: level {level} is not stored; stored are {list(stored)}")
         return stored if levels is None else tuple(levels)
@@ -228,8 +233,8 @@ class Cache:
         spec = self.arrays[name]
         shape = (rows, *((levels, tokens, *spec.item[2:]) if checksums.has_levels(spec) else spec.item))
         target = out[name] if out is not None and name in out else np.empty(shape, spec.dtype)
-        if target.shape != shape or target.dtype != spec.dtype or not target.flags.c_contiguous:
-            raise UsageError(f"read: out[{name!r}] must be C-contiguous {spec.dtype} {shape}")
+        if target.shape != shape or target.dtype != spec.dtype or not target.flags.carray:
+            raise UsageError(f"read: out[{name!r}] must be C-contiguous, writable {spec.dtype} {shape}")
         return target
 
     def _choose_rows(self, rows: I64, views: I64) -> npt.NDArray[np.bool_]:

@@ -48,8 +48,13 @@ def _restore_manifest(part: Path) -> list[str]:
             f"cache {str(part)!r}: {manifest.NAME} and its copy {SHARDS}/{manifest.COPY} are both damaged; extract "
             "again into another folder"
         )
-    if len(good) == 2 and manifest.read_json(pair[0]) == manifest.read_json(pair[1]):
-        return []
+    if len(good) == 2:
+        here, there = (manifest.read_json(path) for path in pair)
+        if here == there:
+            return []
+        what = f"cannot repair {str(part)!r}: {manifest.NAME} and {SHARDS}/{manifest.COPY} are sound, but of two caches"
+        todo = "remove the one that does not belong here"
+        manifest.refuse(here, there, what, todo, ("fatal", "lossy", "layout"))
     source = good[0]
     target = pair[1] if source == pair[0] else pair[0]
     manifest.write_json(target, manifest.read_json(source))

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from featcache.errors import UserError, near
+
 STORES = {"zarr": "featcache.zarr_store", "webdataset": "featcache.webdataset_store"}
 SHARDS = "shards"
 QUARANTINE = "quarantine.json"
@@ -121,6 +123,8 @@ class Store(Protocol):
 
 def store(name: str) -> ModuleType:
     """The module of a store by the name in the manifest."""
+    if name not in STORES:
+        raise UserError(f"unknown store {name!r}: {near(name, STORES)}; a newer version of featcache may know it")
     return importlib.import_module(STORES[name])
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from featcache import images, manifest, publish, rng, views
 from featcache.errors import IdentityError, UserError
-from featcache.part import added
+from featcache.part import Keys, added, record_problem
 from featcache.reader import Cache
-from featcache.store import QUARANTINE, SHARDS, record_path
+from featcache.store import QUARANTINE, SHARDS, record_path, store
 
 FEATURE_BOUND = 1e-3  # per-token relative L2 between stored and recomputed features
 ATTENTION_BOUND = 1e-4  # largest difference over the largest weight
@@ -49,7 +49,7 @@ def problems(
     """Everything that is wrong with one part, file by file."""
     backend = about["identity"]["store"]
     for text in manifest.check_files(part, about):
-        yield Problem(Path(text.split(": ")[0]), text)
+        yield Problem(Path(text.rpartition(": ")[0]), text)
     for path in (part / SHARDS / manifest.COPY, part / QUARANTINE):
         wanted = path.name == manifest.COPY or path.is_file() or _lacks_quarantine(part, about)
         if wanted and (damage := json_problem(path)):
@@ -62,9 +62,22 @@ def problems(
             missing = f"{record}: missing; this shard is not extracted yet, or its record is lost"
             yield Problem(record, damage if record.is_file() else missing, shard["name"])
         else:
-            for text in publish.check(part, shard["name"], backend, manifest.read_json(record), deep=True):
-                yield Problem(Path(text.split(": ")[0]), text, shard["name"])
+            read = manifest.read_json(record)
+            if why := record_problem(about, shard, read):
+                yield Problem(record, f"{record}: {why}", shard["name"])
+            else:
+                yield from _of_files(part, shard["name"], backend, read)
         progress(done, len(about["shards"]))
+
+
+def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> Iterator[Problem]:
+    found = publish.check(part, shard, backend, record, deep=True)
+    yield from (Problem(Path(text.rpartition(": ")[0]), text, shard) for text in found)
+    if not found:
+        keys = Keys(*store(backend).keys(part, shard, record))
+        if len(keys) != record["rows"] or manifest.keys_digest(keys) != record["keys_digest"]:
+            path = record_path(part, shard)
+            yield Problem(path, f"{path}: its keys are not those of the shard's files", shard)
 
 
 def _lacks_quarantine(part: Path, about: dict[str, Any]) -> bool:

@@ -308,6 +308,25 @@ def test_after_a_fork_both_sides_read(threaded: Cache) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.parametrize("io", ["buffered", "streaming", "direct"])
+def test_forked_readers_do_not_share_memory(copy: Path, io: str) -> None:
+    """Each child reads one row of its own again and again, unchecked, while the other reads another."""
+
+    def same(cache: Cache, row: int) -> None:
+        for _ in range(300):
+            got = cache.read([row], 1, check=False)["features"]
+            np.testing.assert_array_equal(got, NUMBERS["features"][[row], 1])
+
+    with featcache.open(copy, threads=1, io=io) as cache:
+        same(cache, 0)
+        children = [multiprocessing.get_context("fork").Process(target=same, args=(cache, row)) for row in (1, 6)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+            assert child.exitcode == 0
+
+
 @pytest.mark.parametrize("work", ["close", "read"])
 def test_a_fork_while_a_thread_holds_the_lock(threaded: Cache, work: str) -> None:
     """The holder is not there in the child; nobody would ever give the lock back."""

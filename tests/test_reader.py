@@ -76,7 +76,7 @@ def write_cache(
         keys = [key for key in KEYS[rows] for _ in range(VIEWS)]
         writer.append(keys, {**items, **checksums.compute(arrays, items)})
         writer.finish([{"key": f"bad{shard}", "reason": "cut"}], found.summary())
-        shards.append({"name": shard, "first": first, "count": count})
+        shards.append({"name": shard, "first": first, "count": count + 1})
         first += count
     identity = {
         "teacher": {"name": "synthetic", "patches": TOKENS - 1, "width": WIDTH, "depth": 6},

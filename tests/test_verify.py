@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import featcache
-from featcache import extract, images, plan, teachers, verify, views
+from featcache import extract, images, manifest, plan, teachers, verify, views
 from featcache.errors import IdentityError, UserError
 from featcache.store import STORES
 from tests.conftest import SYNTHETIC, files_below, make_photos, waves
@@ -182,7 +182,11 @@ def test_changed_features_are_found_even_with_good_checksums(pictures: Path, sou
     made = plan.Plan(images.open_source(pictures), loaded, views.Policy(size=28), 2, (1, 2), rows_per_shard=6)
     extract.run(made, tmp_path / "wrong", batch_size=4)
     shutil.copytree(tmp_path / "wrong/shards/000000.zarr", path)
-    shutil.copy(tmp_path / "wrong/shards/000000.json", other / "shards/000000.json")
+    record = manifest.read_json(tmp_path / "wrong/shards/000000.json")
+    manifest.write_json(other / "shards/000000.json", record)
+    assert [problem.split(": ")[1] for problem in verify.files(other)[0]] == ["is of a shard of another cache"]
+    del record["content"]
+    manifest.write_json(other / "shards/000000.json", record)
     assert verify.files(other)[0] == []
     found = recompute(other, pictures)
     assert len(found["problems"]) == 5  # the first shard's six less the one in quarantine
