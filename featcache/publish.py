@@ -177,7 +177,7 @@ def put_back(cache: Path, shard: str, name: str) -> None:
 def forget_aside(cache: Path, shard: str, name: str) -> None:
     """Remove what was set aside."""
     _aside(record_path(cache, shard)).unlink(missing_ok=True)
-    shutil.rmtree(_aside(folder_path(cache, shard, name)), ignore_errors=True)
+    _remove(_aside(folder_path(cache, shard, name)))
 
 
 def _aside(path: Path) -> Path:
