@@ -312,10 +312,18 @@ def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
         return
     records = [manifest.read_json(path) for path in paths]
     rows = [row for record in records for row in record["quarantined"]]
-    if rows:
+    if rows and not _is_written(out / QUARANTINE, {"pictures": rows}):
         manifest.write_json(out / QUARANTINE, {"pictures": rows})
     if rows and not sum(record["rows"] for record in records):
         raise UserError(
             f"none of {len(rows)} pictures could be used, the first {rows[0]['key']!r}: {rows[0]['reason']}; "
             f"all are listed in {out / QUARANTINE}"
         )
+
+
+def _is_written(path: Path, value: dict[str, Any]) -> bool:
+    """Whether a JSON of ours is there already: a complete cache may be read-only."""
+    try:
+        return manifest.read_json(path) == value
+    except UserError:
+        return False

@@ -216,6 +216,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{str(path)!r} is missing; run `featcache verify`, or the same `featcache extract` again"
         ) from error
+    except PermissionError as error:  # which no repair can mend
+        raise UserError(f"{str(path)!r}: {error.strerror}; allow reading it and run the same command again") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{str(path)!r} is damaged: no JSON object with a checksum; restore it or extract again"
