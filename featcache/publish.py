@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,24 @@ def begin(cache: Path, shard: str, name: str) -> Path:
     folder = cache / SHARDS / f"{shard}.{name}.{manifest.owner()}.tmp"
     folder.mkdir(parents=True)
     return folder
+
+
+def record(
+    shard: str,
+    keys: Sequence[str],
+    quarantined: Sequence[Mapping[str, str]],
+    files: Mapping[str, Mapping[str, Any]],
+    statistics: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What every store says of a shard it has written."""
+    return {
+        "shard": shard,
+        "rows": len(keys),
+        "keys_digest": manifest.keys_digest(keys),
+        "quarantined": [dict(row) for row in quarantined],
+        "files": {name: dict(facts) for name, facts in files.items()},
+        "statistics": {name: dict(facts) for name, facts in statistics.items()},
+    }
 
 
 def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, Any]) -> None:

@@ -114,14 +114,7 @@ class TarShardWriter:
     ) -> dict[str, Any]:
         files = {_tar(view): _close(file) for view, file in enumerate(self.files)}
         files[INDEX] = self._write_index()
-        record = {
-            "shard": self.shard,
-            "rows": len(self.keys),
-            "keys_digest": manifest.keys_digest(self.keys),
-            "quarantined": [dict(row) for row in quarantined],
-            "files": files,
-            "statistics": {name: dict(facts) for name, facts in statistics.items()},
-        }
+        record = publish.record(self.shard, self.keys, quarantined, files, statistics)
         publish.publish(self.folder, self.cache, self.shard, NAME, record)
         return record
 

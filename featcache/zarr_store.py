@@ -18,7 +18,7 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from featcache import manifest, publish
+from featcache import publish
 from featcache.errors import UserError
 from featcache.rowfile import RowFile
 from featcache.store import SHARDS, Array, Keys, folder_path
@@ -83,14 +83,7 @@ class ZarrShardWriter:
         self.files["key_offsets", 0].append(np.cumsum([0, *map(len, encoded)], dtype=np.int64))
         files = {_chunk(self.arrays[name], view): _close(file) for (name, view), file in self.files.items()}
         files.update(self._write_metadata(len(self.keys), sum(map(len, encoded))))
-        record = {
-            "shard": self.shard,
-            "rows": len(self.keys),
-            "keys_digest": manifest.keys_digest(self.keys),
-            "quarantined": [dict(row) for row in quarantined],
-            "files": files,
-            "statistics": {name: dict(facts) for name, facts in statistics.items()},
-        }
+        record = publish.record(self.shard, self.keys, quarantined, files, statistics)
         publish.publish(self.folder, self.cache, self.shard, NAME, record)
         return record
 
