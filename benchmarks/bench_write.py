@@ -40,9 +40,10 @@ from benchmarks import describe, environment, save, table
 from featcache import manifest, publish
 from featcache.cli import entry
 from featcache.errors import UserError
-from featcache.extract import Progress, compute, run
+from featcache.extract import compute, run
 from featcache.images import open_source
 from featcache.plan import Plan, parse_levels
+from featcache.progress import Progress
 from featcache.store import SHARDS, STORES, Array, store
 from featcache.teachers import Teacher, load
 from featcache.views import policy

@@ -42,8 +42,6 @@ CODECS = {
 }
 
 
-def out_of_range(coded: Mapping[str, Tensor], stats: Tensor) -> list[tuple[int, int]]:
-    """(batch, level) pairs of encoded arrays and statistics, all (B, L, ...), that hold a non-finite value."""
-    good = [torch.isfinite(values).flatten(2).all(2) for values in (*coded.values(), stats)]
-    bad = ~torch.stack(good).all(0)
-    return [(int(row), int(level)) for row, level in bad.nonzero().tolist()]
+def in_range(coded: Mapping[str, Tensor], stats: Tensor) -> Tensor:
+    """(B, L) whether encoded arrays and statistics, all (B, L, ...), hold finite values only; stays on the device."""
+    return torch.stack([torch.isfinite(values).flatten(2).all(2) for values in (*coded.values(), stats)]).all(0)

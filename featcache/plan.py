@@ -10,16 +10,17 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
 from safetensors.numpy import save
 
-from featcache import checksums, codecs, images, manifest, targets, teachers, views
+from featcache import checksums, codecs, images, manifest, running, targets, teachers, tokenizer, views
 from featcache.errors import UsageError, UserError
 from featcache.store import SHARDS, Array, record_path
 
@@ -56,6 +57,19 @@ class Plan:
             raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches, or a share below 1, is allowed")
 
     @property
+    def is_tokenizer(self) -> bool:
+        return isinstance(self.teacher, tokenizer.Tokenizer)
+
+    @property
+    def input_px(self) -> int:
+        return self.teacher.input_px
+
+    @property
+    def filter(self) -> str:
+        """By which crops are resized for the teacher: the policy's, a tokenizer's own."""
+        return self.teacher.filter if isinstance(self.teacher, tokenizer.Tokenizer) else self.policy.filter
+
+    @property
     def stored_tokens(self) -> int:
         """[CLS] and the patches that are stored of each."""
         return 1 + (self.teacher.patches if self.keep is None else self.keep)
@@ -75,33 +89,27 @@ class Plan:
 
     @property
     def arrays(self) -> list[Array]:
+        own = [tokenizer.array(self.teacher.patches)] if self.is_tokenizer else self._of_teacher()
+        arrays = [*own, *_of_views()]
+        ranked = self.tokens == "ranked"
+        return [*arrays, *checksums.declare(arrays, len(self.levels), self.stored_tokens, ranked=ranked)]
+
+    def _of_teacher(self) -> list[Array]:
         levels, tokens, patches = len(self.levels), self.stored_tokens, self.teacher.patches
         coded = codecs.CODECS[self.codec].arrays(self.teacher.width)
-        order = "|u1" if patches <= 256 else "<u2"
-        size = self.policy.size
+        order, size = "|u1" if patches <= 256 else "<u2", self.policy.size
         row_view = ("row", "view")
-        arrays = [
+        pixels = Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)
+        return [
             *(
                 Array(name, dtype, (levels, tokens, *item), (*row_view, "level", "token", *names), split=True)
                 for name, (dtype, item, names) in coded.items()
             ),
             Array("feature_stats", "<f4", (levels, tokens, 2), (*row_view, "level", "token", "mean_std"), split=True),
-            *(
-                [Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)]
-                if self.pixels
-                else []
-            ),
+            *([pixels] if self.pixels else []),
             Array("attention", "<f4", (patches,), (*row_view, "patch")),
             Array("mask_order", order, (patches,), (*row_view, "rank")),
-            Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
-            Array("flip", "|u1", (), row_view),
-            Array("area", "<f4", (), row_view),
-            Array("jitter", "<f4", (4,), (*row_view, "brightness_contrast_saturation_order")),
-            Array("pixel_hash", "<u8", (), row_view),
-            Array("thumbnail", "|u1", (views.THUMBNAIL, views.THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
-            Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
         ]
-        return [*arrays, *checksums.declare(arrays, levels, tokens, ranked=self.tokens == "ranked")]
 
     @property
     def view_bytes(self) -> int:
@@ -109,7 +117,7 @@ class Plan:
         return sum(array.item_bytes for array in self.arrays if array.per_view)
 
     def manifest(self) -> dict[str, Any]:
-        teacher = self.teacher
+        teacher, run = self.teacher, running.of(self.teacher)
         identity = {
             "teacher": {
                 "name": teacher.name,
@@ -120,6 +128,8 @@ class Plan:
                 "patches": teacher.patches,
                 "width": teacher.width,
                 "depth": teacher.depth,
+                **({} if run.precision == "fp32" else {"precision": run.precision}),
+                **({"filter": self.filter} if self.is_tokenizer else {}),
             },
             "levels": list(self.levels),
             "eps": targets.EPS,
@@ -138,6 +148,7 @@ class Plan:
         }
         provenance = {
             "weights": teacher.weights,
+            **({"compiled": True} if run.compiled else {}),
             "source": os.path.abspath(self.source.spec),  # noqa: PTH100 (a pattern, not always a path)
             "versions": {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()},
         }
@@ -149,11 +160,32 @@ class Plan:
         return {f"{file_name(self.teacher.name)}.safetensors": save(self.teacher.tail())}
 
 
-def parse_levels(text: str, depth: int) -> tuple[int, ...]:
-    """'last:5', '8,10,12' or 'all' -> 1-based block numbers, ascending.
+class Job(NamedTuple):
+    """A plan and the folder it goes to."""
 
-    >>> parse_levels("last:3", 12), parse_levels("8,12,10", 12)
-    ((10, 11, 12), (8, 10, 12))
+    plan: Plan
+    out: Path
+
+
+def _of_views() -> list[Array]:
+    """What every part stores of the views themselves."""
+    row_view = ("row", "view")
+    return [
+        Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
+        Array("flip", "|u1", (), row_view),
+        Array("area", "<f4", (), row_view),
+        Array("jitter", "<f4", (4,), (*row_view, "brightness_contrast_saturation_order")),
+        Array("pixel_hash", "<u8", (), row_view),
+        Array("thumbnail", "|u1", (views.THUMBNAIL, views.THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
+        Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
+    ]
+
+
+def parse_levels(text: str, depth: int) -> tuple[int, ...]:
+    """'last:5', '8,10,12', '-1,-3' (counted from the end) or 'all' -> 1-based block numbers, ascending.
+
+    >>> parse_levels("last:3", 12), parse_levels("8,12,10", 12), parse_levels("-1,-3", 12)
+    ((10, 11, 12), (8, 10, 12), (10, 12))
     """
     head, _, count = text.partition(":")
     if text == "all":
@@ -161,9 +193,14 @@ def parse_levels(text: str, depth: int) -> tuple[int, ...]:
     if head == "last" and count.isdecimal() and 1 <= int(count) <= depth:
         return tuple(range(depth - int(count) + 1, depth + 1))
     parts = text.split(",")
-    if all(part.isdecimal() and 1 <= int(part) <= depth for part in parts) and len(set(map(int, parts))) == len(parts):
-        return tuple(sorted(map(int, parts)))
-    raise UsageError(f"--levels {text!r}: last:N, a list such as 1,{depth}, or all; blocks are 1 to {depth}")
+    if all(part.removeprefix("-").isdecimal() and 1 <= abs(int(part)) <= depth for part in parts):
+        blocks = {int(part) % (depth + 1) for part in parts}  # -1 is the last
+        if len(blocks) == len(parts):
+            return tuple(sorted(blocks))
+    raise UsageError(
+        f"--levels {text!r}: last:N, a list such as 1,{depth} or -1,-3 that names no block twice, or all; blocks are "
+        f"1 to {depth}, or -1 to -{depth} from the end"
+    )
 
 
 def file_name(text: str) -> str:
@@ -186,19 +223,27 @@ def parse_keep(text: str | None, patches: int) -> int | None:
     return value
 
 
+def continues(plan: Plan, out: Path) -> bool:
+    """Whether the cache at `out` is this plan's, begun or complete; False where there is none, an error where it is
+    another."""
+    if not (out / manifest.NAME).is_file():
+        return False
+    todo = "give another --out, the same arguments to continue this cache, or --add to add to it"
+    what = f"{str(out)!r} holds another cache"
+    manifest.refuse(plan.manifest(), manifest.read(out), what, todo, ("fatal", "lossy", "layout"))
+    return True
+
+
 def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
     """Make the folder, or check that the cache in it is the same one; returns its manifest. The batch size is noted in
     it, since real networks give other bits at another."""
-    wanted = plan.manifest()
-    wanted["provenance"]["batch_size"] = batch_size
-    if (out / manifest.NAME).is_file():
-        there = manifest.read(out)
-        todo = "give another --out, the same arguments to continue this cache, or --add to add to it"
-        grades = ("fatal", "lossy", "layout")
-        manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, grades)
-        wanted = there
+    if continues(plan, out):
+        wanted = manifest.read(out)
     elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
+    else:
+        wanted = plan.manifest()
+        wanted["provenance"]["batch_size"] = batch_size
     _check_space(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
@@ -215,10 +260,20 @@ def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
 
 def _check_space(plan: Plan, out: Path) -> None:
     """Is there room for the shards that are missing?"""
+    check_room([Job(plan, out)])
+
+
+def check_room(jobs: Sequence[Job]) -> None:
+    """Is there room for what is missing of all of them? The first folder's disk holds the others."""
+    out = jobs[0].out
     place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    missing = sum(shard["count"] for shard in plan.shards if not record_path(out, shard["name"]).is_file())
-    needed = plan.view_bytes * plan.views * missing + (_SPARE_BYTES if missing else 0)
-    free = shutil.disk_usage(place).free
+    missing = [
+        plan.view_bytes * plan.views * shard["count"]
+        for plan, folder in jobs
+        for shard in plan.shards
+        if not record_path(folder, shard["name"]).is_file()
+    ]
+    needed, free = sum(missing) + (_SPARE_BYTES if missing else 0), shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
             f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "

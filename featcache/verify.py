@@ -17,9 +17,6 @@ from featcache.part import Keys, added, record_problem
 from featcache.reader import Cache
 from featcache.store import QUARANTINE, SHARDS, record_path, store
 
-FEATURE_BOUND = 1e-3  # per-token relative L2 between stored and recomputed features
-ATTENTION_BOUND = 1e-4  # largest difference over the largest weight
-
 
 class Problem(NamedTuple):
     """What is wrong with one file; `shard` where a shard must be extracted again to mend it."""
@@ -124,10 +121,10 @@ def recompute(
 
 
 def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
-    from featcache import teachers
+    from featcache import running, teachers
 
     given = weights or cache.manifest["provenance"]["weights"]
-    teacher = teachers.load(cache.identity["teacher"]["name"], given, device)
+    teacher = running.like(teachers.load(cache.identity["teacher"]["name"], given, device), cache.identity)
     here, there = teachers.weight_hash(teacher), cache.identity["teacher"]["weight_hash"]
     if here != there:
         raise IdentityError(
@@ -154,7 +151,7 @@ def _recompute_row(
 ) -> tuple[list[str], float, float]:
     import torch
 
-    from featcache import codecs, extract
+    from featcache import codecs, extract, running
 
     key = cache.keys[row]
     if key not in at:
@@ -186,9 +183,10 @@ def _recompute_row(
     a = attention[0].cpu().numpy()
     attention_error = float(np.abs(a - stored["attention"][0]).max() / a.max())
     problems = list(filter(None, [pixel_problem(cache, row, view, replayed[0])]))
-    if error > FEATURE_BOUND or attention_error > ATTENTION_BOUND:
+    bound, attention_bound = running.BOUNDS[running.of(teacher).precision]
+    if error > bound or attention_error > attention_bound:
         problems.append(
-            f"picture {key!r}, view {view}: features differ by {error:.1e} (allowed {FEATURE_BOUND:.0e}), attention by "
-            f"{attention_error:.1e} (allowed {ATTENTION_BOUND:.0e})"
+            f"picture {key!r}, view {view}: features differ by {error:.1e} (allowed {bound:.0e}), attention by "
+            f"{attention_error:.1e} (allowed {attention_bound:.0e})"
         )
     return problems, error, attention_error

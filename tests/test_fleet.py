@@ -109,7 +109,7 @@ STAGES = {
     "holding a lease": ("publish.settle", 3),
     "decode": ("images.decode", 8),
     "render": ("views.render", 20),
-    "teacher": ("extract.compute", 5),
+    "teacher": ("stages.ask", 5),
     "encode": ("targets.mask_order", 6),
     "append": ("rowfile.RowFile.append", 70),
     "metadata": ("zarr_store.ZarrShardWriter._write_metadata", 2),

@@ -1,0 +1,53 @@
+"""Several teachers in one command: an option given for each, and the teachers themselves.
+
+    --teacher clip-b16 --teacher dino-b16 --levels last:5 --levels dino-b16=-1 --weights dino-b16=dino.safetensors
+
+A value that begins with a teacher's name and `=` is for it alone; another is for all that have none of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from featcache import running, teachers
+from featcache.errors import UsageError
+
+
+def assign(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
+    """Each teacher's value of an option, None where nothing was given for it.
+
+    >>> assign("--levels", ["last:5", "dino-b16=-1"], ["clip-b16", "dino-b16"])
+    {'clip-b16': 'last:5', 'dino-b16': '-1'}
+    """
+    if double := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UsageError(f"--teacher {double[0]!r} is given twice; give each teacher once")
+    own: dict[str, str] = {}
+    shared: list[str] = []
+    for value in values:
+        # the longest: one name may begin another
+        name = max((name for name in names if value.startswith(f"{name}=")), key=len, default=None)
+        if name is None:
+            shared.append(value)
+        elif name in own:
+            raise UsageError(f"{option}: {name} is given {own[name]!r} and {value[len(name) + 1 :]!r}; give one")
+        else:
+            own[name] = value[len(name) + 1 :]
+    if len(shared) > 1:
+        hint = f"; name the teacher, as in {option} {names[-1]}={shared[-1]}" if len(names) > 1 else ""
+        raise UsageError(f"{option} is given twice: {shared[0]!r} and {shared[1]!r}{hint or '; give one'}")
+    return {name: own.get(name, shared[0] if shared else None) for name in names}
+
+
+def weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
+    """The same of `--weights`: a file or a tag is one teacher's, only random:SEED can be meant for several."""
+    found = assign("--weights", values, names)
+    for value in values if len(names) > 1 else ():
+        if not teachers.is_random(value) and not any(value.startswith(f"{name}=") for name in names):
+            raise UsageError(
+                f"--weights {value!r}: {len(names)} teachers are given; name one, as in --weights {names[0]}={value}"
+            )
+    return found
+
+
+def load(name: str, weights: str | None, device: str, precision: str, compiled: bool) -> teachers.Teacher:
+    return running.configure(teachers.load(name, weights, device), precision, compiled)
