@@ -2,7 +2,8 @@
 
     --teacher clip-b16 --teacher dino-b16 --levels last:5 --levels dino-b16=-1 --weights dino-b16=dino.safetensors
 
-A value that begins with a teacher's name and `=` is for it alone; another is for all that have none of their own.
+A value that begins with a teacher's name and `=` is for it alone; another is for all that have none of their own, and
+as with every option the last one counts.
 """
 
 from __future__ import annotations
@@ -22,20 +23,15 @@ def assign(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str
     if double := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UsageError(f"--teacher {double[0]!r} is given twice; give each teacher once")
     own: dict[str, str] = {}
-    shared: list[str] = []
+    shared: str | None = None
     for value in values:
         # the longest: one name may begin another
         name = max((name for name in names if value.startswith(f"{name}=")), key=len, default=None)
         if name is None:
-            shared.append(value)
-        elif name in own:
-            raise UsageError(f"{option}: {name} is given {own[name]!r} and {value[len(name) + 1 :]!r}; give one")
+            shared = value
         else:
             own[name] = value[len(name) + 1 :]
-    if len(shared) > 1:
-        hint = f"; name the teacher, as in {option} {names[-1]}={shared[-1]}" if len(names) > 1 else ""
-        raise UsageError(f"{option} is given twice: {shared[0]!r} and {shared[1]!r}{hint or '; give one'}")
-    return {name: own.get(name, shared[0] if shared else None) for name in names}
+    return {name: own.get(name, shared) for name in names}
 
 
 def weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
