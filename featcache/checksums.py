@@ -63,7 +63,7 @@ def compute(arrays: Iterable[Array], items: Mapping[str, npt.NDArray[Any]]) -> d
         out["row_crc"] = levels(features)
         if "prefix_crc" in specs:
             out["prefix_crc"] = _prefixes(features)
-    side = np.empty((len(features), specs["side_crc"].item[0]), np.uint32)
+    side = np.empty((len(next(iter(items.values()))), specs["side_crc"].item[0]), np.uint32)
     for name, first in columns(specs.values()).items():
         if name:
             values = np.ascontiguousarray(items[name], specs[name].dtype)

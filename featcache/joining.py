@@ -97,14 +97,16 @@ def prove(
 def pair(here: Cache, there: Cache) -> tuple[I64, I64]:
     """(rows of one (n,), rows of the other (n,)) of the pictures that both hold, in the order of the first.
 
-    For caches that were extracted apart, of two teachers or at two times: view v of one is then view v of the other. Every
-    stored box of the views that both have is compared; one that differs is an IdentityError that names it.
+    For caches that were extracted apart, of two teachers or at two times: view v of one is then view v of the other.
+    Every stored box of the views that both have is compared; one that differs is an IdentityError that names it.
     """
     theirs = there.keys.find(here.keys)
     ours = np.flatnonzero(theirs >= 0)
     theirs = theirs[ours]
     if not len(ours):
-        raise IdentityError(f"caches {str(here.path)!r} and {str(there.path)!r} have no picture in common; see their keys")
+        raise IdentityError(
+            f"caches {str(here.path)!r} and {str(there.path)!r} have no picture in common; see their keys"
+        )
     for low in range(0, len(ours), _PAIR_ROWS):
         a, b = ours[low : low + _PAIR_ROWS], theirs[low : low + _PAIR_ROWS]
         for view in range(min(here.views, there.views)):
@@ -118,7 +120,7 @@ def _same_boxes(here: Cache, there: Cache, ours: I64, theirs: I64, view: int) ->
         differs = (one[name] != other[name]).reshape(len(ours), -1).any(1)
         for i in np.flatnonzero(differs)[:1].tolist():
             raise IdentityError(
-                f"picture {here.keys[ours[i]]!r}, view {view}: {name} is {one[name][i].tolist()} in {str(here.path)!r}, "
-                f"{other[name][i].tolist()} in {str(there.path)!r}; caches are joined where both show the same crops: "
-                "extract with the same policy and --seed, from the same pictures"
+                f"picture {here.keys[ours[i]]!r}, view {view}: {name} is {one[name][i].tolist()} in "
+                f"{str(here.path)!r}, {other[name][i].tolist()} in {str(there.path)!r}; caches are joined where both "
+                "show the same crops: extract with the same policy and --seed, from the same pictures"
             )

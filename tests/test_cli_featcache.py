@@ -129,7 +129,11 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
         (("--weights", "random:0"), 2, ("no weights",)),
         (("--weights", "no/such.pt", "--teacher", VIT), 1, ("no such file", "random:SEED")),
         (("--teacher", SYNTHETIC, "--teacher", SYNTHETIC), 2, ("given twice",)),
-        (("--teacher", SYNTHETIC, "--teacher", VIT, "--weights", "vit.pt"), 2, ("2 teachers are given", f"{SYNTHETIC}=vit")),
+        (
+            ("--teacher", SYNTHETIC, "--teacher", VIT, "--weights", "vit.pt"),
+            2,
+            ("2 teachers are given", f"{SYNTHETIC}=vit"),
+        ),
         (("--teacher", SYNTHETIC, "--teacher", VIT, "--weights", f"{VIT}=vit.pt"), 1, ("'vit.pt'", "no such file")),
         (("--precision", "fp64"), 2, ("--precision 'fp64'", "bf16, fp16, fp32, tf32")),
         (("--precision", "tf32", "--device", "cpu"), 2, ("cpu has no TF32", "fp32")),

@@ -81,7 +81,7 @@ def test_what_needs_the_statistics_says_so() -> None:
 
 def test_what_cannot_be_derived_is_one_line() -> None:
     h = torch.zeros(1, 2, 16)
-    with pytest.raises(UsageError, match="unknown derived target 'q'.*known: f, fd, y, z"):
+    with pytest.raises(UsageError, match=r"unknown derived target 'q'.*known: f, fd, y, z"):
         derive.target("q", h, tail_of(16, 1e-5))
     with pytest.raises(UserError, match="has no proj; it has gamma, beta, eps"):
         derive.target("z", h, tail_of(16, 1e-5, None))
@@ -185,7 +185,9 @@ def test_the_cache_gives_the_models_own_output(photos: Path, kind: str) -> None:
                 assert 0 < relative(got.astype(np.float64), wanted[name]) < 1e-3
             own = cache.derive("z" if kind == "clip" else "f", range(11), view)[:, 0]
             assert relative(own.astype(np.float64), wanted["own"]) < 1e-3
-            np.testing.assert_array_equal(cache.derive("f", [7, 2], view, tokens=3), cache.derive("f", view=view)[[7, 2], :3])
+            np.testing.assert_array_equal(
+                cache.derive("f", [7, 2], view, tokens=3), cache.derive("f", view=view)[[7, 2], :3]
+            )
 
 
 def test_the_residual_stream_of_any_level(photos: Path) -> None:

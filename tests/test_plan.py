@@ -130,10 +130,16 @@ def test_levels(text: str, levels: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "last", "last:", "last:0", "last:13", "last:-1", "0", "13", "1,1", "01,1", "1,,2", "a", "1.5", "first:3", "-0", "-13", "12,-1", "--1"],
+    ["", "last", "last:", "last:0", "last:13", "last:-1", "0", "13", "1,1", "01,1", "1,,2", "a", "1.5", "first:3"],
 )
 def test_impossible_levels(text: str) -> None:
     with pytest.raises(UsageError, match=r"--levels.*last:N.*1 to 12"):
+        plan.parse_levels(text, 12)
+
+
+@pytest.mark.parametrize("text", ["-0", "-13", "12,-1", "-1,-1", "--1", "-1,", "-", "-1.0"])
+def test_impossible_levels_from_the_end(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--levels.*names no block twice.*or -1 to -12 from the end"):
         plan.parse_levels(text, 12)
 
 

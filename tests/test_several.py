@@ -143,9 +143,9 @@ def test_views_of_one_and_a_new_teacher_are_two_commands(photos: Path, tmp_path:
 def test_another_cache_in_out_is_refused(photos: Path, tmp_path: Path) -> None:
     extract.run(make(photos), tmp_path / "c", batch_size=4)
     before = files_below(tmp_path / "c")
+    plans = [make(photos, name, policy=views.Policy(size=28, seed=1)) for name in (SYNTHETIC, VIT)]
     with pytest.raises(IdentityError, match=r"holds another cache.*policy\.seed"):
-        policy = views.Policy(size=28, seed=1)
-        adding.plan_jobs([make(photos, policy=policy), make(photos, VIT, policy=policy)], tmp_path / "c", add=False)
+        adding.plan_jobs(plans, tmp_path / "c", add=False)
     assert files_below(tmp_path / "c") == before
 
 
@@ -176,7 +176,10 @@ def test_the_command(featcache_command: Callable[..., Ran], pictures: Path, tmp_
     assert promised.split('"bytes": ')[1].split(",")[0] == ran.out.split('"bytes": ')[1].split(",")[0]
     assert f"{VIT}" in ran.out
     assert "random:0" in ran.err
-    for options in (("--teacher", SYNTHETIC, "--levels", "last:2"), ("--add", "--teacher", VIT, *weights, "--levels", "4,6")):
+    for options in (
+        ("--teacher", SYNTHETIC, "--levels", "last:2"),
+        ("--add", "--teacher", VIT, *weights, "--levels", "4,6"),
+    ):
         assert featcache_command("extract", *base, *options, "--out", tmp_path / "b").status == 0
     assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
     assert verify.files(tmp_path / "a") == ([], 6)
@@ -214,18 +217,17 @@ def test_caches_extracted_apart_are_joined_on_equal_boxes(photos: Path, pictures
 
 
 def test_caches_of_other_crops_are_not_joined(photos: Path, tmp_path: Path) -> None:
-    extract.run(make(photos), tmp_path / "a", batch_size=4)
-    extract.run(make(photos, policy=views.Policy(size=28, seed=1)), tmp_path / "b", batch_size=4)
-    with featcache.open(tmp_path / "a") as a, featcache.open(tmp_path / "b") as b:
-        with pytest.raises(IdentityError, match=r"picture 'bits', view 0: crop is \[.*the same policy and --seed"):
-            joining.pair(a, b)
     other = tmp_path / "other"
     other.mkdir()
     (other / "new.png").write_bytes((photos / "rgb.png").read_bytes())
-    extract.run(make(other), tmp_path / "d", batch_size=4)
-    with featcache.open(tmp_path / "a") as a, featcache.open(tmp_path / "d") as d:
-        with pytest.raises(IdentityError, match="no picture in common"):
-            joining.pair(a, d)
+    extract.run(make(photos), tmp_path / "a", batch_size=4)
+    extract.run(make(photos, policy=views.Policy(size=28, seed=1)), tmp_path / "b", batch_size=4)
+    extract.run(make(other), tmp_path / "c", batch_size=4)
+    a, b, c = (featcache.open(tmp_path / name) for name in "abc")
+    with a, b, pytest.raises(IdentityError, match=r"'bits', view 0: crop is \[.*the same policy and --seed"):
+        joining.pair(a, b)
+    with a, c, pytest.raises(IdentityError, match="no picture in common"):
+        joining.pair(a, c)
 
 
 def test_the_parts_of_a_pass_are_planned_like_additions(photos: Path, tmp_path: Path) -> None:
