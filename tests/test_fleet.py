@@ -270,6 +270,8 @@ def test_unknown_devices(text: str) -> None:
         ["--devices", "cpu,cpu", "--json"],
         ["--devices=cpu,cpu", "--json"],
         ["--json", "--devices", "cpu,cpu"],
+        ["--check-teacher", "labelled", "--json", "--devices", "cpu,cpu"],
+        ["--json", "--devices", "cpu,cpu", "--check-teacher=labelled"],
     ],
     ids=" ".join,
 )
