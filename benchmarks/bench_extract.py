@@ -186,7 +186,7 @@ def cli(
         source = open_source(write_pictures(place / "pictures", rows))
         chosen = parse_levels(levels, model.depth)
         plan = Plan(source, model, policy(size=model.input_px), 1, chosen, store=store_name, rows_per_shard=rows)
-        total, out = plan.view_bytes * rows, place / "out"
+        nothing, total, out = replace(plan, store=NAME), plan.view_bytes * rows, place / "out"
         batches = batches_of(plan, batch_size)
         ways: dict[str, Callable[[], dict[str, Any]]] = dict(
             zip(
@@ -194,7 +194,7 @@ def cli(
                 (
                     lambda: forward(plain, batches, ()),
                     lambda: forward(model, batches, chosen),
-                    lambda: extract(replace(plan, store=NAME), out, batch_size, workers),
+                    lambda: extract(nothing, out, batch_size, workers),
                     lambda: extract(plan, out, batch_size, workers),
                     lambda: {"bytes": write_raw(out, total)},
                 ),
@@ -205,7 +205,9 @@ def cli(
         kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
         how = f"{precision}{', compiled' * compiled}{', ready' * ready} on {kind}, {torch.get_num_threads()} threads"
         click.echo(f"{describe(about)}\n{rows} pictures, {name} {how}, batch {batch_size}: {total / 1e6:.0f} MB")
-        for each in (plain, model):  # what only the first batch of a process costs
+        for each in (nothing, plan):  # what only the first batch of a process costs: the hash of the weights,
+            each.manifest()
+        for each in (plain, model):  # and the first forward
             forward(each, batches[:1], chosen if each is model else ())
         done = [repetition(ways, out, first) for first in range(reps)]
     ratios, stage = ratios_of(done), limit(done, "store")

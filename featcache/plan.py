@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,12 +117,17 @@ class Plan:
         """Bytes of the arrays that are stored for each view."""
         return sum(array.item_bytes for array in self.arrays if array.per_view)
 
+    @cached_property
+    def _weight_hash(self) -> str:
+        """Once: of ViT-L/14 it takes seconds, and an extraction asks for its manifest several times."""
+        return teachers.weight_hash(self.teacher)
+
     def manifest(self) -> dict[str, Any]:
         teacher, run = self.teacher, running.of(self.teacher)
         identity = {
             "teacher": {
                 "name": teacher.name,
-                "weight_hash": teachers.weight_hash(teacher),
+                "weight_hash": self._weight_hash,
                 "input_px": teacher.input_px,
                 "pixel_mean": list(teacher.pixel_mean),
                 "pixel_std": list(teacher.pixel_std),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache import home, images, manifest, show, views
+from featcache import home, images, show, views
 from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from featcache.show import given_images
@@ -166,8 +166,7 @@ def command(
 
     asked = [plan(name) for name in names]
     for each in asked:
-        if manifest.is_random(each.manifest()):
-            given = each.teacher.weights
+        if teachers.is_random(given := each.teacher.weights):
             click.echo(f"note: {given} - these weights are drawn, not trained; the features carry no meaning", err=True)
     if labelled is not None:
         for each in asked:
