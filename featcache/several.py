@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from featcache import running, teachers
+from featcache import plan, running, teachers, tokenizer
 from featcache.errors import UsageError
+
+DEFAULT_LEVELS = "last:5"
 
 
 def assign(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
@@ -43,6 +45,13 @@ def weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str | None
                 f"--weights {value!r}: {len(names)} teachers are given; name one, as in --weights {names[0]}={value}"
             )
     return found
+
+
+def levels(text: str | None, teacher: teachers.Teacher) -> tuple[int, ...]:
+    """Block numbers of a teacher, `last:5` where nothing was said; a tokenizer has one level."""
+    if isinstance(teacher, tokenizer.Tokenizer):
+        return tokenizer.LEVELS
+    return plan.parse_levels(text or DEFAULT_LEVELS, teacher.depth)
 
 
 def load(name: str, weights: str | None, device: str, precision: str, compiled: bool) -> teachers.Teacher:

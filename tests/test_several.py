@@ -16,7 +16,7 @@ from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import decode, open_source
 from featcache.store import STORES
 from featcache.teachers import load
-from tests.conftest import SYNTHETIC, Ran, copy_tree, files_below
+from tests.conftest import SYNTHETIC, Ran, Running, copy_tree, files_below
 
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=6,num_heads=3"
 NINE = "synthetic:levels=2,tokens=9,width=8,size=30"
@@ -184,6 +184,17 @@ def test_the_command(featcache_command: Callable[..., Ran], pictures: Path, tmp_
     assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
     assert verify.files(tmp_path / "a") == ([], 6)
     assert "was complete already" in featcache_command("extract", *base, *both, "--out", tmp_path / "a").out
+
+
+def test_two_processes_share_a_pass(pictures: Path, tmp_path: Path, start: Callable[..., Running]) -> None:
+    """Leases are taken for each teacher's shard apart; whoever comes second does the rest, or nothing."""
+    base = ("--images", pictures, "--size", 28, "--views", 2, "--rows-per-shard", 2, "--batch-size", 4, "--workers", 2)
+    both = ("--teacher", SYNTHETIC, "--teacher", NINE, "--levels", "last:2")
+    before = "from featcache import extract; extract.WAIT_S = 0.05"
+    runs = [start("extract", *base, *both, "--out", tmp_path / "c", before=before) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0], [run.said for run in runs]
+    plans = [make(pictures, name, rows_per_shard=2) for name in (SYNTHETIC, NINE)]
+    assert files_below(tmp_path / "c") == files_below(one_by_one(plans, tmp_path / "d"))
 
 
 def test_values_for_each_teacher() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import featcache
-from featcache import adding, extract, manifest, plan, repair, sanity, tokenizer, verify, views
+from featcache import adding, extract, manifest, plan, repair, sanity, teachers, tokenizer, verify, views
 from featcache.errors import UsageError, UserError
 from featcache.images import Source, open_source
 from featcache.store import STORES
@@ -208,3 +209,24 @@ def test_it_is_converted_copied_and_shown(
     assert "reds/token_ids" in ran.out
     assert "added: reds" in ran.out
     assert featcache_command("verify", tmp_path / "d").status == 0
+
+
+def test_the_command_adds_it_by_name(
+    featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a family of its own would be found: alone, later, and in one pass with a teacher."""
+    row = teachers.Row("by hand", SIZE, GRID**2, 64, 1)
+    family = SimpleNamespace(NAMES={"reds": row}, load=lambda name, options, weights: Reds(), __name__="reds")
+    known = teachers.modules()
+    monkeypatch.setattr(teachers, "modules", lambda: [*known, family])
+    base = ("--images", photos, "--size", 28, "--views", 2, "--rows-per-shard", 5, "--batch-size", 4)
+    first = ("--teacher", SYNTHETIC, "--levels", f"{SYNTHETIC}=2,3")
+    ran = featcache_command("extract", *base, "--teacher", "reds", "--out", tmp_path / "a")
+    assert ran.status == 2
+    assert "give a teacher first" in ran.error
+    for args in ((*first, "--out", tmp_path / "a"), ("--add", "--teacher", "reds", "--out", tmp_path / "a")):
+        ran = featcache_command("extract", *base, *args)
+        assert ran.status == 0, ran.err
+    ran = featcache_command("extract", *base, *first, "--teacher", "reds", "--out", tmp_path / "b")
+    assert ran.status == 0, ran.err
+    assert files_below(tmp_path / "a") == files_below(tmp_path / "b") == files_below(grown(photos, tmp_path / "c"))

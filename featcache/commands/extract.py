@@ -134,21 +134,14 @@ def command(
     **policy_options: Any,
 ) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
-    from featcache import codecs, fleet, several, targets, teachers
+    from featcache import fleet, several, teachers
     from featcache import plan as plans
     from featcache.device import pick_device
 
-    if not names:
-        raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
-    for option, value, known in (("--order", order, targets.ORDERS), ("--codec", codec, codecs.CODECS)):
-        if value not in known:
-            raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
-    for name in names:
-        teachers.family(teachers.split(name)[0])  # an unknown name is told before anything is read
-    level_of = several.assign("--levels", levels, names)
-    weights_of = several.weights(weights, names)
-    options = {"filter_name": "filter"}
-    changes = {options.get(key, key): value for key, value in policy_options.items() if value is not None}
+    _check_names(names, order, codec)
+    level_of, weights_of = several.assign("--levels", levels, names), several.weights(weights, names)
+    renamed = {"filter_name": "filter"}
+    changes = {renamed.get(key, key): value for key, value in policy_options.items() if value is not None}
     policy = views.policy(policy_name, **changes)
     source = images.open_source(given_images(images_spec))
     if device and devices:
@@ -159,9 +152,8 @@ def command(
     def plan(name: str) -> Plan:
         teacher = several.load(name, weights_of[name], device, precision, compiled)
         return plans.Plan(
-            source, teacher, policy, view_count, plans.parse_levels(level_of[name] or "last:5", teacher.depth),
-            order, codec, store_name, rows_per_shard, tokens, plans.parse_keep(keep, teacher.patches),
-            pixels is not None,
+            source, teacher, policy, view_count, several.levels(level_of[name], teacher), order, codec, store_name,
+            rows_per_shard, tokens, plans.parse_keep(keep, teacher.patches), pixels is not None,
         )  # fmt: skip
 
     asked = [plan(name) for name in names]
@@ -185,6 +177,19 @@ def command(
         summary.update(_extract(jobs, batch_size, workers, strict, _share(share)))
     home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **summary)
     show.facts_or_text(summary, as_json, _story(summary))
+
+
+def _check_names(names: tuple[str, ...], order: str, codec: str) -> None:
+    """Unknown names are told before anything is read."""
+    from featcache import codecs, targets, teachers
+
+    if not names:
+        raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
+    for option, value, known in (("--order", order, targets.ORDERS), ("--codec", codec, codecs.CODECS)):
+        if value not in known:
+            raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
+    for name in names:
+        teachers.family(teachers.split(name)[0])
 
 
 def _check_teacher(teacher: Teacher, labelled: str, policy: views.Policy, batch_size: int) -> None:
