@@ -7,7 +7,7 @@
 
 `target` works on tensors where they are, for trainers that decode on a GPU; `read` takes rows of a cache. h is stored
 with the divisor std = sqrt(var + 1e-5). A model whose final norm has another eps divides by sqrt(var + eps), which is
-sqrt(std^2 - 1e-5 + eps), so h is multiplied by std over that.
+sqrt(std^2 - 1e-5 + eps), so h is multiplied by std over that; the formulas are `targets.derive`.
 
 n rows, T tokens, D width, E width of the target.
 """
@@ -20,11 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from featcache import codecs, errors
-from featcache.targets import EPS
+from featcache import codecs, errors, targets
 
 if TYPE_CHECKING:
     from featcache.reader import Cache
@@ -37,47 +35,14 @@ def target(name: str, h: Tensor, tail: Mapping[str, Tensor], stats: Tensor | Non
 
     `stats` (..., 2), the stored mean and divisor, is needed for y, and for a tail whose eps is not 1e-5.
     """
-    _check(name, tail)
-    if name == "y":
-        mean, std = _needed(name, stats).split(1, -1)
-        return h * std + mean
-    f = _own_eps(name, h, tail, stats) * tail["gamma"] + tail["beta"]
-    if name == "fd":
-        return F.layer_norm(f, f.shape[-1:], eps=EPS)
-    return f @ tail["proj"] if name == "z" else f
-
-
-def _own_eps(name: str, h: Tensor, tail: Mapping[str, Tensor], stats: Tensor | None) -> Tensor:
-    """h as the model's own final norm would have divided it."""
-    if not _is_rescaled(tail):
-        return h
-    std = _needed(name, stats)[..., 1:]
-    return h * (std / (std**2 - EPS + tail["eps"]).sqrt())
-
-
-def _is_rescaled(tail: Mapping[str, Tensor] | Mapping[str, npt.NDArray[np.float32]]) -> bool:
-    return float(tail["eps"]) != float(np.float32(EPS))
-
-
-def _needed(name: str, stats: Tensor | None) -> Tensor:
-    if stats is None:
-        raise errors.UsageError(f"target {name!r} needs `stats`, the stored mean and divisor; read `feature_stats` too")
-    return stats
-
-
-def _check(name: str, tail: Mapping[str, Tensor] | Mapping[str, npt.NDArray[np.float32]]) -> None:
     if name not in NAMES:
         raise errors.UsageError(f"unknown derived target {name!r}: {errors.near(name, NAMES)}")
-    wanted = {
-        "f": ("gamma", "beta", "eps"),
-        "fd": ("gamma", "beta", "eps"),
-        "z": ("gamma", "beta", "eps", "proj"),
-        "y": (),
-    }
-    if missing := [part for part in wanted[name] if part not in tail]:
-        raise errors.UserError(
-            f"target {name!r}: this teacher's tail has no {', '.join(missing)}; it has {', '.join(tail) or 'nothing'}"
-        )
+    if name != "y":
+        return targets.derive(name, h, tail, None if stats is None else stats[..., 1:])
+    if stats is None:
+        raise errors.UsageError("target 'y' needs `stats`, the stored mean and divisor; read `feature_stats` too")
+    mean, std = stats.split(1, -1)
+    return h * std + mean
 
 
 def read(
@@ -99,18 +64,20 @@ def read(
         )
     identity = cache.manifest_of(teacher)["identity"]
     tail = cache.tail(teacher)
-    _check(name, tail)
+    tensors = {part: torch.from_numpy(values) for part, values in tail.items()}
+    width = int(identity["teacher"]["width"])
+    target(name, torch.zeros(1, width), tensors, torch.ones(1, 2))  # what cannot be derived is told before any read
     chosen = _level(cache, name, level, teacher)
     place = "" if teacher == cache.teachers[0] else f"{teacher}/"
     codec = codecs.CODECS[identity["codec"]]
-    coded = [f"{place}{part}" for part in codec.arrays(identity["teacher"]["width"])]
-    stats = [f"{place}feature_stats"] if name == "y" or _is_rescaled(tail) else []
+    coded = [f"{place}{part}" for part in codec.arrays(width)]
+    needs_stats = name == "y" or ("eps" in tail and float(tail["eps"]) != float(np.float32(targets.EPS)))
+    stats = [f"{place}feature_stats"] if needs_stats else []
     rows = np.arange(len(cache)) if rows is None else rows
     host = {
         field.removeprefix(place): torch.from_numpy(values[:, 0])
         for field, values in cache.read(rows, view, [*coded, *stats], [chosen], tokens).items()
     }
-    tensors = {part: torch.from_numpy(values) for part, values in tail.items()}
     out: npt.NDArray[np.float32] = target(name, codec.decode(host), tensors, host.get("feature_stats")).numpy()
     return out
 

@@ -1,14 +1,17 @@
-"""What a student learns from and a cache stores: normalised levels, their statistics, the [CLS] attention, mask orders.
+"""What a student learns from: normalised levels, their statistics, the [CLS] attention, and what derives from them.
 
-B batch, T tokens ([CLS] first, then P patches), D width, H heads. y_k is the teacher's residual stream after block k;
-only h_k and (mean, std) are stored, everything else derives from them (METHODS 10.1; `derive`).
+B batch, T tokens ([CLS] first, then P patches), D width, H heads, E projection width. y_k is the teacher's residual
+stream after block k; only h_k and (mean, std) are stored, everything else is derived (METHODS 10.1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featcache import errors, rng
@@ -58,3 +61,31 @@ def mask_order(
     else:
         raise errors.UsageError(f"unknown mask order {kind!r}: {errors.near(kind, ORDERS)}")
     return order.astype(np.uint8 if patches <= 256 else np.uint16)
+
+
+def derive(name: str, h: Tensor, tail: Mapping[str, Tensor], std: Tensor | None = None) -> Tensor:
+    """The last level h (..., D) -> what a recipe asks for by name.
+
+    `f` = gamma * h + beta, the teacher's final LayerNorm; `z` = f @ proj, CLIP's projection; `fd` = f normalised again
+    without affine. A tail whose eps is not EPS needs `std` (..., 1), the stored divisor, to put its own in its place.
+    """
+    if name not in ("f", "z", "fd"):
+        raise errors.UsageError(f"unknown derived target {name!r}: {errors.near(name, ('f', 'z', 'fd'))}")
+    missing = {"gamma", "beta", "eps", *(["proj"] if name == "z" else [])} - set(tail)
+    if missing:
+        lacks = "no projection" if missing == {"proj"} else f"no {', '.join(sorted(missing))}"
+        raise errors.UserError(
+            f"target {name!r}: this teacher's tail has {lacks}; it has {', '.join(tail) or 'nothing'}"
+        )
+    if float(tail["eps"]) != float(np.float32(EPS)):
+        if std is None:
+            raise errors.UsageError(
+                f"target {name!r}: this teacher's eps is {float(tail['eps']):g}, so `std` is needed"
+            )
+        h = h * std / (std**2 - EPS + tail["eps"]).sqrt()
+    f = h * tail["gamma"] + tail["beta"]
+    if name == "f":
+        return f
+    if name == "fd":
+        return F.layer_norm(f, f.shape[-1:], eps=EPS)
+    return f @ tail["proj"]

@@ -74,18 +74,20 @@ def test_by_hand() -> None:
 def test_what_needs_the_statistics_says_so() -> None:
     h, _ = targets.normalise(torch.from_numpy(draw(1, 2, 16)))
     assert derive.target("f", h, tail_of(16, 1e-5)).shape == (1, 2, 16)
-    for name, eps in (("f", 1e-6), ("z", 1e-6), ("y", 1e-5)):
-        with pytest.raises(UsageError, match=rf"'{name}' needs `stats`.*feature_stats"):
-            derive.target(name, h, tail_of(16, eps))
+    for name in ("f", "z", "fd"):
+        with pytest.raises(UsageError, match=rf"'{name}': this teacher's eps is 1e-06, so `std` is needed"):
+            derive.target(name, h, tail_of(16, 1e-6))
+    with pytest.raises(UsageError, match=r"'y' needs `stats`.*feature_stats"):
+        derive.target("y", h, tail_of(16, 1e-5))
 
 
 def test_what_cannot_be_derived_is_one_line() -> None:
     h = torch.zeros(1, 2, 16)
     with pytest.raises(UsageError, match=r"unknown derived target 'q'.*known: f, fd, y, z"):
         derive.target("q", h, tail_of(16, 1e-5))
-    with pytest.raises(UserError, match="has no proj; it has gamma, beta, eps"):
+    with pytest.raises(UserError, match="has no projection; it has gamma, beta, eps"):
         derive.target("z", h, tail_of(16, 1e-5, None))
-    with pytest.raises(UserError, match="has no gamma, beta, eps; it has nothing"):  # it pools before its norm
+    with pytest.raises(UserError, match="has no beta, eps, gamma; it has nothing"):  # it pools before its norm
         derive.target("f", h, {})
 
 

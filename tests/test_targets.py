@@ -1,4 +1,4 @@
-"""Targets against numpy in float64: normalised levels, the [CLS] attention, mask orders."""
+"""Targets against numpy in float64: normalised levels, the [CLS] attention, mask orders, derived targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featcache import rng, targets
-from featcache.errors import UsageError
+from featcache.errors import UsageError, UserError
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
@@ -146,3 +146,45 @@ def test_first_entries_are_the_attentive_mask_at_any_ratio() -> None:
 def test_unknown_order() -> None:
     with pytest.raises(UsageError, match="did you mean attentive"):
         targets.mask_order("atentive", ATTENTION, DIGESTS, 0, 0)
+
+
+def tail_of(width: int, eps: float, projection: int | None = 5) -> dict[str, torch.Tensor]:
+    tail = {
+        "gamma": torch.from_numpy(1 + draw(width, seed=3) / 4),
+        "beta": torch.from_numpy(draw(width, seed=4)),
+        "eps": torch.tensor(eps, dtype=torch.float32),
+    }
+    if projection:
+        tail["proj"] = torch.from_numpy(draw(width, projection, seed=5))
+    return tail
+
+
+@pytest.mark.parametrize(("eps", "scale"), [(1e-5, 1.0), (1e-6, 1.0), (1e-6, 0.01), (1e-12, 0.02)])
+def test_derived_targets_are_the_teachers_own(eps: float, scale: float) -> None:
+    """f is the final LayerNorm with its own eps on y itself, whatever eps h was stored with."""
+    y = draw(2, 4, 16, seed=6, scale=scale)
+    h, stats = targets.normalise(torch.from_numpy(y))
+    tail = tail_of(16, eps)
+    gamma, beta, proj = (tail[name].numpy() for name in ("gamma", "beta", "proj"))
+    f = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + eps) * gamma + beta
+    fd = (f - f.mean(-1, keepdims=True)) / np.sqrt(f.var(-1, keepdims=True) + 1e-5)
+    for name, expected in (("f", f), ("z", f @ proj), ("fd", fd)):
+        got = targets.derive(name, h, tail, stats[..., 1:])
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_clips_eps_needs_no_statistics() -> None:
+    h, _ = targets.normalise(torch.from_numpy(draw(1, 2, 16)))
+    assert targets.derive("f", h, tail_of(16, 1e-5)).shape == (1, 2, 16)
+    with pytest.raises(UsageError, match=r"eps is 1e-06.*std"):
+        targets.derive("f", h, tail_of(16, 1e-6))
+
+
+def test_what_cannot_be_derived_is_one_line() -> None:
+    h = torch.zeros(1, 2, 16)
+    with pytest.raises(UsageError, match="unknown derived target"):
+        targets.derive("q", h, tail_of(16, 1e-5))
+    with pytest.raises(UserError, match="has no proj"):
+        targets.derive("z", h, tail_of(16, 1e-5, None))
+    with pytest.raises(UserError):  # a teacher that pools before its norm has no tail at all
+        targets.derive("f", h, {})

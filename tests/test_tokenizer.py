@@ -93,7 +93,7 @@ def test_ids_are_those_of_the_stored_boxes(pictures: Path, tmp_path: Path, store
                 assert got["reds/token_ids"][row].tolist() == wanted, key
                 seen.add(tuple(wanted))
         assert len(seen) > 8
-        with pytest.raises(UserError, match="has no gamma"):
+        with pytest.raises(UserError, match="has no beta, eps, gamma"):
             cache.derive("f", teacher="reds")
     assert verify.files(tmp_path / "c") == ([], 6)
 
