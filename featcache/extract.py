@@ -26,6 +26,7 @@ from featcache.stages import compute, ranked
 from featcache.statistics import OfFeatures, Statistics, of_stored
 from featcache.store import QUARANTINE, ShardWriter, record_path, store
 
+# `compute` and `ranked` as well: who compares stored rows with the teacher goes the extraction's own way.
 __all__ = ["Progress", "compute", "ranked", "report_quarantine", "run", "together"]
 
 WAIT_S = 1.0  # between looks at shards that other processes work on

@@ -196,9 +196,9 @@ class Cache:
 
     def derive(self, name: str, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
         """`f`, `z`, `fd` or `y` (n, T, width), which follow from what is stored: see `featcache.derive.read`."""
-        from featcache import derive  # needs torch, which reading does without
+        from featcache.derive import read  # needs torch, which reading does without
 
-        return derive.read(self, name, *args, **options)
+        return read(self, name, *args, **options)
 
     # ------------------------------------------------------------ what is asked for
 

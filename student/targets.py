@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featcache import codecs, joining, rng, targets, teachers, views
+from featcache import codecs, joining, rng, running, targets, teachers, views
 from featcache.reader import Cache
 from featcache.torch import raster, tensor
 from featcache.views import stored_view
@@ -141,7 +141,7 @@ class Online:
         if self.teacher is None:
             return {}, {}
         pixels = torch.from_numpy(host.get("teacher_pixels", host["pixels"])).to(device).permute(0, 3, 1, 2)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), running.applied(self.teacher):  # as a cache's teacher ran, whatever the student runs in
             ys, attention = self.teacher(pixels.contiguous(), self.spec.levels)
             features = torch.stack([targets.normalise(y)[0] for y in ys], 1) if ys else None
         weights = attention.float().cpu().numpy()

@@ -16,6 +16,8 @@ import featcache
 from featcache import adding, extract, images, manifest, plan, running, teachers, views
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.teachers.timm_vit import TimmVit
+from student.recipes import TargetSpec
+from student.targets import Online
 from tests.conftest import Ran, files_below, flip, make_plan
 
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
@@ -190,3 +192,18 @@ def test_an_overflow_is_told_by_picture_and_level_with_the_cure(tmp_path: Path) 
         extract.run(large("fp16"), tmp_path / "fp16", batch_size=2)
     for precision in ("bf16", "fp32"):
         extract.run(large(precision), tmp_path / precision, batch_size=2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_teacher_in_the_loop_runs_as_the_caches_did(precision: str, photos: Path, tmp_path: Path) -> None:
+    """Whatever the student's own autocast: the fp16 of the store is the only difference."""
+    extract.run(made(photos, precision, pixels=True), tmp_path / "c", batch_size=4)
+    with featcache.open(tmp_path / "c") as cache:
+        stored = cache.read(range(11), 1, ["features", "pixels"])
+        teacher = running.like(teachers.load(VIT, "random:0"), cache.identity)
+    spec = TargetSpec(teacher=VIT, levels=(2, 3), fields=("features",), patches=16)
+    online = Online(views.Policy(size=32), spec, teacher, 2)
+    with torch.autocast("cpu", torch.float16):
+        found, _ = online.complete({"pixels": stored["pixels"]}, torch.device("cpu"))
+    assert found["features"].dtype == torch.float32
+    np.testing.assert_allclose(found["features"].numpy(), stored["features"].astype(np.float32), rtol=2**-10, atol=2e-6)
