@@ -21,7 +21,7 @@ import crc32c
 
 from featcache.errors import IdentityError, UserError
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 COPY = "manifest.copy.json"  # below shards/: what `repair` restores a damaged manifest from
 CHECKSUM = "checksum"

@@ -119,6 +119,12 @@ class Part:
             rows - self.starts[shard],
         )
 
+    def facts(self, shard: int, path: str) -> Mapping[str, Any]:
+        """What the record says of a file that `locate` gave."""
+        record = self.records[shard]
+        facts: Mapping[str, Any] = record["files"][path.rpartition(f"/{record['shard']}.{self.store.NAME}/")[2]]
+        return facts
+
     def keys(self) -> Keys:
         parts = [self.store.keys(self.path, record["shard"], record) for record in self.records]
         ends = np.cumsum([0, *(len(part.blob) for part in parts)])

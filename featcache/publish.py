@@ -28,8 +28,18 @@ _READ_BYTES = 8 << 20
 def begin(cache: Path, shard: str, name: str) -> Path:
     """A new folder for one writer of a shard in the store `name`."""
     folder = cache / SHARDS / f"{shard}.{name}.{manifest.owner()}.tmp"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir()  # no parents: a cache that was moved away meanwhile must not come back as a stump
+    except FileNotFoundError as error:
+        raise gone(cache) from error
     return folder
+
+
+def gone(cache: Path) -> UserError:
+    return UserError(
+        f"{str(cache / SHARDS)!r} is gone: the cache was moved or removed while it was written to; complete shards are "
+        "where it is now, and the same command with its new place continues"
+    )
 
 
 def record(

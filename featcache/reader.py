@@ -21,7 +21,7 @@ from featcache import checksums, publish
 from featcache import manifest as manifests
 from featcache.errors import UsageError, UserError, near
 from featcache.part import I64, PARTS, Keys, Part, added, describe, same_rows
-from featcache.preads import IO, BadRow, Piece, Reads, Run
+from featcache.preads import IO, BadRow, Piece, Proof, Reads, Run
 from featcache.store import Array
 
 
@@ -285,7 +285,8 @@ class Cache:
                     at = at[checked[at]]
                     if part.holds(view) and len(at):
                         path, offsets = part.locate(shard, spec, view, rows[at])
-                        runs.append(Run(path, table.view(np.uint8), at, offsets, pieces))
+                        proof = Proof(part.store.sound, part.facts(shard, path))
+                        runs.append(Run(path, table.view(np.uint8), at, offsets, pieces, proof=proof))
         self._reads.read(runs)
         return tables
 
