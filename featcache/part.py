@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from featcache import manifest as manifests
 from featcache import publish, rng
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from featcache.store import SHARDS, Array, array, record_path, store
 
 I64 = npt.NDArray[np.int64]
@@ -51,6 +51,8 @@ class Keys(Sequence[str]):
 
     def find(self, keys: Sequence[str]) -> I64:
         """(m,) row of each key, -1 where it is not here."""
+        if isinstance(keys, str):
+            raise UsageError(f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]")
         wanted = rng.key_digests(keys)
         if not len(self) or not len(wanted):
             return np.full(len(wanted), -1, np.int64)

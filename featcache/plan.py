@@ -44,6 +44,7 @@ class Plan:
     keep: int | None = None  # patches stored of a ranked view; None: all
     pixels: bool = False  # store the rendered view
     first_view: int = 0  # above 0 where views are added to a cache
+    recount: bool = False  # statistics of what is stored, as a copy of fewer views or levels has them
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.rows_per_shard < 1:
@@ -207,10 +208,15 @@ def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
             manifest.write_json(path, wanted)
     for folder in (out, out / SHARDS):
         manifest.sweep(folder)
+    write_side_files(plan, out)
+    return wanted
+
+
+def write_side_files(plan: Plan, out: Path) -> None:
+    """What is missing or differs of the files beside the manifest."""
     for name, data in plan.side_files().items():
         if not (out / name).is_file() or (out / name).read_bytes() != data:
             manifest.write_file(out / name, data)
-    return wanted
 
 
 def _check_space(plan: Plan, out: Path) -> None:

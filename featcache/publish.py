@@ -73,7 +73,7 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
     except OSError:
         if not final.is_dir():
             raise
-        _remove(folder)
+        remove(folder)
     _publish_record(cache, shard, name)
 
 
@@ -95,7 +95,7 @@ def settle(cache: Path, name: str, shards: Iterable[str]) -> None:
         if shard not in wanted:
             continue
         if rest.startswith(f"{name}.") and rest.endswith(".tmp") and is_dead(path):
-            _remove(path)
+            remove(path)
         elif rest == name and not record_path(cache, shard).is_file():
             _adopt(cache, shard, name)
 
@@ -109,7 +109,7 @@ def _adopt(cache: Path, shard: str, name: str) -> None:
     if record is not None and not check(cache, shard, name, record, deep=True):
         _publish_record(cache, shard, name)
     else:
-        _remove(folder)
+        remove(folder)
 
 
 def abandon(cache: Path) -> None:
@@ -117,10 +117,10 @@ def abandon(cache: Path) -> None:
     for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
         if path.name.endswith(".tmp") and manifest.is_own(owner):
-            _remove(path)
+            remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """A folder with all that is in it, a file, or a link but not what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -184,10 +184,11 @@ def set_aside(cache: Path, shard: str, name: str) -> None:
         forget_aside(cache, shard, name)
     for path in present:
         if _aside(path).is_dir():  # `path` is a replacement that was never finished
-            _remove(path)
+            remove(path)
         else:
             path.rename(_aside(path))
-    manifest.sync_folder(cache / SHARDS)
+    if (cache / SHARDS).is_dir():
+        manifest.sync_folder(cache / SHARDS)
 
 
 def put_back(cache: Path, shard: str, name: str) -> None:
@@ -198,14 +199,14 @@ def put_back(cache: Path, shard: str, name: str) -> None:
     for path in (folder_path(cache, shard, name), record_path(cache, shard)):
         if _aside(path).exists():
             if path.is_dir():
-                _remove(path)
+                remove(path)
             _aside(path).rename(path)
 
 
 def forget_aside(cache: Path, shard: str, name: str) -> None:
     """Remove what was set aside."""
     _aside(record_path(cache, shard)).unlink(missing_ok=True)
-    _remove(_aside(folder_path(cache, shard, name)))
+    remove(_aside(folder_path(cache, shard, name)))
 
 
 def _aside(path: Path) -> Path:

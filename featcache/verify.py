@@ -40,7 +40,16 @@ def files(path: Path, progress: Callable[[int, int], None] = lambda done, total:
         about = manifest.read(part)
         found += [str(problem) for problem in problems(part, about, progress)]
         shards += len(about["shards"])
-    return found, shards
+    return found or together(path), shards
+
+
+def together(path: Path) -> list[str]:
+    """Why parts that are sound, each by itself, are not one cache."""
+    try:
+        Cache(path).close()
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def problems(
@@ -56,6 +65,8 @@ def problems(
             yield Problem(path, damage)
         elif path.name == manifest.COPY and manifest.read_json(path) != about:
             yield Problem(path, f"{path}: differs from {manifest.NAME}")
+        elif path.name == QUARANTINE and path.is_file() and not _is_of_records(path, part, about):
+            yield Problem(path, f"{path}: does not list the pictures that the records of shards name")
     for done, shard in enumerate(about["shards"], 1):
         record = record_path(part, shard["name"])
         if damage := json_problem(record):
@@ -82,9 +93,20 @@ def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> I
 
 def _lacks_quarantine(part: Path, about: dict[str, Any]) -> bool:
     """Whether quarantine.json is missing although every record is there and one of them has something for it."""
+    return bool(_quarantined(part, about))
+
+
+def _is_of_records(path: Path, part: Path, about: dict[str, Any]) -> bool:
+    rows = _quarantined(part, about)
+    return rows is None or (manifest.read_json(path) == {"pictures": rows} and bool(rows))
+
+
+def _quarantined(part: Path, about: dict[str, Any]) -> list[Any] | None:
+    """What the records say, in order; None where one of them is missing or damaged."""
     paths = [record_path(part, shard["name"]) for shard in about["shards"]]
-    good = [manifest.read_json(path) for path in paths if not json_problem(path)]
-    return len(good) == len(paths) and any(record["quarantined"] for record in good)
+    if any(json_problem(path) for path in paths):
+        return None
+    return [row for path in paths for row in manifest.read_json(path).get("quarantined", [])]
 
 
 def json_problem(path: Path) -> str | None:

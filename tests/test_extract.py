@@ -354,7 +354,7 @@ def test_a_cache_that_is_moved_away_is_not_begun_anew(photos: Path, tmp_path: Pa
     assert str(out) in str(caught.value)
     assert not out.exists()
     for path in (*elsewhere.glob("shards/*.tmp"), *elsewhere.glob("shards/*.lease")):  # their process, we, is not dead
-        publish._remove(path)
+        publish.remove(path)
     extract.run(plan, elsewhere, batch_size=2)
     extract.run(plan, tmp_path / "undisturbed", batch_size=2)
     assert files_below(elsewhere) == files_below(tmp_path / "undisturbed")
