@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 WORK_FAILED = 1  # the command was right, the work could not be done
 COMMAND_WRONG = 2  # the command itself cannot be meant
+STOPPED = 75  # training was asked to stop and can go on: sysexits.h's EX_TEMPFAIL, which a scheduler may requeue
 
 
 class UserError(Exception):
@@ -27,6 +28,12 @@ class UsageError(UserError):
     """The command cannot be meant as given: an unknown name, an impossible combination."""
 
     exit_status = COMMAND_WRONG
+
+
+class StoppedError(UserError):
+    """Training was asked to stop, and did so in order."""
+
+    exit_status = STOPPED
 
 
 class IdentityError(UserError):

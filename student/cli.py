@@ -6,14 +6,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache import home, images
 from featcache.cli import entry
-from featcache.errors import UsageError
-from featcache.show import given_images
+from featcache.errors import STOPPED, StoppedError, UsageError
+
+if TYPE_CHECKING:
+    from student.train import Job
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -23,7 +24,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    entry(cli)
+    entry(cli, STOPPED)
 
 
 @cli.command(
@@ -92,8 +93,8 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Train a student by RECIPE from cached targets, or with the teacher in the loop."""
+    from student import checkpoint, recipes, stop
     from student import job as jobs
-    from student import recipes
     from student import train as work
 
     if recipe_name is None:
@@ -114,11 +115,28 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
             f"{recipe_name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} steps of "
             f"{facts['global_batch']} -> {job.out}"
         )
-    summary = work.train(job, loader, acc)
+    before = checkpoint.step_of(job.out)
+    try:
+        summary = work.train(job, loader, acc)
+    except (StoppedError, KeyboardInterrupt) as stopped:
+        if not acc.is_main_process:  # one process speaks
+            sys.exit(STOPPED)
+        _note(job, before, {"run": str(job.out), "stopped": True})
+        raise stopped if isinstance(stopped, StoppedError) else stop.at_once(job.out, job.resume) from None
     if acc.is_main_process:
-        home.note_run(command="train", recipe=recipe_name, cache_id=job.about.get("id"), **summary)
+        _note(job, before, summary)
         text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"
         click.echo(json.dumps(summary) if as_json else text)
+
+
+def _note(job: Job, before: int | None, facts: dict[str, Any]) -> None:
+    """A line in the ledger, where this process brought the run further than it was `before`."""
+    from featcache import home
+    from student import checkpoint
+
+    if (step := checkpoint.step_of(job.out)) != before:
+        facts = {**facts, "run": str(job.out.absolute()), "step": step}
+        home.note_run(command="train", recipe=job.name, cache_id=job.about.get("id"), **facts)
 
 
 def _say(text: str) -> None:
@@ -215,7 +233,9 @@ def _evaluate(
     device: str | None,
     as_json: bool,
 ) -> None:
+    from featcache import images
     from featcache.device import pick_device
+    from featcache.show import given_images
     from student import frozen
 
     if (run is None) == (teacher_spec is None):

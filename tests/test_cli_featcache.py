@@ -279,6 +279,15 @@ def test_options_of_the_work_change_the_work(featcache_command: Command, photos:
     assert json.loads(featcache_command(*options, "--workers", 1, "--json").out)["complete"] is True
 
 
+def test_the_ledger_has_absolute_paths(
+    featcache_command: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert featcache_command("extract", *BASE, "--images", photos, "--out", "c").status == 0
+    (line,) = (tmp_path / "home/runs.jsonl").read_text().splitlines()
+    assert json.loads(line)["cache"] == str(tmp_path / "c")
+
+
 def test_info(featcache_command: Command, made: Path) -> None:
     ran = featcache_command("info", made, "--json")
     facts = json.loads(ran.out)

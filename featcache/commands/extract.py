@@ -151,7 +151,8 @@ def command(
         return
     with fleet.helpers(several[1:]):
         summary.update(_extract(part, folder, batch_size, workers, strict, _share(share)))
-    home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **summary)
+    noted = {**summary, "cache": os.path.abspath(summary["cache"])}  # noqa: PTH100 (the ledger is read elsewhere)
+    home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
     show.facts_or_text(summary, as_json, _story(summary))
 
 
