@@ -343,10 +343,11 @@ def title(manifest: Mapping[str, Any], rows: int | None = None, views: int | Non
     )
     return (
         f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  "
-        f"{_count(identity['pictures']['count'] if rows is None else rows, 'picture')} x "
-        f"{_count(views or identity['views'], 'view')}  id {manifest['id']}{note}"
+        f"{counted(identity['pictures']['count'] if rows is None else rows, 'picture')} x "
+        f"{counted(views or identity['views'], 'view')}  id {manifest['id']}{note}"
     )
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """'1 view', '2 views'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

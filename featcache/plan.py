@@ -196,14 +196,8 @@ def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
     it, since real networks give other bits at another."""
     wanted = plan.manifest()
     wanted["provenance"]["batch_size"] = batch_size
-    if (out / manifest.NAME).is_file():
-        there = manifest.read(out)
-        todo = "these options continue the cache that is there, another --out makes a new one, --add adds to this one"
-        grades = ("fatal", "lossy", "layout")
-        manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, grades, cures=True)
+    if there := continued(wanted, out):
         wanted = there
-    elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
-        raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
     _check_space(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
@@ -216,6 +210,20 @@ def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
         if not (out / name).is_file() or (out / name).read_bytes() != data:
             manifest.write_file(out / name, data)
     return wanted
+
+
+def continued(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
+    """The manifest of the cache at `out` where it is the wanted one, None where nothing is there; another cache and
+    other files are refused."""
+    if (out / manifest.NAME).is_file():
+        there = manifest.read(out)
+        todo = "these options continue the cache that is there, another --out makes a new one, --add adds to this one"
+        grades = ("fatal", "lossy", "layout")
+        manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, grades, cures=True)
+        return there
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
+        raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
+    return None
 
 
 def _check_space(plan: Plan, out: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import featcache
-from featcache import home, manifest
+from featcache import home, manifest, show
 from tests.conftest import SYNTHETIC, Ran, files_below, make_photos, python
 
 Command = Callable[..., Ran]
@@ -248,6 +248,19 @@ def test_dry_run_writes_nothing(featcache_command: Command, photos: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_over_what_is_there(featcache_command: Command, photos: Path, made: Path, tmp_path: Path) -> None:
+    """A complete cache, another cache, and a folder that is none."""
+    before = files_below(made)
+    options = ("extract", *BASE, "--images", photos, "--dry-run")
+    ran = featcache_command(*options, "--out", made)
+    assert (ran.status, ran.out.endswith("nothing would be done\n"), "is complete" in ran.out) == (0, True, True)
+    facts = json.loads(featcache_command(*options, "--out", made, "--json").out)
+    assert (facts["complete"], facts["new_bytes"], facts["new_shards"]) == (True, 0, 0)
+    mistake(featcache_command(*options, "--out", made, "--seed", 4), 1, "give --seed 0")
+    mistake(featcache_command(*options, "--out", photos), 1, "exists and is no cache")
+    assert files_below(made) == before
+
+
 def test_policy_options_reach_the_manifest(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
     options = ("--policy", "caev2", "--scale", "1/2,1", "--ratio", "4/5,5/4", "--flip", 0, "--filter", "lanczos")
     ran = featcache_command("extract", *BASE, *options, "--seed", 9, "--images", photos, "--out", tmp_path / "c")
@@ -272,8 +285,21 @@ def test_options_of_the_work_change_the_work(featcache_command: Command, photos:
     )
     assert (facts["rows"], facts["complete"], facts["new_pictures"]) == (4, False, 4)
     assert manifest.read(tmp_path / "c")["provenance"]["batch_size"] == 5
-    ran = featcache_command(*options, "--shard", "0/3")
-    assert "this share is done" in ran.out
+    ran = featcache_command(*options, "--shard", "0/3")  # shards of 4, 4 and 3 pictures
+    assert "this share is done; the cache has 8 pictures so far" in ran.out
+    item = 2 * 2 * 5 * 8 + 2 * 5 * 2 * 4  # features and their statistics, beside much else
+    whole = json.loads(featcache_command(*options, "--dry-run", "--json").out)
+    assert (whole["new_shards"], whole["new_pictures"], whole["complete"]) == (1, 3, False)
+    assert whole["bytes"] % 11 == 0
+    assert whole["bytes"] // 11 > item
+    assert f"share 0/3, 4 of 11 pictures x 1 view, {show.size(whole['bytes'] // 11 * 4)}\n" in ran.out
+    assert whole["new_bytes"] == whole["bytes"] // 11 * 3
+    assert f"would write {show.size(whole['new_bytes'])} in 1 shard to" in featcache_command(*options, "--dry-run").out
+    told = featcache_command(*options, "--shard", "1/3", "--dry-run").out
+    assert told == (
+        f"share 1/3 of {tmp_path / 'c'} is complete (4 pictures x 1 view, {show.size(whole['bytes'] // 11 * 4)}): "
+        "nothing would be done\n"
+    )
     ledger = [json.loads(line) for line in (tmp_path / "home/runs.jsonl").read_text().splitlines()]
     assert [(line["batch_size"], line["device"]) for line in ledger] == [(5, "cpu"), (4, ledger[1]["device"])]
     assert json.loads(featcache_command(*options, "--workers", 1, "--json").out)["complete"] is True
@@ -467,7 +493,9 @@ def test_a_closed_pipe_is_no_error(made: Path) -> None:
 
 
 def test_main_is_a_module() -> None:
-    ran = python("import runpy, sys; sys.argv = ['featcache', 'nothing']; runpy.run_module('featcache')")
+    ran = python(
+        "import runpy, sys; sys.argv = ['featcache', 'nothing']; runpy.run_module('featcache', run_name='__main__')"
+    )
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ")
     assert ran.stderr.count("\n") == 1

@@ -143,14 +143,17 @@ def command(
         show.facts_or_text({"cache": str(out), "new_pictures": 0, "complete": True}, as_json, text)
         return
     part, folder = place
+    own = _share(share)
+    shards = part.shards[own[0] :: own[1]]
     summary = {"cache": str(out or folder), "id": part.manifest()["id"], "pictures": len(source), "views": part.views}
-    summary |= {"levels": part.levels, "bytes": part.view_bytes * part.views * len(source)}
+    summary |= {"levels": part.levels, "share": share, "share_pictures": sum(shard["count"] for shard in shards)}
+    summary["bytes"] = part.view_bytes * part.views * summary["share_pictures"]
     if dry_run:
-        text = f"would write {show.size(summary['bytes'])} in {len(part.shards)} shards to {folder}"
-        show.facts_or_text(summary, as_json, text)
+        summary |= _lacking(part, folder, shards)
+        show.facts_or_text(summary, as_json, _preview(summary, folder))
         return
     with fleet.helpers(several[1:]):
-        summary.update(_extract(part, folder, batch_size, workers, strict, _share(share)))
+        summary.update(_extract(part, folder, batch_size, workers, strict, own))
     noted = {**summary, "cache": os.path.abspath(summary["cache"])}  # noqa: PTH100 (the ledger is read elsewhere)
     home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
     show.facts_or_text(summary, as_json, _story(summary))
@@ -181,6 +184,27 @@ def _share(text: str | None) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UsageError(f"--shard {text!r}: I/N with I from 0 to N - 1 is needed, such as $SLURM_ARRAY_TASK_ID/8")
     return int(index), int(count)
+
+
+def _lacking(plan: Plan, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """What these shards still lack at `folder`, where another cache is refused as the work would refuse it."""
+    from featcache.plan import continued
+
+    continued(plan.manifest(), folder)
+    left = [shard["count"] for shard in shards if not record_path(folder, shard["name"]).is_file()]
+    new = {"new_shards": len(left), "new_pictures": sum(left), "new_bytes": plan.view_bytes * plan.views * sum(left)}
+    return {"shards": len(shards), "complete": not left, **new}
+
+
+def _preview(facts: dict[str, Any], folder: Path) -> str:
+    """What a dry run says."""
+    whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
+    pictures, views = manifest.counted(facts["share_pictures"], "picture"), manifest.counted(facts["views"], "view")
+    what = f"{pictures} x {views}, {show.size(facts['bytes'])}"
+    if facts["complete"]:
+        return f"{whose} is complete ({what}): nothing would be done"
+    some = "" if facts["new_shards"] == facts["shards"] else f"; {facts['shards'] - facts['new_shards']} are there"
+    return f"would write {show.size(facts['new_bytes'])} in {manifest.counted(facts['new_shards'], 'shard')} to {whose}{some}"
 
 
 def _extract(
@@ -233,15 +257,18 @@ def _rate(progress: Progress) -> str:
 
 
 def _story(summary: dict[str, Any]) -> str:
+    count = manifest.counted(summary["rows"], "picture")
+    if summary["share"]:
+        count = f"share {summary['share']}, {summary['share_pictures']} of {summary['pictures']} pictures"
     lines = [
-        f"{summary['cache']}: {summary['rows']} pictures x {summary['views']} views, {show.size(summary['bytes'])}"
+        f"{summary['cache']}: {count} x {manifest.counted(summary['views'], 'view')}, {show.size(summary['bytes'])}"
     ]
     if summary["new_pictures"]:
         lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
     elif summary["complete"]:
         lines.append("was complete already; nothing to do")
     if not summary["complete"]:
-        lines.append("this share is done; the cache is complete when the others are")
+        lines.append(f"this share is done; the cache has {summary['rows']} pictures so far, other shares complete it")
     for row in summary["quarantined"][:10]:
         lines.append(f"quarantined {row['key']!r}: {row['reason']}")
     if summary["quarantined"]:
