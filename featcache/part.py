@@ -196,5 +196,6 @@ def describe(manifest: Mapping[str, Any]) -> str:
     """One part in a few words."""
     identity = manifest["identity"]
     first = identity.get("first_view", 0)
-    views = f"views {first} to {first + identity['views'] - 1}"
+    last = first + identity["views"] - 1
+    views = f"view {first}" if first == last else f"views {first} to {last}"
     return f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  {views}"

@@ -16,7 +16,7 @@ from typing import Any
 import crc32c
 
 from featcache import manifest
-from featcache.errors import UserError
+from featcache.errors import UserError, raise_if_unreadable
 from featcache.store import SHARDS, folder_path, record_path, store
 
 RECORD = "record.json"
@@ -156,6 +156,7 @@ def check(cache: Path, shard: str, name: str, record: Mapping[str, Any], *, deep
             size = os.stat(path).st_size  # noqa: PTH116
             good = not deep or size != facts["bytes"] or sound(Path(path), facts)
         except OSError as error:
+            raise_if_unreadable(path, error)
             problems.append(f"{path}: missing" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}")
             continue
         if size != facts["bytes"]:

@@ -318,6 +318,8 @@ def test_gc_unused_lists_and_removes_only_with_yes(featcache_command: Command, a
     ran = featcache_command("gc", "--unused", 99)
     assert ran.out.splitlines()[0].startswith(f"unused: {aged}: ")
     assert "--yes removes them" in ran.out
+    assert "by no `student train` that this home's ledger knows; other programs' reading is not noted" in ran.out
+    assert "featcache.torch.Dataset" in featcache_command("gc", "--help").out
     for words in (["--dry-run", "--yes"], []):
         assert json.loads(featcache_command("gc", "--unused", 99, "--json", *words).out)["removed"] == []
     assert aged.is_dir()

@@ -5,8 +5,10 @@ And what several repairs, deaths and notices leave: a cache whose other shards w
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from featcache import adding, extract, lease, manifest, publish, repair, transfer, verify
-from featcache.errors import IdentityError, UserError
+from featcache.errors import IdentityError, UnreadableError, UserError
 from featcache.store import SHARDS, STORES
 from tests.conftest import Ran, Running, copy_tree, files_below, flip, make_plan
 from tests.test_fleet import wait_for
@@ -127,6 +129,35 @@ def test_a_quarantine_where_nothing_was_put_into_it(photos: Path, tmp_path: Path
     assert "quarantine.json: does not list" in told(tmp_path / "c")
     repair.run(tmp_path / "c", never)
     assert files_below(tmp_path / "c") == whole
+
+
+# ---------------------------------------------------------------- a place that cannot be read
+
+
+@pytest.mark.parametrize("name", ["manifest.json", f"{SHARDS}/000001.json", numbers("zarr", 1)])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO], ids=errno.errorcode.get)
+def test_what_cannot_be_read_is_not_taken_for_damage(
+    cache: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """A stale mount must not set a shard aside; a bad sector is the file's own, and does."""
+    before, read, opened = files_below(cache), Path.read_bytes, Path.open
+
+    def refuse(path: Path) -> None:
+        if path == cache / name:
+            raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: (refuse(path), read(path))[1])
+        patch.setattr(Path, "open", lambda path, *args, **kwargs: (refuse(path), opened(path, *args, **kwargs))[1])
+        if number == errno.EIO:
+            assert str(cache / name) in told(cache)
+        else:
+            for work in (verify.files, functools.partial(repair.run, load=never)):
+                with pytest.raises(UnreadableError, match=os.strerror(number)) as caught:
+                    work(cache)
+                assert str(cache / name) in str(caught.value)
+                assert "damaged" not in str(caught.value)
+    assert files_below(cache) == before
 
 
 # ---------------------------------------------------------------- several, killed, stopped
