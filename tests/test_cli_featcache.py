@@ -408,7 +408,9 @@ def test_info_says_by_which_command_a_cache_is_made(featcache_command: Command, 
     ran = featcache_command(*words)
     assert (ran.status, "nothing to do" in ran.out) == (0, True)
     more = [str(3) if before == "--views" else word for before, word in zip(["", *words], words, strict=False)]
-    assert featcache_command(*more, "--add").status == 0
+    grown = featcache_command(*more, "--add")
+    assert grown.status == 0
+    assert ": added 11 pictures x 2 views, " in grown.out
     text = featcache_command("info", tmp_path / "c").out
     assert "  11 pictures x 3 views  id " in text
     assert re.search(r"^added: .*  views 1 to 2$", text, re.M)

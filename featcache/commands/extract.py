@@ -172,7 +172,12 @@ def command(
     own = _share(share)
     shards = part.shards[own[0] :: own[1]]
     summary = {"cache": str(out or folder), "id": part.manifest()["id"], "pictures": len(source), "views": part.views}
-    summary |= {"levels": part.levels, "share": share, "share_pictures": sum(shard["count"] for shard in shards)}
+    summary |= {
+        "levels": part.levels,
+        "added": add,
+        "share": share,
+        "share_pictures": sum(shard["count"] for shard in shards),
+    }
     summary["bytes"] = part.view_bytes * part.views * summary["share_pictures"]
     if dry_run:
         summary |= _lacking(part, folder, shards)
