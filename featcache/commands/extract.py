@@ -292,9 +292,8 @@ def _story(summary: dict[str, Any]) -> str:
     count = manifest.counted(summary["rows"], "picture")
     if summary["share"]:
         count = f"share {summary['share']}, {summary['share_pictures']} of {summary['pictures']} pictures"
-    lines = [
-        f"{summary['cache']}: {count} x {manifest.counted(summary['views'], 'view')}, {show.size(summary['bytes'])}"
-    ]
+    views, verb = manifest.counted(summary["views"], "view"), "added " if summary["added"] else ""
+    lines = [f"{summary['cache']}: {verb}{count} x {views}, {show.size(summary['bytes'])}"]
     if summary["new_pictures"]:
         lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
     elif summary["complete"]:
