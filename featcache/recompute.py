@@ -51,6 +51,8 @@ def recompute(
         "of_rows": len(cache),
         "views": cache.views,
         "compared": len(errors),
+        "teacher": cache.teachers[0],
+        "other_teachers": cache.teachers[1:],  # whose rows are not looked at
         "problems": problems,
         "other_pictures": n > 0 and n - len(errors) >= OTHER_PICTURES * n,
         "feature_error": max((features for features, _ in errors), default=None),

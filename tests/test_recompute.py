@@ -204,6 +204,17 @@ def test_one_other_picture_is_one_row(featcache_command: Command, sound: Path, p
     assert "10 rows recomputed: features within" in ran.out
 
 
+def test_rows_of_an_added_teacher_are_said_not_to_be_asked(
+    featcache_command: Command, sound: Path, pictures: Path, tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(sound, tmp_path / "c"))
+    assert "were not recomputed" not in featcache_command("verify", cache, "--recompute", 2, "--images", pictures).out
+    options = ("--images", pictures, "--size", 28, "--views", 2, "--levels", "last:1", "--weights", "random:0")
+    assert featcache_command("extract", "--teacher", VIT, *options, "--out", cache, "--add").status == 0
+    ran = featcache_command("verify", cache, "--recompute", 2, "--images", pictures)
+    assert (ran.status, f"of {SYNTHETIC} only; rows of {VIT} were not recomputed" in ran.out) == (0, True)
+
+
 def test_all_rows_are_no_sample(featcache_command: Command, sound: Path, pictures: Path) -> None:
     some = featcache_command("verify", sound, "--recompute", 5, "--images", pictures).out
     assert "a clean sample of 5 rows" in some

@@ -134,6 +134,19 @@ def test_the_second_ctrl_c_waits_for_nothing(acc: Accelerator, capfd: pytest.Cap
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_signal_that_the_caller_ignores_stays_ignored(acc: Accelerator) -> None:
+    """As a shell does for what a script runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stopping.orderly()
+        with stop.Notice(acc) as notice:
+            signal.raise_signal(signal.SIGINT)
+            assert not notice.due()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_schedulers_may_send_sigterm_twice(acc: Accelerator) -> None:
     with stop.Notice(acc) as notice:
         signal.raise_signal(signal.SIGTERM)

@@ -172,7 +172,12 @@ def command(
     own = _share(share)
     shards = part.shards[own[0] :: own[1]]
     summary = {"cache": str(out or folder), "id": part.manifest()["id"], "pictures": len(source), "views": part.views}
-    summary |= {"levels": part.levels, "share": share, "share_pictures": sum(shard["count"] for shard in shards)}
+    summary |= {
+        "levels": part.levels,
+        "added": add,
+        "share": share,
+        "share_pictures": sum(shard["count"] for shard in shards),
+    }
     summary["bytes"] = part.view_bytes * part.views * summary["share_pictures"]
     if dry_run:
         summary |= _lacking(part, folder, shards)
@@ -287,9 +292,8 @@ def _story(summary: dict[str, Any]) -> str:
     count = manifest.counted(summary["rows"], "picture")
     if summary["share"]:
         count = f"share {summary['share']}, {summary['share_pictures']} of {summary['pictures']} pictures"
-    lines = [
-        f"{summary['cache']}: {count} x {manifest.counted(summary['views'], 'view')}, {show.size(summary['bytes'])}"
-    ]
+    views, verb = manifest.counted(summary["views"], "view"), "added " if summary["added"] else ""
+    lines = [f"{summary['cache']}: {verb}{count} x {views}, {show.size(summary['bytes'])}"]
     if summary["new_pictures"]:
         lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
     elif summary["complete"]:

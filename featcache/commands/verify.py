@@ -89,6 +89,8 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
             f"{again['compared']} rows recomputed: features within {again['feature_error']:.1e} per token, "
             f"attention within {again['attention_error']:.1e}"
         )
+    if again["other_teachers"]:
+        lines.append(f"of {again['teacher']} only; rows of {', '.join(again['other_teachers'])} were not recomputed")
     if again["bad_rows_below"] is not None:
         lines.append(_confidence(again))
     return lines
