@@ -14,7 +14,7 @@ from typing import Any
 from featcache import manifest, tokenizer
 from featcache.errors import UsageError, UserError
 from featcache.part import FREE, OF_TEACHER, PARTS, Part, added, describe
-from featcache.plan import Job, Plan, continues, file_name
+from featcache.plan import Job, Plan, continued, file_name
 from featcache.reader import Cache
 
 # Pixels are stored by the parts of the cache's own views, or by none.
@@ -38,7 +38,7 @@ def plan_jobs(plans: Sequence[Plan], out: Path, *, add: bool) -> list[Job]:
             f"--teacher {base.teacher.name}: discrete tokens are added to a cache of features: give a teacher first, "
             "or --add --out CACHE"
         )
-    if continues(base, out):
+    if continued(base.manifest(), out):
         with Cache(out) as cache:
             complete = cache.complete
         if complete:
@@ -100,7 +100,7 @@ def _check_same(wanted: Plan, there: dict[str, Any], free: tuple[str, ...]) -> N
         if each.field.startswith("identity.") and not each.field.startswith(free):
             raise UsageError(
                 f"--add: {each.field} is {each.here!r}, the cache has {each.there!r}; what is added is drawn from the "
-                "same pictures and crops, with the same weights: give the same, or make another cache"
+                f"same pictures and crops, with the same weights: give {each.cure or 'the same'}, or make another cache"
             )
 
 

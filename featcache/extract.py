@@ -47,17 +47,20 @@ def together(
     strict: bool = False,
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
+    about: dict[str, Any] | None = None,
+    only: str | None = None,
 ) -> list[dict[str, Any]]:
     """Extract what is missing of each job, which share pictures, policy, views and shards; returns their manifests.
     Killed at any moment, the next call continues; several processes may work on one cache at once. `share` (i, n) takes
-    only shards i, i + n, ... A picture that cannot be used is quarantined, or a UserError with `strict`."""
+    only shards i, i + n, ... A picture that cannot be used is quarantined, or a UserError with `strict`. A repair
+    gives the manifest `about` of its one job, which it has compared itself, and the `only` shard it wants."""
     if batch_size < 1 or workers < 1:
         raise UsageError(f"--batch-size {batch_size}, --workers {workers}: at least 1 is needed")
     progress = progress or Progress()
     if len(jobs) > 1:
         check_room(jobs)
-    wanted = [prepare(*job, batch_size) for job in jobs]
-    mine = wanted[0]["shards"][share[0] :: share[1]]
+    wanted = [about] if about else [prepare(*job, batch_size) for job in jobs]
+    mine = [shard for shard in wanted[0]["shards"][share[0] :: share[1]] if only in (None, shard["name"])]
     for plan, out in jobs:
         publish.settle(out, plan.store, (shard["name"] for shard in mine))
     progress.workers = workers
@@ -72,8 +75,8 @@ def together(
         if full := _disk_full(error, jobs[0].out, wanted[0]):
             raise full from error
         raise
-    for job, about in zip(jobs, wanted, strict=True):
-        report_quarantine(job.out, about)
+    for job, each in zip(jobs, wanted, strict=True):
+        report_quarantine(job.out, each)
     return wanted
 
 
@@ -99,7 +102,7 @@ def _free_shards(
     does, until they are complete or left behind."""
     left = list(shards)
     missing = {shard["name"] for shard in left if _lacking(jobs, shard)}
-    progress.total = sum(shard["count"] for shard in left if shard["name"] in missing)
+    progress.total = progress.total or sum(shard["count"] for shard in left if shard["name"] in missing)
     while left:
         taken = False
         for shard in list(left):
@@ -175,8 +178,8 @@ class Line:
             return {tokenizer.FIELD: ids, **stages.of_views(batch)}, OfFeatures(0.0, 0.0, ids[:0].astype("f4"))
         answer = stages.encoded(plan, batch, host)
         items = stages.items(plan, batch, answer)
-        kept = plan.keep is not None
-        return items, of_stored(plan.codec, plan.teacher.width, items) if kept else answer.about
+        of_copy = plan.keep is not None or plan.recount
+        return items, of_stored(plan.codec, plan.teacher.width, items) if of_copy else answer.about
 
     def write(self, made: Future[tuple[list[str], stages.Host]]) -> None:
         keys, items = made.result()
@@ -242,7 +245,9 @@ def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
         return
     records = [manifest.read_json(path) for path in paths]
     rows = [row for record in records for row in record["quarantined"]]
-    if rows and not _is_written(out / QUARANTINE, {"pictures": rows}):
+    if not rows:
+        publish.remove(out / QUARANTINE)
+    elif not _is_written(out / QUARANTINE, {"pictures": rows}):
         manifest.write_json(out / QUARANTINE, {"pictures": rows})
     if rows and not sum(record["rows"] for record in records):
         raise UserError(
