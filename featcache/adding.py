@@ -61,7 +61,8 @@ def plan_parts(wanted: Sequence[Plan], out: Path) -> list[Job]:
         if not cache.complete:
             raise UserError(f"--add: cache {str(out)!r} is incomplete; finish it first, with the command that made it")
         jobs = [_job(part, out) for each in wanted if (part := _part(each, cache)) is not None]
-    for path in added(out):
+    begun = all((job.out / manifest.NAME).is_file() for job in jobs)  # by one pass, perhaps, with others beside them
+    for path in [] if begun else added(out):
         if path not in {job.out for job in jobs} and not Part(path).complete:
             raise UserError(
                 f"--add: an addition is unfinished, {describe(manifest.read(path))}; finish it, or remove {path}"

@@ -83,7 +83,8 @@ def options(
         "rows-per-shard": identity["rows_per_shard"],
         **({} if size == BATCH_SIZE else {"batch-size": size}),  # a real network gives other bits at another
     }
-    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    compiled = ["--compile"] if provenance.get("compiled") else []
+    return [*(word for key, value in given.items() for word in (f"--{key}", str(value))), *compiled]
 
 
 def levels_text(levels: Sequence[int], depth: int) -> str:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import featcache
-from featcache import adding, extract, images, manifest, plan, running, teachers, views
+from featcache import adding, extract, images, invocation, manifest, plan, running, teachers, views
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.teachers.timm_vit import TimmVit
 from student.recipes import TargetSpec
@@ -112,6 +112,8 @@ def test_the_precision_is_part_of_the_identity(photos: Path, tmp_path: Path) -> 
     assert [(each.field, each.grade) for each in manifest.compare(full, half)] == [
         ("identity.teacher.precision", "fatal")
     ]
+    assert "--precision bf16" in " ".join(invocation.options(half))  # what makes it again says so
+    assert "--precision" not in invocation.options(full)
     extract.run(made(photos, "bf16"), tmp_path / "c", batch_size=4)
     with pytest.raises(IdentityError, match=r"identity\.teacher\.precision \(fatal\): None here, 'bf16' there"):
         extract.run(made(photos, "fp32"), tmp_path / "c", batch_size=4)
@@ -130,6 +132,8 @@ def test_compiling_is_noted_and_no_part_of_the_identity(photos: Path) -> None:
     assert one.manifest()["id"] == other.manifest()["id"]
     assert "compiled" not in one.manifest()["provenance"]
     assert other.manifest()["provenance"]["compiled"] is True
+    assert invocation.options(other.manifest())[-1] == "--compile"
+    assert "--compile" not in invocation.options(one.manifest())
     assert teachers.weight_hash(one.teacher) == teachers.weight_hash(other.teacher)
 
 

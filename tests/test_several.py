@@ -112,6 +112,21 @@ def test_only_what_is_lost_is_made_again(pictures: Path, tmp_path: Path) -> None
     assert {path: path.stat().st_mtime_ns for path in (out / "shards").rglob("*/c.*")} == times
 
 
+def test_what_a_pass_left_behind_can_be_finished_one_by_one(pictures: Path, tmp_path: Path) -> None:
+    """Two additions are unfinished: each may be, though a third one may not begin."""
+    apart(pictures, "zarr")
+    out = copy_tree(pictures.parent / "apart-zarr", tmp_path / "c")
+    for part in (out / "parts").iterdir():
+        (part / "shards/000002.json").unlink()
+    with pytest.raises(UserError, match="an addition is unfinished"):
+        adding.plan_part(make(pictures, levels=(1,)), out)
+    for name in (VIT, NINE):
+        job = adding.plan_part(make(pictures, name), out)
+        assert job is not None
+        extract.run(*job, batch_size=4)
+    assert files_below(out) == apart(pictures, "zarr")
+
+
 def test_shares_of_a_pass(pictures: Path, tmp_path: Path) -> None:
     plans = [make(pictures, name) for name in (SYNTHETIC, VIT, NINE)]
     for i in (1, 0):
