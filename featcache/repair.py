@@ -51,8 +51,8 @@ def _restore_manifest(part: Path) -> list[str]:
     pair = (part / manifest.NAME, part / SHARDS / manifest.COPY)
     if not any(path.exists() for path in pair):
         raise UserError(
-            f"no cache at {str(part)!r}: neither {manifest.NAME} nor its copy is there; give the folder that `featcache "
-            "extract` wrote"
+            f"no cache at {str(part)!r}: neither {manifest.NAME} nor its copy is there; give the folder that "
+            "`featcache extract` wrote"
         )
     good = [path for path in pair if not verify.json_problem(path)]
     if not good:
