@@ -167,7 +167,8 @@ def load(name: str, options: dict[str, teachers.Option], weights: str | None) ->
         constructor["img_size"] = options["img_size"]
         options, default = {}, None
     if path:
-        vit = _from_file(lambda: _create(arch, constructor, pretrained=False), arch, name, path)
+        sized = {**constructor, **({"img_size": options["img_size"]} if "img_size" in options else {})}
+        vit = _from_file(lambda: _create(arch, sized, pretrained=False), name, path)
     elif drawn:
         vit = teachers.build(lambda: _create(arch, constructor, pretrained=False), weights)
     else:
@@ -222,7 +223,7 @@ def _resize(vit: Any, px: int, mode: str) -> None:
         vit.pos_embed = nn.Parameter(resized, requires_grad=False)
 
 
-def _from_file(make: Callable[[], nn.Module], arch: str, name: str, path: str) -> Any:
+def _from_file(make: Callable[[], nn.Module], name: str, path: str) -> Any:
     """The model at the input size of the file's own positions; timm renames other layouts of the same network."""
     vit: Any = teachers.build(make, None)
     check_kind(vit, name)
@@ -299,7 +300,11 @@ def _create(arch: str, options: dict[str, teachers.Option], *, pretrained: bool)
     import timm
 
     try:
-        return timm.create_model(arch, pretrained=pretrained, num_classes=0, **options)  # type: ignore[arg-type]
+        if not pretrained:
+            return timm.create_model(arch, num_classes=0, **options)  # type: ignore[arg-type]
+        vit: Any = timm.create_model(arch, pretrained=True, **options)  # type: ignore[arg-type]
+        vit.reset_classifier(0)  # only now: without its head timm would load a file that lacks tensors, silently
+        return vit
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # timm hands options to the constructor
         raise UsageError(
             f"timm model {arch!r} with options {options}: {error}; give its constructor's arguments"
