@@ -98,9 +98,9 @@ def fetch(get: Callable[[], Got], what: str, tag: str) -> Got:
     except Exception as error:  # hubs raise whatever their clients raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"pretrained weights {tag!r} of {what} cannot be had: they are not on this machine and not to be fetched, or "
-            f"what is here is damaged ({reason[:90]}...); give a local file with --weights FILE, or try the program without them "
-            "with --weights random:SEED"
+            f"pretrained weights {tag!r} of {what} cannot be had: they are neither on this machine nor could they be "
+            f"fetched, or what is here is damaged ({reason[:90]}...); give a local file with --weights FILE, or try "
+            "the program without them with --weights random:SEED"
         ) from error
     finally:
         logging.disable(logging.NOTSET)

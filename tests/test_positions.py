@@ -156,6 +156,12 @@ def test_rotary_positions_follow_the_grid() -> None:
     assert ref.relative(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
 
 
+def test_maskaligns_picture_is_the_students_whatever_the_teachers_own_size() -> None:
+    """DINOv2's own 518 pixels are rendered by nobody: the student's 224 are shrunk to 196."""
+    assert positions.shrinks_from("x", "tensor-bicubic", native=518, size=196) == 224
+    assert positions.shrinks_from("x", "bicubic", native=518, size=196) == 0
+
+
 VIT = "timm:vit_base_patch16_224,embed_dim=24,depth=1,num_heads=3"
 ROPE = "timm:vit_base_patch16_dinov3,embed_dim=24,depth=1,num_heads=3"
 

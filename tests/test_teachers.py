@@ -24,7 +24,7 @@ from featcache import teachers
 from featcache.errors import UsageError, UserError
 from featcache.teachers.clip import Clip
 from featcache.teachers.timm_vit import TimmVit
-from tests.conftest import python
+from tests.conftest import Ran, python
 
 TINY = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # METHODS 0.8
@@ -282,6 +282,7 @@ def test_synthetic_takes_no_weights() -> None:
         ("clip-b16,size=3", "did you mean img_size"),
         ("timm:vit_tiny_patch16_225", "did you mean vit_tiny_patch16_224"),
         ("tim:vit_tiny_patch16_224", "known:"),
+        ("timm:vit_tiny_patch16_224.augreg", "did you mean augreg_in21k"),
         (TINY + ",nonsense=3", "nonsense"),
         (TINY.replace("num_heads=3", "num_heads=5"), "num_heads"),
         (TINY + ",img_size=large", "img_size"),
@@ -300,6 +301,8 @@ def test_impossible_names_and_options_are_usage_errors(spec: str, told: str) -> 
         "timm:resnet18",
         TINY + ",class_token=false,global_pool=avg",  # nothing to take the attention of
         "timm:vit_small_patch16_18x2_224,img_size=32,embed_dim=24,depth=1,num_heads=3",  # parallel attention
+        TINY + ",in_chans=1",
+        TINY.replace("depth=3", "depth=0"),
         "timm:vit_base_patch16_rpn_224,img_size=32,embed_dim=24,depth=1,num_heads=3,class_token=true",  # post-norm
     ],
 )
@@ -345,7 +348,7 @@ class Mine(nn.Module):
         self.gain, self.weights = nn.Parameter(torch.tensor(float(gain))), weights or teachers.REGISTERED
 
     def forward(self, images, levels):
-        y = images.float().mean((2, 3))[:, None].expand(-1, 5, 3) * self.gain
+        y = images.float().mean((2, 3))[:, None].expand(-1, 5, 3) * self.gain * torch.tensor([1.0, 2.0, 4.0])
         return [y * k for k in levels], torch.full((len(images), 4), 0.2)
 
     def tail(self):
@@ -366,7 +369,7 @@ def test_a_users_own_file_is_a_teacher(tmp_path: Path) -> None:
     assert (teacher.name, teacher.weights, teacher.width) == (f"{path},gain=2", "mine.pt", 3)
     (y,), attention = teacher(torch.full((2, 3, 8, 8), 3, dtype=torch.uint8), (2,))
     assert y.shape == (2, 5, 3)
-    assert (y == 12).all()
+    assert (y == torch.tensor([12.0, 24.0, 48.0])).all()
     assert attention.shape == (2, 4)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())  # type: ignore[attr-defined]
     assert teachers.weight_hash(teacher) != teachers.weight_hash(teachers.load(str(path)))
@@ -395,6 +398,22 @@ def test_mistakes_in_a_users_own_file_are_one_line(tmp_path: Path, text: str, to
     assert told in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_users_own_file_fills_a_cache(featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "mine.py", tmp_path / "cache"
+    path.write_text(OWN)
+    ran = featcache_command(
+        "extract", "--teacher", path, "--images", photos, "--size", 8, "--levels", "2", "--out", out
+    )
+    assert ran.status == 0, ran.err
+    assert featcache_command("verify", out, "--recompute", 3, "--images", photos).status == 0
+    path.write_text(OWN + "# a remark\n")
+    assert featcache_command("verify", out, "--recompute", 3, "--images", photos).status == 0
+    path.write_text(OWN.replace("* k for k", "* -k for k"))  # other code, the same weights: another teacher
+    ran = featcache_command("verify", out, "--recompute", 3, "--images", photos)
+    assert ran.status == 1
+    assert "have hash" in ran.error
 
 
 def test_a_users_file_that_is_not_there_or_an_option_it_does_not_know(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ Most families give features (`Teacher`); one that declares `TOKENIZER = True` gi
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -251,6 +252,7 @@ def _load_own(module: ModuleType, name: str, options: dict[str, Option], weights
             f"teacher {name!r}: what its load(...) returns lacks {', '.join(missing)}; needed: "
             f"{', '.join((*facts, *methods))}; see featcache.teachers.{contract.__name__}"
         )
+    loaded.code = ast.unparse(ast.parse(Path(name).read_text()))  # comments and layout left out
     return loaded
 
 
@@ -300,9 +302,11 @@ def build(make: Callable[[], nn.Module], weights: str | None) -> nn.Module:
 def weight_hash(teacher: Teacher) -> str:
     """BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state, taken from what really runs.
 
-    The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers.
+    The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers. So does the code of a
+    user's own file.
     """
     digest = hashlib.blake2b(" ".join(_activations(teacher)).encode(), digest_size=16)
+    digest.update(getattr(teacher, "code", "").encode())
     for name, value in sorted(teacher.state_dict().items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())

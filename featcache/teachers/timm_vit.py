@@ -258,9 +258,14 @@ def _renamed(state: dict[str, Tensor], vit: Any, path: str, name: str) -> dict[s
 def _check_name(arch: str) -> None:
     import timm
 
-    bare = arch.partition(".")[0]
-    if not arch.startswith(("hf-hub:", "local-dir:")) and bare not in timm.list_models():
+    if arch.startswith(("hf-hub:", "local-dir:")):
+        return
+    bare, _, tag = arch.partition(".")
+    if bare not in timm.list_models():
         raise UsageError(f"unknown timm model {bare!r}: {_near_models(bare)}")
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(bare)]
+    if tag and tag not in tags:
+        raise UsageError(f"unknown weights {tag!r} of timm model {bare!r}: {near(tag, tags)}")
 
 
 def _near_models(bare: str) -> str:
@@ -280,12 +285,13 @@ def check_kind(vit: Any, name: str) -> None:
         (VisionTransformer, Block, Attention), (VisionTransformerDistilled, Block, Attention),
         (Eva, EvaBlock, EvaAttention), (Eva, EvaBlock, AttentionRope),
     )  # fmt: skip
-    last = vit.blocks[-1] if hasattr(vit, "blocks") else None
-    plain = (type(vit), type(last), type(getattr(last, "attn", None))) in known
+    last = vit.blocks[-1] if len(getattr(vit, "blocks", ())) else None
+    plain = (type(vit), type(last), type(getattr(last, "attn", None))) in known and vit.in_chans == 3
     if not plain or (vit.cls_token is None and not _pools(vit)):
         raise UserError(
             f"teacher {name!r} is a timm {type(vit).__name__} without what is read here: a VisionTransformer or Eva "
-            "with plain attention and a [CLS] token or an attention pool is needed, such as vit_base_patch16_224"
+            "with plain attention, three colours, and a [CLS] token or an attention pool is needed, such as "
+            "vit_base_patch16_224"
         )
 
 
