@@ -142,7 +142,7 @@ def test_a_state_dict_is_read_by_either_names(tmp_path: Path, encoder: dvae.Dvae
     save_file(state, tmp_path / "w.safetensors")
     read = dvae.Dvae("x", WIDTH, WORDS)
     dvae.read_into(read, str(tmp_path / "w.safetensors"), "dvae")
-    assert teachers.weight_hash(read) == teachers.weight_hash(encoder)  # type: ignore[arg-type]
+    assert teachers.weight_hash(read) == teachers.weight_hash(encoder)
 
 
 def test_another_network_is_one_line(tmp_path: Path, encoder: dvae.Dvae) -> None:
@@ -184,4 +184,4 @@ def test_the_whole_tokenizer_runs() -> None:
     assert 0 <= int(ids.min()) <= int(ids.max()) < 8192
     assert not any(value.requires_grad for value in tokenizer.state_dict().values())
     same = teachers.load_tokenizer("dvae", "random:0")
-    assert teachers.weight_hash(same) == teachers.weight_hash(tokenizer)  # type: ignore[arg-type]
+    assert teachers.weight_hash(same) == teachers.weight_hash(tokenizer)

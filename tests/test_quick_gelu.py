@@ -121,6 +121,31 @@ def test_a_scripted_archive_names_its_activation(tmp_path: Path, activation: nn.
         quick_gelu.of_file("clip-b16", None, {"quick_gelu": not quick}, str(path))
 
 
+class _Whole(nn.Module):
+    """As OpenAI's archives, which hold the whole model, the picture tower as `visual`."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual, self.logit_scale = visual, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.visual(x) * self.logit_scale
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_clip_is_loaded_with_its_activation(tmp_path: Path) -> None:
+    spec = f"open_clip:{small_clip(tmp_path)}"
+    drawn: Any = teachers.load(spec, "random:2")
+    drawn.visual.transformer.resblocks[-1].attn._forward_pre_hooks.clear()
+    whole = _Whole(drawn.visual)
+    torch.jit.save(torch.jit.trace(whole, torch.zeros(1, 3, 48, 48)), tmp_path / "clip.pt")
+    read: Any = teachers.load(spec, str(tmp_path / "clip.pt"))
+    assert _quick(read)
+    assert all(torch.equal(value, drawn.visual.state_dict()[name]) for name, value in read.visual.state_dict().items())
+    with pytest.raises(UsageError, match="the archive says QuickGELU, the name says GELU"):
+        teachers.load(f"open_clip:{small_clip(tmp_path, False, 'gelu.json')}", str(tmp_path / "clip.pt"))
+
+
 def test_a_config_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{broken")
     (tmp_path / "b.json").write_text('{"embed_dim": 3}')

@@ -299,7 +299,7 @@ def build(make: Callable[[], nn.Module], weights: str | None) -> nn.Module:
         return make()
 
 
-def weight_hash(teacher: Teacher) -> str:
+def weight_hash(teacher: Teacher | Tokenizer) -> str:
     """BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state, taken from what really runs.
 
     The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers. So does the code of a
@@ -314,7 +314,7 @@ def weight_hash(teacher: Teacher) -> str:
     return digest.hexdigest()
 
 
-def _activations(teacher: Teacher) -> list[str]:
+def _activations(teacher: Teacher | Tokenizer) -> list[str]:
     modules = teacher.modules() if isinstance(teacher, nn.Module) else []
     names = {type(module).__name__ for module in modules}
     return sorted(name for name in names if name.endswith(("GELU", "GELUTanh", "SiLU", "ReLU", "SwiGLU")))
