@@ -5,6 +5,7 @@ called, so that `featcache info` never waits for torch.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import pkgutil
 import sys
@@ -29,6 +30,7 @@ def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
     """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a traceback; SIGTERM and
     Ctrl-C are one line as well."""
     stopping.orderly()
+    _notes()
     warnings.filterwarnings("ignore", module="PIL")  # on odd but readable pictures; unreadable ones are quarantined
     try:
         command.main(standalone_mode=False)
@@ -60,6 +62,13 @@ def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
         if not stopping.was_stopped():
             raise
         sys.exit(_fail(AGAIN, stopped_status))
+
+
+def _notes() -> None:
+    """What a module has to say without stopping is a note on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logging.getLogger("featcache").handlers = [handler]
 
 
 def _fail(message: str, status: int) -> int:

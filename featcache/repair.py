@@ -49,6 +49,11 @@ def run(cache: Path, load: Load, *, workers: int = 2, progress: extract.Progress
 def _restore_manifest(part: Path) -> list[str]:
     """The manifest from its copy, or the copy from the manifest."""
     pair = (part / manifest.NAME, part / SHARDS / manifest.COPY)
+    if not any(path.exists() for path in pair):
+        raise UserError(
+            f"no cache at {str(part)!r}: neither {manifest.NAME} nor its copy is there; give the folder that "
+            "`featcache extract` wrote"
+        )
     good = [path for path in pair if not verify.json_problem(path)]
     if not good:
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ def command(
         teacher = teachers.load(about["identity"]["teacher"]["name"], given, pick_device(device))
         return source, running.like(teacher, about["identity"])
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an orderly stop
     bar = show.Bar("repair", "pictures")
     progress = extract.Progress(lambda now: bar(now.pictures, now.total))
     done = repair.run(cache, load, workers=workers, progress=progress)
