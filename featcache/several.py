@@ -55,4 +55,4 @@ def levels(text: str | None, teacher: teachers.Teacher) -> tuple[int, ...]:
 
 
 def load(name: str, weights: str | None, device: str, precision: str, compiled: bool) -> teachers.Teacher:
-    return running.configure(teachers.load(name, weights, device), precision, compiled)
+    return running.configure(running.load(name, weights, device), precision, compiled)

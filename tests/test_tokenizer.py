@@ -22,6 +22,7 @@ from featcache.errors import UsageError, UserError
 from featcache.images import Source, open_source
 from featcache.store import STORES
 from featcache.teachers import Teacher, load
+from featcache.teachers.dvae import Dvae
 from tests.conftest import SYNTHETIC, Ran, files_below, flip, make_plan
 
 SIZE, GRID = 16, 2  # pixels of an edge, patches of an edge
@@ -230,3 +231,32 @@ def test_the_command_adds_it_by_name(
     ran = featcache_command("extract", *base, *first, "--teacher", "reds", "--out", tmp_path / "b")
     assert ran.status == 0, ran.err
     assert files_below(tmp_path / "a") == files_below(tmp_path / "b") == files_below(grown(photos, tmp_path / "c"))
+
+
+def test_dall_es_encoder_runs_as_a_family_gives_it(photos: Path, tmp_path: Path) -> None:
+    """A narrow one: ids are its own answer to the crop that Pillow makes with Lanczos."""
+    network = teachers.build(lambda: Dvae("random:0", width=4, vocabulary=64, input_px=SIZE), "random:0").eval()
+    generator = torch.Generator().manual_seed(1)
+    for value in network.parameters():  # so that ids differ: no biases, weights that keep the scale
+        fan = max(value[0].numel(), 1)
+        value.data = torch.randn(value.shape, generator=generator) * (2 / fan) ** 0.5 if value.ndim > 1 else 0 * value
+    network.name = "dvae"
+    made = tokenizer.as_teacher(network)
+    assert isinstance(made, tokenizer.Tokenizer)
+    extract.run(base(photos), tmp_path / "c", batch_size=4)
+    wanted = plan.Plan(open_source(photos), made, views.Policy(size=28), 2, (1,), rows_per_shard=5)
+    part = adding.plan_part(wanted, tmp_path / "c")
+    assert part is not None
+    extract.run(*part, batch_size=4)
+    with featcache.open(tmp_path / "c") as cache:
+        got = cache.read(range(11), 1, ["dvae/token_ids", "crop", "flip"])
+        for row, key in enumerate(cache.keys):
+            if key != "grey16":
+                top, left, height, width = got["crop"][row].tolist()
+                view = Image.open(next(photos.glob(f"{key}.*"))).convert("RGB")
+                view = view.crop((left, top, left + width, top + height))
+                pixels = np.asarray(view.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+                pixels = pixels[:, ::-1] if got["flip"][row] else pixels
+                ids = network(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
+                assert got["dvae/token_ids"][row].tolist() == ids[0].tolist(), key
+        assert len(np.unique(got["dvae/token_ids"])) > 1

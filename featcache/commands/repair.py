@@ -30,7 +30,7 @@ def command(
     def load(about: dict[str, Any]) -> tuple[images.Source, teachers.Teacher]:
         source = images.open_source(images_spec or about["provenance"]["source"])
         given = weights or about["provenance"]["weights"]
-        teacher = teachers.load(about["identity"]["teacher"]["name"], given, pick_device(device))
+        teacher = running.load(about["identity"]["teacher"]["name"], given, pick_device(device))
         return source, running.like(teacher, about["identity"])
 
     bar = show.Bar("repair", "pictures")
