@@ -4,7 +4,7 @@
 
 What runs in place of a teacher has `ids` and `filter`; all else is as for a teacher: name, weights, input_px, patches,
 width (the vocabulary's size), depth 1, pixel_mean, pixel_std, an empty `tail`. `as_teacher` makes it of what a
-family of tokenizers loads. Its part of the cache has one array, `token_ids`, read as `NAME/token_ids`. The crops are the
+family of tokenizers loads. Its part of the cache has one array, `token_ids`, read as `NAME/token_ids`. Crops are the
 cache's own, rendered from the stored boxes at the tokenizer's size with the tokenizer's filter.
 
 B batch, S = input_px, P patches.
