@@ -15,7 +15,7 @@ import pytest
 
 import featcache
 from featcache import home, manifest
-from tests.conftest import SYNTHETIC, Ran, make_photos, python
+from tests.conftest import SYNTHETIC, Ran, files_below, make_photos, python
 
 Command = Callable[..., Ran]
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=6,num_heads=3"
@@ -426,6 +426,37 @@ def test_a_machine_at_its_end_is_one_line(
     ran = featcache_command("verify", made)
     assert ran.status == 1
     assert told in ran.error
+
+
+def test_what_was_begun_goes_on_in_batches_of_its_size(
+    featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path
+) -> None:
+    """A real network: its bits depend on the batch."""
+    vit = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
+    options = (
+        "extract",
+        "--teacher",
+        vit,
+        "--weights",
+        "random:0",
+        "--images",
+        photos,
+        "--size",
+        32,
+        "--levels",
+        "all",
+    )
+    options = (*options, "--rows-per-shard", 4, "--out", tmp_path / "c")
+    assert featcache_command(*options, "--batch-size", 3).status == 0
+    whole = files_below(tmp_path / "c")
+    for path in (tmp_path / "c/shards").glob("000001*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    ran = featcache_command(*options)
+    assert ran.status == 0, ran.err
+    assert "begun with" not in ran.err
+    assert files_below(tmp_path / "c") == whole
+    ran = featcache_command(*options, "--batch-size", 5)
+    assert f"note: --batch-size 5: {tmp_path / 'c'} was begun with 3" in ran.err
 
 
 def test_main_is_a_module() -> None:

@@ -85,6 +85,8 @@ def write_cache(
         "store": name,
         "codec": "fp16",
         "tokens": tokens,
+        "order": "attentive",
+        "rows_per_shard": 5,
         "policy": {"size": 28},
         "pictures": {"count": 10, "keys_digest": "0"},
     }

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from featcache import home, images, manifest, show, views
+from featcache import account, home, images, manifest, show, views
 from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from featcache.show import given_images
-from featcache.store import STORES, record_path
+from featcache.store import STORES
 
 if TYPE_CHECKING:
     from featcache.plan import Job, Plan
@@ -195,16 +194,17 @@ def command(
         return
     own = _share(share)
     shards = jobs[0].plan.shards[own[0] :: own[1]]
-    summary = _summary(jobs, out, shards) | {"added": add, "share": share}
+    summary = account.summary(jobs, out, shards) | {"added": add, "share": share}
     if dry_run:
-        summary |= _lacking(jobs, shards)
-        show.facts_or_text(summary, as_json, _preview(summary, jobs[0].out))
+        summary |= account.lacking(jobs, shards)
+        show.facts_or_text(summary, as_json, account.preview(summary, jobs[0].out))
         return
+    batch_size = _batch_size(jobs[0].out, batch_size)
     with fleet.helpers(each_device[1:]):
         summary.update(_extract(jobs, batch_size, workers, strict, own))
     noted = {**summary, "cache": os.path.abspath(summary["cache"])}  # noqa: PTH100 (the ledger is read elsewhere)
     home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
-    show.facts_or_text(summary, as_json, _story(summary))
+    show.facts_or_text(summary, as_json, account.story(summary))
 
 
 def _check_names(names: tuple[str, ...], order: str, codec: str) -> None:
@@ -241,21 +241,17 @@ def _jobs(asked: list[Plan], out: Path | None, add: bool) -> list[Job]:
     return adding.plan_jobs(asked, place, add=add)
 
 
-def _summary(jobs: list[Job], out: Path | None, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is known before the work; `levels` are the first teacher's, bytes those of this share."""
-    plan, folder = jobs[0]
-    count = sum(shard["count"] for shard in shards)
-    more = {each.teacher.name: {"levels": each.levels, "folder": str(place)} for each, place in jobs}
-    return {
-        "cache": str(out or folder),
-        "id": plan.manifest()["id"],
-        "pictures": len(plan.source),
-        "views": plan.views,
-        "levels": plan.levels,
-        "share_pictures": count,
-        "bytes": sum(each.view_bytes * each.views * count for each, _ in jobs),
-        **({"teachers": more} if len(jobs) > 1 else {}),
-    }
+def _batch_size(out: Path, asked: int) -> int:
+    """What was begun goes on in batches of the size it was begun with, since a real network gives other bits at
+    another; who asks for another size gets it, and is told."""
+    size = manifest.read(out)["provenance"]["batch_size"] if (out / manifest.NAME).is_file() else asked
+    source = click.get_current_context().get_parameter_source("batch_size")
+    if size == asked or source is not ParameterSource.COMMANDLINE:
+        return int(size)
+    click.echo(
+        f"note: --batch-size {asked}: {out} was begun with {size}; the same numbers but for their last bits", err=True
+    )
+    return asked
 
 
 def _share(text: str | None) -> tuple[int, int]:
@@ -272,31 +268,6 @@ def _share(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _lacking(jobs: list[Job], shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What these shards still lack, where another cache is refused as the work would refuse it."""
-    from featcache.plan import continued
-
-    for plan, folder in jobs:
-        continued(plan.manifest(), folder)
-    left = [[shard for shard in _missing(job) if shard in shards] for job in jobs]
-    rows = [sum(shard["count"] for shard in each) for each in left]
-    new_bytes = sum(job.plan.view_bytes * job.plan.views * count for job, count in zip(jobs, rows, strict=True))
-    new = {"new_shards": max(map(len, left)), "new_pictures": max(rows), "new_bytes": new_bytes}
-    return {"shards": len(shards), "complete": not any(left), **new}
-
-
-def _preview(facts: dict[str, Any], folder: Path) -> str:
-    """What a dry run says."""
-    whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
-    pictures, views = manifest.counted(facts["share_pictures"], "picture"), manifest.counted(facts["views"], "view")
-    what = f"{pictures} x {views}, {show.size(facts['bytes'])}"
-    if facts["complete"]:
-        return f"{whose} is complete ({what}): nothing would be done"
-    some = "" if facts["new_shards"] == facts["shards"] else f"; {facts['shards'] - facts['new_shards']} are there"
-    shards = manifest.counted(facts["new_shards"], "shard")
-    return f"would write {show.size(facts['new_bytes'])} in {shards} to {whose}{some}"
-
-
 def _extract(jobs: list[Job], batch_size: int, workers: int, strict: bool, share: tuple[int, int]) -> dict[str, Any]:
     from featcache import extract as work
     from featcache.progress import Progress
@@ -304,19 +275,18 @@ def _extract(jobs: list[Job], batch_size: int, workers: int, strict: bool, share
     bar = show.Bar("extract", "pictures")
     progress = Progress()
     progress.report = lambda now: bar(now.pictures, now.total)
-    bar.text = lambda done, total: _rate(progress)
+    bar.text = lambda done, total: account.rate(progress)
     progress.waiting = lambda shards: _say_waiting(shards, progress)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an orderly stop
     try:
         work.together(jobs, batch_size=batch_size, workers=workers, strict=strict, progress=progress, share=share)
     except KeyboardInterrupt:
-        raise UserError(_left(jobs)) from None
+        raise UserError(account.left(jobs)) from None
     finally:
         bar.close()
     with Cache(jobs[0].out) as cache:
         return {
             "rows": len(cache),
-            "complete": not any(_missing(job) for job in jobs),
+            "complete": not any(account.missing(job) for job in jobs),
             "new_pictures": progress.pictures,
             "quarantined": cache.quarantined,
             "pictures_per_s": round(progress.rate, 2),
@@ -324,50 +294,7 @@ def _extract(jobs: list[Job], batch_size: int, workers: int, strict: bool, share
         }
 
 
-def _missing(job: Job) -> list[dict[str, Any]]:
-    """The shards that have no record."""
-    return [shard for shard in job.plan.shards if not record_path(job.out, shard["name"]).is_file()]
-
-
-def _left(jobs: list[Job]) -> str:
-    """What a person who stopped it wants to know."""
-    left = max((_missing(job) for job in jobs), key=len)
-    shards = len(jobs[0].plan.shards)
-    return (
-        f"stopped: {shards - len(left)} of {shards} shards of {str(jobs[0].out)!r} are complete and kept, "
-        f"{sum(shard['count'] for shard in left)} pictures are left; the same command continues"
-    )
-
-
 def _say_waiting(shards: int, progress: Progress) -> None:
     if progress.told_waiting != shards:
         progress.told_waiting = shards
         click.echo(f"note: waiting for {shards} shards that other processes work on", err=True)
-
-
-def _rate(progress: Progress) -> str:
-    left = (progress.total - progress.pictures) / max(progress.rate, 1e-9)
-    eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
-    return f"{progress.rate:.1f} pictures/s, ETA {eta}, slowest: {progress.slowest}"
-
-
-def _story(summary: dict[str, Any]) -> str:
-    count = manifest.counted(summary["rows"], "picture")
-    if summary["share"]:
-        count = f"share {summary['share']}, {summary['share_pictures']} of {summary['pictures']} pictures"
-    views, verb = manifest.counted(summary["views"], "view"), "added " if summary["added"] else ""
-    lines = [f"{summary['cache']}: {verb}{count} x {views}, {show.size(summary['bytes'])}"]
-    if summary["new_pictures"]:
-        lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
-    elif summary["complete"]:
-        lines.append("was complete already; nothing to do")
-    if not summary["complete"]:
-        lines.append(f"this share is done; the cache has {summary['rows']} pictures so far, other shares complete it")
-    for row in summary["quarantined"][:10]:
-        lines.append(f"quarantined {row['key']!r}: {row['reason']}")
-    if summary["quarantined"]:
-        lines.append(
-            f"{len(summary['quarantined'])} in quarantine, all listed in {summary['cache']}/quarantine.json; "
-            "mended pictures come in with a new --out"
-        )
-    return "\n".join(lines)
