@@ -174,6 +174,7 @@ def cli(
     """Measure what an extraction costs beside its teacher."""
     STORES[NAME] = "benchmarks.bench_write"
     device = pick_device(device)
+    running.keep_memory()  # as the command does; the bare forward has it too
     given = None if name.startswith("synthetic") else weights
 
     def teacher() -> Teacher:

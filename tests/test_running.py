@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from featcache.errors import IdentityError, UsageError, UserError
 from featcache.teachers.timm_vit import TimmVit
 from student.recipes import TargetSpec
 from student.targets import Online
-from tests.conftest import Ran, files_below, flip, make_plan
+from tests.conftest import Ran, files_below, flip, make_plan, python
 
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 MANTISSA = {"bf16": 2.0**-8, "fp16": 2.0**-11}  # half a unit of the last place
@@ -211,3 +212,28 @@ def test_the_teacher_in_the_loop_runs_as_the_caches_did(precision: str, photos: 
         found, _ = online.complete({"pixels": stored["pixels"]}, torch.device("cpu"))
     assert found["features"].dtype == torch.float32
     np.testing.assert_allclose(found["features"].numpy(), stored["features"].astype(np.float32), rtol=2**-10, atol=2e-6)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is the one that gives memory back")
+def test_freed_memory_is_kept_for_the_next_batch() -> None:
+    """Pages that the kernel has to hand out again and again, counted."""
+    code = """
+import resource
+import torch
+from featcache import running
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(16 << 20)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+running.keep_memory()
+torch.zeros(16 << 20)
+kept = faults()
+print(given_back, kept)
+assert kept * 5 < given_back
+"""
+    ran = python(code)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

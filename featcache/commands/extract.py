@@ -158,11 +158,12 @@ def command(
     **policy_options: Any,
 ) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
-    from featcache import fleet, several, teachers
+    from featcache import fleet, running, several, teachers
     from featcache import plan as plans
     from featcache.device import pick_device
 
     _check_names(names, order, codec)
+    running.keep_memory()
     level_of, weights_of = several.assign("--levels", levels, names), several.weights(weights, names)
     renamed = {"filter_name": "filter"}
     changes = {renamed.get(key, key): value for key, value in policy_options.items() if value is not None}
