@@ -37,6 +37,17 @@ def smooth_l1(pred: Tensor, target: Tensor) -> Tensor:
         return 2 * F.smooth_l1_loss(promote(pred), promote(target), beta=1.0)
 
 
+def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
+    """pred, target (..., D) -> (...): 1 - cos of each pair, half their squared distance once both are of length 1.
+
+    No eps: a vector of zeros has no direction, and gives NaN as in the released codes.
+    """
+    with autocast_off(pred):
+        pred, target = promote(pred), promote(target)
+        pred, target = pred / pred.norm(dim=-1, keepdim=True), target / target.norm(dim=-1, keepdim=True)
+        return 1 - (pred * target).sum(dim=-1)
+
+
 def norm_pix(patches: Tensor) -> Tensor:
     """patches (..., C) -> each patch less its mean, over its standard deviation (unbiased variance, eps 1e-6)."""
     with autocast_off(patches):

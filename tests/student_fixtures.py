@@ -39,6 +39,8 @@ RECIPES = {
     "maskalign": (*COMMON, "level_weights=top:3"),
     "mralign": (*COMMON, "level_weights=top:3", *DECODER),
     "mae": (*COMMON, *DECODER),
+    "milan": (*COMMON, *DECODER, "target=f"),  # the synthetic teacher has no projection
+    "kd": (*COMMON, "target=f"),
 }
 
 
@@ -107,6 +109,11 @@ def ranked_path() -> Path:
 def kept_path() -> Path:
     """The same again, of which only the first 5 of 16 patches are stored."""
     return extract(pictures(), root() / "kept", "--tokens", "ranked", "--keep", "5")
+
+
+def cache_of(recipe: str) -> Path:
+    """A cache that serves the recipe's small settings."""
+    return cache_path()
 
 
 @functools.cache

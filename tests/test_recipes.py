@@ -7,6 +7,7 @@ literal whatever the versions of torch and timm draw at the start.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UsageError
 from student import config, masking, optim, recipes
@@ -30,11 +33,14 @@ TINY = [
     "teacher_width=12",
 ]
 TINY_ALIGN = [*TINY, "level_weights=top:2"]
+TINY_OUTPUT = [*TINY, "teacher_out=10"]
 TINY_DECODER = ["decoder_width=8", "decoder_depth=2", "decoder_heads=2"]
 TINY_SETTINGS = {
     "maskalign": TINY_ALIGN,
     "mae": [*TINY, *TINY_DECODER],
     "mralign": [*TINY_ALIGN, *TINY_DECODER],
+    "milan": [*TINY_OUTPUT, *TINY_DECODER],
+    "kd": TINY_OUTPUT,
 }
 
 
@@ -49,6 +55,7 @@ def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
     return {
         "images": wave(2, 3, 16, 16, phase=0.3),
         "features": wave(2, levels, 17, 12, phase=0.9, size=1.4),
+        "targets": wave(2, 17, 10, phase=0.7, size=1.6),
         "ids_keep": ids_keep,
         "ids_masked": torch.tensor(hidden),
     }
@@ -85,6 +92,45 @@ def first_losses(name: str, steps: int = 3) -> list[float]:
     return losses
 
 
+def check_against(model: nn.Module, out: Tensor, reference: Callable[[dict[str, Tensor]], Tensor]) -> None:
+    """The loss and its gradients equal those of a second implementation, a function of the state dict."""
+    parameters = trained(model)
+    got = torch.autograd.grad(out, list(parameters.values()))
+    copies = {name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()}
+    expected_loss = reference(copies)
+    expected = torch.autograd.grad(expected_loss, [copies[name] for name in parameters])
+    torch.testing.assert_close(out, expected_loss, rtol=1e-12, atol=0)
+    for name, a, b in zip(parameters, got, expected, strict=True):
+        # An absolute floor: the gradient of a key bias is zero by symmetry.
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def parameters(name: str, *more: str) -> tuple[int, int]:
+    """How many numbers the model has, and how many of them are trained; nothing is allocated."""
+    module = recipes.load(name)
+    with torch.device("meta"):
+        model = module.Model(config.from_overrides(module.Config, more))
+    return sum(x.numel() for x in model.parameters()), sum(x.numel() for x in trained(model).values())
+
+
+def gmac(name: str, *more: str) -> float:
+    """Multiply-accumulates (1e9) of one picture's forward pass at the recipe's own size, counted by torch."""
+    module = recipes.load(name)
+    settings = config.from_overrides(module.Config, more)
+    spec, p = module.needs(settings), settings.patches
+    order = torch.randperm(p, generator=torch.Generator().manual_seed(0))[None]
+    ids_keep, ids_masked = order[:, : settings.visible].sort().values, order[:, settings.visible :].sort().values
+    batch = {"images": torch.randn(1, 3, settings.img_size, settings.img_size), "ids_keep": ids_keep}
+    batch |= {"ids_masked": ids_masked, "token_ids": torch.zeros(1, p, dtype=torch.int64)}
+    width = settings.teacher_out if spec.derive == "z" else settings.teacher_width
+    batch |= {"targets": torch.randn(1, 1 + p, width), "features": torch.randn(1, len(spec.levels), 1 + p, width)}
+    model = module.Model(settings)
+    # The plain form of attention is made of products that the counter knows on every device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch)
+    return counter.get_total_flops() / 2e9
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -95,7 +141,7 @@ each = pytest.mark.parametrize("name", sorted(TINY_SETTINGS))
 
 
 def test_each_recipe_of_the_folder_has_a_tiny_case() -> None:
-    assert set(TINY_SETTINGS) <= set(recipes.names())
+    assert set(TINY_SETTINGS) == set(recipes.names())
 
 
 @each
@@ -149,7 +195,7 @@ def test_bf16_autocast_computes_the_loss_in_float32(name: str) -> None:
     model.float()
     batch = {key: x.float() if x.is_floating_point() else x for key, x in tiny_batch().items()}
     exact = model(batch)["loss"]
-    batch["features"] = batch["features"].half()
+    batch["features"], batch["targets"] = batch["features"].half(), batch["targets"].half()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(batch)["loss"]
     assert loss.dtype == torch.float32
@@ -179,18 +225,33 @@ def golden(**changes: object) -> dict[str, object]:
     return {**common, **changes}
 
 
+OUTPUT = {"target": "z", "teacher_out": 512}
 ALIGN = {"level_weights": "top:5", "align_levels": "auto"}
 DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16, "norm_pix": True}
 GOLDEN = {
     "maskalign": golden(**ALIGN),
     "mae": golden(drop_path=0.0, mask="uniform", mask_ratio=0.75, min_lr=0.0, epochs=800, warmup_epochs=40, **DECODER),
     "mralign": golden(mask_ratio=0.75, align_weight=0.5, pixel_weight=0.5, **ALIGN, **DECODER),
-}
+    "milan": golden(
+        drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=40, decoder="prompting",
+        prompts="projected", cls_loss=True, **OUTPUT, **DECODER,
+    ),
+    "kd": golden(drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=40, **OUTPUT),
+}  # fmt: skip
+# What a model size changes.
+GOLDEN_SIZES: dict[tuple[str, str], dict[str, object]] = {}
 
 
 @each
 def test_defaults_are_the_published_ones(name: str) -> None:
     assert config.as_dict(recipes.load(name).Config()) == GOLDEN[name]
+
+
+@each
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_defaults_of_each_size(name: str, size: str) -> None:
+    given = config.from_overrides(recipes.load(name).Config, [f"encoder={size}"])
+    assert config.as_dict(given) == {**GOLDEN[name], "encoder": size, **GOLDEN_SIZES.get((name, size), {})}
 
 
 @each
