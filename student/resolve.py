@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -253,14 +253,23 @@ def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: im
     if cache is None:
         facts = ["--teacher", config.teacher, "--levels", levels_text(spec.levels, config.teacher_depth)]
         size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
-        command = [*facts, *size, *_crops(spec), "--images", source.spec if source else "SRC"]
+        tokens = [word for name in _tokenizers(spec.fields) for word in ("--teacher", name)]
+        command = [*facts, *size, *_crops(spec), *tokens, "--images", source.spec if source else "SRC"]
     elif not cache.complete:
         command = [*recipe_of(cache, cache.levels), "--out", str(cache.path)]
+    elif names := _tokenizers(field for field in spec.fields if field not in cache.fields):
+        pictures = cache.manifest["provenance"]["source"]
+        command = ["--teacher", names[0], "--images", pictures, "--add", "--out", str(cache.path)]
     elif _missing_tokens(cache, spec, config) or any(field not in cache.fields for field in spec.fields):
         command = recipe_of(cache, sorted({*cache.levels, *spec.levels}), keep=False)
     else:
         command = [*recipe_of(cache, _missing_levels(cache, spec)), "--add", "--out", str(cache.path)]
     return f"make it with: {shlex.join(['featcache', 'extract', *command])}"
+
+
+def _tokenizers(fields: Iterable[str]) -> list[str]:
+    """Whose tokens are asked for: NAME of NAME/token_ids."""
+    return [field.removesuffix("/token_ids") for field in fields if field.endswith("/token_ids")]
 
 
 def _crops(spec: TargetSpec) -> list[str]:

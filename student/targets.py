@@ -104,13 +104,14 @@ class Cached:
             name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields
         }
         out = {}
-        if "token_ids" in self.spec.fields:
-            out["token_ids"] = _token_ids(host["token_ids"], self.spec.vocabulary).to(device, non_blocking=True)
+        for field in self.spec.fields:
+            if field.rpartition("/")[2] == "token_ids":  # a tokenizer's part of a cache: NAME/token_ids
+                out["token_ids"] = _token_ids(host[field], self.spec.vocabulary).to(device, non_blocking=True)
         if self.coded:
             coded = {name: torch.from_numpy(host[name]).to(device, non_blocking=True) for name in self.coded}
             features = self._in_raster(self.codec.decode(coded), host, device)
             stats = self._in_raster(tensor(host["feature_stats"]).to(device), host, device) if self.stats else None
-            out |= derived(self.spec, features, None if stats is None else stats[..., 1:], self.tail)
+            out |= derived(self.spec, features, stats, self.tail)
         return out, sources
 
     def _in_raster(self, values: Tensor, host: Host, device: torch.device) -> Tensor:
@@ -172,7 +173,7 @@ class Online:
         if not pairs:
             return {}, sources
         features, stats = (torch.stack(each, 1) for each in zip(*pairs, strict=True))
-        return derived(self.spec, features, stats[..., 1:], self.tail), sources
+        return derived(self.spec, features, stats, self.tail), sources
 
 
 def as_tensors(tail: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
@@ -180,14 +181,15 @@ def as_tensors(tail: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]
     return {name: torch.from_numpy(value) for name, value in tail.items()}
 
 
-def derived(spec: TargetSpec, features: Tensor, std: Tensor | None, tail: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """features (B,L,1+P,D), std (B,L,1+P,1) -> what a recipe takes: the levels, or `targets` (B,1+P,E) derived from the
-    only one. `std` is looked at where the teacher's eps is not the cache's."""
+def derived(spec: TargetSpec, features: Tensor, stats: Tensor | None, tail: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """features (B,L,1+P,D), stats (B,L,1+P,2) -> what a recipe takes: the levels, or `targets` (B,1+P,E) derived from
+    the only one. `stats`, mean and divisor, are looked at where the teacher's eps is not the cache's."""
     if not spec.derive:
         return {"features": features}
     assert features.shape[1] == 1, features.shape
     on_device = {name: value.to(features.device) for name, value in tail.items()}
-    return {"targets": targets.derive(spec.derive, features[:, 0], on_device, None if std is None else std[:, 0])}
+    std = None if stats is None else stats[:, 0, :, 1:]
+    return {"targets": targets.derive(spec.derive, features[:, 0], on_device, std)}
 
 
 def _token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> Tensor:

@@ -23,7 +23,9 @@ def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
     stated = serves.stated(Path(str(module.__file__)))
     assert stated == module.SERVED_BY
     assert stated.get("mask_ratio", module.Config().mask_ratio) == module.Config().mask_ratio
-    assert set(stated) - {"mask_ratio"} == {"fields", "levels"}
+    assert set(stated) - {"mask_ratio", "all_tokens", "derive"} == {"fields", "levels"}
+    assert stated.get("all_tokens", False) == ("features" in needs.fields and not needs.visible_only)
+    assert stated.get("derive", "") == needs.derive
     assert stated["fields"] == needs.fields
     assert tuple(serves._levels(stated["levels"], module.Config().teacher_depth)) == needs.levels
 
@@ -79,18 +81,44 @@ def test_an_incomplete_cache(tmp_path: Path) -> None:
     path = fx.extract(fx.pictures(), tmp_path / "c", "--levels", "all", "--rows-per-shard", "12", teacher=SIX)
     (path / "shards" / "000001.json").unlink()
     with Cache(path) as cache:
-        assert serves.recipes(cache) == {
-            "mae": "",
-            "maskalign": "the cache is incomplete",
-            "mralign": "the cache is incomplete",
-        }
+        said = serves.recipes(cache)
+    assert said["mae"] == ""
+    assert said["maskalign"] == said["mralign"] == "the cache is incomplete"
 
 
 def test_levels_that_were_added_count(tmp_path: Path) -> None:
     path = fx.extract(fx.pictures(), tmp_path / "c", "--levels", "last:3", teacher=SIX)
     fx.extract(fx.pictures(), path, "--add", "--levels", "2,3", teacher=SIX)
     with Cache(path) as cache:
-        assert set(serves.recipes(cache).values()) == {""}
+        said = serves.recipes(cache)
+    assert {said[name] for name in ("mae", "maskalign", "mralign")} == {""}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, ""),
+        ({"derive": "z"}, "its teacher has no projection (target=f)"),
+        ({"derive": "f"}, ""),
+        ({"keep": 14}, ""),
+        ({"keep": 14, "all_tokens": True}, "14 patches are kept, all are read"),
+        ({"keep": 2, "mask_ratio": 0.5}, "2 patches are kept, 8 are visible"),
+    ],
+)
+def test_what_a_literal_may_ask(changed: dict[str, object], expected: str) -> None:
+    """Of the small cache, which is said to keep only some of its patches."""
+    with fx.open_cache() as cache:
+        cache.identity = {**cache.identity, **{key: value for key, value in changed.items() if key == "keep"}}
+        needs = {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.75, **changed}
+        assert serves.lacks(cache, needs) == expected
+
+
+def test_a_projection_serves() -> None:
+    with fx.open_cache() as cache:
+        cache.tail = lambda teacher=None: {"proj": None}  # type: ignore[method-assign,assignment]
+        assert (
+            serves.lacks(cache, {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.0, "derive": "z"}) == ""
+        )
 
 
 def test_no_recipe_and_no_torch_is_imported() -> None:

@@ -39,7 +39,7 @@ class TargetSpec:
     jitter: float = 0.0  # change of colours of the publication, seen by teacher and student alike
     visible_only: bool = False  # of `features` only [CLS] and visible patches are looked at; the others may be missing
     derive: str = ""  # z, f or fd: given as `targets` in place of `features`, from the one level (featcache.targets)
-    vocabulary: int = 0  # of the field `token_ids`, which are below it
+    vocabulary: int = 0  # token ids, of the field token_ids or NAME/token_ids, are below it
 
 
 def names() -> list[str]:

@@ -28,6 +28,7 @@ SERVED_BY = {  # by default; `featcache info` reads this
     "fields": ("features", "attention"),
     "levels": "last:1",
     "mask_ratio": 0.75,
+    "derive": "z",
 }
 
 

@@ -43,7 +43,9 @@ from student.recipes import TargetSpec
 SERVED_BY = {  # by default; `featcache info` reads this
     "fields": ("features", "attention"),
     "levels": "last:1",
-    "mask_ratio": 0.0,  # of the targets: those of hidden patches are read too
+    "mask_ratio": 0.75,
+    "all_tokens": True,
+    "derive": "z",
 }
 
 
