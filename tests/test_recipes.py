@@ -6,21 +6,24 @@ literal whatever the versions of torch and timm draw at the start.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
 import torch
+from timm.models.beit import Beit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UsageError
-from student import config, masking, optim, recipes
+from student import config, losses, masking, optim, recipes
 from student.recipes import TargetSpec
 
 # 16 patches of 4 x 4 pixels; 3 student blocks of 2 heads, 3 teacher levels.
@@ -35,12 +38,16 @@ TINY = [
 TINY_ALIGN = [*TINY, "level_weights=top:2"]
 TINY_OUTPUT = [*TINY, "teacher_out=10"]
 TINY_DECODER = ["decoder_width=8", "decoder_depth=2", "decoder_heads=2"]
+TINY_BEIT = "encoder=tiny,embed_dim=16,depth=3,num_heads=2"
+TINY_REGRESSOR = ["regressor_width=16", "regressor_heads=2"]
 TINY_SETTINGS = {
     "maskalign": TINY_ALIGN,
     "mae": [*TINY, *TINY_DECODER],
     "mralign": [*TINY_ALIGN, *TINY_DECODER],
     "milan": [*TINY_OUTPUT, *TINY_DECODER],
     "kd": TINY_OUTPUT,
+    "caev2": [*TINY_OUTPUT, TINY_BEIT, *TINY_REGRESSOR, "regressor_depth=2"],
+    "cae": [*TINY, TINY_BEIT, *TINY_REGRESSOR, "regressor_depth=2", "decoder_depth=2", "vocabulary=9"],
 }
 
 
@@ -56,6 +63,7 @@ def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
         "images": wave(2, 3, 16, 16, phase=0.3),
         "features": wave(2, levels, 17, 12, phase=0.9, size=1.4),
         "targets": wave(2, 17, 10, phase=0.7, size=1.6),
+        "token_ids": torch.arange(32).view(2, 16) * 5 % 9,
         "ids_keep": ids_keep,
         "ids_masked": torch.tensor(hidden),
     }
@@ -65,9 +73,9 @@ def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
 def fill(model: nn.Module) -> None:
     """Small sines in every trained parameter, around 1 in the norms' weights; fixed positions stay."""
     for i, (name, parameter) in enumerate(model.named_parameters()):
-        if not name.endswith("pos_embed"):
+        if not name.endswith("pos_embed"):  # names of norms: norm1, decoder_norm, ...; encoder_to_regresser_norm
             parameter.copy_(wave(*parameter.shape, phase=0.1 * i, size=0.2))
-            if "norm" in name and name.endswith("weight"):
+            if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
                 parameter.add_(1)
 
 
@@ -82,14 +90,14 @@ def tiny_model(name: str, *more: str) -> tuple[nn.Module, Any]:
 def first_losses(name: str, steps: int = 3) -> list[float]:
     model, settings = tiny_model(name)
     optimizer = optim.adamw(model, settings, lr=1e-2)
-    losses = []
+    found = []
     for _ in range(steps):
         loss = model(tiny_batch())["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        found.append(loss.item())
+    return found
 
 
 def check_against(model: nn.Module, out: Tensor, reference: Callable[[dict[str, Tensor]], Tensor]) -> None:
@@ -118,16 +126,17 @@ def gmac(name: str, *more: str) -> float:
     module = recipes.load(name)
     settings = config.from_overrides(module.Config, more)
     spec, p = module.needs(settings), settings.patches
-    order = torch.randperm(p, generator=torch.Generator().manual_seed(0))[None]
-    ids_keep, ids_masked = order[:, : settings.visible].sort().values, order[:, settings.visible :].sort().values
-    batch = {"images": torch.randn(1, 3, settings.img_size, settings.img_size), "ids_keep": ids_keep}
-    batch |= {"ids_masked": ids_masked, "token_ids": torch.zeros(1, p, dtype=torch.int64)}
     width = settings.teacher_out if spec.derive == "z" else settings.teacher_width
-    batch |= {"targets": torch.randn(1, 1 + p, width), "features": torch.randn(1, len(spec.levels), 1 + p, width)}
-    model = module.Model(settings)
-    # The plain form of attention is made of products that the counter knows on every device.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(batch)
+    ids = {"ids_keep": settings.visible, "ids_masked": p - settings.visible, "token_ids": p}
+    # Shapes alone (a device without autocast), and the plain form of attention, whose products the counter knows.
+    without = mock.patch.object(losses, "autocast_off", lambda x: contextlib.nullcontext())
+    with torch.device("meta"), without:
+        model = module.Model(settings).requires_grad_(False)
+        batch = {key: torch.empty(1, n, dtype=torch.int64) for key, n in ids.items()}
+        batch |= {"images": torch.empty(1, 3, settings.img_size, settings.img_size)}
+        batch |= {"targets": torch.empty(1, 1 + p, width), "features": torch.empty(1, len(spec.levels), 1 + p, width)}
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(batch)
     return counter.get_total_flops() / 2e9
 
 
@@ -169,10 +178,17 @@ def test_loss_has_a_gradient_in_every_trained_parameter(name: str) -> None:
 @each
 def test_encoder_loads_strictly_into_timm(name: str) -> None:
     model, _ = tiny_model(name)
-    plain = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2
-    )
-    plain.load_state_dict(model.encoder.state_dict(), strict=True)
+    small: dict[str, Any] = {"num_classes": 0, "img_size": 16, "patch_size": 4}
+    small |= {"embed_dim": 16, "depth": 3, "num_heads": 2}
+    if isinstance(model.encoder, Beit):
+        relative = model.encoder.pos_embed is None
+        positions = {"use_abs_pos_emb": not relative, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": relative}
+        plain = timm.create_model("beit_base_patch16_224", global_pool="token", **small, **positions)
+    else:
+        plain = timm.create_model("vit_tiny_patch16_224", **small)
+    plain.double().load_state_dict(model.encoder.state_dict(), strict=True)
+    ours, timms = (net.eval().forward_features(tiny_batch()["images"]) for net in (model.encoder, plain))  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(ours, timms)
 
 
 @each
@@ -237,9 +253,26 @@ GOLDEN = {
         prompts="projected", cls_loss=True, **OUTPUT, **DECODER,
     ),
     "kd": golden(drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=40, **OUTPUT),
+    "caev2": golden(
+        mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=300, warmup_epochs=10,
+        family="cae", layer_scale=0.1, regressor_width=768, regressor_depth=4, regressor_heads=12, align="both",
+        loss="cosine", reduction="code", jitter=0.4, **OUTPUT,
+    ),
+    "cae": golden(
+        mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=800, warmup_epochs=20,
+        family="cae", layer_scale=0.1, xavier=True, regressor_width=768, regressor_depth=4, regressor_heads=12,
+        decoder_depth=4, token_field="dvae/token_ids", vocabulary=8192, align_weight=2.0, align_drop_path=True,
+    ),
 }  # fmt: skip
 # What a model size changes.
-GOLDEN_SIZES: dict[tuple[str, str], dict[str, object]] = {}
+GOLDEN_SIZES: dict[tuple[str, str], dict[str, object]] = {
+    ("caev2", "tiny"): {"mask_ratio": 0.15, "regressor_width": 96, "regressor_depth": 1},
+    ("caev2", "small"): {"mask_ratio": 0.25, "regressor_width": 384, "regressor_depth": 1},
+    ("caev2", "large"): {
+        "mask_ratio": 0.6, "regressor_width": 1024, "regressor_heads": 16, "drop_path": 0.2, "layer_scale": 1e-5,
+    },
+    ("cae", "large"): {"layer_scale": 1e-5, "epochs": 1600, "warmup_epochs": 40},
+}  # fmt: skip
 
 
 @each
@@ -260,7 +293,7 @@ def test_needs_holds_what_the_mask_reads(name: str, mask: str) -> None:
     module = recipes.load(name)
     spec = module.needs(config.from_overrides(module.Config, [f"mask={mask}"]))
     read = {"attentive": ("attention",), "stored": ("mask_order",)}.get(mask, ())
-    assert tuple(field for field in spec.fields if field != "features") == read
+    assert tuple(field for field in spec.fields if field not in ("features", "dvae/token_ids")) == read
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
