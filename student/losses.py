@@ -27,6 +27,13 @@ def autocast_off(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def fd_smooth_l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
+    """pred, target (..., D) -> scalar: Feature Distillation's mean smooth-L1, e^2 / (2 beta) where |e| < beta and
+    |e| - beta / 2 beyond."""
+    with autocast_off(pred):
+        return F.smooth_l1_loss(promote(pred), promote(target), beta=beta)
+
+
 def smooth_l1(pred: Tensor, target: Tensor) -> Tensor:
     """pred, target (..., D) -> scalar: MaskAlign's 2 x mean smooth-L1 with beta 1.
 

@@ -50,6 +50,8 @@ RECIPES = {
     "kd": (*COMMON, "target=f"),
     "caev2": (*SMALL_BEIT, *REGRESSOR, "target=f"),
     "cae": (*SMALL_BEIT, *REGRESSOR, "decoder_depth=1", "token_field=token_ids", "vocabulary=16"),
+    "fd": SMALL_BEIT,
+    "mvp": (*SMALL_BEIT, "target=f"),
 }
 
 

@@ -52,13 +52,14 @@ def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "serving"),
     [
-        (("--levels", "last:5"), ["mae", "maskalign", "mralign"]),
-        (("--levels", "all"), ["mae", "maskalign", "mralign"]),
-        (("--levels", "last:3"), ["mae"]),
-        (("--levels", "2,3,4,6"), ["mae"]),
+        (("--levels", "last:5"), ["fd", "mae", "maskalign", "mralign"]),
+        (("--levels", "all"), ["fd", "mae", "maskalign", "mralign"]),
+        (("--levels", "last:3"), ["fd", "mae"]),
+        (("--levels", "2,3,4,6"), ["fd", "mae"]),
+        (("--levels", "2,3,4,5"), ["mae"]),
         (("--levels", "last:5", "--tokens", "ranked", "--keep", "4"), ["mae", "maskalign", "mralign"]),
         (("--levels", "last:5", "--tokens", "ranked", "--keep", "3"), ["mae"]),
-        (("--levels", "last:5", "--tokens", "ranked", "--pixels", "raw"), ["mae", "maskalign", "mralign"]),
+        (("--levels", "last:5", "--tokens", "ranked", "--pixels", "raw"), ["fd", "mae", "maskalign", "mralign"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -70,7 +71,7 @@ def test_what_it_says_is_what_training_says(options: tuple[str, ...], serving: l
     assert [name for name, why in said.items() if not why] == serving
     for name, why in said.items():
         words = ("--recipe", name, "--cache", path, "--device", "cpu", "--out", tmp_path / "run", "--dry-run")
-        ran = fx.stud("train", *words, "--set", f"encoder={fx.ENCODER}")
+        ran = fx.stud("train", *words, "--set", fx.RECIPES[name][0])  # a small encoder
         assert (ran.status == 0) == (not why), (name, why, ran.err)
         if why.startswith("level"):
             missing = why.removeprefix("level ").split(" is not stored")[0]
