@@ -27,6 +27,9 @@ def _known_mask(name: str) -> str:
     return name
 
 
+# What a publication's large student learns from, where that is CLIP-L/14: for a recipe's SIZES.
+CLIP_L14 = {"teacher": "clip-l14", "teacher_depth": 24, "teacher_width": 1024, "teacher_out": 768}
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]

@@ -15,7 +15,16 @@ from student.recipes import cae
 from tests.test_beit import reference_block, reference_encode
 from tests.test_recipe_caev2 import chosen
 from tests.test_recipe_mae import parts_of
-from tests.test_recipes import check_against, gmac, parameters, tiny_batch, tiny_model, wave
+from tests.test_recipes import (
+    check_against,
+    first_losses,
+    gmac,
+    parameters,
+    reference_losses,
+    tiny_batch,
+    tiny_model,
+    wave,
+)
 from tests.test_regress import reference_regress
 from tests.test_vit import Weights, layer_norm, linear
 
@@ -149,14 +158,27 @@ def test_names_are_those_of_the_released_code() -> None:
     assert inner == {f"decoder.decoder_blocks.0.{part}" for part in parts}
 
 
+def test_first_losses() -> None:
+    """The target moves with the weights, and no gradient goes through it."""
+
+    def reference(w: dict[str, Tensor]) -> Tensor:
+        token, align = reference_parts(w, tiny_batch(), {name: x.detach() for name, x in w.items()})
+        return token + 2 * align
+
+    assert first_losses("cae") == pytest.approx(reference_losses("cae", reference), rel=1e-8)
+
+
 def test_sizes() -> None:
     """Worked out by hand, parts as in CAE v2's test.
 
     base    encoder 85,807,872; regressor 4 * 7,091,712 + norm 1,536 = 28,368,384; mask token 768; positions 151,296;
             decoder 4 * 7,088,640 + 1,536 + 768 * 8,192 + 8,192 = 34,655,744
+    tiny    bridge 192 * 768 + 768 + 1,536 = 149,760; small 384 * 768 + 768 + 1,536 = 297,216
     large   encoder 303,326,208; bridge 1,024 * 768 + 768 + 1,536 = 788,736; the rest as base: 63,176,192
     """
     assert parameters("cae") == (148_984_064, 148_984_064 - 2 * 151_296)
+    assert parameters("cae", "encoder=tiny")[0] == 5_526_720 + 149_760 + 63_176_192
+    assert parameters("cae", "encoder=small")[0] == 21_670_272 + 297_216 + 63_176_192
     assert parameters("cae", "encoder=large")[0] == 303_326_208 + 788_736 + 63_176_192
     without = 148_984_064 - 4 * 7_088_640 - 1_536
     assert parameters("cae", "decoder_depth=0")[0] == without

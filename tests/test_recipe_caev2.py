@@ -11,7 +11,16 @@ from student import config, optim, recipes
 from student.recipes import caev2
 from tests.test_beit import reference_encode
 from tests.test_recipe_mae import parts_of
-from tests.test_recipes import check_against, gmac, parameters, tiny_batch, tiny_model, wave
+from tests.test_recipes import (
+    check_against,
+    first_losses,
+    gmac,
+    parameters,
+    reference_losses,
+    tiny_batch,
+    tiny_model,
+    wave,
+)
 from tests.test_regress import reference_regress
 from tests.test_vit import Weights, layer_norm, linear
 
@@ -129,6 +138,13 @@ def test_head_is_shared() -> None:
     assert seen == [5, 12]
 
 
+def test_first_losses() -> None:
+    def reference(w: dict[str, Tensor]) -> Tensor:
+        return torch.cat(list(reference_errors(w, tiny_batch(), "cosine").values()), 1).mean()
+
+    assert first_losses("caev2") == pytest.approx(reference_losses("caev2", reference), rel=1e-8)
+
+
 def test_sizes() -> None:
     """Worked out by hand. A block of the encoder: norms 4 D, q and v bias 2 D, qkv 3 D^2, proj D^2 + D, MLP 8 D^2 +
     5 D, LayerScale 2 D: 12 D^2 + 14 D. Stem: kernel 768 D + D, CLS D, positions 197 D fixed; norm 2 D. Regressor block:
@@ -147,7 +163,7 @@ def test_sizes() -> None:
     assert parameters("caev2") == (114_722_048, 114_722_048 - 2 * 151_296)
     assert parameters("caev2", "encoder=small") == (23_720_576, 23_720_576 - 2 * 75_648)
     assert parameters("caev2", "encoder=tiny") == (5_726_624, 5_726_624 - 37_824 - 18_912)
-    assert parameters("caev2", "encoder=large", "teacher_out=768")[0] == 354_723_584
+    assert parameters("caev2", "encoder=large")[0] == 354_723_584
 
 
 def test_cost() -> None:
@@ -159,6 +175,14 @@ def test_cost() -> None:
 def test_hidden_patches_of_each_size(size: str, hidden: int) -> None:
     given = config.from_overrides(caev2.Config, [f"encoder={size}"])
     assert given.patches - given.visible == hidden
+
+
+def test_the_command_that_makes_its_views() -> None:
+    from student import resolve
+
+    given = config.from_overrides(caev2.Config, ["encoder=large"])
+    expected = "featcache extract --teacher clip-l14 --levels last:1 --scale 0.4,1 --jitter 0.4 --images SRC"
+    assert resolve.todo(caev2.needs(given), given, None) == f"make it with: {expected}"
 
 
 def test_settings_and_needs() -> None:

@@ -11,7 +11,16 @@ from student import config, losses, optim, recipes
 from student.recipes import fd
 from tests.test_beit import embedded, reference_encode_all
 from tests.test_recipe_mae import parts_of
-from tests.test_recipes import check_against, gmac, parameters, tiny_batch, tiny_model, wave
+from tests.test_recipes import (
+    check_against,
+    first_losses,
+    gmac,
+    parameters,
+    reference_losses,
+    tiny_batch,
+    tiny_model,
+    wave,
+)
 from tests.test_vit import Weights, linear
 
 
@@ -47,14 +56,23 @@ def test_masks_do_not_count() -> None:
     assert torch.equal(model({"images": batch["images"], "targets": batch["targets"]})["loss"], loss)
 
 
+def test_first_losses() -> None:
+    expected = reference_losses("fd", lambda w: reference_loss(w, tiny_batch(), 2.0).mean())
+    assert first_losses("fd") == pytest.approx(expected, rel=1e-8)
+
+
 def test_sizes() -> None:
     """Worked out by hand; blocks and stem as in CAE v2's test, no absolute positions, one table of 27^2 + 3 offsets.
 
     base    590,592 + 768 + 12 * 7,088,640 + 1,536 + 732 * 12 = 85,665,360; head 768 * 768 + 768 = 590,592
+    small   295,296 + 384 + 12 * 1,774,848 + 768 + 8,784 = 21,603,408; head 384 * 768 + 768 = 295,680
+    tiny    147,648 + 192 + 12 * 445,056 + 384 + 8,784 = 5,497,680; head 192 * 768 + 768 = 148,224
     large   patches of 14: 1,024 * 588 + 1,024 = 603,136; + 1,024 + 24 * 12,597,248 + 2,048 + (31^2 + 3) * 16
             = 302,955,584; head 1,024 * 1,024 + 1,024 = 1,049,600
     """
     assert parameters("fd") == (86_255_952, 86_255_952)
+    assert parameters("fd", "encoder=small")[0] == 21_603_408 + 295_680
+    assert parameters("fd", "encoder=tiny")[0] == 5_497_680 + 148_224
     assert parameters("fd", "encoder=large", "patch_size=14", "teacher_width=1024")[0] == 302_955_584 + 1_049_600
 
 

@@ -10,7 +10,7 @@ from student import config, optim, recipes
 from student.recipes import kd
 from tests.test_recipe_mae import parts_of
 from tests.test_recipe_milan import squared_distance
-from tests.test_recipes import check_against, gmac, parameters, tiny_batch, tiny_model
+from tests.test_recipes import check_against, first_losses, gmac, parameters, reference_losses, tiny_batch, tiny_model
 from tests.test_vit import Weights, layer_norm, linear, reference_encode
 
 
@@ -46,8 +46,17 @@ def test_hidden_targets_do_not_count() -> None:
     assert not torch.equal(model(batch)["loss"], loss)
 
 
+def test_first_losses() -> None:
+    expected = reference_losses("kd", lambda w: reference_loss(w, tiny_batch()).mean())
+    assert first_losses("kd") == pytest.approx(expected, rel=1e-8)
+
+
 def test_size_and_cost() -> None:
-    """Encoder 85,798,656 (MaskAlign's test) + head 768 * 512 + 512 = 393,728; 13.3 GMAC forward and backward."""
+    """Encoder 85,798,656 (MaskAlign's test) + head 768 * 512 + 512 = 393,728; 13.3 GMAC forward and backward. Other
+    encoders as in MILAN's test; heads 192 * 512 + 512, 384 * 512 + 512, and 1024 * 768 + 768 for CLIP-L/14."""
+    assert parameters("kd", "encoder=tiny")[0] == 5_524_416 + 98_816
+    assert parameters("kd", "encoder=small")[0] == 21_665_664 + 197_120
+    assert parameters("kd", "encoder=large", "teacher_out=768")[0] == 303_301_632 + 787_200
     assert parameters("kd") == (86_192_384, 86_192_384 - 151_296)
     assert 3 * gmac("kd") == pytest.approx(13.3, rel=0.02)
 

@@ -11,7 +11,7 @@ from student import config, recipes
 from student.recipes import mvp
 from tests.test_beit import embedded, reference_encode_all
 from tests.test_recipe_mae import parts_of
-from tests.test_recipes import check_against, gmac, parameters, tiny_batch, tiny_model
+from tests.test_recipes import check_against, first_losses, gmac, parameters, reference_losses, tiny_batch, tiny_model
 from tests.test_vit import Weights, linear
 
 
@@ -50,9 +50,18 @@ def test_hidden_pixels_and_visible_targets_do_not_count() -> None:
     assert not torch.equal(model(batch)["loss"], loss)
 
 
+def test_first_losses() -> None:
+    expected = reference_losses("mvp", lambda w: reference_loss(w, tiny_batch()))
+    assert first_losses("mvp") == pytest.approx(expected, rel=1e-8)
+
+
 def test_size_and_cost() -> None:
     """Encoder as in FD's test, 85,665,360; mask token 768; head 768 * 512 + 512 = 393,728. Three times the forward pass
-    of a whole ViT-B (17.56) and of the head at 79 patches (0.03)."""
+    of a whole ViT-B (17.56) and of the head at 79 patches (0.03). Large: 787,456 + 1,024 + 24 * 12,597,248 + 2,048 +
+    732 * 16 = 303,136,192; mask token 1,024; head 1,024 * 512 + 512 = 524,800."""
+    assert parameters("mvp", "encoder=small")[0] == 21_603_408 + 384 + 197_120
+    assert parameters("mvp", "encoder=tiny")[0] == 5_497_680 + 192 + 98_816
+    assert parameters("mvp", "encoder=large")[0] == 303_136_192 + 1_024 + 524_800
     assert parameters("mvp") == (86_059_856, 86_059_856)
     assert 3 * gmac("mvp") == pytest.approx(3 * (17.56 + 0.03), rel=0.02)
 

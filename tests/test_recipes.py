@@ -142,6 +142,26 @@ def gmac(name: str, *more: str) -> float:
     return counter.get_total_flops() / 2e9
 
 
+def reference_losses(name: str, reference: Callable[[dict[str, Tensor]], Tensor], steps: int = 3) -> list[float]:
+    """What `first_losses` must give: a second implementation's loss of the state dict, and AdamW written out (rate
+    1e-2, eps 1e-8, decay 0.05 of every matrix that is no token)."""
+    model, settings = tiny_model(name)
+    names, (b1, b2) = list(trained(model)), settings.betas
+    w = {key: x.clone() for key, x in model.state_dict().items()}
+    m, v = ({key: torch.zeros_like(w[key]) for key in names} for _ in range(2))
+    found = []
+    for t in range(1, steps + 1):
+        copies = {key: x.clone().requires_grad_(key in names) for key, x in w.items()}
+        loss = reference(copies)
+        found.append(loss.item())
+        for key, g in zip(names, torch.autograd.grad(loss, [copies[key] for key in names]), strict=True):
+            m[key], v[key] = b1 * m[key] + (1 - b1) * g, b2 * v[key] + (1 - b2) * g**2
+            decay = 0.05 if w[key].ndim > 1 and "token" not in key else 0.0
+            step = (m[key] / (1 - b1**t)) / ((v[key] / (1 - b2**t)).sqrt() + 1e-8)
+            w[key] = w[key] * (1 - 1e-2 * decay) - 1e-2 * step
+    return found
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -218,6 +238,8 @@ def test_bf16_autocast_computes_the_loss_in_float32(name: str) -> None:
         loss = model(batch)["loss"]
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.0)
+    loss.backward()
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in trained(model).values())
 
 
 @each
@@ -274,13 +296,16 @@ GOLDEN = {
         family="beit", layer_scale=0.1, **OUTPUT,
     ),
 }  # fmt: skip
+CLIP_L14 = {"teacher": "clip-l14", "teacher_depth": 24, "teacher_width": 1024, "teacher_out": 768}
 # What a model size changes.
 GOLDEN_SIZES: dict[tuple[str, str], dict[str, object]] = {
     ("caev2", "tiny"): {"mask_ratio": 0.15, "regressor_width": 96, "regressor_depth": 1},
     ("caev2", "small"): {"mask_ratio": 0.25, "regressor_width": 384, "regressor_depth": 1},
     ("caev2", "large"): {
         "mask_ratio": 0.6, "regressor_width": 1024, "regressor_heads": 16, "drop_path": 0.2, "layer_scale": 1e-5,
+        **CLIP_L14,
     },
+    ("milan", "large"): CLIP_L14,
     ("fd", "large"): {"drop_path": 0.3},
     ("cae", "large"): {"layer_scale": 1e-5, "epochs": 1600, "warmup_epochs": 40},
 }  # fmt: skip

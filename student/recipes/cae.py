@@ -194,6 +194,7 @@ class Model(nn.Module):
         parts = {"token": token.detach(), "accuracy": right.detach()}
         if self.config.align_weight == 0:
             return {"loss": token, **parts}
+        # After the pass with gradients: autocast keeps its casts of the weights, and casts made here would have none.
         target = self._aligned(images, ids_masked)
         with losses.autocast_off(latents):
             align = F.mse_loss(losses.promote(latents), losses.promote(target))

@@ -39,6 +39,7 @@ from featcache.errors import UsageError
 from student import beit, losses, masking, regress, vit
 from student.config import (
     CHECKED,
+    CLIP_L14,
     Above0,
     Fraction,
     Mask,
@@ -68,6 +69,7 @@ class Config(OutputConfig):
         "small": {"mask_ratio": 0.25, "regressor_width": 384, "regressor_depth": 1},
         "large": {
             "mask_ratio": 0.6, "regressor_width": 1024, "regressor_heads": 16, "drop_path": 0.2, "layer_scale": 1e-5,
+            **CLIP_L14,
         },
     }  # fmt: skip
 

@@ -27,7 +27,7 @@ Shapes: B batch, V visible, P patches, M = P - V masked, W decoder width, E targ
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,16 @@ from torch import Tensor, nn
 
 from featcache.errors import UsageError
 from student import losses, masking, vit
-from student.config import CHECKED, Mask, NotNegative, OutputConfig, Positive, check_choice, check_hides_patches
+from student.config import (
+    CHECKED,
+    CLIP_L14,
+    Mask,
+    NotNegative,
+    OutputConfig,
+    Positive,
+    check_choice,
+    check_hides_patches,
+)
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this
@@ -54,6 +63,7 @@ class Config(OutputConfig):
     """README.md's settings."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("z", "f", "pixels")
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {"large": CLIP_L14}
 
     mask: Mask = "attentive"
     epochs: Positive = 400
