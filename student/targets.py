@@ -111,6 +111,7 @@ class Cached:
             coded = {name: torch.from_numpy(host[name]).to(device, non_blocking=True) for name in self.coded}
             features = self._in_raster(self.codec.decode(coded), host, device)
             stats = self._in_raster(tensor(host["feature_stats"]).to(device), host, device) if self.stats else None
+            self.tail = on_device(self.tail, device)
             out |= derived(self.spec, features, stats, self.tail)
         return out, sources
 
@@ -173,6 +174,7 @@ class Online:
         if not pairs:
             return {}, sources
         features, stats = (torch.stack(each, 1) for each in zip(*pairs, strict=True))
+        self.tail = on_device(self.tail, device)
         return derived(self.spec, features, stats, self.tail), sources
 
 
@@ -181,15 +183,19 @@ def as_tensors(tail: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]
     return {name: torch.from_numpy(value) for name, value in tail.items()}
 
 
+def on_device(tail: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tail where the features are; its one number stays on the host, which looks at it."""
+    return {name: value.to(device) if value.ndim else value for name, value in tail.items()}
+
+
 def derived(spec: TargetSpec, features: Tensor, stats: Tensor | None, tail: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """features (B,L,1+P,D), stats (B,L,1+P,2) -> what a recipe takes: the levels, or `targets` (B,1+P,E) derived from
     the only one. `stats`, mean and divisor, are looked at where the teacher's eps is not the cache's."""
     if not spec.derive:
         return {"features": features}
     assert features.shape[1] == 1, features.shape
-    on_device = {name: value.to(features.device) for name, value in tail.items()}
     std = None if stats is None else stats[:, 0, :, 1:]
-    return {"targets": targets.derive(spec.derive, features[:, 0], on_device, std)}
+    return {"targets": targets.derive(spec.derive, features[:, 0], tail, std)}
 
 
 def _token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> Tensor:

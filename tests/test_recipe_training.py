@@ -34,6 +34,15 @@ def test_trains_from_a_cache(recipe: str, tmp_path: Path) -> None:
     assert torch.isfinite(features).all()
 
 
+def test_a_kept_cache_serves_what_reads_visible_tokens_only(tmp_path: Path) -> None:
+    """5 of 16 patches are stored, 4 are shown."""
+    options = ("--cache", fx.kept_path(), "--images", fx.pictures(), *STEPS)
+    ran = fx.good(fx.train("kd", tmp_path / "run", *options))
+    assert "mask=stored" in ran.err
+    assert np.isfinite(fx.losses(tmp_path / "run")).all()
+    assert "and the recipe reads all" in fx.train("milan", tmp_path / "b", *options).line
+
+
 def test_every_recipe_is_among_them() -> None:
     assert sorted(fx.RECIPES) == recipes.names()
 
