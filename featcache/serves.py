@@ -73,7 +73,7 @@ def lacks(cache: Cache, needs: dict[str, Any]) -> str:
 def _projects(cache: Cache) -> bool:
     """Whether the teacher's projection is beside the cache."""
     try:
-        return "proj" in cache.tail()
+        return bool(cache.manifest["files"]) and "proj" in cache.tail()
     except UserError:  # a damaged file, of which `verify` tells
         return False
 

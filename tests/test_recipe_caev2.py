@@ -45,14 +45,20 @@ def reference_latents(w: Weights, batch: dict[str, Tensor]) -> dict[str, Tensor]
     return latents
 
 
-def reference_errors(w: Weights, batch: dict[str, Tensor], loss: str) -> dict[str, Tensor]:
+def reference_errors(
+    w: Weights, batch: dict[str, Tensor], loss: str = "cosine", head: str = "norm_linear"
+) -> dict[str, Tensor]:
     """(B,1), (B,V), (B,M): each token's distance from its target."""
     latents, targets = reference_latents(w, batch), batch["targets"]
     wanted = {"cls": targets[:, :1], "visible": chosen(targets, batch["ids_keep"])}
     wanted["masked"] = chosen(targets, batch["ids_masked"])
     errors = {}
     for name, x in latents.items():
-        p = linear(layer_norm(x, w["decoder.norm.weight"], w["decoder.norm.bias"]), w, "decoder.head")
+        gamma, beta = w["decoder.norm.weight"], w["decoder.norm.bias"]
+        if head == "norm_linear":
+            p = linear(layer_norm(x, gamma, beta), w, "decoder.head")
+        else:
+            p = layer_norm(linear(x, w, "decoder.head"), gamma, beta)
         t = wanted[name]
         if loss == "cosine":
             errors[name] = 1 - (p * t).sum(-1) / ((p**2).sum(-1) * (t**2).sum(-1)).sqrt()
@@ -85,6 +91,17 @@ def test_paper_reduction_is_two_means_without_cls() -> None:
     def reference(w: dict[str, Tensor]) -> Tensor:
         errors = reference_errors(w, batch, "cosine")
         return errors["visible"].sum() / 8 + errors["masked"].sum() / 24
+
+    check_against(model, model(batch)["loss"], reference)
+
+
+def test_the_papers_head_norms_last() -> None:
+    model, _ = tiny_model("caev2", "head=linear_norm")
+    batch = tiny_batch()
+    assert model.get_parameter("decoder.norm.weight").shape == (10,)
+
+    def reference(w: dict[str, Tensor]) -> Tensor:
+        return torch.cat(list(reference_errors(w, batch, head="linear_norm").values()), 1).mean()
 
     check_against(model, model(batch)["loss"], reference)
 
@@ -212,6 +229,7 @@ def test_decay_groups() -> None:
         (["align=all"], "unknown align 'all': .*known: both, masked, visible"),
         (["loss=l1"], "unknown loss 'l1'"),
         (["reduction=mean"], "unknown reduction 'mean'"),
+        (["head=linear"], "unknown head 'linear': did you mean"),
         (["family=mae"], "unknown family 'mae'"),
         (["align=visible"], "cannot align visible latents with a regressor of 4 blocks; allowed: align=visible with"),
         (["regressor_depth=0"], "cannot align both latents with a regressor of 0 blocks"),

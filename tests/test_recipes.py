@@ -280,7 +280,7 @@ GOLDEN = {
     "caev2": golden(
         mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=300, warmup_epochs=10,
         family="cae", layer_scale=0.1, regressor_width=768, regressor_depth=4, regressor_heads=12, align="both",
-        loss="cosine", reduction="code", jitter=0.4, **OUTPUT,
+        loss="cosine", reduction="code", head="norm_linear", jitter=0.4, **OUTPUT,
     ),
     "cae": golden(
         mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=800, warmup_epochs=20,

@@ -21,7 +21,7 @@ What differs from the released code:
 - cls_token and mask_token are not decayed (decay_tokens=true decays them); the rate rises to its peak once, not twice;
   bf16 in place of fp16, by the trainer; its cosine adds 1e-12 to each squared length.
 The paper's own forms: reduction=paper (Eq. 2: the mean over visible patches plus the mean over masked ones, no CLS; the
-code has one mean over all tokens), betas=[0.9,0.98]. Its head is FC then LN; the code's, used here, LN then FC.
+code has one mean over all tokens), head=linear_norm (the code's is norm, then Linear), betas=[0.9,0.98].
 
 Shapes: B batch, V visible, P patches, M = P - V masked, W regressor width, E target width.
 """
@@ -91,6 +91,7 @@ class Config(OutputConfig):
     align: str = "both"  # both, or only the visible or the masked
     loss: str = "cosine"  # or smooth_l1, mse
     reduction: str = "code"  # one mean over all tokens; or paper, two means, without CLS
+    head: str = "norm_linear"  # as in the code; or linear_norm, the paper's
     jitter: Fraction = 0.4  # of the colours, in the cache's views; seen by teacher and student
 
     def __post_init__(self) -> None:
@@ -99,6 +100,7 @@ class Config(OutputConfig):
         check_choice("align", self.align, ("both", "visible", "masked"))
         check_choice("loss", self.loss, ("cosine", "smooth_l1", "mse"))
         check_choice("reduction", self.reduction, ("code", "paper"))
+        check_choice("head", self.head, ("norm_linear", "linear_norm"))
         beit.check_heads("regressor", self.regressor_width, self.regressor_heads)
         if self.align != "visible":
             check_hides_patches(self)
@@ -124,15 +126,16 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Head(nn.Module):
-    """LN, then Linear: one set of parameters for CLS, visible and masked latents."""
+    """A norm and a Linear, in either order: one set of parameters for CLS, visible and masked latents."""
 
-    def __init__(self, width: int, out_dim: int) -> None:
+    def __init__(self, width: int, out_dim: int, *, norm_first: bool) -> None:
         super().__init__()
-        self.norm = vit.NORM(width)
+        self.norm = vit.NORM(width if norm_first else out_dim)
         self.head = nn.Linear(width, out_dim)
+        self.norm_first = norm_first
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(x))
+        return self.head(self.norm(x)) if self.norm_first else self.norm(self.head(x))
 
 
 class Model(nn.Module):
@@ -158,7 +161,8 @@ class Model(nn.Module):
             self.regresser = regress.Regresser(
                 width, config.regressor_depth, config.regressor_heads, config.drop_path, final_norm=False
             )
-        self.decoder = Head(config.regressor_width, config.target_width)
+        norm_first = config.head == "norm_linear"
+        self.decoder = Head(config.regressor_width, config.target_width, norm_first=norm_first)
         self.decoder.apply(vit.init_linear_and_norm)
         self.config = config
 
