@@ -4,7 +4,8 @@
     python examples/plain_pytorch.py train/ cache
 
 Nothing here but PyTorch, timm and `featcache.torch.Dataset`: pictures and features come joined by key, and every epoch
-shows another of the stored views. Prints the mean loss of each epoch.
+shows another of the stored views. Of a cache made with --keep the patches that were not stored are NaN, and are left
+out of the loss. Prints the mean loss of each epoch.
 """
 
 import sys
@@ -14,6 +15,7 @@ import torch
 from torch.nn.functional import smooth_l1_loss
 from torch.utils.data import DataLoader
 
+from featcache import UserError
 from featcache.torch import Dataset
 
 
@@ -34,7 +36,8 @@ def train(pictures: str | None, cache: str, epochs: int = 10, batch_size: int = 
         for batch in loader:
             images = batch["pixels"].to(device, non_blocking=True) / 127.5 - 1  # (B, 3, S, S)
             targets = batch["features"][:, -1].to(device, non_blocking=True)  # (B, 1 + P, D) of the last level
-            loss = smooth_l1_loss(head(student.forward_features(images)), targets)
+            known = targets.isfinite().all(-1)  # (B, 1 + P): all of them, but for a cache made with --keep
+            loss = smooth_l1_loss(head(student.forward_features(images))[known], targets[known])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -45,4 +48,9 @@ def train(pictures: str | None, cache: str, epochs: int = 10, batch_size: int = 
 
 
 if __name__ == "__main__":
-    train(*sys.argv[1:3])
+    if len(sys.argv) != 3:
+        sys.exit(f"two arguments are needed, PICTURES and CACHE:\n\n{__doc__}")
+    try:
+        train(*sys.argv[1:3])
+    except UserError as error:  # one line, as the commands print it
+        sys.exit(f"error: {error}")

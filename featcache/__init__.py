@@ -1,17 +1,29 @@
 """featcache: a frozen teacher's features over replayable views, extracted once, read at memory speed.
 
-`featcache.open(path)` gives a `Cache`. Importing this package, and reading a cache, needs no torch.
+`featcache.open(path)` gives a `Cache`. Importing this package, and reading a cache, needs no torch; the reader itself
+is imported when it is first asked for, so that a command answers Ctrl-C from its first moment on.
 """
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
-from featcache.errors import IdentityError, UsageError, UserError
-from featcache.reader import Cache
+from featcache.errors import IdentityError, StoppedError, UsageError, UserError
+
+if TYPE_CHECKING:
+    from featcache.reader import Cache
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "IdentityError", "UsageError", "UserError", "open"]
+__all__ = ["Cache", "IdentityError", "StoppedError", "UsageError", "UserError", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Cache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from featcache.reader import Cache
+
+    return Cache
 
 
 def open(
@@ -19,4 +31,6 @@ def open(
 ) -> Cache:
     """Open the cache at `path` for reading; the options are those of `Cache`. Files are checked here for existence and
     size, rows as they are read."""
+    from featcache.reader import Cache
+
     return Cache(path, threads=threads, verify_rows=verify_rows, io=io)

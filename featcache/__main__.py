@@ -1,5 +1,13 @@
-"""`python -m featcache` is the `featcache` command."""
+"""`featcache` and `python -m featcache`: imports come under a guard, so that an early Ctrl-C is one line."""
 
-from featcache.cli import main
+from featcache import stopping
 
-main()
+
+def main() -> None:
+    with stopping.guard(1):
+        from featcache.cli import main as run
+    run()
+
+
+if __name__ == "__main__":
+    main()

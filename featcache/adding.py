@@ -48,7 +48,7 @@ def _check_same(wanted: Plan, there: dict[str, Any], free: tuple[str, ...]) -> N
         if each.field.startswith("identity.") and not each.field.startswith(free):
             raise UsageError(
                 f"--add: {each.field} is {each.here!r}, the cache has {each.there!r}; what is added is drawn from the "
-                "same pictures and crops, with the same weights: give the same, or make another cache"
+                f"same pictures and crops, with the same weights: give {each.cure or 'the same'}, or make another cache"
             )
 
 

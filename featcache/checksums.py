@@ -7,6 +7,9 @@ Three arrays hold them, one number per (row, view) and column:
     prefix_crc  (T, L)  of the first token, the first two, ... of each level; in ranked caches only, whose rows are read
                         by prefixes: those of one length lie together
 
+They are plain crc32c of the bytes, so anyone can compare them. What ties them to their place is the record, which knows
+the crc32c of the files that hold them: a reader compares those before it believes a file's numbers.
+
 n items (row, view), L levels, T tokens, C columns.
 """
 
@@ -45,7 +48,7 @@ def declare(arrays: list[Array], levels: int, tokens: int, *, ranked: bool) -> l
     return [
         Array("row_crc", "<u4", (levels,), (*row_view, "level")),
         Array("side_crc", "<u4", (columns(arrays)[""],), (*row_view, "array")),
-        *([Array("prefix_crc", "<u4", (tokens, levels), (*row_view, "prefix", "level"))] if ranked else []),
+        *([Array("prefix_crc", "<u4", (tokens, levels), (*row_view, "prefix", "level"), split=True)] if ranked else []),
     ]
 
 

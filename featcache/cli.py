@@ -5,19 +5,32 @@ called, so that `featcache info` never waits for torch.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import pkgutil
 import sys
 import warnings
+from typing import Any
 
 import click
 
-from featcache import commands
+from featcache import commands, stopping
 from featcache.errors import COMMAND_WRONG, WORK_FAILED, UserError
 
+AGAIN = "stopped; run the same command again"
+_CONTINUES = "stopped; what was complete is kept, the same command continues"
+# What a command says that was stopped, where starting it again is not all there is to it.
+STOPPED = {
+    **dict.fromkeys(("extract", "convert", "copy", "repair"), _CONTINUES),
+    "rm": "stopped; the same command removes what is left, `featcache gc` what was half removed",
+}
 
-def entry(command: click.Command) -> None:
-    """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a traceback."""
+
+def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
+    """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a traceback; SIGTERM and
+    Ctrl-C are one line as well."""
+    stopping.orderly()
+    _notes()
     warnings.filterwarnings("ignore", module="PIL")  # on odd but readable pictures; unreadable ones are quarantined
     try:
         command.main(standalone_mode=False)
@@ -32,13 +45,30 @@ def entry(command: click.Command) -> None:
     except click.ClickException as error:
         sys.exit(_fail(error.format_message(), WORK_FAILED))
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(_fail("stopped; what was complete is kept, the same command continues", WORK_FAILED))
+        sys.exit(_fail(AGAIN, stopped_status))
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno is None:
             raise
         sys.exit(_fail(f"{error.filename or 'system'}: {error.strerror}; mend this and run the same command again", 1))
+    except MemoryError:
+        sys.exit(_fail("out of memory; give a smaller --batch-size or --workers, or more memory", WORK_FAILED))
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        sys.exit(_fail("this process may start no more threads; raise the limit (`ulimit -u`) and run again", 1))
+    except Exception:  # what a library made of a signal while it was imported
+        if not stopping.was_stopped():
+            raise
+        sys.exit(_fail(AGAIN, stopped_status))
+
+
+def _notes() -> None:
+    """What a module has to say without stopping is a note on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logging.getLogger("featcache").handlers = [handler]
 
 
 def _fail(message: str, status: int) -> int:
@@ -51,6 +81,12 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise UserError(STOPPED.get(ctx.invoked_subcommand or "", AGAIN)) from None
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in self.list_commands(ctx):

@@ -8,10 +8,12 @@ defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 WORK_FAILED = 1  # the command was right, the work could not be done
 COMMAND_WRONG = 2  # the command itself cannot be meant
+STOPPED = 75  # training was asked to stop and can go on: sysexits.h's EX_TEMPFAIL, which a scheduler may requeue
 
 
 class UserError(Exception):
@@ -27,6 +29,26 @@ class UsageError(UserError):
     """The command cannot be meant as given: an unknown name, an impossible combination."""
 
     exit_status = COMMAND_WRONG
+
+
+class StoppedError(UserError):
+    """Training was asked to stop, and did so in order."""
+
+    exit_status = STOPPED
+
+
+class UnreadableError(UserError):
+    """The machine does not give a file's bytes: nothing is known of the file itself, and no repair would help."""
+
+
+# Of the place a file lies at, not of the file; a bad sector (EIO) is the file's own.
+_OF_THE_PLACE = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def raise_if_unreadable(path: object, error: OSError) -> None:
+    """Turn an error of the place into one line; any other is left to the caller."""
+    if error.errno in _OF_THE_PLACE:
+        raise UnreadableError(f"{str(path)!r}: {error.strerror}; mend this and run the same command again") from error
 
 
 class IdentityError(UserError):

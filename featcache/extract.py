@@ -85,15 +85,18 @@ def run(
     strict: bool = False,
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
+    about: dict[str, Any] | None = None,
+    only: str | None = None,
 ) -> dict[str, Any]:
     """Extract what is missing of the cache at `out`; returns its manifest. Killed at any moment, the next call
     continues; several processes may work on one cache at once. `share` (i, n) takes only shards i, i + n, ... A picture
-    that cannot be used is quarantined, or a UserError with `strict`."""
+    that cannot be used is quarantined, or a UserError with `strict`. A repair gives the manifest `about` that is there,
+    which it has compared itself, and the `only` shard it wants."""
     if batch_size < 1 or workers < 1:
         raise UsageError(f"--batch-size {batch_size}, --workers {workers}: at least 1 is needed")
     progress = progress or Progress()
-    wanted = prepare(plan, out, batch_size)
-    mine = wanted["shards"][share[0] :: share[1]]
+    wanted = about or prepare(plan, out, batch_size)
+    mine = [shard for shard in wanted["shards"][share[0] :: share[1]] if only in (None, shard["name"])]
     publish.settle(out, plan.store, (shard["name"] for shard in mine))
     progress.workers = workers
     try:
@@ -125,7 +128,7 @@ def _free_shards(
     left behind."""
     left = list(shards)
     missing = {shard["name"] for shard in left if not record_path(out, shard["name"]).is_file()}
-    progress.total = sum(shard["count"] for shard in left if shard["name"] in missing)
+    progress.total = progress.total or sum(shard["count"] for shard in left if shard["name"] in missing)
     while left:
         taken = False
         for shard in list(left):
@@ -264,8 +267,8 @@ def _write(
 ) -> None:
     with progress.stage("encode"):
         items = _items(plan, batch, encoded)
-        kept = plan.keep is not None
-        statistics.add(items, of_stored(plan.codec, plan.teacher.width, items) if kept else encoded.about)
+        of_copy = plan.keep is not None or plan.recount
+        statistics.add(items, of_stored(plan.codec, plan.teacher.width, items) if of_copy else encoded.about)
         items |= checksums.compute(plan.arrays, items)
     with progress.stage("write"):
         writer.append([picture.key for picture, _ in batch], items)
@@ -312,7 +315,9 @@ def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
         return
     records = [manifest.read_json(path) for path in paths]
     rows = [row for record in records for row in record["quarantined"]]
-    if rows and not _is_written(out / QUARANTINE, {"pictures": rows}):
+    if not rows:
+        publish.remove(out / QUARANTINE)
+    elif not _is_written(out / QUARANTINE, {"pictures": rows}):
         manifest.write_json(out / QUARANTINE, {"pictures": rows})
     if rows and not sum(record["rows"] for record in records):
         raise UserError(

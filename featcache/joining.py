@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from featcache import images, manifest, rng, verify, views
+from featcache import images, manifest, recompute, rng, views
 from featcache.errors import IdentityError, UserError
 from featcache.reader import Cache
 
@@ -83,7 +83,7 @@ def prove(
 ) -> None:
     """IdentityError unless a view (S, S, 3) is what the teacher saw: the stored hash, or with a `tolerance` a mean
     difference of block means up to so many levels of 255. `option` is how the caller's user sets it."""
-    problem = verify.pixel_problem(cache, row, view, pixels)
+    problem = recompute.pixel_problem(cache, row, view, pixels)
     if problem is None:
         return
     stored = cache.read([row], view, ("thumbnail",))["thumbnail"][0]

@@ -11,7 +11,7 @@ import os
 import threading
 from pathlib import Path
 
-from featcache import manifest
+from featcache import manifest, publish
 from featcache.errors import UserError
 from featcache.store import SHARDS
 
@@ -47,7 +47,10 @@ def take(cache: Path, shard: str) -> Lease | None:
     """The lease of a shard, or None while somebody else holds it."""
     path, own = path_of(cache, shard), manifest.owner()
     probe = path.with_name(f".{path.name}.{own}.tmp")
-    probe.write_text(own)
+    try:
+        probe.write_text(own)
+    except FileNotFoundError as error:
+        raise publish.gone(cache) from error
     try:
         if _create(path, probe) or (is_stale(path, probe.stat().st_mtime) and _replace(path, probe)):
             return Lease(path)

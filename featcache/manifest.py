@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -19,9 +20,9 @@ from typing import Any, NamedTuple
 
 import crc32c
 
-from featcache.errors import IdentityError, UserError
+from featcache.errors import IdentityError, UserError, raise_if_unreadable
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 COPY = "manifest.copy.json"  # below shards/: what `repair` restores a damaged manifest from
 CHECKSUM = "checksum"
@@ -37,6 +38,19 @@ GRADES = (
     ("provenance.", "cosmetic"),
 )
 
+# The options of `featcache extract` that a field comes from; the first prefix that fits.
+OPTIONS = (
+    ("identity.teacher.name", "--teacher"),
+    ("identity.teacher.weight_hash", "--weights"),
+    ("identity.pictures.", "--images"),
+    ("identity.rows_per_shard", "--rows-per-shard"),
+    *((f"identity.{name}", f"--{name}") for name in ("views", "levels", "order", "codec", "store", "tokens", "keep")),
+    ("identity.pixels", "--pixels"),
+    *((f"identity.policy.{name}", f"--{name}") for name in ("size", "scale", "ratio", "filter", "flip", "jitter")),
+    ("identity.policy.seed", "--seed"),
+)
+_GIVEN_AS_IS = ("--weights", "--images")  # a field holds their hash, which nobody can type
+
 
 class Mismatch(NamedTuple):
     field: str
@@ -46,6 +60,22 @@ class Mismatch(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.field} ({self.grade}): {self.here!r} here, {self.there!r} there"
+
+    @property
+    def cure(self) -> str:
+        """What to give `featcache extract` for the cache that is there; empty where no option sets the field.
+
+        >>> Mismatch("identity.levels", "fatal", [12], [11, 12]).cure, Mismatch("identity.keep", "fatal", 58, None).cure
+        ('--levels 11,12', 'no --keep')
+        """
+        option = next((option for prefix, option in OPTIONS if self.field.startswith(prefix)), "")
+        if not option:
+            return ""
+        if option in _GIVEN_AS_IS:
+            return f"another {option}"
+        if self.there is None:
+            return f"no {option}"
+        return f"{option} {','.join(map(str, self.there)) if isinstance(self.there, list) else self.there}"
 
 
 def canonical(value: Any) -> bytes:
@@ -206,7 +236,7 @@ def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON of ours; a missing, cut or changed file is a UserError with its name."""
+    """The object in a JSON of a cache; a missing, cut or changed file is a UserError that says what mends it."""
     try:
         data = path.read_bytes()
         value = json.loads(data)
@@ -214,19 +244,33 @@ def read_json(path: Path) -> dict[str, Any]:
         found, text = digest(value), _text(value)
     except FileNotFoundError as error:
         raise UserError(
-            f"{str(path)!r} is missing; run `featcache verify`, or the same `featcache extract` again"
+            f"{str(path)!r} is missing; run `{_repair(path)}`, or the same `featcache extract` again"
         ) from error
-    except PermissionError as error:  # which no repair can mend
-        raise UserError(f"{str(path)!r}: {error.strerror}; allow reading it and run the same command again") from error
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{str(path)!r} is damaged: no JSON object with a checksum; restore it or extract again"
-        ) from error
-    if found != given:
-        raise UserError(f"{str(path)!r} is damaged: its checksum is {given}, its content has {found}; restore it")
-    if text != data:  # the same content in other bytes is not ours either
-        raise UserError(f"{str(path)!r} is damaged: its bytes are not those that were written; restore it")
+    except OSError as error:
+        raise_if_unreadable(path, error)
+        raise UserError(f"{str(path)!r} is damaged: {error.strerror}; run `{_repair(path)}`") from error
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is damaged: no JSON object with a checksum; run `{_repair(path)}`") from error
+    why = f"its checksum is {given}, its content has {found}" if found != given else ""
+    if not why and text != data:  # the same content in other bytes is not ours either
+        why = "its bytes are not those that were written"
+    if why:
+        raise UserError(f"{str(path)!r} is damaged: {why}; run `{_repair(path)}`")
     return value
+
+
+def _repair(path: Path) -> str:
+    return shlex.join(["featcache", "repair", str(cache_of(path))])
+
+
+def cache_of(path: Path) -> Path:
+    """The cache that a JSON lies in: beside the manifest or below shards/, of the cache or of what was added to it.
+
+    >>> [str(cache_of(Path(name))) for name in ("c/manifest.json", "c/parts/dino/shards/000000.json")]
+    ['c', 'c']
+    """
+    part = path.parent.parent if path.parent.name == "shards" else path.parent
+    return part.parent.parent if part.parent.name == "parts" else part
 
 
 def sync_folder(folder: Path) -> None:
@@ -266,11 +310,20 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + key, item
 
 
-def refuse(here: Mapping[str, Any], there: Mapping[str, Any], what: str, todo: str, grades: Iterable[str]) -> None:
-    """Raise IdentityError when the two differ in a field of one of `grades`; the line names the fields and grades."""
+def refuse(
+    here: Mapping[str, Any],
+    there: Mapping[str, Any],
+    what: str,
+    todo: str,
+    grades: Iterable[str],
+    *,
+    cures: bool = False,
+) -> None:
+    """Raise IdentityError when the two differ in a field of one of `grades`; the line names the fields and grades, and
+    with `cures` the options of `featcache extract` that give what is there."""
     found = [mismatch for mismatch in compare(here, there) if mismatch.grade in set(grades)]
     if found:
-        shown = "; ".join(str(mismatch) for mismatch in found[:3])
+        shown = "; ".join(f"{each}, give {each.cure}" if cures and each.cure else str(each) for each in found[:3])
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise IdentityError(f"{what}: {shown}{more}; {todo}")
 
@@ -280,8 +333,9 @@ def is_random(manifest: Mapping[str, Any]) -> bool:
     return str(manifest["provenance"]["weights"]).startswith("random:")
 
 
-def title(manifest: Mapping[str, Any]) -> str:
-    """One line for people: teacher, levels, pictures, views, and a warning when the weights are random."""
+def title(manifest: Mapping[str, Any], rows: int | None = None, views: int | None = None) -> str:
+    """One line for people: teacher, levels, pictures, views, and a warning when the weights are random. `rows` that are
+    stored, where they are known, and `views` with those that were added."""
     identity = manifest["identity"]
     note = (
         f"  [RANDOM WEIGHTS {manifest['provenance']['weights']}: no meaning in these features]"
@@ -290,5 +344,11 @@ def title(manifest: Mapping[str, Any]) -> str:
     )
     return (
         f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  "
-        f"{identity['pictures']['count']} pictures x {identity['views']} views  id {manifest['id']}{note}"
+        f"{counted(identity['pictures']['count'] if rows is None else rows, 'picture')} x "
+        f"{counted(views or identity['views'], 'view')}  id {manifest['id']}{note}"
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 view', '2 views'."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

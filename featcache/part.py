@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from featcache import manifest as manifests
 from featcache import publish, rng
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from featcache.store import SHARDS, Array, array, record_path, store
 
 I64 = npt.NDArray[np.int64]
@@ -51,6 +51,8 @@ class Keys(Sequence[str]):
 
     def find(self, keys: Sequence[str]) -> I64:
         """(m,) row of each key, -1 where it is not here."""
+        if isinstance(keys, str):
+            raise UsageError(f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]")
         wanted = rng.key_digests(keys)
         if not len(self) or not len(wanted):
             return np.full(len(wanted), -1, np.int64)
@@ -118,6 +120,12 @@ class Part:
             view - self.first_view,
             rows - self.starts[shard],
         )
+
+    def facts(self, shard: int, path: str) -> Mapping[str, Any]:
+        """What the record says of a file that `locate` gave."""
+        record = self.records[shard]
+        facts: Mapping[str, Any] = record["files"][path.rpartition(f"/{record['shard']}.{self.store.NAME}/")[2]]
+        return facts
 
     def keys(self) -> Keys:
         parts = [self.store.keys(self.path, record["shard"], record) for record in self.records]
@@ -188,5 +196,6 @@ def describe(manifest: Mapping[str, Any]) -> str:
     """One part in a few words."""
     identity = manifest["identity"]
     first = identity.get("first_view", 0)
-    views = f"views {first} to {first + identity['views'] - 1}"
+    last = first + identity["views"] - 1
+    views = f"view {first}" if first == last else f"views {first} to {last}"
     return f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  {views}"

@@ -44,6 +44,7 @@ class Plan:
     keep: int | None = None  # patches stored of a ranked view; None: all
     pixels: bool = False  # store the rendered view
     first_view: int = 0  # above 0 where views are added to a cache
+    recount: bool = False  # statistics of what is stored, as a copy of fewer views or levels has them
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.rows_per_shard < 1:
@@ -53,7 +54,7 @@ class Plan:
         if self.keep is not None and self.tokens != "ranked":
             raise UsageError(f"--keep {self.keep} keeps the first of ranked tokens: give --tokens ranked with it")
         if self.keep is not None and not 1 <= self.keep <= self.teacher.patches:
-            raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches, or a share below 1, is allowed")
+            raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches are allowed")
 
     @property
     def stored_tokens(self) -> int:
@@ -179,10 +180,15 @@ def parse_keep(text: str | None, patches: int) -> int | None:
     """
     if text is None:
         return None
+    allowed = f"a number of patches from 1 to {patches}, or a share of them such as 0.3, is needed"
     try:
-        value = int(text) if text.isdecimal() else math.ceil(Fraction(text) * patches)
+        value = int(text) if text.isdecimal() else Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"--keep {text!r}: a number of patches, or a share such as 0.3, is needed") from error
+        raise UsageError(f"--keep {text!r}: {allowed}") from error
+    if isinstance(value, Fraction):
+        value = math.ceil(value * patches) if 0 < value <= 1 else 0
+    if not 1 <= value <= patches:
+        raise UsageError(f"--keep {text}: {allowed}")
     return value
 
 
@@ -191,14 +197,8 @@ def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
     it, since real networks give other bits at another."""
     wanted = plan.manifest()
     wanted["provenance"]["batch_size"] = batch_size
-    if (out / manifest.NAME).is_file():
-        there = manifest.read(out)
-        todo = "give another --out, the same arguments to continue this cache, or --add to add to it"
-        grades = ("fatal", "lossy", "layout")
-        manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, grades)
+    if there := continued(wanted, out):
         wanted = there
-    elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
-        raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
     _check_space(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
@@ -207,10 +207,29 @@ def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
             manifest.write_json(path, wanted)
     for folder in (out, out / SHARDS):
         manifest.sweep(folder)
+    write_side_files(plan, out)
+    return wanted
+
+
+def write_side_files(plan: Plan, out: Path) -> None:
+    """What is missing or differs of the files beside the manifest."""
     for name, data in plan.side_files().items():
         if not (out / name).is_file() or (out / name).read_bytes() != data:
             manifest.write_file(out / name, data)
-    return wanted
+
+
+def continued(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
+    """The manifest of the cache at `out` where it is the wanted one, None where nothing is there; another cache and
+    other files are refused."""
+    if (out / manifest.NAME).is_file():
+        there = manifest.read(out)
+        todo = "these options continue the cache that is there, another --out makes a new one, --add adds to this one"
+        grades = ("fatal", "lossy", "layout")
+        manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, grades, cures=True)
+        return there
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
+        raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
+    return None
 
 
 def _check_space(plan: Plan, out: Path) -> None:

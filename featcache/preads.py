@@ -8,16 +8,18 @@ runs until none is left; preadv and crc32c both leave the interpreter's lock whi
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import resource
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import crc32c
@@ -43,6 +45,13 @@ class Piece(NamedTuple):
     column: int = -1
 
 
+class Proof(NamedTuple):
+    """What a file must be before its bytes are believed: `sound(path, facts)`, asked once for each file."""
+
+    sound: Callable[[Path, Mapping[str, Any]], bool]
+    facts: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Run:
     """Rows `at` of `target` (n, row bytes) uint8, from the offsets of their items in the file."""
@@ -53,6 +62,7 @@ class Run:
     offsets: npt.NDArray[np.int64]
     pieces: Sequence[Piece]
     crcs: npt.NDArray[np.uint32] | None = None  # (rows of `at`, columns)
+    proof: Proof | None = None  # that the whole file is the one it should be
 
     @property
     def row_bytes(self) -> int:
@@ -60,7 +70,7 @@ class Run:
 
     def part(self, low: int, high: int) -> Run:
         crcs = None if self.crcs is None else self.crcs[low:high]
-        return Run(self.path, self.target, self.at[low:high], self.offsets[low:high], self.pieces, crcs)
+        return Run(self.path, self.target, self.at[low:high], self.offsets[low:high], self.pieces, crcs, self.proof)
 
 
 class BadRow(Exception):
@@ -86,6 +96,7 @@ class Reads:
         self._flags = os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0)
         self._most = min(_raise_handles() // 2, _MOST_HANDLES)
         self._files: OrderedDict[str, list[int]] = OrderedDict()  # path -> [handle, users]
+        self._proven: dict[str, tuple[int, int]] = {}  # path -> (inode, mtime_ns) when its proof held
         self._start()
         _alive.add(self)
 
@@ -122,11 +133,23 @@ class Reads:
             if len(run.at):
                 with self._open(run.path) as fd:
                     try:
+                        if run.proof:
+                            self._prove(fd, run.path, run.proof)
                         self._fill(fd, run)
                     except OSError as error:
-                        raise UserError(
-                            f"cache file {run.path}: {error.strerror}; mend the disk, or run `featcache verify`"
-                        ) from error
+                        raise cannot_read(run.path, error) from error
+
+    def _prove(self, fd: int, path: str, proof: Proof) -> None:
+        """Once for each file, and again when another has taken its place."""
+        status = os.fstat(fd)
+        stamp = (status.st_ino, status.st_mtime_ns)
+        if self._proven.get(path) == stamp:
+            return
+        if status.st_size < proof.facts["bytes"]:
+            raise _ends(path, proof.facts["bytes"])
+        if status.st_size > proof.facts["bytes"] or not proof.sound(Path(path), proof.facts):
+            raise UserError(f"cache file {path}: its bytes are not those that were recorded; run `featcache verify`")
+        self._proven[path] = stamp
 
     def _fill(self, fd: int, run: Run) -> None:
         if len(run.at) > 1 and run.row_bytes <= _SMALL and self._fill_together(fd, run):
@@ -202,17 +225,38 @@ class Reads:
         with self._lock:
             if file[0] < 0:
                 try:
-                    file[0] = _open(path, self._flags)
+                    file[0] = self._new_handle(path)
                 except UserError:
                     if self._files.get(path) is file:
                         del self._files[path]
                     raise
-            while len(self._files) > self._most:
-                oldest = next((each for each, (_, users) in self._files.items() if not users), None)
-                if oldest is None:
-                    break
-                _close(self._files.pop(oldest))
+                self._evict(self._most // max(len(_alive), 1))
             return file[0]
+
+    def _new_handle(self, path: str) -> int:
+        """A full table of open files may be full of ours, of any cache: those that nobody reads from are closed."""
+        try:
+            return os.open(path, self._flags)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise cannot_read(path, error) from error
+        self._evict(0)
+        for other in list(_alive):
+            if other is not self and other._lock.acquire(blocking=False):
+                try:
+                    other._evict(0)
+                finally:
+                    other._lock.release()
+        try:
+            return os.open(path, self._flags)
+        except OSError as error:
+            raise cannot_read(path, error) from error
+
+    def _evict(self, most: int) -> None:
+        """Close what was used longest ago until `most` are open; under the lock."""
+        idle = iter([path for path, (_, users) in self._files.items() if not users])
+        while len(self._files) > most and (path := next(idle, None)) is not None:
+            _close(self._files.pop(path))
 
     def close(self) -> None:
         """Close all files; the next read opens them again. What another thread reads from is closed when it is done."""
@@ -253,15 +297,17 @@ def _raise_handles() -> int:
     return soft if soft > 0 else 2 * _MOST_HANDLES
 
 
-def _open(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags)
-    except OSError as error:
-        if error.errno == 22:  # EINVAL: the file system knows no O_DIRECT
-            raise UserError(
-                f"cache file {path}: this file system does not read past the page cache (O_DIRECT); leave --direct out"
-            ) from error
-        raise UserError(f"cache file {path}: {error.strerror}; run `featcache verify`") from error
+def cannot_read(path: str, error: OSError) -> UserError:
+    """What to do depends on the error: only a missing file is the cache's own fault."""
+    todo = {
+        errno.EINVAL: "this file system does not read past the page cache (O_DIRECT); leave --direct out",
+        errno.EMFILE: "this process holds too many files open; raise the limit (`ulimit -n`) and run again",
+        errno.ENFILE: "this machine holds too many files open; raise its limit (fs.file-max) and run again",
+        errno.EACCES: "permission denied; allow reading it and run again",
+        errno.ENOENT: "No such file or directory; run `featcache verify`",
+    }
+    other = f"{error.strerror}; mend the disk, or run `featcache verify`"
+    return UserError(f"cache file {path}: {todo.get(error.errno or 0, other)}")
 
 
 def _cut(runs: Sequence[Run], part_bytes: int) -> Iterator[Run]:

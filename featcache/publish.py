@@ -16,7 +16,7 @@ from typing import Any
 import crc32c
 
 from featcache import manifest
-from featcache.errors import UserError
+from featcache.errors import UserError, raise_if_unreadable
 from featcache.store import SHARDS, folder_path, record_path, store
 
 RECORD = "record.json"
@@ -28,8 +28,18 @@ _READ_BYTES = 8 << 20
 def begin(cache: Path, shard: str, name: str) -> Path:
     """A new folder for one writer of a shard in the store `name`."""
     folder = cache / SHARDS / f"{shard}.{name}.{manifest.owner()}.tmp"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir()  # no parents: a cache that was moved away meanwhile must not come back as a stump
+    except FileNotFoundError as error:
+        raise gone(cache) from error
     return folder
+
+
+def gone(cache: Path) -> UserError:
+    return UserError(
+        f"{str(cache / SHARDS)!r} is gone: the cache was moved or removed while it was written to; complete shards are "
+        "where it is now, and the same command with its new place continues"
+    )
 
 
 def record(
@@ -63,7 +73,7 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
     except OSError:
         if not final.is_dir():
             raise
-        _remove(folder)
+        remove(folder)
     _publish_record(cache, shard, name)
 
 
@@ -85,7 +95,7 @@ def settle(cache: Path, name: str, shards: Iterable[str]) -> None:
         if shard not in wanted:
             continue
         if rest.startswith(f"{name}.") and rest.endswith(".tmp") and is_dead(path):
-            _remove(path)
+            remove(path)
         elif rest == name and not record_path(cache, shard).is_file():
             _adopt(cache, shard, name)
 
@@ -99,7 +109,7 @@ def _adopt(cache: Path, shard: str, name: str) -> None:
     if record is not None and not check(cache, shard, name, record, deep=True):
         _publish_record(cache, shard, name)
     else:
-        _remove(folder)
+        remove(folder)
 
 
 def abandon(cache: Path) -> None:
@@ -107,10 +117,10 @@ def abandon(cache: Path) -> None:
     for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
         if path.name.endswith(".tmp") and manifest.is_own(owner):
-            _remove(path)
+            remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """A folder with all that is in it, a file, or a link but not what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -146,6 +156,7 @@ def check(cache: Path, shard: str, name: str, record: Mapping[str, Any], *, deep
             size = os.stat(path).st_size  # noqa: PTH116
             good = not deep or size != facts["bytes"] or sound(Path(path), facts)
         except OSError as error:
+            raise_if_unreadable(path, error)
             problems.append(f"{path}: missing" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}")
             continue
         if size != facts["bytes"]:
@@ -174,10 +185,11 @@ def set_aside(cache: Path, shard: str, name: str) -> None:
         forget_aside(cache, shard, name)
     for path in present:
         if _aside(path).is_dir():  # `path` is a replacement that was never finished
-            _remove(path)
+            remove(path)
         else:
             path.rename(_aside(path))
-    manifest.sync_folder(cache / SHARDS)
+    if (cache / SHARDS).is_dir():
+        manifest.sync_folder(cache / SHARDS)
 
 
 def put_back(cache: Path, shard: str, name: str) -> None:
@@ -188,14 +200,14 @@ def put_back(cache: Path, shard: str, name: str) -> None:
     for path in (folder_path(cache, shard, name), record_path(cache, shard)):
         if _aside(path).exists():
             if path.is_dir():
-                _remove(path)
+                remove(path)
             _aside(path).rename(path)
 
 
 def forget_aside(cache: Path, shard: str, name: str) -> None:
     """Remove what was set aside."""
     _aside(record_path(cache, shard)).unlink(missing_ok=True)
-    _remove(_aside(folder_path(cache, shard, name)))
+    remove(_aside(folder_path(cache, shard, name)))
 
 
 def _aside(path: Path) -> Path:

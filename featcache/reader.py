@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache import checksums, publish
+from featcache import arguments, checksums, publish
 from featcache import manifest as manifests
 from featcache.errors import UsageError, UserError, near
 from featcache.part import I64, PARTS, Keys, Part, added, describe, same_rows
-from featcache.preads import IO, BadRow, Piece, Reads, Run
+from featcache.preads import IO, BadRow, Piece, Proof, Reads, Run
 from featcache.store import Array
 
 
@@ -153,6 +153,8 @@ class Cache:
 
     def tail(self, teacher: str | None = None) -> dict[str, npt.NDArray[np.float32]]:
         """gamma, beta, eps and proj of a teacher's end, kept beside the shards; of the cache's own by default."""
+        if teacher not in (None, *self.teachers):
+            raise UsageError(f"tail: unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}")
         return next(part for part in self._parts if part.teacher == (teacher or self._base.teacher)).tail()
 
     def read(
@@ -172,7 +174,8 @@ class Cache:
         filled where it names a field: reused memory reads twice as fast as new. `check=False` compares nothing.
         Raises UserError when bytes are missing or not those that were written.
         """
-        rows, views, fields = _numbers("rows", rows), _numbers("view", view), tuple(fields)
+        rows, views, fields = arguments.numbers("rows", rows), arguments.numbers("view", view), arguments.names(fields)
+        arguments.check_options(levels, tokens, out, fields)
         if len(views) not in (1, len(rows)):
             raise UsageError(f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is needed")
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
@@ -285,7 +288,8 @@ class Cache:
                     at = at[checked[at]]
                     if part.holds(view) and len(at):
                         path, offsets = part.locate(shard, spec, view, rows[at])
-                        runs.append(Run(path, table.view(np.uint8), at, offsets, pieces))
+                        proof = Proof(part.store.sound, part.facts(shard, path))
+                        runs.append(Run(path, table.view(np.uint8), at, offsets, pieces, proof=proof))
         self._reads.read(runs)
         return tables
 
@@ -385,11 +389,3 @@ def _crc_array(part: Part, name: str, tokens: int | None) -> str:
         return "side_crc"
     partial = tokens is not None and 0 < tokens < part.arrays[name].item[1]
     return "prefix_crc" if partial and "prefix_crc" in part.arrays else "row_crc"
-
-
-def _numbers(name: str, given: npt.ArrayLike) -> I64:
-    """(n,) whole numbers; a mask of booleans or a fraction is a mistake, not a row."""
-    values = np.atleast_1d(np.asarray(given))
-    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
-        raise UsageError(f"read: {name} must be whole numbers (n,), {values.dtype} {values.shape} is given")
-    return values.astype(np.int64)

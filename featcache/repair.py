@@ -5,16 +5,19 @@ A bad shard is put aside until its successor is complete; a repair that fails pu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from featcache import extract, manifest, publish, verify, views
+from featcache import lease as leases
 from featcache.errors import UserError
 from featcache.images import Source
 from featcache.part import added
-from featcache.plan import Plan
-from featcache.store import SHARDS, record_path
+from featcache.plan import Plan, write_side_files
+from featcache.store import QUARANTINE, SHARDS, record_path
 from featcache.teachers import Teacher
 
 Load = Callable[[dict[str, Any]], tuple[Source, Teacher]]  # manifest -> its pictures and its teacher
@@ -31,17 +34,26 @@ def run(cache: Path, load: Load, *, workers: int = 2, progress: extract.Progress
         problems = list(verify.problems(part, about))
         bad = sorted({problem.shard for problem in problems if problem.shard})
         if bad or any(problem.path.name in about["files"] for problem in problems):
-            _extract(part, about, bad, load, workers, progress)
-        elif problems:
+            _extract(part, about, bad, load, workers, progress or extract.Progress())
+        if problems:
             extract.report_quarantine(part, about)
+        for leftover in publish.leftovers(part):
+            publish.remove(leftover)
         restored += [str(problem.path) for problem in problems if not problem.shard]
         shards += [str(record_path(part, shard)) for shard in bad]
+    if strange := verify.together(cache):
+        raise UserError(strange[0])
     return {"restored": restored, "shards": shards}
 
 
 def _restore_manifest(part: Path) -> list[str]:
     """The manifest from its copy, or the copy from the manifest."""
     pair = (part / manifest.NAME, part / SHARDS / manifest.COPY)
+    if not any(path.exists() for path in pair):
+        raise UserError(
+            f"no cache at {str(part)!r}: neither {manifest.NAME} nor its copy is there; give the folder that "
+            "`featcache extract` wrote"
+        )
     good = [path for path in pair if not verify.json_problem(path)]
     if not good:
         raise UserError(
@@ -62,28 +74,70 @@ def _restore_manifest(part: Path) -> list[str]:
 
 
 def _extract(
-    part: Path,
-    about: dict[str, Any],
-    bad: list[str],
-    load: Load,
-    workers: int,
-    progress: extract.Progress | None,
+    part: Path, about: dict[str, Any], bad: list[str], load: Load, workers: int, progress: extract.Progress
 ) -> None:
     source, teacher = load(about)
     plan = of_manifest(about, source, teacher)
+    wanted = plan.manifest()
+    if "copied_from" in about["provenance"] and _holds(part, about, source):
+        wanted["identity"]["pictures"] = about["identity"]["pictures"]
     todo = "give the pictures and weights of the extraction: --images SRC, --weights FILE"
-    manifest.refuse(plan.manifest(), about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout"))
+    manifest.refuse(wanted, about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout"))
+    write_side_files(plan, part)
+    progress.total += sum(shard["count"] for shard in about["shards"] if shard["name"] in bad)
     for shard in bad:
-        publish.set_aside(part, shard, plan.store)
+        _replace(plan, part, about, shard, workers, progress)
+
+
+def _replace(
+    plan: Plan, part: Path, about: dict[str, Any], shard: str, workers: int, progress: extract.Progress
+) -> None:
+    """One shard, so that a death in between hides no other. It is put back when no new one could be made."""
     try:
+        with _held(part, shard, progress):
+            if _is_good(part, about, shard):  # another repair was here
+                return
+            publish.set_aside(part, shard, plan.store)
         size = about["provenance"]["batch_size"]
-        extract.run(plan, part, batch_size=size, workers=workers, progress=progress)
+        extract.run(plan, part, batch_size=size, workers=workers, progress=progress, about=about, only=shard)
     except BaseException:
-        for shard in bad:
+        lease = leases.take(part, shard)
+        if lease is not None:  # else another works on it now, and puts it back if need be
             publish.put_back(part, shard, plan.store)
+            lease.release()
         raise
-    for shard in bad:
-        publish.forget_aside(part, shard, plan.store)
+    publish.forget_aside(part, shard, plan.store)
+
+
+@contextlib.contextmanager
+def _held(part: Path, shard: str, progress: extract.Progress) -> Iterator[None]:
+    """While nobody else works on the shard."""
+    while (lease := leases.take(part, shard)) is None:
+        progress.waiting(1)
+        time.sleep(extract.WAIT_S)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def _is_good(part: Path, about: dict[str, Any], shard: str) -> bool:
+    one = {**about, "files": {}, "shards": [each for each in about["shards"] if each["name"] == shard]}
+    return not any(problem.shard for problem in verify.problems(part, one))
+
+
+def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
+    """Whether a copy of some shards has its pictures from `source`: the manifest knows the keys of all its rows."""
+    last = max(shard["first"] + shard["count"] for shard in about["shards"])
+    records = [record_path(part, shard["name"]) for shard in about["shards"]]
+    lists = [manifest.read_json(path)["quarantined"] for path in records if not verify.json_problem(path)]
+    if not verify.json_problem(part / QUARANTINE):
+        lists.append(manifest.read_json(part / QUARANTINE)["pictures"])
+    out = {row["key"] for rows in lists for row in rows}
+    if last > len(source):
+        return False
+    keys = [key for s in about["shards"] for key in source.keys[s["first"] : s["first"] + s["count"]] if key not in out]
+    return about["identity"]["pictures"] == {"count": len(keys), "keys_digest": manifest.keys_digest(keys)}
 
 
 def of_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan:
@@ -103,4 +157,5 @@ def of_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan
         identity.get("keep"),
         "pixels" in identity,
         identity.get("first_view", 0),
+        "statistics" in about["provenance"],
     )

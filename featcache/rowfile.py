@@ -19,7 +19,7 @@ class RowFile:
     for everything so far at each step writes the newest range and forgets the older ones."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # of a writer's folder that is there; else somebody has taken it away
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self.bytes = 0
         self.crc = 0

@@ -116,7 +116,11 @@ def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | N
         keys = [key for record in records for key in source.keys[rows(source, record)]]
         # Those that have a row: the source's digest covers quarantined pictures too, whose order is not known here.
         identity["pictures"] = {"count": len(keys), "keys_digest": manifests.keys_digest(keys)}
-    provenance = {**about["provenance"], **({"copied_from": about["id"]} if fewer or recount else {})}
+    provenance = {
+        **about["provenance"],
+        **({"copied_from": about["id"]} if fewer or recount else {}),
+        **({"statistics": "of stored numbers"} if recount else {}),
+    }
     arrays = _fewer(about["arrays"], identity) if recount else about["arrays"]
     chosen = [about["shards"][i] for i in numbers]
     made = manifests.make(identity, provenance, arrays, chosen, {})

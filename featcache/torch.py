@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache import codecs, images, joining, rng, views
+from featcache import codecs, images, invocation, joining, rng, views
 from featcache.errors import UserError
 from featcache.reader import Cache
 
@@ -50,9 +50,14 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         FIELDS   each of `fields` as a tensor; of `features` only `levels` (block numbers) and the first `tokens`
         key, view, row, index     the picture's key, the view shown, the row in the cache, the number in this dataset
 
-    `decode=True` gives features as float32 in image order, (L, 1 + P, D), with NaN for tokens that are not stored or
-    not read. `decode=False` gives them as stored, half the bytes to carry from workers; `data.decode(batch)` does the
-    rest where the batch is, on a GPU too. A share `check_pixels` of the views is compared with what the teacher saw.
+    `decode=True` gives features as float32 in image order, (L, 1 + P, D). Of ranked tokens some may not be stored
+    (`--keep`) or not read (`tokens`): those are NaN, so that a loss which looks at them cannot go unnoticed. Leave them
+    out with `known = features.isfinite().all(-1)`, a mask (B, L, 1 + P). Of raster tokens the first `tokens` come.
+
+    `decode=False` gives them as stored, in the codec's arrays and half the bytes to carry from workers, (L, T, D) with
+    `mask_order` beside ranked ones; `data.decode(batch)` does the rest where the batch is, on a GPU too.
+
+    A share `check_pixels` of the views is compared with what the teacher saw.
 
     Works with num_workers=0 and with forked and spawned workers; a whole batch is one `cache.read`. `set_epoch` reaches
     persistent workers too: call it before the epoch's iteration begins.
@@ -77,7 +82,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         if not self.cache.complete:
             raise UserError(
                 f"cache {str(self.cache.path)!r} is incomplete ({len(self.cache.records)} of "
-                f"{len(self.cache.manifest['shards'])} shards); finish it with the `featcache extract` that began it"
+                f"{len(self.cache.manifest['shards'])} shards); finish it with: "
+                f"{invocation.made(self.cache.manifest, self.cache.path)}"
             )
         self.source = _open(pictures, self.cache)
         self.pictures, self.rows, self.skipped = joining.join(self.cache, self.source)

@@ -205,7 +205,7 @@ def _copy_file(
     origin: Path, target: Path, facts: dict[str, Any], backend: ModuleType, cache: Path, progress: Progress
 ) -> None:
     """The copy is what is compared with the record, while it still lies in memory: that covers both disks."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(exist_ok=True)
     buffer = memoryview(bytearray(min(_FILE_BYTES, max(facts["bytes"], 1))))
     with origin.open("rb", buffering=0) as source, target.open("xb") as out:
         while count := source.readinto(buffer):

@@ -2,6 +2,8 @@
 
     shards/NAME.webdataset/vK.tar              for each row, together: STEM.features.npy, STEM.attention.npy, ...
     shards/NAME.webdataset/index.safetensors   where the numbers of each member begin, and the keys
+    shards/NAME.webdataset/row_crc.npy, ...    the checksums of rows (n, V, ...), apart from what they prove;
+                                               of split ones prefix_crc.vK.npy (n, ...)
 
 Any tar reads on its own, so arrays that are not per view are in every one of them. STEM is the key, escaped so that
 webdataset gives it back whole. Members have no times and no owners: the same rows give the same bytes. A member holds
@@ -29,8 +31,9 @@ from numpy.lib import format as npy_format
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from featcache import images, manifest, publish
+from featcache import checksums, images, manifest, publish
 from featcache.errors import UserError
+from featcache.preads import cannot_read
 from featcache.rowfile import RowFile
 from featcache.store import SHARDS, Array, Keys, folder_path
 
@@ -41,6 +44,7 @@ _END = bytes(2 * tarfile.BLOCKSIZE)  # a tar's end mark
 # array and view, at most 128 MiB; a whole index, half a megabyte, stays only while its neighbours are asked for.
 _COLUMNS = 16384
 _INDICES = 16
+_NPY_BYTES = 128  # of a .npy header: numpy fills up to whole 64 bytes, and ours are never longer
 
 Stamp = tuple[int, int, int]
 
@@ -62,12 +66,15 @@ class TarShardWriter:
 
     def __init__(self, cache: Path, shard: str, arrays: Sequence[Array], views: int) -> None:
         self.cache, self.shard, self.views = cache, shard, views
-        self.arrays = {array.name: array for array in sorted(arrays, key=lambda each: each.name)}
-        self.npy = {array.name: _npy_header(array) for array in arrays}
+        in_order = sorted(arrays, key=lambda each: each.name)
+        self.arrays = {array.name: array for array in in_order if array.name not in checksums.NAMES}
+        self.sums = {array.name: array for array in in_order if array.name in checksums.NAMES}
+        self.npy = {array.name: _npy_header(array.dtype, array.item) for array in self.arrays.values()}
         self.folder = publish.begin(cache, shard, NAME)
         self.files: list[RowFile] = []
         self.offsets: list[list[int]] = [[] for _ in range(views)]
         self.keys: list[str] = []
+        self.crcs: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self.sums}
         self.items = 0
         self.heads: dict[str, bytes] = {}  # of the current row: both headers of each array,
         self.shared: dict[str, bytes] = {}  # and the items that all its views have in common
@@ -79,8 +86,10 @@ class TarShardWriter:
             raise
 
     def append(self, keys: Sequence[str], items: Mapping[str, npt.NDArray[Any]]) -> None:
-        if items.keys() != self.arrays.keys():
-            raise ValueError(f"items of {sorted(items)} given, of {sorted(self.arrays)} declared")
+        if items.keys() != self.arrays.keys() | self.sums.keys():
+            raise ValueError(f"items of {sorted(items)} given, of {sorted((*self.arrays, *self.sums))} declared")
+        for name, array in self.sums.items():
+            self.crcs[name].append(_checked(array, items[name], len(keys)).copy())
         raw = {name: _as_bytes(array, items[name], len(keys)) for name, array in self.arrays.items()}
         for i, key in enumerate(keys):
             view = self.items % self.views
@@ -113,17 +122,25 @@ class TarShardWriter:
         self, quarantined: Sequence[Mapping[str, str]], statistics: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
         files = {_tar(view): _close(file) for view, file in enumerate(self.files)}
-        files[INDEX] = self._write_index()
+        files[INDEX] = self._write(INDEX, self._index())
+        for array in self.sums.values():
+            values = np.concatenate([np.empty((0, *array.item), array.dtype), *self.crcs[array.name]])
+            values = values.reshape(len(self.keys), self.views, *array.item)
+            for view in range(self.views) if array.split else [0]:
+                name = _npy(array, view)
+                files[name] = self._write(name, _as_npy(values[:, view] if array.split else values))
         record = publish.record(self.shard, self.keys, quarantined, files, statistics)
         publish.publish(self.folder, self.cache, self.shard, NAME, record)
         return record
 
-    def _write_index(self) -> dict[str, Any]:
+    def _index(self) -> bytes:
         encoded = [key.encode() for key in self.keys]
         keys = Keys(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64))
         offsets = np.array(self.offsets, np.int64).reshape(self.views, len(self.keys), len(self.arrays))
-        data = _pack(Index(tuple(self.arrays), offsets, keys))
-        manifest.write_file(self.folder / INDEX, data)
+        return _pack(Index(tuple(self.arrays), offsets, keys))
+
+    def _write(self, name: str, data: bytes) -> dict[str, Any]:
+        manifest.write_file(self.folder / name, data)
         return {"bytes": len(data), "crc32c": f"{crc32c.crc32c(data):08x}"}
 
     def discard(self) -> None:
@@ -132,19 +149,35 @@ class TarShardWriter:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _as_bytes(array: Array, values: npt.NDArray[Any], count: int) -> npt.NDArray[np.uint8]:
-    """(count, *item) -> (count, item bytes)."""
+def _checked(array: Array, values: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
     values = np.ascontiguousarray(values, array.dtype)
     if values.shape != (count, *array.item):
         raise ValueError(f"{array.name}: items {values.shape} given, {(count, *array.item)} declared")
-    return values.reshape(-1).view(np.uint8).reshape(count, array.item_bytes)
+    return values
 
 
-def _npy_header(array: Array) -> bytes:
-    """What stands before an item in its .npy, format version 1.0."""
+def _as_bytes(array: Array, values: npt.NDArray[Any], count: int) -> npt.NDArray[np.uint8]:
+    """(count, *item) -> (count, item bytes)."""
+    return _checked(array, values, count).reshape(-1).view(np.uint8).reshape(count, array.item_bytes)
+
+
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What stands before the numbers in a .npy, format version 1.0."""
     out = io.BytesIO()
-    npy_format.write_array_header_1_0(out, {"descr": array.dtype, "fortran_order": False, "shape": array.item})
+    npy_format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
     return out.getvalue()
+
+
+def _npy(array: Array, view: int) -> str:
+    """The file of an array of checksums."""
+    return f"{array.name}.v{view}.npy" if array.split else f"{array.name}.npy"
+
+
+def _as_npy(values: npt.NDArray[Any]) -> bytes:
+    """With a header of _NPY_BYTES, whatever the number of rows."""
+    header = _npy_header(values.dtype.str, values.shape)
+    assert len(header) == _NPY_BYTES, values.shape
+    return header + values.tobytes()
 
 
 def _member(name: str, size: int) -> bytes:
@@ -229,12 +262,15 @@ def locate(
 ) -> tuple[str, npt.NDArray[np.int64]]:
     """See store.Store.locate."""
     folder = f"{cache}/{SHARDS}/{shard}.{NAME}"
+    if array.name in checksums.NAMES:
+        items = rows if array.split else rows * views + view
+        return f"{folder}/{_npy(array, view)}", _NPY_BYTES + items * array.item_bytes
     index = f"{folder}/{INDEX}"
     try:
         status = os.stat(index)  # noqa: PTH116
         column = _column(index, (status.st_mtime_ns, status.st_size, status.st_ino), views, view, array.name)
     except OSError as error:
-        raise _damaged(Path(index), error.strerror or str(error)) from error
+        raise cannot_read(index, error) from error
     return f"{folder}/{_tar(view)}", column[rows]
 
 

@@ -92,6 +92,8 @@ class ZarrShardWriter:
         import zarr
         from zarr.codecs import Crc32cCodec
 
+        if not self.folder.is_dir():  # zarr would make it again
+            raise publish.gone(self.cache)
         group = zarr.create_group(self.folder, zarr_format=3)
         for array in self.arrays.values():
             count = {"key": key_bytes, "key_offsets": rows + 1}.get(array.name, rows)

@@ -1,5 +1,15 @@
-"""`python -m student` and `accelerate launch -m student` are the `student` command."""
+"""`student`, `python -m student` and `accelerate launch -m student`: imports come under a guard, so that an early
+Ctrl-C or SIGTERM is one line."""
 
-from student.cli import main
+from featcache import stopping
+from featcache.errors import STOPPED
 
-main()
+
+def main() -> None:
+    with stopping.guard(STOPPED):
+        from student.cli import main as run
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -51,6 +51,12 @@ def complete(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob("step-*.pt"))
 
 
+def step_of(run: Path) -> int | None:
+    """The step of a run's newest checkpoint; None where there is none."""
+    paths = complete(run)
+    return int(paths[-1].stem.removeprefix("step-")) if paths else None
+
+
 def newest(run: Path) -> dict[str, Any]:
     """The newest checkpoint's content on the CPU."""
     paths = complete(run)

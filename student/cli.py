@@ -6,14 +6,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache import home, images
 from featcache.cli import entry
-from featcache.errors import UsageError
-from featcache.show import given_images
+from featcache.errors import STOPPED, StoppedError, UsageError
+
+if TYPE_CHECKING:
+    from student.train import Job
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -23,25 +24,27 @@ def cli() -> None:
 
 
 def main() -> None:
-    entry(cli)
+    entry(cli, STOPPED)
 
 
 @cli.command(
-    epilog="Examples:\n\n  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d --batch-size 256\n\n"
-    "  student train --recipe maskalign --images train/ --set encoder=small --set drop_path=0 --out runs/small\n\n"
+    epilog="\b\nExamples:\n  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d --batch-size 256\n"
+    "  student train --recipe maskalign --images train/ --set encoder=small --set drop_path=0 --out runs/small\n"
     "  accelerate launch -m student train --recipe mralign --cache CACHE --out RUN --resume"
 )
 @click.option("--recipe", "recipe_name", help="A name from `student recipes`, or the path of your own .py file.")
-@click.option("--cache", type=click.Path(path_type=Path), help="[default: found in $FEATCACHE_HOME by need]")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Cache folder. [default: the one in $FEATCACHE_HOME that serves]"
+)
 @click.option("--images", help="Training pictures. [default: $FEATCACHE_IMAGES, then the cache's]")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: runs/RECIPE-sSEED]")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the pictures. [default: the recipe's]")
 @click.option(
     "--steps", type=click.IntRange(0), help="Optimiser steps in place of epochs; 0 writes the untrained student."
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Per process. [default: 64, or all pictures if fewer]")
-@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Micro-batches a step.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), help="Pictures, per process. [default: 64, or all if fewer]")
+@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches summed up in a step.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, order and masks.")
 @click.option(
     "--teacher",
     type=click.Choice(["cached", "online"]),
@@ -52,8 +55,12 @@ def main() -> None:
 @click.option("--weights", help="Online: the teacher's weights, FILE, tag or random:SEED.")
 @click.option("--views", type=click.IntRange(1), help="Online: views a picture. [default: a fresh one each epoch]")
 @click.option("--policy", help="Online without --cache: a named view policy or a .json file. [default: default]")
-@click.option("--config", type=click.Path(path_type=Path), help="JSON of recipe settings; --set wins.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="JSON of recipe settings, or a run's config.json; --set wins."
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting; `student recipes RECIPE` lists them."
+)
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option("--device", help="cpu keeps off the GPU. [default: cuda where there is one]")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads.")
@@ -73,7 +80,7 @@ def main() -> None:
     help="Mean difference let pass, in levels of 255; written into the run.",
 )
 @click.option("--decode", is_flag=True, help="Decode the pictures although the cache stores pixels (--pixels raw).")
-@click.option("--direct", is_flag=True, help="Read the cache past the page cache (O_DIRECT), which then keeps others.")
+@click.option("--direct", is_flag=True, help="Read with O_DIRECT: the cache takes no memory from other files.")
 @click.option(
     "--verify-rows",
     type=click.FloatRange(0, 1),
@@ -91,9 +98,13 @@ def main() -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Train a student by RECIPE from cached targets, or with the teacher in the loop."""
+    """Train a student by RECIPE from cached targets, or with the teacher in the loop.
+
+    Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status 75; --resume goes
+    on.
+    """
+    from student import checkpoint, recipes, stop
     from student import job as jobs
-    from student import recipes
     from student import train as work
 
     if recipe_name is None:
@@ -114,11 +125,28 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
             f"{recipe_name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} steps of "
             f"{facts['global_batch']} -> {job.out}"
         )
-    summary = work.train(job, loader, acc)
+    before = checkpoint.step_of(job.out)
+    try:
+        summary = work.train(job, loader, acc)
+    except (StoppedError, KeyboardInterrupt) as stopped:
+        if not acc.is_main_process:  # one process speaks
+            sys.exit(STOPPED)
+        _note(job, before, {"run": str(job.out), "stopped": True})
+        raise stopped if isinstance(stopped, StoppedError) else stop.at_once(job.out, job.resume) from None
     if acc.is_main_process:
-        home.note_run(command="train", recipe=recipe_name, cache_id=job.about.get("id"), **summary)
+        _note(job, before, summary)
         text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"
         click.echo(json.dumps(summary) if as_json else text)
+
+
+def _note(job: Job, before: int | None, facts: dict[str, Any]) -> None:
+    """A line in the ledger, where this process brought the run further than it was `before`."""
+    from featcache import home
+    from student import checkpoint
+
+    if (step := checkpoint.step_of(job.out)) != before:
+        facts = {**facts, "run": str(job.out.absolute()), "step": step}
+        home.note_run(command="train", recipe=job.name, cache_id=job.about.get("id"), **facts)
 
 
 def _say(text: str) -> None:
@@ -215,7 +243,9 @@ def _evaluate(
     device: str | None,
     as_json: bool,
 ) -> None:
+    from featcache import images
     from featcache.device import pick_device
+    from featcache.show import given_images
     from student import frozen
 
     if (run is None) == (teacher_spec is None):

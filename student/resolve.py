@@ -11,17 +11,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from featcache import home, images, verify
+from featcache import home, images, invocation, verify
 from featcache.errors import UsageError, UserError
 from featcache.joining import join
-from featcache.manifest import REGISTERED
 from featcache.reader import Cache
 from featcache.views import Policy
 from student.config import OutputConfig, RecipeConfig, from_overrides
@@ -251,20 +249,22 @@ def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: im
     """The exact extract command that makes what is missing: an incomplete cache is finished in its place, missing
     levels are added to it, and for the rest another is made."""
     if cache is None:
-        facts = ["--teacher", config.teacher, "--levels", levels_text(spec.levels, config.teacher_depth)]
+        levels = invocation.levels_text(spec.levels, config.teacher_depth)
+        facts = ["--teacher", config.teacher, "--levels", levels]
         size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
         tokens = [word for name in _tokenizers(spec.fields) for word in ("--teacher", name)]
         command = [*facts, *size, *_crops(spec), *tokens, "--images", source.spec if source else "SRC"]
     elif not cache.complete:
-        command = [*recipe_of(cache, cache.levels), "--out", str(cache.path)]
+        command = [*invocation.options(cache.manifest), "--out", str(cache.path)]
     elif names := _tokenizers(field for field in spec.fields if field not in cache.fields):
-        pictures = cache.manifest["provenance"]["source"]
-        command = ["--teacher", names[0], "--images", pictures, "--add", "--out", str(cache.path)]
+        command = ["--teacher", names[0], *_same_views(cache), "--add", "--out", str(cache.path)]
     elif _missing_tokens(cache, spec, config) or any(field not in cache.fields for field in spec.fields):
-        command = recipe_of(cache, sorted({*cache.levels, *spec.levels}), keep=False)
+        wanted = sorted({*cache.levels, *spec.levels})
+        command = invocation.options(cache.manifest, wanted, cache.views, keep=False)
     else:
-        command = [*recipe_of(cache, _missing_levels(cache, spec)), "--add", "--out", str(cache.path)]
-    return f"make it with: {shlex.join(['featcache', 'extract', *command])}"
+        command = invocation.options(cache.manifest, _missing_levels(cache, spec), cache.views)
+        command += ["--add", "--out", str(cache.path)]
+    return f"make it with: {invocation.command(command)}"
 
 
 def _tokenizers(fields: Iterable[str]) -> list[str]:
@@ -272,35 +272,15 @@ def _tokenizers(fields: Iterable[str]) -> list[str]:
     return [field.removesuffix("/token_ids") for field in fields if field.endswith("/token_ids")]
 
 
+def _same_views(cache: Cache) -> list[str]:
+    """The options that another teacher over a cache's views shares with it."""
+    own = ("--teacher", "--levels", "--weights", "--order", "--codec", "--tokens", "--keep", "--pixels", "--batch-size")
+    words = invocation.options(cache.manifest)
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for key, value in pairs if key not in own for word in (key, value)]
+
+
 def _crops(spec: TargetSpec) -> list[str]:
     """The options of a publication's crops, where they are not the usual ones."""
     scale = [] if spec.scale == Policy().scale else ["--scale", ",".join(f"{end:g}" for end in spec.scale)]
     return [*scale, *([] if spec.jitter == Policy().jitter else ["--jitter", f"{spec.jitter:g}"])]
-
-
-def levels_text(levels: Sequence[int], depth: int) -> str:
-    """Block numbers as `--levels` takes them; a recipe that reads no level still needs a cache with one."""
-    if list(levels) == list(range(1, depth + 1)):
-        return "all"
-    if list(levels) == list(range(depth - len(levels) + 1, depth + 1)):
-        return f"last:{max(len(levels), 1)}"
-    return ",".join(map(str, levels))
-
-
-def recipe_of(cache: Cache, levels: Sequence[int], *, keep: bool = True) -> list[str]:
-    """The options that extract a cache like this one, with these levels; all tokens without `keep`."""
-    identity, provenance = cache.identity, cache.manifest["provenance"]
-    policy = {key: value for key, value in identity["policy"].items() if value != Policy().as_dict()[key]}
-    options = {
-        "teacher": identity["teacher"]["name"],
-        "levels": levels_text(levels, identity["teacher"]["depth"]),
-        "images": provenance["source"],
-        "views": cache.views,
-        **({} if provenance["weights"] == REGISTERED else {"weights": provenance["weights"]}),
-        **{key: ",".join(map(repr, value)) if isinstance(value, list) else value for key, value in policy.items()},
-        **{key: identity[key] for key in ("order", "codec", "store", "tokens")},
-        **({"keep": identity["keep"]} if keep and "keep" in identity else {}),
-        **({"pixels": identity["pixels"]} if "pixels" in identity else {}),
-        "rows-per-shard": identity["rows_per_shard"],
-    }
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]

@@ -29,7 +29,7 @@ import featcache
 from featcache import manifest, rng
 from featcache.device import pick_device
 from featcache.errors import UsageError, UserError
-from student import checkpoint, optim
+from student import checkpoint, optim, stop
 from student.config import RecipeConfig, as_dict
 from student.loader import Loader
 from student.metrics import NAME, Metrics, cut, read
@@ -82,10 +82,9 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     peak = optim.peak_lr(job.config, loader.global_batch)
     record = _record(job, loader, acc, total)
     if acc.is_main_process:
-        _open_run(job, record)
-    acc.wait_for_everyone()
+        _check_run(job, record)
 
-    # ---- model and optimizer, or the checkpoint ------------------------------------------------------------------
+    # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind -------------------
     torch.manual_seed(job.seed)
     model = job.recipe.Model(job.config).to(acc.device)
     optimizer = optim.adamw(model, job.config, peak)
@@ -96,11 +95,19 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         acc.scaler.load_state_dict(state["scaler"])
     model.train()
 
+    # ---- the run folder ------------------------------------------------------------------------------------------
+    is_new = acc.is_main_process and _make_run(job, record)
+    acc.wait_for_everyone()
+
     # ---- the loop -------------------------------------------------------------------------------------------------
-    metrics = _metrics(job, first, acc)
-    batches = loader.iterate(first, total)
     save_every = job.save_every or loader.steps_per_epoch
-    with contextlib.closing(metrics), contextlib.closing(batches), _bar(total, first, acc) as bar:
+    with contextlib.ExitStack() as stack:
+        if is_new:
+            stack.callback(_forget_unbegun, job.out)  # last of all, when metrics are closed
+        metrics = stack.enter_context(contextlib.closing(_metrics(job, first, acc)))
+        batches = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
+        bar = stack.enter_context(_bar(total, first, acc))
+        notice = stack.enter_context(stop.Notice(acc))
         for step in range(first, total):
             started = time.perf_counter()
             lr = optim.lr_at(step, total, warmup, peak, job.config.min_lr)
@@ -111,8 +118,11 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
             row.update(_speed(loader, started, waited))
             _look(metrics.add({**row, "keys": keys}), job.out)
             bar.update_with(row)
-            if (step + 1) % save_every == 0 and step + 1 < total:
+            due = notice.due()
+            if (due or (step + 1) % save_every == 0) and step + 1 < total:
                 _save(job.out, step + 1, acc, model, optimizer, metrics)
+            if due and step + 1 < total:
+                raise stop.error(step + 1, total, notice.asked, job.resume)
         _look(metrics.flush(), job.out)
         if first < total or not checkpoint.complete(job.out):
             _save(job.out, total, acc, model, optimizer, metrics)
@@ -223,8 +233,8 @@ def _record(job: Job, loader: Loader, acc: Accelerator, total: int) -> dict[str,
     }
 
 
-def _open_run(job: Job, record: dict[str, Any]) -> None:
-    """Make the run folder, or check that the one to resume is the same run."""
+def _check_run(job: Job, record: dict[str, Any]) -> None:
+    """Refuse a folder that holds something else, or another run than the one to resume."""
     path = job.out / checkpoint.CONFIG
     if job.resume and path.is_file():
         before, now = (dict(manifest.flat(each)) for each in (checkpoint.config(job.out), record))
@@ -236,11 +246,28 @@ def _open_run(job: Job, record: dict[str, Any]) -> None:
             raise UserError(f"--resume: {str(job.out)!r} is another run: {shown}{more}; give its own arguments")
     elif job.out.exists() and any(not each.name.startswith(".") for each in job.out.iterdir()):
         raise UserError(f"--out {str(job.out)!r} is not empty; continue that run with --resume, or give another --out")
+
+
+def _make_run(job: Job, record: dict[str, Any]) -> bool:
+    """Make the run folder and what it begins with; whether there was no run in it before."""
+    path = job.out / checkpoint.CONFIG
+    is_new = not path.is_file()
     job.out.mkdir(parents=True, exist_ok=True)
     # The record first: a process that dies from here on leaves a run that --resume takes.
     manifest.write_file(path, (json.dumps(record, indent=1) + "\n").encode())
     manifest.write_file(job.out / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     (job.out / NAME).touch()
+    return is_new
+
+
+def _forget_unbegun(run: Path) -> None:
+    """Remove the folder of a new run that ended before its first step, so that the corrected command finds it free."""
+    if checkpoint.complete(run) or read(run):
+        return
+    for name in (NAME, "environment.json", checkpoint.CONFIG):
+        (run / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's file is in it
+        run.rmdir()
 
 
 def environment() -> dict[str, Any]:

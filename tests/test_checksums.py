@@ -67,7 +67,7 @@ def test_declared_arrays(ranked: bool) -> None:
     expected = [
         Array("row_crc", "<u4", (2,), ("row", "view", "level")),
         Array("side_crc", "<u4", (6,), ("row", "view", "array")),
-        Array("prefix_crc", "<u4", (3, 2), ("row", "view", "prefix", "level")),
+        Array("prefix_crc", "<u4", (3, 2), ("row", "view", "prefix", "level"), split=True),
     ]
     assert checksums.declare(SPECS, L, T, ranked=ranked) == expected[: 2 + ranked]
     assert {spec.name for spec in expected} == set(checksums.NAMES)

@@ -137,8 +137,9 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
         (("--keep", "2"), 2, ("--keep 2", "--tokens ranked")),
         (("--keep", "5", "--tokens", "ranked"), 2, ("--keep 5", "1 to 4")),
         (("--keep", "0", "--tokens", "ranked"), 2, ("--keep 0", "1 to 4")),
-        (("--keep", "inf", "--tokens", "ranked"), 2, ("--keep 'inf'", "share such as 0.3")),
-        (("--keep", "x", "--tokens", "ranked"), 2, ("--keep 'x'", "share such as 0.3")),
+        (("--keep", "inf", "--tokens", "ranked"), 2, ("--keep 'inf'", "share of them such as 0.3")),
+        (("--keep", "x", "--tokens", "ranked"), 2, ("--keep 'x'", "share of them such as 0.3")),
+        (("--keep", "1.5", "--tokens", "ranked"), 2, ("--keep 1.5:", "1 to 4", "share of them such as 0.3")),
         (("--pixels", "png"), 2, ("png", "raw")),
         (("--rows-per-shard", "0"), 2, ("--rows-per-shard",)),
         (("--add",), 1, ("no cache at",)),
@@ -190,7 +191,12 @@ def test_truncated_picture_is_quarantined_or_strict_stops(featcache_command: Com
 
 def test_another_cache_in_out(featcache_command: Command, photos: Path, made: Path) -> None:
     ran = featcache_command("extract", *BASE, "--images", photos, "--out", made, "--seed", 1)
-    mistake(ran, 1, "identity.policy.seed (fatal): 1 here, 0 there", "--out")
+    mistake(ran, 1, "identity.policy.seed (fatal): 1 here, 0 there, give --seed 0", "--out")
+    ran = featcache_command("extract", *BASE, "--images", photos, "--out", made, "--views", 5, "--levels", "all")
+    mistake(ran, 1, "identity.levels (fatal): [1, 2, 3] here, [2, 3] there, give --levels 2,3")
+    mistake(ran, 1, "identity.views (fatal): 5 here, 1 there, give --views 1")
+    ran = featcache_command("extract", *BASE, "--images", photos, "--out", made, "--tokens", "ranked", "--keep", 2)
+    mistake(ran, 1, "identity.keep (fatal): 2 here, None there, give no --keep", "give --tokens raster")
 
 
 def test_no_cache_there(featcache_command: Command, tmp_path: Path) -> None:
@@ -257,19 +263,13 @@ def test_policy_options_reach_the_manifest(featcache_command: Command, photos: P
     }
 
 
-def test_options_of_the_work_change_the_work(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
-    """Those that do not change what is stored: the batch size is noted, a share is a share."""
-    options = ("extract", *BASE, "--images", photos, "--rows-per-shard", 4, "--out", tmp_path / "c")
-    facts = json.loads(
-        featcache_command(*options, "--shard", "1/3", "--batch-size", 5, "--device", "cpu", "--json").out
-    )
-    assert (facts["rows"], facts["complete"], facts["new_pictures"]) == (4, False, 4)
-    assert manifest.read(tmp_path / "c")["provenance"]["batch_size"] == 5
-    ran = featcache_command(*options, "--shard", "0/3")
-    assert "this share is done" in ran.out
-    ledger = [json.loads(line) for line in (tmp_path / "home/runs.jsonl").read_text().splitlines()]
-    assert [(line["batch_size"], line["device"]) for line in ledger] == [(5, "cpu"), (4, ledger[1]["device"])]
-    assert json.loads(featcache_command(*options, "--workers", 1, "--json").out)["complete"] is True
+def test_the_ledger_has_absolute_paths(
+    featcache_command: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert featcache_command("extract", *BASE, "--images", photos, "--out", "c").status == 0
+    (line,) = (tmp_path / "home/runs.jsonl").read_text().splitlines()
+    assert json.loads(line)["cache"] == str(tmp_path / "c")
 
 
 def test_info(featcache_command: Command, made: Path) -> None:
@@ -287,14 +287,22 @@ def test_info(featcache_command: Command, made: Path) -> None:
     assert 0 < found["attention"]["entropy"] <= math.log(4) + 1e-6
     assert {each["non_finite"] for each in found.values() if each} == {0}
     assert found["pixel_hash"] is None
-    assert facts["parts"] == [f"{SYNTHETIC}  levels 2,3  views 0 to 0"]
+    assert facts["parts"] == [f"{SYNTHETIC}  levels 2,3  view 0"]
     assert set(facts["serves"]) >= {"mae", "maskalign", "mralign"}
     assert facts["serves"]["mae"] == ""
     assert facts["bytes"] == sum(p.stat().st_size for p in (made / "shards").rglob("*") if p.is_file()) - sum(
         p.stat().st_size for p in (made / "shards").glob("*.json")
     )
     text = featcache_command("info", made).out
-    for part in (SYNTHETIC, facts["id"], "1 of 1 shards", "11 rows", "features", "serves: ", "runs: none noted"):
+    for part in (
+        SYNTHETIC,
+        facts["id"],
+        "1 of 1 shards",
+        "11 of 11 pictures stored",
+        "features",
+        "serves: ",
+        "runs: none noted",
+    ):
         assert part in text
     assert re.search(r"^features +<f2 +\[11, 1, 2, 5, 8\] +-?[\d.]+ to [\d.]+ +norm [\d.]+, 0 not finite$", text, re.M)
     assert "RANDOM" not in text
@@ -320,15 +328,6 @@ def test_info_lists_the_runs_of_this_cache(featcache_command: Command, made: Pat
     assert "mae1" not in text
     assert "other" not in text
     assert len(json.loads(featcache_command("info", made, "--json").out)["runs"]) == 7
-
-
-def test_info_of_an_unfinished_cache(featcache_command: Command, made: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(made, tmp_path / "c"))
-    (copy / "shards/000000.json").unlink()
-    ran = featcache_command("info", copy)
-    assert ran.status == 0
-    assert "incomplete" in ran.out
-    assert json.loads(featcache_command("info", copy, "--json").out)["complete"] is False
 
 
 def test_verify(featcache_command: Command, made: Path, photos: Path, tmp_path: Path) -> None:
@@ -394,8 +393,31 @@ def test_a_closed_pipe_is_no_error(made: Path) -> None:
     assert "Error" not in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(MemoryError(), "out of memory"), (RuntimeError("can't start new thread"), "may start no more threads")],
+    ids=str,
+)
+def test_a_machine_at_its_end_is_one_line(
+    made: Path,
+    featcache_command: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    told: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("featcache.verify.files", fail)
+    ran = featcache_command("verify", made)
+    assert ran.status == 1
+    assert told in ran.error
+
+
 def test_main_is_a_module() -> None:
-    ran = python("import runpy, sys; sys.argv = ['featcache', 'nothing']; runpy.run_module('featcache')")
+    ran = python(
+        "import runpy, sys; sys.argv = ['featcache', 'nothing']; runpy.run_module('featcache', run_name='__main__')"
+    )
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ")
     assert ran.stderr.count("\n") == 1

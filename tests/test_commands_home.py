@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -189,6 +190,31 @@ def test_rm_refuses_what_somebody_writes_into(featcache_command: Command, cache:
     assert not cache.exists()
 
 
+def test_rm_looks_first_whether_it_may(
+    featcache_command: Command, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, access = files_below(cache.parent), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "shards" and access(path, mode))
+    ran = featcache_command("rm", cache, "--yes")
+    assert ran.status == 1
+    assert f"'{cache.resolve()}/shards': permission denied, nothing removed" in ran.error
+    assert files_below(cache.parent) == before
+
+
+def test_rm_that_fails_on_the_way_says_where_the_rest_lies(
+    featcache_command: Command, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", f"{path}/manifest.json")
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    ran = featcache_command("rm", cache, "--yes")
+    assert ran.status == 1
+    (left,) = cache.parent.glob(f".{cache.name}.*.tmp")
+    assert str(left) in ran.error
+    assert "`featcache gc`" in ran.error
+
+
 def test_rm_takes_a_damaged_cache_and_one_a_dead_process_left(
     featcache_command: Command, cache: Path, dead: str
 ) -> None:
@@ -292,6 +318,8 @@ def test_gc_unused_lists_and_removes_only_with_yes(featcache_command: Command, a
     ran = featcache_command("gc", "--unused", 99)
     assert ran.out.splitlines()[0].startswith(f"unused: {aged}: ")
     assert "--yes removes them" in ran.out
+    assert "by no `student train` that this home's ledger knows; other programs' reading is not noted" in ran.out
+    assert "featcache.torch.Dataset" in featcache_command("gc", "--help").out
     for words in (["--dry-run", "--yes"], []):
         assert json.loads(featcache_command("gc", "--unused", 99, "--json", *words).out)["removed"] == []
     assert aged.is_dir()

@@ -21,8 +21,9 @@ import zarr
 from PIL import Image
 
 import featcache
-from featcache import extract, images, manifest, plan, teachers, views
+from featcache import extract, images, manifest, plan, publish, teachers, views
 from featcache.errors import UserError
+from featcache.store import STORES
 from featcache.teachers.synthetic import Synthetic
 from tests.conftest import copy_tree, files_below, flip, make_plan, undisturbed
 
@@ -331,8 +332,29 @@ def test_a_flip_in_the_prefixes_own_checksums_names_their_file(photos: Path, tmp
     path = out / "shards/000000.zarr/prefix_crc/c.0.0.0.0"
     flip(path, 4 * 2 * (3 - 1))  # row 0, view 0, the first three tokens, level 1
     with featcache.open(out) as cache:
-        cache.read(range(5), 0, tokens=2)
         cache.read(range(5), 0)
-        with pytest.raises(UserError) as caught:
-            cache.read(range(5), 0, tokens=3)
-        assert str(path) in str(caught.value)
+        for tokens in (2, 3):
+            with pytest.raises(UserError) as caught:
+                cache.read(range(5), 0, tokens=tokens)
+            assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_cache_that_is_moved_away_is_not_begun_anew(photos: Path, tmp_path: Path, store: str) -> None:
+    """What is complete moves with it; with its new place the same command continues."""
+    out, elsewhere = tmp_path / "c", tmp_path / "elsewhere"
+    plan = make_plan(photos, store=store, rows_per_shard=4)
+
+    def move(now: extract.Progress) -> None:
+        if now.pictures >= 6 and out.exists():  # in the second shard
+            out.rename(elsewhere)
+
+    with pytest.raises((UserError, OSError)) as caught:
+        extract.run(plan, out, batch_size=2, progress=extract.Progress(move))
+    assert str(out) in str(caught.value)
+    assert not out.exists()
+    for path in (*elsewhere.glob("shards/*.tmp"), *elsewhere.glob("shards/*.lease")):  # their process, we, is not dead
+        publish.remove(path)
+    extract.run(plan, elsewhere, batch_size=2)
+    extract.run(plan, tmp_path / "undisturbed", batch_size=2)
+    assert files_below(elsewhere) == files_below(tmp_path / "undisturbed")

@@ -98,7 +98,7 @@ def test_no_cache_and_another_format(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no cache at"):
         manifest.read(tmp_path / "nothing")
     manifest.write_json(tmp_path / manifest.NAME, {**make(), "format": 99})
-    with pytest.raises(UserError, match=r"format 99.*format 2"):
+    with pytest.raises(UserError, match=r"format 99.*format 3"):
         manifest.read(tmp_path)
 
 
@@ -147,6 +147,45 @@ def test_refusal_names_field_grade_and_both_values() -> None:
     assert message.endswith("choose one")
     assert "codec" not in message
     manifest.refuse(make(), make(provenance__source="x"), "w", "t", ("fatal", "lossy"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"codec": "q8"}, "'q8' there, give --codec q8;"),
+        ({"teacher__weight_hash": "1"}, "'1' there, give another --weights;"),
+        ({"pixel_path": "b"}, "'b' there; todo"),  # no option sets it
+    ],
+    ids=str,
+)
+def test_a_refusal_names_the_option_that_cures_it(change: dict, told: str) -> None:
+    with pytest.raises(IdentityError) as caught:
+        manifest.refuse(make(), make(**change), "w", "todo", ("fatal", "lossy", "layout"), cures=True)
+    assert told in str(caught.value)
+
+
+def test_every_option_of_a_field_exists() -> None:
+    from featcache.commands.extract import command
+
+    known = {name for param in command.params for name in param.opts}
+    assert {option for _, option in manifest.OPTIONS} <= known
+
+
+def test_title_counts_what_is_stored() -> None:
+    about = make(pictures={"count": 12}, views=1)
+    assert "  12 pictures x 1 view  id " in manifest.title(about)
+    assert "  11 pictures x 3 views  id " in manifest.title(about, 11, 3)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shards/000000.json", "quarantine.json", "parts/p/shards/0.json"])
+@pytest.mark.parametrize("damage", ["{", "{}", "bits"])
+def test_a_damaged_json_names_the_repair_of_its_cache(tmp_path: Path, name: str, damage: str) -> None:
+    path = tmp_path / "my cache" / name
+    path.parent.mkdir(parents=True)
+    manifest.write_json(path, {"a": 1})
+    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1) if damage == "bits" else damage.encode())
+    with pytest.raises(UserError, match=rf"is damaged: .*; run `featcache repair '{tmp_path}/my cache'`$"):
+        manifest.read_json(path)
 
 
 def test_random_weights_are_said() -> None:

@@ -166,7 +166,15 @@ def test_kept_patches(text: str | None, patches: int, kept: int | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "inf", "nan", "1/0", "0.3.1", "58,", "½"])
 def test_what_keeps_nothing(text: str) -> None:
-    with pytest.raises(UsageError, match=r"--keep .*a number of patches, or a share such as 0\.3"):
+    with pytest.raises(
+        UsageError, match=r"--keep '.*a number of patches from 1 to 196, or a share of them such as 0\.3"
+    ):
+        plan.parse_keep(text, 196)
+
+
+@pytest.mark.parametrize("text", ["1.5", "0", "0.0", "-0.3", "-58", "197"])
+def test_what_cannot_be_kept_is_echoed_as_it_was_given(text: str) -> None:
+    with pytest.raises(UsageError, match=rf"^--keep {text}: a number of patches from 1 to 196, or a share of them"):
         plan.parse_keep(text, 196)
 
 

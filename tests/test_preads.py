@@ -25,6 +25,7 @@ from featcache import preads
 from featcache.errors import UserError
 from featcache.reader import Cache
 from featcache.store import SHARDS, STORES, Array, array, store
+from tests import test_reader
 from tests.conftest import copy_tree, flip, python
 from tests.test_reader import FIELDS, KEYS, NUMBERS, TOKENS, VIEWS, knows_direct, write_cache
 
@@ -152,6 +153,92 @@ def test_a_flip_in_the_numbers_is_always_named(folders: dict[tuple[str, str], Pa
         finally:
             flip(path, at, 3)
         assert str(path) in str(caught.value), spec.name
+
+
+# ---------------------------------------------------------------- sound files in wrong places
+
+
+def exchange(one: Path, other: Path) -> None:
+    between = one.with_name("between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Caches of two shards whose files have the same sizes."""
+    root = tmp_path_factory.mktemp("alike")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_reader, "KEYS", [f"k{i}" for i in range(8)])
+        sizes = {"000000": 4, "000001": 4}
+        return {kind: write_cache(root / "-".join(kind), *kind, sizes=sizes) for kind in KINDS}
+
+
+def twins(cache: Path, store: str) -> list[list[tuple[Path, Path]]]:
+    """Files that can take each other's place unseen, of equal size and other bytes: of two shards, and of two views."""
+    folders = [cache / SHARDS / f"{shard}.{store}" for shard in ("000000", "000001")]
+    names = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
+    split = {"zarr": ("c.0.0.", "c.0.1."), "webdataset": ("v0.", "v1.")}[store]
+    across = [(folders[0] / name, folders[1] / name) for name in names]
+    within = [(folders[0] / n, folders[0] / n.with_name(n.name.replace(*split))) for n in names if split[0] in n.name]
+    return [
+        [
+            (one, other)
+            for one, other in pairs
+            if other.is_file() and one.stat().st_size == other.stat().st_size and one.read_bytes() != other.read_bytes()
+        ]
+        for pairs in (across, within)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_files_in_one_another_s_place_are_never_read_as_their_own(
+    alike: dict[tuple[str, str], Path], kind: tuple[str, str]
+) -> None:
+    """All files of two shards at once (every checksum then fits its row), all of two views, and each alone."""
+
+    def read() -> None:
+        with featcache.open(alike[kind]) as cache:
+            check_all(cache, 2 if kind[1] == "ranked" else None)
+            check_all(cache)  # what the first tokens need is not all that is there
+            assert list(cache.keys) == [f"k{i}" for i in range(8)]
+
+    across, within = twins(alike[kind], kind[0])
+    data = [pair for pair in across if "key" not in pair[0].parts[-2]]
+    assert len(data) > 4
+    assert within
+    for swapped in (across, data, within, *([pair] for pair in (*across, *within))):
+        for one, other in swapped:
+            exchange(one, other)
+        try:
+            with pytest.raises(UserError) as caught:
+                read()
+        finally:
+            for one, other in swapped:
+                exchange(one, other)
+        assert str(alike[kind]) in str(caught.value)
+    read()
+
+
+def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path) -> None:
+    path = copy / SHARDS / "000001.zarr/row_crc/c.0.0.0"
+    with featcache.open(copy) as cache:
+        asked = []
+        sound = cache._base.store.sound
+        proof = preads.Proof(lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts(1, str(path)))
+        memory = np.empty((1, 12), np.uint8)
+        run = preads.Run(str(path), memory, np.array([0]), np.array([0]), [preads.Piece(0, 0, 12)], proof=proof)
+        for _ in range(3):
+            cache._reads.read([run])
+        assert asked == [path]
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[:-5] + b"x" + data[-4:])
+        cache.close()
+        with pytest.raises(UserError, match="not those that were recorded"):
+            cache._reads.read([run])
+        assert asked == [path, path]
 
 
 def test_a_share_of_the_rows_is_checked_and_others_the_next_time(copy: Path) -> None:
@@ -391,6 +478,45 @@ def test_handles_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
         assert most <= 4 + 4 + 2  # four callers and the two threads of the pool
         cache.read([0])
         assert handles(folder) <= 4
+
+
+def test_several_caches_share_the_handles_there_are(folders: dict[tuple[str, str], Path], copy: Path) -> None:
+    """Three open caches under a limit of 64, and other things that hold files open."""
+    code = """
+import os, resource, sys, featcache
+from featcache.errors import UserError
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+caches = [featcache.open(path) for path in sys.argv[1:]]
+assert sum(cache._reads._most for cache in caches) > 64  # each alone might take half
+for view in (0, 1, 2, 0):
+    for cache in caches:
+        cache.read(range(8), view, cache.fields)
+held = []
+try:
+    while True:
+        held.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+for cache in caches:  # those of the other caches are closed to make room
+    cache.read(range(8), 1, ("features", "flip"))
+for cache in caches:
+    cache.close()
+while True:
+    try:
+        held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        break
+try:
+    caches[0].read([0])
+except UserError as error:
+    assert "too many files open" in str(error) and "ulimit -n" in str(error), error
+    assert "verify" not in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    more = [folders["webdataset", "raster"], folders["zarr", "ranked"]]
+    ran = python(code, copy, *more)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_cache_asks_for_all_handles_it_may_have(copy: Path) -> None:

@@ -15,6 +15,7 @@ import crc32c
 import pytest
 
 from featcache import manifest, publish
+from featcache.errors import UserError
 from featcache.store import SHARDS, folder_path, record_path
 from tests.store_contract import dead_process, files_below
 
@@ -33,6 +34,7 @@ def record_of(content: dict[str, bytes]) -> dict[str, Any]:
 
 def begin(cache: Path, content: dict[str, bytes] = CONTENT) -> Path:
     """A writer's folder with everything but the record."""
+    (cache / SHARDS).mkdir(exist_ok=True)
     folder = publish.begin(cache, SHARD, STORE)
     for name, data in content.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -62,6 +64,13 @@ def age(path: Path, seconds: float) -> None:
     then = time.time() - seconds
     for each in (*path.rglob("*"), path):
         os.utime(each, (then, then))
+
+
+def test_a_writer_does_not_bring_back_a_cache_that_was_moved_away(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="moved or removed while it was written") as caught:
+        publish.begin(tmp_path / "c", SHARD, STORE)
+    assert str(tmp_path / "c" / SHARDS) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- two renames
@@ -116,6 +125,7 @@ def test_a_stranger_in_the_way_of_publishing_is_an_error_not_a_loss(tmp_path: Pa
 
 
 def test_two_writers_of_one_process_have_folders_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / SHARDS).mkdir()
     folders = {publish.begin(tmp_path, SHARD, STORE) for _ in range(5)}
     assert len(folders) == 5
     assert all(not publish.is_dead(folder) for folder in folders)

@@ -249,16 +249,23 @@ def test_keys_find_rows(cache: Cache) -> None:
         ({"rows": [[0, 1]]}, "rows"),
         ({"rows": [1.5]}, "rows"),
         ({"rows": [True, False, True, False, False, False, False, False]}, "rows"),
+        ({"rows": [[0], [1, 2]]}, "rows must be whole numbers"),
         ({"rows": [0], "view": 3}, "0 to 2"),
         ({"rows": [0], "view": -1}, "0 to 2"),
         ({"rows": [0, 1], "view": [0, 1, 2]}, "view"),
         ({"rows": [0], "fields": ("feature",)}, "did you mean features"),
         ({"rows": [0], "fields": ("key",)}, "unknown field 'key'"),
         ({"rows": [0], "fields": ("row_crc",)}, "unknown field 'row_crc'"),
+        ({"rows": [0], "fields": "features"}, "give ['features']"),
+        ({"rows": [0], "levels": 5}, "levels must be a list"),
         ({"rows": [0], "levels": [3]}, "stored are [2, 5, 6]"),
         ({"rows": [0], "levels": [0]}, "stored are [2, 5, 6]"),
         ({"rows": [0], "tokens": 0}, "1 to 5"),
         ({"rows": [0], "tokens": 6}, "1 to 5"),
+        ({"rows": [0], "tokens": 1.0}, "tokens must be a whole number, 1.0"),
+        ({"rows": [0], "out": [np.zeros((1, 3, 5, 8), "<f2")]}, "a dict of numpy arrays by field, list is given"),
+        ({"rows": [0], "out": {"features": [0.0]}}, "a dict of numpy arrays by field"),
+        ({"rows": [0], "out": {"featurs": np.zeros((1, 3, 5, 8), "<f2")}}, "out['featurs'] is not asked for"),
         ({"rows": [0], "out": {"features": np.zeros((2, 3, 5, 8), "<f2")}}, "out['features']"),
         ({"rows": [0], "out": {"features": np.zeros((1, 3, 5, 8), "<f4")}}, "out['features']"),
         ({"rows": [0], "out": {"features": np.zeros((1, 3, 8, 5), "<f2").swapaxes(2, 3)}}, "out['features']"),
@@ -270,6 +277,17 @@ def test_impossible_requests_say_what_is_possible(cache: Cache, request_: dict, 
     with pytest.raises(UsageError) as caught:
         cache.read(**request_)
     assert told in str(caught.value)
+
+
+def test_other_impossible_requests(cache: Cache) -> None:
+    with pytest.raises(UsageError, match="unknown teacher 'nope'; known: synthetic"):
+        cache.tail("nope")
+    with pytest.raises(UsageError, match=r"give \['a'\]"):
+        cache.keys.find("a")
+    np.testing.assert_array_equal(
+        cache.read([1], levels=np.array([6, 2]), tokens=np.int64(2))["features"],
+        NUMBERS["features"][[1], 0][:, [2, 0], :2],
+    )
 
 
 # ---------------------------------------------------------------- states of a cache

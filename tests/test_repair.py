@@ -278,9 +278,11 @@ def test_the_command(featcache_command: Callable[..., Ran], cache: Path, picture
         "shards": [f"{cache}/{SHARDS}/000000.json"],
     }
     assert files_below(cache) == whole
-    ran = featcache_command("repair", tmp_path / "nothing")
-    assert ran.status == 1
-    assert "manifest.json" in ran.error
+    (tmp_path / "file").touch()
+    for name in ("nothing", "file", "pictures"):
+        ran = featcache_command("repair", tmp_path / name)
+        assert ran.status == 1
+        assert f"no cache at '{tmp_path / name}'" in ran.error
 
 
 def test_the_plan_of_a_manifest_is_the_plan_it_came_from(photos: Path) -> None:

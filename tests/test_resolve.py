@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from featcache import images, joining, manifest
+from featcache import images, invocation, joining, manifest
 from featcache.errors import IdentityError, UserError
 from featcache.reader import Cache
 from student import checkpoint, recipes, resolve
@@ -108,11 +108,11 @@ def test_the_command_says_all_by_which_a_cache_is_made(tmp_path: Path) -> None:
     layout = ("--order", "uniform", "--tokens", "ranked", "--keep", "7", "--pixels", "raw", "--rows-per-shard", "10")
     fx.extract(fx.pictures(), tmp_path / "odd", *views, *layout)
     with Cache(tmp_path / "odd") as old:
-        words = resolve.recipe_of(old, old.levels)
+        words = invocation.options(old.manifest)
         assert fx.feat("extract", *words, "--out", str(tmp_path / "again")).status == 0
         with Cache(tmp_path / "again") as new:
             assert new.manifest == old.manifest
-        whole = resolve.recipe_of(old, (1, 2, 3, 4), keep=False)
+        whole = invocation.options(old.manifest, (1, 2, 3, 4), keep=False)
         assert fx.feat("extract", *whole, "--out", str(tmp_path / "whole")).status == 0
         with Cache(tmp_path / "whole") as new:
             assert new.levels == (1, 2, 3, 4)

@@ -26,7 +26,7 @@ SHAPES = st.lists(st.integers(0, 4), min_size=0, max_size=4).map(tuple)
 def test_a_file_holds_its_appends_in_c_order(
     tmp_path_factory: pytest.TempPathFactory, parts: list[tuple[tuple[int, ...], str]], fortran: bool
 ) -> None:
-    path = tmp_path_factory.mktemp("rows") / "new/folder/file"
+    path = tmp_path_factory.mktemp("rows") / "new/file"
     random, file, expected = np.random.default_rng(0), RowFile(path), b""
     for shape, dtype in parts:
         rows = np.asarray(random.integers(0, 200, shape)).astype(dtype)

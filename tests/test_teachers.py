@@ -24,6 +24,7 @@ from featcache import teachers
 from featcache.errors import UsageError, UserError
 from featcache.teachers.clip import Clip
 from featcache.teachers.timm_vit import TimmVit
+from tests.conftest import Ran, python
 
 TINY = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # METHODS 0.8
@@ -278,9 +279,10 @@ def test_synthetic_takes_no_weights() -> None:
         ("dino_b16", "did you mean dino-b16"),
         ("synthetik", "did you mean synthetic"),
         ("", "known:"),
-        ("clip-b16,size=3", "no options"),
+        ("clip-b16,size=3", "did you mean img_size"),
         ("timm:vit_tiny_patch16_225", "did you mean vit_tiny_patch16_224"),
         ("tim:vit_tiny_patch16_224", "known:"),
+        ("timm:vit_tiny_patch16_224.augreg", "did you mean augreg_in21k"),
         (TINY + ",nonsense=3", "nonsense"),
         (TINY.replace("num_heads=3", "num_heads=5"), "num_heads"),
         (TINY + ",img_size=large", "img_size"),
@@ -299,6 +301,8 @@ def test_impossible_names_and_options_are_usage_errors(spec: str, told: str) -> 
         "timm:resnet18",
         TINY + ",class_token=false,global_pool=avg",  # nothing to take the attention of
         "timm:vit_small_patch16_18x2_224,img_size=32,embed_dim=24,depth=1,num_heads=3",  # parallel attention
+        TINY + ",in_chans=1",
+        TINY.replace("depth=3", "depth=0"),
         "timm:vit_base_patch16_rpn_224,img_size=32,embed_dim=24,depth=1,num_heads=3,class_token=true",  # post-norm
     ],
 )
@@ -315,6 +319,109 @@ def test_every_registered_name_has_its_facts() -> None:
         224, 196, 768, 12
     )  # fmt: skip
     assert teachers.parse_options("a=1,b=0.5,c=TRUE,d=x,e=-2") == {"a": 1, "b": 0.5, "c": True, "d": "x", "e": -2}
+
+
+def test_a_name_is_found_without_the_libraries() -> None:
+    """They take seconds to import, and one of them may not be installed."""
+    code = (
+        "import sys; from featcache import teachers; teachers.load('synthetic'); teachers.rows();"
+        "print([name for name in ('timm', 'open_clip', 'torchvision', 'transformers') if name in sys.modules])"
+    )
+    ran = python(code)
+    assert ran.stdout.strip() == "[]", ran.stderr
+
+
+# ---------------------------------------------------------------- a file of one's own
+
+OWN = """
+import torch
+from torch import nn
+from featcache import teachers
+from featcache.errors import UsageError
+
+class Mine(nn.Module):
+    input_px, patches, width, depth = 8, 4, 3, 2
+    pixel_mean, pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+    def __init__(self, gain, weights):
+        super().__init__()
+        self.gain, self.weights = nn.Parameter(torch.tensor(float(gain))), weights or teachers.REGISTERED
+
+    def forward(self, images, levels):
+        y = images.float().mean((2, 3))[:, None].expand(-1, 5, 3) * self.gain * torch.tensor([1.0, 2.0, 4.0])
+        return [y * k for k in levels], torch.full((len(images), 4), 0.2)
+
+    def tail(self):
+        return {}
+
+def load(name, options, weights):
+    unknown = set(options) - {"gain"}
+    if unknown:
+        raise UsageError(f"teacher {name!r}: unknown option {unknown}")
+    return Mine(options.get("gain", 1), weights)
+"""
+
+
+def test_a_users_own_file_is_a_teacher(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    teacher = teachers.load(f"{path},gain=2", "mine.pt")
+    assert (teacher.name, teacher.weights, teacher.width) == (f"{path},gain=2", "mine.pt", 3)
+    (y,), attention = teacher(torch.full((2, 3, 8, 8), 3, dtype=torch.uint8), (2,))
+    assert y.shape == (2, 5, 3)
+    assert (y == torch.tensor([12.0, 24.0, 48.0])).all()
+    assert attention.shape == (2, 4)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())  # type: ignore[attr-defined]
+    assert teachers.weight_hash(teacher) != teachers.weight_hash(teachers.load(str(path)))
+    assert not teachers.is_tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1", "lacks load; load(name, options, weights)"),
+        ("load = 3", "lacks load"),
+        ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def load(:", "SyntaxError"),
+        ("def load(name, options, weights):\n    return 1 / 0", "load(...) fails: ZeroDivisionError"),
+        ("def load(name):\n    return 1", "load(...) fails: TypeError"),
+        ("def load(name, options, weights):\n    return object()", "lacks weights, input_px, patches, width, depth"),
+        (OWN.replace("def tail", "def tale"), "lacks tail"),
+        (OWN.replace("def load(", "TOKENIZER = True\ndef load("), "gives token ids"),
+    ],
+)
+def test_mistakes_in_a_users_own_file_are_one_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        teachers.load(str(path))
+    assert told in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_users_own_file_fills_a_cache(featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "mine.py", tmp_path / "cache"
+    path.write_text(OWN)
+    ran = featcache_command(
+        "extract", "--teacher", path, "--images", photos, "--size", 8, "--levels", "2", "--out", out
+    )
+    assert ran.status == 0, ran.err
+    assert featcache_command("verify", out, "--recompute", 3, "--images", photos).status == 0
+    path.write_text(OWN + "# a remark\n")
+    assert featcache_command("verify", out, "--recompute", 3, "--images", photos).status == 0
+    path.write_text(OWN.replace("* k for k", "* -k for k"))  # other code, the same weights: another teacher
+    ran = featcache_command("verify", out, "--recompute", 3, "--images", photos)
+    assert ran.status == 1
+    assert "have hash" in ran.error
+
+
+def test_a_users_file_that_is_not_there_or_an_option_it_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.py'.*no such file"):
+        teachers.load("./nowhere.py")
+    (tmp_path / "mine.py").write_text(OWN)
+    with pytest.raises(UsageError, match="unknown option"):
+        teachers.load(f"{tmp_path}/mine.py,gian=2")
 
 
 # ---------------------------------------------------------------- weights
@@ -435,9 +542,9 @@ def test_truncated_safetensors_are_one_line(tmp_path: Path, state: dict[str, Ten
 
 def test_weights_of_another_architecture_name_the_difference(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "w.safetensors"
-    other = {**state, "pos_embed": torch.zeros(1, 5, 24)}
+    other = {**state, "pos_embed": torch.zeros(1, 6, 24)}  # no [CLS] and square
     save_file(other, path)
-    with pytest.raises(UserError, match=r"do not fit.*pos_embed is \(1, 5, 24\), \(1, 17, 24\) is needed"):
+    with pytest.raises(UserError, match=r"do not fit.*pos_embed is \(1, 6, 24\), \(1, 17, 24\) is needed"):
         teachers.load(TINY, str(path))
     save_file({name: value for name, value in state.items() if not name.startswith("blocks.2")}, path)
     with pytest.raises(UserError, match=r"12 tensors are missing \(blocks\.2"):
@@ -514,7 +621,7 @@ def test_a_file_gets_quick_gelu_with_or_without_the_text_tower(tmp_path: Path, n
     for i, weights in enumerate((whole.state_dict(), whole.visual.state_dict())):
         path = tmp_path / f"w{i}.safetensors"
         save_file({key: value.clone() for key, value in weights.items()}, path)
-        teacher = teachers.load(name, str(path))
+        teacher = teachers.load(f"{name},quick_gelu=true", str(path))
         assert isinstance(teacher, Clip)
         assert isinstance(teacher.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
         got, _ = teacher(images, (12,))

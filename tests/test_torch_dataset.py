@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -228,12 +230,37 @@ def test_what_is_not_stored_is_told_at_once(tmp_path: Path) -> None:
 # --- the example ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", ["decoded", "stored"])
+@pytest.mark.parametrize("cache", ["decoded", "stored", "kept"])
 def test_the_example_learns(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A loop of plain PyTorch: its loss falls by a third in a few epochs, from pictures and from stored pixels."""
+    """A loop of plain PyTorch: its loss falls by a third in a few epochs, from pictures, from stored pixels, and from a
+    cache that keeps 5 of 16 patches."""
     torch.manual_seed(0)
     train = runpy.run_path(str(EXAMPLE))["train"]
-    given = (str(fx.pictures()), str(fx.cache_path())) if cache == "decoded" else (None, str(fx.ranked_path()))
+    paths = {"decoded": fx.cache_path, "stored": fx.ranked_path, "kept": fx.kept_path}
+    given = (None if cache == "stored" else str(fx.pictures()), str(paths[cache]()))
     losses = train(*given, epochs=6, batch_size=8, workers=0)
     assert losses[-1] < 0.67 * losses[0]
     assert capsys.readouterr().out.startswith("epoch 0: loss ")
+
+
+def test_the_example_tells_a_mistake_in_a_line(tmp_path: Path) -> None:
+    for args, told in (((), "two arguments are needed"), (("p", str(tmp_path)), "error: no cache at")):
+        ran = subprocess.run([sys.executable, EXAMPLE, *args], env=fx.environment(), capture_output=True, text=True)
+        assert ran.returncode == 1
+        assert ran.stderr.startswith(told)
+        assert "Traceback" not in ran.stderr
+
+
+def test_the_three_ways_to_take_features_from_a_kept_cache() -> None:
+    """As the docstring says: NaN where a patch is not stored; as stored, with the order, for `decode` on a device."""
+    whole, kept = Dataset(fx.pictures(), fx.cache_path()), Dataset(fx.pictures(), fx.kept_path())
+    known = kept[3]["features"].isfinite().all(-1)
+    assert known.sum(1).tolist() == [6, 6, 6]  # [CLS] and 5 of 16 patches, at each of 3 levels
+    assert kept[3]["features"].isnan().any(-1).equal(~known)
+    assert torch.equal(kept[3]["features"][known], whole[3]["features"][known])
+    raw = Dataset(fx.pictures(), fx.kept_path(), decode=False)
+    batch = next(iter(DataLoader(raw, 8)))
+    assert (batch["features"].dtype, tuple(batch["features"].shape)) == (torch.float16, (8, 3, 6, 24))
+    decoded = raw.decode(batch)["features"]
+    assert decoded.shape == (8, 3, 17, 24)
+    assert torch.equal(decoded[3][known], whole[3]["features"][known])

@@ -111,6 +111,46 @@ def test_step_seed_literals() -> None:
     assert len(several) == 60
 
 
+# --- what fails before the first step -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong", ["encoder=tny", "encoder=tiny,dept=3", "encoder=resnet50", "encoder=tiny,num_heads=5"]
+)
+def test_a_wrong_setting_leaves_no_folder_in_the_way(wrong: str, tmp_path: Path) -> None:
+    options = ("--cache", fx.cache_path(), "--steps", "1", *SMALL)
+    ran = fx.train("maskalign", tmp_path / "run", *options, sets=(wrong,))
+    assert ran.status == 2
+    assert wrong.partition("=")[2].partition(",")[0] in ran.line
+    assert not (tmp_path / "run").exists()
+    fx.good(fx.train("maskalign", tmp_path / "run", *options))
+
+
+def test_other_pictures_leave_no_folder_in_the_way(tmp_path: Path) -> None:
+    """Told by the first batch, when the folder is there already; what was in it before stays."""
+    others = fx.save_pictures(tmp_path / "others", seed=1)
+    options = ("--cache", fx.cache_path(), "--steps", "1", *SMALL, "--check-pixels", "1")
+    for run in (tmp_path / "new", tmp_path / "there"):
+        if run.name == "there":
+            run.mkdir()
+            (run / ".keep").touch()
+        ran = fx.train("maskalign", run, *options, "--images", others)
+        assert ran.status == 1
+        assert "not those the teacher saw" in ran.line
+        fx.good(fx.train("maskalign", run, *options))
+    assert (tmp_path / "there/.keep").is_file()
+
+
+def test_a_resumed_run_that_fails_at_once_is_kept(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "--steps", "3", "--save-every", "1")
+    for path in sorted((run / "checkpoints").iterdir()):
+        path.unlink()
+    others = fx.save_pictures(tmp_path / "others", seed=1)
+    options = ("--cache", fx.cache_path(), "--steps", "3", "--save-every", "1", *SMALL, "--check-pixels", "1")
+    assert fx.train("maskalign", run, *options, "--images", others, "--resume").status == 1
+    assert (run / checkpoint.CONFIG).is_file()
+
+
 # --- the run folder -------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +62,6 @@ def carry_out(what: str, dest: Path, as_json: bool, work: Callable[[transfer.Pro
     progress.report = lambda now: bar(now.done // 10**6, now.total // 10**6)
     progress.waiting = Waiting()
     bar.text = lambda done, total: _rate(progress)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an orderly stop
     try:
         left = work(progress)
     finally:

@@ -42,37 +42,63 @@ def _number(text: str) -> float:
 
 
 @click.command(
-    epilog="Examples:\n\n  featcache extract --teacher clip-b16 --images train/ --views 4 --levels last:5\n\n"
-    "  featcache extract --teacher clip-b16 --images 'train-{000000..001281}.tar' --weights ViT-B-16.safetensors\n\n"
+    epilog="\b\nExamples:\n  featcache extract --teacher clip-b16 --images train/ --views 4 --levels last:5\n"
+    "  featcache extract --teacher clip-b16 --images 'train-{000000..001281}.tar' --weights ViT-B-16.safetensors\n"
     "  featcache extract --teacher synthetic:levels=5,tokens=196,width=768 --images photos/ --out trial"
 )
 @click.option("--teacher", "teacher_name", help="Name, or NAME,key=value,...; `featcache teachers` lists them.")
 @click.option("--images", "images_spec", help="Folder of pictures or webdataset tars. [default: $FEATCACHE_IMAGES]")
 @click.option("--out", type=click.Path(path_type=Path), help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]")
-@click.option("--views", "view_count", type=click.IntRange(1), default=1, show_default=True, help="Views a picture.")
-@click.option("--levels", default="last:5", show_default=True, help="last:N, a list such as 8,10,12, or all.")
 @click.option(
-    "--policy", "policy_name", default="default", show_default=True, help="Named view policy or a .json file."
+    "--views", "view_count", type=click.IntRange(1), default=1, show_default=True, help="Views drawn of each picture."
 )
-@click.option("--size", type=int, help="Pixels of a view. [policy: 224]")
-@click.option("--scale", type=Pair(), help="Area fraction LOW,HIGH. [policy: 0.2,1]")
-@click.option("--ratio", type=Pair(), help="Width / height LOW,HIGH. [policy: 3/4,4/3]")
-@click.option("--filter", "filter_name", help="bicubic, bilinear or lanczos. [policy: bicubic]")
-@click.option("--flip", type=float, help="Probability of a mirrored view. [policy: 0.5]")
-@click.option("--jitter", type=float, help="Largest change of brightness, contrast, saturation. [policy: 0]")
-@click.option("--seed", type=int, help="Seed of the views. [policy: 0]")
+@click.option(
+    "--levels", default="last:5", show_default=True, help="Blocks to store: last:N, a list such as 8,10,12, or all."
+)
+@click.option(
+    "--policy",
+    "policy_name",
+    default="default",
+    show_default=True,
+    help=f"How views are drawn: {', '.join(views.POLICIES)} or a .json file.",
+)
+@click.option("--size", type=int, help="Pixels of a view, a side. [default: the policy's, 224]")
+@click.option("--scale", type=Pair(), help="Share of the picture's area in a view. [default: the policy's, 0.2,1]")
+@click.option("--ratio", type=Pair(), help="Width / height of a view. [default: the policy's, 3/4,4/3]")
+@click.option("--filter", "filter_name", help="bicubic, bilinear or lanczos. [default: the policy's, bicubic]")
+@click.option("--flip", type=float, help="Probability of a mirrored view. [default: the policy's, 0.5]")
+@click.option(
+    "--jitter", type=float, help="Largest change of brightness, contrast, saturation. [default: the policy's, 0]"
+)
+@click.option("--seed", type=int, help="Seed of the views. [default: the policy's, 0]")
 @click.option("--order", default="attentive", show_default=True, help="Stored mask order: attentive, topk or uniform.")
-@click.option("--codec", default="fp16", show_default=True, help="How features are stored.")
-@click.option("--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True)
+@click.option("--codec", default="fp16", show_default=True, help="How features are stored: fp16.")
 @click.option(
-    "--tokens", default="raster", show_default=True, help="raster, or ranked: in mask order, read by prefixes."
+    "--store",
+    "store_name",
+    type=click.Choice(list(STORES)),
+    default="zarr",
+    show_default=True,
+    help="Zarr v3 arrays, or tars.",
 )
-@click.option("--keep", help="With --tokens ranked: store the first N patches, or this share of them.")
+@click.option(
+    "--tokens",
+    default="raster",
+    show_default=True,
+    help="Order of patches: raster, as in the picture; ranked, in mask order, of which the first can be read or kept.",
+)
+@click.option("--keep", help="With --tokens ranked: store only the first N patches of a view, or a share such as 0.3.")
 @click.option(
     "--pixels", type=click.Choice(["raw"]), help="raw: store the rendered views, so training decodes nothing."
 )
-@click.option("--weights", help="FILE, a tag, or random:SEED. [default: the registered pretrained tag]")
-@click.option("--rows-per-shard", type=click.IntRange(1), default=1024, show_default=True)
+@click.option("--weights", help="FILE, a tag, or random:SEED for a trial. [default: the pretrained ones]")
+@click.option(
+    "--rows-per-shard",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Pictures in a shard, the unit of resuming, sharing and repair.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Views a teacher batch.")
 @click.option(
     "--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Decoding threads. [default: cores]"
@@ -143,15 +169,24 @@ def command(
         show.facts_or_text({"cache": str(out), "new_pictures": 0, "complete": True}, as_json, text)
         return
     part, folder = place
+    own = _share(share)
+    shards = part.shards[own[0] :: own[1]]
     summary = {"cache": str(out or folder), "id": part.manifest()["id"], "pictures": len(source), "views": part.views}
-    summary |= {"levels": part.levels, "bytes": part.view_bytes * part.views * len(source)}
+    summary |= {
+        "levels": part.levels,
+        "added": add,
+        "share": share,
+        "share_pictures": sum(shard["count"] for shard in shards),
+    }
+    summary["bytes"] = part.view_bytes * part.views * summary["share_pictures"]
     if dry_run:
-        text = f"would write {show.size(summary['bytes'])} in {len(part.shards)} shards to {folder}"
-        show.facts_or_text(summary, as_json, text)
+        summary |= _lacking(part, folder, shards)
+        show.facts_or_text(summary, as_json, _preview(summary, folder))
         return
     with fleet.helpers(several[1:]):
-        summary.update(_extract(part, folder, batch_size, workers, strict, _share(share)))
-    home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **summary)
+        summary.update(_extract(part, folder, batch_size, workers, strict, own))
+    noted = {**summary, "cache": os.path.abspath(summary["cache"])}  # noqa: PTH100 (the ledger is read elsewhere)
+    home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
     show.facts_or_text(summary, as_json, _story(summary))
 
 
@@ -180,6 +215,28 @@ def _share(text: str | None) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UsageError(f"--shard {text!r}: I/N with I from 0 to N - 1 is needed, such as $SLURM_ARRAY_TASK_ID/8")
     return int(index), int(count)
+
+
+def _lacking(plan: Plan, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """What these shards still lack at `folder`, where another cache is refused as the work would refuse it."""
+    from featcache.plan import continued
+
+    continued(plan.manifest(), folder)
+    left = [shard["count"] for shard in shards if not record_path(folder, shard["name"]).is_file()]
+    new = {"new_shards": len(left), "new_pictures": sum(left), "new_bytes": plan.view_bytes * plan.views * sum(left)}
+    return {"shards": len(shards), "complete": not left, **new}
+
+
+def _preview(facts: dict[str, Any], folder: Path) -> str:
+    """What a dry run says."""
+    whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
+    pictures, views = manifest.counted(facts["share_pictures"], "picture"), manifest.counted(facts["views"], "view")
+    what = f"{pictures} x {views}, {show.size(facts['bytes'])}"
+    if facts["complete"]:
+        return f"{whose} is complete ({what}): nothing would be done"
+    some = "" if facts["new_shards"] == facts["shards"] else f"; {facts['shards'] - facts['new_shards']} are there"
+    shards = manifest.counted(facts["new_shards"], "shard")
+    return f"would write {show.size(facts['new_bytes'])} in {shards} to {whose}{some}"
 
 
 def _extract(
@@ -232,15 +289,17 @@ def _rate(progress: Progress) -> str:
 
 
 def _story(summary: dict[str, Any]) -> str:
-    lines = [
-        f"{summary['cache']}: {summary['rows']} pictures x {summary['views']} views, {show.size(summary['bytes'])}"
-    ]
+    count = manifest.counted(summary["rows"], "picture")
+    if summary["share"]:
+        count = f"share {summary['share']}, {summary['share_pictures']} of {summary['pictures']} pictures"
+    views, verb = manifest.counted(summary["views"], "view"), "added " if summary["added"] else ""
+    lines = [f"{summary['cache']}: {verb}{count} x {views}, {show.size(summary['bytes'])}"]
     if summary["new_pictures"]:
         lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
     elif summary["complete"]:
         lines.append("was complete already; nothing to do")
     if not summary["complete"]:
-        lines.append("this share is done; the cache is complete when the others are")
+        lines.append(f"this share is done; the cache has {summary['rows']} pictures so far, other shares complete it")
     for row in summary["quarantined"][:10]:
         lines.append(f"quarantined {row['key']!r}: {row['reason']}")
     if summary["quarantined"]:

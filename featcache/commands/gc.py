@@ -1,4 +1,4 @@
-"""`featcache gc`: what dead processes left below $FEATCACHE_HOME, and caches that nobody used."""
+"""`featcache gc`: what dead processes left below $FEATCACHE_HOME, and caches that no training run used."""
 
 from __future__ import annotations
 
@@ -20,15 +20,21 @@ _DAY_S = 86400.0
 @click.command(
     epilog="Examples:\n\n  featcache gc --dry-run\n\n  featcache gc --unused 90\n\n  featcache gc --unused 90 --yes"
 )
-@click.option("--unused", type=click.FloatRange(0), metavar="DAYS", help="Also list caches no run used for DAYS days.")
+@click.option(
+    "--unused",
+    type=click.FloatRange(0),
+    metavar="DAYS",
+    help="Also list caches no training run used, untouched for DAYS days.",
+)
 @click.option("--yes", is_flag=True, help="With --unused: remove those caches.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Remove temporary files, leases and half-removed caches of processes that are gone. Work of live ones is safe.
 
-    With --unused, complete caches are listed that no run in the ledger used and whose newest file is older than DAYS
-    days; they are removed with --yes only.
+    With --unused, complete caches are listed that no `student train` below this home used and whose newest file is
+    older than DAYS days; they are removed with --yes only. Programs of your own that read a cache (featcache.open,
+    featcache.torch.Dataset) leave no trace: look at the list before you give --yes.
     """
     left = [(path, rm.size(path)) for path in leftovers()]
     idle = [] if unused is None else [(path, rm.size(path)) for path in nobodys(unused)]
@@ -60,7 +66,7 @@ def leftovers() -> Iterator[Path]:
 
 
 def nobodys(days: float) -> Iterator[Path]:
-    """Complete caches that no run in the ledger used, untouched for so many days."""
+    """Complete caches that no training run in the ledger used, untouched for so many days."""
     for cache in ls.caches():
         facts = ls.describe(cache)
         complete = facts.get("shards") == facts.get("shards_complete") and facts.get("parts") == facts.get(
@@ -89,7 +95,10 @@ def _story(facts: dict[str, Any]) -> str:
         for path, count in facts[what].items()
     ]
     if set(facts["unused"]) - set(facts["removed"]):
-        lines.append("the unused caches are kept; the same command with --yes removes them")
+        lines.append(
+            "unused: by no `student train` that this home's ledger knows; other programs' reading is not noted; "
+            "the same command with --yes removes them"
+        )
     if not lines:
         return f"nothing to remove below {facts['home']}"
     return "\n".join([*lines, f"{show.size(facts['freed'])} freed"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from featcache import home, manifest, serves, show, statistics
+from featcache import home, invocation, manifest, serves, show, statistics
 from featcache.reader import Cache
 
 
@@ -48,6 +48,8 @@ def describe(cache: Cache) -> dict[str, Any]:
         "bytes": cache.bytes,
         "views": cache.views,
         "parts": cache.parts,
+        "made_by": invocation.made(cache.manifest, cache.path),
+        "unfinished": [each._asdict() for each in invocation.unfinished(cache.path)],
         "arrays": arrays,
         "serves": serves.recipes(cache),
         "runs": home.runs_of(cache.manifest["id"]),
@@ -56,24 +58,36 @@ def describe(cache: Cache) -> dict[str, Any]:
 
 
 def text(cache: Cache, facts: dict[str, Any]) -> str:
-    identity = facts["identity"]
+    identity, quarantined = facts["identity"], facts["quarantined"]
     lines = [
-        manifest.title(cache.manifest),
-        f"{facts['shards_complete']} of {facts['shards']} shards, {facts['rows']} rows, {show.size(facts['bytes'])}, "
-        f"{identity['store']} store, codec {identity['codec']}, {identity['tokens']} tokens",
+        manifest.title(cache.manifest, facts["rows"], facts["views"]),
+        f"{facts['shards_complete']} of {facts['shards']} shards, {facts['rows']} of {identity['pictures']['count']} "
+        f"pictures stored, {show.size(facts['bytes'])}, {identity['store']} store, codec {identity['codec']}, tokens "
+        f"{_tokens(identity)}",
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
         *(f"added: {part}" for part in facts["parts"][1:]),
         show.table([("array", "dtype", "shape", "range", ""), *map(_row, facts["arrays"].items())]),
         "serves: " + (", ".join(name for name, why in facts["serves"].items() if not why) or "no known recipe"),
         *(f"  not {name}: {why}" for name, why in facts["serves"].items() if why),
         *_runs(facts["runs"]),
-        *(f"quarantined {row['key']!r}: {row['reason']}" for row in facts["quarantined"][:10]),
+        *(f"quarantined {row['key']!r}: {row['reason']}" for row in quarantined[:10]),
     ]
-    if len(facts["quarantined"]) > 10:
-        lines.append(f"{len(facts['quarantined'])} in quarantine, all listed in {cache.path}/quarantine.json")
-    if not facts["complete"]:
-        lines.append("incomplete: run the same `featcache extract` again to finish it")
-    return "\n".join(lines)
+    if len(quarantined) > 10:
+        lines.append(f"{len(quarantined)} in quarantine, all listed in {cache.path}/quarantine.json")
+    if facts["unfinished"]:
+        return "\n".join([*lines, *(str(invocation.Unfinished(**each)) for each in facts["unfinished"])])
+    lines.append(f"made by: {facts['made_by']}")
+    return "\n".join([*lines, "the same with more --views or --levels, and with --add, adds to it"])
+
+
+def _tokens(identity: dict[str, Any]) -> str:
+    """How the tokens of a view lie, and how many of them.
+
+    >>> _tokens({"tokens": "ranked", "keep": 58, "teacher": {"patches": 196}})
+    'ranked, first 58 of 196 patches'
+    """
+    kept = f", first {identity['keep']} of {identity['teacher']['patches']} patches" if "keep" in identity else ""
+    return f"{identity['tokens']}{kept}"
 
 
 def _row(item: tuple[str, dict[str, Any]]) -> tuple[str, str, str, str, str]:

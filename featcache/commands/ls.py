@@ -81,7 +81,7 @@ def _levels(identity: dict[str, Any], parts: list[dict[str, Any]]) -> list[int]:
 
 def text(found: list[dict[str, Any]]) -> str:
     good = [facts for facts in found if "damaged" not in facts]
-    head = ("path", "id", "teacher", "pictures", "levels", "stored as", "size", "complete", "last used")
+    head = ("path", "id", "teacher", "pictures", "levels", "stored as", "size", "complete", "last training")
     lines = [show.table([head, *map(_row, good)], right=(3, 6, 7))] if good else []
     lines += [
         f"{facts['path']}: RANDOM WEIGHTS: no meaning in these features" for facts in good if facts["random_weights"]

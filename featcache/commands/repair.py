@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ def command(
         given = weights or about["provenance"]["weights"]
         return source, teachers.load(about["identity"]["teacher"]["name"], given, pick_device(device))
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an orderly stop
     bar = show.Bar("repair", "pictures")
     progress = extract.Progress(lambda now: bar(now.pictures, now.total))
     done = repair.run(cache, load, workers=workers, progress=progress)

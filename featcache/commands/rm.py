@@ -6,6 +6,7 @@ The folder is renamed first, to a name that no command takes for a cache; a remo
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -76,11 +77,29 @@ def size(path: Path) -> int:
 def remove(cache: Path) -> None:
     """Rename, then remove. An addition is taken out of parts/ by the rename, where it would still be seen."""
     cache = cache.resolve()
+    _check_writable(cache)
     place = cache.parent.parent if cache.parent.name == PARTS else cache.parent
     gone = place / f".{cache.name}.{manifest.owner()}.tmp"
     cache.rename(gone)
     manifest.sync_folder(place)
-    shutil.rmtree(gone)
+    try:
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}; what is left of {str(cache)!r} lies in {str(gone)!r}; allow removing "
+            "it and remove that folder, or run `featcache gc`"
+        ) from error
+
+
+def _check_writable(cache: Path) -> None:
+    """Before anything is renamed: may every folder lose what is in it?"""
+    for folder in (
+        cache.parent,
+        cache,
+        *(path for path in cache.rglob("*") if path.is_dir() and not path.is_symlink()),
+    ):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{str(folder)!r}: permission denied, nothing removed; allow writing to it and run again")
 
 
 def _agreed(sizes: dict[str, int]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -10,30 +11,49 @@ import click
 @click.command(epilog="Example:\n\n  featcache teachers --json")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(as_json: bool) -> None:
-    """The teachers known by name; timm:NAME adds any timm VisionTransformer with a [CLS] token."""
-    from featcache import teachers as known
+    """The teachers known by name, what they cost, and whether their weights are on this machine. Asks no network."""
+    from featcache import teachers, weights
 
-    table = [
-        {
-            "name": name,
-            "source": row.source,
-            "input_px": row.input_px,
-            "patches": row.patches,
-            "width": row.width,
-            "depth": row.depth,
-            "bytes_a_view_last5_fp16": 5 * (row.patches + 1) * row.width * 2,
-        }
-        for name, row in known.rows().items()
-    ]
+    table = [_facts(name, row, weights.on_this_machine(row.hub, row.file)) for name, row in teachers.rows().items()]
     if as_json:
         click.echo(json.dumps(table, indent=1))
         return
-    click.echo(f"{'name':12}{'input':>6}{'patches':>8}{'width':>6}{'depth':>6}{'bytes/view':>12}  weights")
-    for fact in table:
-        click.echo(
-            f"{fact['name']:12}{fact['input_px']:6}{fact['patches']:8}{fact['width']:6}{fact['depth']:6}"
-            f"{fact['bytes_a_view_last5_fp16']:12,}  {fact['source']}"
-        )
     click.echo(
-        "bytes/view: five levels in fp16. Also timm:NAME[,key=value...] and synthetic:levels=..,tokens=..,width=.."
+        f"{'name':15}{'input':>5}{'patches':>8}{'width':>6}{'depth':>6}{'params':>8}{'GMAC':>6}{'bytes/view':>12}  "
+        f"{'here':5}{'licence':15}weights"
+    )
+    for fact in table:
+        click.echo(_line(fact))
+    click.echo(
+        "bytes/view: five levels in fp16, or token ids. here: the weights are on this machine.\n"
+        "Also timm:NAME[,key=value...], open_clip:ARCH/TAG, ./mine.py, and synthetic:levels=..,tokens=..,width=..\n"
+        "Options of ViTs: img_size= or grid=, pos=bicubic|bilinear|bicubic-antialias|tensor-bicubic; of CLIP also\n"
+        "quick_gelu=true|false."
+    )
+
+
+def _facts(name: str, row: Any, path: Any) -> dict[str, Any]:
+    needs_weights = bool(row.hub or row.file)
+    return {
+        "name": name,
+        "kind": "features" if row.depth else "token ids",
+        "source": row.source,
+        "licence": row.licence,
+        "input_px": row.input_px,
+        "patches": row.patches,
+        "width": row.width,
+        "depth": row.depth,
+        "params": row.params,
+        "gmac": row.gmac,
+        "bytes_a_view_last5_fp16": row.view_bytes,
+        "on_this_machine": path is not None or not needs_weights,
+        "file": None if path is None else str(path),
+    }
+
+
+def _line(fact: dict[str, Any]) -> str:
+    return (
+        f"{fact['name']:15}{fact['input_px']:5}{fact['patches']:8}{fact['width']:6}{fact['depth']:6}"
+        f"{fact['params'] / 1e6:7.1f}M{fact['gmac']:6.1f}{fact['bytes_a_view_last5_fp16']:12,}  "
+        f"{'yes' if fact['on_this_machine'] else 'no':5}{fact['licence']:15}{fact['source']}"
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from featcache import images, show
+from featcache import images, invocation, show
 from featcache.errors import UserError
 from featcache.reader import Cache
 
@@ -35,33 +36,72 @@ def command(
     """Check every byte of CACHE against its checksums; with --recompute, rows against the teacher."""
     from featcache import verify as work
     from featcache.device import pick_device
+    from featcache.recompute import recompute as ask_teacher
 
     bar = show.Bar("verify", "shards")
     problems, shards = work.files(cache, bar)
     bar.close()
     facts: dict[str, Any] = {"cache": str(cache), "shards": shards, "problems": problems}
-    if recompute and not problems:
+    with_teacher = bool(recompute) and not problems
+    if with_teacher:
         with Cache(cache) as opened:
             source = images.open_source(images_spec or opened.manifest["provenance"]["source"])
-            facts["recompute"] = work.recompute(opened, source, weights, recompute, seed, pick_device(device))
+            facts["recompute"] = ask_teacher(opened, source, weights, recompute, seed, pick_device(device))
+        facts["images"] = source.spec
         problems += facts["recompute"]["problems"]
-    show.facts_or_text(facts, as_json, "\n".join([*problems, _verdict(facts)]))
+    show.facts_or_text(facts, as_json, "\n".join([*problems, *_verdict(facts)]))
     if problems:
-        raise UserError(
-            f"{len(problems)} problem(s) in {cache}, the first: {problems[0]}; `featcache repair {cache}` mends it"
+        raise UserError(_of_rows(facts) if with_teacher else _of_files(facts))
+
+
+def _of_files(facts: dict[str, Any]) -> str:
+    """What is wrong with the bytes, and what mends it: the same extraction where shards are only missing."""
+    cache, problems = facts["cache"], facts["problems"]
+    left = list(invocation.unfinished(Path(cache)))
+    if len(problems) == sum(each.shards - each.shards_complete for each in left):
+        return f"{cache} is sound as far as it goes, but {'; '.join(map(str, left))}"
+    mend = shlex.join(["featcache", "repair", cache])
+    return f"{len(problems)} problem(s) in {cache}, the first: {problems[0]}; `{mend}` mends it"
+
+
+def _of_rows(facts: dict[str, Any]) -> str:
+    """What the teacher found; every byte is as it was written, so that repair would find nothing."""
+    again, problems = facts["recompute"], facts["problems"]
+    if again["other_pictures"]:
+        return (
+            f"the pictures {facts['images']!r} are not those that {facts['cache']} was extracted from: of "
+            f"{again['rows']} rows {again['rows'] - again['compared']} have other pixels or no picture, the first: "
+            f"{problems[0]}; give the right ones with --images"
         )
+    return (
+        f"{len(problems)} of {again['rows']} rows of {facts['cache']} do not agree with pictures and teacher, the "
+        f"first: {problems[0]}; every byte is as it was written, so mend these pictures, or extract into another --out"
+    )
 
 
-def _verdict(facts: dict[str, Any]) -> str:
-    lines = [f"{facts['shards']} shards checked, {len(facts['problems'])} problems"]
-    if again := facts.get("recompute"):
+def _verdict(facts: dict[str, Any]) -> list[str]:
+    again = facts.get("recompute")
+    if not again:
+        return [f"{facts['shards']} shards checked, {len(facts['problems'])} problems"]
+    lines = [f"{facts['shards']} shards checked, every byte as it was written"]
+    if again["compared"]:
         lines.append(
-            f"{again['rows']} rows recomputed: features within {again['feature_error']:.1e} per token, "
+            f"{again['compared']} rows recomputed: features within {again['feature_error']:.1e} per token, "
             f"attention within {again['attention_error']:.1e}"
         )
-        if again["bad_rows_below"] is not None:
-            lines.append(
-                f"a clean sample of {again['rows']} rows: at 95 % confidence at most {again['bad_rows_below']:.1%} of "
-                "all rows are bad; a larger --recompute N narrows this"
-            )
-    return "\n".join(lines)
+    if again["other_teachers"]:
+        lines.append(f"of {again['teacher']} only; rows of {', '.join(again['other_teachers'])} were not recomputed")
+    if again["bad_rows_below"] is not None:
+        lines.append(_confidence(again))
+    return lines
+
+
+def _confidence(again: dict[str, Any]) -> str:
+    """What a clean sample says of the rest."""
+    if again["rows"] < again["of_rows"]:
+        return (
+            f"a clean sample of {again['rows']} rows: at 95 % confidence at most {again['bad_rows_below']:.1%} of all "
+            "rows are bad; a larger --recompute N narrows this"
+        )
+    views = "" if again["views"] == 1 else f", in one of its {again['views']} views; another --seed takes others"
+    return f"every row was recomputed{views}"

@@ -2,25 +2,27 @@
 
 A family's module declares `NAMES` (what `featcache teachers` lists), optionally `PREFIX` for open-ended names
 (`timm:...`), and `load(name, options, weights) -> Teacher`. A spec is `NAME` or `NAME,key=value,...`; the part after
-the name goes to the family, typed. Adding a family touches no other file.
+the name goes to the family, typed. Adding a family touches no other file. A family imports its library when it builds
+a model, not when it is imported, so that finding a name costs nothing.
+
+A spec may also be the path of a user's own file, `./mine.py[,key=value...]`: the same `load`, no other declaration.
+Most families give features (`Teacher`); one that declares `TOKENIZER = True` gives a token id for each patch
+(`Tokenizer`) and is loaded by `load_tokenizer`.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
-import logging
-import pickle
+import importlib.util
 import pkgutil
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +31,9 @@ from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError, near
 from featcache.manifest import REGISTERED
+from featcache.weights import SUFFIXES, fetch, load_state, read_state
+
+__all__ = ["REGISTERED", "fetch", "load_state", "read_state"]  # what families use of other files, by one name
 
 Option = int | float | bool | str
 
@@ -41,11 +46,25 @@ class Row:
     input_px: int
     patches: int
     width: int
-    depth: int
+    depth: int  # 0: a tokenizer
+    params: int = 0  # of what runs, its end included, a text tower not
+    gmac: float = 0.0  # multiply-accumulates of one picture's forward, 10^9
+    licence: str = ""  # of the weights
+    hub: str = ""  # their repository on the Hugging Face hub
+    file: str = ""  # or their file in torch hub's folder
+
+    @property
+    def view_bytes(self) -> int:
+        """What the last five levels of a view take in fp16; of a tokenizer, its uint16 ids."""
+        return min(5, self.depth) * (self.patches + 1) * self.width * 2 if self.depth else 2 * self.patches
 
 
 class Teacher(Protocol):
-    """A frozen network in eval mode. B batch, S = input_px, P patches, D width."""
+    """A frozen network in eval mode. B batch, S = input_px, P patches, D width.
+
+    A model without a [CLS] token says `first_token = "mean"`: row 0 of its levels is then the mean of the patches, and
+    its attention is that of its attention pool's query.
+    """
 
     name: str
     weights: str  # what to give to `load` again: a path, a tag, random:SEED or REGISTERED
@@ -62,6 +81,28 @@ class Teacher(Protocol):
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
         """gamma (D,), beta (D,), eps () of the final norm, and proj (D, E) where there is one."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+    def to(self, device: str) -> Any: ...
+
+
+class Tokenizer(Protocol):
+    """A frozen network that gives each patch the number of a visual word. B batch, S = input_px, P patches.
+
+    Its pixels are rendered from the view's own crop box at `input_px` with `pixel_filter`, whatever the policy's filter
+    is; the ids fit uint16.
+    """
+
+    name: str
+    weights: str
+    input_px: int
+    patches: int
+    vocabulary: int  # ids are 0 to vocabulary - 1
+    pixel_filter: str  # a filter of `views.render`
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, S, S) -> ids (B, P) int64, patches in raster order."""
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]: ...
@@ -118,12 +159,46 @@ def split(spec: str) -> tuple[str, dict[str, Option]]:
 
 
 def family(name: str) -> ModuleType:
-    """The module that knows `name`; an unknown name is a UsageError that offers near ones."""
+    """The module that knows `name`, or the user's own file; an unknown name is a UsageError that offers near ones."""
+    if name.endswith(".py"):
+        return _from_file(Path(name))
     for module in modules():
         if name in module.NAMES or (":" in name and name.partition(":")[0] == getattr(module, "PREFIX", None)):
             return module
     prefixes = [f"{p}:NAME" for module in modules() if (p := getattr(module, "PREFIX", None)) and p not in module.NAMES]
-    raise UsageError(f"unknown teacher {name!r}: {near(name, [*rows(), *prefixes])}")
+    raise UsageError(f"unknown teacher {name!r}: {near(name, [*rows(), *prefixes])}; or your own file, ./mine.py")
+
+
+def _from_file(path: Path) -> ModuleType:
+    """Run a user's own file as a module; it stays in sys.modules, where dataclasses look up their annotations."""
+    if not path.is_file():
+        raise UsageError(f"cannot load teacher {str(path)!r}: no such file; give the path of a .py file with `load`")
+    digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"featcache_teacher_{path.stem}_{digest}", path)
+    assert spec is not None  # the name ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"teacher {str(path)!r} fails as it is imported: {_reason(error)}; mend the file") from error
+    if not callable(getattr(module, "load", None)):
+        raise UsageError(
+            f"cannot use teacher {str(path)!r}: it lacks load; load(name, options, weights) -> Teacher is needed, as "
+            "featcache/teachers/synthetic.py has it"
+        )
+    return module
+
+
+def _reason(error: BaseException) -> str:
+    """Kind and first line of an exception."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def is_tokenizer(spec: str) -> bool:
+    """Whether a spec names a tokenizer, which `load_tokenizer` loads, and not a teacher of features."""
+    return bool(getattr(family(split(spec)[0]), "TOKENIZER", False))
 
 
 def load(spec: str, weights: str | None = None, device: str = "cpu") -> Teacher:
@@ -131,25 +206,66 @@ def load(spec: str, weights: str | None = None, device: str = "cpu") -> Teacher:
 
     `weights`: None for the registered ones, a file, a tag, or random:SEED.
     """
+    if is_tokenizer(spec):
+        raise UsageError(
+            f"teacher {spec!r} gives token ids, not features; a teacher of features is needed here, such as clip-b16"
+        )
+    teacher: Teacher = _load(spec, weights, device, Teacher)
+    return teacher
+
+
+def load_tokenizer(spec: str, weights: str | None = None, device: str = "cpu") -> Tokenizer:
+    """The tokenizer on `device`, frozen, in eval mode; `weights` as for `load`."""
+    if not is_tokenizer(spec):
+        raise UsageError(f"teacher {spec!r} gives features, not token ids; a tokenizer is needed here: dvae")
+    tokenizer: Tokenizer = _load(spec, weights, device, Tokenizer)
+    return tokenizer
+
+
+def _load(spec: str, weights: str | None, device: str, contract: type) -> Any:
     name, options = split(spec)
-    teacher: Teacher = family(name).load(name, options, None if weights == REGISTERED else weights)
-    if isinstance(teacher, nn.Module):
-        teacher.eval().requires_grad_(False)
-    teacher.name = spec
-    return teacher.to(device)
+    module = family(name)
+    given = None if weights == REGISTERED else weights
+    if name.endswith(".py"):
+        loaded = _load_own(module, name, options, given, contract)
+    else:
+        loaded = module.load(name, options, given)
+    if isinstance(loaded, nn.Module):
+        loaded.eval().requires_grad_(False)
+    loaded.name = spec
+    return loaded.to(device)
+
+
+def _load_own(module: ModuleType, name: str, options: dict[str, Option], weights: str | None, contract: type) -> Any:
+    """A user's `load`, its mistakes told in one line, its result checked against the contract."""
+    try:
+        loaded = module.load(name, options, weights)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"teacher {name!r}: its load(...) fails: {_reason(error)}; mend the file") from error
+    facts = [fact for fact in contract.__annotations__ if fact != "name"]  # the name is given by the spec
+    methods = [part for part in ("__call__", "tail", "state_dict", "to") if hasattr(contract, part)]
+    missing = [part for part in (*facts, *methods) if not hasattr(loaded, part)]
+    if missing:
+        raise UserError(
+            f"teacher {name!r}: what its load(...) returns lacks {', '.join(missing)}; needed: "
+            f"{', '.join((*facts, *methods))}; see featcache.teachers.{contract.__name__}"
+        )
+    loaded.code = ast.unparse(ast.parse(Path(name).read_text()))  # comments and layout left out
+    return loaded
 
 
 class Tap:
-    """Hooks that read a running ViT: y_k after every block, and the last block's input for the attention.
+    """Hooks that read y_k (B, T, D) after every block of a running ViT.
 
     The library's own forward runs unchanged; blocks must be batch-first. One Tap, one forward at a time.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], see_last: Callable[[nn.Module, Tensor], None]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self._levels: dict[int, Tensor] = {}
         for k, block in enumerate(blocks, 1):
             block.register_forward_hook(lambda _, __, y, k=k: self._levels.__setitem__(k, y))
-        blocks[-1].register_forward_pre_hook(lambda block, inputs: see_last(block, inputs[0]))
 
     def take(self, levels: Sequence[int]) -> list[Tensor]:
         """y_k (B, T, D) of the 1-based levels; nothing is kept afterwards."""
@@ -183,89 +299,14 @@ def build(make: Callable[[], nn.Module], weights: str | None) -> nn.Module:
         return make()
 
 
-def read_state(path: str, what: str) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from a torch file without running anything in it (weights only)."""
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated, text, a pickle with code, a TorchScript archive: all are the file's fault
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in reason:
-            reason = "it is not a torch file of plain tensors"
-        raise UserError(
-            f"weights {path!r} for {what} cannot be read: {reason[:160]}; a .safetensors file or a plain torch "
-            "state dict is allowed (nothing in a file is ever executed): save the state dict as .safetensors"
-        ) from error
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
-        raise UserError(
-            f"weights {path!r} for {what}: a state dict (name -> tensor) is needed, another object is given"
-        )
-    return state
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str, what: str) -> None:
-    """Load strictly; every difference of names or shapes is one line."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    if not (missing or extra or shapes):
-        model.load_state_dict(state)
-        return
-    parts = [
-        f"{len(missing)} tensors are missing ({missing[0]} ...)" if missing else "",
-        f"{len(extra)} are unknown ({extra[0]} ...)" if extra else "",
-        *(f"{name} is {tuple(state[name].shape)}, {tuple(own[name].shape)} is needed" for name in sorted(shapes)[:1]),
-    ]
-    raise UserError(
-        f"weights {path!r} do not fit {what}: {', '.join(filter(None, parts))}; give the file of this architecture"
-    )
-
-
-def fetch(get: Callable[[], nn.Module], what: str, tag: str) -> nn.Module:
-    """Let a library fetch registered weights; that they cannot be had is one line with the two ways on."""
-    logging.disable(logging.CRITICAL)  # the clients' own reports of every retry
-    try:
-        with _offline_when_unreachable():
-            return get()
-    except Exception as error:  # hubs raise whatever their clients raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"pretrained weights {tag!r} of {what} are not on this machine and could not be fetched "
-            f"({reason[:90]}...); give a local file with --weights FILE, or try the program without them "
-            "with --weights random:SEED"
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-@contextmanager
-def _offline_when_unreachable() -> Iterator[None]:
-    """Where the hub's name does not resolve and no proxy is set, let its client use its cache only: it would otherwise
-    try each of many file names for a minute."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = before or not getproxies()
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def weight_hash(teacher: Teacher) -> str:
+def weight_hash(teacher: Teacher | Tokenizer) -> str:
     """BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state, taken from what really runs.
 
-    The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers.
+    The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers. So does the code of a
+    user's own file.
     """
     digest = hashlib.blake2b(" ".join(_activations(teacher)).encode(), digest_size=16)
+    digest.update(getattr(teacher, "code", "").encode())
     for name, value in sorted(teacher.state_dict().items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
@@ -273,7 +314,7 @@ def weight_hash(teacher: Teacher) -> str:
     return digest.hexdigest()
 
 
-def _activations(teacher: Teacher) -> list[str]:
+def _activations(teacher: Teacher | Tokenizer) -> list[str]:
     modules = teacher.modules() if isinstance(teacher, nn.Module) else []
     names = {type(module).__name__ for module in modules}
     return sorted(name for name in names if name.endswith(("GELU", "GELUTanh", "SiLU", "ReLU", "SwiGLU")))
@@ -285,6 +326,6 @@ def file_weights(weights: str | None) -> str | None:
         return None
     if Path(weights).is_file():
         return weights
-    if "/" in weights or weights.endswith((".safetensors", ".pt", ".pth", ".bin")):
+    if "/" in weights or weights.endswith(SUFFIXES):
         raise UserError(f"weights {weights!r}: no such file; give an existing file, a registered tag or random:SEED")
     return None

@@ -1,31 +1,58 @@
-"""CLIP's picture towers through open_clip (METHODS 0.8).
+"""CLIP's picture towers through open_clip (METHODS 0.8): `clip-b16`, `clip-b32`, `clip-l14`, and
+`open_clip:ARCH/TAG`, where ARCH is a name of open_clip's, `local-dir:FOLDER`, `hf-hub:ORG/NAME` or `CONFIG.json`.
 
-OpenAI's weights were trained with QuickGELU; the plain architecture with these weights is silently wrong and costs
-points. Every registered name therefore fixes the pair, and a tag carries its own activation from open_clip's table.
+OpenAI's weights were trained with QuickGELU; under plain GELU they are silently wrong and cost points. So the
+activation is never guessed: a tag says its own, a folder's config says it, a scripted archive names it, and for a file
+that says nothing `quick_gelu=true|false` is asked for; the `clip-` names stand for OpenAI's weights and run QuickGELU
+then, with a note. What disagrees is refused.
+
+Options: `img_size` in pixels or `grid` in patches a side; `pos`, how positions come onto another grid
+(`featcache.positions`); `quick_gelu`. `clip-l14` sees 196 pixels on the 14 x 14 grid of a /16 student by default;
+`img_size=224` is its own size, and `img_size=336` is the other network that OpenAI trained for it.
+
+B batch, T tokens, P patches, D width, S input pixels.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featcache import targets, teachers
-from featcache.errors import UsageError, near
+from featcache import positions, quick_gelu, targets, teachers
+from featcache.errors import UsageError, UserError, near
+from featcache.weights import SUFFIXES
 
+_LOG = logging.getLogger(__name__)
+PREFIX = "open_clip"
 NAMES = {
-    "clip-b16": teachers.Row("open_clip ViT-B-16 openai (QuickGELU)", 224, 196, 768, 12),
-    "clip-b32": teachers.Row("open_clip ViT-B-32 openai (QuickGELU)", 224, 49, 768, 12),
-}
-_ARCHITECTURES = {"clip-b16": "ViT-B-16", "clip-b32": "ViT-B-32"}
+    "clip-b16": teachers.Row(
+        "open_clip ViT-B-16 openai (QuickGELU)", 224, 196, 768, 12,
+        params=86_192_640, gmac=17.56, licence="mit", hub="timm/vit_base_patch16_clip_224.openai",
+    ),
+    "clip-b32": teachers.Row(
+        "open_clip ViT-B-32 openai (QuickGELU)", 224, 49, 768, 12,
+        params=87_849_216, gmac=4.41, licence="mit", hub="timm/vit_base_patch32_clip_224.openai",
+    ),
+    "clip-l14": teachers.Row(
+        "open_clip ViT-L-14 openai (QuickGELU)", 196, 196, 1024, 24,
+        params=303_904_768, gmac=61.52, licence="mit", hub="timm/vit_large_patch14_clip_224.openai",
+    ),
+}  # fmt: skip
+_REGISTERED = {"clip-b16": ("ViT-B-16", 224), "clip-b32": ("ViT-B-32", 224), "clip-l14": ("ViT-L-14", 196)}
 _TAG = "openai"
+_OPTIONS = ("img_size", "grid", "pos", "quick_gelu")
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Clip(nn.Module):
@@ -33,65 +60,257 @@ class Clip(nn.Module):
 
     name = "clip"
 
-    def __init__(self, visual: Any, weights: str, mean: Any = None, std: Any = None) -> None:
+    def __init__(self, visual: Any, weights: str, mean: Any = None, std: Any = None, shrink_from: int = 0) -> None:
         super().__init__()
         self.visual = visual
         self.weights = weights
-        self.input_px = int(visual.image_size[0])
+        self._px, self._shrinks = int(visual.image_size[0]), bool(shrink_from)
+        self.input_px = shrink_from or self._px
         self.patches = int(visual.grid_size[0] * visual.grid_size[1])
         self.width = int(visual.transformer.width)
         self.depth = len(visual.transformer.resblocks)
-        self.pixel_mean = tuple(mean or open_clip.OPENAI_DATASET_MEAN)
-        self.pixel_std = tuple(std or open_clip.OPENAI_DATASET_STD)
+        self.pixel_mean, self.pixel_std = tuple(mean or OPENAI_MEAN), tuple(std or OPENAI_STD)
         self._attention = torch.empty(0)
-        self._tap = teachers.Tap(visual.transformer.resblocks, self._see_last)
+        self._tap = teachers.Tap(visual.transformer.resblocks)
+        visual.transformer.resblocks[-1].attn.register_forward_pre_hook(self._see_last)
 
-    def _see_last(self, block: Any, x: Tensor) -> None:
-        x = block.ln_1(x)  # (B, T, D)
-        weight, bias = block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)
-        query, keys = F.linear(x[:, 0], weight[0], bias[0]), F.linear(x, weight[1], bias[1])
-        self._attention = targets.cls_attention(query, keys, block.attn.num_heads)
+    def _see_last(self, attn: Any, inputs: tuple[Tensor, ...]) -> None:
+        """The last block's normed tokens (B, T, D) -> its [CLS] row: one query, all keys."""
+        x, biases = inputs[0], (None, None)
+        weights = attn.in_proj_weight.chunk(3)
+        if attn.in_proj_bias is not None:
+            biases = attn.in_proj_bias.chunk(3)[:2]
+        query, keys = F.linear(x[:, :1], weights[0], biases[0]), F.linear(x, weights[1], biases[1])
+        if hasattr(attn, "ln_q"):  # open_clip's own attention, with norms or identities
+            query = attn.ln_q(query.unflatten(-1, (attn.num_heads, -1))).flatten(-2)
+            keys = attn.ln_k(keys.unflatten(-1, (attn.num_heads, -1))).flatten(-2)
+        self._attention = targets.cls_attention(query[:, 0], keys, attn.num_heads)
 
     @torch.no_grad()
     def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
-        self.visual(teachers.pixels(images, self.pixel_mean, self.pixel_std))
+        pixels = teachers.pixels(images, self.pixel_mean, self.pixel_std)
+        self.visual(positions.shrink(pixels, self._px) if self._shrinks else pixels)
         return self._tap.take(levels), self._attention
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Empty where a pool of its own comes before the final norm (CoCa)."""
+        if self.visual.attn_pool is not None:
+            return {}
         norm = self.visual.ln_post
         parts = {"gamma": norm.weight, "beta": norm.bias, "proj": self.visual.proj, "eps": torch.tensor(norm.eps)}
         return {name: part.detach().cpu().float().numpy() for name, part in parts.items()}
 
 
-def load(name: str, options: dict[str, teachers.Option], weights: str | None) -> Clip:
-    """`weights` None is the registered tag; a file is loaded into the QuickGELU architecture."""
-    if options:
-        raise UsageError(f"teacher {name!r} takes no options, {', '.join(options)} given")
-    arch = _ARCHITECTURES[name]
+@dataclass(frozen=True)
+class _Source:
+    """What a name stands for. `quick`: the activation that it says, None where it says none."""
+
+    arch: str  # open_clip's name or schema
+    tag: str | None
+    quick: bool | None
+    default_px: int | None = None
+    config: dict[str, Any] | None = None  # of a folder or a file, with model_cfg and perhaps preprocess_cfg
+
+
+def load(name: str, options: dict[str, teachers.Option], weights: str | None) -> nn.Module:
+    """`weights`: None for the tag or folder that the name says, a file, a tag, or random:SEED."""
+    unknown = next((key for key in options if key not in _OPTIONS), None)
+    if unknown is not None:
+        raise UsageError(f"teacher {name!r}: unknown option {unknown!r}; {near(unknown, _OPTIONS)}")
     path = teachers.file_weights(weights)
-    if path or (weights and teachers.is_random(weights)):
-        visual = teachers.build(lambda: _create(arch, None, quick_gelu=True), weights)
-        if path:
-            state = teachers.read_state(path, name)
-            own = {key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")} or state
-            teachers.load_state(visual, own, path, name)
-        return Clip(visual, str(weights))
-    tag = weights or _TAG
-    known = open_clip.list_pretrained_tags_by_model(arch)
-    if tag not in known:
-        raise UsageError(f"unknown weights {tag!r} of {name}: {near(tag, known)}; or a file, or random:SEED")
-    about = open_clip.get_pretrained_cfg(arch, tag)
-    quick = bool(about.get("quick_gelu"))
-    visual = teachers.fetch(lambda: _create(arch, tag, quick_gelu=quick), name, tag)
-    return Clip(visual, weights or teachers.REGISTERED, about.get("mean"), about.get("std"))
+    drawn = bool(weights) and teachers.is_random(str(weights))
+    tag = None if path or drawn else weights
+    source = _source(name, tag, options)
+    if weights is not None and source.arch.startswith("hf-hub:"):
+        raise UsageError(
+            f"teacher {name!r} takes its weights from the hub, --weights {weights!r} is given; leave it out"
+        )
+    if drawn:
+        quick = quick_gelu.agreed(name, options, source.quick, "the architecture")
+        visual = teachers.build(lambda: _tower(source, quick), weights)
+    elif path := path or _file_in(source):
+        visual = _from_file(name, source, options, path)
+    else:
+        visual = _from_tag(name, source, options)
+    mean, std = _statistics(name, source, visual)
+    return _wrapped(visual, name, source, options, weights or teachers.REGISTERED, mean, std)
 
 
-def _create(arch: str, tag: str | None, *, quick_gelu: bool) -> nn.Module:
+def _source(name: str, tag: str | None, options: dict[str, teachers.Option]) -> _Source:
+    if name in _REGISTERED:
+        arch, px = _REGISTERED[name]
+        if arch == "ViT-L-14" and (options.get("img_size") == 336 or options.get("grid") == 24):
+            arch, px = "ViT-L-14-336", 336
+        tag = tag or _TAG
+        return _Source(arch, tag, quick_gelu.of_tag(name, arch, tag).quick, px)
+    arch = name.removeprefix(f"{PREFIX}:")
+    if arch.startswith(("local-dir:", "hf-hub:")) or arch.endswith(".json"):
+        return _configured(name, arch, tag)
+    arch, _, own_tag = arch.partition("/")
+    _check_arch(name, arch)
+    if tag and own_tag and tag != own_tag:
+        raise UsageError(f"teacher {name!r} names a tag, and --weights {tag!r} another one; give one of them")
+    tag = own_tag or tag
+    says = quick_gelu.of_architecture(arch)
+    if tag is None:
+        return _Source(arch, None, says)
+    quick, config = quick_gelu.of_tag(name, arch, tag).quick, quick_gelu.config(arch)
+    by_timm = "timm_model_name" in config["vision_cfg"]  # such towers have an activation of their own
+    if quick != config.get("quick_gelu", False) and not by_timm:
+        other = f"{arch}-quickgelu" if quick else arch.removesuffix("-quickgelu")
+        raise UsageError(
+            f"teacher {name!r}: the weights {tag!r} were trained with {quick_gelu.named(quick)}, {arch} runs "
+            f"{quick_gelu.named(not quick)} and would be silently wrong; give {PREFIX}:{other}/{tag}"
+        )
+    return _Source(arch, tag, quick)
+
+
+def _configured(name: str, arch: str, tag: str | None) -> _Source:
+    """A folder, a hub repository or a config file: its own config says the activation."""
+    if tag is not None:
+        raise UsageError(f"teacher {name!r} has no tags, {tag!r} is given; a file or random:SEED is allowed")
+    if arch.startswith("hf-hub:"):
+        return _Source(arch, None, None)
+    path = Path(arch) if arch.endswith(".json") else Path(arch.removeprefix("local-dir:")) / quick_gelu.CONFIG
+    config = quick_gelu.read_config(path, name)
+    return _Source(arch, None, bool(config["model_cfg"].get("quick_gelu", False)), config=config)
+
+
+def _check_arch(name: str, arch: str) -> None:
+    import open_clip
+
+    if arch not in open_clip.list_models():
+        close = near(arch, open_clip.list_models()).partition("known:")[0]
+        raise UsageError(
+            f"teacher {name!r}: unknown open_clip architecture {arch!r}: {close}open_clip.list_models() lists all; or "
+            "local-dir:FOLDER, hf-hub:ORG/NAME, CONFIG.json"
+        )
+
+
+def _from_tag(name: str, source: _Source, options: dict[str, teachers.Option]) -> Any:
+    import open_clip
+
+    if source.tag is None and not source.arch.startswith("hf-hub:"):
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(source.arch))
+        raise UsageError(
+            f"teacher {name!r} has no weights yet: give {name}/TAG with one of {known or 'none'}, or --weights FILE"
+        )
+    if source.tag is not None:
+        quick = quick_gelu.agreed(name, options, source.quick, "the tag")
+        return teachers.fetch(lambda: _tower(source, quick, pretrained=True), name, source.tag)
+    visual = teachers.fetch(lambda: _tower(source, False, pretrained=True), name, source.arch)
+    quick_gelu.agreed(name, options, quick_gelu.runs_in(visual), "the hub's config")
+    return visual
+
+
+def _from_file(name: str, source: _Source, options: dict[str, teachers.Option], path: str) -> Any:
+    # "clip-b16" means OpenAI's, but a file given with it may be anyone's: what it says itself counts first.
+    ours = name in _REGISTERED
+    by_name, fallback = (None, source.quick) if ours else (source.quick, None)
+    quick, note = quick_gelu.of_file(name, by_name, options, path, fallback)
+    if note:
+        _LOG.warning(note)
+    visual: Any = teachers.build(lambda: _tower(source, quick), None)
+    state = teachers.read_state(path, name)
+    own = {key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")} or state
+    there = own.get("positional_embedding")
+    if there is not None and hasattr(visual, "positional_embedding") and there.ndim == 2:
+        square = positions.side_of(there.shape[0], (1,))
+        if square is not None:  # the file's own grid first; it is resized afterwards, in the way that was asked for
+            _set_positions(visual, there.float(), square[0])
+    teachers.load_state(visual, own, path, name)
+    return visual
+
+
+def _file_in(source: _Source) -> str | None:
+    """The weights in a folder given as local-dir:, safetensors first."""
+    if not source.arch.startswith("local-dir:"):
+        return None
+    folder = Path(source.arch.removeprefix("local-dir:"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    files.sort(key=lambda path: (SUFFIXES.index(path.suffix), "open_clip" not in path.name))
+    if not files:
+        raise UserError(f"folder {str(folder)!r} holds no weights; a file that ends in {', '.join(SUFFIXES)} is needed")
+    return str(files[0])
+
+
+def _tower(source: _Source, quick: bool, *, pretrained: bool = False) -> Any:
+    """open_clip's picture tower; its own reader is used for tags and hubs only."""
+    if not source.config:
+        return _create(source.arch, source.tag if pretrained else None, quick, pretrained)
+    with tempfile.TemporaryDirectory() as folder:  # where open_clip looks for a config that it does not ship
+        Path(folder, quick_gelu.CONFIG).write_text(json.dumps({"model_cfg": source.config["model_cfg"]}))
+        return _create(f"local-dir:{folder}", None, quick, pretrained=False)
+
+
+def _create(arch: str, tag: str | None, quick: bool, pretrained: bool) -> Any:
+    import open_clip
+
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))  # open_clip warns that nothing was loaded, as was asked for
+    wanted = {"load_weights": pretrained, "require_pretrained": pretrained, "pretrained_text": False}
     try:
-        model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick_gelu)
+        return open_clip.create_model(arch, tag, force_quick_gelu=quick, **wanted).visual
+    except Exception as error:  # a config of somebody's own, a text tower whose package is not installed, ...
+        if pretrained:
+            raise
+        raise UserError(f"open_clip cannot build {arch!r}: {error}; give another architecture or config") from error
     finally:
         logging.disable(before)
-    return model.visual
+
+
+def _statistics(name: str, source: _Source, visual: Any) -> tuple[Any, Any]:
+    """Pixel mean and std: of the tag, of the config, or the ones that all tags of the architecture share."""
+    import open_clip
+
+    if source.tag is not None:
+        facts = quick_gelu.of_tag(name, source.arch, source.tag)
+        return facts.mean, facts.std
+    if source.config is not None or source.arch.startswith("hf-hub:"):
+        about = (source.config or {}).get("preprocess_cfg", {}) if source.config else visual.preprocess_cfg
+        return about.get("mean"), about.get("std")
+    tags = open_clip.list_pretrained_tags_by_model(source.arch)
+    shared = {(f.mean, f.std) for f in (quick_gelu.of_tag(name, source.arch, tag) for tag in tags)}
+    if len(shared) > 1:
+        raise UsageError(
+            f"teacher {name!r}: its tags differ in pixel mean and std, so a file needs one: give {name}/TAG, TAG one "
+            f"of {', '.join(tags)}"
+        )
+    return shared.pop() if shared else (None, None)
+
+
+def _wrapped(
+    visual: Any, name: str, source: _Source, options: dict[str, teachers.Option], weights: str, mean: Any, std: Any
+) -> nn.Module:
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import Attention, VisionTransformer
+
+    from featcache.teachers import timm_vit
+
+    pos = options.get("pos")
+    if isinstance(visual, TimmModel):
+        timm_vit.check_kind(visual.trunk, name)
+        size = timm_vit.wanted_px(name, options, int(visual.trunk.patch_embed.patch_size[0]), source.default_px)
+        return timm_vit.wrapped(visual.trunk, name, size, pos, weights, mean, std)
+    attn: Any = visual.transformer.resblocks[-1].attn if isinstance(visual, VisionTransformer) else None
+    if type(attn) is not nn.MultiheadAttention and (type(attn) is not Attention or attn.scaled_cosine):
+        raise UserError(
+            f"teacher {name!r} is an open_clip {type(visual).__name__} without what is read here: a VisionTransformer "
+            "with plain attention is needed, such as ViT-B-16"
+        )
+    native = int(visual.image_size[0])
+    px = timm_vit.wanted_px(name, options, int(visual.patch_size[0]), source.default_px) or native
+    shrink_from = positions.shrinks_from(name, pos, native, px)
+    if px != native:
+        side = px // int(visual.patch_size[0])
+        grid = positions.resize(visual.positional_embedding.detach()[None], side, str(pos or "bicubic"), 1)
+        _set_positions(visual, grid[0], side)
+    return Clip(visual, weights, mean, std, shrink_from)
+
+
+def _set_positions(visual: Any, values: Tensor, side: int) -> None:
+    """Positions (1 + side * side, D), and the grid and input size that go with them."""
+    visual.positional_embedding = nn.Parameter(values.clone(), requires_grad=False)
+    visual.grid_size = (side, side)
+    visual.image_size = (side * int(visual.patch_size[0]),) * 2

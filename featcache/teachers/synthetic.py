@@ -19,7 +19,7 @@ from featcache import rng, teachers
 from featcache.errors import UsageError, near
 
 PREFIX = "synthetic"
-NAMES = {"synthetic": teachers.Row("arithmetic on the picture, for trials", 224, 196, 64, 12)}
+NAMES = {"synthetic": teachers.Row("arithmetic on the picture, for trials", 224, 196, 64, 12, licence="apache-2.0")}
 _DEFAULTS = {"levels": 12, "tokens": 196, "width": 64, "size": 224}
 _OUTLIERS, _OUTLIER_GAIN = 3, 60.0
 

@@ -1,0 +1,47 @@
+"""SIGTERM as orderly as Ctrl-C, from a program's first moment on: one line, never silence and never a traceback.
+
+Only the standard library is imported here, so that `guard` can stand before everything that takes long to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+_received: list[int] = []
+
+
+def orderly() -> None:
+    """Let SIGTERM raise KeyboardInterrupt too; other threads than the first cannot set this, and need not."""
+    _received.clear()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in the background of a script
+                signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    raise KeyboardInterrupt
+
+
+def was_stopped() -> bool:
+    """Whether a signal came; a library that was being imported may have made another error of it."""
+    return bool(_received)
+
+
+@contextlib.contextmanager
+def guard(status: int) -> Iterator[None]:
+    """Around a program's imports: stopped there, it says that nothing was begun."""
+    orderly()
+    try:
+        yield
+    except BaseException:
+        if not was_stopped():
+            raise
+        print("error: stopped before anything was begun; run the same command again", file=sys.stderr)
+        sys.exit(status)

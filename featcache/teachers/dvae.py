@@ -1,0 +1,131 @@
+"""DALL-E's discrete tokenizer, the target of CAE (METHODS 4.2): a picture of 112 pixels -> 14 x 14 words of 8192.
+
+The encoder of Ramesh et al. 2021 (arXiv 2102.12092, appendix A), written from its description: a 7 x 7 convolution to
+256 channels; four groups of two residual blocks with 256, 512, 1024 and 2048 channels, each of the first three followed
+by a 2 x 2 max-pool; ReLU and a 1 x 1 convolution to 8192 logits. A block's branch is three 3 x 3 and one 1 x 1
+convolution at a quarter of the width, ReLU before each, and is added with weight 1 / (number of blocks)^2 to the input,
+which passes a 1 x 1 convolution where the width changes.
+
+Weights: the published `encoder.pkl`, which is a whole pickled module and is read without running it, or a state dict of
+it. Pixels in [0, 1] are mapped to 0.8 x + 0.1; there are no mean and deviation. CAE renders the 112 pixels with Lanczos
+from the same crop box as the student's picture.
+
+B batch, C channels, P patches, S input pixels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from featcache import teachers, weights
+from featcache.errors import UsageError
+
+TOKENIZER = True
+NAMES = {
+    "dvae": teachers.Row(
+        "DALL-E's encoder: token ids, Lanczos", 112, 196, 8192, 0,
+        params=53_786_240, gmac=26.1, licence="modified MIT", file="dall_e_encoder.pkl",
+    )
+}  # fmt: skip
+_URL = "https://cdn.openai.com/dall-e/encoder.pkl"
+_GROUPS, _BLOCKS = 4, 2
+_SUFFIXES = {".w": ".weight", ".b": ".bias"}  # the published names of a convolution's parameters
+
+
+class Block(nn.Module):
+    """(B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        narrow = after // 4
+        self.gain = 1 / (_GROUPS * _BLOCKS) ** 2
+        self.id_path = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        self.res_path = nn.Sequential()
+        for i, (inputs, outputs, kernel) in enumerate(
+            [(before, narrow, 3), (narrow, narrow, 3), (narrow, narrow, 3), (narrow, after, 1)], 1
+        ):
+            self.res_path.add_module(f"relu_{i}", nn.ReLU())
+            self.res_path.add_module(f"conv_{i}", nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.id_path(x) + self.gain * self.res_path(x)
+        return out
+
+
+class Dvae(nn.Module):
+    """uint8 pictures -> token ids; `width` and `vocabulary` are the published ones but in tests."""
+
+    name = "dvae"
+    pixel_filter = "lanczos"
+
+    def __init__(self, weights: str, width: int = 256, vocabulary: int = 8192, input_px: int = 112) -> None:
+        super().__init__()
+        self.weights, self.vocabulary, self.input_px = weights, vocabulary, input_px
+        self.patches = (input_px // 2 ** (_GROUPS - 1)) ** 2
+        parts: OrderedDict[str, nn.Module] = OrderedDict(input=nn.Conv2d(3, width, 7, padding=3))
+        widths = [width, *(width * 2**i for i in range(_GROUPS))]
+        for i, (before, after) in enumerate(pairwise(widths), 1):
+            parts[f"group_{i}"] = _group(before, after, pool=i < _GROUPS)
+        output = OrderedDict(relu=nn.ReLU(), conv=nn.Conv2d(widths[-1], vocabulary, 1))
+        self.blocks = nn.Sequential(OrderedDict(parts, output=nn.Sequential(output)))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) -> ids (B, P) int64, patches in raster order."""
+        return self.logits(0.8 * (images.float() / 255) + 0.1).argmax(1).flatten(1)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Mapped pixels (B, 3, S, S) -> (B, vocabulary, S / 8, S / 8). The last layer is float32 under autocast too, as
+        in the released code: half precision there moves the argmax."""
+        *body, output = self.blocks
+        for part in body:
+            pixels = part(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            out: Tensor = output(pixels.float())
+        return out
+
+
+def _group(before: int, after: int, *, pool: bool) -> nn.Sequential:
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for i in range(1, _BLOCKS + 1):
+        parts[f"block_{i}"] = Block(before if i == 1 else after, after)
+    if pool:
+        parts["pool"] = nn.MaxPool2d(2)
+    return nn.Sequential(parts)
+
+
+def load(name: str, options: dict[str, teachers.Option], given: str | None) -> Dvae:
+    """`given` None is the published file in torch hub's folder, fetched if need be; else a file or random:SEED."""
+    if options:
+        raise UsageError(f"teacher {name!r} takes no options, {', '.join(options)} given")
+    if given is not None and teachers.is_random(given):
+        drawn = teachers.build(lambda: Dvae(given), given)
+        assert isinstance(drawn, Dvae)
+        return drawn
+    path = teachers.file_weights(given)
+    if given is not None and path is None:
+        raise UsageError(f"unknown weights {given!r} of {name}: a file or random:SEED is allowed; none has a tag")
+    file = path or str(weights.fetch(lambda: weights.download(_URL, NAMES[name].file), name, _URL))
+    with torch.device("meta"):
+        encoder = Dvae(given or teachers.REGISTERED)
+    encoder.to_empty(device="cpu")
+    read_into(encoder, file, name)
+    return encoder
+
+
+def read_into(encoder: Dvae, path: str, name: str) -> None:
+    """Load a state dict, with the published names or with torch's own, or the published module."""
+    state = {_renamed(key): value for key, value in weights.read_state(path, name).items()}
+    weights.load_state(encoder, state, path, name)
+
+
+def _renamed(key: str) -> str:
+    """'blocks.input.w' -> 'blocks.input.weight'."""
+    for short, long in _SUFFIXES.items():
+        if key.endswith(short):
+            return key.removesuffix(short) + long
+    return key
