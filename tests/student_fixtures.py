@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -28,9 +27,7 @@ from PIL import Image
 
 import featcache.cli
 import student.cli
-from featcache import checksums
-from featcache import extract as extraction
-from featcache.plan import Plan
+from featcache import checksums, manifest, zarr_store
 from featcache.reader import Cache
 from featcache.store import Array
 from student import metrics
@@ -124,22 +121,30 @@ def kept_path() -> Path:
 
 @functools.cache
 def token_path() -> Path:
-    """The same pictures and views with an array `token_ids`: of each patch, two bits of its mean red and two of its
-    mean green, from the 32-pixel view. The cache is extracted as any, by a plan that knows one array more."""
-    arrays, items = Plan.arrays.fget, extraction._items  # type: ignore[attr-defined]
-
-    def with_tokens(plan: Plan) -> list[Array]:
-        plain = [array for array in arrays(plan) if array.name not in checksums.NAMES]
-        plain.append(Array("token_ids", "<u2", (plan.teacher.patches,), ("row", "view", "patch")))
-        return [*plain, *checksums.declare(plain, len(plan.levels), plan.stored_tokens, ranked=False)]
-
-    def tokens(plan: Plan, batch: Any, encoded: Any) -> dict[str, np.ndarray]:
-        pixels = np.stack([picture.pixels[view] for picture, view in batch]).reshape(-1, 4, 8, 4, 8, 3)
-        red_green = pixels.mean((2, 4))[..., :2].reshape(-1, 16, 2) // 64
-        return {**items(plan, batch, encoded), "token_ids": (red_green @ np.array([1, 4])).astype("<u2")}
-
-    with mock.patch.object(Plan, "arrays", property(with_tokens)), mock.patch.object(extraction, "_items", tokens):
-        return extract(pictures(), root() / "tokens")
+    """The same rows with one array more, `token_ids`: of each of 4 x 4 patches, two bits of red and two of green at its
+    middle. Written through the store's own contract, as a tokenizer would."""
+    out = root() / "tokens"
+    with Cache(cache_path()) as cache:
+        about, plain = (
+            dict(cache.manifest),
+            [spec for name, spec in cache.arrays.items() if name not in checksums.NAMES],
+        )
+        rows, view = np.repeat(np.arange(len(cache)), VIEWS), np.tile(np.arange(VIEWS), len(cache))
+        items = cache.read(rows, view, [spec.name for spec in plain])
+        keys, tail = [cache.keys[row] for row in rows], next(iter(about["files"]))
+    middle = np.array([1, 5, 8, 12])  # of the 14 x 14 thumbnail
+    colours = items["thumbnail"][:, middle][:, :, middle].reshape(-1, 16, 3) // 64
+    items["token_ids"] = (colours[..., 0] + 4 * colours[..., 1]).astype("<u2")
+    arrays = [*plain, Array("token_ids", "<u2", (16,), ("row", "view", "patch"))]
+    arrays += checksums.declare(arrays, len(about["identity"]["levels"]), 17, ranked=False)
+    (out / "shards").mkdir(parents=True)
+    shutil.copy(cache_path() / tail, out / tail)
+    for path in (out / manifest.NAME, out / "shards" / manifest.COPY):
+        manifest.write_json(path, {**about, "arrays": {spec.name: spec.as_dict() for spec in arrays}})
+    writer = zarr_store.writer(out, about["shards"][0]["name"], arrays, VIEWS)
+    writer.append(keys, {**items, **checksums.compute(arrays, items)})
+    writer.finish([], {})
+    return out
 
 
 def cache_of(recipe: str) -> Path:
