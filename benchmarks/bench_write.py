@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,10 @@ from benchmarks import describe, environment, save, table
 from featcache import manifest, publish
 from featcache.cli import entry
 from featcache.errors import UserError
-from featcache.extract import Progress, compute, run
+from featcache.extract import compute, run
 from featcache.images import open_source
 from featcache.plan import Plan, parse_levels
+from featcache.progress import Progress
 from featcache.store import SHARDS, STORES, Array, store
 from featcache.teachers import Teacher, load
 from featcache.views import policy
@@ -250,7 +251,7 @@ def repetition(folder: Path, plan: Plan, batch_size: int, workers: int, first: i
     """The four in turn, another one first each time; rates are of the bytes that the store writes, for all."""
     out, rows = folder / "out", len(plan.source)
     total = plan.view_bytes * plan.views * rows
-    nothing = Plan(**{**vars(plan), "store": NAME})
+    nothing = replace(plan, store=NAME)
 
     def alone(watch: Watch) -> dict[str, Any]:
         write_alone(out, plan, batch_size)

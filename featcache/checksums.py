@@ -43,23 +43,30 @@ def columns(arrays: Iterable[Array]) -> dict[str, int]:
 
 
 def declare(arrays: list[Array], levels: int, tokens: int, *, ranked: bool) -> list[Array]:
-    """The arrays that hold the checksums of `arrays`."""
+    """The arrays that hold the checksums of `arrays`; a part of discrete tokens has no features."""
     row_view = ("row", "view")
+    features = any(array.name == "features" for array in arrays)
     return [
-        Array("row_crc", "<u4", (levels,), (*row_view, "level")),
+        *([Array("row_crc", "<u4", (levels,), (*row_view, "level"))] if features else []),
         Array("side_crc", "<u4", (columns(arrays)[""],), (*row_view, "array")),
-        *([Array("prefix_crc", "<u4", (tokens, levels), (*row_view, "prefix", "level"), split=True)] if ranked else []),
+        *(
+            [Array("prefix_crc", "<u4", (tokens, levels), (*row_view, "prefix", "level"), split=True)]
+            if ranked and features
+            else []
+        ),
     ]
 
 
 def compute(arrays: Iterable[Array], items: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.uint32]]:
     """Items (n, *item) of all arrays -> the checksum arrays that `arrays` declares."""
     specs = {spec.name: spec for spec in arrays}
-    features = np.ascontiguousarray(items["features"], specs["features"].dtype)
-    out = {"row_crc": levels(features)}
-    if "prefix_crc" in specs:
-        out["prefix_crc"] = _prefixes(features)
-    side = np.empty((len(features), specs["side_crc"].item[0]), np.uint32)
+    out: dict[str, npt.NDArray[np.uint32]] = {}
+    if "features" in specs:
+        features = np.ascontiguousarray(items["features"], specs["features"].dtype)
+        out["row_crc"] = levels(features)
+        if "prefix_crc" in specs:
+            out["prefix_crc"] = _prefixes(features)
+    side = np.empty((len(next(iter(items.values()))), specs["side_crc"].item[0]), np.uint32)
     for name, first in columns(specs.values()).items():
         if name:
             values = np.ascontiguousarray(items[name], specs[name].dtype)

@@ -42,8 +42,14 @@ CODECS = {
 }
 
 
-def out_of_range(coded: Mapping[str, Tensor], stats: Tensor) -> list[tuple[int, int]]:
-    """(batch, level) pairs of encoded arrays and statistics, all (B, L, ...), that hold a non-finite value."""
-    good = [torch.isfinite(values).flatten(2).all(2) for values in (*coded.values(), stats)]
-    bad = ~torch.stack(good).all(0)
-    return [(int(row), int(level)) for row, level in bad.nonzero().tolist()]
+_WIDER = {torch.float32: torch.float64, torch.float64: torch.float64}
+
+
+def in_range(coded: Mapping[str, Tensor], stats: Tensor) -> Tensor:
+    """(B, L) whether encoded arrays and statistics, all (B, L, ...), hold finite values only; stays on the device.
+
+    By sums that cannot overflow: what is not finite stays in a sum, and one pass makes no mask of the size of it all.
+    """
+    values = [each.flatten(2) for each in (*coded.values(), stats)]
+    sums = [each.sum(2, dtype=_WIDER.get(each.dtype, torch.float32)) for each in values]
+    return torch.stack([torch.isfinite(each) for each in sums]).all(0)

@@ -1,10 +1,9 @@
 """The extraction: pictures -> views -> teacher -> targets -> codec -> shard, once.
 
-Three stages overlap: threads decode and render, the caller's thread runs the teacher and encodes on its device, one
-thread writes. Batches are made of views in (picture, view) order, never cross a shard, and the last one of a shard is
-padded, so that a real network sees the same batches whenever it is run again.
-
-B batch (views), V views a picture, S pixels, L levels, T tokens, P patches, D width.
+Stages overlap: threads decode and render, the caller's copies pixels over and runs the teacher, one thread
+encodes, one writes (`stages`). Batches are made of views in (picture, view) order, never cross a shard, and the last
+one of a shard is padded, so that a real network sees the same batches whenever it is run again. Several plans over the
+same views are one pass: each picture is decoded once, and what a plan writes is what it would write alone.
 """
 
 from __future__ import annotations
@@ -13,72 +12,35 @@ import contextlib
 import errno
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-
-from featcache import checksums, codecs, manifest, publish, rendering, rng, targets, teachers, views
+from featcache import checksums, manifest, publish, rendering, stages, tokenizer
 from featcache import lease as leases
 from featcache.errors import UsageError, UserError
-from featcache.plan import Plan, prepare
+from featcache.plan import Job, Plan, check_room, prepare
+from featcache.progress import Progress
+from featcache.stages import compute, ranked
 from featcache.statistics import OfFeatures, Statistics, of_stored
 from featcache.store import QUARANTINE, ShardWriter, record_path, store
 
+# `compute` and `ranked` as well: who compares stored rows with the teacher goes the extraction's own way.
+__all__ = ["Progress", "compute", "ranked", "report_quarantine", "run", "together"]
+
 WAIT_S = 1.0  # between looks at shards that other processes work on
+IN_FLIGHT = 2  # batches that the teacher is done with and that are not written yet
+Shard = dict[str, Any]  # name, first, count
 
 
-@dataclass
-class Progress:
-    """Busy seconds of each stage and what is done; `report` is called after every batch."""
-
-    report: Callable[[Progress], None] = lambda progress: None
-    waiting: Callable[[int], None] = lambda shards: None  # called while other processes hold the last shards
-    told_waiting: int = 0
-    pictures: int = 0
-    total: int = 0
-    workers: int = 1
-    started: float = field(default_factory=time.perf_counter)
-    busy: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "teacher": 0.0, "encode": 0.0, "write": 0.0})
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.busy[name] += time.perf_counter() - start
-
-    @property
-    def slowest(self) -> str:
-        """The stage that bounds the rate: decoding is shared by its threads, the others have one each."""
-        return max(self.busy, key=lambda name: self.busy[name] / (self.workers if name == "decode" else 1))
-
-    @property
-    def rate(self) -> float:
-        """Pictures a second since the start."""
-        return self.pictures / max(time.perf_counter() - self.started, 1e-9)
+def run(plan: Plan, out: Path, **options: Any) -> dict[str, Any]:
+    """Extract what is missing of the cache at `out`; returns its manifest. Options are those of `together`."""
+    return together([Job(plan, out)], **options)[0]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A batch on the host, as it will be stored, but for the order of tokens."""
-
-    coded: dict[str, npt.NDArray[Any]]  # the codec's arrays, `features` (B, L, T, ...) among them
-    stats: npt.NDArray[np.float32]  # (B, L, T, 2)
-    attention: npt.NDArray[np.float32]  # (B, P)
-    about: OfFeatures  # h before encoding
-
-
-def run(
-    plan: Plan,
-    out: Path,
+def together(
+    jobs: Sequence[Job],
     *,
     batch_size: int = 64,
     workers: int = 2,
@@ -87,73 +49,99 @@ def run(
     share: tuple[int, int] = (0, 1),
     about: dict[str, Any] | None = None,
     only: str | None = None,
-) -> dict[str, Any]:
-    """Extract what is missing of the cache at `out`; returns its manifest. Killed at any moment, the next call
-    continues; several processes may work on one cache at once. `share` (i, n) takes only shards i, i + n, ... A picture
-    that cannot be used is quarantined, or a UserError with `strict`. A repair gives the manifest `about` that is there,
-    which it has compared itself, and the `only` shard it wants."""
+) -> list[dict[str, Any]]:
+    """Extract what is missing of each job, which share pictures, policy, views and shards; returns their manifests.
+    Killed at any moment, the next call continues; several processes may work on one cache at once. `share` (i, n) takes
+    only shards i, i + n, ... A picture that cannot be used is quarantined, or a UserError with `strict`. A repair
+    gives the manifest `about` of its one job, which it has compared itself, and the `only` shard it wants."""
     if batch_size < 1 or workers < 1:
         raise UsageError(f"--batch-size {batch_size}, --workers {workers}: at least 1 is needed")
     progress = progress or Progress()
-    wanted = about or prepare(plan, out, batch_size)
-    mine = [shard for shard in wanted["shards"][share[0] :: share[1]] if only in (None, shard["name"])]
-    publish.settle(out, plan.store, (shard["name"] for shard in mine))
+    if len(jobs) > 1:
+        check_room(jobs)
+    wanted = [about] if about else [prepare(*job, batch_size) for job in jobs]
+    mine = [shard for shard in wanted[0]["shards"][share[0] :: share[1]] if only in (None, shard["name"])]
+    for plan, out in jobs:
+        publish.settle(out, plan.store, (shard["name"] for shard in mine))
     progress.workers = workers
     try:
-        with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as writing, contextlib.ExitStack() as stack:
-            free = stack.enter_context(contextlib.closing(_free_shards(plan, out, mine, progress)))
-            for shard in free:
-                writer = store(plan.store).writer(out, shard["name"], plan.arrays, plan.views)
-                try:
-                    _extract_shard(plan, shard, writer, batch_size, strict, progress, decoders, writing)
-                except BaseException:
-                    decoders.shutdown(wait=True, cancel_futures=True)
-                    writing.shutdown(wait=True, cancel_futures=True)
-                    writer.discard()
-                    raise
+        with Pools(workers) as pools, contextlib.closing(_free_shards(jobs, mine, progress)) as free:
+            for shard, lacking in free:
+                _extract_shard(lacking, shard, batch_size, strict, progress, pools)
     except BaseException as error:
-        publish.abandon(out)
-        leases.abandon(out)
-        if full := _disk_full(error, out, wanted):
+        for _, out in jobs:
+            publish.abandon(out)
+            leases.abandon(out)
+        if full := _disk_full(error, jobs[0].out, wanted[0]):
             raise full from error
         raise
-    report_quarantine(out, wanted)
+    for job, each in zip(jobs, wanted, strict=True):
+        report_quarantine(job.out, each)
     return wanted
 
 
+class Pools(contextlib.ExitStack):
+    """The threads: many that decode, one that encodes, one that writes."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__()
+        self.decode, self.encode, self.write = (
+            self.enter_context(ThreadPoolExecutor(count)) for count in (workers, 1, 1)
+        )
+
+    def stop(self) -> None:
+        """Begin nothing new and wait for what has begun; a stage before the one it feeds."""
+        for pool in (self.decode, self.encode, self.write):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
 def _free_shards(
-    plan: Plan, out: Path, shards: Sequence[dict[str, Any]], progress: Progress
-) -> Generator[dict[str, Any], None, None]:
-    """Shards without a record that nobody else works on; waits for those that somebody does, until they are complete or
-    left behind."""
+    jobs: Sequence[Job], shards: Sequence[Shard], progress: Progress
+) -> Generator[tuple[Shard, list[Job]], None, None]:
+    """Shards with the jobs that have no record of them and that nobody else works on; waits for those that somebody
+    does, until they are complete or left behind."""
     left = list(shards)
-    missing = {shard["name"] for shard in left if not record_path(out, shard["name"]).is_file()}
+    missing = {shard["name"] for shard in left if _lacking(jobs, shard)}
     progress.total = progress.total or sum(shard["count"] for shard in left if shard["name"] in missing)
     while left:
         taken = False
         for shard in list(left):
-            if record_path(out, shard["name"]).is_file():
+            name = shard["name"]
+            lacking = _lacking(jobs, shard)
+            if not lacking:
                 left.remove(shard)
-                progress.total -= shard["count"] if shard["name"] in missing else 0
-                leases.clear(out, shard["name"])
+                progress.total -= shard["count"] if name in missing else 0
+                for _, out in jobs:
+                    leases.clear(out, name)
                 continue
-            lease = leases.take(out, shard["name"])
-            if lease is None:
-                continue
-            publish.settle(out, plan.store, [shard["name"]])
-            if record_path(out, shard["name"]).is_file():  # finished by another in the meantime, or adopted just now
-                lease.release()
-                taken = True
-                continue
-            taken = True
-            left.remove(shard)
-            try:
-                yield shard
-            finally:
-                lease.release()
+            with contextlib.ExitStack() as held:
+                free = [job for job in lacking if _take(job, name, held)]
+                taken = taken or bool(free)
+                free = _lacking(free, shard)  # one may have been finished by another meanwhile, or adopted just now
+                if not free:
+                    continue
+                if len(free) == len(lacking):
+                    left.remove(shard)
+                else:  # others work on the rest of it; to be looked at again
+                    progress.total += shard["count"]
+                yield shard, free
         if left and not taken:
             progress.waiting(len(left))
             time.sleep(WAIT_S)
+
+
+def _lacking(jobs: Sequence[Job], shard: Shard) -> list[Job]:
+    return [job for job in jobs if not record_path(job.out, shard["name"]).is_file()]
+
+
+def _take(job: Job, shard: str, held: contextlib.ExitStack) -> bool:
+    """Whether the lease of a job's shard is ours, until `held` is left."""
+    lease = leases.take(job.out, shard)
+    if lease is None:
+        return False
+    held.callback(lease.release)
+    publish.settle(job.out, job.plan.store, [shard])
+    return True
 
 
 def _disk_full(error: BaseException, out: Path, wanted: dict[str, Any]) -> UserError | None:
@@ -166,17 +154,61 @@ def _disk_full(error: BaseException, out: Path, wanted: dict[str, Any]) -> UserE
     )
 
 
+class Line:
+    """What one job makes of a shard's batches."""
+
+    def __init__(self, job: Job, writer: ShardWriter, batch_size: int, progress: Progress) -> None:
+        self.plan, self.writer, self.progress = job.plan, writer, progress
+        self.lane = stages.Lane(job.plan, batch_size, progress)
+        self.statistics = Statistics()
+
+    def encode(self, flight: stages.Flight) -> tuple[list[str], stages.Host]:
+        """Keys and items of a batch; batches come in order, one at a time."""
+        host = self.lane.land(flight)
+        with self.progress.stage("encode"):
+            items, about = self._items(flight.batch, host)
+            self.statistics.add(items, about)
+            items |= checksums.compute(self.plan.arrays, items)
+        return [picture.key for picture, _ in flight.batch], items
+
+    def _items(self, batch: stages.Batch, host: stages.Host) -> tuple[stages.Host, OfFeatures]:
+        plan = self.plan
+        if plan.is_tokenizer:
+            ids = tokenizer.stored(host[tokenizer.FIELD], plan.teacher.width, plan.teacher.name)
+            return {tokenizer.FIELD: ids, **stages.of_views(batch)}, OfFeatures(0.0, 0.0, ids[:0].astype("f4"))
+        answer = stages.encoded(plan, batch, host)
+        items = stages.items(plan, batch, answer)
+        of_copy = plan.keep is not None or plan.recount
+        return items, of_stored(plan.codec, plan.teacher.width, items) if of_copy else answer.about
+
+    def write(self, made: Future[tuple[list[str], stages.Host]]) -> None:
+        keys, items = made.result()
+        with self.progress.stage("write"):
+            self.writer.append(keys, items)
+
+
 def _extract_shard(
-    plan: Plan,
-    shard: dict[str, Any],
-    writer: ShardWriter,
-    batch_size: int,
-    strict: bool,
-    progress: Progress,
-    decoders: ThreadPoolExecutor,
-    writing: ThreadPoolExecutor,
+    jobs: Sequence[Job], shard: Shard, batch_size: int, strict: bool, progress: Progress, pools: Pools
 ) -> None:
-    statistics = Statistics()
+    lines: list[Line] = []
+    try:
+        for plan, out in jobs:
+            writer = store(plan.store).writer(out, shard["name"], plan.arrays, plan.views)
+            lines.append(Line(Job(plan, out), writer, batch_size, progress))
+        _run_lines(lines, shard, batch_size, strict, progress, pools)
+    except BaseException:
+        pools.stop()
+        for line in lines:
+            line.writer.discard()
+        raise
+
+
+def _run_lines(
+    lines: Sequence[Line], shard: Shard, batch_size: int, strict: bool, progress: Progress, pools: Pools
+) -> None:
+    """Decode, copy and teacher here, encoding and writing each in its thread, in the order of batches and lines."""
+    plans = [line.plan for line in lines]
+    plan = plans[0]
     quarantined: list[dict[str, str]] = []
     pending: deque[Future[None]] = deque()
     indices = range(shard["first"], shard["first"] + shard["count"])
@@ -184,128 +216,26 @@ def _extract_shard(
 
     def decode(index: int) -> rendering.Rendered:
         with progress.stage("decode"):
-            return rendering.render(plan, index)
+            return rendering.render(plans, index)
 
-    rendered = rendering.usable(plan, rendering.ahead(decoders, decode, indices, window), strict, quarantined)
+    futures = rendering.ahead(pools.decode, decode, indices, window)
+    rendered = rendering.usable(plan, futures, strict, quarantined)
     for batch in rendering.batches(rendered, plan.views, batch_size):
-        with progress.stage("teacher"):
-            encoded = _run_teacher(plan, batch, batch_size)
-        if len(pending) == 2:
-            pending.popleft().result()
-        pending.append(writing.submit(_write, plan, writer, batch, encoded, statistics, progress))
+        for line in lines:
+            flight = line.lane.launch(batch)
+            while len(pending) >= IN_FLIGHT:
+                pending.popleft().result()
+            made = pools.encode.submit(line.encode, flight)
+            pending.append(pools.write.submit(line.write, made))
         progress.pictures += sum(view == plan.views - 1 for _, view in batch)
         progress.report(progress)
     for future in pending:
         future.result()
-    with progress.stage("write"):
-        writer.finish(quarantined, statistics.summary())
+    for line in lines:
+        with progress.stage("write"):
+            line.writer.finish(quarantined, line.statistics.summary())
     progress.pictures += len(quarantined)
     progress.report(progress)
-
-
-def _run_teacher(plan: Plan, batch: list[tuple[rendering.Rendered, int]], batch_size: int) -> Encoded:
-    pixels = np.stack([picture.pixels[view] for picture, view in batch])
-    if len(batch) < batch_size:
-        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], batch_size - len(batch), 0)])
-    device = next(iter(plan.teacher.state_dict().values())).device
-    coded, stats, attention, about = compute(
-        plan.teacher, _to_device(pixels, device), plan.levels, plan.codec, len(batch)
-    )
-    for row, level in codecs.out_of_range(coded, stats)[:1]:
-        picture, view = batch[row]
-        raise UserError(
-            f"teacher {plan.teacher.name!r} gave non-finite features for picture {picture.key!r}, view "
-            f"{plan.view_numbers[view]}, level {plan.levels[level]}; finite values within {plan.codec}'s range are "
-            "needed: check the weights"
-        )
-    weights = attention.cpu().numpy()
-    good = np.isfinite(weights).all(1) & (weights >= 0).all(1) & (weights.sum(1) <= 1 + 1e-3)
-    for row in np.flatnonzero(~good)[:1]:
-        picture, view = batch[row]
-        raise UserError(
-            f"teacher {plan.teacher.name!r} gave [CLS] attention outside 0 to 1 for picture {picture.key!r}, view "
-            f"{plan.view_numbers[view]}; weights of one softmax row are needed: check the weights"
-        )
-    host = {name: value.cpu().numpy() for name, value in coded.items()}
-    return Encoded(host, stats.cpu().numpy(), weights, about)
-
-
-def _to_device(pixels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
-    """(B, S, S, 3) -> (B, 3, S, S) on the device, still uint8."""
-    return torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
-
-
-@torch.no_grad()
-def compute(
-    teacher: teachers.Teacher, pixels: Tensor, levels: Sequence[int], codec: str, count: int
-) -> tuple[dict[str, Tensor], Tensor, Tensor, OfFeatures]:
-    """uint8 (B, 3, S, S) -> the codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention (n, P), facts on h.
-
-    The first n = `count` of the batch are kept; the rest is padding.
-    """
-    ys, attention = teacher(pixels, levels)
-    levels_coded, stats, spans, norms = [], [], [], []
-    for y in ys:
-        h, stat = targets.normalise(y[:count])
-        spans.append(torch.stack(h.aminmax()))
-        norms.append(torch.linalg.vector_norm(h, dim=-1).mean(-1))
-        levels_coded.append(codecs.CODECS[codec].encode(h))
-        stats.append(stat)
-    low, high = torch.stack(spans, 1)
-    about = OfFeatures(float(low.min()), float(high.max()), torch.stack(norms, 1).float().cpu().numpy())
-    coded = {name: torch.stack([level[name] for level in levels_coded], 1) for name in levels_coded[0]}
-    return coded, torch.stack(stats, 1), attention[:count].float(), about
-
-
-def _write(
-    plan: Plan,
-    writer: ShardWriter,
-    batch: list[tuple[rendering.Rendered, int]],
-    encoded: Encoded,
-    statistics: Statistics,
-    progress: Progress,
-) -> None:
-    with progress.stage("encode"):
-        items = _items(plan, batch, encoded)
-        of_copy = plan.keep is not None or plan.recount
-        statistics.add(items, of_stored(plan.codec, plan.teacher.width, items) if of_copy else encoded.about)
-        items |= checksums.compute(plan.arrays, items)
-    with progress.stage("write"):
-        writer.append([picture.key for picture, _ in batch], items)
-
-
-def _items(plan: Plan, batch: list[tuple[rendering.Rendered, int]], encoded: Encoded) -> dict[str, npt.NDArray[Any]]:
-    """What is stored of a batch, but for the checksums."""
-    digests = rng.key_digests(picture.key for picture, _ in batch)
-    numbers = np.array([plan.view_numbers[view] for _, view in batch])
-    order = targets.mask_order(plan.order, encoded.attention, digests, numbers, plan.policy.seed)
-    tokens = {**encoded.coded, "feature_stats": encoded.stats}
-    if plan.tokens == "ranked":
-        tokens = {name: ranked(values, order, plan.stored_tokens) for name, values in tokens.items()}
-    pixels = {"pixels": np.stack([p.proofs[view] for p, view in batch if p.proofs is not None])} if plan.pixels else {}
-    drawn = {
-        name: np.stack([getattr(picture.drawn, name)[0, view] for picture, view in batch])
-        for name in views.Drawn._fields
-    }
-    return {
-        **tokens,
-        **pixels,
-        "attention": encoded.attention,
-        "mask_order": order,
-        **drawn,
-        "pixel_hash": np.stack([picture.hashes[view] for picture, view in batch]),
-        "thumbnail": np.stack([picture.thumbnails[view] for picture, view in batch]),
-        "source_size": np.array([picture.source_size for picture, _ in batch], np.int32),
-    }
-
-
-def ranked(values: npt.NDArray[Any], order: npt.NDArray[np.unsignedinteger], count: int) -> npt.NDArray[Any]:
-    """(B, L, 1 + P, ...) in image order -> (B, L, count, ...): [CLS], then patches as `order` (B, P) ranks them."""
-    out = np.empty((*values.shape[:2], count, *values.shape[3:]), values.dtype)
-    for item, ranks, target in zip(values, order, out, strict=True):
-        target[:, 0] = item[:, 0]
-        target[:, 1:] = item[:, 1 + ranks[: count - 1].astype(np.intp)]
-    return out
 
 
 def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ import click
 
 from featcache.errors import UsageError
 
+_OWN = ("--devices", "--device", "--check-teacher")  # options that a helper is not given
+
 
 def devices(text: str) -> list[str]:
     """'all' or 'cuda:0,cuda:1' -> the devices, each once."""
@@ -60,11 +62,11 @@ def helpers(names: Sequence[str]) -> Iterator[None]:
 
 
 def _arguments(device: str) -> list[str]:
-    """This process's own command line with one device in place of several."""
+    """This process's own command line with one device in place of several, and without the check it has made."""
     out, words = [], iter(sys.argv[1:])
     for word in words:
-        if word in ("--devices", "--device"):
+        if word in _OWN:
             next(words, None)
-        elif not word.startswith(("--devices=", "--device=")):
+        elif not word.startswith(tuple(f"{name}=" for name in _OWN)):
             out.append(word)
     return [*out, "--device", device]

@@ -79,10 +79,12 @@ def options(
         **{key: identity[key] for key in ("order", "codec", "store", "tokens")},
         **({"keep": identity["keep"]} if keep and "keep" in identity else {}),
         **({"pixels": identity["pixels"]} if "pixels" in identity else {}),
+        **({"precision": identity["teacher"]["precision"]} if "precision" in identity["teacher"] else {}),
         "rows-per-shard": identity["rows_per_shard"],
         **({} if size == BATCH_SIZE else {"batch-size": size}),  # a real network gives other bits at another
     }
-    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    compiled = ["--compile"] if provenance.get("compiled") else []
+    return [*(word for key, value in given.items() for word in (f"--{key}", str(value))), *compiled]
 
 
 def levels_text(levels: Sequence[int], depth: int) -> str:

@@ -16,6 +16,8 @@ from featcache.errors import IdentityError, UserError
 from featcache.reader import Cache
 
 I64 = npt.NDArray[np.int64]
+BOX = ("crop", "flip", "jitter", "source_size")  # what makes a view of a picture
+_PAIR_ROWS = 1 << 16  # compared at a time: a few MB
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,35 @@ def prove(
     difference = np.abs(views.thumbnail(pixels).astype(int) - stored.astype(int)).mean()
     if difference > tolerance or not tolerance:
         raise IdentityError(f"{problem}; train on the pictures of the extraction, or allow it: {option}")
+
+
+def pair(here: Cache, there: Cache) -> tuple[I64, I64]:
+    """(rows of one (n,), rows of the other (n,)) of the pictures that both hold, in the order of the first.
+
+    For caches that were extracted apart, of two teachers or at two times: view v of one is then view v of the other.
+    Every stored box of the views that both have is compared; one that differs is an IdentityError that names it.
+    """
+    theirs = there.keys.find(here.keys)
+    ours = np.flatnonzero(theirs >= 0)
+    theirs = theirs[ours]
+    if not len(ours):
+        raise IdentityError(
+            f"caches {str(here.path)!r} and {str(there.path)!r} have no picture in common; see their keys"
+        )
+    for low in range(0, len(ours), _PAIR_ROWS):
+        a, b = ours[low : low + _PAIR_ROWS], theirs[low : low + _PAIR_ROWS]
+        for view in range(min(here.views, there.views)):
+            _same_boxes(here, there, a, b, view)
+    return ours, theirs
+
+
+def _same_boxes(here: Cache, there: Cache, ours: I64, theirs: I64, view: int) -> None:
+    one, other = here.read(ours, view, BOX), there.read(theirs, view, BOX)
+    for name in BOX:
+        differs = (one[name] != other[name]).reshape(len(ours), -1).any(1)
+        for i in np.flatnonzero(differs)[:1].tolist():
+            raise IdentityError(
+                f"picture {here.keys[ours[i]]!r}, view {view}: {name} is {one[name][i].tolist()} in "
+                f"{str(here.path)!r}, {other[name][i].tolist()} in {str(there.path)!r}; caches are joined where both "
+                "show the same crops: extract with the same policy and --seed, from the same pictures"
+            )

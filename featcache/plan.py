@@ -10,16 +10,18 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
 from safetensors.numpy import save
 
-from featcache import checksums, codecs, images, manifest, targets, teachers, views
+from featcache import checksums, codecs, images, manifest, running, targets, teachers, tokenizer, views
 from featcache.errors import UsageError, UserError
 from featcache.store import SHARDS, Array, record_path
 
@@ -57,6 +59,19 @@ class Plan:
             raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches are allowed")
 
     @property
+    def is_tokenizer(self) -> bool:
+        return isinstance(self.teacher, tokenizer.Tokenizer)
+
+    @property
+    def input_px(self) -> int:
+        return self.teacher.input_px
+
+    @property
+    def filter(self) -> str:
+        """By which crops are resized for the teacher: the policy's, a tokenizer's own."""
+        return self.teacher.filter if isinstance(self.teacher, tokenizer.Tokenizer) else self.policy.filter
+
+    @property
     def stored_tokens(self) -> int:
         """[CLS] and the patches that are stored of each."""
         return 1 + (self.teacher.patches if self.keep is None else self.keep)
@@ -76,51 +91,52 @@ class Plan:
 
     @property
     def arrays(self) -> list[Array]:
+        own = [tokenizer.array(self.teacher.patches)] if self.is_tokenizer else self._of_teacher()
+        arrays = [*own, *_of_views()]
+        ranked = self.tokens == "ranked"
+        return [*arrays, *checksums.declare(arrays, len(self.levels), self.stored_tokens, ranked=ranked)]
+
+    def _of_teacher(self) -> list[Array]:
         levels, tokens, patches = len(self.levels), self.stored_tokens, self.teacher.patches
         coded = codecs.CODECS[self.codec].arrays(self.teacher.width)
-        order = "|u1" if patches <= 256 else "<u2"
-        size = self.policy.size
+        order, size = "|u1" if patches <= 256 else "<u2", self.policy.size
         row_view = ("row", "view")
-        arrays = [
+        pixels = Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)
+        return [
             *(
                 Array(name, dtype, (levels, tokens, *item), (*row_view, "level", "token", *names), split=True)
                 for name, (dtype, item, names) in coded.items()
             ),
             Array("feature_stats", "<f4", (levels, tokens, 2), (*row_view, "level", "token", "mean_std"), split=True),
-            *(
-                [Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)]
-                if self.pixels
-                else []
-            ),
+            *([pixels] if self.pixels else []),
             Array("attention", "<f4", (patches,), (*row_view, "patch")),
             Array("mask_order", order, (patches,), (*row_view, "rank")),
-            Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
-            Array("flip", "|u1", (), row_view),
-            Array("area", "<f4", (), row_view),
-            Array("jitter", "<f4", (4,), (*row_view, "brightness_contrast_saturation_order")),
-            Array("pixel_hash", "<u8", (), row_view),
-            Array("thumbnail", "|u1", (views.THUMBNAIL, views.THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
-            Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
         ]
-        return [*arrays, *checksums.declare(arrays, levels, tokens, ranked=self.tokens == "ranked")]
 
     @property
     def view_bytes(self) -> int:
         """Bytes of the arrays that are stored for each view."""
         return sum(array.item_bytes for array in self.arrays if array.per_view)
 
+    @cached_property
+    def _weight_hash(self) -> str:
+        """Once: of ViT-L/14 it takes seconds, and an extraction asks for its manifest several times."""
+        return teachers.weight_hash(self.teacher)
+
     def manifest(self) -> dict[str, Any]:
-        teacher = self.teacher
+        teacher, run = self.teacher, running.of(self.teacher)
         identity = {
             "teacher": {
                 "name": teacher.name,
-                "weight_hash": teachers.weight_hash(teacher),
+                "weight_hash": self._weight_hash,
                 "input_px": teacher.input_px,
                 "pixel_mean": list(teacher.pixel_mean),
                 "pixel_std": list(teacher.pixel_std),
                 "patches": teacher.patches,
                 "width": teacher.width,
                 "depth": teacher.depth,
+                **({} if run.precision == "fp32" else {"precision": run.precision}),
+                **({"filter": self.filter} if self.is_tokenizer else {}),
             },
             "levels": list(self.levels),
             "eps": targets.EPS,
@@ -139,6 +155,7 @@ class Plan:
         }
         provenance = {
             "weights": teacher.weights,
+            **({"compiled": True} if run.compiled else {}),
             "source": os.path.abspath(self.source.spec),  # noqa: PTH100 (a pattern, not always a path)
             "versions": {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()},
         }
@@ -150,11 +167,32 @@ class Plan:
         return {f"{file_name(self.teacher.name)}.safetensors": save(self.teacher.tail())}
 
 
-def parse_levels(text: str, depth: int) -> tuple[int, ...]:
-    """'last:5', '8,10,12' or 'all' -> 1-based block numbers, ascending.
+class Job(NamedTuple):
+    """A plan and the folder it goes to."""
 
-    >>> parse_levels("last:3", 12), parse_levels("8,12,10", 12)
-    ((10, 11, 12), (8, 10, 12))
+    plan: Plan
+    out: Path
+
+
+def _of_views() -> list[Array]:
+    """What every part stores of the views themselves."""
+    row_view = ("row", "view")
+    return [
+        Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
+        Array("flip", "|u1", (), row_view),
+        Array("area", "<f4", (), row_view),
+        Array("jitter", "<f4", (4,), (*row_view, "brightness_contrast_saturation_order")),
+        Array("pixel_hash", "<u8", (), row_view),
+        Array("thumbnail", "|u1", (views.THUMBNAIL, views.THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
+        Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
+    ]
+
+
+def parse_levels(text: str, depth: int) -> tuple[int, ...]:
+    """'last:5', '8,10,12', '-1,-3' (counted from the end) or 'all' -> 1-based block numbers, ascending.
+
+    >>> parse_levels("last:3", 12), parse_levels("8,12,10", 12), parse_levels("-1,-3", 12)
+    ((10, 11, 12), (8, 10, 12), (10, 12))
     """
     head, _, count = text.partition(":")
     if text == "all":
@@ -162,9 +200,14 @@ def parse_levels(text: str, depth: int) -> tuple[int, ...]:
     if head == "last" and count.isdecimal() and 1 <= int(count) <= depth:
         return tuple(range(depth - int(count) + 1, depth + 1))
     parts = text.split(",")
-    if all(part.isdecimal() and 1 <= int(part) <= depth for part in parts) and len(set(map(int, parts))) == len(parts):
-        return tuple(sorted(map(int, parts)))
-    raise UsageError(f"--levels {text!r}: last:N, a list such as 1,{depth}, or all; blocks are 1 to {depth}")
+    if all(part.removeprefix("-").isdecimal() and 1 <= abs(int(part)) <= depth for part in parts):
+        blocks = {int(part) % (depth + 1) for part in parts}  # -1 is the last
+        if len(blocks) == len(parts):
+            return tuple(sorted(blocks))
+    raise UsageError(
+        f"--levels {text!r}: last:N, a list such as 1,{depth} or -1,-3 that names no block twice, or all; blocks are "
+        f"1 to {depth}, or -1 to -{depth} from the end"
+    )
 
 
 def file_name(text: str) -> str:
@@ -234,10 +277,20 @@ def continued(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
 
 def _check_space(plan: Plan, out: Path) -> None:
     """Is there room for the shards that are missing?"""
+    check_room([Job(plan, out)])
+
+
+def check_room(jobs: Sequence[Job]) -> None:
+    """Is there room for what is missing of all of them? The first folder's disk holds the others."""
+    out = jobs[0].out
     place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    missing = sum(shard["count"] for shard in plan.shards if not record_path(out, shard["name"]).is_file())
-    needed = plan.view_bytes * plan.views * missing + (_SPARE_BYTES if missing else 0)
-    free = shutil.disk_usage(place).free
+    missing = [
+        plan.view_bytes * plan.views * shard["count"]
+        for plan, folder in jobs
+        for shard in plan.shards
+        if not record_path(folder, shard["name"]).is_file()
+    ]
+    needed, free = sum(missing) + (_SPARE_BYTES if missing else 0), shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
             f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "

@@ -86,7 +86,7 @@ class Cache:
                     spec = replace(spec, item=(levels, *spec.item[1:]))
                 if first is self._base:
                     yield name, spec
-                elif checksums.has_levels(spec) or name in ("attention", "mask_order"):
+                elif checksums.has_levels(spec) or name in ("attention", "mask_order", "token_ids"):
                     yield f"{teacher}/{name}", spec
 
     def levels_of(self, teacher: str) -> tuple[int, ...]:
@@ -196,6 +196,12 @@ class Cache:
         except BadRow as bad:
             raise self._explain(bad, rows, views) from bad
         return result
+
+    def derive(self, name: str, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
+        """`f`, `z`, `fd` or `y` (n, T, width), which follow from what is stored: see `featcache.derive.read`."""
+        from featcache.derive import read  # needs torch, which reading does without
+
+        return read(self, name, *args, **options)
 
     # ------------------------------------------------------------ what is asked for
 

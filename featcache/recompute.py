@@ -15,8 +15,6 @@ from featcache import images, rng, views
 from featcache.errors import IdentityError
 from featcache.reader import Cache
 
-FEATURE_BOUND = 1e-3  # per-token relative L2 between stored and recomputed features
-ATTENTION_BOUND = 1e-4  # largest difference over the largest weight
 OTHER_PICTURES = 0.9  # from this share of rows with other pixels on, the pictures are taken for others than those
 
 
@@ -62,10 +60,10 @@ def recompute(
 
 
 def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
-    from featcache import teachers
+    from featcache import running, teachers
 
     given = weights or cache.manifest["provenance"]["weights"]
-    teacher = teachers.load(cache.identity["teacher"]["name"], given, device)
+    teacher = running.like(teachers.load(cache.identity["teacher"]["name"], given, device), cache.identity)
     here, there = teachers.weight_hash(teacher), cache.identity["teacher"]["weight_hash"]
     if here != there:
         raise IdentityError(
@@ -88,6 +86,8 @@ def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
 
 
 def _recompute_row(cache: Cache, source: images.Source, at: dict[str, int], teacher: Any, row: int, view: int) -> Row:
+    from featcache import running
+
     key = cache.keys[row]
     if key not in at:
         return Row(f"picture {key!r} is not in {source.spec!r}")
@@ -104,11 +104,12 @@ def _recompute_row(cache: Cache, source: images.Source, at: dict[str, int], teac
     if problem := pixel_problem(cache, row, view, proof):
         return Row(problem)
     error, attention_error = _errors(cache, teacher, row, view, pixels)
-    if error <= FEATURE_BOUND and attention_error <= ATTENTION_BOUND:
+    bound, attention_bound = running.BOUNDS[running.of(teacher).precision]
+    if error <= bound and attention_error <= attention_bound:
         return Row(None, (error, attention_error))
     return Row(
-        f"picture {key!r}, view {view}: features differ by {error:.1e} (allowed {FEATURE_BOUND:.0e}), attention by "
-        f"{attention_error:.1e} (allowed {ATTENTION_BOUND:.0e})",
+        f"picture {key!r}, view {view}: features differ by {error:.1e} (allowed {bound:.0e}), attention by "
+        f"{attention_error:.1e} (allowed {attention_bound:.0e})",
         (error, attention_error),
     )
 

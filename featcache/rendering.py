@@ -6,7 +6,7 @@ V views a picture, S pixels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from featcache import images, rng, views
 from featcache.errors import UserError
 from featcache.plan import Plan
 
+Kind = tuple[int, str]  # pixels of an edge, filter
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -26,7 +28,7 @@ class Rendered:
     key: str
     source_size: tuple[int, int]
     drawn: views.Drawn
-    pixels: npt.NDArray[np.uint8]  # (V, S, S, 3)
+    pixels: dict[Kind, npt.NDArray[np.uint8]]  # (V, S, S, 3) of each size and filter that a teacher sees
     proofs: npt.NDArray[np.uint8] | None  # (V, S, S, 3) at the policy's size, where they are stored
     hashes: npt.NDArray[np.uint64]  # (V,)
     thumbnails: npt.NDArray[np.uint8]  # (V, 14, 14, 3)
@@ -63,34 +65,32 @@ def usable(
             quarantined.append({"key": key, "reason": str(error)})
 
 
-def render(plan: Plan, index: int) -> Rendered:
-    """Decode one picture in full and replay its V views at the teacher's size; hash and thumbnail at the policy's."""
+def render(plans: Sequence[Plan], index: int) -> Rendered:
+    """Decode one picture in full and replay its V views as each plan's teacher sees them; hash and thumbnail are of the
+    policy's size and filter. The plans share pictures, policy and view numbers."""
+    plan = plans[0]
     key = plan.source.keys[index]
     picture = images.decode(plan.source.read(index))
     size = (picture.height, picture.width)
     drawn = views.draw(plan.policy, rng.key_digests([key]), np.array([size]), plan.view_numbers)
-    proofs = [replay(picture, plan.policy, drawn, view, plan.policy.size) for view in range(plan.views)]
-    same = plan.teacher.input_px == plan.policy.size
-    pixels = (
-        proofs
-        if same
-        else [replay(picture, plan.policy, drawn, view, plan.teacher.input_px) for view in range(plan.views)]
-    )
+    proof, seen = (plan.policy.size, plan.policy.filter), {(each.input_px, each.filter) for each in plans}
+    made = {
+        kind: np.stack([_replay(picture, drawn, view, kind) for view in range(plan.views)]) for kind in {proof, *seen}
+    }
     return Rendered(
         key,
         size,
         drawn,
-        np.stack(pixels),
-        np.stack(proofs) if plan.pixels else None,
-        np.array([views.pixel_hash(proof) for proof in proofs], np.uint64),
-        np.stack([views.thumbnail(proof) for proof in proofs]),
+        {kind: made[kind] for kind in seen},
+        made[proof] if any(each.pixels for each in plans) else None,
+        np.array([views.pixel_hash(each) for each in made[proof]], np.uint64),
+        np.stack([views.thumbnail(each) for each in made[proof]]),
     )
 
 
-def replay(picture: Any, policy: views.Policy, drawn: views.Drawn, view: int, size: int) -> npt.NDArray[np.uint8]:
-    """One drawn view of row 0 at `size`."""
-    parts = (drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view])
-    return views.render(picture, *parts, size, policy.filter)
+def _replay(picture: Any, drawn: views.Drawn, view: int, kind: Kind) -> npt.NDArray[np.uint8]:
+    """One drawn view of row 0 at a size, by a filter."""
+    return views.render(picture, drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view], *kind)
 
 
 def batches(rendered: Iterable[Rendered], views: int, batch_size: int) -> Iterator[list[tuple[Rendered, int]]]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
 
-from featcache import images, joining, manifest, rng, teachers, views
+from featcache import images, joining, manifest, rng, running, teachers, views
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
 from student import config, resolve
@@ -232,6 +232,7 @@ def _online(
                 f"weights {given!r} have hash {teachers.weight_hash(teacher)}, the cache was made with "
                 f"{identity['teacher']['weight_hash']}; give those with --weights, or leave --cache out"
             )
+        teacher = running.like(teacher, identity) if identity else teacher
         if teachers.is_random(teacher.weights):
             say(f"note: {teacher.weights} - these weights are drawn, not trained")
     settings = resolve.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))

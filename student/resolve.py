@@ -274,10 +274,10 @@ def _tokenizers(fields: Iterable[str]) -> list[str]:
 
 def _same_views(cache: Cache) -> list[str]:
     """The options that another teacher over a cache's views shares with it."""
-    own = ("--teacher", "--levels", "--weights", "--order", "--codec", "--tokens", "--keep", "--pixels", "--batch-size")
-    words = invocation.options(cache.manifest)
+    own = {"teacher", "levels", "weights", "order", "codec", "tokens", "keep", "pixels", "precision", "batch-size"}
+    words = [word for word in invocation.options(cache.manifest) if word != "--compile"]
     pairs = zip(words[::2], words[1::2], strict=True)
-    return [word for key, value in pairs if key not in own for word in (key, value)]
+    return [word for key, value in pairs if key.removeprefix("--") not in own for word in (key, value)]
 
 
 def _crops(spec: TargetSpec) -> list[str]:

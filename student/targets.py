@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featcache import codecs, joining, rng, targets, teachers, views
+from featcache import codecs, joining, rng, running, targets, teachers, views
 from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from featcache.torch import raster, tensor
@@ -163,7 +163,7 @@ class Online:
         if self.teacher is None:
             return {}, {}
         pixels = torch.from_numpy(host.get("teacher_pixels", host["pixels"])).to(device).permute(0, 3, 1, 2)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), running.applied(self.teacher):  # as a cache's teacher ran, whatever the student runs in
             ys, attention = self.teacher(pixels.contiguous(), self.spec.levels)
             pairs = [targets.normalise(y) for y in ys]
         weights = attention.float().cpu().numpy()

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import featcache
-from benchmarks import bench_read, cold, drop, peers, resident, table, warm
+from benchmarks import bench_extract, bench_read, cold, drop, peers, resident, table, warm
 from benchmarks.contest import Contest, Reader, Task, Turn, check, take
 from benchmarks.records import Bench, Way, make_source, write_cache
 from featcache.errors import UsageError, UserError
+from featcache.teachers import load
 
 TASK = Task(16, (2, 5, 16), 2, 4, 4)
 ORDER = np.random.default_rng(0).permutation(16)
@@ -67,11 +69,63 @@ def test_bench_write_to_its_end(tmp_path: Path) -> None:
     assert set(found["ratios"]) == {"writer alone / raw disk", "store / null sink", "store / raw disk"}
     assert all(ratio > 0 for ratio in found["ratios"].values())
     (rep,) = found["repetitions"]
-    assert rep["store"]["slowest"] in ("decode", "teacher", "encode", "write")
+    assert rep["store"]["slowest"] in ("decode", "copy", "teacher", "encode", "write")
     assert set(rep["store"]["resident_bytes"]) == {"25", "50", "75", "100"}
     assert rep["store"]["peak_bytes"] >= rep["store"]["start_bytes"] > 0
     assert "memory above the start = " in ran.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["write.json"]
+
+
+VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=2,num_heads=3"
+
+
+@pytest.mark.parametrize("ready", [(), ("--ready",)], ids=["network", "ready"])
+def test_bench_extract_to_its_end(tmp_path: Path, ready: tuple[str, ...]) -> None:
+    path = tmp_path / "extract.json"
+    small = ("--teacher", VIT, "--levels", "all", "--rows", 7, "--reps", 2, "--batch-size", 4, "--workers", 1, *ready)
+    ran = program("bench_extract", *small, "--device", "cpu", "--folder", tmp_path, "--json", path)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(path.read_text())
+    assert found["hardware"]["cpu"]
+    assert found["options"]["device"] == "cpu"
+    assert [*found["repetitions"][0]] == list(found["repetitions"][1])
+    assert set(found["repetitions"][0]) == set(bench_extract.WAYS)
+    for way in ("null sink", "store"):
+        assert set(found["repetitions"][0][way]["busy"]) == {"decode", "copy", "teacher", "encode", "write"}
+    assert found["bytes"] == found["repetitions"][1]["raw disk"]["bytes"]
+    assert set(found["ratios"]) == {
+        *bench_extract.AIMS, "store / null sink", "rate of store / raw disk"
+    }  # fmt: skip
+    lines = ran.stdout.splitlines()
+    aimed = [line for line in lines if line.startswith(tuple(bench_extract.AIMS))]
+    assert all(line.endswith(("  ok", "  MISSED")) == (not ready) for line in aimed)
+    assert len(aimed) == 2
+    assert lines[-1].startswith("the stage that limits the extraction into the store: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["extract.json"]
+
+
+def test_the_bare_network_is_the_same_without_hooks() -> None:
+    """It gives what timm gives, and asks no attention."""
+    plain, read = bench_extract.bare(load(VIT, "random:0")), load(VIT, "random:0")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+    batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert plain(batch, ())[0] == []
+    assert plain(batch, ())[1].numel() == 0
+    assert read(batch, ())[1].numel() == 8
+    x = torch.full((1, 3, 32, 32), -1.0)
+    torch.testing.assert_close(plain.vit.forward_features(x), read.vit.forward_features(x))
+
+
+def test_ratios_of_an_extraction_are_of_one_repetition() -> None:
+    seconds = [(1.0, 1.1, 1.2, 4.0, 2.0), (2.0, 2.2, 3.0, 4.0, 1.0), (1.0, 1.3, 1.4, 4.0, 3.0)]
+    reps = [{way: {"seconds": s} for way, s in zip(bench_extract.WAYS, rep, strict=True)} for rep in seconds]
+    found = bench_extract.ratios_of(reps)
+    assert found["null sink / bare forward"] == pytest.approx({"median": 1.4, "lowest": 1.2, "highest": 1.5})
+    assert found["read forward / bare forward"]["median"] == pytest.approx(1.1)
+    assert found["rate of store / raw disk"] == pytest.approx({"median": 0.5, "lowest": 0.25, "highest": 0.75})
+    lines = bench_extract.verdicts(found, "write", "cpu", False)
+    assert [line.split()[-1] for line in lines if "aim" in line] == ["MISSED", "MISSED", "MISSED"]
+    assert "(not the disk: teacher is the limit)" in bench_extract.verdicts(found, "teacher", "cpu", True)[-1]
 
 
 def test_what_cannot_be_asked() -> None:

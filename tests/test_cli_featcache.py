@@ -24,6 +24,7 @@ OPTIONS = (
     *("teacher", "images", "out", "views", "levels", "policy", "size", "scale", "ratio", "filter", "flip", "jitter"),
     *("store", "codec", "order", "weights", "seed", "rows-per-shard", "device", "batch-size", "workers"),
     *("tokens", "keep", "pixels", "rows-per-shard", "devices", "shard", "add", "strict", "dry-run", "json"),
+    *("precision", "compile", "check-teacher"),
 )
 BASE = ("--teacher", SYNTHETIC, "--size", 28, "--levels", "last:2", "--batch-size", 4, "--workers", 2)
 
@@ -41,7 +42,7 @@ def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = json.loads(ran.stdout)
     assert (facts["pictures"], facts["rows"], facts["views"], facts["levels"]) == (11, 11, 1, [2, 3])
     assert facts["quarantined"] == []
-    assert facts["slowest"] in ("decode", "teacher", "encode", "write")
+    assert facts["slowest"] in ("decode", "copy", "teacher", "encode", "write")
     assert (out.parent / "caches/runs.jsonl").is_file()  # the ledger is in the home, never in the cache
     return out
 
@@ -115,6 +116,8 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
         (("--levels", "last:9"), 2, ("last:9", "1 to 3")),
         (("--levels", "4"), 2, ("--levels '4'", "1 to 3")),
         (("--levels", "top"), 2, ("last:N", "all")),
+        (("--levels", "-1,3"), 2, ("'-1,3'", "no block twice")),
+        (("--levels", "-4"), 2, ("'-4'", "-1 to -3")),
         (("--views", "0"), 2, ("--views",)),
         (("--batch-size", "0"), 2, ("--batch-size",)),
         (("--workers", "x"), 2, ("--workers",)),
@@ -125,6 +128,16 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
         (("--policy", "nowhere.json"), 1, ("nowhere.json",)),
         (("--weights", "random:0"), 2, ("no weights",)),
         (("--weights", "no/such.pt", "--teacher", VIT), 1, ("no such file", "random:SEED")),
+        (("--teacher", SYNTHETIC, "--teacher", SYNTHETIC), 2, ("given twice",)),
+        (
+            ("--teacher", SYNTHETIC, "--teacher", VIT, "--weights", "vit.pt"),
+            2,
+            ("2 teachers are given", f"{SYNTHETIC}=vit"),
+        ),
+        (("--teacher", SYNTHETIC, "--teacher", VIT, "--weights", f"{VIT}=vit.pt"), 1, ("'vit.pt'", "no such file")),
+        (("--precision", "fp64"), 2, ("--precision 'fp64'", "bf16, fp16, fp32, tf32")),
+        (("--precision", "tf32", "--device", "cpu"), 2, ("cpu has no TF32", "fp32")),
+        (("--check-teacher", "nowhere"), 1, ("nowhere", "no pictures")),
         (("--device", "cuda:97"), 2, ("cuda:97", "cpu")),
         (("--device", "tpu9"), 2, ("tpu9", "cpu")),
         (("--devices", "cuda:97"), 2, ("--devices 'cuda:97'",)),
@@ -150,7 +163,8 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
 def test_mistakes_are_one_line(
     featcache_command: Command, photos: Path, tmp_path: Path, change: tuple, status: int, told: tuple
 ) -> None:
-    ran = featcache_command("extract", *BASE, "--images", photos, "--out", tmp_path / "c", *change)
+    base = BASE[2:] if "--teacher" in change else BASE  # a second one would be a second teacher
+    ran = featcache_command("extract", *base, "--images", photos, "--out", tmp_path / "c", *change)
     mistake(ran, status, *told)
     assert not (tmp_path / "c").exists()
 

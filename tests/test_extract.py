@@ -237,10 +237,10 @@ def test_progress_counts_and_names_the_slowest_stage(pictures: Path, tmp_path: P
     assert progress.pictures == progress.total == 13
     assert [count for count, _, _ in seen] == sorted(count for count, _, _ in seen)
     assert {total for _, total, _ in seen} == {13}
-    assert set(progress.busy) == {"decode", "teacher", "encode", "write"}
+    assert list(progress.busy) == ["decode", "copy", "teacher", "encode", "write"]
     assert all(seconds > 0 for seconds in progress.busy.values())
     assert progress.rate > 0
-    progress.busy.update(decode=4.0, teacher=3.0, encode=0.0, write=0.0)
+    progress.busy.update(decode=4.0, copy=1.0, teacher=3.0, encode=0.0, write=0.0)
     progress.workers = 2
     assert progress.slowest == "teacher"  # two threads share the four seconds
 

@@ -94,7 +94,7 @@ def test_a_share_by_the_command(pictures: Path, tmp_path: Path, start: Start) ->
     first = start(*command(pictures, tmp_path / "c", "--shard", "0/2"))
     assert first.wait() == 0, first.said
     assert files_below(tmp_path / "c") == whole(pictures)
-    assert "complete when the others are" in second.said
+    assert "other shares complete it" in second.said
 
 
 # ---------------------------------------------------------------- killed at every stage
@@ -111,7 +111,7 @@ STAGES = {
     "holding a lease": ("publish.settle", 3),
     "decode": ("images.decode", 8),
     "render": ("views.render", 20),
-    "teacher": ("extract.compute", 5),
+    "teacher": ("stages.ask", 5),
     "encode": ("targets.mask_order", 6),
     "append": ("rowfile.RowFile.append", 70),
     "metadata": ("zarr_store.ZarrShardWriter._write_metadata", 2),
@@ -272,6 +272,8 @@ def test_unknown_devices(text: str) -> None:
         ["--devices", "cpu,cpu", "--json"],
         ["--devices=cpu,cpu", "--json"],
         ["--json", "--devices", "cpu,cpu"],
+        ["--check-teacher", "labelled", "--json", "--devices", "cpu,cpu"],
+        ["--json", "--devices", "cpu,cpu", "--check-teacher=labelled"],
     ],
     ids=" ".join,
 )

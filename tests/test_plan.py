@@ -118,6 +118,10 @@ def test_the_announced_bytes_are_the_written_ones(pictures: Path) -> None:
         ("8,10,12", (8, 10, 12)),
         ("12,3", (3, 12)),
         ("7", (7,)),
+        ("-1", (12,)),
+        ("-1,-3", (10, 12)),
+        ("-12,-11", (1, 2)),
+        ("1,-1", (1, 12)),
     ],
 )
 def test_levels(text: str, levels: tuple[int, ...]) -> None:
@@ -130,6 +134,12 @@ def test_levels(text: str, levels: tuple[int, ...]) -> None:
 )
 def test_impossible_levels(text: str) -> None:
     with pytest.raises(UsageError, match=r"--levels.*last:N.*1 to 12"):
+        plan.parse_levels(text, 12)
+
+
+@pytest.mark.parametrize("text", ["-0", "-13", "12,-1", "-1,-1", "--1", "-1,", "-", "-1.0"])
+def test_impossible_levels_from_the_end(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--levels.*names no block twice.*or -1 to -12 from the end"):
         plan.parse_levels(text, 12)
 
 
@@ -211,8 +221,10 @@ def test_unused_options_leave_no_trace_in_the_identity(photos: Path) -> None:
     """So that an option that comes later does not change the ids of caches without it."""
     plain = make_plan(photos).manifest()["identity"]
     assert not {"keep", "pixels", "first_view"} & plain.keys()
+    assert "precision" not in plain["teacher"]
     ids = [make_plan(photos, **change).manifest()["id"] for change in ({}, {"pixels": True}, {"first_view": 3})]
     assert len(set(ids)) == 3
+    assert ids[0] == "7c236b752a9cae0e"  # as the first release wrote it
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(11, [11]), (5, [5, 5, 1]), (1, [1] * 11), (1000, [11])])
@@ -254,6 +266,7 @@ SAYS = {
     "--tokens": ("ranked", "tokens", "ranked"),
     "--keep": ("0.5", "keep", 2),
     "--pixels": ("raw", "pixels", "raw"),
+    "--precision": ("bf16", "teacher.precision", "bf16"),
     "--rows-per-shard": ("4", "rows_per_shard", 4),
 }
 
@@ -264,13 +277,12 @@ def test_no_option_does_nothing(
 ) -> None:
     """Each changes the id that a dry run tells, and the identity that is written."""
     value, field, wanted = SAYS[option]
-    plain = ("extract", *BASE, "--images", photos, *(("--tokens", "ranked") if option == "--keep" else ()))
-    ids = [
-        json.loads(featcache_command(*each, "--dry-run", "--json").out)["id"]
-        for each in (plain, (*plain, option, value))
-    ]
+    plain = ("extract", *BASE[2:], "--images", photos, *(("--tokens", "ranked") if option == "--keep" else ()))
+    teacher = () if option == "--teacher" else BASE[:2]
+    both = ((*plain, *BASE[:2]), (*plain, *teacher, option, value))
+    ids = [json.loads(featcache_command(*each, "--dry-run", "--json").out)["id"] for each in both]
     assert ids[0] != ids[1]
-    ran = featcache_command(*plain, option, value, "--out", tmp_path / "c")
+    ran = featcache_command(*both[1], "--out", tmp_path / "c")
     assert ran.status == 0, ran.err
     about = manifest.read(tmp_path / "c")
     assert about["id"] == ids[1]

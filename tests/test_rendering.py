@@ -16,7 +16,7 @@ import zarr
 from PIL import Image
 
 import featcache
-from featcache import extract, images, manifest, plan, rendering, rng, views
+from featcache import extract, images, manifest, plan, rendering, rng, teachers, views
 from featcache.errors import UserError
 from featcache.teachers.synthetic import Synthetic
 from tests.conftest import files_below, make_plan, undisturbed
@@ -84,6 +84,63 @@ def test_stored_pixels_are_the_views_and_change_nothing_else(photos: Path, tmp_p
         assert [views.pixel_hash(each) for each in hashes["pixels"]] == hashes["pixel_hash"].tolist()
 
 
+# ---------------------------------------------------------------- what must not be taken for the same
+
+VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
+
+
+def test_features_of_a_flipped_view_are_not_flipped_features(photos: Path, tmp_path: Path) -> None:
+    """A network knows left from right. The same crops, none of them mirrored and all of them: pixels are each other's
+    mirror image, features are the mirrored pixels' own."""
+    found = []
+    for flip in (0.0, 1.0):
+        made = make_plan(
+            photos, VIT, "random:0", policy=views.Policy(size=32, flip=flip), levels=(3,), views=1, pixels=True
+        )
+        extract.run(made, tmp_path / str(flip), batch_size=4)
+        with featcache.open(tmp_path / str(flip)) as cache:
+            found.append(cache.read(range(11), 0, ["features", "pixels", "crop", "flip"]))
+    plain, mirrored = found
+    assert (plain["flip"].tolist(), mirrored["flip"].tolist()) == ([0] * 11, [1] * 11)
+    np.testing.assert_array_equal(plain["crop"], mirrored["crop"])
+    np.testing.assert_array_equal(plain["pixels"][:, :, ::-1], mirrored["pixels"])
+    patches = plain["features"][:, 0, 1:].astype(np.float64).reshape(11, 4, 4, 24)
+    shortcut = patches[:, :, ::-1].reshape(11, 16, 24)
+    wanted = mirrored["features"][:, 0, 1:].astype(np.float64)
+    away = np.linalg.norm(wanted - shortcut, axis=-1) / np.linalg.norm(wanted, axis=-1)
+    assert away.min() > 0.01
+    assert away.mean() > 0.1
+    teacher = teachers.load(VIT, "random:0")
+    seen: list[torch.Tensor] = []
+    teacher.vit.blocks[2].register_forward_hook(lambda _, __, y: seen.append(y))
+    with torch.no_grad():
+        x = torch.from_numpy(plain["pixels"][:, :, ::-1].copy()).permute(0, 3, 1, 2)
+        teacher.vit.forward_features((x / 255 - 0.5) / 0.5)
+    y = seen[0][:, 1:].double().numpy()
+    own = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
+    assert (np.linalg.norm(wanted - own, axis=-1) / np.linalg.norm(own, axis=-1)).max() < 1e-3
+
+
+def test_a_crop_replayed_at_196_is_the_direct_crop(photos: Path, tmp_path: Path) -> None:
+    """From the stored box to 196 pixels in one step; by way of the policy's 224 pixels it would be another."""
+    teacher = Watched(tokens=196, size=196)
+    source = images.open_source(photos)
+    made = plan.Plan(source, teacher, views.Policy(), 2, (3,), pixels=True)
+    extract.run(made, tmp_path / "c", batch_size=22)
+    (batch,) = teacher.batches
+    with featcache.open(tmp_path / "c") as cache:
+        for row, key in enumerate(cache.keys):
+            for view in range(2) if key != "grey16" else ():  # plain PIL clips 16 bits
+                stored = cache.read([row], view, ["crop", "flip", "pixels"])
+                path, box = next(photos.glob(f"{key}.*")), (stored["crop"][0].tolist(), int(stored["flip"][0]))
+                seen = batch[2 * row + view].transpose(1, 2, 0)
+                np.testing.assert_array_equal(seen, by_hand(path, *box, 196), err_msg=key)
+                np.testing.assert_array_equal(stored["pixels"][0], by_hand(path, *box, 224), err_msg=key)
+                detour = Image.fromarray(stored["pixels"][0]).resize((196, 196), Image.Resampling.BICUBIC)
+                if key != "bits":
+                    assert (np.asarray(detour) != seen).any(), key
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -102,8 +159,8 @@ def test_work_ahead_is_bounded_and_in_order(count: int, window: int) -> None:
 class Watched(Synthetic):
     """The synthetic teacher, noting the batches it is given."""
 
-    def __init__(self) -> None:
-        super().__init__(3, 4, 8, 28)
+    def __init__(self, tokens: int = 4, size: int = 28) -> None:
+        super().__init__(3, tokens, 8, size)
         self.batches: list[np.ndarray] = []
         self.name = "watched"
 

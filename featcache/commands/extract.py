@@ -17,8 +17,9 @@ from featcache.show import given_images
 from featcache.store import STORES, record_path
 
 if TYPE_CHECKING:
-    from featcache.extract import Progress
-    from featcache.plan import Plan
+    from featcache.plan import Job, Plan
+    from featcache.progress import Progress
+    from featcache.teachers import Teacher
 
 
 class Pair(click.ParamType):
@@ -44,16 +45,25 @@ def _number(text: str) -> float:
 @click.command(
     epilog="\b\nExamples:\n  featcache extract --teacher clip-b16 --images train/ --views 4 --levels last:5\n"
     "  featcache extract --teacher clip-b16 --images 'train-{000000..001281}.tar' --weights ViT-B-16.safetensors\n"
+    "  featcache extract --teacher clip-b16 --teacher dino-b16 --levels last:5 --levels dino-b16=-1 --images train/\n"
     "  featcache extract --teacher synthetic:levels=5,tokens=196,width=768 --images photos/ --out trial"
 )
-@click.option("--teacher", "teacher_name", help="Name, or NAME,key=value,...; `featcache teachers` lists them.")
+@click.option(
+    "--teacher",
+    "names",
+    multiple=True,
+    help="Name, or NAME,key=value,...; `featcache teachers` lists them. Several: one pass over the same views.",
+)
 @click.option("--images", "images_spec", help="Folder of pictures or webdataset tars. [default: $FEATCACHE_IMAGES]")
 @click.option("--out", type=click.Path(path_type=Path), help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]")
 @click.option(
     "--views", "view_count", type=click.IntRange(1), default=1, show_default=True, help="Views drawn of each picture."
 )
 @click.option(
-    "--levels", default="last:5", show_default=True, help="Blocks to store: last:N, a list such as 8,10,12, or all."
+    "--levels",
+    multiple=True,
+    help="Blocks to store: last:N, a list such as 8,10,12 or -1,-3 from the end, or all; TEACHER=... for one. "
+    "[default: last:5]",
 )
 @click.option(
     "--policy",
@@ -91,7 +101,16 @@ def _number(text: str) -> float:
 @click.option(
     "--pixels", type=click.Choice(["raw"]), help="raw: store the rendered views, so training decodes nothing."
 )
-@click.option("--weights", help="FILE, a tag, or random:SEED for a trial. [default: the pretrained ones]")
+@click.option(
+    "--weights",
+    multiple=True,
+    help="FILE, a tag, or random:SEED for a trial; TEACHER=... for one. [default: the pretrained ones]",
+)
+@click.option(
+    "--precision", default="fp32", show_default=True, help="Of the teacher: fp32, or autocast to bf16 or fp16, or tf32."
+)
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the teacher: minutes first, then faster.")
+@click.option("--check-teacher", "labelled", metavar="LABELLED", help="First a k-NN score on these labelled pictures.")
 @click.option(
     "--rows-per-shard",
     type=click.IntRange(1),
@@ -111,11 +130,11 @@ def _number(text: str) -> float:
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
-    teacher_name: str | None,
+    names: tuple[str, ...],
     images_spec: str | None,
     out: Path | None,
     view_count: int,
-    levels: str,
+    levels: tuple[str, ...],
     policy_name: str,
     order: str,
     codec: str,
@@ -123,7 +142,10 @@ def command(
     tokens: str,
     keep: str | None,
     pixels: str | None,
-    weights: str | None,
+    weights: tuple[str, ...],
+    precision: str,
+    compiled: bool,
+    labelled: str | None,
     rows_per_shard: int,
     batch_size: int,
     workers: int,
@@ -137,70 +159,103 @@ def command(
     **policy_options: Any,
 ) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
-    from featcache import codecs, fleet, targets, teachers
+    from featcache import fleet, several, teachers
     from featcache import plan as plans
     from featcache.device import pick_device
 
-    if teacher_name is None:
-        raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
-    for option, value, known in (("--order", order, targets.ORDERS), ("--codec", codec, codecs.CODECS)):
-        if value not in known:
-            raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
-    teachers.family(teachers.split(teacher_name)[0])  # an unknown name is told before anything is read
-    names = {"filter_name": "filter"}
-    changes = {names.get(key, key): value for key, value in policy_options.items() if value is not None}
+    _check_names(names, order, codec)
+    level_of, weights_of = several.assign("--levels", levels, names), several.weights(weights, names)
+    renamed = {"filter_name": "filter"}
+    changes = {renamed.get(key, key): value for key, value in policy_options.items() if value is not None}
     policy = views.policy(policy_name, **changes)
     source = images.open_source(given_images(images_spec))
     if device and devices:
         raise UsageError(f"--device {device} and --devices {devices}: one of them is allowed; leave one out")
-    several = fleet.devices(devices) if devices else []
-    device = several[0] if several else pick_device(device)
-    teacher = teachers.load(teacher_name, weights, device)
-    chosen = plans.parse_levels(levels, teacher.depth)
-    plan = plans.Plan(
-        source, teacher, policy, view_count, chosen, order, codec, store_name, rows_per_shard, tokens,
-        plans.parse_keep(keep, teacher.patches), pixels is not None,
-    )  # fmt: skip
-    if manifest.is_random(plan.manifest()):
-        click.echo(f"note: {weights} - these weights are drawn, not trained; the features carry no meaning", err=True)
-    place = _place(plan, out, add, teacher_name)
-    if place is None:
+    each_device = fleet.devices(devices) if devices else []
+    device = each_device[0] if each_device else pick_device(device)
+
+    def plan(name: str) -> Plan:
+        teacher = several.load(name, weights_of[name], device, precision, compiled)
+        return plans.Plan(
+            source, teacher, policy, view_count, several.levels(level_of[name], teacher), order, codec, store_name,
+            rows_per_shard, tokens, plans.parse_keep(keep, teacher.patches), pixels is not None,
+        )  # fmt: skip
+
+    asked = [plan(name) for name in names]
+    for each in asked:
+        if teachers.is_random(given := each.teacher.weights):
+            click.echo(f"note: {given} - these weights are drawn, not trained; the features carry no meaning", err=True)
+    if labelled is not None:
+        for each in asked:
+            _check_teacher(each.teacher, labelled, policy, batch_size)
+    jobs = _jobs(asked, out, add)
+    if not jobs:
         text = f"{out}: has all of this already; nothing to add"
         show.facts_or_text({"cache": str(out), "new_pictures": 0, "complete": True}, as_json, text)
         return
-    part, folder = place
     own = _share(share)
-    shards = part.shards[own[0] :: own[1]]
-    summary = {"cache": str(out or folder), "id": part.manifest()["id"], "pictures": len(source), "views": part.views}
-    summary |= {
-        "levels": part.levels,
-        "added": add,
-        "share": share,
-        "share_pictures": sum(shard["count"] for shard in shards),
-    }
-    summary["bytes"] = part.view_bytes * part.views * summary["share_pictures"]
+    shards = jobs[0].plan.shards[own[0] :: own[1]]
+    summary = _summary(jobs, out, shards) | {"added": add, "share": share}
     if dry_run:
-        summary |= _lacking(part, folder, shards)
-        show.facts_or_text(summary, as_json, _preview(summary, folder))
+        summary |= _lacking(jobs, shards)
+        show.facts_or_text(summary, as_json, _preview(summary, jobs[0].out))
         return
-    with fleet.helpers(several[1:]):
-        summary.update(_extract(part, folder, batch_size, workers, strict, own))
+    with fleet.helpers(each_device[1:]):
+        summary.update(_extract(jobs, batch_size, workers, strict, own))
     noted = {**summary, "cache": os.path.abspath(summary["cache"])}  # noqa: PTH100 (the ledger is read elsewhere)
     home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
     show.facts_or_text(summary, as_json, _story(summary))
 
 
-def _place(plan: Plan, out: Path | None, add: bool, name: str) -> tuple[Plan, Path] | None:
-    """What is to be extracted, and into which folder; None where there is nothing to add."""
-    if not add:
-        from featcache.plan import file_name
+def _check_names(names: tuple[str, ...], order: str, codec: str) -> None:
+    """Unknown names are told before anything is read."""
+    from featcache import codecs, targets, teachers
 
-        return plan, out or home.home() / f"{file_name(name)}-{plan.manifest()['id'][:8]}"
-    if out is None:
-        raise UsageError("--add adds to a cache: name it with --out CACHE")
+    if not names:
+        raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
+    for option, value, known in (("--order", order, targets.ORDERS), ("--codec", codec, codecs.CODECS)):
+        if value not in known:
+            raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
+    for name in names:
+        teachers.family(teachers.split(name)[0])
+
+
+def _check_teacher(teacher: Teacher, labelled: str, policy: views.Policy, batch_size: int) -> None:
+    """A score before hours are spent; at chance level it is a UserError."""
+    from featcache import sanity
+
+    found = sanity.check(teacher, images.open_source(labelled), policy, batch_size)
+    click.echo(found.text, err=True)
+    found.refuse()
+
+
+def _jobs(asked: list[Plan], out: Path | None, add: bool) -> list[Job]:
+    """What is to be extracted, and into which folders; nothing where there is nothing to add."""
     from featcache import adding
+    from featcache.plan import file_name
 
-    return adding.plan_part(plan, out)
+    if add and out is None:
+        raise UsageError("--add adds to a cache: name it with --out CACHE")
+    first = asked[0]
+    place = out or home.home() / f"{file_name(first.teacher.name)}-{first.manifest()['id'][:8]}"
+    return adding.plan_jobs(asked, place, add=add)
+
+
+def _summary(jobs: list[Job], out: Path | None, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is known before the work; `levels` are the first teacher's, bytes those of this share."""
+    plan, folder = jobs[0]
+    count = sum(shard["count"] for shard in shards)
+    more = {each.teacher.name: {"levels": each.levels, "folder": str(place)} for each, place in jobs}
+    return {
+        "cache": str(out or folder),
+        "id": plan.manifest()["id"],
+        "pictures": len(plan.source),
+        "views": plan.views,
+        "levels": plan.levels,
+        "share_pictures": count,
+        "bytes": sum(each.view_bytes * each.views * count for each, _ in jobs),
+        **({"teachers": more} if len(jobs) > 1 else {}),
+    }
 
 
 def _share(text: str | None) -> tuple[int, int]:
@@ -217,14 +272,17 @@ def _share(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _lacking(plan: Plan, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What these shards still lack at `folder`, where another cache is refused as the work would refuse it."""
+def _lacking(jobs: list[Job], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """What these shards still lack, where another cache is refused as the work would refuse it."""
     from featcache.plan import continued
 
-    continued(plan.manifest(), folder)
-    left = [shard["count"] for shard in shards if not record_path(folder, shard["name"]).is_file()]
-    new = {"new_shards": len(left), "new_pictures": sum(left), "new_bytes": plan.view_bytes * plan.views * sum(left)}
-    return {"shards": len(shards), "complete": not left, **new}
+    for plan, folder in jobs:
+        continued(plan.manifest(), folder)
+    left = [[shard for shard in _missing(job) if shard in shards] for job in jobs]
+    rows = [sum(shard["count"] for shard in each) for each in left]
+    new_bytes = sum(job.plan.view_bytes * job.plan.views * count for job, count in zip(jobs, rows, strict=True))
+    new = {"new_shards": max(map(len, left)), "new_pictures": max(rows), "new_bytes": new_bytes}
+    return {"shards": len(shards), "complete": not any(left), **new}
 
 
 def _preview(facts: dict[str, Any], folder: Path) -> str:
@@ -239,27 +297,26 @@ def _preview(facts: dict[str, Any], folder: Path) -> str:
     return f"would write {show.size(facts['new_bytes'])} in {shards} to {whose}{some}"
 
 
-def _extract(
-    plan: Plan, out: Path, batch_size: int, workers: int, strict: bool, share: tuple[int, int]
-) -> dict[str, Any]:
+def _extract(jobs: list[Job], batch_size: int, workers: int, strict: bool, share: tuple[int, int]) -> dict[str, Any]:
     from featcache import extract as work
+    from featcache.progress import Progress
 
     bar = show.Bar("extract", "pictures")
-    progress = work.Progress()
+    progress = Progress()
     progress.report = lambda now: bar(now.pictures, now.total)
     bar.text = lambda done, total: _rate(progress)
     progress.waiting = lambda shards: _say_waiting(shards, progress)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is an orderly stop
     try:
-        work.run(plan, out, batch_size=batch_size, workers=workers, strict=strict, progress=progress, share=share)
+        work.together(jobs, batch_size=batch_size, workers=workers, strict=strict, progress=progress, share=share)
     except KeyboardInterrupt:
-        raise UserError(_left(plan, out)) from None
+        raise UserError(_left(jobs)) from None
     finally:
         bar.close()
-    with Cache(out) as cache:
+    with Cache(jobs[0].out) as cache:
         return {
             "rows": len(cache),
-            "complete": cache.complete,
+            "complete": not any(_missing(job) for job in jobs),
             "new_pictures": progress.pictures,
             "quarantined": cache.quarantined,
             "pictures_per_s": round(progress.rate, 2),
@@ -267,12 +324,18 @@ def _extract(
         }
 
 
-def _left(plan: Plan, out: Path) -> str:
+def _missing(job: Job) -> list[dict[str, Any]]:
+    """The shards that have no record."""
+    return [shard for shard in job.plan.shards if not record_path(job.out, shard["name"]).is_file()]
+
+
+def _left(jobs: list[Job]) -> str:
     """What a person who stopped it wants to know."""
-    left = [shard["count"] for shard in plan.shards if not record_path(out, shard["name"]).is_file()]
+    left = max((_missing(job) for job in jobs), key=len)
+    shards = len(jobs[0].plan.shards)
     return (
-        f"stopped: {len(plan.shards) - len(left)} of {len(plan.shards)} shards of {str(out)!r} are complete and kept, "
-        f"{sum(left)} pictures are left; the same command continues"
+        f"stopped: {shards - len(left)} of {shards} shards of {str(jobs[0].out)!r} are complete and kept, "
+        f"{sum(shard['count'] for shard in left)} pictures are left; the same command continues"
     )
 
 

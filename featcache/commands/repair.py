@@ -24,13 +24,14 @@ def command(
     cache: Path, images_spec: str | None, weights: str | None, workers: int, device: str | None, as_json: bool
 ) -> None:
     """Find what is damaged in CACHE and mend it: files from their copies, bad shards by the teacher."""
-    from featcache import extract, repair, teachers
+    from featcache import extract, repair, running, teachers
     from featcache.device import pick_device
 
     def load(about: dict[str, Any]) -> tuple[images.Source, teachers.Teacher]:
         source = images.open_source(images_spec or about["provenance"]["source"])
         given = weights or about["provenance"]["weights"]
-        return source, teachers.load(about["identity"]["teacher"]["name"], given, pick_device(device))
+        teacher = running.load(about["identity"]["teacher"]["name"], given, pick_device(device))
+        return source, running.like(teacher, about["identity"])
 
     bar = show.Bar("repair", "pictures")
     progress = extract.Progress(lambda now: bar(now.pictures, now.total))
