@@ -4,6 +4,8 @@ A package of recipes announces itself with the entry point group `featcache.reci
 literal what its default configuration reads, which is parsed and never run:
 
     SERVED_BY = {"fields": ("features", "attention"), "levels": "last:5", "mask_ratio": 0.7}
+
+`all_tokens`: hidden patches' tokens are read too. `derive`: z, which only a teacher with a projection gives.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from featcache.errors import UserError
 from featcache.reader import Cache
 
 GROUP = "featcache.recipes"
@@ -58,11 +61,21 @@ def lacks(cache: Cache, needs: dict[str, Any]) -> str:
         return f"level {', '.join(map(str, missing))} is not stored (--levels {needs['levels']})"
     patches, keep = cache.identity["teacher"]["patches"], cache.identity.get("keep")
     visible = int(patches * (1 - needs["mask_ratio"]))
-    if keep is not None and keep < visible:
-        return f"{keep} patches are kept, {visible} are visible"
+    if keep is not None and (keep < visible or needs.get("all_tokens")):
+        return f"{keep} patches are kept, " + ("all are read" if needs.get("all_tokens") else f"{visible} are visible")
     if fields := [field for field in needs["fields"] if field not in cache.fields]:
         return f"{', '.join(fields)} is not stored"
+    if needs.get("derive") == "z" and not _projects(cache):
+        return "its teacher has no projection (target=f)"
     return "" if cache.complete else "the cache is incomplete"
+
+
+def _projects(cache: Cache) -> bool:
+    """Whether the teacher's projection is beside the cache."""
+    try:
+        return bool(cache.manifest["files"]) and "proj" in cache.tail()
+    except UserError:  # a damaged file, of which `verify` tells
+        return False
 
 
 def _levels(text: str, depth: int) -> range:

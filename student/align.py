@@ -90,7 +90,7 @@ class Align(nn.Module):
         assert features.shape[1] == len(self.weights), (features.shape, tuple(self.weights))
         with losses.autocast_off(self.mix):  # W's steps near 1 are finer than bf16's
             mixed = torch.einsum("ls,sbnd->lbnd", losses.promote(self.mix), losses.promote(torch.stack(outputs)))
-        rows = torch.cat([ids_keep.new_zeros(len(ids_keep), 1), ids_keep + 1], dim=1)  # CLS is token 0
+        rows = vit.with_cls(ids_keep)
         parts: dict[str, Tensor] = {}
         # Level by level: a smooth-L1 over all levels at once would keep one more float32 copy of all of them.
         for i, level in enumerate(self.weights):

@@ -102,10 +102,22 @@ def load_encoder(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The newest encoder of a run in eval mode, and the recipe's configuration."""
     settings = config(run)["config"]
     state = newest(run)["model"]
-    encoder = vit.build(settings["encoder"], img_size=settings["img_size"], patch_size=settings["patch_size"])
+    encoder = _encoder(settings, settings.get("family", "mae"))
     own = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
     try:
         encoder.load_state_dict(own)
     except RuntimeError as error:
         raise _foreign(run, "does not fit the encoder of its config.json") from error
     return encoder.eval(), settings
+
+
+def _encoder(settings: dict[str, Any], family: str) -> nn.Module:
+    """An encoder of a run's settings, at its start values."""
+    from student import beit  # timm's Beit, which most runs do without
+
+    img_size, patch_size = settings["img_size"], settings["patch_size"]
+    if family == "mae":
+        return vit.build(settings["encoder"], img_size=img_size, patch_size=patch_size)
+    if family in beit.FAMILIES:
+        return beit.build(settings["encoder"], family, img_size=img_size, patch_size=patch_size)
+    raise UserError(f"cannot build the run's encoder: family {family!r}; known: mae, {', '.join(beit.FAMILIES)}")

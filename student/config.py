@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -26,6 +26,9 @@ def _known_mask(name: str) -> str:
     masking.known(name)
     return name
 
+
+# What a publication's large student learns from, where that is CLIP-L/14: for a recipe's SIZES.
+CLIP_L14 = {"teacher": "clip-l14", "teacher_depth": 24, "teacher_width": 1024, "teacher_out": 768}
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -44,6 +47,10 @@ class RecipeConfig:
     >>> from_overrides(RecipeConfig, ["encoder=tiny", "epochs=5"]).epochs
     5
     """
+
+    # Defaults of a publication that go with a model size: {"large": {"drop_path": 0.2}}. `from_overrides` knows the
+    # size and fills them in where nothing else is set.
+    SIZES: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     # student
     encoder: str = "base"  # tiny, small, base, large, or a timm ViT: NAME or NAME,key=value,...
@@ -98,6 +105,34 @@ class RecipeConfig:
 Config = TypeVar("Config", bound=RecipeConfig)
 
 
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class OutputConfig(RecipeConfig):
+    """For recipes that learn the teacher's own output, which is derived from its last level.
+
+    `target` z is the output after the projection, as CLIP has one; f is the output before it, for teachers without.
+    """
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("z", "f")
+
+    target: str = "z"
+    teacher_out: Positive = 512  # channels of z, a fact of the cache; the teacher's width where it has no projection
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("target", self.target, self.TARGETS)
+
+    @property
+    def target_width(self) -> int:
+        """E, the channels of the target."""
+        return self.teacher_out if self.target == "z" else self.teacher_width
+
+
+def check_choice(key: str, given: str, allowed: Sequence[str]) -> None:
+    """A setting that is one of a few names."""
+    if given not in allowed:
+        raise UsageError(f"unknown {key} {given!r}: {near(given, allowed)}; choose one with {key}=NAME")
+
+
 def check_hides_patches(config: RecipeConfig) -> None:
     """For recipes with a loss on hidden patches: there must be one."""
     if config.visible >= config.patches:
@@ -108,7 +143,8 @@ def check_hides_patches(config: RecipeConfig) -> None:
 
 
 def from_overrides(kind: type[Config], overrides: Iterable[str]) -> Config:
-    """The recipe's defaults changed by 'key=value' texts; of two with one key the later wins.
+    """The recipe's defaults, with those of the model size, changed by 'key=value' texts; of two with one key the later
+    wins.
 
     A value is read as JSON where it is JSON, else as text; for a text field the text is kept (align_levels=12).
     """
@@ -120,7 +156,25 @@ def from_overrides(kind: type[Config], overrides: Iterable[str]) -> Config:
         values[key.strip()] = text
     _check_keys(kind, values)
     hints = get_type_hints(kind)
-    return _build(kind, {key: _read(text, hints[key]) for key, text in values.items()})
+    given = {key: _read(text, hints[key]) for key, text in values.items()}
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    sized = kind.SIZES.get(size(given.get("encoder", defaults["encoder"])), {})
+    if "blr" in given and {"lr": defaults["lr"], **sized, **given}["lr"] is not None and "lr" not in given:
+        raise UsageError(
+            f"cannot set blr={given['blr']}: this recipe's rate is lr={defaults['lr']} at any batch size, which wins "
+            "over blr; allowed: one of the two; give lr=RATE, or blr=RATE together with lr=null"
+        )
+    return _build(kind, {**sized, **given})
+
+
+def size(encoder: object) -> str:
+    """The size in an encoder's name, or the name itself.
+
+    >>> size("large"), size("tiny,depth=2"), size("vit_small_patch16_224"), size("mine")
+    ('large', 'tiny', 'small', 'mine')
+    """
+    head = str(encoder).partition(",")[0]
+    return next((name for name in ("tiny", "small", "base", "large") if name in head.split("_")), head)
 
 
 def replace(config: Config, **facts: Any) -> Config:

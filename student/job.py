@@ -22,6 +22,7 @@ from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
 from student import config, resolve
 from student.loader import Loader
+from student.recipes import TargetSpec
 from student.resolve import Found, Reading
 from student.targets import Cached, Online, Targets
 from student.train import Job
@@ -168,12 +169,15 @@ def _cached(found: Found, given: Source | None, options: Options, say: Say) -> _
 
 def _say_about(found: Found, say: Say) -> None:
     """What a person should know of the cache that serves."""
-    about, scale = found.cache.manifest, tuple(found.cache.identity["policy"]["scale"])
+    about, policy = found.cache.manifest, found.cache.identity["policy"]
+    scale = tuple(policy["scale"])
     if manifest.is_random(about) and found.spec.fields:
         say(f"note: {manifest.title(about)}")
     if scale != tuple(found.spec.scale):
         published = f"{found.spec.scale[0]:g}-{found.spec.scale[1]:g}"
         say(f"note: crops of {scale[0]:g}-{scale[1]:g} of the area; the recipe was published with {published}")
+    if policy["jitter"] != found.spec.jitter and found.spec.fields:
+        say(f"note: colours jittered by {policy['jitter']:g}; the recipe was published with {found.spec.jitter:g}")
     for note in found.notes:
         say(f"note: {note}")
 
@@ -216,9 +220,9 @@ def _online(
     if found:
         _refuse({"--views": options.views, "--policy": options.policy})
         overrides = found.overrides
-    policy = views.from_dict(identity["policy"]) if identity else views.policy(options.policy or "default")
-    count = options.views or (found.cache.views if found else None)
     plain = config.from_overrides(recipe.Config, overrides)
+    policy = views.from_dict(identity["policy"]) if identity else _fresh(options.policy, recipe.needs(plain))
+    count = options.views or (found.cache.views if found else None)
     teacher = None
     if recipe.needs(plain).fields:
         given = options.weights or (found.cache.manifest["provenance"]["weights"] if found else None)
@@ -232,6 +236,8 @@ def _online(
         if teachers.is_random(teacher.weights):
             say(f"note: {teacher.weights} - these weights are drawn, not trained")
     settings = resolve.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))
+    if teacher is not None and recipe.needs(settings).derive == "z":
+        resolve.check_projection(teacher.tail(), f"teacher {teacher.name!r}")
     pictures, _, skipped = joining.join(found.cache, source) if found else (np.arange(len(source)), None, 0)
     _say_skipped(skipped, say)
     about = {"kind": "online", "policy": policy.as_dict(), "views": count}
@@ -240,6 +246,11 @@ def _online(
     order = identity["order"] if identity else "attentive"
     targets = Online(policy, recipe.needs(settings), teacher, count, order)
     return _Chosen(settings, source, targets, pictures, about)
+
+
+def _fresh(name: str | None, spec: TargetSpec) -> views.Policy:
+    """The policy that was named, or the crops of the recipe's publication."""
+    return views.policy(name) if name else views.policy(scale=spec.scale, jitter=spec.jitter)
 
 
 def _online_facts(
@@ -253,6 +264,7 @@ def _online_facts(
         "teacher": teacher.name,
         "teacher_depth": teacher.depth,
         "teacher_width": teacher.width,
+        **resolve.output_facts(teacher.tail(), teacher.width),
     }
 
 

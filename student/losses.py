@@ -27,6 +27,13 @@ def autocast_off(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def fd_smooth_l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
+    """pred, target (..., D) -> scalar: Feature Distillation's mean smooth-L1, e^2 / (2 beta) where |e| < beta and
+    |e| - beta / 2 beyond."""
+    with autocast_off(pred):
+        return F.smooth_l1_loss(promote(pred), promote(target), beta=beta)
+
+
 def smooth_l1(pred: Tensor, target: Tensor) -> Tensor:
     """pred, target (..., D) -> scalar: MaskAlign's 2 x mean smooth-L1 with beta 1.
 
@@ -35,6 +42,17 @@ def smooth_l1(pred: Tensor, target: Tensor) -> Tensor:
     """
     with autocast_off(pred):
         return 2 * F.smooth_l1_loss(promote(pred), promote(target), beta=1.0)
+
+
+def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
+    """pred, target (..., D) -> (...): 1 - cos of each pair, half their squared distance once both are of length 1.
+
+    No eps: a vector of zeros has no direction, and gives NaN as in the released codes.
+    """
+    with autocast_off(pred):
+        pred, target = promote(pred), promote(target)
+        pred, target = pred / pred.norm(dim=-1, keepdim=True), target / target.norm(dim=-1, keepdim=True)
+        return 1 - (pred * target).sum(dim=-1)
 
 
 def norm_pix(patches: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Which patches the student sees.
 
 A mask is a function that orders the patches of each picture; the first `n_visible` of the order are seen. A function
-takes what its parameters name - `raw` (the picture's own random words of this epoch), `attention` (the teacher's CLS
-attention) or `mask_order` (the order stored with the cache) - so that a new mask is one function and one line in
-`MASKS`. Everything is a pure function of (seed, epoch, key): worker, batch and world size never enter.
+takes what its parameters name - `raw` (the picture's own random words of this epoch, one a patch), `draws` (as many
+such rounds of words as it wants), `n_visible`, `attention` (the teacher's CLS attention) or `mask_order` (the order
+stored with the cache) - so that a new mask is one function and one line in `MASKS`. Everything is a pure function of
+(seed, epoch, key): worker, batch and world size never enter.
 
 Shapes: n pictures, P patches, V = n_visible.
 """
@@ -11,7 +12,9 @@ Shapes: n pictures, P patches, V = n_visible.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +24,11 @@ from featcache.errors import UsageError, UserError, near
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
+BOOL = npt.NDArray[np.bool_]
+
+MIN_BLOCK = 16  # of 196 patches or more: what a block of `blockwise` covers at least, while so many are left to hide
+ASPECT = 0.3  # its smallest height over width; the largest is 1 / 0.3
+ROUNDS = 1000  # of P words, four a try: 49,000 tries on 196 patches, where 30 are the rule
 
 
 def kept_count(n_patches: int, mask_ratio: float) -> int:
@@ -64,7 +72,55 @@ def stored(mask_order: npt.NDArray[np.integer]) -> I64:
     return np.asarray(mask_order).astype(np.int64)
 
 
-MASKS: dict[str, Callable[..., I64]] = {"attentive": attentive, "uniform": uniform, "stored": stored}
+def blockwise(draws: Callable[[int], U64], n_visible: int) -> I64:
+    """Rectangles are hidden one by one until exactly P - n_visible patches are (BEiT's blocks, as CAE makes them).
+
+    draws(k) gives (n, P) words. A try is refused when its rectangle spans the grid's height or width, hides nothing new
+    or more than is left to hide. (The released generator looks at what is left after every ten tries; a refused try
+    changes nothing, so tries in a row are the same law. Atten4Vis/CAE furnace/masking_generator.py; METHODS 0.4. Ours:
+    grids of fewer than 196 patches have smaller blocks in proportion; of 4 x 4 patches no 16 could ever be hidden.)
+    """
+    n, n_patches = draws(0).shape
+    side, wanted = math.isqrt(n_patches), n_patches - n_visible
+    if side**2 != n_patches:
+        raise UserError(f"cannot draw mask 'blockwise' on {n_patches} patches: a square grid is needed; mask=uniform")
+    hidden = np.zeros((n, side, side), bool)
+    for k in range(ROUNDS):
+        words = draws(k)
+        for t in range(0, n_patches - 3, 4):
+            rows = np.flatnonzero(hidden.sum((1, 2)) < wanted)
+            if not rows.size:
+                return np.argsort(hidden.reshape(n, -1), axis=1, kind="stable")
+            hidden[rows] |= _block(rng.uniform(words[rows, t : t + 4]), hidden[rows], wanted)
+    raise UserError(
+        f"cannot hide {wanted} of {side} x {side} patches in blocks: {ROUNDS * (n_patches // 4)} tries were refused; "
+        "blocks need a larger grid; give another mask_ratio, or mask=uniform"
+    )
+
+
+def _block(u: npt.NDArray[np.float64], hidden: BOOL, wanted: int) -> BOOL:
+    """u (m, 4) in [0, 1), hidden (m, G, G) -> the patches that one try of each row adds, none where it is refused."""
+    side = hidden.shape[-1]
+    left, least = wanted - hidden.sum((1, 2)), min(MIN_BLOCK, math.ceil(MIN_BLOCK * side**2 / 196))
+    area = least + (left - least) * u[:, 0]  # between the two, whichever is larger
+    aspect = np.exp(math.log(ASPECT) * (1 - 2 * u[:, 1]))
+    size = np.rint(np.sqrt(area[:, None] * np.stack([aspect, 1 / aspect], 1))).astype(np.int64)  # height, width
+    first = np.floor(u[:, 2:] * (side - size + 1))  # row, column
+    at = np.arange(side)
+    inside = (at >= first[..., None]) & (at < (first + size)[..., None])  # (m, 2, G)
+    new = inside[:, 0, :, None] & inside[:, 1, None, :] & ~hidden
+    count = new.sum((1, 2))
+    good = (size < side).all(1) & (count > 0) & (count <= left)
+    return new & good[:, None, None]
+
+
+MASKS: dict[str, Callable[..., I64]] = {
+    "attentive": attentive,
+    "uniform": uniform,
+    "stored": stored,
+    "blockwise": blockwise,
+}
+DRAWN = ("raw", "draws", "n_visible")  # parameters of a mask that are no arrays of a cache
 
 
 def fields(name: str) -> tuple[str, ...]:
@@ -73,7 +129,7 @@ def fields(name: str) -> tuple[str, ...]:
     >>> fields("attentive"), fields("uniform"), fields("stored")
     (('attention',), (), ('mask_order',))
     """
-    return tuple(p for p in inspect.signature(known(name)).parameters if p != "raw")
+    return tuple(p for p in inspect.signature(known(name)).parameters if p not in DRAWN)
 
 
 def known(name: str) -> Callable[..., I64]:
@@ -100,9 +156,16 @@ def draw(
     """
     rows: dict[str, npt.NDArray | None] = {"attention": attention, "mask_order": mask_order}
     given = {field: _rows(name, field, rows[field], (len(digests), n_patches)) for field in fields(name)}
-    if "raw" in inspect.signature(MASKS[name]).parameters:
-        given["raw"] = rng.words(digests, rng.stream("mask:" + name, seed), n_patches, epoch=epoch)
-    return split(MASKS[name](**given), n_visible)
+
+    def words(purpose: str) -> U64:
+        return rng.words(digests, rng.stream(purpose, seed), n_patches, epoch=epoch)
+
+    asked = inspect.signature(MASKS[name]).parameters
+    drawn: dict[str, Any] = {"draws": lambda k: words(f"mask:{name}:{k}"), "n_visible": n_visible}
+    drawn = {key: value for key, value in drawn.items() if key in asked}
+    if "raw" in asked:
+        drawn["raw"] = words(f"mask:{name}")
+    return split(MASKS[name](**given, **drawn), n_visible)
 
 
 def _rows(name: str, field: str, array: npt.NDArray | None, shape: tuple[int, int]) -> npt.NDArray:

@@ -8,9 +8,10 @@ as they are read.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from featcache.errors import UsageError, UserError
 from featcache.joining import join
 from featcache.reader import Cache
 from featcache.views import Policy
-from student.config import RecipeConfig, from_overrides
+from student.config import OutputConfig, RecipeConfig, from_overrides
 from student.recipes import TargetSpec
 
 VERIFIED_BYTES = 2 << 30  # a cache up to this size is read through before training: a second or two
@@ -60,7 +61,9 @@ class Found:
 
 
 def with_facts(kind: type[RecipeConfig], overrides: Sequence[str], facts: dict[str, Any]) -> RecipeConfig:
-    """Facts first, then what the user set; the two must agree."""
+    """Facts first, then what the user set; the two must agree. A fact that the recipe has no field for is left out."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    facts = {key: value for key, value in facts.items() if key in names}
     given = [f"{key}={json.dumps(value)}" for key, value in facts.items()]
     config = from_overrides(kind, [*given, *overrides])
     for key, fact in facts.items():
@@ -84,6 +87,18 @@ def facts(identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _facts(recipe: ModuleType, cache: Cache) -> dict[str, Any]:
+    """`facts`, and for a recipe of the teacher's output what only the tail says."""
+    of_output = issubclass(recipe.Config, OutputConfig)
+    output = output_facts(cache.tail(), cache.identity["teacher"]["width"]) if of_output else {}
+    return {**facts(cache.identity), **output}
+
+
+def output_facts(tail: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Channels of the teacher's own output: of its projection, or its width where it has none."""
+    return {"teacher_out": tail["proj"].shape[1] if "proj" in tail else width}
+
+
 def patch_size(size: int, patches: int) -> int:
     """Pixels of a student's patch on the teacher's square grid."""
     side = math.isqrt(patches)
@@ -100,17 +115,19 @@ def open_given(
     """The cache at `path`, checked against the recipe's needs."""
     cache = (reading or Reading()).open(path)
     given = tuple(overrides)
-    config = with_facts(recipe.Config, given, facts(cache.identity))
+    config = with_facts(recipe.Config, given, _facts(recipe, cache))
     spec = recipe.needs(config)
     notes: list[str] = []
     if _keeps_few(cache, spec) and not any(text.partition("=")[0].strip() == "mask" for text in given):
         given = (*given, "mask=stored")
-        config = with_facts(recipe.Config, given, facts(cache.identity))
+        config = with_facts(recipe.Config, given, _facts(recipe, cache))
         spec = recipe.needs(config)
         notes.append(f"{_kept(cache)}: mask=stored, a view shows the same in each epoch")
     lacking = missing(cache, spec, config)
     if lacking:
         raise UserError(f"cache {str(path)!r} does not serve {name}: {'; '.join(lacking)}; {todo(spec, config, cache)}")
+    if spec.derive == "z":
+        check_projection(cache.tail(), f"cache {str(path)!r}")
     return Found(cache, config, spec, given, tuple(notes))
 
 
@@ -135,6 +152,15 @@ def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
         f"level {', '.join(map(str, levels))} is missing, it has {', '.join(map(str, cache.levels))}": levels,
     }
     return [*(text for text, lacks in found.items() if lacks), *_missing_tokens(cache, spec, config)]
+
+
+def check_projection(tail: Mapping[str, Any], what: str) -> None:
+    """The target z is made by the teacher's projection, which only CLIP-like teachers have."""
+    if "proj" not in tail:
+        raise UserError(
+            f"{what} does not give target z: its teacher has no projection, only {', '.join(sorted(tail))}; --set "
+            "target=f takes the output of its last norm in place of it"
+        )
 
 
 def _missing_levels(cache: Cache, spec: TargetSpec) -> list[int]:
@@ -209,9 +235,11 @@ def _check_fit(candidate: Found, plain: RecipeConfig, source: images.Source | No
     identity = candidate.cache.identity
     if candidate.spec.fields and identity["teacher"]["name"] != plain.teacher:
         raise UserError(f"its teacher is {identity['teacher']['name']}, {plain.teacher} is needed")
-    if tuple(identity["policy"]["scale"]) != candidate.spec.scale or identity["policy"]["jitter"]:
+    policy, spec = identity["policy"], candidate.spec
+    if (tuple(policy["scale"]), policy["jitter"]) != (spec.scale, spec.jitter):
         raise UserError(
-            f"its views are drawn at scale {identity['policy']['scale']}, {candidate.spec.scale} is published"
+            f"its views are drawn at scale {policy['scale']} with jitter {policy['jitter']:g}, {spec.scale} with "
+            f"{spec.jitter:g} is published"
         )
     if source is not None:
         join(candidate.cache, source)
@@ -224,9 +252,12 @@ def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: im
         levels = invocation.levels_text(spec.levels, config.teacher_depth)
         facts = ["--teacher", config.teacher, "--levels", levels]
         size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
-        command = [*facts, *size, "--images", source.spec if source else "SRC"]
+        tokens = [word for name in _tokenizers(spec.fields) for word in ("--teacher", name)]
+        command = [*facts, *size, *_crops(spec), *tokens, "--images", source.spec if source else "SRC"]
     elif not cache.complete:
         command = [*invocation.options(cache.manifest), "--out", str(cache.path)]
+    elif names := _tokenizers(field for field in spec.fields if field not in cache.fields):
+        command = ["--teacher", names[0], *_same_views(cache), "--add", "--out", str(cache.path)]
     elif _missing_tokens(cache, spec, config) or any(field not in cache.fields for field in spec.fields):
         wanted = sorted({*cache.levels, *spec.levels})
         command = invocation.options(cache.manifest, wanted, cache.views, keep=False)
@@ -234,3 +265,22 @@ def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: im
         command = invocation.options(cache.manifest, _missing_levels(cache, spec), cache.views)
         command += ["--add", "--out", str(cache.path)]
     return f"make it with: {invocation.command(command)}"
+
+
+def _tokenizers(fields: Iterable[str]) -> list[str]:
+    """Whose tokens are asked for: NAME of NAME/token_ids."""
+    return [field.removesuffix("/token_ids") for field in fields if field.endswith("/token_ids")]
+
+
+def _same_views(cache: Cache) -> list[str]:
+    """The options that another teacher over a cache's views shares with it."""
+    own = {"teacher", "levels", "weights", "order", "codec", "tokens", "keep", "pixels", "precision", "batch-size"}
+    words = [word for word in invocation.options(cache.manifest) if word != "--compile"]
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for key, value in pairs if key.removeprefix("--") not in own for word in (key, value)]
+
+
+def _crops(spec: TargetSpec) -> list[str]:
+    """The options of a publication's crops, where they are not the usual ones."""
+    scale = [] if spec.scale == Policy().scale else ["--scale", ",".join(f"{end:g}" for end in spec.scale)]
+    return [*scale, *([] if spec.jitter == Policy().jitter else ["--jitter", f"{spec.jitter:g}"])]

@@ -6,6 +6,7 @@ teacher and student differs. n rows of training pictures, B batch, V stored view
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from featcache import codecs, joining, rng, running, targets, teachers, views
+from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from featcache.torch import raster, tensor
 from featcache.views import stored_view
@@ -77,7 +79,10 @@ class Cached:
         self.ranked = bool(self.coded) and self.cache.identity["tokens"] == "ranked"
         order = ("mask_order",) if self.ranked else ()
         pixels = ("pixels",) if self.stored_pixels else views.Drawn._fields
-        side = [field for field in self.spec.fields if field != "features"]
+        self.tail = as_tensors(self.cache.tail()) if self.spec.derive else {}
+        stats = ("feature_stats",) if self.tail and float(self.tail["eps"]) != float(np.float32(targets.EPS)) else ()
+        side = [field for field in (*self.spec.fields, *stats) if field != "features"]
+        self.stats = bool(stats)
         self.reads = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
 
     def view(self, digests: rng.U64, epoch: int) -> I64:
@@ -98,13 +103,21 @@ class Cached:
         sources: dict[str, npt.NDArray[Any]] = {
             name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields
         }
-        if not self.coded:
-            return {}, sources
-        coded = {name: torch.from_numpy(host[name]).to(device, non_blocking=True) for name in self.coded}
-        features = self.codec.decode(coded)
-        if self.ranked:
-            features = raster(features, tensor(host["mask_order"]).to(device, non_blocking=True))
-        return {"features": features}, sources
+        out = {}
+        for field in self.spec.fields:
+            if field.rpartition("/")[2] == "token_ids":  # a tokenizer's part of a cache: NAME/token_ids
+                out["token_ids"] = _token_ids(host[field], self.spec.vocabulary).to(device, non_blocking=True)
+        if self.coded:
+            coded = {name: torch.from_numpy(host[name]).to(device, non_blocking=True) for name in self.coded}
+            features = self._in_raster(self.codec.decode(coded), host, device)
+            stats = self._in_raster(tensor(host["feature_stats"]).to(device), host, device) if self.stats else None
+            self.tail = on_device(self.tail, device)
+            out |= derived(self.spec, features, stats, self.tail)
+        return out, sources
+
+    def _in_raster(self, values: Tensor, host: Host, device: torch.device) -> Tensor:
+        """(B,L,T,...) as stored -> in image order."""
+        return raster(values, tensor(host["mask_order"]).to(device, non_blocking=True)) if self.ranked else values
 
 
 @dataclass
@@ -116,6 +129,15 @@ class Online:
     teacher: teachers.Teacher | None
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`
+
+    def __post_init__(self) -> None:
+        lacking = set(self.spec.fields) - {"features", "attention", "mask_order"}
+        if lacking:
+            raise UsageError(
+                f"--teacher online computes no {', '.join(sorted(lacking))}; allowed: features and what derives from "
+                "them; give a cache that holds it with --cache"
+            )
+        self.tail = as_tensors(self.teacher.tail()) if self.teacher is not None and self.spec.derive else {}
 
     def view(self, digests: rng.U64, epoch: int) -> I64:
         if self.views is None:
@@ -143,13 +165,47 @@ class Online:
         pixels = torch.from_numpy(host.get("teacher_pixels", host["pixels"])).to(device).permute(0, 3, 1, 2)
         with torch.no_grad(), running.applied(self.teacher):  # as a cache's teacher ran, whatever the student runs in
             ys, attention = self.teacher(pixels.contiguous(), self.spec.levels)
-            features = torch.stack([targets.normalise(y)[0] for y in ys], 1) if ys else None
+            pairs = [targets.normalise(y) for y in ys]
         weights = attention.float().cpu().numpy()
         sources = {"attention": weights}
         if "mask_order" in self.spec.fields:
             args = (host["digests"], host["view"], self.policy.seed)
             sources["mask_order"] = targets.mask_order(self.order, weights, *args)
-        return ({} if features is None else {"features": features}), sources
+        if not pairs:
+            return {}, sources
+        features, stats = (torch.stack(each, 1) for each in zip(*pairs, strict=True))
+        self.tail = on_device(self.tail, device)
+        return derived(self.spec, features, stats, self.tail), sources
+
+
+def as_tensors(tail: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
+    """A teacher's tail for `derived`."""
+    return {name: torch.from_numpy(value) for name, value in tail.items()}
+
+
+def on_device(tail: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tail where the features are; its one number stays on the host, which looks at it."""
+    return {name: value.to(device) if value.ndim else value for name, value in tail.items()}
+
+
+def derived(spec: TargetSpec, features: Tensor, stats: Tensor | None, tail: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """features (B,L,1+P,D), stats (B,L,1+P,2) -> what a recipe takes: the levels, or `targets` (B,1+P,E) derived from
+    the only one. `stats`, mean and divisor, are looked at where the teacher's eps is not the cache's."""
+    if not spec.derive:
+        return {"features": features}
+    assert features.shape[1] == 1, features.shape
+    std = None if stats is None else stats[:, 0, :, 1:]
+    return {"targets": targets.derive(spec.derive, features[:, 0], tail, std)}
+
+
+def _token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> Tensor:
+    """ids (B,P) as stored -> int64; an id that the recipe has no class for is refused."""
+    if ids.size and int(ids.max()) >= vocabulary:
+        raise UserError(
+            f"cannot predict token id {int(ids.max())} of the cache: vocabulary={vocabulary}; allowed: a vocabulary "
+            "above every id; give vocabulary=N of the tokenizer that made them"
+        )
+    return tensor(ids).long()
 
 
 def draw_masks(config: RecipeConfig, host: Host, sources: dict[str, npt.NDArray[Any]], seed: int) -> dict[str, Tensor]:

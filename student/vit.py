@@ -105,11 +105,11 @@ def initialise(vit: VisionTransformer) -> None:
     bias keeps the framework's uniform start. (facebookresearch/mae models_mae.py:65-93.)
     """
     cls_token, positions = _tokens(vit)
-    vit.apply(_init_linear_and_norm)
+    vit.apply(init_linear_and_norm)
     kernel = vit.patch_embed.proj.weight
     nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1))
     nn.init.normal_(cls_token, std=TOKEN_STD)
-    _fix_positions(positions, vit.patch_embed.grid_size[0])
+    fix_positions(positions, vit.patch_embed.grid_size[0])
 
 
 def _tokens(vit: VisionTransformer) -> tuple[nn.Parameter, nn.Parameter]:
@@ -119,7 +119,8 @@ def _tokens(vit: VisionTransformer) -> tuple[nn.Parameter, nn.Parameter]:
     return vit.cls_token, vit.pos_embed
 
 
-def _init_linear_and_norm(module: nn.Module) -> None:
+def init_linear_and_norm(module: nn.Module) -> None:
+    """Xavier-uniform Linears with bias 0; norms 1 and 0."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -130,27 +131,29 @@ def _init_linear_and_norm(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fix_positions(positions: nn.Parameter, grid: int) -> None:
-    positions.copy_(sincos(positions.shape[-1], grid).unsqueeze(0))
+def fix_positions(positions: nn.Parameter, grid: int, layout: str = "mae") -> None:
+    """positions (1,1+P,D) become sines and cosines, and are not trained."""
+    positions.copy_(sincos(positions.shape[-1], grid, layout).unsqueeze(0))
     positions.requires_grad_(False)
 
 
-def sincos(width: int, grid: int) -> Tensor:
-    """(1 + grid^2, width) float64: fixed 2-D sin-cos positions in MAE's layout, a row of zeros for CLS first.
+def sincos(width: int, grid: int, layout: str = "mae") -> Tensor:
+    """(1 + grid^2, width) float64: fixed 2-D sin-cos positions, a row of zeros for CLS first.
 
     With w_k = 10000^(-k / (width/4)), the patch at (row, col) has
 
         [ sin(col w) | cos(col w) | sin(row w) | cos(row w) ]
 
-    column first; CAE's layout has the halves swapped and the same shape, so a checkpoint read with the wrong one is
-    silently wrong. (facebookresearch/mae util/pos_embed.py:26-67.)
+    column first, in MAE's layout. CAE's has the halves swapped and the same shape, so a checkpoint read with the wrong
+    one is silently wrong. (facebookresearch/mae util/pos_embed.py:26-67; CAE models/modeling_cae_helper.py:229-248.)
     """
     quarter = width // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angle = torch.arange(grid, dtype=torch.float64).outer(frequency)  # (grid, width/4)
     one_axis = torch.cat([angle.sin(), angle.cos()], dim=1)
     col, row = one_axis.repeat(grid, 1), one_axis.repeat_interleave(grid, dim=0)
-    return torch.cat([torch.zeros(1, width, dtype=torch.float64), torch.cat([col, row], dim=1)])
+    halves = {"mae": [col, row], "cae": [row, col]}[layout]
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), torch.cat(halves, dim=1)])
 
 
 # --- encoding -------------------------------------------------------------------------------------------------------
@@ -179,6 +182,16 @@ def encode(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> list[Ten
 def select(tokens: Tensor, ids: Tensor) -> Tensor:
     """tokens (B,N,D), ids (B,M) -> (B,M,D)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def with_cls(ids: Tensor) -> Tensor:
+    """ids (B,M) of patches -> ids (B,1+M) of tokens, of which CLS is the first."""
+    return torch.cat([ids.new_zeros(len(ids), 1), ids + 1], dim=1)
+
+
+def in_raster(tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+    """tokens (B,1+P,D): CLS, those of ids_keep (B,V), those of ids_masked (B,P-V) -> CLS, then raster order."""
+    return select(tokens, with_cls(torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)))
 
 
 def patchify(images: Tensor, patch_px: int) -> Tensor:
@@ -218,17 +231,19 @@ class Decoder(nn.Module):
         )
         self.decoder_norm = NORM(width)
         self.decoder_pred = nn.Linear(width, out_dim)
-        self.apply(_init_linear_and_norm)
+        self.apply(init_linear_and_norm)
         nn.init.normal_(self.mask_token, std=TOKEN_STD)
-        _fix_positions(self.decoder_pos_embed, patches_grid)
+        fix_positions(self.decoder_pos_embed, patches_grid)
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """tokens (B,1+V,D) of the encoder, ids_keep (B,V), ids_masked (B,P-V) -> (B,P,out) in raster order, no CLS."""
+        return self.with_cls(tokens, ids_keep, ids_masked)[:, 1:]
+
+    def with_cls(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """As `forward`, with CLS in front: (B,1+P,out)."""
         x = self.decoder_embed(tokens)
         holes = self.mask_token.to(x.dtype).expand(*ids_masked.shape, -1)
-        raster = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)
-        patches = select(torch.cat([x[:, 1:], holes], dim=1), raster)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        x = in_raster(torch.cat([x, holes], dim=1), ids_keep, ids_masked) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        return self.decoder_pred(self.decoder_norm(x))

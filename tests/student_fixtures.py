@@ -27,7 +27,9 @@ from PIL import Image
 
 import featcache.cli
 import student.cli
+from featcache import checksums, manifest, zarr_store
 from featcache.reader import Cache
+from featcache.store import Array
 from student import metrics
 
 TEACHER = "synthetic:levels=4,tokens=16,width=24,size=32"
@@ -35,10 +37,18 @@ ENCODER = "vit_tiny_patch16_224,embed_dim=48,depth=4,num_heads=3"
 PICTURES, VIEWS, SIZE = 24, 3, 32
 DECODER = ("decoder_width=32", "decoder_depth=1", "decoder_heads=4")
 COMMON = (f"encoder={ENCODER}", "warmup_epochs=0", "lr=0.003")
+SMALL_BEIT = ("encoder=tiny,embed_dim=48,depth=4,num_heads=3", *COMMON[1:])
+REGRESSOR = ("regressor_width=32", "regressor_depth=1", "regressor_heads=4")
 RECIPES = {
     "maskalign": (*COMMON, "level_weights=top:3"),
     "mralign": (*COMMON, "level_weights=top:3", *DECODER),
     "mae": (*COMMON, *DECODER),
+    "milan": (*COMMON, *DECODER, "target=f"),  # the synthetic teacher has no projection
+    "kd": (*COMMON, "target=f"),
+    "caev2": (*SMALL_BEIT, *REGRESSOR, "target=f"),
+    "cae": (*SMALL_BEIT, *REGRESSOR, "decoder_depth=1", "token_field=token_ids", "vocabulary=16"),
+    "fd": SMALL_BEIT,
+    "mvp": (*SMALL_BEIT, "target=f"),
 }
 
 
@@ -107,6 +117,39 @@ def ranked_path() -> Path:
 def kept_path() -> Path:
     """The same again, of which only the first 5 of 16 patches are stored."""
     return extract(pictures(), root() / "kept", "--tokens", "ranked", "--keep", "5")
+
+
+@functools.cache
+def token_path() -> Path:
+    """The same rows with one array more, `token_ids`: of each of 4 x 4 patches, two bits of red and two of green at its
+    middle. Written through the store's own contract, as a tokenizer would."""
+    out = root() / "tokens"
+    with Cache(cache_path()) as cache:
+        about, plain = (
+            dict(cache.manifest),
+            [spec for name, spec in cache.arrays.items() if name not in checksums.NAMES],
+        )
+        rows, view = np.repeat(np.arange(len(cache)), VIEWS), np.tile(np.arange(VIEWS), len(cache))
+        items = cache.read(rows, view, [spec.name for spec in plain])
+        keys, tail = [cache.keys[row] for row in rows], next(iter(about["files"]))
+    middle = np.array([1, 5, 8, 12])  # of the 14 x 14 thumbnail
+    colours = items["thumbnail"][:, middle][:, :, middle].reshape(-1, 16, 3) // 64
+    items["token_ids"] = (colours[..., 0] + 4 * colours[..., 1]).astype("<u2")
+    arrays = [*plain, Array("token_ids", "<u2", (16,), ("row", "view", "patch"))]
+    arrays += checksums.declare(arrays, len(about["identity"]["levels"]), 17, ranked=False)
+    (out / "shards").mkdir(parents=True)
+    shutil.copy(cache_path() / tail, out / tail)
+    for path in (out / manifest.NAME, out / "shards" / manifest.COPY):
+        manifest.write_json(path, {**about, "arrays": {spec.name: spec.as_dict() for spec in arrays}})
+    writer = zarr_store.writer(out, about["shards"][0]["name"], arrays, VIEWS)
+    writer.append(keys, {**items, **checksums.compute(arrays, items)})
+    writer.finish([], {})
+    return out
+
+
+def cache_of(recipe: str) -> Path:
+    """A cache that serves the recipe's small settings."""
+    return token_path() if recipe == "cae" else cache_path()
 
 
 @functools.cache

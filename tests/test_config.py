@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 
 from featcache.errors import UsageError
 from student import config
@@ -108,3 +109,34 @@ def test_frozen_and_closed() -> None:
 def test_hidden_patches_are_needed_where_they_are_predicted() -> None:
     with pytest.raises(UsageError, match=r"mask_ratio=0\.0 leaves all 196 patches visible"):
         config.check_hides_patches(RecipeConfig(mask_ratio=0.0))
+
+
+@dataclass(frozen=True, kw_only=True, config=config.CHECKED)
+class Sized(RecipeConfig):
+    """A recipe with defaults by size, whose rate does not scale with the batch."""
+
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {"large": {"drop_path": 0.2, "mask_ratio": 0.6}}
+
+    lr: float | None = 1e-3
+
+
+def test_defaults_go_with_the_size_unless_something_else_is_set() -> None:
+    assert from_overrides(Sized, []).drop_path == 0.0
+    large = from_overrides(Sized, ["encoder=large,depth=2", "mask_ratio=0.5"])
+    assert (large.drop_path, large.mask_ratio) == (0.2, 0.5)
+    assert from_overrides(Sized, ["encoder=vit_large_patch16_224"]).drop_path == 0.2
+    assert config.replace(large, drop_path=0.0).drop_path == 0.0
+
+
+def test_a_rate_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"cannot set blr=0.0002: .* lr=0.001 .* blr=RATE together with lr=null"):
+        from_overrides(Sized, ["blr=2e-4"])
+    assert from_overrides(Sized, ["blr=2e-4", "lr=null"]).blr == 2e-4
+    assert from_overrides(RecipeConfig, ["blr=2e-4"]).blr == 2e-4
+
+
+def test_target_of_output_recipes() -> None:
+    given = from_overrides(config.OutputConfig, ["target=f", "teacher_width=24", "teacher_out=20"])
+    assert (given.target_width, config.replace(given, target="z").target_width) == (24, 20)
+    with pytest.raises(UsageError, match="unknown target 'y': known: f, z; choose one with target=NAME"):
+        from_overrides(config.OutputConfig, ["target=y"])

@@ -71,7 +71,7 @@ def test_both_parts_are_ascending_and_make_up_all_patches(name: str) -> None:
         assert sorted(seen + hidden) == list(range(16))
 
 
-@pytest.mark.parametrize("name", ["uniform", "attentive"])
+@pytest.mark.parametrize("name", ["uniform", "attentive", "blockwise"])
 def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
     whole = draw(name, attention=RAMP)[0]
     alone = draw(name, attention=RAMP[1:], digests=rng.key_digests(KEYS[1:]))[0]
@@ -131,14 +131,78 @@ def test_an_order_that_is_no_permutation() -> None:
         draw("stored", mask_order=np.arange(1, 17)[None].repeat(2, 0))
 
 
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def blocks(key: str, seed: int, epoch: int, side: int, wanted: int) -> list[int]:
+    """The published generator in plain Python, one patch at a time, on the words of numpy's own Philox."""
+    least = min(16, -(-16 * side * side // 196))
+    hidden: set[int] = set()
+    k = 0
+    while True:
+        words = numpy_words(key, f"mask:blockwise:{k}", seed, epoch, side * side)
+        k += 1
+        for t in range(side * side // 4):
+            if len(hidden) == wanted:
+                return sorted(hidden)
+            u = [(word >> 11) / 2**53 for word in words[4 * t : 4 * t + 4]]
+            left = wanted - len(hidden)
+            area = least + (left - least) * u[0]
+            aspect = math.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * u[1])
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h < side and w < side:
+                top, first = int(u[2] * (side - h + 1)), int(u[3] * (side - w + 1))
+                new = {side * y + x for y in range(top, top + h) for x in range(first, first + w)} - hidden
+                if 0 < len(new) <= left:
+                    hidden |= new
+
+
+@pytest.mark.parametrize(("side", "visible"), [(14, 166), (14, 98), (14, 78), (16, 128), (7, 24), (4, 8), (4, 1)])
+def test_blocks_equal_the_generator_in_plain_python(side: int, visible: int) -> None:
+    patches = side * side
+    keep, masked = draw("blockwise", n_visible=visible, n_patches=patches)
+    for row, key in enumerate(KEYS):
+        assert masked[row] == blocks(key, 7, 3, side, patches - visible)
+        assert sorted(keep[row] + masked[row]) == list(range(patches))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "centre", "corner"), [(30, 0.29, 0.02), (49, 0.495, 0.03), (98, 0.86, 0.06), (118, 0.94, 0.09)]
+)
+def test_blocks_have_exact_counts_and_the_published_bias_to_the_centre(
+    wanted: int, centre: float, corner: float
+) -> None:
+    """Of 3,000 masks; the expected probabilities were measured on the released generator."""
+    digests = rng.key_digests(f"{i}" for i in range(3000))
+    _, masked = masking.draw("blockwise", digests=digests, seed=0, epoch=0, n_visible=196 - wanted, n_patches=196)
+    assert masked.shape == (3000, wanted)
+    assert (np.diff(masked, axis=1) > 0).all()  # so every picture hides exactly this many
+    p = (np.bincount(masked.ravel(), minlength=196) / 3000).reshape(14, 14)
+    assert p[6:8, 6:8].mean() == pytest.approx(centre, abs=0.03)
+    assert np.mean([p[0, 0], p[0, 13], p[13, 0], p[13, 13]]) == pytest.approx(corner, abs=0.015)
+
+
+def test_kept_counts_of_block_wise_recipes() -> None:
+    """CAE v2's 15, 25, 50 and 60 % hide 30, 49, 98 and 118 patches."""
+    assert [196 - masking.kept_count(196, ratio) for ratio in (0.15, 0.25, 0.5, 0.6)] == [30, 49, 98, 118]
+
+
+def test_blocks_that_cannot_be() -> None:
+    with pytest.raises(UserError, match="'blockwise' on 15 patches: a square grid is needed"):
+        draw("blockwise", n_patches=15)
+    with pytest.raises(UserError, match=r"cannot hide 2 of 1 x 1 patches|cannot hide 1 of 1 x 1 patches"):
+        draw("blockwise", n_patches=1, n_visible=0)
+
+
 def test_unknown_mask() -> None:
     with pytest.raises(UsageError, match=r"unknown mask 'atentive': did you mean attentive\? known: .*uniform"):
         draw("atentive")
 
 
 def test_fields() -> None:
-    assert {name: masking.fields(name) for name in ("attentive", "uniform", "stored")} == {
+    assert {name: masking.fields(name) for name in masking.MASKS} == {
         "attentive": ("attention",),
         "uniform": (),
         "stored": ("mask_order",),
+        "blockwise": (),
     }

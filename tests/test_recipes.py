@@ -6,18 +6,24 @@ literal whatever the versions of torch and timm draw at the start.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
 import torch
+from timm.models.beit import Beit
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UsageError
-from student import config, masking, optim, recipes
+from student import config, losses, masking, optim, recipes
 from student.recipes import TargetSpec
 
 # 16 patches of 4 x 4 pixels; 3 student blocks of 2 heads, 3 teacher levels.
@@ -30,11 +36,20 @@ TINY = [
     "teacher_width=12",
 ]
 TINY_ALIGN = [*TINY, "level_weights=top:2"]
+TINY_OUTPUT = [*TINY, "teacher_out=10"]
 TINY_DECODER = ["decoder_width=8", "decoder_depth=2", "decoder_heads=2"]
+TINY_BEIT = "encoder=tiny,embed_dim=16,depth=3,num_heads=2"
+TINY_REGRESSOR = ["regressor_width=16", "regressor_heads=2"]
 TINY_SETTINGS = {
     "maskalign": TINY_ALIGN,
     "mae": [*TINY, *TINY_DECODER],
     "mralign": [*TINY_ALIGN, *TINY_DECODER],
+    "milan": [*TINY_OUTPUT, *TINY_DECODER],
+    "kd": TINY_OUTPUT,
+    "caev2": [*TINY_OUTPUT, TINY_BEIT, *TINY_REGRESSOR, "regressor_depth=2"],
+    "cae": [*TINY, TINY_BEIT, *TINY_REGRESSOR, "regressor_depth=2", "decoder_depth=2", "vocabulary=9"],
+    "fd": [*TINY, "teacher_width=10", TINY_BEIT],
+    "mvp": [*TINY_OUTPUT, TINY_BEIT],
 }
 
 
@@ -49,6 +64,8 @@ def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
     return {
         "images": wave(2, 3, 16, 16, phase=0.3),
         "features": wave(2, levels, 17, 12, phase=0.9, size=1.4),
+        "targets": wave(2, 17, 10, phase=0.7, size=1.6),
+        "token_ids": torch.arange(32).view(2, 16) * 5 % 9,
         "ids_keep": ids_keep,
         "ids_masked": torch.tensor(hidden),
     }
@@ -58,9 +75,9 @@ def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
 def fill(model: nn.Module) -> None:
     """Small sines in every trained parameter, around 1 in the norms' weights; fixed positions stay."""
     for i, (name, parameter) in enumerate(model.named_parameters()):
-        if not name.endswith("pos_embed"):
+        if not name.endswith("pos_embed"):  # names of norms: norm1, decoder_norm, ...; encoder_to_regresser_norm
             parameter.copy_(wave(*parameter.shape, phase=0.1 * i, size=0.2))
-            if "norm" in name and name.endswith("weight"):
+            if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
                 parameter.add_(1)
 
 
@@ -75,14 +92,74 @@ def tiny_model(name: str, *more: str) -> tuple[nn.Module, Any]:
 def first_losses(name: str, steps: int = 3) -> list[float]:
     model, settings = tiny_model(name)
     optimizer = optim.adamw(model, settings, lr=1e-2)
-    losses = []
+    found = []
     for _ in range(steps):
         loss = model(tiny_batch())["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        found.append(loss.item())
+    return found
+
+
+def check_against(model: nn.Module, out: Tensor, reference: Callable[[dict[str, Tensor]], Tensor]) -> None:
+    """The loss and its gradients equal those of a second implementation, a function of the state dict."""
+    parameters = trained(model)
+    got = torch.autograd.grad(out, list(parameters.values()))
+    copies = {name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()}
+    expected_loss = reference(copies)
+    expected = torch.autograd.grad(expected_loss, [copies[name] for name in parameters])
+    torch.testing.assert_close(out, expected_loss, rtol=1e-12, atol=0)
+    for name, a, b in zip(parameters, got, expected, strict=True):
+        # An absolute floor: the gradient of a key bias is zero by symmetry.
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def parameters(name: str, *more: str) -> tuple[int, int]:
+    """How many numbers the model has, and how many of them are trained; nothing is allocated."""
+    module = recipes.load(name)
+    with torch.device("meta"):
+        model = module.Model(config.from_overrides(module.Config, more))
+    return sum(x.numel() for x in model.parameters()), sum(x.numel() for x in trained(model).values())
+
+
+def gmac(name: str, *more: str) -> float:
+    """Multiply-accumulates (1e9) of one picture's forward pass at the recipe's own size, counted by torch."""
+    module = recipes.load(name)
+    settings = config.from_overrides(module.Config, more)
+    spec, p = module.needs(settings), settings.patches
+    width = settings.teacher_out if spec.derive == "z" else settings.teacher_width
+    ids = {"ids_keep": settings.visible, "ids_masked": p - settings.visible, "token_ids": p}
+    # Shapes alone (a device without autocast), and the plain form of attention, whose products the counter knows.
+    without = mock.patch.object(losses, "autocast_off", return_value=contextlib.nullcontext())
+    with torch.device("meta"), without:
+        model = module.Model(settings).requires_grad_(False)
+        batch = {key: torch.empty(1, n, dtype=torch.int64) for key, n in ids.items()}
+        batch |= {"images": torch.empty(1, 3, settings.img_size, settings.img_size)}
+        batch |= {"targets": torch.empty(1, 1 + p, width), "features": torch.empty(1, len(spec.levels), 1 + p, width)}
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(batch)
+    return counter.get_total_flops() / 2e9
+
+
+def reference_losses(name: str, reference: Callable[[dict[str, Tensor]], Tensor], steps: int = 3) -> list[float]:
+    """What `first_losses` must give: a second implementation's loss of the state dict, and AdamW written out (rate
+    1e-2, eps 1e-8, decay 0.05 of every matrix that is no token)."""
+    model, settings = tiny_model(name)
+    names, (b1, b2) = list(trained(model)), settings.betas
+    w = {key: x.clone() for key, x in model.state_dict().items()}
+    m, v = ({key: torch.zeros_like(w[key]) for key in names} for _ in range(2))
+    found = []
+    for t in range(1, steps + 1):
+        copies = {key: x.clone().requires_grad_(key in names) for key, x in w.items()}
+        loss = reference(copies)
+        found.append(loss.item())
+        for key, g in zip(names, torch.autograd.grad(loss, [copies[key] for key in names]), strict=True):
+            m[key], v[key] = b1 * m[key] + (1 - b1) * g, b2 * v[key] + (1 - b2) * g**2
+            decay = 0.05 if w[key].ndim > 1 and "token" not in key else 0.0
+            step = (m[key] / (1 - b1**t)) / ((v[key] / (1 - b2**t)).sqrt() + 1e-8)
+            w[key] = w[key] * (1 - 1e-2 * decay) - 1e-2 * step
+    return found
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,7 +172,7 @@ each = pytest.mark.parametrize("name", sorted(TINY_SETTINGS))
 
 
 def test_each_recipe_of_the_folder_has_a_tiny_case() -> None:
-    assert set(TINY_SETTINGS) <= set(recipes.names())
+    assert set(TINY_SETTINGS) == set(recipes.names())
 
 
 @each
@@ -123,10 +200,17 @@ def test_loss_has_a_gradient_in_every_trained_parameter(name: str) -> None:
 @each
 def test_encoder_loads_strictly_into_timm(name: str) -> None:
     model, _ = tiny_model(name)
-    plain = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2
-    )
-    plain.load_state_dict(model.encoder.state_dict(), strict=True)
+    small: dict[str, Any] = {"num_classes": 0, "img_size": 16, "patch_size": 4}
+    small |= {"embed_dim": 16, "depth": 3, "num_heads": 2}
+    if isinstance(model.encoder, Beit):
+        relative = model.encoder.pos_embed is None
+        positions = {"use_abs_pos_emb": not relative, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": relative}
+        plain = timm.create_model("beit_base_patch16_224", global_pool="token", **small, **positions)
+    else:
+        plain = timm.create_model("vit_tiny_patch16_224", **small)
+    plain.double().load_state_dict(model.encoder.state_dict(), strict=True)
+    ours, timms = (net.eval().forward_features(tiny_batch()["images"]) for net in (model.encoder, plain))  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(ours, timms)
 
 
 @each
@@ -149,11 +233,13 @@ def test_bf16_autocast_computes_the_loss_in_float32(name: str) -> None:
     model.float()
     batch = {key: x.float() if x.is_floating_point() else x for key, x in tiny_batch().items()}
     exact = model(batch)["loss"]
-    batch["features"] = batch["features"].half()
+    batch["features"], batch["targets"] = batch["features"].half(), batch["targets"].half()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(batch)["loss"]
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.0)
+    loss.backward()
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in trained(model).values())
 
 
 @each
@@ -179,13 +265,50 @@ def golden(**changes: object) -> dict[str, object]:
     return {**common, **changes}
 
 
+OUTPUT = {"target": "z", "teacher_out": 512}
 ALIGN = {"level_weights": "top:5", "align_levels": "auto"}
 DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16, "norm_pix": True}
 GOLDEN = {
     "maskalign": golden(**ALIGN),
     "mae": golden(drop_path=0.0, mask="uniform", mask_ratio=0.75, min_lr=0.0, epochs=800, warmup_epochs=40, **DECODER),
     "mralign": golden(mask_ratio=0.75, align_weight=0.5, pixel_weight=0.5, **ALIGN, **DECODER),
-}
+    "milan": golden(
+        drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=40, decoder="prompting",
+        prompts="projected", cls_loss=True, **OUTPUT, **DECODER,
+    ),
+    "kd": golden(drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=40, **OUTPUT),
+    "caev2": golden(
+        mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=300, warmup_epochs=10,
+        family="cae", layer_scale=0.1, regressor_width=768, regressor_depth=4, regressor_heads=12, align="both",
+        loss="cosine", reduction="code", head="norm_linear", jitter=0.4, **OUTPUT,
+    ),
+    "cae": golden(
+        mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=800, warmup_epochs=20,
+        family="cae", layer_scale=0.1, xavier=True, regressor_width=768, regressor_depth=4, regressor_heads=12,
+        decoder_depth=4, token_field="dvae/token_ids", vocabulary=8192, align_weight=2.0, align_drop_path=True,
+    ),
+    "fd": golden(
+        drop_path=0.2, mask="uniform", mask_ratio=0.0, min_lr=2e-5, betas=[0.9, 0.999], clip_grad=3.0, epochs=300,
+        warmup_epochs=10, family="beit", layer_scale=0.1, beta=2.0,
+    ),
+    "mvp": golden(
+        mask="blockwise", mask_ratio=0.4, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=300, warmup_epochs=10,
+        family="beit", layer_scale=0.1, **OUTPUT,
+    ),
+}  # fmt: skip
+CLIP_L14 = {"teacher": "clip-l14", "teacher_depth": 24, "teacher_width": 1024, "teacher_out": 768}
+# What a model size changes.
+GOLDEN_SIZES: dict[tuple[str, str], dict[str, object]] = {
+    ("caev2", "tiny"): {"mask_ratio": 0.15, "regressor_width": 96, "regressor_depth": 1},
+    ("caev2", "small"): {"mask_ratio": 0.25, "regressor_width": 384, "regressor_depth": 1},
+    ("caev2", "large"): {
+        "mask_ratio": 0.6, "regressor_width": 1024, "regressor_heads": 16, "drop_path": 0.2, "layer_scale": 1e-5,
+        **CLIP_L14,
+    },
+    ("milan", "large"): CLIP_L14,
+    ("fd", "large"): {"drop_path": 0.3},
+    ("cae", "large"): {"layer_scale": 1e-5, "epochs": 1600, "warmup_epochs": 40},
+}  # fmt: skip
 
 
 @each
@@ -194,12 +317,19 @@ def test_defaults_are_the_published_ones(name: str) -> None:
 
 
 @each
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_defaults_of_each_size(name: str, size: str) -> None:
+    given = config.from_overrides(recipes.load(name).Config, [f"encoder={size}"])
+    assert config.as_dict(given) == {**GOLDEN[name], "encoder": size, **GOLDEN_SIZES.get((name, size), {})}
+
+
+@pytest.mark.parametrize("name", sorted(set(TINY_SETTINGS) - {"fd"}))  # which hides nothing
 @pytest.mark.parametrize("mask", sorted(masking.MASKS))
 def test_needs_holds_what_the_mask_reads(name: str, mask: str) -> None:
     module = recipes.load(name)
     spec = module.needs(config.from_overrides(module.Config, [f"mask={mask}"]))
-    read = {"attentive": ("attention",), "stored": ("mask_order",), "uniform": ()}[mask]
-    assert tuple(field for field in spec.fields if field != "features") == read
+    read = {"attentive": ("attention",), "stored": ("mask_order",)}.get(mask, ())
+    assert tuple(field for field in spec.fields if field not in ("features", "dvae/token_ids")) == read
 
 
 # --- loading --------------------------------------------------------------------------------------------------------

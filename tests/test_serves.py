@@ -23,7 +23,9 @@ def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
     stated = serves.stated(Path(str(module.__file__)))
     assert stated == module.SERVED_BY
     assert stated.get("mask_ratio", module.Config().mask_ratio) == module.Config().mask_ratio
-    assert set(stated) - {"mask_ratio"} == {"fields", "levels"}
+    assert set(stated) - {"mask_ratio", "all_tokens", "derive"} == {"fields", "levels"}
+    assert stated.get("all_tokens", False) == ("features" in needs.fields and not needs.visible_only)
+    assert stated.get("derive", "") == needs.derive
     assert stated["fields"] == needs.fields
     assert tuple(serves._levels(stated["levels"], module.Config().teacher_depth)) == needs.levels
 
@@ -50,13 +52,14 @@ def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "serving"),
     [
-        (("--levels", "last:5"), ["mae", "maskalign", "mralign"]),
-        (("--levels", "all"), ["mae", "maskalign", "mralign"]),
-        (("--levels", "last:3"), ["mae"]),
-        (("--levels", "2,3,4,6"), ["mae"]),
+        (("--levels", "last:5"), ["fd", "mae", "maskalign", "mralign"]),
+        (("--levels", "all"), ["fd", "mae", "maskalign", "mralign"]),
+        (("--levels", "last:3"), ["fd", "mae"]),
+        (("--levels", "2,3,4,6"), ["fd", "mae"]),
+        (("--levels", "2,3,4,5"), ["mae"]),
         (("--levels", "last:5", "--tokens", "ranked", "--keep", "4"), ["mae", "maskalign", "mralign"]),
         (("--levels", "last:5", "--tokens", "ranked", "--keep", "3"), ["mae"]),
-        (("--levels", "last:5", "--tokens", "ranked", "--pixels", "raw"), ["mae", "maskalign", "mralign"]),
+        (("--levels", "last:5", "--tokens", "ranked", "--pixels", "raw"), ["fd", "mae", "maskalign", "mralign"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -68,9 +71,9 @@ def test_what_it_says_is_what_training_says(options: tuple[str, ...], serving: l
     assert [name for name, why in said.items() if not why] == serving
     for name, why in said.items():
         words = ("--recipe", name, "--cache", path, "--device", "cpu", "--out", tmp_path / "run", "--dry-run")
-        ran = fx.stud("train", *words, "--set", f"encoder={fx.ENCODER}")
+        ran = fx.stud("train", *words, "--set", fx.RECIPES[name][0])  # a small encoder
         assert (ran.status == 0) == (not why), (name, why, ran.err)
-        if "not stored" in why:
+        if why.startswith("level"):
             missing = why.removeprefix("level ").split(" is not stored")[0]
             assert f"level {missing} is missing" in ran.line
 
@@ -79,18 +82,44 @@ def test_an_incomplete_cache(tmp_path: Path) -> None:
     path = fx.extract(fx.pictures(), tmp_path / "c", "--levels", "all", "--rows-per-shard", "12", teacher=SIX)
     (path / "shards" / "000001.json").unlink()
     with Cache(path) as cache:
-        assert serves.recipes(cache) == {
-            "mae": "",
-            "maskalign": "the cache is incomplete",
-            "mralign": "the cache is incomplete",
-        }
+        said = serves.recipes(cache)
+    assert said["mae"] == ""
+    assert said["maskalign"] == said["mralign"] == "the cache is incomplete"
 
 
 def test_levels_that_were_added_count(tmp_path: Path) -> None:
     path = fx.extract(fx.pictures(), tmp_path / "c", "--levels", "last:3", teacher=SIX)
     fx.extract(fx.pictures(), path, "--add", "--levels", "2,3", teacher=SIX)
     with Cache(path) as cache:
-        assert set(serves.recipes(cache).values()) == {""}
+        said = serves.recipes(cache)
+    assert {said[name] for name in ("mae", "maskalign", "mralign")} == {""}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, ""),
+        ({"derive": "z"}, "its teacher has no projection (target=f)"),
+        ({"derive": "f"}, ""),
+        ({"keep": 14}, ""),
+        ({"keep": 14, "all_tokens": True}, "14 patches are kept, all are read"),
+        ({"keep": 2, "mask_ratio": 0.5}, "2 patches are kept, 8 are visible"),
+    ],
+)
+def test_what_a_literal_may_ask(changed: dict[str, object], expected: str) -> None:
+    """Of the small cache, which is said to keep only some of its patches."""
+    with fx.open_cache() as cache:
+        cache.identity = {**cache.identity, **{key: value for key, value in changed.items() if key == "keep"}}
+        needs = {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.75, **changed}
+        assert serves.lacks(cache, needs) == expected
+
+
+def test_a_projection_serves() -> None:
+    with fx.open_cache() as cache:
+        cache.tail = lambda teacher=None: {"proj": None}  # type: ignore[method-assign,assignment]
+        assert (
+            serves.lacks(cache, {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.0, "derive": "z"}) == ""
+        )
 
 
 def test_no_recipe_and_no_torch_is_imported() -> None:

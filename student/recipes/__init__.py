@@ -5,6 +5,7 @@ A recipe module has a docstring (paper, command, cost, expected score, what diff
 a cache must hold. A recipe is a pure function of (weights, batch):
 
     images (B,3,H,W)   features (B,L,1+P,D)   ids_keep (B,V)   ids_masked (B,P-V)
+    targets (B,1+P,E) in place of features where the spec says `derive`;   token_ids (B,P) where it is among the fields
 
 >>> sorted(set(names()) & {"mae", "maskalign", "mralign"})
 ['mae', 'maskalign', 'mralign']
@@ -35,7 +36,10 @@ class TargetSpec:
     fields: tuple[str, ...]  # arrays by name, the mask's own source among them
     patches: int  # P of the teacher's grid
     scale: tuple[float, float] = (0.2, 1.0)  # crop area of the publication, ends included
+    jitter: float = 0.0  # change of colours of the publication, seen by teacher and student alike
     visible_only: bool = False  # of `features` only [CLS] and visible patches are looked at; the others may be missing
+    derive: str = ""  # z, f or fd: given as `targets` in place of `features`, from the one level (featcache.targets)
+    vocabulary: int = 0  # token ids, of the field token_ids or NAME/token_ids, are below it
 
 
 def names() -> list[str]:

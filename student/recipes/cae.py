@@ -1,0 +1,215 @@
+"""CAE: predict the discrete tokens of hidden patches from their latents, which must lie where the encoder puts them.
+
+Paper:    Chen et al., "Context Autoencoder for Self-Supervised Representation Learning", IJCV 2023 (arXiv 2202.03026)
+Command:  student train --recipe cae --cache CACHE --images SRC --batch-size 64      (32 processes: 2,048)
+          the cache: featcache extract --policy cae ..., with the tokens of DALL-E's encoder: --teacher dvae --add
+Cost:     ViT-B, 98 of 196 patches: 55.2 GMAC a picture forward and backward, 8.7 of them the second encoding, whose
+          output changes with the student and cannot be cached; the tokenizer's 26.1 are in the cache
+Expected: ImageNet-1k, ViT-B, fine-tuned / linear / attentive: 300 epochs 83.6 / 64.1 / 73.8, 800 epochs 83.8 / 68.6 /
+          75.9, 1600 epochs 83.9 / 70.4 / 77.1; ViT-L, 1600: 86.3 / 78.1 / 81.2 (published, not yet ours)
+Code:     Atten4Vis/CAE, models/modeling_cae.py, engine_for_pretraining.py; scripts/cae_base_800e.sh
+
+Reference global batch: 2,048; lr 1.5e-3 as it is, at any batch size (lr=null with blr=1.875e-4 scales it). Warm-up is
+10, 20 and 40 epochs of 300, 800 and 1600.
+
+Table 2 by settings: decoder_depth=0 align_weight=0; align_weight=0; the defaults. Without the decoder one Linear
+predicts the tokens from the regressor's output.
+
+    loss = cross-entropy(decoder(z), tokens) + 2 * MSE(z, z');   z = regresser(mask tokens | encoder(visible patches)),
+    z' = encoder(masked patches) without gradient: the same weights, in training mode
+
+What differs from the released code:
+- z' comes from the encoder itself; there a second one shares its memory after every step, which is the same numbers;
+- cls_token and mask_token are not decayed (decay_tokens=true decays them); the rate rises to its peak once, not twice;
+  bf16 in place of fp16, by the trainer;
+- large is as its released script in fact runs: a regressor and a decoder of width 768 and 12 heads behind a bridge,
+  Xavier start (a line break in it drops what was meant: regressor_width=1024 regressor_heads=16 xavier=false).
+align_drop_path=false computes z' without drop path; the released code has it on, with draws of its own.
+
+Shapes: B batch, V visible, P patches, M = P - V masked, W regressor width, K vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from timm.models.beit import Block
+from torch import Tensor, nn
+
+from featcache.errors import UsageError
+from student import beit, losses, masking, regress, vit
+from student.config import (
+    CHECKED,
+    Above0,
+    Fraction,
+    Mask,
+    NotNegative,
+    Positive,
+    RecipeConfig,
+    check_choice,
+    check_hides_patches,
+)
+from student.recipes import TargetSpec
+
+SERVED_BY = {  # by default; `featcache info` reads this
+    "fields": ("dvae/token_ids",),
+    "levels": "",
+    "mask_ratio": 0.5,
+}
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class Config(RecipeConfig):
+    """scripts/cae_base_800e.sh; large by cae_large_1600e.sh."""
+
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {
+        "large": {"layer_scale": 1e-5, "epochs": 1600, "warmup_epochs": 40.0},
+    }
+
+    drop_path: Fraction = 0.1
+    mask: Mask = "blockwise"
+    mask_ratio: Fraction = 0.5
+    lr: Above0 | None = 1.5e-3
+    min_lr: NotNegative = 1e-5
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip_grad: Above0 | None = 3.0
+    epochs: Positive = 800
+    warmup_epochs: NotNegative = 20
+
+    family: str = "cae"  # of the encoder: timm's Beit with CAE's positions and start values
+    layer_scale: Above0 = 0.1  # start, in the encoder
+    xavier: bool = True  # start of every Linear; false: BEiT's truncated normals, scaled down with depth
+    regressor_width: Positive = 768  # of the decoder too; a Linear and a norm lie between it and another encoder width
+    regressor_depth: Positive = 4  # blocks
+    regressor_heads: Positive = 12  # of the decoder too
+    decoder_depth: int = 4  # blocks; 0: a Linear alone
+    token_field: str = "dvae/token_ids"  # of the cache
+    vocabulary: Positive = 8192  # tokens of the tokenizer
+    align_weight: NotNegative = 2.0  # 0: no alignment, and no second encoding
+    align_drop_path: bool = True  # drop path in the second encoding
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("family", self.family, ("cae",))
+        beit.check_heads("regressor", self.regressor_width, self.regressor_heads)
+        check_hides_patches(self)
+        if self.decoder_depth < 0:
+            raise UsageError(f"cannot build the decoder: decoder_depth={self.decoder_depth}; allowed: 0 or more blocks")
+        if not self.align_drop_path and self.align_weight == 0:
+            raise UsageError("align_drop_path=false does nothing with align_weight=0: there is no second encoding")
+        if self.token_field.rpartition("/")[2] != "token_ids":
+            raise UsageError(
+                f"cannot read token_field={self.token_field!r}; allowed: NAME/token_ids of the tokenizer NAME, or "
+                "token_ids; change it with token_field=VALUE"
+            )
+
+
+def needs(config: Config) -> TargetSpec:
+    """The tokens, and what the mask is drawn from."""
+    return TargetSpec(
+        teacher=config.teacher,
+        levels=(),
+        fields=(config.token_field, *masking.fields(config.mask)),
+        patches=config.patches,
+        scale=(0.08, 1.0),
+        vocabulary=config.vocabulary,
+    )
+
+
+class Decoder(nn.Module):
+    """Self-attention over the masked latents alone, with their positions, and the logits of the tokens."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width, depth = config.regressor_width, config.decoder_depth
+        rates = torch.linspace(0, config.drop_path, depth, device="cpu").tolist()
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, config.regressor_heads, qkv_bias=True, drop_path=rate, init_values=regress.LAYER_SCALE,
+                  norm_layer=vit.NORM)  # type: ignore[arg-type]  # a partial
+            for rate in rates
+        )  # fmt: skip
+        self.norm = vit.NORM(width) if depth else nn.Identity()
+        self.head = nn.Linear(width, config.vocabulary)
+        regress.initialise(self, self.decoder_blocks, ("attn.proj", "mlp.fc2"), xavier=config.xavier)
+
+    def forward(self, latents: Tensor, positions: Tensor) -> Tensor:
+        """latents, positions (B,M,W) -> (B,M,K)."""
+        x = latents + positions if len(self.decoder_blocks) else latents
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Model(nn.Module):
+    """The encoder, the regressor and the decoder; only the encoder is taken home. Names are those of the released
+    code."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width, grid = config.regressor_width, config.img_size // config.patch_size
+        self.encoder = beit.build(
+            config.encoder,
+            config.family,
+            img_size=config.img_size,
+            patch_size=config.patch_size,
+            drop_path=config.drop_path,
+            layer_scale=config.layer_scale,
+            xavier=config.xavier,
+        )
+        self.encoder_to_regresser, self.encoder_to_regresser_norm = regress.bridge(
+            self.encoder.embed_dim, width, xavier=config.xavier
+        )
+        self.rd_pos_embed = regress.positions(width, grid)
+        self.mask_token = regress.mask_token(width)
+        self.regresser = regress.Regresser(
+            width,
+            config.regressor_depth,
+            config.regressor_heads,
+            config.drop_path,
+            final_norm=True,
+            xavier=config.xavier,
+        )
+        self.decoder = Decoder(config)
+        self.config = config
+
+    def no_weight_decay(self) -> set[str]:
+        """None beyond the rule for 1-D parameters and tokens."""
+        return set()
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """images (B,3,H,W), token_ids (B,P), ids_keep (B,V), ids_masked (B,M) -> the loss and its parts."""
+        images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
+        visible = self._encode(images, ids_keep)
+        table = self.rd_pos_embed.expand(len(images), -1, -1)
+        pos_x, pos_visible = vit.select(table, ids_masked + 1), vit.select(table, ids_keep + 1)
+        latents = self.regresser(self.mask_token.expand_as(pos_x), visible, pos_x, pos_visible)
+        logits = self.decoder(latents, pos_x)
+        labels = batch["token_ids"].gather(1, ids_masked)
+        with losses.autocast_off(logits):
+            token = F.cross_entropy(losses.promote(logits).flatten(0, 1), labels.flatten())
+        right = (logits.argmax(-1) == labels).float().mean()
+        parts = {"token": token.detach(), "accuracy": right.detach()}
+        if self.config.align_weight == 0:
+            return {"loss": token, **parts}
+        # After the pass with gradients: autocast keeps its casts of the weights, and casts made here would have none.
+        target = self._aligned(images, ids_masked)
+        with losses.autocast_off(latents):
+            align = F.mse_loss(losses.promote(latents), losses.promote(target))
+        return {"loss": token + self.config.align_weight * align, "align": align.detach(), **parts}
+
+    def _encode(self, images: Tensor, ids: Tensor) -> Tensor:
+        """images, ids (B,N) -> latents (B,N,W) of these patches, without CLS."""
+        x = beit.encode(self.encoder, images, ids)
+        return self.encoder_to_regresser_norm(self.encoder_to_regresser(x))[:, 1:]
+
+    @torch.no_grad()
+    def _aligned(self, images: Tensor, ids_masked: Tensor) -> Tensor:
+        """The encoder's own latents of the masked patches (B,M,W), a constant."""
+        training = self.encoder.training
+        self.encoder.train(training and self.config.align_drop_path)
+        target = self._encode(images, ids_masked)
+        self.encoder.train(training)
+        return target
