@@ -73,7 +73,7 @@ def test_sizes() -> None:
     assert parameters("fd") == (86_255_952, 86_255_952)
     assert parameters("fd", "encoder=small")[0] == 21_603_408 + 295_680
     assert parameters("fd", "encoder=tiny")[0] == 5_497_680 + 148_224
-    assert parameters("fd", "encoder=large", "patch_size=14", "teacher_width=1024")[0] == 302_955_584 + 1_049_600
+    assert parameters("fd", "encoder=large")[0] == 302_955_584 + 1_049_600
 
 
 def test_cost() -> None:

@@ -306,7 +306,10 @@ GOLDEN_SIZES: dict[tuple[str, str], dict[str, object]] = {
         **CLIP_L14,
     },
     ("milan", "large"): CLIP_L14,
-    ("fd", "large"): {"drop_path": 0.3},
+    ("fd", "large"): {
+        "drop_path": 0.3, "patch_size": 14, "teacher": "clip-l14,img_size=224", "teacher_depth": 24,
+        "teacher_width": 1024,
+    },
     ("cae", "large"): {"layer_scale": 1e-5, "epochs": 1600, "warmup_epochs": 40},
 }  # fmt: skip
 

@@ -19,7 +19,8 @@ What differs from the released code:
 - smooth_l1 and mse, of which no code was released: of the head's output against the target normalised over its channels
   without affine, as in the works the paper cites for them; mean over channels, smooth-L1 with beta 1;
 - cls_token and mask_token are not decayed (decay_tokens=true decays them); the rate rises to its peak once, not twice;
-  bf16 in place of fp16, by the trainer; its cosine adds 1e-12 to each squared length.
+  bf16 in place of fp16, by the trainer; its cosine adds 1e-12 to each squared length;
+- mask=uniform hides P - int(P (1 - ratio)) patches, there int(P ratio): one fewer where that is no whole number.
 The paper's own forms: reduction=paper (Eq. 2: the mean over visible patches plus the mean over masked ones, no CLS; the
 code has one mean over all tokens), head=linear_norm (the code's is norm, then Linear), betas=[0.9,0.98].
 

@@ -14,7 +14,8 @@ Reference global batch: 2,048, so blr 1.5e-4 is lr 1.2e-3 (its base rate is 3e-4
 The target is LN(gamma h + beta), the output of the teacher's last norm, normalised once more without affine. DINO and
 large use drop_path=0.3; its 100-epoch run drop_path=0.1 and crops of 0.67 to 1.
 
-What differs from the released code: the warm-up starts at 0, there at 2e-6; it leaves 27 files of ImageNet out, we
+What differs from the released code: the warm-up starts at 0, there at 2e-6; min_lr is 2e-5 at any batch size, there
+2e-5 x batch / 2,048; it leaves 27 files of ImageNet out, we
 what a cache has in quarantine; the 1 x 1 convolution of its head is a Linear, with the same start; bf16 in place of
 fp16, by the trainer.
 
@@ -46,7 +47,16 @@ SERVED_BY = {  # by default; `featcache info` reads this
 class Config(RecipeConfig):
     """configs/pretrain/fd_pretrain__clip_vit_base__img224__300ep.yaml."""
 
-    SIZES: ClassVar[dict[str, dict[str, Any]]] = {"large": {"drop_path": 0.3}}
+    # fd_pretrain__clip_vit_large__img224__300ep.yaml: 256 tokens of ViT-L/14 at 224
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {
+        "large": {
+            "drop_path": 0.3,
+            "patch_size": 14,
+            "teacher": "clip-l14,img_size=224",
+            "teacher_depth": 24,
+            "teacher_width": 1024,
+        }
+    }
 
     drop_path: Fraction = 0.2
     mask_ratio: Fraction = 0.0
