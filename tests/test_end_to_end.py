@@ -333,8 +333,13 @@ def test_two_processes_equal_one(recipe: str, tmp_path: Path) -> None:
     assert metrics.read(tmp_path / "two")[0]["images_per_s"] > 0
     one, two = fx.weights(tmp_path / "one"), fx.weights(tmp_path / "two")
     assert one.keys() == two.keys()
-    # Adam's first steps have the size of the rate whatever the gradient: rounding shows, by a small part of the rate.
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
+    # Softmax takes no notice of a key's bias: its gradient is rounding alone, which Adam's first steps make as large as
+    # the rate. All else differs by a small part of the rate, 3e-3.
+    apart = {name: (one[name] - two[name]).abs() for name in one}
+    for name in [name for name in apart if name.endswith("attn.qkv.bias")]:
+        queries, _, values = apart[name].chunk(3)
+        apart[name] = torch.cat([queries, values])
+    assert max(float(values.max()) for values in apart.values()) < 1e-4
 
 
 @pytest.mark.slow
