@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +15,17 @@ def names(fields: Sequence[str]) -> tuple[str, ...]:
     """A list of fields, not one string, whose letters would be taken for names."""
     if isinstance(fields, str):
         raise UsageError(f"read: fields must be a list of names, {fields!r} is one string; give [{fields!r}]")
-    return tuple(fields)
+    names = tuple(fields) if isinstance(fields, Iterable) else (fields,)
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"read: fields must be a list of names, {fields!r} is given")
+    return names
 
 
-def check_options(levels: object, tokens: object, out: object, fields: Sequence[str]) -> None:
+def check_options(levels: Any, tokens: object, out: object, fields: Sequence[str]) -> None:
     """What can be said of them without the cache."""
-    if levels is not None and not (isinstance(levels, np.ndarray | Sequence) and not isinstance(levels, str)):
+    if levels is not None and (np.ndim(levels) != 1 or isinstance(levels, str | bytes)):
         raise UsageError(f"read: levels must be a list of block numbers, {levels!r} is given")
-    if tokens is not None and not isinstance(tokens, int | np.integer):
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int | np.integer)):
         raise UsageError(f"read: tokens must be a whole number, {tokens!r} is given")
     if out is None:
         return

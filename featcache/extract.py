@@ -12,14 +12,15 @@ import contextlib
 import errno
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from featcache import checksums, manifest, publish, rendering, stages, tokenizer
 from featcache import lease as leases
-from featcache.errors import UsageError, UserError
+from featcache.errors import IdentityError, UsageError, UserError
+from featcache.part import same_shard
 from featcache.plan import Job, Plan, check_room, prepare
 from featcache.progress import Progress
 from featcache.stages import compute, ranked
@@ -74,8 +75,10 @@ def together(
             leases.abandon(out)
         if full := _disk_full(error, jobs[0].out, wanted[0]):
             raise full from error
+        if isinstance(error, FileNotFoundError) and not (jobs[0].out / manifest.NAME).is_file():
+            raise publish.gone(jobs[0].out) from error
         raise
-    for job, each in zip(jobs, wanted, strict=True):
+    for job, each in zip(jobs, wanted, strict=True) if only is None else ():  # a repair does so when all is mended
         report_quarantine(job.out, each)
     return wanted
 
@@ -195,7 +198,7 @@ def _extract_shard(
         for plan, out in jobs:
             writer = store(plan.store).writer(out, shard["name"], plan.arrays, plan.views)
             lines.append(Line(Job(plan, out), writer, batch_size, progress))
-        _run_lines(lines, shard, batch_size, strict, progress, pools)
+        _run_lines(lines, _Rows(jobs, shard), batch_size, strict, progress, pools)
     except BaseException:
         pools.stop()
         for line in lines:
@@ -203,24 +206,57 @@ def _extract_shard(
         raise
 
 
+class _Rows:
+    """Which pictures of a shard have a row. Where parts beside this one, or the shard that is replaced, have decided it
+    already, theirs are the rows, since row i is row i everywhere."""
+
+    def __init__(self, jobs: Sequence[Job], shard: Shard) -> None:
+        keys, numbers = jobs[0].plan.source.keys, range(shard["first"], shard["first"] + shard["count"])
+        found = [(job.out, record) for job in jobs if (record := same_shard(job.out, shard))]
+        before: Mapping[str, Any] = found[0][1] if found else {"quarantined": []}
+        self.decided = found[0][0] if found else None
+        self.quarantined: list[dict[str, str]] = list(before["quarantined"])
+        out = {row["key"] for row in self.quarantined}
+        self._before = list(self.quarantined)
+        self.indices = [i for i in numbers if keys[i] not in out]
+        if found and manifest.keys_digest(keys[i] for i in self.indices) != before["keys_digest"]:
+            raise IdentityError(
+                f"shard {shard['name']} of {str(self.decided)!r} has other rows than these pictures give; give the "
+                "pictures of that extraction: --images SRC"
+            )
+
+    def check(self) -> None:
+        """A picture that had a row and can no longer be used would move every later one."""
+        for row in self.quarantined if self.decided else []:
+            if row not in self._before:
+                raise UserError(
+                    f"picture {row['key']!r} has a row in {str(self.decided)!r} and cannot be used now: "
+                    f"{row['reason']}; mend it and run the same command again"
+                )
+
+
 def _run_lines(
-    lines: Sequence[Line], shard: Shard, batch_size: int, strict: bool, progress: Progress, pools: Pools
+    lines: Sequence[Line],
+    rows: _Rows,
+    batch_size: int,
+    strict: bool,
+    progress: Progress,
+    pools: Pools,
 ) -> None:
     """Decode, copy and teacher here, encoding and writing each in its thread, in the order of batches and lines."""
     plans = [line.plan for line in lines]
     plan = plans[0]
-    quarantined: list[dict[str, str]] = []
     pending: deque[Future[None]] = deque()
-    indices = range(shard["first"], shard["first"] + shard["count"])
     window = max(2 * batch_size // plan.views, 2 * progress.workers)
 
     def decode(index: int) -> rendering.Rendered:
         with progress.stage("decode"):
             return rendering.render(plans, index)
 
-    futures = rendering.ahead(pools.decode, decode, indices, window)
-    rendered = rendering.usable(plan, futures, strict, quarantined)
+    futures = rendering.ahead(pools.decode, decode, rows.indices, window)
+    rendered = rendering.usable(plan, futures, strict, rows.quarantined)
     for batch in rendering.batches(rendered, plan.views, batch_size):
+        rows.check()
         for line in lines:
             flight = line.lane.launch(batch)
             while len(pending) >= IN_FLIGHT:
@@ -231,10 +267,11 @@ def _run_lines(
         progress.report(progress)
     for future in pending:
         future.result()
+    rows.check()
     for line in lines:
         with progress.stage("write"):
-            line.writer.finish(quarantined, line.statistics.summary())
-    progress.pictures += len(quarantined)
+            line.writer.finish(rows.quarantined, line.statistics.summary())
+    progress.pictures += len(rows.quarantined)
     progress.report(progress)
 
 

@@ -5,7 +5,7 @@ n rows, V views of this part (numbers `first_view` to `first_view` + V - 1), L l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ class Keys(Sequence[str]):
         """(m,) row of each key, -1 where it is not here."""
         if isinstance(keys, str):
             raise UsageError(f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]")
+        keys = list(keys) if isinstance(keys, Iterable) else [keys]
+        if not all(isinstance(key, str) for key in keys):
+            raise UsageError(f"keys.find: a list of keys is needed, which are text; {keys!r:.80} is given")
         wanted = rng.key_digests(keys)
         if not len(self) or not len(wanted):
             return np.full(len(wanted), -1, np.int64)
@@ -160,6 +163,22 @@ def record_problem(about: Mapping[str, Any], shard: Mapping[str, Any], record: M
     here = manifests.content(about)
     if record.get("content", here) != here:
         return "is of a shard of another cache"
+    return None
+
+
+def same_shard(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The record of the same rows as they were made before: of the shard that a repair has set aside, or in a part
+    beside this one; None where there is none yet."""
+    root = out.parent.parent if out.parent.name == PARTS else out
+    places = [(out, publish.aside(record_path(out, shard["name"])))]
+    places += [(place, record_path(place, shard["name"])) for place in (root, *added(root)) if place != out]
+    for place, path in places:
+        try:
+            record = manifests.read_json(path)
+            if record_problem(manifests.read(place), shard, record) is None:
+                return record
+        except UserError:  # missing or damaged
+            continue
     return None
 
 

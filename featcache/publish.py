@@ -184,10 +184,10 @@ def set_aside(cache: Path, shard: str, name: str) -> None:
     if record_path(cache, shard) in present:  # what an earlier repair left aside has been replaced since
         forget_aside(cache, shard, name)
     for path in present:
-        if _aside(path).is_dir():  # `path` is a replacement that was never finished
+        if aside(path).is_dir():  # `path` is a replacement that was never finished
             remove(path)
         else:
-            path.rename(_aside(path))
+            path.rename(aside(path))
     if (cache / SHARDS).is_dir():
         manifest.sync_folder(cache / SHARDS)
 
@@ -198,19 +198,20 @@ def put_back(cache: Path, shard: str, name: str) -> None:
         forget_aside(cache, shard, name)
         return
     for path in (folder_path(cache, shard, name), record_path(cache, shard)):
-        if _aside(path).exists():
+        if aside(path).exists():
             if path.is_dir():
                 remove(path)
-            _aside(path).rename(path)
+            aside(path).rename(path)
 
 
 def forget_aside(cache: Path, shard: str, name: str) -> None:
     """Remove what was set aside."""
-    _aside(record_path(cache, shard)).unlink(missing_ok=True)
-    remove(_aside(folder_path(cache, shard, name)))
+    aside(record_path(cache, shard)).unlink(missing_ok=True)
+    remove(aside(folder_path(cache, shard, name)))
 
 
-def _aside(path: Path) -> Path:
+def aside(path: Path) -> Path:
+    """Where a repair keeps what it replaces."""
     return path.with_name(f"{path.name}.{ASIDE}")
 
 

@@ -99,6 +99,8 @@ class Cache:
 
     def manifest_of(self, teacher: str) -> dict[str, Any]:
         """The manifest of a teacher's first part."""
+        if teacher not in self.teachers:
+            raise UsageError(f"unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}")
         return next(part.manifest for part in self._parts if part.teacher == teacher)
 
     def records_of(self, teacher: str) -> list[dict[str, Any]]:

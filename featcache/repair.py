@@ -13,7 +13,7 @@ from typing import Any
 
 from featcache import extract, manifest, publish, verify, views
 from featcache import lease as leases
-from featcache.errors import UserError
+from featcache.errors import IdentityError, UserError
 from featcache.images import Source
 from featcache.part import added
 from featcache.plan import Plan, write_side_files
@@ -36,9 +36,13 @@ def run(cache: Path, load: Load, *, workers: int = 2, progress: extract.Progress
         if bad or any(problem.path.name in about["files"] for problem in problems):
             _extract(part, about, bad, load, workers, progress or extract.Progress())
         if problems:
+            if (part / QUARANTINE).is_dir():
+                publish.remove(part / QUARANTINE)
             extract.report_quarantine(part, about)
         for leftover in publish.leftovers(part):
             publish.remove(leftover)
+        for shard in about["shards"]:
+            leases.clear(part, shard["name"])
         restored += [str(problem.path) for problem in problems if not problem.shard]
         shards += [str(record_path(part, shard)) for shard in bad]
     if strange := verify.together(cache):
@@ -100,6 +104,7 @@ def _replace(
             publish.set_aside(part, shard, plan.store)
         size = about["provenance"]["batch_size"]
         extract.run(plan, part, batch_size=size, workers=workers, progress=progress, about=about, only=shard)
+        _check_views(part, shard)
     except BaseException:
         lease = leases.take(part, shard)
         if lease is not None:  # else another works on it now, and puts it back if need be
@@ -107,6 +112,22 @@ def _replace(
             lease.release()
         raise
     publish.forget_aside(part, shard, plan.store)
+
+
+def _check_views(part: Path, shard: str) -> None:
+    """Crops and hashes of pixels depend on the pictures alone: other pictures under the same keys have others."""
+    record = record_path(part, shard)
+    old = publish.aside(record)
+    if verify.json_problem(old) or verify.json_problem(record):
+        return
+    here, there = (manifest.read_json(path).get("files", {}) for path in (record, old))
+    of_views = [name for name in here if name.startswith(("pixel_hash/c", "crop/c"))]
+    if changed := [name for name in of_views if name in there and here[name] != there[name]]:
+        record.unlink()
+        raise IdentityError(
+            f"cannot repair {str(part)!r}: the pictures given are not those of the extraction ({changed[0]} of shard "
+            f"{shard} would change); give those with --images SRC"
+        )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from featcache import codecs, images, invocation, joining, rng, views
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 
 Sample = dict[str, Any]
@@ -78,6 +78,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         check_pixels: float = 1 / 16,
         pixel_tolerance: float = 0.0,
     ) -> None:
+        _check_shares(check_pixels, pixel_tolerance)
         self.cache = cache if isinstance(cache, Cache) else Cache(cache)
         if not self.cache.complete:
             raise UserError(
@@ -184,6 +185,13 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     def _image(self, pixels: npt.NDArray[np.uint8]) -> Any:
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         return image if self.transform is None else self.transform(image)
+
+
+def _check_shares(check_pixels: float, pixel_tolerance: float) -> None:
+    """NaN compares with nothing, so that it would switch the proof off without a word."""
+    for name, value, most in (("check_pixels", check_pixels, 1.0), ("pixel_tolerance", pixel_tolerance, 255.0)):
+        if not isinstance(value, int | float) or not 0 <= value <= most:
+            raise UsageError(f"Dataset: {name}={value!r}; a number from 0 to {most:g} is allowed")
 
 
 def tensor(values: npt.NDArray[Any]) -> Tensor:

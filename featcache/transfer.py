@@ -117,6 +117,8 @@ def _run(jobs: Sequence[Job], progress: Progress) -> None:
                 finally:
                     lease.release()
                 progress.shards += 1
+            for record in job.records:
+                leases.clear(job.out, record["shard"])
             _report_quarantine(job)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -39,12 +39,18 @@ def files(path: Path, progress: Callable[[int, int], None] = lambda done, total:
 
 
 def together(path: Path) -> list[str]:
-    """Why parts that are sound, each by itself, are not one cache."""
+    """Why files that are sound, each by itself, are not one cache; no repair could choose between them."""
     try:
-        Cache(path).close()
+        with Cache(path) as cache:
+            listed = cache.identity["pictures"]["keys_digest"]  # pictures in quarantine too, whose place is not known
+            if cache.quarantined or not cache.complete or manifest.keys_digest(cache.keys) == listed:
+                return []
     except UserError as error:
         return [str(error)]
-    return []
+    return [
+        f"cache {str(path)!r}: the keys of its shards are not those of its list of pictures, so one is of an "
+        "extraction of others; remove that shard's files and its record, and run `featcache repair`"
+    ]
 
 
 def problems(

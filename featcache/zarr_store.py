@@ -91,10 +91,10 @@ class ZarrShardWriter:
         """zarr.json of the group and of every array, by zarr-python; arrays without rows have no chunk."""
         import zarr
         from zarr.codecs import Crc32cCodec
+        from zarr.storage import MemoryStore
 
-        if not self.folder.is_dir():  # zarr would make it again
-            raise publish.gone(self.cache)
-        group = zarr.create_group(self.folder, zarr_format=3)
+        made: dict[str, Any] = {}  # in memory: zarr would make a folder again that was moved away meanwhile
+        group = zarr.create_group(MemoryStore(made), zarr_format=3)
         for array in self.arrays.values():
             count = {"key": key_bytes, "key_offsets": rows + 1}.get(array.name, rows)
             shape = (count, *([self.views] if array.per_view else []), *array.item)
@@ -112,7 +112,7 @@ class ZarrShardWriter:
                 config={"write_empty_chunks": True},
             )
         names = ["zarr.json", *(f"{name}/zarr.json" for name in self.arrays)]
-        return {name: _describe(self.folder / name) for name in names}
+        return {name: _write(self.folder / name, made[name].to_bytes()) for name in names}
 
     def discard(self) -> None:
         for file in self.files.values():
@@ -128,9 +128,10 @@ def _close(file: RowFile) -> dict[str, Any]:
     return {"bytes": file.bytes, "crc32c": f"{crc:08x}"}
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    with path.open("rb") as file:
+def _write(path: Path, data: bytes) -> dict[str, Any]:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
         os.fsync(file.fileno())
     return {"bytes": len(data), "crc32c": f"{crc32c.crc32c(data):08x}"}
 

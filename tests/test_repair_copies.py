@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import featcache
 from featcache import adding, extract, lease, manifest, publish, repair, transfer, verify
 from featcache.errors import IdentityError, UnreadableError, UserError
 from featcache.store import SHARDS, STORES
@@ -255,3 +256,97 @@ def test_the_command_says_how_many(featcache_command: Callable[..., Ran], cache:
         flip(cache / numbers("zarr", shard))
     ran = featcache_command("repair", cache, "--json")
     assert [Path(name).stem for name in json.loads(ran.out)["shards"]] == ["000001", "000003"]
+
+
+# ---------------------------------------------------------------- rows that others count on
+
+
+def test_a_picture_that_went_bad_takes_no_row_away(cache: Path, pictures: Path, tmp_path: Path) -> None:
+    """The rows of a shard stay what they were: those of its old record, or of the parts beside it."""
+    folder = copy_tree(pictures, tmp_path / "pictures")
+    good = (folder / "photo2.jpg").read_bytes()
+    (folder / "photo2.jpg").write_bytes(b"xx")
+    shard = next(i for i in range(4) if "photo2" in keys_of(cache, i))
+    flip(cache / numbers("zarr", shard))
+    before = files_below(cache)
+    with pytest.raises(UserError, match=r"picture 'photo2' has a row in .* and cannot be used now"):
+        repair.run(cache, load_of(folder))
+    assert files_below(cache) == before
+    (folder / "photo2.jpg").write_bytes(good)
+    repair.run(cache, load_of(folder))
+    assert files_below(cache) == files_below(sound(pictures, "zarr"))
+
+
+def test_a_mended_picture_gets_no_row_in_a_repair(cache: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = copy_tree(pictures, tmp_path / "pictures")
+    shutil.copy(folder / "photo1.jpg", folder / "half.jpg")
+    whole = files_below(cache)
+    shard = next(i for i in range(4) if "half" in {row["key"] for row in record_of(cache, i)["quarantined"]})
+    flip(cache / numbers("zarr", shard))
+    repair.run(cache, load_of(folder))
+    assert files_below(cache) == whole
+
+
+def test_an_addition_has_the_rows_of_its_cache(cache: Path, pictures: Path, tmp_path: Path) -> None:
+    """A picture that went bad since stops it, with nothing lost; one that was mended since stays without a row."""
+    folder = copy_tree(pictures, tmp_path / "pictures")
+    good = (folder / "photo2.jpg").read_bytes()
+    (folder / "photo2.jpg").write_bytes(b"xx")
+    shutil.copy(folder / "photo1.jpg", folder / "half.jpg")
+
+    def add() -> None:
+        plan = make_plan(folder, views=2, rows_per_shard=4, levels=(2,))
+        job = adding.plan_part(plan, cache)
+        assert job is not None
+        extract.run(job.plan, job.out, batch_size=4)
+
+    with pytest.raises(UserError, match=r"picture 'photo2' has a row in .* and cannot be used now"):
+        add()
+    (folder / "photo2.jpg").write_bytes(good)
+    add()
+    assert verify.files(cache)[0] == []
+
+
+def test_other_pictures_under_the_same_keys_are_refused(cache: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = copy_tree(pictures, tmp_path / "pictures")
+    shutil.copy(folder / "photo0.jpg", folder / "photo2.jpg")
+    flip(cache / numbers("zarr", next(i for i in range(4) if "photo2" in keys_of(cache, i))))
+    before = files_below(cache)
+    with pytest.raises(IdentityError, match="the pictures given are not those of the extraction"):
+        repair.run(cache, load_of(folder))
+    assert files_below(cache) == before
+
+
+def test_several_damaged_records_are_mended_in_one_go(cache: Path, pictures: Path) -> None:
+    whole = files_below(cache)
+    for shard in (0, 1, 3):
+        (cache / SHARDS / f"{shard:06d}.json").write_text("{}")
+    assert len(repair.run(cache, load_of(pictures))["shards"]) == 3
+    assert files_below(cache) == whole
+
+
+def test_a_shard_of_other_pictures_is_named(
+    photos: Path, tmp_path: Path, featcache_command: Callable[..., Ran]
+) -> None:
+    """Same teacher, crops and count, another list: each key has its own numbers, and some keys are gone."""
+    folder = copy_tree(photos, tmp_path / "pictures")
+    (folder / "rgba.png").rename(folder / "other.png")
+    for name, source in (("a", photos), ("b", folder)):
+        extract.run(make_plan(source, rows_per_shard=4), tmp_path / name, batch_size=4)
+    shutil.rmtree(tmp_path / "a" / SHARDS / "000002.zarr")
+    copy_tree(tmp_path / "b" / SHARDS / "000002.zarr", tmp_path / "a" / SHARDS / "000002.zarr")
+    shutil.copy(tmp_path / "b" / SHARDS / "000002.json", tmp_path / "a" / SHARDS / "000002.json")
+    ran = featcache_command("verify", tmp_path / "a")
+    assert ran.status == 1
+    assert "the keys of its shards are not those of its list of pictures" in ran.error
+    assert "mends it" not in ran.error
+
+
+def record_of(cache: Path, shard: int) -> dict:
+    return manifest.read_json(cache / SHARDS / f"{shard:06d}.json")
+
+
+def keys_of(cache: Path, shard: int) -> list[str]:
+    with featcache.open(cache) as opened:
+        first = sum(record["rows"] for record in opened.records[:shard])
+        return opened.keys[first : first + record_of(cache, shard)["rows"]]

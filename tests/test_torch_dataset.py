@@ -264,3 +264,21 @@ def test_the_three_ways_to_take_features_from_a_kept_cache() -> None:
     decoded = raw.decode(batch)["features"]
     assert decoded.shape == (8, 3, 17, 24)
     assert torch.equal(decoded[3][known], whole[3]["features"][known])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"check_pixels": float("nan")}, "check_pixels=nan; a number from 0 to 1"),
+        ({"check_pixels": -0.1}, "check_pixels=-0.1"),
+        ({"check_pixels": "1"}, "check_pixels='1'"),
+        ({"pixel_tolerance": float("nan")}, "pixel_tolerance=nan; a number from 0 to 255"),
+        ({"fields": ["dino-b16/features"]}, "unknown teacher 'dino-b16'"),
+    ],
+    ids=str,
+)
+def test_what_would_switch_the_proof_off_is_refused(given: dict, told: str) -> None:
+    """NaN compares with nothing: no picture would be checked, or every difference would pass."""
+    with pytest.raises(UserError) as caught:
+        Dataset(fx.pictures(), fx.cache_path(), **given)
+    assert told in str(caught.value)

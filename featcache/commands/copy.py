@@ -30,8 +30,8 @@ def command(cache: Path, dest: Path, views: int | None, levels: str | None, shar
 
     With --views or --levels, additions to CACHE are merged: DEST is one flat cache of its own teacher.
     """
-    span = _span(cache, shards) if shards else None
-    chosen = _levels(cache, levels) if levels else None
+    span = None if shards is None else _span(cache, shards)
+    chosen = None if levels is None else _levels(cache, levels)
     carry_out(
         "copy",
         dest,

@@ -56,10 +56,14 @@ def command(
 
 def _of_files(facts: dict[str, Any]) -> str:
     """What is wrong with the bytes, and what mends it: the same extraction where shards are only missing."""
+    from featcache import verify as work
+
     cache, problems = facts["cache"], facts["problems"]
     left = list(invocation.unfinished(Path(cache)))
     if len(problems) == sum(each.shards - each.shards_complete for each in left):
         return f"{cache} is sound as far as it goes, but {'; '.join(map(str, left))}"
+    if problems == work.together(Path(cache)):
+        return problems[0]
     mend = shlex.join(["featcache", "repair", cache])
     return f"{len(problems)} problem(s) in {cache}, the first: {problems[0]}; `{mend}` mends it"
 
