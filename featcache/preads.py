@@ -147,9 +147,21 @@ class Reads:
             return
         if status.st_size < proof.facts["bytes"]:
             raise _ends(path, proof.facts["bytes"])
-        if status.st_size > proof.facts["bytes"] or not proof.sound(Path(path), proof.facts):
+        if status.st_size > proof.facts["bytes"] or not self._is_sound(path, proof):
             raise UserError(f"cache file {path}: its bytes are not those that were recorded; run `featcache verify`")
         self._proven[path] = stamp
+
+    def _is_sound(self, path: str, proof: Proof) -> bool:
+        """It is opened once more for this, which may take a handle that is not there."""
+        try:
+            return proof.sound(Path(path), proof.facts)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        with self._lock:
+            self._evict(0)
+        self._evict_others()
+        return proof.sound(Path(path), proof.facts)
 
     def _fill(self, fd: int, run: Run) -> None:
         if len(run.at) > 1 and run.row_bytes <= _SMALL and self._fill_together(fd, run):
@@ -241,16 +253,19 @@ class Reads:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise cannot_read(path, error) from error
         self._evict(0)
+        self._evict_others()
+        try:
+            return os.open(path, self._flags)
+        except OSError as error:
+            raise cannot_read(path, error) from error
+
+    def _evict_others(self) -> None:
         for other in list(_alive):
             if other is not self and other._lock.acquire(blocking=False):
                 try:
                     other._evict(0)
                 finally:
                     other._lock.release()
-        try:
-            return os.open(path, self._flags)
-        except OSError as error:
-            raise cannot_read(path, error) from error
 
     def _evict(self, most: int) -> None:
         """Close what was used longest ago until `most` are open; under the lock."""

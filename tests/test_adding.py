@@ -264,7 +264,9 @@ def test_an_addition_that_died_before_its_manifest_is_no_obstacle(pictures: Path
 def test_a_part_of_other_rows_is_not_read(pictures: Path, photos: Path, tmp_path: Path) -> None:
     """Copied in by hand from a cache of other pictures."""
     out = copy_tree(base(pictures, "zarr"), tmp_path / "c")
-    extract.run(make(photos, levels=(1,)), out / "parts/stray", batch_size=4)
+    extract.run(make(photos, levels=(1,)), tmp_path / "stray", batch_size=4)
+    (out / "parts").mkdir()
+    (tmp_path / "stray").rename(out / "parts/stray")
     with pytest.raises(UserError, match=r"parts/stray' does not belong to cache .*pictures.count.*move it away"):
         featcache.open(out)
 

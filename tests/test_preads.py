@@ -480,6 +480,25 @@ def test_handles_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
         assert handles(folder) <= 4
 
 
+def test_a_proof_makes_room_for_itself(copy: Path) -> None:
+    """One handle is free: the file is opened, and its proof opens it once more."""
+    code = """
+import os, resource, sys, featcache
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+cache = featcache.open(sys.argv[1])
+cache.read([0], 0, check=False)  # one file of another array stays open
+held = []
+try:
+    while True:
+        held.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    os.close(held.pop())
+cache.read([0], 0)
+"""
+    ran = python(code, copy)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_several_caches_share_the_handles_there_are(folders: dict[tuple[str, str], Path], copy: Path) -> None:
     """Three open caches under a limit of 64, and other things that hold files open."""
     code = """
