@@ -87,8 +87,8 @@ class Reads:
     def __init__(self, threads: int | None = None, io: str = "buffered") -> None:
         if io not in IO[1:]:
             raise UsageError(f"io {io!r}: one of {', '.join(IO)} is allowed")
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads {threads}: at least 1 is needed")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise UsageError(f"threads {threads!r}: a whole number, at least 1, is needed")
         # Past the page cache a thread waits for the disk, then copies: more of them keep both busy.
         cores = len(os.sched_getaffinity(0))
         self.threads = threads or (2 * min(4, cores) if io == "direct" else min(4, cores))

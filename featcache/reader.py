@@ -37,8 +37,8 @@ class Cache:
     def __init__(
         self, path: str | os.PathLike[str], *, threads: int | None = None, verify_rows: float = 1.0, io: str = "auto"
     ) -> None:
-        if not 0 <= verify_rows <= 1:
-            raise UsageError(f"verify_rows {verify_rows}: a share from 0 to 1 is allowed")
+        if not isinstance(verify_rows, int | float) or not 0 <= verify_rows <= 1:
+            raise UsageError(f"verify_rows {verify_rows!r}: a share from 0 to 1 is allowed")
         self.path = Path(path)
         self._place = self.path.absolute()  # the working directory may change
         self._options = {"threads": threads, "verify_rows": verify_rows, "io": io}

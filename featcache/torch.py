@@ -93,7 +93,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         self.decoded, self.transform, self.return_key = decode, transform, return_key
         self.check_pixels, self.pixel_tolerance = check_pixels, pixel_tolerance
         self._digests = rng.key_digests(self.source.keys[i] for i in self.pictures)
-        self._epoch = torch.tensor([epoch]).share_memory_()  # workers see what `set_epoch` writes
+        self._epoch = torch.tensor([_checked_epoch(epoch)]).share_memory_()  # workers see what `set_epoch` writes
         self._features = [name for name in self.fields if name.rpartition("/")[2] == "features"]
         self._reads = tuple(dict.fromkeys([*self._stored(), *self._pixel_fields()]))
         self.cache.read(np.zeros(0, np.int64), 0, self._reads, levels, tokens)  # a name that is not stored is told now
@@ -121,7 +121,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
 
     def set_epoch(self, epoch: int) -> None:
         """Show the views of this epoch from the next iteration on; over V epochs every picture shows its V views."""
-        self._epoch[0] = epoch
+        self._epoch[0] = _checked_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -185,6 +185,12 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     def _image(self, pixels: npt.NDArray[np.uint8]) -> Any:
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         return image if self.transform is None else self.transform(image)
+
+
+def _checked_epoch(epoch: int) -> int:
+    if not isinstance(epoch, int) or epoch < 0:
+        raise UsageError(f"Dataset: epoch {epoch!r}; a whole number from 0 on is needed")
+    return epoch
 
 
 def _check_shares(check_pixels: float, pixel_tolerance: float) -> None:

@@ -141,6 +141,9 @@ def _refuse(job: Job) -> None:
         grades = ("fatal", "lossy", "layout")
         manifests.refuse(job.manifest, manifests.read(out), f"{str(out)!r} holds another cache", todo, grades)
     elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
+        if (out / manifests.NAME).is_file():  # another process has begun the same in this moment
+            _refuse(job)
+            return
         raise UserError(f"{str(out)!r} exists and is no cache; give an empty or new folder")
 
 

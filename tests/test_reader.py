@@ -286,6 +286,9 @@ def test_impossible_requests_say_what_is_possible(cache: Cache, request_: dict, 
 
 
 def test_other_impossible_requests(cache: Cache) -> None:
+    for option in ({"threads": "2"}, {"threads": 0}, {"verify_rows": "1"}, {"verify_rows": float("nan")}):
+        with pytest.raises(UsageError, match=next(iter(option))):
+            featcache.open(cache.path, **option)
     with pytest.raises(UsageError, match="unknown teacher 'nope'; known: synthetic"):
         cache.tail("nope")
     with pytest.raises(UsageError, match=r"give \['a'\]"):
@@ -346,7 +349,7 @@ print(json.dumps(sorted({"torch", "timm", "open_clip", "torchvision", "zarr", "s
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"threads": 0}, "threads 0: at least 1"),
+        ({"threads": 0}, "threads 0: a whole number, at least 1"),
         ({"verify_rows": 1.5}, "verify_rows 1.5: a share from 0 to 1"),
         ({"verify_rows": -0.1}, "verify_rows"),
         ({"verify_rows": float("nan")}, "verify_rows"),

@@ -273,6 +273,8 @@ def test_the_three_ways_to_take_features_from_a_kept_cache() -> None:
         ({"check_pixels": -0.1}, "check_pixels=-0.1"),
         ({"check_pixels": "1"}, "check_pixels='1'"),
         ({"pixel_tolerance": float("nan")}, "pixel_tolerance=nan; a number from 0 to 255"),
+        ({"epoch": -1}, "epoch -1; a whole number from 0"),
+        ({"epoch": 1.5}, "epoch 1.5; a whole number from 0"),
         ({"fields": ["dino-b16/features"]}, "unknown teacher 'dino-b16'"),
     ],
     ids=str,
