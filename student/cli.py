@@ -44,6 +44,21 @@ def main() -> None:
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Pictures, per process. [default: 64, or all if fewer]")
 @click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches summed up in a step.")
+@click.option(
+    "--aug-repeats",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Views of a picture in one step, decoded once: a batch of 64 with 4 shows 16 pictures.",
+)
+@click.option(
+    "--sampling",
+    type=click.Choice(["random", "block"]),
+    default="random",
+    show_default=True,
+    help="block: 64 neighbours in storage stay close in time, for network disks where opening a file is dear.",
+)
+@click.option("--resident", is_flag=True, help="Read the cache into memory first, once for all processes of a machine.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, order and masks.")
 @click.option(
     "--teacher",

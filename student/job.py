@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
+from torch import Tensor
 
 from featcache import images, joining, manifest, rng, running, teachers, views
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
-from student import config, resolve
+from student import config, resident, resolve
 from student.loader import Loader
 from student.recipes import TargetSpec
 from student.resolve import Found, Reading
-from student.targets import Cached, Online, Targets
+from student.targets import Cached, Host, Online, Targets, draw_masks
 from student.train import Job
 
 BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
@@ -60,6 +61,9 @@ class Options:
     verify_rows: float
     read_threads: int | None
     resume: bool
+    sampling: str = "random"
+    aug_repeats: int = 1
+    resident: bool = False
 
     @property
     def reading(self) -> Reading:
@@ -75,6 +79,35 @@ class _Chosen:
     targets: Targets
     pictures: npt.NDArray[np.int64]  # numbers of the training pictures in the source
     about: dict[str, Any]  # for config.json
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """(n,) where each training picture lies: its row in the cache, or its number in the source."""
+        return self.targets.rows if isinstance(self.targets, Cached) else self.pictures
+
+
+def _masks(chosen: _Chosen, seed: int) -> Callable[[Host], dict[str, Tensor]] | None:
+    """Masks are drawn with the batch where all they read is stored; else after the teacher in the loop has run."""
+    targets = chosen.targets
+    if not targets.is_stored:
+        return None
+    return lambda host: draw_masks(chosen.config, host, targets.sources(host), seed)
+
+
+def _make_resident(targets: Targets, acc: Accelerator, say: Say) -> None:
+    if not isinstance(targets, Cached):
+        raise UsageError("--resident is about targets read from a cache, and none are read here: leave it out")
+    size = resident.load(targets, acc)
+    say(f"note: {size / 2**30:.2f} GiB of targets were read into memory, once for all processes of a machine")
+
+
+def _repeats(given: int, targets: Targets) -> int:
+    if isinstance(targets, Cached) and given > targets.cache.views:
+        raise UsageError(
+            f"--aug-repeats {given}: the cache stores {targets.cache.views} views of a picture, and as many are "
+            "allowed; add views with `featcache extract --views`"
+        )
+    return given
 
 
 def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say) -> tuple[Job, Loader]:
@@ -95,19 +128,26 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
         chosen = _online(recipe, overrides, found, source or _source_of(found), str(acc.device), options, say)
     else:
         chosen = _cached(found, source, options, say)
-    fitting = max(len(chosen.pictures) // acc.num_processes // options.accumulate, 1)
+    if options.resident:
+        _make_resident(chosen.targets, acc, say)
+    repeats = _repeats(options.aug_repeats, chosen.targets)
+    fitting = max(len(chosen.pictures) // acc.num_processes // options.accumulate, 1) * repeats
     loader = Loader(
         chosen.source,
         chosen.targets,
         chosen.pictures,
         rng.key_digests(chosen.source.keys[i] for i in chosen.pictures),
         options.seed,
-        options.batch_size or min(BATCH_SIZE, fitting),
+        options.batch_size or min(BATCH_SIZE // repeats * repeats or repeats, fitting),
         options.accumulate,
         acc.num_processes,
         acc.process_index,
         options.workers,
         options.check_pixels,
+        repeats,
+        chosen.places if options.sampling == "block" else None,
+        _masks(chosen, options.seed),
+        pin=acc.device.type == "cuda",
     )
     out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
     limits: dict[str, Any] = {"steps": options.steps, "save_every": options.save_every, "resume": options.resume}

@@ -7,13 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 NAME = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends rows; tensors are turned into numbers `lag` steps later, so that a device is not waited for.
+    """Appends rows; what has an `item` (tensors, shares of a step) is turned into a number `lag` steps later, so that a
+    device is not waited for.
 
     `keys`, the pictures of a row, are for whoever looks at a bad loss and are not written; without a run nothing is.
     """
@@ -31,9 +30,7 @@ class Metrics:
     def flush(self, keep: int = 0) -> list[dict[str, Any]]:
         done = self.waiting[: len(self.waiting) - keep]
         self.waiting = self.waiting[len(done) :]
-        rows = [
-            {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()} for row in done
-        ]
+        rows = [{key: value.item() if hasattr(value, "item") else value for key, value in row.items()} for row in done]
         if self.file is not None:
             for row in rows:
                 self.file.write(json.dumps({key: _plain(value) for key, value in row.items() if key != "keys"}) + "\n")

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 import featcache
@@ -31,9 +30,10 @@ from featcache.device import pick_device
 from featcache.errors import UsageError, UserError
 from student import checkpoint, optim, stop
 from student.config import RecipeConfig, as_dict
+from student.feed import Feed, Share, Wait
 from student.loader import Loader
 from student.metrics import NAME, Metrics, cut, read
-from student.targets import Host, Targets, draw_masks
+from student.targets import Targets
 
 READING = "targets.reading."  # how a cache was read, in config.json: of no effect on any number
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -105,7 +105,8 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         if is_new:
             stack.callback(_forget_unbegun, job.out)  # last of all, when metrics are closed
         metrics = stack.enter_context(contextlib.closing(_metrics(job, first, acc)))
-        batches = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
+        hosts = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
+        batches = Feed(job.config, job.targets, hosts, acc.device, job.seed)
         bar = stack.enter_context(_bar(total, first, acc))
         notice = stack.enter_context(stop.Notice(acc))
         for step in range(first, total):
@@ -113,9 +114,9 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
             lr = optim.lr_at(step, total, warmup, peak, job.config.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            parts, waited, keys = _step(job, loader, acc, model, optimizer, batches, step)
+            parts, waits, keys = _step(job, loader, acc, model, optimizer, batches, step, step + 1 == total)
             row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
-            row.update(_speed(loader, started, waited))
+            row.update(_speed(loader, started, waits))
             _look(metrics.add({**row, "keys": keys}), job.out)
             bar.update_with(row)
             due = notice.due()
@@ -132,46 +133,34 @@ def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
 
 
 def _step(
-    job: Job, loader: Loader, acc: Accelerator, model: Any, optimizer: Any, batches: Iterator[Host], step: int
-) -> tuple[dict[str, Tensor], float, list[str]]:
-    """One optimiser step over its micro-batches: mean parts of the loss, seconds waited for data, sample keys."""
+    job: Job, loader: Loader, acc: Accelerator, model: Any, optimizer: Any, batches: Feed, step: int, last_step: bool
+) -> tuple[dict[str, Tensor], list[Wait], list[str]]:
+    """One optimiser step over its micro-batches: mean parts of the loss, waits for data, sample keys."""
     sums: dict[str, Tensor] = {}
-    waited, keys = 0.0, []
+    waits: list[Wait] = []
+    keys: list[str] = []
     for micro in range(loader.accumulation):
-        start = time.perf_counter()
-        host = next(batches)
-        waited += time.perf_counter() - start
-        keys += host["keys"]
-        batch = to_device(job.config, job.targets, host, acc.device, job.seed)
+        taken = batches.take()
+        waits.append(taken.waited)
+        keys += taken.keys
         torch.manual_seed(step_seed(job.seed, step, micro, loader.rank))  # drop path draws from the global generator
         last = micro == loader.accumulation - 1
         with contextlib.nullcontext() if last else acc.no_sync(model):
             with acc.autocast():
-                parts = model(batch)
+                parts = model(taken.batch)
             acc.backward(parts["loss"] / loader.accumulation)
+        if not last:
+            batches.launched()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach() / loader.accumulation
     if job.config.clip_grad is not None:
         sums["grad_norm"] = acc.clip_grad_norm_(model.parameters(), job.config.clip_grad)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    batches.launched(last_step)
     if acc.num_processes > 1:
         sums = {name: acc.reduce(value, "mean") for name, value in sums.items()}
-    return sums, waited, keys
-
-
-def to_device(config: RecipeConfig, targets: Targets, host: Host, device: torch.device, seed: int) -> dict[str, Tensor]:
-    """A host batch as the recipe takes it: normalised images, decoded features, masks."""
-    pixels = torch.from_numpy(host["pixels"]).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(3, 1, 1)
-    features, sources = targets.complete(host, device)
-    masks = draw_masks(config, host, sources, seed)
-    return {
-        "images": (pixels.float() / 255 - mean) / std,
-        **features,
-        **{name: ids.to(device, non_blocking=True) for name, ids in masks.items()},
-    }
+    return sums, waits, keys
 
 
 def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
@@ -192,10 +181,10 @@ def _look(rows: list[dict[str, Any]], run: Path) -> None:
             )
 
 
-def _speed(loader: Loader, started: float, waited: float) -> dict[str, float]:
-    """Pictures a second over all processes, and the share of the step spent waiting for data."""
+def _speed(loader: Loader, started: float, waits: list[Wait]) -> dict[str, Any]:
+    """Samples a second over all processes, and the share of the step spent waiting for data."""
     seconds = max(time.perf_counter() - started, 1e-9)
-    return {"images_per_s": round(loader.global_batch / seconds, 2), "data_wait": round(min(waited / seconds, 1.0), 4)}
+    return {"images_per_s": round(loader.global_batch / seconds, 2), "data_wait": Share(waits, seconds)}
 
 
 def _metrics(job: Job, first: int, acc: Accelerator) -> Metrics:
@@ -229,6 +218,8 @@ def _record(job: Job, loader: Loader, acc: Accelerator, total: int) -> dict[str,
             "keys_digest": manifest.keys_digest(loader.source.keys[i] for i in loader.pictures),
             "global_batch": loader.global_batch,
             "steps_per_epoch": loader.steps_per_epoch,
+            "sampling": "random" if loader.places is None else "block",
+            "aug_repeats": loader.repeats,
         },
     }
 
@@ -303,7 +294,7 @@ class _Bar:
         self.loss = round(float(row["loss"]), 6)
         self.bar.set_postfix_str(
             f"epoch {row['epoch']}  loss {self.loss:.4f}  lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  "
-            f"waiting for data {row['data_wait']:.0%}",
+            f"waiting for data {row['data_wait'].item():.0%}",
             refresh=False,
         )
         self.bar.update()

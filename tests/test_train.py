@@ -181,6 +181,7 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
     assert record["targets"]["identity"] == json.loads(json.dumps(cache.identity))
     digest = hashlib.blake2b("".join(f"p{i:02d}\n" for i in range(24)).encode(), digest_size=16).hexdigest()
     expected = {"pictures": 24, "keys_digest": digest, "global_batch": 8, "steps_per_epoch": 3}
+    expected |= {"sampling": "random", "aug_repeats": 1}
     assert record["data"] == expected
     environment = json.loads((run / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
