@@ -83,7 +83,7 @@ class Loader:
     def iterate(self, first_step: int, last_step: int) -> Generator[Host, None, None]:
         """Micro-batches of the steps in [first_step, last_step), in order. A batch is good until the next one is asked
         for: then its memory is filled again."""
-        wanted = iter([(step, micro) for step in range(first_step, last_step) for micro in range(self.accumulation)])
+        wanted = ((step, micro) for step in range(first_step, last_step) for micro in range(self.accumulation))
         with ThreadPoolExecutor(self.workers) as decoders, ThreadPoolExecutor(AHEAD) as batches:
             free: deque[Memory | None] = deque([None] * (AHEAD + 1))
             waiting: deque[Future[tuple[Host, Memory]]] = deque()
