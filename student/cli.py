@@ -95,6 +95,30 @@ def main() -> None:
     is_flag=True,
     help="Go on from the run's newest checkpoint; start where there is no run yet, so a job can be requeued.",
 )
+@click.option(
+    "--ema",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Keep an average of the weights as well, of this decay, such as 0.9999; `student eval --ema` takes it.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the model: slow to begin with, then faster.")
+@click.option(
+    "--checkpoint-activations", is_flag=True, help="Compute blocks again in the backward pass: less memory, more time."
+)
+@click.option(
+    "--skip-nonfinite",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Leave out up to N steps whose loss is not finite. [default: the first one stops]",
+)
+@click.option(
+    "--tracker",
+    "trackers",
+    type=click.Choice(["json", "tensorboard", "wandb"]),
+    multiple=True,
+    default=("json",),
+    show_default=True,
+    help="Show metrics there as well; RUN/metrics.jsonl (json) is always written. May be given twice.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
@@ -103,14 +127,14 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
     Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status 75; --resume goes
     on.
     """
-    from student import checkpoint, recipes, stop
+    from student import checkpoint, hardware, recipes, stop
     from student import job as jobs
     from student import train as work
 
     if recipe_name is None:
         raise UsageError(f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of your own")
     recipe = recipes.load(recipe_name)
-    acc = work.accelerator(options["precision"], options.pop("device"))
+    acc = hardware.accelerator(options["precision"], options.pop("device"))
     options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
     job, loader = jobs.build(recipe_name, recipe, acc, jobs.Options(**options), _say if acc.is_main_process else _hush)
     facts = jobs.facts(job, loader)
@@ -210,6 +234,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
         click.Option(["--test", "test_spec"], help="Labelled test pictures. [default: a fifth of --images, held out]"),
         click.Option(["--teacher", "teacher_spec"], help="Evaluate a teacher in place of RUN."),
         click.Option(["--weights"], help="That teacher's weights."),
+        click.Option(["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."),
         click.Option(["--pool"], default="cls", show_default=True, help="cls or mean of the patch tokens."),
         click.Option(["--crop-pct"], type=click.FloatRange(0, 1, min_open=True), default=0.875, show_default=True),
         click.Option(["--embed-batch"], type=click.IntRange(1), default=64, show_default=True),
@@ -236,6 +261,7 @@ def _evaluate(
     test_spec: str | None,
     teacher_spec: str | None,
     weights: str | None,
+    ema: bool,
     pool: str,
     crop_pct: float,
     embed_batch: int,
@@ -250,9 +276,11 @@ def _evaluate(
 
     if (run is None) == (teacher_spec is None):
         raise UsageError(f"student eval {name} takes either RUN, a run folder, or --teacher SPEC; give one of them")
+    if ema and run is None:
+        raise UsageError("--ema is about the weights of RUN, and --teacher is evaluated: leave one of them out")
     train = images.open_source(given_images(images_spec))
     test = images.open_source(test_spec) if test_spec else None
-    net = frozen.from_run(run, pool) if run else frozen.from_teacher(str(teacher_spec), weights, pool)
+    net = frozen.from_run(run, pool, ema) if run else frozen.from_teacher(str(teacher_spec), weights, pool)
     if test is None:
         train, test = frozen.split(train, seed=seed)
         click.echo(f"note: no --test given; {len(test)} of {len(train) + len(test)} pictures are held out", err=True)
@@ -262,7 +290,7 @@ def _evaluate(
         progress=bar, **own,
     )  # fmt: skip
     bar.close()
-    facts = {"eval": name, "of": str(run or teacher_spec), "pool": pool, **result}
+    facts = {"eval": name, "of": str(run or teacher_spec), "pool": pool, **({"ema": True} if ema else {}), **result}
     if result.get("note"):
         click.echo(f"note: {result['note']}", err=True)
     click.echo(

@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from featcache import images, joining, manifest, rng, running, teachers, views
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
-from student import config, resolve
+from student import config, resolve, trackers
+from student.learner import Ways
 from student.loader import Loader
 from student.recipes import TargetSpec
 from student.resolve import Found, Reading
@@ -60,6 +61,15 @@ class Options:
     verify_rows: float
     read_threads: int | None
     resume: bool
+    ema: float | None
+    compiled: bool
+    checkpoint_activations: bool
+    skip_nonfinite: int | None
+    trackers: Sequence[str]
+
+    @property
+    def ways(self) -> Ways:
+        return Ways(self.ema, self.compiled, self.checkpoint_activations, self.skip_nonfinite)
 
     @property
     def reading(self) -> Reading:
@@ -111,6 +121,7 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     )
     out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
     limits: dict[str, Any] = {"steps": options.steps, "save_every": options.save_every, "resume": options.resume}
+    limits |= {"ways": options.ways, "trackers": trackers.check(options.trackers)}
     return Job(name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits), loader
 
 
