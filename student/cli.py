@@ -1,4 +1,4 @@
-"""The `student` command: train, recipes, eval."""
+"""The `student` command: train, replay, recipes, eval."""
 
 from __future__ import annotations
 
@@ -179,6 +179,24 @@ def _say(text: str) -> None:
 
 def _hush(text: str) -> None:
     """Other processes than the first say nothing."""
+
+
+@cli.command(epilog="Example:\n\n  student replay runs/mralign-s0/nonfinite/step-00000412.safetensors --precision fp32")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--recipe", "recipe_name", help="Your own .py file, where the run had one. [default: the run's recipe]")
+@click.option("--precision", help="fp32, bf16 or fp16. [default: the run's]")
+@click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def replay(file: Path, recipe_name: str | None, precision: str | None, device: str | None, as_json: bool) -> None:
+    """Run a micro-batch again whose loss was not finite, with the weights it met; FILE is of RUN/nonfinite.
+
+    Tells the loss then and now, and where it goes wrong: weights, inputs, the first module, gradients.
+    """
+    from featcache.device import pick_device
+    from student import reproduce
+
+    facts = reproduce.run_again(file, recipe_name, pick_device(device), precision)
+    click.echo(json.dumps(facts) if as_json else reproduce.text(facts))
 
 
 @cli.command(epilog="Examples:\n\n  student recipes\n\n  student recipes mralign --set encoder=large")

@@ -53,7 +53,7 @@ class Learner:
         raw = getattr(self.optimizer, "optimizer", self.optimizer)
         on_gpu = self.acc.device.type == "cuda" and bool(raw.defaults.get("fused"))
         if on_gpu and self.acc.scaler is None and self.ways.skip_nonfinite is None and not sharded(self.acc):
-            self._held = torch.zeros(1, device=self.acc.device)
+            self._held = torch.zeros((), device=self.acc.device)
 
     def update(self, loss: Tensor, step: int) -> bool:
         """One step of the optimizer, unless the loss is not finite; False where it is known that nothing was applied.
@@ -62,7 +62,7 @@ class Learner:
         loss that is not finite on, so that weights are still those that gave it when the host comes to look.
         """
         if self._held is not None:
-            self._held = torch.maximum(self._held, (~loss.detach().isfinite()).float().reshape(1))
+            self._held = torch.maximum(self._held, (~loss.detach().isfinite()).float())
             self.optimizer.optimizer.found_inf = self._held
         elif not bool(loss.isfinite()):
             self._leave_out()

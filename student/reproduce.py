@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featcache import manifest
-from featcache.errors import UserError
-from student import config
+from featcache.errors import UsageError, UserError
+from student import config, recipes
 
 FOLDER = "nonfinite"
 FORMAT = 1
@@ -156,13 +156,39 @@ def replay(saved: Saved, model: nn.Module, device: torch.device, precision: str 
         "recipe": saved.about["recipe"],
         "step": saved.about["step"],
         "keys": saved.about["keys"],
-        "parts": {name: float(value) for name, value in parts.items()},
+        "parts": {name: float(value.detach()) for name, value in parts.items()},
         "parts_then": {name: float(value) for name, value in saved.about["parts"].items()},
         "nonfinite_weights": [name for name, value in saved.model.items() if not _finite(value)],
         "nonfinite_inputs": [name for name, value in saved.batch.items() if not _finite(value)],
         "first_nonfinite_module": bad[0] if bad else None,
         "nonfinite_gradients": gradients,
     }
+
+
+def run_again(file: Path, recipe_name: str | None, device: str, precision: str | None) -> dict[str, Any]:
+    """`student replay`. A recipe of the user's own is run only where its file is named: a reproducer runs nothing."""
+    saved = load(file)
+    name = recipe_name or saved.about["recipe"]
+    if recipe_name is None and name not in recipes.names():
+        raise UsageError(
+            f"the run's recipe was a file of its own, {name!r}, and a reproducer brings no code: give it with --recipe"
+        )
+    if precision is not None and precision not in DTYPES:
+        raise UsageError(f"--precision {precision!r}: fp32, bf16 and fp16 are allowed")
+    return replay(saved, build(saved, recipes.load(name)), torch.device(device), precision)
+
+
+def text(facts: dict[str, Any]) -> str:
+    """What `replay` found, for a person."""
+    keys = ", ".join(facts["keys"][:8]) + (" ..." if len(facts["keys"]) > 8 else "")
+    lines = [f"{facts['recipe']}, step {facts['step']}, {len(facts['keys'])} pictures: {keys}"]
+    lines += [f"{name}: {facts['parts_then'].get(name)} then, {now} now" for name, now in facts["parts"].items()]
+    for what in ("weights", "inputs", "gradients"):
+        names = facts[f"nonfinite_{what}"]
+        lines.append(
+            f"{what} not finite: {', '.join(names[:4]) or 'none'}{f' and {len(names) - 4} more' * (len(names) > 4)}"
+        )
+    return "\n".join([*lines, f"first module with an output that is not finite: {facts['first_nonfinite_module']}"])
 
 
 @contextlib.contextmanager
