@@ -6,21 +6,19 @@ metrics.jsonl is always written and is what everything here reads; a tracker onl
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import filter_trackers, get_available_trackers
 
 from featcache import manifest
 from featcache.errors import UsageError
 
 JSON = "json"  # metrics.jsonl and nothing else
-PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any one of them will do
-NAMES = (JSON, *PACKAGES)
+NAMES = (JSON, "tensorboard", "wandb")
 FOLDER = "tracking"  # in the run
 
 Log = Callable[[dict[str, Any]], None]
@@ -28,12 +26,12 @@ Log = Callable[[dict[str, Any]], None]
 
 def check(names: Sequence[str]) -> tuple[str, ...]:
     """The trackers beside metrics.jsonl; one whose package is missing is one line that says what to install."""
+    here = {str(each) for each in get_available_trackers()}
     for name in names:
-        packages = PACKAGES.get(name, ())
-        if packages and not any(importlib.util.find_spec(package) for package in packages):
+        if name not in here and name != JSON:
             raise UsageError(
-                f"--tracker {name}: the package {packages[0]} is not installed; run `pip install {packages[0]}` (or "
-                f"`pip install 'featcache[{name}]'`), or take --tracker {JSON}, which needs none"
+                f"--tracker {name}: the package {name} is not installed; run `pip install {name}` (or `pip install "
+                f"'featcache[{name}]'`), or take --tracker {JSON}, which needs none"
             )
     return tuple(dict.fromkeys(name for name in names if name != JSON))
 

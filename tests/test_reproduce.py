@@ -276,6 +276,7 @@ def test_losses_that_arrive_late_still_give_the_right_reproducer(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: rows are looked at 16 steps later, the kernel holds the weights, the reproducer is the same."""
+
     def fused(model: torch.nn.Module, config: RecipeConfig, lr: float) -> torch.optim.AdamW:
         groups = optim.param_groups(model, config.weight_decay)
         return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
