@@ -119,7 +119,11 @@ def main() -> None:
     show_default=True,
     help="Show metrics there as well; RUN/metrics.jsonl (json) is always written. May be given twice.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be trained, with memory, time and disk; write nothing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Train a student by RECIPE from cached targets, or with the teacher in the loop.
@@ -127,7 +131,7 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
     Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status 75; --resume goes
     on.
     """
-    from student import checkpoint, hardware, recipes, stop
+    from student import checkpoint, estimate, hardware, recipes, stop
     from student import job as jobs
     from student import train as work
 
@@ -141,8 +145,10 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
     if note := jobs.warmup_note(job, loader):
         (_say if acc.is_main_process else _hush)(note)
     if dry_run:
-        facts |= jobs.sizes(job)
-        click.echo(json.dumps(facts) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
+        with hardware.out_of_memory_told(loader.batch_size, lambda: "nothing was begun"):
+            facts |= estimate.measure(job, loader, acc)
+        if acc.is_main_process:
+            click.echo(json.dumps(facts) if as_json else estimate.text(facts))
         return
     if acc.is_main_process:
         _say(

@@ -303,12 +303,3 @@ def warmup_note(job: Job, loader: Loader) -> str:
         f"note: warm-up ({warmup} steps) is not shorter than the run ({total}): the rate never reaches its peak; "
         "--set warmup_epochs=N changes it"
     )
-
-
-def sizes(job: Job) -> dict[str, int]:
-    """Parameters of the model and of the encoder in it; builds the model once."""
-    model = job.recipe.Model(job.config)
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
-    }

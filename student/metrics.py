@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 NAME = "metrics.jsonl"
+UNWRITTEN = ("keys", "applied", "waited_s")  # of a row: for whoever looks at a bad loss, and for the trainer itself
 
 
 class Metrics:
     """Appends rows; tensors are turned into numbers `lag` steps later, so that a device is not waited for.
 
-    `keys`, the pictures of a row, are for whoever looks at a bad loss and are not written; without a run nothing is.
-    `log` is given every row as it is written.
+    Parts named in UNWRITTEN are not written; without a run nothing is. `log` is given every row as it is written.
     """
 
     def __init__(self, run: Path | None, lag: int = 0, log: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -44,7 +44,7 @@ class Metrics:
         ]
         if self.file is not None:
             for row in rows:
-                plain = {key: _plain(value) for key, value in row.items() if key != "keys"}
+                plain = {key: _plain(value) for key, value in row.items() if key not in UNWRITTEN}
                 self.file.write(json.dumps(plain) + "\n")
                 if self.log is not None:
                     self.log(plain)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from student.metrics import UNWRITTEN
+
 EVERY = 20  # steps between two looks at a loss that lies on a GPU: each look waits for the device
-NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", "keys")  # of a row of metrics
+NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", *UNWRITTEN)  # of a row of metrics
 
 
 class Progress:

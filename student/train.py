@@ -91,7 +91,7 @@ def _train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         notice = stack.enter_context(stop.Notice(acc))
         for step in range(first, total):
             row = make_step(job, loader, pupil, batches, step, total)
-            look = metrics.add if row.pop("applied") else metrics.flush_with
+            look = metrics.add if row["applied"] else metrics.flush_with
             _check_losses(look(row), job, loader, pupil)
             bar.update_with(row)
             due = notice.due()
@@ -119,7 +119,7 @@ def begin(job: Job, loader: Loader, acc: Accelerator, state: dict[str, Any] | No
 def make_step(
     job: Job, loader: Loader, pupil: Learner, batches: Iterator[Host], step: int, total: int
 ) -> dict[str, Any]:
-    """One optimiser step at its rate; returns its row of metrics, and whether it was applied."""
+    """One optimiser step at its rate; returns its row of metrics, and what is not written of it (metrics.UNWRITTEN)."""
     started = time.perf_counter()
     warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
     lr = optim.lr_at(step, total, warmup, optim.peak_lr(job.config, loader.global_batch), job.config.min_lr)
@@ -130,7 +130,7 @@ def make_step(
     row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
     if job.ways.skip_nonfinite is not None:
         row["skipped"] = pupil.skipped
-    return {**row, **_speed(loader, started, waited), "keys": keys, "applied": applied}
+    return {**row, **_speed(loader, started, waited), "keys": keys, "applied": applied, "waited_s": waited}
 
 
 def _gradients(
