@@ -91,12 +91,6 @@ def restore_average(run: Path, state: dict[str, Any], average: nn.Module) -> Non
         raise _foreign(run, "holds no average of this run's model") from error
 
 
-def kept(run: Path) -> str:
-    """What a run that fails has not lost, for its one line."""
-    step = step_of(run)
-    return "no checkpoint was written yet" if step is None else f"the checkpoint of step {step} is kept"
-
-
 def _foreign(run: Path, what: str) -> UserError:
     return UserError(f"checkpoint {str(complete(run)[-1])!r} {what}; remove it to go on from the one before")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featcache.cli import entry
-from featcache.errors import STOPPED, StoppedError, UsageError
+from featcache.errors import STOPPED, StoppedError, UsageError, UserError
 
 if TYPE_CHECKING:
     from student.train import Job
@@ -145,7 +145,7 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
     if note := jobs.warmup_note(job, loader):
         (_say if acc.is_main_process else _hush)(note)
     if dry_run:
-        with hardware.out_of_memory_told(loader.batch_size, lambda: "nothing was begun"):
+        with hardware.out_of_memory_told(loader.batch_size):
             facts |= estimate.measure(job, loader, acc)
         if acc.is_main_process:
             click.echo(json.dumps(facts) if as_json else estimate.text(facts))
@@ -163,6 +163,11 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
             sys.exit(STOPPED)
         _note(job, before, {"run": str(job.out), "stopped": True})
         raise stopped if isinstance(stopped, StoppedError) else stop.at_once(job.out, job.resume) from None
+    except (UserError, OSError):
+        if acc.is_main_process and (step := checkpoint.step_of(job.out)) != before:
+            _note(job, before, {"run": str(job.out), "stopped": True})
+            _say(f"note: the checkpoint of step {step} is kept; {stop.how(job.resume)}")
+        raise
     if acc.is_main_process:
         _note(job, before, summary)
         text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"

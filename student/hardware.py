@@ -5,7 +5,7 @@ runs out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -37,20 +37,20 @@ def accelerator(precision: str, device: str | None = None) -> Accelerator:
 
 
 @contextlib.contextmanager
-def out_of_memory_told(batch_size: int, kept: Callable[[], str]) -> Iterator[None]:
-    """One line where the GPU or the host has no memory left; `kept` says what is not lost."""
+def out_of_memory_told(batch_size: int) -> Iterator[None]:
+    """One line where the GPU or the host has no memory left."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory with --batch-size {batch_size}: {_first_line(error)}; {kept()}; give a smaller "
+            f"out of GPU memory with --batch-size {batch_size}: {_first_line(error)}; give a smaller "
             "--batch-size with --accumulate, --checkpoint-activations, or --precision bf16"
         ) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" not in str(error):
             raise
         raise UserError(
-            f"out of host memory with --batch-size {batch_size}; {kept()}; give a smaller --batch-size with "
+            f"out of host memory with --batch-size {batch_size}; give a smaller --batch-size with "
             "--accumulate, or fewer --workers"
         ) from error
 

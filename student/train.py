@@ -59,7 +59,7 @@ class Job:
 def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     """Run the job to its end; returns a summary. The run folder holds config.json, metrics.jsonl, environment.json and
     checkpoints/."""
-    with out_of_memory_told(loader.batch_size, lambda: checkpoint.kept(job.out)):
+    with out_of_memory_told(loader.batch_size):
         return _train(job, loader, acc)
 
 
