@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from featcache.device import pick_device
 from featcache.errors import UsageError, UserError
@@ -31,8 +32,11 @@ def accelerator(precision: str, device: str | None = None) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     acc = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not cuda)
-    if str(acc.distributed_type) == "DistributedType.FSDP" and not acc.is_fsdp2:
-        raise UsageError("FSDP version 1 is not used here: set fsdp_version: 2 in the Accelerate configuration")
+    if acc.distributed_type == DistributedType.FSDP:
+        if not acc.is_fsdp2:
+            raise UsageError("FSDP version 1 is not used here: set fsdp_version: 2 in the Accelerate configuration")
+        # Autocast alone, as without FSDP: its own policy would turn the weights that a recipe reads in fp32 into bf16.
+        acc.state.fsdp_plugin.mixed_precision_policy = None
     return acc
 
 

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as spread
+from torch.distributed.tensor import DTensor
 
 from featcache.errors import UsageError
 from student import activations, checkpoint
@@ -95,6 +96,11 @@ class Learner:
 def sharded(acc: Accelerator) -> bool:
     """Whether each process holds a part of the weights (FSDP)."""
     return acc.distributed_type == DistributedType.FSDP
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor whose parts lie in several processes (FSDP), put together; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def build(acc: Accelerator, module: nn.Module, optimizer: Any, ways: Ways, run: Path, state: State | None) -> Learner:

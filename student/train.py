@@ -154,7 +154,7 @@ def _gradients(
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach() / loader.accumulation
     if job.config.clip_grad is not None:
-        sums["grad_norm"] = acc.clip_grad_norm_(pupil.model.parameters(), job.config.clip_grad)
+        sums["grad_norm"] = learner.whole(acc.clip_grad_norm_(pupil.model.parameters(), job.config.clip_grad))
     if acc.num_processes > 1:
         sums = {name: acc.reduce(value, "mean") for name, value in sums.items()}
     return sums, waited, keys
