@@ -7,8 +7,9 @@ it is taken. B batch, S pixels.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from student.config import RecipeConfig
 from student.targets import Host, Targets, draw_masks
+
+Marks = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 def to_device(config: RecipeConfig, targets: Targets, host: Host, device: torch.device, seed: int) -> dict[str, Tensor]:
@@ -45,16 +48,17 @@ class Taken:
 
 
 class Wait:
-    """Seconds without work for want of a batch: on a GPU the time between two marks in its own queue."""
+    """Seconds without work for want of a batch: on a GPU those between marks in its own queue."""
 
-    def __init__(self, seconds: float = 0.0, marks: tuple[torch.cuda.Event, torch.cuda.Event] | None = None) -> None:
+    def __init__(self, seconds: float = 0.0, marks: Sequence[Marks] = ()) -> None:
         self._seconds, self._marks = seconds, marks
 
     def item(self) -> float:
-        """The number; waits until the device has passed the second mark."""
-        if self._marks is not None:
-            self._marks[1].synchronize()
-            self._seconds, self._marks = self._marks[0].elapsed_time(self._marks[1]) / 1000, None
+        """The number; waits until the device has passed the last mark."""
+        for begun, ended in self._marks:
+            ended.synchronize()
+            self._seconds += begun.elapsed_time(ended) / 1000
+        self._marks = ()
         return self._seconds
 
 
@@ -69,20 +73,20 @@ class Share:
 
 
 class Feed:
-    """Batches of `batches`, on the device. `take` gives the next; `launched` says that the work on it is in the
-    device's queue, so that the one after can be brought meanwhile."""
+    """Batches of `batches`, on the device. `take` gives the next; `bring`, called when the work on it is in the
+    device's queue, prepares the one after meanwhile."""
 
     def __init__(
         self, config: RecipeConfig, targets: Targets, batches: Iterator[Host], device: torch.device, seed: int
     ) -> None:
         self.config, self.targets, self.batches, self.device, self.seed = config, targets, batches, device, seed
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._next: tuple[dict[str, Tensor], list[str]] | None = None
+        self._next: tuple[Host, dict[str, Tensor], list[Marks]] | None = None
         self._copied: torch.cuda.Event | None = None  # the last host batch has been read
-        self._launched: torch.cuda.Event | None = None  # end of the work on the batch before
 
     def take(self) -> Taken:
-        """The next batch. Its teacher, where one is in the loop, runs here, in the step it is a part of."""
+        """The next batch; StopIteration after the last. Its teacher, where one is in the loop, runs here, in the step
+        it is a part of."""
         if self._side is None:
             start = time.perf_counter()
             host = next(self.batches)
@@ -90,41 +94,39 @@ class Feed:
             return Taken(to_device(self.config, self.targets, host, self.device, self.seed), host["keys"], waited)
         main = torch.cuda.current_stream(self.device)
         if not self.targets.is_stored:
-            host = self._host()
-            begun = _mark(main)
-            batch, keys = to_device(self.config, self.targets, host, self.device, self.seed), host["keys"]
-            self._copied = _mark(main)
-        else:
-            batch, keys = self._next or self._bring()
-            self._next = None
-            main.wait_stream(self._side)
-            for tensor in batch.values():
-                tensor.record_stream(main)  # its memory is not given away while the step reads it
-            begun = _mark(main)
-        return Taken(batch, keys, Wait(marks=(self._launched, begun)) if self._launched is not None else Wait())
-
-    def launched(self, last: bool = False) -> None:
-        """The step's work is queued. Bring the next batch, unless this was the last."""
-        if self._side is None:
-            return
-        self._launched = _mark(torch.cuda.current_stream(self.device))
-        if not last and self.targets.is_stored:
-            self._next = self._bring()
-
-    def _bring(self) -> tuple[dict[str, Tensor], list[str]]:
-        """Queue the next batch's copies and decoding beside the step."""
-        assert self._side is not None
-        host = self._host()
-        with torch.cuda.stream(self._side):
+            host, marks = self._host(main)
             batch = to_device(self.config, self.targets, host, self.device, self.seed)
-            self._copied = _mark(self._side)
-        return batch, host["keys"]
+            self._copied = _mark(main)
+            return Taken(batch, host["keys"], Wait(marks=[marks]))
+        host, batch, stalls = self._next or self._prepare(self._side, main)
+        self._next = None
+        free = _mark(main)
+        main.wait_stream(self._side)
+        for tensor in batch.values():
+            tensor.record_stream(main)  # its memory is not given away while the step reads it
+        return Taken(batch, host["keys"], Wait(marks=[*stalls, (free, _mark(main))]))
 
-    def _host(self) -> Host:
-        """The next host batch. Asking for it gives the memory of the last one back, which must have been read."""
+    def bring(self) -> None:
+        """Queue the next batch's copies and decoding beside the step; nothing after the last one."""
+        if self._side is not None and self.targets.is_stored and self._next is None:
+            with contextlib.suppress(StopIteration):
+                self._next = self._prepare(self._side, torch.cuda.current_stream(self.device))
+
+    def _prepare(self, side: torch.cuda.Stream, main: torch.cuda.Stream) -> tuple[Host, dict[str, Tensor], list[Marks]]:
+        host, marks = self._host(main)
+        with torch.cuda.stream(side):
+            batch = to_device(self.config, self.targets, host, self.device, self.seed)
+            self._copied = _mark(side)
+        return {"keys": host["keys"]}, batch, [marks]
+
+    def _host(self, main: torch.cuda.Stream) -> tuple[Host, Marks]:
+        """The next host batch, and what the device stood still for it. Asking gives the memory of the last one back,
+        which must have been read."""
         if self._copied is not None:
             self._copied.synchronize()
-        return next(self.batches)
+        asked = _mark(main)
+        host = next(self.batches)
+        return host, (asked, _mark(main))
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -21,7 +21,8 @@ from torch import Tensor
 from featcache import images, joining, manifest, rng, running, teachers, views
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
-from student import config, resident, resolve
+from student import config, resident, resolve, trackers
+from student.learner import Ways
 from student.loader import Loader
 from student.recipes import TargetSpec
 from student.resolve import Found, Reading
@@ -61,9 +62,18 @@ class Options:
     verify_rows: float
     read_threads: int | None
     resume: bool
-    sampling: str = "random"
-    aug_repeats: int = 1
-    resident: bool = False
+    sampling: str
+    aug_repeats: int
+    resident: bool
+    ema: float | None
+    compiled: bool
+    checkpoint_activations: bool
+    skip_nonfinite: int | None
+    trackers: Sequence[str]
+
+    @property
+    def ways(self) -> Ways:
+        return Ways(self.ema, self.compiled, self.checkpoint_activations, self.skip_nonfinite)
 
     @property
     def reading(self) -> Reading:
@@ -151,6 +161,7 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     )
     out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
     limits: dict[str, Any] = {"steps": options.steps, "save_every": options.save_every, "resume": options.resume}
+    limits |= {"ways": options.ways, "trackers": trackers.check(options.trackers)}
     return Job(name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits), loader
 
 
@@ -332,12 +343,3 @@ def warmup_note(job: Job, loader: Loader) -> str:
         f"note: warm-up ({warmup} steps) is not shorter than the run ({total}): the rate never reaches its peak; "
         "--set warmup_epochs=N changes it"
     )
-
-
-def sizes(job: Job) -> dict[str, int]:
-    """Parameters of the model and of the encoder in it; builds the model once."""
-    model = job.recipe.Model(job.config)
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
-    }

@@ -275,7 +275,7 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == files
 
 
-@pytest.mark.parametrize("dies", ["environment", "_record", "_metrics"])
+@pytest.mark.parametrize("dies", ["folder.environment", "train._record", "train._metrics"])
 def test_a_run_stopped_while_its_folder_is_made_can_be_started(
     dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +285,7 @@ def test_a_run_stopped_while_its_folder_is_made_can_be_started(
     def power_cut(*_: Any) -> Any:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(student.train, dies, power_cut)
+    monkeypatch.setattr(f"student.{dies}", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         fx.train("maskalign", tmp_path / "run", *options)
     monkeypatch.undo()

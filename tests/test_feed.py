@@ -50,15 +50,17 @@ def test_what_is_taken_is_what_was_loaded(online: bool) -> None:
     settings, loader = made(online)
     feed = Feed(settings, loader.targets, loader.iterate(0, STEPS), CPU, 3)
     kept = []
-    for step in range(STEPS):
+    for _ in range(STEPS):
         kept.append(feed.take())
-        feed.launched(step + 1 == STEPS)
+        feed.bring()
     for taken, (host, batch) in zip(kept, expected(settings, loader), strict=True):
         assert taken.keys == host["keys"]
         assert taken.batch.keys() == batch.keys() == {"images", "features", "ids_keep", "ids_masked"}
         for name, values in batch.items():
             assert torch.equal(taken.batch[name], values), name
         assert taken.waited.item() >= 0
+    with pytest.raises(StopIteration):
+        feed.take()
 
 
 def test_the_share_of_a_step_that_was_waited() -> None:
@@ -77,12 +79,12 @@ def test_on_a_gpu_beside_a_busy_stream(online: bool) -> None:
         loader = replace(loader, targets=replace(loader.targets, teacher=teachers.load(fx.TEACHER, None, "cuda")))
     feed = Feed(settings, loader.targets, loader.iterate(0, STEPS), device, 3)
     busy = torch.randn(4096, 4096, device=device)
-    for step, (_, batch) in enumerate(expected(*made(online))):
+    for _, batch in expected(*made(online)):
         taken = feed.take()
         for _ in range(10):
             busy = torch.nn.functional.normalize(busy @ busy)
         copies = {name: values * 1 for name, values in taken.batch.items()}  # queued after the long work
-        feed.launched(step + 1 == STEPS)
+        feed.bring()
         for name, values in batch.items():
             torch.testing.assert_close(copies[name].cpu(), values, rtol=1e-5, atol=1e-5)
         assert 0 <= taken.waited.item() < 10
