@@ -18,6 +18,7 @@ from tests import student_fixtures as fx
 from tests.test_end_to_end import assert_undisturbed
 
 OFF = ("drop_path=0",)
+SLOW = pytest.mark.slow
 
 # Notes which pictures each process took in each step.
 NOTING = """
@@ -68,7 +69,10 @@ def test_one_process_with_batch_16_equals_two_with_batch_8(recipe: str, tmp_path
     assert all(len(keys) == 16 for keys in second.values())
 
 
-@pytest.mark.parametrize(("world", "batch", "accumulate"), [(1, 5, 1), (2, 5, 1), (2, 2, 2), (1, 3, 3), (3, 2, 1)])
+@pytest.mark.parametrize(
+    ("world", "batch", "accumulate"),
+    [(1, 5, 1), (2, 5, 1), (2, 2, 2), pytest.param(1, 3, 3, marks=SLOW), pytest.param(3, 2, 1, marks=SLOW)],
+)
 def test_an_epoch_shows_each_picture_at_most_once(world: int, batch: int, accumulate: int, tmp_path: Path) -> None:
     """Of 24 pictures all but less than one global batch, in three epochs of a real run, by their keys."""
     total = world * batch * accumulate
