@@ -119,6 +119,7 @@ def main() -> None:
 @click.option(
     "--checkpoint-activations", is_flag=True, help="Compute blocks again in the backward pass: less memory, more time."
 )
+@click.option("--deterministic", is_flag=True, help="The same bits again on a GPU too, by slower kernels.")
 @click.option(
     "--skip-nonfinite",
     type=click.IntRange(0),
@@ -140,7 +141,7 @@ def main() -> None:
     help="Say what would be trained, with memory, time and disk; write nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
+def train(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic: bool, **options: Any) -> None:
     """Train a student by RECIPE from cached targets, or with the teacher in the loop.
 
     Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status 75; --resume goes
@@ -153,6 +154,8 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
     if recipe_name is None:
         raise UsageError(f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of your own")
     recipe = recipes.load(recipe_name)
+    if deterministic:
+        hardware.deterministic()
     acc = hardware.accelerator(options["precision"], options.pop("device"))
     options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
     job, loader = jobs.build(recipe_name, recipe, acc, jobs.Options(**options), _say if acc.is_main_process else _hush)

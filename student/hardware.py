@@ -5,6 +5,7 @@ runs out.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +39,14 @@ def accelerator(precision: str, device: str | None = None) -> Accelerator:
         # Autocast alone, as without FSDP: its own policy would turn the weights that a recipe reads in fp32 into bf16.
         acc.state.fsdp_plugin.mixed_precision_policy = None
     return acc
+
+
+def deterministic() -> None:
+    """From here on the same bits for the same command on a GPU too, at the price of slower kernels; an operation that
+    has none of these is refused by torch."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first call of cuBLAS
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 @contextlib.contextmanager

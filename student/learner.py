@@ -80,6 +80,13 @@ class Learner:
         if self.acc.scaler is not None:  # its scale is not to blame; this forgets what it saw of these gradients
             self.acc.scaler.update(self.acc.scaler.get_scale())
 
+    def weights(self) -> dict[str, Tensor]:
+        """Whole, in every process. Called by all processes together."""
+        if not sharded(self.acc):
+            return self.module.state_dict()
+        options = spread.StateDictOptions(full_state_dict=True)
+        return dict[str, Any](spread.get_model_state_dict(self.module, options=options))
+
     def state(self) -> State:
         """What a checkpoint holds; whole in the first process. Called by all processes together."""
         scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else {}

@@ -68,18 +68,22 @@ def find(learner: Any, micros: Iterable[Micro]) -> tuple[Micro, dict[str, float]
     return found
 
 
+def path(run: Path, step: int, rank: int) -> Path:
+    """Where the reproducer of optimiser step `step`, counted from 1 as in metrics.jsonl, lies."""
+    return run / FOLDER / f"step-{step:08d}{f'-rank{rank}' if rank else ''}.safetensors"
+
+
 def save(
-    run: Path,
+    place: Path,
     step: int,
     about: dict[str, Any],
     rank: int,
     model: dict[str, Tensor],
     micro: Micro,
-    parts: dict[str, Any],
-) -> Path:
-    """Write the reproducer of optimiser step `step`, counted from 1 as in metrics.jsonl."""
-    path = run / FOLDER / f"step-{step:08d}{f'-rank{rank}' if rank else ''}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, float],
+) -> None:
+    """Write a reproducer: the whole weights, and one micro-batch with the loss and the parts it gave."""
+    place.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "format": FORMAT,
         **{name: about[name] for name in ("recipe", "config", "seed", "precision")},
@@ -93,26 +97,25 @@ def save(
     tensors = {f"model.{name}": value for name, value in model.items()}
     tensors |= {f"batch.{name}": value for name, value in micro.batch.items()}
     own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{manifest.owner()}.tmp")
+    temporary = place.with_name(f".{place.name}.{manifest.owner()}.tmp")
     try:
         save_file(own, str(temporary), metadata={"about": json.dumps(facts)})
-        temporary.replace(path)
+        temporary.replace(place)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
-def load(path: Path) -> Saved:
+def load(file: Path) -> Saved:
     """A reproducer's content; a file that is none is a UserError."""
     try:
-        with safe_open(str(path), "pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+        with safe_open(str(file), "pt") as content:
+            about = json.loads((content.metadata() or {})["about"])
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no dictionary
         if about["format"] != FORMAT:
             raise ValueError(f"its format is {about['format']}, this program reads {FORMAT}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"cannot replay {str(path)!r}: {error}; a file of RUN/{FOLDER} is needed, which training wrote when a loss "
+            f"cannot replay {str(file)!r}: {error}; a file of RUN/{FOLDER} is needed, which training wrote when a loss "
             "was not finite"
         ) from error
     groups = {

@@ -185,23 +185,28 @@ def _check_losses(rows: list[dict[str, Any]], job: Job, loader: Loader, pupil: L
 
 
 def _reproduce(job: Job, loader: Loader, pupil: Learner, row: dict[str, Any]) -> str:
-    """Keep the micro-batch whose loss was not finite; says what a person should know."""
+    """Keep the first micro-batch whose loss was not finite; says what a person should know. A meeting of all."""
     acc, step = pupil.acc, row["step"] - 1
     with contextlib.closing(loader.iterate(step, step + 1)) as batches:
         found = reproduce.find(pupil, _micros(job, loader, acc, batches, step))
-    model = pupil.state()["model"]
-    keys = row["keys"] if found is None else found[0].keys
-    text = f"(pictures {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}); "
-    if found is not None:
-        micro, parts = found
-        path = reproduce.save(job.out, row["step"], _record(job, loader, acc, 0), loader.rank, model, micro, parts)
-        text += f"`student replay {path}` runs that batch again; "
-    else:
-        text += "run again here it was finite: another process's loss, or a fault of the machine; "
+    had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
+    weights = pupil.weights()
+    place = f"{job.out}/{checkpoint.FOLDER}"
     cure = "lower the rate, or use --precision fp32 or bf16, or leave such steps out with --skip-nonfinite N"
     if job.ways.skip_nonfinite is not None:
         cure = f"the {pupil.skipped} steps left out are more than --skip-nonfinite {job.ways.skip_nonfinite}"
-    return f"{text}checkpoints before it are in {job.out}/{checkpoint.FOLDER}: {cure}"
+    if True not in had:
+        return f"and finite when the step is run again: suspect the machine; checkpoints before it are in {place}"
+    first = had.index(True)
+    path = reproduce.path(job.out, row["step"], first)
+    who = f"those of process {first}"
+    if found is not None and first == loader.rank:
+        reproduce.save(path, row["step"], _record(job, loader, acc, 0), first, weights, *found)
+        keys = found[0].keys
+        who = f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
+    return (
+        f"(pictures {who}); `student replay {path}` runs that batch again; checkpoints before it are in {place}: {cure}"
+    )
 
 
 def _micros(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,14 +195,33 @@ def test_two_processes_the_one_that_had_it_keeps_it(tmp_path: Path, pictures: Pa
         assert "p07" in about["keys"]
         assert len(about["keys"]) == 2
         assert path.name == f"step-00000001{'-rank1' if about['rank'] else ''}.safetensors"
-        assert "`student replay" in ran.said[about["rank"]]
-        assert "another process's loss" in ran.said[1 - about["rank"]]
+        assert all(f"`student replay {path}`" in said for said in ran.said)
+        assert "p07" in ran.said[about["rank"]]
+        assert f"(pictures those of process {about['rank']})" in ran.said[1 - about["rank"]]
         facts = fx.good(fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu", "--json")).json
         assert facts["parts"]["plain"] == facts["parts_then"]["plain"]
         found[about["rank"], about["micro"]] = seed
         if len(found) == 2:
             return
     raise AssertionError(found)
+
+
+def test_a_loss_that_is_finite_the_second_time(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same batch, weights and draws give another number: that is the machine's fault, and no file would help."""
+    plain, once = student.train._gradients, [True]
+
+    def faulty(*args: Any) -> Any:
+        parts, waited, keys = plain(*args)
+        if args[-1] == 0 and once.pop():
+            parts = {**parts, "loss": parts["loss"] * float("nan")}
+        return parts, waited, keys
+
+    monkeypatch.setattr(student.train, "_gradients", faulty)
+    others = fx.pictures()  # none is white
+    ran = train(tmp_path, others, tmp_path / "run", "--steps", 1)
+    assert ran.status == 1
+    assert "loss is nan at step 1 and finite when the step is run again: suspect the machine" in ran.line
+    assert not (tmp_path / "run/nonfinite").exists()
 
 
 # --- left out -------------------------------------------------------------------------------------------------------

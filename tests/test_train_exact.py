@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import student.train
 from student import checkpoint, metrics
@@ -18,6 +19,7 @@ from tests import student_fixtures as fx
 from tests.test_end_to_end import assert_undisturbed
 
 OFF = ("drop_path=0",)
+SLOW = pytest.mark.slow
 
 # Notes which pictures each process took in each step.
 NOTING = """
@@ -68,7 +70,10 @@ def test_one_process_with_batch_16_equals_two_with_batch_8(recipe: str, tmp_path
     assert all(len(keys) == 16 for keys in second.values())
 
 
-@pytest.mark.parametrize(("world", "batch", "accumulate"), [(1, 5, 1), (2, 5, 1), (2, 2, 2), (1, 3, 3), (3, 2, 1)])
+@pytest.mark.parametrize(
+    ("world", "batch", "accumulate"),
+    [(1, 5, 1), (2, 5, 1), (2, 2, 2), pytest.param(1, 3, 3, marks=SLOW), pytest.param(3, 2, 1, marks=SLOW)],
+)
 def test_an_epoch_shows_each_picture_at_most_once(world: int, batch: int, accumulate: int, tmp_path: Path) -> None:
     """Of 24 pictures all but less than one global batch, in three epochs of a real run, by their keys."""
     total = world * batch * accumulate
@@ -172,4 +177,39 @@ student.train._gradients = dies
     assert ran.status == [9, 9], ran.said
     assert checkpoint.step_of(tmp_path / "cut") == step // 2 * 2
     processes.good(processes.train(2, *common, "--out", tmp_path / "cut", "--resume", recipe="mralign"))
+    assert_undisturbed(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_deterministic_kernels_are_asked_for_and_every_recipe_has_them(tmp_path: Path) -> None:
+    """In a process of its own, since the switch is the process's. On a CPU nothing changes."""
+    for name in sorted(fx.RECIPES):
+        options = ("--cache", fx.cache_of(name), "--steps", 2, "--batch-size", 8)
+        asked = """
+import torch
+from multiprocessing.util import Finalize
+Finalize(None, lambda: print("deterministic", torch.are_deterministic_algorithms_enabled(), flush=True), exitpriority=1)
+"""
+        on = processes.train(1, *options, "--out", tmp_path / name / "on", "--deterministic", recipe=name, before=asked)
+        assert "deterministic True" in processes.good(on).said[0]
+        fx.good(fx.train(name, tmp_path / name / "off", *options))
+        assert_undisturbed(tmp_path / name / "on", tmp_path / name / "off")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("step", [1, 5, 8])
+def test_interrupted_on_a_gpu_and_resumed(
+    step: int, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [part for text in fx.RECIPES["mralign"] for part in ("--set", text)]
+    options = ("--recipe", "mralign", "--cache", fx.cache_path(), *TWELVE, *sets, "--deterministic")
+    given = ("train", *options, "--precision", precision, "--device", "cuda")
+    fx.good(fx.stud(*given, "--out", tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        dies_in(patch, step)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fx.stud(*given, "--out", tmp_path / "cut")
+    fx.good(fx.stud(*given, "--out", tmp_path / "cut", "--resume"))
     assert_undisturbed(tmp_path / "cut", tmp_path / "whole")
