@@ -24,6 +24,7 @@ from featcache.views import stored_view
 from student import masking
 from student.config import RecipeConfig
 from student.recipes import TargetSpec
+from student.second import Second
 
 I64 = npt.NDArray[np.int64]
 Host = dict[str, Any]  # arrays of a batch on the host
@@ -81,7 +82,8 @@ class Cached:
         pixels = ("pixels",) if self.stored_pixels else views.Drawn._fields
         self.tail = as_tensors(self.cache.tail()) if self.spec.derive else {}
         stats = ("feature_stats",) if self.tail and float(self.tail["eps"]) != float(np.float32(targets.EPS)) else ()
-        side = [field for field in (*self.spec.fields, *stats) if field != "features"]
+        side = [field for field in (*self.spec.fields, *stats) if field.rpartition("/")[2] != "features"]
+        self.second = Second(self.cache, self.spec) if self.spec.second else None
         self.stats = bool(stats)
         self.reads = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
 
@@ -89,7 +91,8 @@ class Cached:
         return stored_view(digests, epoch, self.cache.views)
 
     def fetch(self, at: I64, view: I64) -> Host:
-        return self.cache.read(self.rows[at], view, self.reads, self.spec.levels or None, self.tokens)
+        host = self.cache.read(self.rows[at], view, self.reads, self.spec.levels or None, self.tokens)
+        return host if self.second is None else host | self.second.fetch(self.rows[at], view)
 
     def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
         parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
@@ -113,6 +116,8 @@ class Cached:
             stats = self._in_raster(tensor(host["feature_stats"]).to(device), host, device) if self.stats else None
             self.tail = on_device(self.tail, device)
             out |= derived(self.spec, features, stats, self.tail)
+        if self.second is not None:
+            out |= self.second.complete(host, device)
         return out, sources
 
     def _in_raster(self, values: Tensor, host: Host, device: torch.device) -> Tensor:
