@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from featcache import home, images, invocation, verify
+from featcache import crops, home, images, invocation, verify
 from featcache.errors import UsageError, UserError
 from featcache.joining import join
 from featcache.reader import Cache
@@ -220,6 +220,8 @@ def find(
             found.append(candidate)
         except UserError as error:
             rejected.append(f"{path}: {error}")
+    exact = [each for each in found if _scale(each) == each.spec.scale]
+    found = exact or found  # of two, the one whose views are shown without a choice among them
     if len(found) > 1:
         paths = ", ".join(str(each.cache.path) for each in found)
         raise UsageError(f"{len(found)} caches serve {name}: {paths}; choose one with --cache")
@@ -232,13 +234,19 @@ def find(
     )
 
 
+def _scale(found: Found) -> crops.Scale:
+    """The range of the areas of a cache's crops."""
+    low, high = found.cache.identity["policy"]["scale"]
+    return float(low), float(high)
+
+
 def _check_fit(candidate: Found, plain: RecipeConfig, source: images.Source | None) -> None:
     """What a search asks beyond an explicit --cache: the recipe's own teacher and crops, and these pictures."""
     identity = candidate.cache.identity
     if candidate.spec.fields and identity["teacher"]["name"] != plain.teacher:
         raise UserError(f"its teacher is {identity['teacher']['name']}, {plain.teacher} is needed")
     policy, spec = identity["policy"], candidate.spec
-    if (tuple(policy["scale"]), policy["jitter"]) != (spec.scale, spec.jitter):
+    if not crops.within(spec.scale, _scale(candidate)) or policy["jitter"] != spec.jitter:
         raise UserError(
             f"its views are drawn at scale {policy['scale']} with jitter {policy['jitter']:g}, {spec.scale} with "
             f"{spec.jitter:g} is published"

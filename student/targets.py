@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from featcache import codecs, joining, rng, running, targets, teachers, views
+from featcache.crops import Turns
 from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from featcache.torch import raster, tensor
@@ -71,6 +72,7 @@ class Cached:
     tolerance: float = 0.0  # mean difference of block means, in levels of 255, that is let pass
     tokens: int | None = None  # of each level, CLS first; None: all that are stored
     stored_pixels: bool = False  # take the pixels the cache stores, decode nothing
+    turns: Turns | None = None  # of the views that are shown, where not all are
 
     def __post_init__(self) -> None:
         self.policy = views.from_dict(self.cache.identity["policy"])
@@ -88,7 +90,7 @@ class Cached:
         self.reads = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
 
     def view(self, digests: rng.U64, epoch: int) -> I64:
-        return stored_view(digests, epoch, self.cache.views)
+        return self.turns.view(digests, epoch) if self.turns else stored_view(digests, epoch, self.cache.views)
 
     def fetch(self, at: I64, view: I64) -> Host:
         host = self.cache.read(self.rows[at], view, self.reads, self.spec.levels or None, self.tokens)
@@ -134,6 +136,7 @@ class Online:
     teacher: teachers.Teacher | None
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`
+    turns: Turns | None = None  # of the views of a cache that are shown, where not all are
 
     def __post_init__(self) -> None:
         lacking = set(self.spec.fields) - {"features", "attention", "mask_order"}
@@ -145,6 +148,8 @@ class Online:
         self.tail = as_tensors(self.teacher.tail()) if self.teacher is not None and self.spec.derive else {}
 
     def view(self, digests: rng.U64, epoch: int) -> I64:
+        if self.turns is not None:
+            return self.turns.view(digests, epoch)
         if self.views is None:
             return np.full(len(digests), epoch, np.int64)
         return stored_view(digests, epoch, self.views)
