@@ -46,9 +46,12 @@ def accepted(cache: Cache, rows: I64, scale: Scale) -> BOOL:
     for low in range(0, len(rows), _ROWS):
         part = rows[low : low + _ROWS]
         for view in range(cache.views):
-            box = cache.read(part, view, ("area", "crop", "source_size"))
-            centre = (box["crop"] == views.central_box(policy, box["source_size"].astype(np.int64))).all(1)
-            out[low : low + len(part), view] = in_range(box["area"], scale) | centre
+            fits = in_range(cache.read(part, view, ("area",))["area"], scale)
+            outside = np.flatnonzero(~fits)
+            box = cache.read(part[outside], view, ("crop", "source_size"))
+            centre = views.central_box(policy, box["source_size"].astype(np.int64))
+            fits[outside] = (box["crop"] == centre).all(1)
+            out[low : low + len(part), view] = fits
     return out
 
 

@@ -205,6 +205,46 @@ def test_hidden_pixels_are_targets_only() -> None:
         assert before["pixel"].item() != after["pixel"].item()
 
 
+# --- what tests/test_recipes.py asks of every recipe, of the other backbone -------------------------------------------
+
+
+@pytest.mark.parametrize("cls_token", ["false", "true"])
+def test_masked_convolutions_keep_the_contract(cls_token: str) -> None:
+    """Any order of the visible patches, half precision, drop path in convolutions and blocks."""
+    settings = [*CONV, f"conv_cls={cls_token}"]
+    model, _ = tiny_model("mrmae", *settings)
+    batch = tiny_batch()
+    exact = model(batch)["loss"]
+    torch.testing.assert_close(model({**batch, "ids_keep": batch["ids_keep"].flip(1)})["loss"], exact)
+
+    model.float()
+    single = {key: x.float() if x.is_floating_point() else x for key, x in batch.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model({**single, "targets": single["targets"].half()})["loss"]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact.float(), rtol=0.03, atol=0.0)
+    loss.backward()
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in model.parameters() if x.requires_grad)
+
+    dropping, _ = tiny_model("mrmae", *settings, "drop_path=0.5")
+    found = []
+    for seed in (1, 1, 2, 3, 4, 5):
+        torch.manual_seed(seed)
+        found.append(dropping(batch)["loss"].item())
+    assert found[0] == found[1]
+    assert len(set(found)) > 2
+
+
+def test_weight_decay_of_masked_convolutions() -> None:
+    """Kernels and matrices decay; biases, norms, CLS and mask token do not."""
+    model, given = tiny_model("mrmae", *CONV, "conv_cls=true")
+    decay, free = optim.param_groups(model, given.weight_decay)
+    names = {id(x): name for name, x in model.named_parameters()}
+    assert all(x.ndim > 1 and names[id(x)].endswith(".weight") for x in decay["params"])
+    left = [names[id(x)] for x in free["params"] if x.ndim > 1]
+    assert left == ["encoder.cls_token", "decoder.mask_token"]
+
+
 # --- size, cost, settings -------------------------------------------------------------------------------------------
 
 
@@ -269,6 +309,8 @@ def test_settings_and_needs() -> None:
     assert mrmae.needs(joint) == recipes.TargetSpec(
         **spec, fields=("features", "dino-b16/features"), visible_only=True, second="dino-b16", second_level=12
     )
+    projected = config.replace(given, target="z")
+    assert (mrmae.needs(projected).derive, projected.target_width) == ("z", 512)
     alone = config.replace(given, mimic_weight=0.0, mask="uniform")
     assert mrmae.needs(alone) == recipes.TargetSpec(teacher="", levels=(), fields=(), patches=196, visible_only=True)
 

@@ -128,7 +128,7 @@ def test_none_accepted_at_all() -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_processes_shows_the_same(world: int) -> None:
-    """Over three epochs, the keys and views of every step; and another order of the source changes no picture's view."""
+    """Over three epochs, the keys and views of every step; and another order of the source changes no view."""
     with Cache(wide_path()) as cache:
         show = shown.choose(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
         spec = recipes.load("mae").needs(recipes.load("mae").Config())
@@ -191,6 +191,9 @@ def test_a_wide_cache_trains_a_recipe_of_narrower_crops(tmp_path: Path) -> None:
 def test_every_recipe_of_other_crops_is_served_by_one_wide_cache(tmp_path: Path) -> None:
     """(0.2, 1), (0.4, 1) and (0.08, 1) from the same cache; caev2 without its jitter, which is told."""
     options = ("--cache", wide_path(), "--images", fx.pictures(), *STEPS, "--without-view", "0.5")
+    for levels in ("top:1", "top:2", "top:3"):
+        sets = (f"level_weights={levels}",)
+        fx.good(fx.train("maskalign", tmp_path / levels, *options, sets=sets))
     for recipe, said in (
         ("mrmae", "crops of 0.2-1 of the area are shown"),
         ("milan", "crops of 0.2-1 of the area are shown"),
