@@ -20,8 +20,8 @@ Table 3 by settings, each with epochs=200 warmup_epochs=40:
     mimic_at=decoder                           both targets at the decoder, which conflict: 83.3
     pixel_weight=0                             mimic loss alone: 84.9
     family=conv_vit                            + masked convolutions: 85.5
-Table 4: teacher=dino-b16 84.0; joint=dino-b16, a head for each of two teachers: 83.8 (the cache's CLIP with
-    featcache extract --teacher dino-b16 --levels last:1 --add --out CACHE)
+Table 4: teacher=dino-b16 is 84.0; joint=dino-b16, two teachers and a head for each, 83.8. The second one's arrays are
+added to the cache: featcache extract --teacher dino-b16 --levels last:1 --add --out CACHE
 
     loss = mimic_weight * MSE(head(fused visible tokens), target) + pixel_weight * MSE(decoder(fused), pixels)
 
