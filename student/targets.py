@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from featcache import codecs, joining, rng, running, targets, teachers, views
+from featcache.crops import Turns
 from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from featcache.torch import raster, tensor
@@ -24,6 +25,7 @@ from featcache.views import stored_view
 from student import buffers, masking
 from student.config import RecipeConfig
 from student.recipes import TargetSpec
+from student.second import Second
 
 I64 = npt.NDArray[np.int64]
 Host = dict[str, Any]  # arrays of a batch on the host
@@ -89,6 +91,7 @@ class Cached:
     tolerance: float = 0.0  # mean difference of block means, in levels of 255, that is let pass
     tokens: int | None = None  # of each level, CLS first; None: all that are stored
     stored_pixels: bool = False  # take the pixels the cache stores, decode nothing
+    turns: Turns | None = None  # of the views that are shown, where not all are
     is_stored = True
 
     def __post_init__(self) -> None:
@@ -101,24 +104,30 @@ class Cached:
         pixels = ("pixels",) if self.stored_pixels else views.Drawn._fields
         self.tail = as_tensors(self.cache.tail()) if self.spec.derive else {}
         stats = ("feature_stats",) if self.tail and float(self.tail["eps"]) != float(np.float32(targets.EPS)) else ()
-        side = [field for field in (*self.spec.fields, *stats) if field != "features"]
+        side = [field for field in (*self.spec.fields, *stats) if field.rpartition("/")[2] != "features"]
+        self.second = Second(self.cache, self.spec) if self.spec.second else None
         self.stats = bool(stats)
         self.reads = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
         self.resident: Stored | None = None
 
     def layout(self) -> buffers.Layout:
-        nothing = self.cache.read(np.zeros(0, np.int64), 0, self.reads, self.spec.levels or None, self.tokens)
-        pixels = {} if self.stored_pixels else _pixels(self.policy.size)
-        return {name: (array.shape[1:], array.dtype) for name, array in nothing.items()} | pixels
+        return dict(self.stored_layout()) | ({} if self.stored_pixels else _pixels(self.policy.size))
+
+    def stored_layout(self) -> buffers.Layout:
+        """Shape and type of one sample of all that is read of the cache."""
+        nothing = self._read(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
+        return {name: (array.shape[1:], array.dtype) for name, array in nothing.items()}
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
-        return stored_view(digests, rounds, self.cache.views)
+        return self.turns.view(digests, rounds) if self.turns else stored_view(digests, rounds, self.cache.views)
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+        return self._read(self.rows[at], view, out) if self.resident is None else self.resident.fetch(at, view, out)
+
+    def _read(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None) -> Host:
         memory = None if out is None else {name: out[name] for name in self.reads}
-        if self.resident is not None:
-            return self.resident.fetch(at, view, memory)
-        return self.cache.read(self.rows[at], view, self.reads, self.spec.levels or None, self.tokens, memory)
+        host = self.cache.read(rows, view, self.reads, self.spec.levels or None, self.tokens, memory)
+        return host if self.second is None else host | self.second.fetch(rows, view, out)
 
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
         return {name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields}
@@ -142,6 +151,8 @@ class Cached:
             stats = self._in_raster(tensor(host["feature_stats"]).to(device), host, device) if self.stats else None
             self.tail = on_device(self.tail, device)
             out |= derived(self.spec, features, stats, self.tail)
+        if self.second is not None:
+            out |= self.second.complete(host, device)
         return out, self.sources(host)
 
     def _in_raster(self, values: Tensor, host: Host, device: torch.device) -> Tensor:
@@ -158,6 +169,7 @@ class Online:
     teacher: teachers.Teacher | None
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`
+    turns: Turns | None = None  # of the views of a cache that are shown, where not all are
     is_stored = False
     stored_pixels = False
 
@@ -179,6 +191,8 @@ class Online:
         return self.teacher.input_px if self.teacher is not None and self.teacher.input_px != self.policy.size else 0
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
+        if self.turns is not None:
+            return self.turns.view(digests, rounds)
         if self.views is None:
             return np.broadcast_to(np.asarray(rounds, np.int64), len(digests)).copy()
         return stored_view(digests, rounds, self.views)
