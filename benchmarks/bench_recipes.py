@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -149,8 +150,8 @@ def scorer(given: Digits, px: int) -> Callable[[nn.Module], float]:
 
 
 def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]]:
-    """Run a training and give the encoder of its newest checkpoint whenever there is a newer one; closing the iterator
-    stops the training."""
+    """Run a training and give the encoder of each of its checkpoints; closing the iterator stops the training. It is
+    held while a checkpoint is looked at, so that none is passed over, however slow the looking is."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         seen = 0
         try:
@@ -158,15 +159,18 @@ def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]
                 ended = process.poll() is not None
                 step = checkpoint.step_of(out) or 0
                 if step > seen:
+                    process.send_signal(signal.SIGSTOP)
                     encoder, _ = checkpoint.load_encoder(out)
-                    if checkpoint.step_of(out) == step:  # else a newer one may have been read
+                    if checkpoint.step_of(out) == step:  # else a newer one came before it was held, and is next
                         seen = step
                         yield step, encoder
+                    process.send_signal(signal.SIGCONT)
                 elif ended:
                     break
                 else:
                     time.sleep(0.1)
         finally:
+            process.send_signal(signal.SIGCONT)
             process.terminate()  # it saves a checkpoint and ends
             _, said = process.communicate()
     if process.returncode not in (0, STOPPED):

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,15 @@ sys.exit(int(sys.argv[2]))
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_bench_recipes_looks_at_every_checkpoint(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that writes three; one that fails says so in one line."""
+    """A training that writes three, the next while this one is looked at, were it not held; one that fails says so in
+    one line."""
     monkeypatch.setattr(checkpoint, "load_encoder", lambda run: (checkpoint.step_of(run), {}))
     command = [sys.executable, "-c", TRAINING, str(tmp_path), str(status)]
     seen = []
     with pytest.raises(UserError, match="failed: 3") if status else contextlib.nullcontext():
-        seen.extend(bench_recipes.checkpoints(command, tmp_path))
+        for each in bench_recipes.checkpoints(command, tmp_path):
+            seen.append(each)
+            time.sleep(1.3)
     assert seen == [(5, 5), (10, 10), (15, 15)]
 
 
