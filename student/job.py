@@ -86,7 +86,7 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     overrides = [*_file_settings(options.config), *options.settings]
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")
-    config.from_overrides(recipe.Config, overrides)  # a wrong setting is told before anything is opened
+    _say_deviation(recipe, config.from_overrides(recipe.Config, overrides), say)  # or a wrong setting, told at once
     source = images.open_source(options.images) if options.images else None
     found = _cache(name, recipe, overrides, source, options)
     if found is not None:
@@ -94,7 +94,7 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     if options.teacher == "online" or found is None:
         chosen = _online(recipe, overrides, found, source or _source_of(found), str(acc.device), options, say)
     else:
-        chosen = _cached(found, recipe, source, options, say)
+        chosen = _cached(found, source, options, say)
     fitting = max(len(chosen.pictures) // acc.num_processes // options.accumulate, 1)
     loader = Loader(
         chosen.source,
@@ -143,14 +143,14 @@ def _source_of(found: Found | None) -> Source:
     return images.open_source(found.cache.manifest["provenance"]["source"])
 
 
-def _cached(found: Found, recipe: ModuleType, given: Source | None, options: Options, say: Say) -> _Chosen:
+def _cached(found: Found, given: Source | None, options: Options, say: Say) -> _Chosen:
     _refuse({"--weights": options.weights, "--views": options.views, "--policy": options.policy})
     cache = found.cache
     stored = joining.stores_pixels(cache) and not options.decode
     source = given or (joining.Stored(cache) if stored else _source_of(found))
     pictures, rows, skipped = joining.join(cache, source)
     _say_skipped(skipped, say)
-    _say_about(found, recipe, say)
+    _say_about(found, say)
     if stored:
         say("note: pixels come from the cache, nothing is decoded; --decode decodes the pictures in place of them")
     elif joining.stores_pixels(cache):
@@ -167,7 +167,7 @@ def _cached(found: Found, recipe: ModuleType, given: Source | None, options: Opt
     return _Chosen(found.config, source, targets, pictures, about)
 
 
-def _say_about(found: Found, recipe: ModuleType, say: Say) -> None:
+def _say_about(found: Found, say: Say) -> None:
     """What a person should know of the cache that serves."""
     about, policy = found.cache.manifest, found.cache.identity["policy"]
     scale = tuple(policy["scale"])
@@ -176,11 +176,17 @@ def _say_about(found: Found, recipe: ModuleType, say: Say) -> None:
     if scale != tuple(found.spec.scale):
         published = f"{found.spec.scale[0]:g}-{found.spec.scale[1]:g}"
         say(f"note: crops of {scale[0]:g}-{scale[1]:g} of the area; the recipe was published with {published}")
-    jitter = recipe.needs(recipe.Config()).jitter  # of the publication, whatever was set
-    if policy["jitter"] != jitter and found.spec.fields:
-        say(f"note: colours jittered by {policy['jitter']:g}, a deviation: the recipe was published with {jitter:g}")
+    if policy["jitter"] != found.spec.jitter and found.spec.fields:
+        say(f"note: colours jittered by {policy['jitter']:g}; the recipe was published with {found.spec.jitter:g}")
     for note in found.notes:
         say(f"note: {note}")
+
+
+def _say_deviation(recipe: ModuleType, asked: config.RecipeConfig, say: Say) -> None:
+    """What of the views was set otherwise than the recipe was published with."""
+    published, jitter = recipe.needs(recipe.Config()).jitter, recipe.needs(asked).jitter
+    if jitter != published:
+        say(f"note: jitter={jitter:g} deviates from the recipe, which was published with {published:g}")
 
 
 def _say_skipped(skipped: int, say: Say) -> None:

@@ -88,7 +88,7 @@ def test_it_serves_each_without_the_teacher(
     spec = module.needs(config.from_overrides(module.Config, [*STUDENT, *sets]))
     assert set(spec.levels) == LEVELS.get(case, set(spec.levels))
     assert ("RANDOM WEIGHTS random:0" in ran.err) == bool(spec.fields)
-    deviates = "note: colours jittered by 0, a deviation: the recipe was published with 0.4"
+    deviates = "note: jitter=0 deviates from the recipe, which was published with 0.4"
     assert (deviates in ran.err) == (recipe == "caev2")
 
 
