@@ -50,7 +50,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
     "warmup_epochs": 2,
     "level_weights": f"top:{LEVELS}",
-    "target": "f",  # the digits' teacher has no projection
+    "target": "f",  # where z is the default: the digits' teacher has no projection
     "decoder_width": 64,
     "decoder_depth": 2,
     "decoder_heads": 4,
@@ -122,9 +122,11 @@ class Digits:
 
 def settings_of(case: Case) -> list[str]:
     """`key=value` texts: those of SETTINGS that the recipe has, then the case's own."""
-    has = {each.name for each in dataclasses.fields(recipes.load(case.recipe).Config)}
-    chosen = {key: value for key, value in SETTINGS.items() if key in has} | case.settings
-    return [f"{key}={value}" for key, value in chosen.items()]
+    has = dataclasses.asdict(recipes.load(case.recipe).Config())
+    chosen = {key: value for key, value in SETTINGS.items() if key in has}
+    if has.get("target") != "z":
+        chosen.pop("target", None)
+    return [f"{key}={value}" for key, value in (chosen | case.settings).items()]
 
 
 def untrained(case: Case, cache: Path, seed: int) -> nn.Module:
