@@ -133,7 +133,7 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     overrides = [*_file_settings(options.config), *options.settings]
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")
-    config.from_overrides(recipe.Config, overrides)  # a wrong setting is told before anything is opened
+    _say_deviation(recipe, config.from_overrides(recipe.Config, overrides), say)  # or a wrong setting, told at once
     source = images.open_source(options.images) if options.images else None
     found = _cache(name, recipe, overrides, source, options)
     if found is not None:
@@ -241,6 +241,13 @@ def _say_about(found: Found, say: Say) -> None:
         say(f"note: colours jittered by {policy['jitter']:g}; the recipe was published with {found.spec.jitter:g}")
     for note in found.notes:
         say(f"note: {note}")
+
+
+def _say_deviation(recipe: ModuleType, asked: config.RecipeConfig, say: Say) -> None:
+    """What of the views was set otherwise than the recipe was published with."""
+    published, jitter = recipe.needs(recipe.Config()).jitter, recipe.needs(asked).jitter
+    if jitter != published:
+        say(f"note: jitter={jitter:g} deviates from the recipe, which was published with {published:g}")
 
 
 def _say_skipped(skipped: int, say: Say) -> None:
