@@ -21,7 +21,7 @@ import PIL
 import torch
 from safetensors.numpy import save
 
-from featcache import checksums, codecs, images, manifest, running, targets, teachers, tokenizer, views
+from featcache import checksums, codecs, images, manifest, replay, running, targets, teachers, tokenizer, views
 from featcache.errors import UsageError, UserError
 from featcache.store import SHARDS, Array, record_path
 
@@ -57,6 +57,8 @@ class Plan:
             raise UsageError(f"--keep {self.keep} keeps the first of ranked tokens: give --tokens ranked with it")
         if self.keep is not None and not 1 <= self.keep <= self.teacher.patches:
             raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches are allowed")
+        for each in (self.policy.filter, self.filter):
+            replay.check(images.pixel_path(self.source), each, self.policy.jitter)
 
     @property
     def is_tokenizer(self) -> bool:
@@ -148,7 +150,7 @@ class Plan:
             **({"first_view": self.first_view} if self.first_view else {}),
             "policy": self.policy.as_dict(),
             "views": self.views,
-            "pixel_path": images.PIXEL_PATH,
+            "pixel_path": images.pixel_path(self.source),
             "pictures": {"count": len(self.source), "keys_digest": manifest.keys_digest(self.source.keys)},
             "rows_per_shard": self.rows_per_shard,
             "store": self.store,

@@ -63,6 +63,11 @@ def main() -> None:
 )
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option("--device", help="cpu keeps off the GPU. [default: cuda where there is one]")
+@click.option(
+    "--decoder",
+    type=click.Choice(["pillow", "ffcv"]),
+    help="ffcv: a .beton through FFCV's own decode. [default: what the cache was extracted through, else pillow]",
+)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads.")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints. [default: an epoch]")
 @click.option(

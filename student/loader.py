@@ -107,7 +107,7 @@ class Loader:
 
     def _render(self, host: Host, i: int, at: int, key: str, view: int) -> dict[str, Any]:
         try:
-            picture = images.decode(self.source.read(int(self.pictures[at])))
+            picture = images.picture(self.source, int(self.pictures[at]))
         except (images.PictureError, OSError) as error:
             raise UserError(f"picture {key!r} cannot be used in training: {error}; mend it, or remove it") from error
         return self.targets.render(picture, host, i, key, self.digests[at], view)

@@ -74,7 +74,9 @@ def _number(text: str) -> float:
 @click.option("--size", type=int, help="Pixels of a view, a side. [default: the policy's, 224]")
 @click.option("--scale", type=Pair(), help="Share of the picture's area in a view. [default: the policy's, 0.2,1]")
 @click.option("--ratio", type=Pair(), help="Width / height of a view. [default: the policy's, 3/4,4/3]")
-@click.option("--filter", "filter_name", help="bicubic, bilinear or lanczos. [default: the policy's, bicubic]")
+@click.option(
+    "--filter", "filter_name", help="bicubic, bilinear or lanczos; area with FFCV. [default: the policy's, bicubic]"
+)
 @click.option("--flip", type=float, help="Probability of a mirrored view. [default: the policy's, 0.5]")
 @click.option(
     "--jitter", type=float, help="Largest change of brightness, contrast, saturation. [default: the policy's, 0]"
@@ -99,6 +101,13 @@ def _number(text: str) -> float:
 @click.option("--keep", help="With --tokens ranked: store only the first N patches of a view, or a share such as 0.3.")
 @click.option(
     "--pixels", type=click.Choice(["raw"]), help="raw: store the rendered views, so training decodes nothing."
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(images.DECODERS),
+    default="pillow",
+    show_default=True,
+    help="ffcv: a .beton through FFCV's own decode and resize: other pixels than Pillow's. Training does the same.",
 )
 @click.option(
     "--weights",
@@ -141,6 +150,7 @@ def command(
     tokens: str,
     keep: str | None,
     pixels: str | None,
+    decoder: str,
     weights: tuple[str, ...],
     precision: str,
     compiled: bool,
@@ -167,8 +177,10 @@ def command(
     level_of, weights_of = several.assign("--levels", levels, names), several.weights(weights, names)
     renamed = {"filter_name": "filter"}
     changes = {renamed.get(key, key): value for key, value in policy_options.items() if value is not None}
+    if decoder == "ffcv":
+        changes.setdefault("filter", views.AREA)
     policy = views.policy(policy_name, **changes)
-    source = images.open_source(given_images(images_spec))
+    source = images.open_source(given_images(images_spec), decoder)
     if device and devices:
         raise UsageError(f"--device {device} and --devices {devices}: one of them is allowed; leave one out")
     each_device = fleet.devices(devices) if devices else []
