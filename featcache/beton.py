@@ -126,7 +126,7 @@ def _reader(spec: str) -> Any:
         )
     if not header["num_samples"]:
         raise UserError(f"no pictures found in {spec!r}: it has no samples; pack it again from pictures")
-    if not header["alloc_table_ptr"] or not tables <= header["alloc_table_ptr"] < size:
+    if not header["alloc_table_ptr"] or not tables <= header["alloc_table_ptr"] <= size:
         raise _cut(spec, f"{size} bytes, its table of allocations should begin at {header['alloc_table_ptr']}")
     try:
         reader = ffcv("reader").Reader(spec)
@@ -184,16 +184,16 @@ def _places(spec: str, reader: Any, image: npt.NDArray[Any]) -> I64:
 
 def _keys(spec: str, reader: Any, column: npt.NDArray[Any]) -> Iterator[str]:
     """The keys in order; read in the order of the file, where ours lie side by side."""
-    fields = ffcv("fields")
-    if not isinstance(reader.handlers["key"], fields.BytesField):  # JSONField is one too
-        kind = type(reader.handlers["key"]).__name__
+    # By the number in the file: FFCV's reader makes a BytesField of a JSONField.
+    number = reader.field_descriptors["type_id"][reader.field_names.index("key")]
+    kind = ffcv("types").TYPE_ID_HANDLER[int(number)].__name__
+    if kind not in ("BytesField", "JSONField"):
         raise UserError(f"pictures {spec!r}: field key is {kind}, BytesField or JSONField is allowed; write it again")
-    is_json = isinstance(reader.handlers["key"], fields.JSONField)
     keys = [""] * len(column)
     for i, data in _spans(spec, column["ptr"].astype(np.int64), column["size"].astype(np.int64)):
         try:
             text = data.rstrip(b"\0").decode(errors="surrogateescape")
-            keys[i] = str(json.loads(text)) if is_json else text
+            keys[i] = str(json.loads(text)) if kind == "JSONField" else text
         except ValueError as error:
             raise UserError(f"key of picture {i} of {spec!r} is no JSON: {error}; write the file again") from error
     yield from keys

@@ -16,6 +16,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from featcache import images, rng
-from featcache.beton import JPG, RAW, ffcv
+from featcache.beton import JPG, RAW, ffcv, open_beton
 from featcache.errors import UsageError, UserError
 from featcache.images import PictureError, Source
 from featcache.manifest import sync_folder, write_file
@@ -88,25 +89,23 @@ def _write(source: Source, work: Path, order: list[int], resize_px: int | None) 
         writer = ffcv("writer").DatasetWriter(str(work), columns, page_size=page, num_workers=1)
         writer.num_samples = len(order)
         writer.prepare()
-        try:
-            table = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type, len(order))
-            names = dict(zip(columns, writer.metadata_type.names, strict=True))
-            if labels is not None:
-                table[names["label"]][:] = labels[order]
-            window = max(2, min(256, _AHEAD_BYTES // page))
-            allocator = ffcv("memory_allocator").MemoryAllocator(str(work), writer.data_region_start, page)
-            keys = [source.keys[row].encode() for row in order]
-            items = _each(pool, partial(item, source, resize_px), order, window, "packing")
-            allocations = _write_data(allocator, table[names["key"]], keys, table[names["image"]], items)
-            raw = int((table[names["image"]]["mode"] == RAW).sum())
-            del table
-            writer.finalize(allocations)
-        finally:
-            writer.metadata_sm.close()
-            writer.metadata_sm.unlink()
+        # FFCV keeps the table in shared memory for its processes; in a container /dev/shm is often too small for it.
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
+        table = np.zeros(len(order), writer.metadata_type)
+        writer.metadata_sm = SimpleNamespace(buf=table.view(np.uint8))
+        column = dict(zip(columns, (table[name] for name in writer.metadata_type.names), strict=True))
+        if labels is not None:
+            column["label"][:] = labels[order]
+        allocator = ffcv("memory_allocator").MemoryAllocator(str(work), writer.data_region_start, page)
+        keys = [source.keys[row].encode() for row in order]
+        items = _each(pool, partial(item, source, resize_px), order, max(2, min(256, _AHEAD_BYTES // page)), "packing")
+        writer.finalize(_write_data(allocator, column["key"], keys, column["image"], items))
     with work.open("rb") as file:
         os.fsync(file.fileno())
-    return raw
+    written = open_beton(str(work))  # whole, before it gets its name: FFCV's writer does not look at short writes
+    assert written.keys == [source.keys[row] for row in order]
+    return int((written.modes == RAW).sum())
 
 
 def _each(pool: ThreadPoolExecutor, work: Any, rows: list[int], window: int, what: str) -> Any:
@@ -129,8 +128,9 @@ def _write_data(allocator: Any, key_column: Any, keys: list[bytes], image_column
             for name in ("mode", "height", "width"):
                 image_column[name][i] = getattr(each, name)
             image_column["data_ptr"][i] = _put(allocator, i, each.data)
+        allocator.flush_page()
     finally:
-        allocator.__exit__(None, None, None)
+        allocator.fp.close()
     return [*of_keys, *allocator.allocations]
 
 

@@ -168,7 +168,7 @@ def command(
     **policy_options: Any,
 ) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
-    from featcache import fleet, running, several, teachers
+    from featcache import fleet, replay, running, several, teachers
     from featcache import plan as plans
     from featcache.device import pick_device
 
@@ -181,6 +181,7 @@ def command(
         changes.setdefault("filter", views.AREA)
     policy = views.policy(policy_name, **changes)
     source = images.open_source(given_images(images_spec), decoder)
+    replay.check(images.pixel_path(source), policy.filter, policy.jitter)
     if device and devices:
         raise UsageError(f"--device {device} and --devices {devices}: one of them is allowed; leave one out")
     each_device = fleet.devices(devices) if devices else []
