@@ -27,7 +27,7 @@ import numpy.typing as npt
 from featcache.errors import UserError
 
 I64 = npt.NDArray[np.int64]
-INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then pip install 'featcache[ffcv]'"
+INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then pip install ffcv"
 JPG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 _KEY_BYTES = 4096  # read at once where keys lie together
 _SAMPLED = 64  # pictures whose bytes go into the digest of a file without keys

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,10 +160,14 @@ class Plan:
             "weights": teacher.weights,
             **({"compiled": True} if run.compiled else {}),
             "source": os.path.abspath(self.source.spec),  # noqa: PTH100 (a pattern, not always a path)
-            "versions": {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()},
+            "versions": self._versions(),
         }
         arrays = {array.name: array.as_dict() for array in self.arrays}
         return manifest.make(identity, provenance, arrays, self.shards, self.side_files())
+
+    def _versions(self) -> dict[str, str]:
+        ffcv = {"ffcv": version("ffcv")} if images.pixel_path(self.source)["decoder"] == "ffcv" else {}
+        return {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version(), **ffcv}
 
     def side_files(self) -> dict[str, bytes]:
         """Files beside the manifest: the teacher's tail."""

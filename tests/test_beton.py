@@ -167,7 +167,7 @@ def test_without_ffcv_one_line_says_how_to_get_it(
     ran = featcache_command("extract", "--teacher", "synthetic", "--images", tmp_path / "x.beton")
     assert ran.status == 1
     assert "libopencv-dev libturbojpeg0-dev pkg-config" in ran.error
-    assert "pip install 'featcache[ffcv]'" in ran.error
+    assert "then pip install ffcv" in ran.error
 
 
 def test_ffcv_is_imported_for_betons_alone_and_leaves_torchs_threads(ffcv_files: Path, photos: Path) -> None:
@@ -184,4 +184,5 @@ def test_ffcv_is_imported_for_betons_alone_and_leaves_torchs_threads(ffcv_files:
 def test_install_line_is_that_of_the_readme() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert beton.INSTALL.partition(",")[0] in readme
-    assert "pip install 'featcache[ffcv]'" in beton.INSTALL
+    assert beton.INSTALL.endswith("pip install ffcv")
+    assert "pip install ffcv" in readme
