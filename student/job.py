@@ -236,6 +236,8 @@ def _online(
     plain = config.from_overrides(recipe.Config, overrides)
     path = images.pixel_path(source)
     policy = views.from_dict(identity["policy"]) if identity else _fresh(options.policy, recipe.needs(plain), path)
+    if found:
+        images.check_path(source, found.cache.identity["pixel_path"], f"cache {str(found.cache.path)!r}")
     replay.check(path, policy.filter, policy.jitter)
     count = options.views or (found.cache.views if found else None)
     teacher = None

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from featcache import images, joining, manifest, views
 from featcache.errors import IdentityError
 from featcache.reader import Cache
+from featcache.torch import Dataset
 from pipelines import pack_beton, pack_images
 from student import targets
 from tests import student_fixtures as fx
@@ -176,6 +179,7 @@ def test_stored_pixels_need_no_decoder_and_their_proof_is_of_what_is_stored(
         ("ffcv", None, ("--decoder", "pillow"), "decoder is 'ffcv' there, 'pillow' here"),
         ("ffcv", tars, (), "decoder is 'ffcv' there, 'pillow' here"),
         ("stored-ffcv", tars, ("--decode",), "decoder is 'ffcv' there, 'pillow' here"),
+        ("ffcv", tars, ("--teacher", "online"), "decoder is 'ffcv' there, 'pillow' here"),
     ],
 )
 def test_another_path_stops_the_run(
@@ -334,11 +338,11 @@ def test_a_check_of_the_teacher_looks_at_whole_pictures(ffcv: None, tmp_path: Pa
 
 
 def test_a_dataset_of_a_users_own_trainer_takes_the_caches_path(ffcv: None) -> None:
-    from featcache.torch import Dataset
-
     data = Dataset(packed(), cache_of("ffcv"), check_pixels=1.0)
-    assert len(data[0]["pixels"]) == 3
-    assert len([data[i] for i in range(len(data))]) == fx.PICTURES
+    here = [data[i]["pixels"] for i in range(len(data))]
+    assert len(here) == fx.PICTURES
+    batches = list(DataLoader(data, 8, num_workers=1))  # in another process the stages are compiled there
+    assert torch.equal(torch.cat([batch["pixels"] for batch in batches]), torch.stack(here))
     with pytest.raises(IdentityError, match="decoder is 'ffcv' there, 'pillow' here"):
         Dataset(tars(), cache_of("ffcv"))
     with pytest.raises(IdentityError, match="decoder is 'pillow' there, 'ffcv' here"):
