@@ -59,7 +59,7 @@ class Plan:
         if self.keep is not None and not 1 <= self.keep <= self.teacher.patches:
             raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches are allowed")
         for each in (self.policy.filter, self.filter):
-            replay.check(images.pixel_path(self.source), each, self.policy.jitter)
+            replay.check(images.pixel_path(self.source), each)
 
     @property
     def is_tokenizer(self) -> bool:

@@ -6,6 +6,8 @@ side by side:
     decode     libturbojpeg's fast DCT into RGB; pictures stored as pixels are copied
     replay     OpenCV's INTER_AREA from the stored box to S x S, then the mirror when flip
 
+Where a policy jitters colours, Pillow does so to the whole picture between the two, as on the other path.
+
 The pixels are not those of Pillow (another inverse DCT, another filter), so the path is part of a cache's identity:
 extract and train go through it alike. H x W picture, S pixels of a view.
 """
@@ -19,14 +21,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from featcache.beton import RAW, BetonSource, ffcv
 from featcache.errors import IdentityError, UsageError
 from featcache.images import PictureError
-from featcache.views import AREA
+from featcache.views import AREA, apply_jitter
 
 U8 = npt.NDArray[np.uint8]
-PIXEL_PATH = {"decoder": "ffcv", "dct": "fast", "resize": "opencv-area", "order": "crop,resize,flip"}
+PIXEL_PATH = {"decoder": "ffcv", "dct": "fast", "resize": "opencv-area", "order": "jitter,crop,resize,flip"}
 
 
 @cache
@@ -74,7 +77,6 @@ class CompiledPicture:
     def replay(self, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str) -> U8:
         """One stored view at any size: (S, S, 3)."""
         assert filter == AREA, filter
-        assert list(jitter[:3]) == [1, 1, 1], jitter  # `check` refuses the others before anything is read
         top, left, height, width = (int(x) for x in crop)
         # OpenCV would end the process at a box that is not inside.
         if min(top, left) < 0 or min(height, width) < 1 or top + height > self.height or left + width > self.width:
@@ -83,7 +85,10 @@ class CompiledPicture:
                 f"{top}, {left}: another picture under this key; give the pictures of the extraction"
             )
         out = np.empty((size, size, 3), np.uint8)
-        stages()[1](self.pixels, top, left, height, width, bool(flip), out)
+        pixels = self.pixels
+        if any(factor != 1 for factor in jitter[:3]):
+            pixels = np.array(apply_jitter(Image.fromarray(pixels), jitter))
+        stages()[1](pixels, top, left, height, width, bool(flip), out)
         return out
 
 
@@ -133,14 +138,9 @@ class CompiledSource:
         return CompiledPicture(self.keys[index], pixels)
 
 
-def check(path: dict[str, Any], filter: str, jitter: float) -> None:
-    """UsageError unless views with this filter and jitter can be replayed by a pixel path."""
+def check(path: dict[str, Any], filter: str) -> None:
+    """UsageError unless views are resized by a filter of their pixel path."""
     compiled = path["decoder"] == PIXEL_PATH["decoder"]
-    if compiled and jitter:
-        raise UsageError(
-            f"--jitter {jitter:g}: --decoder ffcv replays crop and flip, and no change of colours; give --jitter 0, or "
-            "--decoder pillow"
-        )
     if compiled != (filter == AREA):
         allowed = AREA if compiled else "bicubic, bilinear or lanczos"
         raise UsageError(f"filter {filter}: --decoder {path['decoder']} resizes by {allowed}; give another --filter")

@@ -218,14 +218,14 @@ def render(
     if not isinstance(picture, Image.Image):
         return picture.replay(crop, flip, jitter, size, filter)
     top, left, height, width = (int(x) for x in crop)
-    picture = _apply_jitter(picture, jitter)
+    picture = apply_jitter(picture, jitter)
     out = picture.crop((left, top, left + width, top + height)).resize((size, size), FILTERS[filter])
     if flip:
         out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(out)
 
 
-def _apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
+def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
     """The whole picture's brightness, contrast (about its mean grey) and saturation, in the stored order."""
     factors = dict(zip(("brightness", "contrast", "saturation"), (float(x) for x in jitter[:3]), strict=True))
     enhance = {

@@ -238,7 +238,7 @@ def _online(
     policy = views.from_dict(identity["policy"]) if identity else _fresh(options.policy, recipe.needs(plain), path)
     if found:
         images.check_path(source, found.cache.identity["pixel_path"], f"cache {str(found.cache.path)!r}")
-    replay.check(path, policy.filter, policy.jitter)
+    replay.check(path, policy.filter)
     count = options.views or (found.cache.views if found else None)
     teacher = None
     if recipe.needs(plain).fields:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_ffcvs_own_loader_reads_it(folder: Path, tmp_path: Path, run: Run) -> No
     """Images, labels and keys, by FFCV's loader in a process of its own."""
     assert run(folder, tmp_path / "x.beton")[0] == 0
     code = """
-import os, sys
+import json, os, sys
 from ffcv.fields.decoders import BytesDecoder, CenterCropRGBImageDecoder, IntDecoder
 from ffcv.loader import Loader, OrderOption
 for os_cache in (True, False):
@@ -116,7 +117,7 @@ for os_cache in (True, False):
     loader = Loader(sys.argv[1], 6, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache, pipelines=pipelines)
     image, label, key = (x.copy() for x in next(iter(loader)))
     keys = [bytes(row[:7]).decode() for row in key]  # FFCV leaves what it found behind a shorter one
-    print(keys, label[:, 0].tolist(), image.mean((1, 2, 3)).tolist(), flush=True)
+    print(json.dumps([keys, label[:, 0].tolist(), image.mean((1, 2, 3)).tolist()]), flush=True)
 os._exit(0)  # FFCV's threads may wait for one another at the end
 """
     ran = python(code, tmp_path / "x.beton")
@@ -125,7 +126,7 @@ os._exit(0)  # FFCV's threads may wait for one another at the end
     assert mapped == paged
     source = images.open_source(tmp_path / "x.beton")
     assert source.labels is not None
-    names, labels, means = eval(mapped.replace("] [", "], ["))
+    names, labels, means = json.loads(mapped)
     assert names == [key[:7] for key in source.keys]
     assert labels == source.labels.tolist()
     for i, mean in enumerate(means):

@@ -67,6 +67,8 @@ PATHS: dict[str, tuple[Callable[[], Path], tuple[str, ...]]] = {
     "tar": (tars, ()),
     "beton": (packed, ()),
     "ffcv": (packed, ("--decoder", "ffcv")),
+    "jitter": (tars, ("--jitter", "0.4")),
+    "jitter-ffcv": (packed, ("--policy", "caev2", "--decoder", "ffcv")),
     "stored": (tars, ("--pixels", "raw")),
     "stored-ffcv": (packed, ("--decoder", "ffcv", "--pixels", "raw")),
 }
@@ -293,8 +295,6 @@ def test_a_search_finds_the_cache_of_the_path_that_is_asked_for(ffcv: None, tmp_
 @pytest.mark.parametrize(
     ("pictures", "options", "words"),
     [
-        (packed, ("--decoder", "ffcv", "--jitter", "0.4"), "--jitter 0.4: --decoder ffcv replays crop and flip"),
-        (packed, ("--decoder", "ffcv", "--policy", "caev2"), "--jitter 0.4: --decoder ffcv replays crop and flip"),
         (packed, ("--decoder", "ffcv", "--filter", "bicubic"), "filter bicubic: --decoder ffcv resizes by area"),
         (packed, ("--filter", "area"), "filter area: --decoder pillow resizes by bicubic, bilinear or lanczos"),
         (tars, ("--decoder", "ffcv"), "--decoder ffcv decodes what FFCV wrote, a .beton"),

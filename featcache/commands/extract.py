@@ -181,7 +181,7 @@ def command(
         changes.setdefault("filter", views.AREA)
     policy = views.policy(policy_name, **changes)
     source = images.open_source(given_images(images_spec), decoder)
-    replay.check(images.pixel_path(source), policy.filter, policy.jitter)
+    replay.check(images.pixel_path(source), policy.filter)
     if device and devices:
         raise UsageError(f"--device {device} and --devices {devices}: one of them is allowed; leave one out")
     each_device = fleet.devices(devices) if devices else []
