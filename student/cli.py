@@ -211,7 +211,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
     ]  # fmt: skip
     shared = [
         click.Argument(["run"], required=False, type=click.Path(path_type=Path)),
-        click.Option(["--images", "images_spec"], help="Labelled pictures: class folders, or tars with .cls members."),
+        click.Option(["--images", "images_spec"], help="Labelled pictures: class folders, tars with .cls, or .beton."),
         click.Option(["--test", "test_spec"], help="Labelled test pictures. [default: a fifth of --images, held out]"),
         click.Option(["--teacher", "teacher_spec"], help="Evaluate a teacher in place of RUN."),
         click.Option(["--weights"], help="That teacher's weights."),

@@ -53,7 +53,9 @@ def _number(text: str) -> float:
     multiple=True,
     help="Name, or NAME,key=value,...; `featcache teachers` lists them. Several: one pass over the same views.",
 )
-@click.option("--images", "images_spec", help="Folder of pictures or webdataset tars. [default: $FEATCACHE_IMAGES]")
+@click.option(
+    "--images", "images_spec", help="Folder of pictures, webdataset tars or .beton. [default: $FEATCACHE_IMAGES]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]")
 @click.option(
     "--views", "view_count", type=click.IntRange(1), default=1, show_default=True, help="Views drawn of each picture."
