@@ -73,8 +73,9 @@ def join(cache: Cache, source: images.Source) -> tuple[I64, I64, int]:
     return pictures, rows[pictures], len(unknown)
 
 
-def sampled(digests: rng.U64, view: npt.ArrayLike, epoch: int, seed: int, share: float) -> npt.NDArray[np.bool_]:
-    """(n,) which views of an epoch are compared with their stored hash: a pure function of (seed, epoch, key)."""
+def sampled(digests: rng.U64, view: npt.ArrayLike, epoch: int | I64, seed: int, share: float) -> npt.NDArray[np.bool_]:
+    """(n,) which views of an epoch, one or one per picture, are compared with their stored hash: a pure function of
+    (seed, epoch, key)."""
     words = rng.words(digests, rng.stream("check", seed), 1, view=view, epoch=epoch)
     chosen: npt.NDArray[np.bool_] = rng.uniform(words)[:, 0] < share
     return chosen

@@ -118,11 +118,13 @@ def from_dict(fields: dict[str, Any]) -> Policy:
     return Policy(**values)
 
 
-def stored_view(digests: rng.U64, epoch: int, count: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """digests (n, 2) -> (n,) which of `count` stored views each picture shows in an epoch: (epoch + offset(key)) mod
-    count, so every view is shown equally often, and a batch mixes views. `count` is one number, or (n,)."""
-    counts = np.asarray(count, np.uint64)
-    return ((np.uint64(epoch) + digests[:, 0] % counts) % counts).astype(np.int64)
+def stored_view(
+    digests: rng.U64, epoch: int | npt.NDArray[np.int64], count: int | npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """digests (n, 2) -> (n,) which of `count` stored views each picture shows in an epoch, each one or one per picture:
+    (epoch + offset(key)) mod count, so every view is shown equally often, and a batch mixes views."""
+    epochs, counts = np.asarray(epoch, np.uint64), np.asarray(count, np.uint64)
+    return ((epochs + digests[:, 0] % counts) % counts).astype(np.int64)
 
 
 class Drawn(NamedTuple):

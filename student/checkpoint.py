@@ -1,6 +1,6 @@
 """Checkpoints of a run: one file a step, complete or absent, and read without running anything in it.
 
-    RUN/checkpoints/step-00000020.pt = {step, model, optimizer, scaler}
+    RUN/checkpoints/step-00000020.pt = {step, model, optimizer, scaler, skipped}, and ema with `--ema`
 
 There is no generator state to keep: every random draw of a step is seeded by (seed, step), so a run resumes by
 arithmetic.
@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from featcache import manifest
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from student import vit
 
 FOLDER = "checkpoints"
 KEEP = 2  # newest checkpoints of a run that stay on disk
 CONFIG = "config.json"
+EMA = "ema"  # the average of the weights in a checkpoint, where the run keeps one
 
 
 def save(run: Path, step: int, state: dict[str, Any]) -> Path:
@@ -71,14 +72,23 @@ def newest(run: Path) -> dict[str, Any]:
     return state
 
 
-def restore(run: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's content into model and optimizer; returns its step."""
+def restore(run: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+    """Put a checkpoint's content into model and optimizer (None: its turn comes later); returns its step."""
     try:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _foreign(run, "does not fit this run's model") from error
     return int(state["step"])
+
+
+def restore_average(run: Path, state: dict[str, Any], average: nn.Module) -> None:
+    """Put a checkpoint's average of the weights (--ema) into a model."""
+    try:
+        average.load_state_dict(state[EMA])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise _foreign(run, "holds no average of this run's model") from error
 
 
 def _foreign(run: Path, what: str) -> UserError:
@@ -98,10 +108,13 @@ def config(run: Path) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} is damaged: {error}; restore it, or train again into another --out") from error
 
 
-def load_encoder(run: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The newest encoder of a run in eval mode, and the recipe's configuration."""
+def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The newest encoder of a run in eval mode, or the average of its weights, and the recipe's configuration."""
     settings = config(run)["config"]
-    state = newest(run)["model"]
+    content = newest(run)
+    if ema and EMA not in content:
+        raise UsageError(f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train with it")
+    state = content[EMA if ema else "model"]
     encoder = _encoder(settings, settings.get("family", "mae"))
     own = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
     try:

@@ -1,4 +1,4 @@
-"""The `student` command: train, recipes, eval."""
+"""The `student` command: train, replay, recipes, eval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featcache.cli import entry
-from featcache.errors import STOPPED, StoppedError, UsageError
+from featcache.errors import STOPPED, StoppedError, UsageError, UserError
 from featcache.pair import Pair
 
 if TYPE_CHECKING:
@@ -45,6 +45,21 @@ def main() -> None:
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Pictures, per process. [default: 64, or all if fewer]")
 @click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches summed up in a step.")
+@click.option(
+    "--aug-repeats",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Views of a picture in one step, decoded once: a batch of 64 with 4 shows 16 pictures.",
+)
+@click.option(
+    "--sampling",
+    type=click.Choice(["random", "block"]),
+    default="random",
+    show_default=True,
+    help="block: 64 neighbours in storage stay close in time, for network disks where opening a file is dear.",
+)
+@click.option("--resident", is_flag=True, help="Read the cache into memory first, once for all processes of a machine.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, order and masks.")
 @click.option(
     "--teacher",
@@ -109,30 +124,63 @@ def main() -> None:
     is_flag=True,
     help="Go on from the run's newest checkpoint; start where there is no run yet, so a job can be requeued.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@click.option(
+    "--ema",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Keep an average of the weights as well, of this decay, such as 0.9999; `student eval --ema` takes it.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the model: slow to begin with, then faster.")
+@click.option(
+    "--checkpoint-activations", is_flag=True, help="Compute blocks again in the backward pass: less memory, more time."
+)
+@click.option("--deterministic", is_flag=True, help="The same bits again on a GPU too, by slower kernels.")
+@click.option(
+    "--skip-nonfinite",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Leave out up to N steps whose loss is not finite. [default: the first one stops]",
+)
+@click.option(
+    "--tracker",
+    "trackers",
+    type=click.Choice(["json", "tensorboard", "wandb"]),
+    multiple=True,
+    default=("json",),
+    show_default=True,
+    help="Show metrics there as well; RUN/metrics.jsonl (json) is always written. May be given twice.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be trained, with memory, time and disk; write nothing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
+def train(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic: bool, **options: Any) -> None:
     """Train a student by RECIPE from cached targets, or with the teacher in the loop.
 
     Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status 75; --resume goes
     on.
     """
-    from student import checkpoint, recipes, stop
+    from student import checkpoint, estimate, hardware, recipes, stop
     from student import job as jobs
     from student import train as work
 
     if recipe_name is None:
         raise UsageError(f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of your own")
     recipe = recipes.load(recipe_name)
-    acc = work.accelerator(options["precision"], options.pop("device"))
+    if deterministic:
+        hardware.deterministic()
+    acc = hardware.accelerator(options["precision"], options.pop("device"))
     options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
     job, loader = jobs.build(recipe_name, recipe, acc, jobs.Options(**options), _say if acc.is_main_process else _hush)
     facts = jobs.facts(job, loader)
     if note := jobs.warmup_note(job, loader):
         (_say if acc.is_main_process else _hush)(note)
     if dry_run:
-        facts |= jobs.sizes(job)
-        click.echo(json.dumps(facts) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
+        with hardware.out_of_memory_told(loader.batch_size):
+            facts |= estimate.measure(job, loader, acc)
+        if acc.is_main_process:
+            click.echo(json.dumps(facts) if as_json else estimate.text(facts))
         return
     if acc.is_main_process:
         _say(
@@ -147,6 +195,11 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, **options: Any)
             sys.exit(STOPPED)
         _note(job, before, {"run": str(job.out), "stopped": True})
         raise stopped if isinstance(stopped, StoppedError) else stop.at_once(job.out, job.resume) from None
+    except (UserError, OSError):
+        if acc.is_main_process and (step := checkpoint.step_of(job.out)) != before:
+            _note(job, before, {"run": str(job.out), "stopped": True})
+            _say(f"note: the checkpoint of step {step} is kept; {stop.how(job.resume)}")
+        raise
     if acc.is_main_process:
         _note(job, before, summary)
         text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"
@@ -169,6 +222,24 @@ def _say(text: str) -> None:
 
 def _hush(text: str) -> None:
     """Other processes than the first say nothing."""
+
+
+@cli.command(epilog="Example:\n\n  student replay runs/mralign-s0/nonfinite/step-00000412.safetensors --precision fp32")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--recipe", "recipe_name", help="Your own .py file, where the run had one. [default: the run's recipe]")
+@click.option("--precision", help="fp32, bf16 or fp16. [default: the run's]")
+@click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def replay(file: Path, recipe_name: str | None, precision: str | None, device: str | None, as_json: bool) -> None:
+    """Run a micro-batch again whose loss was not finite, with the weights it met; FILE is of RUN/nonfinite.
+
+    Tells the loss then and now, and where it goes wrong: weights, inputs, the first module, gradients.
+    """
+    from featcache.device import pick_device
+    from student import reproduce
+
+    facts = reproduce.run_again(file, recipe_name, pick_device(device), precision)
+    click.echo(json.dumps(facts) if as_json else reproduce.text(facts))
 
 
 @cli.command(epilog="Examples:\n\n  student recipes\n\n  student recipes mralign --set encoder=large")
@@ -224,6 +295,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
         click.Option(["--test", "test_spec"], help="Labelled test pictures. [default: a fifth of --images, held out]"),
         click.Option(["--teacher", "teacher_spec"], help="Evaluate a teacher in place of RUN."),
         click.Option(["--weights"], help="That teacher's weights."),
+        click.Option(["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."),
         click.Option(["--pool"], default="cls", show_default=True, help="cls or mean of the patch tokens."),
         click.Option(["--crop-pct"], type=click.FloatRange(0, 1, min_open=True), default=0.875, show_default=True),
         click.Option(["--embed-batch"], type=click.IntRange(1), default=64, show_default=True),
@@ -250,6 +322,7 @@ def _evaluate(
     test_spec: str | None,
     teacher_spec: str | None,
     weights: str | None,
+    ema: bool,
     pool: str,
     crop_pct: float,
     embed_batch: int,
@@ -264,9 +337,11 @@ def _evaluate(
 
     if (run is None) == (teacher_spec is None):
         raise UsageError(f"student eval {name} takes either RUN, a run folder, or --teacher SPEC; give one of them")
+    if ema and run is None:
+        raise UsageError("--ema is about the weights of RUN, and --teacher is evaluated: leave one of them out")
     train = images.open_source(given_images(images_spec))
     test = images.open_source(test_spec) if test_spec else None
-    net = frozen.from_run(run, pool) if run else frozen.from_teacher(str(teacher_spec), weights, pool)
+    net = frozen.from_run(run, pool, ema) if run else frozen.from_teacher(str(teacher_spec), weights, pool)
     if test is None:
         train, test = frozen.split(train, seed=seed)
         click.echo(f"note: no --test given; {len(test)} of {len(train) + len(test)} pictures are held out", err=True)
@@ -276,7 +351,7 @@ def _evaluate(
         progress=bar, **own,
     )  # fmt: skip
     bar.close()
-    facts = {"eval": name, "of": str(run or teacher_spec), "pool": pool, **result}
+    facts = {"eval": name, "of": str(run or teacher_spec), "pool": pool, **({"ema": True} if ema else {}), **result}
     if result.get("note"):
         click.echo(f"note: {result['note']}", err=True)
     click.echo(

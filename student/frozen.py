@@ -50,12 +50,13 @@ class Frozen:
             return self.forward(pixels).float()
 
 
-def from_run(run: Path, pool: str = "cls") -> Frozen:
-    """The encoder of a training run: CLS, or the mean of the patch tokens, after its final norm."""
+def from_run(run: Path, pool: str = "cls", ema: bool = False) -> Frozen:
+    """The encoder of a training run, or the average of its weights: CLS, or the mean of the patch tokens, after its
+    final norm."""
     from student.checkpoint import load_encoder  # imports the trainer's side; a teacher needs none of it
 
     _check_pool(pool)
-    encoder, config = load_encoder(run)
+    encoder, config = load_encoder(run, ema)
     return from_encoder(encoder, int(config["img_size"]), str(run), pool)
 
 

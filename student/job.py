@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
+from torch import Tensor
 
 from featcache import images, joining, manifest, rng, running, teachers, views
 from featcache.crops import Scale
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
-from student import config, resolve, shown
+from student import config, resident, resolve, shown, trackers
+from student.learner import Ways
 from student.loader import Loader
 from student.recipes import TargetSpec
 from student.resolve import Found, Reading
-from student.targets import Cached, Online, Targets
+from student.targets import Cached, Host, Online, Targets, draw_masks
 from student.train import Job
 
 BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
@@ -64,6 +66,18 @@ class Options:
     without_view: float
     read_threads: int | None
     resume: bool
+    sampling: str
+    aug_repeats: int
+    resident: bool
+    ema: float | None
+    compiled: bool
+    checkpoint_activations: bool
+    skip_nonfinite: int | None
+    trackers: Sequence[str]
+
+    @property
+    def ways(self) -> Ways:
+        return Ways(self.ema, self.compiled, self.checkpoint_activations, self.skip_nonfinite)
 
     @property
     def reading(self) -> Reading:
@@ -79,6 +93,35 @@ class _Chosen:
     targets: Targets
     pictures: I64  # numbers of the training pictures in the source
     about: dict[str, Any]  # for config.json
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """(n,) where each training picture lies: its row in the cache, or its number in the source."""
+        return self.targets.rows if isinstance(self.targets, Cached) else self.pictures
+
+
+def _masks(chosen: _Chosen, seed: int) -> Callable[[Host], dict[str, Tensor]] | None:
+    """Masks are drawn with the batch where all they read is stored; else after the teacher in the loop has run."""
+    targets = chosen.targets
+    if not targets.is_stored:
+        return None
+    return lambda host: draw_masks(chosen.config, host, targets.sources(host), seed)
+
+
+def _make_resident(targets: Targets, acc: Accelerator, say: Say) -> None:
+    if not isinstance(targets, Cached):
+        raise UsageError("--resident is about targets read from a cache, and none are read here: leave it out")
+    size = resident.load(targets, acc)
+    say(f"note: {size / 2**30:.2f} GiB of targets were read into memory, once for all processes of a machine")
+
+
+def _repeats(given: int, targets: Targets) -> int:
+    if isinstance(targets, Cached) and given > targets.cache.views:
+        raise UsageError(
+            f"--aug-repeats {given}: the cache stores {targets.cache.views} views of a picture, and as many are "
+            "allowed; add views with `featcache extract --views`"
+        )
+    return given
 
 
 def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say) -> tuple[Job, Loader]:
@@ -99,22 +142,30 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
         chosen = _online(recipe, overrides, found, source or _source_of(found), str(acc.device), options, say)
     else:
         chosen = _cached(found, source, options, say)
-    fitting = max(len(chosen.pictures) // acc.num_processes // options.accumulate, 1)
+    if options.resident:
+        _make_resident(chosen.targets, acc, say)
+    repeats = _repeats(options.aug_repeats, chosen.targets)
+    fitting = max(len(chosen.pictures) // acc.num_processes // options.accumulate, 1) * repeats
     loader = Loader(
         chosen.source,
         chosen.targets,
         chosen.pictures,
         rng.key_digests(chosen.source.keys[i] for i in chosen.pictures),
         options.seed,
-        options.batch_size or min(BATCH_SIZE, fitting),
+        options.batch_size or min(BATCH_SIZE // repeats * repeats or repeats, fitting),
         options.accumulate,
         acc.num_processes,
         acc.process_index,
         options.workers,
         options.check_pixels,
+        repeats,
+        chosen.places if options.sampling == "block" else None,
+        _masks(chosen, options.seed),
+        pin=acc.device.type == "cuda",
     )
     out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
     limits: dict[str, Any] = {"steps": options.steps, "save_every": options.save_every, "resume": options.resume}
+    limits |= {"ways": options.ways, "trackers": trackers.check(options.trackers)}
     return Job(name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits), loader
 
 
@@ -307,12 +358,3 @@ def warmup_note(job: Job, loader: Loader) -> str:
         f"note: warm-up ({warmup} steps) is not shorter than the run ({total}): the rate never reaches its peak; "
         "--set warmup_epochs=N changes it"
     )
-
-
-def sizes(job: Job) -> dict[str, int]:
-    """Parameters of the model and of the encoder in it; builds the model once."""
-    model = job.recipe.Model(job.config)
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
-    }

@@ -1,27 +1,30 @@
 """Batches as a pure function of (seed, step): pictures decoded and targets read by threads, some batches ahead.
 
-An optimiser step takes one global batch of the epoch's permutation; micro-batch j of process r takes its slice, so the
+An optimiser step takes one global batch of the epoch's order; micro-batch j of process r takes its slice, so the
 same pictures make the same step for any number of processes and any accumulation. A rest smaller than a global batch is
-left out of the epoch. n training pictures, B pictures a process and micro-batch, S pixels.
+left out of the epoch. n training pictures, B samples a process and micro-batch, R views of each of its B / R pictures.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from featcache import images, joining, rng
 from featcache.errors import UserError
+from student import buffers
+from student.order import Order
 from student.targets import Host, Targets
 
-AHEAD = 3  # batches under way
+AHEAD = 3  # batches under way, beside the one that is being used
+Memory = dict[str, npt.NDArray[Any]]
 
 
 @dataclass
@@ -33,21 +36,34 @@ class Loader:
     pictures: npt.NDArray[np.int64]
     digests: rng.U64
     seed: int
-    batch_size: int  # per process and micro-batch
+    batch_size: int  # samples per process and micro-batch
     accumulation: int = 1
     world: int = 1
     rank: int = 0
     workers: int = 2
     check_fraction: float = 1 / 16  # of the rendered views that are compared with their stored hash
+    repeats: int = 1  # views of a picture in one step; it is decoded once
+    places: npt.NDArray[np.int64] | None = None  # (n,) in storage: sampled by blocks; None: at random
+    masks: Callable[[Host], Mapping[str, Tensor]] | None = None  # drawn here, where all they read is on the host
+    pin: bool = False  # page-locked memory, for a GPU
 
     def __post_init__(self) -> None:
         n = len(self.pictures)
-        if self.global_batch > n:
+        if self.batch_size % self.repeats:
             raise UserError(
-                f"one step takes {self.global_batch} pictures ({self.batch_size} x {self.accumulation} micro-batches x "
-                f"{self.world} processes), the training set has {n}; give a smaller --batch-size"
+                f"--batch-size {self.batch_size} with --aug-repeats {self.repeats}: a batch holds all views of its "
+                f"pictures; give a multiple of {self.repeats}"
             )
-        self._order = lru_cache(2)(lambda epoch: rng.permutation(n, self.seed, epoch))
+        if self.global_batch > n * self.repeats:
+            raise UserError(
+                f"one step takes {self.global_batch // self.repeats} pictures ({self._cut()}), the training set has "
+                f"{n}; give a smaller --batch-size"
+            )
+        self._order = Order(n, self.seed, self.places)
+
+    def _cut(self) -> str:
+        shown = f" / {self.repeats} views" if self.repeats > 1 else ""
+        return f"{self.batch_size} x {self.accumulation} micro-batches x {self.world} processes{shown}"
 
     @property
     def global_batch(self) -> int:
@@ -55,59 +71,78 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.pictures) // self.global_batch
+        return len(self.pictures) // (self.global_batch // self.repeats)
 
     def rows(self, step: int, micro: int = 0) -> tuple[npt.NDArray[np.int64], int]:
         """Numbers (B,) of the training pictures of a micro-batch on this process, and the epoch."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.global_batch + (micro * self.world + self.rank) * self.batch_size
-        return self._order(epoch)[first : first + self.batch_size], epoch
+        count, own = self.global_batch // self.repeats, self.batch_size // self.repeats
+        first = (micro * self.world + self.rank) * own
+        return np.repeat(self._order.step(epoch, place * count, count)[first : first + own], self.repeats), epoch
 
     def iterate(self, first_step: int, last_step: int) -> Generator[Host, None, None]:
-        """Micro-batches of the steps in [first_step, last_step), in order."""
-        wanted = iter([(step, micro) for step in range(first_step, last_step) for micro in range(self.accumulation)])
+        """Micro-batches of the steps in [first_step, last_step), in order. A batch is good until the next one is asked
+        for: then its memory is filled again."""
+        wanted = ((step, micro) for step in range(first_step, last_step) for micro in range(self.accumulation))
         with ThreadPoolExecutor(self.workers) as decoders, ThreadPoolExecutor(AHEAD) as batches:
-            waiting: deque[Future[Host]] = deque()
+            free: deque[Memory | None] = deque([None] * (AHEAD + 1))
+            waiting: deque[Future[tuple[Host, Memory]]] = deque()
             try:
                 while True:
                     while len(waiting) < AHEAD and (item := next(wanted, None)) is not None:
-                        waiting.append(batches.submit(self.batch, *item, decoders))
+                        waiting.append(batches.submit(self._fill, *item, decoders, free.popleft()))
                     if not waiting:
                         return
-                    yield waiting.popleft().result()
+                    host, memory = waiting.popleft().result()
+                    yield host
+                    free.append(memory)
             finally:
                 for future in waiting:
                     future.cancel()
                 decoders.shutdown(wait=False, cancel_futures=True)
 
     def batch(self, step: int, micro: int, decoders: ThreadPoolExecutor) -> Host:
-        """One micro-batch: `pixels` (B, S, S, 3) uint8, the stored arrays, `view`, `at`, `digests`, `epoch`, `keys`."""
+        """One micro-batch in memory of its own: `pixels` (B, S, S, 3) uint8, the stored arrays, `view`, `round` (how
+        often each picture was shown before), `at`, `digests`, `epoch`, `keys`, and `masks` where drawn here."""
+        return self._fill(step, micro, decoders, None)[0]
+
+    def _fill(self, step: int, micro: int, decoders: ThreadPoolExecutor, memory: Memory | None) -> tuple[Host, Memory]:
+        """A micro-batch, and the memory it lies in."""
+        if memory is None:
+            memory = buffers.allocate(self.targets.layout(), self.batch_size, self.pin)
         at, epoch = self.rows(step, micro)
         digests = self.digests[at]
-        view = self.targets.view(digests, epoch)
-        checked = joining.sampled(digests, view, epoch, self.seed, self.check_fraction)
-        host = self.targets.fetch(at, view)
-        keys = [self.source.keys[self.pictures[i]] for i in at]
+        rounds = epoch * self.repeats + np.arange(len(at)) % self.repeats
+        view = self.targets.view(digests, rounds)
+        host: Host = memory | self.targets.fetch(at, view, memory)
+        host |= {"at": at, "view": view, "round": rounds, "digests": digests, "epoch": epoch}
+        host["keys"] = [self.source.keys[self.pictures[i]] for i in at]
+        checked = joining.sampled(digests, view, rounds, self.seed, self.check_fraction)
         futures = [
-            decoders.submit(self._sample, host, i, int(at[i]), keys[i], int(view[i]), bool(checked[i]))
-            for i in range(len(at))
-            if checked[i] or "pixels" not in host
+            decoders.submit(self._samples, host, range(i, i + self.repeats), checked)
+            for i in range(0, len(at), self.repeats)
+            if not self.targets.stored_pixels or checked[i : i + self.repeats].any()
         ]
-        rendered = [future.result() for future in futures]
-        names = rendered[0] if "pixels" not in host else ()
-        stacked = {name: np.stack([row[name] for row in rendered]) for name in names}
-        return {**host, **stacked, "at": at, "view": view, "digests": digests, "epoch": epoch, "keys": keys}
+        for future in futures:
+            future.result()
+        return host | ({"masks": self.masks(host)} if self.masks is not None else {}), memory
 
-    def _sample(self, host: Host, i: int, at: int, key: str, view: int, checked: bool) -> dict[str, Any]:
-        """Render sample i, unless its pixels came with the targets, and compare them with the stored hash."""
-        out = {"pixels": host["pixels"][i]} if "pixels" in host else self._render(host, i, at, key, view)
-        if checked:
-            self.targets.check(out["pixels"], at, view)
-        return out
-
-    def _render(self, host: Host, i: int, at: int, key: str, view: int) -> dict[str, Any]:
-        try:
-            picture = images.decode(self.source.read(int(self.pictures[at])))
-        except (images.PictureError, OSError) as error:
-            raise UserError(f"picture {key!r} cannot be used in training: {error}; mend it, or remove it") from error
-        return self.targets.render(picture, host, i, key, self.digests[at], view)
+    def _samples(self, host: Host, samples: range, checked: npt.NDArray[np.bool_]) -> None:
+        """Render the views of one picture into the batch, unless their pixels came with the targets, and compare them
+        with the stored hashes."""
+        at = int(host["at"][samples[0]])
+        if not self.targets.stored_pixels:
+            key = host["keys"][samples[0]]
+            try:
+                picture = images.decode(self.source.read(int(self.pictures[at])))
+            except (images.PictureError, OSError) as error:
+                raise UserError(
+                    f"picture {key!r} cannot be used in training: {error}; mend it, or remove it"
+                ) from error
+            for i in samples:
+                rendered = self.targets.render(picture, host, i, key, self.digests[at], int(host["view"][i]))
+                for name, pixels in rendered.items():
+                    host[name][i] = pixels
+        for i in samples:
+            if checked[i]:
+                self.targets.check(host["pixels"][i], at, int(host["view"][i]))

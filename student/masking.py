@@ -152,13 +152,13 @@ def draw(
     *,
     digests: U64,
     seed: int,
-    epoch: int,
+    epoch: int | I64,
     n_visible: int,
     n_patches: int,
     attention: npt.NDArray[np.floating] | None = None,
     mask_order: npt.NDArray[np.integer] | None = None,
 ) -> tuple[I64, I64]:
-    """digests (n, 2) -> ids_keep (n, V) and ids_masked (n, P-V), each ascending.
+    """digests (n, 2), `epoch` one or one per picture -> ids_keep (n, V) and ids_masked (n, P-V), each ascending.
 
     `attention` and `mask_order` are (n, P) and are looked at only by the masks that name them.
     """

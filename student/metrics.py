@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 NAME = "metrics.jsonl"
+UNWRITTEN = ("keys", "applied", "waits")  # of a row: for whoever looks at a bad loss, and for the trainer itself
 
 
 class Metrics:
-    """Appends rows; tensors are turned into numbers `lag` steps later, so that a device is not waited for.
+    """Appends rows; what has an `item` (tensors, shares of a step) is turned into a number `lag` steps later, so that a
+    device is not waited for.
 
-    `keys`, the pictures of a row, are for whoever looks at a bad loss and are not written; without a run nothing is.
+    Parts named in UNWRITTEN are not written; without a run nothing is. `log` is given every row as it is written.
     """
 
-    def __init__(self, run: Path | None, lag: int = 0) -> None:
+    def __init__(self, run: Path | None, lag: int = 0, log: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.file = (run / NAME).open("a", buffering=1) if run is not None else None
         self.lag = lag
+        self.log = log
         self.waiting: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -28,15 +30,21 @@ class Metrics:
         self.waiting.append(row)
         return self.flush(self.lag)
 
+    def flush_with(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """All rows, this last one as well, whatever the device is still at."""
+        self.waiting.append(row)
+        return self.flush()
+
     def flush(self, keep: int = 0) -> list[dict[str, Any]]:
         done = self.waiting[: len(self.waiting) - keep]
         self.waiting = self.waiting[len(done) :]
-        rows = [
-            {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()} for row in done
-        ]
+        rows = [{key: value.item() if hasattr(value, "item") else value for key, value in row.items()} for row in done]
         if self.file is not None:
             for row in rows:
-                self.file.write(json.dumps({key: _plain(value) for key, value in row.items() if key != "keys"}) + "\n")
+                plain = {key: _plain(value) for key, value in row.items() if key not in UNWRITTEN}
+                self.file.write(json.dumps(plain) + "\n")
+                if self.log is not None:
+                    self.log(plain)
         return rows
 
     def close(self) -> None:

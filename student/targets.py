@@ -22,7 +22,7 @@ from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from featcache.torch import raster, tensor
 from featcache.views import stored_view
-from student import masking
+from student import buffers, masking
 from student.config import RecipeConfig
 from student.recipes import TargetSpec
 from student.second import Second
@@ -31,22 +31,41 @@ I64 = npt.NDArray[np.int64]
 Host = dict[str, Any]  # arrays of a batch on the host
 
 
+class Stored(Protocol):
+    """Rows that answer in place of the cache."""
+
+    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+        """Arrays of training pictures `at`."""
+        ...
+
+
 class Targets(Protocol):
     """What the loader and the trainer ask of either kind."""
 
     policy: views.Policy
+    is_stored: bool  # features come from storage, not from a teacher in the loop
+    stored_pixels: bool  # so do pixels, and no picture is decoded
 
-    def view(self, digests: rng.U64, epoch: int) -> I64:
-        """Which view each picture shows in an epoch."""
+    def layout(self) -> buffers.Layout:
+        """Shape and type of one sample of every array of a batch."""
         ...
 
-    def fetch(self, at: I64, view: I64) -> Host:
-        """Stored arrays of training pictures `at`; called in a loader thread."""
+    def view(self, digests: rng.U64, rounds: int | I64) -> I64:
+        """Which view each picture shows when it has been shown `rounds` times before: its epoch, where every picture
+        is shown once in each."""
+        ...
+
+    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+        """Stored arrays of training pictures `at`, in the memory of `out`; called in a loader thread."""
+        ...
+
+    def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
+        """The arrays a mask is drawn from, where they are stored."""
         ...
 
     def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
         """`pixels` (S, S, 3) of sample i, and `teacher_pixels` where a teacher in the loop wants another size. Not
-        called where `fetch` gave the pixels."""
+        called where pixels are stored."""
         ...
 
     def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
@@ -73,6 +92,7 @@ class Cached:
     tokens: int | None = None  # of each level, CLS first; None: all that are stored
     stored_pixels: bool = False  # take the pixels the cache stores, decode nothing
     turns: Turns | None = None  # of the views that are shown, where not all are
+    is_stored = True
 
     def __post_init__(self) -> None:
         self.policy = views.from_dict(self.cache.identity["policy"])
@@ -87,14 +107,31 @@ class Cached:
         side = [field for field in (*self.spec.fields, *stats) if field.rpartition("/")[2] != "features"]
         self.second = Second(self.cache, self.spec) if self.spec.second else None
         self.stats = bool(stats)
-        self.reads = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
+        self.own = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
+        self.reads = self.own if self.second is None else (*self.own, *self.second.reads)
+        self.resident: Stored | None = None
 
-    def view(self, digests: rng.U64, epoch: int) -> I64:
-        return self.turns.view(digests, epoch) if self.turns else stored_view(digests, epoch, self.cache.views)
+    def layout(self) -> buffers.Layout:
+        nothing = self._read(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
+        pixels = {} if self.stored_pixels else _pixels(self.policy.size)
+        return {name: (array.shape[1:], array.dtype) for name, array in nothing.items()} | pixels
 
-    def fetch(self, at: I64, view: I64) -> Host:
-        host = self.cache.read(self.rows[at], view, self.reads, self.spec.levels or None, self.tokens)
-        return host if self.second is None else host | self.second.fetch(self.rows[at], view)
+    def view(self, digests: rng.U64, rounds: int | I64) -> I64:
+        return self.turns.view(digests, rounds) if self.turns else stored_view(digests, rounds, self.cache.views)
+
+    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+        memory = None if out is None else {name: out[name] for name in self.reads}
+        if self.resident is not None:
+            return self.resident.fetch(at, view, memory)
+        return self._read(self.rows[at], view, memory)
+
+    def _read(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None) -> Host:
+        memory = None if out is None else {name: out[name] for name in self.own}
+        host = self.cache.read(rows, view, self.own, self.spec.levels or None, self.tokens, memory)
+        return host if self.second is None else host | self.second.fetch(rows, view, out)
+
+    def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
+        return {name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields}
 
     def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
         parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
@@ -105,9 +142,6 @@ class Cached:
         joining.prove(self.cache, int(self.rows[at]), view, pixels, self.tolerance, option)
 
     def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
-        sources: dict[str, npt.NDArray[Any]] = {
-            name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields
-        }
         out = {}
         for field in self.spec.fields:
             if field.rpartition("/")[2] == "token_ids":  # a tokenizer's part of a cache: NAME/token_ids
@@ -120,7 +154,7 @@ class Cached:
             out |= derived(self.spec, features, stats, self.tail)
         if self.second is not None:
             out |= self.second.complete(host, device)
-        return out, sources
+        return out, self.sources(host)
 
     def _in_raster(self, values: Tensor, host: Host, device: torch.device) -> Tensor:
         """(B,L,T,...) as stored -> in image order."""
@@ -137,6 +171,8 @@ class Online:
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`
     turns: Turns | None = None  # of the views of a cache that are shown, where not all are
+    is_stored = False
+    stored_pixels = False
 
     def __post_init__(self) -> None:
         lacking = set(self.spec.fields) - {"features", "attention", "mask_order"}
@@ -147,14 +183,25 @@ class Online:
             )
         self.tail = as_tensors(self.teacher.tail()) if self.teacher is not None and self.spec.derive else {}
 
-    def view(self, digests: rng.U64, epoch: int) -> I64:
-        if self.turns is not None:
-            return self.turns.view(digests, epoch)
-        if self.views is None:
-            return np.full(len(digests), epoch, np.int64)
-        return stored_view(digests, epoch, self.views)
+    def layout(self) -> buffers.Layout:
+        return _pixels(self.policy.size) | (_pixels(self.teacher_px, "teacher_pixels") if self.teacher_px else {})
 
-    def fetch(self, at: I64, view: I64) -> Host:
+    @property
+    def teacher_px(self) -> int:
+        """The size the teacher wants where it is not the student's, else 0."""
+        return self.teacher.input_px if self.teacher is not None and self.teacher.input_px != self.policy.size else 0
+
+    def view(self, digests: rng.U64, rounds: int | I64) -> I64:
+        if self.turns is not None:
+            return self.turns.view(digests, rounds)
+        if self.views is None:
+            return np.broadcast_to(np.asarray(rounds, np.int64), len(digests)).copy()
+        return stored_view(digests, rounds, self.views)
+
+    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+        return {}
+
+    def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
         return {}
 
     def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
@@ -162,8 +209,8 @@ class Online:
         drawn = views.draw(self.policy, digest[None], size, [view])
         parts = (drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0])
         out = {"pixels": views.render(picture, *parts, self.policy.size, self.policy.filter)}
-        if self.teacher is not None and self.teacher.input_px != self.policy.size:
-            out["teacher_pixels"] = views.render(picture, *parts, self.teacher.input_px, self.policy.filter)
+        if self.teacher_px:
+            out["teacher_pixels"] = views.render(picture, *parts, self.teacher_px, self.policy.filter)
         return out
 
     def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
@@ -186,6 +233,10 @@ class Online:
         features, stats = (torch.stack(each, 1) for each in zip(*pairs, strict=True))
         self.tail = on_device(self.tail, device)
         return derived(self.spec, features, stats, self.tail), sources
+
+
+def _pixels(size: int, name: str = "pixels") -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    return {name: ((size, size, 3), np.dtype(np.uint8))}
 
 
 def as_tensors(tail: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
@@ -219,12 +270,12 @@ def _token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> Tensor:
 
 
 def draw_masks(config: RecipeConfig, host: Host, sources: dict[str, npt.NDArray[Any]], seed: int) -> dict[str, Tensor]:
-    """ids_keep and ids_masked of a batch, from (seed, epoch, key) and what the mask reads."""
+    """ids_keep and ids_masked of a batch, from (seed, round, key) and what the mask reads."""
     keep, masked = masking.draw(
         config.mask,
         digests=host["digests"],
         seed=seed,
-        epoch=host["epoch"],
+        epoch=host["round"],
         n_visible=config.visible,
         n_patches=config.patches,
         **sources,

@@ -8,13 +8,9 @@ optimizer; never the loader (it would split batches again) and not the schedule 
 from __future__ import annotations
 
 import contextlib
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,21 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-import featcache
 from featcache import manifest, rng
-from featcache.device import pick_device
-from featcache.errors import UsageError, UserError
-from student import checkpoint, optim, stop
+from featcache.errors import UserError
+from student import checkpoint, folder, learner, optim, progress, reproduce, stop, trackers
 from student.config import RecipeConfig, as_dict
+from student.feed import Feed, Share, Wait, to_device
+from student.hardware import out_of_memory_told
+from student.learner import Learner, Ways
 from student.loader import Loader
-from student.metrics import NAME, Metrics, cut, read
-from student.targets import Host, Targets, draw_masks
+from student.metrics import Metrics, cut, read
+from student.targets import Host, Targets
 
-READING = "targets.reading."  # how a cache was read, in config.json: of no effect on any number
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+LATE_ROWS = 16  # on a GPU: steps until a row of metrics is looked at, so that the device is not waited for
 
 
 @dataclass(frozen=True)
@@ -53,125 +48,114 @@ class Job:
     steps: int | None = None  # optimiser steps; None: config.epochs
     save_every: int | None = None  # steps; None: an epoch
     resume: bool = False
+    ways: Ways = field(default_factory=Ways)
+    trackers: tuple[str, ...] = ()  # beside metrics.jsonl
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimiser steps of the whole run."""
         return steps_per_epoch * self.config.epochs if self.steps is None else self.steps
 
 
-def accelerator(precision: str, device: str | None = None) -> Accelerator:
-    """Accelerate for this process; `auto` is bf16 where the GPU has it and fp32 elsewhere."""
-    if precision not in PRECISIONS:
-        raise UsageError(f"--precision {precision!r}: {', '.join(PRECISIONS)} are allowed")
-    if device is not None and torch.device(pick_device(device)).type == "cuda":
-        torch.cuda.set_device(device)
-    cuda = torch.cuda.is_available() and device != "cpu"
-    if precision == "fp16" and not cuda:
-        raise UsageError("--precision fp16 needs a GPU, this device is a CPU; fp32 and bf16 are allowed here")
-    if precision == "auto":
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not cuda)
-
-
 def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     """Run the job to its end; returns a summary. The run folder holds config.json, metrics.jsonl, environment.json and
     checkpoints/."""
+    with out_of_memory_told(loader.batch_size):
+        return _train(job, loader, acc)
+
+
+def _train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     # ---- what is to be done -------------------------------------------------------------------------------------
     total = job.total_steps(loader.steps_per_epoch)
-    warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
-    peak = optim.peak_lr(job.config, loader.global_batch)
     record = _record(job, loader, acc, total)
     if acc.is_main_process:
-        _check_run(job, record)
+        folder.check(job.out, record, job.resume)
 
     # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind -------------------
-    torch.manual_seed(job.seed)
-    model = job.recipe.Model(job.config).to(acc.device)
-    optimizer = optim.adamw(model, job.config, peak)
     state = checkpoint.newest(job.out) if job.resume and checkpoint.complete(job.out) else None
-    first = 0 if state is None else checkpoint.restore(job.out, state, model, optimizer)
-    model, optimizer = acc.prepare(model, optimizer)
-    if state is not None and acc.scaler is not None and state["scaler"]:
-        acc.scaler.load_state_dict(state["scaler"])
-    model.train()
+    first = 0 if state is None else int(state["step"])
+    pupil = begin(job, loader, acc, state)
 
     # ---- the run folder ------------------------------------------------------------------------------------------
-    is_new = acc.is_main_process and _make_run(job, record)
+    is_new = acc.is_main_process and folder.make(job.out, record)
     acc.wait_for_everyone()
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     save_every = job.save_every or loader.steps_per_epoch
     with contextlib.ExitStack() as stack:
         if is_new:
-            stack.callback(_forget_unbegun, job.out)  # last of all, when metrics are closed
-        metrics = stack.enter_context(contextlib.closing(_metrics(job, first, acc)))
-        batches = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
-        bar = stack.enter_context(_bar(total, first, acc))
+            stack.callback(folder.forget_unbegun, job.out)  # last of all, when metrics are closed
+        log = stack.enter_context(trackers.started(job.trackers, acc, job.out, record, first))
+        metrics = stack.enter_context(contextlib.closing(_metrics(job, first, acc, log)))
+        hosts = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
+        feed = Feed(job.config, job.targets, hosts, acc.device, job.seed)
+        bar = stack.enter_context(progress.shown(total, first, loader.steps_per_epoch, acc.is_main_process))
         notice = stack.enter_context(stop.Notice(acc))
         for step in range(first, total):
-            started = time.perf_counter()
-            lr = optim.lr_at(step, total, warmup, peak, job.config.min_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            parts, waited, keys = _step(job, loader, acc, model, optimizer, batches, step)
-            row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
-            row.update(_speed(loader, started, waited))
-            _look(metrics.add({**row, "keys": keys}), job.out)
+            row = make_step(job, loader, pupil, feed, step, total)
+            look = metrics.add if row["applied"] else metrics.flush_with
+            _check_losses(look(row), job, loader, pupil)
             bar.update_with(row)
             due = notice.due()
             if (due or (step + 1) % save_every == 0) and step + 1 < total:
-                _save(job.out, step + 1, acc, model, optimizer, metrics)
+                _save(job, loader, pupil, step + 1, metrics)
             if due and step + 1 < total:
                 raise stop.error(step + 1, total, notice.asked, job.resume)
-        _look(metrics.flush(), job.out)
+        _check_losses(metrics.flush(), job, loader, pupil)
         if first < total or not checkpoint.complete(job.out):
-            _save(job.out, total, acc, model, optimizer, metrics)
+            _save(job, loader, pupil, total, metrics)
     rows = read(job.out) if bar.loss is None else []  # a run that was complete: its own last loss
     loss = rows[-1]["loss"] if rows else bar.loss
-    return {"run": str(job.out), "steps": total, "first_step": first, **record["data"], "loss": loss}
+    skipped = {"skipped": pupil.skipped} if job.ways.skip_nonfinite is not None else {}
+    return {"run": str(job.out), "steps": total, "first_step": first, **record["data"], "loss": loss, **skipped}
 
 
-def _step(
-    job: Job, loader: Loader, acc: Accelerator, model: Any, optimizer: Any, batches: Iterator[Host], step: int
-) -> tuple[dict[str, Tensor], float, list[str]]:
-    """One optimiser step over its micro-batches: mean parts of the loss, seconds waited for data, sample keys."""
-    sums: dict[str, Tensor] = {}
-    waited, keys = 0.0, []
+def begin(job: Job, loader: Loader, acc: Accelerator, state: dict[str, Any] | None = None) -> Learner:
+    """The job's model and optimizer, as the seed or a checkpoint has them."""
+    torch.manual_seed(job.seed)
+    model = job.recipe.Model(job.config).to(acc.device)
+    optimizer = optim.adamw(model, job.config, optim.peak_lr(job.config, loader.global_batch))
+    return learner.build(acc, model, optimizer, job.ways, job.out, state)
+
+
+def make_step(job: Job, loader: Loader, pupil: Learner, feed: Feed, step: int, total: int) -> dict[str, Any]:
+    """One optimiser step at its rate; returns its row of metrics, and what is not written of it (metrics.UNWRITTEN)."""
+    started = time.perf_counter()
+    warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
+    lr = optim.lr_at(step, total, warmup, optim.peak_lr(job.config, loader.global_batch), job.config.min_lr)
+    for group in pupil.optimizer.param_groups:
+        group["lr"] = lr
+    parts, waits, keys = _gradients(job, loader, pupil, feed, step)
+    applied = pupil.update(parts["loss"], step)
+    row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
+    if job.ways.skip_nonfinite is not None:
+        row["skipped"] = pupil.skipped
+    return {**row, **_speed(loader, started, waits), "keys": keys, "applied": applied, "waits": waits}
+
+
+def _gradients(
+    job: Job, loader: Loader, pupil: Learner, feed: Feed, step: int
+) -> tuple[dict[str, Tensor], list[Wait], list[str]]:
+    """Forward and backward of a step's micro-batches: mean parts of the loss, waits for data, sample keys."""
+    acc, sums = pupil.acc, dict[str, Tensor]()
+    waits, keys = list[Wait](), list[str]()
     for micro in range(loader.accumulation):
-        start = time.perf_counter()
-        host = next(batches)
-        waited += time.perf_counter() - start
-        keys += host["keys"]
-        batch = to_device(job.config, job.targets, host, acc.device, job.seed)
+        taken = feed.take()
+        waits.append(taken.waited)
+        keys += taken.keys
         torch.manual_seed(step_seed(job.seed, step, micro, loader.rank))  # drop path draws from the global generator
         last = micro == loader.accumulation - 1
-        with contextlib.nullcontext() if last else acc.no_sync(model):
+        with contextlib.nullcontext() if last else acc.no_sync(pupil.model):
             with acc.autocast():
-                parts = model(batch)
+                parts = pupil.model(taken.batch)
             acc.backward(parts["loss"] / loader.accumulation)
+        feed.bring()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach() / loader.accumulation
     if job.config.clip_grad is not None:
-        sums["grad_norm"] = acc.clip_grad_norm_(model.parameters(), job.config.clip_grad)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        sums["grad_norm"] = learner.whole(acc.clip_grad_norm_(pupil.model.parameters(), job.config.clip_grad))
     if acc.num_processes > 1:
         sums = {name: acc.reduce(value, "mean") for name, value in sums.items()}
-    return sums, waited, keys
-
-
-def to_device(config: RecipeConfig, targets: Targets, host: Host, device: torch.device, seed: int) -> dict[str, Tensor]:
-    """A host batch as the recipe takes it: normalised images, decoded features, masks."""
-    pixels = torch.from_numpy(host["pixels"]).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(3, 1, 1)
-    features, sources = targets.complete(host, device)
-    masks = draw_masks(config, host, sources, seed)
-    return {
-        "images": (pixels.float() / 255 - mean) / std,
-        **features,
-        **{name: ids.to(device, non_blocking=True) for name, ids in masks.items()},
-    }
+    return sums, waits, keys
 
 
 def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
@@ -180,139 +164,93 @@ def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
     return int(word >> np.uint64(1))
 
 
-def _look(rows: list[dict[str, Any]], run: Path) -> None:
-    """Stop at a loss that is not finite: nothing that follows it would mean anything."""
-    for row in rows:
-        if not np.isfinite(row["loss"]):
-            keys = row["keys"]
-            raise UserError(
-                f"loss is {row['loss']} at step {row['step']} (pictures {', '.join(keys[:4])}"
-                f"{' ...' if len(keys) > 4 else ''}); checkpoints before it are in {run}/checkpoints: lower the rate, "
-                "or use --precision fp32 or bf16"
-            )
-
-
-def _speed(loader: Loader, started: float, waited: float) -> dict[str, float]:
-    """Pictures a second over all processes, and the share of the step spent waiting for data."""
+def _speed(loader: Loader, started: float, waits: list[Wait]) -> dict[str, Any]:
+    """Samples a second over all processes, and the share of the step spent waiting for data."""
     seconds = max(time.perf_counter() - started, 1e-9)
-    return {"images_per_s": round(loader.global_batch / seconds, 2), "data_wait": round(min(waited / seconds, 1.0), 4)}
+    return {"images_per_s": round(loader.global_batch / seconds, 2), "data_wait": Share(waits, seconds)}
 
 
-def _metrics(job: Job, first: int, acc: Accelerator) -> Metrics:
+def _check_losses(rows: list[dict[str, Any]], job: Job, loader: Loader, pupil: Learner) -> None:
+    """Stop at a loss that is not finite, with what runs it again: nothing that follows it would mean anything. Some
+    may be left out (--skip-nonfinite): those were not applied."""
+    allowed = job.ways.skip_nonfinite
+    for row in rows:
+        if np.isfinite(row["loss"]):
+            continue
+        stops = allowed is None or pupil.skipped > allowed
+        if stops or pupil.skipped == 1:  # the first is kept, and the one that was too many: each is as large as a model
+            what = _reproduce(job, loader, pupil, row)
+        if stops:
+            raise UserError(f"loss is {row['loss']} at step {row['step']} {what}")
+
+
+def _reproduce(job: Job, loader: Loader, pupil: Learner, row: dict[str, Any]) -> str:
+    """Keep the first micro-batch whose loss was not finite; says what a person should know. A meeting of all."""
+    acc, step = pupil.acc, row["step"] - 1
+    with contextlib.closing(loader.iterate(step, step + 1)) as batches:
+        found = reproduce.find(pupil, _micros(job, loader, acc, batches, step))
+    had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
+    weights = pupil.weights()
+    place = f"{job.out}/{checkpoint.FOLDER}"
+    cure = "lower the rate, or use --precision fp32 or bf16, or leave such steps out with --skip-nonfinite N"
+    if job.ways.skip_nonfinite is not None:
+        cure = f"the {pupil.skipped} steps left out are more than --skip-nonfinite {job.ways.skip_nonfinite}"
+    if True not in had:
+        return f"and finite when the step is run again: suspect the machine; checkpoints before it are in {place}"
+    first = had.index(True)
+    path = reproduce.path(job.out, row["step"], first)
+    who = f"those of process {first}"
+    if found is not None and first == loader.rank:
+        reproduce.save(path, row["step"], _record(job, loader, acc, 0), first, weights, *found)
+        keys = found[0].keys
+        who = f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
+    return (
+        f"(pictures {who}); `student replay {path}` runs that batch again; checkpoints before it are in {place}: {cure}"
+    )
+
+
+def _micros(
+    job: Job, loader: Loader, acc: Accelerator, batches: Iterator[Host], step: int
+) -> Iterator[reproduce.Micro]:
+    for number, host in enumerate(batches):
+        batch = to_device(job.config, job.targets, host, acc.device, job.seed)
+        yield reproduce.Micro(number, host["keys"], batch, step_seed(job.seed, step, number, loader.rank))
+
+
+def _metrics(job: Job, first: int, acc: Accelerator, log: trackers.Log | None) -> Metrics:
     """The first process writes; the others look at their losses all the same."""
     if acc.is_main_process:
         cut(job.out, first)
-    return Metrics(job.out if acc.is_main_process else None, lag=16 if acc.device.type == "cuda" else 0)
+    lag = LATE_ROWS if acc.device.type == "cuda" else 0
+    return Metrics(job.out if acc.is_main_process else None, lag, log)
 
 
-def _save(run: Path, step: int, acc: Accelerator, model: Any, optimizer: Any, metrics: Metrics) -> None:
-    _look(metrics.flush(), run)  # a checkpoint never follows a loss that was not finite
-    acc.wait_for_everyone()
-    if not acc.is_main_process:
-        return
-    scaler = acc.scaler.state_dict() if acc.scaler is not None else {}
-    state = {"model": acc.unwrap_model(model).state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
-    checkpoint.save(run, step, state)
+def _save(job: Job, loader: Loader, pupil: Learner, step: int, metrics: Metrics) -> None:
+    _check_losses(metrics.flush(), job, loader, pupil)  # a checkpoint never follows a loss that was not finite
+    pupil.acc.wait_for_everyone()
+    state = pupil.state()
+    if pupil.acc.is_main_process:
+        checkpoint.save(job.out, step, state)
 
 
 def _record(job: Job, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:
     """config.json: what a resumed run must agree with."""
+    ways = asdict(job.ways)
     return {
         "recipe": job.name,
         "config": as_dict(job.config),
         "seed": job.seed,
         "steps": total,
         "precision": acc.mixed_precision,
+        "ema": ways.pop("ema"),
+        "running": ways,
         "targets": job.about,
         "data": {
             "pictures": len(loader.pictures),
             "keys_digest": manifest.keys_digest(loader.source.keys[i] for i in loader.pictures),
             "global_batch": loader.global_batch,
             "steps_per_epoch": loader.steps_per_epoch,
+            "sampling": "random" if loader.places is None else "block",
+            "aug_repeats": loader.repeats,
         },
     }
-
-
-def _check_run(job: Job, record: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else, or another run than the one to resume."""
-    path = job.out / checkpoint.CONFIG
-    if job.resume and path.is_file():
-        before, now = (dict(manifest.flat(each)) for each in (checkpoint.config(job.out), record))
-        names = [key for key in {**before, **now} if not key.startswith(READING)]
-        changed = [key for key in names if before.get(key) != now.get(key)]
-        if changed:
-            shown = "; ".join(f"{key} {before.get(key)!r} before, {now.get(key)!r} now" for key in changed[:4])
-            more = f"; and {', '.join(changed[4:])}" if changed[4:] else ""
-            raise UserError(f"--resume: {str(job.out)!r} is another run: {shown}{more}; give its own arguments")
-    elif job.out.exists() and any(not each.name.startswith(".") for each in job.out.iterdir()):
-        raise UserError(f"--out {str(job.out)!r} is not empty; continue that run with --resume, or give another --out")
-
-
-def _make_run(job: Job, record: dict[str, Any]) -> bool:
-    """Make the run folder and what it begins with; whether there was no run in it before."""
-    path = job.out / checkpoint.CONFIG
-    is_new = not path.is_file()
-    job.out.mkdir(parents=True, exist_ok=True)
-    # The record first: a process that dies from here on leaves a run that --resume takes.
-    manifest.write_file(path, (json.dumps(record, indent=1) + "\n").encode())
-    manifest.write_file(job.out / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
-    (job.out / NAME).touch()
-    return is_new
-
-
-def _forget_unbegun(run: Path) -> None:
-    """Remove the folder of a new run that ended before its first step, so that the corrected command finds it free."""
-    if checkpoint.complete(run) or read(run):
-        return
-    for name in (NAME, "environment.json", checkpoint.CONFIG):
-        (run / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # somebody else's file is in it
-        run.rmdir()
-
-
-def environment() -> dict[str, Any]:
-    """Versions, device and commit of this process, for people who compare runs."""
-    import timm
-
-    versions = {"featcache": featcache.__version__, "torch": torch.__version__, "timm": timm.__version__}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        **versions,
-        "python": platform.python_version(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "commit": commit or None,
-        "command": sys.argv,
-    }
-
-
-class _Bar:
-    """Progress for a person at a terminal; keeps the last loss for the summary."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-        self.loss: float | None = None
-
-    def update_with(self, row: dict[str, Any]) -> None:
-        if isinstance(row["loss"], Tensor) and row["loss"].device.type == "cuda" and row["step"] % 20:
-            self.bar.update()
-            return
-        self.loss = round(float(row["loss"]), 6)
-        self.bar.set_postfix_str(
-            f"epoch {row['epoch']}  loss {self.loss:.4f}  lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  "
-            f"waiting for data {row['data_wait']:.0%}",
-            refresh=False,
-        )
-        self.bar.update()
-
-
-@contextlib.contextmanager
-def _bar(total: int, first: int, acc: Accelerator) -> Iterator[_Bar]:
-    from tqdm import tqdm
-
-    quiet = not acc.is_main_process or not sys.stderr.isatty()
-    with tqdm(total=total, initial=first, unit="step", disable=quiet, dynamic_ncols=True) as bar:
-        yield _Bar(bar)

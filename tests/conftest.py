@@ -166,6 +166,7 @@ def python(code: str, *args: object, **environment: str) -> subprocess.Completed
 # instead of three.
 _SERVER = multiprocessing.get_context("forkserver")
 _SLOW = ["zarr.codecs", "featcache.teachers.clip", "featcache.teachers.timm_vit"]  # to import
+_SLOW += ["student.cli", "student.job", "student.train", "torch.nn.parallel", "torch.distributed"]
 _SERVER.set_forkserver_preload(["featcache.extract", "featcache.adding", "featcache.commands.extract", *_SLOW])
 
 

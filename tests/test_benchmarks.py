@@ -39,6 +39,34 @@ def program(name: str, *args: object) -> subprocess.CompletedProcess[str]:
 # ------------------------------------------------------------ the programs
 
 
+def test_bench_loader_to_its_end(tmp_path: Path) -> None:
+    """Every way delivers, ratios are of the rates beside them, and nothing is left."""
+    path = tmp_path / "loader.json"
+    small = ("--rows", 12, "--shape", "2x197x16", "--batch-size", 4, "--reps", 1, "--seconds", 0.2, "--steps", 3)
+    ran = program("bench_loader", *small, "--workers", 1, "--folder", tmp_path, "--json", path)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(path.read_text())
+    assert len(found["rates"]) == 9
+    assert all(rate > 0 for rates in found["rates"].values() for rate in rates)
+    assert len(found["data_wait"]) == 2
+    lines = ran.stdout.splitlines()
+    stored, preads, tars, peer = (
+        found["rates"][name][0]
+        for name in (
+            "ours, stored pixels",
+            "plain preads of the same bytes",
+            "ours, tars",
+            "webdataset, Pillow and npy",
+        )
+    )
+    for text, value in (("ours, stored pixels / preads", stored / preads), ("ours, tars / webdataset", tars / peer)):
+        (line,) = (line for line in lines if line.startswith(text))
+        assert float(line.split(" = ")[1].split(",")[0]) == pytest.approx(value, abs=0.006)
+        assert line.endswith(("  ok", "  MISSED"))
+    assert sum(line.startswith("data_wait, encoder tiny on cpu") for line in lines) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["loader.json"]
+
+
 def test_bench_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "read.json"
     small = ("--rows", 16, "--shape", "2x5x16", "--reps", 1, "--threads", "1,2", "--seconds", 0.2)

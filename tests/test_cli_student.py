@@ -67,7 +67,8 @@ def test_the_documented_options_of_train() -> None:
     text = fx.stud("train", "--help").out
     for option in ("--recipe", "--cache", "--images", "--out", "--epochs", "--steps", "--batch-size", "--seed",
                    "--teacher", "--config", "--set", "--resume", "--dry-run", "--json", "--decode", "--direct",
-                   "--verify-rows", "--read-threads"):  # fmt: skip
+                   "--verify-rows", "--read-threads", "--ema", "--compile", "--checkpoint-activations",
+                   "--skip-nonfinite", "--tracker", "--deterministic"):  # fmt: skip
         assert option in text, option
     assert "up to 2 GiB is verified whole" in " ".join(text.split())
 

@@ -17,7 +17,7 @@ import torch
 import student.train
 from featcache import images, rng
 from featcache.reader import Cache
-from student import checkpoint, metrics, recipes
+from student import checkpoint, feed, metrics, recipes
 from tests import student_fixtures as fx
 
 STEPS = 20
@@ -275,7 +275,7 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == files
 
 
-@pytest.mark.parametrize("dies", ["environment", "_record", "_metrics"])
+@pytest.mark.parametrize("dies", ["folder.environment", "train._record", "train._metrics"])
 def test_a_run_stopped_while_its_folder_is_made_can_be_started(
     dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +285,7 @@ def test_a_run_stopped_while_its_folder_is_made_can_be_started(
     def power_cut(*_: Any) -> Any:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(student.train, dies, power_cut)
+    monkeypatch.setattr(f"student.{dies}", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         fx.train("maskalign", tmp_path / "run", *options)
     monkeypatch.undo()
@@ -410,14 +410,14 @@ def photos(folder: Path) -> Path:
 def test_every_view_and_the_right_rows_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What enters the model equals what lies in the cache under the picture's key: read by hand, for three epochs."""
     seen: list[tuple[list[str], Any, Any, torch.Tensor]] = []
-    original = student.train.to_device
+    original = feed.to_device
 
     def watch(config: Any, targets: Any, host: Any, device: Any, seed: int) -> Any:
         batch = original(config, targets, host, device, seed)
-        seen.append((host["keys"], host["view"], host["epoch"], batch["features"].clone()))
+        seen.append((host["keys"], host["view"].copy(), host["epoch"], batch["features"].clone()))
         return batch
 
-    monkeypatch.setattr(student.train, "to_device", watch)
+    monkeypatch.setattr(feed, "to_device", watch)
     fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), "--steps", "9", "--batch-size", "8"))
     shown: dict[str, list[int]] = {}
     with Cache(fx.cache_path()) as cache:

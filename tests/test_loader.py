@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,63 @@ def test_iterate_gives_the_batches_of_its_steps_in_order() -> None:
     found = [host["at"].tolist() for host in loader.iterate(4, 9)]
     assert found == [loader.rows(step)[0].tolist() for step in range(4, 9)]
     assert list(loader.iterate(3, 3)) == []
+
+
+def test_batches_lie_in_memory_that_is_used_again() -> None:
+    """Twenty batches in the memory of four; each is what a batch of its own memory is, until the next is asked for."""
+    loader = cached(images.open_source(fx.pictures()), batch=4)
+    memory = set()
+    for step, host in enumerate(loader.iterate(0, 20)):
+        alone = one_batch(loader, step)
+        assert host.keys() == alone.keys()
+        for name, values in alone.items():
+            np.testing.assert_array_equal(host[name], values, err_msg=name)
+        memory.add((host["pixels"].ctypes.data, host["features"].ctypes.data))
+    assert len(memory) == 4
+
+
+def test_several_views_of_a_picture_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three views of each of four pictures a batch: each picture read once a batch, in all its views, and what
+    the model gets is what lies under its key."""
+    source = images.open_source(fx.pictures())
+    loader = cached(source, batch=12)
+    loader = replace(loader, repeats=3)
+    assert (loader.global_batch, loader.steps_per_epoch) == (12, 6)
+    reads: list[int] = []
+    whole = type(source).read
+    monkeypatch.setattr(type(source), "read", lambda self, index: reads.append(index) or whole(self, index))
+    cache, seen = fx.open_cache(), []
+    for step in range(6):
+        host = one_batch(loader, step)
+        for first in range(0, 12, 3):
+            assert len(set(host["keys"][first : first + 3])) == 1
+            assert sorted(host["view"][first : first + 3]) == [0, 1, 2]
+        seen += host["keys"][::3]
+        stored = cache.read(cache.keys.find(host["keys"]), host["view"], ("features",), (2, 4))
+        np.testing.assert_array_equal(host["features"], stored["features"])
+    assert len(reads) == len(seen) == len(set(seen)) == 24
+    assert one_batch(loader, 7)["round"].tolist() == [3, 4, 5] * 4  # of the second epoch
+
+
+def test_repeats_that_cannot_be(tmp_path: Path) -> None:
+    common = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--steps", "1")
+    more = fx.train("maskalign", tmp_path / "a", *common, "--aug-repeats", "4")
+    assert "--aug-repeats 4: the cache stores 3 views" in more.line
+    odd = fx.train("maskalign", tmp_path / "b", *common, "--aug-repeats", "3", "--batch-size", "8")
+    assert "--batch-size 8 with --aug-repeats 3" in odd.line
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("options", [("--aug-repeats", "3"), ("--sampling", "block")])
+def test_the_same_run_from_the_cache_and_with_the_teacher_in_the_loop(options: tuple[str, ...], tmp_path: Path) -> None:
+    common = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--steps", "4", "--batch-size", "6", *options)
+    fx.good(fx.train("maskalign", tmp_path / "a", *common, sets=("drop_path=0",)))
+    fx.good(fx.train("maskalign", tmp_path / "b", *common, "--teacher", "online", sets=("drop_path=0",)))
+    np.testing.assert_allclose(fx.losses(tmp_path / "a"), fx.losses(tmp_path / "b"), rtol=2e-3)
+    name, value = options[0].removeprefix("--").replace("-", "_"), options[1]
+    assert str(checkpoint.config(tmp_path / "a")["data"][name]) == value
+    other = fx.train("maskalign", tmp_path / "a", *common[:-2], "--resume", sets=("drop_path=0",))
+    assert f"data.{name}" in other.line
 
 
 def test_a_walk_can_be_left_early() -> None:

@@ -60,7 +60,29 @@ def test_adamw_takes_the_recipes_numbers() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.7)}
     assert {group["lr"] for group in optimizer.param_groups} == {0.02}
-    assert not optimizer.defaults["fused"]
+    assert optimizer.defaults["fused"]
+
+
+def test_fused_equals_the_plain_loop() -> None:
+    """torch's own unfused AdamW over the same gradients: five steps, to rounding."""
+    models = [Toy(), Toy()]
+    models[1].load_state_dict(models[0].state_dict())
+    config = RecipeConfig(weight_decay=0.3, betas=(0.8, 0.7))
+    groups = optim.param_groups(models[1], 0.3)
+    both = [optim.adamw(models[0], config, 0.02), torch.optim.AdamW(groups, 0.02, (0.8, 0.7), fused=False)]
+    for step in range(5):
+        for model, optimizer in zip(models, both, strict=True):
+            draws = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=draws)
+            optimizer.step()
+    assert both[0].defaults["fused"]
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
+def test_a_device_without_the_kernel_takes_the_loop() -> None:
+    assert not optim.adamw(Toy().to("meta"), RecipeConfig(), lr=0.1).defaults["fused"]
 
 
 def test_one_step_of_adamw_by_hand() -> None:

@@ -66,7 +66,7 @@ def test_topk_shows_the_same_in_each_epoch(tmp_path: Path) -> None:
         for mask, same in (("topk", True), ("attentive", False)):
             given = module.Config(img_size=32, patch_size=8, mask=mask)
             epochs = [
-                draw_masks(given, {"digests": digests, "epoch": epoch}, {"attention": attention}, 0)["ids_keep"]
+                draw_masks(given, {"digests": digests, "round": epoch}, {"attention": attention}, 0)["ids_keep"]
                 for epoch in (0, 1)
             ]
             assert torch.equal(*epochs) is same

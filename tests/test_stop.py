@@ -192,7 +192,7 @@ def test_an_interrupt_before_the_first_step_leaves_no_run(tmp_path: Path, monkey
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("student.train._step", interrupted)
+    monkeypatch.setattr("student.train._gradients", interrupted)
     ran = fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(), *OPTIONS, home=tmp_path / "home")
     assert ran.status == 75
     assert ran.line == "error: stopped before the first step; run the same command again"

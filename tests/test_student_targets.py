@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from featcache import images, rng, targets, teachers, views
 from featcache.errors import UserError
 from featcache.reader import Cache
 from student import recipes, resolve
+from student.feed import to_device
 from student.loader import Loader
 from student.recipes import TargetSpec
 from student.targets import Cached, Online, draw_masks, stored_view
-from student.train import to_device
 from tests import student_fixtures as fx
 
 CPU = torch.device("cpu")
@@ -86,7 +87,7 @@ def test_masks_do_not_depend_on_the_batch(mask: str) -> None:
 
     def masks(rows: list[int], seed: int = 3, epoch: int = 2) -> Any:
         sources: dict[str, Any] = {"attention": weights[rows], "mask_order": orders[rows]}
-        return draw_masks(settings_, {"digests": digests[rows], "epoch": epoch}, sources, seed)["ids_keep"]
+        return draw_masks(settings_, {"digests": digests[rows], "round": epoch}, sources, seed)["ids_keep"]
 
     together = masks(list(range(10)))
     assert together.shape == (10, 4)
@@ -101,7 +102,7 @@ def test_masks_do_not_depend_on_the_batch(mask: str) -> None:
 def test_masks_part_the_patches() -> None:
     settings_ = settings_of("maskalign", "mask=uniform")
     digests = rng.key_digests(f"k{i}" for i in range(6))
-    drawn = draw_masks(settings_, {"digests": digests, "epoch": 0}, {}, 0)
+    drawn = draw_masks(settings_, {"digests": digests, "round": 0}, {}, 0)
     both = torch.cat([drawn["ids_keep"], drawn["ids_masked"]], 1).sort(1).values
     assert drawn["ids_keep"].shape == (6, int(16 * (1 - 0.7)))
     assert both.tolist() == [list(range(16))] * 6
@@ -117,7 +118,9 @@ def loader_of(targets_: Any, keys: list[str], source: images.Source, batch: int 
 
 def hosts(targets_: Any, steps: int = 4) -> list[dict[str, Any]]:
     source = images.open_source(fx.pictures())
-    return list(loader_of(targets_, list(source.keys), source).iterate(0, steps))
+    loader = loader_of(targets_, list(source.keys), source)
+    with ThreadPoolExecutor(2) as pool:
+        return [loader.batch(step, 0, pool) for step in range(steps)]
 
 
 def test_online_targets_equal_an_independent_computation() -> None:

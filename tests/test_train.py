@@ -181,6 +181,7 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
     assert record["targets"]["identity"] == json.loads(json.dumps(cache.identity))
     digest = hashlib.blake2b("".join(f"p{i:02d}\n" for i in range(24)).encode(), digest_size=16).hexdigest()
     expected = {"pictures": 24, "keys_digest": digest, "global_batch": 8, "steps_per_epoch": 3}
+    expected |= {"sampling": "random", "aug_repeats": 1}
     assert record["data"] == expected
     environment = json.loads((run / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
@@ -246,7 +247,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 def test_it_stops_too_when_losses_arrive_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU rows become numbers 16 steps later, and a checkpoint flushes them: it must look at them and must not be
     written over good ones."""
-    monkeypatch.setattr(student.train, "Metrics", lambda run, lag=0: Metrics(run, 16))
+    monkeypatch.setattr(student.train, "Metrics", lambda run, lag, log: Metrics(run, 16, log))
     ran = mine(tmp_path, tmp_path / "run", "--steps", "9", "--save-every", "2")
     assert ran.status == 1
     assert "loss is nan at step 3" in ran.line

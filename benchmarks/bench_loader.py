@@ -1,0 +1,236 @@
+"""How many pictures with their targets a loader delivers a second: ours every way, others', and plain preads.
+
+    python -m benchmarks.bench_loader                                        512 pictures, five levels: some minutes
+    python -m benchmarks.bench_loader --rows 64 --reps 1 --seconds 0.5       a trial of the program, not a measurement
+
+Pictures are photographs of about ImageNet's size, crops 224 pixels, targets 5 x 197 x 768 fp16, in the page cache. In
+turns, another one first each time; every ratio is of one repetition, and medians are told. A turn begins
+after its first batches. The last lines say which claims hold; the exit status does not depend on them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+import featcache
+from benchmarks import describe, environment, loading, save, sync, table, warm
+from featcache import images, joining, rng, running, teachers, views
+from featcache.cli import entry
+from featcache.extract import run
+from featcache.images import Source
+from featcache.plan import Plan
+from featcache.reader import Cache
+from student import resident
+from student.loader import AHEAD, Loader
+from student.recipes import TargetSpec
+from student.targets import Cached
+
+SIZE, VIEWS = 224, 2
+PREADS = "plain preads of the same bytes"
+STORED, CHECKED, TARS = "ours, stored pixels, rows not checked", "ours, stored pixels", "ours, tars"
+WEBDATASET = "webdataset, Pillow and npy"
+
+Way = Callable[[], Iterator[int]]
+
+
+# ------------------------------------------------------------ what is measured
+
+
+def make(folder: Path, rows: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Pictures, tars of them, a cache with stored pixels, and the same targets as others store them."""
+    from pipelines import pack_images
+
+    levels, tokens, width = shape
+    pictures = loading.write_pictures(folder / "pictures", rows)
+    packed = pack_images.pack(images.open_source(pictures), folder / "packed", 256, seed=0)
+    source = images.open_source(str(packed[0].parent / "*.tar"))
+    teacher = teachers.load(f"synthetic:levels={levels},tokens={tokens - 1},width={width},size={SIZE}", None, "cpu")
+    chosen = tuple(range(1, levels + 1))
+    plan = Plan(source, teacher, views.Policy(size=SIZE), VIEWS, chosen, rows_per_shard=1024, pixels=True)
+    run(plan, folder / "cache")
+    with featcache.open(folder / "cache") as cache:
+        features = cache.read(np.arange(rows), 0)["features"]
+    tars = loading.write_tars(folder / "others", pictures, features)
+    (folder / "arrays").mkdir()
+    for row, each in enumerate(features):
+        np.save(folder / "arrays" / f"{row:06d}.npy", each)
+    for part in ("packed", "cache", "others", "arrays", "pictures"):
+        sync(folder / part)
+        warm(folder / part)
+    return {
+        "source": source,
+        "cache": folder / "cache",
+        "tars": tars,
+        "pictures": pictures,
+        "arrays": folder / "arrays",
+    }
+
+
+def ours(cache: Cache, source: Source, batch: int, workers: int, *, stored: bool = False, **options: Any) -> Loader:
+    """The trainer's loader over all levels, as `student train` makes it for a recipe that reads attention."""
+    spec = TargetSpec(teacher="", levels=cache.levels, fields=("features", "attention"), patches=196)
+    pictures, rows, _ = joining.join(cache, source)
+    targets = Cached(cache, spec, rows, stored_pixels=stored)
+    digests = rng.key_digests(source.keys[i] for i in pictures)
+    return Loader(source, targets, pictures, digests, 0, batch, workers=workers, **options)
+
+
+def walk(loader: Loader) -> Iterator[int]:
+    """Batch sizes for ever."""
+    with closing(loader.iterate(0, 1 << 40)) as batches:
+        for host in batches:
+            yield len(host["keys"])
+
+
+def ways_of(made: dict[str, Any], batch: int, workers: int) -> dict[str, Way]:
+    """Every loader by its name."""
+    checked = featcache.open(made["cache"], threads=workers)
+    plain = featcache.open(made["cache"], threads=workers, verify_rows=0)
+    tars, stored = made["source"], joining.Stored
+    held = ours(checked, stored(checked), batch, workers, stored=True)
+    _reset()
+    resident.load(held.targets, Accelerator(cpu=True))  # type: ignore[arg-type]
+    fields = ("features", "attention", "pixels")
+    folder = (made["tars"], SIZE, batch)
+    files = (made["pictures"], made["arrays"], SIZE, batch)
+    return {
+        PREADS: lambda: loading.pread_batches(plain, fields, batch, workers),
+        STORED: lambda: walk(ours(plain, stored(plain), batch, workers, stored=True, check_fraction=0)),
+        CHECKED: lambda: walk(ours(checked, stored(checked), batch, workers, stored=True)),
+        "ours, resident": lambda: walk(replace(held)),
+        TARS: lambda: walk(ours(checked, tars, batch, workers)),
+        f"{TARS}, {VIEWS} views of a picture": lambda: walk(ours(checked, tars, batch, workers, repeats=VIEWS)),
+        WEBDATASET: lambda: loading.webdataset_batches(*folder, 0),
+        f"{WEBDATASET}, {workers} workers": lambda: loading.webdataset_batches(*folder, workers),
+        f"torch DataLoader over files, {workers} workers": lambda: loading.torchvision_batches(*files, workers),
+    }
+
+
+def _reset() -> None:
+    """Accelerate refuses a second start with other settings in one process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def turn(way: Way, seconds: float) -> float:
+    """Samples a second, after the first batches: those open files, start workers and touch memory."""
+    with closing(way()) as batches:  # type: ignore[type-var]
+        for _ in range(AHEAD + 1):
+            next(batches)
+        start, count = time.perf_counter(), 0
+        while (spent := time.perf_counter() - start) < seconds or not count:
+            count += next(batches)
+        return count / spent
+
+
+def measure(ways: dict[str, Way], reps: int, seconds: float, say: Callable[[str], None]) -> dict[str, list[float]]:
+    """Samples a second of every way in every repetition."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for rep in range(reps):
+        names = [*ways]
+        first = rep * len(names) // reps
+        for name in [*names[first:], *names[:first]]:
+            rates[name].append(turn(ways[name], seconds))
+        say(f"repetition {rep + 1} of {reps}")
+    return rates
+
+
+def ratio(rates: dict[str, list[float]], over: str, under: str) -> float:
+    return statistics.median(a / b for a, b in zip(rates[over], rates[under], strict=True))
+
+
+def waits(cache: Path, steps: int, batch: int, folder: Path) -> list[float]:
+    """`data_wait` of each step of a run with the smallest encoder and stored pixels, the first left out."""
+    from student import cli as student_cli
+
+    _reset()
+    sets = ("encoder=tiny", "level_weights=mean", "drop_path=0", "warmup_epochs=0")
+    args = ["train", "--recipe", "maskalign", "--cache", str(cache), "--out", str(folder), "--steps", str(steps)]
+    args += ["--batch-size", str(batch), *[part for text in sets for part in ("--set", text)]]
+    student_cli.cli.main(args, standalone_mode=False)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["data_wait"] for row in rows[1:]]
+
+
+# ------------------------------------------------------------ the program
+
+
+def rates_table(rates: dict[str, list[float]], sample_bytes: int) -> str:
+    rows = []
+    for name, found in rates.items():
+        median = statistics.median(found)
+        times = ratio(rates, TARS, name)
+        rows.append((name, f"{median:.0f}", f"{median * sample_bytes / 1e9:.2f}", f"{ratio(rates, name, PREADS):.3f}",
+                     f"{times:.2f}"))  # fmt: skip
+    return table(["", "samples/s", "GB/s", "/ preads", f"{TARS} / it"], rows)
+
+
+@click.command(context_settings={"max_content_width": 110})
+@click.option("--rows", type=click.IntRange(8), default=512, show_default=True, help="Pictures.")
+@click.option("--shape", default="5x197x768", show_default=True, help="Levels, tokens ([CLS] and 196) and width.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads of ours; others' workers."
+)
+@click.option("--steps", type=click.IntRange(0), default=12, show_default=True, help="Of the run that tells data_wait.")
+@click.option("--reps", type=click.IntRange(1), default=5, show_default=True, help="Repetitions; medians are shown.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Of a turn.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where files are written. [default: a temporary one]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
+def cli(
+    rows: int,
+    shape: str,
+    batch_size: int,
+    workers: int,
+    steps: int,
+    reps: int,
+    seconds: float,
+    folder: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Measure loaders of pictures and targets."""
+    running.keep_memory()
+    levels, tokens, width = (int(part) for part in shape.split("x"))
+    with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
+        place = Path(temporary)
+        about = environment(place)
+        click.echo(describe(about))
+        made = make(place, rows, (levels, tokens, width))
+        rates = measure(
+            ways_of(made, batch_size, workers), reps, seconds, lambda line: click.echo(f"  {line}", err=True)
+        )
+        found = waits(made["cache"], steps, batch_size, place / "run") if steps > 1 else []
+    sample = 2 * levels * tokens * width + 4 * (tokens - 1) + 3 * SIZE**2
+    click.echo(f"\n{rows} pictures, {sample / 1e6:.2f} MB a sample, batch {batch_size}, {workers} threads or workers")
+    click.echo(f"\n{rates_table(rates, sample)}\n")
+    lines = [
+        (f"{STORED} / preads", ratio(rates, STORED, PREADS), 0.7),
+        (f"{CHECKED} / preads", ratio(rates, CHECKED, PREADS), 0.7),
+        (f"{TARS} / {WEBDATASET}", ratio(rates, TARS, WEBDATASET), 3.0),
+    ]
+    for text, value, aim in lines:
+        click.echo(f"{text} = {value:.2f}, aim {aim:g}  {'ok' if value >= aim else 'MISSED'}")
+    if found:
+        wait = statistics.median(found)
+        verdict = "ok" if wait < 0.05 else "MISSED"
+        text = f"data_wait, encoder tiny on {'cuda' if torch.cuda.is_available() else 'cpu'}, stored pixels"
+        click.echo(f"{text} = {wait:.4f} (at most {max(found):.4f}), aim below 0.05  {verdict}")
+    options = {"rows": rows, "shape": shape, "batch_size": batch_size, "workers": workers, "seconds": seconds}
+    save(json_path, {**about, "options": options, "rates": rates, "data_wait": found})
+
+
+if __name__ == "__main__":
+    entry(cli)
