@@ -107,7 +107,8 @@ class Cached:
         side = [field for field in (*self.spec.fields, *stats) if field.rpartition("/")[2] != "features"]
         self.second = Second(self.cache, self.spec) if self.spec.second else None
         self.stats = bool(stats)
-        self.reads = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
+        self.own = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
+        self.reads = self.own if self.second is None else (*self.own, *self.second.reads)
         self.resident: Stored | None = None
 
     def layout(self) -> buffers.Layout:
@@ -125,8 +126,8 @@ class Cached:
         return self._read(self.rows[at], view, out) if self.resident is None else self.resident.fetch(at, view, out)
 
     def _read(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None) -> Host:
-        memory = None if out is None else {name: out[name] for name in self.reads}
-        host = self.cache.read(rows, view, self.reads, self.spec.levels or None, self.tokens, memory)
+        memory = None if out is None else {name: out[name] for name in self.own}
+        host = self.cache.read(rows, view, self.own, self.spec.levels or None, self.tokens, memory)
         return host if self.second is None else host | self.second.fetch(rows, view, out)
 
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:

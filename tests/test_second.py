@@ -111,6 +111,14 @@ def test_two_teachers_train_with_a_head_each(path: object, tmp_path: Path) -> No
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
+def test_two_teachers_from_memory(tmp_path: Path) -> None:
+    """--resident holds the second teacher's arrays too: the same losses."""
+    options = ("--cache", ranked_path(), "--steps", "4", "--batch-size", "12", "--precision", "fp32")
+    fx.good(fx.train("mrmae", tmp_path / "a", *options, sets=JOINT))
+    fx.good(fx.train("mrmae", tmp_path / "b", *options, "--resident", sets=JOINT))
+    assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
+
+
 def test_a_setting_against_the_second_teachers_facts(tmp_path: Path) -> None:
     ran = fx.train("mrmae", tmp_path / "run", "--cache", both_path(), *ONE, sets=(*JOINT, "joint_width=768"))
     assert ran.status == 2
