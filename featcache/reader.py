@@ -1,13 +1,13 @@
 """Reading a cache: rows by number, keys to rows, bytes by pread.
 
 n rows asked for, V views, L levels, T tokens, D width. Row ranges are read straight into the caller's arrays; Zarr's
-own machinery is not entered. Every item is compared with its stored crc32c as it comes; `verify_rows` lowers
-the share.
+own machinery is not entered. Every item is compared with its stored crc32c; `verify_rows` lowers the share.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -367,7 +367,7 @@ class Cache:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_reads"):
+        if hasattr(self, "_reads") and not sys.is_finalizing():  # then names are gone, and files close anyway
             self._reads.close()
 
 

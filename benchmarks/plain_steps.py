@@ -1,0 +1,104 @@
+"""Training steps as one writes them with PyTorch and timm alone, to be compared with ours: eager, nothing shared.
+
+Losses and weights are of the same shapes and cost; that their values are the papers' is tested elsewhere. B batch,
+V visible, P patches, L levels, D width, Dt teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Batch = dict[str, Tensor]
+
+
+class _Encoder(nn.Module):
+    """timm's ViT over some of its patches: every block's output."""
+
+    def __init__(self, drop_path: float) -> None:
+        super().__init__()
+        self.vit = timm.create_model("vit_base_patch16_224", num_classes=0, drop_path_rate=drop_path)
+
+    def forward(self, images: Tensor, keep: Tensor) -> list[Tensor]:
+        vit: Any = self.vit
+        x = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+        x = torch.gather(x, 1, keep[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
+        outputs = []
+        for block in vit.blocks:
+            x = block(x)
+            outputs.append(x)
+        return outputs
+
+
+class MaskAlign(nn.Module):
+    """Mixed blocks, one Linear a level, smooth-L1 to the visible tokens' features."""
+
+    def __init__(self, levels: int, width: int) -> None:
+        super().__init__()
+        self.encoder = _Encoder(0.1)
+        self.mix = nn.Parameter(torch.full((levels, 12), 0.01))
+        self.adaptors = nn.ModuleList(nn.Linear(768, width) for _ in range(levels))
+
+    def forward(self, batch: Batch) -> Tensor:
+        keep = batch["ids_keep"]
+        outputs = torch.stack(self.encoder(batch["images"], keep))
+        rows = torch.cat([torch.zeros_like(keep[:, :1]), keep + 1], 1)[..., None]
+        losses = []
+        for level, adaptor in enumerate(self.adaptors):
+            mixed = (self.mix[level].view(-1, 1, 1, 1) * outputs).sum(0)
+            features = batch["features"][:, level]
+            target = torch.gather(features, 1, rows.expand(-1, -1, features.shape[-1]))
+            losses.append(2 * functional.smooth_l1_loss(adaptor(mixed), target))
+        return torch.stack(losses).mean()
+
+
+class Mae(nn.Module):
+    """MAE's decoder on timm's blocks, normalised pixels of the hidden patches."""
+
+    def __init__(self, levels: int, width: int) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import Block
+
+        self.encoder, self.norm = _Encoder(0.0), nn.LayerNorm(768)
+        self.embed, self.mask_token = nn.Linear(768, 512), nn.Parameter(torch.zeros(1, 1, 512))
+        self.positions = nn.Parameter(torch.zeros(1, 197, 512), requires_grad=False)
+        self.blocks = nn.Sequential(*(Block(512, 16, qkv_bias=True) for _ in range(8)))
+        self.head = nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 768))
+
+    def forward(self, batch: Batch) -> Tensor:
+        images, keep, masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
+        x = self.embed(self.norm(self.encoder(images, keep)[-1]))
+        x = torch.cat([x, self.mask_token.expand(len(x), masked.shape[1], -1)], 1)
+        order = torch.argsort(torch.cat([torch.zeros_like(keep[:, :1]), keep + 1, masked + 1], 1), 1)
+        x = torch.gather(x, 1, order[..., None].expand(-1, -1, 512)) + self.positions
+        predicted = self.head(self.blocks(x))[:, 1:]
+        patches = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1).reshape(len(images), 196, 768)
+        target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        error = (predicted - target).square().mean(-1)
+        return torch.gather(error, 1, masked).mean()
+
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {"maskalign": MaskAlign, "mae": Mae}
+
+
+def stepper(name: str, batch: Batch, device: torch.device, precision: str) -> Callable[[], None]:
+    """One optimiser step on a batch that is in memory, in eager mode, as `precision` (no, bf16, fp16) says."""
+    levels, width = (batch["features"].shape[1], batch["features"].shape[-1]) if "features" in batch else (0, 0)
+    model = MODELS[name](levels, width).to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+    kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def step() -> None:
+        with torch.autocast(device.type, kind, enabled=precision != "no"):
+            loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
