@@ -3,6 +3,8 @@
 #   make quickstart      the whole idea on real pictures, some minutes on two cores; QUICKSTART_ARGS="--seeds 0,1,2"
 #   make test            linters, types, doctests and the tests that are not slow; PYTEST_ARGS="-x -k views"
 #   make test-all        the slow ones too
+#   make test EXTRAS=dev,ffcv     those of FFCV's .beton files too, which are skipped without it: it is built from source
+#                        and needs apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++
 #   make clean           removes what these made, but not .venv; make distclean removes that as well
 #
 # PYTHON is the interpreter that .venv is made with: make test PYTHON=python3.12
@@ -12,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MARKS ?= not slow and not gpu
 PYTEST_ARGS ?=
+EXTRAS ?= dev
 QUICKSTART_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m pipelines.quickstart $(QUICKSTART_ARGS)
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,9 +1,10 @@
 """Where pictures come from, and the one way they are decoded.
 
-A source is a folder of pictures or a set of webdataset tars. It gives every picture a key (its path below the source
-without the last suffix), bytes at random access, and labels where there are any. `decode` is the first half of the
-pixel path: full decode with Pillow, no draft mode, no EXIF transpose (as torchvision's ImageFolder), and a named
-conversion to RGB for every mode.
+A source is a folder of pictures, a set of webdataset tars, or an FFCV `.beton` (`beton`). It gives every picture a key
+(its path below the source without the last suffix), bytes at random access, and labels where there are any. `decode` is
+the first half of the pixel path: full decode with Pillow, no draft mode, no EXIF transpose (as torchvision's
+ImageFolder), and a named conversion to RGB for every mode. A source that has another pixel path of its own (`replay`)
+states it as `pixel_path` and decodes its pictures itself.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ import glob
 import io
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from braceexpand import braceexpand
 from PIL import Image
 
-from featcache.errors import UserError
+from featcache.errors import IdentityError, UsageError, UserError
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"])
 ALLOWED = (
     "a folder of pictures (" + " ".join(sorted(SUFFIXES)) + "), "
-    "or webdataset tars as a path, a glob or a brace pattern ('train-{000000..000009}.tar')"
+    "webdataset tars as a path, a glob or a brace pattern ('train-{000000..000009}.tar'), or an FFCV .beton"
 )
+DECODERS = ("pillow", "ffcv")
 
 # Part of every cache's identity: change what a conversion does and this name must change with it.
 PIXEL_PATH = {
@@ -136,15 +138,78 @@ class TarSource:
         return int(text)
 
 
-def open_source(spec: str | os.PathLike[str]) -> Source:
+class Picture(Protocol):
+    """A decoded picture, Pillow's or of a source's own pixel path: what `views.render` takes."""
+
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
+
+def open_source(spec: str | os.PathLike[str], decoder: str = "pillow") -> Source:
     """The pictures at `spec`. Raises UserError when there are none, or when two pictures have one key."""
     text = os.fspath(spec)
     path = Path(text)
-    if text.endswith(".beton"):
-        raise UserError(f"pictures {text!r}: FFCV's .beton files cannot be read by this version; give {ALLOWED}")
-    source: Source = _open_folder(text, path) if path.is_dir() else _open_tars(text, _expand(text))
+    if decoder != "pillow" and not _is_beton(text):
+        raise UsageError(
+            f"--decoder {decoder} decodes what FFCV wrote, a .beton; pictures {text!r} go through --decoder pillow: "
+            "leave --decoder out, or pack them with pipelines.pack_images SRC OUT.beton"
+        )
+    if _is_beton(text):
+        from featcache import beton
+
+        source: Source = beton.open_beton(text)
+    else:
+        source = _open_folder(text, path) if path.is_dir() else _open_tars(text, _expand(text))
     _check_keys(source)
-    return source
+    return through(source, decoder)
+
+
+def _is_beton(text: str) -> bool:
+    return text.endswith(".beton") and not Path(text).is_dir()
+
+
+# ------------------------------------------------------------ pixel paths
+
+
+def pixel_path(source: Source) -> dict[str, Any]:
+    """How the pixels of a source's views come about."""
+    return dict(getattr(source, "pixel_path", PIXEL_PATH))
+
+
+def picture(source: Source, index: int) -> Any:
+    """A decoded `Picture`, by the source's pixel path. Raises PictureError with the decoder's own reason."""
+    own = getattr(source, "picture", None)
+    return decode(source.read(index)) if own is None else own(index)
+
+
+def through(source: Source, decoder: str) -> Source:
+    """The same pictures through a decoder that can decode them, else through the one they have."""
+    from featcache import beton, replay
+
+    if decoder == "ffcv" and isinstance(source, beton.BetonSource):
+        return replay.CompiledSource(source)
+    return source.beton if decoder == "pillow" and isinstance(source, replay.CompiledSource) else source
+
+
+def like(source: Source, path: Mapping[str, Any]) -> Source:
+    """The same pictures through the pixel path of a cache, where they can go through it."""
+    return through(source, path["decoder"])
+
+
+def check_path(source: Source, path: Mapping[str, Any], what: str) -> None:
+    """IdentityError unless pictures go through the pixel path of `what`."""
+    here = pixel_path(source)
+    if differing := [name for name in {**path, **here} if path.get(name) != here.get(name)]:
+        shown = ", ".join(f"{name} is {path.get(name)!r} there, {here.get(name)!r} here" for name in differing[:2])
+        raise IdentityError(
+            f"{what} has views of another pixel path than {source.spec!r} gives: {shown}; extract and train through "
+            f"the same one (--decoder {path.get('decoder')}, on the pictures of the extraction), or extract again"
+        )
+
+
+# ------------------------------------------------------------ folders and tars
 
 
 def _open_folder(spec: str, root: Path) -> Source:

@@ -79,6 +79,7 @@ def options(
         **{key: identity[key] for key in ("order", "codec", "store", "tokens")},
         **({"keep": identity["keep"]} if keep and "keep" in identity else {}),
         **({"pixels": identity["pixels"]} if "pixels" in identity else {}),
+        **({} if (decoder := identity["pixel_path"]["decoder"]) == "pillow" else {"decoder": decoder}),
         **({"precision": identity["teacher"]["precision"]} if "precision" in identity["teacher"] else {}),
         "rows-per-shard": identity["rows_per_shard"],
         **({} if size == BATCH_SIZE else {"batch-size": size}),  # a real network gives other bits at another

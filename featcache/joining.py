@@ -51,14 +51,17 @@ def stores_pixels(cache: Cache) -> bool:
     return "pixels" in cache.fields
 
 
-def join(cache: Cache, source: images.Source) -> tuple[I64, I64, int]:
+def join(cache: Cache, source: images.Source, *, decodes: bool = True) -> tuple[I64, I64, int]:
     """(pictures (n,), rows (n,), skipped): source numbers and cache rows of the training pictures, joined by key.
 
-    Quarantined pictures are skipped and counted; any other picture the cache does not know is an IdentityError.
+    Quarantined pictures are skipped and counted; any other picture the cache does not know, or another pixel path than
+    the extraction's where pictures are decoded (`decodes`), is an IdentityError.
     """
     if isinstance(source, Stored) and source.cache is cache:
         every = np.arange(len(cache), dtype=np.int64)
         return every, every, 0
+    if decodes:
+        images.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     rows = cache.keys.find(source.keys)
     unknown = np.flatnonzero(rows < 0)
     quarantined = {row["key"] for row in cache.quarantined}

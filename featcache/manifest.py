@@ -46,6 +46,7 @@ OPTIONS = (
     ("identity.rows_per_shard", "--rows-per-shard"),
     *((f"identity.{name}", f"--{name}") for name in ("views", "levels", "order", "codec", "store", "tokens", "keep")),
     ("identity.pixels", "--pixels"),
+    ("identity.pixel_path.decoder", "--decoder"),
     *((f"identity.policy.{name}", f"--{name}") for name in ("size", "scale", "ratio", "filter", "flip", "jitter")),
     ("identity.policy.seed", "--seed"),
 )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import PIL
 import torch
 from safetensors.numpy import save
 
-from featcache import checksums, codecs, images, manifest, running, targets, teachers, tokenizer, views
+from featcache import checksums, codecs, images, manifest, replay, running, targets, teachers, tokenizer, views
 from featcache.errors import UsageError, UserError
 from featcache.store import SHARDS, Array, record_path
 
@@ -57,6 +58,8 @@ class Plan:
             raise UsageError(f"--keep {self.keep} keeps the first of ranked tokens: give --tokens ranked with it")
         if self.keep is not None and not 1 <= self.keep <= self.teacher.patches:
             raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches are allowed")
+        for each in (self.policy.filter, self.filter):
+            replay.check(images.pixel_path(self.source), each)
 
     @property
     def is_tokenizer(self) -> bool:
@@ -148,7 +151,7 @@ class Plan:
             **({"first_view": self.first_view} if self.first_view else {}),
             "policy": self.policy.as_dict(),
             "views": self.views,
-            "pixel_path": images.PIXEL_PATH,
+            "pixel_path": images.pixel_path(self.source),
             "pictures": {"count": len(self.source), "keys_digest": manifest.keys_digest(self.source.keys)},
             "rows_per_shard": self.rows_per_shard,
             "store": self.store,
@@ -157,10 +160,14 @@ class Plan:
             "weights": teacher.weights,
             **({"compiled": True} if run.compiled else {}),
             "source": os.path.abspath(self.source.spec),  # noqa: PTH100 (a pattern, not always a path)
-            "versions": {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version()},
+            "versions": self._versions(),
         }
         arrays = {array.name: array.as_dict() for array in self.arrays}
         return manifest.make(identity, provenance, arrays, self.shards, self.side_files())
+
+    def _versions(self) -> dict[str, str]:
+        ffcv = {"ffcv": version("ffcv")} if images.pixel_path(self.source)["decoder"] == "ffcv" else {}
+        return {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version(), **ffcv}
 
     def side_files(self) -> dict[str, bytes]:
         """Files beside the manifest: the teacher's tail."""

@@ -34,6 +34,7 @@ def recompute(
     Returns the problems and, for a clean sample, the share of bad rows that 95 % of such samples would have shown.
     `other_pictures`: so many of the rows have other pixels that the pictures, not the cache, must be wrong.
     """
+    images.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     teacher = _same_teacher(cache, weights, device)
     n = min(count, len(cache))
     raw = rng.words(rng.key_digests([f"verify:{n}"]), rng.stream("verify", seed), 2 * len(cache))[0]
@@ -92,7 +93,7 @@ def _recompute_row(cache: Cache, source: images.Source, at: dict[str, int], teac
     if key not in at:
         return Row(f"picture {key!r} is not in {source.spec!r}")
     try:
-        picture = images.decode(source.read(at[key]))
+        picture = images.picture(source, at[key])
     except (images.PictureError, OSError) as reason:
         return Row(f"picture {key!r} can no longer be used: {reason}")
     policy = views.from_dict(cache.identity["policy"])

@@ -70,7 +70,7 @@ def render(plans: Sequence[Plan], index: int) -> Rendered:
     policy's size and filter. The plans share pictures, policy and view numbers."""
     plan = plans[0]
     key = plan.source.keys[index]
-    picture = images.decode(plan.source.read(index))
+    picture = images.picture(plan.source, index)
     size = (picture.height, picture.width)
     drawn = views.draw(plan.policy, rng.key_digests([key]), np.array([size]), plan.view_numbers)
     proof, seen = (plan.policy.size, plan.policy.filter), {(each.input_px, each.filter) for each in plans}

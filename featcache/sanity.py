@@ -69,11 +69,10 @@ def check(teacher: Teacher, source: images.Source, policy: views.Policy, batch_s
     if isinstance(teacher, tokenizer.Tokenizer):
         raise UsageError(f"--check-teacher: {teacher.name!r} gives discrete tokens, not features; leave it out")
     chosen, labels = _choose(source)
+    filter = "bicubic" if policy.filter == views.AREA else policy.filter  # whole pictures are always Pillow's
     features, thumbnails = [], []
     for low in range(0, len(chosen), batch_size):
-        pixels = [
-            _view(source, index, teacher.input_px, policy.filter) for index in chosen[low : low + batch_size].tolist()
-        ]
+        pixels = [_view(source, index, teacher.input_px, filter) for index in chosen[low : low + batch_size].tolist()]
         thumbnails += [views.thumbnail(each).reshape(-1) for each in pixels]
         features.append(_embed(teacher, np.stack(pixels)))
     plain = torch.from_numpy(np.stack(thumbnails)).float()

@@ -175,7 +175,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             return stored
         number = int(self.pictures[index])
         try:
-            picture = images.decode(self.source.read(number))
+            picture = images.picture(self.source, number)
         except (images.PictureError, OSError) as error:
             key = self.source.keys[number]
             raise UserError(f"picture {key!r} cannot be used in training: {error}; mend it, or remove it") from error
@@ -209,7 +209,7 @@ def tensor(values: npt.NDArray[Any]) -> Tensor:
 
 def _open(pictures: str | os.PathLike[str] | images.Source | None, cache: Cache) -> images.Source:
     if isinstance(pictures, str | os.PathLike):
-        return images.open_source(pictures)
+        return images.like(images.open_source(pictures), cache.identity["pixel_path"])
     if pictures is not None:
         return pictures
     if not joining.stores_pixels(cache):

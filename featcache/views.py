@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+AREA = "area"  # OpenCV's INTER_AREA, which pictures that FFCV decodes are resized by (`replay`), and no others
 TRIES = 10  # torchvision's RandomResizedCrop tries ten boxes before it takes the centre
 _WORDS = 4 * TRIES + 8  # four a try (area, ratio, top, left), then flip, brightness, contrast, saturation, order
 _ORDERS = list(permutations(("brightness", "contrast", "saturation")))  # jitter's fourth number counts these
@@ -60,7 +61,7 @@ class Policy:
             (1 <= self.size <= 4096, f"size {self.size}: 1 to 4096 pixels are allowed"),
             (0 < low <= high <= 1, f"scale {low:g},{high:g}: 0 < low <= high <= 1 is allowed"),
             (0 < self.ratio[0] <= self.ratio[1] < math.inf, f"ratio {self.ratio}: 0 < low <= high is allowed"),
-            (self.filter in FILTERS, f"filter {self.filter!r}: {errors.near(self.filter, FILTERS)}"),
+            (self.filter in {*FILTERS, AREA}, f"filter {self.filter!r}: {errors.near(self.filter, [*FILTERS, AREA])}"),
             (0 <= self.flip <= 1, f"flip {self.flip:g}: a probability from 0 to 1 is allowed"),
             (0 <= self.jitter < 1, f"jitter {self.jitter:g}: 0 to below 1 is allowed"),
             (0 <= self.seed < 2**63, f"seed {self.seed}: 0 to 2**63 - 1 is allowed"),
@@ -121,10 +122,10 @@ def from_dict(fields: dict[str, Any]) -> Policy:
 def stored_view(
     digests: rng.U64, epoch: int | npt.NDArray[np.int64], count: int | npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """digests (n, 2) -> (n,) which of `count` stored views each picture shows in an epoch, each one or one per picture:
-    (epoch + offset(key)) mod count, so every view is shown equally often, and a batch mixes views."""
-    epochs, counts = np.asarray(epoch, np.uint64), np.asarray(count, np.uint64)
-    return ((epochs + digests[:, 0] % counts) % counts).astype(np.int64)
+    """digests (n, 2) -> (n,) which of `count` stored views each picture shows in an epoch: (epoch + offset(key)) mod
+    count, so every view is shown equally often, and a batch mixes views. `epoch`, `count`: one number, or (n,)."""
+    counts = np.asarray(count, np.uint64)
+    return ((np.asarray(epoch, np.uint64) + digests[:, 0] % counts) % counts).astype(np.int64)
 
 
 class Drawn(NamedTuple):
@@ -205,19 +206,29 @@ def _jitter(policy: Policy, raw: rng.U64) -> npt.NDArray[np.float32]:
     return np.concatenate([factors, order[..., None]], -1).astype(np.float32)
 
 
+class Replaying(Protocol):
+    """A decoded picture of a pixel path that replays views itself; arguments are those of `render`."""
+
+    def replay(
+        self, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str
+    ) -> npt.NDArray[np.uint8]: ...
+
+
 def render(
-    picture: Image.Image, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str
+    picture: Image.Image | Replaying, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str
 ) -> npt.NDArray[np.uint8]:
     """Replay one stored view of an RGB picture at any size: (size, size, 3) uint8."""
+    if not isinstance(picture, Image.Image):
+        return picture.replay(crop, flip, jitter, size, filter)
     top, left, height, width = (int(x) for x in crop)
-    picture = _apply_jitter(picture, jitter)
+    picture = apply_jitter(picture, jitter)
     out = picture.crop((left, top, left + width, top + height)).resize((size, size), FILTERS[filter])
     if flip:
         out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(out)
 
 
-def _apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
+def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
     """The whole picture's brightness, contrast (about its mean grey) and saturation, in the stored order."""
     factors = dict(zip(("brightness", "contrast", "saturation"), (float(x) for x in jitter[:3]), strict=True))
     enhance = {

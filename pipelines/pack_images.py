@@ -1,6 +1,7 @@
-"""Pack pictures into webdataset tar shards, in a seeded shuffled order.
+"""Pack pictures into webdataset tar shards, in a seeded shuffled order; or into one FFCV `.beton` (`pack_beton`).
 
     python -m pipelines.pack_images SRC OUT --shard-size N
+    python -m pipelines.pack_images SRC OUT.beton
 
 SRC is whatever `featcache.images.open_source` opens; a shard holds KEY.EXT with the picture's own bytes and, where the
 source is labelled, KEY.cls with the class as a decimal number. The names of the classes go to OUT/classes.json. The
@@ -47,11 +48,12 @@ MAGIC = {
     b"P6": ".ppm",
 }
 QUALITY = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}  # every other format that we write is lossless
+PREFIX = "pictures"
 AHEAD = 256  # pictures read (and resized) before their turn; bounds the memory
 
 
 def pack(
-    source: Source, out: Path, shard_size: int, *, seed: int, resize_px: int | None = None, prefix: str = "pictures"
+    source: Source, out: Path, shard_size: int, *, seed: int, resize_px: int | None = None, prefix: str = PREFIX
 ) -> list[Path]:
     """Write the shards OUT/PREFIX-000000.tar ... and OUT/classes.json; returns the shards."""
     _check(out, shard_size, resize_px, prefix)
@@ -113,7 +115,7 @@ def _write_shards(
     names = [f"{prefix}-{number:06d}.tar" for number in range(-(-len(order) // shard_size))]
     bar = tqdm(total=len(order), unit="picture", desc="packing", disable=None)  # None: only on a terminal
     with bar, ThreadPoolExecutor() as pool:
-        pictures = _ahead(pool, partial(_picture, source, resize_px), order)
+        pictures = _ahead(pool, partial(picture_of, source, resize_px), order)
         rows = iter(zip(order, pictures, strict=True))
         for name in names:
             with tarfile.open(work / name, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -133,8 +135,8 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[int], Any], rows: Sequence[
         yield from pool.map(work, rows[start : start + AHEAD])
 
 
-def _picture(source: Source, resize_px: int | None, row: int) -> tuple[str, bytes]:
-    """Suffix and bytes of one picture as they go into a shard."""
+def picture_of(source: Source, resize_px: int | None, row: int) -> tuple[str, bytes]:
+    """Suffix and bytes of one picture as they are packed."""
     data = source.read(row)
     suffix = Path(source.files[row]).suffix.lower() if isinstance(source, FolderSource) else _sniff(data)
     if resize_px is None:
@@ -200,28 +202,48 @@ def _write_synced(path: Path, text: str) -> None:
 @click.command()
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--shard-size", type=int, required=True, help="Pictures a shard.")
+@click.option("--shard-size", type=int, help="Pictures a shard; needed for tars.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the shuffled order.")
 @click.option("--resize", "resize_px", type=int, metavar="PX", help="Shorter side to PX pixels; never enlarges.")
-@click.option(
-    "--name", "prefix", default="pictures", show_default=True, metavar="PREFIX", help="Shards are PREFIX-NNNNNN.tar."
-)
-def cli(src: str, out: Path, shard_size: int, seed: int, resize_px: int | None, prefix: str) -> None:
-    """Pack the pictures of SRC into webdataset tar shards in OUT, in a seeded shuffled order.
+@click.option("--name", "prefix", metavar="PREFIX", help="Shards are PREFIX-NNNNNN.tar.  [default: pictures]")
+def cli(src: str, out: Path, shard_size: int | None, seed: int, resize_px: int | None, prefix: str | None) -> None:
+    """Pack the pictures of SRC into webdataset tar shards in OUT, or into one FFCV file OUT.beton, in a seeded shuffled
+    order.
 
-    SRC is a folder of pictures (class folders become labels) or webdataset tars. Bytes are kept as they are, unless
-    --resize makes a picture smaller: it is then re-encoded in its own format (JPEG and WebP at quality 95).
+    SRC is a folder of pictures (class folders become labels), webdataset tars or a .beton. Bytes are kept as they are,
+    unless --resize makes a picture smaller: it is then re-encoded in its own format (JPEG and WebP at quality 95). In a
+    .beton, pictures that are no grey or RGB JPEG are stored as their pixels.
 
     \b
     Examples:
       python -m pipelines.pack_images photos packed --shard-size 1000
       python -m pipelines.pack_images imagenet/train shards --shard-size 1000 --name train --resize 256
       python -m pipelines.pack_images 'old-{000000..000009}.tar' reshuffled --shard-size 500 --seed 1
+      python -m pipelines.pack_images imagenet/train train.beton
     """
+    is_beton = out.suffix == ".beton"
+    _check_kind(out, shard_size, prefix, is_beton)
     source = images.open_source(src)
-    shards = pack(source, out, shard_size, seed=seed, resize_px=resize_px, prefix=prefix)
     labels = "no labels" if source.labels is None else f"{len(set(source.labels.tolist()))} classes"
+    if is_beton:
+        from pipelines import pack_beton
+
+        raw = pack_beton.pack(source, out, seed=seed, resize_px=resize_px)
+        click.echo(
+            f"{len(source)} pictures ({labels}) in {out}: {len(source) - raw} JPEGs as they are, {raw} as pixels"
+        )
+        return
+    shards = pack(source, out, shard_size or 0, seed=seed, resize_px=resize_px, prefix=prefix or PREFIX)
     click.echo(f"{len(source)} pictures ({labels}) in {len(shards)} shards: {shards[0]} ... {shards[-1].name}")
+
+
+def _check_kind(out: Path, shard_size: int | None, prefix: str | None, is_beton: bool) -> None:
+    """Options that belong to tars alone."""
+    if not is_beton and shard_size is None:
+        raise UsageError(f"packing into {str(out)!r}: --shard-size N is needed for tars; give 1000, or name OUT.beton")
+    for option, value in {"--shard-size": shard_size, "--name": prefix}.items() if is_beton else ():
+        if value is not None:
+            raise UsageError(f"{option} {value}: {out.name} is one file without shards; leave {option} out")
 
 
 def main() -> None:

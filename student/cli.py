@@ -79,6 +79,11 @@ def main() -> None:
 )
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option("--device", help="cpu keeps off the GPU. [default: cuda where there is one]")
+@click.option(
+    "--decoder",
+    type=click.Choice(["pillow", "ffcv"]),
+    help="ffcv: a .beton through FFCV's own decode. [default: what the cache was extracted through, else pillow]",
+)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads.")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints. [default: an epoch]")
 @click.option(
@@ -291,7 +296,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
     ]  # fmt: skip
     shared = [
         click.Argument(["run"], required=False, type=click.Path(path_type=Path)),
-        click.Option(["--images", "images_spec"], help="Labelled pictures: class folders, or tars with .cls members."),
+        click.Option(["--images", "images_spec"], help="Labelled pictures: class folders, tars with .cls, or .beton."),
         click.Option(["--test", "test_spec"], help="Labelled test pictures. [default: a fifth of --images, held out]"),
         click.Option(["--teacher", "teacher_spec"], help="Evaluate a teacher in place of RUN."),
         click.Option(["--weights"], help="That teacher's weights."),

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from accelerate import Accelerator
 from torch import Tensor
 
-from featcache import images, joining, manifest, rng, running, teachers, views
+from featcache import images, joining, manifest, replay, rng, running, teachers, views
 from featcache.crops import Scale
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
@@ -55,6 +55,7 @@ class Options:
     config: Path | None
     settings: Sequence[str]
     precision: str
+    decoder: str | None
     workers: int
     save_every: int | None
     check_pixels: float
@@ -133,13 +134,14 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     overrides = [*_file_settings(options.config), *options.settings]
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")
-    config.from_overrides(recipe.Config, overrides)  # a wrong setting is told before anything is opened
-    source = images.open_source(options.images) if options.images else None
+    _say_deviation(recipe, config.from_overrides(recipe.Config, overrides), say)  # or a wrong setting, told at once
+    source = images.open_source(options.images, options.decoder or "pillow") if options.images else None
     found = _cache(name, recipe, overrides, source, options)
     if found is not None:
         resolve.verify_small(found.cache)
     if options.teacher == "online" or found is None:
-        chosen = _online(recipe, overrides, found, source or _source_of(found), str(acc.device), options, say)
+        source = _like(source or _source_of(found, options.decoder), found, options)
+        chosen = _online(recipe, overrides, found, source, str(acc.device), options, say)
     else:
         chosen = _cached(found, source, options, say)
     if options.resident:
@@ -191,19 +193,30 @@ def _cache(
     return resolve.find(recipe, name, overrides, source, options.reading) if options.teacher == "cached" else None
 
 
-def _source_of(found: Found | None) -> Source:
+def _like(source: Source, found: Found | None, options: Options) -> Source:
+    """The pictures through the decoder that was asked for, else through that of the cache."""
+    return source if found is None or options.decoder else images.like(source, found.cache.identity["pixel_path"])
+
+
+def _source_of(found: Found | None, decoder: str | None) -> Source:
     """The pictures a cache was made from, where it says and they are still there."""
     if found is None:
         raise UsageError(f"no pictures given: --images SRC is {images.ALLOWED}; FEATCACHE_IMAGES sets a default")
-    return images.open_source(found.cache.manifest["provenance"]["source"])
+    return images.open_source(found.cache.manifest["provenance"]["source"], decoder or "pillow")
 
 
 def _cached(found: Found, given: Source | None, options: Options, say: Say) -> _Chosen:
     _refuse({"--weights": options.weights, "--views": options.views, "--policy": options.policy})
     cache = found.cache
     stored = joining.stores_pixels(cache) and not options.decode
-    source = given or (joining.Stored(cache) if stored else _source_of(found))
-    pictures, rows, skipped = joining.join(cache, source)
+    if stored and options.decoder:
+        raise UsageError(
+            f"--decoder {options.decoder} is about decoding pictures, and the cache stores pixels: leave it out, or "
+            "give --decode with it"
+        )
+    source = given or (joining.Stored(cache) if stored else _source_of(found, options.decoder))
+    source = source if stored else _like(source, found, options)
+    pictures, rows, skipped = joining.join(cache, source, decodes=not stored)
     _say_skipped(skipped, say)
     _say_about(found, say)
     show = _shown(found, pictures, rows, options, say)
@@ -241,6 +254,13 @@ def _say_about(found: Found, say: Say) -> None:
         say(f"note: colours jittered by {policy['jitter']:g}; the recipe was published with {found.spec.jitter:g}")
     for note in found.notes:
         say(f"note: {note}")
+
+
+def _say_deviation(recipe: ModuleType, asked: config.RecipeConfig, say: Say) -> None:
+    """What of the views was set otherwise than the recipe was published with."""
+    published, jitter = recipe.needs(recipe.Config()).jitter, recipe.needs(asked).jitter
+    if jitter != published:
+        say(f"note: jitter={jitter:g} deviates from the recipe, which was published with {published:g}")
 
 
 def _say_skipped(skipped: int, say: Say) -> None:
@@ -284,7 +304,11 @@ def _online(
     elif options.scale is not None:
         raise UsageError("--scale chooses among the views of a cache, and none is read here: give --policy, or --cache")
     plain = config.from_overrides(recipe.Config, overrides)
-    policy = views.from_dict(identity["policy"]) if identity else _fresh(options.policy, recipe.needs(plain))
+    path = images.pixel_path(source)
+    policy = views.from_dict(identity["policy"]) if identity else _fresh(options.policy, recipe.needs(plain), path)
+    if found:
+        images.check_path(source, found.cache.identity["pixel_path"], f"cache {str(found.cache.path)!r}")
+    replay.check(path, policy.filter)
     count = options.views or (found.cache.views if found else None)
     teacher = None
     if recipe.needs(plain).fields:
@@ -306,7 +330,7 @@ def _online(
         pictures, rows, skipped = joining.join(found.cache, source)
         _say_skipped(skipped, say)
         show = _shown(found, pictures, rows, options, say)
-    about = {"kind": "online", "policy": policy.as_dict(), "views": count, **show.about}
+    about = {"kind": "online", "policy": policy.as_dict(), "views": count, "pixel_path": path, **show.about}
     if teacher is not None:
         about |= {"teacher": teacher.name, "weight_hash": teachers.weight_hash(teacher)}
     order = identity["order"] if identity else "attentive"
@@ -314,9 +338,10 @@ def _online(
     return _Chosen(settings, source, targets, show.pictures, about)
 
 
-def _fresh(name: str | None, spec: TargetSpec) -> views.Policy:
-    """The policy that was named, or the crops of the recipe's publication."""
-    return views.policy(name) if name else views.policy(scale=spec.scale, jitter=spec.jitter)
+def _fresh(name: str | None, spec: TargetSpec, path: dict[str, Any]) -> views.Policy:
+    """The policy that was named, or the crops of the recipe's publication, with the filter of the pixel path."""
+    filter = {"filter": views.AREA} if path["decoder"] == "ffcv" else {}
+    return views.policy(name, **filter) if name else views.policy(scale=spec.scale, jitter=spec.jitter, **filter)
 
 
 def _online_facts(

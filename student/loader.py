@@ -134,7 +134,7 @@ class Loader:
         if not self.targets.stored_pixels:
             key = host["keys"][samples[0]]
             try:
-                picture = images.decode(self.source.read(int(self.pictures[at])))
+                picture = images.picture(self.source, int(self.pictures[at]))
             except (images.PictureError, OSError) as error:
                 raise UserError(
                     f"picture {key!r} cannot be used in training: {error}; mend it, or remove it"

@@ -20,19 +20,16 @@ NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", *UNWRIT
 
 
 class Progress:
-    """A bar, and the last loss for the summary."""
+    """A bar with a line behind it."""
 
     def __init__(self, bar: Any, steps_per_epoch: int) -> None:
         self.bar = bar
         self.steps_per_epoch = steps_per_epoch
-        self.loss: float | None = None
 
     def update_with(self, row: dict[str, Any]) -> None:
         late = isinstance(row["loss"], Tensor) and row["loss"].device.type == "cuda"
-        if not (late and row["step"] % EVERY):
-            self.loss = round(float(row["loss"]), 6)
-            if not self.bar.disable:
-                self.bar.set_postfix_str(line(row, self.steps_per_epoch), refresh=False)
+        if not self.bar.disable and not (late and row["step"] % EVERY):
+            self.bar.set_postfix_str(line(row, self.steps_per_epoch), refresh=False)
         self.bar.update()
 
 

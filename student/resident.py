@@ -52,7 +52,7 @@ class Rows:
 
 def load(targets: Cached, acc: Accelerator) -> int:
     """Let `targets` answer from memory from now on; the first process of each machine loads it. Returns the bytes."""
-    layout = {name: item for name, item in targets.layout().items() if name in targets.reads}
+    layout = targets.stored_layout()
     n, views = len(targets.rows), targets.cache.views
     size = sum(_padded((views, n, *item), dtype) for item, dtype in layout.values())
     memory = None

@@ -19,7 +19,7 @@ from typing import Any
 
 from featcache import crops, home, images, invocation, verify
 from featcache.errors import UsageError, UserError
-from featcache.joining import join
+from featcache.joining import join, stores_pixels
 from featcache.reader import Cache
 from featcache.views import Policy
 from student import second
@@ -252,7 +252,7 @@ def _check_fit(candidate: Found, plain: RecipeConfig, source: images.Source | No
             f"{spec.jitter:g} is published"
         )
     if source is not None:
-        join(candidate.cache, source)
+        join(candidate.cache, source, decodes=not stores_pixels(candidate.cache))
 
 
 def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: images.Source | None = None) -> str:
@@ -263,7 +263,9 @@ def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: im
         facts = ["--teacher", config.teacher, "--levels", levels]
         size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
         others = [word for name in _others(spec.fields) for word in ("--teacher", name)]
-        command = [*facts, *size, *_crops(spec), *others, "--images", source.spec if source else "SRC"]
+        decoder = images.pixel_path(source)["decoder"] if source else "pillow"
+        path = [] if decoder == "pillow" else ["--decoder", decoder]
+        command = [*facts, *size, *_crops(spec), *others, *path, "--images", source.spec if source else "SRC"]
     elif not cache.complete:
         command = [*invocation.options(cache.manifest), "--out", str(cache.path)]
     elif names := _others(field for field in spec.fields if field not in cache.fields):

@@ -107,27 +107,26 @@ class Cached:
         side = [field for field in (*self.spec.fields, *stats) if field.rpartition("/")[2] != "features"]
         self.second = Second(self.cache, self.spec) if self.spec.second else None
         self.stats = bool(stats)
-        self.own = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
-        self.reads = self.own if self.second is None else (*self.own, *self.second.reads)
+        self.reads = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
         self.resident: Stored | None = None
 
     def layout(self) -> buffers.Layout:
+        return dict(self.stored_layout()) | ({} if self.stored_pixels else _pixels(self.policy.size))
+
+    def stored_layout(self) -> buffers.Layout:
+        """Shape and type of one sample of all that is read of the cache."""
         nothing = self._read(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
-        pixels = {} if self.stored_pixels else _pixels(self.policy.size)
-        return {name: (array.shape[1:], array.dtype) for name, array in nothing.items()} | pixels
+        return {name: (array.shape[1:], array.dtype) for name, array in nothing.items()}
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
         return self.turns.view(digests, rounds) if self.turns else stored_view(digests, rounds, self.cache.views)
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
-        memory = None if out is None else {name: out[name] for name in self.reads}
-        if self.resident is not None:
-            return self.resident.fetch(at, view, memory)
-        return self._read(self.rows[at], view, memory)
+        return self._read(self.rows[at], view, out) if self.resident is None else self.resident.fetch(at, view, out)
 
     def _read(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None) -> Host:
-        memory = None if out is None else {name: out[name] for name in self.own}
-        host = self.cache.read(rows, view, self.own, self.spec.levels or None, self.tokens, memory)
+        memory = None if out is None else {name: out[name] for name in self.reads}
+        host = self.cache.read(rows, view, self.reads, self.spec.levels or None, self.tokens, memory)
         return host if self.second is None else host | self.second.fetch(rows, view, out)
 
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:

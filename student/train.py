@@ -103,10 +103,10 @@ def _train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         _check_losses(metrics.flush(), job, loader, pupil)
         if first < total or not checkpoint.complete(job.out):
             _save(job, loader, pupil, total, metrics)
-    rows = read(job.out) if bar.loss is None else []  # a run that was complete: its own last loss
-    loss = rows[-1]["loss"] if rows else bar.loss
+    rows = read(job.out)
     skipped = {"skipped": pupil.skipped} if job.ways.skip_nonfinite is not None else {}
-    return {"run": str(job.out), "steps": total, "first_step": first, **record["data"], "loss": loss, **skipped}
+    facts = {"run": str(job.out), "steps": total, "first_step": first, **record["data"], **skipped}
+    return {**facts, "loss": rows[-1]["loss"] if rows else None}
 
 
 def begin(job: Job, loader: Loader, acc: Accelerator, state: dict[str, Any] | None = None) -> Learner:

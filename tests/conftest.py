@@ -7,6 +7,7 @@ among them. S synthetic teacher's pixels are 28, so a whole extraction takes a f
 from __future__ import annotations
 
 import functools
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -22,6 +23,8 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+
+from featcache import beton
 
 # One thread, here and in every process a test starts: bit-equality is promised for one number of threads, and two
 # threads of two processes on shared cores mostly wait for one another.
@@ -66,6 +69,31 @@ def make_photos(root: Path) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of eleven readable pictures; do not write into it."""
     return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def ffcv() -> None:
+    """Skips where FFCV is not installed, which needs Debian packages to build; .ci/run installs it and forbids that."""
+    try:
+        importlib.import_module("ffcv")
+    except ImportError as error:
+        if os.environ.get("FEATCACHE_REQUIRE_FFCV"):
+            pytest.fail(f"FEATCACHE_REQUIRE_FFCV is set, and ffcv cannot be imported: {error}")
+        pytest.skip(f"{error}; to run these tests: {beton.INSTALL}")
+    finally:
+        torch.set_num_threads(1)  # ffcv sets it as well
+
+
+@pytest.fixture(scope="session")
+def ffcv_files(ffcv: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `tests.ffcv_files` wrote; do not write into it."""
+    folder = tmp_path_factory.mktemp("ffcv")
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.ffcv_files", str(folder)],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    return folder
 
 
 def make_plan(folder: Path, teacher: str = SYNTHETIC, weights: str | None = None, **changes: Any) -> Plan:

@@ -5,24 +5,32 @@ How fast anything is has no place here: 16 rows of 2 x 5 x 16 say nothing about 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.datasets
+import sklearn.utils
 import torch
+from safetensors.torch import save_file
 
 import featcache
-from benchmarks import bench_extract, bench_read, cold, drop, peers, resident, table, warm
+from benchmarks import bench_extract, bench_read, bench_recipes, cold, drop, peers, resident, table, warm
 from benchmarks.contest import Contest, Reader, Task, Turn, check, take
 from benchmarks.records import Bench, Way, make_source, write_cache
 from featcache.errors import UsageError, UserError
-from featcache.teachers import load
+from featcache.images import open_source
+from featcache.teachers import load, load_tokenizer
+from pipelines import digits, tokenizer
+from student import checkpoint, recipes
 
 TASK = Task(16, (2, 5, 16), 2, 4, 4)
 ORDER = np.random.default_rng(0).permutation(16)
@@ -130,6 +138,95 @@ def test_bench_extract_to_its_end(tmp_path: Path, ready: tuple[str, ...]) -> Non
     assert len(aimed) == 2
     assert lines[-1].startswith("the stage that limits the extraction into the store: ")
     assert [path.name for path in tmp_path.iterdir()] == ["extract.json"]
+
+
+def test_bench_recipes_has_a_row_for_every_recipe() -> None:
+    assert {case.recipe for case in bench_recipes.CASES.values()} == set(recipes.names())
+    assert "target=f" in bench_recipes.settings_of(bench_recipes.Case("kd"))
+    assert not any(text.startswith("target=") for text in bench_recipes.settings_of(bench_recipes.Case("maskalign")))
+    own = bench_recipes.settings_of(bench_recipes.Case("mae", settings={"decoder_depth": 3}))
+    assert [text for text in own if text.startswith("decoder_depth")] == ["decoder_depth=3"]
+
+
+def test_bench_recipes_tells_who_learnt_and_who_did_not() -> None:
+    before = [60.0, 61.0, 62.0, 63.0, 64.0]  # 62 and sqrt(2.5)
+    common = {"untrained": before, "wanted": 65.16, "seconds": 7.4}
+    found = {
+        "a": {**common, "passed": True, "checkpoints": [(50, 40.0), (100, 70.5)]},
+        "b": {**common, "passed": False, "checkpoints": [(50, 64.0), (100, 51.0)]},
+    }
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in bench_recipes.report(found, 100).splitlines()]
+    assert rows[2] == ["a", "62.0 ± 1.6", "65.2", "100", "70.5", "7"]
+    assert rows[3] == ["b", "62.0 ± 1.6", "65.2", "not in 100", "best 64.0", "7"]
+
+
+TRAINING = """
+import sys, time, torch
+from pathlib import Path
+folder = Path(sys.argv[1]) / "checkpoints"
+folder.mkdir(parents=True)
+for step in (5, 10, 15):
+    (folder / f"step-{step:08d}.part").touch()
+    (folder / f"step-{step:08d}.part").rename(folder / f"step-{step:08d}.pt")
+    time.sleep(0.6)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_bench_recipes_looks_at_every_checkpoint(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that writes three, the next while this one is looked at, were it not held; one that fails says so in
+    one line."""
+    monkeypatch.setattr(checkpoint, "load_encoder", lambda run: (checkpoint.step_of(run), {}))
+    command = [sys.executable, "-c", TRAINING, str(tmp_path), str(status)]
+    seen = []
+    with pytest.raises(UserError, match="failed: 3") if status else contextlib.nullcontext():
+        for each in bench_recipes.checkpoints(command, tmp_path):
+            seen.append(each)
+            time.sleep(1.3)
+    assert seen == [(5, 5), (10, 10), (15, 15)]
+
+
+def test_bench_recipes_stops_the_training_it_need_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "load_encoder", lambda run: (checkpoint.step_of(run), {}))
+    command = [sys.executable, "-c", TRAINING.replace("0.6", "60"), str(tmp_path), "0"]
+    with contextlib.closing(bench_recipes.checkpoints(command, tmp_path)) as found:
+        assert next(found) == (5, 5)
+
+
+def few_digits(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """60 digits to learn from and 60 held out, a teacher and a tokenizer that have learnt nothing: what the program
+    would otherwise make in minutes."""
+    whole = sklearn.datasets.load_digits()
+    cut = sklearn.utils.Bunch(images=whole.images[:120], target=whole.target[:120])
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: cut)
+    monkeypatch.setattr(digits, "TRAIN", 60)
+    digits.write_shards(home, seed=0)
+    train = open_source(f"{home}/data/train-*.tar")
+    save_file(digits.train_teacher(train, seed=0, epochs=2).state_dict(), home / "teacher.safetensors")
+    words = load_tokenizer(tokenizer.SPEC, "random:0")
+    save_file(dict(words.state_dict()), home / "tokenizer.safetensors")
+    for name in ("teacher", "tokenizer"):
+        (home / f"{name}.json").write_text(json.dumps({"name": name}))
+    return home
+
+
+@pytest.mark.slow
+def test_bench_recipes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two recipes, four steps: nothing is learnt, which is told, and the exit status is 1."""
+    path, home = tmp_path / "r.json", few_digits(tmp_path / "d", monkeypatch)
+    small = ("--steps", 4, "--every", 2, "--batch-size", 8, "--recipe", "cae", "--recipe", "mae")
+    ran = program("bench_recipes", *small, "--folder", home, "--json", path)
+    assert ran.returncode == 1, ran.stderr
+    assert "not 2 standard deviations above untrained encoders within 4 steps" in ran.stderr.splitlines()[-1]
+    found = json.loads(path.read_text())
+    assert set(found["recipes"]) == {"cae", "mae"}
+    for row in found["recipes"].values():
+        assert len(row["untrained"]) == 5
+        assert row["wanted"] == pytest.approx(np.mean(row["untrained"]) + 2 * np.std(row["untrained"], ddof=1))
+        assert [step for step, _ in row["checkpoints"]][-1] == 4
+    assert found["tokenizer"] == {"name": "tokenizer"}
+    assert "| cae " in ran.stdout
 
 
 def test_the_bare_network_is_the_same_without_hooks() -> None:

@@ -167,10 +167,42 @@ def test_it_is_loaded_as_a_tokenizer_only() -> None:
         teachers.load("dvae", "random:0")
     with pytest.raises(UsageError, match=r"gives features, not token ids.*dvae"):
         teachers.load_tokenizer("synthetic")
-    with pytest.raises(UsageError, match="no options, width given"):
-        teachers.load_tokenizer("dvae,width=3", "random:0")
     with pytest.raises(UsageError, match="none has a tag"):
         teachers.load_tokenizer("dvae", "openai")
+
+
+def test_a_smaller_one_is_told_by_options(tmp_path: Path, encoder: dvae.Dvae) -> None:
+    """8 wide, 24 words, 64 pixels: a grid of 8 x 8, ids by the description in float64."""
+    spec = f"dvae,img_size=64,width={WIDTH},vocabulary={WORDS}"
+    save_file(encoder.state_dict(), tmp_path / "w.safetensors")
+    small = teachers.load_tokenizer(spec, str(tmp_path / "w.safetensors"))
+    assert (small.name, small.input_px, small.patches, small.vocabulary) == (spec, 64, 64, WORDS)
+    images = ref.photographs(64)
+    expected = described(published(encoder), 0.8 * (images.double() / 255) + 0.1).argmax(1)
+    assert torch.equal(small(images), expected.reshape(3, 64))
+    drawn = teachers.load_tokenizer("dvae,width=8,vocabulary=24", "random:0")
+    assert (drawn.input_px, drawn.patches, drawn(ref.photographs(112)).shape) == (112, 196, (3, 196))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("widht=8", r"unknown option 'widht'; did you mean width\b"),
+        ("img_size=60", "img_size=60; a multiple of 8 is needed, as 112"),
+        ("width=6", "width=6; a multiple of 4 is needed, as 256"),
+        ("vocabulary=0", "vocabulary=0; a multiple of 2 is needed, as 8192"),
+        ("width=wide", "width=wide; a multiple of 4 is needed"),
+    ],
+)
+def test_sizes_that_cannot_be_built(options: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        teachers.load_tokenizer(f"dvae,{options}", "random:0")
+
+
+def test_weights_of_other_sizes_are_one_line(tmp_path: Path, encoder: dvae.Dvae) -> None:
+    save_file(encoder.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"do not fit dvae: blocks\.\S+ is .* is needed"):
+        teachers.load_tokenizer("dvae,width=16,vocabulary=24", str(tmp_path / "w.safetensors"))
 
 
 @pytest.mark.slow

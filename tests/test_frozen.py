@@ -117,7 +117,7 @@ def test_timm_teacher_equals_the_same_network_as_an_encoder_with_its_own_pixels(
 
 
 def test_run_is_loaded_through_its_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = SimpleNamespace(load_encoder=lambda run: (tiny_vit(), {"img_size": 16}))
+    module = SimpleNamespace(load_encoder=lambda run, ema: (tiny_vit(), {"img_size": 16}))
     monkeypatch.setitem(sys.modules, "student.checkpoint", module)
     got = fz.from_run(tmp_path)
     assert (got.img_size, got.name, got.pool) == (16, str(tmp_path), "cls")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from featcache import images
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from tests.conftest import waves
 
 
@@ -97,9 +97,18 @@ def test_a_picture_file_is_no_source(tmp_path: Path) -> None:
         images.open_source(tmp_path / "one.png")
 
 
-def test_beton_is_refused_with_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="beton"):
-        images.open_source(tmp_path / "x.beton")
+def test_what_is_allowed_names_every_kind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a folder of pictures .* webdataset tars .* an FFCV \.beton"):
+        images.open_source(tmp_path / "x.png")
+
+
+def test_a_folder_may_be_called_beton(tmp_path: Path) -> None:
+    assert images.open_source(write_folder(tmp_path / "x.beton", "a.png")).keys == ["a"]
+
+
+def test_ffcvs_decoder_is_for_its_files_alone(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--decoder ffcv decodes what FFCV wrote, a \.beton"):
+        images.open_source(write_folder(tmp_path, "a.png"), "ffcv")
 
 
 def test_double_keys_are_refused_by_name(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_a_full_disk_is_one_line(run: Run, classes: Path, tmp_path: Path, monkey
         (["--shard-size", 0], 2, "--shard-size 0: a shard holds 1 picture or more"),
         (["--shard-size", 1, "--resize", 0], 2, "--resize 0: the shorter side has 1 pixel or more"),
         (["--shard-size", 1, "--name", "a/b"], 2, "--name 'a/b': letters, digits"),
-        ([], 2, "Missing option '--shard-size'"),
+        ([], 2, "--shard-size N is needed for tars; give 1000, or name OUT.beton"),
     ],
 )
 def test_wrong_commands(

@@ -55,17 +55,15 @@ def test_a_terminal_shows_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "30/100" in last
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", last), last  # passed < left
     assert "loss 1.2346" in last
-    assert bar.loss == 1.23456
 
 
 def test_nothing_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not into a file, not by another process than the first; the last loss is known all the same."""
+    """Not into a file, not by another process than the first."""
     for out, speaks in ((io.StringIO(), True), (Terminal(), False)):
         monkeypatch.setattr(sys, "stderr", out)
         with progress.shown(10, 0, 12, speaks) as bar:
             bar.update_with(ROW)
         assert out.getvalue() == ""
-        assert bar.loss == 1.23456
 
 
 def test_a_whole_command_in_a_file_says_what_it_does_and_no_more(tmp_path: Path) -> None:

@@ -87,6 +87,18 @@ def test_a_kept_cache_serves_what_reads_visible_tokens_only(tmp_path: Path) -> N
     assert "and the recipe reads all" in fx.train("milan", tmp_path / "b", *options).line
 
 
+def test_colours_that_deviate_from_the_publication_are_called_so(tmp_path: Path) -> None:
+    """The cache is not jittered, CAE v2 was published with 0.4: either the cache or the setting is said to differ."""
+    options = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--steps", "0")
+    asked = fx.good(fx.train("caev2", tmp_path / "a", *options, sets=("jitter=0",)))
+    assert "note: jitter=0 deviates from the recipe, which was published with 0.4\n" in asked.err
+    assert "colours jittered" not in asked.err
+    plain = fx.good(fx.train("caev2", tmp_path / "b", *options))
+    assert "note: colours jittered by 0; the recipe was published with 0.4\n" in plain.err
+    assert "jitter=" not in plain.err
+    assert "jitter" not in fx.good(fx.train("kd", tmp_path / "c", *options)).err
+
+
 def test_every_recipe_is_among_them() -> None:
     assert sorted(fx.RECIPES) == recipes.names()
 

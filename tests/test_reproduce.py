@@ -236,6 +236,7 @@ def test_some_steps_may_be_left_out(tmp_path: Path, pictures: Path) -> None:
     assert [(step - 1) // 3 for step in bad] == [0, 1, 2, 3]
     assert [row["skipped"] for row in rows] == [sum(each <= row["step"] for each in bad) for row in rows]
     assert ran.json["skipped"] == 4
+    assert ran.json["loss"] == rows[-1]["loss"]  # JSON, whatever it is
     assert checkpoint.newest(run)["skipped"] == 4
     assert all(value.isfinite().all() for value in fx.weights(run).values())
     assert len(list((run / "nonfinite").iterdir())) == 1  # of the first

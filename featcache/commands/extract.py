@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     multiple=True,
     help="Name, or NAME,key=value,...; `featcache teachers` lists them. Several: one pass over the same views.",
 )
-@click.option("--images", "images_spec", help="Folder of pictures or webdataset tars. [default: $FEATCACHE_IMAGES]")
+@click.option(
+    "--images", "images_spec", help="Folder of pictures, webdataset tars or .beton. [default: $FEATCACHE_IMAGES]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]")
 @click.option(
     "--views", "view_count", type=click.IntRange(1), default=1, show_default=True, help="Views drawn of each picture."
@@ -55,7 +57,9 @@ if TYPE_CHECKING:
 @click.option("--size", type=int, help="Pixels of a view, a side. [default: the policy's, 224]")
 @click.option("--scale", type=Pair(), help="Share of the picture's area in a view. [default: the policy's, 0.2,1]")
 @click.option("--ratio", type=Pair(), help="Width / height of a view. [default: the policy's, 3/4,4/3]")
-@click.option("--filter", "filter_name", help="bicubic, bilinear or lanczos. [default: the policy's, bicubic]")
+@click.option(
+    "--filter", "filter_name", help="bicubic, bilinear or lanczos; area with FFCV. [default: the policy's, bicubic]"
+)
 @click.option("--flip", type=float, help="Probability of a mirrored view. [default: the policy's, 0.5]")
 @click.option(
     "--jitter", type=float, help="Largest change of brightness, contrast, saturation. [default: the policy's, 0]"
@@ -80,6 +84,13 @@ if TYPE_CHECKING:
 @click.option("--keep", help="With --tokens ranked: store only the first N patches of a view, or a share such as 0.3.")
 @click.option(
     "--pixels", type=click.Choice(["raw"]), help="raw: store the rendered views, so training decodes nothing."
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(images.DECODERS),
+    default="pillow",
+    show_default=True,
+    help="ffcv: a .beton through FFCV's own decode and resize: other pixels than Pillow's. Training does the same.",
 )
 @click.option(
     "--weights",
@@ -122,6 +133,7 @@ def command(
     tokens: str,
     keep: str | None,
     pixels: str | None,
+    decoder: str,
     weights: tuple[str, ...],
     precision: str,
     compiled: bool,
@@ -139,7 +151,7 @@ def command(
     **policy_options: Any,
 ) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
-    from featcache import fleet, running, several, teachers
+    from featcache import fleet, replay, running, several, teachers
     from featcache import plan as plans
     from featcache.device import pick_device
 
@@ -148,8 +160,11 @@ def command(
     level_of, weights_of = several.assign("--levels", levels, names), several.weights(weights, names)
     renamed = {"filter_name": "filter"}
     changes = {renamed.get(key, key): value for key, value in policy_options.items() if value is not None}
+    if decoder == "ffcv":
+        changes.setdefault("filter", views.AREA)
     policy = views.policy(policy_name, **changes)
-    source = images.open_source(given_images(images_spec))
+    source = images.open_source(given_images(images_spec), decoder)
+    replay.check(images.pixel_path(source), policy.filter)
     if device and devices:
         raise UsageError(f"--device {device} and --devices {devices}: one of them is allowed; leave one out")
     each_device = fleet.devices(devices) if devices else []

@@ -29,6 +29,8 @@ def command(
 
     def load(about: dict[str, Any]) -> tuple[images.Source, teachers.Teacher]:
         source = images.open_source(images_spec or about["provenance"]["source"])
+        source = images.like(source, about["identity"]["pixel_path"])
+        images.check_path(source, about["identity"]["pixel_path"], f"cache {str(cache)!r}")
         given = weights or about["provenance"]["weights"]
         teacher = running.load(about["identity"]["teacher"]["name"], given, pick_device(device))
         return source, running.like(teacher, about["identity"])

@@ -46,6 +46,7 @@ def command(
     if with_teacher:
         with Cache(cache) as opened:
             source = images.open_source(images_spec or opened.manifest["provenance"]["source"])
+            source = images.like(source, opened.identity["pixel_path"])
             facts["recompute"] = ask_teacher(opened, source, weights, recompute, seed, pick_device(device))
         facts["images"] = source.spec
         problems += facts["recompute"]["problems"]

@@ -10,6 +10,9 @@ Weights: the published `encoder.pkl`, which is a whole pickled module and is rea
 it. Pixels in [0, 1] are mapped to 0.8 x + 0.1; there are no mean and deviation. CAE renders the 112 pixels with Lanczos
 from the same crop box as the student's picture.
 
+A smaller one of the same form is told by options, with weights of one's own (pipelines.tokenizer trains one on digits):
+`dvae,img_size=64,width=16,vocabulary=64` reads 64 pixels for a grid of 8 x 8.
+
 B batch, C channels, P patches, S input pixels.
 """
 
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache import teachers, weights
-from featcache.errors import UsageError
+from featcache.errors import UsageError, near
 
 TOKENIZER = True
 NAMES = {
@@ -33,6 +36,8 @@ NAMES = {
 }  # fmt: skip
 _URL = "https://cdn.openai.com/dall-e/encoder.pkl"
 _GROUPS, _BLOCKS = 4, 2
+_SIZES = {"img_size": 112, "width": 256, "vocabulary": 8192}  # options, with the published values
+_STEP = {"img_size": 2 ** (_GROUPS - 1), "width": 4, "vocabulary": 2}  # each is a multiple of it
 _SUFFIXES = {".w": ".weight", ".b": ".bias"}  # the published names of a convolution's parameters
 
 
@@ -57,7 +62,7 @@ class Block(nn.Module):
 
 
 class Dvae(nn.Module):
-    """uint8 pictures -> token ids; `width` and `vocabulary` are the published ones but in tests."""
+    """uint8 pictures -> token ids; the sizes are the published ones where nothing else is said."""
 
     name = "dvae"
     pixel_filter = "lanczos"
@@ -100,10 +105,9 @@ def _group(before: int, after: int, *, pool: bool) -> nn.Sequential:
 
 def load(name: str, options: dict[str, teachers.Option], given: str | None) -> Dvae:
     """`given` None is the published file in torch hub's folder, fetched if need be; else a file or random:SEED."""
-    if options:
-        raise UsageError(f"teacher {name!r} takes no options, {', '.join(options)} given")
+    sizes = _sizes(name, options)
     if given is not None and teachers.is_random(given):
-        drawn = teachers.build(lambda: Dvae(given), given)
+        drawn = teachers.build(lambda: _sized(given, sizes), given)
         assert isinstance(drawn, Dvae)
         return drawn
     path = teachers.file_weights(given)
@@ -111,10 +115,26 @@ def load(name: str, options: dict[str, teachers.Option], given: str | None) -> D
         raise UsageError(f"unknown weights {given!r} of {name}: a file or random:SEED is allowed; none has a tag")
     file = path or str(weights.fetch(lambda: weights.download(_URL, NAMES[name].file), name, _URL))
     with torch.device("meta"):
-        encoder = Dvae(given or teachers.REGISTERED)
+        encoder = _sized(given or teachers.REGISTERED, sizes)
     encoder.to_empty(device="cpu")
     read_into(encoder, file, name)
     return encoder
+
+
+def _sizes(name: str, options: dict[str, teachers.Option]) -> dict[str, int]:
+    """The published sizes, changed by the options; a size that cannot be built is a UsageError."""
+    sizes = dict(_SIZES)
+    for key, value in options.items():
+        if key not in _SIZES:
+            raise UsageError(f"teacher {name!r}: unknown option {key!r}; {near(key, _SIZES)}")
+        if type(value) is not int or value < 1 or value % _STEP[key]:
+            raise UsageError(f"teacher {name!r}: {key}={value}; a multiple of {_STEP[key]} is needed, as {_SIZES[key]}")
+        sizes[key] = value
+    return sizes
+
+
+def _sized(given: str, sizes: dict[str, int]) -> Dvae:
+    return Dvae(given, sizes["width"], sizes["vocabulary"], sizes["img_size"])
 
 
 def read_into(encoder: Dvae, path: str, name: str) -> None:

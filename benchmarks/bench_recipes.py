@@ -1,0 +1,265 @@
+"""Does every recipe learn? Small students on digits, trained until their features beat those they started with.
+
+    python -m benchmarks.bench_recipes                                  every recipe, some ten minutes on two cores
+    python -m benchmarks.bench_recipes --folder digits --recipe cae     one; digits, teacher and caches stay there
+    python -m benchmarks.bench_recipes --epochs 2 --steps 4 --every 2   a trial of the program, not a measurement
+
+The digits and a small ViT that knows them come from `pipelines.digits`, discrete tokens from `pipelines.tokenizer`;
+`featcache extract` stores the views, and each recipe is trained by `student train` from that cache. At every checkpoint
+its encoder is asked for the classes of 397 held-out digits by weighted k-NN. It has learnt when it is above the mean of
+five untrained encoders of its own form by two of their standard deviations; the first such checkpoint is told. A recipe
+that is not there after --steps is told with its best, and the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from benchmarks import describe, environment, save, table
+from featcache import images
+from featcache.cli import entry
+from featcache.errors import STOPPED, UsageError, UserError, near
+from pipelines import digits, tokenizer
+from pipelines.quickstart import run
+from student import checkpoint, frozen, recipes, resolve
+from student.evals import knn
+
+UNTRAINED = 5  # seeds
+ABOVE = 2.0  # standard deviations
+VIEWS, LEVELS = 4, 3
+# Of each setting that a recipe has: one small student, one rate and one schedule for all.
+SETTINGS: dict[str, Any] = {
+    "encoder": "tiny,embed_dim=96,depth=4,num_heads=4",
+    "drop_path": 0,
+    "lr": 1e-3,
+    "warmup_epochs": 2,
+    "level_weights": f"top:{LEVELS}",
+    "target": "f",  # where z is the default: the digits' teacher has no projection
+    "decoder_width": 64,
+    "decoder_depth": 2,
+    "decoder_heads": 4,
+    "regressor_width": 96,
+    "regressor_depth": 2,
+    "regressor_heads": 4,
+    "token_field": tokenizer.FIELD,
+    "vocabulary": tokenizer.SIZES["vocabulary"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table: a recipe on views of `px` pixels, and settings of its own."""
+
+    recipe: str
+    px: int = digits.PX
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {name: Case(name) for name in recipes.names()}
+
+
+@dataclass
+class Digits:
+    """What every recipe is given, below one folder; what is there already is used again."""
+
+    home: Path
+    epochs: int
+    seed: int
+
+    def part(self, name: str) -> str:
+        return f"{self.home}/data/{name}-*.tar"
+
+    def prepare(self) -> None:
+        """Shards, a teacher and a tokenizer."""
+        given = [self.home, "--seed", self.seed, "--epochs"]
+        if not (self.home / "teacher.json").is_file():
+            run("pipelines.digits", *given, self.epochs)
+        if not (self.home / "tokenizer.json").is_file():
+            run("pipelines.tokenizer", *given, max(2, self.epochs // 2))
+
+    def cache(self, px: int) -> Path:
+        """Views of `px` pixels; the teacher looks at the same crops at its own size. Tokens are added."""
+        out = self.home / f"cache-{px}"
+        if out.exists():
+            return out
+        low, high = digits.CROPS["scale"]
+        shared = [
+            "--images", self.part("train"), "--out", out, "--views", VIEWS, "--size", px, "--scale", f"{low},{high}",
+            "--flip", digits.CROPS["flip"], "--seed", self.seed, "--batch-size", 256,
+        ]  # fmt: skip
+        weights = self.home / "teacher.safetensors"
+        run(
+            "featcache",
+            "extract",
+            "--teacher",
+            digits.SPEC,
+            "--weights",
+            weights,
+            "--levels",
+            f"last:{LEVELS}",
+            *shared,
+        )
+        weights = self.home / "tokenizer.safetensors"
+        run("featcache", "extract", "--teacher", tokenizer.SPEC, "--weights", weights, "--add", *shared)
+        return out
+
+
+def settings_of(case: Case) -> list[str]:
+    """`key=value` texts: those of SETTINGS that the recipe has, then the case's own."""
+    has = dataclasses.asdict(recipes.load(case.recipe).Config())
+    chosen = {key: value for key, value in SETTINGS.items() if key in has}
+    if has.get("target") != "z":
+        chosen.pop("target", None)
+    return [f"{key}={value}" for key, value in (chosen | case.settings).items()]
+
+
+def untrained(case: Case, cache: Path, seed: int) -> nn.Module:
+    """The encoder that `student train` starts from."""
+    module = recipes.load(case.recipe)
+    config = resolve.open_given(cache, module, case.recipe, settings_of(case)).config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder: nn.Module = module.Model(config).encoder
+    return encoder
+
+
+def scorer(given: Digits, px: int) -> Callable[[nn.Module], float]:
+    """Per cent of the held-out digits that the k-NN names rightly from an encoder's features."""
+    train, test = (images.open_source(given.part(name)) for name in ("train", "test"))
+
+    def score(encoder: nn.Module) -> float:
+        pool = "cls" if encoder.num_prefix_tokens else "mean"
+        features = frozen.from_encoder(encoder, px, "student", pool)
+        return float(knn.evaluate(features, train, test, crop_pct=1.0)["top1"])
+
+    return score
+
+
+def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]]:
+    """Run a training and give the encoder of each of its checkpoints; closing the iterator stops the training. It is
+    held while a checkpoint is looked at, so that none is passed over, however slow the looking is."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        seen = 0
+        try:
+            while True:
+                ended = process.poll() is not None
+                step = checkpoint.step_of(out) or 0
+                if step > seen:
+                    process.send_signal(signal.SIGSTOP)
+                    encoder, _ = checkpoint.load_encoder(out)
+                    if checkpoint.step_of(out) == step:  # else a newer one came before it was held, and is next
+                        seen = step
+                        yield step, encoder
+                    process.send_signal(signal.SIGCONT)
+                elif ended:
+                    break
+                else:
+                    time.sleep(0.1)
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.terminate()  # it saves a checkpoint and ends
+            _, said = process.communicate()
+    if process.returncode not in (0, STOPPED):
+        raise UserError(f"`{' '.join(command[1:])}` failed: {said.splitlines()[-1] if said else process.returncode}")
+
+
+def measure(name: str, case: Case, given: Digits, runs: Path, *, steps: int, every: int, batch: int) -> dict[str, Any]:
+    """One row: the untrained encoders, what is to be passed, and every checkpoint up to the one that passes it."""
+    cache, score = given.cache(case.px), scorer(given, case.px)
+    started = time.perf_counter()
+    before = [score(untrained(case, cache, seed)) for seed in range(UNTRAINED)]
+    mean, sd = statistics.mean(before), statistics.stdev(before)
+    wanted = mean + ABOVE * sd
+    click.echo(f"{name}: untrained {mean:.1f} ± {sd:.1f}, to pass {wanted:.1f}")
+    out = runs / name.replace(" ", "-")
+    command = [
+        sys.executable, "-m", "student", "train", "--recipe", case.recipe, "--cache", str(cache), "--images",
+        given.part("train"), "--out", str(out), "--steps", str(steps), "--save-every", str(every), "--batch-size",
+        str(batch), "--seed", str(given.seed), "--device", "cpu",
+        *(word for text in settings_of(case) for word in ("--set", text)),
+    ]  # fmt: skip
+    seen: list[tuple[int, float]] = []
+    with contextlib.closing(checkpoints(command, out)) as found:
+        for step, encoder in found:
+            seen.append((step, score(encoder)))
+            click.echo(f"{name}: step {step}, k-NN {seen[-1][1]:.1f}")
+            if seen[-1][1] > wanted:
+                break
+    seconds = round(time.perf_counter() - started, 1)
+    passed = bool(seen) and seen[-1][1] > wanted
+    return {"untrained": before, "wanted": wanted, "passed": passed, "checkpoints": seen, "seconds": seconds}
+
+
+def report(found: dict[str, dict[str, Any]], steps: int) -> str:
+    """The table: a row a recipe."""
+    head = ["recipe", "untrained k-NN %", "to pass", "steps", "k-NN % there", "seconds"]
+    rows = []
+    for name, row in found.items():
+        mean, sd = statistics.mean(row["untrained"]), statistics.stdev(row["untrained"])
+        best = max((score for _, score in row["checkpoints"]), default=0.0)
+        there = row["checkpoints"][-1] if row["passed"] else None
+        told = [str(there[0]), f"{there[1]:.1f}"] if there else [f"not in {steps}", f"best {best:.1f}"]
+        rows.append([name, f"{mean:.1f} ± {sd:.1f}", f"{row['wanted']:.1f}", *told, f"{row['seconds']:.0f}"])
+    return table(head, rows)
+
+
+@click.command()
+@click.option("--recipe", "names", multiple=True, help="A row of the table; several may be given. [default: all]")
+@click.option("--folder", type=click.Path(path_type=Path), help="Digits, teacher and caches; kept, and used again.")
+@click.option("--epochs", type=click.IntRange(2), default=20, show_default=True, help="Of the teacher's training.")
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="At most, of each recipe.")
+@click.option("--every", type=click.IntRange(1), default=50, show_default=True, help="Steps between two checkpoints.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of digits, views and students.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything that was measured.")
+def cli(
+    names: tuple[str, ...],
+    folder: Path | None,
+    epochs: int,
+    steps: int,
+    every: int,
+    batch_size: int,
+    seed: int,
+    json_path: Path | None,
+) -> None:
+    """Train every recipe on digits until its encoder has learnt something."""
+    for name in names:
+        if name not in CASES:
+            raise UsageError(f"unknown --recipe {name!r}: {near(name, CASES)}")
+    with tempfile.TemporaryDirectory(prefix="featcache-bench-") as temporary:
+        started = time.perf_counter()
+        given = Digits(folder or Path(temporary) / "digits", epochs, seed)
+        given.prepare()
+        about = environment(given.home)
+        length = {"steps": steps, "every": every, "batch": batch_size}
+        found = {name: measure(name, CASES[name], given, Path(temporary) / "runs", **length) for name in names or CASES}
+        taught = {name: json.loads((given.home / f"{name}.json").read_text()) for name in ("teacher", "tokenizer")}
+    seconds = round(time.perf_counter() - started, 1)
+    save(json_path, {**about, **length, "settings": SETTINGS, **taught, "recipes": found, "seconds": seconds})
+    click.echo(f"\n{describe(about)}\n\n{report(found, steps)}\n\n{seconds:.0f} s in all")
+    failed = [name for name, row in found.items() if not row["passed"]]
+    if failed:
+        raise UserError(
+            f"{', '.join(failed)}: not {ABOVE:g} standard deviations above untrained encoders within {steps} steps; "
+            "give more --steps"
+        )
+
+
+if __name__ == "__main__":
+    entry(cli)
