@@ -74,11 +74,7 @@ class Turns:
         return cls(digests[ascending], order[ascending], accepted.sum(1)[ascending])
 
     def view(self, digests: rng.U64, epoch: int | I64) -> I64:
-<<<<<<< HEAD
         """digests (B, 2) of pictures that are among them -> (B,) view numbers; one epoch, or one per picture."""
-=======
-        """digests (B, 2) of pictures that are among them -> (B,) view numbers."""
->>>>>>> A
         at = np.searchsorted(self.digests[:, 0], digests[:, 0])
         while (wrong := self.digests[at, 1] != digests[:, 1]).any():  # keys whose first words are equal lie together
             at = at + wrong

@@ -122,17 +122,10 @@ def from_dict(fields: dict[str, Any]) -> Policy:
 def stored_view(
     digests: rng.U64, epoch: int | npt.NDArray[np.int64], count: int | npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-<<<<<<< HEAD
     """digests (n, 2) -> (n,) which of `count` stored views each picture shows in an epoch, each one or one per picture:
     (epoch + offset(key)) mod count, so every view is shown equally often, and a batch mixes views."""
     epochs, counts = np.asarray(epoch, np.uint64), np.asarray(count, np.uint64)
     return ((epochs + digests[:, 0] % counts) % counts).astype(np.int64)
-=======
-    """digests (n, 2) -> (n,) which of `count` stored views each picture shows in an epoch: (epoch + offset(key)) mod
-    count, so every view is shown equally often, and a batch mixes views. `epoch`, `count`: one number, or (n,)."""
-    counts = np.asarray(count, np.uint64)
-    return ((np.asarray(epoch, np.uint64) + digests[:, 0] % counts) % counts).astype(np.int64)
->>>>>>> A
 
 
 class Drawn(NamedTuple):

@@ -23,6 +23,7 @@ from featcache.torch import raster, tensor
 from student.config import RecipeConfig, from_overrides
 from student.recipes import TargetSpec
 
+I64 = npt.NDArray[np.int64]
 Host = dict[str, Any]
 
 
@@ -45,16 +46,7 @@ class Second:
         names = (*self.coded, *(["feature_stats"] if self.stats else []), *(["mask_order"] if self.ranked else []))
         self.reads = tuple(self.place + name for name in names)
 
-<<<<<<< HEAD
     def fetch(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
-=======
-    def fetch(
-        self,
-        rows: npt.NDArray[np.int64],
-        view: npt.NDArray[np.int64],
-        out: Mapping[str, npt.NDArray[Any]] | None = None,
-    ) -> Host:
->>>>>>> A
         """Its stored arrays of the rows, by the names that the cache has for them, in the memory of `out`."""
         memory = None if out is None else {name: out[name] for name in self.reads}
         return self.cache.read(rows, view, self.reads, (self.spec.second_level,), None, memory)
