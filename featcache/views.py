@@ -118,10 +118,11 @@ def from_dict(fields: dict[str, Any]) -> Policy:
     return Policy(**values)
 
 
-def stored_view(digests: rng.U64, epoch: int, count: int) -> npt.NDArray[np.int64]:
+def stored_view(digests: rng.U64, epoch: int, count: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """digests (n, 2) -> (n,) which of `count` stored views each picture shows in an epoch: (epoch + offset(key)) mod
-    count, so every view is shown equally often, and a batch mixes views."""
-    return ((np.uint64(epoch) + digests[:, 0] % np.uint64(count)) % np.uint64(count)).astype(np.int64)
+    count, so every view is shown equally often, and a batch mixes views. `count` is one number, or (n,)."""
+    counts = np.asarray(count, np.uint64)
+    return ((np.uint64(epoch) + digests[:, 0] % counts) % counts).astype(np.int64)
 
 
 class Drawn(NamedTuple):
@@ -177,13 +178,13 @@ def _boxes(
     first = fits.argmax(-1)[..., None]
     boxes = np.stack([np.take_along_axis(part, first, -1)[..., 0] for part in (top, left, h, w)], -1)
     area = np.take_along_axis(fraction, first, -1)[..., 0]
-    centre = np.broadcast_to(_central_box(policy, sizes[:, 0]), (len(sizes), 4))[:, None]
+    centre = np.broadcast_to(central_box(policy, sizes[:, 0]), (len(sizes), 4))[:, None]
     good = fits.any(-1)
     centre_area = centre[..., 2] * centre[..., 3] / (sizes[..., 0] * sizes[..., 1])
     return np.where(good[..., None], boxes, centre), np.where(good, area, centre_area)
 
 
-def _central_box(policy: Policy, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def central_box(policy: Policy, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """sizes (n, 2) -> (n, 4): the whole picture, cut at the centre to a width / height within `ratio`."""
     height, width = sizes[:, 0], sizes[:, 1]
     low, high = policy.ratio

@@ -113,11 +113,15 @@ def load_encoder(run: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _encoder(settings: dict[str, Any], family: str) -> nn.Module:
     """An encoder of a run's settings, at its start values."""
-    from student import beit  # timm's Beit, which most runs do without
+    from student import beit, conv_vit  # which most runs do without
 
     img_size, patch_size = settings["img_size"], settings["patch_size"]
     if family == "mae":
         return vit.build(settings["encoder"], img_size=img_size, patch_size=patch_size)
     if family in beit.FAMILIES:
         return beit.build(settings["encoder"], family, img_size=img_size, patch_size=patch_size)
-    raise UserError(f"cannot build the run's encoder: family {family!r}; known: mae, {', '.join(beit.FAMILIES)}")
+    if family == conv_vit.FAMILY:
+        cls_token = bool(settings.get("conv_cls"))
+        return conv_vit.build(settings["encoder"], img_size=img_size, patch_size=patch_size, cls_token=cls_token)
+    known = ", ".join(("mae", *beit.FAMILIES, conv_vit.FAMILY))
+    raise UserError(f"cannot build the run's encoder: family {family!r}; known: {known}")

@@ -12,6 +12,7 @@ import click
 
 from featcache.cli import entry
 from featcache.errors import STOPPED, StoppedError, UsageError
+from featcache.pair import Pair
 
 if TYPE_CHECKING:
     from student.train import Job
@@ -78,6 +79,19 @@ def main() -> None:
     default=0.0,
     show_default=True,
     help="Mean difference let pass, in levels of 255; written into the run.",
+)
+@click.option(
+    "--scale",
+    type=Pair(),
+    help="Show only the cached views whose crop has such a share of the picture's area. [default: the recipe's, where "
+    "the cache holds it]",
+)
+@click.option(
+    "--without-view",
+    type=click.FloatRange(0, 1),
+    default=0.001,
+    show_default=True,
+    help="Share of pictures that may have no such view and are left out.",
 )
 @click.option("--decode", is_flag=True, help="Decode the pictures although the cache stores pixels (--pixels raw).")
 @click.option("--direct", is_flag=True, help="Read with O_DIRECT: the cache takes no memory from other files.")

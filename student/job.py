@@ -18,9 +18,10 @@ import numpy.typing as npt
 from accelerate import Accelerator
 
 from featcache import images, joining, manifest, rng, running, teachers, views
+from featcache.crops import Scale
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.images import Source
-from student import config, resolve
+from student import config, resolve, shown
 from student.loader import Loader
 from student.recipes import TargetSpec
 from student.resolve import Found, Reading
@@ -29,6 +30,7 @@ from student.train import Job
 
 BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
 
+I64 = npt.NDArray[np.int64]
 Say = Callable[[str], None]
 
 
@@ -58,6 +60,8 @@ class Options:
     decode: bool
     direct: bool
     verify_rows: float
+    scale: Scale | None
+    without_view: float
     read_threads: int | None
     resume: bool
 
@@ -73,7 +77,7 @@ class _Chosen:
     config: config.RecipeConfig
     source: Source
     targets: Targets
-    pictures: npt.NDArray[np.int64]  # numbers of the training pictures in the source
+    pictures: I64  # numbers of the training pictures in the source
     about: dict[str, Any]  # for config.json
 
 
@@ -151,11 +155,13 @@ def _cached(found: Found, given: Source | None, options: Options, say: Say) -> _
     pictures, rows, skipped = joining.join(cache, source)
     _say_skipped(skipped, say)
     _say_about(found, say)
+    show = _shown(found, pictures, rows, options, say)
     if stored:
         say("note: pixels come from the cache, nothing is decoded; --decode decodes the pictures in place of them")
     elif joining.stores_pixels(cache):
         say(f"note: pixels are decoded from {source.spec}, those in the cache are left alone")
     about = {"kind": "cached", "id": cache.manifest["id"], "identity": cache.identity, "views": cache.views}
+    about |= show.about
     about["pixel_tolerance"] = options.pixel_tolerance
     # What was read, and how: of no effect on any number, so that a resumed run may change it.
     about["reading"] = {
@@ -163,19 +169,23 @@ def _cached(found: Found, given: Source | None, options: Options, say: Say) -> _
         "tokens": found.tokens or "all",
         "pixels": "stored" if stored else "decoded",
     }
-    targets = Cached(cache, found.spec, rows, options.pixel_tolerance, found.tokens, stored)
-    return _Chosen(found.config, source, targets, pictures, about)
+    targets = Cached(cache, found.spec, show.rows, options.pixel_tolerance, found.tokens, stored, show.turns)
+    return _Chosen(found.config, source, targets, show.pictures, about)
+
+
+def _shown(found: Found, pictures: I64, rows: I64, options: Options, say: Say) -> shown.Shown:
+    """The views that are shown, and what is said of them."""
+    show = shown.choose(found.cache, pictures, rows, found.spec.scale, options.scale, options.without_view)
+    for note in show.notes:
+        say(f"note: {note}")
+    return show
 
 
 def _say_about(found: Found, say: Say) -> None:
     """What a person should know of the cache that serves."""
     about, policy = found.cache.manifest, found.cache.identity["policy"]
-    scale = tuple(policy["scale"])
     if manifest.is_random(about) and found.spec.fields:
         say(f"note: {manifest.title(about)}")
-    if scale != tuple(found.spec.scale):
-        published = f"{found.spec.scale[0]:g}-{found.spec.scale[1]:g}"
-        say(f"note: crops of {scale[0]:g}-{scale[1]:g} of the area; the recipe was published with {published}")
     if policy["jitter"] != found.spec.jitter and found.spec.fields:
         say(f"note: colours jittered by {policy['jitter']:g}; the recipe was published with {found.spec.jitter:g}")
     for note in found.notes:
@@ -227,6 +237,8 @@ def _online(
     if found:
         _refuse({"--views": options.views, "--policy": options.policy})
         overrides = found.overrides
+    elif options.scale is not None:
+        raise UsageError("--scale chooses among the views of a cache, and none is read here: give --policy, or --cache")
     plain = config.from_overrides(recipe.Config, overrides)
     policy = views.from_dict(identity["policy"]) if identity else _fresh(options.policy, recipe.needs(plain))
     count = options.views or (found.cache.views if found else None)
@@ -245,14 +257,17 @@ def _online(
     settings = resolve.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))
     if teacher is not None and recipe.needs(settings).derive == "z":
         resolve.check_projection(teacher.tail(), f"teacher {teacher.name!r}")
-    pictures, _, skipped = joining.join(found.cache, source) if found else (np.arange(len(source)), None, 0)
-    _say_skipped(skipped, say)
-    about = {"kind": "online", "policy": policy.as_dict(), "views": count}
+    show = shown.Shown(np.arange(len(source)), np.arange(len(source)))
+    if found:
+        pictures, rows, skipped = joining.join(found.cache, source)
+        _say_skipped(skipped, say)
+        show = _shown(found, pictures, rows, options, say)
+    about = {"kind": "online", "policy": policy.as_dict(), "views": count, **show.about}
     if teacher is not None:
         about |= {"teacher": teacher.name, "weight_hash": teachers.weight_hash(teacher)}
     order = identity["order"] if identity else "attentive"
-    targets = Online(policy, recipe.needs(settings), teacher, count, order)
-    return _Chosen(settings, source, targets, pictures, about)
+    targets = Online(policy, recipe.needs(settings), teacher, count, order, show.turns)
+    return _Chosen(settings, source, targets, show.pictures, about)
 
 
 def _fresh(name: str | None, spec: TargetSpec) -> views.Policy:

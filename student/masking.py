@@ -55,13 +55,20 @@ def attentive(raw: U64, attention: npt.NDArray[np.floating]) -> I64:
     return rng.race(attention, raw)
 
 
+def topk(attention: npt.NDArray[np.floating]) -> I64:
+    """attention (n, P) -> order (n, P): by falling attention, equals in raster order; nothing is drawn, so that a view
+    shows the same in each epoch (MR-MAE's focused mimicking, as its text reads)."""
+    _check_attention(attention)
+    return np.argsort(-attention, axis=1, kind="stable")
+
+
 def _check_attention(weight: npt.NDArray[np.floating]) -> None:
     """A row that is not finite, has a negative weight, or nothing but zeros cannot be sampled from."""
     wrong = ~np.isfinite(weight).all(axis=1) | (weight < 0).any(axis=1) | ~(weight > 0).any(axis=1)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise UserError(
-            f"cannot draw an attentive mask: attention of row {row} runs from {weight[row].min()} to "
+            f"cannot take a mask from it: attention of row {row} runs from {weight[row].min()} to "
             f"{weight[row].max()} ({int(wrong.sum())} such rows of {len(weight)}); allowed: finite weights >= 0, not "
             "all zero; run featcache verify on the cache, or train with mask=uniform"
         )
@@ -116,6 +123,7 @@ def _block(u: npt.NDArray[np.float64], hidden: BOOL, wanted: int) -> BOOL:
 
 MASKS: dict[str, Callable[..., I64]] = {
     "attentive": attentive,
+    "topk": topk,
     "uniform": uniform,
     "stored": stored,
     "blockwise": blockwise,

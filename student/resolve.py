@@ -17,11 +17,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from featcache import home, images, invocation, verify
+from featcache import crops, home, images, invocation, verify
 from featcache.errors import UsageError, UserError
 from featcache.joining import join
 from featcache.reader import Cache
 from featcache.views import Policy
+from student import second
 from student.config import OutputConfig, RecipeConfig, from_overrides
 from student.recipes import TargetSpec
 
@@ -87,11 +88,11 @@ def facts(identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _facts(recipe: ModuleType, cache: Cache) -> dict[str, Any]:
-    """`facts`, and for a recipe of the teacher's output what only the tail says."""
+def _facts(recipe: ModuleType, overrides: Sequence[str], cache: Cache) -> dict[str, Any]:
+    """`facts`, for a recipe of the teacher's output what only the tail says, and those of a second teacher."""
     of_output = issubclass(recipe.Config, OutputConfig)
     output = output_facts(cache.tail(), cache.identity["teacher"]["width"]) if of_output else {}
-    return {**facts(cache.identity), **output}
+    return {**facts(cache.identity), **output, **second.facts(recipe.Config, overrides, cache)}
 
 
 def output_facts(tail: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -115,12 +116,12 @@ def open_given(
     """The cache at `path`, checked against the recipe's needs."""
     cache = (reading or Reading()).open(path)
     given = tuple(overrides)
-    config = with_facts(recipe.Config, given, _facts(recipe, cache))
+    config = with_facts(recipe.Config, given, _facts(recipe, given, cache))
     spec = recipe.needs(config)
     notes: list[str] = []
     if _keeps_few(cache, spec) and not any(text.partition("=")[0].strip() == "mask" for text in given):
         given = (*given, "mask=stored")
-        config = with_facts(recipe.Config, given, _facts(recipe, cache))
+        config = with_facts(recipe.Config, given, _facts(recipe, given, cache))
         spec = recipe.needs(config)
         notes.append(f"{_kept(cache)}: mask=stored, a view shows the same in each epoch")
     lacking = missing(cache, spec, config)
@@ -151,7 +152,8 @@ def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
         f"field {', '.join(fields)} is missing, it has {', '.join(cache.fields)}": fields,
         f"level {', '.join(map(str, levels))} is missing, it has {', '.join(map(str, cache.levels))}": levels,
     }
-    return [*(text for text, lacks in found.items() if lacks), *_missing_tokens(cache, spec, config)]
+    own = [text for text, lacks in found.items() if lacks]
+    return [*own, *_missing_tokens(cache, spec, config), *second.missing(cache, spec)]
 
 
 def check_projection(tail: Mapping[str, Any], what: str) -> None:
@@ -218,6 +220,8 @@ def find(
             found.append(candidate)
         except UserError as error:
             rejected.append(f"{path}: {error}")
+    exact = [each for each in found if _scale(each) == each.spec.scale]
+    found = exact or found  # of two, the one whose views are shown without a choice among them
     if len(found) > 1:
         paths = ", ".join(str(each.cache.path) for each in found)
         raise UsageError(f"{len(found)} caches serve {name}: {paths}; choose one with --cache")
@@ -230,13 +234,19 @@ def find(
     )
 
 
+def _scale(found: Found) -> crops.Scale:
+    """The range of the areas of a cache's crops."""
+    low, high = found.cache.identity["policy"]["scale"]
+    return float(low), float(high)
+
+
 def _check_fit(candidate: Found, plain: RecipeConfig, source: images.Source | None) -> None:
     """What a search asks beyond an explicit --cache: the recipe's own teacher and crops, and these pictures."""
     identity = candidate.cache.identity
     if candidate.spec.fields and identity["teacher"]["name"] != plain.teacher:
         raise UserError(f"its teacher is {identity['teacher']['name']}, {plain.teacher} is needed")
     policy, spec = identity["policy"], candidate.spec
-    if (tuple(policy["scale"]), policy["jitter"]) != (spec.scale, spec.jitter):
+    if not crops.within(spec.scale, _scale(candidate)) or policy["jitter"] != spec.jitter:
         raise UserError(
             f"its views are drawn at scale {policy['scale']} with jitter {policy['jitter']:g}, {spec.scale} with "
             f"{spec.jitter:g} is published"
@@ -252,12 +262,18 @@ def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: im
         levels = invocation.levels_text(spec.levels, config.teacher_depth)
         facts = ["--teacher", config.teacher, "--levels", levels]
         size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
-        tokens = [word for name in _tokenizers(spec.fields) for word in ("--teacher", name)]
-        command = [*facts, *size, *_crops(spec), *tokens, "--images", source.spec if source else "SRC"]
+        others = [word for name in _others(spec.fields) for word in ("--teacher", name)]
+        command = [*facts, *size, *_crops(spec), *others, "--images", source.spec if source else "SRC"]
     elif not cache.complete:
         command = [*invocation.options(cache.manifest), "--out", str(cache.path)]
-    elif names := _tokenizers(field for field in spec.fields if field not in cache.fields):
-        command = ["--teacher", names[0], *_same_views(cache), "--add", "--out", str(cache.path)]
+    elif names := _others(field for field in spec.fields if field not in cache.fields):
+        command = ["--teacher", names[0], *_last_level(spec, names[0]), *_same_views(cache)]
+        command += ["--add", "--out", str(cache.path)]
+    elif second.keeps_few(cache, spec):
+        command = [*invocation.options(cache.manifest, keep=False), "--teacher", spec.second]
+    elif second.missing(cache, spec):
+        command = ["--teacher", spec.second, *_last_level(spec, spec.second), *_same_views(cache)]
+        command += ["--add", "--out", str(cache.path)]
     elif _missing_tokens(cache, spec, config) or any(field not in cache.fields for field in spec.fields):
         wanted = sorted({*cache.levels, *spec.levels})
         command = invocation.options(cache.manifest, wanted, cache.views, keep=False)
@@ -267,9 +283,14 @@ def todo(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: im
     return f"make it with: {invocation.command(command)}"
 
 
-def _tokenizers(fields: Iterable[str]) -> list[str]:
-    """Whose tokens are asked for: NAME of NAME/token_ids."""
-    return [field.removesuffix("/token_ids") for field in fields if field.endswith("/token_ids")]
+def _others(fields: Iterable[str]) -> list[str]:
+    """Which other teachers' arrays are asked for: NAME of NAME/token_ids and NAME/features."""
+    return [field.rpartition("/")[0] for field in fields if "/" in field]
+
+
+def _last_level(spec: TargetSpec, name: str) -> list[str]:
+    """The option for a second teacher of features; a tokenizer has one level."""
+    return ["--levels", "last:1"] if name == spec.second else []
 
 
 def _same_views(cache: Cache) -> list[str]:

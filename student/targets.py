@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from featcache import codecs, joining, rng, running, targets, teachers, views
+from featcache.crops import Turns
 from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from featcache.torch import raster, tensor
@@ -24,6 +25,7 @@ from featcache.views import stored_view
 from student import masking
 from student.config import RecipeConfig
 from student.recipes import TargetSpec
+from student.second import Second
 
 I64 = npt.NDArray[np.int64]
 Host = dict[str, Any]  # arrays of a batch on the host
@@ -70,6 +72,7 @@ class Cached:
     tolerance: float = 0.0  # mean difference of block means, in levels of 255, that is let pass
     tokens: int | None = None  # of each level, CLS first; None: all that are stored
     stored_pixels: bool = False  # take the pixels the cache stores, decode nothing
+    turns: Turns | None = None  # of the views that are shown, where not all are
 
     def __post_init__(self) -> None:
         self.policy = views.from_dict(self.cache.identity["policy"])
@@ -81,15 +84,17 @@ class Cached:
         pixels = ("pixels",) if self.stored_pixels else views.Drawn._fields
         self.tail = as_tensors(self.cache.tail()) if self.spec.derive else {}
         stats = ("feature_stats",) if self.tail and float(self.tail["eps"]) != float(np.float32(targets.EPS)) else ()
-        side = [field for field in (*self.spec.fields, *stats) if field != "features"]
+        side = [field for field in (*self.spec.fields, *stats) if field.rpartition("/")[2] != "features"]
+        self.second = Second(self.cache, self.spec) if self.spec.second else None
         self.stats = bool(stats)
         self.reads = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
 
     def view(self, digests: rng.U64, epoch: int) -> I64:
-        return stored_view(digests, epoch, self.cache.views)
+        return self.turns.view(digests, epoch) if self.turns else stored_view(digests, epoch, self.cache.views)
 
     def fetch(self, at: I64, view: I64) -> Host:
-        return self.cache.read(self.rows[at], view, self.reads, self.spec.levels or None, self.tokens)
+        host = self.cache.read(self.rows[at], view, self.reads, self.spec.levels or None, self.tokens)
+        return host if self.second is None else host | self.second.fetch(self.rows[at], view)
 
     def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
         parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
@@ -113,6 +118,8 @@ class Cached:
             stats = self._in_raster(tensor(host["feature_stats"]).to(device), host, device) if self.stats else None
             self.tail = on_device(self.tail, device)
             out |= derived(self.spec, features, stats, self.tail)
+        if self.second is not None:
+            out |= self.second.complete(host, device)
         return out, sources
 
     def _in_raster(self, values: Tensor, host: Host, device: torch.device) -> Tensor:
@@ -129,6 +136,7 @@ class Online:
     teacher: teachers.Teacher | None
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`
+    turns: Turns | None = None  # of the views of a cache that are shown, where not all are
 
     def __post_init__(self) -> None:
         lacking = set(self.spec.fields) - {"features", "attention", "mask_order"}
@@ -140,6 +148,8 @@ class Online:
         self.tail = as_tensors(self.teacher.tail()) if self.teacher is not None and self.spec.derive else {}
 
     def view(self, digests: rng.U64, epoch: int) -> I64:
+        if self.turns is not None:
+            return self.turns.view(digests, epoch)
         if self.views is None:
             return np.full(len(digests), epoch, np.int64)
         return stored_view(digests, epoch, self.views)

@@ -132,8 +132,8 @@ def init_linear_and_norm(module: nn.Module) -> None:
 
 @torch.no_grad()
 def fix_positions(positions: nn.Parameter, grid: int, layout: str = "mae") -> None:
-    """positions (1,1+P,D) become sines and cosines, and are not trained."""
-    positions.copy_(sincos(positions.shape[-1], grid, layout).unsqueeze(0))
+    """positions (1,1+P,D), or (1,P,D) without CLS, become sines and cosines, and are not trained."""
+    positions.copy_(sincos(positions.shape[-1], grid, layout)[-positions.shape[1] :].unsqueeze(0))
     positions.requires_grad_(False)
 
 
@@ -190,8 +190,10 @@ def with_cls(ids: Tensor) -> Tensor:
 
 
 def in_raster(tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-    """tokens (B,1+P,D): CLS, those of ids_keep (B,V), those of ids_masked (B,P-V) -> CLS, then raster order."""
-    return select(tokens, with_cls(torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)))
+    """tokens (B,1+P,D): CLS, those of ids_keep (B,V), those of ids_masked (B,P-V) -> CLS, then raster order; without
+    CLS where there are P tokens."""
+    order = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)
+    return select(tokens, order if tokens.shape[1] == order.shape[1] else with_cls(order))
 
 
 def patchify(images: Tensor, patch_px: int) -> Tensor:
@@ -218,13 +220,26 @@ class Decoder(nn.Module):
     """MAE's decoder: plain self-attention over CLS and all patches, fixed positions, one Linear to the pixels.
 
     Parameter names are those of MAE's released code: a released state dict's `decoder_*` and `mask_token` load here.
+    `cls_token=False` is for an encoder that has none, as ConvMAE's.
     """
 
-    def __init__(self, width_in: int, width: int, depth: int, heads: int, patches_grid: int, out_dim: int) -> None:
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patches_grid: int,
+        out_dim: int,
+        *,
+        cls_token: bool = True,
+    ) -> None:
         super().__init__()
+        self.prefix = int(cls_token)
         self.decoder_embed = nn.Linear(width_in, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + patches_grid**2, width), requires_grad=False)
+        tokens = self.prefix + patches_grid**2
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, width), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=NORM)  # type: ignore[arg-type]  # a partial
             for _ in range(depth)
@@ -237,13 +252,17 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """tokens (B,1+V,D) of the encoder, ids_keep (B,V), ids_masked (B,P-V) -> (B,P,out) in raster order, no CLS."""
-        return self.with_cls(tokens, ids_keep, ids_masked)[:, 1:]
+        return self.with_cls(tokens, ids_keep, ids_masked)[:, self.prefix :]
 
     def with_cls(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """As `forward`, with CLS in front: (B,1+P,out)."""
+        return self.decoder_pred(self.states(tokens, ids_keep, ids_masked))
+
+    def states(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """What the last Linear reads: (B,1+P,width), CLS first where there is one."""
         x = self.decoder_embed(tokens)
         holes = self.mask_token.to(x.dtype).expand(*ids_masked.shape, -1)
         x = in_raster(torch.cat([x, holes], dim=1), ids_keep, ids_masked) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))
+        return self.decoder_norm(x)

@@ -49,6 +49,7 @@ RECIPES = {
     "cae": (*SMALL_BEIT, *REGRESSOR, "decoder_depth=1", "token_field=token_ids", "vocabulary=16"),
     "fd": SMALL_BEIT,
     "mvp": (*SMALL_BEIT, "target=f"),
+    "mrmae": (*COMMON, *DECODER),
 }
 
 

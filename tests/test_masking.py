@@ -202,6 +202,7 @@ def test_unknown_mask() -> None:
 def test_fields() -> None:
     assert {name: masking.fields(name) for name in masking.MASKS} == {
         "attentive": ("attention",),
+        "topk": ("attention",),
         "uniform": (),
         "stored": ("mask_order",),
         "blockwise": (),

@@ -34,12 +34,56 @@ def test_trains_from_a_cache(recipe: str, tmp_path: Path) -> None:
     assert torch.isfinite(features).all()
 
 
+CONV = ("family=conv_vit", "encoder=tiny,stage1=16,stage2=24,embed_dim=48,depth=2,num_heads=3")
+
+
+@pytest.mark.parametrize("cls_token", [False, True])
+def test_masked_convolutions_train_from_a_cache(cls_token: bool, tmp_path: Path) -> None:
+    """And their encoder is taken home: 16 patches, and CLS where it was asked for."""
+    run, sets = tmp_path / "run", (*CONV, f"conv_cls={str(cls_token).lower()}")
+    fx.good(fx.train("mrmae", run, "--cache", fx.cache_path(), "--images", fx.pictures(), *STEPS, sets=sets))
+    losses = fx.losses(run)
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    encoder, _ = checkpoint.load_encoder(run)
+    with torch.no_grad():
+        features = encoder.forward_features(torch.zeros(1, 3, fx.SIZE, fx.SIZE))  # type: ignore[operator]
+    assert features.shape == (1, 16 + cls_token, 48)
+    labelled = fx.save_pictures(tmp_path / "labelled", classes=2)
+    words = ("eval", "knn", run, "--images", labelled, "--device", "cpu", "--json")
+    assert 0 <= fx.good(fx.stud(*words, "--pool", "mean")).json["top1"] <= 100
+    ran = fx.stud(*words)
+    assert ran.status == (0 if cls_token else 2)
+    assert cls_token or "its encoder has none; give --pool mean" in ran.line
+
+
+def test_topk_shows_the_same_in_each_epoch(tmp_path: Path) -> None:
+    """The 4 patches of most attention, whatever the epoch; an attentive draw is another each time."""
+    from student.targets import draw_masks
+
+    with Cache(fx.cache_path()) as cache:
+        module = recipes.load("mrmae")
+        digests, attention = cache.keys.digests, cache.read(np.arange(len(cache)), 0, ("attention",))["attention"]
+        for mask, same in (("topk", True), ("attentive", False)):
+            given = module.Config(img_size=32, patch_size=8, mask=mask)
+            epochs = [
+                draw_masks(given, {"digests": digests, "epoch": epoch}, {"attention": attention}, 0)["ids_keep"]
+                for epoch in (0, 1)
+            ]
+            assert torch.equal(*epochs) is same
+            if same:
+                expected = [sorted(sorted(range(16), key=lambda j, row=row: (-row[j], j))[:4]) for row in attention]
+                assert epochs[0].tolist() == expected
+
+
 def test_a_kept_cache_serves_what_reads_visible_tokens_only(tmp_path: Path) -> None:
     """5 of 16 patches are stored, 4 are shown."""
     options = ("--cache", fx.kept_path(), "--images", fx.pictures(), *STEPS)
     ran = fx.good(fx.train("kd", tmp_path / "run", *options))
     assert "mask=stored" in ran.err
     assert np.isfinite(fx.losses(tmp_path / "run")).all()
+    fx.good(fx.train("mrmae", tmp_path / "c", *options))
+    assert np.isfinite(fx.losses(tmp_path / "c")).all()
+    assert "and the recipe reads all" in fx.train("mrmae", tmp_path / "d", *options, sets=("mimic_at=decoder",)).line
     assert "and the recipe reads all" in fx.train("milan", tmp_path / "b", *options).line
 
 

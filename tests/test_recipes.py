@@ -50,6 +50,7 @@ TINY_SETTINGS = {
     "cae": [*TINY, TINY_BEIT, *TINY_REGRESSOR, "regressor_depth=2", "decoder_depth=2", "vocabulary=9"],
     "fd": [*TINY, "teacher_width=10", TINY_BEIT],
     "mvp": [*TINY_OUTPUT, TINY_BEIT],
+    "mrmae": [*TINY, "teacher_width=10", *TINY_DECODER],
 }
 
 
@@ -65,6 +66,7 @@ def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
         "images": wave(2, 3, 16, 16, phase=0.3),
         "features": wave(2, levels, 17, 12, phase=0.9, size=1.4),
         "targets": wave(2, 17, 10, phase=0.7, size=1.6),
+        "second": wave(2, 17, 6, phase=1.9, size=1.2),
         "token_ids": torch.arange(32).view(2, 16) * 5 % 9,
         "ids_keep": ids_keep,
         "ids_masked": torch.tensor(hidden),
@@ -296,6 +298,11 @@ GOLDEN = {
         family="beit", layer_scale=0.1, **OUTPUT,
     ),
 }  # fmt: skip
+GOLDEN["mrmae"] = golden(
+    drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=80, target="fd", teacher_out=512,
+    family="mae", conv_cls=False, fuse="auto", mimic_at="encoder", mimic_weight=0.5, pixel_weight=0.5,
+    reduction="mean", joint="", joint_depth=12, joint_width=768, **DECODER,
+)  # fmt: skip
 CLIP_L14 = {"teacher": "clip-l14", "teacher_depth": 24, "teacher_width": 1024, "teacher_out": 768}
 # What a model size changes.
 GOLDEN_SIZES: dict[tuple[str, str], dict[str, object]] = {
@@ -331,7 +338,7 @@ def test_defaults_of_each_size(name: str, size: str) -> None:
 def test_needs_holds_what_the_mask_reads(name: str, mask: str) -> None:
     module = recipes.load(name)
     spec = module.needs(config.from_overrides(module.Config, [f"mask={mask}"]))
-    read = {"attentive": ("attention",), "stored": ("mask_order",)}.get(mask, ())
+    read = {"attentive": ("attention",), "topk": ("attention",), "stored": ("mask_order",)}.get(mask, ())
     assert tuple(field for field in spec.fields if field not in ("features", "dvae/token_ids")) == read
 
 

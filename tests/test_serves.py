@@ -52,14 +52,17 @@ def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "serving"),
     [
-        (("--levels", "last:5"), ["fd", "mae", "maskalign", "mralign"]),
-        (("--levels", "all"), ["fd", "mae", "maskalign", "mralign"]),
-        (("--levels", "last:3"), ["fd", "mae"]),
-        (("--levels", "2,3,4,6"), ["fd", "mae"]),
+        (("--levels", "last:5"), ["fd", "mae", "maskalign", "mralign", "mrmae"]),
+        (("--levels", "all"), ["fd", "mae", "maskalign", "mralign", "mrmae"]),
+        (("--levels", "last:3"), ["fd", "mae", "mrmae"]),
+        (("--levels", "2,3,4,6"), ["fd", "mae", "mrmae"]),
         (("--levels", "2,3,4,5"), ["mae"]),
-        (("--levels", "last:5", "--tokens", "ranked", "--keep", "4"), ["mae", "maskalign", "mralign"]),
+        (("--levels", "last:5", "--tokens", "ranked", "--keep", "4"), ["mae", "maskalign", "mralign", "mrmae"]),
         (("--levels", "last:5", "--tokens", "ranked", "--keep", "3"), ["mae"]),
-        (("--levels", "last:5", "--tokens", "ranked", "--pixels", "raw"), ["fd", "mae", "maskalign", "mralign"]),
+        (
+            ("--levels", "last:5", "--tokens", "ranked", "--pixels", "raw"),
+            ["fd", "mae", "maskalign", "mralign", "mrmae"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

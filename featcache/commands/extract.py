@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from featcache import account, home, images, manifest, show, views
 from featcache.errors import UsageError, UserError
+from featcache.pair import Pair
 from featcache.reader import Cache
 from featcache.show import given_images
 from featcache.store import STORES
@@ -19,26 +20,6 @@ if TYPE_CHECKING:
     from featcache.plan import Job, Plan
     from featcache.progress import Progress
     from featcache.teachers import Teacher
-
-
-class Pair(click.ParamType):
-    """Two numbers parted by a comma, fractions allowed: 0.2,1 or 3/4,4/3."""
-
-    name = "LOW,HIGH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        try:
-            low, high = (_number(part) for part in str(value).split(","))
-        except (ValueError, ZeroDivisionError):
-            self.fail(
-                f"{value!r} given; two numbers parted by a comma are needed, such as 0.2,1 or 3/4,4/3", param, ctx
-            )
-        return low, high
-
-
-def _number(text: str) -> float:
-    top, _, bottom = text.partition("/")
-    return float(top) / float(bottom or 1)
 
 
 @click.command(

@@ -6,6 +6,7 @@ a cache must hold. A recipe is a pure function of (weights, batch):
 
     images (B,3,H,W)   features (B,L,1+P,D)   ids_keep (B,V)   ids_masked (B,P-V)
     targets (B,1+P,E) in place of features where the spec says `derive`;   token_ids (B,P) where it is among the fields
+    second (B,1+P,E2) of another teacher, where the spec names one
 
 >>> sorted(set(names()) & {"mae", "maskalign", "mralign"})
 ['mae', 'maskalign', 'mralign']
@@ -39,6 +40,8 @@ class TargetSpec:
     jitter: float = 0.0  # change of colours of the publication, seen by teacher and student alike
     visible_only: bool = False  # of `features` only [CLS] and visible patches are looked at; the others may be missing
     derive: str = ""  # z, f or fd: given as `targets` in place of `features`, from the one level (featcache.targets)
+    second: str = ""  # another teacher, whose NAME/features are among the fields: given as `second`, derived likewise
+    second_level: int = 0  # its block
     vocabulary: int = 0  # token ids, of the field token_ids or NAME/token_ids, are below it
 
 

@@ -1,0 +1,27 @@
+"""Two numbers as one option of a command line: --scale 0.2,1 or --ratio 3/4,4/3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+class Pair(click.ParamType):
+    """Two numbers parted by a comma, fractions allowed: 0.2,1 or 3/4,4/3."""
+
+    name = "LOW,HIGH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        try:
+            low, high = (_number(part) for part in str(value).split(","))
+        except (ValueError, ZeroDivisionError):
+            self.fail(
+                f"{value!r} given; two numbers parted by a comma are needed, such as 0.2,1 or 3/4,4/3", param, ctx
+            )
+        return low, high
+
+
+def _number(text: str) -> float:
+    top, _, bottom = text.partition("/")
+    return float(top) / float(bottom or 1)

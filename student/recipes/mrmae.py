@@ -1,0 +1,270 @@
+"""MR-MAE: visible tokens mimic a teacher's output, hidden patches are predicted as pixels.
+
+Paper:    Gao et al., "Mimic before Reconstruct: Enhancing Masked Autoencoders with Feature Mimicking"
+          (arXiv 2303.05475)
+Command:  student train --recipe mrmae --cache CACHE --images SRC --batch-size 128      (8 processes: 1,024)
+Cost:     ViT-B, 49 of 196 patches: 29.4 GMAC a picture forward and backward; family=conv_vit 51.7, 23.7 of them in the
+          convolutions; the teacher's 17.6 are in the cache
+Expected: ImageNet-1k from CLIP-B/16, fine-tuned: ViT-B, 200 epochs 85.0; family=conv_vit, 200 epochs 85.5, 400 and 800
+          epochs 85.8; small 83.6, large 86.8 at 200 (published, not yet ours)
+Code:     none was released; the backbone and its pixel loss are Alpha-VL/ConvMAE's, models_convmae.py
+
+Reference global batch: 1,024, so blr 1.5e-4 is lr 6e-4. The defaults are Table 3's fourth row with the schedule of
+Table 1 (there with family=conv_vit).
+
+Table 3 by settings, each with epochs=200 warmup_epochs=40:
+    mimic_weight=0 mask=uniform fuse=last      MAE, pixels alone: 83.0
+    mask=uniform fuse=last                     + mimic loss: 84.7
+    fuse=last                                  + focused mimicking: 84.9
+    the defaults                               + multi-layer fusion: 85.0
+    mimic_at=decoder                           both targets at the decoder, which conflict: 83.3
+    pixel_weight=0                             mimic loss alone: 84.9
+    family=conv_vit                            + masked convolutions: 85.5
+Table 4: teacher=dino-b16 84.0; joint=dino-b16, a head for each of two teachers: 83.8 (the cache's CLIP with
+    featcache extract --teacher dino-b16 --levels last:1 --add --out CACHE)
+
+    loss = mimic_weight * MSE(head(fused visible tokens), target) + pixel_weight * MSE(decoder(fused), pixels)
+
+What the paper leaves open, and what is taken here:
+- target=fd, the teacher's output after its last norm, normalised once more per token, patches only; f, z and h (the
+  last block's stream, normalised) are options;
+- focused mimicking draws by the teacher's attention, as the papers it names do; mask=topk takes the most salient;
+- fuse=auto sums blocks 3, 6, 9 and 12 of 12, and in conv_vit both stages and the last block, as ConvMAE; the final norm
+  is applied to the sum, so what is taken home has a norm that was trained on it;
+- both losses are means over channels; reduction=sum is Eq. 1 and 2 as printed, which sum over them;
+- "maximum learning rate 1.5e-4" is read as MAE's rate of a batch of 256; lr=1.5e-4 takes it as printed;
+- joint: the mean of both mimic losses; mimic_at=decoder: both at the hidden patches, from the same decoder;
+- family=conv_vit has no CLS token, as ConvMAE's code; conv_cls=true gives it one, as the published checkpoints have.
+What differs from ConvMAE's code: mask_token and the CLS token are not decayed (decay_tokens=true decays them); bf16 in
+place of fp16, by the trainer; patches of any size that 4 divides.
+
+Shapes: B batch, V visible, P patches, M = P - V masked, D width, E target width; N tokens, with CLS where there is one.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from featcache.errors import UsageError
+from student import conv_vit, losses, masking, vit
+from student.config import CHECKED, Mask, NotNegative, OutputConfig, Positive, check_choice, check_hides_patches
+from student.recipes import TargetSpec
+
+SERVED_BY = {  # by default; `featcache info` reads this
+    "fields": ("features", "attention"),
+    "levels": "last:1",
+    "mask_ratio": 0.75,
+    "derive": "fd",
+}
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class Config(OutputConfig):
+    """The paper's settings, section 4.1."""
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("fd", "f", "h", "z")
+
+    mask: Mask = "attentive"  # or topk; one mask for both halves
+    epochs: Positive = 400
+    warmup_epochs: NotNegative = 80
+
+    target: str = "fd"
+    family: str = "mae"  # of the encoder: a plain ViT; or conv_vit, with masked convolutions before its blocks
+    conv_cls: bool = False  # conv_vit with a CLS token
+    fuse: str = "auto"  # last, or the blocks whose outputs are summed, numbers from 1: 3,6,9,12
+    mimic_at: str = "encoder"  # or decoder, at the hidden patches
+    mimic_weight: NotNegative = 0.5  # 0: no teacher
+    pixel_weight: NotNegative = 0.5  # 0: no decoder
+    reduction: str = "mean"  # over the channels of a patch; or sum
+    joint: str = ""  # a second teacher, whose arrays were added to the cache
+    joint_depth: Positive = 12  # facts of the cache, as the first teacher's
+    joint_width: Positive = 768
+    decoder_width: Positive = 512
+    decoder_depth: Positive = 8  # blocks
+    decoder_heads: Positive = 16
+    norm_pix: bool = True  # each target patch less its mean, over its deviation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("family", self.family, ("mae", conv_vit.FAMILY))
+        check_choice("mimic_at", self.mimic_at, ("encoder", "decoder"))
+        check_choice("reduction", self.reduction, ("mean", "sum"))
+        parse_fuse(self.fuse)
+        vit.check_decoder(self.decoder_width, self.decoder_heads)
+        if self.family == conv_vit.FAMILY:
+            conv_vit.check_patch(self.patch_size)
+        if self.pixel_weight > 0:
+            check_hides_patches(self)
+        _check_halves(self)
+
+    @property
+    def mimics(self) -> bool:
+        return self.mimic_weight > 0
+
+
+def parse_fuse(text: str) -> tuple[int, ...]:
+    """The blocks that `fuse` lists, ascending; none for auto and last."""
+    if text in ("auto", "last"):
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if all(part.isdecimal() and int(part) > 0 for part in parts):
+        return tuple(sorted({int(part) for part in parts}))
+    raise UsageError(
+        f"cannot read fuse={text!r}; allowed: auto, last, or block numbers from 1 such as 3,6,9,12; change it with "
+        "fuse=VALUE"
+    )
+
+
+def _check_halves(config: Config) -> None:
+    """Settings that would do nothing beside the others."""
+    pixels, at_decoder = config.pixel_weight > 0, config.mimic_at == "decoder"
+    wrong = {
+        "conv_cls=true does nothing with family=mae, which has a CLS token": config.conv_cls and config.family == "mae",
+        "mimic_weight=0 and pixel_weight=0 leave nothing to learn": not config.mimics and not pixels,
+        "mimic_at=decoder does nothing with mimic_weight=0": at_decoder and not config.mimics,
+        "mimic_at=decoder puts both targets at the decoder, pixel_weight=0 has one": at_decoder and not pixels,
+        "norm_pix=false does nothing with pixel_weight=0": not config.norm_pix and not pixels,
+        f"joint={config.joint} does nothing with mimic_weight=0": config.joint and not config.mimics,
+        f"joint={config.joint} is the first teacher": config.joint and config.joint == config.teacher,
+        "joint and target=z: a second teacher has no projection of the same kind": config.joint
+        and config.target == "z",
+    }
+    for text, found in wrong.items():
+        if found:
+            raise UsageError(f"cannot train mrmae so: {text}; change one of them")
+
+
+def needs(config: Config) -> TargetSpec:
+    """The last level of each teacher, and what the mask is drawn from."""
+    features = ("features",) if config.mimics else ()
+    second = (f"{config.joint}/features",) if config.joint else ()
+    fields = (*features, *second, *masking.fields(config.mask))
+    return TargetSpec(
+        teacher=config.teacher if fields else "",
+        levels=(config.teacher_depth,) if config.mimics else (),
+        fields=fields,
+        patches=config.patches,
+        visible_only=config.mimic_at == "encoder",
+        derive=config.target if config.mimics and config.target != "h" else "",
+        second=config.joint,
+        second_level=config.joint_depth if config.joint else 0,
+    )
+
+
+class Model(nn.Module):
+    """The encoder, what fuses its layers, a mimic head for each teacher and the decoder; only the encoder is taken
+    home."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.stages = _encoder(config)
+        self.prefix = self.encoder.num_prefix_tokens
+        self.blocks = _fused_blocks(config, _depth(self.encoder))
+        width = config.decoder_width if config.mimic_at == "decoder" else self.encoder.embed_dim
+        self.mimic_head = nn.Linear(width, config.target_width) if config.mimics else None
+        self.joint_head = nn.Linear(width, config.joint_width) if config.joint else None
+        for head in (self.mimic_head, self.joint_head):
+            if head is not None:
+                vit.init_linear_and_norm(head)
+        self.decoder = _decoder(self.encoder.embed_dim, config, self.prefix) if config.pixel_weight > 0 else None
+
+    def no_weight_decay(self) -> set[str]:
+        """None beyond the rule for 1-D parameters and tokens."""
+        return set()
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """images (B,3,H,W), targets (B,1+P,E) or features (B,1,1+P,E), second (B,1+P,E2), ids_keep (B,V), ids_masked
+        (B,M) -> the loss and its parts."""
+        images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
+        fused = self._fused(images, ids_keep)
+        mimicking, ids = fused[:, self.prefix :], ids_keep
+        weighted, parts = [], {}
+        if self.decoder is not None:
+            states = self.decoder.states(fused, ids_keep, ids_masked)[:, self.prefix :]
+            patches = vit.patchify(images, self.config.patch_size)
+            pred = self.decoder.decoder_pred(states)
+            pixel = losses.masked_pixel_mse(pred, patches, ids_masked, normalise=self.config.norm_pix)
+            parts["pixel"] = self._reduced(pixel, patches.shape[-1])
+            weighted.append(self.config.pixel_weight * parts["pixel"])
+            if self.config.mimic_at == "decoder":
+                mimicking, ids = vit.select(states, ids_masked), ids_masked
+        if self.mimic_head is not None:
+            parts["mimic"] = self._mimic(self.mimic_head, mimicking, _target(batch), ids)
+            if self.joint_head is not None:
+                parts["joint"] = self._mimic(self.joint_head, mimicking, batch["second"], ids)
+            both = [parts[name] for name in ("mimic", "joint") if name in parts]
+            weighted.append(self.config.mimic_weight * torch.stack(both).mean())
+        return {"loss": torch.stack(weighted).sum(), **{name: part.detach() for name, part in parts.items()}}
+
+    def _fused(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        """images, ids_keep (B,V) -> (B,N,D): the summed layers, after the encoder's norm."""
+        if isinstance(self.encoder, conv_vit.ConvViT):
+            outputs, maps = self.encoder.encode(images, ids_keep)
+            fused = torch.stack([outputs[i - 1] for i in self.blocks]).sum(0)
+            if self.stages is not None:
+                fused = fused + F.pad(self.stages(maps, ids_keep), (0, 0, self.prefix, 0))
+        else:
+            outputs = vit.encode(self.encoder, images, ids_keep)
+            fused = torch.stack([outputs[i - 1] for i in self.blocks]).sum(0)
+        return self.encoder.norm(fused)
+
+    def _mimic(self, head: nn.Linear, tokens: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+        """tokens (B,V,D) of the patches `ids` (B,V), target (B,1+P,E) -> scalar, Eq. 2."""
+        pred, target = head(tokens), vit.select(target, ids + 1)
+        with losses.autocast_off(pred):
+            mse = F.mse_loss(losses.promote(pred), losses.promote(target))
+        return self._reduced(mse, target.shape[-1])
+
+    def _reduced(self, mean: Tensor, channels: int) -> Tensor:
+        """A mean over channels, or their sum."""
+        return mean * channels if self.config.reduction == "sum" else mean
+
+
+def _target(batch: dict[str, Tensor]) -> Tensor:
+    """(B,1+P,E): what was derived, or for target=h the level as it is stored."""
+    return batch["targets"] if "targets" in batch else batch["features"][:, 0]
+
+
+def _encoder(config: Config) -> tuple[VisionTransformer | conv_vit.ConvViT, conv_vit.StageFusion | None]:
+    """The encoder, and what brings a conv_vit's stages to its tokens."""
+    sizes = {"img_size": config.img_size, "patch_size": config.patch_size}
+    if config.family == "mae":
+        return vit.build(config.encoder, drop_path=config.drop_path, **sizes), None
+    channels = conv_vit.parse(config.encoder)
+    encoder = conv_vit.build(config.encoder, drop_path=config.drop_path, cls_token=config.conv_cls, **sizes)
+    if config.fuse == "last":
+        return encoder, None
+    return encoder, conv_vit.StageFusion(channels["stage1"], channels["stage2"], channels["embed_dim"])
+
+
+def _depth(encoder: VisionTransformer | conv_vit.ConvViT) -> int:
+    """Transformer blocks."""
+    blocks = encoder.blocks3 if isinstance(encoder, conv_vit.ConvViT) else encoder.blocks
+    return len(list(blocks.children()))
+
+
+def _fused_blocks(config: Config, depth: int) -> tuple[int, ...]:
+    """The blocks whose outputs are summed, the last always among them: `auto` is every quarter of a plain ViT."""
+    chosen = parse_fuse(config.fuse)
+    if not chosen:
+        quarters = {-(-depth * i // 4) for i in range(1, 5)}  # rounded up
+        return tuple(sorted(quarters)) if (config.fuse, config.family) == ("auto", "mae") else (depth,)
+    if chosen[-1] != depth:
+        raise UsageError(
+            f"cannot fuse blocks {config.fuse}: the encoder has {depth}; allowed: numbers up to {depth}, itself among "
+            "them, as blocks after the last of the list would learn nothing; change it with fuse=VALUE"
+        )
+    return chosen
+
+
+def _decoder(width: int, config: Config, prefix: int) -> vit.Decoder:
+    grid, out_dim = config.img_size // config.patch_size, config.patch_size**2 * 3
+    shape = (width, config.decoder_width, config.decoder_depth, config.decoder_heads, grid, out_dim)
+    return vit.Decoder(*shape, cls_token=bool(prefix))
