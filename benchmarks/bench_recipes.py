@@ -71,7 +71,11 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-CASES = {name: Case(name) for name in recipes.names()}
+# The masked convolutions need patches of 16 pixels: the same 8 x 8 of them on views of 128.
+CONV = "tiny,stage1=24,stage2=48,embed_dim=96,depth=3,num_heads=4,stage_mlp=2"
+CASES = {name: Case(name) for name in recipes.names()} | {
+    "mrmae conv_vit": Case("mrmae", 128, {"family": "conv_vit", "encoder": CONV})
+}
 
 
 @dataclass

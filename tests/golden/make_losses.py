@@ -46,7 +46,7 @@ SETS = ("drop_path=0", "warmup_epochs=1", f"lr={RATE}", f"min_lr={LOWEST}", "wei
 CLIPPED = "clip_grad=0.3"
 FACTS = ("img_size=32", "patch_size=8", "teacher_depth=4", "teacher_width=24", "teacher_out=24")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DIGESTED = ("features", "feature_stats", "attention", "crop", "flip", "pixel_hash")
+DIGESTED = ("features", "feature_stats", "attention", "crop", "flip", "area", "pixel_hash")
 
 F64 = npt.NDArray[np.float64]
 
@@ -61,10 +61,12 @@ class Stored:
         self.keys = [blob[a:b].decode() for a, b in pairwise(offsets)]
         self.views = self.group["crop"].shape[1]
 
-    def view_of(self, row: int, epoch: int) -> int:
-        """The stored views take turns; where a picture begins is the first word of its key's digest."""
+    def view_of(self, row: int, epoch: int, low: float) -> int:
+        """Stored views of at least this area take turns; where a picture begins is the first word of its key's
+        digest."""
+        accepted = [view for view in range(self.views) if self.group["area"][row, view] >= low]
         first = hashlib.blake2b(self.keys[row].encode(), digest_size=16).digest()[:8]
-        return (epoch + int.from_bytes(first, "little")) % self.views
+        return accepted[(epoch + int.from_bytes(first, "little")) % len(accepted)]
 
     def pixels(self, row: int, view: int) -> F64:
         """(3, S, S), normalised."""
@@ -110,7 +112,7 @@ def batch_of(recipe: str, settings: Any, stored: Stored, step: int) -> dict[str,
     spec = recipes.load(recipe).needs(settings)
     columns: dict[str, list[Any]] = {"images": [], "ids_keep": [], "ids_masked": []}
     for row in order[place * BATCH : (place + 1) * BATCH]:
-        view = stored.view_of(row, epoch)
+        view = stored.view_of(row, epoch, spec.scale[0])
         hidden = hidden_of(settings, stored, row, view, epoch)
         columns["images"].append(stored.pixels(row, view))
         columns["ids_masked"].append(hidden)
