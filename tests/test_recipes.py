@@ -312,6 +312,7 @@ GOLDEN_SIZES: dict[tuple[str, str], dict[str, object]] = {
         "mask_ratio": 0.6, "regressor_width": 1024, "regressor_heads": 16, "drop_path": 0.2, "layer_scale": 1e-5,
         **CLIP_L14,
     },
+    ("maskalign", "large"): {"drop_path": 0.2},
     ("milan", "large"): CLIP_L14,
     ("fd", "large"): {
         "drop_path": 0.3, "patch_size": 14, "teacher": "clip-l14,img_size=224", "teacher_depth": 24,

@@ -23,6 +23,8 @@ Shapes: B batch, V visible, P patches, L levels.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -40,6 +42,8 @@ SERVED_BY = {  # by default; `featcache info` reads this
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(RecipeConfig):
     """The released command's settings."""
+
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {"large": {"drop_path": 0.2}}  # README.md; 0.1 for all in the paper
 
     drop_path: Fraction = 0.1
     mask: Mask = "attentive"
