@@ -10,6 +10,7 @@ after its first batches. The last lines say which claims hold; the exit status d
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -54,29 +55,43 @@ def make(folder: Path, rows: int, shape: tuple[int, int, int]) -> dict[str, Any]
     """Pictures, tars of them, a cache with stored pixels, and the same targets as others store them."""
     from pipelines import pack_images
 
-    levels, tokens, width = shape
     pictures = loading.write_pictures(folder / "pictures", rows)
     packed = pack_images.pack(images.open_source(pictures), folder / "packed", 256, seed=0)
     source = images.open_source(str(packed[0].parent / "*.tar"))
-    teacher = teachers.load(f"synthetic:levels={levels},tokens={tokens - 1},width={width},size={SIZE}", None, "cpu")
-    chosen = tuple(range(1, levels + 1))
-    plan = Plan(source, teacher, views.Policy(size=SIZE), VIEWS, chosen, rows_per_shard=1024, pixels=True)
-    run(plan, folder / "cache")
+    extract(source, folder / "cache", shape, "bicubic")
     with featcache.open(folder / "cache") as cache:
         features = cache.read(np.arange(rows), 0)["features"]
     tars = loading.write_tars(folder / "others", pictures, features)
     (folder / "arrays").mkdir()
     for row, each in enumerate(features):
         np.save(folder / "arrays" / f"{row:06d}.npy", each)
-    for part in ("packed", "cache", "others", "arrays", "pictures"):
-        sync(folder / part)
-        warm(folder / part)
+    betons = make_betons(folder, source, shape) if importlib.util.find_spec("ffcv") else {}
+    for part in folder.iterdir():
+        sync(part)
+        warm(part)
+    here = {"cache": folder / "cache", "pictures": pictures, "arrays": folder / "arrays"}
+    return {"source": source, "tars": tars, "betons": betons, **here}
+
+
+def extract(source: Source, out: Path, shape: tuple[int, int, int], filter: str) -> None:
+    """A cache with stored pixels, of a teacher that is arithmetic."""
+    levels, tokens, width = shape
+    teacher = teachers.load(f"synthetic:levels={levels},tokens={tokens - 1},width={width},size={SIZE}", None, "cpu")
+    policy, chosen = views.Policy(size=SIZE, filter=filter), tuple(range(1, levels + 1))
+    run(Plan(source, teacher, policy, VIEWS, chosen, rows_per_shard=1024, pixels=True), out)
+
+
+def make_betons(folder: Path, source: Source, shape: tuple[int, int, int]) -> dict[str, tuple[Source, Path]]:
+    """The same JPEGs in one .beton, through our decoder and through FFCV's, which has a cache of its own."""
+    from pipelines import pack_beton
+
+    path = folder / "all.beton"
+    pack_beton.pack(source, path, seed=0)
+    compiled = images.open_source(path, "ffcv")
+    extract(compiled, folder / "compiled", shape, views.AREA)
     return {
-        "source": source,
-        "cache": folder / "cache",
-        "tars": tars,
-        "pictures": pictures,
-        "arrays": folder / "arrays",
+        "ours, beton": (images.open_source(path), folder / "cache"),
+        "ours, beton by FFCV's decode": (compiled, folder / "compiled"),
     }
 
 
@@ -113,11 +128,17 @@ def ways_of(made: dict[str, Any], batch: int, workers: int) -> dict[str, Way]:
         CHECKED: lambda: walk(ours(checked, stored(checked), batch, workers, stored=True)),
         "ours, resident": lambda: walk(replace(held)),
         TARS: lambda: walk(ours(checked, tars, batch, workers)),
+        **{name: _beton_way(*each, batch, workers) for name, each in made["betons"].items()},
         f"{TARS}, {VIEWS} views of a picture": lambda: walk(ours(checked, tars, batch, workers, repeats=VIEWS)),
         WEBDATASET: lambda: loading.webdataset_batches(*folder, 0),
         f"{WEBDATASET}, {workers} workers": lambda: loading.webdataset_batches(*folder, workers),
         f"torch DataLoader over files, {workers} workers": lambda: loading.torchvision_batches(*files, workers),
     }
+
+
+def _beton_way(source: Source, path: Path, batch: int, workers: int) -> Way:
+    cache = featcache.open(path, threads=workers)
+    return lambda: walk(ours(cache, source, batch, workers))
 
 
 def _reset() -> None:

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -26,9 +27,7 @@ def to_device(config: RecipeConfig, targets: Targets, host: Host, device: torch.
     """A host batch as the recipe takes it: normalised images (B, 3, S, S), decoded features, masks. Nothing in it
     shares memory with the host batch, which is filled again."""
     pixels = torch.from_numpy(host["pixels"]).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    mean, std = (
-        torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    mean, std = _statistics(device)
     features, sources = targets.complete(host, device)
     masks = host.get("masks") or draw_masks(config, host, sources, seed)
     return {
@@ -36,6 +35,13 @@ def to_device(config: RecipeConfig, targets: Targets, host: Host, device: torch.
         **features,
         **{name: ids.to(device, non_blocking=True) for name, ids in masks.items()},
     }
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and deviation (3, 1, 1); made once, since making them waits for the stream."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return mean.to(device), std.to(device)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,10 @@ class Loader:
         ]
         for future in futures:
             future.result()
-        return host | ({"masks": self.masks(host)} if self.masks is not None else {}), memory
+        if self.masks is not None:
+            masks = self.masks(host)
+            host["masks"] = {name: ids.pin_memory() for name, ids in masks.items()} if self.pin else masks
+        return host, memory
 
     def _samples(self, host: Host, samples: range, checked: npt.NDArray[np.bool_]) -> None:
         """Render the views of one picture into the batch, unless their pixels came with the targets, and compare them

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 import featcache
-from benchmarks import bench_extract, bench_read, bench_recipes, cold, drop, peers, resident, table, warm
+from benchmarks import bench_extract, bench_read, bench_recipes, cold, drop, peers, plain_steps, resident, table, warm
 from benchmarks.contest import Contest, Reader, Task, Turn, check, take
 from benchmarks.records import Bench, Way, make_source, write_cache
 from featcache.errors import UsageError, UserError
@@ -47,6 +48,33 @@ def program(name: str, *args: object) -> subprocess.CompletedProcess[str]:
 # ------------------------------------------------------------ the programs
 
 
+def test_bench_train_step_to_its_end(tmp_path: Path) -> None:
+    """A trial: each way takes its steps, and the ratios are of the seconds beside them."""
+    path = tmp_path / "step.json"
+    small = ("--trial", "--recipe", "maskalign", "--batch-size", 2, "--pictures", 4, "--steps", 1, "--reps", 1)
+    ran = program("bench_train_step", *small, "--device", "cpu", "--folder", tmp_path, "--json", path)
+    assert ran.returncode == 0, ran.stderr
+    (line,) = json.loads(path.read_text())["lines"]
+    seconds = {name: values[0] for name, values in line["seconds"].items()}
+    assert set(seconds) == {"online", "cached", "in memory"}
+    assert line["online / cached"] == pytest.approx(seconds["online"] / seconds["cached"])
+    assert line["cached / in memory"] == pytest.approx(seconds["cached"] / seconds["in memory"])
+    assert ran.stdout.splitlines()[-1].startswith("cached / in memory, at most (maskalign, synthetic) = ")
+    assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
+
+
+def test_a_plain_step_is_a_step() -> None:
+    """Losses of the two recipes that are written with PyTorch and timm alone, of the sizes that they take."""
+    draw = torch.Generator().manual_seed(0)
+    keep, masked = torch.arange(58).repeat(2, 1), torch.arange(58, 196).repeat(2, 1)
+    images, features = (torch.randn(shape, generator=draw) for shape in ((2, 3, 224, 224), (2, 2, 197, 32)))
+    batch = {"images": images, "ids_keep": keep, "ids_masked": masked, "features": features}
+    for make in plain_steps.MODELS.values():
+        loss = make(2, 32)(batch)
+        assert loss.ndim == 0
+        assert bool(loss.isfinite())
+
+
 def test_bench_loader_to_its_end(tmp_path: Path) -> None:
     """Every way delivers, ratios are of the rates beside them, and nothing is left."""
     path = tmp_path / "loader.json"
@@ -54,7 +82,7 @@ def test_bench_loader_to_its_end(tmp_path: Path) -> None:
     ran = program("bench_loader", *small, "--workers", 1, "--folder", tmp_path, "--json", path)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(path.read_text())
-    assert len(found["rates"]) == 9
+    assert len(found["rates"]) == 9 + 2 * bool(importlib.util.find_spec("ffcv"))
     assert all(rate > 0 for rates in found["rates"].values() for rate in rates)
     assert len(found["data_wait"]) == 2
     lines = ran.stdout.splitlines()
