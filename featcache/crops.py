@@ -1,8 +1,9 @@
 """One cache for several crop ranges: of its views, those whose crop has an area in the wanted range.
 
-The area of a crop is drawn uniformly, so views drawn in (0.08, 1) of which those below 0.2 are rejected have the law of
-views drawn in (0.2, 1): a cache of the widest range serves every recipe whose range lies within. A picture shows its
-accepted views in turn; one that has none is left out.
+Each try of a crop draws its area uniformly and the first that fits the picture is taken, so views drawn in (0.08, 1) of
+which those below 0.2 are rejected have the law of views drawn in (0.2, 1): a cache of the widest range serves every
+recipe whose range lies within. A picture shows its accepted views in turn; one that has none is left out. Of 375 x 500
+pixels 82 % of the views are accepted at 0.2 and 53 % at 0.4, of squares 85 % and 60 %, of 2:1 only 72 % and 26 %.
 
 The law is exact but for views whose ten tries all failed: they are the centre of their picture in either range, so they
 are accepted whatever their area, but a wide range fails less often. (0.08, 1) fails in 0.2 % of the views of a picture

@@ -27,8 +27,9 @@ from featcache.errors import UsageError, near
 from student import vit
 
 FAMILY = "conv_vit"
-# Channels of both stages and their MLPs' ratio; width, blocks and heads of the third. Base is ConvMAE's, small is
-# FastConvMAE's, large is that of the published checkpoints (whose ratio of 8 is not the paper's 4); tiny is ours.
+# Channels of both stages and their MLPs' ratio; width, blocks and heads of the third. Base is ConvMAE's own
+# code. Its authors published no code of the others: small is that of a fork of FastConvMAE, large agrees with two
+# reimplementations (whose ratio of 8 is not the paper's 4); tiny is ours.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"stage1": 64, "stage2": 128, "stage_mlp": 4, "embed_dim": 192, "depth": 11, "num_heads": 3},
     "small": {"stage1": 128, "stage2": 256, "stage_mlp": 4, "embed_dim": 384, "depth": 11, "num_heads": 6},
@@ -227,7 +228,8 @@ def _finer(hidden: Tensor | None, times: int) -> Tensor | None:
 class StageFusion(nn.Module):
     """The maps of both stages, brought to the patch grid and the width of the tokens they are added to.
 
-    Of pre-training only: fine-tuning goes without, and the published checkpoints do not carry it.
+    Of pre-training only: fine-tuning goes without. The published checkpoint of ConvMAE was stripped of it, that of its
+    second version was reported to have it (ConvMAE issue 19).
     """
 
     def __init__(self, stage1: int, stage2: int, width: int) -> None:

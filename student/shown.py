@@ -23,6 +23,8 @@ from featcache.reader import Cache
 I64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 LEFT_OUT = 0.001  # share of the pictures that may have no view in the range
+SHAPE_STEP = 0.1  # of the logarithm of height / width: pictures within it are alike
+MOST_VIEWS = 64  # no more are proposed
 NAMED = 1000  # pictures that are left out, by name in a run's record; a screen has five
 
 
@@ -55,8 +57,8 @@ def choose(
         return Shown(pictures, rows, notes=tuple(notes))
     accepted = crops.accepted(cache, rows, scale)
     left_out = crops.without_view(accepted, (cache.keys[row] for row in rows.tolist()))
-    if len(left_out) > most_left_out * len(rows):
-        raise _too_many(cache, scale, accepted, left_out, most_left_out)
+    if left_out and (len(left_out) / len(rows) > most_left_out or len(left_out) == len(rows)):
+        raise _too_many(cache, rows, scale, accepted, left_out, most_left_out)
     notes.append(
         f"crops of {_text(scale)} of the area are shown, {_text(stored)} are stored: {accepted.mean():.1%} of the views"
     )
@@ -80,24 +82,30 @@ def _departure(scale: Scale, published: Scale) -> str:
     return f"crops of {_text(scale)} of the area; the recipe was published with {_text(published)}"
 
 
-def _too_many(cache: Cache, scale: Scale, accepted: Bool, left_out: Sequence[str], allowed: float) -> UserError:
+def _too_many(
+    cache: Cache, rows: I64, scale: Scale, accepted: Bool, left_out: Sequence[str], allowed: float
+) -> UserError:
     """How many, and the ways out."""
     share, stored = len(left_out) / len(accepted), cache.identity["policy"]["scale"]
+    leave = f"leave them out with --without-view {math.ceil(1000 * share) / 1000:g}, " if share < 1 else ""
     return UserError(
         f"{_pictures(left_out)} of {len(accepted)} ({share:.2%}) have no view with a crop of {_text(scale)} of the "
-        f"area among their {cache.views}, the first is {left_out[0]!r}; allowed: {allowed:.2%}; leave them out with "
-        f"--without-view {math.ceil(1000 * share) / 1000:g}, show all views with --scale {stored[0]:g},{stored[1]:g}"
-        f"{_more_views(cache, float(accepted.mean()), len(accepted), allowed)}"
+        f"area among their {cache.views}, the first is {left_out[0]!r}; allowed: {allowed:.2%}; {leave}"
+        f"show all views with --scale {stored[0]:g},{stored[1]:g}{_more_views(cache, rows, accepted, allowed)}"
     )
 
 
-def _more_views(cache: Cache, accepted: float, pictures: int, allowed: float) -> str:
-    """The command that adds as many views as leave out so few pictures, or half a picture where none may be: of v views
-    all are rejected with probability (1 - accepted)^v."""
-    if not 0 < accepted < 1:
-        return ""
-    needed = math.ceil(math.log(max(allowed, 0.5 / pictures)) / math.log(1 - accepted))
-    if needed <= cache.views:
+def _more_views(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> str:
+    """The command that adds as many views as leave out so few pictures, or half a picture where none may be. A large
+    crop fits a long picture less often, so views are rejected by shape: of v views of a shape, all are with probability
+    q^v, where q is the share that was."""
+    sizes = cache.read(rows, 0, ("source_size",))["source_size"].astype(np.float64)
+    shape = np.rint(np.abs(np.log(sizes[:, 0] / sizes[:, 1])) / SHAPE_STEP).astype(np.int64)
+    numbers = np.bincount(shape)
+    rejected = np.bincount(shape, (~accepted).mean(1)) / np.maximum(numbers, 1)
+    wanted = max(allowed, 0.5 / len(rows)) * len(rows)
+    needed = next((v for v in range(cache.views + 1, MOST_VIEWS) if numbers @ rejected**v <= wanted), None)
+    if needed is None:
         return ""
     more = [*invocation.options(cache.manifest, cache.levels, needed), "--add", "--out", str(cache.path)]
     return f", or add views with: {invocation.command(more)}"

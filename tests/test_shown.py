@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from featcache import joining
+from featcache import crops, joining
 from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from student import checkpoint, metrics, recipes, shown
@@ -114,16 +117,49 @@ def test_too_many_pictures_without_a_view() -> None:
         share = float(message.split("--without-view ")[1].split(",")[0])
         assert len(lost) / 24 <= share <= len(lost) / 24 + 0.001
         assert len(shown.choose(cache, *every(cache), (0.6, 1.0), most_left_out=share).rows) == 24 - len(lost)
-        rejected = 1 - np.mean(list(low.values()))
+        by_shape: dict[int, list[float]] = {}
+        for key, row in low.items():
+            with Image.open(fx.pictures() / f"{key}.png") as picture:
+                shape = round(abs(math.log(picture.height / picture.width)) / 0.1)
+            by_shape.setdefault(shape, []).append(1 - np.mean(row))
         words = shlex.split(message.split("featcache extract", 1)[1])
         views = int(words[words.index("--views") + 1])
-        assert rejected**views <= 0.5 / 24 < rejected ** (views - 1)  # half a picture, where 0.1 % is none of 24
+        left = [sum(len(each) * np.mean(each) ** v for each in by_shape.values()) for v in (views, views - 1)]
+        assert left[0] <= 0.5 < left[1]  # half a picture, where 0.1 % is none of 24
+
+
+def test_the_share_that_is_named_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """27 of 3,000: 0.009, although 0.009 * 3000 is a little less than 27."""
+    rows = np.arange(24).repeat(125)
+    accepted = np.ones((3000, 3), bool)
+    accepted[:27] = False
+    monkeypatch.setattr(crops, "accepted", lambda *_: accepted)
+    with Cache(wide_path()) as cache:
+        with pytest.raises(UserError, match=r"--without-view 0\.009,"):
+            shown.choose(cache, rows, rows, (0.6, 1.0))
+        assert len(shown.choose(cache, rows, rows, (0.6, 1.0), most_left_out=0.009).rows) == 2973
+
+
+def test_more_views_are_counted_by_the_pictures_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 squares of which a tenth of the views is rejected, 50 pictures of 2:1 with eight tenths: 50 * 0.1^v + 50 *
+    0.8^v is at most half a picture from v = 21 on; all together, 100 * 0.45^v would say 7."""
+    accepted = np.ones((100, 10), bool)
+    accepted[:50, :1] = False
+    accepted[50:, :8] = False
+    sizes = np.array([[300, 300]] * 50 + [[200, 400]] * 25 + [[400, 200]] * 25)
+    cache: Any = SimpleNamespace(
+        views=10, manifest={}, levels=(1,), path="c", read=lambda *_: {"source_size": sizes.astype(np.int32)}
+    )
+    monkeypatch.setattr(shown.invocation, "options", lambda manifest, levels, views: ["--views", str(views)])
+    text = shown._more_views(cache, np.arange(100), accepted, 0.001)
+    assert "--views 21 --add" in text
 
 
 def test_none_accepted_at_all() -> None:
     with Cache(wide_path()) as cache, pytest.raises(UserError, match=r"24 pictures of 24 \(100.00%\)") as caught:
         shown.choose(cache, *every(cache), (0.0801, 0.0802))  # no view is that small
     assert "add views" not in str(caught.value)
+    assert "--without-view" not in str(caught.value)  # nothing would be left
 
 
 @pytest.mark.parametrize("world", [2, 4])

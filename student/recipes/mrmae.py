@@ -12,7 +12,7 @@ Code:     none was released; the backbone and its pixel loss are Alpha-VL/ConvMA
 Reference global batch: 1,024, so blr 1.5e-4 is lr 6e-4. The defaults are Table 3's fourth row with the schedule of
 Table 1 (there with family=conv_vit).
 
-Table 3 by settings, each with epochs=200 warmup_epochs=40:
+Table 3 by settings, each with epochs=200 (warmup_epochs=40 is ours):
     mimic_weight=0 mask=uniform fuse=last      MAE, pixels alone: 83.0
     mask=uniform fuse=last                     + mimic loss: 84.7
     fuse=last                                  + focused mimicking: 84.9
@@ -28,7 +28,7 @@ added to the cache: featcache extract --teacher dino-b16 --levels last:1 --add -
 What the paper leaves open, and what is taken here:
 - target=fd, the teacher's output after its last norm, normalised once more per token, patches only; f, z and h (the
   last block's stream, normalised) are options;
-- focused mimicking draws by the teacher's attention, as the papers it names do; mask=topk takes the most salient;
+- focused mimicking draws by the teacher's attention, as MILAN, which it names; its own text reads as mask=topk;
 - fuse=auto sums blocks 3, 6, 9 and 12 of 12, and in conv_vit both stages and the last block, as ConvMAE; the final norm
   is applied to the sum, so what is taken home has a norm that was trained on it;
 - both losses are means over channels; reduction=sum is Eq. 1 and 2 as printed, which sum over them;
