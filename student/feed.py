@@ -77,6 +77,9 @@ class Share:
     def item(self) -> float:
         return round(min(sum(wait.item() for wait in self._waits) / self._seconds, 1.0), 4)
 
+    def __float__(self) -> float:
+        return self.item()
+
 
 class Feed:
     """Batches of `batches`, on the device. `take` gives the next; `bring`, called when the work on it is in the

@@ -40,7 +40,7 @@ def line(row: dict[str, Any], steps_per_epoch: int) -> str:
     losses = [f"loss {float(row['loss']):.4f}", *(f"{name} {float(value):.4g}" for name, value in parts.items())]
     return (
         f"epoch {epoch:.2f}  {' '.join(losses)}  lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  "
-        f"waiting for data {row['data_wait'].item():.0%}  {memory_bytes() / 1e9:.1f} GB"
+        f"waiting for data {float(row['data_wait']):.0%}  {memory_bytes() / 1e9:.1f} GB"
     )
 
 

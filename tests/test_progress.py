@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from student import progress
+from student.feed import Share, Wait
 from tests import student_fixtures as fx
 
 
@@ -28,10 +29,10 @@ ROW = {
     "grad_norm": 2.0,
     "lr": 0.00025,
     "images_per_s": 812.4,
-    "data_wait": 0.04,
+    "data_wait": Share([Wait(0.01), Wait(0.03)], 1.0),
     "keys": ["a"],
     "applied": True,
-    "waited_s": 0.1,
+    "waits": [Wait(0.01), Wait(0.03)],
 }
 
 
