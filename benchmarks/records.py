@@ -14,7 +14,7 @@ import numpy as np
 
 import featcache
 from benchmarks.contest import F16, I64, Batches, Contest, Reader, Task, check
-from featcache import checksums, manifest
+from featcache import checksums, images, manifest
 from featcache.store import SHARDS, Array, store
 
 SHARD_ROWS = 1024
@@ -64,6 +64,7 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
         "codec": "fp16",
         "tokens": "ranked" if ranked else "raster",
         "policy": {"size": 224},
+        "pixel_path": images.PIXEL_PATH,
         "views": 1,
         "pictures": {"count": rows, "keys_digest": manifest.keys_digest(keys)},
         "rows_per_shard": SHARD_ROWS,

@@ -79,6 +79,7 @@ def write_cache(
         shards.append({"name": shard, "first": first, "count": count + 1})
         first += count
     identity = {
+        "pixel_path": {"decoder": "pillow"},
         "teacher": {"name": "synthetic", "patches": TOKENS - 1, "width": WIDTH, "depth": 6},
         "levels": list(LEVELS),
         "views": VIEWS,
