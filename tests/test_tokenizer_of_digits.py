@@ -141,9 +141,10 @@ def test_digits_that_are_not_there(
 
 @pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
-    """Most of the pixels' variance, by many words: a tokenizer of one word would explain none."""
+    """In four of ten epochs: most of the pixels' variance, by several words. One word alone would explain none, and its
+    perplexity would be 1."""
     digits.write_shards(tmp_path, seed=0)
     train, test = (images.open_source(f"{tmp_path}/data/{part}-*.tar") for part in ("train", "test"))
     found = tokenizer.quality(*tokenizer.train(train, seed=0, epochs=4), test)
     assert found["explained"] > 0.5
-    assert found["perplexity"] > 10
+    assert found["perplexity"] > 3
