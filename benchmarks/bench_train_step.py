@@ -55,6 +55,7 @@ GMAC = {
     ("caev2", "clip-b16"): (36.4, 17.6),
     ("fd", "clip-b16"): (53.0, 17.6),
 }
+SCALE = "0.2,1"  # of the crops
 WARM_STEPS = 2  # of each way, before anything is timed: kernels are chosen, memory is touched, code is compiled
 AIM = 1.03  # cached / in memory
 
@@ -93,7 +94,16 @@ class Setting:
 def extract(setting: Setting, teacher: str, out: Path) -> Path:
     """A cache of the last five levels with drawn weights, made by the command."""
     args = ["extract", "--teacher", teacher, "--images", str(setting.pictures), "--out", str(out), "--views", "1"]
-    args += ["--levels", "last:5", "--device", setting.device, "--batch-size", str(min(setting.batch_size, 64))]
+    args += [
+        "--levels",
+        "last:5",
+        "--scale",
+        SCALE,
+        "--device",
+        setting.device,
+        "--batch-size",
+        str(min(setting.batch_size, 64)),
+    ]
     args += [] if teacher.startswith("synthetic") else ["--weights", "random:0"]
     featcache.cli.cli.main(args, standalone_mode=False)
     return out
@@ -105,6 +115,7 @@ def build(setting: Setting, recipe: str, cache: Path, online: bool) -> tuple[Any
     args = ["--recipe", recipe, "--cache", str(cache), "--images", str(setting.pictures), "--steps", "1000000"]
     args += ["--batch-size", str(setting.batch_size), "--workers", str(setting.workers), "--out", str(cache / "never")]
     args += ["--precision", setting.precision, "--device", setting.device, *["--compile"] * setting.compiled]
+    args += ["--scale", SCALE]  # all views, whatever crops the recipe was published with
     args += ["--teacher", "online"] if online else []
     args += [part for text in setting.sets for part in ("--set", text)]
     given = student_cli.train.make_context("train", args).params
