@@ -18,7 +18,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from featcache import images, joining, rng
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from student import buffers
 from student.order import Order
 from student.targets import Host, Targets
@@ -50,7 +50,7 @@ class Loader:
     def __post_init__(self) -> None:
         n = len(self.pictures)
         if self.batch_size % self.repeats:
-            raise UserError(
+            raise UsageError(
                 f"--batch-size {self.batch_size} with --aug-repeats {self.repeats}: a batch holds all views of its "
                 f"pictures; give a multiple of {self.repeats}"
             )

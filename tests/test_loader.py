@@ -220,6 +220,7 @@ def test_repeats_that_cannot_be(tmp_path: Path) -> None:
     assert "--aug-repeats 4: the cache stores 3 views" in more.line
     odd = fx.train("maskalign", tmp_path / "b", *common, "--aug-repeats", "3", "--batch-size", "8")
     assert "--batch-size 8 with --aug-repeats 3" in odd.line
+    assert (more.status, odd.status) == (2, 2)
     assert not (tmp_path / "a").exists()
 
 

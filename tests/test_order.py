@@ -40,18 +40,20 @@ def test_a_window_is_sixteen_blocks_of_sixty_four_neighbours() -> None:
     assert stretches_of_random > 500  # what rows at random would open
 
 
-def test_blocks_are_cut_elsewhere_in_each_epoch_and_rows_are_shuffled() -> None:
-    """Two neighbours are not in one batch in every epoch, and batches differ between epochs and seeds."""
-    n = 64 * 64
-    order = Order(n, 0, np.arange(n))
-    together = 0
+def test_blocks_are_cut_elsewhere_in_each_epoch() -> None:
+    """Were blocks cut at multiples of 64, rows 0 and 63 would be of one block, and so in one window, in every epoch."""
+    n, window = 64 * 64, BLOCK * WINDOW
+    order, apart = Order(n, 0, np.arange(n)), 0
     for epoch in range(40):
-        batch_of = np.empty(n, int)
-        for number in range(n // 256):
-            batch_of[order.step(epoch, number * 256, 256)] = number
-        together += int(batch_of[63] == batch_of[64])
-    assert together < 30
-    first = [tuple(Order(n, seed, np.arange(n)).step(epoch, 0, 256)) for seed in (0, 1) for epoch in (0, 1)]
+        number = np.empty(n, int)
+        for low in range(0, n, window):
+            number[order.step(epoch, low, window)] = low
+        apart += int(number[0] != number[63])
+    assert 10 < apart < 40
+
+
+def test_orders_of_blocks_differ_between_epochs_and_seeds() -> None:
+    first = [tuple(Order(1024, seed, np.arange(1024)).step(epoch, 0, 256)) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(first)) == 4
 
 
