@@ -2,12 +2,13 @@
 
 timm's models ask for it by a switch that their own `forward` looks at; recipes call blocks one by one, so each block is
 given a `forward` of its own that does the same (torch.utils.checkpoint, not reentrant, drop path drawn alike again).
-What counts as a block: the members of a ModuleList or Sequential whose name is `blocks` or ends with `_blocks`, as in
-timm and in MAE's code.
+What counts as a block: the members of a ModuleList or Sequential named `blocks`, `..._blocks` or `blocks3`, as in timm,
+MAE's and ConvMAE's code.
 """
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 from torch import nn
@@ -21,7 +22,8 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{name}.{number}": block
         for name, parent in model.named_modules()
-        if isinstance(parent, nn.ModuleList | nn.Sequential) and f"_{name.rpartition('.')[2]}".endswith("_blocks")
+        if isinstance(parent, nn.ModuleList | nn.Sequential)
+        and re.fullmatch(r"(.*_)?blocks\d*", name.rpartition(".")[2])
         for number, block in parent.named_children()
     }
 

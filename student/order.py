@@ -14,7 +14,6 @@ from featcache import rng
 
 I64 = npt.NDArray[np.int64]
 
-SAMPLINGS = ("random", "block")
 BLOCK = 64  # neighbours in storage that stay together
 WINDOW = 16  # blocks that are shuffled together: a batch from one window opens 16 files where rows would open 1,024
 

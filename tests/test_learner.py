@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from student import activations, checkpoint, metrics, recipes
+from student import activations, checkpoint, conv_vit, metrics, recipes
 from student.config import from_overrides
 from tests import processes
 from tests import student_fixtures as fx
@@ -140,6 +140,24 @@ def test_every_block_is_found_by_the_names_of_the_field() -> None:
         model = recipe.Model(from_overrides(recipe.Config, [*fx.RECIPES[name], "img_size=32", "patch_size=8"]))
         assert list(activations.blocks(model)) == names
     assert activations.blocks(nn.Sequential(nn.Linear(2, 2))) == {}
+
+
+def test_masked_convolutions_are_checkpointed_too() -> None:
+    """Two blocks in each of two stages and four after them, and the same gradients to the bit."""
+    found = {}
+    for again in (False, True):
+        torch.manual_seed(0)
+        net = conv_vit.build("tiny,depth=4,stage1=8,stage2=8,embed_dim=16,num_heads=2", img_size=32, patch_size=8)
+        names = [f"blocks{stage}.{i}" for stage, count in ((1, 2), (2, 2), (3, 4)) for i in range(count)]
+        assert list(activations.blocks(net)) == names
+        if again:
+            activations.apply(net)
+        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        outputs, _ = net.encode(images, torch.tensor([[0, 3, 7], [1, 2, 15]]))
+        outputs[-1].square().mean().backward()
+        found[again] = {name: each.grad for name, each in net.named_parameters() if each.grad is not None}
+    assert found[True].keys() == found[False].keys()
+    assert all(torch.equal(found[True][name], grad) for name, grad in found[False].items())
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
