@@ -101,6 +101,6 @@ def _check_room(size: int) -> None:
         free = min(free, int(limit))
     if size > free:
         raise UserError(
-            f"--resident: {size / 2**30:.1f} GiB of targets do not fit, at most {free / 2**30:.1f} GiB of memory are free; "
-            "leave it out, or use a smaller codec, fewer views or levels"
+            f"--resident: {size / 2**30:.1f} GiB of targets do not fit, at most {free / 2**30:.1f} GiB of memory "
+            "are free; leave it out, or use a smaller codec, fewer views or levels"
         )
