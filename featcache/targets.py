@@ -32,6 +32,22 @@ def normalise(y: Tensor) -> tuple[Tensor, Tensor]:
     return centred.div_(std), torch.cat([mean, std], -1)
 
 
+def sums(stats: npt.NDArray[np.floating], width: int) -> npt.NDArray[np.float64]:
+    """stats (n, L, T, 2) of `normalise`, D channels -> (L, 3): of the numbers y of each level their count, their sum
+    and the sum of their squares, over pictures, tokens and channels; what several batches give may be added."""
+    mean, std = np.moveaxis(stats.astype(np.float64), -1, 0)  # each (n, L, T)
+    squares = (std**2 - EPS + mean**2).sum((0, 2)) * width
+    count = np.full(stats.shape[1], stats.shape[0] * stats.shape[2] * width, np.float64)
+    return np.stack([count, mean.sum((0, 2)) * width, squares], 1)
+
+
+def moments(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """`sums` (L, 3) -> (L, 2): mean and unbiased variance of each level (MaskAlign's whole-tensor `bn`, METHODS 14)."""
+    count, total, squares = sums.T
+    variance = (squares - total**2 / count) / (count - 1)
+    return np.stack([total / count, variance], 1).astype(np.float32)
+
+
 def cls_attention(query: Tensor, keys: Tensor, heads: int, prefix: int = 1) -> Tensor:
     """query (B, D) of [CLS], keys (B, T, D) -> (B, T - prefix) float32: softmax over all tokens, mean over heads,
     patches only, not renormalised (METHODS 0.3). Only one row of the attention map is computed."""

@@ -116,6 +116,14 @@ def _make_resident(targets: Targets, acc: Accelerator, say: Say) -> None:
     say(f"note: {size / 2**30:.2f} GiB of targets were read into memory, once for all processes of a machine")
 
 
+def _check_moments(targets: Targets, accumulate: int) -> None:
+    if accumulate > 1 and isinstance(targets, Online) and targets.spec.moments:
+        raise UsageError(
+            f"--accumulate {accumulate} with --teacher online: these targets are normalised over the whole batch, of "
+            "which the teacher has seen one part only; allowed: --accumulate 1, or a cache in place of the teacher"
+        )
+
+
 def _repeats(given: int, targets: Targets) -> int:
     if isinstance(targets, Cached) and given > targets.cache.views:
         raise UsageError(
@@ -144,6 +152,7 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
         chosen = _online(recipe, overrides, found, source, str(acc.device), options, say)
     else:
         chosen = _cached(found, source, options, say)
+    _check_moments(chosen.targets, options.accumulate)
     if options.resident:
         _make_resident(chosen.targets, acc, say)
     repeats = _repeats(options.aug_repeats, chosen.targets)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class Loader:
                 f"{n}; give a smaller --batch-size"
             )
         self._order = Order(n, self.seed, self.places)
+        self._moments = lru_cache(AHEAD + 1)(self._moments_of)
 
     def _cut(self) -> str:
         shown = f" / {self.repeats} views" if self.repeats > 1 else ""
@@ -75,10 +77,24 @@ class Loader:
 
     def rows(self, step: int, micro: int = 0) -> tuple[npt.NDArray[np.int64], int]:
         """Numbers (B,) of the training pictures of a micro-batch on this process, and the epoch."""
+        first = (micro * self.world + self.rank) * self.batch_size
+        at, epoch = self._step_rows(step)
+        return at[first : first + self.batch_size], epoch
+
+    def _step_rows(self, step: int) -> tuple[npt.NDArray[np.int64], int]:
+        """Numbers (global batch,) of the training pictures of a step over all processes, and the epoch."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        count, own = self.global_batch // self.repeats, self.batch_size // self.repeats
-        first = (micro * self.world + self.rank) * own
-        return np.repeat(self._order.step(epoch, place * count, count)[first : first + own], self.repeats), epoch
+        count = self.global_batch // self.repeats
+        return np.repeat(self._order.step(epoch, place * count, count), self.repeats), epoch
+
+    def _rounds(self, count: int, epoch: int) -> npt.NDArray[np.int64]:
+        """How often each of so many samples was shown before the epoch's own showing."""
+        return epoch * self.repeats + np.arange(count) % self.repeats
+
+    def _moments_of(self, step: int) -> npt.NDArray[np.float32]:
+        """Of the whole batch of a step, the same on every process (Targets.moments)."""
+        at, epoch = self._step_rows(step)
+        return self.targets.moments(at, self.targets.view(self.digests[at], self._rounds(len(at), epoch)))
 
     def iterate(self, first_step: int, last_step: int) -> Generator[Host, None, None]:
         """Micro-batches of the steps in [first_step, last_step), in order. A batch is good until the next one is asked
@@ -112,10 +128,12 @@ class Loader:
             memory = buffers.allocate(self.targets.layout(), self.batch_size, self.pin)
         at, epoch = self.rows(step, micro)
         digests = self.digests[at]
-        rounds = epoch * self.repeats + np.arange(len(at)) % self.repeats
+        rounds = self._rounds(len(at), epoch)
         view = self.targets.view(digests, rounds)
         host: Host = memory | self.targets.fetch(at, view, memory)
         host |= {"at": at, "view": view, "round": rounds, "digests": digests, "epoch": epoch}
+        if self.targets.stores_moments:
+            host["moments"] = self._moments(step)
         host["keys"] = [self.source.keys[self.pictures[i]] for i in at]
         checked = joining.sampled(digests, view, rounds, self.seed, self.check_fraction)
         futures = [

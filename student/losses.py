@@ -44,6 +44,18 @@ def smooth_l1(pred: Tensor, target: Tensor) -> Tensor:
         return 2 * F.smooth_l1_loss(promote(pred), promote(target), beta=1.0)
 
 
+def l2(pred: Tensor, target: Tensor) -> Tensor:
+    """pred, target (..., D) -> scalar: the mean of e^2."""
+    with autocast_off(pred):
+        return F.mse_loss(promote(pred), promote(target))
+
+
+def l1(pred: Tensor, target: Tensor) -> Tensor:
+    """pred, target (..., D) -> scalar: the mean of |e|."""
+    with autocast_off(pred):
+        return F.l1_loss(promote(pred), promote(target))
+
+
 def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
     """pred, target (..., D) -> (...): 1 - cos of each pair, half their squared distance once both are of length 1.
 

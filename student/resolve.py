@@ -173,7 +173,7 @@ def _missing_tokens(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> lis
     """Why the tokens of a kept cache are not those the recipe reads, and what to set."""
     if not _keeps_few(cache, spec):
         return []
-    if not spec.visible_only:
+    if not spec.visible_only or spec.moments:
         return [f"{_kept(cache)}, and the recipe reads all"]
     if config.mask != "stored":
         return [f"{_kept(cache)}, and mask={config.mask} shows others: --set mask=stored, or take another"]

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import reduce
 from PIL import Image
 from torch import Tensor
 
@@ -46,6 +47,11 @@ class Targets(Protocol):
     is_stored: bool  # features come from storage, not from a teacher in the loop
     stored_pixels: bool  # so do pixels, and no picture is decoded
 
+    @property
+    def stores_moments(self) -> bool:
+        """Whether moments of the whole batch are asked for, and can be read."""
+        ...
+
     def layout(self) -> buffers.Layout:
         """Shape and type of one sample of every array of a batch."""
         ...
@@ -57,6 +63,11 @@ class Targets(Protocol):
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
         """Stored arrays of training pictures `at`, in the memory of `out`; called in a loader thread."""
+        ...
+
+    def moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
+        """(L, 2), mean and variance of each level over training pictures `at` in their views, the whole batch of a
+        step. Called only where they are stored: else they are known when the teacher has run."""
         ...
 
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
@@ -106,9 +117,9 @@ class Cached:
         stats = ("feature_stats",) if self.tail and float(self.tail["eps"]) != float(np.float32(targets.EPS)) else ()
         side = [field for field in (*self.spec.fields, *stats) if field.rpartition("/")[2] != "features"]
         self.second = Second(self.cache, self.spec) if self.spec.second else None
-        self.stats = bool(stats)
         self.own = tuple(dict.fromkeys((*self.coded, *side, *order, *pixels)))
         self.reads = self.own if self.second is None else (*self.own, *self.second.reads)
+        self.stats = "feature_stats" in self.own
         self.resident: Stored | None = None
 
     def layout(self) -> buffers.Layout:
@@ -129,6 +140,14 @@ class Cached:
         memory = None if out is None else {name: out[name] for name in self.own}
         host = self.cache.read(rows, view, self.own, self.spec.levels or None, self.tokens, memory)
         return host if self.second is None else host | self.second.fetch(rows, view, out)
+
+    @property
+    def stores_moments(self) -> bool:
+        return self.spec.moments
+
+    def moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
+        stats = self.cache.read(self.rows[at], view, ("feature_stats",), self.spec.levels or None)["feature_stats"]
+        return targets.moments(targets.sums(stats, self.cache.identity["teacher"]["width"]))
 
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
         return {name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields}
@@ -152,6 +171,8 @@ class Cached:
             stats = self._in_raster(tensor(host["feature_stats"]).to(device), host, device) if self.stats else None
             self.tail = on_device(self.tail, device)
             out |= derived(self.spec, features, stats, self.tail)
+        if "moments" in host:
+            out["moments"] = tensor(host["moments"]).to(device)
         if self.second is not None:
             out |= self.second.complete(host, device)
         return out, self.sources(host)
@@ -173,9 +194,10 @@ class Online:
     turns: Turns | None = None  # of the views of a cache that are shown, where not all are
     is_stored = False
     stored_pixels = False
+    stores_moments = False
 
     def __post_init__(self) -> None:
-        lacking = set(self.spec.fields) - {"features", "attention", "mask_order"}
+        lacking = set(self.spec.fields) - {"features", "feature_stats", "attention", "mask_order"}
         if lacking:
             raise UsageError(
                 f"--teacher online computes no {', '.join(sorted(lacking))}; allowed: features and what derives from "
@@ -200,6 +222,9 @@ class Online:
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
         return {}
+
+    def moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
+        raise NotImplementedError  # stores_moments says so
 
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
         return {}
@@ -232,7 +257,15 @@ class Online:
             return {}, sources
         features, stats = (torch.stack(each, 1) for each in zip(*pairs, strict=True))
         self.tail = on_device(self.tail, device)
-        return derived(self.spec, features, stats, self.tail), sources
+        out = derived(self.spec, features, stats, self.tail)
+        return out | ({"moments": self._moments(stats)} if self.spec.moments else {}), sources
+
+    def _moments(self, stats: Tensor) -> Tensor:
+        """stats (B,L,1+P,2) -> (L,2) over the batches of all processes, which all come here. A step has one micro-batch
+        (job.build sees to it): the others' targets would not be known yet."""
+        assert self.teacher is not None
+        own = torch.from_numpy(targets.sums(stats.cpu().numpy(), self.teacher.width)).to(stats.device)
+        return tensor(targets.moments(reduce(own, "sum").cpu().numpy())).to(stats.device)
 
 
 def _pixels(size: int, name: str = "pixels") -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -250,10 +283,12 @@ def on_device(tail: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
 
 
 def derived(spec: TargetSpec, features: Tensor, stats: Tensor | None, tail: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """features (B,L,1+P,D), stats (B,L,1+P,2) -> what a recipe takes: the levels, or `targets` (B,1+P,E) derived from
-    the only one. `stats`, mean and divisor, are looked at where the teacher's eps is not the cache's."""
+    """features (B,L,1+P,D), stats (B,L,1+P,2) -> what a recipe takes: the levels, and their stats where it asks for
+    them; or `targets` (B,1+P,E) derived from the only level. For these `stats`, mean and divisor, are looked at where
+    the teacher's eps is not the cache's."""
     if not spec.derive:
-        return {"features": features}
+        asked = {"feature_stats": stats} if stats is not None and "feature_stats" in spec.fields else {}
+        return {"features": features, **asked}
     assert features.shape[1] == 1, features.shape
     std = None if stats is None else stats[:, 0, :, 1:]
     return {"targets": targets.derive(spec.derive, features[:, 0], tail, std)}

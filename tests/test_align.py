@@ -90,10 +90,60 @@ def test_loss_by_hand() -> None:
     assert {name: part.item() for name, part in parts.items()} == {"level_1": 2.625}
 
 
-def test_gradients() -> None:
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        # h = (-1, 1) with mean 4 and divisor 3: y = (1, 7).
+        ("none", (1.0, 7.0)),
+        ("l2", (1 / 50**0.5, 7 / 50**0.5)),
+        ("bn", ((1 - 2) / 3.000001**0.5, (7 - 2) / 3.000001**0.5)),  # the level's mean 2 and variance 3
+    ],
+)
+def test_target_norms_by_hand(norm: str, expected: tuple[float, float]) -> None:
+    h, stats = torch.tensor([[[-1.0, 1.0]]]).half(), torch.tensor([[[4.0, 3.0]]])
+    found = align.normalised(norm, h, stats, torch.tensor([2.0, 3.0]))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor([[expected]]))
+
+
+def test_orders_of_mixing_and_adapting_by_hand() -> None:
+    """Two blocks of width 1 with x = (2, 3) at CLS and (5, 7) at patch 0, level 2 of 2, targets 0 and 1.
+
+    adapt_then_mix: A_1 = 10 x + 1, A_2 = x - 1, W = (2, 3): CLS 2 * 21 + 3 * 2 = 48, patch 2 * 51 + 3 * 6 = 120;
+    layer_wise: A_2 alone: 2 and 6. The loss is l1, with CLS (48 + 119) / 2 and (2 + 5) / 2, without it 119 and 5.
+    """
+    outputs = [torch.tensor(x).view(1, 2, 1) for x in ([2.0, 5.0], [3.0, 7.0])]
+    features, ids_keep = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1), torch.tensor([[0]])
+
+    def loss(cls_loss: bool, kind: str) -> float:
+        head = align.Align(2, 1, 2, 1, {2: 1.0}, align.Ways(alignment=kind, loss="l1", cls_loss=cls_loss))
+        named = dict(head.named_parameters())
+        values = {"adaptors.1.weight": 10.0, "adaptors.1.bias": 1.0, "adaptors.2.weight": 1.0, "adaptors.2.bias": -1.0}
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(torch.tensor([[2.0, 3.0]]) if name == "mix" else torch.tensor(values[name]))
+        assert set(named) == {*values, "mix"} if kind == "adapt_then_mix" else {"adaptors.2.weight", "adaptors.2.bias"}
+        return head(outputs, features, ids_keep)[0].item()
+
+    assert [loss(cls, "adapt_then_mix") for cls in (True, False)] == [83.5, 119]
+    assert [loss(cls, "layer_wise") for cls in (True, False)] == [3.5, 5]
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        align.Ways(),
+        align.Ways(alignment="adapt_then_mix", adaptor="mlp", loss="l2", target_norm="bn", cls_loss=False),
+        align.Ways(alignment="layer_wise", adaptor="norm_linear", target_norm="l2"),
+        align.Ways(adaptor="mlp2", target_norm="none"),
+    ],
+)
+def test_gradients(ways: align.Ways) -> None:
     torch.manual_seed(0)
-    head = align.Align(2, 4, 2, 3, {1: 0.25, 2: 0.75}).double()
-    features = torch.randn(2, 2, 5, 3, dtype=torch.float64)
+    head = align.Align(2, 4, 2, 3, {1: 0.25, 2: 0.75}, ways).double()
+    features, stats = torch.randn(2, 2, 5, 3, dtype=torch.float64), torch.rand(2, 2, 5, 2, dtype=torch.float64) + 0.5
+    moments = torch.rand(2, 2, dtype=torch.float64)
     ids_keep = torch.tensor([[0, 2], [3, 1]])
     x = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda a, b, *_: head([a, b], features, ids_keep)[0], (*x, *head.parameters()))
+    given = (features, ids_keep, stats, moments)
+    assert torch.autograd.gradcheck(lambda a, b, *_: head([a, b], *given)[0], (*x, *head.parameters()))

@@ -92,6 +92,22 @@ def test_other_masks_are_equal_online_too(mask: str, tmp_path: Path) -> None:
     assert_same_losses(tmp_path / "cached", tmp_path / "without", 1e-3)
 
 
+@pytest.mark.parametrize("norm", ["l2", "none", "bn"])
+def test_other_target_norms_are_equal_online_too(norm: str, tmp_path: Path) -> None:
+    """They are made of what is stored, h and its statistics, and online of the same from the teacher in the loop."""
+    sets = (f"target_norm={norm}",)
+    fx.good(fx.train("maskalign", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH, sets=sets))
+    fx.good(fx.train("maskalign", tmp_path / "over", "--cache", fx.cache_path(), *ONLINE, *BOTH, sets=sets))
+    assert_same_losses(tmp_path / "cached", tmp_path / "over", 1e-3)
+    fx.good(fx.train("maskalign", tmp_path / "ranked", "--cache", fx.ranked_path(), *BOTH, sets=sets))
+    assert fx.losses(tmp_path / "ranked") == fx.losses(tmp_path / "cached")
+    sets = (*sets, "mask=stored")  # of which the first tokens are read, and for bn the statistics of all
+    fx.good(fx.train("maskalign", tmp_path / "few", "--cache", fx.ranked_path(), *BOTH, sets=sets))
+    fx.good(fx.train("maskalign", tmp_path / "all", "--cache", fx.cache_path(), *BOTH, sets=sets))
+    assert checkpoint.config(tmp_path / "few")["targets"]["reading"]["tokens"] == 5
+    assert fx.losses(tmp_path / "few") == fx.losses(tmp_path / "all")
+
+
 # --- other layouts of the same targets ------------------------------------------------------------------------------
 
 STORED = ("mask=stored",)

@@ -116,3 +116,11 @@ def test_level_weights(name: str, n: int, expected: list[float]) -> None:
 def test_level_weights_that_cannot_be(name: str, n: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         losses.level_weights(name, n)
+
+
+def test_l2_and_l1_by_hand() -> None:
+    """e = (0.5, -3): (0.25 + 9) / 2 and (0.5 + 3) / 2; in float32 whatever comes in."""
+    pred, target = torch.tensor([[1.5, 1.0]]).half(), torch.tensor([[1.0, 4.0]]).bfloat16()
+    assert losses.l2(pred, target).item() == 4.625
+    assert losses.l1(pred, target).item() == 1.75
+    assert losses.l2(pred, target).dtype == losses.l1(pred, target).dtype == torch.float32

@@ -271,7 +271,10 @@ OUTPUT = {"target": "z", "teacher_out": 512}
 ALIGN = {"level_weights": "top:5", "align_levels": "auto"}
 DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16, "norm_pix": True}
 GOLDEN = {
-    "maskalign": golden(**ALIGN),
+    "maskalign": golden(
+        **ALIGN, alignment="mix_then_adapt", mix_start="auto", adaptor="linear", target_norm="ln", loss="smooth_l1",
+        cls_loss=True,
+    ),
     "mae": golden(drop_path=0.0, mask="uniform", mask_ratio=0.75, min_lr=0.0, epochs=800, warmup_epochs=40, **DECODER),
     "mralign": golden(mask_ratio=0.75, align_weight=0.5, pixel_weight=0.5, **ALIGN, **DECODER),
     "milan": golden(

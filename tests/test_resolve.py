@@ -240,6 +240,16 @@ def test_a_kept_cache_does_not_serve_other_masks(sets: tuple[str, ...], told: tu
     fx.good(fx.train("mralign", tmp_path / "run", *options, sets=sets))
 
 
+def test_a_kept_cache_does_not_serve_statistics_of_all_tokens(tmp_path: Path) -> None:
+    """bn is over the tokens that are not there too; l2 is of each token, and is served."""
+    options = ("--cache", fx.kept_path(), *ONE)
+    ran = fx.train("maskalign", tmp_path / "run", *options, sets=("target_norm=bn",))
+    assert ran.status == 1
+    assert "first 5 of 16" in ran.line
+    assert "and the recipe reads all" in ran.line
+    fx.good(fx.train("maskalign", tmp_path / "l2", *options, sets=("target_norm=l2",)))
+
+
 def test_a_kept_cache_does_not_serve_a_recipe_that_reads_all_tokens(tmp_path: Path) -> None:
     """One of somebody's own, which does not say that it looks at visible tokens only."""
     text = (Path(recipes.__file__).parent / "maskalign.py").read_text()

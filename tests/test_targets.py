@@ -56,6 +56,23 @@ def test_a_constant_token_is_all_zeros_with_divisor_sqrt_eps() -> None:
     np.testing.assert_allclose(stats[0, 0], [4.0, 1e-5**0.5], rtol=1e-6)
 
 
+def test_moments_are_those_of_all_numbers_of_a_level() -> None:
+    """From the stored pairs alone, in two parts that are added: numpy's mean and unbiased variance of y itself."""
+    y = draw(6, 3, 5, 24, scale=3) + np.array([0.0, 2.0, -40.0])[:, None, None]  # (n, L, T, D)
+    y[..., 7] *= 60
+    _, stats = targets.normalise(torch.from_numpy(y))
+    pieces = [targets.sums(part.numpy(), 24) for part in (stats[:2], stats[2:])]
+    found = targets.moments(pieces[0] + pieces[1])
+    expected = [[y[:, level].mean(), y[:, level].var(ddof=1)] for level in range(3)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_moments_by_hand() -> None:
+    """Tokens (1, 3) and (5, 5): mean 3.5, squares of deviations 6.25 + 0.25 + 2.25 + 2.25 = 11, over 3."""
+    _, stats = targets.normalise(torch.tensor([[[1.0, 3.0], [5.0, 5.0]]], dtype=torch.float64))
+    np.testing.assert_allclose(targets.moments(targets.sums(stats.numpy()[:, None], 2)), [[3.5, 11 / 3]], rtol=1e-7)
+
+
 def test_cls_attention_is_an_explicit_softmax_in_float64() -> None:
     batch, tokens, heads, width = 2, 7, 3, 12
     q, k = draw(batch, width, seed=1), draw(batch, tokens, width, seed=2)

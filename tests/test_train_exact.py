@@ -14,6 +14,7 @@ import torch
 
 import student.train
 from student import checkpoint, metrics
+from student.targets import Cached
 from tests import processes
 from tests import student_fixtures as fx
 from tests.test_end_to_end import assert_undisturbed
@@ -68,6 +69,41 @@ def test_one_process_with_batch_16_equals_two_with_batch_8(recipe: str, tmp_path
     first, second = seen(tmp_path / "seen1", 1), seen(tmp_path / "seen2", 2)
     assert {step: set(keys) for step, keys in first.items()} == {step: set(keys) for step, keys in second.items()}
     assert all(len(keys) == 16 for keys in second.values())
+
+
+@pytest.mark.parametrize("way", ["cached", "online"])
+def test_statistics_of_the_batch_are_those_of_all_its_parts(way: str, tmp_path: Path) -> None:
+    """target_norm=bn: one process with batch 16, two with 8, and from a cache one that adds up four times 4, give the
+    same losses; statistics of each part alone would not (see below)."""
+    cuts = {(1, 16, 1), (2, 8, 1)} | ({(1, 4, 4), (2, 4, 2)} if way == "cached" else set())
+    sets, runs = (*OFF, "target_norm=bn"), {}
+    for world, batch, parts in cuts:
+        run = tmp_path / f"{world}-{batch}"
+        options = ("--batch-size", batch, "--accumulate", parts, "--steps", 6, "--teacher", way, "--out", run)
+        cache = ("--cache", fx.cache_path())
+        processes.good(processes.train(world, *cache, *options, recipe="maskalign", sets=sets))
+        runs[world, batch, parts] = np.array(fx.losses(run))
+    for losses in runs.values():
+        np.testing.assert_allclose(losses, runs[1, 16, 1], rtol=1e-5)
+
+
+def test_statistics_of_a_part_would_give_other_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above has teeth: moments of a quarter of the batch in place of all of it are seen."""
+    options = ("--cache", fx.cache_path(), "--batch-size", 16, "--steps", 1)
+    sets = (*OFF, "target_norm=bn")
+    fx.good(fx.train("maskalign", tmp_path / "whole", *options, sets=sets))
+    plain = Cached.moments
+    monkeypatch.setattr(Cached, "moments", lambda targets, at, view: plain(targets, at[:4], view[:4]))
+    fx.good(fx.train("maskalign", tmp_path / "part", *options, sets=sets))
+    assert abs(fx.losses(tmp_path / "whole")[0] / fx.losses(tmp_path / "part")[0] - 1) > 1e-4
+
+
+def test_statistics_of_the_batch_online_want_it_in_one_piece(tmp_path: Path) -> None:
+    options = ("--cache", fx.cache_path(), "--teacher", "online", "--steps", 1, "--accumulate", 2)
+    ran = fx.train("maskalign", tmp_path / "run", *options, sets=("target_norm=bn",))
+    assert ran.status == 2
+    assert "--accumulate 2 with --teacher online: these targets are normalised over the whole batch" in ran.line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

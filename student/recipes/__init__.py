@@ -7,6 +7,8 @@ a cache must hold. A recipe is a pure function of (weights, batch):
     images (B,3,H,W)   features (B,L,1+P,D)   ids_keep (B,V)   ids_masked (B,P-V)
     targets (B,1+P,E) in place of features where the spec says `derive`;   token_ids (B,P) where it is among the fields
     second (B,1+P,E2) of another teacher, where the spec names one
+    feature_stats (B,L,1+P,2) where it is among the fields: mean and divisor of every token; moments (L,2) where the
+    spec asks for them
 
 >>> sorted(set(names()) & {"mae", "maskalign", "mralign"})
 ['mae', 'maskalign', 'mralign']
@@ -42,6 +44,7 @@ class TargetSpec:
     derive: str = ""  # z, f or fd: given as `targets` in place of `features`, from the one level (featcache.targets)
     second: str = ""  # another teacher, whose NAME/features are among the fields: given as `second`, derived likewise
     second_level: int = 0  # its block
+    moments: bool = False  # mean and variance (unbiased) of each level, over channels, all tokens and the whole batch
     vocabulary: int = 0  # token ids, of the field token_ids or NAME/token_ids, are below it
 
 

@@ -9,7 +9,19 @@ Code:     OpenDriveLab/maskalign, models_pretrain.py at 4cb577f (fusion `linear`
 
 Reference global batch: 1,024, so blr 1.5e-4 is lr 6e-4.
 
+The paper's ablations by settings; its Tables 3, 4 and 5 leave CLS out of the loss (cls_loss=false), so that Table 6's
+first row is the default and its second is Table 3's third:
+    level_weights=top:1, top:3, top:5, top:7                          Table 3, Dynamic: 84.9, 85.1, 85.3, 85.1
+    alignment=layer_wise level_weights=top:1, top:5                   Table 3, Layer-wise: 84.8, 85.1
+    mask_ratio=0, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.9                  Table 4, the iterations made equal to 0.7's in 200
+                                                                      epochs: 84.9, 85.1, 85.2, 85.3, 85.3, 85.1, 85.1,
+                                                                      84.4
+    mask=uniform                                                      Table 4: 85.1
+    adaptor=mlp; target_norm=bn; target_norm=none                     Table 6: 85.2; 84.7; 84.3
+alignment=adapt_then_mix is Eq. 1 as printed, an adaptor for each student block; no code of it was released.
+
 What differs from the released code:
+- target_norm=bn has the mean and variance of the whole batch, of all processes and micro-batches (it: of one GPU's);
 - only the aligned levels have a row of W and an adaptor (it builds all and gives the others weight 0); same loss;
 - unequal depths start W at 1/S (it pairs block 12 of 12 with level 12 of 24 without a word);
 - cls_token is not decayed; decay_tokens=true decays it as the released code does, probably unintended;
@@ -23,13 +35,15 @@ Shapes: B batch, V visible, P patches, L levels.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from featcache.errors import UsageError
 from student import align, losses, masking, vit
-from student.config import CHECKED, Fraction, Mask, NotNegative, RecipeConfig
+from student.config import CHECKED, Fraction, Mask, NotNegative, RecipeConfig, check_choice
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this
@@ -52,21 +66,44 @@ class Config(RecipeConfig):
 
     level_weights: str = "top:5"  # top:K, mean, last, linear-decay
     align_levels: str = "auto"  # auto (what level_weights names), last:K, or block numbers from 1: 8,10,12
+    alignment: str = "mix_then_adapt"  # or adapt_then_mix, the paper's Eq. 1; layer_wise, without W
+    mix_start: str = "auto"  # of W: identity (+ 0.01), which equal depths have; even (1/S), which others have
+    adaptor: str = "linear"  # or norm_linear; mlp: Linear, GELU, Linear; mlp2: Linear, LayerNorm, Linear
+    target_norm: str = "ln"  # of each token; or l2; none: the teacher's stream itself; bn: by the batch's moments
+    loss: str = "smooth_l1"  # twice the mean, as the released code; or l2, l1
+    cls_loss: bool = True  # CLS is aligned too
 
     def __post_init__(self) -> None:
         super().__post_init__()
         losses.parse_level_weights(self.level_weights)
         align.parse_levels(self.align_levels)
+        check_choice("alignment", self.alignment, align.ALIGNMENTS)
+        check_choice("mix_start", self.mix_start, align.MIX_STARTS)
+        check_choice("adaptor", self.adaptor, align.ADAPTORS)
+        check_choice("target_norm", self.target_norm, align.TARGET_NORMS)
+        check_choice("loss", self.loss, tuple(align.LOSSES))
+        if self.alignment == "layer_wise" and self.mix_start != "auto":
+            raise UsageError(
+                f"cannot train maskalign so: mix_start={self.mix_start} does nothing with alignment=layer_wise, which "
+                "has no W; change one of them"
+            )
+
+    @property
+    def ways(self) -> align.Ways:
+        return align.Ways(**{field.name: getattr(self, field.name) for field in dataclasses.fields(align.Ways)})
 
 
 def needs(config: Config) -> TargetSpec:
-    """The aligned levels, and what the mask is drawn from."""
+    """The aligned levels, what gives back the teacher's stream where another norm than LN wants it, and what the mask
+    is drawn from."""
+    stats = () if config.target_norm == "ln" else ("feature_stats",)
     return TargetSpec(
         teacher=config.teacher,
         levels=tuple(align.levels(config.level_weights, config.align_levels, config.teacher_depth)),
-        fields=("features", *masking.fields(config.mask)),
+        fields=("features", *stats, *masking.fields(config.mask)),
         patches=config.patches,
         visible_only=True,  # align.Align gathers [CLS] and ids_keep
+        moments=config.target_norm == "bn",
     )
 
 
@@ -81,15 +118,22 @@ class Model(nn.Module):
         )
         self.encoder.norm.requires_grad_(False)
         self.align = align.Align(
-            len(self.encoder.blocks), self.encoder.embed_dim, config.teacher_depth, config.teacher_width, weights
+            len(self.encoder.blocks),
+            self.encoder.embed_dim,
+            config.teacher_depth,
+            config.teacher_width,
+            weights,
+            config.ways,
         )
 
     def no_weight_decay(self) -> set[str]:
         """W starts near the identity and is not pulled to zero; tokens are the optimiser's matter (decay_tokens)."""
-        return {"align.mix"}
+        return set() if self.align.mix is None else {"align.mix"}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V) -> the loss, and the loss of each level."""
+        """images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V), and where the target norm asks for them
+        feature_stats (B,L,1+P,2) and moments (L,2) -> the loss, and the loss of each level."""
         outputs = vit.encode(self.encoder, batch["images"], batch["ids_keep"])
-        loss, parts = self.align(outputs, batch["features"], batch["ids_keep"])
+        stats, moments = batch.get("feature_stats"), batch.get("moments")
+        loss, parts = self.align(outputs, batch["features"], batch["ids_keep"], stats, moments)
         return {"loss": loss, **parts}
