@@ -22,7 +22,7 @@ import numpy as np
 LIBRARIES = (
     "featcache",
     "numpy",
-    "crc32c",
+    "fastcrc",
     "torch",
     "zarr",
     "zarrs",

@@ -42,6 +42,7 @@ from student import job as jobs
 from student import train as work
 from student.feed import Feed, Taken, Wait
 from student.learner import Learner
+from student.options import Options
 
 TEACHERS = {"clip-b16": "clip-b16", "clip-l14": "clip-l14:grid=14"}
 TRIAL = {"synthetic": "synthetic:levels=6,tokens=196,width=32,size=224"}
@@ -119,9 +120,9 @@ def build(setting: Setting, recipe: str, cache: Path, online: bool) -> tuple[Any
     args += ["--teacher", "online"] if online else []
     args += [part for text in setting.sets for part in ("--set", text)]
     given = student_cli.train.make_context("train", args).params
-    rest = {field.name: given[field.name] for field in fields(jobs.Options)}
+    rest = {field.name: given[field.name] for field in fields(Options)}
     acc = hardware.accelerator(setting.precision, setting.device)
-    job, loader = jobs.build(recipe, recipes.load(recipe), acc, jobs.Options(**rest), lambda line: None)
+    job, loader = jobs.build(recipe, recipes.load(recipe), acc, Options(**rest), lambda line: None)
     return job, loader, acc
 
 

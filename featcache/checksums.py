@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.store import Array
 
@@ -81,7 +81,7 @@ def levels(values: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     each = values.nbytes // max(out.size, 1)
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
     for i in range(out.size):
-        out.flat[i] = crc32c.crc32c(flat[i * each : (i + 1) * each])
+        out.flat[i] = crc32c(flat[i * each : (i + 1) * each])
     return out
 
 
@@ -92,6 +92,6 @@ def _prefixes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
     tokens, crc = values.shape[2], 0
     for i in range(out.size):
-        crc = crc32c.crc32c(flat[i * each : (i + 1) * each], 0 if i % tokens == 0 else crc)
+        crc = crc32c(flat[i * each : (i + 1) * each], 0 if i % tokens == 0 else crc)
         out.flat[i] = crc
     return np.ascontiguousarray(out.swapaxes(1, 2))

@@ -5,7 +5,7 @@ n rows, V views of this part (numbers `first_view` to `first_view` + V - 1), L l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from featcache.store import SHARDS, Array, array, record_path, store
 
 I64 = npt.NDArray[np.int64]
 PARTS = "parts"  # folder of what was added to a cache
+NOT_EXTRACTED = "not extracted yet, or its record is lost"
 
 
 class Keys(Sequence[str]):
@@ -66,9 +67,12 @@ class Keys(Sequence[str]):
 
 
 class Part:
-    """An opened part: manifest and records are read, and every file's existence and size are checked."""
+    """An opened part: manifest and records are read, and every file's existence and size are checked.
 
-    def __init__(self, path: Path) -> None:
+    `partial` leaves out shards of which something is missing or short, in place of an error: `absent` names them.
+    """
+
+    def __init__(self, path: Path, partial: bool = False) -> None:
         self.path = path
         self.manifest = manifests.read(path)
         self.identity: dict[str, Any] = self.manifest["identity"]
@@ -78,21 +82,39 @@ class Part:
         self.levels: tuple[int, ...] = tuple(self.identity["levels"])
         self.arrays: dict[str, Array] = {name: array(name, f) for name, f in self.manifest["arrays"].items()}
         self.store = store(self.identity["store"])
-        self.records = self._complete_shards()
+        self.absent: dict[str, str] = {}  # shard -> why
+        self.records = list(self._complete_shards(partial))
         self.starts: I64 = np.cumsum([0, *(record["rows"] for record in self.records)])
 
-    def _complete_shards(self) -> list[dict[str, Any]]:
-        paths = [record_path(self.path, shard["name"]) for shard in self.manifest["shards"]]
-        present = [shard for shard, path in zip(self.manifest["shards"], paths, strict=True) if path.is_file()]
-        records = [manifests.read_json(record_path(self.path, shard["name"])) for shard in present]
-        for shard, record in zip(present, records, strict=True):
-            if why := record_problem(self.manifest, shard, record):
-                path = record_path(self.path, shard["name"])
-                raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
-            problems = publish.check(self.path, record["shard"], self.identity["store"], record, deep=False)
-            if problems:
-                raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
-        return records
+    def _complete_shards(self, partial: bool) -> Iterator[dict[str, Any]]:
+        for shard in self.manifest["shards"]:
+            path = record_path(self.path, shard["name"])
+            if not path.is_file():
+                if partial:
+                    self.absent[shard["name"]] = NOT_EXTRACTED
+                continue
+            try:
+                record = self._record(path, shard)
+            except UserError as error:
+                if not partial:
+                    raise
+                self.absent[shard["name"]] = str(error)
+            else:
+                yield record
+
+    def _record(self, path: Path, shard: Mapping[str, Any]) -> dict[str, Any]:
+        """The record of a shard, whose files are there."""
+        record = manifests.read_json(path)
+        if why := record_problem(self.manifest, shard, record):
+            raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
+        if problems := publish.check(self.path, record["shard"], self.identity["store"], record, deep=False):
+            raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
+        return record
+
+    def leave_out(self, shards: Collection[str]) -> None:
+        """Do without these as well: they are absent in another part of the cache."""
+        self.records = [record for record in self.records if record["shard"] not in shards]
+        self.starts = np.cumsum([0, *(record["rows"] for record in self.records)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -100,6 +122,11 @@ class Part:
     @property
     def complete(self) -> bool:
         return len(self.records) == len(self.manifest["shards"])
+
+    @property
+    def was_complete(self) -> bool:
+        """Whether every shard has a record, though what it names may be absent."""
+        return self.complete or (bool(self.absent) and NOT_EXTRACTED not in self.absent.values())
 
     @property
     def bytes(self) -> int:
@@ -209,6 +236,32 @@ def added(path: Path) -> list[Path]:
     """Folders of the parts that were added to the cache at `path`, by name."""
     folders = sorted((path / PARTS).iterdir()) if (path / PARTS).is_dir() else []
     return [each for each in folders if (each / manifests.NAME).is_file() or (each / SHARDS / manifests.COPY).is_file()]
+
+
+def open_parts(path: Path, partial: bool = False) -> list[Part]:
+    """The cache at `path`, then what was added to it: parts that are complete, as one that is still being extracted is
+    not seen. With `partial` none has a shard that another lacks."""
+    base = Part(path, partial)
+    parts = [Part(each, partial) for each in added(path)] if base.complete or partial else []
+    parts = [part for part in parts if part.was_complete]
+    absent = {shard for part in (base, *parts) for shard in part.absent}
+    for part in (base, *parts):
+        part.leave_out(absent)
+    for part in parts:
+        if why := same_rows(base, part):
+            raise UserError(f"{str(part.path)!r} does not belong to cache {str(path)!r}: {why}; move it away")
+    for teacher in dict.fromkeys(part.teacher for part in parts):
+        own = [part for part in (base, *parts) if part.teacher == teacher]
+        pairs = [(level, view) for part in own for level in part.levels for view in part.view_numbers]
+        held = set(pairs)
+        if len(pairs) != len(held):
+            raise UserError(f"cache {str(path)!r}: two parts hold the same levels and views of {teacher}")
+        if len(held) != len({level for level, _ in held}) * (max(view for _, view in held) + 1):
+            raise UserError(
+                f"cache {str(path)!r}: of teacher {teacher} some views have levels that others lack; move what was "
+                f"added last out of {path / PARTS}"
+            )
+    return [base, *parts]
 
 
 def describe(manifest: Mapping[str, Any]) -> str:

@@ -22,9 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UsageError, UserError
 
@@ -181,7 +181,7 @@ class Reads:
                     view[:] = block[source - pieces[0].source :][:size]
                 elif not plain or os.preadv(fd, (view,), offset + source) != size:
                     self._pread(fd, run.path, view, offset + source)
-                if crcs is not None and column >= 0 and crc32c.crc32c(view) != crcs[column]:
+                if crcs is not None and column >= 0 and crc32c(view) != crcs[column]:
                     raise BadRow(run.path, row, column)
 
     def _fill_together(self, fd: int, run: Run) -> bool:
@@ -200,7 +200,7 @@ class Reads:
             for row, crcs in zip(run.at.tolist(), run.crcs.tolist(), strict=True):
                 view = run.target[row].data
                 for _, place, count, column in run.pieces:
-                    if column >= 0 and crc32c.crc32c(view[place : place + count]) != crcs[column]:
+                    if column >= 0 and crc32c(view[place : place + count]) != crcs[column]:
                         raise BadRow(run.path, row, column)
         return True
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from featcache import manifest
 from featcache.errors import UserError, raise_if_unreadable
@@ -171,7 +171,7 @@ def file_crc(path: Path, count: int) -> int:
     crc = 0
     with path.open("rb", buffering=0) as file:
         while count and (data := file.read(min(count, _READ_BYTES))):
-            crc, count = crc32c.crc32c(data, crc), count - len(data)
+            crc, count = crc32c(data, crc), count - len(data)
     return crc
 
 

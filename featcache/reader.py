@@ -20,7 +20,7 @@ import numpy.typing as npt
 from featcache import arguments, checksums, publish
 from featcache import manifest as manifests
 from featcache.errors import UsageError, UserError, near
-from featcache.part import I64, PARTS, Keys, Part, added, describe, same_rows
+from featcache.part import I64, Keys, Part, describe, open_parts
 from featcache.preads import IO, BadRow, Piece, Proof, Reads, Run
 from featcache.store import Array
 
@@ -31,19 +31,27 @@ class Cache:
     `threads` that read at the same time (default: 4, or fewer cores). `verify_rows` from 0 to 1: the share of rows that
     are checked as they are read. `io`: `buffered` leaves what is read in the page cache, `streaming` takes it out
     again, `direct` never puts it there (O_DIRECT); `auto` streams a cache larger than the machine's memory, of which
-    nothing would still be there when it is wanted again.
+    nothing would still be there when it is wanted again. `partial` opens a cache without the shards of which something
+    is missing or short, in place of an error: `absent` says which and why, and their pictures are not among the rows.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, threads: int | None = None, verify_rows: float = 1.0, io: str = "auto"
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verify_rows: float = 1.0,
+        io: str = "auto",
+        partial: bool = False,
     ) -> None:
         if not isinstance(verify_rows, int | float) or not 0 <= verify_rows <= 1:
             raise UsageError(f"verify_rows {verify_rows!r}: a share from 0 to 1 is allowed")
         self.path = Path(path)
         self._place = self.path.absolute()  # the working directory may change
-        self._options = {"threads": threads, "verify_rows": verify_rows, "io": io}
-        self._base = Part(self._place)
-        self._parts = [self._base, *self._additions()]
+        self._options = {"threads": threads, "verify_rows": verify_rows, "io": io, "partial": partial}
+        self._parts = open_parts(self._place, partial)
+        self._base = self._parts[0]
+        self.absent: dict[str, str] = {shard: why for part in self._parts for shard, why in part.absent.items()}
         self.manifest = self._base.manifest
         self.identity = self._base.identity
         self.records = self._base.records
@@ -52,27 +60,6 @@ class Cache:
         self.levels: tuple[int, ...] = self.levels_of(self._base.teacher)
         self.arrays: dict[str, Array] = dict(self._all_arrays())
         self._reads = Reads(threads, _choose(io, self.bytes))
-
-    def _additions(self) -> list[Part]:
-        """Parts that are complete; one that is still being extracted is not seen."""
-        parts = [Part(path) for path in added(self._place)] if self._base.complete else []
-        for part in parts:
-            why = part.complete and same_rows(self._base, part)
-            if why:
-                raise UserError(f"{str(part.path)!r} does not belong to cache {str(self.path)!r}: {why}; move it away")
-        parts = [part for part in parts if part.complete]
-        for teacher in dict.fromkeys(part.teacher for part in parts):
-            own = [part for part in (self._base, *parts) if part.teacher == teacher]
-            pairs = [(level, view) for part in own for level in part.levels for view in part.view_numbers]
-            held = set(pairs)
-            if len(pairs) != len(held):
-                raise UserError(f"cache {str(self.path)!r}: two parts hold the same levels and views of {teacher}")
-            if len(held) != len({level for level, _ in held}) * (max(view for _, view in held) + 1):
-                raise UserError(
-                    f"cache {str(self.path)!r}: of teacher {teacher} some views have levels that others lack; move "
-                    f"what was added last out of {self.path / PARTS}"
-                )
-        return parts
 
     def _all_arrays(self) -> Iterator[tuple[str, Array]]:
         """Arrays by the names that `read` takes, with the levels of all parts; another teacher's as TEACHER/NAME."""

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
 
 PUSH_BYTES = 16 << 20  # after so many bytes the kernel is asked to write them out, and to forget those before
 
@@ -28,7 +28,7 @@ class RowFile:
     def append(self, rows: npt.NDArray[Any]) -> None:
         """Write an array's bytes in C order."""
         view = np.ascontiguousarray(rows).reshape(-1).data.cast("B") if rows.size else memoryview(b"")
-        self.crc = crc32c.crc32c(view, self.crc)
+        self.crc = crc32c(view, self.crc)
         self.bytes += len(view)
         while view:  # a raw file may take less than it is given
             view = view[os.write(self.fd, view) :]

@@ -5,7 +5,7 @@ Nothing here repairs: it names what is wrong, file by file. `recompute` asks the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +27,18 @@ class Problem(NamedTuple):
         return self.text
 
 
-def files(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[list[str], int]:
-    """(problems, shards checked) of a cache and what was added to it: every byte of every file against its checksum."""
+def files(
+    path: Path, progress: Callable[[int, int], None] = lambda done, total: None, without: Collection[str] = ()
+) -> tuple[list[str], int]:
+    """(problems, shards checked) of a cache and what was added to it: every byte of every file against its checksum,
+    but for shards that it is to be read `without`."""
     found: list[str] = []
     shards = 0
     for part in (path, *added(path)):
         about = manifest.read(part)
-        found += [str(problem) for problem in problems(part, about, progress)]
+        found += [str(problem) for problem in problems(part, about, progress) if problem.shard not in without]
         shards += len(about["shards"])
-    return found or together(path), shards
+    return found or ([] if without else together(path)), shards
 
 
 def together(path: Path) -> list[str]:

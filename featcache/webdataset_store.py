@@ -24,9 +24,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
 from numpy.lib import format as npy_format
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -141,7 +141,7 @@ class TarShardWriter:
 
     def _write(self, name: str, data: bytes) -> dict[str, Any]:
         manifest.write_file(self.folder / name, data)
-        return {"bytes": len(data), "crc32c": f"{crc32c.crc32c(data):08x}"}
+        return {"bytes": len(data), "crc32c": f"{crc32c(data):08x}"}
 
     def discard(self) -> None:
         for file in self.files:
@@ -213,9 +213,9 @@ def _pack(index: Index) -> bytes:
 
 def _crc(index: Index) -> int:
     """crc32c of names, shapes and numbers: whatever could send a read to another place."""
-    crc = crc32c.crc32c(json.dumps([index.names, index.offsets.shape]).encode())
+    crc = crc32c(json.dumps([index.names, index.offsets.shape]).encode())
     for values in (index.offsets, index.keys.offsets, index.keys.blob):
-        crc = crc32c.crc32c(values.tobytes(), crc)
+        crc = crc32c(values.tobytes(), crc)
     return crc
 
 
@@ -278,7 +278,7 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
     """See store.Store.keys."""
     path, facts = folder_path(cache, shard, NAME) / INDEX, record["files"][INDEX]
     data = path.read_bytes() if path.is_file() else b""
-    if len(data) != facts["bytes"] or f"{crc32c.crc32c(data):08x}" != facts["crc32c"]:
+    if len(data) != facts["bytes"] or f"{crc32c(data):08x}" != facts["crc32c"]:
         raise UserError(f"cache file {path}: its checksum differs; run `featcache verify {cache}`")
     return _unpack(path, data).keys
 

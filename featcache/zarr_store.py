@@ -14,9 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
 
 from featcache import publish
 from featcache.errors import UserError
@@ -133,7 +133,7 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(data), "crc32c": f"{crc32c.crc32c(data):08x}"}
+    return {"bytes": len(data), "crc32c": f"{crc32c(data):08x}"}
 
 
 def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> ZarrShardWriter:
@@ -157,7 +157,7 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
         path = folder_path(cache, shard, NAME) / _chunk(array, 0)
         facts = record["files"][_chunk(array, 0)]
         data = path.read_bytes()[:-4] if path.is_file() else b""
-        if len(data) != facts["bytes"] - 4 or f"{crc32c.crc32c(data):08x}" != facts["crc32c"]:
+        if len(data) != facts["bytes"] - 4 or f"{crc32c(data):08x}" != facts["crc32c"]:
             raise UserError(f"cache file {path}: its checksum differs; run `featcache verify {cache}`")
         parts.append(np.frombuffer(data, array.dtype))
     return Keys(*parts)

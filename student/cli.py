@@ -68,7 +68,14 @@ def main() -> None:
     show_default=True,
     help="online: the teacher in the loop, no targets read.",
 )
-@click.option("--weights", help="Online: the teacher's weights, FILE, tag or random:SEED.")
+@click.option("--fallback", type=click.Choice(["online"]), help="The teacher makes what absent shards would hold.")
+@click.option(
+    "--fallback-limit",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Share of the pictures that --fallback may be used for. [default: 0.01]",
+)
+@click.option("--weights", help="Online or fallback: the teacher's weights, FILE, tag or random:SEED.")
 @click.option("--views", type=click.IntRange(1), help="Online: views a picture. [default: a fresh one each epoch]")
 @click.option("--policy", help="Online without --cache: a named view policy or a .json file. [default: default]")
 @click.option(
@@ -169,6 +176,7 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic: 
     from student import checkpoint, estimate, hardware, recipes, stop
     from student import job as jobs
     from student import train as work
+    from student.options import Options
 
     if recipe_name is None:
         raise UsageError(f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of your own")
@@ -177,7 +185,7 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic: 
         hardware.deterministic()
     acc = hardware.accelerator(options["precision"], options.pop("device"))
     options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
-    job, loader = jobs.build(recipe_name, recipe, acc, jobs.Options(**options), _say if acc.is_main_process else _hush)
+    job, loader = jobs.build(recipe_name, recipe, acc, Options(**options), _say if acc.is_main_process else _hush)
     facts = jobs.facts(job, loader)
     if note := jobs.warmup_note(job, loader):
         (_say if acc.is_main_process else _hush)(note)

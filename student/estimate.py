@@ -25,6 +25,7 @@ from featcache.errors import UserError
 from featcache.reader import Cache
 from featcache.show import size
 from student import learner, progress, train
+from student.fallback import Fallback
 from student.feed import Feed
 from student.learner import Learner
 from student.loader import Loader
@@ -121,7 +122,7 @@ def memory(pupil: Learner, kept: int | None) -> dict[str, int | None]:
 
 def _disk(targets: Targets, loader: Loader, images_per_s: float) -> dict[str, Any]:
     """What the student wants of the cache a second, and what its files give."""
-    if not isinstance(targets, Cached):
+    if not isinstance(targets, Cached | Fallback):
         return {}
     wanted, direct = _directly(targets), True
     try:
@@ -140,8 +141,11 @@ def _disk(targets: Targets, loader: Loader, images_per_s: float) -> dict[str, An
     }
 
 
-def _directly(targets: Cached) -> Cached:
-    return dataclasses.replace(targets, cache=Cache(targets.cache.path, verify_rows=0, io="direct"))
+def _directly(targets: Cached | Fallback) -> Targets:
+    cached = targets.cached if isinstance(targets, Fallback) else targets
+    cache = Cache(cached.cache.path, verify_rows=0, io="direct", partial=bool(cached.cache.absent))
+    cached = dataclasses.replace(cached, cache=cache)
+    return dataclasses.replace(targets, cached=cached) if isinstance(targets, Fallback) else cached
 
 
 def _bytes_of(targets: Targets, loader: Loader, step: int) -> int:

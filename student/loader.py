@@ -45,7 +45,7 @@ class Loader:
     check_fraction: float = 1 / 16  # of the rendered views that are compared with their stored hash
     repeats: int = 1  # views of a picture in one step; it is decoded once
     places: npt.NDArray[np.int64] | None = None  # (n,) in storage: sampled by blocks; None: at random
-    masks: Callable[[Host], Mapping[str, Tensor]] | None = None  # drawn here, where all they read is on the host
+    masks: Callable[[Host], Mapping[str, Tensor] | None] | None = None  # drawn here, where all they read is on the host
     pin: bool = False  # page-locked memory, for a GPU
 
     def __post_init__(self) -> None:
@@ -78,10 +78,10 @@ class Loader:
     def rows(self, step: int, micro: int = 0) -> tuple[npt.NDArray[np.int64], int]:
         """Numbers (B,) of the training pictures of a micro-batch on this process, and the epoch."""
         first = (micro * self.world + self.rank) * self.batch_size
-        at, epoch = self._step_rows(step)
+        at, epoch = self.step_rows(step)
         return at[first : first + self.batch_size], epoch
 
-    def _step_rows(self, step: int) -> tuple[npt.NDArray[np.int64], int]:
+    def step_rows(self, step: int) -> tuple[npt.NDArray[np.int64], int]:
         """Numbers (global batch,) of the training pictures of a step over all processes, and the epoch."""
         epoch, place = divmod(step, self.steps_per_epoch)
         count = self.global_batch // self.repeats
@@ -93,7 +93,7 @@ class Loader:
 
     def _moments_of(self, step: int) -> npt.NDArray[np.float32]:
         """Of the whole batch of a step, the same on every process (Targets.moments)."""
-        at, epoch = self._step_rows(step)
+        at, epoch = self.step_rows(step)
         return self.targets.moments(at, self.targets.view(self.digests[at], self._rounds(len(at), epoch)))
 
     def iterate(self, first_step: int, last_step: int) -> Generator[Host, None, None]:
@@ -143,8 +143,7 @@ class Loader:
         ]
         for future in futures:
             future.result()
-        if self.masks is not None:
-            masks = self.masks(host)
+        if self.masks is not None and (masks := self.masks(host)) is not None:
             host["masks"] = {name: ids.pin_memory() for name, ids in masks.items()} if self.pin else masks
         return host, memory
 

@@ -36,9 +36,10 @@ class Reading:
     threads: int | None = None
     verify_rows: float = 1.0
     io: str = "auto"
+    partial: bool = False  # without the shards that are absent
 
     def open(self, path: Path) -> Cache:
-        return Cache(path, threads=self.threads, verify_rows=self.verify_rows, io=self.io)
+        return Cache(path, threads=self.threads, verify_rows=self.verify_rows, io=self.io, partial=self.partial)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
     fields = [field for field in spec.fields if field not in cache.fields]
     shards = f"{len(cache.records)} of {len(cache.manifest['shards'])} shards"
     found = {
-        f"it is incomplete ({shards})": not cache.complete,
+        f"it is incomplete ({shards}; --fallback online trains all the same)": not cache.complete and not cache.absent,
         f"field {', '.join(fields)} is missing, it has {', '.join(cache.fields)}": fields,
         f"level {', '.join(map(str, levels))} is missing, it has {', '.join(map(str, cache.levels))}": levels,
     }
@@ -189,7 +190,7 @@ def verify_small(cache: Cache) -> None:
     """UserError with the file's name where any byte of a small cache is not the one that was written."""
     if cache.bytes > VERIFIED_BYTES:
         return
-    problems, _ = verify.files(cache.path)
+    problems, _ = verify.files(cache.path, without=cache.absent)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(

@@ -70,6 +70,10 @@ class Targets(Protocol):
         step. Called only where they are stored: else they are known when the teacher has run."""
         ...
 
+    def noted(self, at: I64) -> dict[str, int]:
+        """What a row of metrics says of a step's pictures."""
+        ...
+
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
         """The arrays a mask is drawn from, where they are stored."""
         ...
@@ -149,6 +153,9 @@ class Cached:
         stats = self.cache.read(self.rows[at], view, ("feature_stats",), self.spec.levels or None)["feature_stats"]
         return targets.moments(targets.sums(stats, self.cache.identity["teacher"]["width"]))
 
+    def noted(self, at: I64) -> dict[str, int]:
+        return {}
+
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
         return {name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields}
 
@@ -192,6 +199,7 @@ class Online:
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`
     turns: Turns | None = None  # of the views of a cache that are shown, where not all are
+    codec: codecs.Codec | None = None  # of a cache, through which features go as if they had been stored
     is_stored = False
     stored_pixels = False
     stores_moments = False
@@ -200,8 +208,8 @@ class Online:
         lacking = set(self.spec.fields) - {"features", "feature_stats", "attention", "mask_order"}
         if lacking:
             raise UsageError(
-                f"--teacher online computes no {', '.join(sorted(lacking))}; allowed: features and what derives from "
-                "them; give a cache that holds it with --cache"
+                f"the teacher in the loop computes no {', '.join(sorted(lacking))}; allowed: features and what derives "
+                "from them; give a cache that holds it with --cache"
             )
         self.tail = as_tensors(self.teacher.tail()) if self.teacher is not None and self.spec.derive else {}
 
@@ -225,6 +233,9 @@ class Online:
 
     def moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
         raise NotImplementedError  # stores_moments says so
+
+    def noted(self, at: I64) -> dict[str, int]:
+        return {}
 
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
         return {}
@@ -256,6 +267,7 @@ class Online:
         if not pairs:
             return {}, sources
         features, stats = (torch.stack(each, 1) for each in zip(*pairs, strict=True))
+        features = features if self.codec is None else self.codec.decode(self.codec.encode(features))
         self.tail = on_device(self.tail, device)
         out = derived(self.spec, features, stats, self.tail)
         return out | ({"moments": self._moments(stats)} if self.spec.moments else {}), sources

@@ -105,7 +105,9 @@ def _train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
             _save(job, loader, pupil, total, metrics)
     rows = read(job.out)
     skipped = {"skipped": pupil.skipped} if job.ways.skip_nonfinite is not None else {}
+    computed = [row["fallback"] for row in rows if "fallback" in row]  # samples whose targets the teacher made
     facts = {"run": str(job.out), "steps": total, "first_step": first, **record["data"], **skipped}
+    facts |= {"fallback": sum(computed)} if computed else {}
     return {**facts, "loss": rows[-1]["loss"] if rows else None}
 
 
@@ -127,6 +129,7 @@ def make_step(job: Job, loader: Loader, pupil: Learner, feed: Feed, step: int, t
     parts, waits, keys = _gradients(job, loader, pupil, feed, step)
     applied = pupil.update(parts["loss"], step)
     row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
+    row |= job.targets.noted(loader.step_rows(step)[0])
     if job.ways.skip_nonfinite is not None:
         row["skipped"] = pupil.skipped
     return {**row, **_speed(loader, started, waits), "keys": keys, "applied": applied, "waits": waits}
