@@ -116,6 +116,7 @@ class Align(nn.Module):
         mixes = self.ways.alignment != "layer_wise"
         if not mixes:
             _check_pairs("alignment=layer_wise", student_depth, teacher_depth)
+            _check_last(max(weights), student_depth)
         start = _mix_start(self.ways.mix_start, student_depth, teacher_depth, tuple(weights)) if mixes else None
         self.mix = None if start is None else nn.Parameter(start)
         blocks_adapted = self.ways.alignment == "adapt_then_mix"
@@ -202,6 +203,14 @@ def _check_pairs(what: str, student_depth: int, teacher_depth: int) -> None:
         raise UsageError(
             f"{what} pairs student block t with teacher level t: the student has {student_depth} blocks, the teacher "
             f"{teacher_depth}; allowed: equal depths; give another encoder or teacher, or leave it out"
+        )
+
+
+def _check_last(level: int, student_depth: int) -> None:
+    if level < student_depth:
+        raise UsageError(
+            f"alignment=layer_wise aligns block {level} last, and the blocks after it, of {student_depth}, would learn "
+            f"nothing; allowed: levels up to {student_depth}, itself among them; change align_levels, or the alignment"
         )
 
 

@@ -17,7 +17,7 @@ from student.fallback import Fallback
 from student.loader import Loader
 from student.options import Options, Say, file_settings
 from student.origin import Origin
-from student.targets import Cached, Host, Online, Targets, draw_masks
+from student.targets import Cached, Host, Targets, draw_masks
 from student.train import Job
 
 BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
@@ -44,14 +44,6 @@ def _make_resident(targets: Targets, acc: Accelerator, say: Say) -> None:
     say(f"note: {size / 2**30:.2f} GiB of targets were read into memory, once for all processes of a machine")
 
 
-def _check_moments(targets: Targets, accumulate: int) -> None:
-    if accumulate > 1 and isinstance(targets, Online) and targets.spec.moments:
-        raise UsageError(
-            f"--accumulate {accumulate} with --teacher online: these targets are normalised over the whole batch, of "
-            "which the teacher has seen one part only; allowed: --accumulate 1, or a cache in place of the teacher"
-        )
-
-
 def _repeats(given: int, targets: Targets) -> int:
     cached = targets.cached if isinstance(targets, Fallback) else targets
     if isinstance(cached, Cached) and given > cached.cache.views:
@@ -72,7 +64,6 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")
     chosen = origin.choose(name, recipe, overrides, options, str(acc.device), say)
-    _check_moments(chosen.targets, options.accumulate)
     if options.resident:
         _make_resident(chosen.targets, acc, say)
     repeats = _repeats(options.aug_repeats, chosen.targets)

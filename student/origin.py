@@ -45,8 +45,9 @@ class Origin:
 
 def choose(name: str, recipe: ModuleType, overrides: Sequence[str], options: Options, device: str, say: Say) -> Origin:
     """What the options ask for; what they ask for in vain is one line."""
-    _check(options)
-    _say_deviation(recipe, config.from_overrides(recipe.Config, overrides), say)  # or a wrong setting, told at once
+    plain = config.from_overrides(recipe.Config, overrides)  # or a wrong setting, told at once
+    _check(options, recipe.needs(plain))
+    _say_deviation(recipe, plain, say)
     source = images.open_source(options.images, options.decoder or "pillow") if options.images else None
     found = _cache(name, recipe, overrides, source, options)
     if found is not None:
@@ -62,8 +63,8 @@ def choose(name: str, recipe: ModuleType, overrides: Sequence[str], options: Opt
     return _cached(found, source, options, say)
 
 
-def _check(options: Options) -> None:
-    """Options that would do nothing beside the others."""
+def _check(options: Options, spec: TargetSpec) -> None:
+    """Options that would do nothing beside the others, or nothing right."""
     if options.fallback and (options.teacher == "online" or options.cache is None):
         why = "--teacher online computes all targets" if options.teacher == "online" else "no --cache is given"
         raise UsageError(
@@ -72,6 +73,12 @@ def _check(options: Options) -> None:
         )
     if options.fallback and options.resident:
         raise UsageError("--fallback does not go with --resident, which reads a whole cache; leave one of them out")
+    if options.accumulate > 1 and options.teacher == "online" and spec.moments:
+        raise UsageError(
+            f"--accumulate {options.accumulate} with --teacher online: these targets are normalised over the whole "
+            "batch, of which the teacher has seen one part only (target_norm=bn); allowed: --accumulate 1, a cache in "
+            "place of the teacher, or another target_norm"
+        )
     if options.fallback_limit is not None and not options.fallback:
         raise UsageError("--fallback-limit bounds --fallback, which is not given: give both, or none")
 

@@ -42,12 +42,12 @@ class Rows:
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
         """Rows (B, ...) of training pictures `at` in their views, in the memory of `out`."""
-        places = view * self.n + at
-        flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in self.arrays.items()}
-        return {
-            name: np.take(array, places, 0, out=None if out is None else out[name], mode="clip")
-            for name, array in flat.items()
-        }
+        return {name: self.take(name, at, view, None if out is None else out[name]) for name in self.arrays}
+
+    def take(self, name: str, at: I64, view: I64, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """Those of one array."""
+        array = self.arrays[name]
+        return np.take(array.reshape(-1, *array.shape[2:]), view * self.n + at, 0, out=out, mode="clip")
 
 
 def load(targets: Cached, acc: Accelerator) -> int:

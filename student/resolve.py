@@ -57,7 +57,8 @@ class Found:
         """How many tokens of each level are read; None: all that are stored. Where the mask is the order in which they
         lie, those it shows come first."""
         ranked = self.cache.identity["tokens"] == "ranked" and self.config.mask == "stored"
-        if not ranked or not self.spec.visible_only or "features" not in self.spec.fields:
+        few = self.spec.visible_only and not self.spec.moments and "features" in self.spec.fields
+        if not ranked or not few:
             return None
         return 1 + self.config.visible
 
@@ -174,7 +175,9 @@ def _missing_tokens(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> lis
     """Why the tokens of a kept cache are not those the recipe reads, and what to set."""
     if not _keeps_few(cache, spec):
         return []
-    if not spec.visible_only or spec.moments:
+    if spec.moments:
+        return [f"{_kept(cache)}, and statistics of all are wanted: --set another target_norm, or take another cache"]
+    if not spec.visible_only:
         return [f"{_kept(cache)}, and the recipe reads all"]
     if config.mask != "stored":
         return [f"{_kept(cache)}, and mask={config.mask} shows others: --set mask=stored, or take another"]

@@ -39,6 +39,10 @@ class Stored(Protocol):
         """Arrays of training pictures `at`."""
         ...
 
+    def take(self, name: str, at: I64, view: I64) -> npt.NDArray[Any]:
+        """One of them."""
+        ...
+
 
 class Targets(Protocol):
     """What the loader and the trainer ask of either kind."""
@@ -150,7 +154,9 @@ class Cached:
         return self.spec.moments
 
     def moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
-        stats = self.cache.read(self.rows[at], view, ("feature_stats",), self.spec.levels or None)["feature_stats"]
+        field, levels = "feature_stats", self.spec.levels or None
+        known = self.resident
+        stats = known.take(field, at, view) if known else self.cache.read(self.rows[at], view, (field,), levels)[field]
         return targets.moments(targets.sums(stats, self.cache.identity["teacher"]["width"]))
 
     def noted(self, at: I64) -> dict[str, int]:
@@ -175,11 +181,11 @@ class Cached:
         if self.coded:
             coded = {name: torch.from_numpy(host[name]).to(device, non_blocking=True) for name in self.coded}
             features = self._in_raster(self.codec.decode(coded), host, device)
-            stats = self._in_raster(tensor(host["feature_stats"]).to(device), host, device) if self.stats else None
+            stats = self._in_raster(_copied(host["feature_stats"], device), host, device) if self.stats else None
             self.tail = on_device(self.tail, device)
             out |= derived(self.spec, features, stats, self.tail)
         if "moments" in host:
-            out["moments"] = tensor(host["moments"]).to(device)
+            out["moments"] = _copied(host["moments"], device)
         if self.second is not None:
             out |= self.second.complete(host, device)
         return out, self.sources(host)
@@ -274,7 +280,7 @@ class Online:
 
     def _moments(self, stats: Tensor) -> Tensor:
         """stats (B,L,1+P,2) -> (L,2) over the batches of all processes, which all come here. A step has one micro-batch
-        (job.build sees to it): the others' targets would not be known yet."""
+        (origin.choose sees to it): the others' targets would not be known yet."""
         assert self.teacher is not None
         own = torch.from_numpy(targets.sums(stats.cpu().numpy(), self.teacher.width)).to(stats.device)
         return tensor(targets.moments(reduce(own, "sum").cpu().numpy())).to(stats.device)
@@ -304,6 +310,11 @@ def derived(spec: TargetSpec, features: Tensor, stats: Tensor | None, tail: Mapp
     assert features.shape[1] == 1, features.shape
     std = None if stats is None else stats[:, 0, :, 1:]
     return {"targets": targets.derive(spec.derive, features[:, 0], tail, std)}
+
+
+def _copied(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """On the device, and never the host's own memory, which is filled again: on a CPU nothing else would copy it."""
+    return tensor(values).to(device, non_blocking=True, copy=True)
 
 
 def _token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> Tensor:

@@ -23,12 +23,13 @@ CPU = torch.device("cpu")
 STEPS = 12
 
 
-def made(online: bool, pin: bool = False) -> tuple[Any, Loader]:
+def made(online: bool, pin: bool = False, stats: bool = False) -> tuple[Any, Loader]:
     """Settings of mralign and a loader of six pictures a batch, from the cache or with the teacher in the loop."""
     sets = (*fx.RECIPES["mralign"], "img_size=32", "patch_size=8", "teacher_depth=4", "teacher_width=24")
     settings = config.from_overrides(recipes.load("mralign").Config, sets)
     cache, source = fx.open_cache(), images.open_source(fx.pictures())
-    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 3, 4), fields=("features", "attention"), patches=16)
+    fields = ("features", *(["feature_stats"] if stats else []), "attention")
+    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 3, 4), fields=fields, patches=16, moments=stats)
     cached = Cached(cache, spec, cache.keys.find(source.keys))
     targets: Any = Online(cached.policy, spec, teachers.load(fx.TEACHER), fx.VIEWS) if online else cached
     masks = None if online else lambda host: draw_masks(settings, host, targets.sources(host), 3)
@@ -44,10 +45,11 @@ def expected(settings: Any, loader: Loader) -> Iterator[tuple[Host, dict[str, to
             yield host, to_device(settings, loader.targets, host, CPU, 3)
 
 
+@pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("online", [False, True])
-def test_what_is_taken_is_what_was_loaded(online: bool) -> None:
+def test_what_is_taken_is_what_was_loaded(online: bool, stats: bool) -> None:
     """All twelve are kept while the memory they came from is filled again: nothing of a batch changes afterwards."""
-    settings, loader = made(online)
+    settings, loader = made(online, stats=stats)
     feed = Feed(settings, loader.targets, loader.iterate(0, STEPS), CPU, 3)
     kept = []
     for _ in range(STEPS):
@@ -55,7 +57,8 @@ def test_what_is_taken_is_what_was_loaded(online: bool) -> None:
         feed.bring()
     for taken, (host, batch) in zip(kept, expected(settings, loader), strict=True):
         assert taken.keys == host["keys"]
-        assert taken.batch.keys() == batch.keys() == {"images", "features", "ids_keep", "ids_masked"}
+        named = {"images", "features", "ids_keep", "ids_masked", *(["feature_stats", "moments"] if stats else [])}
+        assert taken.batch.keys() == batch.keys() == named
         for name, values in batch.items():
             assert torch.equal(taken.batch[name], values), name
         assert taken.waited.item() >= 0

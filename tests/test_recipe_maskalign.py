@@ -262,6 +262,14 @@ def test_what_pairs_blocks_wants_equal_depths(setting: str) -> None:
         maskalign.Model(given)
 
 
+def test_layer_wise_wants_the_last_block() -> None:
+    """The blocks after the highest aligned level would have no gradient."""
+    given = ["alignment=layer_wise", "align_levels=8,11", "level_weights=mean", "encoder=tiny"]
+    with pytest.raises(UsageError, match="aligns block 11 last, and the blocks after it, of 12, would learn nothing"):
+        maskalign.Model(config.from_overrides(maskalign.Config, given))
+    maskalign.Model(config.from_overrides(maskalign.Config, [*given, "alignment=mix_then_adapt"]))
+
+
 def test_an_even_start_of_equal_depths() -> None:
     model = maskalign.Model(config.from_overrides(maskalign.Config, ["mix_start=even", "encoder=tiny"]))
     torch.testing.assert_close(model.align.mix.detach(), torch.full((5, 12), 1 / 12))

@@ -9,21 +9,27 @@ Code:     OpenDriveLab/maskalign, models_pretrain.py at 4cb577f (fusion `linear`
 
 Reference global batch: 1,024, so blr 1.5e-4 is lr 6e-4.
 
-The paper's ablations by settings; its Tables 3, 4 and 5 leave CLS out of the loss (cls_loss=false), so that Table 6's
-first row is the default and its second is Table 3's third:
-    level_weights=top:1, top:3, top:5, top:7                          Table 3, Dynamic: 84.9, 85.1, 85.3, 85.1
-    alignment=layer_wise level_weights=top:1, top:5                   Table 3, Layer-wise: 84.8, 85.1
-    mask_ratio=0, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.9                  Table 4, the iterations made equal to 0.7's in 200
-                                                                      epochs: 84.9, 85.1, 85.2, 85.3, 85.3, 85.1, 85.1,
-                                                                      84.4
-    mask=uniform                                                      Table 4: 85.1
-    adaptor=mlp; target_norm=bn; target_norm=none                     Table 6: 85.2; 84.7; 84.3
-alignment=adapt_then_mix is Eq. 1 as printed, an adaptor for each student block; no code of it was released.
+The paper's ablations by settings. The default is Table 6's first row; all others leave CLS out of the loss
+(cls_loss=false), Table 6's and those of Tables 3 to 5 alike, so that its second row is Table 3's third:
+    level_weights=top:1, top:3, top:5, top:7               Table 3, Dynamic: 84.9, 85.1, 85.3, 85.1
+    alignment=layer_wise level_weights=top:1, top:5        Table 3, Layer-wise: 84.8, 85.1
+    mask_ratio=0, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.9       Table 4, the iterations made equal to 0.7's in 200 epochs:
+                                                           84.9, 85.1, 85.2, 85.3, 85.3, 85.1, 85.1, 84.4
+    mask=uniform                                           Table 4: 85.1
+    teacher=dino-b16; teacher=clip-l14                     Table 5, ViT-B: 83.9; 85.6
+    encoder=large; encoder=large teacher=clip-l14          Table 5, ViT-L from CLIP-B, from CLIP-L: 86.5; 87.4
+    adaptor=mlp; target_norm=bn; target_norm=none          Table 6: 85.2; 84.7; 84.3
+alignment=adapt_then_mix is Eq. 1 as printed, an adaptor for each student block; no code of it was released. Eq. 3 lacks
+the factor 2 that the released loss has. target_norm=bn has one mean and one variance for a whole level, as the code.
+
+The released flags: fusion linear, sum and simple are mix_start=identity, mix_start=even and alignment=layer_wise;
+whiten is target_norm=ln; out is level_weights=last; midN is level_weights=last align_levels=N+1.
 
 What differs from the released code:
 - target_norm=bn has the mean and variance of the whole batch, of all processes and micro-batches (it: of one GPU's);
 - only the aligned levels have a row of W and an adaptor (it builds all and gives the others weight 0); same loss;
-- unequal depths start W at 1/S (it pairs block 12 of 12 with level 12 of 24 without a word);
+- unequal depths start W at 1/S (it leaves that to be asked for: by its default it pairs block 12 of 12 with level 12 of
+  24 without a word);
 - cls_token is not decayed; decay_tokens=true decays it as the released code does, probably unintended;
 - bf16 in place of fp16 with a scaled loss, by the trainer; targets from a cache, over a fixed number of views.
 
