@@ -35,6 +35,7 @@ from featcache.cli import entry
 from featcache.errors import UsageError, UserError, near
 from featcache.store import STORES
 
+NO_YES = (False, True)
 TOKENS, VISIBLE = 197, 59  # [CLS] and all patches; [CLS] and those a student with 30 % sees
 
 
@@ -71,20 +72,29 @@ def measure_ours(bench: Bench, folder: Path, options: Options, results: Results)
     default, visible = bench.task.threads, max(tokens * VISIBLE // TOKENS, 1)
     ways = [Way(kind, n, checks=c) for n in options.threads for kind in ("rows", "block") for c in (False, True)]
     ways += [Way("rows", default, levels=k, checks=c) for k in (1, 3) if k < levels for c in (False, True)]
-    prefixes = [Way("rows", default, tokens=visible, checks=c) for c in (False, True)]
+    ways += [Way("rows", n, tokens=visible, kept=k, checks=c) for n in {1, default} for k in NO_YES for c in NO_YES]
+    ways += [
+        Way("rows", n, tokens=t, kept=k, bare=True)
+        for n in {1, default}
+        for t, k in ((None, False), (visible, False), (visible, True))
+    ]
     raster, ranked = folder / "raster", write_cache(folder / "ranked", bench.source, options.store, ranked=True)
-    opened = {n: featcache.open(raster, threads=n, io="buffered") for n in options.threads}
-    by_rank = featcache.open(ranked, threads=default, io="buffered")
+    kept = write_cache(folder / "kept", bench.source[:, :, :visible], options.store, ranked=True)
+    paths = (raster, ranked, kept)
+    opened = {(path, n): featcache.open(path, threads=n, io="buffered") for path in paths for n in options.threads}
     sync(folder)
-    resident = [warm(raster), warm(ranked)]
-    contest = bench.contest([*ways, *prefixes], lambda way: by_rank if way in prefixes else opened[way.threads], [])
+    resident = [warm(path) for path in paths]
+    contest = bench.contest(
+        ways, lambda way: opened[kept if way.kept else ranked if way.tokens else raster, way.threads], []
+    )
     contest.run(bench.order, options.reps, options.seconds, options.say)
-    for way in [*ways, *prefixes]:
+    for way in ways:
         results.add("ours", contest, way.name, way.memcpy.name, threads=way.threads, checks=way.checks)
-    results.note_pages("ours", *resident, resident_share(raster), resident_share(ranked))
-    for cache in (*opened.values(), by_rank):
+    results.note_pages("ours", *resident, *(resident_share(path) for path in paths))
+    for cache in opened.values():
         cache.close()
-    shutil.rmtree(ranked)
+    for path in (ranked, kept):
+        shutil.rmtree(path)
     _claim_ours(contest, default, levels, visible, results)
 
 
@@ -97,8 +107,18 @@ def _claim_ours(contest: Contest, threads: int, levels: int, visible: int, resul
         if levels > 1:
             part = contest.time_ratio(way._replace(levels=1).name, way.name)
             results.claim(f"time for 1 of {levels} levels / all, {words}", part, high=1.25 / levels)
-        part = contest.time_ratio(way._replace(tokens=visible).name, way.name)
-        results.claim(f"time for {visible} ranked tokens / all, {words}", part, high=0.35)
+        for threads in sorted({1, way.threads}):
+            whole = way._replace(threads=threads)
+            for kept in (False, True):
+                few = whole._replace(tokens=visible, kept=kept)
+                text = f"{visible} {'kept' if kept else 'ranked'} tokens / all, {words}, threads: {threads}"
+                results.claim(f"time for {text}", contest.time_ratio(few.name, whole.name), high=0.35)
+    for threads in sorted({1, plain.threads}):
+        bare = Way("rows", threads, bare=True)
+        for kept in (False, True):
+            few = bare._replace(tokens=visible, kept=kept)
+            text = f"{visible} {'kept' if kept else 'ranked'} tokens / all, threads: {threads}"
+            results.claim(f"plain preads: time for {text}", contest.time_ratio(few.name, bare.name))
 
 
 def measure_layout(bench: Bench, layout: peers.Layout, folder: Path, options: Options, results: Results) -> list[Best]:
@@ -256,7 +276,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 def _check_space(folder: Path, task: Task) -> None:
     """Two caches, or one and a peer's files; the page cache should hold them beside the records themselves."""
-    needed, free = 2.2 * task.rows * task.row_bytes, shutil.disk_usage(folder).free
+    needed, free = 2.6 * task.rows * task.row_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"--folder {str(folder)!r}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; fewer --rows"
@@ -288,7 +308,7 @@ def cli(
 ) -> None:
     """Measure how fast a cache is read, beside memcpy, other formats and the bare disk."""
     default = min(4, len(os.sched_getaffinity(0)))  # as featcache.open chooses
-    tried = tuple(sorted({*map(int, threads.split(",")), default}))
+    tried = tuple(sorted({1, *map(int, threads.split(",")), default}))
     task = Task(rows, parse_shape(shape), default, min(256, rows // 4), min(64, rows // 4))
     options = Options(reps, seconds, tried, parse_peers(peers_text), store_name)
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:

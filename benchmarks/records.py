@@ -5,6 +5,8 @@ L levels, T tokens, D width.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,19 +90,20 @@ class Way(NamedTuple):
     levels: int | None = None
     tokens: int | None = None
     checks: bool | None = None  # None: memcpy
+    kept: bool = False  # the tokens are all that is stored (--keep)
+    bare: bool = False  # the system calls alone
 
     @property
     def name(self) -> str:
-        who = "memcpy" if self.checks is None else "ours"
-        part = [f"{self.levels} level{'s' * (self.levels != 1)}"] * bool(self.levels) + [
-            f"{self.tokens} tokens"
-        ] * bool(self.tokens)
+        who = "preads" if self.bare else "memcpy" if self.checks is None else "ours"
+        part = [f"{self.levels} level{'s' * (self.levels != 1)}"] * bool(self.levels)
+        part += [f"{self.tokens} {'kept ' * self.kept}tokens"] * bool(self.tokens)
         checks = [] if self.checks is None else ["checks" if self.checks else "no checks"]
         return ", ".join([who, self.kind, *part, *checks, f"{self.threads} thread{'s' * (self.threads > 1)}"])
 
     @property
     def memcpy(self) -> Way:
-        return self._replace(checks=None)
+        return self._replace(checks=None, kept=False, bare=False)
 
 
 class Bench:
@@ -125,12 +128,51 @@ class Bench:
 
     def ours(self, cache: featcache.Cache, way: Way) -> Reader:
         out, levels = self.memory(way), None if way.levels is None else cache.levels[: way.levels]
+        tokens = None if way.kept else way.tokens
 
         def read(order: I64) -> Batches:
             for rows in self.requests(way.kind):
                 place = out[: len(rows)]
-                cache.read(rows, levels=levels, tokens=way.tokens, out={"features": place}, check=bool(way.checks))
+                cache.read(rows, levels=levels, tokens=tokens, out={"features": place}, check=bool(way.checks))
                 yield rows, place
+
+        return Reader(way.name, way.kind, read, way.levels, way.tokens)
+
+    def preads(self, cache: featcache.Cache, way: Way) -> Reader:
+        """What the system itself takes for these ranges: a pread for each level of each row, or of each row where all
+        its tokens are wanted, by threads that take a part of the rows each time one is free."""
+        (part,) = cache._parts
+        spec, out = part.arrays["features"], self.memory(way)
+        levels, width = out.shape[1], 2 * out.shape[2] * out.shape[3]
+        stored, row = spec.item_bytes // levels, levels * width
+        ranges = [(0, 0, row)] if stored == width else [(i * stored, i * width, width) for i in range(levels)]
+        memory, pool = out.reshape(-1).view(np.uint8).data, ThreadPoolExecutor(way.threads)
+
+        def work(jobs: Sequence[tuple[int, int, int]]) -> None:
+            for fd, offset, place in jobs:
+                for source, target, count in ranges:
+                    at = place * row + target
+                    os.preadv(fd, (memory[at : at + count],), offset + source)
+
+        def read(order: I64) -> Batches:
+            with contextlib.ExitStack() as stack:
+                shards = range(-(-self.task.rows // SHARD_ROWS))
+                paths = [part.locate(i, spec, 0, np.array([i * SHARD_ROWS]))[0] for i in shards]
+                handles = [os.open(path, os.O_RDONLY) for path in paths]
+                for fd in handles:
+                    stack.callback(os.close, fd)
+                for numbers in self.requests(way.kind):
+                    at = np.argsort(numbers)
+                    offsets = (numbers[at] % SHARD_ROWS * spec.item_bytes).tolist()
+                    files = [handles[i] for i in (numbers[at] // SHARD_ROWS).tolist()]
+                    jobs = list(zip(files, offsets, at.tolist(), strict=True))
+                    step = len(jobs) if way.threads == 1 else -(-len(jobs) // (4 * way.threads))
+                    parts = [jobs[low : low + step] for low in range(0, len(jobs), step)]
+                    if way.threads == 1:
+                        work(jobs)
+                    else:
+                        list(pool.map(work, parts))
+                    yield numbers, out[: len(numbers)]
 
         return Reader(way.name, way.kind, read, way.levels, way.tokens)
 
@@ -161,7 +203,7 @@ class Bench:
     ) -> Contest:
         """Ways, the memcpy that belongs to each, and others; all have shown that they give the right numbers."""
         readers = [self.memcpy(way) for way in dict.fromkeys(way.memcpy for way in ways)]
-        readers += [self.ours(caches(way), way) for way in ways]
+        readers += [(self.preads if way.bare else self.ours)(caches(way), way) for way in ways]
         contest = Contest([*readers, *others])
         for reader in contest.readers:
             check(reader, self.order, self.source)

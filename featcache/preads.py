@@ -33,6 +33,7 @@ _ALIGN = 4096  # O_DIRECT wants offsets, sizes and memory in whole blocks; no di
 _MOST_HANDLES = 16384
 _SMALL = 4096  # items up to this are read many at a time where they lie close
 _SPAN = 256 << 10  # how far apart the first and last of such items may lie
+_HOT = 512 << 10  # bytes read at once where they are checked: still in a core's own cache then
 _INLINE = 1 << 20  # less than this is read by the caller alone
 
 
@@ -168,21 +169,22 @@ class Reads:
             return
         memory = run.target.reshape(-1).data
         width = run.target.shape[1]
-        pieces = run.pieces if run.crcs is not None else _joined(run.pieces)
+        groups = _joined(run.pieces, _HOT if run.crcs is not None else None)
         checks: list[Any] = run.crcs.tolist() if run.crcs is not None else [None] * len(run.at)
         plain = self.io == "buffered"
-        whole = _span(pieces) if self.io == "direct" else 0
+        first, whole = run.pieces[0].source, _span(run.pieces) if self.io == "direct" else 0
         for row, offset, crcs in zip(run.at.tolist(), run.offsets.tolist(), checks, strict=True):
             base = row * width
-            block = _pread_direct(fd, run.path, offset + pieces[0].source, whole) if whole else None
-            for source, place, size, column in pieces:
+            block = _pread_direct(fd, run.path, offset + first, whole) if whole else None
+            for source, place, size, parts in groups:
                 view = memory[base + place : base + place + size]
                 if block is not None:
-                    view[:] = block[source - pieces[0].source :][:size]
+                    view[:] = block[source - first :][:size]
                 elif not plain or os.preadv(fd, (view,), offset + source) != size:
                     self._pread(fd, run.path, view, offset + source)
-                if crcs is not None and column >= 0 and crc32c(view) != crcs[column]:
-                    raise BadRow(run.path, row, column)
+                for low, high, column in parts if crcs is not None else ():
+                    if crc32c(memory[base + low : base + high]) != crcs[column]:
+                        raise BadRow(run.path, row, column)
 
     def _fill_together(self, fd: int, run: Run) -> bool:
         """Small items that lie close: one read of all that is between them, then a gather. False where they don't."""
@@ -341,14 +343,30 @@ def _drain(parts: deque[Run]) -> Iterator[Run]:
             return
 
 
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Neighbours in the file and in memory as one piece."""
-    out: list[Piece] = []
-    for piece in pieces:
-        if out and out[-1].source + out[-1].size == piece.source and out[-1].place + out[-1].size == piece.place:
-            out[-1] = Piece(out[-1].source, out[-1].place, out[-1].size + piece.size)
+class _Group(NamedTuple):
+    """Pieces that follow each other in the file and in memory, read by one call; `parts`, from and to which place of
+    the row each of them with a checksum goes, and its column."""
+
+    source: int
+    place: int
+    size: int
+    parts: tuple[tuple[int, int, int], ...]
+
+
+def _joined(pieces: Sequence[Piece], most: int | None) -> list[_Group]:
+    """Neighbours together, up to `most` bytes."""
+    out: list[_Group] = []
+    for source, place, size, column in pieces:
+        part = ((place, place + size, column),) if column >= 0 else ()
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and (last.source + last.size, last.place + last.size) == (source, place)
+            and (most is None or last.size + size <= most)
+        ):
+            out[-1] = _Group(last.source, last.place, last.size + size, (*last.parts, *part))
         else:
-            out.append(piece)
+            out.append(_Group(source, place, size, part))
     return out
 
 

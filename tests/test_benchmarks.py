@@ -327,11 +327,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ours_and_memcpy_are_checked(folder: Path, kind: str, part: dict[str, int], checks: bool) -> None:
     bench, way = Bench(TASK, SOURCE, ORDER), Way(kind, 2, checks=checks, **part)
     with featcache.open(folder, threads=2) as cache:
-        for reader in (bench.ours(cache, way), bench.memcpy(way.memcpy)):
+        bare = way._replace(checks=None, bare=True)
+        for reader in (bench.ours(cache, way), bench.memcpy(way.memcpy), bench.preads(cache, bare)):
             check(reader, ORDER, SOURCE, batches=99)
             with pytest.raises(UserError, match="not what was written"):
                 check(reader, ORDER, SOURCE + np.float16(1))
-    assert bench.ours(cache, way).name != bench.memcpy(way.memcpy).name
+    assert len({way.name, way.memcpy.name, bare.name}) == 3
 
 
 def test_a_written_cache_has_its_checksums(folder: Path) -> None:
