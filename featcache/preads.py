@@ -18,6 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,13 +62,13 @@ class Run:
     target: npt.NDArray[np.uint8]
     at: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
-    pieces: Sequence[Piece]
+    pieces: tuple[Piece, ...]
     crcs: npt.NDArray[np.uint32] | None = None  # (rows of `at`, columns)
     proof: Proof | None = None  # that the whole file is the one it should be
 
     @property
     def row_bytes(self) -> int:
-        return sum(piece.size for piece in self.pieces)
+        return _bytes(self.pieces)
 
     def part(self, low: int, high: int) -> Run:
         crcs = None if self.crcs is None else self.crcs[low:high]
@@ -131,14 +132,18 @@ class Reads:
 
     def _work(self, parts: Iterator[Run]) -> None:
         for run in parts:
-            if len(run.at):
-                with self._open(run.path) as fd:
-                    try:
-                        if run.proof:
-                            self._prove(fd, run.path, run.proof)
-                        self._fill(fd, run)
-                    except OSError as error:
-                        raise cannot_read(run.path, error) from error
+            if not len(run.at):
+                continue
+            file = self._take(run.path)
+            try:
+                fd = self._handle(run.path, file)
+                if run.proof:
+                    self._prove(fd, run.path, run.proof)
+                self._fill(fd, run)
+            except OSError as error:
+                raise cannot_read(run.path, error) from error
+            finally:
+                self._give(run.path, file)
 
     def _prove(self, fd: int, path: str, proof: Proof) -> None:
         """Once for each file, and again when another has taken its place."""
@@ -220,20 +225,20 @@ class Reads:
         if self.io == "streaming":
             os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
 
-    @contextlib.contextmanager
-    def _open(self, path: str) -> Iterator[int]:
-        """An open file; it stays open until the bound asks for the place of the one that was used longest ago."""
+    def _take(self, path: str) -> list[int]:
+        """A file to read from; it stays open until the bound asks for the place of the one that was used longest ago.
+        Given back with `_give`."""
         with self._lock:
             file = self._files.setdefault(path, [-1, 0])
             file[1] += 1
             self._files.move_to_end(path)
-        try:
-            yield self._handle(path, file)
-        finally:
-            with self._lock:
-                file[1] -= 1
-                if not file[1] and self._files.get(path) is not file:  # closed or evicted while we read from it
-                    _close(file)
+        return file
+
+    def _give(self, path: str, file: list[int]) -> None:
+        with self._lock:
+            file[1] -= 1
+            if not file[1] and self._files.get(path) is not file:  # closed or evicted while we read from it
+                _close(file)
 
     def _handle(self, path: str, file: list[int]) -> int:
         with self._lock:
@@ -353,7 +358,13 @@ class _Group(NamedTuple):
     parts: tuple[tuple[int, int, int], ...]
 
 
-def _joined(pieces: Sequence[Piece], most: int | None) -> list[_Group]:
+@lru_cache(256)
+def _bytes(pieces: tuple[Piece, ...]) -> int:
+    return sum(piece.size for piece in pieces)
+
+
+@lru_cache(256)
+def _joined(pieces: tuple[Piece, ...], most: int | None) -> tuple[_Group, ...]:
     """Neighbours together, up to `most` bytes."""
     out: list[_Group] = []
     for source, place, size, column in pieces:
@@ -367,7 +378,7 @@ def _joined(pieces: Sequence[Piece], most: int | None) -> list[_Group]:
             out[-1] = _Group(last.source, last.place, last.size + size, (*last.parts, *part))
         else:
             out.append(_Group(source, place, size, part))
-    return out
+    return tuple(out)
 
 
 _local = threading.local()

@@ -197,13 +197,14 @@ class Cache:
     def _check_request(self, rows: I64, views: I64, fields: Sequence[str]) -> None:
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise UsageError(f"read: rows must be numbers from 0 to {len(self) - 1}")
+        asked = set(views.tolist())
         for name in fields:
             if name not in self.arrays:
                 raise UsageError(f"read: unknown field {name!r}; {near(name, self.fields)}")
             plain = name.rpartition("/")[2]
             held = {view for part in self._of(name) if plain in part.arrays for view in part.view_numbers}
-            if views.size and (strange := np.setdiff1d(views, list(held))).size:
-                raise UsageError(f"read: view {strange[0]} of {name}: view must be from {min(held)} to {max(held)}")
+            if strange := asked - held:
+                raise UsageError(f"read: view {min(strange)} of {name}: view must be from {min(held)} to {max(held)}")
 
     def _of(self, name: str) -> list[Part]:
         """The parts of a field's teacher."""
@@ -274,10 +275,10 @@ class Cache:
         for i, part in enumerate(self._parts) if checked.any() else []:
             for field in sorted({_crc_array(part, name, tokens) for name in fields if part in self._of(name)}):
                 spec = part.arrays[field]
-                pieces = [Piece(0, 0, spec.item_bytes)]
+                pieces = (Piece(0, 0, spec.item_bytes),)
                 if field == "prefix_crc":  # (T, L): those of the wanted length
                     level_bytes = 4 * spec.item[1]
-                    pieces = [Piece(((tokens or 0) - 1) * level_bytes, 0, level_bytes)]
+                    pieces = (Piece(((tokens or 0) - 1) * level_bytes, 0, level_bytes),)
                 table = tables[i, field] = np.empty((len(rows), sum(piece.size for piece in pieces) // 4), np.uint32)
                 for shard, view, at in groups:
                     at = at[checked[at]]
@@ -304,7 +305,7 @@ class Cache:
         flat = target.reshape(len(rows), -1).view(np.uint8) if target.size else np.empty((len(rows), 0), np.uint8)
         runs: list[Run] = []
         for i, part in enumerate(self._parts):
-            pieces = _pieces(part, plain, levels, tokens) if part in parts and plain in part.arrays else []
+            pieces = _pieces(part, plain, levels, tokens) if part in parts and plain in part.arrays else ()
             table = sums.get((i, _crc_array(part, plain, tokens))) if pieces else None
             before = [] if checksums.has_levels(self.arrays[name]) else [p for p in self._parts[:i] if p in parts]
             for shard, view, at in groups if pieces else []:
@@ -365,16 +366,16 @@ def _choose(io: str, cache_bytes: int) -> str:
     return ("streaming" if cache_bytes > memory else "buffered") if io == "auto" else io
 
 
-def _pieces(part: Part, name: str, levels: tuple[int, ...], tokens: int) -> list[Piece]:
+def _pieces(part: Part, name: str, levels: tuple[int, ...], tokens: int) -> tuple[Piece, ...]:
     """What is read of one item: those of the wanted levels that this part holds, or the whole."""
     spec = part.arrays[name]
     first = checksums.columns(part.arrays.values()).get(name, 0)
     if not checksums.has_levels(spec):
-        return [Piece(0, 0, spec.item_bytes, first)]
+        return (Piece(0, 0, spec.item_bytes, first),)
     level_bytes = spec.item_bytes // spec.item[0]
     wanted = level_bytes // spec.item[1] * tokens
     here = [(place, part.levels.index(level)) for place, level in enumerate(levels) if level in part.levels]
-    return [Piece(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here]
+    return tuple(Piece(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here)
 
 
 def _crc_array(part: Part, name: str, tokens: int | None) -> str:

@@ -72,9 +72,16 @@ class Fallback:
         way = self.online if host["absent"][i] else self.cached
         return way.render(picture, host, i, key, digest, view)
 
-    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
+    def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
+        """0 for what is absent, which is not checked."""
+        out, there = np.zeros(len(at), np.uint64), ~self.absent[at]
+        if there.any():
+            out[there] = np.asarray(self.cached.hashes(at[there], view[there]))
+        return out
+
+    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
         if not self.absent[at]:
-            self.cached.check(pixels, at, view)
+            self.cached.check(pixels, at, view, stored)
 
     def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         out, sources = self.cached.complete(host, device)

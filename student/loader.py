@@ -8,7 +8,7 @@ left out of the epoch. n training pictures, B samples a process and micro-batch,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +26,20 @@ from student.targets import Host, Targets
 
 AHEAD = 3  # batches under way, beside the one that is being used
 Memory = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A micro-batch, the memory it lies in, and what is still at work on its pictures."""
+
+    host: Host
+    memory: Memory
+    samples: Sequence[Future[None]]
+
+    def finish(self) -> Host:
+        for sample in self.samples:
+            sample.result()
+        return self.host
 
 
 @dataclass
@@ -100,18 +114,19 @@ class Loader:
         """Micro-batches of the steps in [first_step, last_step), in order. A batch is good until the next one is asked
         for: then its memory is filled again."""
         wanted = ((step, micro) for step in range(first_step, last_step) for micro in range(self.accumulation))
-        with ThreadPoolExecutor(self.workers) as decoders, ThreadPoolExecutor(AHEAD) as batches:
+        # One thread begins batches, in order, and reads with those of the cache: several would be in each others way.
+        with ThreadPoolExecutor(self.workers) as decoders, ThreadPoolExecutor(1) as beginner:
             free: deque[Memory | None] = deque([None] * (AHEAD + 1))
-            waiting: deque[Future[tuple[Host, Memory]]] = deque()
+            waiting: deque[Future[_Begun]] = deque()
             try:
                 while True:
                     while len(waiting) < AHEAD and (item := next(wanted, None)) is not None:
-                        waiting.append(batches.submit(self._fill, *item, decoders, free.popleft()))
+                        waiting.append(beginner.submit(self._begin, *item, decoders, free.popleft()))
                     if not waiting:
                         return
-                    host, memory = waiting.popleft().result()
-                    yield host
-                    free.append(memory)
+                    begun = waiting.popleft().result()
+                    yield begun.finish()
+                    free.append(begun.memory)
             finally:
                 for future in waiting:
                     future.cancel()
@@ -120,10 +135,10 @@ class Loader:
     def batch(self, step: int, micro: int, decoders: ThreadPoolExecutor) -> Host:
         """One micro-batch in memory of its own: `pixels` (B, S, S, 3) uint8, the stored arrays, `view`, `round` (how
         often each picture was shown before), `at`, `digests`, `epoch`, `keys`, and `masks` where drawn here."""
-        return self._fill(step, micro, decoders, None)[0]
+        return self._begin(step, micro, decoders, None).finish()
 
-    def _fill(self, step: int, micro: int, decoders: ThreadPoolExecutor, memory: Memory | None) -> tuple[Host, Memory]:
-        """A micro-batch, and the memory it lies in."""
+    def _begin(self, step: int, micro: int, decoders: ThreadPoolExecutor, memory: Memory | None) -> _Begun:
+        """A micro-batch whose targets and masks are there, while its pictures are under way."""
         if memory is None:
             memory = buffers.allocate(self.targets.layout(), self.batch_size, self.pin)
         at, epoch = self.rows(step, micro)
@@ -136,18 +151,30 @@ class Loader:
             host["moments"] = self._moments(step)
         host["keys"] = [self.source.keys[self.pictures[i]] for i in at]
         checked = joining.sampled(digests, view, rounds, self.seed, self.check_fraction)
-        futures = [
-            decoders.submit(self._samples, host, range(i, i + self.repeats), checked)
-            for i in range(0, len(at), self.repeats)
-            if not self.targets.stored_pixels or checked[i : i + self.repeats].any()
-        ]
-        for future in futures:
-            future.result()
+        hashes = self._hashes(at, view, checked)
+        starts = range(0, len(at), self.repeats)  # of the views of each picture
+        if self.targets.stored_pixels:  # nothing to render: one thread looks at those that are checked
+            work = [[i for i in starts if checked[i : i + self.repeats].any()]]
+        else:
+            work = [[i] for i in starts]
+        futures = [decoders.submit(self._samples, host, some, hashes) for some in work if some]
         if self.masks is not None and (masks := self.masks(host)) is not None:
             host["masks"] = {name: ids.pin_memory() for name, ids in masks.items()} if self.pin else masks
-        return host, memory
+        return _Begun(host, memory, futures)
 
-    def _samples(self, host: Host, samples: range, checked: npt.NDArray[np.bool_]) -> None:
+    def _hashes(
+        self, at: npt.NDArray[np.int64], view: npt.NDArray[np.int64], checked: npt.NDArray[np.bool_]
+    ) -> dict[int, int]:
+        """Stored hashes of the samples that are checked, by their place in the batch."""
+        places = np.flatnonzero(checked)
+        stored = self.targets.hashes(at[places], view[places]) if len(places) else None
+        return {} if stored is None else dict(zip(places.tolist(), stored.tolist(), strict=True))
+
+    def _samples(self, host: Host, starts: Sequence[int], hashes: Mapping[int, int]) -> None:
+        for start in starts:
+            self._views(host, range(start, start + self.repeats), hashes)
+
+    def _views(self, host: Host, samples: range, hashes: Mapping[int, int]) -> None:
         """Render the views of one picture into the batch, unless their pixels came with the targets, and compare them
         with the stored hashes."""
         at = int(host["at"][samples[0]])
@@ -164,5 +191,5 @@ class Loader:
                 for name, pixels in rendered.items():
                     host[name][i] = pixels
         for i in samples:
-            if checked[i]:
-                self.targets.check(host["pixels"][i], at, int(host["view"][i]))
+            if i in hashes:
+                self.targets.check(host["pixels"][i], at, int(host["view"][i]), hashes[i])

@@ -87,8 +87,12 @@ class Targets(Protocol):
         called where pixels are stored."""
         ...
 
-    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
-        """Raise when rendered pixels are not those the teacher saw."""
+    def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
+        """(m,) of the pixels the teacher saw; None where none are stored, and nothing is checked."""
+        ...
+
+    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
+        """Raise when rendered pixels, of the `stored` hash, are not those the teacher saw."""
         ...
 
     def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
@@ -169,7 +173,13 @@ class Cached:
         parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
         return {"pixels": views.render(picture, *parts, self.policy.size, self.policy.filter)}
 
-    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
+    def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
+        # Its own checksum is left to `check`, which looks into every difference.
+        return self.cache.read(self.rows[at], view, ("pixel_hash",), check=False)["pixel_hash"]
+
+    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
+        if views.pixel_hash(pixels) == stored:
+            return
         option = "--pixel-tolerance LEVELS"
         joining.prove(self.cache, int(self.rows[at]), view, pixels, self.tolerance, option)
 
@@ -255,7 +265,10 @@ class Online:
             out["teacher_pixels"] = views.render(picture, *parts, self.teacher_px, self.policy.filter)
         return out
 
-    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int) -> None:
+    def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
+        return None
+
+    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
         """Nothing is stored that the pixels could differ from."""
 
     def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:

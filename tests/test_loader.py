@@ -291,11 +291,13 @@ def test_one_pixel_by_one_level_is_a_difference_too() -> None:
     loader = cached(images.open_source(fx.pictures()))
     host = one_batch(loader)
     at, view, pixels = int(host["at"][0]), int(host["view"][0]), host["pixels"][0]
-    loader.targets.check(pixels, at, view)
+    stored = int(loader.targets.hashes(host["at"][:1], host["view"][:1])[0])  # type: ignore[index]
+    assert stored == views.pixel_hash(pixels)
+    loader.targets.check(pixels, at, view, stored)
     unseen = (one_off(pixels, place) for place in np.ndindex(32, 32, 3))
     other = next(each for each in unseen if np.array_equal(views.thumbnail(each), views.thumbnail(pixels)))
     with pytest.raises(IdentityError, match=host["keys"][0]):
-        loader.targets.check(other, at, view)
+        loader.targets.check(other, at, view, stored)
 
 
 def one_off(pixels: Any, place: tuple[int, ...]) -> Any:
@@ -358,7 +360,7 @@ def test_the_checked_share_is_the_one_asked_for() -> None:
     seen: list[int] = []
 
     class Watch(Cached):
-        def check(self, pixels: Any, at: int, view: int) -> None:
+        def check(self, pixels: Any, at: int, view: int, stored: int) -> None:
             seen.append(at)
 
     source = images.open_source(fx.pictures())

@@ -92,8 +92,8 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
     seen: set[tuple[int, int]] = set()
     check = targets.Cached.check
 
-    def note(self: targets.Cached, pixels: Any, at: int, view: int) -> None:
-        check(self, pixels, at, view)
+    def note(self: targets.Cached, pixels: Any, at: int, view: int, stored: int) -> None:
+        check(self, pixels, at, view, stored)
         seen.add((int(self.rows[at]), view))
 
     monkeypatch.setattr(targets.Cached, "check", note)

@@ -228,7 +228,7 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path)
         sound = cache._base.store.sound
         proof = preads.Proof(lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts(1, str(path)))
         memory = np.empty((1, 12), np.uint8)
-        run = preads.Run(str(path), memory, np.array([0]), np.array([0]), [preads.Piece(0, 0, 12)], proof=proof)
+        run = preads.Run(str(path), memory, np.array([0]), np.array([0]), (preads.Piece(0, 0, 12),), proof=proof)
         for _ in range(3):
             cache._reads.read([run])
         assert asked == [path]
@@ -321,7 +321,7 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
     reads = preads.Reads(1, "direct")
     for low, count in [(0, 1), (4095, 2), (4096, 4096), (1, 3 * 4096 + 76), (3 * 4096 + 76, 1), (100, 9000)]:
         target = np.zeros((1, count), np.uint8)
-        run = preads.Run(str(path), target, np.array([0]), np.array([low]), [preads.Piece(0, 0, count)])
+        run = preads.Run(str(path), target, np.array([0]), np.array([low]), (preads.Piece(0, 0, count),))
         try:
             reads.read([run])
         except UserError as error:
@@ -331,7 +331,7 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
         np.testing.assert_array_equal(target[0], data[low : low + count])
     for low, count in [(3 * 4096 + 77, 1), (3 * 4096, 78), (5 * 4096, 1)]:
         run = preads.Run(
-            str(path), np.zeros((1, count), np.uint8), np.array([0]), np.array([low]), [preads.Piece(0, 0, count)]
+            str(path), np.zeros((1, count), np.uint8), np.array([0]), np.array([low]), (preads.Piece(0, 0, count),)
         )
         with pytest.raises(UserError, match="ends before byte"):
             reads.read([run])
