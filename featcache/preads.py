@@ -187,8 +187,11 @@ class Reads:
                     view[:] = block[source - first :][:size]
                 elif not plain or os.preadv(fd, (view,), offset + source) != size:
                     self._pread(fd, run.path, view, offset + source)
-                for low, high, column in parts if crcs is not None else ():
-                    if crc32c(memory[base + low : base + high]) != crcs[column]:
+                if crcs is None:
+                    continue
+                for low, high, column in parts:
+                    whole_view = high - low == size
+                    if crc32c(view if whole_view else memory[base + low : base + high]) != crcs[column]:
                         raise BadRow(run.path, row, column)
 
     def _fill_together(self, fd: int, run: Run) -> bool:

@@ -10,6 +10,8 @@ import math
 import mmap
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from student.targets import I64, Cached, Host
 
 _CHUNK = 1 << 26  # bytes of a read while loading
 _ALIGN = 64
+_LARGE = 1 << 20  # bytes; less is copied by the caller alone
+_THREADS = min(4, len(os.sched_getaffinity(0)))
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -34,6 +38,7 @@ class Rows:
 
     def __init__(self, layout: buffers.Layout, views: int, n: int, memory: mmap.mmap) -> None:
         self.n, at = n, 0
+        self._threads: ThreadPoolExecutor | None = None
         self.arrays: dict[str, npt.NDArray[Any]] = {}
         for name, (item, dtype) in layout.items():
             shape = (views, n, *item)
@@ -45,9 +50,22 @@ class Rows:
         return {name: self.take(name, at, view, None if out is None else out[name]) for name in self.arrays}
 
     def take(self, name: str, at: I64, view: I64, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
-        """Those of one array."""
-        array = self.arrays[name]
-        return np.take(array.reshape(-1, *array.shape[2:]), view * self.n + at, 0, out=out, mode="clip")
+        """Those of one array; a large one is copied by several threads."""
+        array = self.arrays[name].reshape(-1, *self.arrays[name].shape[2:])
+        places = view * self.n + at
+        if out is None:
+            out = np.empty((len(places), *array.shape[1:]), array.dtype)
+        threads = _THREADS if out.nbytes > _LARGE else 1
+        cuts = [len(places) * i // threads for i in range(threads + 1)]
+        others = [self._pool().submit(_take, array, places, out, *cut) for cut in pairwise(cuts[1:])]
+        _take(array, places, out, *cuts[:2])
+        for other in others:
+            other.result()
+        return out
+
+    def _pool(self) -> ThreadPoolExecutor:
+        self._threads = self._threads or ThreadPoolExecutor(max(_THREADS - 1, 1), "student-resident")
+        return self._threads
 
 
 def load(targets: Cached, acc: Accelerator) -> int:
@@ -89,6 +107,10 @@ def _fill(targets: Cached, rows: Rows) -> None:
                 np.full(len(at), view),
                 {name: array[view, at[0] : at[-1] + 1] for name, array in rows.arrays.items()},
             )
+
+
+def _take(array: npt.NDArray[Any], places: I64, out: npt.NDArray[Any], low: int, high: int) -> None:
+    np.take(array, places[low:high], 0, out=out[low:high], mode="clip")
 
 
 def _padded(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
