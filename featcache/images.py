@@ -349,4 +349,4 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         raise PictureError(f"colour mode {mode} has no fixed range: grey, palette, RGB, RGBA or CMYK are allowed")
     if mode in {"P", "PA"}:  # by way of RGBA: the palette's colours, whatever its transparency is expressed in
         picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    return picture if mode == "RGB" else picture.convert("RGB")  # which would copy

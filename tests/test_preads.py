@@ -14,7 +14,9 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import crc32c
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -239,6 +241,40 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path)
         with pytest.raises(UserError, match="not those that were recorded"):
             cache._reads.read([run])
         assert asked == [path, path]
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 1, 2])
+@pytest.mark.parametrize("most", [0, 6000, 1 << 20], ids=["alone", "by two", "all at once"])
+def test_neighbours_are_read_together_and_each_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, wrong: int | None
+) -> None:
+    """Three pieces of 3,000 bytes; with a wrong checksum the piece it belongs to is named, however many are joined."""
+    monkeypatch.setattr(preads, "_HOT", most)
+    data = np.random.default_rng(0).integers(0, 256, 9100, np.uint8)
+    path = tmp_path / "file"
+    path.write_bytes(data.tobytes())
+    calls: list[int] = []
+    plain = os.preadv
+
+    def counted(fd: int, buffers: Any, offset: int) -> int:
+        calls.append(offset)
+        return plain(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    sums = np.array([[crc32c.crc32c(data[100 + low : 3100 + low].tobytes()) for low in (0, 3000, 6000)]], np.uint32)
+    if wrong is not None:
+        sums[0, wrong] ^= 1
+    pieces = tuple(preads.Piece(low, low, 3000, column) for column, low in enumerate((0, 3000, 6000)))
+    target = np.zeros((1, 9000), np.uint8)
+    run = preads.Run(str(path), target, np.array([0]), np.array([100]), pieces, sums)
+    if wrong is None:
+        preads.Reads(1).read([run])
+        np.testing.assert_array_equal(target[0], data[100:])
+        assert calls == {0: [100, 3100, 6100], 6000: [100, 6100], 1 << 20: [100]}[most]
+    else:
+        with pytest.raises(preads.BadRow) as bad:
+            preads.Reads(1).read([run])
+        assert (bad.value.row, bad.value.column) == (0, wrong)
 
 
 def test_a_share_of_the_rows_is_checked_and_others_the_next_time(copy: Path) -> None:

@@ -102,3 +102,17 @@ def test_rows_share_their_memory_and_nothing_is_left_behind() -> None:
     for value, (name, array) in enumerate(rows.arrays.items(), 1):
         assert array.shape == (2, 7, *layout[name][0])
         assert (array == value).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_rows_are_copied_by_several_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 x 5 rows of 200 kB, a batch of 7 in any order, twice into the same memory."""
+    monkeypatch.setattr(resident, "_THREADS", threads)
+    rows = resident.Rows({"a": ((100_000,), np.dtype("<u2"))}, 2, 5, mmap.mmap(-1, 2_000_000))
+    rows.arrays["a"][:] = np.random.default_rng(0).integers(0, 1 << 16, (2, 5, 100_000))
+    out = np.ones((7, 100_000), np.uint16)
+    for at, view in (([4, 0, 2, 2, 1, 3, 4], [0, 1, 1, 0, 0, 1, 1]), ([0, 1, 2, 3, 4, 0, 1], [1, 1, 1, 0, 0, 0, 0])):
+        got = rows.fetch(np.array(at), np.array(view), {"a": out})["a"]
+        assert got is out
+        np.testing.assert_array_equal(got, rows.arrays["a"][view, at])
+        np.testing.assert_array_equal(rows.take("a", np.array(at), np.array(view)), rows.arrays["a"][view, at])
