@@ -1,8 +1,7 @@
 """Byte ranges of many files into memory, by a few threads: bounded handles, checksums as bytes come, page cache or not.
 
-A `Run` is rows of one array in one file. Each row is one or more `Piece`s: so many bytes from an offset within the
-stored item to an offset within the row's place in memory, with or without a crc32c to compare. Threads take slices of
-runs until none is left; preadv and crc32c both leave the interpreter's lock while they work.
+Threads take slices of runs (featcache.runs) until none is left; preadv and crc32c both leave the interpreter's lock
+while they work.
 """
 
 from __future__ import annotations
@@ -15,19 +14,16 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UsageError, UserError
+from featcache.runs import Proof, Run, cut, joined, span
 
 IO = ("auto", "buffered", "streaming", "direct")
 _ALIGN = 4096  # O_DIRECT wants offsets, sizes and memory in whole blocks; no disk asks for more than this
@@ -36,43 +32,6 @@ _SMALL = 4096  # items up to this are read many at a time where they lie close
 _SPAN = 256 << 10  # how far apart the first and last of such items may lie
 _HOT = 512 << 10  # bytes read at once where they are checked: still in a core's own cache then
 _INLINE = 1 << 20  # less than this is read by the caller alone
-
-
-class Piece(NamedTuple):
-    """`size` bytes from `source` in an item to `place` in the row; `column` of the run's checksums, or -1."""
-
-    source: int
-    place: int
-    size: int
-    column: int = -1
-
-
-class Proof(NamedTuple):
-    """What a file must be before its bytes are believed: `sound(path, facts)`, asked once for each file."""
-
-    sound: Callable[[Path, Mapping[str, Any]], bool]
-    facts: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Rows `at` of `target` (n, row bytes) uint8, from the offsets of their items in the file."""
-
-    path: str
-    target: npt.NDArray[np.uint8]
-    at: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
-    pieces: tuple[Piece, ...]
-    crcs: npt.NDArray[np.uint32] | None = None  # (rows of `at`, columns)
-    proof: Proof | None = None  # that the whole file is the one it should be
-
-    @property
-    def row_bytes(self) -> int:
-        return _bytes(self.pieces)
-
-    def part(self, low: int, high: int) -> Run:
-        crcs = None if self.crcs is None else self.crcs[low:high]
-        return Run(self.path, self.target, self.at[low:high], self.offsets[low:high], self.pieces, crcs, self.proof)
 
 
 class BadRow(Exception):
@@ -115,7 +74,7 @@ class Reads:
         if self.threads == 1 or total < _INLINE:
             self._work(iter(runs))
             return
-        parts = deque(_cut(runs, total // (4 * self.threads)))
+        parts = deque(cut(runs, total // (4 * self.threads)))
         with self._lock:
             pool = self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "featcache-read")
         others: list[Future[None]] = []
@@ -174,10 +133,10 @@ class Reads:
             return
         memory = run.target.reshape(-1).data
         width = run.target.shape[1]
-        groups = _joined(run.pieces, _HOT if run.crcs is not None else None)
+        groups = joined(run.pieces, _HOT if run.crcs is not None else None)
         checks: list[Any] = run.crcs.tolist() if run.crcs is not None else [None] * len(run.at)
         plain = self.io == "buffered"
-        first, whole = run.pieces[0].source, _span(run.pieces) if self.io == "direct" else 0
+        first, whole = run.pieces[0].source, span(run.pieces) if self.io == "direct" else 0
         for row, offset, crcs in zip(run.at.tolist(), run.offsets.tolist(), checks, strict=True):
             base = row * width
             block = _pread_direct(fd, run.path, offset + first, whole) if whole else None
@@ -335,14 +294,6 @@ def cannot_read(path: str, error: OSError) -> UserError:
     return UserError(f"cache file {path}: {todo.get(error.errno or 0, other)}")
 
 
-def _cut(runs: Sequence[Run], part_bytes: int) -> Iterator[Run]:
-    """The same rows in parts of about so many bytes."""
-    for run in runs:
-        step = max(part_bytes // max(run.row_bytes, 1), 1)
-        for low in range(0, len(run.at), step):
-            yield run.part(low, low + step)
-
-
 def _drain(parts: deque[Run]) -> Iterator[Run]:
     while True:
         try:
@@ -351,46 +302,7 @@ def _drain(parts: deque[Run]) -> Iterator[Run]:
             return
 
 
-class _Group(NamedTuple):
-    """Pieces that follow each other in the file and in memory, read by one call; `parts`, from and to which place of
-    the row each of them with a checksum goes, and its column."""
-
-    source: int
-    place: int
-    size: int
-    parts: tuple[tuple[int, int, int], ...]
-
-
-@lru_cache(256)
-def _bytes(pieces: tuple[Piece, ...]) -> int:
-    return sum(piece.size for piece in pieces)
-
-
-@lru_cache(256)
-def _joined(pieces: tuple[Piece, ...], most: int | None) -> tuple[_Group, ...]:
-    """Neighbours together, up to `most` bytes."""
-    out: list[_Group] = []
-    for source, place, size, column in pieces:
-        part = ((place, place + size, column),) if column >= 0 else ()
-        last = out[-1] if out else None
-        if (
-            last is not None
-            and (last.source + last.size, last.place + last.size) == (source, place)
-            and (most is None or last.size + size <= most)
-        ):
-            out[-1] = _Group(last.source, last.place, last.size + size, (*last.parts, *part))
-        else:
-            out.append(_Group(source, place, size, part))
-    return tuple(out)
-
-
 _local = threading.local()
-
-
-def _span(pieces: Sequence[Piece]) -> int:
-    """Bytes from the first piece to the end of the last, where they follow each other in the file; else 0."""
-    joined = all(one.source + one.size == other.source for one, other in pairwise(pieces))
-    return pieces[-1].source + pieces[-1].size - pieces[0].source if joined else 0
 
 
 def _pread_direct(fd: int, path: str, offset: int, count: int) -> memoryview:

@@ -34,7 +34,7 @@ class Fallback:
     online: Online
     is_stored = True
     stored_pixels = False
-    stores_moments = False
+    moments = None
 
     def __post_init__(self) -> None:
         self.policy = self.cached.policy
@@ -58,9 +58,6 @@ class Fallback:
             memory[name][absent] = np.nan if values.dtype.kind == "f" else 0
             host[name] = memory[name]
         return host | {"absent": absent}
-
-    def moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
-        raise NotImplementedError  # stores_moments says so
 
     def noted(self, at: I64) -> dict[str, int]:
         return {"fallback": int(self.absent[at].sum())}

@@ -105,8 +105,10 @@ class Loader:
         """How often each of so many samples was shown before the epoch's own showing."""
         return epoch * self.repeats + np.arange(count) % self.repeats
 
-    def _moments_of(self, step: int) -> npt.NDArray[np.float32]:
+    def _moments_of(self, step: int) -> npt.NDArray[np.float32] | None:
         """Of the whole batch of a step, the same on every process (Targets.moments)."""
+        if self.targets.moments is None:
+            return None
         at, epoch = self.step_rows(step)
         return self.targets.moments(at, self.targets.view(self.digests[at], self._rounds(len(at), epoch)))
 
@@ -147,8 +149,8 @@ class Loader:
         view = self.targets.view(digests, rounds)
         host: Host = memory | self.targets.fetch(at, view, memory)
         host |= {"at": at, "view": view, "round": rounds, "digests": digests, "epoch": epoch}
-        if self.targets.stores_moments:
-            host["moments"] = self._moments(step)
+        if (moments := self._moments(step)) is not None:
+            host["moments"] = moments
         host["keys"] = [self.source.keys[self.pictures[i]] for i in at]
         checked = joining.sampled(digests, view, rounds, self.seed, self.check_fraction)
         hashes = self._hashes(at, view, checked)

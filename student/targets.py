@@ -6,7 +6,7 @@ teacher and student differs. n rows of training pictures, B batch, V stored view
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from student.second import Second
 
 I64 = npt.NDArray[np.int64]
 Host = dict[str, Any]  # arrays of a batch on the host
+Moments = Callable[[I64, I64], npt.NDArray[np.float32]]  # of training pictures (n,) in views (n,)
 
 
 class Stored(Protocol):
@@ -52,8 +53,9 @@ class Targets(Protocol):
     stored_pixels: bool  # so do pixels, and no picture is decoded
 
     @property
-    def stores_moments(self) -> bool:
-        """Whether moments of the whole batch are asked for, and can be read."""
+    def moments(self) -> Moments | None:
+        """Mean and variance (L, 2) of each level over training pictures in their views, the whole batch of a step; None
+        where they are not asked for, or known only when the teacher has run."""
         ...
 
     def layout(self) -> buffers.Layout:
@@ -67,11 +69,6 @@ class Targets(Protocol):
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
         """Stored arrays of training pictures `at`, in the memory of `out`; called in a loader thread."""
-        ...
-
-    def moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
-        """(L, 2), mean and variance of each level over training pictures `at` in their views, the whole batch of a
-        step. Called only where they are stored: else they are known when the teacher has run."""
         ...
 
     def noted(self, at: I64) -> dict[str, int]:
@@ -154,10 +151,10 @@ class Cached:
         return host if self.second is None else host | self.second.fetch(rows, view, out)
 
     @property
-    def stores_moments(self) -> bool:
-        return self.spec.moments
+    def moments(self) -> Moments | None:
+        return self._moments if self.spec.moments else None
 
-    def moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
+    def _moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
         field, levels = "feature_stats", self.spec.levels or None
         known = self.resident
         stats = known.take(field, at, view) if known else self.cache.read(self.rows[at], view, (field,), levels)[field]
@@ -218,7 +215,7 @@ class Online:
     codec: codecs.Codec | None = None  # of a cache, through which features go as if they had been stored
     is_stored = False
     stored_pixels = False
-    stores_moments = False
+    moments = None
 
     def __post_init__(self) -> None:
         lacking = set(self.spec.fields) - {"features", "feature_stats", "attention", "mask_order"}
@@ -246,9 +243,6 @@ class Online:
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
         return {}
-
-    def moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
-        raise NotImplementedError  # stores_moments says so
 
     def noted(self, at: I64) -> dict[str, int]:
         return {}

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import featcache
-from featcache import preads
+from featcache import preads, runs
 from featcache.errors import UserError
 from featcache.reader import Cache
 from featcache.store import SHARDS, STORES, Array, array, store
@@ -228,9 +228,9 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path)
     with featcache.open(copy) as cache:
         asked = []
         sound = cache._base.store.sound
-        proof = preads.Proof(lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts(1, str(path)))
+        proof = runs.Proof(lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts(1, str(path)))
         memory = np.empty((1, 12), np.uint8)
-        run = preads.Run(str(path), memory, np.array([0]), np.array([0]), (preads.Piece(0, 0, 12),), proof=proof)
+        run = runs.Run(str(path), memory, np.array([0]), np.array([0]), (runs.Piece(0, 0, 12),), proof=proof)
         for _ in range(3):
             cache._reads.read([run])
         assert asked == [path]
@@ -264,9 +264,9 @@ def test_neighbours_are_read_together_and_each_is_checked(
     sums = np.array([[crc32c.crc32c(data[100 + low : 3100 + low].tobytes()) for low in (0, 3000, 6000)]], np.uint32)
     if wrong is not None:
         sums[0, wrong] ^= 1
-    pieces = tuple(preads.Piece(low, low, 3000, column) for column, low in enumerate((0, 3000, 6000)))
+    pieces = tuple(runs.Piece(low, low, 3000, column) for column, low in enumerate((0, 3000, 6000)))
     target = np.zeros((1, 9000), np.uint8)
-    run = preads.Run(str(path), target, np.array([0]), np.array([100]), pieces, sums)
+    run = runs.Run(str(path), target, np.array([0]), np.array([100]), pieces, sums)
     if wrong is None:
         preads.Reads(1).read([run])
         np.testing.assert_array_equal(target[0], data[100:])
@@ -357,7 +357,7 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
     reads = preads.Reads(1, "direct")
     for low, count in [(0, 1), (4095, 2), (4096, 4096), (1, 3 * 4096 + 76), (3 * 4096 + 76, 1), (100, 9000)]:
         target = np.zeros((1, count), np.uint8)
-        run = preads.Run(str(path), target, np.array([0]), np.array([low]), (preads.Piece(0, 0, count),))
+        run = runs.Run(str(path), target, np.array([0]), np.array([low]), (runs.Piece(0, 0, count),))
         try:
             reads.read([run])
         except UserError as error:
@@ -366,8 +366,8 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
             raise
         np.testing.assert_array_equal(target[0], data[low : low + count])
     for low, count in [(3 * 4096 + 77, 1), (3 * 4096, 78), (5 * 4096, 1)]:
-        run = preads.Run(
-            str(path), np.zeros((1, count), np.uint8), np.array([0]), np.array([low]), (preads.Piece(0, 0, count),)
+        run = runs.Run(
+            str(path), np.zeros((1, count), np.uint8), np.array([0]), np.array([low]), (runs.Piece(0, 0, count),)
         )
         with pytest.raises(UserError, match="ends before byte"):
             reads.read([run])

@@ -92,8 +92,8 @@ def test_statistics_of_a_part_would_give_other_losses(tmp_path: Path, monkeypatc
     options = ("--cache", fx.cache_path(), "--batch-size", 16, "--steps", 1)
     sets = (*OFF, "target_norm=bn")
     fx.good(fx.train("maskalign", tmp_path / "whole", *options, sets=sets))
-    plain = Cached.moments
-    monkeypatch.setattr(Cached, "moments", lambda targets, at, view: plain(targets, at[:4], view[:4]))
+    plain = Cached._moments
+    monkeypatch.setattr(Cached, "_moments", lambda targets, at, view: plain(targets, at[:4], view[:4]))
     fx.good(fx.train("maskalign", tmp_path / "part", *options, sets=sets))
     assert abs(fx.losses(tmp_path / "whole")[0] / fx.losses(tmp_path / "part")[0] - 1) > 1e-4
 

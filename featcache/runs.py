@@ -1,0 +1,101 @@
+"""What is read: rows of one array in one file, each in one or more pieces, cut into parts for threads.
+
+A row's pieces go from offsets within the stored item to offsets within the row's place in memory, with or without a
+crc32c to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Piece(NamedTuple):
+    """`size` bytes from `source` in an item to `place` in the row; `column` of the run's checksums, or -1."""
+
+    source: int
+    place: int
+    size: int
+    column: int = -1
+
+
+class Proof(NamedTuple):
+    """What a file must be before its bytes are believed: `sound(path, facts)`, asked once for each file."""
+
+    sound: Callable[[Path, Mapping[str, Any]], bool]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows `at` of `target` (n, row bytes) uint8, from the offsets of their items in the file."""
+
+    path: str
+    target: npt.NDArray[np.uint8]
+    at: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    pieces: tuple[Piece, ...]
+    crcs: npt.NDArray[np.uint32] | None = None  # (rows of `at`, columns)
+    proof: Proof | None = None  # that the whole file is the one it should be
+
+    @property
+    def row_bytes(self) -> int:
+        return _bytes(self.pieces)
+
+    def part(self, low: int, high: int) -> Run:
+        crcs = None if self.crcs is None else self.crcs[low:high]
+        return Run(self.path, self.target, self.at[low:high], self.offsets[low:high], self.pieces, crcs, self.proof)
+
+
+def cut(runs: Sequence[Run], part_bytes: int) -> Iterator[Run]:
+    """The same rows in parts of about so many bytes."""
+    for run in runs:
+        step = max(part_bytes // max(run.row_bytes, 1), 1)
+        for low in range(0, len(run.at), step):
+            yield run.part(low, low + step)
+
+
+class Group(NamedTuple):
+    """Pieces that follow each other in the file and in memory, read by one call; `parts`, from and to which place of
+    the row each of them with a checksum goes, and its column."""
+
+    source: int
+    place: int
+    size: int
+    parts: tuple[tuple[int, int, int], ...]
+
+
+@lru_cache(256)
+def _bytes(pieces: tuple[Piece, ...]) -> int:
+    return sum(piece.size for piece in pieces)
+
+
+@lru_cache(256)
+def joined(pieces: tuple[Piece, ...], most: int | None) -> tuple[Group, ...]:
+    """Neighbours together, up to `most` bytes."""
+    out: list[Group] = []
+    for source, place, size, column in pieces:
+        part = ((place, place + size, column),) if column >= 0 else ()
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and (last.source + last.size, last.place + last.size) == (source, place)
+            and (most is None or last.size + size <= most)
+        ):
+            out[-1] = Group(last.source, last.place, last.size + size, (*last.parts, *part))
+        else:
+            out.append(Group(source, place, size, part))
+    return tuple(out)
+
+
+def span(pieces: Sequence[Piece]) -> int:
+    """Bytes from the first piece to the end of the last, where they follow each other in the file; else 0."""
+    joined = all(one.source + one.size == other.source for one, other in pairwise(pieces))
+    return pieces[-1].source + pieces[-1].size - pieces[0].source if joined else 0
