@@ -5,6 +5,7 @@ n rows, V views of this part (numbers `first_view` to `first_view` + V - 1), L l
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,11 @@ import numpy.typing as npt
 
 from featcache import manifest as manifests
 from featcache import publish, rng
-from featcache.errors import UsageError, UserError
-from featcache.store import SHARDS, Array, array, record_path, store
+from featcache.errors import UnreadableError, UsageError, UserError
+from featcache.store import QUARANTINE, SHARDS, Array, array, record_path, store
 
 I64 = npt.NDArray[np.int64]
 PARTS = "parts"  # folder of what was added to a cache
-NOT_EXTRACTED = "not extracted yet, or its record is lost"
 
 
 class Keys(Sequence[str]):
@@ -83,6 +83,7 @@ class Part:
         self.arrays: dict[str, Array] = {name: array(name, f) for name, f in self.manifest["arrays"].items()}
         self.store = store(self.identity["store"])
         self.absent: dict[str, str] = {}  # shard -> why
+        self.quarantined: list[dict[str, str]] = []  # {key, reason} each; of absent shards as well, where that is known
         self.records = list(self._complete_shards(partial))
         self.starts: I64 = np.cumsum([0, *(record["rows"] for record in self.records)])
 
@@ -91,25 +92,37 @@ class Part:
             path = record_path(self.path, shard["name"])
             if not path.is_file():
                 if partial:
-                    self.absent[shard["name"]] = NOT_EXTRACTED
+                    self.absent[shard["name"]] = f"{path}: missing; not extracted yet, or its record is lost"
                 continue
             try:
                 record = self._record(path, shard)
+            except UnreadableError:  # who may not look cannot say that it is absent
+                raise
             except UserError as error:
                 if not partial:
                     raise
                 self.absent[shard["name"]] = str(error)
             else:
                 yield record
+        if self.absent:
+            self._note_quarantined()
 
     def _record(self, path: Path, shard: Mapping[str, Any]) -> dict[str, Any]:
         """The record of a shard, whose files are there."""
         record = manifests.read_json(path)
         if why := record_problem(self.manifest, shard, record):
             raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
+        self.quarantined += record["quarantined"]
         if problems := publish.check(self.path, record["shard"], self.identity["store"], record, deep=False):
             raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
         return record
+
+    def _note_quarantined(self) -> None:
+        """Those of lost records, from the list that the extraction left beside the manifest."""
+        with contextlib.suppress(UserError):  # there is none, or it is damaged as well
+            known = {row["key"] for row in self.quarantined}
+            rows = manifests.read_json(self.path / QUARANTINE)["pictures"]
+            self.quarantined += [row for row in rows if row["key"] not in known]
 
     def leave_out(self, shards: Collection[str]) -> None:
         """Do without these as well: they are absent in another part of the cache."""
@@ -122,11 +135,6 @@ class Part:
     @property
     def complete(self) -> bool:
         return len(self.records) == len(self.manifest["shards"])
-
-    @property
-    def was_complete(self) -> bool:
-        """Whether every shard has a record, though what it names may be absent."""
-        return self.complete or (bool(self.absent) and NOT_EXTRACTED not in self.absent.values())
 
     @property
     def bytes(self) -> int:
@@ -238,12 +246,12 @@ def added(path: Path) -> list[Path]:
     return [each for each in folders if (each / manifests.NAME).is_file() or (each / SHARDS / manifests.COPY).is_file()]
 
 
-def open_parts(path: Path, partial: bool = False) -> list[Part]:
-    """The cache at `path`, then what was added to it: parts that are complete, as one that is still being extracted is
-    not seen. With `partial` none has a shard that another lacks."""
+def open_parts(path: Path, partial: bool = False) -> tuple[list[Part], list[Part]]:
+    """The cache at `path`, then what was added to it and is complete; and the parts that are not, as one that is still
+    being extracted, of which nothing is seen. With `partial` all are taken, and none has a shard that another lacks."""
     base = Part(path, partial)
-    parts = [Part(each, partial) for each in added(path)] if base.complete or partial else []
-    parts = [part for part in parts if part.was_complete]
+    found = [Part(each, partial) for each in added(path)] if base.complete or partial else []
+    parts = [part for part in found if part.complete or partial]
     absent = {shard for part in (base, *parts) for shard in part.absent}
     for part in (base, *parts):
         part.leave_out(absent)
@@ -261,7 +269,7 @@ def open_parts(path: Path, partial: bool = False) -> list[Part]:
                 f"cache {str(path)!r}: of teacher {teacher} some views have levels that others lack; move what was "
                 f"added last out of {path / PARTS}"
             )
-    return [base, *parts]
+    return [base, *parts], [part for part in found if part not in parts]
 
 
 def describe(manifest: Mapping[str, Any]) -> str:

@@ -50,7 +50,8 @@ class Cache:
         self.path = Path(path)
         self._place = self.path.absolute()  # the working directory may change
         self._options = {"threads": threads, "verify_rows": verify_rows, "io": io, "partial": partial}
-        self._parts = open_parts(self._place, partial)
+        self._parts, unfinished = open_parts(self._place, partial)
+        self.unfinished = [describe(part.manifest) for part in unfinished]  # added, not whole: not read
         self._base = self._parts[0]
         self.absent: dict[str, str] = {shard: why for part in self._parts for shard, why in part.absent.items()}
         self.manifest = self._base.manifest
@@ -134,7 +135,7 @@ class Cache:
     @property
     def quarantined(self) -> list[dict[str, str]]:
         """Pictures that could not be used: {key, reason} each."""
-        return [row for record in self.records for row in record["quarantined"]]
+        return self._base.quarantined
 
     @cached_property
     def keys(self) -> Keys:

@@ -68,7 +68,7 @@ def main() -> None:
     show_default=True,
     help="online: the teacher in the loop, no targets read.",
 )
-@click.option("--fallback", type=click.Choice(["online"]), help="The teacher makes what absent shards would hold.")
+@click.option("--fallback", type=click.Choice(["online"]), help="With --cache: the teacher for shards that are lost.")
 @click.option(
     "--fallback-limit",
     type=click.FloatRange(0, 1),

@@ -24,6 +24,7 @@ from student.recipes import TargetSpec
 from student.targets import I64, Cached, Host, Online
 
 LIMIT = 0.01  # share of the training pictures that may be absent
+MADE = {"features", "feature_stats", "attention", "mask_order"}  # fields that the teacher in the loop gives
 
 
 @dataclass
@@ -99,16 +100,15 @@ class Fallback:
 
 def check_spec(spec: TargetSpec) -> None:
     """What cannot be made for some of a batch's pictures."""
-    if spec.moments:
-        raise UsageError(
-            "--fallback online does not go with target_norm=bn, whose statistics are over the whole batch as it is "
-            "stored; leave it out and run `featcache repair`"
-        )
-    if spec.second:
-        raise UsageError(
-            f"--fallback online runs the cache's own teacher, and the recipe learns from {spec.second} too; leave it "
-            "out and run `featcache repair`"
-        )
+    others = sorted(set(spec.fields) - MADE)
+    wrong = {
+        "target_norm=bn wants statistics of the whole batch as it is stored": spec.moments,
+        f"the recipe learns from {spec.second} too, and only the cache's own teacher is run": spec.second,
+        f"the teacher makes no {', '.join(others)}": others,
+    }
+    for text, found in wrong.items():
+        if found:
+            raise UsageError(f"--fallback online does not do: {text}; leave it out and run `featcache repair`")
 
 
 def join(cache: Cache, source: images.Source, limit: float) -> tuple[I64, I64, int]:
@@ -120,18 +120,25 @@ def join(cache: Cache, source: images.Source, limit: float) -> tuple[I64, I64, i
             f"--fallback online: the {len(source)} pictures of {source.spec!r} are not the list that cache "
             f"{str(cache.path)!r} was made from, so those of its absent shards are not known; give that list"
         )
+    quarantined = {row["key"] for row in cache.quarantined}
+    usable = np.array([key not in quarantined for key in source.keys])
     absent = np.zeros(len(source), bool)
     for shard in cache.manifest["shards"]:
         if shard["name"] in cache.absent:
             absent[shard["first"] : shard["first"] + shard["count"]] = True
+    absent &= usable
     rows = cache.keys.find(source.keys)
-    rows[absent] = -1
+    if (strange := np.flatnonzero((rows < 0) & usable & ~absent)).size:
+        raise IdentityError(
+            f"{len(strange)} of {len(source)} pictures of {source.spec!r} are neither in cache {str(cache.path)!r} nor "
+            f"in its absent shards, the first is {source.keys[strange[0]]!r}; run `featcache verify {cache.path}`"
+        )
     pictures = np.flatnonzero((rows >= 0) | absent)
     count = int(absent.sum())
-    if count > limit * len(pictures):
+    if not count <= limit * len(pictures):
         raise UserError(
-            f"{told(cache)}: {count} of {len(pictures)} pictures ({count / len(pictures):.2%}) would have their "
-            f"targets computed, allowed: {limit:.2%}; run `featcache repair {cache.path}`, or allow it with "
+            f"{told(cache)}: {count} of {len(pictures)} pictures ({count / len(pictures):.4g}) would have their "
+            f"targets computed, allowed: {limit:g}; run `featcache repair {cache.path}`, or allow it with "
             f"--fallback-limit {np.ceil(1000 * count / len(pictures)) / 1000:g}"
         )
     return pictures, rows[pictures], len(source) - len(pictures)
@@ -141,4 +148,4 @@ def told(cache: Cache) -> str:
     """Which shards are absent, in words."""
     shard, why = next(iter(cache.absent.items()))
     many = f"{len(cache.absent)} of {len(cache.manifest['shards'])} shards are absent"
-    return f"cache {str(cache.path)!r}: {many}, the first is {shard} ({why})"
+    return f"cache {str(cache.path)!r}: {many}, the first is {shard} ({why.partition('; run ')[0]})"

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from featcache import images, joining, manifest, replay, running, teachers, views
 from featcache.errors import IdentityError, UsageError
 from featcache.images import Source
+from featcache.reader import Cache
 from student import config, fallback, resolve, shown
 from student.fallback import Fallback
 from student.options import Options, Say
@@ -108,7 +109,9 @@ def _source_of(found: Found | None, decoder: str | None) -> Source:
 
 
 def _cached(found: Found, given: Source | None, options: Options, say: Say) -> Origin:
-    _refuse({"--weights": options.weights, "--views": options.views, "--policy": options.policy})
+    _refuse({"--views": options.views, "--policy": options.policy})
+    if not options.fallback:  # which wants them again when shards are absent
+        _refuse({"--weights": options.weights})
     cache = found.cache
     stored = joining.stores_pixels(cache) and not options.decode
     if stored and options.decoder:
@@ -151,14 +154,16 @@ def _with_fallback(found: Found, source: Source, device: str, options: Options, 
     show = _shown(found, pictures[rows >= 0], rows[rows >= 0], options, say)
     if show.turns is not None:
         raise UsageError(
-            "--fallback online shows all views, and of this cache the recipe shows some (--scale), which are not known "
-            f"for absent shards; leave it out and run `featcache repair {cache.path}`"
+            "--fallback online shows all views, and of this cache some are shown, not known for absent shards: "
+            f"leave it out and run `featcache repair {cache.path}`, or show all with --scale {_scale(cache)}"
         )
     absent = int((rows < 0).sum())
     say(
         f"note: {fallback.told(cache)}: the teacher computes the targets of {absent} of {len(rows)} pictures "
-        f"({absent / len(rows):.2%}, allowed {limit:.2%})"
+        f"({absent / len(rows):.4g}, allowed {limit:g}), whose pixels nothing can be compared with"
     )
+    if joining.stores_pixels(cache):
+        say(f"note: pixels are decoded from {source.spec}, those in the cache are left alone")
     identity = cache.identity
     weights = _weights(found, options)
     teacher = _teacher(identity, identity["teacher"]["name"], weights, device, say) if spec.fields else None
@@ -167,6 +172,11 @@ def _with_fallback(found: Found, source: Source, device: str, options: Options, 
     about = _about(found, options, show, False)
     about["reading"] |= {"fallback": {"shards": list(cache.absent), "pictures": absent}}
     return Origin(found.config, source, Fallback(cached, online), pictures, about)
+
+
+def _scale(cache: Cache) -> str:
+    """The range of a cache's crops, as --scale takes it."""
+    return ",".join(f"{end:g}" for end in cache.identity["policy"]["scale"])
 
 
 def _shown(found: Found, pictures: I64, rows: I64, options: Options, say: Say) -> shown.Shown:
@@ -184,7 +194,7 @@ def _say_about(found: Found, say: Say) -> None:
         say(f"note: {manifest.title(about)}")
     if policy["jitter"] != found.spec.jitter and found.spec.fields:
         say(f"note: colours jittered by {policy['jitter']:g}; the recipe was published with {found.spec.jitter:g}")
-    for note in found.notes:
+    for note in (*found.notes, *(f"{part} is not whole, nothing of it is read" for part in found.cache.unfinished)):
         say(f"note: {note}")
 
 
