@@ -221,8 +221,8 @@ class Online:
         lacking = set(self.spec.fields) - {"features", "feature_stats", "attention", "mask_order"}
         if lacking:
             raise UsageError(
-                f"the teacher in the loop computes no {', '.join(sorted(lacking))}; allowed: features and what derives "
-                "from them; give a cache that holds it with --cache"
+                f"--teacher online computes no {', '.join(sorted(lacking))}; allowed: features and what derives from "
+                "them; give a cache that holds it with --cache"
             )
         self.tail = as_tensors(self.teacher.tail()) if self.teacher is not None and self.spec.derive else {}
 
