@@ -139,7 +139,6 @@ def _about(found: Found, options: Options, show: shown.Shown, stored: bool) -> d
     about = {"kind": "cached", "id": cache.manifest["id"], "identity": cache.identity, "views": cache.views}
     # What was read, and how: of no effect on any number, so that a resumed run may change it.
     reading = {**asdict(options.reading), "tokens": found.tokens or "all", "pixels": "stored" if stored else "decoded"}
-    del reading["partial"]  # `fallback` says more
     return {**about, **show.about, "pixel_tolerance": options.pixel_tolerance, "reading": reading}
 
 

@@ -356,8 +356,8 @@ def test_how_a_cache_is_read_goes_to_the_cache_and_into_the_record(
     odd = ("--direct", "--verify-rows", "0.25", "--read-threads", "3")
     fx.good(fx.train("maskalign", tmp_path / "odd", *options, *odd))
     plain, changed = opened
-    assert plain == {"threads": None, "verify_rows": 1.0, "io": "auto"}
-    assert changed == {"threads": 3, "verify_rows": 0.25, "io": "direct"}
+    assert plain == {"threads": None, "verify_rows": 1.0, "io": "auto", "partial": False}
+    assert changed == {"threads": 3, "verify_rows": 0.25, "io": "direct", "partial": False}
     reading = [checkpoint.config(tmp_path / name)["targets"]["reading"] for name in ("plain", "odd")]
     assert reading == [{**given, "tokens": "all", "pixels": "decoded"} for given in opened]
     assert fx.losses(tmp_path / "odd") == fx.losses(tmp_path / "plain")
