@@ -112,8 +112,7 @@ def test_the_run_is_that_of_the_whole_cache(
     recipe: str, sets: tuple[str, ...], options: tuple[str, ...], whole: Path, tmp_path: Path
 ) -> None:
     """The synthetic teacher computes the same bits again, the codec rounds them, masks and views are those of the keys:
-    with one shard of five the same losses and weights to the bit, and every use is counted. Blocks alone have another
-    order, as they are blocks of what is stored."""
+    with one shard of five the same losses and weights to the bit, and every use is counted."""
     part = without(whole, tmp_path / "part", "000001")
     given = ("--images", fx.pictures(), *STEPS, *options)
     fx.good(fx.train(recipe, tmp_path / "a", "--cache", whole, *given, sets=sets))
@@ -123,9 +122,8 @@ def test_the_run_is_that_of_the_whole_cache(
     rows = metrics.read(tmp_path / "b")
     assert ran.json["fallback"] == sum(row["fallback"] for row in rows)
     assert 0 < ran.json["fallback"] < 6 * 8 * (2 if "--accumulate" in options else 1)
-    if "block" not in options:
-        assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
-        assert fx.same_weights(tmp_path / "a", tmp_path / "b")
+    assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
+    assert fx.same_weights(tmp_path / "a", tmp_path / "b")
     told = checkpoint.config(tmp_path / "b")["targets"]["reading"]["fallback"]
     assert told == {"shards": ["000001"], "pictures": 5}
 
