@@ -76,13 +76,14 @@ def disturb(args: tuple[str, str, str, str], moments: random.Random, seconds: fl
     """Kill up to `most` writers at random moments, two at a time, then let two finish. Returns how many died."""
     out, died = Path(args[1]), 0
     while died < most:
-        pair = start_two(*args)
+        pair, killed = start_two(*args), 0
         for process in pair:
             time.sleep(moments.uniform(0, seconds))
-            if process.exitcode is None and process.pid and died < most:
-                os.kill(process.pid, signal.SIGKILL)
-                died += 1
+            if killed < most - died:
+                killed += process.exitcode is None
+                process.kill()  # which may find that it has just ended by itself
         codes = [process.join(60) or process.exitcode for process in pair]
+        died += codes.count(-signal.SIGKILL)
         if codes != [-signal.SIGKILL] * 2:  # somebody was left to finish
             break
     elsewhere = leases.path_of(out, "000004")  # of a machine that went away an hour ago
