@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
-from featcache import errors, rng
+from featcache import errors, resample, rng
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -222,10 +222,8 @@ def render(
         return picture.replay(crop, flip, jitter, size, filter)
     top, left, height, width = (int(x) for x in crop)
     picture = apply_jitter(picture, jitter)
-    out = picture.crop((left, top, left + width, top + height)).resize((size, size), FILTERS[filter])
-    if flip:
-        out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(out)
+    box = (left, top, left + width, top + height)
+    return resample.resize(picture.crop(box), size, FILTERS[filter], bool(flip))
 
 
 def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
