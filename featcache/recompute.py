@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 
 from featcache import images, rng, views
 from featcache.errors import IdentityError
@@ -79,11 +80,19 @@ def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
     if views.pixel_hash(pixels) == int(stored["pixel_hash"][0]):
         return None
     difference = np.abs(views.thumbnail(pixels).astype(int) - stored["thumbnail"][0].astype(int))
-    cause = "another picture under this key" if difference.mean() > 8 else "another decoder, library version or file"
+    cause = "another picture under this key" if difference.mean() > 8 else _other_path(cache)
     return (
         f"picture {cache.keys[row]!r}, view {view}: its pixels are not those the teacher saw (block means differ by "
         f"{difference.mean():.1f} levels of 255, at most {difference.max()}); likely {cause}"
     )
+
+
+def _other_path(cache: Cache) -> str:
+    """Why nearly equal pixels differ. Pillow's decoders change, and since 13 it resizes tall crops in another order."""
+    theirs, here = cache.manifest["provenance"]["versions"].get("pillow"), PIL.__version__
+    if theirs in (None, here) or cache.identity["pixel_path"]["decoder"] != "pillow":
+        return "another decoder, library version or file"
+    return f"Pillow's version, {theirs} there and {here} here (pip install pillow=={theirs}), or another file"
 
 
 def _recompute_row(cache: Cache, source: images.Source, at: dict[str, int], teacher: Any, row: int, view: int) -> Row:

@@ -23,7 +23,7 @@ from featcache.errors import UsageError, UserError
 from featcache.reader import Cache
 from featcache.torch import raster, tensor
 from featcache.views import stored_view
-from student import buffers, masking
+from student import buffers, masking, vit
 from student.config import RecipeConfig
 from student.recipes import TargetSpec
 from student.second import Second
@@ -190,7 +190,8 @@ class Cached:
             features = self._in_raster(self.codec.decode(coded), host, device)
             stats = self._in_raster(_copied(host["feature_stats"], device), host, device) if self.stats else None
             self.tail = on_device(self.tail, device)
-            out |= derived(self.spec, features, stats, self.tail)
+            seen = host["masks"]["ids_keep"].to(device) if self.spec.visible_only and "masks" in host else None
+            out |= derived(self.spec, features, stats, self.tail, seen)
         if "moments" in host:
             out["moments"] = _copied(host["moments"], device)
         if self.second is not None:
@@ -307,16 +308,28 @@ def on_device(tail: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
     return {name: value.to(device) if value.ndim else value for name, value in tail.items()}
 
 
-def derived(spec: TargetSpec, features: Tensor, stats: Tensor | None, tail: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def derived(
+    spec: TargetSpec,
+    features: Tensor,
+    stats: Tensor | None,
+    tail: Mapping[str, Tensor],
+    ids_keep: Tensor | None = None,
+) -> dict[str, Tensor]:
     """features (B,L,1+P,D), stats (B,L,1+P,2) -> what a recipe takes: the levels, and their stats where it asks for
     them; or `targets` (B,1+P,E) derived from the only level. For these `stats`, mean and divisor, are looked at where
-    the teacher's eps is not the cache's."""
+    the teacher's eps is not the cache's; with `ids_keep` (B,V) those of CLS and these patches, the rest is NaN: a
+    projection of 197 tokens for 50 that are looked at costs a percent of kd's step."""
     if not spec.derive:
         asked = {"feature_stats": stats} if stats is not None and "feature_stats" in spec.fields else {}
         return {"features": features, **asked}
     assert features.shape[1] == 1, features.shape
-    std = None if stats is None else stats[:, 0, :, 1:]
-    return {"targets": targets.derive(spec.derive, features[:, 0], tail, std)}
+    h, std = features[:, 0], None if stats is None else stats[:, 0, :, 1:]
+    if ids_keep is None:
+        return {"targets": targets.derive(spec.derive, h, tail, std)}
+    ids = vit.with_cls(ids_keep)
+    few = targets.derive(spec.derive, vit.select(h, ids), tail, None if std is None else vit.select(std, ids))
+    out = few.new_full((*h.shape[:2], few.shape[-1]), float("nan"))
+    return {"targets": out.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, few.shape[-1]), few)}
 
 
 def _copied(values: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -157,6 +157,16 @@ def test_derived_targets_equal_numpys(kind: type[Projecting], derive: str, path:
         expected = image_order
     np.testing.assert_allclose(got["targets"].numpy(), expected, rtol=2e-4, atol=2e-4)
 
+    ids_keep = np.array([[3, 0, 15], [7, 8, 9], [1, 14, 2], [0, 1, 2], [15, 14, 13]])
+    some = Cached(cache, spec_of(derive, visible_only=True), np.arange(len(cache)))
+    host = some.fetch(rows, view) | {"masks": {"ids_keep": torch.from_numpy(ids_keep)}}
+    seen = some.complete(host, CPU)[0]["targets"].numpy()
+    known = np.zeros((5, 17), bool)
+    known[:, 0] = True
+    np.put_along_axis(known, 1 + ids_keep, True, axis=1)
+    np.testing.assert_allclose(seen[known], expected[known], rtol=2e-4, atol=2e-4)
+    assert np.isnan(seen[~known]).all()
+
 
 def test_derived_targets_of_the_teacher_in_the_loop_equal_the_cached_ones(tmp_path: Path) -> None:
     options = ("--cache", fx.cache_path(), "--images", fx.pictures(), *STEPS)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -92,6 +93,19 @@ def test_another_decoders_levels_are_told_from_another_picture(sound: Path, pict
     found = ask(sound, changed)
     assert "another decoder" in found["problems"][0]
     assert "differ by 1.0 levels" in found["problems"][0]
+
+
+def test_another_version_of_pillow_is_named(
+    sound: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the next user can install: the cache is as good as before."""
+    changed = Path(shutil.copytree(pictures, tmp_path / "changed"))
+    Image.fromarray(np.clip(waves(50, 60, 3.0).astype(int) + 1, 0, 255).astype(np.uint8)).save(changed / "rgb.png")
+    extracted = PIL.__version__
+    monkeypatch.setattr(PIL, "__version__", "99.1.0")
+    assert ask(sound, changed)["problems"][0].endswith(
+        f"likely Pillow's version, {extracted} there and 99.1.0 here (pip install pillow=={extracted}), or another file"
+    )
 
 
 def test_a_missing_picture_is_a_problem(sound: Path, pictures: Path, tmp_path: Path) -> None:
