@@ -70,6 +70,7 @@ class Reader:
     read: Callable[[I64], Batches]
     levels: int | None = None  # reads only the first so many
     tokens: int | None = None
+    by_hand: bool = False  # the format's files, read without its library: as fast as anything that copies bytes
 
 
 def check(reader: Reader, order: I64, source: F16, batches: int = 2) -> None:

@@ -267,7 +267,7 @@ def _npy_readers(folder: Path, task: Task) -> list[Reader]:
             file.readinto(out.reshape(-1).view(np.uint8).data)
 
     return [
-        Reader(f"npy, {name}{how}", "rows", _each(task, one, threads))
+        Reader(f"npy, {name}{how}", "rows", _each(task, one, threads), by_hand=one is readinto)
         for how, threads in (("", None), (", threads", pool))
         for name, one in (("np.load", load), ("np.fromfile", fromfile), ("readinto", readinto))
     ]
@@ -347,7 +347,7 @@ def _safetensors_readers(folder: Path, task: Task) -> list[Reader]:
         np.copyto(out, maps[number][at])
 
     return [
-        Reader(f"safetensors, {name}{how}", "rows", _each(task, one, threads))
+        Reader(f"safetensors, {name}{how}", "rows", _each(task, one, threads), by_hand=one is mapped)
         for how, threads in (("", None), (", threads", pool))
         for name, one in (
             ("get_slice to numpy", sliced("np")),
