@@ -1,7 +1,7 @@
 """Byte ranges of many files into memory, by a few threads: bounded handles, checksums as bytes come, page cache or not.
 
-Threads take slices of runs (featcache.runs) until none is left; preadv and crc32c both leave the interpreter's lock
-while they work.
+Threads take slices of runs (featcache.runs) until none is left; reads and crc32c leave the interpreter's lock while
+they work, and through the page cache many ranges are read without it (featcache.ranges).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
@@ -25,12 +25,16 @@ from fastcrc.crc32 import iscsi as crc32c
 from featcache.errors import UsageError, UserError
 from featcache.runs import Proof, Run, cut, joined, span
 
+if TYPE_CHECKING:
+    from featcache.ranges import Ranges
+
 IO = ("auto", "buffered", "streaming", "direct")
 _ALIGN = 4096  # O_DIRECT wants offsets, sizes and memory in whole blocks; no disk asks for more than this
 _MOST_HANDLES = 16384
 _SMALL = 4096  # items up to this are read many at a time where they lie close
 _SPAN = 256 << 10  # how far apart the first and last of such items may lie
 _HOT = 512 << 10  # bytes read at once where they are checked: still in a core's own cache then
+_FEW = 4  # ranges of such bytes: from here on they are read by one call
 _INLINE = 1 << 20  # less than this is read by the caller alone
 
 
@@ -71,8 +75,12 @@ class Reads:
     def read(self, runs: Sequence[Run]) -> None:
         """Fill every run. Raises UserError for a missing or short file, BadRow for a wrong checksum."""
         total = sum(run.row_bytes * len(run.at) for run in runs)
-        if self.threads == 1 or total < _INLINE:
-            self._work(iter(runs))
+        if total < _INLINE:
+            self._work(iter(runs), self._fill)
+            return
+        fill = self._fill_ranges if self.io == "buffered" else self._fill
+        if self.threads == 1:
+            self._work(iter(runs), fill)
             return
         parts = deque(cut(runs, total // (4 * self.threads)))
         with self._lock:
@@ -80,16 +88,16 @@ class Reads:
         others: list[Future[None]] = []
         with contextlib.suppress(RuntimeError):  # closed in this moment by another thread: then we read alone
             for _ in range(self.threads - 1):
-                others.append(pool.submit(self._work, _drain(parts)))
+                others.append(pool.submit(self._work, _drain(parts), fill))
         try:
-            self._work(_drain(parts))
+            self._work(_drain(parts), fill)
         finally:
             parts.clear()  # after an error nobody starts another part
             errors = [error for other in others if (error := other.exception())]
         if errors:
             raise errors[0]
 
-    def _work(self, parts: Iterator[Run]) -> None:
+    def _work(self, parts: Iterator[Run], fill: Callable[[int, Run], None]) -> None:
         for run in parts:
             if not len(run.at):
                 continue
@@ -98,7 +106,7 @@ class Reads:
                 fd = self._handle(run.path, file)
                 if run.proof:
                     self._prove(fd, run.path, run.proof)
-                self._fill(fd, run)
+                fill(fd, run)
             except OSError as error:
                 raise cannot_read(run.path, error) from error
             finally:
@@ -152,6 +160,44 @@ class Reads:
                     whole_view = high - low == size
                     if crc32c(view if whole_view else memory[base + low : base + high]) != crcs[column]:
                         raise BadRow(run.path, row, column)
+
+    def _fill_ranges(self, fd: int, run: Run) -> None:
+        """As `_fill`, without the interpreter between ranges: all of them at once, or where they are checked as many as
+        stay in a core's own cache."""
+        from featcache.ranges import Ranges  # machine code, which a few small reads do without
+
+        if len(run.at) > 1 and run.row_bytes <= _SMALL and self._fill_together(fd, run):
+            return
+        groups = joined(run.pieces, _HOT if run.crcs is not None else None)
+        step = _HOT // max(group.size for group in groups)
+        if run.crcs is not None and step < _FEW:  # ranges so long that the interpreter does not matter
+            self._fill(fd, run)
+            return
+        source, place, size = (np.array(each, np.int64) for each in zip(*(group[:3] for group in groups), strict=True))
+        rows, memory = run.at[:, None] * run.target.shape[1], run.target.reshape(-1)
+        offsets, sizes = (run.offsets[:, None] + source).reshape(-1), np.tile(size, len(run.at))
+        ranges = Ranges(memory, (rows + place).reshape(-1), offsets, sizes)
+        if run.crcs is None:
+            self._read_ranges(fd, run.path, ranges, 0, len(sizes))
+            return
+        parts = [part for group in groups for part in group.parts]
+        first, last, columns = (np.array(each, np.int64) for each in zip(*parts, strict=True))
+        starts, ends = ((rows + each).reshape(-1).tolist() for each in (first, last))
+        wanted = run.crcs[:, columns].reshape(-1).tolist()
+        before = [0, *np.cumsum([len(group.parts) for group in groups]).tolist()]  # parts of a row before each group
+        count, view = len(groups), memory.data
+        for low in range(0, len(sizes), step):
+            high = min(low + step, len(sizes))
+            self._read_ranges(fd, run.path, ranges, low, high)
+            begin, end = (i // count * len(parts) + before[i % count] for i in (low, high))
+            for i in range(begin, end):
+                if crc32c(view[starts[i] : ends[i]]) != wanted[i]:
+                    raise BadRow(run.path, int(run.at[i // len(parts)]), parts[i % len(parts)][2])
+
+    def _read_ranges(self, fd: int, path: str, ranges: Ranges, low: int, high: int) -> None:
+        while (low := ranges.read(fd, low, high)) < high:  # a signal cut it short, or the file is: then an error
+            self._pread(fd, path, *ranges.view(low))
+            low += 1
 
     def _fill_together(self, fd: int, run: Run) -> bool:
         """Small items that lie close: one read of all that is between them, then a gather. False where they don't."""

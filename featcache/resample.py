@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from featcache.compiled import compiled
 
 U8 = npt.NDArray[np.uint8]
 Order = Callable[[int, int, int], bool]  # (H, W, S) -> whether the vertical pass comes first
@@ -41,20 +41,12 @@ _HALF = np.int32(1 << (_BITS - 1))
 _TILE = 32  # pixels of an edge that are turned at a time, so that both sides stay in the first cache
 
 
-def _compiled(function: Any) -> Any:
-    """Machine code on first use, kept beside this file or in the user's cache folder, where either can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # no place to keep it: compiled again in each process
-        return numba.njit(nogil=True, error_model="numpy")(function)
-
-
-@_compiled
+@compiled
 def _sinc(x):  # type: ignore[no-untyped-def]  # numba infers the types
     return 1.0 if x == 0.0 else math.sin(x * math.pi) / (x * math.pi)
 
 
-@_compiled
+@compiled
 def _weight(x, support):  # type: ignore[no-untyped-def]
     x = abs(x)
     if x >= support:
@@ -67,7 +59,7 @@ def _weight(x, support):  # type: ignore[no-untyped-def]
     return ((a + 2.0) * x - (a + 3.0)) * x * x + 1 if x < 1.0 else (((x - 5) * x + 8) * x - 4) * a
 
 
-@_compiled
+@compiled
 def _taps(length, size, support):  # type: ignore[no-untyped-def]
     """First line (S,), number of lines (S,) and int32 weights (S, K) of each of S lines made of `length`."""
     scale = length / size
@@ -90,7 +82,7 @@ def _taps(length, size, support):  # type: ignore[no-untyped-def]
     return first, count, weights
 
 
-@_compiled
+@compiled
 def _pass(lines, size, support):  # type: ignore[no-untyped-def]
     """(length, n) -> (S, n): every line a weighted sum of neighbouring ones, rounded and clipped to 8 bits."""
     first, count, weights = _taps(lines.shape[0], size, support)
@@ -108,7 +100,7 @@ def _pass(lines, size, support):  # type: ignore[no-untyped-def]
     return out
 
 
-@_compiled
+@compiled
 def _turned(pixels):  # type: ignore[no-untyped-def]
     """(H, W, 3) -> (W, H, 3), a tile at a time."""
     height, width, _ = pixels.shape
@@ -124,7 +116,7 @@ def _turned(pixels):  # type: ignore[no-untyped-def]
     return out
 
 
-@_compiled
+@compiled
 def _resized(pixels, size, support, vertical_first, flip):  # type: ignore[no-untyped-def]
     """(H, W, 3) -> (S, S, 3), mirrored left-right with `flip`."""
     height, width, _ = pixels.shape

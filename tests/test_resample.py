@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -127,17 +126,3 @@ def test_threads_resize_side_by_side() -> None:
         found = list(pool.map(lambda each: resample.resize(each, 24, Image.Resampling.BICUBIC), pictures))
     for picture, ours in zip(pictures, found, strict=True):
         np.testing.assert_array_equal(ours, np.asarray(picture.resize((24, 24), Image.Resampling.BICUBIC)))
-
-
-def test_no_place_for_machine_code_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that was installed read-only, for a user without a home: numba refuses to cache there."""
-    plain = numba.njit
-
-    def njit(**options: bool) -> Callable[..., object]:
-        if options.pop("cache", False):
-            raise RuntimeError("cannot cache function '_twice': no locator available for file 'resample.py'")
-        made: Callable[..., object] = plain(**options)
-        return made
-
-    monkeypatch.setattr(numba, "njit", njit)
-    assert resample._compiled(lambda x: 2 * x)(21) == 42
