@@ -146,10 +146,10 @@ def _follows(each: Order, height: int, width: int, size: int) -> bool:
 
 
 def resize(picture: Image.Image, size: int, filter: Image.Resampling, flip: bool = False) -> U8:
-    """An RGB picture as `picture.resize((size, size), filter)` makes it, then mirrored with `flip`: (S, S, 3)."""
+    """A picture as `picture.resize((size, size), filter)` makes it, then mirrored with `flip`: (S, S, 3) of RGB."""
     width, height = picture.size
     known = order()
-    if known is None or height > _TALLEST * width:
+    if known is None or picture.mode != "RGB" or height > _TALLEST * width:
         pixels = np.asarray(picture.resize((size, size), filter))
         return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
     made: U8 = _resized(np.asarray(picture), size, SUPPORT[filter], known(height, width, size), flip)

@@ -120,6 +120,13 @@ def test_slender_crops_are_pillows() -> None:
         np.testing.assert_array_equal(resample.resize(picture, 32, Image.Resampling.LANCZOS), theirs)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "F"])
+def test_other_modes_are_pillows(mode: str) -> None:
+    picture = noise(40, 60).convert(mode)
+    theirs = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(resample.resize(picture, 32, Image.Resampling.BICUBIC, flip=True), theirs[:, ::-1])
+
+
 def test_threads_resize_side_by_side() -> None:
     pictures = [noise(40 + i, 90 - i, i) for i in range(32)]
     with ThreadPoolExecutor(8) as pool:
