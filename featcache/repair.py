@@ -13,7 +13,7 @@ from typing import Any
 
 from featcache import extract, manifest, publish, verify, views
 from featcache import lease as leases
-from featcache.errors import IdentityError, UserError
+from featcache.errors import IdentityError, UnreadableError, UserError
 from featcache.images import Source
 from featcache.part import added
 from featcache.plan import Plan, write_side_files
@@ -117,10 +117,12 @@ def _replace(
 def _check_views(part: Path, shard: str) -> None:
     """Crops and hashes of pixels depend on the pictures alone: other pictures under the same keys have others."""
     record = record_path(part, shard)
-    old = publish.aside(record)
-    if verify.json_problem(old) or verify.json_problem(record):
+    try:
+        here, there = (manifest.read_json(path).get("files", {}) for path in (record, publish.aside(record)))
+    except UnreadableError:
+        raise
+    except UserError:  # damaged, or another repair of the same shard has cleared up in this moment
         return
-    here, there = (manifest.read_json(path).get("files", {}) for path in (record, old))
     of_views = [name for name in here if name.startswith(("pixel_hash/c", "crop/c"))]
     if changed := [name for name in of_views if name in there and here[name] != there[name]]:
         record.unlink()

@@ -98,11 +98,11 @@ class ZarrShardWriter:
         for array in self.arrays.values():
             count = {"key": key_bytes, "key_offsets": rows + 1}.get(array.name, rows)
             shape = (count, *([self.views] if array.per_view else []), *array.item)
-            chunks = (max(count, 1), *([1 if array.split else self.views] if array.per_view else []), *array.item)
+            chunks = (count, *([1 if array.split else self.views] if array.per_view else []), *array.item)
             group.create_array(
                 array.name,
                 shape=shape,
-                chunks=chunks,
+                chunks=tuple(max(edge, 1) for edge in chunks),
                 dtype=array.dtype,
                 filters=None,
                 compressors=[Crc32cCodec()],

@@ -208,6 +208,28 @@ def test_a_repair_waits_for_another_and_finds_its_work_done(cache: Path, picture
     assert files_below(cache) == whole
 
 
+@pytest.mark.parametrize("look", [1, 2])
+def test_another_repair_may_clear_up_at_any_moment(
+    cache: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    """Before any look of this one at what it set aside."""
+    whole = files_below(cache)
+    flip(cache / numbers("zarr", 1))
+    read, asked = manifest.read_json, []
+
+    def read_json(path: Path) -> dict[str, object]:
+        if path == publish.aside(cache / SHARDS / "000001.json"):
+            asked.append(path)
+            if len(asked) == look:
+                publish.forget_aside(cache, "000001", "zarr")
+        return read(path)
+
+    monkeypatch.setattr(manifest, "read_json", read_json)
+    repair.run(cache, load_of(pictures))
+    assert asked
+    assert files_below(cache) == whole
+
+
 def test_two_repairs_at_once(cache: Path, start: Start) -> None:
     whole = files_below(cache)
     for shard in range(4):
