@@ -208,7 +208,7 @@ def test_a_repair_waits_for_another_and_finds_its_work_done(cache: Path, picture
     assert files_below(cache) == whole
 
 
-@pytest.mark.parametrize("look", [1, 2])
+@pytest.mark.parametrize("look", [1, 2, 3])
 def test_another_repair_may_clear_up_at_any_moment(
     cache: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, look: int
 ) -> None:
