@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
-from featcache import errors, resample, rng
+from featcache import errors, rng
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -220,6 +220,8 @@ def render(
     """Replay one stored view of an RGB picture at any size: (size, size, 3) uint8."""
     if not isinstance(picture, Image.Image):
         return picture.replay(crop, flip, jitter, size, filter)
+    from featcache import resample  # machine code, which most commands do without
+
     top, left, height, width = (int(x) for x in crop)
     picture = apply_jitter(picture, jitter)
     box = (left, top, left + width, top + height)
