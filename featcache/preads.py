@@ -17,16 +17,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UsageError, UserError
-from featcache.runs import Proof, Run, cut, joined, span
-
-if TYPE_CHECKING:
-    from featcache.ranges import Ranges
+from featcache.runs import BadRow, Proof, Run, cut, joined, span
 
 IO = ("auto", "buffered", "streaming", "direct")
 _ALIGN = 4096  # O_DIRECT wants offsets, sizes and memory in whole blocks; no disk asks for more than this
@@ -34,16 +31,7 @@ _MOST_HANDLES = 16384
 _SMALL = 4096  # items up to this are read many at a time where they lie close
 _SPAN = 256 << 10  # how far apart the first and last of such items may lie
 _HOT = 512 << 10  # bytes read at once where they are checked: still in a core's own cache then
-_FEW = 4  # ranges of such bytes: from here on they are read by one call
 _INLINE = 1 << 20  # less than this is read by the caller alone
-
-
-class BadRow(Exception):
-    """A row's bytes are not those that were written: `row` of the target, `column` of its checksums."""
-
-    def __init__(self, path: str, row: int, column: int) -> None:
-        super().__init__(str(path))
-        self.path, self.row, self.column = path, row, column
 
 
 class Reads:
@@ -162,42 +150,19 @@ class Reads:
                         raise BadRow(run.path, row, column)
 
     def _fill_ranges(self, fd: int, run: Run) -> None:
-        """As `_fill`, without the interpreter between ranges: all of them at once, or where they are checked as many as
-        stay in a core's own cache."""
-        from featcache.ranges import Ranges  # machine code, which a few small reads do without
+        """As `_fill`, by calls that leave the interpreter for many ranges."""
+        from featcache import ranges  # machine code, which a few small reads do without
 
         if len(run.at) > 1 and run.row_bytes <= _SMALL and self._fill_together(fd, run):
             return
-        groups = joined(run.pieces, _HOT if run.crcs is not None else None)
-        step = _HOT // max(group.size for group in groups)
-        if run.crcs is not None and step < _FEW:  # ranges so long that the interpreter does not matter
+        if run.crcs is not None and not ranges.CHECKS:
             self._fill(fd, run)
             return
-        source, place, size = (np.array(each, np.int64) for each in zip(*(group[:3] for group in groups), strict=True))
-        rows, memory = run.at[:, None] * run.target.shape[1], run.target.reshape(-1)
-        offsets, sizes = (run.offsets[:, None] + source).reshape(-1), np.tile(size, len(run.at))
-        ranges = Ranges(memory, (rows + place).reshape(-1), offsets, sizes)
-        if run.crcs is None:
-            self._read_ranges(fd, run.path, ranges, 0, len(sizes))
-            return
-        parts = [part for group in groups for part in group.parts]
-        first, last, columns = (np.array(each, np.int64) for each in zip(*parts, strict=True))
-        starts, ends = ((rows + each).reshape(-1).tolist() for each in (first, last))
-        wanted = run.crcs[:, columns].reshape(-1).tolist()
-        before = [0, *np.cumsum([len(group.parts) for group in groups]).tolist()]  # parts of a row before each group
-        count, view = len(groups), memory.data
-        for low in range(0, len(sizes), step):
-            high = min(low + step, len(sizes))
-            self._read_ranges(fd, run.path, ranges, low, high)
-            begin, end = (i // count * len(parts) + before[i % count] for i in (low, high))
-            for i in range(begin, end):
-                if crc32c(view[starts[i] : ends[i]]) != wanted[i]:
-                    raise BadRow(run.path, int(run.at[i // len(parts)]), parts[i % len(parts)][2])
-
-    def _read_ranges(self, fd: int, path: str, ranges: Ranges, low: int, high: int) -> None:
-        while (low := ranges.read(fd, low, high)) < high:  # a signal cut it short, or the file is: then an error
-            self._pread(fd, path, *ranges.view(low))
-            low += 1
+        wanted, at = ranges.Ranges(run, _HOT), 0
+        while (at := wanted.read(fd, at)) < len(wanted):  # a signal cut it short, or the file is: then an error
+            self._pread(fd, run.path, *wanted.view(at))
+            wanted.check(at)
+            at += 1
 
     def _fill_together(self, fd: int, run: Run) -> bool:
         """Small items that lie close: one read of all that is between them, then a gather. False where they don't."""

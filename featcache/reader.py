@@ -21,8 +21,8 @@ from featcache import arguments, checksums, publish
 from featcache import manifest as manifests
 from featcache.errors import UsageError, UserError, near
 from featcache.part import I64, Keys, Part, describe, open_parts
-from featcache.preads import IO, BadRow, Reads
-from featcache.runs import Piece, Proof, Run
+from featcache.preads import IO, Reads
+from featcache.runs import BadRow, Piece, Proof, Run
 from featcache.store import Array
 
 

@@ -54,6 +54,14 @@ class Run:
         return Run(self.path, self.target, self.at[low:high], self.offsets[low:high], self.pieces, crcs, self.proof)
 
 
+class BadRow(Exception):
+    """A row's bytes are not those that were written: `row` of the target, `column` of its checksums."""
+
+    def __init__(self, path: str, row: int, column: int) -> None:
+        super().__init__(str(path))
+        self.path, self.row, self.column = path, row, column
+
+
 def cut(runs: Sequence[Run], part_bytes: int) -> Iterator[Run]:
     """The same rows in parts of about so many bytes."""
     for run in runs:

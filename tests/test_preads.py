@@ -283,7 +283,7 @@ def test_neighbours_are_read_together_and_each_is_checked(
         if way == "one by one":
             assert calls == {0: [100, 3100, 6100], 6000: [100, 6100], 1 << 20: [100]}[most]
     else:
-        with pytest.raises(preads.BadRow) as bad:
+        with pytest.raises(runs.BadRow) as bad:
             preads.Reads(1).read([run])
         assert (bad.value.row, bad.value.column) == (0, wrong)
 
@@ -321,7 +321,7 @@ def test_bytes_that_went_wrong_on_their_way_are_not_blamed_on_a_file(
 
     with featcache.open(copy) as cache:
         monkeypatch.setattr(os, "preadv", noisy)
-        monkeypatch.setattr(Ranges, "read", lambda self, fd, low, high: low)  # left to os.preadv
+        monkeypatch.setattr(Ranges, "read", lambda self, fd, low: low)  # left to os.preadv
         with pytest.raises(UserError, match=r"sound on disk: memory or transport"):
             cache.read([5], 1)
 
@@ -342,7 +342,7 @@ def test_a_failing_disk_is_one_line_with_the_file(copy: Path, monkeypatch: pytes
 
     with featcache.open(copy) as cache:
         monkeypatch.setattr(os, "preadv", broken)
-        monkeypatch.setattr(Ranges, "read", lambda self, fd, low, high: low)  # as it says that pread failed
+        monkeypatch.setattr(Ranges, "read", lambda self, fd, low: low)  # as it says that pread failed
         with pytest.raises(UserError, match=r"cache file .*000001\.zarr.*Input/output error"):
             cache.read([7], 1)
 
