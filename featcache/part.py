@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,14 @@ class Keys(Sequence[str]):
         sought = np.ascontiguousarray(wanted).view(pairs.dtype)[:, 0]
         at = np.minimum(np.searchsorted(pairs, sought), len(self) - 1)
         return np.where(pairs[at] == sought, self._sorted[at], -1)
+
+
+class Files(NamedTuple):
+    """Where rows lie: `shards`, `views` and `counts` of rows (f,), one for each file that is read."""
+
+    shards: I64
+    views: I64
+    counts: I64
 
 
 class Part:
@@ -145,8 +153,8 @@ class Part:
     def view_numbers(self) -> range:
         return range(self.first_view, self.first_view + self.views)
 
-    def holds(self, view: int) -> bool:
-        return view in self.view_numbers
+    def holds(self, views: I64) -> npt.NDArray[np.bool_]:
+        return (views >= self.first_view) & (views < self.first_view + self.views)
 
     def locate(self, shard: int, spec: Array, view: int, rows: I64) -> tuple[str, I64]:
         """File and offsets of an array's items; rows are numbers of the whole part, all of one shard."""
@@ -159,11 +167,27 @@ class Part:
             rows - self.starts[shard],
         )
 
-    def facts(self, shard: int, path: str) -> Mapping[str, Any]:
-        """What the record says of a file that `locate` gave."""
-        record = self.records[shard]
-        facts: Mapping[str, Any] = record["files"][path.rpartition(f"/{record['shard']}.{self.store.NAME}/")[2]]
+    def locate_all(self, spec: Array, files: Files, rows: I64) -> tuple[list[str], I64]:
+        """The path of each of `files` (f,), and the offset of each of `rows` (n,), which lie file after file."""
+        own = rows - np.repeat(self.starts[files.shards], files.counts)
+        names = [self.records[shard]["shard"] for shard in files.shards.tolist()]
+        views, ends = (files.views - self.first_view).tolist(), np.cumsum(files.counts).tolist()
+        places = zip(names, views, [0, *ends], ends, strict=False)
+        found = [
+            self.store.locate(self.path, name, spec, self.views, view, own[low:high])
+            for name, view, low, high in places
+        ]
+        return [path for path, _ in found], np.concatenate([offsets for _, offsets in found])
+
+    def facts(self, path: str) -> Mapping[str, Any]:
+        """What the records say of a file that `locate` gave."""
+        shard, _, name = path[len(f"{self.path}/{SHARDS}/") :].partition(f".{self.store.NAME}/")
+        facts: Mapping[str, Any] = self._files[shard][name]
         return facts
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        return {record["shard"]: record["files"] for record in self.records}
 
     def keys(self) -> Keys:
         parts = [self.store.keys(self.path, record["shard"], record) for record in self.records]

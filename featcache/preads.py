@@ -14,8 +14,9 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,24 @@ IO = ("auto", "buffered", "streaming", "direct")
 _ALIGN = 4096  # O_DIRECT wants offsets, sizes and memory in whole blocks; no disk asks for more than this
 _MOST_HANDLES = 16384
 _SMALL = 4096  # items up to this are read many at a time where they lie close
+_CLOSE = 8  # such items of a file, and more, are worth one read of all that is between them
 _SPAN = 256 << 10  # how far apart the first and last of such items may lie
 _HOT = 512 << 10  # bytes read at once where they are checked: still in a core's own cache then
+_PARTS = 4  # of a read, for each thread
 _INLINE = 1 << 20  # less than this is read by the caller alone
+
+
+@dataclass(eq=False, slots=True)
+class _File:
+    """An open file, and how many read from it just now."""
+
+    path: str
+    fd: int
+    users: int = 0
+    proven: bool = False
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
 class Reads:
@@ -48,8 +64,9 @@ class Reads:
         self.io = io
         self._flags = os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0)
         self._most = min(_raise_handles() // 2, _MOST_HANDLES)
-        self._files: OrderedDict[str, list[int]] = OrderedDict()  # path -> [handle, users]
+        self._files: OrderedDict[str, _File] = OrderedDict()
         self._proven: dict[str, tuple[int, int]] = {}  # path -> (inode, mtime_ns) when its proof held
+        self._by_machine_code = False  # from the first large read on
         self._start()
         _alive.add(self)
 
@@ -58,121 +75,132 @@ class Reads:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         for file in self._files.values():
-            file[1] = 0
+            file.users = 0
 
     def read(self, runs: Sequence[Run]) -> None:
         """Fill every run. Raises UserError for a missing or short file, BadRow for a wrong checksum."""
         total = sum(run.row_bytes * len(run.at) for run in runs)
+        files = max(self._most // (max(len(_alive), 1) * self.threads), 1)
         if total < _INLINE:
-            self._work(iter(runs), self._fill)
+            self._work(cut(runs, _INLINE, files))
             return
-        fill = self._fill_ranges if self.io == "buffered" else self._fill
+        self._by_machine_code |= self.io == "buffered"
         if self.threads == 1:
-            self._work(iter(runs), fill)
+            self._work(cut(runs, total, files))
             return
-        parts = deque(cut(runs, total // (4 * self.threads)))
+        parts = deque(cut(runs, total // (_PARTS * self.threads), files))
         with self._lock:
             pool = self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "featcache-read")
         others: list[Future[None]] = []
         with contextlib.suppress(RuntimeError):  # closed in this moment by another thread: then we read alone
             for _ in range(self.threads - 1):
-                others.append(pool.submit(self._work, _drain(parts), fill))
+                others.append(pool.submit(self._work, _drain(parts)))
         try:
-            self._work(_drain(parts), fill)
+            self._work(_drain(parts))
         finally:
             parts.clear()  # after an error nobody starts another part
             errors = [error for other in others if (error := other.exception())]
         if errors:
             raise errors[0]
 
-    def _work(self, parts: Iterator[Run], fill: Callable[[int, Run], None]) -> None:
+    def _work(self, parts: Iterator[Run]) -> None:
         for run in parts:
-            if not len(run.at):
-                continue
-            file = self._take(run.path)
             try:
-                fd = self._handle(run.path, file)
+                files = self._take(run.paths)
+            except UserError:
+                if len(run.paths) == 1:
+                    raise
+                self._work(run.by_files(len(run.paths) // 2))  # as many as can be open at a time
+                continue
+            try:
                 if run.proof:
-                    self._prove(fd, run.path, run.proof)
-                fill(fd, run)
-            except OSError as error:
-                raise cannot_read(run.path, error) from error
+                    for file in files:
+                        self._prove(file, run.proof)
+                self._fill(run, [file.fd for file in files])
             finally:
-                self._give(run.path, file)
+                self._give(files)
 
-    def _prove(self, fd: int, path: str, proof: Proof) -> None:
+    def _prove(self, file: _File, proof: Proof) -> None:
         """Once for each file, and again when another has taken its place."""
-        status = os.fstat(fd)
-        stamp = (status.st_ino, status.st_mtime_ns)
-        if self._proven.get(path) == stamp:
+        if file.proven:
             return
-        if status.st_size < proof.facts["bytes"]:
-            raise _ends(path, proof.facts["bytes"])
-        if status.st_size > proof.facts["bytes"] or not self._is_sound(path, proof):
-            raise UserError(f"cache file {path}: its bytes are not those that were recorded; run `featcache verify`")
-        self._proven[path] = stamp
+        status, facts = os.fstat(file.fd), proof.facts(file.path)
+        stamp = (status.st_ino, status.st_mtime_ns)
+        if self._proven.get(file.path) != stamp:
+            if status.st_size < facts["bytes"]:
+                raise _ends(file.path, facts["bytes"])
+            if status.st_size > facts["bytes"] or not self._is_sound(file.path, proof):
+                raise UserError(
+                    f"cache file {file.path}: its bytes are not those that were recorded; run `featcache verify`"
+                )
+            self._proven[file.path] = stamp
+        file.proven = True
 
     def _is_sound(self, path: str, proof: Proof) -> bool:
         """It is opened once more for this, which may take a handle that is not there."""
         try:
-            return proof.sound(Path(path), proof.facts)
+            return proof.sound(Path(path), proof.facts(path))
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
+                raise cannot_read(path, error) from error
         with self._lock:
             self._evict(0)
         self._evict_others()
-        return proof.sound(Path(path), proof.facts)
+        try:
+            return proof.sound(Path(path), proof.facts(path))
+        except OSError as error:
+            raise cannot_read(path, error) from error
 
-    def _fill(self, fd: int, run: Run) -> None:
-        if len(run.at) > 1 and run.row_bytes <= _SMALL and self._fill_together(fd, run):
-            return
+    def _fill(self, run: Run, fds: Sequence[int]) -> None:
+        if run.row_bytes <= _SMALL and len(run.at) >= _CLOSE * len(run.paths):
+            for part, fd in zip(run.by_files(1), fds, strict=True):
+                if not self._fill_together(part, fd):
+                    self._fill_apart(part, [fd])
+        else:
+            self._fill_apart(run, fds)
+
+    def _fill_apart(self, run: Run, fds: Sequence[int]) -> None:
+        """Range after range: by machine code where there is much to read, and it can."""
+        if self._by_machine_code:
+            from featcache import ranges  # which a few small reads do without
+
+            if run.crcs is None or ranges.CHECKS:
+                # By hand: a signal cut it short, or the file is: then an error.
+                ranges.fill(fds, run, _HOT, lambda file, *where: self._pread(fds[file], run.paths[file], *where))
+                return
         memory = run.target.reshape(-1).data
         width = run.target.shape[1]
         groups = joined(run.pieces, _HOT if run.crcs is not None else None)
         checks: list[Any] = run.crcs.tolist() if run.crcs is not None else [None] * len(run.at)
         plain = self.io == "buffered"
         first, whole = run.pieces[0].source, span(run.pieces) if self.io == "direct" else 0
-        for row, offset, crcs in zip(run.at.tolist(), run.offsets.tolist(), checks, strict=True):
-            base = row * width
-            block = _pread_direct(fd, run.path, offset + first, whole) if whole else None
+        rows = zip(run.at.tolist(), run.file.tolist(), run.offsets.tolist(), checks, strict=True)
+        for row, file, offset, crcs in rows:
+            base, fd, path = row * width, fds[file], run.paths[file]
+            block = _pread_direct(fd, path, offset + first, whole) if whole else None
             for source, place, size, parts in groups:
                 view = memory[base + place : base + place + size]
                 if block is not None:
                     view[:] = block[source - first :][:size]
-                elif not plain or os.preadv(fd, (view,), offset + source) != size:
-                    self._pread(fd, run.path, view, offset + source)
+                elif not plain or _preadv(fd, path, view, offset + source) != size:
+                    self._pread(fd, path, view, offset + source)
                 if crcs is None:
                     continue
                 for low, high, column in parts:
                     whole_view = high - low == size
                     if crc32c(view if whole_view else memory[base + low : base + high]) != crcs[column]:
-                        raise BadRow(run.path, row, column)
+                        raise BadRow(path, row, column)
 
-    def _fill_ranges(self, fd: int, run: Run) -> None:
-        """As `_fill`, by calls that leave the interpreter for many ranges."""
-        from featcache import ranges  # machine code, which a few small reads do without
-
-        if len(run.at) > 1 and run.row_bytes <= _SMALL and self._fill_together(fd, run):
-            return
-        if run.crcs is not None and not ranges.CHECKS:
-            self._fill(fd, run)
-            return
-        wanted, at = ranges.Ranges(run, _HOT), 0
-        while (at := wanted.read(fd, at)) < len(wanted):  # a signal cut it short, or the file is: then an error
-            self._pread(fd, run.path, *wanted.view(at))
-            wanted.check(at)
-            at += 1
-
-    def _fill_together(self, fd: int, run: Run) -> bool:
-        """Small items that lie close: one read of all that is between them, then a gather. False where they don't."""
+    def _fill_together(self, run: Run, fd: int) -> bool:
+        """Small items of a file that lie close: one read of all that is between them, then a gather. False where they
+        don't."""
         low, high = int(run.offsets.min()), int(run.offsets.max())
         first, last = min(piece.source for piece in run.pieces), max(piece.source + piece.size for piece in run.pieces)
         span = high - low + last - first
         if span > max(_SPAN, 4 * run.row_bytes * len(run.at)):
             return False
         memory = np.empty(span, np.uint8)
-        self._pread(fd, run.path, memory.data, low + first)
+        self._pread(fd, run.paths[0], memory.data, low + first)
         for source, place, size, _ in run.pieces:
             columns = (run.offsets - low)[:, None] + np.arange(source - first, source - first + size)
             run.target[run.at, place : place + size] = memory[columns]
@@ -181,7 +209,7 @@ class Reads:
                 view = run.target[row].data
                 for _, place, count, column in run.pieces:
                     if column >= 0 and crc32c(view[place : place + count]) != crcs[column]:
-                        raise BadRow(run.path, row, column)
+                        raise BadRow(run.paths[0], row, column)
         return True
 
     def _pread(self, fd: int, path: str, view: memoryview, offset: int) -> None:
@@ -191,41 +219,44 @@ class Reads:
             return
         start, count = offset, len(view)
         while view:
-            got = os.preadv(fd, [view], offset)
+            got = _preadv(fd, path, view, offset)
             if not got:
                 raise _ends(path, offset + len(view))
             view, offset = view[got:], offset + got
         if self.io == "streaming":
             os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
 
-    def _take(self, path: str) -> list[int]:
-        """A file to read from; it stays open until the bound asks for the place of the one that was used longest ago.
-        Given back with `_give`."""
+    def _take(self, paths: Sequence[str]) -> list[_File]:
+        """Open files to read from; they stay open until the bound asks for the place of those that were used longest
+        ago. Given back with `_give`."""
+        taken: list[_File] = []
         with self._lock:
-            file = self._files.setdefault(path, [-1, 0])
-            file[1] += 1
-            self._files.move_to_end(path)
-        return file
+            try:
+                for path in paths:
+                    file = self._files.get(path) or _File(path, self._open(path))
+                    file.users += 1
+                    taken.append(file)
+                    if path in self._files:
+                        self._files.move_to_end(path)
+                    else:
+                        self._files[path] = file
+                        self._evict(self._most // max(len(_alive), 1))
+            except BaseException:
+                self._give_back(taken)
+                raise
+        return taken
 
-    def _give(self, path: str, file: list[int]) -> None:
+    def _give(self, files: Sequence[_File]) -> None:
         with self._lock:
-            file[1] -= 1
-            if not file[1] and self._files.get(path) is not file:  # closed or evicted while we read from it
-                _close(file)
+            self._give_back(files)
 
-    def _handle(self, path: str, file: list[int]) -> int:
-        with self._lock:
-            if file[0] < 0:
-                try:
-                    file[0] = self._new_handle(path)
-                except UserError:
-                    if self._files.get(path) is file:
-                        del self._files[path]
-                    raise
-                self._evict(self._most // max(len(_alive), 1))
-            return file[0]
+    def _give_back(self, files: Sequence[_File]) -> None:
+        for file in files:
+            file.users -= 1
+            if not file.users and self._files.get(file.path) is not file:  # closed while we read from it
+                file.close()
 
-    def _new_handle(self, path: str) -> int:
+    def _open(self, path: str) -> int:
         """A full table of open files may be full of ours, of any cache: those that nobody reads from are closed."""
         try:
             return os.open(path, self._flags)
@@ -249,9 +280,9 @@ class Reads:
 
     def _evict(self, most: int) -> None:
         """Close what was used longest ago until `most` are open; under the lock."""
-        idle = iter([path for path, (_, users) in self._files.items() if not users])
-        while len(self._files) > most and (path := next(idle, None)) is not None:
-            _close(self._files.pop(path))
+        idle = iter([file for file in self._files.values() if not file.users])
+        while len(self._files) > most and (file := next(idle, None)) is not None:
+            self._files.pop(file.path).close()
 
     def close(self) -> None:
         """Close all files; the next read opens them again. What another thread reads from is closed when it is done."""
@@ -259,16 +290,10 @@ class Reads:
             pool, self._pool = self._pool, None
             files, self._files = self._files, OrderedDict()
             for file in files.values():
-                if not file[1]:
-                    _close(file)
+                if not file.users:
+                    file.close()
         if pool is not None:
             pool.shutdown(wait=True)
-
-
-def _close(file: list[int]) -> None:
-    if file[0] >= 0:
-        os.close(file[0])
-        file[0] = -1
 
 
 _alive: weakref.WeakSet[Reads] = weakref.WeakSet()
@@ -313,6 +338,13 @@ def _drain(parts: deque[Run]) -> Iterator[Run]:
             return
 
 
+def _preadv(fd: int, path: str, view: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(fd, (view,), offset)
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
 _local = threading.local()
 
 
@@ -326,7 +358,7 @@ def _pread_direct(fd: int, path: str, offset: int, count: int) -> memoryview:
         scratch = _local.scratch = mmap.mmap(-1, span, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory, got = memoryview(scratch), 0
     while got < offset - low + count:
-        more = os.preadv(fd, [memory[got:span]], low + got)
+        more = _preadv(fd, path, memory[got:span], low + got)
         if not more:
             raise _ends(path, offset + count)
         got += more

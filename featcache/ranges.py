@@ -15,7 +15,9 @@ and the last one is finished by the instruction for crc32c itself. n ranges, m p
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +29,7 @@ from numba.core.typing import signature
 from numba.extending import intrinsic
 
 from featcache.compiled import compiled
-from featcache.runs import BadRow, Run, joined
+from featcache.runs import BadRow, Piece, Run, joined
 
 I64 = npt.NDArray[np.int64]
 _POLYNOMIAL = 0x11EDC6F41  # P of crc32c, x^32 first
@@ -136,78 +138,88 @@ _pread = types.ExternalFunction("pread", signature(types.int64, types.int32, typ
 
 
 @compiled
-def _read(fd, memory, places, offsets, sizes, low):  # type: ignore[no-untyped-def]  # numba infers the types
-    for i in range(low, len(sizes)):
-        if _pread(np.int32(fd), np.uint64(memory + places[i]), np.uint64(sizes[i]), offsets[i]) != sizes[i]:  # type: ignore[call-overload]
-            return i
-    return len(sizes)
+def _read(files, memory, width, at, file, offsets, groups, i):  # type: ignore[no-untyped-def]  # numba infers the types
+    """Whether range i was read whole."""
+    source, place, size = groups[i % len(groups)]
+    row = i // len(groups)
+    here = np.uint64(memory + at[row] * width + place)
+    return _pread(np.int32(files[file[row]]), here, np.uint64(size), offsets[row] + source) == size  # type: ignore[call-overload]
 
 
 @compiled
-def _check(memory, until, starts, lengths, wanted, i):  # type: ignore[no-untyped-def]
-    for part in range(until[i], until[i + 1]):
-        if _crc32c(np.uint64(memory + starts[part]), lengths[part]) != wanted[part]:
+def _wrong(memory, width, at, parts, until, crcs, i):  # type: ignore[no-untyped-def]
+    """The first part of range i whose bytes differ from its checksum, or -1."""
+    row, group = i // (len(until) - 1), i % (len(until) - 1)
+    for part in range(until[group], until[group + 1]):
+        place, size, column = parts[part]
+        if _crc32c(np.uint64(memory + at[row] * width + place), size) != crcs[row, column]:
             return part
     return -1
 
 
 @compiled
-def _read_checked(fd, memory, places, offsets, sizes, until, starts, lengths, wanted, low):  # type: ignore[no-untyped-def]
-    for i in range(low, len(sizes)):
-        if _pread(np.int32(fd), np.uint64(memory + places[i]), np.uint64(sizes[i]), offsets[i]) != sizes[i]:  # type: ignore[call-overload]
+def _read_all(files, memory, width, at, file, offsets, groups, low, high):  # type: ignore[no-untyped-def]
+    for i in range(low, high):
+        if not _read(files, memory, width, at, file, offsets, groups, i):
             return i, -1
-        part = _check(memory, until, starts, lengths, wanted, i)
+    return high, -1
+
+
+@compiled
+def _read_checked(files, memory, width, at, file, offsets, groups, low, high, parts, until, crcs):  # type: ignore[no-untyped-def]
+    for i in range(low, high):
+        if not _read(files, memory, width, at, file, offsets, groups, i):
+            return i, -1
+        part = _wrong(memory, width, at, parts, until, crcs, i)
         if part >= 0:
             return i, part
-    return len(sizes), -1
+    return high, -1
 
 
-class Ranges:
-    """The ranges of a run, in its order; with its checksums, in ranges of about `most` bytes, which are compared while
-    they are in a core's own cache."""
+class _Shape(NamedTuple):
+    """What pieces come to: `groups` (g, 3) source, place and size; `parts` (m, 3) place, size and column of what has a
+    checksum, those of each group up to `until` (g + 1,); a row's bytes from `low` to `high` are written."""
 
-    def __init__(self, run: Run, most: int) -> None:
-        groups = joined(run.pieces, most if run.crcs is not None else None)
-        source, place, size = (np.array(each, np.int64) for each in zip(*(group[:3] for group in groups), strict=True))
-        memory, width = run.target.reshape(-1), run.target.shape[1]
-        if not memory.flags.carray or not np.shares_memory(memory, run.target):
-            raise ValueError("memory must be contiguous and writable")
-        low, high = place.min(), (place + size).max()
-        if run.at.min() < 0 or run.at.max() >= len(run.target) or low < 0 or high > width:
-            raise IndexError(f"rows {run.at.min()} ... {run.at.max()}, bytes {low} ... {high} of {run.target.shape}")
-        rows = run.at[:, None] * width
-        self._run, self._memory, self._address = run, memory, memory.ctypes.data
-        self._arrays = (rows + place).reshape(-1), (run.offsets[:, None] + source).reshape(-1), np.tile(size, len(rows))
-        self._sums: tuple[npt.NDArray[Any], ...] = ()
-        if run.crcs is not None:
-            self._parts = [part for group in groups for part in group.parts]
-            first, last, columns = np.array(self._parts, np.int64).reshape(-1, 3).T
-            counts = np.tile([len(group.parts) for group in groups], len(rows))
-            starts, lengths = (rows + first).reshape(-1), np.tile(last - first, len(rows))
-            self._sums = np.append(0, np.cumsum(counts)), starts, lengths, run.crcs[:, columns].reshape(-1)
+    groups: I64
+    parts: I64
+    until: I64
+    low: int
+    high: int
 
-    def __len__(self) -> int:
-        return len(self._arrays[0])
 
-    def view(self, i: int) -> tuple[memoryview, int]:
-        """Where range i goes, and where it comes from."""
-        places, offsets, sizes = self._arrays
-        return self._memory.data[places[i] : places[i] + sizes[i]], int(offsets[i])
+@lru_cache(256)
+def _shape(pieces: tuple[Piece, ...], most: int | None) -> _Shape:
+    groups = joined(pieces, most)
+    ranges = np.array([group[:3] for group in groups], np.int64)
+    parts = np.array([(low, high - low, column) for group in groups for low, high, column in group.parts], np.int64)
+    until = np.cumsum([0, *(len(group.parts) for group in groups)])
+    low, high = ranges[:, 1].min(), (ranges[:, 1] + ranges[:, 2]).max()
+    return _Shape(ranges, parts.reshape(-1, 3), until, int(low), int(high))
 
-    def read(self, fd: int, low: int) -> int:
-        """Fill and compare ranges from `low` on; their number, or the first that could not be read whole."""
-        if not self._sums:
-            return int(_read(fd, self._address, *self._arrays, low))
-        i, part = _read_checked(fd, self._address, *self._arrays, *self._sums, low)
-        self._raise(part)
-        return int(i)
 
-    def check(self, i: int) -> None:
-        """Compare range i, which was filled otherwise."""
-        if self._sums:
-            self._raise(_check(self._address, *self._sums, i))
-
-    def _raise(self, part: int) -> None:
+def fill(files: Sequence[int], run: Run, most: int, by_hand: Callable[[int, memoryview, int], None]) -> None:
+    """Fill a run from its open `files` (f,); where it has checksums by about `most` bytes, which are compared while a
+    core's own cache holds them. `by_hand(file, view, offset)` fills what a call did not read whole. Raises BadRow for a
+    wrong checksum."""
+    shape = _shape(run.pieces, None if run.crcs is None else most)
+    rows, width = run.target.shape
+    if not run.target.flags.carray:
+        raise ValueError("memory must be contiguous and writable")
+    if run.at.min() < 0 or run.at.max() >= rows or shape.low < 0 or shape.high > width:
+        raise IndexError(f"rows {run.at.min()} ... {run.at.max()}, bytes {shape.low} ... {shape.high} of {rows, width}")
+    memory = run.target.ctypes.data, width, run.at
+    sums = shape.parts, shape.until, run.crcs
+    source = np.array(files, np.int32), *memory, run.file, run.offsets, shape.groups
+    i, end = 0, len(run.at) * len(shape.groups)
+    while i < end:
+        i, part = _read_all(*source, i, end) if run.crcs is None else _read_checked(*source, i, end, *sums)
+        row, group = divmod(i, len(shape.groups))
+        if part < 0 and i < end:
+            offset, place, size = shape.groups[group].tolist()
+            first = int(run.at[row]) * width + place
+            view = run.target.reshape(-1).data[first : first + size]
+            by_hand(int(run.file[row]), view, int(run.offsets[row]) + offset)
+            part = -1 if run.crcs is None else _wrong(*memory, *sums, i)
         if part >= 0:
-            row, which = divmod(part, len(self._parts))
-            raise BadRow(self._run.path, int(self._run.at[row]), self._parts[which][2])
+            raise BadRow(run.paths[run.file[row]], int(run.at[row]), int(shape.parts[part][2]))
+        i += 1

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from featcache import arguments, checksums, publish
 from featcache import manifest as manifests
 from featcache.errors import UsageError, UserError, near
-from featcache.part import I64, Keys, Part, describe, open_parts
+from featcache.part import I64, Files, Keys, Part, describe, open_parts
 from featcache.preads import IO, Reads
 from featcache.runs import BadRow, Piece, Proof, Run
 from featcache.store import Array
@@ -171,9 +171,9 @@ class Cache:
             raise UsageError(f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is needed")
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
         self._check_request(rows, views, fields)
-        groups = list(self._groups(rows, views))
+        places = self._places(rows, views)
         checked = self._choose_rows(rows, views) if check else np.zeros(len(rows), bool)
-        sums = self._checksums(rows, groups, checked, fields, tokens)
+        sums = self._checksums(rows, places, checked, fields, tokens)
         result, runs = {}, []
         for name in fields:
             wanted, count = self._wanted_levels(name, levels), self._wanted_tokens(name, tokens)
@@ -181,7 +181,7 @@ class Cache:
             if checked.any() and self._must_read_whole(name, count):
                 target[:] = self.read(rows, views, (name,), wanted, None, None, check)[name][:, :, :count]
             else:
-                runs += self._plan(name, target, rows, groups, wanted, count, checked, sums)
+                runs += self._plan(name, target, rows, places, wanted, count, checked, sums)
         try:
             self._reads.read(runs)
         except BadRow as bad:
@@ -255,18 +255,16 @@ class Cache:
 
     # ------------------------------------------------------------ where its bytes are
 
-    def _groups(self, rows: I64, views: I64) -> Iterator[tuple[int, int, I64]]:
-        """(shard, view, places in the request), places in the order of the file."""
+    def _places(self, rows: I64, views: I64) -> _Places:
+        """Places in the request, in the order of the files."""
         shards = np.searchsorted(self._base.starts, rows, side="right") - 1
-        order = np.lexsort((rows, views, shards))
-        cuts = np.flatnonzero(np.diff(shards[order]) | np.diff(views[order])) + 1
-        for at in np.split(order, cuts) if len(rows) else []:
-            yield int(shards[at[0]]), int(views[at[0]]), at
+        at = np.lexsort((rows, views, shards))
+        return _Places(at, shards[at], views[at])
 
     def _checksums(
         self,
         rows: I64,
-        groups: Sequence[tuple[int, int, I64]],
+        places: _Places,
         checked: npt.NDArray[np.bool_],
         fields: Sequence[str],
         tokens: int | None,
@@ -275,6 +273,8 @@ class Cache:
         tables: dict[tuple[int, str], npt.NDArray[np.uint32]] = {}
         runs: list[Run] = []
         for i, part in enumerate(self._parts) if checked.any() else []:
+            here = places.those(checked[places.at] & part.holds(places.views))
+            proof = Proof(part.store.sound, part.facts)
             for field in sorted({_crc_array(part, name, tokens) for name in fields if part in self._of(name)}):
                 spec = part.arrays[field]
                 pieces = (Piece(0, 0, spec.item_bytes),)
@@ -282,12 +282,7 @@ class Cache:
                     level_bytes = 4 * spec.item[1]
                     pieces = (Piece(((tokens or 0) - 1) * level_bytes, 0, level_bytes),)
                 table = tables[i, field] = np.empty((len(rows), sum(piece.size for piece in pieces) // 4), np.uint32)
-                for shard, view, at in groups:
-                    at = at[checked[at]]
-                    if part.holds(view) and len(at):
-                        path, offsets = part.locate(shard, spec, view, rows[at])
-                        proof = Proof(part.store.sound, part.facts(shard, path))
-                        runs.append(Run(path, table.view(np.uint8), at, offsets, pieces, proof=proof))
+                runs += _runs(part, spec, table.view(np.uint8), rows, here, pieces, proof=proof)
         self._reads.read(runs)
         return tables
 
@@ -296,7 +291,7 @@ class Cache:
         name: str,
         target: npt.NDArray[Any],
         rows: I64,
-        groups: Sequence[tuple[int, int, I64]],
+        places: _Places,
         levels: tuple[int, ...],
         tokens: int,
         checked: npt.NDArray[np.bool_],
@@ -305,22 +300,19 @@ class Cache:
         """The reads of one field."""
         plain, parts = name.rpartition("/")[2], self._of(name)
         flat = target.reshape(len(rows), -1).view(np.uint8) if target.size else np.empty((len(rows), 0), np.uint8)
+        left = np.ones(len(rows), bool)  # by place: what no part before has given
         runs: list[Run] = []
         for i, part in enumerate(self._parts):
             pieces = _pieces(part, plain, levels, tokens) if part in parts and plain in part.arrays else ()
-            table = sums.get((i, _crc_array(part, plain, tokens))) if pieces else None
-            before = [] if checksums.has_levels(self.arrays[name]) else [p for p in self._parts[:i] if p in parts]
-            for shard, view, at in groups if pieces else []:
-                if not part.holds(view) or any(other.holds(view) for other in before):
-                    continue
-                path, offsets = part.locate(shard, part.arrays[plain], view, rows[at])
-                here = checked[at]
-                if table is None or here.all() or not here.any():
-                    crcs = None if table is None or not here.any() else table[at]
-                    runs.append(Run(path, flat, at, offsets, pieces, crcs))
-                else:
-                    runs.append(Run(path, flat, at[here], offsets[here], pieces, table[at[here]]))
-                    runs.append(Run(path, flat, at[~here], offsets[~here], pieces))
+            if not pieces:
+                continue
+            held = left & part.holds(places.views)
+            if not checksums.has_levels(self.arrays[name]):
+                left &= ~held
+            spec, table = part.arrays[plain], sums.get((i, _crc_array(part, plain, tokens)))
+            sure = checked[places.at] if table is not None else np.zeros(len(rows), bool)
+            runs += _runs(part, spec, flat, rows, places.those(held & sure), pieces, table)
+            runs += _runs(part, spec, flat, rows, places.those(held & ~sure), pieces)
         return runs
 
     # ------------------------------------------------------------ what went wrong
@@ -359,6 +351,38 @@ class Cache:
     def __del__(self) -> None:
         if hasattr(self, "_reads") and not sys.is_finalizing():  # then names are gone, and files close anyway
             self._reads.close()
+
+
+class _Places(NamedTuple):
+    """Places in a request, sorted by file, and the shard and view of each."""
+
+    at: I64
+    shards: I64
+    views: I64
+
+    def those(self, mask: npt.NDArray[np.bool_]) -> _Places:
+        return self if mask.all() else _Places(*(each[mask] for each in self))
+
+
+def _runs(
+    part: Part,
+    spec: Array,
+    target: npt.NDArray[np.uint8],
+    rows: I64,
+    places: _Places,
+    pieces: tuple[Piece, ...],
+    table: npt.NDArray[np.uint32] | None = None,
+    proof: Proof | None = None,
+) -> list[Run]:
+    """One run of an array's items at these places, unless there are none."""
+    at, shards, views = places
+    if not len(at):
+        return []
+    first = np.flatnonzero(np.append(True, (np.diff(shards) != 0) | (np.diff(views) != 0)))
+    counts = np.diff(first, append=len(at))
+    paths, offsets = part.locate_all(spec, Files(shards[first], views[first], counts), rows[at])
+    file = np.repeat(np.arange(len(first)), counts)
+    return [Run(paths, target, at, file, offsets, pieces, None if table is None else table[at], proof)]
 
 
 def _choose(io: str, cache_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""What is read: rows of one array in one file, each in one or more pieces, cut into parts for threads.
+"""What is read: rows of one array from one or more files, each in one or more pieces, cut into parts for threads.
 
 A row's pieces go from offsets within the stored item to offsets within the row's place in memory, with or without a
 crc32c to compare.
@@ -6,7 +6,7 @@ crc32c to compare.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -27,31 +27,51 @@ class Piece(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """What a file must be before its bytes are believed: `sound(path, facts)`, asked once for each file."""
+    """What a file must be before its bytes are believed: `sound(path, facts(path))`, asked once for each file."""
 
     sound: Callable[[Path, Mapping[str, Any]], bool]
-    facts: Mapping[str, Any]
+    facts: Callable[[str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Rows `at` of `target` (n, row bytes) uint8, from the offsets of their items in the file."""
+    """Rows `at` (n,) of `target` (rows, row bytes) uint8, from `offsets` (n,) in the files `paths` (f,): row i from
+    paths[file[i]], file after file, without one of which there is no row."""
 
-    path: str
+    paths: Sequence[str]
     target: npt.NDArray[np.uint8]
     at: npt.NDArray[np.int64]
+    file: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
     pieces: tuple[Piece, ...]
-    crcs: npt.NDArray[np.uint32] | None = None  # (rows of `at`, columns)
-    proof: Proof | None = None  # that the whole file is the one it should be
+    crcs: npt.NDArray[np.uint32] | None = None  # (n, columns)
+    proof: Proof | None = None  # that whole files are those they should be
 
     @property
     def row_bytes(self) -> int:
         return _bytes(self.pieces)
 
     def part(self, low: int, high: int) -> Run:
-        crcs = None if self.crcs is None else self.crcs[low:high]
-        return Run(self.path, self.target, self.at[low:high], self.offsets[low:high], self.pieces, crcs, self.proof)
+        first, last = int(self.file[low]), int(self.file[high - 1])
+        return Run(
+            self.paths[first : last + 1],
+            self.target,
+            self.at[low:high],
+            self.file[low:high] - first,
+            self.offsets[low:high],
+            self.pieces,
+            None if self.crcs is None else self.crcs[low:high],
+            self.proof,
+        )
+
+    def by_files(self, most: int) -> Iterator[Run]:
+        """The same rows in parts of at most so many files."""
+        if len(self.paths) <= most:
+            yield self
+            return
+        for first in range(0, len(self.paths), most):
+            low, high = np.searchsorted(self.file, (first, first + most)).tolist()
+            yield self.part(low, high)
 
 
 class BadRow(Exception):
@@ -62,12 +82,12 @@ class BadRow(Exception):
         self.path, self.row, self.column = path, row, column
 
 
-def cut(runs: Sequence[Run], part_bytes: int) -> Iterator[Run]:
-    """The same rows in parts of about so many bytes."""
+def cut(runs: Iterable[Run], part_bytes: int, files: int) -> Iterator[Run]:
+    """The same rows in parts of about so many bytes, and of at most so many files."""
     for run in runs:
         step = max(part_bytes // max(run.row_bytes, 1), 1)
         for low in range(0, len(run.at), step):
-            yield run.part(low, low + step)
+            yield from run.part(low, min(low + step, len(run.at))).by_files(files)
 
 
 class Group(NamedTuple):

@@ -18,6 +18,7 @@ import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -47,7 +48,7 @@ class Array:
     per_view: bool = True
     split: bool = False
 
-    @property
+    @cached_property
     def item_bytes(self) -> int:
         return math.prod(self.item) * np.dtype(self.dtype).itemsize
 

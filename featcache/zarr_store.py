@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,10 @@ KEY = Array("key", "|u1", (), ("byte",), per_view=False)
 KEY_OFFSETS = Array("key_offsets", "<i8", (), ("row_edge",), per_view=False)
 
 
-@lru_cache(1024)
 def _chunk(array: Array, view: int) -> str:
     """Chunk (0, view, 0, ...) of a split array, chunk (0, 0, ...) of another."""
-    rank = 1 + array.per_view + len(array.item)
-    numbers = [0] * rank
-    if array.split:
-        numbers[1] = view
-    return f"{array.name}/c." + ".".join(map(str, numbers))
+    zeros = ".0" * (array.per_view + len(array.item))
+    return f"{array.name}/c.0.{view}{zeros[2:]}" if array.split else f"{array.name}/c.0{zeros}"
 
 
 class ZarrShardWriter:

@@ -23,9 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import featcache
-from featcache import preads, runs
+from featcache import preads, ranges, runs
 from featcache.errors import UserError
-from featcache.ranges import Ranges
 from featcache.reader import Cache
 from featcache.store import SHARDS, STORES, Array, array, store
 from tests import test_reader
@@ -54,6 +53,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
 @pytest.fixture
 def copy(folders: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
     return copy_tree(folders["zarr", "raster"], tmp_path / "copy")
+
+
+def of_one_file(path: Path, target: np.ndarray, at: list[int], offsets: list[int], *rest: Any, **more: Any) -> runs.Run:
+    one = np.zeros(len(at), np.int64)
+    return runs.Run([str(path)], target, np.array(at), one, np.array(offsets), *rest, **more)
+
+
+def leave_to_preadv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As machine code says of a read that failed or was cut short."""
+    for name in ("_read_all", "_read_checked"):
+        monkeypatch.setattr(ranges, name, lambda *args: (args[7], -1))
 
 
 def check_all(cache: Cache, tokens: int | None = None) -> None:
@@ -238,9 +248,9 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path)
     with featcache.open(copy) as cache:
         asked = []
         sound = cache._base.store.sound
-        proof = runs.Proof(lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts(1, str(path)))
+        proof = runs.Proof(lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts)
         memory = np.empty((1, 12), np.uint8)
-        run = runs.Run(str(path), memory, np.array([0]), np.array([0]), (runs.Piece(0, 0, 12),), proof=proof)
+        run = of_one_file(path, memory, [0], [0], (runs.Piece(0, 0, 12),), proof=proof)
         for _ in range(3):
             cache._reads.read([run])
         assert asked == [path]
@@ -276,7 +286,7 @@ def test_neighbours_are_read_together_and_each_is_checked(
         sums[0, wrong] ^= 1
     pieces = tuple(runs.Piece(low, low, 3000, column) for column, low in enumerate((0, 3000, 6000)))
     target = np.zeros((1, 9000), np.uint8)
-    run = runs.Run(str(path), target, np.array([0]), np.array([100]), pieces, sums)
+    run = of_one_file(path, target, [0], [100], pieces, sums)
     if wrong is None:
         preads.Reads(1).read([run])
         np.testing.assert_array_equal(target[0], data[100:])
@@ -321,7 +331,7 @@ def test_bytes_that_went_wrong_on_their_way_are_not_blamed_on_a_file(
 
     with featcache.open(copy) as cache:
         monkeypatch.setattr(os, "preadv", noisy)
-        monkeypatch.setattr(Ranges, "read", lambda self, fd, low: low)  # left to os.preadv
+        leave_to_preadv(monkeypatch)
         with pytest.raises(UserError, match=r"sound on disk: memory or transport"):
             cache.read([5], 1)
 
@@ -342,7 +352,7 @@ def test_a_failing_disk_is_one_line_with_the_file(copy: Path, monkeypatch: pytes
 
     with featcache.open(copy) as cache:
         monkeypatch.setattr(os, "preadv", broken)
-        monkeypatch.setattr(Ranges, "read", lambda self, fd, low: low)  # as it says that pread failed
+        leave_to_preadv(monkeypatch)
         with pytest.raises(UserError, match=r"cache file .*000001\.zarr.*Input/output error"):
             cache.read([7], 1)
 
@@ -370,7 +380,7 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
     reads = preads.Reads(1, "direct")
     for low, count in [(0, 1), (4095, 2), (4096, 4096), (1, 3 * 4096 + 76), (3 * 4096 + 76, 1), (100, 9000)]:
         target = np.zeros((1, count), np.uint8)
-        run = runs.Run(str(path), target, np.array([0]), np.array([low]), (runs.Piece(0, 0, count),))
+        run = of_one_file(path, target, [0], [low], (runs.Piece(0, 0, count),))
         try:
             reads.read([run])
         except UserError as error:
@@ -379,9 +389,7 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
             raise
         np.testing.assert_array_equal(target[0], data[low : low + count])
     for low, count in [(3 * 4096 + 77, 1), (3 * 4096, 78), (5 * 4096, 1)]:
-        run = runs.Run(
-            str(path), np.zeros((1, count), np.uint8), np.array([0]), np.array([low]), (runs.Piece(0, 0, count),)
-        )
+        run = of_one_file(path, np.zeros((1, count), np.uint8), [0], [low], (runs.Piece(0, 0, count),))
         with pytest.raises(UserError, match="ends before byte"):
             reads.read([run])
     reads.close()

@@ -7,43 +7,45 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import crc32c
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numba import njit
 
 from featcache import preads, ranges
 from featcache.errors import UserError
 from featcache.preads import Reads
-from featcache.ranges import Ranges
-from featcache.runs import BadRow, Piece, Run
+from featcache.runs import BadRow, Piece, Run, cut
 
-SIZE = 40_000
-DATA = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ranges") / "file"
-    path.write_bytes(DATA.tobytes())
-    return path
+SIZE, FILES = 40_000, 3
+DATA = np.random.default_rng(0).integers(0, 256, (FILES, SIZE), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def fd(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY)
-    yield fd
-    os.close(fd)
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("ranges")
+    for i, data in enumerate(DATA):
+        (folder / str(i)).write_bytes(data.tobytes())
+    return [str(folder / str(i)) for i in range(FILES)]
+
+
+@pytest.fixture
+def reads() -> Iterator[Reads]:
+    reads = Reads(1)
+    reads._by_machine_code = True
+    yield reads
+    reads.close()
 
 
 @st.composite
-def runs(draw: st.DrawFn, path: str = "file") -> Run:
-    """Rows of one to four pieces, in any order of the file, to any of the rows of a larger target."""
+def runs(draw: st.DrawFn) -> Run:
+    """Rows of one to four pieces, in any order of their files, to any of the rows of a larger target."""
     sizes = draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4))
     gaps = draw(st.lists(st.integers(0, 50), min_size=len(sizes), max_size=len(sizes)))
     first = np.cumsum([0, *sizes])
@@ -53,15 +55,22 @@ def runs(draw: st.DrawFn, path: str = "file") -> Run:
     at = draw(st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True))
     most = SIZE - int(source[-1]) - sizes[-1]
     offsets = draw(st.lists(st.integers(0, most), min_size=len(at), max_size=len(at)))
+    file = np.sort(draw(st.lists(st.integers(0, FILES - 1), min_size=len(at), max_size=len(at))))
+    names, file = np.unique(file, return_inverse=True)
     target = np.zeros((12, int(first[-1])), np.uint8)
-    return Run(path, target, np.array(at), np.array(offsets), pieces)
+    return Run([str(name) for name in names], target, np.array(at), file, np.array(offsets), pieces)
+
+
+def at(run: Run, paths: list[str], crcs: np.ndarray | None = None) -> Run:
+    """The run with the files where they are, and its checksums."""
+    return replace(run, paths=[paths[int(name)] for name in run.paths], crcs=crcs)
 
 
 def wanted(run: Run) -> np.ndarray:
     out = np.zeros_like(run.target)
-    for row, offset in zip(run.at, run.offsets, strict=True):
+    for row, file, offset in zip(run.at, run.file, run.offsets, strict=True):
         for source, place, size, _ in run.pieces:
-            out[row, place : place + size] = DATA[offset + source : offset + source + size]
+            out[row, place : place + size] = DATA[int(run.paths[file]), offset + source : offset + source + size]
     return out
 
 
@@ -75,59 +84,80 @@ def sums(run: Run) -> np.ndarray:
     return out
 
 
-def checked(run: Run, crcs: np.ndarray) -> Run:
-    return Run(run.path, run.target, run.at, run.offsets, run.pieces, crcs)
+ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("hot", [3000, 9000, 1 << 19])  # checked after so many bytes
-@settings(max_examples=60, deadline=None)
-@given(run=runs(), checks=st.booleans())
-def test_they_are_what_the_file_holds(fd: int, hot: int, run: Run, checks: bool) -> None:
+@ANY
+@given(run=runs(), checks=st.booleans(), close=st.sampled_from([1, 8]))
+def test_they_are_what_the_files_hold(
+    paths: list[str], reads: Reads, hot: int, run: Run, checks: bool, close: int
+) -> None:
     run.target[:] = 0
-    with mock.patch.object(preads, "_HOT", hot):
-        Reads(1)._fill_ranges(fd, checked(run, sums(run)) if checks else run)
+    with mock.patch.object(preads, "_HOT", hot), mock.patch.object(preads, "_CLOSE", close):
+        reads.read([at(run, paths, sums(run) if checks else None)])
     np.testing.assert_array_equal(run.target, wanted(run))
 
 
-@settings(max_examples=60, deadline=None)
+@ANY
+@given(run=runs(), part_bytes=st.integers(1, 20_000), files=st.integers(1, 4))
+def test_parts_are_the_run_cut_up(run: Run, part_bytes: int, files: int) -> None:
+    parts = list(cut([run], part_bytes, files))
+    assert all(1 <= len(part.paths) <= files and set(part.file) == set(range(len(part.paths))) for part in parts)
+    for name in ("at", "offsets"):
+        np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(run, name))
+    assert [part.paths[i] for part in parts for i in part.file] == [run.paths[i] for i in run.file]
+    assert all(part.row_bytes * len(part.at) <= max(part_bytes, part.row_bytes) for part in parts)
+
+
+@ANY
 @given(run=runs(), data=st.data())
-def test_a_wrong_sum_names_its_row_and_column(fd: int, run: Run, data: st.DataObject) -> None:
+def test_a_wrong_sum_names_its_row_and_column(paths: list[str], reads: Reads, run: Run, data: st.DataObject) -> None:
     crcs = sums(run)
     bad = data.draw(st.integers(0, len(run.at) - 1)), data.draw(st.integers(0, len(run.pieces) - 1))
     crcs[bad] ^= 1
     with mock.patch.object(Reads, "_fill_together", return_value=False), pytest.raises(BadRow) as caught:
-        Reads(1)._fill_ranges(fd, checked(run, crcs))
+        reads.read([at(run, paths, crcs)])
     assert (caught.value.row, caught.value.column) == (run.at[bad[0]], bad[1])
+    assert caught.value.path == paths[int(run.paths[run.file[bad[0]]])]
 
 
-def test_a_short_file_is_an_error_never_zeros(tmp_path: Path) -> None:
-    path = tmp_path / "short"
-    path.write_bytes(DATA[:1000].tobytes())
-    fd = os.open(path, os.O_RDONLY)
-    target = np.full((3, 5000), 7, np.uint8)
-    run = Run(str(path), target, np.arange(3), np.array([0, 500, 0]), (Piece(0, 0, 400), Piece(400, 400, 200)))
-    with pytest.raises(UserError, match=r"ends before byte 1100; run `featcache verify`"):
-        Reads(1)._fill_ranges(fd, run)
-    os.close(fd)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        Reads(1)._fill_ranges(fd, run)
+def test_a_short_file_is_an_error_never_zeros(tmp_path: Path, reads: Reads, paths: list[str]) -> None:
+    short = tmp_path / "short"
+    short.write_bytes(DATA[0, :1000].tobytes())
+    target = np.full((4, 5000), 7, np.uint8)
+    pieces = Piece(0, 0, 400), Piece(400, 400, 200)
+    run = Run([paths[1], str(short)], target, np.arange(4), np.array([0, 1, 1, 1]), np.array([0, 0, 500, 0]), pieces)
+    with pytest.raises(UserError, match=r"short: ends before byte 1100; run `featcache verify`"):
+        reads.read([run])
+    os.close(reads._files[str(short)].fd)
+    with pytest.raises(UserError, match="short: Bad file descriptor"):
+        reads.read([run])
+    del reads._files[str(short)]  # closed
 
 
-def test_nothing_is_written_beyond_the_memory() -> None:
-    memory = np.zeros((2, 8), np.uint8)
+def test_nothing_is_written_beyond_the_memory(paths: list[str]) -> None:
+    memory, zero = np.zeros((2, 8), np.uint8), np.zeros(1, np.int64)
 
-    def ranges_of(target: np.ndarray, at: int, piece: Piece) -> Ranges:
-        return Ranges(Run("file", target, np.array([at]), np.array([0]), (piece,)), 0)
+    def fill(target: np.ndarray, at: int, place: int, size: int = 5) -> None:
+        with Path(paths[0]).open("rb") as file:
+            run = Run(paths[:1], target, np.array([at]), zero, zero, (Piece(0, place, size),))
+            ranges.fill([file.fileno()], run, 0, never)
 
-    ranges_of(memory, 1, Piece(0, 3, 5))
+    fill(memory, 1, 3)
+    np.testing.assert_array_equal(memory, [[0] * 8, [0, 0, 0, *DATA[0, :5]]])
     for at, place in ((1, 4), (1, -1), (2, 0), (-1, 0)):
         with pytest.raises(IndexError, match=r"of \(2, 8\)"):
-            ranges_of(memory, at, Piece(0, place, 5))
+            fill(memory, at, place)
     with pytest.raises(ValueError, match="contiguous and writable"):
-        ranges_of(memory[:, ::2], 0, Piece(0, 0, 1))
+        fill(memory[:, ::2], 0, 0, 1)
     memory.flags.writeable = False
     with pytest.raises(ValueError, match="contiguous and writable"):
-        ranges_of(memory, 0, Piece(0, 0, 5))
+        fill(memory, 0, 0)
+
+
+def never(file: int, view: memoryview, offset: int) -> None:
+    raise AssertionError((file, len(view), offset))
 
 
 # ------------------------------------------------------------ crc32c
@@ -159,14 +189,14 @@ def test_the_sum_is_the_one_in_the_standard(crc: Callable[[np.ndarray], int]) ->
 @settings(max_examples=300, deadline=None)
 @given(start=st.integers(0, 70), size=st.one_of(st.integers(0, 3000), st.integers(0, SIZE - 70)))
 def test_any_bytes_at_any_place(crc: Callable[[np.ndarray], int], start: int, size: int) -> None:
-    data = DATA[start : start + size]
+    data = DATA[0, start : start + size]
     assert crc(data) == crc32c.crc32c(data.tobytes())
 
 
 @CHECKED
 def test_every_length_up_to_some_blocks(crc: Callable[[np.ndarray], int]) -> None:
     for size in range(2200):
-        assert crc(DATA[1 : 1 + size]) == crc32c.crc32c(DATA[1 : 1 + size].tobytes())
+        assert crc(DATA[0, 1 : 1 + size]) == crc32c.crc32c(DATA[0, 1 : 1 + size].tobytes())
 
 
 def test_it_is_there_on_every_processor_with_the_instructions() -> None:
@@ -182,14 +212,15 @@ def test_a_processor_without_them_checks_otherwise(tmp_path: Path) -> None:
     code = """
 import os, sys, numpy as np, crc32c
 from featcache import preads, ranges
-from featcache.runs import BadRow, Piece, Run
+from featcache.runs import BadRow, Piece, Run, cut
 assert not ranges.CHECKS
 data = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8)
 open(sys.argv[1], "wb").write(data.tobytes())
 pieces = tuple(Piece(low, low, 500_000, i) for i, low in enumerate((0, 500_000)))
 sums = [[crc32c.crc32c(data[low:low + 500_000].tobytes()) for low in (at, at + 500_000)] for at in (0, 2_000_000)]
 target = np.zeros((2, 1_000_000), np.uint8)
-run = Run(sys.argv[1], target, np.arange(2), np.array([0, 2_000_000]), pieces, np.array(sums, np.uint32))
+one, offsets = np.zeros(2, np.int64), np.array([0, 2_000_000])
+run = Run(sys.argv[1:], target, np.arange(2), one, offsets, pieces, np.array(sums, np.uint32))
 preads.Reads(2).read([run])
 assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
 run.crcs[1, 1] ^= 1
