@@ -34,7 +34,7 @@ class Fallback:
     cached: Cached
     online: Online
     is_stored = True
-    stored_pixels = False
+    stored_pixels = only_read = False
     moments = None
 
     def __post_init__(self) -> None:

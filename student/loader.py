@@ -116,8 +116,10 @@ class Loader:
         """Micro-batches of the steps in [first_step, last_step), in order. A batch is good until the next one is asked
         for: then its memory is filled again."""
         wanted = ((step, micro) for step in range(first_step, last_step) for micro in range(self.accumulation))
-        # One thread begins batches, in order, and reads with those of the cache: several would be in each others way.
-        with ThreadPoolExecutor(self.workers) as decoders, ThreadPoolExecutor(1) as beginner:
+        # One thread begins batches, in order, and reads with those of the cache: several would be in the decoders' way.
+        # Where nothing is decoded another plans the next batch meanwhile.
+        beginners = 2 if self.targets.only_read else 1
+        with ThreadPoolExecutor(self.workers) as decoders, ThreadPoolExecutor(beginners) as beginner:
             free: deque[Memory | None] = deque([None] * (AHEAD + 1))
             waiting: deque[Future[_Begun]] = deque()
             try:

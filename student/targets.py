@@ -53,6 +53,11 @@ class Targets(Protocol):
     stored_pixels: bool  # so do pixels, and no picture is decoded
 
     @property
+    def only_read(self) -> bool:
+        """Whether all of a batch comes from files, as it lies there."""
+        ...
+
+    @property
     def moments(self) -> Moments | None:
         """Mean and variance (L, 2) of each level over training pictures in their views, the whole batch of a step; None
         where they are not asked for, or known only when the teacher has run."""
@@ -142,6 +147,10 @@ class Cached:
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
         return self.turns.view(digests, rounds) if self.turns else stored_view(digests, rounds, self.cache.views)
 
+    @property
+    def only_read(self) -> bool:
+        return self.stored_pixels and self.resident is None
+
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
         return self._read(self.rows[at], view, out) if self.resident is None else self.resident.fetch(at, view, out)
 
@@ -215,7 +224,7 @@ class Online:
     turns: Turns | None = None  # of the views of a cache that are shown, where not all are
     codec: codecs.Codec | None = None  # of a cache, through which features go as if they had been stored
     is_stored = False
-    stored_pixels = False
+    stored_pixels = only_read = False
     moments = None
 
     def __post_init__(self) -> None:

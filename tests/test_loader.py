@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -333,6 +335,37 @@ def test_stored_pixels_are_compared_with_their_hash_too(monkeypatch: pytest.Monk
         one_batch(loader)
     loader.check_fraction = 0.0
     one_batch(loader)
+
+
+def test_batches_begun_at_a_time_come_in_order_with_their_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all is read two are begun at a time: the second may be there first, and memory is used again."""
+    cache = Cache(fx.ranked_path())
+    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16)
+    targets = Cached(cache, spec, np.arange(len(cache)), stored_pixels=True)
+    loader = Loader(joining.Stored(cache), targets, np.arange(len(cache)), cache.keys.digests, 0, 8)
+    alone = [one_batch(loader, step) for step in range(12)]
+    whole, lock, calls = Cache.read, threading.Lock(), 0
+    under_way: set[int] = set()
+    most = 0
+
+    def slow(self: Cache, rows: Any, *args: Any, **others: Any) -> Any:
+        nonlocal most, calls
+        with lock:
+            calls += 1
+            under_way.add(threading.get_ident())
+            most = max(most, len(under_way))
+        time.sleep(0.02 * (calls % 3))
+        out = whole(self, rows, *args, **others)
+        with lock:
+            under_way.discard(threading.get_ident())
+        return out
+
+    monkeypatch.setattr(Cache, "read", slow)
+    for host, other in zip(loader.iterate(0, 12), alone, strict=True):
+        assert host["keys"] == other["keys"]
+        for name in ("at", "view", "pixels", "features", "attention"):
+            np.testing.assert_array_equal(host[name], other[name])
+    assert most == 2
 
 
 def test_a_source_without_pictures_says_so() -> None:
