@@ -17,6 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -280,8 +281,8 @@ class Reads:
 
     def _evict(self, most: int) -> None:
         """Close what was used longest ago until `most` are open; under the lock."""
-        idle = iter([file for file in self._files.values() if not file.users])
-        while len(self._files) > most and (file := next(idle, None)) is not None:
+        idle = (file for file in self._files.values() if not file.users)
+        for file in list(islice(idle, max(len(self._files) - most, 0))):
             self._files.pop(file.path).close()
 
     def close(self) -> None:
