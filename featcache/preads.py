@@ -165,7 +165,7 @@ class Reads:
         if self._by_machine_code:
             from featcache import ranges  # which a few small reads do without
 
-            if run.crcs is None or ranges.CHECKS:
+            if ranges.CHECKS or (ranges.READS and run.crcs is None):
                 # By hand: a signal cut it short, or the file is: then an error.
                 ranges.fill(fds, run, _HOT, lambda file, *where: self._pread(fds[file], run.paths[file], *where))
                 return
@@ -231,31 +231,39 @@ class Reads:
         """Open files to read from; they stay open until the bound asks for the place of those that were used longest
         ago. Given back with `_give`."""
         taken: list[_File] = []
-        with self._lock:
-            try:
-                for path in paths:
-                    file = self._files.get(path) or _File(path, self._open(path))
-                    file.users += 1
-                    taken.append(file)
-                    if path in self._files:
-                        self._files.move_to_end(path)
-                    else:
-                        self._files[path] = file
-                        self._evict(self._most // max(len(_alive), 1))
-            except BaseException:
-                self._give_back(taken)
-                raise
+        try:
+            for path in paths:
+                taken.append(self._held(path) or self._opened(path))
+        except BaseException:
+            self._give(taken)
+            raise
         return taken
+
+    def _held(self, path: str) -> _File | None:
+        with self._lock:
+            if file := self._files.get(path):
+                file.users += 1
+                self._files.move_to_end(path)
+            return file
+
+    def _opened(self, path: str) -> _File:
+        """Opening may take long on a file system far away, and holds no lock."""
+        fresh = _File(path, self._open(path))
+        with self._lock:
+            file = self._files.setdefault(path, fresh)
+            file.users += 1
+            if file is fresh:
+                self._evict(self._most // max(len(_alive), 1))
+            else:  # another thread opened it meanwhile
+                fresh.close()
+        return file
 
     def _give(self, files: Sequence[_File]) -> None:
         with self._lock:
-            self._give_back(files)
-
-    def _give_back(self, files: Sequence[_File]) -> None:
-        for file in files:
-            file.users -= 1
-            if not file.users and self._files.get(file.path) is not file:  # closed while we read from it
-                file.close()
+            for file in files:
+                file.users -= 1
+                if not file.users and self._files.get(file.path) is not file:  # closed while we read from it
+                    file.close()
 
     def _open(self, path: str) -> int:
         """A full table of open files may be full of ours, of any cache: those that nobody reads from are closed."""
@@ -264,7 +272,8 @@ class Reads:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise cannot_read(path, error) from error
-        self._evict(0)
+        with self._lock:
+            self._evict(0)
         self._evict_others()
         try:
             return os.open(path, self._flags)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.core.typing import signature
@@ -48,7 +48,8 @@ def _lanes() -> tuple[int, ...]:
 
 
 LANES = _lanes()
-CHECKS = bool(LANES)  # whether checksums can be compared here
+READS = not config.DISABLE_JIT  # type: ignore[attr-defined]  # whether there is machine code at all
+CHECKS = READS and bool(LANES)  # and whether it can compare checksums
 
 
 def _power(n: int) -> int:

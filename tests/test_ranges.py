@@ -207,8 +207,12 @@ def test_it_is_there_on_every_processor_with_the_instructions() -> None:
     assert (4 in ranges.LANES) == ({"vpclmulqdq", "avx512f", "pclmulqdq"} <= set(flags))
 
 
-def test_a_processor_without_them_checks_otherwise(tmp_path: Path) -> None:
-    """numba told to make code for any x86-64: rows are read, a wrong sum is named."""
+NO_FEATURES = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+
+
+@pytest.mark.parametrize("without", [NO_FEATURES, {"NUMBA_DISABLE_JIT": "1"}], ids=["features", "compiler"])
+def test_what_cannot_be_compiled_is_checked_otherwise(tmp_path: Path, without: dict[str, str]) -> None:
+    """numba told to make code for any x86-64, or none: rows are read, a wrong sum is named."""
     code = """
 import os, sys, numpy as np, crc32c
 from featcache import preads, ranges
@@ -228,7 +232,10 @@ try:
     preads.Reads(2).read([run])
 except BadRow as bad:
     print(bad.row, bad.column)
+target[:] = 0
+preads.Reads(2).read([Run(sys.argv[1:], target, np.arange(2), one, offsets, pieces)])
+assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
 """
-    plain = {**os.environ, "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    plain = {**os.environ, **without, "NUMBA_CACHE_DIR": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", code, tmp_path / "file"], env=plain, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "1 1\n"), ran.stderr
