@@ -7,11 +7,10 @@ they work, and through the page cache many ranges are read without it (featcache
 from __future__ import annotations
 
 import contextlib
-import errno
-import mmap
 import os
 import resource
 import threading
+import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -26,14 +25,15 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UsageError, UserError
 from featcache.runs import BadRow, Proof, Run, cut, joined, span
+from featcache.syscalls import FULL, NoHandleError, cannot_read, ends, failed, pread_direct, preadv
 
 IO = ("auto", "buffered", "streaming", "direct")
-_ALIGN = 4096  # O_DIRECT wants offsets, sizes and memory in whole blocks; no disk asks for more than this
 _MOST_HANDLES = 16384
 _SMALL = 4096  # items up to this are read many at a time where they lie close
 _CLOSE = 8  # such items of a file, and more, are worth one read of all that is between them
 _SPAN = 256 << 10  # how far apart the first and last of such items may lie
 _HOT = 512 << 10  # bytes read at once where they are checked: still in a core's own cache then
+_PATIENCE_S = 1.0  # for a handle, when nobody reads
 _PARTS = 4  # of a read, for each thread
 _INLINE = 1 << 20  # less than this is read by the caller alone
 
@@ -45,10 +45,10 @@ class _File:
     path: str
     fd: int
     users: int = 0
-    proven: bool = False
 
     def close(self) -> None:
-        os.close(self.fd)
+        with contextlib.suppress(OSError):  # nothing was written that could be lost
+            os.close(self.fd)
 
 
 class Reads:
@@ -73,7 +73,7 @@ class Reads:
 
     def _start(self) -> None:
         """A new lock and no threads: at first, and in a forked child, whose other threads are not there any more."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a cache that is collected closes its files, in any thread, at any place
         self._pool: ThreadPoolExecutor | None = None
         for file in self._files.values():
             file.users = 0
@@ -85,7 +85,13 @@ class Reads:
         if total < _INLINE:
             self._work(cut(runs, _INLINE, files))
             return
-        self._by_machine_code |= self.io == "buffered"
+        if self.io == "buffered" and not self._by_machine_code:
+            # Without a handle to load it by, ranges are read one by one this time.
+            with contextlib.suppress(OSError), _loading:
+                from featcache import ranges  # which a few small reads do without
+
+                ranges.load()
+                self._by_machine_code = True
         if self.threads == 1:
             self._work(cut(runs, total, files))
             return
@@ -107,50 +113,55 @@ class Reads:
     def _work(self, parts: Iterator[Run]) -> None:
         for run in parts:
             try:
-                files = self._take(run.paths)
-            except UserError:
+                self._read_run(run)
+            except NoHandleError:
                 if len(run.paths) == 1:
-                    raise
-                self._work(run.by_files(len(run.paths) // 2))  # as many as can be open at a time
-                continue
+                    self._read_patiently(run)
+                else:
+                    self._work(run.by_files(len(run.paths) // 2))
+
+    def _read_run(self, run: Run) -> None:
+        files = self._take(run.paths)
+        try:
+            if run.proof:
+                for file in files:
+                    self._prove(file.path, file.fd, run.proof)
+            self._fill(run, [file.fd for file in files])
+        finally:
+            self._give(files)
+
+    def _read_patiently(self, run: Run) -> None:
+        """A run of one file, with handles that others give back. Its proof, which opens it once more, comes first."""
+        path, end = run.paths[0], time.monotonic() + _PATIENCE_S
+        while True:
+            self._evict_all()
             try:
                 if run.proof:
-                    for file in files:
-                        self._prove(file, run.proof)
-                self._fill(run, [file.fd for file in files])
-            finally:
-                self._give(files)
+                    self._prove(path, path, run.proof)
+                return self._read_run(run)
+            except NoHandleError as error:
+                if any(file.users for reads in list(_alive) for file in list(reads._files.values())):
+                    end = time.monotonic() + _PATIENCE_S
+                if time.monotonic() > end:
+                    raise cannot_read(path, error.error) from error
+                time.sleep(0.005)
 
-    def _prove(self, file: _File, proof: Proof) -> None:
-        """Once for each file, and again when another has taken its place."""
-        if file.proven:
-            return
-        status, facts = os.fstat(file.fd), proof.facts(file.path)
-        stamp = (status.st_ino, status.st_mtime_ns)
-        if self._proven.get(file.path) != stamp:
-            if status.st_size < facts["bytes"]:
-                raise _ends(file.path, facts["bytes"])
-            if status.st_size > facts["bytes"] or not self._is_sound(file.path, proof):
-                raise UserError(
-                    f"cache file {file.path}: its bytes are not those that were recorded; run `featcache verify`"
-                )
-            self._proven[file.path] = stamp
-        file.proven = True
-
-    def _is_sound(self, path: str, proof: Proof) -> bool:
-        """It is opened once more for this, which may take a handle that is not there."""
+    def _prove(self, path: str, file: int | str, proof: Proof) -> None:
+        """Once for each file, and again when it has changed or another has taken its place."""
         try:
-            return proof.sound(Path(path), proof.facts(path))
+            status = os.stat(file)  # noqa: PTH116
+            stamp = (status.st_ino, status.st_mtime_ns)
+            if self._proven.get(path) == stamp:
+                return
+            facts = proof.facts(path)
+            sound = status.st_size == facts["bytes"] and proof.sound(Path(path), facts)
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise cannot_read(path, error) from error
-        with self._lock:
-            self._evict(0)
-        self._evict_others()
-        try:
-            return proof.sound(Path(path), proof.facts(path))
-        except OSError as error:
-            raise cannot_read(path, error) from error
+            raise failed(path, error) from error
+        if status.st_size < facts["bytes"]:
+            raise ends(path, facts["bytes"])
+        if not sound:
+            raise UserError(f"cache file {path}: its bytes are not those that were recorded; run `featcache verify`")
+        self._proven[path] = stamp
 
     def _fill(self, run: Run, fds: Sequence[int]) -> None:
         if run.row_bytes <= _SMALL and len(run.at) >= _CLOSE * len(run.paths):
@@ -163,7 +174,7 @@ class Reads:
     def _fill_apart(self, run: Run, fds: Sequence[int]) -> None:
         """Range after range: by machine code where there is much to read, and it can."""
         if self._by_machine_code:
-            from featcache import ranges  # which a few small reads do without
+            from featcache import ranges
 
             if ranges.CHECKS or (ranges.READS and run.crcs is None):
                 # By hand: a signal cut it short, or the file is: then an error.
@@ -178,12 +189,12 @@ class Reads:
         rows = zip(run.at.tolist(), run.file.tolist(), run.offsets.tolist(), checks, strict=True)
         for row, file, offset, crcs in rows:
             base, fd, path = row * width, fds[file], run.paths[file]
-            block = _pread_direct(fd, path, offset + first, whole) if whole else None
+            block = pread_direct(fd, path, offset + first, whole) if whole else None
             for source, place, size, parts in groups:
                 view = memory[base + place : base + place + size]
                 if block is not None:
                     view[:] = block[source - first :][:size]
-                elif not plain or _preadv(fd, path, view, offset + source) != size:
+                elif not plain or preadv(fd, path, view, offset + source) != size:
                     self._pread(fd, path, view, offset + source)
                 if crcs is None:
                     continue
@@ -216,16 +227,19 @@ class Reads:
     def _pread(self, fd: int, path: str, view: memoryview, offset: int) -> None:
         """Fill `view` from the file; what is short or missing is an error, never zeros."""
         if self.io == "direct":
-            view[:] = _pread_direct(fd, path, offset, len(view))
+            view[:] = pread_direct(fd, path, offset, len(view))
             return
         start, count = offset, len(view)
         while view:
-            got = _preadv(fd, path, view, offset)
+            got = preadv(fd, path, view, offset)
             if not got:
-                raise _ends(path, offset + len(view))
+                raise ends(path, offset + len(view))
             view, offset = view[got:], offset + got
         if self.io == "streaming":
-            os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
+            try:
+                os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
+            except OSError as error:
+                raise cannot_read(path, error) from error
 
     def _take(self, paths: Sequence[str]) -> list[_File]:
         """Open files to read from; they stay open until the bound asks for the place of those that were used longest
@@ -270,15 +284,18 @@ class Reads:
         try:
             return os.open(path, self._flags)
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
+            if error.errno not in FULL:
                 raise cannot_read(path, error) from error
-        with self._lock:
-            self._evict(0)
-        self._evict_others()
+        self._evict_all()
         try:
             return os.open(path, self._flags)
         except OSError as error:
-            raise cannot_read(path, error) from error
+            raise failed(path, error) from error
+
+    def _evict_all(self) -> None:
+        with self._lock:
+            self._evict(0)
+        self._evict_others()
 
     def _evict_others(self) -> None:
         for other in list(_alive):
@@ -315,6 +332,8 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+_loading = threading.Lock()  # a fork waits until no thread loads a module, or its child would wait for ever
+os.register_at_fork(before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release)
 
 
 def _raise_handles() -> int:
@@ -327,53 +346,9 @@ def _raise_handles() -> int:
     return soft if soft > 0 else 2 * _MOST_HANDLES
 
 
-def cannot_read(path: str, error: OSError) -> UserError:
-    """What to do depends on the error: only a missing file is the cache's own fault."""
-    todo = {
-        errno.EINVAL: "this file system does not read past the page cache (O_DIRECT); leave --direct out",
-        errno.EMFILE: "this process holds too many files open; raise the limit (`ulimit -n`) and run again",
-        errno.ENFILE: "this machine holds too many files open; raise its limit (fs.file-max) and run again",
-        errno.EACCES: "permission denied; allow reading it and run again",
-        errno.ENOENT: "No such file or directory; run `featcache verify`",
-    }
-    other = f"{error.strerror}; mend the disk, or run `featcache verify`"
-    return UserError(f"cache file {path}: {todo.get(error.errno or 0, other)}")
-
-
 def _drain(parts: deque[Run]) -> Iterator[Run]:
     while True:
         try:
             yield parts.popleft()
         except IndexError:
             return
-
-
-def _preadv(fd: int, path: str, view: memoryview, offset: int) -> int:
-    try:
-        return os.preadv(fd, (view,), offset)
-    except OSError as error:
-        raise cannot_read(path, error) from error
-
-
-_local = threading.local()
-
-
-def _pread_direct(fd: int, path: str, offset: int, count: int) -> memoryview:
-    """`count` bytes, within whole blocks that are read into this thread's aligned memory; good until its next read."""
-    low = offset // _ALIGN * _ALIGN
-    span = -(-(offset + count) // _ALIGN) * _ALIGN - low
-    scratch: mmap.mmap | None = getattr(_local, "scratch", None)
-    if scratch is None or len(scratch) < span:
-        # From mmap, whose memory begins at a page; private, or forked workers would read into one another.
-        scratch = _local.scratch = mmap.mmap(-1, span, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory, got = memoryview(scratch), 0
-    while got < offset - low + count:
-        more = _preadv(fd, path, memory[got:span], low + got)
-        if not more:
-            raise _ends(path, offset + count)
-        got += more
-    return memory[offset - low : offset - low + count]
-
-
-def _ends(path: str, needed: int) -> UserError:
-    return UserError(f"cache file {path}: ends before byte {needed}; run `featcache verify`")

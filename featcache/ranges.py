@@ -33,6 +33,7 @@ from featcache.runs import BadRow, Piece, Run, joined
 
 I64 = npt.NDArray[np.int64]
 _POLYNOMIAL = 0x11EDC6F41  # P of crc32c, x^32 first
+_AT_ONCE = 32 << 20  # bytes of a call, during which a process does not answer to Ctrl-C
 _REGISTERS = 8  # of them at work at a time: a product takes as many steps to be ready
 _NAMES = {1: "llvm.x86.pclmulqdq", 2: "llvm.x86.pclmulqdq.256", 4: "llvm.x86.pclmulqdq.512"}  # by lanes of a register
 
@@ -177,6 +178,16 @@ def _read_checked(files, memory, width, at, file, offsets, groups, low, high, pa
     return high, -1
 
 
+def load() -> None:
+    """Compile, or load what was compiled: both open files of their own, for which there may be no handle later."""
+    none, groups, until = np.zeros(0, np.int64), np.zeros((1, 3), np.int64), np.zeros(2, np.int64)
+    source = np.zeros(0, np.int32), 0, 0, none, none, none, groups, 0, 0
+    _read_all(*source)
+    if CHECKS:
+        _read_checked(*source, groups, until, np.zeros((0, 0), np.uint32))
+        _wrong(0, 0, none, groups, until, np.zeros((0, 0), np.uint32), 0)
+
+
 class _Shape(NamedTuple):
     """What pieces come to: `groups` (g, 3) source, place and size; `parts` (m, 3) place, size and column of what has a
     checksum, those of each group up to `until` (g + 1,); a row's bytes from `low` to `high` are written."""
@@ -212,15 +223,17 @@ def fill(files: Sequence[int], run: Run, most: int, by_hand: Callable[[int, memo
     sums = shape.parts, shape.until, run.crcs
     source = np.array(files, np.int32), *memory, run.file, run.offsets, shape.groups
     i, end = 0, len(run.at) * len(shape.groups)
+    step = max(_AT_ONCE // int(shape.groups[:, 2].max()), 1)
     while i < end:
-        i, part = _read_all(*source, i, end) if run.crcs is None else _read_checked(*source, i, end, *sums)
+        high = min(i + step, end)
+        i, part = _read_all(*source, i, high) if run.crcs is None else _read_checked(*source, i, high, *sums)
         row, group = divmod(i, len(shape.groups))
-        if part < 0 and i < end:
+        if part < 0 and i < high:
             offset, place, size = shape.groups[group].tolist()
             first = int(run.at[row]) * width + place
             view = run.target.reshape(-1).data[first : first + size]
             by_hand(int(run.file[row]), view, int(run.offsets[row]) + offset)
             part = -1 if run.crcs is None else _wrong(*memory, *sums, i)
+            i += 1
         if part >= 0:
             raise BadRow(run.paths[run.file[row]], int(run.at[row]), int(shape.parts[part][2]))
-        i += 1

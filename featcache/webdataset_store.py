@@ -33,9 +33,9 @@ from safetensors.numpy import load, save
 
 from featcache import checksums, images, manifest, publish
 from featcache.errors import UserError
-from featcache.preads import cannot_read
 from featcache.rowfile import RowFile
 from featcache.store import SHARDS, Array, Keys, folder_path
+from featcache.syscalls import cannot_read
 
 NAME = "webdataset"
 INDEX = "index.safetensors"

@@ -6,11 +6,13 @@ The caches are those of test_reader.py; whatever happens, what is read is right 
 from __future__ import annotations
 
 import errno
+import mmap
 import multiprocessing
 import operator
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import featcache
-from featcache import preads, ranges, runs
+from featcache import preads, ranges, runs, syscalls
 from featcache.errors import UserError
 from featcache.reader import Cache
 from featcache.store import SHARDS, STORES, Array, array, store
@@ -243,7 +245,8 @@ def test_files_in_one_another_s_place_are_never_read_as_their_own(
     read()
 
 
-def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path) -> None:
+@pytest.mark.parametrize("how", ["another", "in place"])
+def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path, how: str) -> None:
     path = copy / SHARDS / "000001.zarr/row_crc/c.0.0.0"
     with featcache.open(copy) as cache:
         asked = []
@@ -255,9 +258,11 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path)
             cache._reads.read([run])
         assert asked == [path]
         data = path.read_bytes()
-        path.unlink()
+        if how == "another":
+            path.unlink()
+            cache.close()
         path.write_bytes(data[:-5] + b"x" + data[-4:])
-        cache.close()
+        os.utime(path, ns=(0, 0))  # on a file system that tells time in seconds nothing else would differ
         with pytest.raises(UserError, match="not those that were recorded"):
             cache._reads.read([run])
         assert asked == [path, path]
@@ -355,6 +360,41 @@ def test_a_failing_disk_is_one_line_with_the_file(copy: Path, monkeypatch: pytes
         leave_to_preadv(monkeypatch)
         with pytest.raises(UserError, match=r"cache file .*000001\.zarr.*Input/output error"):
             cache.read([7], 1)
+
+
+@pytest.mark.parametrize(("io", "call"), [("streaming", "posix_fadvise"), ("direct", "mmap"), ("buffered", "stat")])
+def test_every_call_that_fails_is_one_line_with_the_file(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, io: str, call: str
+) -> None:
+    if io == "direct" and not knows_direct(copy):
+        pytest.skip("this file system does not know O_DIRECT")
+
+    def broken(*args: object, **more: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with featcache.open(copy, io=io) as cache:
+        monkeypatch.setattr(syscalls, "_local", threading.local())  # its memory is not there yet
+        monkeypatch.setattr(mmap if call == "mmap" else os, call, broken)
+        with pytest.raises(UserError, match=r"cache file .*000001\.zarr.*Stale file handle"):
+            cache.read([7], 1)
+        monkeypatch.undo()
+        assert {file.users for file in cache._reads._files.values()} == {0}
+        np.testing.assert_array_equal(cache.read([7], 1)["features"], NUMBERS["features"][[7], 1])
+
+
+def test_a_file_that_does_not_close_keeps_nobody_from_reading(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.close
+
+    def broken(fd: int) -> None:
+        original(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(preads, "_MOST_HANDLES", 2)
+    with featcache.open(copy) as cache:
+        monkeypatch.setattr(os, "close", broken)
+        check_all(cache)
+        assert {file.users for file in cache._reads._files.values()} == {0}
+        monkeypatch.undo()
 
 
 def test_an_error_in_one_thread_reaches_the_caller_and_the_cache_lives_on(
@@ -592,6 +632,71 @@ else:
 """
     more = [folders["webdataset", "raster"], folders["zarr", "ranked"]]
     ran = python(code, copy, *more)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.2])
+def test_a_fork_while_another_thread_loads_machine_code_reads(copy: Path, delay: float) -> None:
+    code = """
+import os, signal, sys, threading, time, featcache
+from featcache import preads
+preads._INLINE, delay = 0, float(sys.argv[2])
+with featcache.open(sys.argv[1], threads=1) as cache:
+    first = threading.Thread(target=lambda: cache.read(range(8), 0))
+    first.start()
+    time.sleep(delay)
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        cache.read(range(8), 1)
+        os._exit(0)
+    ended = os.waitpid(child, 0)[1]
+    first.join()
+sys.exit(f"the child ended with {ended}" if ended else 0)
+"""
+    ran = python(code, copy, delay)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+def test_few_free_handles_are_shared(tmp_path: Path, callers: int) -> None:
+    """Rows of eight files, checked or not, first large reads, where up to nine handles are left by others."""
+    folder = write_cache(tmp_path / "cache", "zarr", "raster", sizes={f"{i:06d}": 1 for i in range(8)})
+    code = """
+import os, resource, sys, threading, numpy as np, featcache
+from featcache import preads
+preads._INLINE, callers = 0, int(sys.argv[2])
+with featcache.open(sys.argv[1]) as cache:
+    whole = cache.read(range(8), 1)["features"]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+told = []
+def read(cache, check):
+    try:
+        for _ in range(20):
+            np.testing.assert_array_equal(cache.read(range(8), 1, check=check)["features"], whole)
+    except BaseException as error:
+        told.append((free, check, error))
+for free in range(callers, 10):
+    for check in (True, False):
+        held, cache = [], featcache.open(sys.argv[1], threads=2)
+        try:
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            pass
+        for _ in range(free):
+            os.close(held.pop())
+        threads = [threading.Thread(target=read, args=(cache, check)) for _ in range(callers)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        for fd in held:
+            os.close(fd)
+        cache.close()
+sys.exit(str(told) if told else 0)
+"""
+    ran = python(code, folder, callers)
     assert ran.returncode == 0, ran.stderr
 
 

@@ -3,6 +3,7 @@ crc32c is that of another library, for every width of a register that this machi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -89,12 +90,15 @@ ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChec
 
 @pytest.mark.parametrize("hot", [3000, 9000, 1 << 19])  # checked after so many bytes
 @ANY
-@given(run=runs(), checks=st.booleans(), close=st.sampled_from([1, 8]))
+@given(run=runs(), checks=st.booleans(), close=st.sampled_from([1, 8]), call=st.sampled_from([1, 9000, 1 << 25]))
 def test_they_are_what_the_files_hold(
-    paths: list[str], reads: Reads, hot: int, run: Run, checks: bool, close: int
+    paths: list[str], reads: Reads, hot: int, run: Run, checks: bool, close: int, call: int
 ) -> None:
     run.target[:] = 0
-    with mock.patch.object(preads, "_HOT", hot), mock.patch.object(preads, "_CLOSE", close):
+    settings = (preads, "_HOT", hot), (preads, "_CLOSE", close), (ranges, "_AT_ONCE", call)
+    with contextlib.ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(mock.patch.object(*setting))
         reads.read([at(run, paths, sums(run) if checks else None)])
     np.testing.assert_array_equal(run.target, wanted(run))
 
