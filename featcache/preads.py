@@ -86,12 +86,7 @@ class Reads:
             self._work(cut(runs, _INLINE, files))
             return
         if self.io == "buffered" and not self._by_machine_code:
-            # Without a handle to load it by, ranges are read one by one this time.
-            with contextlib.suppress(OSError), _loading:
-                from featcache import ranges  # which a few small reads do without
-
-                ranges.load()
-                self._by_machine_code = True
+            self._by_machine_code = _load_machine_code()
         if self.threads == 1:
             self._work(cut(runs, total, files))
             return
@@ -321,6 +316,22 @@ class Reads:
                     file.close()
         if pool is not None:
             pool.shutdown(wait=True)
+
+
+def _load_machine_code() -> bool:
+    """Without a handle to load it by, ranges are read one by one, until the next large read."""
+    try:
+        with _loading:
+            from featcache import ranges  # which a few small reads do without
+
+            ranges.load()
+    except OSError as error:
+        if error.errno in FULL:
+            return False
+        raise UserError(
+            f"machine code for reading cannot be kept: {error}; make room there, or name a folder with NUMBA_CACHE_DIR"
+        ) from error
+    return True
 
 
 _alive: weakref.WeakSet[Reads] = weakref.WeakSet()

@@ -382,6 +382,24 @@ def test_every_call_that_fails_is_one_line_with_the_file(
         np.testing.assert_array_equal(cache.read([7], 1)["features"], NUMBERS["features"][[7], 1])
 
 
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOSPC])
+def test_machine_code_that_cannot_be_loaded(copy: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """For want of a handle: read without it. For want of room: one line, or every read would compile it again."""
+
+    def broken() -> None:
+        raise OSError(error, os.strerror(error), "/folder/ranges.nbi")
+
+    monkeypatch.setattr(preads, "_INLINE", 0)
+    monkeypatch.setattr(ranges, "load", broken)
+    with featcache.open(copy) as cache:
+        if error == errno.EMFILE:
+            check_all(cache)
+            assert not cache._reads._by_machine_code
+        else:
+            with pytest.raises(UserError, match=r"No space left on device: '/folder/ranges.nbi'; .*NUMBA_CACHE_DIR"):
+                cache.read([0])
+
+
 def test_a_file_that_does_not_close_keeps_nobody_from_reading(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = os.close
 
