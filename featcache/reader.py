@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ import numpy.typing as npt
 from featcache import arguments, checksums, publish
 from featcache import manifest as manifests
 from featcache.errors import UsageError, UserError, near
-from featcache.part import I64, Files, Keys, Part, describe, open_parts
+from featcache.part import I64, Keys, Part, describe, open_parts
+from featcache.places import Places, crc_array, pieces_of, runs_of
 from featcache.preads import IO, Reads
 from featcache.runs import BadRow, Piece, Proof, Run
 from featcache.store import Array
@@ -255,16 +256,16 @@ class Cache:
 
     # ------------------------------------------------------------ where its bytes are
 
-    def _places(self, rows: I64, views: I64) -> _Places:
+    def _places(self, rows: I64, views: I64) -> Places:
         """Places in the request, in the order of the files."""
         shards = np.searchsorted(self._base.starts, rows, side="right") - 1
         at = np.lexsort((rows, views, shards))
-        return _Places(at, shards[at], views[at])
+        return Places(at, shards[at], views[at])
 
     def _checksums(
         self,
         rows: I64,
-        places: _Places,
+        places: Places,
         checked: npt.NDArray[np.bool_],
         fields: Sequence[str],
         tokens: int | None,
@@ -275,14 +276,14 @@ class Cache:
         for i, part in enumerate(self._parts) if checked.any() else []:
             here = places.those(checked[places.at] & part.holds(places.views))
             proof = Proof(part.store.sound, part.facts)
-            for field in sorted({_crc_array(part, name, tokens) for name in fields if part in self._of(name)}):
+            for field in sorted({crc_array(part, name, tokens) for name in fields if part in self._of(name)}):
                 spec = part.arrays[field]
                 pieces = (Piece(0, 0, spec.item_bytes),)
                 if field == "prefix_crc":  # (T, L): those of the wanted length
                     level_bytes = 4 * spec.item[1]
                     pieces = (Piece(((tokens or 0) - 1) * level_bytes, 0, level_bytes),)
                 table = tables[i, field] = np.empty((len(rows), sum(piece.size for piece in pieces) // 4), np.uint32)
-                runs += _runs(part, spec, table.view(np.uint8), rows, here, pieces, proof=proof)
+                runs += runs_of(part, spec, table.view(np.uint8), rows, here, pieces, proof=proof)
         self._reads.read(runs)
         return tables
 
@@ -291,7 +292,7 @@ class Cache:
         name: str,
         target: npt.NDArray[Any],
         rows: I64,
-        places: _Places,
+        places: Places,
         levels: tuple[int, ...],
         tokens: int,
         checked: npt.NDArray[np.bool_],
@@ -303,16 +304,16 @@ class Cache:
         left = np.ones(len(rows), bool)  # by place: what no part before has given
         runs: list[Run] = []
         for i, part in enumerate(self._parts):
-            pieces = _pieces(part, plain, levels, tokens) if part in parts and plain in part.arrays else ()
+            pieces = pieces_of(part, plain, levels, tokens) if part in parts and plain in part.arrays else ()
             if not pieces:
                 continue
             held = left & part.holds(places.views)
             if not checksums.has_levels(self.arrays[name]):
                 left &= ~held
-            spec, table = part.arrays[plain], sums.get((i, _crc_array(part, plain, tokens)))
+            spec, table = part.arrays[plain], sums.get((i, crc_array(part, plain, tokens)))
             sure = checked[places.at] if table is not None else np.zeros(len(rows), bool)
-            runs += _runs(part, spec, flat, rows, places.those(held & sure), pieces, table)
-            runs += _runs(part, spec, flat, rows, places.those(held & ~sure), pieces)
+            runs += runs_of(part, spec, flat, rows, places.those(held & sure), pieces, table)
+            runs += runs_of(part, spec, flat, rows, places.those(held & ~sure), pieces)
         return runs
 
     # ------------------------------------------------------------ what went wrong
@@ -353,61 +354,8 @@ class Cache:
             self._reads.close()
 
 
-class _Places(NamedTuple):
-    """Places in a request, sorted by file, and the shard and view of each."""
-
-    at: I64
-    shards: I64
-    views: I64
-
-    def those(self, mask: npt.NDArray[np.bool_]) -> _Places:
-        return self if mask.all() else _Places(*(each[mask] for each in self))
-
-
-def _runs(
-    part: Part,
-    spec: Array,
-    target: npt.NDArray[np.uint8],
-    rows: I64,
-    places: _Places,
-    pieces: tuple[Piece, ...],
-    table: npt.NDArray[np.uint32] | None = None,
-    proof: Proof | None = None,
-) -> list[Run]:
-    """One run of an array's items at these places, unless there are none."""
-    at, shards, views = places
-    if not len(at):
-        return []
-    first = np.flatnonzero(np.append(True, (np.diff(shards) != 0) | (np.diff(views) != 0)))
-    counts = np.diff(first, append=len(at))
-    paths, offsets = part.locate_all(spec, Files(shards[first], views[first], counts), rows[at])
-    file = np.repeat(np.arange(len(first)), counts)
-    return [Run(paths, target, at, file, offsets, pieces, None if table is None else table[at], proof)]
-
-
 def _choose(io: str, cache_bytes: int) -> str:
     if io not in IO:
         raise UsageError(f"io {io!r}: one of {', '.join(IO)} is allowed")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return ("streaming" if cache_bytes > memory else "buffered") if io == "auto" else io
-
-
-def _pieces(part: Part, name: str, levels: tuple[int, ...], tokens: int) -> tuple[Piece, ...]:
-    """What is read of one item: those of the wanted levels that this part holds, or the whole."""
-    spec = part.arrays[name]
-    first = checksums.columns(part.arrays.values()).get(name, 0)
-    if not checksums.has_levels(spec):
-        return (Piece(0, 0, spec.item_bytes, first),)
-    level_bytes = spec.item_bytes // spec.item[0]
-    wanted = level_bytes // spec.item[1] * tokens
-    here = [(place, part.levels.index(level)) for place, level in enumerate(levels) if level in part.levels]
-    return tuple(Piece(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here)
-
-
-def _crc_array(part: Part, name: str, tokens: int | None) -> str:
-    """The array that holds the checksums of a field read by its first `tokens`."""
-    name = name.rpartition("/")[2]
-    if name != "features":
-        return "side_crc"
-    partial = tokens is not None and 0 < tokens < part.arrays[name].item[1]
-    return "prefix_crc" if partial and "prefix_crc" in part.arrays else "row_crc"
