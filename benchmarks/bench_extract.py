@@ -33,16 +33,18 @@ from torch import nn
 
 from benchmarks import describe, environment, save, table
 from benchmarks.bench_write import NAME, Ready, write_pictures, write_raw
-from featcache import rendering, running, stages
 from featcache.cli import entry
-from featcache.device import pick_device
-from featcache.extract import run
-from featcache.images import open_source
-from featcache.plan import Plan, parse_levels
-from featcache.progress import Progress
-from featcache.store import STORES
+from featcache.extraction import device_pipeline as stages
+from featcache.extraction import rendering
+from featcache.extraction.extract import run
+from featcache.extraction.plan import Plan, parse_levels
+from featcache.extraction.progress import Progress
+from featcache.models import precision as running
+from featcache.pictures.open_source import open_source
+from featcache.runtime.device import pick_device
+from featcache.storage.store import STORES
 from featcache.teachers import Teacher, load
-from featcache.views import policy
+from featcache.views.draw import policy
 
 WAYS = ("bare forward", "read forward", "null sink", "store", "raw disk")
 AIMS = {  # the ratio that is asked for, on a CPU and on a GPU

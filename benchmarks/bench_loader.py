@@ -29,16 +29,20 @@ from accelerate.state import AcceleratorState
 
 import featcache
 from benchmarks import describe, environment, loading, save, sync, table, warm
-from featcache import images, joining, rng, running, teachers, views
+from featcache import rng, teachers
 from featcache.cli import entry
-from featcache.extract import run
-from featcache.images import Source
-from featcache.plan import Plan
-from featcache.reader import Cache
-from student import resident
-from student.loader import AHEAD, Loader
+from featcache.extraction.extract import run
+from featcache.extraction.plan import Plan
+from featcache.models import precision as running
+from featcache.pictures import open_source as images
+from featcache.pictures.open_source import Source
+from featcache.reading import join as joining
+from featcache.reading.cache import Cache
+from featcache.views import draw as views
+from student.data.loader import AHEAD, Loader
 from student.recipes import TargetSpec
-from student.targets import Cached
+from student.targets import in_memory as resident
+from student.targets.contract import Cached
 
 SIZE, VIEWS = 224, 2
 PREADS = "plain preads of the same bytes"

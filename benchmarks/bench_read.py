@@ -34,7 +34,7 @@ from benchmarks.contest import Contest, Task
 from benchmarks.records import Bench, Way, make_source, write_cache
 from featcache.cli import entry
 from featcache.errors import UsageError, UserError, near
-from featcache.store import STORES
+from featcache.storage.store import STORES
 
 NO_YES = (False, True)
 TOKENS, VISIBLE = 197, 59  # [CLS] and all patches; [CLS] and those a student with 30 % sees

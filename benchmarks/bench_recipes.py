@@ -32,13 +32,15 @@ import torch
 from torch import nn
 
 from benchmarks import describe, environment, save, table
-from featcache import images
 from featcache.cli import entry
 from featcache.errors import STOPPED, UsageError, UserError, near
+from featcache.pictures import open_source as images
 from pipelines import digits, tokenizer
 from pipelines.quickstart import run
-from student import checkpoint, frozen, recipes, resolve
+from student import checkpoint, recipes
 from student.evals import knn
+from student.features import frozen
+from student.setup import cache_match as resolve
 
 UNTRAINED = 5  # seeds
 ABOVE = 2.0  # standard deviations

@@ -56,10 +56,12 @@ class Names:
 
 def write(path: Path, rows: int, view_count: int) -> None:
     """The cache; files are not synced, which is not what is measured here."""
-    from featcache import checksums, teachers, views  # here, so that the process that reads has no torch in its memory
-    from featcache.plan import Plan, prepare
-    from featcache.statistics import OfFeatures, Statistics
-    from featcache.store import store
+    from featcache import teachers
+    from featcache.extraction.plan import Plan, prepare
+    from featcache.storage import checksums
+    from featcache.storage.statistics import OfFeatures, Statistics
+    from featcache.storage.store import store
+    from featcache.views import draw as views  # here, so that the process that reads has no torch in its memory
 
     teacher = teachers.load("synthetic:levels=5,tokens=4,width=4", None, "cpu")
     plan = Plan(Names(rows), teacher, views.Policy(), view_count, (1, 2, 3, 4, 5))

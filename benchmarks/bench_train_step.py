@@ -32,17 +32,18 @@ from accelerate.state import AcceleratorState
 
 import featcache.cli
 from benchmarks import describe, environment, loading, plain_steps, save, table
-from featcache import running
 from featcache.cli import entry
-from featcache.device import pick_device
 from featcache.errors import UsageError, UserError, near
+from featcache.models import precision as running
+from featcache.runtime.device import pick_device
 from student import cli as student_cli
-from student import hardware, recipes
-from student import job as jobs
-from student import train as work
-from student.feed import Feed, Taken, Wait
-from student.learner import Learner
-from student.options import Options
+from student import recipes
+from student.data.prefetch import Feed, Taken, Wait
+from student.setup import build as jobs
+from student.setup.options import Options
+from student.training import accelerator as hardware
+from student.training import train as work
+from student.training.train_state import Learner
 
 TEACHERS = {"clip-b16": "clip-b16", "clip-l14": "clip-l14:grid=14"}
 TRIAL = {"synthetic": "synthetic:levels=6,tokens=196,width=32,size=224"}

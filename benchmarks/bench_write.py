@@ -37,16 +37,17 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import describe, environment, save, table
-from featcache import manifest, publish
 from featcache.cli import entry
 from featcache.errors import UserError
-from featcache.extract import compute, run
-from featcache.images import open_source
-from featcache.plan import Plan, parse_levels
-from featcache.progress import Progress
-from featcache.store import SHARDS, STORES, Array, store
+from featcache.extraction.extract import compute, run
+from featcache.extraction.plan import Plan, parse_levels
+from featcache.extraction.progress import Progress
+from featcache.pictures.open_source import open_source
+from featcache.storage import commit as publish
+from featcache.storage import manifest
+from featcache.storage.store import SHARDS, STORES, Array, store
 from featcache.teachers import Teacher, load
-from featcache.views import policy
+from featcache.views.draw import policy
 
 PIECE_BYTES = 8 << 20
 SAMPLE_S = 0.05

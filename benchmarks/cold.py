@@ -25,7 +25,7 @@ import featcache
 from benchmarks import drop
 from benchmarks.contest import I64, Task
 from featcache.errors import UserError
-from featcache.store import store
+from featcache.storage.store import store
 
 PIECE_BYTES = 8 << 20
 _ALIGN = 4096

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from featcache.reader import Cache
+from featcache.reading.cache import Cache
 
 Batches = Iterator[int]  # how many samples each batch has
 SIDES = (500, 375)  # of ImageNet's pictures, the median

@@ -16,8 +16,9 @@ import numpy as np
 
 import featcache
 from benchmarks.contest import F16, I64, Batches, Contest, Reader, Task, check
-from featcache import checksums, images, manifest
-from featcache.store import SHARDS, Array, store
+from featcache.pictures import open_source as images
+from featcache.storage import checksums, manifest
+from featcache.storage.store import SHARDS, Array, store
 
 SHARD_ROWS = 1024
 

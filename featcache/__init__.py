@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.errors import IdentityError, StoppedError, UsageError, UserError
 
 if TYPE_CHECKING:
-    from featcache.reader import Cache
+    from featcache.reading.cache import Cache
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "IdentityError", "StoppedError", "UsageError", "UserError", "open"]
@@ -21,7 +21,7 @@ __all__ = ["Cache", "IdentityError", "StoppedError", "UsageError", "UserError", 
 def __getattr__(name: str) -> Any:
     if name != "Cache":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from featcache.reader import Cache
+    from featcache.reading.cache import Cache
 
     return Cache
 
@@ -31,6 +31,6 @@ def open(
 ) -> Cache:
     """Open the cache at `path` for reading; the options are those of `Cache`. Files are checked here for existence and
     size, rows as they are read."""
-    from featcache.reader import Cache
+    from featcache.reading.cache import Cache
 
     return Cache(path, threads=threads, verify_rows=verify_rows, io=io)

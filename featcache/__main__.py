@@ -1,6 +1,6 @@
 """`featcache` and `python -m featcache`: imports come under a guard, so that an early Ctrl-C is one line."""
 
-from featcache import stopping
+from featcache.runtime import signals as stopping
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import click
 
-from featcache import commands, stopping
+from featcache import commands
 from featcache.errors import COMMAND_WRONG, WORK_FAILED, UserError
+from featcache.runtime import signals as stopping
 
 AGAIN = "stopped; run the same command again"
 _CONTINUES = "stopped; what was complete is kept, the same command continues"

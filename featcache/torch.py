@@ -20,9 +20,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache import codecs, images, invocation, joining, rng, views
+from featcache import rng
+from featcache.catalog import extract_command as invocation
 from featcache.errors import UsageError, UserError
-from featcache.reader import Cache
+from featcache.pictures import open_source as images
+from featcache.reading import join as joining
+from featcache.reading.cache import Cache
+from featcache.targets import codecs
+from featcache.views import draw as views
 
 Sample = dict[str, Any]
 

@@ -30,9 +30,11 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from featcache import images, rng, teachers, views
+from featcache import rng, teachers
 from featcache.cli import entry
-from featcache.images import Source
+from featcache.pictures import open_source as images
+from featcache.pictures.open_source import Source
+from featcache.views import draw as views
 from pipelines.pack_images import pack
 
 PX = 32

@@ -23,11 +23,13 @@ from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from featcache import images, manifest, views
 from featcache.errors import UserError
-from featcache.images import Source
-from featcache.reader import Cache
-from student import metrics
+from featcache.pictures import open_source as images
+from featcache.pictures.open_source import Source
+from featcache.reading.cache import Cache
+from featcache.storage import manifest
+from featcache.views import draw as views
+from student.training import metrics
 
 VIEWS_SHOWN = 4  # more would be too small to read
 GREY = 0.82  # hidden patches

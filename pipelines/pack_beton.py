@@ -23,12 +23,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from featcache import images, rng
-from featcache.beton import JPG, RAW, ffcv, open_beton
+from featcache import rng
 from featcache.errors import UsageError, UserError
-from featcache.images import PictureError, Source
-from featcache.manifest import sync_folder, write_file
-from featcache.rendering import ahead
+from featcache.extraction.rendering import ahead
+from featcache.pictures import open_source as images
+from featcache.pictures.beton import JPG, RAW, ffcv, open_beton
+from featcache.pictures.open_source import PictureError, Source
+from featcache.storage.manifest import sync_folder, write_file
 from pipelines.pack_images import picture_of
 
 LARGEST_PX = 65535  # FFCV keeps sides in 16 bits

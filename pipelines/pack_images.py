@@ -3,7 +3,7 @@
     python -m pipelines.pack_images SRC OUT --shard-size N
     python -m pipelines.pack_images SRC OUT.beton
 
-SRC is whatever `featcache.images.open_source` opens; a shard holds KEY.EXT with the picture's own bytes and, where the
+SRC is whatever `pictures.open_source` opens; a shard holds KEY.EXT with the picture's own bytes and, where the
 source is labelled, KEY.cls with the class as a decimal number. The names of the classes go to OUT/classes.json. The
 same pictures give the same bytes: times and owners are fixed, the order is a function of seed and number of pictures.
 
@@ -30,11 +30,12 @@ import click
 from PIL import Image
 from tqdm import tqdm
 
-from featcache import images, rng
+from featcache import rng
 from featcache.cli import entry
 from featcache.errors import UsageError, UserError
-from featcache.images import FolderSource, PictureError, Source
-from featcache.manifest import sync_folder
+from featcache.pictures import open_source as images
+from featcache.pictures.open_source import FolderSource, PictureError, Source
+from featcache.storage.manifest import sync_folder
 
 # First bytes -> suffix, for pictures that come without a file name of their own (members of tars).
 MAGIC = {

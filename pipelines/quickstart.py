@@ -29,9 +29,9 @@ from typing import Any
 import click
 
 import featcache
-from featcache import images
 from featcache.cli import entry
 from featcache.errors import UsageError, UserError
+from featcache.pictures import open_source as images
 from pipelines import digits, overview
 
 MARGIN = 6.0  # points of k-NN, mralign above mae

@@ -27,11 +27,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from featcache import images, rng, views
+from featcache import rng
 from featcache.cli import entry
 from featcache.errors import UserError
-from featcache.images import Source
+from featcache.pictures import open_source as images
+from featcache.pictures.open_source import Source
 from featcache.teachers.dvae import Dvae
+from featcache.views import draw as views
 from pipelines.digits import CROPS, schedule
 
 SIZES = {"img_size": 64, "width": 16, "vocabulary": 64}

@@ -1,8 +1,8 @@
 """`student`, `python -m student` and `accelerate launch -m student`: imports come under a guard, so that an early
 Ctrl-C or SIGTERM is one line."""
 
-from featcache import stopping
 from featcache.errors import STOPPED
+from featcache.runtime import signals as stopping
 
 
 def main() -> None:

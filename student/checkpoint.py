@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache import manifest
 from featcache.errors import UsageError, UserError
-from student import vit
+from featcache.storage import manifest
+from student.models import vit
 
 FOLDER = "checkpoints"
 KEEP = 2  # newest checkpoints of a run that stay on disk
@@ -126,7 +126,7 @@ def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any
 
 def _encoder(settings: dict[str, Any], family: str) -> nn.Module:
     """An encoder of a run's settings, at its start values."""
-    from student import beit, conv_vit  # which most runs do without
+    from student.models import beit, conv_vit  # which most runs do without
 
     img_size, patch_size = settings["img_size"], settings["patch_size"]
     if family == "mae":

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featcache.cli import entry
+from featcache.console.params import Pair
 from featcache.errors import STOPPED, StoppedError, UsageError, UserError
-from featcache.pair import Pair
 
 if TYPE_CHECKING:
-    from student.train import Job
+    from student.training.train import Job
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -173,10 +173,13 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic: 
     Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status 75; --resume goes
     on.
     """
-    from student import checkpoint, estimate, hardware, recipes, stop
-    from student import job as jobs
-    from student import train as work
-    from student.options import Options
+    from student import checkpoint, recipes
+    from student.setup import build as jobs
+    from student.setup.options import Options
+    from student.training import accelerator as hardware
+    from student.training import dry_run as estimate
+    from student.training import preemption as stop
+    from student.training import train as work
 
     if recipe_name is None:
         raise UsageError(f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of your own")
@@ -221,7 +224,7 @@ def train(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic: 
 
 def _note(job: Job, before: int | None, facts: dict[str, Any]) -> None:
     """A line in the ledger, where this process brought the run further than it was `before`."""
-    from featcache import home
+    from featcache.catalog import home
     from student import checkpoint
 
     if (step := checkpoint.step_of(job.out)) != before:
@@ -248,8 +251,8 @@ def replay(file: Path, recipe_name: str | None, precision: str | None, device: s
 
     Tells the loss then and now, and where it goes wrong: weights, inputs, the first module, gradients.
     """
-    from featcache.device import pick_device
-    from student import reproduce
+    from featcache.runtime.device import pick_device
+    from student.training import nonfinite as reproduce
 
     facts = reproduce.run_again(file, recipe_name, pick_device(device), precision)
     click.echo(json.dumps(facts) if as_json else reproduce.text(facts))
@@ -343,10 +346,10 @@ def _evaluate(
     device: str | None,
     as_json: bool,
 ) -> None:
-    from featcache import images
-    from featcache.device import pick_device
-    from featcache.show import given_images
-    from student import frozen
+    from featcache.console.text import given_images
+    from featcache.pictures import open_source as images
+    from featcache.runtime.device import pick_device
+    from student.features import frozen
 
     if (run is None) == (teacher_spec is None):
         raise UsageError(f"student eval {name} takes either RUN, a run folder, or --teacher SPEC; give one of them")

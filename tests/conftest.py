@@ -25,7 +25,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from featcache import beton
+from featcache.pictures import beton
 
 # One thread, here and in every process a test starts: bit-equality is promised for one number of threads, and two
 # threads of two processes on shared cores mostly wait for one another.
@@ -37,7 +37,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
-    from featcache.plan import Plan
+    from featcache.extraction.plan import Plan
 
 settings.register_profile("featcache", deadline=None, derandomize=True, max_examples=40, database=None)
 settings.load_profile("featcache")
@@ -103,7 +103,10 @@ def ffcv_files(ffcv: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_plan(folder: Path, teacher: str = SYNTHETIC, weights: str | None = None, **changes: Any) -> Plan:
     """A plan over a folder's pictures: three views, the first and the last level, shards of five, unless changed."""
-    from featcache import images, plan, teachers, views
+    from featcache import teachers
+    from featcache.extraction import plan
+    from featcache.pictures import open_source as images
+    from featcache.views import draw as views
 
     loaded = teachers.load(teacher, weights)
     policy = changes.pop("policy", views.Policy(size=28))
@@ -124,7 +127,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def undisturbed(folder: Path) -> dict[str, bytes]:
     """Every file of a cache of `make_plan` that was made in one go; it lies at `folder`/../undisturbed."""
-    from featcache import extract
+    from featcache.extraction import extract
 
     out = folder.parent / "undisturbed"
     extract.run(make_plan(folder), out, batch_size=4, workers=2)
@@ -199,8 +202,9 @@ def python(code: str, *args: object, **environment: str) -> subprocess.Completed
 # instead of three.
 _SERVER = multiprocessing.get_context("forkserver")
 _SLOW = ["zarr.codecs", "featcache.teachers.clip", "featcache.teachers.timm_vit"]  # to import
-_SLOW += ["student.cli", "student.job", "student.train", "torch.nn.parallel", "torch.distributed"]
-_SERVER.set_forkserver_preload(["featcache.extract", "featcache.adding", "featcache.commands.extract", *_SLOW])
+_SLOW += ["student.cli", "student.setup.build", "student.training.train", "torch.nn.parallel", "torch.distributed"]
+_SLOW += ["featcache.extraction.extract", "featcache.extraction.extend", "featcache.commands.extract"]
+_SERVER.set_forkserver_preload(_SLOW)
 
 
 class Running:

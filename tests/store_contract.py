@@ -1,7 +1,7 @@
 """What every store must do, whoever writes it: a test class to inherit, with `name` set to the store's name.
 
-n rows, V views. A store's own file formats are tested beside it; here only the contract of `featcache.store` is used,
-and what `featcache.publish` does for all stores alike.
+n rows, V views. A store's own file formats are tested beside it; here only the contract of `storage.store` is used,
+and what `featcache.storage.commit` does for all stores alike.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from featcache import manifest, publish
 from featcache.errors import UserError
-from featcache.store import SHARDS, Array, ShardWriter, folder_path, record_path, store
+from featcache.storage import commit as publish
+from featcache.storage import manifest
+from featcache.storage.store import SHARDS, Array, ShardWriter, folder_path, record_path, store
 
 SHARD = "000000"
 DTYPES = ["<f2", "<f4", "|u1", "<u2", "<u4", "<i4", "<u8"]

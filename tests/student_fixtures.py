@@ -27,10 +27,10 @@ from PIL import Image
 
 import featcache.cli
 import student.cli
-from featcache import checksums, manifest, zarr_store
-from featcache.reader import Cache
-from featcache.store import Array
-from student import metrics
+from featcache.reading.cache import Cache
+from featcache.storage import checksums, manifest, zarr_store
+from featcache.storage.store import Array
+from student.training import metrics
 
 TEACHER = "synthetic:levels=4,tokens=16,width=24,size=32"
 ENCODER = "vit_tiny_patch16_224,embed_dim=48,depth=4,num_heads=3"

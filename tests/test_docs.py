@@ -9,7 +9,9 @@ import click
 import pytest
 
 from featcache import cli as featcache_cli
-from featcache import codecs, store, teachers
+from featcache import teachers
+from featcache.storage import store
+from featcache.targets import codecs
 from student import cli as student_cli
 from student import evals, masking, recipes
 

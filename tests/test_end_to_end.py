@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-import student.train
-from featcache import images, rng
-from featcache.reader import Cache
-from student import checkpoint, feed, metrics, recipes
+import student.training.train
+from featcache import rng
+from featcache.pictures import open_source as images
+from featcache.reading.cache import Cache
+from student import checkpoint, recipes
+from student.data import prefetch as feed
+from student.training import metrics
 from tests import student_fixtures as fx
 
 STEPS = 20
@@ -208,7 +211,8 @@ def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
     assert ran.json["steps"] == 0
     assert metrics.read(tmp_path / "run") == []
     torch.manual_seed(0)
-    from student import config, resolve
+    from student import config
+    from student.setup import cache_match as resolve
 
     recipe = recipes.load("mralign")
     facts = resolve.facts(fx.open_cache().identity)
@@ -227,14 +231,14 @@ def test_stopped_at_a_step_and_resumed(
     """Drop path on; the process fails inside step `died`, before its optimiser step."""
     options = ("--cache", fx.cache_path(), *BOTH, "--save-every", str(save_every))
     fx.good(fx.train("mralign", tmp_path / "whole", *options))
-    seed_of = student.train.step_seed
+    seed_of = student.training.train.step_seed
 
     def dies(seed: int, step: int, micro: int, rank: int) -> int:
         if step == died:
             raise RuntimeError("power cut")
         return seed_of(seed, step, micro, rank)
 
-    monkeypatch.setattr(student.train, "step_seed", dies)
+    monkeypatch.setattr(student.training.train, "step_seed", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         fx.train("mralign", tmp_path / "cut", *options)
     monkeypatch.undo()
@@ -293,7 +297,7 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == files
 
 
-@pytest.mark.parametrize("dies", ["folder.environment", "train._record", "train._metrics"])
+@pytest.mark.parametrize("dies", ["run_folder.environment", "train._record", "train._metrics"])
 def test_a_run_stopped_while_its_folder_is_made_can_be_started(
     dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +307,7 @@ def test_a_run_stopped_while_its_folder_is_made_can_be_started(
     def power_cut(*_: Any) -> Any:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(f"student.{dies}", power_cut)
+    monkeypatch.setattr(f"student.training.{dies}", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         fx.train("maskalign", tmp_path / "run", *options)
     monkeypatch.undo()

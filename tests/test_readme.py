@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from featcache import images
+from featcache.pictures import open_source as images
 from tests import student_fixtures as fx
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from featcache import transfer
 from featcache.commands.copy import carry_out
-from featcache.store import STORES
+from featcache.maintenance import transfer
+from featcache.storage.store import STORES
 
 
 @click.command(

@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
-from featcache import manifest, show, transfer
+from featcache.console import text as show
 from featcache.errors import UsageError
-from featcache.reader import Cache
+from featcache.maintenance import transfer
+from featcache.reading.cache import Cache
+from featcache.storage import manifest
 
 
 @click.command(
@@ -42,7 +44,7 @@ def command(cache: Path, dest: Path, views: int | None, levels: str | None, shar
 
 def _levels(cache: Path, text: str) -> tuple[int, ...]:
     """As `extract` reads them."""
-    from featcache.plan import parse_levels
+    from featcache.extraction.plan import parse_levels
 
     return parse_levels(text, manifest.read(cache)["identity"]["teacher"]["depth"])
 

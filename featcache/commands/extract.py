@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from featcache import account, home, images, manifest, show, views
+from featcache.catalog import home
+from featcache.console import extract_report as account
+from featcache.console import text as show
+from featcache.console.params import Pair
+from featcache.console.text import given_images
 from featcache.errors import UsageError, UserError
-from featcache.pair import Pair
-from featcache.reader import Cache
-from featcache.show import given_images
-from featcache.store import STORES
+from featcache.pictures import open_source as images
+from featcache.reading.cache import Cache
+from featcache.storage import manifest
+from featcache.storage.store import STORES
+from featcache.views import draw as views
 
 if TYPE_CHECKING:
-    from featcache.plan import Job, Plan
-    from featcache.progress import Progress
+    from featcache.extraction.plan import Job, Plan
+    from featcache.extraction.progress import Progress
     from featcache.teachers import Teacher
 
 
@@ -151,9 +156,13 @@ def command(
     **policy_options: Any,
 ) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
-    from featcache import fleet, replay, running, several, teachers
-    from featcache import plan as plans
-    from featcache.device import pick_device
+    from featcache import teachers
+    from featcache.extraction import launcher as fleet
+    from featcache.extraction import options as several
+    from featcache.extraction import plan as plans
+    from featcache.models import precision as running
+    from featcache.runtime.device import pick_device
+    from featcache.views import ffcv_decoder as replay
 
     _check_names(names, order, codec)
     running.keep_memory()
@@ -206,7 +215,9 @@ def command(
 
 def _check_names(names: tuple[str, ...], order: str, codec: str) -> None:
     """Unknown names are told before anything is read."""
-    from featcache import codecs, targets, teachers
+    from featcache import teachers
+    from featcache.targets import codecs
+    from featcache.targets import levels as targets
 
     if not names:
         raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
@@ -219,7 +230,7 @@ def _check_names(names: tuple[str, ...], order: str, codec: str) -> None:
 
 def _check_teacher(teacher: Teacher, labelled: str, policy: views.Policy, batch_size: int) -> None:
     """A score before hours are spent; at chance level it is a UserError."""
-    from featcache import sanity
+    from featcache.extraction import teacher_check as sanity
 
     found = sanity.check(teacher, images.open_source(labelled), policy, batch_size)
     click.echo(found.text, err=True)
@@ -228,8 +239,8 @@ def _check_teacher(teacher: Teacher, labelled: str, policy: views.Policy, batch_
 
 def _jobs(asked: list[Plan], out: Path | None, add: bool) -> list[Job]:
     """What is to be extracted, and into which folders; nothing where there is nothing to add."""
-    from featcache import adding
-    from featcache.plan import file_name
+    from featcache.extraction import extend as adding
+    from featcache.extraction.plan import file_name
 
     if add and out is None:
         raise UsageError("--add adds to a cache: name it with --out CACHE")
@@ -266,8 +277,8 @@ def _share(text: str | None) -> tuple[int, int]:
 
 
 def _extract(jobs: list[Job], batch_size: int, workers: int, strict: bool, share: tuple[int, int]) -> dict[str, Any]:
-    from featcache import extract as work
-    from featcache.progress import Progress
+    from featcache.extraction import extract as work
+    from featcache.extraction.progress import Progress
 
     bar = show.Bar("extract", "pictures")
     progress = Progress()

@@ -10,9 +10,11 @@ from typing import Any
 
 import click
 
-from featcache import home, publish, show
+from featcache.catalog import home
 from featcache.commands import ls, rm
-from featcache.part import added
+from featcache.console import text as show
+from featcache.storage import commit as publish
+from featcache.storage.part import added
 
 _DAY_S = 86400.0
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import click
 
-from featcache import home, invocation, manifest, serves, show, statistics
-from featcache.reader import Cache
+from featcache.catalog import extract_command as invocation
+from featcache.catalog import home, serves
+from featcache.console import text as show
+from featcache.reading.cache import Cache
+from featcache.storage import manifest, statistics
 
 
 @click.command(epilog="Example:\n\n  featcache info caches/clip-b16-1a2b3c4d --json")

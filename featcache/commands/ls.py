@@ -9,10 +9,12 @@ from typing import Any
 
 import click
 
-from featcache import home, manifest, show
+from featcache.catalog import home
+from featcache.console import text as show
 from featcache.errors import UserError
-from featcache.part import added
-from featcache.store import record_path
+from featcache.storage import manifest
+from featcache.storage.part import added
+from featcache.storage.store import record_path
 
 
 @click.command(epilog="Examples:\n\n  featcache ls\n\n  FEATCACHE_HOME=/data/caches featcache ls --json")

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from featcache import images, show
+from featcache.console import text as show
+from featcache.pictures import open_source as images
 
 
 @click.command(
@@ -24,8 +25,11 @@ def command(
     cache: Path, images_spec: str | None, weights: str | None, workers: int, device: str | None, as_json: bool
 ) -> None:
     """Find what is damaged in CACHE and mend it: files from their copies, bad shards by the teacher."""
-    from featcache import extract, repair, running, teachers
-    from featcache.device import pick_device
+    from featcache import teachers
+    from featcache.extraction import extract
+    from featcache.maintenance import repair
+    from featcache.models import precision as running
+    from featcache.runtime.device import pick_device
 
     def load(about: dict[str, Any]) -> tuple[images.Source, teachers.Teacher]:
         source = images.open_source(images_spec or about["provenance"]["source"])

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import click
 
-from featcache import lease, manifest, show
+from featcache.console import text as show
 from featcache.errors import UsageError, UserError
-from featcache.part import PARTS, added
-from featcache.store import SHARDS
+from featcache.storage import lease, manifest
+from featcache.storage.part import PARTS, added
+from featcache.storage.store import SHARDS
 
 
 @click.command(epilog="Examples:\n\n  featcache rm caches/clip-b16-1a2b3c4d\n\n  featcache rm caches/trial* --yes")

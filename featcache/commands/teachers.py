@@ -12,7 +12,8 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(as_json: bool) -> None:
     """The teachers known by name, what they cost, and whether their weights are on this machine. Asks no network."""
-    from featcache import teachers, weights
+    from featcache import teachers
+    from featcache.models import weights
 
     table = [_facts(name, row, weights.on_this_machine(row.hub, row.file)) for name, row in teachers.rows().items()]
     if as_json:

@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
-from featcache import images, invocation, show
+from featcache.catalog import extract_command as invocation
+from featcache.console import text as show
 from featcache.errors import UserError
-from featcache.reader import Cache
+from featcache.pictures import open_source as images
+from featcache.reading.cache import Cache
 
 
 @click.command(
@@ -34,9 +36,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Check every byte of CACHE against its checksums; with --recompute, rows against the teacher."""
-    from featcache import verify as work
-    from featcache.device import pick_device
-    from featcache.recompute import recompute as ask_teacher
+    from featcache.maintenance import verify as work
+    from featcache.maintenance.recompute import recompute as ask_teacher
+    from featcache.runtime.device import pick_device
 
     bar = show.Bar("verify", "shards")
     problems, shards = work.files(cache, bar)
@@ -57,7 +59,7 @@ def command(
 
 def _of_files(facts: dict[str, Any]) -> str:
     """What is wrong with the bytes, and what mends it: the same extraction where shards are only missing."""
-    from featcache import verify as work
+    from featcache.maintenance import verify as work
 
     cache, problems = facts["cache"], facts["problems"]
     left = list(invocation.unfinished(Path(cache)))

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError, near
-from featcache.manifest import REGISTERED
-from featcache.weights import SUFFIXES, fetch, load_state, read_state
+from featcache.models.weights import SUFFIXES, fetch, load_state, read_state
+from featcache.storage.manifest import REGISTERED
 
 __all__ = ["REGISTERED", "fetch", "load_state", "read_state"]  # what families use of other files, by one name
 

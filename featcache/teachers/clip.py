@@ -7,7 +7,7 @@ that says nothing `quick_gelu=true|false` is asked for; the `clip-` names stand 
 then, with a note. What disagrees is refused.
 
 Options: `img_size` in pixels or `grid` in patches a side; `pos`, how positions come onto another grid
-(`featcache.positions`); `quick_gelu`. `clip-l14` sees 196 pixels on the 14 x 14 grid of a /16 student by default;
+(`models.position_embedding`); `quick_gelu`. `clip-l14` sees 196 pixels on the 14 x 14 grid of a /16 student by default;
 `img_size=224` is its own size, and `img_size=336` is the other network that OpenAI trained for it.
 
 B batch, T tokens, P patches, D width, S input pixels.
@@ -29,9 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featcache import positions, quick_gelu, targets, teachers
+from featcache import teachers
 from featcache.errors import UsageError, UserError, near
-from featcache.weights import SUFFIXES
+from featcache.models import position_embedding as positions
+from featcache.models import quick_gelu
+from featcache.models.weights import SUFFIXES
+from featcache.targets import levels as targets
 
 _LOG = logging.getLogger(__name__)
 PREFIX = "open_clip"

@@ -24,8 +24,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from featcache import teachers, weights
+from featcache import teachers
 from featcache.errors import UsageError, near
+from featcache.models import weights
 
 TOKENIZER = True
 NAMES = {

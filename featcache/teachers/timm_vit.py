@@ -2,7 +2,7 @@
 `timm:NAME[,key=value...]`.
 
 Options: `img_size` in pixels or `grid` in patches a side; `pos`, how positions come onto another grid
-(`featcache.positions`); all others go to timm's constructor, so a small teacher of one's own is
+(`featcache.models.position_embedding`); all others go to timm's constructor, so a small teacher of one's own is
 `timm:vit_small_patch16_224,img_size=32,patch_size=4,embed_dim=128,depth=6,num_heads=4` with `--weights FILE`. Random
 weights without `grid` and `pos` are drawn at `img_size` itself, as timm's constructor draws them.
 
@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featcache import positions, targets, teachers
+from featcache import teachers
 from featcache.errors import UsageError, UserError, near
+from featcache.models import position_embedding as positions
+from featcache.targets import levels as targets
 
 PREFIX = "timm"
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import UsageError
-from featcache.images import Source
+from featcache.pictures.open_source import Source
 from student.evals import hits, percent
-from student.frozen import CROP_PCT, Frozen, Progress, class_count, embed_source, labels_as
+from student.features.frozen import CROP_PCT, Frozen, Progress, class_count, embed_source, labels_as
 
 OPTIONS: dict[str, tuple[Any, str]] = {
     "k": (20, "nearest training pictures that vote"),

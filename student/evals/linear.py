@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from featcache import rng
 from featcache.errors import UsageError, UserError
-from featcache.images import Source
+from featcache.pictures.open_source import Source
 from student.evals import hits, percent
-from student.frozen import CROP_PCT, Frozen, Progress, class_count, embed_source, labels_as
+from student.features.frozen import CROP_PCT, Frozen, Progress, class_count, embed_source, labels_as
 
 OPTIONS: dict[str, tuple[Any, str]] = {
     "epochs": (90, "epochs of the head"),

@@ -41,7 +41,7 @@ class TargetSpec:
     scale: tuple[float, float] = (0.2, 1.0)  # crop area of the publication, ends included
     jitter: float = 0.0  # change of colours of the publication, seen by teacher and student alike
     visible_only: bool = False  # of `features` only [CLS] and visible patches are looked at; the others may be missing
-    derive: str = ""  # z, f or fd: given as `targets` in place of `features`, from the one level (featcache.targets)
+    derive: str = ""  # z, f or fd: given as `targets` in place of `features`, from the one level (featcache.derive)
     second: str = ""  # another teacher, whose NAME/features are among the fields: given as `second`, derived likewise
     second_level: int = 0  # its block
     moments: bool = False  # mean and variance (unbiased) of each level, over channels, all tokens and the whole batch

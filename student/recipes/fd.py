@@ -30,8 +30,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from featcache.errors import UsageError
-from student import beit, losses
 from student.config import CHECKED, Above0, Fraction, NotNegative, Positive, RecipeConfig, check_choice
+from student.models import beit, losses
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this

@@ -20,8 +20,9 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from student import losses, masking, vit
+from student import masking
 from student.config import CHECKED, Mask, NotNegative, OutputConfig, Positive
+from student.models import losses, vit
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this

@@ -20,8 +20,9 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from student import losses, masking, vit
+from student import masking
 from student.config import CHECKED, NotNegative, Positive, RecipeConfig, check_hides_patches
+from student.models import losses, vit
 from student.recipes import TargetSpec
 
 SERVED_BY = {"fields": (), "levels": ""}  # by default; `featcache info` reads this

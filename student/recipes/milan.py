@@ -36,7 +36,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from featcache.errors import UsageError
-from student import losses, masking, vit
+from student import masking
 from student.config import (
     CHECKED,
     CLIP_L14,
@@ -47,6 +47,7 @@ from student.config import (
     check_choice,
     check_hides_patches,
 )
+from student.models import losses, vit
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this

@@ -26,8 +26,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from featcache.errors import UsageError
-from student import align, losses, masking, vit
+from student import masking
 from student.config import CHECKED, Fraction, Mask, NotNegative, Positive, RecipeConfig, check_hides_patches
+from student.models import alignment as align
+from student.models import losses, vit
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this

@@ -52,8 +52,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from featcache.errors import UsageError
-from student import conv_vit, losses, masking, vit
+from student import masking
 from student.config import CHECKED, Mask, NotNegative, OutputConfig, Positive, check_choice, check_hides_patches
+from student.models import conv_vit, losses, vit
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this

@@ -24,7 +24,7 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from student import beit, losses, masking, regress, vit
+from student import masking
 from student.config import (
     CHECKED,
     Above0,
@@ -36,6 +36,8 @@ from student.config import (
     check_choice,
     check_hides_patches,
 )
+from student.models import beit, losses, vit
+from student.models import latent_regressor as regress
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this

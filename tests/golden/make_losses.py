@@ -5,11 +5,11 @@
 A recipe's forward pass is its own (compared with second implementations in tests/test_recipe_*.py); everything around
 it is written out here from METHODS and DESIGN: which pictures make a batch, which view each shows, its pixels by plain
 Pillow from the stored box, its targets by numpy from what zarr reads, its mask from numpy's own Philox, normalised
-colours, the rate of a step, the gradient's largest norm, AdamW with decoupled decay. Nothing of student.train, optim,
+colours, the rate of a step, the gradient's largest norm, AdamW with decoupled decay. Nothing of the trainer, optim,
 loader, targets and masking or of featcache's reader, views and rng has a part in it; a recipe's own `needs` says which
 levels it is given.
 
-The weights at the start are sines of their index (tests.test_recipes.fill), so that no version of torch or timm draws
+The weights at the start are sines of their index (`test_recipes.fill`), so that no version of torch or timm draws
 others; `losses.json` names the cache by digests of what it holds, so that another cache is not taken for another loss.
 
 B batch, P patches, S pixels a side.
@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from student import config, recipes
 from tests import student_fixtures as fx
-from tests.test_masking import blocks, numpy_words
-from tests.test_recipes import fill, trained
+from tests.student.recipes.test_recipes import fill, trained
+from tests.student.test_masking import blocks, numpy_words
 
 STEPS, BATCH, SEED, PATCHES, FIRST_LEVEL = 10, 8, 3, 16, 2
 RATE, LOWEST, WARMUP = 1e-3, 2e-4, 3  # one epoch of 24 pictures is three steps

@@ -1,0 +1,1 @@
+"""Caches are found below `$FEATCACHE_HOME`: listed, and matched with the recipes they serve."""

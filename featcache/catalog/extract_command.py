@@ -1,0 +1,101 @@
+"""The `featcache extract` command that a cache comes from, rebuilt from its manifest: it finishes it, or adds to it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from featcache.storage import manifest
+from featcache.storage.part import added, describe
+from featcache.storage.store import record_path
+from featcache.views.draw import Policy
+
+BATCH_SIZE = 32  # of `featcache extract` where none is given
+
+
+def command(words: Sequence[str]) -> str:
+    """The line to be typed, quoted for a shell.
+
+    >>> command(["--teacher", "clip-b16", "--images", "my pictures"])
+    "featcache extract --teacher clip-b16 --images 'my pictures'"
+    """
+    return shlex.join(["featcache", "extract", *words])
+
+
+def made(about: Mapping[str, Any], out: Path) -> str:
+    """The command that makes, or continues, the cache at `out`."""
+    return command([*options(about), "--out", str(out)])
+
+
+def addition(about: Mapping[str, Any], cache: Path) -> str:
+    """The command that makes, or continues, what was added to a cache."""
+    return command([*options(about), "--add", "--out", str(cache)])
+
+
+class Unfinished(NamedTuple):
+    """A cache, or what was added to it, of which shards are missing."""
+
+    what: str
+    shards: int
+    shards_complete: int
+    pictures_left: int
+    finish: str  # the command
+
+    def __str__(self) -> str:
+        return (
+            f"unfinished: {self.shards_complete} of {self.shards} shards of {self.what} are there, "
+            f"{self.pictures_left} pictures are left; finish it with: {self.finish}"
+        )
+
+
+def unfinished(cache: Path) -> Iterator[Unfinished]:
+    """What is missing of the cache at `cache` and of what was added to it; nothing where all is complete."""
+    for part in (cache, *added(cache)):
+        about = manifest.read(part)
+        left = [shard["count"] for shard in about["shards"] if not record_path(part, shard["name"]).is_file()]
+        if left:
+            finish = made(about, cache) if part == cache else addition(about, cache)
+            total = len(about["shards"])
+            yield Unfinished(describe(about), total, total - len(left), sum(left), finish)
+
+
+def options(
+    about: Mapping[str, Any], levels: Sequence[int] | None = None, views: int | None = None, *, keep: bool = True
+) -> list[str]:
+    """The options that extract what this manifest states, with these levels and views; all tokens without `keep`."""
+    identity, provenance = about["identity"], about["provenance"]
+    depth = identity["teacher"]["depth"]
+    policy = {key: value for key, value in identity["policy"].items() if value != Policy().as_dict()[key]}
+    size = provenance.get("batch_size", BATCH_SIZE)
+    given = {
+        "teacher": identity["teacher"]["name"],
+        "levels": levels_text(identity["levels"] if levels is None else levels, depth),
+        "images": provenance["source"],
+        "views": views or identity.get("first_view", 0) + identity["views"],
+        **({} if provenance["weights"] == manifest.REGISTERED else {"weights": provenance["weights"]}),
+        **{key: ",".join(map(repr, value)) if isinstance(value, list) else value for key, value in policy.items()},
+        **{key: identity[key] for key in ("order", "codec", "store", "tokens")},
+        **({"keep": identity["keep"]} if keep and "keep" in identity else {}),
+        **({"pixels": identity["pixels"]} if "pixels" in identity else {}),
+        **({} if (decoder := identity["pixel_path"]["decoder"]) == "pillow" else {"decoder": decoder}),
+        **({"precision": identity["teacher"]["precision"]} if "precision" in identity["teacher"] else {}),
+        "rows-per-shard": identity["rows_per_shard"],
+        **({} if size == BATCH_SIZE else {"batch-size": size}),  # a real network gives other bits at another
+    }
+    compiled = ["--compile"] if provenance.get("compiled") else []
+    return [*(word for key, value in given.items() for word in (f"--{key}", str(value))), *compiled]
+
+
+def levels_text(levels: Sequence[int], depth: int) -> str:
+    """Block numbers as `--levels` takes them; a recipe that reads no level still needs a cache with one.
+
+    >>> levels_text([11, 12], 12), levels_text([8, 12], 12), levels_text([1, 2], 2), levels_text([], 12)
+    ('last:2', '8,12', 'all', 'last:1')
+    """
+    if list(levels) == list(range(1, depth + 1)):
+        return "all"
+    if list(levels) == list(range(depth - len(levels) + 1, depth + 1)):
+        return f"last:{max(len(levels), 1)}"
+    return ",".join(map(str, levels))

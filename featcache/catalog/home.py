@@ -1,0 +1,56 @@
+"""Where caches live and where runs are noted: `$FEATCACHE_HOME`, by default `./caches`.
+
+The run ledger lies here and never inside a cache, which may be read-only or shared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from featcache.storage import manifest
+
+
+def home() -> Path:
+    return Path(os.environ.get("FEATCACHE_HOME") or "caches")
+
+
+def caches() -> list[Path]:
+    """Folders below home that hold a manifest, by name."""
+    found = (path.parent for path in home().glob(f"*/{manifest.NAME}"))
+    return sorted(path for path in found if not path.name.startswith("."))  # hidden ones are half removed
+
+
+def note_run(**facts: Any) -> None:
+    """Append one line to the ledger; a home that cannot be written is told once and stops nothing."""
+    line = json.dumps(
+        {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}, sort_keys=True, default=str
+    )
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        with (home() / "runs.jsonl").open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        print(f"note: the run ledger {home() / 'runs.jsonl'} cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def runs_of(cache_id: str) -> list[dict[str, Any]]:
+    """The ledger's lines on training with a cache, oldest first; lines that cannot be read are passed over."""
+    try:
+        lines = (home() / "runs.jsonl").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        if cache_id in line:
+            try:
+                facts = json.loads(line)
+            except ValueError:  # a process died while it wrote
+                continue
+            if isinstance(facts, dict) and facts.get("cache_id") == cache_id and facts.get("command") == "train":
+                found.append(facts)
+    return found

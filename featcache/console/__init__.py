@@ -1,0 +1,1 @@
+"""The terminal: entry point, option types, progress bars, tables and reports."""

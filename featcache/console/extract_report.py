@@ -1,0 +1,100 @@
+"""What an extraction tells of itself: before, meanwhile, stopped, and done."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.console import text as show
+from featcache.storage import manifest
+from featcache.storage.store import record_path
+
+if TYPE_CHECKING:
+    from featcache.extraction.plan import Job
+    from featcache.extraction.progress import Progress
+
+
+def summary(jobs: list[Job], out: Path | None, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is known before the work; `levels` are the first teacher's, bytes those of this share."""
+    plan, folder = jobs[0]
+    count = sum(shard["count"] for shard in shards)
+    more = {each.teacher.name: {"levels": each.levels, "folder": str(place)} for each, place in jobs}
+    return {
+        "cache": str(out or folder),
+        "id": plan.manifest()["id"],
+        "pictures": len(plan.source),
+        "views": plan.views,
+        "levels": plan.levels,
+        "share_pictures": count,
+        "bytes": sum(each.view_bytes * each.views * count for each, _ in jobs),
+        **({"teachers": more} if len(jobs) > 1 else {}),
+    }
+
+
+def missing(job: Job) -> list[dict[str, Any]]:
+    """The shards that have no record."""
+    return [shard for shard in job.plan.shards if not record_path(job.out, shard["name"]).is_file()]
+
+
+def left(jobs: list[Job]) -> str:
+    """What a person who stopped it wants to know."""
+    left = max((missing(job) for job in jobs), key=len)
+    shards = len(jobs[0].plan.shards)
+    return (
+        f"stopped: {shards - len(left)} of {shards} shards of {str(jobs[0].out)!r} are complete and kept, "
+        f"{sum(shard['count'] for shard in left)} pictures are left; the same command continues"
+    )
+
+
+def lacking(jobs: list[Job], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """What these shards still lack, where another cache is refused as the work would refuse it."""
+    from featcache.extraction.plan import continued
+
+    for plan, folder in jobs:
+        continued(plan.manifest(), folder)
+    left = [[shard for shard in missing(job) if shard in shards] for job in jobs]
+    rows = [sum(shard["count"] for shard in each) for each in left]
+    new_bytes = sum(job.plan.view_bytes * job.plan.views * count for job, count in zip(jobs, rows, strict=True))
+    new = {"new_shards": max(map(len, left)), "new_pictures": max(rows), "new_bytes": new_bytes}
+    return {"shards": len(shards), "complete": not any(left), **new}
+
+
+def preview(facts: dict[str, Any], folder: Path) -> str:
+    """What a dry run says."""
+    whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
+    pictures, views = manifest.counted(facts["share_pictures"], "picture"), manifest.counted(facts["views"], "view")
+    what = f"{pictures} x {views}, {show.size(facts['bytes'])}"
+    if facts["complete"]:
+        return f"{whose} is complete ({what}): nothing would be done"
+    some = "" if facts["new_shards"] == facts["shards"] else f"; {facts['shards'] - facts['new_shards']} are there"
+    shards = manifest.counted(facts["new_shards"], "shard")
+    return f"would write {show.size(facts['new_bytes'])} in {shards} to {whose}{some}"
+
+
+def rate(progress: Progress) -> str:
+    left = (progress.total - progress.pictures) / max(progress.rate, 1e-9)
+    eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
+    return f"{progress.rate:.1f} pictures/s, ETA {eta}, slowest: {progress.slowest}"
+
+
+def story(summary: dict[str, Any]) -> str:
+    count = manifest.counted(summary["rows"], "picture")
+    if summary["share"]:
+        count = f"share {summary['share']}, {summary['share_pictures']} of {summary['pictures']} pictures"
+    views, verb = manifest.counted(summary["views"], "view"), "added " if summary["added"] else ""
+    lines = [f"{summary['cache']}: {verb}{count} x {views}, {show.size(summary['bytes'])}"]
+    if summary["new_pictures"]:
+        lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
+    elif summary["complete"]:
+        lines.append("was complete already; nothing to do")
+    if not summary["complete"]:
+        lines.append(f"this share is done; the cache has {summary['rows']} pictures so far, other shares complete it")
+    for row in summary["quarantined"][:10]:
+        lines.append(f"quarantined {row['key']!r}: {row['reason']}")
+    if summary["quarantined"]:
+        lines.append(
+            f"{len(summary['quarantined'])} in quarantine, all listed in {summary['cache']}/quarantine.json; "
+            "mended pictures come in with a new --out"
+        )
+    return "\n".join(lines)

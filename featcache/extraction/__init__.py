@@ -1,0 +1,1 @@
+"""Pictures become views, views a teacher's targets, targets shards: the work behind `featcache extract`."""

@@ -1,0 +1,1 @@
+"""A cache is verified, recomputed, repaired, copied and converted."""

@@ -1,0 +1,188 @@
+"""Mending a cache: what files can tell is restored, bad shards are extracted again, nothing else is touched.
+
+A bad shard is put aside until its successor is complete; a repair that fails puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import IdentityError, UnreadableError, UserError
+from featcache.extraction import extract
+from featcache.extraction.plan import Plan, write_side_files
+from featcache.maintenance import verify
+from featcache.pictures.open_source import Source
+from featcache.storage import commit as publish
+from featcache.storage import lease as leases
+from featcache.storage import manifest
+from featcache.storage.part import added
+from featcache.storage.store import QUARANTINE, SHARDS, record_path
+from featcache.teachers import Teacher
+from featcache.views import draw as views
+
+Load = Callable[[dict[str, Any]], tuple[Source, Teacher]]  # manifest -> its pictures and its teacher
+
+
+def run(cache: Path, load: Load, *, workers: int = 2, progress: extract.Progress | None = None) -> dict[str, Any]:
+    """Mend the cache and what was added to it. Returns the files restored and the shards extracted again; the pictures
+    and the teacher are opened only when a shard or the teacher's tail needs them."""
+    restored: list[str] = []
+    shards: list[str] = []
+    for part in (cache, *added(cache)):
+        restored += _restore_manifest(part)
+        about = manifest.read(part)
+        problems = list(verify.problems(part, about))
+        bad = sorted({problem.shard for problem in problems if problem.shard})
+        if bad or any(problem.path.name in about["files"] for problem in problems):
+            _extract(part, about, bad, load, workers, progress or extract.Progress())
+        if problems:
+            if (part / QUARANTINE).is_dir():
+                publish.remove(part / QUARANTINE)
+            extract.report_quarantine(part, about)
+        for leftover in publish.leftovers(part):
+            publish.remove(leftover)
+        for shard in about["shards"]:
+            leases.clear(part, shard["name"])
+        restored += [str(problem.path) for problem in problems if not problem.shard]
+        shards += [str(record_path(part, shard)) for shard in bad]
+    if strange := verify.together(cache):
+        raise UserError(strange[0])
+    return {"restored": restored, "shards": shards}
+
+
+def _restore_manifest(part: Path) -> list[str]:
+    """The manifest from its copy, or the copy from the manifest."""
+    pair = (part / manifest.NAME, part / SHARDS / manifest.COPY)
+    if not any(path.exists() for path in pair):
+        raise UserError(
+            f"no cache at {str(part)!r}: neither {manifest.NAME} nor its copy is there; give the folder that "
+            "`featcache extract` wrote"
+        )
+    good = [path for path in pair if not verify.json_problem(path)]
+    if not good:
+        raise UserError(
+            f"cache {str(part)!r}: {manifest.NAME} and its copy {SHARDS}/{manifest.COPY} are both damaged; extract "
+            "again into another folder"
+        )
+    if len(good) == 2:
+        here, there = (manifest.read_json(path) for path in pair)
+        if here == there:
+            return []
+        what = f"cannot repair {str(part)!r}: {manifest.NAME} and {SHARDS}/{manifest.COPY} are sound, but of two caches"
+        todo = "remove the one that does not belong here"
+        manifest.refuse(here, there, what, todo, ("fatal", "lossy", "layout"))
+    source = good[0]
+    target = pair[1] if source == pair[0] else pair[0]
+    manifest.write_json(target, manifest.read_json(source))
+    return [str(target)]
+
+
+def _extract(
+    part: Path, about: dict[str, Any], bad: list[str], load: Load, workers: int, progress: extract.Progress
+) -> None:
+    source, teacher = load(about)
+    plan = of_manifest(about, source, teacher)
+    wanted = plan.manifest()
+    if "copied_from" in about["provenance"] and _holds(part, about, source):
+        wanted["identity"]["pictures"] = about["identity"]["pictures"]
+    todo = "give the pictures and weights of the extraction: --images SRC, --weights FILE"
+    manifest.refuse(wanted, about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout"))
+    write_side_files(plan, part)
+    progress.total += sum(shard["count"] for shard in about["shards"] if shard["name"] in bad)
+    for shard in bad:
+        _replace(plan, part, about, shard, workers, progress)
+
+
+def _replace(
+    plan: Plan, part: Path, about: dict[str, Any], shard: str, workers: int, progress: extract.Progress
+) -> None:
+    """One shard, so that a death in between hides no other. It is put back when no new one could be made."""
+    try:
+        with _held(part, shard, progress):
+            if _is_good(part, about, shard):  # another repair was here
+                return
+            publish.set_aside(part, shard, plan.store)
+        size = about["provenance"]["batch_size"]
+        extract.run(plan, part, batch_size=size, workers=workers, progress=progress, about=about, only=shard)
+        _check_views(part, shard)
+    except BaseException:
+        lease = leases.take(part, shard)
+        if lease is not None:  # else another works on it now, and puts it back if need be
+            publish.put_back(part, shard, plan.store)
+            lease.release()
+        raise
+    publish.forget_aside(part, shard, plan.store)
+
+
+def _check_views(part: Path, shard: str) -> None:
+    """Crops and hashes of pixels depend on the pictures alone: other pictures under the same keys have others."""
+    record = record_path(part, shard)
+    try:
+        here, there = (manifest.read_json(path).get("files", {}) for path in (record, publish.aside(record)))
+    except UnreadableError:
+        raise
+    except UserError:  # damaged, or another repair of the same shard has cleared up in this moment
+        return
+    of_views = [name for name in here if name.startswith(("pixel_hash/c", "crop/c"))]
+    if changed := [name for name in of_views if name in there and here[name] != there[name]]:
+        record.unlink()
+        raise IdentityError(
+            f"cannot repair {str(part)!r}: the pictures given are not those of the extraction ({changed[0]} of shard "
+            f"{shard} would change); give those with --images SRC"
+        )
+
+
+@contextlib.contextmanager
+def _held(part: Path, shard: str, progress: extract.Progress) -> Iterator[None]:
+    """While nobody else works on the shard."""
+    while (lease := leases.take(part, shard)) is None:
+        progress.waiting(1)
+        time.sleep(extract.WAIT_S)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def _is_good(part: Path, about: dict[str, Any], shard: str) -> bool:
+    one = {**about, "files": {}, "shards": [each for each in about["shards"] if each["name"] == shard]}
+    return not any(problem.shard for problem in verify.problems(part, one))
+
+
+def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
+    """Whether a copy of some shards has its pictures from `source`: the manifest knows the keys of all its rows."""
+    last = max(shard["first"] + shard["count"] for shard in about["shards"])
+    records = [record_path(part, shard["name"]) for shard in about["shards"]]
+    lists = [manifest.read_json(path)["quarantined"] for path in records if not verify.json_problem(path)]
+    if not verify.json_problem(part / QUARANTINE):
+        lists.append(manifest.read_json(part / QUARANTINE)["pictures"])
+    out = {row["key"] for rows in lists for row in rows}
+    if last > len(source):
+        return False
+    keys = [key for s in about["shards"] for key in source.keys[s["first"] : s["first"] + s["count"]] if key not in out]
+    return about["identity"]["pictures"] == {"count": len(keys), "keys_digest": manifest.keys_digest(keys)}
+
+
+def of_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan:
+    """The plan that a manifest came from."""
+    identity = about["identity"]
+    return Plan(
+        source,
+        teacher,
+        views.from_dict(identity["policy"]),
+        identity["views"],
+        tuple(identity["levels"]),
+        identity["order"],
+        identity["codec"],
+        identity["store"],
+        identity["rows_per_shard"],
+        identity["tokens"],
+        identity.get("keep"),
+        "pixels" in identity,
+        identity.get("first_view", 0),
+        "statistics" in about["provenance"],
+    )

@@ -1,0 +1,164 @@
+"""What of a cache is wanted elsewhere: for each of its parts, the manifest of the copy and the shards it comes from.
+
+Whole, with all that was added; some shards, which are a complete cache of fewer pictures; or the first views and some
+levels, which are one flat cache, wherever in the source their rows lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import UsageError, UserError
+from featcache.reading.cache import Cache
+from featcache.storage import checksums
+from featcache.storage import manifest as manifests
+from featcache.storage.part import PARTS, added, describe
+from featcache.storage.store import Array, array, record_path
+
+Range = tuple[int, int]  # numbers of shards, the end not included
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part of a cache and what becomes of it."""
+
+    source: Cache
+    out: Path
+    manifest: dict[str, Any]  # of the target
+    records: tuple[dict[str, Any], ...]  # of the source's shards that are wanted
+    as_files: bool  # nothing changes within a shard
+    recount: bool  # fewer numbers: statistics of what is kept
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        identity: dict[str, Any] = self.manifest["identity"]
+        return identity
+
+    @property
+    def store(self) -> str:
+        return str(self.identity["store"])
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [array(name, facts) for name, facts in self.manifest["arrays"].items()]
+
+    @property
+    def missing(self) -> list[dict[str, Any]]:
+        """The records of shards that the target lacks."""
+        return [record for record in self.records if not record_path(self.out, record["shard"]).is_file()]
+
+    def bytes(self, record: Mapping[str, Any]) -> int:
+        """What a shard of the target holds; of one that is rewritten, without the store's own headers."""
+        if self.as_files:
+            return sum(facts["bytes"] for facts in record["files"].values())
+        views = self.identity["views"]
+        return sum(spec.item_bytes * (views if spec.per_view else 1) for spec in self.arrays) * int(record["rows"])
+
+
+def whole(
+    source: Cache, out: Path, *, shards: Range | None = None, store: str | None = None
+) -> tuple[list[Job], list[str]]:
+    """(jobs of the cache and of what was added to it, what is left out in words)."""
+    changes = {"store": store} if store else {}
+    parts = [Cache(path) for path in added(source.path)]
+    jobs = [_choose(source, out, changes, shards)]
+    jobs += [_addition(_choose(part, out, changes, shards)) for part in parts if part.complete]
+    return jobs, [f"{describe(part.manifest)} (unfinished)" for part in parts if not part.complete]
+
+
+def flat(
+    source: Cache,
+    out: Path,
+    *,
+    views: int | None = None,
+    levels: Sequence[int] | None = None,
+    shards: Range | None = None,
+) -> tuple[list[Job], list[str]]:
+    """(one job of the first views and these levels of the cache's own teacher, what is left out in words)."""
+    views = source.views if views is None else views
+    chosen = source.levels if levels is None else tuple(sorted(levels))
+    if source.identity.get("first_view"):
+        raise UsageError(
+            f"{str(source.path)!r} was added to a cache: --views and --levels choose from the cache itself"
+        )
+    if not 1 <= views <= source.views:
+        raise UsageError(f"--views {views}: 1 to {source.views} views are stored in {str(source.path)!r}")
+    if lacking := [level for level in chosen if level not in source.levels]:
+        raise UsageError(f"--levels: {lacking[0]} is not stored; {','.join(map(str, source.levels))} are")
+    others = [
+        about for about in map(manifests.read, added(source.path)) if _teacher(about) != _teacher(source.manifest)
+    ]
+    return [_choose(source, out, {"views": views, "levels": list(chosen)}, shards)], [describe(each) for each in others]
+
+
+def _teacher(about: Mapping[str, Any]) -> str:
+    return str(about["identity"]["teacher"]["name"])
+
+
+def rows(source: Cache, record: Mapping[str, Any]) -> slice:
+    """Row numbers of a shard."""
+    shards = [each["shard"] for each in source.records]
+    first = sum(each["rows"] for each in source.records[: shards.index(record["shard"])])
+    return slice(first, first + record["rows"])
+
+
+def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | None) -> Job:
+    """One part with `changes` of its identity."""
+    about, numbers = source.manifest, _numbers(source, shards)
+    records = _records(source, numbers)
+    identity = {**source.identity, **changes}
+    fewer, as_files = len(numbers) < len(about["shards"]), identity == source.identity
+    recount = not as_files and "views" in changes
+    if fewer:
+        keys = [key for record in records for key in source.keys[rows(source, record)]]
+        # Those that have a row: the source's digest covers quarantined pictures too, whose order is not known here.
+        identity["pictures"] = {"count": len(keys), "keys_digest": manifests.keys_digest(keys)}
+    provenance = {
+        **about["provenance"],
+        **({"copied_from": about["id"]} if fewer or recount else {}),
+        **({"statistics": "of stored numbers"} if recount else {}),
+    }
+    arrays = _fewer(about["arrays"], identity) if recount else about["arrays"]
+    chosen = [about["shards"][i] for i in numbers]
+    made = manifests.make(identity, provenance, arrays, chosen, {})
+    return Job(source, out, {**made, "files": about["files"]}, records, as_files, recount)
+
+
+def _fewer(arrays: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a cache with other levels, their checksums too."""
+    levels = len(identity["levels"])
+    specs = [array(name, facts) for name, facts in arrays.items() if name not in checksums.NAMES]
+    specs = [replace(spec, item=(levels, *spec.item[1:])) if checksums.has_levels(spec) else spec for spec in specs]
+    tokens = array("features", arrays["features"]).item[1]
+    sums = checksums.declare(specs, levels, tokens, ranked=identity["tokens"] == "ranked")
+    return {spec.name: spec.as_dict() for spec in (*specs, *sums)}
+
+
+def _addition(job: Job) -> Job:
+    """Below parts/, in a folder that ends, as everywhere, with the digest of its identity."""
+    here, there = (manifests.digest(each)[:8] for each in (job.source.identity, job.identity))
+    name = job.source.path.name
+    return replace(job, out=job.out / PARTS / (name.removesuffix(here) + there if name.endswith(here) else name))
+
+
+def _numbers(source: Cache, shards: Range | None) -> range:
+    count = len(source.manifest["shards"])
+    low, high = shards or (0, count)
+    if not 0 <= low < high <= count:
+        raise UsageError(f"--shards {low}:{high}: A:B with A < B <= {count} is allowed, the cache has {count} shards")
+    return range(low, high)
+
+
+def _records(source: Cache, numbers: range) -> tuple[dict[str, Any], ...]:
+    """The records of the shards that are wanted, all of which must be there."""
+    wanted = [source.manifest["shards"][i]["name"] for i in numbers]
+    records = {record["shard"]: record for record in source.records}
+    if lacking := [name for name in wanted if name not in records]:
+        raise UserError(
+            f"cache {str(source.path)!r} is incomplete: {len(lacking)} of {len(wanted)} shards are missing, the first "
+            f"{lacking[0]}; finish it with the command that made it, or give --shards A:B of those that are there"
+        )
+    return tuple(records[name] for name in wanted)

@@ -1,0 +1,125 @@
+"""Is a cache what its manifest says? Every byte of every file against its checksum.
+
+Nothing here repairs: it names what is wrong, file by file. `recompute` asks the teacher itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from featcache.errors import UnreadableError, UserError
+from featcache.reading.cache import Cache
+from featcache.storage import commit as publish
+from featcache.storage import manifest
+from featcache.storage.part import Keys, added, record_problem
+from featcache.storage.store import QUARANTINE, SHARDS, record_path, store
+
+
+class Problem(NamedTuple):
+    """What is wrong with one file; `shard` where a shard must be extracted again to mend it."""
+
+    path: Path
+    text: str
+    shard: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def files(
+    path: Path, progress: Callable[[int, int], None] = lambda done, total: None, without: Collection[str] = ()
+) -> tuple[list[str], int]:
+    """(problems, shards checked) of a cache and what was added to it: every byte of every file against its checksum,
+    but for shards that it is to be read `without`."""
+    found: list[str] = []
+    shards = 0
+    for part in (path, *added(path)):
+        about = manifest.read(part)
+        found += [str(problem) for problem in problems(part, about, progress) if problem.shard not in without]
+        shards += len(about["shards"])
+    return found or ([] if without else together(path)), shards
+
+
+def together(path: Path) -> list[str]:
+    """Why files that are sound, each by itself, are not one cache; no repair could choose between them."""
+    try:
+        with Cache(path) as cache:
+            listed = cache.identity["pictures"]["keys_digest"]  # pictures in quarantine too, whose place is not known
+            if cache.quarantined or not cache.complete or manifest.keys_digest(cache.keys) == listed:
+                return []
+    except UserError as error:
+        return [str(error)]
+    return [
+        f"cache {str(path)!r}: the keys of its shards are not those of its list of pictures, so one is of an "
+        "extraction of others; remove that shard's files and its record, and run `featcache repair`"
+    ]
+
+
+def problems(
+    part: Path, about: dict[str, Any], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[Problem]:
+    """Everything that is wrong with one part, file by file."""
+    backend = about["identity"]["store"]
+    for text in manifest.check_files(part, about):
+        yield Problem(Path(text.rpartition(": ")[0]), text)
+    for path in (part / SHARDS / manifest.COPY, part / QUARANTINE):
+        wanted = path.name == manifest.COPY or path.is_file() or _lacks_quarantine(part, about)
+        if wanted and (damage := json_problem(path)):
+            yield Problem(path, damage)
+        elif path.name == manifest.COPY and manifest.read_json(path) != about:
+            yield Problem(path, f"{path}: differs from {manifest.NAME}")
+        elif path.name == QUARANTINE and path.is_file() and not _is_of_records(path, part, about):
+            yield Problem(path, f"{path}: does not list the pictures that the records of shards name")
+    for done, shard in enumerate(about["shards"], 1):
+        record = record_path(part, shard["name"])
+        if damage := json_problem(record):
+            missing = f"{record}: missing; this shard is not extracted yet, or its record is lost"
+            yield Problem(record, damage if record.is_file() else missing, shard["name"])
+        else:
+            read = manifest.read_json(record)
+            if why := record_problem(about, shard, read):
+                yield Problem(record, f"{record}: {why}", shard["name"])
+            else:
+                yield from _of_files(part, shard["name"], backend, read)
+        progress(done, len(about["shards"]))
+
+
+def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> Iterator[Problem]:
+    found = publish.check(part, shard, backend, record, deep=True)
+    yield from (Problem(Path(text.rpartition(": ")[0]), text, shard) for text in found)
+    if not found:
+        keys = Keys(*store(backend).keys(part, shard, record))
+        if len(keys) != record["rows"] or manifest.keys_digest(keys) != record["keys_digest"]:
+            path = record_path(part, shard)
+            yield Problem(path, f"{path}: its keys are not those of the shard's files", shard)
+
+
+def _lacks_quarantine(part: Path, about: dict[str, Any]) -> bool:
+    """Whether quarantine.json is missing although every record is there and one of them has something for it."""
+    return bool(_quarantined(part, about))
+
+
+def _is_of_records(path: Path, part: Path, about: dict[str, Any]) -> bool:
+    rows = _quarantined(part, about)
+    return rows is None or (manifest.read_json(path) == {"pictures": rows} and bool(rows))
+
+
+def _quarantined(part: Path, about: dict[str, Any]) -> list[Any] | None:
+    """What the records say, in order; None where one of them is missing or damaged."""
+    paths = [record_path(part, shard["name"]) for shard in about["shards"]]
+    if any(json_problem(path) for path in paths):
+        return None
+    return [row for path in paths for row in manifest.read_json(path).get("quarantined", [])]
+
+
+def json_problem(path: Path) -> str | None:
+    """What is wrong with a JSON of ours; an UnreadableError where that cannot be said."""
+    try:
+        manifest.read_json(path)
+    except UnreadableError:
+        raise
+    except UserError as error:
+        return str(error)
+    return None

@@ -1,0 +1,1 @@
+"""Teachers as PyTorch modules: the contract, weights, precision, position embeddings."""

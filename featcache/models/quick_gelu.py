@@ -1,0 +1,140 @@
+"""Which activation CLIP weights were trained with, and who says so.
+
+OpenAI's networks used QuickGELU, x * sigmoid(1.702 x); most later ones use GELU. The same tensors load under both, and
+the wrong one is silent and costs points. What can be asked: open_clip's table of tags, the config beside the weights,
+the classes that a scripted archive names, an architecture's name, and the user.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from featcache.errors import UsageError, UserError, near
+from featcache.models import restricted_unpickler as inert
+
+CONFIG = "open_clip_config.json"  # lies beside weights that open_clip saved
+Statistics = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What open_clip's table says of one set of weights."""
+
+    quick: bool
+    mean: Statistics
+    std: Statistics
+
+
+def named(quick: bool) -> str:
+    return "QuickGELU" if quick else "GELU"
+
+
+def runs_in(network: nn.Module) -> bool:
+    """Whether a built network runs QuickGELU."""
+    return any(type(module).__name__ == "QuickGELU" for module in network.modules())
+
+
+def config(arch: str) -> dict[str, Any]:
+    """open_clip's config of an architecture by name."""
+    import open_clip
+
+    return dict(open_clip.get_model_config(arch) or {})
+
+
+def of_architecture(arch: str) -> bool | None:
+    """What an architecture's name alone says: nothing where both forms of it exist."""
+    import open_clip
+
+    if arch.endswith("-quickgelu"):
+        return True
+    return None if f"{arch}-quickgelu" in open_clip.list_models() else bool(config(arch).get("quick_gelu", False))
+
+
+def of_tag(name: str, arch: str, tag: str) -> Tag:
+    """Facts of a tag; an unknown one is a UsageError that offers near ones. `name` is what the user gave."""
+    import open_clip
+
+    about = open_clip.get_pretrained_cfg(arch, tag)
+    if not about:
+        known = open_clip.list_pretrained_tags_by_model(arch)
+        raise UsageError(f"unknown weights {tag!r} of {name}: {near(tag, known)}; or a file, or random:SEED")
+    quick = about.get("quick_gelu", config(arch).get("quick_gelu", False))
+    return Tag(bool(quick), about["mean"], about["std"])
+
+
+def agreed(name: str, options: Mapping[str, object], known: bool | None, whose: str) -> bool:
+    """What is known and the option `quick_gelu`, which must not disagree; GELU where neither says."""
+    asked = options.get("quick_gelu")
+    if asked is not None and not isinstance(asked, bool):
+        raise UsageError(f"teacher {name!r}: quick_gelu={asked!r}; true or false is allowed")
+    if asked is not None and known is not None and asked != known:
+        raise UsageError(
+            f"teacher {name!r}: quick_gelu={str(asked).lower()}, but {whose} says {named(known)}, and the other would "
+            "be silently wrong; leave the option out"
+        )
+    return bool(known if asked is None else asked)
+
+
+def of_file(
+    name: str, by_name: bool | None, options: Mapping[str, object], path: str, fallback: bool | None = None
+) -> tuple[bool, str]:
+    """What the file says, the config in its folder, or the teacher's name (`by_name`), and nothing to add. Where none
+    does and no option is given, the `fallback` with a note that tells of it; without one, the option is asked for."""
+    says = {
+        "the archive": _archive_says(path),
+        f"{CONFIG} beside the file": _folder_says(path),
+        "the name": by_name,
+    }
+    known = {whose: quick for whose, quick in says.items() if quick is not None}
+    if len(set(known.values())) > 1:
+        each = ", ".join(f"{whose} says {named(quick)}" for whose, quick in known.items())
+        raise UsageError(f"teacher {name!r}, weights {path!r}: {each}; give the architecture of these weights")
+    if not known and "quick_gelu" not in options and fallback is not None:
+        other = f"{name},quick_gelu={str(not fallback).lower()}"
+        return fallback, (
+            f"{path} does not say its activation; {name} runs {named(fallback)}, as the weights it is named for: give "
+            f"{other} if these are others"
+        )
+    if not known and "quick_gelu" not in options:
+        raise UsageError(
+            f"weights {path!r} do not say their activation, and the wrong one would be silent: give "
+            f"{name},quick_gelu=true (OpenAI's, MetaCLIP's, DFN's) or {name},quick_gelu=false (LAION's, DataComp's)"
+        )
+    whose, quick = next(iter(known.items()), ("", None))
+    return agreed(name, options, quick, whose), ""
+
+
+def _archive_says(path: str) -> bool | None:
+    """A TorchScript archive names its classes, QuickGELU among them or GELU."""
+    try:
+        classes = {name.rpartition(".")[2] for name in inert.names(path) if name.startswith("__torch__.")}
+    except Exception:  # no zip archive of torch's: it says nothing, and reading it will tell what it is
+        return None
+    return True if "QuickGELU" in classes else False if "GELU" in classes else None
+
+
+def _folder_says(path: str) -> bool | None:
+    beside = Path(path).with_name(CONFIG)
+    return bool(read_config(beside, path)["model_cfg"].get("quick_gelu", False)) if beside.is_file() else None
+
+
+def read_config(path: Path, name: str) -> dict[str, Any]:
+    """{"model_cfg": {...}, ...} of open_clip_config.json, or of one of open_clip's bare model configs."""
+    try:
+        about = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher {name!r}: config {str(path)!r} cannot be read: {error}; JSON is needed") from error
+    about = about if isinstance(about, dict) and "model_cfg" in about else {"model_cfg": about}
+    model = about["model_cfg"]
+    if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
+        raise UserError(
+            f"teacher {name!r}: config {str(path)!r} lacks embed_dim, vision_cfg or text_cfg; one of open_clip's model "
+            "configs is needed"
+        )
+    return about

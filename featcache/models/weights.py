@@ -1,0 +1,156 @@
+"""Weights of a library's model: from a file, from the library's hub, or on this machine already.
+
+A file is .safetensors, a torch state dict (bare, or below "state_dict", "model" or "teacher"), a whole pickled module
+or a TorchScript archive; nothing in it is ever executed. What does not fit a model is told in one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from torch import Tensor, hub, nn
+
+from featcache.errors import UserError
+from featcache.models import restricted_unpickler as inert
+
+Got = TypeVar("Got")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pkl")
+_WRAPPERS = ("state_dict", "model", "teacher")  # open_clip's and DINO's own programs; MAE's and DeiT's; DINO's
+_HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+def read_state(path: str, what: str) -> dict[str, Tensor]:
+    """Name -> tensor of a weights file; a file that holds none is a UserError."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = _read_torch(path)
+    except Exception as error:  # truncated, text, a foreign pickle, another header: all are the file's fault
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"weights {path!r} for {what} cannot be read: {reason[:160]}; a .safetensors file or a torch file of "
+            "tensors is allowed (nothing in a file is ever executed): save the state dict as .safetensors"
+        ) from error
+    state = _unwrapped(state)
+    if not state:
+        raise UserError(
+            f"weights {path!r} for {what}: there is no named tensor in it (nothing in a file is ever executed); a "
+            "state dict (name -> tensor) is needed: save it as .safetensors"
+        )
+    return state
+
+
+def _read_torch(path: str) -> dict[str, Tensor]:
+    """torch's own reader of plain tensors where it will, else the one that only looks."""
+    try:
+        return inert.named(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # refused, damaged, or no torch file at all: the second reader says which
+        return inert.tensors(path)
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part below the first wrapper there is, or everything; a bare tensor has no name and is left out."""
+    for wrapper in _WRAPPERS:
+        inner = {
+            name.removeprefix(wrapper + "."): value for name, value in state.items() if name.startswith(wrapper + ".")
+        }
+        if inner:
+            return inner
+    return {name: value for name, value in state.items() if name}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str, what: str) -> None:
+    """Load strictly; every difference of names or shapes is one line."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if not (missing or extra or shapes):
+        model.load_state_dict(state)
+        return
+    parts = [
+        f"{len(missing)} tensors are missing ({missing[0]} ...)" if missing else "",
+        f"{len(extra)} are unknown ({extra[0]} ...)" if extra else "",
+        *(f"{name} is {tuple(state[name].shape)}, {tuple(own[name].shape)} is needed" for name in sorted(shapes)[:1]),
+    ]
+    raise UserError(
+        f"weights {path!r} do not fit {what}: {', '.join(filter(None, parts))}; give the file of this architecture"
+    )
+
+
+def fetch(get: Callable[[], Got], what: str, tag: str) -> Got:
+    """Let a library fetch registered weights; that they cannot be had is one line with the two ways on."""
+    logging.disable(logging.CRITICAL)  # the clients' own reports of every retry
+    try:
+        with _offline_when_unreachable():
+            return get()
+    except Exception as error:  # hubs raise whatever their clients raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"pretrained weights {tag!r} of {what} cannot be had: they are neither on this machine nor could they be "
+            f"fetched, or what is here is damaged ({reason[:90]}...); give a local file with --weights FILE, or try "
+            "the program without them with --weights random:SEED"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _offline_when_unreachable() -> Iterator[None]:
+    """Where the hub's name does not resolve and no proxy is set, let its client use its cache only: it would otherwise
+    try each of many file names for a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = before or not getproxies()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def on_this_machine(repository: str, file: str = "") -> Path | None:
+    """Where registered weights lie already: below the Hugging Face hub's cache, or `file` below torch hub's. No network
+    is asked."""
+    if file:
+        path = torch_hub_file(file)
+        return path if path.is_file() else None
+    if not repository:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository, name) for name in _HUB_FILES)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def torch_hub_file(name: str) -> Path:
+    """Where torch hub keeps a downloaded file."""
+    return Path(hub.get_dir()) / "checkpoints" / name
+
+
+def download(url: str, file: str) -> Path:
+    """A file of torch hub's cache, fetched if it is not there: under another name first, so never a part of it."""
+    path = torch_hub_file(file)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            hub.download_url_to_file(url, str(part), progress=False)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,363 @@
+"""Reading a cache: rows by number, keys to rows, bytes by pread.
+
+n rows asked for, V views, L levels, T tokens, D width. Row ranges are read straight into the caller's arrays; Zarr's
+own machinery is not entered. Every item is compared with its stored crc32c; `verify_rows` lowers the share.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import UsageError, UserError, near
+from featcache.reading import request as arguments
+from featcache.reading.byte_ranges import BadRow, Piece, Proof, Run
+from featcache.reading.locations import Places, crc_array, pieces_of, runs_of
+from featcache.reading.range_reader import IO, Reads
+from featcache.storage import checksums
+from featcache.storage import commit as publish
+from featcache.storage import manifest as manifests
+from featcache.storage.part import I64, Keys, Part, describe, open_parts
+from featcache.storage.store import Array
+
+
+class Cache:
+    """An opened cache. `read` is safe to call from several threads, after a fork, and in spawned processes.
+
+    `threads` that read at the same time (default: 4, or fewer cores). `verify_rows` from 0 to 1: the share of rows that
+    are checked as they are read. `io`: `buffered` leaves what is read in the page cache, `streaming` takes it out
+    again, `direct` never puts it there (O_DIRECT); `auto` streams a cache larger than the machine's memory, of which
+    nothing would still be there when it is wanted again. `partial` opens a cache without the shards of which something
+    is missing or short, in place of an error: `absent` says which and why, and their pictures are not among the rows.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verify_rows: float = 1.0,
+        io: str = "auto",
+        partial: bool = False,
+    ) -> None:
+        if not isinstance(verify_rows, int | float) or not 0 <= verify_rows <= 1:
+            raise UsageError(f"verify_rows {verify_rows!r}: a share from 0 to 1 is allowed")
+        self.path = Path(path)
+        self._place = self.path.absolute()  # the working directory may change
+        self._options = {"threads": threads, "verify_rows": verify_rows, "io": io, "partial": partial}
+        self._parts, unfinished = open_parts(self._place, partial)
+        self.unfinished = [describe(part.manifest) for part in unfinished]  # added, not whole: not read
+        self._base = self._parts[0]
+        self.absent: dict[str, str] = {shard: why for part in self._parts for shard, why in part.absent.items()}
+        self.manifest = self._base.manifest
+        self.identity = self._base.identity
+        self.records = self._base.records
+        self.verify_rows, self._calls = verify_rows, 0
+        self.views: int = self.views_of(self._base.teacher)
+        self.levels: tuple[int, ...] = self.levels_of(self._base.teacher)
+        self.arrays: dict[str, Array] = dict(self._all_arrays())
+        self._reads = Reads(threads, _choose(io, self.bytes))
+
+    def _all_arrays(self) -> Iterator[tuple[str, Array]]:
+        """Arrays by the names that `read` takes, with the levels of all parts; another teacher's as TEACHER/NAME."""
+        for teacher in dict.fromkeys(part.teacher for part in self._parts):
+            first = next(part for part in self._parts if part.teacher == teacher)
+            levels = len(self.levels_of(teacher))
+            for name, spec in first.arrays.items():
+                if name in checksums.NAMES:
+                    continue
+                if checksums.has_levels(spec):
+                    spec = replace(spec, item=(levels, *spec.item[1:]))
+                if first is self._base:
+                    yield name, spec
+                elif checksums.has_levels(spec) or name in ("attention", "mask_order", "token_ids"):
+                    yield f"{teacher}/{name}", spec
+
+    def levels_of(self, teacher: str) -> tuple[int, ...]:
+        """The stored levels of one of the cache's teachers, ascending."""
+        return tuple(sorted({level for part in self._parts if part.teacher == teacher for level in part.levels}))
+
+    def views_of(self, teacher: str) -> int:
+        """How many views of one of the cache's teachers are stored."""
+        return max(part.view_numbers.stop for part in self._parts if part.teacher == teacher)
+
+    def manifest_of(self, teacher: str) -> dict[str, Any]:
+        """The manifest of a teacher's first part."""
+        if teacher not in self.teachers:
+            raise UsageError(f"unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}")
+        return next(part.manifest for part in self._parts if part.teacher == teacher)
+
+    def records_of(self, teacher: str) -> list[dict[str, Any]]:
+        """The records of all shards of a teacher's parts."""
+        return [record for part in self._parts if part.teacher == teacher for record in part.records]
+
+    @property
+    def teachers(self) -> list[str]:
+        """The teacher of the cache itself, then those that were added."""
+        return list(dict.fromkeys(part.teacher for part in self._parts))
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.path)!r}: {manifests.title(self.manifest)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self._place, **self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state.pop("path"), **state)  # type: ignore[misc]
+
+    @property
+    def fields(self) -> list[str]:
+        """Names that `read` takes."""
+        return list(self.arrays)
+
+    @property
+    def complete(self) -> bool:
+        return self._base.complete
+
+    @property
+    def bytes(self) -> int:
+        """Of all files of complete shards."""
+        return sum(part.bytes for part in self._parts)
+
+    @property
+    def parts(self) -> list[str]:
+        """What was extracted into this cache, in words: itself first, then what was added."""
+        return [describe(part.manifest) for part in self._parts]
+
+    @property
+    def quarantined(self) -> list[dict[str, str]]:
+        """Pictures that could not be used: {key, reason} each."""
+        return self._base.quarantined
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The key of every row; `keys.find(list)` gives rows."""
+        return self._base.keys()
+
+    def tail(self, teacher: str | None = None) -> dict[str, npt.NDArray[np.float32]]:
+        """gamma, beta, eps and proj of a teacher's end, kept beside the shards; of the cache's own by default."""
+        if teacher not in (None, *self.teachers):
+            raise UsageError(f"tail: unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}")
+        return next(part for part in self._parts if part.teacher == (teacher or self._base.teacher)).tail()
+
+    def read(
+        self,
+        rows: npt.ArrayLike,
+        view: int | npt.ArrayLike = 0,
+        fields: Sequence[str] = ("features",),
+        levels: Sequence[int] | None = None,
+        tokens: int | None = None,
+        out: Mapping[str, npt.NDArray[Any]] | None = None,
+        check: bool = True,
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Arrays (n, ...) of the rows, as stored (`features` stays encoded).
+
+        `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in `--levels`; `tokens`:
+        the first so many of T ([CLS] first; in ranked caches then by rank); both apply to arrays (L, T, ...). `out` is
+        filled where it names a field: reused memory reads twice as fast as new. `check=False` compares nothing.
+        Raises UserError when bytes are missing or not those that were written.
+        """
+        rows, views, fields = arguments.numbers("rows", rows), arguments.numbers("view", view), arguments.names(fields)
+        arguments.check_options(levels, tokens, out, fields)
+        if len(views) not in (1, len(rows)):
+            raise UsageError(f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is needed")
+        views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
+        self._check_request(rows, views, fields)
+        places = self._places(rows, views)
+        checked = self._choose_rows(rows, views) if check else np.zeros(len(rows), bool)
+        sums = self._checksums(rows, places, checked, fields, tokens)
+        result, runs = {}, []
+        for name in fields:
+            wanted, count = self._wanted_levels(name, levels), self._wanted_tokens(name, tokens)
+            target = result[name] = self._target(name, len(rows), len(wanted), count, out)
+            if checked.any() and self._must_read_whole(name, count):
+                target[:] = self.read(rows, views, (name,), wanted, None, None, check)[name][:, :, :count]
+            else:
+                runs += self._plan(name, target, rows, places, wanted, count, checked, sums)
+        try:
+            self._reads.read(runs)
+        except BadRow as bad:
+            raise self._explain(bad, rows, views) from bad
+        return result
+
+    def derive(self, name: str, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
+        """`f`, `z`, `fd` or `y` (n, T, width), which follow from what is stored: see `featcache.derive.read`."""
+        from featcache.reading.derived import read  # needs torch, which reading does without
+
+        return read(self, name, *args, **options)
+
+    # ------------------------------------------------------------ what is asked for
+
+    def _check_request(self, rows: I64, views: I64, fields: Sequence[str]) -> None:
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+            raise UsageError(f"read: rows must be numbers from 0 to {len(self) - 1}")
+        asked = set(views.tolist())
+        for name in fields:
+            if name not in self.arrays:
+                raise UsageError(f"read: unknown field {name!r}; {near(name, self.fields)}")
+            plain = name.rpartition("/")[2]
+            held = {view for part in self._of(name) if plain in part.arrays for view in part.view_numbers}
+            if strange := asked - held:
+                raise UsageError(f"read: view {min(strange)} of {name}: view must be from {min(held)} to {max(held)}")
+
+    def _of(self, name: str) -> list[Part]:
+        """The parts of a field's teacher."""
+        teacher = name.rpartition("/")[0] or self._base.teacher
+        return [part for part in self._parts if part.teacher == teacher]
+
+    def _wanted_levels(self, name: str, levels: Sequence[int] | None) -> tuple[int, ...]:
+        stored = self.levels_of(self._of(name)[0].teacher)
+        for level in () if levels is None else levels:
+            if level not in stored:
+                raise UsageError(f"read: level {level} is not stored; stored are {list(stored)}")
+        return stored if levels is None else tuple(levels)
+
+    def _wanted_tokens(self, name: str, tokens: int | None) -> int:
+        spec = self.arrays[name]
+        if not checksums.has_levels(spec):
+            return 0
+        if tokens is not None and not 1 <= tokens <= spec.item[1]:
+            raise UsageError(f"read: tokens must be from 1 to {spec.item[1]}, {tokens} given")
+        return tokens or spec.item[1]
+
+    def _target(
+        self, name: str, rows: int, levels: int, tokens: int, out: Mapping[str, npt.NDArray[Any]] | None
+    ) -> npt.NDArray[Any]:
+        spec = self.arrays[name]
+        shape = (rows, *((levels, tokens, *spec.item[2:]) if checksums.has_levels(spec) else spec.item))
+        target = out[name] if out is not None and name in out else np.empty(shape, spec.dtype)
+        if target.shape != shape or target.dtype != spec.dtype or not target.flags.carray:
+            raise UsageError(f"read: out[{name!r}] must be C-contiguous, writable {spec.dtype} {shape}")
+        return target
+
+    def _choose_rows(self, rows: I64, views: I64) -> npt.NDArray[np.bool_]:
+        """Which rows of this call are checked: others at the next."""
+        if self.verify_rows == 1:
+            return np.ones(len(rows), bool)
+        self._calls += 1
+        mixed = (rows * 2 + views * 3 + self._calls).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.verify_rows
+
+    def _must_read_whole(self, name: str, tokens: int) -> bool:
+        """Whether only whole levels have a checksum where some tokens are wanted."""
+        spec = self.arrays[name]
+        if not checksums.has_levels(spec) or tokens == spec.item[1]:
+            return False
+        return name.rpartition("/")[2] != "features" or "prefix_crc" not in self._of(name)[0].arrays
+
+    # ------------------------------------------------------------ where its bytes are
+
+    def _places(self, rows: I64, views: I64) -> Places:
+        """Places in the request, in the order of the files."""
+        shards = np.searchsorted(self._base.starts, rows, side="right") - 1
+        at = np.lexsort((rows, views, shards))
+        return Places(at, shards[at], views[at])
+
+    def _checksums(
+        self,
+        rows: I64,
+        places: Places,
+        checked: npt.NDArray[np.bool_],
+        fields: Sequence[str],
+        tokens: int | None,
+    ) -> dict[tuple[int, str], npt.NDArray[np.uint32]]:
+        """(n, columns) of each part's checksum arrays that `fields` need; rows that are not checked stay unset."""
+        tables: dict[tuple[int, str], npt.NDArray[np.uint32]] = {}
+        runs: list[Run] = []
+        for i, part in enumerate(self._parts) if checked.any() else []:
+            here = places.those(checked[places.at] & part.holds(places.views))
+            proof = Proof(part.store.sound, part.facts)
+            for field in sorted({crc_array(part, name, tokens) for name in fields if part in self._of(name)}):
+                spec = part.arrays[field]
+                pieces = (Piece(0, 0, spec.item_bytes),)
+                if field == "prefix_crc":  # (T, L): those of the wanted length
+                    level_bytes = 4 * spec.item[1]
+                    pieces = (Piece(((tokens or 0) - 1) * level_bytes, 0, level_bytes),)
+                table = tables[i, field] = np.empty((len(rows), sum(piece.size for piece in pieces) // 4), np.uint32)
+                runs += runs_of(part, spec, table.view(np.uint8), rows, here, pieces, proof=proof)
+        self._reads.read(runs)
+        return tables
+
+    def _plan(
+        self,
+        name: str,
+        target: npt.NDArray[Any],
+        rows: I64,
+        places: Places,
+        levels: tuple[int, ...],
+        tokens: int,
+        checked: npt.NDArray[np.bool_],
+        sums: Mapping[tuple[int, str], npt.NDArray[np.uint32]],
+    ) -> list[Run]:
+        """The reads of one field."""
+        plain, parts = name.rpartition("/")[2], self._of(name)
+        flat = target.reshape(len(rows), -1).view(np.uint8) if target.size else np.empty((len(rows), 0), np.uint8)
+        left = np.ones(len(rows), bool)  # by place: what no part before has given
+        runs: list[Run] = []
+        for i, part in enumerate(self._parts):
+            pieces = pieces_of(part, plain, levels, tokens) if part in parts and plain in part.arrays else ()
+            if not pieces:
+                continue
+            held = left & part.holds(places.views)
+            if not checksums.has_levels(self.arrays[name]):
+                left &= ~held
+            spec, table = part.arrays[plain], sums.get((i, crc_array(part, plain, tokens)))
+            sure = checked[places.at] if table is not None else np.zeros(len(rows), bool)
+            runs += runs_of(part, spec, flat, rows, places.those(held & sure), pieces, table)
+            runs += runs_of(part, spec, flat, rows, places.those(held & ~sure), pieces)
+        return runs
+
+    # ------------------------------------------------------------ what went wrong
+
+    def _explain(self, bad: BadRow, rows: I64, views: I64) -> UserError:
+        """Name the file at fault: that of the row, or that of its checksum."""
+        row, view = int(rows[bad.row]), int(views[bad.row])
+        shard = int(np.searchsorted(self._base.starts, row, side="right") - 1)
+        record = self.records[shard]["shard"]
+        problems = [
+            problem
+            for part in self._parts
+            for problem in publish.check(part.path, record, part.identity["store"], part.records[shard], deep=True)
+        ]
+        if problems:  # others may be damaged as well
+            problem = min(problems, key=lambda text: (not text.startswith(f"{bad.path}:"), "_crc/" not in text))
+            return UserError(
+                f"cache file {problem} (seen at row {row}, {self.keys[row]!r}, view {view}); "
+                f"run `featcache repair {self.path}`"
+            )
+        return UserError(
+            f"cache file {bad.path}: row {row} ({self.keys[row]!r}), view {view} differed from its checksum, but shard "
+            f"{record} is sound on disk: memory or transport may be at fault; run again, and `featcache verify` it"
+        )
+
+    def close(self) -> None:
+        """Close all files; the next `read` opens them again."""
+        self._reads.close()
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_reads") and not sys.is_finalizing():  # then names are gone, and files close anyway
+            self._reads.close()
+
+
+def _choose(io: str, cache_bytes: int) -> str:
+    if io not in IO:
+        raise UsageError(f"io {io!r}: one of {', '.join(IO)} is allowed")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return ("streaming" if cache_bytes > memory else "buffered") if io == "auto" else io

@@ -1,0 +1,134 @@
+"""Which picture is which row, and the proof of it: pictures and rows are joined by key, never by place.
+
+n training pictures, m pictures of a source, S pixels of a view at the policy's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache import rng
+from featcache.errors import IdentityError, UserError
+from featcache.maintenance import recompute
+from featcache.pictures import open_source as images
+from featcache.reading.cache import Cache
+from featcache.storage import manifest
+from featcache.views import draw as views
+
+I64 = npt.NDArray[np.int64]
+BOX = ("crop", "flip", "jitter", "source_size")  # what makes a view of a picture
+_PAIR_ROWS = 1 << 16  # compared at a time: a few MB
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The pictures of a cache that stores its views' pixels, as a source: keys, and nothing left to decode."""
+
+    cache: Cache
+    labels: None = None
+    classes: None = None
+
+    @property
+    def spec(self) -> str:
+        return str(self.cache.path)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self.cache.keys
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def read(self, index: int) -> bytes:
+        raise UserError(
+            f"picture {self.keys[index]!r}: cache {self.spec!r} holds views of it, not the picture; give the pictures "
+            f"as {images.ALLOWED}"
+        )
+
+
+def stores_pixels(cache: Cache) -> bool:
+    """Whether the rendered views are stored (`--pixels raw`)."""
+    return "pixels" in cache.fields
+
+
+def join(cache: Cache, source: images.Source, *, decodes: bool = True) -> tuple[I64, I64, int]:
+    """(pictures (n,), rows (n,), skipped): source numbers and cache rows of the training pictures, joined by key.
+
+    Quarantined pictures are skipped and counted; any other picture the cache does not know, or another pixel path than
+    the extraction's where pictures are decoded (`decodes`), is an IdentityError.
+    """
+    if isinstance(source, Stored) and source.cache is cache:
+        every = np.arange(len(cache), dtype=np.int64)
+        return every, every, 0
+    if decodes:
+        images.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
+    rows = cache.keys.find(source.keys)
+    unknown = np.flatnonzero(rows < 0)
+    quarantined = {row["key"] for row in cache.quarantined}
+    strange = [source.keys[i] for i in unknown.tolist() if source.keys[i] not in quarantined]
+    if strange:
+        raise IdentityError(
+            f"{len(strange)} of {len(source)} pictures of {source.spec!r} are not in cache {str(cache.path)!r} "
+            f"({manifest.title(cache.manifest)}), the first is {strange[0]!r}; give the pictures it was made from, or "
+            "extract these"
+        )
+    pictures = np.flatnonzero(rows >= 0)
+    return pictures, rows[pictures], len(unknown)
+
+
+def sampled(digests: rng.U64, view: npt.ArrayLike, epoch: int | I64, seed: int, share: float) -> npt.NDArray[np.bool_]:
+    """(n,) which views of an epoch, one or one per picture, are compared with their stored hash: a pure function of
+    (seed, epoch, key)."""
+    words = rng.words(digests, rng.stream("check", seed), 1, view=view, epoch=epoch)
+    chosen: npt.NDArray[np.bool_] = rng.uniform(words)[:, 0] < share
+    return chosen
+
+
+def prove(
+    cache: Cache, row: int, view: int, pixels: npt.NDArray[np.uint8], tolerance: float = 0.0, option: str = "tolerance"
+) -> None:
+    """IdentityError unless a view (S, S, 3) is what the teacher saw: the stored hash, or with a `tolerance` a mean
+    difference of block means up to so many levels of 255. `option` is how the caller's user sets it."""
+    problem = recompute.pixel_problem(cache, row, view, pixels)
+    if problem is None:
+        return
+    stored = cache.read([row], view, ("thumbnail",))["thumbnail"][0]
+    difference = np.abs(views.thumbnail(pixels).astype(int) - stored.astype(int)).mean()
+    if difference > tolerance or not tolerance:
+        raise IdentityError(f"{problem}; train on the pictures of the extraction, or allow it: {option}")
+
+
+def pair(here: Cache, there: Cache) -> tuple[I64, I64]:
+    """(rows of one (n,), rows of the other (n,)) of the pictures that both hold, in the order of the first.
+
+    For caches that were extracted apart, of two teachers or at two times: view v of one is then view v of the other.
+    Every stored box of the views that both have is compared; one that differs is an IdentityError that names it.
+    """
+    theirs = there.keys.find(here.keys)
+    ours = np.flatnonzero(theirs >= 0)
+    theirs = theirs[ours]
+    if not len(ours):
+        raise IdentityError(
+            f"caches {str(here.path)!r} and {str(there.path)!r} have no picture in common; see their keys"
+        )
+    for low in range(0, len(ours), _PAIR_ROWS):
+        a, b = ours[low : low + _PAIR_ROWS], theirs[low : low + _PAIR_ROWS]
+        for view in range(min(here.views, there.views)):
+            _same_boxes(here, there, a, b, view)
+    return ours, theirs
+
+
+def _same_boxes(here: Cache, there: Cache, ours: I64, theirs: I64, view: int) -> None:
+    one, other = here.read(ours, view, BOX), there.read(theirs, view, BOX)
+    for name in BOX:
+        differs = (one[name] != other[name]).reshape(len(ours), -1).any(1)
+        for i in np.flatnonzero(differs)[:1].tolist():
+            raise IdentityError(
+                f"picture {here.keys[ours[i]]!r}, view {view}: {name} is {one[name][i].tolist()} in "
+                f"{str(here.path)!r}, {other[name][i].tolist()} in {str(there.path)!r}; caches are joined where both "
+                "show the same crops: extract with the same policy and --seed, from the same pictures"
+            )

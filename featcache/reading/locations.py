@@ -1,0 +1,69 @@
+"""Where what a read asks for lies: places in the request by file, pieces of items, runs over the files of a part.
+
+n rows asked for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.reading.byte_ranges import Piece, Proof, Run
+from featcache.storage import checksums
+from featcache.storage.part import I64, Files, Part
+from featcache.storage.store import Array
+
+
+class Places(NamedTuple):
+    """Places in a request, sorted by file, and the shard and view of each."""
+
+    at: I64
+    shards: I64
+    views: I64
+
+    def those(self, mask: npt.NDArray[np.bool_]) -> Places:
+        return self if mask.all() else Places(*(each[mask] for each in self))
+
+
+def runs_of(
+    part: Part,
+    spec: Array,
+    target: npt.NDArray[np.uint8],
+    rows: I64,
+    places: Places,
+    pieces: tuple[Piece, ...],
+    table: npt.NDArray[np.uint32] | None = None,
+    proof: Proof | None = None,
+) -> list[Run]:
+    """One run of an array's items at these places, unless there are none."""
+    at, shards, views = places
+    if not len(at):
+        return []
+    first = np.flatnonzero(np.append(True, (np.diff(shards) != 0) | (np.diff(views) != 0)))
+    counts = np.diff(first, append=len(at))
+    paths, offsets = part.locate_all(spec, Files(shards[first], views[first], counts), rows[at])
+    file = np.repeat(np.arange(len(first)), counts)
+    return [Run(paths, target, at, file, offsets, pieces, None if table is None else table[at], proof)]
+
+
+def pieces_of(part: Part, name: str, levels: tuple[int, ...], tokens: int) -> tuple[Piece, ...]:
+    """What is read of one item: those of the wanted levels that this part holds, or the whole."""
+    spec = part.arrays[name]
+    first = checksums.columns(part.arrays.values()).get(name, 0)
+    if not checksums.has_levels(spec):
+        return (Piece(0, 0, spec.item_bytes, first),)
+    level_bytes = spec.item_bytes // spec.item[0]
+    wanted = level_bytes // spec.item[1] * tokens
+    here = [(place, part.levels.index(level)) for place, level in enumerate(levels) if level in part.levels]
+    return tuple(Piece(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here)
+
+
+def crc_array(part: Part, name: str, tokens: int | None) -> str:
+    """The array that holds the checksums of a field read by its first `tokens`."""
+    name = name.rpartition("/")[2]
+    if name != "features":
+        return "side_crc"
+    partial = tokens is not None and 0 < tokens < part.arrays[name].item[1]
+    return "prefix_crc" if partial and "prefix_crc" in part.arrays else "row_crc"

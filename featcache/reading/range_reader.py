@@ -1,0 +1,365 @@
+"""Byte ranges of many files into memory, by a few threads: bounded handles, checksums as bytes come, page cache or not.
+
+Threads take slices of runs (`byte_ranges`) until none is left; reads and crc32c leave the interpreter's lock while
+they work, and through the page cache many ranges are read without it (`native_read`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastcrc.crc32 import iscsi as crc32c
+
+from featcache.errors import UsageError, UserError
+from featcache.reading.byte_ranges import BadRow, Proof, Run, cut, joined, span
+from featcache.storage.posix_io import FULL, NoHandleError, cannot_read, ends, failed, pread_direct, preadv
+
+IO = ("auto", "buffered", "streaming", "direct")
+_MOST_HANDLES = 16384
+_SMALL = 4096  # items up to this are read many at a time where they lie close
+_CLOSE = 8  # such items of a file, and more, are worth one read of all that is between them
+_SPAN = 256 << 10  # how far apart the first and last of such items may lie
+_HOT = 512 << 10  # bytes read at once where they are checked: still in a core's own cache then
+_PATIENCE_S = 1.0  # for a handle, when nobody reads
+_PARTS = 4  # of a read, for each thread
+_INLINE = 1 << 20  # less than this is read by the caller alone
+
+
+@dataclass(eq=False, slots=True)
+class _File:
+    """An open file, and how many read from it just now."""
+
+    path: str
+    fd: int
+    users: int = 0
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # nothing was written that could be lost
+            os.close(self.fd)
+
+
+class Reads:
+    """Reads runs. Safe in several threads and after a fork; holds at most `most` files open."""
+
+    def __init__(self, threads: int | None = None, io: str = "buffered") -> None:
+        if io not in IO[1:]:
+            raise UsageError(f"io {io!r}: one of {', '.join(IO)} is allowed")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise UsageError(f"threads {threads!r}: a whole number, at least 1, is needed")
+        # Past the page cache a thread waits for the disk, then copies: more of them keep both busy.
+        cores = len(os.sched_getaffinity(0))
+        self.threads = threads or (2 * min(4, cores) if io == "direct" else min(4, cores))
+        self.io = io
+        self._flags = os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0)
+        self._most = min(_raise_handles() // 2, _MOST_HANDLES)
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._proven: dict[str, tuple[int, int]] = {}  # path -> (inode, mtime_ns) when its proof held
+        self._by_machine_code = False  # from the first large read on
+        self._start()
+        _alive.add(self)
+
+    def _start(self) -> None:
+        """A new lock and no threads: at first, and in a forked child, whose other threads are not there any more."""
+        self._lock = threading.RLock()  # a cache that is collected closes its files, in any thread, at any place
+        self._pool: ThreadPoolExecutor | None = None
+        for file in self._files.values():
+            file.users = 0
+
+    def read(self, runs: Sequence[Run]) -> None:
+        """Fill every run. Raises UserError for a missing or short file, BadRow for a wrong checksum."""
+        total = sum(run.row_bytes * len(run.at) for run in runs)
+        files = max(self._most // (max(len(_alive), 1) * self.threads), 1)
+        if total < _INLINE:
+            self._work(cut(runs, _INLINE, files))
+            return
+        if self.io == "buffered" and not self._by_machine_code:
+            self._by_machine_code = _load_machine_code()
+        if self.threads == 1:
+            self._work(cut(runs, total, files))
+            return
+        parts = deque(cut(runs, total // (_PARTS * self.threads), files))
+        with self._lock:
+            pool = self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "featcache-read")
+        others: list[Future[None]] = []
+        with contextlib.suppress(RuntimeError):  # closed in this moment by another thread: then we read alone
+            for _ in range(self.threads - 1):
+                others.append(pool.submit(self._work, _drain(parts)))
+        try:
+            self._work(_drain(parts))
+        finally:
+            parts.clear()  # after an error nobody starts another part
+            errors = [error for other in others if (error := other.exception())]
+        if errors:
+            raise errors[0]
+
+    def _work(self, parts: Iterator[Run]) -> None:
+        for run in parts:
+            try:
+                self._read_run(run)
+            except NoHandleError:
+                if len(run.paths) == 1:
+                    self._read_patiently(run)
+                else:
+                    self._work(run.by_files(len(run.paths) // 2))
+
+    def _read_run(self, run: Run) -> None:
+        files = self._take(run.paths)
+        try:
+            if run.proof:
+                for file in files:
+                    self._prove(file.path, file.fd, run.proof)
+            self._fill(run, [file.fd for file in files])
+        finally:
+            self._give(files)
+
+    def _read_patiently(self, run: Run) -> None:
+        """A run of one file, with handles that others give back. Its proof, which opens it once more, comes first."""
+        path, end = run.paths[0], time.monotonic() + _PATIENCE_S
+        while True:
+            self._evict_all()
+            try:
+                if run.proof:
+                    self._prove(path, path, run.proof)
+                return self._read_run(run)
+            except NoHandleError as error:
+                if any(file.users for reads in list(_alive) for file in list(reads._files.values())):
+                    end = time.monotonic() + _PATIENCE_S
+                if time.monotonic() > end:
+                    raise cannot_read(path, error.error) from error
+                time.sleep(0.005)
+
+    def _prove(self, path: str, file: int | str, proof: Proof) -> None:
+        """Once for each file, and again when it has changed or another has taken its place."""
+        try:
+            status = os.stat(file)  # noqa: PTH116
+            stamp = (status.st_ino, status.st_mtime_ns)
+            if self._proven.get(path) == stamp:
+                return
+            facts = proof.facts(path)
+            sound = status.st_size == facts["bytes"] and proof.sound(Path(path), facts)
+        except OSError as error:
+            raise failed(path, error) from error
+        if status.st_size < facts["bytes"]:
+            raise ends(path, facts["bytes"])
+        if not sound:
+            raise UserError(f"cache file {path}: its bytes are not those that were recorded; run `featcache verify`")
+        self._proven[path] = stamp
+
+    def _fill(self, run: Run, fds: Sequence[int]) -> None:
+        if run.row_bytes <= _SMALL and len(run.at) >= _CLOSE * len(run.paths):
+            for part, fd in zip(run.by_files(1), fds, strict=True):
+                if not self._fill_together(part, fd):
+                    self._fill_apart(part, [fd])
+        else:
+            self._fill_apart(run, fds)
+
+    def _fill_apart(self, run: Run, fds: Sequence[int]) -> None:
+        """Range after range: by machine code where there is much to read, and it can."""
+        if self._by_machine_code:
+            from featcache.reading import native_read as ranges
+
+            if ranges.CHECKS or (ranges.READS and run.crcs is None):
+                # By hand: a signal cut it short, or the file is: then an error.
+                ranges.fill(fds, run, _HOT, lambda file, *where: self._pread(fds[file], run.paths[file], *where))
+                return
+        memory = run.target.reshape(-1).data
+        width = run.target.shape[1]
+        groups = joined(run.pieces, _HOT if run.crcs is not None else None)
+        checks: list[Any] = run.crcs.tolist() if run.crcs is not None else [None] * len(run.at)
+        plain = self.io == "buffered"
+        first, whole = run.pieces[0].source, span(run.pieces) if self.io == "direct" else 0
+        rows = zip(run.at.tolist(), run.file.tolist(), run.offsets.tolist(), checks, strict=True)
+        for row, file, offset, crcs in rows:
+            base, fd, path = row * width, fds[file], run.paths[file]
+            block = pread_direct(fd, path, offset + first, whole) if whole else None
+            for source, place, size, parts in groups:
+                view = memory[base + place : base + place + size]
+                if block is not None:
+                    view[:] = block[source - first :][:size]
+                elif not plain or preadv(fd, path, view, offset + source) != size:
+                    self._pread(fd, path, view, offset + source)
+                if crcs is None:
+                    continue
+                for low, high, column in parts:
+                    whole_view = high - low == size
+                    if crc32c(view if whole_view else memory[base + low : base + high]) != crcs[column]:
+                        raise BadRow(path, row, column)
+
+    def _fill_together(self, run: Run, fd: int) -> bool:
+        """Small items of a file that lie close: one read of all that is between them, then a gather. False where they
+        don't."""
+        low, high = int(run.offsets.min()), int(run.offsets.max())
+        first, last = min(piece.source for piece in run.pieces), max(piece.source + piece.size for piece in run.pieces)
+        span = high - low + last - first
+        if span > max(_SPAN, 4 * run.row_bytes * len(run.at)):
+            return False
+        memory = np.empty(span, np.uint8)
+        self._pread(fd, run.paths[0], memory.data, low + first)
+        for source, place, size, _ in run.pieces:
+            columns = (run.offsets - low)[:, None] + np.arange(source - first, source - first + size)
+            run.target[run.at, place : place + size] = memory[columns]
+        if run.crcs is not None:
+            for row, crcs in zip(run.at.tolist(), run.crcs.tolist(), strict=True):
+                view = run.target[row].data
+                for _, place, count, column in run.pieces:
+                    if column >= 0 and crc32c(view[place : place + count]) != crcs[column]:
+                        raise BadRow(run.paths[0], row, column)
+        return True
+
+    def _pread(self, fd: int, path: str, view: memoryview, offset: int) -> None:
+        """Fill `view` from the file; what is short or missing is an error, never zeros."""
+        if self.io == "direct":
+            view[:] = pread_direct(fd, path, offset, len(view))
+            return
+        start, count = offset, len(view)
+        while view:
+            got = preadv(fd, path, view, offset)
+            if not got:
+                raise ends(path, offset + len(view))
+            view, offset = view[got:], offset + got
+        if self.io == "streaming":
+            try:
+                os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
+            except OSError as error:
+                raise cannot_read(path, error) from error
+
+    def _take(self, paths: Sequence[str]) -> list[_File]:
+        """Open files to read from; they stay open until the bound asks for the place of those that were used longest
+        ago. Given back with `_give`."""
+        taken: list[_File] = []
+        try:
+            for path in paths:
+                taken.append(self._held(path) or self._opened(path))
+        except BaseException:
+            self._give(taken)
+            raise
+        return taken
+
+    def _held(self, path: str) -> _File | None:
+        with self._lock:
+            if file := self._files.get(path):
+                file.users += 1
+                self._files.move_to_end(path)
+            return file
+
+    def _opened(self, path: str) -> _File:
+        """Opening may take long on a file system far away, and holds no lock."""
+        fresh = _File(path, self._open(path))
+        with self._lock:
+            file = self._files.setdefault(path, fresh)
+            file.users += 1
+            if file is fresh:
+                self._evict(self._most // max(len(_alive), 1))
+            else:  # another thread opened it meanwhile
+                fresh.close()
+        return file
+
+    def _give(self, files: Sequence[_File]) -> None:
+        with self._lock:
+            for file in files:
+                file.users -= 1
+                if not file.users and self._files.get(file.path) is not file:  # closed while we read from it
+                    file.close()
+
+    def _open(self, path: str) -> int:
+        """A full table of open files may be full of ours, of any cache: those that nobody reads from are closed."""
+        try:
+            return os.open(path, self._flags)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise cannot_read(path, error) from error
+        self._evict_all()
+        try:
+            return os.open(path, self._flags)
+        except OSError as error:
+            raise failed(path, error) from error
+
+    def _evict_all(self) -> None:
+        with self._lock:
+            self._evict(0)
+        self._evict_others()
+
+    def _evict_others(self) -> None:
+        for other in list(_alive):
+            if other is not self and other._lock.acquire(blocking=False):
+                try:
+                    other._evict(0)
+                finally:
+                    other._lock.release()
+
+    def _evict(self, most: int) -> None:
+        """Close what was used longest ago until `most` are open; under the lock."""
+        idle = (file for file in self._files.values() if not file.users)
+        for file in list(islice(idle, max(len(self._files) - most, 0))):
+            self._files.pop(file.path).close()
+
+    def close(self) -> None:
+        """Close all files; the next read opens them again. What another thread reads from is closed when it is done."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            files, self._files = self._files, OrderedDict()
+            for file in files.values():
+                if not file.users:
+                    file.close()
+        if pool is not None:
+            pool.shutdown(wait=True)
+
+
+def _load_machine_code() -> bool:
+    """Without a handle to load it by, ranges are read one by one, until the next large read."""
+    try:
+        with _loading:
+            from featcache.reading import native_read as ranges  # which a few small reads do without
+
+            ranges.load()
+    except OSError as error:
+        if error.errno in FULL:
+            return False
+        raise UserError(
+            f"machine code for reading cannot be kept: {error}; make room there, or name a folder with NUMBA_CACHE_DIR"
+        ) from error
+    return True
+
+
+_alive: weakref.WeakSet[Reads] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for reads in list(_alive):
+        reads._start()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+_loading = threading.Lock()  # a fork waits until no thread loads a module, or its child would wait for ever
+os.register_at_fork(before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release)
+
+
+def _raise_handles() -> int:
+    """Files this process may hold open, after asking for as many as it is allowed to."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return soft if soft > 0 else 2 * _MOST_HANDLES
+
+
+def _drain(parts: deque[Run]) -> Iterator[Run]:
+    while True:
+        try:
+            yield parts.popleft()
+        except IndexError:
+            return

@@ -1,0 +1,1 @@
+"""A cache on disk: manifest, shards, stores, checksums, leases, atomic commits."""

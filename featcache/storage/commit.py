@@ -1,0 +1,224 @@
+"""How a shard becomes visible, whatever store wrote it: two renames, so that a death at any moment loses it at most.
+
+A writer's folder is published by one rename, its record by a second; the record lies inside the folder until then, so
+a folder that nobody finished publishing proves itself, byte by byte, to the next process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcrc.crc32 import iscsi as crc32c
+
+from featcache.errors import UserError, raise_if_unreadable
+from featcache.storage import manifest
+from featcache.storage.store import SHARDS, folder_path, record_path, store
+
+RECORD = "record.json"
+ASIDE = "bad"  # suffix of a shard that a repair has put aside
+_STALE_S = 24 * 3600.0  # another machine's unfinished work is taken for dead after a day without a change
+_READ_BYTES = 8 << 20
+
+
+def begin(cache: Path, shard: str, name: str) -> Path:
+    """A new folder for one writer of a shard in the store `name`."""
+    folder = cache / SHARDS / f"{shard}.{name}.{manifest.owner()}.tmp"
+    try:
+        folder.mkdir()  # no parents: a cache that was moved away meanwhile must not come back as a stump
+    except FileNotFoundError as error:
+        raise gone(cache) from error
+    return folder
+
+
+def gone(cache: Path) -> UserError:
+    return UserError(
+        f"{str(cache / SHARDS)!r} is gone: the cache was moved or removed while it was written to; complete shards are "
+        "where it is now, and the same command with its new place continues"
+    )
+
+
+def record(
+    shard: str,
+    keys: Sequence[str],
+    quarantined: Sequence[Mapping[str, str]],
+    files: Mapping[str, Mapping[str, Any]],
+    statistics: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What every store says of a shard it has written."""
+    return {
+        "shard": shard,
+        "rows": len(keys),
+        "keys_digest": manifest.keys_digest(keys),
+        "quarantined": [dict(row) for row in quarantined],
+        "files": {name: dict(facts) for name, facts in files.items()},
+        "statistics": {name: dict(facts) for name, facts in statistics.items()},
+    }
+
+
+def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, Any]) -> None:
+    """Two renames; the loser of a race removes its own work. The files' contents have been synced before."""
+    if (cache / manifest.NAME).is_file():  # so that a shard of another cache is not taken for one of this
+        record["content"] = manifest.content(manifest.read(cache))
+    manifest.write_json(folder / RECORD, record)
+    for directory in sorted({path.parent for path in folder.rglob("*")}):
+        manifest.sync_folder(directory)
+    final = folder_path(cache, shard, name)
+    try:
+        folder.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        remove(folder)
+    _publish_record(cache, shard, name)
+
+
+def _publish_record(cache: Path, shard: str, name: str) -> None:
+    try:
+        (folder_path(cache, shard, name) / RECORD).rename(record_path(cache, shard))
+    except FileNotFoundError:
+        if not record_path(cache, shard).is_file():  # else another process was a moment faster
+            raise
+    manifest.sync_folder(cache / SHARDS)
+
+
+def settle(cache: Path, name: str, shards: Iterable[str]) -> None:
+    """What dead writers left of shards: a folder without a record is adopted when its own record proves every byte, and
+    removed otherwise; unfinished folders are removed."""
+    wanted = set(shards)
+    for path in sorted((cache / SHARDS).iterdir()) if (cache / SHARDS).is_dir() else []:
+        shard, _, rest = path.name.partition(".")
+        if shard not in wanted:
+            continue
+        if rest.startswith(f"{name}.") and rest.endswith(".tmp") and is_dead(path):
+            remove(path)
+        elif rest == name and not record_path(cache, shard).is_file():
+            _adopt(cache, shard, name)
+
+
+def _adopt(cache: Path, shard: str, name: str) -> None:
+    folder = folder_path(cache, shard, name)
+    record = _inner_record(folder)
+    # Only now: a record that left the folder in the meantime was moved here by the process that wrote it.
+    if record_path(cache, shard).is_file():
+        return
+    if record is not None and not check(cache, shard, name, record, deep=True):
+        _publish_record(cache, shard, name)
+    else:
+        remove(folder)
+
+
+def abandon(cache: Path) -> None:
+    """Remove what this process has unfinished in a cache: an interrupt may fall between any two lines."""
+    for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
+        owner = path.name.removesuffix(".tmp").rpartition(".")[2]
+        if path.name.endswith(".tmp") and manifest.is_own(owner):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it, a file, or a link but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_dead(leftover: Path) -> bool:
+    """Whether nobody works on a temporary file or folder any more."""
+    owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
+    if manifest.is_here(owner):
+        return not manifest.alive(owner)
+    try:
+        newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+    except OSError:  # it is being written, or removed, right now
+        return False
+    return time.time() - newest > _STALE_S
+
+
+def _inner_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        return manifest.read_json(folder / RECORD)
+    except UserError:  # missing or damaged: nothing proves the bytes
+        return None
+
+
+def check(cache: Path, shard: str, name: str, record: Mapping[str, Any], *, deep: bool) -> list[str]:
+    """What is wrong with a shard's files: missing or of another size; with `deep`, any changed byte."""
+    problems, folder, sound = [], str(folder_path(cache, shard, name)), store(name).sound
+    for file, facts in record["files"].items():
+        path = f"{folder}/{file}"  # text, not Path: a cache of ImageNet has 40,000 files to look at
+        try:
+            size = os.stat(path).st_size  # noqa: PTH116
+            good = not deep or size != facts["bytes"] or sound(Path(path), facts)
+        except OSError as error:
+            raise_if_unreadable(path, error)
+            problems.append(f"{path}: missing" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}")
+            continue
+        if size != facts["bytes"]:
+            problems.append(f"{path}: {size} bytes, {facts['bytes']} recorded")
+        elif not good:
+            problems.append(f"{path}: checksum differs")
+    return problems
+
+
+def file_crc(path: Path, count: int) -> int:
+    """crc32c of the first `count` bytes of a file, or of all there are."""
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while count and (data := file.read(min(count, _READ_BYTES))):
+            crc, count = crc32c(data, crc), count - len(data)
+    return crc
+
+
+# ------------------------------------------------------------ what a repair does to a shard
+
+
+def set_aside(cache: Path, shard: str, name: str) -> None:
+    """Take a shard's files and record out of sight, still there to be put back."""
+    present = [path for path in (record_path(cache, shard), folder_path(cache, shard, name)) if path.exists()]
+    if record_path(cache, shard) in present:  # what an earlier repair left aside has been replaced since
+        forget_aside(cache, shard, name)
+    for path in present:
+        if aside(path).is_dir():  # `path` is a replacement that was never finished
+            remove(path)
+        else:
+            path.rename(aside(path))
+    if (cache / SHARDS).is_dir():
+        manifest.sync_folder(cache / SHARDS)
+
+
+def put_back(cache: Path, shard: str, name: str) -> None:
+    """Undo `set_aside`, unless a new shard is complete."""
+    if record_path(cache, shard).is_file():
+        forget_aside(cache, shard, name)
+        return
+    for path in (folder_path(cache, shard, name), record_path(cache, shard)):
+        if aside(path).exists():
+            if path.is_dir():
+                remove(path)
+            aside(path).rename(path)
+
+
+def forget_aside(cache: Path, shard: str, name: str) -> None:
+    """Remove what was set aside."""
+    aside(record_path(cache, shard)).unlink(missing_ok=True)
+    remove(aside(folder_path(cache, shard, name)))
+
+
+def aside(path: Path) -> Path:
+    """Where a repair keeps what it replaces."""
+    return path.with_name(f"{path.name}.{ASIDE}")
+
+
+def leftovers(cache: Path) -> Iterator[Path]:
+    """Temporary files of dead writers, and shards set aside whose replacement is complete."""
+    for folder in (cache, cache / SHARDS):
+        yield from (path for path in folder.glob("*.tmp") if is_dead(path))
+    for path in (cache / SHARDS).glob(f"*.{ASIDE}"):
+        if record_path(cache, path.name.split(".")[0]).is_file():
+            yield path

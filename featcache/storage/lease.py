@@ -1,0 +1,120 @@
+"""Leases: who works on which shard, so that several processes share the work.
+
+They only save work: a result is right without them, since the loser of a race for a shard discards its own. A lease is
+a small file that its holder touches; one that nobody has touched for a while, or whose process is gone, is taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+from featcache.errors import UserError
+from featcache.storage import commit as publish
+from featcache.storage import manifest
+from featcache.storage.store import SHARDS
+
+STALE_S = 90.0  # without a touch; several times the interval, since clocks of a shared file system are coarse
+TOUCH_S = 15.0
+
+
+class Lease:
+    """One shard, held until `release`; a thread keeps it fresh."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="featcache-lease", daemon=True)
+        self._thread.start()
+
+    def _keep(self) -> None:
+        while not self._done.wait(TOUCH_S):
+            with contextlib.suppress(OSError):  # taken over, or the folder is gone: the work itself will tell
+                os.utime(self.path)
+
+    def release(self) -> None:
+        self._done.set()
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+
+def path_of(cache: Path, shard: str) -> Path:
+    return cache / SHARDS / f"{shard}.lease"
+
+
+def take(cache: Path, shard: str) -> Lease | None:
+    """The lease of a shard, or None while somebody else holds it."""
+    path, own = path_of(cache, shard), manifest.owner()
+    probe = path.with_name(f".{path.name}.{own}.tmp")
+    try:
+        probe.write_text(own)
+    except FileNotFoundError as error:
+        raise publish.gone(cache) from error
+    try:
+        if _create(path, probe) or (is_stale(path, probe.stat().st_mtime) and _replace(path, probe)):
+            return Lease(path)
+        return None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _create(path: Path, probe: Path) -> bool:
+    """By a hard link, which is atomic on shared file systems too; where there are none, by exclusive creation."""
+    try:
+        os.link(probe, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        try:
+            with path.open("x") as file:
+                file.write(probe.read_text())
+        except FileExistsError:
+            return False
+    return True
+
+
+def _replace(path: Path, probe: Path) -> bool:
+    """Take over. Two may do so at once; then both work, and one of them discards."""
+    probe.replace(path)
+    return True
+
+
+def abandon(cache: Path) -> None:
+    """Remove the leases of this process, whatever it was doing when it was interrupted."""
+    for path in (cache / SHARDS).glob("*.lease"):
+        with contextlib.suppress(OSError):
+            if manifest.is_own(path.read_text(errors="replace")):
+                path.unlink()
+
+
+def clear(cache: Path, shard: str) -> None:
+    """Remove what a dead holder left of a shard that is complete."""
+    path = path_of(cache, shard)
+    if path.is_file() and not held(cache, shard):
+        path.unlink(missing_ok=True)
+
+
+def is_stale(path: Path, now: float) -> bool:
+    """Whether a lease's holder is gone; `now` by the file system's own clock."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{str(path)!r} is no lease, which is a plain file; remove it and run the same command again")
+    try:
+        owner, touched = path.read_text(errors="replace"), path.stat().st_mtime
+    except OSError:  # released in this moment: the next round will see
+        return False
+    if manifest.is_here(owner):
+        return not manifest.alive(owner)
+    return not -STALE_S <= now - touched <= STALE_S  # a time to come is of a clock that was set back since
+
+
+def held(cache: Path, shard: str) -> bool:
+    """Whether somebody works on a shard."""
+    path = path_of(cache, shard)
+    probe = path.with_name(f".{path.name}.{manifest.owner()}.tmp")
+    probe.touch()
+    try:
+        return path.is_file() and not is_stale(path, probe.stat().st_mtime)
+    finally:
+        probe.unlink(missing_ok=True)

@@ -1,0 +1,306 @@
+"""One extraction on disk: a manifest and its shards. A cache is one part, and those that were added to it later.
+
+n rows, V views of this part (numbers `first_view` to `first_view` + V - 1), L levels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache import rng
+from featcache.errors import UnreadableError, UsageError, UserError
+from featcache.storage import commit as publish
+from featcache.storage import manifest as manifests
+from featcache.storage.store import QUARANTINE, SHARDS, Array, array, record_path, store
+
+I64 = npt.NDArray[np.int64]
+PARTS = "parts"  # folder of what was added to a cache
+
+
+class Keys(Sequence[str]):
+    """The keys of all rows as one block of bytes and its offsets: no Python object per row."""
+
+    def __init__(self, blob: npt.NDArray[np.uint8], offsets: I64) -> None:
+        self._blob, self._offsets = blob, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        row = range(len(self))[row]
+        return self._blob[self._offsets[row] : self._offsets[row + 1]].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[row] for row in range(len(self)))
+
+    @cached_property
+    def digests(self) -> rng.U64:
+        """(n, 2) key digests in row order."""
+        return rng.key_digests(self)
+
+    @cached_property
+    def _sorted(self) -> I64:
+        return np.lexsort((self.digests[:, 1], self.digests[:, 0]))
+
+    def find(self, keys: Sequence[str]) -> I64:
+        """(m,) row of each key, -1 where it is not here."""
+        if isinstance(keys, str):
+            raise UsageError(f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]")
+        keys = list(keys) if isinstance(keys, Iterable) else [keys]
+        if not all(isinstance(key, str) for key in keys):
+            raise UsageError(f"keys.find: a list of keys is needed, which are text; {keys!r:.80} is given")
+        wanted = rng.key_digests(keys)
+        if not len(self) or not len(wanted):
+            return np.full(len(wanted), -1, np.int64)
+        pairs = np.ascontiguousarray(self.digests[self._sorted]).view([("a", "u8"), ("b", "u8")])[:, 0]
+        sought = np.ascontiguousarray(wanted).view(pairs.dtype)[:, 0]
+        at = np.minimum(np.searchsorted(pairs, sought), len(self) - 1)
+        return np.where(pairs[at] == sought, self._sorted[at], -1)
+
+
+class Files(NamedTuple):
+    """Where rows lie: `shards`, `views` and `counts` of rows (f,), one for each file that is read."""
+
+    shards: I64
+    views: I64
+    counts: I64
+
+
+class Part:
+    """An opened part: manifest and records are read, and every file's existence and size are checked.
+
+    `partial` leaves out shards of which something is missing or short, in place of an error: `absent` names them.
+    """
+
+    def __init__(self, path: Path, partial: bool = False) -> None:
+        self.path = path
+        self.manifest = manifests.read(path)
+        self.identity: dict[str, Any] = self.manifest["identity"]
+        self.teacher: str = self.identity["teacher"]["name"]
+        self.first_view: int = self.identity.get("first_view", 0)
+        self.views: int = self.identity["views"]
+        self.levels: tuple[int, ...] = tuple(self.identity["levels"])
+        self.arrays: dict[str, Array] = {name: array(name, f) for name, f in self.manifest["arrays"].items()}
+        self.store = store(self.identity["store"])
+        self.absent: dict[str, str] = {}  # shard -> why
+        self.quarantined: list[dict[str, str]] = []  # {key, reason} each; of absent shards as well, where that is known
+        self.records = list(self._complete_shards(partial))
+        self.starts: I64 = np.cumsum([0, *(record["rows"] for record in self.records)])
+
+    def _complete_shards(self, partial: bool) -> Iterator[dict[str, Any]]:
+        for shard in self.manifest["shards"]:
+            path = record_path(self.path, shard["name"])
+            if not path.is_file():
+                if partial:
+                    self.absent[shard["name"]] = f"{path}: missing; not extracted yet, or its record is lost"
+                continue
+            try:
+                record = self._record(path, shard)
+            except UnreadableError:  # who may not look cannot say that it is absent
+                raise
+            except UserError as error:
+                if not partial:
+                    raise
+                self.absent[shard["name"]] = str(error)
+            else:
+                yield record
+        if self.absent:
+            self._note_quarantined()
+
+    def _record(self, path: Path, shard: Mapping[str, Any]) -> dict[str, Any]:
+        """The record of a shard, whose files are there."""
+        record = manifests.read_json(path)
+        if why := record_problem(self.manifest, shard, record):
+            raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
+        self.quarantined += record["quarantined"]
+        if problems := publish.check(self.path, record["shard"], self.identity["store"], record, deep=False):
+            raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
+        return record
+
+    def _note_quarantined(self) -> None:
+        """Those of lost records, from the list that the extraction left beside the manifest."""
+        with contextlib.suppress(UserError):  # there is none, or it is damaged as well
+            known = {row["key"] for row in self.quarantined}
+            rows = manifests.read_json(self.path / QUARANTINE)["pictures"]
+            self.quarantined += [row for row in rows if row["key"] not in known]
+
+    def leave_out(self, shards: Collection[str]) -> None:
+        """Do without these as well: they are absent in another part of the cache."""
+        self.records = [record for record in self.records if record["shard"] not in shards]
+        self.starts = np.cumsum([0, *(record["rows"] for record in self.records)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def complete(self) -> bool:
+        return len(self.records) == len(self.manifest["shards"])
+
+    @property
+    def bytes(self) -> int:
+        """Of all files of complete shards."""
+        return sum(file["bytes"] for record in self.records for file in record["files"].values())
+
+    @property
+    def view_numbers(self) -> range:
+        return range(self.first_view, self.first_view + self.views)
+
+    def holds(self, views: I64) -> npt.NDArray[np.bool_]:
+        return (views >= self.first_view) & (views < self.first_view + self.views)
+
+    def locate(self, shard: int, spec: Array, view: int, rows: I64) -> tuple[str, I64]:
+        """File and offsets of an array's items; rows are numbers of the whole part, all of one shard."""
+        return self.store.locate(
+            self.path,
+            self.records[shard]["shard"],
+            spec,
+            self.views,
+            view - self.first_view,
+            rows - self.starts[shard],
+        )
+
+    def locate_all(self, spec: Array, files: Files, rows: I64) -> tuple[list[str], I64]:
+        """The path of each of `files` (f,), and the offset of each of `rows` (n,), which lie file after file."""
+        own = rows - np.repeat(self.starts[files.shards], files.counts)
+        names = [self.records[shard]["shard"] for shard in files.shards.tolist()]
+        views, ends = (files.views - self.first_view).tolist(), np.cumsum(files.counts).tolist()
+        places = zip(names, views, [0, *ends], ends, strict=False)
+        found = [
+            self.store.locate(self.path, name, spec, self.views, view, own[low:high])
+            for name, view, low, high in places
+        ]
+        return [path for path, _ in found], np.concatenate([offsets for _, offsets in found])
+
+    def facts(self, path: str) -> Mapping[str, Any]:
+        """What the records say of a file that `locate` gave."""
+        shard, _, name = path[len(f"{self.path}/{SHARDS}/") :].partition(f".{self.store.NAME}/")
+        facts: Mapping[str, Any] = self._files[shard][name]
+        return facts
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        return {record["shard"]: record["files"] for record in self.records}
+
+    def keys(self) -> Keys:
+        parts = [self.store.keys(self.path, record["shard"], record) for record in self.records]
+        ends = np.cumsum([0, *(len(part.blob) for part in parts)])
+        offsets = [part.offsets[1:] + end for part, end in zip(parts, ends, strict=False)]
+        blobs = [part.blob for part in parts]
+        return Keys(np.concatenate([np.zeros(0, np.uint8), *blobs]), np.concatenate([np.zeros(1, np.int64), *offsets]))
+
+    def tail(self) -> dict[str, npt.NDArray[np.float32]]:
+        from safetensors.numpy import load_file
+
+        problems = manifests.check_files(self.path, self.manifest)
+        if problems:
+            raise UserError(f"cache file {problems[0]}; run `featcache repair {self.path}`")
+        return load_file(self.path / next(iter(self.manifest["files"])))
+
+
+def record_problem(about: Mapping[str, Any], shard: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
+    """Why a sound JSON is not the record of this shard of this cache; None where it is."""
+    rows, quarantined, files = record.get("rows"), record.get("quarantined"), record.get("files")
+    if record.get("shard") != shard["name"]:
+        return f"is the record of shard {record.get('shard')!r}"
+    if (
+        type(rows) is not int
+        or rows < 0
+        or not isinstance(quarantined, list)
+        or not (files and isinstance(files, dict))
+    ):
+        return "is not the record of a shard"
+    if rows + len(quarantined) != shard["count"]:
+        return f"has {rows} rows and {len(quarantined)} in quarantine, the manifest {shard['count']} pictures"
+    here = manifests.content(about)
+    if record.get("content", here) != here:
+        return "is of a shard of another cache"
+    return None
+
+
+def same_shard(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The record of the same rows as they were made before: of the shard that a repair has set aside, or in a part
+    beside this one; None where there is none yet."""
+    root = out.parent.parent if out.parent.name == PARTS else out
+    places = [(out, publish.aside(record_path(out, shard["name"])))]
+    places += [(place, record_path(place, shard["name"])) for place in (root, *added(root)) if place != out]
+    for place, path in places:
+        try:
+            record = manifests.read_json(path)
+            if record_problem(manifests.read(place), shard, record) is None:
+                return record
+        except UserError:  # missing or damaged
+            continue
+    return None
+
+
+# Fields in which what is added may differ from the first part of its teacher.
+FREE = ("identity.levels", "identity.views", "identity.first_view", "identity.pixels")
+# What another teacher's first part need not share with the cache.
+OF_TEACHER = ("identity.teacher.", "identity.order", "identity.codec", "identity.tokens", "identity.keep")
+
+
+def differing(here: Mapping[str, Any], there: Mapping[str, Any], free: tuple[str, ...]) -> manifests.Mismatch | None:
+    """The first field of identity, but for those in `free`, in which two manifests differ."""
+    found = (each for each in manifests.compare(here, there) if each.field.startswith("identity."))
+    return next((each for each in found if not each.field.startswith(free)), None)
+
+
+def same_rows(base: Part, other: Part) -> str | None:
+    """Why two parts do not list the same rows; None where they do. Row i of one is then row i of the other."""
+    free = FREE if other.teacher == base.teacher else (*FREE, *OF_TEACHER)
+    if found := differing(base.manifest, other.manifest, free):
+        return f"{found.field} is {found.there!r} there, {found.here!r} here"
+    for here, there in zip(base.records, other.records, strict=True):
+        if (here["shard"], here["rows"], here["keys_digest"]) != (there["shard"], there["rows"], there["keys_digest"]):
+            return f"rows of shard {here['shard']} differ: {here['rows']} and {there['rows']}"
+    return None
+
+
+def added(path: Path) -> list[Path]:
+    """Folders of the parts that were added to the cache at `path`, by name."""
+    folders = sorted((path / PARTS).iterdir()) if (path / PARTS).is_dir() else []
+    return [each for each in folders if (each / manifests.NAME).is_file() or (each / SHARDS / manifests.COPY).is_file()]
+
+
+def open_parts(path: Path, partial: bool = False) -> tuple[list[Part], list[Part]]:
+    """The cache at `path`, then what was added to it and is complete; and the parts that are not, as one that is still
+    being extracted, of which nothing is seen. With `partial` all are taken, and none has a shard that another lacks."""
+    base = Part(path, partial)
+    found = [Part(each, partial) for each in added(path)] if base.complete or partial else []
+    parts = [part for part in found if part.complete or partial]
+    absent = {shard for part in (base, *parts) for shard in part.absent}
+    for part in (base, *parts):
+        part.leave_out(absent)
+    for part in parts:
+        if why := same_rows(base, part):
+            raise UserError(f"{str(part.path)!r} does not belong to cache {str(path)!r}: {why}; move it away")
+    for teacher in dict.fromkeys(part.teacher for part in parts):
+        own = [part for part in (base, *parts) if part.teacher == teacher]
+        pairs = [(level, view) for part in own for level in part.levels for view in part.view_numbers]
+        held = set(pairs)
+        if len(pairs) != len(held):
+            raise UserError(f"cache {str(path)!r}: two parts hold the same levels and views of {teacher}")
+        if len(held) != len({level for level, _ in held}) * (max(view for _, view in held) + 1):
+            raise UserError(
+                f"cache {str(path)!r}: of teacher {teacher} some views have levels that others lack; move what was "
+                f"added last out of {path / PARTS}"
+            )
+    return [base, *parts], [part for part in found if part not in parts]
+
+
+def describe(manifest: Mapping[str, Any]) -> str:
+    """One part in a few words."""
+    identity = manifest["identity"]
+    first = identity.get("first_view", 0)
+    last = first + identity["views"] - 1
+    views = f"view {first}" if first == last else f"views {first} to {last}"
+    return f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  {views}"

@@ -1,0 +1,101 @@
+"""Statistics of a shard's arrays, gathered as items pass: the same numbers however the stream is cut.
+
+Range and count of non-finite values of every array; of `features` the mean L2 norm of a token as well, before encoding,
+and of `attention` the mean entropy in nats of its distribution over the patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.storage import checksums
+
+_OPAQUE = {*checksums.NAMES, "pixel_hash"}  # hashes: their range says nothing
+
+
+class OfFeatures(NamedTuple):
+    """What is known of a batch's levels before encoding; computed where they are, on the device."""
+
+    low: float
+    high: float
+    norms: npt.NDArray[np.float32]  # (n, L): mean over tokens of the L2 norm
+
+
+def of_stored(codec_name: str, width: int, items: Mapping[str, npt.NDArray[Any]]) -> OfFeatures:
+    """The same of levels as they are stored, where what was encoded is not at hand or not all of it was kept."""
+    import torch
+
+    from featcache.targets import codecs
+
+    codec = codecs.CODECS[codec_name]
+    h = codec.decode({name: torch.from_numpy(items[name]) for name in codec.arrays(width)})  # (n, L, T, D) float32
+    low, high = h.aminmax()
+    return OfFeatures(float(low), float(high), torch.linalg.vector_norm(h, dim=-1).mean(-1).numpy())
+
+
+class Statistics:
+    """Minimum, maximum and sums so far. Means are kept as numbers per item and summed exactly at the end."""
+
+    def __init__(self) -> None:
+        self._range: dict[str, tuple[float, float]] = {}
+        self._non_finite: dict[str, int] = {}
+        self._means: dict[str, list[npt.NDArray[np.float64]]] = {"features": [], "attention": []}
+
+    def add(self, items: Mapping[str, npt.NDArray[Any]], features: OfFeatures) -> None:
+        for name, values in items.items():
+            if name in _OPAQUE or not values.size:
+                continue
+            if name == "features":
+                self._widen(name, features.low, features.high)
+                self._means[name].append(features.norms.astype(np.float64).ravel())
+                continue
+            self._widen(name, values.min().item(), values.max().item())
+            if values.dtype.kind == "f":
+                self._non_finite[name] = self._non_finite.get(name, 0) + int(np.count_nonzero(~np.isfinite(values)))
+        if "attention" in items and len(items["attention"]):
+            self._means["attention"].append(entropy(items["attention"]))
+
+    def _widen(self, name: str, low: float, high: float) -> None:
+        before = self._range.get(name, (low, high))
+        self._range[name] = (min(before[0], low), max(before[1], high))
+        self._non_finite.setdefault(name, 0)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Array -> {min, max, non_finite, norm or entropy} as plain numbers."""
+        out: dict[str, dict[str, Any]] = {
+            name: {"min": low, "max": high, "non_finite": self._non_finite[name]}
+            for name, (low, high) in self._range.items()
+        }
+        for name, word in (("features", "norm"), ("attention", "entropy")):
+            if name in out and self._means[name]:
+                values = np.concatenate(self._means[name])
+                out[name][word] = math.fsum(values) / len(values)
+        return out
+
+
+def entropy(attention: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """(n, P) weights -> (n,) nats, each row brought to sum 1 first."""
+    weights = attention.astype(np.float64)
+    p = weights / np.maximum(weights.sum(1, keepdims=True), 1e-30)
+    return -(p * np.log(np.maximum(p, 1e-30))).sum(1)
+
+
+def merge(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The statistics of several shards as one; means are weighted by rows."""
+    out: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for name, facts in record["statistics"].items():
+            so_far = out.setdefault(name, {"min": facts["min"], "max": facts["max"], "non_finite": 0, "rows": 0})
+            so_far["min"], so_far["max"] = min(so_far["min"], facts["min"]), max(so_far["max"], facts["max"])
+            so_far["non_finite"] += facts["non_finite"]
+            for word in ("norm", "entropy"):
+                if word in facts:
+                    total = so_far.get(word, 0.0) * so_far["rows"] + facts[word] * record["rows"]
+                    so_far[word] = total / (so_far["rows"] + record["rows"])
+            so_far["rows"] += record["rows"]
+    return {name: {key: value for key, value in facts.items() if key != "rows"} for name, facts in out.items()}

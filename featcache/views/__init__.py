@@ -1,0 +1,1 @@
+"""Augmented views are drawn from (seed, key, view), rendered and fingerprinted."""

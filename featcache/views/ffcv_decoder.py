@@ -1,0 +1,146 @@
+"""FFCV's own decode as a second pixel path, with a crop decoder that replays stored boxes in place of drawing them.
+
+Two stages, compiled by FFCV's compiler from FFCV's own primitives; neither holds the GIL, so threads decode a batch
+side by side:
+
+    decode     libturbojpeg's fast DCT into RGB; pictures stored as pixels are copied
+    replay     OpenCV's INTER_AREA from the stored box to S x S, then the mirror when flip
+
+Where a policy jitters colours, Pillow does so to the whole picture between the two, as on the other path.
+
+The pixels are not those of Pillow (another inverse DCT, another filter), so the path is part of a cache's identity:
+extract and train go through it alike. H x W picture, S pixels of a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from featcache.errors import IdentityError, UsageError
+from featcache.pictures.beton import RAW, BetonSource, ffcv
+from featcache.pictures.open_source import PictureError
+from featcache.views.draw import AREA, apply_jitter
+
+U8 = npt.NDArray[np.uint8]
+PIXEL_PATH = {"decoder": "ffcv", "dct": "fast", "resize": "opencv-area", "order": "jitter,crop,resize,flip"}
+
+
+@cache
+def stages() -> tuple[Callable[..., int], Callable[..., None]]:
+    """decode(data, height, width, is_raw, out) -> status, and replay(pixels, top, left, height, width, flip, out)."""
+    compile_ = ffcv("pipeline.compiler").Compiler.compile
+    library = ffcv("libffcv")
+    imdecode, resize_crop, memcpy = (compile_(f) for f in (library.imdecode, library.resize_crop, library.memcpy))
+
+    def decode(data, height, width, is_raw, out):  # type: ignore[no-untyped-def]  # numba infers the types
+        if is_raw:
+            memcpy(data, out)
+            return 0
+        return imdecode(data, out, height, width, height, width, 0, 0, 1, 1, False, False)
+
+    def replay(pixels, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
+        resize_crop(pixels, top, top + height, left, left + width, out)
+        if flip:
+            size = out.shape[1]
+            for y in range(out.shape[0]):
+                for x in range(size // 2):
+                    for c in range(3):
+                        kept = out[y, x, c]
+                        out[y, x, c] = out[y, size - 1 - x, c]
+                        out[y, size - 1 - x, c] = kept
+
+    return compile_(decode), compile_(replay)
+
+
+@dataclass(frozen=True)
+class CompiledPicture:
+    """A picture that FFCV's stage decoded, and whose views its second stage replays."""
+
+    key: str
+    pixels: U8  # (H, W, 3)
+
+    @property
+    def height(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def width(self) -> int:
+        return self.pixels.shape[1]
+
+    def replay(self, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str) -> U8:
+        """One stored view at any size: (S, S, 3)."""
+        assert filter == AREA, filter
+        top, left, height, width = (int(x) for x in crop)
+        # OpenCV would end the process at a box that is not inside.
+        if min(top, left) < 0 or min(height, width) < 1 or top + height > self.height or left + width > self.width:
+            raise IdentityError(
+                f"picture {self.key!r} has {self.height} x {self.width} pixels, a stored crop is {height} x {width} at "
+                f"{top}, {left}: another picture under this key; give the pictures of the extraction"
+            )
+        out = np.empty((size, size, 3), np.uint8)
+        pixels = self.pixels
+        if any(factor != 1 for factor in jitter[:3]):
+            pixels = np.array(apply_jitter(Image.fromarray(pixels), jitter))
+        stages()[1](pixels, top, left, height, width, bool(flip), out)
+        return out
+
+
+@dataclass(frozen=True)
+class CompiledSource:
+    """A `.beton` whose pictures FFCV decodes; all else, its bytes too, is the file's."""
+
+    beton: BetonSource
+    pixel_path: ClassVar[dict[str, Any]] = PIXEL_PATH
+
+    def __post_init__(self) -> None:
+        """Compile in the opener's thread, before threads ask for pictures."""
+        decode, replay = stages()
+        pixels = np.zeros((2, 2, 3), np.uint8)
+        decode(np.zeros(12, np.uint8), 2, 2, True, pixels)
+        replay(pixels, 0, 0, 2, 2, True, np.empty_like(pixels))
+
+    @property
+    def spec(self) -> str:
+        return self.beton.spec
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self.beton.keys
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        return self.beton.labels
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self.beton.classes
+
+    def __len__(self) -> int:
+        return len(self.beton)
+
+    def read(self, index: int) -> bytes:
+        return self.beton.read(index)
+
+    def picture(self, index: int) -> CompiledPicture:
+        """Raises PictureError where libturbojpeg cannot decode it, or only in part."""
+        height, width = self.beton.sizes[index].tolist()
+        data = np.frombuffer(bytearray(self.beton.stored(index)), np.uint8)  # numba compiles once, for writable bytes
+        pixels = np.empty((height, width, 3), np.uint8)
+        if stages()[0](data, height, width, bool(self.beton.modes[index] == RAW), pixels):
+            raise PictureError("libturbojpeg cannot decode it, or only a part of it")
+        return CompiledPicture(self.keys[index], pixels)
+
+
+def check(path: dict[str, Any], filter: str) -> None:
+    """UsageError unless views are resized by a filter of their pixel path."""
+    compiled = path["decoder"] == PIXEL_PATH["decoder"]
+    if compiled != (filter == AREA):
+        allowed = AREA if compiled else "bicubic, bilinear or lanczos"
+        raise UsageError(f"filter {filter}: --decoder {path['decoder']} resizes by {allowed}; give another --filter")

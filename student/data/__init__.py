@@ -1,0 +1,1 @@
+"""Batches: the order of samples, reading and decoding, prefetching to the device."""

@@ -1,0 +1,230 @@
+"""Alignment of a student's visible tokens with a frozen teacher's levels: the head MaskAlign and MR-Align share.
+
+Student blocks s = 1..S give x_s, the teacher's level t gives y_t and h_t = LN(y_t) without affine. For each aligned
+level t, by default
+
+    q_t = A_t( sum_s W[t,s] x_s )          mixing first, then one Linear per teacher level (the released code's order)
+    loss = sum_t weight_t * 2 * mean smooth-L1(q_t, h_t)      over pictures, CLS + visible tokens, channels
+
+and by the switches of the paper's ablations, `Ways`,
+
+    q_t = sum_s W[t,s] A_s(x_s)            adapt_then_mix: the paper's Eq. 1, an adaptor per student block
+    q_t = A_t(x_t)                         layer_wise: no W
+
+Only levels of weight > 0 exist here: a level without weight has no row of W, no adaptor and no target to read. The
+released code builds and computes the heads of all levels; the loss and its gradients are the same.
+
+Shapes: B batch, V visible, N visible with CLS, P patches, L aligned levels, S student blocks, D student width, Dt
+teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featcache.errors import UsageError
+from student.models import losses, vit
+
+MIX_START = 0.01  # of every student block; the block of the teacher's own number starts 1 above it
+BN_EPS = 1e-6
+ALIGNMENTS = ("mix_then_adapt", "adapt_then_mix", "layer_wise")
+MIX_STARTS = ("auto", "identity", "even")
+ADAPTORS = ("linear", "norm_linear", "mlp", "mlp2")
+TARGET_NORMS = ("ln", "l2", "bn", "none")
+LOSSES = {"smooth_l1": losses.smooth_l1, "l2": losses.l2, "l1": losses.l1}
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How levels are aligned; names of `maskalign`'s settings, where they are explained."""
+
+    alignment: str = "mix_then_adapt"
+    mix_start: str = "auto"
+    adaptor: str = "linear"
+    target_norm: str = "ln"
+    loss: str = "smooth_l1"
+    cls_loss: bool = True
+
+
+def parse_levels(text: str) -> list[int] | None:
+    """The levels that `align_levels` names: None for auto, [-K] for last:K, else the numbers of the list."""
+    if text == "auto":
+        return None
+    kind, colon, count = text.partition(":")
+    if kind == "last" and colon and count.isdecimal() and int(count) > 0:
+        return [-int(count)]
+    parts = [part.strip() for part in text.split(",")]
+    if all(part.isdecimal() and int(part) > 0 for part in parts):
+        return sorted({int(part) for part in parts})
+    raise UsageError(
+        f"cannot read align_levels={text!r}; allowed: auto, last:K, or block numbers from 1 such as 8,10,12; change it "
+        "with align_levels=VALUE"
+    )
+
+
+def levels(level_weights: str, align_levels: str, teacher_depth: int) -> dict[int, float]:
+    """The aligned teacher levels (block numbers from 1, ascending) and their weights, those of weight 0 left out.
+
+    `auto` aligns what the weights name: the last K for top:K, the last for last, all for mean and linear-decay.
+
+    >>> levels("top:2", "auto", 12)
+    {11: 0.5, 12: 0.5}
+    >>> levels("mean", "8,12", 12)
+    {8: 0.5, 12: 0.5}
+    """
+    chosen = parse_levels(align_levels)
+    if chosen is None:
+        kind, count = losses.parse_level_weights(level_weights)
+        chosen = [-{"top": count, "last": 1}.get(kind, teacher_depth)]
+    if chosen[0] < 0:
+        _check_depth(-chosen[0], level_weights, align_levels, teacher_depth)
+        chosen = list(range(teacher_depth + chosen[0] + 1, teacher_depth + 1))
+    _check_depth(chosen[-1], level_weights, align_levels, teacher_depth)
+    weights = losses.level_weights(level_weights, len(chosen))
+    return {level: weight for level, weight in zip(chosen, weights, strict=True) if weight > 0}
+
+
+def _check_depth(needed: int, level_weights: str, align_levels: str, teacher_depth: int) -> None:
+    if needed > teacher_depth:
+        raise UsageError(
+            f"cannot align levels: level_weights={level_weights} with align_levels={align_levels} needs {needed} "
+            f"levels; allowed: the teacher's {teacher_depth}; give fewer, as in level_weights=top:{teacher_depth}, "
+            "or teacher_depth=N of a deeper teacher"
+        )
+
+
+class Align(nn.Module):
+    """W and the adaptors of the aligned levels, and their loss."""
+
+    def __init__(
+        self,
+        student_depth: int,
+        student_width: int,
+        teacher_depth: int,
+        teacher_width: int,
+        weights: dict[int, float],
+        ways: Ways | None = None,
+    ) -> None:
+        """`weights` is what `levels` gives; W is [L, S], its rows in ascending order of level."""
+        super().__init__()
+        self.weights, self.ways = dict(weights), ways or Ways()
+        mixes = self.ways.alignment != "layer_wise"
+        if not mixes:
+            _check_pairs("alignment=layer_wise", student_depth, teacher_depth)
+            _check_last(max(weights), student_depth)
+        start = _mix_start(self.ways.mix_start, student_depth, teacher_depth, tuple(weights)) if mixes else None
+        self.mix = None if start is None else nn.Parameter(start)
+        blocks_adapted = self.ways.alignment == "adapt_then_mix"
+        numbers = range(1, student_depth + 1) if blocks_adapted else weights
+        self.adaptors = nn.ModuleDict(
+            {str(n): _adaptor(self.ways.adaptor, student_width, teacher_width) for n in numbers}
+        )
+
+    def forward(
+        self,
+        outputs: Sequence[Tensor],
+        features: Tensor,
+        ids_keep: Tensor,
+        feature_stats: Tensor | None = None,
+        moments: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """outputs: S x (B,1+V,D); features (B,L,1+P,Dt), ids_keep (B,V), and for target norms other than ln
+        feature_stats (B,L,1+P,2), for bn moments (L,2) -> the loss, and each level's own loss."""
+        assert features.shape[1] == len(self.weights), (features.shape, tuple(self.weights))
+        rows = vit.with_cls(ids_keep) if self.ways.cls_loss else ids_keep + 1
+        aligned = self._predictions(outputs if self.ways.cls_loss else [x[:, 1:] for x in outputs])
+        parts: dict[str, Tensor] = {}
+        # Level by level: a smooth-L1 over all levels at once would keep one more float32 copy of all of them.
+        for i, (level, predicted) in enumerate(zip(self.weights, aligned, strict=True)):
+            target = vit.select(features[:, i], rows)
+            if self.ways.target_norm != "ln":
+                assert feature_stats is not None
+                stats = vit.select(feature_stats[:, i], rows)
+                target = normalised(self.ways.target_norm, target, stats, None if moments is None else moments[i])
+            parts[f"level_{level}"] = LOSSES[self.ways.loss](predicted, target)
+        weighted = [weight * part for weight, part in zip(self.weights.values(), parts.values(), strict=True)]
+        return torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()}
+
+    def _predictions(self, outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+        """S x (B,N,D) -> L x (B,N,Dt), q_t in ascending order of level."""
+        if self.mix is None:
+            for level in self.weights:
+                yield self.adaptors[str(level)](outputs[level - 1])
+        elif self.ways.alignment == "adapt_then_mix":
+            yield from self._mixed([adapt(x) for adapt, x in zip(self.adaptors.values(), outputs, strict=True)])
+        else:
+            for adapt, mixed in zip(self.adaptors.values(), self._mixed(outputs), strict=True):
+                yield adapt(mixed)
+
+    def _mixed(self, blocks: Sequence[Tensor]) -> Tensor:
+        """S x (B,N,E) -> (L,B,N,E): W times the blocks."""
+        assert self.mix is not None
+        with losses.autocast_off(self.mix):  # W's steps near 1 are finer than bf16's
+            return torch.einsum("ls,sbnd->lbnd", losses.promote(self.mix), losses.promote(torch.stack(list(blocks))))
+
+
+def normalised(kind: str, h: Tensor, stats: Tensor, moments: Tensor | None) -> Tensor:
+    """h (B,N,Dt) and stats (B,N,2), mean and divisor of each token -> y = h * std + mean, normalised otherwise:
+
+    none: y itself; l2: each token of length 1; bn: (y - m) / sqrt(v + 1e-6) with the two numbers of `moments`, mean m
+    and variance v of the level over all channels and tokens of the whole batch. (MaskAlign's `target_norm`.)
+    """
+    with losses.autocast_off(h):
+        stats = losses.promote(stats)
+        y = losses.promote(h) * stats[..., 1:] + stats[..., :1]
+        if kind == "l2":
+            return F.normalize(y, dim=-1)
+        if kind == "bn":
+            assert moments is not None
+            mean, variance = losses.promote(moments).unbind()
+            return (y - mean) / (variance + BN_EPS).sqrt()
+        return y
+
+
+def _adaptor(kind: str, student_width: int, teacher_width: int) -> nn.Module:
+    """A: D -> Dt, of one of `ADAPTORS`."""
+    last, hidden = nn.Linear(student_width, teacher_width), (student_width, student_width)
+    built: nn.Module = {
+        "linear": lambda: last,
+        "norm_linear": lambda: nn.Sequential(vit.NORM(student_width), last),
+        "mlp": lambda: nn.Sequential(nn.Linear(*hidden), nn.GELU(), last),
+        "mlp2": lambda: nn.Sequential(nn.Linear(*hidden), vit.NORM(student_width), last),
+    }[kind]()
+    return built.apply(vit.init_linear_and_norm)
+
+
+def _check_pairs(what: str, student_depth: int, teacher_depth: int) -> None:
+    if student_depth != teacher_depth:
+        raise UsageError(
+            f"{what} pairs student block t with teacher level t: the student has {student_depth} blocks, the teacher "
+            f"{teacher_depth}; allowed: equal depths; give another encoder or teacher, or leave it out"
+        )
+
+
+def _check_last(level: int, student_depth: int) -> None:
+    if level < student_depth:
+        raise UsageError(
+            f"alignment=layer_wise aligns block {level} last, and the blocks after it, of {student_depth}, would learn "
+            f"nothing; allowed: levels up to {student_depth}, itself among them; change align_levels, or the alignment"
+        )
+
+
+def _mix_start(kind: str, student_depth: int, teacher_depth: int, aligned: tuple[int, ...]) -> Tensor:
+    """W [L, S]. identity: 0.01 everywhere and 1 more on student block t for level t; even: 1/S; auto: identity where
+    the depths are equal, else even.
+
+    With unequal depths there is no block of the same number: the released code then pairs block 12 of 12 with level 12
+    of 24, silently.
+    """
+    if kind == "identity":
+        _check_pairs("mix_start=identity", student_depth, teacher_depth)
+    if kind == "even" or student_depth != teacher_depth:
+        return torch.full((len(aligned), student_depth), 1 / student_depth)
+    start = torch.full((len(aligned), student_depth), MIX_START)
+    start[torch.arange(len(aligned)), torch.tensor(aligned) - 1] += 1
+    return start

@@ -1,0 +1,119 @@
+"""From the options of `student train` to a Job and its Loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from featcache import rng
+from featcache.errors import UsageError
+from student.data.loader import Loader
+from student.setup import target_choice as origin
+from student.setup.options import Options, Say, file_settings
+from student.setup.target_choice import Origin
+from student.targets import in_memory as resident
+from student.targets.contract import Cached, Host, Targets, draw_masks
+from student.targets.fallback import Fallback
+from student.training import trackers
+from student.training.train import Job
+
+BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
+
+
+def _masks(chosen: Origin, seed: int) -> Callable[[Host], dict[str, Tensor] | None] | None:
+    """Masks are drawn with the batch where all they read is stored; else after the teacher in the loop has run."""
+    targets = chosen.targets
+    if not targets.is_stored:
+        return None
+
+    def draw(host: Host) -> dict[str, Tensor] | None:
+        if "absent" in host and host["absent"].any():
+            return None
+        return draw_masks(chosen.config, host, targets.sources(host), seed)
+
+    return draw
+
+
+def _make_resident(targets: Targets, acc: Accelerator, say: Say) -> None:
+    if not isinstance(targets, Cached):
+        raise UsageError("--resident is about targets read from a cache, and none are read here: leave it out")
+    size = resident.load(targets, acc)
+    say(f"note: {size / 2**30:.2f} GiB of targets were read into memory, once for all processes of a machine")
+
+
+def _repeats(given: int, targets: Targets) -> int:
+    cached = targets.cached if isinstance(targets, Fallback) else targets
+    if isinstance(cached, Cached) and given > cached.cache.views:
+        raise UsageError(
+            f"--aug-repeats {given}: the cache stores {cached.cache.views} views of a picture, and as many are "
+            "allowed; add views with `featcache extract --views`"
+        )
+    return given
+
+
+def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say) -> tuple[Job, Loader]:
+    """The job and the loader of this process."""
+    if options.epochs is not None and options.steps is not None:
+        raise UsageError(
+            f"--epochs {options.epochs} and --steps {options.steps}: one of them is allowed; leave one out"
+        )
+    overrides = [*file_settings(options.config), *options.settings]
+    if options.epochs is not None:
+        overrides.append(f"epochs={options.epochs}")
+    chosen = origin.choose(name, recipe, overrides, options, str(acc.device), say)
+    if options.resident:
+        _make_resident(chosen.targets, acc, say)
+    repeats = _repeats(options.aug_repeats, chosen.targets)
+    fitting = max(len(chosen.pictures) // acc.num_processes // options.accumulate, 1) * repeats
+    loader = Loader(
+        chosen.source,
+        chosen.targets,
+        chosen.pictures,
+        rng.key_digests(chosen.source.keys[i] for i in chosen.pictures),
+        options.seed,
+        options.batch_size or min(BATCH_SIZE // repeats * repeats or repeats, fitting),
+        options.accumulate,
+        acc.num_processes,
+        acc.process_index,
+        options.workers,
+        options.check_pixels,
+        repeats,
+        chosen.places if options.sampling == "block" else None,
+        _masks(chosen, options.seed),
+        pin=acc.device.type == "cuda",
+    )
+    out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
+    limits: dict[str, Any] = {"steps": options.steps, "save_every": options.save_every, "resume": options.resume}
+    limits |= {"ways": options.ways, "trackers": trackers.check(options.trackers)}
+    return Job(name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits), loader
+
+
+def facts(job: Job, loader: Loader) -> dict[str, Any]:
+    """What is going to be trained, from what."""
+    cached = job.about["kind"] == "cached"
+    return {
+        "recipe": job.name,
+        "targets": f"cache {job.about['id']}"
+        if cached
+        else f"online, teacher {job.about.get('teacher', 'not needed')}",
+        "pictures": len(loader.pictures),
+        "global_batch": loader.global_batch,
+        "steps_per_epoch": loader.steps_per_epoch,
+        "steps": job.total_steps(loader.steps_per_epoch),
+    }
+
+
+def warmup_note(job: Job, loader: Loader) -> str:
+    """What to say when the rate would never reach its peak; empty otherwise."""
+    warmup, total = round(job.config.warmup_epochs * loader.steps_per_epoch), job.total_steps(loader.steps_per_epoch)
+    if not total or warmup < total:
+        return ""
+    return (
+        f"note: warm-up ({warmup} steps) is not shorter than the run ({total}): the rate never reaches its peak; "
+        "--set warmup_epochs=N changes it"
+    )

@@ -1,0 +1,125 @@
+"""Which of a cache's views a run shows: those whose crop has the area that the recipe was published with, or that was
+asked for.
+
+A cache of wider crops than the recipe's serves by rejection (`reading.crop_range`). One of narrower crops cannot: given
+by hand it is used as it is, and the run says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache import rng
+from featcache.catalog import extract_command as invocation
+from featcache.errors import UsageError, UserError
+from featcache.reading import crop_range as crops
+from featcache.reading.cache import Cache
+from featcache.reading.crop_range import Scale, Turns
+
+I64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+LEFT_OUT = 0.001  # share of the pictures that may have no view in the range
+SHAPE_STEP = 0.1  # of the logarithm of height / width: pictures within it are alike
+MOST_VIEWS = 64  # no more are proposed
+NAMED = 1000  # pictures that are left out, by name in a run's record; a screen has five
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The training pictures, and what a run shows of them."""
+
+    pictures: I64  # (n,) numbers in the source
+    rows: I64  # (n,) in the cache
+    turns: Turns | None = None  # None: all stored views
+    notes: tuple[str, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict)  # for config.json
+
+
+def choose(
+    cache: Cache,
+    pictures: I64,
+    rows: I64,
+    published: Scale,
+    wanted: Scale | None = None,
+    most_left_out: float = LEFT_OUT,
+) -> Shown:
+    """The views in the `wanted` range, or in the `published` one where none is asked for and the cache holds it."""
+    low, high = cache.identity["policy"]["scale"]
+    stored = (float(low), float(high))
+    _check(wanted, stored)
+    scale = wanted or (published if crops.within(published, stored) else stored)
+    notes = [_departure(scale, published)] if scale != published else []
+    if scale == stored:
+        return Shown(pictures, rows, notes=tuple(notes))
+    accepted = crops.accepted(cache, rows, scale)
+    left_out = crops.without_view(accepted, (cache.keys[row] for row in rows.tolist()))
+    if left_out and (len(left_out) / len(rows) > most_left_out or len(left_out) == len(rows)):
+        raise _too_many(cache, rows, scale, accepted, left_out, most_left_out)
+    notes.append(
+        f"crops of {_text(scale)} of the area are shown, {_text(stored)} are stored: {accepted.mean():.1%} of the views"
+    )
+    if left_out:
+        notes.append(f"{_pictures(left_out)} have none of these and are left out: {_names(left_out)}")
+    kept = accepted.any(1)
+    turns = Turns.of(rng.key_digests(cache.keys[row] for row in rows[kept].tolist()), accepted[kept])
+    about = {"scale": list(scale), "left_out": len(left_out), "left_out_first": left_out[:NAMED]}
+    return Shown(pictures[kept], rows[kept], turns, tuple(notes), {"crops": about})
+
+
+def _check(wanted: Scale | None, stored: Scale) -> None:
+    if wanted is not None and not crops.within(wanted, stored):
+        raise UsageError(
+            f"--scale {wanted[0]:g},{wanted[1]:g}: the cache holds crops of {_text(stored)} of the area; allowed: a "
+            "range within; give such a one, or extract another cache with this --scale"
+        )
+
+
+def _departure(scale: Scale, published: Scale) -> str:
+    return f"crops of {_text(scale)} of the area; the recipe was published with {_text(published)}"
+
+
+def _too_many(
+    cache: Cache, rows: I64, scale: Scale, accepted: Bool, left_out: Sequence[str], allowed: float
+) -> UserError:
+    """How many, and the ways out."""
+    share, stored = len(left_out) / len(accepted), cache.identity["policy"]["scale"]
+    leave = f"leave them out with --without-view {math.ceil(1000 * share) / 1000:g}, " if share < 1 else ""
+    return UserError(
+        f"{_pictures(left_out)} of {len(accepted)} ({share:.2%}) have no view with a crop of {_text(scale)} of the "
+        f"area among their {cache.views}, the first is {left_out[0]!r}; allowed: {allowed:.2%}; {leave}"
+        f"show all views with --scale {stored[0]:g},{stored[1]:g}{_more_views(cache, rows, accepted, allowed)}"
+    )
+
+
+def _more_views(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> str:
+    """The command that adds as many views as leave out so few pictures, or half a picture where none may be. A large
+    crop fits a long picture less often, so views are rejected by shape: of v views of a shape, all are with probability
+    q^v, where q is the share that was."""
+    sizes = cache.read(rows, 0, ("source_size",))["source_size"].astype(np.float64)
+    shape = np.rint(np.abs(np.log(sizes[:, 0] / sizes[:, 1])) / SHAPE_STEP).astype(np.int64)
+    numbers = np.bincount(shape)
+    rejected = np.bincount(shape, (~accepted).mean(1)) / np.maximum(numbers, 1)
+    wanted = max(allowed, 0.5 / len(rows)) * len(rows)
+    needed = next((v for v in range(cache.views + 1, MOST_VIEWS) if numbers @ rejected**v <= wanted), None)
+    if needed is None:
+        return ""
+    more = [*invocation.options(cache.manifest, cache.levels, needed), "--add", "--out", str(cache.path)]
+    return f", or add views with: {invocation.command(more)}"
+
+
+def _text(scale: Scale) -> str:
+    return f"{scale[0]:g}-{scale[1]:g}"
+
+
+def _pictures(keys: Sequence[str]) -> str:
+    return "1 picture" if len(keys) == 1 else f"{len(keys)} pictures"
+
+
+def _names(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more, named in config.json" if len(keys) > 5 else "")

@@ -1,0 +1,1 @@
+"""What a step learns from: read from a cache, computed online, or kept in memory."""

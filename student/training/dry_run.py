@@ -1,0 +1,188 @@
+"""What a run will cost, before it is begun (`student train --dry-run`): a few real steps and a few real reads.
+
+    time      the step without waiting for data, and with it        -> an epoch
+    memory    weights, gradients, moments, average, and what the forward keeps for the backward pass
+    the disk  bytes a step wants at that speed, against what the cache's own files give past the page cache
+
+Nothing is written; the weights that the steps have moved are dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from featcache.console.text import size
+from featcache.errors import UserError
+from featcache.reading.cache import Cache
+from student.data.loader import Loader
+from student.data.prefetch import Feed
+from student.targets.contract import Cached, Targets
+from student.targets.fallback import Fallback
+from student.training import progress_bar as progress
+from student.training import train
+from student.training import train_state as learner
+from student.training.train import Job
+from student.training.train_state import Learner
+
+STEPS = 4  # the first is not counted: memory is found, kernels are chosen, code is compiled
+MOST_S = 60.0  # no further step is begun after so long
+READ_S, READ_BYTES = 2.0, 1 << 30  # how long, and how much at most, is read to know the disk
+
+
+def measure(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+    """The facts of a dry run beyond those of the job; every process takes part."""
+    pupil = train.begin(job, loader, acc)
+    encoder: Any = pupil.module.encoder
+    facts: dict[str, Any] = {
+        "parameters": _count(pupil.module),
+        "encoder_parameters": _count(encoder),
+    }
+    walls, computing, kept = _steps(job, loader, pupil)
+    facts["memory"] = memory(pupil, kept if not job.ways.compiled else None)
+    if computing:
+        facts |= {
+            "step_s": round(statistics.median(walls), 4),
+            "step_without_waiting_s": round(statistics.median(computing), 4),
+            "images_per_s": round(loader.global_batch / statistics.median(walls), 2),
+            "epoch_s": round(loader.steps_per_epoch * statistics.median(walls), 3),
+        }
+        images_per_s = loader.global_batch / statistics.median(computing)
+        facts |= _disk(job.targets, loader, images_per_s)
+    return facts
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _steps(job: Job, loader: Loader, pupil: Learner) -> tuple[list[float], list[float], int]:
+    """Seconds of each counted step, those less the wait for data, and bytes kept for the backward pass."""
+    total = job.total_steps(loader.steps_per_epoch)
+    walls, computing, kept = [], [], 0
+    begun = time.perf_counter()
+    with contextlib.closing(loader.iterate(0, min(STEPS, total))) as hosts:
+        feed = Feed(job.config, job.targets, hosts, pupil.acc.device, job.seed)
+        for step in range(min(STEPS, total)):
+            if step > 1 and time.perf_counter() - begun > MOST_S and pupil.acc.num_processes == 1:
+                break
+            start = time.perf_counter()
+            with _kept(pupil.module) if step == 0 and not job.ways.compiled else contextlib.nullcontext([0]) as count:
+                row = train.make_step(job, loader, pupil, feed, step, total)
+            if pupil.acc.device.type == "cuda":
+                torch.cuda.synchronize()
+            wall = time.perf_counter() - start
+            if step == 0:
+                kept = count[0]
+            if step > 0 or total == 1:
+                walls.append(wall)
+                computing.append(max(wall - sum(wait.item() for wait in row["waits"]), 1e-9))
+    return walls, computing, kept
+
+
+@contextlib.contextmanager
+def _kept(module: nn.Module) -> Iterator[list[int]]:
+    """The most bytes that autograd keeps at a time, those of the weights left out; in the list when it ends."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters() if _is_plain(parameter)}
+    storages: dict[int, int] = {}
+    count = [0]
+
+    def note(tensor: Tensor) -> Tensor:
+        if _is_plain(tensor) and (storage := tensor.untyped_storage()).data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield count
+    count[0] = sum(storages.values())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is its own; parts of spread ones (DTensor) have no storage to ask for."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def memory(pupil: Learner, kept: int | None) -> dict[str, int | None]:
+    """Bytes in this process: by arithmetic, those kept for the backward pass as counted, and the most that was used."""
+    share = pupil.acc.num_processes if learner.sharded(pupil.acc) else 1
+    own = sum(each.nbytes for each in pupil.module.parameters()) // share
+    learnt = sum(each.nbytes for each in pupil.module.parameters() if each.requires_grad) // share
+    parts = {"weights": own, "gradients": learnt, "moments": 2 * learnt}
+    parts |= {"average": own} if pupil.average is not None else {}
+    sums = None if kept is None else sum(parts.values()) + kept
+    return {**parts, "activations": kept, "sum": sums, "most_used": progress.memory_bytes()}
+
+
+def _disk(targets: Targets, loader: Loader, images_per_s: float) -> dict[str, Any]:
+    """What the student wants of the cache a second, and what its files give."""
+    if not isinstance(targets, Cached | Fallback):
+        return {}
+    wanted, direct = _directly(targets), True
+    try:
+        _bytes_of(wanted, loader, 0)
+    except UserError as error:
+        if "O_DIRECT" not in str(error):
+            raise
+        wanted, direct = targets, False  # a file system without it: the page cache may help
+    per_picture = _bytes_of(wanted, loader, 0) / loader.batch_size
+    given = rate(lambda step: _bytes_of(wanted, loader, step), loader.steps_per_epoch)
+    return {
+        "bytes_per_picture": round(per_picture),
+        "wanted_bytes_per_s": round(per_picture * images_per_s),
+        "given_bytes_per_s": round(given),
+        "past_page_cache": direct,
+    }
+
+
+def _directly(targets: Cached | Fallback) -> Targets:
+    cached = targets.cached if isinstance(targets, Fallback) else targets
+    cache = Cache(cached.cache.path, verify_rows=0, io="direct", partial=bool(cached.cache.absent))
+    cached = dataclasses.replace(cached, cache=cache)
+    return dataclasses.replace(targets, cached=cached) if isinstance(targets, Fallback) else cached
+
+
+def _bytes_of(targets: Targets, loader: Loader, step: int) -> int:
+    """Read what this process takes of a step; its bytes."""
+    at, epoch = loader.rows(step)
+    arrays = targets.fetch(at, targets.view(loader.digests[at], epoch))
+    return sum(each.nbytes for each in arrays.values() if isinstance(each, np.ndarray))
+
+
+def rate(read: Callable[[int], int], steps: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Bytes a second of `read(step)` over the steps of an epoch, for some seconds or bytes."""
+    start, total = clock(), 0
+    for step in range(steps):
+        total += read(step)
+        if clock() - start > READ_S or total > READ_BYTES:
+            break
+    return total / max(clock() - start, 1e-9)
+
+
+def text(facts: dict[str, Any]) -> str:
+    """The facts of a dry run, for a person."""
+    return "\n".join(f"{key}: {_shown(key, value)}" for key, value in facts.items()) + _verdict(facts)
+
+
+def _shown(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {'not counted' if part is None else size(part)}" for name, part in value.items())
+    return (
+        f"{size(value)}/s" if key.endswith("_bytes_per_s") else size(value) if key.startswith("bytes_") else str(value)
+    )
+
+
+def _verdict(facts: dict[str, Any]) -> str:
+    if "given_bytes_per_s" not in facts:
+        return ""
+    times = facts["given_bytes_per_s"] / facts["wanted_bytes_per_s"]
+    cure = "" if times >= 1 else "; stage the cache on a faster disk, or extract with --tokens ranked and --keep"
+    return f"\nthe disk gives {times:.1f} times what the student wants of the cache{cure}"

@@ -1,0 +1,218 @@
+"""A loss that is not finite: the micro-batch that gave it is kept with the weights it met, so that it can run again.
+
+    RUN/nonfinite/step-00000412.safetensors       `-rank3` is added where another process than the first had it
+
+A safetensors file: `model.NAME` and `batch.NAME` tensors, and in its metadata one JSON text, `about`: recipe and
+settings, precision, step, micro-batch, process, the seed of what is drawn inside the model, the keys of the pictures,
+and the loss with its parts as they were. Nothing in it is ever executed.
+
+    student replay RUN/nonfinite/step-00000412.safetensors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from featcache.errors import UsageError, UserError
+from featcache.storage import manifest
+from student import config, recipes
+
+FOLDER = "nonfinite"
+FORMAT = 1
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One micro-batch as the model takes it."""
+
+    number: int
+    keys: list[str]
+    batch: dict[str, Tensor]
+    seed: int  # of what is drawn inside the model
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a reproducer holds."""
+
+    about: dict[str, Any]
+    model: dict[str, Tensor]
+    batch: dict[str, Tensor]
+
+
+def find(learner: Any, micros: Iterable[Micro]) -> tuple[Micro, dict[str, float]] | None:
+    """The first micro-batch of this process whose loss is not finite, and the loss with its parts; None where all are.
+
+    All are run, since processes that share a model (FSDP) must run as many.
+    """
+    found: tuple[Micro, dict[str, float]] | None = None
+    for micro in micros:
+        torch.manual_seed(micro.seed)
+        with torch.no_grad(), learner.acc.autocast():
+            parts = {name: float(value) for name, value in learner.model(micro.batch).items()}
+        if found is None and not torch.tensor(parts["loss"]).isfinite():
+            found = micro, parts
+    return found
+
+
+def path(run: Path, step: int, rank: int) -> Path:
+    """Where the reproducer of optimiser step `step`, counted from 1 as in metrics.jsonl, lies."""
+    return run / FOLDER / f"step-{step:08d}{f'-rank{rank}' if rank else ''}.safetensors"
+
+
+def save(
+    place: Path,
+    step: int,
+    about: dict[str, Any],
+    rank: int,
+    model: dict[str, Tensor],
+    micro: Micro,
+    parts: dict[str, float],
+) -> None:
+    """Write a reproducer: the whole weights, and one micro-batch with the loss and the parts it gave."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "format": FORMAT,
+        **{name: about[name] for name in ("recipe", "config", "seed", "precision")},
+        "step": step,
+        "micro": micro.number,
+        "rank": rank,
+        "draw_seed": micro.seed,
+        "keys": micro.keys,
+        "parts": {name: str(value) for name, value in parts.items()},
+    }
+    tensors = {f"model.{name}": value for name, value in model.items()}
+    tensors |= {f"batch.{name}": value for name, value in micro.batch.items()}
+    own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    temporary = place.with_name(f".{place.name}.{manifest.owner()}.tmp")
+    try:
+        save_file(own, str(temporary), metadata={"about": json.dumps(facts)})
+        temporary.replace(place)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(file: Path) -> Saved:
+    """A reproducer's content; a file that is none is a UserError."""
+    try:
+        with safe_open(str(file), "pt") as content:
+            about = json.loads((content.metadata() or {})["about"])
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no dictionary
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is {about['format']}, this program reads {FORMAT}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"cannot replay {str(file)!r}: {error}; a file of RUN/{FOLDER} is needed, which training wrote when a loss "
+            "was not finite"
+        ) from error
+    groups = {
+        kind: {name.removeprefix(f"{kind}."): value for name, value in tensors.items() if name.startswith(f"{kind}.")}
+        for kind in ("model", "batch")
+    }
+    return Saved(about, groups["model"], groups["batch"])
+
+
+def build(saved: Saved, recipe: ModuleType) -> nn.Module:
+    """The recipe's model with the weights of that step, in training mode."""
+    names = {field.name for field in dataclasses.fields(recipe.Config)}
+    settings = [f"{key}={json.dumps(value)}" for key, value in saved.about["config"].items() if key in names]
+    model: nn.Module = recipe.Model(config.from_overrides(recipe.Config, settings))
+    try:
+        model.load_state_dict(saved.model)
+    except RuntimeError as error:
+        raise UserError(
+            f"the reproducer's weights do not fit recipe {saved.about['recipe']!r}: "
+            f"{str(error).splitlines()[-1].strip()}; give the recipe's file as it was, with --recipe"
+        ) from error
+    return model.train()
+
+
+def replay(saved: Saved, model: nn.Module, device: torch.device, precision: str | None = None) -> dict[str, Any]:
+    """Run the micro-batch again: loss and parts, the first module whose output is not finite, and the parameters whose
+    gradients are not. `precision` None is that of the run."""
+    dtype = DTYPES[precision or saved.about["precision"]]
+    model = model.to(device)
+    batch = {name: value.to(device) for name, value in saved.batch.items()}
+    torch.manual_seed(saved.about["draw_seed"])
+    with _watched(model) as bad, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        parts = model(batch)
+    parts["loss"].backward()
+    gradients = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+    ]
+    return {
+        "recipe": saved.about["recipe"],
+        "step": saved.about["step"],
+        "keys": saved.about["keys"],
+        "parts": {name: float(value.detach()) for name, value in parts.items()},
+        "parts_then": {name: float(value) for name, value in saved.about["parts"].items()},
+        "nonfinite_weights": [name for name, value in saved.model.items() if not _finite(value)],
+        "nonfinite_inputs": [name for name, value in saved.batch.items() if not _finite(value)],
+        "first_nonfinite_module": bad[0] if bad else None,
+        "nonfinite_gradients": gradients,
+    }
+
+
+def run_again(file: Path, recipe_name: str | None, device: str, precision: str | None) -> dict[str, Any]:
+    """`student replay`. A recipe of the user's own is run only where its file is named: a reproducer runs nothing."""
+    saved = load(file)
+    name = recipe_name or saved.about["recipe"]
+    if recipe_name is None and name not in recipes.names():
+        raise UsageError(
+            f"the run's recipe was a file of its own, {name!r}, and a reproducer brings no code: give it with --recipe"
+        )
+    if precision is not None and precision not in DTYPES:
+        raise UsageError(f"--precision {precision!r}: fp32, bf16 and fp16 are allowed")
+    return replay(saved, build(saved, recipes.load(name)), torch.device(device), precision)
+
+
+def text(facts: dict[str, Any]) -> str:
+    """What `replay` found, for a person."""
+    keys = ", ".join(facts["keys"][:8]) + (" ..." if len(facts["keys"]) > 8 else "")
+    lines = [f"{facts['recipe']}, step {facts['step']}, {len(facts['keys'])} pictures: {keys}"]
+    lines += [f"{name}: {facts['parts_then'].get(name)} then, {now} now" for name, now in facts["parts"].items()]
+    for what in ("weights", "inputs", "gradients"):
+        names = facts[f"nonfinite_{what}"]
+        lines.append(
+            f"{what} not finite: {', '.join(names[:4]) or 'none'}{f' and {len(names) - 4} more' * (len(names) > 4)}"
+        )
+    return "\n".join([*lines, f"first module with an output that is not finite: {facts['first_nonfinite_module']}"])
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module) -> Iterator[list[str]]:
+    """Names of modules whose output is not finite, in the order in which they end."""
+    bad: list[str] = []
+
+    def hook(name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not _finite(output):
+                bad.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        yield bad
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())

@@ -1,0 +1,86 @@
+"""A run's folder: what is written before the first step, what a resumed run must agree with, and what is taken away
+again when no step was made.
+
+    RUN/config.json  environment.json  metrics.jsonl  checkpoints/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import featcache
+from featcache.errors import UserError
+from featcache.storage import manifest
+from student import checkpoint
+from student.training import trackers
+from student.training.metrics import NAME, read
+
+# Parts of config.json that may change when a run goes on: how a cache was read is of no effect on any number, and how
+# the model was run of none beyond rounding.
+FREE = ("targets.reading.", "running.")
+
+
+def check(out: Path, record: dict[str, Any], resume: bool) -> None:
+    """Refuse a folder that holds something else, or another run than the one to resume."""
+    path = out / checkpoint.CONFIG
+    if resume and path.is_file():
+        before, now = (dict(manifest.flat(each)) for each in (checkpoint.config(out), record))
+        names = [key for key in {**before, **now} if not key.startswith(FREE)]
+        changed = [key for key in names if before.get(key) != now.get(key)]
+        if changed:
+            shown = "; ".join(f"{key} {before.get(key)!r} before, {now.get(key)!r} now" for key in changed[:4])
+            more = f"; and {', '.join(changed[4:])}" if changed[4:] else ""
+            raise UserError(f"--resume: {str(out)!r} is another run: {shown}{more}; give its own arguments")
+    elif out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
+        raise UserError(f"--out {str(out)!r} is not empty; continue that run with --resume, or give another --out")
+
+
+def make(out: Path, record: dict[str, Any]) -> bool:
+    """Make the run folder and what it begins with; whether there was no run in it before."""
+    path = out / checkpoint.CONFIG
+    is_new = not path.is_file()
+    out.mkdir(parents=True, exist_ok=True)
+    # The record first: a process that dies from here on leaves a run that --resume takes.
+    manifest.write_file(path, (json.dumps(record, indent=1) + "\n").encode())
+    manifest.write_file(out / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
+    (out / NAME).touch()
+    return is_new
+
+
+def forget_unbegun(run: Path) -> None:
+    """Remove the folder of a new run that ended before its first step, so that the corrected command finds it free."""
+    if checkpoint.complete(run) or read(run):
+        return
+    for name in (NAME, "environment.json", checkpoint.CONFIG):
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / trackers.FOLDER, ignore_errors=True)
+    with contextlib.suppress(OSError):  # somebody else's file is in it
+        run.rmdir()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit of this process, for people who compare runs."""
+    import timm
+
+    versions = {"featcache": featcache.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "commit": commit or None,
+        "command": sys.argv,
+    }

@@ -1,0 +1,75 @@
+"""Trackers through Accelerate: what metrics.jsonl gets, TensorBoard or Weights & Biases get too.
+
+metrics.jsonl is always written and is what everything here reads; a tracker only shows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers, get_available_trackers
+
+from featcache.errors import UsageError
+from featcache.storage import manifest
+
+JSON = "json"  # metrics.jsonl and nothing else
+NAMES = (JSON, "tensorboard", "wandb")
+FOLDER = "tracking"  # in the run
+
+Log = Callable[[dict[str, Any]], None]
+
+
+def check(names: Sequence[str]) -> tuple[str, ...]:
+    """The trackers beside metrics.jsonl; one whose package is missing is one line that says what to install."""
+    here = {str(each) for each in get_available_trackers()}
+    for name in names:
+        if name not in here and name != JSON:
+            raise UsageError(
+                f"--tracker {name}: the package {name} is not installed; run `pip install {name}` (or `pip install "
+                f"'featcache[{name}]'`), or take --tracker {JSON}, which needs none"
+            )
+    return tuple(dict.fromkeys(name for name in names if name != JSON))
+
+
+@contextlib.contextmanager
+def started(
+    names: Sequence[str], acc: Accelerator, run: Path, record: dict[str, Any], first: int
+) -> Iterator[Log | None]:
+    """What takes rows of metrics while the run goes on; None without trackers. `first` steps are shown already."""
+    if not names or not acc.is_main_process:
+        yield None
+        return
+    place = run / FOLDER
+    place.mkdir(exist_ok=True)
+    acc.project_configuration.set_directories(str(place))
+    acc.log_with = filter_trackers(list(names), acc.logging_dir)
+    kwargs = {
+        "tensorboard": {"purge_step": first + 1},  # what lies beyond the checkpoint is made again
+        # One curve for all parts of a run.
+        "wandb": {"id": _identity(place), "resume": "allow", "name": run.name, "dir": str(place)},
+    }
+    acc.init_trackers("student", _flat(record), {name: kwargs[name] for name in names})
+    try:
+        yield lambda row: acc.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+    finally:
+        for tracker in acc.trackers:  # acc.end_training would also end the process group
+            tracker.finish()
+
+
+def _identity(place: Path) -> str:
+    """A run's id, drawn when its folder is new and kept in it."""
+    path = place / "id"
+    if not path.is_file():
+        manifest.write_file(path, os.urandom(8).hex().encode())
+    return path.read_text()
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """Settings as trackers take them: dotted names, plain values."""
+    plain = (bool, int, float, str)
+    return {key: value if isinstance(value, plain) else str(value) for key, value in manifest.flat(record)}

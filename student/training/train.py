@@ -1,0 +1,266 @@
+"""The trainer: one loop for every recipe, from a laptop to a cluster, through Accelerate.
+
+It knows no recipe by name. A step is a pure function of (weights, seed, step): batches, masks and drop path are seeded
+by arithmetic, so a run that was interrupted goes on as if nothing had happened. Accelerate prepares the model and the
+optimizer; never the loader (it would split batches again) and not the schedule (it would step once a process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from featcache import rng
+from featcache.errors import UserError
+from featcache.storage import manifest
+from student import checkpoint
+from student.config import RecipeConfig, as_dict
+from student.data.loader import Loader
+from student.data.prefetch import Feed, Share, Wait, to_device
+from student.targets.contract import Host, Targets
+from student.training import nonfinite as reproduce
+from student.training import optim, trackers
+from student.training import preemption as stop
+from student.training import progress_bar as progress
+from student.training import run_folder as folder
+from student.training import train_state as learner
+from student.training.accelerator import out_of_memory_told
+from student.training.metrics import Metrics, cut, read
+from student.training.train_state import Learner, Ways
+
+LATE_ROWS = 16  # on a GPU: steps until a row of metrics is looked at, so that the device is not waited for
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: everything its numbers depend on, and where they go."""
+
+    name: str  # of the recipe
+    recipe: ModuleType
+    config: RecipeConfig
+    targets: Targets
+    out: Path
+    seed: int
+    about: dict[str, Any]  # identity of the targets, for config.json
+    steps: int | None = None  # optimiser steps; None: config.epochs
+    save_every: int | None = None  # steps; None: an epoch
+    resume: bool = False
+    ways: Ways = field(default_factory=Ways)
+    trackers: tuple[str, ...] = ()  # beside metrics.jsonl
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of the whole run."""
+        return steps_per_epoch * self.config.epochs if self.steps is None else self.steps
+
+
+def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+    """Run the job to its end; returns a summary. The run folder holds config.json, metrics.jsonl, environment.json and
+    checkpoints/."""
+    with out_of_memory_told(loader.batch_size):
+        return _train(job, loader, acc)
+
+
+def _train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+    # ---- what is to be done -------------------------------------------------------------------------------------
+    total = job.total_steps(loader.steps_per_epoch)
+    record = _record(job, loader, acc, total)
+    if acc.is_main_process:
+        folder.check(job.out, record, job.resume)
+
+    # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind -------------------
+    state = checkpoint.newest(job.out) if job.resume and checkpoint.complete(job.out) else None
+    first = 0 if state is None else int(state["step"])
+    pupil = begin(job, loader, acc, state)
+
+    # ---- the run folder ------------------------------------------------------------------------------------------
+    is_new = acc.is_main_process and folder.make(job.out, record)
+    acc.wait_for_everyone()
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+    save_every = job.save_every or loader.steps_per_epoch
+    with contextlib.ExitStack() as stack:
+        if is_new:
+            stack.callback(folder.forget_unbegun, job.out)  # last of all, when metrics are closed
+        log = stack.enter_context(trackers.started(job.trackers, acc, job.out, record, first))
+        metrics = stack.enter_context(contextlib.closing(_metrics(job, first, acc, log)))
+        hosts = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
+        feed = Feed(job.config, job.targets, hosts, acc.device, job.seed)
+        bar = stack.enter_context(progress.shown(total, first, loader.steps_per_epoch, acc.is_main_process))
+        notice = stack.enter_context(stop.Notice(acc))
+        for step in range(first, total):
+            row = make_step(job, loader, pupil, feed, step, total)
+            look = metrics.add if row["applied"] else metrics.flush_with
+            _check_losses(look(row), job, loader, pupil)
+            bar.update_with(row)
+            due = notice.due()
+            if (due or (step + 1) % save_every == 0) and step + 1 < total:
+                _save(job, loader, pupil, step + 1, metrics)
+            if due and step + 1 < total:
+                raise stop.error(step + 1, total, notice.asked, job.resume)
+        _check_losses(metrics.flush(), job, loader, pupil)
+        if first < total or not checkpoint.complete(job.out):
+            _save(job, loader, pupil, total, metrics)
+    rows = read(job.out)
+    skipped = {"skipped": pupil.skipped} if job.ways.skip_nonfinite is not None else {}
+    computed = [row["fallback"] for row in rows if "fallback" in row]  # samples whose targets the teacher made
+    facts = {"run": str(job.out), "steps": total, "first_step": first, **record["data"], **skipped}
+    facts |= {"fallback": sum(computed)} if computed else {}
+    return {**facts, "loss": rows[-1]["loss"] if rows else None}
+
+
+def begin(job: Job, loader: Loader, acc: Accelerator, state: dict[str, Any] | None = None) -> Learner:
+    """The job's model and optimizer, as the seed or a checkpoint has them."""
+    torch.manual_seed(job.seed)
+    model = job.recipe.Model(job.config).to(acc.device)
+    optimizer = optim.adamw(model, job.config, optim.peak_lr(job.config, loader.global_batch))
+    return learner.build(acc, model, optimizer, job.ways, job.out, state)
+
+
+def make_step(job: Job, loader: Loader, pupil: Learner, feed: Feed, step: int, total: int) -> dict[str, Any]:
+    """One optimiser step at its rate; returns its row of metrics, and what is not written of it (metrics.UNWRITTEN)."""
+    started = time.perf_counter()
+    warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
+    lr = optim.lr_at(step, total, warmup, optim.peak_lr(job.config, loader.global_batch), job.config.min_lr)
+    for group in pupil.optimizer.param_groups:
+        group["lr"] = lr
+    parts, waits, keys = _gradients(job, loader, pupil, feed, step)
+    applied = pupil.update(parts["loss"], step)
+    row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
+    row |= job.targets.noted(loader.step_rows(step)[0])
+    if job.ways.skip_nonfinite is not None:
+        row["skipped"] = pupil.skipped
+    return {**row, **_speed(loader, started, waits), "keys": keys, "applied": applied, "waits": waits}
+
+
+def _gradients(
+    job: Job, loader: Loader, pupil: Learner, feed: Feed, step: int
+) -> tuple[dict[str, Tensor], list[Wait], list[str]]:
+    """Forward and backward of a step's micro-batches: mean parts of the loss, waits for data, sample keys."""
+    acc, sums = pupil.acc, dict[str, Tensor]()
+    waits, keys = list[Wait](), list[str]()
+    for micro in range(loader.accumulation):
+        taken = feed.take()
+        waits.append(taken.waited)
+        keys += taken.keys
+        torch.manual_seed(step_seed(job.seed, step, micro, loader.rank))  # drop path draws from the global generator
+        last = micro == loader.accumulation - 1
+        with contextlib.nullcontext() if last else acc.no_sync(pupil.model):
+            with acc.autocast():
+                parts = pupil.model(taken.batch)
+            acc.backward(parts["loss"] / loader.accumulation)
+        feed.bring()
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0) + value.detach() / loader.accumulation
+    if job.config.clip_grad is not None:
+        sums["grad_norm"] = learner.whole(acc.clip_grad_norm_(pupil.model.parameters(), job.config.clip_grad))
+    if acc.num_processes > 1:
+        sums = {name: acc.reduce(value, "mean") for name, value in sums.items()}
+    return sums, waits, keys
+
+
+def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """Seed of what is drawn inside the model in one micro-step: a word of (seed, step, micro-batch, process)."""
+    word = rng.words(rng.key_digests([f"step:{micro}:{rank}"]), rng.stream("model", seed), 1, epoch=step)[0, 0]
+    return int(word >> np.uint64(1))
+
+
+def _speed(loader: Loader, started: float, waits: list[Wait]) -> dict[str, Any]:
+    """Samples a second over all processes, and the share of the step spent waiting for data."""
+    seconds = max(time.perf_counter() - started, 1e-9)
+    return {"images_per_s": round(loader.global_batch / seconds, 2), "data_wait": Share(waits, seconds)}
+
+
+def _check_losses(rows: list[dict[str, Any]], job: Job, loader: Loader, pupil: Learner) -> None:
+    """Stop at a loss that is not finite, with what runs it again: nothing that follows it would mean anything. Some
+    may be left out (--skip-nonfinite): those were not applied."""
+    allowed = job.ways.skip_nonfinite
+    for row in rows:
+        if np.isfinite(row["loss"]):
+            continue
+        stops = allowed is None or pupil.skipped > allowed
+        if stops or pupil.skipped == 1:  # the first is kept, and the one that was too many: each is as large as a model
+            what = _reproduce(job, loader, pupil, row)
+        if stops:
+            raise UserError(f"loss is {row['loss']} at step {row['step']} {what}")
+
+
+def _reproduce(job: Job, loader: Loader, pupil: Learner, row: dict[str, Any]) -> str:
+    """Keep the first micro-batch whose loss was not finite; says what a person should know. A meeting of all."""
+    acc, step = pupil.acc, row["step"] - 1
+    with contextlib.closing(loader.iterate(step, step + 1)) as batches:
+        found = reproduce.find(pupil, _micros(job, loader, acc, batches, step))
+    had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
+    weights = pupil.weights()
+    place = f"{job.out}/{checkpoint.FOLDER}"
+    cure = "lower the rate, or use --precision fp32 or bf16, or leave such steps out with --skip-nonfinite N"
+    if job.ways.skip_nonfinite is not None:
+        cure = f"the {pupil.skipped} steps left out are more than --skip-nonfinite {job.ways.skip_nonfinite}"
+    if True not in had:
+        return f"and finite when the step is run again: suspect the machine; checkpoints before it are in {place}"
+    first = had.index(True)
+    path = reproduce.path(job.out, row["step"], first)
+    who = f"those of process {first}"
+    if found is not None and first == loader.rank:
+        reproduce.save(path, row["step"], _record(job, loader, acc, 0), first, weights, *found)
+        keys = found[0].keys
+        who = f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
+    return (
+        f"(pictures {who}); `student replay {path}` runs that batch again; checkpoints before it are in {place}: {cure}"
+    )
+
+
+def _micros(
+    job: Job, loader: Loader, acc: Accelerator, batches: Iterator[Host], step: int
+) -> Iterator[reproduce.Micro]:
+    for number, host in enumerate(batches):
+        batch = to_device(job.config, job.targets, host, acc.device, job.seed)
+        yield reproduce.Micro(number, host["keys"], batch, step_seed(job.seed, step, number, loader.rank))
+
+
+def _metrics(job: Job, first: int, acc: Accelerator, log: trackers.Log | None) -> Metrics:
+    """The first process writes; the others look at their losses all the same."""
+    if acc.is_main_process:
+        cut(job.out, first)
+    lag = LATE_ROWS if acc.device.type == "cuda" else 0
+    return Metrics(job.out if acc.is_main_process else None, lag, log)
+
+
+def _save(job: Job, loader: Loader, pupil: Learner, step: int, metrics: Metrics) -> None:
+    _check_losses(metrics.flush(), job, loader, pupil)  # a checkpoint never follows a loss that was not finite
+    pupil.acc.wait_for_everyone()
+    state = pupil.state()
+    if pupil.acc.is_main_process:
+        checkpoint.save(job.out, step, state)
+
+
+def _record(job: Job, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:
+    """config.json: what a resumed run must agree with."""
+    ways = asdict(job.ways)
+    return {
+        "recipe": job.name,
+        "config": as_dict(job.config),
+        "seed": job.seed,
+        "steps": total,
+        "precision": acc.mixed_precision,
+        "ema": ways.pop("ema"),
+        "running": ways,
+        "targets": job.about,
+        "data": {
+            "pictures": len(loader.pictures),
+            "keys_digest": manifest.keys_digest(loader.source.keys[i] for i in loader.pictures),
+            "global_batch": loader.global_batch,
+            "steps_per_epoch": loader.steps_per_epoch,
+            "sampling": "random" if loader.places is None else "block",
+            "aug_repeats": loader.repeats,
+        },
+    }

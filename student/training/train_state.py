@@ -1,0 +1,161 @@
+"""What learns: the model, its optimizer and its average, as Accelerate prepares them, and what of them a checkpoint
+holds.
+
+    Model -> (restored) -> average -> activation checkpointing -> compile -> Accelerate (DDP, FSDP, autocast, scaler)
+
+A checkpoint is one file of whole tensors however the weights are spread over processes, so a run may go on with another
+number of processes, with FSDP or without. All processes build, step and save together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as spread
+from torch.distributed.tensor import DTensor
+
+from featcache.errors import UsageError
+from student import checkpoint
+from student.training import activation_checkpointing as activations
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a model is run and looked after, whatever the recipe."""
+
+    ema: float | None = None  # decay of the average of the weights; None: no average
+    compiled: bool = False
+    checkpoint_activations: bool = False
+    skip_nonfinite: int | None = None  # steps without a finite loss that may be left out; None: the first one stops
+
+
+@dataclass
+class Learner:
+    """`module` is the recipe's own model, `model` what is called."""
+
+    acc: Accelerator
+    module: nn.Module
+    model: Any
+    optimizer: Any
+    ways: Ways
+    average: ModelEmaV3 | None = None
+    skipped: int = 0  # steps that were not applied
+    _held: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        raw = getattr(self.optimizer, "optimizer", self.optimizer)
+        on_gpu = self.acc.device.type == "cuda" and bool(raw.defaults.get("fused"))
+        if on_gpu and self.acc.scaler is None and self.ways.skip_nonfinite is None and not sharded(self.acc):
+            self._held = torch.zeros((), device=self.acc.device)
+
+    def update(self, loss: Tensor, step: int) -> bool:
+        """One step of the optimizer, unless the loss is not finite; False where it is known that nothing was applied.
+
+        On a GPU nothing waits for the loss: the fused kernel is told on the device to change nothing from the first
+        loss that is not finite on, so that weights are still those that gave it when the host comes to look.
+        """
+        if self._held is not None:
+            self._held = torch.maximum(self._held, (~loss.detach().isfinite()).float())
+            self.optimizer.optimizer.found_inf = self._held
+        elif not bool(loss.isfinite()):
+            self._leave_out()
+            return False
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.module, step=step + 1)
+        return True
+
+    def _leave_out(self) -> None:
+        self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.acc.scaler is not None:  # its scale is not to blame; this forgets what it saw of these gradients
+            self.acc.scaler.update(self.acc.scaler.get_scale())
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole, in every process. Called by all processes together."""
+        if not sharded(self.acc):
+            return self.module.state_dict()
+        options = spread.StateDictOptions(full_state_dict=True)
+        return dict[str, Any](spread.get_model_state_dict(self.module, options=options))
+
+    def state(self) -> State:
+        """What a checkpoint holds; whole in the first process. Called by all processes together."""
+        scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else {}
+        if sharded(self.acc):
+            options = spread.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            model, optimizer = spread.get_state_dict(self.module, self.optimizer.optimizer, options=options)
+            own: State = {"model": model, "optimizer": _by_number(optimizer), "scaler": scaler}
+        else:
+            own = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": scaler}
+        average = {} if self.average is None else {checkpoint.EMA: self.average.module.state_dict()}
+        return {**own, **average, "skipped": self.skipped}
+
+
+def sharded(acc: Accelerator) -> bool:
+    """Whether each process holds a part of the weights (FSDP)."""
+    return acc.distributed_type == DistributedType.FSDP
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor whose parts lie in several processes (FSDP), put together; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def build(acc: Accelerator, module: nn.Module, optimizer: Any, ways: Ways, run: Path, state: State | None) -> Learner:
+    """Model and optimizer, as they start or as a checkpoint left them, prepared for this process."""
+    if ways.ema is not None and sharded(acc):
+        raise UsageError("--ema does not go with FSDP, which gives each process a part of the weights; leave one out")
+    if state is not None:
+        checkpoint.restore(run, state, module, None if sharded(acc) else optimizer)
+    average = None if ways.ema is None else _average(module, ways.ema, run, state)
+    if ways.checkpoint_activations:
+        activations.apply(module)
+    if ways.compiled:
+        module.compile()
+    model, optimizer = acc.prepare(module, optimizer)
+    if state is not None and sharded(acc):
+        options = spread.StateDictOptions(full_state_dict=True)
+        numbered = _by_name(state["optimizer"], module, optimizer.optimizer)
+        spread.set_optimizer_state_dict(module, optimizer.optimizer, numbered, options=options)
+    if state is not None and acc.scaler is not None and state["scaler"]:
+        acc.scaler.load_state_dict(state["scaler"])
+    model.train()
+    skipped = int(state.get("skipped", 0)) if state is not None else 0
+    return Learner(acc, module, model, optimizer, ways, average, skipped)
+
+
+def _average(module: nn.Module, decay: float, run: Path, state: State | None) -> ModelEmaV3:
+    """timm's exponential moving average with its warm-up: a function of the step, so that a run resumes exactly."""
+    average = ModelEmaV3(module, decay=decay, use_warmup=True)
+    average.module.requires_grad_(False)
+    if state is not None:
+        checkpoint.restore_average(run, state, average.module)
+    return average
+
+
+def _by_number(state: State) -> State:
+    """An optimizer's state by parameter names -> by numbers, as torch's own `state_dict` has it."""
+    names = [name for group in state.get("param_groups", []) for name in group["params"]]
+    number = {name: i for i, name in enumerate(names)}
+    groups = [
+        {**group, "params": [number[name] for name in group["params"]]} for group in state.get("param_groups", [])
+    ]
+    return {"state": {number[name]: values for name, values in state.get("state", {}).items()}, "param_groups": groups}
+
+
+def _by_name(state: State, module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """The reverse of `_by_number`, for the parameters of an optimizer of this model."""
+    known = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = [known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[i]: values for i, values in state["state"].items()}, "param_groups": groups}

@@ -1,0 +1,76 @@
+"""How things are shown: sizes, tables, progress at a terminal and in a log."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from featcache.console import text as show
+from featcache.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (1_512_960, "1.5 MB"),
+        (999_940, "999.9 kB"),
+        (999_960, "1.0 MB"),
+        (5.4e9, "5.4 GB"),
+        (1.94e12, "1.94 TB"),
+        (2.5e15, "2500.00 TB"),
+    ],
+)
+def test_sizes(count: float, text: str) -> None:
+    assert show.size(count) == text
+
+
+def test_a_table_is_as_wide_as_it_must_be() -> None:
+    rows = [("name", "bytes", ""), ("a", "1", "x"), ("longer", "1000", "")]
+    assert show.table(rows, right=[1]) == "name    bytes\na           1  x\nlonger   1000"
+    assert show.table(rows) == "name    bytes\na       1      x\nlonger  1000"
+    assert show.table([("one",)]) == "one"
+
+
+def test_given_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATCACHE_IMAGES", "there")
+    assert (show.given_images("here"), show.given_images(None)) == ("here", "there")
+    monkeypatch.setenv("FEATCACHE_IMAGES", "")
+    with pytest.raises(UsageError, match=r"--images SRC is a folder.*FEATCACHE_IMAGES"):
+        show.given_images(None)
+
+
+def test_facts_or_text(capsys: pytest.CaptureFixture[str]) -> None:
+    show.facts_or_text({"a": 1}, False, "one")
+    assert capsys.readouterr().out == "one\n"
+    show.facts_or_text({"a": 1}, True, "one")
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """None at once, so that short work says nothing."""
+    clock = iter([100.0, 100.0, 110.0, 140.0, 140.0, 150.0, 171.0, 171.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    bar = show.Bar("verify", "shards", lambda done, total: f"{100 * done // total} %")
+    for done in range(1, 6):
+        bar(done, 8)
+    bar.close()
+    assert capsys.readouterr().err == "verify: 3 of 8 shards, 37 %\nverify: 5 of 8 shards, 62 %\n"
+
+
+def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bar = show.Bar("extract", "pictures", lambda done, total: "fast")
+    bar(3, 10)
+    bar(10, 12)
+    bar.close()
+    bar.close()
+    shown = capsys.readouterr().err
+    assert "extract" in shown
+    assert "10/12" in shown
+    assert "fast" in shown

@@ -1,0 +1,278 @@
+"""Weight files as people have them: other projects' layouts, wrappers, wrong files; and what lies on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, hub
+
+from featcache import teachers
+from featcache.errors import UsageError, UserError
+from featcache.models import position_embedding as positions
+from featcache.models import quick_gelu, weights
+from tests import teacher_reference as ref
+from tests.featcache.teachers.test_families import small_clip
+
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+TEXT = ",".join(f"{key}={value}" for key, value in SMALL.items())
+
+
+def _network(arch: str, px: int) -> Any:
+    network: Any = timm.create_model(arch, num_classes=0, img_size=px, **SMALL)
+    ref.stir(network)
+    return network
+
+
+def _as_mae(own: dict[str, Tensor]) -> dict[str, object]:
+    """MAE's published pre-training checkpoint: with a mask token, a decoder and the program's arguments."""
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 24)}
+    return {"model": {**own, **decoder}, "args": argparse.Namespace(lr=1), "epoch": 1}
+
+
+def _as_dinov2(own: dict[str, Tensor]) -> dict[str, object]:
+    """DINOv2's own names: [CLS] and its position apart, registers under another name."""
+    own = dict(own)
+    place = torch.full((1, 1, 24), 0.25)
+    own["cls_token"] = own["cls_token"] - place
+    own["pos_embed"] = torch.cat([place, own["pos_embed"]], 1)
+    own["register_tokens"] = own.pop("reg_token")
+    return {**own, "mask_token": torch.zeros(1, 24)}
+
+
+def _as_dinov3(own: dict[str, Tensor]) -> dict[str, object]:
+    """DINOv3's own names for registers and layer scale, with a fused bias and the table of periods."""
+    names = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    out: dict[str, object] = {"mask_token": torch.zeros(1, 24), "rope_embed.periods": torch.zeros(2)}
+    for name, value in own.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        out[name] = value
+    for k in range(2):
+        q, v = out.pop(f"blocks.{k}.attn.q_bias"), out.pop(f"blocks.{k}.attn.v_bias")
+        assert isinstance(q, Tensor)
+        assert isinstance(v, Tensor)
+        out[f"blocks.{k}.attn.qkv.bias"] = torch.cat([q, torch.zeros(24), v])
+    return out
+
+
+LAYOUTS: dict[str, tuple[str, int, Callable[[dict[str, Tensor]], dict[str, object]]]] = {
+    "mae": ("vit_base_patch16_224.mae", 48, _as_mae),
+    "dinov2-reg": ("vit_base_patch14_reg4_dinov2.lvd142m", 42, _as_dinov2),
+    "dinov3": ("vit_base_patch16_dinov3_qkvb.lvd1689m", 48, _as_dinov3),
+    "dino's program": ("vit_base_patch16_224.dino", 48, lambda own: {"teacher": own, "student": {"x": torch.ones(1)}}),
+    "a classifier": ("deit_base_patch16_224.fb_in1k", 48, lambda own: {"model": {**own, "head.bias": torch.ones(9)}}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_as_their_projects_publish_them(tmp_path: Path, layout: str) -> None:
+    arch, px, write = LAYOUTS[layout]
+    network = _network(arch, px)
+    torch.save(write({name: value.clone() for name, value in network.state_dict().items()}), tmp_path / "w.pth")
+    teacher: Any = teachers.load(f"timm:{arch},img_size={px},{TEXT}", str(tmp_path / "w.pth"))
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(teacher.vit.state_dict()[name], value)
+
+
+def _whole_module(path: Path, network: Any) -> None:
+    torch.save(network, path)
+
+
+def _half(path: Path, network: Any) -> None:
+    torch.save({name: value.half() for name, value in network.state_dict().items()}, path)
+
+
+@pytest.mark.parametrize("write", [_whole_module, _half])
+def test_a_pickled_module_and_half_precision_are_read(tmp_path: Path, write: Callable[[Path, Any], None]) -> None:
+    network = _network("vit_base_patch16_224", 32)
+    write(tmp_path / "w.pt", network)
+    teacher: Any = teachers.load(f"timm:vit_base_patch16_224,img_size=32,{TEXT}", str(tmp_path / "w.pt"))
+    for name, value in network.state_dict().items():
+        expected = value.half().float() if write is _half else value
+        assert teacher.vit.state_dict()[name].dtype == torch.float32
+        assert torch.equal(teacher.vit.state_dict()[name], expected)
+
+
+class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.mark,)
+
+
+WRONG = ["text", "empty", "cut", "code", "numbers", "other network", "cut safetensors", "other safetensors"]
+FAMILIES = {
+    "clip": "",  # a small one, by its config
+    "dino": "dino-s16",
+    "dinov2": "dinov2-s14",
+    "dinov3": f"timm:vit_small_patch16_dinov3.lvd1689m,{TEXT}",
+    "siglip": f"timm:vit_base_patch16_siglip_224.webli,{TEXT}",
+    "mae": f"timm:vit_base_patch16_224.mae,{TEXT}",
+    "dvae": "dvae",
+}
+
+
+def _wrong(folder: Path, kind: str) -> Path:
+    path = folder / ("w.safetensors" if "safetensors" in kind else "w.pt")
+    good = {"first.weight": torch.zeros(40, 40), "first.bias": torch.zeros(40)}
+    if kind in ("text", "empty"):
+        path.write_text("these are not the weights\n" if kind == "text" else "")
+    elif kind == "code":
+        torch.save({"a": Evil(folder / "ran")}, path)
+    elif kind == "numbers":
+        torch.save([1, 2, 3], path)
+    elif "safetensors" in kind:
+        save_file(good, path)
+    else:
+        torch.save(good, path)
+    if kind.startswith("cut"):
+        path.write_bytes(path.read_bytes()[:900])
+    return path
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_wrong_file_is_one_clear_line_in_every_family(tmp_path: Path, family: str, kind: str) -> None:
+    path = _wrong(tmp_path, kind)
+    load = teachers.load_tokenizer if family == "dvae" else teachers.load
+    with pytest.raises(UserError) as caught:
+        load(FAMILIES[family] if family != "clip" else f"open_clip:{small_clip(tmp_path)}", str(path))
+    line = str(caught.value)
+    assert str(path) in line
+    assert "\n" not in line
+    assert len(line) < 600
+    assert ("do not fit" in line) == kind.startswith("other")
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------- what is on this machine
+
+
+@pytest.fixture
+def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, dict[str, Tensor]], Path]:
+    """No name resolves; `put(repository, state)` lays weights where the Hugging Face hub's client keeps them."""
+    from huggingface_hub import constants
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(repository: str, state: dict[str, Tensor]) -> Path:
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text("abc")
+        (folder / "snapshots/abc").mkdir(parents=True)
+        save_file(state, folder / "snapshots/abc/model.safetensors")
+        return folder / "snapshots/abc/model.safetensors"
+
+    return put
+
+
+@pytest.mark.parametrize("grid", [14, 10])
+def test_registered_weights_that_are_here_need_no_network(
+    hub_cache: Callable[[str, dict[str, Tensor]], Path], grid: int
+) -> None:
+    """With the classifier that the published file has, and on another grid by our own rule."""
+    arch = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    network: Any = timm.create_model(arch)
+    ref.stir(network, std=0.05)
+    hub_cache(f"timm/{arch}", network.state_dict())
+    teacher: Any = teachers.load(f"timm:{arch},grid={grid}")
+    assert (teacher.weights, teacher.input_px, teacher.patches) == (teachers.REGISTERED, 16 * grid, grid * grid)
+    expected = {name: value for name, value in network.state_dict().items() if not name.startswith("head.")}
+    if grid != 14:
+        expected["pos_embed"] = positions.resize(expected["pos_embed"], grid, "bicubic", 1)
+    own = teacher.vit.state_dict()
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[name], value) for name, value in expected.items())
+
+
+def test_a_hub_file_that_lacks_tensors_is_refused(hub_cache: Callable[[str, dict[str, Tensor]], Path]) -> None:
+    arch = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    state = timm.create_model(arch).state_dict()
+    path = hub_cache(f"timm/{arch}", {name: v for name, v in state.items() if not name.startswith("blocks.3")})
+    with pytest.raises(UserError, match="augreg_in21k_ft_in1k"):
+        teachers.load(f"timm:{arch}")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="augreg_in21k_ft_in1k"):
+        teachers.load(f"timm:{arch}")
+
+
+@pytest.mark.parametrize("size", [48, 32])
+def test_a_tag_of_open_clips_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A small architecture and a tag put into open_clip's tables: its own reader, the tag's activation and pixels."""
+    config = json.loads(small_clip(tmp_path, quick=False).read_text())
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny", config)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-quickgelu", {**config, "quick_gelu": True})
+    whole = open_clip.create_model("Tiny-quickgelu", load_weights=False)
+    ref.stir(whole)
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "w.pt")
+    tag = {"file": str(tmp_path / "w.pt"), "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    for arch in ("Tiny", "Tiny-quickgelu"):
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, arch, {"here": tag})
+    teacher: Any = teachers.load(f"open_clip:Tiny-quickgelu/here,img_size={size}")
+    assert (teacher.pixel_mean, teacher.pixel_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    expected = whole.visual.state_dict()
+    if size == 32:
+        place = expected["positional_embedding"][None]
+        expected["positional_embedding"] = positions.resize(place, 4, "bicubic", 1)[0]
+    assert all(torch.equal(value, expected[name]) for name, value in teacher.visual.state_dict().items())
+    assert quick_gelu.runs_in(teacher)
+    with pytest.raises(UsageError, match="give open_clip:Tiny-quickgelu/here"):
+        teachers.load("open_clip:Tiny/here")
+    (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:3000])
+    with pytest.raises(UserError, match="open_clip:Tiny-quickgelu/here"):
+        teachers.load("open_clip:Tiny-quickgelu/here")
+
+
+def test_weights_are_found_where_the_libraries_keep_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "_hub_dir", str(tmp_path / "torch"))
+    row = teachers.rows()["dino-b16"]
+    assert weights.on_this_machine(row.hub, row.file) is None
+    folder = tmp_path / "hub" / "models--timm--vit_base_patch16_224.dino"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("abc")
+    (folder / "snapshots/abc").mkdir(parents=True)
+    (folder / "snapshots/abc/model.safetensors").write_bytes(b"x")
+    assert weights.on_this_machine(row.hub, row.file) == folder / "snapshots/abc/model.safetensors"
+    row = teachers.rows()["dvae"]
+    assert weights.on_this_machine(row.hub, row.file) is None
+    (tmp_path / "torch/checkpoints").mkdir(parents=True)
+    (tmp_path / "torch/checkpoints/dall_e_encoder.pkl").write_bytes(b"x")
+    assert weights.on_this_machine(row.hub, row.file) == tmp_path / "torch/checkpoints/dall_e_encoder.pkl"
+    assert weights.on_this_machine("", "") is None
+
+
+def test_a_download_that_breaks_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_hub_dir", str(tmp_path))
+
+    def broken(url: str, target: str, progress: bool) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(hub, "download_url_to_file", broken)
+    with pytest.raises(OSError, match="connection lost"):
+        weights.download("https://example.invalid/w", "w.pkl")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    monkeypatch.setattr(hub, "download_url_to_file", lambda url, target, progress: Path(target).write_bytes(b"whole"))
+    assert weights.download("https://example.invalid/w", "w.pkl").read_bytes() == b"whole"
+    monkeypatch.setattr(hub, "download_url_to_file", broken)
+    assert weights.download("https://example.invalid/w", "w.pkl").read_bytes() == b"whole"  # it is there already

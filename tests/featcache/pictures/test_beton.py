@@ -1,0 +1,189 @@
+"""Files of FFCV's own writer: their bytes, keys and labels; and every way in which a file is none."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featcache.errors import UserError
+from featcache.pictures import beton
+from featcache.pictures import open_source as images
+from tests.conftest import python
+from tests.ffcv_files import COUNT, photo
+
+
+def decoded(source: images.Source, index: int) -> np.ndarray:
+    return np.asarray(images.decode(source.read(index)))
+
+
+# ------------------------------------------------------------ what it reads
+
+
+def test_pictures_stored_as_pixels_keep_every_pixel(ffcv_files: Path) -> None:
+    source = images.open_source(ffcv_files / "raw.beton")
+    assert len(source) == COUNT
+    assert source.keys == ["a/b0", "a/b1", "a/b2", "a/b3", "a/b4"]
+    assert source.labels is not None
+    assert source.labels.tolist() == [7, 6, 5, 4, 3]
+    assert source.classes is None
+    for i in range(COUNT):
+        assert np.array_equal(decoded(source, i), photo(i))
+
+
+def test_jpegs_come_as_the_bytes_that_ffcv_wrote(ffcv_files: Path) -> None:
+    """The same encoder on the same picture, called here: OpenCV's at quality 85, which takes BGR."""
+    import cv2
+
+    source = images.open_source(ffcv_files / "jpg.beton")
+    assert source.keys == [f"a/ä{i}" for i in range(COUNT)]  # a JSONField
+    assert source.labels is None
+    for i in range(COUNT):
+        wanted = cv2.imencode(".jpg", photo(i)[..., ::-1], [int(cv2.IMWRITE_JPEG_QUALITY), 85])[1].tobytes()
+        assert source.read(i) == wanted
+
+
+def test_without_keys_a_picture_is_its_files_digest_and_its_number(ffcv_files: Path, tmp_path: Path) -> None:
+    """A copy has the same keys; a file with the same tables and other pixels has others."""
+    keys = list(images.open_source(ffcv_files / "nokey.beton").keys)
+    digests = {key.partition("/")[0] for key in keys}
+    assert len(digests) == 1
+    assert len(digests.pop()) == 16
+    assert [key.partition("/")[2] for key in keys] == ["00000000", "00000001", "00000002", "00000003", "00000004"]
+    copy = shutil.copy(ffcv_files / "nokey.beton", tmp_path / "elsewhere.beton")
+    assert images.open_source(copy).keys == keys
+    assert not set(images.open_source(ffcv_files / "otherkey.beton").keys) & set(keys)
+
+
+def test_a_source_goes_to_other_processes(ffcv_files: Path) -> None:
+    source = images.open_source(ffcv_files / "raw.beton")
+    assert pickle.loads(pickle.dumps(source)).read(2) == source.read(2)
+
+
+# ------------------------------------------------------------ what it refuses
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("noimage", "0 of its fields label, key are RGBImageFields"),
+        ("twoimages", "2 of its fields one, two, key are RGBImageFields"),
+        ("intkey", "field key is IntField, BytesField or JSONField is allowed"),
+        ("double", "the key 'k0' is used by two pictures"),
+        ("own", "custom field x"),
+        ("emptykey", "the key of picture 3 is empty"),
+    ],
+)
+def test_fields_that_cannot_be_used(ffcv_files: Path, name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        images.open_source(ffcv_files / f"{name}.beton")
+    assert f"{name}.beton" in str(caught.value)
+
+
+def test_labels_below_zero_are_refused_where_they_are_asked_for(ffcv_files: Path) -> None:
+    source = images.open_source(ffcv_files / "negative.beton")
+    with pytest.raises(UserError, match=r"-4 is given, numbers from 0 on are allowed"):
+        _ = source.labels
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.001, 0.3, 0.7, 0.999999])
+def test_a_file_that_is_cut_off_anywhere(ffcv_files: Path, tmp_path: Path, share: float) -> None:
+    data = (ffcv_files / "raw.beton").read_bytes()
+    (tmp_path / "cut.beton").write_bytes(data[: int(share * len(data))])
+    with pytest.raises(UserError, match=r"cut\.beton' (is cut off|is no FFCV file|cannot be read)"):
+        images.open_source(tmp_path / "cut.beton")
+
+
+def test_every_length_short_of_the_table_of_allocations(ffcv_files: Path, tmp_path: Path) -> None:
+    """Whole rows of the table may lack too: a picture without a place is found by its absence. (The last row is of a
+    key, whose place and size its picture's row states as well.)"""
+    data = (ffcv_files / "raw.beton").read_bytes()
+    for lacking in (1, 8, 23, 48, 10 * 24):  # five pictures and five keys
+        (tmp_path / "cut.beton").write_bytes(data[:-lacking])
+        with pytest.raises(UserError, match="is cut off, or its writer was stopped"):
+            images.open_source(tmp_path / "cut.beton")
+
+
+def test_a_file_whose_writer_was_stopped(ffcv_files: Path, tmp_path: Path) -> None:
+    """FFCV writes the header last: until then it says that the table of allocations begins at 0."""
+    data = bytearray((ffcv_files / "raw.beton").read_bytes())
+    data[16:24] = bytes(8)
+    (tmp_path / "half.beton").write_bytes(data)
+    with pytest.raises(UserError, match="its writer was stopped"):
+        images.open_source(tmp_path / "half.beton")
+
+
+def test_other_files_under_this_name(ffcv: None, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 300)).save(tmp_path / "x.png")
+    (tmp_path / "x.png").rename(tmp_path / "x.beton")
+    with pytest.raises(UserError, match="is no FFCV file of version 2"):
+        images.open_source(tmp_path / "x.beton")
+    (tmp_path / "noise.beton").write_bytes(b"\x02\0\x01\0" + np.random.default_rng(0).bytes(5000))
+    with pytest.raises(UserError, match="noise"):
+        images.open_source(tmp_path / "noise.beton")
+
+
+def test_damaged_sizes_are_told_by_the_number_of_the_picture(ffcv_files: Path, tmp_path: Path) -> None:
+    source = images.open_source(ffcv_files / "nokey.beton")
+    data = bytearray((ffcv_files / "nokey.beton").read_bytes())
+    place = data.index(np.array([44, 36], "<u2").tobytes())  # width, height of picture 2 in its row
+    assert source.sizes[2].tolist() == [36, 44]  # type: ignore[attr-defined]
+    data[place : place + 2] = np.array([45], "<u2").tobytes()
+    (tmp_path / "bad.beton").write_bytes(data)
+    with pytest.raises(UserError, match=r"picture 2 of .*: mode 1, 36 x 45 pixels and 4752 bytes do not agree"):
+        images.open_source(tmp_path / "bad.beton")
+
+
+def test_a_file_that_shrinks_later_is_an_error_of_the_disk(ffcv_files: Path, tmp_path: Path) -> None:
+    path = shutil.copy(ffcv_files / "raw.beton", tmp_path / "x.beton")
+    source = images.open_source(path)
+    with open(path, "r+b") as file:  # noqa: PTH123
+        file.truncate(1000)
+    with pytest.raises(OSError, match="ends within it"):
+        source.read(0)
+
+
+# ------------------------------------------------------------ without FFCV, and beside it
+
+
+def test_no_such_file_is_told_before_ffcv_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    monkeypatch.setitem(sys.modules, "ffcv.types", None)
+    with pytest.raises(UserError, match="does not exist"):
+        images.open_source(tmp_path / "x.beton")
+
+
+def test_without_ffcv_one_line_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, featcache_command: object
+) -> None:
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    monkeypatch.setitem(sys.modules, "ffcv.types", None)
+    (tmp_path / "x.beton").write_bytes(bytes(5000))
+    assert callable(featcache_command)
+    ran = featcache_command("extract", "--teacher", "synthetic", "--images", tmp_path / "x.beton")
+    assert ran.status == 1
+    assert "libopencv-dev libturbojpeg0-dev pkg-config" in ran.error
+    assert "then pip install ffcv" in ran.error
+
+
+def test_ffcv_is_imported_for_betons_alone_and_leaves_torchs_threads(ffcv_files: Path, photos: Path) -> None:
+    code = (
+        "import sys, torch\nfrom featcache.pictures import open_source as images\ntorch.set_num_threads(3)\n"
+        "images.open_source(sys.argv[1])\nassert 'ffcv' not in sys.modules\n"
+        "images.open_source(sys.argv[2], 'ffcv')\nassert 'ffcv' in sys.modules\n"
+        "assert torch.get_num_threads() == 3, torch.get_num_threads()\n"
+    )
+    ran = python(code, photos, ffcv_files / "raw.beton")
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_install_line_is_that_of_the_readme() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    assert beton.INSTALL.partition(",")[0] in readme
+    assert beton.INSTALL.endswith("pip install ffcv")
+    assert "pip install ffcv" in readme

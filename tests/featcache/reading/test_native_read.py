@@ -1,0 +1,246 @@
+"""Ranges read by machine code are those that numpy cuts out of the file, checked ones or an error that names them; its
+crc32c is that of another library, for every width of a register that this machine has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import crc32c
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from featcache.errors import UserError
+from featcache.reading import native_read as ranges
+from featcache.reading import range_reader as preads
+from featcache.reading.byte_ranges import BadRow, Piece, Run, cut
+from featcache.reading.range_reader import Reads
+
+SIZE, FILES = 40_000, 3
+DATA = np.random.default_rng(0).integers(0, 256, (FILES, SIZE), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("ranges")
+    for i, data in enumerate(DATA):
+        (folder / str(i)).write_bytes(data.tobytes())
+    return [str(folder / str(i)) for i in range(FILES)]
+
+
+@pytest.fixture
+def reads() -> Iterator[Reads]:
+    reads = Reads(1)
+    reads._by_machine_code = True
+    yield reads
+    reads.close()
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> Run:
+    """Rows of one to four pieces, in any order of their files, to any of the rows of a larger target."""
+    sizes = draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4))
+    gaps = draw(st.lists(st.integers(0, 50), min_size=len(sizes), max_size=len(sizes)))
+    first = np.cumsum([0, *sizes])
+    source = np.cumsum([gap + size for gap, size in zip(gaps, [0, *sizes[:-1]], strict=True)])
+    order = draw(st.permutations(range(len(sizes))))
+    pieces = tuple(Piece(int(source[i]), int(first[i]), sizes[i], i) for i in order)
+    at = draw(st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True))
+    most = SIZE - int(source[-1]) - sizes[-1]
+    offsets = draw(st.lists(st.integers(0, most), min_size=len(at), max_size=len(at)))
+    file = np.sort(draw(st.lists(st.integers(0, FILES - 1), min_size=len(at), max_size=len(at))))
+    names, file = np.unique(file, return_inverse=True)
+    target = np.zeros((12, int(first[-1])), np.uint8)
+    return Run([str(name) for name in names], target, np.array(at), file, np.array(offsets), pieces)
+
+
+def at(run: Run, paths: list[str], crcs: np.ndarray | None = None) -> Run:
+    """The run with the files where they are, and its checksums."""
+    return replace(run, paths=[paths[int(name)] for name in run.paths], crcs=crcs)
+
+
+def wanted(run: Run) -> np.ndarray:
+    out = np.zeros_like(run.target)
+    for row, file, offset in zip(run.at, run.file, run.offsets, strict=True):
+        for source, place, size, _ in run.pieces:
+            out[row, place : place + size] = DATA[int(run.paths[file]), offset + source : offset + source + size]
+    return out
+
+
+def sums(run: Run) -> np.ndarray:
+    """(rows of the run, columns), by another library."""
+    full = wanted(run)
+    out = np.zeros((len(run.at), len(run.pieces)), np.uint32)
+    for i, row in enumerate(run.at):
+        for _, place, size, column in run.pieces:
+            out[i, column] = crc32c.crc32c(full[row, place : place + size].tobytes())
+    return out
+
+
+ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("hot", [3000, 9000, 1 << 19])  # checked after so many bytes
+@ANY
+@given(run=runs(), checks=st.booleans(), close=st.sampled_from([1, 8]), call=st.sampled_from([1, 9000, 1 << 25]))
+def test_they_are_what_the_files_hold(
+    paths: list[str], reads: Reads, hot: int, run: Run, checks: bool, close: int, call: int
+) -> None:
+    run.target[:] = 0
+    settings = (preads, "_HOT", hot), (preads, "_CLOSE", close), (ranges, "_AT_ONCE", call)
+    with contextlib.ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(mock.patch.object(*setting))
+        reads.read([at(run, paths, sums(run) if checks else None)])
+    np.testing.assert_array_equal(run.target, wanted(run))
+
+
+@ANY
+@given(run=runs(), part_bytes=st.integers(1, 20_000), files=st.integers(1, 4))
+def test_parts_are_the_run_cut_up(run: Run, part_bytes: int, files: int) -> None:
+    parts = list(cut([run], part_bytes, files))
+    assert all(1 <= len(part.paths) <= files and set(part.file) == set(range(len(part.paths))) for part in parts)
+    for name in ("at", "offsets"):
+        np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(run, name))
+    assert [part.paths[i] for part in parts for i in part.file] == [run.paths[i] for i in run.file]
+    assert all(part.row_bytes * len(part.at) <= max(part_bytes, part.row_bytes) for part in parts)
+
+
+@ANY
+@given(run=runs(), data=st.data())
+def test_a_wrong_sum_names_its_row_and_column(paths: list[str], reads: Reads, run: Run, data: st.DataObject) -> None:
+    crcs = sums(run)
+    bad = data.draw(st.integers(0, len(run.at) - 1)), data.draw(st.integers(0, len(run.pieces) - 1))
+    crcs[bad] ^= 1
+    with mock.patch.object(Reads, "_fill_together", return_value=False), pytest.raises(BadRow) as caught:
+        reads.read([at(run, paths, crcs)])
+    assert (caught.value.row, caught.value.column) == (run.at[bad[0]], bad[1])
+    assert caught.value.path == paths[int(run.paths[run.file[bad[0]]])]
+
+
+def test_a_short_file_is_an_error_never_zeros(tmp_path: Path, reads: Reads, paths: list[str]) -> None:
+    short = tmp_path / "short"
+    short.write_bytes(DATA[0, :1000].tobytes())
+    target = np.full((4, 5000), 7, np.uint8)
+    pieces = Piece(0, 0, 400), Piece(400, 400, 200)
+    run = Run([paths[1], str(short)], target, np.arange(4), np.array([0, 1, 1, 1]), np.array([0, 0, 500, 0]), pieces)
+    with pytest.raises(UserError, match=r"short: ends before byte 1100; run `featcache verify`"):
+        reads.read([run])
+    os.close(reads._files[str(short)].fd)
+    with pytest.raises(UserError, match="short: Bad file descriptor"):
+        reads.read([run])
+    del reads._files[str(short)]  # closed
+
+
+def test_nothing_is_written_beyond_the_memory(paths: list[str]) -> None:
+    memory, zero = np.zeros((2, 8), np.uint8), np.zeros(1, np.int64)
+
+    def fill(target: np.ndarray, at: int, place: int, size: int = 5) -> None:
+        with Path(paths[0]).open("rb") as file:
+            run = Run(paths[:1], target, np.array([at]), zero, zero, (Piece(0, place, size),))
+            ranges.fill([file.fileno()], run, 0, never)
+
+    fill(memory, 1, 3)
+    np.testing.assert_array_equal(memory, [[0] * 8, [0, 0, 0, *DATA[0, :5]]])
+    for at, place in ((1, 4), (1, -1), (2, 0), (-1, 0)):
+        with pytest.raises(IndexError, match=r"of \(2, 8\)"):
+            fill(memory, at, place)
+    with pytest.raises(ValueError, match="contiguous and writable"):
+        fill(memory[:, ::2], 0, 0, 1)
+    memory.flags.writeable = False
+    with pytest.raises(ValueError, match="contiguous and writable"):
+        fill(memory, 0, 0)
+
+
+def never(file: int, view: memoryview, offset: int) -> None:
+    raise AssertionError((file, len(view), offset))
+
+
+# ------------------------------------------------------------ crc32c
+
+CHECKED = pytest.mark.skipif(not ranges.CHECKS, reason="this processor has no carry-less multiplication")
+
+
+@pytest.fixture(scope="module", params=ranges.LANES)
+def crc(request: pytest.FixtureRequest) -> Callable[[np.ndarray], int]:
+    inner = ranges.crc32c_of(request.param)
+
+    @njit
+    def compiled(address: int, size: int) -> int:
+        return inner(np.uint64(address), np.int64(size))
+
+    return lambda data: compiled(data.ctypes.data, data.size)
+
+
+@CHECKED
+def test_the_sum_is_the_one_in_the_standard(crc: Callable[[np.ndarray], int]) -> None:
+    """RFC 3720 B.4: 32 bytes of zeros, of ones, ascending, descending; and the check value of the catalogues."""
+    up = np.arange(32, dtype=np.uint8)
+    known = {bytes(32): 0x8A9136AA, b"\xff" * 32: 0x62A8AB43, bytes(up): 0x46DD794E, bytes(up[::-1]): 0x113FDB5C}
+    for data, value in {**known, b"123456789": 0xE3069283, b"": 0}.items():
+        assert crc(np.frombuffer(data, np.uint8)) == value
+
+
+@CHECKED
+@settings(max_examples=300, deadline=None)
+@given(start=st.integers(0, 70), size=st.one_of(st.integers(0, 3000), st.integers(0, SIZE - 70)))
+def test_any_bytes_at_any_place(crc: Callable[[np.ndarray], int], start: int, size: int) -> None:
+    data = DATA[0, start : start + size]
+    assert crc(data) == crc32c.crc32c(data.tobytes())
+
+
+@CHECKED
+def test_every_length_up_to_some_blocks(crc: Callable[[np.ndarray], int]) -> None:
+    for size in range(2200):
+        assert crc(DATA[0, 1 : 1 + size]) == crc32c.crc32c(DATA[0, 1 : 1 + size].tobytes())
+
+
+def test_it_is_there_on_every_processor_with_the_instructions() -> None:
+    """So that a mistake in asking for them cannot go unseen: it would only be slow."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    assert ({"pclmulqdq", "sse4_2"} <= set(flags)) == ranges.CHECKS
+    assert (4 in ranges.LANES) == ({"vpclmulqdq", "avx512f", "pclmulqdq"} <= set(flags))
+
+
+NO_FEATURES = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+
+
+@pytest.mark.parametrize("without", [NO_FEATURES, {"NUMBA_DISABLE_JIT": "1"}], ids=["features", "compiler"])
+def test_what_cannot_be_compiled_is_checked_otherwise(tmp_path: Path, without: dict[str, str]) -> None:
+    """numba told to make code for any x86-64, or none: rows are read, a wrong sum is named."""
+    code = """
+import os, sys, numpy as np, crc32c
+from featcache.reading import range_reader as preads, native_read as ranges
+from featcache.reading.byte_ranges import BadRow, Piece, Run, cut
+assert not ranges.CHECKS
+data = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8)
+open(sys.argv[1], "wb").write(data.tobytes())
+pieces = tuple(Piece(low, low, 500_000, i) for i, low in enumerate((0, 500_000)))
+sums = [[crc32c.crc32c(data[low:low + 500_000].tobytes()) for low in (at, at + 500_000)] for at in (0, 2_000_000)]
+target = np.zeros((2, 1_000_000), np.uint8)
+one, offsets = np.zeros(2, np.int64), np.array([0, 2_000_000])
+run = Run(sys.argv[1:], target, np.arange(2), one, offsets, pieces, np.array(sums, np.uint32))
+preads.Reads(2).read([run])
+assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
+run.crcs[1, 1] ^= 1
+try:
+    preads.Reads(2).read([run])
+except BadRow as bad:
+    print(bad.row, bad.column)
+target[:] = 0
+preads.Reads(2).read([Run(sys.argv[1:], target, np.arange(2), one, offsets, pieces)])
+assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
+"""
+    plain = {**os.environ, **without, "NUMBA_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "file"], env=plain, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "1 1\n"), ran.stderr

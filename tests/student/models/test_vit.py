@@ -1,0 +1,254 @@
+"""The encoder and decoder against plain matrix code, and start values, positions and patches against hand values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from featcache.errors import UsageError
+from student.models import vit
+
+TINY = "vit_tiny_patch16_224,embed_dim=16,depth=2,num_heads=2"
+Weights = Mapping[str, Tensor]
+
+
+# --- an independent ViT, from the text of the methods ---------------------------------------------------------------
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / ((centred**2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
+
+
+def linear(x: Tensor, w: Weights, name: str) -> Tensor:
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def reference_block(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
+    """x += attn(LN x); x += mlp(LN x), head by head."""
+    width = x.shape[-1]
+    d = width // heads
+    qkv = linear(layer_norm(x, w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"]), w, f"{name}.attn.qkv")
+    mixed = []
+    for head in range(heads):
+        q, k, v = (qkv[..., i * width + head * d : i * width + (head + 1) * d] for i in range(3))
+        score = (q @ k.transpose(1, 2)) / math.sqrt(d)
+        mixed.append(score.softmax(-1) @ v)
+    x = x + linear(torch.cat(mixed, -1), w, f"{name}.attn.proj")
+    hidden = linear(layer_norm(x, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"]), w, f"{name}.mlp.fc1")
+    gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    return x + linear(gelu, w, f"{name}.mlp.fc2")
+
+
+def reference_encode(w: Weights, images: Tensor, ids_keep: Tensor, heads: int, depth: int) -> list[Tensor]:
+    """Outputs of all blocks; `w` holds an encoder's parameters by name."""
+    kernel = w["patch_embed.proj.weight"]
+    p = kernel.shape[-1]
+    rows = []
+    for picture, ids in zip(images, ids_keep.tolist(), strict=True):
+        tokens = [w["cls_token"][0, 0]]
+        for i in ids:
+            row, col = divmod(i, picture.shape[-1] // p)
+            patch = picture[:, row * p : (row + 1) * p, col * p : (col + 1) * p]
+            tokens.append((kernel * patch).sum((1, 2, 3)) + w["patch_embed.proj.bias"] + w["pos_embed"][0, 1 + i])
+        rows.append(torch.stack(tokens))
+    x, outputs = torch.stack(rows), []
+    for i in range(depth):
+        x = reference_block(x, w, f"blocks.{i}", heads)
+        outputs.append(x)
+    return outputs
+
+
+def tiny(**changes: object) -> vit.VisionTransformer:
+    torch.manual_seed(0)
+    return vit.build(TINY, **{"img_size": 16, "patch_size": 4, **changes})  # type: ignore[arg-type]
+
+
+def test_encode_equals_plain_matrix_code() -> None:
+    model = tiny().double()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    ids_keep = torch.tensor([[3, 0, 9], [15, 2, 4]])
+    got = vit.encode(model, images, ids_keep)
+    expected = reference_encode(model.state_dict(), images, ids_keep, heads=2, depth=2)
+    assert [tuple(x.shape) for x in got] == [(2, 4, 16)] * 2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_encode_of_all_patches_is_timms_forward() -> None:
+    model = tiny().double()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    last = vit.encode(model, images, torch.arange(16).expand(2, -1))[-1]
+    torch.testing.assert_close(model.norm(last), model.forward_features(images))
+
+
+def test_hidden_pixels_never_reach_the_visible_tokens() -> None:
+    model = tiny()
+    images = torch.randn(1, 3, 16, 16)
+    changed = images.clone()
+    changed[:, :, :4, 4:8] += 1  # patch 1
+    ids_keep = torch.tensor([[0, 5]])
+    assert torch.equal(vit.encode(model, images, ids_keep)[-1], vit.encode(model, changed, ids_keep)[-1])
+
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+def test_sincos_hand_values() -> None:
+    """Width 8: w = (1, 10000^-1/2) = (1, 0.01). Patch (row 0, col 1) is token 2, patch (row 1, col 0) token 3."""
+    table = vit.sincos(8, 2)
+    assert table.shape == (5, 8)
+    assert table.dtype == torch.float64
+    s1, c1, s01, c01 = 0.8414709848078965, 0.5403023058681398, 0.009999833334166664, 0.9999500004166653
+    expected = torch.tensor(
+        [
+            [0, 0, 0, 0, 0, 0, 0, 0],  # CLS
+            [0, 0, 1, 1, 0, 0, 1, 1],
+            [s1, s01, c1, c01, 0, 0, 1, 1],
+            [0, 0, 1, 1, s1, s01, c1, c01],
+            [s1, s01, c1, c01, s1, s01, c1, c01],
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(table, expected, rtol=0, atol=1e-15)
+
+
+def test_sincos_of_the_base_encoder_in_numpy() -> None:
+    table = vit.sincos(768, 14).numpy()
+    row, col, k = 5, 11, np.arange(192)
+    w = 10000.0 ** (-k / 192)
+    expected = np.concatenate([np.sin(col * w), np.cos(col * w), np.sin(row * w), np.cos(row * w)])
+    np.testing.assert_allclose(table[1 + row * 14 + col], expected, rtol=0, atol=1e-14)
+
+
+# --- start values ---------------------------------------------------------------------------------------------------
+
+
+def test_start_values() -> None:
+    torch.manual_seed(0)
+    model = vit.build("tiny")  # width 192
+    assert not model.pos_embed.requires_grad
+    assert torch.equal(model.pos_embed[0], vit.sincos(192, 14).float())
+    block = model.blocks[3]
+    for weight, limit in (
+        (block.attn.qkv.weight, math.sqrt(6 / (4 * 192))),  # fan in 192 + fan out 3 * 192, one fused matrix
+        (block.attn.proj.weight, math.sqrt(6 / (2 * 192))),
+        (block.mlp.fc1.weight, math.sqrt(6 / (5 * 192))),
+        (model.patch_embed.proj.weight, math.sqrt(6 / (192 + 768))),
+    ):
+        assert weight.abs().max() <= limit
+        assert weight.abs().max() > 0.999 * limit
+    assert not block.attn.qkv.bias.any()
+    assert not block.mlp.fc2.bias.any()
+    bias = model.patch_embed.proj.bias  # the framework's own: U(-1/sqrt(768), 1/sqrt(768))
+    assert 0.9 / math.sqrt(768) < bias.abs().max() <= 1 / math.sqrt(768)
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model.norm.eps == 1e-6
+    assert block.norm1.eps == 1e-6
+
+
+def test_drop_path_rises_linearly() -> None:
+    model = vit.build("tiny,depth=5,embed_dim=16,num_heads=2", img_size=16, patch_size=4, drop_path=0.4)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("encoder", "count"),
+    [
+        # patch conv 192*768 + 192, cls 192, positions 197*192, 12 blocks of 12 D^2 + 13 D, norm 2 D
+        ("tiny", 192 * 768 + 192 + 192 + 197 * 192 + 12 * (12 * 192**2 + 13 * 192) + 2 * 192),
+        ("small", 384 * 768 + 384 + 384 + 197 * 384 + 12 * (12 * 384**2 + 13 * 384) + 2 * 384),
+    ],
+)
+def test_names_load_strictly_into_timm(encoder: str, count: int) -> None:
+    model = vit.build(encoder)
+    timm.create_model(vit.SIZES[encoder], num_classes=0).load_state_dict(model.state_dict(), strict=True)
+    assert sum(x.numel() for x in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ("bse", "unknown encoder 'bse': did you mean base"),
+        ("vit_tiny_patch16_225", "did you mean vit_tiny_patch16_224"),
+        ("tiny,img_size=32", "sets img_size"),
+        ("tiny,deepth=2", "timm says .*deepth"),
+        ("vit_small_patch14_dinov2", "it has LayerScale"),
+        ("vit_base_patch16_clip_224,depth=1", "it has a norm before the blocks"),
+        ("tiny,reg_tokens=2", "it has register tokens"),
+        ("tiny,qkv_bias=false", "no bias on q, k, v"),
+    ],
+)
+def test_other_encoders_are_refused(encoder: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        vit.build(encoder)
+
+
+# --- patches and the decoder ----------------------------------------------------------------------------------------
+
+
+def test_patchify_order() -> None:
+    """A 2-channel-coded picture: value = 100 * channel + 10 * row + column; patches of 2 x 2."""
+    channel, row, col = torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(4), indexing="ij")
+    patches = vit.patchify((100 * channel + 10 * row + col)[None], 2)
+    assert patches.shape == (1, 4, 12)
+    assert patches[0, 1].tolist() == [2, 102, 202, 3, 103, 203, 12, 112, 212, 13, 113, 213]
+
+
+def reference_decode(w: Weights, tokens: Tensor, ids_keep: Tensor, heads: int, depth: int) -> Tensor:
+    """(B,P,out); `w` holds a decoder's parameters by name."""
+    narrow = linear(tokens, w, "decoder_embed")
+    n_patches = w["decoder_pos_embed"].shape[1] - 1
+    rows = []
+    for x, ids in zip(narrow, ids_keep.tolist(), strict=True):
+        patches = [x[1 + ids.index(i)] if i in ids else w["mask_token"][0, 0] for i in range(n_patches)]
+        rows.append(torch.stack([x[0], *patches]) + w["decoder_pos_embed"][0])
+    x = torch.stack(rows)
+    for i in range(depth):
+        x = reference_block(x, w, f"decoder_blocks.{i}", heads)
+    x = layer_norm(x, w["decoder_norm.weight"], w["decoder_norm.bias"])
+    return linear(x, w, "decoder_pred")[:, 1:]
+
+
+def test_decoder_equals_plain_matrix_code() -> None:
+    torch.manual_seed(0)
+    decoder = vit.Decoder(width_in=6, width=8, depth=2, heads=2, patches_grid=3, out_dim=5).double()
+    tokens = torch.randn(2, 4, 6, dtype=torch.float64)
+    ids_keep = torch.tensor([[7, 0, 2], [1, 4, 5]])
+    ids_masked = torch.tensor([[1, 3, 4, 5, 6, 8], [0, 2, 3, 6, 7, 8]])
+    got = decoder(tokens, ids_keep, ids_masked)
+    expected = reference_decode(decoder.state_dict(), tokens, ids_keep, heads=2, depth=2)
+    assert got.shape == (2, 9, 5)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_decoder_names_are_those_of_the_released_code() -> None:
+    names = set(vit.Decoder(width_in=8, width=8, depth=1, heads=2, patches_grid=2, out_dim=12).state_dict())
+    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    layers = ("decoder_embed", "decoder_norm", "decoder_pred", *(f"decoder_blocks.0.{name}" for name in block))
+    both = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert names == both | {"mask_token", "decoder_pos_embed"}
+
+
+def test_decoder_start_values() -> None:
+    torch.manual_seed(0)
+    decoder = vit.Decoder(width_in=768, width=512, depth=1, heads=16, patches_grid=14, out_dim=768)
+    assert not decoder.decoder_pos_embed.requires_grad
+    assert torch.equal(decoder.decoder_pos_embed[0], vit.sincos(512, 14).float())
+    assert decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.15)
+    assert 0.999 < decoder.decoder_pred.weight.abs().max() / math.sqrt(6 / (512 + 768)) <= 1
+    assert not decoder.decoder_embed.bias.any()
+    assert decoder.decoder_norm.eps == 1e-6
+
+
+@pytest.mark.parametrize(("width", "heads"), [(512, 3), (6, 2)])
+def test_decoder_sizes_are_checked(width: int, heads: int) -> None:
+    with pytest.raises(UsageError, match=f"decoder_width={width}, decoder_heads={heads}; allowed"):
+        vit.check_decoder(width, heads)

@@ -1,0 +1,147 @@
+"""What a dry run says: counts by hand, memory by arithmetic, the disk by a clock of our own, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import student.training.train
+from student.data.prefetch import Wait
+from student.targets.contract import Cached
+from student.training import dry_run as estimate
+from tests import student_fixtures as fx
+
+DRY = ("--batch-size", "8", "--dry-run", "--json")
+
+
+def facts(recipe: str, tmp_path: Path, *options: Any, cache: Path | None = None) -> dict[str, Any]:
+    given = ("--cache", cache or fx.cache_path(), *DRY, *options)
+    ran = fx.good(fx.train(recipe, tmp_path / "run", *given, home=tmp_path / "home"))
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "home").exists()
+    return ran.json
+
+
+def test_the_numbers_of_a_small_run(tmp_path: Path) -> None:
+    """maskalign, width 48, 4 blocks, 16 patches of 8 pixels; adaptors of 3 levels to width 24, W 3 x 4."""
+    found = facts("maskalign", tmp_path, "--epochs", "5", "--ema", "0.9")
+    block = 4 * 48 * 48 + 4 * 48 + 8 * 48 * 48 + 5 * 48 + 4 * 48  # qkv and proj, two layers of 4 x 48, two norms
+    encoder = 4 * block + 8 * 8 * 3 * 48 + 48 + 48 + 17 * 48 + 2 * 48  # stem, cls_token, positions, norm
+    assert found["encoder_parameters"] == encoder
+    assert found["parameters"] == encoder + 3 * (48 * 24 + 24) + 3 * 4
+    learnt = found["parameters"] - 17 * 48 - 2 * 48  # fixed positions, and the norm that is not trained
+    memory = found["memory"]
+    assert (memory["weights"], memory["average"]) == (4 * found["parameters"],) * 2
+    assert (memory["gradients"], memory["moments"]) == (4 * learnt, 8 * learnt)
+    parts = ("weights", "gradients", "moments", "average", "activations")
+    assert memory["sum"] == sum(memory[part] for part in parts)
+    assert (found["steps_per_epoch"], found["steps"]) == (3, 15)
+
+
+def test_bytes_of_a_picture_by_hand(tmp_path: Path) -> None:
+    """maskalign reads 3 levels x 17 tokens x 24 channels in fp16, 16 weights of attention in fp32, and the view: box
+    (4 x int32), flip (1), jitter (4 x fp32), area and source size besides where they are read."""
+    plain = 3 * 17 * 24 * 2 + 16 * 4
+    found = facts("maskalign", tmp_path)["bytes_per_picture"]
+    assert plain + 4 * 4 + 1 + 4 * 4 <= found <= plain + 64
+    prefix = ("--set", "mask=stored")  # of a ranked cache only [CLS] and the 4 visible of 16 patches, and the pixels
+    kept = facts("maskalign", tmp_path, *prefix, cache=fx.ranked_path())["bytes_per_picture"]
+    assert 3 * 5 * 24 * 2 + 32 * 32 * 3 <= kept <= 3 * 5 * 24 * 2 + 32 * 32 * 3 + 100
+
+
+def test_what_is_kept_for_the_backward_pass_by_hand() -> None:
+    """relu(x W) W': x (6 x 3) for W's gradient, the relu's output (6 x 5) once for itself and W'; no weight."""
+    model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False))
+    with estimate._kept(model) as count:
+        model(torch.randn(6, 3)).sum().backward()
+    assert count == [4 * (6 * 3 + 6 * 5)]
+
+
+def test_the_pace_of_the_disk_by_a_clock_of_our_own() -> None:
+    """A tenth of a second a read of 3,000 bytes: it ends after two seconds, with 30,000 bytes a second."""
+    now = [0.0]
+
+    def read(step: int) -> int:
+        now[0] += 0.1
+        return 3000
+
+    assert estimate.rate(read, 10**6, lambda: now[0]) == pytest.approx(30_000)
+    assert 2.0 < now[0] < 2.2
+    now[0] = 0.0
+    assert estimate.rate(read, 5, lambda: now[0]) == pytest.approx(30_000)
+    assert now[0] == pytest.approx(0.5)  # a small cache is read once
+
+
+def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 2 s, half of it waiting, at batch 8: 4 pictures a second, an epoch of 3 steps is 6 s, and the student
+    alone would want 8 pictures' bytes a second. The disk gives half of that."""
+    now = [0.0]
+    plain = student.training.train.make_step
+
+    def slow(*args: Any) -> dict[str, Any]:
+        row = plain(*args)
+        now[0] += 2.0
+        return {**row, "waits": [Wait(1.0)]}
+
+    monkeypatch.setattr(student.training.train, "make_step", slow)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
+    per_picture: list[int] = []
+
+    def half(read: Any, steps: int) -> float:
+        per_picture.append(read(0) // 8)
+        return 4.0 * per_picture[0]
+
+    monkeypatch.setattr(estimate, "rate", half)
+    found = facts("maskalign", tmp_path)
+    assert (found["step_s"], found["step_without_waiting_s"]) == (2.0, 1.0)
+    assert (found["images_per_s"], found["epoch_s"]) == (4.0, 6.0)
+    assert found["wanted_bytes_per_s"] == 8 * per_picture[0]
+    assert found["given_bytes_per_s"] == 4 * per_picture[0]
+    told = fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *DRY[:-1])).out
+    assert "the disk gives 0.5 times what the student wants of the cache; stage the cache" in told
+    assert "memory: weights " in told
+
+
+def test_the_page_cache_is_gone_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    plain = estimate.Cache
+
+    def watched(path: Any, **given: Any) -> Any:
+        opened.append(given["io"])
+        return plain(path, **given)
+
+    monkeypatch.setattr(estimate, "Cache", watched)
+    found = facts("maskalign", tmp_path)
+    assert opened == ["direct"]
+    assert found["past_page_cache"] in (True, False)  # False on a file system that knows no O_DIRECT
+
+    from featcache.errors import UserError
+
+    def refused(self: Cached, at: Any, view: Any, out: Any = None) -> Any:
+        if self.cache._options["io"] == "direct":
+            raise UserError("this file system has no O_DIRECT")
+        return read(self, at, view, out)
+
+    read = Cached.fetch
+    monkeypatch.setattr(Cached, "fetch", refused)
+    assert facts("maskalign", tmp_path)["past_page_cache"] is False
+
+
+@pytest.mark.parametrize("options", [("--steps", "0"), ("--steps", "1"), ("--checkpoint-activations",)])
+def test_short_runs_and_other_ways(options: tuple[str, ...], tmp_path: Path) -> None:
+    found = facts("mralign", tmp_path, *options)
+    assert ("step_s" in found) == (options != ("--steps", "0"))
+    if options[0] == "--checkpoint-activations":
+        assert found["memory"]["activations"] < 0.7 * facts("mralign", tmp_path)["memory"]["activations"]
+
+
+def test_without_a_cache_there_is_no_disk_to_ask(tmp_path: Path) -> None:
+    options = ("--images", fx.pictures(), "--policy", fx.policy_file(), *DRY)
+    ran = fx.train("mae", tmp_path / "run", *options, sets=("patch_size=8",), home=tmp_path / "home")
+    found = fx.good(ran).json
+    assert found["step_s"] > 0
+    assert "given_bytes_per_s" not in found

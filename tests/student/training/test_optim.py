@@ -1,0 +1,133 @@
+"""Groups of parameters by name, and the schedule against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from student.config import RecipeConfig
+from student.training import optim
+
+
+class Toy(nn.Module):
+    """One parameter of each kind the rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.norm = nn.LayerNorm(3)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 3))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 3))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 3))
+        self.mix = nn.Parameter(torch.zeros(2, 4))
+        self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"mix"}
+
+
+def names(model: nn.Module, groups: list[dict]) -> dict[str, list[str]]:
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {group["name"]: [known[id(parameter)] for parameter in group["params"]] for group in groups}
+
+
+def test_groups_by_timms_rule() -> None:
+    model = Toy()
+    groups = optim.param_groups(model, weight_decay=0.05)
+    assert names(model, groups) == {
+        "decay": ["linear.weight"],
+        "no_decay": ["cls_token", "mask_token", "pos_embed", "mix", "linear.bias", "norm.weight", "norm.bias"],
+    }
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+
+
+def test_tokens_decay_in_the_released_codes_manner() -> None:
+    model = Toy()
+    groups = names(model, optim.param_groups(model, weight_decay=0.05, decay_tokens=True))
+    assert groups["decay"] == ["cls_token", "mask_token", "pos_embed", "linear.weight"]
+
+
+def test_a_model_without_a_skip_list() -> None:
+    model = nn.Linear(2, 2)
+    assert names(model, optim.param_groups(model, 0.1)) == {"decay": ["weight"], "no_decay": ["bias"]}
+
+
+def test_adamw_takes_the_recipes_numbers() -> None:
+    optimizer = optim.adamw(Toy(), RecipeConfig(betas=(0.8, 0.7), weight_decay=0.3), lr=0.02)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.7)}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.02}
+    assert optimizer.defaults["fused"]
+
+
+def test_fused_equals_the_plain_loop() -> None:
+    """torch's own unfused AdamW over the same gradients: five steps, to rounding."""
+    models = [Toy(), Toy()]
+    models[1].load_state_dict(models[0].state_dict())
+    config = RecipeConfig(weight_decay=0.3, betas=(0.8, 0.7))
+    groups = optim.param_groups(models[1], 0.3)
+    both = [optim.adamw(models[0], config, 0.02), torch.optim.AdamW(groups, 0.02, (0.8, 0.7), fused=False)]
+    for step in range(5):
+        for model, optimizer in zip(models, both, strict=True):
+            draws = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=draws)
+            optimizer.step()
+    assert both[0].defaults["fused"]
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
+def test_a_device_without_the_kernel_takes_the_loop() -> None:
+    assert not optim.adamw(Toy().to("meta"), RecipeConfig(), lr=0.1).defaults["fused"]
+
+
+def test_one_step_of_adamw_by_hand() -> None:
+    """First step: m/sqrt(v) = sign(gradient), so w = w (1 - lr * decay) - lr = 2 * (1 - 0.1 * 0.5) - 0.1 = 1.8."""
+    model = nn.Linear(2, 2, bias=False).double()
+    nn.init.constant_(model.weight, 2.0)
+    optimizer = optim.adamw(model, RecipeConfig(weight_decay=0.5), lr=0.1)
+    model.weight.sum().backward()
+    optimizer.step()
+    assert model.weight.detach().numpy() == pytest.approx(1.8, rel=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fused_on_cuda() -> None:
+    assert optim.adamw(Toy().cuda(), RecipeConfig(), lr=0.1).defaults["fused"]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.0),
+        (1, 0.25),
+        (3, 0.75),
+        (4, 1.0),
+        (6, 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))),  # a quarter of the way: cos 45 degrees
+        (8, 0.55),  # half of the way
+        (10, 0.1 + 0.9 * 0.5 * (1 - math.sqrt(0.5))),
+        (12, 0.1),
+        (13, 0.1),
+    ],
+)
+def test_schedule_by_hand(step: int, expected: float) -> None:
+    assert optim.lr_at(step, total_steps=12, warmup_steps=4, peak=1.0, minimum=0.1) == pytest.approx(
+        expected, rel=1e-12
+    )
+
+
+def test_schedule_edges() -> None:
+    assert optim.lr_at(0, total_steps=5, warmup_steps=0, peak=0.3, minimum=0.0) == 0.3
+    assert optim.lr_at(4, total_steps=5, warmup_steps=10, peak=1.0, minimum=0.0) == 0.4  # only ever rises
+    assert optim.lr_at(5, total_steps=5, warmup_steps=5, peak=1.0, minimum=0.2) == 0.2
+
+
+def test_peak_lr() -> None:
+    assert optim.peak_lr(RecipeConfig(), 1024) == pytest.approx(6e-4)
+    assert optim.peak_lr(RecipeConfig(), 4096) == pytest.approx(2.4e-3)
+    assert optim.peak_lr(RecipeConfig(lr=0.5), 4096) == 0.5

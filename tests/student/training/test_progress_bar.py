@@ -1,0 +1,86 @@
+"""What a person at a terminal sees of a run, and that nobody else sees anything."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from student.data.prefetch import Share, Wait
+from student.training import progress_bar as progress
+from tests import student_fixtures as fx
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+ROW = {
+    "step": 30,
+    "epoch": 2,
+    "loss": torch.tensor(1.23456),
+    "align": torch.tensor(0.5),
+    "level_3": torch.tensor(9.0),
+    "grad_norm": 2.0,
+    "lr": 0.00025,
+    "images_per_s": 812.4,
+    "data_wait": Share([Wait(0.01), Wait(0.03)], 1.0),
+    "keys": ["a"],
+    "applied": True,
+    "waits": [Wait(0.01), Wait(0.03)],
+}
+
+
+def test_a_line_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 30 of epochs of 12 steps: two and a half of them are over. Each level's loss would fill the line."""
+    monkeypatch.setattr(progress, "memory_bytes", lambda: 3_140_000_000)
+    assert progress.line(ROW, 12) == (
+        "epoch 2.50  loss 1.2346 align 0.5 grad_norm 2  lr 2.50e-04  812 images/s  waiting for data 4%  3.1 GB"
+    )
+
+
+def test_a_terminal_shows_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps done, the time left, and the line."""
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    with progress.shown(100, 20, 12, True) as bar:
+        for step in range(21, 31):
+            bar.update_with({**ROW, "step": step})
+        bar.bar.refresh()
+    last = out.getvalue().split("\r")[-1]
+    assert "30/100" in last
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", last), last  # passed < left
+    assert "loss 1.2346" in last
+
+
+def test_nothing_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not into a file, not by another process than the first."""
+    for out, speaks in ((io.StringIO(), True), (Terminal(), False)):
+        monkeypatch.setattr(sys, "stderr", out)
+        with progress.shown(10, 0, 12, speaks) as bar:
+            bar.update_with(ROW)
+        assert out.getvalue() == ""
+
+
+def test_a_whole_command_in_a_file_says_what_it_does_and_no_more(tmp_path: Path) -> None:
+    ran = fx.good(
+        fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(), "--steps", "3", "--batch-size", "8")
+    )
+    assert ran.err.count("\n") == 1
+    assert ran.err.startswith("mralign: 24 pictures, cache ")
+    assert "\r" not in ran.err
+
+
+def test_memory_is_that_of_this_process() -> None:
+    """As the kernel tells it, and more after more was used."""
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+    assert progress.host_bytes() == pytest.approx(peak, rel=0.05)
+    before = progress.host_bytes()
+    block = torch.ones((before + (256 << 20)) // 8, dtype=torch.float64)
+    assert progress.host_bytes() > before
+    assert len(block)
