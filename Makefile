@@ -1,7 +1,7 @@
 # The two commands are `make quickstart` and `make test`; both make .venv and install what they need.
 #
 #   make quickstart      the whole idea on real pictures, some minutes on two cores; QUICKSTART_ARGS="--seeds 0,1,2"
-#   make test            linters, types, doctests and the tests that are not slow; PYTEST_ARGS="-x -k views"
+#   make test            linters, layers of imports, types, doctests and the tests that are not slow; PYTEST_ARGS="-x -k views"
 #   make test-all        the slow ones too
 #   make test EXTRAS=dev,ffcv     those of FFCV's .beton files too, which are skipped without it: it is built from source
 #                        and needs apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++
@@ -28,6 +28,7 @@ test: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/pytest -m '$(MARKS)' --doctest-modules featcache student pipelines tests $(PYTEST_ARGS)
 
 test-all:
@@ -45,7 +46,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf quickstart build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf quickstart build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find featcache student pipelines tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

@@ -33,18 +33,20 @@ from torch import nn
 
 from benchmarks import describe, environment, save, table
 from benchmarks.bench_write import NAME, Ready, write_pictures, write_raw
-from featcache.cli import entry
-from featcache.extraction import device_pipeline as stages
-from featcache.extraction import rendering
+from featcache.console.entry import entry
+from featcache.extraction import device_pipeline, rendering
 from featcache.extraction.extract import run
-from featcache.extraction.plan import Plan, parse_levels
-from featcache.extraction.progress import Progress
+from featcache.extraction.forward import ask
+from featcache.extraction.options import parse_levels
+from featcache.extraction.plan import Plan
+from featcache.extraction.progress import ExtractProgress
 from featcache.models import precision as running
+from featcache.models.contract import Teacher
 from featcache.pictures.open_source import open_source
 from featcache.runtime.device import pick_device
 from featcache.storage.store import STORES
-from featcache.teachers import Teacher, load
-from featcache.views.draw import policy
+from featcache.teachers import load
+from featcache.views.policy import load_policy
 
 WAYS = ("bare forward", "read forward", "null sink", "store", "raw disk")
 AIMS = {  # the ratio that is asked for, on a CPU and on a GPU
@@ -65,20 +67,20 @@ def bare(teacher: Teacher) -> Teacher:
 def batches_of(plan: Plan, batch_size: int) -> list[torch.Tensor]:
     """What the extraction gives the teacher, on its device."""
     pictures = (rendering.render([plan], index) for index in range(len(plan.source)))
-    lane = stages.Lane(plan, batch_size, Progress())
+    lane = device_pipeline.DevicePipeline(plan, batch_size, ExtractProgress())
     return [lane._to_device(batch) for batch in rendering.batches(pictures, plan.views, batch_size)]
 
 
 def forward(teacher: Teacher, batches: list[torch.Tensor], levels: tuple[int, ...]) -> dict[str, Any]:
     for batch in batches:
-        stages.ask(teacher, batch, levels)
+        ask(teacher, batch, levels)
     if running.device_of(teacher).type == "cuda":
         torch.cuda.synchronize(running.device_of(teacher))
     return {}
 
 
 def extract(plan: Plan, out: Path, batch_size: int, workers: int) -> dict[str, Any]:
-    progress = Progress()
+    progress = ExtractProgress()
     run(plan, out, batch_size=batch_size, workers=workers, progress=progress)
     return {"slowest": progress.slowest, "busy": dict(progress.busy)}
 
@@ -188,7 +190,7 @@ def cli(
         place = Path(temporary)
         source = open_source(write_pictures(place / "pictures", rows))
         chosen = parse_levels(levels, model.depth)
-        plan = Plan(source, model, policy(size=model.input_px), 1, chosen, store=store_name, rows_per_shard=rows)
+        plan = Plan(source, model, load_policy(size=model.input_px), 1, chosen, store=store_name, rows_per_shard=rows)
         nothing, total, out = replace(plan, store=NAME), plan.view_bytes * rows, place / "out"
         batches = batches_of(plan, batch_size)
         ways: dict[str, Callable[[], dict[str, Any]]] = dict(

@@ -30,19 +30,19 @@ from accelerate.state import AcceleratorState
 import featcache
 from benchmarks import describe, environment, loading, save, sync, table, warm
 from featcache import rng, teachers
-from featcache.cli import entry
+from featcache.console.entry import entry
 from featcache.extraction.extract import run
 from featcache.extraction.plan import Plan
-from featcache.models import precision as running
-from featcache.pictures import open_source as images
-from featcache.pictures.open_source import Source
-from featcache.reading import join as joining
+from featcache.models import precision
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
+from featcache.reading import join
 from featcache.reading.cache import Cache
-from featcache.views import draw as views
+from featcache.views.policy import AREA, Policy
 from student.data.loader import AHEAD, Loader
 from student.recipes import TargetSpec
-from student.targets import in_memory as resident
-from student.targets.contract import Cached
+from student.targets import in_memory
+from student.targets.cached import Cached
 
 SIZE, VIEWS = 224, 2
 PREADS = "plain preads of the same bytes"
@@ -60,8 +60,8 @@ def make(folder: Path, rows: int, shape: tuple[int, int, int]) -> dict[str, Any]
     from pipelines import pack_images
 
     pictures = loading.write_pictures(folder / "pictures", rows)
-    packed = pack_images.pack(images.open_source(pictures), folder / "packed", 256, seed=0)
-    source = images.open_source(str(packed[0].parent / "*.tar"))
+    packed = pack_images.pack(open_source(pictures), folder / "packed", 256, seed=0)
+    source = open_source(str(packed[0].parent / "*.tar"))
     extract(source, folder / "cache", shape, "bicubic")
     with featcache.open(folder / "cache") as cache:
         features = cache.read(np.arange(rows), 0)["features"]
@@ -81,7 +81,7 @@ def extract(source: Source, out: Path, shape: tuple[int, int, int], filter: str)
     """A cache with stored pixels, of a teacher that is arithmetic."""
     levels, tokens, width = shape
     teacher = teachers.load(f"synthetic:levels={levels},tokens={tokens - 1},width={width},size={SIZE}", None, "cpu")
-    policy, chosen = views.Policy(size=SIZE, filter=filter), tuple(range(1, levels + 1))
+    policy, chosen = Policy(size=SIZE, filter=filter), tuple(range(1, levels + 1))
     run(Plan(source, teacher, policy, VIEWS, chosen, rows_per_shard=1024, pixels=True), out)
 
 
@@ -91,10 +91,10 @@ def make_betons(folder: Path, source: Source, shape: tuple[int, int, int]) -> di
 
     path = folder / "all.beton"
     pack_beton.pack(source, path, seed=0)
-    compiled = images.open_source(path, "ffcv")
-    extract(compiled, folder / "compiled", shape, views.AREA)
+    compiled = open_source(path, "ffcv")
+    extract(compiled, folder / "compiled", shape, AREA)
     return {
-        "ours, beton": (images.open_source(path), folder / "cache"),
+        "ours, beton": (open_source(path), folder / "cache"),
         "ours, beton by FFCV's decode": (compiled, folder / "compiled"),
     }
 
@@ -102,7 +102,7 @@ def make_betons(folder: Path, source: Source, shape: tuple[int, int, int]) -> di
 def ours(cache: Cache, source: Source, batch: int, workers: int, *, stored: bool = False, **options: Any) -> Loader:
     """The trainer's loader over all levels, as `student train` makes it for a recipe that reads attention."""
     spec = TargetSpec(teacher="", levels=cache.levels, fields=("features", "attention"), patches=196)
-    pictures, rows, _ = joining.join(cache, source)
+    pictures, rows, _ = join.join(cache, source)
     targets = Cached(cache, spec, rows, stored_pixels=stored)
     digests = rng.key_digests(source.keys[i] for i in pictures)
     return Loader(source, targets, pictures, digests, 0, batch, workers=workers, **options)
@@ -119,10 +119,10 @@ def ways_of(made: dict[str, Any], batch: int, workers: int) -> dict[str, Way]:
     """Every loader by its name."""
     checked = featcache.open(made["cache"], threads=workers)
     plain = featcache.open(made["cache"], threads=workers, verify_rows=0)
-    tars, stored = made["source"], joining.Stored
+    tars, stored = made["source"], join.StoredPixels
     held = ours(checked, stored(checked), batch, workers, stored=True)
     _reset()
-    resident.load(held.targets, Accelerator(cpu=True))  # type: ignore[arg-type]
+    in_memory.load(held.targets, Accelerator(cpu=True))  # type: ignore[arg-type]
     fields = ("features", "attention", "pixels")
     folder = (made["tars"], SIZE, batch)
     files = (made["pictures"], made["arrays"], SIZE, batch)
@@ -227,7 +227,7 @@ def cli(
     json_path: Path | None,
 ) -> None:
     """Measure loaders of pictures and targets."""
-    running.keep_memory()
+    precision.keep_memory()
     levels, tokens, width = (int(part) for part in shape.split("x"))
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
         place = Path(temporary)

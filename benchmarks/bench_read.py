@@ -32,7 +32,7 @@ from benchmarks import describe, environment, peers, save, sync, table, warm
 from benchmarks import resident as resident_share
 from benchmarks.contest import Contest, Task
 from benchmarks.records import Bench, Way, make_source, write_cache
-from featcache.cli import entry
+from featcache.console.entry import entry
 from featcache.errors import UsageError, UserError, near
 from featcache.storage.store import STORES
 

@@ -32,15 +32,15 @@ import torch
 from torch import nn
 
 from benchmarks import describe, environment, save, table
-from featcache.cli import entry
+from featcache.console.entry import entry
 from featcache.errors import STOPPED, UsageError, UserError, near
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from pipelines import digits, tokenizer
 from pipelines.quickstart import run
 from student import checkpoint, recipes
 from student.evals import knn
 from student.features import frozen
-from student.setup import cache_match as resolve
+from student.setup import cache_match
 
 UNTRAINED = 5  # seeds
 ABOVE = 2.0  # standard deviations
@@ -138,7 +138,7 @@ def settings_of(case: Case) -> list[str]:
 def untrained(case: Case, cache: Path, seed: int) -> nn.Module:
     """The encoder that `student train` starts from."""
     module = recipes.load(case.recipe)
-    config = resolve.open_given(cache, module, case.recipe, settings_of(case)).config
+    config = cache_match.open_given(cache, module, case.recipe, settings_of(case)).config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder: nn.Module = module.Model(config).encoder
@@ -147,7 +147,7 @@ def untrained(case: Case, cache: Path, seed: int) -> nn.Module:
 
 def scorer(given: Digits, px: int) -> Callable[[nn.Module], float]:
     """Per cent of the held-out digits that the k-NN names rightly from an encoder's features."""
-    train, test = (images.open_source(given.part(name)) for name in ("train", "test"))
+    train, test = (open_source(given.part(name)) for name in ("train", "test"))
 
     def score(encoder: nn.Module) -> float:
         pool = "cls" if encoder.num_prefix_tokens else "mean"

@@ -57,14 +57,15 @@ class Names:
 def write(path: Path, rows: int, view_count: int) -> None:
     """The cache; files are not synced, which is not what is measured here."""
     from featcache import teachers
-    from featcache.extraction.plan import Plan, prepare
+    from featcache.extraction.plan import Plan
+    from featcache.extraction.target_folder import prepare
     from featcache.storage import checksums
     from featcache.storage.statistics import OfFeatures, Statistics
     from featcache.storage.store import store
-    from featcache.views import draw as views  # here, so that the process that reads has no torch in its memory
+    from featcache.views.policy import Policy  # here, so that the process that reads has no torch in its memory
 
     teacher = teachers.load("synthetic:levels=5,tokens=4,width=4", None, "cpu")
-    plan = Plan(Names(rows), teacher, views.Policy(), view_count, (1, 2, 3, 4, 5))
+    plan = Plan(Names(rows), teacher, Policy(), view_count, (1, 2, 3, 4, 5))
     about = prepare(plan, path, 1)
     items: dict[str, Any] = {
         a.name: np.zeros((plan.rows_per_shard * view_count, *a.item), a.dtype) for a in plan.arrays

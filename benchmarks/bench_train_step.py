@@ -32,7 +32,7 @@ from accelerate.state import AcceleratorState
 
 import featcache.cli
 from benchmarks import describe, environment, loading, plain_steps, save, table
-from featcache.cli import entry
+from featcache.console.entry import entry
 from featcache.errors import UsageError, UserError, near
 from featcache.models import precision as running
 from featcache.runtime.device import pick_device
@@ -41,9 +41,8 @@ from student import recipes
 from student.data.prefetch import Feed, Taken, Wait
 from student.setup import build as jobs
 from student.setup.options import Options
-from student.training import accelerator as hardware
-from student.training import train as work
-from student.training.train_state import Learner
+from student.training import accelerator, train
+from student.training.train_state import TrainState
 
 TEACHERS = {"clip-b16": "clip-b16", "clip-l14": "clip-l14:grid=14"}
 TRIAL = {"synthetic": "synthetic:levels=6,tokens=196,width=32,size=224"}
@@ -122,17 +121,17 @@ def build(setting: Setting, recipe: str, cache: Path, online: bool) -> tuple[Any
     args += [part for text in setting.sets for part in ("--set", text)]
     given = student_cli.train.make_context("train", args).params
     rest = {field.name: given[field.name] for field in fields(Options)}
-    acc = hardware.accelerator(setting.precision, setting.device)
+    acc = accelerator.accelerator(setting.precision, setting.device)
     job, loader = jobs.build(recipe, recipes.load(recipe), acc, Options(**rest), lambda line: None)
     return job, loader, acc
 
 
-def stepper(job: Any, loader: Any, pupil: Learner, feed: Any) -> Callable[[], None]:
+def stepper(job: Any, loader: Any, pupil: TrainState, feed: Any) -> Callable[[], None]:
     """The trainer's own step; of a run so long that its rate hardly moves."""
     numbers = iter(range(1, 1 << 40))
 
     def step() -> None:
-        work.make_step(job, loader, pupil, feed, next(numbers), 1 << 40)
+        train.make_step(job, loader, pupil, feed, next(numbers), 1 << 40)
 
     return step
 
@@ -152,7 +151,7 @@ def ways_of(setting: Setting, recipe: str, cache: Path, stack: ExitStack) -> dic
         feed: Any = Feed(job.config, job.targets, hosts, acc.device, job.seed)
         if name == "in memory":
             feed = Held([feed.take().batch for _ in range(2)])
-        ways[name] = stepper(job, loader, work.begin(job, loader, acc), feed)
+        ways[name] = stepper(job, loader, train.begin(job, loader, acc), feed)
     if recipe in plain_steps.MODELS and not setting.sets:
         batch = feed.take().batch
         ways["plain"] = plain_steps.stepper(recipe, batch, acc.device, acc.mixed_precision)

@@ -37,17 +37,19 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import describe, environment, save, table
-from featcache.cli import entry
+from featcache.console.entry import entry
 from featcache.errors import UserError
-from featcache.extraction.extract import compute, run
-from featcache.extraction.plan import Plan, parse_levels
-from featcache.extraction.progress import Progress
+from featcache.extraction.extract import run
+from featcache.extraction.forward import compute
+from featcache.extraction.options import parse_levels
+from featcache.extraction.plan import Plan
+from featcache.extraction.progress import ExtractProgress
+from featcache.models.contract import Teacher
 from featcache.pictures.open_source import open_source
-from featcache.storage import commit as publish
-from featcache.storage import manifest
+from featcache.storage import commit, manifest
 from featcache.storage.store import SHARDS, STORES, Array, store
-from featcache.teachers import Teacher, load
-from featcache.views.draw import policy
+from featcache.teachers import load
+from featcache.views.policy import load_policy
 
 PIECE_BYTES = 8 << 20
 SAMPLE_S = 0.05
@@ -64,7 +66,7 @@ class NullWriter:
 
     def __init__(self, cache: Path, shard: str, views: int) -> None:
         self.cache, self.shard, self.views = cache, shard, views
-        self.folder = publish.begin(cache, shard, NAME)
+        self.folder = commit.begin(cache, shard, NAME)
         self.keys: list[str] = []
         self.items = 0
 
@@ -83,7 +85,7 @@ class NullWriter:
             "files": {},
             "statistics": {name: dict(facts) for name, facts in statistics.items()},
         }
-        publish.publish(self.folder, self.cache, self.shard, NAME, record)
+        commit.publish(self.folder, self.cache, self.shard, NAME, record)
         return record
 
     def discard(self) -> None:
@@ -145,7 +147,7 @@ class Watch:
             self.peak_bytes = max(self.peak_bytes, _kib("/proc/self/status", "VmRSS"))
             self.dirty_bytes = max(self.dirty_bytes, _kib("/proc/meminfo", "Dirty") - self._dirty_before)
 
-    def report(self, progress: Progress) -> None:
+    def report(self, progress: ExtractProgress) -> None:
         done = 100 * progress.pictures // max(progress.total, 1)
         for quarter in (25, 50, 75, 100):
             if done >= quarter and quarter not in self.quarters:
@@ -221,7 +223,7 @@ def _bytes(path: Path) -> int:
 
 
 def extract(path: Path, plan: Plan, batch_size: int, workers: int, watch: Watch) -> dict[str, Any]:
-    progress = Progress(report=watch.report)
+    progress = ExtractProgress(report=watch.report)
     run(plan, path, batch_size=batch_size, workers=workers, progress=progress)
     return {"slowest": progress.slowest, "busy": dict(progress.busy)}
 
@@ -354,7 +356,7 @@ def cli(
         plan = Plan(
             pictures,
             model,
-            policy(size=model.input_px),
+            load_policy(size=model.input_px),
             views,
             parse_levels(levels, model.depth),
             store=store_name,

@@ -16,9 +16,9 @@ import numpy as np
 
 import featcache
 from benchmarks.contest import F16, I64, Batches, Contest, Reader, Task, check
-from featcache.pictures import open_source as images
-from featcache.storage import checksums, manifest
+from featcache.storage import checksums, json_file, manifest
 from featcache.storage.store import SHARDS, Array, store
+from featcache.views import pixel_path
 
 SHARD_ROWS = 1024
 
@@ -67,14 +67,14 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
         "codec": "fp16",
         "tokens": "ranked" if ranked else "raster",
         "policy": {"size": 224},
-        "pixel_path": images.PIXEL_PATH,
+        "pixel_path": pixel_path.PIXEL_PATH,
         "views": 1,
         "pictures": {"count": rows, "keys_digest": manifest.keys_digest(keys)},
         "rows_per_shard": SHARD_ROWS,
         "store": name,
     }
     declared = {array.name: array.as_dict() for array in arrays}
-    manifest.write_json(
+    json_file.write_json(
         path / manifest.NAME, manifest.make(identity, {"weights": "registered", "source": ""}, declared, shards, {})
     )
     return path

@@ -1,10 +1,10 @@
 """`featcache` and `python -m featcache`: imports come under a guard, so that an early Ctrl-C is one line."""
 
-from featcache.runtime import signals as stopping
+from featcache.runtime import signals
 
 
 def main() -> None:
-    with stopping.guard(1):
+    with signals.guard(1):
         from featcache.cli import main as run
     run()
 

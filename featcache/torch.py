@@ -21,27 +21,20 @@ import torch
 from torch import Tensor
 
 from featcache import rng
-from featcache.catalog import extract_command as invocation
+from featcache.catalog import extract_command
 from featcache.errors import UsageError, UserError
-from featcache.pictures import open_source as images
-from featcache.reading import join as joining
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import PictureError, Source
+from featcache.reading import join, pixel_check
 from featcache.reading.cache import Cache
-from featcache.targets import codecs
-from featcache.views import draw as views
+from featcache.reading.feature_reader import FeatureReader
+from featcache.reading.tensors import tensor
+from featcache.views import pixel_path
+from featcache.views.draw import Drawn, stored_view
+from featcache.views.policy import policy_from_dict
+from featcache.views.render import render
 
 Sample = dict[str, Any]
-
-
-def raster(features: Tensor, order: Tensor) -> Tensor:
-    """Ranked tokens (B, L, 1 + K, D) and the patches' order (B, P) -> (B, L, 1 + P, D) in image order.
-
-    Where a token was not read there is NaN, so that a loss which looks at it is not a number and cannot go unnoticed.
-    """
-    batch, levels, tokens, width = features.shape
-    out = features.new_full((batch, levels, 1 + order.shape[1], width), float("nan"))
-    out[:, :, 0] = features[:, :, 0]
-    at = 1 + order[:, : tokens - 1].long()
-    return out.scatter_(2, at[:, None, :, None].expand(-1, levels, -1, width), features[:, :, 1:])
 
 
 class Dataset(torch.utils.data.Dataset[Sample]):
@@ -70,7 +63,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
 
     def __init__(
         self,
-        pictures: str | os.PathLike[str] | images.Source | None,
+        pictures: str | os.PathLike[str] | Source | None,
         cache: str | os.PathLike[str] | Cache,
         *,
         fields: Sequence[str] = ("features",),
@@ -89,36 +82,30 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             raise UserError(
                 f"cache {str(self.cache.path)!r} is incomplete ({len(self.cache.records)} of "
                 f"{len(self.cache.manifest['shards'])} shards); finish it with: "
-                f"{invocation.made(self.cache.manifest, self.cache.path)}"
+                f"{extract_command.made(self.cache.manifest, self.cache.path)}"
             )
         self.source = _open(pictures, self.cache)
-        self.pictures, self.rows, self.skipped = joining.join(self.cache, self.source)
-        self.policy = views.from_dict(self.cache.identity["policy"])
+        self.pictures, self.rows, self.skipped = join.join(self.cache, self.source)
+        self.policy = policy_from_dict(self.cache.identity["policy"])
         self.fields, self.levels, self.tokens = tuple(fields), levels, tokens
         self.decoded, self.transform, self.return_key = decode, transform, return_key
         self.check_pixels, self.pixel_tolerance = check_pixels, pixel_tolerance
         self._digests = rng.key_digests(self.source.keys[i] for i in self.pictures)
         self._epoch = torch.tensor([_checked_epoch(epoch)]).share_memory_()  # workers see what `set_epoch` writes
-        self._features = [name for name in self.fields if name.rpartition("/")[2] == "features"]
+        self._readers = {
+            name: FeatureReader(self.cache, name.rpartition("/")[0] or None)
+            for name in self.fields
+            if name.rpartition("/")[2] == "features"
+        }
         self._reads = tuple(dict.fromkeys([*self._stored(), *self._pixel_fields()]))
         self.cache.read(np.zeros(0, np.int64), 0, self._reads, levels, tokens)  # a name that is not stored is told now
 
     def _stored(self) -> list[str]:
         """Arrays that the fields are made of: features of a codec may be several, ranked ones need their order."""
-        names = list(self.fields)
-        for name in self._features:
-            prefix, identity = name[: -len("features")], self._identity(name)
-            names += [prefix + part for part in codecs.CODECS[identity["codec"]].arrays(identity["teacher"]["width"])]
-            names += [f"{prefix}mask_order"] if identity["tokens"] == "ranked" else []
-        return names
+        return [*self.fields, *(field for reader in self._readers.values() for field in reader.fields)]
 
     def _pixel_fields(self) -> tuple[str, ...]:
-        return ("pixels",) if isinstance(self.source, joining.Stored) else views.Drawn._fields
-
-    def _identity(self, name: str) -> dict[str, Any]:
-        """Of the teacher that a field belongs to: `features` of the cache's own, `TEACHER/features` of another."""
-        identity: dict[str, Any] = self.cache.manifest_of(name.rpartition("/")[0] or self.cache.teachers[0])["identity"]
-        return identity
+        return ("pixels",) if isinstance(self.source, join.StoredPixels) else Drawn._fields
 
     @property
     def epoch(self) -> int:
@@ -138,12 +125,12 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         """The samples of a batch, with one read of the cache; PyTorch's loader asks for batches in this way."""
         at = np.asarray(indices, np.int64)
         rows, digests = self.rows[at], self._digests[at]
-        shown = views.stored_view(digests, self.epoch, self.cache.views)
+        shown = stored_view(digests, self.epoch, self.cache.views)
         host = self.cache.read(rows, shown, self._reads, self.levels, self.tokens)
         pixels = [self._pixels(host, i, int(index)) for i, index in enumerate(at)]
-        for i in np.flatnonzero(joining.sampled(digests, shown, self.epoch, 0, self.check_pixels)).tolist():
+        for i in np.flatnonzero(pixel_check.sampled(digests, shown, self.epoch, 0, self.check_pixels)).tolist():
             how = "pixel_tolerance=LEVELS"
-            joining.prove(self.cache, int(rows[i]), int(shown[i]), pixels[i], self.pixel_tolerance, how)
+            pixel_check.prove(self.cache, int(rows[i]), int(shown[i]), pixels[i], self.pixel_tolerance, how)
         arrays = self._tensors({name: tensor(host[name]) for name in self._stored()})
         return [
             {
@@ -158,13 +145,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     def decode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of `decode=False` with float32 features (B, L, 1 + P, D) in image order, on the batch's device."""
         out = dict(batch)
-        for name in self._features:
-            prefix, identity = name[: -len("features")], self._identity(name)
-            codec = codecs.CODECS[identity["codec"]]
-            names = codec.arrays(identity["teacher"]["width"])
-            out[name] = codec.decode({part: batch[prefix + part] for part in names})
-            if identity["tokens"] == "ranked":
-                out[name] = raster(out[name], batch[f"{prefix}mask_order"])
+        for name, reader in self._readers.items():
+            out[name] = reader.features(batch)
         return out
 
     def _tensors(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -180,12 +162,12 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             return stored
         number = int(self.pictures[index])
         try:
-            picture = images.picture(self.source, number)
-        except (images.PictureError, OSError) as error:
+            picture = pixel_path.picture(self.source, number)
+        except (PictureError, OSError) as error:
             key = self.source.keys[number]
             raise UserError(f"picture {key!r} cannot be used in training: {error}; mend it, or remove it") from error
         drawn = (host["crop"][i], host["flip"][i], host["jitter"][i])
-        return views.render(picture, *drawn, self.policy.size, self.policy.filter)
+        return render(picture, *drawn, self.policy.size, self.policy.filter)
 
     def _image(self, pixels: npt.NDArray[np.uint8]) -> Any:
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -205,21 +187,14 @@ def _check_shares(check_pixels: float, pixel_tolerance: float) -> None:
             raise UsageError(f"Dataset: {name}={value!r}; a number from 0 to {most:g} is allowed")
 
 
-def tensor(values: npt.NDArray[Any]) -> Tensor:
-    """As a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64 of the same bits."""
-    if values.dtype.kind == "u" and values.dtype.itemsize > 1:
-        values = values.view(np.int64) if values.dtype.itemsize == 8 else values.astype(np.int64)
-    return torch.from_numpy(values)
-
-
-def _open(pictures: str | os.PathLike[str] | images.Source | None, cache: Cache) -> images.Source:
+def _open(pictures: str | os.PathLike[str] | Source | None, cache: Cache) -> Source:
     if isinstance(pictures, str | os.PathLike):
-        return images.like(images.open_source(pictures), cache.identity["pixel_path"])
+        return pixel_path.like(open_source(pictures), cache.identity["pixel_path"])
     if pictures is not None:
         return pictures
-    if not joining.stores_pixels(cache):
+    if not join.stores_pixels(cache):
         raise UserError(
             f"cache {str(cache.path)!r} stores no pixels: give the pictures it was made from "
             f"({cache.manifest['provenance']['source']!r}), or extract with --pixels raw"
         )
-    return joining.Stored(cache)
+    return join.StoredPixels(cache)

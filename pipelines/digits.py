@@ -30,11 +30,16 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from featcache import rng, teachers
-from featcache.cli import entry
-from featcache.pictures import open_source as images
-from featcache.pictures.open_source import Source
-from featcache.views import draw as views
+from featcache import rng
+from featcache.console.entry import entry
+from featcache.models import weights
+from featcache.models.hooks import normalise_pixels
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
+from featcache.views.draw import draw
+from featcache.views.policy import Policy
+from featcache.views.render import render, render_centre
 from pipelines.pack_images import pack
 
 PX = 32
@@ -72,18 +77,18 @@ def write_shards(out: Path, seed: int) -> None:
     """OUT/pictures and OUT/data."""
     write_pictures(out / "pictures", seed)
     for part in ("train", "test"):
-        pack(images.open_source(out / "pictures" / part), out / "data", SHARD_SIZE, seed=seed, prefix=part)
+        pack(open_source(out / "pictures" / part), out / "data", SHARD_SIZE, seed=seed, prefix=part)
 
 
 def train_teacher(
     train: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3
 ) -> VisionTransformer:
     """Cross-entropy on a fresh view of every digit each epoch; AdamW, one epoch of warm-up, half a cosine to 0."""
-    vit = teachers.build(lambda: timm.create_model(ARCHITECTURE, num_classes=CLASSES, **OPTIONS), start_of(seed))
+    vit = weights.build_seeded(lambda: timm.create_model(ARCHITECTURE, num_classes=CLASSES, **OPTIONS), start_of(seed))
     assert isinstance(vit, VisionTransformer)
     assert train.labels is not None
     labels = torch.from_numpy(train.labels)
-    pictures = [images.decode(train.read(row)) for row in range(len(train))]
+    pictures = [decode(train.read(row)) for row in range(len(train))]
     digests = rng.key_digests(train.keys)
     optimizer = torch.optim.AdamW(vit.parameters(), lr=lr, weight_decay=0.05)
     steps = math.ceil(len(train) / batch_size)
@@ -124,11 +129,11 @@ def schedule(epoch: float, epochs: int) -> float:
 
 def _views(pictures: list[Image.Image], digests: rng.U64, seed: int, epoch: int) -> Tensor:
     """View number `epoch` of every picture, uint8 (n, 3, S, S)."""
-    policy = views.Policy(**CROPS, seed=seed)
+    policy = Policy(**CROPS, seed=seed)
     sizes = np.array([(picture.height, picture.width) for picture in pictures])
-    drawn = views.draw(policy, digests, sizes, views=[epoch])
+    drawn = draw(policy, digests, sizes, views=[epoch])
     rendered = [
-        views.render(picture, drawn.crop[i, 0], drawn.flip[i, 0], drawn.jitter[i, 0], PX, policy.filter)
+        render(picture, drawn.crop[i, 0], drawn.flip[i, 0], drawn.jitter[i, 0], PX, policy.filter)
         for i, picture in enumerate(pictures)
     ]
     return torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2)
@@ -137,14 +142,14 @@ def _views(pictures: list[Image.Image], digests: rng.U64, seed: int, epoch: int)
 def _normalised(vit: VisionTransformer, pixels: Tensor) -> Tensor:
     """With the statistics that featcache will use for this file."""
     facts: Any = vit.pretrained_cfg
-    return teachers.pixels(pixels, facts["mean"], facts["std"])
+    return normalise_pixels(pixels, facts["mean"], facts["std"])
 
 
 @torch.no_grad()
 def accuracy(vit: VisionTransformer, source: Source) -> float:
     """Per cent of the whole, uncropped digits that the teacher's own head gets right."""
     assert source.labels is not None
-    whole = [views.centre(images.decode(source.read(row)), PX, 1.0, "bicubic") for row in range(len(source))]
+    whole = [render_centre(decode(source.read(row)), PX, 1.0, "bicubic") for row in range(len(source))]
     logits = vit(_normalised(vit, torch.from_numpy(np.stack(whole)).permute(0, 3, 1, 2)))  # (n, C)
     return 100.0 * float((logits.argmax(1).numpy() == source.labels).mean())
 
@@ -164,7 +169,7 @@ def cli(out: Path, seed: int, epochs: int) -> None:
     torch.set_num_threads(2)
     started = time.perf_counter()
     write_shards(out, seed)
-    train, test = (images.open_source(out / "data" / f"{part}-*.tar") for part in ("train", "test"))
+    train, test = (open_source(out / "data" / f"{part}-*.tar") for part in ("train", "test"))
     vit = train_teacher(train, seed=seed, epochs=epochs)
     save_file(vit.state_dict(), out / "teacher.safetensors")
     facts = {"spec": SPEC, "seed": seed, "epochs": epochs, "head_top1": round(accuracy(vit, test), 2)}

@@ -24,11 +24,12 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.pictures import open_source as images
-from featcache.pictures.open_source import Source
+from featcache.pictures.decode import decode
+from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
-from featcache.views import draw as views
+from featcache.views.policy import policy_from_dict
+from featcache.views.render import render
 from student.training import metrics
 
 VIEWS_SHOWN = 4  # more would be too small to read
@@ -98,14 +99,14 @@ def samples(source: Source, cache: Cache, keys: Sequence[str], count: int) -> li
         raise UserError(
             f"drawing samples: {missing[0]!r} is not in both {source.spec!r} and {cache.path}; give keys of both"
         )
-    policy = views.from_dict(cache.identity["policy"])
+    policy = policy_from_dict(cache.identity["policy"])
     stored = [cache.read(rows, view=view, fields=FIELDS) for view in range(count)]
     found = []
     for i, key in enumerate(keys):
-        picture = images.decode(source.read(number[key]))
+        picture = decode(source.read(number[key]))
         shown = [{name: array[i] for name, array in arrays.items()} for arrays in stored]
         for view in shown:
-            view["pixels"] = views.render(
+            view["pixels"] = render(
                 picture, view["crop"], int(view["flip"]), view["jitter"], policy.size, policy.filter
             )
         found.append({"key": key, "picture": picture, "views": shown})

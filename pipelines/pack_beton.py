@@ -26,10 +26,10 @@ from tqdm import tqdm
 from featcache import rng
 from featcache.errors import UsageError, UserError
 from featcache.extraction.rendering import ahead
-from featcache.pictures import open_source as images
 from featcache.pictures.beton import JPG, RAW, ffcv, open_beton
-from featcache.pictures.open_source import PictureError, Source
-from featcache.storage.manifest import sync_folder, write_file
+from featcache.pictures.decode import decode
+from featcache.pictures.source import PictureError, Source
+from featcache.storage.json_file import sync_folder, write_file
 from pipelines.pack_images import picture_of
 
 LARGEST_PX = 65535  # FFCV keeps sides in 16 bits
@@ -152,7 +152,7 @@ def item(source: Source, resize_px: int | None, row: int) -> Item:
         with Image.open(io.BytesIO(data)) as picture:  # reads the header
             if picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB"):
                 return Item(JPG, picture.height, picture.width, data)
-        pixels = np.asarray(images.decode(data))
+        pixels = np.asarray(decode(data))
     except (PictureError, OSError, Image.DecompressionBombError) as error:
         raise _unusable(source, row, str(error)) from error
     return Item(RAW, len(pixels), pixels.shape[1], pixels.tobytes())

@@ -31,11 +31,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from featcache import rng
-from featcache.cli import entry
+from featcache.console.entry import entry
 from featcache.errors import UsageError, UserError
-from featcache.pictures import open_source as images
-from featcache.pictures.open_source import FolderSource, PictureError, Source
-from featcache.storage.manifest import sync_folder
+from featcache.pictures.decode import decode
+from featcache.pictures.folder import FolderSource
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import PictureError, Source
+from featcache.pictures.tars import escape
+from featcache.storage.json_file import sync_folder
 
 # First bytes -> suffix, for pictures that come without a file name of their own (members of tars).
 MAGIC = {
@@ -121,7 +124,7 @@ def _write_shards(
         for name in names:
             with tarfile.open(work / name, "w", format=tarfile.PAX_FORMAT) as tar:
                 for row, (suffix, data) in islice(rows, shard_size):
-                    stem = images.escape(source.keys[row])
+                    stem = escape(source.keys[row])
                     _add(tar, stem + suffix, data)
                     if labels is not None:
                         _add(tar, stem + ".cls", str(int(labels[row])).encode())
@@ -161,7 +164,7 @@ def resized(data: bytes, shorter_px: int) -> bytes:
 
     Pixels go through the one decoder (no EXIF transpose, named conversions to RGB); grey stays grey.
     """
-    picture = images.decode(data)
+    picture = decode(data)
     width, height = picture.size
     scale = shorter_px / min(width, height)
     if scale >= 1:
@@ -224,7 +227,7 @@ def cli(src: str, out: Path, shard_size: int | None, seed: int, resize_px: int |
     """
     is_beton = out.suffix == ".beton"
     _check_kind(out, shard_size, prefix, is_beton)
-    source = images.open_source(src)
+    source = open_source(src)
     labels = "no labels" if source.labels is None else f"{len(set(source.labels.tolist()))} classes"
     if is_beton:
         from pipelines import pack_beton

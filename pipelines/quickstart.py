@@ -29,9 +29,9 @@ from typing import Any
 import click
 
 import featcache
-from featcache.cli import entry
+from featcache.console.entry import entry
 from featcache.errors import UsageError, UserError
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from pipelines import digits, overview
 
 MARGIN = 6.0  # points of k-NN, mralign above mae
@@ -222,7 +222,7 @@ def _bytes(folder: Path) -> int:
 
 def _draw(out: Path, home: Path) -> Path:
     """OUT/overview.png: one digit of each of four classes, and the curves of the trained students."""
-    source = images.open_source(f"{home}/data/train-*.tar")
+    source = open_source(f"{home}/data/train-*.tar")
     first: dict[str, str] = {}
     for key in source.keys:
         first.setdefault(key.split("/")[0], key)

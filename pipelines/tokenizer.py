@@ -24,16 +24,20 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featcache import rng
-from featcache.cli import entry
+from featcache.console.entry import entry
 from featcache.errors import UserError
-from featcache.pictures import open_source as images
-from featcache.pictures.open_source import Source
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
 from featcache.teachers.dvae import Dvae
-from featcache.views import draw as views
+from featcache.views.draw import draw
+from featcache.views.policy import Policy
+from featcache.views.render import render, render_centre
 from pipelines.digits import CROPS, schedule
 
 SIZES = {"img_size": 64, "width": 16, "vocabulary": 64}
@@ -73,7 +77,7 @@ def train(source: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: f
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=lr)
     noise = torch.Generator().manual_seed(seed)
-    pictures = [images.decode(source.read(row)) for row in range(len(source))]
+    pictures = [decode(source.read(row)) for row in range(len(source))]
     steps = math.ceil(len(source) / batch_size)
     for epoch in range(epochs):
         pixels = _views(pictures, source, seed, epoch)
@@ -106,13 +110,13 @@ def losses(
     return F.mse_loss(decoder(words), mapped[:, :1]), entropy
 
 
-def _views(pictures: list[images.Image.Image], source: Source, seed: int, epoch: int) -> Tensor:
+def _views(pictures: list[Image.Image], source: Source, seed: int, epoch: int) -> Tensor:
     """View number `epoch` of every picture as the tokenizer sees it, uint8 (n, 3, S, S)."""
-    policy = views.Policy(**CROPS, seed=seed)
+    policy = Policy(**CROPS, seed=seed)
     sizes = np.array([(picture.height, picture.width) for picture in pictures])
-    drawn = views.draw(policy, rng.key_digests(source.keys), sizes, views=[epoch])
+    drawn = draw(policy, rng.key_digests(source.keys), sizes, views=[epoch])
     rendered = [
-        views.render(picture, drawn.crop[i, 0], drawn.flip[i, 0], drawn.jitter[i, 0], SIZES["img_size"], "lanczos")
+        render(picture, drawn.crop[i, 0], drawn.flip[i, 0], drawn.jitter[i, 0], SIZES["img_size"], "lanczos")
         for i, picture in enumerate(pictures)
     ]
     return torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2)
@@ -123,7 +127,7 @@ def quality(encoder: Dvae, decoder: Decoder, source: Source) -> dict[str, float]
     """Of whole, uncropped digits: words in use, their perplexity, and the share of the pixels' variance that pictures
     rebuilt from the words alone explain."""
     size, k = SIZES["img_size"], SIZES["vocabulary"]
-    whole = [views.centre(images.decode(source.read(row)), size, 1.0, "lanczos") for row in range(len(source))]
+    whole = [render_centre(decode(source.read(row)), size, 1.0, "lanczos") for row in range(len(source))]
     pixels = torch.from_numpy(np.stack(whole)).permute(0, 3, 1, 2)
     ids = encoder(pixels)  # (n, G * G)
     side = math.isqrt(ids.shape[1])
@@ -152,7 +156,7 @@ def cli(out: Path, seed: int, epochs: int) -> None:
         raise UserError(f"no digits in {str(out / 'data')!r}: write them first with `python -m pipelines.digits {out}`")
     torch.set_num_threads(2)
     started = time.perf_counter()
-    source, test = (images.open_source(f"{out}/data/{part}-*.tar") for part in ("train", "test"))
+    source, test = (open_source(f"{out}/data/{part}-*.tar") for part in ("train", "test"))
     encoder, decoder = train(source, seed=seed, epochs=epochs)
     save_file(encoder.state_dict(), out / "tokenizer.safetensors")
     good = quality(encoder, decoder, test)

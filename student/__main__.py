@@ -2,11 +2,11 @@
 Ctrl-C or SIGTERM is one line."""
 
 from featcache.errors import STOPPED
-from featcache.runtime import signals as stopping
+from featcache.runtime import signals
 
 
 def main() -> None:
-    with stopping.guard(STOPPED):
+    with signals.guard(STOPPED):
         from student.cli import main as run
     run()
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from featcache.errors import UsageError, UserError
-from featcache.storage import manifest
-from student.models import vit
+from featcache.storage import json_file, owner
+from student.models.build import build_encoder
 
 FOLDER = "checkpoints"
 KEEP = 2  # newest checkpoints of a run that stay on disk
@@ -31,8 +31,8 @@ def save(run: Path, step: int, state: dict[str, Any]) -> Path:
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    manifest.sweep(folder)
-    temporary = folder / f".{path.name}.{manifest.owner()}.tmp"
+    json_file.sweep(folder)
+    temporary = folder / f".{path.name}.{owner.owner()}.tmp"
     try:
         with temporary.open("wb") as file:
             torch.save({"step": step, **state}, file)
@@ -41,7 +41,7 @@ def save(run: Path, step: int, state: dict[str, Any]) -> Path:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    manifest.sync_folder(folder)
+    json_file.sync_folder(folder)
     for old in complete(run)[:-KEEP]:
         old.unlink()
     return path
@@ -115,26 +115,10 @@ def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any
     if ema and EMA not in content:
         raise UsageError(f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train with it")
     state = content[EMA if ema else "model"]
-    encoder = _encoder(settings, settings.get("family", "mae"))
+    encoder = build_encoder(settings, settings.get("family", "mae"))
     own = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
     try:
         encoder.load_state_dict(own)
     except RuntimeError as error:
         raise _foreign(run, "does not fit the encoder of its config.json") from error
     return encoder.eval(), settings
-
-
-def _encoder(settings: dict[str, Any], family: str) -> nn.Module:
-    """An encoder of a run's settings, at its start values."""
-    from student.models import beit, conv_vit  # which most runs do without
-
-    img_size, patch_size = settings["img_size"], settings["patch_size"]
-    if family == "mae":
-        return vit.build(settings["encoder"], img_size=img_size, patch_size=patch_size)
-    if family in beit.FAMILIES:
-        return beit.build(settings["encoder"], family, img_size=img_size, patch_size=patch_size)
-    if family == conv_vit.FAMILY:
-        cls_token = bool(settings.get("conv_cls"))
-        return conv_vit.build(settings["encoder"], img_size=img_size, patch_size=patch_size, cls_token=cls_token)
-    known = ", ".join(("mae", *beit.FAMILIES, conv_vit.FAMILY))
-    raise UserError(f"cannot build the run's encoder: family {family!r}; known: {known}")

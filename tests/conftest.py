@@ -105,13 +105,13 @@ def make_plan(folder: Path, teacher: str = SYNTHETIC, weights: str | None = None
     """A plan over a folder's pictures: three views, the first and the last level, shards of five, unless changed."""
     from featcache import teachers
     from featcache.extraction import plan
-    from featcache.pictures import open_source as images
-    from featcache.views import draw as views
+    from featcache.pictures.open_source import open_source
+    from featcache.views.policy import Policy
 
     loaded = teachers.load(teacher, weights)
-    policy = changes.pop("policy", views.Policy(size=28))
+    policy = changes.pop("policy", Policy(size=28))
     options = {"views": 3, "levels": (1, loaded.depth), "rows_per_shard": 5, **changes}
-    return plan.Plan(images.open_source(folder), loaded, policy, **options)
+    return plan.Plan(open_source(folder), loaded, policy, **options)
 
 
 @pytest.fixture(scope="session")

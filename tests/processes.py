@@ -32,7 +32,11 @@ def train(world: int, *args: Any, recipe: str = "", sets: Sequence[str] = (), be
     are added where one is named."""
     words = ["train", "--device", "cpu", *map(str, args)]
     if recipe:
-        words += ["--recipe", recipe, *(part for text in (*fx.RECIPES[recipe], *sets) for part in ("--set", text))]
+        words += [
+            "--recipe",
+            recipe,
+            *(part for text in (*fx.RECIPES[recipe], *sets) for part in ("--set", text)),
+        ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

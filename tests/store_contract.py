@@ -22,8 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from featcache.errors import UserError
-from featcache.storage import commit as publish
-from featcache.storage import manifest
+from featcache.storage import commit, json_file, manifest, owner
 from featcache.storage.store import SHARDS, Array, ShardWriter, folder_path, record_path, store
 
 SHARD = "000000"
@@ -145,10 +144,10 @@ class StoreContract:
         return [blob[low:high].tobytes().decode() for low, high in pairwise(offsets)]
 
     def problems(self, cache: Path, record: Mapping[str, Any], *, deep: bool = True) -> list[str]:
-        return publish.check(cache, SHARD, self.name, record, deep=deep)
+        return commit.check(cache, SHARD, self.name, record, deep=deep)
 
     def settle(self, cache: Path, *shards: str) -> None:
-        publish.settle(cache, self.name, shards or [SHARD])
+        commit.recover(cache, self.name, shards or [SHARD])
 
     # ------------------------------------------------------------ what is written
 
@@ -233,7 +232,7 @@ class StoreContract:
         record = writer.finish([{"key": "bad", "reason": "because"}], {})
         assert record["rows"] == 0
         assert record["quarantined"] == [{"key": "bad", "reason": "because"}]
-        assert manifest.read_json(record_path(tmp_path, SHARD)) == record
+        assert json_file.read_json(record_path(tmp_path, SHARD)) == record
         assert self.problems(tmp_path, record) == []
         assert self.keys(tmp_path, record) == []
         for array in ARRAYS:
@@ -242,7 +241,7 @@ class StoreContract:
     def test_record_holds_counts_digest_statistics_and_every_file(self, tmp_path: Path) -> None:
         data = numbers(ARRAYS, 4, 2)
         record = self.publish(tmp_path, data)
-        assert manifest.read_json(record_path(tmp_path, SHARD)) == record
+        assert json_file.read_json(record_path(tmp_path, SHARD)) == record
         assert sorted(record) == ["files", "keys_digest", "quarantined", "rows", "shard", "statistics"]
         assert (record["shard"], record["rows"], record["quarantined"]) == (SHARD, 4, [])
         assert record["keys_digest"] == manifest.keys_digest(["k0", "k1", "k2", "k3"])
@@ -329,7 +328,7 @@ class StoreContract:
         """A shard whose writer died between its two renames; returns the files of an undisturbed one."""
         self.publish(cache, numbers(ARRAYS, 3, 2))
         whole = files_below(cache)
-        record_path(cache, SHARD).rename(folder_path(cache, SHARD, self.name) / publish.RECORD)
+        record_path(cache, SHARD).rename(folder_path(cache, SHARD, self.name) / commit.RECORD)
         return whole
 
     def test_settle_adopts_a_whole_shard_without_record(self, tmp_path: Path) -> None:
@@ -360,10 +359,10 @@ class StoreContract:
         live = self.writer(tmp_path)
         other = self.writer(tmp_path, shard="000001")
         kept = {path.name for path in (tmp_path / SHARDS).iterdir()}
-        mine = f"{manifest._host()}-{os.getpid()}-"
+        mine = f"{owner._host()}-{os.getpid()}-"
         folder = next(p for p in (tmp_path / SHARDS).iterdir() if p.name.startswith(SHARD))
         assert mine in folder.name
-        dead = folder.name.replace(mine, f"{manifest._host()}-{dead_process()}-")
+        dead = folder.name.replace(mine, f"{owner._host()}-{dead_process()}-")
         shutil.copytree(folder, folder.with_name(dead))
         self.settle(tmp_path)
         assert {path.name for path in (tmp_path / SHARDS).iterdir()} == kept
@@ -373,7 +372,7 @@ class StoreContract:
     def test_settle_does_not_touch_another_machines_writer(self, tmp_path: Path) -> None:
         writer = self.writer(tmp_path)
         folder = next(p for p in (tmp_path / SHARDS).iterdir())
-        elsewhere = folder.with_name(folder.name.replace(manifest._host(), "other-host_example+0"))
+        elsewhere = folder.with_name(folder.name.replace(owner._host(), "other-host_example+0"))
         shutil.copytree(folder, elsewhere)
         writer.discard()
         self.settle(tmp_path)

@@ -28,7 +28,7 @@ from PIL import Image
 import featcache.cli
 import student.cli
 from featcache.reading.cache import Cache
-from featcache.storage import checksums, manifest, zarr_store
+from featcache.storage import checksums, json_file, manifest, zarr_store
 from featcache.storage.store import Array
 from student.training import metrics
 
@@ -141,7 +141,7 @@ def token_path() -> Path:
     (out / "shards").mkdir(parents=True)
     shutil.copy(cache_path() / tail, out / tail)
     for path in (out / manifest.NAME, out / "shards" / manifest.COPY):
-        manifest.write_json(path, {**about, "arrays": {spec.name: spec.as_dict() for spec in arrays}})
+        json_file.write_json(path, {**about, "arrays": {spec.name: spec.as_dict() for spec in arrays}})
     writer = zarr_store.writer(out, about["shards"][0]["name"], arrays, VIEWS)
     writer.append(keys, {**items, **checksums.compute(arrays, items)})
     writer.finish([], {})

@@ -16,10 +16,11 @@ import torch
 
 import student.training.train
 from featcache import rng
-from featcache.pictures import open_source as images
 from featcache.reading.cache import Cache
+from featcache.views import pixel_path
 from student import checkpoint, recipes
-from student.data import prefetch as feed
+from student.data import prefetch
+from student.setup import target_choice
 from student.training import metrics
 from tests import student_fixtures as fx
 
@@ -31,7 +32,14 @@ ONLINE = ("--teacher", "online")
 
 def alone(*views: str) -> tuple[str, ...]:
     """Online without any cache: pictures, policy and the number of views are told by hand."""
-    return (*ONLINE, "--images", str(fx.pictures()), "--policy", str(fx.policy_file()), *views)
+    return (
+        *ONLINE,
+        "--images",
+        str(fx.pictures()),
+        "--policy",
+        str(fx.policy_file()),
+        *views,
+    )
 
 
 def assert_same_losses(here: Path, there: Path, relative: float) -> None:
@@ -49,7 +57,15 @@ def test_cached_equals_online(recipe: str, tmp_path: Path) -> None:
     cached, over, without = tmp_path / "cached", tmp_path / "over", tmp_path / "without"
     fx.good(fx.train(recipe, cached, "--cache", fx.cache_path(), *BOTH))
     fx.good(fx.train(recipe, over, "--cache", fx.cache_path(), *ONLINE, *BOTH))
-    fx.good(fx.train(recipe, without, *alone("--views", str(fx.VIEWS)), *BOTH, sets=(f"teacher={fx.TEACHER}",)))
+    fx.good(
+        fx.train(
+            recipe,
+            without,
+            *alone("--views", str(fx.VIEWS)),
+            *BOTH,
+            sets=(f"teacher={fx.TEACHER}",),
+        )
+    )
     first, *_, last = fx.losses(cached)
     assert last < 0.9 * first
     assert_same_losses(cached, over, 1e-3)
@@ -78,7 +94,15 @@ def test_online_without_views_draws_a_fresh_one_each_epoch(tmp_path: Path) -> No
     """View number = epoch: in the epochs before V the views are those of a cache, in another order, and later new."""
     options = ("--steps", "12", "--batch-size", "24")
     fx.good(fx.train("maskalign", tmp_path / "fresh", *alone(), *options, sets=(f"teacher={fx.TEACHER}",)))
-    fx.good(fx.train("maskalign", tmp_path / "one", *alone("--views", "1"), *options, sets=(f"teacher={fx.TEACHER}",)))
+    fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "one",
+            *alone("--views", "1"),
+            *options,
+            sets=(f"teacher={fx.TEACHER}",),
+        )
+    )
     fresh, one = fx.losses(tmp_path / "fresh"), fx.losses(tmp_path / "one")
     assert fresh[0] == pytest.approx(one[0], rel=1e-6)  # epoch 0 shows view 0 in both
     assert fresh[1] != pytest.approx(one[1], rel=1e-4)
@@ -122,7 +146,11 @@ STORED = ("mask=stored",)
 def test_a_prefix_of_ranked_tokens_equals_the_raster_cache(recipe: str, tmp_path: Path) -> None:
     """mask=stored from all tokens in image order, from the first of ranked ones, and from a cache that keeps no more:
     the same losses and weights to the bit, over 20 steps with drop path."""
-    caches = {"raster": fx.cache_path(), "ranked": fx.ranked_path(), "kept": fx.kept_path()}
+    caches = {
+        "raster": fx.cache_path(),
+        "ranked": fx.ranked_path(),
+        "kept": fx.kept_path(),
+    }
     for name, cache in caches.items():
         fx.good(fx.train(recipe, tmp_path / name, "--cache", cache, *BOTH, sets=STORED))
     visible = 4  # int(16 * 0.3) and int(16 * 0.25)
@@ -165,8 +193,8 @@ def test_stored_pixels_equal_decoded_ones(recipe: str, tmp_path: Path, monkeypat
     fx.good(fx.train(recipe, tmp_path / "raster", "--cache", fx.cache_path(), *BOTH))
     decoding = fx.good(fx.train(recipe, tmp_path / "decoded", *options, "--decode"))
     assert f"pixels are decoded from {fx.pictures()}" in decoding.err
-    monkeypatch.setattr(images, "decode", lambda data: pytest.fail("a picture was decoded"))
-    monkeypatch.setattr(images, "open_source", lambda spec: pytest.fail("pictures were opened"))
+    monkeypatch.setattr(pixel_path, "decode", lambda data: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(target_choice, "open_source", lambda spec: pytest.fail("pictures were opened"))
     ran = fx.good(fx.train(recipe, tmp_path / "stored", *options))
     assert "note: pixels come from the cache, nothing is decoded" in ran.err
     for name in ("decoded", "stored"):
@@ -193,7 +221,14 @@ def test_stored_pixels_of_some_of_the_pictures(tmp_path: Path, monkeypatch: pyte
 def test_mae_from_the_same_cache_equals_mae_without_any(tmp_path: Path) -> None:
     """mae reads nothing but views: from the cache, or drawn anew, they are the same pixels to the last bit."""
     fx.good(fx.train("mae", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH))
-    policy = ("--policy", fx.policy_file(), "--views", str(fx.VIEWS), "--images", fx.pictures())
+    policy = (
+        "--policy",
+        fx.policy_file(),
+        "--views",
+        str(fx.VIEWS),
+        "--images",
+        fx.pictures(),
+    )
     fx.good(fx.train("mae", tmp_path / "without", *policy, *BOTH, sets=("patch_size=8",), home=tmp_path / "empty"))
     assert fx.losses(tmp_path / "cached") == fx.losses(tmp_path / "without")
     assert fx.same_weights(tmp_path / "cached", tmp_path / "without")
@@ -212,10 +247,10 @@ def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
     assert metrics.read(tmp_path / "run") == []
     torch.manual_seed(0)
     from student import config
-    from student.setup import cache_match as resolve
+    from student.setup import cache_match
 
     recipe = recipes.load("mralign")
-    facts = resolve.facts(fx.open_cache().identity)
+    facts = cache_match.facts(fx.open_cache().identity)
     model = recipe.Model(config.replace(config.from_overrides(recipe.Config, fx.RECIPES["mralign"]), **facts))
     saved = fx.weights(tmp_path / "run")
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
@@ -432,14 +467,14 @@ def photos(folder: Path) -> Path:
 def test_every_view_and_the_right_rows_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What enters the model equals what lies in the cache under the picture's key: read by hand, for three epochs."""
     seen: list[tuple[list[str], Any, Any, torch.Tensor]] = []
-    original = feed.to_device
+    original = prefetch.to_device
 
     def watch(config: Any, targets: Any, host: Any, device: Any, seed: int) -> Any:
         batch = original(config, targets, host, device, seed)
         seen.append((host["keys"], host["view"].copy(), host["epoch"], batch["features"].clone()))
         return batch
 
-    monkeypatch.setattr(feed, "to_device", watch)
+    monkeypatch.setattr(prefetch, "to_device", watch)
     fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), "--steps", "9", "--batch-size", "8"))
     shown: dict[str, list[int]] = {}
     with Cache(fx.cache_path()) as cache:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from tests import student_fixtures as fx
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -82,7 +82,7 @@ def test_the_encoder_in_timm(block: Callable[[str], dict[str, Any]]) -> None:
 def test_without_us(block: Callable[[str], dict[str, Any]], place: Path) -> None:
     """Keys and features by zarr alone and by webdataset alone are those of the folder, odd characters and all."""
     names = block("zarr.open_group(")
-    assert sorted(names["keys"]) == sorted(images.open_source(place / "train").keys)
+    assert sorted(names["keys"]) == sorted(open_source(place / "train").keys)
     assert names["shard"]["features"].shape == (8, 4, 2, 197, 768)
     (text,) = (each for each in BLOCKS if "zarr.open_group(" in each)
     assert text.count("folder + slash + unquote(name)") == 1

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from featcache.models.contract import REGISTERED
 from featcache.storage import manifest
 from featcache.storage.part import added, describe
 from featcache.storage.store import record_path
-from featcache.views.draw import Policy
+from featcache.views.policy import Policy
 
 BATCH_SIZE = 32  # of `featcache extract` where none is given
 
@@ -74,7 +75,7 @@ def options(
         "levels": levels_text(identity["levels"] if levels is None else levels, depth),
         "images": provenance["source"],
         "views": views or identity.get("first_view", 0) + identity["views"],
-        **({} if provenance["weights"] == manifest.REGISTERED else {"weights": provenance["weights"]}),
+        **({} if provenance["weights"] == REGISTERED else {"weights": provenance["weights"]}),
         **{key: ",".join(map(repr, value)) if isinstance(value, list) else value for key, value in policy.items()},
         **{key: identity[key] for key in ("order", "codec", "store", "tokens")},
         **({"keep": identity["keep"]} if keep and "keep" in identity else {}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from featcache.console import text as show
+from featcache.console.progress_bar import ProgressBar, WaitingNote, eta
 from featcache.errors import UsageError
 from featcache.maintenance import transfer
 from featcache.reading.cache import Cache
@@ -44,7 +44,7 @@ def command(cache: Path, dest: Path, views: int | None, levels: str | None, shar
 
 def _levels(cache: Path, text: str) -> tuple[int, ...]:
     """As `extract` reads them."""
-    from featcache.extraction.plan import parse_levels
+    from featcache.extraction.options import parse_levels
 
     return parse_levels(text, manifest.read(cache)["identity"]["teacher"]["depth"])
 
@@ -57,13 +57,13 @@ def _span(cache: Path, text: str) -> tuple[int, int]:
     return int(low or 0), int(high or len(manifest.read(cache)["shards"]))
 
 
-def carry_out(what: str, dest: Path, as_json: bool, work: Callable[[transfer.Progress], list[str]]) -> None:
+def carry_out(what: str, dest: Path, as_json: bool, work: Callable[[transfer.TransferProgress], list[str]]) -> None:
     """Run a transfer with a progress bar, and tell what is there now."""
-    bar = show.Bar(what, "MB")
-    progress = transfer.Progress()
+    bar = ProgressBar(what, "MB")
+    progress = transfer.TransferProgress()
     progress.report = lambda now: bar(now.done // 10**6, now.total // 10**6)
-    progress.waiting = Waiting()
-    bar.text = lambda done, total: _rate(progress)
+    progress.waiting = WaitingNote()
+    bar.text = lambda done, total: f"{show.size(progress.rate)}/s, {eta(progress.total - progress.done, progress.rate)}"
     try:
         left = work(progress)
     finally:
@@ -84,24 +84,6 @@ def carry_out(what: str, dest: Path, as_json: bool, work: Callable[[transfer.Pro
             "left_out": left,
         }
     show.facts_or_text(summary, as_json, _story(summary))
-
-
-class Waiting:
-    """Says so once each time the number of shards changes that other processes hold."""
-
-    def __init__(self) -> None:
-        self._told = 0
-
-    def __call__(self, shards: int) -> None:
-        if shards != self._told:
-            click.echo(f"note: waiting for {shards} shards that other processes work on", err=True)
-        self._told = shards
-
-
-def _rate(progress: transfer.Progress) -> str:
-    left = (progress.total - progress.done) / max(progress.rate, 1e-9)
-    eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
-    return f"{show.size(progress.rate)}/s, ETA {eta}"
 
 
 def _story(summary: dict[str, Any]) -> str:

@@ -10,21 +10,21 @@ import click
 from click.core import ParameterSource
 
 from featcache.catalog import home
-from featcache.console import extract_report as account
+from featcache.console import extract_report
 from featcache.console import text as show
-from featcache.console.params import Pair
-from featcache.console.text import given_images
+from featcache.console.params import Pair, given_images
+from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.errors import UsageError, UserError
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
 from featcache.storage.store import STORES
-from featcache.views import draw as views
+from featcache.views import pixel_path
+from featcache.views.policy import AREA, POLICIES, Policy, load_policy
 
 if TYPE_CHECKING:
-    from featcache.extraction.plan import Job, Plan
-    from featcache.extraction.progress import Progress
-    from featcache.teachers import Teacher
+    from featcache.extraction.plan import ExtractJob, Plan
+    from featcache.models.contract import Teacher
 
 
 @click.command(
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     "policy_name",
     default="default",
     show_default=True,
-    help=f"How views are drawn: {', '.join(views.POLICIES)} or a .json file.",
+    help=f"How views are drawn: {', '.join(POLICIES)} or a .json file.",
 )
 @click.option("--size", type=int, help="Pixels of a view, a side. [default: the policy's, 224]")
 @click.option("--scale", type=Pair(), help="Share of the picture's area in a view. [default: the policy's, 0.2,1]")
@@ -92,7 +92,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--decoder",
-    type=click.Choice(images.DECODERS),
+    type=click.Choice(pixel_path.DECODERS),
     default="pillow",
     show_default=True,
     help="ffcv: a .beton through FFCV's own decode and resize: other pixels than Pillow's. Training does the same.",
@@ -156,39 +156,39 @@ def command(
     **policy_options: Any,
 ) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
-    from featcache import teachers
-    from featcache.extraction import launcher as fleet
-    from featcache.extraction import options as several
+    from featcache.extraction import launcher, options
     from featcache.extraction import plan as plans
+    from featcache.extraction.options import parse_keep
     from featcache.models import precision as running
+    from featcache.models.weights import is_random
     from featcache.runtime.device import pick_device
-    from featcache.views import ffcv_decoder as replay
+    from featcache.views import pixel_path
 
     _check_names(names, order, codec)
     running.keep_memory()
-    level_of, weights_of = several.assign("--levels", levels, names), several.weights(weights, names)
+    level_of, weights_of = options.assign("--levels", levels, names), options.weights(weights, names)
     renamed = {"filter_name": "filter"}
     changes = {renamed.get(key, key): value for key, value in policy_options.items() if value is not None}
     if decoder == "ffcv":
-        changes.setdefault("filter", views.AREA)
-    policy = views.policy(policy_name, **changes)
-    source = images.open_source(given_images(images_spec), decoder)
-    replay.check(images.pixel_path(source), policy.filter)
+        changes.setdefault("filter", AREA)
+    policy = load_policy(policy_name, **changes)
+    source = pixel_path.open_through(given_images(images_spec), decoder)
+    pixel_path.check_filter(pixel_path.pixel_path(source), policy.filter)
     if device and devices:
         raise UsageError(f"--device {device} and --devices {devices}: one of them is allowed; leave one out")
-    each_device = fleet.devices(devices) if devices else []
+    each_device = launcher.devices(devices) if devices else []
     device = each_device[0] if each_device else pick_device(device)
 
     def plan(name: str) -> Plan:
-        teacher = several.load(name, weights_of[name], device, precision, compiled)
+        teacher = options.load(name, weights_of[name], device, precision, compiled)
         return plans.Plan(
-            source, teacher, policy, view_count, several.levels(level_of[name], teacher), order, codec, store_name,
-            rows_per_shard, tokens, plans.parse_keep(keep, teacher.patches), pixels is not None,
+            source, teacher, policy, view_count, options.levels(level_of[name], teacher), order, codec, store_name,
+            rows_per_shard, tokens, parse_keep(keep, teacher.patches), pixels is not None,
         )  # fmt: skip
 
     asked = [plan(name) for name in names]
     for each in asked:
-        if teachers.is_random(given := each.teacher.weights):
+        if is_random(given := each.teacher.weights):
             click.echo(f"note: {given} - these weights are drawn, not trained; the features carry no meaning", err=True)
     if labelled is not None:
         for each in asked:
@@ -200,53 +200,54 @@ def command(
         return
     own = _share(share)
     shards = jobs[0].plan.shards[own[0] :: own[1]]
-    summary = account.summary(jobs, out, shards) | {"added": add, "share": share}
+    summary = extract_report.summary(jobs, out, shards) | {"added": add, "share": share}
     if dry_run:
-        summary |= account.lacking(jobs, shards)
-        show.facts_or_text(summary, as_json, account.preview(summary, jobs[0].out))
+        summary |= extract_report.lacking(jobs, shards)
+        show.facts_or_text(summary, as_json, extract_report.preview(summary, jobs[0].out))
         return
     batch_size = _batch_size(jobs[0].out, batch_size)
-    with fleet.helpers(each_device[1:]):
+    with launcher.helpers(each_device[1:]):
         summary.update(_extract(jobs, batch_size, workers, strict, own))
     noted = {**summary, "cache": os.path.abspath(summary["cache"])}  # noqa: PTH100 (the ledger is read elsewhere)
     home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
-    show.facts_or_text(summary, as_json, account.story(summary))
+    show.facts_or_text(summary, as_json, extract_report.story(summary))
 
 
 def _check_names(names: tuple[str, ...], order: str, codec: str) -> None:
     """Unknown names are told before anything is read."""
     from featcache import teachers
+    from featcache.models.spec import split_spec
     from featcache.targets import codecs
-    from featcache.targets import levels as targets
+    from featcache.targets.attention import ORDERS
 
     if not names:
         raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
-    for option, value, known in (("--order", order, targets.ORDERS), ("--codec", codec, codecs.CODECS)):
+    for option, value, known in (("--order", order, ORDERS), ("--codec", codec, codecs.CODECS)):
         if value not in known:
             raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
     for name in names:
-        teachers.family(teachers.split(name)[0])
+        teachers.family(split_spec(name)[0])
 
 
-def _check_teacher(teacher: Teacher, labelled: str, policy: views.Policy, batch_size: int) -> None:
+def _check_teacher(teacher: Teacher, labelled: str, policy: Policy, batch_size: int) -> None:
     """A score before hours are spent; at chance level it is a UserError."""
-    from featcache.extraction import teacher_check as sanity
+    from featcache.extraction import teacher_check
 
-    found = sanity.check(teacher, images.open_source(labelled), policy, batch_size)
+    found = teacher_check.check(teacher, open_source(labelled), policy, batch_size)
     click.echo(found.text, err=True)
     found.refuse()
 
 
-def _jobs(asked: list[Plan], out: Path | None, add: bool) -> list[Job]:
+def _jobs(asked: list[Plan], out: Path | None, add: bool) -> list[ExtractJob]:
     """What is to be extracted, and into which folders; nothing where there is nothing to add."""
-    from featcache.extraction import extend as adding
-    from featcache.extraction.plan import file_name
+    from featcache.extraction import extend
+    from featcache.extraction.options import file_name
 
     if add and out is None:
         raise UsageError("--add adds to a cache: name it with --out CACHE")
     first = asked[0]
     place = out or home.home() / f"{file_name(first.teacher.name)}-{first.manifest()['id'][:8]}"
-    return adding.plan_jobs(asked, place, add=add)
+    return extend.plan_jobs(asked, place, add=add)
 
 
 def _batch_size(out: Path, asked: int) -> int:
@@ -276,33 +277,29 @@ def _share(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _extract(jobs: list[Job], batch_size: int, workers: int, strict: bool, share: tuple[int, int]) -> dict[str, Any]:
-    from featcache.extraction import extract as work
-    from featcache.extraction.progress import Progress
+def _extract(
+    jobs: list[ExtractJob], batch_size: int, workers: int, strict: bool, share: tuple[int, int]
+) -> dict[str, Any]:
+    from featcache.extraction import extract
+    from featcache.extraction.progress import ExtractProgress
 
-    bar = show.Bar("extract", "pictures")
-    progress = Progress()
+    bar = ProgressBar("extract", "pictures")
+    progress = ExtractProgress()
     progress.report = lambda now: bar(now.pictures, now.total)
-    bar.text = lambda done, total: account.rate(progress)
-    progress.waiting = lambda shards: _say_waiting(shards, progress)
+    bar.text = lambda done, total: extract_report.rate(progress)
+    progress.waiting = WaitingNote()
     try:
-        work.together(jobs, batch_size=batch_size, workers=workers, strict=strict, progress=progress, share=share)
+        extract.run_jobs(jobs, batch_size=batch_size, workers=workers, strict=strict, progress=progress, share=share)
     except KeyboardInterrupt:
-        raise UserError(account.left(jobs)) from None
+        raise UserError(extract_report.left(jobs)) from None
     finally:
         bar.close()
     with Cache(jobs[0].out) as cache:
         return {
             "rows": len(cache),
-            "complete": not any(account.missing(job) for job in jobs),
+            "complete": not any(extract_report.missing(job) for job in jobs),
             "new_pictures": progress.pictures,
             "quarantined": cache.quarantined,
             "pictures_per_s": round(progress.rate, 2),
             "slowest": progress.slowest,
         }
-
-
-def _say_waiting(shards: int, progress: Progress) -> None:
-    if progress.told_waiting != shards:
-        progress.told_waiting = shards
-        click.echo(f"note: waiting for {shards} shards that other processes work on", err=True)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
 
 from featcache.catalog import home
-from featcache.commands import ls, rm
-from featcache.console import text as show
-from featcache.storage import commit as publish
-from featcache.storage.part import added
-
-_DAY_S = 86400.0
+from featcache.console import text
+from featcache.maintenance import remove
+from featcache.maintenance.garbage import leftovers, remove_leftover, unused_caches
 
 
 @click.command(
@@ -38,13 +31,13 @@ def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> No
     older than DAYS days; they are removed with --yes only. Programs of your own that read a cache (featcache.open,
     featcache.torch.Dataset) leave no trace: look at the list before you give --yes.
     """
-    left = [(path, rm.size(path)) for path in leftovers()]
-    idle = [] if unused is None else [(path, rm.size(path)) for path in nobodys(unused)]
+    left = [(path, remove.size(path)) for path in leftovers()]
+    idle = [] if unused is None else [(path, remove.size(path)) for path in unused_caches(unused)]
     if not dry_run:
         for path, _ in left:
-            _remove(path)
+            remove_leftover(path)
         for path, _ in idle if yes else []:
-            rm.remove(path)
+            remove.remove(path)
     removed = {str(path): count for path, count in (*left, *idle) if not path.exists()}
     facts = {
         "home": str(home.home()),
@@ -54,45 +47,13 @@ def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> No
         "removed": list(removed),
         "freed": sum(removed.values()),
     }
-    show.facts_or_text(facts, as_json, _story(facts))
-
-
-def leftovers() -> Iterator[Path]:
-    """Files and folders that no live process works on, each once."""
-    found = [path for path in home.home().glob(".*.tmp") if publish.is_dead(path)]
-    for cache in ls.caches():
-        for part in (cache, *added(cache)):
-            found += publish.leftovers(part)
-        found += [path for path in rm.leases(cache) if rm.stale(path)]
-    yield from sorted(set(found))
-
-
-def nobodys(days: float) -> Iterator[Path]:
-    """Complete caches that no training run in the ledger used, untouched for so many days."""
-    for cache in ls.caches():
-        facts = ls.describe(cache)
-        complete = facts.get("shards") == facts.get("shards_complete") and facts.get("parts") == facts.get(
-            "parts_complete"
-        )
-        if "damaged" in facts or not complete or facts["last_used"] or cache.is_symlink() or rm.busy(cache):
-            continue
-        newest = max(path.lstat().st_mtime for path in cache.rglob("*") if path.is_file())
-        if time.time() - newest > days * _DAY_S:
-            yield cache
-
-
-def _remove(path: Path) -> None:
-    """Whatever is gone in the meantime, another did."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    text.facts_or_text(facts, as_json, _story(facts))
 
 
 def _story(facts: dict[str, Any]) -> str:
     verb = "would remove" if facts["dry_run"] else "cannot remove"
     lines = [
-        f"{'removed' if path in facts['removed'] else otherwise} {path}: {show.size(count)}"
+        f"{'removed' if path in facts['removed'] else otherwise} {path}: {text.size(count)}"
         for what, otherwise in (("leftovers", verb), ("unused", "unused:"))
         for path, count in facts[what].items()
     ]
@@ -103,4 +64,4 @@ def _story(facts: dict[str, Any]) -> str:
         )
     if not lines:
         return f"nothing to remove below {facts['home']}"
-    return "\n".join([*lines, f"{show.size(facts['freed'])} freed"])
+    return "\n".join([*lines, f"{text.size(facts['freed'])} freed"])

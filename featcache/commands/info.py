@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from featcache.catalog import extract_command as invocation
-from featcache.catalog import home, serves
+from featcache.catalog import extract_command, home, serves
 from featcache.console import text as show
 from featcache.reading.cache import Cache
 from featcache.storage import manifest, statistics
@@ -51,8 +50,8 @@ def describe(cache: Cache) -> dict[str, Any]:
         "bytes": cache.bytes,
         "views": cache.views,
         "parts": cache.parts,
-        "made_by": invocation.made(cache.manifest, cache.path),
-        "unfinished": [each._asdict() for each in invocation.unfinished(cache.path)],
+        "made_by": extract_command.made(cache.manifest, cache.path),
+        "unfinished": [each._asdict() for each in extract_command.unfinished(cache.path)],
         "arrays": arrays,
         "serves": serves.recipes(cache),
         "runs": home.runs_of(cache.manifest["id"]),
@@ -78,7 +77,7 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
     if len(quarantined) > 10:
         lines.append(f"{len(quarantined)} in quarantine, all listed in {cache.path}/quarantine.json")
     if facts["unfinished"]:
-        return "\n".join([*lines, *(str(invocation.Unfinished(**each)) for each in facts["unfinished"])])
+        return "\n".join([*lines, *(str(extract_command.Unfinished(**each)) for each in facts["unfinished"])])
     lines.append(f"made by: {facts['made_by']}")
     return "\n".join([*lines, "the same with more --views or --levels, and with --add, adds to it"])
 

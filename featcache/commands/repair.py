@@ -7,8 +7,11 @@ from typing import Any
 
 import click
 
-from featcache.console import text as show
-from featcache.pictures import open_source as images
+from featcache.console import text
+from featcache.console.progress_bar import ProgressBar
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
+from featcache.views import pixel_path
 
 
 @click.command(
@@ -26,22 +29,23 @@ def command(
 ) -> None:
     """Find what is damaged in CACHE and mend it: files from their copies, bad shards by the teacher."""
     from featcache import teachers
-    from featcache.extraction import extract
+    from featcache.extraction.progress import ExtractProgress
     from featcache.maintenance import repair
-    from featcache.models import precision as running
+    from featcache.models import precision
+    from featcache.models.contract import Teacher
     from featcache.runtime.device import pick_device
 
-    def load(about: dict[str, Any]) -> tuple[images.Source, teachers.Teacher]:
-        source = images.open_source(images_spec or about["provenance"]["source"])
-        source = images.like(source, about["identity"]["pixel_path"])
-        images.check_path(source, about["identity"]["pixel_path"], f"cache {str(cache)!r}")
+    def load(about: dict[str, Any]) -> tuple[Source, Teacher]:
+        source = open_source(images_spec or about["provenance"]["source"])
+        source = pixel_path.like(source, about["identity"]["pixel_path"])
+        pixel_path.check_path(source, about["identity"]["pixel_path"], f"cache {str(cache)!r}")
         given = weights or about["provenance"]["weights"]
-        teacher = running.load(about["identity"]["teacher"]["name"], given, pick_device(device))
-        return source, running.like(teacher, about["identity"])
+        teacher = teachers.load_any(about["identity"]["teacher"]["name"], given, pick_device(device))
+        return source, precision.like(teacher, about["identity"])
 
-    bar = show.Bar("repair", "pictures")
-    progress = extract.Progress(lambda now: bar(now.pictures, now.total))
+    bar = ProgressBar("repair", "pictures")
+    progress = ExtractProgress(lambda now: bar(now.pictures, now.total))
     done = repair.run(cache, load, workers=workers, progress=progress)
     bar.close()
     lines = [f"restored {name}" for name in done["restored"]] + [f"extracted again {name}" for name in done["shards"]]
-    show.facts_or_text({"cache": str(cache), **done}, as_json, "\n".join(lines) or f"{cache}: nothing to mend")
+    text.facts_or_text({"cache": str(cache), **done}, as_json, "\n".join(lines) or f"{cache}: nothing to mend")

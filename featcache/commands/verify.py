@@ -8,11 +8,13 @@ from typing import Any
 
 import click
 
-from featcache.catalog import extract_command as invocation
-from featcache.console import text as show
+from featcache.catalog import extract_command
+from featcache.console import text
+from featcache.console.progress_bar import ProgressBar
 from featcache.errors import UserError
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from featcache.reading.cache import Cache
+from featcache.views import pixel_path
 
 
 @click.command(
@@ -36,36 +38,36 @@ def command(
     as_json: bool,
 ) -> None:
     """Check every byte of CACHE against its checksums; with --recompute, rows against the teacher."""
-    from featcache.maintenance import verify as work
+    from featcache.maintenance import verify
     from featcache.maintenance.recompute import recompute as ask_teacher
     from featcache.runtime.device import pick_device
 
-    bar = show.Bar("verify", "shards")
-    problems, shards = work.files(cache, bar)
+    bar = ProgressBar("verify", "shards")
+    problems, shards = verify.files(cache, bar)
     bar.close()
     facts: dict[str, Any] = {"cache": str(cache), "shards": shards, "problems": problems}
     with_teacher = bool(recompute) and not problems
     if with_teacher:
         with Cache(cache) as opened:
-            source = images.open_source(images_spec or opened.manifest["provenance"]["source"])
-            source = images.like(source, opened.identity["pixel_path"])
+            source = open_source(images_spec or opened.manifest["provenance"]["source"])
+            source = pixel_path.like(source, opened.identity["pixel_path"])
             facts["recompute"] = ask_teacher(opened, source, weights, recompute, seed, pick_device(device))
         facts["images"] = source.spec
         problems += facts["recompute"]["problems"]
-    show.facts_or_text(facts, as_json, "\n".join([*problems, *_verdict(facts)]))
+    text.facts_or_text(facts, as_json, "\n".join([*problems, *_verdict(facts)]))
     if problems:
         raise UserError(_of_rows(facts) if with_teacher else _of_files(facts))
 
 
 def _of_files(facts: dict[str, Any]) -> str:
     """What is wrong with the bytes, and what mends it: the same extraction where shards are only missing."""
-    from featcache.maintenance import verify as work
+    from featcache.maintenance import verify
 
     cache, problems = facts["cache"], facts["problems"]
-    left = list(invocation.unfinished(Path(cache)))
+    left = list(extract_command.unfinished(Path(cache)))
     if len(problems) == sum(each.shards - each.shards_complete for each in left):
         return f"{cache} is sound as far as it goes, but {'; '.join(map(str, left))}"
-    if problems == work.together(Path(cache)):
+    if problems == verify.together(Path(cache)):
         return problems[0]
     mend = shlex.join(["featcache", "repair", cache])
     return f"{len(problems)} problem(s) in {cache}, the first: {problems[0]}; `{mend}` mends it"

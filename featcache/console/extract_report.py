@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.console import text as show
+from featcache.console import text
+from featcache.console.progress_bar import eta
 from featcache.storage import manifest
 from featcache.storage.store import record_path
 
 if TYPE_CHECKING:
-    from featcache.extraction.plan import Job
-    from featcache.extraction.progress import Progress
+    from featcache.extraction.plan import ExtractJob
+    from featcache.extraction.progress import ExtractProgress
 
 
-def summary(jobs: list[Job], out: Path | None, shards: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(jobs: list[ExtractJob], out: Path | None, shards: list[dict[str, Any]]) -> dict[str, Any]:
     """What is known before the work; `levels` are the first teacher's, bytes those of this share."""
     plan, folder = jobs[0]
     count = sum(shard["count"] for shard in shards)
@@ -32,12 +32,12 @@ def summary(jobs: list[Job], out: Path | None, shards: list[dict[str, Any]]) -> 
     }
 
 
-def missing(job: Job) -> list[dict[str, Any]]:
+def missing(job: ExtractJob) -> list[dict[str, Any]]:
     """The shards that have no record."""
     return [shard for shard in job.plan.shards if not record_path(job.out, shard["name"]).is_file()]
 
 
-def left(jobs: list[Job]) -> str:
+def left(jobs: list[ExtractJob]) -> str:
     """What a person who stopped it wants to know."""
     left = max((missing(job) for job in jobs), key=len)
     shards = len(jobs[0].plan.shards)
@@ -47,9 +47,9 @@ def left(jobs: list[Job]) -> str:
     )
 
 
-def lacking(jobs: list[Job], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def lacking(jobs: list[ExtractJob], shards: list[dict[str, Any]]) -> dict[str, Any]:
     """What these shards still lack, where another cache is refused as the work would refuse it."""
-    from featcache.extraction.plan import continued
+    from featcache.extraction.target_folder import continued
 
     for plan, folder in jobs:
         continued(plan.manifest(), folder)
@@ -64,18 +64,17 @@ def preview(facts: dict[str, Any], folder: Path) -> str:
     """What a dry run says."""
     whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
     pictures, views = manifest.counted(facts["share_pictures"], "picture"), manifest.counted(facts["views"], "view")
-    what = f"{pictures} x {views}, {show.size(facts['bytes'])}"
+    what = f"{pictures} x {views}, {text.size(facts['bytes'])}"
     if facts["complete"]:
         return f"{whose} is complete ({what}): nothing would be done"
     some = "" if facts["new_shards"] == facts["shards"] else f"; {facts['shards'] - facts['new_shards']} are there"
     shards = manifest.counted(facts["new_shards"], "shard")
-    return f"would write {show.size(facts['new_bytes'])} in {shards} to {whose}{some}"
+    return f"would write {text.size(facts['new_bytes'])} in {shards} to {whose}{some}"
 
 
-def rate(progress: Progress) -> str:
-    left = (progress.total - progress.pictures) / max(progress.rate, 1e-9)
-    eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
-    return f"{progress.rate:.1f} pictures/s, ETA {eta}, slowest: {progress.slowest}"
+def rate(progress: ExtractProgress) -> str:
+    left = eta(progress.total - progress.pictures, progress.rate)
+    return f"{progress.rate:.1f} pictures/s, {left}, slowest: {progress.slowest}"
 
 
 def story(summary: dict[str, Any]) -> str:
@@ -83,7 +82,7 @@ def story(summary: dict[str, Any]) -> str:
     if summary["share"]:
         count = f"share {summary['share']}, {summary['share_pictures']} of {summary['pictures']} pictures"
     views, verb = manifest.counted(summary["views"], "view"), "added " if summary["added"] else ""
-    lines = [f"{summary['cache']}: {verb}{count} x {views}, {show.size(summary['bytes'])}"]
+    lines = [f"{summary['cache']}: {verb}{count} x {views}, {text.size(summary['bytes'])}"]
     if summary["new_pictures"]:
         lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
     elif summary["complete"]:

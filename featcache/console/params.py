@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
+
+from featcache.errors import UsageError
+from featcache.pictures.source import ALLOWED
 
 
 class Pair(click.ParamType):
@@ -25,3 +29,11 @@ class Pair(click.ParamType):
 def _number(text: str) -> float:
     top, _, bottom = text.partition("/")
     return float(top) / float(bottom or 1)
+
+
+def given_images(spec: str | None) -> str:
+    """--images, or FEATCACHE_IMAGES, or one line that says what may be given."""
+    spec = spec or os.environ.get("FEATCACHE_IMAGES")
+    if not spec:
+        raise UsageError(f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default")
+    return spec

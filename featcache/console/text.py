@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
-
-from featcache.errors import UsageError
-from featcache.pictures import open_source as images
-
-LOG_EVERY_S = 30.0  # between two lines of progress where stderr is no terminal
-
-
-def given_images(spec: str | None) -> str:
-    """--images, or FEATCACHE_IMAGES, or one line that says what may be given."""
-    spec = spec or os.environ.get("FEATCACHE_IMAGES")
-    if not spec:
-        raise UsageError(f"no pictures given: --images SRC is {images.ALLOWED}; FEATCACHE_IMAGES sets a default")
-    return spec
 
 
 def facts_or_text(facts: Any, as_json: bool, text: str) -> None:
@@ -51,35 +37,3 @@ def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
-
-
-class Bar:
-    """A progress bar at a terminal, a line now and then elsewhere: `bar(done, total)`."""
-
-    def __init__(self, what: str, unit: str, text: Callable[[int, int], str] = lambda done, total: "") -> None:
-        self.what, self.unit, self.text = what, unit, text
-        self._bar: Any = None
-        self._last = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        import sys
-        import time
-
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = self._bar or tqdm(total=total, desc=self.what, unit=self.unit, dynamic_ncols=True)
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-            if note := self.text(done, total):
-                self._bar.set_postfix_str(note)
-        elif time.monotonic() - self._last >= LOG_EVERY_S:
-            if self._last:
-                note = self.text(done, total)
-                click.echo(f"{self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}", err=True)
-            self._last = time.monotonic()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

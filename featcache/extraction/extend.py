@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UsageError, UserError
-from featcache.extraction.plan import Job, Plan, continued, file_name
+from featcache.extraction.options import file_name
+from featcache.extraction.plan import ExtractJob, Plan
+from featcache.extraction.target_folder import continued
 from featcache.models import tokenizer
 from featcache.reading.cache import Cache
-from featcache.storage import manifest
+from featcache.storage import identity, json_file, manifest
 from featcache.storage.part import FREE, OF_TEACHER, PARTS, Part, added, describe
 
 # Pixels are stored by the parts of the cache's own views, or by none.
 _FREE = tuple(field for field in FREE if field != "identity.pixels")
 
 
-def plan_jobs(plans: Sequence[Plan], out: Path, *, add: bool) -> list[Job]:
+def plan_jobs(plans: Sequence[Plan], out: Path, *, add: bool) -> list[ExtractJob]:
     """Plans over the same views as jobs of one pass. Without `add` the first is the cache at `out` itself, and the
     others are what `add` would make of them once it is complete."""
     if add:
@@ -43,20 +45,20 @@ def plan_jobs(plans: Sequence[Plan], out: Path, *, add: bool) -> list[Job]:
         with Cache(out) as cache:
             complete = cache.complete
         if complete:
-            return [Job(base, out), *plan_parts(others, out)]
-    return [Job(base, out), *(_job(_beside(each, base.views), out) for each in others)]
+            return [ExtractJob(base, out), *plan_parts(others, out)]
+    return [ExtractJob(base, out), *(_job(_beside(each, base.views), out) for each in others)]
 
 
 def _views(plan: Plan) -> str:
     return f"views {plan.view_numbers.start} to {plan.view_numbers.stop - 1} of {plan.teacher.name}"
 
 
-def plan_part(wanted: Plan, out: Path) -> Job | None:
+def plan_part(wanted: Plan, out: Path) -> ExtractJob | None:
     """From the plan as asked for to what is lacking of it, and the folder it goes to; None where nothing lacks."""
     return next(iter(plan_parts([wanted], out)), None)
 
 
-def plan_parts(wanted: Sequence[Plan], out: Path) -> list[Job]:
+def plan_parts(wanted: Sequence[Plan], out: Path) -> list[ExtractJob]:
     """The same of several plans, without those that lack nothing."""
     with Cache(out) as cache:
         if not cache.complete:
@@ -81,8 +83,10 @@ def _part(wanted: Plan, cache: Cache) -> Plan | None:
     return _lacking(wanted, cache)
 
 
-def _job(part: Plan, out: Path) -> Job:
-    return Job(part, out / PARTS / f"{file_name(part.teacher.name)}-{manifest.digest(part.manifest()['identity'])[:8]}")
+def _job(part: Plan, out: Path) -> ExtractJob:
+    return ExtractJob(
+        part, out / PARTS / f"{file_name(part.teacher.name)}-{json_file.digest(part.manifest()['identity'])[:8]}"
+    )
 
 
 def _own(plan: Plan) -> Plan:
@@ -98,7 +102,7 @@ def _beside(wanted: Plan, views: int) -> Plan:
 
 
 def _check_same(wanted: Plan, there: dict[str, Any], free: tuple[str, ...]) -> None:
-    for each in manifest.compare(wanted.manifest(), there):
+    for each in identity.compare(wanted.manifest(), there):
         if each.field.startswith("identity.") and not each.field.startswith(free):
             raise UsageError(
                 f"--add: {each.field} is {each.here!r}, the cache has {each.there!r}; what is added is drawn from the "

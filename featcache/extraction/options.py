@@ -8,13 +8,16 @@ as with every option the last one counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from featcache import teachers
 from featcache.errors import UsageError
-from featcache.extraction import plan
 from featcache.models import precision as running
 from featcache.models import tokenizer
+from featcache.models.contract import Teacher
+from featcache.models.weights import is_random
 
 DEFAULT_LEVELS = "last:5"
 
@@ -43,19 +46,66 @@ def weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str | None
     """The same of `--weights`: a file or a tag is one teacher's, only random:SEED can be meant for several."""
     found = assign("--weights", values, names)
     for value in values if len(names) > 1 else ():
-        if not teachers.is_random(value) and not any(value.startswith(f"{name}=") for name in names):
+        if not is_random(value) and not any(value.startswith(f"{name}=") for name in names):
             raise UsageError(
                 f"--weights {value!r}: {len(names)} teachers are given; name one, as in --weights {names[0]}={value}"
             )
     return found
 
 
-def levels(text: str | None, teacher: teachers.Teacher) -> tuple[int, ...]:
+def levels(text: str | None, teacher: Teacher) -> tuple[int, ...]:
     """Block numbers of a teacher, `last:5` where nothing was said; a tokenizer has one level."""
     if isinstance(teacher, tokenizer.Tokenizer):
         return tokenizer.LEVELS
-    return plan.parse_levels(text or DEFAULT_LEVELS, teacher.depth)
+    return parse_levels(text or DEFAULT_LEVELS, teacher.depth)
 
 
-def load(name: str, weights: str | None, device: str, precision: str, compiled: bool) -> teachers.Teacher:
-    return running.configure(running.load(name, weights, device), precision, compiled)
+def load(name: str, weights: str | None, device: str, precision: str, compiled: bool) -> Teacher:
+    return running.configure(teachers.load_any(name, weights, device), precision, compiled)
+
+
+def parse_levels(text: str, depth: int) -> tuple[int, ...]:
+    """'last:5', '8,10,12', '-1,-3' (counted from the end) or 'all' -> 1-based block numbers, ascending.
+
+    >>> parse_levels("last:3", 12), parse_levels("8,12,10", 12), parse_levels("-1,-3", 12)
+    ((10, 11, 12), (8, 10, 12), (10, 12))
+    """
+    head, _, count = text.partition(":")
+    if text == "all":
+        return tuple(range(1, depth + 1))
+    if head == "last" and count.isdecimal() and 1 <= int(count) <= depth:
+        return tuple(range(depth - int(count) + 1, depth + 1))
+    parts = text.split(",")
+    if all(part.removeprefix("-").isdecimal() and 1 <= abs(int(part)) <= depth for part in parts):
+        blocks = {int(part) % (depth + 1) for part in parts}  # -1 is the last
+        if len(blocks) == len(parts):
+            return tuple(sorted(blocks))
+    raise UsageError(
+        f"--levels {text!r}: last:N, a list such as 1,{depth} or -1,-3 that names no block twice, or all; blocks are "
+        f"1 to {depth}, or -1 to -{depth} from the end"
+    )
+
+
+def file_name(text: str) -> str:
+    """A teacher's name as a file name: letters, digits, dot and dash."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)[:80]
+
+
+def parse_keep(text: str | None, patches: int) -> int | None:
+    """'58' patches, or '0.3' of them, rounded up; None keeps all.
+
+    >>> parse_keep("58", 196), parse_keep("0.3", 196), parse_keep(None, 196)
+    (58, 59, None)
+    """
+    if text is None:
+        return None
+    allowed = f"a number of patches from 1 to {patches}, or a share of them such as 0.3, is needed"
+    try:
+        value = int(text) if text.isdecimal() else Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"--keep {text!r}: {allowed}") from error
+    if isinstance(value, Fraction):
+        value = math.ceil(value * patches) if 0 < value <= 1 else 0
+    if not 1 <= value <= patches:
+        raise UsageError(f"--keep {text}: {allowed}")
+    return value

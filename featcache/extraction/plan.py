@@ -6,13 +6,9 @@ checks that the cache that is there is the same one.
 
 from __future__ import annotations
 
-import math
 import os
 import platform
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,29 +18,29 @@ import PIL
 import torch
 from safetensors.numpy import save
 
-from featcache import teachers
-from featcache.errors import UsageError, UserError
-from featcache.models import precision as running
-from featcache.models import tokenizer
-from featcache.pictures import open_source as images
+from featcache.errors import UsageError
+from featcache.extraction.layout import token_ids_array, view_arrays
+from featcache.extraction.options import file_name
+from featcache.models import precision, tokenizer, weights
+from featcache.models.contract import Teacher
+from featcache.pictures.source import Source
 from featcache.storage import checksums, manifest
-from featcache.storage.store import SHARDS, Array, record_path
+from featcache.storage.store import Array
 from featcache.targets import codecs
-from featcache.targets import levels as targets
-from featcache.views import draw as views
-from featcache.views import ffcv_decoder as replay
+from featcache.targets import levels as target_levels
+from featcache.views import pixel_path
+from featcache.views.policy import Policy
 
 TOKENS = ("raster", "ranked")
-_SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything a cache's content depends on."""
 
-    source: images.Source
-    teacher: teachers.Teacher
-    policy: views.Policy
+    source: Source
+    teacher: Teacher
+    policy: Policy
     views: int = 1
     levels: tuple[int, ...] = ()
     order: str = "attentive"
@@ -67,7 +63,7 @@ class Plan:
         if self.keep is not None and not 1 <= self.keep <= self.teacher.patches:
             raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches are allowed")
         for each in (self.policy.filter, self.filter):
-            replay.check(images.pixel_path(self.source), each)
+            pixel_path.check_filter(pixel_path.pixel_path(self.source), each)
 
     @property
     def is_tokenizer(self) -> bool:
@@ -102,8 +98,8 @@ class Plan:
 
     @property
     def arrays(self) -> list[Array]:
-        own = [tokenizer.array(self.teacher.patches)] if self.is_tokenizer else self._of_teacher()
-        arrays = [*own, *_of_views()]
+        own = [token_ids_array(self.teacher.patches)] if self.is_tokenizer else self._of_teacher()
+        arrays = [*own, *view_arrays()]
         ranked = self.tokens == "ranked"
         return [*arrays, *checksums.declare(arrays, len(self.levels), self.stored_tokens, ranked=ranked)]
 
@@ -132,10 +128,10 @@ class Plan:
     @cached_property
     def _weight_hash(self) -> str:
         """Once: of ViT-L/14 it takes seconds, and an extraction asks for its manifest several times."""
-        return teachers.weight_hash(self.teacher)
+        return weights.weight_hash(self.teacher)
 
     def manifest(self) -> dict[str, Any]:
-        teacher, run = self.teacher, running.of(self.teacher)
+        teacher, run = self.teacher, precision.of(self.teacher)
         identity = {
             "teacher": {
                 "name": teacher.name,
@@ -150,7 +146,7 @@ class Plan:
                 **({"filter": self.filter} if self.is_tokenizer else {}),
             },
             "levels": list(self.levels),
-            "eps": targets.EPS,
+            "eps": target_levels.EPS,
             "order": self.order,
             "codec": self.codec,
             "tokens": self.tokens,
@@ -159,7 +155,7 @@ class Plan:
             **({"first_view": self.first_view} if self.first_view else {}),
             "policy": self.policy.as_dict(),
             "views": self.views,
-            "pixel_path": images.pixel_path(self.source),
+            "pixel_path": pixel_path.pixel_path(self.source),
             "pictures": {"count": len(self.source), "keys_digest": manifest.keys_digest(self.source.keys)},
             "rows_per_shard": self.rows_per_shard,
             "store": self.store,
@@ -174,7 +170,7 @@ class Plan:
         return manifest.make(identity, provenance, arrays, self.shards, self.side_files())
 
     def _versions(self) -> dict[str, str]:
-        ffcv = {"ffcv": version("ffcv")} if images.pixel_path(self.source)["decoder"] == "ffcv" else {}
+        ffcv = {"ffcv": version("ffcv")} if pixel_path.pixel_path(self.source)["decoder"] == "ffcv" else {}
         return {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version(), **ffcv}
 
     def side_files(self) -> dict[str, bytes]:
@@ -182,132 +178,8 @@ class Plan:
         return {f"{file_name(self.teacher.name)}.safetensors": save(self.teacher.tail())}
 
 
-class Job(NamedTuple):
+class ExtractJob(NamedTuple):
     """A plan and the folder it goes to."""
 
     plan: Plan
     out: Path
-
-
-def _of_views() -> list[Array]:
-    """What every part stores of the views themselves."""
-    row_view = ("row", "view")
-    return [
-        Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
-        Array("flip", "|u1", (), row_view),
-        Array("area", "<f4", (), row_view),
-        Array("jitter", "<f4", (4,), (*row_view, "brightness_contrast_saturation_order")),
-        Array("pixel_hash", "<u8", (), row_view),
-        Array("thumbnail", "|u1", (views.THUMBNAIL, views.THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
-        Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
-    ]
-
-
-def parse_levels(text: str, depth: int) -> tuple[int, ...]:
-    """'last:5', '8,10,12', '-1,-3' (counted from the end) or 'all' -> 1-based block numbers, ascending.
-
-    >>> parse_levels("last:3", 12), parse_levels("8,12,10", 12), parse_levels("-1,-3", 12)
-    ((10, 11, 12), (8, 10, 12), (10, 12))
-    """
-    head, _, count = text.partition(":")
-    if text == "all":
-        return tuple(range(1, depth + 1))
-    if head == "last" and count.isdecimal() and 1 <= int(count) <= depth:
-        return tuple(range(depth - int(count) + 1, depth + 1))
-    parts = text.split(",")
-    if all(part.removeprefix("-").isdecimal() and 1 <= abs(int(part)) <= depth for part in parts):
-        blocks = {int(part) % (depth + 1) for part in parts}  # -1 is the last
-        if len(blocks) == len(parts):
-            return tuple(sorted(blocks))
-    raise UsageError(
-        f"--levels {text!r}: last:N, a list such as 1,{depth} or -1,-3 that names no block twice, or all; blocks are "
-        f"1 to {depth}, or -1 to -{depth} from the end"
-    )
-
-
-def file_name(text: str) -> str:
-    """A teacher's name as a file name: letters, digits, dot and dash."""
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)[:80]
-
-
-def parse_keep(text: str | None, patches: int) -> int | None:
-    """'58' patches, or '0.3' of them, rounded up; None keeps all.
-
-    >>> parse_keep("58", 196), parse_keep("0.3", 196), parse_keep(None, 196)
-    (58, 59, None)
-    """
-    if text is None:
-        return None
-    allowed = f"a number of patches from 1 to {patches}, or a share of them such as 0.3, is needed"
-    try:
-        value = int(text) if text.isdecimal() else Fraction(text)
-    except (ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"--keep {text!r}: {allowed}") from error
-    if isinstance(value, Fraction):
-        value = math.ceil(value * patches) if 0 < value <= 1 else 0
-    if not 1 <= value <= patches:
-        raise UsageError(f"--keep {text}: {allowed}")
-    return value
-
-
-def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
-    """Make the folder, or check that the cache in it is the same one; returns its manifest. The batch size is noted in
-    it, since real networks give other bits at another."""
-    wanted = plan.manifest()
-    wanted["provenance"]["batch_size"] = batch_size
-    if there := continued(wanted, out):
-        wanted = there
-    _check_space(plan, out)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
-        if not path.is_file():  # before any shard, so that a process that dies from here on leaves a cache to continue
-            path.parent.mkdir(exist_ok=True)
-            manifest.write_json(path, wanted)
-    for folder in (out, out / SHARDS):
-        manifest.sweep(folder)
-    write_side_files(plan, out)
-    return wanted
-
-
-def write_side_files(plan: Plan, out: Path) -> None:
-    """What is missing or differs of the files beside the manifest."""
-    for name, data in plan.side_files().items():
-        if not (out / name).is_file() or (out / name).read_bytes() != data:
-            manifest.write_file(out / name, data)
-
-
-def continued(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
-    """The manifest of the cache at `out` where it is the wanted one, None where nothing is there; another cache and
-    other files are refused."""
-    if (out / manifest.NAME).is_file():
-        there = manifest.read(out)
-        todo = "these options continue the cache that is there, another --out makes a new one, --add adds to this one"
-        grades = ("fatal", "lossy", "layout")
-        manifest.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, grades, cures=True)
-        return there
-    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
-        raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
-    return None
-
-
-def _check_space(plan: Plan, out: Path) -> None:
-    """Is there room for the shards that are missing?"""
-    check_room([Job(plan, out)])
-
-
-def check_room(jobs: Sequence[Job]) -> None:
-    """Is there room for what is missing of all of them? The first folder's disk holds the others."""
-    out = jobs[0].out
-    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    missing = [
-        plan.view_bytes * plan.views * shard["count"]
-        for plan, folder in jobs
-        for shard in plan.shards
-        if not record_path(folder, shard["name"]).is_file()
-    ]
-    needed, free = sum(missing) + (_SPARE_BYTES if missing else 0), shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(
-            f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "
-            "fewer --views or --levels, or another disk"
-        )

@@ -21,12 +21,11 @@ STAGES = ("decode", "copy", "teacher", "encode", "write")
 
 
 @dataclass
-class Progress:
+class ExtractProgress:
     """Busy seconds of each stage and what is done; `report` is called after every batch."""
 
-    report: Callable[[Progress], None] = lambda progress: None
+    report: Callable[[ExtractProgress], None] = lambda progress: None
     waiting: Callable[[int], None] = lambda shards: None  # called while other processes hold the last shards
-    told_waiting: int = 0
     pictures: int = 0
     total: int = 0
     workers: int = 1

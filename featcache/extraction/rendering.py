@@ -17,8 +17,11 @@ import numpy.typing as npt
 from featcache import rng
 from featcache.errors import UserError
 from featcache.extraction.plan import Plan
-from featcache.pictures import open_source as images
-from featcache.views import draw as views
+from featcache.pictures.source import PictureError
+from featcache.views import pixel_path
+from featcache.views import render as view_render
+from featcache.views.draw import Drawn, draw
+from featcache.views.fingerprint import pixel_hash, thumbnail
 
 Kind = tuple[int, str]  # pixels of an edge, filter
 
@@ -29,7 +32,7 @@ class Rendered:
 
     key: str
     source_size: tuple[int, int]
-    drawn: views.Drawn
+    drawn: Drawn
     pixels: dict[Kind, npt.NDArray[np.uint8]]  # (V, S, S, 3) of each size and filter that a teacher sees
     proofs: npt.NDArray[np.uint8] | None  # (V, S, S, 3) at the policy's size, where they are stored
     hashes: npt.NDArray[np.uint64]  # (V,)
@@ -58,7 +61,7 @@ def usable(
             raise UserError(
                 f"picture {plan.source.keys[index]!r} cannot be read: {error}; mend this and run again"
             ) from error
-        except images.PictureError as error:
+        except PictureError as error:
             key = plan.source.keys[index]
             if strict:
                 raise UserError(
@@ -72,9 +75,9 @@ def render(plans: Sequence[Plan], index: int) -> Rendered:
     policy's size and filter. The plans share pictures, policy and view numbers."""
     plan = plans[0]
     key = plan.source.keys[index]
-    picture = images.picture(plan.source, index)
+    picture = pixel_path.picture(plan.source, index)
     size = (picture.height, picture.width)
-    drawn = views.draw(plan.policy, rng.key_digests([key]), np.array([size]), plan.view_numbers)
+    drawn = draw(plan.policy, rng.key_digests([key]), np.array([size]), plan.view_numbers)
     proof, seen = (plan.policy.size, plan.policy.filter), {(each.input_px, each.filter) for each in plans}
     made = {
         kind: np.stack([_replay(picture, drawn, view, kind) for view in range(plan.views)]) for kind in {proof, *seen}
@@ -85,14 +88,14 @@ def render(plans: Sequence[Plan], index: int) -> Rendered:
         drawn,
         {kind: made[kind] for kind in seen},
         made[proof] if any(each.pixels for each in plans) else None,
-        np.array([views.pixel_hash(each) for each in made[proof]], np.uint64),
-        np.stack([views.thumbnail(each) for each in made[proof]]),
+        np.array([pixel_hash(each) for each in made[proof]], np.uint64),
+        np.stack([thumbnail(each) for each in made[proof]]),
     )
 
 
-def _replay(picture: Any, drawn: views.Drawn, view: int, kind: Kind) -> npt.NDArray[np.uint8]:
+def _replay(picture: Any, drawn: Drawn, view: int, kind: Kind) -> npt.NDArray[np.uint8]:
     """One drawn view of row 0 at a size, by a filter."""
-    return views.render(picture, drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view], *kind)
+    return view_render.render(picture, drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view], *kind)
 
 
 def batches(rendered: Iterable[Rendered], views: int, batch_size: int) -> Iterator[list[tuple[Rendered, int]]]:

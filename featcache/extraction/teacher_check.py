@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UsageError, UserError
-from featcache.extraction import device_pipeline as stages
-from featcache.models import precision as running
-from featcache.models import tokenizer
-from featcache.pictures import open_source as images
-from featcache.targets import levels as targets
-from featcache.teachers import Teacher
-from featcache.views import draw as views
+from featcache.extraction.forward import ask
+from featcache.models import precision, tokenizer
+from featcache.models.contract import Teacher
+from featcache.pictures.decode import decode
+from featcache.pictures.source import PictureError, Source
+from featcache.targets import levels
+from featcache.views.fingerprint import thumbnail
+from featcache.views.policy import AREA, Policy
+from featcache.views.render import render_centre
 
 CLASSES, PER_CLASS = 32, 16  # at most; a minute of B/16 on a few cores
 K, TEMPERATURE = 20, 0.07
@@ -69,16 +71,16 @@ class Score:
             )
 
 
-def check(teacher: Teacher, source: images.Source, policy: views.Policy, batch_size: int) -> Score:
+def check(teacher: Teacher, source: Source, policy: Policy, batch_size: int) -> Score:
     """The score of a teacher on labelled pictures: class folders, or tars with .cls members."""
     if isinstance(teacher, tokenizer.Tokenizer):
         raise UsageError(f"--check-teacher: {teacher.name!r} gives discrete tokens, not features; leave it out")
     chosen, labels = _choose(source)
-    filter = "bicubic" if policy.filter == views.AREA else policy.filter  # whole pictures are always Pillow's
+    filter = "bicubic" if policy.filter == AREA else policy.filter  # whole pictures are always Pillow's
     features, thumbnails = [], []
     for low in range(0, len(chosen), batch_size):
         pixels = [_view(source, index, teacher.input_px, filter) for index in chosen[low : low + batch_size].tolist()]
-        thumbnails += [views.thumbnail(each).reshape(-1) for each in pixels]
+        thumbnails += [thumbnail(each).reshape(-1) for each in pixels]
         features.append(_embed(teacher, np.stack(pixels)))
     plain = torch.from_numpy(np.stack(thumbnails)).float()
     classes = len(np.unique(labels))
@@ -87,7 +89,7 @@ def check(teacher: Teacher, source: images.Source, policy: views.Policy, batch_s
     return Score(teacher.name, len(chosen), classes, right, pixels_right, chance)
 
 
-def _choose(source: images.Source) -> tuple[I64, I64]:
+def _choose(source: Source) -> tuple[I64, I64]:
     """Numbers and labels of up to PER_CLASS pictures of up to CLASSES classes, both evenly spread."""
     labels = source.labels
     if labels is None:
@@ -118,10 +120,10 @@ def _spread(count: int, limit: int) -> I64:
     return np.arange(limit) * count // limit
 
 
-def _view(source: images.Source, index: int, size: int, filter: str) -> npt.NDArray[np.uint8]:
+def _view(source: Source, index: int, size: int, filter: str) -> npt.NDArray[np.uint8]:
     try:
-        return views.centre(images.decode(source.read(index)), size, CROP_PCT, filter)
-    except (images.PictureError, OSError) as error:
+        return render_centre(decode(source.read(index)), size, CROP_PCT, filter)
+    except (PictureError, OSError) as error:
         raise UserError(
             f"--check-teacher: picture {source.keys[index]!r} cannot be used: {error}; mend it or take it away"
         ) from error
@@ -130,9 +132,9 @@ def _view(source: images.Source, index: int, size: int, filter: str) -> npt.NDAr
 @torch.no_grad()
 def _embed(teacher: Teacher, pixels: npt.NDArray[np.uint8]) -> Tensor:
     """(B, S, S, 3) -> (B, D): [CLS] of the last level, normalised."""
-    batch = torch.from_numpy(pixels).to(running.device_of(teacher)).permute(0, 3, 1, 2).contiguous()
-    y, _ = stages.ask(teacher, batch, (teacher.depth,))
-    return targets.normalise(y[:, :1])[0][:, 0].float().cpu()
+    batch = torch.from_numpy(pixels).to(precision.device_of(teacher)).permute(0, 3, 1, 2).contiguous()
+    y, _ = ask(teacher, batch, (teacher.depth,))
+    return levels.normalise(y[:, :1])[0][:, 0].float().cpu()
 
 
 def right_share(features: Tensor, labels: I64) -> float:

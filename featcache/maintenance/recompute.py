@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import PIL
 
 from featcache import rng
 from featcache.errors import IdentityError
-from featcache.pictures import open_source as images
+from featcache.pictures.source import PictureError, Source
 from featcache.reading.cache import Cache
-from featcache.views import draw as views
+from featcache.reading.pixel_check import pixel_problem
+from featcache.views import pixel_path
+from featcache.views.policy import policy_from_dict
+from featcache.views.render import render
 
 OTHER_PICTURES = 0.9  # from this share of rows with other pixels on, the pictures are taken for others than those
 
@@ -28,16 +30,14 @@ class Row(NamedTuple):
     errors: tuple[float, float] | None = None  # of features, of attention
 
 
-def recompute(
-    cache: Cache, source: images.Source, weights: str | None, count: int, seed: int, device: str
-) -> dict[str, Any]:
+def recompute(cache: Cache, source: Source, weights: str | None, count: int, seed: int, device: str) -> dict[str, Any]:
     """Replay `count` random rows (one view each), compare their pixels, run the teacher on those that are the same, and
     compare features and attention.
 
     Returns the problems and, for a clean sample, the share of bad rows that 95 % of such samples would have shown.
     `other_pictures`: so many of the rows have other pixels that the pictures, not the cache, must be wrong.
     """
-    images.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
+    pixel_path.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     teacher = _same_teacher(cache, weights, device)
     n = min(count, len(cache))
     raw = rng.words(rng.key_digests([f"verify:{n}"]), rng.stream("verify", seed), 2 * len(cache))[0]
@@ -65,11 +65,12 @@ def recompute(
 
 def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
     from featcache import teachers
-    from featcache.models import precision as running
+    from featcache.models import precision
+    from featcache.models.weights import weight_hash
 
     given = weights or cache.manifest["provenance"]["weights"]
-    teacher = running.like(teachers.load(cache.identity["teacher"]["name"], given, device), cache.identity)
-    here, there = teachers.weight_hash(teacher), cache.identity["teacher"]["weight_hash"]
+    teacher = precision.like(teachers.load(cache.identity["teacher"]["name"], given, device), cache.identity)
+    here, there = weight_hash(teacher), cache.identity["teacher"]["weight_hash"]
     if here != there:
         raise IdentityError(
             f"weights {given!r} have hash {here}, the cache was made with {there}; give those with --weights"
@@ -77,47 +78,26 @@ def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
     return teacher
 
 
-def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
-    """What differs between a view rendered at the policy's size and the extracted one; None when nothing does."""
-    stored = cache.read([row], view, ("pixel_hash", "thumbnail"))
-    if views.pixel_hash(pixels) == int(stored["pixel_hash"][0]):
-        return None
-    difference = np.abs(views.thumbnail(pixels).astype(int) - stored["thumbnail"][0].astype(int))
-    cause = "another picture under this key" if difference.mean() > 8 else _other_path(cache)
-    return (
-        f"picture {cache.keys[row]!r}, view {view}: its pixels are not those the teacher saw (block means differ by "
-        f"{difference.mean():.1f} levels of 255, at most {difference.max()}); likely {cause}"
-    )
-
-
-def _other_path(cache: Cache) -> str:
-    """Why nearly equal pixels differ. Pillow's decoders change, and since 13 it resizes tall crops in another order."""
-    theirs, here = cache.manifest["provenance"]["versions"].get("pillow"), PIL.__version__
-    if theirs in (None, here) or cache.identity["pixel_path"]["decoder"] != "pillow":
-        return "another decoder, library version or file"
-    return f"Pillow's version, {theirs} there and {here} here (pip install pillow=={theirs}), or another file"
-
-
-def _recompute_row(cache: Cache, source: images.Source, at: dict[str, int], teacher: Any, row: int, view: int) -> Row:
-    from featcache.models import precision as running
+def _recompute_row(cache: Cache, source: Source, at: dict[str, int], teacher: Any, row: int, view: int) -> Row:
+    from featcache.models import precision
 
     key = cache.keys[row]
     if key not in at:
         return Row(f"picture {key!r} is not in {source.spec!r}")
     try:
-        picture = images.picture(source, at[key])
-    except (images.PictureError, OSError) as reason:
+        picture = pixel_path.picture(source, at[key])
+    except (PictureError, OSError) as reason:
         return Row(f"picture {key!r} can no longer be used: {reason}")
-    policy = views.from_dict(cache.identity["policy"])
+    policy = policy_from_dict(cache.identity["policy"])
     drawn = cache.read([row], view, ("crop", "flip", "jitter"))
     proof, pixels = (
-        views.render(picture, drawn["crop"][0], drawn["flip"][0], drawn["jitter"][0], size, policy.filter)
+        render(picture, drawn["crop"][0], drawn["flip"][0], drawn["jitter"][0], size, policy.filter)
         for size in (policy.size, teacher.input_px)
     )
     if problem := pixel_problem(cache, row, view, proof):
         return Row(problem)
     error, attention_error = _errors(cache, teacher, row, view, pixels)
-    bound, attention_bound = running.BOUNDS[running.of(teacher).precision]
+    bound, attention_bound = precision.BOUNDS[precision.of(teacher).precision]
     if error <= bound and attention_error <= attention_bound:
         return Row(None, (error, attention_error))
     return Row(
@@ -131,19 +111,17 @@ def _errors(cache: Cache, teacher: Any, row: int, view: int, pixels: npt.NDArray
     """How far stored features and attention are from the teacher's on these pixels (S, S, 3) of its input size."""
     import torch
 
-    from featcache.extraction import extract
+    from featcache.extraction.forward import compute, ranked
     from featcache.targets import codecs
 
     codec = codecs.CODECS[cache.identity["codec"]]
     stored = cache.read([row], view, (*codec.arrays(teacher.width), "attention", "mask_order"))
     device = next(iter(teacher.state_dict().values())).device
     batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)
-    coded, _, attention, _ = extract.compute(teacher, batch, cache.levels, cache.identity["codec"], 1)
+    coded, _, attention, _ = compute(teacher, batch, cache.levels, cache.identity["codec"], 1)
     host = {name: values.cpu().numpy() for name, values in coded.items()}
     if cache.identity["tokens"] == "ranked":  # by the stored order: a tie may fall otherwise when computed again
-        host = {
-            name: extract.ranked(values, stored["mask_order"], stored[name].shape[2]) for name, values in host.items()
-        }
+        host = {name: ranked(values, stored["mask_order"], stored[name].shape[2]) for name, values in host.items()}
     new = codec.decode({name: torch.from_numpy(values) for name, values in host.items()})
     old = codec.decode({name: torch.from_numpy(stored[name]) for name in host})
     a = attention[0].cpu().numpy()

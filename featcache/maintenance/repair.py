@@ -12,22 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import IdentityError, UnreadableError, UserError
-from featcache.extraction import extract
-from featcache.extraction.plan import Plan, write_side_files
+from featcache.extraction import extract, shard_queue
+from featcache.extraction.plan import Plan
+from featcache.extraction.progress import ExtractProgress
+from featcache.extraction.target_folder import report_quarantine, write_side_files
 from featcache.maintenance import verify
-from featcache.pictures.open_source import Source
-from featcache.storage import commit as publish
+from featcache.models.contract import Teacher
+from featcache.pictures.source import Source
+from featcache.storage import commit, json_file, manifest
 from featcache.storage import lease as leases
-from featcache.storage import manifest
+from featcache.storage.identity import refuse
 from featcache.storage.part import added
 from featcache.storage.store import QUARANTINE, SHARDS, record_path
-from featcache.teachers import Teacher
-from featcache.views import draw as views
+from featcache.views.policy import policy_from_dict
 
 Load = Callable[[dict[str, Any]], tuple[Source, Teacher]]  # manifest -> its pictures and its teacher
 
 
-def run(cache: Path, load: Load, *, workers: int = 2, progress: extract.Progress | None = None) -> dict[str, Any]:
+def run(cache: Path, load: Load, *, workers: int = 2, progress: ExtractProgress | None = None) -> dict[str, Any]:
     """Mend the cache and what was added to it. Returns the files restored and the shards extracted again; the pictures
     and the teacher are opened only when a shard or the teacher's tail needs them."""
     restored: list[str] = []
@@ -38,13 +40,13 @@ def run(cache: Path, load: Load, *, workers: int = 2, progress: extract.Progress
         problems = list(verify.problems(part, about))
         bad = sorted({problem.shard for problem in problems if problem.shard})
         if bad or any(problem.path.name in about["files"] for problem in problems):
-            _extract(part, about, bad, load, workers, progress or extract.Progress())
+            _extract(part, about, bad, load, workers, progress or ExtractProgress())
         if problems:
             if (part / QUARANTINE).is_dir():
-                publish.remove(part / QUARANTINE)
-            extract.report_quarantine(part, about)
-        for leftover in publish.leftovers(part):
-            publish.remove(leftover)
+                commit.remove(part / QUARANTINE)
+            report_quarantine(part, about)
+        for leftover in commit.leftovers(part):
+            commit.remove(leftover)
         for shard in about["shards"]:
             leases.clear(part, shard["name"])
         restored += [str(problem.path) for problem in problems if not problem.shard]
@@ -69,20 +71,20 @@ def _restore_manifest(part: Path) -> list[str]:
             "again into another folder"
         )
     if len(good) == 2:
-        here, there = (manifest.read_json(path) for path in pair)
+        here, there = (json_file.read_json(path) for path in pair)
         if here == there:
             return []
         what = f"cannot repair {str(part)!r}: {manifest.NAME} and {SHARDS}/{manifest.COPY} are sound, but of two caches"
         todo = "remove the one that does not belong here"
-        manifest.refuse(here, there, what, todo, ("fatal", "lossy", "layout"))
+        refuse(here, there, what, todo, ("fatal", "lossy", "layout"))
     source = good[0]
     target = pair[1] if source == pair[0] else pair[0]
-    manifest.write_json(target, manifest.read_json(source))
+    json_file.write_json(target, json_file.read_json(source))
     return [str(target)]
 
 
 def _extract(
-    part: Path, about: dict[str, Any], bad: list[str], load: Load, workers: int, progress: extract.Progress
+    part: Path, about: dict[str, Any], bad: list[str], load: Load, workers: int, progress: ExtractProgress
 ) -> None:
     source, teacher = load(about)
     plan = of_manifest(about, source, teacher)
@@ -90,7 +92,7 @@ def _extract(
     if "copied_from" in about["provenance"] and _holds(part, about, source):
         wanted["identity"]["pictures"] = about["identity"]["pictures"]
     todo = "give the pictures and weights of the extraction: --images SRC, --weights FILE"
-    manifest.refuse(wanted, about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout"))
+    refuse(wanted, about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout"))
     write_side_files(plan, part)
     progress.total += sum(shard["count"] for shard in about["shards"] if shard["name"] in bad)
     for shard in bad:
@@ -98,31 +100,31 @@ def _extract(
 
 
 def _replace(
-    plan: Plan, part: Path, about: dict[str, Any], shard: str, workers: int, progress: extract.Progress
+    plan: Plan, part: Path, about: dict[str, Any], shard: str, workers: int, progress: ExtractProgress
 ) -> None:
     """One shard, so that a death in between hides no other. It is put back when no new one could be made."""
     try:
         with _held(part, shard, progress):
             if _is_good(part, about, shard):  # another repair was here
                 return
-            publish.set_aside(part, shard, plan.store)
+            commit.set_aside(part, shard, plan.store)
         size = about["provenance"]["batch_size"]
         extract.run(plan, part, batch_size=size, workers=workers, progress=progress, about=about, only=shard)
         _check_views(part, shard)
     except BaseException:
         lease = leases.take(part, shard)
         if lease is not None:  # else another works on it now, and puts it back if need be
-            publish.put_back(part, shard, plan.store)
+            commit.put_back(part, shard, plan.store)
             lease.release()
         raise
-    publish.forget_aside(part, shard, plan.store)
+    commit.forget_aside(part, shard, plan.store)
 
 
 def _check_views(part: Path, shard: str) -> None:
     """Crops and hashes of pixels depend on the pictures alone: other pictures under the same keys have others."""
     record = record_path(part, shard)
     try:
-        here, there = (manifest.read_json(path).get("files", {}) for path in (record, publish.aside(record)))
+        here, there = (json_file.read_json(path).get("files", {}) for path in (record, commit.aside(record)))
     except UnreadableError:
         raise
     except UserError:  # damaged, or another repair of the same shard has cleared up in this moment
@@ -137,11 +139,11 @@ def _check_views(part: Path, shard: str) -> None:
 
 
 @contextlib.contextmanager
-def _held(part: Path, shard: str, progress: extract.Progress) -> Iterator[None]:
+def _held(part: Path, shard: str, progress: ExtractProgress) -> Iterator[None]:
     """While nobody else works on the shard."""
     while (lease := leases.take(part, shard)) is None:
         progress.waiting(1)
-        time.sleep(extract.WAIT_S)
+        time.sleep(shard_queue.WAIT_S)
     try:
         yield
     finally:
@@ -157,9 +159,9 @@ def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
     """Whether a copy of some shards has its pictures from `source`: the manifest knows the keys of all its rows."""
     last = max(shard["first"] + shard["count"] for shard in about["shards"])
     records = [record_path(part, shard["name"]) for shard in about["shards"]]
-    lists = [manifest.read_json(path)["quarantined"] for path in records if not verify.json_problem(path)]
+    lists = [json_file.read_json(path)["quarantined"] for path in records if not verify.json_problem(path)]
     if not verify.json_problem(part / QUARANTINE):
-        lists.append(manifest.read_json(part / QUARANTINE)["pictures"])
+        lists.append(json_file.read_json(part / QUARANTINE)["pictures"])
     out = {row["key"] for rows in lists for row in rows}
     if last > len(source):
         return False
@@ -173,7 +175,7 @@ def of_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan
     return Plan(
         source,
         teacher,
-        views.from_dict(identity["policy"]),
+        policy_from_dict(identity["policy"]),
         identity["views"],
         tuple(identity["levels"]),
         identity["order"],

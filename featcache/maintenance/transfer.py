@@ -23,13 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UsageError, UserError
-from featcache.maintenance import transfer_plan as selection
-from featcache.maintenance.transfer_plan import Job
+from featcache.maintenance import transfer_plan
+from featcache.maintenance.transfer_plan import TransferJob
 from featcache.reading.cache import Cache
-from featcache.storage import checksums
-from featcache.storage import commit as publish
+from featcache.storage import checksums, commit, identity, json_file, manifest
 from featcache.storage import lease as leases
-from featcache.storage import manifest as manifests
 from featcache.storage.statistics import Statistics, of_stored
 from featcache.storage.store import QUARANTINE, SHARDS, STORES, folder_path, record_path, store
 
@@ -40,10 +38,10 @@ _SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
 
 
 @dataclass
-class Progress:
+class TransferProgress:
     """Bytes of rows that are done, of those that were lacking; `report` is called after every block."""
 
-    report: Callable[[Progress], None] = lambda progress: None
+    report: Callable[[TransferProgress], None] = lambda progress: None
     waiting: Callable[[int], None] = lambda shards: None  # called while other processes hold the last shards
     done: int = 0
     total: int = 0
@@ -67,21 +65,21 @@ def copy(
     views: int | None = None,
     levels: Sequence[int] | None = None,
     shards: tuple[int, int] | None = None,
-    progress: Progress | None = None,
+    progress: TransferProgress | None = None,
 ) -> list[str]:
     """Copy the cache with all that was added to it, or shards A to B - 1 of it; with `views` (the first so many) or
     `levels`, one flat cache of its own teacher. Returns what was left out, in words."""
     _apart(cache, out)
     with Cache(cache) as source:
         if views is None and levels is None:
-            jobs, left = selection.whole(source, out, shards=shards)
+            jobs, left = transfer_plan.whole(source, out, shards=shards)
         else:
-            jobs, left = selection.flat(source, out, views=views, levels=levels, shards=shards)
-        _run(jobs, progress or Progress())
+            jobs, left = transfer_plan.flat(source, out, views=views, levels=levels, shards=shards)
+        _run(jobs, progress or TransferProgress())
     return left
 
 
-def convert(cache: Path, out: Path, name: str, *, progress: Progress | None = None) -> list[str]:
+def convert(cache: Path, out: Path, name: str, *, progress: TransferProgress | None = None) -> list[str]:
     """The same cache, and all that was added to it, in the store `name`. Returns what was left out, in words."""
     _apart(cache, out)
     with Cache(cache) as source:
@@ -92,8 +90,8 @@ def convert(cache: Path, out: Path, name: str, *, progress: Progress | None = No
                 f"--store {name!r}: cache {str(cache)!r} is in the {here} store; {others} is allowed, and `featcache "
                 "copy` copies it as it is"
             )
-        jobs, left = selection.whole(source, out, store=name)
-        _run(jobs, progress or Progress())
+        jobs, left = transfer_plan.whole(source, out, store=name)
+        _run(jobs, progress or TransferProgress())
     return left
 
 
@@ -103,7 +101,7 @@ def _apart(cache: Path, out: Path) -> None:
         raise UsageError(f"{str(out)!r} lies in the cache {str(cache)!r} itself; give a folder outside of it")
 
 
-def _run(jobs: Sequence[Job], progress: Progress) -> None:
+def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
     """The base is the first job and is done last, so that a cache is complete when all of it is there."""
     for job in jobs:
         _refuse(job)
@@ -135,15 +133,15 @@ def _run(jobs: Sequence[Job], progress: Progress) -> None:
             job.source.close()
 
 
-def _refuse(job: Job) -> None:
+def _refuse(job: TransferJob) -> None:
     """Is there another cache in the target's folder, or something else?"""
     out = job.out
-    if (out / manifests.NAME).is_file():
+    if (out / manifest.NAME).is_file():
         todo = "give another folder, or the same command to continue this one"
         grades = ("fatal", "lossy", "layout")
-        manifests.refuse(job.manifest, manifests.read(out), f"{str(out)!r} holds another cache", todo, grades)
+        identity.refuse(job.manifest, manifest.read(out), f"{str(out)!r} holds another cache", todo, grades)
     elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
-        if (out / manifests.NAME).is_file():  # another process has begun the same in this moment
+        if (out / manifest.NAME).is_file():  # another process has begun the same in this moment
             _refuse(job)
             return
         raise UserError(f"{str(out)!r} exists and is no cache; give an empty or new folder")
@@ -159,25 +157,25 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _begin(job: Job) -> None:
+def _begin(job: TransferJob) -> None:
     """Manifest first, so that a folder that is left behind is a cache to continue; then the files beside it."""
     source, out = job.source, job.out
     out.mkdir(parents=True, exist_ok=True)
-    manifests.sweep(out)
-    for path in (out / manifests.NAME, out / SHARDS / manifests.COPY):
+    json_file.sweep(out)
+    for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
         path.parent.mkdir(exist_ok=True)
         if not path.is_file():
-            manifests.write_json(path, job.manifest)
-    manifests.sweep(out / SHARDS)
-    if problems := manifests.check_files(source.path, source.manifest):
+            json_file.write_json(path, job.manifest)
+    json_file.sweep(out / SHARDS)
+    if problems := manifest.check_files(source.path, source.manifest):
         raise UserError(f"cache file {problems[0]}; run `featcache repair {source.path}`")
     for name in job.manifest["files"]:
         data = (source.path / name).read_bytes()
         if not (out / name).is_file() or (out / name).read_bytes() != data:
-            manifests.write_file(out / name, data)
+            json_file.write_file(out / name, data)
 
 
-def _free_shards(job: Job, progress: Progress) -> Iterator[tuple[dict[str, Any], leases.Lease]]:
+def _free_shards(job: TransferJob, progress: TransferProgress) -> Iterator[tuple[dict[str, Any], leases.Lease]]:
     """Shards without a record, under a lease; waits for those that others hold, until complete or left behind."""
     while left := job.missing:
         taken = False
@@ -186,7 +184,7 @@ def _free_shards(job: Job, progress: Progress) -> Iterator[tuple[dict[str, Any],
             if lease is None:
                 continue
             taken = True
-            publish.settle(job.out, job.store, [record["shard"]])
+            commit.recover(job.out, job.store, [record["shard"]])
             if record_path(job.out, record["shard"]).is_file():  # adopted, or finished by another just now
                 lease.release()
             else:
@@ -196,20 +194,20 @@ def _free_shards(job: Job, progress: Progress) -> Iterator[tuple[dict[str, Any],
             time.sleep(WAIT_S)
 
 
-def _copy_shard(job: Job, record: dict[str, Any], progress: Progress) -> None:
+def _copy_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:
     name = record["shard"]
-    origin, folder = folder_path(job.source.path, name, job.store), publish.begin(job.out, name, job.store)
+    origin, folder = folder_path(job.source.path, name, job.store), commit.begin(job.out, name, job.store)
     try:
         for file, facts in record["files"].items():
             _copy_file(origin / file, folder / file, facts, store(job.store), job.source.path, progress)
-        publish.publish(folder, job.out, name, job.store, record)
+        commit.publish(folder, job.out, name, job.store, record)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _copy_file(
-    origin: Path, target: Path, facts: dict[str, Any], backend: ModuleType, cache: Path, progress: Progress
+    origin: Path, target: Path, facts: dict[str, Any], backend: ModuleType, cache: Path, progress: TransferProgress
 ) -> None:
     """The copy is what is compared with the record, while it still lies in memory: that covers both disks."""
     target.parent.mkdir(exist_ok=True)
@@ -230,7 +228,7 @@ def _copy_file(
     raise UserError(f"cache file {origin}: its bytes are not those that were written; run `featcache repair {cache}`")
 
 
-def _rewrite_shard(job: Job, record: dict[str, Any], progress: Progress) -> None:
+def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:
     writer = store(job.store).writer(job.out, record["shard"], job.arrays, job.identity["views"])
     statistics = Statistics()
     try:
@@ -246,12 +244,12 @@ def _rewrite_shard(job: Job, record: dict[str, Any], progress: Progress) -> None
         raise
 
 
-def _blocks(job: Job, record: dict[str, Any]) -> Iterator[tuple[list[str], dict[str, npt.NDArray[Any]]]]:
+def _blocks(job: TransferJob, record: dict[str, Any]) -> Iterator[tuple[list[str], dict[str, npt.NDArray[Any]]]]:
     """Keys and items (n, *item) of a shard in (row, view) order, without checksums. Memory is used again: a block is
     gone when the next comes."""
     views, first_view = job.identity["views"], job.identity.get("first_view", 0)
     specs = [spec for spec in job.arrays if spec.name not in checksums.NAMES]
-    rows = selection.rows(job.source, record)
+    rows = transfer_plan.rows(job.source, record)
     total = int(record["rows"]) * views
     count = max(1, min(total, BLOCK_BYTES // max(sum(spec.item_bytes for spec in specs), 1)))
     memory = {spec.name: np.empty((count, *spec.item), spec.dtype) for spec in specs}
@@ -263,7 +261,7 @@ def _blocks(job: Job, record: dict[str, Any]) -> Iterator[tuple[list[str], dict[
         yield [job.source.keys[i] for i in row.tolist()], items
 
 
-def _report_quarantine(job: Job) -> None:
+def _report_quarantine(job: TransferJob) -> None:
     rows = [row for record in job.records for row in record["quarantined"]]
     if rows and not (job.out / QUARANTINE).is_file():
-        manifests.write_json(job.out / QUARANTINE, {"pictures": rows})
+        json_file.write_json(job.out / QUARANTINE, {"pictures": rows})

@@ -13,7 +13,7 @@ from typing import Any
 
 from featcache.errors import UsageError, UserError
 from featcache.reading.cache import Cache
-from featcache.storage import checksums
+from featcache.storage import checksums, json_file
 from featcache.storage import manifest as manifests
 from featcache.storage.part import PARTS, added, describe
 from featcache.storage.store import Array, array, record_path
@@ -22,7 +22,7 @@ Range = tuple[int, int]  # numbers of shards, the end not included
 
 
 @dataclass(frozen=True)
-class Job:
+class TransferJob:
     """One part of a cache and what becomes of it."""
 
     source: Cache
@@ -60,7 +60,7 @@ class Job:
 
 def whole(
     source: Cache, out: Path, *, shards: Range | None = None, store: str | None = None
-) -> tuple[list[Job], list[str]]:
+) -> tuple[list[TransferJob], list[str]]:
     """(jobs of the cache and of what was added to it, what is left out in words)."""
     changes = {"store": store} if store else {}
     parts = [Cache(path) for path in added(source.path)]
@@ -76,7 +76,7 @@ def flat(
     views: int | None = None,
     levels: Sequence[int] | None = None,
     shards: Range | None = None,
-) -> tuple[list[Job], list[str]]:
+) -> tuple[list[TransferJob], list[str]]:
     """(one job of the first views and these levels of the cache's own teacher, what is left out in words)."""
     views = source.views if views is None else views
     chosen = source.levels if levels is None else tuple(sorted(levels))
@@ -105,7 +105,7 @@ def rows(source: Cache, record: Mapping[str, Any]) -> slice:
     return slice(first, first + record["rows"])
 
 
-def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | None) -> Job:
+def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | None) -> TransferJob:
     """One part with `changes` of its identity."""
     about, numbers = source.manifest, _numbers(source, shards)
     records = _records(source, numbers)
@@ -124,7 +124,7 @@ def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | N
     arrays = _fewer(about["arrays"], identity) if recount else about["arrays"]
     chosen = [about["shards"][i] for i in numbers]
     made = manifests.make(identity, provenance, arrays, chosen, {})
-    return Job(source, out, {**made, "files": about["files"]}, records, as_files, recount)
+    return TransferJob(source, out, {**made, "files": about["files"]}, records, as_files, recount)
 
 
 def _fewer(arrays: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,9 +137,9 @@ def _fewer(arrays: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, 
     return {spec.name: spec.as_dict() for spec in (*specs, *sums)}
 
 
-def _addition(job: Job) -> Job:
+def _addition(job: TransferJob) -> TransferJob:
     """Below parts/, in a folder that ends, as everywhere, with the digest of its identity."""
-    here, there = (manifests.digest(each)[:8] for each in (job.source.identity, job.identity))
+    here, there = (json_file.digest(each)[:8] for each in (job.source.identity, job.identity))
     name = job.source.path.name
     return replace(job, out=job.out / PARTS / (name.removesuffix(here) + there if name.endswith(here) else name))
 

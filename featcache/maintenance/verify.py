@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from featcache.errors import UnreadableError, UserError
 from featcache.reading.cache import Cache
-from featcache.storage import commit as publish
-from featcache.storage import manifest
-from featcache.storage.part import Keys, added, record_problem
+from featcache.storage import commit, json_file, manifest
+from featcache.storage.keys import Keys
+from featcache.storage.part import added, record_problem
 from featcache.storage.store import QUARANTINE, SHARDS, record_path, store
 
 
@@ -68,7 +68,7 @@ def problems(
         wanted = path.name == manifest.COPY or path.is_file() or _lacks_quarantine(part, about)
         if wanted and (damage := json_problem(path)):
             yield Problem(path, damage)
-        elif path.name == manifest.COPY and manifest.read_json(path) != about:
+        elif path.name == manifest.COPY and json_file.read_json(path) != about:
             yield Problem(path, f"{path}: differs from {manifest.NAME}")
         elif path.name == QUARANTINE and path.is_file() and not _is_of_records(path, part, about):
             yield Problem(path, f"{path}: does not list the pictures that the records of shards name")
@@ -78,7 +78,7 @@ def problems(
             missing = f"{record}: missing; this shard is not extracted yet, or its record is lost"
             yield Problem(record, damage if record.is_file() else missing, shard["name"])
         else:
-            read = manifest.read_json(record)
+            read = json_file.read_json(record)
             if why := record_problem(about, shard, read):
                 yield Problem(record, f"{record}: {why}", shard["name"])
             else:
@@ -87,7 +87,7 @@ def problems(
 
 
 def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> Iterator[Problem]:
-    found = publish.check(part, shard, backend, record, deep=True)
+    found = commit.check(part, shard, backend, record, deep=True)
     yield from (Problem(Path(text.rpartition(": ")[0]), text, shard) for text in found)
     if not found:
         keys = Keys(*store(backend).keys(part, shard, record))
@@ -103,7 +103,7 @@ def _lacks_quarantine(part: Path, about: dict[str, Any]) -> bool:
 
 def _is_of_records(path: Path, part: Path, about: dict[str, Any]) -> bool:
     rows = _quarantined(part, about)
-    return rows is None or (manifest.read_json(path) == {"pictures": rows} and bool(rows))
+    return rows is None or (json_file.read_json(path) == {"pictures": rows} and bool(rows))
 
 
 def _quarantined(part: Path, about: dict[str, Any]) -> list[Any] | None:
@@ -111,13 +111,13 @@ def _quarantined(part: Path, about: dict[str, Any]) -> list[Any] | None:
     paths = [record_path(part, shard["name"]) for shard in about["shards"]]
     if any(json_problem(path) for path in paths):
         return None
-    return [row for path in paths for row in manifest.read_json(path).get("quarantined", [])]
+    return [row for path in paths for row in json_file.read_json(path).get("quarantined", [])]
 
 
 def json_problem(path: Path) -> str | None:
     """What is wrong with a JSON of ours; an UnreadableError where that cannot be said."""
     try:
-        manifest.read_json(path)
+        json_file.read_json(path)
     except UnreadableError:
         raise
     except UserError as error:

@@ -15,12 +15,14 @@ T positions, D width, P patches of the new grid.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import UsageError, near
+from featcache.models.contract import Option
 
 MODES = ("bicubic", "bilinear", "bicubic-antialias", "tensor-bicubic")
 STUDENT_PX = 224  # what MaskAlign renders for student and teacher alike
@@ -71,3 +73,22 @@ def side_of(count: int, prefixes: tuple[int, ...]) -> tuple[int, int] | None:
         if side and side * side == count - prefix:
             return side, prefix
     return None
+
+
+def wanted_px(name: str, options: Mapping[str, Option], patch: int, default: int | None) -> int | None:
+    """Input pixels by `img_size` or `grid`, or the default; None leaves the model's own."""
+    asked = {key: options[key] for key in ("img_size", "grid") if key in options}
+    if len(asked) == 2:
+        raise UsageError(f"teacher {name!r}: img_size={asked['img_size']} and grid={asked['grid']}; give one of them")
+    for key, value in asked.items():
+        if type(value) is not int or value < 1:
+            raise UsageError(f"teacher {name!r}: {key}={value!r}; a whole number from 1 is needed")
+        px = value * patch if key == "grid" else value
+        if px % patch:
+            below = max(1, px // patch) * patch
+            raise UsageError(
+                f"teacher {name!r}: img_size={px} is no multiple of its {patch}-pixel patches; give {below} or "
+                f"{below + patch}"
+            )
+        return px
+    return default

@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache import teachers
 from featcache.errors import UsageError, near
-from featcache.models import tokenizer
-from featcache.teachers import Teacher
+from featcache.models.contract import Teacher
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", "tf32", *_AUTOCAST)
@@ -66,14 +64,6 @@ def configure(teacher: Teacher, precision: str = "fp32", compiled: bool = False)
         _compile(teacher)
     teacher.running = Running(precision, compiled)  # type: ignore[attr-defined]
     return teacher
-
-
-def load(spec: str, weights: str | None, device: str) -> Teacher:
-    """A teacher, or a tokenizer in place of one, on a device; `weights` as for `teachers.load`."""
-    if teachers.is_tokenizer(spec):
-        made: Teacher = tokenizer.as_teacher(teachers.load_tokenizer(spec, weights, device))
-        return made
-    return teachers.load(spec, weights, device)
 
 
 def like(teacher: Teacher, identity: Mapping[str, Any]) -> Teacher:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from featcache.errors import UsageError, UserError, near
-from featcache.models import restricted_unpickler as inert
+from featcache.models import restricted_unpickler
 
 CONFIG = "open_clip_config.json"  # lies beside weights that open_clip saved
 Statistics = tuple[float, float, float]
@@ -113,7 +113,9 @@ def of_file(
 def _archive_says(path: str) -> bool | None:
     """A TorchScript archive names its classes, QuickGELU among them or GELU."""
     try:
-        classes = {name.rpartition(".")[2] for name in inert.names(path) if name.startswith("__torch__.")}
+        classes = {
+            name.rpartition(".")[2] for name in restricted_unpickler.names(path) if name.startswith("__torch__.")
+        }
     except Exception:  # no zip archive of torch's: it says nothing, and reading it will tell what it is
         return None
     return True if "QuickGELU" in classes else False if "GELU" in classes else None

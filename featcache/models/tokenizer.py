@@ -14,12 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
-
-from featcache.errors import UserError
-from featcache.storage.store import Array
 
 FIELD = "token_ids"
 LEVELS = (1,)  # its only block, as the manifest has it
@@ -43,18 +38,3 @@ def as_teacher(network: Any) -> Any:
     network.filter, network.width, network.depth = network.pixel_filter, network.vocabulary, 1
     network.pixel_mean, network.pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # it maps pixels itself
     return network
-
-
-def array(patches: int) -> Array:
-    return Array(FIELD, "<u2", (patches,), ("row", "view", "patch"))
-
-
-def stored(ids: npt.NDArray[Any], vocabulary: int, name: str) -> npt.NDArray[np.uint16]:
-    """(n, P) as they are stored; numbers outside the vocabulary are a UserError."""
-    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
-    if low < 0 or high >= min(vocabulary, LARGEST) or ids.dtype.kind not in "iu":
-        raise UserError(
-            f"tokenizer {name!r} gave {ids.dtype} from {low} to {high}; whole numbers from 0 to "
-            f"{min(vocabulary, LARGEST) - 1} are needed: check the weights"
-        )
-    return ids.astype(np.uint16)

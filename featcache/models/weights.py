@@ -6,6 +6,7 @@ or a TorchScript archive; nothing in it is ever executed. What does not fit a mo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import socket
@@ -19,8 +20,9 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, hub, nn
 
-from featcache.errors import UserError
-from featcache.models import restricted_unpickler as inert
+from featcache.errors import UsageError, UserError
+from featcache.models import restricted_unpickler
+from featcache.models.contract import Teacher, Tokenizer
 
 Got = TypeVar("Got")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pkl")
@@ -55,9 +57,9 @@ def read_state(path: str, what: str) -> dict[str, Tensor]:
 def _read_torch(path: str) -> dict[str, Tensor]:
     """torch's own reader of plain tensors where it will, else the one that only looks."""
     try:
-        return inert.named(torch.load(path, map_location="cpu", weights_only=True))
+        return restricted_unpickler.named(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:  # refused, damaged, or no torch file at all: the second reader says which
-        return inert.tensors(path)
+        return restricted_unpickler.tensors(path)
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,3 +156,52 @@ def download(url: str, file: str) -> Path:
         finally:
             part.unlink(missing_ok=True)
     return path
+
+
+def is_random(weights: str) -> bool:
+    return weights.startswith("random:")
+
+
+def build_seeded(make: Callable[[], nn.Module], weights: str | None) -> nn.Module:
+    """Run a library's constructor under `random:SEED`'s seed (0 otherwise), leaving the global generator as it was."""
+    seed = 0
+    if weights is not None and is_random(weights):
+        text = weights.partition(":")[2]
+        if not text.isdecimal():
+            raise UsageError(f"--weights {weights!r}: random:SEED needs a whole number, as in random:0")
+        seed = int(text)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def weight_hash(teacher: Teacher | Tokenizer) -> str:
+    """BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state, taken from what really runs.
+
+    The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers. So does the code of a
+    user's own file.
+    """
+    digest = hashlib.blake2b(" ".join(_activations(teacher)).encode(), digest_size=16)
+    digest.update(getattr(teacher, "code", "").encode())
+    for name, value in sorted(teacher.state_dict().items()):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _activations(teacher: Teacher | Tokenizer) -> list[str]:
+    modules = teacher.modules() if isinstance(teacher, nn.Module) else []
+    names = {type(module).__name__ for module in modules}
+    return sorted(name for name in names if name.endswith(("GELU", "GELUTanh", "SiLU", "ReLU", "SwiGLU")))
+
+
+def file_weights(weights: str | None) -> str | None:
+    """The path when `weights` names a file that exists; a path that does not exist is a UserError."""
+    if weights is None or is_random(weights):
+        return None
+    if Path(weights).is_file():
+        return weights
+    if "/" in weights or weights.endswith(SUFFIXES):
+        raise UserError(f"weights {weights!r}: no such file; give an existing file, a registered tag or random:SEED")
+    return None

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-class Piece(NamedTuple):
+class ByteRange(NamedTuple):
     """`size` bytes from `source` in an item to `place` in the row; `column` of the run's checksums, or -1."""
 
     source: int
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     column: int = -1
 
 
-class Proof(NamedTuple):
+class FileCheck(NamedTuple):
     """What a file must be before its bytes are believed: `sound(path, facts(path))`, asked once for each file."""
 
     sound: Callable[[Path, Mapping[str, Any]], bool]
@@ -34,7 +34,7 @@ class Proof(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class RangeBatch:
     """Rows `at` (n,) of `target` (rows, row bytes) uint8, from `offsets` (n,) in the files `paths` (f,): row i from
     paths[file[i]], file after file, without one of which there is no row."""
 
@@ -43,17 +43,17 @@ class Run:
     at: npt.NDArray[np.int64]
     file: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ByteRange, ...]
     crcs: npt.NDArray[np.uint32] | None = None  # (n, columns)
-    proof: Proof | None = None  # that whole files are those they should be
+    proof: FileCheck | None = None  # that whole files are those they should be
 
     @property
     def row_bytes(self) -> int:
         return _bytes(self.pieces)
 
-    def part(self, low: int, high: int) -> Run:
+    def part(self, low: int, high: int) -> RangeBatch:
         first, last = int(self.file[low]), int(self.file[high - 1])
-        return Run(
+        return RangeBatch(
             self.paths[first : last + 1],
             self.target,
             self.at[low:high],
@@ -64,7 +64,7 @@ class Run:
             self.proof,
         )
 
-    def by_files(self, most: int) -> Iterator[Run]:
+    def by_files(self, most: int) -> Iterator[RangeBatch]:
         """The same rows in parts of at most so many files."""
         if len(self.paths) <= most:
             yield self
@@ -82,7 +82,7 @@ class BadRow(Exception):
         self.path, self.row, self.column = path, row, column
 
 
-def cut(runs: Iterable[Run], part_bytes: int, files: int) -> Iterator[Run]:
+def cut(runs: Iterable[RangeBatch], part_bytes: int, files: int) -> Iterator[RangeBatch]:
     """The same rows in parts of about so many bytes, and of at most so many files."""
     for run in runs:
         step = max(part_bytes // max(run.row_bytes, 1), 1)
@@ -101,12 +101,12 @@ class Group(NamedTuple):
 
 
 @lru_cache(256)
-def _bytes(pieces: tuple[Piece, ...]) -> int:
+def _bytes(pieces: tuple[ByteRange, ...]) -> int:
     return sum(piece.size for piece in pieces)
 
 
 @lru_cache(256)
-def joined(pieces: tuple[Piece, ...], most: int | None) -> tuple[Group, ...]:
+def joined(pieces: tuple[ByteRange, ...], most: int | None) -> tuple[Group, ...]:
     """Neighbours together, up to `most` bytes."""
     out: list[Group] = []
     for source, place, size, column in pieces:
@@ -123,7 +123,7 @@ def joined(pieces: tuple[Piece, ...], most: int | None) -> tuple[Group, ...]:
     return tuple(out)
 
 
-def span(pieces: Sequence[Piece]) -> int:
+def span(pieces: Sequence[ByteRange]) -> int:
     """Bytes from the first piece to the end of the last, where they follow each other in the file; else 0."""
     joined = all(one.source + one.size == other.source for one, other in pairwise(pieces))
     return pieces[-1].source + pieces[-1].size - pieces[0].source if joined else 0

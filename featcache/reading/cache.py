@@ -18,14 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UsageError, UserError, near
-from featcache.reading import request as arguments
-from featcache.reading.byte_ranges import BadRow, Piece, Proof, Run
-from featcache.reading.locations import Places, crc_array, pieces_of, runs_of
-from featcache.reading.range_reader import IO, Reads
-from featcache.storage import checksums
-from featcache.storage import commit as publish
-from featcache.storage import manifest as manifests
-from featcache.storage.part import I64, Keys, Part, describe, open_parts
+from featcache.reading import request
+from featcache.reading.byte_ranges import BadRow, ByteRange, FileCheck, RangeBatch
+from featcache.reading.locations import RowLocations, byte_ranges, crc_array, range_batches
+from featcache.reading.range_reader import IO, RangeReader
+from featcache.storage import checksums, commit, manifest
+from featcache.storage.keys import I64, Keys
+from featcache.storage.part import Part, describe, open_parts
 from featcache.storage.store import Array
 
 
@@ -64,7 +63,7 @@ class Cache:
         self.views: int = self.views_of(self._base.teacher)
         self.levels: tuple[int, ...] = self.levels_of(self._base.teacher)
         self.arrays: dict[str, Array] = dict(self._all_arrays())
-        self._reads = Reads(threads, _choose(io, self.bytes))
+        self._reads = RangeReader(threads, _choose(io, self.bytes))
 
     def _all_arrays(self) -> Iterator[tuple[str, Array]]:
         """Arrays by the names that `read` takes, with the levels of all parts; another teacher's as TEACHER/NAME."""
@@ -108,7 +107,7 @@ class Cache:
         return len(self._base)
 
     def __repr__(self) -> str:
-        return f"Cache({str(self.path)!r}: {manifests.title(self.manifest)})"
+        return f"Cache({str(self.path)!r}: {manifest.title(self.manifest)})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self._place, **self._options}
@@ -168,8 +167,8 @@ class Cache:
         filled where it names a field: reused memory reads twice as fast as new. `check=False` compares nothing.
         Raises UserError when bytes are missing or not those that were written.
         """
-        rows, views, fields = arguments.numbers("rows", rows), arguments.numbers("view", view), arguments.names(fields)
-        arguments.check_options(levels, tokens, out, fields)
+        rows, views, fields = request.numbers("rows", rows), request.numbers("view", view), request.names(fields)
+        request.check_options(levels, tokens, out, fields)
         if len(views) not in (1, len(rows)):
             raise UsageError(f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is needed")
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
@@ -258,34 +257,34 @@ class Cache:
 
     # ------------------------------------------------------------ where its bytes are
 
-    def _places(self, rows: I64, views: I64) -> Places:
+    def _places(self, rows: I64, views: I64) -> RowLocations:
         """Places in the request, in the order of the files."""
         shards = np.searchsorted(self._base.starts, rows, side="right") - 1
         at = np.lexsort((rows, views, shards))
-        return Places(at, shards[at], views[at])
+        return RowLocations(at, shards[at], views[at])
 
     def _checksums(
         self,
         rows: I64,
-        places: Places,
+        places: RowLocations,
         checked: npt.NDArray[np.bool_],
         fields: Sequence[str],
         tokens: int | None,
     ) -> dict[tuple[int, str], npt.NDArray[np.uint32]]:
         """(n, columns) of each part's checksum arrays that `fields` need; rows that are not checked stay unset."""
         tables: dict[tuple[int, str], npt.NDArray[np.uint32]] = {}
-        runs: list[Run] = []
+        runs: list[RangeBatch] = []
         for i, part in enumerate(self._parts) if checked.any() else []:
             here = places.those(checked[places.at] & part.holds(places.views))
-            proof = Proof(part.store.sound, part.facts)
+            proof = FileCheck(part.store.sound, part.facts)
             for field in sorted({crc_array(part, name, tokens) for name in fields if part in self._of(name)}):
                 spec = part.arrays[field]
-                pieces = (Piece(0, 0, spec.item_bytes),)
+                pieces = (ByteRange(0, 0, spec.item_bytes),)
                 if field == "prefix_crc":  # (T, L): those of the wanted length
                     level_bytes = 4 * spec.item[1]
-                    pieces = (Piece(((tokens or 0) - 1) * level_bytes, 0, level_bytes),)
+                    pieces = (ByteRange(((tokens or 0) - 1) * level_bytes, 0, level_bytes),)
                 table = tables[i, field] = np.empty((len(rows), sum(piece.size for piece in pieces) // 4), np.uint32)
-                runs += runs_of(part, spec, table.view(np.uint8), rows, here, pieces, proof=proof)
+                runs += range_batches(part, spec, table.view(np.uint8), rows, here, pieces, proof=proof)
         self._reads.read(runs)
         return tables
 
@@ -294,19 +293,19 @@ class Cache:
         name: str,
         target: npt.NDArray[Any],
         rows: I64,
-        places: Places,
+        places: RowLocations,
         levels: tuple[int, ...],
         tokens: int,
         checked: npt.NDArray[np.bool_],
         sums: Mapping[tuple[int, str], npt.NDArray[np.uint32]],
-    ) -> list[Run]:
+    ) -> list[RangeBatch]:
         """The reads of one field."""
         plain, parts = name.rpartition("/")[2], self._of(name)
         flat = target.reshape(len(rows), -1).view(np.uint8) if target.size else np.empty((len(rows), 0), np.uint8)
         left = np.ones(len(rows), bool)  # by place: what no part before has given
-        runs: list[Run] = []
+        runs: list[RangeBatch] = []
         for i, part in enumerate(self._parts):
-            pieces = pieces_of(part, plain, levels, tokens) if part in parts and plain in part.arrays else ()
+            pieces = byte_ranges(part, plain, levels, tokens) if part in parts and plain in part.arrays else ()
             if not pieces:
                 continue
             held = left & part.holds(places.views)
@@ -314,8 +313,8 @@ class Cache:
                 left &= ~held
             spec, table = part.arrays[plain], sums.get((i, crc_array(part, plain, tokens)))
             sure = checked[places.at] if table is not None else np.zeros(len(rows), bool)
-            runs += runs_of(part, spec, flat, rows, places.those(held & sure), pieces, table)
-            runs += runs_of(part, spec, flat, rows, places.those(held & ~sure), pieces)
+            runs += range_batches(part, spec, flat, rows, places.those(held & sure), pieces, table)
+            runs += range_batches(part, spec, flat, rows, places.those(held & ~sure), pieces)
         return runs
 
     # ------------------------------------------------------------ what went wrong
@@ -328,7 +327,7 @@ class Cache:
         problems = [
             problem
             for part in self._parts
-            for problem in publish.check(part.path, record, part.identity["store"], part.records[shard], deep=True)
+            for problem in commit.check(part.path, record, part.identity["store"], part.records[shard], deep=True)
         ]
         if problems:  # others may be damaged as well
             problem = min(problems, key=lambda text: (not text.startswith(f"{bad.path}:"), "_crc/" not in text))

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from featcache import rng
 from featcache.reading.cache import Cache
-from featcache.views import draw as views
+from featcache.views.draw import central_box, stored_view
+from featcache.views.policy import policy_from_dict
 
 I64 = npt.NDArray[np.int64]
 BOOL = npt.NDArray[np.bool_]
@@ -43,7 +44,7 @@ def in_range(areas: npt.NDArray[np.float32], scale: Scale) -> BOOL:
 
 def accepted(cache: Cache, rows: I64, scale: Scale) -> BOOL:
     """rows (n,) -> (n, V): which stored views of these pictures a range of areas accepts."""
-    policy = views.from_dict(cache.identity["policy"])
+    policy = policy_from_dict(cache.identity["policy"])
     out = np.zeros((len(rows), cache.views), bool)
     for low in range(0, len(rows), _ROWS):
         part = rows[low : low + _ROWS]
@@ -51,14 +52,14 @@ def accepted(cache: Cache, rows: I64, scale: Scale) -> BOOL:
             fits = in_range(cache.read(part, view, ("area",))["area"], scale)
             outside = np.flatnonzero(~fits)
             box = cache.read(part[outside], view, ("crop", "source_size"))
-            centre = views.central_box(policy, box["source_size"].astype(np.int64))
+            centre = central_box(policy, box["source_size"].astype(np.int64))
             fits[outside] = (box["crop"] == centre).all(1)
             out[low : low + len(part), view] = fits
     return out
 
 
 @dataclass(frozen=True)
-class Turns:
+class ViewSchedule:
     """Which view each picture shows in an epoch, of those that were accepted: every one equally often.
 
     A pure function of (key, epoch): not of the batch, the process or the order of the pictures.
@@ -69,7 +70,7 @@ class Turns:
     counts: I64  # (n,): how many were accepted, at least one
 
     @classmethod
-    def of(cls, digests: rng.U64, accepted: BOOL) -> Turns:
+    def of(cls, digests: rng.U64, accepted: BOOL) -> ViewSchedule:
         """digests (n, 2) of the keys, accepted (n, V)."""
         ascending = np.lexsort((digests[:, 1], digests[:, 0]))
         order = np.argsort(~accepted, axis=1, kind="stable").astype(np.uint16)
@@ -80,7 +81,7 @@ class Turns:
         at = np.searchsorted(self.digests[:, 0], digests[:, 0])
         while (wrong := self.digests[at, 1] != digests[:, 1]).any():  # keys whose first words are equal lie together
             at = at + wrong
-        return self.order[at, views.stored_view(digests, epoch, self.counts[at])].astype(np.int64)
+        return self.order[at, stored_view(digests, epoch, self.counts[at])].astype(np.int64)
 
 
 def without_view(accepted: BOOL, keys: Iterable[str]) -> list[str]:

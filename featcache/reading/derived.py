@@ -14,41 +14,35 @@ n rows, T tokens, D width, E width of the target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from featcache import errors
-from featcache.targets import codecs
-from featcache.targets import levels as targets
-
-if TYPE_CHECKING:
-    from featcache.reading.cache import Cache
-
-NAMES = ("f", "z", "fd", "y")
+from featcache.reading.feature_reader import FeatureReader, HasTeachers
+from featcache.targets.derived import target
 
 
-def target(name: str, h: Tensor, tail: Mapping[str, Tensor], stats: Tensor | None = None) -> Tensor:
-    """A level h (..., D) -> the target of that name; of f, z and fd it is the last level.
+class ReadableCache(HasTeachers, Protocol):
+    """What is read here of a `Cache`."""
 
-    `stats` (..., 2), the stored mean and divisor, is needed for y, and for a tail whose eps is not 1e-5.
-    """
-    if name not in NAMES:
-        raise errors.UsageError(f"unknown derived target {name!r}: {errors.near(name, NAMES)}")
-    if name != "y":
-        return targets.derive(name, h, tail, None if stats is None else stats[..., 1:])
-    if stats is None:
-        raise errors.UsageError("target 'y' needs `stats`, the stored mean and divisor; read `feature_stats` too")
-    mean, std = stats.split(1, -1)
-    return h * std + mean
+    def __len__(self) -> int: ...
+    def levels_of(self, teacher: str) -> tuple[int, ...]: ...
+    def read(
+        self,
+        rows: npt.ArrayLike,
+        view: int | npt.ArrayLike = 0,
+        fields: Sequence[str] = ("features",),
+        levels: Sequence[int] | None = None,
+        tokens: int | None = None,
+    ) -> dict[str, npt.NDArray[Any]]: ...
 
 
 def read(
-    cache: Cache,
+    cache: ReadableCache,
     name: str,
     rows: npt.ArrayLike | None = None,
     view: int | npt.ArrayLike = 0,
@@ -64,27 +58,23 @@ def read(
         raise errors.UsageError(
             f"derive: teacher {teacher!r} is not in this cache; {errors.near(teacher, cache.teachers)}"
         )
-    identity = cache.manifest_of(teacher)["identity"]
-    tail = cache.tail(teacher)
-    tensors = {part: torch.from_numpy(values) for part, values in tail.items()}
-    width = int(identity["teacher"]["width"])
-    target(name, torch.zeros(1, width), tensors, torch.ones(1, 2))  # what cannot be derived is told before any read
+    reader = FeatureReader(cache, teacher, derive=name)
+    width = int(cache.manifest_of(teacher)["identity"]["teacher"]["width"])
+    target(name, torch.zeros(1, width), reader.tail, torch.ones(1, 2))  # what cannot be derived is told before any read
     chosen = _level(cache, name, level, teacher)
-    place = "" if teacher == cache.teachers[0] else f"{teacher}/"
-    codec = codecs.CODECS[identity["codec"]]
-    coded = [f"{place}{part}" for part in codec.arrays(width)]
-    needs_stats = name == "y" or ("eps" in tail and float(tail["eps"]) != float(np.float32(targets.EPS)))
-    stats = [f"{place}feature_stats"] if needs_stats else []
+    fields = [field for field in reader.fields if field != reader.order_field]  # tokens stay as they are stored
     rows = np.arange(len(cache)) if rows is None else rows
-    host = {
-        field.removeprefix(place): torch.from_numpy(values[:, 0])
-        for field, values in cache.read(rows, view, [*coded, *stats], [chosen], tokens).items()
+    arrays = {
+        field: torch.from_numpy(values[:, 0])
+        for field, values in cache.read(rows, view, fields, [chosen], tokens).items()
     }
-    out: npt.NDArray[np.float32] = target(name, codec.decode(host), tensors, host.get("feature_stats")).numpy()
+    out: npt.NDArray[np.float32] = target(
+        name, reader.decode(arrays), reader.tail, arrays.get(reader.stats_field)
+    ).numpy()
     return out
 
 
-def _level(cache: Cache, name: str, level: int | None, teacher: str) -> int:
+def _level(cache: ReadableCache, name: str, level: int | None, teacher: str) -> int:
     depth = int(cache.manifest_of(teacher)["identity"]["teacher"]["depth"])
     if level not in (None, depth) and name != "y":
         raise errors.UsageError(f"derive: {name!r} is of the last level, {depth}; level {level} is given: leave it out")

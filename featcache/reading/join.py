@@ -11,13 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from featcache import rng
 from featcache.errors import IdentityError, UserError
-from featcache.maintenance import recompute
-from featcache.pictures import open_source as images
+from featcache.pictures.source import ALLOWED, Source
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
-from featcache.views import draw as views
+from featcache.views import pixel_path
 
 I64 = npt.NDArray[np.int64]
 BOX = ("crop", "flip", "jitter", "source_size")  # what makes a view of a picture
@@ -25,7 +23,7 @@ _PAIR_ROWS = 1 << 16  # compared at a time: a few MB
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredPixels:
     """The pictures of a cache that stores its views' pixels, as a source: keys, and nothing left to decode."""
 
     cache: Cache
@@ -46,7 +44,7 @@ class Stored:
     def read(self, index: int) -> bytes:
         raise UserError(
             f"picture {self.keys[index]!r}: cache {self.spec!r} holds views of it, not the picture; give the pictures "
-            f"as {images.ALLOWED}"
+            f"as {ALLOWED}"
         )
 
 
@@ -55,17 +53,17 @@ def stores_pixels(cache: Cache) -> bool:
     return "pixels" in cache.fields
 
 
-def join(cache: Cache, source: images.Source, *, decodes: bool = True) -> tuple[I64, I64, int]:
+def join(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[I64, I64, int]:
     """(pictures (n,), rows (n,), skipped): source numbers and cache rows of the training pictures, joined by key.
 
     Quarantined pictures are skipped and counted; any other picture the cache does not know, or another pixel path than
     the extraction's where pictures are decoded (`decodes`), is an IdentityError.
     """
-    if isinstance(source, Stored) and source.cache is cache:
+    if isinstance(source, StoredPixels) and source.cache is cache:
         every = np.arange(len(cache), dtype=np.int64)
         return every, every, 0
     if decodes:
-        images.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
+        pixel_path.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     rows = cache.keys.find(source.keys)
     unknown = np.flatnonzero(rows < 0)
     quarantined = {row["key"] for row in cache.quarantined}
@@ -78,28 +76,6 @@ def join(cache: Cache, source: images.Source, *, decodes: bool = True) -> tuple[
         )
     pictures = np.flatnonzero(rows >= 0)
     return pictures, rows[pictures], len(unknown)
-
-
-def sampled(digests: rng.U64, view: npt.ArrayLike, epoch: int | I64, seed: int, share: float) -> npt.NDArray[np.bool_]:
-    """(n,) which views of an epoch, one or one per picture, are compared with their stored hash: a pure function of
-    (seed, epoch, key)."""
-    words = rng.words(digests, rng.stream("check", seed), 1, view=view, epoch=epoch)
-    chosen: npt.NDArray[np.bool_] = rng.uniform(words)[:, 0] < share
-    return chosen
-
-
-def prove(
-    cache: Cache, row: int, view: int, pixels: npt.NDArray[np.uint8], tolerance: float = 0.0, option: str = "tolerance"
-) -> None:
-    """IdentityError unless a view (S, S, 3) is what the teacher saw: the stored hash, or with a `tolerance` a mean
-    difference of block means up to so many levels of 255. `option` is how the caller's user sets it."""
-    problem = recompute.pixel_problem(cache, row, view, pixels)
-    if problem is None:
-        return
-    stored = cache.read([row], view, ("thumbnail",))["thumbnail"][0]
-    difference = np.abs(views.thumbnail(pixels).astype(int) - stored.astype(int)).mean()
-    if difference > tolerance or not tolerance:
-        raise IdentityError(f"{problem}; train on the pictures of the extraction, or allow it: {option}")
 
 
 def pair(here: Cache, there: Cache) -> tuple[I64, I64]:

@@ -10,33 +10,34 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from featcache.reading.byte_ranges import Piece, Proof, Run
+from featcache.reading.byte_ranges import ByteRange, FileCheck, RangeBatch
 from featcache.storage import checksums
-from featcache.storage.part import I64, Files, Part
+from featcache.storage.keys import I64
+from featcache.storage.part import Files, Part
 from featcache.storage.store import Array
 
 
-class Places(NamedTuple):
+class RowLocations(NamedTuple):
     """Places in a request, sorted by file, and the shard and view of each."""
 
     at: I64
     shards: I64
     views: I64
 
-    def those(self, mask: npt.NDArray[np.bool_]) -> Places:
-        return self if mask.all() else Places(*(each[mask] for each in self))
+    def those(self, mask: npt.NDArray[np.bool_]) -> RowLocations:
+        return self if mask.all() else RowLocations(*(each[mask] for each in self))
 
 
-def runs_of(
+def range_batches(
     part: Part,
     spec: Array,
     target: npt.NDArray[np.uint8],
     rows: I64,
-    places: Places,
-    pieces: tuple[Piece, ...],
+    places: RowLocations,
+    pieces: tuple[ByteRange, ...],
     table: npt.NDArray[np.uint32] | None = None,
-    proof: Proof | None = None,
-) -> list[Run]:
+    proof: FileCheck | None = None,
+) -> list[RangeBatch]:
     """One run of an array's items at these places, unless there are none."""
     at, shards, views = places
     if not len(at):
@@ -45,19 +46,19 @@ def runs_of(
     counts = np.diff(first, append=len(at))
     paths, offsets = part.locate_all(spec, Files(shards[first], views[first], counts), rows[at])
     file = np.repeat(np.arange(len(first)), counts)
-    return [Run(paths, target, at, file, offsets, pieces, None if table is None else table[at], proof)]
+    return [RangeBatch(paths, target, at, file, offsets, pieces, None if table is None else table[at], proof)]
 
 
-def pieces_of(part: Part, name: str, levels: tuple[int, ...], tokens: int) -> tuple[Piece, ...]:
+def byte_ranges(part: Part, name: str, levels: tuple[int, ...], tokens: int) -> tuple[ByteRange, ...]:
     """What is read of one item: those of the wanted levels that this part holds, or the whole."""
     spec = part.arrays[name]
     first = checksums.columns(part.arrays.values()).get(name, 0)
     if not checksums.has_levels(spec):
-        return (Piece(0, 0, spec.item_bytes, first),)
+        return (ByteRange(0, 0, spec.item_bytes, first),)
     level_bytes = spec.item_bytes // spec.item[0]
     wanted = level_bytes // spec.item[1] * tokens
     here = [(place, part.levels.index(level)) for place, level in enumerate(levels) if level in part.levels]
-    return tuple(Piece(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here)
+    return tuple(ByteRange(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here)
 
 
 def crc_array(part: Part, name: str, tokens: int | None) -> str:

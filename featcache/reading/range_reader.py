@@ -24,7 +24,7 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UsageError, UserError
-from featcache.reading.byte_ranges import BadRow, Proof, Run, cut, joined, span
+from featcache.reading.byte_ranges import BadRow, FileCheck, RangeBatch, cut, joined, span
 from featcache.storage.posix_io import FULL, NoHandleError, cannot_read, ends, failed, pread_direct, preadv
 
 IO = ("auto", "buffered", "streaming", "direct")
@@ -51,7 +51,7 @@ class _File:
             os.close(self.fd)
 
 
-class Reads:
+class RangeReader:
     """Reads runs. Safe in several threads and after a fork; holds at most `most` files open."""
 
     def __init__(self, threads: int | None = None, io: str = "buffered") -> None:
@@ -78,7 +78,7 @@ class Reads:
         for file in self._files.values():
             file.users = 0
 
-    def read(self, runs: Sequence[Run]) -> None:
+    def read(self, runs: Sequence[RangeBatch]) -> None:
         """Fill every run. Raises UserError for a missing or short file, BadRow for a wrong checksum."""
         total = sum(run.row_bytes * len(run.at) for run in runs)
         files = max(self._most // (max(len(_alive), 1) * self.threads), 1)
@@ -105,7 +105,7 @@ class Reads:
         if errors:
             raise errors[0]
 
-    def _work(self, parts: Iterator[Run]) -> None:
+    def _work(self, parts: Iterator[RangeBatch]) -> None:
         for run in parts:
             try:
                 self._read_run(run)
@@ -115,7 +115,7 @@ class Reads:
                 else:
                     self._work(run.by_files(len(run.paths) // 2))
 
-    def _read_run(self, run: Run) -> None:
+    def _read_run(self, run: RangeBatch) -> None:
         files = self._take(run.paths)
         try:
             if run.proof:
@@ -125,7 +125,7 @@ class Reads:
         finally:
             self._give(files)
 
-    def _read_patiently(self, run: Run) -> None:
+    def _read_patiently(self, run: RangeBatch) -> None:
         """A run of one file, with handles that others give back. Its proof, which opens it once more, comes first."""
         path, end = run.paths[0], time.monotonic() + _PATIENCE_S
         while True:
@@ -141,7 +141,7 @@ class Reads:
                     raise cannot_read(path, error.error) from error
                 time.sleep(0.005)
 
-    def _prove(self, path: str, file: int | str, proof: Proof) -> None:
+    def _prove(self, path: str, file: int | str, proof: FileCheck) -> None:
         """Once for each file, and again when it has changed or another has taken its place."""
         try:
             status = os.stat(file)  # noqa: PTH116
@@ -158,7 +158,7 @@ class Reads:
             raise UserError(f"cache file {path}: its bytes are not those that were recorded; run `featcache verify`")
         self._proven[path] = stamp
 
-    def _fill(self, run: Run, fds: Sequence[int]) -> None:
+    def _fill(self, run: RangeBatch, fds: Sequence[int]) -> None:
         if run.row_bytes <= _SMALL and len(run.at) >= _CLOSE * len(run.paths):
             for part, fd in zip(run.by_files(1), fds, strict=True):
                 if not self._fill_together(part, fd):
@@ -166,14 +166,14 @@ class Reads:
         else:
             self._fill_apart(run, fds)
 
-    def _fill_apart(self, run: Run, fds: Sequence[int]) -> None:
+    def _fill_apart(self, run: RangeBatch, fds: Sequence[int]) -> None:
         """Range after range: by machine code where there is much to read, and it can."""
         if self._by_machine_code:
-            from featcache.reading import native_read as ranges
+            from featcache.reading import crc32c_jit, native_read
 
-            if ranges.CHECKS or (ranges.READS and run.crcs is None):
+            if crc32c_jit.CHECKS or (crc32c_jit.READS and run.crcs is None):
                 # By hand: a signal cut it short, or the file is: then an error.
-                ranges.fill(fds, run, _HOT, lambda file, *where: self._pread(fds[file], run.paths[file], *where))
+                native_read.fill(fds, run, _HOT, lambda file, *where: self._pread(fds[file], run.paths[file], *where))
                 return
         memory = run.target.reshape(-1).data
         width = run.target.shape[1]
@@ -198,7 +198,7 @@ class Reads:
                     if crc32c(view if whole_view else memory[base + low : base + high]) != crcs[column]:
                         raise BadRow(path, row, column)
 
-    def _fill_together(self, run: Run, fd: int) -> bool:
+    def _fill_together(self, run: RangeBatch, fd: int) -> bool:
         """Small items of a file that lie close: one read of all that is between them, then a gather. False where they
         don't."""
         low, high = int(run.offsets.min()), int(run.offsets.max())
@@ -322,9 +322,9 @@ def _load_machine_code() -> bool:
     """Without a handle to load it by, ranges are read one by one, until the next large read."""
     try:
         with _loading:
-            from featcache.reading import native_read as ranges  # which a few small reads do without
+            from featcache.reading import native_read  # which a few small reads do without
 
-            ranges.load()
+            native_read.load()
     except OSError as error:
         if error.errno in FULL:
             return False
@@ -334,7 +334,7 @@ def _load_machine_code() -> bool:
     return True
 
 
-_alive: weakref.WeakSet[Reads] = weakref.WeakSet()
+_alive: weakref.WeakSet[RangeReader] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
@@ -357,7 +357,7 @@ def _raise_handles() -> int:
     return soft if soft > 0 else 2 * _MOST_HANDLES
 
 
-def _drain(parts: deque[Run]) -> Iterator[Run]:
+def _drain(parts: deque[RangeBatch]) -> Iterator[RangeBatch]:
     while True:
         try:
             yield parts.popleft()

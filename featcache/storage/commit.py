@@ -16,7 +16,8 @@ from typing import Any
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError, raise_if_unreadable
-from featcache.storage import manifest
+from featcache.storage import json_file, manifest
+from featcache.storage import owner as storage_owner
 from featcache.storage.store import SHARDS, folder_path, record_path, store
 
 RECORD = "record.json"
@@ -27,7 +28,7 @@ _READ_BYTES = 8 << 20
 
 def begin(cache: Path, shard: str, name: str) -> Path:
     """A new folder for one writer of a shard in the store `name`."""
-    folder = cache / SHARDS / f"{shard}.{name}.{manifest.owner()}.tmp"
+    folder = cache / SHARDS / f"{shard}.{name}.{storage_owner.owner()}.tmp"
     try:
         folder.mkdir()  # no parents: a cache that was moved away meanwhile must not come back as a stump
     except FileNotFoundError as error:
@@ -64,9 +65,9 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
     """Two renames; the loser of a race removes its own work. The files' contents have been synced before."""
     if (cache / manifest.NAME).is_file():  # so that a shard of another cache is not taken for one of this
         record["content"] = manifest.content(manifest.read(cache))
-    manifest.write_json(folder / RECORD, record)
+    json_file.write_json(folder / RECORD, record)
     for directory in sorted({path.parent for path in folder.rglob("*")}):
-        manifest.sync_folder(directory)
+        json_file.sync_folder(directory)
     final = folder_path(cache, shard, name)
     try:
         folder.rename(final)
@@ -83,10 +84,10 @@ def _publish_record(cache: Path, shard: str, name: str) -> None:
     except FileNotFoundError:
         if not record_path(cache, shard).is_file():  # else another process was a moment faster
             raise
-    manifest.sync_folder(cache / SHARDS)
+    json_file.sync_folder(cache / SHARDS)
 
 
-def settle(cache: Path, name: str, shards: Iterable[str]) -> None:
+def recover(cache: Path, name: str, shards: Iterable[str]) -> None:
     """What dead writers left of shards: a folder without a record is adopted when its own record proves every byte, and
     removed otherwise; unfinished folders are removed."""
     wanted = set(shards)
@@ -112,11 +113,11 @@ def _adopt(cache: Path, shard: str, name: str) -> None:
         remove(folder)
 
 
-def abandon(cache: Path) -> None:
+def abort(cache: Path) -> None:
     """Remove what this process has unfinished in a cache: an interrupt may fall between any two lines."""
     for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
-        if path.name.endswith(".tmp") and manifest.is_own(owner):
+        if path.name.endswith(".tmp") and storage_owner.is_own(owner):
             remove(path)
 
 
@@ -131,8 +132,8 @@ def remove(path: Path) -> None:
 def is_dead(leftover: Path) -> bool:
     """Whether nobody works on a temporary file or folder any more."""
     owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
-    if manifest.is_here(owner):
-        return not manifest.alive(owner)
+    if storage_owner.is_here(owner):
+        return not storage_owner.alive(owner)
     try:
         newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
     except OSError:  # it is being written, or removed, right now
@@ -142,7 +143,7 @@ def is_dead(leftover: Path) -> bool:
 
 def _inner_record(folder: Path) -> dict[str, Any] | None:
     try:
-        return manifest.read_json(folder / RECORD)
+        return json_file.read_json(folder / RECORD)
     except UserError:  # missing or damaged: nothing proves the bytes
         return None
 
@@ -189,7 +190,7 @@ def set_aside(cache: Path, shard: str, name: str) -> None:
         else:
             path.rename(aside(path))
     if (cache / SHARDS).is_dir():
-        manifest.sync_folder(cache / SHARDS)
+        json_file.sync_folder(cache / SHARDS)
 
 
 def put_back(cache: Path, shard: str, name: str) -> None:

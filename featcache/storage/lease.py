@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 
 from featcache.errors import UserError
-from featcache.storage import commit as publish
-from featcache.storage import manifest
+from featcache.storage import commit
+from featcache.storage import owner as storage_owner
 from featcache.storage.store import SHARDS
 
 STALE_S = 90.0  # without a touch; several times the interval, since clocks of a shared file system are coarse
@@ -46,12 +46,12 @@ def path_of(cache: Path, shard: str) -> Path:
 
 def take(cache: Path, shard: str) -> Lease | None:
     """The lease of a shard, or None while somebody else holds it."""
-    path, own = path_of(cache, shard), manifest.owner()
+    path, own = path_of(cache, shard), storage_owner.owner()
     probe = path.with_name(f".{path.name}.{own}.tmp")
     try:
         probe.write_text(own)
     except FileNotFoundError as error:
-        raise publish.gone(cache) from error
+        raise commit.gone(cache) from error
     try:
         if _create(path, probe) or (is_stale(path, probe.stat().st_mtime) and _replace(path, probe)):
             return Lease(path)
@@ -81,11 +81,11 @@ def _replace(path: Path, probe: Path) -> bool:
     return True
 
 
-def abandon(cache: Path) -> None:
+def abort(cache: Path) -> None:
     """Remove the leases of this process, whatever it was doing when it was interrupted."""
     for path in (cache / SHARDS).glob("*.lease"):
         with contextlib.suppress(OSError):
-            if manifest.is_own(path.read_text(errors="replace")):
+            if storage_owner.is_own(path.read_text(errors="replace")):
                 path.unlink()
 
 
@@ -104,15 +104,15 @@ def is_stale(path: Path, now: float) -> bool:
         owner, touched = path.read_text(errors="replace"), path.stat().st_mtime
     except OSError:  # released in this moment: the next round will see
         return False
-    if manifest.is_here(owner):
-        return not manifest.alive(owner)
+    if storage_owner.is_here(owner):
+        return not storage_owner.alive(owner)
     return not -STALE_S <= now - touched <= STALE_S  # a time to come is of a clock that was set back since
 
 
 def held(cache: Path, shard: str) -> bool:
     """Whether somebody works on a shard."""
     path = path_of(cache, shard)
-    probe = path.with_name(f".{path.name}.{manifest.owner()}.tmp")
+    probe = path.with_name(f".{path.name}.{storage_owner.owner()}.tmp")
     probe.touch()
     try:
         return path.is_file() and not is_stale(path, probe.stat().st_mtime)

@@ -6,7 +6,7 @@ n rows, V views of this part (numbers `first_view` to `first_view` + V - 1), L l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,57 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from featcache import rng
-from featcache.errors import UnreadableError, UsageError, UserError
-from featcache.storage import commit as publish
+from featcache.errors import UnreadableError, UserError
+from featcache.storage import commit, json_file
 from featcache.storage import manifest as manifests
+from featcache.storage.identity import Mismatch, compare
+from featcache.storage.keys import I64, Keys
 from featcache.storage.store import QUARANTINE, SHARDS, Array, array, record_path, store
 
-I64 = npt.NDArray[np.int64]
 PARTS = "parts"  # folder of what was added to a cache
-
-
-class Keys(Sequence[str]):
-    """The keys of all rows as one block of bytes and its offsets: no Python object per row."""
-
-    def __init__(self, blob: npt.NDArray[np.uint8], offsets: I64) -> None:
-        self._blob, self._offsets = blob, offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(len(self)))]
-        row = range(len(self))[row]
-        return self._blob[self._offsets[row] : self._offsets[row + 1]].tobytes().decode()
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[row] for row in range(len(self)))
-
-    @cached_property
-    def digests(self) -> rng.U64:
-        """(n, 2) key digests in row order."""
-        return rng.key_digests(self)
-
-    @cached_property
-    def _sorted(self) -> I64:
-        return np.lexsort((self.digests[:, 1], self.digests[:, 0]))
-
-    def find(self, keys: Sequence[str]) -> I64:
-        """(m,) row of each key, -1 where it is not here."""
-        if isinstance(keys, str):
-            raise UsageError(f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]")
-        keys = list(keys) if isinstance(keys, Iterable) else [keys]
-        if not all(isinstance(key, str) for key in keys):
-            raise UsageError(f"keys.find: a list of keys is needed, which are text; {keys!r:.80} is given")
-        wanted = rng.key_digests(keys)
-        if not len(self) or not len(wanted):
-            return np.full(len(wanted), -1, np.int64)
-        pairs = np.ascontiguousarray(self.digests[self._sorted]).view([("a", "u8"), ("b", "u8")])[:, 0]
-        sought = np.ascontiguousarray(wanted).view(pairs.dtype)[:, 0]
-        at = np.minimum(np.searchsorted(pairs, sought), len(self) - 1)
-        return np.where(pairs[at] == sought, self._sorted[at], -1)
 
 
 class Files(NamedTuple):
@@ -118,11 +75,11 @@ class Part:
 
     def _record(self, path: Path, shard: Mapping[str, Any]) -> dict[str, Any]:
         """The record of a shard, whose files are there."""
-        record = manifests.read_json(path)
+        record = json_file.read_json(path)
         if why := record_problem(self.manifest, shard, record):
             raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
         self.quarantined += record["quarantined"]
-        if problems := publish.check(self.path, record["shard"], self.identity["store"], record, deep=False):
+        if problems := commit.check(self.path, record["shard"], self.identity["store"], record, deep=False):
             raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
         return record
 
@@ -130,7 +87,7 @@ class Part:
         """Those of lost records, from the list that the extraction left beside the manifest."""
         with contextlib.suppress(UserError):  # there is none, or it is damaged as well
             known = {row["key"] for row in self.quarantined}
-            rows = manifests.read_json(self.path / QUARANTINE)["pictures"]
+            rows = json_file.read_json(self.path / QUARANTINE)["pictures"]
             self.quarantined += [row for row in rows if row["key"] not in known]
 
     def leave_out(self, shards: Collection[str]) -> None:
@@ -230,11 +187,11 @@ def same_shard(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The record of the same rows as they were made before: of the shard that a repair has set aside, or in a part
     beside this one; None where there is none yet."""
     root = out.parent.parent if out.parent.name == PARTS else out
-    places = [(out, publish.aside(record_path(out, shard["name"])))]
+    places = [(out, commit.aside(record_path(out, shard["name"])))]
     places += [(place, record_path(place, shard["name"])) for place in (root, *added(root)) if place != out]
     for place, path in places:
         try:
-            record = manifests.read_json(path)
+            record = json_file.read_json(path)
             if record_problem(manifests.read(place), shard, record) is None:
                 return record
         except UserError:  # missing or damaged
@@ -248,9 +205,9 @@ FREE = ("identity.levels", "identity.views", "identity.first_view", "identity.pi
 OF_TEACHER = ("identity.teacher.", "identity.order", "identity.codec", "identity.tokens", "identity.keep")
 
 
-def differing(here: Mapping[str, Any], there: Mapping[str, Any], free: tuple[str, ...]) -> manifests.Mismatch | None:
+def differing(here: Mapping[str, Any], there: Mapping[str, Any], free: tuple[str, ...]) -> Mismatch | None:
     """The first field of identity, but for those in `free`, in which two manifests differ."""
-    found = (each for each in manifests.compare(here, there) if each.field.startswith("identity."))
+    found = (each for each in compare(here, there) if each.field.startswith("identity."))
     return next((each for each in found if not each.field.startswith(free)), None)
 
 

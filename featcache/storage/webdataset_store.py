@@ -32,9 +32,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from featcache.errors import UserError
-from featcache.pictures import open_source as images
-from featcache.storage import checksums, manifest
-from featcache.storage import commit as publish
+from featcache.pictures.tars import escape
+from featcache.storage import checksums, commit, json_file
 from featcache.storage.posix_io import cannot_read
 from featcache.storage.row_file import RowFile
 from featcache.storage.store import SHARDS, Array, Keys, folder_path
@@ -72,7 +71,7 @@ class TarShardWriter:
         self.arrays = {array.name: array for array in in_order if array.name not in checksums.NAMES}
         self.sums = {array.name: array for array in in_order if array.name in checksums.NAMES}
         self.npy = {array.name: _npy_header(array.dtype, array.item) for array in self.arrays.values()}
-        self.folder = publish.begin(cache, shard, NAME)
+        self.folder = commit.begin(cache, shard, NAME)
         self.files: list[RowFile] = []
         self.offsets: list[list[int]] = [[] for _ in range(views)]
         self.keys: list[str] = []
@@ -102,7 +101,7 @@ class TarShardWriter:
             self.items += 1
 
     def _begin_row(self, key: str, row: Mapping[str, npt.NDArray[np.uint8]]) -> None:
-        stem = images.escape(key)
+        stem = escape(key)
         self.keys.append(key)
         self.heads = {
             name: _member(f"{stem}.{name}.npy", len(npy) + row[name].size) + npy for name, npy in self.npy.items()
@@ -131,8 +130,8 @@ class TarShardWriter:
             for view in range(self.views) if array.split else [0]:
                 name = _npy(array, view)
                 files[name] = self._write(name, _as_npy(values[:, view] if array.split else values))
-        record = publish.record(self.shard, self.keys, quarantined, files, statistics)
-        publish.publish(self.folder, self.cache, self.shard, NAME, record)
+        record = commit.record(self.shard, self.keys, quarantined, files, statistics)
+        commit.publish(self.folder, self.cache, self.shard, NAME, record)
         return record
 
     def _index(self) -> bytes:
@@ -142,7 +141,7 @@ class TarShardWriter:
         return _pack(Index(tuple(self.arrays), offsets, keys))
 
     def _write(self, name: str, data: bytes) -> dict[str, Any]:
-        manifest.write_file(self.folder / name, data)
+        json_file.write_file(self.folder / name, data)
         return {"bytes": len(data), "crc32c": f"{crc32c(data):08x}"}
 
     def discard(self) -> None:
@@ -287,4 +286,4 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
 
 def sound(path: Path, facts: Mapping[str, Any]) -> bool:
     """See store.Store.sound."""
-    return f"{publish.file_crc(path, path.stat().st_size):08x}" == facts["crc32c"]
+    return f"{commit.file_crc(path, path.stat().st_size):08x}" == facts["crc32c"]

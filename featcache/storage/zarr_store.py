@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError
-from featcache.storage import commit as publish
+from featcache.storage import commit
 from featcache.storage.row_file import RowFile
 from featcache.storage.store import SHARDS, Array, Keys, folder_path
 
@@ -39,7 +39,7 @@ class ZarrShardWriter:
     def __init__(self, cache: Path, shard: str, arrays: Sequence[Array], views: int) -> None:
         self.cache, self.shard, self.views = cache, shard, views
         self.arrays = {array.name: array for array in (*arrays, KEY, KEY_OFFSETS)}
-        self.folder = publish.begin(cache, shard, NAME)
+        self.folder = commit.begin(cache, shard, NAME)
         self.files: dict[tuple[str, int], RowFile] = {}
         self.keys: list[str] = []
         self.items = 0
@@ -78,8 +78,8 @@ class ZarrShardWriter:
         self.files["key_offsets", 0].append(np.cumsum([0, *map(len, encoded)], dtype=np.int64))
         files = {_chunk(self.arrays[name], view): _close(file) for (name, view), file in self.files.items()}
         files.update(self._write_metadata(len(self.keys), sum(map(len, encoded))))
-        record = publish.record(self.shard, self.keys, quarantined, files, statistics)
-        publish.publish(self.folder, self.cache, self.shard, NAME, record)
+        record = commit.record(self.shard, self.keys, quarantined, files, statistics)
+        commit.publish(self.folder, self.cache, self.shard, NAME, record)
         return record
 
     def _write_metadata(self, rows: int, key_bytes: int) -> dict[str, Any]:
@@ -161,8 +161,8 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
 def sound(path: Path, facts: Mapping[str, Any]) -> bool:
     """See store.Store.sound. The recorded crc32c is of a chunk's rows, without the four bytes that repeat it."""
     if path.name == "zarr.json":
-        return f"{publish.file_crc(path, facts['bytes']):08x}" == facts["crc32c"]
-    crc = publish.file_crc(path, facts["bytes"] - 4)
+        return f"{commit.file_crc(path, facts['bytes']):08x}" == facts["crc32c"]
+    crc = commit.file_crc(path, facts["bytes"] - 4)
     with path.open("rb") as file:
         file.seek(facts["bytes"] - 4)
         tail = file.read(4)

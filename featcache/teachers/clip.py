@@ -29,25 +29,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featcache import teachers
 from featcache.errors import UsageError, UserError, near
-from featcache.models import position_embedding as positions
-from featcache.models import quick_gelu
-from featcache.models.weights import SUFFIXES
-from featcache.targets import levels as targets
+from featcache.models import position_embedding, quick_gelu
+from featcache.models.contract import REGISTERED, ModelCard, Option
+from featcache.models.hooks import BlockOutputs, normalise_pixels
+from featcache.models.weights import SUFFIXES, build_seeded, fetch, file_weights, is_random, load_state, read_state
+from featcache.targets.attention import cls_attention
 
 _LOG = logging.getLogger(__name__)
 PREFIX = "open_clip"
 NAMES = {
-    "clip-b16": teachers.Row(
+    "clip-b16": ModelCard(
         "open_clip ViT-B-16 openai (QuickGELU)", 224, 196, 768, 12,
         params=86_192_640, gmac=17.56, licence="mit", hub="timm/vit_base_patch16_clip_224.openai",
     ),
-    "clip-b32": teachers.Row(
+    "clip-b32": ModelCard(
         "open_clip ViT-B-32 openai (QuickGELU)", 224, 49, 768, 12,
         params=87_849_216, gmac=4.41, licence="mit", hub="timm/vit_base_patch32_clip_224.openai",
     ),
-    "clip-l14": teachers.Row(
+    "clip-l14": ModelCard(
         "open_clip ViT-L-14 openai (QuickGELU)", 196, 196, 1024, 24,
         params=303_904_768, gmac=61.52, licence="mit", hub="timm/vit_large_patch14_clip_224.openai",
     ),
@@ -74,7 +74,7 @@ class Clip(nn.Module):
         self.depth = len(visual.transformer.resblocks)
         self.pixel_mean, self.pixel_std = tuple(mean or OPENAI_MEAN), tuple(std or OPENAI_STD)
         self._attention = torch.empty(0)
-        self._tap = teachers.Tap(visual.transformer.resblocks)
+        self._tap = BlockOutputs(visual.transformer.resblocks)
         visual.transformer.resblocks[-1].attn.register_forward_pre_hook(self._see_last)
 
     def _see_last(self, attn: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -87,13 +87,13 @@ class Clip(nn.Module):
         if hasattr(attn, "ln_q"):  # open_clip's own attention, with norms or identities
             query = attn.ln_q(query.unflatten(-1, (attn.num_heads, -1))).flatten(-2)
             keys = attn.ln_k(keys.unflatten(-1, (attn.num_heads, -1))).flatten(-2)
-        self._attention = targets.cls_attention(query[:, 0], keys, attn.num_heads)
+        self._attention = cls_attention(query[:, 0], keys, attn.num_heads)
 
     @torch.no_grad()
     def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
-        pixels = teachers.pixels(images, self.pixel_mean, self.pixel_std)
-        self.visual(positions.shrink(pixels, self._px) if self._shrinks else pixels)
+        pixels = normalise_pixels(images, self.pixel_mean, self.pixel_std)
+        self.visual(position_embedding.shrink(pixels, self._px) if self._shrinks else pixels)
         return self._tap.take(levels), self._attention
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -116,13 +116,13 @@ class _Source:
     config: dict[str, Any] | None = None  # of a folder or a file, with model_cfg and perhaps preprocess_cfg
 
 
-def load(name: str, options: dict[str, teachers.Option], weights: str | None) -> nn.Module:
+def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Module:
     """`weights`: None for the tag or folder that the name says, a file, a tag, or random:SEED."""
     unknown = next((key for key in options if key not in _OPTIONS), None)
     if unknown is not None:
         raise UsageError(f"teacher {name!r}: unknown option {unknown!r}; {near(unknown, _OPTIONS)}")
-    path = teachers.file_weights(weights)
-    drawn = bool(weights) and teachers.is_random(str(weights))
+    path = file_weights(weights)
+    drawn = bool(weights) and is_random(str(weights))
     tag = None if path or drawn else weights
     source = _source(name, tag, options)
     if weights is not None and source.arch.startswith("hf-hub:"):
@@ -131,16 +131,16 @@ def load(name: str, options: dict[str, teachers.Option], weights: str | None) ->
         )
     if drawn:
         quick = quick_gelu.agreed(name, options, source.quick, "the architecture")
-        visual = teachers.build(lambda: _tower(source, quick), weights)
+        visual = build_seeded(lambda: _tower(source, quick), weights)
     elif path := path or _file_in(source):
         visual = _from_file(name, source, options, path)
     else:
         visual = _from_tag(name, source, options)
     mean, std = _statistics(name, source, visual)
-    return _wrapped(visual, name, source, options, weights or teachers.REGISTERED, mean, std)
+    return _wrapped(visual, name, source, options, weights or REGISTERED, mean, std)
 
 
-def _source(name: str, tag: str | None, options: dict[str, teachers.Option]) -> _Source:
+def _source(name: str, tag: str | None, options: dict[str, Option]) -> _Source:
     if name in _REGISTERED:
         arch, px = _REGISTERED[name]
         if arch == "ViT-L-14" and (options.get("img_size") == 336 or options.get("grid") == 24):
@@ -191,7 +191,7 @@ def _check_arch(name: str, arch: str) -> None:
         )
 
 
-def _from_tag(name: str, source: _Source, options: dict[str, teachers.Option]) -> Any:
+def _from_tag(name: str, source: _Source, options: dict[str, Option]) -> Any:
     import open_clip
 
     if source.tag is None and not source.arch.startswith("hf-hub:"):
@@ -201,28 +201,28 @@ def _from_tag(name: str, source: _Source, options: dict[str, teachers.Option]) -
         )
     if source.tag is not None:
         quick = quick_gelu.agreed(name, options, source.quick, "the tag")
-        return teachers.fetch(lambda: _tower(source, quick, pretrained=True), name, source.tag)
-    visual = teachers.fetch(lambda: _tower(source, False, pretrained=True), name, source.arch)
+        return fetch(lambda: _tower(source, quick, pretrained=True), name, source.tag)
+    visual = fetch(lambda: _tower(source, False, pretrained=True), name, source.arch)
     quick_gelu.agreed(name, options, quick_gelu.runs_in(visual), "the hub's config")
     return visual
 
 
-def _from_file(name: str, source: _Source, options: dict[str, teachers.Option], path: str) -> Any:
+def _from_file(name: str, source: _Source, options: dict[str, Option], path: str) -> Any:
     # "clip-b16" means OpenAI's, but a file given with it may be anyone's: what it says itself counts first.
     ours = name in _REGISTERED
     by_name, fallback = (None, source.quick) if ours else (source.quick, None)
     quick, note = quick_gelu.of_file(name, by_name, options, path, fallback)
     if note:
         _LOG.warning(note)
-    visual: Any = teachers.build(lambda: _tower(source, quick), None)
-    state = teachers.read_state(path, name)
+    visual: Any = build_seeded(lambda: _tower(source, quick), None)
+    state = read_state(path, name)
     own = {key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")} or state
     there = own.get("positional_embedding")
     if there is not None and hasattr(visual, "positional_embedding") and there.ndim == 2:
-        square = positions.side_of(there.shape[0], (1,))
+        square = position_embedding.side_of(there.shape[0], (1,))
         if square is not None:  # the file's own grid first; it is resized afterwards, in the way that was asked for
             _set_positions(visual, there.float(), square[0])
-    teachers.load_state(visual, own, path, name)
+    load_state(visual, own, path, name)
     return visual
 
 
@@ -284,18 +284,21 @@ def _statistics(name: str, source: _Source, visual: Any) -> tuple[Any, Any]:
 
 
 def _wrapped(
-    visual: Any, name: str, source: _Source, options: dict[str, teachers.Option], weights: str, mean: Any, std: Any
+    visual: Any, name: str, source: _Source, options: dict[str, Option], weights: str, mean: Any, std: Any
 ) -> nn.Module:
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import Attention, VisionTransformer
 
-    from featcache.teachers import timm_vit
+    from featcache.models import position_embedding
+    from featcache.models.timm_wrapper import check_kind, wrapped
 
     pos = options.get("pos")
     if isinstance(visual, TimmModel):
-        timm_vit.check_kind(visual.trunk, name)
-        size = timm_vit.wanted_px(name, options, int(visual.trunk.patch_embed.patch_size[0]), source.default_px)
-        return timm_vit.wrapped(visual.trunk, name, size, pos, weights, mean, std)
+        check_kind(visual.trunk, name)
+        size = position_embedding.wanted_px(
+            name, options, int(visual.trunk.patch_embed.patch_size[0]), source.default_px
+        )
+        return wrapped(visual.trunk, name, size, pos, weights, mean, std)
     attn: Any = visual.transformer.resblocks[-1].attn if isinstance(visual, VisionTransformer) else None
     if type(attn) is not nn.MultiheadAttention and (type(attn) is not Attention or attn.scaled_cosine):
         raise UserError(
@@ -303,11 +306,11 @@ def _wrapped(
             "with plain attention is needed, such as ViT-B-16"
         )
     native = int(visual.image_size[0])
-    px = timm_vit.wanted_px(name, options, int(visual.patch_size[0]), source.default_px) or native
-    shrink_from = positions.shrinks_from(name, pos, native, px)
+    px = position_embedding.wanted_px(name, options, int(visual.patch_size[0]), source.default_px) or native
+    shrink_from = position_embedding.shrinks_from(name, pos, native, px)
     if px != native:
         side = px // int(visual.patch_size[0])
-        grid = positions.resize(visual.positional_embedding.detach()[None], side, str(pos or "bicubic"), 1)
+        grid = position_embedding.resize(visual.positional_embedding.detach()[None], side, str(pos or "bicubic"), 1)
         _set_positions(visual, grid[0], side)
     return Clip(visual, weights, mean, std, shrink_from)
 

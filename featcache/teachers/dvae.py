@@ -24,13 +24,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from featcache import teachers
 from featcache.errors import UsageError, near
 from featcache.models import weights
+from featcache.models.contract import REGISTERED, ModelCard, Option
 
 TOKENIZER = True
 NAMES = {
-    "dvae": teachers.Row(
+    "dvae": ModelCard(
         "DALL-E's encoder: token ids, Lanczos", 112, 196, 8192, 0,
         params=53_786_240, gmac=26.1, licence="modified MIT", file="dall_e_encoder.pkl",
     )
@@ -104,25 +104,25 @@ def _group(before: int, after: int, *, pool: bool) -> nn.Sequential:
     return nn.Sequential(parts)
 
 
-def load(name: str, options: dict[str, teachers.Option], given: str | None) -> Dvae:
+def load(name: str, options: dict[str, Option], given: str | None) -> Dvae:
     """`given` None is the published file in torch hub's folder, fetched if need be; else a file or random:SEED."""
     sizes = _sizes(name, options)
-    if given is not None and teachers.is_random(given):
-        drawn = teachers.build(lambda: _sized(given, sizes), given)
+    if given is not None and weights.is_random(given):
+        drawn = weights.build_seeded(lambda: _sized(given, sizes), given)
         assert isinstance(drawn, Dvae)
         return drawn
-    path = teachers.file_weights(given)
+    path = weights.file_weights(given)
     if given is not None and path is None:
         raise UsageError(f"unknown weights {given!r} of {name}: a file or random:SEED is allowed; none has a tag")
     file = path or str(weights.fetch(lambda: weights.download(_URL, NAMES[name].file), name, _URL))
     with torch.device("meta"):
-        encoder = _sized(given or teachers.REGISTERED, sizes)
+        encoder = _sized(given or REGISTERED, sizes)
     encoder.to_empty(device="cpu")
     read_into(encoder, file, name)
     return encoder
 
 
-def _sizes(name: str, options: dict[str, teachers.Option]) -> dict[str, int]:
+def _sizes(name: str, options: dict[str, Option]) -> dict[str, int]:
     """The published sizes, changed by the options; a size that cannot be built is a UsageError."""
     sizes = dict(_SIZES)
     for key, value in options.items():

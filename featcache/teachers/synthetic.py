@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from featcache import rng, teachers
+from featcache import rng
 from featcache.errors import UsageError, near
+from featcache.models.contract import REGISTERED, ModelCard, Option
 
 PREFIX = "synthetic"
-NAMES = {"synthetic": teachers.Row("arithmetic on the picture, for trials", 224, 196, 64, 12, licence="apache-2.0")}
+NAMES = {"synthetic": ModelCard("arithmetic on the picture, for trials", 224, 196, 64, 12, licence="apache-2.0")}
 _DEFAULTS = {"levels": 12, "tokens": 196, "width": 64, "size": 224}
 _OUTLIERS, _OUTLIER_GAIN = 3, 60.0
 
@@ -28,7 +29,7 @@ class Synthetic(nn.Module):
     """y_k[t] = sum_c colour[t, c] * A_k[c] + B_k[t] with outlier channels; float64 sums in a fixed order, no BLAS."""
 
     name = "synthetic"
-    weights = teachers.REGISTERED
+    weights = REGISTERED
     colours: Tensor  # (levels, 3, D)
     places: Tensor  # (levels, 1 + P, D)
     gain: Tensor  # (D,)
@@ -81,7 +82,7 @@ def _table(name: str, *shape: int) -> npt.NDArray[np.float64]:
     return (2 * rng.uniform(rng.words(digest, rng.stream("synthetic", 0), count)) - 1).reshape(shape)
 
 
-def load(name: str, options: dict[str, teachers.Option], weights: str | None) -> Synthetic:
+def load(name: str, options: dict[str, Option], weights: str | None) -> Synthetic:
     if name != PREFIX:
         raise UsageError(f"teacher {name!r}: key=value options are needed, as in synthetic:levels=5,width=768")
     if weights is not None:

@@ -23,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from featcache.errors import IdentityError, UsageError
+from featcache.errors import IdentityError
 from featcache.pictures.beton import RAW, BetonSource, ffcv
-from featcache.pictures.open_source import PictureError
-from featcache.views.draw import AREA, apply_jitter
+from featcache.pictures.source import PictureError
+from featcache.views.policy import AREA
+from featcache.views.render import apply_jitter
 
 U8 = npt.NDArray[np.uint8]
 PIXEL_PATH = {"decoder": "ffcv", "dct": "fast", "resize": "opencv-area", "order": "jitter,crop,resize,flip"}
@@ -136,11 +137,3 @@ class CompiledSource:
         if stages()[0](data, height, width, bool(self.beton.modes[index] == RAW), pixels):
             raise PictureError("libturbojpeg cannot decode it, or only a part of it")
         return CompiledPicture(self.keys[index], pixels)
-
-
-def check(path: dict[str, Any], filter: str) -> None:
-    """UsageError unless views are resized by a filter of their pixel path."""
-    compiled = path["decoder"] == PIXEL_PATH["decoder"]
-    if compiled != (filter == AREA):
-        allowed = AREA if compiled else "bicubic, bilinear or lanczos"
-        raise UsageError(f"filter {filter}: --decoder {path['decoder']} resizes by {allowed}; give another --filter")

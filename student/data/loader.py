@@ -20,8 +20,9 @@ from torch import Tensor
 
 from featcache import rng
 from featcache.errors import UsageError, UserError
-from featcache.pictures import open_source as images
-from featcache.reading import join as joining
+from featcache.pictures.source import PictureError, Source
+from featcache.reading import pixel_check
+from featcache.views import pixel_path
 from student.data.sampler import Order
 from student.targets import buffers
 from student.targets.contract import Host, Targets
@@ -48,7 +49,7 @@ class _Begun:
 class Loader:
     """`pictures` (n,) are the source's numbers of the training pictures, `digests` (n, 2) their keys'."""
 
-    source: images.Source
+    source: Source
     targets: Targets
     pictures: npt.NDArray[np.int64]
     digests: rng.U64
@@ -156,7 +157,7 @@ class Loader:
         if (moments := self._moments(step)) is not None:
             host["moments"] = moments
         host["keys"] = [self.source.keys[self.pictures[i]] for i in at]
-        checked = joining.sampled(digests, view, rounds, self.seed, self.check_fraction)
+        checked = pixel_check.sampled(digests, view, rounds, self.seed, self.check_fraction)
         hashes = self._hashes(at, view, checked)
         starts = range(0, len(at), self.repeats)  # of the views of each picture
         if self.targets.stored_pixels:  # nothing to render: one thread looks at those that are checked
@@ -187,8 +188,8 @@ class Loader:
         if not self.targets.stored_pixels:
             key = host["keys"][samples[0]]
             try:
-                picture = images.picture(self.source, int(self.pictures[at]))
-            except (images.PictureError, OSError) as error:
+                picture = pixel_path.picture(self.source, int(self.pictures[at]))
+            except (PictureError, OSError) as error:
                 raise UserError(
                     f"picture {key!r} cannot be used in training: {error}; mend it, or remove it"
                 ) from error

@@ -18,7 +18,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from student.config import RecipeConfig
-from student.targets.contract import Host, Targets, draw_masks
+from student.targets.assemble import draw_masks
+from student.targets.contract import Host, Targets
 
 Marks = tuple[torch.cuda.Event, torch.cuda.Event]
 

@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import UsageError
-from featcache.pictures.open_source import Source
+from featcache.pictures.source import Source
 from student.evals import hits, percent
-from student.features.frozen import CROP_PCT, Frozen, Progress, class_count, embed_source, labels_as
+from student.features.embed import CROP_PCT, EmbedProgress, embed_source
+from student.features.frozen import Frozen
+from student.features.labels import class_count, labels_as
 
 OPTIONS: dict[str, tuple[Any, str]] = {
     "k": (20, "nearest training pictures that vote"),
@@ -69,7 +71,7 @@ def evaluate(
     device: str = "cpu",
     batch_size_embed: int = 256,
     crop_pct: float = CROP_PCT,
-    progress: Progress | None = None,
+    progress: EmbedProgress | None = None,
     k: int = 20,
     temperature: float = 0.07,
 ) -> dict[str, Any]:

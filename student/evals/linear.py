@@ -35,9 +35,11 @@ from torch import Tensor, nn
 
 from featcache import rng
 from featcache.errors import UsageError, UserError
-from featcache.pictures.open_source import Source
+from featcache.pictures.source import Source
 from student.evals import hits, percent
-from student.features.frozen import CROP_PCT, Frozen, Progress, class_count, embed_source, labels_as
+from student.features.embed import CROP_PCT, EmbedProgress, embed_source
+from student.features.frozen import Frozen
+from student.features.labels import class_count, labels_as
 
 OPTIONS: dict[str, tuple[Any, str]] = {
     "epochs": (90, "epochs of the head"),
@@ -130,7 +132,7 @@ def evaluate(
     device: str = "cpu",
     batch_size_embed: int = 256,
     crop_pct: float = CROP_PCT,
-    progress: Progress | None = None,
+    progress: EmbedProgress | None = None,
     epochs: int = 90,
     blr: float = 0.1,
     batch_size: int = 16384,

@@ -40,7 +40,7 @@ LOSSES = {"smooth_l1": losses.smooth_l1, "l2": losses.l2, "l1": losses.l1}
 
 
 @dataclass(frozen=True)
-class Ways:
+class AlignmentOptions:
     """How levels are aligned; names of `maskalign`'s settings, where they are explained."""
 
     alignment: str = "mix_then_adapt"
@@ -51,54 +51,7 @@ class Ways:
     cls_loss: bool = True
 
 
-def parse_levels(text: str) -> list[int] | None:
-    """The levels that `align_levels` names: None for auto, [-K] for last:K, else the numbers of the list."""
-    if text == "auto":
-        return None
-    kind, colon, count = text.partition(":")
-    if kind == "last" and colon and count.isdecimal() and int(count) > 0:
-        return [-int(count)]
-    parts = [part.strip() for part in text.split(",")]
-    if all(part.isdecimal() and int(part) > 0 for part in parts):
-        return sorted({int(part) for part in parts})
-    raise UsageError(
-        f"cannot read align_levels={text!r}; allowed: auto, last:K, or block numbers from 1 such as 8,10,12; change it "
-        "with align_levels=VALUE"
-    )
-
-
-def levels(level_weights: str, align_levels: str, teacher_depth: int) -> dict[int, float]:
-    """The aligned teacher levels (block numbers from 1, ascending) and their weights, those of weight 0 left out.
-
-    `auto` aligns what the weights name: the last K for top:K, the last for last, all for mean and linear-decay.
-
-    >>> levels("top:2", "auto", 12)
-    {11: 0.5, 12: 0.5}
-    >>> levels("mean", "8,12", 12)
-    {8: 0.5, 12: 0.5}
-    """
-    chosen = parse_levels(align_levels)
-    if chosen is None:
-        kind, count = losses.parse_level_weights(level_weights)
-        chosen = [-{"top": count, "last": 1}.get(kind, teacher_depth)]
-    if chosen[0] < 0:
-        _check_depth(-chosen[0], level_weights, align_levels, teacher_depth)
-        chosen = list(range(teacher_depth + chosen[0] + 1, teacher_depth + 1))
-    _check_depth(chosen[-1], level_weights, align_levels, teacher_depth)
-    weights = losses.level_weights(level_weights, len(chosen))
-    return {level: weight for level, weight in zip(chosen, weights, strict=True) if weight > 0}
-
-
-def _check_depth(needed: int, level_weights: str, align_levels: str, teacher_depth: int) -> None:
-    if needed > teacher_depth:
-        raise UsageError(
-            f"cannot align levels: level_weights={level_weights} with align_levels={align_levels} needs {needed} "
-            f"levels; allowed: the teacher's {teacher_depth}; give fewer, as in level_weights=top:{teacher_depth}, "
-            "or teacher_depth=N of a deeper teacher"
-        )
-
-
-class Align(nn.Module):
+class AlignmentHead(nn.Module):
     """W and the adaptors of the aligned levels, and their loss."""
 
     def __init__(
@@ -108,11 +61,11 @@ class Align(nn.Module):
         teacher_depth: int,
         teacher_width: int,
         weights: dict[int, float],
-        ways: Ways | None = None,
+        ways: AlignmentOptions | None = None,
     ) -> None:
         """`weights` is what `levels` gives; W is [L, S], its rows in ascending order of level."""
         super().__init__()
-        self.weights, self.ways = dict(weights), ways or Ways()
+        self.weights, self.ways = dict(weights), ways or AlignmentOptions()
         mixes = self.ways.alignment != "layer_wise"
         if not mixes:
             _check_pairs("alignment=layer_wise", student_depth, teacher_depth)

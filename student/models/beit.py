@@ -22,8 +22,8 @@ import torch
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from featcache import teachers
 from featcache.errors import UsageError, near
+from featcache.models.spec import parse_options
 from student.models import vit
 
 FAMILIES = {
@@ -74,7 +74,7 @@ def parse(encoder: str) -> dict[str, Any]:
             f"unknown encoder {encoder!r} for this recipe: {near(name, SIZES)}, and their options such as "
             "tiny,depth=6,embed_dim=128,num_heads=4; choose one with encoder=NAME"
         )
-    given = dict(teachers.parse_options(tail))
+    given = dict(parse_options(tail))
     for key in given:
         if key not in OPTIONS:
             raise UsageError(f"cannot build encoder {encoder!r}: unknown option {key!r}, {near(key, OPTIONS)}")

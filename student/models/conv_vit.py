@@ -22,8 +22,8 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from featcache import teachers
 from featcache.errors import UsageError, near
+from featcache.models.spec import parse_options
 from student.models import vit
 
 FAMILY = "conv_vit"
@@ -62,7 +62,7 @@ def parse(encoder: str) -> dict[str, int]:
             "tiny,depth=4,stage1=16; choose one with encoder=NAME"
         )
     sizes: dict[str, Any] = dict(SIZES[name])
-    for key, value in teachers.parse_options(tail).items():
+    for key, value in parse_options(tail).items():
         if key not in sizes:
             raise UsageError(f"cannot build encoder {encoder!r}: unknown option {key!r}, {near(key, sizes)}")
         if type(value) is not int or value < 1:

@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featcache.errors import UsageError, near
-
 NORM_PIX_EPS = 1e-6
-LEVEL_WEIGHTS = ("top:K", "mean", "last", "linear-decay")
 
 
 def promote(x: Tensor) -> Tensor:
@@ -86,44 +83,3 @@ def masked_pixel_mse(pred: Tensor, patches: Tensor, ids_masked: Tensor, *, norma
     target = patches.gather(1, index)
     with autocast_off(pred):
         return F.mse_loss(promote(pred.gather(1, index)), norm_pix(target) if normalise else promote(target))
-
-
-def level_weights(name: str, n: int) -> tuple[float, ...]:
-    """Weights of n aligned levels, lowest first; they sum to 1.
-
-    >>> level_weights("top:2", 4)
-    (0.0, 0.0, 0.5, 0.5)
-    >>> level_weights("linear-decay", 3)
-    (0.0, 0.3333333333333333, 0.6666666666666666)
-    """
-    kind, count = parse_level_weights(name)
-    if kind == "top":
-        if count > n:
-            # The released code would give the n levels 1/K each, a sum of n/K.
-            raise UsageError(
-                f"cannot weight levels: level_weights={name} needs {count} levels, {n} are aligned; "
-                f"give level_weights=top:{n} or less, or align more levels"
-            )
-        return (0.0,) * (n - count) + (1 / count,) * count
-    if kind == "mean":
-        return (1 / n,) * n
-    if kind == "last":
-        return (0.0,) * (n - 1) + (1.0,)
-    if n < 2:
-        raise UsageError(
-            f"cannot weight levels: linear-decay over {n} level is 0 everywhere; allowed: 2 levels or more; "
-            "give level_weights=last, or align more levels"
-        )
-    return tuple(i / (n * (n - 1) / 2) for i in range(n))
-
-
-def parse_level_weights(name: str) -> tuple[str, int]:
-    """('top', K), or (name, 0) for the names without a count; anything else is refused."""
-    kind, colon, count = name.partition(":")
-    if kind == "top" and colon and count.isdecimal() and int(count) > 0:
-        return kind, int(count)
-    if name in LEVEL_WEIGHTS[1:]:
-        return name, 0
-    raise UsageError(
-        f"unknown level_weights {name!r}: {near(name, LEVEL_WEIGHTS)} (K a whole number from 1, such as top:5)"
-    )

@@ -60,10 +60,12 @@ def build(encoder: str, *, img_size: int = 224, patch_size: int = 16, drop_path:
 
 def parse(encoder: str) -> tuple[str, dict[str, Any]]:
     """'tiny,depth=2' -> ('vit_tiny_patch16_224', {'depth': 2}); an unknown name is refused."""
-    from featcache import teachers  # costs the teachers' imports, needed only when there are options to read
+    from featcache.models.spec import (
+        parse_options,  # costs the teachers' imports, needed only when there are options to read
+    )
 
     name, _, tail = encoder.partition(",")
-    options: dict[str, Any] = dict(teachers.parse_options(tail)) if tail else {}
+    options: dict[str, Any] = dict(parse_options(tail)) if tail else {}
     for key in ("img_size", "patch_size"):
         if key in options:
             raise UsageError(

@@ -16,16 +16,14 @@ a cache must hold. A recipe is a pure function of (weights, batch):
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
 import pkgutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from featcache.errors import UsageError, near
+from featcache.runtime.user_file import load_module
 
 CONTRACT = ("Config", "Model", "needs")
 
@@ -56,30 +54,7 @@ def names() -> list[str]:
 def load(name: str) -> ModuleType:
     """The module of a recipe: a name of this folder, or the path of a .py file."""
     if name.endswith(".py"):
-        return _from_file(Path(name))
+        return load_module(Path(name), "recipe", dict(zip(CONTRACT, CONTRACT, strict=True)), "student/recipes/mae.py")
     if name not in names():
         raise UsageError(f"unknown recipe {name!r}: {near(name, names())}; or the path of your own file, ./mine.py")
     return importlib.import_module(f"{__name__}.{name}")
-
-
-def _from_file(path: Path) -> ModuleType:
-    """Run a user's file as a module; it is kept in sys.modules, where dataclasses look up their annotations."""
-    if not path.is_file():
-        raise UsageError(
-            f"cannot load recipe {str(path)!r}: no such file; allowed: a name ({', '.join(names())}) or the path of a "
-            ".py file; check the path"
-        )
-    digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()
-    spec = importlib.util.spec_from_file_location(f"student_recipe_{path.stem}_{digest}", path)
-    assert spec is not None  # the name ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    missing = [part for part in CONTRACT if not hasattr(module, part)]
-    if missing:
-        raise UsageError(
-            f"cannot use recipe {str(path)!r}: it lacks {', '.join(missing)}; needed: {', '.join(CONTRACT)}; add them, "
-            "as student/recipes/mae.py has them"
-        )
-    return module

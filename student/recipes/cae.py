@@ -52,8 +52,7 @@ from student.config import (
     check_choice,
     check_hides_patches,
 )
-from student.models import beit, losses, vit
-from student.models import latent_regressor as regress
+from student.models import beit, latent_regressor, losses, vit
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this
@@ -129,13 +128,14 @@ class Decoder(nn.Module):
         width, depth = config.regressor_width, config.decoder_depth
         rates = torch.linspace(0, config.drop_path, depth, device="cpu").tolist()
         self.decoder_blocks = nn.ModuleList(
-            Block(width, config.regressor_heads, qkv_bias=True, drop_path=rate, init_values=regress.LAYER_SCALE,
+            Block(width, config.regressor_heads, qkv_bias=True, drop_path=rate,
+                  init_values=latent_regressor.LAYER_SCALE,
                   norm_layer=vit.NORM)  # type: ignore[arg-type]  # a partial
             for rate in rates
         )  # fmt: skip
         self.norm = vit.NORM(width) if depth else nn.Identity()
         self.head = nn.Linear(width, config.vocabulary)
-        regress.initialise(self, self.decoder_blocks, ("attn.proj", "mlp.fc2"), xavier=config.xavier)
+        latent_regressor.initialise(self, self.decoder_blocks, ("attn.proj", "mlp.fc2"), xavier=config.xavier)
 
     def forward(self, latents: Tensor, positions: Tensor) -> Tensor:
         """latents, positions (B,M,W) -> (B,M,K)."""
@@ -161,12 +161,12 @@ class Model(nn.Module):
             layer_scale=config.layer_scale,
             xavier=config.xavier,
         )
-        self.encoder_to_regresser, self.encoder_to_regresser_norm = regress.bridge(
+        self.encoder_to_regresser, self.encoder_to_regresser_norm = latent_regressor.bridge(
             self.encoder.embed_dim, width, xavier=config.xavier
         )
-        self.rd_pos_embed = regress.positions(width, grid)
-        self.mask_token = regress.mask_token(width)
-        self.regresser = regress.Regresser(
+        self.rd_pos_embed = latent_regressor.positions(width, grid)
+        self.mask_token = latent_regressor.mask_token(width)
+        self.regresser = latent_regressor.Regresser(
             width,
             config.regressor_depth,
             config.regressor_heads,

@@ -50,8 +50,7 @@ from student.config import (
     check_choice,
     check_hides_patches,
 )
-from student.models import beit, losses, vit
-from student.models import latent_regressor as regress
+from student.models import beit, latent_regressor, losses, vit
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this
@@ -154,14 +153,14 @@ class Model(nn.Module):
             drop_path=config.drop_path,
             layer_scale=config.layer_scale,
         )
-        self.encoder_to_regresser, self.encoder_to_regresser_norm = regress.bridge(
+        self.encoder_to_regresser, self.encoder_to_regresser_norm = latent_regressor.bridge(
             self.encoder.embed_dim, config.regressor_width
         )
         if config.align != "visible":
             width, grid = config.regressor_width, config.img_size // config.patch_size
-            self.rd_pos_embed = regress.positions(width, grid)
-            self.mask_token = regress.mask_token(width)
-            self.regresser = regress.Regresser(
+            self.rd_pos_embed = latent_regressor.positions(width, grid)
+            self.mask_token = latent_regressor.mask_token(width)
+            self.regresser = latent_regressor.Regresser(
                 width, config.regressor_depth, config.regressor_heads, config.drop_path, final_norm=False
             )
         norm_first = config.head == "norm_linear"

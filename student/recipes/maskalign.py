@@ -51,7 +51,8 @@ from featcache.errors import UsageError
 from student import masking
 from student.config import CHECKED, Fraction, Mask, NotNegative, RecipeConfig, check_choice
 from student.models import alignment as align
-from student.models import losses, vit
+from student.models import vit
+from student.models.alignment_levels import aligned_levels, parse_align_levels, parse_level_weights
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this
@@ -83,8 +84,8 @@ class Config(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses.parse_level_weights(self.level_weights)
-        align.parse_levels(self.align_levels)
+        parse_level_weights(self.level_weights)
+        parse_align_levels(self.align_levels)
         check_choice("alignment", self.alignment, align.ALIGNMENTS)
         check_choice("mix_start", self.mix_start, align.MIX_STARTS)
         check_choice("adaptor", self.adaptor, align.ADAPTORS)
@@ -97,8 +98,10 @@ class Config(RecipeConfig):
             )
 
     @property
-    def ways(self) -> align.Ways:
-        return align.Ways(**{field.name: getattr(self, field.name) for field in dataclasses.fields(align.Ways)})
+    def ways(self) -> align.AlignmentOptions:
+        return align.AlignmentOptions(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(align.AlignmentOptions)}
+        )
 
 
 def needs(config: Config) -> TargetSpec:
@@ -107,7 +110,7 @@ def needs(config: Config) -> TargetSpec:
     stats = () if config.target_norm == "ln" else ("feature_stats",)
     return TargetSpec(
         teacher=config.teacher,
-        levels=tuple(align.levels(config.level_weights, config.align_levels, config.teacher_depth)),
+        levels=tuple(aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)),
         fields=("features", *stats, *masking.fields(config.mask)),
         patches=config.patches,
         visible_only=True,  # align.Align gathers [CLS] and ids_keep
@@ -120,12 +123,12 @@ class Model(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        weights = align.levels(config.level_weights, config.align_levels, config.teacher_depth)
+        weights = aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)
         self.encoder = vit.build(
             config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
         )
         self.encoder.norm.requires_grad_(False)
-        self.align = align.Align(
+        self.align = align.AlignmentHead(
             len(self.encoder.blocks),
             self.encoder.embed_dim,
             config.teacher_depth,

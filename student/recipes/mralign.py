@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from featcache.errors import UsageError
 from student import masking
 from student.config import CHECKED, Fraction, Mask, NotNegative, Positive, RecipeConfig, check_hides_patches
-from student.models import alignment as align
-from student.models import losses, vit
+from student.models import alignment, losses, vit
+from student.models.alignment_levels import aligned_levels, parse_align_levels, parse_level_weights
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this
@@ -59,8 +59,8 @@ class Config(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses.parse_level_weights(self.level_weights)
-        align.parse_levels(self.align_levels)
+        parse_level_weights(self.level_weights)
+        parse_align_levels(self.align_levels)
         check_hides_patches(self)
         vit.check_decoder(self.decoder_width, self.decoder_heads)
         if self.align_weight + self.pixel_weight == 0:
@@ -73,7 +73,7 @@ def needs(config: Config) -> TargetSpec:
     """The aligned levels, and what the mask is drawn from."""
     return TargetSpec(
         teacher=config.teacher,
-        levels=tuple(align.levels(config.level_weights, config.align_levels, config.teacher_depth)),
+        levels=tuple(aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)),
         fields=("features", *masking.fields(config.mask)),
         patches=config.patches,
         visible_only=True,  # align.Align gathers [CLS] and ids_keep
@@ -85,12 +85,14 @@ class Model(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        weights = align.levels(config.level_weights, config.align_levels, config.teacher_depth)
+        weights = aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)
         self.encoder = vit.build(
             config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
         )
         width = self.encoder.embed_dim
-        self.align = align.Align(len(self.encoder.blocks), width, config.teacher_depth, config.teacher_width, weights)
+        self.align = alignment.AlignmentHead(
+            len(self.encoder.blocks), width, config.teacher_depth, config.teacher_width, weights
+        )
         self.decoder = vit.Decoder(
             width,
             config.decoder_width,

@@ -36,8 +36,7 @@ from student.config import (
     check_choice,
     check_hides_patches,
 )
-from student.models import beit, losses, vit
-from student.models import latent_regressor as regress
+from student.models import beit, latent_regressor, losses, vit
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this
@@ -96,7 +95,7 @@ class Model(nn.Module):
             drop_path=config.drop_path,
             layer_scale=config.layer_scale,
         )
-        self.mask_token = regress.mask_token(self.encoder.embed_dim)
+        self.mask_token = latent_regressor.mask_token(self.encoder.embed_dim)
         self.head = nn.Linear(self.encoder.embed_dim, config.target_width)
         beit.start(self.head)
 

@@ -13,19 +13,21 @@ from torch import Tensor
 from featcache import rng
 from featcache.errors import UsageError
 from student.data.loader import Loader
-from student.setup import target_choice as origin
+from student.setup import target_choice
 from student.setup.options import Options, Say, file_settings
-from student.setup.target_choice import Origin
-from student.targets import in_memory as resident
-from student.targets.contract import Cached, Host, Targets, draw_masks
+from student.setup.target_choice import TrainingInputs
+from student.targets import in_memory
+from student.targets.assemble import draw_masks
+from student.targets.cached import Cached
+from student.targets.contract import Host, Targets
 from student.targets.fallback import Fallback
 from student.training import trackers
-from student.training.train import Job
+from student.training.train import Run
 
 BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
 
 
-def _masks(chosen: Origin, seed: int) -> Callable[[Host], dict[str, Tensor] | None] | None:
+def _masks(chosen: TrainingInputs, seed: int) -> Callable[[Host], dict[str, Tensor] | None] | None:
     """Masks are drawn with the batch where all they read is stored; else after the teacher in the loop has run."""
     targets = chosen.targets
     if not targets.is_stored:
@@ -42,7 +44,7 @@ def _masks(chosen: Origin, seed: int) -> Callable[[Host], dict[str, Tensor] | No
 def _make_resident(targets: Targets, acc: Accelerator, say: Say) -> None:
     if not isinstance(targets, Cached):
         raise UsageError("--resident is about targets read from a cache, and none are read here: leave it out")
-    size = resident.load(targets, acc)
+    size = in_memory.load(targets, acc)
     say(f"note: {size / 2**30:.2f} GiB of targets were read into memory, once for all processes of a machine")
 
 
@@ -56,7 +58,7 @@ def _repeats(given: int, targets: Targets) -> int:
     return given
 
 
-def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say) -> tuple[Job, Loader]:
+def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say) -> tuple[Run, Loader]:
     """The job and the loader of this process."""
     if options.epochs is not None and options.steps is not None:
         raise UsageError(
@@ -65,7 +67,7 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     overrides = [*file_settings(options.config), *options.settings]
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")
-    chosen = origin.choose(name, recipe, overrides, options, str(acc.device), say)
+    chosen = target_choice.choose(name, recipe, overrides, options, str(acc.device), say)
     if options.resident:
         _make_resident(chosen.targets, acc, say)
     repeats = _repeats(options.aug_repeats, chosen.targets)
@@ -90,10 +92,10 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
     out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
     limits: dict[str, Any] = {"steps": options.steps, "save_every": options.save_every, "resume": options.resume}
     limits |= {"ways": options.ways, "trackers": trackers.check(options.trackers)}
-    return Job(name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits), loader
+    return Run(name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits), loader
 
 
-def facts(job: Job, loader: Loader) -> dict[str, Any]:
+def facts(job: Run, loader: Loader) -> dict[str, Any]:
     """What is going to be trained, from what."""
     cached = job.about["kind"] == "cached"
     return {
@@ -108,7 +110,7 @@ def facts(job: Job, loader: Loader) -> dict[str, Any]:
     }
 
 
-def warmup_note(job: Job, loader: Loader) -> str:
+def warmup_note(job: Run, loader: Loader) -> str:
     """What to say when the rate would never reach its peak; empty otherwise."""
     warmup, total = round(job.config.warmup_epochs * loader.steps_per_epoch), job.total_steps(loader.steps_per_epoch)
     if not total or warmup < total:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from featcache.errors import UserError
 from featcache.reading.crop_range import Scale
-from student.setup.cache_match import Reading
-from student.training.train_state import Ways
+from student.setup.cache_match import ReadOptions
+from student.training.train_state import RunOptions
 
 Say = Callable[[str], None]
 
@@ -58,13 +58,13 @@ class Options:
     trackers: Sequence[str]
 
     @property
-    def ways(self) -> Ways:
-        return Ways(self.ema, self.compiled, self.checkpoint_activations, self.skip_nonfinite)
+    def ways(self) -> RunOptions:
+        return RunOptions(self.ema, self.compiled, self.checkpoint_activations, self.skip_nonfinite)
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> ReadOptions:
         io = "direct" if self.direct else "auto"
-        return Reading(self.read_threads, self.verify_rows, io, self.fallback is not None)
+        return ReadOptions(self.read_threads, self.verify_rows, io, self.fallback is not None)
 
 
 def file_settings(path: Path | None) -> list[str]:

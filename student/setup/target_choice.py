@@ -16,29 +16,32 @@ import numpy.typing as npt
 
 from featcache import teachers
 from featcache.errors import IdentityError, UsageError
-from featcache.models import precision as running
-from featcache.pictures import open_source as images
-from featcache.pictures.open_source import Source
-from featcache.reading import join as joining
+from featcache.models import precision
+from featcache.models.contract import Teacher
+from featcache.models.weights import is_random, weight_hash
+from featcache.pictures.source import ALLOWED, Source
+from featcache.reading import join
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
-from featcache.views import draw as views
-from featcache.views import ffcv_decoder as replay
+from featcache.views import pixel_path
+from featcache.views.policy import AREA, Policy, load_policy, policy_from_dict
 from student import config
 from student.recipes import TargetSpec
-from student.setup import cache_match as resolve
-from student.setup import view_choice as shown
-from student.setup.cache_match import Found
+from student.setup import cache_match, view_choice
+from student.setup.cache_match import MatchedCache
+from student.setup.cache_search import find
 from student.setup.options import Options, Say
 from student.targets import fallback
-from student.targets.contract import Cached, Online, Targets
+from student.targets.cached import Cached
+from student.targets.contract import Targets
 from student.targets.fallback import Fallback
+from student.targets.online import Online
 
 I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Origin:
+class TrainingInputs:
     """The recipe's settings with the facts of what is read, its targets and the training pictures."""
 
     config: config.RecipeConfig
@@ -53,15 +56,17 @@ class Origin:
         return self.targets.rows if isinstance(self.targets, Cached) else self.pictures
 
 
-def choose(name: str, recipe: ModuleType, overrides: Sequence[str], options: Options, device: str, say: Say) -> Origin:
+def choose(
+    name: str, recipe: ModuleType, overrides: Sequence[str], options: Options, device: str, say: Say
+) -> TrainingInputs:
     """What the options ask for; what they ask for in vain is one line."""
     plain = config.from_overrides(recipe.Config, overrides)  # or a wrong setting, told at once
     _check(options, recipe.needs(plain))
     _say_deviation(recipe, plain, say)
-    source = images.open_source(options.images, options.decoder or "pillow") if options.images else None
+    source = pixel_path.open_through(options.images, options.decoder or "pillow") if options.images else None
     found = _cache(name, recipe, overrides, source, options)
     if found is not None:
-        resolve.verify_small(found.cache)
+        cache_match.verify_small(found.cache)
     if options.teacher == "online" or found is None:
         source = _like(source or _source_of(found, options.decoder), found, options)
         return _online(recipe, overrides, found, source, device, options, say)
@@ -95,54 +100,54 @@ def _check(options: Options, spec: TargetSpec) -> None:
 
 def _cache(
     name: str, recipe: ModuleType, overrides: Sequence[str], source: Source | None, options: Options
-) -> Found | None:
+) -> MatchedCache | None:
     """The cache that was given; else, unless the teacher is in the loop, the one that serves."""
     if options.cache is not None:
-        return resolve.open_given(options.cache, recipe, name, overrides, options.reading)
-    return resolve.find(recipe, name, overrides, source, options.reading) if options.teacher == "cached" else None
+        return cache_match.open_given(options.cache, recipe, name, overrides, options.reading)
+    return find(recipe, name, overrides, source, options.reading) if options.teacher == "cached" else None
 
 
-def _like(source: Source, found: Found | None, options: Options) -> Source:
+def _like(source: Source, found: MatchedCache | None, options: Options) -> Source:
     """The pictures through the decoder that was asked for, else through that of the cache."""
-    return source if found is None or options.decoder else images.like(source, found.cache.identity["pixel_path"])
+    return source if found is None or options.decoder else pixel_path.like(source, found.cache.identity["pixel_path"])
 
 
-def _source_of(found: Found | None, decoder: str | None) -> Source:
+def _source_of(found: MatchedCache | None, decoder: str | None) -> Source:
     """The pictures a cache was made from, where it says and they are still there."""
     if found is None:
-        raise UsageError(f"no pictures given: --images SRC is {images.ALLOWED}; FEATCACHE_IMAGES sets a default")
-    return images.open_source(found.cache.manifest["provenance"]["source"], decoder or "pillow")
+        raise UsageError(f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default")
+    return pixel_path.open_through(found.cache.manifest["provenance"]["source"], decoder or "pillow")
 
 
 # --- from a cache ---------------------------------------------------------------------------------------------------
 
 
-def _cached(found: Found, given: Source | None, options: Options, say: Say) -> Origin:
+def _cached(found: MatchedCache, given: Source | None, options: Options, say: Say) -> TrainingInputs:
     _refuse({"--views": options.views, "--policy": options.policy})
     if not options.fallback:  # which wants them again when shards are absent
         _refuse({"--weights": options.weights})
     cache = found.cache
-    stored = joining.stores_pixels(cache) and not options.decode
+    stored = join.stores_pixels(cache) and not options.decode
     if stored and options.decoder:
         raise UsageError(
             f"--decoder {options.decoder} is about decoding pictures, and the cache stores pixels: leave it out, or "
             "give --decode with it"
         )
-    source = given or (joining.Stored(cache) if stored else _source_of(found, options.decoder))
+    source = given or (join.StoredPixels(cache) if stored else _source_of(found, options.decoder))
     source = source if stored else _like(source, found, options)
-    pictures, rows, skipped = joining.join(cache, source, decodes=not stored)
+    pictures, rows, skipped = join.join(cache, source, decodes=not stored)
     _say_skipped(skipped, say)
     _say_about(found, say)
     show = _shown(found, pictures, rows, options, say)
     if stored:
         say("note: pixels come from the cache, nothing is decoded; --decode decodes the pictures in place of them")
-    elif joining.stores_pixels(cache):
+    elif join.stores_pixels(cache):
         say(f"note: pixels are decoded from {source.spec}, those in the cache are left alone")
     targets = Cached(cache, found.spec, show.rows, options.pixel_tolerance, found.tokens, stored, show.turns)
-    return Origin(found.config, source, targets, show.pictures, _about(found, options, show, stored))
+    return TrainingInputs(found.config, source, targets, show.pictures, _about(found, options, show, stored))
 
 
-def _about(found: Found, options: Options, show: shown.Shown, stored: bool) -> dict[str, Any]:
+def _about(found: MatchedCache, options: Options, show: view_choice.ViewSelection, stored: bool) -> dict[str, Any]:
     """A cache and its use, for config.json."""
     cache = found.cache
     about = {"kind": "cached", "id": cache.manifest["id"], "identity": cache.identity, "views": cache.views}
@@ -151,7 +156,7 @@ def _about(found: Found, options: Options, show: shown.Shown, stored: bool) -> d
     return {**about, **show.about, "pixel_tolerance": options.pixel_tolerance, "reading": reading}
 
 
-def _with_fallback(found: Found, source: Source, device: str, options: Options, say: Say) -> Origin:
+def _with_fallback(found: MatchedCache, source: Source, device: str, options: Options, say: Say) -> TrainingInputs:
     """A cache without some of its shards. Pixels are decoded for all pictures, though the cache may store some."""
     _refuse({"--views": options.views, "--policy": options.policy})
     cache, spec = found.cache, found.spec
@@ -171,7 +176,7 @@ def _with_fallback(found: Found, source: Source, device: str, options: Options, 
         f"note: {fallback.told(cache)}: the teacher computes the targets of {absent} of {len(rows)} pictures "
         f"({absent / len(rows):.4g}, allowed {limit:g}), whose pixels nothing can be compared with"
     )
-    if joining.stores_pixels(cache):
+    if join.stores_pixels(cache):
         say(f"note: pixels are decoded from {source.spec}, those in the cache are left alone")
     identity = cache.identity
     weights = _weights(found, options)
@@ -180,7 +185,7 @@ def _with_fallback(found: Found, source: Source, device: str, options: Options, 
     online = Online(cached.policy, spec, teacher, cache.views, identity["order"], codec=cached.codec)
     about = _about(found, options, show, False)
     about["reading"] |= {"fallback": {"shards": list(cache.absent), "pictures": absent}}
-    return Origin(found.config, source, Fallback(cached, online), pictures, about)
+    return TrainingInputs(found.config, source, Fallback(cached, online), pictures, about)
 
 
 def _scale(cache: Cache) -> str:
@@ -188,15 +193,15 @@ def _scale(cache: Cache) -> str:
     return ",".join(f"{end:g}" for end in cache.identity["policy"]["scale"])
 
 
-def _shown(found: Found, pictures: I64, rows: I64, options: Options, say: Say) -> shown.Shown:
+def _shown(found: MatchedCache, pictures: I64, rows: I64, options: Options, say: Say) -> view_choice.ViewSelection:
     """The views that are shown, and what is said of them."""
-    show = shown.choose(found.cache, pictures, rows, found.spec.scale, options.scale, options.without_view)
+    show = view_choice.choose(found.cache, pictures, rows, found.spec.scale, options.scale, options.without_view)
     for note in show.notes:
         say(f"note: {note}")
     return show
 
 
-def _say_about(found: Found, say: Say) -> None:
+def _say_about(found: MatchedCache, say: Say) -> None:
     """What a person should know of the cache that serves."""
     about, policy = found.cache.manifest, found.cache.identity["policy"]
     if manifest.is_random(about) and found.spec.fields:
@@ -231,12 +236,12 @@ def _refuse(given: dict[str, Any]) -> None:
 def _online(
     recipe: ModuleType,
     overrides: Sequence[str],
-    found: Found | None,
+    found: MatchedCache | None,
     source: Source,
     device: str,
     options: Options,
     say: Say,
-) -> Origin:
+) -> TrainingInputs:
     """The teacher in the loop: over a cache's own views and pictures where one is given, else over fresh ones."""
     identity = found.cache.identity if found else None
     _refuse_reading(options)
@@ -246,48 +251,48 @@ def _online(
     elif options.scale is not None:
         raise UsageError("--scale chooses among the views of a cache, and none is read here: give --policy, or --cache")
     plain = config.from_overrides(recipe.Config, overrides)
-    path = images.pixel_path(source)
-    policy = views.from_dict(identity["policy"]) if identity else _fresh(options.policy, recipe.needs(plain), path)
+    path = pixel_path.pixel_path(source)
+    policy = policy_from_dict(identity["policy"]) if identity else _fresh(options.policy, recipe.needs(plain), path)
     if found:
-        images.check_path(source, found.cache.identity["pixel_path"], f"cache {str(found.cache.path)!r}")
-    replay.check(path, policy.filter)
+        pixel_path.check_path(source, found.cache.identity["pixel_path"], f"cache {str(found.cache.path)!r}")
+    pixel_path.check_filter(path, policy.filter)
     count = options.views or (found.cache.views if found else None)
     teacher = None
     if recipe.needs(plain).fields:
         name = identity["teacher"]["name"] if identity else plain.teacher
         teacher = _teacher(identity, name, _weights(found, options), device, say)
-    settings = resolve.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))
+    settings = cache_match.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))
     if teacher is not None and recipe.needs(settings).derive == "z":
-        resolve.check_projection(teacher.tail(), f"teacher {teacher.name!r}")
-    show = shown.Shown(np.arange(len(source)), np.arange(len(source)))
+        cache_match.check_projection(teacher.tail(), f"teacher {teacher.name!r}")
+    show = view_choice.ViewSelection(np.arange(len(source)), np.arange(len(source)))
     if found:
-        pictures, rows, skipped = joining.join(found.cache, source)
+        pictures, rows, skipped = join.join(found.cache, source)
         _say_skipped(skipped, say)
         show = _shown(found, pictures, rows, options, say)
     about = {"kind": "online", "policy": policy.as_dict(), "views": count, "pixel_path": path, **show.about}
     if teacher is not None:
-        about |= {"teacher": teacher.name, "weight_hash": teachers.weight_hash(teacher)}
+        about |= {"teacher": teacher.name, "weight_hash": weight_hash(teacher)}
     order = identity["order"] if identity else "attentive"
     targets = Online(policy, recipe.needs(settings), teacher, count, order, show.turns)
-    return Origin(settings, source, targets, show.pictures, about)
+    return TrainingInputs(settings, source, targets, show.pictures, about)
 
 
-def _weights(found: Found | None, options: Options) -> str | None:
+def _weights(found: MatchedCache | None, options: Options) -> str | None:
     """Those that were given, else those a cache was made with."""
     return options.weights or (found.cache.manifest["provenance"]["weights"] if found else None)
 
 
-def _teacher(identity: dict[str, Any] | None, name: str, given: str | None, device: str, say: Say) -> teachers.Teacher:
+def _teacher(identity: dict[str, Any] | None, name: str, given: str | None, device: str, say: Say) -> Teacher:
     """The teacher, which must be the very one of a cache where there is one."""
     teacher = teachers.load(name, given, device)
-    if identity and teachers.weight_hash(teacher) != identity["teacher"]["weight_hash"]:
+    if identity and weight_hash(teacher) != identity["teacher"]["weight_hash"]:
         raise IdentityError(
-            f"weights {given!r} have hash {teachers.weight_hash(teacher)}, the cache was made with "
+            f"weights {given!r} have hash {weight_hash(teacher)}, the cache was made with "
             f"{identity['teacher']['weight_hash']}; give those with --weights, or leave --cache out"
         )
-    if teachers.is_random(teacher.weights):
+    if is_random(teacher.weights):
         say(f"note: {teacher.weights} - these weights are drawn, not trained")
-    return running.like(teacher, identity) if identity else teacher
+    return precision.like(teacher, identity) if identity else teacher
 
 
 def _refuse_reading(options: Options) -> None:
@@ -302,22 +307,20 @@ def _refuse_reading(options: Options) -> None:
             raise UsageError(f"{option} is about reading targets from a cache, and none are read here: leave it out")
 
 
-def _fresh(name: str | None, spec: TargetSpec, path: dict[str, Any]) -> views.Policy:
+def _fresh(name: str | None, spec: TargetSpec, path: dict[str, Any]) -> Policy:
     """The policy that was named, or the crops of the recipe's publication, with the filter of the pixel path."""
-    filter = {"filter": views.AREA} if path["decoder"] == "ffcv" else {}
-    return views.policy(name, **filter) if name else views.policy(scale=spec.scale, jitter=spec.jitter, **filter)
+    filter = {"filter": AREA} if path["decoder"] == "ffcv" else {}
+    return load_policy(name, **filter) if name else load_policy(scale=spec.scale, jitter=spec.jitter, **filter)
 
 
-def _online_facts(
-    identity: dict[str, Any] | None, policy: views.Policy, teacher: teachers.Teacher | None
-) -> dict[str, Any]:
+def _online_facts(identity: dict[str, Any] | None, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
     if teacher is None:
-        return resolve.facts(identity) if identity else {"img_size": policy.size}
+        return cache_match.facts(identity) if identity else {"img_size": policy.size}
     return {
         "img_size": policy.size,
-        "patch_size": resolve.patch_size(policy.size, teacher.patches),
+        "patch_size": cache_match.patch_size(policy.size, teacher.patches),
         "teacher": teacher.name,
         "teacher_depth": teacher.depth,
         "teacher_width": teacher.width,
-        **resolve.output_facts(teacher.tail(), teacher.width),
+        **cache_match.output_facts(teacher.tail(), teacher.width),
     }

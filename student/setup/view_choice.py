@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache import rng
-from featcache.catalog import extract_command as invocation
+from featcache.catalog import extract_command
 from featcache.errors import UsageError, UserError
-from featcache.reading import crop_range as crops
+from featcache.reading import crop_range
 from featcache.reading.cache import Cache
-from featcache.reading.crop_range import Scale, Turns
+from featcache.reading.crop_range import Scale, ViewSchedule
 
 I64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
@@ -31,12 +31,12 @@ NAMED = 1000  # pictures that are left out, by name in a run's record; a screen 
 
 
 @dataclass(frozen=True)
-class Shown:
+class ViewSelection:
     """The training pictures, and what a run shows of them."""
 
     pictures: I64  # (n,) numbers in the source
     rows: I64  # (n,) in the cache
-    turns: Turns | None = None  # None: all stored views
+    turns: ViewSchedule | None = None  # None: all stored views
     notes: tuple[str, ...] = ()
     about: dict[str, Any] = field(default_factory=dict)  # for config.json
 
@@ -48,17 +48,17 @@ def choose(
     published: Scale,
     wanted: Scale | None = None,
     most_left_out: float = LEFT_OUT,
-) -> Shown:
+) -> ViewSelection:
     """The views in the `wanted` range, or in the `published` one where none is asked for and the cache holds it."""
     low, high = cache.identity["policy"]["scale"]
     stored = (float(low), float(high))
     _check(wanted, stored)
-    scale = wanted or (published if crops.within(published, stored) else stored)
+    scale = wanted or (published if crop_range.within(published, stored) else stored)
     notes = [_departure(scale, published)] if scale != published else []
     if scale == stored:
-        return Shown(pictures, rows, notes=tuple(notes))
-    accepted = crops.accepted(cache, rows, scale)
-    left_out = crops.without_view(accepted, (cache.keys[row] for row in rows.tolist()))
+        return ViewSelection(pictures, rows, notes=tuple(notes))
+    accepted = crop_range.accepted(cache, rows, scale)
+    left_out = crop_range.without_view(accepted, (cache.keys[row] for row in rows.tolist()))
     if left_out and (len(left_out) / len(rows) > most_left_out or len(left_out) == len(rows)):
         raise _too_many(cache, rows, scale, accepted, left_out, most_left_out)
     notes.append(
@@ -67,13 +67,13 @@ def choose(
     if left_out:
         notes.append(f"{_pictures(left_out)} have none of these and are left out: {_names(left_out)}")
     kept = accepted.any(1)
-    turns = Turns.of(rng.key_digests(cache.keys[row] for row in rows[kept].tolist()), accepted[kept])
+    turns = ViewSchedule.of(rng.key_digests(cache.keys[row] for row in rows[kept].tolist()), accepted[kept])
     about = {"scale": list(scale), "left_out": len(left_out), "left_out_first": left_out[:NAMED]}
-    return Shown(pictures[kept], rows[kept], turns, tuple(notes), {"crops": about})
+    return ViewSelection(pictures[kept], rows[kept], turns, tuple(notes), {"crops": about})
 
 
 def _check(wanted: Scale | None, stored: Scale) -> None:
-    if wanted is not None and not crops.within(wanted, stored):
+    if wanted is not None and not crop_range.within(wanted, stored):
         raise UsageError(
             f"--scale {wanted[0]:g},{wanted[1]:g}: the cache holds crops of {_text(stored)} of the area; allowed: a "
             "range within; give such a one, or extract another cache with this --scale"
@@ -109,8 +109,8 @@ def _more_views(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> str:
     needed = next((v for v in range(cache.views + 1, MOST_VIEWS) if numbers @ rejected**v <= wanted), None)
     if needed is None:
         return ""
-    more = [*invocation.options(cache.manifest, cache.levels, needed), "--add", "--out", str(cache.path)]
-    return f", or add views with: {invocation.command(more)}"
+    more = [*extract_command.options(cache.manifest, cache.levels, needed), "--add", "--out", str(cache.path)]
+    return f", or add views with: {extract_command.command(more)}"
 
 
 def _text(scale: Scale) -> str:

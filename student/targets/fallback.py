@@ -18,12 +18,15 @@ from torch import Tensor
 
 from featcache import rng
 from featcache.errors import IdentityError, UsageError, UserError
-from featcache.pictures import open_source as images
+from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
+from featcache.views import pixel_path
 from student.recipes import TargetSpec
 from student.targets import buffers
-from student.targets.contract import I64, Cached, Host, Online
+from student.targets.cached import Cached
+from student.targets.contract import I64, Host
+from student.targets.online import Online
 
 LIMIT = 0.01  # share of the training pictures that may be absent
 MADE = {"features", "feature_stats", "attention", "mask_order"}  # fields that the teacher in the loop gives
@@ -113,10 +116,10 @@ def check_spec(spec: TargetSpec) -> None:
             raise UsageError(f"--fallback online does not do: {text}; leave it out and run `featcache repair`")
 
 
-def join(cache: Cache, source: images.Source, limit: float) -> tuple[I64, I64, int]:
+def join(cache: Cache, source: Source, limit: float) -> tuple[I64, I64, int]:
     """As `joining.join`, with row -1 for the pictures of absent shards, which the source's order tells: it must be the
     list of pictures that the cache was made from. More than `limit` of them are a UserError."""
-    images.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
+    pixel_path.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     if manifest.keys_digest(source.keys) != cache.identity["pictures"]["keys_digest"]:
         raise IdentityError(
             f"--fallback online: the {len(source)} pictures of {source.spec!r} are not the list that cache "

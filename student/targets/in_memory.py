@@ -23,7 +23,8 @@ from accelerate.utils import gather_object
 
 from featcache.errors import UserError
 from student.targets import buffers
-from student.targets.contract import I64, Cached, Host
+from student.targets.cached import Cached
+from student.targets.contract import I64, Host
 
 _CHUNK = 1 << 26  # bytes of a read while loading
 _ALIGN = 64

@@ -26,20 +26,19 @@ from featcache.errors import UserError
 from featcache.reading.cache import Cache
 from student.data.loader import Loader
 from student.data.prefetch import Feed
-from student.targets.contract import Cached, Targets
+from student.targets.cached import Cached
+from student.targets.contract import Targets
 from student.targets.fallback import Fallback
-from student.training import progress_bar as progress
-from student.training import train
-from student.training import train_state as learner
-from student.training.train import Job
-from student.training.train_state import Learner
+from student.training import progress_bar, train, train_state
+from student.training.train import Run
+from student.training.train_state import TrainState
 
 STEPS = 4  # the first is not counted: memory is found, kernels are chosen, code is compiled
 MOST_S = 60.0  # no further step is begun after so long
 READ_S, READ_BYTES = 2.0, 1 << 30  # how long, and how much at most, is read to know the disk
 
 
-def measure(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+def measure(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     """The facts of a dry run beyond those of the job; every process takes part."""
     pupil = train.begin(job, loader, acc)
     encoder: Any = pupil.module.encoder
@@ -65,7 +64,7 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _steps(job: Job, loader: Loader, pupil: Learner) -> tuple[list[float], list[float], int]:
+def _steps(job: Run, loader: Loader, pupil: TrainState) -> tuple[list[float], list[float], int]:
     """Seconds of each counted step, those less the wait for data, and bytes kept for the backward pass."""
     total = job.total_steps(loader.steps_per_epoch)
     walls, computing, kept = [], [], 0
@@ -111,15 +110,15 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
-def memory(pupil: Learner, kept: int | None) -> dict[str, int | None]:
+def memory(pupil: TrainState, kept: int | None) -> dict[str, int | None]:
     """Bytes in this process: by arithmetic, those kept for the backward pass as counted, and the most that was used."""
-    share = pupil.acc.num_processes if learner.sharded(pupil.acc) else 1
+    share = pupil.acc.num_processes if train_state.sharded(pupil.acc) else 1
     own = sum(each.nbytes for each in pupil.module.parameters()) // share
     learnt = sum(each.nbytes for each in pupil.module.parameters() if each.requires_grad) // share
     parts = {"weights": own, "gradients": learnt, "moments": 2 * learnt}
     parts |= {"average": own} if pupil.average is not None else {}
     sums = None if kept is None else sum(parts.values()) + kept
-    return {**parts, "activations": kept, "sum": sums, "most_used": progress.memory_bytes()}
+    return {**parts, "activations": kept, "sum": sums, "most_used": progress_bar.memory_bytes()}
 
 
 def _disk(targets: Targets, loader: Loader, images_per_s: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError
-from featcache.storage import manifest
+from featcache.storage import owner
 from student import config, recipes
 
 FOLDER = "nonfinite"
@@ -97,7 +97,7 @@ def save(
     tensors = {f"model.{name}": value for name, value in model.items()}
     tensors |= {f"batch.{name}": value for name, value in micro.batch.items()}
     own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    temporary = place.with_name(f".{place.name}.{manifest.owner()}.tmp")
+    temporary = place.with_name(f".{place.name}.{owner.owner()}.tmp")
     try:
         save_file(own, str(temporary), metadata={"about": json.dumps(facts)})
         temporary.replace(place)

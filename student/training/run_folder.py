@@ -19,7 +19,7 @@ import torch
 
 import featcache
 from featcache.errors import UserError
-from featcache.storage import manifest
+from featcache.storage import identity, json_file
 from student import checkpoint
 from student.training import trackers
 from student.training.metrics import NAME, read
@@ -33,7 +33,7 @@ def check(out: Path, record: dict[str, Any], resume: bool) -> None:
     """Refuse a folder that holds something else, or another run than the one to resume."""
     path = out / checkpoint.CONFIG
     if resume and path.is_file():
-        before, now = (dict(manifest.flat(each)) for each in (checkpoint.config(out), record))
+        before, now = (dict(identity.flat(each)) for each in (checkpoint.config(out), record))
         names = [key for key in {**before, **now} if not key.startswith(FREE)]
         changed = [key for key in names if before.get(key) != now.get(key)]
         if changed:
@@ -50,8 +50,8 @@ def make(out: Path, record: dict[str, Any]) -> bool:
     is_new = not path.is_file()
     out.mkdir(parents=True, exist_ok=True)
     # The record first: a process that dies from here on leaves a run that --resume takes.
-    manifest.write_file(path, (json.dumps(record, indent=1) + "\n").encode())
-    manifest.write_file(out / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
+    json_file.write_file(path, (json.dumps(record, indent=1) + "\n").encode())
+    json_file.write_file(out / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     (out / NAME).touch()
     return is_new
 

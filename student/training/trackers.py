@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers, get_available_trackers
 
 from featcache.errors import UsageError
-from featcache.storage import manifest
+from featcache.storage import identity, json_file
 
 JSON = "json"  # metrics.jsonl and nothing else
 NAMES = (JSON, "tensorboard", "wandb")
@@ -65,11 +65,11 @@ def _identity(place: Path) -> str:
     """A run's id, drawn when its folder is new and kept in it."""
     path = place / "id"
     if not path.is_file():
-        manifest.write_file(path, os.urandom(8).hex().encode())
+        json_file.write_file(path, os.urandom(8).hex().encode())
     return path.read_text()
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     """Settings as trackers take them: dotted names, plain values."""
     plain = (bool, int, float, str)
-    return {key: value if isinstance(value, plain) else str(value) for key, value in manifest.flat(record)}
+    return {key: value if isinstance(value, plain) else str(value) for key, value in identity.flat(record)}

@@ -28,21 +28,16 @@ from student.config import RecipeConfig, as_dict
 from student.data.loader import Loader
 from student.data.prefetch import Feed, Share, Wait, to_device
 from student.targets.contract import Host, Targets
-from student.training import nonfinite as reproduce
-from student.training import optim, trackers
-from student.training import preemption as stop
-from student.training import progress_bar as progress
-from student.training import run_folder as folder
-from student.training import train_state as learner
+from student.training import nonfinite, optim, preemption, progress_bar, run_folder, trackers, train_state
 from student.training.accelerator import out_of_memory_told
 from student.training.metrics import Metrics, cut, read
-from student.training.train_state import Learner, Ways
+from student.training.train_state import RunOptions, TrainState
 
 LATE_ROWS = 16  # on a GPU: steps until a row of metrics is looked at, so that the device is not waited for
 
 
 @dataclass(frozen=True)
-class Job:
+class Run:
     """One run: everything its numbers depend on, and where they go."""
 
     name: str  # of the recipe
@@ -55,7 +50,7 @@ class Job:
     steps: int | None = None  # optimiser steps; None: config.epochs
     save_every: int | None = None  # steps; None: an epoch
     resume: bool = False
-    ways: Ways = field(default_factory=Ways)
+    ways: RunOptions = field(default_factory=RunOptions)
     trackers: tuple[str, ...] = ()  # beside metrics.jsonl
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -63,19 +58,19 @@ class Job:
         return steps_per_epoch * self.config.epochs if self.steps is None else self.steps
 
 
-def train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+def train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     """Run the job to its end; returns a summary. The run folder holds config.json, metrics.jsonl, environment.json and
     checkpoints/."""
     with out_of_memory_told(loader.batch_size):
         return _train(job, loader, acc)
 
 
-def _train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+def _train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     # ---- what is to be done -------------------------------------------------------------------------------------
     total = job.total_steps(loader.steps_per_epoch)
     record = _record(job, loader, acc, total)
     if acc.is_main_process:
-        folder.check(job.out, record, job.resume)
+        run_folder.check(job.out, record, job.resume)
 
     # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind -------------------
     state = checkpoint.newest(job.out) if job.resume and checkpoint.complete(job.out) else None
@@ -83,20 +78,20 @@ def _train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     pupil = begin(job, loader, acc, state)
 
     # ---- the run folder ------------------------------------------------------------------------------------------
-    is_new = acc.is_main_process and folder.make(job.out, record)
+    is_new = acc.is_main_process and run_folder.make(job.out, record)
     acc.wait_for_everyone()
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     save_every = job.save_every or loader.steps_per_epoch
     with contextlib.ExitStack() as stack:
         if is_new:
-            stack.callback(folder.forget_unbegun, job.out)  # last of all, when metrics are closed
+            stack.callback(run_folder.forget_unbegun, job.out)  # last of all, when metrics are closed
         log = stack.enter_context(trackers.started(job.trackers, acc, job.out, record, first))
         metrics = stack.enter_context(contextlib.closing(_metrics(job, first, acc, log)))
         hosts = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
         feed = Feed(job.config, job.targets, hosts, acc.device, job.seed)
-        bar = stack.enter_context(progress.shown(total, first, loader.steps_per_epoch, acc.is_main_process))
-        notice = stack.enter_context(stop.Notice(acc))
+        bar = stack.enter_context(progress_bar.shown(total, first, loader.steps_per_epoch, acc.is_main_process))
+        notice = stack.enter_context(preemption.Notice(acc))
         for step in range(first, total):
             row = make_step(job, loader, pupil, feed, step, total)
             look = metrics.add if row["applied"] else metrics.flush_with
@@ -106,7 +101,7 @@ def _train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
             if (due or (step + 1) % save_every == 0) and step + 1 < total:
                 _save(job, loader, pupil, step + 1, metrics)
             if due and step + 1 < total:
-                raise stop.error(step + 1, total, notice.asked, job.resume)
+                raise preemption.error(step + 1, total, notice.asked, job.resume)
         _check_losses(metrics.flush(), job, loader, pupil)
         if first < total or not checkpoint.complete(job.out):
             _save(job, loader, pupil, total, metrics)
@@ -118,15 +113,15 @@ def _train(job: Job, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     return {**facts, "loss": rows[-1]["loss"] if rows else None}
 
 
-def begin(job: Job, loader: Loader, acc: Accelerator, state: dict[str, Any] | None = None) -> Learner:
+def begin(job: Run, loader: Loader, acc: Accelerator, state: dict[str, Any] | None = None) -> TrainState:
     """The job's model and optimizer, as the seed or a checkpoint has them."""
     torch.manual_seed(job.seed)
     model = job.recipe.Model(job.config).to(acc.device)
     optimizer = optim.adamw(model, job.config, optim.peak_lr(job.config, loader.global_batch))
-    return learner.build(acc, model, optimizer, job.ways, job.out, state)
+    return train_state.build(acc, model, optimizer, job.ways, job.out, state)
 
 
-def make_step(job: Job, loader: Loader, pupil: Learner, feed: Feed, step: int, total: int) -> dict[str, Any]:
+def make_step(job: Run, loader: Loader, pupil: TrainState, feed: Feed, step: int, total: int) -> dict[str, Any]:
     """One optimiser step at its rate; returns its row of metrics, and what is not written of it (metrics.UNWRITTEN)."""
     started = time.perf_counter()
     warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
@@ -143,7 +138,7 @@ def make_step(job: Job, loader: Loader, pupil: Learner, feed: Feed, step: int, t
 
 
 def _gradients(
-    job: Job, loader: Loader, pupil: Learner, feed: Feed, step: int
+    job: Run, loader: Loader, pupil: TrainState, feed: Feed, step: int
 ) -> tuple[dict[str, Tensor], list[Wait], list[str]]:
     """Forward and backward of a step's micro-batches: mean parts of the loss, waits for data, sample keys."""
     acc, sums = pupil.acc, dict[str, Tensor]()
@@ -162,7 +157,7 @@ def _gradients(
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach() / loader.accumulation
     if job.config.clip_grad is not None:
-        sums["grad_norm"] = learner.whole(acc.clip_grad_norm_(pupil.model.parameters(), job.config.clip_grad))
+        sums["grad_norm"] = train_state.whole(acc.clip_grad_norm_(pupil.model.parameters(), job.config.clip_grad))
     if acc.num_processes > 1:
         sums = {name: acc.reduce(value, "mean") for name, value in sums.items()}
     return sums, waits, keys
@@ -180,7 +175,7 @@ def _speed(loader: Loader, started: float, waits: list[Wait]) -> dict[str, Any]:
     return {"images_per_s": round(loader.global_batch / seconds, 2), "data_wait": Share(waits, seconds)}
 
 
-def _check_losses(rows: list[dict[str, Any]], job: Job, loader: Loader, pupil: Learner) -> None:
+def _check_losses(rows: list[dict[str, Any]], job: Run, loader: Loader, pupil: TrainState) -> None:
     """Stop at a loss that is not finite, with what runs it again: nothing that follows it would mean anything. Some
     may be left out (--skip-nonfinite): those were not applied."""
     allowed = job.ways.skip_nonfinite
@@ -194,11 +189,11 @@ def _check_losses(rows: list[dict[str, Any]], job: Job, loader: Loader, pupil: L
             raise UserError(f"loss is {row['loss']} at step {row['step']} {what}")
 
 
-def _reproduce(job: Job, loader: Loader, pupil: Learner, row: dict[str, Any]) -> str:
+def _reproduce(job: Run, loader: Loader, pupil: TrainState, row: dict[str, Any]) -> str:
     """Keep the first micro-batch whose loss was not finite; says what a person should know. A meeting of all."""
     acc, step = pupil.acc, row["step"] - 1
     with contextlib.closing(loader.iterate(step, step + 1)) as batches:
-        found = reproduce.find(pupil, _micros(job, loader, acc, batches, step))
+        found = nonfinite.find(pupil, _micros(job, loader, acc, batches, step))
     had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
     weights = pupil.weights()
     place = f"{job.out}/{checkpoint.FOLDER}"
@@ -208,10 +203,10 @@ def _reproduce(job: Job, loader: Loader, pupil: Learner, row: dict[str, Any]) ->
     if True not in had:
         return f"and finite when the step is run again: suspect the machine; checkpoints before it are in {place}"
     first = had.index(True)
-    path = reproduce.path(job.out, row["step"], first)
+    path = nonfinite.path(job.out, row["step"], first)
     who = f"those of process {first}"
     if found is not None and first == loader.rank:
-        reproduce.save(path, row["step"], _record(job, loader, acc, 0), first, weights, *found)
+        nonfinite.save(path, row["step"], _record(job, loader, acc, 0), first, weights, *found)
         keys = found[0].keys
         who = f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
     return (
@@ -220,14 +215,14 @@ def _reproduce(job: Job, loader: Loader, pupil: Learner, row: dict[str, Any]) ->
 
 
 def _micros(
-    job: Job, loader: Loader, acc: Accelerator, batches: Iterator[Host], step: int
-) -> Iterator[reproduce.Micro]:
+    job: Run, loader: Loader, acc: Accelerator, batches: Iterator[Host], step: int
+) -> Iterator[nonfinite.Micro]:
     for number, host in enumerate(batches):
         batch = to_device(job.config, job.targets, host, acc.device, job.seed)
-        yield reproduce.Micro(number, host["keys"], batch, step_seed(job.seed, step, number, loader.rank))
+        yield nonfinite.Micro(number, host["keys"], batch, step_seed(job.seed, step, number, loader.rank))
 
 
-def _metrics(job: Job, first: int, acc: Accelerator, log: trackers.Log | None) -> Metrics:
+def _metrics(job: Run, first: int, acc: Accelerator, log: trackers.Log | None) -> Metrics:
     """The first process writes; the others look at their losses all the same."""
     if acc.is_main_process:
         cut(job.out, first)
@@ -235,7 +230,7 @@ def _metrics(job: Job, first: int, acc: Accelerator, log: trackers.Log | None) -
     return Metrics(job.out if acc.is_main_process else None, lag, log)
 
 
-def _save(job: Job, loader: Loader, pupil: Learner, step: int, metrics: Metrics) -> None:
+def _save(job: Run, loader: Loader, pupil: TrainState, step: int, metrics: Metrics) -> None:
     _check_losses(metrics.flush(), job, loader, pupil)  # a checkpoint never follows a loss that was not finite
     pupil.acc.wait_for_everyone()
     state = pupil.state()
@@ -243,7 +238,7 @@ def _save(job: Job, loader: Loader, pupil: Learner, step: int, metrics: Metrics)
         checkpoint.save(job.out, step, state)
 
 
-def _record(job: Job, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:
+def _record(job: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:
     """config.json: what a resumed run must agree with."""
     ways = asdict(job.ways)
     return {

@@ -23,13 +23,13 @@ from torch.distributed.tensor import DTensor
 
 from featcache.errors import UsageError
 from student import checkpoint
-from student.training import activation_checkpointing as activations
+from student.training import activation_checkpointing
 
 State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Ways:
+class RunOptions:
     """How a model is run and looked after, whatever the recipe."""
 
     ema: float | None = None  # decay of the average of the weights; None: no average
@@ -39,14 +39,14 @@ class Ways:
 
 
 @dataclass
-class Learner:
+class TrainState:
     """`module` is the recipe's own model, `model` what is called."""
 
     acc: Accelerator
     module: nn.Module
     model: Any
     optimizer: Any
-    ways: Ways
+    ways: RunOptions
     average: ModelEmaV3 | None = None
     skipped: int = 0  # steps that were not applied
     _held: Tensor | None = field(default=None, repr=False)
@@ -111,7 +111,9 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def build(acc: Accelerator, module: nn.Module, optimizer: Any, ways: Ways, run: Path, state: State | None) -> Learner:
+def build(
+    acc: Accelerator, module: nn.Module, optimizer: Any, ways: RunOptions, run: Path, state: State | None
+) -> TrainState:
     """Model and optimizer, as they start or as a checkpoint left them, prepared for this process."""
     if ways.ema is not None and sharded(acc):
         raise UsageError("--ema does not go with FSDP, which gives each process a part of the weights; leave one out")
@@ -119,7 +121,7 @@ def build(acc: Accelerator, module: nn.Module, optimizer: Any, ways: Ways, run: 
         checkpoint.restore(run, state, module, None if sharded(acc) else optimizer)
     average = None if ways.ema is None else _average(module, ways.ema, run, state)
     if ways.checkpoint_activations:
-        activations.apply(module)
+        activation_checkpointing.apply(module)
     if ways.compiled:
         module.compile()
     model, optimizer = acc.prepare(module, optimizer)
@@ -131,7 +133,7 @@ def build(acc: Accelerator, module: nn.Module, optimizer: Any, ways: Ways, run: 
         acc.scaler.load_state_dict(state["scaler"])
     model.train()
     skipped = int(state.get("skipped", 0)) if state is not None else 0
-    return Learner(acc, module, model, optimizer, ways, average, skipped)
+    return TrainState(acc, module, model, optimizer, ways, average, skipped)
 
 
 def _average(module: nn.Module, decay: float, run: Path, state: State | None) -> ModelEmaV3:

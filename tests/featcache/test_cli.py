@@ -473,7 +473,7 @@ def test_a_log_gets_a_line_of_progress(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where stderr is no terminal: pictures done, rate, ETA and the slowest stage, now and then."""
-    monkeypatch.setattr("featcache.console.text.LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("featcache.console.progress_bar.LOG_EVERY_S", 0.0)
     teacher = "synthetic:levels=2,tokens=4,width=8,size=16"
     options = ("--images", photos, "--size", 16, "--levels", "all", "--batch-size", 2, "--out", tmp_path / "c")
     ran = featcache_command("extract", "--teacher", teacher, *options)

@@ -17,9 +17,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from featcache.errors import IdentityError, UsageError, UserError
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from featcache.reading.cache import Cache
-from featcache.torch import Dataset, raster
+from featcache.reading.tensors import raster
+from featcache.torch import Dataset
 from tests import student_fixtures as fx
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch.py"
@@ -40,7 +41,12 @@ def by_hand(key: str, view: int) -> np.ndarray:
 
 
 def test_a_sample_is_a_picture_and_what_is_stored_of_its_view() -> None:
-    data = Dataset(fx.pictures(), fx.cache_path(), fields=("features", "attention", "pixel_hash"), epoch=4)
+    data = Dataset(
+        fx.pictures(),
+        fx.cache_path(),
+        fields=("features", "attention", "pixel_hash"),
+        epoch=4,
+    )
     cache = fx.open_cache()
     assert len(data) == fx.PICTURES
     for index in (0, 7, 23, -1):
@@ -189,7 +195,7 @@ def test_quarantined_pictures_are_skipped_and_strangers_refused(tmp_path: Path) 
     pictures = Path(shutil.copytree(fx.pictures(), tmp_path / "p"))
     (pictures / "bad.png").write_text("not a picture")
     cache = fx.extract(pictures, tmp_path / "c")
-    data = Dataset(images.open_source(pictures), cache)
+    data = Dataset(open_source(pictures), cache)
     assert (len(data), data.skipped) == (24, 1)
     assert [data[i]["key"] for i in (0, 23)] == ["p00", "p23"]
     shutil.copy(pictures / "p00.png", pictures / "zebra.png")
@@ -236,7 +242,11 @@ def test_the_example_learns(cache: str, capsys: pytest.CaptureFixture[str]) -> N
     cache that keeps 5 of 16 patches."""
     torch.manual_seed(0)
     train = runpy.run_path(str(EXAMPLE))["train"]
-    paths = {"decoded": fx.cache_path, "stored": fx.ranked_path, "kept": fx.kept_path}
+    paths = {
+        "decoded": fx.cache_path,
+        "stored": fx.ranked_path,
+        "kept": fx.kept_path,
+    }
     given = (None if cache == "stored" else str(fx.pictures()), str(paths[cache]()))
     losses = train(*given, epochs=6, batch_size=8, workers=0)
     assert losses[-1] < 0.67 * losses[0]
@@ -253,7 +263,10 @@ def test_the_example_tells_a_mistake_in_a_line(tmp_path: Path) -> None:
 
 def test_the_three_ways_to_take_features_from_a_kept_cache() -> None:
     """As the docstring says: NaN where a patch is not stored; as stored, with the order, for `decode` on a device."""
-    whole, kept = Dataset(fx.pictures(), fx.cache_path()), Dataset(fx.pictures(), fx.kept_path())
+    whole, kept = (
+        Dataset(fx.pictures(), fx.cache_path()),
+        Dataset(fx.pictures(), fx.kept_path()),
+    )
     known = kept[3]["features"].isfinite().all(-1)
     assert known.sum(1).tolist() == [6, 6, 6]  # [CLS] and 5 of 16 patches, at each of 3 levels
     assert kept[3]["features"].isnan().any(-1).equal(~known)

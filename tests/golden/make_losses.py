@@ -178,5 +178,8 @@ def given(recipe: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    made = {"cache": Stored(fx.token_path()).digests(), "losses": {name: losses_of(name) for name in recipes.names()}}
+    made = {
+        "cache": Stored(fx.token_path()).digests(),
+        "losses": {name: losses_of(name) for name in recipes.names()},
+    }
     print(json.dumps(made, indent=1))

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.utils import Bunch
 
 from featcache import rng, teachers
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from pipelines import digits
 
 
@@ -29,7 +29,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Bunch:
 
 def test_the_split_is_1400_to_397_of_different_digits(tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=0)
-    train, test = (images.open_source(tmp_path / part) for part in ("train", "test"))
+    train, test = (open_source(tmp_path / part) for part in ("train", "test"))
     assert (len(train), len(test)) == (1400, 397)
     numbers = [int(key.split("/")[1]) for source in (train, test) for key in source.keys]
     assert sorted(numbers) == list(range(1797))
@@ -38,7 +38,7 @@ def test_the_split_is_1400_to_397_of_different_digits(tmp_path: Path) -> None:
 
 def test_a_picture_is_its_digit(few: Bunch, tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=3)
-    source = images.open_source(tmp_path / "train")
+    source = open_source(tmp_path / "train")
     assert {int(key.split("/")[1]) for key in source.keys} == set(rng.permutation(120, 3, 0)[:60].tolist())
     assert source.labels is not None
     for row, key in enumerate(source.keys):
@@ -63,7 +63,7 @@ def test_teacher_and_student_of_one_seed_start_apart() -> None:
 
 def test_training_is_repeatable_and_draws_from_no_global_generator(few: Bunch, tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=0)
-    source = images.open_source(tmp_path / "train")
+    source = open_source(tmp_path / "train")
     before = torch.get_rng_state()
     one, two, other = (digits.train_teacher(source, seed=seed, epochs=2) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -74,7 +74,7 @@ def test_training_is_repeatable_and_draws_from_no_global_generator(few: Bunch, t
 @pytest.mark.slow
 def test_training_learns(tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=0)
-    train, test = (images.open_source(tmp_path / part) for part in ("train", "test"))
+    train, test = (open_source(tmp_path / part) for part in ("train", "test"))
     vit = digits.train_teacher(train, seed=0, epochs=6)
     assert digits.accuracy(vit, test) > 30  # a guess is right for 10 in 100
 
@@ -86,8 +86,8 @@ def test_the_command_leaves_shards_and_a_teacher_that_featcache_loads(
     monkeypatch.setattr("sys.argv", ["digits", str(tmp_path / "out"), "--epochs", "2"])
     digits.main()
     assert "60 training and 60 held-out digits" in capsys.readouterr().out
-    train = images.open_source(str(tmp_path / "out/data/train-*.tar"))
-    test = images.open_source(str(tmp_path / "out/data/test-*.tar"))
+    train = open_source(str(tmp_path / "out/data/train-*.tar"))
+    test = open_source(str(tmp_path / "out/data/test-*.tar"))
     assert (len(train), len(test)) == (60, 60)
     facts = json.loads((tmp_path / "out/teacher.json").read_text())
     assert facts["spec"] == digits.SPEC

@@ -14,9 +14,10 @@ from featcache import teachers
 from featcache.errors import UserError
 from featcache.extraction import extract
 from featcache.extraction.plan import Plan
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from featcache.reading.cache import Cache
-from featcache.views import draw as views
+from featcache.views.fingerprint import pixel_hash
+from featcache.views.policy import Policy
 from pipelines import overview
 from tests.conftest import SYNTHETIC
 
@@ -25,8 +26,8 @@ from tests.conftest import SYNTHETIC
 def cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Eleven pictures, five views of them: one more than is shown."""
     out = tmp_path_factory.mktemp("overview") / "cache"
-    policy = views.Policy(size=28, jitter=0.4, seed=1)
-    extract.run(Plan(images.open_source(photos), teachers.load(SYNTHETIC), policy, 5, (2, 3)), out)
+    policy = Policy(size=28, jitter=0.4, seed=1)
+    extract.run(Plan(open_source(photos), teachers.load(SYNTHETIC), policy, 5, (2, 3)), out)
     return featcache.open(out)
 
 
@@ -44,7 +45,7 @@ def test_the_picture_is_drawn(cache: Cache, photos: Path, tmp_path: Path) -> Non
         "untrained": write_run(tmp_path / "untrained", {}, steps=0),
     }
     path = tmp_path / "deep/overview.png"
-    overview.draw(images.open_source(photos), cache, ["photo0", "palette", "rgba"], runs, path)
+    overview.draw(open_source(photos), cache, ["photo0", "palette", "rgba"], runs, path)
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert pixels.shape[0] > 700
     assert pixels.shape[1] > 1500
@@ -52,23 +53,23 @@ def test_the_picture_is_drawn(cache: Cache, photos: Path, tmp_path: Path) -> Non
 
 
 def test_without_curves_and_with_one_sample(cache: Cache, photos: Path, tmp_path: Path) -> None:
-    overview.draw(images.open_source(photos), cache, ["photo1"], {}, tmp_path / "one.png")
+    overview.draw(open_source(photos), cache, ["photo1"], {}, tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 10_000
 
 
 def test_samples_are_the_stored_views(cache: Cache, photos: Path) -> None:
-    (sample,) = overview.samples(images.open_source(photos), cache, ["photo2"], 5)
+    (sample,) = overview.samples(open_source(photos), cache, ["photo2"], 5)
     row = list(cache.keys).index("photo2")
     for number, view in enumerate(sample["views"]):
         stored = cache.read([row], view=number, fields=("pixel_hash", "attention"))
-        assert views.pixel_hash(view["pixels"]) == stored["pixel_hash"][0]
+        assert pixel_hash(view["pixels"]) == stored["pixel_hash"][0]
         assert np.array_equal(view["attention"], stored["attention"][0])
     assert len(sample["views"]) == 5
 
 
 def test_an_unknown_key_is_one_line(cache: Cache, photos: Path) -> None:
     with pytest.raises(UserError, match="'nobody' is not in both"):
-        overview.samples(images.open_source(photos), cache, ["photo0", "nobody"], 1)
+        overview.samples(open_source(photos), cache, ["photo0", "nobody"], 1)
 
 
 def test_masked_shows_the_first_patches_of_the_order() -> None:

@@ -15,7 +15,10 @@ from PIL import Image
 
 from featcache import rng
 from featcache.errors import UserError
-from featcache.pictures import open_source as images
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import PictureError
+from featcache.views import pixel_path
 from pipelines import pack_beton, pack_images
 from tests.conftest import python
 
@@ -64,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 def test_bytes_of_jpegs_and_pixels_of_the_rest(folder: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "packed" / "train.beton"
     assert run(folder, out) == (0, f"6 pictures (2 classes) in {out}: 3 JPEGs as they are, 3 as pixels\n", "")
-    source, packed = images.open_source(folder), images.open_source(out)
+    source, packed = open_source(folder), open_source(out)
     order = rng.permutation(6, 0, 0).tolist()
     assert packed.keys == [source.keys[row] for row in order]
     assert source.labels is not None
@@ -76,7 +79,7 @@ def test_bytes_of_jpegs_and_pixels_of_the_rest(folder: Path, tmp_path: Path, run
     for i, row in enumerate(order):
         if (name := jpegs.get(packed.keys[i])) is not None:
             assert packed.read(i) == (folder / packed.keys[i].partition("/")[0] / name).read_bytes()
-        pixels = [np.asarray(images.decode(data)) for data in (packed.read(i), source.read(row))]
+        pixels = [np.asarray(decode(data)) for data in (packed.read(i), source.read(row))]
         assert np.array_equal(*pixels)
 
 
@@ -85,7 +88,7 @@ def test_the_same_pictures_give_the_same_bytes_in_an_order_of_the_seed(folder: P
         assert run(folder, tmp_path / f"{name}.beton", "--seed", seed)[0] == 0
     a, b, c = ((tmp_path / f"{name}.beton").read_bytes() for name in "abc")
     assert a == b != c
-    keys = [images.open_source(tmp_path / f"{name}.beton").keys for name in "ac"]
+    keys = [open_source(tmp_path / f"{name}.beton").keys for name in "ac"]
     assert keys[0] != keys[1]
     assert sorted(keys[0]) == sorted(keys[1])
 
@@ -95,14 +98,14 @@ def test_tars_go_in_and_come_out_again(folder: Path, tmp_path: Path, run: Run) -
     assert run(folder, tmp_path / "tars", "--shard-size", 4)[0] == 0
     assert run(tmp_path / "tars", tmp_path / "x.beton")[0] == 0
     assert run(tmp_path / "x.beton", tmp_path / "again", "--shard-size", 6)[0] == 0
-    before, after = images.open_source(folder), images.open_source(tmp_path / "again")
+    before, after = open_source(folder), open_source(tmp_path / "again")
     assert sorted(after.keys) == sorted(before.keys)
     assert before.labels is not None
     assert after.labels is not None
     for i, key in enumerate(after.keys):
         j = before.keys.index(key)
         assert after.labels[i] == before.labels[j]
-        pixels = [np.asarray(images.decode(data)) for data in (after.read(i), before.read(j))]
+        pixels = [np.asarray(decode(data)) for data in (after.read(i), before.read(j))]
         assert np.array_equal(*pixels)
 
 
@@ -125,13 +128,13 @@ os._exit(0)  # FFCV's threads may wait for one another at the end
     assert ran.returncode == 0, ran.stderr
     mapped, paged = ran.stdout.splitlines()
     assert mapped == paged
-    source = images.open_source(tmp_path / "x.beton")
+    source = open_source(tmp_path / "x.beton")
     assert source.labels is not None
     names, labels, means = json.loads(mapped)
     assert names == [key[:7] for key in source.keys]
     assert labels == source.labels.tolist()
     for i, mean in enumerate(means):
-        pixels = np.asarray(images.decode(source.read(i))).astype(float)
+        pixels = np.asarray(decode(source.read(i))).astype(float)
         side, (height, width) = min(pixels.shape[:2]), pixels.shape[:2]
         top, left = (height - side) // 2, (width - side) // 2
         assert abs(pixels[top : top + side, left : left + side].mean() - mean) < 2
@@ -144,9 +147,9 @@ def test_pictures_larger_than_a_page_make_larger_pages(
     monkeypatch.setattr(pack_beton, "_PAGE_BYTES", 1 << 21)
     save(folder / "cat" / "large.png", (1000, 800), 6)  # 2.4 MB of pixels
     assert run(folder, tmp_path / "x.beton")[0] == 0
-    source, packed = images.open_source(folder), images.open_source(tmp_path / "x.beton")
+    source, packed = open_source(folder), open_source(tmp_path / "x.beton")
     i, j = packed.keys.index("cat/large"), source.keys.index("cat/large")
-    assert np.array_equal(np.asarray(images.decode(packed.read(i))), np.asarray(images.decode(source.read(j))))
+    assert np.array_equal(np.asarray(decode(packed.read(i))), np.asarray(decode(source.read(j))))
 
 
 def test_many_pages(folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +158,9 @@ def test_many_pages(folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.
     for i in range(6):
         Image.fromarray(np.full((512 - i, 512, 3), 40 * i, np.uint8)).save(folder / "dog" / f"m{i}.png")
     assert run(folder, tmp_path / "x.beton")[0] == 0
-    packed = images.open_source(tmp_path / "x.beton")
+    packed = open_source(tmp_path / "x.beton")
     for i in range(6):
-        pixels = np.asarray(images.decode(packed.read(packed.keys.index(f"dog/m{i}"))))
+        pixels = np.asarray(decode(packed.read(packed.keys.index(f"dog/m{i}"))))
         assert pixels.shape == (512 - i, 512, 3)
         assert (pixels == 40 * i).all()
 
@@ -165,7 +168,7 @@ def test_many_pages(folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.
 def test_one_picture_without_a_class(tmp_path: Path, run: Run) -> None:
     save(tmp_path / "p" / "one.jpg", (20, 20), 0)
     assert run(tmp_path / "p", tmp_path / "x.beton")[1].endswith("1 JPEGs as they are, 0 as pixels\n")
-    packed = images.open_source(tmp_path / "x.beton")
+    packed = open_source(tmp_path / "x.beton")
     assert (packed.keys, packed.labels) == (["one"], None)
     assert packed.read(0) == (tmp_path / "p" / "one.jpg").read_bytes()
 
@@ -173,9 +176,9 @@ def test_one_picture_without_a_class(tmp_path: Path, run: Run) -> None:
 def test_resized_pictures_are_those_of_the_tars(folder: Path, tmp_path: Path, run: Run) -> None:
     assert run(folder, tmp_path / "tars", "--shard-size", 10, "--resize", 16)[0] == 0
     assert run(folder, tmp_path / "x.beton", "--resize", 16)[0] == 0
-    tars, packed = images.open_source(tmp_path / "tars"), images.open_source(tmp_path / "x.beton")
+    tars, packed = open_source(tmp_path / "tars"), open_source(tmp_path / "x.beton")
     for i, key in enumerate(packed.keys):
-        pixels = [np.asarray(images.decode(data)) for data in (packed.read(i), tars.read(tars.keys.index(key)))]
+        pixels = [np.asarray(decode(data)) for data in (packed.read(i), tars.read(tars.keys.index(key)))]
         assert min(pixels[0].shape[:2]) == 16
         assert np.array_equal(*pixels)
 
@@ -205,10 +208,10 @@ def test_a_broken_jpeg_is_left_to_the_extraction_as_in_tars(folder: Path, tmp_pa
     data = (folder / "cat" / "rgb.jpg").read_bytes()
     (folder / "cat" / "rgb.jpg").write_bytes(data[: 3 * len(data) // 4])
     assert run(folder, tmp_path / "x.beton")[0] == 0
-    for decoder in images.DECODERS:
-        packed = images.open_source(tmp_path / "x.beton", decoder)
-        with pytest.raises(images.PictureError):
-            images.picture(packed, packed.keys.index("cat/rgb"))
+    for decoder in pixel_path.DECODERS:
+        packed = pixel_path.open_through(tmp_path / "x.beton", decoder)
+        with pytest.raises(PictureError):
+            pixel_path.picture(packed, packed.keys.index("cat/rgb"))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +267,7 @@ def test_a_short_write_is_found(folder: Path, tmp_path: Path, ffcv: None, monkey
 
     monkeypatch.setattr(writer, "finalize", cut)
     with pytest.raises(UserError, match="is cut off"):
-        pack_beton.pack(images.open_source(folder), tmp_path / "x.beton", seed=0)
+        pack_beton.pack(open_source(folder), tmp_path / "x.beton", seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
@@ -280,5 +283,5 @@ def test_a_jpeg_in_memory_is_stored_with_the_size_of_its_own_header(ffcv: None, 
     Image.new("RGB", (17, 9)).save(file, "JPEG")
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "odd.png").write_bytes(file.getvalue())  # a JPEG under another suffix
-    each = pack_beton.item(images.open_source(tmp_path / "p"), None, 0)
+    each = pack_beton.item(open_source(tmp_path / "p"), None, 0)
     assert each == (0, 9, 17, file.getvalue())

@@ -20,7 +20,8 @@ from PIL import Image
 
 from featcache import rng
 from featcache.errors import UsageError, UserError
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
+from featcache.pictures.tars import unescape
 from pipelines import pack_images
 from pipelines.pack_images import cli, pack, resized
 
@@ -82,9 +83,9 @@ def members(shard: Path) -> list[tarfile.TarInfo]:
 
 
 def test_open_source_gives_back_keys_bytes_and_labels(classes: Path, tmp_path: Path) -> None:
-    source = images.open_source(classes)
+    source = open_source(classes)
     pack(source, tmp_path / "out", 2, seed=3)
-    packed = images.open_source(str(tmp_path / "out/pictures-*.tar"))
+    packed = open_source(str(tmp_path / "out/pictures-*.tar"))
     order = rng.permutation(5, 3, 0)
     assert list(packed.keys) == [source.keys[row] for row in order]
     assert [packed.read(i) for i in range(5)] == [source.read(int(row)) for row in order]
@@ -95,7 +96,7 @@ def test_open_source_gives_back_keys_bytes_and_labels(classes: Path, tmp_path: P
 
 
 def test_plain_webdataset_reads_the_shards(classes: Path, tmp_path: Path) -> None:
-    source = images.open_source(classes)
+    source = open_source(classes)
     shards = pack(source, tmp_path / "out", 2, seed=0)
     with warnings.catch_warnings():  # webdataset leaves the closing of its files to the garbage collector
         warnings.simplefilter("ignore", ResourceWarning)
@@ -105,13 +106,13 @@ def test_plain_webdataset_reads_the_shards(classes: Path, tmp_path: Path) -> Non
     found = {}
     for sample in samples:
         (suffix,) = {"png", "jpg", "jpeg", "webp"} & sample.keys()
-        found[images.unescape(sample["__key__"])] = (sample[suffix], int(sample["cls"]))
+        found[unescape(sample["__key__"])] = (sample[suffix], int(sample["cls"]))
     rows = range(len(source))
     assert found == {source.keys[row]: (source.read(row), int(source.labels[row])) for row in rows}
 
 
 def test_shards_hold_shard_size_pictures_and_bare_headers(classes: Path, tmp_path: Path) -> None:
-    shards = pack(images.open_source(classes), tmp_path / "out", 2, seed=0, prefix="train")
+    shards = pack(open_source(classes), tmp_path / "out", 2, seed=0, prefix="train")
     assert [shard.name for shard in shards] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
     assert [len(members(shard)) for shard in shards] == [4, 4, 2]  # a picture and its .cls each
     for member in members(shards[0]):
@@ -120,13 +121,13 @@ def test_shards_hold_shard_size_pictures_and_bare_headers(classes: Path, tmp_pat
 
 
 def test_a_picture_keeps_the_suffix_of_its_file(classes: Path, tmp_path: Path) -> None:
-    shards = pack(images.open_source(classes), tmp_path / "out", 9, seed=0)
+    shards = pack(open_source(classes), tmp_path / "out", 9, seed=0)
     names = {member.name for member in members(shards[0]) if not member.name.endswith(".cls")}
     assert names == {"cat/one.png", "cat/a%2Eb%252E.jpeg", "dog.2/three.jpg", f"dog.2/{'x' * 120}.png", "emu/five.webp"}
 
 
 def test_same_pictures_same_bytes_and_the_seed_is_the_order(classes: Path, tmp_path: Path) -> None:
-    source = images.open_source(classes)
+    source = open_source(classes)
     first = content(pack(source, tmp_path / "a", 3, seed=0))
     assert content(pack(source, tmp_path / "b", 3, seed=0)) == first
     assert content(pack(source, tmp_path / "c", 3, seed=1)) != first
@@ -134,7 +135,7 @@ def test_same_pictures_same_bytes_and_the_seed_is_the_order(classes: Path, tmp_p
 
 def test_golden_bytes(tmp_path: Path) -> None:
     """One shard written down in full: ustar headers of two members, contents padded to 512, two empty blocks."""
-    source = images.open_source(write(tmp_path / "in", {"k/a.png": b"not a picture"}))
+    source = open_source(write(tmp_path / "in", {"k/a.png": b"not a picture"}))
     (shard,) = pack(source, tmp_path / "out", 1, seed=0)
 
     def block(name: str, data: bytes) -> bytes:
@@ -149,19 +150,19 @@ def test_golden_bytes(tmp_path: Path) -> None:
 
 
 def test_flat_folders_have_no_labels(tmp_path: Path) -> None:
-    source = images.open_source(write(tmp_path / "in", {"a.png": encode(4, 4), "b.png": encode(5, 4)}))
+    source = open_source(write(tmp_path / "in", {"a.png": encode(4, 4), "b.png": encode(5, 4)}))
     (shard,) = pack(source, tmp_path / "out", 10, seed=0)
     assert sorted(member.name for member in members(shard)) == ["a.png", "b.png"]
     assert json.loads((tmp_path / "out/classes.json").read_text()) is None
-    assert images.open_source(shard).labels is None
+    assert open_source(shard).labels is None
 
 
 def test_tars_can_be_packed_again(classes: Path, tmp_path: Path) -> None:
-    source = images.open_source(classes)
+    source = open_source(classes)
     pack(source, tmp_path / "one", 2, seed=0)
-    first = images.open_source(str(tmp_path / "one/*.tar"))
+    first = open_source(str(tmp_path / "one/*.tar"))
     pack(first, tmp_path / "two", 5, seed=1)
-    second = images.open_source(str(tmp_path / "two/*.tar"))
+    second = open_source(str(tmp_path / "two/*.tar"))
     assert first.labels is not None
     assert second.labels is not None
     assert list(second.keys) == [first.keys[row] for row in rng.permutation(5, 1, 0)]
@@ -172,9 +173,9 @@ def test_tars_can_be_packed_again(classes: Path, tmp_path: Path) -> None:
 
 
 def test_train_and_test_share_a_folder_when_their_classes_agree(tmp_path: Path) -> None:
-    train = images.open_source(write(tmp_path / "train", {"x/a.png": b"1", "y/b.png": b"2"}))
-    test = images.open_source(write(tmp_path / "test", {"x/c.png": b"3", "y/d.png": b"4"}))
-    other = images.open_source(write(tmp_path / "other", {"x/c.png": b"3", "z/d.png": b"4"}))
+    train = open_source(write(tmp_path / "train", {"x/a.png": b"1", "y/b.png": b"2"}))
+    test = open_source(write(tmp_path / "test", {"x/c.png": b"3", "y/d.png": b"4"}))
+    other = open_source(write(tmp_path / "other", {"x/c.png": b"3", "z/d.png": b"4"}))
     out = tmp_path / "out"
     pack(train, out, 5, seed=0, prefix="train")
     pack(test, out, 5, seed=0, prefix="test")
@@ -219,7 +220,7 @@ def test_resize_through_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     assert "3 pictures (2 classes) in 1 shards" in result.output
-    packed = images.open_source(str(tmp_path / "out/train-*.tar"))
+    packed = open_source(str(tmp_path / "out/train-*.tar"))
     sizes = {key: Image.open(io.BytesIO(packed.read(i))).size for i, key in enumerate(packed.keys)}
     assert sizes == {"a/wide": (20, 10), "b/tall": (10, 30), "b/s": (5, 4)}
 
@@ -240,7 +241,7 @@ def test_an_unreadable_picture_leaves_nothing(run: Run, tmp_path: Path) -> None:
 
 def test_shards_are_never_overwritten(run: Run, classes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    before = content(pack(images.open_source(classes), out, 2, seed=0))
+    before = content(pack(open_source(classes), out, 2, seed=0))
     status, text = run(classes, out, "--shard-size", 3)
     assert (status, text.count("\n")) == (1, 1)
     assert "holds 3 shards already (pictures-000000.tar ...)" in text
@@ -297,7 +298,7 @@ def test_out_is_a_file(run: Run, classes: Path, tmp_path: Path) -> None:
 
 def test_shard_size_is_checked_for_callers_too(classes: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--shard-size 0"):
-        pack(images.open_source(classes), tmp_path / "out", 0, seed=0)
+        pack(open_source(classes), tmp_path / "out", 0, seed=0)
 
 
 def test_help_shows_examples() -> None:

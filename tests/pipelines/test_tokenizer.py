@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import featcache
 from featcache import teachers
-from featcache.pictures import open_source as images
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import open_source
 from pipelines import digits, tokenizer
 from tests import student_fixtures as fx
 
@@ -75,7 +76,7 @@ def test_words_are_drawn_in_proportion() -> None:
 
 
 def test_training_is_repeatable_and_draws_from_no_global_generator(few: Path) -> None:
-    source = images.open_source(f"{few}/data/train-*.tar")
+    source = open_source(f"{few}/data/train-*.tar")
     before = torch.get_rng_state()
     (one, _), (two, _), (other, _) = (tokenizer.train(source, seed=seed, epochs=2) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -85,7 +86,7 @@ def test_training_is_repeatable_and_draws_from_no_global_generator(few: Path) ->
 
 def test_quality_by_hand(few: Path) -> None:
     """One word for everything and the mean colour: one word of perplexity 1, which explains nothing."""
-    source = images.open_source(f"{few}/data/test-*.tar")
+    source = open_source(f"{few}/data/test-*.tar")
 
     class One(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def test_quality_by_hand(few: Path) -> None:
             assert words.shape == (60, 64, 8, 8)
             return torch.full((60, 1, 64, 64), level)
 
-    whole = [np.asarray(images.decode(source.read(row)).resize((64, 64), 1), np.float64) for row in range(60)]
+    whole = [np.asarray(decode(source.read(row)).resize((64, 64), 1), np.float64) for row in range(60)]
     level = 0.8 * float(np.mean(whole)) / 255 + 0.1
     found = tokenizer.quality(One(), Mean(), source)  # type: ignore[arg-type]
     assert (found["words"], found["perplexity"]) == (1, 1.0)
@@ -121,9 +122,9 @@ def test_the_command_leaves_a_tokenizer_that_extract_adds(
     with featcache.open(out) as cache:
         got = cache.read([0], fields=[tokenizer.FIELD, "crop", "flip"])
         key = cache.keys[0]
-    source = images.open_source(f"{few}/data/train-*.tar")
+    source = open_source(f"{few}/data/train-*.tar")
     top, left, height, width = got["crop"][0].tolist()
-    view = images.decode(source.read(list(source.keys).index(key))).crop((left, top, left + width, top + height))
+    view = decode(source.read(list(source.keys).index(key))).crop((left, top, left + width, top + height))
     view = view.resize((64, 64), 1)  # Lanczos
     pixels = np.asarray(view.transpose(0) if got["flip"][0] else view)
     ids = teachers.load_tokenizer(tokenizer.SPEC, weights)(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
@@ -145,7 +146,7 @@ def test_it_learns(tmp_path: Path) -> None:
     """In four of ten epochs: most of the pixels' variance, by several words. One word alone would explain none, and its
     perplexity would be 1."""
     digits.write_shards(tmp_path, seed=0)
-    train, test = (images.open_source(f"{tmp_path}/data/{part}-*.tar") for part in ("train", "test"))
+    train, test = (open_source(f"{tmp_path}/data/{part}-*.tar") for part in ("train", "test"))
     found = tokenizer.quality(*tokenizer.train(train, seed=0, epochs=4), test)
     assert found["explained"] > 0.5
     assert found["perplexity"] > 3

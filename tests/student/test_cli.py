@@ -266,7 +266,18 @@ def test_eval_of_a_run(name: str, options: tuple[str, ...], run: Path, labelled:
 @pytest.mark.parametrize(("name", "options"), [("knn", KNN), ("linear", LINEAR)])
 def test_eval_of_a_teacher_in_place_of_a_run(name: str, options: tuple[str, ...], labelled: Path) -> None:
     """The synthetic teacher's features are colours, and the classes differ in colour."""
-    words = ("eval", name, "--teacher", fx.TEACHER, "--images", labelled, "--json", "--device", "cpu", *options)
+    words = (
+        "eval",
+        name,
+        "--teacher",
+        fx.TEACHER,
+        "--images",
+        labelled,
+        "--json",
+        "--device",
+        "cpu",
+        *options,
+    )
     facts = fx.good(fx.stud(*words)).json
     assert facts["of"] == fx.TEACHER
     assert facts["top1"] > 60

@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 
 from featcache.catalog import home
-from featcache.extraction import extend as adding
-from featcache.extraction import extract
-from featcache.storage import commit as publishing
-from featcache.storage import lease, manifest
+from featcache.extraction import extend, extract
+from featcache.storage import commit, json_file, lease, manifest
+from featcache.storage import owner as storage_owner
 from featcache.storage.store import record_path
 from tests.conftest import SYNTHETIC, Ran, files_below, flip, make_photos, make_plan, python
 
@@ -32,7 +31,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     photos = make_photos(tmp_path_factory.mktemp("home") / "pictures")
     out = photos.parent / "origin"
     extract.run(make_plan(photos), out, batch_size=4)
-    part = adding.plan_part(make_plan(photos, levels=(1, 2, 3)), out)
+    part = extend.plan_part(make_plan(photos, levels=(1, 2, 3)), out)
     assert part is not None
     extract.run(*part, batch_size=4)
     return out
@@ -47,7 +46,7 @@ def cache(origin: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def dead() -> str:
     """The writer of a process that has ended."""
-    code = "from featcache.storage import manifest; print(manifest.owner())"
+    code = "from featcache.storage.owner import owner; print(owner())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -127,7 +126,7 @@ def test_ls_names_damaged_caches_beside_the_good(featcache_command: Command, cac
 def test_ls_marks_random_weights(featcache_command: Command, cache: Path) -> None:
     about = manifest.read(cache)
     about["provenance"]["weights"] = "random:3"
-    manifest.write_json(cache / "manifest.json", about)
+    json_file.write_json(cache / "manifest.json", about)
     assert "RANDOM WEIGHTS" in featcache_command("ls").out
 
 
@@ -288,8 +287,8 @@ def test_gc_removes_what_dead_processes_left(featcache_command: Command, cache: 
 
 
 def test_gc_leaves_the_work_of_live_processes(featcache_command: Command, cache: Path) -> None:
-    litter(cache, manifest.owner())
-    writing = publishing.begin(cache, "000002", "zarr")
+    litter(cache, storage_owner.owner())
+    writing = commit.begin(cache, "000002", "zarr")
     before = files_below(cache)
     assert featcache_command("gc").out.startswith("nothing to remove")
     assert files_below(cache) == before

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from featcache import teachers
+from featcache.models.contract import ModelCard
 from featcache.teachers import dvae
 from tests.conftest import Ran
 
@@ -75,7 +76,7 @@ def test_bytes_of_a_view() -> None:
     """METHODS 10.1: the last five levels of B/16 and of L/14 at 196 pixels in fp16."""
     assert ROWS["clip-b16"].view_bytes == 1_512_960
     assert ROWS["clip-l14"].view_bytes == 2_017_280
-    assert teachers.Row("", 32, 4, 8, 3).view_bytes == 3 * 5 * 8 * 2  # fewer than five levels
+    assert ModelCard("", 32, 4, 8, 3).view_bytes == 3 * 5 * 8 * 2  # fewer than five levels
 
 
 def test_the_table_asks_no_network(

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from featcache.console import text as show
+from featcache.console.params import given_images
+from featcache.console.progress_bar import ProgressBar
 from featcache.errors import UsageError
 
 
@@ -39,10 +41,10 @@ def test_a_table_is_as_wide_as_it_must_be() -> None:
 
 def test_given_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATCACHE_IMAGES", "there")
-    assert (show.given_images("here"), show.given_images(None)) == ("here", "there")
+    assert (given_images("here"), given_images(None)) == ("here", "there")
     monkeypatch.setenv("FEATCACHE_IMAGES", "")
     with pytest.raises(UsageError, match=r"--images SRC is a folder.*FEATCACHE_IMAGES"):
-        show.given_images(None)
+        given_images(None)
 
 
 def test_facts_or_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +58,7 @@ def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monk
     """None at once, so that short work says nothing."""
     clock = iter([100.0, 100.0, 110.0, 140.0, 140.0, 150.0, 171.0, 171.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    bar = show.Bar("verify", "shards", lambda done, total: f"{100 * done // total} %")
+    bar = ProgressBar("verify", "shards", lambda done, total: f"{100 * done // total} %")
     for done in range(1, 6):
         bar(done, 8)
     bar.close()
@@ -65,7 +67,7 @@ def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monk
 
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    bar = show.Bar("extract", "pictures", lambda done, total: "fast")
+    bar = ProgressBar("extract", "pictures", lambda done, total: "fast")
     bar(3, 10)
     bar(10, 12)
     bar.close()

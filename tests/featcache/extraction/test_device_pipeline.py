@@ -15,15 +15,15 @@ import torch
 
 import featcache
 from featcache import teachers
-from featcache.extraction import device_pipeline as stages
-from featcache.extraction import extract, plan, rendering
-from featcache.extraction.progress import STAGES, Progress
+from featcache.extraction import device_pipeline, extract, plan, rendering
+from featcache.extraction import rows as item_rows
+from featcache.extraction.progress import STAGES, ExtractProgress
 from featcache.models import precision as running
 from featcache.pictures import open_source as images
 from featcache.storage import zarr_store
-from featcache.targets import levels as targets
 from featcache.teachers.synthetic import Synthetic
-from featcache.views import draw as views
+from featcache.views import pixel_path
+from featcache.views.policy import Policy
 from tests.conftest import files_below, make_plan, undisturbed
 
 PATIENCE_S = 20.0
@@ -82,8 +82,8 @@ def test_a_stage_goes_on_while_another_is_held_up(
         monkeypatch.setattr(place, name, marked)
 
     patch(rendering, "render", "decode")
-    patch(stages, "ask", "teacher")
-    patch(targets, "mask_order", "encode")
+    patch(device_pipeline, "ask", "teacher")
+    patch(item_rows, "mask_order", "encode")
     patch(zarr_store.ZarrShardWriter, "append", "write")
     made = make_plan(photos, views=1, rows_per_shard=100)
     extract.run(made, tmp_path / "held", batch_size=3, workers=2)
@@ -97,7 +97,7 @@ def test_the_teacher_does_not_run_away(photos: Path, tmp_path: Path, monkeypatch
     asked: list[int] = []
     written: list[int] = []
     ahead: list[int] = []
-    ask, append = stages.ask, zarr_store.ZarrShardWriter.append
+    ask, append = device_pipeline.ask, zarr_store.ZarrShardWriter.append
 
     def counted(*args: Any) -> Any:
         asked.append(1)
@@ -109,7 +109,7 @@ def test_the_teacher_does_not_run_away(photos: Path, tmp_path: Path, monkeypatch
         append(*args)
         written.append(1)
 
-    monkeypatch.setattr(stages, "ask", counted)
+    monkeypatch.setattr(device_pipeline, "ask", counted)
     monkeypatch.setattr(zarr_store.ZarrShardWriter, "append", slow)
     extract.run(make_plan(photos, rows_per_shard=100), tmp_path / "c", batch_size=2)
     assert len(asked) == 17
@@ -122,8 +122,8 @@ def test_a_failure_in_any_stage_stops_all_and_leaves_no_litter(
 ) -> None:
     places = {
         "decode": (rendering, "render"),
-        "teacher": (stages, "ask"),
-        "encode": (targets, "mask_order"),
+        "teacher": (device_pipeline, "ask"),
+        "encode": (item_rows, "mask_order"),
         "write": (zarr_store.ZarrShardWriter, "append"),
     }
     place, name = places[stage]
@@ -160,11 +160,11 @@ class Slow(Synthetic):
 
 
 def test_the_slowest_stage_is_named(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(name: str) -> Progress:
-        progress = Progress()
+    def run(name: str) -> ExtractProgress:
+        progress = ExtractProgress()
         teacher = Slow() if name == "teacher" else Synthetic(3, 4, 8, 28)
         teacher.name = "any"
-        made = plan.Plan(images.open_source(photos), teacher, views.Policy(size=28), 1, (3,))
+        made = plan.Plan(images.open_source(photos), teacher, Policy(size=28), 1, (3,))
         extract.run(made, tmp_path / name, batch_size=4, progress=progress)
         return progress
 
@@ -176,10 +176,10 @@ def test_the_slowest_stage_is_named(photos: Path, tmp_path: Path, monkeypatch: p
         return rested
 
     for stage, place, name in (
-        ("decode", images, "decode"),
-        ("copy", stages.Lane, "_to_device"),
+        ("decode", pixel_path, "decode"),
+        ("copy", device_pipeline.DevicePipeline, "_to_device"),
         ("teacher", None, ""),
-        ("encode", targets, "mask_order"),
+        ("encode", item_rows, "mask_order"),
         ("write", zarr_store.ZarrShardWriter, "append"),
     ):
         with monkeypatch.context() as patched:
@@ -200,14 +200,14 @@ def test_streams_change_no_byte(photos: Path, tmp_path: Path, precision: str) ->
 
     def run(name: str, device: str) -> Path:
         teacher = running.configure(teachers.load(VIT, "random:0", device), precision)
-        made = plan.Plan(images.open_source(photos), teacher, views.Policy(size=32), 3, (2, 3), rows_per_shard=5)
+        made = plan.Plan(images.open_source(photos), teacher, Policy(size=32), 3, (2, 3), rows_per_shard=5)
         extract.run(made, tmp_path / name, batch_size=4)
         return tmp_path / name
 
     first = files_below(run("a", "cuda"))
     for i in range(5):
         assert files_below(run(f"b{i}", "cuda")) == first
-    original = stages.ask
+    original = device_pipeline.ask
     try:
 
         def waits(*args: Any) -> Any:
@@ -216,10 +216,10 @@ def test_streams_change_no_byte(photos: Path, tmp_path: Path, precision: str) ->
             torch.cuda.synchronize()
             return answer
 
-        stages.ask = waits
+        device_pipeline.ask = waits
         assert files_below(run("c", "cuda")) == first
     finally:
-        stages.ask = original
+        device_pipeline.ask = original
     with featcache.open(tmp_path / "a") as a, featcache.open(run("cpu", "cpu")) as b:
         x, y = (cache.read(range(11), 1)["features"].astype(np.float64) for cache in (a, b))
         bound = running.BOUNDS[precision][0]

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 import featcache
 from featcache.errors import UsageError, UserError
-from featcache.extraction import extend as adding
-from featcache.extraction import extract, plan
+from featcache.extraction import extend, extract, plan
+from featcache.extraction.progress import ExtractProgress
 from featcache.maintenance import repair, verify
-from featcache.pictures.open_source import Source, open_source
+from featcache.models.contract import Teacher
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
 from featcache.storage import manifest
 from featcache.storage.store import STORES
-from featcache.teachers import Teacher, load
-from featcache.views import draw as views
+from featcache.teachers import load
+from featcache.views.policy import Policy
 from tests.conftest import SYNTHETIC, Ran, copy_tree, files_below, flip
 
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=6,num_heads=3"
@@ -31,14 +33,14 @@ teacher = functools.cache(load)
 
 def make(folder: Path, name: str = SYNTHETIC, weights: str | None = None, **changes: object) -> plan.Plan:
     """Two views and levels 2, 3 of the synthetic teacher, or two levels of a ViT."""
-    policy = changes.pop("policy", views.Policy(size=28))
+    policy = changes.pop("policy", Policy(size=28))
     options = {"views": 2, "levels": (2, 3) if name == SYNTHETIC else (5, 6), "rows_per_shard": 5, **changes}
     return plan.Plan(open_source(folder), teacher(name, weights), policy, **options)
 
 
 def add(wanted: plan.Plan, out: Path) -> Path:
     """What the command does with --add; the folder of the part."""
-    part = adding.plan_part(wanted, out)
+    part = extend.plan_part(wanted, out)
     assert part is not None
     extract.run(*part, batch_size=4)
     return part[1]
@@ -162,7 +164,7 @@ def test_what_is_there_is_not_added_again(pictures: Path) -> None:
         make(pictures, views=1, levels=(3,)),
         make(pictures, VIT, "random:0", levels=(3,)),
     ):
-        assert adding.plan_part(wanted, grown(pictures, "zarr")) is None
+        assert extend.plan_part(wanted, grown(pictures, "zarr")) is None
 
 
 # ---------------------------------------------------------------- what is refused
@@ -171,8 +173,8 @@ def test_what_is_there_is_not_added_again(pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"policy": views.Policy(size=28, seed=1)}, "identity.policy.seed is 1, the cache has 0"),
-        ({"policy": views.Policy(size=30)}, "identity.policy.size"),
+        ({"policy": Policy(size=28, seed=1)}, "identity.policy.seed is 1, the cache has 0"),
+        ({"policy": Policy(size=30)}, "identity.policy.size"),
         ({"order": "uniform"}, "identity.order"),
         ({"tokens": "ranked"}, "identity.tokens"),
         ({"store": "webdataset"}, "identity.store"),
@@ -184,17 +186,17 @@ def test_what_is_there_is_not_added_again(pictures: Path) -> None:
 def test_what_does_not_fit_is_refused_by_field(pictures: Path, tmp_path: Path, change: dict, told: str) -> None:
     out = copy_tree(base(pictures, "zarr"), tmp_path / "c")
     with pytest.raises(UsageError) as caught:
-        adding.plan_part(make(pictures, **{"levels": (1,), **change}), out)
+        extend.plan_part(make(pictures, **{"levels": (1,), **change}), out)
     assert told in str(caught.value)
     assert not (out / "parts").exists()
 
 
 def test_other_pictures_and_other_weights_are_refused(pictures: Path, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"identity\.pictures"):
-        adding.plan_part(make(photos, levels=(1,)), base(pictures, "zarr"))
+        extend.plan_part(make(photos, levels=(1,)), base(pictures, "zarr"))
     extract.run(make(photos, VIT, "random:0"), tmp_path / "vit", batch_size=4)
     with pytest.raises(UsageError, match=r"identity\.teacher\.weight_hash.*same weights"):
-        adding.plan_part(make(photos, VIT, "random:1", levels=(4,)), tmp_path / "vit")
+        extend.plan_part(make(photos, VIT, "random:1", levels=(4,)), tmp_path / "vit")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_other_pictures_and_other_weights_are_refused(pictures: Path, photos: Pa
 )
 def test_a_second_teachers_parts_must_agree(pictures: Path, change: dict, told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        adding.plan_part(
+        extend.plan_part(
             make(pictures, VIT, **{"weights": "random:0", "levels": (4,), **change}), grown(pictures, "zarr")
         )
     assert told in str(caught.value)
@@ -218,9 +220,9 @@ def test_an_unfinished_cache_gets_nothing_added(pictures: Path, tmp_path: Path) 
     out = copy_tree(base(pictures, "zarr"), tmp_path / "c")
     (out / "shards/000001.json").unlink()
     with pytest.raises(UserError, match=r"is incomplete; finish it first"):
-        adding.plan_part(make(pictures, levels=(1,)), out)
+        extend.plan_part(make(pictures, levels=(1,)), out)
     with pytest.raises(UserError, match="no cache at"):
-        adding.plan_part(make(pictures, levels=(1,)), tmp_path)
+        extend.plan_part(make(pictures, levels=(1,)), tmp_path)
 
 
 def test_an_unfinished_addition_is_not_seen_and_is_resumed(
@@ -228,22 +230,22 @@ def test_an_unfinished_addition_is_not_seen_and_is_resumed(
 ) -> None:
     out = copy_tree(base(pictures, "zarr"), tmp_path / "c")
     wanted = make(pictures, levels=(1,))
-    part = adding.plan_part(wanted, out)
+    part = extend.plan_part(wanted, out)
     assert part is not None
 
-    def stop(progress: extract.Progress) -> None:
+    def stop(progress: ExtractProgress) -> None:
         if progress.pictures >= 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        extract.run(*part, batch_size=4, progress=extract.Progress(stop))
+        extract.run(*part, batch_size=4, progress=ExtractProgress(stop))
     assert len(list(part[1].glob("shards/0*.json"))) == 1
     with featcache.open(out) as cache:
         assert cache.levels == (2, 3)
     with pytest.raises(UserError, match=r"an addition is unfinished, .*levels 1 .*finish it, or remove"):
-        adding.plan_part(make(pictures, views=3), out)
-    assert adding.plan_part(wanted, out) == part
-    progress = extract.Progress()
+        extend.plan_part(make(pictures, views=3), out)
+    assert extend.plan_part(wanted, out) == part
+    progress = ExtractProgress()
     extract.run(*part, batch_size=4, progress=progress)
     assert progress.pictures == 8  # of thirteen
     with featcache.open(out) as cache:
@@ -254,7 +256,7 @@ def test_an_unfinished_addition_is_not_seen_and_is_resumed(
 
 def test_an_addition_that_died_before_its_manifest_is_no_obstacle(pictures: Path, tmp_path: Path) -> None:
     out = copy_tree(base(pictures, "zarr"), tmp_path / "c")
-    part = adding.plan_part(make(pictures, levels=(1,)), out)
+    part = extend.plan_part(make(pictures, levels=(1,)), out)
     assert part is not None
     part[1].mkdir(parents=True)
     with featcache.open(out) as cache:

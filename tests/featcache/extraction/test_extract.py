@@ -24,12 +24,12 @@ import featcache
 from featcache import teachers
 from featcache.errors import UserError
 from featcache.extraction import extract, plan
-from featcache.pictures import open_source as images
-from featcache.storage import commit as publish
-from featcache.storage import manifest
+from featcache.extraction.progress import ExtractProgress
+from featcache.pictures.open_source import open_source
+from featcache.storage import commit, json_file, manifest
 from featcache.storage.store import STORES
 from featcache.teachers.synthetic import Synthetic
-from featcache.views import draw as views
+from featcache.views.policy import Policy
 from tests.conftest import copy_tree, files_below, flip, make_plan, undisturbed
 
 NINE = "synthetic:levels=3,tokens=9,width=8,size=28"
@@ -42,9 +42,9 @@ VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,n
 def noted_batch_size(files: dict[str, bytes], size: int) -> dict[str, bytes]:
     """The files of a cache as they would be had the manifest noted another batch size."""
     about = json.loads(files["manifest.json"])
-    del about[manifest.CHECKSUM]
+    del about[json_file.CHECKSUM]
     about["provenance"]["batch_size"] = size
-    text = json.dumps({**about, manifest.CHECKSUM: manifest.digest(about)}, sort_keys=True, indent=1) + "\n"
+    text = json.dumps({**about, json_file.CHECKSUM: json_file.digest(about)}, sort_keys=True, indent=1) + "\n"
     return {**files, "manifest.json": text.encode(), "shards/manifest.copy.json": text.encode()}
 
 
@@ -69,7 +69,7 @@ def test_running_again_does_nothing(pictures: Path, tmp_path: Path) -> None:
     undisturbed(pictures)
     out = Path(shutil.copytree(pictures.parent / "undisturbed", tmp_path / "c"))
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*/c.*")}
-    progress = extract.Progress()
+    progress = ExtractProgress()
     extract.run(make_plan(pictures), out, batch_size=4, progress=progress)
     assert (progress.total, progress.pictures) == (0, 0)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*/c.*")} == times
@@ -81,7 +81,7 @@ def test_lost_shards_are_made_again_and_only_they(pictures: Path, tmp_path: Path
     out = Path(shutil.copytree(pictures.parent / "undisturbed", tmp_path / "c"))
     shutil.rmtree(out / "shards/000001.zarr")
     (out / "shards/000001.json").unlink()
-    progress = extract.Progress()
+    progress = ExtractProgress()
     extract.run(make_plan(pictures), out, batch_size=4, progress=progress)
     assert (progress.total, progress.pictures) == (5, 5)
     assert files_below(out) == undisturbed(pictures)
@@ -90,12 +90,12 @@ def test_lost_shards_are_made_again_and_only_they(pictures: Path, tmp_path: Path
 def test_an_interrupted_run_keeps_complete_shards_and_leaves_no_litter(pictures: Path, tmp_path: Path) -> None:
     made = make_plan(pictures)
 
-    def stop(progress: extract.Progress) -> None:
+    def stop(progress: ExtractProgress) -> None:
         if progress.pictures >= 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        extract.run(made, tmp_path / "c", batch_size=4, progress=extract.Progress(stop))
+        extract.run(made, tmp_path / "c", batch_size=4, progress=ExtractProgress(stop))
     left = files_below(tmp_path / "c")
     assert "shards/000000.json" in left
     assert not [name for name in left if "tmp" in name or "lease" in name]
@@ -109,7 +109,7 @@ def test_an_interrupted_run_keeps_complete_shards_and_leaves_no_litter(pictures:
 
 @functools.cache
 def vit_cache(folder: Path) -> Path:
-    made = make_plan(folder, VIT, "random:0", policy=views.Policy(size=40, seed=3), levels=(2, 3), views=2)
+    made = make_plan(folder, VIT, "random:0", policy=Policy(size=40, seed=3), levels=(2, 3), views=2)
     out = folder.parent / "vit-of-extract"
     extract.run(made, out, batch_size=4)
     return out
@@ -173,14 +173,14 @@ def test_features_equal_an_independent_recomputation(photos: Path) -> None:
 
 def test_stored_orders_and_checksums_derive_from_what_is_stored(photos: Path) -> None:
     from featcache import rng
-    from featcache.targets import levels as targets
+    from featcache.targets.attention import mask_order
 
     crcs = [zarr.open_group(path, mode="r")["row_crc"][:] for path in sorted(vit_cache(photos).glob("shards/*.zarr"))]
     with featcache.open(vit_cache(photos)) as cache:
         rows = range(len(cache))
         for view in range(2):
             got = cache.read(rows, view, ("features", "feature_stats", "attention", "mask_order"))
-            order = targets.mask_order("attentive", got["attention"], rng.key_digests(cache.keys), view, 3)
+            order = mask_order("attentive", got["attention"], rng.key_digests(cache.keys), view, 3)
             np.testing.assert_array_equal(got["mask_order"], order)
             sums = [[crc32c.crc32c(level.tobytes()) for level in row] for row in got["features"]]
             assert np.concatenate(crcs)[:, view].tolist() == sums
@@ -192,7 +192,7 @@ def test_stored_orders_and_checksums_derive_from_what_is_stored(photos: Path) ->
 
 
 def test_a_real_network_agrees_across_batch_sizes(photos: Path, tmp_path: Path) -> None:
-    made = make_plan(photos, VIT, "random:0", policy=views.Policy(size=40, seed=3), levels=(2, 3), views=2)
+    made = make_plan(photos, VIT, "random:0", policy=Policy(size=40, seed=3), levels=(2, 3), views=2)
     extract.run(made, tmp_path / "c", batch_size=7, workers=1)
     with featcache.open(tmp_path / "c") as a, featcache.open(vit_cache(photos)) as b:
         for view in range(2):
@@ -227,8 +227,8 @@ class Broken(Synthetic):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_teacher_that_is_not_finite_is_told_by_key_view_and_level(photos: Path, tmp_path: Path, value: float) -> None:
     """Views 0, 1 of picture 0, ...: the seventh is picture 3's first."""
-    source = images.open_source(photos)
-    made = plan.Plan(source, Broken(value), views.Policy(size=28), 2, (1, 3), rows_per_shard=5)
+    source = open_source(photos)
+    made = plan.Plan(source, Broken(value), Policy(size=28), 2, (1, 3), rows_per_shard=5)
     with pytest.raises(UserError) as caught:
         extract.run(made, tmp_path / "c", batch_size=4)
     for part in ("non-finite", repr(source.keys[3]), "view 0", "level 3"):
@@ -238,7 +238,7 @@ def test_a_teacher_that_is_not_finite_is_told_by_key_view_and_level(photos: Path
 
 def test_progress_counts_and_names_the_slowest_stage(pictures: Path, tmp_path: Path) -> None:
     seen = []
-    progress = extract.Progress(lambda p: seen.append((p.pictures, p.total, p.slowest)))
+    progress = ExtractProgress(lambda p: seen.append((p.pictures, p.total, p.slowest)))
     extract.run(make_plan(pictures), tmp_path / "c", batch_size=4, progress=progress)
     assert progress.pictures == progress.total == 13
     assert [count for count, _, _ in seen] == sorted(count for count, _, _ in seen)
@@ -351,16 +351,16 @@ def test_a_cache_that_is_moved_away_is_not_begun_anew(photos: Path, tmp_path: Pa
     out, elsewhere = tmp_path / "c", tmp_path / "elsewhere"
     plan = make_plan(photos, store=store, rows_per_shard=4)
 
-    def move(now: extract.Progress) -> None:
+    def move(now: ExtractProgress) -> None:
         if now.pictures >= 6 and out.exists():  # in the second shard
             out.rename(elsewhere)
 
     with pytest.raises((UserError, OSError)) as caught:
-        extract.run(plan, out, batch_size=2, progress=extract.Progress(move))
+        extract.run(plan, out, batch_size=2, progress=ExtractProgress(move))
     assert str(out) in str(caught.value)
     assert not out.exists()
     for path in (*elsewhere.glob("shards/*.tmp"), *elsewhere.glob("shards/*.lease")):  # their process, we, is not dead
-        publish.remove(path)
+        commit.remove(path)
     extract.run(plan, elsewhere, batch_size=2)
     extract.run(plan, tmp_path / "undisturbed", batch_size=2)
     assert files_below(elsewhere) == files_below(tmp_path / "undisturbed")

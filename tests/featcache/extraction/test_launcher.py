@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import UsageError
-from featcache.extraction import extract
-from featcache.extraction import launcher as fleet
-from featcache.storage import commit as publish
-from featcache.storage import manifest
+from featcache.extraction import extract, launcher
+from featcache.extraction.progress import ExtractProgress
+from featcache.storage import commit, manifest
 from featcache.storage.store import SHARDS
 from tests.conftest import SYNTHETIC, Running, files_below, make_plan, python, undisturbed
 
@@ -29,17 +28,17 @@ ARGS = ("--teacher", SYNTHETIC, "--size", 28, "--views", 3, "--levels", "1,3", "
 # Decoding takes a moment, so that processes meet; or for ever from the fifth picture on.
 SLOW = """
 import time
-import featcache.pictures.open_source as i
+import featcache.views.pixel_path as i
 d = i.decode
 i.decode = lambda b: (time.sleep(0.08), d(b))[1]
 """
 STUCK = """
 import itertools, time
-from featcache.pictures import open_source as images
-decode, count = images.decode, itertools.count()
-images.decode = lambda data: (time.sleep(1000 if next(count) >= 4 else 0), decode(data))[1]
+import featcache.views.pixel_path as i
+decode, count = i.decode, itertools.count()
+i.decode = lambda data: (time.sleep(1000 if next(count) >= 4 else 0), decode(data))[1]
 """
-FAST = "from featcache.extraction import extract; extract.WAIT_S = 0.05"
+FAST = "from featcache.extraction import shard_queue; shard_queue.WAIT_S = 0.05"
 
 
 @functools.cache
@@ -80,7 +79,7 @@ def test_shares_cover_everything_once_and_the_last_completes(pictures: Path, tmp
     for i in (2, 0, 1):
         before = records(tmp_path / "c")
         assert not (tmp_path / "c/quarantine.json").exists()
-        progress = extract.Progress()
+        progress = ExtractProgress()
         extract.run(plan, tmp_path / "c", batch_size=4, share=(i, 3), progress=progress)
         new = [int(path.stem) for path in records(tmp_path / "c") if path not in before]
         assert new == list(range(i, 7, 3))
@@ -109,21 +108,21 @@ def test_a_share_by_the_command(pictures: Path, tmp_path: Path, start: Start) ->
 
 # Each stage: the function that the killed process enters for the n-th time, and dies in.
 STAGES = {
-    "before the manifest": ("storage.manifest:write_json", 1),
-    "half a manifest": ("storage.manifest:os.fsync", 1),
-    "after the manifest": ("storage.manifest:sync_folder", 1),
-    "before the copy": ("storage.manifest:write_json", 2),
-    "before the tail": ("storage.manifest:write_file", 3),
+    "before the manifest": ("storage.json_file:write_json", 1),
+    "half a manifest": ("storage.json_file:os.fsync", 1),
+    "after the manifest": ("storage.json_file:sync_folder", 1),
+    "before the copy": ("storage.json_file:write_json", 2),
+    "before the tail": ("storage.json_file:write_file", 3),
     "before a lease": ("storage.lease:take", 2),
     "while a lease is taken": ("storage.lease:_create", 2),
-    "holding a lease": ("storage.commit:settle", 3),
-    "decode": ("pictures.open_source:decode", 8),
-    "render": ("views.draw:render", 20),
+    "holding a lease": ("storage.commit:recover", 3),
+    "decode": ("views.pixel_path:decode", 8),
+    "render": ("views.render:render", 20),
     "teacher": ("extraction.device_pipeline:ask", 5),
-    "encode": ("targets.levels:mask_order", 6),
+    "encode": ("extraction.rows:mask_order", 6),
     "append": ("storage.row_file:RowFile.append", 70),
     "metadata": ("storage.zarr_store:ZarrShardWriter._write_metadata", 2),
-    "inner record": ("storage.manifest:write_json", 4),
+    "inner record": ("storage.json_file:write_json", 4),
     "before the renames": ("storage.commit:publish", 2),
     "between the renames": ("storage.commit:_publish_record", 2),
     "after the first shard": ("storage.zarr_store:ZarrShardWriter.__init__", 2),
@@ -138,8 +137,8 @@ import torch
 torch.set_num_threads(1)
 from featcache import teachers
 from featcache.extraction import extract, plan
-from featcache.pictures import open_source as images
-from featcache.views import draw as views
+from featcache.pictures.open_source import open_source
+from featcache.views.policy import Policy
 import featcache.storage.zarr_store
 import zarr
 teachers.modules()
@@ -166,8 +165,8 @@ for stage, (target, call) in stages.items():
     if children[stage] == 0:
         patch(target, call)
         loaded = teachers.load(teacher)
-        levels, policy = (1, loaded.depth), views.Policy(size=28)
-        made = plan.Plan(images.open_source(folder), loaded, policy, 3, levels, rows_per_shard=5)
+        levels, policy = (1, loaded.depth), Policy(size=28)
+        made = plan.Plan(open_source(folder), loaded, policy, 3, levels, rows_per_shard=5)
         extract.run(made, root / stage, batch_size=4, workers=2)
         os._exit(0)
 for stage, child in children.items():
@@ -243,16 +242,16 @@ def test_stopped_by_hand_it_says_what_is_left_and_continues(
 
 def test_the_loser_of_a_shard_discards(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hosts whose clocks disagree may work on one shard: leases only save work."""
-    original, plan = publish.publish, make_plan(pictures, rows_per_shard=2)
+    original, plan = commit.publish, make_plan(pictures, rows_per_shard=2)
 
     def overtaken(folder: Path, cache: Path, shard: str, *rest: object) -> None:
-        monkeypatch.setattr(publish, "publish", original)
+        monkeypatch.setattr(commit, "publish", original)
         (cache / SHARDS / f"{shard}.lease").unlink()
         extract.run(plan, cache, batch_size=4)
         assert files_below(cache).keys() > whole(pictures).keys()  # ours is not published yet
         original(folder, cache, shard, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(publish, "publish", overtaken)
+    monkeypatch.setattr(commit, "publish", overtaken)
     extract.run(plan, tmp_path / "c", batch_size=4, share=(3, 7))
     assert files_below(tmp_path / "c") == whole(pictures)
 
@@ -271,10 +270,10 @@ def test_two_devices_give_what_one_gives(pictures: Path, tmp_path: Path, start: 
 @pytest.mark.parametrize("text", ["", "cpu,", "cuda:97", "cuda", "tpu", "cpu cpu", "cuda:-1", "all,cpu"])
 def test_unknown_devices(text: str) -> None:
     with pytest.raises(UsageError) as caught:
-        fleet.devices(text)
+        launcher.devices(text)
     assert f"--devices {text!r}" in str(caught.value)
     assert "-1 are" not in str(caught.value)
-    assert fleet.devices("cpu,cpu") == ["cpu", "cpu"]
+    assert launcher.devices("cpu,cpu") == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -290,14 +289,14 @@ def test_unknown_devices(text: str) -> None:
 )
 def test_a_helper_gets_the_same_command_for_one_device(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["featcache", "extract", "--out", "c d", *words])
-    assert fleet._arguments("cuda:3") == ["extract", "--out", "c d", "--json", "--device", "cuda:3"]
+    assert launcher._arguments("cuda:3") == ["extract", "--out", "c d", "--json", "--device", "cuda:3"]
 
 
 def test_a_failed_helper_is_told_and_does_no_harm(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["featcache", "info", str(tmp_path)])
-    with fleet.helpers(["cpu"]):
+    with launcher.helpers(["cpu"]):
         pass
     told = capsys.readouterr().err
     assert told.startswith("note: the process on cpu failed, its shards were done by the others: error: ")
@@ -311,12 +310,12 @@ def test_helpers_are_stopped_where_the_caller_fails(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "executable", str(sleeper))
     monkeypatch.setattr(sys, "argv", ["featcache"])
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), fleet.helpers(["cpu", "cpu"]):
+    with pytest.raises(KeyboardInterrupt), launcher.helpers(["cpu", "cpu"]):
         raise KeyboardInterrupt
     assert time.monotonic() - began < 30
 
 
 def test_no_devices_no_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere")
-    with fleet.helpers([]):
+    with launcher.helpers([]):
         pass

@@ -15,12 +15,13 @@ import pytest
 
 import featcache
 from featcache.errors import IdentityError, UsageError, UserError
-from featcache.extraction import extract, plan
+from featcache.extraction import extract, target_folder
+from featcache.extraction.options import parse_keep, parse_levels
 from featcache.storage import commit as publish
-from featcache.storage import manifest, webdataset_store, zarr_store
+from featcache.storage import identity, manifest, webdataset_store, zarr_store
 from featcache.storage.row_file import RowFile
 from featcache.storage.store import STORES
-from featcache.views import draw as views
+from featcache.views.policy import Policy
 from tests.conftest import SYNTHETIC, Ran, files_below, make_plan, undisturbed
 
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
@@ -31,8 +32,8 @@ VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,n
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"policy": views.Policy(size=28, seed=1)}, "identity.policy.seed (fatal): 1 here, 0 there"),
-        ({"policy": views.Policy(size=29)}, "identity.policy.size (fatal)"),
+        ({"policy": Policy(size=28, seed=1)}, "identity.policy.seed (fatal): 1 here, 0 there"),
+        ({"policy": Policy(size=29)}, "identity.policy.size (fatal)"),
         ({"views": 2}, "identity.views (fatal): 2 here, 3 there"),
         ({"levels": (3,)}, "identity.levels (fatal)"),
         ({"order": "uniform"}, "identity.order (fatal)"),
@@ -128,7 +129,7 @@ def test_the_announced_bytes_are_the_written_ones(pictures: Path) -> None:
     ],
 )
 def test_levels(text: str, levels: tuple[int, ...]) -> None:
-    assert plan.parse_levels(text, 12) == levels
+    assert parse_levels(text, 12) == levels
 
 
 @pytest.mark.parametrize(
@@ -137,13 +138,13 @@ def test_levels(text: str, levels: tuple[int, ...]) -> None:
 )
 def test_impossible_levels(text: str) -> None:
     with pytest.raises(UsageError, match=r"--levels.*last:N.*1 to 12"):
-        plan.parse_levels(text, 12)
+        parse_levels(text, 12)
 
 
 @pytest.mark.parametrize("text", ["-0", "-13", "12,-1", "-1,-1", "--1", "-1,", "-", "-1.0"])
 def test_impossible_levels_from_the_end(text: str) -> None:
     with pytest.raises(UsageError, match=r"--levels.*names no block twice.*or -1 to -12 from the end"):
-        plan.parse_levels(text, 12)
+        parse_levels(text, 12)
 
 
 @pytest.mark.parametrize("name", ["workers", "batch_size"])
@@ -174,7 +175,7 @@ def test_impossible_counts(photos: Path, tmp_path: Path, name: str) -> None:
 )
 def test_kept_patches(text: str | None, patches: int, kept: int | None) -> None:
     """A share is rounded up, and is the decimal fraction that was written."""
-    assert plan.parse_keep(text, patches) == kept
+    assert parse_keep(text, patches) == kept
 
 
 @pytest.mark.parametrize("text", ["", "x", "inf", "nan", "1/0", "0.3.1", "58,", "½"])
@@ -182,13 +183,13 @@ def test_what_keeps_nothing(text: str) -> None:
     with pytest.raises(
         UsageError, match=r"--keep '.*a number of patches from 1 to 196, or a share of them such as 0\.3"
     ):
-        plan.parse_keep(text, 196)
+        parse_keep(text, 196)
 
 
 @pytest.mark.parametrize("text", ["1.5", "0", "0.0", "-0.3", "-58", "197"])
 def test_what_cannot_be_kept_is_echoed_as_it_was_given(text: str) -> None:
     with pytest.raises(UsageError, match=rf"^--keep {text}: a number of patches from 1 to 196, or a share of them"):
-        plan.parse_keep(text, 196)
+        parse_keep(text, 196)
 
 
 @pytest.mark.parametrize(
@@ -240,11 +241,11 @@ def test_shards_are_ranges_of_the_source(photos: Path, count: int, sizes: list[i
 
 def test_the_manifest_and_its_copy_are_there_before_any_shard(photos: Path, tmp_path: Path) -> None:
     made = make_plan(photos)
-    plan.prepare(made, tmp_path / "c", 4)
+    target_folder.prepare(made, tmp_path / "c", 4)
     files = files_below(tmp_path / "c")
     assert files["manifest.json"] == files["shards/manifest.copy.json"]
     assert len(files) == 3  # and the teacher's tail
-    plan.prepare(made, tmp_path / "c", 9)  # which is a matter of the first call
+    target_folder.prepare(made, tmp_path / "c", 9)  # which is a matter of the first call
     assert files_below(tmp_path / "c") == files
 
 
@@ -289,7 +290,7 @@ def test_no_option_does_nothing(
     assert ran.status == 0, ran.err
     about = manifest.read(tmp_path / "c")
     assert about["id"] == ids[1]
-    assert dict(manifest.flat(about["identity"]))[field] == wanted
+    assert dict(identity.flat(about["identity"]))[field] == wanted
 
 
 # ---------------------------------------------------------------- no room
@@ -383,14 +384,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_really_full(photos: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Complete shards stay; with room made, the same call goes on."""
-    monkeypatch.setattr(plan, "_SPARE_BYTES", 0)
+    monkeypatch.setattr(target_folder, "_SPARE_BYTES", 0)
     made = make_plan(photos)
     extract.run(make_plan(photos), small_disk.parent / "whole", batch_size=4)
     filler = small_disk / "filler"
     free = shutil.disk_usage(small_disk).free
     filler.write_bytes(bytes(free - 220_000))  # room for one shard and a half: files take whole pages
     with monkeypatch.context() as patched:
-        patched.setattr(plan, "_check_space", lambda *_: None)
+        patched.setattr(target_folder, "_check_space", lambda *_: None)
         with pytest.raises(UserError, match=r"No space left.*of 3 shards are complete and kept"):
             extract.run(made, small_disk / "c", batch_size=4)
     assert not list((small_disk / "c/shards").glob("*.tmp"))

@@ -19,33 +19,38 @@ import featcache
 from featcache import rng, teachers
 from featcache.errors import UserError
 from featcache.extraction import extract, plan, rendering
-from featcache.pictures import open_source as images
-from featcache.storage import manifest
+from featcache.pictures.decode import decode
+from featcache.pictures.folder import FolderSource
+from featcache.pictures.open_source import open_source
+from featcache.storage import json_file
 from featcache.teachers.synthetic import Synthetic
-from featcache.views import draw as views
+from featcache.views.draw import Drawn, draw
+from featcache.views.fingerprint import pixel_hash, thumbnail
+from featcache.views.policy import Policy
+from featcache.views.render import render
 from tests.conftest import files_below, make_plan, undisturbed
 
 
 def test_stored_views_are_the_policys_and_proofs_are_at_its_size(photos: Path, tmp_path: Path) -> None:
     """The teacher sees 28 pixels, the policy says 40: hash and thumbnail are of the 40-pixel view."""
-    source = images.open_source(photos)
-    policy = views.Policy(size=40, seed=3)
+    source = open_source(photos)
+    policy = Policy(size=40, seed=3)
     extract.run(make_plan(photos, policy=policy, views=2), tmp_path / "c", batch_size=4)
     with featcache.open(tmp_path / "c") as cache:
         assert list(cache.keys) == list(source.keys)
         for row, key in enumerate(source.keys):
-            picture = images.decode(source.read(row))
+            picture = decode(source.read(row))
             assert cache.read([row], 0, ["source_size"])["source_size"].tolist() == [[picture.height, picture.width]]
             size = np.array([[picture.height, picture.width]])
-            drawn = views.draw(policy, rng.key_digests([key]), size, range(2))
+            drawn = draw(policy, rng.key_digests([key]), size, range(2))
             for view in range(2):
-                got = cache.read([row], view, [*views.Drawn._fields, "pixel_hash", "thumbnail"])
-                for name in views.Drawn._fields:
+                got = cache.read([row], view, [*Drawn._fields, "pixel_hash", "thumbnail"])
+                for name in Drawn._fields:
                     np.testing.assert_array_equal(got[name][0], getattr(drawn, name)[0, view])
                 box = (drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view])
-                pixels = views.render(picture, *box, 40, "bicubic")
-                assert int(got["pixel_hash"][0]) == views.pixel_hash(pixels)
-                np.testing.assert_array_equal(got["thumbnail"][0], views.thumbnail(pixels))
+                pixels = render(picture, *box, 40, "bicubic")
+                assert int(got["pixel_hash"][0]) == pixel_hash(pixels)
+                np.testing.assert_array_equal(got["thumbnail"][0], thumbnail(pixels))
 
 
 # ---------------------------------------------------------------- stored pixels
@@ -61,7 +66,7 @@ def by_hand(picture: Path, crop: list[int], flip: int, size: int) -> np.ndarray:
 
 def test_stored_pixels_are_the_views_and_change_nothing_else(photos: Path, tmp_path: Path) -> None:
     """At the policy's size, whatever the teacher's; plain Zarr, plain Pillow."""
-    made = make_plan(photos, policy=views.Policy(size=40, seed=3), views=2, pixels=True)
+    made = make_plan(photos, policy=Policy(size=40, seed=3), views=2, pixels=True)
     assert made.manifest()["identity"]["pixels"] == "raw"
     extract.run(made, tmp_path / "raw", batch_size=4)
     extract.run(replace(made, pixels=False), tmp_path / "plain", batch_size=4)
@@ -85,7 +90,7 @@ def test_stored_pixels_are_the_views_and_change_nothing_else(photos: Path, tmp_p
             a, b = (cache.read(range(11), 1, [name])[name] for cache in (raw, plain))
             np.testing.assert_array_equal(a, b, err_msg=name)
         hashes = raw.read(range(11), 1, ["pixels", "pixel_hash"])
-        assert [views.pixel_hash(each) for each in hashes["pixels"]] == hashes["pixel_hash"].tolist()
+        assert [pixel_hash(each) for each in hashes["pixels"]] == hashes["pixel_hash"].tolist()
 
 
 # ---------------------------------------------------------------- what must not be taken for the same
@@ -98,9 +103,7 @@ def test_features_of_a_flipped_view_are_not_flipped_features(photos: Path, tmp_p
     mirror image, features are the mirrored pixels' own."""
     found = []
     for flip in (0.0, 1.0):
-        made = make_plan(
-            photos, VIT, "random:0", policy=views.Policy(size=32, flip=flip), levels=(3,), views=1, pixels=True
-        )
+        made = make_plan(photos, VIT, "random:0", policy=Policy(size=32, flip=flip), levels=(3,), views=1, pixels=True)
         extract.run(made, tmp_path / str(flip), batch_size=4)
         with featcache.open(tmp_path / str(flip)) as cache:
             found.append(cache.read(range(11), 0, ["features", "pixels", "crop", "flip"]))
@@ -128,8 +131,8 @@ def test_features_of_a_flipped_view_are_not_flipped_features(photos: Path, tmp_p
 def test_a_crop_replayed_at_196_is_the_direct_crop(photos: Path, tmp_path: Path) -> None:
     """From the stored box to 196 pixels in one step; by way of the policy's 224 pixels it would be another."""
     teacher = Watched(tokens=196, size=196)
-    source = images.open_source(photos)
-    made = plan.Plan(source, teacher, views.Policy(), 2, (3,), pixels=True)
+    source = open_source(photos)
+    made = plan.Plan(source, teacher, Policy(), 2, (3,), pixels=True)
     extract.run(made, tmp_path / "c", batch_size=22)
     (batch,) = teacher.batches
     with featcache.open(tmp_path / "c") as cache:
@@ -176,7 +179,7 @@ class Watched(Synthetic):
 def test_batches_never_cross_a_shard_and_the_last_is_padded(photos: Path, tmp_path: Path) -> None:
     """11 pictures x 2 views in shards of 5: 10, 10 and 2 views in batches of 4 are 3 + 3 + 1 full batches."""
     teacher = Watched()
-    made = plan.Plan(images.open_source(photos), teacher, views.Policy(size=28), 2, (3,), rows_per_shard=5)
+    made = plan.Plan(open_source(photos), teacher, Policy(size=28), 2, (3,), rows_per_shard=5)
     extract.run(made, tmp_path / "c", batch_size=4)
     assert [batch.shape for batch in teacher.batches] == [(4, 3, 28, 28)] * 7
     assert teacher.batches[0].dtype == np.uint8
@@ -191,7 +194,7 @@ def test_batches_never_cross_a_shard_and_the_last_is_padded(photos: Path, tmp_pa
 def test_bad_pictures_are_listed_and_the_rest_extracted(pictures: Path) -> None:
     undisturbed(pictures)
     out = pictures.parent / "undisturbed"
-    report = manifest.read_json(out / "quarantine.json")
+    report = json_file.read_json(out / "quarantine.json")
     assert [row["key"] for row in report["pictures"]] == ["half", "lie"]
     assert "truncated" in report["pictures"][0]["reason"]
     assert report["pictures"][1]["reason"] == "not a readable picture"
@@ -234,7 +237,7 @@ def test_a_failing_disk_is_not_taken_for_bad_pictures(
     def read(self: object, index: int) -> bytes:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(images.FolderSource, "read", read)
+    monkeypatch.setattr(FolderSource, "read", read)
     with pytest.raises((OSError, UserError), match="Too many open files"):
         extract.run(made, tmp_path / "c")
     assert not (tmp_path / "c/shards/000000.json").exists()
@@ -248,4 +251,4 @@ def test_no_usable_picture_at_all_is_an_error(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match=r"none of 3 pictures could be used.*quarantine\.json"):
             extract.run(make_plan(folder), tmp_path / "c")
-    assert len(manifest.read_json(tmp_path / "c/quarantine.json")["pictures"]) == 3
+    assert len(json_file.read_json(tmp_path / "c/quarantine.json")["pictures"]) == 3

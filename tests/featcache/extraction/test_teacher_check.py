@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.extraction import teacher_check as sanity
-from featcache.pictures import open_source as images
+from featcache.extraction import teacher_check
+from featcache.pictures.open_source import open_source
 from featcache.teachers.synthetic import Synthetic
-from featcache.views import draw as views
+from featcache.views.fingerprint import pixel_hash
+from featcache.views.policy import Policy
 from pipelines.pack_images import pack
 from tests.conftest import SYNTHETIC, Ran, files_below
 
@@ -47,14 +48,14 @@ class Blind(Synthetic):
     def forward(self, batch: torch.Tensor, levels: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
         ys, attention = super().forward(batch, levels)
         for i, picture in enumerate(batch):
-            seed = views.pixel_hash(picture.permute(1, 2, 0).numpy()) % 2**32
+            seed = pixel_hash(picture.permute(1, 2, 0).numpy()) % 2**32
             noise = torch.randn(ys[0][i].shape, generator=torch.Generator().manual_seed(seed))
             ys[0][i] = noise if self.value is None else self.value
         return ys, attention
 
 
-def score(teacher: Synthetic, source: Path | str) -> sanity.Score:
-    return sanity.check(teacher, images.open_source(source), views.Policy(size=28), 5)
+def score(teacher: Synthetic, source: Path | str) -> teacher_check.Score:
+    return teacher_check.check(teacher, open_source(source), Policy(size=28), 5)
 
 
 def sighted() -> Synthetic:
@@ -88,10 +89,10 @@ def test_votes_by_hand() -> None:
     """Cosines to row 0 are 1, 0, -1; each row's neighbours are all others, weighed by exp(cosine / 0.07)."""
     features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-3.0, 0.0]])
     assert (
-        sanity.right_share(features, np.array([0, 0, 1, 1])) == 0.75
+        teacher_check.right_share(features, np.array([0, 0, 1, 1])) == 0.75
     )  # the third is as near to two of 0 as to one of 1
-    assert sanity.right_share(features, np.array([0, 0, 0, 1])) == 0.75
-    assert sanity.right_share(features, np.array([0, 1, 0, 1])) == 0.0
+    assert teacher_check.right_share(features, np.array([0, 0, 0, 1])) == 0.75
+    assert teacher_check.right_share(features, np.array([0, 1, 0, 1])) == 0.0
 
 
 def test_chance_is_the_commonest_class(labelled: Path, tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_many_pictures_are_chosen_evenly(monkeypatch: pytest.MonkeyPatch) -> Non
         spec, keys = "many", [str(i) for i in range(100 * 40)]
         labels = np.repeat(np.arange(100), 40)
 
-    numbers, labels = sanity._choose(Many())  # type: ignore[arg-type]
+    numbers, labels = teacher_check._choose(Many())  # type: ignore[arg-type]
     assert len(numbers) == 32 * 16
     assert np.bincount(labels)[np.unique(labels)].tolist() == [16] * 32
     assert np.unique(labels)[[0, 1, 2, -1]].tolist() == [0, 3, 6, 96]
@@ -115,7 +116,7 @@ def test_many_pictures_are_chosen_evenly(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_tars_with_labels(labelled: Path, tmp_path: Path) -> None:
-    pack(images.open_source(labelled), tmp_path, 100, seed=0)
+    pack(open_source(labelled), tmp_path, 100, seed=0)
     found = score(sighted(), next(iter(tmp_path.glob("*.tar"))).as_posix())
     assert (found.pictures, found.right) == (24, 1.0)
 

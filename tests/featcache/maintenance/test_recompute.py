@@ -17,18 +17,18 @@ from featcache import teachers
 from featcache.errors import IdentityError
 from featcache.extraction import extract, plan
 from featcache.maintenance import recompute, verify
-from featcache.pictures import open_source as images
-from featcache.storage import manifest
+from featcache.pictures.open_source import open_source
+from featcache.storage import json_file
 from featcache.storage.store import STORES
-from featcache.views import draw as views
+from featcache.views.policy import Policy
 from tests.conftest import SYNTHETIC, Ran, make_photos, waves
 
 VIT = "timm:vit_tiny_patch16_224,img_size=16,patch_size=8,embed_dim=16,depth=2,num_heads=2"
 
 
 def make(folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None, **options: object) -> Path:
-    loaded, policy = teachers.load(teacher, weights), views.Policy(size=28)
-    made = plan.Plan(images.open_source(folder), loaded, policy, 2, (1, 2), rows_per_shard=6, **options)
+    loaded, policy = teachers.load(teacher, weights), Policy(size=28)
+    made = plan.Plan(open_source(folder), loaded, policy, 2, (1, 2), rows_per_shard=6, **options)
     extract.run(made, out, batch_size=4)
     return out
 
@@ -52,7 +52,7 @@ def vit(pictures: Path) -> Path:
 
 def ask(cache: Path, pictures: Path, count: int = 100, weights: str | None = None, seed: int = 0) -> dict:
     with featcache.open(cache) as opened:
-        return recompute.recompute(opened, images.open_source(pictures), weights, count, seed, "cpu")
+        return recompute.recompute(opened, open_source(pictures), weights, count, seed, "cpu")
 
 
 @pytest.mark.parametrize("name", ["sound", "vit"])
@@ -140,14 +140,14 @@ def test_changed_features_are_found_even_with_good_checksums(pictures: Path, sou
     (other / "shards/000000.json").unlink()
     loaded = teachers.load(SYNTHETIC)
     loaded.places[0] += 0.25
-    made = plan.Plan(images.open_source(pictures), loaded, views.Policy(size=28), 2, (1, 2), rows_per_shard=6)
+    made = plan.Plan(open_source(pictures), loaded, Policy(size=28), 2, (1, 2), rows_per_shard=6)
     extract.run(made, tmp_path / "wrong", batch_size=4)
     shutil.copytree(tmp_path / "wrong/shards/000000.zarr", path)
-    record = manifest.read_json(tmp_path / "wrong/shards/000000.json")
-    manifest.write_json(other / "shards/000000.json", record)
+    record = json_file.read_json(tmp_path / "wrong/shards/000000.json")
+    json_file.write_json(other / "shards/000000.json", record)
     assert [problem.split(": ")[1] for problem in verify.files(other)[0]] == ["is of a shard of another cache"]
     del record["content"]
-    manifest.write_json(other / "shards/000000.json", record)
+    json_file.write_json(other / "shards/000000.json", record)
     assert verify.files(other)[0] == []
     found = ask(other, pictures)
     assert len(found["problems"]) == 5  # the first shard's six less the one in quarantine

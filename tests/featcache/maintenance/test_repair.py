@@ -16,10 +16,12 @@ import pytest
 from featcache import teachers
 from featcache.errors import IdentityError, UserError
 from featcache.extraction import extract, plan
+from featcache.extraction.progress import ExtractProgress
 from featcache.maintenance import repair, verify
-from featcache.pictures import open_source as images
-from featcache.storage import commit as publish
-from featcache.storage import manifest
+from featcache.models.contract import Teacher
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
+from featcache.storage import commit, json_file, manifest
 from featcache.storage.store import SHARDS, STORES
 from tests.conftest import Ran, copy_tree, files_below, flip, make_plan
 
@@ -39,14 +41,14 @@ def sound(folder: Path, store: str) -> Path:
 
 
 def load_of(folder: Path) -> repair.Load:
-    def load(about: dict) -> tuple[images.Source, teachers.Teacher]:
+    def load(about: dict) -> tuple[Source, Teacher]:
         name, weights = about["identity"]["teacher"]["name"], about["provenance"]["weights"]
-        return images.open_source(folder), teachers.load(name, weights)
+        return open_source(folder), teachers.load(name, weights)
 
     return load
 
 
-def never(about: dict) -> tuple[images.Source, teachers.Teacher]:
+def never(about: dict) -> tuple[Source, Teacher]:
     pytest.fail("neither pictures nor teacher are needed")
 
 
@@ -123,7 +125,7 @@ def test_a_sound_cache_is_left_alone(cache: Path) -> None:
 
 
 def test_only_the_bad_shard_is_extracted_again(cache: Path, pictures: Path) -> None:
-    whole, progress = files_below(cache), extract.Progress()
+    whole, progress = files_below(cache), ExtractProgress()
     times = {path: path.stat().st_mtime_ns for path in cache.glob(f"{SHARDS}/000000*/**/*")}
     flip(cache / CHUNKS[1])
     done = repair.run(cache, load_of(pictures), progress=progress)
@@ -155,7 +157,7 @@ def test_a_manifest_that_is_not_its_copy(cache: Path, pictures: Path) -> None:
     """Each sound by itself, as after a hand copied one over: verify must not call this sound."""
     about = manifest.read(cache)
     about["provenance"]["source"] = "elsewhere"
-    manifest.write_json(cache / SHARDS / "manifest.copy.json", about)
+    json_file.write_json(cache / SHARDS / "manifest.copy.json", about)
     assert "manifest.copy.json" in told(cache)
     repair.run(cache, never)
     assert told(cache) == ""
@@ -204,7 +206,7 @@ def test_a_picture_that_vanishes_on_the_way_puts_the_shard_back(cache: Path, pic
         flip(cache / name)
     before = files_below(cache)
 
-    def load(about: dict) -> tuple[images.Source, teachers.Teacher]:
+    def load(about: dict) -> tuple[Source, Teacher]:
         found = load_of(folder)(about)
         (folder / "rgba.png").unlink()  # the last but one
         return found
@@ -220,11 +222,11 @@ def test_a_stopped_repair_puts_the_shard_back(cache: Path, pictures: Path) -> No
     flip(cache / CHUNKS[0])
     before = files_below(cache)
 
-    def stop(progress: extract.Progress) -> None:
+    def stop(progress: ExtractProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        repair.run(cache, load_of(pictures), progress=extract.Progress(stop))
+        repair.run(cache, load_of(pictures), progress=ExtractProgress(stop))
     assert files_below(cache) == before
 
 
@@ -233,11 +235,11 @@ def test_a_killed_repair_is_taken_up(cache: Path, pictures: Path, then: str) -> 
     """It died with the bad shard out of sight and nothing in its place."""
     whole = files_below(cache)
     flip(cache / CHUNKS[0])
-    publish.set_aside(cache, "000000", "zarr")
+    commit.set_aside(cache, "000000", "zarr")
     assert "000000.json: missing" in told(cache)
     if then.startswith("extract"):
         extract.run(make_plan(pictures, views=2, rows_per_shard=7), cache, batch_size=4)
-        assert {path.name for path in publish.leftovers(cache)} == {"000000.zarr.bad", "000000.json.bad"}
+        assert {path.name for path in commit.leftovers(cache)} == {"000000.zarr.bad", "000000.json.bad"}
         assert {name: data for name, data in files_below(cache).items() if ".bad" not in name} == whole
     if then.endswith("damage, repair"):
         flip(cache / CHUNKS[0])

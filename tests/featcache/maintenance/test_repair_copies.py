@@ -18,11 +18,10 @@ import pytest
 
 import featcache
 from featcache.errors import IdentityError, UnreadableError, UserError
-from featcache.extraction import extend as adding
-from featcache.extraction import extract
+from featcache.extraction import extend, extract
+from featcache.extraction.progress import ExtractProgress
 from featcache.maintenance import repair, transfer, verify
-from featcache.storage import commit as publish
-from featcache.storage import lease, manifest
+from featcache.storage import commit, json_file, lease, manifest
 from featcache.storage.store import SHARDS, STORES
 from tests.conftest import Ran, Running, copy_tree, files_below, flip, make_plan
 from tests.featcache.extraction.test_launcher import wait_for
@@ -31,10 +30,10 @@ from tests.featcache.maintenance.test_repair import load_of, never, told
 Start = Callable[..., Running]
 SLOW = """
 import time
-from featcache.pictures import open_source as images
+from featcache.pictures import decode as picture_decode
 from featcache.maintenance import transfer
-decode, copy = images.decode, transfer._copy_file
-images.decode = lambda data: (time.sleep(0.1), decode(data))[1]
+decode, copy = picture_decode.decode, transfer._copy_file
+picture_decode.decode = lambda data: (time.sleep(0.1), decode(data))[1]
 transfer._copy_file = lambda *a: (time.sleep(0.1), copy(*a))[1]
 """
 
@@ -109,12 +108,12 @@ def test_a_stranger_among_what_was_added_is_named(pictures: Path, tmp_path: Path
     out = copy_tree(sound(pictures, "zarr"), tmp_path / "c")
     other = make_plan(pictures, views=2, rows_per_shard=4, order="uniform")
     extract.run(other, tmp_path / "other", batch_size=4)
-    (out / adding.PARTS).mkdir()
-    (tmp_path / "other").rename(out / adding.PARTS / "other")
+    (out / extend.PARTS).mkdir()
+    (tmp_path / "other").rename(out / extend.PARTS / "other")
     found, _ = verify.files(out)
     assert len(found) == 1
     assert "does not belong to cache" in found[0]
-    assert str(out / adding.PARTS / "other") in found[0]
+    assert str(out / extend.PARTS / "other") in found[0]
     with pytest.raises(UserError, match=r"does not belong to cache .* move it away"):
         repair.run(out, never)
 
@@ -122,7 +121,7 @@ def test_a_stranger_among_what_was_added_is_named(pictures: Path, tmp_path: Path
 @pytest.mark.parametrize("rows", [[], [{"key": "photo0", "reason": "?"}]], ids=["emptied", "of another cache"])
 def test_a_quarantine_that_the_records_do_not_tell_of(cache: Path, rows: list[dict[str, str]]) -> None:
     whole = files_below(cache)
-    manifest.write_json(cache / "quarantine.json", {"pictures": rows})
+    json_file.write_json(cache / "quarantine.json", {"pictures": rows})
     assert f"{cache}/quarantine.json: does not list" in told(cache)
     assert repair.run(cache, never) == {"restored": [f"{cache}/quarantine.json"], "shards": []}
     assert files_below(cache) == whole
@@ -131,7 +130,7 @@ def test_a_quarantine_that_the_records_do_not_tell_of(cache: Path, rows: list[di
 def test_a_quarantine_where_nothing_was_put_into_it(photos: Path, tmp_path: Path) -> None:
     extract.run(make_plan(photos), tmp_path / "c", batch_size=4)
     whole = files_below(tmp_path / "c")
-    manifest.write_json(tmp_path / "c/quarantine.json", {"pictures": [{"key": "photo0", "reason": "?"}]})
+    json_file.write_json(tmp_path / "c/quarantine.json", {"pictures": [{"key": "photo0", "reason": "?"}]})
     assert "quarantine.json: does not list" in told(tmp_path / "c")
     repair.run(tmp_path / "c", never)
     assert files_below(tmp_path / "c") == whole
@@ -174,11 +173,11 @@ def test_one_shard_at_a_time_is_out_of_sight(cache: Path, pictures: Path) -> Non
     for shard in range(4):
         flip(cache / numbers("zarr", shard))
 
-    def look(progress: extract.Progress) -> None:
+    def look(progress: ExtractProgress) -> None:
         missing.add(4 - len([path for path in cache.glob(f"{SHARDS}/0*.json") if path.stem.isdecimal()]))
         totals.add(progress.total)
 
-    repair.run(cache, load_of(pictures), progress=extract.Progress(look))
+    repair.run(cache, load_of(pictures), progress=ExtractProgress(look))
     assert missing <= {0, 1}
     assert totals == {13}
     assert files_below(cache) == whole
@@ -187,7 +186,7 @@ def test_one_shard_at_a_time_is_out_of_sight(cache: Path, pictures: Path) -> Non
 def test_what_a_killed_repair_left_goes_with_the_next(cache: Path, pictures: Path) -> None:
     """It died when the new shard was complete and the old one still there."""
     whole = files_below(cache)
-    publish.set_aside(cache, "000000", "zarr")
+    commit.set_aside(cache, "000000", "zarr")
     copy_tree(sound(pictures, "zarr") / SHARDS / "000000.zarr", cache / SHARDS / "000000.zarr")
     shutil.copy(sound(pictures, "zarr") / SHARDS / "000000.json", cache / SHARDS / "000000.json")
     assert any(name.endswith(".bad") for name in files_below(cache))
@@ -206,7 +205,7 @@ def test_a_repair_waits_for_another_and_finds_its_work_done(cache: Path, picture
         (cache / numbers("zarr", 2)).write_bytes(whole[numbers("zarr", 2)])
         held.release()
 
-    progress = extract.Progress(waiting=waiting)
+    progress = ExtractProgress(waiting=waiting)
     repair.run(cache, load_of(pictures), progress=progress)
     assert said == [1]
     assert progress.pictures == 0
@@ -220,16 +219,16 @@ def test_another_repair_may_clear_up_at_any_moment(
     """Before any look of this one at what it set aside."""
     whole = files_below(cache)
     flip(cache / numbers("zarr", 1))
-    read, asked = manifest.read_json, []
+    read, asked = json_file.read_json, []
 
     def read_json(path: Path) -> dict[str, object]:
-        if path == publish.aside(cache / SHARDS / "000001.json"):
+        if path == commit.aside(cache / SHARDS / "000001.json"):
             asked.append(path)
             if len(asked) == look:
-                publish.forget_aside(cache, "000001", "zarr")
+                commit.forget_aside(cache, "000001", "zarr")
         return read(path)
 
-    monkeypatch.setattr(manifest, "read_json", read_json)
+    monkeypatch.setattr(json_file, "read_json", read_json)
     repair.run(cache, load_of(pictures))
     assert asked
     assert files_below(cache) == whole
@@ -323,7 +322,7 @@ def test_an_addition_has_the_rows_of_its_cache(cache: Path, pictures: Path, tmp_
 
     def add() -> None:
         plan = make_plan(folder, views=2, rows_per_shard=4, levels=(2,))
-        job = adding.plan_part(plan, cache)
+        job = extend.plan_part(plan, cache)
         assert job is not None
         extract.run(job.plan, job.out, batch_size=4)
 
@@ -370,7 +369,7 @@ def test_a_shard_of_other_pictures_is_named(
 
 
 def record_of(cache: Path, shard: int) -> dict:
-    return manifest.read_json(cache / SHARDS / f"{shard:06d}.json")
+    return json_file.read_json(cache / SHARDS / f"{shard:06d}.json")
 
 
 def keys_of(cache: Path, shard: int) -> list[str]:

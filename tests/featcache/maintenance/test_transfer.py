@@ -20,11 +20,9 @@ from hypothesis import strategies as st
 
 import featcache
 from featcache.errors import IdentityError, UsageError, UserError
-from featcache.extraction import extend as adding
-from featcache.extraction import extract
+from featcache.extraction import extend, extract
 from featcache.maintenance import transfer, verify
-from featcache.storage import commit as publish
-from featcache.storage import lease, manifest
+from featcache.storage import commit, json_file, lease, manifest
 from featcache.storage.store import record_path, store
 from tests.conftest import SYNTHETIC, Ran, files_below, flip, make_photos, make_plan, python
 
@@ -63,7 +61,7 @@ def grown(pictures: Path) -> Path:
         make_plan(pictures, levels=(1, 2, 3), views=4),
         make_plan(pictures, OTHER, levels=(2,), views=4),
     ):
-        lacking = adding.plan_part(wanted, out)
+        lacking = extend.plan_part(wanted, out)
         if lacking is not None:
             extract.run(lacking[0], lacking[1], batch_size=4)
     assert len(list((out / "parts").iterdir())) == 3
@@ -100,7 +98,7 @@ def test_a_copy_has_the_same_bytes_additions_too(grown: Path, tmp_path: Path) ->
 def test_running_again_does_nothing(plain: Path, tmp_path: Path) -> None:
     transfer.copy(plain, tmp_path / "c")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*") if path.is_file()}
-    progress = transfer.Progress()
+    progress = transfer.TransferProgress()
     transfer.copy(plain, tmp_path / "c", progress=progress)
     assert (progress.total, progress.done, progress.shards) == (0, 0, 0)
     assert {path: path.stat().st_mtime_ns for path in times} == times
@@ -108,7 +106,9 @@ def test_running_again_does_nothing(plain: Path, tmp_path: Path) -> None:
 
 def test_progress_ends_at_its_total(plain: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    transfer.copy(plain, tmp_path / "c", progress=transfer.Progress(lambda now: seen.append((now.done, now.total))))
+    transfer.copy(
+        plain, tmp_path / "c", progress=transfer.TransferProgress(lambda now: seen.append((now.done, now.total)))
+    )
     with featcache.Cache(plain) as cache:
         assert seen[-1] == (cache.bytes, cache.bytes)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -142,7 +142,7 @@ def test_converted_is_what_is_extracted_into_that_store(pictures: Path, plain: P
     assert files_below(tmp_path / "tars") == files_below(direct)
     assert manifest.read(tmp_path / "tars") == manifest.read(direct)
     for record in sorted((direct / "shards").glob("0*.json")):
-        here, there = (manifest.read_json(path) for path in (tmp_path / "tars/shards" / record.name, record))
+        here, there = (json_file.read_json(path) for path in (tmp_path / "tars/shards" / record.name, record))
         assert here["statistics"] == there["statistics"]
 
 
@@ -197,7 +197,7 @@ def test_statistics_are_of_what_is_kept(pictures: Path, tmp_path: Path) -> None:
         group = zarr.open_group(record.with_suffix(".zarr"), mode="r")
         features, attention = (np.asarray(group[name][...]).astype(np.float64) for name in ("features", "attention"))
         p = attention / attention.sum(-1, keepdims=True)
-        found = manifest.read_json(record)["statistics"]
+        found = json_file.read_json(record)["statistics"]
         norm = np.sqrt((features**2).sum(-1)).mean()
         expected = {"min": features.min(), "max": features.max(), "non_finite": 0, "norm": norm}
         assert found["features"] == pytest.approx(expected, rel=1e-6)
@@ -218,7 +218,7 @@ def test_other_teachers_are_left_out_of_a_choice_and_named(grown: Path, tmp_path
 
 def test_stored_pixels_of_added_views_are_kept(pictures: Path, tmp_path: Path) -> None:
     origin = Path(shutil.copytree(made(pictures, "plain-pixels", pixels=True), tmp_path / "origin"))
-    part = adding.plan_part(make_plan(pictures, views=4), origin)
+    part = extend.plan_part(make_plan(pictures, views=4), origin)
     assert part is not None
     extract.run(*part, batch_size=4)
     transfer.copy(origin, tmp_path / "c", views=4, levels=(1,))
@@ -255,7 +255,7 @@ def test_some_shards_of_a_grown_cache_keep_what_was_added(grown: Path, tmp_path:
             here, there = (cache.read(range(9), 3, [field])[field] for cache in (some, all_of_it))
             np.testing.assert_array_equal(here, there)
         assert some.quarantined == all_of_it.quarantined
-        assert all(path.name.endswith(manifest.digest(manifest.read(path)["identity"])[:8]) for path in parts(some))
+        assert all(path.name.endswith(json_file.digest(manifest.read(path)["identity"])[:8]) for path in parts(some))
     check_clean(tmp_path / "c")
 
 
@@ -328,7 +328,7 @@ STOPS = [
     ("files", "maintenance.transfer._copy_file", 9),
     ("files", "storage.commit.publish", 2),
     ("files", "storage.commit._publish_record", 2),
-    ("files", "storage.manifest.write_json", 2),
+    ("files", "storage.json_file.write_json", 2),
     ("rows", "storage.row_file:RowFile.append", 40),
     ("rows", "storage.zarr_store:ZarrShardWriter.append", 2),
     ("rows", "storage.commit._publish_record", 1),
@@ -424,7 +424,7 @@ def test_a_shard_that_another_process_holds_is_waited_for(
         assert not record_path(tmp_path / "c", "000001").is_file()
         held.release()
 
-    transfer.copy(plain, tmp_path / "c", progress=transfer.Progress(waiting=waiting))
+    transfer.copy(plain, tmp_path / "c", progress=transfer.TransferProgress(waiting=waiting))
     assert told == [1]
     assert files_below(tmp_path / "c") == files_below(plain)
 
@@ -450,7 +450,7 @@ def test_a_damaged_source_is_named_and_its_shard_not_published(plain: Path, tmp_
 def test_a_file_with_bytes_after_its_end_is_damaged(plain: Path, tmp_path: Path) -> None:
     origin = Path(shutil.copytree(plain, tmp_path / "origin"))
     with featcache.open(origin), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish, "check", lambda *args, **kwargs: [])  # it grew after the cache was opened
+        patch.setattr(commit, "check", lambda *args, **kwargs: [])  # it grew after the cache was opened
         bad = next((origin / "shards/000000.zarr/features").glob("c.*"))
         bad.write_bytes(bad.read_bytes() + b"x")
         with pytest.raises(UserError, match=str(bad)):
@@ -580,7 +580,7 @@ def test_convert_prints_json(featcache_command: Command, grown: Path, tmp_path: 
     facts = json.loads(ran.out)
     assert (facts["store"], facts["rows"], facts["views"], facts["levels"]) == ("webdataset", 11, 4, [1, 2, 3])
     assert (facts["new_shards"], facts["complete"], facts["left_out"], len(facts["parts"])) == (12, True, [], 4)
-    assert facts["id"] == manifest.digest({**manifest.read(grown)["identity"], "store": "webdataset"})[:16]
+    assert facts["id"] == json_file.digest({**manifest.read(grown)["identity"], "store": "webdataset"})[:16]
 
 
 @pytest.mark.parametrize(

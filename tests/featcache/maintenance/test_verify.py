@@ -11,14 +11,14 @@ from featcache import teachers
 from featcache.errors import UserError
 from featcache.extraction import extract, plan
 from featcache.maintenance import verify
-from featcache.pictures import open_source as images
-from featcache.views import draw as views
+from featcache.pictures.open_source import open_source
+from featcache.views.policy import Policy
 from tests.conftest import SYNTHETIC, files_below, make_photos
 
 
 def make(folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None, **options: object) -> Path:
-    loaded, policy = teachers.load(teacher, weights), views.Policy(size=28)
-    made = plan.Plan(images.open_source(folder), loaded, policy, 2, (1, 2), rows_per_shard=6, **options)
+    loaded, policy = teachers.load(teacher, weights), Policy(size=28)
+    made = plan.Plan(open_source(folder), loaded, policy, 2, (1, 2), rows_per_shard=6, **options)
     extract.run(made, out, batch_size=4)
     return out
 

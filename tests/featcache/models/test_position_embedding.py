@@ -20,8 +20,8 @@ from torch import nn
 
 from featcache import teachers
 from featcache.errors import UsageError
-from featcache.models import position_embedding as positions
-from tests import teacher_reference as ref
+from featcache.models import position_embedding, weights
+from tests import teacher_reference
 from tests.featcache.teachers.test_families import small_clip
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -52,7 +52,7 @@ def _taps(old: int, new: int, cubic: bool) -> np.ndarray:
 @pytest.mark.parametrize(("old", "new", "prefix"), [(16, 14, 1), (37, 14, 0), (4, 7, 5)])
 def test_resized_positions_by_hand(mode: str, cubic: bool, old: int, new: int, prefix: int) -> None:
     given = torch.from_numpy(np.random.default_rng(0).normal(size=(1, prefix + old * old, 3)).astype(np.float32))
-    got = positions.resize(given, new, mode, prefix)
+    got = position_embedding.resize(given, new, mode, prefix)
     taps = _taps(old, new, cubic)
     grid = given[0, prefix:].double().numpy().reshape(old, old, 3)
     expected = np.einsum("iy,jx,yxd->ijd", taps, taps, grid).reshape(new * new, 3)
@@ -64,15 +64,15 @@ def test_resized_positions_by_hand(mode: str, cubic: bool, old: int, new: int, p
 def test_antialiased_is_what_timm_does() -> None:
     given = torch.randn(1, 1 + 37 * 37, 4, generator=torch.Generator().manual_seed(0))
     own = resample_abs_pos_embed(given, [14, 14], num_prefix_tokens=1)
-    torch.testing.assert_close(positions.resize(given, 14, "bicubic-antialias", 1), own)
-    assert not torch.allclose(positions.resize(given, 14, "bicubic", 1), own, atol=0.1)
+    torch.testing.assert_close(position_embedding.resize(given, 14, "bicubic-antialias", 1), own)
+    assert not torch.allclose(position_embedding.resize(given, 14, "bicubic", 1), own, atol=0.1)
 
 
 def test_a_shrunk_picture_by_hand() -> None:
     pixels = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     taps = _taps(8, 7, cubic=True)
     expected = np.einsum("iy,jx,bcyx->bcij", taps, taps, pixels.double().numpy())
-    np.testing.assert_allclose(positions.shrink(pixels, 7), expected, atol=1e-5)
+    np.testing.assert_allclose(position_embedding.shrink(pixels, 7), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "bicubic-antialias"])
@@ -80,16 +80,16 @@ def test_clip_of_another_grid_runs_with_the_resized_positions(tmp_path: Path, mo
     """A 4 x 4 file on the 6 x 6 grid: the tower equals one whose positions were put in by hand."""
     config = small_clip(tmp_path, image_size=32)
     drawn: Any = teachers.load(f"open_clip:{config}", "random:0")
-    ref.stir(drawn.visual)
+    teacher_reference.stir(drawn.visual)
     save_file(drawn.visual.state_dict(), tmp_path / "w.safetensors")
     teacher: Any = teachers.load(f"open_clip:{config},img_size=48,pos={mode}", str(tmp_path / "w.safetensors"))
     assert (teacher.input_px, teacher.patches) == (48, 36)
     same: Any = teachers.load(f"open_clip:{config},grid=6,pos={mode}", str(tmp_path / "w.safetensors"))
-    assert teachers.weight_hash(same) == teachers.weight_hash(teacher)
+    assert weights.weight_hash(same) == weights.weight_hash(teacher)
     larger: Any = teachers.load(f"open_clip:{small_clip(tmp_path, name='l.json')}", "random:0")
-    values = positions.resize(drawn.visual.positional_embedding[None], 6, mode, 1)[0]
+    values = position_embedding.resize(drawn.visual.positional_embedding[None], 6, mode, 1)[0]
     larger.visual.load_state_dict({**drawn.visual.state_dict(), "positional_embedding": values})
-    images = ref.photographs(48)
+    images = teacher_reference.photographs(48)
     for mine, own in zip(teacher(images, (3,)), larger(images, (3,)), strict=True):
         torch.testing.assert_close(mine, own)
 
@@ -101,14 +101,18 @@ def test_maskaligns_whole_path(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps(about))
     spec = f"open_clip:{tmp_path / 'c.json'}"
     drawn: Any = teachers.load(spec, "random:0")
-    ref.stir(drawn.visual)
+    teacher_reference.stir(drawn.visual)
     save_file(drawn.visual.state_dict(), tmp_path / "w.safetensors")
     teacher: Any = teachers.load(f"{spec},img_size=196,pos=tensor-bicubic", str(tmp_path / "w.safetensors"))
     assert (teacher.input_px, teacher.patches) == (224, 49)
-    images = ref.photographs(224)
+    images = teacher_reference.photographs(224)
     (y,), _ = teacher(images, (3,))
     mean, std = (torch.tensor(v).view(3, 1, 1).double() for v in IMAGENET)
-    x = F.interpolate(ref.normalised(images, *IMAGENET), (196, 196), mode="bicubic", align_corners=False) * std + mean
+    x = (
+        F.interpolate(teacher_reference.normalised(images, *IMAGENET), (196, 196), mode="bicubic", align_corners=False)
+        * std
+        + mean
+    )
     mean, std = (torch.tensor(v).view(3, 1, 1).double() for v in CLIP)
     tower: Any = drawn.visual.double()
     grid = F.interpolate(
@@ -117,8 +121,8 @@ def test_maskaligns_whole_path(tmp_path: Path) -> None:
     tower.positional_embedding = nn.Parameter(
         torch.cat([tower.positional_embedding[:1].detach(), grid.permute(0, 2, 3, 1).reshape(49, 24)])
     )
-    own = ref.outputs(tower.transformer.resblocks, lambda: tower((x - mean) / std))
-    assert ref.relative(y, own[2]) < 1e-5
+    own = teacher_reference.outputs(tower.transformer.resblocks, lambda: tower((x - mean) / std))
+    assert teacher_reference.relative(y, own[2]) < 1e-5
     direct: Any = teachers.load(f"{spec},img_size=196", str(tmp_path / "w.safetensors"))
     assert direct.input_px == 196  # rendered at its own size by default
 
@@ -128,39 +132,41 @@ def test_dinov2_on_the_students_grid(tmp_path: Path) -> None:
     arch, small = "vit_base_patch14_reg4_dinov2.lvd142m", {"embed_dim": 24, "depth": 2, "num_heads": 3}
     text = ",".join(f"{key}={value}" for key, value in small.items())
     drawn: Any = timm.create_model(arch, num_classes=0, img_size=70, **small)
-    ref.stir(drawn)
+    teacher_reference.stir(drawn)
     save_file(drawn.state_dict(), tmp_path / "w.safetensors")
     teacher: Any = teachers.load(f"timm:{arch},grid=4,{text}", str(tmp_path / "w.safetensors"))
     assert (teacher.input_px, teacher.patches) == (56, 16)
     exact: Any = timm.create_model(arch, num_classes=0, img_size=56, **small).eval()
-    values = positions.resize(drawn.pos_embed.detach(), 4, "bicubic", 0)
+    values = position_embedding.resize(drawn.pos_embed.detach(), 4, "bicubic", 0)
     exact.load_state_dict({**drawn.state_dict(), "pos_embed": values})
     exact = exact.double()
-    images = ref.photographs(56)
+    images = teacher_reference.photographs(56)
     (y,), attention = teacher(images, (2,))
-    pixels = ref.normalised(images, *IMAGENET)
-    own = ref.outputs(exact.blocks, lambda: exact.forward_features(pixels))[1]
-    assert ref.relative(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
-    assert ref.apart(attention, ref.timm_map(exact, pixels).mean(1)[:, 0, 5:]) < 1e-5
+    pixels = teacher_reference.normalised(images, *IMAGENET)
+    own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))[1]
+    assert teacher_reference.relative(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
+    assert teacher_reference.apart(attention, teacher_reference.timm_map(exact, pixels).mean(1)[:, 0, 5:]) < 1e-5
 
 
 def test_rotary_positions_follow_the_grid() -> None:
     arch, small = "vit_base_patch16_dinov3.lvd1689m", {"embed_dim": 24, "depth": 2, "num_heads": 3}
     text = ",".join(f"{key}={value}" for key, value in small.items())
     teacher: Any = teachers.load(f"timm:{arch},grid=5,{text}", "random:0")
-    ref.stir(teacher.vit)
+    teacher_reference.stir(teacher.vit)
     exact: Any = timm.create_model(arch, num_classes=0, img_size=80, **small).eval().double()
     exact.load_state_dict(teacher.vit.state_dict())
-    images = ref.photographs(80)
+    images = teacher_reference.photographs(80)
     (y,), _ = teacher(images, (2,))
-    own = ref.outputs(exact.blocks, lambda: exact.forward_features(ref.normalised(images, *IMAGENET)))[1]
-    assert ref.relative(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
+    own = teacher_reference.outputs(
+        exact.blocks, lambda: exact.forward_features(teacher_reference.normalised(images, *IMAGENET))
+    )[1]
+    assert teacher_reference.relative(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
 
 
 def test_maskaligns_picture_is_the_students_whatever_the_teachers_own_size() -> None:
     """DINOv2's own 518 pixels are rendered by nobody: the student's 224 are shrunk to 196."""
-    assert positions.shrinks_from("x", "tensor-bicubic", native=518, size=196) == 224
-    assert positions.shrinks_from("x", "bicubic", native=518, size=196) == 0
+    assert position_embedding.shrinks_from("x", "tensor-bicubic", native=518, size=196) == 224
+    assert position_embedding.shrinks_from("x", "bicubic", native=518, size=196) == 0
 
 
 VIT = "timm:vit_base_patch16_224,embed_dim=24,depth=1,num_heads=3"

@@ -15,17 +15,18 @@ from PIL import Image
 
 import featcache
 from featcache import teachers
-from featcache.catalog import extract_command as invocation
+from featcache.catalog import extract_command
 from featcache.errors import IdentityError, UsageError, UserError
-from featcache.extraction import extend as adding
-from featcache.extraction import extract, plan
+from featcache.extraction import extend, extract, plan
 from featcache.models import precision as running
-from featcache.pictures import open_source as images
-from featcache.storage import manifest
-from featcache.teachers.timm_vit import TimmVit
-from featcache.views import draw as views
+from featcache.models import weights
+from featcache.models.contract import Teacher
+from featcache.models.timm_wrapper import TimmVit
+from featcache.pictures.open_source import open_source
+from featcache.storage import identity
+from featcache.views.policy import Policy
 from student.recipes import TargetSpec
-from student.targets.contract import Online
+from student.targets.online import Online
 from tests.conftest import Ran, files_below, flip, make_plan, python
 
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
@@ -33,13 +34,13 @@ MANTISSA = {"bf16": 2.0**-8, "fp16": 2.0**-11}  # half a unit of the last place
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def vit(precision: str = "fp32") -> teachers.Teacher:
+def vit(precision: str = "fp32") -> Teacher:
     return running.configure(teachers.load(VIT, "random:0"), precision)
 
 
 def made(folder: Path, precision: str, **changes: object) -> plan.Plan:
     options = {"views": 2, "levels": (2, 3), "rows_per_shard": 5, **changes}
-    return plan.Plan(images.open_source(folder), vit(precision), views.Policy(size=32), **options)
+    return plan.Plan(open_source(folder), vit(precision), Policy(size=32), **options)
 
 
 def batch() -> torch.Tensor:
@@ -117,21 +118,21 @@ def test_what_cannot_be_run() -> None:
 
 def test_the_precision_is_part_of_the_identity(photos: Path, tmp_path: Path) -> None:
     full, half = (made(photos, precision).manifest() for precision in ("fp32", "bf16"))
-    assert [(each.field, each.grade) for each in manifest.compare(full, half)] == [
+    assert [(each.field, each.grade) for each in identity.compare(full, half)] == [
         ("identity.teacher.precision", "fatal")
     ]
-    assert "--precision bf16" in " ".join(invocation.options(half))  # what makes it again says so
-    assert "--precision" not in invocation.options(full)
+    assert "--precision bf16" in " ".join(extract_command.options(half))  # what makes it again says so
+    assert "--precision" not in extract_command.options(full)
     extract.run(made(photos, "bf16"), tmp_path / "c", batch_size=4)
     with pytest.raises(IdentityError, match=r"identity\.teacher\.precision \(fatal\): None here, 'bf16' there"):
         extract.run(made(photos, "fp32"), tmp_path / "c", batch_size=4)
     with pytest.raises(UsageError, match=r"identity\.teacher\.precision is None, the cache has 'bf16'"):
-        adding.plan_part(made(photos, "fp32", levels=(1,)), tmp_path / "c")
-    part = adding.plan_part(made(photos, "bf16", levels=(1,)), tmp_path / "c")
+        extend.plan_part(made(photos, "fp32", levels=(1,)), tmp_path / "c")
+    part = extend.plan_part(made(photos, "bf16", levels=(1,)), tmp_path / "c")
     assert part is not None
     extract.run(*part, batch_size=4)
-    extract.run(make_plan(photos, policy=views.Policy(size=32), views=2), tmp_path / "d", batch_size=4)
-    assert adding.plan_part(made(photos, "bf16"), tmp_path / "d") is not None  # another teacher has its own
+    extract.run(make_plan(photos, policy=Policy(size=32), views=2), tmp_path / "d", batch_size=4)
+    assert extend.plan_part(made(photos, "bf16"), tmp_path / "d") is not None  # another teacher has its own
 
 
 def test_compiling_is_noted_and_no_part_of_the_identity(photos: Path) -> None:
@@ -140,9 +141,9 @@ def test_compiling_is_noted_and_no_part_of_the_identity(photos: Path) -> None:
     assert one.manifest()["id"] == other.manifest()["id"]
     assert "compiled" not in one.manifest()["provenance"]
     assert other.manifest()["provenance"]["compiled"] is True
-    assert invocation.options(other.manifest())[-1] == "--compile"
-    assert "--compile" not in invocation.options(one.manifest())
-    assert teachers.weight_hash(one.teacher) == teachers.weight_hash(other.teacher)
+    assert extract_command.options(other.manifest())[-1] == "--compile"
+    assert "--compile" not in extract_command.options(one.manifest())
+    assert weights.weight_hash(one.teacher) == weights.weight_hash(other.teacher)
 
 
 @pytest.mark.slow
@@ -195,7 +196,7 @@ def test_an_overflow_is_told_by_picture_and_level_with_the_cure(tmp_path: Path) 
         teacher.vit.blocks[2].mlp.fc2.weight.data.fill_(7e4)
         teacher.vit.blocks[2].mlp.fc1.bias.data.fill_(1.0)
         configured = running.configure(teacher, precision)
-        return plan.Plan(images.open_source(folder), configured, views.Policy(size=32), 1, (2, 3))
+        return plan.Plan(open_source(folder), configured, Policy(size=32), 1, (2, 3))
 
     told = (
         r"'large' gave non-finite features for picture 'noise', view 0, level 3; --precision fp16 ends at 65504.*bf16"
@@ -214,7 +215,7 @@ def test_the_teacher_in_the_loop_runs_as_the_caches_did(precision: str, photos: 
         stored = cache.read(range(11), 1, ["features", "pixels"])
         teacher = running.like(teachers.load(VIT, "random:0"), cache.identity)
     spec = TargetSpec(teacher=VIT, levels=(2, 3), fields=("features",), patches=16)
-    online = Online(views.Policy(size=32), spec, teacher, 2)
+    online = Online(Policy(size=32), spec, teacher, 2)
     with torch.autocast("cpu", torch.float16):
         found, _ = online.complete({"pixels": stored["pixels"]}, torch.device("cpu"))
     assert found["features"].dtype == torch.float32
@@ -227,7 +228,7 @@ def test_freed_memory_is_kept_for_the_next_batch() -> None:
     code = """
 import resource
 import torch
-from featcache.models import precision as running
+from featcache.models import precision
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -236,7 +237,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 given_back = faults()
-running.keep_memory()
+precision.keep_memory()
 faults(), faults()  # it takes a few rounds until blocks are found again
 kept = faults()
 print(given_back, kept)

@@ -15,7 +15,7 @@ from torch import nn
 
 from featcache import teachers
 from featcache.errors import UsageError, UserError
-from featcache.models import quick_gelu
+from featcache.models import quick_gelu, weights
 from tests.featcache.teachers.test_families import small_clip
 
 MISMATCHED = [
@@ -103,7 +103,7 @@ def test_a_folder_says_it(tmp_path: Path, quick: bool) -> None:
     assert _quick(read) is _quick(drawn) is quick
     assert read.pixel_mean == (0.1, 0.2, 0.3)
     assert read.pixel_std == (0.5, 0.6, 0.7)
-    assert teachers.weight_hash(read) == teachers.weight_hash(drawn)
+    assert weights.weight_hash(read) == weights.weight_hash(drawn)
     other = small_clip(tmp_path, not quick, "other.json")
     with pytest.raises(UsageError, match=r"open_clip_config.json beside the file says .*, the name says "):
         teachers.load(f"open_clip:{other}", str(folder / "open_clip_model.safetensors"))

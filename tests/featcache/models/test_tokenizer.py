@@ -19,17 +19,18 @@ from torch import Tensor, nn
 import featcache
 from featcache import teachers
 from featcache.errors import UsageError, UserError
-from featcache.extraction import extend as adding
-from featcache.extraction import extract, plan
-from featcache.extraction import teacher_check as sanity
+from featcache.extraction import extend, extract, plan, teacher_check
 from featcache.maintenance import repair, verify
 from featcache.models import tokenizer
-from featcache.pictures.open_source import Source, open_source
-from featcache.storage import manifest
+from featcache.models.contract import ModelCard, Teacher
+from featcache.models.weights import build_seeded
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
+from featcache.storage import json_file, manifest
 from featcache.storage.store import STORES
-from featcache.teachers import Teacher, load
+from featcache.teachers import load
 from featcache.teachers.dvae import Dvae
-from featcache.views import draw as views
+from featcache.views.policy import Policy
 from tests.conftest import SYNTHETIC, Ran, files_below, flip, make_plan
 
 SIZE, GRID = 16, 2  # pixels of an edge, patches of an edge
@@ -60,7 +61,7 @@ class Reds(nn.Module):
 
 def make(folder: Path, shift: int = 0, **changes: object) -> plan.Plan:
     options = {"views": 2, "levels": (1,), "rows_per_shard": 5, **changes}
-    return plan.Plan(open_source(folder), Reds(shift), views.Policy(size=28), **options)
+    return plan.Plan(open_source(folder), Reds(shift), Policy(size=28), **options)
 
 
 def base(folder: Path, store: str = "zarr") -> plan.Plan:
@@ -69,7 +70,7 @@ def base(folder: Path, store: str = "zarr") -> plan.Plan:
 
 def grown(folder: Path, out: Path, store: str = "zarr", **changes: object) -> Path:
     extract.run(base(folder, store), out, batch_size=4)
-    part = adding.plan_part(make(folder, store=store, **changes), out)
+    part = extend.plan_part(make(folder, store=store, **changes), out)
     assert part is not None
     extract.run(*part, batch_size=4)
     return out
@@ -116,7 +117,7 @@ def test_the_manifest_says_what_it_is(photos: Path, tmp_path: Path) -> None:
     assert not {"features", "feature_stats", "attention", "mask_order", "row_crc"} & arrays
     ids = about["arrays"]["token_ids"]
     assert (ids["dtype"], ids["item"], ids["dimensions"]) == ("<u2", [4], ["row", "view", "patch"])
-    record = manifest.read_json(part / "shards/000000.json")
+    record = json_file.read_json(part / "shards/000000.json")
     assert 0 <= record["statistics"]["token_ids"]["min"] < record["statistics"]["token_ids"]["max"] < 64
 
 
@@ -124,19 +125,19 @@ def test_what_is_said_for_features_does_not_change_it(photos: Path, tmp_path: Pa
     one = grown(photos, tmp_path / "a")
     two = grown(photos, tmp_path / "b", order="topk", tokens="ranked", keep=2, levels=(1,))
     assert files_below(one) == files_below(two)
-    assert adding.plan_part(make(photos, order="topk"), one) is None
+    assert extend.plan_part(make(photos, order="topk"), one) is None
 
 
 def test_with_the_teacher_in_one_pass(photos: Path, tmp_path: Path) -> None:
     plans = [base(photos), replace(make(photos), tokens="ranked", keep=1)]
-    extract.together(adding.plan_jobs(plans, tmp_path / "one", add=False), batch_size=4)
+    extract.run_jobs(extend.plan_jobs(plans, tmp_path / "one", add=False), batch_size=4)
     assert files_below(tmp_path / "one") == files_below(grown(photos, tmp_path / "two"))
 
 
 def test_more_views_are_followed(photos: Path, tmp_path: Path) -> None:
     out = grown(photos, tmp_path / "c")
     for wanted in (replace(base(photos), views=3), make(photos, views=3)):
-        part = adding.plan_part(wanted, out)
+        part = extend.plan_part(wanted, out)
         assert part is not None
         extract.run(*part, batch_size=4)
     with featcache.open(out) as cache:
@@ -172,13 +173,13 @@ def test_a_flipped_bit_is_found_and_mended(photos: Path, tmp_path: Path, store: 
 
 def test_alone_it_is_no_cache(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"reds: discrete tokens are added to a cache of features.*--add --out CACHE"):
-        adding.plan_jobs([make(photos)], tmp_path / "c", add=False)
+        extend.plan_jobs([make(photos)], tmp_path / "c", add=False)
 
 
 @pytest.mark.parametrize("shift", [64, -64])
 def test_ids_outside_the_vocabulary_are_refused(photos: Path, tmp_path: Path, shift: int) -> None:
     extract.run(base(photos), tmp_path / "c", batch_size=4)
-    part = adding.plan_part(make(photos, shift), tmp_path / "c")
+    part = extend.plan_part(make(photos, shift), tmp_path / "c")
     assert part is not None
     with pytest.raises(UserError, match=r"'reds' gave int64 from .*from 0 to 63 are needed"):
         extract.run(*part, batch_size=4)
@@ -189,9 +190,9 @@ def test_ids_outside_the_vocabulary_are_refused(photos: Path, tmp_path: Path, sh
 def test_other_weights_and_a_check_of_features_are_refused(photos: Path, tmp_path: Path) -> None:
     out = grown(photos, tmp_path / "c")
     with pytest.raises(UsageError, match=r"identity\.teacher\.weight_hash"):
-        adding.plan_part(make(photos, 1, views=3), out)
+        extend.plan_part(make(photos, 1, views=3), out)
     with pytest.raises(UsageError, match="gives discrete tokens, not features"):
-        sanity.check(Reds(), open_source(photos), views.Policy(size=28), 4)
+        teacher_check.check(Reds(), open_source(photos), Policy(size=28), 4)
 
 
 def test_who_is_a_tokenizer() -> None:
@@ -223,7 +224,7 @@ def test_the_command_adds_it_by_name(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a family of its own would be found: alone, later, and in one pass with a teacher."""
-    row = teachers.Row("by hand", SIZE, GRID**2, 64, 1)
+    row = ModelCard("by hand", SIZE, GRID**2, 64, 1)
     family = SimpleNamespace(NAMES={"reds": row}, load=lambda name, options, weights: Reds(), __name__="reds")
     known = teachers.modules()
     monkeypatch.setattr(teachers, "modules", lambda: [*known, family])
@@ -242,7 +243,7 @@ def test_the_command_adds_it_by_name(
 
 def test_dall_es_encoder_runs_as_a_family_gives_it(photos: Path, tmp_path: Path) -> None:
     """A narrow one: ids are its own answer to the crop that Pillow makes with Lanczos."""
-    network = teachers.build(lambda: Dvae("random:0", width=4, vocabulary=64, input_px=SIZE), "random:0").eval()
+    network = build_seeded(lambda: Dvae("random:0", width=4, vocabulary=64, input_px=SIZE), "random:0").eval()
     generator = torch.Generator().manual_seed(1)
     for value in network.parameters():  # so that ids differ: no biases, weights that keep the scale
         fan = max(value[0].numel(), 1)
@@ -251,8 +252,8 @@ def test_dall_es_encoder_runs_as_a_family_gives_it(photos: Path, tmp_path: Path)
     made = tokenizer.as_teacher(network)
     assert isinstance(made, tokenizer.Tokenizer)
     extract.run(base(photos), tmp_path / "c", batch_size=4)
-    wanted = plan.Plan(open_source(photos), made, views.Policy(size=28), 2, (1,), rows_per_shard=5)
-    part = adding.plan_part(wanted, tmp_path / "c")
+    wanted = plan.Plan(open_source(photos), made, Policy(size=28), 2, (1,), rows_per_shard=5)
+    part = extend.plan_part(wanted, tmp_path / "c")
     assert part is not None
     extract.run(*part, batch_size=4)
     with featcache.open(tmp_path / "c") as cache:

@@ -18,9 +18,9 @@ from torch import Tensor, hub
 
 from featcache import teachers
 from featcache.errors import UsageError, UserError
-from featcache.models import position_embedding as positions
-from featcache.models import quick_gelu, weights
-from tests import teacher_reference as ref
+from featcache.models import position_embedding, quick_gelu, weights
+from featcache.models.contract import REGISTERED
+from tests import teacher_reference
 from tests.featcache.teachers.test_families import small_clip
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -29,7 +29,7 @@ TEXT = ",".join(f"{key}={value}" for key, value in SMALL.items())
 
 def _network(arch: str, px: int) -> Any:
     network: Any = timm.create_model(arch, num_classes=0, img_size=px, **SMALL)
-    ref.stir(network)
+    teacher_reference.stir(network)
     return network
 
 
@@ -190,13 +190,13 @@ def test_registered_weights_that_are_here_need_no_network(
     """With the classifier that the published file has, and on another grid by our own rule."""
     arch = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     network: Any = timm.create_model(arch)
-    ref.stir(network, std=0.05)
+    teacher_reference.stir(network, std=0.05)
     hub_cache(f"timm/{arch}", network.state_dict())
     teacher: Any = teachers.load(f"timm:{arch},grid={grid}")
-    assert (teacher.weights, teacher.input_px, teacher.patches) == (teachers.REGISTERED, 16 * grid, grid * grid)
+    assert (teacher.weights, teacher.input_px, teacher.patches) == (REGISTERED, 16 * grid, grid * grid)
     expected = {name: value for name, value in network.state_dict().items() if not name.startswith("head.")}
     if grid != 14:
-        expected["pos_embed"] = positions.resize(expected["pos_embed"], grid, "bicubic", 1)
+        expected["pos_embed"] = position_embedding.resize(expected["pos_embed"], grid, "bicubic", 1)
     own = teacher.vit.state_dict()
     assert own.keys() == expected.keys()
     assert all(torch.equal(own[name], value) for name, value in expected.items())
@@ -220,7 +220,7 @@ def test_a_tag_of_open_clips_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny", config)
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-quickgelu", {**config, "quick_gelu": True})
     whole = open_clip.create_model("Tiny-quickgelu", load_weights=False)
-    ref.stir(whole)
+    teacher_reference.stir(whole)
     torch.save({"state_dict": whole.state_dict()}, tmp_path / "w.pt")
     tag = {"file": str(tmp_path / "w.pt"), "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     for arch in ("Tiny", "Tiny-quickgelu"):
@@ -230,7 +230,7 @@ def test_a_tag_of_open_clips_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = whole.visual.state_dict()
     if size == 32:
         place = expected["positional_embedding"][None]
-        expected["positional_embedding"] = positions.resize(place, 4, "bicubic", 1)[0]
+        expected["positional_embedding"] = position_embedding.resize(place, 4, "bicubic", 1)[0]
     assert all(torch.equal(value, expected[name]) for name, value in teacher.visual.state_dict().items())
     assert quick_gelu.runs_in(teacher)
     with pytest.raises(UsageError, match="give open_clip:Tiny-quickgelu/here"):

@@ -13,20 +13,22 @@ from PIL import Image
 
 from featcache.errors import UserError
 from featcache.pictures import beton
-from featcache.pictures import open_source as images
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
 from tests.conftest import python
 from tests.ffcv_files import COUNT, photo
 
 
-def decoded(source: images.Source, index: int) -> np.ndarray:
-    return np.asarray(images.decode(source.read(index)))
+def decoded(source: Source, index: int) -> np.ndarray:
+    return np.asarray(decode(source.read(index)))
 
 
 # ------------------------------------------------------------ what it reads
 
 
 def test_pictures_stored_as_pixels_keep_every_pixel(ffcv_files: Path) -> None:
-    source = images.open_source(ffcv_files / "raw.beton")
+    source = open_source(ffcv_files / "raw.beton")
     assert len(source) == COUNT
     assert source.keys == ["a/b0", "a/b1", "a/b2", "a/b3", "a/b4"]
     assert source.labels is not None
@@ -40,7 +42,7 @@ def test_jpegs_come_as_the_bytes_that_ffcv_wrote(ffcv_files: Path) -> None:
     """The same encoder on the same picture, called here: OpenCV's at quality 85, which takes BGR."""
     import cv2
 
-    source = images.open_source(ffcv_files / "jpg.beton")
+    source = open_source(ffcv_files / "jpg.beton")
     assert source.keys == [f"a/ä{i}" for i in range(COUNT)]  # a JSONField
     assert source.labels is None
     for i in range(COUNT):
@@ -50,18 +52,18 @@ def test_jpegs_come_as_the_bytes_that_ffcv_wrote(ffcv_files: Path) -> None:
 
 def test_without_keys_a_picture_is_its_files_digest_and_its_number(ffcv_files: Path, tmp_path: Path) -> None:
     """A copy has the same keys; a file with the same tables and other pixels has others."""
-    keys = list(images.open_source(ffcv_files / "nokey.beton").keys)
+    keys = list(open_source(ffcv_files / "nokey.beton").keys)
     digests = {key.partition("/")[0] for key in keys}
     assert len(digests) == 1
     assert len(digests.pop()) == 16
     assert [key.partition("/")[2] for key in keys] == ["00000000", "00000001", "00000002", "00000003", "00000004"]
     copy = shutil.copy(ffcv_files / "nokey.beton", tmp_path / "elsewhere.beton")
-    assert images.open_source(copy).keys == keys
-    assert not set(images.open_source(ffcv_files / "otherkey.beton").keys) & set(keys)
+    assert open_source(copy).keys == keys
+    assert not set(open_source(ffcv_files / "otherkey.beton").keys) & set(keys)
 
 
 def test_a_source_goes_to_other_processes(ffcv_files: Path) -> None:
-    source = images.open_source(ffcv_files / "raw.beton")
+    source = open_source(ffcv_files / "raw.beton")
     assert pickle.loads(pickle.dumps(source)).read(2) == source.read(2)
 
 
@@ -81,12 +83,12 @@ def test_a_source_goes_to_other_processes(ffcv_files: Path) -> None:
 )
 def test_fields_that_cannot_be_used(ffcv_files: Path, name: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        images.open_source(ffcv_files / f"{name}.beton")
+        open_source(ffcv_files / f"{name}.beton")
     assert f"{name}.beton" in str(caught.value)
 
 
 def test_labels_below_zero_are_refused_where_they_are_asked_for(ffcv_files: Path) -> None:
-    source = images.open_source(ffcv_files / "negative.beton")
+    source = open_source(ffcv_files / "negative.beton")
     with pytest.raises(UserError, match=r"-4 is given, numbers from 0 on are allowed"):
         _ = source.labels
 
@@ -96,7 +98,7 @@ def test_a_file_that_is_cut_off_anywhere(ffcv_files: Path, tmp_path: Path, share
     data = (ffcv_files / "raw.beton").read_bytes()
     (tmp_path / "cut.beton").write_bytes(data[: int(share * len(data))])
     with pytest.raises(UserError, match=r"cut\.beton' (is cut off|is no FFCV file|cannot be read)"):
-        images.open_source(tmp_path / "cut.beton")
+        open_source(tmp_path / "cut.beton")
 
 
 def test_every_length_short_of_the_table_of_allocations(ffcv_files: Path, tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_every_length_short_of_the_table_of_allocations(ffcv_files: Path, tmp_pa
     for lacking in (1, 8, 23, 48, 10 * 24):  # five pictures and five keys
         (tmp_path / "cut.beton").write_bytes(data[:-lacking])
         with pytest.raises(UserError, match="is cut off, or its writer was stopped"):
-            images.open_source(tmp_path / "cut.beton")
+            open_source(tmp_path / "cut.beton")
 
 
 def test_a_file_whose_writer_was_stopped(ffcv_files: Path, tmp_path: Path) -> None:
@@ -115,33 +117,33 @@ def test_a_file_whose_writer_was_stopped(ffcv_files: Path, tmp_path: Path) -> No
     data[16:24] = bytes(8)
     (tmp_path / "half.beton").write_bytes(data)
     with pytest.raises(UserError, match="its writer was stopped"):
-        images.open_source(tmp_path / "half.beton")
+        open_source(tmp_path / "half.beton")
 
 
 def test_other_files_under_this_name(ffcv: None, tmp_path: Path) -> None:
     Image.new("RGB", (300, 300)).save(tmp_path / "x.png")
     (tmp_path / "x.png").rename(tmp_path / "x.beton")
     with pytest.raises(UserError, match="is no FFCV file of version 2"):
-        images.open_source(tmp_path / "x.beton")
+        open_source(tmp_path / "x.beton")
     (tmp_path / "noise.beton").write_bytes(b"\x02\0\x01\0" + np.random.default_rng(0).bytes(5000))
     with pytest.raises(UserError, match="noise"):
-        images.open_source(tmp_path / "noise.beton")
+        open_source(tmp_path / "noise.beton")
 
 
 def test_damaged_sizes_are_told_by_the_number_of_the_picture(ffcv_files: Path, tmp_path: Path) -> None:
-    source = images.open_source(ffcv_files / "nokey.beton")
+    source = open_source(ffcv_files / "nokey.beton")
     data = bytearray((ffcv_files / "nokey.beton").read_bytes())
     place = data.index(np.array([44, 36], "<u2").tobytes())  # width, height of picture 2 in its row
     assert source.sizes[2].tolist() == [36, 44]  # type: ignore[attr-defined]
     data[place : place + 2] = np.array([45], "<u2").tobytes()
     (tmp_path / "bad.beton").write_bytes(data)
     with pytest.raises(UserError, match=r"picture 2 of .*: mode 1, 36 x 45 pixels and 4752 bytes do not agree"):
-        images.open_source(tmp_path / "bad.beton")
+        open_source(tmp_path / "bad.beton")
 
 
 def test_a_file_that_shrinks_later_is_an_error_of_the_disk(ffcv_files: Path, tmp_path: Path) -> None:
     path = shutil.copy(ffcv_files / "raw.beton", tmp_path / "x.beton")
-    source = images.open_source(path)
+    source = open_source(path)
     with open(path, "r+b") as file:  # noqa: PTH123
         file.truncate(1000)
     with pytest.raises(OSError, match="ends within it"):
@@ -155,7 +157,7 @@ def test_no_such_file_is_told_before_ffcv_is_looked_for(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setitem(sys.modules, "ffcv.types", None)
     with pytest.raises(UserError, match="does not exist"):
-        images.open_source(tmp_path / "x.beton")
+        open_source(tmp_path / "x.beton")
 
 
 def test_without_ffcv_one_line_says_how_to_get_it(
@@ -173,9 +175,10 @@ def test_without_ffcv_one_line_says_how_to_get_it(
 
 def test_ffcv_is_imported_for_betons_alone_and_leaves_torchs_threads(ffcv_files: Path, photos: Path) -> None:
     code = (
-        "import sys, torch\nfrom featcache.pictures import open_source as images\ntorch.set_num_threads(3)\n"
-        "images.open_source(sys.argv[1])\nassert 'ffcv' not in sys.modules\n"
-        "images.open_source(sys.argv[2], 'ffcv')\nassert 'ffcv' in sys.modules\n"
+        "import sys, torch\nfrom featcache.pictures.open_source import open_source\n"
+        "from featcache.views.pixel_path import open_through\ntorch.set_num_threads(3)\n"
+        "open_source(sys.argv[1])\nassert 'ffcv' not in sys.modules\n"
+        "open_through(sys.argv[2], 'ffcv')\nassert 'ffcv' in sys.modules\n"
         "assert torch.get_num_threads() == 3, torch.get_num_threads()\n"
     )
     ran = python(code, photos, ffcv_files / "raw.beton")

@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from featcache.errors import UsageError, UserError
-from featcache.pictures import open_source as images
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import PictureError
+from featcache.pictures.tars import escape, unescape
+from featcache.views import pixel_path
 from tests.conftest import waves
 
 
@@ -48,14 +52,14 @@ def write_folder(root: Path, *names: str) -> Path:
 
 def test_folder_keys_are_paths_without_the_last_suffix_in_order(tmp_path: Path) -> None:
     names = ["b/z.png", "a/1.tar.jpg", "a/UPPER.JPEG", "a/Größe/ö 1.png", "a/x.txt", "a/noend", "a/b.c.d.PNG"]
-    source = images.open_source(write_folder(tmp_path / "src", *names))
+    source = open_source(write_folder(tmp_path / "src", *names))
     assert list(source.keys) == ["a/1.tar", "a/Größe/ö 1", "a/UPPER", "a/b.c.d", "b/z"]  # by code point
     assert len(source) == 5
     assert all(source.read(i) == PNG for i in range(5))
 
 
 def test_class_folders_are_labels_by_sorted_name(tmp_path: Path) -> None:
-    source = images.open_source(write_folder(tmp_path, "dog/1.png", "cat/1.png", "cat/deep/2.png", "ant/9.png"))
+    source = open_source(write_folder(tmp_path, "dog/1.png", "cat/1.png", "cat/deep/2.png", "ant/9.png"))
     assert source.classes == ["ant", "cat", "dog"]
     assert source.labels is not None
     assert source.labels.dtype == np.int64
@@ -68,7 +72,7 @@ def test_class_folders_are_labels_by_sorted_name(tmp_path: Path) -> None:
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    source = images.open_source(write_folder(tmp_path, "1.png", "cat/2.png"))
+    source = open_source(write_folder(tmp_path, "1.png", "cat/2.png"))
     assert source.labels is None
     assert source.classes is None
 
@@ -77,43 +81,43 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 def test_a_folder_without_pictures_is_one_line(tmp_path: Path, names: list[str]) -> None:
     write_folder(tmp_path, *names)
     with pytest.raises(UserError, match=r"no pictures found.*folder of pictures.*\.tar"):
-        images.open_source(tmp_path)
+        open_source(tmp_path)
 
 
 def test_what_does_not_exist_is_one_line(tmp_path: Path) -> None:
     for spec in (tmp_path / "nothing", tmp_path / "x-{00..03}.tar", tmp_path / "*.tar"):
         with pytest.raises(UserError, match=r"does not exist.*allowed is"):
-            images.open_source(spec)
+            open_source(spec)
 
 
 def test_an_open_brace_is_a_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        images.open_source(tmp_path / "x-{00..03.tar")
+        open_source(tmp_path / "x-{00..03.tar")
 
 
 def test_a_picture_file_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(PNG)
     with pytest.raises(UserError, match=r"one\.png.*tar"):
-        images.open_source(tmp_path / "one.png")
+        open_source(tmp_path / "one.png")
 
 
 def test_what_is_allowed_names_every_kind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a folder of pictures .* webdataset tars .* an FFCV \.beton"):
-        images.open_source(tmp_path / "x.png")
+        open_source(tmp_path / "x.png")
 
 
 def test_a_folder_may_be_called_beton(tmp_path: Path) -> None:
-    assert images.open_source(write_folder(tmp_path / "x.beton", "a.png")).keys == ["a"]
+    assert open_source(write_folder(tmp_path / "x.beton", "a.png")).keys == ["a"]
 
 
 def test_ffcvs_decoder_is_for_its_files_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--decoder ffcv decodes what FFCV wrote, a \.beton"):
-        images.open_source(write_folder(tmp_path, "a.png"), "ffcv")
+        pixel_path.open_through(write_folder(tmp_path, "a.png"), "ffcv")
 
 
 def test_double_keys_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'a/one' is used by two"):
-        images.open_source(write_folder(tmp_path, "a/one.png", "a/one.jpg", "a/two.png"))
+        open_source(write_folder(tmp_path, "a/one.png", "a/one.jpg", "a/two.png"))
 
 
 def test_a_file_name_that_is_no_text_is_a_users_mistake(tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def test_a_file_name_that_is_no_text_is_a_users_mistake(tmp_path: Path) -> None:
     with open(bytes(tmp_path) + b"/bad\xff.png", "wb") as file:  # noqa: PTH123 (a name in bytes)
         file.write(PNG)
     with pytest.raises(UserError):
-        images.open_source(tmp_path)
+        open_source(tmp_path)
 
 
 # ---------------------------------------------------------------- tars
@@ -137,7 +141,7 @@ def test_tar_keys_members_and_labels(tmp_path: Path) -> None:
         "n02/b.cls": b" 0",
         "n02/b.json": b"{}",
     }
-    source = images.open_source(write_tar(tmp_path / "t.tar", members))
+    source = open_source(write_tar(tmp_path / "t.tar", members))
     assert list(source.keys) == ["n01/a", "n02/b"]
     assert source.read(0) == PNG
     assert source.read(1) == members["n02/b.JPG"]
@@ -148,22 +152,22 @@ def test_tar_keys_members_and_labels(tmp_path: Path) -> None:
 
 def test_dots_of_a_file_name_survive_the_tar(tmp_path: Path) -> None:
     """webdataset ends a key at the first dot; escaped, the key is the folder's."""
-    stem = images.escape("v1.2/a.b%c.d")
+    stem = escape("v1.2/a.b%c.d")
     assert stem == "v1.2/a%2Eb%25c%2Ed"
-    source = images.open_source(write_tar(tmp_path / "t.tar", {f"{stem}.png": PNG}))
+    source = open_source(write_tar(tmp_path / "t.tar", {f"{stem}.png": PNG}))
     assert list(source.keys) == ["v1.2/a.b%c.d"]
 
 
 @given(key=st.text(min_size=1, max_size=30))
 def test_escape_has_an_inverse_and_no_dot_in_the_name(key: str) -> None:
-    stem = images.escape(key)
-    assert images.unescape(stem) == key
+    stem = escape(key)
+    assert unescape(stem) == key
     assert "." not in stem.rpartition("/")[2]
 
 
 def test_long_and_unicode_names(tmp_path: Path) -> None:
     keys = ["ü" * 60 + "/" + "x" * 150, "日本/写真"]
-    source = images.open_source(write_tar(tmp_path / "t.tar", {f"{key}.png": PNG for key in keys}))
+    source = open_source(write_tar(tmp_path / "t.tar", {f"{key}.png": PNG for key in keys}))
     assert list(source.keys) == keys
     assert source.read(1) == PNG
 
@@ -174,7 +178,7 @@ def test_patterns_give_the_tars_in_order(tmp_path: Path, pattern: str) -> None:
         write_tar(tmp_path / f"s-00{i}.tar", {f"k{i}{j}.png": PNG + bytes([i, j]) for j in range(2)})
     if pattern.endswith("002"):
         pattern = "s-00{0,1,2}.tar"
-    source = images.open_source(f"{tmp_path}/{pattern}" if pattern else str(tmp_path))
+    source = open_source(f"{tmp_path}/{pattern}" if pattern else str(tmp_path))
     assert list(source.keys) == ["k00", "k01", "k10", "k11", "k20", "k21"]
     assert source.read(3) == PNG + bytes([1, 1])
     assert source.labels is None
@@ -183,21 +187,21 @@ def test_patterns_give_the_tars_in_order(tmp_path: Path, pattern: str) -> None:
 def test_missing_tar_of_a_brace_pattern_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "s-0.tar", {"a.png": PNG})
     with pytest.raises(UserError, match=r"s-1\.tar"):
-        images.open_source(f"{tmp_path}/s-{{0..1}}.tar")
+        open_source(f"{tmp_path}/s-{{0..1}}.tar")
 
 
 def test_double_keys_across_tars_are_refused(tmp_path: Path) -> None:
     for i in range(2):
         write_tar(tmp_path / f"s-{i}.tar", {"same.png": PNG})
     with pytest.raises(UserError, match="'same' is used by two"):
-        images.open_source(f"{tmp_path}/s-*.tar")
+        open_source(f"{tmp_path}/s-*.tar")
 
 
 def test_tar_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pictures found"):
-        images.open_source(write_tar(tmp_path / "t.tar", {"a.txt": b"x"}))
+        open_source(write_tar(tmp_path / "t.tar", {"a.txt": b"x"}))
     with pytest.raises(UserError, match="no pictures found"):
-        images.open_source(write_tar(tmp_path / "empty.tar", {}))
+        open_source(write_tar(tmp_path / "empty.tar", {}))
 
 
 @pytest.mark.parametrize("where", ["data", "header", "boundary"])
@@ -209,7 +213,7 @@ def test_a_cut_off_tar_is_refused(tmp_path: Path, where: str) -> None:
     at = {"data": third.offset_data + 700, "header": third.offset + 200, "boundary": third.offset}[where]
     path.write_bytes(path.read_bytes()[:at])
     with pytest.raises(UserError, match=r"t\.tar"):
-        images.open_source(path)
+        open_source(path)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", bytes(range(256)) * 40, zlib.compress(bytes(20480))])
@@ -217,14 +221,14 @@ def test_what_is_no_tar_is_one_line(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "t.tar"
     path.write_bytes(data)
     with pytest.raises(UserError):
-        images.open_source(path)
+        open_source(path)
 
 
 def test_missing_and_bad_labels_are_named(tmp_path: Path) -> None:
-    source = images.open_source(write_tar(tmp_path / "a.tar", {"a.png": PNG, "a.cls": b"1", "b.png": PNG}))
+    source = open_source(write_tar(tmp_path / "a.tar", {"a.png": PNG, "a.cls": b"1", "b.png": PNG}))
     with pytest.raises(UserError, match=r"1 of 2 pictures have no \.cls.*'b'"):
         _ = source.labels
-    source = images.open_source(write_tar(tmp_path / "b.tar", {"a.png": PNG, "a.cls": b"cat"}))
+    source = open_source(write_tar(tmp_path / "b.tar", {"a.png": PNG, "a.cls": b"cat"}))
     with pytest.raises(UserError, match="'cat'"):
         _ = source.labels
 
@@ -233,7 +237,7 @@ def test_missing_and_bad_labels_are_named(tmp_path: Path) -> None:
 
 
 def rgb(data: bytes) -> np.ndarray:
-    picture = images.decode(data)
+    picture = decode(data)
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
@@ -293,10 +297,10 @@ def test_sixteen_bit_grey_keeps_its_high_byte() -> None:
 
 
 def test_modes_without_a_range_are_refused() -> None:
-    with pytest.raises(images.PictureError, match="no fixed range"):
-        images.decode(encoded(Image.fromarray(GREY.astype(np.float32)), "tiff"))
-    with pytest.raises(images.PictureError, match="integer pixels"):
-        images.decode(encoded(Image.fromarray(np.full((3, 3), 70000, np.int32)), "tiff"))
+    with pytest.raises(PictureError, match="no fixed range"):
+        decode(encoded(Image.fromarray(GREY.astype(np.float32)), "tiff"))
+    with pytest.raises(PictureError, match="integer pixels"):
+        decode(encoded(Image.fromarray(np.full((3, 3), 70000, np.int32)), "tiff"))
 
 
 def test_exif_orientation_is_ignored() -> None:
@@ -318,15 +322,15 @@ def test_jpegs_are_decoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("draft mode was used")
 
     monkeypatch.setattr(JpegImageFile, "draft", draft)
-    assert images.decode(encoded(Image.fromarray(waves(64, 48)), "jpeg")).size == (48, 64)
+    assert decode(encoded(Image.fromarray(waves(64, 48)), "jpeg")).size == (48, 64)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "bmp", "tiff"])
 def test_truncated_pictures_are_picture_errors(kind: str) -> None:
     data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)), kind)
     for keep in (len(data) // 2, 20, 3, 0):
-        with pytest.raises(images.PictureError) as caught:
-            images.decode(data[:keep])
+        with pytest.raises(PictureError) as caught:
+            decode(data[:keep])
         assert str(caught.value)
         assert "\n" not in str(caught.value)
         assert "0x" not in str(caught.value)  # an address would make two runs' reports differ
@@ -336,13 +340,13 @@ def test_truncated_pictures_are_picture_errors(kind: str) -> None:
 def test_any_bytes_give_a_picture_or_a_picture_error(data: bytes) -> None:
     for start in (b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"BM", b"P6 3 3 255\n"):
         try:
-            picture = images.decode(start + data)
-        except images.PictureError:
+            picture = decode(start + data)
+        except PictureError:
             continue
         assert picture.mode == "RGB"
 
 
 def test_photos_of_every_mode_decode(photos: Path) -> None:
-    source = images.open_source(photos)
+    source = open_source(photos)
     assert len(source) == 11
-    assert {images.decode(source.read(i)).mode for i in range(11)} == {"RGB"}
+    assert {decode(source.read(i)).mode for i in range(11)} == {"RGB"}

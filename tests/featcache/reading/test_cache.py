@@ -23,10 +23,9 @@ from hypothesis import strategies as st
 
 import featcache
 from featcache.errors import UsageError, UserError
-from featcache.reading import cache as reader
-from featcache.reading import range_reader as preads
-from featcache.reading.cache import Cache
-from featcache.storage import checksums, manifest, statistics
+from featcache.reading import range_reader
+from featcache.reading.cache import Cache, _choose
+from featcache.storage import checksums, json_file, manifest, statistics
 from featcache.storage.store import SHARDS, STORES, Array, store
 from tests.conftest import copy_tree, python
 
@@ -95,7 +94,7 @@ def write_cache(
     }
     provenance = {"weights": "random:4", "source": "x"}
     about = manifest.make(identity, provenance, {a.name: a.as_dict() for a in arrays}, shards, {})
-    manifest.write_json(path / manifest.NAME, about)
+    json_file.write_json(path / manifest.NAME, about)
     return path
 
 
@@ -194,8 +193,8 @@ def test_read_equals_numpy(folders: dict[tuple[str, str], Path], request: tuple,
     wanted = {name: reference(name, rows, views, slots, tokens) for name in fields}
     out = {name: np.full(values.shape, 77, values.dtype) for name, values in wanted.items()} if given_out else None
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(preads, "_INLINE", 0 if several else 1 << 20)
-        patched.setattr(preads, "_SMALL", 0 if single else 4096)
+        patched.setattr(range_reader, "_INLINE", 0 if several else 1 << 20)
+        patched.setattr(range_reader, "_SMALL", 0 if single else 4096)
         got = cache.read(rows, view, fields, levels=levels, tokens=tokens, out=out)
     assert list(got) == fields
     for name, values in wanted.items():
@@ -368,9 +367,9 @@ def test_impossible_options(folder: Path, options: dict, told: str) -> None:
 
 def test_auto_streams_what_is_larger_than_memory() -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert reader._choose("auto", memory // 2) == "buffered"
-    assert reader._choose("auto", 2 * memory) == "streaming"
-    assert reader._choose("direct", 1) == "direct"
+    assert _choose("auto", memory // 2) == "buffered"
+    assert _choose("auto", 2 * memory) == "streaming"
+    assert _choose("direct", 1) == "direct"
 
 
 def test_close_and_read_again(folder: Path) -> None:

@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from featcache import rng
-from featcache.reading import crop_range as crops
+from featcache.reading import crop_range
 from featcache.reading.cache import Cache
-from featcache.views import draw as views
+from featcache.views import draw as view_draw
+from featcache.views.policy import Policy
 from tests import student_fixtures as fx
 
 WIDE, NARROW = (0.08, 1.0), (0.2, 1.0)
 N, V = 6000, 4
 
 
-def drawn(scale: tuple[float, float], size: tuple[int, int], ratio: tuple[float, float], name: str) -> views.Drawn:
+def drawn(scale: tuple[float, float], size: tuple[int, int], ratio: tuple[float, float], name: str) -> view_draw.Drawn:
     """Views of N pictures of one size."""
-    policy = views.Policy(scale=scale, ratio=ratio)
-    return views.draw(policy, rng.key_digests(f"{name}{i}" for i in range(N)), np.tile(size, (N, 1)), range(V))
+    policy = Policy(scale=scale, ratio=ratio)
+    return view_draw.draw(policy, rng.key_digests(f"{name}{i}" for i in range(N)), np.tile(size, (N, 1)), range(V))
 
 
 # --- the law --------------------------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ def test_accepted_areas_are_uniform_in_the_narrow_range() -> None:
     """Square crops of a square picture all fit, so the law is exact: areas uniform in (0.2, 1), each of the V views
     accepted with 0.8 / 0.92. Kolmogorov's distance, and the number accepted against the binomial law by chi-square."""
     area = drawn(WIDE, (500, 500), (1.0, 1.0), "a").area
-    accepted = crops.in_range(area, NARROW)
+    accepted = crop_range.in_range(area, NARROW)
     x = np.sort(area[accepted].astype(np.float64))
     cdf, steps = (x - 0.2) / 0.8, np.arange(len(x) + 1) / len(x)
     distance = max((cdf - steps[:-1]).max(), (steps[1:] - cdf).max())
@@ -54,7 +55,7 @@ def test_a_share_of_pictures_without_a_view_is_that_of_the_design() -> None:
     expected = [1_281_167 * (cut / 0.92) ** 4 for cut in (0.12, 0.32)]
     assert expected == pytest.approx([371, 18_752], abs=0.5)
     area = drawn(WIDE, (500, 500), (1.0, 1.0), "a").area
-    none = (~crops.in_range(area, (0.4, 1.0)).any(1)).sum()
+    none = (~crop_range.in_range(area, (0.4, 1.0)).any(1)).sum()
     assert abs(none - N * (0.32 / 0.92) ** 4) < 4 * math.sqrt(N * (0.32 / 0.92) ** 4)
 
 
@@ -64,16 +65,16 @@ def test_accepted_crops_have_the_law_of_direct_ones(size: tuple[int, int]) -> No
     ratios: two-sample Kolmogorov-Smirnov. Pictures of 1:3 refuse most tries; of those what is no centre is compared."""
     ratio = (3 / 4, 4 / 3)
     wide, direct = drawn(WIDE, size, ratio, "w"), drawn(NARROW, size, ratio, "d")
-    accepted, every = crops.in_range(wide.area, NARROW), np.ones((N, V), bool)
+    accepted, every = crop_range.in_range(wide.area, NARROW), np.ones((N, V), bool)
     if size == (300, 900):
         # Ten failures are no longer rare. A try fits where the area is below ratio / 3, whose mean is 0.338, as the
         # ratio has mean (4/3 - 3/4) / ln(16/9): (1 - 0.258 / 0.92)^10 = 0.037 and (1 - 0.138 / 0.8)^10 = 0.151.
-        centre = views.central_box(views.Policy(), np.array([size]))
+        centre = view_draw.central_box(Policy(), np.array([size]))
         shares = [(each.crop == centre).all(-1).mean() for each in (wide, direct)]
         assert shares == pytest.approx([0.037, 0.151], abs=0.01)
         accepted, every = (~(each.crop == centre).all(-1) & at for each, at in ((wide, accepted), (direct, every)))
 
-    def features(views: views.Drawn, at: np.ndarray) -> list[np.ndarray]:
+    def features(views: view_draw.Drawn, at: np.ndarray) -> list[np.ndarray]:
         top, left, height, width = views.crop[at].astype(np.float64).T
         return [views.area[at], np.log(width / height), top + height / 2, left + width / 2, views.flip[at]]
 
@@ -91,7 +92,7 @@ def test_accepted_crops_have_the_law_of_direct_ones(size: tuple[int, int]) -> No
 
 def test_both_ends_are_included() -> None:
     area = np.array([[0.08, 0.19999, 0.2, 0.5, 0.50001, 1.0]], np.float32)
-    assert crops.in_range(area, (0.2, 0.5)).tolist() == [[False, False, True, True, False, False]]
+    assert crop_range.in_range(area, (0.2, 0.5)).tolist() == [[False, False, True, True, False, False]]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,8 @@ def test_both_ends_are_included() -> None:
         ((0.9, 0.2), (0.08, 1.0), False),
     ],
 )
-def test_within(inner: crops.Scale, outer: crops.Scale, expected: bool) -> None:
-    assert crops.within(inner, outer) is expected
+def test_within(inner: crop_range.Scale, outer: crop_range.Scale, expected: bool) -> None:
+    assert crop_range.within(inner, outer) is expected
 
 
 # --- turns ----------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_turns_are_those_of_plain_python(n: int, count: int, epoch: int, seed: i
     accepted[np.arange(n), draw.integers(0, count, n)] = True
     keys = [f"{seed}/{i}" for i in range(n)]
     digests = rng.key_digests(keys)
-    turns = crops.Turns.of(digests, accepted)
+    turns = crop_range.ViewSchedule.of(digests, accepted)
     batch = draw.permutation(n)[: draw.integers(1, n + 1)]
     expected = []
     for i in batch.tolist():
@@ -129,7 +130,7 @@ def test_turns_are_those_of_plain_python(n: int, count: int, epoch: int, seed: i
         expected.append(mine[(epoch + word) % len(mine)])
     assert turns.view(digests[batch], epoch).tolist() == expected
     shuffled = draw.permutation(n)
-    again = crops.Turns.of(digests[shuffled], accepted[shuffled])
+    again = crop_range.ViewSchedule.of(digests[shuffled], accepted[shuffled])
     assert again.view(digests[batch], epoch).tolist() == expected
 
 
@@ -137,7 +138,7 @@ def test_every_accepted_view_equally_often() -> None:
     """12 epochs: a picture of 1, 2, 3 or 4 accepted views shows each of them 12, 6, 4 or 3 times, and no other."""
     accepted = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]], bool)
     digests = rng.key_digests("abcd")
-    turns = crops.Turns.of(digests, accepted)
+    turns = crop_range.ViewSchedule.of(digests, accepted)
     shown = np.stack([turns.view(digests, 7 + epoch) for epoch in range(12)])
     times = [np.bincount(column, minlength=4).tolist() for column in shown.T]
     assert times == [[0, 12, 0, 0], [6, 0, 0, 6], [4, 4, 0, 4], [3, 3, 3, 3]]
@@ -145,16 +146,16 @@ def test_every_accepted_view_equally_often() -> None:
 
 def test_all_accepted_is_the_usual_turn() -> None:
     digests = rng.key_digests(f"k{i}" for i in range(200))
-    turns = crops.Turns.of(digests, np.ones((200, 3), bool))
+    turns = crop_range.ViewSchedule.of(digests, np.ones((200, 3), bool))
     for epoch in (0, 1, 2**33):
-        assert turns.view(digests, epoch).tolist() == views.stored_view(digests, epoch, 3).tolist()
+        assert turns.view(digests, epoch).tolist() == view_draw.stored_view(digests, epoch, 3).tolist()
 
 
 def test_digests_that_begin_alike() -> None:
     """Three keys of one first word are told apart by the second."""
     digests = np.array([[5, 3], [5, 1], [9, 0], [5, 2]], np.uint64)
     accepted = np.eye(4, dtype=bool)
-    assert crops.Turns.of(digests, accepted).view(digests, 11).tolist() == [0, 1, 2, 3]
+    assert crop_range.ViewSchedule.of(digests, accepted).view(digests, 11).tolist() == [0, 1, 2, 3]
 
 
 # --- from a cache ---------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_accepted_views_of_a_cache(tmp_path: Path) -> None:
     fx.extract(folder, tmp_path / "cache", "--scale", "0.08,1")
     with Cache(tmp_path / "cache") as cache:
         rows = np.arange(len(cache))[::-1].copy()
-        got = crops.accepted(cache, rows, (0.5, 1.0))
+        got = crop_range.accepted(cache, rows, (0.5, 1.0))
         area = np.stack([cache.read(rows, view, ("area",))["area"] for view in range(3)], 1)
         long = [cache.keys[row] for row in rows].index("long")
         assert area[long] == pytest.approx([20 * 27 / 8000] * 3)
@@ -176,4 +177,4 @@ def test_accepted_views_of_a_cache(tmp_path: Path) -> None:
         expected[long] = True
         np.testing.assert_array_equal(got, expected)
         keys = [cache.keys[row] for row in rows]
-        assert crops.without_view(got, keys) == [key for key, row in zip(keys, got, strict=True) if not row.any()]
+        assert crop_range.without_view(got, keys) == [key for key, row in zip(keys, got, strict=True) if not row.any()]

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 import featcache
 from featcache.errors import UsageError, UserError
 from featcache.extraction import extract, plan
-from featcache.pictures import open_source as images
-from featcache.reading import derived as derive
-from featcache.targets import levels as targets
+from featcache.models.timm_wrapper import TimmVit
+from featcache.pictures.open_source import open_source
+from featcache.targets import derived, levels
 from featcache.teachers.clip import Clip
-from featcache.teachers.timm_vit import TimmVit
-from featcache.views import draw as views
+from featcache.views.policy import Policy
 from tests.conftest import SYNTHETIC, make_plan
 
 
@@ -51,13 +50,13 @@ def tail_of(width: int, eps: float, projection: int | None = 5) -> dict[str, Ten
 def test_derived_targets_are_the_formulas(eps: float, scale: float) -> None:
     """f is the final LayerNorm with its own eps on y itself, whatever eps h was stored with."""
     y = draw(2, 4, 16, seed=6, scale=scale)
-    h, stats = targets.normalise(torch.from_numpy(y))
+    h, stats = levels.normalise(torch.from_numpy(y))
     tail = tail_of(16, eps)
     gamma, beta, proj = (tail[name].numpy() for name in ("gamma", "beta", "proj"))
     f = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + eps) * gamma + beta
     fd = (f - f.mean(-1, keepdims=True)) / np.sqrt(f.var(-1, keepdims=True) + 1e-5)
     for name, expected in (("f", f), ("z", f @ proj), ("fd", fd), ("y", y)):
-        got = derive.target(name, h, tail, stats)
+        got = derived.target(name, h, tail, stats)
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -65,34 +64,34 @@ def test_by_hand() -> None:
     """h = (1, -1), stored divisor sqrt(1 + 1e-5) of variance 1; gamma (2, 3), beta (1, 0); another eps of 3."""
     h, stats = (torch.tensor(pair, dtype=torch.float64) for pair in ([1.0, -1.0], [5.0, 1.00001**0.5]))
     tail = {"gamma": torch.tensor([2.0, 3.0]), "beta": torch.tensor([1.0, 0.0]), "eps": torch.tensor(1e-5)}
-    assert derive.target("f", h, tail).tolist() == [3.0, -3.0]
+    assert derived.target("f", h, tail).tolist() == [3.0, -3.0]
     tail["proj"] = torch.tensor([[1.0], [2.0]]).double()
-    assert derive.target("z", h, tail).tolist() == [-3.0]
-    assert derive.target("fd", h, tail).tolist() == pytest.approx([1.0, -1.0], abs=1e-5)
-    assert derive.target("y", h, tail, stats).tolist() == pytest.approx([6.000005, 3.999995], abs=1e-9)
+    assert derived.target("z", h, tail).tolist() == [-3.0]
+    assert derived.target("fd", h, tail).tolist() == pytest.approx([1.0, -1.0], abs=1e-5)
+    assert derived.target("y", h, tail, stats).tolist() == pytest.approx([6.000005, 3.999995], abs=1e-9)
     ours = 1.00001**0.5 / 2  # the model divides by sqrt(1 + 3)
-    got = derive.target("f", h, {**tail, "eps": torch.tensor(3.0)}, stats).tolist()
+    got = derived.target("f", h, {**tail, "eps": torch.tensor(3.0)}, stats).tolist()
     assert got == pytest.approx([2 * ours + 1, -3 * ours], abs=1e-9)
 
 
 def test_what_needs_the_statistics_says_so() -> None:
-    h, _ = targets.normalise(torch.from_numpy(draw(1, 2, 16)))
-    assert derive.target("f", h, tail_of(16, 1e-5)).shape == (1, 2, 16)
+    h, _ = levels.normalise(torch.from_numpy(draw(1, 2, 16)))
+    assert derived.target("f", h, tail_of(16, 1e-5)).shape == (1, 2, 16)
     for name in ("f", "z", "fd"):
         with pytest.raises(UsageError, match=rf"'{name}': this teacher's eps is 1e-06, so `std` is needed"):
-            derive.target(name, h, tail_of(16, 1e-6))
+            derived.target(name, h, tail_of(16, 1e-6))
     with pytest.raises(UsageError, match=r"'y' needs `stats`.*feature_stats"):
-        derive.target("y", h, tail_of(16, 1e-5))
+        derived.target("y", h, tail_of(16, 1e-5))
 
 
 def test_what_cannot_be_derived_is_one_line() -> None:
     h = torch.zeros(1, 2, 16)
     with pytest.raises(UsageError, match=r"unknown derived target 'q'.*known: f, fd, y, z"):
-        derive.target("q", h, tail_of(16, 1e-5))
+        derived.target("q", h, tail_of(16, 1e-5))
     with pytest.raises(UserError, match="has no projection; it has gamma, beta, eps"):
-        derive.target("z", h, tail_of(16, 1e-5, None))
+        derived.target("z", h, tail_of(16, 1e-5, None))
     with pytest.raises(UserError, match="has no beta, eps, gamma; it has nothing"):  # it pools before its norm
-        derive.target("f", h, {})
+        derived.target("f", h, {})
 
 
 # ---------------------------------------------------------------- the models
@@ -159,8 +158,8 @@ def relative(got: np.ndarray, wanted: np.ndarray) -> float:
 @functools.cache
 def cache_of(folder: Path, kind: str) -> Path:
     out = folder.parent / f"derive-{kind}"
-    policy = views.Policy(size=32)
-    made = plan.Plan(images.open_source(folder), teacher(kind), policy, 2, (2, 3), rows_per_shard=5, pixels=True)
+    policy = Policy(size=32)
+    made = plan.Plan(open_source(folder), teacher(kind), policy, 2, (2, 3), rows_per_shard=5, pixels=True)
     extract.run(made, out, batch_size=4)
     return out
 
@@ -170,11 +169,11 @@ def test_unencoded_h_gives_the_models_own_output(kind: str) -> None:
     batch = np.random.default_rng(2).integers(0, 256, (3, 32, 32, 3), np.uint8)
     wanted, made = reference(kind, batch), teacher(kind)
     ys, _ = made(torch.from_numpy(batch).permute(0, 3, 1, 2), (3,))
-    h, stats = targets.normalise(ys[0])
+    h, stats = levels.normalise(ys[0])
     tail = {name: torch.from_numpy(value) for name, value in made.tail().items()}
     for name in ("f", "z") if kind == "clip" else ("f",):
-        assert relative(derive.target(name, h, tail, stats).double().numpy(), wanted[name]) < 1e-5
-    own = derive.target("z" if kind == "clip" else "f", h, tail, stats)[:, 0]
+        assert relative(derived.target(name, h, tail, stats).double().numpy(), wanted[name]) < 1e-5
+    own = derived.target("z" if kind == "clip" else "f", h, tail, stats)[:, 0]
     assert relative(own.double().numpy(), wanted["own"]) < 1e-5  # of CLIP: encode_image
 
 
@@ -238,5 +237,5 @@ def test_the_real_encode_image() -> None:
     wanted = model.encode_image((batch / 255 - mean) / std).numpy()
     ys, _ = made(batch, (2,))
     tail = {name: torch.from_numpy(value) for name, value in made.tail().items()}
-    got = derive.target("z", targets.normalise(ys[0])[0], tail)[:, 0].numpy()
+    got = derived.target("z", levels.normalise(ys[0])[0], tail)[:, 0].numpy()
     assert relative(got, wanted) < 1e-5

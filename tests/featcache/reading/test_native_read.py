@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from numba import njit
 
 from featcache.errors import UserError
+from featcache.reading import crc32c_jit, native_read
 from featcache.reading import native_read as ranges
 from featcache.reading import range_reader as preads
-from featcache.reading.byte_ranges import BadRow, Piece, Run, cut
-from featcache.reading.range_reader import Reads
+from featcache.reading.byte_ranges import BadRow, ByteRange, RangeBatch, cut
+from featcache.reading.range_reader import RangeReader
 
 SIZE, FILES = 40_000, 3
 DATA = np.random.default_rng(0).integers(0, 256, (FILES, SIZE), np.uint8)
@@ -38,37 +39,37 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def reads() -> Iterator[Reads]:
-    reads = Reads(1)
+def reads() -> Iterator[RangeReader]:
+    reads = RangeReader(1)
     reads._by_machine_code = True
     yield reads
     reads.close()
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> Run:
+def runs(draw: st.DrawFn) -> RangeBatch:
     """Rows of one to four pieces, in any order of their files, to any of the rows of a larger target."""
     sizes = draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4))
     gaps = draw(st.lists(st.integers(0, 50), min_size=len(sizes), max_size=len(sizes)))
     first = np.cumsum([0, *sizes])
     source = np.cumsum([gap + size for gap, size in zip(gaps, [0, *sizes[:-1]], strict=True)])
     order = draw(st.permutations(range(len(sizes))))
-    pieces = tuple(Piece(int(source[i]), int(first[i]), sizes[i], i) for i in order)
+    pieces = tuple(ByteRange(int(source[i]), int(first[i]), sizes[i], i) for i in order)
     at = draw(st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True))
     most = SIZE - int(source[-1]) - sizes[-1]
     offsets = draw(st.lists(st.integers(0, most), min_size=len(at), max_size=len(at)))
     file = np.sort(draw(st.lists(st.integers(0, FILES - 1), min_size=len(at), max_size=len(at))))
     names, file = np.unique(file, return_inverse=True)
     target = np.zeros((12, int(first[-1])), np.uint8)
-    return Run([str(name) for name in names], target, np.array(at), file, np.array(offsets), pieces)
+    return RangeBatch([str(name) for name in names], target, np.array(at), file, np.array(offsets), pieces)
 
 
-def at(run: Run, paths: list[str], crcs: np.ndarray | None = None) -> Run:
+def at(run: RangeBatch, paths: list[str], crcs: np.ndarray | None = None) -> RangeBatch:
     """The run with the files where they are, and its checksums."""
     return replace(run, paths=[paths[int(name)] for name in run.paths], crcs=crcs)
 
 
-def wanted(run: Run) -> np.ndarray:
+def wanted(run: RangeBatch) -> np.ndarray:
     out = np.zeros_like(run.target)
     for row, file, offset in zip(run.at, run.file, run.offsets, strict=True):
         for source, place, size, _ in run.pieces:
@@ -76,7 +77,7 @@ def wanted(run: Run) -> np.ndarray:
     return out
 
 
-def sums(run: Run) -> np.ndarray:
+def sums(run: RangeBatch) -> np.ndarray:
     """(rows of the run, columns), by another library."""
     full = wanted(run)
     out = np.zeros((len(run.at), len(run.pieces)), np.uint32)
@@ -93,7 +94,7 @@ ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChec
 @ANY
 @given(run=runs(), checks=st.booleans(), close=st.sampled_from([1, 8]), call=st.sampled_from([1, 9000, 1 << 25]))
 def test_they_are_what_the_files_hold(
-    paths: list[str], reads: Reads, hot: int, run: Run, checks: bool, close: int, call: int
+    paths: list[str], reads: RangeReader, hot: int, run: RangeBatch, checks: bool, close: int, call: int
 ) -> None:
     run.target[:] = 0
     settings = (preads, "_HOT", hot), (preads, "_CLOSE", close), (ranges, "_AT_ONCE", call)
@@ -106,7 +107,7 @@ def test_they_are_what_the_files_hold(
 
 @ANY
 @given(run=runs(), part_bytes=st.integers(1, 20_000), files=st.integers(1, 4))
-def test_parts_are_the_run_cut_up(run: Run, part_bytes: int, files: int) -> None:
+def test_parts_are_the_run_cut_up(run: RangeBatch, part_bytes: int, files: int) -> None:
     parts = list(cut([run], part_bytes, files))
     assert all(1 <= len(part.paths) <= files and set(part.file) == set(range(len(part.paths))) for part in parts)
     for name in ("at", "offsets"):
@@ -117,22 +118,26 @@ def test_parts_are_the_run_cut_up(run: Run, part_bytes: int, files: int) -> None
 
 @ANY
 @given(run=runs(), data=st.data())
-def test_a_wrong_sum_names_its_row_and_column(paths: list[str], reads: Reads, run: Run, data: st.DataObject) -> None:
+def test_a_wrong_sum_names_its_row_and_column(
+    paths: list[str], reads: RangeReader, run: RangeBatch, data: st.DataObject
+) -> None:
     crcs = sums(run)
     bad = data.draw(st.integers(0, len(run.at) - 1)), data.draw(st.integers(0, len(run.pieces) - 1))
     crcs[bad] ^= 1
-    with mock.patch.object(Reads, "_fill_together", return_value=False), pytest.raises(BadRow) as caught:
+    with mock.patch.object(RangeReader, "_fill_together", return_value=False), pytest.raises(BadRow) as caught:
         reads.read([at(run, paths, crcs)])
     assert (caught.value.row, caught.value.column) == (run.at[bad[0]], bad[1])
     assert caught.value.path == paths[int(run.paths[run.file[bad[0]]])]
 
 
-def test_a_short_file_is_an_error_never_zeros(tmp_path: Path, reads: Reads, paths: list[str]) -> None:
+def test_a_short_file_is_an_error_never_zeros(tmp_path: Path, reads: RangeReader, paths: list[str]) -> None:
     short = tmp_path / "short"
     short.write_bytes(DATA[0, :1000].tobytes())
     target = np.full((4, 5000), 7, np.uint8)
-    pieces = Piece(0, 0, 400), Piece(400, 400, 200)
-    run = Run([paths[1], str(short)], target, np.arange(4), np.array([0, 1, 1, 1]), np.array([0, 0, 500, 0]), pieces)
+    pieces = ByteRange(0, 0, 400), ByteRange(400, 400, 200)
+    run = RangeBatch(
+        [paths[1], str(short)], target, np.arange(4), np.array([0, 1, 1, 1]), np.array([0, 0, 500, 0]), pieces
+    )
     with pytest.raises(UserError, match=r"short: ends before byte 1100; run `featcache verify`"):
         reads.read([run])
     os.close(reads._files[str(short)].fd)
@@ -146,8 +151,8 @@ def test_nothing_is_written_beyond_the_memory(paths: list[str]) -> None:
 
     def fill(target: np.ndarray, at: int, place: int, size: int = 5) -> None:
         with Path(paths[0]).open("rb") as file:
-            run = Run(paths[:1], target, np.array([at]), zero, zero, (Piece(0, place, size),))
-            ranges.fill([file.fileno()], run, 0, never)
+            run = RangeBatch(paths[:1], target, np.array([at]), zero, zero, (ByteRange(0, place, size),))
+            native_read.fill([file.fileno()], run, 0, never)
 
     fill(memory, 1, 3)
     np.testing.assert_array_equal(memory, [[0] * 8, [0, 0, 0, *DATA[0, :5]]])
@@ -167,12 +172,12 @@ def never(file: int, view: memoryview, offset: int) -> None:
 
 # ------------------------------------------------------------ crc32c
 
-CHECKED = pytest.mark.skipif(not ranges.CHECKS, reason="this processor has no carry-less multiplication")
+CHECKED = pytest.mark.skipif(not crc32c_jit.CHECKS, reason="this processor has no carry-less multiplication")
 
 
-@pytest.fixture(scope="module", params=ranges.LANES)
+@pytest.fixture(scope="module", params=crc32c_jit.LANES)
 def crc(request: pytest.FixtureRequest) -> Callable[[np.ndarray], int]:
-    inner = ranges.crc32c_of(request.param)
+    inner = crc32c_jit.crc32c_of(request.param)
 
     @njit
     def compiled(address: int, size: int) -> int:
@@ -208,8 +213,8 @@ def test_it_is_there_on_every_processor_with_the_instructions() -> None:
     """So that a mistake in asking for them cannot go unseen: it would only be slow."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next((line for line in lines if line.startswith("flags")), "").split()
-    assert ({"pclmulqdq", "sse4_2"} <= set(flags)) == ranges.CHECKS
-    assert (4 in ranges.LANES) == ({"vpclmulqdq", "avx512f", "pclmulqdq"} <= set(flags))
+    assert ({"pclmulqdq", "sse4_2"} <= set(flags)) == crc32c_jit.CHECKS
+    assert (4 in crc32c_jit.LANES) == ({"vpclmulqdq", "avx512f", "pclmulqdq"} <= set(flags))
 
 
 NO_FEATURES = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
@@ -220,25 +225,25 @@ def test_what_cannot_be_compiled_is_checked_otherwise(tmp_path: Path, without: d
     """numba told to make code for any x86-64, or none: rows are read, a wrong sum is named."""
     code = """
 import os, sys, numpy as np, crc32c
-from featcache.reading import range_reader as preads, native_read as ranges
-from featcache.reading.byte_ranges import BadRow, Piece, Run, cut
-assert not ranges.CHECKS
+from featcache.reading import range_reader, crc32c_jit
+from featcache.reading.byte_ranges import BadRow, ByteRange, RangeBatch, cut
+assert not crc32c_jit.CHECKS
 data = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8)
 open(sys.argv[1], "wb").write(data.tobytes())
-pieces = tuple(Piece(low, low, 500_000, i) for i, low in enumerate((0, 500_000)))
+pieces = tuple(ByteRange(low, low, 500_000, i) for i, low in enumerate((0, 500_000)))
 sums = [[crc32c.crc32c(data[low:low + 500_000].tobytes()) for low in (at, at + 500_000)] for at in (0, 2_000_000)]
 target = np.zeros((2, 1_000_000), np.uint8)
 one, offsets = np.zeros(2, np.int64), np.array([0, 2_000_000])
-run = Run(sys.argv[1:], target, np.arange(2), one, offsets, pieces, np.array(sums, np.uint32))
-preads.Reads(2).read([run])
+run = RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, pieces, np.array(sums, np.uint32))
+range_reader.RangeReader(2).read([run])
 assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
 run.crcs[1, 1] ^= 1
 try:
-    preads.Reads(2).read([run])
+    range_reader.RangeReader(2).read([run])
 except BadRow as bad:
     print(bad.row, bad.column)
 target[:] = 0
-preads.Reads(2).read([Run(sys.argv[1:], target, np.arange(2), one, offsets, pieces)])
+range_reader.RangeReader(2).read([RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, pieces)])
 assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
 """
     plain = {**os.environ, **without, "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -20,14 +20,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from featcache.errors import IdentityError
-from featcache.pictures import open_source as images
-from featcache.reading import join as joining
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import open_source
+from featcache.reading import join, pixel_check
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
 from featcache.torch import Dataset
-from featcache.views import draw as views
+from featcache.views import pixel_path
+from featcache.views.policy import policy_from_dict
+from featcache.views.render import render
 from pipelines import pack_beton, pack_images
-from student.targets import contract as targets
+from student.targets.cached import Cached
 from tests import student_fixtures as fx
 from tests.conftest import copy_tree, flip
 
@@ -42,26 +45,26 @@ def tars() -> Path:
         with Image.open(path) as picture:
             picture.convert("L" if i == 4 else "RGB").save(path.with_suffix(".jpg"), quality=90)
         path.unlink()
-    pack_images.pack(images.open_source(source), fx.root() / "proof-tars", 12, seed=0)
+    pack_images.pack(open_source(source), fx.root() / "proof-tars", 12, seed=0)
     return fx.root() / "proof-tars"
 
 
 @functools.cache
 def packed() -> Path:
     """The same pictures as a .beton, in another order."""
-    pack_beton.pack(images.open_source(tars()), fx.root() / "proof.beton", seed=5)
+    pack_beton.pack(open_source(tars()), fx.root() / "proof.beton", seed=5)
     return fx.root() / "proof.beton"
 
 
 @functools.cache
 def recoded() -> Path:
     """The same keys and crops, each picture decoded and compressed again: what FFCV's own writer makes of JPEGs."""
-    source, folder = images.open_source(tars()), fx.root() / "recoded"
+    source, folder = open_source(tars()), fx.root() / "recoded"
     for i, key in enumerate(source.keys):
         path = folder / f"{key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        images.decode(source.read(i)).save(path, quality=80)
-    pack_beton.pack(images.open_source(folder), fx.root() / "recoded.beton", seed=0)
+        decode(source.read(i)).save(path, quality=80)
+    pack_beton.pack(open_source(folder), fx.root() / "recoded.beton", seed=0)
     return fx.root() / "recoded.beton"
 
 
@@ -93,13 +96,13 @@ def train(cache: Path, out: Path, *options: str | Path) -> fx.Ran:
 def checked(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
     """(row, view) of every comparison that a run makes."""
     seen: set[tuple[int, int]] = set()
-    check = targets.Cached.check
+    check = Cached.check
 
-    def note(self: targets.Cached, pixels: Any, at: int, view: int, stored: int) -> None:
+    def note(self: Cached, pixels: Any, at: int, view: int, stored: int) -> None:
         check(self, pixels, at, view, stored)
         seen.add((int(self.rows[at]), view))
 
-    monkeypatch.setattr(targets.Cached, "check", note)
+    monkeypatch.setattr(Cached, "check", note)
     return seen
 
 
@@ -139,7 +142,7 @@ def test_tars_and_their_beton_are_one_path(
 def test_the_caches_of_both_hold_the_same_rows(ffcv: None) -> None:
     """Pictures come in another order from the .beton: rows are compared by key."""
     with Cache(cache_of("tar")) as one, Cache(cache_of("beton")) as other:
-        ours, theirs = joining.pair(one, other)
+        ours, theirs = join.pair(one, other)
         assert len(ours) == fx.PICTURES
         for view in range(fx.VIEWS):
             a, b = (
@@ -206,16 +209,16 @@ def test_another_path_stops_the_run(
 def test_no_row_of_one_decoder_passes_for_the_others(ffcv: None, name: str, other: str) -> None:
     """The identity is compared first; were it not, the proof itself would find every row of every view."""
     with Cache(cache_of(name)) as cache:
-        source = images.open_source(packed(), other)
-        policy = views.from_dict(cache.identity["policy"])
+        source = open_source(packed(), other)
+        policy = policy_from_dict(cache.identity["policy"])
         filter = "area" if other == "ffcv" else "bicubic"
         for row, key in enumerate(cache.keys):
-            picture = images.picture(source, list(source.keys).index(key))
+            picture = pixel_path.picture(source, list(source.keys).index(key))
             for view in range(fx.VIEWS):
                 drawn = cache.read([row], view, ("crop", "flip", "jitter"))
                 parts = (drawn["crop"][0], drawn["flip"][0], drawn["jitter"][0])
                 with pytest.raises(IdentityError, match="not those the teacher saw"):
-                    joining.prove(cache, row, view, views.render(picture, *parts, policy.size, filter))
+                    pixel_check.prove(cache, row, view, render(picture, *parts, policy.size, filter))
 
 
 # ------------------------------------------------------------ other commands
@@ -275,7 +278,16 @@ def test_the_teacher_in_the_loop_sees_what_the_cache_holds(ffcv: None, tmp_path:
 
 def test_fresh_views_through_ffcv(ffcv: None, tmp_path: Path) -> None:
     """No cache: the policy's filter becomes the decoder's, and the run says which path it took."""
-    given = ("--images", packed(), "--teacher", "online", "--decoder", "ffcv", "--policy", fx.policy_file())
+    given = (
+        "--images",
+        packed(),
+        "--teacher",
+        "online",
+        "--decoder",
+        "ffcv",
+        "--policy",
+        fx.policy_file(),
+    )
     fx.good(fx.train("mae", tmp_path / "run", *given, "--steps", "2", "--batch-size", "8"))
     about = json.loads((tmp_path / "run" / "config.json").read_text())["targets"]
     assert (about["policy"]["filter"], about["pixel_path"]["decoder"]) == ("area", "ffcv")
@@ -286,7 +298,13 @@ def test_a_search_finds_the_cache_of_the_path_that_is_asked_for(ffcv: None, tmp_
     for name in ("beton", "ffcv"):
         copy_tree(cache_of(name), home / name)
     settings = ("--epochs", "1", "--batch-size", "8", "--images", packed(), "--dry-run", "--json")
-    teacher = (f"teacher={fx.TEACHER}", "teacher_depth=4", "teacher_width=24", f"img_size={fx.SIZE}", "patch_size=8")
+    teacher = (
+        f"teacher={fx.TEACHER}",
+        "teacher_depth=4",
+        "teacher_width=24",
+        f"img_size={fx.SIZE}",
+        "patch_size=8",
+    )
     for name, options in (("beton", ()), ("ffcv", ("--decoder", "ffcv"))):
         ran = fx.good(fx.train("maskalign", tmp_path / "run", *settings, *options, home=home, sets=teacher))
         assert ran.json["targets"] == f"cache {manifest.read(home / name)['id']}"
@@ -309,7 +327,16 @@ def test_what_extraction_refuses(
 ) -> None:
     out = tmp_path / "cache"
     ran = fx.feat(
-        "extract", "--teacher", fx.TEACHER, "--levels", "all", "--images", str(pictures()), "--out", str(out), *options
+        "extract",
+        "--teacher",
+        fx.TEACHER,
+        "--levels",
+        "all",
+        "--images",
+        str(pictures()),
+        "--out",
+        str(out),
+        *options,
     )
     assert ran.status == 2
     assert words in ran.line
@@ -349,4 +376,4 @@ def test_a_dataset_of_a_users_own_trainer_takes_the_caches_path(ffcv: None) -> N
     with pytest.raises(IdentityError, match="decoder is 'ffcv' there, 'pillow' here"):
         Dataset(tars(), cache_of("ffcv"))
     with pytest.raises(IdentityError, match="decoder is 'pillow' there, 'ffcv' here"):
-        Dataset(images.open_source(packed(), "ffcv"), cache_of("tar"))
+        Dataset(pixel_path.open_through(packed(), "ffcv"), cache_of("tar"))

@@ -26,14 +26,13 @@ from hypothesis import strategies as st
 
 import featcache
 from featcache.errors import UserError
-from featcache.reading import byte_ranges as runs
+from featcache.reading import byte_ranges, range_reader
 from featcache.reading import native_read as ranges
-from featcache.reading import range_reader as preads
 from featcache.reading.cache import Cache
-from featcache.storage import posix_io as syscalls
+from featcache.storage import posix_io
 from featcache.storage.store import SHARDS, STORES, Array, array, store
 from tests.conftest import copy_tree, flip, python
-from tests.featcache.reading import test_cache as test_reader
+from tests.featcache.reading import test_cache
 from tests.featcache.reading.test_cache import FIELDS, KEYS, NUMBERS, TOKENS, VIEWS, knows_direct, write_cache
 
 CHUNK = f"{SHARDS}/000001.zarr/features/c.0.1.0.0.0"
@@ -44,8 +43,8 @@ KINDS = [(name, tokens) for name in STORES for tokens in ("raster", "ranked")]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to fill memory, whatever the size of what is read."""
     if request.param == "by machine code":
-        monkeypatch.setattr(preads, "_INLINE", 0)
-        monkeypatch.setattr(preads, "_SMALL", 0)
+        monkeypatch.setattr(range_reader, "_INLINE", 0)
+        monkeypatch.setattr(range_reader, "_SMALL", 0)
     return str(request.param)
 
 
@@ -60,9 +59,11 @@ def copy(folders: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
     return copy_tree(folders["zarr", "raster"], tmp_path / "copy")
 
 
-def of_one_file(path: Path, target: np.ndarray, at: list[int], offsets: list[int], *rest: Any, **more: Any) -> runs.Run:
+def of_one_file(
+    path: Path, target: np.ndarray, at: list[int], offsets: list[int], *rest: Any, **more: Any
+) -> byte_ranges.RangeBatch:
     one = np.zeros(len(at), np.int64)
-    return runs.Run([str(path)], target, np.array(at), one, np.array(offsets), *rest, **more)
+    return byte_ranges.RangeBatch([str(path)], target, np.array(at), one, np.array(offsets), *rest, **more)
 
 
 def leave_to_preadv(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +198,7 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
     """Caches of two shards whose files have the same sizes."""
     root = tmp_path_factory.mktemp("alike")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_reader, "KEYS", [f"k{i}" for i in range(8)])
+        patch.setattr(test_cache, "KEYS", [f"k{i}" for i in range(8)])
         sizes = {"000000": 4, "000001": 4}
         return {kind: write_cache(root / "-".join(kind), *kind, sizes=sizes) for kind in KINDS}
 
@@ -254,9 +255,9 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path,
     with featcache.open(copy) as cache:
         asked = []
         sound = cache._base.store.sound
-        proof = runs.Proof(lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts)
+        proof = byte_ranges.FileCheck(lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts)
         memory = np.empty((1, 12), np.uint8)
-        run = of_one_file(path, memory, [0], [0], (runs.Piece(0, 0, 12),), proof=proof)
+        run = of_one_file(path, memory, [0], [0], (byte_ranges.ByteRange(0, 0, 12),), proof=proof)
         for _ in range(3):
             cache._reads.read([run])
         assert asked == [path]
@@ -277,7 +278,7 @@ def test_neighbours_are_read_together_and_each_is_checked(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, wrong: int | None
 ) -> None:
     """Three pieces of 3,000 bytes; with a wrong checksum the piece it belongs to is named, however many are joined."""
-    monkeypatch.setattr(preads, "_HOT", most)
+    monkeypatch.setattr(range_reader, "_HOT", most)
     data = np.random.default_rng(0).integers(0, 256, 9100, np.uint8)
     path = tmp_path / "file"
     path.write_bytes(data.tobytes())
@@ -292,17 +293,17 @@ def test_neighbours_are_read_together_and_each_is_checked(
     sums = np.array([[crc32c.crc32c(data[100 + low : 3100 + low].tobytes()) for low in (0, 3000, 6000)]], np.uint32)
     if wrong is not None:
         sums[0, wrong] ^= 1
-    pieces = tuple(runs.Piece(low, low, 3000, column) for column, low in enumerate((0, 3000, 6000)))
+    pieces = tuple(byte_ranges.ByteRange(low, low, 3000, column) for column, low in enumerate((0, 3000, 6000)))
     target = np.zeros((1, 9000), np.uint8)
     run = of_one_file(path, target, [0], [100], pieces, sums)
     if wrong is None:
-        preads.Reads(1).read([run])
+        range_reader.RangeReader(1).read([run])
         np.testing.assert_array_equal(target[0], data[100:])
         if way == "one by one":
             assert calls == {0: [100, 3100, 6100], 6000: [100, 6100], 1 << 20: [100]}[most]
     else:
-        with pytest.raises(runs.BadRow) as bad:
-            preads.Reads(1).read([run])
+        with pytest.raises(byte_ranges.BadRow) as bad:
+            range_reader.RangeReader(1).read([run])
         assert (bad.value.row, bad.value.column) == (0, wrong)
 
 
@@ -376,7 +377,7 @@ def test_every_call_that_fails_is_one_line_with_the_file(
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with featcache.open(copy, io=io) as cache:
-        monkeypatch.setattr(syscalls, "_local", threading.local())  # its memory is not there yet
+        monkeypatch.setattr(posix_io, "_local", threading.local())  # its memory is not there yet
         monkeypatch.setattr(mmap if call == "mmap" else os, call, broken)
         with pytest.raises(UserError, match=r"cache file .*000001\.zarr.*Stale file handle"):
             cache.read([7], 1)
@@ -392,7 +393,7 @@ def test_machine_code_that_cannot_be_loaded(copy: Path, monkeypatch: pytest.Monk
     def broken() -> None:
         raise OSError(error, os.strerror(error), "/folder/ranges.nbi")
 
-    monkeypatch.setattr(preads, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_INLINE", 0)
     monkeypatch.setattr(ranges, "load", broken)
     with featcache.open(copy) as cache:
         if error == errno.EMFILE:
@@ -410,7 +411,7 @@ def test_a_file_that_does_not_close_keeps_nobody_from_reading(copy: Path, monkey
         original(fd)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(preads, "_MOST_HANDLES", 2)
+    monkeypatch.setattr(range_reader, "_MOST_HANDLES", 2)
     with featcache.open(copy) as cache:
         monkeypatch.setattr(os, "close", broken)
         check_all(cache)
@@ -421,7 +422,7 @@ def test_a_file_that_does_not_close_keeps_nobody_from_reading(copy: Path, monkey
 def test_an_error_in_one_thread_reaches_the_caller_and_the_cache_lives_on(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preads, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_INLINE", 0)
     flip(copy / CHUNK, 240 + 80 + 33)
     with featcache.open(copy, threads=4) as cache:
         for _ in range(20):
@@ -438,10 +439,10 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
     path = tmp_path / "file"
     data = np.random.default_rng(0).integers(0, 256, 3 * 4096 + 77, np.uint8)
     path.write_bytes(data.tobytes())
-    reads = preads.Reads(1, "direct")
+    reads = range_reader.RangeReader(1, "direct")
     for low, count in [(0, 1), (4095, 2), (4096, 4096), (1, 3 * 4096 + 76), (3 * 4096 + 76, 1), (100, 9000)]:
         target = np.zeros((1, count), np.uint8)
-        run = of_one_file(path, target, [0], [low], (runs.Piece(0, 0, count),))
+        run = of_one_file(path, target, [0], [low], (byte_ranges.ByteRange(0, 0, count),))
         try:
             reads.read([run])
         except UserError as error:
@@ -450,7 +451,7 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
             raise
         np.testing.assert_array_equal(target[0], data[low : low + count])
     for low, count in [(3 * 4096 + 77, 1), (3 * 4096, 78), (5 * 4096, 1)]:
-        run = of_one_file(path, np.zeros((1, count), np.uint8), [0], [low], (runs.Piece(0, 0, count),))
+        run = of_one_file(path, np.zeros((1, count), np.uint8), [0], [low], (byte_ranges.ByteRange(0, 0, count),))
         with pytest.raises(UserError, match="ends before byte"):
             reads.read([run])
     reads.close()
@@ -488,7 +489,7 @@ def in_a_child(work: Callable[[], None]) -> int:
 @pytest.fixture
 def threaded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
     """A cache whose threads have been started and whose files are open."""
-    monkeypatch.setattr(preads, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_INLINE", 0)
     with featcache.open(copy, threads=3) as cache:
         check_all(cache)
         assert cache._reads._pool is not None
@@ -555,7 +556,7 @@ def test_pickling_keeps_the_options(copy: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_many_threads_at_once(copy: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    monkeypatch.setattr(preads, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_INLINE", 0)
     with featcache.open(copy, threads=threads) as cache, ThreadPoolExecutor(8) as pool:
         for job in [pool.submit(check_all, cache) for _ in range(40)]:
             job.result()
@@ -579,8 +580,8 @@ def handles(folder: Path) -> int:
 def test_handles_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Eight shards of a row: 100 files and more, four handles, and one more for each thread that is at it."""
     folder = write_cache(tmp_path / "c", name, sizes={f"{i:06d}": 1 for i in range(8)})
-    monkeypatch.setattr(preads, "_MOST_HANDLES", 4)
-    monkeypatch.setattr(preads, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_MOST_HANDLES", 4)
+    monkeypatch.setattr(range_reader, "_INLINE", 0)
     with featcache.open(folder, threads=1) as cache:
         for _ in range(2):
             check_all(cache)
@@ -660,8 +661,8 @@ else:
 def test_a_fork_while_another_thread_loads_machine_code_reads(copy: Path, delay: float) -> None:
     code = """
 import os, signal, sys, threading, time, featcache
-from featcache.reading import range_reader as preads
-preads._INLINE, delay = 0, float(sys.argv[2])
+from featcache.reading import range_reader
+range_reader._INLINE, delay = 0, float(sys.argv[2])
 with featcache.open(sys.argv[1], threads=1) as cache:
     first = threading.Thread(target=lambda: cache.read(range(8), 0))
     first.start()
@@ -685,8 +686,8 @@ def test_few_free_handles_are_shared(tmp_path: Path, callers: int) -> None:
     folder = write_cache(tmp_path / "cache", "zarr", "raster", sizes={f"{i:06d}": 1 for i in range(8)})
     code = """
 import os, resource, sys, threading, numpy as np, featcache
-from featcache.reading import range_reader as preads
-preads._INLINE, callers = 0, int(sys.argv[2])
+from featcache.reading import range_reader
+range_reader._INLINE, callers = 0, int(sys.argv[2])
 with featcache.open(sys.argv[1]) as cache:
     whole = cache.read(range(8), 1)["features"]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))

@@ -15,8 +15,8 @@ import crc32c
 import pytest
 
 from featcache.errors import UserError
-from featcache.storage import commit as publish
-from featcache.storage import manifest
+from featcache.storage import commit, json_file
+from featcache.storage import owner as storage_owner
 from featcache.storage.store import SHARDS, folder_path, record_path
 from tests.store_contract import dead_process, files_below
 
@@ -36,7 +36,7 @@ def record_of(content: dict[str, bytes]) -> dict[str, Any]:
 def begin(cache: Path, content: dict[str, bytes] = CONTENT) -> Path:
     """A writer's folder with everything but the record."""
     (cache / SHARDS).mkdir(exist_ok=True)
-    folder = publish.begin(cache, SHARD, STORE)
+    folder = commit.begin(cache, SHARD, STORE)
     for name, data in content.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
@@ -45,14 +45,14 @@ def begin(cache: Path, content: dict[str, bytes] = CONTENT) -> Path:
 
 def published(cache: Path, content: dict[str, bytes] = CONTENT) -> dict[str, bytes]:
     """A complete shard; all files of the cache."""
-    publish.publish(begin(cache, content), cache, SHARD, STORE, record_of(content))
+    commit.publish(begin(cache, content), cache, SHARD, STORE, record_of(content))
     return files_below(cache)
 
 
 def unrecorded(cache: Path) -> dict[str, bytes]:
     """A shard between its two renames; the files of the complete one."""
     whole = published(cache)
-    record_path(cache, SHARD).rename(folder_path(cache, SHARD, STORE) / publish.RECORD)
+    record_path(cache, SHARD).rename(folder_path(cache, SHARD, STORE) / commit.RECORD)
     return whole
 
 
@@ -69,7 +69,7 @@ def age(path: Path, seconds: float) -> None:
 
 def test_a_writer_does_not_bring_back_a_cache_that_was_moved_away(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="moved or removed while it was written") as caught:
-        publish.begin(tmp_path / "c", SHARD, STORE)
+        commit.begin(tmp_path / "c", SHARD, STORE)
     assert str(tmp_path / "c" / SHARDS) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -82,8 +82,8 @@ def test_a_published_shard_is_its_files_and_its_record(tmp_path: Path) -> None:
     folder = f"{SHARDS}/{SHARD}.{STORE}"
     assert set(files) == {f"{folder}/a.bin", f"{folder}/sub/b.bin", f"{SHARDS}/{SHARD}.json"}
     assert files[f"{folder}/a.bin"] == CONTENT["a.bin"]
-    assert manifest.read_json(record_path(tmp_path, SHARD)) == record_of(CONTENT)
-    assert publish.check(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
+    assert json_file.read_json(record_path(tmp_path, SHARD)) == record_of(CONTENT)
+    assert commit.check(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
 
 
 def test_until_the_first_rename_nothing_is_to_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_until_the_first_rename_nothing_is_to_be_seen(tmp_path: Path, monkeypatc
     def watched(path: Path, target: Path) -> Path:
         final = folder_path(tmp_path, SHARD, STORE).exists()
         seen.append((path.name.split(".")[-1], final, record_path(tmp_path, SHARD).exists()))
-        assert (path if path.is_dir() else path.parent).joinpath(publish.RECORD).is_file()
+        assert (path if path.is_dir() else path.parent).joinpath(commit.RECORD).is_file()
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", watched)
@@ -105,14 +105,14 @@ def test_until_the_first_rename_nothing_is_to_be_seen(tmp_path: Path, monkeypatc
 def test_the_loser_of_a_race_keeps_what_is_there(tmp_path: Path) -> None:
     late = begin(tmp_path, {"a.bin": b"other"})
     before = published(tmp_path)
-    publish.publish(late, tmp_path, SHARD, STORE, record_of({"a.bin": b"other"}))
+    commit.publish(late, tmp_path, SHARD, STORE, record_of({"a.bin": b"other"}))
     assert files_below(tmp_path) == {name: data for name, data in before.items() if ".tmp/" not in name}
 
 
 def test_the_loser_finishes_for_a_winner_that_died_between_the_renames(tmp_path: Path) -> None:
     late = begin(tmp_path)
     whole = {name: data for name, data in unrecorded(tmp_path).items() if ".tmp/" not in name}
-    publish.publish(late, tmp_path, SHARD, STORE, record_of(CONTENT))
+    commit.publish(late, tmp_path, SHARD, STORE, record_of(CONTENT))
     assert files_below(tmp_path) == whole
 
 
@@ -120,16 +120,16 @@ def test_a_stranger_in_the_way_of_publishing_is_an_error_not_a_loss(tmp_path: Pa
     folder = begin(tmp_path)
     folder_path(tmp_path, SHARD, STORE).write_text("a file where the folder should be")
     with pytest.raises(OSError, match=SHARD):
-        publish.publish(folder, tmp_path, SHARD, STORE, record_of(CONTENT))
+        commit.publish(folder, tmp_path, SHARD, STORE, record_of(CONTENT))
     assert not record_path(tmp_path, SHARD).exists()
     assert (folder / "a.bin").read_bytes() == CONTENT["a.bin"]
 
 
 def test_two_writers_of_one_process_have_folders_of_their_own(tmp_path: Path) -> None:
     (tmp_path / SHARDS).mkdir()
-    folders = {publish.begin(tmp_path, SHARD, STORE) for _ in range(5)}
+    folders = {commit.begin(tmp_path, SHARD, STORE) for _ in range(5)}
     assert len(folders) == 5
-    assert all(not publish.is_dead(folder) for folder in folders)
+    assert all(not commit.is_dead(folder) for folder in folders)
 
 
 # ---------------------------------------------------------------- settling
@@ -137,9 +137,9 @@ def test_two_writers_of_one_process_have_folders_of_their_own(tmp_path: Path) ->
 
 def test_settle_adopts_what_proves_itself(tmp_path: Path) -> None:
     whole = unrecorded(tmp_path)
-    publish.settle(tmp_path, STORE, ["000001"])
+    commit.recover(tmp_path, STORE, ["000001"])
     assert files_below(tmp_path) != whole
-    publish.settle(tmp_path, STORE, [SHARD])
+    commit.recover(tmp_path, STORE, [SHARD])
     assert files_below(tmp_path) == whole
 
 
@@ -148,7 +148,7 @@ def test_settle_removes_what_does_not(tmp_path: Path, damage: str) -> None:
     """A record that cannot be read proves nothing; extraction must go on, not stop at it."""
     unrecorded(tmp_path)
     folder = folder_path(tmp_path, SHARD, STORE)
-    record, data = folder / publish.RECORD, folder / "a.bin"
+    record, data = folder / commit.RECORD, folder / "a.bin"
     if damage == "a changed byte":
         data.write_bytes(b"N" + CONTENT["a.bin"][1:])
     elif damage == "a missing file":
@@ -157,15 +157,15 @@ def test_settle_removes_what_does_not(tmp_path: Path, damage: str) -> None:
         record.write_bytes(record.read_bytes()[:-30])
     else:
         record.unlink()
-    publish.settle(tmp_path, STORE, [SHARD])
+    commit.recover(tmp_path, STORE, [SHARD])
     assert names(tmp_path) == set()
 
 
 def test_settle_leaves_other_shards_and_other_stores_alone(tmp_path: Path) -> None:
     unrecorded(tmp_path)
     before = files_below(tmp_path)
-    publish.settle(tmp_path, STORE, ["000008"])
-    publish.settle(tmp_path, "zarr", [SHARD])
+    commit.recover(tmp_path, STORE, ["000008"])
+    commit.recover(tmp_path, "zarr", [SHARD])
     assert files_below(tmp_path) == before
 
 
@@ -175,7 +175,7 @@ def test_settle_never_removes_what_another_process_just_published(
     """Two processes share --out. B looks for the record: none. A moves it into place. B looks into the folder: none
     there either. It must not conclude that the folder is broken."""
     whole = unrecorded(tmp_path)
-    inside, outside = folder_path(tmp_path, SHARD, STORE) / publish.RECORD, record_path(tmp_path, SHARD)
+    inside, outside = folder_path(tmp_path, SHARD, STORE) / commit.RECORD, record_path(tmp_path, SHARD)
     asked = []
     is_file = Path.is_file
 
@@ -187,7 +187,7 @@ def test_settle_never_removes_what_another_process_just_published(
         return answer
 
     monkeypatch.setattr(Path, "is_file", publishes_after_the_first_look)
-    publish.settle(tmp_path, STORE, [SHARD])
+    commit.recover(tmp_path, STORE, [SHARD])
     monkeypatch.undo()
     assert asked
     assert files_below(tmp_path) == whole
@@ -196,15 +196,15 @@ def test_settle_never_removes_what_another_process_just_published(
 def test_two_may_adopt_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While B checks the bytes, A, which does the same, is done."""
     whole = unrecorded(tmp_path)
-    check = publish.check
+    check = commit.check
 
     def slow_check(*args: Any, **options: Any) -> list[str]:
         problems = check(*args, **options)
-        (folder_path(tmp_path, SHARD, STORE) / publish.RECORD).rename(record_path(tmp_path, SHARD))
+        (folder_path(tmp_path, SHARD, STORE) / commit.RECORD).rename(record_path(tmp_path, SHARD))
         return problems
 
-    monkeypatch.setattr(publish, "check", slow_check)
-    publish.settle(tmp_path, STORE, [SHARD])
+    monkeypatch.setattr(commit, "check", slow_check)
+    commit.recover(tmp_path, STORE, [SHARD])
     assert files_below(tmp_path) == whole
 
 
@@ -219,18 +219,18 @@ def leftover(cache: Path, owner: str) -> Path:
 
 
 def test_here_a_writer_is_dead_when_its_process_is(tmp_path: Path) -> None:
-    host = manifest._host()
-    mine = manifest.owner()
+    host = storage_owner._host()
+    mine = storage_owner.owner()
     started = mine.rpartition("-")[2].partition("x")[0]
     assert mine.startswith(f"{host}-{os.getpid()}-{started}x")
-    assert not publish.is_dead(leftover(tmp_path, f"{host}-{os.getpid()}-{started}x00000000"))
-    assert publish.is_dead(leftover(tmp_path, f"{host}-{dead_process()}-{started}x00000000"))
-    assert publish.is_dead(leftover(tmp_path, f"{host}-0x7-{started}x00000000"))
+    assert not commit.is_dead(leftover(tmp_path, f"{host}-{os.getpid()}-{started}x00000000"))
+    assert commit.is_dead(leftover(tmp_path, f"{host}-{dead_process()}-{started}x00000000"))
+    assert commit.is_dead(leftover(tmp_path, f"{host}-0x7-{started}x00000000"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell when a process started")
 def test_another_process_of_the_same_number_is_not_taken_for_the_writer(tmp_path: Path) -> None:
-    assert publish.is_dead(leftover(tmp_path, f"{manifest._host()}-{os.getpid()}-1x00000000"))
+    assert commit.is_dead(leftover(tmp_path, f"{storage_owner._host()}-{os.getpid()}-1x00000000"))
 
 
 @pytest.mark.parametrize(
@@ -239,21 +239,21 @@ def test_another_process_of_the_same_number_is_not_taken_for_the_writer(tmp_path
 def test_of_other_hosts_a_day_without_change_is_death(tmp_path: Path, owner: str) -> None:
     """Process numbers of other machines, and of other containers of this one, say nothing here."""
     path = leftover(tmp_path, owner)
-    assert not publish.is_dead(path)
+    assert not commit.is_dead(path)
     age(path, DAY_S - 600)
-    assert not publish.is_dead(path)
+    assert not commit.is_dead(path)
     age(path, DAY_S + 600)
-    assert publish.is_dead(path)
+    assert commit.is_dead(path)
     (path / "a.bin").write_bytes(b"more")  # the file is new, its folder is not
     then = time.time() - 2 * DAY_S
     os.utime(path, (then, then))
-    assert not publish.is_dead(path)
+    assert not commit.is_dead(path)
 
 
 def test_settle_removes_another_hosts_work_only_when_it_is_old(tmp_path: Path) -> None:
     new, old = leftover(tmp_path, "elsewhere+0-12-5x1"), leftover(tmp_path, "elsewhere+0-12-5x2")
     age(old, 2 * DAY_S)
-    publish.settle(tmp_path, STORE, [SHARD])
+    commit.recover(tmp_path, STORE, [SHARD])
     assert names(tmp_path) == {new.name}
 
 
@@ -270,19 +270,19 @@ def test_a_leftover_that_goes_while_it_is_looked_at_is_not_dead(
         return found
 
     monkeypatch.setattr(Path, "rglob", goes)
-    assert not publish.is_dead(path)
+    assert not commit.is_dead(path)
 
 
 def test_leftovers_are_each_named_once(tmp_path: Path) -> None:
     """Folders of dead writers, temporary files of theirs beside the manifest and the records, and replaced shards."""
-    dead = f"{manifest._host()}-{dead_process()}-1x00000000"
+    dead = f"{storage_owner._host()}-{dead_process()}-1x00000000"
     published(tmp_path)
     for path in (tmp_path / f".manifest.json.{dead}.tmp", tmp_path / SHARDS / f".{SHARD}.json.{dead}.tmp"):
         path.write_bytes(b"half")
     found = {*tmp_path.glob(".*.tmp"), *(tmp_path / SHARDS).glob(".*.tmp"), leftover(tmp_path, dead)}
-    (tmp_path / f".manifest.json.{manifest.owner()}.tmp").write_bytes(b"being written")
+    (tmp_path / f".manifest.json.{storage_owner.owner()}.tmp").write_bytes(b"being written")
     (tmp_path / "notes.txt").write_bytes(b"of the user")
-    listed = list(publish.leftovers(tmp_path))
+    listed = list(commit.leftovers(tmp_path))
     assert set(listed) == found
     assert len(listed) == len(found) == 3
 
@@ -292,14 +292,14 @@ def test_leftovers_are_each_named_once(tmp_path: Path) -> None:
 
 def test_set_aside_and_put_back(tmp_path: Path) -> None:
     before = published(tmp_path)
-    publish.set_aside(tmp_path, SHARD, STORE)
+    commit.set_aside(tmp_path, SHARD, STORE)
     assert not record_path(tmp_path, SHARD).exists()
     assert not folder_path(tmp_path, SHARD, STORE).exists()
     assert len(files_below(tmp_path)) == len(before)
-    assert list(publish.leftovers(tmp_path)) == []  # its replacement has not come
-    publish.settle(tmp_path, STORE, [SHARD])
-    publish.set_aside(tmp_path, SHARD, STORE)  # once more does no harm
-    publish.put_back(tmp_path, SHARD, STORE)
+    assert list(commit.leftovers(tmp_path)) == []  # its replacement has not come
+    commit.recover(tmp_path, STORE, [SHARD])
+    commit.set_aside(tmp_path, SHARD, STORE)  # once more does no harm
+    commit.put_back(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == before
 
 
@@ -311,9 +311,9 @@ def test_a_shard_of_which_a_part_is_missing_can_be_set_aside(tmp_path: Path, mis
     else:
         shutil.rmtree(folder_path(tmp_path, SHARD, STORE))
     left = files_below(tmp_path)
-    publish.set_aside(tmp_path, SHARD, STORE)
+    commit.set_aside(tmp_path, SHARD, STORE)
     assert files_below(tmp_path).keys().isdisjoint(left)
-    publish.put_back(tmp_path, SHARD, STORE)
+    commit.put_back(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == left
 
 
@@ -332,44 +332,44 @@ def test_a_death_between_the_two_moves_of_set_aside_is_made_good(
 
     monkeypatch.setattr(Path, "rename", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        publish.set_aside(tmp_path, SHARD, STORE)
+        commit.set_aside(tmp_path, SHARD, STORE)
     monkeypatch.undo()
     assert not record_path(tmp_path, SHARD).exists()
-    publish.set_aside(tmp_path, SHARD, STORE)
+    commit.set_aside(tmp_path, SHARD, STORE)
     assert not folder_path(tmp_path, SHARD, STORE).exists()
-    publish.put_back(tmp_path, SHARD, STORE)
+    commit.put_back(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == before
 
 
 def test_a_replaced_shard_stays_and_the_old_one_goes(tmp_path: Path) -> None:
     published(tmp_path, {"a.bin": b"damaged"})
-    publish.set_aside(tmp_path, SHARD, STORE)
+    commit.set_aside(tmp_path, SHARD, STORE)
     published(tmp_path)
     complete = {f"{SHARD}.json", f"{SHARD}.{STORE}"}
-    listed = list(publish.leftovers(tmp_path))
+    listed = list(commit.leftovers(tmp_path))
     assert len(listed) == 2
     assert {path.name for path in listed} == names(tmp_path) - complete
-    publish.put_back(tmp_path, SHARD, STORE)  # a new shard has come: nothing to undo
+    commit.put_back(tmp_path, SHARD, STORE)  # a new shard has come: nothing to undo
     assert names(tmp_path) == complete
-    assert publish.check(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
+    assert commit.check(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
 
 
 def test_what_was_set_aside_can_be_forgotten(tmp_path: Path) -> None:
     published(tmp_path)
-    publish.set_aside(tmp_path, SHARD, STORE)
-    publish.forget_aside(tmp_path, SHARD, STORE)
-    publish.forget_aside(tmp_path, SHARD, STORE)
+    commit.set_aside(tmp_path, SHARD, STORE)
+    commit.forget_aside(tmp_path, SHARD, STORE)
+    commit.forget_aside(tmp_path, SHARD, STORE)
     assert names(tmp_path) == set()
 
 
 def test_a_shard_that_is_damaged_again_is_set_aside_again(tmp_path: Path) -> None:
     """A repair died after the new shard came and before the old one was forgotten."""
     published(tmp_path, {"a.bin": b"damaged"})
-    publish.set_aside(tmp_path, SHARD, STORE)
+    commit.set_aside(tmp_path, SHARD, STORE)
     second = {name: data for name, data in published(tmp_path).items() if ".bad" not in name}
-    publish.set_aside(tmp_path, SHARD, STORE)
+    commit.set_aside(tmp_path, SHARD, STORE)
     assert not record_path(tmp_path, SHARD).exists()
-    publish.put_back(tmp_path, SHARD, STORE)
+    commit.put_back(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == second
 
 
@@ -377,11 +377,11 @@ def test_a_shard_that_is_damaged_again_is_set_aside_again(tmp_path: Path) -> Non
 def test_put_back_replaces_what_was_never_finished(tmp_path: Path, again: bool) -> None:
     """The replacement's writer died between its two renames; a second repair may begin where the first one did."""
     old = published(tmp_path, {"a.bin": b"damaged"})
-    publish.set_aside(tmp_path, SHARD, STORE)
+    commit.set_aside(tmp_path, SHARD, STORE)
     unrecorded(tmp_path)
     if again:
-        publish.set_aside(tmp_path, SHARD, STORE)
-    publish.put_back(tmp_path, SHARD, STORE)
+        commit.set_aside(tmp_path, SHARD, STORE)
+    commit.put_back(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == old
 
 
@@ -395,8 +395,8 @@ def test_check_says_what_is_wrong_with_each_file(tmp_path: Path) -> None:
     (folder / "a.bin").write_bytes(CONTENT["a.bin"][:-1] + b"?")
     (folder / "sub/b.bin").write_bytes(b"12")
     lines = [f"{folder}/sub/b.bin: 2 bytes, 0 recorded", f"{folder}/c.bin: missing"]
-    assert publish.check(tmp_path, SHARD, STORE, record, deep=False) == lines
-    deep = publish.check(tmp_path, SHARD, STORE, record, deep=True)
+    assert commit.check(tmp_path, SHARD, STORE, record, deep=False) == lines
+    deep = commit.check(tmp_path, SHARD, STORE, record, deep=True)
     assert deep == [f"{folder}/a.bin: checksum differs", *lines]
 
 
@@ -407,5 +407,5 @@ def test_file_crc_is_of_the_first_bytes(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_bytes(bytes(range(20)))
     expected = crc32c.crc32c(bytes(range(20))[:count])
     for piece in (1, 3, 1 << 20):
-        monkeypatch.setattr(publish, "_READ_BYTES", piece)
-        assert publish.file_crc(path, count) == expected
+        monkeypatch.setattr(commit, "_READ_BYTES", piece)
+        assert commit.file_crc(path, count) == expected

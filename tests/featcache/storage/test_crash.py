@@ -20,9 +20,9 @@ from PIL import Image
 from featcache import teachers
 from featcache.extraction import extract
 from featcache.extraction.plan import Plan
-from featcache.pictures import open_source as images
-from featcache.storage import lease as leases
-from featcache.views import draw as views
+from featcache.pictures.open_source import open_source
+from featcache.storage import lease
+from featcache.views.policy import Policy
 from tests.store_contract import files_below
 
 PICTURES = 72
@@ -45,9 +45,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(pictures: str, out: str, teacher: str, store: str, ready: Any = None, go: Any = None) -> float:
     """One writer, as `featcache extract` would be; with `go` it waits before it touches the cache. Returns seconds."""
     plan = Plan(
-        images.open_source(pictures),
+        open_source(pictures),
         teachers.load(teacher, "random:0" if teacher == VIT else None, "cpu"),
-        views.Policy(size=32),
+        Policy(size=32),
         2,
         (1, 3),
         store=store,
@@ -89,7 +89,7 @@ def disturb(args: tuple[str, str, str, str], moments: random.Random, seconds: fl
         died += codes.count(-signal.SIGKILL)
         if codes != [-signal.SIGKILL] * 2:  # somebody was left to finish
             break
-    elsewhere = leases.path_of(out, "000004")  # of a machine that went away an hour ago
+    elsewhere = lease.path_of(out, "000004")  # of a machine that went away an hour ago
     elsewhere.parent.mkdir(parents=True, exist_ok=True)  # nobody may have come so far
     elsewhere.write_text("other_host+0000-1-1x00000000")
     os.utime(elsewhere, (time.time() - 3600,) * 2)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from featcache.storage import lease, manifest
+from featcache.storage import lease
+from featcache.storage import owner as storage_owner
 from featcache.storage.store import SHARDS
 from tests.conftest import python
 
@@ -42,7 +43,7 @@ def left_by(cache: Path, owner: str, age_s: float = 0.0) -> Path:
 
 
 def dead_owner() -> str:
-    ran = python("from featcache.storage import manifest; print(manifest.owner())")
+    ran = python("from featcache.storage.owner import owner; print(owner())")
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
 
@@ -87,7 +88,7 @@ def test_one_of_a_dead_process_is_taken_over_at_once(cache: Path) -> None:
     assert not lease.held(cache, "000000")
     held = lease.take(cache, "000000")
     assert held is not None
-    assert path.read_text().startswith(manifest.owner().rpartition("-")[0])
+    assert path.read_text().startswith(storage_owner.owner().rpartition("-")[0])
     held.release()
     assert not path.exists()
 
@@ -97,7 +98,7 @@ def test_one_of_a_zombie_is_taken_over(cache: Path) -> None:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(write, manifest.owner().encode())
+        os.write(write, storage_owner.owner().encode())
         os._exit(0)
     try:
         left_by(cache, os.read(read, 1000).decode())
@@ -193,7 +194,7 @@ def test_where_there_are_no_hard_links(cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "link", link)
     first = lease.take(cache, "000000")
     assert first is not None
-    assert manifest.is_here(first.path.read_text())
+    assert storage_owner.is_here(first.path.read_text())
     assert lease.take(cache, "000000") is None
     first.release()
     left_by(cache, dead_owner())

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import IdentityError, UserError
-from featcache.storage import manifest
+from featcache.storage import identity as storage_identity
+from featcache.storage import json_file, manifest
+from featcache.storage import owner as storage_owner
 
 IDENTITY = {
     "teacher": {"name": "clip-b16", "weight_hash": "00ff", "patches": 196},
@@ -62,8 +64,8 @@ def test_id_does_not_change_with_where_things_were() -> None:
 
 def test_written_json_comes_back_and_its_bytes_repeat(tmp_path: Path) -> None:
     for name in ("a.json", "b.json"):
-        manifest.write_json(tmp_path / name, make())
-    assert manifest.read_json(tmp_path / "a.json") == make()
+        json_file.write_json(tmp_path / name, make())
+    assert json_file.read_json(tmp_path / "a.json") == make()
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]  # nothing temporary stays
 
@@ -71,14 +73,14 @@ def test_written_json_comes_back_and_its_bytes_repeat(tmp_path: Path) -> None:
 def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
     """Every position, every one of two bits: damage, or the same value written otherwise (a bit of white space)."""
     path = tmp_path / "manifest.json"
-    manifest.write_json(path, make())
+    json_file.write_json(path, make())
     data = path.read_bytes()
     for i in range(len(data)):
         for bit in (0, 6):
             path.write_bytes(data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :])
             told = ""
             try:
-                assert manifest.read_json(path) == make()
+                assert json_file.read_json(path) == make()
             except UserError as error:
                 told = str(error)
             assert not told or ("manifest.json" in told and "damaged" in told)
@@ -89,7 +91,7 @@ def test_what_is_no_json_of_ours_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / manifest.NAME
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"manifest\.json"):
-        manifest.read_json(path)
+        json_file.read_json(path)
     with pytest.raises(UserError, match=r"manifest\.json"):
         manifest.read(tmp_path)
 
@@ -97,7 +99,7 @@ def test_what_is_no_json_of_ours_is_one_line(tmp_path: Path, text: str) -> None:
 def test_no_cache_and_another_format(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no cache at"):
         manifest.read(tmp_path / "nothing")
-    manifest.write_json(tmp_path / manifest.NAME, {**make(), "format": 99})
+    json_file.write_json(tmp_path / manifest.NAME, {**make(), "format": 99})
     with pytest.raises(UserError, match=r"format 99.*format 3"):
         manifest.read(tmp_path)
 
@@ -118,7 +120,7 @@ def test_side_files_are_checked(tmp_path: Path) -> None:
 
 def test_differences_are_graded_fatal_first() -> None:
     other = make(teacher__weight_hash="1", codec="q8", store="webdataset", provenance__source="x")
-    found = manifest.compare(make(), other)
+    found = storage_identity.compare(make(), other)
     assert [(m.field, m.grade) for m in found] == [
         ("identity.teacher.weight_hash", "fatal"),
         ("identity.codec", "lossy"),
@@ -126,13 +128,13 @@ def test_differences_are_graded_fatal_first() -> None:
         ("provenance.source", "cosmetic"),
     ]
     assert (found[0].here, found[0].there) == ("00ff", "1")
-    assert manifest.compare(make(), make()) == []
+    assert storage_identity.compare(make(), make()) == []
 
 
 def test_a_field_that_only_one_side_has_is_a_difference() -> None:
     other = make()
     other["identity"]["brand_new"] = 1
-    assert [(m.field, m.grade, m.here) for m in manifest.compare(make(), other)] == [
+    assert [(m.field, m.grade, m.here) for m in storage_identity.compare(make(), other)] == [
         ("identity.brand_new", "fatal", None)
     ]
 
@@ -140,13 +142,13 @@ def test_a_field_that_only_one_side_has_is_a_difference() -> None:
 def test_refusal_names_field_grade_and_both_values() -> None:
     other = make(teacher__weight_hash="1", codec="q8", provenance__source="x")
     with pytest.raises(IdentityError) as caught:
-        manifest.refuse(make(), other, "the caches differ", "choose one", ("fatal",))
+        storage_identity.refuse(make(), other, "the caches differ", "choose one", ("fatal",))
     message = str(caught.value)
     assert "identity.teacher.weight_hash (fatal): '00ff' here, '1' there" in message
     assert message.startswith("the caches differ")
     assert message.endswith("choose one")
     assert "codec" not in message
-    manifest.refuse(make(), make(provenance__source="x"), "w", "t", ("fatal", "lossy"))
+    storage_identity.refuse(make(), make(provenance__source="x"), "w", "t", ("fatal", "lossy"))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_refusal_names_field_grade_and_both_values() -> None:
 )
 def test_a_refusal_names_the_option_that_cures_it(change: dict, told: str) -> None:
     with pytest.raises(IdentityError) as caught:
-        manifest.refuse(make(), make(**change), "w", "todo", ("fatal", "lossy", "layout"), cures=True)
+        storage_identity.refuse(make(), make(**change), "w", "todo", ("fatal", "lossy", "layout"), cures=True)
     assert told in str(caught.value)
 
 
@@ -168,7 +170,7 @@ def test_every_option_of_a_field_exists() -> None:
     from featcache.commands.extract import command
 
     known = {name for param in command.params for name in param.opts}
-    assert {option for _, option in manifest.OPTIONS} <= known
+    assert {option for _, option in storage_identity.OPTIONS} <= known
 
 
 def test_title_counts_what_is_stored() -> None:
@@ -182,10 +184,10 @@ def test_title_counts_what_is_stored() -> None:
 def test_a_damaged_json_names_the_repair_of_its_cache(tmp_path: Path, name: str, damage: str) -> None:
     path = tmp_path / "my cache" / name
     path.parent.mkdir(parents=True)
-    manifest.write_json(path, {"a": 1})
+    json_file.write_json(path, {"a": 1})
     path.write_bytes(path.read_bytes().replace(b"1", b"2", 1) if damage == "bits" else damage.encode())
     with pytest.raises(UserError, match=rf"is damaged: .*; run `featcache repair '{tmp_path}/my cache'`$"):
-        manifest.read_json(path)
+        json_file.read_json(path)
 
 
 def test_random_weights_are_said() -> None:
@@ -210,14 +212,14 @@ def test_random_weights_are_said() -> None:
     ],
 )
 def test_every_field_has_a_grade(field: str, grade: str) -> None:
-    assert manifest.grade(field) == grade
+    assert storage_identity.grade(field) == grade
 
 
 # ---------------------------------------------------------------- who writes
 
 
 def test_an_owner_is_host_pid_and_nonce() -> None:
-    owners = [manifest.owner() for _ in range(5)]
+    owners = [storage_owner.owner() for _ in range(5)]
     assert len(set(owners)) == 5
     for owner in owners:
         host, pid, nonce = owner.rsplit("-", 2)
@@ -226,45 +228,45 @@ def test_an_owner_is_host_pid_and_nonce() -> None:
         started, _, random = nonce.partition("x")
         assert int(started, 16) == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         assert len(random) == 8
-        assert manifest.is_here(owner)
-        assert manifest.alive(owner)
+        assert storage_owner.is_here(owner)
+        assert storage_owner.alive(owner)
 
 
 def test_another_process_with_the_same_number_is_not_taken_for_the_writer() -> None:
-    host, pid, nonce = manifest.owner().rsplit("-", 2)
+    host, pid, nonce = storage_owner.owner().rsplit("-", 2)
     started, _, random = nonce.partition("x")
-    assert not manifest.alive(f"{host}-{pid}-{int(started, 16) + 1:x}x{random}")
-    assert not manifest.alive(f"{host}-{pid}-{random}")
-    assert manifest.alive(f"{host}-{pid}-{started}x00000000")
+    assert not storage_owner.alive(f"{host}-{pid}-{int(started, 16) + 1:x}x{random}")
+    assert not storage_owner.alive(f"{host}-{pid}-{random}")
+    assert storage_owner.alive(f"{host}-{pid}-{started}x00000000")
 
 
 @pytest.mark.parametrize("pid", ["0", "99999999", "x", "", "9" * 30])
 def test_no_process_is_no_writer(pid: str) -> None:
-    assert not manifest.alive(f"{manifest.owner().rsplit('-', 2)[0]}-{pid}-1x2")
+    assert not storage_owner.alive(f"{storage_owner.owner().rsplit('-', 2)[0]}-{pid}-1x2")
 
 
 @pytest.mark.parametrize("owner", ["other+1234-1-1x2", "host.example+1234-99999999-1x2", "nobody", ""])
 def test_a_writer_elsewhere_may_be_alive(owner: str) -> None:
-    assert not manifest.is_here(owner)
-    assert manifest.alive(owner)
+    assert not storage_owner.is_here(owner)
+    assert storage_owner.alive(owner)
 
 
 def test_dots_and_dashes_of_a_host_do_not_confuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Names of temporary files are parted by dots, owners by dashes."""
-    manifest._host.cache_clear()
+    storage_owner._host.cache_clear()
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7.rack-1.example.org")
     try:
-        owner = manifest.owner()
+        owner = storage_owner.owner()
         assert "." not in owner
-        assert manifest.alive(owner)
+        assert storage_owner.alive(owner)
         dead = owner.replace(f"-{os.getpid()}-", "-99999999-")
         for name in (owner, dead):
             (tmp_path / f".manifest.json.{name}.tmp").write_text("half")
-        manifest.sweep(tmp_path)
+        json_file.sweep(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [f".manifest.json.{owner}.tmp"]
     finally:
         monkeypatch.undo()
-        manifest._host.cache_clear()
+        storage_owner._host.cache_clear()
 
 
 def test_a_zombie_is_no_writer() -> None:
@@ -273,12 +275,12 @@ def test_a_zombie_is_no_writer() -> None:
     if child == 0:
         os.read(read, 1)
         os._exit(0)
-    owner = f"{manifest._host()}-{child}-{manifest._started(child) or 0:x}x00000000"
-    assert manifest.alive(owner)
+    owner = f"{storage_owner._host()}-{child}-{storage_owner._started(child) or 0:x}x00000000"
+    assert storage_owner.alive(owner)
     os.write(write, b"!")
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there
     try:
-        assert not manifest.alive(owner)
+        assert not storage_owner.alive(owner)
     finally:
         os.waitpid(child, 0)
         os.close(read)
@@ -288,7 +290,7 @@ def test_a_zombie_is_no_writer() -> None:
 @pytest.mark.parametrize("cut", [1, 2])
 def test_a_missing_last_byte_is_noticed(tmp_path: Path, cut: int) -> None:
     """The value is still there, the file is not what was written."""
-    manifest.write_json(tmp_path / "a.json", make())
+    json_file.write_json(tmp_path / "a.json", make())
     (tmp_path / "a.json").write_bytes((tmp_path / "a.json").read_bytes()[:-cut])
     with pytest.raises(UserError, match=r"a\.json.*damaged"):
-        manifest.read_json(tmp_path / "a.json")
+        json_file.read_json(tmp_path / "a.json")

@@ -16,9 +16,9 @@ from featcache.errors import UsageError, UserError
 from featcache.extraction import extract
 from featcache.extraction.plan import Plan
 from featcache.maintenance import verify
-from featcache.pictures import open_source as images
-from featcache.storage import manifest
-from featcache.views import draw as views
+from featcache.pictures.open_source import open_source
+from featcache.storage import json_file, manifest
+from featcache.views.policy import Policy
 from tests.conftest import copy_tree, make_photos
 
 TEACHER = "synthetic:levels=3,tokens=16,width=24"
@@ -30,8 +30,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("pair")
     make_photos(folder / "pictures")
     for seed in (0, 7):
-        policy = views.Policy(size=32, seed=seed)
-        source = images.open_source(folder / "pictures")
+        policy = Policy(size=32, seed=seed)
+        source = open_source(folder / "pictures")
         plan = Plan(source, teachers.load(TEACHER), policy, 2, (1, 3), rows_per_shard=4)
         extract.run(plan, folder / f"seed{seed}", batch_size=4)
     return folder / "seed0", folder / "seed7"
@@ -76,22 +76,22 @@ def test_a_shard_in_the_place_of_another(pair: tuple[Path, Path], tmp_path: Path
 def test_a_record_that_was_edited(pair: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], match: str) -> None:
     cache = copy_tree(pair[0], tmp_path / "c")
     path = cache / "shards/000000.json"
-    manifest.write_json(path, {**manifest.read_json(path), **change})
+    json_file.write_json(path, {**json_file.read_json(path), **change})
     refused(cache, match)
 
 
 def test_keys_that_are_not_the_shards(pair: tuple[Path, Path], tmp_path: Path) -> None:
     cache = copy_tree(pair[0], tmp_path / "c")
     path = cache / "shards/000000.json"
-    manifest.write_json(path, {**manifest.read_json(path), "keys_digest": "0" * 32})
+    json_file.write_json(path, {**json_file.read_json(path), "keys_digest": "0" * 32})
     assert "its keys are not those" in verify.files(cache)[0][0]
 
 
 def test_a_manifest_that_was_edited(pair: tuple[Path, Path], tmp_path: Path) -> None:
     cache = copy_tree(pair[0], tmp_path / "c")
-    about = manifest.read_json(cache / manifest.NAME)
+    about = json_file.read_json(cache / manifest.NAME)
     about["identity"]["levels"] = [3, 1]
-    manifest.write_json(cache / manifest.NAME, about)
+    json_file.write_json(cache / manifest.NAME, about)
     with pytest.raises(UserError, match="its id is not that of its identity"):
         featcache.open(cache)
 
@@ -111,8 +111,8 @@ def test_the_same_part_twice(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_views_that_a_part_on_its_own_does_not_hold(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    source = images.open_source(pair[0].parent / "pictures")
-    plan = Plan(source, teachers.load(TEACHER), views.Policy(size=32), 1, (1, 3), rows_per_shard=4, first_view=2)
+    source = open_source(pair[0].parent / "pictures")
+    plan = Plan(source, teachers.load(TEACHER), Policy(size=32), 1, (1, 3), rows_per_shard=4, first_view=2)
     extract.run(plan, tmp_path / "part", batch_size=4)
     with featcache.open(tmp_path / "part") as part:
         assert part.read([0], 2)["features"].shape == (1, 2, 17, 24)

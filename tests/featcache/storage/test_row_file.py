@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache.storage import row_file as rowfile
+from featcache.storage import row_file
 from featcache.storage.row_file import RowFile
 
 SHAPES = st.lists(st.integers(0, 4), min_size=0, max_size=4).map(tuple)
@@ -68,7 +68,7 @@ def test_dirty_pages_are_pushed_out_as_the_file_grows(tmp_path: Path, monkeypatc
     """Each time ten more bytes are there, from the beginning of the file; and all of it is synced at the end."""
     calls: list[Any] = []
     fsync = os.fsync
-    monkeypatch.setattr(rowfile, "PUSH_BYTES", 10)
+    monkeypatch.setattr(row_file, "PUSH_BYTES", 10)
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: calls.append(rest), raising=False)
     monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", "forget", raising=False)
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("sync"), fsync(fd))[1])
@@ -81,7 +81,7 @@ def test_dirty_pages_are_pushed_out_as_the_file_grows(tmp_path: Path, monkeypatc
 
 
 def test_a_system_without_fadvise_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowfile, "PUSH_BYTES", 1)
+    monkeypatch.setattr(row_file, "PUSH_BYTES", 1)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     file = RowFile(tmp_path / "file")
     file.append(np.arange(3, dtype=np.uint8))

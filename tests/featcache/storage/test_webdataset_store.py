@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from featcache.errors import UserError
-from featcache.pictures import open_source as images
-from featcache.storage import commit as publish
-from featcache.storage import webdataset_store
+from featcache.pictures.tars import escape, unescape
+from featcache.storage import commit, webdataset_store
 from featcache.storage.row_file import RowFile
 from featcache.storage.store import SHARDS, Array
 from tests.store_contract import ARRAYS, ODD_KEYS, SHARD, StoreContract, as_items, numbers
@@ -63,7 +62,7 @@ def test_plain_tarfile_and_numpy_read_every_member(written: tuple[Path, dict[str
     for view in range(2):
         with tarfile.open(tar(cache, view), "r:") as archive:
             members = archive.getmembers()
-            stems = [images.escape(key) for key in ODD_KEYS]
+            stems = [escape(key) for key in ODD_KEYS]
             arrays = sorted(ARRAYS, key=lambda array: array.name)
             assert [member.name for member in members] == [f"{s}.{a.name}.npy" for s in stems for a in arrays]
             for i, member in enumerate(members):
@@ -94,7 +93,7 @@ def test_webdataset_yields_decoded_samples_under_their_keys(tmp_path: Path) -> N
             warnings.simplefilter("ignore", ResourceWarning)
             samples = list(dataset)
             gc.collect()
-        assert [images.unescape(sample["__key__"]) for sample in samples] == named
+        assert [unescape(sample["__key__"]) for sample in samples] == named
         for row, sample in enumerate(samples):
             names = {name for name in sample if not name.startswith("__")}
             assert names == {f"{array.name}.npy" for array in ARRAYS}
@@ -115,7 +114,7 @@ def test_member_names_give_the_keys_back(tmp_path_factory: pytest.TempPathFactor
     CONTRACT.publish(cache, numbers(ARRAYS[2:3], len(keys), 1), arrays=ARRAYS[2:3], views=1, keys=keys)
     with tarfile.open(tar(cache, 0), "r:") as archive:
         stems = [name.removesuffix(".flip.npy") for name in archive.getnames()]
-    assert [images.unescape(stem) for stem in stems] == keys
+    assert [unescape(stem) for stem in stems] == keys
 
 
 # ---------------------------------------------------------------- the bytes
@@ -313,8 +312,8 @@ def test_a_shard_extracted_again_is_read_with_its_new_index(tmp_path: Path) -> N
         CONTRACT.publish(tmp_path, data, keys=keys)
         got = CONTRACT.read(tmp_path, ARRAYS[0], 2, np.arange(3))
         np.testing.assert_array_equal(got, np.moveaxis(data["features"], 1, 0))
-        publish.set_aside(tmp_path, SHARD, "webdataset")
-        publish.forget_aside(tmp_path, SHARD, "webdataset")
+        commit.set_aside(tmp_path, SHARD, "webdataset")
+        commit.forget_aside(tmp_path, SHARD, "webdataset")
 
 
 def test_what_stays_in_memory_is_bounded(tmp_path: Path) -> None:

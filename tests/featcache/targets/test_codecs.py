@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache.targets import codecs
-from featcache.targets import levels as targets
+from featcache.targets import codecs, levels
 
 # value -> the IEEE half nearest to it, as stored (little-endian); written by hand from the format.
 LITERAL = [
@@ -54,7 +53,7 @@ def test_a_normalised_token_never_leaves_the_range(width: int) -> None:
     """|h| <= sqrt(D - 1), reached by a single dominant channel: 64 at 4,096 wide, far below 65,504."""
     y = torch.zeros(1, 1, 1, width, dtype=torch.float64)
     y[..., 0] = 1e20
-    h, stats = targets.normalise(y)
+    h, stats = levels.normalise(y)
     assert h.abs().max() <= (width - 1) ** 0.5 * (1 + 1e-9)
     assert bool(codecs.in_range(codecs.CODECS["fp16"].encode(h), stats.float()).all())
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from featcache import teachers
 from featcache.errors import UsageError, UserError
+from featcache.models.weights import weight_hash
 from featcache.teachers import dvae
-from tests import teacher_reference as ref
+from tests import teacher_reference
 
 WIDTH, WORDS = 8, 24
 
@@ -29,9 +30,11 @@ WIDTH, WORDS = 8, 24
 def encoder() -> dvae.Dvae:
     """Drawn weights; the words' biases are such that none wins everywhere."""
     encoder = dvae.Dvae("drawn", WIDTH, WORDS)
-    ref.stir(encoder, std=0.3)
+    teacher_reference.stir(encoder, std=0.3)
     encoder.eval().requires_grad_(False)
-    encoder.blocks.output.conv.bias -= encoder.logits(0.8 * (ref.photographs(112) / 255) + 0.1).mean((0, 2, 3))
+    encoder.blocks.output.conv.bias -= encoder.logits(0.8 * (teacher_reference.photographs(112) / 255) + 0.1).mean(
+        (0, 2, 3)
+    )
     return encoder
 
 
@@ -65,7 +68,7 @@ def described(weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def test_the_network_is_the_described_one(encoder: dvae.Dvae) -> None:
-    images = ref.photographs(112)
+    images = teacher_reference.photographs(112)
     pixels = 0.8 * (images.double() / 255) + 0.1
     expected = described(published(encoder), pixels)
     got = encoder.logits(pixels.float())
@@ -142,7 +145,7 @@ def test_a_state_dict_is_read_by_either_names(tmp_path: Path, encoder: dvae.Dvae
     save_file(state, tmp_path / "w.safetensors")
     read = dvae.Dvae("x", WIDTH, WORDS)
     dvae.read_into(read, str(tmp_path / "w.safetensors"), "dvae")
-    assert teachers.weight_hash(read) == teachers.weight_hash(encoder)
+    assert weight_hash(read) == weight_hash(encoder)
 
 
 def test_another_network_is_one_line(tmp_path: Path, encoder: dvae.Dvae) -> None:
@@ -156,7 +159,7 @@ def test_the_last_layer_stays_in_float32_under_autocast(encoder: dvae.Dvae) -> N
     encoder.blocks.output.register_forward_hook(lambda _, x, y: seen.extend([x[0].dtype, y.dtype]))
     encoder.blocks.group_4.register_forward_hook(lambda _, __, y: seen.append(y.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        encoder(ref.photographs(112)[:1])
+        encoder(teacher_reference.photographs(112)[:1])
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
 
 
@@ -177,11 +180,11 @@ def test_a_smaller_one_is_told_by_options(tmp_path: Path, encoder: dvae.Dvae) ->
     save_file(encoder.state_dict(), tmp_path / "w.safetensors")
     small = teachers.load_tokenizer(spec, str(tmp_path / "w.safetensors"))
     assert (small.name, small.input_px, small.patches, small.vocabulary) == (spec, 64, 64, WORDS)
-    images = ref.photographs(64)
+    images = teacher_reference.photographs(64)
     expected = described(published(encoder), 0.8 * (images.double() / 255) + 0.1).argmax(1)
     assert torch.equal(small(images), expected.reshape(3, 64))
     drawn = teachers.load_tokenizer("dvae,width=8,vocabulary=24", "random:0")
-    assert (drawn.input_px, drawn.patches, drawn(ref.photographs(112)).shape) == (112, 196, (3, 196))
+    assert (drawn.input_px, drawn.patches, drawn(teacher_reference.photographs(112)).shape) == (112, 196, (3, 196))
 
 
 @pytest.mark.parametrize(
@@ -211,9 +214,9 @@ def test_the_whole_tokenizer_runs() -> None:
     tokenizer = teachers.load_tokenizer("dvae", "random:0")
     assert (tokenizer.name, tokenizer.weights, tokenizer.input_px, tokenizer.patches) == ("dvae", "random:0", 112, 196)
     assert (tokenizer.vocabulary, tokenizer.pixel_filter) == (8192, "lanczos")
-    ids = tokenizer(ref.photographs(112))
+    ids = tokenizer(teacher_reference.photographs(112))
     assert ids.shape == (3, 196)
     assert 0 <= int(ids.min()) <= int(ids.max()) < 8192
     assert not any(value.requires_grad for value in tokenizer.state_dict().values())
     same = teachers.load_tokenizer("dvae", "random:0")
-    assert teachers.weight_hash(same) == teachers.weight_hash(tokenizer)
+    assert weight_hash(same) == weight_hash(tokenizer)

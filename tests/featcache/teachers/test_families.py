@@ -19,8 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featcache import teachers
-from featcache.teachers import clip, timm_vit
-from tests import teacher_reference as ref
+from featcache.models.spec import parse_options
+from featcache.models.timm_wrapper import TimmVit
+from featcache.models.weights import weight_hash
+from featcache.teachers import clip
+from tests import teacher_reference
 
 CLOSE = 1e-5
 
@@ -46,29 +49,29 @@ TIMM = {
 
 
 def _options(text: str) -> dict[str, Any]:
-    return dict(teachers.parse_options(text))
+    return dict(parse_options(text))
 
 
 @pytest.mark.parametrize("family", TIMM)
 def test_timm_families_equal_the_unmodified_model(family: str) -> None:
     arch, options, prefix = TIMM[family]
     teacher: Any = teachers.load(f"timm:{arch},{options}", "random:0")
-    ref.stir(teacher.vit)
+    teacher_reference.stir(teacher.vit)
     exact: Any = timm.create_model(arch, num_classes=0, **_options(options)).eval().double()
     exact.load_state_dict(teacher.vit.state_dict())
     size = teacher.input_px
-    images = ref.photographs(size)
+    images = teacher_reference.photographs(size)
     ys, attention = teacher(images, (1, 3))
-    pixels = ref.normalised(images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"])
-    own = ref.outputs(exact.blocks, lambda: exact.forward_features(pixels))
-    weights = ref.timm_map(exact, pixels).mean(1)[:, 0]  # (B, T)
+    pixels = teacher_reference.normalised(images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"])
+    own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))
+    weights = teacher_reference.timm_map(exact, pixels).mean(1)[:, 0]  # (B, T)
     assert exact.num_prefix_tokens == prefix
     assert teacher.patches == weights.shape[1] - prefix == (size // exact.patch_embed.patch_size[0]) ** 2
     for y, k in zip(ys, (1, 3), strict=True):
         expected = torch.cat([own[k - 1][:, :1], own[k - 1][:, prefix:]], 1)
         assert y.shape == expected.shape == (3, 1 + teacher.patches, 24)
-        assert ref.relative(y, expected) < CLOSE
-    assert ref.apart(attention, weights[:, prefix:]) < CLOSE
+        assert teacher_reference.relative(y, expected) < CLOSE
+    assert teacher_reference.apart(attention, weights[:, prefix:]) < CLOSE
     assert (attention.sum(1) < 1 - 1e-4).all()  # what [CLS] and registers get is left out, and nothing is renormalised
     assert attention.std(1).min() > 1e-5  # a reading that is the same everywhere would prove little
 
@@ -86,21 +89,21 @@ def _explicit_pool(pool: Any, x: np.ndarray) -> np.ndarray:
 def test_siglip_has_the_mean_for_cls_and_its_pools_attention() -> None:
     arch, options = "vit_base_patch16_siglip_224.webli", f"img_size=96,{SMALL}"
     teacher: Any = teachers.load(f"timm:{arch},{options}", "random:0")
-    ref.stir(teacher.vit)
+    teacher_reference.stir(teacher.vit)
     exact: Any = timm.create_model(arch, num_classes=0, **_options(options)).eval().requires_grad_(False).double()
     exact.load_state_dict(teacher.vit.state_dict())
-    images = ref.photographs(96)
+    images = teacher_reference.photographs(96)
     (y,), attention = teacher(images, (2,))
-    pixels = ref.normalised(images, (0.5,) * 3, (0.5,) * 3)
-    own = ref.outputs(exact.blocks, lambda: exact.forward_features(pixels))
+    pixels = teacher_reference.normalised(images, (0.5,) * 3, (0.5,) * 3)
+    own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))
     assert teacher.first_token == "mean"
     assert y.shape == (3, 37, 24)
-    assert ref.relative(y[:, 1:], own[1]) < CLOSE
-    assert ref.relative(y[:, 0], own[1].mean(1)) < CLOSE
+    assert teacher_reference.relative(y[:, 1:], own[1]) < CLOSE
+    assert teacher_reference.relative(y[:, 0], own[1].mean(1)) < CLOSE
     with torch.no_grad():
         tokens = exact.forward_features(pixels)
     weights = _explicit_pool(exact.attn_pool, tokens.numpy())
-    assert ref.apart(attention, torch.from_numpy(weights.mean(1))) < CLOSE
+    assert teacher_reference.apart(attention, torch.from_numpy(weights.mean(1))) < CLOSE
     torch.testing.assert_close(attention.sum(1), torch.ones(3))  # there is no [CLS] to take a share
     pool = exact.attn_pool  # and these weights are what the pool itself mixes by
     values = (tokens @ pool.kv.weight[24:].T + pool.kv.bias[24:]).unflatten(-1, (3, 8)).numpy()
@@ -134,26 +137,26 @@ def small_clip(folder: Path, quick: bool = True, name: str = "small.json", **vis
 def test_clip_equals_the_unmodified_tower(tmp_path: Path, kind: str) -> None:
     vision, quick = CLIPS[kind]
     teacher: Any = teachers.load(f"open_clip:{small_clip(tmp_path, quick, **vision)}", "random:0")
-    ref.stir(teacher.visual)
+    teacher_reference.stir(teacher.visual)
     (tmp_path / "dir").mkdir()
     small_clip(tmp_path / "dir", quick, "open_clip_config.json", **vision)
     about = json.loads((tmp_path / "small.json").read_text())
     (tmp_path / "dir/open_clip_config.json").write_text(json.dumps({"model_cfg": about}))
     exact = open_clip.create_model(f"local-dir:{tmp_path / 'dir'}", load_weights=False).visual.eval().double()
     exact.load_state_dict(teacher.visual.state_dict())
-    images = ref.photographs(48)
+    images = teacher_reference.photographs(48)
     ys, attention = teacher(images, (1, 3))
-    pixels = ref.normalised(images, clip.OPENAI_MEAN, clip.OPENAI_STD)
+    pixels = teacher_reference.normalised(images, clip.OPENAI_MEAN, clip.OPENAI_STD)
     seen: list[Tensor] = []
     blocks = exact.transformer.resblocks
     handle = blocks[-1].ln_1.register_forward_hook(lambda _, __, x: seen.append(x))
-    own = ref.outputs(blocks, lambda: exact(pixels))
+    own = teacher_reference.outputs(blocks, lambda: exact(pixels))
     handle.remove()
     weights = _tower_map(blocks[-1].attn, seen[0])
     for y, k in zip(ys, (1, 3), strict=True):
         assert y.shape == own[k - 1].shape == (3, 37, 24)
-        assert ref.relative(y, own[k - 1]) < CLOSE
-    assert ref.apart(attention, weights[:, 0, 1:]) < CLOSE
+        assert teacher_reference.relative(y, own[k - 1]) < CLOSE
+    assert teacher_reference.apart(attention, weights[:, 0, 1:]) < CLOSE
 
 
 def _tower_map(attn: Any, x: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ def _tower_map(attn: Any, x: Tensor) -> Tensor:
 def test_a_tower_that_open_clip_takes_from_timm(tmp_path: Path) -> None:
     """SigLIP by its open_clip name: the trunk is timm's, the pixel statistics are the tag's."""
     teacher: Any = teachers.load("open_clip:ViT-B-16-SigLIP", "random:0")
-    assert isinstance(teacher, timm_vit.TimmVit)
+    assert isinstance(teacher, TimmVit)
     assert (teacher.input_px, teacher.patches, teacher.width, teacher.depth) == (224, 196, 768, 12)
     assert teacher.pixel_mean == teacher.pixel_std == (0.5, 0.5, 0.5)
 
@@ -191,16 +194,16 @@ def test_base_networks_equal_the_unmodified_model(name: str) -> None:
     facts = (teacher.input_px, teacher.patches, teacher.width, teacher.depth)
     assert facts == (row.input_px, row.patches, row.width, row.depth)
     assert sum(p.numel() for p in teacher.vit.parameters()) == row.params
-    images = ref.photographs(row.input_px)[:2]
+    images = teacher_reference.photographs(row.input_px)[:2]
     ys, attention = teacher(images, (8, 12))
     exact: Any = timm.create_model(row.hub.removeprefix("timm/"), num_classes=0, img_size=row.input_px).eval().double()
     exact.load_state_dict(teacher.vit.state_dict())
-    pixels = ref.normalised(images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"])
-    own = ref.outputs(exact.blocks, lambda: exact.forward_features(pixels))
+    pixels = teacher_reference.normalised(images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"])
+    own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))
     prefix = exact.num_prefix_tokens
     for y, k in zip(ys, (8, 12), strict=True):
-        assert ref.relative(y, torch.cat([own[k - 1][:, :1], own[k - 1][:, prefix:]], 1)) < CLOSE
-    assert ref.apart(attention, ref.timm_map(exact, pixels).mean(1)[:, 0, prefix:]) < CLOSE
+        assert teacher_reference.relative(y, torch.cat([own[k - 1][:, :1], own[k - 1][:, prefix:]], 1)) < CLOSE
+    assert teacher_reference.apart(attention, teacher_reference.timm_map(exact, pixels).mean(1)[:, 0, prefix:]) < CLOSE
 
 
 @pytest.mark.parametrize("family", ["dinov2-reg", "dinov3", "eva02"])
@@ -209,4 +212,4 @@ def test_a_file_of_a_family_is_what_runs(tmp_path: Path, family: str) -> None:
     drawn: Any = teachers.load(f"timm:{arch},{options}", "random:3")
     save_file({name: value.contiguous() for name, value in drawn.vit.state_dict().items()}, tmp_path / "w.safetensors")
     read = teachers.load(f"timm:{arch},{options}", str(tmp_path / "w.safetensors"))
-    assert teachers.weight_hash(read) == teachers.weight_hash(drawn)
+    assert weight_hash(read) == weight_hash(drawn)

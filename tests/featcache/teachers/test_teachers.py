@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from featcache import teachers
 from featcache.errors import UsageError, UserError
+from featcache.models.spec import parse_options
+from featcache.models.timm_wrapper import TimmVit
+from featcache.models.weights import weight_hash
 from featcache.teachers.clip import Clip
-from featcache.teachers.timm_vit import TimmVit
 from tests.conftest import Ran, python
 
 TINY = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
@@ -318,7 +320,7 @@ def test_every_registered_name_has_its_facts() -> None:
     assert (rows["clip-b16"].input_px, rows["clip-b16"].patches, rows["clip-b16"].width, rows["clip-b16"].depth) == (
         224, 196, 768, 12
     )  # fmt: skip
-    assert teachers.parse_options("a=1,b=0.5,c=TRUE,d=x,e=-2") == {"a": 1, "b": 0.5, "c": True, "d": "x", "e": -2}
+    assert parse_options("a=1,b=0.5,c=TRUE,d=x,e=-2") == {"a": 1, "b": 0.5, "c": True, "d": "x", "e": -2}
 
 
 def test_a_name_is_found_without_the_libraries() -> None:
@@ -336,7 +338,7 @@ def test_a_name_is_found_without_the_libraries() -> None:
 OWN = """
 import torch
 from torch import nn
-from featcache import teachers
+from featcache.models.contract import REGISTERED
 from featcache.errors import UsageError
 
 class Mine(nn.Module):
@@ -345,7 +347,7 @@ class Mine(nn.Module):
 
     def __init__(self, gain, weights):
         super().__init__()
-        self.gain, self.weights = nn.Parameter(torch.tensor(float(gain))), weights or teachers.REGISTERED
+        self.gain, self.weights = nn.Parameter(torch.tensor(float(gain))), weights or REGISTERED
 
     def forward(self, images, levels):
         y = images.float().mean((2, 3))[:, None].expand(-1, 5, 3) * self.gain * torch.tensor([1.0, 2.0, 4.0])
@@ -372,14 +374,14 @@ def test_a_users_own_file_is_a_teacher(tmp_path: Path) -> None:
     assert (y == torch.tensor([12.0, 24.0, 48.0])).all()
     assert attention.shape == (2, 4)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())  # type: ignore[attr-defined]
-    assert teachers.weight_hash(teacher) != teachers.weight_hash(teachers.load(str(path)))
+    assert weight_hash(teacher) != weight_hash(teachers.load(str(path)))
     assert not teachers.is_tokenizer(str(path))
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("x = 1", "lacks load; load(name, options, weights)"),
+        ("x = 1", "lacks load; needed: load(name, options, weights) -> Teacher"),
         ("load = 3", "lacks load"),
         ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("def load(:", "SyntaxError"),
@@ -430,7 +432,7 @@ def test_a_users_file_that_is_not_there_or_an_option_it_does_not_know(tmp_path: 
 def test_random_weights_are_reproducible_and_leave_the_generator_alone() -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    hashes = [teachers.weight_hash(teachers.load(TINY, f"random:{seed}")) for seed in (0, 1, 0)]
+    hashes = [weight_hash(teachers.load(TINY, f"random:{seed}")) for seed in (0, 1, 0)]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert hashes[0] == hashes[2] != hashes[1]
     torch.manual_seed(0)
@@ -450,15 +452,15 @@ def test_random_needs_a_whole_seed(weights: str) -> None:
 
 def test_weight_hash_feels_one_flipped_bit_names_and_shapes() -> None:
     teacher = teachers.load(TINY, "random:0")
-    before = teachers.weight_hash(teacher)
+    before = weight_hash(teacher)
     assert len(before) == 32
     bits = teacher.vit.blocks[1].mlp.fc1.weight.view(-1).view(torch.int32)
     bits[7] ^= 1
-    assert teachers.weight_hash(teacher) != before
+    assert weight_hash(teacher) != before
     bits[7] ^= 1
-    assert teachers.weight_hash(teacher) == before
+    assert weight_hash(teacher) == before
     other = teachers.load("synthetic:levels=1,tokens=4,width=4,size=28")
-    assert teachers.weight_hash(other) != before
+    assert weight_hash(other) != before
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +479,7 @@ def test_weights_from_a_file_are_the_ones_that_run(tmp_path: Path, state: dict[s
         torch.save({**state, **({"head.weight": torch.zeros(10, 24)} if kind == "with a head" else {})}, path)
     teacher = teachers.load(TINY, str(path))
     assert teacher.weights == str(path)
-    assert teachers.weight_hash(teacher) == teachers.weight_hash(teachers.load(TINY, "random:7"))
+    assert weight_hash(teacher) == weight_hash(teachers.load(TINY, "random:7"))
 
 
 def test_a_model_that_pools_and_then_norms_loads_its_own_file(tmp_path: Path) -> None:
@@ -486,7 +488,7 @@ def test_a_model_that_pools_and_then_norms_loads_its_own_file(tmp_path: Path) ->
     own = teachers.load(spec, "random:7")
     save_file(own.vit.state_dict(), tmp_path / "w.safetensors")
     loaded = teachers.load(spec, str(tmp_path / "w.safetensors"))
-    assert teachers.weight_hash(loaded) == teachers.weight_hash(own)
+    assert weight_hash(loaded) == weight_hash(own)
 
 
 class Evil:
@@ -639,7 +641,7 @@ def test_the_same_weights_under_another_activation_are_another_teacher(tower: Vi
     images = pictures(1, 16)
     quick, gelu = Clip(tower, "FILE"), Clip(plain, "laion2b")
     assert not torch.allclose(quick(images, (3,))[0][0], gelu(images, (3,))[0][0], rtol=1e-3)
-    assert teachers.weight_hash(quick) != teachers.weight_hash(gelu)
+    assert weight_hash(quick) != weight_hash(gelu)
 
 
 def test_wrapping_changes_nothing_of_the_network(tower: VisionTransformer) -> None:

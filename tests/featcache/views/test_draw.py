@@ -19,7 +19,10 @@ from torchvision.transforms.transforms import RandomResizedCrop
 
 from featcache import rng
 from featcache.errors import UsageError, UserError
-from featcache.views import draw as views
+from featcache.views import draw as view_draw
+from featcache.views import fingerprint
+from featcache.views.policy import Policy, load_policy, policy_from_dict
+from featcache.views.render import render, render_centre
 from tests.conftest import waves
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -37,8 +40,8 @@ ZERO_HASH = 2283521107298152996  # of twelve zero bytes, by hashlib
 STILL = (1.0, 1.0, 1.0, 0.0)
 
 
-def draw(key: str, height: int, width: int, count: int = 1, **policy: object) -> views.Drawn:
-    return views.draw(views.policy(**policy), rng.key_digests([key]), np.array([[height, width]]), range(count))
+def draw(key: str, height: int, width: int, count: int = 1, **policy: object) -> view_draw.Drawn:
+    return view_draw.draw(load_policy(**policy), rng.key_digests([key]), np.array([[height, width]]), range(count))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["key"])
@@ -60,7 +63,7 @@ def test_golden_file_is_what_its_script_says() -> None:
 
 def test_dtypes_and_shapes() -> None:
     sizes = np.array([[40, 50], [60, 30], [9, 9]])
-    drawn = views.draw(views.Policy(), rng.key_digests("abc"), sizes, range(2))
+    drawn = view_draw.draw(Policy(), rng.key_digests("abc"), sizes, range(2))
     assert [(a.shape, a.dtype.str) for a in drawn] == [
         ((3, 2, 4), "<i4"),
         ((3, 2), "|u1"),
@@ -100,9 +103,9 @@ def test_boxes_lie_inside_the_picture_and_keep_the_limits(
 def test_a_draw_depends_on_its_own_key_size_and_view_alone(n: int, at: int, view: int) -> None:
     at %= n
     keys, sizes = [f"p{i}" for i in range(n)], np.array([[30 + i, 50 - i] for i in range(n)])
-    policy = views.Policy(jitter=0.3, seed=5)
-    many = views.draw(policy, rng.key_digests(keys), sizes, [7, view, 3])
-    one = views.draw(policy, rng.key_digests(keys[at : at + 1]), sizes[at : at + 1], [view])
+    policy = Policy(jitter=0.3, seed=5)
+    many = view_draw.draw(policy, rng.key_digests(keys), sizes, [7, view, 3])
+    one = view_draw.draw(policy, rng.key_digests(keys[at : at + 1]), sizes[at : at + 1], [view])
     for together, alone in zip(many, one, strict=True):
         np.testing.assert_array_equal(together[at, 1], alone[0, 0])
 
@@ -110,14 +113,14 @@ def test_a_draw_depends_on_its_own_key_size_and_view_alone(n: int, at: int, view
 def test_law_of_area_flip_and_position() -> None:
     """4,000 keys: areas average as torchvision's, flips are fair, positions even, and the seed matters."""
     digests = rng.key_digests(f"{i}" for i in range(4000))
-    drawn = views.draw(views.Policy(), digests, np.full((4000, 2), 300), [0])
+    drawn = view_draw.draw(Policy(), digests, np.full((4000, 2), 300), [0])
     torchvision = _torchvision_areas(4000)
     assert drawn.area.mean() == pytest.approx(torchvision.mean(), abs=4 * 0.23 * (2 / 4000) ** 0.5)
     assert drawn.flip.mean() == pytest.approx(0.5, abs=4 * 0.5 / 4000**0.5)
     room = 300 - drawn.crop[:, 0, 2]
     share = (drawn.crop[:, 0, 0] + 0.5) / (room + 1)
     assert share.mean() == pytest.approx(0.5, abs=4 * 0.29 / 4000**0.5)
-    other = views.draw(views.Policy(seed=1), digests, np.full((4000, 2), 300), [0])
+    other = view_draw.draw(Policy(seed=1), digests, np.full((4000, 2), 300), [0])
     assert (other.crop != drawn.crop).any(-1).mean() > 0.99
 
 
@@ -174,15 +177,15 @@ def test_render_is_torchvisions_resized_crop(name: str, size: int) -> None:
     picture = Image.fromarray(waves(75, 90))
     for crop in [(0, 0, 75, 90), (13, 21, 40, 33), (70, 85, 5, 5), (3, 4, 1, 1)]:
         expected = np.asarray(tv.resized_crop(picture, *crop, [size, size], MODES[name]))
-        np.testing.assert_array_equal(views.render(picture, crop, 0, STILL, size, name), expected)
-        flipped = views.render(picture, crop, 1, STILL, size, name)
+        np.testing.assert_array_equal(render(picture, crop, 0, STILL, size, name), expected)
+        flipped = render(picture, crop, 1, STILL, size, name)
         np.testing.assert_array_equal(flipped, expected[:, ::-1])
 
 
 def test_render_crops_before_it_resizes() -> None:
     """Pillow's resize(box=...) looks beyond the box's edge and gives other pixels."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-    ours = views.render(picture, (10, 12, 20, 24), 0, STILL, 56, "bicubic").astype(int)
+    ours = render(picture, (10, 12, 20, 24), 0, STILL, 56, "bicubic").astype(int)
     other = np.asarray(picture.resize((56, 56), Image.Resampling.BICUBIC, box=(12, 10, 36, 30))).astype(int)
     assert np.abs(ours - other).max() > 0
 
@@ -197,14 +200,14 @@ def test_jitter_acts_on_the_whole_picture_in_the_stored_order(order: int) -> Non
         expected = adjust[name](expected, float(np.float32(factors[name])))
     expected = tv.resized_crop(expected, 5, 9, 30, 40, [32, 32], tv.InterpolationMode.BICUBIC)
     jitter = np.float32([*factors.values(), order])
-    np.testing.assert_array_equal(views.render(picture, (5, 9, 30, 40), 0, jitter, 32, "bicubic"), np.asarray(expected))
+    np.testing.assert_array_equal(render(picture, (5, 9, 30, 40), 0, jitter, 32, "bicubic"), np.asarray(expected))
 
 
 @pytest.mark.parametrize("size", [196, 224, 112])
 def test_one_view_at_several_sizes_is_a_direct_crop_each_time(size: int) -> None:
     picture = Image.fromarray(waves(150, 210, 2.0))
     direct = picture.crop((31, 17, 31 + 120, 17 + 100)).resize((size, size), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(views.render(picture, (17, 31, 100, 120), 0, STILL, size, "bicubic"), direct)
+    np.testing.assert_array_equal(render(picture, (17, 31, 100, 120), 0, STILL, size, "bicubic"), direct)
 
 
 @pytest.mark.parametrize(("height", "width"), [(50, 80), (80, 50), (64, 64), (20, 30), (53, 79), (101, 64)])
@@ -212,15 +215,15 @@ def test_centre_is_torchvisions_resize_and_central_crop(height: int, width: int)
     picture = Image.fromarray(waves(height, width))
     resized = tv.resize(picture, round(32 / 0.875), tv.InterpolationMode.BICUBIC)
     expected = np.asarray(tv.center_crop(resized, [32, 32]))
-    np.testing.assert_array_equal(views.centre(picture, 32, 0.875, "bicubic"), expected)
+    np.testing.assert_array_equal(render_centre(picture, 32, 0.875, "bicubic"), expected)
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (20, 300)])
 def test_clamped_draw_is_one_try_with_its_sides_cut(height: int, width: int) -> None:
     """The sampler of MAE's linear probe, in scalar Python from the picture's words."""
-    policy = views.Policy(scale=(0.08, 1.0), seed=3)
+    policy = Policy(scale=(0.08, 1.0), seed=3)
     digests = rng.key_digests([f"k{i}" for i in range(200)])
-    drawn = views.draw(policy, digests, np.full((200, 2), (height, width)), [6], clamp=True)
+    drawn = view_draw.draw(policy, digests, np.full((200, 2), (height, width)), [6], clamp=True)
     raw = rng.words(digests, rng.stream("view", 3), 4, view=6)
     cut = 0
     for i, row in enumerate(raw):
@@ -239,16 +242,16 @@ def test_literal_pixel_hash() -> None:
     """BLAKE2b-64 of the C-order bytes, little-endian."""
     pixels = waves(28, 28)
     expected = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
-    assert views.pixel_hash(pixels) == expected
-    assert views.pixel_hash(np.zeros((2, 2, 3), np.uint8)) == ZERO_HASH
-    assert views.pixel_hash(pixels[:, ::-1]) != expected  # a mirrored view is another one, whatever its strides
-    assert views.pixel_hash(pixels[:, ::-1]) == views.pixel_hash(pixels[:, ::-1].copy())
+    assert fingerprint.pixel_hash(pixels) == expected
+    assert fingerprint.pixel_hash(np.zeros((2, 2, 3), np.uint8)) == ZERO_HASH
+    assert fingerprint.pixel_hash(pixels[:, ::-1]) != expected  # a mirrored view is another one, whatever its strides
+    assert fingerprint.pixel_hash(pixels[:, ::-1]) == fingerprint.pixel_hash(pixels[:, ::-1].copy())
 
 
 @pytest.mark.parametrize("size", [14, 28, 32, 100, 224, 9])
 def test_thumbnail_is_the_rounded_mean_of_each_block(size: int) -> None:
     pixels = np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8)
-    thumbnail = views.thumbnail(pixels)
+    thumbnail = fingerprint.thumbnail(pixels)
     assert thumbnail.shape == (14, 14, 3)
     assert thumbnail.dtype == np.uint8
     for y in range(14):
@@ -268,19 +271,19 @@ def test_the_papers_policies() -> None:
         "fd": ((0.08, 1.0), "bilinear", 0.0),
     }
     for name, (scale, filter_name, jitter) in expected.items():
-        policy = views.policy(name)
+        policy = load_policy(name)
         assert (policy.scale, policy.filter, policy.jitter) == (scale, filter_name, jitter)
         assert (policy.size, policy.ratio, policy.flip, policy.seed) == (224, (3 / 4, 4 / 3), 0.5, 0)
 
 
 def test_policy_round_trips_through_json(tmp_path: Path) -> None:
-    policy = views.policy("caev2", size=64, seed=2**62)
+    policy = load_policy("caev2", size=64, seed=2**62)
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(policy.as_dict()))
-    assert views.policy(str(file)) == policy
-    assert views.from_dict(json.loads(file.read_text())) == policy
+    assert load_policy(str(file)) == policy
+    assert policy_from_dict(json.loads(file.read_text())) == policy
     file.write_text('{"scale": [0.5, 1]}')
-    assert views.policy(str(file), size=32) == views.Policy(size=32, scale=(0.5, 1))
+    assert load_policy(str(file), size=32) == Policy(size=32, scale=(0.5, 1))
 
 
 BAD = [
@@ -314,13 +317,13 @@ BAD = [
 @pytest.mark.parametrize(("fields", "told"), BAD, ids=lambda value: str(value)[:40])
 def test_impossible_policies_are_usage_errors(fields: dict, told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        views.policy(**fields)
+        load_policy(**fields)
     assert told in str(caught.value)
 
 
 def test_unknown_policy_offers_near_names() -> None:
     with pytest.raises(UsageError, match="did you mean caev2"):
-        views.policy("cae2")
+        load_policy("cae2")
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "{", '"size"', "null", "3"])
@@ -328,7 +331,7 @@ def test_bad_policy_files_are_one_line(tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.json"
     file.write_text(text)
     with pytest.raises(UserError) as caught:
-        views.policy(str(file))
+        load_policy(str(file))
     assert "mine.json" in str(caught.value)
     with pytest.raises(UserError, match=r"absent\.json"):
-        views.policy(str(tmp_path / "absent.json"))
+        load_policy(str(tmp_path / "absent.json"))

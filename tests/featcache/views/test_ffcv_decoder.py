@@ -13,17 +13,19 @@ from PIL import Image, ImageEnhance
 
 from featcache.errors import IdentityError, UsageError
 from featcache.pictures import beton
-from featcache.pictures import open_source as images
-from featcache.views import draw as views
-from featcache.views import ffcv_decoder as replay
+from featcache.pictures import decode as picture_decode
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import PictureError
+from featcache.views import ffcv_decoder, pixel_path
+from featcache.views.render import render
 from tests.ffcv_files import COUNT, SIZE, photo
 
 PLAIN = (1.0, 1.0, 1.0, 0.0)  # no jitter
 
 
-def opened(path: Path) -> replay.CompiledSource:
-    source = images.open_source(path, "ffcv")
-    assert isinstance(source, replay.CompiledSource)
+def opened(path: Path) -> ffcv_decoder.CompiledSource:
+    source = pixel_path.open_through(path, "ffcv")
+    assert isinstance(source, ffcv_decoder.CompiledSource)
     return source
 
 
@@ -34,7 +36,7 @@ def test_a_centre_box_gives_what_ffcvs_loader_gives(ffcv_files: Path) -> None:
         height, width = photo(i).shape[:2]
         side = min(height, width)
         box = ((height - side) // 2, (width - side) // 2, side, side)
-        straight, mirrored = (views.render(source.picture(i), box, flip, PLAIN, SIZE, "area") for flip in (0, 1))
+        straight, mirrored = (render(source.picture(i), box, flip, PLAIN, SIZE, "area") for flip in (0, 1))
         assert np.array_equal(straight, wanted[i])
         assert np.array_equal(mirrored, wanted[i][:, ::-1])
 
@@ -44,7 +46,7 @@ def test_half_the_size_is_the_mean_of_two_by_two(ffcv_files: Path) -> None:
     source = opened(ffcv_files / "raw.beton")
     top, left, size = 5, 3, 14
     for flip in (0, 1):
-        got = views.render(source.picture(1), (top, left, 2 * size, 2 * size), flip, PLAIN, size, "area")
+        got = render(source.picture(1), (top, left, 2 * size, 2 * size), flip, PLAIN, size, "area")
         box = photo(1)[top : top + 2 * size, left : left + 2 * size].astype(int)
         mean = (box.reshape(size, 2, size, 2, 3).sum((1, 3)) + 2) >> 2
         assert np.array_equal(got, mean[:, ::-1] if flip else mean)
@@ -59,13 +61,13 @@ def test_colours_change_before_the_crop_as_on_the_other_path(ffcv_files: Path) -
     jitter = np.array([1.25, 1.5, 0.75, 4], np.float32)  # brightness, contrast, saturation, order
     box = np.asarray(whole)[2:30, 7:35].astype(int)
     wanted = (box.reshape(14, 2, 14, 2, 3).sum((1, 3)) + 2) >> 2
-    assert np.array_equal(views.render(picture, (2, 7, 28, 28), 0, jitter, 14, "area"), wanted)
+    assert np.array_equal(render(picture, (2, 7, 28, 28), 0, jitter, 14, "area"), wanted)
     assert np.array_equal(picture.pixels, photo(3))  # the picture itself is as it was, for its other views
 
 
 def test_odd_sizes_are_mirrored_about_their_middle_column(ffcv_files: Path) -> None:
     picture = opened(ffcv_files / "raw.beton").picture(0)
-    straight, mirrored = (views.render(picture, (0, 0, 15, 15), flip, PLAIN, 15, "area") for flip in (0, 1))
+    straight, mirrored = (render(picture, (0, 0, 15, 15), flip, PLAIN, 15, "area") for flip in (0, 1))
     assert np.array_equal(straight, photo(0)[:15, :15])  # the box's own size: no change
     assert np.array_equal(mirrored, photo(0)[:15, 14::-1])
 
@@ -73,34 +75,34 @@ def test_odd_sizes_are_mirrored_about_their_middle_column(ffcv_files: Path) -> N
 def test_it_is_another_path_than_pillows(ffcv_files: Path) -> None:
     """The fast inverse DCT is a few levels off: if these pixels were equal the path would need no name of its own."""
     path = ffcv_files / "jpg.beton"
-    ours, theirs = images.open_source(path), opened(path)
+    ours, theirs = open_source(path), opened(path)
     gaps = [
-        np.abs(np.asarray(images.decode(ours.read(i))).astype(int) - theirs.picture(i).pixels).max()
+        np.abs(np.asarray(picture_decode.decode(ours.read(i))).astype(int) - theirs.picture(i).pixels).max()
         for i in range(COUNT)
     ]
     assert 1 <= max(gaps) <= 24
-    assert images.pixel_path(ours) == images.PIXEL_PATH
-    assert images.pixel_path(theirs) == replay.PIXEL_PATH
+    assert pixel_path.pixel_path(ours) == pixel_path.PIXEL_PATH
+    assert pixel_path.pixel_path(theirs) == ffcv_decoder.PIXEL_PATH
     assert [theirs.picture(2).height, theirs.picture(2).width] == list(photo(2).shape[:2])
 
 
 def test_all_but_the_decoder_is_the_files(ffcv_files: Path) -> None:
-    ours, theirs = images.open_source(ffcv_files / "raw.beton"), opened(ffcv_files / "raw.beton")
+    ours, theirs = open_source(ffcv_files / "raw.beton"), opened(ffcv_files / "raw.beton")
     assert (theirs.spec, theirs.keys, theirs.classes, len(theirs)) == (ours.spec, ours.keys, None, COUNT)
     assert ours.labels is not None
     assert theirs.labels is not None
     assert theirs.labels.tolist() == ours.labels.tolist()
     assert theirs.read(3) == ours.read(3)
-    assert images.through(theirs, "pillow") == theirs.beton
-    assert images.through(theirs, "ffcv") is theirs
+    assert pixel_path.through(theirs, "pillow") == theirs.beton
+    assert pixel_path.through(theirs, "ffcv") is theirs
 
 
-def _with_jpeg(folder: Path, name: str, data: bytes, size: tuple[int, int]) -> replay.CompiledSource:
+def _with_jpeg(folder: Path, name: str, data: bytes, size: tuple[int, int]) -> ffcv_decoder.CompiledSource:
     """A source of one picture with these bytes."""
     (folder / name).write_bytes(data)
     places, sizes = np.array([[0, len(data)]], np.int64), np.array([size], np.int32)
     source = beton.BetonSource(str(folder / name), ["k"], places, np.array([beton.JPG], np.uint8), sizes, None)
-    return replay.CompiledSource(source)
+    return ffcv_decoder.CompiledSource(source)
 
 
 def _jpeg(pixels: np.ndarray, mode: str = "RGB") -> bytes:
@@ -112,7 +114,7 @@ def _jpeg(pixels: np.ndarray, mode: str = "RGB") -> bytes:
 def test_broken_jpegs_are_unusable_pictures(ffcv: None, tmp_path: Path) -> None:
     data = _jpeg(photo(4))
     for name, broken in (("half", data[: len(data) // 2]), ("text", b"not a picture"), ("nothing", b"")):
-        with pytest.raises(images.PictureError, match="libturbojpeg cannot decode"):
+        with pytest.raises(PictureError, match="libturbojpeg cannot decode"):
             _with_jpeg(tmp_path, name, broken, (38, 48)).picture(0)
     assert _with_jpeg(tmp_path, "whole", data, (38, 48)).picture(0).pixels.shape == (38, 48, 3)
 
@@ -137,7 +139,7 @@ def test_threads_decode_side_by_side_without_the_gil(ffcv: None, tmp_path: Path)
     rows = np.arange(5000 * 5000, dtype=np.int64).reshape(5000, 5000) * 2654435761 % 251
     pixels = np.repeat(rows.astype(np.uint8)[..., None], 3, 2)
     source = _with_jpeg(tmp_path, "large", _jpeg(pixels), (5000, 5000))
-    decode, begun = replay.stages()[0], threading.Event()
+    decode, begun = ffcv_decoder.stages()[0], threading.Event()
     data, out = np.frombuffer(bytearray(source.beton.stored(0)), np.uint8), np.empty((5000, 5000, 3), np.uint8)
     spans: list[tuple[float, float]] = []
 
@@ -166,7 +168,7 @@ def test_threads_give_the_pixels_of_one(ffcv_files: Path) -> None:
     source = opened(ffcv_files / "jpg.beton")
 
     def work(i: int) -> np.ndarray:
-        return views.render(source.picture(i % COUNT), (2, 1, 30, 33), i % 2, PLAIN, 28, "area")
+        return render(source.picture(i % COUNT), (2, 1, 30, 33), i % 2, PLAIN, 28, "area")
 
     alone = [work(i) for i in range(2 * COUNT)]
     with ThreadPoolExecutor(4) as pool:
@@ -177,16 +179,16 @@ def test_threads_give_the_pixels_of_one(ffcv_files: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "filter", "words"),
     [
-        (replay.PIXEL_PATH, "bicubic", "filter bicubic: --decoder ffcv resizes by area"),
-        (replay.PIXEL_PATH, "lanczos", "filter lanczos: --decoder ffcv resizes by area"),
-        (images.PIXEL_PATH, "area", "filter area: --decoder pillow resizes by bicubic, bilinear or lanczos"),
+        (ffcv_decoder.PIXEL_PATH, "bicubic", "filter bicubic: --decoder ffcv resizes by area"),
+        (ffcv_decoder.PIXEL_PATH, "lanczos", "filter lanczos: --decoder ffcv resizes by area"),
+        (pixel_path.PIXEL_PATH, "area", "filter area: --decoder pillow resizes by bicubic, bilinear or lanczos"),
     ],
 )
 def test_filters_of_the_other_path(path: dict[str, object], filter: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        replay.check(path, filter)
+        pixel_path.check_filter(path, filter)
 
 
 def test_filters_of_its_own() -> None:
-    replay.check(replay.PIXEL_PATH, "area")
-    replay.check(images.PIXEL_PATH, "bicubic")
+    pixel_path.check_filter(ffcv_decoder.PIXEL_PATH, "area")
+    pixel_path.check_filter(pixel_path.PIXEL_PATH, "bicubic")

@@ -18,14 +18,17 @@ from PIL import Image
 
 from featcache import rng
 from featcache.errors import IdentityError, UserError
-from featcache.pictures import open_source as images
-from featcache.reading import join as joining
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
+from featcache.reading import join
 from featcache.reading.cache import Cache
-from featcache.views import draw as views
+from featcache.views.fingerprint import pixel_hash, thumbnail
+from featcache.views.policy import Policy
 from student import checkpoint
 from student.data.loader import Loader
 from student.recipes import TargetSpec
-from student.targets.contract import Cached, Online
+from student.targets.cached import Cached
+from student.targets.online import Online
 from student.training import metrics
 from tests import student_fixtures as fx
 
@@ -137,7 +140,16 @@ def test_a_batch_larger_than_the_data() -> None:
         order_of(10, batch=3, accumulate=2, world=2)
     for part in ("12 pictures", "3 x 2", "2 processes", "has 10", "--batch-size"):
         assert part in str(caught.value)
-    ran = fx.train("maskalign", fx.root() / "never", "--cache", fx.cache_path(), "--batch-size", "25", "--steps", "1")
+    ran = fx.train(
+        "maskalign",
+        fx.root() / "never",
+        "--cache",
+        fx.cache_path(),
+        "--batch-size",
+        "25",
+        "--steps",
+        "1",
+    )
     assert ran.status in (1, 2)
     assert "24" in ran.line
     assert "25" in ran.line
@@ -147,7 +159,7 @@ def test_a_batch_larger_than_the_data() -> None:
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
-def cached(source: images.Source, *, fraction: float = 1.0, tolerance: float = 0.0, batch: int = 8) -> Loader:
+def cached(source: Source, *, fraction: float = 1.0, tolerance: float = 0.0, batch: int = 8) -> Loader:
     cache = fx.open_cache()
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16)
     targets = Cached(cache, spec, cache.keys.find(source.keys), tolerance)
@@ -162,7 +174,7 @@ def one_batch(loader: Loader, step: int = 0) -> dict[str, Any]:
 
 def test_a_batch_holds_the_pixels_of_the_stored_views() -> None:
     """Decoded and replayed by hand with Pillow alone: crop, resize, flip."""
-    source = images.open_source(fx.pictures())
+    source = open_source(fx.pictures())
     host = one_batch(cached(source))
     cache = fx.open_cache()
     for i, (key, view) in enumerate(zip(host["keys"], host["view"].tolist(), strict=True)):
@@ -178,7 +190,7 @@ def test_a_batch_holds_the_pixels_of_the_stored_views() -> None:
 
 
 def test_iterate_gives_the_batches_of_its_steps_in_order() -> None:
-    loader = cached(images.open_source(fx.pictures()), batch=4)
+    loader = cached(open_source(fx.pictures()), batch=4)
     found = [host["at"].tolist() for host in loader.iterate(4, 9)]
     assert found == [loader.rows(step)[0].tolist() for step in range(4, 9)]
     assert list(loader.iterate(3, 3)) == []
@@ -186,7 +198,7 @@ def test_iterate_gives_the_batches_of_its_steps_in_order() -> None:
 
 def test_batches_lie_in_memory_that_is_used_again() -> None:
     """Twenty batches in the memory of four; each is what a batch of its own memory is, until the next is asked for."""
-    loader = cached(images.open_source(fx.pictures()), batch=4)
+    loader = cached(open_source(fx.pictures()), batch=4)
     memory = set()
     for step, host in enumerate(loader.iterate(0, 20)):
         alone = one_batch(loader, step)
@@ -200,7 +212,7 @@ def test_batches_lie_in_memory_that_is_used_again() -> None:
 def test_several_views_of_a_picture_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three views of each of four pictures a batch: each picture read once a batch, in all its views, and what
     the model gets is what lies under its key."""
-    source = images.open_source(fx.pictures())
+    source = open_source(fx.pictures())
     loader = cached(source, batch=12)
     loader = replace(loader, repeats=3)
     assert (loader.global_batch, loader.steps_per_epoch) == (12, 6)
@@ -232,7 +244,17 @@ def test_repeats_that_cannot_be(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [("--aug-repeats", "3"), ("--sampling", "block")])
 def test_the_same_run_from_the_cache_and_with_the_teacher_in_the_loop(options: tuple[str, ...], tmp_path: Path) -> None:
-    common = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--steps", "4", "--batch-size", "6", *options)
+    common = (
+        "--cache",
+        fx.cache_path(),
+        "--images",
+        fx.pictures(),
+        "--steps",
+        "4",
+        "--batch-size",
+        "6",
+        *options,
+    )
     fx.good(fx.train("maskalign", tmp_path / "a", *common, sets=("drop_path=0",)))
     fx.good(fx.train("maskalign", tmp_path / "b", *common, "--teacher", "online", sets=("drop_path=0",)))
     np.testing.assert_allclose(fx.losses(tmp_path / "a"), fx.losses(tmp_path / "b"), rtol=2e-3)
@@ -244,7 +266,7 @@ def test_the_same_run_from_the_cache_and_with_the_teacher_in_the_loop(options: t
 
 def test_a_walk_can_be_left_early() -> None:
     """No hang and no thread that keeps the process when the training loop stops in the middle."""
-    walk = cached(images.open_source(fx.pictures()), batch=4).iterate(0, 1000)
+    walk = cached(open_source(fx.pictures()), batch=4).iterate(0, 1000)
     next(walk)
     walk.close()
 
@@ -252,13 +274,13 @@ def test_a_walk_can_be_left_early() -> None:
 # --- the pixel proof ------------------------------------------------------------------------------------------------
 
 
-def changed(folder: Path, name: str, change: Any) -> images.Source:
+def changed(folder: Path, name: str, change: Any) -> Source:
     """A copy of the pictures in which one is replaced by change(pixels)."""
     shutil.copytree(fx.pictures(), folder)
     with Image.open(folder / name) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     Image.fromarray(np.clip(change(pixels), 0, 255).astype(np.uint8)).save(folder / name)
-    return images.open_source(folder)
+    return open_source(folder)
 
 
 def epochs_of(loader: Loader, epochs: int = fx.VIEWS) -> None:
@@ -294,14 +316,14 @@ def test_the_difference_told_is_that_of_the_block_means(tmp_path: Path) -> None:
 
 def test_one_pixel_by_one_level_is_a_difference_too() -> None:
     """Without a tolerance every bit counts, also where the block means agree: a hash that misses stops the run."""
-    loader = cached(images.open_source(fx.pictures()))
+    loader = cached(open_source(fx.pictures()))
     host = one_batch(loader)
     at, view, pixels = int(host["at"][0]), int(host["view"][0]), host["pixels"][0]
     stored = int(loader.targets.hashes(host["at"][:1], host["view"][:1])[0])  # type: ignore[index]
-    assert stored == views.pixel_hash(pixels)
+    assert stored == pixel_hash(pixels)
     loader.targets.check(pixels, at, view, stored)
     unseen = (one_off(pixels, place) for place in np.ndindex(32, 32, 3))
-    other = next(each for each in unseen if np.array_equal(views.thumbnail(each), views.thumbnail(pixels)))
+    other = next(each for each in unseen if np.array_equal(thumbnail(each), thumbnail(pixels)))
     with pytest.raises(IdentityError, match=host["keys"][0]):
         loader.targets.check(other, at, view, stored)
 
@@ -318,10 +340,10 @@ def test_stored_pixels_are_compared_with_their_hash_too(monkeypatch: pytest.Monk
     cache = Cache(fx.ranked_path())
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16)
     targets = Cached(cache, spec, np.arange(len(cache)), stored_pixels=True)
-    source = joining.Stored(cache)
+    source = join.StoredPixels(cache)
     loader = Loader(source, targets, np.arange(len(cache)), cache.keys.digests, 0, 24, check_fraction=1.0)
     host = one_batch(loader)
-    decoded = one_batch(cached(images.open_source(fx.pictures()), batch=24))
+    decoded = one_batch(cached(open_source(fx.pictures()), batch=24))
     assert host["keys"] == decoded["keys"]
     np.testing.assert_array_equal(host["pixels"], decoded["pixels"])
     assert not {"crop", "flip", "jitter", "area"} & set(host)  # what only decoding needs is not read
@@ -346,7 +368,7 @@ def test_batches_begun_at_a_time_come_in_order_with_their_own_rows(monkeypatch: 
     cache = Cache(fx.ranked_path())
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16)
     targets = Cached(cache, spec, np.arange(len(cache)), stored_pixels=True)
-    loader = Loader(joining.Stored(cache), targets, np.arange(len(cache)), cache.keys.digests, 0, 8)
+    loader = Loader(join.StoredPixels(cache), targets, np.arange(len(cache)), cache.keys.digests, 0, 8)
     alone = [one_batch(loader, step) for step in range(12)]
     whole, lock, calls = Cache.read, threading.Lock(), 0
     under_way: set[int] = set()
@@ -373,7 +395,7 @@ def test_batches_begun_at_a_time_come_in_order_with_their_own_rows(monkeypatch: 
 
 
 def test_a_source_without_pictures_says_so() -> None:
-    source = joining.Stored(Cache(fx.ranked_path()))
+    source = join.StoredPixels(Cache(fx.ranked_path()))
     assert (len(source), list(source.keys)[:2], source.labels, source.classes) == (24, ["p00", "p01"], None, None)
     with pytest.raises(UserError, match="views of it, not the picture"):
         source.read(3)
@@ -381,7 +403,16 @@ def test_a_source_without_pictures_says_so() -> None:
 
 def test_a_tolerance_lets_small_differences_pass_and_is_recorded(tmp_path: Path) -> None:
     changed(tmp_path / "p", "p07.png", lambda pixels: pixels + np.where(pixels < 128, 3, -3))
-    common = ("--cache", fx.cache_path(), "--images", tmp_path / "p", "--check-pixels", "1", "--batch-size", "24")
+    common = (
+        "--cache",
+        fx.cache_path(),
+        "--images",
+        tmp_path / "p",
+        "--check-pixels",
+        "1",
+        "--batch-size",
+        "24",
+    )
     strict = fx.train("maskalign", tmp_path / "strict", *common, "--steps", "3")
     assert strict.status == 1
     assert "'p07'" in strict.line
@@ -400,7 +431,7 @@ def test_the_checked_share_is_the_one_asked_for() -> None:
         def check(self, pixels: Any, at: int, view: int, stored: int) -> None:
             seen.append(at)
 
-    source = images.open_source(fx.pictures())
+    source = open_source(fx.pictures())
     for fraction, low, high in ((0.0, 0, 0), (1.0, 24 * 40, 24 * 40), (1 / 8, 70, 175)):
         seen.clear()
         loader = cached(source, fraction=fraction)
@@ -415,7 +446,16 @@ def test_a_bad_picture_is_named(mode: str, tmp_path: Path) -> None:
     shutil.copytree(fx.pictures(), tmp_path / "p")
     path = tmp_path / "p" / "p05.png"
     path.write_bytes(path.read_bytes()[:200])
-    options = ("--images", tmp_path / "p", "--cache", fx.cache_path(), "--steps", "3", "--batch-size", "8")
+    options = (
+        "--images",
+        tmp_path / "p",
+        "--cache",
+        fx.cache_path(),
+        "--steps",
+        "3",
+        "--batch-size",
+        "8",
+    )
     ran = fx.train("maskalign", tmp_path / "run", *options, "--teacher", mode)
     assert ran.status == 1
     assert "'p05'" in ran.line
@@ -423,7 +463,7 @@ def test_a_bad_picture_is_named(mode: str, tmp_path: Path) -> None:
 
 def test_a_picture_that_vanished_is_named(tmp_path: Path) -> None:
     shutil.copytree(fx.pictures(), tmp_path / "p")
-    source = images.open_source(tmp_path / "p")
+    source = open_source(tmp_path / "p")
     (tmp_path / "p" / "p11.png").unlink()
     with pytest.raises(UserError, match="'p11'"):
         epochs_of(cached(source), 1)
@@ -435,10 +475,10 @@ def test_views_of_another_size_for_the_teacher() -> None:
     class Small:
         input_px = 28
 
-    source = images.open_source(fx.pictures())
+    source = open_source(fx.pictures())
     spec = TargetSpec(teacher="x", levels=(), fields=("attention",), patches=16)
     teacher: Any = Small()
-    policy = views.Policy(size=fx.SIZE)
+    policy = Policy(size=fx.SIZE)
     targets = Online(policy, spec, teacher, 3)
     host = one_batch(Loader(source, targets, np.arange(24), rng.key_digests(source.keys), 0, 4))
     assert host["pixels"].shape == (4, 32, 32, 3)

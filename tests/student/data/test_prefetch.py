@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from featcache import rng, teachers
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from student import config, recipes
 from student.data.loader import Loader
 from student.data.prefetch import Feed, Share, Wait, to_device
 from student.recipes import TargetSpec
-from student.targets.contract import Cached, Host, Online, draw_masks
+from student.targets.assemble import draw_masks
+from student.targets.cached import Cached
+from student.targets.contract import Host
+from student.targets.online import Online
 from tests import student_fixtures as fx
 
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ def made(online: bool, pin: bool = False, stats: bool = False) -> tuple[Any, Loa
     """Settings of mralign and a loader of six pictures a batch, from the cache or with the teacher in the loop."""
     sets = (*fx.RECIPES["mralign"], "img_size=32", "patch_size=8", "teacher_depth=4", "teacher_width=24")
     settings = config.from_overrides(recipes.load("mralign").Config, sets)
-    cache, source = fx.open_cache(), images.open_source(fx.pictures())
+    cache, source = fx.open_cache(), open_source(fx.pictures())
     fields = ("features", *(["feature_stats"] if stats else []), "attention")
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 3, 4), fields=fields, patches=16, moments=stats)
     cached = Cached(cache, spec, cache.keys.find(source.keys))

@@ -16,7 +16,8 @@ from featcache import rng
 from featcache.errors import UsageError, UserError
 from featcache.pictures.open_source import open_source
 from student.evals import linear
-from student.features.frozen import Frozen, split
+from student.features.frozen import Frozen
+from student.features.labels import split_holdout
 
 FROZEN = Frozen("toy", 8, "cls", lambda pixels: pixels, lambda device: None)
 
@@ -250,7 +251,7 @@ def test_real_pictures_from_a_folder_for_any_embedding_batch(tmp_path: Path) -> 
             pixels = draw.integers(0, 120, (14, 12, 3), np.uint8)
             pixels[..., channel] += 80
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
-    train, test = split(open_source(tmp_path), 0.3, seed=0)
+    train, test = split_holdout(open_source(tmp_path), 0.3, seed=0)
     frozen = Frozen("colour", 8, "cls", lambda pixels: pixels.float().mean((2, 3)), lambda device: None)
     options = {"epochs": 100, "warmup_epochs": 2, "blr": 300.0, "batch_size": 4, "train_views": 2}
     got = [linear.evaluate(frozen, train, test, seed=0, batch_size_embed=b, **options) for b in (2, 64)]  # type: ignore[arg-type]

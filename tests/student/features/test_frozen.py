@@ -17,9 +17,14 @@ from torch import nn
 
 from featcache import rng, teachers
 from featcache.errors import UsageError, UserError
-from featcache.pictures import open_source as images
-from featcache.views import draw as views
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import open_source
+from featcache.views import draw as view_draw
+from featcache.views.policy import Policy
+from featcache.views.render import render, render_centre
 from student.features import frozen as fz
+from student.features.embed import embed_source
+from student.features.labels import Subset, class_count, labels_as, split_holdout
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
 
@@ -140,9 +145,9 @@ def test_unknown_pool_and_a_missing_cls_token_are_refused() -> None:
 
 def test_centre_features_in_source_order_for_any_batch_size() -> None:
     source = noise(7)
-    want = np.stack([views.centre(images.decode(blob), 8, 0.875, "bicubic") for blob in source.blobs])
+    want = np.stack([render_centre(decode(blob), 8, 0.875, "bicubic") for blob in source.blobs])
     for batch_size in (1, 3, 7, 100):
-        features, labels = fz.embed_source(raw_pixels(), source, batch_size=batch_size)
+        features, labels = embed_source(raw_pixels(), source, batch_size=batch_size)
         assert features.shape == (1, 7, 192)
         assert features.dtype == torch.float32
         np.testing.assert_array_equal(features[0].numpy(), want.transpose(0, 3, 1, 2).reshape(7, -1))
@@ -151,15 +156,15 @@ def test_centre_features_in_source_order_for_any_batch_size() -> None:
 
 def test_augmented_views_are_the_drawn_ones() -> None:
     source = noise(4)
-    policy = views.Policy(size=8, scale=(0.08, 1.0), filter="bicubic", flip=0.5, seed=9)
-    features, _ = fz.embed_source(raw_pixels(), source, [5, 2], batch_size=3, seed=9)
+    policy = Policy(size=8, scale=(0.08, 1.0), filter="bicubic", flip=0.5, seed=9)
+    features, _ = embed_source(raw_pixels(), source, [5, 2], batch_size=3, seed=9)
     assert features.shape == (2, 4, 192)
     for row, blob in enumerate(source.blobs):
-        picture = images.decode(blob)
+        picture = decode(blob)
         sizes = np.array([[picture.height, picture.width]])
         for v, number in enumerate([5, 2]):
-            one = views.draw(policy, rng.key_digests([f"k{row}"]), sizes, views=[number], clamp=True)
-            want = views.render(picture, one.crop[0, 0], one.flip[0, 0], one.jitter[0, 0], 8, "bicubic")
+            one = view_draw.draw(policy, rng.key_digests([f"k{row}"]), sizes, views=[number], clamp=True)
+            want = render(picture, one.crop[0, 0], one.flip[0, 0], one.jitter[0, 0], 8, "bicubic")
             np.testing.assert_array_equal(features[v, row].numpy(), want.transpose(2, 0, 1).reshape(-1))
 
 
@@ -171,7 +176,7 @@ def test_each_picture_is_read_once_and_two_batches_at_most_are_held() -> None:
         return pixels.flatten(1)
 
     told: list[tuple[str, int, int]] = []
-    fz.embed_source(
+    embed_source(
         fz.Frozen("f", 8, "cls", forward, lambda device: None), source, [0, 1], batch_size=8,
         progress=lambda *report: told.append(report), stage="train",
     )  # fmt: skip
@@ -185,21 +190,21 @@ def test_a_broken_picture_is_named() -> None:
     source = noise(5)
     source.blobs[3] = b"not a picture"
     with pytest.raises(UserError, match=r"cannot decode the picture 'k3' of pictures: .*repair it or take it out"):
-        fz.embed_source(raw_pixels(), source, batch_size=2)
+        embed_source(raw_pixels(), source, batch_size=2)
 
 
 def test_unlabelled_pictures_are_refused_with_the_way_to_give_labels() -> None:
     source = noise(2)
     source.labels = None
     with pytest.raises(UserError, match=r"no labels; labels are class folders \(SRC/CLASS/picture.png\) or the .cls"):
-        fz.embed_source(raw_pixels(), source)
+        embed_source(raw_pixels(), source)
     with pytest.raises(UserError, match="no labels"):
-        fz.embed_source(raw_pixels(), fz.Subset(source, [0], "half"))
+        embed_source(raw_pixels(), Subset(source, [0], "half"))
 
 
 def test_crop_outside_its_range_is_refused() -> None:
     with pytest.raises(UsageError, match=r"centre crop of 1\.2: --crop-pct is above 0 and at most 1"):
-        fz.embed_source(raw_pixels(), noise(1), crop_pct=1.2)
+        embed_source(raw_pixels(), noise(1), crop_pct=1.2)
 
 
 # --- labels and the held-out split -----------------------------------------------------------------------------------
@@ -207,7 +212,7 @@ def test_crop_outside_its_range_is_refused() -> None:
 
 def test_split_is_the_word_of_each_key() -> None:
     source = noise(40)
-    train, test = fz.split(source, 0.2, seed=1)
+    train, test = split_holdout(source, 0.2, seed=1)
     raw = rng.words(rng.key_digests(source.keys), rng.stream("held-out", 1), 1)[:, 0]
     held = [i for i in range(40) if int(raw[i]) / 2**64 < 0.2]
     assert test.rows == held == [4, 5, 10, 13, 18, 26, 28, 32, 39]
@@ -217,19 +222,19 @@ def test_split_is_the_word_of_each_key() -> None:
     assert test.labels.tolist() == [i % 3 for i in held]
     assert test.read(0) == source.blobs[held[0]]
     assert len(test) == len(held)
-    assert fz.split(source, 0.2, seed=2)[1].rows != held
+    assert split_holdout(source, 0.2, seed=2)[1].rows != held
 
 
 def test_a_picture_keeps_its_side_when_others_come() -> None:
     few, many = noise(15), noise(40)
-    assert fz.split(few, 0.3, 1)[1].rows == [row for row in fz.split(many, 0.3, 1)[1].rows if row < 15]
+    assert split_holdout(few, 0.3, 1)[1].rows == [row for row in split_holdout(many, 0.3, 1)[1].rows if row < 15]
 
 
 def test_a_split_with_an_empty_half_is_refused() -> None:
     with pytest.raises(UserError, match="both need at least one; give more pictures"):
-        fz.split(noise(1))
+        split_holdout(noise(1))
     with pytest.raises(UsageError, match="the fraction lies between 0 and 1"):
-        fz.split(noise(5), 1.0)
+        split_holdout(noise(5), 1.0)
 
 
 def test_classes_are_matched_by_name_between_folders(tmp_path: Path) -> None:
@@ -237,16 +242,16 @@ def test_classes_are_matched_by_name_between_folders(tmp_path: Path) -> None:
         for name in names:
             (tmp_path / part / name).mkdir(parents=True)
             (tmp_path / part / name / "0.png").write_bytes(png(np.zeros((4, 4, 3), np.uint8)))
-    train, test, other = (images.open_source(tmp_path / part) for part in ("train", "test", "other"))
-    assert fz.class_count(train) == 3
-    assert fz.labels_as(train, train).tolist() == [0, 1, 2]
-    assert fz.labels_as(test, train).tolist() == [1, 2]
+    train, test, other = (open_source(tmp_path / part) for part in ("train", "test", "other"))
+    assert class_count(train) == 3
+    assert labels_as(train, train).tolist() == [0, 1, 2]
+    assert labels_as(test, train).tolist() == [1, 2]
     with pytest.raises(UserError, match="1 of its classes are not among the training pictures', the first is 'z'"):
-        fz.labels_as(other, train)
+        labels_as(other, train)
 
 
 def test_class_numbers_beyond_the_training_classes_are_refused() -> None:
     train, test = Pictures([b""] * 2, ["a", "b"], [0, 3]), Pictures([b""], ["c"], [4])
-    assert fz.class_count(train) == 4
+    assert class_count(train) == 4
     with pytest.raises(UserError, match="it has class 4, the training pictures have classes 0 to 3"):
-        fz.labels_as(test, train)
+        labels_as(test, train)

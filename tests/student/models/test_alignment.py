@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from featcache.errors import UsageError
-from student.models import alignment as align
+from student.models import alignment
+from student.models.alignment_levels import aligned_levels
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from student.models import alignment as align
     ],
 )
 def test_levels(weights: str, levels: str, depth: int, expected: dict[int, float]) -> None:
-    got = align.levels(weights, levels, depth)
+    got = aligned_levels(weights, levels, depth)
     assert list(got) == list(expected)  # ascending
     assert got == pytest.approx(expected)
 
@@ -45,23 +46,23 @@ def test_levels(weights: str, levels: str, depth: int, expected: dict[int, float
 )
 def test_levels_that_cannot_be(weights: str, levels: str, depth: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        align.levels(weights, levels, depth)
+        aligned_levels(weights, levels, depth)
 
 
 def test_mix_starts_on_the_block_of_the_same_number() -> None:
     """Levels 2 and 4 of 4 on 4 student blocks: [L, S]."""
-    head = align.Align(4, 6, 4, 5, {2: 0.5, 4: 0.5})
+    head = alignment.AlignmentHead(4, 6, 4, 5, {2: 0.5, 4: 0.5})
     expected = [[0.01, 1.01, 0.01, 0.01], [0.01, 0.01, 0.01, 1.01]]
     torch.testing.assert_close(head.mix.detach(), torch.tensor(expected))
 
 
 def test_mix_is_even_where_depths_differ() -> None:
-    head = align.Align(4, 6, 8, 5, {6: 0.5, 8: 0.5})
+    head = alignment.AlignmentHead(4, 6, 8, 5, {6: 0.5, 8: 0.5})
     torch.testing.assert_close(head.mix.detach(), torch.full((2, 4), 0.25))
 
 
 def test_adaptors_are_named_by_level_and_start_as_xavier() -> None:
-    head = align.Align(2, 60, 12, 40, {8: 0.5, 12: 0.5})
+    head = alignment.AlignmentHead(2, 60, 12, 40, {8: 0.5, 12: 0.5})
     shapes = {name: tuple(parameter.shape) for name, parameter in head.named_parameters()}
     assert shapes == {
         "mix": (2, 2),
@@ -80,7 +81,7 @@ def test_loss_by_hand() -> None:
 
     x = (1, 0) -> 2 x = (2, 0) -> q = (7, 1); h = (6.5, 4) -> e = (0.5, -3) -> (0.25 + 5) / 2 = 2.625; weight 1.
     """
-    head = align.Align(1, 1, 1, 1, {1: 1.0})
+    head = alignment.AlignmentHead(1, 1, 1, 1, {1: 1.0})
     with torch.no_grad():
         for parameter, value in zip(head.parameters(), (2.0, 3.0, 1.0), strict=True):
             parameter.fill_(value)
@@ -101,7 +102,7 @@ def test_loss_by_hand() -> None:
 )
 def test_target_norms_by_hand(norm: str, expected: tuple[float, float]) -> None:
     h, stats = torch.tensor([[[-1.0, 1.0]]]).half(), torch.tensor([[[4.0, 3.0]]])
-    found = align.normalised(norm, h, stats, torch.tensor([2.0, 3.0]))
+    found = alignment.normalised(norm, h, stats, torch.tensor([2.0, 3.0]))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.tensor([[expected]]))
 
@@ -116,7 +117,9 @@ def test_orders_of_mixing_and_adapting_by_hand() -> None:
     features, ids_keep = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1), torch.tensor([[0]])
 
     def loss(cls_loss: bool, kind: str) -> float:
-        head = align.Align(2, 1, 2, 1, {2: 1.0}, align.Ways(alignment=kind, loss="l1", cls_loss=cls_loss))
+        head = alignment.AlignmentHead(
+            2, 1, 2, 1, {2: 1.0}, alignment.AlignmentOptions(alignment=kind, loss="l1", cls_loss=cls_loss)
+        )
         named = dict(head.named_parameters())
         values = {"adaptors.1.weight": 10.0, "adaptors.1.bias": 1.0, "adaptors.2.weight": 1.0, "adaptors.2.bias": -1.0}
         with torch.no_grad():
@@ -132,15 +135,17 @@ def test_orders_of_mixing_and_adapting_by_hand() -> None:
 @pytest.mark.parametrize(
     "ways",
     [
-        align.Ways(),
-        align.Ways(alignment="adapt_then_mix", adaptor="mlp", loss="l2", target_norm="bn", cls_loss=False),
-        align.Ways(alignment="layer_wise", adaptor="norm_linear", target_norm="l2"),
-        align.Ways(adaptor="mlp2", target_norm="none"),
+        alignment.AlignmentOptions(),
+        alignment.AlignmentOptions(
+            alignment="adapt_then_mix", adaptor="mlp", loss="l2", target_norm="bn", cls_loss=False
+        ),
+        alignment.AlignmentOptions(alignment="layer_wise", adaptor="norm_linear", target_norm="l2"),
+        alignment.AlignmentOptions(adaptor="mlp2", target_norm="none"),
     ],
 )
-def test_gradients(ways: align.Ways) -> None:
+def test_gradients(ways: alignment.AlignmentOptions) -> None:
     torch.manual_seed(0)
-    head = align.Align(2, 4, 2, 3, {1: 0.25, 2: 0.75}, ways).double()
+    head = alignment.AlignmentHead(2, 4, 2, 3, {1: 0.25, 2: 0.75}, ways).double()
     features, stats = torch.randn(2, 2, 5, 3, dtype=torch.float64), torch.rand(2, 2, 5, 2, dtype=torch.float64) + 0.5
     moments = torch.rand(2, 2, dtype=torch.float64)
     ids_keep = torch.tensor([[0, 2], [3, 1]])

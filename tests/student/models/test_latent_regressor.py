@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.models import latent_regressor as regress
-from student.models import vit
+from student.models import latent_regressor, vit
 from tests.student.models.test_vit import Weights, layer_norm, linear
 from tests.student.recipes.test_recipes import wave
 
@@ -42,9 +41,9 @@ def reference_regress(
     return x
 
 
-def shaken(width: int = 8, depth: int = 2, *, final_norm: bool = False) -> regress.Regresser:
+def shaken(width: int = 8, depth: int = 2, *, final_norm: bool = False) -> latent_regressor.Regresser:
     torch.manual_seed(0)
-    model = regress.Regresser(width, depth, 2, 0.0, final_norm=final_norm).double()
+    model = latent_regressor.Regresser(width, depth, 2, 0.0, final_norm=final_norm).double()
     with torch.no_grad():
         for x in model.parameters():
             x.add_(0.3 * torch.randn_like(x))
@@ -82,7 +81,7 @@ def test_positions_never_reach_the_values() -> None:
 
 def test_names_and_start_values() -> None:
     torch.manual_seed(0)
-    model = regress.Regresser(96, 2, 12, 0.1, final_norm=True)
+    model = latent_regressor.Regresser(96, 2, 12, 0.1, final_norm=True)
     block = ("norm1_q", "norm1_k", "norm1_v", "norm2_cross", "cross_attn.proj", "mlp_cross.fc1", "mlp_cross.fc2")
     names = {f"regressor_blocks.{i}.{name}.{kind}" for i in (0, 1) for name in block for kind in ("weight", "bias")}
     alone = ("cross_attn.q.weight", "cross_attn.k.weight", "cross_attn.v.weight", "cross_attn.q_bias",
@@ -94,15 +93,15 @@ def test_names_and_start_values() -> None:
     assert torch.equal(model.get_parameter("regressor_blocks.1.gamma_1_cross"), torch.full((96,), 0.1))
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.regressor_blocks]
     assert rates == pytest.approx([0, 0.1])
-    beits = regress.Regresser(96, 2, 12, 0.0, final_norm=True, xavier=False)
+    beits = latent_regressor.Regresser(96, 2, 12, 0.0, final_norm=True, xavier=False)
     assert beits.get_parameter("regressor_blocks.1.mlp_cross.fc2.weight").abs().max() <= 0.01  # 0.02 / sqrt(2 * 2)
 
 
 def test_bridge_positions_and_mask_token() -> None:
-    assert [type(part) for part in regress.bridge(8, 8)] == [torch.nn.Identity] * 2
-    linear_, norm = regress.bridge(192, 96)
+    assert [type(part) for part in latent_regressor.bridge(8, 8)] == [torch.nn.Identity] * 2
+    linear_, norm = latent_regressor.bridge(192, 96)
     assert sum(x.numel() for part in (linear_, norm) for x in part.parameters()) == 192 * 96 + 96 + 2 * 96
-    table, token = regress.positions(8, 3), regress.mask_token(8)
+    table, token = latent_regressor.positions(8, 3), latent_regressor.mask_token(8)
     assert not table.requires_grad
     torch.testing.assert_close(table[0], vit.sincos(8, 3, layout="cae").float())
     assert token.requires_grad

@@ -8,6 +8,7 @@ import torch
 
 from featcache.errors import UsageError
 from student.models import losses
+from student.models.alignment_levels import expand_level_weights
 
 
 def test_smooth_l1_by_hand() -> None:
@@ -98,8 +99,8 @@ def test_gradients() -> None:
     ],
 )
 def test_level_weights(name: str, n: int, expected: list[float]) -> None:
-    assert losses.level_weights(name, n) == pytest.approx(expected, abs=0)
-    assert sum(losses.level_weights(name, n)) == pytest.approx(1)
+    assert expand_level_weights(name, n) == pytest.approx(expected, abs=0)
+    assert sum(expand_level_weights(name, n)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_level_weights(name: str, n: int, expected: list[float]) -> None:
 )
 def test_level_weights_that_cannot_be(name: str, n: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        losses.level_weights(name, n)
+        expand_level_weights(name, n)
 
 
 def test_l2_and_l1_by_hand() -> None:

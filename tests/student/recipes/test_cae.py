@@ -12,7 +12,7 @@ from torch import Tensor
 from featcache.errors import UsageError, UserError
 from student import config, recipes
 from student.recipes import cae
-from student.targets import contract as targets
+from student.targets.cached import _token_ids
 from student.training import optim
 from tests.student.models.test_beit import reference_block, reference_encode
 from tests.student.models.test_latent_regressor import reference_regress
@@ -205,9 +205,9 @@ def test_settings_and_needs() -> None:
 
 def test_a_token_beyond_the_vocabulary_is_refused() -> None:
     ids = torch.tensor([[3, 16]], dtype=torch.uint16).numpy()
-    assert targets._token_ids(ids, 17).tolist() == [[3, 16]]
+    assert _token_ids(ids, 17).tolist() == [[3, 16]]
     with pytest.raises(UserError, match=r"cannot predict token id 16 of the cache: vocabulary=16; .* vocabulary=N"):
-        targets._token_ids(ids, 16)
+        _token_ids(ids, 16)
 
 
 @pytest.mark.parametrize(
@@ -232,18 +232,19 @@ def test_the_command_that_makes_the_tokens(tmp_path: Any) -> None:
     """With a cache of features: they are added to it. Without one: one command makes both."""
     import shlex
 
-    from student.setup import cache_match as resolve
+    from student.setup.missing import missing
+    from student.setup.remedy import extract_remedy
     from tests import student_fixtures as fx
 
     given = cae.Config()
     with fx.open_cache() as cache:
-        added = shlex.split(resolve.todo(cae.needs(given), given, cache))
+        added = shlex.split(extract_remedy(cae.needs(given), given, cache))
         assert "--add" in added
         assert added[added.index("--teacher") + 1] == "dvae"
         assert added[-2:] == ["--out", str(cache.path)]
-        assert resolve.missing(cache, cae.needs(given), given) == [
+        assert missing(cache, cae.needs(given), given) == [
             f"field dvae/token_ids is missing, it has {', '.join(cache.fields)}"
         ]
-    both = shlex.split(resolve.todo(cae.needs(given), given, None))
+    both = shlex.split(extract_remedy(cae.needs(given), given, None))
     assert [both[i + 1] for i, word in enumerate(both) if word == "--teacher"] == ["clip-b16", "dvae"]
     assert both[both.index("--scale") + 1] == "0.08,1"

@@ -196,11 +196,11 @@ def test_hidden_patches_of_each_size(size: str, hidden: int) -> None:
 
 
 def test_the_command_that_makes_its_views() -> None:
-    from student.setup import cache_match as resolve
+    from student.setup.remedy import extract_remedy
 
     given = config.from_overrides(caev2.Config, ["encoder=large"])
     expected = "featcache extract --teacher clip-l14 --levels last:1 --scale 0.4,1 --jitter 0.4 --images SRC"
-    assert resolve.todo(caev2.needs(given), given, None) == f"make it with: {expected}"
+    assert extract_remedy(caev2.needs(given), given, None) == f"make it with: {expected}"
 
 
 def test_settings_and_needs() -> None:

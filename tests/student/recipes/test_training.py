@@ -12,10 +12,11 @@ import torch
 from featcache import rng
 from featcache.errors import UserError
 from featcache.reading.cache import Cache
-from featcache.targets import levels as targets
+from featcache.targets import levels
 from student import checkpoint, recipes
 from student.recipes import TargetSpec
-from student.targets.contract import Cached, Online
+from student.targets.cached import Cached
+from student.targets.online import Online
 from tests import student_fixtures as fx
 
 STEPS = ("--steps", "12", "--batch-size", "12", "--precision", "fp32")
@@ -42,7 +43,18 @@ CONV = ("family=conv_vit", "encoder=tiny,stage1=16,stage2=24,embed_dim=48,depth=
 def test_masked_convolutions_train_from_a_cache(cls_token: bool, tmp_path: Path) -> None:
     """And their encoder is taken home: 16 patches, and CLS where it was asked for."""
     run, sets = tmp_path / "run", (*CONV, f"conv_cls={str(cls_token).lower()}")
-    fx.good(fx.train("mrmae", run, "--cache", fx.cache_path(), "--images", fx.pictures(), *STEPS, sets=sets))
+    fx.good(
+        fx.train(
+            "mrmae",
+            run,
+            "--cache",
+            fx.cache_path(),
+            "--images",
+            fx.pictures(),
+            *STEPS,
+            sets=sets,
+        )
+    )
     losses = fx.losses(run)
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     encoder, _ = checkpoint.load_encoder(run)
@@ -59,7 +71,7 @@ def test_masked_convolutions_train_from_a_cache(cls_token: bool, tmp_path: Path)
 
 def test_topk_shows_the_same_in_each_epoch(tmp_path: Path) -> None:
     """The 4 patches of most attention, whatever the epoch; an attentive draw is another each time."""
-    from student.targets.contract import draw_masks
+    from student.targets.assemble import draw_masks
 
     with Cache(fx.cache_path()) as cache:
         module = recipes.load("mrmae")
@@ -178,7 +190,15 @@ def test_derived_targets_of_the_teacher_in_the_loop_equal_the_cached_ones(tmp_pa
 
 @pytest.mark.parametrize("mode", ["cached", "online"])
 def test_a_teacher_without_a_projection_is_refused_for_z(mode: str, tmp_path: Path) -> None:
-    options = ("--cache", fx.cache_path(), "--images", fx.pictures(), *STEPS, "--teacher", mode)
+    options = (
+        "--cache",
+        fx.cache_path(),
+        "--images",
+        fx.pictures(),
+        *STEPS,
+        "--teacher",
+        mode,
+    )
     ran = fx.train("milan", tmp_path / "run", *options, sets=("target=z",))
     assert ran.status == 1
     assert "has no projection" in ran.line
@@ -186,10 +206,27 @@ def test_a_teacher_without_a_projection_is_refused_for_z(mode: str, tmp_path: Pa
 
 
 def test_channels_of_the_output_are_a_fact_of_the_cache(tmp_path: Path) -> None:
-    fx.good(fx.train("kd", tmp_path / "run", "--cache", fx.cache_path(), "--images", fx.pictures(), *STEPS))
+    fx.good(
+        fx.train(
+            "kd",
+            tmp_path / "run",
+            "--cache",
+            fx.cache_path(),
+            "--images",
+            fx.pictures(),
+            *STEPS,
+        )
+    )
     assert checkpoint.config(tmp_path / "run")["config"]["teacher_out"] == 24  # its width: it has no projection
     ran = fx.train(
-        "kd", tmp_path / "b", "--cache", fx.cache_path(), "--images", fx.pictures(), *STEPS, sets=("teacher_out=7",)
+        "kd",
+        tmp_path / "b",
+        "--cache",
+        fx.cache_path(),
+        "--images",
+        fx.pictures(),
+        *STEPS,
+        sets=("teacher_out=7",),
     )
     assert "--set teacher_out=7 does not fit: the targets have teacher_out=24" in ran.line
 
@@ -197,22 +234,22 @@ def test_channels_of_the_output_are_a_fact_of_the_cache(tmp_path: Path) -> None:
 def test_stats_of_online_and_cached_targets_share_one_function() -> None:
     """f of the last level, online, in float64 from the teacher's own y."""
     from featcache import teachers
-    from featcache.views import draw as views
+    from featcache.views.policy import Policy
 
     teacher = teachers.load(fx.TEACHER)
     pixels = (rng.words(rng.key_digests(["a"]), rng.stream("t", 0), 32 * 32 * 3) % np.uint64(256)).astype(np.uint8)
-    online = Online(views.Policy(size=32), spec_of("f"), teacher, None)
+    online = Online(Policy(size=32), spec_of("f"), teacher, None)
     host = {"pixels": pixels.reshape(1, 32, 32, 3), "digests": rng.key_digests(["a"]), "view": np.zeros(1, np.int64)}
     got, _ = online.complete(host, CPU)
     y = teacher(torch.from_numpy(host["pixels"]).permute(0, 3, 1, 2), [4])[0][0].double().numpy()
-    h = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + targets.EPS)
+    h = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + levels.EPS)
     expected = h * teacher.tail()["gamma"] + teacher.tail()["beta"]
     np.testing.assert_allclose(got["targets"].numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fields_that_no_teacher_in_the_loop_gives_are_refused() -> None:
-    from featcache.views import draw as views
+    from featcache.views.policy import Policy
 
     spec = TargetSpec(teacher="dvae", levels=(), fields=("token_ids",), patches=16, vocabulary=8)
     with pytest.raises(UserError, match=r"--teacher online computes no token_ids; .* with --cache"):
-        Online(views.Policy(size=32), spec, None, None)
+        Online(Policy(size=32), spec, None, None)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from featcache.catalog import extract_command as invocation
+from featcache.catalog import extract_command
 from featcache.errors import IdentityError, UserError
-from featcache.pictures import open_source as images
-from featcache.reading import join as joining
+from featcache.pictures.open_source import open_source
+from featcache.reading import join
 from featcache.reading.cache import Cache
-from featcache.storage import manifest
+from featcache.storage import json_file, manifest
 from student import checkpoint, recipes
-from student.setup import cache_match as resolve
+from student.setup import cache_match
 from tests import student_fixtures as fx
 
 ONE = ("--steps", "1", "--batch-size", "8")
@@ -40,7 +40,7 @@ def test_facts_of_the_cache_fill_the_configuration(tmp_path: Path) -> None:
         "teacher_depth": 4,
         "teacher_width": 24,
     }
-    assert resolve.facts(fx.open_cache().identity) == expected
+    assert cache_match.facts(fx.open_cache().identity) == expected
     fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *ONE))
     saved = checkpoint.config(tmp_path / "run")["config"]
     assert {key: saved[key] for key in expected} == expected
@@ -48,18 +48,23 @@ def test_facts_of_the_cache_fill_the_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "patches", "px"), [(224, 196, 16), (196, 196, 14), (224, 49, 32), (32, 16, 8)])
 def test_patch_of_the_student_on_the_teachers_grid(size: int, patches: int, px: int) -> None:
-    assert resolve.patch_size(size, patches) == px
+    assert cache_match.patch_size(size, patches) == px
 
 
 @pytest.mark.parametrize(("size", "patches"), [(32, 15), (33, 16), (224, 225)])
 def test_views_that_cannot_be_cut(size: int, patches: int) -> None:
     with pytest.raises(UserError, match=f"{size}.*{patches}.*--size"):
-        resolve.patch_size(size, patches)
+        cache_match.patch_size(size, patches)
 
 
 @pytest.mark.parametrize(
     ("setting", "fact"),
-    [("patch_size=4", "8"), ("img_size=64", "32"), ("teacher_depth=12", "4"), ("teacher=clip-b16", fx.TEACHER)],
+    [
+        ("patch_size=4", "8"),
+        ("img_size=64", "32"),
+        ("teacher_depth=12", "4"),
+        ("teacher=clip-b16", fx.TEACHER),
+    ],
 )
 @pytest.mark.parametrize("mode", ["cached", "online"])
 def test_a_setting_against_the_facts_is_refused(setting: str, fact: str, mode: str, tmp_path: Path) -> None:
@@ -112,11 +117,11 @@ def test_the_command_says_all_by_which_a_cache_is_made(tmp_path: Path) -> None:
     layout = ("--order", "uniform", "--tokens", "ranked", "--keep", "7", "--pixels", "raw", "--rows-per-shard", "10")
     fx.extract(fx.pictures(), tmp_path / "odd", *views, *layout)
     with Cache(tmp_path / "odd") as old:
-        words = invocation.options(old.manifest)
+        words = extract_command.options(old.manifest)
         assert fx.feat("extract", *words, "--out", str(tmp_path / "again")).status == 0
         with Cache(tmp_path / "again") as new:
             assert new.manifest == old.manifest
-        whole = invocation.options(old.manifest, (1, 2, 3, 4), keep=False)
+        whole = extract_command.options(old.manifest, (1, 2, 3, 4), keep=False)
         assert fx.feat("extract", *whole, "--out", str(tmp_path / "whole")).status == 0
         with Cache(tmp_path / "whole") as new:
             assert new.levels == (1, 2, 3, 4)
@@ -140,13 +145,23 @@ def test_a_missing_field(tmp_path: Path) -> None:
     about = manifest.read(there)
     about["arrays"]["attention_"] = about["arrays"].pop("attention")
     for path in there.rglob("manifest*.json"):  # itself and its copy
-        manifest.write_json(path, about)
+        json_file.write_json(path, about)
     ran = fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE)
     assert ran.status == 1
     assert "field attention is missing" in ran.line
     assert run_command(ran.line, tmp_path / "home").status == 0
     sets = (f"teacher={fx.TEACHER}",)
-    fx.good(fx.train("maskalign", tmp_path / "run", "--images", fx.pictures(), *ONE, sets=sets, home=tmp_path / "home"))
+    fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "run",
+            "--images",
+            fx.pictures(),
+            *ONE,
+            sets=sets,
+            home=tmp_path / "home",
+        )
+    )
     uniform = fx.train("maskalign", tmp_path / "uniform", "--cache", there, *ONE, sets=("mask=uniform",))
     assert uniform.status == 0, uniform.err  # who does not need the field is served
 
@@ -307,7 +322,7 @@ def test_those_that_do_not_serve_are_passed_over(tmp_path: Path) -> None:
     (home / "broken" / manifest.NAME).write_text("{")
     about = manifest.read(home / "few")
     about["identity"]["levels"] = [4]
-    manifest.write_json(home / "few" / manifest.NAME, about)
+    json_file.write_json(home / "few" / manifest.NAME, about)
     fx.extract(fx.save_pictures(tmp_path / "others", 4, seed=9, classes=2), home / "others")
     fx.extract(fx.pictures(), home / "crops", "--scale", "0.08,1")
     fx.good(search(tmp_path, home, "--images", fx.pictures()))
@@ -343,9 +358,9 @@ def test_a_subset_is_joined_by_key(tmp_path: Path) -> None:
     for name in ("p20", "p03", "p11"):
         (tmp_path / "some").mkdir(exist_ok=True)
         shutil.copy(fx.pictures() / f"{name}.png", tmp_path / "some")
-    source = images.open_source(tmp_path / "some")
+    source = open_source(tmp_path / "some")
     cache = fx.open_cache()
-    chosen, rows, skipped = joining.join(cache, source)
+    chosen, rows, skipped = join.join(cache, source)
     assert chosen.tolist() == [0, 1, 2]
     assert [cache.keys[row] for row in rows.tolist()] == ["p03", "p11", "p20"] == list(source.keys)
     assert skipped == 0
@@ -356,8 +371,8 @@ def test_quarantined_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "p" / "bad.png").write_bytes((tmp_path / "p" / "p00.png").read_bytes()[:90])
     fx.extract(tmp_path / "p", tmp_path / "c")
     with Cache(tmp_path / "c") as cache:
-        source = images.open_source(tmp_path / "p")
-        chosen, rows, skipped = joining.join(cache, source)
+        source = open_source(tmp_path / "p")
+        chosen, rows, skipped = join.join(cache, source)
         assert skipped == 1
         assert [source.keys[i] for i in chosen.tolist()] == [cache.keys[row] for row in rows.tolist()]
         assert "bad" not in [source.keys[i] for i in chosen.tolist()]
@@ -373,7 +388,7 @@ def test_an_unknown_picture_is_refused(tmp_path: Path) -> None:
     shutil.copytree(fx.pictures(), tmp_path / "p")
     shutil.copy(tmp_path / "p" / "p00.png", tmp_path / "p" / "zebra.png")
     with pytest.raises(IdentityError, match=r"1 of 25 pictures.*'zebra'"):
-        joining.join(fx.open_cache(), images.open_source(tmp_path / "p"))
+        join.join(fx.open_cache(), open_source(tmp_path / "p"))
     ran = fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), "--images", tmp_path / "p", *ONE)
     assert ran.status == 1
     assert "'zebra'" in ran.line

@@ -15,13 +15,12 @@ import pytest
 from PIL import Image
 
 from featcache.errors import UsageError, UserError
-from featcache.reading import crop_range as crops
-from featcache.reading import join as joining
+from featcache.reading import crop_range, join
 from featcache.reading.cache import Cache
 from student import checkpoint, recipes
 from student.data.loader import Loader
-from student.setup import view_choice as shown
-from student.targets.contract import Cached
+from student.setup import view_choice
+from student.targets.cached import Cached
 from student.training import metrics
 from tests import student_fixtures as fx
 
@@ -55,7 +54,7 @@ def test_the_published_range_is_shown_and_said() -> None:
         low = {key: [area >= 0.6 for area in row] for key, row in areas(cache).items()}
         lost = [key for key, row in low.items() if not any(row)]
         assert 0 < len(lost) < 6  # the case is one where something is left out
-        show = shown.choose(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
+        show = view_choice.choose(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
         kept = [i for i, row in enumerate(low.values()) if any(row)]
         assert show.rows.tolist() == kept
         assert show.pictures.tolist() == [i + 100 for i in kept]
@@ -75,10 +74,10 @@ def test_the_published_range_is_shown_and_said() -> None:
 
 def test_a_range_that_was_asked_for_departs_from_the_published_one() -> None:
     with Cache(wide_path()) as cache:
-        show = shown.choose(cache, *every(cache), (0.2, 1.0), (0.6, 1.0), 0.5)
+        show = view_choice.choose(cache, *every(cache), (0.2, 1.0), (0.6, 1.0), 0.5)
         assert show.notes[0] == "crops of 0.6-1 of the area; the recipe was published with 0.2-1"
         assert show.about["crops"]["scale"] == [0.6, 1.0]
-        whole = shown.choose(cache, *every(cache), (0.2, 1.0), (0.08, 1.0))
+        whole = view_choice.choose(cache, *every(cache), (0.2, 1.0), (0.08, 1.0))
         assert whole.turns is None
         assert whole.about == {}
         assert whole.notes == ("crops of 0.08-1 of the area; the recipe was published with 0.2-1",)
@@ -87,22 +86,25 @@ def test_a_range_that_was_asked_for_departs_from_the_published_one() -> None:
 
 def test_the_caches_own_range_is_all_of_it() -> None:
     with Cache(wide_path()) as cache:
-        show = shown.choose(cache, *every(cache), (0.08, 1.0))
+        show = view_choice.choose(cache, *every(cache), (0.08, 1.0))
         assert (show.turns, show.notes, show.about) == (None, (), {})
 
 
 def test_a_narrower_cache_is_used_as_it_is_and_says_so() -> None:
     """No rejection makes wider crops of narrower ones."""
     with Cache(fx.cache_path()) as cache:
-        show = shown.choose(cache, *every(cache), (0.08, 1.0))
+        show = view_choice.choose(cache, *every(cache), (0.08, 1.0))
         assert show.turns is None
         assert show.notes == ("crops of 0.2-1 of the area; the recipe was published with 0.08-1",)
 
 
 @pytest.mark.parametrize("wanted", [(0.08, 1.0), (0.05, 0.5), (0.5, 0.4), (0.5, 1.5)])
 def test_a_range_that_the_cache_does_not_hold(wanted: tuple[float, float]) -> None:
-    with Cache(fx.cache_path()) as cache, pytest.raises(UsageError, match=r"the cache holds crops of 0\.2-1 of the"):
-        shown.choose(cache, *every(cache), (0.2, 1.0), wanted)
+    with (
+        Cache(fx.cache_path()) as cache,
+        pytest.raises(UsageError, match=r"the cache holds crops of 0\.2-1 of the"),
+    ):
+        view_choice.choose(cache, *every(cache), (0.2, 1.0), wanted)
 
 
 def test_too_many_pictures_without_a_view() -> None:
@@ -111,7 +113,7 @@ def test_too_many_pictures_without_a_view() -> None:
         low = {key: [area >= 0.6 for area in row] for key, row in areas(cache).items()}
         lost = [key for key, row in low.items() if not any(row)]
         with pytest.raises(UserError) as caught:
-            shown.choose(cache, *every(cache), (0.6, 1.0))
+            view_choice.choose(cache, *every(cache), (0.6, 1.0))
         message = str(caught.value)
         assert f"{len(lost)} picture" in message
         assert f"of 24 ({len(lost) / 24:.2%}) have no view with a crop of 0.6-1 of the area among their 3" in message
@@ -119,7 +121,7 @@ def test_too_many_pictures_without_a_view() -> None:
         assert "show all views with --scale 0.08,1" in message
         share = float(message.split("--without-view ")[1].split(",")[0])
         assert len(lost) / 24 <= share <= len(lost) / 24 + 0.001
-        assert len(shown.choose(cache, *every(cache), (0.6, 1.0), most_left_out=share).rows) == 24 - len(lost)
+        assert len(view_choice.choose(cache, *every(cache), (0.6, 1.0), most_left_out=share).rows) == 24 - len(lost)
         by_shape: dict[int, list[float]] = {}
         for key, row in low.items():
             with Image.open(fx.pictures() / f"{key}.png") as picture:
@@ -136,11 +138,11 @@ def test_the_share_that_is_named_is_enough(monkeypatch: pytest.MonkeyPatch) -> N
     rows = np.arange(24).repeat(125)
     accepted = np.ones((3000, 3), bool)
     accepted[:27] = False
-    monkeypatch.setattr(crops, "accepted", lambda *_: accepted)
+    monkeypatch.setattr(crop_range, "accepted", lambda *_: accepted)
     with Cache(wide_path()) as cache:
         with pytest.raises(UserError, match=r"--without-view 0\.009,"):
-            shown.choose(cache, rows, rows, (0.6, 1.0))
-        assert len(shown.choose(cache, rows, rows, (0.6, 1.0), most_left_out=0.009).rows) == 2973
+            view_choice.choose(cache, rows, rows, (0.6, 1.0))
+        assert len(view_choice.choose(cache, rows, rows, (0.6, 1.0), most_left_out=0.009).rows) == 2973
 
 
 def test_more_views_are_counted_by_the_pictures_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +155,14 @@ def test_more_views_are_counted_by_the_pictures_shapes(monkeypatch: pytest.Monke
     cache: Any = SimpleNamespace(
         views=10, manifest={}, levels=(1,), path="c", read=lambda *_: {"source_size": sizes.astype(np.int32)}
     )
-    monkeypatch.setattr(shown.invocation, "options", lambda manifest, levels, views: ["--views", str(views)])
-    text = shown._more_views(cache, np.arange(100), accepted, 0.001)
+    monkeypatch.setattr(view_choice.extract_command, "options", lambda manifest, levels, views: ["--views", str(views)])
+    text = view_choice._more_views(cache, np.arange(100), accepted, 0.001)
     assert "--views 21 --add" in text
 
 
 def test_none_accepted_at_all() -> None:
     with Cache(wide_path()) as cache, pytest.raises(UserError, match=r"24 pictures of 24 \(100.00%\)") as caught:
-        shown.choose(cache, *every(cache), (0.0801, 0.0802))  # no view is that small
+        view_choice.choose(cache, *every(cache), (0.0801, 0.0802))  # no view is that small
     assert "add views" not in str(caught.value)
     assert "--without-view" not in str(caught.value)  # nothing would be left
 
@@ -169,14 +171,14 @@ def test_none_accepted_at_all() -> None:
 def test_any_number_of_processes_shows_the_same(world: int) -> None:
     """Over three epochs, the keys and views of every step; and another order of the source changes no view."""
     with Cache(wide_path()) as cache:
-        show = shown.choose(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
+        show = view_choice.choose(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
         spec = recipes.load("mae").needs(recipes.load("mae").Config())
 
-        def steps(show: shown.Shown, world: int) -> list[dict[str, int]]:
+        def steps(show: view_choice.ViewSelection, world: int) -> list[dict[str, int]]:
             targets = Cached(cache, spec, show.rows, turns=show.turns)
             digests = cache.keys.digests[show.rows]
             ranks = [
-                Loader(joining.Stored(cache), targets, show.rows, digests, 3, 4 // world, world=world, rank=rank)
+                Loader(join.StoredPixels(cache), targets, show.rows, digests, 3, 4 // world, world=world, rank=rank)
                 for rank in range(world)
             ]
             found: list[dict[str, int]] = []
@@ -192,7 +194,7 @@ def test_any_number_of_processes_shows_the_same(world: int) -> None:
         alone = steps(show, 1)
         assert steps(show, world) == alone
         assert len({view for seen in alone for view in seen.values()}) == 3
-        back = shown.choose(cache, *(part[::-1].copy() for part in every(cache)), (0.6, 1.0), most_left_out=0.5)
+        back = view_choice.choose(cache, *(part[::-1].copy() for part in every(cache)), (0.6, 1.0), most_left_out=0.5)
         assert show.turns is not None
         assert back.turns is not None
         digests = cache.keys.digests[show.rows]
@@ -207,8 +209,8 @@ def shown_areas(run: Path, cache: Cache) -> None:
     """Every view that the run's configuration lets a picture show lies in its range."""
     about = checkpoint.config(run)["targets"]
     scale = about["crops"]["scale"]
-    pictures, rows, _ = joining.join(cache, joining.Stored(cache))
-    show = shown.choose(cache, pictures, rows, (scale[0], scale[1]), most_left_out=1.0)
+    pictures, rows, _ = join.join(cache, join.StoredPixels(cache))
+    show = view_choice.choose(cache, pictures, rows, (scale[0], scale[1]), most_left_out=1.0)
     assert show.about["crops"] == about["crops"]
 
 

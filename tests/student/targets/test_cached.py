@@ -16,16 +16,20 @@ from PIL import Image
 
 from featcache import rng, teachers
 from featcache.errors import UserError
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
-from featcache.targets import levels as targets
-from featcache.views import draw as views
+from featcache.targets.attention import mask_order
+from featcache.views.draw import draw, stored_view
+from featcache.views.policy import Policy
 from student import recipes
 from student.data.loader import Loader
 from student.data.prefetch import to_device
 from student.recipes import TargetSpec
-from student.setup import cache_match as resolve
-from student.targets.contract import Cached, Online, draw_masks, stored_view
+from student.setup import cache_match
+from student.targets.assemble import draw_masks
+from student.targets.cached import Cached
+from student.targets.online import Online
 from tests import student_fixtures as fx
 
 CPU = torch.device("cpu")
@@ -33,8 +37,8 @@ CPU = torch.device("cpu")
 
 def settings_of(recipe: str, *changes: str) -> Any:
     kind = recipes.load(recipe).Config
-    facts = resolve.facts(fx.open_cache().identity)
-    return resolve.with_facts(kind, [*fx.RECIPES[recipe], *changes], facts)
+    facts = cache_match.facts(fx.open_cache().identity)
+    return cache_match.with_facts(kind, [*fx.RECIPES[recipe], *changes], facts)
 
 
 # --- which view -----------------------------------------------------------------------------------------------------
@@ -116,12 +120,12 @@ def test_masks_part_the_patches() -> None:
 # --- the teacher in the loop ----------------------------------------------------------------------------------------
 
 
-def loader_of(targets_: Any, keys: list[str], source: images.Source, batch: int = 6) -> Loader:
+def loader_of(targets_: Any, keys: list[str], source: Source, batch: int = 6) -> Loader:
     return Loader(source, targets_, np.arange(len(keys)), rng.key_digests(keys), 0, batch)
 
 
 def hosts(targets_: Any, steps: int = 4) -> list[dict[str, Any]]:
-    source = images.open_source(fx.pictures())
+    source = open_source(fx.pictures())
     loader = loader_of(targets_, list(source.keys), source)
     with ThreadPoolExecutor(2) as pool:
         return [loader.batch(step, 0, pool) for step in range(steps)]
@@ -131,7 +135,7 @@ def test_online_targets_equal_an_independent_computation() -> None:
     """The view drawn and cropped by hand, the teacher called on one picture, h = (y - mean) / std in numpy."""
     teacher = teachers.load(fx.TEACHER)
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention", "mask_order"), patches=16)
-    policy = views.Policy(size=fx.SIZE, seed=5)
+    policy = Policy(size=fx.SIZE, seed=5)
     online = Online(policy, spec, teacher, fx.VIEWS, "attentive")
     for host in hosts(online):
         got, sources = online.complete(host, CPU)
@@ -139,7 +143,7 @@ def test_online_targets_equal_an_independent_computation() -> None:
         for i, key in enumerate(host["keys"]):
             view, digest = int(host["view"][i]), rng.key_digests([key])
             with Image.open(fx.pictures() / f"{key}.png") as picture:
-                drawn = views.draw(policy, digest, np.array([(picture.height, picture.width)]), [view])
+                drawn = draw(policy, digest, np.array([(picture.height, picture.width)]), [view])
                 top, left, height, width = drawn.crop[0, 0].tolist()
                 crop = picture.convert("RGB").crop((left, top, left + width, top + height))
             pixels = np.asarray(crop.resize((fx.SIZE, fx.SIZE), Image.Resampling.BICUBIC))
@@ -150,7 +154,7 @@ def test_online_targets_equal_an_independent_computation() -> None:
                 h = (y64 - y64.mean(-1, keepdims=True)) / np.sqrt(y64.var(-1, keepdims=True) + 1e-5)
                 np.testing.assert_allclose(got["features"][i, level].numpy(), h, rtol=1e-4, atol=1e-5)
             np.testing.assert_array_equal(sources["attention"][i], attention[0].numpy())
-            order = targets.mask_order("attentive", attention.numpy(), digest, view, policy.seed)
+            order = mask_order("attentive", attention.numpy(), digest, view, policy.seed)
             np.testing.assert_array_equal(sources["mask_order"][i], order[0])
 
 
@@ -159,7 +163,7 @@ def test_online_gives_what_the_cache_holds(fields: tuple[str, ...]) -> None:
     """attention and mask_order to the bit, features within fp16's rounding."""
     cache = fx.open_cache()
     spec = TargetSpec(teacher=fx.TEACHER, levels=(3, 4), fields=fields, patches=16)
-    source = images.open_source(fx.pictures())
+    source = open_source(fx.pictures())
     stored = Cached(cache, spec, cache.keys.find(source.keys))
     online = Online(stored.policy, spec, teachers.load(fx.TEACHER), fx.VIEWS, cache.identity["order"])
     for ours, theirs in zip(hosts(stored), hosts(online), strict=True):
@@ -181,7 +185,7 @@ def test_the_cache_gives_float32_features() -> None:
 
 def test_nothing_is_computed_where_nothing_is_needed() -> None:
     spec = TargetSpec(teacher="", levels=(), fields=(), patches=16)
-    online = Online(views.Policy(size=fx.SIZE), spec, None, None)
+    online = Online(Policy(size=fx.SIZE), spec, None, None)
     assert online.complete(hosts(online, 1)[0], CPU) == ({}, {})
 
 

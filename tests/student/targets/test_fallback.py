@@ -13,7 +13,7 @@ import pytest
 from featcache.errors import UserError
 from featcache.reading.cache import Cache
 from student import checkpoint
-from student.setup import cache_match as resolve
+from student.setup import cache_match
 from student.training import metrics
 from tests import processes
 from tests import student_fixtures as fx
@@ -81,7 +81,16 @@ def test_what_was_added_goes_with_it(whole: Path, tmp_path: Path) -> None:
     """A shard that an added part lacks is absent from all; the added level is still there for the others."""
     cache = tmp_path / "cache"
     shutil.copytree(whole, cache)
-    options = ("--teacher", fx.TEACHER, "--images", str(fx.pictures()), "--size", str(fx.SIZE), "--views", "3")
+    options = (
+        "--teacher",
+        fx.TEACHER,
+        "--images",
+        str(fx.pictures()),
+        "--size",
+        str(fx.SIZE),
+        "--views",
+        "3",
+    )
     fx.good(fx.feat("extract", *options, "--rows-per-shard", "5", "--levels", "1", "--add", "--out", str(cache)))
     shutil.rmtree(next((cache / "parts").iterdir()) / "shards" / "000003.zarr")
     shutil.rmtree(cache / "shards" / "000001.zarr")
@@ -282,7 +291,16 @@ def test_pictures_in_quarantine_stay_there(record: str, tmp_path: Path) -> None:
 def added_views(whole: Path, there: Path) -> Path:
     """Six views in place of three."""
     shutil.copytree(whole, there)
-    options = ("--teacher", fx.TEACHER, "--images", str(fx.pictures()), "--size", str(fx.SIZE), "--views", "6")
+    options = (
+        "--teacher",
+        fx.TEACHER,
+        "--images",
+        str(fx.pictures()),
+        "--size",
+        str(fx.SIZE),
+        "--views",
+        "6",
+    )
     fx.good(fx.feat("extract", *options, "--rows-per-shard", "5", "--levels", "last:3", "--add", "--out", str(there)))
     return there
 
@@ -291,7 +309,7 @@ def test_a_lost_record_of_an_added_part_is_absent_too(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the option the run says that views it could show are not whole; of a cache too large to be verified."""
-    monkeypatch.setattr(resolve, "VERIFIED_BYTES", 0)
+    monkeypatch.setattr(cache_match, "VERIFIED_BYTES", 0)
     full = added_views(whole, tmp_path / "full")
     part = tmp_path / "part"
     shutil.copytree(full, part)

@@ -12,12 +12,12 @@ import pytest
 from accelerate import Accelerator
 
 from featcache import rng
-from featcache.pictures import open_source as images
+from featcache.pictures.open_source import open_source
 from featcache.reading.cache import Cache
 from student.data.loader import Loader
 from student.recipes import TargetSpec
-from student.targets import in_memory as resident
-from student.targets.contract import Cached
+from student.targets import in_memory
+from student.targets.cached import Cached
 from tests import student_fixtures as fx
 from tests.test_end_to_end import launch
 
@@ -29,7 +29,7 @@ def test_batches_are_those_of_the_cache(path: str, tokens: int | None, pixels: b
     """To the byte, over every view; and nothing is read from the cache any more."""
     cache = Cache(fx.cache_path() if path == "cache" else fx.ranked_path())
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "mask_order"), patches=16)
-    source = images.open_source(fx.pictures())
+    source = open_source(fx.pictures())
     rows = cache.keys.find(source.keys)[3:20]  # not all, and not in the cache's order
     made = [Cached(cache, spec, rows[::-1], tokens=tokens, stored_pixels=pixels) for _ in range(2)]
     numbers = np.arange(3, 20)[::-1]
@@ -38,7 +38,7 @@ def test_batches_are_those_of_the_cache(path: str, tokens: int | None, pixels: b
         for each in made
     ]
     fx.fresh_state()
-    size = resident.load(made[1], Accelerator(cpu=True))
+    size = in_memory.load(made[1], Accelerator(cpu=True))
     with ThreadPoolExecutor(2) as pool:
         before = [loaders[0].batch(step, 0, pool) for step in range(9)]
         whole = Cache.read
@@ -58,7 +58,16 @@ def test_batches_are_those_of_the_cache(path: str, tokens: int | None, pixels: b
 
 
 def test_a_run_is_the_same(tmp_path: Path) -> None:
-    common = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--steps", "6", "--batch-size", "8")
+    common = (
+        "--cache",
+        fx.cache_path(),
+        "--images",
+        fx.pictures(),
+        "--steps",
+        "6",
+        "--batch-size",
+        "8",
+    )
     fx.good(fx.train("mralign", tmp_path / "a", *common))
     ran = fx.good(fx.train("mralign", tmp_path / "b", *common, "--resident"))
     assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
@@ -67,11 +76,19 @@ def test_a_run_is_the_same(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_or_is_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    common = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--steps", "1", "--resident")
+    common = (
+        "--cache",
+        fx.cache_path(),
+        "--images",
+        fx.pictures(),
+        "--steps",
+        "1",
+        "--resident",
+    )
     assert "none are read here" in fx.train("maskalign", tmp_path / "a", *common, "--teacher", "online").line
     limit = tmp_path / "memory.max"
     limit.write_text("1000\n")
-    monkeypatch.setattr(resident, "_LIMIT", limit)
+    monkeypatch.setattr(in_memory, "_LIMIT", limit)
     line = fx.train("maskalign", tmp_path / "b", *common).line
     assert "--resident:" in line
     assert "do not fit" in line
@@ -82,7 +99,16 @@ def test_what_does_not_fit_or_is_not_read_is_refused(tmp_path: Path, monkeypatch
 
 def test_memory_of_another_process(tmp_path: Path) -> None:
     """Two processes: the second maps what the first has loaded, and both train as without."""
-    options = ("--cache", str(fx.cache_path()), "--images", str(fx.pictures()), "--batch-size", "4", "--device", "cpu")
+    options = (
+        "--cache",
+        str(fx.cache_path()),
+        "--images",
+        str(fx.pictures()),
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    )
     settings = [part for text in fx.RECIPES["maskalign"] for part in ("--set", text)]
     train = ["student", "train", "--recipe", "maskalign", *options, *settings, "--steps", "4"]
     for name, more in (("a", []), ("b", ["--resident"])):
@@ -96,7 +122,7 @@ def test_rows_share_their_memory_and_nothing_is_left_behind() -> None:
     """The arrays lie in the memory given, aligned, and do not overlap."""
     layout = {"a": ((3,), np.dtype("u1")), "b": ((5, 2), np.dtype("f2")), "c": ((), np.dtype("u8"))}
     memory = mmap.mmap(-1, 4096)
-    rows = resident.Rows(layout, 2, 7, memory)
+    rows = in_memory.Rows(layout, 2, 7, memory)
     for value, array in enumerate(rows.arrays.values(), 1):
         assert array.ctypes.data % 64 == 0
         array[:] = value
@@ -108,8 +134,8 @@ def test_rows_share_their_memory_and_nothing_is_left_behind() -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_large_rows_are_copied_by_several_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 x 5 rows of 200 kB, a batch of 7 in any order, twice into the same memory."""
-    monkeypatch.setattr(resident, "_THREADS", threads)
-    rows = resident.Rows({"a": ((100_000,), np.dtype("<u2"))}, 2, 5, mmap.mmap(-1, 2_000_000))
+    monkeypatch.setattr(in_memory, "_THREADS", threads)
+    rows = in_memory.Rows({"a": ((100_000,), np.dtype("<u2"))}, 2, 5, mmap.mmap(-1, 2_000_000))
     rows.arrays["a"][:] = np.random.default_rng(0).integers(0, 1 << 16, (2, 5, 100_000))
     out = np.ones((7, 100_000), np.uint16)
     for at, view in (([4, 0, 2, 2, 1, 3, 4], [0, 1, 1, 0, 0, 1, 1]), ([0, 1, 2, 3, 4, 0, 1], [1, 1, 1, 0, 0, 0, 0])):

@@ -14,7 +14,7 @@ import torch
 from featcache.reading.cache import Cache
 from student import checkpoint, config
 from student.recipes import mrmae
-from student.targets.contract import Cached
+from student.targets.cached import Cached
 from tests import student_fixtures as fx
 
 OTHER = "synthetic:levels=3,tokens=16,width=20,size=32"
@@ -32,17 +32,36 @@ def both_path() -> Path:
 @functools.cache
 def ranked_path() -> Path:
     """The same, where each teacher's patches lie in an order of its own."""
-    return add(Path(shutil.copytree(fx.ranked_path(), fx.root() / "both-ranked")), "--tokens", "ranked")
+    return add(
+        Path(shutil.copytree(fx.ranked_path(), fx.root() / "both-ranked")),
+        "--tokens",
+        "ranked",
+    )
 
 
 def add(cache: Path, *options: str, levels: str = "last:2") -> Path:
-    words = ("--teacher", OTHER, "--images", str(fx.pictures()), "--size", "32", "--views", str(fx.VIEWS))
+    words = (
+        "--teacher",
+        OTHER,
+        "--images",
+        str(fx.pictures()),
+        "--size",
+        "32",
+        "--views",
+        str(fx.VIEWS),
+    )
     fx.good(fx.feat("extract", *words, "--levels", levels, "--add", "--out", str(cache), *options))
     return cache
 
 
 def spec_of(cache: Cache, target: str) -> mrmae.Config:
-    facts = [f"teacher={fx.TEACHER}", "teacher_depth=4", "teacher_width=24", "img_size=32", "patch_size=8"]
+    facts = [
+        f"teacher={fx.TEACHER}",
+        "teacher_depth=4",
+        "teacher_width=24",
+        "img_size=32",
+        "patch_size=8",
+    ]
     return config.from_overrides(mrmae.Config, [*facts, *JOINT, "joint_depth=3", "joint_width=20", f"target={target}"])
 
 
@@ -150,7 +169,16 @@ def test_a_level_of_the_second_teacher_is_added(tmp_path: Path) -> None:
 
 def test_views_that_only_the_first_teacher_has_are_added(tmp_path: Path) -> None:
     there = add(Path(shutil.copytree(fx.cache_path(), tmp_path / "cache")), levels="last:1")
-    words = ("--teacher", fx.TEACHER, "--images", str(fx.pictures()), "--size", "32", "--views", "4")
+    words = (
+        "--teacher",
+        fx.TEACHER,
+        "--images",
+        str(fx.pictures()),
+        "--size",
+        "32",
+        "--views",
+        "4",
+    )
     fx.good(fx.feat("extract", *words, "--levels", "last:3", "--add", "--out", str(there)))
     ran = fx.train("mrmae", tmp_path / "run", "--cache", there, *ONE, sets=JOINT)
     assert ran.status == 1

@@ -11,8 +11,8 @@ from torch import nn
 
 import student.training.train
 from student.data.prefetch import Wait
-from student.targets.contract import Cached
-from student.training import dry_run as estimate
+from student.targets.cached import Cached
+from student.training import dry_run
 from tests import student_fixtures as fx
 
 DRY = ("--batch-size", "8", "--dry-run", "--json")
@@ -56,7 +56,7 @@ def test_bytes_of_a_picture_by_hand(tmp_path: Path) -> None:
 def test_what_is_kept_for_the_backward_pass_by_hand() -> None:
     """relu(x W) W': x (6 x 3) for W's gradient, the relu's output (6 x 5) once for itself and W'; no weight."""
     model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False))
-    with estimate._kept(model) as count:
+    with dry_run._kept(model) as count:
         model(torch.randn(6, 3)).sum().backward()
     assert count == [4 * (6 * 3 + 6 * 5)]
 
@@ -69,10 +69,10 @@ def test_the_pace_of_the_disk_by_a_clock_of_our_own() -> None:
         now[0] += 0.1
         return 3000
 
-    assert estimate.rate(read, 10**6, lambda: now[0]) == pytest.approx(30_000)
+    assert dry_run.rate(read, 10**6, lambda: now[0]) == pytest.approx(30_000)
     assert 2.0 < now[0] < 2.2
     now[0] = 0.0
-    assert estimate.rate(read, 5, lambda: now[0]) == pytest.approx(30_000)
+    assert dry_run.rate(read, 5, lambda: now[0]) == pytest.approx(30_000)
     assert now[0] == pytest.approx(0.5)  # a small cache is read once
 
 
@@ -88,14 +88,14 @@ def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return {**row, "waits": [Wait(1.0)]}
 
     monkeypatch.setattr(student.training.train, "make_step", slow)
-    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: now[0])
     per_picture: list[int] = []
 
     def half(read: Any, steps: int) -> float:
         per_picture.append(read(0) // 8)
         return 4.0 * per_picture[0]
 
-    monkeypatch.setattr(estimate, "rate", half)
+    monkeypatch.setattr(dry_run, "rate", half)
     found = facts("maskalign", tmp_path)
     assert (found["step_s"], found["step_without_waiting_s"]) == (2.0, 1.0)
     assert (found["images_per_s"], found["epoch_s"]) == (4.0, 6.0)
@@ -108,13 +108,13 @@ def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_page_cache_is_gone_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    plain = estimate.Cache
+    plain = dry_run.Cache
 
     def watched(path: Any, **given: Any) -> Any:
         opened.append(given["io"])
         return plain(path, **given)
 
-    monkeypatch.setattr(estimate, "Cache", watched)
+    monkeypatch.setattr(dry_run, "Cache", watched)
     found = facts("maskalign", tmp_path)
     assert opened == ["direct"]
     assert found["past_page_cache"] in (True, False)  # False on a file system that knows no O_DIRECT

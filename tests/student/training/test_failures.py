@@ -15,10 +15,9 @@ import pytest
 import torch
 
 import student.training.train
-from featcache.pictures import open_source as images
+from featcache.views import pixel_path
 from student import checkpoint
-from student.training import accelerator as hardware
-from student.training import metrics
+from student.training import accelerator, metrics
 from tests import processes
 from tests import student_fixtures as fx
 from tests.test_end_to_end import assert_undisturbed
@@ -111,7 +110,7 @@ def test_out_of_memory_in_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_out_of_memory_while_a_picture_is_decoded(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread of the loader."""
     calls: list[int] = []
-    plain = images.decode
+    plain = pixel_path.decode
 
     def decode(data: bytes) -> Any:
         calls.append(1)
@@ -120,7 +119,7 @@ def test_out_of_memory_while_a_picture_is_decoded(whole: Path, tmp_path: Path, m
         return plain(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "decode", decode)
+        patch.setattr(pixel_path, "decode", decode)
         ran = train(tmp_path / "run")
     assert (ran.status, "out of host memory" in ran.line) == (1, True)
     fx.good(train(tmp_path / "run", "--resume"))
@@ -259,4 +258,4 @@ def test_precisions_that_the_gpu_has_not(tmp_path: Path, monkeypatch: pytest.Mon
     from featcache.errors import UsageError
 
     with pytest.raises(UsageError, match=r"--precision bf16 .* Tesla V100; fp32 and fp16 are allowed"):
-        hardware.accelerator("bf16")
+        accelerator.accelerator("bf16")

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 import student.training.train
 from featcache.pictures.open_source import open_source
-from featcache.views import draw as views
+from featcache.views.draw import draw
+from featcache.views.policy import load_policy
+from featcache.views.render import render
 from student import checkpoint
 from student.config import RecipeConfig
-from student.training import metrics, optim
-from student.training import nonfinite as reproduce
-from student.training import train_state as learner
-from student.training.train_state import Learner, Ways
+from student.training import metrics, nonfinite, optim, train_state
+from student.training.train_state import RunOptions, TrainState
 from tests import processes
 from tests import student_fixtures as fx
 
@@ -78,7 +78,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(tmp_path: Path, pictures: Path, run: Path, *options: object) -> tuple[object, ...]:
     (tmp_path / "mine.py").write_text(BRIGHT)
     sets = [part for text in (*fx.COMMON, "patch_size=8", "drop_path=0.2") for part in ("--set", text)]
-    given = ("--recipe", tmp_path / "mine.py", "--images", pictures, "--policy", fx.policy_file(), "--out", run)
+    given = (
+        "--recipe",
+        tmp_path / "mine.py",
+        "--images",
+        pictures,
+        "--policy",
+        fx.policy_file(),
+        "--out",
+        run,
+    )
     return (*given, "--batch-size", 4, *sets, *options)
 
 
@@ -123,16 +132,16 @@ def test_the_reproducer_holds_that_very_micro_batch(
     assert {name for name in tensors if name.startswith("model.")} == {f"model.{name}" for name in saved}
     assert all(torch.equal(tensors[f"model.{name}"], value) for name, value in saved.items())
     # pictures: drawn here anew from keys, by the policy, in float64
-    policy, source = views.policy(str(fx.policy_file())), open_source(str(pictures))
+    policy, source = load_policy(str(fx.policy_file())), open_source(str(pictures))
     from featcache import rng
-    from featcache.pictures import open_source as images
+    from featcache.pictures.decode import decode
 
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     for i, key in enumerate(about["keys"]):
-        picture = images.decode(source.read(list(source.keys).index(key)))
+        picture = decode(source.read(list(source.keys).index(key)))
         size = np.array([(picture.height, picture.width)])
-        drawn = views.draw(policy, rng.key_digests([key]), size, [0])  # epoch 0 shows view 0
-        pixels = views.render(picture, drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0], 32, policy.filter)
+        drawn = draw(policy, rng.key_digests([key]), size, [0])  # epoch 0 shows view 0
+        pixels = render(picture, drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0], 32, policy.filter)
         expected = (pixels / 255 - mean) / std
         np.testing.assert_allclose(tensors["batch.images"][i].permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
@@ -283,7 +292,7 @@ def test_the_fused_kernel_holds_the_weights_from_the_first_bad_loss_on() -> None
     module = torch.nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
     model, optimizer = acc.prepare(module, optimizer)
-    pupil = Learner(acc, module, model, optimizer, Ways())
+    pupil = TrainState(acc, module, model, optimizer, RunOptions())
     assert pupil._held is None  # a CPU looks at each loss
     pupil._held = torch.zeros(())
     seen = []
@@ -309,21 +318,21 @@ def test_losses_that_arrive_late_still_give_the_right_reproducer(
     monkeypatch.setattr(optim, "adamw", fused)
     options = ("--steps", 9, "--save-every", 9, "--seed", 2)
     train(tmp_path, pictures, tmp_path / "prompt", *options)
-    build = learner.build
+    build = train_state.build
 
-    def late(*args: object) -> Learner:
+    def late(*args: object) -> TrainState:
         pupil = build(*args)  # type: ignore[arg-type]
         pupil._held = torch.zeros(())
         return pupil
 
     plain = student.training.train.Metrics
-    monkeypatch.setattr(learner, "build", late)
+    monkeypatch.setattr(train_state, "build", late)
     monkeypatch.setattr(student.training.train, "Metrics", lambda run, lag, log: plain(run, 16, log))
     ran = train(tmp_path, pictures, tmp_path / "late", *options)
     step = first_bad_step(tmp_path / "prompt")
     assert f"loss is inf at step {step}" in ran.line
     assert len(metrics.read(tmp_path / "late")) == 9  # it went on, without effect
-    one, two = (reproduce.load(next((tmp_path / name / "nonfinite").iterdir())) for name in ("prompt", "late"))
+    one, two = (nonfinite.load(next((tmp_path / name / "nonfinite").iterdir())) for name in ("prompt", "late"))
     assert one.about == two.about
     for a, b in ((one.model, two.model), (one.batch, two.batch)):
         assert a.keys() == b.keys()

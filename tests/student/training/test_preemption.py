@@ -19,10 +19,9 @@ from accelerate import Accelerator
 from featcache import cli
 from featcache.catalog import home
 from featcache.errors import StoppedError
-from featcache.runtime import signals as stopping
+from featcache.runtime import signals
 from student import checkpoint
-from student.training import metrics
-from student.training import preemption as stop
+from student.training import metrics, preemption
 from tests import student_fixtures as fx
 from tests.test_end_to_end import assert_undisturbed
 
@@ -91,7 +90,7 @@ def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
 
 def test_a_requeued_command_needs_no_other_words(tmp_path: Path) -> None:
     """--resume was given already: then the very same command goes on."""
-    assert str(stop.error(3, 9, "SIGTERM", resume=True)).endswith("; the same command goes on from there")
+    assert str(preemption.error(3, 9, "SIGTERM", resume=True)).endswith("; the same command goes on from there")
 
 
 @pytest.mark.slow
@@ -128,7 +127,7 @@ def acc() -> Accelerator:
 
 def test_the_second_ctrl_c_waits_for_nothing(acc: Accelerator, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with stop.Notice(acc) as notice:
+    with preemption.Notice(acc) as notice:
         assert not notice.due()
         signal.raise_signal(signal.SIGINT)
         assert notice.due()
@@ -142,8 +141,8 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(acc: Accelerator) -> Non
     """As a shell does for what a script runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        stopping.orderly()
-        with stop.Notice(acc) as notice:
+        signals.orderly()
+        with preemption.Notice(acc) as notice:
             signal.raise_signal(signal.SIGINT)
             assert not notice.due()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -152,7 +151,7 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(acc: Accelerator) -> Non
 
 
 def test_schedulers_may_send_sigterm_twice(acc: Accelerator) -> None:
-    with stop.Notice(acc) as notice:
+    with preemption.Notice(acc) as notice:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert notice.asked == "SIGTERM"
@@ -162,7 +161,7 @@ def test_training_in_another_thread_leaves_signals_alone(acc: Accelerator) -> No
     seen: list[Any] = []
 
     def work() -> None:
-        with stop.Notice(acc) as notice:
+        with preemption.Notice(acc) as notice:
             seen.append((signal.getsignal(signal.SIGTERM), notice.due()))
 
     before = signal.getsignal(signal.SIGTERM)
@@ -177,17 +176,19 @@ def test_several_processes_look_one_step_later(acc: Accelerator, monkeypatch: py
     theirs = iter([0.0, 1.0, 0.0])
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
     monkeypatch.setattr(acc, "reduce", lambda mine, how: mine + next(theirs))
-    with stop.Notice(acc) as notice:
+    with preemption.Notice(acc) as notice:
         assert [notice.due() for _ in range(3)] == [False, False, True]
         assert notice.asked is None
 
 
 def test_what_is_said_when_nothing_was_waited_for(tmp_path: Path) -> None:
-    assert str(stop.at_once(tmp_path, False)) == "stopped before the first step; run the same command again"
+    assert str(preemption.at_once(tmp_path, False)) == "stopped before the first step; run the same command again"
     (tmp_path / checkpoint.CONFIG).touch()
-    assert "stopped before the first checkpoint; the same command with --resume" in str(stop.at_once(tmp_path, False))
+    assert "stopped before the first checkpoint; the same command with --resume" in str(
+        preemption.at_once(tmp_path, False)
+    )
     checkpoint.save(tmp_path, 12, {"model": {}, "optimizer": {}, "scaler": {}})
-    error = stop.at_once(tmp_path, False)
+    error = preemption.at_once(tmp_path, False)
     assert str(error) == "stopped; the checkpoint of step 12 is kept, the same command with --resume goes on from there"
     assert (error.exit_status, isinstance(error, StoppedError)) == (75, True)
 
@@ -215,12 +216,12 @@ def test_a_stopped_run_is_in_the_ledger_and_a_resume_without_work_is_not(
     monkeypatch.setenv("FEATCACHE_HOME", str(tmp_path / "home"))
     options = ("--cache", fx.cache_path(), "--steps", "3", "--batch-size", "8")
 
-    def stops(self: stop.Notice) -> bool:
+    def stops(self: preemption.Notice) -> bool:
         self.asked = "SIGTERM"
         return True
 
     with monkeypatch.context() as patch:
-        patch.setattr(stop.Notice, "due", stops)
+        patch.setattr(preemption.Notice, "due", stops)
         assert fx.train("mralign", Path("run"), *options, home=tmp_path / "home").status == 75
     for _ in range(3):
         fx.good(fx.train("mralign", Path("run"), *options, "--resume", home=tmp_path / "home"))
@@ -257,7 +258,7 @@ def test_stopped_while_it_is_imported(
 
 
 def test_an_import_that_fails_by_itself_keeps_its_traceback() -> None:
-    with pytest.raises(ImportError, match="broken"), stopping.guard(1):
+    with pytest.raises(ImportError, match="broken"), signals.guard(1):
         raise ImportError("broken")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from student.data.prefetch import Share, Wait
-from student.training import progress_bar as progress
+from student.training import progress_bar
 from tests import student_fixtures as fx
 
 
@@ -38,8 +38,8 @@ ROW = {
 
 def test_a_line_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 30 of epochs of 12 steps: two and a half of them are over. Each level's loss would fill the line."""
-    monkeypatch.setattr(progress, "memory_bytes", lambda: 3_140_000_000)
-    assert progress.line(ROW, 12) == (
+    monkeypatch.setattr(progress_bar, "memory_bytes", lambda: 3_140_000_000)
+    assert progress_bar.line(ROW, 12) == (
         "epoch 2.50  loss 1.2346 align 0.5 grad_norm 2  lr 2.50e-04  812 images/s  waiting for data 4%  3.1 GB"
     )
 
@@ -48,7 +48,7 @@ def test_a_terminal_shows_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps done, the time left, and the line."""
     out = Terminal()
     monkeypatch.setattr(sys, "stderr", out)
-    with progress.shown(100, 20, 12, True) as bar:
+    with progress_bar.shown(100, 20, 12, True) as bar:
         for step in range(21, 31):
             bar.update_with({**ROW, "step": step})
         bar.bar.refresh()
@@ -62,7 +62,7 @@ def test_nothing_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not into a file, not by another process than the first."""
     for out, speaks in ((io.StringIO(), True), (Terminal(), False)):
         monkeypatch.setattr(sys, "stderr", out)
-        with progress.shown(10, 0, 12, speaks) as bar:
+        with progress_bar.shown(10, 0, 12, speaks) as bar:
             bar.update_with(ROW)
         assert out.getvalue() == ""
 
@@ -79,8 +79,8 @@ def test_a_whole_command_in_a_file_says_what_it_does_and_no_more(tmp_path: Path)
 def test_memory_is_that_of_this_process() -> None:
     """As the kernel tells it, and more after more was used."""
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
-    assert progress.host_bytes() == pytest.approx(peak, rel=0.05)
-    before = progress.host_bytes()
+    assert progress_bar.host_bytes() == pytest.approx(peak, rel=0.05)
+    before = progress_bar.host_bytes()
     block = torch.ones((before + (256 << 20)) // 8, dtype=torch.float64)
-    assert progress.host_bytes() > before
+    assert progress_bar.host_bytes() > before
     assert len(block)

@@ -78,7 +78,17 @@ def test_weights_and_biases_gets_every_row_once(
 
 def test_a_run_that_fails_closes_its_tracker(told: Callable[[], list[Any]], tmp_path: Path) -> None:
     others = fx.save_pictures(tmp_path / "others", seed=1)
-    options = ("--cache", fx.cache_path(), *OPTIONS, "--tracker", "wandb", "--check-pixels", "1", "--images", others)
+    options = (
+        "--cache",
+        fx.cache_path(),
+        *OPTIONS,
+        "--tracker",
+        "wandb",
+        "--check-pixels",
+        "1",
+        "--images",
+        others,
+    )
     assert fx.train("maskalign", tmp_path / "run", *options, "--steps", "4").status == 1
     assert told()[-1] == ["finish", None]
     assert not (tmp_path / "run").exists()  # nothing was trained: the folder is free again

@@ -19,7 +19,7 @@ import student.training.train
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
 from student import checkpoint
-from student.setup import cache_match as resolve
+from student.setup import cache_match
 from student.training import metrics
 from student.training.metrics import Metrics
 from student.training.train import step_seed
@@ -62,7 +62,14 @@ class Model(torch.nn.Module):
 def mine(tmp_path: Path, run: Path, *options: str) -> fx.Ran:
     (tmp_path / "mine.py").write_text(MINE)
     sets = [part for text in (*fx.COMMON, "patch_size=8") for part in ("--set", text)]
-    recipe = ("--recipe", tmp_path / "mine.py", "--images", fx.pictures(), "--policy", fx.policy_file())
+    recipe = (
+        "--recipe",
+        tmp_path / "mine.py",
+        "--images",
+        fx.pictures(),
+        "--policy",
+        fx.policy_file(),
+    )
     return fx.stud("train", *recipe, "--out", run, "--device", "cpu", *SMALL, *sets, *options, home=tmp_path / "home")
 
 
@@ -148,7 +155,17 @@ def test_a_resumed_run_that_fails_at_once_is_kept(tmp_path: Path) -> None:
     for path in sorted((run / "checkpoints").iterdir()):
         path.unlink()
     others = fx.save_pictures(tmp_path / "others", seed=1)
-    options = ("--cache", fx.cache_path(), "--steps", "3", "--save-every", "1", *SMALL, "--check-pixels", "1")
+    options = (
+        "--cache",
+        fx.cache_path(),
+        "--steps",
+        "3",
+        "--save-every",
+        "1",
+        *SMALL,
+        "--check-pixels",
+        "1",
+    )
     assert fx.train("maskalign", run, *options, "--images", others, "--resume").status == 1
     assert (run / checkpoint.CONFIG).is_file()
 
@@ -323,7 +340,7 @@ def test_a_flipped_bit_in_any_file_of_a_small_cache_stops_it_before_the_first_st
 def test_a_larger_cache_is_checked_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the bound a damaged row stops the step that reads it, unless rows are not checked; a damaged file that is
     not read is not noticed."""
-    monkeypatch.setattr(resolve, "VERIFIED_BYTES", 0)
+    monkeypatch.setattr(cache_match, "VERIFIED_BYTES", 0)
     cache = Path(shutil.copytree(fx.cache_path(), tmp_path / "c"))
     options = ("--cache", cache, "--steps", "3", *SMALL)
     (unread,) = cache.rglob("feature_stats/c.0.1.*")
@@ -352,7 +369,7 @@ def test_how_a_cache_is_read_goes_to_the_cache_and_into_the_record(
             opened.append(given)
             super().__init__(path, **given)
 
-    monkeypatch.setattr(resolve, "Cache", Watched)
+    monkeypatch.setattr(cache_match, "Cache", Watched)
     options = ("--cache", fx.cache_path(), "--steps", "1", *SMALL)
     fx.good(fx.train("maskalign", tmp_path / "plain", *options))
     odd = ("--direct", "--verify-rows", "0.25", "--read-threads", "3")
@@ -393,7 +410,15 @@ def test_a_run_may_be_resumed_with_another_way_of_reading(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("option", [("--direct",), ("--verify-rows", "0.5"), ("--read-threads", "2")])
 def test_ways_of_reading_without_anything_to_read(option: tuple[str, ...], tmp_path: Path) -> None:
-    options = ("--images", fx.pictures(), "--policy", fx.policy_file(), "--steps", "1", *SMALL)
+    options = (
+        "--images",
+        fx.pictures(),
+        "--policy",
+        fx.policy_file(),
+        "--steps",
+        "1",
+        *SMALL,
+    )
     ran = fx.train("mae", tmp_path / "run", *options, *option, sets=("patch_size=8",), home=tmp_path / "home")
     assert ran.status == 2
     assert option[0] in ran.line
@@ -417,7 +442,17 @@ def test_other_settings_are_refused_by_name(change: tuple[str, str], told: tuple
     run = run_of(tmp_path, "--steps", "4", "--save-every", "2")
     (run / "checkpoints" / "step-00000004.pt").unlink()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    options = ("--cache", fx.cache_path(), "--steps", "4", *SMALL, "--save-every", "2", "--resume", *change)
+    options = (
+        "--cache",
+        fx.cache_path(),
+        "--steps",
+        "4",
+        *SMALL,
+        "--save-every",
+        "2",
+        "--resume",
+        *change,
+    )
     ran = fx.train("maskalign", run, *options)
     assert ran.status == 1
     assert all(word in ran.line for word in told), ran.line

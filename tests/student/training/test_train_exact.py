@@ -14,7 +14,7 @@ import torch
 
 import student.training.train
 from student import checkpoint
-from student.targets.contract import Cached
+from student.targets.cached import Cached
 from student.training import metrics
 from tests import processes
 from tests import student_fixtures as fx
@@ -115,7 +115,16 @@ def test_an_epoch_shows_each_picture_at_most_once(world: int, batch: int, accumu
     """Of 24 pictures all but less than one global batch, in three epochs of a real run, by their keys."""
     total = world * batch * accumulate
     per_epoch = 24 // total
-    options = ("--cache", fx.cache_path(), "--batch-size", batch, "--accumulate", accumulate, "--epochs", 3)
+    options = (
+        "--cache",
+        fx.cache_path(),
+        "--batch-size",
+        batch,
+        "--accumulate",
+        accumulate,
+        "--epochs",
+        3,
+    )
     before = noting(tmp_path / "seen")
     run = ("--out", tmp_path / "run")
     processes.good(processes.train(world, *options, *run, recipe="maskalign", sets=OFF, before=before))
@@ -199,7 +208,18 @@ def same_averages(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("step", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_two_processes_with_accumulation_interrupted_and_resumed(step: int, tmp_path: Path) -> None:
     """Both die in a step; drop path on, two micro-batches each."""
-    common = ("--cache", fx.cache_path(), "--batch-size", 3, "--accumulate", 2, "--steps", 9, "--save-every", 2)
+    common = (
+        "--cache",
+        fx.cache_path(),
+        "--batch-size",
+        3,
+        "--accumulate",
+        2,
+        "--steps",
+        9,
+        "--save-every",
+        2,
+    )
     dying = f"""
 import student.training.train
 plain = student.training.train._gradients

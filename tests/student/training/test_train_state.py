@@ -17,8 +17,7 @@ from torch import nn
 from student import checkpoint, recipes
 from student.config import from_overrides
 from student.models import conv_vit
-from student.training import activation_checkpointing as activations
-from student.training import metrics
+from student.training import activation_checkpointing, metrics
 from tests import processes
 from tests import student_fixtures as fx
 from tests.conftest import waves
@@ -115,7 +114,7 @@ def test_what_is_kept_for_the_backward_pass_shrinks() -> None:
         recipe = recipes.load("mae")
         model = recipe.Model(from_overrides(recipe.Config, settings))
         if again:
-            activations.apply(model)
+            activation_checkpointing.apply(model)
         kept: list[int] = []
 
         def note(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
@@ -141,8 +140,8 @@ def test_every_block_is_found_by_the_names_of_the_field() -> None:
     for name, names in expected.items():
         recipe = recipes.load(name)
         model = recipe.Model(from_overrides(recipe.Config, [*fx.RECIPES[name], "img_size=32", "patch_size=8"]))
-        assert list(activations.blocks(model)) == names
-    assert activations.blocks(nn.Sequential(nn.Linear(2, 2))) == {}
+        assert list(activation_checkpointing.blocks(model)) == names
+    assert activation_checkpointing.blocks(nn.Sequential(nn.Linear(2, 2))) == {}
 
 
 def test_masked_convolutions_are_checkpointed_too() -> None:
@@ -152,9 +151,9 @@ def test_masked_convolutions_are_checkpointed_too() -> None:
         torch.manual_seed(0)
         net = conv_vit.build("tiny,depth=4,stage1=8,stage2=8,embed_dim=16,num_heads=2", img_size=32, patch_size=8)
         names = [f"blocks{stage}.{i}" for stage, count in ((1, 2), (2, 2), (3, 4)) for i in range(count)]
-        assert list(activations.blocks(net)) == names
+        assert list(activation_checkpointing.blocks(net)) == names
         if again:
-            activations.apply(net)
+            activation_checkpointing.apply(net)
         images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
         outputs, _ = net.encode(images, torch.tensor([[0, 3, 7], [1, 2, 15]]))
         outputs[-1].square().mean().backward()
@@ -234,6 +233,14 @@ def test_the_way_of_running_may_change_when_a_run_goes_on(tmp_path: Path) -> Non
     whole = run_of(tmp_path / "whole", "--save-every", "3")
     run = run_of(tmp_path / "run", "--save-every", "3")
     (run / "checkpoints/step-00000006.pt").unlink()
-    options = ("--cache", fx.cache_path(), *STEPS, "--save-every", "3", "--resume", "--checkpoint-activations")
+    options = (
+        "--cache",
+        fx.cache_path(),
+        *STEPS,
+        "--save-every",
+        "3",
+        "--resume",
+        "--checkpoint-activations",
+    )
     fx.good(fx.train("mralign", run, *options))
     assert_undisturbed(run, whole)

@@ -1,0 +1,60 @@
+"""Facts of the caches below $FEATCACHE_HOME, from their manifests and records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from featcache.catalog import home
+from featcache.errors import UserError
+from featcache.storage import json_file, manifest
+from featcache.storage.part import added
+from featcache.storage.store import record_path
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The facts of one cache as plain data; a damaged one is {path, damaged: the reason}."""
+    try:
+        about = manifest.read(path)
+        records, total = _records(path, about)
+        parts = [(manifest.read(part), _records(part, manifest.read(part))) for part in added(path)]
+    except UserError as error:
+        return {"path": str(path), "damaged": str(error)}
+    identity, runs = about["identity"], home.runs_of(about["id"])
+    every = [*records, *(record for _, (found, _) in parts for record in found)]
+    return {
+        "path": str(path),
+        "id": about["id"],
+        "teacher": identity["teacher"]["name"],
+        "pictures": identity["pictures"]["count"],
+        "views": _views(identity, [part["identity"] for part, _ in parts]),
+        "levels": _levels(identity, [part["identity"] for part, _ in parts]),
+        "codec": identity["codec"],
+        "store": identity["store"],
+        "tokens": identity["tokens"],
+        "bytes": sum(file["bytes"] for record in every for file in record["files"].values()),
+        "shards": total,
+        "shards_complete": len(records),
+        "parts": len(parts),
+        "parts_complete": sum(len(found) == wanted for _, (found, wanted) in parts),
+        "last_used": runs[-1]["time"] if runs else None,
+        "random_weights": manifest.is_random(about),
+    }
+
+
+def _records(part: Path, about: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """(records of complete shards, shards there are to be)."""
+    paths = [record_path(part, shard["name"]) for shard in about["shards"]]
+    return [json_file.read_json(path) for path in paths if path.is_file()], len(paths)
+
+
+def _own(identity: dict[str, Any], parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [identity, *(part for part in parts if part["teacher"] == identity["teacher"])]
+
+
+def _views(identity: dict[str, Any], parts: list[dict[str, Any]]) -> int:
+    return max(each.get("first_view", 0) + int(each["views"]) for each in _own(identity, parts))
+
+
+def _levels(identity: dict[str, Any], parts: list[dict[str, Any]]) -> list[int]:
+    return sorted({level for each in _own(identity, parts) for level in each["levels"]})

@@ -1,0 +1,73 @@
+"""A batch goes through the teacher and its levels are encoded, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from featcache.extraction.plan import Plan
+from featcache.models import precision, tokenizer
+from featcache.models.contract import Teacher
+from featcache.targets import codecs
+from featcache.targets import levels as target_levels
+
+
+@torch.no_grad()
+def ask(teacher: Teacher, pixels: Tensor, levels: Sequence[int]) -> tuple[Tensor, ...]:
+    """uint8 (B, 3, S, S) -> y_k (B, T, D) of each level, then attention (B, P); of a tokenizer its ids (B, P)."""
+    with precision.applied(teacher):
+        if isinstance(teacher, tokenizer.Tokenizer):
+            return (teacher.ids(pixels),)
+        ys, attention = teacher(pixels, levels)
+    return (*ys, attention)
+
+
+@torch.no_grad()
+def encode(plan: Plan, answer: tuple[Tensor, ...], count: int) -> dict[str, Tensor]:
+    """What is needed on the host of the first `count` of an answer."""
+    if plan.is_tokenizer:
+        return {tokenizer.FIELD: answer[0][:count]}
+    *ys, attention = answer
+    return {**encode_levels(ys, plan.codec, count), "attention": attention[:count].float()}
+
+
+def encode_levels(ys: Sequence[Tensor], codec: str, count: int) -> dict[str, Tensor]:
+    """y_k (B, T, D) -> the codec's arrays and `feature_stats` (n, L, T, ...); of h its range (L, 2) and mean norms
+    (n, L); whether all is `finite` (n, L)."""
+    coded, stats, ranges, norms = [], [], [], []
+    for y in ys:
+        h, stat = target_levels.normalise(y[:count])
+        ranges.append(torch.stack(h.aminmax()))
+        norms.append(torch.linalg.vector_norm(h, dim=-1).mean(-1))
+        coded.append(codecs.CODECS[codec].encode(h))
+        stats.append(stat)
+    arrays = {name: torch.stack([level[name] for level in coded], 1) for name in coded[0]}
+    about = {"range": torch.stack(ranges).double(), "norms": torch.stack(norms, 1).float()}
+    stacked = torch.stack(stats, 1)
+    return {**arrays, "feature_stats": stacked, **about, "finite": codecs.in_range(arrays, stacked)}
+
+
+def compute(
+    teacher: Teacher, pixels: Tensor, levels: Sequence[int], codec: str, count: int
+) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
+    """uint8 (B, 3, S, S) -> the codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention (n, P), facts on h,
+    all where the teacher is: what an extraction stores of pixels, for those who compare."""
+    *ys, attention = ask(teacher, pixels, levels)
+    with torch.no_grad():
+        rest = encode_levels(ys, codec, count)
+    coded = {name: rest.pop(name) for name in codecs.CODECS[codec].arrays(teacher.width)}
+    return coded, rest.pop("feature_stats"), attention[:count].float(), rest
+
+
+def ranked(values: npt.NDArray[Any], order: npt.NDArray[np.unsignedinteger], count: int) -> npt.NDArray[Any]:
+    """(n, L, 1 + P, ...) in image order -> (n, L, count, ...): [CLS], then patches as `order` (n, P) ranks them."""
+    out = np.empty((*values.shape[:2], count, *values.shape[3:]), values.dtype)
+    for item, ranks, target in zip(values, order, out, strict=True):
+        target[:, 0] = item[:, 0]
+        target[:, 1:] = item[:, 1 + ranks[: count - 1].astype(np.intp)]
+    return out

@@ -1,0 +1,42 @@
+"""Arrays of a part: what an extraction stores of each view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import UserError
+from featcache.models.tokenizer import FIELD, LARGEST
+from featcache.storage.store import Array
+from featcache.views.fingerprint import THUMBNAIL
+
+
+def view_arrays() -> list[Array]:
+    """What every part stores of the views themselves."""
+    row_view = ("row", "view")
+    return [
+        Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
+        Array("flip", "|u1", (), row_view),
+        Array("area", "<f4", (), row_view),
+        Array("jitter", "<f4", (4,), (*row_view, "brightness_contrast_saturation_order")),
+        Array("pixel_hash", "<u8", (), row_view),
+        Array("thumbnail", "|u1", (THUMBNAIL, THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
+        Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
+    ]
+
+
+def token_ids_array(patches: int) -> Array:
+    return Array(FIELD, "<u2", (patches,), ("row", "view", "patch"))
+
+
+def checked_token_ids(ids: npt.NDArray[Any], vocabulary: int, name: str) -> npt.NDArray[np.uint16]:
+    """(n, P) as they are stored; numbers outside the vocabulary are a UserError."""
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if low < 0 or high >= min(vocabulary, LARGEST) or ids.dtype.kind not in "iu":
+        raise UserError(
+            f"tokenizer {name!r} gave {ids.dtype} from {low} to {high}; whole numbers from 0 to "
+            f"{min(vocabulary, LARGEST) - 1} are needed: check the weights"
+        )
+    return ids.astype(np.uint16)

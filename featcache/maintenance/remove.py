@@ -1,0 +1,76 @@
+"""Whole caches, or additions, are removed: renamed first, then deleted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from featcache.errors import UserError
+from featcache.storage import json_file, lease, manifest, owner
+from featcache.storage.part import PARTS, added
+from featcache.storage.store import SHARDS
+
+
+def check(cache: Path) -> None:
+    """Raise UserError for what must not be removed."""
+    if cache.is_symlink():
+        raise UserError(f"{str(cache)!r} is a link to {str(cache.resolve())!r}; give that folder")
+    if not (cache / manifest.NAME).is_file():
+        raise UserError(f"{str(cache)!r} holds no {manifest.NAME}: it is no cache, and is left as it is")
+    if shards := busy(cache):
+        raise UserError(
+            f"{str(cache)!r} is being written: shard {shards[0].stem} is held; stop that process, or wait "
+            "until it has ended"
+        )
+
+
+def busy(cache: Path) -> list[Path]:
+    """Leases of shards that somebody works on, in the cache and what was added to it."""
+    return [path for path in leases(cache) if not stale(path)]
+
+
+def leases(cache: Path) -> list[Path]:
+    return sorted(path for part in (cache, *added(cache)) for path in (part / SHARDS).glob("*.lease"))
+
+
+def stale(path: Path) -> bool:
+    """As `lease.held` tells, but in a cache that may be read-only too."""
+    try:
+        return not lease.held(path.parent.parent, path.stem)
+    except OSError:
+        return lease.is_stale(path, time.time())
+
+
+def size(path: Path) -> int:
+    """Bytes of all files of a folder, or of one file."""
+    return sum(each.lstat().st_size for each in (path, *path.rglob("*")) if not each.is_dir() or each.is_symlink())
+
+
+def remove(cache: Path) -> None:
+    """Rename, then remove. An addition is taken out of parts/ by the rename, where it would still be seen."""
+    cache = cache.resolve()
+    _check_writable(cache)
+    place = cache.parent.parent if cache.parent.name == PARTS else cache.parent
+    gone = place / f".{cache.name}.{owner.owner()}.tmp"
+    cache.rename(gone)
+    json_file.sync_folder(place)
+    try:
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}; what is left of {str(cache)!r} lies in {str(gone)!r}; allow removing "
+            "it and remove that folder, or run `featcache gc`"
+        ) from error
+
+
+def _check_writable(cache: Path) -> None:
+    """Before anything is renamed: may every folder lose what is in it?"""
+    for folder in (
+        cache.parent,
+        cache,
+        *(path for path in cache.rglob("*") if path.is_dir() and not path.is_symlink()),
+    ):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{str(folder)!r}: permission denied, nothing removed; allow writing to it and run again")

@@ -1,0 +1,35 @@
+"""Hooks read a running ViT block by block; pixels are normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class BlockOutputs:
+    """Hooks that read y_k (B, T, D) after every block of a running ViT.
+
+    The library's own forward runs unchanged; blocks must be batch-first. One Tap, one forward at a time.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._levels: dict[int, Tensor] = {}
+        for k, block in enumerate(blocks, 1):
+            block.register_forward_hook(lambda _, __, y, k=k: self._levels.__setitem__(k, y))
+
+    def take(self, levels: Sequence[int]) -> list[Tensor]:
+        """y_k (B, T, D) of the 1-based levels; nothing is kept afterwards."""
+        out = [self._levels[k] for k in levels]
+        self._levels.clear()
+        return out
+
+
+def normalise_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (B, 3, S, S) -> float32, normalised by the teacher's own statistics."""
+    channel: dict[str, Any] = {"dtype": torch.float32, "device": images.device}
+    return (images.float() / 255 - torch.tensor(mean, **channel).view(3, 1, 1)) / torch.tensor(std, **channel).view(
+        3, 1, 1
+    )

@@ -1,0 +1,45 @@
+"""A teacher's spec, NAME or NAME,key=value,..., is parsed."""
+
+from __future__ import annotations
+
+from featcache.errors import UsageError
+from featcache.models.contract import Option
+
+
+def parse_options(text: str) -> dict[str, Option]:
+    """'img_size=32,drop=0.1,flag=true' -> typed values.
+
+    >>> parse_options("img_size=32,drop=0.1,flag=true,act=gelu")
+    {'img_size': 32, 'drop': 0.1, 'flag': True, 'act': 'gelu'}
+    """
+    options: dict[str, Option] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise UsageError(f"option {part!r}: key=value is needed, several are parted by commas")
+        options[key] = _typed(value)
+    return options
+
+
+def _typed(text: str) -> Option:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def split_spec(spec: str) -> tuple[str, dict[str, Option]]:
+    """The name and the typed options of a spec.
+
+    >>> split_spec("timm:NAME,img_size=32"), split_spec("synthetic:levels=5")
+    (('timm:NAME', {'img_size': 32}), ('synthetic', {'levels': 5}))
+    """
+    name, _, options = spec.partition(",")
+    head, colon, first = name.partition(":")
+    if colon and "=" in first:  # PREFIX:key=value,... without a name
+        return head, parse_options(spec.partition(":")[2])
+    return name, parse_options(options)

@@ -1,0 +1,68 @@
+"""The contract of a source of pictures: keys in order, bytes on demand, labels where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import UserError
+
+SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"])
+ALLOWED = (
+    "a folder of pictures (" + " ".join(sorted(SUFFIXES)) + "), "
+    "webdataset tars as a path, a glob or a brace pattern ('train-{000000..000009}.tar'), or an FFCV .beton"
+)
+
+
+class PictureError(Exception):
+    """One picture cannot be used; the text says why. Extraction quarantines it, training stops."""
+
+
+class Source(Protocol):
+    """Pictures by number: `keys` in source order, bytes on demand, labels (n,) int64 or None. Safe in threads."""
+
+    @property
+    def spec(self) -> str: ...
+    @property
+    def keys(self) -> Sequence[str]: ...
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> bytes: ...
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None: ...
+    @property
+    def classes(self) -> list[str] | None: ...
+
+
+class Picture(Protocol):
+    """A decoded picture, Pillow's or of a source's own pixel path: what `views.render` takes."""
+
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
+
+def check_keys(source: Source) -> None:
+    """Keys are unique UTF-8."""
+    odd = next((key for key in source.keys if not _is_utf8(key)), None)
+    if odd is not None:
+        raise UserError(f"pictures {source.spec!r}: the name {odd!a} is not UTF-8; rename the file")
+    if len(set(source.keys)) == len(source):
+        return
+    seen: set[str] = set()
+    double = next(key for key in source.keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    raise UserError(
+        f"pictures {source.spec!r}: the key {double!r} is used by two pictures; a key is the path without its last "
+        "suffix and must be unique: rename one of them"
+    )
+
+
+def _is_utf8(key: str) -> bool:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

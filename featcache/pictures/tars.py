@@ -1,0 +1,134 @@
+"""Pictures of webdataset tars, read by byte offset."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tarfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from braceexpand import braceexpand
+
+from featcache.errors import UserError
+from featcache.pictures.source import ALLOWED, SUFFIXES
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """Picture members of webdataset tars, in tar order; a member `KEY.cls` holds the label as a decimal number."""
+
+    spec: str
+    tars: list[str]
+    keys: list[str] = field(repr=False)
+    places: npt.NDArray[np.int64] = field(repr=False)  # (n, 3): tar number, byte offset, bytes
+    label_places: dict[str, tuple[int, int, int]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, index: int) -> bytes:
+        return self._bytes(*(int(x) for x in self.places[index]))
+
+    def _bytes(self, tar: int, offset: int, size: int) -> bytes:
+        # One open per read: no handle to share between threads or to lose over a fork, and 10 us beside a decode.
+        fd = os.open(self.tars[tar], os.O_RDONLY)
+        try:
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+
+    @property
+    def classes(self) -> list[str] | None:
+        return None
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        if not self.label_places:
+            return None
+        missing = [key for key in self.keys if key not in self.label_places]
+        if missing:
+            raise UserError(
+                f"labels of {self.spec}: {len(missing)} of {len(self)} pictures have no .cls member, the first is "
+                f"{missing[0]!r}; every picture needs one: pack the tars again with pipelines.pack_images"
+            )
+        return np.array([self._label(key) for key in self.keys], np.int64)
+
+    def _label(self, key: str) -> int:
+        text = self._bytes(*self.label_places[key]).decode(errors="replace").strip()
+        if not text.isdecimal():
+            raise UserError(f"label of {key!r} in {self.spec}: {text[:40]!r} is given, a decimal number is needed")
+        return int(text)
+
+
+def expand(spec: str) -> list[str]:
+    try:
+        parts = list(braceexpand(spec))
+    except ValueError as error:  # UnbalancedBracesError
+        raise UserError(f"pictures {spec!r}: a brace is not closed; allowed is {ALLOWED}") from error
+    tars = [path for part in parts for path in (sorted(glob.glob(part)) or [part])]  # noqa: PTH207
+    missing = [path for path in tars if not Path(path).is_file()]
+    if missing or not tars:
+        raise UserError(f"no pictures found: {missing[0] if missing else spec!r} does not exist; allowed is {ALLOWED}")
+    return tars
+
+
+def open_tars(spec: str, tars: list[str]) -> TarSource:
+    keys: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    labels: dict[str, tuple[int, int, int]] = {}
+    for number, path in enumerate(tars):
+        for key, suffix, offset, size in _tar_members(path):
+            if f".{suffix.lower()}" in SUFFIXES:
+                keys.append(key)
+                places.append((number, offset, size))
+            elif suffix == "cls":
+                labels[key] = (number, offset, size)
+    if not keys:
+        raise UserError(f"no pictures found in {spec!r}: {len(tars)} tars hold none; allowed is {ALLOWED}")
+    return TarSource(spec, tars, keys, np.array(places, np.int64), labels)
+
+
+def _tar_members(path: str) -> list[tuple[str, str, int, int]]:
+    """(key, suffix, offset, bytes) of each file; webdataset's rule: the key ends at the first dot of the file name."""
+    members, end = [], 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, _, name = member.name.removeprefix("./").rpartition("/")
+                    stem, _, suffix = name.partition(".")
+                    key = unescape(f"{folder}/{stem}" if folder else stem)
+                    members.append((key, suffix, member.offset_data, member.size))
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"reading {path!r} as a tar failed: {error}; allowed is {ALLOWED}") from error
+    if not _ends(path, end):
+        raise UserError(f"{path!r} is cut off: it has no end mark after its last member; fetch or pack it again")
+    return members
+
+
+def _ends(path: str, end: int) -> bool:
+    """Whether a block of zeros, a tar's end mark, stands where the last member ends."""
+    with Path(path).open("rb") as file:
+        file.seek(end)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+def escape(key: str) -> str:
+    """A key as a tar member's stem: dots of the file name would end the key for webdataset, so they are %2E there."""
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name.replace("%", "%25").replace(".", "%2E")
+
+
+def unescape(stem: str) -> str:
+    """The key back from a tar member's stem.
+
+    >>> unescape(escape("n01/a.b")), escape("n01/a.b")
+    ('n01/a.b', 'n01/a%2Eb')
+    """
+    folder, slash, name = stem.rpartition("/")
+    return folder + slash + name.replace("%2E", ".").replace("%25", "%")

@@ -1,0 +1,40 @@
+"""Stored arrays as tensors, in image order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def raster(features: Tensor, order: Tensor) -> Tensor:
+    """Ranked tokens (B, L, 1 + K, D) and the patches' order (B, P) -> (B, L, 1 + P, D) in image order.
+
+    Where a token was not read there is NaN, so that a loss which looks at it is not a number and cannot go unnoticed.
+    """
+    batch, levels, tokens, width = features.shape
+    out = features.new_full((batch, levels, 1 + order.shape[1], width), float("nan"))
+    out[:, :, 0] = features[:, :, 0]
+    at = 1 + order[:, : tokens - 1].long()
+    return out.scatter_(2, at[:, None, :, None].expand(-1, levels, -1, width), features[:, :, 1:])
+
+
+def tensor(values: npt.NDArray[Any]) -> Tensor:
+    """As a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64 of the same bits."""
+    if values.dtype.kind == "u" and values.dtype.itemsize > 1:
+        values = values.view(np.int64) if values.dtype.itemsize == 8 else values.astype(np.int64)
+    return torch.from_numpy(values)
+
+
+def tail_tensors(tail: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
+    """A teacher's tail (gamma, beta, eps, proj) as tensors."""
+    return {name: torch.from_numpy(values) for name, values in tail.items()}
+
+
+def tail_on(tail: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tail where the features are; its one number stays on the host, which looks at it."""
+    return {name: values.to(device) if values.ndim else values for name, values in tail.items()}

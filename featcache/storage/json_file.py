@@ -1,0 +1,106 @@
+"""JSON files carry a checksum of their own and are replaced atomically.
+
+None holds a time, so the same work gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import UserError, raise_if_unreadable
+from featcache.storage.owner import alive, owner
+
+CHECKSUM = "checksum"
+
+
+def canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """BLAKE2b-128 of the canonical JSON."""
+    return hashlib.blake2b(canonical(value), digest_size=16).hexdigest()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write with a checksum of its own, under a temporary name, synced, then renamed into place."""
+    write_file(path, _text(value))
+
+
+def _text(value: Mapping[str, Any]) -> bytes:
+    text = json.dumps({**value, CHECKSUM: digest(value)}, sort_keys=True, indent=1, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Durable or absent: a temporary name, synced, renamed."""
+    temporary = path.with_name(f".{path.name}.{owner()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that dead writers left in a folder."""
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.is_file() and not alive(leftover.name.removesuffix(".tmp").rpartition(".")[2]):
+            leftover.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON of a cache; a missing, cut or changed file is a UserError that says what mends it."""
+    try:
+        data = path.read_bytes()
+        value = json.loads(data)
+        given = value.pop(CHECKSUM)
+        found, text = digest(value), _text(value)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{str(path)!r} is missing; run `{_repair(path)}`, or the same `featcache extract` again"
+        ) from error
+    except OSError as error:
+        raise_if_unreadable(path, error)
+        raise UserError(f"{str(path)!r} is damaged: {error.strerror}; run `{_repair(path)}`") from error
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is damaged: no JSON object with a checksum; run `{_repair(path)}`") from error
+    why = f"its checksum is {given}, its content has {found}" if found != given else ""
+    if not why and text != data:  # the same content in other bytes is not ours either
+        why = "its bytes are not those that were written"
+    if why:
+        raise UserError(f"{str(path)!r} is damaged: {why}; run `{_repair(path)}`")
+    return value
+
+
+def _repair(path: Path) -> str:
+    return shlex.join(["featcache", "repair", str(cache_of(path))])
+
+
+def cache_of(path: Path) -> Path:
+    """The cache that a JSON lies in: beside the manifest or below shards/, of the cache or of what was added to it.
+
+    >>> [str(cache_of(Path(name))) for name in ("c/manifest.json", "c/parts/dino/shards/000000.json")]
+    ['c', 'c']
+    """
+    part = path.parent.parent if path.parent.name == "shards" else path.parent
+    return part.parent.parent if part.parent.name == "parts" else part
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,58 @@
+"""The keys of rows in one block of bytes, found by digest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache import rng
+from featcache.errors import UsageError
+
+I64 = npt.NDArray[np.int64]
+
+
+class Keys(Sequence[str]):
+    """The keys of all rows as one block of bytes and its offsets: no Python object per row."""
+
+    def __init__(self, blob: npt.NDArray[np.uint8], offsets: I64) -> None:
+        self._blob, self._offsets = blob, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        row = range(len(self))[row]
+        return self._blob[self._offsets[row] : self._offsets[row + 1]].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[row] for row in range(len(self)))
+
+    @cached_property
+    def digests(self) -> rng.U64:
+        """(n, 2) key digests in row order."""
+        return rng.key_digests(self)
+
+    @cached_property
+    def _sorted(self) -> I64:
+        return np.lexsort((self.digests[:, 1], self.digests[:, 0]))
+
+    def find(self, keys: Sequence[str]) -> I64:
+        """(m,) row of each key, -1 where it is not here."""
+        if isinstance(keys, str):
+            raise UsageError(f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]")
+        keys = list(keys) if isinstance(keys, Iterable) else [keys]
+        if not all(isinstance(key, str) for key in keys):
+            raise UsageError(f"keys.find: a list of keys is needed, which are text; {keys!r:.80} is given")
+        wanted = rng.key_digests(keys)
+        if not len(self) or not len(wanted):
+            return np.full(len(wanted), -1, np.int64)
+        pairs = np.ascontiguousarray(self.digests[self._sorted]).view([("a", "u8"), ("b", "u8")])[:, 0]
+        sought = np.ascontiguousarray(wanted).view(pairs.dtype)[:, 0]
+        at = np.minimum(np.searchsorted(pairs, sought), len(self) - 1)
+        return np.where(pairs[at] == sought, self._sorted[at], -1)

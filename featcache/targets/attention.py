@@ -1,0 +1,43 @@
+"""The [CLS] attention over the patches, and the mask orders that are drawn from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from featcache import errors, rng
+
+ORDERS = ("attentive", "topk", "uniform")
+
+
+def cls_attention(query: Tensor, keys: Tensor, heads: int, prefix: int = 1) -> Tensor:
+    """query (B, D) of [CLS], keys (B, T, D) -> (B, T - prefix) float32: softmax over all tokens, mean over heads,
+    patches only, not renormalised (METHODS 0.3). Only one row of the attention map is computed."""
+    batch, tokens, width = keys.shape
+    q = query.reshape(batch, heads, 1, width // heads) * (width // heads) ** -0.5
+    k = keys.reshape(batch, tokens, heads, width // heads).permute(0, 2, 3, 1)
+    weights = (q @ k).softmax(-1, dtype=torch.float32)
+    return weights.mean(1)[:, 0, prefix:]
+
+
+def mask_order(
+    kind: str, attention: npt.NDArray[np.float32], digests: rng.U64, view: int | npt.ArrayLike, seed: int
+) -> npt.NDArray[np.unsignedinteger]:
+    """(n, P) attention -> (n, P) permutation of the patches from each view's own counter; u1, or u2 beyond 256 patches.
+
+    `attentive`: exponential race on the attention, the first m entries are the attentive mask at any ratio; `topk`: by
+    falling attention; `uniform`: regardless of it.
+    """
+    patches = attention.shape[1]
+    raw = rng.words(digests, rng.stream(f"order:{kind}", seed), patches, view=view)
+    if kind == "attentive":
+        order = rng.race(attention, raw)
+    elif kind == "topk":
+        order = np.argsort(-attention, axis=-1, kind="stable")
+    elif kind == "uniform":
+        order = np.argsort(raw, axis=-1, kind="stable")
+    else:
+        raise errors.UsageError(f"unknown mask order {kind!r}: {errors.near(kind, ORDERS)}")
+    return order.astype(np.uint8 if patches <= 256 else np.uint16)

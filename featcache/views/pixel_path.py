@@ -1,0 +1,79 @@
+"""The pixel path of a source, from bytes to a view, is named: it is part of a cache's identity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from featcache.errors import IdentityError, UsageError
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import is_beton, open_source
+from featcache.pictures.source import Source
+from featcache.views.policy import AREA
+
+DECODERS = ("pillow", "ffcv")
+# Part of every cache's identity: change what a conversion does and this name must change with it.
+PIXEL_PATH = {
+    "decoder": "pillow",
+    "draft": False,
+    "exif_transpose": False,
+    "to_rgb": "rgb-1",
+    "order": "jitter,crop,resize,flip",
+}
+
+
+def pixel_path(source: Source) -> dict[str, Any]:
+    """How the pixels of a source's views come about."""
+    return dict(getattr(source, "pixel_path", PIXEL_PATH))
+
+
+def picture(source: Source, index: int) -> Any:
+    """A decoded `Picture`, by the source's pixel path. Raises PictureError with the decoder's own reason."""
+    own = getattr(source, "picture", None)
+    return decode(source.read(index)) if own is None else own(index)
+
+
+def open_through(spec: str | os.PathLike[str], decoder: str = "pillow") -> Source:
+    """The pictures at `spec` through a decoder. Raises UsageError where it decodes no such pictures, else as
+    `open_source` does."""
+    if decoder != "pillow" and not is_beton(os.fspath(spec)):
+        raise UsageError(
+            f"--decoder {decoder} decodes what FFCV wrote, a .beton; pictures {os.fspath(spec)!r} go through --decoder "
+            "pillow: leave --decoder out, or pack them with pipelines.pack_images SRC OUT.beton"
+        )
+    return through(open_source(spec), decoder)
+
+
+def through(source: Source, decoder: str) -> Source:
+    """The same pictures through a decoder that can decode them, else through the one they have."""
+    from featcache.pictures import beton
+    from featcache.views import ffcv_decoder
+
+    if decoder == "ffcv" and isinstance(source, beton.BetonSource):
+        return ffcv_decoder.CompiledSource(source)
+    return source.beton if decoder == "pillow" and isinstance(source, ffcv_decoder.CompiledSource) else source
+
+
+def like(source: Source, path: Mapping[str, Any]) -> Source:
+    """The same pictures through the pixel path of a cache, where they can go through it."""
+    return through(source, path["decoder"])
+
+
+def check_path(source: Source, path: Mapping[str, Any], what: str) -> None:
+    """IdentityError unless pictures go through the pixel path of `what`."""
+    here = pixel_path(source)
+    if differing := [name for name in {**path, **here} if path.get(name) != here.get(name)]:
+        shown = ", ".join(f"{name} is {path.get(name)!r} there, {here.get(name)!r} here" for name in differing[:2])
+        raise IdentityError(
+            f"{what} has views of another pixel path than {source.spec!r} gives: {shown}; extract and train through "
+            f"the same one (--decoder {path.get('decoder')}, on the pictures of the extraction), or extract again"
+        )
+
+
+def check_filter(path: dict[str, Any], filter: str) -> None:
+    """UsageError unless views are resized by a filter of their pixel path."""
+    compiled = path["decoder"] == "ffcv"
+    if compiled != (filter == AREA):
+        allowed = AREA if compiled else "bicubic, bilinear or lanczos"
+        raise UsageError(f"filter {filter}: --decoder {path['decoder']} resizes by {allowed}; give another --filter")

@@ -1,0 +1,67 @@
+"""A drawn view of a picture is rendered: jitter, crop, resize, flip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageEnhance
+
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_ORDERS = list(permutations(("brightness", "contrast", "saturation")))  # jitter's fourth number counts these
+
+
+class Replaying(Protocol):
+    """A decoded picture of a pixel path that replays views itself; arguments are those of `render`."""
+
+    def replay(
+        self, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str
+    ) -> npt.NDArray[np.uint8]: ...
+
+
+def render(
+    picture: Image.Image | Replaying, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str
+) -> npt.NDArray[np.uint8]:
+    """Replay one stored view of an RGB picture at any size: (size, size, 3) uint8."""
+    if not isinstance(picture, Image.Image):
+        return picture.replay(crop, flip, jitter, size, filter)
+    from featcache.views import resample  # machine code, which most commands do without
+
+    top, left, height, width = (int(x) for x in crop)
+    picture = apply_jitter(picture, jitter)
+    box = (left, top, left + width, top + height)
+    return resample.resize(picture.crop(box), size, FILTERS[filter], bool(flip))
+
+
+def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
+    """The whole picture's brightness, contrast (about its mean grey) and saturation, in the stored order."""
+    factors = dict(zip(("brightness", "contrast", "saturation"), (float(x) for x in jitter[:3]), strict=True))
+    enhance = {
+        "brightness": ImageEnhance.Brightness,
+        "contrast": ImageEnhance.Contrast,
+        "saturation": ImageEnhance.Color,
+    }
+    for name in _ORDERS[int(jitter[3])]:
+        if factors[name] != 1.0:
+            picture = enhance[name](picture).enhance(factors[name])
+    return picture
+
+
+def render_centre(picture: Image.Image, size: int, crop_pct: float, filter: str) -> npt.NDArray[np.uint8]:
+    """The evaluation view: shorter side to round(size / crop_pct), then the central size x size; uint8 HWC.
+
+    Sides and offsets are rounded as in torchvision's Resize and CenterCrop.
+    """
+    short = round(size / crop_pct)
+    width, height = picture.size
+    long = short * max(width, height) // min(width, height)
+    picture = picture.resize((short, long) if width <= height else (long, short), FILTERS[filter])
+    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
+    return np.asarray(picture.crop((left, top, left + size, top + size)))

@@ -1,0 +1,72 @@
+"""The cache that serves a recipe is looked for under $FEATCACHE_HOME."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from featcache.catalog import home
+from featcache.errors import UsageError, UserError
+from featcache.pictures.source import Source
+from featcache.reading import crop_range
+from featcache.reading.join import join, stores_pixels
+from student.config import RecipeConfig, from_overrides
+from student.setup.cache_match import MatchedCache, ReadOptions, open_given
+from student.setup.remedy import extract_remedy
+
+
+def find(
+    recipe: ModuleType,
+    name: str,
+    overrides: Sequence[str],
+    source: Source | None,
+    reading: ReadOptions | None = None,
+) -> MatchedCache | None:
+    """The cache under $FEATCACHE_HOME that serves the recipe on these pictures; None where the recipe needs none.
+
+    Several are a UsageError; none is a UserError with the command that makes one.
+    """
+    plain = from_overrides(recipe.Config, overrides)
+    if not recipe.needs(plain).fields:
+        return None
+    found, rejected = [], []
+    for path in home.caches():
+        try:
+            candidate = open_given(path, recipe, name, overrides, reading)
+            _check_fit(candidate, plain, source)
+            found.append(candidate)
+        except UserError as error:
+            rejected.append(f"{path}: {error}")
+    exact = [each for each in found if _scale(each) == each.spec.scale]
+    found = exact or found  # of two, the one whose views are shown without a choice among them
+    if len(found) > 1:
+        paths = ", ".join(str(each.cache.path) for each in found)
+        raise UsageError(f"{len(found)} caches serve {name}: {paths}; choose one with --cache")
+    if found:
+        return found[0]
+    looked = f"looked at {'; '.join(rejected[:2])}" if rejected else "it is empty"
+    command = extract_remedy(recipe.needs(plain), plain, None, source)
+    raise UserError(
+        f"no cache under {str(home.home())!r} serves {name} ({looked}); give one with --cache, or {command}"
+    )
+
+
+def _scale(found: MatchedCache) -> crop_range.Scale:
+    """The range of the areas of a cache's crops."""
+    low, high = found.cache.identity["policy"]["scale"]
+    return float(low), float(high)
+
+
+def _check_fit(candidate: MatchedCache, plain: RecipeConfig, source: Source | None) -> None:
+    """What a search asks beyond an explicit --cache: the recipe's own teacher and crops, and these pictures."""
+    identity = candidate.cache.identity
+    if candidate.spec.fields and identity["teacher"]["name"] != plain.teacher:
+        raise UserError(f"its teacher is {identity['teacher']['name']}, {plain.teacher} is needed")
+    policy, spec = identity["policy"], candidate.spec
+    if not crop_range.within(spec.scale, _scale(candidate)) or policy["jitter"] != spec.jitter:
+        raise UserError(
+            f"its views are drawn at scale {policy['scale']} with jitter {policy['jitter']:g}, {spec.scale} with "
+            f"{spec.jitter:g} is published"
+        )
+    if source is not None:
+        join(candidate.cache, source, decodes=not stores_pixels(candidate.cache))
