@@ -1,7 +1,8 @@
-"""Measurements, each a program: `python -m benchmarks.bench_read`, `python -m benchmarks.bench_write`.
+"""Measurements, each a program: `python -m benchmarks.bench_read`, `python -m
+benchmarks.bench_write`.
 
-Here is what they share: the facts of the machine that every number needs beside it, tables, and the page cache, which
-decides what a read measures.
+Here is what they share: the facts of the machine that every number needs beside it, tables, and the
+page cache, which decides what a read measures.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ def environment(folder: Path) -> dict[str, Any]:
 
 def _hardware(folder: Path) -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
-    models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    models = [
+        line.partition(":")[2].strip()
+        for line in info.splitlines()
+        if line.startswith("model name")
+    ]
     return {
         "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -79,7 +84,9 @@ def _commit() -> str:
     try:
         commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
         head, changes = (
-            subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            subprocess.run(
+                command, cwd=here, capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
             for command in commands
         )
     except (OSError, subprocess.SubprocessError):
@@ -91,9 +98,10 @@ def describe(about: dict[str, Any]) -> str:
     """The same as one line for people."""
     hardware, versions = about["hardware"], about["versions"]
     return (
-        f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB, Linux "
-        f"{hardware['kernel']}, {hardware['filesystem']}, load {hardware['load']:.1f}; "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; commit {about['commit']}"
+        f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} "
+        f"GiB, Linux {hardware['kernel']}, {hardware['filesystem']}, load {hardware['load']:.1f}; "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; commit "
+        f"{about['commit']}"
     )
 
 
@@ -129,7 +137,8 @@ def files_of(path: Path) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Write out what is dirty: it could not leave the cache, and writing it later would disturb a measurement."""
+    """Write out what is dirty: it could not leave the cache, and writing it later would disturb a
+    measurement."""
     for file in files_of(path):
         fd = os.open(file, os.O_RDONLY)
         try:
@@ -168,7 +177,10 @@ def resident(path: Path) -> float:
         size = file.stat().st_size
         if not size:
             continue
-        with file.open("rb") as handle, mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ) as memory:
+        with (
+            file.open("rb") as handle,
+            mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ) as memory,
+        ):
             bytes_ = np.frombuffer(memory, np.uint8)
             states = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
             if libc.mincore(bytes_.ctypes.data, size, states.ctypes.data):

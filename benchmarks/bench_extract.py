@@ -1,16 +1,19 @@
-"""What an extraction costs beside its teacher: everything around the forward, the attention, and the store.
+"""What an extraction costs beside its teacher: everything around the forward, the attention, and
+the store.
 
-    python -m benchmarks.bench_extract                                      clip-b16, random weights, 64 pictures
-    python -m benchmarks.bench_extract --device cuda --precision bf16 --compile --batch-size 256 --rows 8192
-    python -m benchmarks.bench_extract --ready                              the teacher answers at once: the disk's turn
-    python -m benchmarks.bench_extract --rows 8 --reps 1                    a trial of the program, not a measurement
+    python -m benchmarks.bench_extract                     clip-b16, random weights, 64 pictures
+    python -m benchmarks.bench_extract --device cuda --precision bf16 --compile --batch-size 256
+                                       --rows 8192
+    python -m benchmarks.bench_extract --ready             the teacher answers at once: the disk's
+                                                           turn
+    python -m benchmarks.bench_extract --rows 8 --reps 1   a trial of the program, not a measurement
 
 In turns, another one first each time; ratios are of one repetition, and their medians are told:
 
     bare forward    the network over batches that lie on its device, without the hooks that read it
     read forward    the same with the hooks: levels taken, and the last block's [CLS] attention
-    null sink       the extraction with a store that discards what it is given: pictures decoded and rendered, copied,
-                    the teacher, targets encoded
+    null sink       the extraction with a store that discards what it is given: pictures decoded and
+                    rendered, copied, the teacher, targets encoded
     store           the extraction, its files removed afterwards
     raw disk        as many bytes by plain writes and one fsync
 """
@@ -71,7 +74,9 @@ def batches_of(plan: Plan, batch_size: int) -> list[torch.Tensor]:
     return [lane._to_device(batch) for batch in rendering.batches(pictures, plan.views, batch_size)]
 
 
-def forward(teacher: Teacher, batches: list[torch.Tensor], levels: tuple[int, ...]) -> dict[str, Any]:
+def forward(
+    teacher: Teacher, batches: list[torch.Tensor], levels: tuple[int, ...]
+) -> dict[str, Any]:
     for batch in batches:
         ask(teacher, batch, levels)
     if running.device_of(teacher).type == "cuda":
@@ -85,7 +90,9 @@ def extract(plan: Plan, out: Path, batch_size: int, workers: int) -> dict[str, A
     return {"slowest": progress.slowest, "busy": dict(progress.busy)}
 
 
-def repetition(ways: dict[str, Callable[[], dict[str, Any]]], out: Path, first: int) -> dict[str, dict[str, Any]]:
+def repetition(
+    ways: dict[str, Callable[[], dict[str, Any]]], out: Path, first: int
+) -> dict[str, dict[str, Any]]:
     """All ways once, each on an empty disk."""
     names, done = [*ways], {}
     for name in names[first % len(names) :] + names[: first % len(names)]:
@@ -117,16 +124,28 @@ def limit(reps: list[dict[str, dict[str, Any]]], name: str) -> str:
     return statistics.mode(rep[name]["slowest"] for rep in reps)
 
 
-def verdicts(ratios: dict[str, dict[str, float]], stage: str, device: str, ready: bool) -> list[str]:
+def verdicts(
+    ratios: dict[str, dict[str, float]], stage: str, device: str, ready: bool
+) -> list[str]:
     """One line a ratio, and whether it is what is aimed at."""
     lines = []
     for text, found in ratios.items():
         aim = AIMS[text][device != "cpu"] if text in AIMS and not ready else None
-        ok = "" if aim is None else f", aim {aim:.2f}  {'ok' if found['median'] <= aim else 'MISSED'}"
+        ok = (
+            ""
+            if aim is None
+            else f", aim {aim:.2f}  {'ok' if found['median'] <= aim else 'MISSED'}"
+        )
         if text.startswith("rate"):
             kept = "ok" if found["median"] >= STORE_AIM else "MISSED"
-            ok = f", aim {STORE_AIM}  {kept}" if stage == "write" else f" (not the disk: {stage} is the limit)"
-        lines.append(f"{text} = {found['median']:.3f} ({found['lowest']:.3f} to {found['highest']:.3f}){ok}")
+            ok = (
+                f", aim {STORE_AIM}  {kept}"
+                if stage == "write"
+                else f" (not the disk: {stage} is the limit)"
+            )
+        lines.append(
+            f"{text} = {found['median']:.3f} ({found['lowest']:.3f} to {found['highest']:.3f}){ok}"
+        )
     return lines
 
 
@@ -136,29 +155,64 @@ def rates_table(reps: list[dict[str, dict[str, Any]]], views: int) -> str:
         seconds = statistics.median(rep[name]["seconds"] for rep in reps)
         busy = reps[-1][name].get("busy", {})
         shares = ", ".join(f"{stage} {spent:.1f}" for stage, spent in busy.items()) or "-"
-        rows.append((name, f"{seconds:.2f}", f"{views / seconds:.1f}", reps[-1][name].get("slowest", "-"), shares))
+        rows.append(
+            (
+                name,
+                f"{seconds:.2f}",
+                f"{views / seconds:.1f}",
+                reps[-1][name].get("slowest", "-"),
+                shares,
+            )
+        )
     return table(["", "seconds", "views/s", "slowest", "busy seconds of the last"], rows)
 
 
 @click.command(context_settings={"max_content_width": 110})
 @click.option("--teacher", "name", default="clip-b16", show_default=True)
-@click.option("--weights", default="random:0", show_default=True, help="As for `featcache extract`.")
-@click.option("--ready", is_flag=True, help="Answer every batch with the teacher's first answer: no wait for it.")
+@click.option(
+    "--weights", default="random:0", show_default=True, help="As for `featcache extract`."
+)
+@click.option(
+    "--ready",
+    is_flag=True,
+    help="Answer every batch with the teacher's first answer: no wait for it.",
+)
 @click.option("--levels", default="last:5", show_default=True)
 @click.option(
-    "--rows", type=click.IntRange(1), default=64, show_default=True, help="Pictures; one view each, one shard."
+    "--rows",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Pictures; one view each, one shard.",
 )
-@click.option("--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True)
+@click.option(
+    "--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True
+)
 @click.option("--precision", default="fp32", show_default=True, help="As for `featcache extract`.")
 @click.option("--compile", "compiled", is_flag=True, help="As for `featcache extract`.")
 @click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option(
-    "--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Decoding threads. [default: cores]"
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    help="Decoding threads. [default: cores]",
 )
-@click.option("--reps", type=click.IntRange(1), default=9, show_default=True, help="Repetitions; medians are shown.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where files are written. [default: a temporary one]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
+@click.option(
+    "--reps",
+    type=click.IntRange(1),
+    default=9,
+    show_default=True,
+    help="Repetitions; medians are shown.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where files are written. [default: a temporary one]",
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
+)
 def cli(
     name: str,
     weights: str,
@@ -190,7 +244,15 @@ def cli(
         place = Path(temporary)
         source = open_source(write_pictures(place / "pictures", rows))
         chosen = parse_levels(levels, model.depth)
-        plan = Plan(source, model, load_policy(size=model.input_px), 1, chosen, store=store_name, rows_per_shard=rows)
+        plan = Plan(
+            source,
+            model,
+            load_policy(size=model.input_px),
+            1,
+            chosen,
+            store=store_name,
+            rows_per_shard=rows,
+        )
         nothing, total, out = replace(plan, store=NAME), plan.view_bytes * rows, place / "out"
         batches = batches_of(plan, batch_size)
         ways: dict[str, Callable[[], dict[str, Any]]] = dict(
@@ -208,24 +270,52 @@ def cli(
         )
         about = environment(place)
         kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-        how = f"{precision}{', compiled' * compiled}{', ready' * ready} on {kind}, {torch.get_num_threads()} threads"
-        click.echo(f"{describe(about)}\n{rows} pictures, {name} {how}, batch {batch_size}: {total / 1e6:.0f} MB")
-        for each in (nothing, plan):  # what only the first batch of a process costs: the hash of the weights,
+        how = (
+            f"{precision}{', compiled' * compiled}{', ready' * ready} on {kind}, "
+            f"{torch.get_num_threads()} threads"
+        )
+        click.echo(
+            f"{describe(about)}\n{rows} pictures, {name} {how}, batch {batch_size}: "
+            f"{total / 1e6:.0f} MB"
+        )
+        # what only the first batch of a process costs: the hash of the weights,
+        for each in (nothing, plan):
             each.manifest()
         for each in (plain, model):  # and the first forward
             forward(each, batches[:1], chosen if each is model else ())
         done = [repetition(ways, out, first) for first in range(reps)]
     ratios, stage = ratios_of(done), limit(done, "store")
-    options = {"teacher": name, "weights": given, "rows": rows, "batch_size": batch_size, "workers": workers}
-    options |= {"precision": precision, "compile": compiled, "device": kind, "ready": ready, "store": store_name}
+    options = {
+        "teacher": name,
+        "weights": given,
+        "rows": rows,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
+    options |= {
+        "precision": precision,
+        "compile": compiled,
+        "device": kind,
+        "ready": ready,
+        "store": store_name,
+    }
     save(
-        json_path, {**about, "options": options, "bytes": total, "ratios": ratios, "limit": stage, "repetitions": done}
+        json_path,
+        {
+            **about,
+            "options": options,
+            "bytes": total,
+            "ratios": ratios,
+            "limit": stage,
+            "repetitions": done,
+        },
     )
     click.echo(f"\n{rates_table(done, rows)}\n")
     for line in verdicts(ratios, stage, device, ready):
         click.echo(line)
     click.echo(
-        f"the stage that limits the extraction into the store: {stage}; into nothing: {limit(done, 'null sink')}"
+        f"the stage that limits the extraction into the store: {stage}; into nothing: "
+        f"{limit(done, 'null sink')}"
     )
 
 

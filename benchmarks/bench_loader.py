@@ -1,11 +1,15 @@
-"""How many pictures with their targets a loader delivers a second: ours every way, others', and plain preads.
+"""How many pictures with their targets a loader delivers a second: ours every way, others', and
+plain preads.
 
-    python -m benchmarks.bench_loader                                        512 pictures, five levels: some minutes
-    python -m benchmarks.bench_loader --rows 64 --reps 1 --seconds 0.5       a trial of the program, not a measurement
+    python -m benchmarks.bench_loader
+        512 pictures, five levels: some minutes
+    python -m benchmarks.bench_loader --rows 64 --reps 1 --seconds 0.5
+        a trial of the program, not a measurement
 
-Pictures are photographs of about ImageNet's size, crops 224 pixels, targets 5 x 197 x 768 fp16, in the page cache. In
-turns, another one first each time; every ratio is of one repetition, and medians are told. A turn begins
-after its first batches. The last lines say which claims hold; the exit status does not depend on them.
+Pictures are photographs of about ImageNet's size, crops 224 pixels, targets 5 x 197 x 768 fp16, in
+the page cache. In turns, another one first each time; every ratio is of one repetition, and medians
+are told. A turn begins after its first batches. The last lines say which claims hold; the exit
+status does not depend on them.
 """
 
 from __future__ import annotations
@@ -56,7 +60,8 @@ Way = Callable[[], Iterator[int]]
 
 
 def make(folder: Path, rows: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Pictures, tars of them, a cache with stored pixels, and the same targets as others store them."""
+    """Pictures, tars of them, a cache with stored pixels, and the same targets as others store
+    them."""
     from pipelines import pack_images
 
     pictures = loading.write_pictures(folder / "pictures", rows)
@@ -80,13 +85,18 @@ def make(folder: Path, rows: int, shape: tuple[int, int, int]) -> dict[str, Any]
 def extract(source: Source, out: Path, shape: tuple[int, int, int], filter: str) -> None:
     """A cache with stored pixels, of a teacher that is arithmetic."""
     levels, tokens, width = shape
-    teacher = teachers.load(f"synthetic:levels={levels},tokens={tokens - 1},width={width},size={SIZE}", None, "cpu")
+    teacher = teachers.load(
+        f"synthetic:levels={levels},tokens={tokens - 1},width={width},size={SIZE}", None, "cpu"
+    )
     policy, chosen = Policy(size=SIZE, filter=filter), tuple(range(1, levels + 1))
     run(Plan(source, teacher, policy, VIEWS, chosen, rows_per_shard=1024, pixels=True), out)
 
 
-def make_betons(folder: Path, source: Source, shape: tuple[int, int, int]) -> dict[str, tuple[Source, Path]]:
-    """The same JPEGs in one .beton, through our decoder and through FFCV's, which has a cache of its own."""
+def make_betons(
+    folder: Path, source: Source, shape: tuple[int, int, int]
+) -> dict[str, tuple[Source, Path]]:
+    """The same JPEGs in one .beton, through our decoder and through FFCV's, which has a cache of
+    its own."""
     from pipelines import pack_beton
 
     path = folder / "all.beton"
@@ -99,9 +109,14 @@ def make_betons(folder: Path, source: Source, shape: tuple[int, int, int]) -> di
     }
 
 
-def ours(cache: Cache, source: Source, batch: int, workers: int, *, stored: bool = False, **options: Any) -> Loader:
-    """The trainer's loader over all levels, as `student train` makes it for a recipe that reads attention."""
-    spec = TargetSpec(teacher="", levels=cache.levels, fields=("features", "attention"), patches=196)
+def ours(
+    cache: Cache, source: Source, batch: int, workers: int, *, stored: bool = False, **options: Any
+) -> Loader:
+    """The trainer's loader over all levels, as `student train` makes it for a recipe that reads
+    attention."""
+    spec = TargetSpec(
+        teacher="", levels=cache.levels, fields=("features", "attention"), patches=196
+    )
     pictures, rows, _ = join.join(cache, source)
     targets = Cached(cache, spec, rows, stored_pixels=stored)
     digests = rng.key_digests(source.keys[i] for i in pictures)
@@ -128,15 +143,21 @@ def ways_of(made: dict[str, Any], batch: int, workers: int) -> dict[str, Way]:
     files = (made["pictures"], made["arrays"], SIZE, batch)
     return {
         PREADS: lambda: loading.pread_batches(plain, fields, batch, workers),
-        STORED: lambda: walk(ours(plain, stored(plain), batch, workers, stored=True, check_fraction=0)),
+        STORED: lambda: walk(
+            ours(plain, stored(plain), batch, workers, stored=True, check_fraction=0)
+        ),
         CHECKED: lambda: walk(ours(checked, stored(checked), batch, workers, stored=True)),
         "ours, resident": lambda: walk(replace(held)),
         TARS: lambda: walk(ours(checked, tars, batch, workers)),
         **{name: _beton_way(*each, batch, workers) for name, each in made["betons"].items()},
-        f"{TARS}, {VIEWS} views of a picture": lambda: walk(ours(checked, tars, batch, workers, repeats=VIEWS)),
+        f"{TARS}, {VIEWS} views of a picture": lambda: walk(
+            ours(checked, tars, batch, workers, repeats=VIEWS)
+        ),
         WEBDATASET: lambda: loading.webdataset_batches(*folder, 0),
         f"{WEBDATASET}, {workers} workers": lambda: loading.webdataset_batches(*folder, workers),
-        f"torch DataLoader over files, {workers} workers": lambda: loading.torchvision_batches(*files, workers),
+        f"torch DataLoader over files, {workers} workers": lambda: loading.torchvision_batches(
+            *files, workers
+        ),
     }
 
 
@@ -151,7 +172,8 @@ def _reset() -> None:
 
 
 def turn(way: Way, seconds: float) -> float:
-    """Samples a second, after the first batches: those open files, start workers and touch memory."""
+    """Samples a second, after the first batches: those open files, start workers and touch
+    memory."""
     with closing(way()) as batches:  # type: ignore[type-var]
         for _ in range(AHEAD + 1):
             next(batches)
@@ -161,7 +183,9 @@ def turn(way: Way, seconds: float) -> float:
         return count / spent
 
 
-def measure(ways: dict[str, Way], reps: int, seconds: float, say: Callable[[str], None]) -> dict[str, list[float]]:
+def measure(
+    ways: dict[str, Way], reps: int, seconds: float, say: Callable[[str], None]
+) -> dict[str, list[float]]:
     """Samples a second of every way in every repetition."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for rep in range(reps):
@@ -178,12 +202,23 @@ def ratio(rates: dict[str, list[float]], over: str, under: str) -> float:
 
 
 def waits(cache: Path, steps: int, batch: int, folder: Path) -> list[float]:
-    """`data_wait` of each step of a run with the smallest encoder and stored pixels, the first left out."""
+    """`data_wait` of each step of a run with the smallest encoder and stored pixels, the first left
+    out."""
     from student import cli as student_cli
 
     _reset()
     sets = ("encoder=tiny", "level_weights=mean", "drop_path=0", "warmup_epochs=0")
-    args = ["train", "--recipe", "maskalign", "--cache", str(cache), "--out", str(folder), "--steps", str(steps)]
+    args = [
+        "train",
+        "--recipe",
+        "maskalign",
+        "--cache",
+        str(cache),
+        "--out",
+        str(folder),
+        "--steps",
+        str(steps),
+    ]
     args += ["--batch-size", str(batch), *[part for text in sets for part in ("--set", text)]]
     student_cli.cli.main(args, standalone_mode=False)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -198,23 +233,59 @@ def rates_table(rates: dict[str, list[float]], sample_bytes: int) -> str:
     for name, found in rates.items():
         median = statistics.median(found)
         times = ratio(rates, TARS, name)
-        rows.append((name, f"{median:.0f}", f"{median * sample_bytes / 1e9:.2f}", f"{ratio(rates, name, PREADS):.3f}",
-                     f"{times:.2f}"))  # fmt: skip
+        rows.append(
+            (
+                name,
+                f"{median:.0f}",
+                f"{median * sample_bytes / 1e9:.2f}",
+                f"{ratio(rates, name, PREADS):.3f}",
+                f"{times:.2f}",
+            )
+        )
     return table(["", "samples/s", "GB/s", "/ preads", f"{TARS} / it"], rows)
 
 
 @click.command(context_settings={"max_content_width": 110})
 @click.option("--rows", type=click.IntRange(8), default=512, show_default=True, help="Pictures.")
-@click.option("--shape", default="5x197x768", show_default=True, help="Levels, tokens ([CLS] and 196) and width.")
+@click.option(
+    "--shape",
+    default="5x197x768",
+    show_default=True,
+    help="Levels, tokens ([CLS] and 196) and width.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads of ours; others' workers."
+    "--workers",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Threads of ours; others' workers.",
 )
-@click.option("--steps", type=click.IntRange(0), default=12, show_default=True, help="Of the run that tells data_wait.")
-@click.option("--reps", type=click.IntRange(1), default=5, show_default=True, help="Repetitions; medians are shown.")
-@click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Of a turn.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where files are written. [default: a temporary one]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
+@click.option(
+    "--steps",
+    type=click.IntRange(0),
+    default=12,
+    show_default=True,
+    help="Of the run that tells data_wait.",
+)
+@click.option(
+    "--reps",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Repetitions; medians are shown.",
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Of a turn."
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where files are written. [default: a temporary one]",
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
+)
 def cli(
     rows: int,
     shape: str,
@@ -235,11 +306,17 @@ def cli(
         click.echo(describe(about))
         made = make(place, rows, (levels, tokens, width))
         rates = measure(
-            ways_of(made, batch_size, workers), reps, seconds, lambda line: click.echo(f"  {line}", err=True)
+            ways_of(made, batch_size, workers),
+            reps,
+            seconds,
+            lambda line: click.echo(f"  {line}", err=True),
         )
         found = waits(made["cache"], steps, batch_size, place / "run") if steps > 1 else []
     sample = 2 * levels * tokens * width + 4 * (tokens - 1) + 3 * SIZE**2
-    click.echo(f"\n{rows} pictures, {sample / 1e6:.2f} MB a sample, batch {batch_size}, {workers} threads or workers")
+    click.echo(
+        f"\n{rows} pictures, {sample / 1e6:.2f} MB a sample, batch {batch_size}, {workers} threads "
+        "or workers"
+    )
     click.echo(f"\n{rates_table(rates, sample)}\n")
     lines = [
         (f"{STORED} / preads", ratio(rates, STORED, PREADS), 0.7),
@@ -251,9 +328,18 @@ def cli(
     if found:
         wait = statistics.median(found)
         verdict = "ok" if wait < 0.05 else "MISSED"
-        text = f"data_wait, encoder tiny on {'cuda' if torch.cuda.is_available() else 'cpu'}, stored pixels"
+        text = (
+            f"data_wait, encoder tiny on {'cuda' if torch.cuda.is_available() else 'cpu'}, "
+            "stored pixels"
+        )
         click.echo(f"{text} = {wait:.4f} (at most {max(found):.4f}), aim below 0.05  {verdict}")
-    options = {"rows": rows, "shape": shape, "batch_size": batch_size, "workers": workers, "seconds": seconds}
+    options = {
+        "rows": rows,
+        "shape": shape,
+        "batch_size": batch_size,
+        "workers": workers,
+        "seconds": seconds,
+    }
     save(json_path, {**about, "options": options, "rates": rates, "data_wait": found})
 
 

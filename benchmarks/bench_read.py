@@ -1,14 +1,17 @@
 """How fast a cache is read, beside memcpy, beside other formats, and beside the bare disk.
 
-    python -m benchmarks.bench_read                                  all of it: 2,048 rows, a quarter of an hour
-    python -m benchmarks.bench_read --peers npy,h5py --no-cold       a part
-    python -m benchmarks.bench_read --rows 128 --reps 1              a trial of the program, not a measurement
+    python -m benchmarks.bench_read                             all of it: 2,048 rows, a quarter of
+                                                                an hour
+    python -m benchmarks.bench_read --peers npy,h5py --no-cold  a part
+    python -m benchmarks.bench_read --rows 128 --reps 1         a trial of the program, not a
+                                                                measurement
 
-Records are 5 x 197 x 768 fp16. Every number is a ratio of rates within one repetition, its median over repetitions: to
-memcpy of the same rows, in the same order, by as many threads, into the same memory. Each format's files are written,
-read into the page cache, measured in turns with memcpy and us, and removed. Two formats are read by hand as well,
-without their libraries: by bare system calls or a memory map, in threads: what anything comes to that copies bytes.
-The last lines say which claims hold; the exit status does not depend on them.
+Records are 5 x 197 x 768 fp16. Every number is a ratio of rates within one repetition, its median
+over repetitions: to memcpy of the same rows, in the same order, by as many threads, into the same
+memory. Each format's files are written, read into the page cache, measured in turns with memcpy and
+us, and removed. Two formats are read by hand as well, without their libraries: by bare system calls
+or a memory map, in threads: what anything comes to that copies bytes. The last lines say which
+claims hold; the exit status does not depend on them.
 """
 
 from __future__ import annotations
@@ -54,10 +57,14 @@ class Results:
         self.facts["results"].append({"group": group, **contest.facts(name, versus), **more})
 
     def note_pages(self, group: str, *shares: float) -> None:
-        """The least that was in the page cache before and after; with less than all, disks were measured too."""
+        """The least that was in the page cache before and after; with less than all, disks were
+        measured too."""
         self.facts.setdefault("resident", {})[group] = min(shares)
         if min(shares) < 0.99:
-            click.echo(f"\n{group}: only {100 * min(shares):.0f} % was in the page cache; fewer --rows", err=True)
+            click.echo(
+                f"\n{group}: only {100 * min(shares):.0f} % was in the page cache; fewer --rows",
+                err=True,
+            )
 
     def claim(self, text: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
         """With neither bound it is told only."""
@@ -73,26 +80,52 @@ def measure_ours(bench: Bench, folder: Path, options: Options, results: Results)
     """Rows and blocks by every number of threads; parts of a row by the default number."""
     levels, tokens, _ = bench.task.item
     default, visible = bench.task.threads, max(tokens * VISIBLE // TOKENS, 1)
-    ways = [Way(kind, n, checks=c) for n in options.threads for kind in ("rows", "block") for c in (False, True)]
-    ways += [Way("rows", default, levels=k, checks=c) for k in (1, 3) if k < levels for c in (False, True)]
-    ways += [Way("rows", n, tokens=visible, kept=k, checks=c) for n in {1, default} for k in NO_YES for c in NO_YES]
+    ways = [
+        Way(kind, n, checks=c)
+        for n in options.threads
+        for kind in ("rows", "block")
+        for c in (False, True)
+    ]
+    ways += [
+        Way("rows", default, levels=k, checks=c)
+        for k in (1, 3)
+        if k < levels
+        for c in (False, True)
+    ]
+    ways += [
+        Way("rows", n, tokens=visible, kept=k, checks=c)
+        for n in {1, default}
+        for k in NO_YES
+        for c in NO_YES
+    ]
     ways += [
         Way("rows", n, tokens=t, kept=k, bare=True)
         for n in {1, default}
         for t, k in ((None, False), (visible, False), (visible, True))
     ]
-    raster, ranked = folder / "raster", write_cache(folder / "ranked", bench.source, options.store, ranked=True)
+    raster, ranked = (
+        folder / "raster",
+        write_cache(folder / "ranked", bench.source, options.store, ranked=True),
+    )
     kept = write_cache(folder / "kept", bench.source[:, :, :visible], options.store, ranked=True)
     paths = (raster, ranked, kept)
-    opened = {(path, n): featcache.open(path, threads=n, io="buffered") for path in paths for n in options.threads}
+    opened = {
+        (path, n): featcache.open(path, threads=n, io="buffered")
+        for path in paths
+        for n in options.threads
+    }
     sync(folder)
     resident = [warm(path) for path in paths]
     contest = bench.contest(
-        ways, lambda way: opened[kept if way.kept else ranked if way.tokens else raster, way.threads], []
+        ways,
+        lambda way: opened[kept if way.kept else ranked if way.tokens else raster, way.threads],
+        [],
     )
     contest.run(bench.order, options.reps, options.seconds, options.say)
     for way in ways:
-        results.add("ours", contest, way.name, way.memcpy.name, threads=way.threads, checks=way.checks)
+        results.add(
+            "ours", contest, way.name, way.memcpy.name, threads=way.threads, checks=way.checks
+        )
     results.note_pages("ours", *resident, *(resident_share(path) for path in paths))
     for cache in opened.values():
         cache.close()
@@ -101,10 +134,16 @@ def measure_ours(bench: Bench, folder: Path, options: Options, results: Results)
     _claim_ours(contest, default, levels, visible, results)
 
 
-def _claim_ours(contest: Contest, threads: int, levels: int, visible: int, results: Results) -> None:
+def _claim_ours(
+    contest: Contest, threads: int, levels: int, visible: int, results: Results
+) -> None:
     plain, checked = Way("rows", threads, checks=False), Way("rows", threads, checks=True)
-    results.claim("random rows, no checks / memcpy", contest.ratio(plain.name, plain.memcpy.name), 0.8)
-    results.claim("random rows, row checks / memcpy", contest.ratio(checked.name, checked.memcpy.name), 0.6)
+    results.claim(
+        "random rows, no checks / memcpy", contest.ratio(plain.name, plain.memcpy.name), 0.8
+    )
+    results.claim(
+        "random rows, row checks / memcpy", contest.ratio(checked.name, checked.memcpy.name), 0.6
+    )
     for way in (plain, checked):
         words = "row checks" if way.checks else "no checks"
         if levels > 1:
@@ -114,8 +153,13 @@ def _claim_ours(contest: Contest, threads: int, levels: int, visible: int, resul
             whole = way._replace(threads=threads)
             for kept in (False, True):
                 few = whole._replace(tokens=visible, kept=kept)
-                text = f"{visible} {'kept' if kept else 'ranked'} tokens / all, {words}, threads: {threads}"
-                results.claim(f"time for {text}", contest.time_ratio(few.name, whole.name), high=0.35)
+                text = (
+                    f"{visible} {'kept' if kept else 'ranked'} tokens / all, {words}, "
+                    f"threads: {threads}"
+                )
+                results.claim(
+                    f"time for {text}", contest.time_ratio(few.name, whole.name), high=0.35
+                )
     for threads in sorted({1, plain.threads}):
         bare = Way("rows", threads, bare=True)
         for kept in (False, True):
@@ -124,28 +168,43 @@ def _claim_ours(contest: Contest, threads: int, levels: int, visible: int, resul
             results.claim(f"plain preads: time for {text}", contest.time_ratio(few.name, bare.name))
 
 
-def measure_layout(bench: Bench, layout: peers.Layout, folder: Path, options: Options, results: Results) -> list[Best]:
-    """One format: written, warmed, measured in turns with memcpy and ours, removed. The best of each peer."""
+def measure_layout(
+    bench: Bench, layout: peers.Layout, folder: Path, options: Options, results: Results
+) -> list[Best]:
+    """One format: written, warmed, measured in turns with memcpy and ours, removed. The best of
+    each peer."""
     files = folder / "peer"
     files.mkdir()
     layout.write(files, bench.source, bench.task)
     sync(files)
     resident = [warm(files), warm(folder / "raster")]
-    found = {peer: make(files, bench.task) for peer, make in layout.readers.items() if peer in options.peers}
-    ways = [Way(kind, bench.task.threads, checks=c) for kind in ("rows", "block") for c in (False, True)]
+    found = {
+        peer: make(files, bench.task)
+        for peer, make in layout.readers.items()
+        if peer in options.peers
+    }
+    ways = [
+        Way(kind, bench.task.threads, checks=c) for kind in ("rows", "block") for c in (False, True)
+    ]
     with featcache.open(folder / "raster", threads=bench.task.threads, io="buffered") as cache:
         others = [reader for readers in found.values() for reader in readers]
         contest = bench.contest(ways, lambda way: cache, others)
         contest.run(bench.order, options.reps, options.seconds, options.say)
-    results.note_pages(layout.name, *resident, resident_share(files), resident_share(folder / "raster"))
+    results.note_pages(
+        layout.name, *resident, resident_share(files), resident_share(folder / "raster")
+    )
     bests = []
     for peer, readers in found.items():
         for reader in readers:
-            mine = Way("block" if reader.kind == "block" else "rows", bench.task.threads, checks=False)
+            mine = Way(
+                "block" if reader.kind == "block" else "rows", bench.task.threads, checks=False
+            )
             checked = mine._replace(checks=True)
             ours = [contest.ratio(way.name, reader.name) for way in (mine, checked)]
             rate = contest.gb_s(reader.name)
-            best = Best(peer, layout.name, reader.name, reader.kind, reader.by_hand, rate, 0.0, *ours)
+            best = Best(
+                peer, layout.name, reader.name, reader.kind, reader.by_hand, rate, 0.0, *ours
+            )
             bests.append(best._replace(memcpy=contest.ratio(reader.name, mine.memcpy.name)))
             results.add(layout.name, contest, reader.name, mine.memcpy.name, peer=peer, ours=ours)
     shutil.rmtree(files)
@@ -153,7 +212,8 @@ def measure_layout(bench: Bench, layout: peers.Layout, folder: Path, options: Op
 
 
 class Best(NamedTuple):
-    """A way to read a peer's format, and ours over it, without and with row checks, in the same kind of order."""
+    """A way to read a peer's format, and ours over it, without and with row checks, in the same
+    kind of order."""
 
     peer: str
     layout: str
@@ -169,7 +229,10 @@ class Best(NamedTuple):
 def quickest(bests: Sequence[Best]) -> list[Best]:
     """The best way of each peer for each order, by its own library and by hand."""
     sorts = dict.fromkeys((best.peer, best.kind, best.by_hand) for best in bests)
-    return [min((b for b in bests if (b.peer, b.kind, b.by_hand) == sort), key=lambda b: b.ours) for sort in sorts]
+    return [
+        min((b for b in bests if (b.peer, b.kind, b.by_hand) == sort), key=lambda b: b.ours)
+        for sort in sorts
+    ]
 
 
 def measure_peers(bench: Bench, folder: Path, options: Options, results: Results) -> list[Best]:
@@ -189,13 +252,17 @@ def measure_peers(bench: Bench, folder: Path, options: Options, results: Results
             results.claim(f"memcpy / {loader}", 1 / best.memcpy)
     for best in quickest(bests):
         way = "without its library" if best.by_hand else "at its best"
-        results.claim(f"ours / {best.peer}, {best.kind}, {way} ({best.name}; {best.layout})", best.ours, 1.0)
+        results.claim(
+            f"ours / {best.peer}, {best.kind}, {way} ({best.name}; {best.layout})", best.ours, 1.0
+        )
     return bests
 
 
 def measure_cold(bench: Bench, folder: Path, options: Options, results: Results) -> colds.Cold:
     sync(folder / "raster")
-    cold = colds.measure(folder / "raster", bench.task, bench.order, min(options.reps, 3), options.say)
+    cold = colds.measure(
+        folder / "raster", bench.task, bench.order, min(options.reps, 3), options.say
+    )
     results.facts["cold"] = {"gb_s": cold.gb_s, "stayed": cold.stayed, "skipped": cold.skipped}
     for ours, plain in colds.PAIRS:
         if ours in cold.gb_s and plain in cold.gb_s:
@@ -244,7 +311,11 @@ def peers_table(bests: Sequence[Best]) -> str:
 def cold_table(cold: colds.Cold) -> str:
     plain = dict(colds.PAIRS)
     rows = [
-        (name, f"{cold.median(name):.2f}", f"{cold.ratio(name, plain[name]):.2f}" if name in plain else "1")
+        (
+            name,
+            f"{cold.median(name):.2f}",
+            f"{cold.ratio(name, plain[name]):.2f}" if name in plain else "1",
+        )
         for name in cold.gb_s
     ]
     return table(["", "GB/s", "/ plain"], rows)
@@ -267,44 +338,87 @@ class Options:
 
 def parse_peers(text: str) -> tuple[str, ...]:
     """'all', 'none' or names; what is not installed is left out, and said."""
-    names = {"all": peers.PEERS, "none": ()}.get(text) or (() if text == "none" else tuple(text.split(",")))
+    names = {"all": peers.PEERS, "none": ()}.get(text) or (
+        () if text == "none" else tuple(text.split(","))
+    )
     for name in names:
         if name not in peers.PEERS:
             raise UsageError(f"--peers: unknown {name!r}; {near(name, peers.PEERS)}")
     absent = [name for name in names if peers.missing(name)]
     if absent:
-        click.echo(f"not installed, left out: {', '.join(absent)}; pip install {' '.join(absent)}", err=True)
+        click.echo(
+            f"not installed, left out: {', '.join(absent)}; pip install {' '.join(absent)}",
+            err=True,
+        )
     return tuple(name for name in names if name not in absent)
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
     parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts) or int(parts[1]) < 2:
-        raise UsageError(f"--shape {text!r}: LEVELSxTOKENSxWIDTH is needed, such as 5x197x768, tokens from 2")
+    if (
+        len(parts) != 3
+        or not all(part.isdecimal() and int(part) for part in parts)
+        or int(parts[1]) < 2
+    ):
+        raise UsageError(
+            f"--shape {text!r}: LEVELSxTOKENSxWIDTH is needed, such as 5x197x768, tokens from 2"
+        )
     levels, tokens, width = map(int, parts)
     return levels, tokens, width
 
 
 def _check_space(folder: Path, task: Task) -> None:
-    """Two caches, or one and a peer's files; the page cache should hold them beside the records themselves."""
+    """Two caches, or one and a peer's files; the page cache should hold them beside the records
+    themselves."""
     needed, free = 2.6 * task.rows * task.row_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"--folder {str(folder)!r}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; fewer --rows"
+            f"--folder {str(folder)!r}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
+            "free; fewer --rows"
         )
 
 
 @click.command(context_settings={"max_content_width": 110})
-@click.option("--rows", type=click.IntRange(8), default=2048, show_default=True, help="Records; 1.5 MB each.")
-@click.option("--reps", type=click.IntRange(1), default=5, show_default=True, help="Repetitions; medians are shown.")
-@click.option("--seconds", type=float, default=2.0, show_default=True, help="Longest turn of one reader.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where files are written. [default: a temporary one]")
-@click.option("--peers", "peers_text", default="all", show_default=True, help=f"{','.join(peers.PEERS)}, or none.")
-@click.option("--cold/--no-cold", default=True, show_default=True, help="Measure reads from the disk.")
-@click.option("--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True)
-@click.option("--threads", default="1,2,3,4", show_default=True, help="Numbers of reading threads to try.")
-@click.option("--shape", default="5x197x768", show_default=True, help="Levels x tokens x width of a record.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
+@click.option(
+    "--rows", type=click.IntRange(8), default=2048, show_default=True, help="Records; 1.5 MB each."
+)
+@click.option(
+    "--reps",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Repetitions; medians are shown.",
+)
+@click.option(
+    "--seconds", type=float, default=2.0, show_default=True, help="Longest turn of one reader."
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where files are written. [default: a temporary one]",
+)
+@click.option(
+    "--peers",
+    "peers_text",
+    default="all",
+    show_default=True,
+    help=f"{','.join(peers.PEERS)}, or none.",
+)
+@click.option(
+    "--cold/--no-cold", default=True, show_default=True, help="Measure reads from the disk."
+)
+@click.option(
+    "--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True
+)
+@click.option(
+    "--threads", default="1,2,3,4", show_default=True, help="Numbers of reading threads to try."
+)
+@click.option(
+    "--shape", default="5x197x768", show_default=True, help="Levels x tokens x width of a record."
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
+)
 def cli(
     rows: int,
     reps: int,
@@ -325,23 +439,32 @@ def cli(
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
         place = Path(temporary)
         _check_space(place, task)
-        about = {**environment(place), "options": {"rows": rows, "reps": reps, "shape": shape, "store": store_name}}
+        about = {
+            **environment(place),
+            "options": {"rows": rows, "reps": reps, "shape": shape, "store": store_name},
+        }
         results = Results({**about, "results": []})
         click.echo(describe(about))
         bench = Bench(task, make_source(task), np.random.default_rng(1).permutation(rows))
         write_cache(place / "raster", bench.source, store_name, ranked=False)
         measure_ours(bench, place, options, results)
-        click.echo(f"\nOurs, {default} threads by default:\n\n{ours_table(results.facts['results'])}")
+        click.echo(
+            f"\nOurs, {default} threads by default:\n\n{ours_table(results.facts['results'])}"
+        )
         bests = measure_peers(bench, place, options, results)
         if bests:
-            heading = f"Others, {default} threads; in bold the best of each, for each order, and by hand"
+            heading = (
+                f"Others, {default} threads; in bold the best of each, for each order, and by hand"
+            )
             click.echo(f"\n{heading}:\n\n{peers_table(bests)}")
         if cold:
             measured = measure_cold(bench, place, options, results)
             click.echo(f"\nFrom the disk, {default} threads:\n\n{cold_table(measured)}")
             if measured.skipped:
                 click.echo(f"\nNot measured from here on: {measured.skipped}")
-    results.facts["claims"] = [{"claim": c, "value": value, "ok": ok} for c, value, ok in results.claims]
+    results.facts["claims"] = [
+        {"claim": c, "value": value, "ok": ok} for c, value, ok in results.claims
+    ]
     save(json_path, results.facts)
     click.echo("\n" + "\n".join(results.lines()))
 

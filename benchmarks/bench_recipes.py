@@ -1,14 +1,19 @@
-"""Does every recipe learn? Small students on digits, trained until their features beat those they started with.
+"""Does every recipe learn? Small students on digits, trained until their features beat those they
+started with.
 
-    python -m benchmarks.bench_recipes                                  every recipe, some ten minutes on two cores
-    python -m benchmarks.bench_recipes --folder digits --recipe cae     one; digits, teacher and caches stay there
-    python -m benchmarks.bench_recipes --epochs 2 --steps 4 --every 2   a trial of the program, not a measurement
+    python -m benchmarks.bench_recipes
+        every recipe, some ten minutes on two cores
+    python -m benchmarks.bench_recipes --folder digits --recipe cae
+        one; digits, teacher and caches stay there
+    python -m benchmarks.bench_recipes --epochs 2 --steps 4 --every 2
+        a trial of the program, not a measurement
 
-The digits and a small ViT that knows them come from `pipelines.digits`, discrete tokens from `pipelines.tokenizer`;
-`featcache extract` stores the views, and each recipe is trained by `student train` from that cache. At every checkpoint
-its encoder is asked for the classes of 397 held-out digits by weighted k-NN. It has learnt when it is above the mean of
-five untrained encoders of its own form by two of their standard deviations; the first such checkpoint is told. A recipe
-that is not there after --steps is told with its best, and the exit status is then 1.
+The digits and a small ViT that knows them come from `pipelines.digits`, discrete tokens from
+`pipelines.tokenizer`; `featcache extract` stores the views, and each recipe is trained by `student
+train` from that cache. At every checkpoint its encoder is asked for the classes of 397 held-out
+digits by weighted k-NN. It has learnt when it is above the mean of five untrained encoders of its
+own form by two of their standard deviations; the first such checkpoint is told. A recipe that is
+not there after --steps is told with its best, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -100,14 +105,16 @@ class Digits:
             run("pipelines.tokenizer", *given, max(2, self.epochs // 2))
 
     def cache(self, px: int) -> Path:
-        """Views of `px` pixels; the teacher looks at the same crops at its own size. Tokens are added."""
+        """Views of `px` pixels; the teacher looks at the same crops at its own size. Tokens are
+        added."""
         out = self.home / f"cache-{px}"
         if out.exists():
             return out
         low, high = digits.CROPS["scale"]
         shared = [
-            "--images", self.part("train"), "--out", out, "--views", VIEWS, "--size", px, "--scale", f"{low},{high}",
-            "--flip", digits.CROPS["flip"], "--seed", self.seed, "--batch-size", 256,
+            "--images", self.part("train"), "--out", out, "--views", VIEWS, "--size", px,
+            "--scale", f"{low},{high}", "--flip", digits.CROPS["flip"], "--seed", self.seed,
+            "--batch-size", 256,
         ]  # fmt: skip
         weights = self.home / "teacher.safetensors"
         run(
@@ -122,7 +129,16 @@ class Digits:
             *shared,
         )
         weights = self.home / "tokenizer.safetensors"
-        run("featcache", "extract", "--teacher", tokenizer.SPEC, "--weights", weights, "--add", *shared)
+        run(
+            "featcache",
+            "extract",
+            "--teacher",
+            tokenizer.SPEC,
+            "--weights",
+            weights,
+            "--add",
+            *shared,
+        )
         return out
 
 
@@ -158,9 +174,12 @@ def scorer(given: Digits, px: int) -> Callable[[nn.Module], float]:
 
 
 def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]]:
-    """Run a training and give the encoder of each of its checkpoints; closing the iterator stops the training. It is
-    held while a checkpoint is looked at, so that none is passed over, however slow the looking is."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    """Run a training and give the encoder of each of its checkpoints; closing the iterator stops
+    the training. It is held while a checkpoint is looked at, so that none is passed over, however
+    slow the looking is."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         seen = 0
         try:
             while True:
@@ -169,7 +188,8 @@ def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]
                 if step > seen:
                     process.send_signal(signal.SIGSTOP)
                     encoder, _ = checkpoint.load_encoder(out)
-                    if checkpoint.step_of(out) == step:  # else a newer one came before it was held, and is next
+                    # else a newer one came before it was held, and is next
+                    if checkpoint.step_of(out) == step:
                         seen = step
                         yield step, encoder
                     process.send_signal(signal.SIGCONT)
@@ -182,11 +202,17 @@ def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]
             process.terminate()  # it saves a checkpoint and ends
             _, said = process.communicate()
     if process.returncode not in (0, STOPPED):
-        raise UserError(f"`{' '.join(command[1:])}` failed: {said.splitlines()[-1] if said else process.returncode}")
+        raise UserError(
+            f"`{' '.join(command[1:])}` failed: "
+            f"{said.splitlines()[-1] if said else process.returncode}"
+        )
 
 
-def measure(name: str, case: Case, given: Digits, runs: Path, *, steps: int, every: int, batch: int) -> dict[str, Any]:
-    """One row: the untrained encoders, what is to be passed, and every checkpoint up to the one that passes it."""
+def measure(
+    name: str, case: Case, given: Digits, runs: Path, *, steps: int, every: int, batch: int
+) -> dict[str, Any]:
+    """One row: the untrained encoders, what is to be passed, and every checkpoint up to the one
+    that passes it."""
     cache, score = given.cache(case.px), scorer(given, case.px)
     started = time.perf_counter()
     before = [score(untrained(case, cache, seed)) for seed in range(UNTRAINED)]
@@ -195,9 +221,10 @@ def measure(name: str, case: Case, given: Digits, runs: Path, *, steps: int, eve
     click.echo(f"{name}: untrained {mean:.1f} ± {sd:.1f}, to pass {wanted:.1f}")
     out = runs / name.replace(" ", "-")
     command = [
-        sys.executable, "-m", "student", "train", "--recipe", case.recipe, "--cache", str(cache), "--images",
-        given.part("train"), "--out", str(out), "--steps", str(steps), "--save-every", str(every), "--batch-size",
-        str(batch), "--seed", str(given.seed), "--device", "cpu",
+        sys.executable, "-m", "student", "train", "--recipe", case.recipe, "--cache", str(cache),
+        "--images", given.part("train"), "--out", str(out), "--steps", str(steps),
+        "--save-every", str(every), "--batch-size", str(batch), "--seed", str(given.seed),
+        "--device", "cpu",
         *(word for text in settings_of(case) for word in ("--set", text)),
     ]  # fmt: skip
     seen: list[tuple[int, float]] = []
@@ -209,7 +236,13 @@ def measure(name: str, case: Case, given: Digits, runs: Path, *, steps: int, eve
                 break
     seconds = round(time.perf_counter() - started, 1)
     passed = bool(seen) and seen[-1][1] > wanted
-    return {"untrained": before, "wanted": wanted, "passed": passed, "checkpoints": seen, "seconds": seconds}
+    return {
+        "untrained": before,
+        "wanted": wanted,
+        "passed": passed,
+        "checkpoints": seen,
+        "seconds": seconds,
+    }
 
 
 def report(found: dict[str, dict[str, Any]], steps: int) -> str:
@@ -220,20 +253,62 @@ def report(found: dict[str, dict[str, Any]], steps: int) -> str:
         mean, sd = statistics.mean(row["untrained"]), statistics.stdev(row["untrained"])
         best = max((score for _, score in row["checkpoints"]), default=0.0)
         there = row["checkpoints"][-1] if row["passed"] else None
-        told = [str(there[0]), f"{there[1]:.1f}"] if there else [f"not in {steps}", f"best {best:.1f}"]
-        rows.append([name, f"{mean:.1f} ± {sd:.1f}", f"{row['wanted']:.1f}", *told, f"{row['seconds']:.0f}"])
+        told = (
+            [str(there[0]), f"{there[1]:.1f}"] if there else [f"not in {steps}", f"best {best:.1f}"]
+        )
+        rows.append(
+            [name, f"{mean:.1f} ± {sd:.1f}", f"{row['wanted']:.1f}", *told, f"{row['seconds']:.0f}"]
+        )
     return table(head, rows)
 
 
 @click.command()
-@click.option("--recipe", "names", multiple=True, help="A row of the table; several may be given. [default: all]")
-@click.option("--folder", type=click.Path(path_type=Path), help="Digits, teacher and caches; kept, and used again.")
-@click.option("--epochs", type=click.IntRange(2), default=20, show_default=True, help="Of the teacher's training.")
-@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="At most, of each recipe.")
-@click.option("--every", type=click.IntRange(1), default=50, show_default=True, help="Steps between two checkpoints.")
+@click.option(
+    "--recipe",
+    "names",
+    multiple=True,
+    help="A row of the table; several may be given. [default: all]",
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Digits, teacher and caches; kept, and used again.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(2),
+    default=20,
+    show_default=True,
+    help="Of the teacher's training.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=2000,
+    show_default=True,
+    help="At most, of each recipe.",
+)
+@click.option(
+    "--every",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Steps between two checkpoints.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of digits, views and students.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything that was measured.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of digits, views and students.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    help="Write everything that was measured.",
+)
 def cli(
     names: tuple[str, ...],
     folder: Path | None,
@@ -254,16 +329,25 @@ def cli(
         given.prepare()
         about = environment(given.home)
         length = {"steps": steps, "every": every, "batch": batch_size}
-        found = {name: measure(name, CASES[name], given, Path(temporary) / "runs", **length) for name in names or CASES}
-        taught = {name: json.loads((given.home / f"{name}.json").read_text()) for name in ("teacher", "tokenizer")}
+        found = {
+            name: measure(name, CASES[name], given, Path(temporary) / "runs", **length)
+            for name in names or CASES
+        }
+        taught = {
+            name: json.loads((given.home / f"{name}.json").read_text())
+            for name in ("teacher", "tokenizer")
+        }
     seconds = round(time.perf_counter() - started, 1)
-    save(json_path, {**about, **length, "settings": SETTINGS, **taught, "recipes": found, "seconds": seconds})
+    save(
+        json_path,
+        {**about, **length, "settings": SETTINGS, **taught, "recipes": found, "seconds": seconds},
+    )
     click.echo(f"\n{describe(about)}\n\n{report(found, steps)}\n\n{seconds:.0f} s in all")
     failed = [name for name, row in found.items() if not row["passed"]]
     if failed:
         raise UserError(
-            f"{', '.join(failed)}: not {ABOVE:g} standard deviations above untrained encoders within {steps} steps; "
-            "give more --steps"
+            f"{', '.join(failed)}: not {ABOVE:g} standard deviations above untrained encoders "
+            f"within {steps} steps; give more --steps"
         )
 
 

@@ -1,10 +1,12 @@
-"""A cache with as many rows as ImageNet-1k, of tiny width: what opening, `featcache info` and epochs of reading cost.
+"""A cache with as many rows as ImageNet-1k, of tiny width: what opening, `featcache info` and
+epochs of reading cost.
 
     python -m benchmarks.bench_scale
     python -m benchmarks.bench_scale --rows 100000 --epochs 2 --json scale.json
 
-Rows are zeros behind true checksums; every shard has the arrays, files and record that an extraction writes. Opening is
-measured in new processes. Of memory the anonymous part is given: the page cache belongs to the machine.
+Rows are zeros behind true checksums; every shard has the arrays, files and record that an
+extraction writes. Opening is measured in new processes. Of memory the anonymous part is given: the
+page cache belongs to the machine.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def write(path: Path, rows: int, view_count: int) -> None:
     from featcache.storage import checksums
     from featcache.storage.statistics import OfFeatures, Statistics
     from featcache.storage.store import store
-    from featcache.views.policy import Policy  # here, so that the process that reads has no torch in its memory
+
+    # here, so that the process that reads has no torch in its memory
+    from featcache.views.policy import Policy
 
     teacher = teachers.load("synthetic:levels=5,tokens=4,width=4", None, "cpu")
     plan = Plan(Names(rows), teacher, Policy(), view_count, (1, 2, 3, 4, 5))
@@ -101,7 +105,10 @@ def open_s(path: Path, repeats: int) -> float:
         "import featcache, time; t = time.perf_counter(); "
         f"featcache.open({str(path)!r}); print(time.perf_counter() - t)"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) for _ in range(repeats)]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        for _ in range(repeats)
+    ]
     return stats.median(float(run.stdout) for run in runs)
 
 
@@ -112,13 +119,15 @@ def anonymous() -> int:
 
 
 def epochs(path: Path, count: int, batches: int) -> list[dict[str, float]]:
-    """Random batches of random views, so many an epoch: memory, Python objects and milliseconds after each."""
+    """Random batches of random views, so many an epoch: memory, Python objects and milliseconds
+    after each."""
     cache = featcache.open(path)
     keys = cache.keys
     random, facts, every = np.random.default_rng(0), [], np.arange(len(cache))
     for _ in range(count):
         start = time.perf_counter()
-        random.shuffle(every)  # in place: a new 10 MB array now and then would be this program's growth
+        # in place: a new 10 MB array now and then would be this program's growth
+        random.shuffle(every)
         order = every[: batches * BATCH]
         for rows in np.split(order, range(BATCH, len(order), BATCH)):
             cache.read(rows, random.integers(0, cache.views, len(rows)), FIELDS)
@@ -126,7 +135,11 @@ def epochs(path: Path, count: int, batches: int) -> list[dict[str, float]]:
         spent = time.perf_counter() - start
         gc.collect()
         facts.append(
-            {"anonymous": anonymous(), "objects": len(gc.get_objects()), "ms": spent / -(-len(order) // BATCH) * 1e3}
+            {
+                "anonymous": anonymous(),
+                "objects": len(gc.get_objects()),
+                "ms": spent / -(-len(order) // BATCH) * 1e3,
+            }
         )
     return facts
 
@@ -136,17 +149,32 @@ def epochs(path: Path, count: int, batches: int) -> list[dict[str, float]]:
 @click.option("--views", "view_count", default=4, show_default=True)
 @click.option("--epochs", "epoch_count", default=5, show_default=True)
 @click.option("--batches", default=100, show_default=True, help="Batches of 1,024 rows an epoch.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where the cache goes. [default: a temporary folder]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results there.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where the cache goes. [default: a temporary folder]",
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the results there."
+)
 def main(
-    rows: int, view_count: int, epoch_count: int, batches: int, folder: Path | None, json_path: Path | None
+    rows: int,
+    view_count: int,
+    epoch_count: int,
+    batches: int,
+    folder: Path | None,
+    json_path: Path | None,
 ) -> None:
     """Open, info and epochs of random batches over a cache of many rows."""
     root = Path(tempfile.mkdtemp(dir=folder))
     try:
         path = root / "cache"
         write(path, rows, view_count)
-        results: dict[str, Any] = {"rows": rows, "views": view_count, "environment": environment(root)}
+        results: dict[str, Any] = {
+            "rows": rows,
+            "views": view_count,
+            "environment": environment(root),
+        }
         results["files"] = sum(len(names) for _, _, names in os.walk(path))
         results["open_s"] = open_s(path, 5)
         results["info_s"] = timed([sys.executable, "-m", "featcache", "info", str(path)], 5)
@@ -158,7 +186,10 @@ def main(
     results["growth"] = max(after) / after[0] - 1
     click.echo(describe(results["environment"]))
     click.echo(f"{rows} rows x {view_count} views in {results['files']} files")
-    click.echo(f"open {results['open_s']:.2f} s, `featcache info` {results['info_s']:.2f} s (process start and all)")
+    click.echo(
+        f"open {results['open_s']:.2f} s, `featcache info` {results['info_s']:.2f} s (process "
+        "start and all)"
+    )
     lines = [
         (str(i), f"{epoch['anonymous'] / 1e6:.1f}", str(epoch["objects"]), f"{epoch['ms']:.0f}")
         for i, epoch in enumerate(results["epochs"], 1)

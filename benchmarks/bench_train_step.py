@@ -1,14 +1,18 @@
-"""What a training step costs: from the cache, from batches that lie in memory, with the teacher in the loop, and as one
-would write it by hand.
+"""What a training step costs: from the cache, from batches that lie in memory, with the teacher in
+the loop, and as one would write it by hand.
 
-    python -m benchmarks.bench_train_step --recipe maskalign --batch-size 8           on a CPU: one recipe, some minutes
-    python -m benchmarks.bench_train_step --device cuda --precision bf16 --compile --batch-size 256 --pictures 4096
-    python -m benchmarks.bench_train_step --trial                                      not a measurement: tiny models
+    python -m benchmarks.bench_train_step --recipe maskalign --batch-size 8
+        on a CPU: one recipe, some minutes
+    python -m benchmarks.bench_train_step --device cuda --precision bf16 --compile --batch-size 256
+                                          --pictures 4096
+    python -m benchmarks.bench_train_step --trial
+        not a measurement: tiny models
 
-The teachers are CLIP's, their weights drawn: a step costs the same. Each way takes its steps in turns, another one
-first each time; ratios are of one repetition, and medians are told, beside what the multiply-accumulates would give.
-`cached` has the trainer's own loader, reads, checks and decoding in it; `in memory` takes batches that are on the
-device already; `online` runs the teacher in each step; `plain` is PyTorch and timm alone, eager, on batches in memory.
+The teachers are CLIP's, their weights drawn: a step costs the same. Each way takes its steps in
+turns, another one first each time; ratios are of one repetition, and medians are told, beside what
+the multiply-accumulates would give. `cached` has the trainer's own loader, reads, checks and
+decoding in it; `in memory` takes batches that are on the device already; `online` runs the teacher
+in each step; `plain` is PyTorch and timm alone, eager, on batches in memory.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ from student.training.train_state import TrainState
 
 TEACHERS = {"clip-b16": "clip-b16", "clip-l14": "clip-l14:grid=14"}
 TRIAL = {"synthetic": "synthetic:levels=6,tokens=196,width=32,size=224"}
-# METHODS 9.2, GMAC a picture: (student forward and backward, teacher) by recipe and teacher, where it lists them.
+# METHODS 9.2, GMAC a picture: (student forward and backward, teacher) by recipe and teacher, where
+# it lists them.
 GMAC = {
     ("maskalign", "clip-b16"): (16.1, 17.6),
     ("maskalign", "clip-l14"): (18.9, 61.5),
@@ -57,7 +62,8 @@ GMAC = {
     ("fd", "clip-b16"): (53.0, 17.6),
 }
 SCALE = "0.2,1"  # of the crops
-WARM_STEPS = 2  # of each way, before anything is timed: kernels are chosen, memory is touched, code is compiled
+# of each way, before anything is timed: kernels are chosen, memory is touched, code is compiled
+WARM_STEPS = 2
 AIM = 1.03  # cached / in memory
 
 
@@ -94,7 +100,17 @@ class Setting:
 
 def extract(setting: Setting, teacher: str, out: Path) -> Path:
     """A cache of the last five levels with drawn weights, made by the command."""
-    args = ["extract", "--teacher", teacher, "--images", str(setting.pictures), "--out", str(out), "--views", "1"]
+    args = [
+        "extract",
+        "--teacher",
+        teacher,
+        "--images",
+        str(setting.pictures),
+        "--out",
+        str(out),
+        "--views",
+        "1",
+    ]
     args += [
         "--levels",
         "last:5",
@@ -113,9 +129,31 @@ def extract(setting: Setting, teacher: str, out: Path) -> Path:
 def build(setting: Setting, recipe: str, cache: Path, online: bool) -> tuple[Any, Any, Accelerator]:
     """Job, loader and accelerator as `student train` makes them."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    args = ["--recipe", recipe, "--cache", str(cache), "--images", str(setting.pictures), "--steps", "1000000"]
-    args += ["--batch-size", str(setting.batch_size), "--workers", str(setting.workers), "--out", str(cache / "never")]
-    args += ["--precision", setting.precision, "--device", setting.device, *["--compile"] * setting.compiled]
+    args = [
+        "--recipe",
+        recipe,
+        "--cache",
+        str(cache),
+        "--images",
+        str(setting.pictures),
+        "--steps",
+        "1000000",
+    ]
+    args += [
+        "--batch-size",
+        str(setting.batch_size),
+        "--workers",
+        str(setting.workers),
+        "--out",
+        str(cache / "never"),
+    ]
+    args += [
+        "--precision",
+        setting.precision,
+        "--device",
+        setting.device,
+        *["--compile"] * setting.compiled,
+    ]
     args += ["--scale", SCALE]  # all views, whatever crops the recipe was published with
     args += ["--teacher", "online"] if online else []
     args += [part for text in setting.sets for part in ("--set", text)]
@@ -136,11 +174,18 @@ def stepper(job: Any, loader: Any, pupil: TrainState, feed: Any) -> Callable[[],
     return step
 
 
-def ways_of(setting: Setting, recipe: str, cache: Path, stack: ExitStack) -> dict[str, Callable[[], None]]:
+def ways_of(
+    setting: Setting, recipe: str, cache: Path, stack: ExitStack
+) -> dict[str, Callable[[], None]]:
     """Every way that the recipe has; each with a model of its own."""
     ways: dict[str, Callable[[], None]] = {}
     for name, online in (("online", True), ("cached", False), ("in memory", False)):
-        if online and not recipes.load(recipe).needs(build(setting, recipe, cache, False)[0].config).fields:
+        if (
+            online
+            and not recipes.load(recipe)
+            .needs(build(setting, recipe, cache, False)[0].config)
+            .fields
+        ):
             continue  # it has no teacher
         try:
             job, loader, acc = build(setting, recipe, cache, online)
@@ -233,21 +278,58 @@ def _chosen(text: str, allowed: list[str], option: str) -> list[str]:
 
 
 @click.command(context_settings={"max_content_width": 110})
-@click.option("--recipe", "recipe_names", default="all", show_default=True, help="Names, with commas.")
-@click.option("--teacher", "teacher_names", default="all", show_default=True, help="clip-b16, clip-l14.")
+@click.option(
+    "--recipe", "recipe_names", default="all", show_default=True, help="Names, with commas."
+)
+@click.option(
+    "--teacher", "teacher_names", default="all", show_default=True, help="clip-b16, clip-l14."
+)
 @click.option("--batch-size", type=click.IntRange(2), default=8, show_default=True)
-@click.option("--pictures", type=click.IntRange(4), default=32, show_default=True, help="Pictures in the cache.")
-@click.option("--steps", type=click.IntRange(1), default=2, show_default=True, help="Of each way in a repetition.")
-@click.option("--reps", type=click.IntRange(1), default=3, show_default=True, help="Repetitions; medians are shown.")
+@click.option(
+    "--pictures",
+    type=click.IntRange(4),
+    default=32,
+    show_default=True,
+    help="Pictures in the cache.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Of each way in a repetition.",
+)
+@click.option(
+    "--reps",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Repetitions; medians are shown.",
+)
 @click.option("--precision", default="auto", show_default=True, help="As for `student train`.")
-@click.option("--compile", "compiled", is_flag=True, help="As for `student train`; `plain` stays eager.")
+@click.option(
+    "--compile", "compiled", is_flag=True, help="As for `student train`; `plain` stays eager."
+)
 @click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
 @click.option(
-    "--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Decoding threads. [default: cores]"
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    help="Decoding threads. [default: cores]",
 )
-@click.option("--trial", is_flag=True, help="Tiny models and a synthetic teacher: tries the program, measures nothing.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where files are written. [default: a temporary one]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
+@click.option(
+    "--trial",
+    is_flag=True,
+    help="Tiny models and a synthetic teacher: tries the program, measures nothing.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where files are written. [default: a temporary one]",
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
+)
 def cli(
     recipe_names: str,
     teacher_names: str,
@@ -274,15 +356,22 @@ def cli(
         place = Path(temporary)
         about = environment(place)
         kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-        click.echo(f"{describe(about)}\nbatch {batch_size}, {precision} on {kind}, {torch.get_num_threads()} threads")
+        click.echo(
+            f"{describe(about)}\nbatch {batch_size}, {precision} on {kind}, "
+            f"{torch.get_num_threads()} threads"
+        )
         shown = loading.write_pictures(place / "pictures", pictures)
         for teacher in teachers:
             sets = ("encoder=tiny",) if trial else ()
-            setting = Setting(shown, batch_size, steps, reps, device, precision, compiled, workers, sets)
+            setting = Setting(
+                shown, batch_size, steps, reps, device, precision, compiled, workers, sets
+            )
             cache = extract(setting, known[teacher], place / teacher)
             for recipe in wanted:
                 try:
-                    lines.append(line_of(recipe, teacher, measure(setting, recipe, cache), batch_size))
+                    lines.append(
+                        line_of(recipe, teacher, measure(setting, recipe, cache), batch_size)
+                    )
                 except UserError as error:  # this teacher's cache does not serve this recipe
                     click.echo(f"  {recipe}, {teacher}: {error}", err=True)
                 click.echo(f"  {recipe}, {teacher} done", err=True)
@@ -294,8 +383,17 @@ def cli(
     verdict = "ok" if worst["cached / in memory"] <= AIM else "MISSED"
     text = f"cached / in memory, at most ({worst['recipe']}, {worst['teacher']})"
     click.echo(f"{text} = {worst['cached / in memory']:.3f}, aim {AIM}  {verdict}")
-    options = {"batch_size": batch_size, "pictures": pictures, "steps": steps, "reps": reps, "precision": precision}
-    save(json_path, {**about, "options": {**options, "compile": compiled, "device": kind}, "lines": lines})
+    options = {
+        "batch_size": batch_size,
+        "pictures": pictures,
+        "steps": steps,
+        "reps": reps,
+        "precision": precision,
+    }
+    save(
+        json_path,
+        {**about, "options": {**options, "compile": compiled, "device": kind}, "lines": lines},
+    )
 
 
 if __name__ == "__main__":

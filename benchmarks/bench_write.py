@@ -1,19 +1,23 @@
-"""How fast an extraction writes, beside the bare disk and beside a sink that takes everything at once; and its memory.
+"""How fast an extraction writes, beside the bare disk and beside a sink that takes everything at
+once; and its memory.
 
-    python -m benchmarks.bench_write                                    1,024 pictures x 4 views: 6.2 GB, one shard
+    python -m benchmarks.bench_write                       1,024 pictures x 4 views: 6.2 GB, one
+                                                           shard
     python -m benchmarks.bench_write --teacher clip-b16 --weights random:0 --rows 64
-    python -m benchmarks.bench_write --rows 32 --views 2                a trial of the program, not a measurement
+    python -m benchmarks.bench_write --rows 32 --views 2   a trial of the program, not a measurement
 
 In turns, each its files removed afterwards:
 
     raw disk        as many bytes by plain writes of 8 MiB and one fsync
     writer alone    the store's writer, given ready batches
-    null sink       the extraction with a store that discards what it is given: decoding, teacher, encoding
+    null sink       the extraction with a store that discards what it is given: decoding, teacher,
+                    encoding
     store           the extraction
 
-Of the extraction it tells the stage that holds it up, resident memory at the start and after each quarter, its peak,
-and the most that was dirty in the page cache: a store that streams needs no more for a shard of 6 GB than for 60 MB.
-On few cores even the synthetic teacher is slower than a disk; `--ready` takes it out of the way.
+Of the extraction it tells the stage that holds it up, resident memory at the start and after each
+quarter, its peak, and the most that was dirty in the page cache: a store that streams needs no more
+for a shard of 6 GB than for 60 MB. On few cores even the synthetic teacher is slower than a disk;
+`--ready` takes it out of the way.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ SAMPLE_S = 0.05
 PICTURE_PX = 256
 
 
-# ------------------------------------------------------------ a store that keeps nothing: this module as store `null`
+# ---------------------------------------- a store that keeps nothing: this module as store `null`
 
 NAME = "null"
 
@@ -145,7 +149,9 @@ class Watch:
     def _look(self) -> None:
         while not self._done.wait(SAMPLE_S):
             self.peak_bytes = max(self.peak_bytes, _kib("/proc/self/status", "VmRSS"))
-            self.dirty_bytes = max(self.dirty_bytes, _kib("/proc/meminfo", "Dirty") - self._dirty_before)
+            self.dirty_bytes = max(
+                self.dirty_bytes, _kib("/proc/meminfo", "Dirty") - self._dirty_before
+            )
 
     def report(self, progress: ExtractProgress) -> None:
         done = 100 * progress.pictures // max(progress.total, 1)
@@ -182,7 +188,10 @@ def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
     for i in range(count):
         a, b, c = random.uniform(0.5, 6, (3, 3, 1, 1)).astype(np.float32)
         picture = (
-            128 + 60 * np.sin(a * x + b * y) + 40 * np.sign(np.sin(c * (x - y))) + random.normal(0, 8, (3, *x.shape))
+            128
+            + 60 * np.sin(a * x + b * y)
+            + 40 * np.sign(np.sin(c * (x - y)))
+            + random.normal(0, 8, (3, *x.shape))
         )
         pixels = np.clip(picture, 0, 255).astype(np.uint8).transpose(1, 2, 0)
         Image.fromarray(np.ascontiguousarray(pixels)).save(folder / f"{i:06d}.jpg", quality=90)
@@ -210,7 +219,11 @@ def write_alone(path: Path, plan: Plan, batch_size: int) -> int:
     (path / SHARDS).mkdir(parents=True)
     for shard in plan.shards:
         sink = store(plan.store).writer(path, shard["name"], arrays, plan.views)
-        names = [plan.source.keys[shard["first"] + i] for i in range(shard["count"]) for _ in range(plan.views)]
+        names = [
+            plan.source.keys[shard["first"] + i]
+            for i in range(shard["count"])
+            for _ in range(plan.views)
+        ]
         for low in range(0, len(names), batch_size):
             part = names[low : low + batch_size]
             sink.append(part, {name: values[: len(part)] for name, values in batch.items()})
@@ -247,11 +260,20 @@ def measure(work: Callable[[Watch], dict[str, Any]], rows: int, bytes_: int) -> 
 def warm_up(plan: Plan, batch_size: int) -> None:
     """What only the first batch of a process costs."""
     size = plan.teacher.input_px
-    compute(plan.teacher, torch.zeros((batch_size, 3, size, size), dtype=torch.uint8), plan.levels, plan.codec, 1)
+    compute(
+        plan.teacher,
+        torch.zeros((batch_size, 3, size, size), dtype=torch.uint8),
+        plan.levels,
+        plan.codec,
+        1,
+    )
 
 
-def repetition(folder: Path, plan: Plan, batch_size: int, workers: int, first: int) -> dict[str, dict[str, Any]]:
-    """The four in turn, another one first each time; rates are of the bytes that the store writes, for all."""
+def repetition(
+    folder: Path, plan: Plan, batch_size: int, workers: int, first: int
+) -> dict[str, dict[str, Any]]:
+    """The four in turn, another one first each time; rates are of the bytes that the store writes,
+    for all."""
     out, rows = folder / "out", len(plan.source)
     total = plan.view_bytes * plan.views * rows
     nothing = replace(plan, store=NAME)
@@ -300,7 +322,9 @@ def rates_table(reps: Sequence[dict[str, dict[str, Any]]]) -> str:
     for name in reps[0]:
         mine = [rep[name] for rep in reps]
         busy = mine[0].get("busy", {})
-        rate, speed = (statistics.median(each[key] for each in mine) for key in ("pictures_s", "mb_s"))
+        rate, speed = (
+            statistics.median(each[key] for each in mine) for key in ("pictures_s", "mb_s")
+        )
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in busy.items()) or "-"
         rows.append((name, f"{rate:.1f}", f"{speed:.0f}", mine[0].get("slowest", "-"), stages))
     return table(["", "pictures/s", "MB/s", "slowest", "busy seconds"], rows)
@@ -311,28 +335,56 @@ def memory_table(reps: Sequence[dict[str, dict[str, Any]]]) -> str:
     rows = []
     for name, mine in reps[-1].items():
         quarters = [
-            f"{mine['resident_bytes'][q] / 1e6:.0f}" if q in mine["resident_bytes"] else "-" for q in (25, 50, 75, 100)
+            f"{mine['resident_bytes'][q] / 1e6:.0f}" if q in mine["resident_bytes"] else "-"
+            for q in (25, 50, 75, 100)
         ]
         sizes = [f"{mine[key] / 1e6:.0f}" for key in ("start_bytes", "peak_bytes", "dirty_bytes")]
         rows.append((name, sizes[0], *quarters, sizes[1], sizes[2]))
-    return table(["MB resident", "start", "25 %", "50 %", "75 %", "100 %", "peak", "most dirty"], rows)
+    return table(
+        ["MB resident", "start", "25 %", "50 %", "75 %", "100 %", "peak", "most dirty"], rows
+    )
 
 
 @click.command(context_settings={"max_content_width": 110})
 @click.option("--teacher", default="synthetic:levels=5,tokens=196,width=768", show_default=True)
 @click.option("--weights", help="As for `featcache extract`.")
-@click.option("--ready", is_flag=True, help="Answer every batch with the teacher's first answer: no wait for it.")
+@click.option(
+    "--ready",
+    is_flag=True,
+    help="Answer every batch with the teacher's first answer: no wait for it.",
+)
 @click.option("--levels", default="last:5", show_default=True)
-@click.option("--rows", type=click.IntRange(1), default=1024, show_default=True, help="Pictures; one shard.")
-@click.option("--views", type=click.IntRange(1), default=4, show_default=True, help="Views a picture.")
-@click.option("--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True)
+@click.option(
+    "--rows", type=click.IntRange(1), default=1024, show_default=True, help="Pictures; one shard."
+)
+@click.option(
+    "--views", type=click.IntRange(1), default=4, show_default=True, help="Views a picture."
+)
+@click.option(
+    "--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True
+)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option(
-    "--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Decoding threads. [default: cores]"
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    help="Decoding threads. [default: cores]",
 )
-@click.option("--reps", type=click.IntRange(1), default=1, show_default=True, help="Repetitions; medians are shown.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Where files are written. [default: a temporary one]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there.")
+@click.option(
+    "--reps",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Repetitions; medians are shown.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where files are written. [default: a temporary one]",
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
+)
 def cli(
     teacher: str,
     weights: str | None,
@@ -366,23 +418,37 @@ def cli(
         free = shutil.disk_usage(place).free
         if 1.1 * total > free:
             raise UserError(
-                f"--folder {str(place)!r}: {1.1 * total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
-                "fewer --rows or --views"
+                f"--folder {str(place)!r}: {1.1 * total / 1e9:.1f} GB are needed, {free / 1e9:.1f} "
+                "GB are free; fewer --rows or --views"
             )
         about = environment(place)
         who = f"{teacher}{', ready' * ready}"
-        click.echo(f"{describe(about)}\n{rows} pictures x {views} views, {who}: {total / 1e9:.2f} GB in one shard")
+        click.echo(
+            f"{describe(about)}\n{rows} pictures x {views} views, {who}: {total / 1e9:.2f} GB in "
+            "one shard"
+        )
         warm_up(plan, batch_size)
         done = [repetition(place, plan, batch_size, workers, first) for first in range(reps)]
     ratios = medians(done)
-    options = {"teacher": teacher, "rows": rows, "views": views, "batch_size": batch_size, "workers": workers}
+    options = {
+        "teacher": teacher,
+        "rows": rows,
+        "views": views,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
     options |= {"ready": ready, "store": store_name}
-    save(json_path, {**about, "options": options, "bytes": total, "ratios": ratios, "repetitions": done})
+    save(
+        json_path,
+        {**about, "options": options, "bytes": total, "ratios": ratios, "repetitions": done},
+    )
     click.echo(f"\n{rates_table(done)}\n\n{memory_table(done)}\n")
     for text, value in ratios.items():
         click.echo(f"{text} = {value:.2f}")
     last = done[-1]["store"]
-    click.echo(f"memory above the start = {(last['peak_bytes'] - last['start_bytes']) / 1e6:.0f} MB")
+    click.echo(
+        f"memory above the start = {(last['peak_bytes'] - last['start_bytes']) / 1e6:.0f} MB"
+    )
     click.echo(f"most dirty bytes = {last['dirty_bytes'] / 1e6:.0f} MB of {total / 1e6:.0f} MB")
 
 

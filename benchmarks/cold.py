@@ -1,8 +1,10 @@
-"""Reading from the disk: before every pass a cache's files leave the page cache, and that they did is looked at.
+"""Reading from the disk: before every pass a cache's files leave the page cache, and that they did
+is looked at.
 
-Ours against the plainest way to read the same bytes: whole files from end to end in pieces of 8 MiB, and the same rows
-in the same order. Both with as many threads, each into memory of its own that it uses again. What lies below (a disk's,
-a host's own cache) cannot be emptied from here; passes take turns, so that it helps all alike.
+Ours against the plainest way to read the same bytes: whole files from end to end in pieces of 8
+MiB, and the same rows in the same order. Both with as many threads, each into memory of its own
+that it uses again. What lies below (a disk's, a host's own cache) cannot be emptied from here;
+passes take turns, so that it helps all alike.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def rows_of(cache: featcache.Cache, path: Path, order: I64) -> list[Range]:
     for row in order.tolist():
         shard = int(np.searchsorted(starts, row, side="right") - 1)
         place = np.array([row - starts[shard]])
-        file, offsets = module.locate(path, cache.records[shard]["shard"], spec, cache.views, 0, place)
+        file, offsets = module.locate(
+            path, cache.records[shard]["shard"], spec, cache.views, 0, place
+        )
         out.append(Range(str(file), int(offsets[0]), spec.item_bytes))
     return out
 
@@ -62,7 +66,8 @@ def ends_of(rows: Sequence[Range]) -> list[Range]:
 
 
 def read_raw(ranges: Sequence[Range], threads: int, *, direct: bool, shared: bool) -> int:
-    """Bytes read. Threads take the next range each (`shared`), or a part of the list each, which suits read-ahead."""
+    """Bytes read. Threads take the next range each (`shared`), or a part of the list each, which
+    suits read-ahead."""
     if shared:
         left = deque(ranges)
         lists: list[deque[Range]] = [left] * threads
@@ -74,7 +79,8 @@ def read_raw(ranges: Sequence[Range], threads: int, *, direct: bool, shared: boo
 
 
 def _read_all(ranges: deque[Range], direct: bool) -> int:
-    """Ranges from the left until none is left, into one piece of memory; the bytes that were asked for."""
+    """Ranges from the left until none is left, into one piece of memory; the bytes that were asked
+    for."""
     flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
     handles: dict[str, int] = {}
     memory, total = mmap.mmap(-1, PIECE_BYTES), 0
@@ -102,7 +108,9 @@ def _read_range(handle: int, memory: memoryview, offset: int, needed: int) -> No
     while got < needed:
         more = os.preadv(handle, [memory[got:]], offset + got)
         if not more:
-            raise UserError("a file ended early while it was measured; is another program writing it?")
+            raise UserError(
+                "a file ended early while it was measured; is another program writing it?"
+            )
         got += more
 
 
@@ -118,7 +126,9 @@ class Cold:
     skipped: str = ""
 
     def ratio(self, name: str, versus: str) -> float:
-        return statistics.median(a / b for a, b in zip(self.gb_s[name], self.gb_s[versus], strict=True))
+        return statistics.median(
+            a / b for a, b in zip(self.gb_s[name], self.gb_s[versus], strict=True)
+        )
 
     def median(self, name: str) -> float:
         return statistics.median(self.gb_s[name])
@@ -145,7 +155,9 @@ def measure(path: Path, task: Task, order: I64, reps: int, say: Callable[[str], 
                 for name in [*names[first:], *names[:first]]:
                     cold.stayed = max(cold.stayed, drop(path))
                     if cold.stayed > _GONE:
-                        cold.skipped = f"{100 * cold.stayed:.0f} % of the pages did not leave the page cache"
+                        cold.skipped = (
+                            f"{100 * cold.stayed:.0f} % of the pages did not leave the page cache"
+                        )
                         return cold
                     start = time.perf_counter()
                     try:
@@ -154,14 +166,20 @@ def measure(path: Path, task: Task, order: I64, reps: int, say: Callable[[str], 
                         if io == "buffered":
                             raise
                         cold.skipped = f"direct: {error}"
-                        cold.gb_s = {key: value for key, value in cold.gb_s.items() if "direct" not in key}
+                        cold.gb_s = {
+                            key: value for key, value in cold.gb_s.items() if "direct" not in key
+                        }
                         return cold
-                    cold.gb_s.setdefault(name, []).append(count / 1e9 / max(time.perf_counter() - start, 1e-9))
+                    cold.gb_s.setdefault(name, []).append(
+                        count / 1e9 / max(time.perf_counter() - start, 1e-9)
+                    )
                 say(f"cold, {io}: repetition {rep + 1} of {reps}")
     return cold
 
 
-def _passes(cache: featcache.Cache, path: Path, task: Task, order: I64, io: str) -> dict[str, Callable[[], int]]:
+def _passes(
+    cache: featcache.Cache, path: Path, task: Task, order: I64, io: str
+) -> dict[str, Callable[[], int]]:
     rows = rows_of(cache, path, order)
     whole, direct = ends_of(rows), io == "direct"
     out = task.memory(max(task.batch, task.block))
@@ -177,10 +195,14 @@ def _passes(cache: featcache.Cache, path: Path, task: Task, order: I64, io: str)
         return task.rows * task.row_bytes
 
     return {
-        f"plain, end to end, {io}": lambda: read_raw(whole, task.threads, direct=direct, shared=False),
+        f"plain, end to end, {io}": lambda: read_raw(
+            whole, task.threads, direct=direct, shared=False
+        ),
         f"ours, blocks, {io}, no checks": lambda: blocks(False),
         f"ours, blocks, {io}, checks": lambda: blocks(True),
-        f"plain, the same rows, {io}": lambda: read_raw(rows, task.threads, direct=direct, shared=True),
+        f"plain, the same rows, {io}": lambda: read_raw(
+            rows, task.threads, direct=direct, shared=True
+        ),
         f"ours, rows, {io}, no checks": lambda: batches(False),
         f"ours, rows, {io}, checks": lambda: batches(True),
     }

@@ -1,4 +1,5 @@
-"""A fair race: the same records for everybody, checked before anything is timed, in turns, medians of what came out.
+"""A fair race: the same records for everybody, checked before anything is timed, in turns, medians
+of what came out.
 
 Readers give (row numbers, their values) batch by batch. Kinds:
 
@@ -6,8 +7,9 @@ Readers give (row numbers, their values) batch by batch. Kinds:
     block    some consecutive rows at a time, blocks in random order
     stream   in the order of the files, the only one a tar has
 
-The first batch of a turn is not timed: files are opened and workers start once, an epoch is long. A turn ends with its
-rows or its time, whichever comes first; all that is compared is rates, and ratios of rates within one repetition.
+The first batch of a turn is not timed: files are opened and workers start once, an epoch is long. A
+turn ends with its rows or its time, whichever comes first; all that is compared is rates, and
+ratios of rates within one repetition.
 
 L levels, T tokens, D width.
 """
@@ -32,7 +34,8 @@ Batches = Iterator[tuple[npt.ArrayLike, npt.NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Task:
-    """What everybody reads: `rows` records (L, T, D) of fp16, so many at a time, by so many threads."""
+    """What everybody reads: `rows` records (L, T, D) of fp16, so many at a time, by so many
+    threads."""
 
     rows: int
     item: tuple[int, int, int]
@@ -56,7 +59,9 @@ class Task:
     def blocks(self, order: I64, size: int | None = None) -> Iterator[tuple[int, int]]:
         """(first, end) of every block, in the order in which their first rows come."""
         step = min(size or self.block, max(self.rows // 4, 1))
-        return ((first, min(first + step, self.rows)) for first in order[order % step == 0].tolist())
+        return (
+            (first, min(first + step, self.rows)) for first in order[order % step == 0].tolist()
+        )
 
     def memory(self, rows: int | None = None) -> F16:
         """A place for so many rows, or a batch, already touched."""
@@ -70,7 +75,8 @@ class Reader:
     read: Callable[[I64], Batches]
     levels: int | None = None  # reads only the first so many
     tokens: int | None = None
-    by_hand: bool = False  # the format's files, read without its library: as fast as anything that copies bytes
+    # the format's files, read without its library: as fast as anything that copies bytes
+    by_hand: bool = False
 
 
 def check(reader: Reader, order: I64, source: F16, batches: int = 2) -> None:
@@ -80,7 +86,9 @@ def check(reader: Reader, order: I64, source: F16, batches: int = 2) -> None:
         numbers = np.atleast_1d(np.asarray(rows, np.int64))
         wanted = source[numbers, : reader.levels, : reader.tokens]
         if values.dtype != wanted.dtype or not np.array_equal(values.reshape(wanted.shape), wanted):
-            raise UserError(f"{reader.name}: row {numbers[0]} and those after it are not what was written")
+            raise UserError(
+                f"{reader.name}: row {numbers[0]} and those after it are not what was written"
+            )
         seen += 1
         if seen == batches:
             return
@@ -118,7 +126,9 @@ class Contest:
     readers: Sequence[Reader]
     turns: dict[str, list[Turn]] = field(default_factory=dict)
 
-    def run(self, order: I64, reps: int, limit_s: float, say: Callable[[str], None] = lambda line: None) -> None:
+    def run(
+        self, order: I64, reps: int, limit_s: float, say: Callable[[str], None] = lambda line: None
+    ) -> None:
         """Another reader begins each repetition, so that none always follows the same one."""
         for rep in range(reps):
             first = rep * len(self.readers) // max(reps, 1)

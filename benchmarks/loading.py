@@ -1,7 +1,8 @@
 """The pictures and targets that loaders deliver, and the loaders that ours is compared with.
 
-Everybody gives batches of B crops of 224 pixels and B records of features, shuffled, for as long as they are asked; the
-pictures are photographs of about ImageNet's size and weight. B batch, L levels, T tokens, D width.
+Everybody gives batches of B crops of 224 pixels and B records of features, shuffled, for as long as
+they are asked; the pictures are photographs of about ImageNet's size and weight. B batch, L levels,
+T tokens, D width.
 """
 
 from __future__ import annotations
@@ -25,13 +26,19 @@ SIDES = (500, 375)  # of ImageNet's pictures, the median
 
 
 def write_pictures(folder: Path, count: int) -> Path:
-    """JPEGs of scikit-image's photographs, each cut and turned otherwise, of SIDES pixels and quality 90."""
+    """JPEGs of scikit-image's photographs, each cut and turned otherwise, of SIDES pixels and
+    quality 90."""
     from skimage import data
 
     random = np.random.default_rng(0)
-    photographs = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("astronaut", "coffee", "rocket")]
+    photographs = [
+        Image.fromarray(getattr(data, name)()).convert("RGB")
+        for name in ("astronaut", "coffee", "rocket")
+    ]
     for i in range(count):
-        picture = photographs[i % 3].rotate(float(random.uniform(-10, 10)), Image.Resampling.BICUBIC)
+        picture = photographs[i % 3].rotate(
+            float(random.uniform(-10, 10)), Image.Resampling.BICUBIC
+        )
         left, top = (int(random.integers(20, 60)) for _ in range(2))
         cut = picture.crop((left, top, picture.width - left, picture.height - top))
         path = folder / f"c{i % 10}" / f"{i:06d}.jpg"
@@ -64,7 +71,9 @@ def crop_of(size: int) -> Any:
 
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomResizedCrop(
+                size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+            ),
             transforms.RandomHorizontalFlip(),
             transforms.PILToTensor(),
         ]
@@ -83,12 +92,21 @@ class _Sample:
 
 
 def webdataset_batches(tars: list[str], size: int, batch: int, workers: int) -> Batches:
-    """A plain pipeline: Pillow, torchvision's crop, npy, batches through a loader of so many worker processes."""
+    """A plain pipeline: Pillow, torchvision's crop, npy, batches through a loader of so many worker
+    processes."""
     import webdataset as wds
 
     data = wds.WebDataset(tars, shardshuffle=False, empty_check=False).shuffle(256, initial=64)
-    data = data.decode("pil").to_tuple("jpg", "npy").map(_Sample(size)).repeat().batched(batch, partial=False)
-    for pixels, features in wds.WebLoader(data, batch_size=None, num_workers=workers, worker_init_fn=_one_thread):
+    data = (
+        data.decode("pil")
+        .to_tuple("jpg", "npy")
+        .map(_Sample(size))
+        .repeat()
+        .batched(batch, partial=False)
+    )
+    for pixels, features in wds.WebLoader(
+        data, batch_size=None, num_workers=workers, worker_init_fn=_one_thread
+    ):
         assert len(pixels) == len(features) == batch
         yield batch
 
@@ -108,13 +126,20 @@ class _Files(torch.utils.data.Dataset[Any]):
         return pixels, torch.from_numpy(np.load(self.arrays / f"{row:06d}.npy"))
 
 
-def torchvision_batches(pictures: Path, arrays: Path, size: int, batch: int, workers: int) -> Batches:
+def torchvision_batches(
+    pictures: Path, arrays: Path, size: int, batch: int, workers: int
+) -> Batches:
     """torch's DataLoader over single files with torchvision's crop."""
     data = _Files(sorted(pictures.rglob("*.jpg")), arrays, size)
     loader = torch.utils.data.DataLoader(
-        data, batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0,
+        data,
+        batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         worker_init_fn=_one_thread,
-    )  # fmt: skip
+    )
     while True:
         for pixels, features in loader:
             assert len(pixels) == len(features) == batch
@@ -126,7 +151,8 @@ def _one_thread(worker: int) -> None:
 
 
 def pread_batches(cache: Cache, fields: tuple[str, ...], batch: int, threads: int) -> Batches:
-    """The physical limit: the same bytes of random rows by plain preads into memory that is used again."""
+    """The physical limit: the same bytes of random rows by plain preads into memory that is used
+    again."""
     (part,) = cache._parts
     random, view = np.random.default_rng(0), 0
     arrays = [part.arrays[name] for name in fields]
@@ -141,9 +167,12 @@ def pread_batches(cache: Cache, fields: tuple[str, ...], batch: int, threads: in
                     at = np.flatnonzero(rows // 1024 == shard)
                     for spec, place in zip(arrays, memory, strict=True):
                         path, offsets = part.locate(shard, spec, view, rows[at])
-                        fd = handles[path] = handles.get(path, -1) if path in handles else os.open(path, os.O_RDONLY)
+                        fd = handles[path] = (
+                            handles.get(path, -1) if path in handles else os.open(path, os.O_RDONLY)
+                        )
                         jobs += [
-                            (fd, place[i], offset) for i, offset in zip(at.tolist(), offsets.tolist(), strict=True)
+                            (fd, place[i], offset)
+                            for i, offset in zip(at.tolist(), offsets.tolist(), strict=True)
                         ]
                 cut = [jobs[i::threads] for i in range(threads)]
                 list(pool.map(_pread_all, cut))

@@ -1,9 +1,9 @@
 """Other ways to keep and read the same records, each as fast as its documented interface allows.
 
-A `Layout` is files of one format, and the ways to read them. Nobody is asked for more than we are: no compression, no
-checksums where a format can do without, threads where they help. What a training step needs is a batch in one piece of
-memory, which is used again for the next: whoever can only give rows in memory of his own has them copied there. Streams
-are let off that.
+A `Layout` is files of one format, and the ways to read them. Nobody is asked for more than we are:
+no compression, no checksums where a format can do without, threads where they help. What a training
+step needs is a batch in one piece of memory, which is used again for the next: whoever can only
+give rows in memory of his own has them copied there. Streams are let off that.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from benchmarks.contest import F16, I64, Batches, Reader, Task
 
 Into = Callable[[int, F16], None]  # a row's number, and its place
 
-FEW = 32  # rows a batch of those who fill memory of their own, and of a block where a format has such
+# rows a batch of those who fill memory of their own, and of a block where a format has such
+FEW = 32
 _NPY_HEADER = 128  # bytes before the numbers, where a shape is short
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`write(folder, source, task)`, and for each peer that can read it: (folder, task) -> readers."""
+    """`write(folder, source, task)`, and for each peer that can read it: (folder, task) ->
+    readers."""
 
     name: str
     write: Callable[[Path, F16, Task], None]
@@ -79,9 +81,13 @@ def _zarr_readers(library: str, ways: str) -> Callable[[Path, Task], list[Reader
     def readers(folder: Path, task: Task) -> list[Reader]:
         import zarr
 
-        pipelines = {"zarrs": "zarrs.ZarrsCodecPipeline", "zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+        pipelines = {
+            "zarrs": "zarrs.ZarrsCodecPipeline",
+            "zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline",
+        }
         zarr.config.set({"async.concurrency": 64})  # the default of later versions
-        with zarr.config.set({"codec_pipeline.path": pipelines[library]}):  # it is chosen when an array is opened
+        # it is chosen when an array is opened
+        with zarr.config.set({"codec_pipeline.path": pipelines[library]}):
             array: Any = zarr.open_array(str(folder), mode="r")
 
         def one_row(row: int, out: F16) -> None:
@@ -126,7 +132,11 @@ def _tensorstore(ways: str) -> Callable[[Path, Task], list[Reader]]:
                 "file_io_concurrency": {"limit": max(task.threads, 4)},
                 "data_copy_concurrency": {"limit": task.threads},
             }
-            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}, "recheck_cached_data": False}
+            spec = {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": str(folder)},
+                "recheck_cached_data": False,
+            }
             return ts.open({**spec, "context": {**limits, **context}}, read=True).result()
 
         plain, mapped = opened(), opened(file_io_mode={"mode": "memmap"})
@@ -190,7 +200,8 @@ def _write_tars(folder: Path, source: F16, task: Task) -> None:
 
 @dataclass(frozen=True)
 class _Parse:
-    """The quickest way to a tar's array: no copy. A class, since a worker may have to be sent it."""
+    """The quickest way to a tar's array: no copy. A class, since a worker may have to be sent
+    it."""
 
     item: tuple[int, ...]
 
@@ -208,7 +219,9 @@ def _webdataset_readers(folder: Path, task: Task) -> list[Reader]:
         return dataset.decode().to_tuple("__key__", "npy")
 
     def bare() -> Any:
-        dataset = wds.WebDataset(tars, shardshuffle=False, empty_check=False).to_tuple("__key__", "npy")
+        dataset = wds.WebDataset(tars, shardshuffle=False, empty_check=False).to_tuple(
+            "__key__", "npy"
+        )
         return dataset.map_tuple(str, _Parse(task.item))
 
     def in_process(make: Callable[[], Any]) -> Callable[[I64], Batches]:
@@ -216,9 +229,14 @@ def _webdataset_readers(folder: Path, task: Task) -> list[Reader]:
 
     def loaded(dataset: Any, workers: int, batch: int | None = None) -> Callable[[I64], Batches]:
         def read(order: I64) -> Batches:
-            loader = wds.WebLoader(dataset, batch_size=batch, num_workers=workers, worker_init_fn=_quiet)
+            loader = wds.WebLoader(
+                dataset, batch_size=batch, num_workers=workers, worker_init_fn=_quiet
+            )
             for keys, values in loader:
-                yield [int(key) for key in ([keys] if isinstance(keys, str) else keys)], values.numpy()
+                yield (
+                    [int(key) for key in ([keys] if isinstance(keys, str) else keys)],
+                    values.numpy(),
+                )
 
         return read
 
@@ -227,7 +245,11 @@ def _webdataset_readers(folder: Path, task: Task) -> list[Reader]:
         Reader("webdataset in process, decode()", "stream", in_process(decoded)),
         Reader("webdataset in process, frombuffer", "stream", in_process(bare)),
         *(
-            Reader(f"webdataset DataLoader, {workers} worker{'s' * (workers > 1)}, {how}", "stream", loaded(*way))
+            Reader(
+                f"webdataset DataLoader, {workers} worker{'s' * (workers > 1)}, {how}",
+                "stream",
+                loaded(*way),
+            )
             for workers in (1, 2)
             for how, way in {
                 "one by one": (decoded(), workers),
@@ -239,7 +261,8 @@ def _webdataset_readers(folder: Path, task: Task) -> list[Reader]:
 
 
 def _quiet(worker: int) -> None:
-    """A tar's bytes cannot be written to, which torch says of every tensor; nobody writes to them."""
+    """A tar's bytes cannot be written to, which torch says of every tensor; nobody writes to
+    them."""
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
@@ -292,7 +315,8 @@ def _write_hdf5(chunked: bool) -> Callable[[Path, F16, Task], None]:
 def _hdf5_readers(folder: Path, task: Task) -> list[Reader]:
     import h5py
 
-    dataset = h5py.File(folder / "rows.h5", "r")["features"]  # rows beyond the chunk cache's 1 MiB pass it by
+    # rows beyond the chunk cache's 1 MiB pass it by
+    dataset = h5py.File(folder / "rows.h5", "r")["features"]
 
     def direct(order: I64) -> Batches:
         out = task.memory()
@@ -318,7 +342,9 @@ def _write_safetensors(folder: Path, source: F16, task: Task) -> None:
     from safetensors.numpy import save_file
 
     for number, low in enumerate(range(0, task.rows, task.file_rows)):
-        save_file({"features": source[low : low + task.file_rows]}, folder / f"{number:06d}.safetensors")
+        save_file(
+            {"features": source[low : low + task.file_rows]}, folder / f"{number:06d}.safetensors"
+        )
 
 
 def _safetensors_readers(folder: Path, task: Task) -> list[Reader]:
@@ -326,7 +352,8 @@ def _safetensors_readers(folder: Path, task: Task) -> list[Reader]:
 
     paths = sorted(folder.glob("*.safetensors"))
     slices = {
-        kind: [safe_open(str(path), framework=kind).get_slice("features") for path in paths] for kind in ("np", "pt")
+        kind: [safe_open(str(path), framework=kind).get_slice("features") for path in paths]
+        for kind in ("np", "pt")
     }
     maps = []
     for path in paths:
@@ -347,7 +374,9 @@ def _safetensors_readers(folder: Path, task: Task) -> list[Reader]:
         np.copyto(out, maps[number][at])
 
     return [
-        Reader(f"safetensors, {name}{how}", "rows", _each(task, one, threads), by_hand=one is mapped)
+        Reader(
+            f"safetensors, {name}{how}", "rows", _each(task, one, threads), by_hand=one is mapped
+        )
         for how, threads in (("", None), (", threads", pool))
         for name, one in (
             ("get_slice to numpy", sliced("np")),

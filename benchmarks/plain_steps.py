@@ -1,7 +1,8 @@
-"""Training steps as one writes them with PyTorch and timm alone, to be compared with ours: eager, nothing shared.
+"""Training steps as one writes them with PyTorch and timm alone, to be compared with ours: eager,
+nothing shared.
 
-Losses and weights are of the same shapes and cost; that their values are the papers' is tested elsewhere. B batch,
-V visible, P patches, L levels, D width, Dt teacher width.
+Losses and weights are of the same shapes and cost; that their values are the papers' is tested
+elsewhere. B batch, V visible, P patches, L levels, D width, Dt teacher width.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class _Encoder(nn.Module):
 
     def __init__(self, drop_path: float) -> None:
         super().__init__()
-        self.vit = timm.create_model("vit_base_patch16_224", num_classes=0, drop_path_rate=drop_path)
+        self.vit = timm.create_model(
+            "vit_base_patch16_224", num_classes=0, drop_path_rate=drop_path
+        )
 
     def forward(self, images: Tensor, keep: Tensor) -> list[Tensor]:
         vit: Any = self.vit
@@ -75,11 +78,20 @@ class Mae(nn.Module):
         images, keep, masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         x = self.embed(self.norm(self.encoder(images, keep)[-1]))
         x = torch.cat([x, self.mask_token.expand(len(x), masked.shape[1], -1)], 1)
-        order = torch.argsort(torch.cat([torch.zeros_like(keep[:, :1]), keep + 1, masked + 1], 1), 1)
+        order = torch.argsort(
+            torch.cat([torch.zeros_like(keep[:, :1]), keep + 1, masked + 1], 1), 1
+        )
         x = torch.gather(x, 1, order[..., None].expand(-1, -1, 512)) + self.positions
         predicted = self.head(self.blocks(x))[:, 1:]
-        patches = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1).reshape(len(images), 196, 768)
-        target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        patches = (
+            images.unfold(2, 16, 16)
+            .unfold(3, 16, 16)
+            .permute(0, 2, 3, 4, 5, 1)
+            .reshape(len(images), 196, 768)
+        )
+        target = (patches - patches.mean(-1, keepdim=True)) / (
+            patches.var(-1, keepdim=True) + 1e-6
+        ).sqrt()
         error = (predicted - target).square().mean(-1)
         return torch.gather(error, 1, masked).mean()
 
@@ -88,8 +100,11 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {"maskalign": MaskAlign, "m
 
 
 def stepper(name: str, batch: Batch, device: torch.device, precision: str) -> Callable[[], None]:
-    """One optimiser step on a batch that is in memory, in eager mode, as `precision` (no, bf16, fp16) says."""
-    levels, width = (batch["features"].shape[1], batch["features"].shape[-1]) if "features" in batch else (0, 0)
+    """One optimiser step on a batch that is in memory, in eager mode, as `precision` (no, bf16,
+    fp16) says."""
+    levels, width = (
+        (batch["features"].shape[1], batch["features"].shape[-1]) if "features" in batch else (0, 0)
+    )
     model = MODELS[name](levels, width).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
     kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,4 +1,5 @@
-"""The records that are read, a cache that holds them, and the two readers that matter most: ours and memcpy.
+"""The records that are read, a cache that holds them, and the two readers that matter most: ours
+and memcpy.
 
 L levels, T tokens, D width.
 """
@@ -27,7 +28,8 @@ SHARD_ROWS = 1024
 
 
 def make_source(task: Task, seed: int = 0) -> F16:
-    """Numbers as normalised features have them: fp16 of unit variance, nothing that a disk or a kernel could fold."""
+    """Numbers as normalised features have them: fp16 of unit variance, nothing that a disk or a
+    kernel could fold."""
     random, source = np.random.default_rng(seed), np.empty((task.rows, *task.item), np.float16)
     for low in range(0, task.rows, 16):
         part = source[low : low + 16]
@@ -36,11 +38,18 @@ def make_source(task: Task, seed: int = 0) -> F16:
 
 
 def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
-    """A cache with these features through the store's own writer; checksums as extraction stores them."""
+    """A cache with these features through the store's own writer; checksums as extraction stores
+    them."""
     rows, levels, tokens, width = source.shape
     row_view = ("row", "view")
     arrays = [
-        Array("features", "<f2", (levels, tokens, width), (*row_view, "level", "token", "channel"), split=True),
+        Array(
+            "features",
+            "<f2",
+            (levels, tokens, width),
+            (*row_view, "level", "token", "channel"),
+            split=True,
+        ),
         Array("attention", "<f4", (tokens - 1,), (*row_view, "patch")),
         Array("mask_order", "<u2", (tokens - 1,), (*row_view, "rank")),
     ]
@@ -49,7 +58,11 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
     (path / SHARDS).mkdir(parents=True)
     shards = []
     for first in range(0, rows, SHARD_ROWS):
-        shard = {"name": f"{first // SHARD_ROWS:06d}", "first": first, "count": min(SHARD_ROWS, rows - first)}
+        shard = {
+            "name": f"{first // SHARD_ROWS:06d}",
+            "first": first,
+            "count": min(SHARD_ROWS, rows - first),
+        }
         writer = store(name).writer(path, shard["name"], arrays, 1)
         for low in range(first, first + shard["count"], 32):
             high = min(low + 32, first + shard["count"])
@@ -75,7 +88,8 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
     }
     declared = {array.name: array.as_dict() for array in arrays}
     json_file.write_json(
-        path / manifest.NAME, manifest.make(identity, {"weights": "registered", "source": ""}, declared, shards, {})
+        path / manifest.NAME,
+        manifest.make(identity, {"weights": "registered", "source": ""}, declared, shards, {}),
     )
     return path
 
@@ -100,7 +114,9 @@ class Way(NamedTuple):
         part = [f"{self.levels} level{'s' * (self.levels != 1)}"] * bool(self.levels)
         part += [f"{self.tokens} {'kept ' * self.kept}tokens"] * bool(self.tokens)
         checks = [] if self.checks is None else ["checks" if self.checks else "no checks"]
-        return ", ".join([who, self.kind, *part, *checks, f"{self.threads} thread{'s' * (self.threads > 1)}"])
+        return ", ".join(
+            [who, self.kind, *part, *checks, f"{self.threads} thread{'s' * (self.threads > 1)}"]
+        )
 
     @property
     def memcpy(self) -> Way:
@@ -108,7 +124,8 @@ class Way(NamedTuple):
 
 
 class Bench:
-    """The records in memory, a destination for each shape, and opened caches: what all our readers share."""
+    """The records in memory, a destination for each shape, and opened caches: what all our readers
+    share."""
 
     def __init__(self, task: Task, source: F16, order: I64) -> None:
         self.task, self.source, self.order = task, source, order
@@ -134,19 +151,30 @@ class Bench:
         def read(order: I64) -> Batches:
             for rows in self.requests(way.kind):
                 place = out[: len(rows)]
-                cache.read(rows, levels=levels, tokens=tokens, out={"features": place}, check=bool(way.checks))
+                cache.read(
+                    rows,
+                    levels=levels,
+                    tokens=tokens,
+                    out={"features": place},
+                    check=bool(way.checks),
+                )
                 yield rows, place
 
         return Reader(way.name, way.kind, read, way.levels, way.tokens)
 
     def preads(self, cache: featcache.Cache, way: Way) -> Reader:
-        """What the system itself takes for these ranges: a pread for each level of each row, or of each row where all
-        its tokens are wanted, by threads that take a part of the rows each time one is free."""
+        """What the system itself takes for these ranges: a pread for each level of each row, or of
+        each row where all its tokens are wanted, by threads that take a part of the rows each time
+        one is free."""
         (part,) = cache._parts
         spec, out = part.arrays["features"], self.memory(way)
         levels, width = out.shape[1], 2 * out.shape[2] * out.shape[3]
         stored, row = spec.item_bytes // levels, levels * width
-        ranges = [(0, 0, row)] if stored == width else [(i * stored, i * width, width) for i in range(levels)]
+        ranges = (
+            [(0, 0, row)]
+            if stored == width
+            else [(i * stored, i * width, width) for i in range(levels)]
+        )
         memory, pool = out.reshape(-1).view(np.uint8).data, ThreadPoolExecutor(way.threads)
 
         def work(jobs: Sequence[tuple[int, int, int]]) -> None:
@@ -200,9 +228,13 @@ class Bench:
         return Reader(way.name, way.kind, read, way.levels, way.tokens)
 
     def contest(
-        self, ways: Sequence[Way], caches: Callable[[Way], featcache.Cache], others: Sequence[Reader]
+        self,
+        ways: Sequence[Way],
+        caches: Callable[[Way], featcache.Cache],
+        others: Sequence[Reader],
     ) -> Contest:
-        """Ways, the memcpy that belongs to each, and others; all have shown that they give the right numbers."""
+        """Ways, the memcpy that belongs to each, and others; all have shown that they give the
+        right numbers."""
         readers = [self.memcpy(way) for way in dict.fromkeys(way.memcpy for way in ways)]
         readers += [(self.preads if way.bare else self.ours)(caches(way), way) for way in ways]
         contest = Contest([*readers, *others])

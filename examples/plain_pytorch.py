@@ -1,11 +1,12 @@
-"""A training loop of one's own on a feature cache: a small ViT learns a teacher's last block, token by token.
+"""A training loop of one's own on a feature cache: a small ViT learns a teacher's last block, token
+by token.
 
     featcache extract --teacher clip-b16 --images train/ --views 4 --levels last:1 --out cache
     python examples/plain_pytorch.py train/ cache
 
-Nothing here but PyTorch, timm and `featcache.torch.Dataset`: pictures and features come joined by key, and every epoch
-shows another of the stored views. Of a cache made with --keep the patches that were not stored are NaN, and are left
-out of the loss. Prints the mean loss of each epoch.
+Nothing here but PyTorch, timm and `featcache.torch.Dataset`: pictures and features come joined by
+key, and every epoch shows another of the stored views. Of a cache made with --keep the patches that
+were not stored are NaN, and are left out of the loss. Prints the mean loss of each epoch.
 """
 
 import sys
@@ -19,14 +20,21 @@ from featcache import UserError
 from featcache.torch import Dataset
 
 
-def train(pictures: str | None, cache: str, epochs: int = 10, batch_size: int = 64, workers: int = 2) -> list[float]:
-    """`pictures` None takes the pixels that the cache stores. Returns the mean loss of each epoch."""
+def train(
+    pictures: str | None, cache: str, epochs: int = 10, batch_size: int = 64, workers: int = 2
+) -> list[float]:
+    """`pictures` None takes the pixels that the cache stores. Returns the mean loss of each
+    epoch."""
     data = Dataset(pictures, cache)
-    loader = DataLoader(data, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    loader = DataLoader(
+        data, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
     size, teacher = data.policy.size, data.cache.identity["teacher"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     patch = size // int(teacher["patches"] ** 0.5)  # the student's tokens lie on the teacher's grid
-    student = timm.create_model("vit_tiny_patch16_224", img_size=size, patch_size=patch, num_classes=0).to(device)
+    student = timm.create_model(
+        "vit_tiny_patch16_224", img_size=size, patch_size=patch, num_classes=0
+    ).to(device)
     head = torch.nn.Linear(student.embed_dim, teacher["width"]).to(device)
     optimizer = torch.optim.AdamW([*student.parameters(), *head.parameters()], lr=5e-4)
     means = []
@@ -35,8 +43,10 @@ def train(pictures: str | None, cache: str, epochs: int = 10, batch_size: int = 
         losses = []
         for batch in loader:
             images = batch["pixels"].to(device, non_blocking=True) / 127.5 - 1  # (B, 3, S, S)
-            targets = batch["features"][:, -1].to(device, non_blocking=True)  # (B, 1 + P, D) of the last level
-            known = targets.isfinite().all(-1)  # (B, 1 + P): all of them, but for a cache made with --keep
+            # (B, 1 + P, D) of the last level
+            targets = batch["features"][:, -1].to(device, non_blocking=True)
+            # (B, 1 + P): all of them, but for a cache made with --keep
+            known = targets.isfinite().all(-1)
             loss = smooth_l1_loss(head(student.forward_features(images))[known], targets[known])
             optimizer.zero_grad()
             loss.backward()

@@ -1,7 +1,9 @@
-"""featcache: a frozen teacher's features over replayable views, extracted once, read at memory speed.
+"""featcache: a frozen teacher's features over replayable views, extracted once, read at memory
+speed.
 
-`featcache.open(path)` gives a `Cache`. Importing this package, and reading a cache, needs no torch; the reader itself
-is imported when it is first asked for, so that a command answers Ctrl-C from its first moment on.
+`featcache.open(path)` gives a `Cache`. Importing this package, and reading a cache, needs no torch;
+the reader itself is imported when it is first asked for, so that a command answers Ctrl-C from its
+first moment on.
 """
 
 from __future__ import annotations
@@ -27,10 +29,14 @@ def __getattr__(name: str) -> Any:
 
 
 def open(
-    path: str | os.PathLike[str], *, threads: int | None = None, verify_rows: float = 1.0, io: str = "auto"
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    verify_rows: float = 1.0,
+    io: str = "auto",
 ) -> Cache:
-    """Open the cache at `path` for reading; the options are those of `Cache`. Files are checked here for existence and
-    size, rows as they are read."""
+    """Open the cache at `path` for reading; the options are those of `Cache`. Files are checked
+    here for existence and size, rows as they are read."""
     from featcache.reading.cache import Cache
 
     return Cache(path, threads=threads, verify_rows=verify_rows, io=io)

@@ -1,4 +1,5 @@
-"""`featcache` and `python -m featcache`: imports come under a guard, so that an early Ctrl-C is one line."""
+"""`featcache` and `python -m featcache`: imports come under a guard, so that an early Ctrl-C is one
+line."""
 
 from featcache.runtime import signals
 

@@ -1,5 +1,5 @@
-"""The `featcache` command. Each command is a file in `commands/`, found by its name there and imported when it is
-called, so that `featcache info` never waits for torch.
+"""The `featcache` command. Each command is a file in `commands/`, found by its name there and
+imported when it is called, so that `featcache info` never waits for torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ STOPPED = {
 )
 @click.version_option(package_name="featcache")
 def cli() -> None:
-    """Run a frozen teacher once over replayable augmented views; keep what students learn from in open formats."""
+    """Run a frozen teacher once over replayable augmented views; keep what students learn from in
+    open formats."""
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """The errors a user can cause, and how a command tells of them.
 
-A `UserError` is one line with four parts: what failed, what was given, what is allowed, what to do next. Commands
-print that line and exit; nobody sees a traceback for a mistake of their own. Anything else that reaches the top is a
-defect of ours and keeps its traceback.
+A `UserError` is one line with four parts: what failed, what was given, what is allowed, what to do
+next. Commands print that line and exit; nobody sees a traceback for a mistake of their own.
+Anything else that reaches the top is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Iterable
 
 WORK_FAILED = 1  # the command was right, the work could not be done
 COMMAND_WRONG = 2  # the command itself cannot be meant
-STOPPED = 75  # training was asked to stop and can go on: sysexits.h's EX_TEMPFAIL, which a scheduler may requeue
+# training was asked to stop and can go on: sysexits.h's EX_TEMPFAIL, which a scheduler may requeue
+STOPPED = 75
 
 
 class UserError(Exception):
-    """One line for the person at the keyboard; `exit_status` is 1 (the work failed) or 2 (the command was wrong)."""
+    """One line for the person at the keyboard; `exit_status` is 1 (the work failed) or 2 (the
+    command was wrong)."""
 
     exit_status = WORK_FAILED
 
@@ -38,17 +40,28 @@ class StoppedError(UserError):
 
 
 class UnreadableError(UserError):
-    """The machine does not give a file's bytes: nothing is known of the file itself, and no repair would help."""
+    """The machine does not give a file's bytes: nothing is known of the file itself, and no repair
+    would help."""
 
 
 # Of the place a file lies at, not of the file; a bad sector (EIO) is the file's own.
-_OF_THE_PLACE = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_OF_THE_PLACE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
 
 
 def raise_if_unreadable(path: object, error: OSError) -> None:
     """Turn an error of the place into one line; any other is left to the caller."""
     if error.errno in _OF_THE_PLACE:
-        raise UnreadableError(f"{str(path)!r}: {error.strerror}; mend this and run the same command again") from error
+        raise UnreadableError(
+            f"{str(path)!r}: {error.strerror}; mend this and run the same command again"
+        ) from error
 
 
 class IdentityError(UserError):

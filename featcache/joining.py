@@ -1,4 +1,5 @@
-"""`pair` matches the rows of two caches by key, where both show the same crops of the same pictures."""
+"""`pair` matches the rows of two caches by key, where both show the same crops of the same
+pictures."""
 
 from featcache.reading.join import pair
 

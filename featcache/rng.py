@@ -1,9 +1,10 @@
 """Randomness as a pure function of (seed, key, view, epoch).
 
-Philox4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11), vectorised in numpy, keyed by the
-128-bit BLAKE2b digest of a picture's key. The counter holds (block, view, epoch, stream), where the stream word
-names what is drawn and carries the seed. Nothing else enters: not the worker, the batch, the shard or the world size.
-Library distributions change between versions, so words become floats by our own conversion.
+Philox4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11), vectorised in
+numpy, keyed by the 128-bit BLAKE2b digest of a picture's key. The counter holds (block, view,
+epoch, stream), where the stream word names what is drawn and carries the seed. Nothing else enters:
+not the worker, the batch, the shard or the world size. Library distributions change between
+versions, so words become floats by our own conversion.
 
 Shapes: n keys, W words.
 """
@@ -47,7 +48,8 @@ def _mul_high_low(a: np.uint64, b: U64) -> tuple[U64, U64]:
 
 
 def philox(counter: tuple[U64, U64, U64, U64], key: tuple[U64, U64]) -> U64:
-    """Ten Philox4x64 rounds over arrays of counters and keys of equal shape; returns shape (..., 4)."""
+    """Ten Philox4x64 rounds over arrays of counters and keys of equal shape; returns shape (...,
+    4)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     with np.errstate(over="ignore"):
@@ -60,7 +62,12 @@ def philox(counter: tuple[U64, U64, U64, U64], key: tuple[U64, U64]) -> U64:
 
 
 def words(
-    digests: U64, stream_word: np.uint64, count: int, *, view: int | npt.ArrayLike = 0, epoch: int | npt.ArrayLike = 0
+    digests: U64,
+    stream_word: np.uint64,
+    count: int,
+    *,
+    view: int | npt.ArrayLike = 0,
+    epoch: int | npt.ArrayLike = 0,
 ) -> U64:
     """(n, count) random words for n keys. `view` and `epoch` are one number or one per key."""
     n, blocks = len(digests), -(-count // 4)
@@ -96,8 +103,9 @@ def permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 
 
 def race(weights: npt.ArrayLike, raw: U64) -> npt.NDArray[np.int64]:
-    """Exponential race: (n, P) weights and (n, P) words -> (n, P) order, so that for every m the first m entries are
-    drawn without replacement in proportion to the weights (METHODS 0.3: top-k of log p - log e, e exponential).
+    """Exponential race: (n, P) weights and (n, P) words -> (n, P) order, so that for every m the
+    first m entries are drawn without replacement in proportion to the weights (METHODS 0.3: top-k
+    of log p - log e, e exponential).
 
     Zeros are legal and come last, in index order.
     """

@@ -1,4 +1,5 @@
-"""A cache as a PyTorch dataset, for people who keep their own trainer: pictures and targets joined by key.
+"""A cache as a PyTorch dataset, for people who keep their own trainer: pictures and targets joined
+by key.
 
     data = Dataset("train/", "caches/clip-b16-1a2b3c4d", levels=[12])
     for epoch in range(10):
@@ -6,7 +7,8 @@
         for batch in DataLoader(data, 256, shuffle=True, num_workers=8, persistent_workers=True):
             loss = ...(batch["pixels"], batch["features"])
 
-`examples/plain_pytorch.py` is a whole training loop. B batch, L levels, T stored tokens, P patches, D width, S pixels.
+`examples/plain_pytorch.py` is a whole training loop. B batch, L levels, T stored tokens, P patches,
+D width, S pixels.
 """
 
 from __future__ import annotations
@@ -40,25 +42,30 @@ Sample = dict[str, Any]
 class Dataset(torch.utils.data.Dataset[Sample]):
     """Map-style, one sample a picture: the view of the current epoch and what is stored of it.
 
-    `pictures` is a folder, a tar pattern or a `featcache.images.Source`; None takes the pixels that the cache stores
-    (`--pixels raw`), and nothing is decoded. Pictures in quarantine are skipped, pictures the cache does not know are
-    refused. A sample holds
+    `pictures` is a folder, a tar pattern or a `featcache.images.Source`; None takes the pixels that
+    the cache stores (`--pixels raw`), and nothing is decoded. Pictures in quarantine are skipped,
+    pictures the cache does not know are refused. A sample holds
 
-        pixels   (3, S, S) uint8, geometry as stored; `transform` is applied to it, and may change colours only
-        FIELDS   each of `fields` as a tensor; of `features` only `levels` (block numbers) and the first `tokens`
-        key, view, row, index     the picture's key, the view shown, the row in the cache, the number in this dataset
+        pixels   (3, S, S) uint8, geometry as stored; `transform` is applied to it, and may change
+                 colours only
+        FIELDS   each of `fields` as a tensor; of `features` only `levels` (block numbers) and the
+                 first `tokens`
+        key, view, row, index     the picture's key, the view shown, the row in the cache, the
+                                  number in this dataset
 
-    `decode=True` gives features as float32 in image order, (L, 1 + P, D). Of ranked tokens some may not be stored
-    (`--keep`) or not read (`tokens`): those are NaN, so that a loss which looks at them cannot go unnoticed. Leave them
-    out with `known = features.isfinite().all(-1)`, a mask (B, L, 1 + P). Of raster tokens the first `tokens` come.
+    `decode=True` gives features as float32 in image order, (L, 1 + P, D). Of ranked tokens some may
+    not be stored (`--keep`) or not read (`tokens`): those are NaN, so that a loss which looks at
+    them cannot go unnoticed. Leave them out with `known = features.isfinite().all(-1)`, a mask (B,
+    L, 1 + P). Of raster tokens the first `tokens` come.
 
-    `decode=False` gives them as stored, in the codec's arrays and half the bytes to carry from workers, (L, T, D) with
-    `mask_order` beside ranked ones; `data.decode(batch)` does the rest where the batch is, on a GPU too.
+    `decode=False` gives them as stored, in the codec's arrays and half the bytes to carry from
+    workers, (L, T, D) with `mask_order` beside ranked ones; `data.decode(batch)` does the rest
+    where the batch is, on a GPU too.
 
     A share `check_pixels` of the views is compared with what the teacher saw.
 
-    Works with num_workers=0 and with forked and spawned workers; a whole batch is one `cache.read`. `set_epoch` reaches
-    persistent workers too: call it before the epoch's iteration begins.
+    Works with num_workers=0 and with forked and spawned workers; a whole batch is one `cache.read`.
+    `set_epoch` reaches persistent workers too: call it before the epoch's iteration begins.
     """
 
     def __init__(
@@ -91,18 +98,24 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         self.decoded, self.transform, self.return_key = decode, transform, return_key
         self.check_pixels, self.pixel_tolerance = check_pixels, pixel_tolerance
         self._digests = rng.key_digests(self.source.keys[i] for i in self.pictures)
-        self._epoch = torch.tensor([_checked_epoch(epoch)]).share_memory_()  # workers see what `set_epoch` writes
+        # workers see what `set_epoch` writes
+        self._epoch = torch.tensor([_checked_epoch(epoch)]).share_memory_()
         self._readers = {
             name: FeatureReader(self.cache, name.rpartition("/")[0] or None)
             for name in self.fields
             if name.rpartition("/")[2] == "features"
         }
         self._reads = tuple(dict.fromkeys([*self._stored(), *self._pixel_fields()]))
-        self.cache.read(np.zeros(0, np.int64), 0, self._reads, levels, tokens)  # a name that is not stored is told now
+        # a name that is not stored is told now
+        self.cache.read(np.zeros(0, np.int64), 0, self._reads, levels, tokens)
 
     def _stored(self) -> list[str]:
-        """Arrays that the fields are made of: features of a codec may be several, ranked ones need their order."""
-        return [*self.fields, *(field for reader in self._readers.values() for field in reader.fields)]
+        """Arrays that the fields are made of: features of a codec may be several, ranked ones need
+        their order."""
+        return [
+            *self.fields,
+            *(field for reader in self._readers.values() for field in reader.fields),
+        ]
 
     def _pixel_fields(self) -> tuple[str, ...]:
         return ("pixels",) if isinstance(self.source, join.StoredPixels) else Drawn._fields
@@ -112,7 +125,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         return int(self._epoch[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Show the views of this epoch from the next iteration on; over V epochs every picture shows its V views."""
+        """Show the views of this epoch from the next iteration on; over V epochs every picture
+        shows its V views."""
         self._epoch[0] = _checked_epoch(epoch)
 
     def __len__(self) -> int:
@@ -122,15 +136,20 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of a batch, with one read of the cache; PyTorch's loader asks for batches in this way."""
+        """The samples of a batch, with one read of the cache; PyTorch's loader asks for batches in
+        this way."""
         at = np.asarray(indices, np.int64)
         rows, digests = self.rows[at], self._digests[at]
         shown = stored_view(digests, self.epoch, self.cache.views)
         host = self.cache.read(rows, shown, self._reads, self.levels, self.tokens)
         pixels = [self._pixels(host, i, int(index)) for i, index in enumerate(at)]
-        for i in np.flatnonzero(pixel_check.sampled(digests, shown, self.epoch, 0, self.check_pixels)).tolist():
+        for i in np.flatnonzero(
+            pixel_check.sampled(digests, shown, self.epoch, 0, self.check_pixels)
+        ).tolist():
             how = "pixel_tolerance=LEVELS"
-            pixel_check.prove(self.cache, int(rows[i]), int(shown[i]), pixels[i], self.pixel_tolerance, how)
+            pixel_check.prove(
+                self.cache, int(rows[i]), int(shown[i]), pixels[i], self.pixel_tolerance, how
+            )
         arrays = self._tensors({name: tensor(host[name]) for name in self._stored()})
         return [
             {
@@ -143,7 +162,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         ]
 
     def decode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of `decode=False` with float32 features (B, L, 1 + P, D) in image order, on the batch's device."""
+        """A batch of `decode=False` with float32 features (B, L, 1 + P, D) in image order, on the
+        batch's device."""
         out = dict(batch)
         for name, reader in self._readers.items():
             out[name] = reader.features(batch)
@@ -156,7 +176,9 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         whole = self.decode(arrays)
         return {name: whole[name] for name in self.fields}
 
-    def _pixels(self, host: Mapping[str, npt.NDArray[Any]], i: int, index: int) -> npt.NDArray[np.uint8]:
+    def _pixels(
+        self, host: Mapping[str, npt.NDArray[Any]], i: int, index: int
+    ) -> npt.NDArray[np.uint8]:
         if "pixels" in host:
             stored: npt.NDArray[np.uint8] = host["pixels"][i]
             return stored
@@ -165,7 +187,9 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             picture = pixel_path.picture(self.source, number)
         except (PictureError, OSError) as error:
             key = self.source.keys[number]
-            raise UserError(f"picture {key!r} cannot be used in training: {error}; mend it, or remove it") from error
+            raise UserError(
+                f"picture {key!r} cannot be used in training: {error}; mend it, or remove it"
+            ) from error
         drawn = (host["crop"][i], host["flip"][i], host["jitter"][i])
         return render(picture, *drawn, self.policy.size, self.policy.filter)
 
@@ -182,7 +206,10 @@ def _checked_epoch(epoch: int) -> int:
 
 def _check_shares(check_pixels: float, pixel_tolerance: float) -> None:
     """NaN compares with nothing, so that it would switch the proof off without a word."""
-    for name, value, most in (("check_pixels", check_pixels, 1.0), ("pixel_tolerance", pixel_tolerance, 255.0)):
+    for name, value, most in (
+        ("check_pixels", check_pixels, 1.0),
+        ("pixel_tolerance", pixel_tolerance, 255.0),
+    ):
         if not isinstance(value, int | float) or not 0 <= value <= most:
             raise UsageError(f"Dataset: {name}={value!r}; a number from 0 to {most:g} is allowed")
 

@@ -1,12 +1,16 @@
-"""The 1,797 handwritten digits that ship with scikit-learn, as labelled shards, and a small ViT that knows them.
+"""The 1,797 handwritten digits that ship with scikit-learn, as labelled shards, and a small ViT
+that knows them.
 
     python -m pipelines.digits OUT
 
-    OUT/pictures/{train,test}/CLASS/NUMBER.png     8 x 8 grey digits, enlarged bicubically to 32 x 32
-    OUT/data/{train,test}-000000.tar ...           the same, packed by pipelines.pack_images, with labels
-    OUT/teacher.safetensors, teacher.json          a timm ViT trained on the training digits; how well it does
+    OUT/pictures/{train,test}/CLASS/NUMBER.png   8 x 8 grey digits, enlarged bicubically to 32 x 32
+    OUT/data/{train,test}-000000.tar ...         the same, packed by pipelines.pack_images, with
+                                                 labels
+    OUT/teacher.safetensors, teacher.json        a timm ViT trained on the training digits; how well
+                                                 it does
 
-The split is 1,400 to 397 by a seeded permutation; neither the teacher nor anything after it sees the held-out digits.
+The split is 1,400 to 397 by a seeded permutation; neither the teacher nor anything after it sees
+the held-out digits.
 
 B batch, C classes, S pixels a side.
 """
@@ -47,10 +51,17 @@ TRAIN = 1400
 CLASSES = 10
 SHARD_SIZE = 512
 ARCHITECTURE = "vit_small_patch16_224"
-OPTIONS: dict[str, Any] = {"img_size": PX, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
+OPTIONS: dict[str, Any] = {
+    "img_size": PX,
+    "patch_size": 4,
+    "embed_dim": 128,
+    "depth": 6,
+    "num_heads": 4,
+}
 # What `featcache extract --teacher` is told, with --weights OUT/teacher.safetensors.
 SPEC = f"timm:{ARCHITECTURE}," + ",".join(f"{key}={value}" for key, value in OPTIONS.items())
-# The crops the teacher learns on are those it is asked about later; a mirrored digit is another shape.
+# The crops the teacher learns on are those it is asked about later; a mirrored digit is another
+# shape.
 CROPS: dict[str, Any] = {"size": PX, "scale": (0.7, 1.0), "flip": 0.0}
 
 
@@ -83,8 +94,11 @@ def write_shards(out: Path, seed: int) -> None:
 def train_teacher(
     train: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3
 ) -> VisionTransformer:
-    """Cross-entropy on a fresh view of every digit each epoch; AdamW, one epoch of warm-up, half a cosine to 0."""
-    vit = weights.build_seeded(lambda: timm.create_model(ARCHITECTURE, num_classes=CLASSES, **OPTIONS), start_of(seed))
+    """Cross-entropy on a fresh view of every digit each epoch; AdamW, one epoch of warm-up, half a
+    cosine to 0."""
+    vit = weights.build_seeded(
+        lambda: timm.create_model(ARCHITECTURE, num_classes=CLASSES, **OPTIONS), start_of(seed)
+    )
     assert isinstance(vit, VisionTransformer)
     assert train.labels is not None
     labels = torch.from_numpy(train.labels)
@@ -111,8 +125,8 @@ def train_teacher(
 
 
 def start_of(seed: int) -> str:
-    """The weights the teacher starts from. A student of the same seed must start elsewhere: one that begins as its
-    teacher began is aligned with it by more than what it is shown."""
+    """The weights the teacher starts from. A student of the same seed must start elsewhere: one
+    that begins as its teacher began is aligned with it by more than what it is shown."""
     return f"random:{1000 + seed}"
 
 
@@ -149,17 +163,32 @@ def _normalised(vit: VisionTransformer, pixels: Tensor) -> Tensor:
 def accuracy(vit: VisionTransformer, source: Source) -> float:
     """Per cent of the whole, uncropped digits that the teacher's own head gets right."""
     assert source.labels is not None
-    whole = [render_centre(decode(source.read(row)), PX, 1.0, "bicubic") for row in range(len(source))]
+    whole = [
+        render_centre(decode(source.read(row)), PX, 1.0, "bicubic") for row in range(len(source))
+    ]
     logits = vit(_normalised(vit, torch.from_numpy(np.stack(whole)).permute(0, 3, 1, 2)))  # (n, C)
     return 100.0 * float((logits.argmax(1).numpy() == source.labels).mean())
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split and the teacher.")
-@click.option("--epochs", type=click.IntRange(2), default=25, show_default=True, help="Of the teacher's training.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the split and the teacher.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(2),
+    default=25,
+    show_default=True,
+    help="Of the teacher's training.",
+)
 def cli(out: Path, seed: int, epochs: int) -> None:
-    """Write the digits to OUT/data as labelled shards and train OUT/teacher.safetensors on the training part.
+    """Write the digits to OUT/data as labelled shards and train OUT/teacher.safetensors on the
+    training part.
 
     \b
     Examples:
@@ -172,12 +201,18 @@ def cli(out: Path, seed: int, epochs: int) -> None:
     train, test = (open_source(out / "data" / f"{part}-*.tar") for part in ("train", "test"))
     vit = train_teacher(train, seed=seed, epochs=epochs)
     save_file(vit.state_dict(), out / "teacher.safetensors")
-    facts = {"spec": SPEC, "seed": seed, "epochs": epochs, "head_top1": round(accuracy(vit, test), 2)}
+    facts = {
+        "spec": SPEC,
+        "seed": seed,
+        "epochs": epochs,
+        "head_top1": round(accuracy(vit, test), 2),
+    }
     facts["seconds"] = round(time.perf_counter() - started, 1)
     (out / "teacher.json").write_text(json.dumps(facts, indent=1) + "\n")
     click.echo(
-        f"{len(train)} training and {len(test)} held-out digits in {out / 'data'}; the teacher names "
-        f"{facts['head_top1']} % of the held-out ones ({facts['seconds']} s): {out / 'teacher.safetensors'}"
+        f"{len(train)} training and {len(test)} held-out digits in {out / 'data'}; the teacher "
+        f"names {facts['head_top1']} % of the held-out ones ({facts['seconds']} s): "
+        f"{out / 'teacher.safetensors'}"
     )
 
 

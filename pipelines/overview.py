@@ -3,7 +3,8 @@
     | picture, crop boxes | views 1..V | attention 1..V | mask 1..V |      one row a sample
     | loss over steps     | its parts, where runs have them         |
 
-Everything is replayed from the cache: the boxes, the mirrored views, the teacher's attention, the stored mask order.
+Everything is replayed from the cache: the boxes, the mirrored views, the teacher's attention, the
+stored mask order.
 
 V views shown, P = g * g patches, S pixels a side.
 """
@@ -35,7 +36,11 @@ from student.training import metrics
 VIEWS_SHOWN = 4  # more would be too small to read
 GREY = 0.82  # hidden patches
 FIELDS = ("crop", "flip", "jitter", "attention", "mask_order")
-PANELS = {"loss": "loss", "align": "its part: alignment with the teacher", "pixel": "its part: hidden pixels"}
+PANELS = {
+    "loss": "loss",
+    "align": "its part: alignment with the teacher",
+    "pixel": "its part: hidden pixels",
+}
 VIEW_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd")
 RUN_COLOURS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e")
 
@@ -51,14 +56,22 @@ def draw(
     *,
     visible_ratio: float = 0.25,
 ) -> None:
-    """Write the picture to `path` (its suffix is the format): samples `keys` above, the curves of `runs` below."""
+    """Write the picture to `path` (its suffix is the format): samples `keys` above, the curves of
+    `runs` below."""
     count = min(cache.views, VIEWS_SHOWN)
     figure = Figure(figsize=(1.5 + 3.6 * count, 1.3 * len(keys) + 4.4))
     grid = GridSpec(
         2, 1, figure, height_ratios=[1.3 * len(keys), 2.9], hspace=0.62 / max(len(keys), 2),
-        left=0.04, right=0.985, top=1 - 0.72 / figure.get_figheight(), bottom=0.55 / figure.get_figheight(),
+        left=0.04, right=0.985,
+        top=1 - 0.72 / figure.get_figheight(), bottom=0.55 / figure.get_figheight(),
     )  # fmt: skip
-    figure.text(0.04, 1 - 0.2 / figure.get_figheight(), manifest.title(cache.manifest), fontsize=9, color="0.35")
+    figure.text(
+        0.04,
+        1 - 0.2 / figure.get_figheight(),
+        manifest.title(cache.manifest),
+        fontsize=9,
+        color="0.35",
+    )
     _samples(figure, grid, source, cache, keys, count, visible_ratio)
     _curves(figure, grid, {name: metrics.read(run) for name, run in runs.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,11 +79,19 @@ def draw(
 
 
 def _samples(
-    figure: Figure, grid: GridSpec, source: Source, cache: Cache, keys: Sequence[str], count: int, visible_ratio: float
+    figure: Figure,
+    grid: GridSpec,
+    source: Source,
+    cache: Cache,
+    keys: Sequence[str],
+    count: int,
+    visible_ratio: float,
 ) -> None:
     """The upper rows: one sample each, in four groups of columns."""
     widths = [1.15, 0.12, *([1.0] * count), 0.12, *([1.0] * count), 0.12, *([1.0] * count)]
-    cells = GridSpecFromSubplotSpec(len(keys), len(widths), grid[0], width_ratios=widths, wspace=0.06, hspace=0.1)
+    cells = GridSpecFromSubplotSpec(
+        len(keys), len(widths), grid[0], width_ratios=widths, wspace=0.06, hspace=0.1
+    )
     starts = [2 + group * (count + 1) for group in range(3)]
     for row, sample in enumerate(samples(source, cache, keys, count)):
         axes = figure.add_subplot(cells[row, 0])
@@ -78,7 +99,13 @@ def _samples(
         for view in range(count):
             for start, kind in zip(starts, ("view", "attention", "mask"), strict=True):
                 axes = figure.add_subplot(cells[row, start + view])
-                _show(axes, sample["views"][view], kind, visible_ratio, VIEW_COLOURS[view % len(VIEW_COLOURS)])
+                _show(
+                    axes,
+                    sample["views"][view],
+                    kind,
+                    visible_ratio,
+                    VIEW_COLOURS[view % len(VIEW_COLOURS)],
+                )
     titles = (
         "views, as teacher and student see them",
         "attention of the teacher's [CLS]",
@@ -97,7 +124,8 @@ def samples(source: Source, cache: Cache, keys: Sequence[str], count: int) -> li
     missing = [key for key, row in zip(keys, rows, strict=True) if row < 0 or key not in number]
     if missing:
         raise UserError(
-            f"drawing samples: {missing[0]!r} is not in both {source.spec!r} and {cache.path}; give keys of both"
+            f"drawing samples: {missing[0]!r} is not in both {source.spec!r} and {cache.path}; "
+            "give keys of both"
         )
     policy = policy_from_dict(cache.identity["policy"])
     stored = [cache.read(rows, view=view, fields=FIELDS) for view in range(count)]
@@ -114,16 +142,22 @@ def samples(source: Source, cache: Cache, keys: Sequence[str], count: int) -> li
 
 
 def attention_over(pixels: npt.NDArray[np.uint8], attention: npt.NDArray[np.floating]) -> Pixels:
-    """(S, S, 3) uint8 and (P,) -> the grey view under a heat map scaled to its own largest weight."""
+    """(S, S, 3) uint8 and (P,) -> the grey view under a heat map scaled to its own largest
+    weight."""
     grid = grid_side(len(attention))
-    heat = np.asarray(attention, np.float64).reshape(grid, grid) / max(float(np.max(attention)), 1e-12)
+    heat = np.asarray(attention, np.float64).reshape(grid, grid) / max(
+        float(np.max(attention)), 1e-12
+    )
     coloured = matplotlib.colormaps["inferno"](_to_pixels(heat, len(pixels)))[..., :3]
     grey = pixels.mean(-1, keepdims=True) / 255
     return np.clip(0.4 * grey + 0.6 * coloured, 0, 1)
 
 
-def masked(pixels: npt.NDArray[np.uint8], mask_order: npt.NDArray[np.integer], visible_ratio: float) -> Pixels:
-    """(S, S, 3) uint8 and a permutation (P,) -> the first patches of the order; the others are grey."""
+def masked(
+    pixels: npt.NDArray[np.uint8], mask_order: npt.NDArray[np.integer], visible_ratio: float
+) -> Pixels:
+    """(S, S, 3) uint8 and a permutation (P,) -> the first patches of the order; the others are
+    grey."""
     grid = grid_side(len(mask_order))
     seen = np.zeros(grid * grid)
     seen[np.asarray(mask_order[: int(grid * grid * visible_ratio)], np.int64)] = 1
@@ -146,13 +180,18 @@ def _show_boxes(axes: Axes, sample: dict[str, Any]) -> None:
     """The source picture with the numbered, coloured boxes of its views."""
     picture: Image.Image = sample["picture"]
     axes.imshow(np.asarray(picture), interpolation="nearest")
-    unit = max(picture.size) / 100  # boxes are drawn a little outside one another, so that equal edges stay visible
+    # boxes are drawn a little outside one another, so that equal edges stay visible
+    unit = max(picture.size) / 100
     for i, view in enumerate(sample["views"]):
         top, left, height, width = (float(x) for x in view["crop"])
         shift = (i - (len(sample["views"]) - 1) / 2) * unit
         colour = VIEW_COLOURS[i % len(VIEW_COLOURS)]
         corner = (left - 0.5 + shift, top - 0.5 + shift)
-        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.8, clip_on=False))
+        axes.add_patch(
+            Rectangle(
+                corner, width, height, fill=False, edgecolor=colour, linewidth=1.8, clip_on=False
+            )
+        )
     _bare(axes)
     axes.set_ylabel(sample["key"][-16:], fontsize=9, labelpad=7)
 
@@ -188,9 +227,17 @@ def _curves(figure: Figure, grid: GridSpec, rows: Mapping[str, list[dict[str, An
     cells = GridSpecFromSubplotSpec(1, len(panels), grid[1], wspace=0.16)
     for i, part in enumerate(panels):
         axes = figure.add_subplot(cells[0, i])
-        for (name, found), colour in zip(trained.items(), _cycle(RUN_COLOURS, len(trained)), strict=True):
+        for (name, found), colour in zip(
+            trained.items(), _cycle(RUN_COLOURS, len(trained)), strict=True
+        ):
             if part in found[0]:
-                _curve(axes, name, colour, [row["step"] for row in found], [float(row[part]) for row in found])
+                _curve(
+                    axes,
+                    name,
+                    colour,
+                    [row["step"] for row in found],
+                    [float(row[part]) for row in found],
+                )
         axes.set_title(PANELS[part], fontsize=12)
         axes.set_xlabel("step", fontsize=10)
         axes.grid(alpha=0.25)
@@ -202,14 +249,24 @@ def _cycle(colours: Sequence[str], count: int) -> list[str]:
     return [colours[i % len(colours)] for i in range(count)]
 
 
-def _curve(axes: Axes, name: str, colour: str, steps: Sequence[int], values: Sequence[float]) -> None:
-    """The steps as they were, faint, and their running mean over a thirtieth of the run around each."""
+def _curve(
+    axes: Axes, name: str, colour: str, steps: Sequence[int], values: Sequence[float]
+) -> None:
+    """The steps as they were, faint, and their running mean over a thirtieth of the run around
+    each."""
     axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
-    axes.plot(steps, running_mean(np.array(values), len(values) // 60), color=colour, linewidth=2, label=name)
+    axes.plot(
+        steps,
+        running_mean(np.array(values), len(values) // 60),
+        color=colour,
+        linewidth=2,
+        label=name,
+    )
 
 
 def running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
-    """The mean of up to `width` values on either side of every place, and its own; of fewer at the ends.
+    """The mean of up to `width` values on either side of every place, and its own; of fewer at the
+    ends.
 
     >>> running_mean(np.array([2.0, 4.0, 9.0, 8.0]), 1).tolist()
     [3.0, 5.0, 7.0, 8.5]

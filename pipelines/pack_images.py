@@ -1,14 +1,16 @@
-"""Pack pictures into webdataset tar shards, in a seeded shuffled order; or into one FFCV `.beton` (`pack_beton`).
+"""Pack pictures into webdataset tar shards, in a seeded shuffled order; or into one FFCV `.beton`
+(`pack_beton`).
 
     python -m pipelines.pack_images SRC OUT --shard-size N
     python -m pipelines.pack_images SRC OUT.beton
 
-SRC is whatever `pictures.open_source` opens; a shard holds KEY.EXT with the picture's own bytes and, where the
-source is labelled, KEY.cls with the class as a decimal number. The names of the classes go to OUT/classes.json. The
-same pictures give the same bytes: times and owners are fixed, the order is a function of seed and number of pictures.
+SRC is whatever `pictures.open_source` opens; a shard holds KEY.EXT with the picture's own bytes
+and, where the source is labelled, KEY.cls with the class as a decimal number. The names of the
+classes go to OUT/classes.json. The same pictures give the same bytes: times and owners are fixed,
+the order is a function of seed and number of pictures.
 
-Shards grow in a hidden folder of OUT and are moved out of it, synced, when the last one is whole: a run that fails
-leaves no shard behind, and one that is killed leaves only that folder.
+Shards grow in a hidden folder of OUT and are moved out of it, synced, when the last one is whole: a
+run that fails leaves no shard behind, and one that is killed leaves only that folder.
 """
 
 from __future__ import annotations
@@ -51,13 +53,20 @@ MAGIC = {
     b"P5": ".pgm",
     b"P6": ".ppm",
 }
-QUALITY = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}  # every other format that we write is lossless
+# every other format that we write is lossless
+QUALITY = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 PREFIX = "pictures"
 AHEAD = 256  # pictures read (and resized) before their turn; bounds the memory
 
 
 def pack(
-    source: Source, out: Path, shard_size: int, *, seed: int, resize_px: int | None = None, prefix: str = PREFIX
+    source: Source,
+    out: Path,
+    shard_size: int,
+    *,
+    seed: int,
+    resize_px: int | None = None,
+    prefix: str = PREFIX,
 ) -> list[Path]:
     """Write the shards OUT/PREFIX-000000.tar ... and OUT/classes.json; returns the shards."""
     _check(out, shard_size, resize_px, prefix)
@@ -67,8 +76,9 @@ def pack(
         work.mkdir(parents=True)
     except FileExistsError as error:
         raise UserError(
-            f"packing into {str(out)!r}: {work.name} is there, so another run is at work or was killed; one run at a "
-            f"time may write these shards: wait for it, or remove {str(work)!r} and run again"
+            f"packing into {str(out)!r}: {work.name} is there, so another run is at work or was "
+            "killed; one run at a time may write these shards: wait for it, or remove "
+            f"{str(work)!r} and run again"
         ) from error
     try:
         names = _write_shards(source, work, shard_size, seed, resize_px, prefix)
@@ -85,27 +95,36 @@ def _check(out: Path, shard_size: int, resize_px: int | None, prefix: str) -> No
     if shard_size < 1:
         raise UsageError(f"--shard-size {shard_size}: a shard holds 1 picture or more; give 1000")
     if resize_px is not None and resize_px < 1:
-        raise UsageError(f"--resize {resize_px}: the shorter side has 1 pixel or more; give 256, or leave it out")
+        raise UsageError(
+            f"--resize {resize_px}: the shorter side has 1 pixel or more; give 256, or leave it out"
+        )
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", prefix):
-        raise UsageError(f"--name {prefix!r}: letters, digits, '_', '-' and '.' are allowed; give a name such as train")
+        raise UsageError(
+            f"--name {prefix!r}: letters, digits, '_', '-' and '.' are allowed; give a name such "
+            "as train"
+        )
     if out.exists() and not out.is_dir():
-        raise UserError(f"packing into {str(out)!r}: it is a file, a folder is needed; give another OUT")
+        raise UserError(
+            f"packing into {str(out)!r}: it is a file, a folder is needed; give another OUT"
+        )
     there = sorted(out.glob(f"{prefix}-*.tar"))
     if there:
         raise UserError(
-            f"packing into {str(out)!r}: it holds {len(there)} shards already ({there[0].name} ...), which are never "
-            "overwritten; give another OUT or --name, or remove them"
+            f"packing into {str(out)!r}: it holds {len(there)} shards already ({there[0].name} "
+            "...), which are never overwritten; give another OUT or --name, or remove them"
         )
 
 
 def _classes_text(source: Source, out: Path) -> str:
-    """The JSON of the class names (null where SRC does not name them); shards that share OUT must agree on it."""
+    """The JSON of the class names (null where SRC does not name them); shards that share OUT must
+    agree on it."""
     text = json.dumps(source.classes, ensure_ascii=False, indent=0) + "\n"
     path = out / "classes.json"
     if path.exists() and path.read_text() != text:
         raise UserError(
-            f"packing into {str(out)!r}: its classes.json names other classes than {source.spec!r}, so a label would "
-            "mean two things; shards of one folder share their classes: give another OUT"
+            f"packing into {str(out)!r}: its classes.json names other classes than "
+            f"{source.spec!r}, so a label would mean two things; shards of one folder share their "
+            "classes: give another OUT"
         )
     return text
 
@@ -117,7 +136,8 @@ def _write_shards(
     order = rng.permutation(len(source), seed, 0).tolist()
     labels = source.labels
     names = [f"{prefix}-{number:06d}.tar" for number in range(-(-len(order) // shard_size))]
-    bar = tqdm(total=len(order), unit="picture", desc="packing", disable=None)  # None: only on a terminal
+    # None: only on a terminal
+    bar = tqdm(total=len(order), unit="picture", desc="packing", disable=None)
     with bar, ThreadPoolExecutor() as pool:
         pictures = _ahead(pool, partial(picture_of, source, resize_px), order)
         rows = iter(zip(order, pictures, strict=True))
@@ -133,8 +153,11 @@ def _write_shards(
     return names
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[int], Any], rows: Sequence[int]) -> Iterator[Any]:
-    """work(row) in the order of the rows, computed by threads at most AHEAD rows before its turn."""
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[int], Any], rows: Sequence[int]
+) -> Iterator[Any]:
+    """work(row) in the order of the rows, computed by threads at most AHEAD rows before its
+    turn."""
     for start in range(0, len(rows), AHEAD):
         yield from pool.map(work, rows[start : start + AHEAD])
 
@@ -142,27 +165,33 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[int], Any], rows: Sequence[
 def picture_of(source: Source, resize_px: int | None, row: int) -> tuple[str, bytes]:
     """Suffix and bytes of one picture as they are packed."""
     data = source.read(row)
-    suffix = Path(source.files[row]).suffix.lower() if isinstance(source, FolderSource) else _sniff(data)
+    suffix = (
+        Path(source.files[row]).suffix.lower() if isinstance(source, FolderSource) else _sniff(data)
+    )
     if resize_px is None:
         return suffix, data
     try:
         return suffix, resized(data, resize_px)
     except PictureError as error:
         raise UserError(
-            f"resizing {source.keys[row]!r} of {source.spec}: {error}; every picture must decode: repair it, take it "
-            "out, or pack without --resize (extraction lists what it cannot read)"
+            f"resizing {source.keys[row]!r} of {source.spec}: {error}; every picture must decode: "
+            "repair it, take it out, or pack without --resize (extraction lists what it cannot "
+            "read)"
         ) from error
 
 
 def _sniff(data: bytes) -> str:
-    """The suffix that these bytes deserve; unknown ones stay a picture (.jpg), for extraction to report."""
+    """The suffix that these bytes deserve; unknown ones stay a picture (.jpg), for extraction to
+    report."""
     return next((suffix for magic, suffix in MAGIC.items() if data.startswith(magic)), ".jpg")
 
 
 def resized(data: bytes, shorter_px: int) -> bytes:
-    """The picture with its shorter side at `shorter_px`, in its own format; the same bytes where it is no larger.
+    """The picture with its shorter side at `shorter_px`, in its own format; the same bytes where it
+    is no larger.
 
-    Pixels go through the one decoder (no EXIF transpose, named conversions to RGB); grey stays grey.
+    Pixels go through the one decoder (no EXIF transpose, named conversions to RGB); grey stays
+    grey.
     """
     picture = decode(data)
     width, height = picture.size
@@ -183,7 +212,8 @@ def resized(data: bytes, shorter_px: int) -> bytes:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """One member with nothing in its header but name and size (mode 0644, time 0, owner 0 without a name)."""
+    """One member with nothing in its header but name and size (mode 0644, time 0, owner 0 without a
+    name)."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -195,7 +225,8 @@ def _sync(path: Path) -> None:
 
 
 def _write_synced(path: Path, text: str) -> None:
-    """Under a temporary name, synced, renamed; the folder is synced too, and with it the shards' new names."""
+    """Under a temporary name, synced, renamed; the folder is synced too, and with it the shards'
+    new names."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     _sync(temporary)
@@ -207,22 +238,42 @@ def _write_synced(path: Path, text: str) -> None:
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--shard-size", type=int, help="Pictures a shard; needed for tars.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the shuffled order.")
-@click.option("--resize", "resize_px", type=int, metavar="PX", help="Shorter side to PX pixels; never enlarges.")
-@click.option("--name", "prefix", metavar="PREFIX", help="Shards are PREFIX-NNNNNN.tar.  [default: pictures]")
-def cli(src: str, out: Path, shard_size: int | None, seed: int, resize_px: int | None, prefix: str | None) -> None:
-    """Pack the pictures of SRC into webdataset tar shards in OUT, or into one FFCV file OUT.beton, in a seeded shuffled
-    order.
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the shuffled order."
+)
+@click.option(
+    "--resize",
+    "resize_px",
+    type=int,
+    metavar="PX",
+    help="Shorter side to PX pixels; never enlarges.",
+)
+@click.option(
+    "--name", "prefix", metavar="PREFIX", help="Shards are PREFIX-NNNNNN.tar.  [default: pictures]"
+)
+def cli(
+    src: str,
+    out: Path,
+    shard_size: int | None,
+    seed: int,
+    resize_px: int | None,
+    prefix: str | None,
+) -> None:
+    """Pack the pictures of SRC into webdataset tar shards in OUT, or into one FFCV file OUT.beton,
+    in a seeded shuffled order.
 
-    SRC is a folder of pictures (class folders become labels), webdataset tars or a .beton. Bytes are kept as they are,
-    unless --resize makes a picture smaller: it is then re-encoded in its own format (JPEG and WebP at quality 95). In a
-    .beton, pictures that are no grey or RGB JPEG are stored as their pixels.
+    SRC is a folder of pictures (class folders become labels), webdataset tars or a .beton. Bytes
+    are kept as they are, unless --resize makes a picture smaller: it is then re-encoded in its own
+    format (JPEG and WebP at quality 95). In a .beton, pictures that are no grey or RGB JPEG are
+    stored as their pixels.
 
     \b
     Examples:
       python -m pipelines.pack_images photos packed --shard-size 1000
-      python -m pipelines.pack_images imagenet/train shards --shard-size 1000 --name train --resize 256
-      python -m pipelines.pack_images 'old-{000000..000009}.tar' reshuffled --shard-size 500 --seed 1
+      python -m pipelines.pack_images imagenet/train shards --shard-size 1000 \\
+        --name train --resize 256
+      python -m pipelines.pack_images 'old-{000000..000009}.tar' reshuffled \\
+        --shard-size 500 --seed 1
       python -m pipelines.pack_images imagenet/train train.beton
     """
     is_beton = out.suffix == ".beton"
@@ -234,20 +285,31 @@ def cli(src: str, out: Path, shard_size: int | None, seed: int, resize_px: int |
 
         raw = pack_beton.pack(source, out, seed=seed, resize_px=resize_px)
         click.echo(
-            f"{len(source)} pictures ({labels}) in {out}: {len(source) - raw} JPEGs as they are, {raw} as pixels"
+            f"{len(source)} pictures ({labels}) in {out}: {len(source) - raw} JPEGs as they are, "
+            f"{raw} as pixels"
         )
         return
-    shards = pack(source, out, shard_size or 0, seed=seed, resize_px=resize_px, prefix=prefix or PREFIX)
-    click.echo(f"{len(source)} pictures ({labels}) in {len(shards)} shards: {shards[0]} ... {shards[-1].name}")
+    shards = pack(
+        source, out, shard_size or 0, seed=seed, resize_px=resize_px, prefix=prefix or PREFIX
+    )
+    click.echo(
+        f"{len(source)} pictures ({labels}) in {len(shards)} shards: {shards[0]} ... "
+        f"{shards[-1].name}"
+    )
 
 
 def _check_kind(out: Path, shard_size: int | None, prefix: str | None, is_beton: bool) -> None:
     """Options that belong to tars alone."""
     if not is_beton and shard_size is None:
-        raise UsageError(f"packing into {str(out)!r}: --shard-size N is needed for tars; give 1000, or name OUT.beton")
+        raise UsageError(
+            f"packing into {str(out)!r}: --shard-size N is needed for tars; give 1000, or name "
+            "OUT.beton"
+        )
     for option, value in {"--shard-size": shard_size, "--name": prefix}.items() if is_beton else ():
         if value is not None:
-            raise UsageError(f"{option} {value}: {out.name} is one file without shards; leave {option} out")
+            raise UsageError(
+                f"{option} {value}: {out.name} is one file without shards; leave {option} out"
+            )
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
-"""The whole idea on real pictures in some minutes: a teacher, its cache, students from it, and what they know.
+"""The whole idea on real pictures in some minutes: a teacher, its cache, students from it, and what
+they know.
 
     python -m pipelines.quickstart [--out quickstart] [--seed 0 | --seeds 0,1,2] [--reduced]
 
-Everything runs through the commands that a user has; each is printed before it runs and can be run again by hand.
-Per seed: the digits are split and packed, and a small ViT is trained on them (pipelines.digits); `featcache extract`
-stores four views from it and, as a control, from the same ViT before its training; `student train` makes a student with
-mralign from either cache, one with mae on the same views for as many steps, and one that is not trained;
-`student eval` scores all of them on held-out digits. Writes OUT/results.json, results.md and overview.png.
+Everything runs through the commands that a user has; each is printed before it runs and can be run
+again by hand. Per seed: the digits are split and packed, and a small ViT is trained on them
+(pipelines.digits); `featcache extract` stores four views from it and, as a control, from the same
+ViT before its training; `student train` makes a student with mralign from either cache, one with
+mae on the same views for as many steps, and one that is not trained; `student eval` scores all of
+them on held-out digits. Writes OUT/results.json, results.md and overview.png.
 
 Exit status 1 when the mralign student is not MARGIN points of k-NN above the mae student.
 """
@@ -35,17 +37,18 @@ from featcache.pictures.open_source import open_source
 from pipelines import digits, overview
 
 MARGIN = 6.0  # points of k-NN, mralign above mae
-# torch's threads spin while they wait for one another. On two cores that are shared with anything else this makes a
-# step three to seven times slower (measured beside one busy process); sleeping costs next to nothing on idle ones.
+# torch's threads spin while they wait for one another. On two cores that are shared with anything
+# else this makes a step three to seven times slower (measured beside one busy process); sleeping
+# costs next to nothing on idle ones.
 WAITING = "PASSIVE"
 MARKER = ".quickstart"  # in a folder that this program made and may clear
 LEVELS = 3
 ENCODER = f"{digits.ARCHITECTURE}," + ",".join(
     f"{key}={digits.OPTIONS[key]}" for key in ("embed_dim", "depth", "num_heads")
 )
-# One decoder, one rate, one schedule for every student: the recipes' own defaults are for ImageNet. The rate is where
-# the training loss is lowest: after 20 epochs 1e-3, 2e-3 and 4e-3 end at .29, .26 and .20 for mralign, and at .53, .51
-# and .51 for mae.
+# One decoder, one rate, one schedule for every student: the recipes' own defaults are for ImageNet.
+# The rate is where the training loss is lowest: after 20 epochs 1e-3, 2e-3 and 4e-3 end at .29, .26
+# and .20 for mralign, and at .53, .51 and .51 for mae.
 SETTINGS = {
     "encoder": ENCODER,
     "decoder_width": 64,
@@ -55,7 +58,8 @@ SETTINGS = {
     "warmup_epochs": 2,
     "drop_path": 0,
 }
-# 1,400 pictures are few steps of MAE's probe; this is the smallest rate at which `student eval linear` does not warn.
+# 1,400 pictures are few steps of MAE's probe; this is the smallest rate at which `student eval
+# linear` does not warn.
 PROBE = {"train-views": 0, "batch-size": 256, "blr": 2.7}
 ROWS = {
     "teacher": "teacher (trained with labels)",
@@ -89,10 +93,20 @@ REDUCED = Plan(teacher_epochs=2, epochs=2, views=2, enforced=False)
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("quickstart"), show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of split, teacher, views, student.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("quickstart"), show_default=True
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of split, teacher, views, student.",
+)
 @click.option("--seeds", help="Several, such as 0,1,2; then means and spreads are told.")
-@click.option("--reduced", is_flag=True, help="A few epochs: shows that everything runs, decides nothing.")
+@click.option(
+    "--reduced", is_flag=True, help="A few epochs: shows that everything runs, decides nothing."
+)
 def cli(out: Path, seed: int, seeds: str | None, reduced: bool) -> None:
     """Teach digits to a student from a cached teacher, and compare it with students that had none.
 
@@ -106,7 +120,9 @@ def cli(out: Path, seed: int, seeds: str | None, reduced: bool) -> None:
     _clear(out)
     os.environ["FEATCACHE_HOME"] = str(out)  # the ledger of runs goes there too
     os.environ.setdefault("OMP_WAIT_POLICY", WAITING)
-    shown = f"FEATCACHE_HOME={shlex.quote(str(out))} OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
+    shown = (
+        f"FEATCACHE_HOME={shlex.quote(str(out))} OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
+    )
     click.echo(f"export {shown}   # python is {sys.executable}")
     started = time.perf_counter()
     found = {number: one_seed(out / f"seed-{number}", number, plan) for number in numbers}
@@ -114,18 +130,27 @@ def cli(out: Path, seed: int, seeds: str | None, reduced: bool) -> None:
     seconds = time.perf_counter() - started
     environment = json.loads((out / f"seed-{numbers[0]}/mralign/environment.json").read_text())
     text = report(found, environment, plan, seconds)
-    facts = {"seconds": round(seconds, 1), "plan": asdict(plan), "settings": SETTINGS, "probe": PROBE}
+    facts = {
+        "seconds": round(seconds, 1),
+        "plan": asdict(plan),
+        "settings": SETTINGS,
+        "probe": PROBE,
+    }
     facts |= {"environment": environment, "margins": margins(found), "seeds": found}
     (out / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     (out / "results.md").write_text(text)
-    click.echo(f"\n{text}\n{out / 'results.json'}  {out / 'results.md'}\nthe picture to look at: {picture}")
+    click.echo(
+        f"\n{text}\n{out / 'results.json'}  {out / 'results.md'}\nthe picture to look at: {picture}"
+    )
     judge(margins(found), plan)
 
 
 def _numbers(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise UsageError(f"--seeds {text!r}: different whole numbers parted by commas are needed, such as 0,1,2")
+        raise UsageError(
+            f"--seeds {text!r}: different whole numbers parted by commas are needed, such as 0,1,2"
+        )
     return [int(part) for part in parts]
 
 
@@ -133,8 +158,8 @@ def _clear(out: Path) -> None:
     """Start afresh in a folder of ours; never in somebody's."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists())):
         raise UserError(
-            f"--out {str(out)!r} holds something that the quickstart did not write; only its own folder is used again: "
-            "give another --out, or remove it"
+            f"--out {str(out)!r} holds something that the quickstart did not write; only its own "
+            "folder is used again: give another --out, or remove it"
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()
@@ -143,62 +168,87 @@ def _clear(out: Path) -> None:
 
 
 def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:
-    """Everything for one seed below `home`; accuracies in per cent, seconds and bytes of each row of the table."""
+    """Everything for one seed below `home`; accuracies in per cent, seconds and bytes of each row
+    of the table."""
     train, test = f"{home}/data/train-*.tar", f"{home}/data/test-*.tar"
     teacher = home / "teacher.safetensors"
     rows: dict[str, Row] = {name: {} for name in ROWS}
 
-    # ---- digits and teacher --------------------------------------------------------------------------------------
+    # ---- digits and teacher ----------------------------------------------------------------------
     _, seconds = run("pipelines.digits", home, "--seed", seed, "--epochs", plan.teacher_epochs)
     rows["teacher"]["train_s"] = seconds
 
-    # ---- caches --------------------------------------------------------------------------------------------------
+    # ---- caches ----------------------------------------------------------------------------------
     caches = {"mralign": home / "cache", "control": home / "cache-untrained-teacher"}
     for name, weights in (("mralign", teacher), ("control", digits.start_of(seed))):
         _, seconds = run(*extract_arguments(train, weights, caches[name], seed, plan))
         rows[name] |= {"extract_s": seconds, "cache_bytes": _bytes(caches[name])}
 
-    # ---- students ------------------------------------------------------------------------------------------------
-    students = {"untrained": ("mae", "mralign"), "mae": ("mae", "mralign"), "mralign": ("mralign", "mralign"),
-                "control": ("mralign", "control")}  # fmt: skip
+    # ---- students --------------------------------------------------------------------------------
+    students = {
+        "untrained": ("mae", "mralign"),
+        "mae": ("mae", "mralign"),
+        "mralign": ("mralign", "mralign"),
+        "control": ("mralign", "control"),
+    }
     for name, (recipe, cache) in students.items():
         length = ["--steps", 0] if name == "untrained" else ["--epochs", plan.epochs]
         arguments = train_arguments(recipe, caches[cache], train, home / name, seed, plan)
         _, rows[name]["train_s"] = run(*arguments, *length)
 
-    # ---- what they know of digits that none of them saw ----------------------------------------------------------
+    # ---- what they know of digits that none of them saw ------------------------------------------
     for name in ROWS:
-        given = ["--teacher", digits.SPEC, "--weights", teacher] if name == "teacher" else [home / name]
+        given = (
+            ["--teacher", digits.SPEC, "--weights", teacher] if name == "teacher" else [home / name]
+        )
         for kind, options in (("knn", {}), ("linear", PROBE)):
             own = [text for key, value in options.items() for text in (f"--{key}", value)]
-            shared = ["--images", train, "--test", test, "--crop-pct", 1, "--pool", "cls", "--seed", seed, "--json"]
+            shared = [
+                "--images",
+                train,
+                "--test",
+                test,
+                "--crop-pct",
+                1,
+                "--pool",
+                "cls",
+                "--seed",
+                seed,
+                "--json",
+            ]
             said, _ = run("student", "eval", kind, *given, *shared, *own)
             rows[name][kind] = float(json.loads(said.splitlines()[-1])["top1"])
     return rows
 
 
-def extract_arguments(train: str, weights: Path | str, cache: Path, seed: int, plan: Plan) -> list[Any]:
+def extract_arguments(
+    train: str, weights: Path | str, cache: Path, seed: int, plan: Plan
+) -> list[Any]:
     """`featcache extract` with the crops that the teacher learnt on."""
     low, high = digits.CROPS["scale"]
     return [
-        "featcache", "extract", "--teacher", digits.SPEC, "--weights", weights, "--images", train, "--out", cache,
-        "--views", plan.views, "--levels", f"last:{LEVELS}", "--size", digits.PX, "--scale", f"{low},{high}",
-        "--flip", digits.CROPS["flip"], "--batch-size", 256, "--seed", seed,
+        "featcache", "extract", "--teacher", digits.SPEC, "--weights", weights,
+        "--images", train, "--out", cache, "--views", plan.views, "--levels", f"last:{LEVELS}",
+        "--size", digits.PX, "--scale", f"{low},{high}", "--flip", digits.CROPS["flip"],
+        "--batch-size", 256, "--seed", seed,
     ]  # fmt: skip
 
 
-def train_arguments(recipe: str, cache: Path, train: str, run_folder: Path, seed: int, plan: Plan) -> list[Any]:
+def train_arguments(
+    recipe: str, cache: Path, train: str, run_folder: Path, seed: int, plan: Plan
+) -> list[Any]:
     """`student train`; recipes differ in nothing but what they learn from."""
     settings = SETTINGS | ({"level_weights": f"top:{LEVELS}"} if recipe == "mralign" else {})
     return [
-        "student", "train", "--recipe", recipe, "--cache", cache, "--images", train, "--out", run_folder,
-        "--batch-size", plan.batch_size, "--seed", seed,
+        "student", "train", "--recipe", recipe, "--cache", cache, "--images", train,
+        "--out", run_folder, "--batch-size", plan.batch_size, "--seed", seed,
         *(text for key, value in settings.items() for text in ("--set", f"{key}={value}")),
     ]  # fmt: skip
 
 
 def run(module: str, *arguments: Any) -> tuple[str, float]:
-    """Print and run `python -m MODULE ...`; its stdout, shown line by line as it comes, and its seconds."""
+    """Print and run `python -m MODULE ...`; its stdout, shown line by line as it comes, and its
+    seconds."""
     words = ["-m", module, *map(str, arguments)]
     click.echo(f"\n$ python {shlex.join(words)}")
     started = time.perf_counter()
@@ -210,8 +260,9 @@ def run(module: str, *arguments: Any) -> tuple[str, float]:
             lines.append(line)
     if process.returncode:
         raise UserError(
-            f"`python -m {module} {' '.join(words[2:4])} ...` failed with exit status {process.returncode}; its own "
-            "message is above: mend that and run the quickstart again"
+            f"`python -m {module} {' '.join(words[2:4])} ...` failed with exit status "
+            f"{process.returncode}; its own message is above: mend that and run the quickstart "
+            "again"
         )
     return "".join(lines), round(time.perf_counter() - started, 1)
 
@@ -221,7 +272,8 @@ def _bytes(folder: Path) -> int:
 
 
 def _draw(out: Path, home: Path) -> Path:
-    """OUT/overview.png: one digit of each of four classes, and the curves of the trained students."""
+    """OUT/overview.png: one digit of each of four classes, and the curves of the trained
+    students."""
     source = open_source(f"{home}/data/train-*.tar")
     first: dict[str, str] = {}
     for key in source.keys:
@@ -229,7 +281,13 @@ def _draw(out: Path, home: Path) -> Path:
     keys = [first[name] for name in sorted(first)][2:6]
     names = {"mae": "mae", "mralign": "mralign", "mralign, untrained teacher": "control"}
     with featcache.open(home / "cache") as cache:
-        overview.draw(source, cache, keys, {name: home / run for name, run in names.items()}, out / "overview.png")
+        overview.draw(
+            source,
+            cache,
+            keys,
+            {name: home / run for name, run in names.items()},
+            out / "overview.png",
+        )
     return out / "overview.png"
 
 
@@ -244,11 +302,18 @@ def margins(found: dict[int, dict[str, Row]]) -> dict[str, dict[str, list[float]
     }
 
 
-def report(found: dict[int, dict[str, Row]], environment: dict[str, Any], plan: Plan, seconds: float) -> str:
+def report(
+    found: dict[int, dict[str, Row]], environment: dict[str, Any], plan: Plan, seconds: float
+) -> str:
     """The table as Markdown that is legible as text, with what it was measured on."""
     cells = [["", *COLUMNS.values()]]
     for name, title in ROWS.items():
-        cells.append([title, *(_cell([rows[name].get(key) for rows in found.values()], key) for key in COLUMNS)])
+        cells.append(
+            [
+                title,
+                *(_cell([rows[name].get(key) for rows in found.values()], key) for key in COLUMNS),
+            ]
+        )
     lines = ["# Quickstart: what students know of 397 held-out digits", "", *_table(cells), ""]
     for other, points in margins(found).items():
         told = " and ".join(f"{_spread(points[kind], '+.1f')} points of {kind}" for kind in points)
@@ -256,8 +321,9 @@ def report(found: dict[int, dict[str, Row]], environment: dict[str, Any], plan: 
     length = "reduced: too short to mean much" if not plan.enforced else f"{plan.epochs} epochs"
     lines += [
         "",
-        f"Seeds {', '.join(map(str, found))} ({length}); {seconds:.0f} s in all on {os.cpu_count()} cores "
-        f"({environment['device']}), torch {environment['torch']}, commit {environment['commit'] or 'unknown'}.",
+        f"Seeds {', '.join(map(str, found))} ({length}); {seconds:.0f} s in all on "
+        f"{os.cpu_count()} cores ({environment['device']}), torch {environment['torch']}, commit "
+        f"{environment['commit'] or 'unknown'}.",
     ]
     if len(found) > 1:
         lines.append("Numbers are means over the seeds, with the standard deviation of one seed.")
@@ -286,7 +352,8 @@ def _table(cells: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     align: list[Callable[[str, int], str]] = [str.ljust, *([str.rjust] * (len(widths) - 1))]
     rows = [
-        "| " + " | ".join(f(cell, w) for f, cell, w in zip(align, row, widths, strict=True)) + " |" for row in cells
+        "| " + " | ".join(f(cell, w) for f, cell, w in zip(align, row, widths, strict=True)) + " |"
+        for row in cells
     ]
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return [rows[0], rule, *rows[1:]]
@@ -297,8 +364,9 @@ def judge(points: dict[str, dict[str, list[float]]], plan: Plan) -> None:
     mean = statistics.mean(points["mae"]["knn"])
     if plan.enforced and mean < MARGIN:
         raise UserError(
-            f"mralign is {mean:+.1f} points of k-NN above mae, at least {MARGIN:+.0f} are expected; this is a defect "
-            "somewhere between teacher and student: see overview.png, then `featcache verify CACHE --recompute 64`"
+            f"mralign is {mean:+.1f} points of k-NN above mae, at least {MARGIN:+.0f} are "
+            "expected; this is a defect somewhere between teacher and student: see overview.png, "
+            "then `featcache verify CACHE --recompute 64`"
         )
 
 

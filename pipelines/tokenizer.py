@@ -2,13 +2,15 @@
 
     python -m pipelines.digits OUT && python -m pipelines.tokenizer OUT
 
-    OUT/tokenizer.safetensors, tokenizer.json      weights for `featcache extract --add --teacher SPEC`; how good it is
+    OUT/tokenizer.safetensors, tokenizer.json   weights for `featcache extract --add --teacher
+                                                SPEC`; how good it is
 
-It is DALL-E's discrete VAE (Ramesh et al. 2021, arXiv 2102.12092, section 2.1) at a size for two cores: the encoder is
-the family `dvae` itself at 64 pixels, which makes a grid of 8 x 8 words as the digits' teacher makes 8 x 8 patches. A
-decoder, which is not kept, rebuilds the picture from words drawn by the Gumbel-softmax relaxation, whose temperature
-falls from 1 to 1/16. Ours: squared error in place of the logit-Laplace likelihood, and in place of the KL term per
-patch the entropy of the words' mean use, which keeps all of them in play at this size.
+It is DALL-E's discrete VAE (Ramesh et al. 2021, arXiv 2102.12092, section 2.1) at a size for two
+cores: the encoder is the family `dvae` itself at 64 pixels, which makes a grid of 8 x 8 words as
+the digits' teacher makes 8 x 8 patches. A decoder, which is not kept, rebuilds the picture from
+words drawn by the Gumbel-softmax relaxation, whose temperature falls from 1 to 1/16. Ours: squared
+error in place of the logit-Laplace likelihood, and in place of the KL term per patch the entropy of
+the words' mean use, which keeps all of them in play at this size.
 
 B batch, K words, G patches a side, S input pixels.
 """
@@ -41,7 +43,8 @@ from featcache.views.render import render, render_centre
 from pipelines.digits import CROPS, schedule
 
 SIZES = {"img_size": 64, "width": 16, "vocabulary": 64}
-# What `featcache extract --add --teacher` is told, with --weights OUT/tokenizer.safetensors; its field of the cache.
+# What `featcache extract --add --teacher` is told, with --weights OUT/tokenizer.safetensors; its
+# field of the cache.
 SPEC = "dvae," + ",".join(f"{key}={value}" for key, value in SIZES.items())
 FIELD = f"{SPEC}/token_ids"
 COLDEST = 1 / 16
@@ -66,7 +69,9 @@ class Decoder(nn.Module):
         return out
 
 
-def train(source: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: float = 3e-3) -> tuple[Dvae, Decoder]:
+def train(
+    source: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: float = 3e-3
+) -> tuple[Dvae, Decoder]:
     """Adam, one epoch of warm-up, half a cosine to 0; a fresh view of every digit each epoch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2000 + seed)
@@ -93,14 +98,17 @@ def train(source: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: f
             optimizer.step()
             total += error.item()
         if epoch % 5 == 4 or epoch == epochs - 1:
-            click.echo(f"tokenizer: epoch {epoch + 1} of {epochs}, squared error {total / steps:.4f}")
+            click.echo(
+                f"tokenizer: epoch {epoch + 1} of {epochs}, squared error {total / steps:.4f}"
+            )
     return encoder.eval(), decoder.eval()
 
 
 def losses(
     encoder: Dvae, decoder: Decoder, pixels: Tensor, temperature: float, noise: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """uint8 pixels (B, 3, S, S) -> squared error of the rebuilt pictures, entropy (nats) of the words' mean use."""
+    """uint8 pixels (B, 3, S, S) -> squared error of the rebuilt pictures, entropy (nats) of the
+    words' mean use."""
     mapped = 0.8 * (pixels.float() / 255) + 0.1
     logits = encoder.logits(mapped)  # (B, K, G, G)
     u = torch.rand(logits.shape, generator=noise).clamp_(1e-9, 1 - 1e-7)
@@ -116,7 +124,14 @@ def _views(pictures: list[Image.Image], source: Source, seed: int, epoch: int) -
     sizes = np.array([(picture.height, picture.width) for picture in pictures])
     drawn = draw(policy, rng.key_digests(source.keys), sizes, views=[epoch])
     rendered = [
-        render(picture, drawn.crop[i, 0], drawn.flip[i, 0], drawn.jitter[i, 0], SIZES["img_size"], "lanczos")
+        render(
+            picture,
+            drawn.crop[i, 0],
+            drawn.flip[i, 0],
+            drawn.jitter[i, 0],
+            SIZES["img_size"],
+            "lanczos",
+        )
         for i, picture in enumerate(pictures)
     ]
     return torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2)
@@ -124,10 +139,12 @@ def _views(pictures: list[Image.Image], source: Source, seed: int, epoch: int) -
 
 @torch.no_grad()
 def quality(encoder: Dvae, decoder: Decoder, source: Source) -> dict[str, float]:
-    """Of whole, uncropped digits: words in use, their perplexity, and the share of the pixels' variance that pictures
-    rebuilt from the words alone explain."""
+    """Of whole, uncropped digits: words in use, their perplexity, and the share of the pixels'
+    variance that pictures rebuilt from the words alone explain."""
     size, k = SIZES["img_size"], SIZES["vocabulary"]
-    whole = [render_centre(decode(source.read(row)), size, 1.0, "lanczos") for row in range(len(source))]
+    whole = [
+        render_centre(decode(source.read(row)), size, 1.0, "lanczos") for row in range(len(source))
+    ]
     pixels = torch.from_numpy(np.stack(whole)).permute(0, 3, 1, 2)
     ids = encoder(pixels)  # (n, G * G)
     side = math.isqrt(ids.shape[1])
@@ -137,15 +154,32 @@ def quality(encoder: Dvae, decoder: Decoder, source: Source) -> dict[str, float]
     perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
     explained = 1 - F.mse_loss(rebuilt, target) / target.var(correction=0)
     used = int((share > 0).sum())
-    return {"words": used, "perplexity": round(float(perplexity), 1), "explained": round(float(explained), 4)}
+    return {
+        "words": used,
+        "perplexity": round(float(perplexity), 1),
+        "explained": round(float(explained), 4),
+    }
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the weights and the views.")
-@click.option("--epochs", type=click.IntRange(2), default=10, show_default=True, help="Of the tokenizer's training.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the weights and the views.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(2),
+    default=10,
+    show_default=True,
+    help="Of the tokenizer's training.",
+)
 def cli(out: Path, seed: int, epochs: int) -> None:
-    """Train OUT/tokenizer.safetensors on the digits in OUT/data, which `python -m pipelines.digits OUT` wrote.
+    """Train OUT/tokenizer.safetensors on the digits in OUT/data, which `python -m pipelines.digits
+    OUT` wrote.
 
     \b
     Examples:
@@ -153,7 +187,10 @@ def cli(out: Path, seed: int, epochs: int) -> None:
       python -m pipelines.tokenizer digits --epochs 4
     """
     if not any((out / "data").glob("train-*.tar")):
-        raise UserError(f"no digits in {str(out / 'data')!r}: write them first with `python -m pipelines.digits {out}`")
+        raise UserError(
+            f"no digits in {str(out / 'data')!r}: write them first with `python -m "
+            f"pipelines.digits {out}`"
+        )
     torch.set_num_threads(2)
     started = time.perf_counter()
     source, test = (open_source(f"{out}/data/{part}-*.tar") for part in ("train", "test"))
@@ -164,9 +201,9 @@ def cli(out: Path, seed: int, epochs: int) -> None:
     facts = {"spec": SPEC, "seed": seed, "epochs": epochs, **good, "seconds": seconds}
     (out / "tokenizer.json").write_text(json.dumps(facts, indent=1) + "\n")
     click.echo(
-        f"{good['words']} of {SIZES['vocabulary']} words in use on held-out digits (perplexity {good['perplexity']}), "
-        f"which explain {100 * good['explained']:.1f} % of their pixels' variance ({seconds} s): "
-        f"{out / 'tokenizer.safetensors'}"
+        f"{good['words']} of {SIZES['vocabulary']} words in use on held-out digits (perplexity "
+        f"{good['perplexity']}), which explain {100 * good['explained']:.1f} % of their pixels' "
+        f"variance ({seconds} s): {out / 'tokenizer.safetensors'}"
     )
 
 

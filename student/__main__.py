@@ -1,5 +1,5 @@
-"""`student`, `python -m student` and `accelerate launch -m student`: imports come under a guard, so that an early
-Ctrl-C or SIGTERM is one line."""
+"""`student`, `python -m student` and `accelerate launch -m student`: imports come under a guard, so
+that an early Ctrl-C or SIGTERM is one line."""
 
 from featcache.errors import STOPPED
 from featcache.runtime import signals

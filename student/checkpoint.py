@@ -1,9 +1,11 @@
-"""Checkpoints of a run: one file a step, complete or absent, and read without running anything in it.
+"""Checkpoints of a run: one file a step, complete or absent, and read without running anything in
+it.
 
-    RUN/checkpoints/step-00000020.pt = {step, model, optimizer, scaler, skipped}, and ema with `--ema`
+    RUN/checkpoints/step-00000020.pt = {step, model, optimizer, scaler, skipped},
+                                         and ema with `--ema`
 
-There is no generator state to keep: every random draw of a step is seeded by (seed, step), so a run resumes by
-arithmetic.
+There is no generator state to keep: every random draw of a step is seeded by (seed, step), so a run
+resumes by arithmetic.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def save(run: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def complete(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first; a file that was being written when its process died is not among them."""
+    """Checkpoints of a run, oldest first; a file that was being written when its process died is
+    not among them."""
     return sorted((run / FOLDER).glob("step-*.pt"))
 
 
@@ -62,18 +65,27 @@ def newest(run: Path) -> dict[str, Any]:
     """The newest checkpoint's content on the CPU."""
     paths = complete(run)
     if not paths:
-        raise UserError(f"run {str(run)!r} has no checkpoint; train it first, or give the folder of a run")
+        raise UserError(
+            f"run {str(run)!r} has no checkpoint; train it first, or give the folder of a run"
+        )
     try:
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # truncated or foreign files fail in many ways
         raise _foreign(run, f"cannot be read ({type(error).__name__})") from error
-    if not (isinstance(state, dict) and isinstance(state.get("step"), int) and isinstance(state.get("model"), dict)):
+    if not (
+        isinstance(state, dict)
+        and isinstance(state.get("step"), int)
+        and isinstance(state.get("model"), dict)
+    ):
         raise _foreign(run, "does not hold a step and a model")
     return state
 
 
-def restore(run: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Put a checkpoint's content into model and optimizer (None: its turn comes later); returns its step."""
+def restore(
+    run: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> int:
+    """Put a checkpoint's content into model and optimizer (None: its turn comes later); returns its
+    step."""
     try:
         model.load_state_dict(state["model"])
         if optimizer is not None:
@@ -92,7 +104,9 @@ def restore_average(run: Path, state: dict[str, Any], average: nn.Module) -> Non
 
 
 def _foreign(run: Path, what: str) -> UserError:
-    return UserError(f"checkpoint {str(complete(run)[-1])!r} {what}; remove it to go on from the one before")
+    return UserError(
+        f"checkpoint {str(complete(run)[-1])!r} {what}; remove it to go on from the one before"
+    )
 
 
 def config(run: Path) -> dict[str, Any]:
@@ -100,23 +114,34 @@ def config(run: Path) -> dict[str, Any]:
     path = run / CONFIG
     if not path.is_file():
         raise UserError(
-            f"no run at {str(run)!r}: {CONFIG} is missing; give the folder that `student train --out` wrote"
+            f"no run at {str(run)!r}: {CONFIG} is missing; give the folder that `student train "
+            "--out` wrote"
         )
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged: {error}; restore it, or train again into another --out") from error
+        raise UserError(
+            f"{str(path)!r} is damaged: {error}; restore it, or train again into another --out"
+        ) from error
 
 
 def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """The newest encoder of a run in eval mode, or the average of its weights, and the recipe's configuration."""
+    """The newest encoder of a run in eval mode, or the average of its weights, and the recipe's
+    configuration."""
     settings = config(run)["config"]
     content = newest(run)
     if ema and EMA not in content:
-        raise UsageError(f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train with it")
+        raise UsageError(
+            f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train "
+            "with it"
+        )
     state = content[EMA if ema else "model"]
     encoder = build_encoder(settings, settings.get("family", "mae"))
-    own = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    own = {
+        name.removeprefix("encoder."): value
+        for name, value in state.items()
+        if name.startswith("encoder.")
+    }
     try:
         encoder.load_state_dict(own)
     except RuntimeError as error:

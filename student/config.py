@@ -1,8 +1,8 @@
 """What every recipe's Config has, and how the command line changes it.
 
-A recipe's `Config` is a frozen dataclass of flat, plain values: it prints as JSON, lies in the run folder, and checks
-itself wherever it is made. `from_overrides` turns `--set key=value` into one; an unknown key or a value out of range is
-a `UsageError` that says what is allowed.
+A recipe's `Config` is a frozen dataclass of flat, plain values: it prints as JSON, lies in the run
+folder, and checks itself wherever it is made. `from_overrides` turns `--set key=value` into one; an
+unknown key or a value out of range is a `UsageError` that says what is allowed.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ Mask = Annotated[str, AfterValidator(_known_mask)]
 class RecipeConfig:
     """The fields all recipes share; a recipe overrides defaults and adds its own.
 
-    `blr` is the rate of a global batch of 256 and scales linearly; each recipe's docstring names the global batch of
-    its publication. Epochs are passes over the training pictures.
+    `blr` is the rate of a global batch of 256 and scales linearly; each recipe's docstring names
+    the global batch of its publication. Epochs are passes over the training pictures.
 
     >>> from_overrides(RecipeConfig, ["encoder=tiny", "epochs=5"]).epochs
     5
     """
 
-    # Defaults of a publication that go with a model size: {"large": {"drop_path": 0.2}}. `from_overrides` knows the
-    # size and fills them in where nothing else is set.
+    # Defaults of a publication that go with a model size: {"large": {"drop_path": 0.2}}.
+    # `from_overrides` knows the size and fills them in where nothing else is set.
     SIZES: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     # student
@@ -65,7 +65,8 @@ class RecipeConfig:
 
     # mask
     mask: Mask = "uniform"  # a name in student.masking.MASKS
-    mask_ratio: Fraction = 0.75  # hidden part of the patches; int(patches * (1 - mask_ratio)) stay visible
+    # hidden part of the patches; int(patches * (1 - mask_ratio)) stay visible
+    mask_ratio: Fraction = 0.75
 
     # optimiser
     blr: Above0 = 1.5e-4  # base rate: lr = blr * global batch / 256
@@ -73,7 +74,8 @@ class RecipeConfig:
     min_lr: NotNegative = 0.0  # rate at the end of the cosine
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # AdamW
     weight_decay: NotNegative = 0.05
-    decay_tokens: bool = False  # decay cls_token and mask_token too, as the released MAE-family code does
+    # decay cls_token and mask_token too, as the released MAE-family code does
+    decay_tokens: bool = False
     clip_grad: Above0 | None = None  # largest gradient norm; null: no clipping
     epochs: Positive = 200
     warmup_epochs: NotNegative = 20  # may exceed epochs: then the rate only rises
@@ -82,13 +84,14 @@ class RecipeConfig:
         """What no single field can check."""
         if self.img_size % self.patch_size:
             raise UsageError(
-                f"cannot cut the picture into patches: img_size={self.img_size}, patch_size={self.patch_size}; "
-                "allowed: a patch_size that divides img_size; change one of them"
+                f"cannot cut the picture into patches: img_size={self.img_size}, "
+                f"patch_size={self.patch_size}; allowed: a patch_size that divides img_size; "
+                "change one of them"
             )
         if self.visible < 1:
             raise UsageError(
-                f"cannot hide that much: mask_ratio={self.mask_ratio} leaves 0 of {self.patches} patches; allowed: at "
-                "least 1 visible; give a smaller mask_ratio"
+                f"cannot hide that much: mask_ratio={self.mask_ratio} leaves 0 of {self.patches} "
+                "patches; allowed: at least 1 visible; give a smaller mask_ratio"
             )
 
     @property
@@ -109,13 +112,15 @@ Config = TypeVar("Config", bound=RecipeConfig)
 class OutputConfig(RecipeConfig):
     """For recipes that learn the teacher's own output, which is derived from its last level.
 
-    `target` z is the output after the projection, as CLIP has one; f is the output before it, for teachers without.
+    `target` z is the output after the projection, as CLIP has one; f is the output before it, for
+    teachers without.
     """
 
     TARGETS: ClassVar[tuple[str, ...]] = ("z", "f")
 
     target: str = "z"
-    teacher_out: Positive = 512  # channels of z, a fact of the cache; the teacher's width where it has no projection
+    # channels of z, a fact of the cache; the teacher's width where it has no projection
+    teacher_out: Positive = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,39 +135,50 @@ class OutputConfig(RecipeConfig):
 def check_choice(key: str, given: str, allowed: Sequence[str]) -> None:
     """A setting that is one of a few names."""
     if given not in allowed:
-        raise UsageError(f"unknown {key} {given!r}: {near(given, allowed)}; choose one with {key}=NAME")
+        raise UsageError(
+            f"unknown {key} {given!r}: {near(given, allowed)}; choose one with {key}=NAME"
+        )
 
 
 def check_hides_patches(config: RecipeConfig) -> None:
     """For recipes with a loss on hidden patches: there must be one."""
     if config.visible >= config.patches:
         raise UsageError(
-            f"nothing to predict: mask_ratio={config.mask_ratio} leaves all {config.patches} patches visible; allowed: "
-            "at least 1 hidden; give a larger mask_ratio"
+            f"nothing to predict: mask_ratio={config.mask_ratio} leaves all {config.patches} "
+            "patches visible; allowed: at least 1 hidden; give a larger mask_ratio"
         )
 
 
 def from_overrides(kind: type[Config], overrides: Iterable[str]) -> Config:
-    """The recipe's defaults, with those of the model size, changed by 'key=value' texts; of two with one key the later
-    wins.
+    """The recipe's defaults, with those of the model size, changed by 'key=value' texts; of two
+    with one key the later wins.
 
-    A value is read as JSON where it is JSON, else as text; for a text field the text is kept (align_levels=12).
+    A value is read as JSON where it is JSON, else as text; for a text field the text is kept
+    (align_levels=12).
     """
     values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise UsageError(f"cannot read setting {override!r}: given no '='; allowed: key=value; such as epochs=100")
+            raise UsageError(
+                f"cannot read setting {override!r}: given no '='; allowed: key=value; such as "
+                "epochs=100"
+            )
         values[key.strip()] = text
     _check_keys(kind, values)
     hints = get_type_hints(kind)
     given = {key: _read(text, hints[key]) for key, text in values.items()}
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     sized = kind.SIZES.get(size(given.get("encoder", defaults["encoder"])), {})
-    if "blr" in given and {"lr": defaults["lr"], **sized, **given}["lr"] is not None and "lr" not in given:
+    if (
+        "blr" in given
+        and {"lr": defaults["lr"], **sized, **given}["lr"] is not None
+        and "lr" not in given
+    ):
         raise UsageError(
-            f"cannot set blr={given['blr']}: this recipe's rate is lr={defaults['lr']} at any batch size, which wins "
-            "over blr; allowed: one of the two; give lr=RATE, or blr=RATE together with lr=null"
+            f"cannot set blr={given['blr']}: this recipe's rate is lr={defaults['lr']} at any "
+            "batch size, which wins over blr; allowed: one of the two; give lr=RATE, or blr=RATE "
+            "together with lr=null"
         )
     return _build(kind, {**sized, **given})
 
@@ -174,7 +190,9 @@ def size(encoder: object) -> str:
     ('large', 'tiny', 'small', 'mine')
     """
     head = str(encoder).partition(",")[0]
-    return next((name for name in ("tiny", "small", "base", "large") if name in head.split("_")), head)
+    return next(
+        (name for name in ("tiny", "small", "base", "large") if name in head.split("_")), head
+    )
 
 
 def replace(config: Config, **facts: Any) -> Config:
@@ -192,11 +210,14 @@ def _check_keys(kind: type[RecipeConfig], values: Mapping[str, Any]) -> None:
     names = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in names:
-            raise UsageError(f"unknown setting {key!r}: {near(key, names)}; see student recipes NAME")
+            raise UsageError(
+                f"unknown setting {key!r}: {near(key, names)}; see student recipes NAME"
+            )
 
 
 def _read(text: str, hint: Any) -> Any:
-    """JSON where it is JSON; the text itself where it is not, or where a text is wanted and the JSON is not one."""
+    """JSON where it is JSON; the text itself where it is not, or where a text is wanted and the
+    JSON is not one."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -212,8 +233,8 @@ def _build(kind: type[Config], values: dict[str, Any]) -> Config:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise UsageError(
-            f"cannot set {key}: given {json.dumps(values[key])}; allowed: {_allowed(kind, key)} ({first['msg']}); "
-            f"change it with {key}=VALUE"
+            f"cannot set {key}: given {json.dumps(values[key])}; allowed: {_allowed(kind, key)} "
+            f"({first['msg']}); change it with {key}=VALUE"
         ) from None
 
 
@@ -221,5 +242,7 @@ def _allowed(kind: type[RecipeConfig], key: str) -> str:
     """The type of a field in words: 'float or null'."""
     hint = get_type_hints(kind)[key]
     if type(None) in get_args(hint):
-        return " or ".join("null" if part is type(None) else part.__name__ for part in get_args(hint))
+        return " or ".join(
+            "null" if part is type(None) else part.__name__ for part in get_args(hint)
+        )
     return str(hint) if get_args(hint) else hint.__name__

@@ -1,10 +1,11 @@
 """Which patches the student sees.
 
-A mask is a function that orders the patches of each picture; the first `n_visible` of the order are seen. A function
-takes what its parameters name - `raw` (the picture's own random words of this epoch, one a patch), `draws` (as many
-such rounds of words as it wants), `n_visible`, `attention` (the teacher's CLS attention) or `mask_order` (the order
-stored with the cache) - so that a new mask is one function and one line in `MASKS`. Everything is a pure function of
-(seed, epoch, key): worker, batch and world size never enter.
+A mask is a function that orders the patches of each picture; the first `n_visible` of the order are
+seen. A function takes what its parameters name - `raw` (the picture's own random words of this
+epoch, one a patch), `draws` (as many such rounds of words as it wants), `n_visible`, `attention`
+(the teacher's CLS attention) or `mask_order` (the order stored with the cache) - so that a new mask
+is one function and one line in `MASKS`. Everything is a pure function of (seed, epoch, key):
+worker, batch and world size never enter.
 
 Shapes: n pictures, P patches, V = n_visible.
 """
@@ -26,7 +27,9 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 BOOL = npt.NDArray[np.bool_]
 
-MIN_BLOCK = 16  # of 196 patches or more: what a block of `blockwise` covers at least, while so many are left to hide
+# of 196 patches or more: what a block of `blockwise` covers at least, while so many are left to
+# hide
+MIN_BLOCK = 16
 ASPECT = 0.3  # its smallest height over width; the largest is 1 / 0.3
 ROUNDS = 1000  # of P words, four a try: 49,000 tries on 196 patches, where 30 are the rule
 
@@ -46,51 +49,62 @@ def uniform(raw: U64) -> I64:
 
 
 def attentive(raw: U64, attention: npt.NDArray[np.floating]) -> I64:
-    """raw, attention (n, P) -> order (n, P): what the teacher attends to is likely visible (MaskAlign and MILAN).
+    """raw, attention (n, P) -> order (n, P): what the teacher attends to is likely visible
+    (MaskAlign and MILAN).
 
-    Patch j finishes at e_j / p_j with e_j ~ Exp(1); the order of finishing is a draw without replacement in proportion
-    to the attention, which need not sum to one. A weight of zero is legal and comes last.
+    Patch j finishes at e_j / p_j with e_j ~ Exp(1); the order of finishing is a draw without
+    replacement in proportion to the attention, which need not sum to one. A weight of zero is legal
+    and comes last.
     """
     _check_attention(attention)
     return rng.race(attention, raw)
 
 
 def topk(attention: npt.NDArray[np.floating]) -> I64:
-    """attention (n, P) -> order (n, P): by falling attention, equals in raster order; nothing is drawn, so that a view
-    shows the same in each epoch (MR-MAE's focused mimicking, as its text reads)."""
+    """attention (n, P) -> order (n, P): by falling attention, equals in raster order; nothing is
+    drawn, so that a view shows the same in each epoch (MR-MAE's focused mimicking, as its text
+    reads)."""
     _check_attention(attention)
     return np.argsort(-attention, axis=1, kind="stable")
 
 
 def _check_attention(weight: npt.NDArray[np.floating]) -> None:
-    """A row that is not finite, has a negative weight, or nothing but zeros cannot be sampled from."""
+    """A row that is not finite, has a negative weight, or nothing but zeros cannot be sampled
+    from."""
     wrong = ~np.isfinite(weight).all(axis=1) | (weight < 0).any(axis=1) | ~(weight > 0).any(axis=1)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise UserError(
             f"cannot take a mask from it: attention of row {row} runs from {weight[row].min()} to "
-            f"{weight[row].max()} ({int(wrong.sum())} such rows of {len(weight)}); allowed: finite weights >= 0, not "
-            "all zero; run featcache verify on the cache, or train with mask=uniform"
+            f"{weight[row].max()} ({int(wrong.sum())} such rows of {len(weight)}); allowed: finite "
+            "weights >= 0, not all zero; run featcache verify on the cache, or train with "
+            "mask=uniform"
         )
 
 
 def stored(mask_order: npt.NDArray[np.integer]) -> I64:
-    """The order that was drawn when the view was extracted: the same mask in every epoch that shows this view."""
+    """The order that was drawn when the view was extracted: the same mask in every epoch that shows
+    this view."""
     return np.asarray(mask_order).astype(np.int64)
 
 
 def blockwise(draws: Callable[[int], U64], n_visible: int) -> I64:
-    """Rectangles are hidden one by one until exactly P - n_visible patches are (BEiT's blocks, as CAE makes them).
+    """Rectangles are hidden one by one until exactly P - n_visible patches are (BEiT's blocks, as
+    CAE makes them).
 
-    draws(k) gives (n, P) words. A try is refused when its rectangle spans the grid's height or width, hides nothing new
-    or more than is left to hide. (The released generator looks at what is left after every ten tries; a refused try
-    changes nothing, so tries in a row are the same law. Atten4Vis/CAE furnace/masking_generator.py; METHODS 0.4. Ours:
-    grids of fewer than 196 patches have smaller blocks in proportion; of 4 x 4 patches no 16 could ever be hidden.)
+    draws(k) gives (n, P) words. A try is refused when its rectangle spans the grid's height or
+    width, hides nothing new or more than is left to hide. (The released generator looks at what is
+    left after every ten tries; a refused try changes nothing, so tries in a row are the same law.
+    Atten4Vis/CAE furnace/masking_generator.py; METHODS 0.4. Ours: grids of fewer than 196 patches
+    have smaller blocks in proportion; of 4 x 4 patches no 16 could ever be hidden.)
     """
     n, n_patches = draws(0).shape
     side, wanted = math.isqrt(n_patches), n_patches - n_visible
     if side**2 != n_patches:
-        raise UserError(f"cannot draw mask 'blockwise' on {n_patches} patches: a square grid is needed; mask=uniform")
+        raise UserError(
+            f"cannot draw mask 'blockwise' on {n_patches} patches: a square grid is needed; "
+            "mask=uniform"
+        )
     hidden = np.zeros((n, side, side), bool)
     for k in range(ROUNDS):
         words = draws(k)
@@ -100,18 +114,20 @@ def blockwise(draws: Callable[[int], U64], n_visible: int) -> I64:
                 return np.argsort(hidden.reshape(n, -1), axis=1, kind="stable")
             hidden[rows] |= _block(rng.uniform(words[rows, t : t + 4]), hidden[rows], wanted)
     raise UserError(
-        f"cannot hide {wanted} of {side} x {side} patches in blocks: {ROUNDS * (n_patches // 4)} tries were refused; "
-        "blocks need a larger grid; give another mask_ratio, or mask=uniform"
+        f"cannot hide {wanted} of {side} x {side} patches in blocks: {ROUNDS * (n_patches // 4)} "
+        "tries were refused; blocks need a larger grid; give another mask_ratio, or mask=uniform"
     )
 
 
 def _block(u: npt.NDArray[np.float64], hidden: BOOL, wanted: int) -> BOOL:
-    """u (m, 4) in [0, 1), hidden (m, G, G) -> the patches that one try of each row adds, none where it is refused."""
+    """u (m, 4) in [0, 1), hidden (m, G, G) -> the patches that one try of each row adds, none where
+    it is refused."""
     side = hidden.shape[-1]
     left, least = wanted - hidden.sum((1, 2)), min(MIN_BLOCK, math.ceil(MIN_BLOCK * side**2 / 196))
     area = least + (left - least) * u[:, 0]  # between the two, whichever is larger
     aspect = np.exp(math.log(ASPECT) * (1 - 2 * u[:, 1]))
-    size = np.rint(np.sqrt(area[:, None] * np.stack([aspect, 1 / aspect], 1))).astype(np.int64)  # height, width
+    # height, width
+    size = np.rint(np.sqrt(area[:, None] * np.stack([aspect, 1 / aspect], 1))).astype(np.int64)
     first = np.floor(u[:, 2:] * (side - size + 1))  # row, column
     at = np.arange(side)
     inside = (at >= first[..., None]) & (at < (first + size)[..., None])  # (m, 2, G)
@@ -158,12 +174,15 @@ def draw(
     attention: npt.NDArray[np.floating] | None = None,
     mask_order: npt.NDArray[np.integer] | None = None,
 ) -> tuple[I64, I64]:
-    """digests (n, 2), `epoch` one or one per picture -> ids_keep (n, V) and ids_masked (n, P-V), each ascending.
+    """digests (n, 2), `epoch` one or one per picture -> ids_keep (n, V) and ids_masked (n, P-V),
+    each ascending.
 
     `attention` and `mask_order` are (n, P) and are looked at only by the masks that name them.
     """
     rows: dict[str, npt.NDArray | None] = {"attention": attention, "mask_order": mask_order}
-    given = {field: _rows(name, field, rows[field], (len(digests), n_patches)) for field in fields(name)}
+    given = {
+        field: _rows(name, field, rows[field], (len(digests), n_patches)) for field in fields(name)
+    }
 
     def words(purpose: str) -> U64:
         return rng.words(digests, rng.stream(purpose, seed), n_patches, epoch=epoch)
@@ -180,8 +199,9 @@ def _rows(name: str, field: str, array: npt.NDArray | None, shape: tuple[int, in
     if array is None or array.shape != shape:
         got = "nothing" if array is None else f"shape {array.shape}"
         raise UserError(
-            f"cannot draw mask {name!r}: its {field} is {got}, needed: one row of {shape[1]} patches for each of "
-            f"{shape[0]} pictures; use a cache that holds {field} on this patch grid, or train with mask=uniform"
+            f"cannot draw mask {name!r}: its {field} is {got}, needed: one row of {shape[1]} "
+            f"patches for each of {shape[0]} pictures; use a cache that holds {field} on this "
+            "patch grid, or train with mask=uniform"
         )
     return array
 
@@ -192,15 +212,16 @@ def split(order: I64, n_visible: int) -> tuple[I64, I64]:
     visible = np.zeros(order.shape, bool)
     if order.size and (order.min() < 0 or order.max() >= n_patches):
         raise UserError(
-            f"cannot cut a mask: its order names patches {order.min()} to {order.max()}, allowed: 0 to "
-            f"{n_patches - 1}; run featcache verify on the cache"
+            f"cannot cut a mask: its order names patches {order.min()} to {order.max()}, allowed: "
+            f"0 to {n_patches - 1}; run featcache verify on the cache"
         )
     np.put_along_axis(visible, order[:, :n_visible], True, axis=1)
     short = np.flatnonzero(visible.sum(axis=1) != n_visible)
     if short.size:
         raise UserError(
-            f"cannot cut a mask: the order of row {short[0]} holds {int(visible[short[0]].sum())} different patches "
-            f"among its first {n_visible}, needed: {n_visible}; run featcache verify on the cache"
+            f"cannot cut a mask: the order of row {short[0]} holds {int(visible[short[0]].sum())} "
+            f"different patches among its first {n_visible}, needed: {n_visible}; run featcache "
+            "verify on the cache"
         )
     ids_keep = np.nonzero(visible)[1].reshape(n, n_visible)
     return ids_keep, np.nonzero(~visible)[1].reshape(n, n_patches - n_visible)

@@ -1,7 +1,8 @@
 """Small deterministic inputs and a way to run the command, shared by the tests.
 
-Pictures are made from a formula, not drawn: no generator's version can change them. Every colour mode a dataset has is
-among them. S synthetic teacher's pixels are 28, so a whole extraction takes a fraction of a second.
+Pictures are made from a formula, not drawn: no generator's version can change them. Every colour
+mode a dataset has is among them. S synthetic teacher's pixels are 28, so a whole extraction takes a
+fraction of a second.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ from PIL import Image
 
 from featcache.pictures import beton
 
-# One thread, here and in every process a test starts: bit-equality is promised for one number of threads, and two
-# threads of two processes on shared cores mostly wait for one another.
+# One thread, here and in every process a test starts: bit-equality is promised for one number of
+# threads, and two threads of two processes on shared cores mostly wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-# Under nohup, or in the background of a script, Ctrl-C is ignored here and in what is started here; tests send it.
+# Under nohup, or in the background of a script, Ctrl-C is ignored here and in what is started here;
+# tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from featcache.extraction.plan import Plan
 
-settings.register_profile("featcache", deadline=None, derandomize=True, max_examples=40, database=None)
+settings.register_profile(
+    "featcache", deadline=None, derandomize=True, max_examples=40, database=None
+)
 settings.load_profile("featcache")
 
 SYNTHETIC = "synthetic:levels=3,tokens=4,width=8,size=28"  # L 3, P 4, D 8, S 28
@@ -78,7 +82,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ffcv() -> None:
-    """Skips where FFCV is not installed, which needs Debian packages to build; .ci/run installs it and forbids that."""
+    """Skips where FFCV is not installed, which needs Debian packages to build; .ci/run installs it
+    and forbids that."""
     try:
         importlib.import_module("ffcv")
     except ImportError as error:
@@ -101,8 +106,11 @@ def ffcv_files(ffcv: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_plan(folder: Path, teacher: str = SYNTHETIC, weights: str | None = None, **changes: Any) -> Plan:
-    """A plan over a folder's pictures: three views, the first and the last level, shards of five, unless changed."""
+def make_plan(
+    folder: Path, teacher: str = SYNTHETIC, weights: str | None = None, **changes: Any
+) -> Plan:
+    """A plan over a folder's pictures: three views, the first and the last level, shards of five,
+    unless changed."""
     from featcache import teachers
     from featcache.extraction import plan
     from featcache.pictures.open_source import open_source
@@ -116,7 +124,8 @@ def make_plan(folder: Path, teacher: str = SYNTHETIC, weights: str | None = None
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The eleven photos, a truncated JPEG in their midst, and a text that calls itself a picture."""
+    """The eleven photos, a truncated JPEG in their midst, and a text that calls itself a
+    picture."""
     root = make_photos(tmp_path_factory.mktemp("odd") / "pictures")
     whole = (root / "photo1.jpg").read_bytes()
     (root / "half.jpg").write_bytes(whole[: len(whole) // 2])
@@ -126,7 +135,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def undisturbed(folder: Path) -> dict[str, bytes]:
-    """Every file of a cache of `make_plan` that was made in one go; it lies at `folder`/../undisturbed."""
+    """Every file of a cache of `make_plan` that was made in one go; it lies at
+    `folder`/../undisturbed."""
     from featcache.extraction import extract
 
     out = folder.parent / "undisturbed"
@@ -136,7 +146,11 @@ def undisturbed(folder: Path) -> dict[str, bytes]:
 
 def files_below(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path there."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def copy_tree(source: Path, target: Path) -> Path:
@@ -195,25 +209,42 @@ def python(code: str, *args: object, **environment: str) -> subprocess.Completed
     """Run a piece of Python in a process of its own, one thread, without the network's proxies."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     command: Sequence[str] = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
-# A process that has imported everything is forked for each command that needs one of its own: a tenth of a second
-# instead of three.
+# A process that has imported everything is forked for each command that needs one of its own: a
+# tenth of a second instead of three.
 _SERVER = multiprocessing.get_context("forkserver")
 _SLOW = ["zarr.codecs", "featcache.teachers.clip", "featcache.teachers.timm_vit"]  # to import
-_SLOW += ["student.cli", "student.setup.build", "student.training.train", "torch.nn.parallel", "torch.distributed"]
-_SLOW += ["featcache.extraction.extract", "featcache.extraction.extend", "featcache.commands.extract"]
+_SLOW += [
+    "student.cli",
+    "student.setup.build",
+    "student.training.train",
+    "torch.nn.parallel",
+    "torch.distributed",
+]
+_SLOW += [
+    "featcache.extraction.extract",
+    "featcache.extraction.extend",
+    "featcache.commands.extract",
+]
 _SERVER.set_forkserver_preload(_SLOW)
 
 
 class Running:
-    """`featcache ARGS` in a process of its own; `before` is a piece of Python that it runs first."""
+    """`featcache ARGS` in a process of its own; `before` is a piece of Python that it runs
+    first."""
 
     def __init__(self, folder: Path, args: Sequence[object], before: str = "") -> None:
         self.log = folder / f"log-{len(list(folder.glob('log-*')))}"
         self.log.touch()
-        environment = {"FEATCACHE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {
+            "FEATCACHE_HOME": str(folder / "home"),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         given = ([*map(str, args)], str(self.log), environment, before)
         self.process = _SERVER.Process(target=_run_command, args=given)
         self.process.start()

@@ -1,5 +1,5 @@
-"""`student train` in several processes over gloo, forked from a server that has imported everything: about a second a
-run, where a launcher that imports torch in each process takes ten.
+"""`student train` in several processes over gloo, forked from a server that has imported
+everything: about a second a run, where a launcher that imports torch in each process takes ten.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ class Several:
     said: list[str]
 
 
-def train(world: int, *args: Any, recipe: str = "", sets: Sequence[str] = (), before: str = "") -> Several:
-    """`student train ARGS` in `world` processes; each runs the Python text `before` first. A recipe's small settings
-    are added where one is named."""
+def train(
+    world: int, *args: Any, recipe: str = "", sets: Sequence[str] = (), before: str = ""
+) -> Several:
+    """`student train ARGS` in `world` processes; each runs the Python text `before` first. A
+    recipe's small settings are added where one is named."""
     words = ["train", "--device", "cpu", *map(str, args)]
     if recipe:
         words += [
@@ -43,7 +45,10 @@ def train(world: int, *args: Any, recipe: str = "", sets: Sequence[str] = (), be
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(world)]
         started = [
-            _SERVER.Process(target=_run, args=(words, rank, world, port, fx.environment(), str(logs[rank]), before))
+            _SERVER.Process(
+                target=_run,
+                args=(words, rank, world, port, fx.environment(), str(logs[rank]), before),
+            )
             for rank in range(world)
         ]
         for process in started:
@@ -61,10 +66,20 @@ def good(ran: Several) -> Several:
     return ran
 
 
-def _run(args: list[str], rank: int, world: int, port: int, environment: dict[str, str], log: str, before: str) -> None:
+def _run(
+    args: list[str],
+    rank: int,
+    world: int,
+    port: int,
+    environment: dict[str, str],
+    log: str,
+    before: str,
+) -> None:
     os.environ.update(environment)
     if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+        )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)

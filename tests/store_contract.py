@@ -1,7 +1,8 @@
-"""What every store must do, whoever writes it: a test class to inherit, with `name` set to the store's name.
+"""What every store must do, whoever writes it: a test class to inherit, with `name` set to the
+store's name.
 
-n rows, V views. A store's own file formats are tested beside it; here only the contract of `storage.store` is used,
-and what `featcache.storage.commit` does for all stores alike.
+n rows, V views. A store's own file formats are tested beside it; here only the contract of
+`storage.store` is used, and what `featcache.storage.commit` does for all stores alike.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ ODD_KEYS = [
     "line\nbreak",
 ]
 ODD_KEYS += ["folder-" * 30 + "/" + "y" * 90, " spaces  in and around "]
-STATISTICS = {"features": {"min": -1.5, "max": 2, "non_finite": 0, "norm": 3.25}, "flip": {"min": 0, "max": 1}}
+STATISTICS = {
+    "features": {"min": -1.5, "max": 2, "non_finite": 0, "norm": 3.25},
+    "flip": {"min": 0, "max": 1},
+}
 
 
 def numbers(arrays: Sequence[Array], rows: int, views: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -58,8 +62,11 @@ def numbers(arrays: Sequence[Array], rows: int, views: int, seed: int = 0) -> di
     return out
 
 
-def as_items(arrays: Sequence[Array], data: Mapping[str, np.ndarray], views: int) -> dict[str, np.ndarray]:
-    """(n * V, *item) of every array. Of arrays that are not per view, later views hold numbers that must not count."""
+def as_items(
+    arrays: Sequence[Array], data: Mapping[str, np.ndarray], views: int
+) -> dict[str, np.ndarray]:
+    """(n * V, *item) of every array. Of arrays that are not per view, later views hold numbers that
+    must not count."""
     out = {}
     for array in arrays:
         values = data[array.name]
@@ -70,13 +77,21 @@ def as_items(arrays: Sequence[Array], data: Mapping[str, np.ndarray], views: int
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def dead_process() -> int:
     """The number of a process that has ended."""
     code = "import os; print(os.getpid())"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return int(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 class StoreContract:
@@ -88,7 +103,9 @@ class StoreContract:
     def backend(self) -> ModuleType:
         return store(self.name)
 
-    def writer(self, cache: Path, arrays: Sequence[Array] = ARRAYS, views: int = 2, shard: str = SHARD) -> ShardWriter:
+    def writer(
+        self, cache: Path, arrays: Sequence[Array] = ARRAYS, views: int = 2, shard: str = SHARD
+    ) -> ShardWriter:
         (cache / SHARDS).mkdir(parents=True, exist_ok=True)
         writer: ShardWriter = self.backend.writer(cache, shard, arrays, views)
         return writer
@@ -104,11 +121,17 @@ class StoreContract:
     ) -> None:
         """Append all items, split at the item numbers `cuts` (rows may be split between calls)."""
         rows = len(next(iter(data.values())))
-        given = [key for key in ([f"k{i}" for i in range(rows)] if keys is None else keys) for _ in range(views)]
+        given = [
+            key
+            for key in ([f"k{i}" for i in range(rows)] if keys is None else keys)
+            for _ in range(views)
+        ]
         items = as_items(arrays, data, views)
         edges = sorted({0, len(given), *(cut % (len(given) + 1) for cut in cuts)})
         for low, high in pairwise(edges):
-            writer.append(given[low:high], {name: values[low:high] for name, values in items.items()})
+            writer.append(
+                given[low:high], {name: values[low:high] for name, values in items.items()}
+            )
 
     def publish(
         self,
@@ -125,7 +148,9 @@ class StoreContract:
         self.fill(writer, arrays, data, views, cuts, keys)
         return writer.finish([], STATISTICS)
 
-    def read(self, cache: Path, array: Array, views: int, rows: np.ndarray, shard: str = SHARD) -> np.ndarray:
+    def read(
+        self, cache: Path, array: Array, views: int, rows: np.ndarray, shard: str = SHARD
+    ) -> np.ndarray:
         """(V, n, *item) by plain reads at the offsets that the store tells."""
         out = np.empty((views if array.per_view else 1, len(rows), *array.item), array.dtype)
         for view in range(len(out)):
@@ -180,7 +205,9 @@ class StoreContract:
         assert record["rows"] == rows
         for array in arrays:
             got = self.read(cache, array, views, np.arange(rows))
-            expected = np.moveaxis(data[array.name], 1, 0) if array.per_view else data[array.name][None]
+            expected = (
+                np.moveaxis(data[array.name], 1, 0) if array.per_view else data[array.name][None]
+            )
             np.testing.assert_array_equal(got, expected)
         assert self.keys(cache, record) == [f"k{i}" for i in range(rows)]
         assert self.problems(cache, record) == []
@@ -192,7 +219,9 @@ class StoreContract:
         for array in ARRAYS[:3]:
             got = self.read(tmp_path, array, 2, rows)
             np.testing.assert_array_equal(got, np.moveaxis(data[array.name][rows], 1, 0))
-        np.testing.assert_array_equal(self.read(tmp_path, ARRAYS[3], 2, rows)[0], data["source_size"][rows])
+        np.testing.assert_array_equal(
+            self.read(tmp_path, ARRAYS[3], 2, rows)[0], data["source_size"][rows]
+        )
         assert self.backend.locate(tmp_path, SHARD, ARRAYS[0], 2, 1, np.arange(0))[1].shape == (0,)
 
     @pytest.mark.parametrize("views", [1, 2, 3])
@@ -221,7 +250,9 @@ class StoreContract:
         """Fortran order, strides and another dtype of the same numbers make no difference."""
         data = numbers(ARRAYS, 4, 2)
         self.publish(tmp_path / "plain", data)
-        other = {name: np.asfortranarray(np.repeat(values, 2, 0)[::2]) for name, values in data.items()}
+        other = {
+            name: np.asfortranarray(np.repeat(values, 2, 0)[::2]) for name, values in data.items()
+        }
         other["attention"] = other["attention"].astype(np.float64)
         self.publish(tmp_path / "other", other)
         assert files_below(tmp_path / "other") == files_below(tmp_path / "plain")
@@ -242,7 +273,14 @@ class StoreContract:
         data = numbers(ARRAYS, 4, 2)
         record = self.publish(tmp_path, data)
         assert json_file.read_json(record_path(tmp_path, SHARD)) == record
-        assert sorted(record) == ["files", "keys_digest", "quarantined", "rows", "shard", "statistics"]
+        assert sorted(record) == [
+            "files",
+            "keys_digest",
+            "quarantined",
+            "rows",
+            "shard",
+            "statistics",
+        ]
         assert (record["shard"], record["rows"], record["quarantined"]) == (SHARD, 4, [])
         assert record["keys_digest"] == manifest.keys_digest(["k0", "k1", "k2", "k3"])
         assert record["statistics"] == STATISTICS
@@ -262,10 +300,16 @@ class StoreContract:
         np.testing.assert_array_equal(got, np.moveaxis(data["features"], 1, 0))
 
     @settings(suppress_health_check=[HealthCheck.differing_executors], max_examples=15)
-    @given(keys=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=5))
+    @given(
+        keys=st.lists(
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=5
+        )
+    )
     @example(keys=["/"])
     @example(keys=["../up", "./here", "/root"])
-    def test_any_keys_come_back(self, tmp_path_factory: pytest.TempPathFactory, keys: list[str]) -> None:
+    def test_any_keys_come_back(
+        self, tmp_path_factory: pytest.TempPathFactory, keys: list[str]
+    ) -> None:
         cache = tmp_path_factory.mktemp("cache")
         arrays = ARRAYS[2:]
         data = numbers(arrays, len(keys), 2)
@@ -305,12 +349,15 @@ class StoreContract:
         assert self.problems(tmp_path, record) == []
 
     def test_damaged_keys_are_refused_by_their_files_name(self, tmp_path: Path) -> None:
-        """Whatever file is damaged, keys are right or refused; the file that holds them is noticed."""
+        """Whatever file is damaged, keys are right or refused; the file that holds them is
+        noticed."""
         record = self.publish(tmp_path, numbers(ARRAYS, 3, 2))
         noticed = set()
         for path in [p for p in folder_path(tmp_path, SHARD, self.name).rglob("*") if p.is_file()]:
             data = path.read_bytes()
-            flipped = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in {0, len(data) // 2}]
+            flipped = [
+                data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in {0, len(data) // 2}
+            ]
             for changed in (*flipped, data[:-1], b"", None):
                 path.unlink() if changed is None else path.write_bytes(changed)
                 try:
@@ -325,7 +372,8 @@ class StoreContract:
     # ------------------------------------------------------------ who died, who races
 
     def unrecorded(self, cache: Path) -> dict[str, bytes]:
-        """A shard whose writer died between its two renames; returns the files of an undisturbed one."""
+        """A shard whose writer died between its two renames; returns the files of an undisturbed
+        one."""
         self.publish(cache, numbers(ARRAYS, 3, 2))
         whole = files_below(cache)
         record_path(cache, SHARD).rename(folder_path(cache, SHARD, self.name) / commit.RECORD)
@@ -394,7 +442,9 @@ class StoreContract:
     def test_discard_leaves_nothing(self, tmp_path: Path) -> None:
         writer = self.writer(tmp_path)
         self.fill(writer, ARRAYS, numbers(ARRAYS, 2, 2), 2)
-        open_files = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 0
+        open_files = (
+            len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 0
+        )
         writer.discard()
         assert list((tmp_path / SHARDS).iterdir()) == []
         if open_files:

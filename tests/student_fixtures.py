@@ -1,7 +1,8 @@
-"""What the tests of the trainer share: small pictures, a small cache, and both commands run in this process.
+"""What the tests of the trainer share: small pictures, a small cache, and both commands run in this
+process.
 
-The teacher is the synthetic one with 4 levels, 16 patches and width 24 on views of 32 pixels; the student is a ViT of
-width 48 with 4 blocks, so that twenty steps take a third of a second.
+The teacher is the synthetic one with 4 levels, 16 patches and width 24 on views of 32 pixels; the
+student is a ViT of width 48 with 4 blocks, so that twenty steps take a third of a second.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Ran:
     def line(self) -> str:
         """The one line of a user's mistake: the last one, after what was announced."""
         lines = self.err.splitlines()
-        assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True], self.err
+        assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [
+            True
+        ], self.err
         assert "Traceback" not in self.err + self.out
         return lines[-1]
 
@@ -91,7 +94,9 @@ def save_pictures(folder: Path, count: int = PICTURES, seed: int = 0, classes: i
         coarse = draw.integers(0, 256, (6, 7, 3), dtype=np.uint8)
         if classes:  # a colour of its own
             coarse[..., i % classes % 3] //= 4
-        Image.fromarray(coarse).resize((44 + i % 5, 40 + i % 7), Image.Resampling.BICUBIC).save(place / f"p{i:02d}.png")
+        Image.fromarray(coarse).resize((44 + i % 5, 40 + i % 7), Image.Resampling.BICUBIC).save(
+            place / f"p{i:02d}.png"
+        )
     return folder
 
 
@@ -110,7 +115,8 @@ def cache_path() -> Path:
 
 @functools.cache
 def ranked_path() -> Path:
-    """The same pictures, views and levels, with patches in mask order and the views' pixels stored."""
+    """The same pictures, views and levels, with patches in mask order and the views' pixels
+    stored."""
     return extract(pictures(), root() / "ranked", "--tokens", "ranked", "--pixels", "raw")
 
 
@@ -122,8 +128,8 @@ def kept_path() -> Path:
 
 @functools.cache
 def token_path() -> Path:
-    """The same rows with one array more, `token_ids`: of each of 4 x 4 patches, two bits of red and two of green at its
-    middle. Written through the store's own contract, as a tokenizer would."""
+    """The same rows with one array more, `token_ids`: of each of 4 x 4 patches, two bits of red and
+    two of green at its middle. Written through the store's own contract, as a tokenizer would."""
     out = root() / "tokens"
     with Cache(cache_path()) as cache:
         about, plain = (
@@ -141,7 +147,9 @@ def token_path() -> Path:
     (out / "shards").mkdir(parents=True)
     shutil.copy(cache_path() / tail, out / tail)
     for path in (out / manifest.NAME, out / "shards" / manifest.COPY):
-        json_file.write_json(path, {**about, "arrays": {spec.name: spec.as_dict() for spec in arrays}})
+        json_file.write_json(
+            path, {**about, "arrays": {spec.name: spec.as_dict() for spec in arrays}}
+        )
     writer = zarr_store.writer(out, about["shards"][0]["name"], arrays, VIEWS)
     writer.append(keys, {**items, **checksums.compute(arrays, items)})
     writer.finish([], {})
@@ -160,8 +168,19 @@ def policy_file() -> Path:
     return path
 
 
-def extract(images: Path, out: Path, *options: str, teacher: str = TEACHER, home: Path | None = None) -> Path:
-    args = ("--teacher", teacher, "--images", str(images), "--size", str(SIZE), "--views", str(VIEWS))
+def extract(
+    images: Path, out: Path, *options: str, teacher: str = TEACHER, home: Path | None = None
+) -> Path:
+    args = (
+        "--teacher",
+        teacher,
+        "--images",
+        str(images),
+        "--size",
+        str(SIZE),
+        "--views",
+        str(VIEWS),
+    )
     ran = feat("extract", *args, "--levels", "last:3", "--out", str(out), *options, home=home)
     assert ran.status == 0, ran.err
     return out
@@ -181,10 +200,18 @@ def fresh_state() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train(recipe: str, out: Path, *options: str | Path, home: Path | None = None, sets: tuple[str, ...] = ()) -> Ran:
+def train(
+    recipe: str,
+    out: Path,
+    *options: str | Path,
+    home: Path | None = None,
+    sets: tuple[str, ...] = (),
+) -> Ran:
     """`student train` with the recipe's small settings."""
     settings = [part for text in (*RECIPES[recipe], *sets) for part in ("--set", text)]
-    return stud("train", "--recipe", recipe, "--out", out, "--device", "cpu", *settings, *options, home=home)
+    return stud(
+        "train", "--recipe", recipe, "--out", out, "--device", "cpu", *settings, *options, home=home
+    )
 
 
 def good(ran: Ran) -> Ran:
@@ -213,7 +240,11 @@ def open_cache() -> Cache:
 
 def environment(home: Path | None = None) -> dict[str, str]:
     """This process's variables with the given home, no default pictures, one thread."""
-    rest = {key: value for key, value in os.environ.items() if key not in ("FEATCACHE_IMAGES", "ACCELERATE_USE_CPU")}
+    rest = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("FEATCACHE_IMAGES", "ACCELERATE_USE_CPU")
+    }
     return {**rest, "FEATCACHE_HOME": str(home or root() / "home"), "OMP_NUM_THREADS": "1"}
 
 
@@ -233,7 +264,11 @@ def _as_command(name: str, args: tuple[str, ...], home: Path | None) -> Iterator
 
 def _call(name: str, main: Callable[[], None], args: tuple[str, ...], home: Path | None) -> Ran:
     out, err, status = io.StringIO(), io.StringIO(), 0
-    with _as_command(name, args, home), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        _as_command(name, args, home),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             main()
         except SystemExit as stop:

@@ -1,7 +1,9 @@
-"""Real photographs, and slow independent readings of the libraries' own models, for the tests of the teachers.
+"""Real photographs, and slow independent readings of the libraries' own models, for the tests of
+the teachers.
 
-The reference is an unmodified model in float64 with hooks: outputs of its blocks, and the whole attention map of its
-last block, taken where the library's unfused path hands it to dropout, or from torch's own `need_weights`.
+The reference is an unmodified model in float64 with hooks: outputs of its blocks, and the whole
+attention map of its last block, taken where the library's unfused path hands it to dropout, or from
+torch's own `need_weights`.
 
 B batch, T tokens, H heads, D width, S pixels.
 """
@@ -28,7 +30,9 @@ def photographs(size: int) -> Tensor:
         picture = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+        square = picture.crop((left, top, left + side, top + side)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
         rows.append(np.asarray(square).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(rows))
 
@@ -40,7 +44,8 @@ def normalised(images: Tensor, mean: Any, std: Any) -> Tensor:
 
 
 def stir(network: nn.Module, seed: int = 5, std: float = 0.2) -> nn.Module:
-    """Every parameter drawn, so that norms, biases, scales and registers all matter; norm weights about 1."""
+    """Every parameter drawn, so that norms, biases, scales and registers all matter; norm weights
+    about 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():

@@ -1,4 +1,5 @@
-"""The README names every command, teacher, recipe, eval and source file, and says only what exists."""
+"""The README names every command, teacher, recipe, eval and source file, and says only what
+exists."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def _command(program: str, name: str) -> click.Command:
     return command
 
 
-@pytest.mark.parametrize("command", [f"{program} {name}" for program in PROGRAMS for name in _names(program)])
+@pytest.mark.parametrize(
+    "command", [f"{program} {name}" for program in PROGRAMS for name in _names(program)]
+)
 def test_every_command_is_in_the_readme(command: str) -> None:
     assert f"`{command}`" in README
 
@@ -57,7 +60,9 @@ def test_every_source_file_is_in_the_file_map(package: str) -> None:
 
 def test_every_option_of_the_readme_exists() -> None:
     commands = "|".join(sorted({name for program in PROGRAMS for name in _names(program)}))
-    for program, command, rest in re.findall(rf"^(featcache|student) ({commands}) (.*)$", README, re.M):
+    for program, command, rest in re.findall(
+        rf"^(featcache|student) ({commands}) (.*)$", README, re.M
+    ):
         if command == "eval":  # its evals have options of their own
             continue
         options = {opt for param in _command(program, command).params for opt in param.opts}
@@ -70,7 +75,10 @@ def test_every_command_has_help_with_an_example(program: str) -> None:
     for name in _names(program):
         command = _command(program, name)
         subcommands = (
-            [command.get_command(click.Context(command), sub) for sub in command.list_commands(click.Context(command))]
+            [
+                command.get_command(click.Context(command), sub)
+                for sub in command.list_commands(click.Context(command))
+            ]
             if isinstance(command, click.Group)
             else [command]
         )
@@ -78,7 +86,11 @@ def test_every_command_has_help_with_an_example(program: str) -> None:
             assert each is not None
             assert each.help, name
             assert "Example" in (each.epilog or ""), name
-            assert all(param.help for param in each.params if isinstance(param, click.Option) and not _plain(param))
+            assert all(
+                param.help
+                for param in each.params
+                if isinstance(param, click.Option) and not _plain(param)
+            )
 
 
 def _plain(option: click.Option) -> bool:

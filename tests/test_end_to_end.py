@@ -1,4 +1,5 @@
-"""The whole path through the commands: cached equals online, interrupted equals undisturbed, split equals whole."""
+"""The whole path through the commands: cached equals online, interrupted equals undisturbed, split
+equals whole."""
 
 from __future__ import annotations
 
@@ -44,8 +45,14 @@ def alone(*views: str) -> tuple[str, ...]:
 
 def assert_same_losses(here: Path, there: Path, relative: float) -> None:
     ours, theirs = metrics.read(here), metrics.read(there)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, len(ours) + 1))
-    parts = [name for name in ours[0] if name == "loss" or name.startswith(("level_", "align", "pixel"))]
+    assert (
+        [row["step"] for row in ours]
+        == [row["step"] for row in theirs]
+        == list(range(1, len(ours) + 1))
+    )
+    parts = [
+        name for name in ours[0] if name == "loss" or name.startswith(("level_", "align", "pixel"))
+    ]
     for name in parts:
         a, b = (np.array([row[name] for row in rows]) for rows in (ours, theirs))
         assert np.abs(a - b).max() <= relative * np.abs(b).min(), (name, a, b)
@@ -53,7 +60,8 @@ def assert_same_losses(here: Path, there: Path, relative: float) -> None:
 
 @pytest.mark.parametrize("recipe", ALIGNED)
 def test_cached_equals_online(recipe: str, tmp_path: Path) -> None:
-    """fp16 storage is the only difference: 1e-3 at each of 20 steps at the peak rate, with drop path 0.1."""
+    """fp16 storage is the only difference: 1e-3 at each of 20 steps at the peak rate, with drop
+    path 0.1."""
     cached, over, without = tmp_path / "cached", tmp_path / "over", tmp_path / "without"
     fx.good(fx.train(recipe, cached, "--cache", fx.cache_path(), *BOTH))
     fx.good(fx.train(recipe, over, "--cache", fx.cache_path(), *ONLINE, *BOTH))
@@ -70,14 +78,17 @@ def test_cached_equals_online(recipe: str, tmp_path: Path) -> None:
     assert last < 0.9 * first
     assert_same_losses(cached, over, 1e-3)
     assert_same_losses(cached, without, 1e-3)
-    assert fx.losses(over) == fx.losses(without)  # the same arithmetic, with and without a cache to look at
+    # the same arithmetic, with and without a cache to look at
+    assert fx.losses(over) == fx.losses(without)
     assert fx.losses(cached) != fx.losses(over)  # the cache's fp16 was really read
 
 
 @pytest.mark.parametrize("recipe", ALIGNED)
 def test_drop_path_is_on_in_these_comparisons(recipe: str, tmp_path: Path) -> None:
     fx.good(fx.train(recipe, tmp_path / "on", "--cache", fx.cache_path(), *BOTH))
-    fx.good(fx.train(recipe, tmp_path / "off", "--cache", fx.cache_path(), *BOTH, sets=("drop_path=0",)))
+    fx.good(
+        fx.train(recipe, tmp_path / "off", "--cache", fx.cache_path(), *BOTH, sets=("drop_path=0",))
+    )
     on, off = fx.losses(tmp_path / "on"), fx.losses(tmp_path / "off")
     assert max(abs(a - b) / b for a, b in zip(on, off, strict=True)) > 1e-2
 
@@ -85,15 +96,28 @@ def test_drop_path_is_on_in_these_comparisons(recipe: str, tmp_path: Path) -> No
 def test_a_wrong_teacher_online_would_be_seen(tmp_path: Path) -> None:
     """The comparison has teeth: one view fewer gives other losses."""
     fx.good(fx.train("maskalign", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH))
-    fx.good(fx.train("maskalign", tmp_path / "two", *alone("--views", "2"), *BOTH, sets=(f"teacher={fx.TEACHER}",)))
+    fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "two",
+            *alone("--views", "2"),
+            *BOTH,
+            sets=(f"teacher={fx.TEACHER}",),
+        )
+    )
     a, b = (np.array(fx.losses(tmp_path / run)) for run in ("cached", "two"))
     assert (np.abs(a - b) / b).max() > 1e-2
 
 
 def test_online_without_views_draws_a_fresh_one_each_epoch(tmp_path: Path) -> None:
-    """View number = epoch: in the epochs before V the views are those of a cache, in another order, and later new."""
+    """View number = epoch: in the epochs before V the views are those of a cache, in another order,
+    and later new."""
     options = ("--steps", "12", "--batch-size", "24")
-    fx.good(fx.train("maskalign", tmp_path / "fresh", *alone(), *options, sets=(f"teacher={fx.TEACHER}",)))
+    fx.good(
+        fx.train(
+            "maskalign", tmp_path / "fresh", *alone(), *options, sets=(f"teacher={fx.TEACHER}",)
+        )
+    )
     fx.good(
         fx.train(
             "maskalign",
@@ -112,40 +136,70 @@ def test_online_without_views_draws_a_fresh_one_each_epoch(tmp_path: Path) -> No
 def test_other_masks_are_equal_online_too(mask: str, tmp_path: Path) -> None:
     sets = (f"mask={mask}",)
     fx.good(fx.train("mralign", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH, sets=sets))
-    fx.good(fx.train("mralign", tmp_path / "over", "--cache", fx.cache_path(), *ONLINE, *BOTH, sets=sets))
+    fx.good(
+        fx.train(
+            "mralign", tmp_path / "over", "--cache", fx.cache_path(), *ONLINE, *BOTH, sets=sets
+        )
+    )
     both = (*sets, f"teacher={fx.TEACHER}")
-    fx.good(fx.train("mralign", tmp_path / "without", *alone("--views", str(fx.VIEWS)), *BOTH, sets=both))
+    fx.good(
+        fx.train(
+            "mralign", tmp_path / "without", *alone("--views", str(fx.VIEWS)), *BOTH, sets=both
+        )
+    )
     assert_same_losses(tmp_path / "cached", tmp_path / "over", 1e-3)
     assert_same_losses(tmp_path / "cached", tmp_path / "without", 1e-3)
 
 
 @pytest.mark.parametrize("norm", ["l2", "none", "bn"])
 def test_other_target_norms_are_equal_online_too(norm: str, tmp_path: Path) -> None:
-    """They are made of what is stored, h and its statistics, and online of the same from the teacher in the loop."""
+    """They are made of what is stored, h and its statistics, and online of the same from the
+    teacher in the loop."""
     sets = (f"target_norm={norm}",)
-    fx.good(fx.train("maskalign", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH, sets=sets))
-    fx.good(fx.train("maskalign", tmp_path / "over", "--cache", fx.cache_path(), *ONLINE, *BOTH, sets=sets))
+    fx.good(
+        fx.train("maskalign", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH, sets=sets)
+    )
+    fx.good(
+        fx.train(
+            "maskalign", tmp_path / "over", "--cache", fx.cache_path(), *ONLINE, *BOTH, sets=sets
+        )
+    )
     assert_same_losses(tmp_path / "cached", tmp_path / "over", 1e-3)
-    fx.good(fx.train("maskalign", tmp_path / "ranked", "--cache", fx.ranked_path(), *BOTH, sets=sets))
+    fx.good(
+        fx.train("maskalign", tmp_path / "ranked", "--cache", fx.ranked_path(), *BOTH, sets=sets)
+    )
     assert fx.losses(tmp_path / "ranked") == fx.losses(tmp_path / "cached")
-    sets = (*sets, "mask=stored")  # of which the first tokens are read, but for bn, which wants statistics of all
+    # of which the first tokens are read, but for bn, which wants statistics of all
+    sets = (*sets, "mask=stored")
     fx.good(fx.train("maskalign", tmp_path / "few", "--cache", fx.ranked_path(), *BOTH, sets=sets))
     fx.good(fx.train("maskalign", tmp_path / "all", "--cache", fx.cache_path(), *BOTH, sets=sets))
-    assert checkpoint.config(tmp_path / "few")["targets"]["reading"]["tokens"] == ("all" if norm == "bn" else 5)
+    assert checkpoint.config(tmp_path / "few")["targets"]["reading"]["tokens"] == (
+        "all" if norm == "bn" else 5
+    )
     assert fx.losses(tmp_path / "few") == fx.losses(tmp_path / "all")
-    fx.good(fx.train("maskalign", tmp_path / "resident", "--cache", fx.cache_path(), *BOTH, "--resident", sets=sets))
+    fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "resident",
+            "--cache",
+            fx.cache_path(),
+            *BOTH,
+            "--resident",
+            sets=sets,
+        )
+    )
     assert fx.losses(tmp_path / "resident") == fx.losses(tmp_path / "all")
 
 
-# --- other layouts of the same targets ------------------------------------------------------------------------------
+# --- other layouts of the same targets ------------------------------------------------------------
 
 STORED = ("mask=stored",)
 
 
 @pytest.mark.parametrize("recipe", ALIGNED)
 def test_a_prefix_of_ranked_tokens_equals_the_raster_cache(recipe: str, tmp_path: Path) -> None:
-    """mask=stored from all tokens in image order, from the first of ranked ones, and from a cache that keeps no more:
-    the same losses and weights to the bit, over 20 steps with drop path."""
+    """mask=stored from all tokens in image order, from the first of ranked ones, and from a cache
+    that keeps no more: the same losses and weights to the bit, over 20 steps with drop path."""
     caches = {
         "raster": fx.cache_path(),
         "ranked": fx.ranked_path(),
@@ -163,7 +217,9 @@ def test_a_prefix_of_ranked_tokens_equals_the_raster_cache(recipe: str, tmp_path
 @pytest.mark.parametrize("mask", ["attentive", "uniform"])
 def test_other_masks_from_a_ranked_cache_equal_the_raster_cache(mask: str, tmp_path: Path) -> None:
     for name, cache in {"raster": fx.cache_path(), "ranked": fx.ranked_path()}.items():
-        fx.good(fx.train("mralign", tmp_path / name, "--cache", cache, *BOTH, sets=(f"mask={mask}",)))
+        fx.good(
+            fx.train("mralign", tmp_path / name, "--cache", cache, *BOTH, sets=(f"mask={mask}",))
+        )
     assert fx.losses(tmp_path / "ranked") == fx.losses(tmp_path / "raster")
 
 
@@ -174,10 +230,15 @@ def test_the_teacher_in_the_loop_over_a_kept_cache_takes_its_mask(tmp_path: Path
 
 
 def test_a_recipe_that_looks_at_a_token_that_was_not_read_is_noticed(tmp_path: Path) -> None:
-    """It says that it looks at visible tokens only, and takes the mean of all: the loss is no number."""
+    """It says that it looks at visible tokens only, and takes the mean of all: the loss is no
+    number."""
     text = (Path(recipes.__file__).parent / "maskalign.py").read_text()
-    wrong = text.replace('self.align(outputs, batch["features"], ', 'self.align(outputs, spread(batch["features"]), ')
-    (tmp_path / "wrong.py").write_text(wrong + "\n\ndef spread(x):\n    return x + 0 * x.mean(2, keepdim=True)\n")
+    wrong = text.replace(
+        'self.align(outputs, batch["features"], ', 'self.align(outputs, spread(batch["features"]), '
+    )
+    (tmp_path / "wrong.py").write_text(
+        wrong + "\n\ndef spread(x):\n    return x + 0 * x.mean(2, keepdim=True)\n"
+    )
     sets = [part for setting in (*fx.RECIPES["maskalign"], *STORED) for part in ("--set", setting)]
     words = ("train", "--recipe", tmp_path / "wrong.py", "--device", "cpu", *sets, *BOTH)
     fx.good(fx.stud(*words, "--cache", fx.cache_path(), "--out", tmp_path / "all"))
@@ -187,24 +248,34 @@ def test_a_recipe_that_looks_at_a_token_that_was_not_read_is_noticed(tmp_path: P
 
 
 @pytest.mark.parametrize("recipe", [*ALIGNED, "mae"])
-def test_stored_pixels_equal_decoded_ones(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same losses to the bit without a picture to decode, and without anybody saying where pictures are."""
+def test_stored_pixels_equal_decoded_ones(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses to the bit without a picture to decode, and without anybody saying where
+    pictures are."""
     options = ("--cache", fx.ranked_path(), *BOTH, "--check-pixels", "1")
     fx.good(fx.train(recipe, tmp_path / "raster", "--cache", fx.cache_path(), *BOTH))
     decoding = fx.good(fx.train(recipe, tmp_path / "decoded", *options, "--decode"))
     assert f"pixels are decoded from {fx.pictures()}" in decoding.err
     monkeypatch.setattr(pixel_path, "decode", lambda data: pytest.fail("a picture was decoded"))
-    monkeypatch.setattr(target_choice, "open_source", lambda spec: pytest.fail("pictures were opened"))
+    monkeypatch.setattr(
+        target_choice, "open_source", lambda spec: pytest.fail("pictures were opened")
+    )
     ran = fx.good(fx.train(recipe, tmp_path / "stored", *options))
     assert "note: pixels come from the cache, nothing is decoded" in ran.err
     for name in ("decoded", "stored"):
         assert fx.losses(tmp_path / name) == fx.losses(tmp_path / "raster")
     assert fx.same_weights(tmp_path / "stored", tmp_path / "raster")
-    reading = [checkpoint.config(tmp_path / name)["targets"]["reading"]["pixels"] for name in ("decoded", "stored")]
+    reading = [
+        checkpoint.config(tmp_path / name)["targets"]["reading"]["pixels"]
+        for name in ("decoded", "stored")
+    ]
     assert reading == ["decoded", "stored"]
 
 
-def test_stored_pixels_of_some_of_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_pixels_of_some_of_the_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """--images chooses among them by key, and no file of it is read."""
     some = tmp_path / "some"
     some.mkdir()
@@ -219,7 +290,8 @@ def test_stored_pixels_of_some_of_the_pictures(tmp_path: Path, monkeypatch: pyte
 
 
 def test_mae_from_the_same_cache_equals_mae_without_any(tmp_path: Path) -> None:
-    """mae reads nothing but views: from the cache, or drawn anew, they are the same pixels to the last bit."""
+    """mae reads nothing but views: from the cache, or drawn anew, they are the same pixels to the
+    last bit."""
     fx.good(fx.train("mae", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH))
     policy = (
         "--policy",
@@ -229,7 +301,16 @@ def test_mae_from_the_same_cache_equals_mae_without_any(tmp_path: Path) -> None:
         "--images",
         fx.pictures(),
     )
-    fx.good(fx.train("mae", tmp_path / "without", *policy, *BOTH, sets=("patch_size=8",), home=tmp_path / "empty"))
+    fx.good(
+        fx.train(
+            "mae",
+            tmp_path / "without",
+            *policy,
+            *BOTH,
+            sets=("patch_size=8",),
+            home=tmp_path / "empty",
+        )
+    )
     assert fx.losses(tmp_path / "cached") == fx.losses(tmp_path / "without")
     assert fx.same_weights(tmp_path / "cached", tmp_path / "without")
 
@@ -237,12 +318,17 @@ def test_mae_from_the_same_cache_equals_mae_without_any(tmp_path: Path) -> None:
 def test_mae_with_an_attentive_mask_reads_only_the_attention(tmp_path: Path) -> None:
     sets = ("mask=attentive",)
     fx.good(fx.train("mae", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH, sets=sets))
-    fx.good(fx.train("mae", tmp_path / "over", "--cache", fx.cache_path(), *ONLINE, *BOTH, sets=sets))
-    assert fx.losses(tmp_path / "cached") == fx.losses(tmp_path / "over")  # attention is stored in fp32: exactly
+    fx.good(
+        fx.train("mae", tmp_path / "over", "--cache", fx.cache_path(), *ONLINE, *BOTH, sets=sets)
+    )
+    # attention is stored in fp32: exactly
+    assert fx.losses(tmp_path / "cached") == fx.losses(tmp_path / "over")
 
 
 def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
-    ran = fx.good(fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(), "--steps", "0", "--json"))
+    ran = fx.good(
+        fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(), "--steps", "0", "--json")
+    )
     assert ran.json["steps"] == 0
     assert metrics.read(tmp_path / "run") == []
     torch.manual_seed(0)
@@ -251,15 +337,19 @@ def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
 
     recipe = recipes.load("mralign")
     facts = cache_match.facts(fx.open_cache().identity)
-    model = recipe.Model(config.replace(config.from_overrides(recipe.Config, fx.RECIPES["mralign"]), **facts))
+    model = recipe.Model(
+        config.replace(config.from_overrides(recipe.Config, fx.RECIPES["mralign"]), **facts)
+    )
     saved = fx.weights(tmp_path / "run")
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
-# --- interrupted ----------------------------------------------------------------------------------------------------
+# --- interrupted ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("died", "save_every"), [(0, 4), (3, 4), (4, 4), (9, 4), (11, 12), (17, 5)])
+@pytest.mark.parametrize(
+    ("died", "save_every"), [(0, 4), (3, 4), (4, 4), (9, 4), (11, 12), (17, 5)]
+)
 def test_stopped_at_a_step_and_resumed(
     died: int, save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +377,8 @@ def assert_undisturbed(run: Path, whole: Path) -> None:
     """Each step once, the same numbers as the whole run, and the same weights to the bit."""
     clocks = ("images_per_s", "data_wait")
     rows, expected = (
-        [{k: v for k, v in row.items() if k not in clocks} for row in metrics.read(place)] for place in (run, whole)
+        [{k: v for k, v in row.items() if k not in clocks} for row in metrics.read(place)]
+        for place in (run, whole)
     )
     assert rows == expected
     assert fx.same_weights(run, whole)
@@ -295,10 +386,28 @@ def assert_undisturbed(run: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("recipe", [pytest.param("maskalign", marks=pytest.mark.slow), "mralign"])
 def test_killed_in_training_and_resumed(recipe: str, tmp_path: Path) -> None:
-    options = ("--cache", fx.cache_path(), "--steps", "60", "--batch-size", "8", "--save-every", "7")
+    options = (
+        "--cache",
+        fx.cache_path(),
+        "--steps",
+        "60",
+        "--batch-size",
+        "8",
+        "--save-every",
+        "7",
+    )
     fx.good(fx.train(recipe, tmp_path / "whole", *options))
     settings = [part for text in fx.RECIPES[recipe] for part in ("--set", text)]
-    command = [sys.executable, "-m", "student", "train", "--recipe", recipe, *map(str, options), *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "student",
+        "train",
+        "--recipe",
+        recipe,
+        *map(str, options),
+        *settings,
+    ]
     run = tmp_path / "killed"
     process = subprocess.Popen(
         [*command, "--out", str(run), "--device", "cpu"],
@@ -336,7 +445,8 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 def test_a_run_stopped_while_its_folder_is_made_can_be_started(
     dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever the process dies before its first step, one of the two ways (--resume or not) takes the folder."""
+    """Wherever the process dies before its first step, one of the two ways (--resume or not) takes
+    the folder."""
     options = ("--cache", fx.cache_path(), "--steps", "1", "--batch-size", "8")
 
     def power_cut(*_: Any) -> Any:
@@ -346,11 +456,14 @@ def test_a_run_stopped_while_its_folder_is_made_can_be_started(
     with pytest.raises(RuntimeError, match="power cut"):
         fx.train("maskalign", tmp_path / "run", *options)
     monkeypatch.undo()
-    assert 0 in [fx.train("maskalign", tmp_path / "run", *options, *resume).status for resume in (("--resume",), ())]
+    assert 0 in [
+        fx.train("maskalign", tmp_path / "run", *options, *resume).status
+        for resume in (("--resume",), ())
+    ]
     assert len(metrics.read(tmp_path / "run")) == 1
 
 
-# --- split ----------------------------------------------------------------------------------------------------------
+# --- split ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", [*ALIGNED, "mae"])
@@ -358,7 +471,11 @@ def test_accumulation_equals_a_larger_batch(recipe: str, tmp_path: Path) -> None
     options = ("--cache", fx.cache_path(), "--steps", "10")
     off = ("drop_path=0",)
     fx.good(fx.train(recipe, tmp_path / "whole", *options, "--batch-size", "8", sets=off))
-    fx.good(fx.train(recipe, tmp_path / "parts", *options, "--batch-size", "4", "--accumulate", "2", sets=off))
+    fx.good(
+        fx.train(
+            recipe, tmp_path / "parts", *options, "--batch-size", "4", "--accumulate", "2", sets=off
+        )
+    )
     assert_same_losses(tmp_path / "parts", tmp_path / "whole", 1e-5)
 
 
@@ -367,7 +484,18 @@ def test_accumulation_with_clipping_and_the_scaled_rate(tmp_path: Path) -> None:
     sets = ("drop_path=0", "clip_grad=0.5", "lr=null", "blr=0.05")
     options = ("--cache", fx.cache_path(), "--steps", "6")
     fx.good(fx.train("maskalign", tmp_path / "whole", *options, "--batch-size", "8", sets=sets))
-    fx.good(fx.train("maskalign", tmp_path / "parts", *options, "--batch-size", "2", "--accumulate", "4", sets=sets))
+    fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "parts",
+            *options,
+            "--batch-size",
+            "2",
+            "--accumulate",
+            "4",
+            sets=sets,
+        )
+    )
     whole, parts = metrics.read(tmp_path / "whole"), metrics.read(tmp_path / "parts")
     assert [row["lr"] for row in whole] == [row["lr"] for row in parts]
     assert whole[0]["lr"] == pytest.approx(0.05 * 8 / 256)
@@ -381,7 +509,9 @@ def test_accumulation_with_clipping_and_the_scaled_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ALIGNED)
 def test_two_processes_equal_one(recipe: str, tmp_path: Path) -> None:
     options = ("--cache", fx.cache_path(), "--steps", "10", "--device", "cpu")
-    fx.good(fx.train(recipe, tmp_path / "one", *options, "--batch-size", "8", sets=("drop_path=0",)))
+    fx.good(
+        fx.train(recipe, tmp_path / "one", *options, "--batch-size", "8", sets=("drop_path=0",))
+    )
     settings = [part for text in (*fx.RECIPES[recipe], "drop_path=0") for part in ("--set", text)]
     train = ["student", "train", "--recipe", recipe, *map(str, options), *settings]
     ran = launch([*train, "--batch-size", "4", "--out", str(tmp_path / "two"), "--save-every", "5"])
@@ -390,8 +520,8 @@ def test_two_processes_equal_one(recipe: str, tmp_path: Path) -> None:
     assert metrics.read(tmp_path / "two")[0]["images_per_s"] > 0
     one, two = fx.weights(tmp_path / "one"), fx.weights(tmp_path / "two")
     assert one.keys() == two.keys()
-    # Softmax takes no notice of a key's bias: its gradient is rounding alone, which Adam's first steps make as large as
-    # the rate. All else differs by a small part of the rate, 3e-3.
+    # Softmax takes no notice of a key's bias: its gradient is rounding alone, which Adam's first
+    # steps make as large as the rate. All else differs by a small part of the rate, 3e-3.
     apart = {name: (one[name] - two[name]).abs() for name in one}
     for name in [name for name in apart if name.endswith("attn.qkv.bias")]:
         queries, _, values = apart[name].chunk(3)
@@ -401,7 +531,16 @@ def test_two_processes_equal_one(recipe: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_stopped_and_resumed_with_drop_path(tmp_path: Path) -> None:
-    options = ("--cache", str(fx.cache_path()), "--batch-size", "4", "--device", "cpu", "--steps", "12")
+    options = (
+        "--cache",
+        str(fx.cache_path()),
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+        "--steps",
+        "12",
+    )
     settings = [part for text in fx.RECIPES["mralign"] for part in ("--set", text)]
     train = ["student", "train", "--recipe", "mralign", *options, *settings, "--save-every", "4"]
     assert launch([*train, "--out", str(tmp_path / "whole")]).returncode == 0
@@ -414,10 +553,19 @@ def test_two_processes_stopped_and_resumed_with_drop_path(tmp_path: Path) -> Non
 
 
 def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Two processes over gloo. (`accelerate launch --cpu --num_processes 2` starts one process, without a word.)"""
+    """Two processes over gloo. (`accelerate launch --cpu --num_processes 2` starts one process,
+    without a word.)"""
     port = 20000 + os.getpid() % 20000
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m", *command],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            f"--master_port={port}",
+            "-m",
+            *command,
+        ],
         env=fx.environment(),
         capture_output=True,
         text=True,
@@ -426,20 +574,45 @@ def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-# --- real shapes ----------------------------------------------------------------------------------------------------
+# --- real shapes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ALIGNED)
 def test_cached_equals_online_with_a_real_vit(recipe: str, tmp_path: Path) -> None:
-    """ViT-B/16 at 224 on photographs of scikit-image: 12 blocks, 196 patches, a tiny student, batch 4, 20 steps."""
+    """ViT-B/16 at 224 on photographs of scikit-image: 12 blocks, 196 patches, a tiny student, batch
+    4, 20 steps."""
     photographs = photos(tmp_path / "photos")
     teacher = "timm:vit_base_patch16_224"
-    args = ("--teacher", teacher, "--weights", "random:0", "--images", str(photographs), "--views", "2")
-    assert fx.feat("extract", *args, "--out", str(tmp_path / "cache"), "--batch-size", "4").status == 0
-    sets = ["encoder=tiny", "warmup_epochs=0", "lr=0.0005"] + (["decoder_depth=1"] if recipe == "mralign" else [])
+    args = (
+        "--teacher",
+        teacher,
+        "--weights",
+        "random:0",
+        "--images",
+        str(photographs),
+        "--views",
+        "2",
+    )
+    assert (
+        fx.feat("extract", *args, "--out", str(tmp_path / "cache"), "--batch-size", "4").status == 0
+    )
+    sets = ["encoder=tiny", "warmup_epochs=0", "lr=0.0005"] + (
+        ["decoder_depth=1"] if recipe == "mralign" else []
+    )
     settings = [part for text in sets for part in ("--set", text)]
-    common = ("train", "--recipe", recipe, *settings, "--steps", str(STEPS), "--batch-size", "4", "--device", "cpu")
+    common = (
+        "train",
+        "--recipe",
+        recipe,
+        *settings,
+        "--steps",
+        str(STEPS),
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    )
     fx.good(fx.stud(*common, "--cache", tmp_path / "cache", "--out", tmp_path / "cached"))
     fx.good(fx.stud(*common, "--cache", tmp_path / "cache", *ONLINE, "--out", tmp_path / "online"))
     first, *_, last = fx.losses(tmp_path / "cached")
@@ -461,11 +634,14 @@ def photos(folder: Path) -> Path:
     return folder
 
 
-# --- targets, seen from outside -------------------------------------------------------------------------------------
+# --- targets, seen from outside -------------------------------------------------------------------
 
 
-def test_every_view_and_the_right_rows_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What enters the model equals what lies in the cache under the picture's key: read by hand, for three epochs."""
+def test_every_view_and_the_right_rows_reach_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What enters the model equals what lies in the cache under the picture's key: read by hand,
+    for three epochs."""
     seen: list[tuple[list[str], Any, Any, torch.Tensor]] = []
     original = prefetch.to_device
 
@@ -475,7 +651,18 @@ def test_every_view_and_the_right_rows_reach_the_recipe(tmp_path: Path, monkeypa
         return batch
 
     monkeypatch.setattr(prefetch, "to_device", watch)
-    fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), "--steps", "9", "--batch-size", "8"))
+    fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "run",
+            "--cache",
+            fx.cache_path(),
+            "--steps",
+            "9",
+            "--batch-size",
+            "8",
+        )
+    )
     shown: dict[str, list[int]] = {}
     with Cache(fx.cache_path()) as cache:
         row_of = {key: row for row, key in enumerate(cache.keys)}

@@ -24,7 +24,8 @@ DINO = "synthetic:levels=12,tokens=196,width=96,size=224"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/, a cache of 8 pictures x 4 views with a second teacher, the same as tars, and a run."""
+    """train/, a cache of 8 pictures x 4 views with a second teacher, the same as tars, and a
+    run."""
     root = tmp_path_factory.mktemp("readme")
     fx.save_pictures(root / "train/n01440764", 7)
     (root / "train/n01440764/p00.png").rename(root / "train/n01440764/n01440764_10026.png")
@@ -33,15 +34,34 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = ("--images", str(root / "train"), "--views", "4", "--out", str(root / CACHE))
     assert fx.feat("extract", "--teacher", CLIP, "--levels", "last:2", *common).status == 0
     assert fx.feat("extract", "--teacher", DINO, "--levels", "last:1", *common, "--add").status == 0
-    assert fx.feat("convert", str(root / CACHE), str(root / "tars"), "--store", "webdataset").status == 0
-    words = ("--recipe", "mae", "--cache", root / CACHE, "--set", "decoder_depth=1", "--device", "cpu")
-    fx.good(fx.stud("train", *words, "--steps", "0", "--batch-size", "4", "--out", root / "runs/mralign-s0"))
+    assert (
+        fx.feat("convert", str(root / CACHE), str(root / "tars"), "--store", "webdataset").status
+        == 0
+    )
+    words = (
+        "--recipe",
+        "mae",
+        "--cache",
+        root / CACHE,
+        "--set",
+        "decoder_depth=1",
+        "--device",
+        "cpu",
+    )
+    fx.good(
+        fx.stud(
+            "train", *words, "--steps", "0", "--batch-size", "4", "--out", root / "runs/mralign-s0"
+        )
+    )
     return root
 
 
 @pytest.fixture
-def block(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
-    """Run the block that holds a word; its names afterwards. The second teacher has another name here."""
+def block(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], dict[str, Any]]:
+    """Run the block that holds a word; its names afterwards. The second teacher has another name
+    here."""
     monkeypatch.chdir(place)
 
     def run(word: str) -> dict[str, Any]:
@@ -59,7 +79,10 @@ def test_every_block_is_run_here() -> None:
 
 def test_reading(block: Callable[[str], dict[str, Any]]) -> None:
     names = block("featcache.open(")
-    assert (names["batch"]["features"].shape, names["batch"]["features"].dtype) == ((1, 2, 197, 768), np.float16)
+    assert (names["batch"]["features"].shape, names["batch"]["features"].dtype) == (
+        (1, 2, 197, 768),
+        np.float16,
+    )
     assert names["batch"]["attention"].shape == (1, 196)
     again = names["cache"].read([0], view=2, levels=[12])["features"]
     assert np.array_equal(names["memory"]["features"][1], again[0])
@@ -80,21 +103,28 @@ def test_the_encoder_in_timm(block: Callable[[str], dict[str, Any]]) -> None:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_without_us(block: Callable[[str], dict[str, Any]], place: Path) -> None:
-    """Keys and features by zarr alone and by webdataset alone are those of the folder, odd characters and all."""
+    """Keys and features by zarr alone and by webdataset alone are those of the folder, odd
+    characters and all."""
     names = block("zarr.open_group(")
     assert sorted(names["keys"]) == sorted(open_source(place / "train").keys)
     assert names["shard"]["features"].shape == (8, 4, 2, 197, 768)
     (text,) = (each for each in BLOCKS if "zarr.open_group(" in each)
     assert text.count("folder + slash + unquote(name)") == 1
     found: list[tuple[str, np.ndarray]] = []
-    marked = text.replace("    folder + slash + unquote(name), ", "    found.append((folder + slash + unquote(name), ")
+    marked = text.replace(
+        "    folder + slash + unquote(name), ", "    found.append((folder + slash + unquote(name), "
+    )
     exec(marked.replace('sample["features.npy"]', 'sample["features.npy"]))'), {"found": found})
     assert [key for key, _ in found] == names["keys"]
     assert "odd/50%.2E of it" in names["keys"]
-    assert all(np.array_equal(names["shard"]["features"][i, 0], item) for i, (_, item) in enumerate(found))
+    assert all(
+        np.array_equal(names["shard"]["features"][i, 0], item) for i, (_, item) in enumerate(found)
+    )
 
 
-@pytest.mark.parametrize("option", ["pictures", "decode", "fields", "levels", "tokens", "transform", "check_pixels"])
+@pytest.mark.parametrize(
+    "option", ["pictures", "decode", "fields", "levels", "tokens", "transform", "check_pixels"]
+)
 def test_the_options_of_dataset_exist(option: str) -> None:
     import inspect
 

@@ -1,4 +1,5 @@
-"""The `featcache extract` command that a cache comes from, rebuilt from its manifest: it finishes it, or adds to it."""
+"""The `featcache extract` command that a cache comes from, rebuilt from its manifest: it finishes
+it, or adds to it."""
 
 from __future__ import annotations
 
@@ -52,10 +53,15 @@ class Unfinished(NamedTuple):
 
 
 def unfinished(cache: Path) -> Iterator[Unfinished]:
-    """What is missing of the cache at `cache` and of what was added to it; nothing where all is complete."""
+    """What is missing of the cache at `cache` and of what was added to it; nothing where all is
+    complete."""
     for part in (cache, *added(cache)):
         about = manifest.read(part)
-        left = [shard["count"] for shard in about["shards"] if not record_path(part, shard["name"]).is_file()]
+        left = [
+            shard["count"]
+            for shard in about["shards"]
+            if not record_path(part, shard["name"]).is_file()
+        ]
         if left:
             finish = made(about, cache) if part == cache else addition(about, cache)
             total = len(about["shards"])
@@ -63,12 +69,19 @@ def unfinished(cache: Path) -> Iterator[Unfinished]:
 
 
 def options(
-    about: Mapping[str, Any], levels: Sequence[int] | None = None, views: int | None = None, *, keep: bool = True
+    about: Mapping[str, Any],
+    levels: Sequence[int] | None = None,
+    views: int | None = None,
+    *,
+    keep: bool = True,
 ) -> list[str]:
-    """The options that extract what this manifest states, with these levels and views; all tokens without `keep`."""
+    """The options that extract what this manifest states, with these levels and views; all tokens
+    without `keep`."""
     identity, provenance = about["identity"], about["provenance"]
     depth = identity["teacher"]["depth"]
-    policy = {key: value for key, value in identity["policy"].items() if value != Policy().as_dict()[key]}
+    policy = {
+        key: value for key, value in identity["policy"].items() if value != Policy().as_dict()[key]
+    }
     size = provenance.get("batch_size", BATCH_SIZE)
     given = {
         "teacher": identity["teacher"]["name"],
@@ -76,24 +89,39 @@ def options(
         "images": provenance["source"],
         "views": views or identity.get("first_view", 0) + identity["views"],
         **({} if provenance["weights"] == REGISTERED else {"weights": provenance["weights"]}),
-        **{key: ",".join(map(repr, value)) if isinstance(value, list) else value for key, value in policy.items()},
+        **{
+            key: ",".join(map(repr, value)) if isinstance(value, list) else value
+            for key, value in policy.items()
+        },
         **{key: identity[key] for key in ("order", "codec", "store", "tokens")},
         **({"keep": identity["keep"]} if keep and "keep" in identity else {}),
         **({"pixels": identity["pixels"]} if "pixels" in identity else {}),
-        **({} if (decoder := identity["pixel_path"]["decoder"]) == "pillow" else {"decoder": decoder}),
-        **({"precision": identity["teacher"]["precision"]} if "precision" in identity["teacher"] else {}),
+        **(
+            {}
+            if (decoder := identity["pixel_path"]["decoder"]) == "pillow"
+            else {"decoder": decoder}
+        ),
+        **(
+            {"precision": identity["teacher"]["precision"]}
+            if "precision" in identity["teacher"]
+            else {}
+        ),
         "rows-per-shard": identity["rows_per_shard"],
-        **({} if size == BATCH_SIZE else {"batch-size": size}),  # a real network gives other bits at another
+        # a real network gives other bits at another
+        **({} if size == BATCH_SIZE else {"batch-size": size}),
     }
     compiled = ["--compile"] if provenance.get("compiled") else []
     return [*(word for key, value in given.items() for word in (f"--{key}", str(value))), *compiled]
 
 
 def levels_text(levels: Sequence[int], depth: int) -> str:
-    """Block numbers as `--levels` takes them; a recipe that reads no level still needs a cache with one.
+    """Block numbers as `--levels` takes them; a recipe that reads no level still needs a cache with
+    one.
 
-    >>> levels_text([11, 12], 12), levels_text([8, 12], 12), levels_text([1, 2], 2), levels_text([], 12)
-    ('last:2', '8,12', 'all', 'last:1')
+    >>> levels_text([11, 12], 12), levels_text([8, 12], 12)
+    ('last:2', '8,12')
+    >>> levels_text([1, 2], 2), levels_text([], 12)
+    ('all', 'last:1')
     """
     if list(levels) == list(range(1, depth + 1)):
         return "all"

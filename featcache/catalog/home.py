@@ -22,24 +22,32 @@ def home() -> Path:
 def caches() -> list[Path]:
     """Folders below home that hold a manifest, by name."""
     found = (path.parent for path in home().glob(f"*/{manifest.NAME}"))
-    return sorted(path for path in found if not path.name.startswith("."))  # hidden ones are half removed
+    # hidden ones are half removed
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def note_run(**facts: Any) -> None:
-    """Append one line to the ledger; a home that cannot be written is told once and stops nothing."""
+    """Append one line to the ledger; a home that cannot be written is told once and stops
+    nothing."""
     line = json.dumps(
-        {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}, sort_keys=True, default=str
+        {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts},
+        sort_keys=True,
+        default=str,
     )
     try:
         home().mkdir(parents=True, exist_ok=True)
         with (home() / "runs.jsonl").open("a") as file:
             file.write(line + "\n")
     except OSError as error:
-        print(f"note: the run ledger {home() / 'runs.jsonl'} cannot be written: {error.strerror}", file=sys.stderr)
+        print(
+            f"note: the run ledger {home() / 'runs.jsonl'} cannot be written: {error.strerror}",
+            file=sys.stderr,
+        )
 
 
 def runs_of(cache_id: str) -> list[dict[str, Any]]:
-    """The ledger's lines on training with a cache, oldest first; lines that cannot be read are passed over."""
+    """The ledger's lines on training with a cache, oldest first; lines that cannot be read are
+    passed over."""
     try:
         lines = (home() / "runs.jsonl").read_text(errors="replace").splitlines()
     except OSError:
@@ -51,6 +59,10 @@ def runs_of(cache_id: str) -> list[dict[str, Any]]:
                 facts = json.loads(line)
             except ValueError:  # a process died while it wrote
                 continue
-            if isinstance(facts, dict) and facts.get("cache_id") == cache_id and facts.get("command") == "train":
+            if (
+                isinstance(facts, dict)
+                and facts.get("cache_id") == cache_id
+                and facts.get("command") == "train"
+            ):
                 found.append(facts)
     return found

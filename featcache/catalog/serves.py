@@ -1,11 +1,13 @@
-"""Which recipes a cache can serve, told without importing any of them (they need torch; `info` must not).
+"""Which recipes a cache can serve, told without importing any of them (they need torch; `info` must
+not).
 
-A package of recipes announces itself with the entry point group `featcache.recipes`; each of its files states with a
-literal what its default configuration reads, which is parsed and never run:
+A package of recipes announces itself with the entry point group `featcache.recipes`; each of its
+files states with a literal what its default configuration reads, which is parsed and never run:
 
     SERVED_BY = {"fields": ("features", "attention"), "levels": "last:5", "mask_ratio": 0.7}
 
-`all_tokens`: hidden patches' tokens are read too. `derive`: z, which only a teacher with a projection gives.
+`all_tokens`: hidden patches' tokens are read too. `derive`: z, which only a teacher with a
+projection gives.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def known() -> Iterator[tuple[str, dict[str, Any]]]:
 def stated(path: Path) -> dict[str, Any] | None:
     """The literal of one file; None where there is none."""
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [LITERAL]:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [
+            LITERAL
+        ]:
             value = ast.literal_eval(node.value)
             return value if isinstance(value, dict) else None
     return None
@@ -62,7 +66,9 @@ def lacks(cache: Cache, needs: dict[str, Any]) -> str:
     patches, keep = cache.identity["teacher"]["patches"], cache.identity.get("keep")
     visible = int(patches * (1 - needs["mask_ratio"]))
     if keep is not None and (keep < visible or needs.get("all_tokens")):
-        return f"{keep} patches are kept, " + ("all are read" if needs.get("all_tokens") else f"{visible} are visible")
+        return f"{keep} patches are kept, " + (
+            "all are read" if needs.get("all_tokens") else f"{visible} are visible"
+        )
     if fields := [field for field in needs["fields"] if field not in cache.fields]:
         return f"{', '.join(fields)} is not stored"
     if needs.get("derive") == "z" and not _projects(cache):

@@ -1,1 +1,2 @@
-"""One file, one command of `featcache`: its options, and what it says. The work is done elsewhere."""
+"""One file, one command of `featcache`: its options, and what it says. The work is done
+elsewhere."""

@@ -24,13 +24,24 @@ from featcache.storage import manifest
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--views", type=click.IntRange(1), help="Only the first N views. [default: all]")
-@click.option("--levels", help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]")
+@click.option(
+    "--levels", help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]"
+)
 @click.option("--shards", help="A:B: only shards A to B - 1, counted from 0. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def command(cache: Path, dest: Path, views: int | None, levels: str | None, shards: str | None, as_json: bool) -> None:
-    """Copy CACHE to DEST, every file compared with its checksum. Killed, the same command continues.
+def command(
+    cache: Path,
+    dest: Path,
+    views: int | None,
+    levels: str | None,
+    shards: str | None,
+    as_json: bool,
+) -> None:
+    """Copy CACHE to DEST, every file compared with its checksum. Killed, the same command
+    continues.
 
-    With --views or --levels, additions to CACHE are merged: DEST is one flat cache of its own teacher.
+    With --views or --levels, additions to CACHE are merged: DEST is one flat cache of its own
+    teacher.
     """
     span = None if shards is None else _span(cache, shards)
     chosen = None if levels is None else _levels(cache, levels)
@@ -38,7 +49,9 @@ def command(cache: Path, dest: Path, views: int | None, levels: str | None, shar
         "copy",
         dest,
         as_json,
-        lambda progress: transfer.copy(cache, dest, views=views, levels=chosen, shards=span, progress=progress),
+        lambda progress: transfer.copy(
+            cache, dest, views=views, levels=chosen, shards=span, progress=progress
+        ),
     )
 
 
@@ -53,17 +66,23 @@ def _span(cache: Path, text: str) -> tuple[int, int]:
     """'A:B', where either may be left out, -> numbers of shards."""
     low, colon, high = text.partition(":")
     if not colon or not all(part == "" or part.isdecimal() for part in (low, high)):
-        raise UsageError(f"--shards {text!r}: A:B is needed, shards A to B - 1 counted from 0, such as 0:100")
+        raise UsageError(
+            f"--shards {text!r}: A:B is needed, shards A to B - 1 counted from 0, such as 0:100"
+        )
     return int(low or 0), int(high or len(manifest.read(cache)["shards"]))
 
 
-def carry_out(what: str, dest: Path, as_json: bool, work: Callable[[transfer.TransferProgress], list[str]]) -> None:
+def carry_out(
+    what: str, dest: Path, as_json: bool, work: Callable[[transfer.TransferProgress], list[str]]
+) -> None:
     """Run a transfer with a progress bar, and tell what is there now."""
     bar = ProgressBar(what, "MB")
     progress = transfer.TransferProgress()
     progress.report = lambda now: bar(now.done // 10**6, now.total // 10**6)
     progress.waiting = WaitingNote()
-    bar.text = lambda done, total: f"{show.size(progress.rate)}/s, {eta(progress.total - progress.done, progress.rate)}"
+    bar.text = lambda done, total: (
+        f"{show.size(progress.rate)}/s, {eta(progress.total - progress.done, progress.rate)}"
+    )
     try:
         left = work(progress)
     finally:
@@ -89,8 +108,8 @@ def carry_out(what: str, dest: Path, as_json: bool, work: Callable[[transfer.Tra
 def _story(summary: dict[str, Any]) -> str:
     levels = ",".join(map(str, summary["levels"]))
     lines = [
-        f"{summary['cache']}: {summary['rows']} pictures x {summary['views']} views, levels {levels}, "
-        f"{summary['store']} store, {show.size(summary['bytes'])}, id {summary['id']}",
+        f"{summary['cache']}: {summary['rows']} pictures x {summary['views']} views, levels "
+        f"{levels}, {summary['store']} store, {show.size(summary['bytes'])}, id {summary['id']}",
         f"{summary['new_shards']} shards written, {show.size(summary['bytes_per_s'])}/s"
         if summary["new_shards"]
         else "was complete already; nothing to do",

@@ -28,29 +28,45 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog="\b\nExamples:\n  featcache extract --teacher clip-b16 --images train/ --views 4 --levels last:5\n"
-    "  featcache extract --teacher clip-b16 --images 'train-{000000..001281}.tar' --weights ViT-B-16.safetensors\n"
-    "  featcache extract --teacher clip-b16 --teacher dino-b16 --levels last:5 --levels dino-b16=-1 --images train/\n"
-    "  featcache extract --teacher synthetic:levels=5,tokens=196,width=768 --images photos/ --out trial"
+    epilog="\b\nExamples:\n"
+    "  featcache extract --teacher clip-b16 --images train/ --views 4 --levels last:5\n"
+    "  featcache extract --teacher clip-b16 --images 'train-{000000..001281}.tar' "
+    "--weights ViT-B-16.safetensors\n"
+    "  featcache extract --teacher clip-b16 --teacher dino-b16 --levels last:5 "
+    "--levels dino-b16=-1 --images train/\n"
+    "  featcache extract --teacher synthetic:levels=5,tokens=196,width=768 --images photos/ "
+    "--out trial"
 )
 @click.option(
     "--teacher",
     "names",
     multiple=True,
-    help="Name, or NAME,key=value,...; `featcache teachers` lists them. Several: one pass over the same views.",
+    help="Name, or NAME,key=value,...; `featcache teachers` lists them. "
+    "Several: one pass over the same views.",
 )
 @click.option(
-    "--images", "images_spec", help="Folder of pictures, webdataset tars or .beton. [default: $FEATCACHE_IMAGES]"
+    "--images",
+    "images_spec",
+    help="Folder of pictures, webdataset tars or .beton. [default: $FEATCACHE_IMAGES]",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]")
 @click.option(
-    "--views", "view_count", type=click.IntRange(1), default=1, show_default=True, help="Views drawn of each picture."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]",
+)
+@click.option(
+    "--views",
+    "view_count",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Views drawn of each picture.",
 )
 @click.option(
     "--levels",
     multiple=True,
-    help="Blocks to store: last:N, a list such as 8,10,12 or -1,-3 from the end, or all; TEACHER=... for one. "
-    "[default: last:5]",
+    help="Blocks to store: last:N, a list such as 8,10,12 or -1,-3 from the end, or all; "
+    "TEACHER=... for one. [default: last:5]",
 )
 @click.option(
     "--policy",
@@ -60,17 +76,34 @@ if TYPE_CHECKING:
     help=f"How views are drawn: {', '.join(POLICIES)} or a .json file.",
 )
 @click.option("--size", type=int, help="Pixels of a view, a side. [default: the policy's, 224]")
-@click.option("--scale", type=Pair(), help="Share of the picture's area in a view. [default: the policy's, 0.2,1]")
-@click.option("--ratio", type=Pair(), help="Width / height of a view. [default: the policy's, 3/4,4/3]")
 @click.option(
-    "--filter", "filter_name", help="bicubic, bilinear or lanczos; area with FFCV. [default: the policy's, bicubic]"
+    "--scale",
+    type=Pair(),
+    help="Share of the picture's area in a view. [default: the policy's, 0.2,1]",
 )
-@click.option("--flip", type=float, help="Probability of a mirrored view. [default: the policy's, 0.5]")
 @click.option(
-    "--jitter", type=float, help="Largest change of brightness, contrast, saturation. [default: the policy's, 0]"
+    "--ratio", type=Pair(), help="Width / height of a view. [default: the policy's, 3/4,4/3]"
+)
+@click.option(
+    "--filter",
+    "filter_name",
+    help="bicubic, bilinear or lanczos; area with FFCV. [default: the policy's, bicubic]",
+)
+@click.option(
+    "--flip", type=float, help="Probability of a mirrored view. [default: the policy's, 0.5]"
+)
+@click.option(
+    "--jitter",
+    type=float,
+    help="Largest change of brightness, contrast, saturation. [default: the policy's, 0]",
 )
 @click.option("--seed", type=int, help="Seed of the views. [default: the policy's, 0]")
-@click.option("--order", default="attentive", show_default=True, help="Stored mask order: attentive, topk or uniform.")
+@click.option(
+    "--order",
+    default="attentive",
+    show_default=True,
+    help="Stored mask order: attentive, topk or uniform.",
+)
 @click.option("--codec", default="fp16", show_default=True, help="How features are stored: fp16.")
 @click.option(
     "--store",
@@ -84,29 +117,50 @@ if TYPE_CHECKING:
     "--tokens",
     default="raster",
     show_default=True,
-    help="Order of patches: raster, as in the picture; ranked, in mask order, of which the first can be read or kept.",
+    help="Order of patches: raster, as in the picture; ranked, in mask order, "
+    "of which the first can be read or kept.",
 )
-@click.option("--keep", help="With --tokens ranked: store only the first N patches of a view, or a share such as 0.3.")
 @click.option(
-    "--pixels", type=click.Choice(["raw"]), help="raw: store the rendered views, so training decodes nothing."
+    "--keep",
+    help="With --tokens ranked: store only the first N patches of a view, or a share such as 0.3.",
+)
+@click.option(
+    "--pixels",
+    type=click.Choice(["raw"]),
+    help="raw: store the rendered views, so training decodes nothing.",
 )
 @click.option(
     "--decoder",
     type=click.Choice(pixel_path.DECODERS),
     default="pillow",
     show_default=True,
-    help="ffcv: a .beton through FFCV's own decode and resize: other pixels than Pillow's. Training does the same.",
+    help="ffcv: a .beton through FFCV's own decode and resize: other pixels than Pillow's. "
+    "Training does the same.",
 )
 @click.option(
     "--weights",
     multiple=True,
-    help="FILE, a tag, or random:SEED for a trial; TEACHER=... for one. [default: the pretrained ones]",
+    help="FILE, a tag, or random:SEED for a trial; TEACHER=... for one. "
+    "[default: the pretrained ones]",
 )
 @click.option(
-    "--precision", default="fp32", show_default=True, help="Of the teacher: fp32, or autocast to bf16 or fp16, or tf32."
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="Of the teacher: fp32, or autocast to bf16 or fp16, or tf32.",
 )
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile the teacher: minutes first, then faster.")
-@click.option("--check-teacher", "labelled", metavar="LABELLED", help="First a k-NN score on these labelled pictures.")
+@click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="torch.compile the teacher: minutes first, then faster.",
+)
+@click.option(
+    "--check-teacher",
+    "labelled",
+    metavar="LABELLED",
+    help="First a k-NN score on these labelled pictures.",
+)
 @click.option(
     "--rows-per-shard",
     type=click.IntRange(1),
@@ -114,14 +168,29 @@ if TYPE_CHECKING:
     show_default=True,
     help="Pictures in a shard, the unit of resuming, sharing and repair.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Views a teacher batch.")
 @click.option(
-    "--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Decoding threads. [default: cores]"
+    "--batch-size",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Views a teacher batch.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    help="Decoding threads. [default: cores]",
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one]")
-@click.option("--devices", help="all, or a list such as cuda:0,cuda:1: one process each, on one cache.")
-@click.option("--shard", "share", help="I/N: only shards I, I + N, ...; I counts from 0. For job arrays.")
-@click.option("--add", is_flag=True, help="Add views, levels or a second teacher to the cache at --out.")
+@click.option(
+    "--devices", help="all, or a list such as cuda:0,cuda:1: one process each, on one cache."
+)
+@click.option(
+    "--shard", "share", help="I/N: only shards I, I + N, ...; I counts from 0. For job arrays."
+)
+@click.option(
+    "--add", is_flag=True, help="Add views, levels or a second teacher to the cache at --out."
+)
 @click.option("--strict", is_flag=True, help="Stop at the first picture that cannot be used.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -155,7 +224,8 @@ def command(
     as_json: bool,
     **policy_options: Any,
 ) -> None:
-    """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same command continues."""
+    """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same
+    command continues."""
     from featcache.extraction import launcher, options
     from featcache.extraction import plan as plans
     from featcache.extraction.options import parse_keep
@@ -166,30 +236,42 @@ def command(
 
     _check_names(names, order, codec)
     running.keep_memory()
-    level_of, weights_of = options.assign("--levels", levels, names), options.weights(weights, names)
+    level_of, weights_of = (
+        options.assign("--levels", levels, names),
+        options.weights(weights, names),
+    )
     renamed = {"filter_name": "filter"}
-    changes = {renamed.get(key, key): value for key, value in policy_options.items() if value is not None}
+    changes = {
+        renamed.get(key, key): value for key, value in policy_options.items() if value is not None
+    }
     if decoder == "ffcv":
         changes.setdefault("filter", AREA)
     policy = load_policy(policy_name, **changes)
     source = pixel_path.open_through(given_images(images_spec), decoder)
     pixel_path.check_filter(pixel_path.pixel_path(source), policy.filter)
     if device and devices:
-        raise UsageError(f"--device {device} and --devices {devices}: one of them is allowed; leave one out")
+        raise UsageError(
+            f"--device {device} and --devices {devices}: one of them is allowed; leave one out"
+        )
     each_device = launcher.devices(devices) if devices else []
     device = each_device[0] if each_device else pick_device(device)
 
     def plan(name: str) -> Plan:
         teacher = options.load(name, weights_of[name], device, precision, compiled)
         return plans.Plan(
-            source, teacher, policy, view_count, options.levels(level_of[name], teacher), order, codec, store_name,
-            rows_per_shard, tokens, parse_keep(keep, teacher.patches), pixels is not None,
+            source, teacher, policy, view_count, options.levels(level_of[name], teacher), order,
+            codec, store_name, rows_per_shard, tokens, parse_keep(keep, teacher.patches),
+            pixels is not None,
         )  # fmt: skip
 
     asked = [plan(name) for name in names]
     for each in asked:
         if is_random(given := each.teacher.weights):
-            click.echo(f"note: {given} - these weights are drawn, not trained; the features carry no meaning", err=True)
+            click.echo(
+                f"note: {given} - these weights are drawn, not trained; the features carry no "
+                "meaning",
+                err=True,
+            )
     if labelled is not None:
         for each in asked:
             _check_teacher(each.teacher, labelled, policy, batch_size)
@@ -221,7 +303,9 @@ def _check_names(names: tuple[str, ...], order: str, codec: str) -> None:
     from featcache.targets.attention import ORDERS
 
     if not names:
-        raise UsageError(f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME")
+        raise UsageError(
+            f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME"
+        )
     for option, value, known in (("--order", order, ORDERS), ("--codec", codec, codecs.CODECS)):
         if value not in known:
             raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
@@ -251,14 +335,18 @@ def _jobs(asked: list[Plan], out: Path | None, add: bool) -> list[ExtractJob]:
 
 
 def _batch_size(out: Path, asked: int) -> int:
-    """What was begun goes on in batches of the size it was begun with, since a real network gives other bits at
-    another; who asks for another size gets it, and is told."""
-    size = manifest.read(out)["provenance"]["batch_size"] if (out / manifest.NAME).is_file() else asked
+    """What was begun goes on in batches of the size it was begun with, since a real network gives
+    other bits at another; who asks for another size gets it, and is told."""
+    size = (
+        manifest.read(out)["provenance"]["batch_size"] if (out / manifest.NAME).is_file() else asked
+    )
     source = click.get_current_context().get_parameter_source("batch_size")
     if size == asked or source is not ParameterSource.COMMANDLINE:
         return int(size)
     click.echo(
-        f"note: --batch-size {asked}: {out} was begun with {size}; the same numbers but for their last bits", err=True
+        f"note: --batch-size {asked}: {out} was begun with {size}; the same numbers but for their "
+        "last bits",
+        err=True,
     )
     return asked
 
@@ -273,7 +361,10 @@ def _share(text: str | None) -> tuple[int, int]:
         return 0, 1
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UsageError(f"--shard {text!r}: I/N with I from 0 to N - 1 is needed, such as $SLURM_ARRAY_TASK_ID/8")
+        raise UsageError(
+            f"--shard {text!r}: I/N with I from 0 to N - 1 is needed, such as "
+            "$SLURM_ARRAY_TASK_ID/8"
+        )
     return int(index), int(count)
 
 
@@ -289,7 +380,14 @@ def _extract(
     bar.text = lambda done, total: extract_report.rate(progress)
     progress.waiting = WaitingNote()
     try:
-        extract.run_jobs(jobs, batch_size=batch_size, workers=workers, strict=strict, progress=progress, share=share)
+        extract.run_jobs(
+            jobs,
+            batch_size=batch_size,
+            workers=workers,
+            strict=strict,
+            progress=progress,
+            share=share,
+        )
     except KeyboardInterrupt:
         raise UserError(extract_report.left(jobs)) from None
     finally:

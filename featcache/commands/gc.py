@@ -1,4 +1,5 @@
-"""`featcache gc`: what dead processes left below $FEATCACHE_HOME, and caches that no training run used."""
+"""`featcache gc`: what dead processes left below $FEATCACHE_HOME, and caches that no training run
+used."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from featcache.maintenance.garbage import leftovers, remove_leftover, unused_cac
 
 
 @click.command(
-    epilog="Examples:\n\n  featcache gc --dry-run\n\n  featcache gc --unused 90\n\n  featcache gc --unused 90 --yes"
+    epilog="Examples:\n\n  featcache gc --dry-run\n\n  featcache gc --unused 90\n\n"
+    "  featcache gc --unused 90 --yes"
 )
 @click.option(
     "--unused",
@@ -25,11 +27,13 @@ from featcache.maintenance.garbage import leftovers, remove_leftover, unused_cac
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Remove temporary files, leases and half-removed caches of processes that are gone. Work of live ones is safe.
+    """Remove temporary files, leases and half-removed caches of processes that are gone. Work of
+    live ones is safe.
 
-    With --unused, complete caches are listed that no `student train` below this home used and whose newest file is
-    older than DAYS days; they are removed with --yes only. Programs of your own that read a cache (featcache.open,
-    featcache.torch.Dataset) leave no trace: look at the list before you give --yes.
+    With --unused, complete caches are listed that no `student train` below this home used and whose
+    newest file is older than DAYS days; they are removed with --yes only. Programs of your own that
+    read a cache (featcache.open, featcache.torch.Dataset) leave no trace: look at the list before
+    you give --yes.
     """
     left = [(path, remove.size(path)) for path in leftovers()]
     idle = [] if unused is None else [(path, remove.size(path)) for path in unused_caches(unused)]
@@ -59,8 +63,8 @@ def _story(facts: dict[str, Any]) -> str:
     ]
     if set(facts["unused"]) - set(facts["removed"]):
         lines.append(
-            "unused: by no `student train` that this home's ledger knows; other programs' reading is not noted; "
-            "the same command with --yes removes them"
+            "unused: by no `student train` that this home's ledger knows; other programs' reading "
+            "is not noted; the same command with --yes removes them"
         )
     if not lines:
         return f"nothing to remove below {facts['home']}"

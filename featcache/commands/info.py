@@ -18,7 +18,8 @@ from featcache.storage import manifest, statistics
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(cache: Path, as_json: bool) -> None:
-    """Identity, completeness, sizes and statistics of CACHE, the recipes it can serve and the runs that used it."""
+    """Identity, completeness, sizes and statistics of CACHE, the recipes it can serve and the runs
+    that used it."""
     with Cache(cache) as opened:
         facts = describe(opened)
     click.echo(json.dumps(facts, indent=1) if as_json else text(opened, facts))
@@ -29,7 +30,10 @@ def describe(cache: Cache) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for teacher in cache.teachers:
         place = "" if teacher == cache.teachers[0] else f"{teacher}/"
-        found |= {f"{place}{name}": facts for name, facts in statistics.merge(cache.records_of(teacher)).items()}
+        found |= {
+            f"{place}{name}": facts
+            for name, facts in statistics.merge(cache.records_of(teacher)).items()
+        }
     arrays = {
         name: {
             "dtype": spec.dtype,
@@ -63,21 +67,28 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
     identity, quarantined = facts["identity"], facts["quarantined"]
     lines = [
         manifest.title(cache.manifest, facts["rows"], facts["views"]),
-        f"{facts['shards_complete']} of {facts['shards']} shards, {facts['rows']} of {identity['pictures']['count']} "
-        f"pictures stored, {show.size(facts['bytes'])}, {identity['store']} store, codec {identity['codec']}, tokens "
-        f"{_tokens(identity)}",
+        f"{facts['shards_complete']} of {facts['shards']} shards, {facts['rows']} of "
+        f"{identity['pictures']['count']} pictures stored, {show.size(facts['bytes'])}, "
+        f"{identity['store']} store, codec {identity['codec']}, tokens {_tokens(identity)}",
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
         *(f"added: {part}" for part in facts["parts"][1:]),
         show.table([("array", "dtype", "shape", "range", ""), *map(_row, facts["arrays"].items())]),
-        "serves: " + (", ".join(name for name, why in facts["serves"].items() if not why) or "no known recipe"),
+        "serves: "
+        + (
+            ", ".join(name for name, why in facts["serves"].items() if not why) or "no known recipe"
+        ),
         *(f"  not {name}: {why}" for name, why in facts["serves"].items() if why),
         *_runs(facts["runs"]),
         *(f"quarantined {row['key']!r}: {row['reason']}" for row in quarantined[:10]),
     ]
     if len(quarantined) > 10:
-        lines.append(f"{len(quarantined)} in quarantine, all listed in {cache.path}/quarantine.json")
+        lines.append(
+            f"{len(quarantined)} in quarantine, all listed in {cache.path}/quarantine.json"
+        )
     if facts["unfinished"]:
-        return "\n".join([*lines, *(str(extract_command.Unfinished(**each)) for each in facts["unfinished"])])
+        return "\n".join(
+            [*lines, *(str(extract_command.Unfinished(**each)) for each in facts["unfinished"])]
+        )
     lines.append(f"made by: {facts['made_by']}")
     return "\n".join([*lines, "the same with more --views or --levels, and with --add, adds to it"])
 
@@ -88,7 +99,11 @@ def _tokens(identity: dict[str, Any]) -> str:
     >>> _tokens({"tokens": "ranked", "keep": 58, "teacher": {"patches": 196}})
     'ranked, first 58 of 196 patches'
     """
-    kept = f", first {identity['keep']} of {identity['teacher']['patches']} patches" if "keep" in identity else ""
+    kept = (
+        f", first {identity['keep']} of {identity['teacher']['patches']} patches"
+        if "keep" in identity
+        else ""
+    )
     return f"{identity['tokens']}{kept}"
 
 
@@ -100,7 +115,13 @@ def _row(item: tuple[str, dict[str, Any]]) -> tuple[str, str, str, str, str]:
     notes = [f"{word} {found[word]:.4g}" for word in ("norm", "entropy") if word in found]
     if array["dtype"][1] == "f":
         notes.append(f"{found['non_finite']} not finite")
-    return name, array["dtype"], str(array["shape"]), f"{found['min']:.6g} to {found['max']:.6g}", ", ".join(notes)
+    return (
+        name,
+        array["dtype"],
+        str(array["shape"]),
+        f"{found['min']:.6g} to {found['max']:.6g}",
+        ", ".join(notes),
+    )
 
 
 def _runs(runs: list[dict[str, Any]]) -> list[str]:
@@ -108,5 +129,8 @@ def _runs(runs: list[dict[str, Any]]) -> list[str]:
         return ["runs: none noted"]
     return [
         f"runs: {len(runs)}, the last:",
-        *(f"  {run['time']}  {run.get('recipe', run['command'])}  {run.get('run', '')}".rstrip() for run in runs[-5:]),
+        *(
+            f"  {run['time']}  {run.get('recipe', run['command'])}  {run.get('run', '')}".rstrip()
+            for run in runs[-5:]
+        ),
     ]

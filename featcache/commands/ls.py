@@ -1,4 +1,5 @@
-"""`featcache ls`: the caches there are, from their manifests and records alone: no file of theirs is looked at."""
+"""`featcache ls`: the caches there are, from their manifests and records alone: no file of theirs
+is looked at."""
 
 from __future__ import annotations
 
@@ -12,25 +13,46 @@ from featcache.catalog.listing import describe
 from featcache.console import text as show
 
 
-@click.command(epilog="Examples:\n\n  featcache ls\n\n  FEATCACHE_HOME=/data/caches featcache ls --json")
+@click.command(
+    epilog="Examples:\n\n  featcache ls\n\n  FEATCACHE_HOME=/data/caches featcache ls --json"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(as_json: bool) -> None:
-    """List the caches below $FEATCACHE_HOME: what they hold, how much of it is there, and who used them last."""
+    """List the caches below $FEATCACHE_HOME: what they hold, how much of it is there, and who used
+    them last."""
     found = [describe(path) for path in home.caches()]
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
-        click.echo(text(found) if found else f"no caches below {str(home.home())!r}; FEATCACHE_HOME names the folder")
+        click.echo(
+            text(found)
+            if found
+            else f"no caches below {str(home.home())!r}; FEATCACHE_HOME names the folder"
+        )
 
 
 def text(found: list[dict[str, Any]]) -> str:
     good = [facts for facts in found if "damaged" not in facts]
-    head = ("path", "id", "teacher", "pictures", "levels", "stored as", "size", "complete", "last training")
+    head = (
+        "path",
+        "id",
+        "teacher",
+        "pictures",
+        "levels",
+        "stored as",
+        "size",
+        "complete",
+        "last training",
+    )
     lines = [show.table([head, *map(_row, good)], right=(3, 6, 7))] if good else []
     lines += [
-        f"{facts['path']}: RANDOM WEIGHTS: no meaning in these features" for facts in good if facts["random_weights"]
+        f"{facts['path']}: RANDOM WEIGHTS: no meaning in these features"
+        for facts in good
+        if facts["random_weights"]
     ]
-    lines += [f"{facts['path']}: damaged: {facts['damaged']}" for facts in found if "damaged" in facts]
+    lines += [
+        f"{facts['path']}: damaged: {facts['damaged']}" for facts in found if "damaged" in facts
+    ]
     return "\n".join(lines)
 
 

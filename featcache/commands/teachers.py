@@ -11,24 +11,29 @@ import click
 @click.command(epilog="Example:\n\n  featcache teachers --json")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(as_json: bool) -> None:
-    """The teachers known by name, what they cost, and whether their weights are on this machine. Asks no network."""
+    """The teachers known by name, what they cost, and whether their weights are on this machine.
+    Asks no network."""
     from featcache import teachers
     from featcache.models import weights
 
-    table = [_facts(name, row, weights.on_this_machine(row.hub, row.file)) for name, row in teachers.rows().items()]
+    table = [
+        _facts(name, row, weights.on_this_machine(row.hub, row.file))
+        for name, row in teachers.rows().items()
+    ]
     if as_json:
         click.echo(json.dumps(table, indent=1))
         return
     click.echo(
-        f"{'name':15}{'input':>5}{'patches':>8}{'width':>6}{'depth':>6}{'params':>8}{'GMAC':>6}{'bytes/view':>12}  "
-        f"{'here':5}{'licence':15}weights"
+        f"{'name':15}{'input':>5}{'patches':>8}{'width':>6}{'depth':>6}{'params':>8}{'GMAC':>6}"
+        f"{'bytes/view':>12}  {'here':5}{'licence':15}weights"
     )
     for fact in table:
         click.echo(_line(fact))
     click.echo(
         "bytes/view: five levels in fp16, or token ids. here: the weights are on this machine.\n"
-        "Also timm:NAME[,key=value...], open_clip:ARCH/TAG, ./mine.py, and synthetic:levels=..,tokens=..,width=..\n"
-        "Options of ViTs: img_size= or grid=, pos=bicubic|bilinear|bicubic-antialias|tensor-bicubic; of CLIP also\n"
+        "Also timm:NAME[,key=value...], open_clip:ARCH/TAG, ./mine.py, and "
+        "synthetic:levels=..,tokens=..,width=..\nOptions of ViTs: img_size= or grid=, "
+        "pos=bicubic|bilinear|bicubic-antialias|tensor-bicubic; of CLIP also\n"
         "quick_gelu=true|false."
     )
 

@@ -22,8 +22,12 @@ from featcache.views import pixel_path
     "  featcache verify caches/clip-b16-1a2b3c4d --recompute 64 --images train/"
 )
 @click.argument("cache", type=click.Path(path_type=Path))
-@click.option("--recompute", type=click.IntRange(0), default=0, help="Also run the teacher on N random rows.")
-@click.option("--images", "images_spec", help="The pictures. [default: where they were at extraction]")
+@click.option(
+    "--recompute", type=click.IntRange(0), default=0, help="Also run the teacher on N random rows."
+)
+@click.option(
+    "--images", "images_spec", help="The pictures. [default: where they were at extraction]"
+)
 @click.option("--weights", help="The teacher's weights. [default: as at extraction]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
 @click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
@@ -37,7 +41,8 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Check every byte of CACHE against its checksums; with --recompute, rows against the teacher."""
+    """Check every byte of CACHE against its checksums; with --recompute, rows against the
+    teacher."""
     from featcache.maintenance import verify
     from featcache.maintenance.recompute import recompute as ask_teacher
     from featcache.runtime.device import pick_device
@@ -51,7 +56,9 @@ def command(
         with Cache(cache) as opened:
             source = open_source(images_spec or opened.manifest["provenance"]["source"])
             source = pixel_path.like(source, opened.identity["pixel_path"])
-            facts["recompute"] = ask_teacher(opened, source, weights, recompute, seed, pick_device(device))
+            facts["recompute"] = ask_teacher(
+                opened, source, weights, recompute, seed, pick_device(device)
+            )
         facts["images"] = source.spec
         problems += facts["recompute"]["problems"]
     text.facts_or_text(facts, as_json, "\n".join([*problems, *_verdict(facts)]))
@@ -60,7 +67,8 @@ def command(
 
 
 def _of_files(facts: dict[str, Any]) -> str:
-    """What is wrong with the bytes, and what mends it: the same extraction where shards are only missing."""
+    """What is wrong with the bytes, and what mends it: the same extraction where shards are only
+    missing."""
     from featcache.maintenance import verify
 
     cache, problems = facts["cache"], facts["problems"]
@@ -74,17 +82,19 @@ def _of_files(facts: dict[str, Any]) -> str:
 
 
 def _of_rows(facts: dict[str, Any]) -> str:
-    """What the teacher found; every byte is as it was written, so that repair would find nothing."""
+    """What the teacher found; every byte is as it was written, so that repair would find
+    nothing."""
     again, problems = facts["recompute"], facts["problems"]
     if again["other_pictures"]:
         return (
-            f"the pictures {facts['images']!r} are not those that {facts['cache']} was extracted from: of "
-            f"{again['rows']} rows {again['rows'] - again['compared']} have other pixels or no picture, the first: "
-            f"{problems[0]}; give the right ones with --images"
+            f"the pictures {facts['images']!r} are not those that {facts['cache']} was extracted "
+            f"from: of {again['rows']} rows {again['rows'] - again['compared']} have other pixels "
+            f"or no picture, the first: {problems[0]}; give the right ones with --images"
         )
     return (
-        f"{len(problems)} of {again['rows']} rows of {facts['cache']} do not agree with pictures and teacher, the "
-        f"first: {problems[0]}; every byte is as it was written, so mend these pictures, or extract into another --out"
+        f"{len(problems)} of {again['rows']} rows of {facts['cache']} do not agree with pictures "
+        f"and teacher, the first: {problems[0]}; every byte is as it was written, so mend these "
+        "pictures, or extract into another --out"
     )
 
 
@@ -95,11 +105,14 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
     lines = [f"{facts['shards']} shards checked, every byte as it was written"]
     if again["compared"]:
         lines.append(
-            f"{again['compared']} rows recomputed: features within {again['feature_error']:.1e} per token, "
-            f"attention within {again['attention_error']:.1e}"
+            f"{again['compared']} rows recomputed: features within {again['feature_error']:.1e} "
+            f"per token, attention within {again['attention_error']:.1e}"
         )
     if again["other_teachers"]:
-        lines.append(f"of {again['teacher']} only; rows of {', '.join(again['other_teachers'])} were not recomputed")
+        lines.append(
+            f"of {again['teacher']} only; rows of {', '.join(again['other_teachers'])} were not "
+            "recomputed"
+        )
     if again["bad_rows_below"] is not None:
         lines.append(_confidence(again))
     return lines
@@ -109,8 +122,13 @@ def _confidence(again: dict[str, Any]) -> str:
     """What a clean sample says of the rest."""
     if again["rows"] < again["of_rows"]:
         return (
-            f"a clean sample of {again['rows']} rows: at 95 % confidence at most {again['bad_rows_below']:.1%} of all "
-            "rows are bad; a larger --recompute N narrows this"
+            f"a clean sample of {again['rows']} rows: at 95 % confidence at most "
+            f"{again['bad_rows_below']:.1%} of all rows are bad; a larger --recompute N narrows "
+            "this"
         )
-    views = "" if again["views"] == 1 else f", in one of its {again['views']} views; another --seed takes others"
+    views = (
+        ""
+        if again["views"] == 1
+        else f", in one of its {again['views']} views; another --seed takes others"
+    )
     return f"every row was recomputed{views}"

@@ -1,4 +1,5 @@
-"""The entry point of both commands: a user's mistake is one line and an exit status, a signal is one line too."""
+"""The entry point of both commands: a user's mistake is one line and an exit status, a signal is
+one line too."""
 
 from __future__ import annotations
 
@@ -21,11 +22,12 @@ AGAIN = "stopped; run the same command again"
 
 
 def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
-    """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a traceback; SIGTERM and
-    Ctrl-C are one line as well."""
+    """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a
+    traceback; SIGTERM and Ctrl-C are one line as well."""
     signals.orderly()
     _notes()
-    warnings.filterwarnings("ignore", module="PIL")  # on odd but readable pictures; unreadable ones are quarantined
+    # on odd but readable pictures; unreadable ones are quarantined
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         command.main(standalone_mode=False)
     except UserError as error:
@@ -45,13 +47,30 @@ def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        sys.exit(_fail(f"{error.filename or 'system'}: {error.strerror}; mend this and run the same command again", 1))
+        sys.exit(
+            _fail(
+                f"{error.filename or 'system'}: {error.strerror}; mend this and run the same "
+                "command again",
+                1,
+            )
+        )
     except MemoryError:
-        sys.exit(_fail("out of memory; give a smaller --batch-size or --workers, or more memory", WORK_FAILED))
+        sys.exit(
+            _fail(
+                "out of memory; give a smaller --batch-size or --workers, or more memory",
+                WORK_FAILED,
+            )
+        )
     except RuntimeError as error:
         if "can't start new thread" not in str(error):
             raise
-        sys.exit(_fail("this process may start no more threads; raise the limit (`ulimit -u`) and run again", 1))
+        sys.exit(
+            _fail(
+                "this process may start no more threads; raise the limit (`ulimit -u`) and run "
+                "again",
+                1,
+            )
+        )
     except Exception:  # what a library made of a signal while it was imported
         if not signals.was_stopped():
             raise
@@ -73,11 +92,16 @@ def _fail(message: str, status: int) -> int:
 class CommandFolder(click.Group):
     """A group whose commands are the files of a package; each has a click command named `command`.
 
-    `stopped`: what a command says that was interrupted, where starting it again is not all there is to it.
+    `stopped`: what a command says that was interrupted, where starting it again is not all there is
+    to it.
     """
 
     def __init__(
-        self, *args: Any, package: ModuleType, stopped: Mapping[str, str] | None = None, **options: Any
+        self,
+        *args: Any,
+        package: ModuleType,
+        stopped: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self.package, self.stopped = package, stopped

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from featcache.extraction.progress import ExtractProgress
 
 
-def summary(jobs: list[ExtractJob], out: Path | None, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is known before the work; `levels` are the first teacher's, bytes those of this share."""
+def summary(
+    jobs: list[ExtractJob], out: Path | None, shards: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What is known before the work; `levels` are the first teacher's, bytes those of this
+    share."""
     plan, folder = jobs[0]
     count = sum(shard["count"] for shard in shards)
-    more = {each.teacher.name: {"levels": each.levels, "folder": str(place)} for each, place in jobs}
+    more = {
+        each.teacher.name: {"levels": each.levels, "folder": str(place)} for each, place in jobs
+    }
     return {
         "cache": str(out or folder),
         "id": plan.manifest()["id"],
@@ -42,8 +47,9 @@ def left(jobs: list[ExtractJob]) -> str:
     left = max((missing(job) for job in jobs), key=len)
     shards = len(jobs[0].plan.shards)
     return (
-        f"stopped: {shards - len(left)} of {shards} shards of {str(jobs[0].out)!r} are complete and kept, "
-        f"{sum(shard['count'] for shard in left)} pictures are left; the same command continues"
+        f"stopped: {shards - len(left)} of {shards} shards of {str(jobs[0].out)!r} are complete "
+        f"and kept, {sum(shard['count'] for shard in left)} pictures are left; the same command "
+        "continues"
     )
 
 
@@ -55,7 +61,9 @@ def lacking(jobs: list[ExtractJob], shards: list[dict[str, Any]]) -> dict[str, A
         continued(plan.manifest(), folder)
     left = [[shard for shard in missing(job) if shard in shards] for job in jobs]
     rows = [sum(shard["count"] for shard in each) for each in left]
-    new_bytes = sum(job.plan.view_bytes * job.plan.views * count for job, count in zip(jobs, rows, strict=True))
+    new_bytes = sum(
+        job.plan.view_bytes * job.plan.views * count for job, count in zip(jobs, rows, strict=True)
+    )
     new = {"new_shards": max(map(len, left)), "new_pictures": max(rows), "new_bytes": new_bytes}
     return {"shards": len(shards), "complete": not any(left), **new}
 
@@ -63,11 +71,18 @@ def lacking(jobs: list[ExtractJob], shards: list[dict[str, Any]]) -> dict[str, A
 def preview(facts: dict[str, Any], folder: Path) -> str:
     """What a dry run says."""
     whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
-    pictures, views = manifest.counted(facts["share_pictures"], "picture"), manifest.counted(facts["views"], "view")
+    pictures, views = (
+        manifest.counted(facts["share_pictures"], "picture"),
+        manifest.counted(facts["views"], "view"),
+    )
     what = f"{pictures} x {views}, {text.size(facts['bytes'])}"
     if facts["complete"]:
         return f"{whose} is complete ({what}): nothing would be done"
-    some = "" if facts["new_shards"] == facts["shards"] else f"; {facts['shards'] - facts['new_shards']} are there"
+    some = (
+        ""
+        if facts["new_shards"] == facts["shards"]
+        else f"; {facts['shards'] - facts['new_shards']} are there"
+    )
     shards = manifest.counted(facts["new_shards"], "shard")
     return f"would write {text.size(facts['new_bytes'])} in {shards} to {whose}{some}"
 
@@ -80,7 +95,10 @@ def rate(progress: ExtractProgress) -> str:
 def story(summary: dict[str, Any]) -> str:
     count = manifest.counted(summary["rows"], "picture")
     if summary["share"]:
-        count = f"share {summary['share']}, {summary['share_pictures']} of {summary['pictures']} pictures"
+        count = (
+            f"share {summary['share']}, {summary['share_pictures']} of "
+            f"{summary['pictures']} pictures"
+        )
     views, verb = manifest.counted(summary["views"], "view"), "added " if summary["added"] else ""
     lines = [f"{summary['cache']}: {verb}{count} x {views}, {text.size(summary['bytes'])}"]
     if summary["new_pictures"]:
@@ -88,12 +106,15 @@ def story(summary: dict[str, Any]) -> str:
     elif summary["complete"]:
         lines.append("was complete already; nothing to do")
     if not summary["complete"]:
-        lines.append(f"this share is done; the cache has {summary['rows']} pictures so far, other shares complete it")
+        lines.append(
+            f"this share is done; the cache has {summary['rows']} pictures so far, other shares "
+            "complete it"
+        )
     for row in summary["quarantined"][:10]:
         lines.append(f"quarantined {row['key']!r}: {row['reason']}")
     if summary["quarantined"]:
         lines.append(
-            f"{len(summary['quarantined'])} in quarantine, all listed in {summary['cache']}/quarantine.json; "
-            "mended pictures come in with a new --out"
+            f"{len(summary['quarantined'])} in quarantine, all listed in "
+            f"{summary['cache']}/quarantine.json; mended pictures come in with a new --out"
         )
     return "\n".join(lines)

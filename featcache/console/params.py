@@ -16,12 +16,17 @@ class Pair(click.ParamType):
 
     name = "LOW,HIGH"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float]:
         try:
             low, high = (_number(part) for part in str(value).split(","))
         except (ValueError, ZeroDivisionError):
             self.fail(
-                f"{value!r} given; two numbers parted by a comma are needed, such as 0.2,1 or 3/4,4/3", param, ctx
+                f"{value!r} given; two numbers parted by a comma are needed, such as 0.2,1 or "
+                "3/4,4/3",
+                param,
+                ctx,
             )
         return low, high
 
@@ -35,5 +40,7 @@ def given_images(spec: str | None) -> str:
     """--images, or FEATCACHE_IMAGES, or one line that says what may be given."""
     spec = spec or os.environ.get("FEATCACHE_IMAGES")
     if not spec:
-        raise UsageError(f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default")
+        raise UsageError(
+            f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default"
+        )
     return spec

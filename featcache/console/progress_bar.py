@@ -29,7 +29,9 @@ def eta(left: float, rate: float) -> str:
     """
     seconds = left / max(rate, 1e-9)
     return "ETA " + (
-        time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+        time.strftime("%H:%M:%S", time.gmtime(seconds))
+        if seconds < 86400
+        else f"{seconds / 86400:.1f} days"
     )
 
 
@@ -39,7 +41,9 @@ LOG_EVERY_S = 30.0  # between two lines of progress where stderr is no terminal
 class ProgressBar:
     """A progress bar at a terminal, a line now and then elsewhere: `bar(done, total)`."""
 
-    def __init__(self, what: str, unit: str, text: Callable[[int, int], str] = lambda done, total: "") -> None:
+    def __init__(
+        self, what: str, unit: str, text: Callable[[int, int], str] = lambda done, total: ""
+    ) -> None:
         self.what, self.unit, self.text = what, unit, text
         self._bar: Any = None
         self._last = 0.0
@@ -51,7 +55,9 @@ class ProgressBar:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = self._bar or tqdm(total=total, desc=self.what, unit=self.unit, dynamic_ncols=True)
+            self._bar = self._bar or tqdm(
+                total=total, desc=self.what, unit=self.unit, dynamic_ncols=True
+            )
             self._bar.total = total
             self._bar.update(done - self._bar.n)
             if note := self.text(done, total):
@@ -59,7 +65,9 @@ class ProgressBar:
         elif time.monotonic() - self._last >= LOG_EVERY_S:
             if self._last:
                 note = self.text(done, total)
-                click.echo(f"{self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}", err=True)
+                click.echo(
+                    f"{self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}", err=True
+                )
             self._last = time.monotonic()
 
     def close(self) -> None:

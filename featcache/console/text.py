@@ -1,4 +1,5 @@
-"""What commands share in talking to people: sizes, tables, JSON or text, and the pictures a command works on."""
+"""What commands share in talking to people: sizes, tables, JSON or text, and the pictures a command
+works on."""
 
 from __future__ import annotations
 
@@ -27,12 +28,14 @@ def size(count: float) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Columns as wide as they need; those numbered in `right` are set to the right. The first row is the head."""
+    """Columns as wide as they need; those numbered in `right` are set to the right. The first row
+    is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     flush = set(right)
     lines = [
         "  ".join(
-            cell.rjust(w) if i in flush else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(w) if i in flush else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

@@ -1,1 +1,2 @@
-"""Pictures become views, views a teacher's targets, targets shards: the work behind `featcache extract`."""
+"""Pictures become views, views a teacher's targets, targets shards: the work behind `featcache
+extract`."""

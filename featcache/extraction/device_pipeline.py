@@ -1,14 +1,17 @@
-"""A batch on its way: to the device, through the teacher, encoded, back to the host, and made into what is stored.
+"""A batch on its way: to the device, through the teacher, encoded, back to the host, and made into
+what is stored.
 
-    launch   the caller's thread        pixels into pinned memory and over (copy), the teacher (teacher)
-    land     a thread of its own        levels normalised and encoded (encode), back over (copy)
-    items    the same                   orders and checksums (encode)
+    launch   the caller's thread    pixels into pinned memory and over (copy), the teacher (teacher)
+    land     a thread of its own    levels normalised and encoded (encode), back over (copy)
+    items    the same               orders and checksums (encode)
 
-On CUDA each direction of copying has a stream beside the teacher's, and events put them in order: `launch` returns
-while the device still works, so the next batch is copied and this one encoded meanwhile. On a CPU the same calls block
-and only the threads overlap. The kernels and their order are the same for any overlap, and so are the bytes.
+On CUDA each direction of copying has a stream beside the teacher's, and events put them in order:
+`launch` returns while the device still works, so the next batch is copied and this one encoded
+meanwhile. On a CPU the same calls block and only the threads overlap. The kernels and their order
+are the same for any overlap, and so are the bytes.
 
-B batch (views), n of them kept, V views a picture, S pixels, L levels, T tokens, P patches, D width.
+B batch (views), n of them kept, V views a picture, S pixels, L levels, T tokens, P patches, D
+width.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class DevicePipeline:
         self._outward = torch.cuda.Stream(self.device) if self._cuda else None
 
     def launch(self, batch: Batch) -> InFlight:
-        """Start a batch; the last of a shard is padded with its last view, so that it is as large as the others."""
+        """Start a batch; the last of a shard is padded with its last view, so that it is as large
+        as the others."""
         spans: list[tuple[str, Any, Any]] = []
         with self._stage("copy", self._inward, spans):
             pixels = self._to_device(batch)
@@ -74,7 +78,9 @@ class DevicePipeline:
     def _to_device(self, batch: Batch) -> Tensor:
         """(B, 3, S, S) uint8."""
         size, kind = self.plan.input_px, (self.plan.input_px, self.plan.filter)
-        host = torch.empty((self.batch_size, size, size, 3), dtype=torch.uint8, pin_memory=self._cuda)
+        host = torch.empty(
+            (self.batch_size, size, size, 3), dtype=torch.uint8, pin_memory=self._cuda
+        )
         places = host.numpy()
         for i in range(self.batch_size):
             picture, view = batch[min(i, len(batch) - 1)]
@@ -84,10 +90,15 @@ class DevicePipeline:
     def _to_host(self, values: Tensor) -> Tensor:
         if not self._cuda:
             return values.cpu()
-        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(
+            values, non_blocking=True
+        )
 
-    def _hand_over(self, values: Sequence[Tensor], spans: list[tuple[str, Any, Any]], stream: Any) -> None:
-        """`stream` goes on where the last stage ended, and the values' memory is not given away before it is done."""
+    def _hand_over(
+        self, values: Sequence[Tensor], spans: list[tuple[str, Any, Any]], stream: Any
+    ) -> None:
+        """`stream` goes on where the last stage ended, and the values' memory is not given away
+        before it is done."""
         if stream is not None:
             stream.wait_event(spans[-1][2])
             for each in values:

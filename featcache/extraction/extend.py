@@ -1,7 +1,9 @@
-"""Adding to a cache without rewriting it: more views, more levels, or a second teacher's arrays for the same pictures.
+"""Adding to a cache without rewriting it: more views, more levels, or a second teacher's arrays for
+the same pictures.
 
-What is added is a part: an extraction of its own below `CACHE/parts/`, over the same pictures, crops and shards, so
-that row i is row i everywhere. A cache stays rectangular: every level of a teacher is there for every view of it.
+What is added is a part: an extraction of its own below `CACHE/parts/`, over the same pictures,
+crops and shards, so that row i is row i everywhere. A cache stays rectangular: every level of a
+teacher is there for every view of it.
 """
 
 from __future__ import annotations
@@ -25,21 +27,22 @@ _FREE = tuple(field for field in FREE if field != "identity.pixels")
 
 
 def plan_jobs(plans: Sequence[Plan], out: Path, *, add: bool) -> list[ExtractJob]:
-    """Plans over the same views as jobs of one pass. Without `add` the first is the cache at `out` itself, and the
-    others are what `add` would make of them once it is complete."""
+    """Plans over the same views as jobs of one pass. Without `add` the first is the cache at `out`
+    itself, and the others are what `add` would make of them once it is complete."""
     if add:
         jobs = plan_parts(plans, out)
         if len({job.plan.view_numbers for job in jobs}) > 1:
             raise UsageError(
-                f"--add: {', '.join(_views(job.plan) for job in jobs)} are lacking in {str(out)!r}; one pass adds the "
-                "same views of every teacher: add to one teacher after the other, in several commands"
+                f"--add: {', '.join(_views(job.plan) for job in jobs)} are lacking in "
+                f"{str(out)!r}; one pass adds the same views of every teacher: add to one teacher "
+                "after the other, in several commands"
             )
         return jobs
     base, *others = plans
     if base.is_tokenizer:
         raise UsageError(
-            f"--teacher {base.teacher.name}: discrete tokens are added to a cache of features: give a teacher first, "
-            "or --add --out CACHE"
+            f"--teacher {base.teacher.name}: discrete tokens are added to a cache of features: "
+            "give a teacher first, or --add --out CACHE"
         )
     if continued(base.manifest(), out):
         with Cache(out) as cache:
@@ -54,7 +57,8 @@ def _views(plan: Plan) -> str:
 
 
 def plan_part(wanted: Plan, out: Path) -> ExtractJob | None:
-    """From the plan as asked for to what is lacking of it, and the folder it goes to; None where nothing lacks."""
+    """From the plan as asked for to what is lacking of it, and the folder it goes to; None where
+    nothing lacks."""
     return next(iter(plan_parts([wanted], out)), None)
 
 
@@ -62,22 +66,33 @@ def plan_parts(wanted: Sequence[Plan], out: Path) -> list[ExtractJob]:
     """The same of several plans, without those that lack nothing."""
     with Cache(out) as cache:
         if not cache.complete:
-            raise UserError(f"--add: cache {str(out)!r} is incomplete; finish it first, with the command that made it")
+            raise UserError(
+                f"--add: cache {str(out)!r} is incomplete; finish it first, with the command that "
+                "made it"
+            )
         jobs = [_job(part, out) for each in wanted if (part := _part(each, cache)) is not None]
-    begun = all((job.out / manifest.NAME).is_file() for job in jobs)  # by one pass, perhaps, with others beside them
+    # by one pass, perhaps, with others beside them
+    begun = all((job.out / manifest.NAME).is_file() for job in jobs)
     for path in [] if begun else added(out):
         if path not in {job.out for job in jobs} and not Part(path).complete:
             raise UserError(
-                f"--add: an addition is unfinished, {describe(manifest.read(path))}; finish it, or remove {path}"
+                f"--add: an addition is unfinished, {describe(manifest.read(path))}; finish it, or "
+                f"remove {path}"
             )
     return jobs
 
 
 def _part(wanted: Plan, cache: Cache) -> Plan | None:
     base = cache.identity
-    wanted = _own(replace(wanted, rows_per_shard=base["rows_per_shard"], pixels=wanted.pixels or "pixels" in base))
+    wanted = _own(
+        replace(
+            wanted, rows_per_shard=base["rows_per_shard"], pixels=wanted.pixels or "pixels" in base
+        )
+    )
     name = wanted.teacher.name
-    _check_same(wanted, cache.manifest, _FREE if name == base["teacher"]["name"] else (*_FREE, *OF_TEACHER))
+    _check_same(
+        wanted, cache.manifest, _FREE if name == base["teacher"]["name"] else (*_FREE, *OF_TEACHER)
+    )
     if name in cache.teachers[1:]:
         _check_same(replace(wanted, pixels=False), cache.manifest_of(name), _FREE)
     return _lacking(wanted, cache)
@@ -85,19 +100,26 @@ def _part(wanted: Plan, cache: Cache) -> Plan | None:
 
 def _job(part: Plan, out: Path) -> ExtractJob:
     return ExtractJob(
-        part, out / PARTS / f"{file_name(part.teacher.name)}-{json_file.digest(part.manifest()['identity'])[:8]}"
+        part,
+        out
+        / PARTS
+        / f"{file_name(part.teacher.name)}-{json_file.digest(part.manifest()['identity'])[:8]}",
     )
 
 
 def _own(plan: Plan) -> Plan:
-    """Without what a tokenizer has nothing of, so that its part is the same whatever was said for features."""
+    """Without what a tokenizer has nothing of, so that its part is the same whatever was said for
+    features."""
     if not plan.is_tokenizer:
         return plan
-    return replace(plan, levels=tokenizer.LEVELS, order="uniform", codec="fp16", tokens="raster", keep=None)
+    return replace(
+        plan, levels=tokenizer.LEVELS, order="uniform", codec="fp16", tokens="raster", keep=None
+    )
 
 
 def _beside(wanted: Plan, views: int) -> Plan:
-    """A teacher that is new to a cache: over all its views, and the pixels are stored there already."""
+    """A teacher that is new to a cache: over all its views, and the pixels are stored there
+    already."""
     return replace(_own(wanted), views=views, first_view=0, pixels=False)
 
 
@@ -105,13 +127,15 @@ def _check_same(wanted: Plan, there: dict[str, Any], free: tuple[str, ...]) -> N
     for each in identity.compare(wanted.manifest(), there):
         if each.field.startswith("identity.") and not each.field.startswith(free):
             raise UsageError(
-                f"--add: {each.field} is {each.here!r}, the cache has {each.there!r}; what is added is drawn from the "
-                f"same pictures and crops, with the same weights: give {each.cure or 'the same'}, or make another cache"
+                f"--add: {each.field} is {each.here!r}, the cache has {each.there!r}; what is "
+                "added is drawn from the same pictures and crops, with the same weights: give "
+                f"{each.cure or 'the same'}, or make another cache"
             )
 
 
 def _lacking(wanted: Plan, cache: Cache) -> Plan | None:
-    """New levels over all views of the teacher, or new views with all its levels, or a teacher that is new here.
+    """New levels over all views of the teacher, or new views with all its levels, or a teacher that
+    is new here.
 
     The cache's own teacher has as many views as are asked for; another has those of the cache.
     """
@@ -123,11 +147,18 @@ def _lacking(wanted: Plan, cache: Cache) -> Plan | None:
     more = (wanted.views if name == first else cache.views) - views
     if levels and more > 0 and name == first:
         raise UsageError(
-            f"--add: {views} views are stored and levels {list(stored)}; add levels ({','.join(map(str, levels))}) and "
-            f"views ({wanted.views}) one after the other, in two commands"
+            f"--add: {views} views are stored and levels {list(stored)}; add levels "
+            f"({','.join(map(str, levels))}) and views ({wanted.views}) one after the other, in "
+            "two commands"
         )
     if levels:
         return replace(wanted, levels=levels, views=views, pixels=False)
     if more > 0:
-        return replace(wanted, levels=stored, views=more, first_view=views, pixels=wanted.pixels and name == first)
+        return replace(
+            wanted,
+            levels=stored,
+            views=more,
+            first_view=views,
+            pixels=wanted.pixels and name == first,
+        )
     return None

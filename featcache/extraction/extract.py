@@ -1,9 +1,10 @@
 """The extraction: pictures -> views -> teacher -> targets -> codec -> shard, once.
 
-Stages overlap: threads decode and render, the caller's copies pixels over and runs the teacher, one thread
-encodes, one writes (`stages`). Batches are made of views in (picture, view) order, never cross a shard, and the last
-one of a shard is padded, so that a real network sees the same batches whenever it is run again. Several plans over the
-same views are one pass: each picture is decoded once, and what a plan writes is what it would write alone.
+Stages overlap: threads decode and render, the caller's copies pixels over and runs the teacher, one
+thread encodes, one writes (`stages`). Batches are made of views in (picture, view) order, never
+cross a shard, and the last one of a shard is padded, so that a real network sees the same batches
+whenever it is run again. Several plans over the same views are one pass: each picture is decoded
+once, and what a plan writes is what it would write alone.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ IN_FLIGHT = 2  # batches that the teacher is done with and that are not written 
 
 
 def run(plan: Plan, out: Path, **options: Any) -> dict[str, Any]:
-    """Extract what is missing of the cache at `out`; returns its manifest. Options are those of `run_jobs`."""
+    """Extract what is missing of the cache at `out`; returns its manifest. Options are those of
+    `run_jobs`."""
     return run_jobs([ExtractJob(plan, out)], **options)[0]
 
 
@@ -48,17 +50,22 @@ def run_jobs(
     about: dict[str, Any] | None = None,
     only: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Extract what is missing of each job, which share pictures, policy, views and shards; returns their manifests.
-    Killed at any moment, the next call continues; several processes may work on one cache at once. `share` (i, n) takes
-    only shards i, i + n, ... A picture that cannot be used is quarantined, or a UserError with `strict`. A repair
-    gives the manifest `about` of its one job, which it has compared itself, and the `only` shard it wants."""
+    """Extract what is missing of each job, which share pictures, policy, views and shards; returns
+    their manifests. Killed at any moment, the next call continues; several processes may work on
+    one cache at once. `share` (i, n) takes only shards i, i + n, ... A picture that cannot be used
+    is quarantined, or a UserError with `strict`. A repair gives the manifest `about` of its one
+    job, which it has compared itself, and the `only` shard it wants."""
     if batch_size < 1 or workers < 1:
         raise UsageError(f"--batch-size {batch_size}, --workers {workers}: at least 1 is needed")
     progress = progress or ExtractProgress()
     if len(jobs) > 1:
         check_room(jobs)
     wanted = [about] if about else [prepare(*job, batch_size) for job in jobs]
-    mine = [shard for shard in wanted[0]["shards"][share[0] :: share[1]] if only in (None, shard["name"])]
+    mine = [
+        shard
+        for shard in wanted[0]["shards"][share[0] :: share[1]]
+        if only in (None, shard["name"])
+    ]
     for plan, out in jobs:
         commit.recover(out, plan.store, (shard["name"] for shard in mine))
     progress.workers = workers
@@ -75,7 +82,8 @@ def run_jobs(
         if isinstance(error, FileNotFoundError) and not (jobs[0].out / manifest.NAME).is_file():
             raise commit.gone(jobs[0].out) from error
         raise
-    for job, each in zip(jobs, wanted, strict=True) if only is None else ():  # a repair does so when all is mended
+    # a repair does so when all is mended
+    for job, each in zip(jobs, wanted, strict=True) if only is None else ():
         report_quarantine(job.out, each)
     return wanted
 
@@ -98,7 +106,9 @@ class Pools(contextlib.ExitStack):
 class ShardWriterTask:
     """What one job makes of a shard's batches."""
 
-    def __init__(self, job: ExtractJob, writer: ShardWriter, batch_size: int, progress: ExtractProgress) -> None:
+    def __init__(
+        self, job: ExtractJob, writer: ShardWriter, batch_size: int, progress: ExtractProgress
+    ) -> None:
         self.plan, self.writer, self.progress = job.plan, writer, progress
         self.lane = device_pipeline.DevicePipeline(job.plan, batch_size, progress)
         self.statistics = Statistics()
@@ -112,11 +122,15 @@ class ShardWriterTask:
             items |= checksums.compute(self.plan.arrays, items)
         return [picture.key for picture, _ in flight.batch], items
 
-    def _items(self, batch: item_rows.Batch, host: item_rows.Host) -> tuple[item_rows.Host, OfFeatures]:
+    def _items(
+        self, batch: item_rows.Batch, host: item_rows.Host
+    ) -> tuple[item_rows.Host, OfFeatures]:
         plan = self.plan
         if plan.is_tokenizer:
             ids = checked_token_ids(host[tokenizer.FIELD], plan.teacher.width, plan.teacher.name)
-            return {tokenizer.FIELD: ids, **item_rows.of_views(batch)}, OfFeatures(0.0, 0.0, ids[:0].astype("f4"))
+            return {tokenizer.FIELD: ids, **item_rows.of_views(batch)}, OfFeatures(
+                0.0, 0.0, ids[:0].astype("f4")
+            )
         answer = item_rows.encoded(plan, batch, host)
         items = item_rows.items(plan, batch, answer)
         of_copy = plan.keep is not None or plan.recount
@@ -129,7 +143,12 @@ class ShardWriterTask:
 
 
 def _extract_shard(
-    jobs: Sequence[ExtractJob], shard: Shard, batch_size: int, strict: bool, progress: ExtractProgress, pools: Pools
+    jobs: Sequence[ExtractJob],
+    shard: Shard,
+    batch_size: int,
+    strict: bool,
+    progress: ExtractProgress,
+    pools: Pools,
 ) -> None:
     lines: list[ShardWriterTask] = []
     try:
@@ -145,11 +164,14 @@ def _extract_shard(
 
 
 class _Rows:
-    """Which pictures of a shard have a row. Where parts beside this one, or the shard that is replaced, have decided it
-    already, theirs are the rows, since row i is row i everywhere."""
+    """Which pictures of a shard have a row. Where parts beside this one, or the shard that is
+    replaced, have decided it already, theirs are the rows, since row i is row i everywhere."""
 
     def __init__(self, jobs: Sequence[ExtractJob], shard: Shard) -> None:
-        keys, numbers = jobs[0].plan.source.keys, range(shard["first"], shard["first"] + shard["count"])
+        keys, numbers = (
+            jobs[0].plan.source.keys,
+            range(shard["first"], shard["first"] + shard["count"]),
+        )
         found = [(job.out, record) for job in jobs if (record := same_shard(job.out, shard))]
         before: Mapping[str, Any] = found[0][1] if found else {"quarantined": []}
         self.decided = found[0][0] if found else None
@@ -159,8 +181,8 @@ class _Rows:
         self.indices = [i for i in numbers if keys[i] not in out]
         if found and manifest.keys_digest(keys[i] for i in self.indices) != before["keys_digest"]:
             raise IdentityError(
-                f"shard {shard['name']} of {str(self.decided)!r} has other rows than these pictures give; give the "
-                "pictures of that extraction: --images SRC"
+                f"shard {shard['name']} of {str(self.decided)!r} has other rows than these "
+                "pictures give; give the pictures of that extraction: --images SRC"
             )
 
     def check(self) -> None:
@@ -168,8 +190,8 @@ class _Rows:
         for row in self.quarantined if self.decided else []:
             if row not in self._before:
                 raise UserError(
-                    f"picture {row['key']!r} has a row in {str(self.decided)!r} and cannot be used now: "
-                    f"{row['reason']}; mend it and run the same command again"
+                    f"picture {row['key']!r} has a row in {str(self.decided)!r} and cannot be used "
+                    f"now: {row['reason']}; mend it and run the same command again"
                 )
 
 
@@ -181,7 +203,8 @@ def _run_lines(
     progress: ExtractProgress,
     pools: Pools,
 ) -> None:
-    """Decode, copy and teacher here, encoding and writing each in its thread, in the order of batches and lines."""
+    """Decode, copy and teacher here, encoding and writing each in its thread, in the order of
+    batches and lines."""
     plans = [line.plan for line in lines]
     plan = plans[0]
     pending: deque[Future[None]] = deque()

@@ -19,7 +19,8 @@ from featcache.targets import levels as target_levels
 
 @torch.no_grad()
 def ask(teacher: Teacher, pixels: Tensor, levels: Sequence[int]) -> tuple[Tensor, ...]:
-    """uint8 (B, 3, S, S) -> y_k (B, T, D) of each level, then attention (B, P); of a tokenizer its ids (B, P)."""
+    """uint8 (B, 3, S, S) -> y_k (B, T, D) of each level, then attention (B, P); of a tokenizer its
+    ids (B, P)."""
     with precision.applied(teacher):
         if isinstance(teacher, tokenizer.Tokenizer):
             return (teacher.ids(pixels),)
@@ -37,8 +38,8 @@ def encode(plan: Plan, answer: tuple[Tensor, ...], count: int) -> dict[str, Tens
 
 
 def encode_levels(ys: Sequence[Tensor], codec: str, count: int) -> dict[str, Tensor]:
-    """y_k (B, T, D) -> the codec's arrays and `feature_stats` (n, L, T, ...); of h its range (L, 2) and mean norms
-    (n, L); whether all is `finite` (n, L)."""
+    """y_k (B, T, D) -> the codec's arrays and `feature_stats` (n, L, T, ...); of h its range (L, 2)
+    and mean norms (n, L); whether all is `finite` (n, L)."""
     coded, stats, ranges, norms = [], [], [], []
     for y in ys:
         h, stat = target_levels.normalise(y[:count])
@@ -55,8 +56,9 @@ def encode_levels(ys: Sequence[Tensor], codec: str, count: int) -> dict[str, Ten
 def compute(
     teacher: Teacher, pixels: Tensor, levels: Sequence[int], codec: str, count: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
-    """uint8 (B, 3, S, S) -> the codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention (n, P), facts on h,
-    all where the teacher is: what an extraction stores of pixels, for those who compare."""
+    """uint8 (B, 3, S, S) -> the codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention
+    (n, P), facts on h, all where the teacher is: what an extraction stores of pixels, for those who
+    compare."""
     *ys, attention = ask(teacher, pixels, levels)
     with torch.no_grad():
         rest = encode_levels(ys, codec, count)
@@ -64,8 +66,11 @@ def compute(
     return coded, rest.pop("feature_stats"), attention[:count].float(), rest
 
 
-def ranked(values: npt.NDArray[Any], order: npt.NDArray[np.unsignedinteger], count: int) -> npt.NDArray[Any]:
-    """(n, L, 1 + P, ...) in image order -> (n, L, count, ...): [CLS], then patches as `order` (n, P) ranks them."""
+def ranked(
+    values: npt.NDArray[Any], order: npt.NDArray[np.unsignedinteger], count: int
+) -> npt.NDArray[Any]:
+    """(n, L, 1 + P, ...) in image order -> (n, L, count, ...): [CLS], then patches as `order` (n,
+    P) ranks them."""
     out = np.empty((*values.shape[:2], count, *values.shape[3:]), values.dtype)
     for item, ranks, target in zip(values, order, out, strict=True):
         target[:, 0] = item[:, 0]

@@ -1,6 +1,7 @@
 """`--devices`: one process for each device, all on one cache; leases share out the shards.
 
-The calling process works on the first device itself. Whatever becomes of the others, it finishes what they leave.
+The calling process works on the first device itself. Whatever becomes of the others, it finishes
+what they leave.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def devices(text: str) -> list[str]:
     count = torch.cuda.device_count()
     if text == "all":
         if not count:
-            raise UsageError("--devices all: this machine has no CUDA device; leave it out, or name some: cpu,cpu")
+            raise UsageError(
+                "--devices all: this machine has no CUDA device; leave it out, or name some: "
+                "cpu,cpu"
+            )
         return [f"cuda:{i}" for i in range(count)]
     names = text.split(",")
     for name in names:
@@ -38,11 +42,14 @@ def devices(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def helpers(names: Sequence[str]) -> Iterator[None]:
-    """Run the same command once more for each device; they are waited for, or stopped where the caller fails."""
+    """Run the same command once more for each device; they are waited for, or stopped where the
+    caller fails."""
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in names]
         started = [
-            subprocess.Popen([sys.executable, "-m", "featcache", *_arguments(name)], stdout=log, stderr=log)
+            subprocess.Popen(
+                [sys.executable, "-m", "featcache", *_arguments(name)], stdout=log, stderr=log
+            )
             for name, log in zip(names, logs, strict=True)
         ]
         try:
@@ -57,12 +64,19 @@ def helpers(names: Sequence[str]) -> Iterator[None]:
         for name, process, log in zip(names, started, logs, strict=True):
             if process.returncode:
                 log.seek(0)
-                last = (log.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-                click.echo(f"note: the process on {name} failed, its shards were done by the others: {last}", err=True)
+                last = (log.read().strip().splitlines() or [f"exit status {process.returncode}"])[
+                    -1
+                ]
+                click.echo(
+                    f"note: the process on {name} failed, its shards were done by the others: "
+                    f"{last}",
+                    err=True,
+                )
 
 
 def _arguments(device: str) -> list[str]:
-    """This process's own command line with one device in place of several, and without the check it has made."""
+    """This process's own command line with one device in place of several, and without the check it
+    has made."""
     out, words = [], iter(sys.argv[1:])
     for word in words:
         if word in _OWN:

@@ -1,9 +1,10 @@
 """Several teachers in one command: an option given for each, and the teachers themselves.
 
-    --teacher clip-b16 --teacher dino-b16 --levels last:5 --levels dino-b16=-1 --weights dino-b16=dino.safetensors
+    --teacher clip-b16 --teacher dino-b16 --levels last:5 --levels dino-b16=-1
+    --weights dino-b16=dino.safetensors
 
-A value that begins with a teacher's name and `=` is for it alone; another is for all that have none of their own, and
-as with every option the last one counts.
+A value that begins with a teacher's name and `=` is for it alone; another is for all that have none
+of their own, and as with every option the last one counts.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ def assign(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str
 
 
 def weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
-    """The same of `--weights`: a file or a tag is one teacher's, only random:SEED can be meant for several."""
+    """The same of `--weights`: a file or a tag is one teacher's, only random:SEED can be meant for
+    several."""
     found = assign("--weights", values, names)
     for value in values if len(names) > 1 else ():
         if not is_random(value) and not any(value.startswith(f"{name}=") for name in names):
             raise UsageError(
-                f"--weights {value!r}: {len(names)} teachers are given; name one, as in --weights {names[0]}={value}"
+                f"--weights {value!r}: {len(names)} teachers are given; name one, as in --weights "
+                f"{names[0]}={value}"
             )
     return found
 
@@ -65,7 +68,8 @@ def load(name: str, weights: str | None, device: str, precision: str, compiled: 
 
 
 def parse_levels(text: str, depth: int) -> tuple[int, ...]:
-    """'last:5', '8,10,12', '-1,-3' (counted from the end) or 'all' -> 1-based block numbers, ascending.
+    """'last:5', '8,10,12', '-1,-3' (counted from the end) or 'all' -> 1-based block numbers,
+    ascending.
 
     >>> parse_levels("last:3", 12), parse_levels("8,12,10", 12), parse_levels("-1,-3", 12)
     ((10, 11, 12), (8, 10, 12), (10, 12))
@@ -81,8 +85,8 @@ def parse_levels(text: str, depth: int) -> tuple[int, ...]:
         if len(blocks) == len(parts):
             return tuple(sorted(blocks))
     raise UsageError(
-        f"--levels {text!r}: last:N, a list such as 1,{depth} or -1,-3 that names no block twice, or all; blocks are "
-        f"1 to {depth}, or -1 to -{depth} from the end"
+        f"--levels {text!r}: last:N, a list such as 1,{depth} or -1,-3 that names no block twice, "
+        f"or all; blocks are 1 to {depth}, or -1 to -{depth} from the end"
     )
 
 

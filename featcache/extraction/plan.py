@@ -1,7 +1,7 @@
 """What an extraction will write, decided before anything is read.
 
-A `Plan` joins pictures, teacher, views and layout; its manifest is the cache's identity. `prepare` makes the folder, or
-checks that the cache that is there is the same one.
+A `Plan` joins pictures, teacher, views and layout; its manifest is the cache's identity. `prepare`
+makes the folder, or checks that the cache that is there is the same one.
 """
 
 from __future__ import annotations
@@ -51,15 +51,21 @@ class Plan:
     keep: int | None = None  # patches stored of a ranked view; None: all
     pixels: bool = False  # store the rendered view
     first_view: int = 0  # above 0 where views are added to a cache
-    recount: bool = False  # statistics of what is stored, as a copy of fewer views or levels has them
+    # statistics of what is stored, as a copy of fewer views or levels has them
+    recount: bool = False
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.rows_per_shard < 1:
-            raise UsageError(f"--views {self.views}, --rows-per-shard {self.rows_per_shard}: at least 1 is needed")
+            raise UsageError(
+                f"--views {self.views}, --rows-per-shard {self.rows_per_shard}: at least 1 is "
+                "needed"
+            )
         if self.tokens not in TOKENS:
             raise UsageError(f"--tokens {self.tokens!r}: {' or '.join(TOKENS)} is allowed")
         if self.keep is not None and self.tokens != "ranked":
-            raise UsageError(f"--keep {self.keep} keeps the first of ranked tokens: give --tokens ranked with it")
+            raise UsageError(
+                f"--keep {self.keep} keeps the first of ranked tokens: give --tokens ranked with it"
+            )
         if self.keep is not None and not 1 <= self.keep <= self.teacher.patches:
             raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches are allowed")
         for each in (self.policy.filter, self.filter):
@@ -76,7 +82,11 @@ class Plan:
     @property
     def filter(self) -> str:
         """By which crops are resized for the teacher: the policy's, a tokenizer's own."""
-        return self.teacher.filter if isinstance(self.teacher, tokenizer.Tokenizer) else self.policy.filter
+        return (
+            self.teacher.filter
+            if isinstance(self.teacher, tokenizer.Tokenizer)
+            else self.policy.filter
+        )
 
     @property
     def stored_tokens(self) -> int:
@@ -101,7 +111,10 @@ class Plan:
         own = [token_ids_array(self.teacher.patches)] if self.is_tokenizer else self._of_teacher()
         arrays = [*own, *view_arrays()]
         ranked = self.tokens == "ranked"
-        return [*arrays, *checksums.declare(arrays, len(self.levels), self.stored_tokens, ranked=ranked)]
+        return [
+            *arrays,
+            *checksums.declare(arrays, len(self.levels), self.stored_tokens, ranked=ranked),
+        ]
 
     def _of_teacher(self) -> list[Array]:
         levels, tokens, patches = len(self.levels), self.stored_tokens, self.teacher.patches
@@ -111,10 +124,22 @@ class Plan:
         pixels = Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)
         return [
             *(
-                Array(name, dtype, (levels, tokens, *item), (*row_view, "level", "token", *names), split=True)
+                Array(
+                    name,
+                    dtype,
+                    (levels, tokens, *item),
+                    (*row_view, "level", "token", *names),
+                    split=True,
+                )
                 for name, (dtype, item, names) in coded.items()
             ),
-            Array("feature_stats", "<f4", (levels, tokens, 2), (*row_view, "level", "token", "mean_std"), split=True),
+            Array(
+                "feature_stats",
+                "<f4",
+                (levels, tokens, 2),
+                (*row_view, "level", "token", "mean_std"),
+                split=True,
+            ),
             *([pixels] if self.pixels else []),
             Array("attention", "<f4", (patches,), (*row_view, "patch")),
             Array("mask_order", order, (patches,), (*row_view, "rank")),
@@ -127,7 +152,8 @@ class Plan:
 
     @cached_property
     def _weight_hash(self) -> str:
-        """Once: of ViT-L/14 it takes seconds, and an extraction asks for its manifest several times."""
+        """Once: of ViT-L/14 it takes seconds, and an extraction asks for its manifest several
+        times."""
         return weights.weight_hash(self.teacher)
 
     def manifest(self) -> dict[str, Any]:
@@ -156,7 +182,10 @@ class Plan:
             "policy": self.policy.as_dict(),
             "views": self.views,
             "pixel_path": pixel_path.pixel_path(self.source),
-            "pictures": {"count": len(self.source), "keys_digest": manifest.keys_digest(self.source.keys)},
+            "pictures": {
+                "count": len(self.source),
+                "keys_digest": manifest.keys_digest(self.source.keys),
+            },
             "rows_per_shard": self.rows_per_shard,
             "store": self.store,
         }
@@ -170,8 +199,17 @@ class Plan:
         return manifest.make(identity, provenance, arrays, self.shards, self.side_files())
 
     def _versions(self) -> dict[str, str]:
-        ffcv = {"ffcv": version("ffcv")} if pixel_path.pixel_path(self.source)["decoder"] == "ffcv" else {}
-        return {"torch": torch.__version__, "pillow": PIL.__version__, "python": platform.python_version(), **ffcv}
+        ffcv = (
+            {"ffcv": version("ffcv")}
+            if pixel_path.pixel_path(self.source)["decoder"] == "ffcv"
+            else {}
+        )
+        return {
+            "torch": torch.__version__,
+            "pillow": PIL.__version__,
+            "python": platform.python_version(),
+            **ffcv,
+        }
 
     def side_files(self) -> dict[str, bytes]:
         """Files beside the manifest: the teacher's tail."""

@@ -6,7 +6,8 @@
     encode   levels normalised and encoded, orders and checksums
     write    rows appended and shards published
 
-The stages overlap, so the one that is busy longest bounds the rate. On a GPU its seconds are the device's own clock.
+The stages overlap, so the one that is busy longest bounds the rate. On a GPU its seconds are the
+device's own clock.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class ExtractProgress:
     """Busy seconds of each stage and what is done; `report` is called after every batch."""
 
     report: Callable[[ExtractProgress], None] = lambda progress: None
-    waiting: Callable[[int], None] = lambda shards: None  # called while other processes hold the last shards
+    # called while other processes hold the last shards
+    waiting: Callable[[int], None] = lambda shards: None
     pictures: int = 0
     total: int = 0
     workers: int = 1
@@ -47,8 +49,11 @@ class ExtractProgress:
 
     @property
     def slowest(self) -> str:
-        """The stage that bounds the rate: decoding is shared by its threads, the others have one each."""
-        return max(self.busy, key=lambda name: self.busy[name] / (self.workers if name == "decode" else 1))
+        """The stage that bounds the rate: decoding is shared by its threads, the others have one
+        each."""
+        return max(
+            self.busy, key=lambda name: self.busy[name] / (self.workers if name == "decode" else 1)
+        )
 
     @property
     def rate(self) -> float:

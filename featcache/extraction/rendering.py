@@ -1,4 +1,5 @@
-"""Pictures -> views, in threads: what the teacher will see, in order, with the unusable ones put aside.
+"""Pictures -> views, in threads: what the teacher will see, in order, with the unusable ones put
+aside.
 
 V views a picture, S pixels.
 """
@@ -33,7 +34,8 @@ class Rendered:
     key: str
     source_size: tuple[int, int]
     drawn: Drawn
-    pixels: dict[Kind, npt.NDArray[np.uint8]]  # (V, S, S, 3) of each size and filter that a teacher sees
+    # (V, S, S, 3) of each size and filter that a teacher sees
+    pixels: dict[Kind, npt.NDArray[np.uint8]]
     proofs: npt.NDArray[np.uint8] | None  # (V, S, S, 3) at the policy's size, where they are stored
     hashes: npt.NDArray[np.uint64]  # (V,)
     thumbnails: npt.NDArray[np.uint8]  # (V, 14, 14, 3)
@@ -52,35 +54,45 @@ def ahead(
 
 
 def usable(
-    plan: Plan, futures: Iterable[tuple[int, Future[Any]]], strict: bool, quarantined: list[dict[str, str]]
+    plan: Plan,
+    futures: Iterable[tuple[int, Future[Any]]],
+    strict: bool,
+    quarantined: list[dict[str, str]],
 ) -> Iterator[Rendered]:
     for index, future in futures:
         try:
             yield future.result()
         except OSError as error:  # the disk, not the picture: what is read again may well be good
             raise UserError(
-                f"picture {plan.source.keys[index]!r} cannot be read: {error}; mend this and run again"
+                f"picture {plan.source.keys[index]!r} cannot be read: {error}; mend this and run "
+                "again"
             ) from error
         except PictureError as error:
             key = plan.source.keys[index]
             if strict:
                 raise UserError(
-                    f"picture {key!r} cannot be used: {error}; mend or remove it, or quarantine it (no --strict)"
+                    f"picture {key!r} cannot be used: {error}; mend or remove it, or quarantine it "
+                    "(no --strict)"
                 ) from error
             quarantined.append({"key": key, "reason": str(error)})
 
 
 def render(plans: Sequence[Plan], index: int) -> Rendered:
-    """Decode one picture in full and replay its V views as each plan's teacher sees them; hash and thumbnail are of the
-    policy's size and filter. The plans share pictures, policy and view numbers."""
+    """Decode one picture in full and replay its V views as each plan's teacher sees them; hash and
+    thumbnail are of the policy's size and filter. The plans share pictures, policy and view
+    numbers."""
     plan = plans[0]
     key = plan.source.keys[index]
     picture = pixel_path.picture(plan.source, index)
     size = (picture.height, picture.width)
     drawn = draw(plan.policy, rng.key_digests([key]), np.array([size]), plan.view_numbers)
-    proof, seen = (plan.policy.size, plan.policy.filter), {(each.input_px, each.filter) for each in plans}
+    proof, seen = (
+        (plan.policy.size, plan.policy.filter),
+        {(each.input_px, each.filter) for each in plans},
+    )
     made = {
-        kind: np.stack([_replay(picture, drawn, view, kind) for view in range(plan.views)]) for kind in {proof, *seen}
+        kind: np.stack([_replay(picture, drawn, view, kind) for view in range(plan.views)])
+        for kind in {proof, *seen}
     }
     return Rendered(
         key,
@@ -95,10 +107,14 @@ def render(plans: Sequence[Plan], index: int) -> Rendered:
 
 def _replay(picture: Any, drawn: Drawn, view: int, kind: Kind) -> npt.NDArray[np.uint8]:
     """One drawn view of row 0 at a size, by a filter."""
-    return view_render.render(picture, drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view], *kind)
+    return view_render.render(
+        picture, drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view], *kind
+    )
 
 
-def batches(rendered: Iterable[Rendered], views: int, batch_size: int) -> Iterator[list[tuple[Rendered, int]]]:
+def batches(
+    rendered: Iterable[Rendered], views: int, batch_size: int
+) -> Iterator[list[tuple[Rendered, int]]]:
     """(picture, view) pairs in row-major order, `batch_size` at a time, the last batch shorter."""
     batch: list[tuple[Rendered, int]] = []
     for picture in rendered:

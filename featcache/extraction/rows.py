@@ -29,27 +29,31 @@ FP16_LARGEST = 65504
 class Encoded:
     """A batch on the host, as it will be stored, but for the order of tokens."""
 
-    tokens: Host  # the codec's arrays, `features` (n, L, T, ...) among them, and `feature_stats` (n, L, T, 2)
+    # the codec's arrays, `features` (n, L, T, ...) among them, and `feature_stats` (n, L, T, 2)
+    tokens: Host
     attention: npt.NDArray[np.float32]  # (n, P)
     about: OfFeatures  # h before encoding
 
 
 def encoded(plan: Plan, batch: Batch, host: Host) -> Encoded:
-    """A landed answer, once its numbers are found to be numbers; else a UserError that names the picture."""
+    """A landed answer, once its numbers are found to be numbers; else a UserError that names the
+    picture."""
     for row, level in np.argwhere(~host["finite"])[:1].tolist():
         raise UserError(
-            f"teacher {plan.teacher.name!r} gave non-finite features for picture {_of(plan, batch, row)}, level "
-            f"{plan.levels[level]}{_cure(plan)}"
+            f"teacher {plan.teacher.name!r} gave non-finite features for picture "
+            f"{_of(plan, batch, row)}, level {plan.levels[level]}{_cure(plan)}"
         )
     weights = host["attention"]
     good = np.isfinite(weights).all(1) & (weights >= 0).all(1) & (weights.sum(1) <= 1 + 1e-3)
     for row in np.flatnonzero(~good)[:1].tolist():
         raise UserError(
-            f"teacher {plan.teacher.name!r} gave [CLS] attention outside 0 to 1 for picture {_of(plan, batch, row)}; "
-            f"weights of one softmax row are needed{_cure(plan)}"
+            f"teacher {plan.teacher.name!r} gave [CLS] attention outside 0 to 1 for picture "
+            f"{_of(plan, batch, row)}; weights of one softmax row are needed{_cure(plan)}"
         )
     names = (*codecs.CODECS[plan.codec].arrays(plan.teacher.width), "feature_stats")
-    about = OfFeatures(float(host["range"][:, 0].min()), float(host["range"][:, 1].max()), host["norms"])
+    about = OfFeatures(
+        float(host["range"][:, 0].min()), float(host["range"][:, 1].max()), host["norms"]
+    )
     return Encoded({name: host[name] for name in names}, weights, about)
 
 
@@ -60,7 +64,10 @@ def _of(plan: Plan, batch: Batch, row: int) -> str:
 
 def _cure(plan: Plan) -> str:
     if precision.of(plan.teacher).precision == "fp16":
-        return f"; --precision fp16 ends at {FP16_LARGEST}: give --precision bf16, which has fp32's range"
+        return (
+            f"; --precision fp16 ends at {FP16_LARGEST}: "
+            "give --precision bf16, which has fp32's range"
+        )
     return f"; finite values within {plan.codec}'s range are needed: check the weights"
 
 
@@ -71,15 +78,28 @@ def items(plan: Plan, batch: Batch, answer: Encoded) -> Host:
     order = mask_order(plan.order, answer.attention, digests, numbers, plan.policy.seed)
     stored: Mapping[str, npt.NDArray[Any]] = answer.tokens
     if plan.tokens == "ranked":
-        stored = {name: ranked(values, order, plan.stored_tokens) for name, values in stored.items()}
-    pixels = {"pixels": np.stack([p.proofs[view] for p, view in batch if p.proofs is not None])} if plan.pixels else {}
-    return {**stored, **pixels, "attention": answer.attention, "mask_order": order, **of_views(batch)}
+        stored = {
+            name: ranked(values, order, plan.stored_tokens) for name, values in stored.items()
+        }
+    pixels = (
+        {"pixels": np.stack([p.proofs[view] for p, view in batch if p.proofs is not None])}
+        if plan.pixels
+        else {}
+    )
+    return {
+        **stored,
+        **pixels,
+        "attention": answer.attention,
+        "mask_order": order,
+        **of_views(batch),
+    }
 
 
 def of_views(batch: Batch) -> Host:
     """What is stored of the views themselves."""
     drawn = {
-        name: np.stack([getattr(picture.drawn, name)[0, view] for picture, view in batch]) for name in Drawn._fields
+        name: np.stack([getattr(picture.drawn, name)[0, view] for picture, view in batch])
+        for name in Drawn._fields
     }
     return {
         **drawn,

@@ -20,11 +20,13 @@ Shard = dict[str, Any]  # name, first, count
 def free_shards(
     jobs: Sequence[ExtractJob], shards: Sequence[Shard], progress: ExtractProgress
 ) -> Generator[tuple[Shard, list[ExtractJob]], None, None]:
-    """Shards with the jobs that have no record of them and that nobody else works on; waits for those that somebody
-    does, until they are complete or left behind."""
+    """Shards with the jobs that have no record of them and that nobody else works on; waits for
+    those that somebody does, until they are complete or left behind."""
     left = list(shards)
     missing = {shard["name"] for shard in left if unfinished_jobs(jobs, shard)}
-    progress.total = progress.total or sum(shard["count"] for shard in left if shard["name"] in missing)
+    progress.total = progress.total or sum(
+        shard["count"] for shard in left if shard["name"] in missing
+    )
     while left:
         taken = False
         for shard in list(left):

@@ -19,13 +19,14 @@ def disk_full(error: BaseException, out: Path, wanted: dict[str, Any]) -> UserEr
         return None
     done = sum(record_path(out, shard["name"]).is_file() for shard in wanted["shards"])
     return UserError(
-        f"--out {str(out)!r}: {error.strerror}; {done} of {len(wanted['shards'])} shards are complete and kept; make "
-        "room and run the same command again, it continues"
+        f"--out {str(out)!r}: {error.strerror}; {done} of {len(wanted['shards'])} shards are "
+        "complete and kept; make room and run the same command again, it continues"
     )
 
 
 def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
-    """quarantine.json beside the manifest, where a picture could not be used; an error where none could."""
+    """quarantine.json beside the manifest, where a picture could not be used; an error where none
+    could."""
     paths = [record_path(out, shard["name"]) for shard in wanted["shards"]]
     if not all(path.is_file() for path in paths):  # the shares of others are still to come
         return
@@ -37,8 +38,8 @@ def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
         json_file.write_json(out / QUARANTINE, {"pictures": rows})
     if rows and not sum(record["rows"] for record in records):
         raise UserError(
-            f"none of {len(rows)} pictures could be used, the first {rows[0]['key']!r}: {rows[0]['reason']}; "
-            f"all are listed in {out / QUARANTINE}"
+            f"none of {len(rows)} pictures could be used, the first {rows[0]['key']!r}: "
+            f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}"
         )
 
 
@@ -54,8 +55,8 @@ _SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
 
 
 def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
-    """Make the folder, or check that the cache in it is the same one; returns its manifest. The batch size is noted in
-    it, since real networks give other bits at another."""
+    """Make the folder, or check that the cache in it is the same one; returns its manifest. The
+    batch size is noted in it, since real networks give other bits at another."""
     wanted = plan.manifest()
     wanted["provenance"]["batch_size"] = batch_size
     if there := continued(wanted, out):
@@ -63,7 +64,8 @@ def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
     _check_space(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
-        if not path.is_file():  # before any shard, so that a process that dies from here on leaves a cache to continue
+        # before any shard, so that a process that dies from here on leaves a cache to continue
+        if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             json_file.write_json(path, wanted)
     for folder in (out, out / SHARDS):
@@ -80,15 +82,22 @@ def write_side_files(plan: Plan, out: Path) -> None:
 
 
 def continued(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
-    """The manifest of the cache at `out` where it is the wanted one, None where nothing is there; another cache and
-    other files are refused."""
+    """The manifest of the cache at `out` where it is the wanted one, None where nothing is there;
+    another cache and other files are refused."""
     if (out / manifest.NAME).is_file():
         there = manifest.read(out)
-        todo = "these options continue the cache that is there, another --out makes a new one, --add adds to this one"
+        todo = (
+            "these options continue the cache that is there, another --out makes a new one, "
+            "--add adds to this one"
+        )
         grades = ("fatal", "lossy", "layout")
-        identity.refuse(wanted, there, f"{str(out)!r} holds another cache", todo, grades, cures=True)
+        identity.refuse(
+            wanted, there, f"{str(out)!r} holds another cache", todo, grades, cures=True
+        )
         return there
-    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
+    if out.exists() and (
+        not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    ):
         raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
     return None
 
@@ -99,7 +108,8 @@ def _check_space(plan: Plan, out: Path) -> None:
 
 
 def check_room(jobs: Sequence[ExtractJob]) -> None:
-    """Is there room for what is missing of all of them? The first folder's disk holds the others."""
+    """Is there room for what is missing of all of them? The first folder's disk holds the
+    others."""
     out = jobs[0].out
     place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     missing = [
@@ -111,6 +121,6 @@ def check_room(jobs: Sequence[ExtractJob]) -> None:
     needed, free = sum(missing) + (_SPARE_BYTES if missing else 0), shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "
-            "fewer --views or --levels, or another disk"
+            f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB "
+            "are free; fewer --views or --levels, or another disk"
         )

@@ -1,10 +1,11 @@
 """Before hours are spent: do a teacher's features tell labelled pictures apart at all?
 
-Wrong weights, a wrong activation or wrong pixel statistics do not stop a network; they make its features worse. So a
-few hundred labelled pictures are embedded in their centre view (the last block's [CLS], normalised), each is classified
-by its nearest neighbours among the others (weighted votes as in DINO, Caron et al., ICCV 2021: k = 20, temperature
-0.07), and the share that is right is put beside chance and beside the same vote on 14 x 14 thumbnails of the pixels,
-which need no teacher. Chance is what the commonest class alone would get.
+Wrong weights, a wrong activation or wrong pixel statistics do not stop a network; they make its
+features worse. So a few hundred labelled pictures are embedded in their centre view (the last
+block's [CLS], normalised), each is classified by its nearest neighbours among the others (weighted
+votes as in DINO, Caron et al., ICCV 2021: k = 20, temperature 0.07), and the share that is right is
+put beside chance and beside the same vote on 14 x 14 thumbnails of the pixels, which need no
+teacher. Chance is what the commonest class alone would get.
 
 n pictures, D width, C classes.
 """
@@ -55,57 +56,73 @@ class Score:
 
     @property
     def text(self) -> str:
-        verdict = "" if self.right > self.pixels else "; no better than the pixels: are these the right weights?"
+        verdict = (
+            ""
+            if self.right > self.pixels
+            else "; no better than the pixels: are these the right weights?"
+        )
         return (
-            f"check of {self.teacher}: k-NN {self.right:.1%} of {self.pictures} pictures of {self.classes} classes, "
-            f"chance {self.chance:.1%}, bare pixels {self.pixels:.1%}{verdict}"
+            f"check of {self.teacher}: k-NN {self.right:.1%} of {self.pictures} pictures of "
+            f"{self.classes} classes, chance {self.chance:.1%}, bare pixels "
+            f"{self.pixels:.1%}{verdict}"
         )
 
     def refuse(self) -> None:
         """A UserError at chance level."""
         if self.right <= self.needed:
             raise UserError(
-                f"teacher {self.teacher!r} is at chance level on the labelled pictures: k-NN {self.right:.1%}, above "
-                f"{self.needed:.1%} is needed (chance {self.chance:.1%} and {MARGIN:g} standard errors); check "
-                "--weights, or leave --check-teacher out"
+                f"teacher {self.teacher!r} is at chance level on the labelled pictures: k-NN "
+                f"{self.right:.1%}, above {self.needed:.1%} is needed (chance {self.chance:.1%} "
+                f"and {MARGIN:g} standard errors); check --weights, or leave --check-teacher out"
             )
 
 
 def check(teacher: Teacher, source: Source, policy: Policy, batch_size: int) -> Score:
     """The score of a teacher on labelled pictures: class folders, or tars with .cls members."""
     if isinstance(teacher, tokenizer.Tokenizer):
-        raise UsageError(f"--check-teacher: {teacher.name!r} gives discrete tokens, not features; leave it out")
+        raise UsageError(
+            f"--check-teacher: {teacher.name!r} gives discrete tokens, not features; leave it out"
+        )
     chosen, labels = _choose(source)
-    filter = "bicubic" if policy.filter == AREA else policy.filter  # whole pictures are always Pillow's
+    # whole pictures are always Pillow's
+    filter = "bicubic" if policy.filter == AREA else policy.filter
     features, thumbnails = [], []
     for low in range(0, len(chosen), batch_size):
-        pixels = [_view(source, index, teacher.input_px, filter) for index in chosen[low : low + batch_size].tolist()]
+        pixels = [
+            _view(source, index, teacher.input_px, filter)
+            for index in chosen[low : low + batch_size].tolist()
+        ]
         thumbnails += [thumbnail(each).reshape(-1) for each in pixels]
         features.append(_embed(teacher, np.stack(pixels)))
     plain = torch.from_numpy(np.stack(thumbnails)).float()
     classes = len(np.unique(labels))
     chance = float(np.bincount(labels).max() / len(labels))
-    right, pixels_right = (right_share(each, labels) for each in (torch.cat(features), plain - plain.mean(0)))
+    right, pixels_right = (
+        right_share(each, labels) for each in (torch.cat(features), plain - plain.mean(0))
+    )
     return Score(teacher.name, len(chosen), classes, right, pixels_right, chance)
 
 
 def _choose(source: Source) -> tuple[I64, I64]:
-    """Numbers and labels of up to PER_CLASS pictures of up to CLASSES classes, both evenly spread."""
+    """Numbers and labels of up to PER_CLASS pictures of up to CLASSES classes, both evenly
+    spread."""
     labels = source.labels
     if labels is None:
         raise UserError(
-            f"--check-teacher {source.spec!r} has no labels: a folder with one sub-folder for each class, or tars "
-            "with .cls members, is needed"
+            f"--check-teacher {source.spec!r} has no labels: a folder with one sub-folder for each "
+            "class, or tars with .cls members, is needed"
         )
     counts = np.bincount(labels)
     known = np.flatnonzero(counts >= 2)  # one picture has no neighbour of its class
     if len(known) < 2:
         raise UserError(
-            f"--check-teacher {source.spec!r}: {len(known)} classes have two pictures or more, two such classes "
-            "are needed"
+            f"--check-teacher {source.spec!r}: {len(known)} classes have two pictures or more, two "
+            "such classes are needed"
         )
     kept = known[_spread(len(known), CLASSES)]
-    chosen = [np.flatnonzero(labels == each)[_spread(int(counts[each]), PER_CLASS)] for each in kept]
+    chosen = [
+        np.flatnonzero(labels == each)[_spread(int(counts[each]), PER_CLASS)] for each in kept
+    ]
     numbers = np.concatenate(chosen)
     return numbers, labels[numbers]
 
@@ -125,20 +142,24 @@ def _view(source: Source, index: int, size: int, filter: str) -> npt.NDArray[np.
         return render_centre(decode(source.read(index)), size, CROP_PCT, filter)
     except (PictureError, OSError) as error:
         raise UserError(
-            f"--check-teacher: picture {source.keys[index]!r} cannot be used: {error}; mend it or take it away"
+            f"--check-teacher: picture {source.keys[index]!r} cannot be used: {error}; mend it or "
+            "take it away"
         ) from error
 
 
 @torch.no_grad()
 def _embed(teacher: Teacher, pixels: npt.NDArray[np.uint8]) -> Tensor:
     """(B, S, S, 3) -> (B, D): [CLS] of the last level, normalised."""
-    batch = torch.from_numpy(pixels).to(precision.device_of(teacher)).permute(0, 3, 1, 2).contiguous()
+    batch = (
+        torch.from_numpy(pixels).to(precision.device_of(teacher)).permute(0, 3, 1, 2).contiguous()
+    )
     y, _ = ask(teacher, batch, (teacher.depth,))
     return levels.normalise(y[:, :1])[0][:, 0].float().cpu()
 
 
 def right_share(features: Tensor, labels: I64) -> float:
-    """features (n, D): the share of rows that the votes of their nearest others, by cosine, put into their class."""
+    """features (n, D): the share of rows that the votes of their nearest others, by cosine, put
+    into their class."""
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     similar = (unit @ unit.T).fill_diagonal_(-math.inf)
     near = similar.topk(min(K, len(unit) - 1), dim=1)

@@ -29,10 +29,16 @@ def unused_caches(days: float) -> Iterator[Path]:
     """Complete caches that no training run in the ledger used, untouched for so many days."""
     for cache in home.caches():
         facts = listing.describe(cache)
-        complete = facts.get("shards") == facts.get("shards_complete") and facts.get("parts") == facts.get(
-            "parts_complete"
-        )
-        if "damaged" in facts or not complete or facts["last_used"] or cache.is_symlink() or remove.busy(cache):
+        complete = facts.get("shards") == facts.get("shards_complete") and facts.get(
+            "parts"
+        ) == facts.get("parts_complete")
+        if (
+            "damaged" in facts
+            or not complete
+            or facts["last_used"]
+            or cache.is_symlink()
+            or remove.busy(cache)
+        ):
             continue
         newest = max(path.lstat().st_mtime for path in cache.rglob("*") if path.is_file())
         if time.time() - newest > days * _DAY_S:

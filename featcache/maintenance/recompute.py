@@ -1,7 +1,7 @@
 """Are the stored numbers the teacher's? A sample of rows is replayed, run through it, and compared.
 
-Pixels come first: a row whose picture is missing, unreadable or another one says nothing about the cache, and is told
-apart from one whose features differ.
+Pixels come first: a row whose picture is missing, unreadable or another one says nothing about the
+cache, and is told apart from one whose features differ.
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from featcache.views import pixel_path
 from featcache.views.policy import policy_from_dict
 from featcache.views.render import render
 
-OTHER_PICTURES = 0.9  # from this share of rows with other pixels on, the pictures are taken for others than those
+# from this share of rows with other pixels on, the pictures are taken for others than those
+OTHER_PICTURES = 0.9
 
 
 class Row(NamedTuple):
-    """What one row showed; without `errors` it was not compared, because its pixels are not those of the extraction."""
+    """What one row showed; without `errors` it was not compared, because its pixels are not those
+    of the extraction."""
 
     problem: str | None = None
     errors: tuple[float, float] | None = None  # of features, of attention
 
 
-def recompute(cache: Cache, source: Source, weights: str | None, count: int, seed: int, device: str) -> dict[str, Any]:
-    """Replay `count` random rows (one view each), compare their pixels, run the teacher on those that are the same, and
-    compare features and attention.
+def recompute(
+    cache: Cache, source: Source, weights: str | None, count: int, seed: int, device: str
+) -> dict[str, Any]:
+    """Replay `count` random rows (one view each), compare their pixels, run the teacher on those
+    that are the same, and compare features and attention.
 
-    Returns the problems and, for a clean sample, the share of bad rows that 95 % of such samples would have shown.
-    `other_pictures`: so many of the rows have other pixels that the pictures, not the cache, must be wrong.
+    Returns the problems and, for a clean sample, the share of bad rows that 95 % of such samples
+    would have shown. `other_pictures`: so many of the rows have other pixels that the pictures, not
+    the cache, must be wrong.
     """
     pixel_path.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     teacher = _same_teacher(cache, weights, device)
@@ -69,16 +74,21 @@ def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
     from featcache.models.weights import weight_hash
 
     given = weights or cache.manifest["provenance"]["weights"]
-    teacher = precision.like(teachers.load(cache.identity["teacher"]["name"], given, device), cache.identity)
+    teacher = precision.like(
+        teachers.load(cache.identity["teacher"]["name"], given, device), cache.identity
+    )
     here, there = weight_hash(teacher), cache.identity["teacher"]["weight_hash"]
     if here != there:
         raise IdentityError(
-            f"weights {given!r} have hash {here}, the cache was made with {there}; give those with --weights"
+            f"weights {given!r} have hash {here}, the cache was made with {there}; give those with "
+            "--weights"
         )
     return teacher
 
 
-def _recompute_row(cache: Cache, source: Source, at: dict[str, int], teacher: Any, row: int, view: int) -> Row:
+def _recompute_row(
+    cache: Cache, source: Source, at: dict[str, int], teacher: Any, row: int, view: int
+) -> Row:
     from featcache.models import precision
 
     key = cache.keys[row]
@@ -101,14 +111,17 @@ def _recompute_row(cache: Cache, source: Source, at: dict[str, int], teacher: An
     if error <= bound and attention_error <= attention_bound:
         return Row(None, (error, attention_error))
     return Row(
-        f"picture {key!r}, view {view}: features differ by {error:.1e} (allowed {bound:.0e}), attention by "
-        f"{attention_error:.1e} (allowed {attention_bound:.0e})",
+        f"picture {key!r}, view {view}: features differ by {error:.1e} (allowed {bound:.0e}), "
+        f"attention by {attention_error:.1e} (allowed {attention_bound:.0e})",
         (error, attention_error),
     )
 
 
-def _errors(cache: Cache, teacher: Any, row: int, view: int, pixels: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """How far stored features and attention are from the teacher's on these pixels (S, S, 3) of its input size."""
+def _errors(
+    cache: Cache, teacher: Any, row: int, view: int, pixels: npt.NDArray[np.uint8]
+) -> tuple[float, float]:
+    """How far stored features and attention are from the teacher's on these pixels (S, S, 3) of its
+    input size."""
     import torch
 
     from featcache.extraction.forward import compute, ranked
@@ -120,8 +133,12 @@ def _errors(cache: Cache, teacher: Any, row: int, view: int, pixels: npt.NDArray
     batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)
     coded, _, attention, _ = compute(teacher, batch, cache.levels, cache.identity["codec"], 1)
     host = {name: values.cpu().numpy() for name, values in coded.items()}
-    if cache.identity["tokens"] == "ranked":  # by the stored order: a tie may fall otherwise when computed again
-        host = {name: ranked(values, stored["mask_order"], stored[name].shape[2]) for name, values in host.items()}
+    # by the stored order: a tie may fall otherwise when computed again
+    if cache.identity["tokens"] == "ranked":
+        host = {
+            name: ranked(values, stored["mask_order"], stored[name].shape[2])
+            for name, values in host.items()
+        }
     new = codec.decode({name: torch.from_numpy(values) for name, values in host.items()})
     old = codec.decode({name: torch.from_numpy(stored[name]) for name in host})
     a = attention[0].cpu().numpy()

@@ -18,11 +18,13 @@ def check(cache: Path) -> None:
     if cache.is_symlink():
         raise UserError(f"{str(cache)!r} is a link to {str(cache.resolve())!r}; give that folder")
     if not (cache / manifest.NAME).is_file():
-        raise UserError(f"{str(cache)!r} holds no {manifest.NAME}: it is no cache, and is left as it is")
+        raise UserError(
+            f"{str(cache)!r} holds no {manifest.NAME}: it is no cache, and is left as it is"
+        )
     if shards := busy(cache):
         raise UserError(
-            f"{str(cache)!r} is being written: shard {shards[0].stem} is held; stop that process, or wait "
-            "until it has ended"
+            f"{str(cache)!r} is being written: shard {shards[0].stem} is held; stop that process, "
+            "or wait until it has ended"
         )
 
 
@@ -32,7 +34,9 @@ def busy(cache: Path) -> list[Path]:
 
 
 def leases(cache: Path) -> list[Path]:
-    return sorted(path for part in (cache, *added(cache)) for path in (part / SHARDS).glob("*.lease"))
+    return sorted(
+        path for part in (cache, *added(cache)) for path in (part / SHARDS).glob("*.lease")
+    )
 
 
 def stale(path: Path) -> bool:
@@ -45,11 +49,16 @@ def stale(path: Path) -> bool:
 
 def size(path: Path) -> int:
     """Bytes of all files of a folder, or of one file."""
-    return sum(each.lstat().st_size for each in (path, *path.rglob("*")) if not each.is_dir() or each.is_symlink())
+    return sum(
+        each.lstat().st_size
+        for each in (path, *path.rglob("*"))
+        if not each.is_dir() or each.is_symlink()
+    )
 
 
 def remove(cache: Path) -> None:
-    """Rename, then remove. An addition is taken out of parts/ by the rename, where it would still be seen."""
+    """Rename, then remove. An addition is taken out of parts/ by the rename, where it would still
+    be seen."""
     cache = cache.resolve()
     _check_writable(cache)
     place = cache.parent.parent if cache.parent.name == PARTS else cache.parent
@@ -60,8 +69,8 @@ def remove(cache: Path) -> None:
         shutil.rmtree(gone)
     except OSError as error:
         raise UserError(
-            f"{error.filename}: {error.strerror}; what is left of {str(cache)!r} lies in {str(gone)!r}; allow removing "
-            "it and remove that folder, or run `featcache gc`"
+            f"{error.filename}: {error.strerror}; what is left of {str(cache)!r} lies in "
+            f"{str(gone)!r}; allow removing it and remove that folder, or run `featcache gc`"
         ) from error
 
 
@@ -73,4 +82,7 @@ def _check_writable(cache: Path) -> None:
         *(path for path in cache.rglob("*") if path.is_dir() and not path.is_symlink()),
     ):
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"{str(folder)!r}: permission denied, nothing removed; allow writing to it and run again")
+            raise UserError(
+                f"{str(folder)!r}: permission denied, nothing removed; allow writing to it and run "
+                "again"
+            )

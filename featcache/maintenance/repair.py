@@ -1,4 +1,5 @@
-"""Mending a cache: what files can tell is restored, bad shards are extracted again, nothing else is touched.
+"""Mending a cache: what files can tell is restored, bad shards are extracted again, nothing else is
+touched.
 
 A bad shard is put aside until its successor is complete; a repair that fails puts it back.
 """
@@ -26,12 +27,16 @@ from featcache.storage.part import added
 from featcache.storage.store import QUARANTINE, SHARDS, record_path
 from featcache.views.policy import policy_from_dict
 
-Load = Callable[[dict[str, Any]], tuple[Source, Teacher]]  # manifest -> its pictures and its teacher
+# manifest -> its pictures and its teacher
+Load = Callable[[dict[str, Any]], tuple[Source, Teacher]]
 
 
-def run(cache: Path, load: Load, *, workers: int = 2, progress: ExtractProgress | None = None) -> dict[str, Any]:
-    """Mend the cache and what was added to it. Returns the files restored and the shards extracted again; the pictures
-    and the teacher are opened only when a shard or the teacher's tail needs them."""
+def run(
+    cache: Path, load: Load, *, workers: int = 2, progress: ExtractProgress | None = None
+) -> dict[str, Any]:
+    """Mend the cache and what was added to it. Returns the files restored and the shards extracted
+    again; the pictures and the teacher are opened only when a shard or the teacher's tail needs
+    them."""
     restored: list[str] = []
     shards: list[str] = []
     for part in (cache, *added(cache)):
@@ -61,20 +66,23 @@ def _restore_manifest(part: Path) -> list[str]:
     pair = (part / manifest.NAME, part / SHARDS / manifest.COPY)
     if not any(path.exists() for path in pair):
         raise UserError(
-            f"no cache at {str(part)!r}: neither {manifest.NAME} nor its copy is there; give the folder that "
-            "`featcache extract` wrote"
+            f"no cache at {str(part)!r}: neither {manifest.NAME} nor its copy is there; give the "
+            "folder that `featcache extract` wrote"
         )
     good = [path for path in pair if not verify.json_problem(path)]
     if not good:
         raise UserError(
-            f"cache {str(part)!r}: {manifest.NAME} and its copy {SHARDS}/{manifest.COPY} are both damaged; extract "
-            "again into another folder"
+            f"cache {str(part)!r}: {manifest.NAME} and its copy {SHARDS}/{manifest.COPY} are both "
+            "damaged; extract again into another folder"
         )
     if len(good) == 2:
         here, there = (json_file.read_json(path) for path in pair)
         if here == there:
             return []
-        what = f"cannot repair {str(part)!r}: {manifest.NAME} and {SHARDS}/{manifest.COPY} are sound, but of two caches"
+        what = (
+            f"cannot repair {str(part)!r}: {manifest.NAME} and {SHARDS}/{manifest.COPY} are sound, "
+            "but of two caches"
+        )
         todo = "remove the one that does not belong here"
         refuse(here, there, what, todo, ("fatal", "lossy", "layout"))
     source = good[0]
@@ -84,7 +92,12 @@ def _restore_manifest(part: Path) -> list[str]:
 
 
 def _extract(
-    part: Path, about: dict[str, Any], bad: list[str], load: Load, workers: int, progress: ExtractProgress
+    part: Path,
+    about: dict[str, Any],
+    bad: list[str],
+    load: Load,
+    workers: int,
+    progress: ExtractProgress,
 ) -> None:
     source, teacher = load(about)
     plan = of_manifest(about, source, teacher)
@@ -100,16 +113,24 @@ def _extract(
 
 
 def _replace(
-    plan: Plan, part: Path, about: dict[str, Any], shard: str, workers: int, progress: ExtractProgress
+    plan: Plan,
+    part: Path,
+    about: dict[str, Any],
+    shard: str,
+    workers: int,
+    progress: ExtractProgress,
 ) -> None:
-    """One shard, so that a death in between hides no other. It is put back when no new one could be made."""
+    """One shard, so that a death in between hides no other. It is put back when no new one could be
+    made."""
     try:
         with _held(part, shard, progress):
             if _is_good(part, about, shard):  # another repair was here
                 return
             commit.set_aside(part, shard, plan.store)
         size = about["provenance"]["batch_size"]
-        extract.run(plan, part, batch_size=size, workers=workers, progress=progress, about=about, only=shard)
+        extract.run(
+            plan, part, batch_size=size, workers=workers, progress=progress, about=about, only=shard
+        )
         _check_views(part, shard)
     except BaseException:
         lease = leases.take(part, shard)
@@ -121,10 +142,13 @@ def _replace(
 
 
 def _check_views(part: Path, shard: str) -> None:
-    """Crops and hashes of pixels depend on the pictures alone: other pictures under the same keys have others."""
+    """Crops and hashes of pixels depend on the pictures alone: other pictures under the same keys
+    have others."""
     record = record_path(part, shard)
     try:
-        here, there = (json_file.read_json(path).get("files", {}) for path in (record, commit.aside(record)))
+        here, there = (
+            json_file.read_json(path).get("files", {}) for path in (record, commit.aside(record))
+        )
     except UnreadableError:
         raise
     except UserError:  # damaged, or another repair of the same shard has cleared up in this moment
@@ -133,8 +157,8 @@ def _check_views(part: Path, shard: str) -> None:
     if changed := [name for name in of_views if name in there and here[name] != there[name]]:
         record.unlink()
         raise IdentityError(
-            f"cannot repair {str(part)!r}: the pictures given are not those of the extraction ({changed[0]} of shard "
-            f"{shard} would change); give those with --images SRC"
+            f"cannot repair {str(part)!r}: the pictures given are not those of the extraction "
+            f"({changed[0]} of shard {shard} would change); give those with --images SRC"
         )
 
 
@@ -151,22 +175,39 @@ def _held(part: Path, shard: str, progress: ExtractProgress) -> Iterator[None]:
 
 
 def _is_good(part: Path, about: dict[str, Any], shard: str) -> bool:
-    one = {**about, "files": {}, "shards": [each for each in about["shards"] if each["name"] == shard]}
+    one = {
+        **about,
+        "files": {},
+        "shards": [each for each in about["shards"] if each["name"] == shard],
+    }
     return not any(problem.shard for problem in verify.problems(part, one))
 
 
 def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
-    """Whether a copy of some shards has its pictures from `source`: the manifest knows the keys of all its rows."""
+    """Whether a copy of some shards has its pictures from `source`: the manifest knows the keys of
+    all its rows."""
     last = max(shard["first"] + shard["count"] for shard in about["shards"])
     records = [record_path(part, shard["name"]) for shard in about["shards"]]
-    lists = [json_file.read_json(path)["quarantined"] for path in records if not verify.json_problem(path)]
+    lists = [
+        json_file.read_json(path)["quarantined"]
+        for path in records
+        if not verify.json_problem(path)
+    ]
     if not verify.json_problem(part / QUARANTINE):
         lists.append(json_file.read_json(part / QUARANTINE)["pictures"])
     out = {row["key"] for rows in lists for row in rows}
     if last > len(source):
         return False
-    keys = [key for s in about["shards"] for key in source.keys[s["first"] : s["first"] + s["count"]] if key not in out]
-    return about["identity"]["pictures"] == {"count": len(keys), "keys_digest": manifest.keys_digest(keys)}
+    keys = [
+        key
+        for s in about["shards"]
+        for key in source.keys[s["first"] : s["first"] + s["count"]]
+        if key not in out
+    ]
+    return about["identity"]["pictures"] == {
+        "count": len(keys),
+        "keys_digest": manifest.keys_digest(keys),
+    }
 
 
 def of_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan:

@@ -1,8 +1,9 @@
 """A cache, or a part of it, in another place or another store, without the teacher.
 
-What stays as it is goes file by file, each compared with its record; what changes (another store, fewer views or
-levels) goes row by row through the reader, which checks every item, into a writer. Both publish shard by shard as an
-extraction does, so that a transfer that was killed continues where it stopped.
+What stays as it is goes file by file, each compared with its record; what changes (another store,
+fewer views or levels) goes row by row through the reader, which checks every item, into a writer.
+Both publish shard by shard as an extraction does, so that a transfer that was killed continues
+where it stopped.
 
 n items (row, view), L levels, T tokens, D width.
 """
@@ -39,10 +40,12 @@ _SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
 
 @dataclass
 class TransferProgress:
-    """Bytes of rows that are done, of those that were lacking; `report` is called after every block."""
+    """Bytes of rows that are done, of those that were lacking; `report` is called after every
+    block."""
 
     report: Callable[[TransferProgress], None] = lambda progress: None
-    waiting: Callable[[int], None] = lambda shards: None  # called while other processes hold the last shards
+    # called while other processes hold the last shards
+    waiting: Callable[[int], None] = lambda shards: None
     done: int = 0
     total: int = 0
     shards: int = 0
@@ -67,8 +70,9 @@ def copy(
     shards: tuple[int, int] | None = None,
     progress: TransferProgress | None = None,
 ) -> list[str]:
-    """Copy the cache with all that was added to it, or shards A to B - 1 of it; with `views` (the first so many) or
-    `levels`, one flat cache of its own teacher. Returns what was left out, in words."""
+    """Copy the cache with all that was added to it, or shards A to B - 1 of it; with `views` (the
+    first so many) or `levels`, one flat cache of its own teacher. Returns what was left out, in
+    words."""
     _apart(cache, out)
     with Cache(cache) as source:
         if views is None and levels is None:
@@ -79,16 +83,19 @@ def copy(
     return left
 
 
-def convert(cache: Path, out: Path, name: str, *, progress: TransferProgress | None = None) -> list[str]:
-    """The same cache, and all that was added to it, in the store `name`. Returns what was left out, in words."""
+def convert(
+    cache: Path, out: Path, name: str, *, progress: TransferProgress | None = None
+) -> list[str]:
+    """The same cache, and all that was added to it, in the store `name`. Returns what was left out,
+    in words."""
     _apart(cache, out)
     with Cache(cache) as source:
         here = source.identity["store"]
         if name not in STORES or name == here:
             others = ", ".join(other for other in STORES if other != here)
             raise UsageError(
-                f"--store {name!r}: cache {str(cache)!r} is in the {here} store; {others} is allowed, and `featcache "
-                "copy` copies it as it is"
+                f"--store {name!r}: cache {str(cache)!r} is in the {here} store; {others} is "
+                "allowed, and `featcache copy` copies it as it is"
             )
         jobs, left = transfer_plan.whole(source, out, store=name)
         _run(jobs, progress or TransferProgress())
@@ -98,11 +105,14 @@ def convert(cache: Path, out: Path, name: str, *, progress: TransferProgress | N
 def _apart(cache: Path, out: Path) -> None:
     here, there = cache.resolve(), out.resolve()
     if here == there or here in there.parents:
-        raise UsageError(f"{str(out)!r} lies in the cache {str(cache)!r} itself; give a folder outside of it")
+        raise UsageError(
+            f"{str(out)!r} lies in the cache {str(cache)!r} itself; give a folder outside of it"
+        )
 
 
 def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
-    """The base is the first job and is done last, so that a cache is complete when all of it is there."""
+    """The base is the first job and is done last, so that a cache is complete when all of it is
+    there."""
     for job in jobs:
         _refuse(job)
     progress.total = sum(job.bytes(record) for job in jobs for record in job.missing)
@@ -123,10 +133,13 @@ def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        total, lacking = sum(len(job.records) for job in jobs), sum(len(job.missing) for job in jobs)
+        total, lacking = (
+            sum(len(job.records) for job in jobs),
+            sum(len(job.missing) for job in jobs),
+        )
         raise UserError(
-            f"{str(jobs[0].out)!r}: {error.strerror}; {total - lacking} of {total} shards are complete and kept; make "
-            "room and run the same command again, it continues"
+            f"{str(jobs[0].out)!r}: {error.strerror}; {total - lacking} of {total} shards are "
+            "complete and kept; make room and run the same command again, it continues"
         ) from error
     finally:
         for job in jobs:
@@ -139,8 +152,12 @@ def _refuse(job: TransferJob) -> None:
     if (out / manifest.NAME).is_file():
         todo = "give another folder, or the same command to continue this one"
         grades = ("fatal", "lossy", "layout")
-        identity.refuse(job.manifest, manifest.read(out), f"{str(out)!r} holds another cache", todo, grades)
-    elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
+        identity.refuse(
+            job.manifest, manifest.read(out), f"{str(out)!r} holds another cache", todo, grades
+        )
+    elif out.exists() and (
+        not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    ):
         if (out / manifest.NAME).is_file():  # another process has begun the same in this moment
             _refuse(job)
             return
@@ -152,13 +169,15 @@ def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed and needed + _SPARE_BYTES > free:
         raise UserError(
-            f"{str(out)!r}: {(needed + _SPARE_BYTES) / 1e9:.1f} GB more are needed, {free / 1e9:.1f} GB are free; "
-            "another disk, or less: `featcache copy` takes --views, --levels and --shards"
+            f"{str(out)!r}: {(needed + _SPARE_BYTES) / 1e9:.1f} GB more are needed, "
+            f"{free / 1e9:.1f} GB are free; another disk, or less: `featcache copy` takes --views, "
+            "--levels and --shards"
         )
 
 
 def _begin(job: TransferJob) -> None:
-    """Manifest first, so that a folder that is left behind is a cache to continue; then the files beside it."""
+    """Manifest first, so that a folder that is left behind is a cache to continue; then the files
+    beside it."""
     source, out = job.source, job.out
     out.mkdir(parents=True, exist_ok=True)
     json_file.sweep(out)
@@ -175,8 +194,11 @@ def _begin(job: TransferJob) -> None:
             json_file.write_file(out / name, data)
 
 
-def _free_shards(job: TransferJob, progress: TransferProgress) -> Iterator[tuple[dict[str, Any], leases.Lease]]:
-    """Shards without a record, under a lease; waits for those that others hold, until complete or left behind."""
+def _free_shards(
+    job: TransferJob, progress: TransferProgress
+) -> Iterator[tuple[dict[str, Any], leases.Lease]]:
+    """Shards without a record, under a lease; waits for those that others hold, until complete or
+    left behind."""
     while left := job.missing:
         taken = False
         for record in left:
@@ -185,7 +207,8 @@ def _free_shards(job: TransferJob, progress: TransferProgress) -> Iterator[tuple
                 continue
             taken = True
             commit.recover(job.out, job.store, [record["shard"]])
-            if record_path(job.out, record["shard"]).is_file():  # adopted, or finished by another just now
+            # adopted, or finished by another just now
+            if record_path(job.out, record["shard"]).is_file():
                 lease.release()
             else:
                 yield record, lease
@@ -196,10 +219,15 @@ def _free_shards(job: TransferJob, progress: TransferProgress) -> Iterator[tuple
 
 def _copy_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:
     name = record["shard"]
-    origin, folder = folder_path(job.source.path, name, job.store), commit.begin(job.out, name, job.store)
+    origin, folder = (
+        folder_path(job.source.path, name, job.store),
+        commit.begin(job.out, name, job.store),
+    )
     try:
         for file, facts in record["files"].items():
-            _copy_file(origin / file, folder / file, facts, store(job.store), job.source.path, progress)
+            _copy_file(
+                origin / file, folder / file, facts, store(job.store), job.source.path, progress
+            )
         commit.publish(folder, job.out, name, job.store, record)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -207,9 +235,15 @@ def _copy_shard(job: TransferJob, record: dict[str, Any], progress: TransferProg
 
 
 def _copy_file(
-    origin: Path, target: Path, facts: dict[str, Any], backend: ModuleType, cache: Path, progress: TransferProgress
+    origin: Path,
+    target: Path,
+    facts: dict[str, Any],
+    backend: ModuleType,
+    cache: Path,
+    progress: TransferProgress,
 ) -> None:
-    """The copy is what is compared with the record, while it still lies in memory: that covers both disks."""
+    """The copy is what is compared with the record, while it still lies in memory: that covers both
+    disks."""
     target.parent.mkdir(exist_ok=True)
     buffer = memoryview(bytearray(min(_FILE_BYTES, max(facts["bytes"], 1))))
     with origin.open("rb", buffering=0) as source, target.open("xb") as out:
@@ -222,10 +256,13 @@ def _copy_file(
         return
     if origin.stat().st_size == facts["bytes"] and backend.sound(origin, facts):
         raise UserError(
-            f"the copy {target} differs from {origin}, which is sound: disk or memory may be at fault; run the same "
-            "command again"
+            f"the copy {target} differs from {origin}, which is sound: disk or memory may be at "
+            "fault; run the same command again"
         )
-    raise UserError(f"cache file {origin}: its bytes are not those that were written; run `featcache repair {cache}`")
+    raise UserError(
+        f"cache file {origin}: its bytes are not those that were written; run `featcache repair "
+        f"{cache}`"
+    )
 
 
 def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:
@@ -234,19 +271,25 @@ def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferP
     try:
         for keys, items in _blocks(job, record):
             if job.recount:
-                statistics.add(items, of_stored(job.identity["codec"], job.identity["teacher"]["width"], items))
+                statistics.add(
+                    items, of_stored(job.identity["codec"], job.identity["teacher"]["width"], items)
+                )
             items = {**items, **checksums.compute(job.arrays, items)}
             writer.append(keys, items)
             progress.add(job.bytes(record) * len(keys) // (record["rows"] * job.identity["views"]))
-        writer.finish(record["quarantined"], statistics.summary() if job.recount else record["statistics"])
+        writer.finish(
+            record["quarantined"], statistics.summary() if job.recount else record["statistics"]
+        )
     except BaseException:
         writer.discard()
         raise
 
 
-def _blocks(job: TransferJob, record: dict[str, Any]) -> Iterator[tuple[list[str], dict[str, npt.NDArray[Any]]]]:
-    """Keys and items (n, *item) of a shard in (row, view) order, without checksums. Memory is used again: a block is
-    gone when the next comes."""
+def _blocks(
+    job: TransferJob, record: dict[str, Any]
+) -> Iterator[tuple[list[str], dict[str, npt.NDArray[Any]]]]:
+    """Keys and items (n, *item) of a shard in (row, view) order, without checksums. Memory is used
+    again: a block is gone when the next comes."""
     views, first_view = job.identity["views"], job.identity.get("first_view", 0)
     specs = [spec for spec in job.arrays if spec.name not in checksums.NAMES]
     rows = transfer_plan.rows(job.source, record)

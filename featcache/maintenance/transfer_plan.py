@@ -1,7 +1,8 @@
-"""What of a cache is wanted elsewhere: for each of its parts, the manifest of the copy and the shards it comes from.
+"""What of a cache is wanted elsewhere: for each of its parts, the manifest of the copy and the
+shards it comes from.
 
-Whole, with all that was added; some shards, which are a complete cache of fewer pictures; or the first views and some
-levels, which are one flat cache, wherever in the source their rows lie.
+Whole, with all that was added; some shards, which are a complete cache of fewer pictures; or the
+first views and some levels, which are one flat cache, wherever in the source their rows lie.
 """
 
 from __future__ import annotations
@@ -48,14 +49,21 @@ class TransferJob:
     @property
     def missing(self) -> list[dict[str, Any]]:
         """The records of shards that the target lacks."""
-        return [record for record in self.records if not record_path(self.out, record["shard"]).is_file()]
+        return [
+            record
+            for record in self.records
+            if not record_path(self.out, record["shard"]).is_file()
+        ]
 
     def bytes(self, record: Mapping[str, Any]) -> int:
-        """What a shard of the target holds; of one that is rewritten, without the store's own headers."""
+        """What a shard of the target holds; of one that is rewritten, without the store's own
+        headers."""
         if self.as_files:
             return sum(facts["bytes"] for facts in record["files"].values())
         views = self.identity["views"]
-        return sum(spec.item_bytes * (views if spec.per_view else 1) for spec in self.arrays) * int(record["rows"])
+        return sum(spec.item_bytes * (views if spec.per_view else 1) for spec in self.arrays) * int(
+            record["rows"]
+        )
 
 
 def whole(
@@ -77,21 +85,31 @@ def flat(
     levels: Sequence[int] | None = None,
     shards: Range | None = None,
 ) -> tuple[list[TransferJob], list[str]]:
-    """(one job of the first views and these levels of the cache's own teacher, what is left out in words)."""
+    """(one job of the first views and these levels of the cache's own teacher, what is left out in
+    words)."""
     views = source.views if views is None else views
     chosen = source.levels if levels is None else tuple(sorted(levels))
     if source.identity.get("first_view"):
         raise UsageError(
-            f"{str(source.path)!r} was added to a cache: --views and --levels choose from the cache itself"
+            f"{str(source.path)!r} was added to a cache: --views and --levels choose from the "
+            "cache itself"
         )
     if not 1 <= views <= source.views:
-        raise UsageError(f"--views {views}: 1 to {source.views} views are stored in {str(source.path)!r}")
+        raise UsageError(
+            f"--views {views}: 1 to {source.views} views are stored in {str(source.path)!r}"
+        )
     if lacking := [level for level in chosen if level not in source.levels]:
-        raise UsageError(f"--levels: {lacking[0]} is not stored; {','.join(map(str, source.levels))} are")
+        raise UsageError(
+            f"--levels: {lacking[0]} is not stored; {','.join(map(str, source.levels))} are"
+        )
     others = [
-        about for about in map(manifests.read, added(source.path)) if _teacher(about) != _teacher(source.manifest)
+        about
+        for about in map(manifests.read, added(source.path))
+        if _teacher(about) != _teacher(source.manifest)
     ]
-    return [_choose(source, out, {"views": views, "levels": list(chosen)}, shards)], [describe(each) for each in others]
+    return [_choose(source, out, {"views": views, "levels": list(chosen)}, shards)], [
+        describe(each) for each in others
+    ]
 
 
 def _teacher(about: Mapping[str, Any]) -> str:
@@ -114,7 +132,8 @@ def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | N
     recount = not as_files and "views" in changes
     if fewer:
         keys = [key for record in records for key in source.keys[rows(source, record)]]
-        # Those that have a row: the source's digest covers quarantined pictures too, whose order is not known here.
+        # Those that have a row: the source's digest covers quarantined pictures too, whose order is
+        # not known here.
         identity["pictures"] = {"count": len(keys), "keys_digest": manifests.keys_digest(keys)}
     provenance = {
         **about["provenance"],
@@ -131,7 +150,10 @@ def _fewer(arrays: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, 
     """The arrays of a cache with other levels, their checksums too."""
     levels = len(identity["levels"])
     specs = [array(name, facts) for name, facts in arrays.items() if name not in checksums.NAMES]
-    specs = [replace(spec, item=(levels, *spec.item[1:])) if checksums.has_levels(spec) else spec for spec in specs]
+    specs = [
+        replace(spec, item=(levels, *spec.item[1:])) if checksums.has_levels(spec) else spec
+        for spec in specs
+    ]
     tokens = array("features", arrays["features"]).item[1]
     sums = checksums.declare(specs, levels, tokens, ranked=identity["tokens"] == "ranked")
     return {spec.name: spec.as_dict() for spec in (*specs, *sums)}
@@ -141,14 +163,20 @@ def _addition(job: TransferJob) -> TransferJob:
     """Below parts/, in a folder that ends, as everywhere, with the digest of its identity."""
     here, there = (json_file.digest(each)[:8] for each in (job.source.identity, job.identity))
     name = job.source.path.name
-    return replace(job, out=job.out / PARTS / (name.removesuffix(here) + there if name.endswith(here) else name))
+    return replace(
+        job,
+        out=job.out / PARTS / (name.removesuffix(here) + there if name.endswith(here) else name),
+    )
 
 
 def _numbers(source: Cache, shards: Range | None) -> range:
     count = len(source.manifest["shards"])
     low, high = shards or (0, count)
     if not 0 <= low < high <= count:
-        raise UsageError(f"--shards {low}:{high}: A:B with A < B <= {count} is allowed, the cache has {count} shards")
+        raise UsageError(
+            f"--shards {low}:{high}: A:B with A < B <= {count} is allowed, the cache has {count} "
+            "shards"
+        )
     return range(low, high)
 
 
@@ -158,7 +186,8 @@ def _records(source: Cache, numbers: range) -> tuple[dict[str, Any], ...]:
     records = {record["shard"]: record for record in source.records}
     if lacking := [name for name in wanted if name not in records]:
         raise UserError(
-            f"cache {str(source.path)!r} is incomplete: {len(lacking)} of {len(wanted)} shards are missing, the first "
-            f"{lacking[0]}; finish it with the command that made it, or give --shards A:B of those that are there"
+            f"cache {str(source.path)!r} is incomplete: {len(lacking)} of {len(wanted)} shards are "
+            f"missing, the first {lacking[0]}; finish it with the command that made it, or give "
+            "--shards A:B of those that are there"
         )
     return tuple(records[name] for name in wanted)

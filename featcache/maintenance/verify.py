@@ -29,36 +29,51 @@ class Problem(NamedTuple):
 
 
 def files(
-    path: Path, progress: Callable[[int, int], None] = lambda done, total: None, without: Collection[str] = ()
+    path: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    without: Collection[str] = (),
 ) -> tuple[list[str], int]:
-    """(problems, shards checked) of a cache and what was added to it: every byte of every file against its checksum,
-    but for shards that it is to be read `without`."""
+    """(problems, shards checked) of a cache and what was added to it: every byte of every file
+    against its checksum, but for shards that it is to be read `without`."""
     found: list[str] = []
     shards = 0
     for part in (path, *added(path)):
         about = manifest.read(part)
-        found += [str(problem) for problem in problems(part, about, progress) if problem.shard not in without]
+        found += [
+            str(problem)
+            for problem in problems(part, about, progress)
+            if problem.shard not in without
+        ]
         shards += len(about["shards"])
     return found or ([] if without else together(path)), shards
 
 
 def together(path: Path) -> list[str]:
-    """Why files that are sound, each by itself, are not one cache; no repair could choose between them."""
+    """Why files that are sound, each by itself, are not one cache; no repair could choose between
+    them."""
     try:
         with Cache(path) as cache:
-            listed = cache.identity["pictures"]["keys_digest"]  # pictures in quarantine too, whose place is not known
-            if cache.quarantined or not cache.complete or manifest.keys_digest(cache.keys) == listed:
+            # pictures in quarantine too, whose place is not known
+            listed = cache.identity["pictures"]["keys_digest"]
+            if (
+                cache.quarantined
+                or not cache.complete
+                or manifest.keys_digest(cache.keys) == listed
+            ):
                 return []
     except UserError as error:
         return [str(error)]
     return [
-        f"cache {str(path)!r}: the keys of its shards are not those of its list of pictures, so one is of an "
-        "extraction of others; remove that shard's files and its record, and run `featcache repair`"
+        f"cache {str(path)!r}: the keys of its shards are not those of its list of pictures, so "
+        "one is of an extraction of others; remove that shard's files and its record, and run "
+        "`featcache repair`"
     ]
 
 
 def problems(
-    part: Path, about: dict[str, Any], progress: Callable[[int, int], None] = lambda done, total: None
+    part: Path,
+    about: dict[str, Any],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Problem]:
     """Everything that is wrong with one part, file by file."""
     backend = about["identity"]["store"]
@@ -71,7 +86,9 @@ def problems(
         elif path.name == manifest.COPY and json_file.read_json(path) != about:
             yield Problem(path, f"{path}: differs from {manifest.NAME}")
         elif path.name == QUARANTINE and path.is_file() and not _is_of_records(path, part, about):
-            yield Problem(path, f"{path}: does not list the pictures that the records of shards name")
+            yield Problem(
+                path, f"{path}: does not list the pictures that the records of shards name"
+            )
     for done, shard in enumerate(about["shards"], 1):
         record = record_path(part, shard["name"])
         if damage := json_problem(record):
@@ -97,7 +114,8 @@ def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> I
 
 
 def _lacks_quarantine(part: Path, about: dict[str, Any]) -> bool:
-    """Whether quarantine.json is missing although every record is there and one of them has something for it."""
+    """Whether quarantine.json is missing although every record is there and one of them has
+    something for it."""
     return bool(_quarantined(part, about))
 
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:  # facts of a teacher are listed without torch
     from torch import Tensor
 
-REGISTERED = "registered"  # provenance.weights when none were asked for: those the teacher's name stands for
+# provenance.weights when none were asked for: those the teacher's name stands for
+REGISTERED = "registered"
 
 
 Option = int | float | bool | str
@@ -36,14 +37,18 @@ class ModelCard:
     @property
     def view_bytes(self) -> int:
         """What the last five levels of a view take in fp16; of a tokenizer, its uint16 ids."""
-        return min(5, self.depth) * (self.patches + 1) * self.width * 2 if self.depth else 2 * self.patches
+        return (
+            min(5, self.depth) * (self.patches + 1) * self.width * 2
+            if self.depth
+            else 2 * self.patches
+        )
 
 
 class Teacher(Protocol):
     """A frozen network in eval mode. B batch, S = input_px, P patches, D width.
 
-    A model without a [CLS] token says `first_token = "mean"`: row 0 of its levels is then the mean of the patches, and
-    its attention is that of its attention pool's query.
+    A model without a [CLS] token says `first_token = "mean"`: row 0 of its levels is then the mean
+    of the patches, and its attention is that of its attention pool's query.
     """
 
     name: str
@@ -56,7 +61,8 @@ class Teacher(Protocol):
     pixel_std: tuple[float, float, float]
 
     def __call__(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """uint8 images (B, 3, S, S) -> [y_k (B, 1 + P, D) for each 1-based level], attention (B, P) float32."""
+        """uint8 images (B, 3, S, S) -> [y_k (B, 1 + P, D) for each 1-based level], attention (B, P)
+        float32."""
         ...
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -68,10 +74,11 @@ class Teacher(Protocol):
 
 
 class Tokenizer(Protocol):
-    """A frozen network that gives each patch the number of a visual word. B batch, S = input_px, P patches.
+    """A frozen network that gives each patch the number of a visual word. B batch, S = input_px, P
+    patches.
 
-    Its pixels are rendered from the view's own crop box at `input_px` with `pixel_filter`, whatever the policy's filter
-    is; the ids fit uint16.
+    Its pixels are rendered from the view's own crop box at `input_px` with `pixel_filter`, whatever
+    the policy's filter is; the ids fit uint16.
     """
 
     name: str

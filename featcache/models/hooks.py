@@ -12,7 +12,8 @@ from torch import Tensor, nn
 class BlockOutputs:
     """Hooks that read y_k (B, T, D) after every block of a running ViT.
 
-    The library's own forward runs unchanged; blocks must be batch-first. One Tap, one forward at a time.
+    The library's own forward runs unchanged; blocks must be batch-first. One Tap, one forward at a
+    time.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
@@ -30,6 +31,6 @@ class BlockOutputs:
 def normalise_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (B, 3, S, S) -> float32, normalised by the teacher's own statistics."""
     channel: dict[str, Any] = {"dtype": torch.float32, "device": images.device}
-    return (images.float() / 255 - torch.tensor(mean, **channel).view(3, 1, 1)) / torch.tensor(std, **channel).view(
-        3, 1, 1
-    )
+    return (images.float() / 255 - torch.tensor(mean, **channel).view(3, 1, 1)) / torch.tensor(
+        std, **channel
+    ).view(3, 1, 1)

@@ -1,13 +1,16 @@
 """Learned positions on another grid, and MaskAlign's way of making smaller pictures.
 
-A teacher of 14-pixel patches sees 196 pixels where a student of 16-pixel patches sees 224: both then have 14 x 14
-patches, and the teacher's 16 x 16 positions are resized to 14 x 14. How is part of what a cache is:
+A teacher of 14-pixel patches sees 196 pixels where a student of 16-pixel patches sees 224: both
+then have 14 x 14 patches, and the teacher's 16 x 16 positions are resized to 14 x 14. How is part
+of what a cache is:
 
-    bicubic            no antialias, align_corners False: MaskAlign's, Hugging Face's and our default (METHODS 1.2)
+    bicubic            no antialias, align_corners False: MaskAlign's, Hugging Face's and our
+                       default (METHODS 1.2)
     bilinear           no antialias: CAE v2's (METHODS 3.2)
     bicubic-antialias  what timm and open_clip do by themselves when they resize downwards
-    tensor-bicubic     positions as `bicubic`, and the picture too is resized as a tensor: rendered at the student's 224
-                       pixels, normalised, then shrunk without antialias (MaskAlign's whole path, METHODS 1.2)
+    tensor-bicubic     positions as `bicubic`, and the picture too is resized as a tensor: rendered
+                       at the student's 224 pixels, normalised, then shrunk without antialias
+                       (MaskAlign's whole path, METHODS 1.2)
 
 T positions, D width, P patches of the new grid.
 """
@@ -29,9 +32,11 @@ STUDENT_PX = 224  # what MaskAlign renders for student and teacher alike
 
 
 def shrinks_from(what: str, mode: object, native: int, size: int) -> int:
-    """Pixels that are rendered when the tensor is to be shrunk to `size`, 0 when it is rendered at `size` itself.
+    """Pixels that are rendered when the tensor is to be shrunk to `size`, 0 when it is rendered at
+    `size` itself.
 
-    An unknown mode, and one that would change nothing, are refused. `native`: the input size of the positions.
+    An unknown mode, and one that would change nothing, are refused. `native`: the input size of the
+    positions.
     """
     if mode is None:
         return 0
@@ -39,31 +44,37 @@ def shrinks_from(what: str, mode: object, native: int, size: int) -> int:
         raise UsageError(f"teacher {what!r}: pos={mode!r}; {near(str(mode), MODES)}")
     if size == native or (mode == "tensor-bicubic" and size >= STUDENT_PX):
         raise UsageError(
-            f"teacher {what!r}: pos={mode} resizes nothing, for its positions are those of {native} pixels and {size} "
-            "are asked for; leave pos out, or give another img_size or grid"
+            f"teacher {what!r}: pos={mode} resizes nothing, for its positions are those of "
+            f"{native} pixels and {size} are asked for; leave pos out, or give another img_size or "
+            "grid"
         )
     return STUDENT_PX if mode == "tensor-bicubic" else 0
 
 
 def resize(positions: Tensor, side: int, mode: str, prefix: int) -> Tensor:
-    """(1, prefix + T, D) -> (1, prefix + side * side, D); the first `prefix` belong to [CLS] and registers and stay."""
+    """(1, prefix + T, D) -> (1, prefix + side * side, D); the first `prefix` belong to [CLS] and
+    registers and stay."""
     head, grid = positions[:, :prefix], positions[:, prefix:]
     old = math.isqrt(grid.shape[1])
     assert old * old == grid.shape[1]  # whoever calls has looked
     picture = grid.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, old, old)
     kind = "bilinear" if mode == "bilinear" else "bicubic"
     antialias = mode == "bicubic-antialias"
-    picture = F.interpolate(picture, (side, side), mode=kind, align_corners=False, antialias=antialias)
+    picture = F.interpolate(
+        picture, (side, side), mode=kind, align_corners=False, antialias=antialias
+    )
     return torch.cat([head, picture.flatten(2).transpose(1, 2).to(grid.dtype)], 1)
 
 
 def shrink(pixels: Tensor, size: int) -> Tensor:
-    """Normalised pixels (B, 3, S, S) -> (B, 3, size, size): bicubic without antialias, values beyond the range kept."""
+    """Normalised pixels (B, 3, S, S) -> (B, 3, size, size): bicubic without antialias, values
+    beyond the range kept."""
     return F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False)
 
 
 def side_of(count: int, prefixes: tuple[int, ...]) -> tuple[int, int] | None:
-    """(side, prefix) of `count` positions, for the first prefix that leaves a square; None where none does.
+    """(side, prefix) of `count` positions, for the first prefix that leaves a square; None where
+    none does.
 
     >>> side_of(257, (1, 0)), side_of(196, (1, 0)), side_of(6, (1, 0))
     ((16, 1), (14, 0), None)
@@ -75,11 +86,16 @@ def side_of(count: int, prefixes: tuple[int, ...]) -> tuple[int, int] | None:
     return None
 
 
-def wanted_px(name: str, options: Mapping[str, Option], patch: int, default: int | None) -> int | None:
+def wanted_px(
+    name: str, options: Mapping[str, Option], patch: int, default: int | None
+) -> int | None:
     """Input pixels by `img_size` or `grid`, or the default; None leaves the model's own."""
     asked = {key: options[key] for key in ("img_size", "grid") if key in options}
     if len(asked) == 2:
-        raise UsageError(f"teacher {name!r}: img_size={asked['img_size']} and grid={asked['grid']}; give one of them")
+        raise UsageError(
+            f"teacher {name!r}: img_size={asked['img_size']} and grid={asked['grid']}; give one of "
+            "them"
+        )
     for key, value in asked.items():
         if type(value) is not int or value < 1:
             raise UsageError(f"teacher {name!r}: {key}={value!r}; a whole number from 1 is needed")
@@ -87,8 +103,8 @@ def wanted_px(name: str, options: Mapping[str, Option], patch: int, default: int
         if px % patch:
             below = max(1, px // patch) * patch
             raise UsageError(
-                f"teacher {name!r}: img_size={px} is no multiple of its {patch}-pixel patches; give {below} or "
-                f"{below + patch}"
+                f"teacher {name!r}: img_size={px} is no multiple of its {patch}-pixel patches; "
+                f"give {below} or {below + patch}"
             )
         return px
     return default

@@ -1,11 +1,13 @@
 """How a teacher is run: the precision of its arithmetic, and whether it is compiled.
 
-The precision is part of what a cache is, so it travels with the teacher: from the command to the manifest, and back
-when rows are recomputed or repaired. `fp32` is IEEE arithmetic, TF32 switched off in products and convolutions alike
-(PyTorch leaves it on in cuDNN); who wants it says `tf32`. `bf16` and `fp16` are autocast; levels are normalised in fp32
-whatever they were computed in. Attention runs through scaled_dot_product_attention: timm and open_clip call it.
+The precision is part of what a cache is, so it travels with the teacher: from the command to the
+manifest, and back when rows are recomputed or repaired. `fp32` is IEEE arithmetic, TF32 switched
+off in products and convolutions alike (PyTorch leaves it on in cuDNN); who wants it says `tf32`.
+`bf16` and `fp16` are autocast; levels are normalised in fp32 whatever they were computed in.
+Attention runs through scaled_dot_product_attention: timm and open_clip call it.
 
-Compiling changes no more than the last bits, as another batch size does, so it is noted and not part of the identity.
+Compiling changes no more than the last bits, as another batch size does, so it is noted and not
+part of the identity.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ PRECISIONS = ("fp32", "tf32", *_AUTOCAST)
 TF32_CAPABILITY = (8, 0)  # Ampere
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-# How far the same pixels may fall from the stored row when they are computed again in a batch of another size:
-# per-token relative L2 of features, and largest difference of attention over the largest weight. Mantissas have 23, 10,
-# 10 and 7 bits, and some kernels round in another order at another batch size.
+# How far the same pixels may fall from the stored row when they are computed again in a batch of
+# another size: per-token relative L2 of features, and largest difference of attention over the
+# largest weight. Mantissas have 23, 10, 10 and 7 bits, and some kernels round in another order at
+# another batch size.
 BOUNDS = {"fp32": (1e-3, 1e-4), "tf32": (1e-2, 1e-2), "fp16": (1e-2, 1e-2), "bf16": (5e-2, 5e-2)}
 
 
@@ -55,11 +58,13 @@ def configure(teacher: Teacher, precision: str = "fp32", compiled: bool = False)
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= TF32_CAPABILITY
     ):
         raise UsageError(
-            f"--precision tf32: {device} has no TF32 units; CUDA devices of compute capability 8.0 or more have them: "
-            "give --precision fp32"
+            f"--precision tf32: {device} has no TF32 units; CUDA devices of compute capability 8.0 "
+            "or more have them: give --precision fp32"
         )
     if precision != "fp32" and not isinstance(teacher, nn.Module):
-        raise UsageError(f"--precision {precision}: teacher {teacher.name!r} is no network; only fp32 is allowed")
+        raise UsageError(
+            f"--precision {precision}: teacher {teacher.name!r} is no network; only fp32 is allowed"
+        )
     if compiled:
         _compile(teacher)
     teacher.running = Running(precision, compiled)  # type: ignore[attr-defined]
@@ -81,8 +86,9 @@ def _compile(teacher: Teacher) -> None:
 def keep_memory() -> None:
     """Let glibc keep freed memory for the next batch, for the life of this process.
 
-    It would hand every large block back to the kernel and ask for it again: a ViT-B/16 on a CPU spends a sixth of its
-    time on those pages (4.9 s a batch of 32, 4.0 s with them kept). What a process holds stays at its peak.
+    It would hand every large block back to the kernel and ask for it again: a ViT-B/16 on a CPU
+    spends a sixth of its time on those pages (4.9 s a batch of 32, 4.0 s with them kept). What a
+    process holds stays at its peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
     if mallopt is not None:
@@ -91,7 +97,8 @@ def keep_memory() -> None:
 
 
 def device_of(teacher: Teacher) -> torch.device:
-    """Where a teacher's weights are; asked at every batch, and the state_dict of a network costs a millisecond."""
+    """Where a teacher's weights are; asked at every batch, and the state_dict of a network costs a
+    millisecond."""
     if isinstance(teacher, nn.Module):
         return next(chain(teacher.parameters(), teacher.buffers())).device
     return next(iter(teacher.state_dict().values())).device
@@ -110,7 +117,9 @@ def applied(teacher: Teacher) -> Iterator[None]:
     try:
         for switch in switches:
             switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        with torch.autocast(device_of(teacher).type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
+        with torch.autocast(
+            device_of(teacher).type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST
+        ):
             yield
     finally:
         for switch, value in zip(switches, before, strict=True):

@@ -1,8 +1,9 @@
 """Which activation CLIP weights were trained with, and who says so.
 
-OpenAI's networks used QuickGELU, x * sigmoid(1.702 x); most later ones use GELU. The same tensors load under both, and
-the wrong one is silent and costs points. What can be asked: open_clip's table of tags, the config beside the weights,
-the classes that a scripted archive names, an architecture's name, and the user.
+OpenAI's networks used QuickGELU, x * sigmoid(1.702 x); most later ones use GELU. The same tensors
+load under both, and the wrong one is silent and costs points. What can be asked: open_clip's table
+of tags, the config beside the weights, the classes that a scripted archive names, an architecture's
+name, and the user.
 """
 
 from __future__ import annotations
@@ -53,39 +54,52 @@ def of_architecture(arch: str) -> bool | None:
 
     if arch.endswith("-quickgelu"):
         return True
-    return None if f"{arch}-quickgelu" in open_clip.list_models() else bool(config(arch).get("quick_gelu", False))
+    return (
+        None
+        if f"{arch}-quickgelu" in open_clip.list_models()
+        else bool(config(arch).get("quick_gelu", False))
+    )
 
 
 def of_tag(name: str, arch: str, tag: str) -> Tag:
-    """Facts of a tag; an unknown one is a UsageError that offers near ones. `name` is what the user gave."""
+    """Facts of a tag; an unknown one is a UsageError that offers near ones. `name` is what the user
+    gave."""
     import open_clip
 
     about = open_clip.get_pretrained_cfg(arch, tag)
     if not about:
         known = open_clip.list_pretrained_tags_by_model(arch)
-        raise UsageError(f"unknown weights {tag!r} of {name}: {near(tag, known)}; or a file, or random:SEED")
+        raise UsageError(
+            f"unknown weights {tag!r} of {name}: {near(tag, known)}; or a file, or random:SEED"
+        )
     quick = about.get("quick_gelu", config(arch).get("quick_gelu", False))
     return Tag(bool(quick), about["mean"], about["std"])
 
 
 def agreed(name: str, options: Mapping[str, object], known: bool | None, whose: str) -> bool:
-    """What is known and the option `quick_gelu`, which must not disagree; GELU where neither says."""
+    """What is known and the option `quick_gelu`, which must not disagree; GELU where neither
+    says."""
     asked = options.get("quick_gelu")
     if asked is not None and not isinstance(asked, bool):
         raise UsageError(f"teacher {name!r}: quick_gelu={asked!r}; true or false is allowed")
     if asked is not None and known is not None and asked != known:
         raise UsageError(
-            f"teacher {name!r}: quick_gelu={str(asked).lower()}, but {whose} says {named(known)}, and the other would "
-            "be silently wrong; leave the option out"
+            f"teacher {name!r}: quick_gelu={str(asked).lower()}, but {whose} says {named(known)}, "
+            "and the other would be silently wrong; leave the option out"
         )
     return bool(known if asked is None else asked)
 
 
 def of_file(
-    name: str, by_name: bool | None, options: Mapping[str, object], path: str, fallback: bool | None = None
+    name: str,
+    by_name: bool | None,
+    options: Mapping[str, object],
+    path: str,
+    fallback: bool | None = None,
 ) -> tuple[bool, str]:
-    """What the file says, the config in its folder, or the teacher's name (`by_name`), and nothing to add. Where none
-    does and no option is given, the `fallback` with a note that tells of it; without one, the option is asked for."""
+    """What the file says, the config in its folder, or the teacher's name (`by_name`), and nothing
+    to add. Where none does and no option is given, the `fallback` with a note that tells of it;
+    without one, the option is asked for."""
     says = {
         "the archive": _archive_says(path),
         f"{CONFIG} beside the file": _folder_says(path),
@@ -94,17 +108,20 @@ def of_file(
     known = {whose: quick for whose, quick in says.items() if quick is not None}
     if len(set(known.values())) > 1:
         each = ", ".join(f"{whose} says {named(quick)}" for whose, quick in known.items())
-        raise UsageError(f"teacher {name!r}, weights {path!r}: {each}; give the architecture of these weights")
+        raise UsageError(
+            f"teacher {name!r}, weights {path!r}: {each}; give the architecture of these weights"
+        )
     if not known and "quick_gelu" not in options and fallback is not None:
         other = f"{name},quick_gelu={str(not fallback).lower()}"
         return fallback, (
-            f"{path} does not say its activation; {name} runs {named(fallback)}, as the weights it is named for: give "
-            f"{other} if these are others"
+            f"{path} does not say its activation; {name} runs {named(fallback)}, as the weights it "
+            f"is named for: give {other} if these are others"
         )
     if not known and "quick_gelu" not in options:
         raise UsageError(
-            f"weights {path!r} do not say their activation, and the wrong one would be silent: give "
-            f"{name},quick_gelu=true (OpenAI's, MetaCLIP's, DFN's) or {name},quick_gelu=false (LAION's, DataComp's)"
+            f"weights {path!r} do not say their activation, and the wrong one would be silent: "
+            f"give {name},quick_gelu=true (OpenAI's, MetaCLIP's, DFN's) or {name},quick_gelu=false "
+            "(LAION's, DataComp's)"
         )
     whose, quick = next(iter(known.items()), ("", None))
     return agreed(name, options, quick, whose), ""
@@ -114,29 +131,40 @@ def _archive_says(path: str) -> bool | None:
     """A TorchScript archive names its classes, QuickGELU among them or GELU."""
     try:
         classes = {
-            name.rpartition(".")[2] for name in restricted_unpickler.names(path) if name.startswith("__torch__.")
+            name.rpartition(".")[2]
+            for name in restricted_unpickler.names(path)
+            if name.startswith("__torch__.")
         }
-    except Exception:  # no zip archive of torch's: it says nothing, and reading it will tell what it is
+    except (
+        Exception
+    ):  # no zip archive of torch's: it says nothing, and reading it will tell what it is
         return None
     return True if "QuickGELU" in classes else False if "GELU" in classes else None
 
 
 def _folder_says(path: str) -> bool | None:
     beside = Path(path).with_name(CONFIG)
-    return bool(read_config(beside, path)["model_cfg"].get("quick_gelu", False)) if beside.is_file() else None
+    return (
+        bool(read_config(beside, path)["model_cfg"].get("quick_gelu", False))
+        if beside.is_file()
+        else None
+    )
 
 
 def read_config(path: Path, name: str) -> dict[str, Any]:
-    """{"model_cfg": {...}, ...} of open_clip_config.json, or of one of open_clip's bare model configs."""
+    """{"model_cfg": {...}, ...} of open_clip_config.json, or of one of open_clip's bare model
+    configs."""
     try:
         about = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"teacher {name!r}: config {str(path)!r} cannot be read: {error}; JSON is needed") from error
+        raise UserError(
+            f"teacher {name!r}: config {str(path)!r} cannot be read: {error}; JSON is needed"
+        ) from error
     about = about if isinstance(about, dict) and "model_cfg" in about else {"model_cfg": about}
     model = about["model_cfg"]
     if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
         raise UserError(
-            f"teacher {name!r}: config {str(path)!r} lacks embed_dim, vision_cfg or text_cfg; one of open_clip's model "
-            "configs is needed"
+            f"teacher {name!r}: config {str(path)!r} lacks embed_dim, vision_cfg or text_cfg; one "
+            "of open_clip's model configs is needed"
         )
     return about

@@ -1,11 +1,13 @@
 """What a torch file holds, read without running anything in it.
 
-`torch.load(weights_only=True)` refuses whole modules (the DALL-E encoder), TorchScript archives (OpenAI's CLIP) and
-training checkpoints with an argparse namespace in them. Here the pickle is read by an unpickler that knows three
-functions of its own (make a tensor, make a parameter, make a dict); every other name in the file becomes an empty class
-of ours, which keeps what it is given and does nothing. No module is ever imported.
+`torch.load(weights_only=True)` refuses whole modules (the DALL-E encoder), TorchScript archives
+(OpenAI's CLIP) and training checkpoints with an argparse namespace in them. Here the pickle is read
+by an unpickler that knows three functions of its own (make a tensor, make a parameter, make a
+dict); every other name in the file becomes an empty class of ours, which keeps what it is given and
+does nothing. No module is ever imported.
 
-Forms: a zip archive (torch.save since 1.6, torch.jit.save) and the older row of pickles followed by raw storages.
+Forms: a zip archive (torch.save since 1.6, torch.jit.save) and the older row of pickles followed by
+raw storages.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ from torch import Tensor
 _DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }  # fmt: skip
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file written before torch 1.6
 
 
 class Inert:
-    """Stands for any class or function that a file names; being called or given a state, it only keeps what it got."""
+    """Stands for any class or function that a file names; being called or given a state, it only
+    keeps what it got."""
 
     def __init__(self, *args: object) -> None:
         self.args = args
@@ -45,7 +49,8 @@ class Inert:
 
 
 def tensors(path: str | Path) -> dict[str, Tensor]:
-    """Everything in the file that is a tensor, by its dotted name; a module's own parameters come without a prefix.
+    """Everything in the file that is a tensor, by its dotted name; a module's own parameters come
+    without a prefix.
 
     Raises ValueError, with a reason, when the file is of neither form.
     """
@@ -61,7 +66,8 @@ def named(root: object) -> dict[str, Tensor]:
 
 
 def names(path: str | Path) -> set[str]:
-    """Classes and functions that a zip archive's pickle names, as `module.name`; nothing is built."""
+    """Classes and functions that a zip archive's pickle names, as `module.name`; nothing is
+    built."""
     with zipfile.ZipFile(path) as archive:
         data = archive.read(_pickle_member(archive))
     found, strings = set(), [""]
@@ -84,12 +90,15 @@ def _root(path: Path) -> object:
             return _read_legacy(file, path.stat().st_size)
     except ValueError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever it likes: EOFError, KeyError, struct.error, ...
+    except (
+        Exception
+    ) as error:  # a damaged pickle raises whatever it likes: EOFError, KeyError, struct.error, ...
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _tensors(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Walk modules (`_parameters`, `_buffers`, `_modules` add no name), scripted modules and dicts."""
+    """Walk modules (`_parameters`, `_buffers`, `_modules` add no name), scripted modules and
+    dicts."""
     if isinstance(value, Tensor):
         yield prefix, value
         return
@@ -98,12 +107,17 @@ def _tensors(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(value, dict):
         return
     for key, part in value.items():
-        own = prefix if key in ("_parameters", "_buffers", "_modules") else f"{prefix}.{key}".lstrip(".")
+        own = (
+            prefix
+            if key in ("_parameters", "_buffers", "_modules")
+            else f"{prefix}.{key}".lstrip(".")
+        )
         yield from _tensors(part, own)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors and plain containers, and Inert for the rest. `storage` gives a flat tensor for a stored id."""
+    """Builds tensors and plain containers, and Inert for the rest. `storage` gives a flat tensor
+    for a stored id."""
 
     def __init__(self, file: IO[bytes], storage: Any) -> None:
         super().__init__(file)
@@ -114,21 +128,27 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
             return _tensor
-        if module == "torch._utils" and name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
+        if module == "torch._utils" and name in (
+            "_rebuild_parameter",
+            "_rebuild_parameter_with_state",
+        ):
             return _parameter
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return _DTYPES[name]
         return type(name, (Inert,), {})
 
     def persistent_load(self, pid: Any) -> Any:
-        if pid[0] == "module":  # the older form keeps a class with its source; only the class is asked for
+        # the older form keeps a class with its source; only the class is asked for
+        if pid[0] == "module":
             return pid[1]
         if pid[0] != "storage" or not isinstance(pid[1], torch.dtype):
             raise ValueError(f"a stored {pid[0]!r} of unknown type")
         return self._storage(*pid[1:])
 
 
-def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
+def _tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+) -> Tensor:
     """A view of a flat storage; torch refuses one that reaches beyond it."""
     return storage.as_strided(tuple(size), tuple(stride), offset)
 
@@ -138,12 +158,19 @@ def _parameter(value: Tensor, *_: object) -> Tensor:
 
 
 def _pickle_member(archive: zipfile.ZipFile) -> str:
-    members = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+    members = [
+        name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")
+    ]
     if len(members) != 1:
         raise ValueError("a zip archive without a data.pkl")
     folder = members[0].removesuffix("data.pkl")
-    read = [info for info in archive.infolist() if info.filename.startswith((folder + "data/", members[0]))]
-    if any(info.compress_type != zipfile.ZIP_STORED for info in read):  # one that unfolds into more than memory
+    read = [
+        info
+        for info in archive.infolist()
+        if info.filename.startswith((folder + "data/", members[0]))
+    ]
+    # one that unfolds into more than memory
+    if any(info.compress_type != zipfile.ZIP_STORED for info in read):
         raise ValueError("a zip archive with compressed tensors, which torch never writes")
     return members[0]
 
@@ -151,7 +178,10 @@ def _pickle_member(archive: zipfile.ZipFile) -> str:
 def _read_zip(archive: zipfile.ZipFile) -> object:
     member = _pickle_member(archive)
     folder = member.removesuffix("data.pkl")
-    if folder + "byteorder" in archive.namelist() and archive.read(folder + "byteorder") != b"little":
+    if (
+        folder + "byteorder" in archive.namelist()
+        and archive.read(folder + "byteorder") != b"little"
+    ):
         raise ValueError("numbers in big-endian order")
     read: dict[str, Tensor] = {}
 
@@ -165,8 +195,8 @@ def _read_zip(archive: zipfile.ZipFile) -> object:
 
 
 def _read_legacy(file: IO[bytes], size: int) -> object:
-    """Four pickles (magic number, protocol, machine, the object), one of the storages' keys, then count and bytes of
-    each storage."""
+    """Four pickles (magic number, protocol, machine, the object), one of the storages' keys, then
+    count and bytes of each storage."""
     waiting: dict[str, Tensor] = {}
 
     def storage(dtype: torch.dtype, key: str, device: str, count: int, *_: object) -> Tensor:

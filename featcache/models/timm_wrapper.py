@@ -21,11 +21,14 @@ DEFAULT_POS = "bicubic"
 
 
 class TimmVit(nn.Module):
-    """`vit`: a timm transformer, read through hooks. `prefix` tokens come before the patches, [CLS] first if there."""
+    """`vit`: a timm transformer, read through hooks. `prefix` tokens come before the patches, [CLS]
+    first if there."""
 
     name = "timm"
 
-    def __init__(self, vit: Any, weights: str, mean: Any = None, std: Any = None, shrink_from: int = 0) -> None:
+    def __init__(
+        self, vit: Any, weights: str, mean: Any = None, std: Any = None, shrink_from: int = 0
+    ) -> None:
         super().__init__()
         self.vit = vit
         self.weights = weights
@@ -53,8 +56,12 @@ class TimmVit(nn.Module):
         x = x if pool.pos_embed is None else x + pool.pos_embed
         size = pool.num_heads * pool.head_dim
         bias = None if pool.kv.bias is None else pool.kv.bias[:size]
-        query = pool.q_norm(pool.q(pool.latent[:, :1]).unflatten(-1, (pool.num_heads, -1))).flatten(1)  # (1, D)
-        keys = pool.k_norm(F.linear(x, pool.kv.weight[:size], bias).unflatten(-1, (pool.num_heads, -1))).flatten(2)
+        query = pool.q_norm(pool.q(pool.latent[:, :1]).unflatten(-1, (pool.num_heads, -1))).flatten(
+            1
+        )  # (1, D)
+        keys = pool.k_norm(
+            F.linear(x, pool.kv.weight[:size], bias).unflatten(-1, (pool.num_heads, -1))
+        ).flatten(2)
         query = query.expand(len(x), -1)
         self._attention = cls_attention(query, keys, pool.num_heads, self.vit.num_prefix_tokens)
 
@@ -62,7 +69,9 @@ class TimmVit(nn.Module):
     def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
         pixels = normalise_pixels(images, self.pixel_mean, self.pixel_std)
-        self.vit.forward_features(position_embedding.shrink(pixels, self._px) if self._shrinks else pixels)
+        self.vit.forward_features(
+            position_embedding.shrink(pixels, self._px) if self._shrinks else pixels
+        )
         return [self._stored(y) for y in self._tap.take(levels)], self._attention
 
     def _stored(self, y: Tensor) -> Tensor:
@@ -83,11 +92,13 @@ class TimmVit(nn.Module):
 
 
 def _query_keys(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Normed tokens x (B, T, D) -> the [CLS] query (B, H d) and all keys (B, T, H d), normed and rotated."""
+    """Normed tokens x (B, T, D) -> the [CLS] query (B, H d) and all keys (B, T, H d), normed and
+    rotated."""
     (wq, bq), (wk, bk) = _projections(attn)
     query = attn.q_norm(F.linear(x[:, :1], wq, bq).unflatten(-1, (attn.num_heads, -1)))
     keys = attn.k_norm(F.linear(x, wk, bk).unflatten(-1, (-1, query.shape[-1])))  # (B, T, H, d)
-    if rope is not None:  # prefix tokens, [CLS] and so the query among them, have no place and are not rotated
+    # prefix tokens, [CLS] and so the query among them, have no place and are not rotated
+    if rope is not None:
         from timm.layers import apply_rot_embed_cat
 
         prefix = attn.num_prefix_tokens
@@ -110,7 +121,13 @@ def _projections(attn: Any) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor,
 
 
 def wrapped(
-    vit: Any, name: str, px: int | None, pos: Option | None, weights: str, mean: Any = None, std: Any = None
+    vit: Any,
+    name: str,
+    px: int | None,
+    pos: Option | None,
+    weights: str,
+    mean: Any = None,
+    std: Any = None,
 ) -> TimmVit:
     """The teacher at `px` input pixels, positions resized as `pos` says."""
     check_kind(vit, name)
@@ -118,14 +135,18 @@ def wrapped(
     px = px or native
     shrink_from = position_embedding.shrinks_from(name, pos, native, px)
     if pos not in (None, "tensor-bicubic") and vit.pos_embed is None:
-        raise UsageError(f"teacher {name!r}: pos={pos}, but its positions are rotary, none are resized; leave pos out")
+        raise UsageError(
+            f"teacher {name!r}: pos={pos}, but its positions are rotary, none are resized; leave "
+            "pos out"
+        )
     if px != native:
         _resize(vit, px, str(pos or DEFAULT_POS))
     return TimmVit(vit, weights, mean, std, shrink_from)
 
 
 def _resize(vit: Any, px: int, mode: str) -> None:
-    """Another input size: timm adapts the grid and what is rotary, the learned positions are resized by our rule."""
+    """Another input size: timm adapts the grid and what is rotary, the learned positions are
+    resized by our rule."""
     before = None if vit.pos_embed is None else vit.pos_embed.detach().clone()
     vit.set_input_size(img_size=(px, px))
     if before is not None:
@@ -135,7 +156,8 @@ def _resize(vit: Any, px: int, mode: str) -> None:
 
 
 def check_kind(vit: Any, name: str) -> None:
-    """Only layers whose attention is known here: another kind would be read wrongly, and nobody would notice."""
+    """Only layers whose attention is known here: another kind would be read wrongly, and nobody
+    would notice."""
     from timm.layers.attention import Attention, AttentionRope
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -146,12 +168,16 @@ def check_kind(vit: Any, name: str) -> None:
         (Eva, EvaBlock, EvaAttention), (Eva, EvaBlock, AttentionRope),
     )  # fmt: skip
     last = vit.blocks[-1] if len(getattr(vit, "blocks", ())) else None
-    plain = (type(vit), type(last), type(getattr(last, "attn", None))) in known and vit.in_chans == 3
+    plain = (
+        type(vit),
+        type(last),
+        type(getattr(last, "attn", None)),
+    ) in known and vit.in_chans == 3
     if not plain or (vit.cls_token is None and not _pools(vit)):
         raise UserError(
-            f"teacher {name!r} is a timm {type(vit).__name__} without what is read here: a VisionTransformer or Eva "
-            "with plain attention, three colours, and a [CLS] token or an attention pool is needed, such as "
-            "vit_base_patch16_224"
+            f"teacher {name!r} is a timm {type(vit).__name__} without what is read here: a "
+            "VisionTransformer or Eva with plain attention, three colours, and a [CLS] token or an "
+            "attention pool is needed, such as vit_base_patch16_224"
         )
 
 

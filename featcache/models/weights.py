@@ -1,7 +1,8 @@
 """Weights of a library's model: from a file, from the library's hub, or on this machine already.
 
-A file is .safetensors, a torch state dict (bare, or below "state_dict", "model" or "teacher"), a whole pickled module
-or a TorchScript archive; nothing in it is ever executed. What does not fit a model is told in one line.
+A file is .safetensors, a torch state dict (bare, or below "state_dict", "model" or "teacher"), a
+whole pickled module or a TorchScript archive; nothing in it is ever executed. What does not fit a
+model is told in one line.
 """
 
 from __future__ import annotations
@@ -26,8 +27,14 @@ from featcache.models.contract import Teacher, Tokenizer
 
 Got = TypeVar("Got")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pkl")
-_WRAPPERS = ("state_dict", "model", "teacher")  # open_clip's and DINO's own programs; MAE's and DeiT's; DINO's
-_HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+# open_clip's and DINO's own programs; MAE's and DeiT's; DINO's
+_WRAPPERS = ("state_dict", "model", "teacher")
+_HUB_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
 
 
 def read_state(path: str, what: str) -> dict[str, Tensor]:
@@ -39,17 +46,20 @@ def read_state(path: str, what: str) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             state = _read_torch(path)
-    except Exception as error:  # truncated, text, a foreign pickle, another header: all are the file's fault
+    except (
+        Exception
+    ) as error:  # truncated, text, a foreign pickle, another header: all are the file's fault
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"weights {path!r} for {what} cannot be read: {reason[:160]}; a .safetensors file or a torch file of "
-            "tensors is allowed (nothing in a file is ever executed): save the state dict as .safetensors"
+            f"weights {path!r} for {what} cannot be read: {reason[:160]}; a .safetensors file or a "
+            "torch file of tensors is allowed (nothing in a file is ever executed): save the state "
+            "dict as .safetensors"
         ) from error
     state = _unwrapped(state)
     if not state:
         raise UserError(
-            f"weights {path!r} for {what}: there is no named tensor in it (nothing in a file is ever executed); a "
-            "state dict (name -> tensor) is needed: save it as .safetensors"
+            f"weights {path!r} for {what}: there is no named tensor in it (nothing in a file is "
+            "ever executed); a state dict (name -> tensor) is needed: save it as .safetensors"
         )
     return state
 
@@ -63,10 +73,13 @@ def _read_torch(path: str) -> dict[str, Tensor]:
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part below the first wrapper there is, or everything; a bare tensor has no name and is left out."""
+    """The part below the first wrapper there is, or everything; a bare tensor has no name and is
+    left out."""
     for wrapper in _WRAPPERS:
         inner = {
-            name.removeprefix(wrapper + "."): value for name, value in state.items() if name.startswith(wrapper + ".")
+            name.removeprefix(wrapper + "."): value
+            for name, value in state.items()
+            if name.startswith(wrapper + ".")
         }
         if inner:
             return inner
@@ -84,15 +97,20 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str, what: s
     parts = [
         f"{len(missing)} tensors are missing ({missing[0]} ...)" if missing else "",
         f"{len(extra)} are unknown ({extra[0]} ...)" if extra else "",
-        *(f"{name} is {tuple(state[name].shape)}, {tuple(own[name].shape)} is needed" for name in sorted(shapes)[:1]),
+        *(
+            f"{name} is {tuple(state[name].shape)}, {tuple(own[name].shape)} is needed"
+            for name in sorted(shapes)[:1]
+        ),
     ]
     raise UserError(
-        f"weights {path!r} do not fit {what}: {', '.join(filter(None, parts))}; give the file of this architecture"
+        f"weights {path!r} do not fit {what}: {', '.join(filter(None, parts))}; give the file of "
+        "this architecture"
     )
 
 
 def fetch(get: Callable[[], Got], what: str, tag: str) -> Got:
-    """Let a library fetch registered weights; that they cannot be had is one line with the two ways on."""
+    """Let a library fetch registered weights; that they cannot be had is one line with the two ways
+    on."""
     logging.disable(logging.CRITICAL)  # the clients' own reports of every retry
     try:
         with _offline_when_unreachable():
@@ -100,9 +118,10 @@ def fetch(get: Callable[[], Got], what: str, tag: str) -> Got:
     except Exception as error:  # hubs raise whatever their clients raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"pretrained weights {tag!r} of {what} cannot be had: they are neither on this machine nor could they be "
-            f"fetched, or what is here is damaged ({reason[:90]}...); give a local file with --weights FILE, or try "
-            "the program without them with --weights random:SEED"
+            f"pretrained weights {tag!r} of {what} cannot be had: they are neither on this machine "
+            f"nor could they be fetched, or what is here is damaged ({reason[:90]}...); give a "
+            "local file with --weights FILE, or try the program without them with --weights "
+            "random:SEED"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
@@ -110,8 +129,8 @@ def fetch(get: Callable[[], Got], what: str, tag: str) -> Got:
 
 @contextmanager
 def _offline_when_unreachable() -> Iterator[None]:
-    """Where the hub's name does not resolve and no proxy is set, let its client use its cache only: it would otherwise
-    try each of many file names for a minute."""
+    """Where the hub's name does not resolve and no proxy is set, let its client use its cache only:
+    it would otherwise try each of many file names for a minute."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -126,8 +145,8 @@ def _offline_when_unreachable() -> Iterator[None]:
 
 
 def on_this_machine(repository: str, file: str = "") -> Path | None:
-    """Where registered weights lie already: below the Hugging Face hub's cache, or `file` below torch hub's. No network
-    is asked."""
+    """Where registered weights lie already: below the Hugging Face hub's cache, or `file` below
+    torch hub's. No network is asked."""
     if file:
         path = torch_hub_file(file)
         return path if path.is_file() else None
@@ -145,7 +164,8 @@ def torch_hub_file(name: str) -> Path:
 
 
 def download(url: str, file: str) -> Path:
-    """A file of torch hub's cache, fetched if it is not there: under another name first, so never a part of it."""
+    """A file of torch hub's cache, fetched if it is not there: under another name first, so never a
+    part of it."""
     path = torch_hub_file(file)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,12 +183,15 @@ def is_random(weights: str) -> bool:
 
 
 def build_seeded(make: Callable[[], nn.Module], weights: str | None) -> nn.Module:
-    """Run a library's constructor under `random:SEED`'s seed (0 otherwise), leaving the global generator as it was."""
+    """Run a library's constructor under `random:SEED`'s seed (0 otherwise), leaving the global
+    generator as it was."""
     seed = 0
     if weights is not None and is_random(weights):
         text = weights.partition(":")[2]
         if not text.isdecimal():
-            raise UsageError(f"--weights {weights!r}: random:SEED needs a whole number, as in random:0")
+            raise UsageError(
+                f"--weights {weights!r}: random:SEED needs a whole number, as in random:0"
+            )
         seed = int(text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -176,10 +199,11 @@ def build_seeded(make: Callable[[], nn.Module], weights: str | None) -> nn.Modul
 
 
 def weight_hash(teacher: Teacher | Tokenizer) -> str:
-    """BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state, taken from what really runs.
+    """BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state, taken from
+    what really runs.
 
-    The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers. So does the code of a
-    user's own file.
+    The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers.
+    So does the code of a user's own file.
     """
     digest = hashlib.blake2b(" ".join(_activations(teacher)).encode(), digest_size=16)
     digest.update(getattr(teacher, "code", "").encode())
@@ -193,15 +217,21 @@ def weight_hash(teacher: Teacher | Tokenizer) -> str:
 def _activations(teacher: Teacher | Tokenizer) -> list[str]:
     modules = teacher.modules() if isinstance(teacher, nn.Module) else []
     names = {type(module).__name__ for module in modules}
-    return sorted(name for name in names if name.endswith(("GELU", "GELUTanh", "SiLU", "ReLU", "SwiGLU")))
+    return sorted(
+        name for name in names if name.endswith(("GELU", "GELUTanh", "SiLU", "ReLU", "SwiGLU"))
+    )
 
 
 def file_weights(weights: str | None) -> str | None:
-    """The path when `weights` names a file that exists; a path that does not exist is a UserError."""
+    """The path when `weights` names a file that exists; a path that does not exist is a
+    UserError."""
     if weights is None or is_random(weights):
         return None
     if Path(weights).is_file():
         return weights
     if "/" in weights or weights.endswith(SUFFIXES):
-        raise UserError(f"weights {weights!r}: no such file; give an existing file, a registered tag or random:SEED")
+        raise UserError(
+            f"weights {weights!r}: no such file; give an existing file, a registered tag or "
+            "random:SEED"
+        )
     return None

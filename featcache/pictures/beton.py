@@ -1,10 +1,12 @@
 """Pictures of an FFCV `.beton`: its own bytes, through the one decoder of every source.
 
-The layout is read by FFCV's Reader (header, field descriptors, one metadata row a sample, allocation table), the bytes
-by preads. JPEGs come as they were written; pictures that are stored as pixels (FFCV's mode `raw`) come as PPM, a header
-before the very same bytes. FFCV is imported when such a file is opened, and never before.
+The layout is read by FFCV's Reader (header, field descriptors, one metadata row a sample,
+allocation table), the bytes by preads. JPEGs come as they were written; pictures that are stored as
+pixels (FFCV's mode `raw`) come as PPM, a header before the very same bytes. FFCV is imported when
+such a file is opened, and never before.
 
-    header | field descriptors | metadata (n rows) | pages of data ... | allocation table (sample, offset, bytes)
+    header | field descriptors | metadata (n rows) | pages of data ...
+           | allocation table (sample, offset, bytes)
 
 n pictures.
 """
@@ -34,21 +36,25 @@ _SAMPLED = 64  # pictures whose bytes go into the digest of a file without keys
 
 
 def ffcv(name: str) -> Any:
-    """A module of FFCV. Importing it sets the threads of torch to one, for the whole process: they are put back."""
+    """A module of FFCV. Importing it sets the threads of torch to one, for the whole process: they
+    are put back."""
     import torch
 
     threads = torch.get_num_threads()
     try:
         return import_module(f"ffcv.{name}")
     except ImportError as error:
-        raise UserError(f"FFCV's .beton files need the package ffcv, not to be had: {error}; {INSTALL}") from error
+        raise UserError(
+            f"FFCV's .beton files need the package ffcv, not to be had: {error}; {INSTALL}"
+        ) from error
     finally:
         torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
 class BetonSource:
-    """Pictures of a `.beton` in its order; the int field `label` (or the only int field there is) holds the labels."""
+    """Pictures of a `.beton` in its order; the int field `label` (or the only int field there is)
+    holds the labels."""
 
     spec: str
     keys: list[str] = field(repr=False)
@@ -71,7 +77,8 @@ class BetonSource:
     def stored(self, index: int) -> bytes:
         """The bytes of the file: a JPEG, or the pixels, as `modes` says."""
         offset, size = self.places[index].tolist()
-        fd = os.open(self.spec, os.O_RDONLY)  # one open a read, as of tars: nothing to share or to lose over a fork
+        # one open a read, as of tars: nothing to share or to lose over a fork
+        fd = os.open(self.spec, os.O_RDONLY)
         try:
             data = os.pread(fd, size, offset)
         finally:
@@ -84,28 +91,37 @@ class BetonSource:
     def labels(self) -> I64 | None:
         if self.label_values is not None and self.label_values.min() < 0:
             raise UserError(
-                f"labels of {self.spec}: {self.label_values.min()} is given, numbers from 0 on are allowed; write the "
-                "file again"
+                f"labels of {self.spec}: {self.label_values.min()} is given, numbers from 0 on are "
+                "allowed; write the file again"
             )
         return self.label_values
 
 
 def open_beton(spec: str) -> BetonSource:
-    """The pictures of a `.beton`. Keys are the field `key` (bytes or JSON), or without one a digest of the file and the
-    picture's number."""
+    """The pictures of a `.beton`. Keys are the field `key` (bytes or JSON), or without one a digest
+    of the file and the picture's number."""
     if not Path(spec).is_file():
         raise UserError(
-            f"no pictures found: {spec!r} does not exist; give an FFCV .beton, a folder, or webdataset tars"
+            f"no pictures found: {spec!r} does not exist; give an FFCV .beton, a folder, or "
+            "webdataset tars"
         )
     reader = _reader(spec)
     names = reader.metadata.dtype.names
-    columns = {name: reader.metadata[column] for name, column in zip(reader.handlers, names, strict=True)}
+    columns = {
+        name: reader.metadata[column] for name, column in zip(reader.handlers, names, strict=True)
+    }
     image = columns[_image_field(spec, reader)]
     places = _places(spec, reader, image)
     sizes = np.stack([image["height"], image["width"]], 1).astype(np.int32)
-    keys = list(_keys(spec, reader, columns["key"])) if "key" in columns else _numbered(spec, reader, places)
+    keys = (
+        list(_keys(spec, reader, columns["key"]))
+        if "key" in columns
+        else _numbered(spec, reader, places)
+    )
     if "" in keys:
-        raise UserError(f"pictures {spec!r}: the key of picture {keys.index('')} is empty; write the file again")
+        raise UserError(
+            f"pictures {spec!r}: the key of picture {keys.index('')} is empty; write the file again"
+        )
     return BetonSource(spec, keys, places, image["mode"].copy(), sizes, _labels(reader, columns))
 
 
@@ -113,29 +129,49 @@ def open_beton(spec: str) -> BetonSource:
 
 
 def _reader(spec: str) -> Any:
-    """FFCV's Reader of a file that is one and is whole; numpy would read less than there should be without a word."""
+    """FFCV's Reader of a file that is one and is whole; numpy would read less than there should be
+    without a word."""
     types, size = ffcv("types"), Path(spec).stat().st_size
     if size < types.HeaderType.itemsize:
-        raise UserError(f"{spec!r} is no FFCV file: it has {size} bytes; give one that FFCV's DatasetWriter wrote")
+        raise UserError(
+            f"{spec!r} is no FFCV file: it has {size} bytes; give one that FFCV's DatasetWriter "
+            "wrote"
+        )
     header = np.fromfile(spec, types.HeaderType, 1)[0]
     tables = types.HeaderType.itemsize + int(header["num_fields"]) * types.FieldDescType.itemsize
     if header["version"] != types.CURRENT_VERSION or not header["num_fields"]:
         raise UserError(
-            f"{spec!r} is no FFCV file of version {types.CURRENT_VERSION}: it begins with version {header['version']} "
-            f"and {header['num_fields']} fields; give one that FFCV's DatasetWriter wrote"
+            f"{spec!r} is no FFCV file of version {types.CURRENT_VERSION}: it begins with version "
+            f"{header['version']} and {header['num_fields']} fields; give one that FFCV's "
+            "DatasetWriter wrote"
         )
     if not header["num_samples"]:
-        raise UserError(f"no pictures found in {spec!r}: it has no samples; pack it again from pictures")
+        raise UserError(
+            f"no pictures found in {spec!r}: it has no samples; pack it again from pictures"
+        )
     if not header["alloc_table_ptr"] or not tables <= header["alloc_table_ptr"] <= size:
-        raise _cut(spec, f"{size} bytes, its table of allocations should begin at {header['alloc_table_ptr']}")
+        raise _cut(
+            spec,
+            f"{size} bytes, its table of allocations should begin at {header['alloc_table_ptr']}",
+        )
     try:
         reader = ffcv("reader").Reader(spec)
-    except (AssertionError, ValueError, KeyError, IndexError, TypeError, UnicodeError, MemoryError) as error:
+    except (
+        AssertionError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        UnicodeError,
+        MemoryError,
+    ) as error:
         raise UserError(
-            f"{spec!r} cannot be read as an FFCV file: {error or type(error).__name__}; fields of FFCV's own kinds are "
-            "allowed: write the file again"
+            f"{spec!r} cannot be read as an FFCV file: {error or type(error).__name__}; fields of "
+            "FFCV's own kinds are allowed: write the file again"
         ) from error
-    if len(reader.metadata) < reader.num_samples or (size - int(header["alloc_table_ptr"])) % _item(reader):
+    if len(reader.metadata) < reader.num_samples or (size - int(header["alloc_table_ptr"])) % _item(
+        reader
+    ):
         raise _cut(spec, "a table of it is not whole")
     return reader
 
@@ -145,7 +181,9 @@ def _item(reader: Any) -> int:
 
 
 def _cut(spec: str, why: str) -> UserError:
-    return UserError(f"{spec!r} is cut off, or its writer was stopped: {why}; fetch or write it again")
+    return UserError(
+        f"{spec!r} is cut off, or its writer was stopped: {why}; fetch or write it again"
+    )
 
 
 def _image_field(spec: str, reader: Any) -> str:
@@ -155,8 +193,8 @@ def _image_field(spec: str, reader: Any) -> str:
     if len(names) == 1 or "image" in names:
         return "image" if "image" in names else names[0]
     raise UserError(
-        f"pictures {spec!r}: {len(names)} of its fields {', '.join(reader.handlers)} are RGBImageFields; one, or one "
-        "named image, is needed: write the file again"
+        f"pictures {spec!r}: {len(names)} of its fields {', '.join(reader.handlers)} are "
+        "RGBImageFields; one, or one named image, is needed: write the file again"
     )
 
 
@@ -171,10 +209,13 @@ def _places(spec: str, reader: Any, image: npt.NDArray[Any]) -> I64:
     if (places.sum(1) > int(reader.header["alloc_table_ptr"])).any():
         raise _cut(spec, "pictures lie beyond its data")
     pixels = image["height"].astype(np.int64) * image["width"] * 3
-    for i in np.flatnonzero((image["mode"] > RAW) | ((image["mode"] == RAW) & (places[:, 1] != pixels)))[:1].tolist():
+    for i in np.flatnonzero(
+        (image["mode"] > RAW) | ((image["mode"] == RAW) & (places[:, 1] != pixels))
+    )[:1].tolist():
         raise UserError(
-            f"picture {i} of {spec!r}: mode {image['mode'][i]}, {image['height'][i]} x {image['width'][i]} pixels and "
-            f"{places[i, 1]} bytes do not agree; write the file again"
+            f"picture {i} of {spec!r}: mode {image['mode'][i]}, {image['height'][i]} x "
+            f"{image['width'][i]} pixels and {places[i, 1]} bytes do not agree; write the file "
+            "again"
         )
     return places
 
@@ -188,19 +229,25 @@ def _keys(spec: str, reader: Any, column: npt.NDArray[Any]) -> Iterator[str]:
     number = reader.field_descriptors["type_id"][reader.field_names.index("key")]
     kind = ffcv("types").TYPE_ID_HANDLER[int(number)].__name__
     if kind not in ("BytesField", "JSONField"):
-        raise UserError(f"pictures {spec!r}: field key is {kind}, BytesField or JSONField is allowed; write it again")
+        raise UserError(
+            f"pictures {spec!r}: field key is {kind}, BytesField or JSONField is allowed; write it "
+            "again"
+        )
     keys = [""] * len(column)
     for i, data in _spans(spec, column["ptr"].astype(np.int64), column["size"].astype(np.int64)):
         try:
             text = data.rstrip(b"\0").decode(errors="surrogateescape")
             keys[i] = str(json.loads(text)) if kind == "JSONField" else text
         except ValueError as error:
-            raise UserError(f"key of picture {i} of {spec!r} is no JSON: {error}; write the file again") from error
+            raise UserError(
+                f"key of picture {i} of {spec!r} is no JSON: {error}; write the file again"
+            ) from error
     yield from keys
 
 
 def _spans(spec: str, offsets: I64, sizes: I64) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes) of each span, in the order of the file, with one pread for those that lie together."""
+    """(number, bytes) of each span, in the order of the file, with one pread for those that lie
+    together."""
     start, window = 0, b""
     with Path(spec).open("rb", buffering=0) as file:
         for i in np.argsort(offsets, kind="stable").tolist():
@@ -213,12 +260,14 @@ def _spans(spec: str, offsets: I64, sizes: I64) -> Iterator[tuple[int, bytes]]:
 
 
 def _numbered(spec: str, reader: Any, places: I64) -> list[str]:
-    """Keys of a file that has none: DIGEST/NUMBER. The digest is of its tables and of some of its pictures' bytes, not
-    of all, which would take minutes at every opening."""
+    """Keys of a file that has none: DIGEST/NUMBER. The digest is of its tables and of some of its
+    pictures' bytes, not of all, which would take minutes at every opening."""
     hasher = hashlib.blake2b(digest_size=8)
     for table in (reader.field_descriptors, reader.metadata, reader.alloc_table):
         hasher.update(np.ascontiguousarray(table).tobytes())
-    chosen = places[np.arange(min(len(places), _SAMPLED)) * len(places) // min(len(places), _SAMPLED)]
+    chosen = places[
+        np.arange(min(len(places), _SAMPLED)) * len(places) // min(len(places), _SAMPLED)
+    ]
     for _, data in _spans(spec, chosen[:, 0], chosen[:, 1]):
         hasher.update(data)
     return [f"{hasher.hexdigest()}/{i:08d}" for i in range(len(places))]

@@ -11,7 +11,8 @@ from featcache.pictures.source import PictureError
 
 
 def decode(data: bytes) -> Image.Image:
-    """The picture as 8-bit RGB, decoded in full. Raises PictureError with the decoder's own reason."""
+    """The picture as 8-bit RGB, decoded in full. Raises PictureError with the decoder's own
+    reason."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
@@ -20,23 +21,31 @@ def decode(data: bytes) -> Image.Image:
         raise
     except Exception as error:  # whatever a decoder raises on these bytes, the bytes are at fault
         reason = str(error).strip() or type(error).__name__
-        raise PictureError("not a readable picture" if "cannot identify" in reason else reason) from error
+        raise PictureError(
+            "not a readable picture" if "cannot identify" in reason else reason
+        ) from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Conversion `rgb-1`: grey is repeated, palettes are looked up, alpha is dropped, CMYK is multiplied out.
+    """Conversion `rgb-1`: grey is repeated, palettes are looked up, alpha is dropped, CMYK is
+    multiplied out.
 
-    16-bit grey keeps its high byte, as Pillow does for 16-bit colour (Pillow's own conversion would clip it to white).
-    Raises PictureError for modes without a fixed range (32-bit float).
+    16-bit grey keeps its high byte, as Pillow does for 16-bit colour (Pillow's own conversion would
+    clip it to white). Raises PictureError for modes without a fixed range (32-bit float).
     """
     mode = picture.mode
     if mode.startswith("I"):
         grey = np.asarray(picture, np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise PictureError(f"integer pixels from {grey.min()} to {grey.max()}: 8 or 16 bit are allowed")
+            raise PictureError(
+                f"integer pixels from {grey.min()} to {grey.max()}: 8 or 16 bit are allowed"
+            )
         return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if mode in {"F", "LAB", "HSV"}:
-        raise PictureError(f"colour mode {mode} has no fixed range: grey, palette, RGB, RGBA or CMYK are allowed")
-    if mode in {"P", "PA"}:  # by way of RGBA: the palette's colours, whatever its transparency is expressed in
+        raise PictureError(
+            f"colour mode {mode} has no fixed range: grey, palette, RGB, RGBA or CMYK are allowed"
+        )
+    # by way of RGBA: the palette's colours, whatever its transparency is expressed in
+    if mode in {"P", "PA"}:
         picture = picture.convert("RGBA")
     return picture if mode == "RGB" else picture.convert("RGB")  # which would copy

@@ -18,7 +18,8 @@ from featcache.pictures.tars import open_tars
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Picture files below a folder, in the order of their paths; class folders are labels, as in ImageFolder."""
+    """Picture files below a folder, in the order of their paths; class folders are labels, as in
+    ImageFolder."""
 
     spec: str
     root: Path

@@ -1,7 +1,8 @@
 """A source of pictures is opened by its spec: a folder, webdataset tars, or an FFCV `.beton`.
 
-A source gives every picture a key (its path below the source without the last suffix), bytes at random access, and
-labels where there are any. Which decoder the bytes go through is chosen one floor up (`views.pixel_path`).
+A source gives every picture a key (its path below the source without the last suffix), bytes at
+random access, and labels where there are any. Which decoder the bytes go through is chosen one
+floor up (`views.pixel_path`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from featcache.pictures.tars import expand, open_tars
 
 
 def open_source(spec: str | os.PathLike[str]) -> Source:
-    """The pictures at `spec`. Raises UserError when there are none, or when two pictures have one key."""
+    """The pictures at `spec`. Raises UserError when there are none, or when two pictures have one
+    key."""
     text = os.fspath(spec)
     path = Path(text)
     if is_beton(text):

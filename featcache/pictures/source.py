@@ -1,4 +1,5 @@
-"""The contract of a source of pictures: keys in order, bytes on demand, labels where there are any."""
+"""The contract of a source of pictures: keys in order, bytes on demand, labels where there are
+any."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from featcache.errors import UserError
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"])
 ALLOWED = (
     "a folder of pictures (" + " ".join(sorted(SUFFIXES)) + "), "
-    "webdataset tars as a path, a glob or a brace pattern ('train-{000000..000009}.tar'), or an FFCV .beton"
+    "webdataset tars as a path, a glob or a brace pattern ('train-{000000..000009}.tar'), "
+    "or an FFCV .beton"
 )
 
 
@@ -22,7 +24,8 @@ class PictureError(Exception):
 
 
 class Source(Protocol):
-    """Pictures by number: `keys` in source order, bytes on demand, labels (n,) int64 or None. Safe in threads."""
+    """Pictures by number: `keys` in source order, bytes on demand, labels (n,) int64 or None. Safe
+    in threads."""
 
     @property
     def spec(self) -> str: ...
@@ -55,8 +58,8 @@ def check_keys(source: Source) -> None:
     seen: set[str] = set()
     double = next(key for key in source.keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
     raise UserError(
-        f"pictures {source.spec!r}: the key {double!r} is used by two pictures; a key is the path without its last "
-        "suffix and must be unique: rename one of them"
+        f"pictures {source.spec!r}: the key {double!r} is used by two pictures; a key is the path "
+        "without its last suffix and must be unique: rename one of them"
     )
 
 

@@ -19,7 +19,8 @@ from featcache.pictures.source import ALLOWED, SUFFIXES
 
 @dataclass(frozen=True)
 class TarSource:
-    """Picture members of webdataset tars, in tar order; a member `KEY.cls` holds the label as a decimal number."""
+    """Picture members of webdataset tars, in tar order; a member `KEY.cls` holds the label as a
+    decimal number."""
 
     spec: str
     tars: list[str]
@@ -34,7 +35,8 @@ class TarSource:
         return self._bytes(*(int(x) for x in self.places[index]))
 
     def _bytes(self, tar: int, offset: int, size: int) -> bytes:
-        # One open per read: no handle to share between threads or to lose over a fork, and 10 us beside a decode.
+        # One open per read: no handle to share between threads or to lose over a fork, and 10 us
+        # beside a decode.
         fd = os.open(self.tars[tar], os.O_RDONLY)
         try:
             return os.pread(fd, size, offset)
@@ -52,15 +54,19 @@ class TarSource:
         missing = [key for key in self.keys if key not in self.label_places]
         if missing:
             raise UserError(
-                f"labels of {self.spec}: {len(missing)} of {len(self)} pictures have no .cls member, the first is "
-                f"{missing[0]!r}; every picture needs one: pack the tars again with pipelines.pack_images"
+                f"labels of {self.spec}: {len(missing)} of {len(self)} pictures have no .cls "
+                f"member, the first is {missing[0]!r}; every picture needs one: pack the tars "
+                "again with pipelines.pack_images"
             )
         return np.array([self._label(key) for key in self.keys], np.int64)
 
     def _label(self, key: str) -> int:
         text = self._bytes(*self.label_places[key]).decode(errors="replace").strip()
         if not text.isdecimal():
-            raise UserError(f"label of {key!r} in {self.spec}: {text[:40]!r} is given, a decimal number is needed")
+            raise UserError(
+                f"label of {key!r} in {self.spec}: {text[:40]!r} is given, a decimal number is "
+                "needed"
+            )
         return int(text)
 
 
@@ -68,11 +74,16 @@ def expand(spec: str) -> list[str]:
     try:
         parts = list(braceexpand(spec))
     except ValueError as error:  # UnbalancedBracesError
-        raise UserError(f"pictures {spec!r}: a brace is not closed; allowed is {ALLOWED}") from error
+        raise UserError(
+            f"pictures {spec!r}: a brace is not closed; allowed is {ALLOWED}"
+        ) from error
     tars = [path for part in parts for path in (sorted(glob.glob(part)) or [part])]  # noqa: PTH207
     missing = [path for path in tars if not Path(path).is_file()]
     if missing or not tars:
-        raise UserError(f"no pictures found: {missing[0] if missing else spec!r} does not exist; allowed is {ALLOWED}")
+        raise UserError(
+            f"no pictures found: {missing[0] if missing else spec!r} does not exist; allowed is "
+            f"{ALLOWED}"
+        )
     return tars
 
 
@@ -88,12 +99,15 @@ def open_tars(spec: str, tars: list[str]) -> TarSource:
             elif suffix == "cls":
                 labels[key] = (number, offset, size)
     if not keys:
-        raise UserError(f"no pictures found in {spec!r}: {len(tars)} tars hold none; allowed is {ALLOWED}")
+        raise UserError(
+            f"no pictures found in {spec!r}: {len(tars)} tars hold none; allowed is {ALLOWED}"
+        )
     return TarSource(spec, tars, keys, np.array(places, np.int64), labels)
 
 
 def _tar_members(path: str) -> list[tuple[str, str, int, int]]:
-    """(key, suffix, offset, bytes) of each file; webdataset's rule: the key ends at the first dot of the file name."""
+    """(key, suffix, offset, bytes) of each file; webdataset's rule: the key ends at the first dot
+    of the file name."""
     members, end = [], 0
     try:
         with tarfile.open(path, "r:") as tar:
@@ -105,9 +119,13 @@ def _tar_members(path: str) -> list[tuple[str, str, int, int]]:
                     members.append((key, suffix, member.offset_data, member.size))
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"reading {path!r} as a tar failed: {error}; allowed is {ALLOWED}") from error
+        raise UserError(
+            f"reading {path!r} as a tar failed: {error}; allowed is {ALLOWED}"
+        ) from error
     if not _ends(path, end):
-        raise UserError(f"{path!r} is cut off: it has no end mark after its last member; fetch or pack it again")
+        raise UserError(
+            f"{path!r} is cut off: it has no end mark after its last member; fetch or pack it again"
+        )
     return members
 
 
@@ -119,7 +137,8 @@ def _ends(path: str, end: int) -> bool:
 
 
 def escape(key: str) -> str:
-    """A key as a tar member's stem: dots of the file name would end the key for webdataset, so they are %2E there."""
+    """A key as a tar member's stem: dots of the file name would end the key for webdataset, so they
+    are %2E there."""
     folder, slash, name = key.rpartition("/")
     return folder + slash + name.replace("%", "%25").replace(".", "%2E")
 

@@ -1,7 +1,8 @@
-"""What is read: rows of one array from one or more files, each in one or more pieces, cut into parts for threads.
+"""What is read: rows of one array from one or more files, each in one or more pieces, cut into
+parts for threads.
 
-A row's pieces go from offsets within the stored item to offsets within the row's place in memory, with or without a
-crc32c to compare.
+A row's pieces go from offsets within the stored item to offsets within the row's place in memory,
+with or without a crc32c to compare.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy.typing as npt
 
 
 class ByteRange(NamedTuple):
-    """`size` bytes from `source` in an item to `place` in the row; `column` of the run's checksums, or -1."""
+    """`size` bytes from `source` in an item to `place` in the row; `column` of the run's checksums,
+    or -1."""
 
     source: int
     place: int
@@ -27,7 +29,8 @@ class ByteRange(NamedTuple):
 
 
 class FileCheck(NamedTuple):
-    """What a file must be before its bytes are believed: `sound(path, facts(path))`, asked once for each file."""
+    """What a file must be before its bytes are believed: `sound(path, facts(path))`, asked once for
+    each file."""
 
     sound: Callable[[Path, Mapping[str, Any]], bool]
     facts: Callable[[str], Mapping[str, Any]]
@@ -35,8 +38,8 @@ class FileCheck(NamedTuple):
 
 @dataclass(frozen=True)
 class RangeBatch:
-    """Rows `at` (n,) of `target` (rows, row bytes) uint8, from `offsets` (n,) in the files `paths` (f,): row i from
-    paths[file[i]], file after file, without one of which there is no row."""
+    """Rows `at` (n,) of `target` (rows, row bytes) uint8, from `offsets` (n,) in the files `paths`
+    (f,): row i from paths[file[i]], file after file, without one of which there is no row."""
 
     paths: Sequence[str]
     target: npt.NDArray[np.uint8]
@@ -75,7 +78,8 @@ class RangeBatch:
 
 
 class BadRow(Exception):
-    """A row's bytes are not those that were written: `row` of the target, `column` of its checksums."""
+    """A row's bytes are not those that were written: `row` of the target, `column` of its
+    checksums."""
 
     def __init__(self, path: str, row: int, column: int) -> None:
         super().__init__(str(path))
@@ -91,8 +95,8 @@ def cut(runs: Iterable[RangeBatch], part_bytes: int, files: int) -> Iterator[Ran
 
 
 class Group(NamedTuple):
-    """Pieces that follow each other in the file and in memory, read by one call; `parts`, from and to which place of
-    the row each of them with a checksum goes, and its column."""
+    """Pieces that follow each other in the file and in memory, read by one call; `parts`, from and
+    to which place of the row each of them with a checksum goes, and its column."""
 
     source: int
     place: int
@@ -124,6 +128,7 @@ def joined(pieces: tuple[ByteRange, ...], most: int | None) -> tuple[Group, ...]
 
 
 def span(pieces: Sequence[ByteRange]) -> int:
-    """Bytes from the first piece to the end of the last, where they follow each other in the file; else 0."""
+    """Bytes from the first piece to the end of the last, where they follow each other in the file;
+    else 0."""
     joined = all(one.source + one.size == other.source for one, other in pairwise(pieces))
     return pieces[-1].source + pieces[-1].size - pieces[0].source if joined else 0

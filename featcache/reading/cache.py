@@ -1,7 +1,8 @@
 """Reading a cache: rows by number, keys to rows, bytes by pread.
 
-n rows asked for, V views, L levels, T tokens, D width. Row ranges are read straight into the caller's arrays; Zarr's
-own machinery is not entered. Every item is compared with its stored crc32c; `verify_rows` lowers the share.
+n rows asked for, V views, L levels, T tokens, D width. Row ranges are read straight into the
+caller's arrays; Zarr's own machinery is not entered. Every item is compared with its stored crc32c;
+`verify_rows` lowers the share.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ from featcache.storage.store import Array
 
 
 class Cache:
-    """An opened cache. `read` is safe to call from several threads, after a fork, and in spawned processes.
+    """An opened cache. `read` is safe to call from several threads, after a fork, and in spawned
+    processes.
 
-    `threads` that read at the same time (default: 4, or fewer cores). `verify_rows` from 0 to 1: the share of rows that
-    are checked as they are read. `io`: `buffered` leaves what is read in the page cache, `streaming` takes it out
-    again, `direct` never puts it there (O_DIRECT); `auto` streams a cache larger than the machine's memory, of which
-    nothing would still be there when it is wanted again. `partial` opens a cache without the shards of which something
-    is missing or short, in place of an error: `absent` says which and why, and their pictures are not among the rows.
+    `threads` that read at the same time (default: 4, or fewer cores). `verify_rows` from 0 to 1:
+    the share of rows that are checked as they are read. `io`: `buffered` leaves what is read in the
+    page cache, `streaming` takes it out again, `direct` never puts it there (O_DIRECT); `auto`
+    streams a cache larger than the machine's memory, of which nothing would still be there when it
+    is wanted again. `partial` opens a cache without the shards of which something is missing or
+    short, in place of an error: `absent` says which and why, and their pictures are not among the
+    rows.
     """
 
     def __init__(
@@ -51,11 +55,19 @@ class Cache:
             raise UsageError(f"verify_rows {verify_rows!r}: a share from 0 to 1 is allowed")
         self.path = Path(path)
         self._place = self.path.absolute()  # the working directory may change
-        self._options = {"threads": threads, "verify_rows": verify_rows, "io": io, "partial": partial}
+        self._options = {
+            "threads": threads,
+            "verify_rows": verify_rows,
+            "io": io,
+            "partial": partial,
+        }
         self._parts, unfinished = open_parts(self._place, partial)
-        self.unfinished = [describe(part.manifest) for part in unfinished]  # added, not whole: not read
+        # added, not whole: not read
+        self.unfinished = [describe(part.manifest) for part in unfinished]
         self._base = self._parts[0]
-        self.absent: dict[str, str] = {shard: why for part in self._parts for shard, why in part.absent.items()}
+        self.absent: dict[str, str] = {
+            shard: why for part in self._parts for shard, why in part.absent.items()
+        }
         self.manifest = self._base.manifest
         self.identity = self._base.identity
         self.records = self._base.records
@@ -66,7 +78,8 @@ class Cache:
         self._reads = RangeReader(threads, _choose(io, self.bytes))
 
     def _all_arrays(self) -> Iterator[tuple[str, Array]]:
-        """Arrays by the names that `read` takes, with the levels of all parts; another teacher's as TEACHER/NAME."""
+        """Arrays by the names that `read` takes, with the levels of all parts; another teacher's as
+        TEACHER/NAME."""
         for teacher in dict.fromkeys(part.teacher for part in self._parts):
             first = next(part for part in self._parts if part.teacher == teacher)
             levels = len(self.levels_of(teacher))
@@ -82,7 +95,11 @@ class Cache:
 
     def levels_of(self, teacher: str) -> tuple[int, ...]:
         """The stored levels of one of the cache's teachers, ascending."""
-        return tuple(sorted({level for part in self._parts if part.teacher == teacher for level in part.levels}))
+        return tuple(
+            sorted(
+                {level for part in self._parts if part.teacher == teacher for level in part.levels}
+            )
+        )
 
     def views_of(self, teacher: str) -> int:
         """How many views of one of the cache's teachers are stored."""
@@ -96,7 +113,9 @@ class Cache:
 
     def records_of(self, teacher: str) -> list[dict[str, Any]]:
         """The records of all shards of a teacher's parts."""
-        return [record for part in self._parts if part.teacher == teacher for record in part.records]
+        return [
+            record for part in self._parts if part.teacher == teacher for record in part.records
+        ]
 
     @property
     def teachers(self) -> list[str]:
@@ -145,10 +164,15 @@ class Cache:
         return self._base.keys()
 
     def tail(self, teacher: str | None = None) -> dict[str, npt.NDArray[np.float32]]:
-        """gamma, beta, eps and proj of a teacher's end, kept beside the shards; of the cache's own by default."""
+        """gamma, beta, eps and proj of a teacher's end, kept beside the shards; of the cache's own
+        by default."""
         if teacher not in (None, *self.teachers):
-            raise UsageError(f"tail: unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}")
-        return next(part for part in self._parts if part.teacher == (teacher or self._base.teacher)).tail()
+            raise UsageError(
+                f"tail: unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}"
+            )
+        return next(
+            part for part in self._parts if part.teacher == (teacher or self._base.teacher)
+        ).tail()
 
     def read(
         self,
@@ -162,15 +186,23 @@ class Cache:
     ) -> dict[str, npt.NDArray[Any]]:
         """Arrays (n, ...) of the rows, as stored (`features` stays encoded).
 
-        `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in `--levels`; `tokens`:
-        the first so many of T ([CLS] first; in ranked caches then by rank); both apply to arrays (L, T, ...). `out` is
-        filled where it names a field: reused memory reads twice as fast as new. `check=False` compares nothing.
-        Raises UserError when bytes are missing or not those that were written.
+        `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in
+        `--levels`; `tokens`: the first so many of T ([CLS] first; in ranked caches then by rank);
+        both apply to arrays (L, T, ...). `out` is filled where it names a field: reused memory
+        reads twice as fast as new. `check=False` compares nothing. Raises UserError when bytes are
+        missing or not those that were written.
         """
-        rows, views, fields = request.numbers("rows", rows), request.numbers("view", view), request.names(fields)
+        rows, views, fields = (
+            request.numbers("rows", rows),
+            request.numbers("view", view),
+            request.names(fields),
+        )
         request.check_options(levels, tokens, out, fields)
         if len(views) not in (1, len(rows)):
-            raise UsageError(f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is needed")
+            raise UsageError(
+                f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is "
+                "needed"
+            )
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
         self._check_request(rows, views, fields)
         places = self._places(rows, views)
@@ -181,7 +213,9 @@ class Cache:
             wanted, count = self._wanted_levels(name, levels), self._wanted_tokens(name, tokens)
             target = result[name] = self._target(name, len(rows), len(wanted), count, out)
             if checked.any() and self._must_read_whole(name, count):
-                target[:] = self.read(rows, views, (name,), wanted, None, None, check)[name][:, :, :count]
+                target[:] = self.read(rows, views, (name,), wanted, None, None, check)[name][
+                    :, :, :count
+                ]
             else:
                 runs += self._plan(name, target, rows, places, wanted, count, checked, sums)
         try:
@@ -191,7 +225,8 @@ class Cache:
         return result
 
     def derive(self, name: str, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
-        """`f`, `z`, `fd` or `y` (n, T, width), which follow from what is stored: see `featcache.derive.read`."""
+        """`f`, `z`, `fd` or `y` (n, T, width), which follow from what is stored: see
+        `featcache.derive.read`."""
         from featcache.reading.derived import read  # needs torch, which reading does without
 
         return read(self, name, *args, **options)
@@ -206,9 +241,17 @@ class Cache:
             if name not in self.arrays:
                 raise UsageError(f"read: unknown field {name!r}; {near(name, self.fields)}")
             plain = name.rpartition("/")[2]
-            held = {view for part in self._of(name) if plain in part.arrays for view in part.view_numbers}
+            held = {
+                view
+                for part in self._of(name)
+                if plain in part.arrays
+                for view in part.view_numbers
+            }
             if strange := asked - held:
-                raise UsageError(f"read: view {min(strange)} of {name}: view must be from {min(held)} to {max(held)}")
+                raise UsageError(
+                    f"read: view {min(strange)} of {name}: view must be from {min(held)} to "
+                    f"{max(held)}"
+                )
 
     def _of(self, name: str) -> list[Part]:
         """The parts of a field's teacher."""
@@ -231,13 +274,23 @@ class Cache:
         return tokens or spec.item[1]
 
     def _target(
-        self, name: str, rows: int, levels: int, tokens: int, out: Mapping[str, npt.NDArray[Any]] | None
+        self,
+        name: str,
+        rows: int,
+        levels: int,
+        tokens: int,
+        out: Mapping[str, npt.NDArray[Any]] | None,
     ) -> npt.NDArray[Any]:
         spec = self.arrays[name]
-        shape = (rows, *((levels, tokens, *spec.item[2:]) if checksums.has_levels(spec) else spec.item))
+        shape = (
+            rows,
+            *((levels, tokens, *spec.item[2:]) if checksums.has_levels(spec) else spec.item),
+        )
         target = out[name] if out is not None and name in out else np.empty(shape, spec.dtype)
         if target.shape != shape or target.dtype != spec.dtype or not target.flags.carray:
-            raise UsageError(f"read: out[{name!r}] must be C-contiguous, writable {spec.dtype} {shape}")
+            raise UsageError(
+                f"read: out[{name!r}] must be C-contiguous, writable {spec.dtype} {shape}"
+            )
         return target
 
     def _choose_rows(self, rows: I64, views: I64) -> npt.NDArray[np.bool_]:
@@ -245,7 +298,9 @@ class Cache:
         if self.verify_rows == 1:
             return np.ones(len(rows), bool)
         self._calls += 1
-        mixed = (rows * 2 + views * 3 + self._calls).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (rows * 2 + views * 3 + self._calls).astype(np.uint64) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
         return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.verify_rows
 
     def _must_read_whole(self, name: str, tokens: int) -> bool:
@@ -271,20 +326,27 @@ class Cache:
         fields: Sequence[str],
         tokens: int | None,
     ) -> dict[tuple[int, str], npt.NDArray[np.uint32]]:
-        """(n, columns) of each part's checksum arrays that `fields` need; rows that are not checked stay unset."""
+        """(n, columns) of each part's checksum arrays that `fields` need; rows that are not checked
+        stay unset."""
         tables: dict[tuple[int, str], npt.NDArray[np.uint32]] = {}
         runs: list[RangeBatch] = []
         for i, part in enumerate(self._parts) if checked.any() else []:
             here = places.those(checked[places.at] & part.holds(places.views))
             proof = FileCheck(part.store.sound, part.facts)
-            for field in sorted({crc_array(part, name, tokens) for name in fields if part in self._of(name)}):
+            for field in sorted(
+                {crc_array(part, name, tokens) for name in fields if part in self._of(name)}
+            ):
                 spec = part.arrays[field]
                 pieces = (ByteRange(0, 0, spec.item_bytes),)
                 if field == "prefix_crc":  # (T, L): those of the wanted length
                     level_bytes = 4 * spec.item[1]
                     pieces = (ByteRange(((tokens or 0) - 1) * level_bytes, 0, level_bytes),)
-                table = tables[i, field] = np.empty((len(rows), sum(piece.size for piece in pieces) // 4), np.uint32)
-                runs += range_batches(part, spec, table.view(np.uint8), rows, here, pieces, proof=proof)
+                table = tables[i, field] = np.empty(
+                    (len(rows), sum(piece.size for piece in pieces) // 4), np.uint32
+                )
+                runs += range_batches(
+                    part, spec, table.view(np.uint8), rows, here, pieces, proof=proof
+                )
         self._reads.read(runs)
         return tables
 
@@ -301,11 +363,19 @@ class Cache:
     ) -> list[RangeBatch]:
         """The reads of one field."""
         plain, parts = name.rpartition("/")[2], self._of(name)
-        flat = target.reshape(len(rows), -1).view(np.uint8) if target.size else np.empty((len(rows), 0), np.uint8)
+        flat = (
+            target.reshape(len(rows), -1).view(np.uint8)
+            if target.size
+            else np.empty((len(rows), 0), np.uint8)
+        )
         left = np.ones(len(rows), bool)  # by place: what no part before has given
         runs: list[RangeBatch] = []
         for i, part in enumerate(self._parts):
-            pieces = byte_ranges(part, plain, levels, tokens) if part in parts and plain in part.arrays else ()
+            pieces = (
+                byte_ranges(part, plain, levels, tokens)
+                if part in parts and plain in part.arrays
+                else ()
+            )
             if not pieces:
                 continue
             held = left & part.holds(places.views)
@@ -327,17 +397,23 @@ class Cache:
         problems = [
             problem
             for part in self._parts
-            for problem in commit.check(part.path, record, part.identity["store"], part.records[shard], deep=True)
+            for problem in commit.check(
+                part.path, record, part.identity["store"], part.records[shard], deep=True
+            )
         ]
         if problems:  # others may be damaged as well
-            problem = min(problems, key=lambda text: (not text.startswith(f"{bad.path}:"), "_crc/" not in text))
+            problem = min(
+                problems,
+                key=lambda text: (not text.startswith(f"{bad.path}:"), "_crc/" not in text),
+            )
             return UserError(
                 f"cache file {problem} (seen at row {row}, {self.keys[row]!r}, view {view}); "
                 f"run `featcache repair {self.path}`"
             )
         return UserError(
-            f"cache file {bad.path}: row {row} ({self.keys[row]!r}), view {view} differed from its checksum, but shard "
-            f"{record} is sound on disk: memory or transport may be at fault; run again, and `featcache verify` it"
+            f"cache file {bad.path}: row {row} ({self.keys[row]!r}), view {view} differed from its "
+            f"checksum, but shard {record} is sound on disk: memory or transport may be at fault; "
+            "run again, and `featcache verify` it"
         )
 
     def close(self) -> None:
@@ -351,7 +427,8 @@ class Cache:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_reads") and not sys.is_finalizing():  # then names are gone, and files close anyway
+        # then names are gone, and files close anyway
+        if hasattr(self, "_reads") and not sys.is_finalizing():
             self._reads.close()
 
 

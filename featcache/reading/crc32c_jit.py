@@ -12,11 +12,13 @@ from numba.extending import intrinsic
 
 _POLYNOMIAL = 0x11EDC6F41  # P of crc32c, x^32 first
 _REGISTERS = 8  # of them at work at a time: a product takes as many steps to be ready
-_NAMES = {1: "llvm.x86.pclmulqdq", 2: "llvm.x86.pclmulqdq.256", 4: "llvm.x86.pclmulqdq.512"}  # by lanes of a register
+# by lanes of a register
+_NAMES = {1: "llvm.x86.pclmulqdq", 2: "llvm.x86.pclmulqdq.256", 4: "llvm.x86.pclmulqdq.512"}
 
 
 def _lanes() -> tuple[int, ...]:
-    """In how many lanes of 16 bytes this machine (as numba is told to see it) multiplies at once, if it can."""
+    """In how many lanes of 16 bytes this machine (as numba is told to see it) multiplies at once,
+    if it can."""
     has = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
     needed = {1: {"+pclmul", "+sse4.2", "+crc32"}, 2: {"+vpclmulqdq", "+avx2"}, 4: {"+avx512f"}}
     missing = next((lanes for lanes, features in needed.items() if not features <= has), 8)
@@ -48,14 +50,19 @@ def crc32c_of(lanes: int) -> Any:
             return ir.Constant(word, value)
 
         def function(name: str, result: ir.Type, *arguments: ir.Type) -> Any:
-            return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+            return cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(result, arguments), name
+            )
 
         def load(kind: ir.Type, at: Any) -> Any:
             return builder.load(builder.inttoptr(at, kind.as_pointer()), align=1)
 
         def fold(first: Any, onto: Any, bits: int) -> Any:
             powers = ir.Constant(register, [_power(bits + 32), _power(bits - 32)] * lanes)
-            high, low = (builder.call(multiply, [first, powers, ir.Constant(byte, which)]) for which in (0x00, 0x11))
+            high, low = (
+                builder.call(multiply, [first, powers, ir.Constant(byte, which)])
+                for which in (0x00, 0x11)
+            )
             return builder.xor(builder.xor(high, low), onto)
 
         multiply = function(_NAMES[lanes], register, register, register, byte)
@@ -67,13 +74,19 @@ def crc32c_of(lanes: int) -> Any:
         # whole blocks, by multiplication
         blocks = builder.udiv(size, number(block))
         with builder.if_then(builder.icmp_unsigned(">", blocks, number(0))):
-            start = builder.insert_element(ir.Constant(register, [0] * 2 * lanes), number(0xFFFFFFFF), short(0))
+            start = builder.insert_element(
+                ir.Constant(register, [0] * 2 * lanes), number(0xFFFFFFFF), short(0)
+            )
             registers = []
             for i in range(_REGISTERS):
                 data = load(register, builder.add(address, number(i * width)))
-                registers.append(cgutils.alloca_once_value(builder, data if i else builder.xor(data, start)))
+                registers.append(
+                    cgutils.alloca_once_value(builder, data if i else builder.xor(data, start))
+                )
             with cgutils.for_range(builder, builder.sub(blocks, number(1))) as loop:
-                here = builder.add(address, builder.mul(builder.add(loop.index, number(1)), number(block)))
+                here = builder.add(
+                    address, builder.mul(builder.add(loop.index, number(1)), number(block))
+                )
                 for i, each in enumerate(registers):
                     data = load(register, builder.add(here, number(i * width)))
                     builder.store(fold(builder.load(each), data, 8 * block), each)

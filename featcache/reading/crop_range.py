@@ -1,13 +1,16 @@
-"""One cache for several crop ranges: of its views, those whose crop has an area in the wanted range.
+"""One cache for several crop ranges: of its views, those whose crop has an area in the wanted
+range.
 
-Each try of a crop draws its area uniformly and the first that fits the picture is taken, so views drawn in (0.08, 1) of
-which those below 0.2 are rejected have the law of views drawn in (0.2, 1): a cache of the widest range serves every
-recipe whose range lies within. A picture shows its accepted views in turn; one that has none is left out. Of 375 x 500
-pixels 82 % of the views are accepted at 0.2 and 53 % at 0.4, of squares 85 % and 60 %, of 2:1 only 72 % and 26 %.
+Each try of a crop draws its area uniformly and the first that fits the picture is taken, so views
+drawn in (0.08, 1) of which those below 0.2 are rejected have the law of views drawn in (0.2, 1): a
+cache of the widest range serves every recipe whose range lies within. A picture shows its accepted
+views in turn; one that has none is left out. Of 375 x 500 pixels 82 % of the views are accepted at
+0.2 and 53 % at 0.4, of squares 85 % and 60 %, of 2:1 only 72 % and 26 %.
 
-The law is exact but for views whose ten tries all failed: they are the centre of their picture in either range, so they
-are accepted whatever their area, but a wide range fails less often. (0.08, 1) fails in 0.2 % of the views of a picture
-of 1:2 and in 4 % of one of 1:3, (0.2, 1) in 0.8 % and 15 %.
+The law is exact but for views whose ten tries all failed: they are the centre of their picture in
+either range, so they are accepted whatever their area, but a wide range fails less often. (0.08, 1)
+fails in 0.2 % of the views of a picture of 1:2 and in 4 % of one of 1:3, (0.2, 1) in 0.8 % and 15
+%.
 
 n pictures, V stored views.
 """
@@ -60,7 +63,8 @@ def accepted(cache: Cache, rows: I64, scale: Scale) -> BOOL:
 
 @dataclass(frozen=True)
 class ViewSchedule:
-    """Which view each picture shows in an epoch, of those that were accepted: every one equally often.
+    """Which view each picture shows in an epoch, of those that were accepted: every one equally
+    often.
 
     A pure function of (key, epoch): not of the batch, the process or the order of the pictures.
     """
@@ -77,9 +81,11 @@ class ViewSchedule:
         return cls(digests[ascending], order[ascending], accepted.sum(1)[ascending])
 
     def view(self, digests: rng.U64, epoch: int | I64) -> I64:
-        """digests (B, 2) of pictures that are among them -> (B,) view numbers; one epoch, or one per picture."""
+        """digests (B, 2) of pictures that are among them -> (B,) view numbers; one epoch, or one
+        per picture."""
         at = np.searchsorted(self.digests[:, 0], digests[:, 0])
-        while (wrong := self.digests[at, 1] != digests[:, 1]).any():  # keys whose first words are equal lie together
+        # keys whose first words are equal lie together
+        while (wrong := self.digests[at, 1] != digests[:, 1]).any():
             at = at + wrong
         return self.order[at, stored_view(digests, epoch, self.counts[at])].astype(np.int64)
 

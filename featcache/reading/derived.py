@@ -1,13 +1,15 @@
-"""What recipes ask for by name and no cache stores, because it follows from what is stored (METHODS 0.8, 10.1).
+"""What recipes ask for by name and no cache stores, because it follows from what is stored (METHODS
+0.8, 10.1).
 
     f    gamma * h_T + beta        the teacher's final LayerNorm: CLIP's ln_post, DINO's norm
     z    f @ proj                  CLIP's projection: MILAN, CAE v2, KD
     fd   f normalised again, no affine: feature distillation
     y    h * std + mean            the residual stream itself, of any stored level
 
-`target` works on tensors where they are, for trainers that decode on a GPU; `read` takes rows of a cache. h is stored
-with the divisor std = sqrt(var + 1e-5). A model whose final norm has another eps divides by sqrt(var + eps), which is
-sqrt(std^2 - 1e-5 + eps), so h is multiplied by std over that; the formulas are `targets.derive`.
+`target` works on tensors where they are, for trainers that decode on a GPU; `read` takes rows of a
+cache. h is stored with the divisor std = sqrt(var + 1e-5). A model whose final norm has another eps
+divides by sqrt(var + eps), which is sqrt(std^2 - 1e-5 + eps), so h is multiplied by std over that;
+the formulas are `targets.derive`.
 
 n rows, T tokens, D width, E width of the target.
 """
@@ -51,18 +53,21 @@ def read(
     tokens: int | None = None,
     teacher: str | None = None,
 ) -> npt.NDArray[np.float32]:
-    """(n, T, E) of rows of a cache, all of them by default; tokens as `Cache.read` gives them, in a ranked cache by
-    rank. `level` is of y alone; `teacher` is one of `cache.teachers`."""
+    """(n, T, E) of rows of a cache, all of them by default; tokens as `Cache.read` gives them, in a
+    ranked cache by rank. `level` is of y alone; `teacher` is one of `cache.teachers`."""
     teacher = teacher or cache.teachers[0]
     if teacher not in cache.teachers:
         raise errors.UsageError(
-            f"derive: teacher {teacher!r} is not in this cache; {errors.near(teacher, cache.teachers)}"
+            f"derive: teacher {teacher!r} is not in this cache; "
+            f"{errors.near(teacher, cache.teachers)}"
         )
     reader = FeatureReader(cache, teacher, derive=name)
     width = int(cache.manifest_of(teacher)["identity"]["teacher"]["width"])
-    target(name, torch.zeros(1, width), reader.tail, torch.ones(1, 2))  # what cannot be derived is told before any read
+    # what cannot be derived is told before any read
+    target(name, torch.zeros(1, width), reader.tail, torch.ones(1, 2))
     chosen = _level(cache, name, level, teacher)
-    fields = [field for field in reader.fields if field != reader.order_field]  # tokens stay as they are stored
+    # tokens stay as they are stored
+    fields = [field for field in reader.fields if field != reader.order_field]
     rows = np.arange(len(cache)) if rows is None else rows
     arrays = {
         field: torch.from_numpy(values[:, 0])
@@ -77,12 +82,14 @@ def read(
 def _level(cache: ReadableCache, name: str, level: int | None, teacher: str) -> int:
     depth = int(cache.manifest_of(teacher)["identity"]["teacher"]["depth"])
     if level not in (None, depth) and name != "y":
-        raise errors.UsageError(f"derive: {name!r} is of the last level, {depth}; level {level} is given: leave it out")
+        raise errors.UsageError(
+            f"derive: {name!r} is of the last level, {depth}; level {level} is given: leave it out"
+        )
     chosen = depth if level is None else level
     stored = cache.levels_of(teacher)
     if chosen not in stored:
         raise errors.UserError(
-            f"derive: {name!r} needs level {chosen} of {teacher}, stored are {','.join(map(str, stored))}; add it with "
-            f"`featcache extract --add --levels {chosen}`"
+            f"derive: {name!r} needs level {chosen} of {teacher}, stored are "
+            f"{','.join(map(str, stored))}; add it with `featcache extract --add --levels {chosen}`"
         )
     return chosen

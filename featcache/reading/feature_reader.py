@@ -1,9 +1,12 @@
-"""One teacher's features of a cache: which arrays to read, and how they become float levels in image order.
+"""One teacher's features of a cache: which arrays to read, and how they become float levels in
+image order.
 
-    cache.read(rows, view, reader.fields)  ->  reader.to_device(...)  ->  reader.features(...)   (B, L, 1 + P, D)
+    cache.read(rows, view, reader.fields)  ->  reader.to_device(...)
+                                           ->  reader.features(...)   (B, L, 1 + P, D)
 
-A codec may keep a level in several arrays, a ranked cache needs the order of its tokens, and a derived target may need
-the stored statistics: `fields` names them all. B batch, L levels, T tokens, P patches, D width.
+A codec may keep a level in several arrays, a ranked cache needs the order of its tokens, and a
+derived target may need the stored statistics: `fields` names them all. B batch, L levels, T tokens,
+P patches, D width.
 """
 
 from __future__ import annotations
@@ -33,19 +36,26 @@ class HasTeachers(Protocol):
 class FeatureReader:
     """Names the stored arrays of one teacher's levels and decodes them.
 
-    `teacher`: one of `cache.teachers`, the cache's own by default. `derive`: the target that is made of a level, which
-    needs the teacher's tail, and the stored statistics where it is y or the tail has another eps. `stats`: the
-    statistics are read in any case.
+    `teacher`: one of `cache.teachers`, the cache's own by default. `derive`: the target that is
+    made of a level, which needs the teacher's tail, and the stored statistics where it is y or the
+    tail has another eps. `stats`: the statistics are read in any case.
     """
 
     def __init__(
-        self, cache: HasTeachers, teacher: str | None = None, *, derive: str = "", stats: bool = False
+        self,
+        cache: HasTeachers,
+        teacher: str | None = None,
+        *,
+        derive: str = "",
+        stats: bool = False,
     ) -> None:
         teacher = teacher or cache.teachers[0]
         identity = cache.manifest_of(teacher)["identity"]
         prefix = "" if teacher == cache.teachers[0] else f"{teacher}/"
         self.codec = CODECS[identity["codec"]]
-        self._coded = {f"{prefix}{part}": part for part in self.codec.arrays(identity["teacher"]["width"])}
+        self._coded = {
+            f"{prefix}{part}": part for part in self.codec.arrays(identity["teacher"]["width"])
+        }
         tail = cache.tail(teacher) if derive else {}
         self.tail = tail_tensors(tail)
         other_eps = "eps" in tail and float(tail["eps"]) != float(np.float32(EPS))
@@ -57,10 +67,13 @@ class FeatureReader:
         """The arrays to read, by the names that `Cache.read` takes."""
         return (*self._coded, *filter(None, (self.stats_field, self.order_field)))
 
-    def to_device(self, host: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    def to_device(
+        self, host: Mapping[str, npt.NDArray[Any]], device: torch.device
+    ) -> dict[str, Tensor]:
         """The arrays of `fields` on the device, without waiting for the copies.
 
-        Statistics may go on into a batch as they are, so they are never the host's own memory, which is filled again.
+        Statistics may go on into a batch as they are, so they are never the host's own memory,
+        which is filled again.
         """
         return {
             name: tensor(host[name]).to(device, non_blocking=True, copy=name == self.stats_field)
@@ -72,11 +85,13 @@ class FeatureReader:
         return self.codec.decode({part: arrays[name] for name, part in self._coded.items()})
 
     def features(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Coded arrays (B, L, T, *item) -> (B, L, 1 + P, D) float32 in image order, NaN where a token was not read."""
+        """Coded arrays (B, L, T, *item) -> (B, L, 1 + P, D) float32 in image order, NaN where a
+        token was not read."""
         return self._in_image_order(self.decode(arrays), arrays)
 
     def stats(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
-        """(B, L, 1 + P, 2) mean and divisor in image order; None where they are not among `fields`."""
+        """(B, L, 1 + P, 2) mean and divisor in image order; None where they are not among
+        `fields`."""
         return self._in_image_order(arrays[self.stats_field], arrays) if self.stats_field else None
 
     def _in_image_order(self, values: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:

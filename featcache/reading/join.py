@@ -1,4 +1,5 @@
-"""Which picture is which row, and the proof of it: pictures and rows are joined by key, never by place.
+"""Which picture is which row, and the proof of it: pictures and rows are joined by key, never by
+place.
 
 n training pictures, m pictures of a source, S pixels of a view at the policy's size.
 """
@@ -24,7 +25,8 @@ _PAIR_ROWS = 1 << 16  # compared at a time: a few MB
 
 @dataclass(frozen=True)
 class StoredPixels:
-    """The pictures of a cache that stores its views' pixels, as a source: keys, and nothing left to decode."""
+    """The pictures of a cache that stores its views' pixels, as a source: keys, and nothing left to
+    decode."""
 
     cache: Cache
     labels: None = None
@@ -43,8 +45,8 @@ class StoredPixels:
 
     def read(self, index: int) -> bytes:
         raise UserError(
-            f"picture {self.keys[index]!r}: cache {self.spec!r} holds views of it, not the picture; give the pictures "
-            f"as {ALLOWED}"
+            f"picture {self.keys[index]!r}: cache {self.spec!r} holds views of it, not the "
+            f"picture; give the pictures as {ALLOWED}"
         )
 
 
@@ -54,10 +56,12 @@ def stores_pixels(cache: Cache) -> bool:
 
 
 def join(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[I64, I64, int]:
-    """(pictures (n,), rows (n,), skipped): source numbers and cache rows of the training pictures, joined by key.
+    """(pictures (n,), rows (n,), skipped): source numbers and cache rows of the training pictures,
+    joined by key.
 
-    Quarantined pictures are skipped and counted; any other picture the cache does not know, or another pixel path than
-    the extraction's where pictures are decoded (`decodes`), is an IdentityError.
+    Quarantined pictures are skipped and counted; any other picture the cache does not know, or
+    another pixel path than the extraction's where pictures are decoded (`decodes`), is an
+    IdentityError.
     """
     if isinstance(source, StoredPixels) and source.cache is cache:
         every = np.arange(len(cache), dtype=np.int64)
@@ -70,26 +74,29 @@ def join(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[I64, I6
     strange = [source.keys[i] for i in unknown.tolist() if source.keys[i] not in quarantined]
     if strange:
         raise IdentityError(
-            f"{len(strange)} of {len(source)} pictures of {source.spec!r} are not in cache {str(cache.path)!r} "
-            f"({manifest.title(cache.manifest)}), the first is {strange[0]!r}; give the pictures it was made from, or "
-            "extract these"
+            f"{len(strange)} of {len(source)} pictures of {source.spec!r} are not in cache "
+            f"{str(cache.path)!r} ({manifest.title(cache.manifest)}), the first is {strange[0]!r}; "
+            "give the pictures it was made from, or extract these"
         )
     pictures = np.flatnonzero(rows >= 0)
     return pictures, rows[pictures], len(unknown)
 
 
 def pair(here: Cache, there: Cache) -> tuple[I64, I64]:
-    """(rows of one (n,), rows of the other (n,)) of the pictures that both hold, in the order of the first.
+    """(rows of one (n,), rows of the other (n,)) of the pictures that both hold, in the order of
+    the first.
 
-    For caches that were extracted apart, of two teachers or at two times: view v of one is then view v of the other.
-    Every stored box of the views that both have is compared; one that differs is an IdentityError that names it.
+    For caches that were extracted apart, of two teachers or at two times: view v of one is then
+    view v of the other. Every stored box of the views that both have is compared; one that differs
+    is an IdentityError that names it.
     """
     theirs = there.keys.find(here.keys)
     ours = np.flatnonzero(theirs >= 0)
     theirs = theirs[ours]
     if not len(ours):
         raise IdentityError(
-            f"caches {str(here.path)!r} and {str(there.path)!r} have no picture in common; see their keys"
+            f"caches {str(here.path)!r} and {str(there.path)!r} have no picture in common; see "
+            "their keys"
         )
     for low in range(0, len(ours), _PAIR_ROWS):
         a, b = ours[low : low + _PAIR_ROWS], theirs[low : low + _PAIR_ROWS]
@@ -104,7 +111,8 @@ def _same_boxes(here: Cache, there: Cache, ours: I64, theirs: I64, view: int) ->
         differs = (one[name] != other[name]).reshape(len(ours), -1).any(1)
         for i in np.flatnonzero(differs)[:1].tolist():
             raise IdentityError(
-                f"picture {here.keys[ours[i]]!r}, view {view}: {name} is {one[name][i].tolist()} in "
-                f"{str(here.path)!r}, {other[name][i].tolist()} in {str(there.path)!r}; caches are joined where both "
-                "show the same crops: extract with the same policy and --seed, from the same pictures"
+                f"picture {here.keys[ours[i]]!r}, view {view}: {name} is {one[name][i].tolist()} "
+                f"in {str(here.path)!r}, {other[name][i].tolist()} in {str(there.path)!r}; caches "
+                "are joined where both show the same crops: extract with the same policy and "
+                "--seed, from the same pictures"
             )

@@ -1,4 +1,5 @@
-"""Where what a read asks for lies: places in the request by file, pieces of items, runs over the files of a part.
+"""Where what a read asks for lies: places in the request by file, pieces of items, runs over the
+files of a part.
 
 n rows asked for.
 """
@@ -46,10 +47,16 @@ def range_batches(
     counts = np.diff(first, append=len(at))
     paths, offsets = part.locate_all(spec, Files(shards[first], views[first], counts), rows[at])
     file = np.repeat(np.arange(len(first)), counts)
-    return [RangeBatch(paths, target, at, file, offsets, pieces, None if table is None else table[at], proof)]
+    return [
+        RangeBatch(
+            paths, target, at, file, offsets, pieces, None if table is None else table[at], proof
+        )
+    ]
 
 
-def byte_ranges(part: Part, name: str, levels: tuple[int, ...], tokens: int) -> tuple[ByteRange, ...]:
+def byte_ranges(
+    part: Part, name: str, levels: tuple[int, ...], tokens: int
+) -> tuple[ByteRange, ...]:
     """What is read of one item: those of the wanted levels that this part holds, or the whole."""
     spec = part.arrays[name]
     first = checksums.columns(part.arrays.values()).get(name, 0)
@@ -57,8 +64,14 @@ def byte_ranges(part: Part, name: str, levels: tuple[int, ...], tokens: int) -> 
         return (ByteRange(0, 0, spec.item_bytes, first),)
     level_bytes = spec.item_bytes // spec.item[0]
     wanted = level_bytes // spec.item[1] * tokens
-    here = [(place, part.levels.index(level)) for place, level in enumerate(levels) if level in part.levels]
-    return tuple(ByteRange(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here)
+    here = [
+        (place, part.levels.index(level))
+        for place, level in enumerate(levels)
+        if level in part.levels
+    ]
+    return tuple(
+        ByteRange(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here
+    )
 
 
 def crc_array(part: Part, name: str, tokens: int | None) -> str:

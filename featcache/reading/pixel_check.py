@@ -15,44 +15,60 @@ from featcache.reading.join import I64
 from featcache.views.fingerprint import pixel_hash, thumbnail
 
 
-def sampled(digests: rng.U64, view: npt.ArrayLike, epoch: int | I64, seed: int, share: float) -> npt.NDArray[np.bool_]:
-    """(n,) which views of an epoch, one or one per picture, are compared with their stored hash: a pure function of
-    (seed, epoch, key)."""
+def sampled(
+    digests: rng.U64, view: npt.ArrayLike, epoch: int | I64, seed: int, share: float
+) -> npt.NDArray[np.bool_]:
+    """(n,) which views of an epoch, one or one per picture, are compared with their stored hash: a
+    pure function of (seed, epoch, key)."""
     words = rng.words(digests, rng.stream("check", seed), 1, view=view, epoch=epoch)
     chosen: npt.NDArray[np.bool_] = rng.uniform(words)[:, 0] < share
     return chosen
 
 
 def prove(
-    cache: Cache, row: int, view: int, pixels: npt.NDArray[np.uint8], tolerance: float = 0.0, option: str = "tolerance"
+    cache: Cache,
+    row: int,
+    view: int,
+    pixels: npt.NDArray[np.uint8],
+    tolerance: float = 0.0,
+    option: str = "tolerance",
 ) -> None:
-    """IdentityError unless a view (S, S, 3) is what the teacher saw: the stored hash, or with a `tolerance` a mean
-    difference of block means up to so many levels of 255. `option` is how the caller's user sets it."""
+    """IdentityError unless a view (S, S, 3) is what the teacher saw: the stored hash, or with a
+    `tolerance` a mean difference of block means up to so many levels of 255. `option` is how the
+    caller's user sets it."""
     problem = pixel_problem(cache, row, view, pixels)
     if problem is None:
         return
     stored = cache.read([row], view, ("thumbnail",))["thumbnail"][0]
     difference = np.abs(thumbnail(pixels).astype(int) - stored.astype(int)).mean()
     if difference > tolerance or not tolerance:
-        raise IdentityError(f"{problem}; train on the pictures of the extraction, or allow it: {option}")
+        raise IdentityError(
+            f"{problem}; train on the pictures of the extraction, or allow it: {option}"
+        )
 
 
 def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
-    """What differs between a view rendered at the policy's size and the extracted one; None when nothing does."""
+    """What differs between a view rendered at the policy's size and the extracted one; None when
+    nothing does."""
     stored = cache.read([row], view, ("pixel_hash", "thumbnail"))
     if pixel_hash(pixels) == int(stored["pixel_hash"][0]):
         return None
     difference = np.abs(thumbnail(pixels).astype(int) - stored["thumbnail"][0].astype(int))
     cause = "another picture under this key" if difference.mean() > 8 else _other_path(cache)
     return (
-        f"picture {cache.keys[row]!r}, view {view}: its pixels are not those the teacher saw (block means differ by "
-        f"{difference.mean():.1f} levels of 255, at most {difference.max()}); likely {cause}"
+        f"picture {cache.keys[row]!r}, view {view}: its pixels are not those the teacher saw "
+        f"(block means differ by {difference.mean():.1f} levels of 255, at most "
+        f"{difference.max()}); likely {cause}"
     )
 
 
 def _other_path(cache: Cache) -> str:
-    """Why nearly equal pixels differ. Pillow's decoders change, and since 13 it resizes tall crops in another order."""
+    """Why nearly equal pixels differ. Pillow's decoders change, and since 13 it resizes tall crops
+    in another order."""
     theirs, here = cache.manifest["provenance"]["versions"].get("pillow"), PIL.__version__
     if theirs in (None, here) or cache.identity["pixel_path"]["decoder"] != "pillow":
         return "another decoder, library version or file"
-    return f"Pillow's version, {theirs} there and {here} here (pip install pillow=={theirs}), or another file"
+    return (
+        f"Pillow's version, {theirs} there and {here} here (pip install pillow=={theirs}), "
+        "or another file"
+    )

@@ -1,7 +1,9 @@
-"""Byte ranges of many files into memory, by a few threads: bounded handles, checksums as bytes come, page cache or not.
+"""Byte ranges of many files into memory, by a few threads: bounded handles, checksums as bytes
+come, page cache or not.
 
-Threads take slices of runs (`byte_ranges`) until none is left; reads and crc32c leave the interpreter's lock while
-they work, and through the page cache many ranges are read without it (`native_read`).
+Threads take slices of runs (`byte_ranges`) until none is left; reads and crc32c leave the
+interpreter's lock while they work, and through the page cache many ranges are read without it
+(`native_read`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,15 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UsageError, UserError
 from featcache.reading.byte_ranges import BadRow, FileCheck, RangeBatch, cut, joined, span
-from featcache.storage.posix_io import FULL, NoHandleError, cannot_read, ends, failed, pread_direct, preadv
+from featcache.storage.posix_io import (
+    FULL,
+    NoHandleError,
+    cannot_read,
+    ends,
+    failed,
+    pread_direct,
+    preadv,
+)
 
 IO = ("auto", "buffered", "streaming", "direct")
 _MOST_HANDLES = 16384
@@ -66,20 +76,24 @@ class RangeReader:
         self._flags = os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0)
         self._most = min(_raise_handles() // 2, _MOST_HANDLES)
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._proven: dict[str, tuple[int, int]] = {}  # path -> (inode, mtime_ns) when its proof held
+        # path -> (inode, mtime_ns) when its proof held
+        self._proven: dict[str, tuple[int, int]] = {}
         self._by_machine_code = False  # from the first large read on
         self._start()
         _alive.add(self)
 
     def _start(self) -> None:
-        """A new lock and no threads: at first, and in a forked child, whose other threads are not there any more."""
-        self._lock = threading.RLock()  # a cache that is collected closes its files, in any thread, at any place
+        """A new lock and no threads: at first, and in a forked child, whose other threads are not
+        there any more."""
+        # a cache that is collected closes its files, in any thread, at any place
+        self._lock = threading.RLock()
         self._pool: ThreadPoolExecutor | None = None
         for file in self._files.values():
             file.users = 0
 
     def read(self, runs: Sequence[RangeBatch]) -> None:
-        """Fill every run. Raises UserError for a missing or short file, BadRow for a wrong checksum."""
+        """Fill every run. Raises UserError for a missing or short file, BadRow for a wrong
+        checksum."""
         total = sum(run.row_bytes * len(run.at) for run in runs)
         files = max(self._most // (max(len(_alive), 1) * self.threads), 1)
         if total < _INLINE:
@@ -94,7 +108,8 @@ class RangeReader:
         with self._lock:
             pool = self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "featcache-read")
         others: list[Future[None]] = []
-        with contextlib.suppress(RuntimeError):  # closed in this moment by another thread: then we read alone
+        # closed in this moment by another thread: then we read alone
+        with contextlib.suppress(RuntimeError):
             for _ in range(self.threads - 1):
                 others.append(pool.submit(self._work, _drain(parts)))
         try:
@@ -126,7 +141,8 @@ class RangeReader:
             self._give(files)
 
     def _read_patiently(self, run: RangeBatch) -> None:
-        """A run of one file, with handles that others give back. Its proof, which opens it once more, comes first."""
+        """A run of one file, with handles that others give back. Its proof, which opens it once
+        more, comes first."""
         path, end = run.paths[0], time.monotonic() + _PATIENCE_S
         while True:
             self._evict_all()
@@ -135,7 +151,9 @@ class RangeReader:
                     self._prove(path, path, run.proof)
                 return self._read_run(run)
             except NoHandleError as error:
-                if any(file.users for reads in list(_alive) for file in list(reads._files.values())):
+                if any(
+                    file.users for reads in list(_alive) for file in list(reads._files.values())
+                ):
                     end = time.monotonic() + _PATIENCE_S
                 if time.monotonic() > end:
                     raise cannot_read(path, error.error) from error
@@ -155,7 +173,10 @@ class RangeReader:
         if status.st_size < facts["bytes"]:
             raise ends(path, facts["bytes"])
         if not sound:
-            raise UserError(f"cache file {path}: its bytes are not those that were recorded; run `featcache verify`")
+            raise UserError(
+                f"cache file {path}: its bytes are not those that were recorded; run `featcache "
+                "verify`"
+            )
         self._proven[path] = stamp
 
     def _fill(self, run: RangeBatch, fds: Sequence[int]) -> None:
@@ -173,7 +194,12 @@ class RangeReader:
 
             if crc32c_jit.CHECKS or (crc32c_jit.READS and run.crcs is None):
                 # By hand: a signal cut it short, or the file is: then an error.
-                native_read.fill(fds, run, _HOT, lambda file, *where: self._pread(fds[file], run.paths[file], *where))
+                native_read.fill(
+                    fds,
+                    run,
+                    _HOT,
+                    lambda file, *where: self._pread(fds[file], run.paths[file], *where),
+                )
                 return
         memory = run.target.reshape(-1).data
         width = run.target.shape[1]
@@ -195,21 +221,29 @@ class RangeReader:
                     continue
                 for low, high, column in parts:
                     whole_view = high - low == size
-                    if crc32c(view if whole_view else memory[base + low : base + high]) != crcs[column]:
+                    if (
+                        crc32c(view if whole_view else memory[base + low : base + high])
+                        != crcs[column]
+                    ):
                         raise BadRow(path, row, column)
 
     def _fill_together(self, run: RangeBatch, fd: int) -> bool:
-        """Small items of a file that lie close: one read of all that is between them, then a gather. False where they
-        don't."""
+        """Small items of a file that lie close: one read of all that is between them, then a
+        gather. False where they don't."""
         low, high = int(run.offsets.min()), int(run.offsets.max())
-        first, last = min(piece.source for piece in run.pieces), max(piece.source + piece.size for piece in run.pieces)
+        first, last = (
+            min(piece.source for piece in run.pieces),
+            max(piece.source + piece.size for piece in run.pieces),
+        )
         span = high - low + last - first
         if span > max(_SPAN, 4 * run.row_bytes * len(run.at)):
             return False
         memory = np.empty(span, np.uint8)
         self._pread(fd, run.paths[0], memory.data, low + first)
         for source, place, size, _ in run.pieces:
-            columns = (run.offsets - low)[:, None] + np.arange(source - first, source - first + size)
+            columns = (run.offsets - low)[:, None] + np.arange(
+                source - first, source - first + size
+            )
             run.target[run.at, place : place + size] = memory[columns]
         if run.crcs is not None:
             for row, crcs in zip(run.at.tolist(), run.crcs.tolist(), strict=True):
@@ -237,8 +271,8 @@ class RangeReader:
                 raise cannot_read(path, error) from error
 
     def _take(self, paths: Sequence[str]) -> list[_File]:
-        """Open files to read from; they stay open until the bound asks for the place of those that were used longest
-        ago. Given back with `_give`."""
+        """Open files to read from; they stay open until the bound asks for the place of those that
+        were used longest ago. Given back with `_give`."""
         taken: list[_File] = []
         try:
             for path in paths:
@@ -271,11 +305,13 @@ class RangeReader:
         with self._lock:
             for file in files:
                 file.users -= 1
-                if not file.users and self._files.get(file.path) is not file:  # closed while we read from it
+                # closed while we read from it
+                if not file.users and self._files.get(file.path) is not file:
                     file.close()
 
     def _open(self, path: str) -> int:
-        """A full table of open files may be full of ours, of any cache: those that nobody reads from are closed."""
+        """A full table of open files may be full of ours, of any cache: those that nobody reads
+        from are closed."""
         try:
             return os.open(path, self._flags)
         except OSError as error:
@@ -307,7 +343,8 @@ class RangeReader:
             self._files.pop(file.path).close()
 
     def close(self) -> None:
-        """Close all files; the next read opens them again. What another thread reads from is closed when it is done."""
+        """Close all files; the next read opens them again. What another thread reads from is closed
+        when it is done."""
         with self._lock:
             pool, self._pool = self._pool, None
             files, self._files = self._files, OrderedDict()
@@ -329,7 +366,8 @@ def _load_machine_code() -> bool:
         if error.errno in FULL:
             return False
         raise UserError(
-            f"machine code for reading cannot be kept: {error}; make room there, or name a folder with NUMBA_CACHE_DIR"
+            f"machine code for reading cannot be kept: {error}; make room there, or name a folder "
+            "with NUMBA_CACHE_DIR"
         ) from error
     return True
 
@@ -343,8 +381,11 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-_loading = threading.Lock()  # a fork waits until no thread loads a module, or its child would wait for ever
-os.register_at_fork(before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release)
+# a fork waits until no thread loads a module, or its child would wait for ever
+_loading = threading.Lock()
+os.register_at_fork(
+    before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release
+)
 
 
 def _raise_handles() -> int:

@@ -1,4 +1,5 @@
-"""What a caller of `read` may give, checked before the cache is looked at: a mistake is one line, never other rows."""
+"""What a caller of `read` may give, checked before the cache is looked at: a mistake is one line,
+never other rows."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from featcache.errors import UsageError
 def names(fields: Sequence[str]) -> tuple[str, ...]:
     """A list of fields, not one string, whose letters would be taken for names."""
     if isinstance(fields, str):
-        raise UsageError(f"read: fields must be a list of names, {fields!r} is one string; give [{fields!r}]")
+        raise UsageError(
+            f"read: fields must be a list of names, {fields!r} is one string; give [{fields!r}]"
+        )
     names = tuple(fields) if isinstance(fields, Iterable) else (fields,)
     if not all(isinstance(name, str) for name in names):
         raise UsageError(f"read: fields must be a list of names, {fields!r} is given")
@@ -25,14 +28,22 @@ def check_options(levels: Any, tokens: object, out: object, fields: Sequence[str
     """What can be said of them without the cache."""
     if levels is not None and (np.ndim(levels) != 1 or isinstance(levels, str | bytes)):
         raise UsageError(f"read: levels must be a list of block numbers, {levels!r} is given")
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int | np.integer)):
+    if tokens is not None and (
+        isinstance(tokens, bool) or not isinstance(tokens, int | np.integer)
+    ):
         raise UsageError(f"read: tokens must be a whole number, {tokens!r} is given")
     if out is None:
         return
-    if not isinstance(out, Mapping) or not all(isinstance(array, np.ndarray) for array in out.values()):
-        raise UsageError(f"read: out must be a dict of numpy arrays by field, {type(out).__name__} is given")
+    if not isinstance(out, Mapping) or not all(
+        isinstance(array, np.ndarray) for array in out.values()
+    ):
+        raise UsageError(
+            f"read: out must be a dict of numpy arrays by field, {type(out).__name__} is given"
+        )
     if strange := [name for name in out if name not in fields]:
-        raise UsageError(f"read: out[{strange[0]!r}] is not asked for; fields are {', '.join(fields)}")
+        raise UsageError(
+            f"read: out[{strange[0]!r}] is not asked for; fields are {', '.join(fields)}"
+        )
 
 
 def numbers(name: str, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -42,5 +53,7 @@ def numbers(name: str, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
     except ValueError as error:  # ragged
         raise UsageError(f"read: {name} must be whole numbers (n,); {error}") from error
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
-        raise UsageError(f"read: {name} must be whole numbers (n,), {values.dtype} {values.shape} is given")
+        raise UsageError(
+            f"read: {name} must be whole numbers (n,), {values.dtype} {values.shape} is given"
+        )
     return values.astype(np.int64)

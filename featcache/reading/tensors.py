@@ -12,9 +12,11 @@ from torch import Tensor
 
 
 def raster(features: Tensor, order: Tensor) -> Tensor:
-    """Ranked tokens (B, L, 1 + K, D) and the patches' order (B, P) -> (B, L, 1 + P, D) in image order.
+    """Ranked tokens (B, L, 1 + K, D) and the patches' order (B, P) -> (B, L, 1 + P, D) in image
+    order.
 
-    Where a token was not read there is NaN, so that a loss which looks at it is not a number and cannot go unnoticed.
+    Where a token was not read there is NaN, so that a loss which looks at it is not a number and
+    cannot go unnoticed.
     """
     batch, levels, tokens, width = features.shape
     out = features.new_full((batch, levels, 1 + order.shape[1], width), float("nan"))
@@ -24,7 +26,8 @@ def raster(features: Tensor, order: Tensor) -> Tensor:
 
 
 def tensor(values: npt.NDArray[Any]) -> Tensor:
-    """As a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64 of the same bits."""
+    """As a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64 of
+    the same bits."""
     if values.dtype.kind == "u" and values.dtype.itemsize > 1:
         values = values.view(np.int64) if values.dtype.itemsize == 8 else values.astype(np.int64)
     return torch.from_numpy(values)

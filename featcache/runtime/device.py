@@ -8,11 +8,14 @@ from featcache.errors import UsageError
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, or cuda where there is one; a device that is not here is a UsageError."""
+    """The device asked for, or cuda where there is one; a device that is not here is a
+    UsageError."""
     chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {chosen!r} cannot be used here: {reason}; cpu always can") from error
+        raise UsageError(
+            f"--device {chosen!r} cannot be used here: {reason}; cpu always can"
+        ) from error
     return chosen

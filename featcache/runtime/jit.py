@@ -1,4 +1,5 @@
-"""Loops as machine code that holds no lock of the interpreter: numba's, compiled on first use and kept for later."""
+"""Loops as machine code that holds no lock of the interpreter: numba's, compiled on first use and
+kept for later."""
 
 from __future__ import annotations
 

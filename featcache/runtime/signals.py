@@ -1,6 +1,8 @@
-"""SIGTERM as orderly as Ctrl-C, from a program's first moment on: one line, never silence and never a traceback.
+"""SIGTERM as orderly as Ctrl-C, from a program's first moment on: one line, never silence and never
+a traceback.
 
-Only the standard library is imported here, so that `guard` can stand before everything that takes long to import.
+Only the standard library is imported here, so that `guard` can stand before everything that takes
+long to import.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ _received: list[int] = []
 
 
 def orderly() -> None:
-    """Let SIGTERM raise KeyboardInterrupt too; other threads than the first cannot set this, and need not."""
+    """Let SIGTERM raise KeyboardInterrupt too; other threads than the first cannot set this, and
+    need not."""
     _received.clear()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in the background of a script
+            # as under nohup, or in the background of a script
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _stop)
 
 
@@ -30,7 +34,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def was_stopped() -> bool:
-    """Whether a signal came; a library that was being imported may have made another error of it."""
+    """Whether a signal came; a library that was being imported may have made another error of
+    it."""
     return bool(_received)
 
 
@@ -43,5 +48,7 @@ def guard(status: int) -> Iterator[None]:
     except BaseException:
         if not was_stopped():
             raise
-        print("error: stopped before anything was begun; run the same command again", file=sys.stderr)
+        print(
+            "error: stopped before anything was begun; run the same command again", file=sys.stderr
+        )
         sys.exit(status)

@@ -13,15 +13,17 @@ from featcache.errors import UsageError, UserError
 
 
 def load_module(path: Path, kind: str, needs: Mapping[str, str], example: str) -> ModuleType:
-    """Run the file of a `kind` (teacher, recipe) as a module. It stays in sys.modules, where dataclasses look up their
-    annotations.
+    """Run the file of a `kind` (teacher, recipe) as a module. It stays in sys.modules, where
+    dataclasses look up their annotations.
 
-    `needs`: the functions and classes that it must define, and what to say of each; `example`: a file that has them.
-    Raises UsageError where the file or a name is missing, UserError where the file fails as it is imported.
+    `needs`: the functions and classes that it must define, and what to say of each; `example`: a
+    file that has them. Raises UsageError where the file or a name is missing, UserError where the
+    file fails as it is imported.
     """
     if not path.is_file():
         raise UsageError(
-            f"cannot load {kind} {str(path)!r}: no such file; give a name or the path of your own .py file"
+            f"cannot load {kind} {str(path)!r}: no such file; give a name or the path of your own "
+            ".py file"
         )
     digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()
     spec = importlib.util.spec_from_file_location(f"user_{kind}_{path.stem}_{digest}", path)
@@ -34,15 +36,18 @@ def load_module(path: Path, kind: str, needs: Mapping[str, str], example: str) -
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{kind} {str(path)!r} fails as it is imported: {reason(error)}; fix the file") from error
+        raise UserError(
+            f"{kind} {str(path)!r} fails as it is imported: {reason(error)}; fix the file"
+        ) from error
     if missing := [name for name in needs if not callable(getattr(module, name, None))]:
         raise UsageError(
-            f"cannot use {kind} {str(path)!r}: it lacks {', '.join(missing)}; needed: {', '.join(needs.values())}; add "
-            f"what is missing, as {example} has it"
+            f"cannot use {kind} {str(path)!r}: it lacks {', '.join(missing)}; needed: "
+            f"{', '.join(needs.values())}; add what is missing, as {example} has it"
         )
     return module
 
 
 def reason(error: BaseException) -> str:
     """Kind and first line of an exception."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -1,14 +1,16 @@
-"""Checksums of rows: crc32c of every item as it is stored, so that a read can be checked by what it read.
+"""Checksums of rows: crc32c of every item as it is stored, so that a read can be checked by what it
+read.
 
 Three arrays hold them, one number per (row, view) and column:
 
     row_crc     (L,)    of each level of `features`
     side_crc    (C,)    of each level of the other (L, T, ...) arrays, and of each other array whole
-    prefix_crc  (T, L)  of the first token, the first two, ... of each level; in ranked caches only, whose rows are read
-                        by prefixes: those of one length lie together
+    prefix_crc  (T, L)  of the first token, the first two, ... of each level; in ranked caches only,
+                        whose rows are read by prefixes: those of one length lie together
 
-They are plain crc32c of the bytes, so anyone can compare them. What ties them to their place is the record, which knows
-the crc32c of the files that hold them: a reader compares those before it believes a file's numbers.
+They are plain crc32c of the bytes, so anyone can compare them. What ties them to their place is the
+record, which knows the crc32c of the files that hold them: a reader compares those before it
+believes a file's numbers.
 
 n items (row, view), L levels, T tokens, C columns.
 """
@@ -33,7 +35,8 @@ def has_levels(spec: Array) -> bool:
 
 
 def columns(arrays: Iterable[Array]) -> dict[str, int]:
-    """First column of each array in `side_crc`, sorted since a manifest keeps no order; under "" how many there are."""
+    """First column of each array in `side_crc`, sorted since a manifest keeps no order; under ""
+    how many there are."""
     places, end = {}, 0
     for spec in sorted(arrays, key=lambda spec: spec.name):
         if spec.name != "features" and spec.name not in NAMES:
@@ -50,14 +53,24 @@ def declare(arrays: list[Array], levels: int, tokens: int, *, ranked: bool) -> l
         *([Array("row_crc", "<u4", (levels,), (*row_view, "level"))] if features else []),
         Array("side_crc", "<u4", (columns(arrays)[""],), (*row_view, "array")),
         *(
-            [Array("prefix_crc", "<u4", (tokens, levels), (*row_view, "prefix", "level"), split=True)]
+            [
+                Array(
+                    "prefix_crc",
+                    "<u4",
+                    (tokens, levels),
+                    (*row_view, "prefix", "level"),
+                    split=True,
+                )
+            ]
             if ranked and features
             else []
         ),
     ]
 
 
-def compute(arrays: Iterable[Array], items: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.uint32]]:
+def compute(
+    arrays: Iterable[Array], items: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[np.uint32]]:
     """Items (n, *item) of all arrays -> the checksum arrays that `arrays` declares."""
     specs = {spec.name: spec for spec in arrays}
     out: dict[str, npt.NDArray[np.uint32]] = {}

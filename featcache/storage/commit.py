@@ -1,7 +1,9 @@
-"""How a shard becomes visible, whatever store wrote it: two renames, so that a death at any moment loses it at most.
+"""How a shard becomes visible, whatever store wrote it: two renames, so that a death at any moment
+loses it at most.
 
-A writer's folder is published by one rename, its record by a second; the record lies inside the folder until then, so
-a folder that nobody finished publishing proves itself, byte by byte, to the next process.
+A writer's folder is published by one rename, its record by a second; the record lies inside the
+folder until then, so a folder that nobody finished publishing proves itself, byte by byte, to the
+next process.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from featcache.storage.store import SHARDS, folder_path, record_path, store
 
 RECORD = "record.json"
 ASIDE = "bad"  # suffix of a shard that a repair has put aside
-_STALE_S = 24 * 3600.0  # another machine's unfinished work is taken for dead after a day without a change
+# another machine's unfinished work is taken for dead after a day without a change
+_STALE_S = 24 * 3600.0
 _READ_BYTES = 8 << 20
 
 
@@ -30,7 +33,8 @@ def begin(cache: Path, shard: str, name: str) -> Path:
     """A new folder for one writer of a shard in the store `name`."""
     folder = cache / SHARDS / f"{shard}.{name}.{storage_owner.owner()}.tmp"
     try:
-        folder.mkdir()  # no parents: a cache that was moved away meanwhile must not come back as a stump
+        # no parents: a cache that was moved away meanwhile must not come back as a stump
+        folder.mkdir()
     except FileNotFoundError as error:
         raise gone(cache) from error
     return folder
@@ -38,8 +42,8 @@ def begin(cache: Path, shard: str, name: str) -> Path:
 
 def gone(cache: Path) -> UserError:
     return UserError(
-        f"{str(cache / SHARDS)!r} is gone: the cache was moved or removed while it was written to; complete shards are "
-        "where it is now, and the same command with its new place continues"
+        f"{str(cache / SHARDS)!r} is gone: the cache was moved or removed while it was written to; "
+        "complete shards are where it is now, and the same command with its new place continues"
     )
 
 
@@ -62,8 +66,10 @@ def record(
 
 
 def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, Any]) -> None:
-    """Two renames; the loser of a race removes its own work. The files' contents have been synced before."""
-    if (cache / manifest.NAME).is_file():  # so that a shard of another cache is not taken for one of this
+    """Two renames; the loser of a race removes its own work. The files' contents have been synced
+    before."""
+    # so that a shard of another cache is not taken for one of this
+    if (cache / manifest.NAME).is_file():
         record["content"] = manifest.content(manifest.read(cache))
     json_file.write_json(folder / RECORD, record)
     for directory in sorted({path.parent for path in folder.rglob("*")}):
@@ -88,8 +94,8 @@ def _publish_record(cache: Path, shard: str, name: str) -> None:
 
 
 def recover(cache: Path, name: str, shards: Iterable[str]) -> None:
-    """What dead writers left of shards: a folder without a record is adopted when its own record proves every byte, and
-    removed otherwise; unfinished folders are removed."""
+    """What dead writers left of shards: a folder without a record is adopted when its own record
+    proves every byte, and removed otherwise; unfinished folders are removed."""
     wanted = set(shards)
     for path in sorted((cache / SHARDS).iterdir()) if (cache / SHARDS).is_dir() else []:
         shard, _, rest = path.name.partition(".")
@@ -104,7 +110,8 @@ def recover(cache: Path, name: str, shards: Iterable[str]) -> None:
 def _adopt(cache: Path, shard: str, name: str) -> None:
     folder = folder_path(cache, shard, name)
     record = _inner_record(folder)
-    # Only now: a record that left the folder in the meantime was moved here by the process that wrote it.
+    # Only now: a record that left the folder in the meantime was moved here by the process that
+    # wrote it.
     if record_path(cache, shard).is_file():
         return
     if record is not None and not check(cache, shard, name, record, deep=True):
@@ -114,7 +121,8 @@ def _adopt(cache: Path, shard: str, name: str) -> None:
 
 
 def abort(cache: Path) -> None:
-    """Remove what this process has unfinished in a cache: an interrupt may fall between any two lines."""
+    """Remove what this process has unfinished in a cache: an interrupt may fall between any two
+    lines."""
     for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
         if path.name.endswith(".tmp") and storage_owner.is_own(owner):
@@ -148,8 +156,11 @@ def _inner_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def check(cache: Path, shard: str, name: str, record: Mapping[str, Any], *, deep: bool) -> list[str]:
-    """What is wrong with a shard's files: missing or of another size; with `deep`, any changed byte."""
+def check(
+    cache: Path, shard: str, name: str, record: Mapping[str, Any], *, deep: bool
+) -> list[str]:
+    """What is wrong with a shard's files: missing or of another size; with `deep`, any changed
+    byte."""
     problems, folder, sound = [], str(folder_path(cache, shard, name)), store(name).sound
     for file, facts in record["files"].items():
         path = f"{folder}/{file}"  # text, not Path: a cache of ImageNet has 40,000 files to look at
@@ -158,7 +169,11 @@ def check(cache: Path, shard: str, name: str, record: Mapping[str, Any], *, deep
             good = not deep or size != facts["bytes"] or sound(Path(path), facts)
         except OSError as error:
             raise_if_unreadable(path, error)
-            problems.append(f"{path}: missing" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}")
+            problems.append(
+                f"{path}: missing"
+                if isinstance(error, FileNotFoundError)
+                else f"{path}: {error.strerror}"
+            )
             continue
         if size != facts["bytes"]:
             problems.append(f"{path}: {size} bytes, {facts['bytes']} recorded")
@@ -181,8 +196,13 @@ def file_crc(path: Path, count: int) -> int:
 
 def set_aside(cache: Path, shard: str, name: str) -> None:
     """Take a shard's files and record out of sight, still there to be put back."""
-    present = [path for path in (record_path(cache, shard), folder_path(cache, shard, name)) if path.exists()]
-    if record_path(cache, shard) in present:  # what an earlier repair left aside has been replaced since
+    present = [
+        path
+        for path in (record_path(cache, shard), folder_path(cache, shard, name))
+        if path.exists()
+    ]
+    # what an earlier repair left aside has been replaced since
+    if record_path(cache, shard) in present:
         forget_aside(cache, shard, name)
     for path in present:
         if aside(path).is_dir():  # `path` is a replacement that was never finished

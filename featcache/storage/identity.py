@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from featcache.errors import IdentityError
 
-# The first prefix that fits a field's dotted name is its grade. `fatal`: other numbers; `lossy`: the same numbers, less
-# exact; `layout`: the same numbers in other files; `cosmetic`: no effect. What is not listed is fatal.
+# The first prefix that fits a field's dotted name is its grade. `fatal`: other numbers; `lossy`:
+# the same numbers, less exact; `layout`: the same numbers in other files; `cosmetic`: no effect.
+# What is not listed is fatal.
 GRADES = (
     ("identity.codec", "lossy"),
     ("identity.store", "layout"),
@@ -22,10 +23,16 @@ OPTIONS = (
     ("identity.teacher.weight_hash", "--weights"),
     ("identity.pictures.", "--images"),
     ("identity.rows_per_shard", "--rows-per-shard"),
-    *((f"identity.{name}", f"--{name}") for name in ("views", "levels", "order", "codec", "store", "tokens", "keep")),
+    *(
+        (f"identity.{name}", f"--{name}")
+        for name in ("views", "levels", "order", "codec", "store", "tokens", "keep")
+    ),
     ("identity.pixels", "--pixels"),
     ("identity.pixel_path.decoder", "--decoder"),
-    *((f"identity.policy.{name}", f"--{name}") for name in ("size", "scale", "ratio", "filter", "flip", "jitter")),
+    *(
+        (f"identity.policy.{name}", f"--{name}")
+        for name in ("size", "scale", "ratio", "filter", "flip", "jitter")
+    ),
     ("identity.policy.seed", "--seed"),
 )
 _GIVEN_AS_IS = ("--weights", "--images")  # a field holds their hash, which nobody can type
@@ -42,10 +49,13 @@ class Mismatch(NamedTuple):
 
     @property
     def cure(self) -> str:
-        """What to give `featcache extract` for the cache that is there; empty where no option sets the field.
+        """What to give `featcache extract` for the cache that is there; empty where no option sets
+        the field.
 
-        >>> Mismatch("identity.levels", "fatal", [12], [11, 12]).cure, Mismatch("identity.keep", "fatal", 58, None).cure
-        ('--levels 11,12', 'no --keep')
+        >>> Mismatch("identity.levels", "fatal", [12], [11, 12]).cure
+        '--levels 11,12'
+        >>> Mismatch("identity.keep", "fatal", 58, None).cure
+        'no --keep'
         """
         option = next((option for prefix, option in OPTIONS if self.field.startswith(prefix)), "")
         if not option:
@@ -54,18 +64,25 @@ class Mismatch(NamedTuple):
             return f"another {option}"
         if self.there is None:
             return f"no {option}"
-        return f"{option} {','.join(map(str, self.there)) if isinstance(self.there, list) else self.there}"
+        return (
+            f"{option} "
+            f"{','.join(map(str, self.there)) if isinstance(self.there, list) else self.there}"
+        )
 
 
 def compare(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Mismatch]:
     """Every differing field of identity and provenance, fatal ones first."""
-    ours, theirs = (dict(flat({key: m[key] for key in ("identity", "provenance")})) for m in (here, there))
+    ours, theirs = (
+        dict(flat({key: m[key] for key in ("identity", "provenance")})) for m in (here, there)
+    )
     found = [
         Mismatch(field, grade(field), ours.get(field), theirs.get(field))
         for field in sorted(ours.keys() | theirs.keys())
         if ours.get(field) != theirs.get(field)
     ]
-    return sorted(found, key=lambda mismatch: ("fatal", "lossy", "layout", "cosmetic").index(mismatch.grade))
+    return sorted(
+        found, key=lambda mismatch: ("fatal", "lossy", "layout", "cosmetic").index(mismatch.grade)
+    )
 
 
 def grade(field: str) -> str:
@@ -94,10 +111,13 @@ def refuse(
     *,
     cures: bool = False,
 ) -> None:
-    """Raise IdentityError when the two differ in a field of one of `grades`; the line names the fields and grades, and
-    with `cures` the options of `featcache extract` that give what is there."""
+    """Raise IdentityError when the two differ in a field of one of `grades`; the line names the
+    fields and grades, and with `cures` the options of `featcache extract` that give what is
+    there."""
     found = [mismatch for mismatch in compare(here, there) if mismatch.grade in set(grades)]
     if found:
-        shown = "; ".join(f"{each}, give {each.cure}" if cures and each.cure else str(each) for each in found[:3])
+        shown = "; ".join(
+            f"{each}, give {each.cure}" if cures and each.cure else str(each) for each in found[:3]
+        )
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise IdentityError(f"{what}: {shown}{more}; {todo}")

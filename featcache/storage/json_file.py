@@ -60,7 +60,8 @@ def sweep(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON of a cache; a missing, cut or changed file is a UserError that says what mends it."""
+    """The object in a JSON of a cache; a missing, cut or changed file is a UserError that says what
+    mends it."""
     try:
         data = path.read_bytes()
         value = json.loads(data)
@@ -68,13 +69,18 @@ def read_json(path: Path) -> dict[str, Any]:
         found, text = digest(value), _text(value)
     except FileNotFoundError as error:
         raise UserError(
-            f"{str(path)!r} is missing; run `{_repair(path)}`, or the same `featcache extract` again"
+            f"{str(path)!r} is missing; run `{_repair(path)}`, or the same `featcache extract` "
+            "again"
         ) from error
     except OSError as error:
         raise_if_unreadable(path, error)
-        raise UserError(f"{str(path)!r} is damaged: {error.strerror}; run `{_repair(path)}`") from error
+        raise UserError(
+            f"{str(path)!r} is damaged: {error.strerror}; run `{_repair(path)}`"
+        ) from error
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is damaged: no JSON object with a checksum; run `{_repair(path)}`") from error
+        raise UserError(
+            f"{str(path)!r} is damaged: no JSON object with a checksum; run `{_repair(path)}`"
+        ) from error
     why = f"its checksum is {given}, its content has {found}" if found != given else ""
     if not why and text != data:  # the same content in other bytes is not ours either
         why = "its bytes are not those that were written"
@@ -88,9 +94,11 @@ def _repair(path: Path) -> str:
 
 
 def cache_of(path: Path) -> Path:
-    """The cache that a JSON lies in: beside the manifest or below shards/, of the cache or of what was added to it.
+    """The cache that a JSON lies in: beside the manifest or below shards/, of the cache or of what
+    was added to it.
 
-    >>> [str(cache_of(Path(name))) for name in ("c/manifest.json", "c/parts/dino/shards/000000.json")]
+    >>> names = ("c/manifest.json", "c/parts/dino/shards/000000.json")
+    >>> [str(cache_of(Path(name))) for name in names]
     ['c', 'c']
     """
     part = path.parent.parent if path.parent.name == "shards" else path.parent

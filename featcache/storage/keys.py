@@ -45,14 +45,20 @@ class Keys(Sequence[str]):
     def find(self, keys: Sequence[str]) -> I64:
         """(m,) row of each key, -1 where it is not here."""
         if isinstance(keys, str):
-            raise UsageError(f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]")
+            raise UsageError(
+                f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]"
+            )
         keys = list(keys) if isinstance(keys, Iterable) else [keys]
         if not all(isinstance(key, str) for key in keys):
-            raise UsageError(f"keys.find: a list of keys is needed, which are text; {keys!r:.80} is given")
+            raise UsageError(
+                f"keys.find: a list of keys is needed, which are text; {keys!r:.80} is given"
+            )
         wanted = rng.key_digests(keys)
         if not len(self) or not len(wanted):
             return np.full(len(wanted), -1, np.int64)
-        pairs = np.ascontiguousarray(self.digests[self._sorted]).view([("a", "u8"), ("b", "u8")])[:, 0]
+        pairs = np.ascontiguousarray(self.digests[self._sorted]).view([("a", "u8"), ("b", "u8")])[
+            :, 0
+        ]
         sought = np.ascontiguousarray(wanted).view(pairs.dtype)[:, 0]
         at = np.minimum(np.searchsorted(pairs, sought), len(self) - 1)
         return np.where(pairs[at] == sought, self._sorted[at], -1)

@@ -1,7 +1,8 @@
 """Leases: who works on which shard, so that several processes share the work.
 
-They only save work: a result is right without them, since the loser of a race for a shard discards its own. A lease is
-a small file that its holder touches; one that nobody has touched for a while, or whose process is gone, is taken over.
+They only save work: a result is right without them, since the loser of a race for a shard discards
+its own. A lease is a small file that its holder touches; one that nobody has touched for a while,
+or whose process is gone, is taken over.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from featcache.storage import commit
 from featcache.storage import owner as storage_owner
 from featcache.storage.store import SHARDS
 
-STALE_S = 90.0  # without a touch; several times the interval, since clocks of a shared file system are coarse
+# without a touch; several times the interval, since clocks of a shared file system are coarse
+STALE_S = 90.0
 TOUCH_S = 15.0
 
 
@@ -31,7 +33,8 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._done.wait(TOUCH_S):
-            with contextlib.suppress(OSError):  # taken over, or the folder is gone: the work itself will tell
+            # taken over, or the folder is gone: the work itself will tell
+            with contextlib.suppress(OSError):
                 os.utime(self.path)
 
     def release(self) -> None:
@@ -53,7 +56,9 @@ def take(cache: Path, shard: str) -> Lease | None:
     except FileNotFoundError as error:
         raise commit.gone(cache) from error
     try:
-        if _create(path, probe) or (is_stale(path, probe.stat().st_mtime) and _replace(path, probe)):
+        if _create(path, probe) or (
+            is_stale(path, probe.stat().st_mtime) and _replace(path, probe)
+        ):
             return Lease(path)
         return None
     finally:
@@ -61,7 +66,8 @@ def take(cache: Path, shard: str) -> Lease | None:
 
 
 def _create(path: Path, probe: Path) -> bool:
-    """By a hard link, which is atomic on shared file systems too; where there are none, by exclusive creation."""
+    """By a hard link, which is atomic on shared file systems too; where there are none, by
+    exclusive creation."""
     try:
         os.link(probe, path)
     except FileExistsError:
@@ -99,14 +105,18 @@ def clear(cache: Path, shard: str) -> None:
 def is_stale(path: Path, now: float) -> bool:
     """Whether a lease's holder is gone; `now` by the file system's own clock."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError(f"{str(path)!r} is no lease, which is a plain file; remove it and run the same command again")
+        raise UserError(
+            f"{str(path)!r} is no lease, which is a plain file; remove it and run the same command "
+            "again"
+        )
     try:
         owner, touched = path.read_text(errors="replace"), path.stat().st_mtime
     except OSError:  # released in this moment: the next round will see
         return False
     if storage_owner.is_here(owner):
         return not storage_owner.alive(owner)
-    return not -STALE_S <= now - touched <= STALE_S  # a time to come is of a clock that was set back since
+    # a time to come is of a clock that was set back since
+    return not -STALE_S <= now - touched <= STALE_S
 
 
 def held(cache: Path, shard: str) -> bool:

@@ -1,8 +1,8 @@
 """What a cache is: its identity, its id, and graded answers to "are these two the same?".
 
-`identity` holds all that the stored numbers depend on, `provenance` what is worth knowing but changes nothing. Every
-JSON of a cache carries its own checksum and is replaced atomically; none holds a time, so the same work gives the same
-bytes.
+`identity` holds all that the stored numbers depend on, `provenance` what is worth knowing but
+changes nothing. Every JSON of a cache carries its own checksum and is replaced atomically; none
+holds a time, so the same work gives the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ COPY = "manifest.copy.json"  # below shards/: what `repair` restores a damaged m
 
 
 def content(manifest: Mapping[str, Any]) -> str:
-    """What the numbers of a shard depend on, wherever it lies: the identity but for pictures, store and shard size."""
+    """What the numbers of a shard depend on, wherever it lies: the identity but for pictures, store
+    and shard size."""
     apart = ("pictures", "store", "rows_per_shard")
     return digest({key: value for key, value in manifest["identity"].items() if key not in apart})
 
@@ -44,7 +45,8 @@ def make(
     shards: list[Any],
     files: Mapping[str, bytes],
 ) -> dict[str, Any]:
-    """A manifest; its id is the digest of the identity alone. `files` lie beside it, and are noted with checksums."""
+    """A manifest; its id is the digest of the identity alone. `files` lie beside it, and are noted
+    with checksums."""
     return {
         "format": FORMAT,
         "id": digest(identity)[:16],
@@ -52,28 +54,38 @@ def make(
         "provenance": provenance,
         "arrays": arrays,
         "shards": shards,
-        "files": {name: {"bytes": len(data), "crc32c": f"{crc32c(data):08x}"} for name, data in files.items()},
+        "files": {
+            name: {"bytes": len(data), "crc32c": f"{crc32c(data):08x}"}
+            for name, data in files.items()
+        },
     }
 
 
 def read(cache: Path) -> dict[str, Any]:
-    """The manifest of the cache at `cache`; one line says what is wrong when there is none or it is another format."""
+    """The manifest of the cache at `cache`; one line says what is wrong when there is none or it is
+    another format."""
     path = cache / NAME
     if not path.is_file() and (cache / "shards" / COPY).is_file():
-        raise UserError(f"{str(path)!r} is missing, but its copy is there; run `featcache repair {cache}`")
+        raise UserError(
+            f"{str(path)!r} is missing, but its copy is there; run `featcache repair {cache}`"
+        )
     if not path.is_file():
         raise UserError(
-            f"no cache at {str(cache)!r}: {NAME} is missing; give the folder that `featcache extract` wrote"
+            f"no cache at {str(cache)!r}: {NAME} is missing; give the folder that `featcache "
+            "extract` wrote"
         )
     manifest = json_file.read_json(path)
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"cache {str(cache)!r} has format {manifest.get('format')!r}, this version reads format {FORMAT}; "
-            "use the version of featcache that wrote it, or extract again"
+            f"cache {str(cache)!r} has format {manifest.get('format')!r}, this version reads "
+            f"format {FORMAT}; use the version of featcache that wrote it, or extract again"
         )
     parts = {"id", "identity", "provenance", "arrays", "shards", "files"}
     if not parts <= manifest.keys() or manifest["id"] != digest(manifest["identity"])[:16]:
-        raise UserError(f"{str(path)!r} is no manifest as extraction writes it: its id is not that of its identity")
+        raise UserError(
+            f"{str(path)!r} is no manifest as extraction writes it: its id is not that of its "
+            "identity"
+        )
     return manifest
 
 
@@ -91,13 +103,14 @@ def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def is_random(manifest: Mapping[str, Any]) -> bool:
-    """Whether the teacher's weights were drawn, not trained; every command that shows the cache says so."""
+    """Whether the teacher's weights were drawn, not trained; every command that shows the cache
+    says so."""
     return str(manifest["provenance"]["weights"]).startswith("random:")
 
 
 def title(manifest: Mapping[str, Any], rows: int | None = None, views: int | None = None) -> str:
-    """One line for people: teacher, levels, pictures, views, and a warning when the weights are random. `rows` that are
-    stored, where they are known, and `views` with those that were added."""
+    """One line for people: teacher, levels, pictures, views, and a warning when the weights are
+    random. `rows` that are stored, where they are known, and `views` with those that were added."""
     identity = manifest["identity"]
     note = (
         f"  [RANDOM WEIGHTS {manifest['provenance']['weights']}: no meaning in these features]"

@@ -1,4 +1,5 @@
-"""Temporary files and leases name their writer, HOST-PID-NONCE, so that others can tell whether it still runs."""
+"""Temporary files and leases name their writer, HOST-PID-NONCE, so that others can tell whether it
+still runs."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from pathlib import Path
 
 
 def owner() -> str:
-    """Who writes a temporary file: HOST-PID-NONCE; the nonce begins with the process's start time, so that another
-    process that gets the same number later is not taken for it."""
+    """Who writes a temporary file: HOST-PID-NONCE; the nonce begins with the process's start time,
+    so that another process that gets the same number later is not taken for it."""
     return f"{_host()}-{os.getpid()}-{_started(os.getpid()) or 0:x}x{secrets.token_hex(4)}"
 
 
@@ -25,14 +26,18 @@ def is_own(name: str) -> bool:
 def _host() -> str:
     """This machine, or this container of it: process numbers mean the same only within one."""
     try:
-        space = hashlib.blake2b(os.readlink("/proc/self/ns/pid").encode(), digest_size=2).hexdigest()  # noqa: PTH115
+        space = hashlib.blake2b(
+            os.readlink("/proc/self/ns/pid").encode(),  # noqa: PTH115
+            digest_size=2,
+        ).hexdigest()
     except OSError:
         space = "0"
     return f"{socket.gethostname().replace('.', '_')}+{space}"
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None where it has ended (zombies have), or no /proc."""
+    """When a process started, in clock ticks since boot; None where it has ended (zombies have), or
+    no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return None if fields[0] in (b"Z", b"X") else int(fields[19])

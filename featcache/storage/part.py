@@ -1,4 +1,5 @@
-"""One extraction on disk: a manifest and its shards. A cache is one part, and those that were added to it later.
+"""One extraction on disk: a manifest and its shards. A cache is one part, and those that were added
+to it later.
 
 n rows, V views of this part (numbers `first_view` to `first_view` + V - 1), L levels.
 """
@@ -25,7 +26,8 @@ PARTS = "parts"  # folder of what was added to a cache
 
 
 class Files(NamedTuple):
-    """Where rows lie: `shards`, `views` and `counts` of rows (f,), one for each file that is read."""
+    """Where rows lie: `shards`, `views` and `counts` of rows (f,), one for each file that is
+    read."""
 
     shards: I64
     views: I64
@@ -33,9 +35,11 @@ class Files(NamedTuple):
 
 
 class Part:
-    """An opened part: manifest and records are read, and every file's existence and size are checked.
+    """An opened part: manifest and records are read, and every file's existence and size are
+    checked.
 
-    `partial` leaves out shards of which something is missing or short, in place of an error: `absent` names them.
+    `partial` leaves out shards of which something is missing or short, in place of an error:
+    `absent` names them.
     """
 
     def __init__(self, path: Path, partial: bool = False) -> None:
@@ -46,10 +50,13 @@ class Part:
         self.first_view: int = self.identity.get("first_view", 0)
         self.views: int = self.identity["views"]
         self.levels: tuple[int, ...] = tuple(self.identity["levels"])
-        self.arrays: dict[str, Array] = {name: array(name, f) for name, f in self.manifest["arrays"].items()}
+        self.arrays: dict[str, Array] = {
+            name: array(name, f) for name, f in self.manifest["arrays"].items()
+        }
         self.store = store(self.identity["store"])
         self.absent: dict[str, str] = {}  # shard -> why
-        self.quarantined: list[dict[str, str]] = []  # {key, reason} each; of absent shards as well, where that is known
+        # {key, reason} each; of absent shards as well, where that is known
+        self.quarantined: list[dict[str, str]] = []
         self.records = list(self._complete_shards(partial))
         self.starts: I64 = np.cumsum([0, *(record["rows"] for record in self.records)])
 
@@ -58,7 +65,9 @@ class Part:
             path = record_path(self.path, shard["name"])
             if not path.is_file():
                 if partial:
-                    self.absent[shard["name"]] = f"{path}: missing; not extracted yet, or its record is lost"
+                    self.absent[shard["name"]] = (
+                        f"{path}: missing; not extracted yet, or its record is lost"
+                    )
                 continue
             try:
                 record = self._record(path, shard)
@@ -79,7 +88,9 @@ class Part:
         if why := record_problem(self.manifest, shard, record):
             raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
         self.quarantined += record["quarantined"]
-        if problems := commit.check(self.path, record["shard"], self.identity["store"], record, deep=False):
+        if problems := commit.check(
+            self.path, record["shard"], self.identity["store"], record, deep=False
+        ):
             raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
         return record
 
@@ -115,7 +126,8 @@ class Part:
         return (views >= self.first_view) & (views < self.first_view + self.views)
 
     def locate(self, shard: int, spec: Array, view: int, rows: I64) -> tuple[str, I64]:
-        """File and offsets of an array's items; rows are numbers of the whole part, all of one shard."""
+        """File and offsets of an array's items; rows are numbers of the whole part, all of one
+        shard."""
         return self.store.locate(
             self.path,
             self.records[shard]["shard"],
@@ -126,7 +138,8 @@ class Part:
         )
 
     def locate_all(self, spec: Array, files: Files, rows: I64) -> tuple[list[str], I64]:
-        """The path of each of `files` (f,), and the offset of each of `rows` (n,), which lie file after file."""
+        """The path of each of `files` (f,), and the offset of each of `rows` (n,), which lie file
+        after file."""
         own = rows - np.repeat(self.starts[files.shards], files.counts)
         names = [self.records[shard]["shard"] for shard in files.shards.tolist()]
         views, ends = (files.views - self.first_view).tolist(), np.cumsum(files.counts).tolist()
@@ -152,7 +165,10 @@ class Part:
         ends = np.cumsum([0, *(len(part.blob) for part in parts)])
         offsets = [part.offsets[1:] + end for part, end in zip(parts, ends, strict=False)]
         blobs = [part.blob for part in parts]
-        return Keys(np.concatenate([np.zeros(0, np.uint8), *blobs]), np.concatenate([np.zeros(1, np.int64), *offsets]))
+        return Keys(
+            np.concatenate([np.zeros(0, np.uint8), *blobs]),
+            np.concatenate([np.zeros(1, np.int64), *offsets]),
+        )
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
         from safetensors.numpy import load_file
@@ -163,7 +179,9 @@ class Part:
         return load_file(self.path / next(iter(self.manifest["files"])))
 
 
-def record_problem(about: Mapping[str, Any], shard: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
+def record_problem(
+    about: Mapping[str, Any], shard: Mapping[str, Any], record: Mapping[str, Any]
+) -> str | None:
     """Why a sound JSON is not the record of this shard of this cache; None where it is."""
     rows, quarantined, files = record.get("rows"), record.get("quarantined"), record.get("files")
     if record.get("shard") != shard["name"]:
@@ -176,7 +194,10 @@ def record_problem(about: Mapping[str, Any], shard: Mapping[str, Any], record: M
     ):
         return "is not the record of a shard"
     if rows + len(quarantined) != shard["count"]:
-        return f"has {rows} rows and {len(quarantined)} in quarantine, the manifest {shard['count']} pictures"
+        return (
+            f"has {rows} rows and {len(quarantined)} in quarantine, "
+            f"the manifest {shard['count']} pictures"
+        )
     here = manifests.content(about)
     if record.get("content", here) != here:
         return "is of a shard of another cache"
@@ -184,11 +205,13 @@ def record_problem(about: Mapping[str, Any], shard: Mapping[str, Any], record: M
 
 
 def same_shard(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The record of the same rows as they were made before: of the shard that a repair has set aside, or in a part
-    beside this one; None where there is none yet."""
+    """The record of the same rows as they were made before: of the shard that a repair has set
+    aside, or in a part beside this one; None where there is none yet."""
     root = out.parent.parent if out.parent.name == PARTS else out
     places = [(out, commit.aside(record_path(out, shard["name"])))]
-    places += [(place, record_path(place, shard["name"])) for place in (root, *added(root)) if place != out]
+    places += [
+        (place, record_path(place, shard["name"])) for place in (root, *added(root)) if place != out
+    ]
     for place, path in places:
         try:
             record = json_file.read_json(path)
@@ -202,22 +225,35 @@ def same_shard(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
 # Fields in which what is added may differ from the first part of its teacher.
 FREE = ("identity.levels", "identity.views", "identity.first_view", "identity.pixels")
 # What another teacher's first part need not share with the cache.
-OF_TEACHER = ("identity.teacher.", "identity.order", "identity.codec", "identity.tokens", "identity.keep")
+OF_TEACHER = (
+    "identity.teacher.",
+    "identity.order",
+    "identity.codec",
+    "identity.tokens",
+    "identity.keep",
+)
 
 
-def differing(here: Mapping[str, Any], there: Mapping[str, Any], free: tuple[str, ...]) -> Mismatch | None:
+def differing(
+    here: Mapping[str, Any], there: Mapping[str, Any], free: tuple[str, ...]
+) -> Mismatch | None:
     """The first field of identity, but for those in `free`, in which two manifests differ."""
     found = (each for each in compare(here, there) if each.field.startswith("identity."))
     return next((each for each in found if not each.field.startswith(free)), None)
 
 
 def same_rows(base: Part, other: Part) -> str | None:
-    """Why two parts do not list the same rows; None where they do. Row i of one is then row i of the other."""
+    """Why two parts do not list the same rows; None where they do. Row i of one is then row i of
+    the other."""
     free = FREE if other.teacher == base.teacher else (*FREE, *OF_TEACHER)
     if found := differing(base.manifest, other.manifest, free):
         return f"{found.field} is {found.there!r} there, {found.here!r} here"
     for here, there in zip(base.records, other.records, strict=True):
-        if (here["shard"], here["rows"], here["keys_digest"]) != (there["shard"], there["rows"], there["keys_digest"]):
+        if (here["shard"], here["rows"], here["keys_digest"]) != (
+            there["shard"],
+            there["rows"],
+            there["keys_digest"],
+        ):
             return f"rows of shard {here['shard']} differ: {here['rows']} and {there['rows']}"
     return None
 
@@ -225,12 +261,17 @@ def same_rows(base: Part, other: Part) -> str | None:
 def added(path: Path) -> list[Path]:
     """Folders of the parts that were added to the cache at `path`, by name."""
     folders = sorted((path / PARTS).iterdir()) if (path / PARTS).is_dir() else []
-    return [each for each in folders if (each / manifests.NAME).is_file() or (each / SHARDS / manifests.COPY).is_file()]
+    return [
+        each
+        for each in folders
+        if (each / manifests.NAME).is_file() or (each / SHARDS / manifests.COPY).is_file()
+    ]
 
 
 def open_parts(path: Path, partial: bool = False) -> tuple[list[Part], list[Part]]:
-    """The cache at `path`, then what was added to it and is complete; and the parts that are not, as one that is still
-    being extracted, of which nothing is seen. With `partial` all are taken, and none has a shard that another lacks."""
+    """The cache at `path`, then what was added to it and is complete; and the parts that are not,
+    as one that is still being extracted, of which nothing is seen. With `partial` all are taken,
+    and none has a shard that another lacks."""
     base = Part(path, partial)
     found = [Part(each, partial) for each in added(path)] if base.complete or partial else []
     parts = [part for part in found if part.complete or partial]
@@ -239,17 +280,23 @@ def open_parts(path: Path, partial: bool = False) -> tuple[list[Part], list[Part
         part.leave_out(absent)
     for part in parts:
         if why := same_rows(base, part):
-            raise UserError(f"{str(part.path)!r} does not belong to cache {str(path)!r}: {why}; move it away")
+            raise UserError(
+                f"{str(part.path)!r} does not belong to cache {str(path)!r}: {why}; move it away"
+            )
     for teacher in dict.fromkeys(part.teacher for part in parts):
         own = [part for part in (base, *parts) if part.teacher == teacher]
-        pairs = [(level, view) for part in own for level in part.levels for view in part.view_numbers]
+        pairs = [
+            (level, view) for part in own for level in part.levels for view in part.view_numbers
+        ]
         held = set(pairs)
         if len(pairs) != len(held):
-            raise UserError(f"cache {str(path)!r}: two parts hold the same levels and views of {teacher}")
+            raise UserError(
+                f"cache {str(path)!r}: two parts hold the same levels and views of {teacher}"
+            )
         if len(held) != len({level for level, _ in held}) * (max(view for _, view in held) + 1):
             raise UserError(
-                f"cache {str(path)!r}: of teacher {teacher} some views have levels that others lack; move what was "
-                f"added last out of {path / PARTS}"
+                f"cache {str(path)!r}: of teacher {teacher} some views have levels that others "
+                f"lack; move what was added last out of {path / PARTS}"
             )
     return [base, *parts], [part for part in found if part not in parts]
 
@@ -260,4 +307,6 @@ def describe(manifest: Mapping[str, Any]) -> str:
     first = identity.get("first_view", 0)
     last = first + identity["views"] - 1
     views = f"view {first}" if first == last else f"views {first} to {last}"
-    return f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  {views}"
+    return (
+        f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  {views}"
+    )

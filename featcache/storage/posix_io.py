@@ -1,4 +1,5 @@
-"""The system calls of reading: the bytes that were asked for, or an error that names the file and says what to do."""
+"""The system calls of reading: the bytes that were asked for, or an error that names the file and
+says what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import threading
 from featcache.errors import UserError
 
 FULL = (errno.EMFILE, errno.ENFILE)  # no handle is left
-_ALIGN = 4096  # O_DIRECT wants offsets, sizes and memory in whole blocks; no disk asks for more than this
+# O_DIRECT wants offsets, sizes and memory in whole blocks; no disk asks for more than this
+_ALIGN = 4096
 
 
 class NoHandleError(Exception):
@@ -24,9 +26,12 @@ class NoHandleError(Exception):
 def cannot_read(path: str, error: OSError) -> UserError:
     """What to do depends on the error: only a missing file is the cache's own fault."""
     todo = {
-        errno.EINVAL: "this file system does not read past the page cache (O_DIRECT); leave --direct out",
-        errno.EMFILE: "this process holds too many files open; raise the limit (`ulimit -n`) and run again",
-        errno.ENFILE: "this machine holds too many files open; raise its limit (fs.file-max) and run again",
+        errno.EINVAL: "this file system does not read past the page cache (O_DIRECT); "
+        "leave --direct out",
+        errno.EMFILE: "this process holds too many files open; "
+        "raise the limit (`ulimit -n`) and run again",
+        errno.ENFILE: "this machine holds too many files open; "
+        "raise its limit (fs.file-max) and run again",
         errno.EACCES: "permission denied; allow reading it and run again",
         errno.ENOENT: "No such file or directory; run `featcache verify`",
     }
@@ -49,14 +54,18 @@ _local = threading.local()
 
 
 def pread_direct(fd: int, path: str, offset: int, count: int) -> memoryview:
-    """`count` bytes, within whole blocks that are read into this thread's aligned memory; good until its next read."""
+    """`count` bytes, within whole blocks that are read into this thread's aligned memory; good
+    until its next read."""
     low = offset // _ALIGN * _ALIGN
     span = -(-(offset + count) // _ALIGN) * _ALIGN - low
     scratch: mmap.mmap | None = getattr(_local, "scratch", None)
     if scratch is None or len(scratch) < span:
-        # From mmap, whose memory begins at a page; private, or forked workers would read into one another.
+        # From mmap, whose memory begins at a page; private, or forked workers would read into one
+        # another.
         try:
-            scratch = _local.scratch = mmap.mmap(-1, span, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            scratch = _local.scratch = mmap.mmap(
+                -1, span, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
         except OSError as error:
             raise cannot_read(path, error) from error
     memory, got = memoryview(scratch), 0

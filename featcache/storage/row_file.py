@@ -1,4 +1,5 @@
-"""A file that only grows: bytes so far, their running crc32c, and dirty pages pushed out as it goes."""
+"""A file that only grows: bytes so far, their running crc32c, and dirty pages pushed out as it
+goes."""
 
 from __future__ import annotations
 
@@ -10,16 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from fastcrc.crc32 import iscsi as crc32c
 
-PUSH_BYTES = 16 << 20  # after so many bytes the kernel is asked to write them out, and to forget those before
+# after so many bytes the kernel is asked to write them out, and to forget those before
+PUSH_BYTES = 16 << 20
 
 
 class RowFile:
-    """Unbuffered and write-only. A whole shard would otherwise stay dirty in memory until its last moment: 6 GB that
-    stall everyone at fsync. POSIX_FADV_DONTNEED starts the write-out of a dirty range and drops a clean one, so asking
-    for everything so far at each step writes the newest range and forgets the older ones."""
+    """Unbuffered and write-only. A whole shard would otherwise stay dirty in memory until its last
+    moment: 6 GB that stall everyone at fsync. POSIX_FADV_DONTNEED starts the write-out of a dirty
+    range and drops a clean one, so asking for everything so far at each step writes the newest
+    range and forgets the older ones."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(exist_ok=True)  # of a writer's folder that is there; else somebody has taken it away
+        # of a writer's folder that is there; else somebody has taken it away
+        path.parent.mkdir(exist_ok=True)
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self.bytes = 0
         self.crc = 0
@@ -27,7 +31,9 @@ class RowFile:
 
     def append(self, rows: npt.NDArray[Any]) -> None:
         """Write an array's bytes in C order."""
-        view = np.ascontiguousarray(rows).reshape(-1).data.cast("B") if rows.size else memoryview(b"")
+        view = (
+            np.ascontiguousarray(rows).reshape(-1).data.cast("B") if rows.size else memoryview(b"")
+        )
         self.crc = crc32c(view, self.crc)
         self.bytes += len(view)
         while view:  # a raw file may take less than it is given

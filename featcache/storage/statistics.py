@@ -1,7 +1,9 @@
-"""Statistics of a shard's arrays, gathered as items pass: the same numbers however the stream is cut.
+"""Statistics of a shard's arrays, gathered as items pass: the same numbers however the stream is
+cut.
 
-Range and count of non-finite values of every array; of `features` the mean L2 norm of a token as well, before encoding,
-and of `attention` the mean entropy in nats of its distribution over the patches.
+Range and count of non-finite values of every array; of `features` the mean L2 norm of a token as
+well, before encoding, and of `attention` the mean entropy in nats of its distribution over the
+patches.
 """
 
 from __future__ import annotations
@@ -27,19 +29,22 @@ class OfFeatures(NamedTuple):
 
 
 def of_stored(codec_name: str, width: int, items: Mapping[str, npt.NDArray[Any]]) -> OfFeatures:
-    """The same of levels as they are stored, where what was encoded is not at hand or not all of it was kept."""
+    """The same of levels as they are stored, where what was encoded is not at hand or not all of it
+    was kept."""
     import torch
 
     from featcache.targets import codecs
 
     codec = codecs.CODECS[codec_name]
-    h = codec.decode({name: torch.from_numpy(items[name]) for name in codec.arrays(width)})  # (n, L, T, D) float32
+    # (n, L, T, D) float32
+    h = codec.decode({name: torch.from_numpy(items[name]) for name in codec.arrays(width)})
     low, high = h.aminmax()
     return OfFeatures(float(low), float(high), torch.linalg.vector_norm(h, dim=-1).mean(-1).numpy())
 
 
 class Statistics:
-    """Minimum, maximum and sums so far. Means are kept as numbers per item and summed exactly at the end."""
+    """Minimum, maximum and sums so far. Means are kept as numbers per item and summed exactly at
+    the end."""
 
     def __init__(self) -> None:
         self._range: dict[str, tuple[float, float]] = {}
@@ -56,7 +61,9 @@ class Statistics:
                 continue
             self._widen(name, values.min().item(), values.max().item())
             if values.dtype.kind == "f":
-                self._non_finite[name] = self._non_finite.get(name, 0) + int(np.count_nonzero(~np.isfinite(values)))
+                self._non_finite[name] = self._non_finite.get(name, 0) + int(
+                    np.count_nonzero(~np.isfinite(values))
+                )
         if "attention" in items and len(items["attention"]):
             self._means["attention"].append(entropy(items["attention"]))
 
@@ -90,12 +97,20 @@ def merge(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for record in records:
         for name, facts in record["statistics"].items():
-            so_far = out.setdefault(name, {"min": facts["min"], "max": facts["max"], "non_finite": 0, "rows": 0})
-            so_far["min"], so_far["max"] = min(so_far["min"], facts["min"]), max(so_far["max"], facts["max"])
+            so_far = out.setdefault(
+                name, {"min": facts["min"], "max": facts["max"], "non_finite": 0, "rows": 0}
+            )
+            so_far["min"], so_far["max"] = (
+                min(so_far["min"], facts["min"]),
+                max(so_far["max"], facts["max"]),
+            )
             so_far["non_finite"] += facts["non_finite"]
             for word in ("norm", "entropy"):
                 if word in facts:
                     total = so_far.get(word, 0.0) * so_far["rows"] + facts[word] * record["rows"]
                     so_far[word] = total / (so_far["rows"] + record["rows"])
             so_far["rows"] += record["rows"]
-    return {name: {key: value for key, value in facts.items() if key != "rows"} for name, facts in out.items()}
+    return {
+        name: {key: value for key, value in facts.items() if key != "rows"}
+        for name, facts in out.items()
+    }

@@ -1,15 +1,19 @@
 """The contract of a store: rows of named arrays in shards, appended once, then read by byte ranges.
 
-Rows of a shard arrive as *items*, one per (row, view), views of a row together. A store decides which file holds what;
-it must be able to say where an item's bytes lie, plain and in C order, because the reader preads them. n rows, V views.
+Rows of a shard arrive as *items*, one per (row, view), views of a row together. A store decides
+which file holds what; it must be able to say where an item's bytes lie, plain and in C order,
+because the reader preads them. n rows, V views.
 
-A shard is complete when `shards/NAME.json`, its record, exists. A writer works under a name of its own, and the record
-travels inside its folder until the very end, so that one rename publishes the data and one publishes the record:
+A shard is complete when `shards/NAME.json`, its record, exists. A writer works under a name of its
+own, and the record travels inside its folder until the very end, so that one rename publishes the
+data and one publishes the record:
 
-    NAME.STORE.HOST-PID-NONCE.tmp/  ->  NAME.STORE/ (holds record.json)  ->  NAME.json (record.json moved out)
+    NAME.STORE.HOST-PID-NONCE.tmp/  ->  NAME.STORE/ (holds record.json)
+                                    ->  NAME.json (record.json moved out)
 
-Whatever moment a process dies at, the next one removes the temporary folder, or adopts the renamed one. What all
-stores share is in `publish`; a store writes the files, says where items lie, and checks a file.
+Whatever moment a process dies at, the next one removes the temporary folder, or adopts the renamed
+one. What all stores share is in `publish`; a store writes the files, says where items lie, and
+checks a file.
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ import numpy.typing as npt
 
 from featcache.errors import UserError, near
 
-STORES = {"zarr": "featcache.storage.zarr_store", "webdataset": "featcache.storage.webdataset_store"}
+STORES = {
+    "zarr": "featcache.storage.zarr_store",
+    "webdataset": "featcache.storage.webdataset_store",
+}
 SHARDS = "shards"
 QUARANTINE = "quarantine.json"
 
@@ -37,8 +44,8 @@ QUARANTINE = "quarantine.json"
 class Array:
     """One named array: what an item is, and how items are laid out.
 
-    `per_view`: an item for each (row, view), else for each row. `split`: one file per view (the big arrays), so that a
-    view can be read or added without touching the others.
+    `per_view`: an item for each (row, view), else for each row. `split`: one file per view (the big
+    arrays), so that a view can be read or added without touching the others.
     """
 
     name: str
@@ -79,14 +86,16 @@ class ShardWriter(Protocol):
     """Streams one shard. Memory stays flat: items go to their files as they come."""
 
     def append(self, keys: Sequence[str], items: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Items (m, *item) of every array, and the m keys they belong to, in (row, view) order; a row may be split
-        between calls. An array that is not per view is given for every item too; that of view 0 counts."""
+        """Items (m, *item) of every array, and the m keys they belong to, in (row, view) order; a
+        row may be split between calls. An array that is not per view is given for every item too;
+        that of view 0 counts."""
         ...
 
     def finish(
         self, quarantined: Sequence[Mapping[str, str]], statistics: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Close, sync and publish; returns the record. A shard that another process published meanwhile stays."""
+        """Close, sync and publish; returns the record. A shard that another process published
+        meanwhile stays."""
         ...
 
     def discard(self) -> None:
@@ -95,8 +104,8 @@ class ShardWriter(Protocol):
 
 
 class Store(Protocol):
-    """What a store's module provides. A shard's files lie below `shards/NAME.STORE/`; the record names them all, with
-    their bytes and the crc32c that `sound` compares."""
+    """What a store's module provides. A shard's files lie below `shards/NAME.STORE/`; the record
+    names them all, with their bytes and the crc32c that `sound` compares."""
 
     @staticmethod
     def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> ShardWriter: ...
@@ -105,9 +114,11 @@ class Store(Protocol):
     def locate(
         cache: Path, shard: str, array: Array, views: int, view: int, rows: npt.NDArray[np.int64]
     ) -> tuple[str, npt.NDArray[np.int64]]:
-        """The file that holds an array's items of one view, and the byte offset of each of `rows` in it.
+        """The file that holds an array's items of one view, and the byte offset of each of `rows`
+        in it.
 
-        Called for every shard of every batch, so the path is text, which is ten times cheaper to make than a Path.
+        Called for every shard of every batch, so the path is text, which is ten times cheaper to
+        make than a Path.
         """
         ...
 
@@ -125,7 +136,10 @@ class Store(Protocol):
 def store(name: str) -> ModuleType:
     """The module of a store by the name in the manifest."""
     if name not in STORES:
-        raise UserError(f"unknown store {name!r}: {near(name, STORES)}; a newer version of featcache may know it")
+        raise UserError(
+            f"unknown store {name!r}: {near(name, STORES)}; a newer version of featcache may know "
+            "it"
+        )
     return importlib.import_module(STORES[name])
 
 

@@ -1,13 +1,15 @@
 """The webdataset store: one plain tar per view and shard, and a byte index beside the tars.
 
-    shards/NAME.webdataset/vK.tar              for each row, together: STEM.features.npy, STEM.attention.npy, ...
+    shards/NAME.webdataset/vK.tar              for each row, together: STEM.features.npy,
+                                               STEM.attention.npy, ...
     shards/NAME.webdataset/index.safetensors   where the numbers of each member begin, and the keys
-    shards/NAME.webdataset/row_crc.npy, ...    the checksums of rows (n, V, ...), apart from what they prove;
-                                               of split ones prefix_crc.vK.npy (n, ...)
+    shards/NAME.webdataset/row_crc.npy, ...    the checksums of rows (n, V, ...), apart from what
+                                               they prove; of split ones prefix_crc.vK.npy (n, ...)
 
-Any tar reads on its own, so arrays that are not per view are in every one of them. STEM is the key, escaped so that
-webdataset gives it back whole. Members have no times and no owners: the same rows give the same bytes. A member holds
-an item uncompressed, in C order, behind a .npy header; the index turns row numbers into preads.
+Any tar reads on its own, so arrays that are not per view are in every one of them. STEM is the key,
+escaped so that webdataset gives it back whole. Members have no times and no owners: the same rows
+give the same bytes. A member holds an item uncompressed, in C order, behind a .npy header; the
+index turns row numbers into preads.
 
 n rows, V views, A arrays.
 """
@@ -41,8 +43,9 @@ from featcache.storage.store import SHARDS, Array, Keys, folder_path
 NAME = "webdataset"
 INDEX = "index.safetensors"
 _END = bytes(2 * tarfile.BLOCKSIZE)  # a tar's end mark
-# Random rows of ImageNet touch all 1,280 shards again and again: of each only what is asked for is kept, 8 KiB an
-# array and view, at most 128 MiB; a whole index, half a megabyte, stays only while its neighbours are asked for.
+# Random rows of ImageNet touch all 1,280 shards again and again: of each only what is asked for is
+# kept, 8 KiB an array and view, at most 128 MiB; a whole index, half a megabyte, stays only while
+# its neighbours are asked for.
 _COLUMNS = 16384
 _INDICES = 16
 _NPY_BYTES = 128  # of a .npy header: numpy fills up to whole 64 bytes, and ours are never longer
@@ -51,7 +54,8 @@ Stamp = tuple[int, int, int]
 
 
 class Index(NamedTuple):
-    """What `index.safetensors` holds; the names of arrays are in the order of the last axis of `offsets`."""
+    """What `index.safetensors` holds; the names of arrays are in the order of the last axis of
+    `offsets`."""
 
     names: tuple[str, ...]
     offsets: npt.NDArray[np.int64]  # (V, n, A): first byte of an item in the tar of its view
@@ -70,7 +74,9 @@ class TarShardWriter:
         in_order = sorted(arrays, key=lambda each: each.name)
         self.arrays = {array.name: array for array in in_order if array.name not in checksums.NAMES}
         self.sums = {array.name: array for array in in_order if array.name in checksums.NAMES}
-        self.npy = {array.name: _npy_header(array.dtype, array.item) for array in self.arrays.values()}
+        self.npy = {
+            array.name: _npy_header(array.dtype, array.item) for array in self.arrays.values()
+        }
         self.folder = commit.begin(cache, shard, NAME)
         self.files: list[RowFile] = []
         self.offsets: list[list[int]] = [[] for _ in range(views)]
@@ -88,10 +94,14 @@ class TarShardWriter:
 
     def append(self, keys: Sequence[str], items: Mapping[str, npt.NDArray[Any]]) -> None:
         if items.keys() != self.arrays.keys() | self.sums.keys():
-            raise ValueError(f"items of {sorted(items)} given, of {sorted((*self.arrays, *self.sums))} declared")
+            raise ValueError(
+                f"items of {sorted(items)} given, of {sorted((*self.arrays, *self.sums))} declared"
+            )
         for name, array in self.sums.items():
             self.crcs[name].append(_checked(array, items[name], len(keys)).copy())
-        raw = {name: _as_bytes(array, items[name], len(keys)) for name, array in self.arrays.items()}
+        raw = {
+            name: _as_bytes(array, items[name], len(keys)) for name, array in self.arrays.items()
+        }
         for i, key in enumerate(keys):
             view = self.items % self.views
             row = {name: values[i] for name, values in raw.items()}
@@ -104,12 +114,16 @@ class TarShardWriter:
         stem = escape(key)
         self.keys.append(key)
         self.heads = {
-            name: _member(f"{stem}.{name}.npy", len(npy) + row[name].size) + npy for name, npy in self.npy.items()
+            name: _member(f"{stem}.{name}.npy", len(npy) + row[name].size) + npy
+            for name, npy in self.npy.items()
         }
-        self.shared = {name: row[name].tobytes() for name, array in self.arrays.items() if not array.per_view}
+        self.shared = {
+            name: row[name].tobytes() for name, array in self.arrays.items() if not array.per_view
+        }
 
     def _append_item(self, view: int, row: Mapping[str, Any]) -> None:
-        """All members of one row in one tar: one write, since most are smaller than their headers."""
+        """All members of one row in one tar: one write, since most are smaller than their
+        headers."""
         file, parts = self.files[view], []
         end = file.bytes
         for name, data in row.items():
@@ -125,7 +139,9 @@ class TarShardWriter:
         files = {_tar(view): _close(file) for view, file in enumerate(self.files)}
         files[INDEX] = self._write(INDEX, self._index())
         for array in self.sums.values():
-            values = np.concatenate([np.empty((0, *array.item), array.dtype), *self.crcs[array.name]])
+            values = np.concatenate(
+                [np.empty((0, *array.item), array.dtype), *self.crcs[array.name]]
+            )
             values = values.reshape(len(self.keys), self.views, *array.item)
             for view in range(self.views) if array.split else [0]:
                 name = _npy(array, view)
@@ -136,8 +152,13 @@ class TarShardWriter:
 
     def _index(self) -> bytes:
         encoded = [key.encode() for key in self.keys]
-        keys = Keys(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64))
-        offsets = np.array(self.offsets, np.int64).reshape(self.views, len(self.keys), len(self.arrays))
+        keys = Keys(
+            np.frombuffer(b"".join(encoded), np.uint8),
+            np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+        )
+        offsets = np.array(self.offsets, np.int64).reshape(
+            self.views, len(self.keys), len(self.arrays)
+        )
         return _pack(Index(tuple(self.arrays), offsets, keys))
 
     def _write(self, name: str, data: bytes) -> dict[str, Any]:
@@ -153,13 +174,17 @@ class TarShardWriter:
 def _checked(array: Array, values: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
     values = np.ascontiguousarray(values, array.dtype)
     if values.shape != (count, *array.item):
-        raise ValueError(f"{array.name}: items {values.shape} given, {(count, *array.item)} declared")
+        raise ValueError(
+            f"{array.name}: items {values.shape} given, {(count, *array.item)} declared"
+        )
     return values
 
 
 def _as_bytes(array: Array, values: npt.NDArray[Any], count: int) -> npt.NDArray[np.uint8]:
     """(count, *item) -> (count, item bytes)."""
-    return _checked(array, values, count).reshape(-1).view(np.uint8).reshape(count, array.item_bytes)
+    return (
+        _checked(array, values, count).reshape(-1).view(np.uint8).reshape(count, array.item_bytes)
+    )
 
 
 def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -182,7 +207,8 @@ def _as_npy(values: npt.NDArray[Any]) -> bytes:
 
 
 def _member(name: str, size: int) -> bytes:
-    """A tar header with time 0, owner 0 and mode 0644; POSIX.1-1988 where the name fits, else with a pax record."""
+    """A tar header with time 0, owner 0 and mode 0644; POSIX.1-1988 where the name fits, else with
+    a pax record."""
     info = tarfile.TarInfo(name)
     info.size = size
     try:
@@ -226,13 +252,19 @@ def _unpack(path: str | Path, data: bytes) -> Index:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header["__metadata__"]["index"])
         tensors = load(data)
-        index = Index(tuple(about["arrays"]), tensors["offsets"], Keys(tensors["key"], tensors["key_offsets"]))
+        index = Index(
+            tuple(about["arrays"]), tensors["offsets"], Keys(tensors["key"], tensors["key_offsets"])
+        )
         given, crc = about["crc32c"], f"{_crc(index):08x}"
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, "it is not the index of a shard") from error
     dtypes = [values.dtype for values in (index.offsets, index.keys.blob, index.keys.offsets)]
     rows = index.keys.offsets.size - 1
-    if given != crc or dtypes != [np.int64, np.uint8, np.int64] or index.offsets.shape[1:] != (rows, len(index.names)):
+    if (
+        given != crc
+        or dtypes != [np.int64, np.uint8, np.int64]
+        or index.offsets.shape[1:] != (rows, len(index.names))
+    ):
         raise _damaged(path, f"its checksum is {given}, its content has {crc}")
     return index
 
@@ -244,7 +276,8 @@ def _damaged(path: str | Path, why: str) -> UserError:
 
 @lru_cache(_INDICES)
 def _load(path: str, stamp: Stamp) -> Index:
-    """The index in a file; the stamp tells it from one that lay there before the shard was extracted again."""
+    """The index in a file; the stamp tells it from one that lay there before the shard was
+    extracted again."""
     return _unpack(path, Path(path).read_bytes())
 
 
@@ -269,7 +302,9 @@ def locate(
     index = f"{folder}/{INDEX}"
     try:
         status = os.stat(index)  # noqa: PTH116
-        column = _column(index, (status.st_mtime_ns, status.st_size, status.st_ino), views, view, array.name)
+        column = _column(
+            index, (status.st_mtime_ns, status.st_size, status.st_ino), views, view, array.name
+        )
     except OSError as error:
         raise cannot_read(index, error) from error
     return f"{folder}/{_tar(view)}", column[rows]

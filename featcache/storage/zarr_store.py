@@ -1,8 +1,8 @@
 """The Zarr v3 store: one group per shard, uncompressed C-order chunks with Zarr's crc32c codec.
 
-`features` is chunked (n, 1, L, T, D), one file per view; every other array is one chunk. A chunk file is therefore
-plain rows and four checksum bytes: any Zarr library reads it, and so does one pread. Metadata is written by
-zarr-python, rows by us, as they come, with a running checksum.
+`features` is chunked (n, 1, L, T, D), one file per view; every other array is one chunk. A chunk
+file is therefore plain rows and four checksum bytes: any Zarr library reads it, and so does one
+pread. Metadata is written by zarr-python, rows by us, as they come, with a running checksum.
 """
 
 from __future__ import annotations
@@ -59,12 +59,16 @@ class ZarrShardWriter:
             array = self.arrays[name]
             values = np.asarray(values, array.dtype)
             if values.shape != (len(keys), *array.item):
-                raise ValueError(f"{name}: items {values.shape} given, {(len(keys), *array.item)} declared")
+                raise ValueError(
+                    f"{name}: items {values.shape} given, {(len(keys), *array.item)} declared"
+                )
             if array.split:
                 for view in range(self.views):
                     self.files[name, view].append(values[first[view] :: self.views])
             else:
-                self.files[name, 0].append(values if array.per_view else values[first[0] :: self.views])
+                self.files[name, 0].append(
+                    values if array.per_view else values[first[0] :: self.views]
+                )
         self.keys.extend(keys[first[0] :: self.views])
         self.items += len(keys)
 
@@ -72,28 +76,40 @@ class ZarrShardWriter:
         self, quarantined: Sequence[Mapping[str, str]], statistics: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
         if self.items % self.views:
-            raise ValueError(f"shard {self.shard}: the last row has {self.items % self.views} of {self.views} views")
+            raise ValueError(
+                f"shard {self.shard}: the last row has {self.items % self.views} of {self.views} "
+                "views"
+            )
         encoded = [key.encode() for key in self.keys]
         self.files["key", 0].append(np.frombuffer(b"".join(encoded), np.uint8))
         self.files["key_offsets", 0].append(np.cumsum([0, *map(len, encoded)], dtype=np.int64))
-        files = {_chunk(self.arrays[name], view): _close(file) for (name, view), file in self.files.items()}
+        files = {
+            _chunk(self.arrays[name], view): _close(file)
+            for (name, view), file in self.files.items()
+        }
         files.update(self._write_metadata(len(self.keys), sum(map(len, encoded))))
         record = commit.record(self.shard, self.keys, quarantined, files, statistics)
         commit.publish(self.folder, self.cache, self.shard, NAME, record)
         return record
 
     def _write_metadata(self, rows: int, key_bytes: int) -> dict[str, Any]:
-        """zarr.json of the group and of every array, by zarr-python; arrays without rows have no chunk."""
+        """zarr.json of the group and of every array, by zarr-python; arrays without rows have no
+        chunk."""
         import zarr
         from zarr.codecs import Crc32cCodec
         from zarr.storage import MemoryStore
 
-        made: dict[str, Any] = {}  # in memory: zarr would make a folder again that was moved away meanwhile
+        # in memory: zarr would make a folder again that was moved away meanwhile
+        made: dict[str, Any] = {}
         group = zarr.create_group(MemoryStore(made), zarr_format=3)
         for array in self.arrays.values():
             count = {"key": key_bytes, "key_offsets": rows + 1}.get(array.name, rows)
             shape = (count, *([self.views] if array.per_view else []), *array.item)
-            chunks = (count, *([1 if array.split else self.views] if array.per_view else []), *array.item)
+            chunks = (
+                count,
+                *([1 if array.split else self.views] if array.per_view else []),
+                *array.item,
+            )
             group.create_array(
                 array.name,
                 shape=shape,
@@ -116,7 +132,8 @@ class ZarrShardWriter:
 
 
 def _close(file: RowFile) -> dict[str, Any]:
-    """Add the four bytes of Zarr's crc32c codec; the recorded checksum is of the rows before them."""
+    """Add the four bytes of Zarr's crc32c codec; the recorded checksum is of the rows before
+    them."""
     crc = file.crc
     file.append(np.frombuffer(crc.to_bytes(4, "little"), np.uint8))
     file.close()
@@ -153,13 +170,16 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
         facts = record["files"][_chunk(array, 0)]
         data = path.read_bytes()[:-4] if path.is_file() else b""
         if len(data) != facts["bytes"] - 4 or f"{crc32c(data):08x}" != facts["crc32c"]:
-            raise UserError(f"cache file {path}: its checksum differs; run `featcache verify {cache}`")
+            raise UserError(
+                f"cache file {path}: its checksum differs; run `featcache verify {cache}`"
+            )
         parts.append(np.frombuffer(data, array.dtype))
     return Keys(*parts)
 
 
 def sound(path: Path, facts: Mapping[str, Any]) -> bool:
-    """See store.Store.sound. The recorded crc32c is of a chunk's rows, without the four bytes that repeat it."""
+    """See store.Store.sound. The recorded crc32c is of a chunk's rows, without the four bytes that
+    repeat it."""
     if path.name == "zarr.json":
         return f"{commit.file_crc(path, facts['bytes']):08x}" == facts["crc32c"]
     crc = commit.file_crc(path, facts["bytes"] - 4)

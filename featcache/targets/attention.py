@@ -13,8 +13,9 @@ ORDERS = ("attentive", "topk", "uniform")
 
 
 def cls_attention(query: Tensor, keys: Tensor, heads: int, prefix: int = 1) -> Tensor:
-    """query (B, D) of [CLS], keys (B, T, D) -> (B, T - prefix) float32: softmax over all tokens, mean over heads,
-    patches only, not renormalised (METHODS 0.3). Only one row of the attention map is computed."""
+    """query (B, D) of [CLS], keys (B, T, D) -> (B, T - prefix) float32: softmax over all tokens,
+    mean over heads, patches only, not renormalised (METHODS 0.3). Only one row of the attention map
+    is computed."""
     batch, tokens, width = keys.shape
     q = query.reshape(batch, heads, 1, width // heads) * (width // heads) ** -0.5
     k = keys.reshape(batch, tokens, heads, width // heads).permute(0, 2, 3, 1)
@@ -23,12 +24,17 @@ def cls_attention(query: Tensor, keys: Tensor, heads: int, prefix: int = 1) -> T
 
 
 def mask_order(
-    kind: str, attention: npt.NDArray[np.float32], digests: rng.U64, view: int | npt.ArrayLike, seed: int
+    kind: str,
+    attention: npt.NDArray[np.float32],
+    digests: rng.U64,
+    view: int | npt.ArrayLike,
+    seed: int,
 ) -> npt.NDArray[np.unsignedinteger]:
-    """(n, P) attention -> (n, P) permutation of the patches from each view's own counter; u1, or u2 beyond 256 patches.
+    """(n, P) attention -> (n, P) permutation of the patches from each view's own counter; u1, or u2
+    beyond 256 patches.
 
-    `attentive`: exponential race on the attention, the first m entries are the attentive mask at any ratio; `topk`: by
-    falling attention; `uniform`: regardless of it.
+    `attentive`: exponential race on the attention, the first m entries are the attentive mask at
+    any ratio; `topk`: by falling attention; `uniform`: regardless of it.
     """
     patches = attention.shape[1]
     raw = rng.words(digests, rng.stream(f"order:{kind}", seed), patches, view=view)

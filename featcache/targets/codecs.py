@@ -1,7 +1,9 @@
-"""How a normalised level becomes bytes and comes back: a pair of functions and one line in `CODECS`.
+"""How a normalised level becomes bytes and comes back: a pair of functions and one line in
+`CODECS`.
 
-A codec's name is a promise: what it writes never changes; another encoding is another name. Both directions work on
-tensors where they are, so a GPU encodes before the copy to the host and decodes after the copy from it.
+A codec's name is a promise: what it writes never changes; another encoding is another name. Both
+directions work on tensors where they are, so a GPU encodes before the copy to the host and decodes
+after the copy from it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from torch import Tensor
 
 
 class Codec(NamedTuple):
-    """`arrays`: width -> what is stored of a token, name -> (numpy dtype, item, dimension names); `features` is one.
+    """`arrays`: width -> what is stored of a token, name -> (numpy dtype, item, dimension names);
+    `features` is one.
 
-    `encode` (..., D) float -> those arrays (..., *item); `decode` takes them back to (..., D) float32.
+    `encode` (..., D) float -> those arrays (..., *item); `decode` takes them back to (..., D)
+    float32.
     """
 
     arrays: Callable[[int], dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]]]
@@ -25,7 +29,8 @@ class Codec(NamedTuple):
 
 
 def encode_fp16(h: Tensor) -> dict[str, Tensor]:
-    """Half precision, rounded to nearest. |h| <= sqrt(D - 1), so only non-finite input leaves the range.
+    """Half precision, rounded to nearest. |h| <= sqrt(D - 1), so only non-finite input leaves the
+    range.
 
     >>> encode_fp16(torch.tensor([1.0, -27.7, 1e-8]))["features"].tolist()
     [1.0, -27.703125, 0.0]
@@ -38,7 +43,9 @@ def decode_fp16(coded: Mapping[str, Tensor]) -> Tensor:
 
 
 CODECS = {
-    "fp16": Codec(lambda width: {"features": ("<f2", (width,), ("channel",))}, encode_fp16, decode_fp16),
+    "fp16": Codec(
+        lambda width: {"features": ("<f2", (width,), ("channel",))}, encode_fp16, decode_fp16
+    ),
 }
 
 
@@ -46,9 +53,11 @@ _WIDER = {torch.float32: torch.float64, torch.float64: torch.float64}
 
 
 def in_range(coded: Mapping[str, Tensor], stats: Tensor) -> Tensor:
-    """(B, L) whether encoded arrays and statistics, all (B, L, ...), hold finite values only; stays on the device.
+    """(B, L) whether encoded arrays and statistics, all (B, L, ...), hold finite values only; stays
+    on the device.
 
-    By sums that cannot overflow: what is not finite stays in a sum, and one pass makes no mask of the size of it all.
+    By sums that cannot overflow: what is not finite stays in a sum, and one pass makes no mask of
+    the size of it all.
     """
     values = [each.flatten(2) for each in (*coded.values(), stats)]
     sums = [each.sum(2, dtype=_WIDER.get(each.dtype, torch.float32)) for each in values]

@@ -17,14 +17,17 @@ NAMES = ("f", "z", "fd", "y")
 def target(name: str, h: Tensor, tail: Mapping[str, Tensor], stats: Tensor | None = None) -> Tensor:
     """A level h (..., D) -> the target of that name; of f, z and fd it is the last level.
 
-    `stats` (..., 2), the stored mean and divisor, is needed for y, and for a tail whose eps is not 1e-5.
+    `stats` (..., 2), the stored mean and divisor, is needed for y, and for a tail whose eps is not
+    1e-5.
     """
     if name not in NAMES:
         raise errors.UsageError(f"unknown derived target {name!r}: {errors.near(name, NAMES)}")
     if name != "y":
         return derive(name, h, tail, None if stats is None else stats[..., 1:])
     if stats is None:
-        raise errors.UsageError("target 'y' needs `stats`, the stored mean and divisor; read `feature_stats` too")
+        raise errors.UsageError(
+            "target 'y' needs `stats`, the stored mean and divisor; read `feature_stats` too"
+        )
     mean, std = stats.split(1, -1)
     return h * std + mean
 
@@ -32,16 +35,20 @@ def target(name: str, h: Tensor, tail: Mapping[str, Tensor], stats: Tensor | Non
 def derive(name: str, h: Tensor, tail: Mapping[str, Tensor], std: Tensor | None = None) -> Tensor:
     """The last level h (..., D) -> what a recipe asks for by name.
 
-    `f` = gamma * h + beta, the teacher's final LayerNorm; `z` = f @ proj, CLIP's projection; `fd` = f normalised again
-    without affine. A tail whose eps is not EPS needs `std` (..., 1), the stored divisor, to put its own in its place.
+    `f` = gamma * h + beta, the teacher's final LayerNorm; `z` = f @ proj, CLIP's projection; `fd` =
+    f normalised again without affine. A tail whose eps is not EPS needs `std` (..., 1), the stored
+    divisor, to put its own in its place.
     """
     if name not in ("f", "z", "fd"):
-        raise errors.UsageError(f"unknown derived target {name!r}: {errors.near(name, ('f', 'z', 'fd'))}")
+        raise errors.UsageError(
+            f"unknown derived target {name!r}: {errors.near(name, ('f', 'z', 'fd'))}"
+        )
     missing = {"gamma", "beta", "eps", *(["proj"] if name == "z" else [])} - set(tail)
     if missing:
         lacks = "no projection" if missing == {"proj"} else f"no {', '.join(sorted(missing))}"
         raise errors.UserError(
-            f"target {name!r}: this teacher's tail has {lacks}; it has {', '.join(tail) or 'nothing'}"
+            f"target {name!r}: this teacher's tail has {lacks}; it has "
+            f"{', '.join(tail) or 'nothing'}"
         )
     if float(tail["eps"]) != float(np.float32(EPS)):
         if std is None:

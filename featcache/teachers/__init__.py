@@ -1,13 +1,14 @@
 """Teachers by name. One file, one family; this file only finds them.
 
-A family's module declares `NAMES` (what `featcache teachers` lists), optionally `PREFIX` for open-ended names
-(`timm:...`), and `load(name, options, weights) -> Teacher`. A spec is `NAME` or `NAME,key=value,...`; the part after
-the name goes to the family, typed. Adding a family touches no other file. A family imports its library when it builds
-a model, not when it is imported, so that finding a name costs nothing.
+A family's module declares `NAMES` (what `featcache teachers` lists), optionally `PREFIX` for
+open-ended names (`timm:...`), and `load(name, options, weights) -> Teacher`. A spec is `NAME` or
+`NAME,key=value,...`; the part after the name goes to the family, typed. Adding a family touches no
+other file. A family imports its library when it builds a model, not when it is imported, so that
+finding a name costs nothing.
 
-A spec may also be the path of a user's own file, `./mine.py[,key=value...]`: the same `load`, no other declaration.
-Most families give features (`Teacher`); one that declares `TOKENIZER = True` gives a token id for each patch
-(`Tokenizer`) and is loaded by `load_tokenizer`.
+A spec may also be the path of a user's own file, `./mine.py[,key=value...]`: the same `load`, no
+other declaration. Most families give features (`Teacher`); one that declares `TOKENIZER = True`
+gives a token id for each patch (`Tokenizer`) and is loaded by `load_tokenizer`.
 """
 
 from __future__ import annotations
@@ -39,19 +40,24 @@ from featcache.runtime.user_file import load_module, reason
 
 # What a family of one's own is written with, by one name.
 __all__ = [
-    "REGISTERED", "BlockOutputs", "ModelCard", "Option", "Teacher", "Tokenizer", "build_seeded", "family", "fetch",
-    "file_weights", "is_random", "is_tokenizer", "load", "load_state", "load_tokenizer", "modules", "normalise_pixels",
-    "parse_options", "read_state", "rows", "split_spec", "weight_hash",
+    "REGISTERED", "BlockOutputs", "ModelCard", "Option", "Teacher", "Tokenizer", "build_seeded",
+    "family", "fetch", "file_weights", "is_random", "is_tokenizer", "load", "load_state",
+    "load_tokenizer", "modules", "normalise_pixels", "parse_options", "read_state", "rows",
+    "split_spec", "weight_hash",
 ]  # fmt: skip
 
-Row, Tap, build, pixels, split = ModelCard, BlockOutputs, build_seeded, normalise_pixels, split_spec  # before 0.2
+# before 0.2
+Row, Tap, build, pixels, split = ModelCard, BlockOutputs, build_seeded, normalise_pixels, split_spec
 
 _NEEDS = {"load": "load(name, options, weights) -> Teacher"}
 
 
 def modules() -> list[ModuleType]:
     """Every family in this folder."""
-    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return [
+        importlib.import_module(f"{__name__}.{info.name}")
+        for info in pkgutil.iter_modules(__path__)
+    ]
 
 
 def rows() -> dict[str, ModelCard]:
@@ -60,18 +66,28 @@ def rows() -> dict[str, ModelCard]:
 
 
 def family(name: str) -> ModuleType:
-    """The module that knows `name`, or the user's own file; an unknown name is a UsageError that offers near ones."""
+    """The module that knows `name`, or the user's own file; an unknown name is a UsageError that
+    offers near ones."""
     if name.endswith(".py"):
         return load_module(Path(name), "teacher", _NEEDS, "featcache/teachers/synthetic.py")
     for module in modules():
-        if name in module.NAMES or (":" in name and name.partition(":")[0] == getattr(module, "PREFIX", None)):
+        if name in module.NAMES or (
+            ":" in name and name.partition(":")[0] == getattr(module, "PREFIX", None)
+        ):
             return module
-    prefixes = [f"{p}:NAME" for module in modules() if (p := getattr(module, "PREFIX", None)) and p not in module.NAMES]
-    raise UsageError(f"unknown teacher {name!r}: {near(name, [*rows(), *prefixes])}; or your own file, ./mine.py")
+    prefixes = [
+        f"{p}:NAME"
+        for module in modules()
+        if (p := getattr(module, "PREFIX", None)) and p not in module.NAMES
+    ]
+    raise UsageError(
+        f"unknown teacher {name!r}: {near(name, [*rows(), *prefixes])}; or your own file, ./mine.py"
+    )
 
 
 def is_tokenizer(spec: str) -> bool:
-    """Whether a spec names a tokenizer, which `load_tokenizer` loads, and not a teacher of features."""
+    """Whether a spec names a tokenizer, which `load_tokenizer` loads, and not a teacher of
+    features."""
     return bool(getattr(family(split_spec(spec)[0]), "TOKENIZER", False))
 
 
@@ -82,7 +98,8 @@ def load(spec: str, weights: str | None = None, device: str = "cpu") -> Teacher:
     """
     if is_tokenizer(spec):
         raise UsageError(
-            f"teacher {spec!r} gives token ids, not features; a teacher of features is needed here, such as clip-b16"
+            f"teacher {spec!r} gives token ids, not features; a teacher of features is needed "
+            "here, such as clip-b16"
         )
     teacher: Teacher = _load(spec, weights, device, Teacher)
     return teacher
@@ -91,7 +108,9 @@ def load(spec: str, weights: str | None = None, device: str = "cpu") -> Teacher:
 def load_tokenizer(spec: str, weights: str | None = None, device: str = "cpu") -> Tokenizer:
     """The tokenizer on `device`, frozen, in eval mode; `weights` as for `load`."""
     if not is_tokenizer(spec):
-        raise UsageError(f"teacher {spec!r} gives features, not token ids; a tokenizer is needed here: dvae")
+        raise UsageError(
+            f"teacher {spec!r} gives features, not token ids; a tokenizer is needed here: dvae"
+        )
     tokenizer: Tokenizer = _load(spec, weights, device, Tokenizer)
     return tokenizer
 
@@ -110,15 +129,20 @@ def _load(spec: str, weights: str | None, device: str, contract: type) -> Any:
     return loaded.to(device)
 
 
-def _load_own(module: ModuleType, name: str, options: dict[str, Option], weights: str | None, contract: type) -> Any:
+def _load_own(
+    module: ModuleType, name: str, options: dict[str, Option], weights: str | None, contract: type
+) -> Any:
     """A user's `load`, its mistakes told in one line, its result checked against the contract."""
     try:
         loaded = module.load(name, options, weights)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"teacher {name!r}: its load(...) fails: {reason(error)}; mend the file") from error
-    facts = [fact for fact in contract.__annotations__ if fact != "name"]  # the name is given by the spec
+        raise UserError(
+            f"teacher {name!r}: its load(...) fails: {reason(error)}; mend the file"
+        ) from error
+    # the name is given by the spec
+    facts = [fact for fact in contract.__annotations__ if fact != "name"]
     methods = [part for part in ("__call__", "tail", "state_dict", "to") if hasattr(contract, part)]
     missing = [part for part in (*facts, *methods) if not hasattr(loaded, part)]
     if missing:

@@ -1,14 +1,17 @@
 """CLIP's picture towers through open_clip (METHODS 0.8): `clip-b16`, `clip-b32`, `clip-l14`, and
-`open_clip:ARCH/TAG`, where ARCH is a name of open_clip's, `local-dir:FOLDER`, `hf-hub:ORG/NAME` or `CONFIG.json`.
+`open_clip:ARCH/TAG`, where ARCH is a name of open_clip's, `local-dir:FOLDER`, `hf-hub:ORG/NAME` or
+`CONFIG.json`.
 
-OpenAI's weights were trained with QuickGELU; under plain GELU they are silently wrong and cost points. So the
-activation is never guessed: a tag says its own, a folder's config says it, a scripted archive names it, and for a file
-that says nothing `quick_gelu=true|false` is asked for; the `clip-` names stand for OpenAI's weights and run QuickGELU
-then, with a note. What disagrees is refused.
+OpenAI's weights were trained with QuickGELU; under plain GELU they are silently wrong and cost
+points. So the activation is never guessed: a tag says its own, a folder's config says it, a
+scripted archive names it, and for a file that says nothing `quick_gelu=true|false` is asked for;
+the `clip-` names stand for OpenAI's weights and run QuickGELU then, with a note. What disagrees is
+refused.
 
-Options: `img_size` in pixels or `grid` in patches a side; `pos`, how positions come onto another grid
-(`models.position_embedding`); `quick_gelu`. `clip-l14` sees 196 pixels on the 14 x 14 grid of a /16 student by default;
-`img_size=224` is its own size, and `img_size=336` is the other network that OpenAI trained for it.
+Options: `img_size` in pixels or `grid` in patches a side; `pos`, how positions come onto another
+grid (`models.position_embedding`); `quick_gelu`. `clip-l14` sees 196 pixels on the 14 x 14 grid of
+a /16 student by default; `img_size=224` is its own size, and `img_size=336` is the other network
+that OpenAI trained for it.
 
 B batch, T tokens, P patches, D width, S input pixels.
 """
@@ -33,7 +36,15 @@ from featcache.errors import UsageError, UserError, near
 from featcache.models import position_embedding, quick_gelu
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.hooks import BlockOutputs, normalise_pixels
-from featcache.models.weights import SUFFIXES, build_seeded, fetch, file_weights, is_random, load_state, read_state
+from featcache.models.weights import (
+    SUFFIXES,
+    build_seeded,
+    fetch,
+    file_weights,
+    is_random,
+    load_state,
+    read_state,
+)
 from featcache.targets.attention import cls_attention
 
 _LOG = logging.getLogger(__name__)
@@ -52,18 +63,25 @@ NAMES = {
         params=303_904_768, gmac=61.52, licence="mit", hub="timm/vit_large_patch14_clip_224.openai",
     ),
 }  # fmt: skip
-_REGISTERED = {"clip-b16": ("ViT-B-16", 224), "clip-b32": ("ViT-B-32", 224), "clip-l14": ("ViT-L-14", 196)}
+_REGISTERED = {
+    "clip-b16": ("ViT-B-16", 224),
+    "clip-b32": ("ViT-B-32", 224),
+    "clip-l14": ("ViT-L-14", 196),
+}
 _TAG = "openai"
 _OPTIONS = ("img_size", "grid", "pos", "quick_gelu")
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Clip(nn.Module):
-    """`visual`: an open_clip VisionTransformer, read through hooks: y_k of each block, the last [CLS] attention."""
+    """`visual`: an open_clip VisionTransformer, read through hooks: y_k of each block, the last
+    [CLS] attention."""
 
     name = "clip"
 
-    def __init__(self, visual: Any, weights: str, mean: Any = None, std: Any = None, shrink_from: int = 0) -> None:
+    def __init__(
+        self, visual: Any, weights: str, mean: Any = None, std: Any = None, shrink_from: int = 0
+    ) -> None:
         super().__init__()
         self.visual = visual
         self.weights = weights
@@ -101,7 +119,12 @@ class Clip(nn.Module):
         if self.visual.attn_pool is not None:
             return {}
         norm = self.visual.ln_post
-        parts = {"gamma": norm.weight, "beta": norm.bias, "proj": self.visual.proj, "eps": torch.tensor(norm.eps)}
+        parts = {
+            "gamma": norm.weight,
+            "beta": norm.bias,
+            "proj": self.visual.proj,
+            "eps": torch.tensor(norm.eps),
+        }
         return {name: part.detach().cpu().float().numpy() for name, part in parts.items()}
 
 
@@ -113,7 +136,8 @@ class _Source:
     tag: str | None
     quick: bool | None
     default_px: int | None = None
-    config: dict[str, Any] | None = None  # of a folder or a file, with model_cfg and perhaps preprocess_cfg
+    # of a folder or a file, with model_cfg and perhaps preprocess_cfg
+    config: dict[str, Any] | None = None
 
 
 def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Module:
@@ -127,7 +151,8 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Modul
     source = _source(name, tag, options)
     if weights is not None and source.arch.startswith("hf-hub:"):
         raise UsageError(
-            f"teacher {name!r} takes its weights from the hub, --weights {weights!r} is given; leave it out"
+            f"teacher {name!r} takes its weights from the hub, --weights {weights!r} is given; "
+            "leave it out"
         )
     if drawn:
         quick = quick_gelu.agreed(name, options, source.quick, "the architecture")
@@ -153,18 +178,22 @@ def _source(name: str, tag: str | None, options: dict[str, Option]) -> _Source:
     arch, _, own_tag = arch.partition("/")
     _check_arch(name, arch)
     if tag and own_tag and tag != own_tag:
-        raise UsageError(f"teacher {name!r} names a tag, and --weights {tag!r} another one; give one of them")
+        raise UsageError(
+            f"teacher {name!r} names a tag, and --weights {tag!r} another one; give one of them"
+        )
     tag = own_tag or tag
     says = quick_gelu.of_architecture(arch)
     if tag is None:
         return _Source(arch, None, says)
     quick, config = quick_gelu.of_tag(name, arch, tag).quick, quick_gelu.config(arch)
-    by_timm = "timm_model_name" in config["vision_cfg"]  # such towers have an activation of their own
+    # such towers have an activation of their own
+    by_timm = "timm_model_name" in config["vision_cfg"]
     if quick != config.get("quick_gelu", False) and not by_timm:
         other = f"{arch}-quickgelu" if quick else arch.removesuffix("-quickgelu")
         raise UsageError(
-            f"teacher {name!r}: the weights {tag!r} were trained with {quick_gelu.named(quick)}, {arch} runs "
-            f"{quick_gelu.named(not quick)} and would be silently wrong; give {PREFIX}:{other}/{tag}"
+            f"teacher {name!r}: the weights {tag!r} were trained with {quick_gelu.named(quick)}, "
+            f"{arch} runs {quick_gelu.named(not quick)} and would be silently wrong; give "
+            f"{PREFIX}:{other}/{tag}"
         )
     return _Source(arch, tag, quick)
 
@@ -172,10 +201,16 @@ def _source(name: str, tag: str | None, options: dict[str, Option]) -> _Source:
 def _configured(name: str, arch: str, tag: str | None) -> _Source:
     """A folder, a hub repository or a config file: its own config says the activation."""
     if tag is not None:
-        raise UsageError(f"teacher {name!r} has no tags, {tag!r} is given; a file or random:SEED is allowed")
+        raise UsageError(
+            f"teacher {name!r} has no tags, {tag!r} is given; a file or random:SEED is allowed"
+        )
     if arch.startswith("hf-hub:"):
         return _Source(arch, None, None)
-    path = Path(arch) if arch.endswith(".json") else Path(arch.removeprefix("local-dir:")) / quick_gelu.CONFIG
+    path = (
+        Path(arch)
+        if arch.endswith(".json")
+        else Path(arch.removeprefix("local-dir:")) / quick_gelu.CONFIG
+    )
     config = quick_gelu.read_config(path, name)
     return _Source(arch, None, bool(config["model_cfg"].get("quick_gelu", False)), config=config)
 
@@ -186,8 +221,9 @@ def _check_arch(name: str, arch: str) -> None:
     if arch not in open_clip.list_models():
         close = near(arch, open_clip.list_models()).partition("known:")[0]
         raise UsageError(
-            f"teacher {name!r}: unknown open_clip architecture {arch!r}: {close}open_clip.list_models() lists all; or "
-            "local-dir:FOLDER, hf-hub:ORG/NAME, CONFIG.json"
+            f"teacher {name!r}: unknown open_clip architecture {arch!r}: "
+            f"{close}open_clip.list_models() lists all; or local-dir:FOLDER, hf-hub:ORG/NAME, "
+            "CONFIG.json"
         )
 
 
@@ -197,7 +233,8 @@ def _from_tag(name: str, source: _Source, options: dict[str, Option]) -> Any:
     if source.tag is None and not source.arch.startswith("hf-hub:"):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(source.arch))
         raise UsageError(
-            f"teacher {name!r} has no weights yet: give {name}/TAG with one of {known or 'none'}, or --weights FILE"
+            f"teacher {name!r} has no weights yet: give {name}/TAG with one of {known or 'none'}, "
+            "or --weights FILE"
         )
     if source.tag is not None:
         quick = quick_gelu.agreed(name, options, source.quick, "the tag")
@@ -208,7 +245,8 @@ def _from_tag(name: str, source: _Source, options: dict[str, Option]) -> Any:
 
 
 def _from_file(name: str, source: _Source, options: dict[str, Option], path: str) -> Any:
-    # "clip-b16" means OpenAI's, but a file given with it may be anyone's: what it says itself counts first.
+    # "clip-b16" means OpenAI's, but a file given with it may be anyone's: what it says itself
+    # counts first.
     ours = name in _REGISTERED
     by_name, fallback = (None, source.quick) if ours else (source.quick, None)
     quick, note = quick_gelu.of_file(name, by_name, options, path, fallback)
@@ -216,11 +254,14 @@ def _from_file(name: str, source: _Source, options: dict[str, Option], path: str
         _LOG.warning(note)
     visual: Any = build_seeded(lambda: _tower(source, quick), None)
     state = read_state(path, name)
-    own = {key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")} or state
+    own = {
+        key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")
+    } or state
     there = own.get("positional_embedding")
     if there is not None and hasattr(visual, "positional_embedding") and there.ndim == 2:
         square = position_embedding.side_of(there.shape[0], (1,))
-        if square is not None:  # the file's own grid first; it is resized afterwards, in the way that was asked for
+        # the file's own grid first; it is resized afterwards, in the way that was asked for
+        if square is not None:
             _set_positions(visual, there.float(), square[0])
     load_state(visual, own, path, name)
     return visual
@@ -234,7 +275,10 @@ def _file_in(source: _Source) -> str | None:
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     files.sort(key=lambda path: (SUFFIXES.index(path.suffix), "open_clip" not in path.name))
     if not files:
-        raise UserError(f"folder {str(folder)!r} holds no weights; a file that ends in {', '.join(SUFFIXES)} is needed")
+        raise UserError(
+            f"folder {str(folder)!r} holds no weights; a file that ends in {', '.join(SUFFIXES)} "
+            "is needed"
+        )
     return str(files[0])
 
 
@@ -242,8 +286,11 @@ def _tower(source: _Source, quick: bool, *, pretrained: bool = False) -> Any:
     """open_clip's picture tower; its own reader is used for tags and hubs only."""
     if not source.config:
         return _create(source.arch, source.tag if pretrained else None, quick, pretrained)
-    with tempfile.TemporaryDirectory() as folder:  # where open_clip looks for a config that it does not ship
-        Path(folder, quick_gelu.CONFIG).write_text(json.dumps({"model_cfg": source.config["model_cfg"]}))
+    # where open_clip looks for a config that it does not ship
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, quick_gelu.CONFIG).write_text(
+            json.dumps({"model_cfg": source.config["model_cfg"]})
+        )
         return _create(f"local-dir:{folder}", None, quick, pretrained=False)
 
 
@@ -251,40 +298,60 @@ def _create(arch: str, tag: str | None, quick: bool, pretrained: bool) -> Any:
     import open_clip
 
     before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))  # open_clip warns that nothing was loaded, as was asked for
-    wanted = {"load_weights": pretrained, "require_pretrained": pretrained, "pretrained_text": False}
+    # open_clip warns that nothing was loaded, as was asked for
+    logging.disable(max(before, logging.WARNING))
+    wanted = {
+        "load_weights": pretrained,
+        "require_pretrained": pretrained,
+        "pretrained_text": False,
+    }
     try:
         return open_clip.create_model(arch, tag, force_quick_gelu=quick, **wanted).visual
-    except Exception as error:  # a config of somebody's own, a text tower whose package is not installed, ...
+    except (
+        Exception
+    ) as error:  # a config of somebody's own, a text tower whose package is not installed, ...
         if pretrained:
             raise
-        raise UserError(f"open_clip cannot build {arch!r}: {error}; give another architecture or config") from error
+        raise UserError(
+            f"open_clip cannot build {arch!r}: {error}; give another architecture or config"
+        ) from error
     finally:
         logging.disable(before)
 
 
 def _statistics(name: str, source: _Source, visual: Any) -> tuple[Any, Any]:
-    """Pixel mean and std: of the tag, of the config, or the ones that all tags of the architecture share."""
+    """Pixel mean and std: of the tag, of the config, or the ones that all tags of the architecture
+    share."""
     import open_clip
 
     if source.tag is not None:
         facts = quick_gelu.of_tag(name, source.arch, source.tag)
         return facts.mean, facts.std
     if source.config is not None or source.arch.startswith("hf-hub:"):
-        about = (source.config or {}).get("preprocess_cfg", {}) if source.config else visual.preprocess_cfg
+        about = (
+            (source.config or {}).get("preprocess_cfg", {})
+            if source.config
+            else visual.preprocess_cfg
+        )
         return about.get("mean"), about.get("std")
     tags = open_clip.list_pretrained_tags_by_model(source.arch)
     shared = {(f.mean, f.std) for f in (quick_gelu.of_tag(name, source.arch, tag) for tag in tags)}
     if len(shared) > 1:
         raise UsageError(
-            f"teacher {name!r}: its tags differ in pixel mean and std, so a file needs one: give {name}/TAG, TAG one "
-            f"of {', '.join(tags)}"
+            f"teacher {name!r}: its tags differ in pixel mean and std, so a file needs one: give "
+            f"{name}/TAG, TAG one of {', '.join(tags)}"
         )
     return shared.pop() if shared else (None, None)
 
 
 def _wrapped(
-    visual: Any, name: str, source: _Source, options: dict[str, Option], weights: str, mean: Any, std: Any
+    visual: Any,
+    name: str,
+    source: _Source,
+    options: dict[str, Option],
+    weights: str,
+    mean: Any,
+    std: Any,
 ) -> nn.Module:
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import Attention, VisionTransformer
@@ -299,18 +366,27 @@ def _wrapped(
             name, options, int(visual.trunk.patch_embed.patch_size[0]), source.default_px
         )
         return wrapped(visual.trunk, name, size, pos, weights, mean, std)
-    attn: Any = visual.transformer.resblocks[-1].attn if isinstance(visual, VisionTransformer) else None
-    if type(attn) is not nn.MultiheadAttention and (type(attn) is not Attention or attn.scaled_cosine):
+    attn: Any = (
+        visual.transformer.resblocks[-1].attn if isinstance(visual, VisionTransformer) else None
+    )
+    if type(attn) is not nn.MultiheadAttention and (
+        type(attn) is not Attention or attn.scaled_cosine
+    ):
         raise UserError(
-            f"teacher {name!r} is an open_clip {type(visual).__name__} without what is read here: a VisionTransformer "
-            "with plain attention is needed, such as ViT-B-16"
+            f"teacher {name!r} is an open_clip {type(visual).__name__} without what is read here: "
+            "a VisionTransformer with plain attention is needed, such as ViT-B-16"
         )
     native = int(visual.image_size[0])
-    px = position_embedding.wanted_px(name, options, int(visual.patch_size[0]), source.default_px) or native
+    px = (
+        position_embedding.wanted_px(name, options, int(visual.patch_size[0]), source.default_px)
+        or native
+    )
     shrink_from = position_embedding.shrinks_from(name, pos, native, px)
     if px != native:
         side = px // int(visual.patch_size[0])
-        grid = position_embedding.resize(visual.positional_embedding.detach()[None], side, str(pos or "bicubic"), 1)
+        grid = position_embedding.resize(
+            visual.positional_embedding.detach()[None], side, str(pos or "bicubic"), 1
+        )
         _set_positions(visual, grid[0], side)
     return Clip(visual, weights, mean, std, shrink_from)
 

@@ -1,17 +1,20 @@
-"""DALL-E's discrete tokenizer, the target of CAE (METHODS 4.2): a picture of 112 pixels -> 14 x 14 words of 8192.
+"""DALL-E's discrete tokenizer, the target of CAE (METHODS 4.2): a picture of 112 pixels -> 14 x 14
+words of 8192.
 
-The encoder of Ramesh et al. 2021 (arXiv 2102.12092, appendix A), written from its description: a 7 x 7 convolution to
-256 channels; four groups of two residual blocks with 256, 512, 1024 and 2048 channels, each of the first three followed
-by a 2 x 2 max-pool; ReLU and a 1 x 1 convolution to 8192 logits. A block's branch is three 3 x 3 and one 1 x 1
-convolution at a quarter of the width, ReLU before each, and is added with weight 1 / (number of blocks)^2 to the input,
-which passes a 1 x 1 convolution where the width changes.
+The encoder of Ramesh et al. 2021 (arXiv 2102.12092, appendix A), written from its description: a 7
+x 7 convolution to 256 channels; four groups of two residual blocks with 256, 512, 1024 and 2048
+channels, each of the first three followed by a 2 x 2 max-pool; ReLU and a 1 x 1 convolution to 8192
+logits. A block's branch is three 3 x 3 and one 1 x 1 convolution at a quarter of the width, ReLU
+before each, and is added with weight 1 / (number of blocks)^2 to the input, which passes a 1 x 1
+convolution where the width changes.
 
-Weights: the published `encoder.pkl`, which is a whole pickled module and is read without running it, or a state dict of
-it. Pixels in [0, 1] are mapped to 0.8 x + 0.1; there are no mean and deviation. CAE renders the 112 pixels with Lanczos
-from the same crop box as the student's picture.
+Weights: the published `encoder.pkl`, which is a whole pickled module and is read without running
+it, or a state dict of it. Pixels in [0, 1] are mapped to 0.8 x + 0.1; there are no mean and
+deviation. CAE renders the 112 pixels with Lanczos from the same crop box as the student's picture.
 
-A smaller one of the same form is told by options, with weights of one's own (pipelines.tokenizer trains one on digits):
-`dvae,img_size=64,width=16,vocabulary=64` reads 64 pixels for a grid of 8 x 8.
+A smaller one of the same form is told by options, with weights of one's own (pipelines.tokenizer
+trains one on digits): `dvae,img_size=64,width=16,vocabulary=64` reads 64 pixels for a grid of 8 x
+8.
 
 B batch, C channels, P patches, S input pixels.
 """
@@ -55,7 +58,9 @@ class Block(nn.Module):
             [(before, narrow, 3), (narrow, narrow, 3), (narrow, narrow, 3), (narrow, after, 1)], 1
         ):
             self.res_path.add_module(f"relu_{i}", nn.ReLU())
-            self.res_path.add_module(f"conv_{i}", nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
+            self.res_path.add_module(
+                f"conv_{i}", nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.id_path(x) + self.gain * self.res_path(x)
@@ -68,7 +73,9 @@ class Dvae(nn.Module):
     name = "dvae"
     pixel_filter = "lanczos"
 
-    def __init__(self, weights: str, width: int = 256, vocabulary: int = 8192, input_px: int = 112) -> None:
+    def __init__(
+        self, weights: str, width: int = 256, vocabulary: int = 8192, input_px: int = 112
+    ) -> None:
         super().__init__()
         self.weights, self.vocabulary, self.input_px = weights, vocabulary, input_px
         self.patches = (input_px // 2 ** (_GROUPS - 1)) ** 2
@@ -85,8 +92,8 @@ class Dvae(nn.Module):
         return self.logits(0.8 * (images.float() / 255) + 0.1).argmax(1).flatten(1)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Mapped pixels (B, 3, S, S) -> (B, vocabulary, S / 8, S / 8). The last layer is float32 under autocast too, as
-        in the released code: half precision there moves the argmax."""
+        """Mapped pixels (B, 3, S, S) -> (B, vocabulary, S / 8, S / 8). The last layer is float32
+        under autocast too, as in the released code: half precision there moves the argmax."""
         *body, output = self.blocks
         for part in body:
             pixels = part(pixels)
@@ -105,7 +112,8 @@ def _group(before: int, after: int, *, pool: bool) -> nn.Sequential:
 
 
 def load(name: str, options: dict[str, Option], given: str | None) -> Dvae:
-    """`given` None is the published file in torch hub's folder, fetched if need be; else a file or random:SEED."""
+    """`given` None is the published file in torch hub's folder, fetched if need be; else a file or
+    random:SEED."""
     sizes = _sizes(name, options)
     if given is not None and weights.is_random(given):
         drawn = weights.build_seeded(lambda: _sized(given, sizes), given)
@@ -113,7 +121,9 @@ def load(name: str, options: dict[str, Option], given: str | None) -> Dvae:
         return drawn
     path = weights.file_weights(given)
     if given is not None and path is None:
-        raise UsageError(f"unknown weights {given!r} of {name}: a file or random:SEED is allowed; none has a tag")
+        raise UsageError(
+            f"unknown weights {given!r} of {name}: a file or random:SEED is allowed; none has a tag"
+        )
     file = path or str(weights.fetch(lambda: weights.download(_URL, NAMES[name].file), name, _URL))
     with torch.device("meta"):
         encoder = _sized(given or REGISTERED, sizes)
@@ -129,7 +139,10 @@ def _sizes(name: str, options: dict[str, Option]) -> dict[str, int]:
         if key not in _SIZES:
             raise UsageError(f"teacher {name!r}: unknown option {key!r}; {near(key, _SIZES)}")
         if type(value) is not int or value < 1 or value % _STEP[key]:
-            raise UsageError(f"teacher {name!r}: {key}={value}; a multiple of {_STEP[key]} is needed, as {_SIZES[key]}")
+            raise UsageError(
+                f"teacher {name!r}: {key}={value}; a multiple of {_STEP[key]} is needed, as "
+                f"{_SIZES[key]}"
+            )
         sizes[key] = value
     return sizes
 

@@ -1,8 +1,9 @@
-"""A teacher without a network: exact arithmetic on block means, so that every batch size gives the same bytes.
+"""A teacher without a network: exact arithmetic on block means, so that every batch size gives the
+same bytes.
 
-For tests, benchmarks and dry trials of a pipeline. Features are an affine map of each patch's colours plus a position
-term, with a few outlier channels 60 times larger, as CLIP's residual stream has. Options: `levels`, `tokens` (patches,
-a square number), `width`, `size` (input pixels).
+For tests, benchmarks and dry trials of a pipeline. Features are an affine map of each patch's
+colours plus a position term, with a few outlier channels 60 times larger, as CLIP's residual stream
+has. Options: `levels`, `tokens` (patches, a square number), `width`, `size` (input pixels).
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from featcache.errors import UsageError, near
 from featcache.models.contract import REGISTERED, ModelCard, Option
 
 PREFIX = "synthetic"
-NAMES = {"synthetic": ModelCard("arithmetic on the picture, for trials", 224, 196, 64, 12, licence="apache-2.0")}
+NAMES = {
+    "synthetic": ModelCard(
+        "arithmetic on the picture, for trials", 224, 196, 64, 12, licence="apache-2.0"
+    )
+}
 _DEFAULTS = {"levels": 12, "tokens": 196, "width": 64, "size": 224}
 _OUTLIERS, _OUTLIER_GAIN = 3, 60.0
 
 
 class Synthetic(nn.Module):
-    """y_k[t] = sum_c colour[t, c] * A_k[c] + B_k[t] with outlier channels; float64 sums in a fixed order, no BLAS."""
+    """y_k[t] = sum_c colour[t, c] * A_k[c] + B_k[t] with outlier channels; float64 sums in a fixed
+    order, no BLAS."""
 
     name = "synthetic"
     weights = REGISTERED
@@ -39,7 +45,9 @@ class Synthetic(nn.Module):
         self.input_px, self.patches, self.width, self.depth = size, tokens, width, levels
         self.pixel_mean, self.pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         self.register_buffer("colours", torch.from_numpy(_table("colours", levels, 3, width)))
-        self.register_buffer("places", torch.from_numpy(_table("places", levels, 1 + tokens, width)))
+        self.register_buffer(
+            "places", torch.from_numpy(_table("places", levels, 1 + tokens, width))
+        )
         gain = np.ones(width)
         gain[:: max(1, width // _OUTLIERS)][:_OUTLIERS] = _OUTLIER_GAIN
         self.register_buffer("gain", torch.from_numpy(gain))
@@ -51,23 +59,34 @@ class Synthetic(nn.Module):
         ys = []
         for k in levels:
             y = self.places[k - 1] * 0.5
-            for channel in range(3):  # one product, one sum at a time: no fused or blocked arithmetic
+            # one product, one sum at a time: no fused or blocked arithmetic
+            for channel in range(3):
                 y = y + colour[..., channel, None] * self.colours[k - 1, channel]
             ys.append((y * self.gain).float())
         weight = (colour[:, 1:, 0] + 2 * colour[:, 1:, 1] + colour[:, 1:, 2] + 0.05) ** 2
         return ys, (0.8 * weight / (weight.cumsum(1)[:, -1:])).float()
 
     def _colours(self, images: Tensor) -> Tensor:
-        """Exact block means: whole numbers summed, then one division. The first row is the whole picture's mean."""
+        """Exact block means: whole numbers summed, then one division. The first row is the whole
+        picture's mean."""
         side = math.isqrt(self.patches)
         edge = images.shape[-1] // side
         blocks = images[..., : side * edge, : side * edge].to(torch.int64)
-        sums = blocks.unflatten(-1, (side, edge)).sum(-1).unflatten(-2, (side, edge)).sum(-2).flatten(-2)  # (B, 3, P)
+        sums = (
+            blocks.unflatten(-1, (side, edge))
+            .sum(-1)
+            .unflatten(-2, (side, edge))
+            .sum(-2)
+            .flatten(-2)
+        )  # (B, 3, P)
         rows = torch.cat([sums.sum(-1, keepdim=True), sums * self.patches], -1)
         return rows.transpose(1, 2).double() / (255 * edge * edge * self.patches)
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
-        gamma, beta = _table("gamma", 1, 1, self.width)[0, 0], _table("beta", 1, 1, self.width)[0, 0]
+        gamma, beta = (
+            _table("gamma", 1, 1, self.width)[0, 0],
+            _table("beta", 1, 1, self.width)[0, 0],
+        )
         return {
             "gamma": (1 + gamma / 4).astype(np.float32),
             "beta": beta.astype(np.float32),
@@ -76,29 +95,42 @@ class Synthetic(nn.Module):
 
 
 def _table(name: str, *shape: int) -> npt.NDArray[np.float64]:
-    """Fixed numbers in [-1, 1): words of our own generator, so no version of a library changes them."""
+    """Fixed numbers in [-1, 1): words of our own generator, so no version of a library changes
+    them."""
     count = math.prod(shape)
     digest = rng.key_digests([f"synthetic:{name}:{shape}"])
-    return (2 * rng.uniform(rng.words(digest, rng.stream("synthetic", 0), count)) - 1).reshape(shape)
+    return (2 * rng.uniform(rng.words(digest, rng.stream("synthetic", 0), count)) - 1).reshape(
+        shape
+    )
 
 
 def load(name: str, options: dict[str, Option], weights: str | None) -> Synthetic:
     if name != PREFIX:
-        raise UsageError(f"teacher {name!r}: key=value options are needed, as in synthetic:levels=5,width=768")
+        raise UsageError(
+            f"teacher {name!r}: key=value options are needed, as in synthetic:levels=5,width=768"
+        )
     if weights is not None:
         raise UsageError(
-            f"teacher 'synthetic' is arithmetic and has no weights; {weights!r} is given: leave --weights out"
+            f"teacher 'synthetic' is arithmetic and has no weights; {weights!r} is given: leave "
+            "--weights out"
         )
     unknown = next((key for key in options if key not in _DEFAULTS), None)
     if unknown is not None:
-        raise UsageError(f"teacher 'synthetic': unknown option {unknown!r}; {near(unknown, _DEFAULTS)}")
+        raise UsageError(
+            f"teacher 'synthetic': unknown option {unknown!r}; {near(unknown, _DEFAULTS)}"
+        )
     values = {**_DEFAULTS, **options}
     bad = next((key for key, value in values.items() if type(value) is not int or value < 1), None)
     if bad is not None:
-        raise UsageError(f"teacher 'synthetic': {bad}={values[bad]!r}; a whole number from 1 is needed")
-    levels, tokens, width, size = (int(values[key]) for key in ("levels", "tokens", "width", "size"))
+        raise UsageError(
+            f"teacher 'synthetic': {bad}={values[bad]!r}; a whole number from 1 is needed"
+        )
+    levels, tokens, width, size = (
+        int(values[key]) for key in ("levels", "tokens", "width", "size")
+    )
     if math.isqrt(tokens) ** 2 != tokens or size < math.isqrt(tokens):
         raise UsageError(
-            f"teacher 'synthetic': tokens={tokens}, size={size}; a square number of patches that fit is needed"
+            f"teacher 'synthetic': tokens={tokens}, size={size}; a square number of patches that "
+            "fit is needed"
         )
     return Synthetic(levels, tokens, width, size)

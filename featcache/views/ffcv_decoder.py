@@ -1,15 +1,17 @@
-"""FFCV's own decode as a second pixel path, with a crop decoder that replays stored boxes in place of drawing them.
+"""FFCV's own decode as a second pixel path, with a crop decoder that replays stored boxes in place
+of drawing them.
 
-Two stages, compiled by FFCV's compiler from FFCV's own primitives; neither holds the GIL, so threads decode a batch
-side by side:
+Two stages, compiled by FFCV's compiler from FFCV's own primitives; neither holds the GIL, so
+threads decode a batch side by side:
 
     decode     libturbojpeg's fast DCT into RGB; pictures stored as pixels are copied
     replay     OpenCV's INTER_AREA from the stored box to S x S, then the mirror when flip
 
-Where a policy jitters colours, Pillow does so to the whole picture between the two, as on the other path.
+Where a policy jitters colours, Pillow does so to the whole picture between the two, as on the other
+path.
 
-The pixels are not those of Pillow (another inverse DCT, another filter), so the path is part of a cache's identity:
-extract and train go through it alike. H x W picture, S pixels of a view.
+The pixels are not those of Pillow (another inverse DCT, another filter), so the path is part of a
+cache's identity: extract and train go through it alike. H x W picture, S pixels of a view.
 """
 
 from __future__ import annotations
@@ -30,15 +32,23 @@ from featcache.views.policy import AREA
 from featcache.views.render import apply_jitter
 
 U8 = npt.NDArray[np.uint8]
-PIXEL_PATH = {"decoder": "ffcv", "dct": "fast", "resize": "opencv-area", "order": "jitter,crop,resize,flip"}
+PIXEL_PATH = {
+    "decoder": "ffcv",
+    "dct": "fast",
+    "resize": "opencv-area",
+    "order": "jitter,crop,resize,flip",
+}
 
 
 @cache
 def stages() -> tuple[Callable[..., int], Callable[..., None]]:
-    """decode(data, height, width, is_raw, out) -> status, and replay(pixels, top, left, height, width, flip, out)."""
+    """decode(data, height, width, is_raw, out) -> status, and replay(pixels, top, left, height,
+    width, flip, out)."""
     compile_ = ffcv("pipeline.compiler").Compiler.compile
     library = ffcv("libffcv")
-    imdecode, resize_crop, memcpy = (compile_(f) for f in (library.imdecode, library.resize_crop, library.memcpy))
+    imdecode, resize_crop, memcpy = (
+        compile_(f) for f in (library.imdecode, library.resize_crop, library.memcpy)
+    )
 
     def decode(data, height, width, is_raw, out):  # type: ignore[no-untyped-def]  # numba infers the types
         if is_raw:
@@ -75,15 +85,23 @@ class CompiledPicture:
     def width(self) -> int:
         return self.pixels.shape[1]
 
-    def replay(self, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str) -> U8:
+    def replay(
+        self, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str
+    ) -> U8:
         """One stored view at any size: (S, S, 3)."""
         assert filter == AREA, filter
         top, left, height, width = (int(x) for x in crop)
         # OpenCV would end the process at a box that is not inside.
-        if min(top, left) < 0 or min(height, width) < 1 or top + height > self.height or left + width > self.width:
+        if (
+            min(top, left) < 0
+            or min(height, width) < 1
+            or top + height > self.height
+            or left + width > self.width
+        ):
             raise IdentityError(
-                f"picture {self.key!r} has {self.height} x {self.width} pixels, a stored crop is {height} x {width} at "
-                f"{top}, {left}: another picture under this key; give the pictures of the extraction"
+                f"picture {self.key!r} has {self.height} x {self.width} pixels, a stored crop is "
+                f"{height} x {width} at {top}, {left}: another picture under this key; give the "
+                "pictures of the extraction"
             )
         out = np.empty((size, size, 3), np.uint8)
         pixels = self.pixels
@@ -132,7 +150,8 @@ class CompiledSource:
     def picture(self, index: int) -> CompiledPicture:
         """Raises PictureError where libturbojpeg cannot decode it, or only in part."""
         height, width = self.beton.sizes[index].tolist()
-        data = np.frombuffer(bytearray(self.beton.stored(index)), np.uint8)  # numba compiles once, for writable bytes
+        # numba compiles once, for writable bytes
+        data = np.frombuffer(bytearray(self.beton.stored(index)), np.uint8)
         pixels = np.empty((height, width, 3), np.uint8)
         if stages()[0](data, height, width, bool(self.beton.modes[index] == RAW), pixels):
             raise PictureError("libturbojpeg cannot decode it, or only a part of it")

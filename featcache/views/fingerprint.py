@@ -11,13 +11,17 @@ THUMBNAIL = 14
 
 
 def pixel_hash(pixels: npt.NDArray[np.uint8]) -> int:
-    """64-bit BLAKE2b of a view rendered at the policy's size: the proof that training sees what the teacher saw."""
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=8).digest(), "little")
+    """64-bit BLAKE2b of a view rendered at the policy's size: the proof that training sees what the
+    teacher saw."""
+    return int.from_bytes(
+        hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=8).digest(), "little"
+    )
 
 
 def thumbnail(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """(S, S, 3) -> (14, 14, 3): rounded means of a 14 x 14 grid of blocks; blocks share an edge where 14 does not
-    divide S. From it the size of a difference is told when a hash does not match."""
+    """(S, S, 3) -> (14, 14, 3): rounded means of a 14 x 14 grid of blocks; blocks share an edge
+    where 14 does not divide S. From it the size of a difference is told when a hash does not
+    match."""
     size = len(pixels)
     sums = np.zeros((size + 1, size + 1, 3), np.int64)
     sums[1:, 1:] = pixels.astype(np.int64).cumsum(0).cumsum(1)

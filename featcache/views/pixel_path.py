@@ -29,18 +29,20 @@ def pixel_path(source: Source) -> dict[str, Any]:
 
 
 def picture(source: Source, index: int) -> Any:
-    """A decoded `Picture`, by the source's pixel path. Raises PictureError with the decoder's own reason."""
+    """A decoded `Picture`, by the source's pixel path. Raises PictureError with the decoder's own
+    reason."""
     own = getattr(source, "picture", None)
     return decode(source.read(index)) if own is None else own(index)
 
 
 def open_through(spec: str | os.PathLike[str], decoder: str = "pillow") -> Source:
-    """The pictures at `spec` through a decoder. Raises UsageError where it decodes no such pictures, else as
-    `open_source` does."""
+    """The pictures at `spec` through a decoder. Raises UsageError where it decodes no such
+    pictures, else as `open_source` does."""
     if decoder != "pillow" and not is_beton(os.fspath(spec)):
         raise UsageError(
-            f"--decoder {decoder} decodes what FFCV wrote, a .beton; pictures {os.fspath(spec)!r} go through --decoder "
-            "pillow: leave --decoder out, or pack them with pipelines.pack_images SRC OUT.beton"
+            f"--decoder {decoder} decodes what FFCV wrote, a .beton; pictures {os.fspath(spec)!r} "
+            "go through --decoder pillow: leave --decoder out, or pack them with "
+            "pipelines.pack_images SRC OUT.beton"
         )
     return through(open_source(spec), decoder)
 
@@ -52,7 +54,11 @@ def through(source: Source, decoder: str) -> Source:
 
     if decoder == "ffcv" and isinstance(source, beton.BetonSource):
         return ffcv_decoder.CompiledSource(source)
-    return source.beton if decoder == "pillow" and isinstance(source, ffcv_decoder.CompiledSource) else source
+    return (
+        source.beton
+        if decoder == "pillow" and isinstance(source, ffcv_decoder.CompiledSource)
+        else source
+    )
 
 
 def like(source: Source, path: Mapping[str, Any]) -> Source:
@@ -64,10 +70,13 @@ def check_path(source: Source, path: Mapping[str, Any], what: str) -> None:
     """IdentityError unless pictures go through the pixel path of `what`."""
     here = pixel_path(source)
     if differing := [name for name in {**path, **here} if path.get(name) != here.get(name)]:
-        shown = ", ".join(f"{name} is {path.get(name)!r} there, {here.get(name)!r} here" for name in differing[:2])
+        shown = ", ".join(
+            f"{name} is {path.get(name)!r} there, {here.get(name)!r} here" for name in differing[:2]
+        )
         raise IdentityError(
-            f"{what} has views of another pixel path than {source.spec!r} gives: {shown}; extract and train through "
-            f"the same one (--decoder {path.get('decoder')}, on the pictures of the extraction), or extract again"
+            f"{what} has views of another pixel path than {source.spec!r} gives: {shown}; extract "
+            f"and train through the same one (--decoder {path.get('decoder')}, on the pictures of "
+            "the extraction), or extract again"
         )
 
 
@@ -76,4 +85,7 @@ def check_filter(path: dict[str, Any], filter: str) -> None:
     compiled = path["decoder"] == "ffcv"
     if compiled != (filter == AREA):
         allowed = AREA if compiled else "bicubic, bilinear or lanczos"
-        raise UsageError(f"filter {filter}: --decoder {path['decoder']} resizes by {allowed}; give another --filter")
+        raise UsageError(
+            f"filter {filter}: --decoder {path['decoder']} resizes by {allowed}; give another "
+            "--filter"
+        )

@@ -11,12 +11,14 @@ from typing import Any
 from featcache import errors
 from featcache.views.render import FILTERS
 
-AREA = "area"  # OpenCV's INTER_AREA, which pictures that FFCV decodes are resized by (`replay`), and no others
+# OpenCV's INTER_AREA, which pictures that FFCV decodes are resized by (`replay`), and no others
+AREA = "area"
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How views are drawn. `scale` is the area fraction, `ratio` is width / height, `jitter` the largest change."""
+    """How views are drawn. `scale` is the area fraction, `ratio` is width / height, `jitter` the
+    largest change."""
 
     size: int = 224
     scale: tuple[float, float] = (0.2, 1.0)
@@ -31,8 +33,14 @@ class Policy:
         checks = [
             (1 <= self.size <= 4096, f"size {self.size}: 1 to 4096 pixels are allowed"),
             (0 < low <= high <= 1, f"scale {low:g},{high:g}: 0 < low <= high <= 1 is allowed"),
-            (0 < self.ratio[0] <= self.ratio[1] < math.inf, f"ratio {self.ratio}: 0 < low <= high is allowed"),
-            (self.filter in {*FILTERS, AREA}, f"filter {self.filter!r}: {errors.near(self.filter, [*FILTERS, AREA])}"),
+            (
+                0 < self.ratio[0] <= self.ratio[1] < math.inf,
+                f"ratio {self.ratio}: 0 < low <= high is allowed",
+            ),
+            (
+                self.filter in {*FILTERS, AREA},
+                f"filter {self.filter!r}: {errors.near(self.filter, [*FILTERS, AREA])}",
+            ),
             (0 <= self.flip <= 1, f"flip {self.flip:g}: a probability from 0 to 1 is allowed"),
             (0 <= self.jitter < 1, f"jitter {self.jitter:g}: 0 to below 1 is allowed"),
             (0 <= self.seed < 2**63, f"seed {self.seed}: 0 to 2**63 - 1 is allowed"),
@@ -42,7 +50,10 @@ class Policy:
                 raise errors.UsageError(f"view policy: {message}")
 
     def as_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
 
 
 # The augmentations of the released code, METHODS 1.6, 3.6, 4.6, 7.6.
@@ -62,7 +73,8 @@ def load_policy(name: str = "default", **changes: Any) -> Policy:
         base = _read_policy(name)
     else:
         raise errors.UsageError(
-            f"unknown policy {name!r}: {errors.near(name, POLICIES)}, or a .json file with its fields"
+            f"unknown policy {name!r}: {errors.near(name, POLICIES)}, or a .json file with its "
+            "fields"
         )
     return policy_from_dict({**base, **changes})
 
@@ -72,7 +84,9 @@ def _read_policy(path: str) -> dict[str, Any]:
         fields = json.loads(Path(path).read_text())
         return {**Policy().as_dict(), **fields}
     except (OSError, ValueError, TypeError) as error:
-        raise errors.UserError(f"policy file {path!r}: {error}; a JSON object of policy fields is needed") from error
+        raise errors.UserError(
+            f"policy file {path!r}: {error}; a JSON object of policy fields is needed"
+        ) from error
 
 
 def policy_from_dict(fields: dict[str, Any]) -> Policy:
@@ -80,11 +94,23 @@ def policy_from_dict(fields: dict[str, Any]) -> Policy:
     known = Policy().as_dict()
     for key, value in fields.items():
         if key not in known:
-            raise errors.UsageError(f"view policy: unknown field {key!r}; {errors.near(key, known)}")
+            raise errors.UsageError(
+                f"view policy: unknown field {key!r}; {errors.near(key, known)}"
+            )
         pair, text = isinstance(known[key], list), isinstance(known[key], str)
-        parts = list(value) if pair and isinstance(value, list | tuple) and len(value) == 2 else [value]
+        parts = (
+            list(value) if pair and isinstance(value, list | tuple) and len(value) == 2 else [value]
+        )
         right = all(isinstance(part, str) if text else type(part) in (int, float) for part in parts)
-        if not right or (pair and len(parts) != 2) or (key in ("size", "seed") and type(value) is not int):
-            raise errors.UsageError(f"view policy: {key} is {value!r}, something like {known[key]!r} is needed")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        if (
+            not right
+            or (pair and len(parts) != 2)
+            or (key in ("size", "seed") and type(value) is not int)
+        ):
+            raise errors.UsageError(
+                f"view policy: {key} is {value!r}, something like {known[key]!r} is needed"
+            )
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+    }
     return Policy(**values)

@@ -15,11 +15,13 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_ORDERS = list(permutations(("brightness", "contrast", "saturation")))  # jitter's fourth number counts these
+# jitter's fourth number counts these
+_ORDERS = list(permutations(("brightness", "contrast", "saturation")))
 
 
 class Replaying(Protocol):
-    """A decoded picture of a pixel path that replays views itself; arguments are those of `render`."""
+    """A decoded picture of a pixel path that replays views itself; arguments are those of
+    `render`."""
 
     def replay(
         self, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str
@@ -27,7 +29,12 @@ class Replaying(Protocol):
 
 
 def render(
-    picture: Image.Image | Replaying, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str
+    picture: Image.Image | Replaying,
+    crop: Sequence[int],
+    flip: int,
+    jitter: Sequence[float],
+    size: int,
+    filter: str,
 ) -> npt.NDArray[np.uint8]:
     """Replay one stored view of an RGB picture at any size: (size, size, 3) uint8."""
     if not isinstance(picture, Image.Image):
@@ -41,8 +48,11 @@ def render(
 
 
 def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
-    """The whole picture's brightness, contrast (about its mean grey) and saturation, in the stored order."""
-    factors = dict(zip(("brightness", "contrast", "saturation"), (float(x) for x in jitter[:3]), strict=True))
+    """The whole picture's brightness, contrast (about its mean grey) and saturation, in the stored
+    order."""
+    factors = dict(
+        zip(("brightness", "contrast", "saturation"), (float(x) for x in jitter[:3]), strict=True)
+    )
     enhance = {
         "brightness": ImageEnhance.Brightness,
         "contrast": ImageEnhance.Contrast,
@@ -54,8 +64,11 @@ def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
     return picture
 
 
-def render_centre(picture: Image.Image, size: int, crop_pct: float, filter: str) -> npt.NDArray[np.uint8]:
-    """The evaluation view: shorter side to round(size / crop_pct), then the central size x size; uint8 HWC.
+def render_centre(
+    picture: Image.Image, size: int, crop_pct: float, filter: str
+) -> npt.NDArray[np.uint8]:
+    """The evaluation view: shorter side to round(size / crop_pct), then the central size x size;
+    uint8 HWC.
 
     Sides and offsets are rounded as in torchvision's Resize and CenterCrop.
     """

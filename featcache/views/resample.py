@@ -1,15 +1,16 @@
 """Pillow's resize of a crop, to the bit, in a third of its time.
 
-Resizing is half of what making a view of a JPEG costs. Pillow's arithmetic is whole numbers, so compiled for the
-processor at hand (numba) it runs in vector registers: sums over a filter's taps, for a whole line of pixels at a time.
-The horizontal pass is the vertical one of the picture turned about its diagonal:
+Resizing is half of what making a view of a JPEG costs. Pillow's arithmetic is whole numbers, so
+compiled for the processor at hand (numba) it runs in vector registers: sums over a filter's taps,
+for a whole line of pixels at a time. The horizontal pass is the vertical one of the picture turned
+about its diagonal:
 
     pixels (H, W) --turn--> (W, H) --pass--> (S, H) --turn--> (H, S) --pass--> (S, S)
 
-Each pass rounds to 8 bits, so their order shows in the last bits, and it is Pillow's choice: to version 12 horizontal
-first; 13 does the vertical one first where it takes away more than twice as many lines as the other (Pillow's pull
-request 9549). What the installed Pillow does is found by trying. Where it does neither, Pillow itself resizes: the
-pixels are always its own.
+Each pass rounds to 8 bits, so their order shows in the last bits, and it is Pillow's choice: to
+version 12 horizontal first; 13 does the vertical one first where it takes away more than twice as
+many lines as the other (Pillow's pull request 9549). What the installed Pillow does is found by
+trying. Where it does neither, Pillow itself resizes: the pixels are always its own.
 
 H x W crop, S pixels of a view, K taps.
 """
@@ -32,13 +33,24 @@ Order = Callable[[int, int, int], bool]  # (H, W, S) -> whether the vertical pas
 SUPPORT = {Image.Resampling.BILINEAR: 1, Image.Resampling.BICUBIC: 2, Image.Resampling.LANCZOS: 3}
 ORDERS: dict[str, Order] = {
     "horizontal first": lambda height, width, size: False,
-    "much the taller side first": lambda height, width, size: height > size and height - size > 2 * (width - size),
+    "much the taller side first": lambda height, width, size: (
+        height > size and height - size > 2 * (width - size)
+    ),
 }
-_SHAPES = ((64, 24, 16), (64, 39, 16), (64, 40, 16), (64, 60, 16), (24, 64, 16), (20, 8, 16), (12, 8, 16))
+_SHAPES = (
+    (64, 24, 16),
+    (64, 39, 16),
+    (64, 40, 16),
+    (64, 60, 16),
+    (24, 64, 16),
+    (20, 8, 16),
+    (12, 8, 16),
+)
 _TALLEST = 100  # times the width: beyond, Pillow 12.2 has an order of its own
 _BITS = 22  # of a weight's fraction: 32 less 8 of a pixel less 2 for sums outside 0 to 1
 _HALF = np.int32(1 << (_BITS - 1))
-_TILE = 32  # pixels of an edge that are turned at a time, so that both sides stay in the first cache
+# pixels of an edge that are turned at a time, so that both sides stay in the first cache
+_TILE = 32
 
 
 @compiled
@@ -61,7 +73,8 @@ def _weight(x, support):  # type: ignore[no-untyped-def]
 
 @compiled
 def _taps(length, size, support):  # type: ignore[no-untyped-def]
-    """First line (S,), number of lines (S,) and int32 weights (S, K) of each of S lines made of `length`."""
+    """First line (S,), number of lines (S,) and int32 weights (S, K) of each of S lines made of
+    `length`."""
     scale = length / size
     wide = max(scale, 1.0)
     reach = support * wide
@@ -84,7 +97,8 @@ def _taps(length, size, support):  # type: ignore[no-untyped-def]
 
 @compiled
 def _pass(lines, size, support):  # type: ignore[no-untyped-def]
-    """(length, n) -> (S, n): every line a weighted sum of neighbouring ones, rounded and clipped to 8 bits."""
+    """(length, n) -> (S, n): every line a weighted sum of neighbouring ones, rounded and clipped to
+    8 bits."""
     first, count, weights = _taps(lines.shape[0], size, support)
     n = lines.shape[1]
     out, sums = np.empty((size, n), np.uint8), np.empty(n, np.int32)
@@ -123,15 +137,22 @@ def _resized(pixels, size, support, vertical_first, flip):  # type: ignore[no-un
     step = -1 if flip else 1
     if vertical_first:
         short = _pass(pixels.reshape(height, width * 3), size, support).reshape(size, width, 3)
-        columns = _pass(_turned(short).reshape(width, size * 3), size, support).reshape(size, size, 3)
+        columns = _pass(_turned(short).reshape(width, size * 3), size, support).reshape(
+            size, size, 3
+        )
         return _turned(columns[::step])
-    columns = _pass(_turned(pixels).reshape(width, height * 3), size, support).reshape(size, height, 3)
-    return _pass(_turned(columns[::step]).reshape(height, size * 3), size, support).reshape(size, size, 3)
+    columns = _pass(_turned(pixels).reshape(width, height * 3), size, support).reshape(
+        size, height, 3
+    )
+    return _pass(_turned(columns[::step]).reshape(height, size * 3), size, support).reshape(
+        size, size, 3
+    )
 
 
 @cache
 def order() -> Order | None:
-    """The order of the passes that the installed Pillow follows, of those we know; None where it follows another."""
+    """The order of the passes that the installed Pillow follows, of those we know; None where it
+    follows another."""
     for each in ORDERS.values():
         if all(_follows(each, *shape) for shape in _SHAPES):
             return each
@@ -142,15 +163,20 @@ def _follows(each: Order, height: int, width: int, size: int) -> bool:
     noise = (np.arange(height * width * 3) ** 2 % 251).astype(np.uint8).reshape(height, width, 3)
     filter = Image.Resampling.BICUBIC
     theirs = np.asarray(Image.fromarray(noise).resize((size, size), filter))
-    return np.array_equal(_resized(noise, size, SUPPORT[filter], each(height, width, size), False), theirs)
+    return np.array_equal(
+        _resized(noise, size, SUPPORT[filter], each(height, width, size), False), theirs
+    )
 
 
 def resize(picture: Image.Image, size: int, filter: Image.Resampling, flip: bool = False) -> U8:
-    """A picture as `picture.resize((size, size), filter)` makes it, then mirrored with `flip`: (S, S, 3) of RGB."""
+    """A picture as `picture.resize((size, size), filter)` makes it, then mirrored with `flip`: (S,
+    S, 3) of RGB."""
     width, height = picture.size
     known = order()
     if known is None or picture.mode != "RGB" or height > _TALLEST * width:
         pixels = np.asarray(picture.resize((size, size), filter))
         return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
-    made: U8 = _resized(np.asarray(picture), size, SUPPORT[filter], known(height, width, size), flip)
+    made: U8 = _resized(
+        np.asarray(picture), size, SUPPORT[filter], known(height, width, size), flip
+    )
     return made

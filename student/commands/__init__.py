@@ -1,1 +1,2 @@
-"""Each file is one command of `student`: its options, and what it says. The work is done elsewhere."""
+"""Each file is one command of `student`: its options, and what it says. The work is done
+elsewhere."""

@@ -33,19 +33,39 @@ def command() -> None:
 
 def _eval_command(name: str, module: Any) -> click.Command:
     options = [
-        click.Option([f"--{key.replace('_', '-')}"], default=default, show_default=default is not None, help=text,
-                     type=int if default is None else type(default))
+        click.Option(
+            [f"--{key.replace('_', '-')}"],
+            default=default,
+            show_default=default is not None,
+            help=text,
+            type=int if default is None else type(default),
+        )
         for key, (default, text) in module.OPTIONS.items()
-    ]  # fmt: skip
+    ]
     shared = [
         click.Argument(["run"], required=False, type=click.Path(path_type=Path)),
-        click.Option(["--images", "images_spec"], help="Labelled pictures: class folders, tars with .cls, or .beton."),
-        click.Option(["--test", "test_spec"], help="Labelled test pictures. [default: a fifth of --images, held out]"),
+        click.Option(
+            ["--images", "images_spec"],
+            help="Labelled pictures: class folders, tars with .cls, or .beton.",
+        ),
+        click.Option(
+            ["--test", "test_spec"],
+            help="Labelled test pictures. [default: a fifth of --images, held out]",
+        ),
         click.Option(["--teacher", "teacher_spec"], help="Evaluate a teacher in place of RUN."),
         click.Option(["--weights"], help="That teacher's weights."),
-        click.Option(["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."),
-        click.Option(["--pool"], default="cls", show_default=True, help="cls or mean of the patch tokens."),
-        click.Option(["--crop-pct"], type=click.FloatRange(0, 1, min_open=True), default=0.875, show_default=True),
+        click.Option(
+            ["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."
+        ),
+        click.Option(
+            ["--pool"], default="cls", show_default=True, help="cls or mean of the patch tokens."
+        ),
+        click.Option(
+            ["--crop-pct"],
+            type=click.FloatRange(0, 1, min_open=True),
+            default=0.875,
+            show_default=True,
+        ),
         click.Option(["--embed-batch"], type=click.IntRange(1), default=64, show_default=True),
         click.Option(["--seed"], type=click.IntRange(0), default=0, show_default=True),
         click.Option(["--device"], help="cpu, cuda, ... [default: cuda where there is one]"),
@@ -57,7 +77,9 @@ def _eval_command(name: str, module: Any) -> click.Command:
 
     help_text = (module.__doc__ or "").strip().splitlines()[0]
     example = f"Example:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/"
-    return click.Command(name, params=[*shared, *options], callback=run, help=help_text, epilog=example)
+    return click.Command(
+        name, params=[*shared, *options], callback=run, help=help_text, epilog=example
+    )
 
 
 def _evaluate(
@@ -85,22 +107,40 @@ def _evaluate(
     from student.features.labels import split_holdout
 
     if (run is None) == (teacher_spec is None):
-        raise UsageError(f"student eval {name} takes either RUN, a run folder, or --teacher SPEC; give one of them")
+        raise UsageError(
+            f"student eval {name} takes either RUN, a run folder, or --teacher SPEC; give one of "
+            "them"
+        )
     if ema and run is None:
-        raise UsageError("--ema is about the weights of RUN, and --teacher is evaluated: leave one of them out")
+        raise UsageError(
+            "--ema is about the weights of RUN, and --teacher is evaluated: leave one of them out"
+        )
     train = open_source(given_images(images_spec))
     test = open_source(test_spec) if test_spec else None
-    net = frozen.from_run(run, pool, ema) if run else frozen.from_teacher(str(teacher_spec), weights, pool)
+    net = (
+        frozen.from_run(run, pool, ema)
+        if run
+        else frozen.from_teacher(str(teacher_spec), weights, pool)
+    )
     if test is None:
         train, test = split_holdout(train, seed=seed)
-        click.echo(f"note: no --test given; {len(test)} of {len(train) + len(test)} pictures are held out", err=True)
+        click.echo(
+            f"note: no --test given; {len(test)} of {len(train) + len(test)} pictures are held out",
+            err=True,
+        )
     bar = _EvalBar()
     result = module.evaluate(
-        net, train, test, seed=seed, device=pick_device(device), batch_size_embed=embed_batch, crop_pct=crop_pct,
-        progress=bar, **own,
+        net, train, test, seed=seed, device=pick_device(device), batch_size_embed=embed_batch,
+        crop_pct=crop_pct, progress=bar, **own,
     )  # fmt: skip
     bar.close()
-    facts = {"eval": name, "of": str(run or teacher_spec), "pool": pool, **({"ema": True} if ema else {}), **result}
+    facts = {
+        "eval": name,
+        "of": str(run or teacher_spec),
+        "pool": pool,
+        **({"ema": True} if ema else {}),
+        **result,
+    }
     if result.get("note"):
         click.echo(f"note: {result['note']}", err=True)
     click.echo(
@@ -123,7 +163,9 @@ class _EvalBar:
         if stage != self.stage:
             self.close()
             self.stage = stage
-            self.bar = tqdm(total=total, desc=stage, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, desc=stage, disable=not sys.stderr.isatty(), dynamic_ncols=True
+            )
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
 

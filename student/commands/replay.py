@@ -9,17 +9,26 @@ import click
 
 
 @click.command(
-    epilog="Example:\n\n  student replay runs/mralign-s0/nonfinite/step-00000412.safetensors --precision fp32"
+    epilog="Example:\n\n  student replay runs/mralign-s0/nonfinite/step-00000412.safetensors "
+    "--precision fp32"
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--recipe", "recipe_name", help="Your own .py file, where the run had one. [default: the run's recipe]")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    help="Your own .py file, where the run had one. [default: the run's recipe]",
+)
 @click.option("--precision", help="fp32, bf16 or fp16. [default: the run's]")
 @click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(file: Path, recipe_name: str | None, precision: str | None, device: str | None, as_json: bool) -> None:
-    """Run a micro-batch again whose loss was not finite, with the weights it met; FILE is of RUN/nonfinite.
+def command(
+    file: Path, recipe_name: str | None, precision: str | None, device: str | None, as_json: bool
+) -> None:
+    """Run a micro-batch again whose loss was not finite, with the weights it met; FILE is of
+    RUN/nonfinite.
 
-    Tells the loss then and now, and where it goes wrong: weights, inputs, the first module, gradients.
+    Tells the loss then and now, and where it goes wrong: weights, inputs, the first module,
+    gradients.
     """
     from featcache.runtime.device import pick_device
     from student.training import nonfinite

@@ -18,22 +18,46 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog="\b\nExamples:\n  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d --batch-size 256\n"
-    "  student train --recipe maskalign --images train/ --set encoder=small --set drop_path=0 --out runs/small\n"
+    epilog="\b\nExamples:\n  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d "
+    "--batch-size 256\n"
+    "  student train --recipe maskalign --images train/ --set encoder=small "
+    "--set drop_path=0 --out runs/small\n"
     "  accelerate launch -m student train --recipe mralign --cache CACHE --out RUN --resume"
 )
-@click.option("--recipe", "recipe_name", help="A name from `student recipes`, or the path of your own .py file.")
 @click.option(
-    "--cache", type=click.Path(path_type=Path), help="Cache folder. [default: the one in $FEATCACHE_HOME that serves]"
+    "--recipe",
+    "recipe_name",
+    help="A name from `student recipes`, or the path of your own .py file.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="Cache folder. [default: the one in $FEATCACHE_HOME that serves]",
 )
 @click.option("--images", help="Training pictures. [default: $FEATCACHE_IMAGES, then the cache's]")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: runs/RECIPE-sSEED]")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the pictures. [default: the recipe's]")
 @click.option(
-    "--steps", type=click.IntRange(0), help="Optimiser steps in place of epochs; 0 writes the untrained student."
+    "--out", type=click.Path(path_type=Path), help="Run folder. [default: runs/RECIPE-sSEED]"
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Pictures, per process. [default: 64, or all if fewer]")
-@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches summed up in a step.")
+@click.option(
+    "--epochs", type=click.IntRange(1), help="Passes over the pictures. [default: the recipe's]"
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(0),
+    help="Optimiser steps in place of epochs; 0 writes the untrained student.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Pictures, per process. [default: 64, or all if fewer]",
+)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Batches summed up in a step.",
+)
 @click.option(
     "--aug-repeats",
     type=click.IntRange(1),
@@ -46,10 +70,21 @@ if TYPE_CHECKING:
     type=click.Choice(["random", "block"]),
     default="random",
     show_default=True,
-    help="block: 64 neighbours in storage stay close in time, for network disks where opening a file is dear.",
+    help="block: 64 neighbours in storage stay close in time, for network disks where opening a "
+    "file is dear.",
 )
-@click.option("--resident", is_flag=True, help="Read the cache into memory first, once for all processes of a machine.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, order and masks.")
+@click.option(
+    "--resident",
+    is_flag=True,
+    help="Read the cache into memory first, once for all processes of a machine.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of weights, order and masks.",
+)
 @click.option(
     "--teacher",
     type=click.Choice(["cached", "online"]),
@@ -57,31 +92,55 @@ if TYPE_CHECKING:
     show_default=True,
     help="online: the teacher in the loop, no targets read.",
 )
-@click.option("--fallback", type=click.Choice(["online"]), help="With --cache: the teacher for shards that are lost.")
+@click.option(
+    "--fallback",
+    type=click.Choice(["online"]),
+    help="With --cache: the teacher for shards that are lost.",
+)
 @click.option(
     "--fallback-limit",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
     help="Share of the pictures that --fallback may be used for. [default: 0.01]",
 )
-@click.option("--weights", help="Online or fallback: the teacher's weights, FILE, tag or random:SEED.")
-@click.option("--views", type=click.IntRange(1), help="Online: views a picture. [default: a fresh one each epoch]")
-@click.option("--policy", help="Online without --cache: a named view policy or a .json file. [default: default]")
 @click.option(
-    "--config", type=click.Path(path_type=Path), help="JSON of recipe settings, or a run's config.json; --set wins."
+    "--weights", help="Online or fallback: the teacher's weights, FILE, tag or random:SEED."
 )
 @click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting; `student recipes RECIPE` lists them."
+    "--views",
+    type=click.IntRange(1),
+    help="Online: views a picture. [default: a fresh one each epoch]",
+)
+@click.option(
+    "--policy",
+    help="Online without --cache: a named view policy or a .json file. [default: default]",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="JSON of recipe settings, or a run's config.json; --set wins.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="One setting; `student recipes RECIPE` lists them.",
 )
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option("--device", help="cpu keeps off the GPU. [default: cuda where there is one]")
 @click.option(
     "--decoder",
     type=click.Choice(["pillow", "ffcv"]),
-    help="ffcv: a .beton through FFCV's own decode. [default: what the cache was extracted through, else pillow]",
+    help="ffcv: a .beton through FFCV's own decode. [default: what the cache was extracted "
+    "through, else pillow]",
 )
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads.")
-@click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints. [default: an epoch]")
+@click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads."
+)
+@click.option(
+    "--save-every", type=click.IntRange(1), help="Steps between checkpoints. [default: an epoch]"
+)
 @click.option(
     "--check-pixels",
     type=click.FloatRange(0, 1),
@@ -99,8 +158,8 @@ if TYPE_CHECKING:
 @click.option(
     "--scale",
     type=Pair(),
-    help="Show only the cached views whose crop has such a share of the picture's area. [default: the recipe's, where "
-    "the cache holds it]",
+    help="Show only the cached views whose crop has such a share of the picture's area. [default: "
+    "the recipe's, where the cache holds it]",
 )
 @click.option(
     "--without-view",
@@ -109,32 +168,53 @@ if TYPE_CHECKING:
     show_default=True,
     help="Share of pictures that may have no such view and are left out.",
 )
-@click.option("--decode", is_flag=True, help="Decode the pictures although the cache stores pixels (--pixels raw).")
-@click.option("--direct", is_flag=True, help="Read with O_DIRECT: the cache takes no memory from other files.")
+@click.option(
+    "--decode",
+    is_flag=True,
+    help="Decode the pictures although the cache stores pixels (--pixels raw).",
+)
+@click.option(
+    "--direct", is_flag=True, help="Read with O_DIRECT: the cache takes no memory from other files."
+)
 @click.option(
     "--verify-rows",
     type=click.FloatRange(0, 1),
     default=1.0,
     show_default=True,
-    help="Share of rows checked as they are read. Before that, a cache of up to 2 GiB is verified whole; of a larger "
-    "one the files' existence and sizes.",
+    help="Share of rows checked as they are read. Before that, a cache of up to 2 GiB is verified "
+    "whole; of a larger one the files' existence and sizes.",
 )
-@click.option("--read-threads", type=click.IntRange(1), help="Threads that read a batch. [default: 4, or fewer cores]")
+@click.option(
+    "--read-threads",
+    type=click.IntRange(1),
+    help="Threads that read a batch. [default: 4, or fewer cores]",
+)
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on from the run's newest checkpoint; start where there is no run yet, so a job can be requeued.",
+    help="Go on from the run's newest checkpoint; start where there is no run yet, so a job "
+    "can be requeued.",
 )
 @click.option(
     "--ema",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Keep an average of the weights as well, of this decay, such as 0.9999; `student eval --ema` takes it.",
+    help="Keep an average of the weights as well, of this decay, such as 0.9999; `student eval "
+    "--ema` takes it.",
 )
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile the model: slow to begin with, then faster.")
 @click.option(
-    "--checkpoint-activations", is_flag=True, help="Compute blocks again in the backward pass: less memory, more time."
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="torch.compile the model: slow to begin with, then faster.",
 )
-@click.option("--deterministic", is_flag=True, help="The same bits again on a GPU too, by slower kernels.")
+@click.option(
+    "--checkpoint-activations",
+    is_flag=True,
+    help="Compute blocks again in the backward pass: less memory, more time.",
+)
+@click.option(
+    "--deterministic", is_flag=True, help="The same bits again on a GPU too, by slower kernels."
+)
 @click.option(
     "--skip-nonfinite",
     type=click.IntRange(0),
@@ -148,7 +228,8 @@ if TYPE_CHECKING:
     multiple=True,
     default=("json",),
     show_default=True,
-    help="Show metrics there as well; RUN/metrics.jsonl (json) is always written. May be given twice.",
+    help="Show metrics there as well; RUN/metrics.jsonl (json) is always written. May be "
+    "given twice.",
 )
 @click.option(
     "--dry-run",
@@ -156,11 +237,13 @@ if TYPE_CHECKING:
     help="Say what would be trained, with memory, time and disk; write nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def command(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic: bool, **options: Any) -> None:
+def command(
+    recipe_name: str | None, as_json: bool, dry_run: bool, deterministic: bool, **options: Any
+) -> None:
     """Train a student by RECIPE from cached targets, or with the teacher in the loop.
 
-    Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status 75; --resume goes
-    on.
+    Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status
+    75; --resume goes on.
     """
     from student import checkpoint, recipes
     from student.setup import build
@@ -170,13 +253,18 @@ def command(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic
     from student.training import train as work
 
     if recipe_name is None:
-        raise UsageError(f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of your own")
+        raise UsageError(
+            f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of "
+            "your own"
+        )
     recipe = recipes.load(recipe_name)
     if deterministic:
         accelerator.deterministic()
     acc = accelerator.accelerator(options["precision"], options.pop("device"))
     options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
-    job, loader = build.build(recipe_name, recipe, acc, Options(**options), _say if acc.is_main_process else _hush)
+    job, loader = build.build(
+        recipe_name, recipe, acc, Options(**options), _say if acc.is_main_process else _hush
+    )
     facts = build.facts(job, loader)
     if note := build.warmup_note(job, loader):
         (_say if acc.is_main_process else _hush)(note)
@@ -188,8 +276,8 @@ def command(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic
         return
     if acc.is_main_process:
         _say(
-            f"{recipe_name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} steps of "
-            f"{facts['global_batch']} -> {job.out}"
+            f"{recipe_name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
+            f"steps of {facts['global_batch']} -> {job.out}"
         )
     before = checkpoint.step_of(job.out)
     try:
@@ -198,7 +286,11 @@ def command(recipe_name: str | None, as_json: bool, dry_run: bool, deterministic
         if not acc.is_main_process:  # one process speaks
             sys.exit(STOPPED)
         _note(job, before, {"run": str(job.out), "stopped": True})
-        raise stopped if isinstance(stopped, StoppedError) else preemption.at_once(job.out, job.resume) from None
+        raise (
+            stopped
+            if isinstance(stopped, StoppedError)
+            else preemption.at_once(job.out, job.resume)
+        ) from None
     except (UserError, OSError):
         if acc.is_main_process and (step := checkpoint.step_of(job.out)) != before:
             _note(job, before, {"run": str(job.out), "stopped": True})

@@ -1,8 +1,10 @@
-"""Batches as a pure function of (seed, step): pictures decoded and targets read by threads, some batches ahead.
+"""Batches as a pure function of (seed, step): pictures decoded and targets read by threads, some
+batches ahead.
 
-An optimiser step takes one global batch of the epoch's order; micro-batch j of process r takes its slice, so the
-same pictures make the same step for any number of processes and any accumulation. A rest smaller than a global batch is
-left out of the epoch. n training pictures, B samples a process and micro-batch, R views of each of its B / R pictures.
+An optimiser step takes one global batch of the epoch's order; micro-batch j of process r takes its
+slice, so the same pictures make the same step for any number of processes and any accumulation. A
+rest smaller than a global batch is left out of the epoch. n training pictures, B samples a process
+and micro-batch, R views of each of its B / R pictures.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class _Begun:
 
 @dataclass
 class Loader:
-    """`pictures` (n,) are the source's numbers of the training pictures, `digests` (n, 2) their keys'."""
+    """`pictures` (n,) are the source's numbers of the training pictures, `digests` (n, 2) their
+    keys'."""
 
     source: Source
     targets: Targets
@@ -61,28 +64,32 @@ class Loader:
     workers: int = 2
     check_fraction: float = 1 / 16  # of the rendered views that are compared with their stored hash
     repeats: int = 1  # views of a picture in one step; it is decoded once
-    places: npt.NDArray[np.int64] | None = None  # (n,) in storage: sampled by blocks; None: at random
-    masks: Callable[[Host], Mapping[str, Tensor] | None] | None = None  # drawn here, where all they read is on the host
+    # (n,) in storage: sampled by blocks; None: at random
+    places: npt.NDArray[np.int64] | None = None
+    # drawn here, where all they read is on the host
+    masks: Callable[[Host], Mapping[str, Tensor] | None] | None = None
     pin: bool = False  # page-locked memory, for a GPU
 
     def __post_init__(self) -> None:
         n = len(self.pictures)
         if self.batch_size % self.repeats:
             raise UsageError(
-                f"--batch-size {self.batch_size} with --aug-repeats {self.repeats}: a batch holds all views of its "
-                f"pictures; give a multiple of {self.repeats}"
+                f"--batch-size {self.batch_size} with --aug-repeats {self.repeats}: a batch holds "
+                f"all views of its pictures; give a multiple of {self.repeats}"
             )
         if self.global_batch > n * self.repeats:
             raise UserError(
-                f"one step takes {self.global_batch // self.repeats} pictures ({self._cut()}), the training set has "
-                f"{n}; give a smaller --batch-size"
+                f"one step takes {self.global_batch // self.repeats} pictures ({self._cut()}), the "
+                f"training set has {n}; give a smaller --batch-size"
             )
         self._order = Order(n, self.seed, self.places)
         self._moments = lru_cache(AHEAD + 1)(self._moments_of)
 
     def _cut(self) -> str:
         shown = f" / {self.repeats} views" if self.repeats > 1 else ""
-        return f"{self.batch_size} x {self.accumulation} micro-batches x {self.world} processes{shown}"
+        return (
+            f"{self.batch_size} x {self.accumulation} micro-batches x {self.world} processes{shown}"
+        )
 
     @property
     def global_batch(self) -> int:
@@ -99,7 +106,8 @@ class Loader:
         return at[first : first + self.batch_size], epoch
 
     def step_rows(self, step: int) -> tuple[npt.NDArray[np.int64], int]:
-        """Numbers (global batch,) of the training pictures of a step over all processes, and the epoch."""
+        """Numbers (global batch,) of the training pictures of a step over all processes, and the
+        epoch."""
         epoch, place = divmod(step, self.steps_per_epoch)
         count = self.global_batch // self.repeats
         return np.repeat(self._order.step(epoch, place * count, count), self.repeats), epoch
@@ -113,22 +121,33 @@ class Loader:
         if self.targets.moments is None:
             return None
         at, epoch = self.step_rows(step)
-        return self.targets.moments(at, self.targets.view(self.digests[at], self._rounds(len(at), epoch)))
+        return self.targets.moments(
+            at, self.targets.view(self.digests[at], self._rounds(len(at), epoch))
+        )
 
     def iterate(self, first_step: int, last_step: int) -> Generator[Host, None, None]:
-        """Micro-batches of the steps in [first_step, last_step), in order. A batch is good until the next one is asked
-        for: then its memory is filled again."""
-        wanted = ((step, micro) for step in range(first_step, last_step) for micro in range(self.accumulation))
-        # One thread begins batches, in order, and reads with those of the cache: several would be in the decoders' way.
-        # Where nothing is decoded another plans the next batch meanwhile.
+        """Micro-batches of the steps in [first_step, last_step), in order. A batch is good until
+        the next one is asked for: then its memory is filled again."""
+        wanted = (
+            (step, micro)
+            for step in range(first_step, last_step)
+            for micro in range(self.accumulation)
+        )
+        # One thread begins batches, in order, and reads with those of the cache: several would be
+        # in the decoders' way. Where nothing is decoded another plans the next batch meanwhile.
         beginners = 2 if self.targets.only_read else 1
-        with ThreadPoolExecutor(self.workers) as decoders, ThreadPoolExecutor(beginners) as beginner:
+        with (
+            ThreadPoolExecutor(self.workers) as decoders,
+            ThreadPoolExecutor(beginners) as beginner,
+        ):
             free: deque[Memory | None] = deque([None] * (AHEAD + 1))
             waiting: deque[Future[_Begun]] = deque()
             try:
                 while True:
                     while len(waiting) < AHEAD and (item := next(wanted, None)) is not None:
-                        waiting.append(beginner.submit(self._begin, *item, decoders, free.popleft()))
+                        waiting.append(
+                            beginner.submit(self._begin, *item, decoders, free.popleft())
+                        )
                     if not waiting:
                         return
                     begun = waiting.popleft().result()
@@ -140,11 +159,14 @@ class Loader:
                 decoders.shutdown(wait=False, cancel_futures=True)
 
     def batch(self, step: int, micro: int, decoders: ThreadPoolExecutor) -> Host:
-        """One micro-batch in memory of its own: `pixels` (B, S, S, 3) uint8, the stored arrays, `view`, `round` (how
-        often each picture was shown before), `at`, `digests`, `epoch`, `keys`, and `masks` where drawn here."""
+        """One micro-batch in memory of its own: `pixels` (B, S, S, 3) uint8, the stored arrays,
+        `view`, `round` (how often each picture was shown before), `at`, `digests`, `epoch`, `keys`,
+        and `masks` where drawn here."""
         return self._begin(step, micro, decoders, None).finish()
 
-    def _begin(self, step: int, micro: int, decoders: ThreadPoolExecutor, memory: Memory | None) -> _Begun:
+    def _begin(
+        self, step: int, micro: int, decoders: ThreadPoolExecutor, memory: Memory | None
+    ) -> _Begun:
         """A micro-batch whose targets and masks are there, while its pictures are under way."""
         if memory is None:
             memory = buffers.allocate(self.targets.layout(), self.batch_size, self.pin)
@@ -160,13 +182,16 @@ class Loader:
         checked = pixel_check.sampled(digests, view, rounds, self.seed, self.check_fraction)
         hashes = self._hashes(at, view, checked)
         starts = range(0, len(at), self.repeats)  # of the views of each picture
-        if self.targets.stored_pixels:  # nothing to render: one thread looks at those that are checked
+        # nothing to render: one thread looks at those that are checked
+        if self.targets.stored_pixels:
             work = [[i for i in starts if checked[i : i + self.repeats].any()]]
         else:
             work = [[i] for i in starts]
         futures = [decoders.submit(self._samples, host, some, hashes) for some in work if some]
         if self.masks is not None and (masks := self.masks(host)) is not None:
-            host["masks"] = {name: ids.pin_memory() for name, ids in masks.items()} if self.pin else masks
+            host["masks"] = (
+                {name: ids.pin_memory() for name, ids in masks.items()} if self.pin else masks
+            )
         return _Begun(host, memory, futures)
 
     def _hashes(
@@ -182,8 +207,8 @@ class Loader:
             self._views(host, range(start, start + self.repeats), hashes)
 
     def _views(self, host: Host, samples: range, hashes: Mapping[int, int]) -> None:
-        """Render the views of one picture into the batch, unless their pixels came with the targets, and compare them
-        with the stored hashes."""
+        """Render the views of one picture into the batch, unless their pixels came with the
+        targets, and compare them with the stored hashes."""
         at = int(host["at"][samples[0]])
         if not self.targets.stored_pixels:
             key = host["keys"][samples[0]]
@@ -194,7 +219,9 @@ class Loader:
                     f"picture {key!r} cannot be used in training: {error}; mend it, or remove it"
                 ) from error
             for i in samples:
-                rendered = self.targets.render(picture, host, i, key, self.digests[at], int(host["view"][i]))
+                rendered = self.targets.render(
+                    picture, host, i, key, self.digests[at], int(host["view"][i])
+                )
                 for name, pixels in rendered.items():
                     host[name][i] = pixels
         for i in samples:

@@ -1,8 +1,9 @@
-"""From batches on the host to what a recipe takes on the device, one batch ahead of the step that is being computed.
+"""From batches on the host to what a recipe takes on the device, one batch ahead of the step that
+is being computed.
 
-On a GPU a side stream copies the next batch from page-locked memory (uint8 pixels, targets as they are stored) and
-normalises and decodes it there while the step runs. On a CPU there is nothing to overlap with, and a batch is made when
-it is taken. B batch, S pixels.
+On a GPU a side stream copies the next batch from page-locked memory (uint8 pixels, targets as they
+are stored) and normalises and decodes it there while the step runs. On a CPU there is nothing to
+overlap with, and a batch is made when it is taken. B batch, S pixels.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from student.targets.contract import Host, Targets
 Marks = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
-def to_device(config: RecipeConfig, targets: Targets, host: Host, device: torch.device, seed: int) -> dict[str, Tensor]:
-    """A host batch as the recipe takes it: normalised images (B, 3, S, S), decoded features, masks. Nothing in it
-    shares memory with the host batch, which is filled again."""
+def to_device(
+    config: RecipeConfig, targets: Targets, host: Host, device: torch.device, seed: int
+) -> dict[str, Tensor]:
+    """A host batch as the recipe takes it: normalised images (B, 3, S, S), decoded features, masks.
+    Nothing in it shares memory with the host batch, which is filled again."""
     pixels = torch.from_numpy(host["pixels"]).to(device, non_blocking=True).permute(0, 3, 1, 2)
     mean, std = _statistics(device)
     features, sources = targets.complete(host, device)
@@ -40,14 +43,19 @@ def to_device(config: RecipeConfig, targets: Targets, host: Host, device: torch.
 
 @cache
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and deviation (3, 1, 1); made once, since making them waits for the stream."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    """ImageNet's mean and deviation (3, 1, 1); made once, since making them waits for the
+    stream."""
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
     return mean.to(device), std.to(device)
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A batch, its sample keys, and what the device waited for it in seconds (known once the device is there)."""
+    """A batch, its sample keys, and what the device waited for it in seconds (known once the device
+    is there)."""
 
     batch: dict[str, Tensor]
     keys: list[str]
@@ -83,25 +91,40 @@ class Share:
 
 
 class Feed:
-    """Batches of `batches`, on the device. `take` gives the next; `bring`, called when the work on it is in the
-    device's queue, prepares the one after meanwhile."""
+    """Batches of `batches`, on the device. `take` gives the next; `bring`, called when the work on
+    it is in the device's queue, prepares the one after meanwhile."""
 
     def __init__(
-        self, config: RecipeConfig, targets: Targets, batches: Iterator[Host], device: torch.device, seed: int
+        self,
+        config: RecipeConfig,
+        targets: Targets,
+        batches: Iterator[Host],
+        device: torch.device,
+        seed: int,
     ) -> None:
-        self.config, self.targets, self.batches, self.device, self.seed = config, targets, batches, device, seed
+        self.config, self.targets, self.batches, self.device, self.seed = (
+            config,
+            targets,
+            batches,
+            device,
+            seed,
+        )
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._next: tuple[Host, dict[str, Tensor], list[Marks]] | None = None
         self._copied: torch.cuda.Event | None = None  # the last host batch has been read
 
     def take(self) -> Taken:
-        """The next batch; StopIteration after the last. Its teacher, where one is in the loop, runs here, in the step
-        it is a part of."""
+        """The next batch; StopIteration after the last. Its teacher, where one is in the loop, runs
+        here, in the step it is a part of."""
         if self._side is None:
             start = time.perf_counter()
             host = next(self.batches)
             waited = Wait(time.perf_counter() - start)
-            return Taken(to_device(self.config, self.targets, host, self.device, self.seed), host["keys"], waited)
+            return Taken(
+                to_device(self.config, self.targets, host, self.device, self.seed),
+                host["keys"],
+                waited,
+            )
         main = torch.cuda.current_stream(self.device)
         if not self.targets.is_stored:
             host, marks = self._host(main)
@@ -117,12 +140,15 @@ class Feed:
         return Taken(batch, host["keys"], Wait(marks=[*stalls, (free, _mark(main))]))
 
     def bring(self) -> None:
-        """Queue the next batch's copies and decoding beside the step; nothing after the last one."""
+        """Queue the next batch's copies and decoding beside the step; nothing after the last
+        one."""
         if self._side is not None and self.targets.is_stored and self._next is None:
             with contextlib.suppress(StopIteration):
                 self._next = self._prepare(self._side, torch.cuda.current_stream(self.device))
 
-    def _prepare(self, side: torch.cuda.Stream, main: torch.cuda.Stream) -> tuple[Host, dict[str, Tensor], list[Marks]]:
+    def _prepare(
+        self, side: torch.cuda.Stream, main: torch.cuda.Stream
+    ) -> tuple[Host, dict[str, Tensor], list[Marks]]:
         host, marks = self._host(main)
         with torch.cuda.stream(side):
             batch = to_device(self.config, self.targets, host, self.device, self.seed)
@@ -130,8 +156,8 @@ class Feed:
         return {"keys": host["keys"]}, batch, [marks]
 
     def _host(self, main: torch.cuda.Stream) -> tuple[Host, Marks]:
-        """The next host batch, and what the device stood still for it. Asking gives the memory of the last one back,
-        which must have been read."""
+        """The next host batch, and what the device stood still for it. Asking gives the memory of
+        the last one back, which must have been read."""
         if self._copied is not None:
             self._copied.synchronize()
         asked = _mark(main)

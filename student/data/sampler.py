@@ -15,21 +15,24 @@ from featcache import rng
 I64 = npt.NDArray[np.int64]
 
 BLOCK = 64  # neighbours in storage that stay together
-WINDOW = 16  # blocks that are shuffled together: a batch from one window opens 16 files where rows would open 1,024
+# blocks that are shuffled together: a batch from one window opens 16 files where rows would open
+# 1,024
+WINDOW = 16
 
 
 class Order:
-    """Every epoch shows each picture once. With `places` (n,), where each picture lies in storage, blocks of 64
-    neighbours come in random order and rows are shuffled within windows of 16 blocks, for disks on which opening a file
-    is dear. Blocks begin elsewhere in each epoch, so that no two pictures are bound to each other."""
+    """Every epoch shows each picture once. With `places` (n,), where each picture lies in storage,
+    blocks of 64 neighbours come in random order and rows are shuffled within windows of 16 blocks,
+    for disks on which opening a file is dear. Blocks begin elsewhere in each epoch, so that no two
+    pictures are bound to each other."""
 
     def __init__(self, n: int, seed: int, places: I64 | None = None) -> None:
         self.n, self.seed, self.places = n, seed, places
         self._of_epoch = lru_cache(2)(self._rows if places is None else self._blocks)
 
     def step(self, epoch: int, first: int, count: int) -> I64:
-        """(G,) numbers of the pictures [first, first + count) of an epoch. Of blocks, those of a step are in storage
-        order, so that each process has its own files."""
+        """(G,) numbers of the pictures [first, first + count) of an epoch. Of blocks, those of a
+        step are in storage order, so that each process has its own files."""
         rows = self._of_epoch(epoch)[first : first + count]
         return rows if self.places is None else rows[np.argsort(self.places[rows], kind="stable")]
 
@@ -39,11 +42,17 @@ class Order:
     def _blocks(self, epoch: int) -> I64:
         assert self.places is not None
         digest = rng.key_digests([f"blocks:{self.n}"])
-        shift = int(rng.words(digest, rng.stream("shift", self.seed), 1, epoch=epoch)[0, 0] % np.uint64(BLOCK))
+        shift = int(
+            rng.words(digest, rng.stream("shift", self.seed), 1, epoch=epoch)[0, 0]
+            % np.uint64(BLOCK)
+        )
         block = (np.arange(self.n) + shift) // BLOCK  # of the picture at each place
         turn = np.empty(int(block[-1]) + 1, np.int64)
         turn[
-            np.argsort(rng.words(digest, rng.stream("blocks", self.seed), len(turn), epoch=epoch)[0], kind="stable")
+            np.argsort(
+                rng.words(digest, rng.stream("blocks", self.seed), len(turn), epoch=epoch)[0],
+                kind="stable",
+            )
         ] = np.arange(len(turn))
         words = rng.words(digest, rng.stream("order", self.seed), self.n, epoch=epoch)[0]
         return np.argsort(self.places, kind="stable")[np.lexsort((words, turn[block] // WINDOW))]

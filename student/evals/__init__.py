@@ -2,7 +2,8 @@
 
 An eval module holds `OPTIONS: dict[str, tuple[default, help]]`, its own options, and
 
-    evaluate(frozen, train, test, *, seed, device, batch_size_embed, crop_pct, progress, **options) -> dict[str, Any]
+    evaluate(frozen, train, test, *, seed, device, batch_size_embed, crop_pct, progress,
+             **options) -> dict[str, Any]
 
 whose result is plain JSON; accuracies are in per cent, as the papers print them.
 """

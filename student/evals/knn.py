@@ -1,9 +1,10 @@
 """Weighted k-nearest-neighbour classification of frozen features: no training, no seed, one number.
 
-Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021: cosine similarity between
-the centre views of test and training pictures; each of the k nearest training pictures votes for its class with
-exp(similarity / 0.07); k = 20. Here ties go to the smaller class number, and a class without a vote is never among
-the top 5 (in DINO's code such classes take the free places in whatever order the sort leaves them).
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021: cosine
+similarity between the centre views of test and training pictures; each of the k nearest training
+pictures votes for its class with exp(similarity / 0.07); k = 20. Here ties go to the smaller class
+number, and a class without a vote is never among the top 5 (in DINO's code such classes take the
+free places in whatever order the sort leaves them).
 
     student eval knn RUN --images LABELLED
 
@@ -35,11 +36,19 @@ CHUNK_ROWS = 1024  # test pictures compared with the whole bank at a time
 
 
 def votes(
-    test: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, *, k: int = 20, temperature: float = 0.07
+    test: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    classes: int,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
 ) -> Tensor:
-    """Votes (n,C) float64 of the k nearest rows of `bank` (N,D) for each row of `test` (n,D), on the CPU.
+    """Votes (n,C) float64 of the k nearest rows of `bank` (N,D) for each row of `test` (n,D), on
+    the CPU.
 
-    A row's votes are divided by exp(its best similarity / temperature): the order stays, and no temperature overflows.
+    A row's votes are divided by exp(its best similarity / temperature): the order stays, and no
+    temperature overflows.
     """
     _check(k, temperature, len(bank))
     bank = F.normalize(bank.float(), dim=1)
@@ -48,18 +57,24 @@ def votes(
         near = (F.normalize(chunk, dim=1) @ bank.T).topk(k, dim=1)  # (B,k), largest first
         similarity, index = near.values.double().cpu(), near.indices.cpu()
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        rows.append(torch.zeros(len(chunk), classes, dtype=torch.float64).scatter_add_(1, bank_labels[index], weight))
+        rows.append(
+            torch.zeros(len(chunk), classes, dtype=torch.float64).scatter_add_(
+                1, bank_labels[index], weight
+            )
+        )
     return torch.cat(rows)
 
 
 def _check(k: int, temperature: float, bank: int) -> None:
     if not 1 <= k <= bank:
         raise UsageError(
-            f"cannot ask {k} nearest neighbours: there are {bank} training pictures, --k is 1 to {bank}; "
-            "give a smaller --k or more training pictures"
+            f"cannot ask {k} nearest neighbours: there are {bank} training pictures, --k is 1 to "
+            f"{bank}; give a smaller --k or more training pictures"
         )
     if not temperature > 0:
-        raise UsageError(f"cannot vote at temperature {temperature:g}: --temperature is above 0; give 0.07")
+        raise UsageError(
+            f"cannot vote at temperature {temperature:g}: --temperature is above 0; give 0.07"
+        )
 
 
 def evaluate(
@@ -75,20 +90,35 @@ def evaluate(
     k: int = 20,
     temperature: float = 0.07,
 ) -> dict[str, Any]:
-    """Top-1 (and top-5 from five classes on) of the test pictures; `seed` is not used: nothing here is random."""
+    """Top-1 (and top-5 from five classes on) of the test pictures; `seed` is not used: nothing here
+    is random."""
     _check(k, temperature, len(train))
     classes, test_labels = class_count(train), torch.from_numpy(labels_as(test, train))
 
     # features: the centre view of every picture
     (bank,), bank_labels = embed_source(
-        frozen, train, batch_size=batch_size_embed, device=device, progress=progress, crop_pct=crop_pct, stage="train"
+        frozen,
+        train,
+        batch_size=batch_size_embed,
+        device=device,
+        progress=progress,
+        crop_pct=crop_pct,
+        stage="train",
     )
     (rows,), _ = embed_source(
-        frozen, test, batch_size=batch_size_embed, device=device, progress=progress, crop_pct=crop_pct, stage="test"
+        frozen,
+        test,
+        batch_size=batch_size_embed,
+        device=device,
+        progress=progress,
+        crop_pct=crop_pct,
+        stage="test",
     )
 
     # votes
-    found = votes(rows.to(device), bank.to(device), bank_labels, classes, k=k, temperature=temperature)
+    found = votes(
+        rows.to(device), bank.to(device), bank_labels, classes, k=k, temperature=temperature
+    )
     voted = found.gather(1, test_labels[:, None])[:, 0] > 0
     result: dict[str, Any] = {"top1": percent(hits(found, test_labels, 1) & voted)}
     if classes >= 5:

@@ -1,24 +1,26 @@
 """Linear probe of frozen features by MAE's protocol.
 
-He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, appendix A.1, as in the released code: CLS
-after the encoder's final norm, BatchNorm without affine, one Linear layer, LARS without weight decay at
-lr = blr * batch / 256, 10 warm-up epochs and a half cosine to 0 over 90, batch 16384; training views are crops of
-(0.08, 1) by the released code's one-try sampler and flip, test views the centre crop. MaskAlign takes blr 0.025, MILAN
-0.05 over 100 epochs, MAE and CAE 0.1.
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, appendix A.1, as in the
+released code: CLS after the encoder's final norm, BatchNorm without affine, one Linear layer, LARS
+without weight decay at lr = blr * batch / 256, 10 warm-up epochs and a half cosine to 0 over 90,
+batch 16384; training views are crops of (0.08, 1) by the released code's one-try sampler and flip,
+test views the centre crop. MaskAlign takes blr 0.025, MILAN 0.05 over 100 epochs, MAE and CAE 0.1.
 
     student eval linear RUN --images LABELLED --blr 0.025
 
-The backbone is frozen, so pictures are embedded first and the head is trained on the rows. Cost: with fresh views
-(default) one forward of every training picture an epoch; `--train-views 4` pays for 4 epochs and uses those views in
-turn; `--train-views 0` pays once and trains on the centre crop.
+The backbone is frozen, so pictures are embedded first and the head is trained on the rows. Cost:
+with fresh views (default) one forward of every training picture an epoch; `--train-views 4` pays
+for 4 epochs and uses those views in turn; `--train-views 0` pays once and trains on the centre
+crop.
 
-The protocol is made for a million pictures. LARS moves the weight by 0.001 * lr of its own length a step, so with few
-pictures the default base rate hardly leaves the start (1,437 digits: 42 % at --blr 0.1, 86 % at 1, 90 % at 3, whatever
-the batch size): the result then carries a `note` that names a base rate to try.
+The protocol is made for a million pictures. LARS moves the weight by 0.001 * lr of its own length a
+step, so with few pictures the default base rate hardly leaves the start (1,437 digits: 42 % at
+--blr 0.1, 86 % at 1, 90 % at 3, whatever the batch size): the result then carries a `note` that
+names a base rate to try.
 
-What differs: every picture has its own counter, so a probe is repeatable; BatchNorm sees the whole batch, the released
-code each process's share of it; the score is that of the last epoch, not the best epoch on the test pictures; batches
-larger than the training set are cut to it.
+What differs: every picture has its own counter, so a probe is repeatable; BatchNorm sees the whole
+batch, the released code each process's share of it; the score is that of the last epoch, not the
+best epoch on the test pictures; batches larger than the training set are cut to it.
 
 n training pictures, V views, B batch, D width, C classes.
 """
@@ -46,10 +48,14 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "blr": (0.1, "base learning rate: lr = blr * batch / 256"),
     "batch_size": (16384, "pictures a step, cut to the number of training pictures"),
     "warmup_epochs": (10, "epochs of linear warm-up from 0"),
-    "train_views": (None, "augmented views embedded once, used in turn; 0: centre view; not given: fresh each epoch"),
+    "train_views": (
+        None,
+        "augmented views embedded once, used in turn; 0: centre view; not given: fresh each epoch",
+    ),
 }
 
-TRAVEL_LEAST = 3.0  # lengths of the weight; below it the digits above lose points, ImageNet's protocol has 60 to 250
+# lengths of the weight; below it the digits above lose points, ImageNet's protocol has 60 to 250
+TRAVEL_LEAST = 3.0
 
 
 class Head(nn.Module):
@@ -70,10 +76,11 @@ class Head(nn.Module):
 
 
 def lars(head: Head) -> Lars:
-    """LARS as MAE has it: m <- 0.9 m + q g, w <- w - lr m, q = 0.001 |w| / |g| for the weight and 1 for the bias.
+    """LARS as MAE has it: m <- 0.9 m + q g, w <- w - lr m, q = 0.001 |w| / |g| for the weight and 1
+    for the bias.
 
-    timm scales a group only if it has weight decay or `always_adapt`; eps 0 because MAE's ratio has none (a zero norm
-    gives q = 1 in both).
+    timm scales a group only if it has weight decay or `always_adapt`; eps 0 because MAE's ratio has
+    none (a zero norm gives q = 1 in both).
     """
     groups = [
         {"params": [head.linear.weight], "always_adapt": True},
@@ -83,23 +90,32 @@ def lars(head: Head) -> Lars:
 
 
 def learning_rate(epoch: float, peak: float, warmup_epochs: int, epochs: int) -> float:
-    """Linear from 0 to `peak`, then a half cosine to 0; `epoch` counts fractions, so every step has its own rate.
+    """Linear from 0 to `peak`, then a half cosine to 0; `epoch` counts fractions, so every step has
+    its own rate.
 
     >>> [round(learning_rate(e, 6.4, 10, 90), 2) for e in (0, 5, 10, 50, 90)]
     [0.0, 3.2, 6.4, 3.2, 0.0]
     """
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    return (
+        peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    )
 
 
 def travel(rates: list[float]) -> float:
-    """The most the weight can move, in its own lengths: 0.001 lr a step, ten times over by the momentum of 0.9."""
+    """The most the weight can move, in its own lengths: 0.001 lr a step, ten times over by the
+    momentum of 0.9."""
     return 0.01 * sum(rates)
 
 
 def train_epoch(
-    head: Head, optimizer: Lars, features: Tensor, labels: Tensor, batches: list[Tensor], rates: list[float]
+    head: Head,
+    optimizer: Lars,
+    features: Tensor,
+    labels: Tensor,
+    batches: list[Tensor],
+    rates: list[float],
 ) -> float:
     """One pass over `features` (n,D) in the given batches of rows; returns the mean loss."""
     head.train()
@@ -120,7 +136,9 @@ def train_epoch(
 def predict(head: Head, features: Tensor, rows: int = 16384) -> Tensor:
     """Logits (n,C) on the CPU, with the running statistics of the norm."""
     head.eval()
-    return torch.cat([head(chunk.to(head.linear.weight.device)).cpu() for chunk in features.split(rows)])
+    return torch.cat(
+        [head(chunk.to(head.linear.weight.device)).cpu() for chunk in features.split(rows)]
+    )
 
 
 def evaluate(
@@ -144,12 +162,14 @@ def evaluate(
     classes, test_labels = class_count(train), torch.from_numpy(labels_as(test, train))
     batch = min(batch_size, len(train))
     peak, steps = blr * batch / 256, len(train) // batch
-    rates = [learning_rate(step / steps, peak, warmup_epochs, epochs) for step in range(epochs * steps)]
+    rates = [
+        learning_rate(step / steps, peak, warmup_epochs, epochs) for step in range(epochs * steps)
+    ]
 
     def embed(source: Source, numbers: list[int] | None, stage: str) -> tuple[Tensor, Tensor]:
         return embed_source(
-            frozen, source, numbers, batch_size=batch_size_embed, device=device, progress=progress, crop_pct=crop_pct,
-            seed=seed, stage=stage,
+            frozen, source, numbers, batch_size=batch_size_embed, device=device, progress=progress,
+            crop_pct=crop_pct, seed=seed, stage=stage,
         )  # fmt: skip
 
     # features: the test pictures first, so that a broken one stops the probe at its start
@@ -170,9 +190,14 @@ def evaluate(
             rows = stored[epoch % len(stored)]
         order = torch.from_numpy(rng.permutation(len(train), seed, epoch))
         batches = list(order[: steps * batch].split(batch))
-        loss = train_epoch(head, optimizer, rows, labels, batches, rates[epoch * steps : (epoch + 1) * steps])
+        loss = train_epoch(
+            head, optimizer, rows, labels, batches, rates[epoch * steps : (epoch + 1) * steps]
+        )
         if not math.isfinite(loss):
-            raise UserError(f"the linear probe diverged: loss in epoch {epoch} is {loss} at lr {peak:g}; lower --blr")
+            raise UserError(
+                f"the linear probe diverged: loss in epoch {epoch} is {loss} at lr {peak:g}; lower "
+                "--blr"
+            )
         if progress is not None:
             progress("epochs", epoch + 1, epochs)
 
@@ -183,9 +208,10 @@ def evaluate(
         result["top5"] = percent(hits(scores, test_labels, 5))
     if travel(rates) < TRAVEL_LEAST:
         result["note"] = (
-            f"the head could move only {travel(rates):.2g} of its own length: --blr {blr:g} over {epochs} epochs is "
-            f"too small for {len(train)} pictures; try --blr {2 * TRAVEL_LEAST * blr / travel(rates):.2g} with "
-            "--batch-size 256 or less, or more --epochs"
+            f"the head could move only {travel(rates):.2g} of its own length: --blr {blr:g} over "
+            f"{epochs} epochs is too small for {len(train)} pictures; try --blr "
+            f"{2 * TRAVEL_LEAST * blr / travel(rates):.2g} with --batch-size 256 or less, or more "
+            "--epochs"
         )
     return result | {
         "epochs": epochs,
@@ -204,22 +230,26 @@ def evaluate(
     }
 
 
-def _check(n: int, epochs: int, blr: float, batch_size: int, warmup_epochs: int, train_views: int | None) -> None:
+def _check(
+    n: int, epochs: int, blr: float, batch_size: int, warmup_epochs: int, train_views: int | None
+) -> None:
     """Refuse what cannot be trained before the first picture is read."""
     if n < 2 or batch_size < 2:
         raise UsageError(
-            f"cannot train a linear probe with batches of {min(n, batch_size)}: BatchNorm needs at least 2 pictures a "
-            "step; give a larger --batch-size or more training pictures"
+            f"cannot train a linear probe with batches of {min(n, batch_size)}: BatchNorm needs at "
+            "least 2 pictures a step; give a larger --batch-size or more training pictures"
         )
     if epochs < 1 or not 0 <= warmup_epochs < epochs:
         raise UsageError(
-            f"cannot train {epochs} epochs with {warmup_epochs} of warm-up: warm-up is 0 or more and below the epochs; "
-            f"give --warmup-epochs {max(0, epochs // 9)} or more epochs"
+            f"cannot train {epochs} epochs with {warmup_epochs} of warm-up: warm-up is 0 or more "
+            f"and below the epochs; give --warmup-epochs {max(0, epochs // 9)} or more epochs"
         )
     if not (math.isfinite(blr) and blr > 0):
-        raise UsageError(f"cannot train at a base learning rate of {blr:g}: --blr is above 0; give 0.1")
+        raise UsageError(
+            f"cannot train at a base learning rate of {blr:g}: --blr is above 0; give 0.1"
+        )
     if train_views is not None and train_views < 0:
         raise UsageError(
-            f"cannot train on {train_views} views: --train-views is 0 (centre view), 1 or more (augmented views, "
-            "embedded once) or not given (a fresh view each epoch)"
+            f"cannot train on {train_views} views: --train-views is 0 (centre view), 1 or more "
+            "(augmented views, embedded once) or not given (a fresh view each epoch)"
         )

@@ -40,8 +40,8 @@ def embed_source(
 ) -> tuple[Tensor, Tensor]:
     """Features (V,n,D) float32 and labels (n,) int64, both on the CPU.
 
-    `view_numbers` None is the centre crop (V = 1); else those augmented views of each picture, drawn under `seed`.
-    Every picture is decoded once; at most two batches of pixels are held.
+    `view_numbers` None is the centre crop (V = 1); else those augmented views of each picture,
+    drawn under `seed`. Every picture is decoded once; at most two batches of pixels are held.
     """
     labels = torch.from_numpy(labels_of(source))
     count = 1 if view_numbers is None else len(view_numbers)
@@ -52,7 +52,9 @@ def embed_source(
     parts: list[Tensor] = []
     done = 0
     for pixels in _batches(draw, len(source), max(1, batch_size // count)):  # (b,V,3,S,S)
-        flat = [frozen.embed(chunk.to(device)).cpu() for chunk in pixels.flatten(0, 1).split(batch_size)]
+        flat = [
+            frozen.embed(chunk.to(device)).cpu() for chunk in pixels.flatten(0, 1).split(batch_size)
+        ]
         parts.append(torch.cat(flat).unflatten(0, pixels.shape[:2]))
         done += len(pixels)
         if progress is not None:
@@ -61,32 +63,50 @@ def embed_source(
 
 
 def policy_of(img_size: int, seed: int) -> Policy:
-    """The training views of the linear protocol: crops of (0.08, 1) by MAE's own sampler, bicubic, flip; no jitter."""
+    """The training views of the linear protocol: crops of (0.08, 1) by MAE's own sampler, bicubic,
+    flip; no jitter."""
     return Policy(size=img_size, scale=(0.08, 1.0), filter="bicubic", flip=0.5, seed=seed)
 
 
-def centre_views(source: Source, size: int, crop_pct: float) -> Callable[[int], npt.NDArray[np.uint8]]:
+def centre_views(
+    source: Source, size: int, crop_pct: float
+) -> Callable[[int], npt.NDArray[np.uint8]]:
     """Row -> (1,S,S,3)."""
     if not 0 < crop_pct <= 1:
-        raise UsageError(f"cannot take a centre crop of {crop_pct:g}: --crop-pct is above 0 and at most 1; give 0.875")
+        raise UsageError(
+            f"cannot take a centre crop of {crop_pct:g}: --crop-pct is above 0 and at most 1; give "
+            "0.875"
+        )
     return lambda row: render_centre(_picture(source, row), size, crop_pct, "bicubic")[None]
 
 
 def augmented_views(
     source: Source, size: int, view_numbers: Sequence[int], seed: int
 ) -> Callable[[int], npt.NDArray[np.uint8]]:
-    """Row -> (V,S,S,3): the boxes come from the picture's key and the view numbers, whatever the batch."""
+    """Row -> (V,S,S,3): the boxes come from the picture's key and the view numbers, whatever the
+    batch."""
     policy = policy_of(size, seed)
 
     def pixels(row: int) -> npt.NDArray[np.uint8]:
         picture = _picture(source, row)
         digest = rng.key_digests([source.keys[row]])
         drawn = view_draw.draw(
-            policy, digest, np.array([[picture.height, picture.width]]), views=view_numbers, clamp=True
+            policy,
+            digest,
+            np.array([[picture.height, picture.width]]),
+            views=view_numbers,
+            clamp=True,
         )
         return np.stack(
             [
-                render(picture, drawn.crop[0, v], drawn.flip[0, v], drawn.jitter[0, v], size, policy.filter)
+                render(
+                    picture,
+                    drawn.crop[0, v],
+                    drawn.flip[0, v],
+                    drawn.jitter[0, v],
+                    size,
+                    policy.filter,
+                )
                 for v in range(len(view_numbers))
             ]
         )
@@ -99,18 +119,22 @@ def _picture(source: Source, row: int) -> Image:
         return decode(source.read(row))
     except PictureError as error:
         raise UserError(
-            f"cannot decode the picture {source.keys[row]!r} of {source.spec}: {error}; an evaluation counts "
-            "every labelled picture: repair it or take it out of the source"
+            f"cannot decode the picture {source.keys[row]!r} of {source.spec}: {error}; an "
+            "evaluation counts every labelled picture: repair it or take it out of the source"
         ) from error
 
 
 def _batches(draw: Callable[[int], npt.NDArray[np.uint8]], n: int, rows: int) -> Iterator[Tensor]:
-    """uint8 (b,V,3,S,S) in source order; the next batch decodes while the caller embeds this one."""
+    """uint8 (b,V,3,S,S) in source order; the next batch decodes while the caller embeds this
+    one."""
     pool = ThreadPoolExecutor(DECODE_THREADS)
     ahead: list[Future[npt.NDArray[np.uint8]]] = []
     try:
         for start in range(0, n, rows):
-            current, ahead = ahead, [pool.submit(draw, row) for row in range(start, min(start + rows, n))]
+            current, ahead = (
+                ahead,
+                [pool.submit(draw, row) for row in range(start, min(start + rows, n))],
+            )
             if current:
                 yield _stacked(current)
         if ahead:
@@ -120,4 +144,8 @@ def _batches(draw: Callable[[int], npt.NDArray[np.uint8]], n: int, rows: int) ->
 
 
 def _stacked(futures: list[Future[npt.NDArray[np.uint8]]]) -> Tensor:
-    return torch.from_numpy(np.stack([future.result() for future in futures])).permute(0, 1, 4, 2, 3).contiguous()
+    return (
+        torch.from_numpy(np.stack([future.result() for future in futures]))
+        .permute(0, 1, 4, 2, 3)
+        .contiguous()
+    )

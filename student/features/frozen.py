@@ -1,9 +1,10 @@
 """Frozen encoders and the features they give to labelled pictures.
 
-An evaluation never looks at a run folder or a teacher: it takes a `Frozen`, which turns uint8 pixels into one feature
-row a picture, and `embed_source`, which turns a source of pictures into feature rows. A student's feature is its CLS
-token after the encoder's own final norm (MAE's protocol; a MaskAlign student never trains that norm, and the published
-numbers read through it all the same); a teacher's feature is its own output, f = gamma * LN(y_T) + beta.
+An evaluation never looks at a run folder or a teacher: it takes a `Frozen`, which turns uint8
+pixels into one feature row a picture, and `embed_source`, which turns a source of pictures into
+feature rows. A student's feature is its CLS token after the encoder's own final norm (MAE's
+protocol; a MaskAlign student never trains that norm, and the published numbers read through it all
+the same); a teacher's feature is its own output, f = gamma * LN(y_T) + beta.
 
 n pictures, V views of each, S pixels a side, T = prefix + P tokens, D width.
 """
@@ -28,7 +29,8 @@ POOLS = ("cls", "mean")
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen network: `forward` maps uint8 pixels to pooled features, `to` moves its weights to a device."""
+    """A frozen network: `forward` maps uint8 pixels to pooled features, `to` moves its weights to a
+    device."""
 
     name: str
     img_size: int
@@ -37,15 +39,17 @@ class Frozen:
     to: Callable[[str], object]
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels (B,3,S,S) -> features (B,D) float32, on the device of the pixels, without gradients."""
+        """uint8 pixels (B,3,S,S) -> features (B,D) float32, on the device of the pixels, without
+        gradients."""
         with torch.no_grad():
             return self.forward(pixels).float()
 
 
 def from_run(run: Path, pool: str = "cls", ema: bool = False) -> Frozen:
-    """The encoder of a training run, or the average of its weights: CLS, or the mean of the patch tokens, after its
-    final norm."""
-    from student.checkpoint import load_encoder  # imports the trainer's side; a teacher needs none of it
+    """The encoder of a training run, or the average of its weights: CLS, or the mean of the patch
+    tokens, after its final norm."""
+    # imports the trainer's side; a teacher needs none of it
+    from student.checkpoint import load_encoder
 
     _check_pool(pool)
     encoder, config = load_encoder(run, ema)
@@ -57,7 +61,9 @@ def from_encoder(encoder: nn.Module, img_size: int, name: str, pool: str = "cls"
     _check_pool(pool)
     prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
     if pool == "cls" and prefix == 0:
-        raise UsageError(f"cannot pool the CLS token of {name}: its encoder has none; give --pool mean")
+        raise UsageError(
+            f"cannot pool the CLS token of {name}: its encoder has none; give --pool mean"
+        )
     encoder.eval().requires_grad_(False)
 
     def forward(pixels: Tensor) -> Tensor:
@@ -71,11 +77,14 @@ def from_teacher(spec: str, weights: str | None = None, pool: str = "cls") -> Fr
     """A teacher's own output f = gamma * LN(y_T) + beta (CLIP's ln_post), before any projection."""
     _check_pool(pool)
     teacher = teachers.load(spec, weights)
-    tail = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in teacher.tail().items()}
+    tail = {
+        name: torch.from_numpy(np.array(value, np.float32))
+        for name, value in teacher.tail().items()
+    }
     if "gamma" not in tail:
         raise UserError(
-            f"cannot take the output of teacher {spec!r}: it has no final norm on its tokens (it pools first); "
-            "give a teacher with one, such as dino-b16"
+            f"cannot take the output of teacher {spec!r}: it has no final norm on its tokens (it "
+            "pools first); give a teacher with one, such as dino-b16"
         )
 
     def forward(pixels: Tensor) -> Tensor:
@@ -104,11 +113,11 @@ def _pooled(tokens: Tensor, pool: str, prefix: int) -> Tensor:
     return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Labels and the held-out split
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures to features
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------

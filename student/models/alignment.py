@@ -1,21 +1,26 @@
-"""Alignment of a student's visible tokens with a frozen teacher's levels: the head MaskAlign and MR-Align share.
+"""Alignment of a student's visible tokens with a frozen teacher's levels: the head MaskAlign and
+MR-Align share.
 
-Student blocks s = 1..S give x_s, the teacher's level t gives y_t and h_t = LN(y_t) without affine. For each aligned
-level t, by default
+Student blocks s = 1..S give x_s, the teacher's level t gives y_t and h_t = LN(y_t) without affine.
+For each aligned level t, by default
 
-    q_t = A_t( sum_s W[t,s] x_s )          mixing first, then one Linear per teacher level (the released code's order)
-    loss = sum_t weight_t * 2 * mean smooth-L1(q_t, h_t)      over pictures, CLS + visible tokens, channels
+    q_t = A_t( sum_s W[t,s] x_s )          mixing first, then one Linear per teacher level (the
+                                           released code's order)
+    loss = sum_t weight_t * 2 * mean smooth-L1(q_t, h_t)      over pictures, CLS + visible tokens,
+                                                              channels
 
 and by the switches of the paper's ablations, `Ways`,
 
-    q_t = sum_s W[t,s] A_s(x_s)            adapt_then_mix: the paper's Eq. 1, an adaptor per student block
+    q_t = sum_s W[t,s] A_s(x_s)            adapt_then_mix: the paper's Eq. 1, an adaptor per student
+                                           block
     q_t = A_t(x_t)                         layer_wise: no W
 
-Only levels of weight > 0 exist here: a level without weight has no row of W, no adaptor and no target to read. The
-released code builds and computes the heads of all levels; the loss and its gradients are the same.
+Only levels of weight > 0 exist here: a level without weight has no row of W, no adaptor and no
+target to read. The released code builds and computes the heads of all levels; the loss and its
+gradients are the same.
 
-Shapes: B batch, V visible, N visible with CLS, P patches, L aligned levels, S student blocks, D student width, Dt
-teacher width.
+Shapes: B batch, V visible, N visible with CLS, P patches, L aligned levels, S student blocks, D
+student width, Dt teacher width.
 """
 
 from __future__ import annotations
@@ -70,7 +75,11 @@ class AlignmentHead(nn.Module):
         if not mixes:
             _check_pairs("alignment=layer_wise", student_depth, teacher_depth)
             _check_last(max(weights), student_depth)
-        start = _mix_start(self.ways.mix_start, student_depth, teacher_depth, tuple(weights)) if mixes else None
+        start = (
+            _mix_start(self.ways.mix_start, student_depth, teacher_depth, tuple(weights))
+            if mixes
+            else None
+        )
         self.mix = None if start is None else nn.Parameter(start)
         blocks_adapted = self.ways.alignment == "adapt_then_mix"
         numbers = range(1, student_depth + 1) if blocks_adapted else weights
@@ -86,21 +95,28 @@ class AlignmentHead(nn.Module):
         feature_stats: Tensor | None = None,
         moments: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """outputs: S x (B,1+V,D); features (B,L,1+P,Dt), ids_keep (B,V), and for target norms other than ln
-        feature_stats (B,L,1+P,2), for bn moments (L,2) -> the loss, and each level's own loss."""
+        """outputs: S x (B,1+V,D); features (B,L,1+P,Dt), ids_keep (B,V), and for target norms other
+        than ln feature_stats (B,L,1+P,2), for bn moments (L,2) -> the loss, and each level's own
+        loss."""
         assert features.shape[1] == len(self.weights), (features.shape, tuple(self.weights))
         rows = vit.with_cls(ids_keep) if self.ways.cls_loss else ids_keep + 1
         aligned = self._predictions(outputs if self.ways.cls_loss else [x[:, 1:] for x in outputs])
         parts: dict[str, Tensor] = {}
-        # Level by level: a smooth-L1 over all levels at once would keep one more float32 copy of all of them.
+        # Level by level: a smooth-L1 over all levels at once would keep one more float32 copy of
+        # all of them.
         for i, (level, predicted) in enumerate(zip(self.weights, aligned, strict=True)):
             target = vit.select(features[:, i], rows)
             if self.ways.target_norm != "ln":
                 assert feature_stats is not None
                 stats = vit.select(feature_stats[:, i], rows)
-                target = normalised(self.ways.target_norm, target, stats, None if moments is None else moments[i])
+                target = normalised(
+                    self.ways.target_norm, target, stats, None if moments is None else moments[i]
+                )
             parts[f"level_{level}"] = LOSSES[self.ways.loss](predicted, target)
-        weighted = [weight * part for weight, part in zip(self.weights.values(), parts.values(), strict=True)]
+        weighted = [
+            weight * part
+            for weight, part in zip(self.weights.values(), parts.values(), strict=True)
+        ]
         return torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()}
 
     def _predictions(self, outputs: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -109,7 +125,9 @@ class AlignmentHead(nn.Module):
             for level in self.weights:
                 yield self.adaptors[str(level)](outputs[level - 1])
         elif self.ways.alignment == "adapt_then_mix":
-            yield from self._mixed([adapt(x) for adapt, x in zip(self.adaptors.values(), outputs, strict=True)])
+            yield from self._mixed(
+                [adapt(x) for adapt, x in zip(self.adaptors.values(), outputs, strict=True)]
+            )
         else:
             for adapt, mixed in zip(self.adaptors.values(), self._mixed(outputs), strict=True):
                 yield adapt(mixed)
@@ -118,14 +136,18 @@ class AlignmentHead(nn.Module):
         """S x (B,N,E) -> (L,B,N,E): W times the blocks."""
         assert self.mix is not None
         with losses.autocast_off(self.mix):  # W's steps near 1 are finer than bf16's
-            return torch.einsum("ls,sbnd->lbnd", losses.promote(self.mix), losses.promote(torch.stack(list(blocks))))
+            return torch.einsum(
+                "ls,sbnd->lbnd", losses.promote(self.mix), losses.promote(torch.stack(list(blocks)))
+            )
 
 
 def normalised(kind: str, h: Tensor, stats: Tensor, moments: Tensor | None) -> Tensor:
-    """h (B,N,Dt) and stats (B,N,2), mean and divisor of each token -> y = h * std + mean, normalised otherwise:
+    """h (B,N,Dt) and stats (B,N,2), mean and divisor of each token -> y = h * std + mean,
+    normalised otherwise:
 
-    none: y itself; l2: each token of length 1; bn: (y - m) / sqrt(v + 1e-6) with the two numbers of `moments`, mean m
-    and variance v of the level over all channels and tokens of the whole batch. (MaskAlign's `target_norm`.)
+    none: y itself; l2: each token of length 1; bn: (y - m) / sqrt(v + 1e-6) with the two numbers of
+    `moments`, mean m and variance v of the level over all channels and tokens of the whole batch.
+    (MaskAlign's `target_norm`.)
     """
     with losses.autocast_off(h):
         stats = losses.promote(stats)
@@ -154,25 +176,29 @@ def _adaptor(kind: str, student_width: int, teacher_width: int) -> nn.Module:
 def _check_pairs(what: str, student_depth: int, teacher_depth: int) -> None:
     if student_depth != teacher_depth:
         raise UsageError(
-            f"{what} pairs student block t with teacher level t: the student has {student_depth} blocks, the teacher "
-            f"{teacher_depth}; allowed: equal depths; give another encoder or teacher, or leave it out"
+            f"{what} pairs student block t with teacher level t: the student has {student_depth} "
+            f"blocks, the teacher {teacher_depth}; allowed: equal depths; give another encoder or "
+            "teacher, or leave it out"
         )
 
 
 def _check_last(level: int, student_depth: int) -> None:
     if level < student_depth:
         raise UsageError(
-            f"alignment=layer_wise aligns block {level} last, and the blocks after it, of {student_depth}, would learn "
-            f"nothing; allowed: levels up to {student_depth}, itself among them; change align_levels, or the alignment"
+            f"alignment=layer_wise aligns block {level} last, and the blocks after it, of "
+            f"{student_depth}, would learn nothing; allowed: levels up to {student_depth}, itself "
+            "among them; change align_levels, or the alignment"
         )
 
 
-def _mix_start(kind: str, student_depth: int, teacher_depth: int, aligned: tuple[int, ...]) -> Tensor:
-    """W [L, S]. identity: 0.01 everywhere and 1 more on student block t for level t; even: 1/S; auto: identity where
-    the depths are equal, else even.
+def _mix_start(
+    kind: str, student_depth: int, teacher_depth: int, aligned: tuple[int, ...]
+) -> Tensor:
+    """W [L, S]. identity: 0.01 everywhere and 1 more on student block t for level t; even: 1/S;
+    auto: identity where the depths are equal, else even.
 
-    With unequal depths there is no block of the same number: the released code then pairs block 12 of 12 with level 12
-    of 24, silently.
+    With unequal depths there is no block of the same number: the released code then pairs block 12
+    of 12 with level 12 of 24, silently.
     """
     if kind == "identity":
         _check_pairs("mix_start=identity", student_depth, teacher_depth)

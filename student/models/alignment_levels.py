@@ -6,7 +6,8 @@ from featcache.errors import UsageError, near
 
 
 def parse_align_levels(text: str) -> list[int] | None:
-    """The levels that `align_levels` names: None for auto, [-K] for last:K, else the numbers of the list."""
+    """The levels that `align_levels` names: None for auto, [-K] for last:K, else the numbers of the
+    list."""
     if text == "auto":
         return None
     kind, colon, count = text.partition(":")
@@ -16,15 +17,17 @@ def parse_align_levels(text: str) -> list[int] | None:
     if all(part.isdecimal() and int(part) > 0 for part in parts):
         return sorted({int(part) for part in parts})
     raise UsageError(
-        f"cannot read align_levels={text!r}; allowed: auto, last:K, or block numbers from 1 such as 8,10,12; change it "
-        "with align_levels=VALUE"
+        f"cannot read align_levels={text!r}; allowed: auto, last:K, or block numbers from 1 such "
+        "as 8,10,12; change it with align_levels=VALUE"
     )
 
 
 def aligned_levels(level_weights: str, align_levels: str, teacher_depth: int) -> dict[int, float]:
-    """The aligned teacher levels (block numbers from 1, ascending) and their weights, those of weight 0 left out.
+    """The aligned teacher levels (block numbers from 1, ascending) and their weights, those of
+    weight 0 left out.
 
-    `auto` aligns what the weights name: the last K for top:K, the last for last, all for mean and linear-decay.
+    `auto` aligns what the weights name: the last K for top:K, the last for last, all for mean and
+    linear-decay.
 
     >>> levels("top:2", "auto", 12)
     {11: 0.5, 12: 0.5}
@@ -46,9 +49,9 @@ def aligned_levels(level_weights: str, align_levels: str, teacher_depth: int) ->
 def _check_depth(needed: int, level_weights: str, align_levels: str, teacher_depth: int) -> None:
     if needed > teacher_depth:
         raise UsageError(
-            f"cannot align levels: level_weights={level_weights} with align_levels={align_levels} needs {needed} "
-            f"levels; allowed: the teacher's {teacher_depth}; give fewer, as in level_weights=top:{teacher_depth}, "
-            "or teacher_depth=N of a deeper teacher"
+            f"cannot align levels: level_weights={level_weights} with align_levels={align_levels} "
+            f"needs {needed} levels; allowed: the teacher's {teacher_depth}; give fewer, as in "
+            f"level_weights=top:{teacher_depth}, or teacher_depth=N of a deeper teacher"
         )
 
 
@@ -68,8 +71,8 @@ def expand_level_weights(name: str, n: int) -> tuple[float, ...]:
         if count > n:
             # The released code would give the n levels 1/K each, a sum of n/K.
             raise UsageError(
-                f"cannot weight levels: level_weights={name} needs {count} levels, {n} are aligned; "
-                f"give level_weights=top:{n} or less, or align more levels"
+                f"cannot weight levels: level_weights={name} needs {count} levels, {n} are "
+                f"aligned; give level_weights=top:{n} or less, or align more levels"
             )
         return (0.0,) * (n - count) + (1 / count,) * count
     if kind == "mean":
@@ -78,8 +81,8 @@ def expand_level_weights(name: str, n: int) -> tuple[float, ...]:
         return (0.0,) * (n - 1) + (1.0,)
     if n < 2:
         raise UsageError(
-            f"cannot weight levels: linear-decay over {n} level is 0 everywhere; allowed: 2 levels or more; "
-            "give level_weights=last, or align more levels"
+            f"cannot weight levels: linear-decay over {n} level is 0 everywhere; allowed: 2 levels "
+            "or more; give level_weights=last, or align more levels"
         )
     return tuple(i / (n * (n - 1) / 2) for i in range(n))
 
@@ -92,5 +95,6 @@ def parse_level_weights(name: str) -> tuple[str, int]:
     if name in LEVEL_WEIGHTS[1:]:
         return name, 0
     raise UsageError(
-        f"unknown level_weights {name!r}: {near(name, LEVEL_WEIGHTS)} (K a whole number from 1, such as top:5)"
+        f"unknown level_weights {name!r}: {near(name, LEVEL_WEIGHTS)} (K a whole number from 1, "
+        "such as top:5)"
     )

@@ -1,13 +1,18 @@
-"""The encoders of the CAE and BEiT families: timm's Beit with each family's positions and start values.
+"""The encoders of the CAE and BEiT families: timm's Beit with each family's positions and start
+values.
 
-Both have LayerScale on the two branches of a block and no bias on the keys. They differ in where positions come from:
+Both have LayerScale on the two branches of a block and no bias on the keys. They differ in where
+positions come from:
 
-    cae     fixed sines and cosines, rows first (vit.sincos, layout cae), added to the tokens; Xavier start
-    beit    one table of relative positions, shared by all blocks, added to the attention; no absolute positions;
-            truncated normals, the ends of both branches scaled down with depth (Feature Distillation's student)
+    cae     fixed sines and cosines, rows first (vit.sincos, layout cae), added to the tokens;
+            Xavier start
+    beit    one table of relative positions, shared by all blocks, added to the attention; no
+            absolute positions; truncated normals, the ends of both branches scaled down with depth
+            (Feature Distillation's student)
 
-An encoder's state dict loads into timm by name: timm.create_model("beit_base_patch16_224", num_classes=0,
-global_pool="token", use_rel_pos_bias=False, ...) with use_abs_pos_emb=True, or with use_shared_rel_pos_bias=True.
+An encoder's state dict loads into timm by name: timm.create_model("beit_base_patch16_224",
+num_classes=0, global_pool="token", use_rel_pos_bias=False, ...) with use_abs_pos_emb=True, or with
+use_shared_rel_pos_bias=True.
 
 Shapes: B batch, V visible, P patches, D width.
 """
@@ -31,12 +36,17 @@ FAMILIES = {
     "beit": {"use_abs_pos_emb": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
 }
 # Width, blocks, heads. CAE's tiny and small have 12 heads, where timm's have 3 and 6.
-SIZES = {"tiny": (192, 12, 12), "small": (384, 12, 12), "base": (768, 12, 12), "large": (1024, 24, 16)}
+SIZES = {
+    "tiny": (192, 12, 12),
+    "small": (384, 12, 12),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
 OPTIONS = ("embed_dim", "depth", "num_heads", "mlp_ratio")
 STD = 0.02  # of truncated normals, cut at one standard deviation
 
 
-# --- building -------------------------------------------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------
 
 
 def build(
@@ -49,17 +59,29 @@ def build(
     layer_scale: float = 0.1,
     xavier: bool = True,
 ) -> Beit:
-    """An encoder of the family, without a classifier. `encoder` is tiny, small, base or large, or one of these with
-    changes: tiny,depth=6,embed_dim=128. `xavier=False` leaves CAE's encoder at BEiT's start values."""
+    """An encoder of the family, without a classifier. `encoder` is tiny, small, base or large, or
+    one of these with changes: tiny,depth=6,embed_dim=128. `xavier=False` leaves CAE's encoder at
+    BEiT's start values."""
     options = parse(encoder)
-    fixed: dict[str, Any] = {"num_classes": 0, "global_pool": "token", "norm_layer": vit.NORM, **FAMILIES[family]}
-    sizes: dict[str, Any] = {"img_size": img_size, "patch_size": patch_size, "drop_path_rate": drop_path}
+    fixed: dict[str, Any] = {
+        "num_classes": 0,
+        "global_pool": "token",
+        "norm_layer": vit.NORM,
+        **FAMILIES[family],
+    }
+    sizes: dict[str, Any] = {
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "drop_path_rate": drop_path,
+    }
     try:
-        beit = timm.create_model("beit_base_patch16_224", init_values=layer_scale, **fixed, **sizes, **options)
+        beit = timm.create_model(
+            "beit_base_patch16_224", init_values=layer_scale, **fixed, **sizes, **options
+        )
     except (TypeError, AssertionError) as error:  # how timm refuses what does not fit together
         raise UsageError(
-            f"cannot build encoder {encoder!r}: timm says {error}; allowed: {', '.join(SIZES)} and their options "
-            f"{', '.join(OPTIONS)}; change it with encoder=VALUE"
+            f"cannot build encoder {encoder!r}: timm says {error}; allowed: {', '.join(SIZES)} and "
+            f"their options {', '.join(OPTIONS)}; change it with encoder=VALUE"
         ) from None
     assert isinstance(beit, Beit)
     initialise(beit, xavier=xavier and family == "cae")
@@ -67,17 +89,20 @@ def build(
 
 
 def parse(encoder: str) -> dict[str, Any]:
-    """'tiny,depth=2' -> {'embed_dim': 192, 'depth': 2, 'num_heads': 12}; what cannot be meant is refused."""
+    """'tiny,depth=2' -> {'embed_dim': 192, 'depth': 2, 'num_heads': 12}; what cannot be meant is
+    refused."""
     name, _, tail = encoder.partition(",")
     if name not in SIZES:
         raise UsageError(
-            f"unknown encoder {encoder!r} for this recipe: {near(name, SIZES)}, and their options such as "
-            "tiny,depth=6,embed_dim=128,num_heads=4; choose one with encoder=NAME"
+            f"unknown encoder {encoder!r} for this recipe: {near(name, SIZES)}, and their options "
+            "such as tiny,depth=6,embed_dim=128,num_heads=4; choose one with encoder=NAME"
         )
     given = dict(parse_options(tail))
     for key in given:
         if key not in OPTIONS:
-            raise UsageError(f"cannot build encoder {encoder!r}: unknown option {key!r}, {near(key, OPTIONS)}")
+            raise UsageError(
+                f"cannot build encoder {encoder!r}: unknown option {key!r}, {near(key, OPTIONS)}"
+            )
     width, depth, heads = SIZES[name]
     options: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": heads, **given}
     check_heads("encoder", options["embed_dim"], options["num_heads"])
@@ -88,17 +113,19 @@ def check_heads(what: str, width: int, heads: int) -> None:
     """Heads divide the width, and so does 4 (sine and cosine of two axes)."""
     if width % heads or width % 4:
         raise UsageError(
-            f"cannot build the {what}: width {width}, {heads} heads; allowed: a width that 4 and the heads divide; "
-            "change one of them"
+            f"cannot build the {what}: width {width}, {heads} heads; allowed: a width that 4 and "
+            "the heads divide; change one of them"
         )
 
 
 @torch.no_grad()
 def initialise(beit: Beit, *, xavier: bool) -> None:
-    """Start values of the released codes; norms at 1 and 0, LayerScale and the table of positions as timm made them.
+    """Start values of the released codes; norms at 1 and 0, LayerScale and the table of positions
+    as timm made them.
 
-    CAE (Atten4Vis/CAE models/modeling_cae.py:85-112) first takes BEiT's values, then draws every Linear anew from
-    Xavier's, so that only the patch kernel and the CLS token keep the truncated normals.
+    CAE (Atten4Vis/CAE models/modeling_cae.py:85-112) first takes BEiT's values, then draws every
+    Linear anew from Xavier's, so that only the patch kernel and the CLS token keep the truncated
+    normals.
     """
     start(beit)
     scale_down(beit.blocks, "attn.proj", "mlp.fc2")
@@ -133,11 +160,12 @@ def truncated_normal(x: Tensor) -> None:
     nn.init.trunc_normal_(x, std=STD, a=-STD, b=STD)
 
 
-# --- encoding -------------------------------------------------------------------------------------------------------
+# --- encoding -------------------------------------------------------------------------------------
 
 
 def encode(beit: Beit, images: Tensor, ids_keep: Tensor) -> Tensor:
-    """images (B,3,H,W), ids_keep (B,V) -> (B,1+V,D), CLS first, after the final norm; family cae."""
+    """images (B,3,H,W), ids_keep (B,V) -> (B,1+V,D), CLS first, after the final norm; family
+    cae."""
     x = vit.select(beit.patch_embed(images), ids_keep)
     x = torch.cat([beit.cls_token.expand(len(x), -1, -1), x], dim=1)
     assert beit.pos_embed is not None
@@ -148,7 +176,8 @@ def encode(beit: Beit, images: Tensor, ids_keep: Tensor) -> Tensor:
 
 
 def encode_all(beit: Beit, patches: Tensor) -> Tensor:
-    """Embedded patches (B,P,D), some of which may be mask tokens -> (B,1+P,D) after the final norm; family beit."""
+    """Embedded patches (B,P,D), some of which may be mask tokens -> (B,1+P,D) after the final norm;
+    family beit."""
     x = torch.cat([beit.cls_token.expand(len(patches), -1, -1), patches], dim=1)
     assert beit.rel_pos_bias is not None
     positions = beit.rel_pos_bias()

@@ -21,6 +21,8 @@ def build_encoder(settings: dict[str, Any], family: str) -> nn.Module:
         return beit.build(settings["encoder"], family, img_size=img_size, patch_size=patch_size)
     if family == conv_vit.FAMILY:
         cls_token = bool(settings.get("conv_cls"))
-        return conv_vit.build(settings["encoder"], img_size=img_size, patch_size=patch_size, cls_token=cls_token)
+        return conv_vit.build(
+            settings["encoder"], img_size=img_size, patch_size=patch_size, cls_token=cls_token
+        )
     known = ", ".join(("mae", *beit.FAMILIES, conv_vit.FAMILY))
     raise UserError(f"cannot build the run's encoder: family {family!r}; known: {known}")

@@ -1,16 +1,20 @@
-"""The masked-convolution encoder that ConvMAE and MR-MAE train: two stages of convolutions before the blocks of a ViT.
+"""The masked-convolution encoder that ConvMAE and MR-MAE train: two stages of convolutions before
+the blocks of a ViT.
 
-    pixels ---> C1 x 4G x 4G ---> C2 x 2G x 2G ---> D x G x G ---> + positions, the visible ones ---> blocks3
-      224        56, 2 CBlocks     28, 2 CBlocks       14
+    pixels -> C1 x 4G x 4G -> C2 x 2G x 2G -> D x G x G -> + positions, the visible ones -> blocks3
+      224     56, 2 CBlocks   28, 2 CBlocks      14
 
-The mask is drawn on the coarsest grid and each of its cells is repeated over the 4 x 4 and 2 x 2 finer cells that it
-covers, so a patch is visible or hidden at every scale. All steps from one grid to the next have their stride as kernel
-and stay inside a patch; only the depth-wise 5 x 5 convolutions look beside it, and they are given zeros where the mask
-hides. So no output at a visible patch depends on a hidden pixel, to the bit.
+The mask is drawn on the coarsest grid and each of its cells is repeated over the 4 x 4 and 2 x 2
+finer cells that it covers, so a patch is visible or hidden at every scale. All steps from one grid
+to the next have their stride as kernel and stay inside a patch; only the depth-wise 5 x 5
+convolutions look beside it, and they are given zeros where the mask hides. So no output at a
+visible patch depends on a hidden pixel, to the bit.
 
-Parameters bear the names of the released code (Alpha-VL/ConvMAE, models_convmae.py, vision_transformer.py:64-196).
+Parameters bear the names of the released code (Alpha-VL/ConvMAE, models_convmae.py,
+vision_transformer.py:64-196).
 
-Shapes: B batch, G patches a side, P = G * G, V visible, C1 and C2 channels of the two stages, D width.
+Shapes: B batch, G patches a side, P = G * G, V visible, C1 and C2 channels of the two stages, D
+width.
 """
 
 from __future__ import annotations
@@ -27,27 +31,62 @@ from featcache.models.spec import parse_options
 from student.models import vit
 
 FAMILY = "conv_vit"
-# Channels of both stages and their MLPs' ratio; width, blocks and heads of the third. Base is ConvMAE's own
-# code. Its authors published no code of the others: small is that of a fork of FastConvMAE, large agrees with two
-# reimplementations (whose ratio of 8 is not the paper's 4); tiny is ours.
+# Channels of both stages and their MLPs' ratio; width, blocks and heads of the third. Base is
+# ConvMAE's own code. Its authors published no code of the others: small is that of a fork of
+# FastConvMAE, large agrees with two reimplementations (whose ratio of 8 is not the paper's 4); tiny
+# is ours.
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"stage1": 64, "stage2": 128, "stage_mlp": 4, "embed_dim": 192, "depth": 11, "num_heads": 3},
-    "small": {"stage1": 128, "stage2": 256, "stage_mlp": 4, "embed_dim": 384, "depth": 11, "num_heads": 6},
-    "base": {"stage1": 256, "stage2": 384, "stage_mlp": 4, "embed_dim": 768, "depth": 11, "num_heads": 12},
-    "large": {"stage1": 384, "stage2": 768, "stage_mlp": 8, "embed_dim": 1024, "depth": 23, "num_heads": 16},
+    "tiny": {
+        "stage1": 64,
+        "stage2": 128,
+        "stage_mlp": 4,
+        "embed_dim": 192,
+        "depth": 11,
+        "num_heads": 3,
+    },
+    "small": {
+        "stage1": 128,
+        "stage2": 256,
+        "stage_mlp": 4,
+        "embed_dim": 384,
+        "depth": 11,
+        "num_heads": 6,
+    },
+    "base": {
+        "stage1": 256,
+        "stage2": 384,
+        "stage_mlp": 4,
+        "embed_dim": 768,
+        "depth": 11,
+        "num_heads": 12,
+    },
+    "large": {
+        "stage1": 384,
+        "stage2": 768,
+        "stage_mlp": 8,
+        "embed_dim": 1024,
+        "depth": 23,
+        "num_heads": 16,
+    },
 }
 STAGE_BLOCKS = 2  # CBlocks of each of the two stages
 Stages = tuple[Tensor, Tensor]  # their maps, (B,C1,4G,4G) and (B,C2,2G,2G)
 
 
-# --- building -------------------------------------------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------
 
 
 def build(
-    encoder: str, *, img_size: int = 224, patch_size: int = 16, drop_path: float = 0.0, cls_token: bool = False
+    encoder: str,
+    *,
+    img_size: int = 224,
+    patch_size: int = 16,
+    drop_path: float = 0.0,
+    cls_token: bool = False,
 ) -> ConvViT:
-    """The encoder at its start values. `encoder` is tiny, small, base or large, or one of these with changes:
-    tiny,depth=4,stage1=16. `cls_token` gives it a CLS token, as the published MR-MAE checkpoints have one."""
+    """The encoder at its start values. `encoder` is tiny, small, base or large, or one of these
+    with changes: tiny,depth=4,stage1=16. `cls_token` gives it a CLS token, as the published MR-MAE
+    checkpoints have one."""
     net = ConvViT(parse(encoder), img_size, patch_size, drop_path, cls_token)
     initialise(net)
     return net
@@ -58,20 +97,25 @@ def parse(encoder: str) -> dict[str, int]:
     name, _, tail = encoder.partition(",")
     if name not in SIZES:
         raise UsageError(
-            f"unknown encoder {encoder!r} of family conv_vit: {near(name, SIZES)}, and their options such as "
-            "tiny,depth=4,stage1=16; choose one with encoder=NAME"
+            f"unknown encoder {encoder!r} of family conv_vit: {near(name, SIZES)}, and their "
+            "options such as tiny,depth=4,stage1=16; choose one with encoder=NAME"
         )
     sizes: dict[str, Any] = dict(SIZES[name])
     for key, value in parse_options(tail).items():
         if key not in sizes:
-            raise UsageError(f"cannot build encoder {encoder!r}: unknown option {key!r}, {near(key, sizes)}")
+            raise UsageError(
+                f"cannot build encoder {encoder!r}: unknown option {key!r}, {near(key, sizes)}"
+            )
         if type(value) is not int or value < 1:
-            raise UsageError(f"cannot build encoder {encoder!r}: {key}={value}; allowed: a whole number from 1")
+            raise UsageError(
+                f"cannot build encoder {encoder!r}: {key}={value}; allowed: a whole number from 1"
+            )
         sizes[key] = value
     if sizes["embed_dim"] % sizes["num_heads"] or sizes["embed_dim"] % 4:
         raise UsageError(
-            f"cannot build encoder {encoder!r}: embed_dim={sizes['embed_dim']}, num_heads={sizes['num_heads']}; "
-            "allowed: a width that 4 and the heads divide; change one of them"
+            f"cannot build encoder {encoder!r}: embed_dim={sizes['embed_dim']}, "
+            f"num_heads={sizes['num_heads']}; allowed: a width that 4 and the heads divide; change "
+            "one of them"
         )
     return sizes
 
@@ -80,15 +124,17 @@ def check_patch(patch_size: int) -> None:
     """The first grid is four times as fine as the patches."""
     if patch_size % 4:
         raise UsageError(
-            f"cannot build family=conv_vit: patch_size={patch_size}; allowed: one that 4 divides, such as 16; take a "
-            "teacher of 16-pixel patches, or one on that grid (clip-l14,grid=14), or family=mae"
+            f"cannot build family=conv_vit: patch_size={patch_size}; allowed: one that 4 divides, "
+            "such as 16; take a teacher of 16-pixel patches, or one on that grid "
+            "(clip-l14,grid=14), or family=mae"
         )
 
 
 @torch.no_grad()
 def initialise(net: ConvViT) -> None:
-    """ConvMAE's start values: Xavier on every Linear and on the flattened kernel of the third embedding, norms 1 and 0,
-    fixed positions; all other convolutions keep the framework's (models_convmae.py:75-103)."""
+    """ConvMAE's start values: Xavier on every Linear and on the flattened kernel of the third
+    embedding, norms 1 and 0, fixed positions; all other convolutions keep the framework's
+    (models_convmae.py:75-103)."""
     kernel = net.patch_embed3.proj.weight
     nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1))
     net.apply(vit.init_linear_and_norm)
@@ -97,7 +143,7 @@ def initialise(net: ConvViT) -> None:
         nn.init.normal_(net.cls_token, std=vit.TOKEN_STD)
 
 
-# --- modules --------------------------------------------------------------------------------------------------------
+# --- modules --------------------------------------------------------------------------------------
 
 
 def over_channels(norm: nn.Module, x: Tensor) -> Tensor:
@@ -111,7 +157,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, channels_in: int, channels: int, cell_px: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels_in, channels, cell_px, stride=cell_px)
-        self.norm = nn.LayerNorm(channels)  # eps 1e-5, as in the CBlocks; the transformer blocks have 1e-6
+        # eps 1e-5, as in the CBlocks; the transformer blocks have 1e-6
+        self.norm = nn.LayerNorm(channels)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,15 +181,17 @@ class ConvMlp(nn.Module):
 class CBlock(nn.Module):
     """x += conv1x1(dw5x5(mask * conv1x1(LN x))); x += mlp(LN x).
 
-    The mask lies between the first convolution and the depth-wise one, whose bias of the first would else be seen
-    beside visible cells. Hidden cells keep a stream of their own that nothing visible reads.
+    The mask lies between the first convolution and the depth-wise one, whose bias of the first
+    would else be seen beside visible cells. Hidden cells keep a stream of their own that nothing
+    visible reads.
     """
 
     def __init__(self, channels: int, mlp_ratio: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 1)
-        self.attn = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)  # in attention's place
+        # in attention's place
+        self.attn = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
         self.conv2 = nn.Conv2d(channels, channels, 1)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = ConvMlp(channels, mlp_ratio * channels)
@@ -161,13 +210,24 @@ class ConvViT(nn.Module):
     """The encoder; what is taken home. `blocks3` are timm's own ViT blocks."""
 
     def __init__(
-        self, sizes: dict[str, int], img_size: int, patch_size: int, drop_path: float, cls_token: bool
+        self,
+        sizes: dict[str, int],
+        img_size: int,
+        patch_size: int,
+        drop_path: float,
+        cls_token: bool,
     ) -> None:
         super().__init__()
         check_patch(patch_size)
         c1, c2, width = sizes["stage1"], sizes["stage2"], sizes["embed_dim"]
-        self.embed_dim, self.grid, self.num_prefix_tokens = width, img_size // patch_size, int(cls_token)
-        rates = torch.linspace(0, drop_path, 2 * STAGE_BLOCKS + sizes["depth"], device="cpu").tolist()
+        self.embed_dim, self.grid, self.num_prefix_tokens = (
+            width,
+            img_size // patch_size,
+            int(cls_token),
+        )
+        rates = torch.linspace(
+            0, drop_path, 2 * STAGE_BLOCKS + sizes["depth"], device="cpu"
+        ).tolist()
         self.patch_embed1 = PatchEmbed(3, c1, patch_size // 4)
         self.blocks1 = _stage(c1, sizes["stage_mlp"], rates[:STAGE_BLOCKS])
         self.patch_embed2 = PatchEmbed(c1, c2, 2)
@@ -183,19 +243,21 @@ class ConvViT(nn.Module):
         self.norm = vit.NORM(width)
 
     def encode(self, images: Tensor, ids_keep: Tensor) -> tuple[list[Tensor], Stages]:
-        """images (B,3,H,W), ids_keep (B,V) -> the output of every block of the third stage, (B,V,D) each, CLS first
-        where there is one and before `norm`, and the maps of the first two."""
+        """images (B,3,H,W), ids_keep (B,V) -> the output of every block of the third stage, (B,V,D)
+        each, CLS first where there is one and before `norm`, and the maps of the first two."""
         hidden = torch.ones(len(images), self.grid**2, dtype=torch.bool, device=images.device)
         hidden = hidden.scatter(1, ids_keep, False).view(-1, 1, self.grid, self.grid)
         stage1, stage2, patches = self._embed(images, hidden)
         return self._blocks(vit.select(patches, ids_keep)), (stage1, stage2)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) -> (B,P,D) of all patches, CLS first where there is one, after `norm`."""
+        """images (B,3,H,W) -> (B,P,D) of all patches, CLS first where there is one, after
+        `norm`."""
         return self.norm(self._blocks(self._embed(images, None)[-1])[-1])
 
     def _embed(self, images: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (B,1,G,G) -> the maps of both stages, and the patch tokens (B,P,D) with their positions."""
+        """hidden (B,1,G,G) -> the maps of both stages, and the patch tokens (B,P,D) with their
+        positions."""
         stage1 = self.patch_embed1(images)
         for block in self.blocks1:
             stage1 = block(stage1, _finer(hidden, 4))
@@ -206,7 +268,8 @@ class ConvViT(nn.Module):
         return stage1, stage2, self.patch_embed4(patches) + self.pos_embed
 
     def _blocks(self, x: Tensor) -> list[Tensor]:
-        """Patch tokens (B,V,D) -> the output of every block, CLS in front where there is one; it has no position."""
+        """Patch tokens (B,V,D) -> the output of every block, CLS in front where there is one; it
+        has no position."""
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         outputs = []
@@ -222,14 +285,17 @@ def _stage(channels: int, mlp_ratio: int, rates: list[float]) -> nn.ModuleList:
 
 def _finer(hidden: Tensor | None, times: int) -> Tensor | None:
     """hidden (B,1,G,G) -> (B,1,times G,times G): each cell repeated over those it covers."""
-    return None if hidden is None else hidden.repeat_interleave(times, -2).repeat_interleave(times, -1)
+    return (
+        None if hidden is None else hidden.repeat_interleave(times, -2).repeat_interleave(times, -1)
+    )
 
 
 class StageFusion(nn.Module):
-    """The maps of both stages, brought to the patch grid and the width of the tokens they are added to.
+    """The maps of both stages, brought to the patch grid and the width of the tokens they are added
+    to.
 
-    Of pre-training only: fine-tuning goes without. The published checkpoint of ConvMAE was stripped of it, that of its
-    second version was reported to have it (ConvMAE issue 19).
+    Of pre-training only: fine-tuning goes without. The published checkpoint of ConvMAE was stripped
+    of it, that of its second version was reported to have it (ConvMAE issue 19).
     """
 
     def __init__(self, stage1: int, stage2: int, width: int) -> None:

@@ -1,11 +1,12 @@
-"""The latent contextual regressor of CAE and CAE v2: mask tokens ask the visible tokens and each other.
+"""The latent contextual regressor of CAE and CAE v2: mask tokens ask the visible tokens and each
+other.
 
     q = LNq(x + pos_x)   k = LNk([visible; x] + [pos_visible; pos_x])   v = LNv([visible; x])
     x = x + DP(g1 * Attn(q, k, v));   x = LN2(x);   x = x + DP(g2 * MLP(x))
 
-The residual of the second branch goes on from the normed x. Positions enter queries and keys of every block, never
-values; the visible tokens are not updated. Parameters bear the names of the released code (`regresser`, as there;
-Atten4Vis/CAE models/modeling_cae_helper.py:59-186, 319-375).
+The residual of the second branch goes on from the normed x. Positions enter queries and keys of
+every block, never values; the visible tokens are not updated. Parameters bear the names of the
+released code (`regresser`, as there; Atten4Vis/CAE models/modeling_cae_helper.py:59-186, 319-375).
 
 Shapes: B batch, V visible, M masked, D width.
 """
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from student.models import beit, vit
 
-LAYER_SCALE = 0.1  # of the regressor and the decoder at every size: the released option for it reaches no module
+# of the regressor and the decoder at every size: the released option for it reaches no module
+LAYER_SCALE = 0.1
 
 
 class CrossAttention(nn.Module):
@@ -34,7 +36,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B,M,D), k and v (B,N,D) -> (B,M,D)."""
-        q, k, v = F.linear(q, self.q.weight, self.q_bias), self.k(k), F.linear(v, self.v.weight, self.v_bias)
+        q, k, v = (
+            F.linear(q, self.q.weight, self.q_bias),
+            self.k(k),
+            F.linear(v, self.v.weight, self.v_bias),
+        )
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -44,16 +50,22 @@ class RegressorBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, drop_path: float) -> None:
         super().__init__()
-        self.norm1_q, self.norm1_k, self.norm1_v, self.norm2_cross = (vit.NORM(width) for _ in range(4))
+        self.norm1_q, self.norm1_k, self.norm1_v, self.norm2_cross = (
+            vit.NORM(width) for _ in range(4)
+        )
         self.cross_attn = CrossAttention(width, heads)
         self.mlp_cross = Mlp(width, 4 * width)
-        self.gamma_1_cross, self.gamma_2_cross = (nn.Parameter(torch.full((width,), LAYER_SCALE)) for _ in range(2))
+        self.gamma_1_cross, self.gamma_2_cross = (
+            nn.Parameter(torch.full((width,), LAYER_SCALE)) for _ in range(2)
+        )
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, visible: Tensor, pos_x: Tensor, pos_visible: Tensor) -> Tensor:
         """x, pos_x (B,M,D), visible, pos_visible (B,V,D) -> (B,M,D)."""
         both, pos_both = torch.cat([visible, x], dim=1), torch.cat([pos_visible, pos_x], dim=1)
-        attended = self.cross_attn(self.norm1_q(x + pos_x), self.norm1_k(both + pos_both), self.norm1_v(both))
+        attended = self.cross_attn(
+            self.norm1_q(x + pos_x), self.norm1_k(both + pos_both), self.norm1_v(both)
+        )
         x = self.norm2_cross(x + self.drop_path(self.gamma_1_cross * attended))
         return x + self.drop_path(self.gamma_2_cross * self.mlp_cross(x))
 
@@ -62,7 +74,14 @@ class Regresser(nn.Module):
     """Blocks with drop path rising from 0, and CAE's final norm, which CAE v2 skips."""
 
     def __init__(
-        self, width: int, depth: int, heads: int, drop_path: float, *, final_norm: bool, xavier: bool = True
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        drop_path: float,
+        *,
+        final_norm: bool,
+        xavier: bool = True,
     ) -> None:
         super().__init__()
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
@@ -84,8 +103,11 @@ def positions(width: int, grid: int) -> nn.Parameter:
     return table
 
 
-def initialise(module: nn.Module, blocks: nn.Module, ends: tuple[str, str], *, xavier: bool) -> None:
-    """Start values of a regressor or a decoder: Xavier's, or BEiT's, where `ends` close the two branches of a block."""
+def initialise(
+    module: nn.Module, blocks: nn.Module, ends: tuple[str, str], *, xavier: bool
+) -> None:
+    """Start values of a regressor or a decoder: Xavier's, or BEiT's, where `ends` close the two
+    branches of a block."""
     if xavier:
         module.apply(vit.init_linear_and_norm)
     else:
@@ -94,8 +116,8 @@ def initialise(module: nn.Module, blocks: nn.Module, ends: tuple[str, str], *, x
 
 
 def bridge(width_in: int, width: int, *, xavier: bool = True) -> tuple[nn.Module, nn.Module]:
-    """A Linear and a norm from the encoder's width to another; nothing where they agree. Without Xavier's, the Linear
-    keeps the framework's start, as in the released code."""
+    """A Linear and a norm from the encoder's width to another; nothing where they agree. Without
+    Xavier's, the Linear keeps the framework's start, as in the released code."""
     if width_in == width:
         return nn.Identity(), nn.Identity()
     linear, norm = nn.Linear(width_in, width), vit.NORM(width)

@@ -1,7 +1,8 @@
 """The losses of the recipes, and the weights of the aligned levels.
 
-Losses are where small numbers are summed over millions of values, so they never run in half precision: inputs are
-promoted to float32 (float64 is kept, for comparisons with a paper's code) and autocast is off inside.
+Losses are where small numbers are summed over millions of values, so they never run in half
+precision: inputs are promoted to float32 (float64 is kept, for comparisons with a paper's code) and
+autocast is off inside.
 
 Shapes: B batch, N tokens, D width, P patches, M masked patches, C = p*p*3 values of a patch.
 """
@@ -25,8 +26,8 @@ def autocast_off(x: Tensor) -> torch.autocast:
 
 
 def fd_smooth_l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
-    """pred, target (..., D) -> scalar: Feature Distillation's mean smooth-L1, e^2 / (2 beta) where |e| < beta and
-    |e| - beta / 2 beyond."""
+    """pred, target (..., D) -> scalar: Feature Distillation's mean smooth-L1, e^2 / (2 beta) where
+    |e| < beta and |e| - beta / 2 beyond."""
     with autocast_off(pred):
         return F.smooth_l1_loss(promote(pred), promote(target), beta=beta)
 
@@ -34,8 +35,8 @@ def fd_smooth_l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
 def smooth_l1(pred: Tensor, target: Tensor) -> Tensor:
     """pred, target (..., D) -> scalar: MaskAlign's 2 x mean smooth-L1 with beta 1.
 
-    With e = pred - target: the mean of e^2 where |e| <= 1 and of 2|e| - 1 beyond (the paper's Eq. 3 lacks the factor 2,
-    the released code has it).
+    With e = pred - target: the mean of e^2 where |e| <= 1 and of 2|e| - 1 beyond (the paper's Eq. 3
+    lacks the factor 2, the released code has it).
     """
     with autocast_off(pred):
         return 2 * F.smooth_l1_loss(promote(pred), promote(target), beta=1.0)
@@ -54,18 +55,23 @@ def l1(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
-    """pred, target (..., D) -> (...): 1 - cos of each pair, half their squared distance once both are of length 1.
+    """pred, target (..., D) -> (...): 1 - cos of each pair, half their squared distance once both
+    are of length 1.
 
     No eps: a vector of zeros has no direction, and gives NaN as in the released codes.
     """
     with autocast_off(pred):
         pred, target = promote(pred), promote(target)
-        pred, target = pred / pred.norm(dim=-1, keepdim=True), target / target.norm(dim=-1, keepdim=True)
+        pred, target = (
+            pred / pred.norm(dim=-1, keepdim=True),
+            target / target.norm(dim=-1, keepdim=True),
+        )
         return 1 - (pred * target).sum(dim=-1)
 
 
 def norm_pix(patches: Tensor) -> Tensor:
-    """patches (..., C) -> each patch less its mean, over its standard deviation (unbiased variance, eps 1e-6)."""
+    """patches (..., C) -> each patch less its mean, over its standard deviation (unbiased variance,
+    eps 1e-6)."""
     with autocast_off(patches):
         patches = promote(patches)
         mean = patches.mean(dim=-1, keepdim=True)
@@ -73,13 +79,18 @@ def norm_pix(patches: Tensor) -> Tensor:
         return (patches - mean) / (variance + NORM_PIX_EPS).sqrt()
 
 
-def masked_pixel_mse(pred: Tensor, patches: Tensor, ids_masked: Tensor, *, normalise: bool = True) -> Tensor:
-    """pred, patches (B,P,C), ids_masked (B,M) -> scalar: squared error, mean over a patch, then over masked patches.
+def masked_pixel_mse(
+    pred: Tensor, patches: Tensor, ids_masked: Tensor, *, normalise: bool = True
+) -> Tensor:
+    """pred, patches (B,P,C), ids_masked (B,M) -> scalar: squared error, mean over a patch, then
+    over masked patches.
 
-    Every picture hides the same number of patches, so this is MAE's sum(loss * mask) / sum(mask). Only masked patches
-    are gathered and normalised: visible ones never enter.
+    Every picture hides the same number of patches, so this is MAE's sum(loss * mask) / sum(mask).
+    Only masked patches are gathered and normalised: visible ones never enter.
     """
     index = ids_masked.unsqueeze(-1).expand(-1, -1, pred.shape[-1])
     target = patches.gather(1, index)
     with autocast_off(pred):
-        return F.mse_loss(promote(pred.gather(1, index)), norm_pix(target) if normalise else promote(target))
+        return F.mse_loss(
+            promote(pred.gather(1, index)), norm_pix(target) if normalise else promote(target)
+        )

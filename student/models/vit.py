@@ -1,11 +1,15 @@
-"""The MAE-style encoder and decoder: a timm VisionTransformer with MAE's stem, start values and token selection.
+"""The MAE-style encoder and decoder: a timm VisionTransformer with MAE's stem, start values and
+token selection.
 
-    pictures -> embed all patches -> + positions -> keep the visible -> CLS in front -> blocks        (encode)
-    encoder tokens -> narrow -> mask tokens in the holes -> + positions -> blocks -> pixels           (Decoder)
+    pictures -> embed all patches -> + positions -> keep the visible -> CLS in front -> blocks
+                                                                                        (encode)
+    encoder tokens -> narrow -> mask tokens in the holes -> + positions -> blocks -> pixels
+                                                                                        (Decoder)
 
-The modules are timm's own, so an encoder's state dict loads into timm by name; the decoder's parameters bear the names
-of MAE's released code, so a released decoder loads by name as well. Drop path is timm's and draws from torch's global
-generator, which the trainer seeds at every step; start values come from it too.
+The modules are timm's own, so an encoder's state dict loads into timm by name; the decoder's
+parameters bear the names of MAE's released code, so a released decoder loads by name as well. Drop
+path is timm's and draws from torch's global generator, which the trainer seeds at every step; start
+values come from it too.
 
 Shapes: B batch, P patches, V visible, D width, p pixels a side of a patch, G patches a side.
 """
@@ -28,31 +32,42 @@ TOKEN_STD = 0.02  # start of cls_token and mask_token
 NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
-# --- building -------------------------------------------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------
 
 
-def build(encoder: str, *, img_size: int = 224, patch_size: int = 16, drop_path: float = 0.0) -> VisionTransformer:
+def build(
+    encoder: str, *, img_size: int = 224, patch_size: int = 16, drop_path: float = 0.0
+) -> VisionTransformer:
     """The encoder with MAE's stem and start values, without a classifier.
 
-    `encoder` is tiny, small, base, large, a timm ViT name, or one with changes: vit_small_patch16_224,depth=6.
+    `encoder` is tiny, small, base, large, a timm ViT name, or one with changes:
+    vit_small_patch16_224,depth=6.
     """
     name, options = parse(encoder)
-    fixed = {"pretrained": False, "num_classes": 0, "global_pool": "token", "drop_path_rate": drop_path}
+    fixed = {
+        "pretrained": False,
+        "num_classes": 0,
+        "global_pool": "token",
+        "drop_path_rate": drop_path,
+    }
     sizes = {"img_size": img_size, "patch_size": patch_size}
     try:
         vit: nn.Module = timm.create_model(
             name, **{"norm_layer": NORM, "act_layer": nn.GELU, **options, **fixed, **sizes}
         )
-    except (TypeError, AssertionError) as error:  # how timm refuses an option, or one that fits no other
+    except (
+        TypeError,
+        AssertionError,
+    ) as error:  # how timm refuses an option, or one that fits no other
         raise UsageError(
-            f"cannot build encoder {encoder!r}: timm says {error}; allowed: a plain ViT and its options, such as "
-            "tiny,depth=6,embed_dim=128,num_heads=4; change it with encoder=VALUE"
+            f"cannot build encoder {encoder!r}: timm says {error}; allowed: a plain ViT and its "
+            "options, such as tiny,depth=6,embed_dim=128,num_heads=4; change it with encoder=VALUE"
         ) from None
     extras = _extras(vit)
     if extras or not isinstance(vit, VisionTransformer):
         raise UsageError(
-            f"cannot use encoder {encoder!r}: it has {', '.join(extras)}; allowed: plain ViTs such as "
-            f"{', '.join(SIZES)} or deit_small_patch16_224; choose one with encoder=NAME"
+            f"cannot use encoder {encoder!r}: it has {', '.join(extras)}; allowed: plain ViTs such "
+            f"as {', '.join(SIZES)} or deit_small_patch16_224; choose one with encoder=NAME"
         )
     initialise(vit)
     return vit
@@ -69,18 +84,22 @@ def parse(encoder: str) -> tuple[str, dict[str, Any]]:
     for key in ("img_size", "patch_size"):
         if key in options:
             raise UsageError(
-                f"cannot build encoder {encoder!r}: it sets {key}; allowed: options of the network; give {key}=VALUE "
-                "as a setting of its own"
+                f"cannot build encoder {encoder!r}: it sets {key}; allowed: options of the "
+                f"network; give {key}=VALUE as a setting of its own"
             )
     name = SIZES.get(name, name)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models("*vit*"), n=3)
-        raise UsageError(f"unknown encoder {name!r}: {near(name, [*SIZES, *close])}, and any ViT in timm.list_models()")
+        raise UsageError(
+            f"unknown encoder {name!r}: {near(name, [*SIZES, *close])}, and any ViT in "
+            "timm.list_models()"
+        )
     return name, options
 
 
 def _extras(vit: nn.Module) -> list[str]:
-    """What keeps a network from being MAE's plain ViT; no paper here says how such extras would be trained."""
+    """What keeps a network from being MAE's plain ViT; no paper here says how such extras would be
+    trained."""
     if type(vit) is not VisionTransformer:
         return [f"the class {type(vit).__name__}"]
     names = dict(vit.named_parameters())
@@ -101,10 +120,12 @@ def _extras(vit: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def initialise(vit: VisionTransformer) -> None:
-    """MAE's start values: fixed positions, Xavier on every Linear and on the flattened patch kernel.
+    """MAE's start values: fixed positions, Xavier on every Linear and on the flattened patch
+    kernel.
 
-    A fused qkv weight is one [3D, D] matrix, hence a smaller Xavier limit than three D x D ones. The patch kernel's
-    bias keeps the framework's uniform start. (facebookresearch/mae models_mae.py:65-93.)
+    A fused qkv weight is one [3D, D] matrix, hence a smaller Xavier limit than three D x D ones.
+    The patch kernel's bias keeps the framework's uniform start. (facebookresearch/mae
+    models_mae.py:65-93.)
     """
     cls_token, positions = _tokens(vit)
     vit.apply(init_linear_and_norm)
@@ -134,7 +155,8 @@ def init_linear_and_norm(module: nn.Module) -> None:
 
 @torch.no_grad()
 def fix_positions(positions: nn.Parameter, grid: int, layout: str = "mae") -> None:
-    """positions (1,1+P,D), or (1,P,D) without CLS, become sines and cosines, and are not trained."""
+    """positions (1,1+P,D), or (1,P,D) without CLS, become sines and cosines, and are not
+    trained."""
     positions.copy_(sincos(positions.shape[-1], grid, layout)[-positions.shape[1] :].unsqueeze(0))
     positions.requires_grad_(False)
 
@@ -146,8 +168,9 @@ def sincos(width: int, grid: int, layout: str = "mae") -> Tensor:
 
         [ sin(col w) | cos(col w) | sin(row w) | cos(row w) ]
 
-    column first, in MAE's layout. CAE's has the halves swapped and the same shape, so a checkpoint read with the wrong
-    one is silently wrong. (facebookresearch/mae util/pos_embed.py:26-67; CAE models/modeling_cae_helper.py:229-248.)
+    column first, in MAE's layout. CAE's has the halves swapped and the same shape, so a checkpoint
+    read with the wrong one is silently wrong. (facebookresearch/mae util/pos_embed.py:26-67; CAE
+    models/modeling_cae_helper.py:229-248.)
     """
     quarter = width // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -158,7 +181,7 @@ def sincos(width: int, grid: int, layout: str = "mae") -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), torch.cat(halves, dim=1)])
 
 
-# --- encoding -------------------------------------------------------------------------------------------------------
+# --- encoding -------------------------------------------------------------------------------------
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
@@ -192,37 +215,39 @@ def with_cls(ids: Tensor) -> Tensor:
 
 
 def in_raster(tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-    """tokens (B,1+P,D): CLS, those of ids_keep (B,V), those of ids_masked (B,P-V) -> CLS, then raster order; without
-    CLS where there are P tokens."""
+    """tokens (B,1+P,D): CLS, those of ids_keep (B,V), those of ids_masked (B,P-V) -> CLS, then
+    raster order; without CLS where there are P tokens."""
     order = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)
     return select(tokens, order if tokens.shape[1] == order.shape[1] else with_cls(order))
 
 
 def patchify(images: Tensor, patch_px: int) -> Tensor:
-    """images (B,3,H,W) -> (B,P,p*p*3): patches in raster order; inside one (row, column, channel), channel fastest."""
+    """images (B,3,H,W) -> (B,P,p*p*3): patches in raster order; inside one (row, column, channel),
+    channel fastest."""
     batch, channels, height, width = images.shape
     rows, cols = height // patch_px, width // patch_px
     x = images.reshape(batch, channels, rows, patch_px, cols, patch_px)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * cols, patch_px * patch_px * channels)
 
 
-# --- decoding -------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
 def check_decoder(width: int, heads: int) -> None:
     """Heads divide the width, and so does 4 (sine and cosine of two axes)."""
     if width % heads or width % 4:
         raise UsageError(
-            f"cannot build the decoder: decoder_width={width}, decoder_heads={heads}; allowed: a width that 4 and the "
-            "heads divide; change one of them"
+            f"cannot build the decoder: decoder_width={width}, decoder_heads={heads}; allowed: a "
+            "width that 4 and the heads divide; change one of them"
         )
 
 
 class Decoder(nn.Module):
-    """MAE's decoder: plain self-attention over CLS and all patches, fixed positions, one Linear to the pixels.
+    """MAE's decoder: plain self-attention over CLS and all patches, fixed positions, one Linear to
+    the pixels.
 
-    Parameter names are those of MAE's released code: a released state dict's `decoder_*` and `mask_token` load here.
-    `cls_token=False` is for an encoder that has none, as ConvMAE's.
+    Parameter names are those of MAE's released code: a released state dict's `decoder_*` and
+    `mask_token` load here. `cls_token=False` is for an encoder that has none, as ConvMAE's.
     """
 
     def __init__(
@@ -253,7 +278,8 @@ class Decoder(nn.Module):
         fix_positions(self.decoder_pos_embed, patches_grid)
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """tokens (B,1+V,D) of the encoder, ids_keep (B,V), ids_masked (B,P-V) -> (B,P,out) in raster order, no CLS."""
+        """tokens (B,1+V,D) of the encoder, ids_keep (B,V), ids_masked (B,P-V) -> (B,P,out) in
+        raster order, no CLS."""
         return self.with_cls(tokens, ids_keep, ids_masked)[:, self.prefix :]
 
     def with_cls(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """The recipes: one module each, found by its name in this folder, or a user's own file.
 
-A recipe module has a docstring (paper, command, cost, expected score, what differs from the released code), a frozen
-`Config`, a `Model` whose `forward(batch)` gives a dict with "loss" and its parts, and `needs(config)`, which says what
-a cache must hold. A recipe is a pure function of (weights, batch):
+A recipe module has a docstring (paper, command, cost, expected score, what differs from the
+released code), a frozen `Config`, a `Model` whose `forward(batch)` gives a dict with "loss" and its
+parts, and `needs(config)`, which says what a cache must hold. A recipe is a pure function of
+(weights, batch):
 
     images (B,3,H,W)   features (B,L,1+P,D)   ids_keep (B,V)   ids_masked (B,P-V)
-    targets (B,1+P,E) in place of features where the spec says `derive`;   token_ids (B,P) where it is among the fields
+    targets (B,1+P,E) in place of features where the spec says `derive`;   token_ids (B,P) where it
+    is among the fields
     second (B,1+P,E2) of another teacher, where the spec names one
-    feature_stats (B,L,1+P,2) where it is among the fields: mean and divisor of every token; moments (L,2) where the
-    spec asks for them
+    feature_stats (B,L,1+P,2) where it is among the fields: mean and divisor of every token;
+    moments (L,2) where the spec asks for them
 
 >>> sorted(set(names()) & {"mae", "maskalign", "mralign"})
 ['mae', 'maskalign', 'mralign']
@@ -38,11 +40,15 @@ class TargetSpec:
     patches: int  # P of the teacher's grid
     scale: tuple[float, float] = (0.2, 1.0)  # crop area of the publication, ends included
     jitter: float = 0.0  # change of colours of the publication, seen by teacher and student alike
-    visible_only: bool = False  # of `features` only [CLS] and visible patches are looked at; the others may be missing
-    derive: str = ""  # z, f or fd: given as `targets` in place of `features`, from the one level (featcache.derive)
-    second: str = ""  # another teacher, whose NAME/features are among the fields: given as `second`, derived likewise
+    # of `features` only [CLS] and visible patches are looked at; the others may be missing
+    visible_only: bool = False
+    # z, f or fd: given as `targets` in place of `features`, from the one level (featcache.derive)
+    derive: str = ""
+    # another teacher, whose NAME/features are among the fields: given as `second`, derived likewise
+    second: str = ""
     second_level: int = 0  # its block
-    moments: bool = False  # mean and variance (unbiased) of each level, over channels, all tokens and the whole batch
+    # mean and variance (unbiased) of each level, over channels, all tokens and the whole batch
+    moments: bool = False
     vocabulary: int = 0  # token ids, of the field token_ids or NAME/token_ids, are below it
 
 
@@ -54,7 +60,15 @@ def names() -> list[str]:
 def load(name: str) -> ModuleType:
     """The module of a recipe: a name of this folder, or the path of a .py file."""
     if name.endswith(".py"):
-        return load_module(Path(name), "recipe", dict(zip(CONTRACT, CONTRACT, strict=True)), "student/recipes/mae.py")
+        return load_module(
+            Path(name),
+            "recipe",
+            dict(zip(CONTRACT, CONTRACT, strict=True)),
+            "student/recipes/mae.py",
+        )
     if name not in names():
-        raise UsageError(f"unknown recipe {name!r}: {near(name, names())}; or the path of your own file, ./mine.py")
+        raise UsageError(
+            f"unknown recipe {name!r}: {near(name, names())}; or the path of your own file, "
+            "./mine.py"
+        )
     return importlib.import_module(f"{__name__}.{name}")

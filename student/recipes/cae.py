@@ -1,30 +1,40 @@
-"""CAE: predict the discrete tokens of hidden patches from their latents, which must lie where the encoder puts them.
+"""CAE: predict the discrete tokens of hidden patches from their latents, which must lie where the
+encoder puts them.
 
-Paper:    Chen et al., "Context Autoencoder for Self-Supervised Representation Learning", IJCV 2023 (arXiv 2202.03026)
-Command:  student train --recipe cae --cache CACHE --images SRC --batch-size 64      (32 processes: 2,048)
-          the cache: featcache extract --policy cae ..., with the tokens of DALL-E's encoder: --teacher dvae --add
-Cost:     ViT-B, 98 of 196 patches: 55.2 GMAC a picture forward and backward, 8.7 of them the second encoding, whose
-          output changes with the student and cannot be cached; the tokenizer's 26.1 are in the cache
-Expected: ImageNet-1k, ViT-B, fine-tuned / linear / attentive: 300 epochs 83.6 / 64.1 / 73.8, 800 epochs 83.8 / 68.6 /
-          75.9, 1600 epochs 83.9 / 70.4 / 77.1; ViT-L, 1600: 86.3 / 78.1 / 81.2 (published, not yet ours)
+Paper:    Chen et al., "Context Autoencoder for Self-Supervised Representation Learning", IJCV 2023
+          (arXiv 2202.03026)
+Command:  student train --recipe cae --cache CACHE --images SRC --batch-size 64
+          (32 processes: 2,048)
+          the cache: featcache extract --policy cae ..., with the tokens of DALL-E's encoder:
+          --teacher dvae --add
+Cost:     ViT-B, 98 of 196 patches: 55.2 GMAC a picture forward and backward, 8.7 of them the second
+          encoding, whose output changes with the student and cannot be cached; the tokenizer's 26.1
+          are in the cache
+Expected: ImageNet-1k, ViT-B, fine-tuned / linear / attentive: 300 epochs 83.6 / 64.1 / 73.8, 800
+          epochs 83.8 / 68.6 / 75.9, 1600 epochs 83.9 / 70.4 / 77.1; ViT-L, 1600: 86.3 / 78.1 / 81.2
+          (published, not yet ours)
 Code:     Atten4Vis/CAE, models/modeling_cae.py, engine_for_pretraining.py; scripts/cae_base_800e.sh
 
-Reference global batch: 2,048; lr 1.5e-3 as it is, at any batch size (lr=null with blr=1.875e-4 scales it). Warm-up is
-10, 20 and 40 epochs of 300, 800 and 1600.
+Reference global batch: 2,048; lr 1.5e-3 as it is, at any batch size (lr=null with blr=1.875e-4
+scales it). Warm-up is 10, 20 and 40 epochs of 300, 800 and 1600.
 
-Table 2 by settings: decoder_depth=0 align_weight=0; align_weight=0; the defaults. Without the decoder one Linear
-predicts the tokens from the regressor's output.
+Table 2 by settings: decoder_depth=0 align_weight=0; align_weight=0; the defaults. Without the
+decoder one Linear predicts the tokens from the regressor's output.
 
-    loss = cross-entropy(decoder(z), tokens) + 2 * MSE(z, z');   z = regresser(mask tokens | encoder(visible patches)),
+    loss = cross-entropy(decoder(z), tokens) + 2 * MSE(z, z');
+    z = regresser(mask tokens | encoder(visible patches)),
     z' = encoder(masked patches) without gradient: the same weights, in training mode
 
 What differs from the released code:
-- z' comes from the encoder itself; there a second one shares its memory after every step, which is the same numbers;
-- cls_token and mask_token are not decayed (decay_tokens=true decays them); the rate rises to its peak once, not twice;
-  bf16 in place of fp16, by the trainer;
-- large is as its released script in fact runs: a regressor and a decoder of width 768 and 12 heads behind a bridge,
-  Xavier start (a line break in it drops what was meant: regressor_width=1024 regressor_heads=16 xavier=false).
-align_drop_path=false computes z' without drop path; the released code has it on, with draws of its own.
+- z' comes from the encoder itself; there a second one shares its memory after every step, which is
+  the same numbers;
+- cls_token and mask_token are not decayed (decay_tokens=true decays them); the rate rises to its
+  peak once, not twice; bf16 in place of fp16, by the trainer;
+- large is as its released script in fact runs: a regressor and a decoder of width 768 and 12 heads
+  behind a bridge, Xavier start (a line break in it drops what was meant: regressor_width=1024
+  regressor_heads=16 xavier=false).
+align_drop_path=false computes z' without drop path; the released code has it on, with draws of its
+own.
 
 Shapes: B batch, V visible, P patches, M = P - V masked, W regressor width, K vocabulary.
 """
@@ -82,8 +92,10 @@ class Config(RecipeConfig):
 
     family: str = "cae"  # of the encoder: timm's Beit with CAE's positions and start values
     layer_scale: Above0 = 0.1  # start, in the encoder
-    xavier: bool = True  # start of every Linear; false: BEiT's truncated normals, scaled down with depth
-    regressor_width: Positive = 768  # of the decoder too; a Linear and a norm lie between it and another encoder width
+    # start of every Linear; false: BEiT's truncated normals, scaled down with depth
+    xavier: bool = True
+    # of the decoder too; a Linear and a norm lie between it and another encoder width
+    regressor_width: Positive = 768
     regressor_depth: Positive = 4  # blocks
     regressor_heads: Positive = 12  # of the decoder too
     decoder_depth: int = 4  # blocks; 0: a Linear alone
@@ -98,13 +110,19 @@ class Config(RecipeConfig):
         beit.check_heads("regressor", self.regressor_width, self.regressor_heads)
         check_hides_patches(self)
         if self.decoder_depth < 0:
-            raise UsageError(f"cannot build the decoder: decoder_depth={self.decoder_depth}; allowed: 0 or more blocks")
+            raise UsageError(
+                f"cannot build the decoder: decoder_depth={self.decoder_depth}; allowed: 0 or more "
+                "blocks"
+            )
         if not self.align_drop_path and self.align_weight == 0:
-            raise UsageError("align_drop_path=false does nothing with align_weight=0: there is no second encoding")
+            raise UsageError(
+                "align_drop_path=false does nothing with align_weight=0: there is no second "
+                "encoding"
+            )
         if self.token_field.rpartition("/")[2] != "token_ids":
             raise UsageError(
-                f"cannot read token_field={self.token_field!r}; allowed: NAME/token_ids of the tokenizer NAME, or "
-                "token_ids; change it with token_field=VALUE"
+                f"cannot read token_field={self.token_field!r}; allowed: NAME/token_ids of the "
+                "tokenizer NAME, or token_ids; change it with token_field=VALUE"
             )
 
 
@@ -121,7 +139,8 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Decoder(nn.Module):
-    """Self-attention over the masked latents alone, with their positions, and the logits of the tokens."""
+    """Self-attention over the masked latents alone, with their positions, and the logits of the
+    tokens."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -135,7 +154,9 @@ class Decoder(nn.Module):
         )  # fmt: skip
         self.norm = vit.NORM(width) if depth else nn.Identity()
         self.head = nn.Linear(width, config.vocabulary)
-        latent_regressor.initialise(self, self.decoder_blocks, ("attn.proj", "mlp.fc2"), xavier=config.xavier)
+        latent_regressor.initialise(
+            self, self.decoder_blocks, ("attn.proj", "mlp.fc2"), xavier=config.xavier
+        )
 
     def forward(self, latents: Tensor, positions: Tensor) -> Tensor:
         """latents, positions (B,M,W) -> (B,M,K)."""
@@ -146,8 +167,8 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """The encoder, the regressor and the decoder; only the encoder is taken home. Names are those of the released
-    code."""
+    """The encoder, the regressor and the decoder; only the encoder is taken home. Names are those
+    of the released code."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -182,7 +203,8 @@ class Model(nn.Module):
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), token_ids (B,P), ids_keep (B,V), ids_masked (B,M) -> the loss and its parts."""
+        """images (B,3,H,W), token_ids (B,P), ids_keep (B,V), ids_masked (B,M) -> the loss and its
+        parts."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         visible = self._encode(images, ids_keep)
         table = self.rd_pos_embed.expand(len(images), -1, -1)
@@ -196,7 +218,8 @@ class Model(nn.Module):
         parts = {"token": token.detach(), "accuracy": right.detach()}
         if self.config.align_weight == 0:
             return {"loss": token, **parts}
-        # After the pass with gradients: autocast keeps its casts of the weights, and casts made here would have none.
+        # After the pass with gradients: autocast keeps its casts of the weights, and casts made
+        # here would have none.
         target = self._aligned(images, ids_masked)
         with losses.autocast_off(latents):
             align = F.mse_loss(losses.promote(latents), losses.promote(target))

@@ -1,28 +1,41 @@
-"""CAE v2: predict a CLIP's output at visible patches from the encoder, at masked ones from a regressor.
+"""CAE v2: predict a CLIP's output at visible patches from the encoder, at masked ones from a
+regressor.
 
-Paper:    Zhang et al., "CAE v2: Context Autoencoder with CLIP Latent Alignment", TMLR 2023 (arXiv 2211.09799)
-Command:  student train --recipe caev2 --cache CACHE --images SRC --batch-size 256      (8 processes: 2,048)
-          the cache: featcache extract --policy caev2 ..., or any with --set jitter=0, which departs from the paper
-Cost:     ViT-B, 98 of 196 patches: 36.4 GMAC a picture forward and backward; the teacher's 17.6 are in the cache
-Expected: ImageNet-1k, 300 epochs, fine-tuned / linear: tiny 77.8 / 69.3, small 83.1 / 77.5, base 85.5 / 80.7 from
-          CLIP-B/16; large 87.6 / 84.4 from CLIP-L/14 at 196 pixels (published, not yet ours)
+Paper:    Zhang et al., "CAE v2: Context Autoencoder with CLIP Latent Alignment", TMLR 2023 (arXiv
+          2211.09799)
+Command:  student train --recipe caev2 --cache CACHE --images SRC --batch-size 256
+          (8 processes: 2,048)
+          the cache: featcache extract --policy caev2 ..., or any with --set jitter=0, which departs
+          from the paper
+Cost:     ViT-B, 98 of 196 patches: 36.4 GMAC a picture forward and backward; the teacher's 17.6 are
+          in the cache
+Expected: ImageNet-1k, 300 epochs, fine-tuned / linear: tiny 77.8 / 69.3, small 83.1 / 77.5, base
+          85.5 / 80.7 from CLIP-B/16; large 87.6 / 84.4 from CLIP-L/14 at 196 pixels (published, not
+          yet ours)
 Code:     Atten4Vis/CAE with --model_type caev2
 
-Reference global batch: 2,048; lr 1.5e-3 as it is, at any batch size (lr=null with blr=1.875e-4 scales it).
+Reference global batch: 2,048; lr 1.5e-3 as it is, at any batch size (lr=null with blr=1.875e-4
+scales it).
 
-Tables by settings: 2 is align=both, align=masked, or align=visible regressor_depth=0; 3 is loss=cosine, smooth_l1 or
-mse; 4 is regressor_depth; 5 is mask=blockwise or uniform; Figure 3 is mask_ratio.
+Tables by settings: 2 is align=both, align=masked, or align=visible regressor_depth=0; 3 is
+loss=cosine, smooth_l1 or mse; 4 is regressor_depth; 5 is mask=blockwise or uniform; Figure 3 is
+mask_ratio.
 
 What differs from the released code:
-- the regressor's final norm, which it has and never uses, is not built; neither is a regressor with align=visible;
+- the regressor's final norm, which it has and never uses, is not built; neither is a regressor with
+  align=visible;
 - large has 16 heads in encoder and regressor (the released path for it cannot run);
-- smooth_l1 and mse, of which no code was released: of the head's output against the target normalised over its channels
-  without affine, as in the works the paper cites for them; mean over channels, smooth-L1 with beta 1;
-- cls_token and mask_token are not decayed (decay_tokens=true decays them); the rate rises to its peak once, not twice;
-  bf16 in place of fp16, by the trainer; its cosine adds 1e-12 to each squared length;
-- mask=uniform hides P - int(P (1 - ratio)) patches, there int(P ratio): one fewer where that is no whole number.
-The paper's own forms: reduction=paper (Eq. 2: the mean over visible patches plus the mean over masked ones, no CLS; the
-code has one mean over all tokens), head=linear_norm (the code's is norm, then Linear), betas=[0.9,0.98].
+- smooth_l1 and mse, of which no code was released: of the head's output against the target
+  normalised over its channels without affine, as in the works the paper cites for them; mean over
+  channels, smooth-L1 with beta 1;
+- cls_token and mask_token are not decayed (decay_tokens=true decays them); the rate rises to its
+  peak once, not twice; bf16 in place of fp16, by the trainer; its cosine adds 1e-12 to each squared
+  length;
+- mask=uniform hides P - int(P (1 - ratio)) patches, there int(P ratio): one fewer where that is no
+  whole number.
+The paper's own forms: reduction=paper (Eq. 2: the mean over visible patches plus the mean over
+masked ones, no CLS; the code has one mean over all tokens), head=linear_norm (the code's is norm,
+then Linear), betas=[0.9,0.98].
 
 Shapes: B batch, V visible, P patches, M = P - V masked, W regressor width, E target width.
 """
@@ -70,8 +83,8 @@ class Config(OutputConfig):
         "tiny": {"mask_ratio": 0.15, "regressor_width": 96, "regressor_depth": 1},
         "small": {"mask_ratio": 0.25, "regressor_width": 384, "regressor_depth": 1},
         "large": {
-            "mask_ratio": 0.6, "regressor_width": 1024, "regressor_heads": 16, "drop_path": 0.2, "layer_scale": 1e-5,
-            **CLIP_L14,
+            "mask_ratio": 0.6, "regressor_width": 1024, "regressor_heads": 16, "drop_path": 0.2,
+            "layer_scale": 1e-5, **CLIP_L14,
         },
     }  # fmt: skip
 
@@ -87,7 +100,8 @@ class Config(OutputConfig):
 
     family: str = "cae"  # of the encoder: timm's Beit with CAE's positions and start values
     layer_scale: Above0 = 0.1  # start, in the encoder
-    regressor_width: Positive = 768  # a Linear and a norm lie between it and another width of the encoder
+    # a Linear and a norm lie between it and another width of the encoder
+    regressor_width: Positive = 768
     regressor_depth: int = 4  # blocks
     regressor_heads: Positive = 12
     align: str = "both"  # both, or only the visible or the masked
@@ -108,8 +122,9 @@ class Config(OutputConfig):
             check_hides_patches(self)
         if self.regressor_depth < 0 or (self.regressor_depth == 0) != (self.align == "visible"):
             raise UsageError(
-                f"cannot align {self.align} latents with a regressor of {self.regressor_depth} blocks; allowed: "
-                "align=visible with regressor_depth=0, align=both or masked with 1 or more; change one of them"
+                f"cannot align {self.align} latents with a regressor of {self.regressor_depth} "
+                "blocks; allowed: align=visible with regressor_depth=0, align=both or masked with "
+                "1 or more; change one of them"
             )
 
 
@@ -128,7 +143,8 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Head(nn.Module):
-    """A norm and a Linear, in either order: one set of parameters for CLS, visible and masked latents."""
+    """A norm and a Linear, in either order: one set of parameters for CLS, visible and masked
+    latents."""
 
     def __init__(self, width: int, out_dim: int, *, norm_first: bool) -> None:
         super().__init__()
@@ -141,7 +157,8 @@ class Head(nn.Module):
 
 
 class Model(nn.Module):
-    """The encoder, the regressor and the head; only the encoder is taken home. Names are those of the released code."""
+    """The encoder, the regressor and the head; only the encoder is taken home. Names are those of
+    the released code."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -161,7 +178,11 @@ class Model(nn.Module):
             self.rd_pos_embed = latent_regressor.positions(width, grid)
             self.mask_token = latent_regressor.mask_token(width)
             self.regresser = latent_regressor.Regresser(
-                width, config.regressor_depth, config.regressor_heads, config.drop_path, final_norm=False
+                width,
+                config.regressor_depth,
+                config.regressor_heads,
+                config.drop_path,
+                final_norm=False,
             )
         norm_first = config.head == "norm_linear"
         self.decoder = Head(config.regressor_width, config.target_width, norm_first=norm_first)
@@ -173,13 +194,16 @@ class Model(nn.Module):
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V), ids_masked (B,M) -> the loss and its parts."""
+        """images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V), ids_masked (B,M) -> the loss and its
+        parts."""
         ids_keep, ids_masked, targets = batch["ids_keep"], batch["ids_masked"], batch["targets"]
         x = beit.encode(self.encoder, batch["images"], ids_keep)
         x = self.encoder_to_regresser_norm(self.encoder_to_regresser(x))  # (B,1+V,W)
         errors: dict[str, Tensor] = {}
         if self.config.align != "masked":
-            aligned = _error(self.decoder(x), vit.select(targets, vit.with_cls(ids_keep)), self.config.loss)
+            aligned = _error(
+                self.decoder(x), vit.select(targets, vit.with_cls(ids_keep)), self.config.loss
+            )
             errors |= {"cls": aligned[:, :1], "visible": aligned[:, 1:]}
         if self.config.align != "visible":
             pred = self.decoder(self._regress(x[:, 1:], ids_keep, ids_masked))
@@ -201,7 +225,9 @@ def _error(pred: Tensor, target: Tensor, loss: str) -> Tensor:
     with losses.autocast_off(pred):
         pred, target = losses.promote(pred), losses.promote(target)
         target = F.layer_norm(target, target.shape[-1:])
-        return (F.mse_loss if loss == "mse" else F.smooth_l1_loss)(pred, target, reduction="none").mean(dim=-1)
+        return (F.mse_loss if loss == "mse" else F.smooth_l1_loss)(
+            pred, target, reduction="none"
+        ).mean(dim=-1)
 
 
 def _reduce(errors: dict[str, Tensor], reduction: str) -> Tensor:

@@ -1,22 +1,27 @@
-"""FD: a student with relative positions learns a teacher's whitened output at every token; nothing is hidden.
+"""FD: a student with relative positions learns a teacher's whitened output at every token; nothing
+is hidden.
 
-Paper:    Wei et al., "Contrastive Learning Rivals Masked Image Modeling in Fine-tuning via Feature Distillation"
-          (arXiv 2205.14141)
-Command:  student train --recipe fd --cache CACHE --images SRC --batch-size 128      (16 processes: 2,048)
-          the cache: featcache extract --policy fd ..., whose crops are resized bilinear as the released code does
+Paper:    Wei et al., "Contrastive Learning Rivals Masked Image Modeling in Fine-tuning via Feature
+          Distillation" (arXiv 2205.14141)
+Command:  student train --recipe fd --cache CACHE --images SRC --batch-size 128
+          (16 processes: 2,048)
+          the cache: featcache extract --policy fd ..., whose crops are resized bilinear as the
+          released code does
 Cost:     ViT-B: 53.0 GMAC a picture forward and backward; the teacher's 17.6 are in the cache
-Expected: ImageNet-1k, 300 epochs, fine-tuned: from CLIP-B/16 84.9, from DINO-B 83.8, ViT-L/14 from CLIP-L/14 87.7
-          (published, not yet ours); FD-CLIP 80.3 linear by MaskAlign's Table 8
+Expected: ImageNet-1k, 300 epochs, fine-tuned: from CLIP-B/16 84.9, from DINO-B 83.8, ViT-L/14 from
+          CLIP-L/14 87.7 (published, not yet ours); FD-CLIP 80.3 linear by MaskAlign's Table 8
 Code:     SwinTransformer/Feature-Distillation, models/feature_distillation.py
 
-Reference global batch: 2,048, so blr 1.5e-4 is lr 1.2e-3 (its base rate is 3e-4 for a batch of 512).
+Reference global batch: 2,048, so blr 1.5e-4 is lr 1.2e-3 (its base rate is 3e-4 for a batch of
+512).
 
-The target is LN(gamma h + beta), the output of the teacher's last norm, normalised once more without affine. DINO and
-large use drop_path=0.3; its 100-epoch run drop_path=0.1 and crops of 0.67 to 1.
+The target is LN(gamma h + beta), the output of the teacher's last norm, normalised once more
+without affine. DINO and large use drop_path=0.3; its 100-epoch run drop_path=0.1 and crops of 0.67
+to 1.
 
-What differs from the released code: the warm-up starts at 0, there at 2e-6; min_lr is 2e-5 at any batch size, there
-2e-5 x batch / 2,048; it leaves 27 files of ImageNet out, we
-what a cache has in quarantine; the 1 x 1 convolution of its head is a Linear, with the same start; bf16 in place of
+What differs from the released code: the warm-up starts at 0, there at 2e-6; min_lr is 2e-5 at any
+batch size, there 2e-5 x batch / 2,048; it leaves 27 files of ImageNet out, we what a cache has in
+quarantine; the 1 x 1 convolution of its head is a Linear, with the same start; bf16 in place of
 fp16, by the trainer.
 
 Shapes: B batch, P patches, D student width, Dt teacher width.
@@ -30,7 +35,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from featcache.errors import UsageError
-from student.config import CHECKED, Above0, Fraction, NotNegative, Positive, RecipeConfig, check_choice
+from student.config import (
+    CHECKED,
+    Above0,
+    Fraction,
+    NotNegative,
+    Positive,
+    RecipeConfig,
+    check_choice,
+)
 from student.models import beit, losses
 from student.recipes import TargetSpec
 
@@ -75,8 +88,9 @@ class Config(RecipeConfig):
         check_choice("family", self.family, ("beit",))
         if self.mask_ratio or self.mask != "uniform":
             raise UsageError(
-                f"nothing is hidden in fd: mask={self.mask} mask_ratio={self.mask_ratio}; allowed: mask=uniform "
-                "mask_ratio=0; for a distillation of visible patches take the recipe kd or maskalign"
+                f"nothing is hidden in fd: mask={self.mask} mask_ratio={self.mask_ratio}; allowed: "
+                "mask=uniform mask_ratio=0; for a distillation of visible patches take the recipe "
+                "kd or maskalign"
             )
 
 
@@ -109,12 +123,15 @@ class Model(nn.Module):
         self.beta = config.beta
 
     def no_weight_decay(self) -> set[str]:
-        """None beyond the rule: the table of relative positions is decayed, as in the released code."""
+        """None beyond the rule: the table of relative positions is decayed, as in the released
+        code."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """images (B,3,H,W), targets (B,1+P,Dt) -> the loss over all tokens, and its part at CLS."""
-        pred = self.decoder(beit.encode_all(self.encoder, self.encoder.patch_embed(batch["images"])))
+        pred = self.decoder(
+            beit.encode_all(self.encoder, self.encoder.patch_embed(batch["images"]))
+        )
         loss = losses.fd_smooth_l1(pred, batch["targets"], self.beta)
         cls = losses.fd_smooth_l1(pred[:, 0], batch["targets"][:, 0], self.beta)
         return {"loss": loss, "cls": cls.detach()}

@@ -1,16 +1,21 @@
 """KD: predict a CLIP's output at the visible patches only; MILAN without its decoder.
 
-Paper:    Hou et al., "MILAN: Masked Image Pretraining on Language Assisted Representation" (arXiv 2208.06049), Table 10
-Command:  student train --recipe kd --cache CACHE --images SRC --batch-size 512      (8 processes: 4,096)
-Cost:     ViT-B, 49 of 196 patches: 13.3 GMAC a picture forward and backward; the teacher's 17.6 are in the cache
-Expected: ImageNet-1k, ViT-B from CLIP-B/16, 400 epochs: 84.0 fine-tuned, beside MILAN's 85.4 (published, not yet ours)
+Paper:    Hou et al., "MILAN: Masked Image Pretraining on Language Assisted Representation" (arXiv
+          2208.06049), Table 10
+Command:  student train --recipe kd --cache CACHE --images SRC --batch-size 512
+          (8 processes: 4,096)
+Cost:     ViT-B, 49 of 196 patches: 13.3 GMAC a picture forward and backward; the teacher's 17.6 are
+          in the cache
+Expected: ImageNet-1k, ViT-B from CLIP-B/16, 400 epochs: 84.0 fine-tuned, beside MILAN's 85.4
+          (published, not yet ours)
 Code:     none was released
 
 Reference global batch: 4,096, so blr 1.5e-4 is lr 2.4e-3.
 
-What differs from the paper's text, which leaves these open: one Linear maps the normed tokens to the target's width;
-CLS is among the tokens, as it is in MILAN's loss; the squared distance of two vectors of length 1 is 2 - 2 cos, meant
-over pictures and tokens. cls_token is not decayed (decay_tokens=true decays it).
+What differs from the paper's text, which leaves these open: one Linear maps the normed tokens to
+the target's width; CLS is among the tokens, as it is in MILAN's loss; the squared distance of two
+vectors of length 1 is 2 - 2 cos, meant over pictures and tokens. cls_token is not decayed
+(decay_tokens=true decays it).
 
 Shapes: B batch, V visible, P patches, E target width.
 """
@@ -60,7 +65,10 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.encoder = vit.build(
-            config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
+            config.encoder,
+            img_size=config.img_size,
+            patch_size=config.patch_size,
+            drop_path=config.drop_path,
         )
         self.head = nn.Linear(self.encoder.embed_dim, config.target_width)
         vit.init_linear_and_norm(self.head)
@@ -70,7 +78,8 @@ class Model(nn.Module):
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V) -> the loss, and that of CLS and of visible patches."""
+        """images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V) -> the loss, and that of CLS and of
+        visible patches."""
         ids_keep = batch["ids_keep"]
         pred = self.head(self.encoder.norm(vit.encode(self.encoder, batch["images"], ids_keep)[-1]))
         target = vit.select(batch["targets"], vit.with_cls(ids_keep))

@@ -1,16 +1,19 @@
 """MAE: predict the pixels of hidden patches; needs no teacher and no cache.
 
-Paper:    He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022 (arXiv 2111.06377)
+Paper:    He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022 (arXiv
+          2111.06377)
 Command:  student train --recipe mae --images SRC --batch-size 512      (8 processes: 4,096)
-Cost:     ViT-B, 49 of 196 patches: 29.3 GMAC a picture forward and backward, 16.1 of them in the decoder
-Expected: ImageNet-1k, ViT-B, --epochs 1600: 83.6 fine-tuned, 67.8 linear (published, not yet ours; the default is
-          its 800 epochs)
+Cost:     ViT-B, 49 of 196 patches: 29.3 GMAC a picture forward and backward, 16.1 of them in the
+          decoder
+Expected: ImageNet-1k, ViT-B, --epochs 1600: 83.6 fine-tuned, 67.8 linear (published, not yet ours;
+          the default is its 800 epochs)
 Code:     facebookresearch/mae, models_mae.py, with --norm_pix_loss as its PRETRAIN.md has it
 
 Reference global batch: 4,096, so blr 1.5e-4 is lr 2.4e-3.
 
-What differs from the released code: cls_token and mask_token are not decayed (decay_tokens=true decays them); bf16 in
-place of fp16 with a scaled loss, by the trainer; masks are drawn per (seed, epoch, key).
+What differs from the released code: cls_token and mask_token are not decayed (decay_tokens=true
+decays them); bf16 in place of fp16 with a scaled loss, by the trainer; masks are drawn per (seed,
+epoch, key).
 
 Shapes: B batch, V visible, P patches, C = p*p*3 values of a patch.
 """
@@ -49,7 +52,9 @@ class Config(RecipeConfig):
 def needs(config: Config) -> TargetSpec:
     """Nothing but what the mask is drawn from, which for a uniform mask is nothing."""
     fields = masking.fields(config.mask)
-    return TargetSpec(teacher=config.teacher if fields else "", levels=(), fields=fields, patches=config.patches)
+    return TargetSpec(
+        teacher=config.teacher if fields else "", levels=(), fields=fields, patches=config.patches
+    )
 
 
 class Model(nn.Module):
@@ -58,7 +63,10 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.encoder = vit.build(
-            config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
+            config.encoder,
+            img_size=config.img_size,
+            patch_size=config.patch_size,
+            drop_path=config.drop_path,
         )
         self.decoder = vit.Decoder(
             self.encoder.embed_dim,
@@ -76,7 +84,8 @@ class Model(nn.Module):
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), ids_keep (B,V), ids_masked (B,P-V) -> the loss, which is its only part."""
+        """images (B,3,H,W), ids_keep (B,V), ids_masked (B,P-V) -> the loss, which is its only
+        part."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         tokens = self.encoder.norm(vit.encode(self.encoder, images, ids_keep)[-1])
         pred = self.decoder(tokens, ids_keep, ids_masked)

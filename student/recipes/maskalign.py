@@ -1,40 +1,54 @@
-"""MaskAlign: align the visible tokens of a ViT with a frozen CLIP or DINO; nothing is reconstructed.
+"""MaskAlign: align the visible tokens of a ViT with a frozen CLIP or DINO; nothing is
+reconstructed.
 
-Paper:    Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", CVPR 2023
-          (arXiv 2211.08887)
-Command:  student train --recipe maskalign --cache CACHE --images SRC --batch-size 128      (8 processes: 1,024)
-Cost:     ViT-B, 58 of 196 patches: 16.1 GMAC a picture forward and backward; the teacher's 17.6 are in the cache
-Expected: ImageNet-1k, ViT-B from CLIP-B/16, 200 epochs: 85.4 fine-tuned, 79.9 linear (published, not yet ours)
-Code:     OpenDriveLab/maskalign, models_pretrain.py at 4cb577f (fusion `linear`, whiten, top5, smoothl1)
+Paper:    Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", CVPR
+          2023 (arXiv 2211.08887)
+Command:  student train --recipe maskalign --cache CACHE --images SRC --batch-size 128
+          (8 processes: 1,024)
+Cost:     ViT-B, 58 of 196 patches: 16.1 GMAC a picture forward and backward; the teacher's 17.6 are
+          in the cache
+Expected: ImageNet-1k, ViT-B from CLIP-B/16, 200 epochs: 85.4 fine-tuned, 79.9 linear (published,
+          not yet ours)
+Code:     OpenDriveLab/maskalign, models_pretrain.py at 4cb577f (fusion `linear`, whiten, top5,
+          smoothl1)
 
 Reference global batch: 1,024, so blr 1.5e-4 is lr 6e-4.
 
-The paper's ablations by settings. The default is Table 6's first row; all others leave CLS out of the loss
-(cls_loss=false), Table 6's and those of Tables 3 to 5 alike, so that its second row is Table 3's third:
+The paper's ablations by settings. The default is Table 6's first row; all others leave CLS out of
+the loss (cls_loss=false), Table 6's and those of Tables 3 to 5 alike, so that its second row is
+Table 3's third:
     level_weights=top:1, top:3, top:5, top:7               Table 3, Dynamic: 84.9, 85.1, 85.3, 85.1
     alignment=layer_wise level_weights=top:1, top:5        Table 3, Layer-wise: 84.8, 85.1
-    mask_ratio=0, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.9       Table 4, the iterations made equal to 0.7's in 200 epochs:
-                                                           84.9, 85.1, 85.2, 85.3, 85.3, 85.1, 85.1, 84.4
+    mask_ratio=0, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.9       Table 4, the iterations made equal to
+                                                           0.7's in 200 epochs: 84.9, 85.1, 85.2,
+                                                           85.3, 85.3, 85.1, 85.1, 84.4
     mask=uniform                                           Table 4: 85.1
     teacher=dino-b16; teacher=clip-l14                     Table 5, ViT-B: 83.9; 85.6
-    encoder=large; encoder=large teacher=clip-l14          Table 5, ViT-L from CLIP-B, from CLIP-L: 86.5; 87.4
+    encoder=large; encoder=large teacher=clip-l14          Table 5, ViT-L from CLIP-B, from CLIP-L:
+                                                           86.5; 87.4
     adaptor=mlp; target_norm=bn; target_norm=none          Table 6: 85.2; 84.7; 84.3
-alignment=adapt_then_mix is Eq. 1 as printed, an adaptor for each student block; no code of it was released. Eq. 3 lacks
-the factor 2 that the released loss has. target_norm=bn has one mean and one variance for a whole level, as the code.
+alignment=adapt_then_mix is Eq. 1 as printed, an adaptor for each student block; no code of it was
+released. Eq. 3 lacks the factor 2 that the released loss has. target_norm=bn has one mean and one
+variance for a whole level, as the code.
 
-The released flags: fusion linear, sum and simple are mix_start=identity, mix_start=even and alignment=layer_wise;
-whiten is target_norm=ln; out is level_weights=last; midN is level_weights=last align_levels=N+1.
+The released flags: fusion linear, sum and simple are mix_start=identity, mix_start=even and
+alignment=layer_wise; whiten is target_norm=ln; out is level_weights=last; midN is
+level_weights=last align_levels=N+1.
 
 What differs from the released code:
-- target_norm=bn has the mean and variance of the whole batch, of all processes and micro-batches (it: of one GPU's);
-- only the aligned levels have a row of W and an adaptor (it builds all and gives the others weight 0); same loss;
-- unequal depths start W at 1/S (it leaves that to be asked for: by its default it pairs block 12 of 12 with level 12 of
-  24 without a word);
-- cls_token is not decayed; decay_tokens=true decays it as the released code does, probably unintended;
-- bf16 in place of fp16 with a scaled loss, by the trainer; targets from a cache, over a fixed number of views.
+- target_norm=bn has the mean and variance of the whole batch, of all processes and micro-batches
+  (it: of one GPU's);
+- only the aligned levels have a row of W and an adaptor (it builds all and gives the others weight
+  0); same loss;
+- unequal depths start W at 1/S (it leaves that to be asked for: by its default it pairs block 12 of
+  12 with level 12 of 24 without a word);
+- cls_token is not decayed; decay_tokens=true decays it as the released code does, probably
+  unintended;
+- bf16 in place of fp16 with a scaled loss, by the trainer; targets from a cache, over a fixed
+  number of views.
 
-The student is aligned before its final norm, so that norm would never get a gradient: it is frozen at weight 1, bias 0.
-The published linear probe reads CLS through it.
+The student is aligned before its final norm, so that norm would never get a gradient: it is frozen
+at weight 1, bias 0. The published linear probe reads CLS through it.
 
 Shapes: B batch, V visible, P patches, L levels.
 """
@@ -66,7 +80,8 @@ SERVED_BY = {  # by default; `featcache info` reads this
 class Config(RecipeConfig):
     """The released command's settings."""
 
-    SIZES: ClassVar[dict[str, dict[str, Any]]] = {"large": {"drop_path": 0.2}}  # README.md; 0.1 for all in the paper
+    # README.md; 0.1 for all in the paper
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {"large": {"drop_path": 0.2}}
 
     drop_path: Fraction = 0.1
     mask: Mask = "attentive"
@@ -74,11 +89,15 @@ class Config(RecipeConfig):
     min_lr: NotNegative = 1e-5
 
     level_weights: str = "top:5"  # top:K, mean, last, linear-decay
-    align_levels: str = "auto"  # auto (what level_weights names), last:K, or block numbers from 1: 8,10,12
+    # auto (what level_weights names), last:K, or block numbers from 1: 8,10,12
+    align_levels: str = "auto"
     alignment: str = "mix_then_adapt"  # or adapt_then_mix, the paper's Eq. 1; layer_wise, without W
-    mix_start: str = "auto"  # of W: identity (+ 0.01), which equal depths have; even (1/S), which others have
-    adaptor: str = "linear"  # or norm_linear; mlp: Linear, GELU, Linear; mlp2: Linear, LayerNorm, Linear
-    target_norm: str = "ln"  # of each token; or l2; none: the teacher's stream itself; bn: by the batch's moments
+    # of W: identity (+ 0.01), which equal depths have; even (1/S), which others have
+    mix_start: str = "auto"
+    # or norm_linear; mlp: Linear, GELU, Linear; mlp2: Linear, LayerNorm, Linear
+    adaptor: str = "linear"
+    # of each token; or l2; none: the teacher's stream itself; bn: by the batch's moments
+    target_norm: str = "ln"
     loss: str = "smooth_l1"  # twice the mean, as the released code; or l2, l1
     cls_loss: bool = True  # CLS is aligned too
 
@@ -93,24 +112,29 @@ class Config(RecipeConfig):
         check_choice("loss", self.loss, tuple(align.LOSSES))
         if self.alignment == "layer_wise" and self.mix_start != "auto":
             raise UsageError(
-                f"cannot train maskalign so: mix_start={self.mix_start} does nothing with alignment=layer_wise, which "
-                "has no W; change one of them"
+                f"cannot train maskalign so: mix_start={self.mix_start} does nothing with "
+                "alignment=layer_wise, which has no W; change one of them"
             )
 
     @property
     def ways(self) -> align.AlignmentOptions:
         return align.AlignmentOptions(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(align.AlignmentOptions)}
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(align.AlignmentOptions)
+            }
         )
 
 
 def needs(config: Config) -> TargetSpec:
-    """The aligned levels, what gives back the teacher's stream where another norm than LN wants it, and what the mask
-    is drawn from."""
+    """The aligned levels, what gives back the teacher's stream where another norm than LN wants it,
+    and what the mask is drawn from."""
     stats = () if config.target_norm == "ln" else ("feature_stats",)
     return TargetSpec(
         teacher=config.teacher,
-        levels=tuple(aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)),
+        levels=tuple(
+            aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)
+        ),
         fields=("features", *stats, *masking.fields(config.mask)),
         patches=config.patches,
         visible_only=True,  # align.Align gathers [CLS] and ids_keep
@@ -125,7 +149,10 @@ class Model(nn.Module):
         super().__init__()
         weights = aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)
         self.encoder = vit.build(
-            config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
+            config.encoder,
+            img_size=config.img_size,
+            patch_size=config.patch_size,
+            drop_path=config.drop_path,
         )
         self.encoder.norm.requires_grad_(False)
         self.align = align.AlignmentHead(
@@ -138,12 +165,14 @@ class Model(nn.Module):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """W starts near the identity and is not pulled to zero; tokens are the optimiser's matter (decay_tokens)."""
+        """W starts near the identity and is not pulled to zero; tokens are the optimiser's matter
+        (decay_tokens)."""
         return set() if self.align.mix is None else {"align.mix"}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V), and where the target norm asks for them
-        feature_stats (B,L,1+P,2) and moments (L,2) -> the loss, and the loss of each level."""
+        """images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V), and where the target norm asks
+        for them feature_stats (B,L,1+P,2) and moments (L,2) -> the loss, and the loss of each
+        level."""
         outputs = vit.encode(self.encoder, batch["images"], batch["ids_keep"])
         stats, moments = batch.get("feature_stats"), batch.get("moments")
         loss, parts = self.align(outputs, batch["features"], batch["ids_keep"], stats, moments)

@@ -1,26 +1,34 @@
-"""MILAN: predict a CLIP's output at every patch; the decoder reads the visible tokens as fixed prompts.
+"""MILAN: predict a CLIP's output at every patch; the decoder reads the visible tokens as fixed
+prompts.
 
-Paper:    Hou et al., "MILAN: Masked Image Pretraining on Language Assisted Representation" (arXiv 2208.06049)
-Command:  student train --recipe milan --cache CACHE --images SRC --batch-size 512      (8 processes: 4,096)
-Cost:     ViT-B, 49 of 196 patches: 25.9 GMAC a picture forward and backward, 12.7 of them in the decoder; the
-          teacher's 17.6 are in the cache
-Expected: ImageNet-1k, ViT-B from CLIP-B/16, 400 epochs: 85.4 fine-tuned, 78.9 linear (79.9 with mask=uniform);
-          ViT-L from CLIP-L/14: 87.8 (published, not yet ours)
+Paper:    Hou et al., "MILAN: Masked Image Pretraining on Language Assisted Representation" (arXiv
+          2208.06049)
+Command:  student train --recipe milan --cache CACHE --images SRC --batch-size 512
+          (8 processes: 4,096)
+Cost:     ViT-B, 49 of 196 patches: 25.9 GMAC a picture forward and backward, 12.7 of them in the
+          decoder; the teacher's 17.6 are in the cache
+Expected: ImageNet-1k, ViT-B from CLIP-B/16, 400 epochs: 85.4 fine-tuned, 78.9 linear (79.9 with
+          mask=uniform); ViT-L from CLIP-L/14: 87.8 (published, not yet ours)
 Code:     zejiangh/MILAN, models_milan.py
 
 Reference global batch: 4,096, so blr 1.5e-4 is lr 2.4e-3.
 
-Table 5 by settings: MAE is decoder=mae target=pixels mask=uniform; + CLIP target is decoder=mae mask=uniform;
-prompting decoder on pixels is target=pixels mask=uniform; sampling on pixels is decoder=mae target=pixels; then
-decoder=mae, mask=uniform, and the defaults.
+Table 5 by settings: MAE is decoder=mae target=pixels mask=uniform; + CLIP target is decoder=mae
+mask=uniform; prompting decoder on pixels is target=pixels mask=uniform; sampling on pixels is
+decoder=mae target=pixels; then decoder=mae, mask=uniform, and the defaults.
 
 What differs from the released code:
-- the teacher sees pixels normalised by its own statistics, as the cache has it (there by ImageNet's, as the student);
-- the head is as wide as the target (512 by CLIP-B/16, 768 by CLIP-L/14; one released file has 512, another 768);
-- decoder=mae is MAE's decoder with the same head and loss on all 197 tokens (the released ablation model is missing);
-- cls_token and mask_token are not decayed (decay_tokens=true decays them); bf16 in place of fp16, by the trainer.
-The paper's own forms: prompts=raw (Eq. 2: Z joins keys and values without a projection; the code projects it in each
-block), cls_loss=false (Eq. 1 counts patches only; its sum over them is our mean times their number).
+- the teacher sees pixels normalised by its own statistics, as the cache has it (there by
+  ImageNet's, as the student);
+- the head is as wide as the target (512 by CLIP-B/16, 768 by CLIP-L/14; one released file has 512,
+  another 768);
+- decoder=mae is MAE's decoder with the same head and loss on all 197 tokens (the released ablation
+  model is missing);
+- cls_token and mask_token are not decayed (decay_tokens=true decays them); bf16 in place of fp16,
+  by the trainer.
+The paper's own forms: prompts=raw (Eq. 2: Z joins keys and values without a projection; the code
+projects it in each block), cls_loss=false (Eq. 1 counts patches only; its sum over them is our mean
+times their number).
 
 Shapes: B batch, V visible, P patches, M = P - V masked, W decoder width, E target width.
 """
@@ -71,7 +79,8 @@ class Config(OutputConfig):
     warmup_epochs: NotNegative = 40
 
     decoder: str = "prompting"  # or mae, which updates all tokens
-    prompts: str = "projected"  # by each block's keys and values, as in the code; or raw, as in Eq. 2
+    # by each block's keys and values, as in the code; or raw, as in Eq. 2
+    prompts: str = "projected"
     decoder_width: Positive = 512
     decoder_depth: Positive = 8  # blocks
     decoder_heads: Positive = 16
@@ -91,8 +100,9 @@ class Config(OutputConfig):
         }
         for setting in (name for name, is_idle in idle.items() if is_idle):
             raise UsageError(
-                f"{setting} does nothing with decoder={self.decoder} target={self.target}; allowed: prompts with "
-                "decoder=prompting, cls_loss with target=z or f, norm_pix with target=pixels; leave it out"
+                f"{setting} does nothing with decoder={self.decoder} target={self.target}; "
+                "allowed: prompts with decoder=prompting, cls_loss with target=z or f, norm_pix "
+                "with target=pixels; leave it out"
             )
 
 
@@ -100,7 +110,12 @@ def needs(config: Config) -> TargetSpec:
     """The teacher's last level, and what the mask is drawn from; for pixels only the latter."""
     fields = masking.fields(config.mask)
     if config.target == "pixels":
-        return TargetSpec(teacher=config.teacher if fields else "", levels=(), fields=fields, patches=config.patches)
+        return TargetSpec(
+            teacher=config.teacher if fields else "",
+            levels=(),
+            fields=fields,
+            patches=config.patches,
+        )
     return TargetSpec(
         teacher=config.teacher,
         levels=(config.teacher_depth,),
@@ -125,13 +140,19 @@ class PromptAttention(nn.Module):
         if self.project:
             k, v = self.kv(torch.cat([prompts, x], dim=1)).chunk(2, dim=-1)
         else:
-            k, v = (torch.cat([prompts.to(part.dtype), part], dim=1) for part in self.kv(x).chunk(2, dim=-1))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q(x), k, v))
+            k, v = (
+                torch.cat([prompts.to(part.dtype), part], dim=1)
+                for part in self.kv(x).chunk(2, dim=-1)
+            )
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q(x), k, v)
+        )
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class PromptBlock(nn.Module):
-    """x += attn(LN x | prompts); x += mlp(LN x). The prompts pass by unchanged and without a norm."""
+    """x += attn(LN x | prompts); x += mlp(LN x). The prompts pass by unchanged and without a
+    norm."""
 
     def __init__(self, width: int, heads: int, project: bool) -> None:
         super().__init__()
@@ -146,15 +167,17 @@ class PromptBlock(nn.Module):
 
 
 class PromptingDecoder(nn.Module):
-    """vit.Decoder's stem and head around blocks that update the masked tokens only; names are those of the released
-    code."""
+    """vit.Decoder's stem and head around blocks that update the masked tokens only; names are those
+    of the released code."""
 
     def __init__(self, width_in: int, config: Config, out_dim: int) -> None:
         super().__init__()
         width, grid = config.decoder_width, config.img_size // config.patch_size
         self.decoder_embed = nn.Linear(width_in, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, width), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(
+            torch.zeros(1, 1 + grid**2, width), requires_grad=False
+        )
         project = config.prompts == "projected"
         self.decoder_blocks = nn.ModuleList(
             PromptBlock(width, config.decoder_heads, project) for _ in range(config.decoder_depth)
@@ -166,7 +189,8 @@ class PromptingDecoder(nn.Module):
         vit.fix_positions(self.decoder_pos_embed, grid)
 
     def with_cls(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """tokens (B,1+V,D) of the encoder, ids_keep (B,V), ids_masked (B,M) -> (B,1+P,out): CLS, then raster order."""
+        """tokens (B,1+V,D) of the encoder, ids_keep (B,V), ids_masked (B,M) -> (B,1+P,out): CLS,
+        then raster order."""
         positions = self.decoder_pos_embed.expand(len(tokens), -1, -1)
         prompts = self.decoder_embed(tokens) + vit.select(positions, vit.with_cls(ids_keep))
         x = self.mask_token + vit.select(positions, ids_masked + 1)
@@ -182,7 +206,10 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.encoder = vit.build(
-            config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
+            config.encoder,
+            img_size=config.img_size,
+            patch_size=config.patch_size,
+            drop_path=config.drop_path,
         )
         out_dim = config.patch_size**2 * 3 if config.target == "pixels" else config.target_width
         self.decoder = _decoder(self.encoder.embed_dim, config, out_dim)
@@ -193,13 +220,16 @@ class Model(nn.Module):
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V), ids_masked (B,M) -> the loss and its parts."""
+        """images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V), ids_masked (B,M) -> the loss and its
+        parts."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         tokens = self.encoder.norm(vit.encode(self.encoder, images, ids_keep)[-1])
         pred = self.decoder.with_cls(tokens, ids_keep, ids_masked)
         if self.config.target == "pixels":
             patches = vit.patchify(images, self.config.patch_size)
-            pixel = losses.masked_pixel_mse(pred[:, 1:], patches, ids_masked, normalise=self.config.norm_pix)
+            pixel = losses.masked_pixel_mse(
+                pred[:, 1:], patches, ids_masked, normalise=self.config.norm_pix
+            )
             return {"loss": pixel, "pixel": pixel.detach()}
         distance = 2 * losses.cosine_distance(pred, batch["targets"])  # (B,1+P)
         loss = distance.mean() if self.config.cls_loss else distance[:, 1:].mean()
@@ -212,4 +242,6 @@ def _decoder(width_in: int, config: Config, out_dim: int) -> PromptingDecoder | 
     if config.decoder == "prompting":
         return PromptingDecoder(width_in, config, out_dim)
     grid = config.img_size // config.patch_size
-    return vit.Decoder(width_in, config.decoder_width, config.decoder_depth, config.decoder_heads, grid, out_dim)
+    return vit.Decoder(
+        width_in, config.decoder_width, config.decoder_depth, config.decoder_heads, grid, out_dim
+    )

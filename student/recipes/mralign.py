@@ -1,21 +1,25 @@
-"""MR-Align: align the visible tokens with a teacher and predict the pixels of the hidden ones. Ours; the default.
+"""MR-Align: align the visible tokens with a teacher and predict the pixels of the hidden ones.
+Ours; the default.
 
 Paper:    none; this combination is ours, from parts that were published:
-          - alignment of CLS and visible tokens with five teacher levels, and the optimiser: MaskAlign
-            (arXiv 2211.08887)
-          - both halves in one step, each token asked for one thing only, 0.5 / 0.5, a quarter visible, chosen by the
-            teacher's attention: MR-MAE (Gao et al., "Mimic before Reconstruct", arXiv 2303.05475), whose training code
-            was never released
+          - alignment of CLS and visible tokens with five teacher levels, and the optimiser:
+            MaskAlign (arXiv 2211.08887)
+          - both halves in one step, each token asked for one thing only, 0.5 / 0.5, a quarter
+            visible, chosen by the teacher's attention: MR-MAE (Gao et al., "Mimic before
+            Reconstruct", arXiv 2303.05475), whose training code was never released
           - decoder and normalised-pixel loss on hidden patches: MAE (arXiv 2111.06377)
-Command:  student train --recipe mralign --cache CACHE --images SRC --batch-size 128      (8 processes: 1,024)
-Cost:     ViT-B, 49 of 196 patches: about 30 GMAC a picture forward and backward; the teacher's 17.6 are in the cache
-Expected: not measured yet; its parents: 85.4 (MaskAlign, 200 epochs), 85.0 (MR-MAE, plain ViT-B, 200 epochs)
+Command:  student train --recipe mralign --cache CACHE --images SRC --batch-size 128
+          (8 processes: 1,024)
+Cost:     ViT-B, 49 of 196 patches: about 30 GMAC a picture forward and backward; the teacher's 17.6
+          are in the cache
+Expected: not measured yet; its parents: 85.4 (MaskAlign, 200 epochs), 85.0 (MR-MAE, plain ViT-B,
+          200 epochs)
 
 Reference global batch: 1,024, so blr 1.5e-4 is lr 6e-4.
 
-What differs from the parents: 49 visible patches where MaskAlign keeps 58; aligned levels come before the final norm,
-as in MaskAlign, and the decoder reads the last block after it, as in MAE, so here the norm is trained; MR-MAE sums
-several layers and mimics one, and warms up over 80 epochs.
+What differs from the parents: 49 visible patches where MaskAlign keeps 58; aligned levels come
+before the final norm, as in MaskAlign, and the decoder reads the last block after it, as in MAE, so
+here the norm is trained; MR-MAE sums several layers and mimics one, and warms up over 80 epochs.
 
 Shapes: B batch, V visible, P patches, L levels.
 """
@@ -27,7 +31,15 @@ from torch import Tensor, nn
 
 from featcache.errors import UsageError
 from student import masking
-from student.config import CHECKED, Fraction, Mask, NotNegative, Positive, RecipeConfig, check_hides_patches
+from student.config import (
+    CHECKED,
+    Fraction,
+    Mask,
+    NotNegative,
+    Positive,
+    RecipeConfig,
+    check_hides_patches,
+)
 from student.models import alignment, losses, vit
 from student.models.alignment_levels import aligned_levels, parse_align_levels, parse_level_weights
 from student.recipes import TargetSpec
@@ -49,7 +61,8 @@ class Config(RecipeConfig):
     min_lr: NotNegative = 1e-5
 
     level_weights: str = "top:5"  # top:K, mean, last, linear-decay
-    align_levels: str = "auto"  # auto (what level_weights names), last:K, or block numbers from 1: 8,10,12
+    # auto (what level_weights names), last:K, or block numbers from 1: 8,10,12
+    align_levels: str = "auto"
     align_weight: NotNegative = 0.5  # of the alignment loss
     pixel_weight: NotNegative = 0.5  # of the pixel loss
     decoder_width: Positive = 512
@@ -65,7 +78,8 @@ class Config(RecipeConfig):
         vit.check_decoder(self.decoder_width, self.decoder_heads)
         if self.align_weight + self.pixel_weight == 0:
             raise UsageError(
-                "nothing to learn: align_weight=0 and pixel_weight=0; allowed: at least one above 0; change one of them"
+                "nothing to learn: align_weight=0 and pixel_weight=0; allowed: at least one above "
+                "0; change one of them"
             )
 
 
@@ -73,7 +87,9 @@ def needs(config: Config) -> TargetSpec:
     """The aligned levels, and what the mask is drawn from."""
     return TargetSpec(
         teacher=config.teacher,
-        levels=tuple(aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)),
+        levels=tuple(
+            aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)
+        ),
         fields=("features", *masking.fields(config.mask)),
         patches=config.patches,
         visible_only=True,  # align.Align gathers [CLS] and ids_keep
@@ -87,7 +103,10 @@ class Model(nn.Module):
         super().__init__()
         weights = aligned_levels(config.level_weights, config.align_levels, config.teacher_depth)
         self.encoder = vit.build(
-            config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path
+            config.encoder,
+            img_size=config.img_size,
+            patch_size=config.patch_size,
+            drop_path=config.drop_path,
         )
         width = self.encoder.embed_dim
         self.align = alignment.AlignmentHead(
@@ -104,11 +123,13 @@ class Model(nn.Module):
         self.config = config
 
     def no_weight_decay(self) -> set[str]:
-        """W starts near the identity and is not pulled to zero; tokens are the optimiser's matter (decay_tokens)."""
+        """W starts near the identity and is not pulled to zero; tokens are the optimiser's matter
+        (decay_tokens)."""
         return {"align.mix"}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V), ids_masked (B,P-V) -> the loss and its parts."""
+        """images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V), ids_masked (B,P-V) -> the loss
+        and its parts."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         outputs = vit.encode(self.encoder, images, ids_keep)
         aligned, parts = self.align(outputs, batch["features"], ids_keep)

@@ -1,16 +1,19 @@
 """MR-MAE: visible tokens mimic a teacher's output, hidden patches are predicted as pixels.
 
-Paper:    Gao et al., "Mimic before Reconstruct: Enhancing Masked Autoencoders with Feature Mimicking"
-          (arXiv 2303.05475)
-Command:  student train --recipe mrmae --cache CACHE --images SRC --batch-size 128      (8 processes: 1,024)
-Cost:     ViT-B, 49 of 196 patches: 29.4 GMAC a picture forward and backward; family=conv_vit 51.7, 23.7 of them in the
-          convolutions; the teacher's 17.6 are in the cache
-Expected: ImageNet-1k from CLIP-B/16, fine-tuned: ViT-B, 200 epochs 85.0; family=conv_vit, 200 epochs 85.5, 400 and 800
-          epochs 85.8; small 83.6, large 86.8 at 200 (published, not yet ours)
-Code:     none was released; the backbone and its pixel loss are Alpha-VL/ConvMAE's, models_convmae.py
+Paper:    Gao et al., "Mimic before Reconstruct: Enhancing Masked Autoencoders with Feature
+          Mimicking" (arXiv 2303.05475)
+Command:  student train --recipe mrmae --cache CACHE --images SRC --batch-size 128
+          (8 processes: 1,024)
+Cost:     ViT-B, 49 of 196 patches: 29.4 GMAC a picture forward and backward; family=conv_vit 51.7,
+          23.7 of them in the convolutions; the teacher's 17.6 are in the cache
+Expected: ImageNet-1k from CLIP-B/16, fine-tuned: ViT-B, 200 epochs 85.0; family=conv_vit, 200
+          epochs 85.5, 400 and 800 epochs 85.8; small 83.6, large 86.8 at 200 (published, not yet
+          ours)
+Code:     none was released; the backbone and its pixel loss are Alpha-VL/ConvMAE's,
+          models_convmae.py
 
-Reference global batch: 1,024, so blr 1.5e-4 is lr 6e-4. The defaults are Table 3's fourth row with the schedule of
-Table 1 (there with family=conv_vit).
+Reference global batch: 1,024, so blr 1.5e-4 is lr 6e-4. The defaults are Table 3's fourth row with
+the schedule of Table 1 (there with family=conv_vit).
 
 Table 3 by settings, each with epochs=200 (warmup_epochs=40 is ours):
     mimic_weight=0 mask=uniform fuse=last      MAE, pixels alone: 83.0
@@ -20,25 +23,33 @@ Table 3 by settings, each with epochs=200 (warmup_epochs=40 is ours):
     mimic_at=decoder                           both targets at the decoder, which conflict: 83.3
     pixel_weight=0                             mimic loss alone: 84.9
     family=conv_vit                            + masked convolutions: 85.5
-Table 4: teacher=dino-b16 is 84.0; joint=dino-b16, two teachers and a head for each, 83.8. The second one's arrays are
-added to the cache: featcache extract --teacher dino-b16 --levels last:1 --add --out CACHE
+Table 4: teacher=dino-b16 is 84.0; joint=dino-b16, two teachers and a head for each, 83.8. The
+second one's arrays are added to the cache: featcache extract --teacher dino-b16 --levels last:1
+--add --out CACHE
 
-    loss = mimic_weight * MSE(head(fused visible tokens), target) + pixel_weight * MSE(decoder(fused), pixels)
+    loss = mimic_weight * MSE(head(fused visible tokens), target)
+           + pixel_weight * MSE(decoder(fused), pixels)
 
 What the paper leaves open, and what is taken here:
-- target=fd, the teacher's output after its last norm, normalised once more per token, patches only; f, z and h (the
-  last block's stream, normalised) are options;
-- focused mimicking draws by the teacher's attention, as MILAN, which it names; its own text reads as mask=topk;
-- fuse=auto sums blocks 3, 6, 9 and 12 of 12, and in conv_vit both stages and the last block, as ConvMAE; the final norm
-  is applied to the sum, so what is taken home has a norm that was trained on it;
+- target=fd, the teacher's output after its last norm, normalised once more per token, patches only;
+  f, z and h (the last block's stream, normalised) are options;
+- focused mimicking draws by the teacher's attention, as MILAN, which it names; its own text reads
+  as mask=topk;
+- fuse=auto sums blocks 3, 6, 9 and 12 of 12, and in conv_vit both stages and the last block, as
+  ConvMAE; the final norm is applied to the sum, so what is taken home has a norm that was trained
+  on it;
 - both losses are means over channels; reduction=sum is Eq. 1 and 2 as printed, which sum over them;
-- "maximum learning rate 1.5e-4" is read as MAE's rate of a batch of 256; lr=1.5e-4 takes it as printed;
-- joint: the mean of both mimic losses; mimic_at=decoder: both at the hidden patches, from the same decoder;
-- family=conv_vit has no CLS token, as ConvMAE's code; conv_cls=true gives it one, as the published checkpoints have.
-What differs from ConvMAE's code: mask_token and the CLS token are not decayed (decay_tokens=true decays them); bf16 in
-place of fp16, by the trainer; patches of any size that 4 divides.
+- "maximum learning rate 1.5e-4" is read as MAE's rate of a batch of 256; lr=1.5e-4 takes it as
+  printed;
+- joint: the mean of both mimic losses; mimic_at=decoder: both at the hidden patches, from the same
+  decoder;
+- family=conv_vit has no CLS token, as ConvMAE's code; conv_cls=true gives it one, as the published
+  checkpoints have.
+What differs from ConvMAE's code: mask_token and the CLS token are not decayed (decay_tokens=true
+decays them); bf16 in place of fp16, by the trainer; patches of any size that 4 divides.
 
-Shapes: B batch, V visible, P patches, M = P - V masked, D width, E target width; N tokens, with CLS where there is one.
+Shapes: B batch, V visible, P patches, M = P - V masked, D width, E target width; N tokens, with CLS
+where there is one.
 """
 
 from __future__ import annotations
@@ -53,7 +64,15 @@ from torch import Tensor, nn
 
 from featcache.errors import UsageError
 from student import masking
-from student.config import CHECKED, Mask, NotNegative, OutputConfig, Positive, check_choice, check_hides_patches
+from student.config import (
+    CHECKED,
+    Mask,
+    NotNegative,
+    OutputConfig,
+    Positive,
+    check_choice,
+    check_hides_patches,
+)
 from student.models import conv_vit, losses, vit
 from student.recipes import TargetSpec
 
@@ -76,7 +95,8 @@ class Config(OutputConfig):
     warmup_epochs: NotNegative = 80
 
     target: str = "fd"
-    family: str = "mae"  # of the encoder: a plain ViT; or conv_vit, with masked convolutions before its blocks
+    # of the encoder: a plain ViT; or conv_vit, with masked convolutions before its blocks
+    family: str = "mae"
     conv_cls: bool = False  # conv_vit with a CLS token
     fuse: str = "auto"  # last, or the blocks whose outputs are summed, numbers from 1: 3,6,9,12
     mimic_at: str = "encoder"  # or decoder, at the hidden patches
@@ -117,8 +137,8 @@ def parse_fuse(text: str) -> tuple[int, ...]:
     if all(part.isdecimal() and int(part) > 0 for part in parts):
         return tuple(sorted({int(part) for part in parts}))
     raise UsageError(
-        f"cannot read fuse={text!r}; allowed: auto, last, or block numbers from 1 such as 3,6,9,12; change it with "
-        "fuse=VALUE"
+        f"cannot read fuse={text!r}; allowed: auto, last, or block numbers from 1 such as "
+        "3,6,9,12; change it with fuse=VALUE"
     )
 
 
@@ -126,13 +146,18 @@ def _check_halves(config: Config) -> None:
     """Settings that would do nothing beside the others."""
     pixels, at_decoder = config.pixel_weight > 0, config.mimic_at == "decoder"
     wrong = {
-        "conv_cls=true does nothing with family=mae, which has a CLS token": config.conv_cls and config.family == "mae",
-        "mimic_weight=0 and pixel_weight=0 leave nothing to learn": not config.mimics and not pixels,
+        "conv_cls=true does nothing with family=mae, which has a CLS token": config.conv_cls
+        and config.family == "mae",
+        "mimic_weight=0 and pixel_weight=0 leave nothing to learn": not config.mimics
+        and not pixels,
         "mimic_at=decoder does nothing with mimic_weight=0": at_decoder and not config.mimics,
-        "mimic_at=decoder puts both targets at the decoder, pixel_weight=0 has one": at_decoder and not pixels,
+        "mimic_at=decoder puts both targets at the decoder, pixel_weight=0 has one": at_decoder
+        and not pixels,
         "norm_pix=false does nothing with pixel_weight=0": not config.norm_pix and not pixels,
-        f"joint={config.joint} does nothing with mimic_weight=0": config.joint and not config.mimics,
-        f"joint={config.joint} is the first teacher": config.joint and config.joint == config.teacher,
+        f"joint={config.joint} does nothing with mimic_weight=0": config.joint
+        and not config.mimics,
+        f"joint={config.joint} is the first teacher": config.joint
+        and config.joint == config.teacher,
         "joint and target=z: a second teacher has no projection of the same kind": config.joint
         and config.target == "z",
     }
@@ -159,8 +184,8 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Model(nn.Module):
-    """The encoder, what fuses its layers, a mimic head for each teacher and the decoder; only the encoder is taken
-    home."""
+    """The encoder, what fuses its layers, a mimic head for each teacher and the decoder; only the
+    encoder is taken home."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -174,15 +199,19 @@ class Model(nn.Module):
         for head in (self.mimic_head, self.joint_head):
             if head is not None:
                 vit.init_linear_and_norm(head)
-        self.decoder = _decoder(self.encoder.embed_dim, config, self.prefix) if config.pixel_weight > 0 else None
+        self.decoder = (
+            _decoder(self.encoder.embed_dim, config, self.prefix)
+            if config.pixel_weight > 0
+            else None
+        )
 
     def no_weight_decay(self) -> set[str]:
         """None beyond the rule for 1-D parameters and tokens."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E) or features (B,1,1+P,E), second (B,1+P,E2), ids_keep (B,V), ids_masked
-        (B,M) -> the loss and its parts."""
+        """images (B,3,H,W), targets (B,1+P,E) or features (B,1,1+P,E), second (B,1+P,E2), ids_keep
+        (B,V), ids_masked (B,M) -> the loss and its parts."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         fused = self._fused(images, ids_keep)
         mimicking, ids = fused[:, self.prefix :], ids_keep
@@ -191,7 +220,9 @@ class Model(nn.Module):
             states = self.decoder.states(fused, ids_keep, ids_masked)[:, self.prefix :]
             patches = vit.patchify(images, self.config.patch_size)
             pred = self.decoder.decoder_pred(states)
-            pixel = losses.masked_pixel_mse(pred, patches, ids_masked, normalise=self.config.norm_pix)
+            pixel = losses.masked_pixel_mse(
+                pred, patches, ids_masked, normalise=self.config.norm_pix
+            )
             parts["pixel"] = self._reduced(pixel, patches.shape[-1])
             weighted.append(self.config.pixel_weight * parts["pixel"])
             if self.config.mimic_at == "decoder":
@@ -202,7 +233,10 @@ class Model(nn.Module):
                 parts["joint"] = self._mimic(self.joint_head, mimicking, batch["second"], ids)
             both = [parts[name] for name in ("mimic", "joint") if name in parts]
             weighted.append(self.config.mimic_weight * torch.stack(both).mean())
-        return {"loss": torch.stack(weighted).sum(), **{name: part.detach() for name, part in parts.items()}}
+        return {
+            "loss": torch.stack(weighted).sum(),
+            **{name: part.detach() for name, part in parts.items()},
+        }
 
     def _fused(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """images, ids_keep (B,V) -> (B,N,D): the summed layers, after the encoder's norm."""
@@ -233,16 +267,22 @@ def _target(batch: dict[str, Tensor]) -> Tensor:
     return batch["targets"] if "targets" in batch else batch["features"][:, 0]
 
 
-def _encoder(config: Config) -> tuple[VisionTransformer | conv_vit.ConvViT, conv_vit.StageFusion | None]:
+def _encoder(
+    config: Config,
+) -> tuple[VisionTransformer | conv_vit.ConvViT, conv_vit.StageFusion | None]:
     """The encoder, and what brings a conv_vit's stages to its tokens."""
     sizes = {"img_size": config.img_size, "patch_size": config.patch_size}
     if config.family == "mae":
         return vit.build(config.encoder, drop_path=config.drop_path, **sizes), None
     channels = conv_vit.parse(config.encoder)
-    encoder = conv_vit.build(config.encoder, drop_path=config.drop_path, cls_token=config.conv_cls, **sizes)
+    encoder = conv_vit.build(
+        config.encoder, drop_path=config.drop_path, cls_token=config.conv_cls, **sizes
+    )
     if config.fuse == "last":
         return encoder, None
-    return encoder, conv_vit.StageFusion(channels["stage1"], channels["stage2"], channels["embed_dim"])
+    return encoder, conv_vit.StageFusion(
+        channels["stage1"], channels["stage2"], channels["embed_dim"]
+    )
 
 
 def _depth(encoder: VisionTransformer | conv_vit.ConvViT) -> int:
@@ -252,15 +292,19 @@ def _depth(encoder: VisionTransformer | conv_vit.ConvViT) -> int:
 
 
 def _fused_blocks(config: Config, depth: int) -> tuple[int, ...]:
-    """The blocks whose outputs are summed, the last always among them: `auto` is every quarter of a plain ViT."""
+    """The blocks whose outputs are summed, the last always among them: `auto` is every quarter of a
+    plain ViT."""
     chosen = parse_fuse(config.fuse)
     if not chosen:
         quarters = {-(-depth * i // 4) for i in range(1, 5)}  # rounded up
-        return tuple(sorted(quarters)) if (config.fuse, config.family) == ("auto", "mae") else (depth,)
+        return (
+            tuple(sorted(quarters)) if (config.fuse, config.family) == ("auto", "mae") else (depth,)
+        )
     if chosen[-1] != depth:
         raise UsageError(
-            f"cannot fuse blocks {config.fuse}: the encoder has {depth}; allowed: numbers up to {depth}, itself among "
-            "them, as blocks after the last of the list would learn nothing; change it with fuse=VALUE"
+            f"cannot fuse blocks {config.fuse}: the encoder has {depth}; allowed: numbers up to "
+            f"{depth}, itself among them, as blocks after the last of the list would learn "
+            "nothing; change it with fuse=VALUE"
         )
     return chosen
 

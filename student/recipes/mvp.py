@@ -1,20 +1,24 @@
-"""MVP style: all tokens through the encoder, the hidden ones replaced before it, CLIP's output predicted at those.
+"""MVP style: all tokens through the encoder, the hidden ones replaced before it, CLIP's output
+predicted at those.
 
-Paper:    the style of Wei et al., "MVP: Multimodality-guided Visual Pre-training", ECCV 2022 (arXiv 2203.05175), by the
-          accounts of MaskAlign (arXiv 2211.08887, Tables 1 and 7), CAE v2 (arXiv 2211.09799) and MILAN (arXiv
-          2208.06049), which measure themselves against it; not a reproduction of it
-Command:  student train --recipe mvp --cache CACHE --images SRC --batch-size 128      (16 processes: 2,048)
-Cost:     ViT-B, all 196 patches and 79 of them hidden: 52.9 GMAC a picture forward and backward; the teacher's 17.6 are
-          in the cache
-Expected: MVP itself, ImageNet-1k, ViT-B from CLIP-B/16, 300 epochs: 84.4 fine-tuned, 75.4 linear (published; this style
-          of it not measured yet)
+Paper:    the style of Wei et al., "MVP: Multimodality-guided Visual Pre-training", ECCV 2022 (arXiv
+          2203.05175), by the accounts of MaskAlign (arXiv 2211.08887, Tables 1 and 7), CAE v2
+          (arXiv 2211.09799) and MILAN (arXiv 2208.06049), which measure themselves against it; not
+          a reproduction of it
+Command:  student train --recipe mvp --cache CACHE --images SRC --batch-size 128
+          (16 processes: 2,048)
+Cost:     ViT-B, all 196 patches and 79 of them hidden: 52.9 GMAC a picture forward and backward;
+          the teacher's 17.6 are in the cache
+Expected: MVP itself, ImageNet-1k, ViT-B from CLIP-B/16, 300 epochs: 84.4 fine-tuned, 75.4 linear
+          (published; this style of it not measured yet)
 Code:     none was released; the encoder is BEiT's: shared relative positions, LayerScale
 
-Reference global batch: 2,048; lr 1.5e-3 as it is, at any batch size (lr=null with blr=1.875e-4 scales it).
+Reference global batch: 2,048; lr 1.5e-3 as it is, at any batch size (lr=null with blr=1.875e-4
+scales it).
 
-What differs: only this much is told of it - block-wise masks of 40 %, masked patches in the encoder's input, a cosine
-distance from CLIP's output. That the loss is meant over the hidden patches, that the head is one Linear, and the
-optimiser, which is that of the CAE family, are ours.
+What differs: only this much is told of it - block-wise masks of 40 %, masked patches in the
+encoder's input, a cosine distance from CLIP's output. That the loss is meant over the hidden
+patches, that the head is one Linear, and the optimiser, which is that of the CAE family, are ours.
 
 Shapes: B batch, P patches, M masked, D width, E target width.
 """
@@ -104,7 +108,8 @@ class Model(nn.Module):
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E), ids_masked (B,M) -> the loss, which is its only part."""
+        """images (B,3,H,W), targets (B,1+P,E), ids_masked (B,M) -> the loss, which is its only
+        part."""
         patches, ids = self.encoder.patch_embed(batch["images"]), batch["ids_masked"]
         token = self.mask_token.to(patches.dtype).expand(*ids.shape, -1)
         patches = patches.scatter(1, ids.unsqueeze(-1).expand_as(token), token)

@@ -28,7 +28,8 @@ BATCH_SIZE = 64  # per process where none is given, or all pictures where there 
 
 
 def _masks(chosen: TrainingInputs, seed: int) -> Callable[[Host], dict[str, Tensor] | None] | None:
-    """Masks are drawn with the batch where all they read is stored; else after the teacher in the loop has run."""
+    """Masks are drawn with the batch where all they read is stored; else after the teacher in the
+    loop has run."""
     targets = chosen.targets
     if not targets.is_stored:
         return None
@@ -43,26 +44,34 @@ def _masks(chosen: TrainingInputs, seed: int) -> Callable[[Host], dict[str, Tens
 
 def _make_resident(targets: Targets, acc: Accelerator, say: Say) -> None:
     if not isinstance(targets, Cached):
-        raise UsageError("--resident is about targets read from a cache, and none are read here: leave it out")
+        raise UsageError(
+            "--resident is about targets read from a cache, and none are read here: leave it out"
+        )
     size = in_memory.load(targets, acc)
-    say(f"note: {size / 2**30:.2f} GiB of targets were read into memory, once for all processes of a machine")
+    say(
+        f"note: {size / 2**30:.2f} GiB of targets were read into memory, once for all processes of "
+        "a machine"
+    )
 
 
 def _repeats(given: int, targets: Targets) -> int:
     cached = targets.cached if isinstance(targets, Fallback) else targets
     if isinstance(cached, Cached) and given > cached.cache.views:
         raise UsageError(
-            f"--aug-repeats {given}: the cache stores {cached.cache.views} views of a picture, and as many are "
-            "allowed; add views with `featcache extract --views`"
+            f"--aug-repeats {given}: the cache stores {cached.cache.views} views of a picture, and "
+            "as many are allowed; add views with `featcache extract --views`"
         )
     return given
 
 
-def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say) -> tuple[Run, Loader]:
+def build(
+    name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say
+) -> tuple[Run, Loader]:
     """The job and the loader of this process."""
     if options.epochs is not None and options.steps is not None:
         raise UsageError(
-            f"--epochs {options.epochs} and --steps {options.steps}: one of them is allowed; leave one out"
+            f"--epochs {options.epochs} and --steps {options.steps}: one of them is allowed; leave "
+            "one out"
         )
     overrides = [*file_settings(options.config), *options.settings]
     if options.epochs is not None:
@@ -90,9 +99,15 @@ def build(name: str, recipe: ModuleType, acc: Accelerator, options: Options, say
         pin=acc.device.type == "cuda",
     )
     out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
-    limits: dict[str, Any] = {"steps": options.steps, "save_every": options.save_every, "resume": options.resume}
+    limits: dict[str, Any] = {
+        "steps": options.steps,
+        "save_every": options.save_every,
+        "resume": options.resume,
+    }
     limits |= {"ways": options.ways, "trackers": trackers.check(options.trackers)}
-    return Run(name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits), loader
+    return Run(
+        name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits
+    ), loader
 
 
 def facts(job: Run, loader: Loader) -> dict[str, Any]:
@@ -112,10 +127,13 @@ def facts(job: Run, loader: Loader) -> dict[str, Any]:
 
 def warmup_note(job: Run, loader: Loader) -> str:
     """What to say when the rate would never reach its peak; empty otherwise."""
-    warmup, total = round(job.config.warmup_epochs * loader.steps_per_epoch), job.total_steps(loader.steps_per_epoch)
+    warmup, total = (
+        round(job.config.warmup_epochs * loader.steps_per_epoch),
+        job.total_steps(loader.steps_per_epoch),
+    )
     if not total or warmup < total:
         return ""
     return (
-        f"note: warm-up ({warmup} steps) is not shorter than the run ({total}): the rate never reaches its peak; "
-        "--set warmup_epochs=N changes it"
+        f"note: warm-up ({warmup} steps) is not shorter than the run ({total}): the rate never "
+        "reaches its peak; --set warmup_epochs=N changes it"
     )

@@ -1,9 +1,9 @@
 """From what a recipe needs to a cache that has it, or to the command that would make one.
 
-Facts of a cache (view size, patch grid, teacher) are filled into the recipe's configuration; what the user set by hand
-must agree with them. Caches are looked for under $FEATCACHE_HOME unless one is given. A cache of at most 2 GiB is
-verified whole before training; the files of a larger one are checked for existence and size when it is opened, its rows
-as they are read.
+Facts of a cache (view size, patch grid, teacher) are filled into the recipe's configuration; what
+the user set by hand must agree with them. Caches are looked for under $FEATCACHE_HOME unless one is
+given. A cache of at most 2 GiB is verified whole before training; the files of a larger one are
+checked for existence and size when it is opened, its rows as they are read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ class ReadOptions:
     partial: bool = False  # without the shards that are absent
 
     def open(self, path: Path) -> Cache:
-        return Cache(path, threads=self.threads, verify_rows=self.verify_rows, io=self.io, partial=self.partial)
+        return Cache(
+            path,
+            threads=self.threads,
+            verify_rows=self.verify_rows,
+            io=self.io,
+            partial=self.partial,
+        )
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,8 @@ class MatchedCache:
 
     @property
     def tokens(self) -> int | None:
-        """How many tokens of each level are read; None: all that are stored. Where the mask is the order in which they
-        lie, those it shows come first."""
+        """How many tokens of each level are read; None: all that are stored. Where the mask is the
+        order in which they lie, those it shows come first."""
         ranked = self.cache.identity["tokens"] == "ranked" and self.config.mask == "stored"
         few = self.spec.visible_only and not self.spec.moments and "features" in self.spec.fields
         if not ranked or not few:
@@ -62,8 +68,11 @@ class MatchedCache:
         return 1 + self.config.visible
 
 
-def with_facts(kind: type[RecipeConfig], overrides: Sequence[str], facts: dict[str, Any]) -> RecipeConfig:
-    """Facts first, then what the user set; the two must agree. A fact that the recipe has no field for is left out."""
+def with_facts(
+    kind: type[RecipeConfig], overrides: Sequence[str], facts: dict[str, Any]
+) -> RecipeConfig:
+    """Facts first, then what the user set; the two must agree. A fact that the recipe has no field
+    for is left out."""
     names = {field.name for field in dataclasses.fields(kind)}
     facts = {key: value for key, value in facts.items() if key in names}
     given = [f"{key}={json.dumps(value)}" for key, value in facts.items()]
@@ -71,8 +80,8 @@ def with_facts(kind: type[RecipeConfig], overrides: Sequence[str], facts: dict[s
     for key, fact in facts.items():
         if getattr(config, key) != fact:
             raise UsageError(
-                f"--set {key}={getattr(config, key)} does not fit: the targets have {key}={fact}; leave it out, "
-                "or give another cache"
+                f"--set {key}={getattr(config, key)} does not fit: the targets have {key}={fact}; "
+                "leave it out, or give another cache"
             )
     return config
 
@@ -90,7 +99,8 @@ def facts(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts(recipe: ModuleType, overrides: Sequence[str], cache: Cache) -> dict[str, Any]:
-    """`facts`, for a recipe of the teacher's output what only the tail says, and those of a second teacher."""
+    """`facts`, for a recipe of the teacher's output what only the tail says, and those of a second
+    teacher."""
     of_output = issubclass(recipe.Config, OutputConfig)
     output = output_facts(cache.tail(), cache.identity["teacher"]["width"]) if of_output else {}
     return {**facts(cache.identity), **output, **second_facts(recipe.Config, overrides, cache)}
@@ -106,13 +116,18 @@ def patch_size(size: int, patches: int) -> int:
     side = math.isqrt(patches)
     if side * side != patches or size % side:
         raise UserError(
-            f"views of {size} pixels cannot be cut into the teacher's {patches} patches; extract at another --size"
+            f"views of {size} pixels cannot be cut into the teacher's {patches} patches; extract "
+            "at another --size"
         )
     return size // side
 
 
 def open_given(
-    path: Path, recipe: ModuleType, name: str, overrides: Sequence[str], reading: ReadOptions | None = None
+    path: Path,
+    recipe: ModuleType,
+    name: str,
+    overrides: Sequence[str],
+    reading: ReadOptions | None = None,
 ) -> MatchedCache:
     """The cache at `path`, checked against the recipe's needs."""
     cache = (reading or ReadOptions()).open(path)
@@ -120,7 +135,9 @@ def open_given(
     config = with_facts(recipe.Config, given, _facts(recipe, given, cache))
     spec = recipe.needs(config)
     notes: list[str] = []
-    if keeps_few(cache, spec) and not any(text.partition("=")[0].strip() == "mask" for text in given):
+    if keeps_few(cache, spec) and not any(
+        text.partition("=")[0].strip() == "mask" for text in given
+    ):
         given = (*given, "mask=stored")
         config = with_facts(recipe.Config, given, _facts(recipe, given, cache))
         spec = recipe.needs(config)
@@ -128,7 +145,8 @@ def open_given(
     lacking = missing(cache, spec, config)
     if lacking:
         raise UserError(
-            f"cache {str(path)!r} does not serve {name}: {'; '.join(lacking)}; {extract_remedy(spec, config, cache)}"
+            f"cache {str(path)!r} does not serve {name}: {'; '.join(lacking)}; "
+            f"{extract_remedy(spec, config, cache)}"
         )
     if spec.derive == "z":
         check_projection(cache.tail(), f"cache {str(path)!r}")
@@ -139,26 +157,31 @@ def check_projection(tail: Mapping[str, Any], what: str) -> None:
     """The target z is made by the teacher's projection, which only CLIP-like teachers have."""
     if "proj" not in tail:
         raise UserError(
-            f"{what} does not give target z: its teacher has no projection, only {', '.join(sorted(tail))}; --set "
-            "target=f takes the output of its last norm in place of it"
+            f"{what} does not give target z: its teacher has no projection, only "
+            f"{', '.join(sorted(tail))}; --set target=f takes the output of its last norm in place "
+            "of it"
         )
 
 
 def verify_small(cache: Cache) -> None:
-    """UserError with the file's name where any byte of a small cache is not the one that was written."""
+    """UserError with the file's name where any byte of a small cache is not the one that was
+    written."""
     if cache.bytes > VERIFIED_BYTES:
         return
     problems, _ = verify.files(cache.path, without=cache.absent)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
-            f"cache file {problems[0]}{more}; training does not begin with a damaged cache: run `featcache repair "
-            f"{cache.path}`"
+            f"cache file {problems[0]}{more}; training does not begin with a damaged cache: run "
+            f"`featcache repair {cache.path}`"
         )
 
 
-def second_facts(kind: type[RecipeConfig], overrides: Sequence[str], cache: Cache) -> dict[str, Any]:
-    """What a cache says of the second teacher that a configuration names (`joint`), where it has one."""
+def second_facts(
+    kind: type[RecipeConfig], overrides: Sequence[str], cache: Cache
+) -> dict[str, Any]:
+    """What a cache says of the second teacher that a configuration names (`joint`), where it has
+    one."""
     if "joint" not in {field.name for field in dataclasses.fields(kind)}:
         return {}
     name = getattr(from_overrides(kind, overrides), "joint")  # noqa: B009  # of some recipes only

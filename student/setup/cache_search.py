@@ -22,7 +22,8 @@ def find(
     source: Source | None,
     reading: ReadOptions | None = None,
 ) -> MatchedCache | None:
-    """The cache under $FEATCACHE_HOME that serves the recipe on these pictures; None where the recipe needs none.
+    """The cache under $FEATCACHE_HOME that serves the recipe on these pictures; None where the
+    recipe needs none.
 
     Several are a UsageError; none is a UserError with the command that makes one.
     """
@@ -47,7 +48,8 @@ def find(
     looked = f"looked at {'; '.join(rejected[:2])}" if rejected else "it is empty"
     command = extract_remedy(recipe.needs(plain), plain, None, source)
     raise UserError(
-        f"no cache under {str(home.home())!r} serves {name} ({looked}); give one with --cache, or {command}"
+        f"no cache under {str(home.home())!r} serves {name} ({looked}); give one with --cache, or "
+        f"{command}"
     )
 
 
@@ -58,15 +60,16 @@ def _scale(found: MatchedCache) -> crop_range.Scale:
 
 
 def _check_fit(candidate: MatchedCache, plain: RecipeConfig, source: Source | None) -> None:
-    """What a search asks beyond an explicit --cache: the recipe's own teacher and crops, and these pictures."""
+    """What a search asks beyond an explicit --cache: the recipe's own teacher and crops, and these
+    pictures."""
     identity = candidate.cache.identity
     if candidate.spec.fields and identity["teacher"]["name"] != plain.teacher:
         raise UserError(f"its teacher is {identity['teacher']['name']}, {plain.teacher} is needed")
     policy, spec = identity["policy"], candidate.spec
     if not crop_range.within(spec.scale, _scale(candidate)) or policy["jitter"] != spec.jitter:
         raise UserError(
-            f"its views are drawn at scale {policy['scale']} with jitter {policy['jitter']:g}, {spec.scale} with "
-            f"{spec.jitter:g} is published"
+            f"its views are drawn at scale {policy['scale']} with jitter {policy['jitter']:g}, "
+            f"{spec.scale} with {spec.jitter:g} is published"
         )
     if source is not None:
         join(candidate.cache, source, decodes=not stores_pixels(candidate.cache))

@@ -76,5 +76,6 @@ def file_settings(path: Path | None) -> list[str]:
         return [f"{key}={json.dumps(value)}" for key, value in fields.get("config", fields).items()]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
-            f"--config {str(path)!r}: {error}; a JSON object of settings is needed, such as a run's config.json"
+            f"--config {str(path)!r}: {error}; a JSON object of settings is needed, such as a "
+            "run's config.json"
         ) from error

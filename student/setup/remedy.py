@@ -14,9 +14,11 @@ from student.recipes import TargetSpec
 from student.setup.missing import missing_levels, missing_tokens, second_keeps_few, second_missing
 
 
-def extract_remedy(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: Source | None = None) -> str:
-    """The exact extract command that makes what is missing: an incomplete cache is finished in its place, missing
-    levels are added to it, and for the rest another is made."""
+def extract_remedy(
+    spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: Source | None = None
+) -> str:
+    """The exact extract command that makes what is missing: an incomplete cache is finished in its
+    place, missing levels are added to it, and for the rest another is made."""
     if cache is None:
         levels = extract_command.levels_text(spec.levels, config.teacher_depth)
         facts = ["--teacher", config.teacher, "--levels", levels]
@@ -24,7 +26,15 @@ def extract_remedy(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, 
         others = [word for name in _others(spec.fields) for word in ("--teacher", name)]
         decoder = pixel_path.pixel_path(source)["decoder"] if source else "pillow"
         path = [] if decoder == "pillow" else ["--decoder", decoder]
-        command = [*facts, *size, *_crops(spec), *others, *path, "--images", source.spec if source else "SRC"]
+        command = [
+            *facts,
+            *size,
+            *_crops(spec),
+            *others,
+            *path,
+            "--images",
+            source.spec if source else "SRC",
+        ]
     elif not cache.complete:
         command = [*extract_command.options(cache.manifest), "--out", str(cache.path)]
     elif names := _others(field for field in spec.fields if field not in cache.fields):
@@ -35,7 +45,9 @@ def extract_remedy(spec: TargetSpec, config: RecipeConfig, cache: Cache | None, 
     elif second_missing(cache, spec):
         command = ["--teacher", spec.second, *_last_level(spec, spec.second), *_same_views(cache)]
         command += ["--add", "--out", str(cache.path)]
-    elif missing_tokens(cache, spec, config) or any(field not in cache.fields for field in spec.fields):
+    elif missing_tokens(cache, spec, config) or any(
+        field not in cache.fields for field in spec.fields
+    ):
         wanted = sorted({*cache.levels, *spec.levels})
         command = extract_command.options(cache.manifest, wanted, cache.views, keep=False)
     else:
@@ -56,13 +68,30 @@ def _last_level(spec: TargetSpec, name: str) -> list[str]:
 
 def _same_views(cache: Cache) -> list[str]:
     """The options that another teacher over a cache's views shares with it."""
-    own = {"teacher", "levels", "weights", "order", "codec", "tokens", "keep", "pixels", "precision", "batch-size"}
+    own = {
+        "teacher",
+        "levels",
+        "weights",
+        "order",
+        "codec",
+        "tokens",
+        "keep",
+        "pixels",
+        "precision",
+        "batch-size",
+    }
     words = [word for word in extract_command.options(cache.manifest) if word != "--compile"]
     pairs = zip(words[::2], words[1::2], strict=True)
-    return [word for key, value in pairs if key.removeprefix("--") not in own for word in (key, value)]
+    return [
+        word for key, value in pairs if key.removeprefix("--") not in own for word in (key, value)
+    ]
 
 
 def _crops(spec: TargetSpec) -> list[str]:
     """The options of a publication's crops, where they are not the usual ones."""
-    scale = [] if spec.scale == Policy().scale else ["--scale", ",".join(f"{end:g}" for end in spec.scale)]
+    scale = (
+        []
+        if spec.scale == Policy().scale
+        else ["--scale", ",".join(f"{end:g}" for end in spec.scale)]
+    )
     return [*scale, *([] if spec.jitter == Policy().jitter else ["--jitter", f"{spec.jitter:g}"])]

@@ -1,5 +1,6 @@
-"""Where a run's views and targets come from: a cache that was given or found, the teacher in the loop, or a cache with
-the teacher for what is absent from it (`--fallback`). What a person should know before training goes through `say`.
+"""Where a run's views and targets come from: a cache that was given or found, the teacher in the
+loop, or a cache with the teacher for what is absent from it (`--fallback`). What a person should
+know before training goes through `say`.
 
 n training pictures.
 """
@@ -42,7 +43,8 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """The recipe's settings with the facts of what is read, its targets and the training pictures."""
+    """The recipe's settings with the facts of what is read, its targets and the training
+    pictures."""
 
     config: config.RecipeConfig
     source: Source
@@ -52,7 +54,8 @@ class TrainingInputs:
 
     @property
     def places(self) -> I64:
-        """(n,) where each training picture lies: its row in the cache, or its number in the source."""
+        """(n,) where each training picture lies: its row in the cache, or its number in the
+        source."""
         return self.targets.rows if isinstance(self.targets, Cached) else self.pictures
 
 
@@ -63,7 +66,11 @@ def choose(
     plain = config.from_overrides(recipe.Config, overrides)  # or a wrong setting, told at once
     _check(options, recipe.needs(plain))
     _say_deviation(recipe, plain, say)
-    source = pixel_path.open_through(options.images, options.decoder or "pillow") if options.images else None
+    source = (
+        pixel_path.open_through(options.images, options.decoder or "pillow")
+        if options.images
+        else None
+    )
     found = _cache(name, recipe, overrides, source, options)
     if found is not None:
         cache_match.verify_small(found.cache)
@@ -81,21 +88,31 @@ def choose(
 def _check(options: Options, spec: TargetSpec) -> None:
     """Options that would do nothing beside the others, or nothing right."""
     if options.fallback and (options.teacher == "online" or options.cache is None):
-        why = "--teacher online computes all targets" if options.teacher == "online" else "no --cache is given"
+        why = (
+            "--teacher online computes all targets"
+            if options.teacher == "online"
+            else "no --cache is given"
+        )
         raise UsageError(
-            f"--fallback {options.fallback} is about shards that are absent from a cache, and {why}; give --cache, "
-            "or leave --fallback out"
+            f"--fallback {options.fallback} is about shards that are absent from a cache, and "
+            f"{why}; give --cache, or leave --fallback out"
         )
     if options.fallback and options.resident:
-        raise UsageError("--fallback does not go with --resident, which reads a whole cache; leave one of them out")
+        raise UsageError(
+            "--fallback does not go with --resident, which reads a whole cache; leave one of them "
+            "out"
+        )
     if options.accumulate > 1 and options.teacher == "online" and spec.moments:
         raise UsageError(
-            f"--accumulate {options.accumulate} with --teacher online: these targets are normalised over the whole "
-            "batch, of which the teacher has seen one part only (target_norm=bn); allowed: --accumulate 1, a cache in "
-            "place of the teacher, or another target_norm"
+            f"--accumulate {options.accumulate} with --teacher online: these targets are "
+            "normalised over the whole batch, of which the teacher has seen one part only "
+            "(target_norm=bn); allowed: --accumulate 1, a cache in place of the teacher, or "
+            "another target_norm"
         )
     if options.fallback_limit is not None and not options.fallback:
-        raise UsageError("--fallback-limit bounds --fallback, which is not given: give both, or none")
+        raise UsageError(
+            "--fallback-limit bounds --fallback, which is not given: give both, or none"
+        )
 
 
 def _cache(
@@ -104,25 +121,39 @@ def _cache(
     """The cache that was given; else, unless the teacher is in the loop, the one that serves."""
     if options.cache is not None:
         return cache_match.open_given(options.cache, recipe, name, overrides, options.reading)
-    return find(recipe, name, overrides, source, options.reading) if options.teacher == "cached" else None
+    return (
+        find(recipe, name, overrides, source, options.reading)
+        if options.teacher == "cached"
+        else None
+    )
 
 
 def _like(source: Source, found: MatchedCache | None, options: Options) -> Source:
     """The pictures through the decoder that was asked for, else through that of the cache."""
-    return source if found is None or options.decoder else pixel_path.like(source, found.cache.identity["pixel_path"])
+    return (
+        source
+        if found is None or options.decoder
+        else pixel_path.like(source, found.cache.identity["pixel_path"])
+    )
 
 
 def _source_of(found: MatchedCache | None, decoder: str | None) -> Source:
     """The pictures a cache was made from, where it says and they are still there."""
     if found is None:
-        raise UsageError(f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default")
-    return pixel_path.open_through(found.cache.manifest["provenance"]["source"], decoder or "pillow")
+        raise UsageError(
+            f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default"
+        )
+    return pixel_path.open_through(
+        found.cache.manifest["provenance"]["source"], decoder or "pillow"
+    )
 
 
-# --- from a cache ---------------------------------------------------------------------------------------------------
+# --- from a cache ---------------------------------------------------------------------------------
 
 
-def _cached(found: MatchedCache, given: Source | None, options: Options, say: Say) -> TrainingInputs:
+def _cached(
+    found: MatchedCache, given: Source | None, options: Options, say: Say
+) -> TrainingInputs:
     _refuse({"--views": options.views, "--policy": options.policy})
     if not options.fallback:  # which wants them again when shards are absent
         _refuse({"--weights": options.weights})
@@ -130,8 +161,8 @@ def _cached(found: MatchedCache, given: Source | None, options: Options, say: Sa
     stored = join.stores_pixels(cache) and not options.decode
     if stored and options.decoder:
         raise UsageError(
-            f"--decoder {options.decoder} is about decoding pictures, and the cache stores pixels: leave it out, or "
-            "give --decode with it"
+            f"--decoder {options.decoder} is about decoding pictures, and the cache stores pixels: "
+            "leave it out, or give --decode with it"
         )
     source = given or (join.StoredPixels(cache) if stored else _source_of(found, options.decoder))
     source = source if stored else _like(source, found, options)
@@ -140,24 +171,45 @@ def _cached(found: MatchedCache, given: Source | None, options: Options, say: Sa
     _say_about(found, say)
     show = _shown(found, pictures, rows, options, say)
     if stored:
-        say("note: pixels come from the cache, nothing is decoded; --decode decodes the pictures in place of them")
+        say(
+            "note: pixels come from the cache, nothing is decoded; --decode decodes the pictures "
+            "in place of them"
+        )
     elif join.stores_pixels(cache):
         say(f"note: pixels are decoded from {source.spec}, those in the cache are left alone")
-    targets = Cached(cache, found.spec, show.rows, options.pixel_tolerance, found.tokens, stored, show.turns)
-    return TrainingInputs(found.config, source, targets, show.pictures, _about(found, options, show, stored))
+    targets = Cached(
+        cache, found.spec, show.rows, options.pixel_tolerance, found.tokens, stored, show.turns
+    )
+    return TrainingInputs(
+        found.config, source, targets, show.pictures, _about(found, options, show, stored)
+    )
 
 
-def _about(found: MatchedCache, options: Options, show: view_choice.ViewSelection, stored: bool) -> dict[str, Any]:
+def _about(
+    found: MatchedCache, options: Options, show: view_choice.ViewSelection, stored: bool
+) -> dict[str, Any]:
     """A cache and its use, for config.json."""
     cache = found.cache
-    about = {"kind": "cached", "id": cache.manifest["id"], "identity": cache.identity, "views": cache.views}
+    about = {
+        "kind": "cached",
+        "id": cache.manifest["id"],
+        "identity": cache.identity,
+        "views": cache.views,
+    }
     # What was read, and how: of no effect on any number, so that a resumed run may change it.
-    reading = {**asdict(options.reading), "tokens": found.tokens or "all", "pixels": "stored" if stored else "decoded"}
+    reading = {
+        **asdict(options.reading),
+        "tokens": found.tokens or "all",
+        "pixels": "stored" if stored else "decoded",
+    }
     return {**about, **show.about, "pixel_tolerance": options.pixel_tolerance, "reading": reading}
 
 
-def _with_fallback(found: MatchedCache, source: Source, device: str, options: Options, say: Say) -> TrainingInputs:
-    """A cache without some of its shards. Pixels are decoded for all pictures, though the cache may store some."""
+def _with_fallback(
+    found: MatchedCache, source: Source, device: str, options: Options, say: Say
+) -> TrainingInputs:
+    """A cache without some of its shards. Pixels are decoded for all pictures, though the cache may
+    store some."""
     _refuse({"--views": options.views, "--policy": options.policy})
     cache, spec = found.cache, found.spec
     fallback.check_spec(spec)
@@ -168,21 +220,29 @@ def _with_fallback(found: MatchedCache, source: Source, device: str, options: Op
     show = _shown(found, pictures[rows >= 0], rows[rows >= 0], options, say)
     if show.turns is not None:
         raise UsageError(
-            "--fallback online shows all views, and of this cache some are shown, not known for absent shards: "
-            f"leave it out and run `featcache repair {cache.path}`, or show all with --scale {_scale(cache)}"
+            "--fallback online shows all views, and of this cache some are shown, not known for "
+            f"absent shards: leave it out and run `featcache repair {cache.path}`, or show all "
+            f"with --scale {_scale(cache)}"
         )
     absent = int((rows < 0).sum())
     say(
-        f"note: {fallback.told(cache)}: the teacher computes the targets of {absent} of {len(rows)} pictures "
-        f"({absent / len(rows):.4g}, allowed {limit:g}), whose pixels nothing can be compared with"
+        f"note: {fallback.told(cache)}: the teacher computes the targets of {absent} of "
+        f"{len(rows)} pictures ({absent / len(rows):.4g}, allowed {limit:g}), whose pixels nothing "
+        "can be compared with"
     )
     if join.stores_pixels(cache):
         say(f"note: pixels are decoded from {source.spec}, those in the cache are left alone")
     identity = cache.identity
     weights = _weights(found, options)
-    teacher = _teacher(identity, identity["teacher"]["name"], weights, device, say) if spec.fields else None
+    teacher = (
+        _teacher(identity, identity["teacher"]["name"], weights, device, say)
+        if spec.fields
+        else None
+    )
     cached = Cached(cache, spec, rows, options.pixel_tolerance, found.tokens, False)
-    online = Online(cached.policy, spec, teacher, cache.views, identity["order"], codec=cached.codec)
+    online = Online(
+        cached.policy, spec, teacher, cache.views, identity["order"], codec=cached.codec
+    )
     about = _about(found, options, show, False)
     about["reading"] |= {"fallback": {"shards": list(cache.absent), "pictures": absent}}
     return TrainingInputs(found.config, source, Fallback(cached, online), pictures, about)
@@ -193,9 +253,13 @@ def _scale(cache: Cache) -> str:
     return ",".join(f"{end:g}" for end in cache.identity["policy"]["scale"])
 
 
-def _shown(found: MatchedCache, pictures: I64, rows: I64, options: Options, say: Say) -> view_choice.ViewSelection:
+def _shown(
+    found: MatchedCache, pictures: I64, rows: I64, options: Options, say: Say
+) -> view_choice.ViewSelection:
     """The views that are shown, and what is said of them."""
-    show = view_choice.choose(found.cache, pictures, rows, found.spec.scale, options.scale, options.without_view)
+    show = view_choice.choose(
+        found.cache, pictures, rows, found.spec.scale, options.scale, options.without_view
+    )
     for note in show.notes:
         say(f"note: {note}")
     return show
@@ -207,8 +271,14 @@ def _say_about(found: MatchedCache, say: Say) -> None:
     if manifest.is_random(about) and found.spec.fields:
         say(f"note: {manifest.title(about)}")
     if policy["jitter"] != found.spec.jitter and found.spec.fields:
-        say(f"note: colours jittered by {policy['jitter']:g}; the recipe was published with {found.spec.jitter:g}")
-    for note in (*found.notes, *(f"{part} is not whole, nothing of it is read" for part in found.cache.unfinished)):
+        say(
+            f"note: colours jittered by {policy['jitter']:g}; the recipe was published with "
+            f"{found.spec.jitter:g}"
+        )
+    for note in (
+        *found.notes,
+        *(f"{part} is not whole, nothing of it is read" for part in found.cache.unfinished),
+    ):
         say(f"note: {note}")
 
 
@@ -216,7 +286,10 @@ def _say_deviation(recipe: ModuleType, asked: config.RecipeConfig, say: Say) -> 
     """What of the views was set otherwise than the recipe was published with."""
     published, jitter = recipe.needs(recipe.Config()).jitter, recipe.needs(asked).jitter
     if jitter != published:
-        say(f"note: jitter={jitter:g} deviates from the recipe, which was published with {published:g}")
+        say(
+            f"note: jitter={jitter:g} deviates from the recipe, which was published with "
+            f"{published:g}"
+        )
 
 
 def _say_skipped(skipped: int, say: Say) -> None:
@@ -227,10 +300,13 @@ def _say_skipped(skipped: int, say: Say) -> None:
 def _refuse(given: dict[str, Any]) -> None:
     for option, value in given.items():
         if value is not None:
-            raise UsageError(f"{option} {value} does not go with a cache, which has its own: leave one of them out")
+            raise UsageError(
+                f"{option} {value} does not go with a cache, which has its own: leave one of them "
+                "out"
+            )
 
 
-# --- from the teacher -----------------------------------------------------------------------------------------------
+# --- from the teacher -----------------------------------------------------------------------------
 
 
 def _online(
@@ -242,26 +318,38 @@ def _online(
     options: Options,
     say: Say,
 ) -> TrainingInputs:
-    """The teacher in the loop: over a cache's own views and pictures where one is given, else over fresh ones."""
+    """The teacher in the loop: over a cache's own views and pictures where one is given, else over
+    fresh ones."""
     identity = found.cache.identity if found else None
     _refuse_reading(options)
     if found:
         _refuse({"--views": options.views, "--policy": options.policy})
         overrides = found.overrides
     elif options.scale is not None:
-        raise UsageError("--scale chooses among the views of a cache, and none is read here: give --policy, or --cache")
+        raise UsageError(
+            "--scale chooses among the views of a cache, and none is read here: give --policy, or "
+            "--cache"
+        )
     plain = config.from_overrides(recipe.Config, overrides)
     path = pixel_path.pixel_path(source)
-    policy = policy_from_dict(identity["policy"]) if identity else _fresh(options.policy, recipe.needs(plain), path)
+    policy = (
+        policy_from_dict(identity["policy"])
+        if identity
+        else _fresh(options.policy, recipe.needs(plain), path)
+    )
     if found:
-        pixel_path.check_path(source, found.cache.identity["pixel_path"], f"cache {str(found.cache.path)!r}")
+        pixel_path.check_path(
+            source, found.cache.identity["pixel_path"], f"cache {str(found.cache.path)!r}"
+        )
     pixel_path.check_filter(path, policy.filter)
     count = options.views or (found.cache.views if found else None)
     teacher = None
     if recipe.needs(plain).fields:
         name = identity["teacher"]["name"] if identity else plain.teacher
         teacher = _teacher(identity, name, _weights(found, options), device, say)
-    settings = cache_match.with_facts(recipe.Config, overrides, _online_facts(identity, policy, teacher))
+    settings = cache_match.with_facts(
+        recipe.Config, overrides, _online_facts(identity, policy, teacher)
+    )
     if teacher is not None and recipe.needs(settings).derive == "z":
         cache_match.check_projection(teacher.tail(), f"teacher {teacher.name!r}")
     show = view_choice.ViewSelection(np.arange(len(source)), np.arange(len(source)))
@@ -269,7 +357,13 @@ def _online(
         pictures, rows, skipped = join.join(found.cache, source)
         _say_skipped(skipped, say)
         show = _shown(found, pictures, rows, options, say)
-    about = {"kind": "online", "policy": policy.as_dict(), "views": count, "pixel_path": path, **show.about}
+    about = {
+        "kind": "online",
+        "policy": policy.as_dict(),
+        "views": count,
+        "pixel_path": path,
+        **show.about,
+    }
     if teacher is not None:
         about |= {"teacher": teacher.name, "weight_hash": weight_hash(teacher)}
     order = identity["order"] if identity else "attentive"
@@ -282,7 +376,9 @@ def _weights(found: MatchedCache | None, options: Options) -> str | None:
     return options.weights or (found.cache.manifest["provenance"]["weights"] if found else None)
 
 
-def _teacher(identity: dict[str, Any] | None, name: str, given: str | None, device: str, say: Say) -> Teacher:
+def _teacher(
+    identity: dict[str, Any] | None, name: str, given: str | None, device: str, say: Say
+) -> Teacher:
     """The teacher, which must be the very one of a cache where there is one."""
     teacher = teachers.load(name, given, device)
     if identity and weight_hash(teacher) != identity["teacher"]["weight_hash"]:
@@ -304,16 +400,26 @@ def _refuse_reading(options: Options) -> None:
     }
     for option, is_given in given.items():
         if is_given:
-            raise UsageError(f"{option} is about reading targets from a cache, and none are read here: leave it out")
+            raise UsageError(
+                f"{option} is about reading targets from a cache, and none are read here: leave it "
+                "out"
+            )
 
 
 def _fresh(name: str | None, spec: TargetSpec, path: dict[str, Any]) -> Policy:
-    """The policy that was named, or the crops of the recipe's publication, with the filter of the pixel path."""
+    """The policy that was named, or the crops of the recipe's publication, with the filter of the
+    pixel path."""
     filter = {"filter": AREA} if path["decoder"] == "ffcv" else {}
-    return load_policy(name, **filter) if name else load_policy(scale=spec.scale, jitter=spec.jitter, **filter)
+    return (
+        load_policy(name, **filter)
+        if name
+        else load_policy(scale=spec.scale, jitter=spec.jitter, **filter)
+    )
 
 
-def _online_facts(identity: dict[str, Any] | None, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
+def _online_facts(
+    identity: dict[str, Any] | None, policy: Policy, teacher: Teacher | None
+) -> dict[str, Any]:
     if teacher is None:
         return cache_match.facts(identity) if identity else {"img_size": policy.size}
     return {

@@ -1,8 +1,8 @@
-"""Which of a cache's views a run shows: those whose crop has the area that the recipe was published with, or that was
-asked for.
+"""Which of a cache's views a run shows: those whose crop has the area that the recipe was published
+with, or that was asked for.
 
-A cache of wider crops than the recipe's serves by rejection (`reading.crop_range`). One of narrower crops cannot: given
-by hand it is used as it is, and the run says so.
+A cache of wider crops than the recipe's serves by rejection (`reading.crop_range`). One of narrower
+crops cannot: given by hand it is used as it is, and the run says so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def choose(
     wanted: Scale | None = None,
     most_left_out: float = LEFT_OUT,
 ) -> ViewSelection:
-    """The views in the `wanted` range, or in the `published` one where none is asked for and the cache holds it."""
+    """The views in the `wanted` range, or in the `published` one where none is asked for and the
+    cache holds it."""
     low, high = cache.identity["policy"]["scale"]
     stored = (float(low), float(high))
     _check(wanted, stored)
@@ -62,12 +63,17 @@ def choose(
     if left_out and (len(left_out) / len(rows) > most_left_out or len(left_out) == len(rows)):
         raise _too_many(cache, rows, scale, accepted, left_out, most_left_out)
     notes.append(
-        f"crops of {_text(scale)} of the area are shown, {_text(stored)} are stored: {accepted.mean():.1%} of the views"
+        f"crops of {_text(scale)} of the area are shown, {_text(stored)} are stored: "
+        f"{accepted.mean():.1%} of the views"
     )
     if left_out:
-        notes.append(f"{_pictures(left_out)} have none of these and are left out: {_names(left_out)}")
+        notes.append(
+            f"{_pictures(left_out)} have none of these and are left out: {_names(left_out)}"
+        )
     kept = accepted.any(1)
-    turns = ViewSchedule.of(rng.key_digests(cache.keys[row] for row in rows[kept].tolist()), accepted[kept])
+    turns = ViewSchedule.of(
+        rng.key_digests(cache.keys[row] for row in rows[kept].tolist()), accepted[kept]
+    )
     about = {"scale": list(scale), "left_out": len(left_out), "left_out_first": left_out[:NAMED]}
     return ViewSelection(pictures[kept], rows[kept], turns, tuple(notes), {"crops": about})
 
@@ -75,8 +81,9 @@ def choose(
 def _check(wanted: Scale | None, stored: Scale) -> None:
     if wanted is not None and not crop_range.within(wanted, stored):
         raise UsageError(
-            f"--scale {wanted[0]:g},{wanted[1]:g}: the cache holds crops of {_text(stored)} of the area; allowed: a "
-            "range within; give such a one, or extract another cache with this --scale"
+            f"--scale {wanted[0]:g},{wanted[1]:g}: the cache holds crops of {_text(stored)} of the "
+            "area; allowed: a range within; give such a one, or extract another cache with this "
+            "--scale"
         )
 
 
@@ -89,27 +96,39 @@ def _too_many(
 ) -> UserError:
     """How many, and the ways out."""
     share, stored = len(left_out) / len(accepted), cache.identity["policy"]["scale"]
-    leave = f"leave them out with --without-view {math.ceil(1000 * share) / 1000:g}, " if share < 1 else ""
+    leave = (
+        f"leave them out with --without-view {math.ceil(1000 * share) / 1000:g}, "
+        if share < 1
+        else ""
+    )
     return UserError(
-        f"{_pictures(left_out)} of {len(accepted)} ({share:.2%}) have no view with a crop of {_text(scale)} of the "
-        f"area among their {cache.views}, the first is {left_out[0]!r}; allowed: {allowed:.2%}; {leave}"
-        f"show all views with --scale {stored[0]:g},{stored[1]:g}{_more_views(cache, rows, accepted, allowed)}"
+        f"{_pictures(left_out)} of {len(accepted)} ({share:.2%}) have no view with a crop of "
+        f"{_text(scale)} of the area among their {cache.views}, the first is {left_out[0]!r}; "
+        f"allowed: {allowed:.2%}; {leave}show all views with --scale "
+        f"{stored[0]:g},{stored[1]:g}{_more_views(cache, rows, accepted, allowed)}"
     )
 
 
 def _more_views(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> str:
-    """The command that adds as many views as leave out so few pictures, or half a picture where none may be. A large
-    crop fits a long picture less often, so views are rejected by shape: of v views of a shape, all are with probability
-    q^v, where q is the share that was."""
+    """The command that adds as many views as leave out so few pictures, or half a picture where
+    none may be. A large crop fits a long picture less often, so views are rejected by shape: of v
+    views of a shape, all are with probability q^v, where q is the share that was."""
     sizes = cache.read(rows, 0, ("source_size",))["source_size"].astype(np.float64)
     shape = np.rint(np.abs(np.log(sizes[:, 0] / sizes[:, 1])) / SHAPE_STEP).astype(np.int64)
     numbers = np.bincount(shape)
     rejected = np.bincount(shape, (~accepted).mean(1)) / np.maximum(numbers, 1)
     wanted = max(allowed, 0.5 / len(rows)) * len(rows)
-    needed = next((v for v in range(cache.views + 1, MOST_VIEWS) if numbers @ rejected**v <= wanted), None)
+    needed = next(
+        (v for v in range(cache.views + 1, MOST_VIEWS) if numbers @ rejected**v <= wanted), None
+    )
     if needed is None:
         return ""
-    more = [*extract_command.options(cache.manifest, cache.levels, needed), "--add", "--out", str(cache.path)]
+    more = [
+        *extract_command.options(cache.manifest, cache.levels, needed),
+        "--add",
+        "--out",
+        str(cache.path),
+    ]
     return f", or add views with: {extract_command.command(more)}"
 
 
@@ -122,4 +141,6 @@ def _pictures(keys: Sequence[str]) -> str:
 
 
 def _names(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more, named in config.json" if len(keys) > 5 else "")
+    return ", ".join(keys[:5]) + (
+        f" and {len(keys) - 5} more, named in config.json" if len(keys) > 5 else ""
+    )

@@ -1,4 +1,5 @@
-"""Host memory of batches, allocated once and filled again and again: page-locked where a GPU reads it.
+"""Host memory of batches, allocated once and filled again and again: page-locked where a GPU reads
+it.
 
 B samples of a batch.
 """
@@ -13,12 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape of one sample and type, by array
+# shape of one sample and type, by array
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
 def allocate(layout: Layout, batch_size: int, pin: bool) -> dict[str, npt.NDArray[Any]]:
-    """Arrays (B, ...) of one batch. With `pin` a GPU copies them while the host goes on; without, plain memory."""
-    return {name: _array((batch_size, *shape), dtype, pin) for name, (shape, dtype) in layout.items()}
+    """Arrays (B, ...) of one batch. With `pin` a GPU copies them while the host goes on; without,
+    plain memory."""
+    return {
+        name: _array((batch_size, *shape), dtype, pin) for name, (shape, dtype) in layout.items()
+    }
 
 
 def _array(shape: tuple[int, ...], dtype: np.dtype[Any], pin: bool) -> npt.NDArray[Any]:

@@ -42,10 +42,15 @@ class SecondTeacher:
     def __post_init__(self) -> None:
         self.reader = FeatureReader(self.cache, self.spec.second, derive=self.spec.derive)
 
-    def fetch(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
-        """Its stored arrays of the rows, by the names that the cache has for them, in the memory of `out`."""
+    def fetch(
+        self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> Host:
+        """Its stored arrays of the rows, by the names that the cache has for them, in the memory of
+        `out`."""
         memory = None if out is None else {name: out[name] for name in self.reader.fields}
-        return self.cache.read(rows, view, self.reader.fields, (self.spec.second_level,), None, memory)
+        return self.cache.read(
+            rows, view, self.reader.fields, (self.spec.second_level,), None, memory
+        )
 
     def complete(self, host: Host, device: torch.device) -> dict[str, Tensor]:
         """`second` (B,1+P,E) on the device."""
@@ -54,15 +59,18 @@ class SecondTeacher:
         if not self.spec.derive:
             return {"second": h}
         std = None if stats is None else stats[:, 0, :, 1:]
-        return {"second": derived.derive(self.spec.derive, h, tail_on(self.reader.tail, device), std)}
+        return {
+            "second": derived.derive(self.spec.derive, h, tail_on(self.reader.tail, device), std)
+        }
 
 
 @dataclass
 class Cached:
     """Rows of a cache: `rows` (n,) joins training picture and cache row.
 
-    Recipes get features in image order whatever the cache's. From a ranked cache the first `tokens` of each level are
-    enough where the stored order is the mask: one range of bytes a level, and NaN for what was not read.
+    Recipes get features in image order whatever the cache's. From a ranked cache the first `tokens`
+    of each level are enough where the stored order is the mask: one range of bytes a level, and NaN
+    for what was not read.
     """
 
     cache: Cache
@@ -82,12 +90,16 @@ class Cached:
         self.second = SecondTeacher(self.cache, self.spec) if self.spec.second else None
         side = [field for field in wants if field.rpartition("/")[2] != "features"]
         pixels = ("pixels",) if self.stored_pixels else Drawn._fields
-        self.own = tuple(dict.fromkeys((*(self.reader.fields if self.reader else ()), *side, *pixels)))
+        self.own = tuple(
+            dict.fromkeys((*(self.reader.fields if self.reader else ()), *side, *pixels))
+        )
         self.reads = self.own if self.second is None else (*self.own, *self.second.reader.fields)
         self.resident: Stored | None = None
 
     def layout(self) -> buffers.Layout:
-        return dict(self.stored_layout()) | ({} if self.stored_pixels else pixel_layout(self.policy.size))
+        return dict(self.stored_layout()) | (
+            {} if self.stored_pixels else pixel_layout(self.policy.size)
+        )
 
     def stored_layout(self) -> buffers.Layout:
         """Shape and type of one sample of all that is read of the cache."""
@@ -95,7 +107,11 @@ class Cached:
         return {name: (array.shape[1:], array.dtype) for name, array in nothing.items()}
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
-        return self.turns.view(digests, rounds) if self.turns else stored_view(digests, rounds, self.cache.views)
+        return (
+            self.turns.view(digests, rounds)
+            if self.turns
+            else stored_view(digests, rounds, self.cache.views)
+        )
 
     @property
     def codec(self) -> Codec | None:
@@ -107,7 +123,11 @@ class Cached:
         return self.stored_pixels and self.resident is None
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
-        return self._read(self.rows[at], view, out) if self.resident is None else self.resident.fetch(at, view, out)
+        return (
+            self._read(self.rows[at], view, out)
+            if self.resident is None
+            else self.resident.fetch(at, view, out)
+        )
 
     def _read(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None) -> Host:
         memory = None if out is None else {name: out[name] for name in self.own}
@@ -121,16 +141,26 @@ class Cached:
     def _moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
         field, levels = "feature_stats", self.spec.levels or None
         known = self.resident
-        stats = known.take(field, at, view) if known else self.cache.read(self.rows[at], view, (field,), levels)[field]
-        return target_levels.moments(target_levels.sums(stats, self.cache.identity["teacher"]["width"]))
+        stats = (
+            known.take(field, at, view)
+            if known
+            else self.cache.read(self.rows[at], view, (field,), levels)[field]
+        )
+        return target_levels.moments(
+            target_levels.sums(stats, self.cache.identity["teacher"]["width"])
+        )
 
     def noted(self, at: I64) -> dict[str, int]:
         return {}
 
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
-        return {name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields}
+        return {
+            name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields
+        }
 
-    def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
+    def render(
+        self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int
+    ) -> dict[str, Any]:
         parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
         return {"pixels": view_render.render(picture, *parts, self.policy.size, self.policy.filter)}
 
@@ -144,16 +174,25 @@ class Cached:
         option = "--pixel-tolerance LEVELS"
         pixel_check.prove(self.cache, int(self.rows[at]), view, pixels, self.tolerance, option)
 
-    def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+    def complete(
+        self, host: Host, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         out = {}
         for field in self.spec.fields:
-            if field.rpartition("/")[2] == "token_ids":  # a tokenizer's part of a cache: NAME/token_ids
-                out["token_ids"] = _token_ids(host[field], self.spec.vocabulary).to(device, non_blocking=True)
+            # a tokenizer's part of a cache: NAME/token_ids
+            if field.rpartition("/")[2] == "token_ids":
+                out["token_ids"] = _token_ids(host[field], self.spec.vocabulary).to(
+                    device, non_blocking=True
+                )
         if self.reader is not None:
             arrays = self.reader.to_device(host, device)
             features, stats = self.reader.features(arrays), self.reader.stats(arrays)
             self.reader.tail = tail_on(self.reader.tail, device)
-            seen = host["masks"]["ids_keep"].to(device) if self.spec.visible_only and "masks" in host else None
+            seen = (
+                host["masks"]["ids_keep"].to(device)
+                if self.spec.visible_only and "masks" in host
+                else None
+            )
             out |= recipe_targets(self.spec, features, stats, self.reader.tail, seen)
         if "moments" in host:
             out["moments"] = copied_to(host["moments"], device)
@@ -166,7 +205,8 @@ def _token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> Tensor:
     """ids (B,P) as stored -> int64; an id that the recipe has no class for is refused."""
     if ids.size and int(ids.max()) >= vocabulary:
         raise UserError(
-            f"cannot predict token id {int(ids.max())} of the cache: vocabulary={vocabulary}; allowed: a vocabulary "
-            "above every id; give vocabulary=N of the tokenizer that made them"
+            f"cannot predict token id {int(ids.max())} of the cache: vocabulary={vocabulary}; "
+            "allowed: a vocabulary above every id; give vocabulary=N of the tokenizer that made "
+            "them"
         )
     return tensor(ids).long()

@@ -1,7 +1,7 @@
 """Where a step's views and targets come from: a cache, or the teacher in the loop.
 
-Both give the same views, the same fields and the same masks for a picture and an epoch; only the storage between
-teacher and student differs. n rows of training pictures, B batch, V stored views.
+Both give the same views, the same fields and the same masks for a picture and an epoch; only the
+storage between teacher and student differs. n rows of training pictures, B batch, V stored views.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Targets(Protocol):
 
     @property
     def moments(self) -> Moments | None:
-        """Mean and variance (L, 2) of each level over training pictures in their views, the whole batch of a step; None
-        where they are not asked for, or known only when the teacher has run."""
+        """Mean and variance (L, 2) of each level over training pictures in their views, the whole
+        batch of a step; None where they are not asked for, or known only when the teacher has
+        run."""
         ...
 
     def layout(self) -> buffers.Layout:
@@ -59,12 +60,13 @@ class Targets(Protocol):
         ...
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
-        """Which view each picture shows when it has been shown `rounds` times before: its epoch, where every picture
-        is shown once in each."""
+        """Which view each picture shows when it has been shown `rounds` times before: its epoch,
+        where every picture is shown once in each."""
         ...
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
-        """Stored arrays of training pictures `at`, in the memory of `out`; called in a loader thread."""
+        """Stored arrays of training pictures `at`, in the memory of `out`; called in a loader
+        thread."""
         ...
 
     def noted(self, at: I64) -> dict[str, int]:
@@ -75,19 +77,24 @@ class Targets(Protocol):
         """The arrays a mask is drawn from, where they are stored."""
         ...
 
-    def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
-        """`pixels` (S, S, 3) of sample i, and `teacher_pixels` where a teacher in the loop wants another size. Not
-        called where pixels are stored."""
+    def render(
+        self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int
+    ) -> dict[str, Any]:
+        """`pixels` (S, S, 3) of sample i, and `teacher_pixels` where a teacher in the loop wants
+        another size. Not called where pixels are stored."""
         ...
 
     def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
-        """(m,) of the pixels the teacher saw; None where none are stored, and nothing is checked."""
+        """(m,) of the pixels the teacher saw; None where none are stored, and nothing is
+        checked."""
         ...
 
     def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
         """Raise when rendered pixels, of the `stored` hash, are not those the teacher saw."""
         ...
 
-    def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+    def complete(
+        self, host: Host, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         """Tensors on the device (features), and the arrays a mask is drawn from."""
         ...

@@ -1,7 +1,8 @@
-"""`--fallback online`: a cache some shards of which are not there, and the teacher in the loop for their pictures.
+"""`--fallback online`: a cache some shards of which are not there, and the teacher in the loop for
+their pictures.
 
-Views, masks and codec are those of the cache, so that a picture's target is the one that its shard would hold. Batches
-without such pictures cost nothing more. n training pictures, B batch.
+Views, masks and codec are those of the cache, so that a picture's target is the one that its shard
+would hold. Batches without such pictures cost nothing more. n training pictures, B batch.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from student.targets.contract import I64, Host
 from student.targets.online import Online
 
 LIMIT = 0.01  # share of the training pictures that may be absent
-MADE = {"features", "feature_stats", "attention", "mask_order"}  # fields that the teacher in the loop gives
+# fields that the teacher in the loop gives
+MADE = {"features", "feature_stats", "attention", "mask_order"}
 
 
 @dataclass
 class Fallback:
-    """`cached.rows` is -1 where a picture's shard is absent; `online` gives what the cache would."""
+    """`cached.rows` is -1 where a picture's shard is absent; `online` gives what the cache
+    would."""
 
     cached: Cached
     online: Online
@@ -53,11 +56,14 @@ class Fallback:
         return self.cached.view(digests, rounds)
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
-        """As of the cache, and `absent` (B,): of these pictures every float is NaN, until the teacher has run."""
+        """As of the cache, and `absent` (B,): of these pictures every float is NaN, until the
+        teacher has run."""
         absent = self.absent[at]
         if not absent.any():
             return self.cached.fetch(at, view, out) | {"absent": absent}
-        memory = buffers.allocate(self.cached.stored_layout(), len(at), False) if out is None else out
+        memory = (
+            buffers.allocate(self.cached.stored_layout(), len(at), False) if out is None else out
+        )
         host = {}
         for name, values in self.cached.fetch(at[~absent], view[~absent]).items():
             memory[name][~absent] = values
@@ -71,7 +77,9 @@ class Fallback:
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
         return self.cached.sources(host)
 
-    def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
+    def render(
+        self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int
+    ) -> dict[str, Any]:
         way = self.online if host["absent"][i] else self.cached
         return way.render(picture, host, i, key, digest, view)
 
@@ -86,13 +94,17 @@ class Fallback:
         if not self.absent[at]:
             self.cached.check(pixels, at, view, stored)
 
-    def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+    def complete(
+        self, host: Host, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         out, sources = self.cached.complete(host, device)
         here = np.flatnonzero(host["absent"])
         if not len(here):
             return out, sources
         names = [name for name in ("pixels", "teacher_pixels", "digests", "view") if name in host]
-        fresh, fresh_sources = self.online.complete({name: host[name][here] for name in names}, device)
+        fresh, fresh_sources = self.online.complete(
+            {name: host[name][here] for name in names}, device
+        )
         assert fresh.keys() == out.keys(), (fresh.keys(), out.keys())
         index = torch.from_numpy(here).to(device)
         for name, values in fresh.items():
@@ -108,22 +120,27 @@ def check_spec(spec: TargetSpec) -> None:
     others = sorted(set(spec.fields) - MADE)
     wrong = {
         "target_norm=bn wants statistics of the whole batch as it is stored": spec.moments,
-        f"the recipe learns from {spec.second} too, and only the cache's own teacher is run": spec.second,
+        f"the recipe learns from {spec.second} too, and only the cache's own teacher is "
+        "run": spec.second,
         f"the teacher makes no {', '.join(others)}": others,
     }
     for text, found in wrong.items():
         if found:
-            raise UsageError(f"--fallback online does not do: {text}; leave it out and run `featcache repair`")
+            raise UsageError(
+                f"--fallback online does not do: {text}; leave it out and run `featcache repair`"
+            )
 
 
 def join(cache: Cache, source: Source, limit: float) -> tuple[I64, I64, int]:
-    """As `joining.join`, with row -1 for the pictures of absent shards, which the source's order tells: it must be the
-    list of pictures that the cache was made from. More than `limit` of them are a UserError."""
+    """As `joining.join`, with row -1 for the pictures of absent shards, which the source's order
+    tells: it must be the list of pictures that the cache was made from. More than `limit` of them
+    are a UserError."""
     pixel_path.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     if manifest.keys_digest(source.keys) != cache.identity["pictures"]["keys_digest"]:
         raise IdentityError(
-            f"--fallback online: the {len(source)} pictures of {source.spec!r} are not the list that cache "
-            f"{str(cache.path)!r} was made from, so those of its absent shards are not known; give that list"
+            f"--fallback online: the {len(source)} pictures of {source.spec!r} are not the list "
+            f"that cache {str(cache.path)!r} was made from, so those of its absent shards are not "
+            "known; give that list"
         )
     quarantined = {row["key"] for row in cache.quarantined}
     usable = np.array([key not in quarantined for key in source.keys])
@@ -135,16 +152,18 @@ def join(cache: Cache, source: Source, limit: float) -> tuple[I64, I64, int]:
     rows = cache.keys.find(source.keys)
     if (strange := np.flatnonzero((rows < 0) & usable & ~absent)).size:
         raise IdentityError(
-            f"{len(strange)} of {len(source)} pictures of {source.spec!r} are neither in cache {str(cache.path)!r} nor "
-            f"in its absent shards, the first is {source.keys[strange[0]]!r}; run `featcache verify {cache.path}`"
+            f"{len(strange)} of {len(source)} pictures of {source.spec!r} are neither in cache "
+            f"{str(cache.path)!r} nor in its absent shards, the first is "
+            f"{source.keys[strange[0]]!r}; run `featcache verify {cache.path}`"
         )
     pictures = np.flatnonzero((rows >= 0) | absent)
     count = int(absent.sum())
     if not count <= limit * len(pictures):
         raise UserError(
-            f"{told(cache)}: {count} of {len(pictures)} pictures ({count / len(pictures):.4g}) would have their "
-            f"targets computed, allowed: {limit:g}; run `featcache repair {cache.path}`, or allow it with "
-            f"--fallback-limit {np.ceil(1000 * count / len(pictures)) / 1000:g}"
+            f"{told(cache)}: {count} of {len(pictures)} pictures ({count / len(pictures):.4g}) "
+            f"would have their targets computed, allowed: {limit:g}; run `featcache repair "
+            f"{cache.path}`, or allow it with --fallback-limit "
+            f"{np.ceil(1000 * count / len(pictures)) / 1000:g}"
         )
     return pictures, rows[pictures], len(source) - len(pictures)
 

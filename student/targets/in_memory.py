@@ -1,7 +1,8 @@
-"""`--resident`: what a run reads of its cache, once, into memory that the processes of a machine share.
+"""`--resident`: what a run reads of its cache, once, into memory that the processes of a machine
+share.
 
-Each row is checked as it is loaded, and no longer afterwards. The memory belongs to no file: it is gone with the last
-process, however that ends. n training pictures, V views, B batch.
+Each row is checked as it is loaded, and no longer afterwards. The memory belongs to no file: it is
+gone with the last process, however that ends. n training pictures, V views, B batch.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Rows:
-    """The arrays of a run's targets, (V, n, ...) each, laid out one after the other in one piece of memory."""
+    """The arrays of a run's targets, (V, n, ...) each, laid out one after the other in one piece of
+    memory."""
 
     def __init__(self, layout: buffers.Layout, views: int, n: int, memory: mmap.mmap) -> None:
         self.n, at = n, 0
@@ -48,9 +50,14 @@ class Rows:
 
     def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
         """Rows (B, ...) of training pictures `at` in their views, in the memory of `out`."""
-        return {name: self.take(name, at, view, None if out is None else out[name]) for name in self.arrays}
+        return {
+            name: self.take(name, at, view, None if out is None else out[name])
+            for name in self.arrays
+        }
 
-    def take(self, name: str, at: I64, view: I64, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    def take(
+        self, name: str, at: I64, view: I64, out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
         """Those of one array; a large one is copied by several threads."""
         array = self.arrays[name].reshape(-1, *self.arrays[name].shape[2:])
         places = view * self.n + at
@@ -58,19 +65,24 @@ class Rows:
             out = np.empty((len(places), *array.shape[1:]), array.dtype)
         threads = _THREADS if out.nbytes > _LARGE else 1
         cuts = [len(places) * i // threads for i in range(threads + 1)]
-        others = [self._pool().submit(_take, array, places, out, *cut) for cut in pairwise(cuts[1:])]
+        others = [
+            self._pool().submit(_take, array, places, out, *cut) for cut in pairwise(cuts[1:])
+        ]
         _take(array, places, out, *cuts[:2])
         for other in others:
             other.result()
         return out
 
     def _pool(self) -> ThreadPoolExecutor:
-        self._threads = self._threads or ThreadPoolExecutor(max(_THREADS - 1, 1), "student-resident")
+        self._threads = self._threads or ThreadPoolExecutor(
+            max(_THREADS - 1, 1), "student-resident"
+        )
         return self._threads
 
 
 def load(targets: Cached, acc: Accelerator) -> int:
-    """Let `targets` answer from memory from now on; the first process of each machine loads it. Returns the bytes."""
+    """Let `targets` answer from memory from now on; the first process of each machine loads it.
+    Returns the bytes."""
     layout = targets.stored_layout()
     n, views = len(targets.rows), targets.cache.views
     size = sum(_padded((views, n, *item), dtype) for item, dtype in layout.values())
@@ -124,6 +136,6 @@ def _check_room(size: int) -> None:
         free = min(free, int(limit))
     if size > free:
         raise UserError(
-            f"--resident: {size / 2**30:.1f} GiB of targets do not fit, at most {free / 2**30:.1f} GiB of memory "
-            "are free; leave it out, or use a smaller codec, fewer views or levels"
+            f"--resident: {size / 2**30:.1f} GiB of targets do not fit, at most {free / 2**30:.1f} "
+            "GiB of memory are free; leave it out, or use a smaller codec, fewer views or levels"
         )

@@ -32,7 +32,8 @@ from student.targets.contract import I64, Host
 
 @dataclass
 class Online:
-    """Views drawn on the spot and, where the recipe needs targets, the teacher run on them: no cache is read."""
+    """Views drawn on the spot and, where the recipe needs targets, the teacher run on them: no
+    cache is read."""
 
     policy: Policy
     spec: TargetSpec
@@ -40,7 +41,8 @@ class Online:
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`
     turns: ViewSchedule | None = None  # of the views of a cache that are shown, where not all are
-    codec: codecs.Codec | None = None  # of a cache, through which features go as if they had been stored
+    # of a cache, through which features go as if they had been stored
+    codec: codecs.Codec | None = None
     is_stored = False
     stored_pixels = only_read = False
     moments = None
@@ -49,10 +51,14 @@ class Online:
         lacking = set(self.spec.fields) - {"features", "feature_stats", "attention", "mask_order"}
         if lacking:
             raise UsageError(
-                f"--teacher online computes no {', '.join(sorted(lacking))}; allowed: features and what derives from "
-                "them; give a cache that holds it with --cache"
+                f"--teacher online computes no {', '.join(sorted(lacking))}; allowed: features and "
+                "what derives from them; give a cache that holds it with --cache"
             )
-        self.tail = tail_tensors(self.teacher.tail()) if self.teacher is not None and self.spec.derive else {}
+        self.tail = (
+            tail_tensors(self.teacher.tail())
+            if self.teacher is not None and self.spec.derive
+            else {}
+        )
 
     def layout(self) -> buffers.Layout:
         return pixel_layout(self.policy.size) | (
@@ -62,7 +68,11 @@ class Online:
     @property
     def teacher_px(self) -> int:
         """The size the teacher wants where it is not the student's, else 0."""
-        return self.teacher.input_px if self.teacher is not None and self.teacher.input_px != self.policy.size else 0
+        return (
+            self.teacher.input_px
+            if self.teacher is not None and self.teacher.input_px != self.policy.size
+            else 0
+        )
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
         if self.turns is not None:
@@ -80,13 +90,17 @@ class Online:
     def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
         return {}
 
-    def render(self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int) -> dict[str, Any]:
+    def render(
+        self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int
+    ) -> dict[str, Any]:
         size = np.array([(picture.height, picture.width)])
         drawn = draw(self.policy, digest[None], size, [view])
         parts = (drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0])
         out = {"pixels": view_render.render(picture, *parts, self.policy.size, self.policy.filter)}
         if self.teacher_px:
-            out["teacher_pixels"] = view_render.render(picture, *parts, self.teacher_px, self.policy.filter)
+            out["teacher_pixels"] = view_render.render(
+                picture, *parts, self.teacher_px, self.policy.filter
+            )
         return out
 
     def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
@@ -95,11 +109,18 @@ class Online:
     def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
         """Nothing is stored that the pixels could differ from."""
 
-    def complete(self, host: Host, device: torch.device) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+    def complete(
+        self, host: Host, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         if self.teacher is None:
             return {}, {}
-        pixels = torch.from_numpy(host.get("teacher_pixels", host["pixels"])).to(device).permute(0, 3, 1, 2)
-        with torch.no_grad(), precision.applied(self.teacher):  # as a cache's teacher ran, whatever the student runs in
+        pixels = (
+            torch.from_numpy(host.get("teacher_pixels", host["pixels"]))
+            .to(device)
+            .permute(0, 3, 1, 2)
+        )
+        # as a cache's teacher ran, whatever the student runs in
+        with torch.no_grad(), precision.applied(self.teacher):
             ys, attention = self.teacher(pixels.contiguous(), self.spec.levels)
             pairs = [levels.normalise(y) for y in ys]
         weights = attention.float().cpu().numpy()
@@ -110,14 +131,19 @@ class Online:
         if not pairs:
             return {}, sources
         features, stats = (torch.stack(each, 1) for each in zip(*pairs, strict=True))
-        features = features if self.codec is None else self.codec.decode(self.codec.encode(features))
+        features = (
+            features if self.codec is None else self.codec.decode(self.codec.encode(features))
+        )
         self.tail = tail_on(self.tail, device)
         out = recipe_targets(self.spec, features, stats, self.tail)
         return out | ({"moments": self._moments(stats)} if self.spec.moments else {}), sources
 
     def _moments(self, stats: Tensor) -> Tensor:
-        """stats (B,L,1+P,2) -> (L,2) over the batches of all processes, which all come here. A step has one micro-batch
-        (origin.choose sees to it): the others' targets would not be known yet."""
+        """stats (B,L,1+P,2) -> (L,2) over the batches of all processes, which all come here. A step
+        has one micro-batch (origin.choose sees to it): the others' targets would not be known
+        yet."""
         assert self.teacher is not None
-        own = torch.from_numpy(levels.sums(stats.cpu().numpy(), self.teacher.width)).to(stats.device)
+        own = torch.from_numpy(levels.sums(stats.cpu().numpy(), self.teacher.width)).to(
+            stats.device
+        )
         return tensor(levels.moments(reduce(own, "sum").cpu().numpy())).to(stats.device)

@@ -1,5 +1,5 @@
-"""The machine a run is on: Accelerate for this process, precisions that fit the device, and what is said when memory
-runs out.
+"""The machine a run is on: Accelerate for this process, precisions that fit the device, and what is
+said when memory runs out.
 """
 
 from __future__ import annotations
@@ -26,24 +26,34 @@ def accelerator(precision: str, device: str | None = None) -> Accelerator:
         torch.cuda.set_device(device)
     cuda = torch.cuda.is_available() and device != "cpu"
     if precision == "fp16" and not cuda:
-        raise UsageError("--precision fp16 needs a GPU, this device is a CPU; fp32 and bf16 are allowed here")
+        raise UsageError(
+            "--precision fp16 needs a GPU, this device is a CPU; fp32 and bf16 are allowed here"
+        )
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
-        raise UsageError(f"--precision bf16 is not in the hardware of {name}; fp32 and fp16 are allowed here")
+        raise UsageError(
+            f"--precision bf16 is not in the hardware of {name}; fp32 and fp16 are allowed here"
+        )
     if precision == "auto":
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        precision = (
+            "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        )
     acc = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not cuda)
     if acc.distributed_type == DistributedType.FSDP:
         if not acc.is_fsdp2:
-            raise UsageError("FSDP version 1 is not used here: set fsdp_version: 2 in the Accelerate configuration")
-        # Autocast alone, as without FSDP: its own policy would turn the weights that a recipe reads in fp32 into bf16.
+            raise UsageError(
+                "FSDP version 1 is not used here: set fsdp_version: 2 in the Accelerate "
+                "configuration"
+            )
+        # Autocast alone, as without FSDP: its own policy would turn the weights that a recipe reads
+        # in fp32 into bf16.
         acc.state.fsdp_plugin.mixed_precision_policy = None
     return acc
 
 
 def deterministic() -> None:
-    """From here on the same bits for the same command on a GPU too, at the price of slower kernels; an operation that
-    has none of these is refused by torch."""
+    """From here on the same bits for the same command on a GPU too, at the price of slower kernels;
+    an operation that has none of these is refused by torch."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first call of cuBLAS
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -56,11 +66,13 @@ def out_of_memory_told(batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory with --batch-size {batch_size}: {_first_line(error)}; give a smaller "
-            "--batch-size with --accumulate, --checkpoint-activations, or --precision bf16"
+            f"out of GPU memory with --batch-size {batch_size}: {_first_line(error)}; give a "
+            "smaller --batch-size with --accumulate, --checkpoint-activations, or --precision bf16"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" not in str(error):
+        if isinstance(
+            error, RuntimeError
+        ) and "DefaultCPUAllocator: can't allocate memory" not in str(error):
             raise
         raise UserError(
             f"out of host memory with --batch-size {batch_size}; give a smaller --batch-size with "
@@ -70,4 +82,8 @@ def out_of_memory_told(batch_size: int) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     """What was asked for: the first sentences of torch's message, which goes on for a page."""
-    return ". ".join(str(error).splitlines()[0].split(". ")[:2]).rstrip(".") if str(error) else "no more is known"
+    return (
+        ". ".join(str(error).splitlines()[0].split(". ")[:2]).rstrip(".")
+        if str(error)
+        else "no more is known"
+    )

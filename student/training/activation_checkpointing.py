@@ -1,9 +1,10 @@
-"""Activation checkpointing: what happens inside a block is not kept for the backward pass but computed again there.
+"""Activation checkpointing: what happens inside a block is not kept for the backward pass but
+computed again there.
 
-timm's models ask for it by a switch that their own `forward` looks at; recipes call blocks one by one, so each block is
-given a `forward` of its own that does the same (torch.utils.checkpoint, not reentrant, drop path drawn alike again).
-What counts as a block: the members of a ModuleList or Sequential named `blocks`, `..._blocks` or `blocks3`, as in timm,
-MAE's and ConvMAE's code.
+timm's models ask for it by a switch that their own `forward` looks at; recipes call blocks one by
+one, so each block is given a `forward` of its own that does the same (torch.utils.checkpoint, not
+reentrant, drop path drawn alike again). What counts as a block: the members of a ModuleList or
+Sequential named `blocks`, `..._blocks` or `blocks3`, as in timm, MAE's and ConvMAE's code.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def apply(model: nn.Module) -> None:
     found = blocks(model)
     if not found:
         raise UsageError(
-            "--checkpoint-activations: the recipe's model has no blocks; a ModuleList named `blocks` or `..._blocks` "
-            "is looked for; leave the option out"
+            "--checkpoint-activations: the recipe's model has no blocks; a ModuleList named "
+            "`blocks` or `..._blocks` is looked for; leave the option out"
         )
     for block in found.values():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

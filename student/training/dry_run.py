@@ -1,8 +1,10 @@
-"""What a run will cost, before it is begun (`student train --dry-run`): a few real steps and a few real reads.
+"""What a run will cost, before it is begun (`student train --dry-run`): a few real steps and a few
+real reads.
 
     time      the step without waiting for data, and with it        -> an epoch
     memory    weights, gradients, moments, average, and what the forward keeps for the backward pass
-    the disk  bytes a step wants at that speed, against what the cache's own files give past the page cache
+    the disk  bytes a step wants at that speed, against what the cache's own files give past the
+              page cache
 
 Nothing is written; the weights that the steps have moved are dropped.
 """
@@ -65,7 +67,8 @@ def _count(module: nn.Module) -> int:
 
 
 def _steps(job: Run, loader: Loader, pupil: TrainState) -> tuple[list[float], list[float], int]:
-    """Seconds of each counted step, those less the wait for data, and bytes kept for the backward pass."""
+    """Seconds of each counted step, those less the wait for data, and bytes kept for the backward
+    pass."""
     total = job.total_steps(loader.steps_per_epoch)
     walls, computing, kept = [], [], 0
     begun = time.perf_counter()
@@ -75,7 +78,11 @@ def _steps(job: Run, loader: Loader, pupil: TrainState) -> tuple[list[float], li
             if step > 1 and time.perf_counter() - begun > MOST_S and pupil.acc.num_processes == 1:
                 break
             start = time.perf_counter()
-            with _kept(pupil.module) if step == 0 and not job.ways.compiled else contextlib.nullcontext([0]) as count:
+            with (
+                _kept(pupil.module)
+                if step == 0 and not job.ways.compiled
+                else contextlib.nullcontext([0]) as count
+            ):
                 row = train.make_step(job, loader, pupil, feed, step, total)
             if pupil.acc.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -90,8 +97,13 @@ def _steps(job: Run, loader: Loader, pupil: TrainState) -> tuple[list[float], li
 
 @contextlib.contextmanager
 def _kept(module: nn.Module) -> Iterator[list[int]]:
-    """The most bytes that autograd keeps at a time, those of the weights left out; in the list when it ends."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters() if _is_plain(parameter)}
+    """The most bytes that autograd keeps at a time, those of the weights left out; in the list when
+    it ends."""
+    weights = {
+        parameter.untyped_storage().data_ptr()
+        for parameter in module.parameters()
+        if _is_plain(parameter)
+    }
     storages: dict[int, int] = {}
     count = [0]
 
@@ -106,12 +118,14 @@ def _kept(module: nn.Module) -> Iterator[list[int]]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is its own; parts of spread ones (DTensor) have no storage to ask for."""
+    """Whether a tensor's memory is its own; parts of spread ones (DTensor) have no storage to ask
+    for."""
     return type(tensor) in (Tensor, nn.Parameter)
 
 
 def memory(pupil: TrainState, kept: int | None) -> dict[str, int | None]:
-    """Bytes in this process: by arithmetic, those kept for the backward pass as counted, and the most that was used."""
+    """Bytes in this process: by arithmetic, those kept for the backward pass as counted, and the
+    most that was used."""
     share = pupil.acc.num_processes if train_state.sharded(pupil.acc) else 1
     own = sum(each.nbytes for each in pupil.module.parameters()) // share
     learnt = sum(each.nbytes for each in pupil.module.parameters() if each.requires_grad) // share
@@ -156,7 +170,9 @@ def _bytes_of(targets: Targets, loader: Loader, step: int) -> int:
     return sum(each.nbytes for each in arrays.values() if isinstance(each, np.ndarray))
 
 
-def rate(read: Callable[[int], int], steps: int, clock: Callable[[], float] = time.perf_counter) -> float:
+def rate(
+    read: Callable[[int], int], steps: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Bytes a second of `read(step)` over the steps of an epoch, for some seconds or bytes."""
     start, total = clock(), 0
     for step in range(steps):
@@ -168,14 +184,23 @@ def rate(read: Callable[[int], int], steps: int, clock: Callable[[], float] = ti
 
 def text(facts: dict[str, Any]) -> str:
     """The facts of a dry run, for a person."""
-    return "\n".join(f"{key}: {_shown(key, value)}" for key, value in facts.items()) + _verdict(facts)
+    return "\n".join(f"{key}: {_shown(key, value)}" for key, value in facts.items()) + _verdict(
+        facts
+    )
 
 
 def _shown(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {'not counted' if part is None else size(part)}" for name, part in value.items())
+        return ", ".join(
+            f"{name} {'not counted' if part is None else size(part)}"
+            for name, part in value.items()
+        )
     return (
-        f"{size(value)}/s" if key.endswith("_bytes_per_s") else size(value) if key.startswith("bytes_") else str(value)
+        f"{size(value)}/s"
+        if key.endswith("_bytes_per_s")
+        else size(value)
+        if key.startswith("bytes_")
+        else str(value)
     )
 
 
@@ -183,5 +208,9 @@ def _verdict(facts: dict[str, Any]) -> str:
     if "given_bytes_per_s" not in facts:
         return ""
     times = facts["given_bytes_per_s"] / facts["wanted_bytes_per_s"]
-    cure = "" if times >= 1 else "; stage the cache on a faster disk, or extract with --tokens ranked and --keep"
+    cure = (
+        ""
+        if times >= 1
+        else "; stage the cache on a faster disk, or extract with --tokens ranked and --keep"
+    )
     return f"\nthe disk gives {times:.1f} times what the student wants of the cache{cure}"

@@ -1,4 +1,5 @@
-"""metrics.jsonl: one JSON object a step. Values may still be on their way from the device when a row is added."""
+"""metrics.jsonl: one JSON object a step. Values may still be on their way from the device when a
+row is added."""
 
 from __future__ import annotations
 
@@ -9,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 NAME = "metrics.jsonl"
-UNWRITTEN = ("keys", "applied", "waits")  # of a row: for whoever looks at a bad loss, and for the trainer itself
+# of a row: for whoever looks at a bad loss, and for the trainer itself
+UNWRITTEN = ("keys", "applied", "waits")
 
 
 class Metrics:
-    """Appends rows; what has an `item` (tensors, shares of a step) is turned into a number `lag` steps later, so that a
-    device is not waited for.
+    """Appends rows; what has an `item` (tensors, shares of a step) is turned into a number `lag`
+    steps later, so that a device is not waited for.
 
-    Parts named in UNWRITTEN are not written; without a run nothing is. `log` is given every row as it is written.
+    Parts named in UNWRITTEN are not written; without a run nothing is. `log` is given every row as
+    it is written.
     """
 
-    def __init__(self, run: Path | None, lag: int = 0, log: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self, run: Path | None, lag: int = 0, log: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
         self.file = (run / NAME).open("a", buffering=1) if run is not None else None
         self.lag = lag
         self.log = log
@@ -38,7 +43,10 @@ class Metrics:
     def flush(self, keep: int = 0) -> list[dict[str, Any]]:
         done = self.waiting[: len(self.waiting) - keep]
         self.waiting = self.waiting[len(done) :]
-        rows = [{key: value.item() if hasattr(value, "item") else value for key, value in row.items()} for row in done]
+        rows = [
+            {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
+            for row in done
+        ]
         if self.file is not None:
             for row in rows:
                 plain = {key: _plain(value) for key, value in row.items() if key not in UNWRITTEN}

@@ -1,10 +1,13 @@
-"""A loss that is not finite: the micro-batch that gave it is kept with the weights it met, so that it can run again.
+"""A loss that is not finite: the micro-batch that gave it is kept with the weights it met, so that
+it can run again.
 
-    RUN/nonfinite/step-00000412.safetensors       `-rank3` is added where another process than the first had it
+    RUN/nonfinite/step-00000412.safetensors   `-rank3` is added where another process than the
+                                                    first had it
 
-A safetensors file: `model.NAME` and `batch.NAME` tensors, and in its metadata one JSON text, `about`: recipe and
-settings, precision, step, micro-batch, process, the seed of what is drawn inside the model, the keys of the pictures,
-and the loss with its parts as they were. Nothing in it is ever executed.
+A safetensors file: `model.NAME` and `batch.NAME` tensors, and in its metadata one JSON text,
+`about`: recipe and settings, precision, step, micro-batch, process, the seed of what is drawn
+inside the model, the keys of the pictures, and the loss with its parts as they were. Nothing in it
+is ever executed.
 
     student replay RUN/nonfinite/step-00000412.safetensors
 """
@@ -54,7 +57,8 @@ class Saved:
 
 
 def find(learner: Any, micros: Iterable[Micro]) -> tuple[Micro, dict[str, float]] | None:
-    """The first micro-batch of this process whose loss is not finite, and the loss with its parts; None where all are.
+    """The first micro-batch of this process whose loss is not finite, and the loss with its parts;
+    None where all are.
 
     All are run, since processes that share a model (FSDP) must run as many.
     """
@@ -82,7 +86,8 @@ def save(
     micro: Micro,
     parts: dict[str, float],
 ) -> None:
-    """Write a reproducer: the whole weights, and one micro-batch with the loss and the parts it gave."""
+    """Write a reproducer: the whole weights, and one micro-batch with the loss and the parts it
+    gave."""
     place.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "format": FORMAT,
@@ -115,11 +120,15 @@ def load(file: Path) -> Saved:
             raise ValueError(f"its format is {about['format']}, this program reads {FORMAT}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"cannot replay {str(file)!r}: {error}; a file of RUN/{FOLDER} is needed, which training wrote when a loss "
-            "was not finite"
+            f"cannot replay {str(file)!r}: {error}; a file of RUN/{FOLDER} is needed, which "
+            "training wrote when a loss was not finite"
         ) from error
     groups = {
-        kind: {name.removeprefix(f"{kind}."): value for name, value in tensors.items() if name.startswith(f"{kind}.")}
+        kind: {
+            name.removeprefix(f"{kind}."): value
+            for name, value in tensors.items()
+            if name.startswith(f"{kind}.")
+        }
         for kind in ("model", "batch")
     }
     return Saved(about, groups["model"], groups["batch"])
@@ -128,21 +137,26 @@ def load(file: Path) -> Saved:
 def build(saved: Saved, recipe: ModuleType) -> nn.Module:
     """The recipe's model with the weights of that step, in training mode."""
     names = {field.name for field in dataclasses.fields(recipe.Config)}
-    settings = [f"{key}={json.dumps(value)}" for key, value in saved.about["config"].items() if key in names]
+    settings = [
+        f"{key}={json.dumps(value)}" for key, value in saved.about["config"].items() if key in names
+    ]
     model: nn.Module = recipe.Model(config.from_overrides(recipe.Config, settings))
     try:
         model.load_state_dict(saved.model)
     except RuntimeError as error:
         raise UserError(
             f"the reproducer's weights do not fit recipe {saved.about['recipe']!r}: "
-            f"{str(error).splitlines()[-1].strip()}; give the recipe's file as it was, with --recipe"
+            f"{str(error).splitlines()[-1].strip()}; give the recipe's file as it was, with "
+            "--recipe"
         ) from error
     return model.train()
 
 
-def replay(saved: Saved, model: nn.Module, device: torch.device, precision: str | None = None) -> dict[str, Any]:
-    """Run the micro-batch again: loss and parts, the first module whose output is not finite, and the parameters whose
-    gradients are not. `precision` None is that of the run."""
+def replay(
+    saved: Saved, model: nn.Module, device: torch.device, precision: str | None = None
+) -> dict[str, Any]:
+    """Run the micro-batch again: loss and parts, the first module whose output is not finite, and
+    the parameters whose gradients are not. `precision` None is that of the run."""
     dtype = DTYPES[precision or saved.about["precision"]]
     model = model.to(device)
     batch = {name: value.to(device) for name, value in saved.batch.items()}
@@ -168,13 +182,17 @@ def replay(saved: Saved, model: nn.Module, device: torch.device, precision: str 
     }
 
 
-def run_again(file: Path, recipe_name: str | None, device: str, precision: str | None) -> dict[str, Any]:
-    """`student replay`. A recipe of the user's own is run only where its file is named: a reproducer runs nothing."""
+def run_again(
+    file: Path, recipe_name: str | None, device: str, precision: str | None
+) -> dict[str, Any]:
+    """`student replay`. A recipe of the user's own is run only where its file is named: a
+    reproducer runs nothing."""
     saved = load(file)
     name = recipe_name or saved.about["recipe"]
     if recipe_name is None and name not in recipes.names():
         raise UsageError(
-            f"the run's recipe was a file of its own, {name!r}, and a reproducer brings no code: give it with --recipe"
+            f"the run's recipe was a file of its own, {name!r}, and a reproducer brings no code: "
+            "give it with --recipe"
         )
     if precision is not None and precision not in DTYPES:
         raise UsageError(f"--precision {precision!r}: fp32, bf16 and fp16 are allowed")
@@ -185,13 +203,22 @@ def text(facts: dict[str, Any]) -> str:
     """What `replay` found, for a person."""
     keys = ", ".join(facts["keys"][:8]) + (" ..." if len(facts["keys"]) > 8 else "")
     lines = [f"{facts['recipe']}, step {facts['step']}, {len(facts['keys'])} pictures: {keys}"]
-    lines += [f"{name}: {facts['parts_then'].get(name)} then, {now} now" for name, now in facts["parts"].items()]
+    lines += [
+        f"{name}: {facts['parts_then'].get(name)} then, {now} now"
+        for name, now in facts["parts"].items()
+    ]
     for what in ("weights", "inputs", "gradients"):
         names = facts[f"nonfinite_{what}"]
         lines.append(
-            f"{what} not finite: {', '.join(names[:4]) or 'none'}{f' and {len(names) - 4} more' * (len(names) > 4)}"
+            f"{what} not finite: "
+            f"{', '.join(names[:4]) or 'none'}{f' and {len(names) - 4} more' * (len(names) > 4)}"
         )
-    return "\n".join([*lines, f"first module with an output that is not finite: {facts['first_nonfinite_module']}"])
+    return "\n".join(
+        [
+            *lines,
+            f"first module with an output that is not finite: {facts['first_nonfinite_module']}",
+        ]
+    )
 
 
 @contextlib.contextmanager
@@ -206,7 +233,9 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
         return look
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    handles = [
+        module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name
+    ]
     try:
         yield bad
     finally:

@@ -1,6 +1,7 @@
 """AdamW over two groups of parameters, and MAE's learning rate as a function of the step.
 
-The rate is a plain function rather than a scheduler object: resuming is arithmetic, and no wrapper can step it twice.
+The rate is a plain function rather than a scheduler object: resuming is arithmetic, and no wrapper
+can step it twice.
 """
 
 from __future__ import annotations
@@ -13,22 +14,27 @@ from torch import nn
 
 from student.config import RecipeConfig
 
-# 3-D in the MAE family, so the rule for 1-D parameters does not spare them; the released pre-training code decays them,
-# probably unintended. We do not, unless decay_tokens asks for it.
+# 3-D in the MAE family, so the rule for 1-D parameters does not spare them; the released
+# pre-training code decays them, probably unintended. We do not, unless decay_tokens asks for it.
 TOKENS = ("cls_token", "mask_token", "pos_embed", "decoder_pos_embed")
 
-FUSED = ("cpu", "cuda")  # devices with torch's fused kernel of AdamW; on a CPU it takes a third of the time
+# devices with torch's fused kernel of AdamW; on a CPU it takes a third of the time
+FUSED = ("cpu", "cuda")
 
 
 def decays(name: str, parameter: nn.Parameter, skip: set[str], decay_tokens: bool) -> bool:
-    """timm's rule: no decay for 1-D parameters, biases, and names in `skip`; tokens only with `decay_tokens`."""
+    """timm's rule: no decay for 1-D parameters, biases, and names in `skip`; tokens only with
+    `decay_tokens`."""
     if parameter.ndim <= 1 or name.endswith(".bias") or name in skip:
         return False
     return decay_tokens or name.rpartition(".")[2] not in TOKENS
 
 
-def param_groups(model: nn.Module, weight_decay: float, decay_tokens: bool = False) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters, `decay` and `no_decay`, each in the model's own order."""
+def param_groups(
+    model: nn.Module, weight_decay: float, decay_tokens: bool = False
+) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters, `decay` and `no_decay`, each in the model's own
+    order."""
     skip: set[str] = getattr(model, "no_weight_decay", set)()
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -43,19 +49,22 @@ def param_groups(model: nn.Module, weight_decay: float, decay_tokens: bool = Fal
 
 
 def adamw(model: nn.Module, config: RecipeConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW with the recipe's betas and decay, in one kernel where the device has it: move the model there first."""
+    """AdamW with the recipe's betas and decay, in one kernel where the device has it: move the
+    model there first."""
     groups = param_groups(model, config.weight_decay, config.decay_tokens)
     fused = all(parameter.device.type in FUSED for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=fused)
 
 
 def peak_lr(config: RecipeConfig, global_batch: int) -> float:
-    """`lr` where the user set it, else blr * global_batch / 256 (global: per process * accumulation * processes)."""
+    """`lr` where the user set it, else blr * global_batch / 256 (global: per process * accumulation
+    * processes)."""
     return config.lr if config.lr is not None else config.blr * global_batch / 256
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, peak: float, minimum: float) -> float:
-    """The rate of step 0, 1, ..., total_steps - 1: linear from 0 to the peak, then half a cosine down to the minimum.
+    """The rate of step 0, 1, ..., total_steps - 1: linear from 0 to the peak, then half a cosine
+    down to the minimum.
 
     >>> [lr_at(step, total_steps=6, warmup_steps=2, peak=1.0, minimum=0.0) for step in (0, 1, 2, 4)]
     [0.0, 0.5, 1.0, 0.5]

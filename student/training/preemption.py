@@ -1,7 +1,9 @@
-"""When training is asked to end: SIGTERM, a scheduler's notice, or Ctrl-C; it ends after the step in hand.
+"""When training is asked to end: SIGTERM, a scheduler's notice, or Ctrl-C; it ends after the step
+in hand.
 
-Every process of a run must end after the same step, since saving is a meeting of all. With several, each tells the
-others at every step, and what they told is looked at one step later, when it is known without waiting for a device.
+Every process of a run must end after the same step, since saving is a meeting of all. With several,
+each tells the others at every step, and what they told is looked at one step later, when it is
+known without waiting for a device.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _NOTE = b"\nnote: stopping after this step, with a checkpoint; Ctrl-C again stop
 
 
 class Notice:
-    """Within it SIGTERM and the first Ctrl-C are noted; the second Ctrl-C is a KeyboardInterrupt."""
+    """Within it SIGTERM and the first Ctrl-C are noted; the second Ctrl-C is a
+    KeyboardInterrupt."""
 
     def __init__(self, acc: Accelerator) -> None:
         self.acc = acc
@@ -54,7 +57,10 @@ class Notice:
         """To be asked once after each step: whether this was the last one, for all processes."""
         if self.acc.num_processes == 1:
             return self.asked is not None
-        before, mine = self._told, torch.tensor(float(self.asked is not None), device=self.acc.device)
+        before, mine = (
+            self._told,
+            torch.tensor(float(self.asked is not None), device=self.acc.device),
+        )
         self._told = self.acc.reduce(mine, "sum")
         return before is not None and bool(before.item())
 
@@ -62,7 +68,8 @@ class Notice:
 def error(step: int, total: int, why: str | None, resume: bool) -> StoppedError:
     """The one line, after the checkpoint of `step` is saved."""
     return StoppedError(
-        f"stopped after step {step} of {total}{f' by {why}' if why else ''}, its checkpoint is saved; {how(resume)}"
+        f"stopped after step {step} of {total}{f' by {why}' if why else ''}, its checkpoint is "
+        f"saved; {how(resume)}"
     )
 
 
@@ -72,10 +79,16 @@ def at_once(run: Path, resume: bool) -> StoppedError:
     if step is not None:
         return StoppedError(f"stopped; the checkpoint of step {step} is kept, {how(resume)}")
     if (run / checkpoint.CONFIG).is_file():
-        return StoppedError(f"stopped before the first checkpoint; {how(resume)}, which is the start")
+        return StoppedError(
+            f"stopped before the first checkpoint; {how(resume)}, which is the start"
+        )
     return StoppedError("stopped before the first step; run the same command again")
 
 
 def how(resume: bool) -> str:
     """What goes on: the very command where it said --resume already."""
-    return "the same command goes on from there" if resume else "the same command with --resume goes on from there"
+    return (
+        "the same command goes on from there"
+        if resume
+        else "the same command with --resume goes on from there"
+    )

@@ -1,5 +1,6 @@
-"""What a person at a terminal sees of a run: epoch, step, the loss and its parts, rate, images a second, the share of
-a step spent waiting for data, memory, and the time that is left. Quiet where stderr is no terminal.
+"""What a person at a terminal sees of a run: epoch, step, the loss and its parts, rate, images a
+second, the share of a step spent waiting for data, memory, and the time that is left. Quiet where
+stderr is no terminal.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from student.training.metrics import UNWRITTEN
 
 EVERY = 20  # steps between two looks at a loss that lies on a GPU: each look waits for the device
-NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", *UNWRITTEN)  # of a row of metrics
+# of a row of metrics
+NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", *UNWRITTEN)
 
 
 class Progress:
@@ -36,16 +38,24 @@ class Progress:
 def line(row: dict[str, Any], steps_per_epoch: int) -> str:
     """What stands behind the bar, which itself shows steps, the time passed and the time left."""
     epoch = row["step"] / steps_per_epoch
-    parts = {name: value for name, value in row.items() if name not in NOT_PARTS and not name.startswith("level_")}
-    losses = [f"loss {float(row['loss']):.4f}", *(f"{name} {float(value):.4g}" for name, value in parts.items())]
+    parts = {
+        name: value
+        for name, value in row.items()
+        if name not in NOT_PARTS and not name.startswith("level_")
+    }
+    losses = [
+        f"loss {float(row['loss']):.4f}",
+        *(f"{name} {float(value):.4g}" for name, value in parts.items()),
+    ]
     return (
-        f"epoch {epoch:.2f}  {' '.join(losses)}  lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  "
-        f"waiting for data {float(row['data_wait']):.0%}  {memory_bytes() / 1e9:.1f} GB"
+        f"epoch {epoch:.2f}  {' '.join(losses)}  lr {row['lr']:.2e}  {row['images_per_s']:.0f} "
+        f"images/s  waiting for data {float(row['data_wait']):.0%}  {memory_bytes() / 1e9:.1f} GB"
     )
 
 
 def memory_bytes() -> int:
-    """The most that this process has used so far: of the GPU where there is one, else of the host."""
+    """The most that this process has used so far: of the GPU where there is one, else of the
+    host."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
     return host_bytes()
@@ -63,5 +73,7 @@ def shown(total: int, first: int, steps_per_epoch: int, speaks: bool) -> Iterato
     from tqdm import tqdm
 
     quiet = not speaks or not sys.stderr.isatty()
-    with tqdm(total=total, initial=first, unit="step", disable=quiet, dynamic_ncols=True, smoothing=0.1) as bar:
+    with tqdm(
+        total=total, initial=first, unit="step", disable=quiet, dynamic_ncols=True, smoothing=0.1
+    ) as bar:
         yield Progress(bar, steps_per_epoch)

@@ -1,5 +1,5 @@
-"""A run's folder: what is written before the first step, what a resumed run must agree with, and what is taken away
-again when no step was made.
+"""A run's folder: what is written before the first step, what a resumed run must agree with, and
+what is taken away again when no step was made.
 
     RUN/config.json  environment.json  metrics.jsonl  checkpoints/
 """
@@ -24,8 +24,8 @@ from student import checkpoint
 from student.training import trackers
 from student.training.metrics import NAME, read
 
-# Parts of config.json that may change when a run goes on: how a cache was read is of no effect on any number, and how
-# the model was run of none beyond rounding.
+# Parts of config.json that may change when a run goes on: how a cache was read is of no effect on
+# any number, and how the model was run of none beyond rounding.
 FREE = ("targets.reading.", "running.")
 
 
@@ -37,11 +37,18 @@ def check(out: Path, record: dict[str, Any], resume: bool) -> None:
         names = [key for key in {**before, **now} if not key.startswith(FREE)]
         changed = [key for key in names if before.get(key) != now.get(key)]
         if changed:
-            shown = "; ".join(f"{key} {before.get(key)!r} before, {now.get(key)!r} now" for key in changed[:4])
+            shown = "; ".join(
+                f"{key} {before.get(key)!r} before, {now.get(key)!r} now" for key in changed[:4]
+            )
             more = f"; and {', '.join(changed[4:])}" if changed[4:] else ""
-            raise UserError(f"--resume: {str(out)!r} is another run: {shown}{more}; give its own arguments")
+            raise UserError(
+                f"--resume: {str(out)!r} is another run: {shown}{more}; give its own arguments"
+            )
     elif out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
-        raise UserError(f"--out {str(out)!r} is not empty; continue that run with --resume, or give another --out")
+        raise UserError(
+            f"--out {str(out)!r} is not empty; continue that run with --resume, or give another "
+            "--out"
+        )
 
 
 def make(out: Path, record: dict[str, Any]) -> bool:
@@ -51,13 +58,16 @@ def make(out: Path, record: dict[str, Any]) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     # The record first: a process that dies from here on leaves a run that --resume takes.
     json_file.write_file(path, (json.dumps(record, indent=1) + "\n").encode())
-    json_file.write_file(out / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
+    json_file.write_file(
+        out / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode()
+    )
     (out / NAME).touch()
     return is_new
 
 
 def forget_unbegun(run: Path) -> None:
-    """Remove the folder of a new run that ended before its first step, so that the corrected command finds it free."""
+    """Remove the folder of a new run that ended before its first step, so that the corrected
+    command finds it free."""
     if checkpoint.complete(run) or read(run):
         return
     for name in (NAME, "environment.json", checkpoint.CONFIG):
@@ -71,10 +81,21 @@ def environment() -> dict[str, Any]:
     """Versions, device and commit of this process, for people who compare runs."""
     import timm
 
-    versions = {"featcache": featcache.__version__, "torch": torch.__version__, "timm": timm.__version__}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = {
+        "featcache": featcache.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
     commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     return {
         **versions,

@@ -25,13 +25,15 @@ Log = Callable[[dict[str, Any]], None]
 
 
 def check(names: Sequence[str]) -> tuple[str, ...]:
-    """The trackers beside metrics.jsonl; one whose package is missing is one line that says what to install."""
+    """The trackers beside metrics.jsonl; one whose package is missing is one line that says what to
+    install."""
     here = {str(each) for each in get_available_trackers()}
     for name in names:
         if name not in here and name != JSON:
             raise UsageError(
-                f"--tracker {name}: the package {name} is not installed; run `pip install {name}` (or `pip install "
-                f"'featcache[{name}]'`), or take --tracker {JSON}, which needs none"
+                f"--tracker {name}: the package {name} is not installed; run `pip install {name}` "
+                f"(or `pip install 'featcache[{name}]'`), or take --tracker {JSON}, which needs "
+                "none"
             )
     return tuple(dict.fromkeys(name for name in names if name != JSON))
 
@@ -40,7 +42,8 @@ def check(names: Sequence[str]) -> tuple[str, ...]:
 def started(
     names: Sequence[str], acc: Accelerator, run: Path, record: dict[str, Any], first: int
 ) -> Iterator[Log | None]:
-    """What takes rows of metrics while the run goes on; None without trackers. `first` steps are shown already."""
+    """What takes rows of metrics while the run goes on; None without trackers. `first` steps are
+    shown already."""
     if not names or not acc.is_main_process:
         yield None
         return
@@ -55,7 +58,9 @@ def started(
     }
     acc.init_trackers("student", _flat(record), {name: kwargs[name] for name in names})
     try:
-        yield lambda row: acc.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        yield lambda row: acc.log(
+            {key: value for key, value in row.items() if key != "step"}, step=row["step"]
+        )
     finally:
         for tracker in acc.trackers:  # acc.end_training would also end the process group
             tracker.finish()
@@ -72,4 +77,7 @@ def _identity(place: Path) -> str:
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     """Settings as trackers take them: dotted names, plain values."""
     plain = (bool, int, float, str)
-    return {key: value if isinstance(value, plain) else str(value) for key, value in identity.flat(record)}
+    return {
+        key: value if isinstance(value, plain) else str(value)
+        for key, value in identity.flat(record)
+    }

@@ -1,8 +1,9 @@
 """The trainer: one loop for every recipe, from a laptop to a cluster, through Accelerate.
 
-It knows no recipe by name. A step is a pure function of (weights, seed, step): batches, masks and drop path are seeded
-by arithmetic, so a run that was interrupted goes on as if nothing had happened. Accelerate prepares the model and the
-optimizer; never the loader (it would split batches again) and not the schedule (it would step once a process).
+It knows no recipe by name. A step is a pure function of (weights, seed, step): batches, masks and
+drop path are seeded by arithmetic, so a run that was interrupted goes on as if nothing had
+happened. Accelerate prepares the model and the optimizer; never the loader (it would split batches
+again) and not the schedule (it would step once a process).
 """
 
 from __future__ import annotations
@@ -28,12 +29,21 @@ from student.config import RecipeConfig, as_dict
 from student.data.loader import Loader
 from student.data.prefetch import Feed, Share, Wait, to_device
 from student.targets.contract import Host, Targets
-from student.training import nonfinite, optim, preemption, progress_bar, run_folder, trackers, train_state
+from student.training import (
+    nonfinite,
+    optim,
+    preemption,
+    progress_bar,
+    run_folder,
+    trackers,
+    train_state,
+)
 from student.training.accelerator import out_of_memory_told
 from student.training.metrics import Metrics, cut, read
 from student.training.train_state import RunOptions, TrainState
 
-LATE_ROWS = 16  # on a GPU: steps until a row of metrics is looked at, so that the device is not waited for
+# on a GPU: steps until a row of metrics is looked at, so that the device is not waited for
+LATE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -59,38 +69,41 @@ class Run:
 
 
 def train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
-    """Run the job to its end; returns a summary. The run folder holds config.json, metrics.jsonl, environment.json and
-    checkpoints/."""
+    """Run the job to its end; returns a summary. The run folder holds config.json, metrics.jsonl,
+    environment.json and checkpoints/."""
     with out_of_memory_told(loader.batch_size):
         return _train(job, loader, acc)
 
 
 def _train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
-    # ---- what is to be done -------------------------------------------------------------------------------------
+    # ---- what is to be done ----------------------------------------------------------------------
     total = job.total_steps(loader.steps_per_epoch)
     record = _record(job, loader, acc, total)
     if acc.is_main_process:
         run_folder.check(job.out, record, job.resume)
 
-    # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind -------------------
+    # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind
     state = checkpoint.newest(job.out) if job.resume and checkpoint.complete(job.out) else None
     first = 0 if state is None else int(state["step"])
     pupil = begin(job, loader, acc, state)
 
-    # ---- the run folder ------------------------------------------------------------------------------------------
+    # ---- the run folder --------------------------------------------------------------------------
     is_new = acc.is_main_process and run_folder.make(job.out, record)
     acc.wait_for_everyone()
 
-    # ---- the loop -------------------------------------------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------------------
     save_every = job.save_every or loader.steps_per_epoch
     with contextlib.ExitStack() as stack:
         if is_new:
-            stack.callback(run_folder.forget_unbegun, job.out)  # last of all, when metrics are closed
+            # last of all, when metrics are closed
+            stack.callback(run_folder.forget_unbegun, job.out)
         log = stack.enter_context(trackers.started(job.trackers, acc, job.out, record, first))
         metrics = stack.enter_context(contextlib.closing(_metrics(job, first, acc, log)))
         hosts = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
         feed = Feed(job.config, job.targets, hosts, acc.device, job.seed)
-        bar = stack.enter_context(progress_bar.shown(total, first, loader.steps_per_epoch, acc.is_main_process))
+        bar = stack.enter_context(
+            progress_bar.shown(total, first, loader.steps_per_epoch, acc.is_main_process)
+        )
         notice = stack.enter_context(preemption.Notice(acc))
         for step in range(first, total):
             row = make_step(job, loader, pupil, feed, step, total)
@@ -107,13 +120,16 @@ def _train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
             _save(job, loader, pupil, total, metrics)
     rows = read(job.out)
     skipped = {"skipped": pupil.skipped} if job.ways.skip_nonfinite is not None else {}
-    computed = [row["fallback"] for row in rows if "fallback" in row]  # samples whose targets the teacher made
+    # samples whose targets the teacher made
+    computed = [row["fallback"] for row in rows if "fallback" in row]
     facts = {"run": str(job.out), "steps": total, "first_step": first, **record["data"], **skipped}
     facts |= {"fallback": sum(computed)} if computed else {}
     return {**facts, "loss": rows[-1]["loss"] if rows else None}
 
 
-def begin(job: Run, loader: Loader, acc: Accelerator, state: dict[str, Any] | None = None) -> TrainState:
+def begin(
+    job: Run, loader: Loader, acc: Accelerator, state: dict[str, Any] | None = None
+) -> TrainState:
     """The job's model and optimizer, as the seed or a checkpoint has them."""
     torch.manual_seed(job.seed)
     model = job.recipe.Model(job.config).to(acc.device)
@@ -121,11 +137,16 @@ def begin(job: Run, loader: Loader, acc: Accelerator, state: dict[str, Any] | No
     return train_state.build(acc, model, optimizer, job.ways, job.out, state)
 
 
-def make_step(job: Run, loader: Loader, pupil: TrainState, feed: Feed, step: int, total: int) -> dict[str, Any]:
-    """One optimiser step at its rate; returns its row of metrics, and what is not written of it (metrics.UNWRITTEN)."""
+def make_step(
+    job: Run, loader: Loader, pupil: TrainState, feed: Feed, step: int, total: int
+) -> dict[str, Any]:
+    """One optimiser step at its rate; returns its row of metrics, and what is not written of it
+    (metrics.UNWRITTEN)."""
     started = time.perf_counter()
     warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
-    lr = optim.lr_at(step, total, warmup, optim.peak_lr(job.config, loader.global_batch), job.config.min_lr)
+    lr = optim.lr_at(
+        step, total, warmup, optim.peak_lr(job.config, loader.global_batch), job.config.min_lr
+    )
     for group in pupil.optimizer.param_groups:
         group["lr"] = lr
     parts, waits, keys = _gradients(job, loader, pupil, feed, step)
@@ -134,20 +155,28 @@ def make_step(job: Run, loader: Loader, pupil: TrainState, feed: Feed, step: int
     row |= job.targets.noted(loader.step_rows(step)[0])
     if job.ways.skip_nonfinite is not None:
         row["skipped"] = pupil.skipped
-    return {**row, **_speed(loader, started, waits), "keys": keys, "applied": applied, "waits": waits}
+    return {
+        **row,
+        **_speed(loader, started, waits),
+        "keys": keys,
+        "applied": applied,
+        "waits": waits,
+    }
 
 
 def _gradients(
     job: Run, loader: Loader, pupil: TrainState, feed: Feed, step: int
 ) -> tuple[dict[str, Tensor], list[Wait], list[str]]:
-    """Forward and backward of a step's micro-batches: mean parts of the loss, waits for data, sample keys."""
+    """Forward and backward of a step's micro-batches: mean parts of the loss, waits for data,
+    sample keys."""
     acc, sums = pupil.acc, dict[str, Tensor]()
     waits, keys = list[Wait](), list[str]()
     for micro in range(loader.accumulation):
         taken = feed.take()
         waits.append(taken.waited)
         keys += taken.keys
-        torch.manual_seed(step_seed(job.seed, step, micro, loader.rank))  # drop path draws from the global generator
+        # drop path draws from the global generator
+        torch.manual_seed(step_seed(job.seed, step, micro, loader.rank))
         last = micro == loader.accumulation - 1
         with contextlib.nullcontext() if last else acc.no_sync(pupil.model):
             with acc.autocast():
@@ -157,51 +186,70 @@ def _gradients(
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach() / loader.accumulation
     if job.config.clip_grad is not None:
-        sums["grad_norm"] = train_state.whole(acc.clip_grad_norm_(pupil.model.parameters(), job.config.clip_grad))
+        sums["grad_norm"] = train_state.whole(
+            acc.clip_grad_norm_(pupil.model.parameters(), job.config.clip_grad)
+        )
     if acc.num_processes > 1:
         sums = {name: acc.reduce(value, "mean") for name, value in sums.items()}
     return sums, waits, keys
 
 
 def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Seed of what is drawn inside the model in one micro-step: a word of (seed, step, micro-batch, process)."""
-    word = rng.words(rng.key_digests([f"step:{micro}:{rank}"]), rng.stream("model", seed), 1, epoch=step)[0, 0]
+    """Seed of what is drawn inside the model in one micro-step: a word of (seed, step, micro-batch,
+    process)."""
+    word = rng.words(
+        rng.key_digests([f"step:{micro}:{rank}"]), rng.stream("model", seed), 1, epoch=step
+    )[0, 0]
     return int(word >> np.uint64(1))
 
 
 def _speed(loader: Loader, started: float, waits: list[Wait]) -> dict[str, Any]:
     """Samples a second over all processes, and the share of the step spent waiting for data."""
     seconds = max(time.perf_counter() - started, 1e-9)
-    return {"images_per_s": round(loader.global_batch / seconds, 2), "data_wait": Share(waits, seconds)}
+    return {
+        "images_per_s": round(loader.global_batch / seconds, 2),
+        "data_wait": Share(waits, seconds),
+    }
 
 
 def _check_losses(rows: list[dict[str, Any]], job: Run, loader: Loader, pupil: TrainState) -> None:
-    """Stop at a loss that is not finite, with what runs it again: nothing that follows it would mean anything. Some
-    may be left out (--skip-nonfinite): those were not applied."""
+    """Stop at a loss that is not finite, with what runs it again: nothing that follows it would
+    mean anything. Some may be left out (--skip-nonfinite): those were not applied."""
     allowed = job.ways.skip_nonfinite
     for row in rows:
         if np.isfinite(row["loss"]):
             continue
         stops = allowed is None or pupil.skipped > allowed
-        if stops or pupil.skipped == 1:  # the first is kept, and the one that was too many: each is as large as a model
+        # the first is kept, and the one that was too many: each is as large as a model
+        if stops or pupil.skipped == 1:
             what = _reproduce(job, loader, pupil, row)
         if stops:
             raise UserError(f"loss is {row['loss']} at step {row['step']} {what}")
 
 
 def _reproduce(job: Run, loader: Loader, pupil: TrainState, row: dict[str, Any]) -> str:
-    """Keep the first micro-batch whose loss was not finite; says what a person should know. A meeting of all."""
+    """Keep the first micro-batch whose loss was not finite; says what a person should know. A
+    meeting of all."""
     acc, step = pupil.acc, row["step"] - 1
     with contextlib.closing(loader.iterate(step, step + 1)) as batches:
         found = nonfinite.find(pupil, _micros(job, loader, acc, batches, step))
     had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
     weights = pupil.weights()
     place = f"{job.out}/{checkpoint.FOLDER}"
-    cure = "lower the rate, or use --precision fp32 or bf16, or leave such steps out with --skip-nonfinite N"
+    cure = (
+        "lower the rate, or use --precision fp32 or bf16, or leave such steps out with "
+        "--skip-nonfinite N"
+    )
     if job.ways.skip_nonfinite is not None:
-        cure = f"the {pupil.skipped} steps left out are more than --skip-nonfinite {job.ways.skip_nonfinite}"
+        cure = (
+            f"the {pupil.skipped} steps left out are more than --skip-nonfinite "
+            f"{job.ways.skip_nonfinite}"
+        )
     if True not in had:
-        return f"and finite when the step is run again: suspect the machine; checkpoints before it are in {place}"
+        return (
+            "and finite when the step is run again: suspect the machine; checkpoints before it are "
+            f"in {place}"
+        )
     first = had.index(True)
     path = nonfinite.path(job.out, row["step"], first)
     who = f"those of process {first}"
@@ -210,7 +258,8 @@ def _reproduce(job: Run, loader: Loader, pupil: TrainState, row: dict[str, Any])
         keys = found[0].keys
         who = f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
     return (
-        f"(pictures {who}); `student replay {path}` runs that batch again; checkpoints before it are in {place}: {cure}"
+        f"(pictures {who}); `student replay {path}` runs that batch again; checkpoints before it "
+        f"are in {place}: {cure}"
     )
 
 
@@ -219,7 +268,9 @@ def _micros(
 ) -> Iterator[nonfinite.Micro]:
     for number, host in enumerate(batches):
         batch = to_device(job.config, job.targets, host, acc.device, job.seed)
-        yield nonfinite.Micro(number, host["keys"], batch, step_seed(job.seed, step, number, loader.rank))
+        yield nonfinite.Micro(
+            number, host["keys"], batch, step_seed(job.seed, step, number, loader.rank)
+        )
 
 
 def _metrics(job: Run, first: int, acc: Accelerator, log: trackers.Log | None) -> Metrics:
@@ -231,7 +282,8 @@ def _metrics(job: Run, first: int, acc: Accelerator, log: trackers.Log | None) -
 
 
 def _save(job: Run, loader: Loader, pupil: TrainState, step: int, metrics: Metrics) -> None:
-    _check_losses(metrics.flush(), job, loader, pupil)  # a checkpoint never follows a loss that was not finite
+    # a checkpoint never follows a loss that was not finite
+    _check_losses(metrics.flush(), job, loader, pupil)
     pupil.acc.wait_for_everyone()
     state = pupil.state()
     if pupil.acc.is_main_process:

@@ -1,10 +1,12 @@
-"""What learns: the model, its optimizer and its average, as Accelerate prepares them, and what of them a checkpoint
-holds.
+"""What learns: the model, its optimizer and its average, as Accelerate prepares them, and what of
+them a checkpoint holds.
 
-    Model -> (restored) -> average -> activation checkpointing -> compile -> Accelerate (DDP, FSDP, autocast, scaler)
+    Model -> (restored) -> average -> activation checkpointing -> compile
+    -> Accelerate (DDP, FSDP, autocast, scaler)
 
-A checkpoint is one file of whole tensors however the weights are spread over processes, so a run may go on with another
-number of processes, with FSDP or without. All processes build, step and save together.
+A checkpoint is one file of whole tensors however the weights are spread over processes, so a run
+may go on with another number of processes, with FSDP or without. All processes build, step and save
+together.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class RunOptions:
     ema: float | None = None  # decay of the average of the weights; None: no average
     compiled: bool = False
     checkpoint_activations: bool = False
-    skip_nonfinite: int | None = None  # steps without a finite loss that may be left out; None: the first one stops
+    # steps without a finite loss that may be left out; None: the first one stops
+    skip_nonfinite: int | None = None
 
 
 @dataclass
@@ -54,14 +57,21 @@ class TrainState:
     def __post_init__(self) -> None:
         raw = getattr(self.optimizer, "optimizer", self.optimizer)
         on_gpu = self.acc.device.type == "cuda" and bool(raw.defaults.get("fused"))
-        if on_gpu and self.acc.scaler is None and self.ways.skip_nonfinite is None and not sharded(self.acc):
+        if (
+            on_gpu
+            and self.acc.scaler is None
+            and self.ways.skip_nonfinite is None
+            and not sharded(self.acc)
+        ):
             self._held = torch.zeros((), device=self.acc.device)
 
     def update(self, loss: Tensor, step: int) -> bool:
-        """One step of the optimizer, unless the loss is not finite; False where it is known that nothing was applied.
+        """One step of the optimizer, unless the loss is not finite; False where it is known that
+        nothing was applied.
 
-        On a GPU nothing waits for the loss: the fused kernel is told on the device to change nothing from the first
-        loss that is not finite on, so that weights are still those that gave it when the host comes to look.
+        On a GPU nothing waits for the loss: the fused kernel is told on the device to change
+        nothing from the first loss that is not finite on, so that weights are still those that gave
+        it when the host comes to look.
         """
         if self._held is not None:
             self._held = torch.maximum(self._held, (~loss.detach().isfinite()).float())
@@ -78,7 +88,8 @@ class TrainState:
     def _leave_out(self) -> None:
         self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
-        if self.acc.scaler is not None:  # its scale is not to blame; this forgets what it saw of these gradients
+        # its scale is not to blame; this forgets what it saw of these gradients
+        if self.acc.scaler is not None:
             self.acc.scaler.update(self.acc.scaler.get_scale())
 
     def weights(self) -> dict[str, Tensor]:
@@ -93,10 +104,16 @@ class TrainState:
         scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else {}
         if sharded(self.acc):
             options = spread.StateDictOptions(full_state_dict=True, cpu_offload=True)
-            model, optimizer = spread.get_state_dict(self.module, self.optimizer.optimizer, options=options)
+            model, optimizer = spread.get_state_dict(
+                self.module, self.optimizer.optimizer, options=options
+            )
             own: State = {"model": model, "optimizer": _by_number(optimizer), "scaler": scaler}
         else:
-            own = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": scaler}
+            own = {
+                "model": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": scaler,
+            }
         average = {} if self.average is None else {checkpoint.EMA: self.average.module.state_dict()}
         return {**own, **average, "skipped": self.skipped}
 
@@ -112,11 +129,20 @@ def whole(value: Tensor) -> Tensor:
 
 
 def build(
-    acc: Accelerator, module: nn.Module, optimizer: Any, ways: RunOptions, run: Path, state: State | None
+    acc: Accelerator,
+    module: nn.Module,
+    optimizer: Any,
+    ways: RunOptions,
+    run: Path,
+    state: State | None,
 ) -> TrainState:
-    """Model and optimizer, as they start or as a checkpoint left them, prepared for this process."""
+    """Model and optimizer, as they start or as a checkpoint left them, prepared for this
+    process."""
     if ways.ema is not None and sharded(acc):
-        raise UsageError("--ema does not go with FSDP, which gives each process a part of the weights; leave one out")
+        raise UsageError(
+            "--ema does not go with FSDP, which gives each process a part of the weights; leave "
+            "one out"
+        )
     if state is not None:
         checkpoint.restore(run, state, module, None if sharded(acc) else optimizer)
     average = None if ways.ema is None else _average(module, ways.ema, run, state)
@@ -137,7 +163,8 @@ def build(
 
 
 def _average(module: nn.Module, decay: float, run: Path, state: State | None) -> ModelEmaV3:
-    """timm's exponential moving average with its warm-up: a function of the step, so that a run resumes exactly."""
+    """timm's exponential moving average with its warm-up: a function of the step, so that a run
+    resumes exactly."""
     average = ModelEmaV3(module, decay=decay, use_warmup=True)
     average.module.requires_grad_(False)
     if state is not None:
@@ -150,14 +177,25 @@ def _by_number(state: State) -> State:
     names = [name for group in state.get("param_groups", []) for name in group["params"]]
     number = {name: i for i, name in enumerate(names)}
     groups = [
-        {**group, "params": [number[name] for name in group["params"]]} for group in state.get("param_groups", [])
+        {**group, "params": [number[name] for name in group["params"]]}
+        for group in state.get("param_groups", [])
     ]
-    return {"state": {number[name]: values for name, values in state.get("state", {}).items()}, "param_groups": groups}
+    return {
+        "state": {number[name]: values for name, values in state.get("state", {}).items()},
+        "param_groups": groups,
+    }
 
 
 def _by_name(state: State, module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """The reverse of `_by_number`, for the parameters of an optimizer of this model."""
     known = {id(parameter): name for name, parameter in module.named_parameters()}
-    names = [known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[i]: values for i, values in state["state"].items()}, "param_groups": groups}
+    names = [
+        known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]
+    ]
+    groups = [
+        {**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]
+    ]
+    return {
+        "state": {names[i]: values for i, values in state["state"].items()},
+        "param_groups": groups,
+    }

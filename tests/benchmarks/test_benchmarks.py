@@ -1,4 +1,5 @@
-"""The benchmark programs run to their end at tiny sizes, and do not time a reader that gives wrong numbers.
+"""The benchmark programs run to their end at tiny sizes, and do not time a reader that gives wrong
+numbers.
 
 How fast anything is has no place here: 16 rows of 2 x 5 x 16 say nothing about it.
 """
@@ -24,7 +25,18 @@ import torch
 from safetensors.torch import save_file
 
 import featcache
-from benchmarks import bench_extract, bench_read, bench_recipes, cold, drop, peers, plain_steps, resident, table, warm
+from benchmarks import (
+    bench_extract,
+    bench_read,
+    bench_recipes,
+    cold,
+    drop,
+    peers,
+    plain_steps,
+    resident,
+    table,
+    warm,
+)
 from benchmarks.contest import Contest, Reader, Task, Turn, check, take
 from benchmarks.records import Bench, Way, make_source, write_cache
 from featcache.errors import UsageError, UserError
@@ -42,7 +54,9 @@ ROOT = Path(__file__).parents[2]
 def program(name: str, *args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 # ------------------------------------------------------------ the programs
@@ -51,23 +65,42 @@ def program(name: str, *args: object) -> subprocess.CompletedProcess[str]:
 def test_bench_train_step_to_its_end(tmp_path: Path) -> None:
     """A trial: each way takes its steps, and the ratios are of the seconds beside them."""
     path = tmp_path / "step.json"
-    small = ("--trial", "--recipe", "maskalign", "--batch-size", 2, "--pictures", 4, "--steps", 1, "--reps", 1)
-    ran = program("bench_train_step", *small, "--device", "cpu", "--folder", tmp_path, "--json", path)
+    small = (
+        "--trial",
+        "--recipe",
+        "maskalign",
+        "--batch-size",
+        2,
+        "--pictures",
+        4,
+        "--steps",
+        1,
+        "--reps",
+        1,
+    )
+    ran = program(
+        "bench_train_step", *small, "--device", "cpu", "--folder", tmp_path, "--json", path
+    )
     assert ran.returncode == 0, ran.stderr
     (line,) = json.loads(path.read_text())["lines"]
     seconds = {name: values[0] for name, values in line["seconds"].items()}
     assert set(seconds) == {"online", "cached", "in memory"}
     assert line["online / cached"] == pytest.approx(seconds["online"] / seconds["cached"])
     assert line["cached / in memory"] == pytest.approx(seconds["cached"] / seconds["in memory"])
-    assert ran.stdout.splitlines()[-1].startswith("cached / in memory, at most (maskalign, synthetic) = ")
+    assert ran.stdout.splitlines()[-1].startswith(
+        "cached / in memory, at most (maskalign, synthetic) = "
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
 
 
 def test_a_plain_step_is_a_step() -> None:
-    """Losses of the two recipes that are written with PyTorch and timm alone, of the sizes that they take."""
+    """Losses of the two recipes that are written with PyTorch and timm alone, of the sizes that
+    they take."""
     draw = torch.Generator().manual_seed(0)
     keep, masked = torch.arange(58).repeat(2, 1), torch.arange(58, 196).repeat(2, 1)
-    images, features = (torch.randn(shape, generator=draw) for shape in ((2, 3, 224, 224), (2, 2, 197, 32)))
+    images, features = (
+        torch.randn(shape, generator=draw) for shape in ((2, 3, 224, 224), (2, 2, 197, 32))
+    )
     batch = {"images": images, "ids_keep": keep, "ids_masked": masked, "features": features}
     for make in plain_steps.MODELS.values():
         loss = make(2, 32)(batch)
@@ -78,7 +111,20 @@ def test_a_plain_step_is_a_step() -> None:
 def test_bench_loader_to_its_end(tmp_path: Path) -> None:
     """Every way delivers, ratios are of the rates beside them, and nothing is left."""
     path = tmp_path / "loader.json"
-    small = ("--rows", 12, "--shape", "2x197x16", "--batch-size", 4, "--reps", 1, "--seconds", 0.2, "--steps", 3)
+    small = (
+        "--rows",
+        12,
+        "--shape",
+        "2x197x16",
+        "--batch-size",
+        4,
+        "--reps",
+        1,
+        "--seconds",
+        0.2,
+        "--steps",
+        3,
+    )
     ran = program("bench_loader", *small, "--workers", 1, "--folder", tmp_path, "--json", path)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(path.read_text())
@@ -95,7 +141,10 @@ def test_bench_loader_to_its_end(tmp_path: Path) -> None:
             "webdataset, Pillow and npy",
         )
     )
-    for text, value in (("ours, stored pixels / preads", stored / preads), ("ours, tars / webdataset", tars / peer)):
+    for text, value in (
+        ("ours, stored pixels / preads", stored / preads),
+        ("ours, tars / webdataset", tars / peer),
+    ):
         (line,) = (line for line in lines if line.startswith(text))
         assert float(line.split(" = ")[1].split(",")[0]) == pytest.approx(value, abs=0.006)
         assert line.endswith(("  ok", "  MISSED"))
@@ -115,22 +164,55 @@ def test_bench_read_to_its_end(tmp_path: Path) -> None:
     assert found["commit"]
     assert found["options"]["rows"] == 16
     assert all(result["ratio"] > 0 and result["gb_s"] > 0 for result in found["results"])
-    assert {result.get("peer") for result in found["results"]} >= {p for p in peers.PEERS if not peers.missing(p)}
+    assert {result.get("peer") for result in found["results"]} >= {
+        p for p in peers.PEERS if not peers.missing(p)
+    }
     lines = ran.stdout.splitlines()
-    for text in ("random rows, no checks / memcpy = ", "random rows, row checks / memcpy = ", "time for 1 of 2 levels"):
-        assert sum(line.startswith(text) and line.endswith(("  ok", "  MISSED")) for line in lines) >= 1, text
+    for text in (
+        "random rows, no checks / memcpy = ",
+        "random rows, row checks / memcpy = ",
+        "time for 1 of 2 levels",
+    ):
+        assert (
+            sum(line.startswith(text) and line.endswith(("  ok", "  MISSED")) for line in lines)
+            >= 1
+        ), text
     assert found["cold"]["gb_s"] or found["cold"]["skipped"]
     assert [path.name for path in tmp_path.iterdir()] == ["read.json"]  # nothing else is left
 
 
 def test_bench_write_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "write.json"
-    small = ("--teacher", "synthetic:levels=2,tokens=4,width=16,size=28", "--levels", "all", "--rows", 8, "--views", 2)
-    ran = program("bench_write", *small, "--batch-size", 4, "--workers", 1, "--folder", tmp_path, "--json", path)
+    small = (
+        "--teacher",
+        "synthetic:levels=2,tokens=4,width=16,size=28",
+        "--levels",
+        "all",
+        "--rows",
+        8,
+        "--views",
+        2,
+    )
+    ran = program(
+        "bench_write",
+        *small,
+        "--batch-size",
+        4,
+        "--workers",
+        1,
+        "--folder",
+        tmp_path,
+        "--json",
+        path,
+    )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(path.read_text())
     assert found["hardware"]["cpu"]
-    assert set(found["ratios"]) == {"writer alone / raw disk", "store / null sink", "store / raw disk"}
+    assert set(found["ratios"]) == {
+        "writer alone / raw disk",
+        "store / null sink",
+        "store / raw disk",
+    }
     assert all(ratio > 0 for ratio in found["ratios"].values())
     (rep,) = found["repetitions"]
     assert rep["store"]["slowest"] in ("decode", "copy", "teacher", "encode", "write")
@@ -146,7 +228,21 @@ VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=2,
 @pytest.mark.parametrize("ready", [(), ("--ready",)], ids=["network", "ready"])
 def test_bench_extract_to_its_end(tmp_path: Path, ready: tuple[str, ...]) -> None:
     path = tmp_path / "extract.json"
-    small = ("--teacher", VIT, "--levels", "all", "--rows", 7, "--reps", 2, "--batch-size", 4, "--workers", 1, *ready)
+    small = (
+        "--teacher",
+        VIT,
+        "--levels",
+        "all",
+        "--rows",
+        7,
+        "--reps",
+        2,
+        "--batch-size",
+        4,
+        "--workers",
+        1,
+        *ready,
+    )
     ran = program("bench_extract", *small, "--device", "cpu", "--folder", tmp_path, "--json", path)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(path.read_text())
@@ -155,7 +251,13 @@ def test_bench_extract_to_its_end(tmp_path: Path, ready: tuple[str, ...]) -> Non
     assert [*found["repetitions"][0]] == list(found["repetitions"][1])
     assert set(found["repetitions"][0]) == set(bench_extract.WAYS)
     for way in ("null sink", "store"):
-        assert set(found["repetitions"][0][way]["busy"]) == {"decode", "copy", "teacher", "encode", "write"}
+        assert set(found["repetitions"][0][way]["busy"]) == {
+            "decode",
+            "copy",
+            "teacher",
+            "encode",
+            "write",
+        }
     assert found["bytes"] == found["repetitions"][1]["raw disk"]["bytes"]
     assert set(found["ratios"]) == {
         *bench_extract.AIMS, "store / null sink", "rate of store / raw disk"
@@ -171,7 +273,10 @@ def test_bench_extract_to_its_end(tmp_path: Path, ready: tuple[str, ...]) -> Non
 def test_bench_recipes_has_a_row_for_every_recipe() -> None:
     assert {case.recipe for case in bench_recipes.CASES.values()} == set(recipes.names())
     assert "target=f" in bench_recipes.settings_of(bench_recipes.Case("kd"))
-    assert not any(text.startswith("target=") for text in bench_recipes.settings_of(bench_recipes.Case("maskalign")))
+    assert not any(
+        text.startswith("target=")
+        for text in bench_recipes.settings_of(bench_recipes.Case("maskalign"))
+    )
     own = bench_recipes.settings_of(bench_recipes.Case("mae", settings={"decoder_depth": 3}))
     assert [text for text in own if text.startswith("decoder_depth")] == ["decoder_depth=3"]
 
@@ -183,7 +288,10 @@ def test_bench_recipes_tells_who_learnt_and_who_did_not() -> None:
         "a": {**common, "passed": True, "checkpoints": [(50, 40.0), (100, 70.5)]},
         "b": {**common, "passed": False, "checkpoints": [(50, 64.0), (100, 51.0)]},
     }
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in bench_recipes.report(found, 100).splitlines()]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in bench_recipes.report(found, 100).splitlines()
+    ]
     assert rows[2] == ["a", "62.0 ± 1.6", "65.2", "100", "70.5", "7"]
     assert rows[3] == ["b", "62.0 ± 1.6", "65.2", "not in 100", "best 64.0", "7"]
 
@@ -202,9 +310,11 @@ sys.exit(int(sys.argv[2]))
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_bench_recipes_looks_at_every_checkpoint(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that writes three, the next while this one is looked at, were it not held; one that fails says so in
-    one line."""
+def test_bench_recipes_looks_at_every_checkpoint(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that writes three, the next while this one is looked at, were it not held; one
+    that fails says so in one line."""
     monkeypatch.setattr(checkpoint, "load_encoder", lambda run: (checkpoint.step_of(run), {}))
     command = [sys.executable, "-c", TRAINING, str(tmp_path), str(status)]
     seen = []
@@ -215,7 +325,9 @@ def test_bench_recipes_looks_at_every_checkpoint(status: int, tmp_path: Path, mo
     assert seen == [(5, 5), (10, 10), (15, 15)]
 
 
-def test_bench_recipes_stops_the_training_it_need_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_recipes_stops_the_training_it_need_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoint, "load_encoder", lambda run: (checkpoint.step_of(run), {}))
     command = [sys.executable, "-c", TRAINING.replace("0.6", "60"), str(tmp_path), "0"]
     with contextlib.closing(bench_recipes.checkpoints(command, tmp_path)) as found:
@@ -223,15 +335,17 @@ def test_bench_recipes_stops_the_training_it_need_not_end(tmp_path: Path, monkey
 
 
 def few_digits(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """60 digits to learn from and 60 held out, a teacher and a tokenizer that have learnt nothing: what the program
-    would otherwise make in minutes."""
+    """60 digits to learn from and 60 held out, a teacher and a tokenizer that have learnt nothing:
+    what the program would otherwise make in minutes."""
     whole = sklearn.datasets.load_digits()
     cut = sklearn.utils.Bunch(images=whole.images[:120], target=whole.target[:120])
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: cut)
     monkeypatch.setattr(digits, "TRAIN", 60)
     digits.write_shards(home, seed=0)
     train = open_source(f"{home}/data/train-*.tar")
-    save_file(digits.train_teacher(train, seed=0, epochs=2).state_dict(), home / "teacher.safetensors")
+    save_file(
+        digits.train_teacher(train, seed=0, epochs=2).state_dict(), home / "teacher.safetensors"
+    )
     words = load_tokenizer(tokenizer.SPEC, "random:0")
     save_file(dict(words.state_dict()), home / "tokenizer.safetensors")
     for name in ("teacher", "tokenizer"):
@@ -246,12 +360,17 @@ def test_bench_recipes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     small = ("--steps", 4, "--every", 2, "--batch-size", 8, "--recipe", "cae", "--recipe", "mae")
     ran = program("bench_recipes", *small, "--folder", home, "--json", path)
     assert ran.returncode == 1, ran.stderr
-    assert "not 2 standard deviations above untrained encoders within 4 steps" in ran.stderr.splitlines()[-1]
+    assert (
+        "not 2 standard deviations above untrained encoders within 4 steps"
+        in ran.stderr.splitlines()[-1]
+    )
     found = json.loads(path.read_text())
     assert set(found["recipes"]) == {"cae", "mae"}
     for row in found["recipes"].values():
         assert len(row["untrained"]) == 5
-        assert row["wanted"] == pytest.approx(np.mean(row["untrained"]) + 2 * np.std(row["untrained"], ddof=1))
+        assert row["wanted"] == pytest.approx(
+            np.mean(row["untrained"]) + 2 * np.std(row["untrained"], ddof=1)
+        )
         assert [step for step, _ in row["checkpoints"]][-1] == 4
     assert found["tokenizer"] == {"name": "tokenizer"}
     assert "| cae " in ran.stdout
@@ -271,14 +390,24 @@ def test_the_bare_network_is_the_same_without_hooks() -> None:
 
 def test_ratios_of_an_extraction_are_of_one_repetition() -> None:
     seconds = [(1.0, 1.1, 1.2, 4.0, 2.0), (2.0, 2.2, 3.0, 4.0, 1.0), (1.0, 1.3, 1.4, 4.0, 3.0)]
-    reps = [{way: {"seconds": s} for way, s in zip(bench_extract.WAYS, rep, strict=True)} for rep in seconds]
+    reps = [
+        {way: {"seconds": s} for way, s in zip(bench_extract.WAYS, rep, strict=True)}
+        for rep in seconds
+    ]
     found = bench_extract.ratios_of(reps)
-    assert found["null sink / bare forward"] == pytest.approx({"median": 1.4, "lowest": 1.2, "highest": 1.5})
+    assert found["null sink / bare forward"] == pytest.approx(
+        {"median": 1.4, "lowest": 1.2, "highest": 1.5}
+    )
     assert found["read forward / bare forward"]["median"] == pytest.approx(1.1)
-    assert found["rate of store / raw disk"] == pytest.approx({"median": 0.5, "lowest": 0.25, "highest": 0.75})
+    assert found["rate of store / raw disk"] == pytest.approx(
+        {"median": 0.5, "lowest": 0.25, "highest": 0.75}
+    )
     lines = bench_extract.verdicts(found, "write", "cpu", False)
     assert [line.split()[-1] for line in lines if "aim" in line] == ["MISSED", "MISSED", "MISSED"]
-    assert "(not the disk: teacher is the limit)" in bench_extract.verdicts(found, "teacher", "cpu", True)[-1]
+    assert (
+        "(not the disk: teacher is the limit)"
+        in bench_extract.verdicts(found, "teacher", "cpu", True)[-1]
+    )
 
 
 def test_what_cannot_be_asked() -> None:
@@ -294,7 +423,8 @@ def test_what_cannot_be_asked() -> None:
 # ------------------------------------------------------------ right numbers, or no time
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # tars, where a stream is left before its end
+# tars, where a stream is left before its end
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("layout", peers.LAYOUTS, ids=lambda layout: layout.name)
 def test_every_peer_is_checked(layout: peers.Layout, tmp_path: Path) -> None:
@@ -324,7 +454,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("checks", [False, True])
 @pytest.mark.parametrize("part", [{}, {"levels": 1}, {"tokens": 2}], ids=str)
 @pytest.mark.parametrize("kind", ["rows", "block"])
-def test_ours_and_memcpy_are_checked(folder: Path, kind: str, part: dict[str, int], checks: bool) -> None:
+def test_ours_and_memcpy_are_checked(
+    folder: Path, kind: str, part: dict[str, int], checks: bool
+) -> None:
     bench, way = Bench(TASK, SOURCE, ORDER), Way(kind, 2, checks=checks, **part)
     with featcache.open(folder, threads=2) as cache:
         bare = way._replace(checks=None, bare=True)
@@ -379,7 +511,9 @@ def test_ratios_are_of_one_repetition() -> None:
     assert contest.ratio("a", "b") == pytest.approx(1 / 4)
     assert contest.time_ratio("a", "b") == pytest.approx(4.0)
     facts: dict[str, Any] = contest.facts("a", "b")
-    assert (facts["lowest"], facts["highest"], facts["versus"]) == pytest.approx((1 / 12, 1 / 2, "b"))
+    assert (facts["lowest"], facts["highest"], facts["versus"]) == pytest.approx(
+        (1 / 12, 1 / 2, "b")
+    )
 
 
 def test_pages_are_counted(tmp_path: Path) -> None:

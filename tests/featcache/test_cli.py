@@ -1,4 +1,5 @@
-"""The `featcache` command as a person meets it: help with examples, one line for each mistake, JSON that parses."""
+"""The `featcache` command as a person meets it: help with examples, one line for each mistake, JSON
+that parses."""
 
 from __future__ import annotations
 
@@ -22,29 +23,93 @@ Command = Callable[..., Ran]
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=6,num_heads=3"
 # DESIGN 7, less what comes later.
 OPTIONS = (
-    *("teacher", "images", "out", "views", "levels", "policy", "size", "scale", "ratio", "filter", "flip", "jitter"),
-    *("store", "codec", "order", "weights", "seed", "rows-per-shard", "device", "batch-size", "workers"),
-    *("tokens", "keep", "pixels", "rows-per-shard", "devices", "shard", "add", "strict", "dry-run", "json"),
+    *(
+        "teacher",
+        "images",
+        "out",
+        "views",
+        "levels",
+        "policy",
+        "size",
+        "scale",
+        "ratio",
+        "filter",
+        "flip",
+        "jitter",
+    ),
+    *(
+        "store",
+        "codec",
+        "order",
+        "weights",
+        "seed",
+        "rows-per-shard",
+        "device",
+        "batch-size",
+        "workers",
+    ),
+    *(
+        "tokens",
+        "keep",
+        "pixels",
+        "rows-per-shard",
+        "devices",
+        "shard",
+        "add",
+        "strict",
+        "dry-run",
+        "json",
+    ),
     *("precision", "compile", "check-teacher"),
 )
-BASE = ("--teacher", SYNTHETIC, "--size", 28, "--levels", "last:2", "--batch-size", 4, "--workers", 2)
+BASE = (
+    "--teacher",
+    SYNTHETIC,
+    "--size",
+    28,
+    "--levels",
+    "last:2",
+    "--batch-size",
+    4,
+    "--workers",
+    2,
+)
 
 
 @pytest.fixture(scope="module")
 def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished cache, made by the command in a process of its own."""
     out = tmp_path_factory.mktemp("cli") / "cache"
-    command = [sys.executable, "-m", "featcache", "extract", "--images", str(photos), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "featcache",
+        "extract",
+        "--images",
+        str(photos),
+        "--out",
+        str(out),
+    ]
     ran = subprocess.run(
-        [*command, *map(str, BASE), "--json"], capture_output=True, text=True, check=False, cwd=out.parent
+        [*command, *map(str, BASE), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=out.parent,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""
     facts = json.loads(ran.stdout)
-    assert (facts["pictures"], facts["rows"], facts["views"], facts["levels"]) == (11, 11, 1, [2, 3])
+    assert (facts["pictures"], facts["rows"], facts["views"], facts["levels"]) == (
+        11,
+        11,
+        1,
+        [2, 3],
+    )
     assert facts["quarantined"] == []
     assert facts["slowest"] in ("decode", "copy", "teacher", "encode", "write")
-    assert (out.parent / "caches/runs.jsonl").is_file()  # the ledger is in the home, never in the cache
+    # the ledger is in the home, never in the cache
+    assert (out.parent / "caches/runs.jsonl").is_file()
     return out
 
 
@@ -82,7 +147,9 @@ def test_extract_help_has_the_designs_options(featcache_command: Command) -> Non
 def mistake(ran: Ran, status: int, *told: str) -> None:
     assert ran.status == status, ran
     assert "Traceback" not in ran.err + ran.out
-    assert len([line for line in ran.err.splitlines() if not line.startswith("note:")]) == 1, ran.err
+    assert len([line for line in ran.err.splitlines() if not line.startswith("note:")]) == 1, (
+        ran.err
+    )
     for part in told:
         assert part in ran.error, (part, ran.error)
 
@@ -93,7 +160,14 @@ def test_no_images_names_the_variable(featcache_command: Command) -> None:
 
 
 def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None:
-    mistake(featcache_command("extract", "--images", photos), 2, "--teacher", "clip-b16", "dino-b16", "timm:NAME")
+    mistake(
+        featcache_command("extract", "--images", photos),
+        2,
+        "--teacher",
+        "clip-b16",
+        "dino-b16",
+        "timm:NAME",
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +176,11 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
         (("--teacher", "clip-b61"), 2, ("unknown teacher 'clip-b61'", "did you mean clip-b16")),
         (("--teacher", "timm:vit_tny_patch16_224"), 2, ("did you mean vit_tiny_patch16_224",)),
         (("--teacher", SYNTHETIC + ",heads=3"), 2, ("heads",)),
-        (("--teacher", VIT.replace("num_heads=3", "num_heads=5"), "--weights", "random:0"), 2, ("num_heads",)),
+        (
+            ("--teacher", VIT.replace("num_heads=3", "num_heads=5"), "--weights", "random:0"),
+            2,
+            ("num_heads",),
+        ),
         (("--tacher", "clip-b16"), 2, ("--tacher", "--teacher")),
         (("--scale", "0.2"), 2, ("'0.2'", "0.2,1 or 3/4,4/3")),
         (("--scale", "a,b"), 2, ("'a,b'",)),
@@ -135,7 +213,11 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
             2,
             ("2 teachers are given", f"{SYNTHETIC}=vit"),
         ),
-        (("--teacher", SYNTHETIC, "--teacher", VIT, "--weights", f"{VIT}=vit.pt"), 1, ("'vit.pt'", "no such file")),
+        (
+            ("--teacher", SYNTHETIC, "--teacher", VIT, "--weights", f"{VIT}=vit.pt"),
+            1,
+            ("'vit.pt'", "no such file"),
+        ),
         (("--precision", "fp64"), 2, ("--precision 'fp64'", "bf16, fp16, fp32, tf32")),
         (("--precision", "tf32", "--device", "cpu"), 2, ("cpu has no TF32", "fp32")),
         (("--check-teacher", "nowhere"), 1, ("nowhere", "no pictures")),
@@ -153,7 +235,11 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
         (("--keep", "0", "--tokens", "ranked"), 2, ("--keep 0", "1 to 4")),
         (("--keep", "inf", "--tokens", "ranked"), 2, ("--keep 'inf'", "share of them such as 0.3")),
         (("--keep", "x", "--tokens", "ranked"), 2, ("--keep 'x'", "share of them such as 0.3")),
-        (("--keep", "1.5", "--tokens", "ranked"), 2, ("--keep 1.5:", "1 to 4", "share of them such as 0.3")),
+        (
+            ("--keep", "1.5", "--tokens", "ranked"),
+            2,
+            ("--keep 1.5:", "1 to 4", "share of them such as 0.3"),
+        ),
         (("--pixels", "png"), 2, ("png", "raw")),
         (("--rows-per-shard", "0"), 2, ("--rows-per-shard",)),
         (("--add",), 1, ("no cache at",)),
@@ -162,7 +248,12 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
     ids=lambda value: " ".join(map(str, value))[:50] if isinstance(value, tuple) else str(value),
 )
 def test_mistakes_are_one_line(
-    featcache_command: Command, photos: Path, tmp_path: Path, change: tuple, status: int, told: tuple
+    featcache_command: Command,
+    photos: Path,
+    tmp_path: Path,
+    change: tuple,
+    status: int,
+    told: tuple,
 ) -> None:
     base = BASE[2:] if "--teacher" in change else BASE  # a second one would be a second teacher
     ran = featcache_command("extract", *base, "--images", photos, "--out", tmp_path / "c", *change)
@@ -170,10 +261,16 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"sclae": [0.2, 1]}', '{"size": "big"}', '{"scale": [0, 2]}'])
-def test_bad_policy_files(featcache_command: Command, photos: Path, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"sclae": [0.2, 1]}', '{"size": "big"}', '{"scale": [0, 2]}']
+)
+def test_bad_policy_files(
+    featcache_command: Command, photos: Path, tmp_path: Path, text: str
+) -> None:
     (tmp_path / "p.json").write_text(text)
-    ran = featcache_command("extract", "--teacher", SYNTHETIC, "--images", photos, "--policy", tmp_path / "p.json")
+    ran = featcache_command(
+        "extract", "--teacher", SYNTHETIC, "--images", photos, "--policy", tmp_path / "p.json"
+    )
     mistake(ran, ran.status)
     assert ran.status in (1, 2)
 
@@ -186,11 +283,15 @@ def test_no_pictures(featcache_command: Command, tmp_path: Path) -> None:
     mistake(ran, 1, "no pictures found", ".jpg", ".tar")
 
 
-def test_truncated_picture_is_quarantined_or_strict_stops(featcache_command: Command, tmp_path: Path) -> None:
+def test_truncated_picture_is_quarantined_or_strict_stops(
+    featcache_command: Command, tmp_path: Path
+) -> None:
     folder = make_photos(tmp_path / "photos")
     (folder / "half.jpg").write_bytes((folder / "photo0.jpg").read_bytes()[:500])
     mistake(
-        featcache_command("extract", *BASE, "--images", folder, "--out", tmp_path / "c", "--strict"),
+        featcache_command(
+            "extract", *BASE, "--images", folder, "--out", tmp_path / "c", "--strict"
+        ),
         1,
         "'half'",
         "--strict",
@@ -207,11 +308,17 @@ def test_truncated_picture_is_quarantined_or_strict_stops(featcache_command: Com
 def test_another_cache_in_out(featcache_command: Command, photos: Path, made: Path) -> None:
     ran = featcache_command("extract", *BASE, "--images", photos, "--out", made, "--seed", 1)
     mistake(ran, 1, "identity.policy.seed (fatal): 1 here, 0 there, give --seed 0", "--out")
-    ran = featcache_command("extract", *BASE, "--images", photos, "--out", made, "--views", 5, "--levels", "all")
+    ran = featcache_command(
+        "extract", *BASE, "--images", photos, "--out", made, "--views", 5, "--levels", "all"
+    )
     mistake(ran, 1, "identity.levels (fatal): [1, 2, 3] here, [2, 3] there, give --levels 2,3")
     mistake(ran, 1, "identity.views (fatal): 5 here, 1 there, give --views 1")
-    ran = featcache_command("extract", *BASE, "--images", photos, "--out", made, "--tokens", "ranked", "--keep", 2)
-    mistake(ran, 1, "identity.keep (fatal): 2 here, None there, give no --keep", "give --tokens raster")
+    ran = featcache_command(
+        "extract", *BASE, "--images", photos, "--out", made, "--tokens", "ranked", "--keep", 2
+    )
+    mistake(
+        ran, 1, "identity.keep (fatal): 2 here, None there, give no --keep", "give --tokens raster"
+    )
 
 
 def test_no_cache_there(featcache_command: Command, tmp_path: Path) -> None:
@@ -221,13 +328,17 @@ def test_no_cache_there(featcache_command: Command, tmp_path: Path) -> None:
 
 
 def test_an_out_that_cannot_be_written(featcache_command: Command, photos: Path) -> None:
-    mistake(featcache_command("extract", *BASE, "--images", photos, "--out", "/proc/cache"), 1, "/proc")
+    mistake(
+        featcache_command("extract", *BASE, "--images", photos, "--out", "/proc/cache"), 1, "/proc"
+    )
 
 
 # ---------------------------------------------------------------- work
 
 
-def test_second_call_has_nothing_to_do(featcache_command: Command, photos: Path, made: Path) -> None:
+def test_second_call_has_nothing_to_do(
+    featcache_command: Command, photos: Path, made: Path
+) -> None:
     ran = featcache_command("extract", *BASE, "--images", photos, "--out", made)
     assert ran.status == 0
     assert "nothing to do" in ran.out
@@ -252,19 +363,38 @@ def test_images_from_the_environment_and_out_from_the_home(
 
 
 def test_dry_run_writes_nothing(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
-    ran = featcache_command("extract", *BASE, "--images", photos, "--out", tmp_path / "c", "--dry-run")
+    ran = featcache_command(
+        "extract", *BASE, "--images", photos, "--out", tmp_path / "c", "--dry-run"
+    )
     assert ran.status == 0
     assert "would write" in ran.out
-    ran = featcache_command("extract", *BASE, "--images", photos, "--out", tmp_path / "c", "--dry-run", "--json")
+    ran = featcache_command(
+        "extract", *BASE, "--images", photos, "--out", tmp_path / "c", "--dry-run", "--json"
+    )
     facts = json.loads(ran.out)
     assert facts["pictures"] == 11
     assert facts["bytes"] > 11 * 2 * 5 * 8 * 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_policy_options_reach_the_manifest(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
-    options = ("--policy", "caev2", "--scale", "1/2,1", "--ratio", "4/5,5/4", "--flip", 0, "--filter", "lanczos")
-    ran = featcache_command("extract", *BASE, *options, "--seed", 9, "--images", photos, "--out", tmp_path / "c")
+def test_policy_options_reach_the_manifest(
+    featcache_command: Command, photos: Path, tmp_path: Path
+) -> None:
+    options = (
+        "--policy",
+        "caev2",
+        "--scale",
+        "1/2,1",
+        "--ratio",
+        "4/5,5/4",
+        "--flip",
+        0,
+        "--filter",
+        "lanczos",
+    )
+    ran = featcache_command(
+        "extract", *BASE, *options, "--seed", 9, "--images", photos, "--out", tmp_path / "c"
+    )
     assert ran.status == 0, ran.err
     policy = manifest.read(tmp_path / "c")["identity"]["policy"]
     assert policy == {
@@ -296,7 +426,8 @@ def test_info(featcache_command: Command, made: Path) -> None:
     assert facts["arrays"]["features"]["shape"] == [11, 1, 2, 5, 8]
     assert facts["arrays"]["features"]["dtype"] == "<f2"
     found = {name: array["statistics"] for name, array in facts["arrays"].items()}
-    assert -(7**0.5) <= found["features"]["min"] < 0 < found["features"]["max"] <= 7**0.5 + 1e-6  # sqrt(D - 1)
+    # sqrt(D - 1)
+    assert -(7**0.5) <= found["features"]["min"] < 0 < found["features"]["max"] <= 7**0.5 + 1e-6
     assert 0 < found["features"]["norm"] <= 8**0.5 + 1e-6
     assert 0 <= found["attention"]["min"] <= found["attention"]["max"] <= 1
     assert 0 < found["attention"]["entropy"] <= math.log(4) + 1e-6
@@ -305,9 +436,9 @@ def test_info(featcache_command: Command, made: Path) -> None:
     assert facts["parts"] == [f"{SYNTHETIC}  levels 2,3  view 0"]
     assert set(facts["serves"]) >= {"mae", "maskalign", "mralign"}
     assert facts["serves"]["mae"] == ""
-    assert facts["bytes"] == sum(p.stat().st_size for p in (made / "shards").rglob("*") if p.is_file()) - sum(
-        p.stat().st_size for p in (made / "shards").glob("*.json")
-    )
+    assert facts["bytes"] == sum(
+        p.stat().st_size for p in (made / "shards").rglob("*") if p.is_file()
+    ) - sum(p.stat().st_size for p in (made / "shards").glob("*.json"))
     text = featcache_command("info", made).out
     for part in (
         SYNTHETIC,
@@ -319,11 +450,17 @@ def test_info(featcache_command: Command, made: Path) -> None:
         "runs: none noted",
     ):
         assert part in text
-    assert re.search(r"^features +<f2 +\[11, 1, 2, 5, 8\] +-?[\d.]+ to [\d.]+ +norm [\d.]+, 0 not finite$", text, re.M)
+    assert re.search(
+        r"^features +<f2 +\[11, 1, 2, 5, 8\] +-?[\d.]+ to [\d.]+ +norm [\d.]+, 0 not finite$",
+        text,
+        re.M,
+    )
     assert "RANDOM" not in text
 
 
-def test_info_tells_which_recipes_lack_what(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
+def test_info_tells_which_recipes_lack_what(
+    featcache_command: Command, photos: Path, tmp_path: Path
+) -> None:
     options = (*BASE, "--images", photos, "--out", tmp_path / "c")
     assert featcache_command("extract", *options, "--levels", "1").status == 0
     serves = json.loads(featcache_command("info", tmp_path / "c", "--json").out)["serves"]
@@ -365,7 +502,9 @@ def test_verify(featcache_command: Command, made: Path, photos: Path, tmp_path: 
     assert len(json.loads(ran.out)["problems"]) == 1
 
 
-def test_verify_with_pictures_that_no_longer_decode(featcache_command: Command, made: Path, tmp_path: Path) -> None:
+def test_verify_with_pictures_that_no_longer_decode(
+    featcache_command: Command, made: Path, tmp_path: Path
+) -> None:
     folder = make_photos(tmp_path / "photos")
     (folder / "rgb.png").write_bytes((folder / "rgb.png").read_bytes()[:300])
     ran = featcache_command("verify", made, "--recompute", 11, "--images", folder)
@@ -383,18 +522,34 @@ def test_teachers(featcache_command: Command) -> None:
 def test_random_weights_are_said_wherever_the_cache_is_shown(
     featcache_command: Command, photos: Path, tmp_path: Path
 ) -> None:
-    options = ("--teacher", VIT, "--weights", "random:0", "--size", 32, "--workers", 2, "--images", photos)
+    options = (
+        "--teacher",
+        VIT,
+        "--weights",
+        "random:0",
+        "--size",
+        32,
+        "--workers",
+        2,
+        "--images",
+        photos,
+    )
     ran = featcache_command("extract", *options, "--out", tmp_path / "c")
     assert ran.status == 0, ran.err
     assert "random:0" in ran.err
     assert "not trained" in ran.err
     assert "RANDOM WEIGHTS random:0" in featcache_command("info", tmp_path / "c").out
-    assert json.loads(featcache_command("info", tmp_path / "c", "--json").out)["random_weights"] is True
+    assert (
+        json.loads(featcache_command("info", tmp_path / "c", "--json").out)["random_weights"]
+        is True
+    )
     with featcache.open(tmp_path / "c") as cache:
         assert cache.levels == (2, 3, 4, 5, 6)  # last:5
         assert "RANDOM" in repr(cache)
     mistake(
-        featcache_command("extract", *options[:3], "random:1", *options[4:], "--out", tmp_path / "c"),
+        featcache_command(
+            "extract", *options[:3], "random:1", *options[4:], "--out", tmp_path / "c"
+        ),
         1,
         "identity.teacher.weight_hash (fatal)",
     )
@@ -410,7 +565,10 @@ def test_a_closed_pipe_is_no_error(made: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [(MemoryError(), "out of memory"), (RuntimeError("can't start new thread"), "may start no more threads")],
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("can't start new thread"), "may start no more threads"),
+    ],
     ids=str,
 )
 def test_a_machine_at_its_end_is_one_line(
@@ -462,7 +620,8 @@ def test_what_was_begun_goes_on_in_batches_of_its_size(
 
 def test_main_is_a_module() -> None:
     ran = python(
-        "import runpy, sys; sys.argv = ['featcache', 'nothing']; runpy.run_module('featcache', run_name='__main__')"
+        "import runpy, sys; sys.argv = ['featcache', 'nothing']; runpy.run_module('featcache', "
+        "run_name='__main__')"
     )
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ")
@@ -470,11 +629,28 @@ def test_main_is_a_module() -> None:
 
 
 def test_a_log_gets_a_line_of_progress(
-    featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    featcache_command: Callable[..., Ran],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where stderr is no terminal: pictures done, rate, ETA and the slowest stage, now and then."""
     monkeypatch.setattr("featcache.console.progress_bar.LOG_EVERY_S", 0.0)
     teacher = "synthetic:levels=2,tokens=4,width=8,size=16"
-    options = ("--images", photos, "--size", 16, "--levels", "all", "--batch-size", 2, "--out", tmp_path / "c")
+    options = (
+        "--images",
+        photos,
+        "--size",
+        16,
+        "--levels",
+        "all",
+        "--batch-size",
+        2,
+        "--out",
+        tmp_path / "c",
+    )
     ran = featcache_command("extract", "--teacher", teacher, *options)
-    assert re.search(r"\d+ of \d+ pictures, [\d.]+ pictures/s, ETA \d\d:\d\d:\d\d, slowest: (decode|teacher)", ran.err)
+    assert re.search(
+        r"\d+ of \d+ pictures, [\d.]+ pictures/s, ETA \d\d:\d\d:\d\d, slowest: (decode|teacher)",
+        ran.err,
+    )

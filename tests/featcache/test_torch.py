@@ -1,4 +1,5 @@
-"""The PyTorch dataset: samples against the cache read by hand, workers of both kinds, epochs, and what is refused."""
+"""The PyTorch dataset: samples against the cache read by hand, workers of both kinds, epochs, and
+what is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def by_hand(key: str, view: int) -> np.ndarray:
     return (pixels[:, ::-1] if stored["flip"][0] else pixels).transpose(2, 0, 1)
 
 
-# --- samples --------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def test_a_sample_is_a_picture_and_what_is_stored_of_its_view() -> None:
@@ -101,16 +102,20 @@ def test_a_batch_is_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_transform_sees_the_pixels() -> None:
     plain, changed = (
-        Dataset(fx.pictures(), fx.cache_path(), transform=transform) for transform in (None, lambda x: x.float() / 255)
+        Dataset(fx.pictures(), fx.cache_path(), transform=transform)
+        for transform in (None, lambda x: x.float() / 255)
     )
-    torch.testing.assert_close(changed[3]["pixels"], plain[3]["pixels"].float() / 255, rtol=0, atol=0)
+    torch.testing.assert_close(
+        changed[3]["pixels"], plain[3]["pixels"].float() / 255, rtol=0, atol=0
+    )
 
 
-# --- other layouts --------------------------------------------------------------------------------------------------
+# --- other layouts --------------------------------------------------------------------------------
 
 
 def test_raster_by_hand() -> None:
-    """Two of three patches were read, ranked 2, 0, 1: they go to patches 2 and 0, and patch 1 is not a number."""
+    """Two of three patches were read, ranked 2, 0, 1: they go to patches 2 and 0, and patch 1 is
+    not a number."""
     features = torch.tensor([[[[1.0], [5.0], [7.0]]]])
     out = raster(features, torch.tensor([[2, 0, 1]], dtype=torch.uint8)).flatten().tolist()
     assert out[:2] + out[3:] == [1, 7, 5]
@@ -121,7 +126,9 @@ def test_a_ranked_cache_and_its_stored_pixels_give_the_same_samples() -> None:
     plain = Dataset(fx.pictures(), fx.cache_path())
     ranked = Dataset(None, fx.ranked_path(), check_pixels=1)
     kept = Dataset(fx.pictures(), fx.kept_path())
-    for a, b, c in zip(*(each.__getitems__(range(24)) for each in (plain, ranked, kept)), strict=True):
+    for a, b, c in zip(
+        *(each.__getitems__(range(24)) for each in (plain, ranked, kept)), strict=True
+    ):
         assert (a["key"], a["view"]) == (b["key"], b["view"]) == (c["key"], c["view"])
         assert torch.equal(a["pixels"], b["pixels"])
         assert torch.equal(a["features"], b["features"])
@@ -136,31 +143,40 @@ def test_features_as_stored_and_decoded_by_the_batch() -> None:
         (whole,), (raw,) = (list(DataLoader(each, 24)) for each in (ready, stored))
         assert raw["features"].dtype == torch.float16
         decoded = stored.decode(raw)
-        torch.testing.assert_close(decoded["features"], whole["features"], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            decoded["features"], whole["features"], rtol=0, atol=0, equal_nan=True
+        )
         assert torch.equal(decoded["pixels"], whole["pixels"])
 
 
 def test_features_of_a_second_teacher(tmp_path: Path) -> None:
-    """Added to a cache, they are read by its name, decoded and put in image order by its own rules."""
+    """Added to a cache, they are read by its name, decoded and put in image order by its own
+    rules."""
     other = fx.TEACHER.replace("width=24", "width=16")
     path = Path(shutil.copytree(fx.cache_path(), tmp_path / "c"))
     fx.extract(fx.pictures(), path, "--add", "--tokens", "ranked", teacher=other)
     alone = fx.extract(fx.pictures(), tmp_path / "alone", teacher=other)
     name = f"{other}/features"
     both = Dataset(fx.pictures(), path, fields=("features", name), levels=[3, 4])
-    mine, theirs = (Dataset(fx.pictures(), cache, levels=[3, 4]) for cache in (fx.cache_path(), alone))
+    mine, theirs = (
+        Dataset(fx.pictures(), cache, levels=[3, 4]) for cache in (fx.cache_path(), alone)
+    )
     for index in (0, 11):
         sample = both[index]
         assert torch.equal(sample["features"], mine[index]["features"])
         assert torch.equal(sample[name], theirs[index]["features"])
 
 
-# --- workers --------------------------------------------------------------------------------------------------------
+# --- workers --------------------------------------------------------------------------------------
 
 
 def batches(loader: Any) -> Iterator[tuple[list[str], list[int], float]]:
     for batch in loader:
-        yield batch["key"], batch["view"].tolist(), float(batch["features"].double().sum() + batch["pixels"].sum())
+        yield (
+            batch["key"],
+            batch["view"].tolist(),
+            float(batch["features"].double().sum() + batch["pixels"].sum()),
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -188,7 +204,7 @@ def test_workers_give_what_this_process_gives(start: str | None, workers: int) -
     del loader
 
 
-# --- what is skipped and refused ------------------------------------------------------------------------------------
+# --- what is skipped and refused ------------------------------------------------------------------
 
 
 def test_quarantined_pictures_are_skipped_and_strangers_refused(tmp_path: Path) -> None:
@@ -207,7 +223,9 @@ def test_a_changed_picture_is_refused_unless_allowed(tmp_path: Path) -> None:
     pictures = Path(shutil.copytree(fx.pictures(), tmp_path / "p"))
     with Image.open(pictures / "p07.png") as picture:
         pixels = np.asarray(picture).astype(int)
-    Image.fromarray((pixels + np.where(pixels < 128, 2, -2)).astype(np.uint8)).save(pictures / "p07.png")
+    Image.fromarray((pixels + np.where(pixels < 128, 2, -2)).astype(np.uint8)).save(
+        pictures / "p07.png"
+    )
     with pytest.raises(IdentityError, match=r"'p07'.*pixel_tolerance=LEVELS"):
         Dataset(pictures, fx.cache_path(), check_pixels=1)[7]
     assert Dataset(pictures, fx.cache_path(), check_pixels=1)[6]["key"] == "p06"
@@ -233,13 +251,13 @@ def test_what_is_not_stored_is_told_at_once(tmp_path: Path) -> None:
         Dataset(fx.pictures(), partial)
 
 
-# --- the example ----------------------------------------------------------------------------------------------------
+# --- the example ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cache", ["decoded", "stored", "kept"])
 def test_the_example_learns(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A loop of plain PyTorch: its loss falls by a third in a few epochs, from pictures, from stored pixels, and from a
-    cache that keeps 5 of 16 patches."""
+    """A loop of plain PyTorch: its loss falls by a third in a few epochs, from pictures, from
+    stored pixels, and from a cache that keeps 5 of 16 patches."""
     torch.manual_seed(0)
     train = runpy.run_path(str(EXAMPLE))["train"]
     paths = {
@@ -254,15 +272,21 @@ def test_the_example_learns(cache: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_example_tells_a_mistake_in_a_line(tmp_path: Path) -> None:
-    for args, told in (((), "two arguments are needed"), (("p", str(tmp_path)), "error: no cache at")):
-        ran = subprocess.run([sys.executable, EXAMPLE, *args], env=fx.environment(), capture_output=True, text=True)
+    for args, told in (
+        ((), "two arguments are needed"),
+        (("p", str(tmp_path)), "error: no cache at"),
+    ):
+        ran = subprocess.run(
+            [sys.executable, EXAMPLE, *args], env=fx.environment(), capture_output=True, text=True
+        )
         assert ran.returncode == 1
         assert ran.stderr.startswith(told)
         assert "Traceback" not in ran.stderr
 
 
 def test_the_three_ways_to_take_features_from_a_kept_cache() -> None:
-    """As the docstring says: NaN where a patch is not stored; as stored, with the order, for `decode` on a device."""
+    """As the docstring says: NaN where a patch is not stored; as stored, with the order, for
+    `decode` on a device."""
     whole, kept = (
         Dataset(fx.pictures(), fx.cache_path()),
         Dataset(fx.pictures(), fx.kept_path()),
@@ -273,7 +297,10 @@ def test_the_three_ways_to_take_features_from_a_kept_cache() -> None:
     assert torch.equal(kept[3]["features"][known], whole[3]["features"][known])
     raw = Dataset(fx.pictures(), fx.kept_path(), decode=False)
     batch = next(iter(DataLoader(raw, 8)))
-    assert (batch["features"].dtype, tuple(batch["features"].shape)) == (torch.float16, (8, 3, 6, 24))
+    assert (batch["features"].dtype, tuple(batch["features"].shape)) == (
+        torch.float16,
+        (8, 3, 6, 24),
+    )
     decoded = raw.decode(batch)["features"]
     assert decoded.shape == (8, 3, 17, 24)
     assert torch.equal(decoded[3][known], whole[3]["features"][known])

@@ -2,15 +2,17 @@
 
     python -m tests.golden.make_losses > tests/golden/losses.json
 
-A recipe's forward pass is its own (compared with second implementations in tests/test_recipe_*.py); everything around
-it is written out here from METHODS and DESIGN: which pictures make a batch, which view each shows, its pixels by plain
-Pillow from the stored box, its targets by numpy from what zarr reads, its mask from numpy's own Philox, normalised
-colours, the rate of a step, the gradient's largest norm, AdamW with decoupled decay. Nothing of the trainer, optim,
-loader, targets and masking or of featcache's reader, views and rng has a part in it; a recipe's own `needs` says which
-levels it is given.
+A recipe's forward pass is its own (compared with second implementations in tests/test_recipe_*.py);
+everything around it is written out here from METHODS and DESIGN: which pictures make a batch, which
+view each shows, its pixels by plain Pillow from the stored box, its targets by numpy from what zarr
+reads, its mask from numpy's own Philox, normalised colours, the rate of a step, the gradient's
+largest norm, AdamW with decoupled decay. Nothing of the trainer, optim, loader, targets and masking
+or of featcache's reader, views and rng has a part in it; a recipe's own `needs` says which levels
+it is given.
 
-The weights at the start are sines of their index (`test_recipes.fill`), so that no version of torch or timm draws
-others; `losses.json` names the cache by digests of what it holds, so that another cache is not taken for another loss.
+The weights at the start are sines of their index (`test_recipes.fill`), so that no version of torch
+or timm draws others; `losses.json` names the cache by digests of what it holds, so that another
+cache is not taken for another loss.
 
 B batch, P patches, S pixels a side.
 """
@@ -40,8 +42,9 @@ from tests.student.test_masking import blocks, numpy_words
 
 STEPS, BATCH, SEED, PATCHES, FIRST_LEVEL = 10, 8, 3, 16, 2
 RATE, LOWEST, WARMUP = 1e-3, 2e-4, 3  # one epoch of 24 pictures is three steps
-# Beside the small settings of the fixtures: no drop path, which draws from torch's generator; a rate that rises, falls
-# and does not end at zero; so much decay, and where a recipe clips so small a norm, that either shows within ten steps.
+# Beside the small settings of the fixtures: no drop path, which draws from torch's generator; a
+# rate that rises, falls and does not end at zero; so much decay, and where a recipe clips so small
+# a norm, that either shows within ten steps.
 SETS = ("drop_path=0", "warmup_epochs=1", f"lr={RATE}", f"min_lr={LOWEST}", "weight_decay=2.0")
 CLIPPED = "clip_grad=0.3"
 FACTS = ("img_size=32", "patch_size=8", "teacher_depth=4", "teacher_width=24", "teacher_out=24")
@@ -62,8 +65,8 @@ class Stored:
         self.views = self.group["crop"].shape[1]
 
     def view_of(self, row: int, epoch: int, low: float) -> int:
-        """Stored views of at least this area take turns; where a picture begins is the first word of its key's
-        digest."""
+        """Stored views of at least this area take turns; where a picture begins is the first word
+        of its key's digest."""
         accepted = [view for view in range(self.views) if self.group["area"][row, view] >= low]
         first = hashlib.blake2b(self.keys[row].encode(), digest_size=16).digest()[:8]
         return accepted[(epoch + int.from_bytes(first, "little")) % len(accepted)]
@@ -86,7 +89,10 @@ class Stored:
         return f
 
     def digests(self) -> dict[str, str]:
-        return {name: hashlib.blake2b(self.group[name][:].tobytes(), digest_size=8).hexdigest() for name in DIGESTED}
+        return {
+            name: hashlib.blake2b(self.group[name][:].tobytes(), digest_size=8).hexdigest()
+            for name in DIGESTED
+        }
 
 
 def hidden_of(settings: Any, stored: Stored, row: int, view: int, epoch: int) -> list[int]:
@@ -98,7 +104,10 @@ def hidden_of(settings: Any, stored: Stored, row: int, view: int, epoch: int) ->
     finish: list[float] = [float(word) for word in raw]
     if settings.mask == "attentive":
         weights = stored.group["attention"][row, view].astype(np.float64)
-        finish = [-math.log(((word >> 12) + 0.5) / 2**52) / p for word, p in zip(raw, weights, strict=True)]
+        finish = [
+            -math.log(((word >> 12) + 0.5) / 2**52) / p
+            for word, p in zip(raw, weights, strict=True)
+        ]
     else:
         assert settings.mask == "uniform", settings.mask
     return sorted(sorted(range(PATCHES), key=finish.__getitem__)[visible:])
@@ -124,7 +133,9 @@ def batch_of(recipe: str, settings: Any, stored: Stored, step: int) -> dict[str,
                 stored.target(spec.derive, h[0]) if spec.derive else h
             )
         if "token_ids" in spec.fields:
-            columns.setdefault("token_ids", []).append(stored.group["token_ids"][row, view].astype(np.int64))
+            columns.setdefault("token_ids", []).append(
+                stored.group["token_ids"][row, view].astype(np.int64)
+            )
     return {name: torch.from_numpy(np.array(values)) for name, values in columns.items()}
 
 
@@ -132,7 +143,9 @@ def rate(step: int) -> float:
     """Linear from 0 over the warm-up, then half a cosine towards the lowest."""
     if step < WARMUP:
         return RATE * step / WARMUP
-    return LOWEST + (RATE - LOWEST) * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) / 2
+    return (
+        LOWEST + (RATE - LOWEST) * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) / 2
+    )
 
 
 def losses_of(recipe: str) -> list[float]:

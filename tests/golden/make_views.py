@@ -1,10 +1,12 @@
-"""How views.json was made: the documented rules in scalar Python, with numpy's own Philox. Imports nothing of ours.
+"""How views.json was made: the documented rules in scalar Python, with numpy's own Philox. Imports
+nothing of ours.
 
     python tests/golden/make_views.py > tests/golden/views.json
 
-Words: Philox4x64-10, key = BLAKE2b-128 of the picture's key, counter = (block, view, epoch = 0, stream), where stream =
-BLAKE2b-64 of "view:SEED". Numpy counts up before it draws, so it starts one below. A view takes four words a try (area,
-ratio, top, left), ten tries, then flip, brightness, contrast, saturation, order. A word's top 53 bits make the float.
+Words: Philox4x64-10, key = BLAKE2b-128 of the picture's key, counter = (block, view, epoch = 0,
+stream), where stream = BLAKE2b-64 of "view:SEED". Numpy counts up before it draws, so it starts one
+below. A view takes four words a try (area, ratio, top, left), ten tries, then flip, brightness,
+contrast, saturation, order. A word's top 53 bits make the float.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ DEFAULT = {"scale": [0.2, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5, "jitter": 
 
 def words(key: str, purpose: str, seed: int, view: int, epoch: int, count: int) -> list[int]:
     pair = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=16).digest(), "<u8")
-    stream = int.from_bytes(hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=8).digest(), "little")
+    stream = int.from_bytes(
+        hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=8).digest(), "little"
+    )
     counter = (view << 64) + (epoch << 128) + (stream << 192)
     generator = np.random.Philox(key=pair, counter=(counter - 1) % 2**256)
     return [int(word) for word in generator.random_raw(count)]
@@ -71,9 +75,16 @@ def one_view(case: dict, view: int) -> dict:
         orders = list(permutations(["brightness", "contrast", "saturation"]))
         factors = [1 + policy["jitter"] * (2 * unit(w) - 1) for w in raw[41:44]]
         jitter = [*factors, ",".join(orders[math.floor(unit(raw[44]) * 6)])]
-    return {"crop": crop, "flip": int(unit(raw[40]) < policy["flip"]), "area": fraction, "jitter": jitter}
+    return {
+        "crop": crop,
+        "flip": int(unit(raw[40]) < policy["flip"]),
+        "area": fraction,
+        "jitter": jitter,
+    }
 
 
 if __name__ == "__main__":
-    made = [{**case, "drawn": [one_view(case, view) for view in range(case["views"])]} for case in CASES]
+    made = [
+        {**case, "drawn": [one_view(case, view) for view in range(case["views"])]} for case in CASES
+    ]
     print("[\n" + ",\n".join(json.dumps(case, ensure_ascii=False) for case in made) + "\n]")

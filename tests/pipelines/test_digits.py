@@ -1,4 +1,5 @@
-"""The digits: the split, the pictures, and a small teacher that featcache loads as it was trained."""
+"""The digits: the split, the pictures, and a small teacher that featcache loads as it was
+trained."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def test_the_split_is_1400_to_397_of_different_digits(tmp_path: Path) -> None:
 def test_a_picture_is_its_digit(few: Bunch, tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=3)
     source = open_source(tmp_path / "train")
-    assert {int(key.split("/")[1]) for key in source.keys} == set(rng.permutation(120, 3, 0)[:60].tolist())
+    assert {int(key.split("/")[1]) for key in source.keys} == set(
+        rng.permutation(120, 3, 0)[:60].tolist()
+    )
     assert source.labels is not None
     for row, key in enumerate(source.keys):
         number = int(key.split("/")[1])
@@ -53,7 +56,8 @@ def test_a_picture_is_its_digit(few: Bunch, tmp_path: Path) -> None:
 def test_enlarge_maps_ink_to_white() -> None:
     assert np.asarray(digits.enlarge(np.full((8, 8), 16.0))).tolist() == [[255] * 32] * 32
     assert np.asarray(digits.enlarge(np.zeros((8, 8)))).tolist() == [[0] * 32] * 32
-    assert np.asarray(digits.enlarge(np.full((8, 8), 8.0))).tolist() == [[128] * 32] * 32  # 127.5 rounds to even
+    # 127.5 rounds to even
+    assert np.asarray(digits.enlarge(np.full((8, 8), 8.0))).tolist() == [[128] * 32] * 32
 
 
 def test_teacher_and_student_of_one_seed_start_apart() -> None:
@@ -61,7 +65,9 @@ def test_teacher_and_student_of_one_seed_start_apart() -> None:
     assert digits.start_of(7) == "random:1007"
 
 
-def test_training_is_repeatable_and_draws_from_no_global_generator(few: Bunch, tmp_path: Path) -> None:
+def test_training_is_repeatable_and_draws_from_no_global_generator(
+    few: Bunch, tmp_path: Path
+) -> None:
     digits.write_pictures(tmp_path, seed=0)
     source = open_source(tmp_path / "train")
     before = torch.get_rng_state()

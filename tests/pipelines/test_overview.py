@@ -1,4 +1,5 @@
-"""The overview picture: what it shows is what the cache holds, checked on a small cache and on numbers by hand."""
+"""The overview picture: what it shows is what the cache holds, checked on a small cache and on
+numbers by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ def cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 def write_run(path: Path, parts: dict[str, float], steps: int = 90) -> Path:
     path.mkdir(parents=True)
-    rows = [{"step": i + 1, **{name: value / (i + 1) for name, value in parts.items()}} for i in range(steps)]
+    rows = [
+        {"step": i + 1, **{name: value / (i + 1) for name, value in parts.items()}}
+        for i in range(steps)
+    ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -84,13 +88,18 @@ def test_attention_is_brightest_where_it_is_largest() -> None:
     shown = overview.attention_over(np.zeros((4, 4, 3), np.uint8), np.array([0.0, 0.1, 0.2, 0.4]))
     patches = shown[::2, ::2].sum(-1).ravel()
     assert patches.argsort().tolist() == [0, 1, 2, 3]
-    assert np.allclose(patches[0], 0.6 * sum((0.001462, 0.000466, 0.013866)))  # the first colour of inferno
+    # the first colour of inferno
+    assert np.allclose(patches[0], 0.6 * sum((0.001462, 0.000466, 0.013866)))
     assert np.isfinite(overview.attention_over(np.zeros((4, 4, 3), np.uint8), np.zeros(4))).all()
 
 
 @pytest.mark.parametrize(
     ("values", "width", "expected"),
-    [([1.0, 2.0, 3.0], 0, [1, 2, 3]), ([3.0, 0.0, 3.0, 6.0], 1, [1.5, 2, 3, 4.5]), ([1.0, 3.0], 9, [2, 2])],
+    [
+        ([1.0, 2.0, 3.0], 0, [1, 2, 3]),
+        ([3.0, 0.0, 3.0, 6.0], 1, [1.5, 2, 3, 4.5]),
+        ([1.0, 3.0], 9, [2, 2]),
+    ],
 )
 def test_running_mean(values: list[float], width: int, expected: list[float]) -> None:
     assert overview.running_mean(np.array(values), width).tolist() == expected

@@ -1,4 +1,5 @@
-"""A packed .beton: the bytes and pixels that went in, through our reader and through FFCV's own; one file or none."""
+"""A packed .beton: the bytes and pixels that went in, through our reader and through FFCV's own;
+one file or none."""
 
 from __future__ import annotations
 
@@ -41,17 +42,22 @@ def run(ffcv: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return start
 
 
-def save(path: Path, size: tuple[int, int], phase: int, mode: str = "RGB", **options: object) -> None:
+def save(
+    path: Path, size: tuple[int, int], phase: int, mode: str = "RGB", **options: object
+) -> None:
     """A smooth picture of (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
-    waves = np.stack([127 + 100 * np.sin(x / 9 + phase + c) * np.cos(y / (5 + c)) for c in range(3)], -1)
+    waves = np.stack(
+        [127 + 100 * np.sin(x / 9 + phase + c) * np.cos(y / (5 + c)) for c in range(3)], -1
+    )
     Image.fromarray(waves.astype(np.uint8)).convert(mode).save(path, **options)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes; grey, RGB and CMYK JPEGs, one of them turned by EXIF, PNGs with and without alpha."""
+    """Two classes; grey, RGB and CMYK JPEGs, one of them turned by EXIF, PNGs with and without
+    alpha."""
     root = tmp_path / "photos"
     save(root / "cat" / "rgb.jpg", (50, 40), 0)
     save(root / "cat" / "grey.JPEG", (41, 33), 1, "L", quality=80)
@@ -66,15 +72,27 @@ def folder(tmp_path: Path) -> Path:
 
 def test_bytes_of_jpegs_and_pixels_of_the_rest(folder: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "packed" / "train.beton"
-    assert run(folder, out) == (0, f"6 pictures (2 classes) in {out}: 3 JPEGs as they are, 3 as pixels\n", "")
+    assert run(folder, out) == (
+        0,
+        f"6 pictures (2 classes) in {out}: 3 JPEGs as they are, 3 as pixels\n",
+        "",
+    )
     source, packed = open_source(folder), open_source(out)
     order = rng.permutation(6, 0, 0).tolist()
     assert packed.keys == [source.keys[row] for row in order]
     assert source.labels is not None
     assert packed.labels is not None
     assert packed.labels.tolist() == [int(source.labels[row]) for row in order]
-    assert (out.parent / "train.beton.classes.json").read_text().split() == ["[", '"cat",', '"dog"', "]"]
-    assert sorted(path.name for path in out.parent.iterdir()) == ["train.beton", "train.beton.classes.json"]
+    assert (out.parent / "train.beton.classes.json").read_text().split() == [
+        "[",
+        '"cat",',
+        '"dog"',
+        "]",
+    ]
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "train.beton",
+        "train.beton.classes.json",
+    ]
     jpegs = {"cat/rgb": "rgb.jpg", "cat/grey": "grey.JPEG", "dog/turned": "turned.jpg"}
     for i, row in enumerate(order):
         if (name := jpegs.get(packed.keys[i])) is not None:
@@ -83,7 +101,9 @@ def test_bytes_of_jpegs_and_pixels_of_the_rest(folder: Path, tmp_path: Path, run
         assert np.array_equal(*pixels)
 
 
-def test_the_same_pictures_give_the_same_bytes_in_an_order_of_the_seed(folder: Path, tmp_path: Path, run: Run) -> None:
+def test_the_same_pictures_give_the_same_bytes_in_an_order_of_the_seed(
+    folder: Path, tmp_path: Path, run: Run
+) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 3)):
         assert run(folder, tmp_path / f"{name}.beton", "--seed", seed)[0] == 0
     a, b, c = ((tmp_path / f"{name}.beton").read_bytes() for name in "abc")
@@ -117,10 +137,22 @@ import json, os, sys
 from ffcv.fields.decoders import BytesDecoder, CenterCropRGBImageDecoder, IntDecoder
 from ffcv.loader import Loader, OrderOption
 for os_cache in (True, False):
-    pipelines = {"image": [CenterCropRGBImageDecoder((20, 20), 1)], "label": [IntDecoder()], "key": [BytesDecoder()]}
-    loader = Loader(sys.argv[1], 6, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache, pipelines=pipelines)
+    pipelines = {
+        "image": [CenterCropRGBImageDecoder((20, 20), 1)],
+        "label": [IntDecoder()],
+        "key": [BytesDecoder()],
+    }
+    loader = Loader(
+        sys.argv[1],
+        6,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        os_cache=os_cache,
+        pipelines=pipelines,
+    )
     image, label, key = (x.copy() for x in next(iter(loader)))
-    keys = [bytes(row[:7]).decode() for row in key]  # FFCV leaves what it found behind a shorter one
+    # FFCV leaves what it found behind a shorter one
+    keys = [bytes(row[:7]).decode() for row in key]
     print(json.dumps([keys, label[:, 0].tolist(), image.mean((1, 2, 3)).tolist()]), flush=True)
 os._exit(0)  # FFCV's threads may wait for one another at the end
 """
@@ -143,7 +175,8 @@ os._exit(0)  # FFCV's threads may wait for one another at the end
 def test_pictures_larger_than_a_page_make_larger_pages(
     folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FFCV's writer would hang: its workers die, and it waits. Pages of FFCV's least size here, 2 MiB."""
+    """FFCV's writer would hang: its workers die, and it waits. Pages of FFCV's least size here, 2
+    MiB."""
     monkeypatch.setattr(pack_beton, "_PAGE_BYTES", 1 << 21)
     save(folder / "cat" / "large.png", (1000, 800), 6)  # 2.4 MB of pixels
     assert run(folder, tmp_path / "x.beton")[0] == 0
@@ -152,11 +185,16 @@ def test_pictures_larger_than_a_page_make_larger_pages(
     assert np.array_equal(np.asarray(decode(packed.read(i))), np.asarray(decode(source.read(j))))
 
 
-def test_many_pages(folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures that fill a page to its last byte and pictures that do not fit into the rest of one."""
+def test_many_pages(
+    folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures that fill a page to its last byte and pictures that do not fit into the rest of
+    one."""
     monkeypatch.setattr(pack_beton, "_PAGE_BYTES", 1 << 21)
     for i in range(6):
-        Image.fromarray(np.full((512 - i, 512, 3), 40 * i, np.uint8)).save(folder / "dog" / f"m{i}.png")
+        Image.fromarray(np.full((512 - i, 512, 3), 40 * i, np.uint8)).save(
+            folder / "dog" / f"m{i}.png"
+        )
     assert run(folder, tmp_path / "x.beton")[0] == 0
     packed = open_source(tmp_path / "x.beton")
     for i in range(6):
@@ -167,7 +205,9 @@ def test_many_pages(folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.
 
 def test_one_picture_without_a_class(tmp_path: Path, run: Run) -> None:
     save(tmp_path / "p" / "one.jpg", (20, 20), 0)
-    assert run(tmp_path / "p", tmp_path / "x.beton")[1].endswith("1 JPEGs as they are, 0 as pixels\n")
+    assert run(tmp_path / "p", tmp_path / "x.beton")[1].endswith(
+        "1 JPEGs as they are, 0 as pixels\n"
+    )
     packed = open_source(tmp_path / "x.beton")
     assert (packed.keys, packed.labels) == (["one"], None)
     assert packed.read(0) == (tmp_path / "p" / "one.jpg").read_bytes()
@@ -178,7 +218,9 @@ def test_resized_pictures_are_those_of_the_tars(folder: Path, tmp_path: Path, ru
     assert run(folder, tmp_path / "x.beton", "--resize", 16)[0] == 0
     tars, packed = open_source(tmp_path / "tars"), open_source(tmp_path / "x.beton")
     for i, key in enumerate(packed.keys):
-        pixels = [np.asarray(decode(data)) for data in (packed.read(i), tars.read(tars.keys.index(key)))]
+        pixels = [
+            np.asarray(decode(data)) for data in (packed.read(i), tars.read(tars.keys.index(key)))
+        ]
         assert min(pixels[0].shape[:2]) == 16
         assert np.array_equal(*pixels)
 
@@ -186,7 +228,9 @@ def test_resized_pictures_are_those_of_the_tars(folder: Path, tmp_path: Path, ru
 # ------------------------------------------------------------ what is refused
 
 
-def test_a_picture_without_sizes_is_named_before_anything_is_written(folder: Path, tmp_path: Path, run: Run) -> None:
+def test_a_picture_without_sizes_is_named_before_anything_is_written(
+    folder: Path, tmp_path: Path, run: Run
+) -> None:
     (folder / "cat" / "lie.jpg").write_text("not a picture")
     status, _, said = run(folder, tmp_path / "x.beton")
     assert (status, said.count("\n")) == (1, 1)
@@ -204,7 +248,9 @@ def test_a_broken_png_has_no_pixels_to_store(folder: Path, tmp_path: Path, run: 
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_a_broken_jpeg_is_left_to_the_extraction_as_in_tars(folder: Path, tmp_path: Path, run: Run) -> None:
+def test_a_broken_jpeg_is_left_to_the_extraction_as_in_tars(
+    folder: Path, tmp_path: Path, run: Run
+) -> None:
     data = (folder / "cat" / "rgb.jpg").read_bytes()
     (folder / "cat" / "rgb.jpg").write_bytes(data[: 3 * len(data) // 4])
     assert run(folder, tmp_path / "x.beton")[0] == 0
@@ -217,8 +263,16 @@ def test_a_broken_jpeg_is_left_to_the_extraction_as_in_tars(folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        (["--shard-size", 4], 2, "--shard-size 4: x.beton is one file without shards; leave --shard-size out"),
-        (["--name", "train"], 2, "--name train: x.beton is one file without shards; leave --name out"),
+        (
+            ["--shard-size", 4],
+            2,
+            "--shard-size 4: x.beton is one file without shards; leave --shard-size out",
+        ),
+        (
+            ["--name", "train"],
+            2,
+            "--name train: x.beton is one file without shards; leave --name out",
+        ),
         (["--resize", 0], 2, "--resize 0: the shorter side has 1 pixel or more"),
     ],
 )
@@ -244,7 +298,9 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path, run: Run) -> None:
     assert (tmp_path / ".y.beton.packing").read_text() == "another run's"
 
 
-def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     allocator = pack_beton.ffcv("memory_allocator").MemoryAllocator
 
     def full(self: object) -> None:
@@ -257,7 +313,9 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, run: Run, monk
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_a_short_write_is_found(folder: Path, tmp_path: Path, ffcv: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_write_is_found(
+    folder: Path, tmp_path: Path, ffcv: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FFCV's writer does not look at how much was written: what is cut off gets no name."""
     writer = pack_beton.ffcv("writer").DatasetWriter
     finalize = writer.finalize
@@ -278,7 +336,9 @@ def test_sides_that_ffcv_has_no_room_for(folder: Path, tmp_path: Path, run: Run)
     assert "65536 x 1 pixels, FFCV stores sides of up to 65535" in said
 
 
-def test_a_jpeg_in_memory_is_stored_with_the_size_of_its_own_header(ffcv: None, tmp_path: Path) -> None:
+def test_a_jpeg_in_memory_is_stored_with_the_size_of_its_own_header(
+    ffcv: None, tmp_path: Path
+) -> None:
     file = io.BytesIO()
     Image.new("RGB", (17, 9)).save(file, "JPEG")
     (tmp_path / "p").mkdir()

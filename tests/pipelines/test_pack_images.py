@@ -1,4 +1,5 @@
-"""pack_images: what goes in comes out - keys, bytes, labels - through our reader and through plain webdataset."""
+"""pack_images: what goes in comes out - keys, bytes, labels - through our reader and through plain
+webdataset."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ from pipelines.pack_images import cli, pack, resized
 
 def encode(width: int, height: int, kind: str = "PNG", mode: str = "RGB") -> bytes:
     """A picture whose pixels depend on its size."""
-    ramp = (np.arange(width * height * 4, dtype=np.int64) * 7919 % 251).astype(np.uint8).reshape(height, width, 4)
+    ramp = (
+        (np.arange(width * height * 4, dtype=np.int64) * 7919 % 251)
+        .astype(np.uint8)
+        .reshape(height, width, 4)
+    )
     file = io.BytesIO()
     Image.fromarray(ramp).convert("RGB" if mode == "P" else "RGBA").convert(mode).save(file, kind)
     return file.getvalue()
@@ -44,7 +49,8 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Class folders; a dot and a per cent sign in a name, capital suffixes, a long path, a folder with a dot."""
+    """Class folders; a dot and a per cent sign in a name, capital suffixes, a long path, a folder
+    with a dot."""
     files = {
         "cat/one.png": encode(8, 6),
         "cat/a.b%2E.JPEG": encode(9, 6, "JPEG"),
@@ -98,7 +104,8 @@ def test_open_source_gives_back_keys_bytes_and_labels(classes: Path, tmp_path: P
 def test_plain_webdataset_reads_the_shards(classes: Path, tmp_path: Path) -> None:
     source = open_source(classes)
     shards = pack(source, tmp_path / "out", 2, seed=0)
-    with warnings.catch_warnings():  # webdataset leaves the closing of its files to the garbage collector
+    # webdataset leaves the closing of its files to the garbage collector
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         samples = list(webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False))
         gc.collect()
@@ -113,17 +120,36 @@ def test_plain_webdataset_reads_the_shards(classes: Path, tmp_path: Path) -> Non
 
 def test_shards_hold_shard_size_pictures_and_bare_headers(classes: Path, tmp_path: Path) -> None:
     shards = pack(open_source(classes), tmp_path / "out", 2, seed=0, prefix="train")
-    assert [shard.name for shard in shards] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
+    assert [shard.name for shard in shards] == [
+        "train-000000.tar",
+        "train-000001.tar",
+        "train-000002.tar",
+    ]
     assert [len(members(shard)) for shard in shards] == [4, 4, 2]  # a picture and its .cls each
     for member in members(shards[0]):
-        assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["classes.json", *(s.name for s in shards)]
+        assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (
+            0,
+            0,
+            0,
+            "",
+            "",
+        )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "classes.json",
+        *(s.name for s in shards),
+    ]
 
 
 def test_a_picture_keeps_the_suffix_of_its_file(classes: Path, tmp_path: Path) -> None:
     shards = pack(open_source(classes), tmp_path / "out", 9, seed=0)
     names = {member.name for member in members(shards[0]) if not member.name.endswith(".cls")}
-    assert names == {"cat/one.png", "cat/a%2Eb%252E.jpeg", "dog.2/three.jpg", f"dog.2/{'x' * 120}.png", "emu/five.webp"}
+    assert names == {
+        "cat/one.png",
+        "cat/a%2Eb%252E.jpeg",
+        "dog.2/three.jpg",
+        f"dog.2/{'x' * 120}.png",
+        "emu/five.webp",
+    }
 
 
 def test_same_pictures_same_bytes_and_the_seed_is_the_order(classes: Path, tmp_path: Path) -> None:
@@ -134,7 +160,8 @@ def test_same_pictures_same_bytes_and_the_seed_is_the_order(classes: Path, tmp_p
 
 
 def test_golden_bytes(tmp_path: Path) -> None:
-    """One shard written down in full: ustar headers of two members, contents padded to 512, two empty blocks."""
+    """One shard written down in full: ustar headers of two members, contents padded to 512, two
+    empty blocks."""
     source = open_source(write(tmp_path / "in", {"k/a.png": b"not a picture"}))
     (shard,) = pack(source, tmp_path / "out", 1, seed=0)
 
@@ -166,10 +193,15 @@ def test_tars_can_be_packed_again(classes: Path, tmp_path: Path) -> None:
     assert first.labels is not None
     assert second.labels is not None
     assert list(second.keys) == [first.keys[row] for row in rng.permutation(5, 1, 0)]
-    assert dict(zip(second.keys, second.labels, strict=True)) == dict(zip(first.keys, first.labels, strict=True))
+    assert dict(zip(second.keys, second.labels, strict=True)) == dict(
+        zip(first.keys, first.labels, strict=True)
+    )
     assert {second.read(i) for i in range(5)} == {source.read(i) for i in range(5)}
-    suffixes = {Path(member.name).suffix for member in members(tmp_path / "two/pictures-000000.tar")}
-    assert suffixes == {".png", ".jpg", ".webp", ".cls"}  # from the first bytes: the names of members are not kept
+    suffixes = {
+        Path(member.name).suffix for member in members(tmp_path / "two/pictures-000000.tar")
+    }
+    # from the first bytes: the names of members are not kept
+    assert suffixes == {".png", ".jpg", ".webp", ".cls"}
 
 
 def test_train_and_test_share_a_folder_when_their_classes_agree(tmp_path: Path) -> None:
@@ -181,13 +213,17 @@ def test_train_and_test_share_a_folder_when_their_classes_agree(tmp_path: Path) 
     pack(test, out, 5, seed=0, prefix="test")
     with pytest.raises(UserError, match="names other classes"):
         pack(other, out, 5, seed=0, prefix="other")
-    assert sorted(path.name for path in out.iterdir()) == ["classes.json", "test-000000.tar", "train-000000.tar"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "classes.json",
+        "test-000000.tar",
+        "train-000000.tar",
+    ]
 
 
 @pytest.mark.parametrize(
     ("kind", "mode", "back"),
-    [("PNG", "RGB", "RGB"), ("PNG", "L", "L"), ("PNG", "RGBA", "RGB"), ("PNG", "P", "RGB"), ("JPEG", "L", "L"),
-     ("JPEG", "CMYK", "RGB"), ("BMP", "RGB", "RGB"), ("WEBP", "RGB", "RGB")],
+    [("PNG", "RGB", "RGB"), ("PNG", "L", "L"), ("PNG", "RGBA", "RGB"), ("PNG", "P", "RGB"),
+     ("JPEG", "L", "L"), ("JPEG", "CMYK", "RGB"), ("BMP", "RGB", "RGB"), ("WEBP", "RGB", "RGB")],
 )  # fmt: skip
 def test_resized_keeps_format_and_ratio(kind: str, mode: str, back: str) -> None:
     small = Image.open(io.BytesIO(resized(encode(40, 20, kind, mode), 10)))
@@ -196,8 +232,11 @@ def test_resized_keeps_format_and_ratio(kind: str, mode: str, back: str) -> None
 
 def test_resized_png_is_the_bicubic_picture(tmp_path: Path) -> None:
     data = encode(31, 20)
-    expected = Image.open(io.BytesIO(data)).resize((16, 10), Image.Resampling.BICUBIC)  # 31 / 2 rounds to even: 16
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(resized(data, 10)))), np.asarray(expected))
+    # 31 / 2 rounds to even: 16
+    expected = Image.open(io.BytesIO(data)).resize((16, 10), Image.Resampling.BICUBIC)
+    assert np.array_equal(
+        np.asarray(Image.open(io.BytesIO(resized(data, 10)))), np.asarray(expected)
+    )
 
 
 def test_resize_jpeg_quality_is_95() -> None:
@@ -214,9 +253,23 @@ def test_resize_never_enlarges_and_then_keeps_the_bytes() -> None:
 
 def test_resize_through_the_command(tmp_path: Path) -> None:
     src = write(
-        tmp_path / "in", {"a/wide.png": encode(40, 20), "b/tall.jpg": encode(20, 60, "JPEG"), "b/s.png": encode(5, 4)}
+        tmp_path / "in",
+        {
+            "a/wide.png": encode(40, 20),
+            "b/tall.jpg": encode(20, 60, "JPEG"),
+            "b/s.png": encode(5, 4),
+        },
     )
-    arguments = [str(src), str(tmp_path / "out"), "--shard-size", "9", "--resize", "10", "--name", "train"]
+    arguments = [
+        str(src),
+        str(tmp_path / "out"),
+        "--shard-size",
+        "9",
+        "--resize",
+        "10",
+        "--name",
+        "train",
+    ]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     assert "3 pictures (2 classes) in 1 shards" in result.output
@@ -226,7 +279,8 @@ def test_resize_through_the_command(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_picture_leaves_nothing(run: Run, tmp_path: Path) -> None:
-    """With --resize every picture is decoded; the bad one comes last, after several shards are done."""
+    """With --resize every picture is decoded; the bad one comes last, after several shards are
+    done."""
     files = {f"{i}.png": encode(8 + i, 6) for i in range(9)}
     bad = int(rng.permutation(9, 0, 0)[-1])
     src = write(tmp_path / "in", files | {f"{bad}.png": files[f"{bad}.png"][:40]})
@@ -256,7 +310,9 @@ def test_a_killed_run_is_named(run: Run, classes: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/.pictures.packing").is_dir()
 
 
-def test_a_full_disk_is_one_line(run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(
+    run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,5 @@
-"""The quick start without its work: what it would run, what it tells, and when it fails. CI runs it for real."""
+"""The quick start without its work: what it would run, what it tells, and when it fails. CI runs it
+for real."""
 
 from __future__ import annotations
 
@@ -34,9 +35,18 @@ def test_margins_are_points_above_each_other_student() -> None:
 
 def test_the_report_of_one_seed() -> None:
     text = quickstart.report({0: rows(80.0)}, ENVIRONMENT, Plan(), 333.3)
-    assert "| mralign student                         |   80.0 |     90.0 |        12 |       7 |   1,234,567 |" in text
-    assert "| mae student                             |   60.0 |     70.0 |         - |       7 |           - |" in text
-    assert "- mralign student less mae student: +20.0 points of k-NN and +20.0 points of linear" in text
+    assert (
+        "| mralign student                         |   80.0 |     90.0 |        12 |       7 |   "
+        "1,234,567 |" in text
+    )
+    assert (
+        "| mae student                             |   60.0 |     70.0 |         - |       7 |   "
+        "        - |" in text
+    )
+    assert (
+        "- mralign student less mae student: +20.0 points of k-NN and +20.0 points of linear"
+        in text
+    )
     assert "Seeds 0 (16 epochs); 333 s in all" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in table}) == 1
@@ -51,7 +61,9 @@ def test_the_report_of_several_seeds_has_means_and_spreads() -> None:
 
 def test_six_points_are_enough_and_less_is_an_error() -> None:
     quickstart.judge(quickstart.margins({0: rows(66.0)}), Plan())
-    with pytest.raises(UserError, match=r"mralign is \+5.9 points of k-NN above mae, at least \+6") as error:
+    with pytest.raises(
+        UserError, match=r"mralign is \+5.9 points of k-NN above mae, at least \+6"
+    ) as error:
         quickstart.judge(quickstart.margins({0: rows(65.9)}), Plan())
     assert error.value.exit_status == 1
     quickstart.judge(quickstart.margins({0: rows(50.0)}), REDUCED)
@@ -71,7 +83,8 @@ def test_options_exist_in_the_commands(tmp_path: Path) -> None:
 
 def test_only_mralign_is_told_the_level_weights(tmp_path: Path) -> None:
     mralign, mae = (
-        quickstart.train_arguments(name, tmp_path, "SRC", tmp_path, 0, Plan()) for name in ("mralign", "mae")
+        quickstart.train_arguments(name, tmp_path, "SRC", tmp_path, 0, Plan())
+        for name in ("mralign", "mae")
     )
     assert [word for word in mralign if word not in mae] == ["mralign", "level_weights=top:3"]
 
@@ -86,7 +99,9 @@ def test_a_command_is_shown_run_and_timed(capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_failing_command_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"`python -m student eval none \.\.\.` failed with exit status 2"):
+    with pytest.raises(
+        UserError, match=r"`python -m student eval none \.\.\.` failed with exit status 2"
+    ):
         quickstart.run("student", "eval", "none", "somewhere")
     assert "unknown eval 'none'" in capfd.readouterr().err
 

@@ -1,4 +1,5 @@
-"""The digits' tokenizer: its losses by hand, that it learns, and that featcache reads what it wrote."""
+"""The digits' tokenizer: its losses by hand, that it learns, and that featcache reads what it
+wrote."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Fixed(nn.Module):
-    """Two words, two patches; the second word is e times as likely as the first at the left patch, and the reverse."""
+    """Two words, two patches; the second word is e times as likely as the first at the left patch,
+    and the reverse."""
 
     def logits(self, mapped: Tensor) -> Tensor:
         return torch.tensor([[[[0.0, 1.0]], [[1.0, 0.0]]]]).expand(len(mapped), -1, -1, -1)
@@ -49,8 +51,8 @@ class Constant(nn.Module):
 
 
 def test_losses_by_hand() -> None:
-    """Both words are used alike over the two patches: entropy log 2. White pixels are 0.9, a guess of 0.5 misses each
-    by 0.4."""
+    """Both words are used alike over the two patches: entropy log 2. White pixels are 0.9, a guess
+    of 0.5 misses each by 0.4."""
     pixels = torch.full((3, 3, 2, 4), 255, dtype=torch.uint8)
     noise = torch.Generator().manual_seed(0)
     error, use = tokenizer.losses(Fixed(), Constant(), pixels, 0.5, noise)  # type: ignore[arg-type]
@@ -59,7 +61,8 @@ def test_losses_by_hand() -> None:
 
 
 def test_words_are_drawn_in_proportion() -> None:
-    """At a low temperature the relaxation is a draw: the likelier word wins e / (1 + e) of the time."""
+    """At a low temperature the relaxation is a draw: the likelier word wins e / (1 + e) of the
+    time."""
     seen: list[Tensor] = []
 
     class Watch(Constant):
@@ -78,14 +81,17 @@ def test_words_are_drawn_in_proportion() -> None:
 def test_training_is_repeatable_and_draws_from_no_global_generator(few: Path) -> None:
     source = open_source(f"{few}/data/train-*.tar")
     before = torch.get_rng_state()
-    (one, _), (two, _), (other, _) = (tokenizer.train(source, seed=seed, epochs=2) for seed in (0, 0, 1))
+    (one, _), (two, _), (other, _) = (
+        tokenizer.train(source, seed=seed, epochs=2) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one.blocks.input.weight, other.blocks.input.weight)
 
 
 def test_quality_by_hand(few: Path) -> None:
-    """One word for everything and the mean colour: one word of perplexity 1, which explains nothing."""
+    """One word for everything and the mean colour: one word of perplexity 1, which explains
+    nothing."""
     source = open_source(f"{few}/data/test-*.tar")
 
     class One(nn.Module):
@@ -97,7 +103,9 @@ def test_quality_by_hand(few: Path) -> None:
             assert words.shape == (60, 64, 8, 8)
             return torch.full((60, 1, 64, 64), level)
 
-    whole = [np.asarray(decode(source.read(row)).resize((64, 64), 1), np.float64) for row in range(60)]
+    whole = [
+        np.asarray(decode(source.read(row)).resize((64, 64), 1), np.float64) for row in range(60)
+    ]
     level = 0.8 * float(np.mean(whole)) / 255 + 0.1
     found = tokenizer.quality(One(), Mean(), source)  # type: ignore[arg-type]
     assert (found["words"], found["perplexity"]) == (1, 1.0)
@@ -116,7 +124,16 @@ def test_the_command_leaves_a_tokenizer_that_extract_adds(
     weights = str(few / "tokenizer.safetensors")
 
     out, teacher = tmp_path / "c", "synthetic:levels=1,tokens=64,width=8,size=32"
-    shared = ("--images", f"{few}/data/train-*.tar", "--out", str(out), "--size", "32", "--views", "1")
+    shared = (
+        "--images",
+        f"{few}/data/train-*.tar",
+        "--out",
+        str(out),
+        "--size",
+        "32",
+        "--views",
+        "1",
+    )
     fx.good(fx.feat("extract", "--teacher", teacher, *shared, "--levels", "1"))
     fx.good(fx.feat("extract", "--add", "--teacher", tokenizer.SPEC, "--weights", weights, *shared))
     with featcache.open(out) as cache:
@@ -124,10 +141,14 @@ def test_the_command_leaves_a_tokenizer_that_extract_adds(
         key = cache.keys[0]
     source = open_source(f"{few}/data/train-*.tar")
     top, left, height, width = got["crop"][0].tolist()
-    view = decode(source.read(list(source.keys).index(key))).crop((left, top, left + width, top + height))
+    view = decode(source.read(list(source.keys).index(key))).crop(
+        (left, top, left + width, top + height)
+    )
     view = view.resize((64, 64), 1)  # Lanczos
     pixels = np.asarray(view.transpose(0) if got["flip"][0] else view)
-    ids = teachers.load_tokenizer(tokenizer.SPEC, weights)(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
+    ids = teachers.load_tokenizer(tokenizer.SPEC, weights)(
+        torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    )
     assert got[tokenizer.FIELD][0].tolist() == ids[0].tolist()
 
 
@@ -143,8 +164,8 @@ def test_digits_that_are_not_there(
 
 @pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
-    """In four of ten epochs: most of the pixels' variance, by several words. One word alone would explain none, and its
-    perplexity would be 1."""
+    """In four of ten epochs: most of the pixels' variance, by several words. One word alone would
+    explain none, and its perplexity would be 1."""
     digits.write_shards(tmp_path, seed=0)
     train, test = (open_source(f"{tmp_path}/data/{part}-*.tar") for part in ("train", "test"))
     found = tokenizer.quality(*tokenizer.train(train, seed=0, epochs=4), test)

@@ -1,4 +1,5 @@
-"""Checkpoints: complete or absent, two of them, never executed, and an encoder that timm takes by name."""
+"""Checkpoints: complete or absent, two of them, never executed, and an encoder that timm takes by
+name."""
 
 from __future__ import annotations
 
@@ -43,12 +44,17 @@ def test_the_two_newest_stay(finished: Path) -> None:
 def test_the_order_is_that_of_the_steps(tmp_path: Path) -> None:
     for step in (8, 9, 10, 99, 100):
         checkpoint.save(tmp_path, step, {**EMPTY, "model": {"w": torch.tensor(float(step))}})
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000099.pt", "step-00000100.pt"]
+    assert [path.name for path in checkpoint.complete(tmp_path)] == [
+        "step-00000099.pt",
+        "step-00000100.pt",
+    ]
     assert checkpoint.newest(tmp_path)["step"] == 100
     assert checkpoint.newest(tmp_path)["model"]["w"].item() == 100
 
 
-def test_a_write_that_fails_leaves_the_ones_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_ones_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save(tmp_path, 1, EMPTY)
     whole = torch.save
 
@@ -62,7 +68,9 @@ def test_a_write_that_fails_leaves_the_ones_before(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch, "save", whole)
     assert checkpoint.newest(tmp_path)["step"] == 1
     checkpoint.save(tmp_path, 2, EMPTY)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert [
+        path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")
+    ] == []
 
 
 def test_a_truncated_newest_is_one_line(run: Path) -> None:
@@ -114,7 +122,9 @@ def test_code_in_a_checkpoint_is_never_run(form: str, run: Path, tmp_path: Path)
     assert mark.exists()  # the trap was real
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"step": 6, "model": {}, "optimizer": {}, "scaler": {}}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"epoch": 3}, {"step": 6, "model": {}, "optimizer": {}, "scaler": {}}]
+)
 def test_another_files_content_is_one_line(content: Any, run: Path) -> None:
     torch.save(content, run / "checkpoints" / "step-00000006.pt")
     ran = resume(run)
@@ -137,9 +147,19 @@ def test_no_run_and_no_checkpoint(tmp_path: Path, run: Path) -> None:
 def test_the_encoder_loads_strictly_in_timm_by_name(finished: Path) -> None:
     """What a user does at home: a plain timm model, the encoder's part of the state, strict."""
     plain: Any = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=0
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=4,
+        num_heads=3,
+        num_classes=0,
     )
-    own = {k.removeprefix("encoder."): v for k, v in fx.weights(finished).items() if k.startswith("encoder.")}
+    own = {
+        k.removeprefix("encoder."): v
+        for k, v in fx.weights(finished).items()
+        if k.startswith("encoder.")
+    }
     result = plain.load_state_dict(own, strict=True)
     assert not result.missing_keys
     assert not result.unexpected_keys
@@ -148,9 +168,12 @@ def test_the_encoder_loads_strictly_in_timm_by_name(finished: Path) -> None:
     assert settings["img_size"] == 32
     assert not encoder.training
     picture = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    # One library, another construction: eps of the norms is the recipe's 1e-6, which is timm's default too.
+    # One library, another construction: eps of the norms is the recipe's 1e-6, which is timm's
+    # default too.
     with torch.no_grad():
-        torch.testing.assert_close(plain.eval().forward_features(picture), encoder.forward_features(picture))
+        torch.testing.assert_close(
+            plain.eval().forward_features(picture), encoder.forward_features(picture)
+        )
 
 
 def test_trained_weights_are_not_the_starting_ones(finished: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The student command: help, names, settings, JSON, one-line errors, exit statuses, and the evaluations over a run."""
+"""The student command: help, names, settings, JSON, one-line errors, exit statuses, and the
+evaluations over a run."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ ONE = ("--steps", "1", "--batch-size", "8")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "run"
-    fx.good(fx.train("maskalign", path, "--cache", fx.cache_path(), "--steps", "4", "--batch-size", "8"))
+    fx.good(
+        fx.train("maskalign", path, "--cache", fx.cache_path(), "--steps", "4", "--batch-size", "8")
+    )
     return path
 
 
@@ -32,7 +35,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fx.save_pictures(tmp_path_factory.mktemp("labelled") / "p", 60, seed=4, classes=3)
 
 
-# --- help and names -------------------------------------------------------------------------------------------------
+# --- help and names -------------------------------------------------------------------------------
 
 
 def commands() -> list[tuple[str, ...]]:
@@ -48,7 +51,13 @@ def commands() -> list[tuple[str, ...]]:
 
 
 def test_the_commands() -> None:
-    assert set(commands()) >= {("train",), ("recipes",), ("eval",), ("eval", "knn"), ("eval", "linear")}
+    assert set(commands()) >= {
+        ("train",),
+        ("recipes",),
+        ("eval",),
+        ("eval", "knn"),
+        ("eval", "linear"),
+    }
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -60,15 +69,18 @@ def test_help_has_an_example_that_names_real_options(command: tuple[str, ...]) -
         return
     assert f"student {' '.join(command)}" in ran.out.split("Example", 1)[1]
     used = {word for word in ran.out.split("Example", 1)[1].split() if word.startswith("--")}
-    assert used <= {word.rstrip(",") for word in ran.out.split("Example", 1)[0].split() if word.startswith("--")}
+    assert used <= {
+        word.rstrip(",") for word in ran.out.split("Example", 1)[0].split() if word.startswith("--")
+    }
 
 
 def test_the_documented_options_of_train() -> None:
     text = fx.stud("train", "--help").out
-    for option in ("--recipe", "--cache", "--images", "--out", "--epochs", "--steps", "--batch-size", "--seed",
-                   "--teacher", "--config", "--set", "--resume", "--dry-run", "--json", "--decode", "--direct",
-                   "--verify-rows", "--read-threads", "--ema", "--compile", "--checkpoint-activations",
-                   "--skip-nonfinite", "--tracker", "--deterministic"):  # fmt: skip
+    for option in ("--recipe", "--cache", "--images", "--out", "--epochs", "--steps",
+                   "--batch-size", "--seed", "--teacher", "--config", "--set", "--resume",
+                   "--dry-run", "--json", "--decode", "--direct", "--verify-rows", "--read-threads",
+                   "--ema", "--compile", "--checkpoint-activations", "--skip-nonfinite",
+                   "--tracker", "--deterministic"):  # fmt: skip
         assert option in text, option
     assert "up to 2 GiB is verified whole" in " ".join(text.split())
 
@@ -103,14 +115,19 @@ def test_an_unknown_command_and_an_unknown_option() -> None:
 
 
 def test_an_unknown_setting_offers_near_keys(tmp_path: Path) -> None:
-    for words in (("train", "--recipe", "mralign", "--out", tmp_path / "run"), ("recipes", "mralign")):
+    for words in (
+        ("train", "--recipe", "mralign", "--out", tmp_path / "run"),
+        ("recipes", "mralign"),
+    ):
         ran = fx.stud(*words, "--set", "mask_ration=0.5")
         assert ran.status == 2
         assert "did you mean mask_ratio" in ran.line
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("setting", ["mask_ratio=2", "epochs=ten", "mask=attentiv", "drop_path", "betas=[0.9]"])
+@pytest.mark.parametrize(
+    "setting", ["mask_ratio=2", "epochs=ten", "mask=attentiv", "drop_path", "betas=[0.9]"]
+)
 def test_a_setting_that_cannot_be_is_told_first(setting: str, tmp_path: Path) -> None:
     """Before anything is opened: not even the cache exists here."""
     ran = fx.stud("train", "--recipe", "mralign", "--cache", tmp_path / "nowhere", "--set", setting)
@@ -118,7 +135,7 @@ def test_a_setting_that_cannot_be_is_told_first(setting: str, tmp_path: Path) ->
     assert setting.split("=")[0] in ran.line
 
 
-# --- recipes --------------------------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
 
 def test_recipes_lists_each_with_a_line() -> None:
@@ -133,26 +150,36 @@ def test_a_recipes_paper_trail_and_configuration(name: str) -> None:
     module = recipes.load(name)
     assert (module.__doc__ or "").strip() in ran.out
     shown = dict(line.split(" = ", 1) for line in ran.out.split("\n\n")[-1].splitlines())
-    assert {key: json.loads(value) for key, value in shown.items()} == config.as_dict(module.Config())
+    assert {key: json.loads(value) for key, value in shown.items()} == config.as_dict(
+        module.Config()
+    )
     changed = fx.stud("recipes", name, "--set", "epochs=7", "--json").json
     assert changed == {**config.as_dict(module.Config()), "epochs": 7}
 
 
-# --- train ----------------------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
-    ran = fx.good(fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(), "--batch-size", "5", "--dry-run",
-                           "--epochs", "7", "--json", home=tmp_path / "home"))  # fmt: skip
+    ran = fx.good(fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(),
+                           "--batch-size", "5", "--dry-run", "--epochs", "7", "--json",
+                           home=tmp_path / "home"))  # fmt: skip
     facts = ran.json
-    assert (facts["pictures"], facts["global_batch"], facts["steps_per_epoch"], facts["steps"]) == (24, 5, 4, 28)
+    assert (facts["pictures"], facts["global_batch"], facts["steps_per_epoch"], facts["steps"]) == (
+        24,
+        5,
+        4,
+        28,
+    )
     assert facts["recipe"] == "mralign"
     assert 0 < facts["encoder_parameters"] < facts["parameters"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_json_is_the_only_thing_on_stdout(tmp_path: Path) -> None:
-    ran = fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *ONE, "--json"))
+    ran = fx.good(
+        fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *ONE, "--json")
+    )
     assert ran.json["run"] == str(tmp_path / "run")
     assert ran.json["steps"] == 1
     assert ran.json["loss"] == pytest.approx(fx.losses(tmp_path / "run")[-1], abs=1e-6)
@@ -165,7 +192,8 @@ def test_no_recipe() -> None:
 
 
 def test_no_pictures_and_no_cache(tmp_path: Path) -> None:
-    """mae needs no cache, but pictures: the line says what SRC may be and that a variable sets a default."""
+    """mae needs no cache, but pictures: the line says what SRC may be and that a variable sets a
+    default."""
     ran = fx.train("mae", tmp_path / "run", *ONE, home=tmp_path / "home")
     assert ran.status == 2
     assert all(part in ran.line for part in ("--images SRC", "webdataset", "FEATCACHE_IMAGES"))
@@ -174,7 +202,11 @@ def test_no_pictures_and_no_cache(tmp_path: Path) -> None:
 def test_the_variable_sets_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {**fx.environment(tmp_path / "home"), "FEATCACHE_IMAGES": str(fx.pictures())}
     monkeypatch.setattr(fx, "environment", lambda home=None: given)
-    fx.good(fx.train("mae", tmp_path / "run", *ONE, "--policy", fx.policy_file(), sets=("patch_size=8",)))
+    fx.good(
+        fx.train(
+            "mae", tmp_path / "run", *ONE, "--policy", fx.policy_file(), sets=("patch_size=8",)
+        )
+    )
 
 
 @pytest.mark.parametrize("where", ["nowhere", "empty", "file"])
@@ -196,7 +228,9 @@ def test_no_cache_there(where: str, tmp_path: Path) -> None:
 
 def test_a_cache_of_another_picture_list(tmp_path: Path) -> None:
     others = fx.save_pictures(tmp_path / "others", 9, seed=9, classes=2)
-    ran = fx.train("maskalign", tmp_path / "run", *ONE, "--cache", fx.cache_path(), "--images", others)
+    ran = fx.train(
+        "maskalign", tmp_path / "run", *ONE, "--cache", fx.cache_path(), "--images", others
+    )
     assert ran.status == 1
     assert "9 of 9 pictures" in ran.line
     assert "c0/p00" in ran.line
@@ -209,13 +243,27 @@ def test_pictures_that_moved(tmp_path: Path) -> None:
     ran = fx.train("maskalign", tmp_path / "run", *ONE, "--cache", tmp_path / "c")
     assert ran.status == 1
     assert str(pictures) in ran.line
-    fx.good(fx.train("maskalign", tmp_path / "run", *ONE, "--cache", tmp_path / "c", "--images", tmp_path / "q"))
+    fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "run",
+            *ONE,
+            "--cache",
+            tmp_path / "c",
+            "--images",
+            tmp_path / "q",
+        )
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [("--weights", "random:0"), ("--views", "2"), ("--policy", "caev2")], ids=lambda pair: pair[0]
+    "options",
+    [("--weights", "random:0"), ("--views", "2"), ("--policy", "caev2")],
+    ids=lambda pair: pair[0],
 )
-def test_options_of_the_teacher_in_the_loop_do_not_fit_a_cache(options: tuple[str, str], tmp_path: Path) -> None:
+def test_options_of_the_teacher_in_the_loop_do_not_fit_a_cache(
+    options: tuple[str, str], tmp_path: Path
+) -> None:
     ran = fx.train("maskalign", tmp_path / "run", *ONE, "--cache", fx.cache_path(), *options)
     assert ran.status == 2
     assert options[0] in ran.line
@@ -244,27 +292,44 @@ def test_the_command_is_a_program_too(tmp_path: Path) -> None:
     assert "Traceback" not in ran.stderr
 
 
-# --- eval -----------------------------------------------------------------------------------------------------------
+# --- eval -----------------------------------------------------------------------------------------
 
 KNN = ("--k", "5")
-LINEAR = ("--epochs", "20", "--warmup-epochs", "2", "--train-views", "0", "--blr", "3", "--batch-size", "16")
+LINEAR = (
+    "--epochs",
+    "20",
+    "--warmup-epochs",
+    "2",
+    "--train-views",
+    "0",
+    "--blr",
+    "3",
+    "--batch-size",
+    "16",
+)
 
 
 @pytest.mark.parametrize(("name", "options"), [("knn", KNN), ("linear", LINEAR)])
 def test_eval_of_a_run(name: str, options: tuple[str, ...], run: Path, labelled: Path) -> None:
-    ran = fx.good(fx.stud("eval", name, run, "--images", labelled, "--json", "--device", "cpu", *options))
+    ran = fx.good(
+        fx.stud("eval", name, run, "--images", labelled, "--json", "--device", "cpu", *options)
+    )
     facts = ran.json
     assert facts["eval"] == name
     assert facts["of"] == str(run)
     assert facts["n_train"] + facts["n_test"] == 60
     assert 0 < facts["n_test"] < 30
     assert 0 <= facts["top1"] <= 100
-    again = fx.stud("eval", name, run, "--images", labelled, "--json", "--device", "cpu", *options).json
+    again = fx.stud(
+        "eval", name, run, "--images", labelled, "--json", "--device", "cpu", *options
+    ).json
     assert again == facts
 
 
 @pytest.mark.parametrize(("name", "options"), [("knn", KNN), ("linear", LINEAR)])
-def test_eval_of_a_teacher_in_place_of_a_run(name: str, options: tuple[str, ...], labelled: Path) -> None:
+def test_eval_of_a_teacher_in_place_of_a_run(
+    name: str, options: tuple[str, ...], labelled: Path
+) -> None:
     """The synthetic teacher's features are colours, and the classes differ in colour."""
     words = (
         "eval",
@@ -284,14 +349,27 @@ def test_eval_of_a_teacher_in_place_of_a_run(name: str, options: tuple[str, ...]
 
 
 def test_knn_of_a_run_by_hand(run: Path, labelled: Path, tmp_path: Path) -> None:
-    """1-NN on given train and test folders: the encoder run directly, cosines in numpy, the nearest class."""
+    """1-NN on given train and test folders: the encoder run directly, cosines in numpy, the nearest
+    class."""
     import torch
     from PIL import Image
 
     from student import checkpoint
 
     test = fx.save_pictures(tmp_path / "test", 15, seed=77, classes=3)
-    words = ("--images", labelled, "--test", test, "--k", "1", "--device", "cpu", "--crop-pct", "1", "--json")
+    words = (
+        "--images",
+        labelled,
+        "--test",
+        test,
+        "--k",
+        "1",
+        "--device",
+        "cpu",
+        "--crop-pct",
+        "1",
+        "--json",
+    )
     facts = fx.good(fx.stud("eval", "knn", run, *words)).json
     encoder: Any = checkpoint.load_encoder(run)[0]
 

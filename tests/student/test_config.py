@@ -19,7 +19,10 @@ from student.config import RecipeConfig, from_overrides
     ("override", "value"),
     [
         ("encoder=tiny", "tiny"),
-        ("encoder=vit_tiny_patch16_224,depth=2,embed_dim=64", "vit_tiny_patch16_224,depth=2,embed_dim=64"),
+        (
+            "encoder=vit_tiny_patch16_224,depth=2,embed_dim=64",
+            "vit_tiny_patch16_224,depth=2,embed_dim=64",
+        ),
         ('encoder="small"', "small"),
         ("encoder=12", "12"),  # a text field keeps its text
         ("epochs=5", 5),
@@ -44,7 +47,8 @@ def test_values_are_read_and_typed(override: str, value: object) -> None:
     [
         (
             "mask_ratio=1",
-            "cannot set mask_ratio: given 1; allowed: float .*less than 1.*change it with mask_ratio=VALUE",
+            "cannot set mask_ratio: given 1; allowed: float .*less than 1.*change it with "
+            "mask_ratio=VALUE",
         ),
         ("mask_ratio=-0.1", "mask_ratio: given -0.1; allowed: float .*greater than or equal to 0"),
         ("mask_ratio=NaN", "mask_ratio: given NaN; .*finite"),
@@ -61,7 +65,10 @@ def test_values_are_read_and_typed(override: str, value: object) -> None:
         ("mask=atentive", "unknown mask 'atentive': did you mean attentive"),
         ("encodr=tiny", "unknown setting 'encodr': did you mean encoder"),
         ("epochs", "cannot read setting 'epochs'.*key=value"),
-        ("patch_size=15", "img_size=224, patch_size=15; allowed: a patch_size that divides img_size"),
+        (
+            "patch_size=15",
+            "img_size=224, patch_size=15; allowed: a patch_size that divides img_size",
+        ),
         ("mask_ratio=0.999", "mask_ratio=0.999 leaves 0 of 196 patches"),
     ],
 )
@@ -85,7 +92,10 @@ def test_as_dict_is_json_and_round_trips() -> None:
     plain = config.as_dict(given)
     assert plain == json.loads(json.dumps(plain))
     assert plain["betas"] == [0.8, 0.9]
-    assert from_overrides(RecipeConfig, [f"{key}={json.dumps(value)}" for key, value in plain.items()]) == given
+    assert (
+        from_overrides(RecipeConfig, [f"{key}={json.dumps(value)}" for key, value in plain.items()])
+        == given
+    )
 
 
 def test_replace_checks_again() -> None:
@@ -129,7 +139,9 @@ def test_defaults_go_with_the_size_unless_something_else_is_set() -> None:
 
 
 def test_a_rate_that_would_do_nothing_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"cannot set blr=0.0002: .* lr=0.001 .* blr=RATE together with lr=null"):
+    with pytest.raises(
+        UsageError, match=r"cannot set blr=0.0002: .* lr=0.001 .* blr=RATE together with lr=null"
+    ):
         from_overrides(Sized, ["blr=2e-4"])
     assert from_overrides(Sized, ["blr=2e-4", "lr=null"]).blr == 2e-4
     assert from_overrides(RecipeConfig, ["blr=2e-4"]).blr == 2e-4
@@ -138,5 +150,7 @@ def test_a_rate_that_would_do_nothing_is_refused() -> None:
 def test_target_of_output_recipes() -> None:
     given = from_overrides(config.OutputConfig, ["target=f", "teacher_width=24", "teacher_out=20"])
     assert (given.target_width, config.replace(given, target="z").target_width) == (24, 20)
-    with pytest.raises(UsageError, match="unknown target 'y': known: f, z; choose one with target=NAME"):
+    with pytest.raises(
+        UsageError, match="unknown target 'y': known: f, z; choose one with target=NAME"
+    ):
         from_overrides(config.OutputConfig, ["target=y"])

@@ -17,7 +17,18 @@ from featcache.storage import manifest
 from tests.conftest import SYNTHETIC, Ran, files_below, make_photos, make_plan
 
 Command = Callable[..., Ran]
-BASE = ("--teacher", SYNTHETIC, "--size", 28, "--levels", "last:2", "--batch-size", 4, "--workers", 2)
+BASE = (
+    "--teacher",
+    SYNTHETIC,
+    "--size",
+    28,
+    "--levels",
+    "last:2",
+    "--batch-size",
+    4,
+    "--workers",
+    2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +46,9 @@ def mistake(ran: Ran, status: int, *told: str) -> None:
         assert part in ran.error, (part, ran.error)
 
 
-def test_info_of_an_unfinished_cache(featcache_command: Command, made: Path, tmp_path: Path) -> None:
+def test_info_of_an_unfinished_cache(
+    featcache_command: Command, made: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(made, tmp_path / "c"))
     (copy / "shards/000000.json").unlink()
     ran = featcache_command("info", copy)
@@ -45,7 +58,9 @@ def test_info_of_an_unfinished_cache(featcache_command: Command, made: Path, tmp
     facts = json.loads(featcache_command("info", copy, "--json").out)
     assert facts["complete"] is False
     verified = featcache_command("verify", copy)
-    mistake(verified, 1, "sound as far as it goes", "unfinished: 0 of 1 shards", "11 pictures are left")
+    mistake(
+        verified, 1, "sound as far as it goes", "unfinished: 0 of 1 shards", "11 pictures are left"
+    )
     assert "repair" not in verified.error
     command = facts["unfinished"][0]["finish"]
     assert all(command in text for text in (ran.out, verified.error))
@@ -54,7 +69,9 @@ def test_info_of_an_unfinished_cache(featcache_command: Command, made: Path, tmp
     assert featcache_command("verify", copy).status == 0
 
 
-def test_info_says_by_which_command_a_cache_is_made(featcache_command: Command, tmp_path: Path) -> None:
+def test_info_says_by_which_command_a_cache_is_made(
+    featcache_command: Command, tmp_path: Path
+) -> None:
     """Quoted for a shell; pictures are counted as stored, not as listed."""
     folder = make_photos(tmp_path / "my photos")
     (folder / "bad.png").write_text("no picture")
@@ -70,7 +87,10 @@ def test_info_says_by_which_command_a_cache_is_made(featcache_command: Command, 
     words = shlex.split(line.removeprefix("made by: featcache"))
     ran = featcache_command(*words)
     assert (ran.status, "nothing to do" in ran.out) == (0, True)
-    more = [str(3) if before == "--views" else word for before, word in zip(["", *words], words, strict=False)]
+    more = [
+        str(3) if before == "--views" else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
     grown = featcache_command(*more, "--add")
     assert grown.status == 0
     assert ": added 11 pictures x 2 views, " in grown.out
@@ -94,12 +114,18 @@ def test_an_unfinished_addition_is_told_with_the_command_that_finishes_it(
     assert files_below(copy) == whole
 
 
-def test_a_dry_run_over_what_is_there(featcache_command: Command, photos: Path, made: Path, tmp_path: Path) -> None:
+def test_a_dry_run_over_what_is_there(
+    featcache_command: Command, photos: Path, made: Path, tmp_path: Path
+) -> None:
     """A complete cache, another cache, and a folder that is none."""
     before = files_below(made)
     options = ("extract", *BASE, "--images", photos, "--dry-run")
     ran = featcache_command(*options, "--out", made)
-    assert (ran.status, ran.out.endswith("nothing would be done\n"), "is complete" in ran.out) == (0, True, True)
+    assert (ran.status, ran.out.endswith("nothing would be done\n"), "is complete" in ran.out) == (
+        0,
+        True,
+        True,
+    )
     facts = json.loads(featcache_command(*options, "--out", made, "--json").out)
     assert (facts["complete"], facts["new_bytes"], facts["new_shards"]) == (True, 0, 0)
     mistake(featcache_command(*options, "--out", made, "--seed", 4), 1, "give --seed 0")
@@ -107,11 +133,15 @@ def test_a_dry_run_over_what_is_there(featcache_command: Command, photos: Path, 
     assert files_below(made) == before
 
 
-def test_options_of_the_work_change_the_work(featcache_command: Command, photos: Path, tmp_path: Path) -> None:
+def test_options_of_the_work_change_the_work(
+    featcache_command: Command, photos: Path, tmp_path: Path
+) -> None:
     """Those that do not change what is stored: the batch size is noted, a share is a share."""
     options = ("extract", *BASE, "--images", photos, "--rows-per-shard", 4, "--out", tmp_path / "c")
     facts = json.loads(
-        featcache_command(*options, "--shard", "1/3", "--batch-size", 5, "--device", "cpu", "--json").out
+        featcache_command(
+            *options, "--shard", "1/3", "--batch-size", 5, "--device", "cpu", "--json"
+        ).out
     )
     assert (facts["rows"], facts["complete"], facts["new_pictures"]) == (4, False, 4)
     assert manifest.read(tmp_path / "c")["provenance"]["batch_size"] == 5
@@ -122,14 +152,22 @@ def test_options_of_the_work_change_the_work(featcache_command: Command, photos:
     assert (whole["new_shards"], whole["new_pictures"], whole["complete"]) == (1, 3, False)
     assert whole["bytes"] % 11 == 0
     assert whole["bytes"] // 11 > item
-    assert f"share 0/3, 4 of 11 pictures x 1 view, {show.size(whole['bytes'] // 11 * 4)}\n" in ran.out
+    assert (
+        f"share 0/3, 4 of 11 pictures x 1 view, {show.size(whole['bytes'] // 11 * 4)}\n" in ran.out
+    )
     assert whole["new_bytes"] == whole["bytes"] // 11 * 3
-    assert f"would write {show.size(whole['new_bytes'])} in 1 shard to" in featcache_command(*options, "--dry-run").out
+    assert (
+        f"would write {show.size(whole['new_bytes'])} in 1 shard to"
+        in featcache_command(*options, "--dry-run").out
+    )
     told = featcache_command(*options, "--shard", "1/3", "--dry-run").out
     assert told == (
-        f"share 1/3 of {tmp_path / 'c'} is complete (4 pictures x 1 view, {show.size(whole['bytes'] // 11 * 4)}): "
-        "nothing would be done\n"
+        f"share 1/3 of {tmp_path / 'c'} is complete (4 pictures x 1 view, "
+        f"{show.size(whole['bytes'] // 11 * 4)}): nothing would be done\n"
     )
     ledger = [json.loads(line) for line in (tmp_path / "home/runs.jsonl").read_text().splitlines()]
-    assert [(line["batch_size"], line["device"]) for line in ledger] == [(5, "cpu"), (4, ledger[1]["device"])]
+    assert [(line["batch_size"], line["device"]) for line in ledger] == [
+        (5, "cpu"),
+        (4, ledger[1]["device"]),
+    ]
     assert json.loads(featcache_command(*options, "--workers", 1, "--json").out)["complete"] is True

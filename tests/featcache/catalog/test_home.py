@@ -19,7 +19,9 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_the_home_is_the_variables_or_caches(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     assert home.home() == place
     for unset in ("", None):
-        monkeypatch.setenv("FEATCACHE_HOME", "") if unset == "" else monkeypatch.delenv("FEATCACHE_HOME")
+        monkeypatch.setenv("FEATCACHE_HOME", "") if unset == "" else monkeypatch.delenv(
+            "FEATCACHE_HOME"
+        )
         assert home.home() == Path("caches")
 
 
@@ -48,7 +50,10 @@ def test_lines_that_cannot_be_read_are_passed_over(place: Path) -> None:
     """A process that died while it wrote, another's line, bytes that are no text."""
     home.note_run(command="train", cache_id="c1", run="r0")
     with (place / "runs.jsonl").open("ab") as file:
-        file.write(b'{"command": "train", "cache_id": "c1", "ru\n"c1"\n["c1"]\n\xff\xfe c1\n{"note": "c1"}\n')
+        file.write(
+            b'{"command": "train", "cache_id": "c1", "ru\n"c1"\n["c1"]\n\xff\xfe c1\n'
+            b'{"note": "c1"}\n'
+        )
     home.note_run(command="train", cache_id="c1", run="r1")
     assert [run["run"] for run in home.runs_of("c1")] == ["r0", "r1"]
 

@@ -1,4 +1,5 @@
-"""What `featcache info` says of recipes: literals against code, and its answer against that of training."""
+"""What `featcache info` says of recipes: literals against code, and its answer against that of
+training."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
     assert stated == module.SERVED_BY
     assert stated.get("mask_ratio", module.Config().mask_ratio) == module.Config().mask_ratio
     assert set(stated) - {"mask_ratio", "all_tokens", "derive"} == {"fields", "levels"}
-    assert stated.get("all_tokens", False) == ("features" in needs.fields and not needs.visible_only)
+    assert stated.get("all_tokens", False) == (
+        "features" in needs.fields and not needs.visible_only
+    )
     assert stated.get("derive", "") == needs.derive
     assert stated["fields"] == needs.fields
     assert tuple(serves._levels(stated["levels"], module.Config().teacher_depth)) == needs.levels
@@ -37,7 +40,10 @@ def test_every_recipe_is_known() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("SERVED_BY = {'fields': ('features',), 'levels': 'last:2'}", {"fields": ("features",), "levels": "last:2"}),
+        (
+            "SERVED_BY = {'fields': ('features',), 'levels': 'last:2'}",
+            {"fields": ("features",), "levels": "last:2"},
+        ),
         ("OTHER = {'fields': ()}", None),
         ("SERVED_BY = ['fields']", None),
         ("", None),
@@ -57,7 +63,10 @@ def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: P
         (("--levels", "last:3"), ["fd", "mae", "mrmae"]),
         (("--levels", "2,3,4,6"), ["fd", "mae", "mrmae"]),
         (("--levels", "2,3,4,5"), ["mae"]),
-        (("--levels", "last:5", "--tokens", "ranked", "--keep", "4"), ["mae", "maskalign", "mralign", "mrmae"]),
+        (
+            ("--levels", "last:5", "--tokens", "ranked", "--keep", "4"),
+            ["mae", "maskalign", "mralign", "mrmae"],
+        ),
         (("--levels", "last:5", "--tokens", "ranked", "--keep", "3"), ["mae"]),
         (
             ("--levels", "last:5", "--tokens", "ranked", "--pixels", "raw"),
@@ -66,14 +75,27 @@ def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: P
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_it_says_is_what_training_says(options: tuple[str, ...], serving: list[str], tmp_path: Path) -> None:
-    """A default configuration but for the size of the student, whose --dry-run passes where the recipe is served."""
+def test_what_it_says_is_what_training_says(
+    options: tuple[str, ...], serving: list[str], tmp_path: Path
+) -> None:
+    """A default configuration but for the size of the student, whose --dry-run passes where the
+    recipe is served."""
     path = fx.extract(fx.pictures(), tmp_path / "c", *options, teacher=SIX)
     with Cache(path) as cache:
         said = serves.recipes(cache)
     assert [name for name, why in said.items() if not why] == serving
     for name, why in said.items():
-        words = ("--recipe", name, "--cache", path, "--device", "cpu", "--out", tmp_path / "run", "--dry-run")
+        words = (
+            "--recipe",
+            name,
+            "--cache",
+            path,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "run",
+            "--dry-run",
+        )
         ran = fx.stud("train", *words, "--set", fx.RECIPES[name][0])  # a small encoder
         assert (ran.status == 0) == (not why), (name, why, ran.err)
         if why.startswith("level"):
@@ -82,7 +104,9 @@ def test_what_it_says_is_what_training_says(options: tuple[str, ...], serving: l
 
 
 def test_an_incomplete_cache(tmp_path: Path) -> None:
-    path = fx.extract(fx.pictures(), tmp_path / "c", "--levels", "all", "--rows-per-shard", "12", teacher=SIX)
+    path = fx.extract(
+        fx.pictures(), tmp_path / "c", "--levels", "all", "--rows-per-shard", "12", teacher=SIX
+    )
     (path / "shards" / "000001.json").unlink()
     with Cache(path) as cache:
         said = serves.recipes(cache)
@@ -112,7 +136,10 @@ def test_levels_that_were_added_count(tmp_path: Path) -> None:
 def test_what_a_literal_may_ask(changed: dict[str, object], expected: str) -> None:
     """Of the small cache, which is said to keep only some of its patches."""
     with fx.open_cache() as cache:
-        cache.identity = {**cache.identity, **{key: value for key, value in changed.items() if key == "keep"}}
+        cache.identity = {
+            **cache.identity,
+            **{key: value for key, value in changed.items() if key == "keep"},
+        }
         needs = {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.75, **changed}
         assert serves.lacks(cache, needs) == expected
 
@@ -121,16 +148,19 @@ def test_a_projection_serves() -> None:
     with fx.open_cache() as cache:
         cache.tail = lambda teacher=None: {"proj": None}  # type: ignore[method-assign,assignment]
         assert (
-            serves.lacks(cache, {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.0, "derive": "z"}) == ""
+            serves.lacks(
+                cache,
+                {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.0, "derive": "z"},
+            )
+            == ""
         )
 
 
 def test_no_recipe_and_no_torch_is_imported() -> None:
     code = (
-        "import json, sys, featcache.catalog.serves as serves, featcache\n"
-        "answer = serves.recipes(featcache.open(sys.argv[1]))\n"
-        "heavy = [name for name in ('torch', 'timm', 'student', 'student.recipes') if name in sys.modules]\n"
-        "print(json.dumps([answer, heavy]))"
+        "import json, sys, featcache.catalog.serves as serves, featcache\nanswer = "
+        "serves.recipes(featcache.open(sys.argv[1]))\nheavy = [name for name in ('torch', 'timm', "
+        "'student', 'student.recipes') if name in sys.modules]\nprint(json.dumps([answer, heavy]))"
     )
     ran = python(code, fx.cache_path())
     assert ran.returncode == 0, ran.stderr

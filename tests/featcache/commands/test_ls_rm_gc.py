@@ -1,4 +1,5 @@
-"""`ls`, `rm` and `gc`: what they tell of caches in every state, and that they remove nothing else and nobody's work."""
+"""`ls`, `rm` and `gc`: what they tell of caches in every state, and that they remove nothing else
+and nobody's work."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def cache(origin: Path, tmp_path: Path) -> Path:
 def dead() -> str:
     """The writer of a process that has ended."""
     code = "from featcache.storage.owner import owner; print(owner())"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def part_of(cache: Path) -> Path:
@@ -57,9 +60,15 @@ def part_of(cache: Path) -> Path:
 # ---------------------------------------------------------------- ls
 
 
-def test_ls_tells_what_there_is(featcache_command: Command, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ls_tells_what_there_is(
+    featcache_command: Command, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = featcache_command("ls", "--json")
-    files = [facts for record in cache.rglob("0*.json") for facts in json.loads(record.read_text())["files"].values()]
+    files = [
+        facts
+        for record in cache.rglob("0*.json")
+        for facts in json.loads(record.read_text())["files"].values()
+    ]
     about = manifest.read(cache)
     assert json.loads(ran.out) == [
         {
@@ -84,11 +93,21 @@ def test_ls_tells_what_there_is(featcache_command: Command, cache: Path, monkeyp
     home.note_run(command="train", recipe="mae", cache_id=about["id"])
     head, row = featcache_command("ls").out.splitlines()
     assert re.split(r"  +", head)[:3] == ["path", "id", "teacher"]
-    for word in (str(cache), about["id"], "11 x 3", "1,2,3", "fp16 zarr raster", "100 %", f"{time.gmtime().tm_year}-"):
+    for word in (
+        str(cache),
+        about["id"],
+        "11 x 3",
+        "1,2,3",
+        "fp16 zarr raster",
+        "100 %",
+        f"{time.gmtime().tm_year}-",
+    ):
         assert word in row
 
 
-def test_ls_of_an_empty_home_says_where_it_looked(featcache_command: Command, tmp_path: Path) -> None:
+def test_ls_of_an_empty_home_says_where_it_looked(
+    featcache_command: Command, tmp_path: Path
+) -> None:
     ran = featcache_command("ls")
     assert (ran.status, ran.out) == (
         0,
@@ -103,7 +122,9 @@ def test_ls_rounds_what_is_incomplete_down(featcache_command: Command, cache: Pa
     assert "66 % + unfinished addition" in featcache_command("ls").out
 
 
-def test_ls_names_damaged_caches_beside_the_good(featcache_command: Command, cache: Path, tmp_path: Path) -> None:
+def test_ls_names_damaged_caches_beside_the_good(
+    featcache_command: Command, cache: Path, tmp_path: Path
+) -> None:
     for name, damaged in (("bad1", "manifest.json"), ("bad2", "shards/000000.json")):
         flip(Path(shutil.copytree(cache, tmp_path / "home" / name)) / damaged, 5)
     (tmp_path / "home/bad3").mkdir()
@@ -118,7 +139,9 @@ def test_ls_names_damaged_caches_beside_the_good(featcache_command: Command, cac
     ]
     assert all("is damaged" in line for line in ran.out.splitlines()[2:])
     damaged = {
-        Path(facts["path"]).name for facts in json.loads(featcache_command("ls", "--json").out) if "damaged" in facts
+        Path(facts["path"]).name
+        for facts in json.loads(featcache_command("ls", "--json").out)
+        if "damaged" in facts
     }
     assert damaged == {"bad1", "bad2", "bad3"}
 
@@ -141,7 +164,9 @@ def test_ls_gc_and_rm_need_no_torch(cache: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- rm
 
 
-def test_rm_removes_the_whole_cache_and_says_how_much(featcache_command: Command, cache: Path, tmp_path: Path) -> None:
+def test_rm_removes_the_whole_cache_and_says_how_much(
+    featcache_command: Command, cache: Path, tmp_path: Path
+) -> None:
     count = sum(map(len, files_below(cache).values()))
     ran = featcache_command("rm", cache, "--yes", "--json")
     assert json.loads(ran.out) == {"removed": {str(cache): count}, "freed": count}
@@ -161,7 +186,9 @@ def test_rm_asks_at_a_terminal(cache: Path, tmp_path: Path, answer: str, left: b
     ours, theirs = pty.openpty()
     os.write(ours, answer.encode())
     words = [sys.executable, "-m", "featcache", "rm", str(cache)]
-    ran = subprocess.run(words, stdin=theirs, capture_output=True, text=True, check=False, timeout=60)
+    ran = subprocess.run(
+        words, stdin=theirs, capture_output=True, text=True, check=False, timeout=60
+    )
     os.close(ours)
     os.close(theirs)
     assert ran.returncode == 0, ran.stderr
@@ -170,19 +197,25 @@ def test_rm_asks_at_a_terminal(cache: Path, tmp_path: Path, answer: str, left: b
     assert ("nothing removed" in ran.stderr) == left
 
 
-def test_rm_refuses_before_it_removes_anything(featcache_command: Command, cache: Path, tmp_path: Path) -> None:
+def test_rm_refuses_before_it_removes_anything(
+    featcache_command: Command, cache: Path, tmp_path: Path
+) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/main.tex").write_text("")
     ran = featcache_command("rm", cache, tmp_path / "thesis", "--yes")
     assert (ran.status, "holds no manifest.json" in ran.error) == (1, True)
     (tmp_path / "link").symlink_to(cache)
-    assert f"is a link to {str(cache)!r}" in featcache_command("rm", tmp_path / "link", "--yes").error
+    assert (
+        f"is a link to {str(cache)!r}" in featcache_command("rm", tmp_path / "link", "--yes").error
+    )
     assert cache.is_dir()
     assert featcache_command("rm").status == 2
 
 
 @pytest.mark.parametrize("where", ["base", "addition"])
-def test_rm_refuses_what_somebody_writes_into(featcache_command: Command, cache: Path, where: str) -> None:
+def test_rm_refuses_what_somebody_writes_into(
+    featcache_command: Command, cache: Path, where: str
+) -> None:
     held = lease.take(cache if where == "base" else part_of(cache), "000001")
     assert held is not None
     ran = featcache_command("rm", cache, "--yes")
@@ -196,7 +229,9 @@ def test_rm_looks_first_whether_it_may(
     featcache_command: Command, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, access = files_below(cache.parent), os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "shards" and access(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "shards" and access(path, mode)
+    )
     ran = featcache_command("rm", cache, "--yes")
     assert ran.status == 1
     assert f"'{cache.resolve()}/shards': permission denied, nothing removed" in ran.error
@@ -226,15 +261,23 @@ def test_rm_takes_a_damaged_cache_and_one_a_dead_process_left(
     assert not cache.exists()
 
 
-def test_rm_of_an_addition_leaves_its_cache(featcache_command: Command, cache: Path, origin: Path) -> None:
+def test_rm_of_an_addition_leaves_its_cache(
+    featcache_command: Command, cache: Path, origin: Path
+) -> None:
     assert featcache_command("rm", part_of(cache), "--yes").status == 0
-    kept = {name: data for name, data in files_below(origin).items() if not name.startswith("parts/")}
+    kept = {
+        name: data for name, data in files_below(origin).items() if not name.startswith("parts/")
+    }
     assert files_below(cache) == kept
     assert json.loads(featcache_command("ls", "--json").out)[0]["levels"] == [1, 3]
 
 
 def test_a_half_removed_cache_is_none_and_gc_ends_it(
-    featcache_command: Command, cache: Path, dead: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    featcache_command: Command,
+    cache: Path,
+    dead: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     def fails(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied", "file")
@@ -244,7 +287,9 @@ def test_a_half_removed_cache_is_none_and_gc_ends_it(
         assert featcache_command("rm", cache, "--yes").status == 1
     (half,) = (tmp_path / "home").iterdir()
     assert featcache_command("ls", "--json").out == "[]\n"
-    assert featcache_command("gc").out.startswith("nothing to remove")  # this process may still be at it
+    assert featcache_command("gc").out.startswith(
+        "nothing to remove"
+    )  # this process may still be at it
     half.rename(half.with_name(f".one.{dead}.tmp"))
     assert "removed " in featcache_command("gc").out
     assert list((tmp_path / "home").iterdir()) == []
@@ -260,7 +305,10 @@ def litter(cache: Path, owner: str) -> list[Path]:
     for folder in folders:
         folder.mkdir()
         (folder / "rows").write_bytes(bytes(1000))
-    files = [cache / f".manifest.json.{owner}.tmp", *(folder / f".000000.lease.{owner}.tmp" for folder in shards)]
+    files = [
+        cache / f".manifest.json.{owner}.tmp",
+        *(folder / f".000000.lease.{owner}.tmp" for folder in shards),
+    ]
     for file in files:
         file.write_bytes(bytes(100))
     leases = [folder / "000001.lease" for folder in shards]
@@ -269,13 +317,17 @@ def litter(cache: Path, owner: str) -> list[Path]:
     return sorted([*folders, *files, *leases])
 
 
-def test_gc_removes_what_dead_processes_left(featcache_command: Command, cache: Path, origin: Path, dead: str) -> None:
+def test_gc_removes_what_dead_processes_left(
+    featcache_command: Command, cache: Path, origin: Path, dead: str
+) -> None:
     paths = litter(cache, dead)
     expected = {str(path): 1000 if path.is_dir() else path.stat().st_size for path in paths}
     dry = json.loads(featcache_command("gc", "--dry-run", "--json").out)
     assert (dry["leftovers"], dry["removed"], dry["freed"]) == (expected, [], 0)
     assert all(path.exists() for path in paths)
-    assert all(f"would remove {path}: " in featcache_command("gc", "--dry-run").out for path in paths)
+    assert all(
+        f"would remove {path}: " in featcache_command("gc", "--dry-run").out for path in paths
+    )
     ran = json.loads(featcache_command("gc", "--json").out)
     assert (ran["leftovers"], sorted(ran["removed"]), ran["freed"]) == (
         expected,
@@ -295,7 +347,9 @@ def test_gc_leaves_the_work_of_live_processes(featcache_command: Command, cache:
     assert writing.is_dir()
 
 
-def test_gc_removes_shards_that_a_repair_replaced(featcache_command: Command, cache: Path, origin: Path) -> None:
+def test_gc_removes_shards_that_a_repair_replaced(
+    featcache_command: Command, cache: Path, origin: Path
+) -> None:
     shutil.copytree(cache / "shards/000000.zarr", cache / "shards/000000.zarr.bad")
     shutil.copy(cache / "shards/000000.json", cache / "shards/000000.json.bad")
     (cache / "shards/000001.json").rename(cache / "shards/000001.json.bad")  # not replaced yet
@@ -313,21 +367,33 @@ def aged(cache: Path) -> Path:
     return cache
 
 
-def test_gc_unused_lists_and_removes_only_with_yes(featcache_command: Command, aged: Path, tmp_path: Path) -> None:
+def test_gc_unused_lists_and_removes_only_with_yes(
+    featcache_command: Command, aged: Path, tmp_path: Path
+) -> None:
     fresh = Path(shutil.copytree(aged, tmp_path / "home/two", copy_function=shutil.copy))
     young = json.loads(featcache_command("gc", "--unused", 101, "--json").out)
     assert (young["unused"], young["removed"]) == ({}, [])
     ran = featcache_command("gc", "--unused", 99)
     assert ran.out.splitlines()[0].startswith(f"unused: {aged}: ")
     assert "--yes removes them" in ran.out
-    assert "by no `student train` that this home's ledger knows; other programs' reading is not noted" in ran.out
+    assert (
+        "by no `student train` that this home's ledger knows; other programs' reading is not noted"
+        in ran.out
+    )
     assert "featcache.torch.Dataset" in featcache_command("gc", "--help").out
     for words in (["--dry-run", "--yes"], []):
-        assert json.loads(featcache_command("gc", "--unused", 99, "--json", *words).out)["removed"] == []
+        assert (
+            json.loads(featcache_command("gc", "--unused", 99, "--json", *words).out)["removed"]
+            == []
+        )
     assert aged.is_dir()
     count = sum(map(len, files_below(aged).values()))
     gone = json.loads(featcache_command("gc", "--unused", 99, "--yes", "--json").out)
-    assert (gone["unused"], gone["removed"], gone["freed"]) == ({str(aged): count}, [str(aged)], count)
+    assert (gone["unused"], gone["removed"], gone["freed"]) == (
+        {str(aged): count},
+        [str(aged)],
+        count,
+    )
     assert not aged.exists()
     assert fresh.is_dir()
 

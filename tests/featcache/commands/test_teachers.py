@@ -1,4 +1,5 @@
-"""`featcache teachers`: every fact of the table counted again on networks that take no memory; told without network."""
+"""`featcache teachers`: every fact of the table counted again on networks that take no memory; told
+without network."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def test_facts_of_timms_networks(name: str) -> None:
 @pytest.mark.parametrize("name", CLIP)
 def test_facts_of_open_clips_networks(name: str) -> None:
     row, (arch, px) = ROWS[name], CLIP[name]
-    tower: Any = open_clip.create_model(arch, load_weights=False, force_image_size=px, device="meta").visual.eval()
+    tower: Any = open_clip.create_model(
+        arch, load_weights=False, force_image_size=px, device="meta"
+    ).visual.eval()
     params, gmac = counted(tower, tower, px)
     assert (row.params, row.gmac) == (params, pytest.approx(gmac, abs=0.006))
     assert (row.input_px, row.patches) == (px, tower.grid_size[0] ** 2)
@@ -100,11 +103,24 @@ def test_the_table_asks_no_network(
     assert ran.status == 0, ran.err
     table = {fact["name"]: fact for fact in json.loads(ran.out)}
     assert table.keys() == ROWS.keys()
-    assert {name for name, fact in table.items() if fact["on_this_machine"]} == {"clip-b16", "synthetic"}
+    assert {name for name, fact in table.items() if fact["on_this_machine"]} == {
+        "clip-b16",
+        "synthetic",
+    }
     assert table["clip-b16"]["file"].endswith("open_clip_model.safetensors")
     assert table["dvae"]["kind"] == "token ids"
     assert table["mae-b16"]["licence"] == "cc-by-nc-4.0"
     lines = featcache_command("teachers").out.splitlines()
     (line,) = [line for line in lines if line.startswith("clip-l14")]
-    assert line.split()[:9] == ["clip-l14", "196", "196", "1024", "24", "303.9M", "61.5", "2,017,280", "no"]
+    assert line.split()[:9] == [
+        "clip-l14",
+        "196",
+        "196",
+        "1024",
+        "24",
+        "303.9M",
+        "61.5",
+        "2,017,280",
+        "no",
+    ]
     assert all(len(line) <= 140 for line in lines)

@@ -54,7 +54,9 @@ def test_facts_or_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 
-def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_gets_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """None at once, so that short work says nothing."""
     clock = iter([100.0, 100.0, 110.0, 140.0, 140.0, 150.0, 171.0, 171.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
@@ -65,7 +67,9 @@ def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monk
     assert capsys.readouterr().err == "verify: 3 of 8 shards, 37 %\nverify: 5 of 8 shards, 62 %\n"
 
 
-def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bar = ProgressBar("extract", "pictures", lambda done, total: "fast")
     bar(3, 10)

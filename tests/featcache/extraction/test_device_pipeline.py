@@ -1,6 +1,7 @@
 """The stages overlap, and what they write does not depend on it.
 
-Overlap is shown by making one stage wait for another to begin the next batch: stages in turn would wait for ever.
+Overlap is shown by making one stage wait for another to begin the next batch: stages in turn would
+wait for ever.
 """
 
 from __future__ import annotations
@@ -66,7 +67,11 @@ class Marks:
     ids=lambda pair: f"{pair[0]} {pair[1]}",
 )
 def test_a_stage_goes_on_while_another_is_held_up(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: tuple[str, int], awaited: tuple[str, int]
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    holder: tuple[str, int],
+    awaited: tuple[str, int],
 ) -> None:
     """11 pictures of one view in one shard, batches of 3."""
     marks = Marks()
@@ -92,7 +97,9 @@ def test_a_stage_goes_on_while_another_is_held_up(
     assert files_below(tmp_path / "held") == files_below(tmp_path / "free")
 
 
-def test_the_teacher_does_not_run_away(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_does_not_run_away(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No more batches wait in memory than IN_FLIGHT and the one in the teacher's hands."""
     asked: list[int] = []
     written: list[int] = []
@@ -154,12 +161,16 @@ class Slow(Synthetic):
         super().__init__(3, 4, 8, 28)
         self.name = "slow"
 
-    def forward(self, batch: torch.Tensor, levels: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def forward(
+        self, batch: torch.Tensor, levels: tuple[int, ...]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         threading.Event().wait(0.1)
         return super().forward(batch, levels)
 
 
-def test_the_slowest_stage_is_named(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slowest_stage_is_named(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(name: str) -> ExtractProgress:
         progress = ExtractProgress()
         teacher = Slow() if name == "teacher" else Synthetic(3, 4, 8, 28)
@@ -200,7 +211,9 @@ def test_streams_change_no_byte(photos: Path, tmp_path: Path, precision: str) ->
 
     def run(name: str, device: str) -> Path:
         teacher = running.configure(teachers.load(VIT, "random:0", device), precision)
-        made = plan.Plan(images.open_source(photos), teacher, Policy(size=32), 3, (2, 3), rows_per_shard=5)
+        made = plan.Plan(
+            images.open_source(photos), teacher, Policy(size=32), 3, (2, 3), rows_per_shard=5
+        )
         extract.run(made, tmp_path / name, batch_size=4)
         return tmp_path / name
 

@@ -1,4 +1,5 @@
-"""Adding views, levels and teachers: the union reads as if all had been extracted at once, and nothing is rewritten."""
+"""Adding views, levels and teachers: the union reads as if all had been extracted at once, and
+nothing is rewritten."""
 
 from __future__ import annotations
 
@@ -31,10 +32,17 @@ VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=6,
 teacher = functools.cache(load)
 
 
-def make(folder: Path, name: str = SYNTHETIC, weights: str | None = None, **changes: object) -> plan.Plan:
+def make(
+    folder: Path, name: str = SYNTHETIC, weights: str | None = None, **changes: object
+) -> plan.Plan:
     """Two views and levels 2, 3 of the synthetic teacher, or two levels of a ViT."""
     policy = changes.pop("policy", Policy(size=28))
-    options = {"views": 2, "levels": (2, 3) if name == SYNTHETIC else (5, 6), "rows_per_shard": 5, **changes}
+    options = {
+        "views": 2,
+        "levels": (2, 3) if name == SYNTHETIC else (5, 6),
+        "rows_per_shard": 5,
+        **changes,
+    }
     return plan.Plan(open_source(folder), teacher(name, weights), policy, **options)
 
 
@@ -48,10 +56,16 @@ def add(wanted: plan.Plan, out: Path) -> Path:
 
 def numbers(cache: featcache.Cache, teacher: str | None = None) -> dict[str, np.ndarray]:
     """Every array of one teacher, (n, V, ...)."""
-    names = [name for name in cache.fields if name.startswith(f"{teacher}/") or (teacher is None and "/" not in name)]
+    names = [
+        name
+        for name in cache.fields
+        if name.startswith(f"{teacher}/") or (teacher is None and "/" not in name)
+    ]
     count = cache.views if teacher is None else cache.views_of(teacher)
     return {
-        name.rpartition("/")[2]: np.stack([cache.read(range(len(cache)), v, [name])[name] for v in range(count)], 1)
+        name.rpartition("/")[2]: np.stack(
+            [cache.read(range(len(cache)), v, [name])[name] for v in range(count)], 1
+        )
         for name in names
     }
 
@@ -106,8 +120,11 @@ def test_the_union_equals_one_extraction(pictures: Path, store: str) -> None:
         assert_equal(own, at_once(pictures))
         theirs = numbers(cache, VIT)
         assert theirs.keys() == {"features", "feature_stats", "attention", "mask_order"}
-        for key in ("features", "feature_stats", "attention"):  # batches are others, so the last bit may be
-            np.testing.assert_allclose(theirs[key], at_once(pictures, VIT)[key], rtol=1e-2, atol=1e-2)
+        # batches are others, so the last bit may be
+        for key in ("features", "feature_stats", "attention"):
+            np.testing.assert_allclose(
+                theirs[key], at_once(pictures, VIT)[key], rtol=1e-2, atol=1e-2
+            )
 
 
 @settings(max_examples=80)
@@ -120,8 +137,8 @@ def test_the_union_equals_one_extraction(pictures: Path, store: str) -> None:
     check=st.booleans(),
 )
 def test_views_of_several_parts_in_one_read(
-    pictures: Path, rows: list[int], views: st.DataObject, levels: list[int] | None, tokens: int | None, store: str,
-    check: bool,
+    pictures: Path, rows: list[int], views: st.DataObject, levels: list[int] | None,
+    tokens: int | None, store: str, check: bool,
 ) -> None:  # fmt: skip
     view = views.draw(st.lists(st.integers(0, 4), min_size=len(rows), max_size=len(rows)))
     slots = [level - 1 for level in (levels or (1, 2, 3))]
@@ -131,7 +148,9 @@ def test_views_of_several_parts_in_one_read(
         got = cache.read(rows, view, fields, levels=levels, tokens=tokens, check=check)
     for name in fields:
         picked = wanted[name][rows, view]
-        picked = picked[:, slots][:, :, :tokens] if name in ("features", "feature_stats") else picked
+        picked = (
+            picked[:, slots][:, :, :tokens] if name in ("features", "feature_stats") else picked
+        )
         np.testing.assert_array_equal(got[name], picked, err_msg=name)
 
 
@@ -152,7 +171,9 @@ def test_ranked_tokens_and_stored_pixels_are_added_alike(photos: Path, tmp_path:
     with featcache.open(tmp_path / "c") as cache, featcache.open(tmp_path / "once") as once:
         assert_equal(numbers(cache), numbers(once))
         for tokens in (1, 2, 4):
-            got, wanted = (each.read([9, 1, 1], [2, 0, 1], tokens=tokens)["features"] for each in (cache, once))
+            got, wanted = (
+                each.read([9, 1, 1], [2, 0, 1], tokens=tokens)["features"] for each in (cache, once)
+            )
             np.testing.assert_array_equal(got, wanted)
 
 
@@ -183,7 +204,9 @@ def test_what_is_there_is_not_added_again(pictures: Path) -> None:
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused_by_field(pictures: Path, tmp_path: Path, change: dict, told: str) -> None:
+def test_what_does_not_fit_is_refused_by_field(
+    pictures: Path, tmp_path: Path, change: dict, told: str
+) -> None:
     out = copy_tree(base(pictures, "zarr"), tmp_path / "c")
     with pytest.raises(UsageError) as caught:
         extend.plan_part(make(pictures, **{"levels": (1,), **change}), out)
@@ -191,7 +214,9 @@ def test_what_does_not_fit_is_refused_by_field(pictures: Path, tmp_path: Path, c
     assert not (out / "parts").exists()
 
 
-def test_other_pictures_and_other_weights_are_refused(pictures: Path, photos: Path, tmp_path: Path) -> None:
+def test_other_pictures_and_other_weights_are_refused(
+    pictures: Path, photos: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=r"identity\.pictures"):
         extend.plan_part(make(photos, levels=(1,)), base(pictures, "zarr"))
     extract.run(make(photos, VIT, "random:0"), tmp_path / "vit", batch_size=4)
@@ -211,7 +236,8 @@ def test_other_pictures_and_other_weights_are_refused(pictures: Path, photos: Pa
 def test_a_second_teachers_parts_must_agree(pictures: Path, change: dict, told: str) -> None:
     with pytest.raises(UsageError) as caught:
         extend.plan_part(
-            make(pictures, VIT, **{"weights": "random:0", "levels": (4,), **change}), grown(pictures, "zarr")
+            make(pictures, VIT, **{"weights": "random:0", "levels": (4,), **change}),
+            grown(pictures, "zarr"),
         )
     assert told in str(caught.value)
 
@@ -242,7 +268,9 @@ def test_an_unfinished_addition_is_not_seen_and_is_resumed(
     assert len(list(part[1].glob("shards/0*.json"))) == 1
     with featcache.open(out) as cache:
         assert cache.levels == (2, 3)
-    with pytest.raises(UserError, match=r"an addition is unfinished, .*levels 1 .*finish it, or remove"):
+    with pytest.raises(
+        UserError, match=r"an addition is unfinished, .*levels 1 .*finish it, or remove"
+    ):
         extend.plan_part(make(pictures, views=3), out)
     assert extend.plan_part(wanted, out) == part
     progress = ExtractProgress()
@@ -254,7 +282,9 @@ def test_an_unfinished_addition_is_not_seen_and_is_resumed(
     assert files_below(out) == files_below(whole)
 
 
-def test_an_addition_that_died_before_its_manifest_is_no_obstacle(pictures: Path, tmp_path: Path) -> None:
+def test_an_addition_that_died_before_its_manifest_is_no_obstacle(
+    pictures: Path, tmp_path: Path
+) -> None:
     out = copy_tree(base(pictures, "zarr"), tmp_path / "c")
     part = extend.plan_part(make(pictures, levels=(1,)), out)
     assert part is not None
@@ -273,7 +303,9 @@ def test_a_part_of_other_rows_is_not_read(pictures: Path, photos: Path, tmp_path
     extract.run(make(photos, levels=(1,)), tmp_path / "stray", batch_size=4)
     (out / "parts").mkdir()
     (tmp_path / "stray").rename(out / "parts/stray")
-    with pytest.raises(UserError, match=r"parts/stray' does not belong to cache .*pictures.count.*move it away"):
+    with pytest.raises(
+        UserError, match=r"parts/stray' does not belong to cache .*pictures.count.*move it away"
+    ):
         featcache.open(out)
 
 
@@ -294,7 +326,9 @@ def test_damage_in_a_part_is_found_and_mended(pictures: Path, tmp_path: Path) ->
         flip(place, place.stat().st_size // 2)
 
     def load_of(about: dict) -> tuple[Source, Teacher]:
-        return open_source(pictures), load(about["identity"]["teacher"]["name"], about["provenance"]["weights"])
+        return open_source(pictures), load(
+            about["identity"]["teacher"]["name"], about["provenance"]["weights"]
+        )
 
     with pytest.raises(UserError, match=str(places[1])):
         verify.files(out)
@@ -309,7 +343,19 @@ def test_the_command_adds_shows_and_has_nothing_more_to_do(
     featcache_command: Callable[..., Ran], pictures: Path, tmp_path: Path
 ) -> None:
     out = copy_tree(base(pictures, "zarr"), tmp_path / "c")
-    args = ("extract", "--teacher", SYNTHETIC, "--images", pictures, "--size", 28, "--out", out, "--batch-size", 4)
+    args = (
+        "extract",
+        "--teacher",
+        SYNTHETIC,
+        "--images",
+        pictures,
+        "--size",
+        28,
+        "--out",
+        out,
+        "--batch-size",
+        4,
+    )
     told = featcache_command(*args, "--add", "--levels", 1, "--dry-run")
     assert told.status == 0, told.err
     assert "would write" in told.out

@@ -1,5 +1,5 @@
-"""The extraction: the same bytes whatever the workers, the batch or the moment it was killed; numbers by a second way;
-what is refused; pictures that cannot be used.
+"""The extraction: the same bytes whatever the workers, the batch or the moment it was killed;
+numbers by a second way; what is refused; pictures that cannot be used.
 
 The whole folder is compared, so anything that depends on time, order or chance anywhere is found.
 """
@@ -44,12 +44,19 @@ def noted_batch_size(files: dict[str, bytes], size: int) -> dict[str, bytes]:
     about = json.loads(files["manifest.json"])
     del about[json_file.CHECKSUM]
     about["provenance"]["batch_size"] = size
-    text = json.dumps({**about, json_file.CHECKSUM: json_file.digest(about)}, sort_keys=True, indent=1) + "\n"
+    text = (
+        json.dumps({**about, json_file.CHECKSUM: json_file.digest(about)}, sort_keys=True, indent=1)
+        + "\n"
+    )
     return {**files, "manifest.json": text.encode(), "shards/manifest.copy.json": text.encode()}
 
 
-@pytest.mark.parametrize(("workers", "batch_size"), [(1, 4), (3, 4), (1, 7), (3, 7), (2, 1), (2, 64)])
-def test_workers_and_batch_size_change_no_byte(pictures: Path, tmp_path: Path, workers: int, batch_size: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "batch_size"), [(1, 4), (3, 4), (1, 7), (3, 7), (2, 1), (2, 64)]
+)
+def test_workers_and_batch_size_change_no_byte(
+    pictures: Path, tmp_path: Path, workers: int, batch_size: int
+) -> None:
     """But for the note of the batch size itself."""
     extract.run(make_plan(pictures), tmp_path / "c", batch_size=batch_size, workers=workers)
     assert files_below(tmp_path / "c") == noted_batch_size(undisturbed(pictures), batch_size)
@@ -58,7 +65,10 @@ def test_workers_and_batch_size_change_no_byte(pictures: Path, tmp_path: Path, w
 def test_a_view_does_not_depend_on_how_many_there_are(pictures: Path, tmp_path: Path) -> None:
     extract.run(make_plan(pictures, views=1, rows_per_shard=100), tmp_path / "one", batch_size=4)
     undisturbed(pictures)
-    with featcache.open(tmp_path / "one") as one, featcache.open(pictures.parent / "undisturbed") as three:
+    with (
+        featcache.open(tmp_path / "one") as one,
+        featcache.open(pictures.parent / "undisturbed") as three,
+    ):
         assert list(one.keys) == list(three.keys)
         for name in one.fields:
             a, b = (cache.read(range(len(one)), 0, [name])[name] for cache in (one, three))
@@ -87,7 +97,9 @@ def test_lost_shards_are_made_again_and_only_they(pictures: Path, tmp_path: Path
     assert files_below(out) == undisturbed(pictures)
 
 
-def test_an_interrupted_run_keeps_complete_shards_and_leaves_no_litter(pictures: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_complete_shards_and_leaves_no_litter(
+    pictures: Path, tmp_path: Path
+) -> None:
     made = make_plan(pictures)
 
     def stop(progress: ExtractProgress) -> None:
@@ -109,19 +121,27 @@ def test_an_interrupted_run_keeps_complete_shards_and_leaves_no_litter(pictures:
 
 @functools.cache
 def vit_cache(folder: Path) -> Path:
-    made = make_plan(folder, VIT, "random:0", policy=Policy(size=40, seed=3), levels=(2, 3), views=2)
+    made = make_plan(
+        folder, VIT, "random:0", policy=Policy(size=40, seed=3), levels=(2, 3), views=2
+    )
     out = folder.parent / "vit-of-extract"
     extract.run(made, out, batch_size=4)
     return out
 
 
 def independent(picture: Path, crop: np.ndarray, flip: int) -> tuple[np.ndarray, np.ndarray]:
-    """y_2 and y_3 (2, T, D) and the last block's [CLS] attention (P,), float64, from a picture and a stored box, with
-    nothing of ours: PIL, timm and hooks."""
+    """y_2 and y_3 (2, T, D) and the last block's [CLS] attention (P,), float64, from a picture and
+    a stored box, with nothing of ours: PIL, timm and hooks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vit = timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=0
+            "vit_tiny_patch16_224",
+            img_size=32,
+            patch_size=8,
+            embed_dim=24,
+            depth=3,
+            num_heads=3,
+            num_classes=0,
         )
     vit = vit.double().eval()
     top, left, height, width = (int(n) for n in crop)
@@ -150,21 +170,29 @@ def test_features_equal_an_independent_recomputation(photos: Path) -> None:
     for shard in sorted((out / "shards").glob("*.zarr")):
         group = zarr.open_group(shard, mode="r")
         offsets, blob = group["key_offsets"][:], group["key"][:].tobytes()
-        stored = {name: group[name][:] for name in ("features", "feature_stats", "attention", "crop", "flip")}
+        stored = {
+            name: group[name][:]
+            for name in ("features", "feature_stats", "attention", "crop", "flip")
+        }
         for row in range(len(offsets) - 1):
             key = blob[offsets[row] : offsets[row + 1]].decode()
-            if key == "grey16":  # plain PIL clips 16 bits; tests/featcache/pictures/test_open_source.py has the formula
+            # plain PIL clips 16 bits; tests/featcache/pictures/test_open_source.py has the formula
+            if key == "grey16":
                 continue
             path = next(photos.glob(f"{key}.*"))
             for view in range(2):
-                ys, attention = independent(path, stored["crop"][row, view], stored["flip"][row, view])
+                ys, attention = independent(
+                    path, stored["crop"][row, view], stored["flip"][row, view]
+                )
                 mean, std = ys.mean(-1, keepdims=True), np.sqrt(ys.var(-1, keepdims=True) + 1e-5)
                 h = (ys - mean) / std
                 got = stored["features"][row, view].astype(np.float64)
                 relative = np.linalg.norm(got - h, axis=-1) / np.linalg.norm(h, axis=-1)
                 assert relative.max() < 1e-3, (key, view)
                 stats = np.concatenate([mean, std], -1)
-                np.testing.assert_allclose(stored["feature_stats"][row, view], stats, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(
+                    stored["feature_stats"][row, view], stats, rtol=1e-4, atol=1e-5
+                )
                 difference = np.abs(stored["attention"][row, view] - attention).max()
                 assert difference / attention.max() < 1e-5, (key, view)
                 checked += 1
@@ -175,7 +203,10 @@ def test_stored_orders_and_checksums_derive_from_what_is_stored(photos: Path) ->
     from featcache import rng
     from featcache.targets.attention import mask_order
 
-    crcs = [zarr.open_group(path, mode="r")["row_crc"][:] for path in sorted(vit_cache(photos).glob("shards/*.zarr"))]
+    crcs = [
+        zarr.open_group(path, mode="r")["row_crc"][:]
+        for path in sorted(vit_cache(photos).glob("shards/*.zarr"))
+    ]
     with featcache.open(vit_cache(photos)) as cache:
         rows = range(len(cache))
         for view in range(2):
@@ -187,12 +218,15 @@ def test_stored_orders_and_checksums_derive_from_what_is_stored(photos: Path) ->
             assert ((got["attention"].sum(1) > 0) & (got["attention"].sum(1) < 1)).all()
             h = got["features"].astype(np.float64)
             assert np.abs(h.mean(-1)).max() < 1e-3
-            std = got["feature_stats"][..., 1].astype(np.float64)  # the divisor holds eps, so var is a little below 1
+            # the divisor holds eps, so var is a little below 1
+            std = got["feature_stats"][..., 1].astype(np.float64)
             np.testing.assert_allclose(h.var(-1), 1 - 1e-5 / std**2, atol=2e-3)
 
 
 def test_a_real_network_agrees_across_batch_sizes(photos: Path, tmp_path: Path) -> None:
-    made = make_plan(photos, VIT, "random:0", policy=Policy(size=40, seed=3), levels=(2, 3), views=2)
+    made = make_plan(
+        photos, VIT, "random:0", policy=Policy(size=40, seed=3), levels=(2, 3), views=2
+    )
     extract.run(made, tmp_path / "c", batch_size=7, workers=1)
     with featcache.open(tmp_path / "c") as a, featcache.open(vit_cache(photos)) as b:
         for view in range(2):
@@ -216,7 +250,9 @@ class Broken(Synthetic):
         super().__init__(3, 4, 8, 28)
         self.value, self.seen, self.name = value, 0, "broken"
 
-    def forward(self, batch: torch.Tensor, levels: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def forward(
+        self, batch: torch.Tensor, levels: tuple[int, ...]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         ys, attention = super().forward(batch, levels)
         if self.seen <= 6 < self.seen + len(batch):
             ys[levels.index(3)][6 - self.seen, 0, 5] = self.value
@@ -225,7 +261,9 @@ class Broken(Synthetic):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_teacher_that_is_not_finite_is_told_by_key_view_and_level(photos: Path, tmp_path: Path, value: float) -> None:
+def test_a_teacher_that_is_not_finite_is_told_by_key_view_and_level(
+    photos: Path, tmp_path: Path, value: float
+) -> None:
     """Views 0, 1 of picture 0, ...: the seventh is picture 3's first."""
     source = open_source(photos)
     made = plan.Plan(source, Broken(value), Policy(size=28), 2, (1, 3), rows_per_shard=5)
@@ -233,7 +271,9 @@ def test_a_teacher_that_is_not_finite_is_told_by_key_view_and_level(photos: Path
         extract.run(made, tmp_path / "c", batch_size=4)
     for part in ("non-finite", repr(source.keys[3]), "view 0", "level 3"):
         assert part in str(caught.value)
-    assert [name for name in files_below(tmp_path / "c") if "shards/" in name] == ["shards/manifest.copy.json"]
+    assert [name for name in files_below(tmp_path / "c") if "shards/" in name] == [
+        "shards/manifest.copy.json"
+    ]
 
 
 def test_progress_counts_and_names_the_slowest_stage(pictures: Path, tmp_path: Path) -> None:
@@ -274,7 +314,9 @@ def test_tars_and_folders_of_the_same_pictures_agree(photos: Path, tmp_path: Pat
 @functools.cache
 def ranked_cache(folder: Path, keep: int | None) -> Path:
     out = folder.parent / f"ranked-{keep}"
-    extract.run(make_plan(folder, NINE, tokens="ranked", keep=keep, levels=(1, 3)), out, batch_size=4)
+    extract.run(
+        make_plan(folder, NINE, tokens="ranked", keep=keep, levels=(1, 3)), out, batch_size=4
+    )
     return out
 
 
@@ -285,8 +327,11 @@ def raster_cache(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("keep", [None, 4, 1, 9])
-def test_ranked_tokens_are_the_raster_ones_in_the_stored_order(photos: Path, keep: int | None) -> None:
-    """[CLS], then patches as the mask order ranks them, the first `keep` of them; all else is the same."""
+def test_ranked_tokens_are_the_raster_ones_in_the_stored_order(
+    photos: Path, keep: int | None
+) -> None:
+    """[CLS], then patches as the mask order ranks them, the first `keep` of them; all else is the
+    same."""
     count = 1 + (9 if keep is None else keep)
     with featcache.open(raster_cache(photos)) as a, featcache.open(ranked_cache(photos, keep)) as b:
         for view in range(3):
@@ -314,7 +359,9 @@ def test_prefixes_of_ranked_rows_are_the_first_tokens(photos: Path, keep: int | 
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 6, None])
-def test_a_flip_is_caught_where_the_prefix_reaches_it(photos: Path, tmp_path: Path, tokens: int | None) -> None:
+def test_a_flip_is_caught_where_the_prefix_reaches_it(
+    photos: Path, tmp_path: Path, tokens: int | None
+) -> None:
     """Row 2, view 1, second level, token 4: byte 7 of it."""
     out = copy_tree(ranked_cache(photos, None), tmp_path / "c")
     path = out / "shards/000000.zarr/features/c.0.1.0.0.0"
@@ -333,7 +380,9 @@ def test_a_flip_is_caught_where_the_prefix_reaches_it(photos: Path, tmp_path: Pa
             assert str(path) in str(caught.value)
 
 
-def test_a_flip_in_the_prefixes_own_checksums_names_their_file(photos: Path, tmp_path: Path) -> None:
+def test_a_flip_in_the_prefixes_own_checksums_names_their_file(
+    photos: Path, tmp_path: Path
+) -> None:
     out = copy_tree(ranked_cache(photos, None), tmp_path / "c")
     path = out / "shards/000000.zarr/prefix_crc/c.0.0.0.0"
     flip(path, 4 * 2 * (3 - 1))  # row 0, view 0, the first three tokens, level 1
@@ -346,7 +395,9 @@ def test_a_flip_in_the_prefixes_own_checksums_names_their_file(photos: Path, tmp
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_a_cache_that_is_moved_away_is_not_begun_anew(photos: Path, tmp_path: Path, store: str) -> None:
+def test_a_cache_that_is_moved_away_is_not_begun_anew(
+    photos: Path, tmp_path: Path, store: str
+) -> None:
     """What is complete moves with it; with its new place the same command continues."""
     out, elsewhere = tmp_path / "c", tmp_path / "elsewhere"
     plan = make_plan(photos, store=store, rows_per_shard=4)
@@ -359,7 +410,8 @@ def test_a_cache_that_is_moved_away_is_not_begun_anew(photos: Path, tmp_path: Pa
         extract.run(plan, out, batch_size=2, progress=ExtractProgress(move))
     assert str(out) in str(caught.value)
     assert not out.exists()
-    for path in (*elsewhere.glob("shards/*.tmp"), *elsewhere.glob("shards/*.lease")):  # their process, we, is not dead
+    # their process, we, is not dead
+    for path in (*elsewhere.glob("shards/*.tmp"), *elsewhere.glob("shards/*.lease")):
         commit.remove(path)
     extract.run(plan, elsewhere, batch_size=2)
     extract.run(plan, tmp_path / "undisturbed", batch_size=2)

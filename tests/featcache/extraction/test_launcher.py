@@ -1,4 +1,5 @@
-"""Several processes on one cache: together, in shares, after another's death, on several devices, stopped by hand.
+"""Several processes on one cache: together, in shares, after another's death, on several devices,
+stopped by hand.
 
 Whatever happens on the way, the files in the end are those of one undisturbed process.
 """
@@ -24,7 +25,18 @@ from featcache.storage.store import SHARDS
 from tests.conftest import SYNTHETIC, Running, files_below, make_plan, python, undisturbed
 
 Start = Callable[..., Running]
-ARGS = ("--teacher", SYNTHETIC, "--size", 28, "--views", 3, "--levels", "1,3", "--rows-per-shard", 2)
+ARGS = (
+    "--teacher",
+    SYNTHETIC,
+    "--size",
+    28,
+    "--views",
+    3,
+    "--levels",
+    "1,3",
+    "--rows-per-shard",
+    2,
+)
 # Decoding takes a moment, so that processes meet; or for ever from the fifth picture on.
 SLOW = """
 import time
@@ -50,7 +62,19 @@ def whole(pictures: Path) -> dict[str, bytes]:
 
 
 def command(pictures: Path, out: Path, *more: object) -> tuple[object, ...]:
-    return ("extract", *ARGS, "--images", pictures, "--out", out, "--batch-size", 4, "--workers", 2, *more)
+    return (
+        "extract",
+        *ARGS,
+        "--images",
+        pictures,
+        "--out",
+        out,
+        "--batch-size",
+        4,
+        "--workers",
+        2,
+        *more,
+    )
 
 
 def wait_for(what: Callable[[], object], timeout_s: float = 60.0) -> None:
@@ -67,14 +91,18 @@ def records(out: Path) -> list[Path]:
 # ---------------------------------------------------------------- at once, and in shares
 
 
-def test_three_processes_at_once_give_the_same_bytes(pictures: Path, tmp_path: Path, start: Start) -> None:
+def test_three_processes_at_once_give_the_same_bytes(
+    pictures: Path, tmp_path: Path, start: Start
+) -> None:
     out = tmp_path / "c"
     running = [start(*command(pictures, out), before=f"{SLOW}\n{FAST}") for _ in range(3)]
     assert [each.wait() for each in running] == [0, 0, 0], [each.said for each in running]
     assert files_below(out) == whole(pictures)
 
 
-def test_shares_cover_everything_once_and_the_last_completes(pictures: Path, tmp_path: Path) -> None:
+def test_shares_cover_everything_once_and_the_last_completes(
+    pictures: Path, tmp_path: Path
+) -> None:
     plan, seen = make_plan(pictures, rows_per_shard=2), []
     for i in (2, 0, 1):
         before = records(tmp_path / "c")
@@ -129,7 +157,8 @@ STAGES = {
     "before the release": ("storage.lease:Lease.release", 2),
     "quarantine report": ("extraction.extract:report_quarantine", 1),
 }
-# Forks from a process that has loaded everything and run nothing: two seconds in all instead of three for each.
+# Forks from a process that has loaded everything and run nothing: two seconds in all instead of
+# three for each.
 KILLED = """
 import importlib, json, os, signal, sys, threading
 from pathlib import Path
@@ -158,7 +187,8 @@ def patch(target, call):
         return original(*args, **kwargs)
     setattr(place, name, dies)
 
-folder, root, teacher, stages = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+folder, root = Path(sys.argv[1]), Path(sys.argv[2])
+teacher, stages = sys.argv[3], json.loads(sys.argv[4])
 children = {}
 for stage, (target, call) in stages.items():
     children[stage] = os.fork()
@@ -185,7 +215,9 @@ def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_run_again_gives_the_same_bytes(pictures: Path, killed: Path, stage: str) -> None:
+def test_killed_and_run_again_gives_the_same_bytes(
+    pictures: Path, killed: Path, stage: str
+) -> None:
     before = files_below(killed / stage) if (killed / stage).exists() else {}
     assert before != undisturbed(pictures)
     extract.run(make_plan(pictures), killed / stage, batch_size=4, workers=2)
@@ -197,7 +229,9 @@ def test_killed_and_run_again_gives_the_same_bytes(pictures: Path, killed: Path,
 # ---------------------------------------------------------------- killed, stopped
 
 
-def test_a_killed_process_is_succeeded_by_one_that_waits(pictures: Path, tmp_path: Path, start: Start) -> None:
+def test_a_killed_process_is_succeeded_by_one_that_waits(
+    pictures: Path, tmp_path: Path, start: Start
+) -> None:
     out = tmp_path / "c"
     stuck = start(*command(pictures, out), before=STUCK)
     wait_for(lambda: len(records(out)) == 2 and list((out / SHARDS).glob("000002.lease")))
@@ -220,12 +254,13 @@ def test_stopped_by_hand_it_says_what_is_left_and_continues(
 ) -> None:
     out = tmp_path / "c"
     running = start(*command(pictures, out), before=SLOW)
-    wait_for(lambda: records(out) and list((out / SHARDS).glob("*.tmp/pixel_hash/c.0.0")))  # within the next shard
+    # within the next shard
+    wait_for(lambda: records(out) and list((out / SHARDS).glob("*.tmp/pixel_hash/c.0.0")))
     running.signal(number)
     assert running.wait() == 1
     found = re.fullmatch(
-        rf"error: stopped: (\d) of 7 shards of '{out}' are complete and kept, (\d+) pictures are left; the same "
-        r"command continues",
+        rf"error: stopped: (\d) of 7 shards of '{out}' are complete and kept, (\d+) pictures are "
+        r"left; the same command continues",
         running.said.strip(),
     )
     assert found, running.said
@@ -240,7 +275,9 @@ def test_stopped_by_hand_it_says_what_is_left_and_continues(
     assert files_below(out) == whole(pictures)
 
 
-def test_the_loser_of_a_shard_discards(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loser_of_a_shard_discards(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two hosts whose clocks disagree may work on one shard: leases only save work."""
     original, plan = commit.publish, make_plan(pictures, rows_per_shard=2)
 
@@ -260,14 +297,18 @@ def test_the_loser_of_a_shard_discards(pictures: Path, tmp_path: Path, monkeypat
 
 
 def test_two_devices_give_what_one_gives(pictures: Path, tmp_path: Path, start: Start) -> None:
-    running = start(*command(pictures, tmp_path / "c", "--devices", "cpu,cpu"), before=f"{SLOW}\n{FAST}")
+    running = start(
+        *command(pictures, tmp_path / "c", "--devices", "cpu,cpu"), before=f"{SLOW}\n{FAST}"
+    )
     assert running.wait() == 0, running.said
     assert "failed" not in running.said
     assert files_below(tmp_path / "c") == whole(pictures)
     assert manifest.read(tmp_path / "c")["provenance"]["batch_size"] == 4
 
 
-@pytest.mark.parametrize("text", ["", "cpu,", "cuda:97", "cuda", "tpu", "cpu cpu", "cuda:-1", "all,cpu"])
+@pytest.mark.parametrize(
+    "text", ["", "cpu,", "cuda:97", "cuda", "tpu", "cpu cpu", "cuda:-1", "all,cpu"]
+)
 def test_unknown_devices(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         launcher.devices(text)
@@ -287,9 +328,18 @@ def test_unknown_devices(text: str) -> None:
     ],
     ids=" ".join,
 )
-def test_a_helper_gets_the_same_command_for_one_device(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+def test_a_helper_gets_the_same_command_for_one_device(
+    monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["featcache", "extract", "--out", "c d", *words])
-    assert launcher._arguments("cuda:3") == ["extract", "--out", "c d", "--json", "--device", "cuda:3"]
+    assert launcher._arguments("cuda:3") == [
+        "extract",
+        "--out",
+        "c d",
+        "--json",
+        "--device",
+        "cuda:3",
+    ]
 
 
 def test_a_failed_helper_is_told_and_does_no_harm(
@@ -299,11 +349,15 @@ def test_a_failed_helper_is_told_and_does_no_harm(
     with launcher.helpers(["cpu"]):
         pass
     told = capsys.readouterr().err
-    assert told.startswith("note: the process on cpu failed, its shards were done by the others: error: ")
+    assert told.startswith(
+        "note: the process on cpu failed, its shards were done by the others: error: "
+    )
     assert told.count("\n") == 1
 
 
-def test_helpers_are_stopped_where_the_caller_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_helpers_are_stopped_where_the_caller_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     sleeper = tmp_path / "sleeper"
     sleeper.write_text("#!/bin/sh\nexec sleep 1000\n")
     sleeper.chmod(0o755)

@@ -1,4 +1,5 @@
-"""Several teachers in one pass: each picture decoded once, and the bytes of one command after another."""
+"""Several teachers in one pass: each picture decoded once, and the bytes of one command after
+another."""
 
 from __future__ import annotations
 
@@ -36,7 +37,12 @@ def make(folder: Path, name: str = SYNTHETIC, **changes: Any) -> Plan:
     """Two views; the teachers want 28, 32 and 30 pixels, the policy says 28."""
     loaded = teacher(name, "random:0" if name == VIT else None)
     policy = changes.pop("policy", Policy(size=28))
-    options = {"views": 2, "levels": (loaded.depth - 1, loaded.depth), "rows_per_shard": 5, **changes}
+    options = {
+        "views": 2,
+        "levels": (loaded.depth - 1, loaded.depth),
+        "rows_per_shard": 5,
+        **changes,
+    }
     return Plan(open_source(folder), loaded, policy, **options)
 
 
@@ -65,7 +71,9 @@ def apart(folder: Path, store: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_one_pass_writes_what_separate_commands_write(pictures: Path, tmp_path: Path, store: str) -> None:
+def test_one_pass_writes_what_separate_commands_write(
+    pictures: Path, tmp_path: Path, store: str
+) -> None:
     """Two bad pictures among them, shards of five, a padded last batch."""
     plans = [make(pictures, name, store=store) for name in (SYNTHETIC, VIT, NINE)]
     assert files_below(in_one(plans, tmp_path / "c")) == apart(pictures, store)
@@ -75,7 +83,9 @@ def test_one_pass_writes_what_separate_commands_write(pictures: Path, tmp_path: 
         assert cache.levels_of(VIT) == (5, 6)
 
 
-def test_each_picture_is_decoded_once(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_picture_is_decoded_once(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     count: list[int] = []
 
     def counted(data: bytes) -> Any:
@@ -84,12 +94,16 @@ def test_each_picture_is_decoded_once(pictures: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(pixel_path, "decode", counted)
     progress = ExtractProgress()
-    in_one([make(pictures, name) for name in (SYNTHETIC, VIT, NINE)], tmp_path / "c", progress=progress)
+    in_one(
+        [make(pictures, name) for name in (SYNTHETIC, VIT, NINE)], tmp_path / "c", progress=progress
+    )
     assert len(count) == progress.pictures == progress.total == 13
 
 
 @pytest.mark.parametrize("after", [3, 8, 13])
-def test_a_stopped_pass_continues_to_the_same_bytes(pictures: Path, tmp_path: Path, after: int) -> None:
+def test_a_stopped_pass_continues_to_the_same_bytes(
+    pictures: Path, tmp_path: Path, after: int
+) -> None:
     plans = [make(pictures, name) for name in (SYNTHETIC, VIT, NINE)]
 
     def stop(progress: ExtractProgress) -> None:
@@ -105,8 +119,8 @@ def test_a_stopped_pass_continues_to_the_same_bytes(pictures: Path, tmp_path: Pa
 
 
 def test_only_what_is_lost_is_made_again(pictures: Path, tmp_path: Path) -> None:
-    """The cache itself is complete, of two unfinished parts one shard each is missing; they are no obstacle to one
-    another."""
+    """The cache itself is complete, of two unfinished parts one shard each is missing; they are no
+    obstacle to one another."""
     apart(pictures, "zarr")
     out = copy_tree(pictures.parent / "apart-zarr", tmp_path / "c")
     parts = sorted((out / "parts").iterdir())
@@ -145,7 +159,9 @@ def test_shares_of_a_pass(pictures: Path, tmp_path: Path) -> None:
 
 def test_stored_pixels_are_the_first_ones_own(photos: Path, tmp_path: Path) -> None:
     plans = [make(photos, name, pixels=True) for name in (SYNTHETIC, VIT)]
-    assert files_below(in_one(plans, tmp_path / "a")) == files_below(one_by_one(plans, tmp_path / "b"))
+    assert files_below(in_one(plans, tmp_path / "a")) == files_below(
+        one_by_one(plans, tmp_path / "b")
+    )
     with featcache.open(tmp_path / "a") as cache:
         assert [name for name in cache.fields if name.endswith("pixels")] == ["pixels"]
 
@@ -153,15 +169,20 @@ def test_stored_pixels_are_the_first_ones_own(photos: Path, tmp_path: Path) -> N
 def test_two_are_added_in_one_pass(pictures: Path, tmp_path: Path) -> None:
     plans = [make(pictures, name) for name in (SYNTHETIC, VIT, NINE)]
     extract.run(plans[0], tmp_path / "c", batch_size=4)
-    extract.run_jobs(extend.plan_jobs(plans, tmp_path / "c", add=True), batch_size=4)  # the first lacks nothing
+    # the first lacks nothing
+    extract.run_jobs(extend.plan_jobs(plans, tmp_path / "c", add=True), batch_size=4)
     assert files_below(tmp_path / "c") == apart(pictures, "zarr")
     assert extend.plan_jobs(plans, tmp_path / "c", add=True) == []
 
 
 def test_views_of_one_and_a_new_teacher_are_two_commands(photos: Path, tmp_path: Path) -> None:
     extract.run(make(photos), tmp_path / "c", batch_size=4)
-    with pytest.raises(UsageError, match=r"views 2 to 3 of synthetic.*, views 0 to 1 of timm.* in several commands"):
-        extend.plan_jobs([make(photos, views=4), make(photos, VIT, views=4)], tmp_path / "c", add=True)
+    with pytest.raises(
+        UsageError, match=r"views 2 to 3 of synthetic.*, views 0 to 1 of timm.* in several commands"
+    ):
+        extend.plan_jobs(
+            [make(photos, views=4), make(photos, VIT, views=4)], tmp_path / "c", add=True
+        )
 
 
 def test_another_cache_in_out_is_refused(photos: Path, tmp_path: Path) -> None:
@@ -173,7 +194,9 @@ def test_another_cache_in_out_is_refused(photos: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path / "c") == before
 
 
-def test_room_is_asked_for_all_of_them(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_asked_for_all_of_them(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobs = extend.plan_jobs([make(photos), make(photos, VIT)], tmp_path / "c", add=False)
     both = sum(job.plan.view_bytes * 2 * 11 for job in jobs)
     monkeypatch.setattr(target_folder, "_SPARE_BYTES", 0)
@@ -189,15 +212,40 @@ def test_room_is_asked_for_all_of_them(photos: Path, tmp_path: Path, monkeypatch
 
 
 def test_the_command(featcache_command: Callable[..., Ran], pictures: Path, tmp_path: Path) -> None:
-    base = ("--images", pictures, "--size", 28, "--views", 2, "--rows-per-shard", 5, "--batch-size", 4, "--workers", 2)
+    base = (
+        "--images",
+        pictures,
+        "--size",
+        28,
+        "--views",
+        2,
+        "--rows-per-shard",
+        5,
+        "--batch-size",
+        4,
+        "--workers",
+        2,
+    )
     weights = ("--weights", f"{VIT}=random:0")
-    both = ("--teacher", SYNTHETIC, "--teacher", VIT, *weights, "--levels", "last:2", "--levels", f"{VIT}=-1,-3")
+    both = (
+        "--teacher",
+        SYNTHETIC,
+        "--teacher",
+        VIT,
+        *weights,
+        "--levels",
+        "last:2",
+        "--levels",
+        f"{VIT}=-1,-3",
+    )
     ran = featcache_command("extract", *base, *both, "--out", tmp_path / "a", "--dry-run", "--json")
     assert ran.status == 0, ran.err
     promised = ran.out
     ran = featcache_command("extract", *base, *both, "--out", tmp_path / "a", "--json")
     assert ran.status == 0, ran.err
-    assert promised.split('"bytes": ')[1].split(",")[0] == ran.out.split('"bytes": ')[1].split(",")[0]
+    assert (
+        promised.split('"bytes": ')[1].split(",")[0] == ran.out.split('"bytes": ')[1].split(",")[0]
+    )
     assert f"{VIT}" in ran.out
     assert "random:0" in ran.err
     for options in (
@@ -207,15 +255,36 @@ def test_the_command(featcache_command: Callable[..., Ran], pictures: Path, tmp_
         assert featcache_command("extract", *base, *options, "--out", tmp_path / "b").status == 0
     assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
     assert verify.files(tmp_path / "a") == ([], 6)
-    assert "was complete already" in featcache_command("extract", *base, *both, "--out", tmp_path / "a").out
+    assert (
+        "was complete already"
+        in featcache_command("extract", *base, *both, "--out", tmp_path / "a").out
+    )
 
 
-def test_two_processes_share_a_pass(pictures: Path, tmp_path: Path, start: Callable[..., Running]) -> None:
-    """Leases are taken for each teacher's shard apart; whoever comes second does the rest, or nothing."""
-    base = ("--images", pictures, "--size", 28, "--views", 2, "--rows-per-shard", 2, "--batch-size", 4, "--workers", 2)
+def test_two_processes_share_a_pass(
+    pictures: Path, tmp_path: Path, start: Callable[..., Running]
+) -> None:
+    """Leases are taken for each teacher's shard apart; whoever comes second does the rest, or
+    nothing."""
+    base = (
+        "--images",
+        pictures,
+        "--size",
+        28,
+        "--views",
+        2,
+        "--rows-per-shard",
+        2,
+        "--batch-size",
+        4,
+        "--workers",
+        2,
+    )
     both = ("--teacher", SYNTHETIC, "--teacher", NINE, "--levels", "last:2")
     before = "from featcache.extraction import shard_queue; shard_queue.WAIT_S = 0.05"
-    runs = [start("extract", *base, *both, "--out", tmp_path / "c", before=before) for _ in range(3)]
+    runs = [
+        start("extract", *base, *both, "--out", tmp_path / "c", before=before) for _ in range(3)
+    ]
     assert [run.wait() for run in runs] == [0, 0, 0], [run.said for run in runs]
     plans = [make(pictures, name, rows_per_shard=2) for name in (SYNTHETIC, NINE)]
     assert files_below(tmp_path / "c") == files_below(one_by_one(plans, tmp_path / "d"))
@@ -224,11 +293,16 @@ def test_two_processes_share_a_pass(pictures: Path, tmp_path: Path, start: Calla
 def test_values_for_each_teacher() -> None:
     names = ("clip-b16", "timm:x,a=1", "timm:x")
     assert extraction_options.assign("--levels", (), names) == dict.fromkeys(names)
-    found = extraction_options.assign("--levels", ("timm:x,a=1=all", "last:2", "timm:x=-1", "last:3"), names)
+    found = extraction_options.assign(
+        "--levels", ("timm:x,a=1=all", "last:2", "timm:x=-1", "last:3"), names
+    )
     assert found == {"clip-b16": "last:3", "timm:x,a=1": "all", "timm:x": "-1"}
     assert extraction_options.weights(("random:0", "timm:x=w=1.pt"), names)["timm:x"] == "w=1.pt"
     assert extraction_options.weights(("a.pt",), names[:1]) == {"clip-b16": "a.pt"}
-    with pytest.raises(UsageError, match=r"--weights 'a\.pt': 3 teachers are given; name one, as in .*clip-b16=a\.pt"):
+    with pytest.raises(
+        UsageError,
+        match=r"--weights 'a\.pt': 3 teachers are given; name one, as in .*clip-b16=a\.pt",
+    ):
         extraction_options.weights(("a.pt",), names)
     with pytest.raises(UsageError, match="'clip-b16' is given twice"):
         extraction_options.assign("--levels", (), ("clip-b16", "clip-b16"))
@@ -237,8 +311,11 @@ def test_values_for_each_teacher() -> None:
 # ---------------------------------------------------------------- caches extracted apart
 
 
-def test_caches_extracted_apart_are_joined_on_equal_boxes(photos: Path, pictures: Path, tmp_path: Path) -> None:
-    """Other teachers, other sizes, other shards, more pictures and more views: the crops are the same."""
+def test_caches_extracted_apart_are_joined_on_equal_boxes(
+    photos: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Other teachers, other sizes, other shards, more pictures and more views: the crops are the
+    same."""
     extract.run(make(photos), tmp_path / "a", batch_size=4)
     extract.run(make(pictures, VIT, rows_per_shard=3, views=3), tmp_path / "b", batch_size=4)
     with featcache.open(tmp_path / "a") as a, featcache.open(tmp_path / "b") as b:
@@ -246,7 +323,9 @@ def test_caches_extracted_apart_are_joined_on_equal_boxes(photos: Path, pictures
         assert len(ours) == 11
         assert [a.keys[i] for i in ours] == [b.keys[i] for i in theirs]
         for view in range(2):
-            one, other = (c.read(rows, view, ["crop", "pixel_hash"]) for c, rows in ((a, ours), (b, theirs)))
+            one, other = (
+                c.read(rows, view, ["crop", "pixel_hash"]) for c, rows in ((a, ours), (b, theirs))
+            )
             np.testing.assert_array_equal(one["crop"], other["crop"])
             np.testing.assert_array_equal(one["pixel_hash"], other["pixel_hash"])
 
@@ -259,14 +338,22 @@ def test_caches_of_other_crops_are_not_joined(photos: Path, tmp_path: Path) -> N
     extract.run(make(photos, policy=Policy(size=28, seed=1)), tmp_path / "b", batch_size=4)
     extract.run(make(other), tmp_path / "c", batch_size=4)
     a, b, c = (featcache.open(tmp_path / name) for name in "abc")
-    with a, b, pytest.raises(IdentityError, match=r"'bits', view 0: crop is \[.*the same policy and --seed"):
+    with (
+        a,
+        b,
+        pytest.raises(
+            IdentityError, match=r"'bits', view 0: crop is \[.*the same policy and --seed"
+        ),
+    ):
         join.pair(a, b)
     with a, c, pytest.raises(IdentityError, match="no picture in common"):
         join.pair(a, c)
 
 
 def test_the_parts_of_a_pass_are_planned_like_additions(photos: Path, tmp_path: Path) -> None:
-    base, part = extend.plan_jobs([make(photos), make(photos, VIT, pixels=True)], tmp_path / "c", add=False)
+    base, part = extend.plan_jobs(
+        [make(photos), make(photos, VIT, pixels=True)], tmp_path / "c", add=False
+    )
     assert base.out == tmp_path / "c"
     assert part.out.parent == tmp_path / "c/parts"
     assert (part.plan.views, part.plan.pixels) == (2, False)

@@ -1,4 +1,5 @@
-"""What is decided before the work: identity, what is refused, levels, kept patches, bytes, and room for them."""
+"""What is decided before the work: identity, what is refused, levels, kept patches, bytes, and room
+for them."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def test_other_weights_and_other_pictures_are_refused(photos: Path, tmp_path: Pa
     with pytest.raises(IdentityError, match=r"identity\.pictures\.keys_digest"):
         extract.run(make_plan(renamed, VIT, "random:0", **options), out)
     moved = Path(shutil.copytree(photos, tmp_path / "moved"))
-    extract.run(make_plan(moved, VIT, "random:0", **options), out)  # the same pictures elsewhere are the same
+    # the same pictures elsewhere are the same
+    extract.run(make_plan(moved, VIT, "random:0", **options), out)
 
 
 def test_out_that_is_something_else_is_left_alone(photos: Path, tmp_path: Path) -> None:
@@ -109,7 +111,10 @@ def test_the_announced_bytes_are_the_written_ones(pictures: Path) -> None:
     per_view = made.view_bytes * 3 * 11
     assert 0 <= data - per_view < 11 * 40 + 3 * 20 * 4
     checksums = 4 * (2 + 2 + 9)  # of two levels of features, two of statistics, nine arrays whole
-    assert made.view_bytes == 2 * 5 * 8 * 2 + 2 * 5 * 2 * 4 + 4 * 4 + 4 + 16 + 1 + 4 + 16 + 8 + 588 + checksums
+    assert (
+        made.view_bytes
+        == 2 * 5 * 8 * 2 + 2 * 5 * 2 * 4 + 4 * 4 + 4 + 16 + 1 + 4 + 16 + 8 + 588 + checksums
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,22 @@ def test_levels(text: str, levels: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "last", "last:", "last:0", "last:13", "last:-1", "0", "13", "1,1", "01,1", "1,,2", "a", "1.5", "first:3"],
+    [
+        "",
+        "last",
+        "last:",
+        "last:0",
+        "last:13",
+        "last:-1",
+        "0",
+        "13",
+        "1,1",
+        "01,1",
+        "1,,2",
+        "a",
+        "1.5",
+        "first:3",
+    ],
 )
 def test_impossible_levels(text: str) -> None:
     with pytest.raises(UsageError, match=r"--levels.*last:N.*1 to 12"):
@@ -143,7 +163,9 @@ def test_impossible_levels(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["-0", "-13", "12,-1", "-1,-1", "--1", "-1,", "-", "-1.0"])
 def test_impossible_levels_from_the_end(text: str) -> None:
-    with pytest.raises(UsageError, match=r"--levels.*names no block twice.*or -1 to -12 from the end"):
+    with pytest.raises(
+        UsageError, match=r"--levels.*names no block twice.*or -1 to -12 from the end"
+    ):
         parse_levels(text, 12)
 
 
@@ -181,14 +203,17 @@ def test_kept_patches(text: str | None, patches: int, kept: int | None) -> None:
 @pytest.mark.parametrize("text", ["", "x", "inf", "nan", "1/0", "0.3.1", "58,", "½"])
 def test_what_keeps_nothing(text: str) -> None:
     with pytest.raises(
-        UsageError, match=r"--keep '.*a number of patches from 1 to 196, or a share of them such as 0\.3"
+        UsageError,
+        match=r"--keep '.*a number of patches from 1 to 196, or a share of them such as 0\.3",
     ):
         parse_keep(text, 196)
 
 
 @pytest.mark.parametrize("text", ["1.5", "0", "0.0", "-0.3", "-58", "197"])
 def test_what_cannot_be_kept_is_echoed_as_it_was_given(text: str) -> None:
-    with pytest.raises(UsageError, match=rf"^--keep {text}: a number of patches from 1 to 196, or a share of them"):
+    with pytest.raises(
+        UsageError, match=rf"^--keep {text}: a number of patches from 1 to 196, or a share of them"
+    ):
         parse_keep(text, 196)
 
 
@@ -210,7 +235,8 @@ def test_impossible_plans(photos: Path, options: dict, told: str) -> None:
 
 
 def test_kept_tokens_are_the_bytes_that_are_saved(photos: Path) -> None:
-    """L 2, T 5, D 8: features, statistics, and checksums of prefixes shrink; attention and order stay whole."""
+    """L 2, T 5, D 8: features, statistics, and checksums of prefixes shrink; attention and order
+    stay whole."""
     whole, kept = (make_plan(photos, tokens="ranked", keep=keep) for keep in (None, 2))
     assert (whole.stored_tokens, kept.stored_tokens) == (5, 3)
     assert whole.view_bytes - kept.view_bytes == 2 * 2 * (8 * 2 + 2 * 4 + 4)
@@ -226,12 +252,17 @@ def test_unused_options_leave_no_trace_in_the_identity(photos: Path) -> None:
     plain = make_plan(photos).manifest()["identity"]
     assert not {"keep", "pixels", "first_view"} & plain.keys()
     assert "precision" not in plain["teacher"]
-    ids = [make_plan(photos, **change).manifest()["id"] for change in ({}, {"pixels": True}, {"first_view": 3})]
+    ids = [
+        make_plan(photos, **change).manifest()["id"]
+        for change in ({}, {"pixels": True}, {"first_view": 3})
+    ]
     assert len(set(ids)) == 3
     assert ids[0] == "7c236b752a9cae0e"  # as the first release wrote it
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(11, [11]), (5, [5, 5, 1]), (1, [1] * 11), (1000, [11])])
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(11, [11]), (5, [5, 5, 1]), (1, [1] * 11), (1000, [11])]
+)
 def test_shards_are_ranges_of_the_source(photos: Path, count: int, sizes: list[int]) -> None:
     shards = make_plan(photos, rows_per_shard=count).shards
     assert [shard["count"] for shard in shards] == sizes
@@ -251,7 +282,18 @@ def test_the_manifest_and_its_copy_are_there_before_any_shard(photos: Path, tmp_
 
 # ---------------------------------------------------------------- options
 
-BASE = ("--teacher", SYNTHETIC, "--size", 28, "--levels", "last:2", "--batch-size", 4, "--workers", 2)
+BASE = (
+    "--teacher",
+    SYNTHETIC,
+    "--size",
+    28,
+    "--levels",
+    "last:2",
+    "--batch-size",
+    4,
+    "--workers",
+    2,
+)
 # Every option of `extract` that says what a cache is: what it puts into the manifest.
 SAYS = {
     "--teacher": ("synthetic:levels=3,tokens=9,width=8,size=28", "teacher.patches", 9),
@@ -281,7 +323,13 @@ def test_no_option_does_nothing(
 ) -> None:
     """Each changes the id that a dry run tells, and the identity that is written."""
     value, field, wanted = SAYS[option]
-    plain = ("extract", *BASE[2:], "--images", photos, *(("--tokens", "ranked") if option == "--keep" else ()))
+    plain = (
+        "extract",
+        *BASE[2:],
+        "--images",
+        photos,
+        *(("--tokens", "ranked") if option == "--keep" else ()),
+    )
     teacher = () if option == "--teacher" else BASE[:2]
     both = ((*plain, *BASE[:2]), (*plain, *teacher, option, value))
     ids = [json.loads(featcache_command(*each, "--dry-run", "--json").out)["id"] for each in both]
@@ -313,7 +361,9 @@ def test_a_full_disk_keeps_what_is_complete_and_says_so(
 ) -> None:
     with monkeypatch.context() as patched:
         fill_up(patched, tmp_path / "c/shards/000000.json")
-        with pytest.raises(UserError, match=r"No space left.* 1 of 3 shards are complete and kept.*same command"):
+        with pytest.raises(
+            UserError, match=r"No space left.* 1 of 3 shards are complete and kept.*same command"
+        ):
             extract.run(make_plan(pictures), tmp_path / "c", batch_size=4)
     left = files_below(tmp_path / "c")
     assert "shards/000000.json" in left
@@ -348,7 +398,9 @@ def test_no_room_for_a_new_file_is_a_full_disk_too(
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full")], ids=["stopped", "full"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full")], ids=["stopped", "full"]
+)
 def test_a_stop_while_files_are_opened_leaves_nothing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, error: BaseException
 ) -> None:
@@ -374,7 +426,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip("no right to mount a file system here")
@@ -382,14 +436,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_disk_that_is_really_full(photos: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_really_full(
+    photos: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Complete shards stay; with room made, the same call goes on."""
     monkeypatch.setattr(target_folder, "_SPARE_BYTES", 0)
     made = make_plan(photos)
     extract.run(make_plan(photos), small_disk.parent / "whole", batch_size=4)
     filler = small_disk / "filler"
     free = shutil.disk_usage(small_disk).free
-    filler.write_bytes(bytes(free - 220_000))  # room for one shard and a half: files take whole pages
+    # room for one shard and a half: files take whole pages
+    filler.write_bytes(bytes(free - 220_000))
     with monkeypatch.context() as patched:
         patched.setattr(target_folder, "_check_space", lambda *_: None)
         with pytest.raises(UserError, match=r"No space left.*of 3 shards are complete and kept"):

@@ -1,4 +1,5 @@
-"""From pictures to what the teacher sees: views and proofs, stored pixels, batches, pictures that cannot be used."""
+"""From pictures to what the teacher sees: views and proofs, stored pixels, batches, pictures that
+cannot be used."""
 
 from __future__ import annotations
 
@@ -31,8 +32,11 @@ from featcache.views.render import render
 from tests.conftest import files_below, make_plan, undisturbed
 
 
-def test_stored_views_are_the_policys_and_proofs_are_at_its_size(photos: Path, tmp_path: Path) -> None:
-    """The teacher sees 28 pixels, the policy says 40: hash and thumbnail are of the 40-pixel view."""
+def test_stored_views_are_the_policys_and_proofs_are_at_its_size(
+    photos: Path, tmp_path: Path
+) -> None:
+    """The teacher sees 28 pixels, the policy says 40: hash and thumbnail are of the 40-pixel
+    view."""
     source = open_source(photos)
     policy = Policy(size=40, seed=3)
     extract.run(make_plan(photos, policy=policy, views=2), tmp_path / "c", batch_size=4)
@@ -40,7 +44,9 @@ def test_stored_views_are_the_policys_and_proofs_are_at_its_size(photos: Path, t
         assert list(cache.keys) == list(source.keys)
         for row, key in enumerate(source.keys):
             picture = decode(source.read(row))
-            assert cache.read([row], 0, ["source_size"])["source_size"].tolist() == [[picture.height, picture.width]]
+            assert cache.read([row], 0, ["source_size"])["source_size"].tolist() == [
+                [picture.height, picture.width]
+            ]
             size = np.array([[picture.height, picture.width]])
             drawn = draw(policy, rng.key_digests([key]), size, range(2))
             for view in range(2):
@@ -79,7 +85,9 @@ def test_stored_pixels_are_the_views_and_change_nothing_else(photos: Path, tmp_p
         for row in range(len(offsets) - 1):
             key = blob[offsets[row] : offsets[row + 1]].decode()
             for view in range(2) if key != "grey16" else ():  # plain PIL clips 16 bits
-                wanted = by_hand(next(photos.glob(f"{key}.*")), crop[row, view].tolist(), flip[row, view], 40)
+                wanted = by_hand(
+                    next(photos.glob(f"{key}.*")), crop[row, view].tolist(), flip[row, view], 40
+                )
                 np.testing.assert_array_equal(pixels[row, view], wanted, err_msg=key)
                 checked, flipped = checked + 1, flipped + int(flip[row, view])
     assert checked == 20
@@ -93,17 +101,25 @@ def test_stored_pixels_are_the_views_and_change_nothing_else(photos: Path, tmp_p
         assert [pixel_hash(each) for each in hashes["pixels"]] == hashes["pixel_hash"].tolist()
 
 
-# ---------------------------------------------------------------- what must not be taken for the same
+# -------------------------------------------------------------- what must not be taken for the same
 
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 
 
 def test_features_of_a_flipped_view_are_not_flipped_features(photos: Path, tmp_path: Path) -> None:
-    """A network knows left from right. The same crops, none of them mirrored and all of them: pixels are each other's
-    mirror image, features are the mirrored pixels' own."""
+    """A network knows left from right. The same crops, none of them mirrored and all of them:
+    pixels are each other's mirror image, features are the mirrored pixels' own."""
     found = []
     for flip in (0.0, 1.0):
-        made = make_plan(photos, VIT, "random:0", policy=Policy(size=32, flip=flip), levels=(3,), views=1, pixels=True)
+        made = make_plan(
+            photos,
+            VIT,
+            "random:0",
+            policy=Policy(size=32, flip=flip),
+            levels=(3,),
+            views=1,
+            pixels=True,
+        )
         extract.run(made, tmp_path / str(flip), batch_size=4)
         with featcache.open(tmp_path / str(flip)) as cache:
             found.append(cache.read(range(11), 0, ["features", "pixels", "crop", "flip"]))
@@ -129,7 +145,8 @@ def test_features_of_a_flipped_view_are_not_flipped_features(photos: Path, tmp_p
 
 
 def test_a_crop_replayed_at_196_is_the_direct_crop(photos: Path, tmp_path: Path) -> None:
-    """From the stored box to 196 pixels in one step; by way of the policy's 224 pixels it would be another."""
+    """From the stored box to 196 pixels in one step; by way of the policy's 224 pixels it would be
+    another."""
     teacher = Watched(tokens=196, size=196)
     source = open_source(photos)
     made = plan.Plan(source, teacher, Policy(), 2, (3,), pixels=True)
@@ -139,11 +156,18 @@ def test_a_crop_replayed_at_196_is_the_direct_crop(photos: Path, tmp_path: Path)
         for row, key in enumerate(cache.keys):
             for view in range(2) if key != "grey16" else ():  # plain PIL clips 16 bits
                 stored = cache.read([row], view, ["crop", "flip", "pixels"])
-                path, box = next(photos.glob(f"{key}.*")), (stored["crop"][0].tolist(), int(stored["flip"][0]))
+                path, box = (
+                    next(photos.glob(f"{key}.*")),
+                    (stored["crop"][0].tolist(), int(stored["flip"][0])),
+                )
                 seen = batch[2 * row + view].transpose(1, 2, 0)
                 np.testing.assert_array_equal(seen, by_hand(path, *box, 196), err_msg=key)
-                np.testing.assert_array_equal(stored["pixels"][0], by_hand(path, *box, 224), err_msg=key)
-                detour = Image.fromarray(stored["pixels"][0]).resize((196, 196), Image.Resampling.BICUBIC)
+                np.testing.assert_array_equal(
+                    stored["pixels"][0], by_hand(path, *box, 224), err_msg=key
+                )
+                detour = Image.fromarray(stored["pixels"][0]).resize(
+                    (196, 196), Image.Resampling.BICUBIC
+                )
                 if key != "bits":
                     assert (np.asarray(detour) != seen).any(), key
 
@@ -156,7 +180,9 @@ def test_work_ahead_is_bounded_and_in_order(count: int, window: int) -> None:
     """Decoded pictures wait in memory: no more of them than the window says."""
     started: list[int] = []
     with ThreadPoolExecutor(2) as pool:
-        for taken, (item, future) in enumerate(rendering.ahead(pool, started.append, range(count), window)):
+        for taken, (item, future) in enumerate(
+            rendering.ahead(pool, started.append, range(count), window)
+        ):
             assert item == taken
             future.result()
             assert len(started) <= taken + window
@@ -171,13 +197,16 @@ class Watched(Synthetic):
         self.batches: list[np.ndarray] = []
         self.name = "watched"
 
-    def forward(self, batch: torch.Tensor, levels: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def forward(
+        self, batch: torch.Tensor, levels: tuple[int, ...]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         self.batches.append(batch.numpy().copy())
         return super().forward(batch, levels)
 
 
 def test_batches_never_cross_a_shard_and_the_last_is_padded(photos: Path, tmp_path: Path) -> None:
-    """11 pictures x 2 views in shards of 5: 10, 10 and 2 views in batches of 4 are 3 + 3 + 1 full batches."""
+    """11 pictures x 2 views in shards of 5: 10, 10 and 2 views in batches of 4 are 3 + 3 + 1 full
+    batches."""
     teacher = Watched()
     made = plan.Plan(open_source(photos), teacher, Policy(size=28), 2, (3,), rows_per_shard=5)
     extract.run(made, tmp_path / "c", batch_size=4)
@@ -213,8 +242,11 @@ def test_strict_stops_at_the_first(pictures: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path / "c") == undisturbed(pictures)
 
 
-def test_a_picture_that_vanishes_stops_by_name_and_can_come_back(photos: Path, tmp_path: Path) -> None:
-    """Quarantine is for pictures that were read and are bad: a complete shard is never made again."""
+def test_a_picture_that_vanishes_stops_by_name_and_can_come_back(
+    photos: Path, tmp_path: Path
+) -> None:
+    """Quarantine is for pictures that were read and are bad: a complete shard is never made
+    again."""
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     made = make_plan(folder)
     (folder / "rgb.png").unlink()
@@ -230,8 +262,8 @@ def test_a_picture_that_vanishes_stops_by_name_and_can_come_back(photos: Path, t
 def test_a_failing_disk_is_not_taken_for_bad_pictures(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too many open files, or an input/output error, says nothing about the picture: quarantining would drop good data
-    for ever, because a complete shard is never made again."""
+    """Too many open files, or an input/output error, says nothing about the picture: quarantining
+    would drop good data for ever, because a complete shard is never made again."""
     made = make_plan(photos)
 
     def read(self: object, index: int) -> bytes:

@@ -1,4 +1,5 @@
-"""The check before the work: a teacher that tells classes apart, one that does not, and what is said of each."""
+"""The check before the work: a teacher that tells classes apart, one that does not, and what is
+said of each."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, colour in COLOURS.items():
         (root / name).mkdir()
         for i in range(8):
-            pixels = np.clip(np.array(colour) + random.normal(0, 30, (40, 36, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(np.array(colour) + random.normal(0, 30, (40, 36, 3)), 0, 255).astype(
+                np.uint8
+            )
             Image.fromarray(pixels).save(root / name / f"{i}.png")
     (root / "lonely").mkdir()
     shutil.copy(root / "red/0.png", root / "lonely/0.png")
@@ -45,7 +48,9 @@ class Blind(Synthetic):
         super().__init__(3, 4, 8, 28)
         self.name, self.value = "blind", value
 
-    def forward(self, batch: torch.Tensor, levels: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def forward(
+        self, batch: torch.Tensor, levels: Sequence[int]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         ys, attention = super().forward(batch, levels)
         for i, picture in enumerate(batch):
             seed = pixel_hash(picture.permute(1, 2, 0).numpy()) % 2**32
@@ -70,8 +75,8 @@ def test_a_teacher_that_sees_colour_passes(labelled: Path) -> None:
     assert found.chance == pytest.approx(1 / 3)
     assert found.needed == pytest.approx(1 / 3 + 3 * math.sqrt(2 / 9 / 24))
     assert found.text == (
-        "check of sighted: k-NN 100.0% of 24 pictures of 3 classes, chance 33.3%, bare pixels 100.0%; no better "
-        "than the pixels: are these the right weights?"
+        "check of sighted: k-NN 100.0% of 24 pictures of 3 classes, chance 33.3%, bare pixels "
+        "100.0%; no better than the pixels: are these the right weights?"
     )
     found.refuse()
 
@@ -81,12 +86,15 @@ def test_a_blind_teacher_is_refused(labelled: Path, value: float | None) -> None
     """Noise, the same for all, not a number."""
     found = score(Blind(value), labelled)
     assert found.right < found.needed
-    with pytest.raises(UserError, match=r"'blind' is at chance level.*above 62\.2% is needed.*check --weights"):
+    with pytest.raises(
+        UserError, match=r"'blind' is at chance level.*above 62\.2% is needed.*check --weights"
+    ):
         found.refuse()
 
 
 def test_votes_by_hand() -> None:
-    """Cosines to row 0 are 1, 0, -1; each row's neighbours are all others, weighed by exp(cosine / 0.07)."""
+    """Cosines to row 0 are 1, 0, -1; each row's neighbours are all others, weighed by exp(cosine /
+    0.07)."""
     features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-3.0, 0.0]])
     assert (
         teacher_check.right_share(features, np.array([0, 0, 1, 1])) == 0.75
@@ -122,7 +130,9 @@ def test_tars_with_labels(labelled: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_without_labels_are_refused(photos: Path, labelled: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no labels: a folder with one sub-folder for each class"):
+    with pytest.raises(
+        UserError, match="has no labels: a folder with one sub-folder for each class"
+    ):
         score(sighted(), photos)
     shutil.copytree(labelled / "red", tmp_path / "red")
     with pytest.raises(UserError, match="1 classes have two pictures or more"):
@@ -130,12 +140,18 @@ def test_pictures_without_labels_are_refused(photos: Path, labelled: Path, tmp_p
     (tmp_path / "green").mkdir()
     for i in range(2):
         (tmp_path / f"green/{i}.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"picture 'green/0' cannot be used: not a readable picture"):
+    with pytest.raises(
+        UserError, match=r"picture 'green/0' cannot be used: not a readable picture"
+    ):
         score(sighted(), tmp_path)
 
 
 def test_the_command_prints_and_goes_on(
-    featcache_command: Callable[..., Ran], labelled: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    featcache_command: Callable[..., Ran],
+    labelled: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = (
         "extract",
@@ -154,7 +170,9 @@ def test_the_command_prints_and_goes_on(
     assert ran.status == 0
     assert "k-NN 100.0% of 24 pictures" in ran.err
     assert "would write" in ran.out
-    monkeypatch.setattr(Synthetic, "forward", lambda self, batch, levels: ([torch.ones(len(batch), 5, 8)], None))
+    monkeypatch.setattr(
+        Synthetic, "forward", lambda self, batch, levels: ([torch.ones(len(batch), 5, 8)], None)
+    )
     ran = featcache_command(*base, "--check-teacher", labelled)
     assert ran.status == 1
     assert "at chance level" in ran.error

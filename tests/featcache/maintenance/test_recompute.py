@@ -1,4 +1,5 @@
-"""`featcache verify --recompute`: a sample of rows is compared with pictures and teacher, which are told apart."""
+"""`featcache verify --recompute`: a sample of rows is compared with pictures and teacher, which are
+told apart."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ from tests.conftest import SYNTHETIC, Ran, make_photos, waves
 VIT = "timm:vit_tiny_patch16_224,img_size=16,patch_size=8,embed_dim=16,depth=2,num_heads=2"
 
 
-def make(folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None, **options: object) -> Path:
+def make(
+    folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None, **options: object
+) -> Path:
     loaded, policy = teachers.load(teacher, weights), Policy(size=28)
     made = plan.Plan(open_source(folder), loaded, policy, 2, (1, 2), rows_per_shard=6, **options)
     extract.run(made, out, batch_size=4)
@@ -50,7 +53,9 @@ def vit(pictures: Path) -> Path:
     return make(pictures, pictures.parent / "vit", VIT, "random:0")
 
 
-def ask(cache: Path, pictures: Path, count: int = 100, weights: str | None = None, seed: int = 0) -> dict:
+def ask(
+    cache: Path, pictures: Path, count: int = 100, weights: str | None = None, seed: int = 0
+) -> dict:
     with featcache.open(cache) as opened:
         return recompute.recompute(opened, open_source(pictures), weights, count, seed, "cpu")
 
@@ -69,7 +74,9 @@ def test_a_clean_sample(request: pytest.FixtureRequest, pictures: Path, name: st
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("options", [{"tokens": "ranked"}, {"tokens": "ranked", "keep": 2, "pixels": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"tokens": "ranked"}, {"tokens": "ranked", "keep": 2, "pixels": True}], ids=str
+)
 @pytest.mark.parametrize("teacher", [SYNTHETIC, VIT])
 def test_a_clean_sample_of_ranked_tokens(
     pictures: Path, tmp_path: Path, teacher: str, options: dict, store: str
@@ -82,7 +89,9 @@ def test_a_clean_sample_of_ranked_tokens(
     assert found["feature_error"] < 1e-3
 
 
-def test_a_changed_picture_is_found_with_size_and_cause(sound: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_changed_picture_is_found_with_size_and_cause(
+    sound: Path, pictures: Path, tmp_path: Path
+) -> None:
     changed = Path(shutil.copytree(pictures, tmp_path / "changed"))
     Image.fromarray(255 - waves(50, 60, 3.0)).save(changed / "rgb.png")
     found = ask(sound, changed)
@@ -92,9 +101,13 @@ def test_a_changed_picture_is_found_with_size_and_cause(sound: Path, pictures: P
     assert found["bad_rows_below"] is None
 
 
-def test_another_decoders_levels_are_told_from_another_picture(sound: Path, pictures: Path, tmp_path: Path) -> None:
+def test_another_decoders_levels_are_told_from_another_picture(
+    sound: Path, pictures: Path, tmp_path: Path
+) -> None:
     changed = Path(shutil.copytree(pictures, tmp_path / "changed"))
-    Image.fromarray(np.clip(waves(50, 60, 3.0).astype(int) + 1, 0, 255).astype(np.uint8)).save(changed / "rgb.png")
+    Image.fromarray(np.clip(waves(50, 60, 3.0).astype(int) + 1, 0, 255).astype(np.uint8)).save(
+        changed / "rgb.png"
+    )
     found = ask(sound, changed)
     assert "another decoder" in found["problems"][0]
     assert "differ by 1.0 levels" in found["problems"][0]
@@ -105,11 +118,14 @@ def test_another_version_of_pillow_is_named(
 ) -> None:
     """Which the next user can install: the cache is as good as before."""
     changed = Path(shutil.copytree(pictures, tmp_path / "changed"))
-    Image.fromarray(np.clip(waves(50, 60, 3.0).astype(int) + 1, 0, 255).astype(np.uint8)).save(changed / "rgb.png")
+    Image.fromarray(np.clip(waves(50, 60, 3.0).astype(int) + 1, 0, 255).astype(np.uint8)).save(
+        changed / "rgb.png"
+    )
     extracted = PIL.__version__
     monkeypatch.setattr(PIL, "__version__", "99.1.0")
     assert ask(sound, changed)["problems"][0].endswith(
-        f"likely Pillow's version, {extracted} there and 99.1.0 here (pip install pillow=={extracted}), or another file"
+        f"likely Pillow's version, {extracted} there and 99.1.0 here (pip install "
+        f"pillow=={extracted}), or another file"
     )
 
 
@@ -132,8 +148,11 @@ def test_a_picture_that_no_longer_decodes_is_a_problem_not_a_traceback(
     assert "'photo0'" in found["problems"][0]
 
 
-def test_changed_features_are_found_even_with_good_checksums(pictures: Path, sound: Path, tmp_path: Path) -> None:
-    """Rows of another teacher under this cache's name: every byte is as recorded, the numbers are wrong."""
+def test_changed_features_are_found_even_with_good_checksums(
+    pictures: Path, sound: Path, tmp_path: Path
+) -> None:
+    """Rows of another teacher under this cache's name: every byte is as recorded, the numbers are
+    wrong."""
     other = make(pictures, tmp_path / "other", SYNTHETIC)
     path = other / "shards/000000.zarr"
     shutil.rmtree(path)
@@ -145,7 +164,9 @@ def test_changed_features_are_found_even_with_good_checksums(pictures: Path, sou
     shutil.copytree(tmp_path / "wrong/shards/000000.zarr", path)
     record = json_file.read_json(tmp_path / "wrong/shards/000000.json")
     json_file.write_json(other / "shards/000000.json", record)
-    assert [problem.split(": ")[1] for problem in verify.files(other)[0]] == ["is of a shard of another cache"]
+    assert [problem.split(": ")[1] for problem in verify.files(other)[0]] == [
+        "is of a shard of another cache"
+    ]
     del record["content"]
     json_file.write_json(other / "shards/000000.json", record)
     assert verify.files(other)[0] == []
@@ -155,15 +176,21 @@ def test_changed_features_are_found_even_with_good_checksums(pictures: Path, sou
 
 
 def test_other_weights_are_refused(vit: Path, pictures: Path) -> None:
-    with pytest.raises(IdentityError, match=r"'random:1' have hash \w+, the cache was made with \w+.*--weights"):
+    with pytest.raises(
+        IdentityError, match=r"'random:1' have hash \w+, the cache was made with \w+.*--weights"
+    ):
         ask(vit, pictures, weights="random:1")
 
 
-def test_the_sample_is_a_function_of_the_seed(vit: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sample_is_a_function_of_the_seed(
+    vit: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows: list[tuple[int, int]] = []
     original = recompute._recompute_row
 
-    def noting(cache: object, source: object, at: object, teacher: object, row: int, view: int) -> object:
+    def noting(
+        cache: object, source: object, at: object, teacher: object, row: int, view: int
+    ) -> object:
         rows.append((row, view))
         return original(cache, source, at, teacher, row, view)
 
@@ -206,13 +233,15 @@ def test_the_wrong_pictures_are_not_the_caches_fault(
     assert "--images" in ran.error
     assert "repair" not in ran.error
     assert "within" not in ran.out  # nothing was compared with the teacher
-    facts = json.loads(featcache_command("verify", sound, "--recompute", 11, "--images", wrong, "--json").out)[
-        "recompute"
-    ]
+    facts = json.loads(
+        featcache_command("verify", sound, "--recompute", 11, "--images", wrong, "--json").out
+    )["recompute"]
     assert (facts["compared"], facts["feature_error"], facts["attention_error"]) == (0, None, None)
 
 
-def test_one_other_picture_is_one_row(featcache_command: Command, sound: Path, pictures: Path, tmp_path: Path) -> None:
+def test_one_other_picture_is_one_row(
+    featcache_command: Command, sound: Path, pictures: Path, tmp_path: Path
+) -> None:
     changed = Path(shutil.copytree(pictures, tmp_path / "changed"))
     Image.fromarray(255 - waves(50, 60, 3.0)).save(changed / "rgb.png")
     ran = featcache_command("verify", sound, "--recompute", 11, "--images", changed)
@@ -227,11 +256,31 @@ def test_rows_of_an_added_teacher_are_said_not_to_be_asked(
     featcache_command: Command, sound: Path, pictures: Path, tmp_path: Path
 ) -> None:
     cache = Path(shutil.copytree(sound, tmp_path / "c"))
-    assert "were not recomputed" not in featcache_command("verify", cache, "--recompute", 2, "--images", pictures).out
-    options = ("--images", pictures, "--size", 28, "--views", 2, "--levels", "last:1", "--weights", "random:0")
-    assert featcache_command("extract", "--teacher", VIT, *options, "--out", cache, "--add").status == 0
+    assert (
+        "were not recomputed"
+        not in featcache_command("verify", cache, "--recompute", 2, "--images", pictures).out
+    )
+    options = (
+        "--images",
+        pictures,
+        "--size",
+        28,
+        "--views",
+        2,
+        "--levels",
+        "last:1",
+        "--weights",
+        "random:0",
+    )
+    assert (
+        featcache_command("extract", "--teacher", VIT, *options, "--out", cache, "--add").status
+        == 0
+    )
     ran = featcache_command("verify", cache, "--recompute", 2, "--images", pictures)
-    assert (ran.status, f"of {SYNTHETIC} only; rows of {VIT} were not recomputed" in ran.out) == (0, True)
+    assert (ran.status, f"of {SYNTHETIC} only; rows of {VIT} were not recomputed" in ran.out) == (
+        0,
+        True,
+    )
 
 
 def test_all_rows_are_no_sample(featcache_command: Command, sound: Path, pictures: Path) -> None:
@@ -240,5 +289,7 @@ def test_all_rows_are_no_sample(featcache_command: Command, sound: Path, picture
     assert "a larger --recompute N" in some
     for count in (11, 500):
         every = featcache_command("verify", sound, "--recompute", count, "--images", pictures).out
-        assert "every row was recomputed, in one of its 2 views; another --seed takes others" in every
+        assert (
+            "every row was recomputed, in one of its 2 views; another --seed takes others" in every
+        )
         assert "larger" not in every

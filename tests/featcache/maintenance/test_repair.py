@@ -1,6 +1,8 @@
-"""Repair: whatever a file has suffered, `verify` names it and `repair` brings back the very bytes; nothing else moves.
+"""Repair: whatever a file has suffered, `verify` names it and `repair` brings back the very bytes;
+nothing else moves.
 
-The caches are small (2 shards, 2 views, synthetic teacher), so that every file of them can be damaged in every way.
+The caches are small (2 shards, 2 views, synthetic teacher), so that every file of them can be
+damaged in every way.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def told(cache: Path) -> str:
         return str(error)
 
 
-def sweep(cache: Path, folder: Path, cases: Iterator[tuple[str, str]]) -> list[tuple[str, str, str]]:
+def sweep(
+    cache: Path, folder: Path, cases: Iterator[tuple[str, str]]
+) -> list[tuple[str, str, str]]:
     """Damage, look, repair, compare; (file, damage, what was wrong) of each case that failed."""
     whole, wrong = files_below(cache), []
     for name, how in cases:
@@ -70,7 +74,12 @@ def sweep(cache: Path, folder: Path, cases: Iterator[tuple[str, str]]) -> list[t
         repair.run(cache, load_of(folder))
         if (after := files_below(cache)) != whole:
             wrong.append(
-                (name, how, f"repair leaves {[n for n in whole.keys() | after if whole.get(n) != after.get(n)]}")
+                (
+                    name,
+                    how,
+                    "repair leaves "
+                    f"{[n for n in whole.keys() | after if whole.get(n) != after.get(n)]}",
+                )
             )
             for each, data in whole.items():
                 (cache / each).parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +90,16 @@ def sweep(cache: Path, folder: Path, cases: Iterator[tuple[str, str]]) -> list[t
     return wrong
 
 
-CACHES = [(pictures, store) for pictures in ("pictures", "photos") for store in STORES]  # with quarantine and without
+# with quarantine and without
+CACHES = [(pictures, store) for pictures in ("pictures", "photos") for store in STORES]
 
 
 @pytest.mark.parametrize(("given", "store"), CACHES, ids=str)
 def test_every_file_with_one_damage_or_another(
     request: pytest.FixtureRequest, tmp_path: Path, given: str, store: str
 ) -> None:
-    """Each file once, the kinds of damage in turn; those that stand alone, and tars, in every way."""
+    """Each file once, the kinds of damage in turn; those that stand alone, and tars, in every
+    way."""
     folder = request.getfixturevalue(given)
     cache = copy_tree(sound(folder, store), tmp_path / "c")
     names = sorted(files_below(cache))
@@ -97,13 +108,20 @@ def test_every_file_with_one_damage_or_another(
     step = 1 if given == "pictures" else 5
     cases = [(name, kinds[i % 4]) for i, name in enumerate(names)][::step]
     if given == "pictures":
-        cases += [(name, how) for name in names if name.count("/") < 2 or store == "webdataset" for how in kinds]
+        cases += [
+            (name, how)
+            for name in names
+            if name.count("/") < 2 or store == "webdataset"
+            for how in kinds
+        ]
     assert sweep(cache, folder, iter(dict.fromkeys(cases))) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("given", "store"), CACHES, ids=str)
-def test_every_file_with_every_damage(request: pytest.FixtureRequest, tmp_path: Path, given: str, store: str) -> None:
+def test_every_file_with_every_damage(
+    request: pytest.FixtureRequest, tmp_path: Path, given: str, store: str
+) -> None:
     folder = request.getfixturevalue(given)
     cache = copy_tree(sound(folder, store), tmp_path / "c")
     cases = ((name, how) for name in sorted(files_below(cache)) for how in DAMAGE)
@@ -135,9 +153,13 @@ def test_only_the_bad_shard_is_extracted_again(cache: Path, pictures: Path) -> N
     assert files_below(cache) == whole
 
 
-@pytest.mark.parametrize("name", ["manifest.json", f"{SHARDS}/manifest.copy.json", "quarantine.json"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", f"{SHARDS}/manifest.copy.json", "quarantine.json"]
+)
 @pytest.mark.parametrize("how", DAMAGE)
-def test_what_the_files_themselves_can_tell_needs_no_pictures(cache: Path, name: str, how: str) -> None:
+def test_what_the_files_themselves_can_tell_needs_no_pictures(
+    cache: Path, name: str, how: str
+) -> None:
     whole = files_below(cache)
     DAMAGE[how](cache / name)
     assert repair.run(cache, never) == {"restored": [str(cache / name)], "shards": []}
@@ -148,7 +170,9 @@ def test_manifest_and_copy_both_damaged(cache: Path, pictures: Path) -> None:
     for name in ("manifest.json", f"{SHARDS}/manifest.copy.json"):
         flip(cache / name, 100)
     before = files_below(cache)
-    with pytest.raises(UserError, match=r"manifest\.json and its copy .*both damaged; extract again"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json and its copy .*both damaged; extract again"
+    ):
         repair.run(cache, load_of(pictures))
     assert files_below(cache) == before
 
@@ -165,7 +189,12 @@ def test_a_manifest_that_is_not_its_copy(cache: Path, pictures: Path) -> None:
 
 def test_several_things_at_once(cache: Path, pictures: Path) -> None:
     whole = files_below(cache)
-    names = ["manifest.json", "quarantine.json", next(name for name in whole if name.endswith(".safetensors")), *CHUNKS]
+    names = [
+        "manifest.json",
+        "quarantine.json",
+        next(name for name in whole if name.endswith(".safetensors")),
+        *CHUNKS,
+    ]
     for name in (*names, f"{SHARDS}/000001.json"):
         DAMAGE["gone"](cache / name)
     done = repair.run(cache, load_of(pictures))
@@ -173,7 +202,9 @@ def test_several_things_at_once(cache: Path, pictures: Path) -> None:
     assert len(done["shards"]) == 2
 
 
-def test_real_weights_and_another_batch_size_are_as_at_extraction(photos: Path, tmp_path: Path) -> None:
+def test_real_weights_and_another_batch_size_are_as_at_extraction(
+    photos: Path, tmp_path: Path
+) -> None:
     """A network's bits depend on the batch: the manifest's counts."""
     vit = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
     made = make_plan(photos, vit, "random:0", tokens="ranked", keep=7, pixels=True, order="topk")
@@ -188,10 +219,14 @@ def test_real_weights_and_another_batch_size_are_as_at_extraction(photos: Path, 
 # ---------------------------------------------------------------- a repair that fails
 
 
-def test_other_pictures_and_no_pictures_change_nothing(cache: Path, photos: Path, tmp_path: Path) -> None:
+def test_other_pictures_and_no_pictures_change_nothing(
+    cache: Path, photos: Path, tmp_path: Path
+) -> None:
     flip(cache / CHUNKS[0])
     before = files_below(cache)
-    with pytest.raises(IdentityError, match=r"cannot repair .*identity\.pictures.*--images SRC, --weights FILE"):
+    with pytest.raises(
+        IdentityError, match=r"cannot repair .*identity\.pictures.*--images SRC, --weights FILE"
+    ):
         repair.run(cache, load_of(photos))
     assert files_below(cache) == before
     with pytest.raises(UserError, match="no pictures found"):
@@ -199,8 +234,11 @@ def test_other_pictures_and_no_pictures_change_nothing(cache: Path, photos: Path
     assert files_below(cache) == before
 
 
-def test_a_picture_that_vanishes_on_the_way_puts_the_shard_back(cache: Path, pictures: Path, tmp_path: Path) -> None:
-    """Both shards are bad and the second cannot be made: the first is mended, the second as it was."""
+def test_a_picture_that_vanishes_on_the_way_puts_the_shard_back(
+    cache: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Both shards are bad and the second cannot be made: the first is mended, the second as it
+    was."""
     whole, folder = files_below(cache), copy_tree(pictures, tmp_path / "pictures")
     for name in CHUNKS:
         flip(cache / name)
@@ -239,8 +277,13 @@ def test_a_killed_repair_is_taken_up(cache: Path, pictures: Path, then: str) -> 
     assert "000000.json: missing" in told(cache)
     if then.startswith("extract"):
         extract.run(make_plan(pictures, views=2, rows_per_shard=7), cache, batch_size=4)
-        assert {path.name for path in commit.leftovers(cache)} == {"000000.zarr.bad", "000000.json.bad"}
-        assert {name: data for name, data in files_below(cache).items() if ".bad" not in name} == whole
+        assert {path.name for path in commit.leftovers(cache)} == {
+            "000000.zarr.bad",
+            "000000.json.bad",
+        }
+        assert {
+            name: data for name, data in files_below(cache).items() if ".bad" not in name
+        } == whole
     if then.endswith("damage, repair"):
         flip(cache / CHUNKS[0])
     if then.endswith("repair"):
@@ -259,7 +302,9 @@ def test_an_unfinished_cache_is_finished(cache: Path, pictures: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def test_the_command(featcache_command: Callable[..., Ran], cache: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_command(
+    featcache_command: Callable[..., Ran], cache: Path, pictures: Path, tmp_path: Path
+) -> None:
     whole = files_below(cache)
     assert featcache_command("repair", cache).out == f"{cache}: nothing to mend\n"
     flip(cache / CHUNKS[1])
@@ -293,7 +338,9 @@ def test_the_command(featcache_command: Callable[..., Ran], cache: Path, picture
 
 
 def test_the_plan_of_a_manifest_is_the_plan_it_came_from(photos: Path) -> None:
-    made = make_plan(photos, tokens="ranked", keep=3, pixels=True, order="uniform", rows_per_shard=9)
+    made = make_plan(
+        photos, tokens="ranked", keep=3, pixels=True, order="uniform", rows_per_shard=9
+    )
     again = repair.of_manifest(made.manifest(), made.source, made.teacher)
     assert again == made
     assert isinstance(again, plan.Plan)

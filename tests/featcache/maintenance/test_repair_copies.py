@@ -1,6 +1,8 @@
-"""Repair of what `copy` made: some shards, or fewer views and levels, with the pictures of the whole.
+"""Repair of what `copy` made: some shards, or fewer views and levels, with the pictures of the
+whole.
 
-And what several repairs, deaths and notices leave: a cache whose other shards were never out of sight.
+And what several repairs, deaths and notices leave: a cache whose other shards were never out of
+sight.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ def sound(folder: Path, store: str) -> Path:
 
 
 def numbers(store: str, shard: int) -> str:
-    return f"{SHARDS}/{shard:06d}.zarr/area/c.0.0" if store == "zarr" else f"{SHARDS}/{shard:06d}.webdataset/v1.tar"
+    return (
+        f"{SHARDS}/{shard:06d}.zarr/area/c.0.0"
+        if store == "zarr"
+        else f"{SHARDS}/{shard:06d}.webdataset/v1.tar"
+    )
 
 
 @pytest.fixture
@@ -79,7 +85,9 @@ def test_some_shards_are_mended_from_the_pictures_of_all(
     assert files_below(out) == whole
 
 
-def test_some_shards_are_not_mended_from_other_pictures(pictures: Path, photos: Path, tmp_path: Path) -> None:
+def test_some_shards_are_not_mended_from_other_pictures(
+    pictures: Path, photos: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "part"
     transfer.copy(sound(pictures, "zarr"), out, shards=(1, 3))
     flip(out / numbers("zarr", 1))
@@ -89,8 +97,12 @@ def test_some_shards_are_not_mended_from_other_pictures(pictures: Path, photos: 
     assert files_below(out) == before
 
 
-@pytest.mark.parametrize("chosen", [{"views": 1}, {"levels": (1,)}, {"views": 1, "shards": (0, 2)}], ids=str)
-def test_fewer_views_or_levels_are_mended_to_the_same_bytes(pictures: Path, tmp_path: Path, chosen: dict) -> None:
+@pytest.mark.parametrize(
+    "chosen", [{"views": 1}, {"levels": (1,)}, {"views": 1, "shards": (0, 2)}], ids=str
+)
+def test_fewer_views_or_levels_are_mended_to_the_same_bytes(
+    pictures: Path, tmp_path: Path, chosen: dict
+) -> None:
     """Statistics too: a copy counts what is stored, an extraction what it has before encoding."""
     out = tmp_path / "flat"
     transfer.copy(sound(pictures, "zarr"), out, **chosen)
@@ -104,7 +116,8 @@ def test_fewer_views_or_levels_are_mended_to_the_same_bytes(pictures: Path, tmp_
 
 
 def test_a_stranger_among_what_was_added_is_named(pictures: Path, tmp_path: Path) -> None:
-    """Sound in itself, and from other crops: verify names it, repair does not call the cache mended."""
+    """Sound in itself, and from other crops: verify names it, repair does not call the cache
+    mended."""
     out = copy_tree(sound(pictures, "zarr"), tmp_path / "c")
     other = make_plan(pictures, views=2, rows_per_shard=4, order="uniform")
     extract.run(other, tmp_path / "other", batch_size=4)
@@ -118,8 +131,12 @@ def test_a_stranger_among_what_was_added_is_named(pictures: Path, tmp_path: Path
         repair.run(out, never)
 
 
-@pytest.mark.parametrize("rows", [[], [{"key": "photo0", "reason": "?"}]], ids=["emptied", "of another cache"])
-def test_a_quarantine_that_the_records_do_not_tell_of(cache: Path, rows: list[dict[str, str]]) -> None:
+@pytest.mark.parametrize(
+    "rows", [[], [{"key": "photo0", "reason": "?"}]], ids=["emptied", "of another cache"]
+)
+def test_a_quarantine_that_the_records_do_not_tell_of(
+    cache: Path, rows: list[dict[str, str]]
+) -> None:
     whole = files_below(cache)
     json_file.write_json(cache / "quarantine.json", {"pictures": rows})
     assert f"{cache}/quarantine.json: does not list" in told(cache)
@@ -130,7 +147,9 @@ def test_a_quarantine_that_the_records_do_not_tell_of(cache: Path, rows: list[di
 def test_a_quarantine_where_nothing_was_put_into_it(photos: Path, tmp_path: Path) -> None:
     extract.run(make_plan(photos), tmp_path / "c", batch_size=4)
     whole = files_below(tmp_path / "c")
-    json_file.write_json(tmp_path / "c/quarantine.json", {"pictures": [{"key": "photo0", "reason": "?"}]})
+    json_file.write_json(
+        tmp_path / "c/quarantine.json", {"pictures": [{"key": "photo0", "reason": "?"}]}
+    )
     assert "quarantine.json: does not list" in told(tmp_path / "c")
     repair.run(tmp_path / "c", never)
     assert files_below(tmp_path / "c") == whole
@@ -153,7 +172,11 @@ def test_what_cannot_be_read_is_not_taken_for_damage(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda path: (refuse(path), read(path))[1])
-        patch.setattr(Path, "open", lambda path, *args, **kwargs: (refuse(path), opened(path, *args, **kwargs))[1])
+        patch.setattr(
+            Path,
+            "open",
+            lambda path, *args, **kwargs: (refuse(path), opened(path, *args, **kwargs))[1],
+        )
         if number == errno.EIO:
             assert str(cache / name) in told(cache)
         else:
@@ -174,7 +197,9 @@ def test_one_shard_at_a_time_is_out_of_sight(cache: Path, pictures: Path) -> Non
         flip(cache / numbers("zarr", shard))
 
     def look(progress: ExtractProgress) -> None:
-        missing.add(4 - len([path for path in cache.glob(f"{SHARDS}/0*.json") if path.stem.isdecimal()]))
+        missing.add(
+            4 - len([path for path in cache.glob(f"{SHARDS}/0*.json") if path.stem.isdecimal()])
+        )
         totals.add(progress.total)
 
     repair.run(cache, load_of(pictures), progress=ExtractProgress(look))
@@ -244,7 +269,9 @@ def test_two_repairs_at_once(cache: Path, start: Start) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_stopped_repair_leaves_the_shard_it_had_in_hand(cache: Path, start: Start, number: signal.Signals) -> None:
+def test_a_stopped_repair_leaves_the_shard_it_had_in_hand(
+    cache: Path, start: Start, number: signal.Signals
+) -> None:
     whole = files_below(cache)
     for shard in (1, 3):
         flip(cache / numbers("zarr", shard))
@@ -287,8 +314,11 @@ def test_the_command_says_how_many(featcache_command: Callable[..., Ran], cache:
 # ---------------------------------------------------------------- rows that others count on
 
 
-def test_a_picture_that_went_bad_takes_no_row_away(cache: Path, pictures: Path, tmp_path: Path) -> None:
-    """The rows of a shard stay what they were: those of its old record, or of the parts beside it."""
+def test_a_picture_that_went_bad_takes_no_row_away(
+    cache: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """The rows of a shard stay what they were: those of its old record, or of the parts beside
+    it."""
     folder = copy_tree(pictures, tmp_path / "pictures")
     good = (folder / "photo2.jpg").read_bytes()
     (folder / "photo2.jpg").write_bytes(b"xx")
@@ -303,18 +333,23 @@ def test_a_picture_that_went_bad_takes_no_row_away(cache: Path, pictures: Path, 
     assert files_below(cache) == files_below(sound(pictures, "zarr"))
 
 
-def test_a_mended_picture_gets_no_row_in_a_repair(cache: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_mended_picture_gets_no_row_in_a_repair(
+    cache: Path, pictures: Path, tmp_path: Path
+) -> None:
     folder = copy_tree(pictures, tmp_path / "pictures")
     shutil.copy(folder / "photo1.jpg", folder / "half.jpg")
     whole = files_below(cache)
-    shard = next(i for i in range(4) if "half" in {row["key"] for row in record_of(cache, i)["quarantined"]})
+    shard = next(
+        i for i in range(4) if "half" in {row["key"] for row in record_of(cache, i)["quarantined"]}
+    )
     flip(cache / numbers("zarr", shard))
     repair.run(cache, load_of(folder))
     assert files_below(cache) == whole
 
 
 def test_an_addition_has_the_rows_of_its_cache(cache: Path, pictures: Path, tmp_path: Path) -> None:
-    """A picture that went bad since stops it, with nothing lost; one that was mended since stays without a row."""
+    """A picture that went bad since stops it, with nothing lost; one that was mended since stays
+    without a row."""
     folder = copy_tree(pictures, tmp_path / "pictures")
     good = (folder / "photo2.jpg").read_bytes()
     (folder / "photo2.jpg").write_bytes(b"xx")
@@ -333,7 +368,9 @@ def test_an_addition_has_the_rows_of_its_cache(cache: Path, pictures: Path, tmp_
     assert verify.files(cache)[0] == []
 
 
-def test_other_pictures_under_the_same_keys_are_refused(cache: Path, pictures: Path, tmp_path: Path) -> None:
+def test_other_pictures_under_the_same_keys_are_refused(
+    cache: Path, pictures: Path, tmp_path: Path
+) -> None:
     folder = copy_tree(pictures, tmp_path / "pictures")
     shutil.copy(folder / "photo0.jpg", folder / "photo2.jpg")
     flip(cache / numbers("zarr", next(i for i in range(4) if "photo2" in keys_of(cache, i))))
@@ -354,7 +391,8 @@ def test_several_damaged_records_are_mended_in_one_go(cache: Path, pictures: Pat
 def test_a_shard_of_other_pictures_is_named(
     photos: Path, tmp_path: Path, featcache_command: Callable[..., Ran]
 ) -> None:
-    """Same teacher, crops and count, another list: each key has its own numbers, and some keys are gone."""
+    """Same teacher, crops and count, another list: each key has its own numbers, and some keys are
+    gone."""
     folder = copy_tree(photos, tmp_path / "pictures")
     (folder / "rgba.png").rename(folder / "other.png")
     for name, source in (("a", photos), ("b", folder)):

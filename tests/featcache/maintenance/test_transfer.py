@@ -1,5 +1,6 @@
-"""Copies and conversions: the same bytes there and back, by files and by rows; fewer views, levels and shards against
-an extraction of just those and against what zarr-python reads; interrupted and run again; what is refused.
+"""Copies and conversions: the same bytes there and back, by files and by rows; fewer views, levels
+and shards against an extraction of just those and against what zarr-python reads; interrupted and
+run again; what is refused.
 """
 
 from __future__ import annotations
@@ -70,15 +71,25 @@ def grown(pictures: Path) -> Path:
 
 def records_apart(files: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(files but for records and manifests, records)."""
-    jsons = {name: json.loads(data) for name, data in files.items() if name.endswith(".json") and "zarr" not in name}
+    jsons = {
+        name: json.loads(data)
+        for name, data in files.items()
+        if name.endswith(".json") and "zarr" not in name
+    }
     rest = {name: data for name, data in files.items() if name not in jsons}
-    return rest, {name: value for name, value in jsons.items() if "manifest" not in name and name != "quarantine.json"}
+    return rest, {
+        name: value
+        for name, value in jsons.items()
+        if "manifest" not in name and name != "quarantine.json"
+    }
 
 
 def by_zarr(cache: Path, name: str) -> np.ndarray:
     """(n, V, ...) of one array of a cache's own shards, read by zarr-python."""
     shards = sorted((cache / "shards").glob("*.zarr"))
-    return np.concatenate([np.asarray(zarr.open_group(shard, mode="r")[name][...]) for shard in shards])
+    return np.concatenate(
+        [np.asarray(zarr.open_group(shard, mode="r")[name][...]) for shard in shards]
+    )
 
 
 def check_clean(cache: Path) -> None:
@@ -97,7 +108,9 @@ def test_a_copy_has_the_same_bytes_additions_too(grown: Path, tmp_path: Path) ->
 
 def test_running_again_does_nothing(plain: Path, tmp_path: Path) -> None:
     transfer.copy(plain, tmp_path / "c")
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*") if path.is_file()}
+    times = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*") if path.is_file()
+    }
     progress = transfer.TransferProgress()
     transfer.copy(plain, tmp_path / "c", progress=progress)
     assert (progress.total, progress.done, progress.shards) == (0, 0, 0)
@@ -107,15 +120,21 @@ def test_running_again_does_nothing(plain: Path, tmp_path: Path) -> None:
 def test_progress_ends_at_its_total(plain: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     transfer.copy(
-        plain, tmp_path / "c", progress=transfer.TransferProgress(lambda now: seen.append((now.done, now.total)))
+        plain,
+        tmp_path / "c",
+        progress=transfer.TransferProgress(lambda now: seen.append((now.done, now.total))),
     )
     with featcache.Cache(plain) as cache:
         assert seen[-1] == (cache.bytes, cache.bytes)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-@pytest.mark.parametrize("changes", [{}, RANKED, {"pixels": True}], ids=["raster", "ranked", "pixels"])
-def test_to_tars_and_back_gives_the_same_bytes(pictures: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, RANKED, {"pixels": True}], ids=["raster", "ranked", "pixels"]
+)
+def test_to_tars_and_back_gives_the_same_bytes(
+    pictures: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     origin = made(pictures, "plain-" + "-".join(changes), **changes)
     transfer.convert(origin, tmp_path / "tars", "webdataset")
     transfer.convert(tmp_path / "tars", tmp_path / "back", "zarr")
@@ -136,17 +155,23 @@ def test_additions_are_converted_too(grown: Path, tmp_path: Path) -> None:
     check_clean(tmp_path / "tars")
 
 
-def test_converted_is_what_is_extracted_into_that_store(pictures: Path, plain: Path, tmp_path: Path) -> None:
+def test_converted_is_what_is_extracted_into_that_store(
+    pictures: Path, plain: Path, tmp_path: Path
+) -> None:
     direct = made(pictures, "direct", store="webdataset")
     transfer.convert(plain, tmp_path / "tars", "webdataset")
     assert files_below(tmp_path / "tars") == files_below(direct)
     assert manifest.read(tmp_path / "tars") == manifest.read(direct)
     for record in sorted((direct / "shards").glob("0*.json")):
-        here, there = (json_file.read_json(path) for path in (tmp_path / "tars/shards" / record.name, record))
+        here, there = (
+            json_file.read_json(path) for path in (tmp_path / "tars/shards" / record.name, record)
+        )
         assert here["statistics"] == there["statistics"]
 
 
-def test_blocks_of_one_item_change_no_byte(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_one_item_change_no_byte(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transfer.copy(plain, tmp_path / "whole", views=2)
     transfer.convert(plain, tmp_path / "whole-tars", "webdataset")
     monkeypatch.setattr(transfer, "BLOCK_BYTES", 1)
@@ -172,14 +197,19 @@ def test_blocks_of_one_item_change_no_byte(plain: Path, tmp_path: Path, monkeypa
 def test_less_is_what_an_extraction_of_just_that_gives(
     pictures: Path, grown: Path, tmp_path: Path, origin: str, chosen: dict[str, Any]
 ) -> None:
-    source = grown if origin == "grown" else made(pictures, origin, **(RANKED if "keep" in chosen else {}))
+    source = (
+        grown
+        if origin == "grown"
+        else made(pictures, origin, **(RANKED if "keep" in chosen else {}))
+    )
     transfer.copy(source, tmp_path / "c", views=chosen["views"], levels=chosen["levels"])
     extract.run(make_plan(pictures, **chosen), tmp_path / "direct", batch_size=4)
     here, there = (records_apart(files_below(tmp_path / name)) for name in ("c", "direct"))
     assert here[0] == there[0]
     for name, record in there[1].items():
         about, expected = here[1][name].pop("statistics"), record.pop("statistics")
-        features, before = about.pop("features"), expected.pop("features")  # of what is stored; of all, before encoding
+        # of what is stored; of all, before encoding
+        features, before = about.pop("features"), expected.pop("features")
         if "keep" not in chosen:
             assert features == pytest.approx(before, rel=1e-3)
         assert about == expected
@@ -192,16 +222,22 @@ def test_less_is_what_an_extraction_of_just_that_gives(
 
 
 def test_statistics_are_of_what_is_kept(pictures: Path, tmp_path: Path) -> None:
-    transfer.copy(made(pictures, "plain-tokens-keep", **RANKED), tmp_path / "c", views=2, levels=(3,))
+    transfer.copy(
+        made(pictures, "plain-tokens-keep", **RANKED), tmp_path / "c", views=2, levels=(3,)
+    )
     for record in sorted((tmp_path / "c/shards").glob("0*.json")):
         group = zarr.open_group(record.with_suffix(".zarr"), mode="r")
-        features, attention = (np.asarray(group[name][...]).astype(np.float64) for name in ("features", "attention"))
+        features, attention = (
+            np.asarray(group[name][...]).astype(np.float64) for name in ("features", "attention")
+        )
         p = attention / attention.sum(-1, keepdims=True)
         found = json_file.read_json(record)["statistics"]
         norm = np.sqrt((features**2).sum(-1)).mean()
         expected = {"min": features.min(), "max": features.max(), "non_finite": 0, "norm": norm}
         assert found["features"] == pytest.approx(expected, rel=1e-6)
-        assert found["attention"]["entropy"] == pytest.approx(-(p * np.log(p)).sum(-1).mean(), rel=1e-6)
+        assert found["attention"]["entropy"] == pytest.approx(
+            -(p * np.log(p)).sum(-1).mean(), rel=1e-6
+        )
 
 
 def test_a_choice_of_all_there_is_is_a_copy_of_the_files(plain: Path, tmp_path: Path) -> None:
@@ -240,7 +276,9 @@ def test_some_shards_are_a_complete_cache_of_fewer_pictures(plain: Path, tmp_pat
         for name in some.fields:
             np.testing.assert_array_equal(
                 some.read(range(7), 1, [name])[name],
-                by_zarr(plain, name)[4:, 1] if some.arrays[name].per_view else by_zarr(plain, name)[4:],
+                by_zarr(plain, name)[4:, 1]
+                if some.arrays[name].per_view
+                else by_zarr(plain, name)[4:],
             )
     assert not (tmp_path / "c/quarantine.json").exists()
     check_clean(tmp_path / "c")
@@ -255,7 +293,10 @@ def test_some_shards_of_a_grown_cache_keep_what_was_added(grown: Path, tmp_path:
             here, there = (cache.read(range(9), 3, [field])[field] for cache in (some, all_of_it))
             np.testing.assert_array_equal(here, there)
         assert some.quarantined == all_of_it.quarantined
-        assert all(path.name.endswith(json_file.digest(manifest.read(path)["identity"])[:8]) for path in parts(some))
+        assert all(
+            path.name.endswith(json_file.digest(manifest.read(path)["identity"])[:8])
+            for path in parts(some)
+        )
     check_clean(tmp_path / "c")
 
 
@@ -338,7 +379,9 @@ STOPS = [
 ]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr
+)
 @pytest.mark.parametrize(("work", "target", "call"), STOPS)
 def test_interrupted_and_run_again_gives_the_same_bytes(
     plain: Path,
@@ -357,7 +400,9 @@ def test_interrupted_and_run_again_gives_the_same_bytes(
             WORK[work](plain, tmp_path / "c")
     if expected is UserError:
         assert "No space left on device" in str(raised.value)
-        assert "of 3 shards are complete and kept; make room and run the same command again" in str(raised.value)
+        assert "of 3 shards are complete and kept; make room and run the same command again" in str(
+            raised.value
+        )
     left = files_below(tmp_path / "c")
     assert left != files_below(tmp_path / "undisturbed")
     assert not [name for name in left if ".tmp" in name or name.endswith(".lease")]
@@ -433,7 +478,9 @@ def test_a_shard_that_another_process_holds_is_waited_for(
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_a_damaged_source_is_named_and_its_shard_not_published(plain: Path, tmp_path: Path, work: str) -> None:
+def test_a_damaged_source_is_named_and_its_shard_not_published(
+    plain: Path, tmp_path: Path, work: str
+) -> None:
     origin = Path(shutil.copytree(plain, tmp_path / "origin"))
     bad = origin / "shards/000001.zarr/features/c.0.1.0.0.0"
     flip(bad, 40)
@@ -450,7 +497,8 @@ def test_a_damaged_source_is_named_and_its_shard_not_published(plain: Path, tmp_
 def test_a_file_with_bytes_after_its_end_is_damaged(plain: Path, tmp_path: Path) -> None:
     origin = Path(shutil.copytree(plain, tmp_path / "origin"))
     with featcache.open(origin), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commit, "check", lambda *args, **kwargs: [])  # it grew after the cache was opened
+        # it grew after the cache was opened
+        patch.setattr(commit, "check", lambda *args, **kwargs: [])
         bad = next((origin / "shards/000000.zarr/features").glob("c.*"))
         bad.write_bytes(bad.read_bytes() + b"x")
         with pytest.raises(UserError, match=str(bad)):
@@ -462,7 +510,9 @@ def test_a_copy_that_differs_from_a_sound_source_is_told_apart(
 ) -> None:
     backend = store("zarr")
     sound = backend.sound
-    monkeypatch.setattr(backend, "sound", lambda path, facts: plain in path.parents and sound(path, facts))
+    monkeypatch.setattr(
+        backend, "sound", lambda path, facts: plain in path.parents and sound(path, facts)
+    )
     with pytest.raises(UserError, match=r"differs from .*, which is sound: disk or memory"):
         transfer.copy(plain, tmp_path / "c")
     assert not list((tmp_path / "c/shards").glob("000000*"))
@@ -487,7 +537,9 @@ def test_another_choice_into_the_same_folder_names_the_field(plain: Path, tmp_pa
         "identity.levels": {"views": 2, "levels": (1,)},
         "identity.pictures.count": {"views": 2, "shards": (0, 2)},
     }.items():
-        with pytest.raises(IdentityError, match=f"holds another cache: {field} .*give another folder"):
+        with pytest.raises(
+            IdentityError, match=f"holds another cache: {field} .*give another folder"
+        ):
             transfer.copy(plain, tmp_path / "c", **choice)  # type: ignore[arg-type]
     with pytest.raises(IdentityError, match=r"identity\.views"):
         transfer.copy(plain, tmp_path / "c")
@@ -508,12 +560,19 @@ def test_what_is_not_stored_is_refused(plain: Path, grown: Path, tmp_path: Path)
     for choice, message in (
         ({"views": 4}, "--views 4: 1 to 3 views are stored"),
         ({"levels": (2, 3)}, "--levels: 2 is not stored; 1,3 are"),
-        ({"shards": (1, 4)}, "--shards 1:4: A:B with A < B <= 3 is allowed, the cache has 3 shards"),
+        (
+            {"shards": (1, 4)},
+            "--shards 1:4: A:B with A < B <= 3 is allowed, the cache has 3 shards",
+        ),
         ({"shards": (2, 2)}, "--shards 2:2"),
     ):
         with pytest.raises(UsageError, match=message):
             transfer.copy(plain, tmp_path / "c", **choice)  # type: ignore[arg-type]
-    added = next(path for path in (grown / "parts").iterdir() if manifest.read(path)["identity"].get("first_view"))
+    added = next(
+        path
+        for path in (grown / "parts").iterdir()
+        if manifest.read(path)["identity"].get("first_view")
+    )
     with pytest.raises(UsageError, match="was added to a cache"):
         transfer.copy(added, tmp_path / "c", views=1)
     with pytest.raises(UsageError, match="is in the zarr store; webdataset is allowed"):
@@ -530,17 +589,27 @@ def test_an_addition_alone_can_be_copied(grown: Path, tmp_path: Path) -> None:
 def test_an_incomplete_source_gives_only_shards_that_are_there(plain: Path, tmp_path: Path) -> None:
     origin = Path(shutil.copytree(plain, tmp_path / "origin"))
     record_path(origin, "000001").unlink()
-    with pytest.raises(UserError, match=r"incomplete: 1 of 3 shards are missing, the first 000001; .*--shards"):
+    with pytest.raises(
+        UserError, match=r"incomplete: 1 of 3 shards are missing, the first 000001; .*--shards"
+    ):
         transfer.copy(origin, tmp_path / "c")
     transfer.copy(origin, tmp_path / "c", shards=(2, 3), views=1)
-    np.testing.assert_array_equal(by_zarr(tmp_path / "c", "features"), by_zarr(plain, "features")[9:, :1])
+    np.testing.assert_array_equal(
+        by_zarr(tmp_path / "c", "features"), by_zarr(plain, "features")[9:, :1]
+    )
 
 
 def test_an_unfinished_addition_is_left_out_and_named(grown: Path, tmp_path: Path) -> None:
     origin = Path(shutil.copytree(grown, tmp_path / "origin"))
-    part = next(path for path in (origin / "parts").iterdir() if manifest.read(path)["identity"].get("first_view"))
+    part = next(
+        path
+        for path in (origin / "parts").iterdir()
+        if manifest.read(path)["identity"].get("first_view")
+    )
     record_path(part, "000002").unlink()
-    assert transfer.copy(origin, tmp_path / "c") == [f"{SYNTHETIC}  levels 1,2,3  view 3 (unfinished)"]
+    assert transfer.copy(origin, tmp_path / "c") == [
+        f"{SYNTHETIC}  levels 1,2,3  view 3 (unfinished)"
+    ]
     with featcache.open(tmp_path / "c") as cache:
         assert cache.views == 3
 
@@ -562,7 +631,9 @@ Command = Callable[..., Ran]
 
 
 def test_copy_tells_what_is_there(featcache_command: Command, grown: Path, tmp_path: Path) -> None:
-    ran = featcache_command("copy", grown, tmp_path / "c", "--views", 2, "--levels", "2,3", "--shards", ":2")
+    ran = featcache_command(
+        "copy", grown, tmp_path / "c", "--views", 2, "--levels", "2,3", "--shards", ":2"
+    )
     assert ran.status == 0, ran.err
     about = manifest.read(tmp_path / "c")
     head, speed, left = ran.out.splitlines()
@@ -570,7 +641,9 @@ def test_copy_tells_what_is_there(featcache_command: Command, grown: Path, tmp_p
     assert head.endswith(f"id {about['id']}")
     assert speed.startswith("2 shards written, ")
     assert left == f"left out: {OTHER}  levels 2  views 0 to 3"
-    again = featcache_command("copy", grown, tmp_path / "c", "--views", 2, "--levels", "2,3", "--shards", "0:2")
+    again = featcache_command(
+        "copy", grown, tmp_path / "c", "--views", 2, "--levels", "2,3", "--shards", "0:2"
+    )
     assert again.out.splitlines()[1] == "was complete already; nothing to do"
     assert featcache_command("verify", tmp_path / "c").status == 0
 
@@ -578,9 +651,22 @@ def test_copy_tells_what_is_there(featcache_command: Command, grown: Path, tmp_p
 def test_convert_prints_json(featcache_command: Command, grown: Path, tmp_path: Path) -> None:
     ran = featcache_command("convert", grown, tmp_path / "c", "--store", "webdataset", "--json")
     facts = json.loads(ran.out)
-    assert (facts["store"], facts["rows"], facts["views"], facts["levels"]) == ("webdataset", 11, 4, [1, 2, 3])
-    assert (facts["new_shards"], facts["complete"], facts["left_out"], len(facts["parts"])) == (12, True, [], 4)
-    assert facts["id"] == json_file.digest({**manifest.read(grown)["identity"], "store": "webdataset"})[:16]
+    assert (facts["store"], facts["rows"], facts["views"], facts["levels"]) == (
+        "webdataset",
+        11,
+        4,
+        [1, 2, 3],
+    )
+    assert (facts["new_shards"], facts["complete"], facts["left_out"], len(facts["parts"])) == (
+        12,
+        True,
+        [],
+        4,
+    )
+    assert (
+        facts["id"]
+        == json_file.digest({**manifest.read(grown)["identity"], "store": "webdataset"})[:16]
+    )
 
 
 @pytest.mark.parametrize(
@@ -594,7 +680,12 @@ def test_convert_prints_json(featcache_command: Command, grown: Path, tmp_path: 
     ],
 )
 def test_a_wrong_copy_is_one_line(
-    featcache_command: Command, plain: Path, tmp_path: Path, arguments: list[str], status: int, message: str
+    featcache_command: Command,
+    plain: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    status: int,
+    message: str,
 ) -> None:
     ran = featcache_command("copy", plain, tmp_path / "c", *arguments)
     assert (ran.status, ran.out) == (status, "")
@@ -602,7 +693,9 @@ def test_a_wrong_copy_is_one_line(
     assert not (tmp_path / "c").exists()
 
 
-def test_no_cache_and_no_store_are_one_line(featcache_command: Command, plain: Path, tmp_path: Path) -> None:
+def test_no_cache_and_no_store_are_one_line(
+    featcache_command: Command, plain: Path, tmp_path: Path
+) -> None:
     assert "no cache at" in featcache_command("copy", tmp_path / "none", tmp_path / "c").error
     assert featcache_command("convert", plain, tmp_path / "c").status == 2
     assert featcache_command("convert", plain, tmp_path / "c", "--store", "lmdb").status == 2

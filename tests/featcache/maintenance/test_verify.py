@@ -16,7 +16,9 @@ from featcache.views.policy import Policy
 from tests.conftest import SYNTHETIC, files_below, make_photos
 
 
-def make(folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None, **options: object) -> Path:
+def make(
+    folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None, **options: object
+) -> Path:
     loaded, policy = teachers.load(teacher, weights), Policy(size=28)
     made = plan.Plan(open_source(folder), loaded, policy, 2, (1, 2), rows_per_shard=6, **options)
     extract.run(made, out, batch_size=4)
@@ -55,7 +57,8 @@ def told(cache: Path) -> str:
 
 
 def test_a_flipped_bit_in_any_file_is_named(copy: Path) -> None:
-    """Manifest, teacher's tail, quarantine report, records, metadata, chunks: first, middle and last byte."""
+    """Manifest, teacher's tail, quarantine report, records, metadata, chunks: first, middle and
+    last byte."""
     names = sorted(files_below(copy))
     assert {"manifest.json", "quarantine.json", "shards/000000.json"} <= set(names)
     silent = []

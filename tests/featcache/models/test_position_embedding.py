@@ -1,4 +1,5 @@
-"""Positions on another grid against arithmetic by hand, timm's own resizing and the papers' order of operations.
+"""Positions on another grid against arithmetic by hand, timm's own resizing and the papers' order
+of operations.
 
 T positions, D width, S pixels.
 """
@@ -29,7 +30,8 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 
 
 def _taps(old: int, new: int, cubic: bool) -> np.ndarray:
-    """(new, old) weights of one axis: centres aligned, edges repeated, no antialias; Keys' cubic with a = -0.75."""
+    """(new, old) weights of one axis: centres aligned, edges repeated, no antialias; Keys' cubic
+    with a = -0.75."""
     table = np.zeros((new, old))
     for i in range(new):
         centre = (i + 0.5) * old / new - 0.5
@@ -40,7 +42,10 @@ def _taps(old: int, new: int, cubic: bool) -> np.ndarray:
             t = abs(centre - j)
             if cubic:
                 a = -0.75
-                near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+                near, far = (
+                    (a + 2) * t**3 - (a + 3) * t**2 + 1,
+                    a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a,
+                )
                 weight = near if t <= 1 else far if t < 2 else 0.0
             else:
                 weight = max(0.0, 1 - t)
@@ -48,10 +53,14 @@ def _taps(old: int, new: int, cubic: bool) -> np.ndarray:
     return table
 
 
-@pytest.mark.parametrize(("mode", "cubic"), [("bicubic", True), ("tensor-bicubic", True), ("bilinear", False)])
+@pytest.mark.parametrize(
+    ("mode", "cubic"), [("bicubic", True), ("tensor-bicubic", True), ("bilinear", False)]
+)
 @pytest.mark.parametrize(("old", "new", "prefix"), [(16, 14, 1), (37, 14, 0), (4, 7, 5)])
 def test_resized_positions_by_hand(mode: str, cubic: bool, old: int, new: int, prefix: int) -> None:
-    given = torch.from_numpy(np.random.default_rng(0).normal(size=(1, prefix + old * old, 3)).astype(np.float32))
+    given = torch.from_numpy(
+        np.random.default_rng(0).normal(size=(1, prefix + old * old, 3)).astype(np.float32)
+    )
     got = position_embedding.resize(given, new, mode, prefix)
     taps = _taps(old, new, cubic)
     grid = given[0, prefix:].double().numpy().reshape(old, old, 3)
@@ -82,9 +91,13 @@ def test_clip_of_another_grid_runs_with_the_resized_positions(tmp_path: Path, mo
     drawn: Any = teachers.load(f"open_clip:{config}", "random:0")
     teacher_reference.stir(drawn.visual)
     save_file(drawn.visual.state_dict(), tmp_path / "w.safetensors")
-    teacher: Any = teachers.load(f"open_clip:{config},img_size=48,pos={mode}", str(tmp_path / "w.safetensors"))
+    teacher: Any = teachers.load(
+        f"open_clip:{config},img_size=48,pos={mode}", str(tmp_path / "w.safetensors")
+    )
     assert (teacher.input_px, teacher.patches) == (48, 36)
-    same: Any = teachers.load(f"open_clip:{config},grid=6,pos={mode}", str(tmp_path / "w.safetensors"))
+    same: Any = teachers.load(
+        f"open_clip:{config},grid=6,pos={mode}", str(tmp_path / "w.safetensors")
+    )
     assert weights.weight_hash(same) == weights.weight_hash(teacher)
     larger: Any = teachers.load(f"open_clip:{small_clip(tmp_path, name='l.json')}", "random:0")
     values = position_embedding.resize(drawn.visual.positional_embedding[None], 6, mode, 1)[0]
@@ -95,31 +108,42 @@ def test_clip_of_another_grid_runs_with_the_resized_positions(tmp_path: Path, mo
 
 
 def test_maskaligns_whole_path(tmp_path: Path) -> None:
-    """METHODS 1.2: the student's ImageNet-normalised 224 pixels are shrunk as a tensor, then given CLIP's statistics;
-    positions bicubic."""
+    """METHODS 1.2: the student's ImageNet-normalised 224 pixels are shrunk as a tensor, then given
+    CLIP's statistics; positions bicubic."""
     about = json.loads(small_clip(tmp_path, image_size=224, patch_size=28).read_text())
     (tmp_path / "c.json").write_text(json.dumps(about))
     spec = f"open_clip:{tmp_path / 'c.json'}"
     drawn: Any = teachers.load(spec, "random:0")
     teacher_reference.stir(drawn.visual)
     save_file(drawn.visual.state_dict(), tmp_path / "w.safetensors")
-    teacher: Any = teachers.load(f"{spec},img_size=196,pos=tensor-bicubic", str(tmp_path / "w.safetensors"))
+    teacher: Any = teachers.load(
+        f"{spec},img_size=196,pos=tensor-bicubic", str(tmp_path / "w.safetensors")
+    )
     assert (teacher.input_px, teacher.patches) == (224, 49)
     images = teacher_reference.photographs(224)
     (y,), _ = teacher(images, (3,))
     mean, std = (torch.tensor(v).view(3, 1, 1).double() for v in IMAGENET)
     x = (
-        F.interpolate(teacher_reference.normalised(images, *IMAGENET), (196, 196), mode="bicubic", align_corners=False)
+        F.interpolate(
+            teacher_reference.normalised(images, *IMAGENET),
+            (196, 196),
+            mode="bicubic",
+            align_corners=False,
+        )
         * std
         + mean
     )
     mean, std = (torch.tensor(v).view(3, 1, 1).double() for v in CLIP)
     tower: Any = drawn.visual.double()
     grid = F.interpolate(
-        tower.positional_embedding[1:].detach().reshape(1, 8, 8, 24).permute(0, 3, 1, 2), (7, 7), mode="bicubic"
+        tower.positional_embedding[1:].detach().reshape(1, 8, 8, 24).permute(0, 3, 1, 2),
+        (7, 7),
+        mode="bicubic",
     )
     tower.positional_embedding = nn.Parameter(
-        torch.cat([tower.positional_embedding[:1].detach(), grid.permute(0, 2, 3, 1).reshape(49, 24)])
+        torch.cat(
+            [tower.positional_embedding[:1].detach(), grid.permute(0, 2, 3, 1).reshape(49, 24)]
+        )
     )
     own = teacher_reference.outputs(tower.transformer.resblocks, lambda: tower((x - mean) / std))
     assert teacher_reference.relative(y, own[2]) < 1e-5
@@ -128,8 +152,12 @@ def test_maskaligns_whole_path(tmp_path: Path) -> None:
 
 
 def test_dinov2_on_the_students_grid(tmp_path: Path) -> None:
-    """A 5 x 5 file with registers on the 4 x 4 grid: as timm's model of that size with positions put in by hand."""
-    arch, small = "vit_base_patch14_reg4_dinov2.lvd142m", {"embed_dim": 24, "depth": 2, "num_heads": 3}
+    """A 5 x 5 file with registers on the 4 x 4 grid: as timm's model of that size with positions
+    put in by hand."""
+    arch, small = (
+        "vit_base_patch14_reg4_dinov2.lvd142m",
+        {"embed_dim": 24, "depth": 2, "num_heads": 3},
+    )
     text = ",".join(f"{key}={value}" for key, value in small.items())
     drawn: Any = timm.create_model(arch, num_classes=0, img_size=70, **small)
     teacher_reference.stir(drawn)
@@ -145,7 +173,12 @@ def test_dinov2_on_the_students_grid(tmp_path: Path) -> None:
     pixels = teacher_reference.normalised(images, *IMAGENET)
     own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))[1]
     assert teacher_reference.relative(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
-    assert teacher_reference.apart(attention, teacher_reference.timm_map(exact, pixels).mean(1)[:, 0, 5:]) < 1e-5
+    assert (
+        teacher_reference.apart(
+            attention, teacher_reference.timm_map(exact, pixels).mean(1)[:, 0, 5:]
+        )
+        < 1e-5
+    )
 
 
 def test_rotary_positions_follow_the_grid() -> None:
@@ -158,7 +191,8 @@ def test_rotary_positions_follow_the_grid() -> None:
     images = teacher_reference.photographs(80)
     (y,), _ = teacher(images, (2,))
     own = teacher_reference.outputs(
-        exact.blocks, lambda: exact.forward_features(teacher_reference.normalised(images, *IMAGENET))
+        exact.blocks,
+        lambda: exact.forward_features(teacher_reference.normalised(images, *IMAGENET)),
     )[1]
     assert teacher_reference.relative(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
 

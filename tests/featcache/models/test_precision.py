@@ -1,4 +1,5 @@
-"""Precision: what runs, what is stored of it, what recomputes it, and what is said where fp16 ends."""
+"""Precision: what runs, what is stored of it, what recomputes it, and what is said where fp16
+ends."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def batch() -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_is_the_librarys_own(precision: str, photos: Path, tmp_path: Path) -> None:
-    """Bit for bit timm under torch.autocast, normalised in fp32; as far from fp32 as the mantissa is short."""
+    """Bit for bit timm under torch.autocast, normalised in fp32; as far from fp32 as the mantissa
+    is short."""
     extract.run(made(photos, precision, pixels=True), tmp_path / "c", batch_size=4)
     extract.run(made(photos, "fp32"), tmp_path / "full", batch_size=4)
     with featcache.open(tmp_path / "c") as cache:
@@ -62,17 +64,31 @@ def test_autocast_is_the_librarys_own(precision: str, photos: Path, tmp_path: Pa
         full = cache.read(range(2), 0)["features"].astype(np.float64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 0}
+        sizes = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 24,
+            "depth": 3,
+            "num_heads": 3,
+            "num_classes": 0,
+        }
         model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
     seen: list[torch.Tensor] = []
     model.blocks[2].register_forward_hook(lambda _, __, y: seen.append(y))
-    first = np.stack([got["pixels"][0], pair["pixels"][0], got["pixels"][1], pair["pixels"][1]])  # the first batch
+    # the first batch
+    first = np.stack([got["pixels"][0], pair["pixels"][0], got["pixels"][1], pair["pixels"][1]])
     with torch.no_grad(), torch.autocast("cpu", DTYPE[precision]):
-        model.forward_features((torch.from_numpy(first).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
+        model.forward_features(
+            (torch.from_numpy(first).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+        )
     y = seen[0].double().numpy()
     h = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(got["features"][:, 1].astype(np.float64), h[[0, 2]], rtol=2**-10, atol=2e-6)
-    error = np.linalg.norm(got["features"].astype(np.float64) - full, axis=-1) / np.linalg.norm(full, axis=-1)
+    np.testing.assert_allclose(
+        got["features"][:, 1].astype(np.float64), h[[0, 2]], rtol=2**-10, atol=2e-6
+    )
+    error = np.linalg.norm(got["features"].astype(np.float64) - full, axis=-1) / np.linalg.norm(
+        full, axis=-1
+    )
     assert 0.1 * MANTISSA[precision] < error.max() < 10 * MANTISSA[precision]
 
 
@@ -82,7 +98,9 @@ def test_fp32_is_ieee_and_what_was_set_comes_back(monkeypatch: pytest.MonkeyPatc
     before = [each.fp32_precision for each in switches]
     teacher = vit()
     seen: list[list[str]] = []
-    teacher.vit.blocks[0].register_forward_hook(lambda *_: seen.append([each.fp32_precision for each in switches]))
+    teacher.vit.blocks[0].register_forward_hook(
+        lambda *_: seen.append([each.fp32_precision for each in switches])
+    )
     with running.applied(teacher):
         teacher(batch(), (1,))
     teacher.running = running.Running("tf32")  # what `configure` allows where there are such units
@@ -121,18 +139,24 @@ def test_the_precision_is_part_of_the_identity(photos: Path, tmp_path: Path) -> 
     assert [(each.field, each.grade) for each in identity.compare(full, half)] == [
         ("identity.teacher.precision", "fatal")
     ]
-    assert "--precision bf16" in " ".join(extract_command.options(half))  # what makes it again says so
+    # what makes it again says so
+    assert "--precision bf16" in " ".join(extract_command.options(half))
     assert "--precision" not in extract_command.options(full)
     extract.run(made(photos, "bf16"), tmp_path / "c", batch_size=4)
-    with pytest.raises(IdentityError, match=r"identity\.teacher\.precision \(fatal\): None here, 'bf16' there"):
+    with pytest.raises(
+        IdentityError, match=r"identity\.teacher\.precision \(fatal\): None here, 'bf16' there"
+    ):
         extract.run(made(photos, "fp32"), tmp_path / "c", batch_size=4)
-    with pytest.raises(UsageError, match=r"identity\.teacher\.precision is None, the cache has 'bf16'"):
+    with pytest.raises(
+        UsageError, match=r"identity\.teacher\.precision is None, the cache has 'bf16'"
+    ):
         extend.plan_part(made(photos, "fp32", levels=(1,)), tmp_path / "c")
     part = extend.plan_part(made(photos, "bf16", levels=(1,)), tmp_path / "c")
     assert part is not None
     extract.run(*part, batch_size=4)
     extract.run(make_plan(photos, policy=Policy(size=32), views=2), tmp_path / "d", batch_size=4)
-    assert extend.plan_part(made(photos, "bf16"), tmp_path / "d") is not None  # another teacher has its own
+    # another teacher has its own
+    assert extend.plan_part(made(photos, "bf16"), tmp_path / "d") is not None
 
 
 def test_compiling_is_noted_and_no_part_of_the_identity(photos: Path) -> None:
@@ -150,7 +174,19 @@ def test_compiling_is_noted_and_no_part_of_the_identity(photos: Path) -> None:
 def test_a_compiled_teacher_gives_the_same_numbers(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path
 ) -> None:
-    base = ("extract", "--teacher", VIT, "--weights", "random:0", "--images", photos, "--size", 32, "--levels", "all")
+    base = (
+        "extract",
+        "--teacher",
+        VIT,
+        "--weights",
+        "random:0",
+        "--images",
+        photos,
+        "--size",
+        32,
+        "--levels",
+        "all",
+    )
     for name, more in (("plain", ()), ("compiled", ("--compile",))):
         ran = featcache_command(*base, "--batch-size", 4, "--out", tmp_path / name, *more)
         assert ran.status == 0, ran.err
@@ -166,15 +202,31 @@ def test_a_compiled_teacher_gives_the_same_numbers(
 def test_verify_and_repair_run_it_alike(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, precision: str
 ) -> None:
-    base = ("--teacher", VIT, "--weights", "random:0", "--images", photos, "--size", 32, "--levels", "-1,-2")
+    base = (
+        "--teacher",
+        VIT,
+        "--weights",
+        "random:0",
+        "--images",
+        photos,
+        "--size",
+        32,
+        "--levels",
+        "-1,-2",
+    )
     out = tmp_path / "c"
-    ran = featcache_command("extract", *base, "--precision", precision, "--rows-per-shard", 5, "--out", out, "--json")
+    ran = featcache_command(
+        "extract", *base, "--precision", precision, "--rows-per-shard", 5, "--out", out, "--json"
+    )
     assert ran.status == 0, ran.err
     assert json.loads(ran.out)["levels"] == [2, 3]
     before = files_below(out)
-    told = json.loads(featcache_command("verify", out, "--recompute", 11, "--json").out)["recompute"]
+    told = json.loads(featcache_command("verify", out, "--recompute", 11, "--json").out)[
+        "recompute"
+    ]
     assert told["problems"] == []
-    assert told["feature_error"] < 0.1 * MANTISSA[precision]  # this CPU gives a row the same bits in any batch
+    # this CPU gives a row the same bits in any batch
+    assert told["feature_error"] < 0.1 * MANTISSA[precision]
     flip(out / "shards/000001.zarr/features/c.0.0.0.0.0", 100)
     ran = featcache_command("repair", out)
     assert ran.status == 0, ran.err
@@ -188,7 +240,9 @@ def test_an_overflow_is_told_by_picture_and_level_with_the_cure(tmp_path: Path) 
     """The last block's second layer gives 70000 times its input: beyond fp16, nothing for bf16."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(folder / "noise.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(
+        folder / "noise.png"
+    )
 
     def large(precision: str) -> plan.Plan:
         teacher = TimmVit(vit().vit, "random:0")
@@ -199,7 +253,8 @@ def test_an_overflow_is_told_by_picture_and_level_with_the_cure(tmp_path: Path) 
         return plan.Plan(open_source(folder), configured, Policy(size=32), 1, (2, 3))
 
     told = (
-        r"'large' gave non-finite features for picture 'noise', view 0, level 3; --precision fp16 ends at 65504.*bf16"
+        r"'large' gave non-finite features for picture 'noise', view 0, level 3; --precision fp16 "
+        r"ends at 65504.*bf16"
     )
     with pytest.raises(UserError, match=told):
         extract.run(large("fp16"), tmp_path / "fp16", batch_size=2)
@@ -208,7 +263,9 @@ def test_an_overflow_is_told_by_picture_and_level_with_the_cure(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_teacher_in_the_loop_runs_as_the_caches_did(precision: str, photos: Path, tmp_path: Path) -> None:
+def test_the_teacher_in_the_loop_runs_as_the_caches_did(
+    precision: str, photos: Path, tmp_path: Path
+) -> None:
     """Whatever the student's own autocast: the fp16 of the store is the only difference."""
     extract.run(made(photos, precision, pixels=True), tmp_path / "c", batch_size=4)
     with featcache.open(tmp_path / "c") as cache:
@@ -219,10 +276,14 @@ def test_the_teacher_in_the_loop_runs_as_the_caches_did(precision: str, photos: 
     with torch.autocast("cpu", torch.float16):
         found, _ = online.complete({"pixels": stored["pixels"]}, torch.device("cpu"))
     assert found["features"].dtype == torch.float32
-    np.testing.assert_allclose(found["features"].numpy(), stored["features"].astype(np.float32), rtol=2**-10, atol=2e-6)
+    np.testing.assert_allclose(
+        found["features"].numpy(), stored["features"].astype(np.float32), rtol=2**-10, atol=2e-6
+    )
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is the one that gives memory back")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="glibc's allocator is the one that gives memory back"
+)
 def test_freed_memory_is_kept_for_the_next_batch() -> None:
     """Pages that the kernel has to hand out again and again, counted."""
     code = """

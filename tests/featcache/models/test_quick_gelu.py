@@ -1,4 +1,5 @@
-"""Which activation CLIP weights run with: every pair that is silently wrong is refused, and nothing is guessed."""
+"""Which activation CLIP weights run with: every pair that is silently wrong is refused, and nothing
+is guessed."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def test_the_table_still_has_pairs_that_would_be_wrong() -> None:
 
 @pytest.mark.parametrize(("arch", "tag"), MISMATCHED)
 def test_every_mismatched_pair_is_refused_with_the_right_one(arch: str, tag: str) -> None:
-    with pytest.raises(UsageError, match=f"QuickGELU, {arch} runs GELU.*give open_clip:{arch}-quickgelu/{tag}"):
+    with pytest.raises(
+        UsageError, match=f"QuickGELU, {arch} runs GELU.*give open_clip:{arch}-quickgelu/{tag}"
+    ):
         teachers.load(f"open_clip:{arch}/{tag}")
 
 
@@ -61,15 +64,21 @@ def _quick(teacher: Any) -> bool:
 
 
 @pytest.mark.slow
-def test_a_file_that_does_not_say_is_asked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_does_not_say_is_asked_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Unless its teacher's name says whose weights they are; that is told."""
     path = str(_weights(tmp_path))
 
     def told() -> list[str]:
-        return [record.getMessage() for record in caplog.records if record.name.startswith("featcache")]
+        return [
+            record.getMessage() for record in caplog.records if record.name.startswith("featcache")
+        ]
 
     name = "open_clip:ViT-B-32"
-    with pytest.raises(UsageError, match=f"give {name},quick_gelu=true .* or {name},quick_gelu=false"):
+    with pytest.raises(
+        UsageError, match=f"give {name},quick_gelu=true .* or {name},quick_gelu=false"
+    ):
         teachers.load(name, path)
     assert told() == []
     assert _quick(teachers.load("clip-b32", path))
@@ -81,7 +90,8 @@ def test_a_file_that_does_not_say_is_asked_about(tmp_path: Path, caplog: pytest.
     assert not _quick(teachers.load("clip-b32,quick_gelu=false", path))
     assert told() == []
     assert _quick(teachers.load("open_clip:ViT-B-32-quickgelu", path))  # the name says it
-    assert not _quick(teachers.load("open_clip:ViT-B-32/laion2b_s34b_b79k", path))  # so does the tag
+    # so does the tag
+    assert not _quick(teachers.load("open_clip:ViT-B-32/laion2b_s34b_b79k", path))
     with pytest.raises(UsageError, match="quick_gelu=false, but the name says QuickGELU"):
         teachers.load("open_clip:ViT-B-32-quickgelu,quick_gelu=false", path)
 
@@ -92,7 +102,10 @@ def test_a_folder_says_it(tmp_path: Path, quick: bool) -> None:
     folder = tmp_path / "saved"
     folder.mkdir()
     small = json.loads(small_clip(tmp_path, quick).read_text())
-    about = {"model_cfg": small, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}}
+    about = {
+        "model_cfg": small,
+        "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]},
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="holds no weights"):
         teachers.load(f"open_clip:local-dir:{folder}")
@@ -105,7 +118,9 @@ def test_a_folder_says_it(tmp_path: Path, quick: bool) -> None:
     assert read.pixel_std == (0.5, 0.6, 0.7)
     assert weights.weight_hash(read) == weights.weight_hash(drawn)
     other = small_clip(tmp_path, not quick, "other.json")
-    with pytest.raises(UsageError, match=r"open_clip_config.json beside the file says .*, the name says "):
+    with pytest.raises(
+        UsageError, match=r"open_clip_config.json beside the file says .*, the name says "
+    ):
         teachers.load(f"open_clip:{other}", str(folder / "open_clip_model.safetensors"))
 
 
@@ -121,8 +136,12 @@ class _Named(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize(("activation", "quick"), [(QuickGELU(), True), (nn.GELU(), False), (nn.Tanh(), None)])
-def test_a_scripted_archive_names_its_activation(tmp_path: Path, activation: nn.Module, quick: bool | None) -> None:
+@pytest.mark.parametrize(
+    ("activation", "quick"), [(QuickGELU(), True), (nn.GELU(), False), (nn.Tanh(), None)]
+)
+def test_a_scripted_archive_names_its_activation(
+    tmp_path: Path, activation: nn.Module, quick: bool | None
+) -> None:
     path = tmp_path / "model.pt"
     torch.jit.save(torch.jit.script(_Named(activation)), path)
     if quick is None:
@@ -145,7 +164,9 @@ class _Whole(nn.Module):
         return self.visual(x) * self.logit_scale
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 def test_a_traced_clip_is_loaded_with_its_activation(tmp_path: Path) -> None:
     spec = f"open_clip:{small_clip(tmp_path)}"
     drawn: Any = teachers.load(spec, "random:2")
@@ -154,15 +175,22 @@ def test_a_traced_clip_is_loaded_with_its_activation(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(whole, torch.zeros(1, 3, 48, 48)), tmp_path / "clip.pt")
     read: Any = teachers.load(spec, str(tmp_path / "clip.pt"))
     assert _quick(read)
-    assert all(torch.equal(value, drawn.visual.state_dict()[name]) for name, value in read.visual.state_dict().items())
+    assert all(
+        torch.equal(value, drawn.visual.state_dict()[name])
+        for name, value in read.visual.state_dict().items()
+    )
     with pytest.raises(UsageError, match="the archive says QuickGELU, the name says GELU"):
-        teachers.load(f"open_clip:{small_clip(tmp_path, False, 'gelu.json')}", str(tmp_path / "clip.pt"))
+        teachers.load(
+            f"open_clip:{small_clip(tmp_path, False, 'gelu.json')}", str(tmp_path / "clip.pt")
+        )
 
 
 def test_a_config_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{broken")
     (tmp_path / "b.json").write_text('{"embed_dim": 3}')
-    (tmp_path / "c.json").write_text(json.dumps({"embed_dim": 3, "vision_cfg": {"width": "x"}, "text_cfg": {}}))
+    (tmp_path / "c.json").write_text(
+        json.dumps({"embed_dim": 3, "vision_cfg": {"width": "x"}, "text_cfg": {}})
+    )
     for name, told in (
         ("a", "cannot be read"),
         ("b", "lacks embed_dim, vision_cfg or text_cfg"),

@@ -1,4 +1,5 @@
-"""Files are read and never run: every form that torch writes, and pickles that try to run something."""
+"""Files are read and never run: every form that torch writes, and pickles that try to run
+something."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Net(nn.Module):
 
 def same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return got.keys() == expected.keys() and all(
-        torch.equal(got[name], value) and got[name].dtype == value.dtype for name, value in expected.items()
+        torch.equal(got[name], value) and got[name].dtype == value.dtype
+        for name, value in expected.items()
     )
 
 
@@ -45,9 +47,13 @@ def net() -> Net:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older form"])
 @pytest.mark.parametrize("what", ["module", "state"])
-def test_what_torch_saves_is_what_is_read(tmp_path: Path, net: Net, zipped: bool, what: str) -> None:
+def test_what_torch_saves_is_what_is_read(
+    tmp_path: Path, net: Net, zipped: bool, what: str
+) -> None:
     path = tmp_path / "w.pt"
-    torch.save(net if what == "module" else net.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        net if what == "module" else net.state_dict(), path, _use_new_zipfile_serialization=zipped
+    )
     assert same(restricted_unpickler.tensors(path), net.state_dict())
 
 
@@ -55,12 +61,16 @@ def test_what_torch_saves_is_what_is_read(tmp_path: Path, net: Net, zipped: bool
 def test_scripted_archives_are_read(tmp_path: Path, net: Net) -> None:
     torch.jit.save(torch.jit.script(net), tmp_path / "w.pt")
     assert same(restricted_unpickler.tensors(tmp_path / "w.pt"), net.state_dict())
-    assert any(name.endswith("BatchNorm2d") for name in restricted_unpickler.names(tmp_path / "w.pt"))
+    assert any(
+        name.endswith("BatchNorm2d") for name in restricted_unpickler.names(tmp_path / "w.pt")
+    )
 
 
 def test_the_rest_of_a_checkpoint_is_passed_over(tmp_path: Path, net: Net) -> None:
     args = argparse.Namespace(lr=0.1, path=Path("x"))
-    torch.save({"model": net.state_dict(), "args": args, "epoch": 3, "names": ["a"]}, tmp_path / "w.pt")
+    torch.save(
+        {"model": net.state_dict(), "args": args, "epoch": 3, "names": ["a"]}, tmp_path / "w.pt"
+    )
     expected = {f"model.{name}": value for name, value in net.state_dict().items()}
     assert same(restricted_unpickler.tensors(tmp_path / "w.pt"), expected)
 
@@ -79,13 +89,23 @@ class Runs:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("function", [os.system, eval, exec, RAN.append, print, getattr, __import__])
+@pytest.mark.parametrize(
+    "function", [os.system, eval, exec, RAN.append, print, getattr, __import__]
+)
 def test_nothing_that_a_file_names_is_called(
     tmp_path: Path, net: Net, zipped: bool, function: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = tmp_path / "ran"
-    call = Runs(os.system, f"touch {mark}") if function is os.system else Runs(function, f"open({str(mark)!r}, 'w')")
-    torch.save({"a": call, "model": net.state_dict()}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    call = (
+        Runs(os.system, f"touch {mark}")
+        if function is os.system
+        else Runs(function, f"open({str(mark)!r}, 'w')")
+    )
+    torch.save(
+        {"a": call, "model": net.state_dict()},
+        tmp_path / "w.pt",
+        _use_new_zipfile_serialization=zipped,
+    )
     monkeypatch.setattr(os, "system", lambda *_: pytest.fail("it was called"))
     assert len(restricted_unpickler.tensors(tmp_path / "w.pt")) == len(net.state_dict())
     assert not mark.exists()
@@ -108,7 +128,9 @@ class _Stored(pickle.Pickler):
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, (5,)), (2, (3,)), (0, (2, 3)), (10**9, (1,))])
-def test_a_view_beyond_its_storage_is_refused(tmp_path: Path, offset: int, size: tuple[int, ...]) -> None:
+def test_a_view_beyond_its_storage_is_refused(
+    tmp_path: Path, offset: int, size: tuple[int, ...]
+) -> None:
     buffer = io.BytesIO()
     strides = (1,) if len(size) == 1 else (size[1], 1)
     build = Runs(torch._utils._rebuild_tensor_v2, "STORAGE", offset, size, strides, False, {})
@@ -152,7 +174,9 @@ def test_damaged_bytes_never_do_more_than_refuse(tmp_path: Path, net: Net) -> No
     torch.save(net.state_dict(), tmp_path / "w.pt")
     with zipfile.ZipFile(tmp_path / "w.pt") as archive:
         pickled = archive.read("w/data.pkl")
-        members = {n.rpartition("/")[2]: archive.read(n) for n in archive.namelist() if "/data/" in n}
+        members = {
+            n.rpartition("/")[2]: archive.read(n) for n in archive.namelist() if "/data/" in n
+        }
     refused = 0
     for at in range(0, len(pickled), 3):
         damaged = bytearray(pickled)
@@ -166,7 +190,8 @@ def test_damaged_bytes_never_do_more_than_refuse(tmp_path: Path, net: Net) -> No
 
 
 def test_a_pickle_that_builds_upon_a_class_changes_nothing(tmp_path: Path) -> None:
-    """BUILD on a class that a file names would set attributes on it; ours is a class of this one reading."""
+    """BUILD on a class that a file names would set attributes on it; ours is a class of this one
+    reading."""
     pickled = b"cos\nsystem\n(N}X\x03\x00\x00\x00fooK\x01stb."
     with pytest.raises(ValueError, match=r".+"):
         restricted_unpickler.tensors(_zip(tmp_path / "w.pt", pickled))

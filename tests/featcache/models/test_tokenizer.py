@@ -1,6 +1,8 @@
-"""Discrete tokens in a cache: which crops a tokenizer sees, what is stored, and that what works on parts works here.
+"""Discrete tokens in a cache: which crops a tokenizer sees, what is stored, and that what works on
+parts works here.
 
-The tokenizer is a tiny one whose ids can be computed by hand: the mean red of each patch, divided by four.
+The tokenizer is a tiny one whose ids can be computed by hand: the mean red of each patch, divided
+by four.
 """
 
 from __future__ import annotations
@@ -49,7 +51,14 @@ class Reds(nn.Module):
 
     def ids(self, images: Tensor) -> Tensor:
         edge = SIZE // GRID
-        red = images[:, 0].long().unflatten(-1, (GRID, edge)).unflatten(-3, (GRID, edge)).sum((-1, -3)).flatten(1)
+        red = (
+            images[:, 0]
+            .long()
+            .unflatten(-1, (GRID, edge))
+            .unflatten(-3, (GRID, edge))
+            .sum((-1, -3))
+            .flatten(1)
+        )
         return red // (edge * edge * 4) + self.shift
 
     def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
@@ -81,7 +90,9 @@ def by_hand(path: Path, crop: list[int], mirrored: int) -> list[int]:
     top, left, height, width = crop
     view = Image.open(path).convert("RGB").crop((left, top, left + width, top + height))
     view = view.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    red = np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else view)[..., 0].astype(int)
+    red = np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else view)[
+        ..., 0
+    ].astype(int)
     return [int(red[y : y + 8, x : x + 8].sum()) // 256 for y in (0, 8) for x in (0, 8)]
 
 
@@ -118,7 +129,12 @@ def test_the_manifest_says_what_it_is(photos: Path, tmp_path: Path) -> None:
     ids = about["arrays"]["token_ids"]
     assert (ids["dtype"], ids["item"], ids["dimensions"]) == ("<u2", [4], ["row", "view", "patch"])
     record = json_file.read_json(part / "shards/000000.json")
-    assert 0 <= record["statistics"]["token_ids"]["min"] < record["statistics"]["token_ids"]["max"] < 64
+    assert (
+        0
+        <= record["statistics"]["token_ids"]["min"]
+        < record["statistics"]["token_ids"]["max"]
+        < 64
+    )
 
 
 def test_what_is_said_for_features_does_not_change_it(photos: Path, tmp_path: Path) -> None:
@@ -172,7 +188,10 @@ def test_a_flipped_bit_is_found_and_mended(photos: Path, tmp_path: Path, store: 
 
 
 def test_alone_it_is_no_cache(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"reds: discrete tokens are added to a cache of features.*--add --out CACHE"):
+    with pytest.raises(
+        UsageError,
+        match=r"reds: discrete tokens are added to a cache of features.*--add --out CACHE",
+    ):
         extend.plan_jobs([make(photos)], tmp_path / "c", add=False)
 
 
@@ -198,19 +217,30 @@ def test_other_weights_and_a_check_of_features_are_refused(photos: Path, tmp_pat
 def test_who_is_a_tokenizer() -> None:
     assert isinstance(Reds(), tokenizer.Tokenizer)
     assert not isinstance(load(SYNTHETIC), tokenizer.Tokenizer)
-    assert not isinstance(load("timm:vit_tiny_patch16_224,img_size=32,depth=1", "random:0"), tokenizer.Tokenizer)
+    assert not isinstance(
+        load("timm:vit_tiny_patch16_224,img_size=32,depth=1", "random:0"), tokenizer.Tokenizer
+    )
 
 
 @pytest.mark.parametrize("store", STORES)
 def test_it_is_converted_copied_and_shown(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, store: str
 ) -> None:
-    out, other = grown(photos, tmp_path / "c", store), next(name for name in STORES if name != store)
+    out, other = (
+        grown(photos, tmp_path / "c", store),
+        next(name for name in STORES if name != store),
+    )
     for args in (("convert", out, tmp_path / "d", "--store", other), ("copy", out, tmp_path / "e")):
         ran = featcache_command(*args)
         assert ran.status == 0, ran.err
-    with featcache.open(out) as a, featcache.open(tmp_path / "d") as b, featcache.open(tmp_path / "e") as c:
-        wanted, *got = (cache.read(range(11), 1, ["reds/token_ids"])["reds/token_ids"] for cache in (a, b, c))
+    with (
+        featcache.open(out) as a,
+        featcache.open(tmp_path / "d") as b,
+        featcache.open(tmp_path / "e") as c,
+    ):
+        wanted, *got = (
+            cache.read(range(11), 1, ["reds/token_ids"])["reds/token_ids"] for cache in (a, b, c)
+        )
         for each in got:
             np.testing.assert_array_equal(each, wanted)
     ran = featcache_command("info", out)
@@ -221,33 +251,62 @@ def test_it_is_converted_copied_and_shown(
 
 
 def test_the_command_adds_it_by_name(
-    featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    featcache_command: Callable[..., Ran],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As a family of its own would be found: alone, later, and in one pass with a teacher."""
     row = ModelCard("by hand", SIZE, GRID**2, 64, 1)
-    family = SimpleNamespace(NAMES={"reds": row}, load=lambda name, options, weights: Reds(), __name__="reds")
+    family = SimpleNamespace(
+        NAMES={"reds": row}, load=lambda name, options, weights: Reds(), __name__="reds"
+    )
     known = teachers.modules()
     monkeypatch.setattr(teachers, "modules", lambda: [*known, family])
-    base = ("--images", photos, "--size", 28, "--views", 2, "--rows-per-shard", 5, "--batch-size", 4)
+    base = (
+        "--images",
+        photos,
+        "--size",
+        28,
+        "--views",
+        2,
+        "--rows-per-shard",
+        5,
+        "--batch-size",
+        4,
+    )
     first = ("--teacher", SYNTHETIC, "--levels", f"{SYNTHETIC}=2,3")
     ran = featcache_command("extract", *base, "--teacher", "reds", "--out", tmp_path / "a")
     assert ran.status == 2
     assert "give a teacher first" in ran.error
-    for args in ((*first, "--out", tmp_path / "a"), ("--add", "--teacher", "reds", "--out", tmp_path / "a")):
+    for args in (
+        (*first, "--out", tmp_path / "a"),
+        ("--add", "--teacher", "reds", "--out", tmp_path / "a"),
+    ):
         ran = featcache_command("extract", *base, *args)
         assert ran.status == 0, ran.err
     ran = featcache_command("extract", *base, *first, "--teacher", "reds", "--out", tmp_path / "b")
     assert ran.status == 0, ran.err
-    assert files_below(tmp_path / "a") == files_below(tmp_path / "b") == files_below(grown(photos, tmp_path / "c"))
+    assert (
+        files_below(tmp_path / "a")
+        == files_below(tmp_path / "b")
+        == files_below(grown(photos, tmp_path / "c"))
+    )
 
 
 def test_dall_es_encoder_runs_as_a_family_gives_it(photos: Path, tmp_path: Path) -> None:
     """A narrow one: ids are its own answer to the crop that Pillow makes with Lanczos."""
-    network = build_seeded(lambda: Dvae("random:0", width=4, vocabulary=64, input_px=SIZE), "random:0").eval()
+    network = build_seeded(
+        lambda: Dvae("random:0", width=4, vocabulary=64, input_px=SIZE), "random:0"
+    ).eval()
     generator = torch.Generator().manual_seed(1)
     for value in network.parameters():  # so that ids differ: no biases, weights that keep the scale
         fan = max(value[0].numel(), 1)
-        value.data = torch.randn(value.shape, generator=generator) * (2 / fan) ** 0.5 if value.ndim > 1 else 0 * value
+        value.data = (
+            torch.randn(value.shape, generator=generator) * (2 / fan) ** 0.5
+            if value.ndim > 1
+            else 0 * value
+        )
     network.name = "dvae"
     made = tokenizer.as_teacher(network)
     assert isinstance(made, tokenizer.Tokenizer)

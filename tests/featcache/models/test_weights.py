@@ -1,4 +1,5 @@
-"""Weight files as people have them: other projects' layouts, wrappers, wrong files; and what lies on this machine."""
+"""Weight files as people have them: other projects' layouts, wrappers, wrong files; and what lies
+on this machine."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def _network(arch: str, px: int) -> Any:
 
 
 def _as_mae(own: dict[str, Tensor]) -> dict[str, object]:
-    """MAE's published pre-training checkpoint: with a mask token, a decoder and the program's arguments."""
+    """MAE's published pre-training checkpoint: with a mask token, a decoder and the program's
+    arguments."""
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 24)}
     return {"model": {**own, **decoder}, "args": argparse.Namespace(lr=1), "epoch": 1}
 
@@ -50,9 +52,13 @@ def _as_dinov2(own: dict[str, Tensor]) -> dict[str, object]:
 
 
 def _as_dinov3(own: dict[str, Tensor]) -> dict[str, object]:
-    """DINOv3's own names for registers and layer scale, with a fused bias and the table of periods."""
+    """DINOv3's own names for registers and layer scale, with a fused bias and the table of
+    periods."""
     names = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
-    out: dict[str, object] = {"mask_token": torch.zeros(1, 24), "rope_embed.periods": torch.zeros(2)}
+    out: dict[str, object] = {
+        "mask_token": torch.zeros(1, 24),
+        "rope_embed.periods": torch.zeros(2),
+    }
     for name, value in own.items():
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
@@ -69,8 +75,16 @@ LAYOUTS: dict[str, tuple[str, int, Callable[[dict[str, Tensor]], dict[str, objec
     "mae": ("vit_base_patch16_224.mae", 48, _as_mae),
     "dinov2-reg": ("vit_base_patch14_reg4_dinov2.lvd142m", 42, _as_dinov2),
     "dinov3": ("vit_base_patch16_dinov3_qkvb.lvd1689m", 48, _as_dinov3),
-    "dino's program": ("vit_base_patch16_224.dino", 48, lambda own: {"teacher": own, "student": {"x": torch.ones(1)}}),
-    "a classifier": ("deit_base_patch16_224.fb_in1k", 48, lambda own: {"model": {**own, "head.bias": torch.ones(9)}}),
+    "dino's program": (
+        "vit_base_patch16_224.dino",
+        48,
+        lambda own: {"teacher": own, "student": {"x": torch.ones(1)}},
+    ),
+    "a classifier": (
+        "deit_base_patch16_224.fb_in1k",
+        48,
+        lambda own: {"model": {**own, "head.bias": torch.ones(9)}},
+    ),
 }
 
 
@@ -78,7 +92,10 @@ LAYOUTS: dict[str, tuple[str, int, Callable[[dict[str, Tensor]], dict[str, objec
 def test_files_as_their_projects_publish_them(tmp_path: Path, layout: str) -> None:
     arch, px, write = LAYOUTS[layout]
     network = _network(arch, px)
-    torch.save(write({name: value.clone() for name, value in network.state_dict().items()}), tmp_path / "w.pth")
+    torch.save(
+        write({name: value.clone() for name, value in network.state_dict().items()}),
+        tmp_path / "w.pth",
+    )
     teacher: Any = teachers.load(f"timm:{arch},img_size={px},{TEXT}", str(tmp_path / "w.pth"))
     for name, value in network.state_dict().items():
         torch.testing.assert_close(teacher.vit.state_dict()[name], value)
@@ -93,10 +110,14 @@ def _half(path: Path, network: Any) -> None:
 
 
 @pytest.mark.parametrize("write", [_whole_module, _half])
-def test_a_pickled_module_and_half_precision_are_read(tmp_path: Path, write: Callable[[Path, Any], None]) -> None:
+def test_a_pickled_module_and_half_precision_are_read(
+    tmp_path: Path, write: Callable[[Path, Any], None]
+) -> None:
     network = _network("vit_base_patch16_224", 32)
     write(tmp_path / "w.pt", network)
-    teacher: Any = teachers.load(f"timm:vit_base_patch16_224,img_size=32,{TEXT}", str(tmp_path / "w.pt"))
+    teacher: Any = teachers.load(
+        f"timm:vit_base_patch16_224,img_size=32,{TEXT}", str(tmp_path / "w.pt")
+    )
     for name, value in network.state_dict().items():
         expected = value.half().float() if write is _half else value
         assert teacher.vit.state_dict()[name].dtype == torch.float32
@@ -111,7 +132,16 @@ class Evil:
         return Path.touch, (self.mark,)
 
 
-WRONG = ["text", "empty", "cut", "code", "numbers", "other network", "cut safetensors", "other safetensors"]
+WRONG = [
+    "text",
+    "empty",
+    "cut",
+    "code",
+    "numbers",
+    "other network",
+    "cut safetensors",
+    "other safetensors",
+]
 FAMILIES = {
     "clip": "",  # a small one, by its config
     "dino": "dino-s16",
@@ -143,11 +173,15 @@ def _wrong(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_wrong_file_is_one_clear_line_in_every_family(tmp_path: Path, family: str, kind: str) -> None:
+def test_a_wrong_file_is_one_clear_line_in_every_family(
+    tmp_path: Path, family: str, kind: str
+) -> None:
     path = _wrong(tmp_path, kind)
     load = teachers.load_tokenizer if family == "dvae" else teachers.load
     with pytest.raises(UserError) as caught:
-        load(FAMILIES[family] if family != "clip" else f"open_clip:{small_clip(tmp_path)}", str(path))
+        load(
+            FAMILIES[family] if family != "clip" else f"open_clip:{small_clip(tmp_path)}", str(path)
+        )
     line = str(caught.value)
     assert str(path) in line
     assert "\n" not in line
@@ -160,15 +194,25 @@ def test_a_wrong_file_is_one_clear_line_in_every_family(tmp_path: Path, family: 
 
 
 @pytest.fixture
-def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, dict[str, Tensor]], Path]:
-    """No name resolves; `put(repository, state)` lays weights where the Hugging Face hub's client keeps them."""
+def hub_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str, dict[str, Tensor]], Path]:
+    """No name resolves; `put(repository, state)` lays weights where the Hugging Face hub's client
+    keeps them."""
     from huggingface_hub import constants
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -193,8 +237,14 @@ def test_registered_weights_that_are_here_need_no_network(
     teacher_reference.stir(network, std=0.05)
     hub_cache(f"timm/{arch}", network.state_dict())
     teacher: Any = teachers.load(f"timm:{arch},grid={grid}")
-    assert (teacher.weights, teacher.input_px, teacher.patches) == (REGISTERED, 16 * grid, grid * grid)
-    expected = {name: value for name, value in network.state_dict().items() if not name.startswith("head.")}
+    assert (teacher.weights, teacher.input_px, teacher.patches) == (
+        REGISTERED,
+        16 * grid,
+        grid * grid,
+    )
+    expected = {
+        name: value for name, value in network.state_dict().items() if not name.startswith("head.")
+    }
     if grid != 14:
         expected["pos_embed"] = position_embedding.resize(expected["pos_embed"], grid, "bicubic", 1)
     own = teacher.vit.state_dict()
@@ -202,10 +252,14 @@ def test_registered_weights_that_are_here_need_no_network(
     assert all(torch.equal(own[name], value) for name, value in expected.items())
 
 
-def test_a_hub_file_that_lacks_tensors_is_refused(hub_cache: Callable[[str, dict[str, Tensor]], Path]) -> None:
+def test_a_hub_file_that_lacks_tensors_is_refused(
+    hub_cache: Callable[[str, dict[str, Tensor]], Path],
+) -> None:
     arch = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     state = timm.create_model(arch).state_dict()
-    path = hub_cache(f"timm/{arch}", {name: v for name, v in state.items() if not name.startswith("blocks.3")})
+    path = hub_cache(
+        f"timm/{arch}", {name: v for name, v in state.items() if not name.startswith("blocks.3")}
+    )
     with pytest.raises(UserError, match="augreg_in21k_ft_in1k"):
         teachers.load(f"timm:{arch}")
     path.write_bytes(path.read_bytes()[:5000])
@@ -214,15 +268,25 @@ def test_a_hub_file_that_lacks_tensors_is_refused(hub_cache: Callable[[str, dict
 
 
 @pytest.mark.parametrize("size", [48, 32])
-def test_a_tag_of_open_clips_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """A small architecture and a tag put into open_clip's tables: its own reader, the tag's activation and pixels."""
+def test_a_tag_of_open_clips_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A small architecture and a tag put into open_clip's tables: its own reader, the tag's
+    activation and pixels."""
     config = json.loads(small_clip(tmp_path, quick=False).read_text())
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny", config)
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-quickgelu", {**config, "quick_gelu": True})
+    monkeypatch.setitem(
+        open_clip.factory._MODEL_CONFIGS, "Tiny-quickgelu", {**config, "quick_gelu": True}
+    )
     whole = open_clip.create_model("Tiny-quickgelu", load_weights=False)
     teacher_reference.stir(whole)
     torch.save({"state_dict": whole.state_dict()}, tmp_path / "w.pt")
-    tag = {"file": str(tmp_path / "w.pt"), "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    tag = {
+        "file": str(tmp_path / "w.pt"),
+        "quick_gelu": True,
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+    }
     for arch in ("Tiny", "Tiny-quickgelu"):
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, arch, {"here": tag})
     teacher: Any = teachers.load(f"open_clip:Tiny-quickgelu/here,img_size={size}")
@@ -231,7 +295,9 @@ def test_a_tag_of_open_clips_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if size == 32:
         place = expected["positional_embedding"][None]
         expected["positional_embedding"] = position_embedding.resize(place, 4, "bicubic", 1)[0]
-    assert all(torch.equal(value, expected[name]) for name, value in teacher.visual.state_dict().items())
+    assert all(
+        torch.equal(value, expected[name]) for name, value in teacher.visual.state_dict().items()
+    )
     assert quick_gelu.runs_in(teacher)
     with pytest.raises(UsageError, match="give open_clip:Tiny-quickgelu/here"):
         teachers.load("open_clip:Tiny/here")
@@ -240,7 +306,9 @@ def test_a_tag_of_open_clips_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         teachers.load("open_clip:Tiny-quickgelu/here")
 
 
-def test_weights_are_found_where_the_libraries_keep_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_found_where_the_libraries_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -257,11 +325,16 @@ def test_weights_are_found_where_the_libraries_keep_them(tmp_path: Path, monkeyp
     assert weights.on_this_machine(row.hub, row.file) is None
     (tmp_path / "torch/checkpoints").mkdir(parents=True)
     (tmp_path / "torch/checkpoints/dall_e_encoder.pkl").write_bytes(b"x")
-    assert weights.on_this_machine(row.hub, row.file) == tmp_path / "torch/checkpoints/dall_e_encoder.pkl"
+    assert (
+        weights.on_this_machine(row.hub, row.file)
+        == tmp_path / "torch/checkpoints/dall_e_encoder.pkl"
+    )
     assert weights.on_this_machine("", "") is None
 
 
-def test_a_download_that_breaks_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_breaks_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "_hub_dir", str(tmp_path))
 
     def broken(url: str, target: str, progress: bool) -> None:
@@ -272,7 +345,12 @@ def test_a_download_that_breaks_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="connection lost"):
         weights.download("https://example.invalid/w", "w.pkl")
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    monkeypatch.setattr(hub, "download_url_to_file", lambda url, target, progress: Path(target).write_bytes(b"whole"))
+    monkeypatch.setattr(
+        hub,
+        "download_url_to_file",
+        lambda url, target, progress: Path(target).write_bytes(b"whole"),
+    )
     assert weights.download("https://example.invalid/w", "w.pkl").read_bytes() == b"whole"
     monkeypatch.setattr(hub, "download_url_to_file", broken)
-    assert weights.download("https://example.invalid/w", "w.pkl").read_bytes() == b"whole"  # it is there already
+    # it is there already
+    assert weights.download("https://example.invalid/w", "w.pkl").read_bytes() == b"whole"

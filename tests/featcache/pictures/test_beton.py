@@ -1,4 +1,5 @@
-"""Files of FFCV's own writer: their bytes, keys and labels; and every way in which a file is none."""
+"""Files of FFCV's own writer: their bytes, keys and labels; and every way in which a file is
+none."""
 
 from __future__ import annotations
 
@@ -39,24 +40,35 @@ def test_pictures_stored_as_pixels_keep_every_pixel(ffcv_files: Path) -> None:
 
 
 def test_jpegs_come_as_the_bytes_that_ffcv_wrote(ffcv_files: Path) -> None:
-    """The same encoder on the same picture, called here: OpenCV's at quality 85, which takes BGR."""
+    """The same encoder on the same picture, called here: OpenCV's at quality 85, which takes
+    BGR."""
     import cv2
 
     source = open_source(ffcv_files / "jpg.beton")
     assert source.keys == [f"a/ä{i}" for i in range(COUNT)]  # a JSONField
     assert source.labels is None
     for i in range(COUNT):
-        wanted = cv2.imencode(".jpg", photo(i)[..., ::-1], [int(cv2.IMWRITE_JPEG_QUALITY), 85])[1].tobytes()
+        wanted = cv2.imencode(".jpg", photo(i)[..., ::-1], [int(cv2.IMWRITE_JPEG_QUALITY), 85])[
+            1
+        ].tobytes()
         assert source.read(i) == wanted
 
 
-def test_without_keys_a_picture_is_its_files_digest_and_its_number(ffcv_files: Path, tmp_path: Path) -> None:
+def test_without_keys_a_picture_is_its_files_digest_and_its_number(
+    ffcv_files: Path, tmp_path: Path
+) -> None:
     """A copy has the same keys; a file with the same tables and other pixels has others."""
     keys = list(open_source(ffcv_files / "nokey.beton").keys)
     digests = {key.partition("/")[0] for key in keys}
     assert len(digests) == 1
     assert len(digests.pop()) == 16
-    assert [key.partition("/")[2] for key in keys] == ["00000000", "00000001", "00000002", "00000003", "00000004"]
+    assert [key.partition("/")[2] for key in keys] == [
+        "00000000",
+        "00000001",
+        "00000002",
+        "00000003",
+        "00000004",
+    ]
     copy = shutil.copy(ffcv_files / "nokey.beton", tmp_path / "elsewhere.beton")
     assert open_source(copy).keys == keys
     assert not set(open_source(ffcv_files / "otherkey.beton").keys) & set(keys)
@@ -102,8 +114,8 @@ def test_a_file_that_is_cut_off_anywhere(ffcv_files: Path, tmp_path: Path, share
 
 
 def test_every_length_short_of_the_table_of_allocations(ffcv_files: Path, tmp_path: Path) -> None:
-    """Whole rows of the table may lack too: a picture without a place is found by its absence. (The last row is of a
-    key, whose place and size its picture's row states as well.)"""
+    """Whole rows of the table may lack too: a picture without a place is found by its absence. (The
+    last row is of a key, whose place and size its picture's row states as well.)"""
     data = (ffcv_files / "raw.beton").read_bytes()
     for lacking in (1, 8, 23, 48, 10 * 24):  # five pictures and five keys
         (tmp_path / "cut.beton").write_bytes(data[:-lacking])
@@ -130,18 +142,24 @@ def test_other_files_under_this_name(ffcv: None, tmp_path: Path) -> None:
         open_source(tmp_path / "noise.beton")
 
 
-def test_damaged_sizes_are_told_by_the_number_of_the_picture(ffcv_files: Path, tmp_path: Path) -> None:
+def test_damaged_sizes_are_told_by_the_number_of_the_picture(
+    ffcv_files: Path, tmp_path: Path
+) -> None:
     source = open_source(ffcv_files / "nokey.beton")
     data = bytearray((ffcv_files / "nokey.beton").read_bytes())
     place = data.index(np.array([44, 36], "<u2").tobytes())  # width, height of picture 2 in its row
     assert source.sizes[2].tolist() == [36, 44]  # type: ignore[attr-defined]
     data[place : place + 2] = np.array([45], "<u2").tobytes()
     (tmp_path / "bad.beton").write_bytes(data)
-    with pytest.raises(UserError, match=r"picture 2 of .*: mode 1, 36 x 45 pixels and 4752 bytes do not agree"):
+    with pytest.raises(
+        UserError, match=r"picture 2 of .*: mode 1, 36 x 45 pixels and 4752 bytes do not agree"
+    ):
         open_source(tmp_path / "bad.beton")
 
 
-def test_a_file_that_shrinks_later_is_an_error_of_the_disk(ffcv_files: Path, tmp_path: Path) -> None:
+def test_a_file_that_shrinks_later_is_an_error_of_the_disk(
+    ffcv_files: Path, tmp_path: Path
+) -> None:
     path = shutil.copy(ffcv_files / "raw.beton", tmp_path / "x.beton")
     source = open_source(path)
     with open(path, "r+b") as file:  # noqa: PTH123
@@ -153,7 +171,9 @@ def test_a_file_that_shrinks_later_is_an_error_of_the_disk(ffcv_files: Path, tmp
 # ------------------------------------------------------------ without FFCV, and beside it
 
 
-def test_no_such_file_is_told_before_ffcv_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_such_file_is_told_before_ffcv_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setitem(sys.modules, "ffcv.types", None)
     with pytest.raises(UserError, match="does not exist"):
@@ -173,7 +193,9 @@ def test_without_ffcv_one_line_says_how_to_get_it(
     assert "then pip install ffcv" in ran.error
 
 
-def test_ffcv_is_imported_for_betons_alone_and_leaves_torchs_threads(ffcv_files: Path, photos: Path) -> None:
+def test_ffcv_is_imported_for_betons_alone_and_leaves_torchs_threads(
+    ffcv_files: Path, photos: Path
+) -> None:
     code = (
         "import sys, torch\nfrom featcache.pictures.open_source import open_source\n"
         "from featcache.views.pixel_path import open_through\ntorch.set_num_threads(3)\n"

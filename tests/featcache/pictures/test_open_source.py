@@ -1,4 +1,5 @@
-"""Sources and the decoder: keys, order and labels from small folders and tars, every colour mode by its own formula."""
+"""Sources and the decoder: keys, order and labels from small folders and tars, every colour mode by
+its own formula."""
 
 from __future__ import annotations
 
@@ -51,15 +52,26 @@ def write_folder(root: Path, *names: str) -> Path:
 
 
 def test_folder_keys_are_paths_without_the_last_suffix_in_order(tmp_path: Path) -> None:
-    names = ["b/z.png", "a/1.tar.jpg", "a/UPPER.JPEG", "a/Größe/ö 1.png", "a/x.txt", "a/noend", "a/b.c.d.PNG"]
+    names = [
+        "b/z.png",
+        "a/1.tar.jpg",
+        "a/UPPER.JPEG",
+        "a/Größe/ö 1.png",
+        "a/x.txt",
+        "a/noend",
+        "a/b.c.d.PNG",
+    ]
     source = open_source(write_folder(tmp_path / "src", *names))
-    assert list(source.keys) == ["a/1.tar", "a/Größe/ö 1", "a/UPPER", "a/b.c.d", "b/z"]  # by code point
+    # by code point
+    assert list(source.keys) == ["a/1.tar", "a/Größe/ö 1", "a/UPPER", "a/b.c.d", "b/z"]
     assert len(source) == 5
     assert all(source.read(i) == PNG for i in range(5))
 
 
 def test_class_folders_are_labels_by_sorted_name(tmp_path: Path) -> None:
-    source = open_source(write_folder(tmp_path, "dog/1.png", "cat/1.png", "cat/deep/2.png", "ant/9.png"))
+    source = open_source(
+        write_folder(tmp_path, "dog/1.png", "cat/1.png", "cat/deep/2.png", "ant/9.png")
+    )
     assert source.classes == ["ant", "cat", "dog"]
     assert source.labels is not None
     assert source.labels.dtype == np.int64
@@ -102,7 +114,9 @@ def test_a_picture_file_is_no_source(tmp_path: Path) -> None:
 
 
 def test_what_is_allowed_names_every_kind(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a folder of pictures .* webdataset tars .* an FFCV \.beton"):
+    with pytest.raises(
+        UserError, match=r"a folder of pictures .* webdataset tars .* an FFCV \.beton"
+    ):
         open_source(tmp_path / "x.png")
 
 
@@ -121,8 +135,8 @@ def test_double_keys_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_file_name_that_is_no_text_is_a_users_mistake(tmp_path: Path) -> None:
-    """A key must be text to be hashed and stored: such a file is told of when the source is opened, not by a traceback
-    in the middle of the work."""
+    """A key must be text to be hashed and stored: such a file is told of when the source is opened,
+    not by a traceback in the middle of the work."""
     (tmp_path / "good.png").write_bytes(PNG)
     with open(bytes(tmp_path) + b"/bad\xff.png", "wb") as file:  # noqa: PTH123 (a name in bytes)
         file.write(PNG)
@@ -175,7 +189,9 @@ def test_long_and_unicode_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["s-{000..002}.tar", "s-*.tar", "s-00{0..1}.tar,s-002", ""])
 def test_patterns_give_the_tars_in_order(tmp_path: Path, pattern: str) -> None:
     for i in range(3):
-        write_tar(tmp_path / f"s-00{i}.tar", {f"k{i}{j}.png": PNG + bytes([i, j]) for j in range(2)})
+        write_tar(
+            tmp_path / f"s-00{i}.tar", {f"k{i}{j}.png": PNG + bytes([i, j]) for j in range(2)}
+        )
     if pattern.endswith("002"):
         pattern = "s-00{0,1,2}.tar"
     source = open_source(f"{tmp_path}/{pattern}" if pattern else str(tmp_path))
@@ -206,17 +222,22 @@ def test_tar_without_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["data", "header", "boundary"])
 def test_a_cut_off_tar_is_refused(tmp_path: Path, where: str) -> None:
-    """Cut in a member's bytes, in a header, and where a member would begin: never fewer pictures in silence."""
+    """Cut in a member's bytes, in a header, and where a member would begin: never fewer pictures in
+    silence."""
     path = write_tar(tmp_path / "t.tar", {f"k{i}.png": PNG + bytes(2000) for i in range(4)})
     with tarfile.open(path) as tar:
         third = tar.getmembers()[2]
-    at = {"data": third.offset_data + 700, "header": third.offset + 200, "boundary": third.offset}[where]
+    at = {"data": third.offset_data + 700, "header": third.offset + 200, "boundary": third.offset}[
+        where
+    ]
     path.write_bytes(path.read_bytes()[:at])
     with pytest.raises(UserError, match=r"t\.tar"):
         open_source(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", bytes(range(256)) * 40, zlib.compress(bytes(20480))])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", bytes(range(256)) * 40, zlib.compress(bytes(20480))]
+)
 def test_what_is_no_tar_is_one_line(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "t.tar"
     path.write_bytes(data)
@@ -251,12 +272,16 @@ def test_rgb_is_as_it_is() -> None:
 
 
 def test_grey_is_repeated() -> None:
-    np.testing.assert_array_equal(rgb(encoded(Image.fromarray(GREY))), np.repeat(GREY[..., None], 3, -1))
+    np.testing.assert_array_equal(
+        rgb(encoded(Image.fromarray(GREY))), np.repeat(GREY[..., None], 3, -1)
+    )
 
 
 def test_one_bit_is_black_and_white() -> None:
     bits = GREY > 128
-    np.testing.assert_array_equal(rgb(encoded(Image.fromarray(bits))), np.repeat(bits[..., None] * 255, 3, -1))
+    np.testing.assert_array_equal(
+        rgb(encoded(Image.fromarray(bits))), np.repeat(bits[..., None] * 255, 3, -1)
+    )
 
 
 def test_alpha_is_dropped_not_blended() -> None:
@@ -269,8 +294,9 @@ def test_alpha_is_dropped_not_blended() -> None:
 
 @pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
 def test_palettes_are_looked_up(transparency: int | bytes | None) -> None:
-    """A palette picture with a transparent colour, or with an alpha for each, shows its colours like any other; what
-    comes out must not depend on the process's warning filters (Pillow warns of the last kind)."""
+    """A palette picture with a transparent colour, or with an alpha for each, shows its colours
+    like any other; what comes out must not depend on the process's warning filters (Pillow warns of
+    the last kind)."""
     index = (np.arange(63).reshape(9, 7) % 3).astype(np.uint8)
     palette = np.array([[10, 20, 30], [200, 100, 0], [5, 250, 125]], np.uint8)
     picture = Image.new("P", (7, 9))
@@ -283,7 +309,9 @@ def test_palettes_are_looked_up(transparency: int | bytes | None) -> None:
 def test_cmyk_is_multiplied_out() -> None:
     """R = (255 - C)(255 - K) / 255, to a level of rounding."""
     cmyk = np.stack([waves(9, 7, p)[..., 0] for p in range(4)], -1)
-    picture = rgb(encoded(Image.merge("CMYK", [Image.fromarray(cmyk[..., c]) for c in range(4)]), "tiff"))
+    picture = rgb(
+        encoded(Image.merge("CMYK", [Image.fromarray(cmyk[..., c]) for c in range(4)]), "tiff")
+    )
     rest = 255 - cmyk.astype(np.float64)
     expected = rest[..., :3] * rest[..., 3:] / 255
     assert np.abs(picture - expected).max() <= 1
@@ -315,7 +343,8 @@ def test_exif_orientation_is_ignored() -> None:
 
 
 def test_jpegs_are_decoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No draft mode: it would let libjpeg shrink by whole factors, and the pixels would be others."""
+    """No draft mode: it would let libjpeg shrink by whole factors, and the pixels would be
+    others."""
     from PIL.JpegImagePlugin import JpegImageFile
 
     def draft(self: object, *args: object) -> None:
@@ -327,7 +356,9 @@ def test_jpegs_are_decoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "bmp", "tiff"])
 def test_truncated_pictures_are_picture_errors(kind: str) -> None:
-    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)), kind)
+    data = encoded(
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)), kind
+    )
     for keep in (len(data) // 2, 20, 3, 0):
         with pytest.raises(PictureError) as caught:
             decode(data[:keep])

@@ -1,7 +1,7 @@
 """Reading a cache: every request against plain zarr and numpy; what cannot be asked.
 
-Small caches of two shards (5 + 3 rows, V 3, L 3, T 5, D 8) are written by the stores themselves, numbers by numpy, in
-image order and as ranked tokens.
+Small caches of two shards (5 + 3 rows, V 3, L 3, T 5, D 8) are written by the stores themselves,
+numbers by numpy, in image order and as ranked tokens.
 """
 
 from __future__ import annotations
@@ -34,8 +34,16 @@ KEYS = ["b/ü", "a", "z.1", "日", "", "c" * 300, "n/1", "n/11"]
 SIZES = {"000000": 5, "000001": 3}
 ROW_VIEW = ("row", "view")
 PLAIN = [
-    Array("features", "<f2", (3, TOKENS, WIDTH), (*ROW_VIEW, "level", "token", "channel"), split=True),
-    Array("feature_stats", "<f4", (3, TOKENS, 2), (*ROW_VIEW, "level", "token", "mean_std"), split=True),
+    Array(
+        "features", "<f2", (3, TOKENS, WIDTH), (*ROW_VIEW, "level", "token", "channel"), split=True
+    ),
+    Array(
+        "feature_stats",
+        "<f4",
+        (3, TOKENS, 2),
+        (*ROW_VIEW, "level", "token", "mean_std"),
+        split=True,
+    ),
     Array("attention", "<f4", (4,), (*ROW_VIEW, "patch")),
     Array("pixel_hash", "<u8", (), ROW_VIEW),
     Array("flip", "|u1", (), ROW_VIEW),
@@ -61,7 +69,10 @@ NUMBERS = expected()
 
 
 def write_cache(
-    path: Path, name: str = "zarr", tokens: str = "raster", sizes: Mapping[str, int] = MappingProxyType(SIZES)
+    path: Path,
+    name: str = "zarr",
+    tokens: str = "raster",
+    sizes: Mapping[str, int] = MappingProxyType(SIZES),
 ) -> Path:
     """A cache in the store `name`, its features ranked or not (which the numbers do not show)."""
     (path / SHARDS).mkdir(parents=True)
@@ -103,7 +114,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
     """A cache for each store and order of tokens."""
     root = tmp_path_factory.mktemp("reader")
     orders = [(name, tokens) for name in STORES for tokens in ("raster", "ranked")]
-    return {(name, tokens): write_cache(root / f"{name}-{tokens}", name, tokens) for name, tokens in orders}
+    return {
+        (name, tokens): write_cache(root / f"{name}-{tokens}", name, tokens)
+        for name, tokens in orders
+    }
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +133,19 @@ def cache(folder: Path) -> Cache:
 def test_what_zarr_reads_is_what_was_written(folders: dict[tuple[str, str], Path]) -> None:
     """The reference of this file, `NUMBERS`, by a library of others."""
     for tokens in ("raster", "ranked"):
-        groups = [zarr.open_group(folders["zarr", tokens] / SHARDS / f"{shard}.zarr", mode="r") for shard in SIZES]
+        groups = [
+            zarr.open_group(folders["zarr", tokens] / SHARDS / f"{shard}.zarr", mode="r")
+            for shard in SIZES
+        ]
         for name, values in NUMBERS.items():
-            np.testing.assert_array_equal(np.concatenate([group[name][:] for group in groups]), values)
+            np.testing.assert_array_equal(
+                np.concatenate([group[name][:] for group in groups]), values
+            )
 
 
-def reference(name: str, rows: list[int], views: list[int], slots: list[int], tokens: int | None) -> np.ndarray:
+def reference(
+    name: str, rows: list[int], views: list[int], slots: list[int], tokens: int | None
+) -> np.ndarray:
     values = NUMBERS[name]
     picked = values[rows] if name == "source_size" else values[rows, views]
     if name in ("features", "feature_stats"):
@@ -138,7 +159,10 @@ def test_facts(cache: Cache) -> None:
     assert sorted(cache.fields) == sorted(FIELDS)
     assert cache.levels == LEVELS
     assert cache.complete
-    assert cache.quarantined == [{"key": "bad000000", "reason": "cut"}, {"key": "bad000001", "reason": "cut"}]
+    assert cache.quarantined == [
+        {"key": "bad000000", "reason": "cut"},
+        {"key": "bad000001", "reason": "cut"},
+    ]
     assert "RANDOM WEIGHTS random:4" in repr(cache)
     assert cache.manifest["identity"]["levels"] == [2, 5, 6]
 
@@ -146,7 +170,9 @@ def test_facts(cache: Cache) -> None:
 REQUEST = st.integers(0, 12).flatmap(
     lambda n: st.tuples(
         st.lists(st.integers(0, 7), min_size=n, max_size=n),
-        st.one_of(st.integers(0, VIEWS - 1), st.lists(st.integers(0, VIEWS - 1), min_size=n, max_size=n)),
+        st.one_of(
+            st.integers(0, VIEWS - 1), st.lists(st.integers(0, VIEWS - 1), min_size=n, max_size=n)
+        ),
         st.one_of(st.none(), st.lists(st.sampled_from(LEVELS), min_size=1, max_size=4)),
         st.one_of(st.none(), st.integers(1, TOKENS)),
         st.lists(st.sampled_from(FIELDS), min_size=1, max_size=6, unique=True),
@@ -183,7 +209,9 @@ def knows_direct(folder: Path) -> bool:
 
 @settings(max_examples=250)
 @given(request=REQUEST, how=HOW)
-def test_read_equals_numpy(folders: dict[tuple[str, str], Path], request: tuple, how: tuple) -> None:
+def test_read_equals_numpy(
+    folders: dict[tuple[str, str], Path], request: tuple, how: tuple
+) -> None:
     rows, view, levels, tokens, fields, given_out = request
     which, verify_rows, io, threads, several, single = how
     io = "buffered" if io == "direct" and not knows_direct(folders[which]) else io
@@ -191,7 +219,11 @@ def test_read_equals_numpy(folders: dict[tuple[str, str], Path], request: tuple,
     views = view if isinstance(view, list) else [view] * len(rows)
     slots = [LEVELS.index(level) for level in (LEVELS if levels is None else levels)]
     wanted = {name: reference(name, rows, views, slots, tokens) for name in fields}
-    out = {name: np.full(values.shape, 77, values.dtype) for name, values in wanted.items()} if given_out else None
+    out = (
+        {name: np.full(values.shape, 77, values.dtype) for name, values in wanted.items()}
+        if given_out
+        else None
+    )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(range_reader, "_INLINE", 0 if several else 1 << 20)
         patched.setattr(range_reader, "_SMALL", 0 if single else 4096)
@@ -230,11 +262,20 @@ def test_threads_read_the_same(folder: Path) -> None:
     with featcache.open(folder) as cache, ThreadPoolExecutor(8) as pool:
         jobs = [pool.submit(cache.read, [i % 8, (3 * i) % 8], i % 3) for i in range(60)]
         for i, job in enumerate(jobs):
-            np.testing.assert_array_equal(job.result()["features"], NUMBERS["features"][[i % 8, (3 * i) % 8], i % 3])
+            np.testing.assert_array_equal(
+                job.result()["features"], NUMBERS["features"][[i % 8, (3 * i) % 8], i % 3]
+            )
 
 
 def test_keys_find_rows(cache: Cache) -> None:
-    assert cache.keys.find(["n/1", "nowhere", "b/ü", "", "n/111", "c" * 300]).tolist() == [6, -1, 0, 4, -1, 5]
+    assert cache.keys.find(["n/1", "nowhere", "b/ü", "", "n/111", "c" * 300]).tolist() == [
+        6,
+        -1,
+        0,
+        4,
+        -1,
+        5,
+    ]
     assert cache.keys.find([]).tolist() == []
     assert cache.keys.find(KEYS).tolist() == list(range(8))
     assert cache.keys[2] == "z.1"
@@ -271,12 +312,21 @@ def test_keys_find_rows(cache: Cache) -> None:
         ({"rows": [0], "tokens": 0}, "1 to 5"),
         ({"rows": [0], "tokens": 6}, "1 to 5"),
         ({"rows": [0], "tokens": 1.0}, "tokens must be a whole number, 1.0"),
-        ({"rows": [0], "out": [np.zeros((1, 3, 5, 8), "<f2")]}, "a dict of numpy arrays by field, list is given"),
+        (
+            {"rows": [0], "out": [np.zeros((1, 3, 5, 8), "<f2")]},
+            "a dict of numpy arrays by field, list is given",
+        ),
         ({"rows": [0], "out": {"features": [0.0]}}, "a dict of numpy arrays by field"),
-        ({"rows": [0], "out": {"featurs": np.zeros((1, 3, 5, 8), "<f2")}}, "out['featurs'] is not asked for"),
+        (
+            {"rows": [0], "out": {"featurs": np.zeros((1, 3, 5, 8), "<f2")}},
+            "out['featurs'] is not asked for",
+        ),
         ({"rows": [0], "out": {"features": np.zeros((2, 3, 5, 8), "<f2")}}, "out['features']"),
         ({"rows": [0], "out": {"features": np.zeros((1, 3, 5, 8), "<f4")}}, "out['features']"),
-        ({"rows": [0], "out": {"features": np.zeros((1, 3, 8, 5), "<f2").swapaxes(2, 3)}}, "out['features']"),
+        (
+            {"rows": [0], "out": {"features": np.zeros((1, 3, 8, 5), "<f2").swapaxes(2, 3)}},
+            "out['features']",
+        ),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -288,7 +338,12 @@ def test_impossible_requests_say_what_is_possible(cache: Cache, request_: dict, 
 
 
 def test_other_impossible_requests(cache: Cache) -> None:
-    for option in ({"threads": "2"}, {"threads": 0}, {"verify_rows": "1"}, {"verify_rows": float("nan")}):
+    for option in (
+        {"threads": "2"},
+        {"threads": 0},
+        {"verify_rows": "1"},
+        {"verify_rows": float("nan")},
+    ):
         with pytest.raises(UsageError, match=next(iter(option))):
             featcache.open(cache.path, **option)
     with pytest.raises(UsageError, match="unknown teacher 'nope'; known: synthetic"):
@@ -340,7 +395,8 @@ with featcache.open(sys.argv[1]) as cache:
 sys.argv = ["featcache", "info", sys.argv[1]]
 from featcache.cli import main
 main()
-print(json.dumps(sorted({"torch", "timm", "open_clip", "torchvision", "zarr", "student"} & set(sys.modules))))
+heavy = {"torch", "timm", "open_clip", "torchvision", "zarr", "student"}
+print(json.dumps(sorted(heavy & set(sys.modules))))
 """
     ran = python(code, folder)
     assert ran.returncode == 0, ran.stderr
@@ -375,7 +431,9 @@ def test_auto_streams_what_is_larger_than_memory() -> None:
 def test_close_and_read_again(folder: Path) -> None:
     cache = featcache.open(folder)
     for _ in range(3):
-        np.testing.assert_array_equal(cache.read([0, 7], 1)["features"], NUMBERS["features"][[0, 7], 1])
+        np.testing.assert_array_equal(
+            cache.read([0, 7], 1)["features"], NUMBERS["features"][[0, 7], 1]
+        )
         cache.close()
         cache.close()
 

@@ -1,4 +1,5 @@
-"""Rejection of crops: the law against the exact one, turns against plain Python, and what is read from a cache."""
+"""Rejection of crops: the law against the exact one, turns against plain Python, and what is read
+from a cache."""
 
 from __future__ import annotations
 
@@ -23,18 +24,23 @@ WIDE, NARROW = (0.08, 1.0), (0.2, 1.0)
 N, V = 6000, 4
 
 
-def drawn(scale: tuple[float, float], size: tuple[int, int], ratio: tuple[float, float], name: str) -> view_draw.Drawn:
+def drawn(
+    scale: tuple[float, float], size: tuple[int, int], ratio: tuple[float, float], name: str
+) -> view_draw.Drawn:
     """Views of N pictures of one size."""
     policy = Policy(scale=scale, ratio=ratio)
-    return view_draw.draw(policy, rng.key_digests(f"{name}{i}" for i in range(N)), np.tile(size, (N, 1)), range(V))
+    return view_draw.draw(
+        policy, rng.key_digests(f"{name}{i}" for i in range(N)), np.tile(size, (N, 1)), range(V)
+    )
 
 
-# --- the law --------------------------------------------------------------------------------------------------------
+# --- the law --------------------------------------------------------------------------------------
 
 
 def test_accepted_areas_are_uniform_in_the_narrow_range() -> None:
-    """Square crops of a square picture all fit, so the law is exact: areas uniform in (0.2, 1), each of the V views
-    accepted with 0.8 / 0.92. Kolmogorov's distance, and the number accepted against the binomial law by chi-square."""
+    """Square crops of a square picture all fit, so the law is exact: areas uniform in (0.2, 1),
+    each of the V views accepted with 0.8 / 0.92. Kolmogorov's distance, and the number accepted
+    against the binomial law by chi-square."""
     area = drawn(WIDE, (500, 500), (1.0, 1.0), "a").area
     accepted = crop_range.in_range(area, NARROW)
     x = np.sort(area[accepted].astype(np.float64))
@@ -45,13 +51,17 @@ def test_accepted_areas_are_uniform_in_the_narrow_range() -> None:
     p = 0.8 / 0.92
     expected = np.array([N * math.comb(V, k) * p**k * (1 - p) ** (V - k) for k in range(V + 1)])
     counts = np.bincount(accepted.sum(1), minlength=V + 1)
-    expected[1], counts[1] = expected[:2].sum(), counts[:2].sum()  # 2 and 46 pictures expected: one bin
+    expected[1], counts[1] = (
+        expected[:2].sum(),
+        counts[:2].sum(),
+    )  # 2 and 46 pictures expected: one bin
     chi2 = ((counts[1:] - expected[1:]) ** 2 / expected[1:]).sum()
     assert chi2 < 16.3  # 3 degrees of freedom, 1 in 1,000
 
 
 def test_a_share_of_pictures_without_a_view_is_that_of_the_design() -> None:
-    """(0.12 / 0.92)^4 and (0.32 / 0.92)^4 of 1,281,167 pictures: 371 and 18,752 where every try fits."""
+    """(0.12 / 0.92)^4 and (0.32 / 0.92)^4 of 1,281,167 pictures: 371 and 18,752 where every try
+    fits."""
     expected = [1_281_167 * (cut / 0.92) ** 4 for cut in (0.12, 0.32)]
     assert expected == pytest.approx([371, 18_752], abs=0.5)
     area = drawn(WIDE, (500, 500), (1.0, 1.0), "a").area
@@ -61,22 +71,32 @@ def test_a_share_of_pictures_without_a_view_is_that_of_the_design() -> None:
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 500), (300, 600), (300, 900)])
 def test_accepted_crops_have_the_law_of_direct_ones(size: tuple[int, int]) -> None:
-    """Area, ratio, centre and flip of accepted crops, beside those of other pictures drawn at (0.2, 1) with the usual
-    ratios: two-sample Kolmogorov-Smirnov. Pictures of 1:3 refuse most tries; of those what is no centre is compared."""
+    """Area, ratio, centre and flip of accepted crops, beside those of other pictures drawn at (0.2,
+    1) with the usual ratios: two-sample Kolmogorov-Smirnov. Pictures of 1:3 refuse most tries; of
+    those what is no centre is compared."""
     ratio = (3 / 4, 4 / 3)
     wide, direct = drawn(WIDE, size, ratio, "w"), drawn(NARROW, size, ratio, "d")
     accepted, every = crop_range.in_range(wide.area, NARROW), np.ones((N, V), bool)
     if size == (300, 900):
-        # Ten failures are no longer rare. A try fits where the area is below ratio / 3, whose mean is 0.338, as the
-        # ratio has mean (4/3 - 3/4) / ln(16/9): (1 - 0.258 / 0.92)^10 = 0.037 and (1 - 0.138 / 0.8)^10 = 0.151.
+        # Ten failures are no longer rare. A try fits where the area is below ratio / 3, whose mean
+        # is 0.338, as the ratio has mean (4/3 - 3/4) / ln(16/9): (1 - 0.258 / 0.92)^10 = 0.037 and
+        # (1 - 0.138 / 0.8)^10 = 0.151.
         centre = view_draw.central_box(Policy(), np.array([size]))
         shares = [(each.crop == centre).all(-1).mean() for each in (wide, direct)]
         assert shares == pytest.approx([0.037, 0.151], abs=0.01)
-        accepted, every = (~(each.crop == centre).all(-1) & at for each, at in ((wide, accepted), (direct, every)))
+        accepted, every = (
+            ~(each.crop == centre).all(-1) & at for each, at in ((wide, accepted), (direct, every))
+        )
 
     def features(views: view_draw.Drawn, at: np.ndarray) -> list[np.ndarray]:
         top, left, height, width = views.crop[at].astype(np.float64).T
-        return [views.area[at], np.log(width / height), top + height / 2, left + width / 2, views.flip[at]]
+        return [
+            views.area[at],
+            np.log(width / height),
+            top + height / 2,
+            left + width / 2,
+            views.flip[at],
+        ]
 
     ours, theirs = features(wide, accepted), features(direct, every)
     for one, other in zip(ours, theirs, strict=True):
@@ -86,13 +106,17 @@ def test_accepted_crops_have_the_law_of_direct_ones(size: tuple[int, int]) -> No
             - np.searchsorted(np.sort(other), both, side="right") / len(other)
         ).max()
         assert distance < 1.95 * math.sqrt((len(one) + len(other)) / (len(one) * len(other)))
-    everything = features(wide, np.ones((N, V), bool))[0]  # without rejection the law is another one
+    everything = features(wide, np.ones((N, V), bool))[
+        0
+    ]  # without rejection the law is another one
     assert (everything < 0.2).mean() > 0.1
 
 
 def test_both_ends_are_included() -> None:
     area = np.array([[0.08, 0.19999, 0.2, 0.5, 0.50001, 1.0]], np.float32)
-    assert crop_range.in_range(area, (0.2, 0.5)).tolist() == [[False, False, True, True, False, False]]
+    assert crop_range.in_range(area, (0.2, 0.5)).tolist() == [
+        [False, False, True, True, False, False]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,13 +133,19 @@ def test_within(inner: crop_range.Scale, outer: crop_range.Scale, expected: bool
     assert crop_range.within(inner, outer) is expected
 
 
-# --- turns ----------------------------------------------------------------------------------------------------------
+# --- turns ----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
-@given(n=st.integers(1, 40), count=st.integers(1, 6), epoch=st.integers(0, 10**6), seed=st.integers(0, 10**6))
+@given(
+    n=st.integers(1, 40),
+    count=st.integers(1, 6),
+    epoch=st.integers(0, 10**6),
+    seed=st.integers(0, 10**6),
+)
 def test_turns_are_those_of_plain_python(n: int, count: int, epoch: int, seed: int) -> None:
-    """accepted[(epoch + first word of the key's digest) mod A]; in any order of the pictures and any batch of them."""
+    """accepted[(epoch + first word of the key's digest) mod A]; in any order of the pictures and
+    any batch of them."""
     draw = np.random.default_rng(seed)
     accepted = draw.random((n, count)) < 0.6
     accepted[np.arange(n), draw.integers(0, count, n)] = True
@@ -125,7 +155,9 @@ def test_turns_are_those_of_plain_python(n: int, count: int, epoch: int, seed: i
     batch = draw.permutation(n)[: draw.integers(1, n + 1)]
     expected = []
     for i in batch.tolist():
-        word = int.from_bytes(hashlib.blake2b(keys[i].encode(), digest_size=16).digest()[:8], "little")
+        word = int.from_bytes(
+            hashlib.blake2b(keys[i].encode(), digest_size=16).digest()[:8], "little"
+        )
         mine = [view for view in range(count) if accepted[i, view]]
         expected.append(mine[(epoch + word) % len(mine)])
     assert turns.view(digests[batch], epoch).tolist() == expected
@@ -135,7 +167,8 @@ def test_turns_are_those_of_plain_python(n: int, count: int, epoch: int, seed: i
 
 
 def test_every_accepted_view_equally_often() -> None:
-    """12 epochs: a picture of 1, 2, 3 or 4 accepted views shows each of them 12, 6, 4 or 3 times, and no other."""
+    """12 epochs: a picture of 1, 2, 3 or 4 accepted views shows each of them 12, 6, 4 or 3 times,
+    and no other."""
     accepted = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]], bool)
     digests = rng.key_digests("abcd")
     turns = crop_range.ViewSchedule.of(digests, accepted)
@@ -148,7 +181,9 @@ def test_all_accepted_is_the_usual_turn() -> None:
     digests = rng.key_digests(f"k{i}" for i in range(200))
     turns = crop_range.ViewSchedule.of(digests, np.ones((200, 3), bool))
     for epoch in (0, 1, 2**33):
-        assert turns.view(digests, epoch).tolist() == view_draw.stored_view(digests, epoch, 3).tolist()
+        assert (
+            turns.view(digests, epoch).tolist() == view_draw.stored_view(digests, epoch, 3).tolist()
+        )
 
 
 def test_digests_that_begin_alike() -> None:
@@ -158,13 +193,16 @@ def test_digests_that_begin_alike() -> None:
     assert crop_range.ViewSchedule.of(digests, accepted).view(digests, 11).tolist() == [0, 1, 2, 3]
 
 
-# --- from a cache ---------------------------------------------------------------------------------------------------
+# --- from a cache ---------------------------------------------------------------------------------
 
 
 def test_accepted_views_of_a_cache(tmp_path: Path) -> None:
-    """The sampled area decides; and the centre of a picture so long that no try fits is taken, as (0.2, 1) would."""
+    """The sampled area decides; and the centre of a picture so long that no try fits is taken, as
+    (0.2, 1) would."""
     folder = fx.save_pictures(tmp_path / "pictures", 12)
-    Image.new("RGB", (400, 20), (9, 99, 200)).save(folder / "long.png")  # its largest 4:3 box is 6.7 % of it
+    Image.new("RGB", (400, 20), (9, 99, 200)).save(
+        folder / "long.png"
+    )  # its largest 4:3 box is 6.7 % of it
     fx.extract(folder, tmp_path / "cache", "--scale", "0.08,1")
     with Cache(tmp_path / "cache") as cache:
         rows = np.arange(len(cache))[::-1].copy()
@@ -177,4 +215,6 @@ def test_accepted_views_of_a_cache(tmp_path: Path) -> None:
         expected[long] = True
         np.testing.assert_array_equal(got, expected)
         keys = [cache.keys[row] for row in rows]
-        assert crop_range.without_view(got, keys) == [key for key, row in zip(keys, got, strict=True) if not row.any()]
+        assert crop_range.without_view(got, keys) == [
+            key for key, row in zip(keys, got, strict=True) if not row.any()
+        ]

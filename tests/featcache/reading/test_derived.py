@@ -1,4 +1,5 @@
-"""Derived targets against the unmodified library model, by hooks, and against the formulas in float64.
+"""Derived targets against the unmodified library model, by hooks, and against the formulas in
+float64.
 
 The networks are small and random, with final norms that are not the identity.
 """
@@ -61,14 +62,23 @@ def test_derived_targets_are_the_formulas(eps: float, scale: float) -> None:
 
 
 def test_by_hand() -> None:
-    """h = (1, -1), stored divisor sqrt(1 + 1e-5) of variance 1; gamma (2, 3), beta (1, 0); another eps of 3."""
-    h, stats = (torch.tensor(pair, dtype=torch.float64) for pair in ([1.0, -1.0], [5.0, 1.00001**0.5]))
-    tail = {"gamma": torch.tensor([2.0, 3.0]), "beta": torch.tensor([1.0, 0.0]), "eps": torch.tensor(1e-5)}
+    """h = (1, -1), stored divisor sqrt(1 + 1e-5) of variance 1; gamma (2, 3), beta (1, 0); another
+    eps of 3."""
+    h, stats = (
+        torch.tensor(pair, dtype=torch.float64) for pair in ([1.0, -1.0], [5.0, 1.00001**0.5])
+    )
+    tail = {
+        "gamma": torch.tensor([2.0, 3.0]),
+        "beta": torch.tensor([1.0, 0.0]),
+        "eps": torch.tensor(1e-5),
+    }
     assert derived.target("f", h, tail).tolist() == [3.0, -3.0]
     tail["proj"] = torch.tensor([[1.0], [2.0]]).double()
     assert derived.target("z", h, tail).tolist() == [-3.0]
     assert derived.target("fd", h, tail).tolist() == pytest.approx([1.0, -1.0], abs=1e-5)
-    assert derived.target("y", h, tail, stats).tolist() == pytest.approx([6.000005, 3.999995], abs=1e-9)
+    assert derived.target("y", h, tail, stats).tolist() == pytest.approx(
+        [6.000005, 3.999995], abs=1e-9
+    )
     ours = 1.00001**0.5 / 2  # the model divides by sqrt(1 + 3)
     got = derived.target("f", h, {**tail, "eps": torch.tensor(3.0)}, stats).tolist()
     assert got == pytest.approx([2 * ours + 1, -3 * ours], abs=1e-9)
@@ -78,7 +88,9 @@ def test_what_needs_the_statistics_says_so() -> None:
     h, _ = levels.normalise(torch.from_numpy(draw(1, 2, 16)))
     assert derived.target("f", h, tail_of(16, 1e-5)).shape == (1, 2, 16)
     for name in ("f", "z", "fd"):
-        with pytest.raises(UsageError, match=rf"'{name}': this teacher's eps is 1e-06, so `std` is needed"):
+        with pytest.raises(
+            UsageError, match=rf"'{name}': this teacher's eps is 1e-06, so `std` is needed"
+        ):
             derived.target(name, h, tail_of(16, 1e-6))
     with pytest.raises(UsageError, match=r"'y' needs `stats`.*feature_stats"):
         derived.target("y", h, tail_of(16, 1e-5))
@@ -90,7 +102,8 @@ def test_what_cannot_be_derived_is_one_line() -> None:
         derived.target("q", h, tail_of(16, 1e-5))
     with pytest.raises(UserError, match="has no projection; it has gamma, beta, eps"):
         derived.target("z", h, tail_of(16, 1e-5, None))
-    with pytest.raises(UserError, match="has no beta, eps, gamma; it has nothing"):  # it pools before its norm
+    # it pools before its norm
+    with pytest.raises(UserError, match="has no beta, eps, gamma; it has nothing"):
         derived.target("f", h, {})
 
 
@@ -117,7 +130,14 @@ def tower() -> VisionTransformer:
 def vit() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 0}
+        sizes = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 24,
+            "depth": 3,
+            "num_heads": 3,
+            "num_classes": 0,
+        }
         return shake(timm.create_model("vit_tiny_patch16_224", **sizes))
 
 
@@ -131,12 +151,14 @@ def teacher(kind: str) -> Clip | TimmVit:
 
 
 def reference(kind: str, batch: np.ndarray) -> dict[str, np.ndarray]:
-    """uint8 (n, S, S, 3) -> the model's own final norm of every token, its projection of them, and of [CLS] what the
-    model returns; float64, the library's forward with one hook."""
+    """uint8 (n, S, S, 3) -> the model's own final norm of every token, its projection of them, and
+    of [CLS] what the model returns; float64, the library's forward with one hook."""
     model = MODELS[kind]().double()
     norm = model.ln_post if kind == "clip" else model.norm
     mean, std = (
-        ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)) if kind == "clip" else (0.5, 0.5)
+        ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        if kind == "clip"
+        else (0.5, 0.5)
     )
     x = (batch / 255 - np.asarray(mean)) / np.asarray(std)
     seen: list[Tensor] = []
@@ -159,7 +181,9 @@ def relative(got: np.ndarray, wanted: np.ndarray) -> float:
 def cache_of(folder: Path, kind: str) -> Path:
     out = folder.parent / f"derive-{kind}"
     policy = Policy(size=32)
-    made = plan.Plan(open_source(folder), teacher(kind), policy, 2, (2, 3), rows_per_shard=5, pixels=True)
+    made = plan.Plan(
+        open_source(folder), teacher(kind), policy, 2, (2, 3), rows_per_shard=5, pixels=True
+    )
     extract.run(made, out, batch_size=4)
     return out
 
@@ -197,14 +221,18 @@ def test_the_cache_gives_the_models_own_output(photos: Path, kind: str) -> None:
 
 def test_the_residual_stream_of_any_level(photos: Path) -> None:
     with featcache.open(cache_of(photos, "timm")) as cache:
-        pixels = torch.from_numpy(cache.read(range(11), 0, ["pixels"])["pixels"]).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(cache.read(range(11), 0, ["pixels"])["pixels"]).permute(
+            0, 3, 1, 2
+        )
         ys, _ = teacher("timm")(pixels, (2, 3))
         for level, y in zip((2, 3), ys, strict=True):
             assert relative(cache.derive("y", level=level), y.numpy()) < 1e-3
         np.testing.assert_array_equal(cache.derive("y"), cache.derive("y", level=3))
         with pytest.raises(UsageError, match=r"'f' is of the last level, 3; level 2 is given"):
             cache.derive("f", level=2)
-        with pytest.raises(UserError, match=r"'y' needs level 1 of timm, stored are 2,3; add it with .*--levels 1"):
+        with pytest.raises(
+            UserError, match=r"'y' needs level 1 of timm, stored are 2,3; add it with .*--levels 1"
+        ):
             cache.derive("y", level=1)
         with pytest.raises(UserError, match="has no proj"):
             cache.derive("z")
@@ -215,8 +243,15 @@ def test_the_residual_stream_of_any_level(photos: Path) -> None:
 def test_ranked_tokens_come_by_rank(photos: Path, tmp_path: Path) -> None:
     made = make_plan(photos, SYNTHETIC, levels=(3,))
     extract.run(made, tmp_path / "raster", batch_size=4)
-    extract.run(make_plan(photos, SYNTHETIC, levels=(3,), tokens="ranked", keep=2), tmp_path / "ranked", batch_size=4)
-    with featcache.open(tmp_path / "raster") as raster, featcache.open(tmp_path / "ranked") as ranked:
+    extract.run(
+        make_plan(photos, SYNTHETIC, levels=(3,), tokens="ranked", keep=2),
+        tmp_path / "ranked",
+        batch_size=4,
+    )
+    with (
+        featcache.open(tmp_path / "raster") as raster,
+        featcache.open(tmp_path / "ranked") as ranked,
+    ):
         order = raster.read(range(11), 1, ["mask_order"])["mask_order"].astype(int)
         whole, kept = raster.derive("f", view=1), ranked.derive("f", view=1)
     for row in range(11):

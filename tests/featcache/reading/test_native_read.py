@@ -1,5 +1,6 @@
-"""Ranges read by machine code are those that numpy cuts out of the file, checked ones or an error that names them; its
-crc32c is that of another library, for every width of a register that this machine has."""
+"""Ranges read by machine code are those that numpy cuts out of the file, checked ones or an error
+that names them; its crc32c is that of another library, for every width of a register that this
+machine has."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def reads() -> Iterator[RangeReader]:
 
 @st.composite
 def runs(draw: st.DrawFn) -> RangeBatch:
-    """Rows of one to four pieces, in any order of their files, to any of the rows of a larger target."""
+    """Rows of one to four pieces, in any order of their files, to any of the rows of a larger
+    target."""
     sizes = draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4))
     gaps = draw(st.lists(st.integers(0, 50), min_size=len(sizes), max_size=len(sizes)))
     first = np.cumsum([0, *sizes])
@@ -61,7 +63,9 @@ def runs(draw: st.DrawFn) -> RangeBatch:
     file = np.sort(draw(st.lists(st.integers(0, FILES - 1), min_size=len(at), max_size=len(at))))
     names, file = np.unique(file, return_inverse=True)
     target = np.zeros((12, int(first[-1])), np.uint8)
-    return RangeBatch([str(name) for name in names], target, np.array(at), file, np.array(offsets), pieces)
+    return RangeBatch(
+        [str(name) for name in names], target, np.array(at), file, np.array(offsets), pieces
+    )
 
 
 def at(run: RangeBatch, paths: list[str], crcs: np.ndarray | None = None) -> RangeBatch:
@@ -73,7 +77,9 @@ def wanted(run: RangeBatch) -> np.ndarray:
     out = np.zeros_like(run.target)
     for row, file, offset in zip(run.at, run.file, run.offsets, strict=True):
         for source, place, size, _ in run.pieces:
-            out[row, place : place + size] = DATA[int(run.paths[file]), offset + source : offset + source + size]
+            out[row, place : place + size] = DATA[
+                int(run.paths[file]), offset + source : offset + source + size
+            ]
     return out
 
 
@@ -87,14 +93,27 @@ def sums(run: RangeBatch) -> np.ndarray:
     return out
 
 
-ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.mark.parametrize("hot", [3000, 9000, 1 << 19])  # checked after so many bytes
 @ANY
-@given(run=runs(), checks=st.booleans(), close=st.sampled_from([1, 8]), call=st.sampled_from([1, 9000, 1 << 25]))
+@given(
+    run=runs(),
+    checks=st.booleans(),
+    close=st.sampled_from([1, 8]),
+    call=st.sampled_from([1, 9000, 1 << 25]),
+)
 def test_they_are_what_the_files_hold(
-    paths: list[str], reads: RangeReader, hot: int, run: RangeBatch, checks: bool, close: int, call: int
+    paths: list[str],
+    reads: RangeReader,
+    hot: int,
+    run: RangeBatch,
+    checks: bool,
+    close: int,
+    call: int,
 ) -> None:
     run.target[:] = 0
     settings = (preads, "_HOT", hot), (preads, "_CLOSE", close), (ranges, "_AT_ONCE", call)
@@ -109,9 +128,14 @@ def test_they_are_what_the_files_hold(
 @given(run=runs(), part_bytes=st.integers(1, 20_000), files=st.integers(1, 4))
 def test_parts_are_the_run_cut_up(run: RangeBatch, part_bytes: int, files: int) -> None:
     parts = list(cut([run], part_bytes, files))
-    assert all(1 <= len(part.paths) <= files and set(part.file) == set(range(len(part.paths))) for part in parts)
+    assert all(
+        1 <= len(part.paths) <= files and set(part.file) == set(range(len(part.paths)))
+        for part in parts
+    )
     for name in ("at", "offsets"):
-        np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(run, name))
+        np.testing.assert_array_equal(
+            np.concatenate([getattr(part, name) for part in parts]), getattr(run, name)
+        )
     assert [part.paths[i] for part in parts for i in part.file] == [run.paths[i] for i in run.file]
     assert all(part.row_bytes * len(part.at) <= max(part_bytes, part.row_bytes) for part in parts)
 
@@ -124,19 +148,29 @@ def test_a_wrong_sum_names_its_row_and_column(
     crcs = sums(run)
     bad = data.draw(st.integers(0, len(run.at) - 1)), data.draw(st.integers(0, len(run.pieces) - 1))
     crcs[bad] ^= 1
-    with mock.patch.object(RangeReader, "_fill_together", return_value=False), pytest.raises(BadRow) as caught:
+    with (
+        mock.patch.object(RangeReader, "_fill_together", return_value=False),
+        pytest.raises(BadRow) as caught,
+    ):
         reads.read([at(run, paths, crcs)])
     assert (caught.value.row, caught.value.column) == (run.at[bad[0]], bad[1])
     assert caught.value.path == paths[int(run.paths[run.file[bad[0]]])]
 
 
-def test_a_short_file_is_an_error_never_zeros(tmp_path: Path, reads: RangeReader, paths: list[str]) -> None:
+def test_a_short_file_is_an_error_never_zeros(
+    tmp_path: Path, reads: RangeReader, paths: list[str]
+) -> None:
     short = tmp_path / "short"
     short.write_bytes(DATA[0, :1000].tobytes())
     target = np.full((4, 5000), 7, np.uint8)
     pieces = ByteRange(0, 0, 400), ByteRange(400, 400, 200)
     run = RangeBatch(
-        [paths[1], str(short)], target, np.arange(4), np.array([0, 1, 1, 1]), np.array([0, 0, 500, 0]), pieces
+        [paths[1], str(short)],
+        target,
+        np.arange(4),
+        np.array([0, 1, 1, 1]),
+        np.array([0, 0, 500, 0]),
+        pieces,
     )
     with pytest.raises(UserError, match=r"short: ends before byte 1100; run `featcache verify`"):
         reads.read([run])
@@ -151,7 +185,9 @@ def test_nothing_is_written_beyond_the_memory(paths: list[str]) -> None:
 
     def fill(target: np.ndarray, at: int, place: int, size: int = 5) -> None:
         with Path(paths[0]).open("rb") as file:
-            run = RangeBatch(paths[:1], target, np.array([at]), zero, zero, (ByteRange(0, place, size),))
+            run = RangeBatch(
+                paths[:1], target, np.array([at]), zero, zero, (ByteRange(0, place, size),)
+            )
             native_read.fill([file.fileno()], run, 0, never)
 
     fill(memory, 1, 3)
@@ -172,7 +208,9 @@ def never(file: int, view: memoryview, offset: int) -> None:
 
 # ------------------------------------------------------------ crc32c
 
-CHECKED = pytest.mark.skipif(not crc32c_jit.CHECKS, reason="this processor has no carry-less multiplication")
+CHECKED = pytest.mark.skipif(
+    not crc32c_jit.CHECKS, reason="this processor has no carry-less multiplication"
+)
 
 
 @pytest.fixture(scope="module", params=crc32c_jit.LANES)
@@ -188,9 +226,15 @@ def crc(request: pytest.FixtureRequest) -> Callable[[np.ndarray], int]:
 
 @CHECKED
 def test_the_sum_is_the_one_in_the_standard(crc: Callable[[np.ndarray], int]) -> None:
-    """RFC 3720 B.4: 32 bytes of zeros, of ones, ascending, descending; and the check value of the catalogues."""
+    """RFC 3720 B.4: 32 bytes of zeros, of ones, ascending, descending; and the check value of the
+    catalogues."""
     up = np.arange(32, dtype=np.uint8)
-    known = {bytes(32): 0x8A9136AA, b"\xff" * 32: 0x62A8AB43, bytes(up): 0x46DD794E, bytes(up[::-1]): 0x113FDB5C}
+    known = {
+        bytes(32): 0x8A9136AA,
+        b"\xff" * 32: 0x62A8AB43,
+        bytes(up): 0x46DD794E,
+        bytes(up[::-1]): 0x113FDB5C,
+    }
     for data, value in {**known, b"123456789": 0xE3069283, b"": 0}.items():
         assert crc(np.frombuffer(data, np.uint8)) == value
 
@@ -220,8 +264,12 @@ def test_it_is_there_on_every_processor_with_the_instructions() -> None:
 NO_FEATURES = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
 
 
-@pytest.mark.parametrize("without", [NO_FEATURES, {"NUMBA_DISABLE_JIT": "1"}], ids=["features", "compiler"])
-def test_what_cannot_be_compiled_is_checked_otherwise(tmp_path: Path, without: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "without", [NO_FEATURES, {"NUMBA_DISABLE_JIT": "1"}], ids=["features", "compiler"]
+)
+def test_what_cannot_be_compiled_is_checked_otherwise(
+    tmp_path: Path, without: dict[str, str]
+) -> None:
     """numba told to make code for any x86-64, or none: rows are read, a wrong sum is named."""
     code = """
 import os, sys, numpy as np, crc32c
@@ -231,10 +279,14 @@ assert not crc32c_jit.CHECKS
 data = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8)
 open(sys.argv[1], "wb").write(data.tobytes())
 pieces = tuple(ByteRange(low, low, 500_000, i) for i, low in enumerate((0, 500_000)))
-sums = [[crc32c.crc32c(data[low:low + 500_000].tobytes()) for low in (at, at + 500_000)] for at in (0, 2_000_000)]
+sums = [
+    [crc32c.crc32c(data[low:low + 500_000].tobytes()) for low in (at, at + 500_000)]
+    for at in (0, 2_000_000)
+]
 target = np.zeros((2, 1_000_000), np.uint8)
 one, offsets = np.zeros(2, np.int64), np.array([0, 2_000_000])
-run = RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, pieces, np.array(sums, np.uint32))
+sums = np.array(sums, np.uint32)
+run = RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, pieces, sums)
 range_reader.RangeReader(2).read([run])
 assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
 run.crcs[1, 1] ^= 1
@@ -243,9 +295,12 @@ try:
 except BadRow as bad:
     print(bad.row, bad.column)
 target[:] = 0
-range_reader.RangeReader(2).read([RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, pieces)])
+run = RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, pieces)
+range_reader.RangeReader(2).read([run])
 assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
 """
     plain = {**os.environ, **without, "NUMBA_CACHE_DIR": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "file"], env=plain, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "file"], env=plain, capture_output=True, text=True
+    )
     assert (ran.returncode, ran.stdout) == (0, "1 1\n"), ran.stderr

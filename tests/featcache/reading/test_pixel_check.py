@@ -1,7 +1,9 @@
-"""Every row of every path: extracted and trained alike the proof passes, and a path that differs stops the run.
+"""Every row of every path: extracted and trained alike the proof passes, and a path that differs
+stops the run.
 
-Through the commands. Paths: tars, the .beton of the same JPEGs through our decoder, the same through FFCV's, and pixels
-that the cache stores. The pictures are JPEGs but for two PNGs, as FFCV stores those in another way.
+Through the commands. Paths: tars, the .beton of the same JPEGs through our decoder, the same
+through FFCV's, and pixels that the cache stores. The pictures are JPEGs but for two PNGs, as FFCV
+stores those in another way.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def packed() -> Path:
 
 @functools.cache
 def recoded() -> Path:
-    """The same keys and crops, each picture decoded and compressed again: what FFCV's own writer makes of JPEGs."""
+    """The same keys and crops, each picture decoded and compressed again: what FFCV's own writer
+    makes of JPEGs."""
     source, folder = open_source(tars()), fx.root() / "recoded"
     for i, key in enumerate(source.keys):
         path = folder / f"{key}.jpg"
@@ -128,12 +131,14 @@ def test_the_proof_passes_on_every_row_of_the_same_path(
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("tar", ()), ("beton", ("--decoder", "pillow")), ("stored", ("--decode",))]
+    ("name", "options"),
+    [("tar", ()), ("beton", ("--decoder", "pillow")), ("stored", ("--decode",))],
 )
 def test_tars_and_their_beton_are_one_path(
     ffcv: None, name: str, options: tuple[str, ...], tmp_path: Path, checked: set[tuple[int, int]]
 ) -> None:
-    """The JPEGs of a .beton through our decoder are the pixels of the tars they came from, whichever was extracted."""
+    """The JPEGs of a .beton through our decoder are the pixels of the tars they came from,
+    whichever was extracted."""
     other = packed() if name != "beton" else tars()
     fx.good(train(cache_of(name), tmp_path / "run", "--images", other, *options))
     assert checked == EVERY
@@ -153,7 +158,8 @@ def test_the_caches_of_both_hold_the_same_rows(ffcv: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("--decoder", "ffcv"), ("--images", "PACKED"), ("--images", "PACKED", "--decoder", "ffcv")]
+    "options",
+    [("--decoder", "ffcv"), ("--images", "PACKED"), ("--images", "PACKED", "--decoder", "ffcv")],
 )
 def test_a_cache_of_ffcvs_path_takes_it_however_the_pictures_are_named(
     ffcv: None, options: tuple[str, ...], tmp_path: Path, checked: set[tuple[int, int]]
@@ -180,10 +186,20 @@ def test_stored_pixels_need_no_decoder_and_their_proof_is_of_what_is_stored(
         ("tar", recoded, (), r"picture '.*', view \d: its pixels are not those the teacher saw"),
         ("beton", recoded, (), r"picture '.*', view \d: its pixels are not those the teacher saw"),
         ("ffcv", recoded, (), r"picture '.*', view \d: its pixels are not those the teacher saw"),
-        ("stored", recoded, ("--decode",), r"picture '.*', view \d: its pixels are not those the teacher saw"),
+        (
+            "stored",
+            recoded,
+            ("--decode",),
+            r"picture '.*', view \d: its pixels are not those the teacher saw",
+        ),
         ("tar", packed, ("--decoder", "ffcv"), "decoder is 'pillow' there, 'ffcv' here"),
         ("beton", None, ("--decoder", "ffcv"), "decoder is 'pillow' there, 'ffcv' here"),
-        ("stored", packed, ("--decode", "--decoder", "ffcv"), "decoder is 'pillow' there, 'ffcv' here"),
+        (
+            "stored",
+            packed,
+            ("--decode", "--decoder", "ffcv"),
+            "decoder is 'pillow' there, 'ffcv' here",
+        ),
         ("ffcv", None, ("--decoder", "pillow"), "decoder is 'ffcv' there, 'pillow' here"),
         ("ffcv", tars, (), "decoder is 'ffcv' there, 'pillow' here"),
         ("stored-ffcv", tars, ("--decode",), "decoder is 'ffcv' there, 'pillow' here"),
@@ -207,7 +223,8 @@ def test_another_path_stops_the_run(
 
 @pytest.mark.parametrize(("name", "other"), [("beton", "ffcv"), ("ffcv", "pillow")])
 def test_no_row_of_one_decoder_passes_for_the_others(ffcv: None, name: str, other: str) -> None:
-    """The identity is compared first; were it not, the proof itself would find every row of every view."""
+    """The identity is compared first; were it not, the proof itself would find every row of every
+    view."""
     with Cache(cache_of(name)) as cache:
         source = open_source(packed(), other)
         policy = policy_from_dict(cache.identity["policy"])
@@ -218,7 +235,9 @@ def test_no_row_of_one_decoder_passes_for_the_others(ffcv: None, name: str, othe
                 drawn = cache.read([row], view, ("crop", "flip", "jitter"))
                 parts = (drawn["crop"][0], drawn["flip"][0], drawn["jitter"][0])
                 with pytest.raises(IdentityError, match="not those the teacher saw"):
-                    pixel_check.prove(cache, row, view, render(picture, *parts, policy.size, filter))
+                    pixel_check.prove(
+                        cache, row, view, render(picture, *parts, policy.size, filter)
+                    )
 
 
 # ------------------------------------------------------------ other commands
@@ -246,7 +265,8 @@ def test_repair_extracts_the_same_bytes_by_the_caches_path(ffcv: None, tmp_path:
 
 
 def test_the_command_of_a_cache_names_its_decoder(ffcv: None, tmp_path: Path) -> None:
-    """`info` prints it; typed again it finds nothing to do, and without the decoder it is another cache's."""
+    """`info` prints it; typed again it finds nothing to do, and without the decoder it is another
+    cache's."""
     cache = cache_of("ffcv")
     made = json.loads(fx.good(fx.feat("info", str(cache), "--json")).out)
     words = next(text for text in _texts(made) if text.startswith("featcache extract ")).split()[2:]
@@ -257,7 +277,10 @@ def test_the_command_of_a_cache_names_its_decoder(ffcv: None, tmp_path: Path) ->
     plain[plain.index("--filter") + 1] = "bicubic"
     ran = fx.feat("extract", *plain)
     assert ran.status == 1
-    assert "identity.pixel_path.decoder (fatal): 'pillow' here, 'ffcv' there, give --decoder ffcv" in ran.line
+    assert (
+        "identity.pixel_path.decoder (fatal): 'pillow' here, 'ffcv' there, give --decoder ffcv"
+        in ran.line
+    )
 
 
 def _texts(value: Any) -> list[str]:
@@ -273,7 +296,9 @@ def test_the_teacher_in_the_loop_sees_what_the_cache_holds(ffcv: None, tmp_path:
     steps = ("--steps", "6", "--batch-size", "8", "--cache", cache_of("ffcv"))
     fx.good(fx.train("maskalign", tmp_path / "cached", *steps))
     fx.good(fx.train("maskalign", tmp_path / "online", *steps, "--teacher", "online"))
-    np.testing.assert_allclose(fx.losses(tmp_path / "cached"), fx.losses(tmp_path / "online"), rtol=2e-3)
+    np.testing.assert_allclose(
+        fx.losses(tmp_path / "cached"), fx.losses(tmp_path / "online"), rtol=2e-3
+    )
 
 
 def test_fresh_views_through_ffcv(ffcv: None, tmp_path: Path) -> None:
@@ -306,7 +331,9 @@ def test_a_search_finds_the_cache_of_the_path_that_is_asked_for(ffcv: None, tmp_
         "patch_size=8",
     )
     for name, options in (("beton", ()), ("ffcv", ("--decoder", "ffcv"))):
-        ran = fx.good(fx.train("maskalign", tmp_path / "run", *settings, *options, home=home, sets=teacher))
+        ran = fx.good(
+            fx.train("maskalign", tmp_path / "run", *settings, *options, home=home, sets=teacher)
+        )
         assert ran.json["targets"] == f"cache {manifest.read(home / name)['id']}"
 
 
@@ -316,8 +343,16 @@ def test_a_search_finds_the_cache_of_the_path_that_is_asked_for(ffcv: None, tmp_
 @pytest.mark.parametrize(
     ("pictures", "options", "words"),
     [
-        (packed, ("--decoder", "ffcv", "--filter", "bicubic"), "filter bicubic: --decoder ffcv resizes by area"),
-        (packed, ("--filter", "area"), "filter area: --decoder pillow resizes by bicubic, bilinear or lanczos"),
+        (
+            packed,
+            ("--decoder", "ffcv", "--filter", "bicubic"),
+            "filter bicubic: --decoder ffcv resizes by area",
+        ),
+        (
+            packed,
+            ("--filter", "area"),
+            "filter area: --decoder pillow resizes by bicubic, bilinear or lanczos",
+        ),
         (tars, ("--decoder", "ffcv"), "--decoder ffcv decodes what FFCV wrote, a .beton"),
         (packed, ("--decoder", "turbo"), "'turbo'"),
     ],
@@ -345,8 +380,8 @@ def test_what_extraction_refuses(
 
 def test_a_tokenizer_resizes_by_its_own_filter(ffcv: None, tmp_path: Path) -> None:
     ran = fx.feat(
-        "extract", "--teacher", "dvae", "--weights", "random:0", "--images", str(packed()), "--decoder", "ffcv",
-        "--out", str(tmp_path / "cache"), "--dry-run",
+        "extract", "--teacher", "dvae", "--weights", "random:0", "--images", str(packed()),
+        "--decoder", "ffcv", "--out", str(tmp_path / "cache"), "--dry-run",
     )  # fmt: skip
     assert ran.status == 2
     assert "filter lanczos: --decoder ffcv resizes by area" in ran.line
@@ -361,8 +396,9 @@ def test_a_decoder_for_pixels_that_are_stored(ffcv: None, tmp_path: Path) -> Non
 def test_a_check_of_the_teacher_looks_at_whole_pictures(ffcv: None, tmp_path: Path) -> None:
     """Its own views are Pillow's, whatever the path of the cache."""
     ran = fx.feat(
-        "extract", "--teacher", fx.TEACHER, "--images", str(packed()), "--decoder", "ffcv", "--size", str(fx.SIZE),
-        "--levels", "all", "--check-teacher", str(packed()), "--out", str(tmp_path / "cache"), "--dry-run",
+        "extract", "--teacher", fx.TEACHER, "--images", str(packed()), "--decoder", "ffcv",
+        "--size", str(fx.SIZE), "--levels", "all", "--check-teacher", str(packed()), "--out",
+        str(tmp_path / "cache"), "--dry-run",
     )  # fmt: skip
     assert "check of synthetic" in ran.err
 
@@ -371,7 +407,8 @@ def test_a_dataset_of_a_users_own_trainer_takes_the_caches_path(ffcv: None) -> N
     data = Dataset(packed(), cache_of("ffcv"), check_pixels=1.0)
     here = [data[i]["pixels"] for i in range(len(data))]
     assert len(here) == fx.PICTURES
-    batches = list(DataLoader(data, 8, num_workers=1))  # in another process the stages are compiled there
+    # in another process the stages are compiled there
+    batches = list(DataLoader(data, 8, num_workers=1))
     assert torch.equal(torch.cat([batch["pixels"] for batch in batches]), torch.stack(here))
     with pytest.raises(IdentityError, match="decoder is 'ffcv' there, 'pillow' here"):
         Dataset(tars(), cache_of("ffcv"))

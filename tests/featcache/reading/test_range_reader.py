@@ -1,6 +1,8 @@
-"""Reading under duress: changed, cut and missing files, short reads, forks, threads, few handles, no page cache.
+"""Reading under duress: changed, cut and missing files, short reads, forks, threads, few handles,
+no page cache.
 
-The caches are those of test_reader.py; whatever happens, what is read is right or an error names the file.
+The caches are those of test_reader.py; whatever happens, what is read is right or an error names
+the file.
 """
 
 from __future__ import annotations
@@ -33,7 +35,15 @@ from featcache.storage import posix_io
 from featcache.storage.store import SHARDS, STORES, Array, array, store
 from tests.conftest import copy_tree, flip, python
 from tests.featcache.reading import test_cache
-from tests.featcache.reading.test_cache import FIELDS, KEYS, NUMBERS, TOKENS, VIEWS, knows_direct, write_cache
+from tests.featcache.reading.test_cache import (
+    FIELDS,
+    KEYS,
+    NUMBERS,
+    TOKENS,
+    VIEWS,
+    knows_direct,
+    write_cache,
+)
 
 CHUNK = f"{SHARDS}/000001.zarr/features/c.0.1.0.0.0"
 KINDS = [(name, tokens) for name in STORES for tokens in ("raster", "ranked")]
@@ -63,7 +73,9 @@ def of_one_file(
     path: Path, target: np.ndarray, at: list[int], offsets: list[int], *rest: Any, **more: Any
 ) -> byte_ranges.RangeBatch:
     one = np.zeros(len(at), np.int64)
-    return byte_ranges.RangeBatch([str(path)], target, np.array(at), one, np.array(offsets), *rest, **more)
+    return byte_ranges.RangeBatch(
+        [str(path)], target, np.array(at), one, np.array(offsets), *rest, **more
+    )
 
 
 def leave_to_preadv(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +96,13 @@ def check_all(cache: Cache, tokens: int | None = None) -> None:
 # ---------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("name", [CHUNK, f"{SHARDS}/000000.zarr/attention/c.0.0.0", f"{SHARDS}/000000.zarr/zarr.json"])
+@pytest.mark.parametrize(
+    "name", [CHUNK, f"{SHARDS}/000000.zarr/attention/c.0.0.0", f"{SHARDS}/000000.zarr/zarr.json"]
+)
 @pytest.mark.parametrize("how", ["short", "missing", "longer"])
-def test_a_file_of_another_size_is_named_when_the_cache_is_opened(copy: Path, name: str, how: str) -> None:
+def test_a_file_of_another_size_is_named_when_the_cache_is_opened(
+    copy: Path, name: str, how: str
+) -> None:
     path = copy / name
     data = path.read_bytes()
     path.unlink()
@@ -99,7 +115,9 @@ def test_a_file_of_another_size_is_named_when_the_cache_is_opened(copy: Path, na
 
 @pytest.mark.parametrize("io", ["buffered", "streaming", "direct"])
 @pytest.mark.parametrize("how", ["short", "missing"])
-@pytest.mark.parametrize("name", [CHUNK, f"{SHARDS}/000001.zarr/row_crc/c.0.0.0", f"{SHARDS}/000001.zarr/flip/c.0.0"])
+@pytest.mark.parametrize(
+    "name", [CHUNK, f"{SHARDS}/000001.zarr/row_crc/c.0.0.0", f"{SHARDS}/000001.zarr/flip/c.0.0"]
+)
 @pytest.mark.parametrize("rows", [[7], [5, 6, 7]])
 def test_a_file_that_goes_while_the_cache_is_open_is_named(
     copy: Path, name: str, how: str, io: str, rows: list[int]
@@ -120,7 +138,9 @@ def test_a_file_that_goes_while_the_cache_is_open_is_named(
 
 @pytest.mark.parametrize("levels", [None, [5], [6, 2]])
 @pytest.mark.parametrize("rows", [[6], [5, 6, 7], [7, 6, 6]])
-def test_a_flipped_bit_is_never_read_in_silence(copy: Path, levels: list[int] | None, rows: list[int]) -> None:
+def test_a_flipped_bit_is_never_read_in_silence(
+    copy: Path, levels: list[int] | None, rows: list[int]
+) -> None:
     """Row 6 is the second of its shard; its level 5 begins after one row and one level."""
     path = copy / CHUNK
     flip(path, 240 + 80 + 33)
@@ -136,7 +156,9 @@ def test_a_flipped_bit_is_never_read_in_silence(copy: Path, levels: list[int] | 
         assert cache.read(rows, 1, levels=levels, check=False)
 
 
-ANYWHERE = st.tuples(st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 7))
+ANYWHERE = st.tuples(
+    st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 7)
+)
 
 
 @settings(max_examples=300)
@@ -163,15 +185,25 @@ def test_a_flip_anywhere_is_harmless_or_named(
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
-def test_a_flip_in_the_numbers_is_always_named(folders: dict[tuple[str, str], Path], kind: tuple[str, str]) -> None:
+def test_a_flip_in_the_numbers_is_always_named(
+    folders: dict[tuple[str, str], Path], kind: tuple[str, str]
+) -> None:
     """The middle of every array, also of the checksums' own files."""
     with featcache.open(folders[kind]) as cache:
-        specs: list[Array] = [array(name, facts) for name, facts in cache.manifest["arrays"].items()]
+        specs: list[Array] = [
+            array(name, facts) for name, facts in cache.manifest["arrays"].items()
+        ]
     tokens = 2 if kind[1] == "ranked" else None
     for spec in specs:
-        place, offsets = store(kind[0]).locate(folders[kind], "000001", spec, VIEWS, 1, np.array([1]))
+        place, offsets = store(kind[0]).locate(
+            folders[kind], "000001", spec, VIEWS, 1, np.array([1])
+        )
         path, at = Path(place), int(offsets[0])
-        at += 4 * 3 * (2 - 1) if spec.name == "prefix_crc" else min(spec.item_bytes // 2, spec.item_bytes - 1)
+        at += (
+            4 * 3 * (2 - 1)
+            if spec.name == "prefix_crc"
+            else min(spec.item_bytes // 2, spec.item_bytes - 1)
+        )
         if spec.name == "features" and tokens:
             at = int(offsets[0])  # within the prefix
         flip(path, at, 3)
@@ -204,17 +236,24 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
 
 
 def twins(cache: Path, store: str) -> list[list[tuple[Path, Path]]]:
-    """Files that can take each other's place unseen, of equal size and other bytes: of two shards, and of two views."""
+    """Files that can take each other's place unseen, of equal size and other bytes: of two shards,
+    and of two views."""
     folders = [cache / SHARDS / f"{shard}.{store}" for shard in ("000000", "000001")]
     names = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     split = {"zarr": ("c.0.0.", "c.0.1."), "webdataset": ("v0.", "v1.")}[store]
     across = [(folders[0] / name, folders[1] / name) for name in names]
-    within = [(folders[0] / n, folders[0] / n.with_name(n.name.replace(*split))) for n in names if split[0] in n.name]
+    within = [
+        (folders[0] / n, folders[0] / n.with_name(n.name.replace(*split)))
+        for n in names
+        if split[0] in n.name
+    ]
     return [
         [
             (one, other)
             for one, other in pairs
-            if other.is_file() and one.stat().st_size == other.stat().st_size and one.read_bytes() != other.read_bytes()
+            if other.is_file()
+            and one.stat().st_size == other.stat().st_size
+            and one.read_bytes() != other.read_bytes()
         ]
         for pairs in (across, within)
     ]
@@ -224,7 +263,8 @@ def twins(cache: Path, store: str) -> list[list[tuple[Path, Path]]]:
 def test_files_in_one_another_s_place_are_never_read_as_their_own(
     alike: dict[tuple[str, str], Path], kind: tuple[str, str]
 ) -> None:
-    """All files of two shards at once (every checksum then fits its row), all of two views, and each alone."""
+    """All files of two shards at once (every checksum then fits its row), all of two views, and
+    each alone."""
 
     def read() -> None:
         with featcache.open(alike[kind]) as cache:
@@ -255,7 +295,9 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path,
     with featcache.open(copy) as cache:
         asked = []
         sound = cache._base.store.sound
-        proof = byte_ranges.FileCheck(lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts)
+        proof = byte_ranges.FileCheck(
+            lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts
+        )
         memory = np.empty((1, 12), np.uint8)
         run = of_one_file(path, memory, [0], [0], (byte_ranges.ByteRange(0, 0, 12),), proof=proof)
         for _ in range(3):
@@ -266,7 +308,8 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path,
             path.unlink()
             cache.close()
         path.write_bytes(data[:-5] + b"x" + data[-4:])
-        os.utime(path, ns=(0, 0))  # on a file system that tells time in seconds nothing else would differ
+        # on a file system that tells time in seconds nothing else would differ
+        os.utime(path, ns=(0, 0))
         with pytest.raises(UserError, match="not those that were recorded"):
             cache._reads.read([run])
         assert asked == [path, path]
@@ -277,7 +320,8 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path,
 def test_neighbours_are_read_together_and_each_is_checked(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, wrong: int | None
 ) -> None:
-    """Three pieces of 3,000 bytes; with a wrong checksum the piece it belongs to is named, however many are joined."""
+    """Three pieces of 3,000 bytes; with a wrong checksum the piece it belongs to is named, however
+    many are joined."""
     monkeypatch.setattr(range_reader, "_HOT", most)
     data = np.random.default_rng(0).integers(0, 256, 9100, np.uint8)
     path = tmp_path / "file"
@@ -290,10 +334,15 @@ def test_neighbours_are_read_together_and_each_is_checked(
         return plain(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", counted)
-    sums = np.array([[crc32c.crc32c(data[100 + low : 3100 + low].tobytes()) for low in (0, 3000, 6000)]], np.uint32)
+    sums = np.array(
+        [[crc32c.crc32c(data[100 + low : 3100 + low].tobytes()) for low in (0, 3000, 6000)]],
+        np.uint32,
+    )
     if wrong is not None:
         sums[0, wrong] ^= 1
-    pieces = tuple(byte_ranges.ByteRange(low, low, 3000, column) for column, low in enumerate((0, 3000, 6000)))
+    pieces = tuple(
+        byte_ranges.ByteRange(low, low, 3000, column) for column, low in enumerate((0, 3000, 6000))
+    )
     target = np.zeros((1, 9000), np.uint8)
     run = of_one_file(path, target, [0], [100], pieces, sums)
     if wrong is None:
@@ -319,7 +368,9 @@ def test_a_share_of_the_rows_is_checked_and_others_the_next_time(copy: Path) -> 
                     cache.read([5, 6, 7], 1)
                 except UserError:
                     told[share] += 1
-            chosen = np.mean([cache._choose_rows(np.arange(1000), np.arange(1000) % 3).mean() for _ in range(20)])
+            chosen = np.mean(
+                [cache._choose_rows(np.arange(1000), np.arange(1000) % 3).mean() for _ in range(20)]
+            )
             assert abs(chosen - share) < 0.02
     assert told[0.0] == 0
     assert told[1.0] == 200
@@ -349,13 +400,19 @@ def test_short_reads_are_continued(copy: Path, monkeypatch: pytest.MonkeyPatch) 
     """A network file system may give less than was asked for."""
     original = os.preadv
     monkeypatch.setattr(
-        os, "preadv", lambda fd, buffers, offset: original(fd, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset)
+        os,
+        "preadv",
+        lambda fd, buffers, offset: original(
+            fd, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset
+        ),
     )
     with featcache.open(copy) as cache:
         check_all(cache)
 
 
-def test_a_failing_disk_is_one_line_with_the_file(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_one_line_with_the_file(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(fd: int, buffers: object, offset: int) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -366,7 +423,9 @@ def test_a_failing_disk_is_one_line_with_the_file(copy: Path, monkeypatch: pytes
             cache.read([7], 1)
 
 
-@pytest.mark.parametrize(("io", "call"), [("streaming", "posix_fadvise"), ("direct", "mmap"), ("buffered", "stat")])
+@pytest.mark.parametrize(
+    ("io", "call"), [("streaming", "posix_fadvise"), ("direct", "mmap"), ("buffered", "stat")]
+)
 def test_every_call_that_fails_is_one_line_with_the_file(
     copy: Path, monkeypatch: pytest.MonkeyPatch, io: str, call: str
 ) -> None:
@@ -387,8 +446,11 @@ def test_every_call_that_fails_is_one_line_with_the_file(
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOSPC])
-def test_machine_code_that_cannot_be_loaded(copy: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
-    """For want of a handle: read without it. For want of room: one line, or every read would compile it again."""
+def test_machine_code_that_cannot_be_loaded(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """For want of a handle: read without it. For want of room: one line, or every read would
+    compile it again."""
 
     def broken() -> None:
         raise OSError(error, os.strerror(error), "/folder/ranges.nbi")
@@ -400,11 +462,15 @@ def test_machine_code_that_cannot_be_loaded(copy: Path, monkeypatch: pytest.Monk
             check_all(cache)
             assert not cache._reads._by_machine_code
         else:
-            with pytest.raises(UserError, match=r"No space left on device: '/folder/ranges.nbi'; .*NUMBA_CACHE_DIR"):
+            with pytest.raises(
+                UserError, match=r"No space left on device: '/folder/ranges.nbi'; .*NUMBA_CACHE_DIR"
+            ):
                 cache.read([0])
 
 
-def test_a_file_that_does_not_close_keeps_nobody_from_reading(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_does_not_close_keeps_nobody_from_reading(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = os.close
 
     def broken(fd: int) -> None:
@@ -428,7 +494,9 @@ def test_an_error_in_one_thread_reaches_the_caller_and_the_cache_lives_on(
         for _ in range(20):
             with pytest.raises(UserError, match="row 6"):
                 cache.read([0, 5, 6, 7] * 5, 1)
-            np.testing.assert_array_equal(cache.read([0, 5, 7], 1)["features"], NUMBERS["features"][[0, 5, 7], 1])
+            np.testing.assert_array_equal(
+                cache.read([0, 5, 7], 1)["features"], NUMBERS["features"][[0, 5, 7], 1]
+            )
 
 
 # ---------------------------------------------------------------- past the page cache
@@ -440,7 +508,14 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
     data = np.random.default_rng(0).integers(0, 256, 3 * 4096 + 77, np.uint8)
     path.write_bytes(data.tobytes())
     reads = range_reader.RangeReader(1, "direct")
-    for low, count in [(0, 1), (4095, 2), (4096, 4096), (1, 3 * 4096 + 76), (3 * 4096 + 76, 1), (100, 9000)]:
+    for low, count in [
+        (0, 1),
+        (4095, 2),
+        (4096, 4096),
+        (1, 3 * 4096 + 76),
+        (3 * 4096 + 76, 1),
+        (100, 9000),
+    ]:
         target = np.zeros((1, count), np.uint8)
         run = of_one_file(path, target, [0], [low], (byte_ranges.ByteRange(0, 0, count),))
         try:
@@ -451,13 +526,17 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
             raise
         np.testing.assert_array_equal(target[0], data[low : low + count])
     for low, count in [(3 * 4096 + 77, 1), (3 * 4096, 78), (5 * 4096, 1)]:
-        run = of_one_file(path, np.zeros((1, count), np.uint8), [0], [low], (byte_ranges.ByteRange(0, 0, count),))
+        run = of_one_file(
+            path, np.zeros((1, count), np.uint8), [0], [low], (byte_ranges.ByteRange(0, 0, count),)
+        )
         with pytest.raises(UserError, match="ends before byte"):
             reads.read([run])
     reads.close()
 
 
-def test_a_file_system_without_direct_reads_says_so(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_direct_reads_says_so(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = os.open
 
     def refuse(path: object, flags: int, *rest: int) -> int:
@@ -466,7 +545,10 @@ def test_a_file_system_without_direct_reads_says_so(copy: Path, monkeypatch: pyt
         return original(path, flags, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", refuse)
-    with featcache.open(copy, io="direct") as cache, pytest.raises(UserError, match=r"O_DIRECT.*leave --direct out"):
+    with (
+        featcache.open(copy, io="direct") as cache,
+        pytest.raises(UserError, match=r"O_DIRECT.*leave --direct out"),
+    ):
         cache.read([0])
 
 
@@ -516,7 +598,8 @@ def test_after_a_fork_both_sides_read(threaded: Cache) -> None:
 
 @pytest.mark.parametrize("io", ["buffered", "streaming", "direct"])
 def test_forked_readers_do_not_share_memory(copy: Path, io: str) -> None:
-    """Each child reads one row of its own again and again, unchecked, while the other reads another."""
+    """Each child reads one row of its own again and again, unchecked, while the other reads
+    another."""
 
     def same(cache: Cache, row: int) -> None:
         for _ in range(300):
@@ -525,7 +608,10 @@ def test_forked_readers_do_not_share_memory(copy: Path, io: str) -> None:
 
     with featcache.open(copy, threads=1, io=io) as cache:
         same(cache, 0)
-        children = [multiprocessing.get_context("fork").Process(target=same, args=(cache, row)) for row in (1, 6)]
+        children = [
+            multiprocessing.get_context("fork").Process(target=same, args=(cache, row))
+            for row in (1, 6)
+        ]
         for child in children:
             child.start()
         for child in children:
@@ -578,7 +664,8 @@ def handles(folder: Path) -> int:
 
 @pytest.mark.parametrize("name", STORES)
 def test_handles_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Eight shards of a row: 100 files and more, four handles, and one more for each thread that is at it."""
+    """Eight shards of a row: 100 files and more, four handles, and one more for each thread that is
+    at it."""
     folder = write_cache(tmp_path / "c", name, sizes={f"{i:06d}": 1 for i in range(8)})
     monkeypatch.setattr(range_reader, "_MOST_HANDLES", 4)
     monkeypatch.setattr(range_reader, "_INLINE", 0)
@@ -618,7 +705,9 @@ cache.read([0], 0)
     assert ran.returncode == 0, ran.stderr
 
 
-def test_several_caches_share_the_handles_there_are(folders: dict[tuple[str, str], Path], copy: Path) -> None:
+def test_several_caches_share_the_handles_there_are(
+    folders: dict[tuple[str, str], Path], copy: Path
+) -> None:
     """Three open caches under a limit of 64, and other things that hold files open."""
     code = """
 import os, resource, sys, featcache
@@ -682,8 +771,11 @@ sys.exit(f"the child ended with {ended}" if ended else 0)
 
 @pytest.mark.parametrize("callers", [1, 3])
 def test_few_free_handles_are_shared(tmp_path: Path, callers: int) -> None:
-    """Rows of eight files, checked or not, first large reads, where up to nine handles are left by others."""
-    folder = write_cache(tmp_path / "cache", "zarr", "raster", sizes={f"{i:06d}": 1 for i in range(8)})
+    """Rows of eight files, checked or not, first large reads, where up to nine handles are left by
+    others."""
+    folder = write_cache(
+        tmp_path / "cache", "zarr", "raster", sizes={f"{i:06d}": 1 for i in range(8)}
+    )
     code = """
 import os, resource, sys, threading, numpy as np, featcache
 from featcache.reading import range_reader

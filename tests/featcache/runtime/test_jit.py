@@ -11,12 +11,15 @@ from featcache.runtime.jit import compiled
 
 
 def test_no_place_for_machine_code_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that was installed read-only, for a user without a home: numba refuses to cache there."""
+    """A package that was installed read-only, for a user without a home: numba refuses to cache
+    there."""
     plain = numba.njit
 
     def njit(**options: bool) -> Callable[..., object]:
         if options.pop("cache", False):
-            raise RuntimeError("cannot cache function '_twice': no locator available for file 'resample.py'")
+            raise RuntimeError(
+                "cannot cache function '_twice': no locator available for file 'resample.py'"
+            )
         made: Callable[..., object] = plain(**options)
         return made
 

@@ -41,13 +41,14 @@ def items(n: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def test_the_scalar_crc_is_that_of_the_standard() -> None:
-    assert castagnoli(b"123456789") == 0xE3069283  # RFC 3720, B.4 gives others; this is the catalogue's check value
+    # RFC 3720, B.4 gives others; this is the catalogue's check value
+    assert castagnoli(b"123456789") == 0xE3069283
     assert castagnoli(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
 
 
 def test_columns_are_by_name() -> None:
-    """Two levels of feature_stats, one number for each of the others; `features` has its own array. A manifest is
-    sorted, so the order in which the arrays come must not matter."""
+    """Two levels of feature_stats, one number for each of the others; `features` has its own array.
+    A manifest is sorted, so the order in which the arrays come must not matter."""
     assert checksums.columns(SPECS) == {
         "attention": 0,
         "feature_stats": 1,
@@ -74,7 +75,10 @@ def test_declared_arrays(ranked: bool) -> None:
 
 
 def test_levels_are_told_by_their_dimensions() -> None:
-    assert [spec.name for spec in SPECS if checksums.has_levels(spec)] == ["features", "feature_stats"]
+    assert [spec.name for spec in SPECS if checksums.has_levels(spec)] == [
+        "features",
+        "feature_stats",
+    ]
 
 
 @pytest.mark.parametrize("ranked", [False, True])
@@ -90,7 +94,9 @@ def test_every_number_is_the_crc_of_its_bytes(ranked: bool, n: int) -> None:
     for i in range(n):
         for level in range(L):
             assert got["row_crc"][i, level] == castagnoli(given["features"][i, level].tobytes())
-            assert got["side_crc"][i, 1 + level] == castagnoli(given["feature_stats"][i, level].tobytes())
+            assert got["side_crc"][i, 1 + level] == castagnoli(
+                given["feature_stats"][i, level].tobytes()
+            )
             for token in range(T if ranked else 0):
                 prefix = given["features"][i, level, : token + 1].tobytes()
                 assert got["prefix_crc"][i, token, level] == castagnoli(prefix)
@@ -105,17 +111,26 @@ def test_side_arrays_count_in_their_stored_dtype_and_in_c_order() -> None:
     given = items(4)
     specs = [*SPECS, *checksums.declare(SPECS, L, T, ranked=True)]
     expected = checksums.compute(specs, given)
-    other = {name: np.asfortranarray(np.repeat(values, 2, 0)[::2]) for name, values in given.items()}
+    other = {
+        name: np.asfortranarray(np.repeat(values, 2, 0)[::2]) for name, values in given.items()
+    }
     other["attention"] = other["attention"].astype(np.float64)
     other["source_size"] = other["source_size"].astype(np.int64)
     for name, values in checksums.compute(specs, other).items():
         np.testing.assert_array_equal(values, expected[name])
 
 
-@given(st.integers(0, 3), st.integers(0, 4), st.integers(0, 5), st.sampled_from(["|u1", "<f2", "<f4", "<u8"]))
+@given(
+    st.integers(0, 3),
+    st.integers(0, 4),
+    st.integers(0, 5),
+    st.sampled_from(["|u1", "<f2", "<f4", "<u8"]),
+)
 def test_levels_of_any_shape(n: int, levels: int, width: int, dtype: str) -> None:
     values = np.random.default_rng(n).integers(0, 99, (n, levels, width)).astype(dtype)
-    expected = [[castagnoli(values[i, level].tobytes()) for level in range(levels)] for i in range(n)]
+    expected = [
+        [castagnoli(values[i, level].tobytes()) for level in range(levels)] for i in range(n)
+    ]
     got = checksums.levels(values)
     assert got.dtype == np.uint32
     np.testing.assert_array_equal(got, np.array(expected, np.uint32).reshape(n, levels))

@@ -1,6 +1,8 @@
-"""How a shard becomes visible: deaths, races, other machines' leftovers, and what a repair puts aside.
+"""How a shard becomes visible: deaths, races, other machines' leftovers, and what a repair puts
+aside.
 
-No store's writer is used: a shard is a folder of two small files, checked as the webdataset store checks any file.
+No store's writer is used: a shard is a folder of two small files, checked as the webdataset store
+checks any file.
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ def facts(data: bytes) -> dict[str, Any]:
 
 
 def record_of(content: dict[str, bytes]) -> dict[str, Any]:
-    return {"shard": SHARD, "rows": 1, "files": {name: facts(data) for name, data in content.items()}}
+    return {
+        "shard": SHARD,
+        "rows": 1,
+        "files": {name: facts(data) for name, data in content.items()},
+    }
 
 
 def begin(cache: Path, content: dict[str, bytes] = CONTENT) -> Path:
@@ -86,7 +92,9 @@ def test_a_published_shard_is_its_files_and_its_record(tmp_path: Path) -> None:
     assert commit.check(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
 
 
-def test_until_the_first_rename_nothing_is_to_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_until_the_first_rename_nothing_is_to_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The record is in the folder, durable, before the folder gets its name."""
     seen = []
     rename = Path.rename
@@ -106,7 +114,9 @@ def test_the_loser_of_a_race_keeps_what_is_there(tmp_path: Path) -> None:
     late = begin(tmp_path, {"a.bin": b"other"})
     before = published(tmp_path)
     commit.publish(late, tmp_path, SHARD, STORE, record_of({"a.bin": b"other"}))
-    assert files_below(tmp_path) == {name: data for name, data in before.items() if ".tmp/" not in name}
+    assert files_below(tmp_path) == {
+        name: data for name, data in before.items() if ".tmp/" not in name
+    }
 
 
 def test_the_loser_finishes_for_a_winner_that_died_between_the_renames(tmp_path: Path) -> None:
@@ -143,7 +153,9 @@ def test_settle_adopts_what_proves_itself(tmp_path: Path) -> None:
     assert files_below(tmp_path) == whole
 
 
-@pytest.mark.parametrize("damage", ["a changed byte", "a missing file", "a cut record", "no record"])
+@pytest.mark.parametrize(
+    "damage", ["a changed byte", "a missing file", "a cut record", "no record"]
+)
 def test_settle_removes_what_does_not(tmp_path: Path, damage: str) -> None:
     """A record that cannot be read proves nothing; extraction must go on, not stop at it."""
     unrecorded(tmp_path)
@@ -172,10 +184,13 @@ def test_settle_leaves_other_shards_and_other_stores_alone(tmp_path: Path) -> No
 def test_settle_never_removes_what_another_process_just_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes share --out. B looks for the record: none. A moves it into place. B looks into the folder: none
-    there either. It must not conclude that the folder is broken."""
+    """Two processes share --out. B looks for the record: none. A moves it into place. B looks into
+    the folder: none there either. It must not conclude that the folder is broken."""
     whole = unrecorded(tmp_path)
-    inside, outside = folder_path(tmp_path, SHARD, STORE) / commit.RECORD, record_path(tmp_path, SHARD)
+    inside, outside = (
+        folder_path(tmp_path, SHARD, STORE) / commit.RECORD,
+        record_path(tmp_path, SHARD),
+    )
     asked = []
     is_file = Path.is_file
 
@@ -228,7 +243,9 @@ def test_here_a_writer_is_dead_when_its_process_is(tmp_path: Path) -> None:
     assert commit.is_dead(leftover(tmp_path, f"{host}-0x7-{started}x00000000"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell when a process started")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="the system does not tell when a process started"
+)
 def test_another_process_of_the_same_number_is_not_taken_for_the_writer(tmp_path: Path) -> None:
     assert commit.is_dead(leftover(tmp_path, f"{storage_owner._host()}-{os.getpid()}-1x00000000"))
 
@@ -274,12 +291,20 @@ def test_a_leftover_that_goes_while_it_is_looked_at_is_not_dead(
 
 
 def test_leftovers_are_each_named_once(tmp_path: Path) -> None:
-    """Folders of dead writers, temporary files of theirs beside the manifest and the records, and replaced shards."""
+    """Folders of dead writers, temporary files of theirs beside the manifest and the records, and
+    replaced shards."""
     dead = f"{storage_owner._host()}-{dead_process()}-1x00000000"
     published(tmp_path)
-    for path in (tmp_path / f".manifest.json.{dead}.tmp", tmp_path / SHARDS / f".{SHARD}.json.{dead}.tmp"):
+    for path in (
+        tmp_path / f".manifest.json.{dead}.tmp",
+        tmp_path / SHARDS / f".{SHARD}.json.{dead}.tmp",
+    ):
         path.write_bytes(b"half")
-    found = {*tmp_path.glob(".*.tmp"), *(tmp_path / SHARDS).glob(".*.tmp"), leftover(tmp_path, dead)}
+    found = {
+        *tmp_path.glob(".*.tmp"),
+        *(tmp_path / SHARDS).glob(".*.tmp"),
+        leftover(tmp_path, dead),
+    }
     (tmp_path / f".manifest.json.{storage_owner.owner()}.tmp").write_bytes(b"being written")
     (tmp_path / "notes.txt").write_bytes(b"of the user")
     listed = list(commit.leftovers(tmp_path))
@@ -375,7 +400,8 @@ def test_a_shard_that_is_damaged_again_is_set_aside_again(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("again", [False, True])
 def test_put_back_replaces_what_was_never_finished(tmp_path: Path, again: bool) -> None:
-    """The replacement's writer died between its two renames; a second repair may begin where the first one did."""
+    """The replacement's writer died between its two renames; a second repair may begin where the
+    first one did."""
     old = published(tmp_path, {"a.bin": b"damaged"})
     commit.set_aside(tmp_path, SHARD, STORE)
     unrecorded(tmp_path)
@@ -401,7 +427,9 @@ def test_check_says_what_is_wrong_with_each_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 8, 9, 19, 20, 99])
-def test_file_crc_is_of_the_first_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_file_crc_is_of_the_first_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     """Read in pieces of any size; of a file that is shorter, all there is."""
     path = tmp_path / "file"
     path.write_bytes(bytes(range(20)))

@@ -1,5 +1,5 @@
-"""Kill -9 at random moments, two writers at once, stale leases: the cache that is finished afterwards has the bytes of
-one that nobody disturbed, and nothing else lies in its folder."""
+"""Kill -9 at random moments, two writers at once, stale leases: the cache that is finished
+afterwards has the bytes of one that nobody disturbed, and nothing else lies in its folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tests.store_contract import files_below
 
 PICTURES = 72
 SYNTHETIC = "synthetic:levels=3,tokens=16,width=24"
-teachers.load(SYNTHETIC, None, "cpu")  # imports the libraries of all families: seconds that a forked writer saves
+# imports the libraries of all families: seconds that a forked writer saves
+teachers.load(SYNTHETIC, None, "cpu")
 VIT = "timm:vit_tiny_patch16_224,img_size=32"
 
 
@@ -42,8 +43,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def work(pictures: str, out: str, teacher: str, store: str, ready: Any = None, go: Any = None) -> float:
-    """One writer, as `featcache extract` would be; with `go` it waits before it touches the cache. Returns seconds."""
+def work(
+    pictures: str, out: str, teacher: str, store: str, ready: Any = None, go: Any = None
+) -> float:
+    """One writer, as `featcache extract` would be; with `go` it waits before it touches the cache.
+    Returns seconds."""
     plan = Plan(
         open_source(pictures),
         teachers.load(teacher, "random:0" if teacher == VIT else None, "cpu"),
@@ -62,7 +66,8 @@ def work(pictures: str, out: str, teacher: str, store: str, ready: Any = None, g
 
 
 def start_two(*args: str) -> list[BaseProcess]:
-    """Two processes that have imported and loaded everything and begin together, so that they are killed at work."""
+    """Two processes that have imported and loaded everything and begin together, so that they are
+    killed at work."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.featcache.storage.test_crash"])
     events = [(context.Event(), context.Event()) for _ in range(2)]
@@ -75,8 +80,11 @@ def start_two(*args: str) -> list[BaseProcess]:
     return list(pair)
 
 
-def disturb(args: tuple[str, str, str, str], moments: random.Random, seconds: float, most: int) -> int:
-    """Kill up to `most` writers at random moments, two at a time, then let two finish. Returns how many died."""
+def disturb(
+    args: tuple[str, str, str, str], moments: random.Random, seconds: float, most: int
+) -> int:
+    """Kill up to `most` writers at random moments, two at a time, then let two finish. Returns how
+    many died."""
     out, died = Path(args[1]), 0
     while died < most:
         pair, killed = start_two(*args), 0
@@ -101,7 +109,8 @@ def disturb(args: tuple[str, str, str, str], moments: random.Random, seconds: fl
 
 def compare(pictures: Path, folder: Path, teacher: str, store: str, kills: int) -> None:
     """Caches that were disturbed, until so many writers have died, against one that was not."""
-    seconds = work(str(pictures), str(folder / "whole"), teacher, store) / 2  # two moments one after the other
+    # two moments one after the other
+    seconds = work(str(pictures), str(folder / "whole"), teacher, store) / 2
     whole = files_below(folder / "whole")
     assert any("quarantine" in name for name in whole)
     moments, died = random.Random(0), 0

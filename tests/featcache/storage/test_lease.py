@@ -115,8 +115,12 @@ def test_one_of_a_zombie_is_taken_over(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "a-b", "\x00\x01", ELSEWHERE])
-@pytest.mark.parametrize(("age_s", "free"), [(0, False), (lease.STALE_S - 20, False), (lease.STALE_S + 20, True)])
-def test_one_of_another_host_is_taken_over_by_age(cache: Path, text: str, age_s: float, free: bool) -> None:
+@pytest.mark.parametrize(
+    ("age_s", "free"), [(0, False), (lease.STALE_S - 20, False), (lease.STALE_S + 20, True)]
+)
+def test_one_of_another_host_is_taken_over_by_age(
+    cache: Path, text: str, age_s: float, free: bool
+) -> None:
     """So is one whose text was cut by a crash."""
     path = left_by(cache, text, age_s)
     assert lease.held(cache, "000000") is not free
@@ -157,7 +161,9 @@ def test_a_holder_keeps_its_lease_fresh(cache: Path, monkeypatch: pytest.MonkeyP
     assert not held._thread.is_alive()
 
 
-def test_a_lease_that_vanished_is_released_in_peace(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_that_vanished_is_released_in_peace(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "TOUCH_S", 0.01)
     held = lease.take(cache, "000000")
     assert held is not None
@@ -168,14 +174,16 @@ def test_a_lease_that_vanished_is_released_in_peace(cache: Path, monkeypatch: py
 
 
 def test_two_may_take_over_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both found the same stale lease; either of them then works, and nothing of the other's is left in the end."""
+    """Both found the same stale lease; either of them then works, and nothing of the other's is
+    left in the end."""
     left_by(cache, ELSEWHERE, lease.STALE_S + 50)
     second: list[lease.Lease | None] = []
     replace = lease._replace
 
     def slow(path: Path, probe: Path) -> bool:
         monkeypatch.setattr(lease, "_replace", replace)
-        second.append(lease.take(cache, "000000"))  # in the moment between the look and the taking over
+        # in the moment between the look and the taking over
+        second.append(lease.take(cache, "000000"))
         return replace(path, probe)
 
     monkeypatch.setattr(lease, "_replace", slow)

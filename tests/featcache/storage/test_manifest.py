@@ -1,4 +1,5 @@
-"""Manifests: identity and id, checksums that notice any change, graded answers to "are these two the same?"."""
+"""Manifests: identity and id, checksums that notice any change, graded answers to "are these two
+the same?"."""
 
 from __future__ import annotations
 
@@ -41,7 +42,10 @@ def make(**changes: object) -> dict:
 def test_id_is_the_digest_of_the_canonical_identity() -> None:
     text = json.dumps(IDENTITY, sort_keys=True, separators=(",", ":"))
     assert make()["id"] == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()[:16]
-    assert manifest.keys_digest(["a", "ü/b"]) == hashlib.blake2b("a\nü/b\n".encode(), digest_size=16).hexdigest()
+    assert (
+        manifest.keys_digest(["a", "ü/b"])
+        == hashlib.blake2b("a\nü/b\n".encode(), digest_size=16).hexdigest()
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,11 +71,13 @@ def test_written_json_comes_back_and_its_bytes_repeat(tmp_path: Path) -> None:
         json_file.write_json(tmp_path / name, make())
     assert json_file.read_json(tmp_path / "a.json") == make()
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]  # nothing temporary stays
+    # nothing temporary stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
 
 
 def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
-    """Every position, every one of two bits: damage, or the same value written otherwise (a bit of white space)."""
+    """Every position, every one of two bits: damage, or the same value written otherwise (a bit of
+    white space)."""
     path = tmp_path / "manifest.json"
     json_file.write_json(path, make())
     data = path.read_bytes()
@@ -86,7 +92,9 @@ def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
             assert not told or ("manifest.json" in told and "damaged" in told)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"format": 1}', '{"checksum": 1}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", "{}", '{"format": 1}', '{"checksum": 1}', "\x00\xff"]
+)
 def test_what_is_no_json_of_ours_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / manifest.NAME
     path.write_bytes(text.encode("latin-1"))
@@ -162,7 +170,9 @@ def test_refusal_names_field_grade_and_both_values() -> None:
 )
 def test_a_refusal_names_the_option_that_cures_it(change: dict, told: str) -> None:
     with pytest.raises(IdentityError) as caught:
-        storage_identity.refuse(make(), make(**change), "w", "todo", ("fatal", "lossy", "layout"), cures=True)
+        storage_identity.refuse(
+            make(), make(**change), "w", "todo", ("fatal", "lossy", "layout"), cures=True
+        )
     assert told in str(caught.value)
 
 
@@ -179,14 +189,22 @@ def test_title_counts_what_is_stored() -> None:
     assert "  11 pictures x 3 views  id " in manifest.title(about, 11, 3)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "shards/000000.json", "quarantine.json", "parts/p/shards/0.json"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "shards/000000.json", "quarantine.json", "parts/p/shards/0.json"]
+)
 @pytest.mark.parametrize("damage", ["{", "{}", "bits"])
-def test_a_damaged_json_names_the_repair_of_its_cache(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_json_names_the_repair_of_its_cache(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     path = tmp_path / "my cache" / name
     path.parent.mkdir(parents=True)
     json_file.write_json(path, {"a": 1})
-    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1) if damage == "bits" else damage.encode())
-    with pytest.raises(UserError, match=rf"is damaged: .*; run `featcache repair '{tmp_path}/my cache'`$"):
+    path.write_bytes(
+        path.read_bytes().replace(b"1", b"2", 1) if damage == "bits" else damage.encode()
+    )
+    with pytest.raises(
+        UserError, match=rf"is damaged: .*; run `featcache repair '{tmp_path}/my cache'`$"
+    ):
         json_file.read_json(path)
 
 
@@ -226,7 +244,9 @@ def test_an_owner_is_host_pid_and_nonce() -> None:
         assert host.startswith(socket.gethostname().replace(".", "_") + "+")
         assert int(pid) == os.getpid()
         started, _, random = nonce.partition("x")
-        assert int(started, 16) == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        assert int(started, 16) == int(
+            Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        )
         assert len(random) == 8
         assert storage_owner.is_here(owner)
         assert storage_owner.alive(owner)
@@ -245,13 +265,17 @@ def test_no_process_is_no_writer(pid: str) -> None:
     assert not storage_owner.alive(f"{storage_owner.owner().rsplit('-', 2)[0]}-{pid}-1x2")
 
 
-@pytest.mark.parametrize("owner", ["other+1234-1-1x2", "host.example+1234-99999999-1x2", "nobody", ""])
+@pytest.mark.parametrize(
+    "owner", ["other+1234-1-1x2", "host.example+1234-99999999-1x2", "nobody", ""]
+)
 def test_a_writer_elsewhere_may_be_alive(owner: str) -> None:
     assert not storage_owner.is_here(owner)
     assert storage_owner.alive(owner)
 
 
-def test_dots_and_dashes_of_a_host_do_not_confuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_dots_and_dashes_of_a_host_do_not_confuse(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Names of temporary files are parted by dots, owners by dashes."""
     storage_owner._host.cache_clear()
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7.rack-1.example.org")

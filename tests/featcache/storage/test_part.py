@@ -1,4 +1,5 @@
-"""Whether what lies in a cache's folder belongs there: every file may be sound, and still be of another cache."""
+"""Whether what lies in a cache's folder belongs there: every file may be sound, and still be of
+another cache."""
 
 from __future__ import annotations
 
@@ -73,7 +74,9 @@ def test_a_shard_in_the_place_of_another(pair: tuple[Path, Path], tmp_path: Path
         ({"files": {}}, "is not the record of a shard"),
     ],
 )
-def test_a_record_that_was_edited(pair: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], match: str) -> None:
+def test_a_record_that_was_edited(
+    pair: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], match: str
+) -> None:
     cache = copy_tree(pair[0], tmp_path / "c")
     path = cache / "shards/000000.json"
     json_file.write_json(path, {**json_file.read_json(path), **change})
@@ -99,7 +102,9 @@ def test_a_manifest_that_was_edited(pair: tuple[Path, Path], tmp_path: Path) -> 
 def test_a_strangers_part(pair: tuple[Path, Path], tmp_path: Path) -> None:
     cache = copy_tree(pair[0], tmp_path / "c")
     shutil.copytree(pair[1], cache / "parts/stray")
-    with pytest.raises(UserError, match=r"does not belong to cache .*identity\.policy\.seed is 7 there, 0 here"):
+    with pytest.raises(
+        UserError, match=r"does not belong to cache .*identity\.policy\.seed is 7 there, 0 here"
+    ):
         featcache.open(cache)
 
 
@@ -110,9 +115,13 @@ def test_the_same_part_twice(pair: tuple[Path, Path], tmp_path: Path) -> None:
         featcache.open(cache)
 
 
-def test_views_that_a_part_on_its_own_does_not_hold(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_views_that_a_part_on_its_own_does_not_hold(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     source = open_source(pair[0].parent / "pictures")
-    plan = Plan(source, teachers.load(TEACHER), Policy(size=32), 1, (1, 3), rows_per_shard=4, first_view=2)
+    plan = Plan(
+        source, teachers.load(TEACHER), Policy(size=32), 1, (1, 3), rows_per_shard=4, first_view=2
+    )
     extract.run(plan, tmp_path / "part", batch_size=4)
     with featcache.open(tmp_path / "part") as part:
         assert part.read([0], 2)["features"].shape == (1, 2, 17, 24)

@@ -1,4 +1,5 @@
-"""A file that only grows: its bytes, its running checksum, what is pushed out, and a disk that is full."""
+"""A file that only grows: its bytes, its running checksum, what is pushed out, and a disk that is
+full."""
 
 from __future__ import annotations
 
@@ -20,11 +21,16 @@ SHAPES = st.lists(st.integers(0, 4), min_size=0, max_size=4).map(tuple)
 
 
 @given(
-    st.lists(st.tuples(SHAPES, st.sampled_from(["<f2", "<f4", "|u1", "<u2", "<i4", "<u8", "|b1"])), max_size=6),
+    st.lists(
+        st.tuples(SHAPES, st.sampled_from(["<f2", "<f4", "|u1", "<u2", "<i4", "<u8", "|b1"])),
+        max_size=6,
+    ),
     st.booleans(),
 )
 def test_a_file_holds_its_appends_in_c_order(
-    tmp_path_factory: pytest.TempPathFactory, parts: list[tuple[tuple[int, ...], str]], fortran: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    parts: list[tuple[tuple[int, ...], str]],
+    fortran: bool,
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / "new/file"
     random, file, expected = np.random.default_rng(0), RowFile(path), b""
@@ -53,7 +59,9 @@ def test_an_existing_file_is_never_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_write_that_takes_less_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_takes_less_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
     file = RowFile(tmp_path / "file")
@@ -64,8 +72,11 @@ def test_a_write_that_takes_less_goes_on_where_it_stopped(tmp_path: Path, monkey
     assert (tmp_path / "file").read_bytes() == bytes([*range(10), *range(4)])
 
 
-def test_dirty_pages_are_pushed_out_as_the_file_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time ten more bytes are there, from the beginning of the file; and all of it is synced at the end."""
+def test_dirty_pages_are_pushed_out_as_the_file_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time ten more bytes are there, from the beginning of the file; and all of it is synced
+    at the end."""
     calls: list[Any] = []
     fsync = os.fsync
     monkeypatch.setattr(row_file, "PUSH_BYTES", 10)
@@ -80,7 +91,9 @@ def test_dirty_pages_are_pushed_out_as_the_file_grows(tmp_path: Path, monkeypatc
     assert calls[2:] == ["sync"]
 
 
-def test_a_system_without_fadvise_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_fadvise_does_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_file, "PUSH_BYTES", 1)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     file = RowFile(tmp_path / "file")

@@ -56,7 +56,8 @@ def test_any_split_gives_numpys_numbers(n: int, cuts: list[int], seed: int) -> N
     items = data(n, seed)
     got = gathered(items, cuts)
     assert got == gathered(items)  # to the last bit
-    assert got.keys() == {"features", "attention", "area", "crop", "flip"}  # the range of a hash says nothing
+    # the range of a hash says nothing
+    assert got.keys() == {"features", "attention", "area", "crop", "flip"}
     for name, facts in got.items():
         assert (facts["min"], facts["max"]) == (items[name].min(), items[name].max()), name
         assert facts["non_finite"] == 0
@@ -91,8 +92,8 @@ def test_numbers_that_are_none_are_counted() -> None:
 
 
 def test_entropy_by_hand() -> None:
-    """Uniform over four is ln 4, one patch alone has none, halves ln 2; the sum of the weights does not matter, and no
-    weight at all is no entropy, not a NaN."""
+    """Uniform over four is ln 4, one patch alone has none, halves ln 2; the sum of the weights does
+    not matter, and no weight at all is no entropy, not a NaN."""
     weights = np.array([[1, 1, 1, 1], [0, 5, 0, 0], [0.25, 0, 0, 0.25], [0, 0, 0, 0]], np.float32)
     np.testing.assert_allclose(entropy(weights), [math.log(4), 0, math.log(2), 0], atol=1e-12)
 
@@ -103,7 +104,10 @@ def test_merged_shards_are_as_one(sizes: list[int], seed: int) -> None:
     items = data(2 * sum(sizes), seed)
     edges = [2 * sum(sizes[:i]) for i in range(len(sizes) + 1)]
     records = [
-        {"rows": (high - low) // 2, "statistics": gathered({k: v[low:high] for k, v in items.items()})}
+        {
+            "rows": (high - low) // 2,
+            "statistics": gathered({k: v[low:high] for k, v in items.items()}),
+        }
         for low, high in pairwise(edges)
     ]
     got = merge(records)
@@ -115,7 +119,10 @@ def test_merged_shards_are_as_one(sizes: list[int], seed: int) -> None:
 
 def test_merged_by_hand() -> None:
     records = [
-        {"rows": 1, "statistics": {"features": {"min": -1.0, "max": 2.0, "non_finite": 0, "norm": 4.0}}},
+        {
+            "rows": 1,
+            "statistics": {"features": {"min": -1.0, "max": 2.0, "non_finite": 0, "norm": 4.0}},
+        },
         {"rows": 0, "statistics": {}},
         {
             "rows": 3,

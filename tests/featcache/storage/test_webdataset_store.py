@@ -1,5 +1,6 @@
-"""The webdataset store: the contract of every store, and that plain `tarfile` and `webdataset` read it; the bytes of a
-small tar written out by hand, and an index that is not believed once it is damaged."""
+"""The webdataset store: the contract of every store, and that plain `tarfile` and `webdataset` read
+it; the bytes of a small tar written out by hand, and an index that is not believed once it is
+damaged."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
 # ---------------------------------------------------------------- other people's libraries
 
 
-def test_plain_tarfile_and_numpy_read_every_member(written: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_plain_tarfile_and_numpy_read_every_member(
+    written: tuple[Path, dict[str, np.ndarray]],
+) -> None:
     """In order: of each row every array, those that are not per view in each tar."""
     cache, data = written
     assert {path.name for path in (cache / FOLDER).iterdir()} == {
@@ -64,7 +67,9 @@ def test_plain_tarfile_and_numpy_read_every_member(written: tuple[Path, dict[str
             members = archive.getmembers()
             stems = [escape(key) for key in ODD_KEYS]
             arrays = sorted(ARRAYS, key=lambda array: array.name)
-            assert [member.name for member in members] == [f"{s}.{a.name}.npy" for s in stems for a in arrays]
+            assert [member.name for member in members] == [
+                f"{s}.{a.name}.npy" for s in stems for a in arrays
+            ]
             for i, member in enumerate(members):
                 row, array = i // len(arrays), arrays[i % len(arrays)]
                 values = np.load(io.BytesIO(archive.extractfile(member).read()), allow_pickle=False)
@@ -78,7 +83,15 @@ def test_members_have_no_time_and_no_owner(written: tuple[Path, dict[str, np.nda
     cache, _ = written
     with tarfile.open(tar(cache, 1), "r:") as archive:
         for member in archive:
-            facts = (member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode, member.type)
+            facts = (
+                member.mtime,
+                member.uid,
+                member.gid,
+                member.uname,
+                member.gname,
+                member.mode,
+                member.type,
+            )
             assert facts == (0, 0, 0, "", "", 0o644, tarfile.REGTYPE), member.name
 
 
@@ -89,7 +102,8 @@ def test_webdataset_yields_decoded_samples_under_their_keys(tmp_path: Path) -> N
     CONTRACT.publish(tmp_path, data, keys=named)
     for view in range(2):
         dataset = webdataset.WebDataset(str(tar(tmp_path, view)), shardshuffle=False).decode()
-        with warnings.catch_warnings():  # webdataset leaves the closing of its files to the garbage collector
+        # webdataset leaves the closing of its files to the garbage collector
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             samples = list(dataset)
             gc.collect()
@@ -102,16 +116,23 @@ def test_webdataset_yields_decoded_samples_under_their_keys(tmp_path: Path) -> N
                 np.testing.assert_array_equal(sample[f"{array.name}.npy"], expected)
 
 
-# A slash would make folders of the examples; how these are kept is in ODD_KEYS. NUL ends a name in every file system.
-STEMS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=120)
+# A slash would make folders of the examples; how these are kept is in ODD_KEYS. NUL ends a name in
+# every file system.
+STEMS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=120
+)
 
 
 @settings(max_examples=30)
 @given(keys=st.lists(STEMS, min_size=1, max_size=4, unique=True))
 @example(keys=["x" * 300, "folder/" + "é" * 150, "p/" * 60 + "z" * 99, "." * 40, "%.%2E"])
-def test_member_names_give_the_keys_back(tmp_path_factory: pytest.TempPathFactory, keys: list[str]) -> None:
+def test_member_names_give_the_keys_back(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[str]
+) -> None:
     cache = tmp_path_factory.mktemp("cache")
-    CONTRACT.publish(cache, numbers(ARRAYS[2:3], len(keys), 1), arrays=ARRAYS[2:3], views=1, keys=keys)
+    CONTRACT.publish(
+        cache, numbers(ARRAYS[2:3], len(keys), 1), arrays=ARRAYS[2:3], views=1, keys=keys
+    )
     with tarfile.open(tar(cache, 0), "r:") as archive:
         stems = [name.removesuffix(".flip.npy") for name in archive.getnames()]
     assert [unescape(stem) for stem in stems] == keys
@@ -143,7 +164,8 @@ def ustar(name: bytes, size: int) -> bytes:
 
 
 def npy(text: bytes) -> bytes:
-    """Magic, version 1.0, the length of what follows, and a dictionary padded to 128 bytes in all."""
+    """Magic, version 1.0, the length of what follows, and a dictionary padded to 128 bytes in
+    all."""
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117, b" ") + b"\n"
 
 
@@ -165,7 +187,10 @@ def test_the_bytes_of_a_small_tar(tmp_path: Path) -> None:
     crop = npy(b"{'descr': '<i4', 'fortran_order': False, 'shape': (2,), }")
     size = npy(b"{'descr': '<u2', 'fortran_order': False, 'shape': (1,), }")
     for view, (flips, crops) in enumerate(
-        [(b"\x01", b"\x01\x00\x00\x00\xfe\xff\xff\xff"), (b"\x00", b"\x03\x00\x00\x00\x04\x00\x00\x00")]
+        [
+            (b"\x01", b"\x01\x00\x00\x00\xfe\xff\xff\xff"),
+            (b"\x00", b"\x03\x00\x00\x00\x04\x00\x00\x00"),
+        ]
     ):
         members = [
             ustar(b"n1/a%2Eb.crop.npy", 136) + (crop + crops).ljust(512, b"\0"),
@@ -213,7 +238,9 @@ def test_a_row_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sizes == [4 * 1024] * 6
 
 
-def test_a_writer_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_cannot_begin_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun: list[Path] = []
 
     def refused(path: Path) -> RowFile:
@@ -245,7 +272,8 @@ def test_items_of_other_arrays_are_refused(tmp_path: Path, change: str) -> None:
 
 
 def rewrite(path: Path, data: bytes, tick: int) -> None:
-    """New content with a time of its own; two writes within one tick of the clock would have the same."""
+    """New content with a time of its own; two writes within one tick of the clock would have the
+    same."""
     path.write_bytes(data)
     os.utime(path, ns=(tick, tick))
 
@@ -299,14 +327,20 @@ def test_a_cut_or_missing_index_is_named(tmp_path: Path) -> None:
 
 def test_an_index_of_other_arrays_or_views_is_named(tmp_path: Path) -> None:
     CONTRACT.publish(tmp_path, numbers(ARRAYS, 3, 2))
-    with pytest.raises(UserError, match=r"index\.safetensors.*2 views of attention, features, .*token_ids of 2 views"):
-        webdataset_store.locate(tmp_path, SHARD, Array("token_ids", "<u2", (), ()), 2, 0, np.arange(1))
+    with pytest.raises(
+        UserError,
+        match=r"index\.safetensors.*2 views of attention, features, .*token_ids of 2 views",
+    ):
+        webdataset_store.locate(
+            tmp_path, SHARD, Array("token_ids", "<u2", (), ()), 2, 0, np.arange(1)
+        )
     with pytest.raises(UserError, match=r"index\.safetensors.*features of 3 views"):
         webdataset_store.locate(tmp_path, SHARD, ARRAYS[0], 3, 2, np.arange(1))
 
 
 def test_a_shard_extracted_again_is_read_with_its_new_index(tmp_path: Path) -> None:
-    """The two indices are of one size; the member of the key that needs a pax record lies elsewhere."""
+    """The two indices are of one size; the member of the key that needs a pax record lies
+    elsewhere."""
     for seed, keys in enumerate([["é", "ab", "cd"], ["ab", "cd", "é"]]):
         data = numbers(ARRAYS, 3, 2, seed=seed)
         CONTRACT.publish(tmp_path, data, keys=keys)
@@ -317,8 +351,8 @@ def test_a_shard_extracted_again_is_read_with_its_new_index(tmp_path: Path) -> N
 
 
 def test_what_stays_in_memory_is_bounded(tmp_path: Path) -> None:
-    """Of an index that was read, a column of offsets for each array and view asked for; and it is a copy, so that it
-    does not hold the rest."""
+    """Of an index that was read, a column of offsets for each array and view asked for; and it is a
+    copy, so that it does not hold the rest."""
     arrays = [Array("a", "|u1", (), ("row", "view")), Array("b", "|u1", (), ("row", "view"))]
     CONTRACT.publish(tmp_path, numbers(arrays, 8, 1), arrays=arrays, views=1)
     status = (tmp_path / INDEX).stat()

@@ -1,5 +1,5 @@
-"""The Zarr store: the contract of every store, and that other people's Zarr libraries read it, to the byte and to the
-flipped bit."""
+"""The Zarr store: the contract of every store, and that other people's Zarr libraries read it, to
+the byte and to the flipped bit."""
 
 from __future__ import annotations
 
@@ -49,10 +49,14 @@ def test_tensorstore_reads_the_same(written: tuple[Path, dict[str, np.ndarray]])
     cache, data = written
     for name, values in data.items():
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(cache / GROUP / name)}}
-        np.testing.assert_array_equal(tensorstore.open(spec, read=True).result().read().result(), values)
+        np.testing.assert_array_equal(
+            tensorstore.open(spec, read=True).result().read().result(), values
+        )
 
 
-def test_one_file_a_view_of_plain_rows_and_four_checksum_bytes(written: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_one_file_a_view_of_plain_rows_and_four_checksum_bytes(
+    written: tuple[Path, dict[str, np.ndarray]],
+) -> None:
     cache, data = written
     for view in range(2):
         raw = (cache / GROUP / f"features/c.0.{view}.0.0.0").read_bytes()
@@ -65,12 +69,16 @@ def test_one_file_a_view_of_plain_rows_and_four_checksum_bytes(written: tuple[Pa
 
 
 def test_metadata_is_what_the_design_says(written: tuple[Path, dict[str, np.ndarray]]) -> None:
-    """Chunks (n, 1, L, T, D), separator '.', NaN for floats, crc32c and nothing else, no sharding codec."""
+    """Chunks (n, 1, L, T, D), separator '.', NaN for floats, crc32c and nothing else, no sharding
+    codec."""
     cache, _ = written
     meta = json.loads((cache / GROUP / "features/zarr.json").read_text())
     assert meta["zarr_format"] == 3
     assert meta["shape"] == [5, 2, 2, 3, 4]
-    assert meta["chunk_grid"] == {"name": "regular", "configuration": {"chunk_shape": [5, 1, 2, 3, 4]}}
+    assert meta["chunk_grid"] == {
+        "name": "regular",
+        "configuration": {"chunk_shape": [5, 1, 2, 3, 4]},
+    }
     assert meta["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
     assert meta["fill_value"] == "NaN"
     assert [codec["name"] for codec in meta["codecs"]] == ["bytes", "crc32c"]
@@ -79,7 +87,11 @@ def test_metadata_is_what_the_design_says(written: tuple[Path, dict[str, np.ndar
     small = json.loads((cache / GROUP / "attention/zarr.json").read_text())
     assert small["chunk_grid"]["configuration"]["chunk_shape"] == [5, 2, 2]
     edges = json.loads((cache / GROUP / "key_offsets/zarr.json").read_text())
-    assert (edges["shape"], edges["data_type"], edges["dimension_names"]) == ([6], "int64", ["row_edge"])
+    assert (edges["shape"], edges["data_type"], edges["dimension_names"]) == (
+        [6],
+        "int64",
+        ["row_edge"],
+    )
 
 
 def test_an_all_zero_array_is_still_a_file(tmp_path: Path) -> None:
@@ -99,7 +111,10 @@ def test_other_libraries_refuse_a_flipped_bit(written: tuple[Path, dict[str, np.
     features[:, 0]
     with pytest.raises(ValueError, match="checksum"):
         features[:, 1]
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(cache / GROUP / "features")}}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(cache / GROUP / "features")},
+    }
     with pytest.raises(ValueError, match=r"(?i)crc-?32c|checksum|digest"):
         tensorstore.open(spec, read=True).result().read().result()
 

@@ -50,7 +50,8 @@ def test_fp16_error_bound(values: list[float]) -> None:
 
 @given(st.integers(2, 4096))
 def test_a_normalised_token_never_leaves_the_range(width: int) -> None:
-    """|h| <= sqrt(D - 1), reached by a single dominant channel: 64 at 4,096 wide, far below 65,504."""
+    """|h| <= sqrt(D - 1), reached by a single dominant channel: 64 at 4,096 wide, far below
+    65,504."""
     y = torch.zeros(1, 1, 1, width, dtype=torch.float64)
     y[..., 0] = 1e20
     h, stats = levels.normalise(y)
@@ -63,7 +64,11 @@ def test_what_is_not_finite_is_told_by_batch_and_level() -> None:
     assert codecs.in_range({"features": features}, stats).tolist() == [[True, True]] * 3
     features[1, 0, 3, 4] = float("inf")
     stats[2, 1, 0, 1] = float("nan")
-    assert codecs.in_range({"features": features}, stats).tolist() == [[True, True], [False, True], [True, False]]
+    assert codecs.in_range({"features": features}, stats).tolist() == [
+        [True, True],
+        [False, True],
+        [True, False],
+    ]
     too_large = codecs.CODECS["fp16"].encode(torch.full((1, 1, 1, 1), 70000.0))
     assert codecs.in_range(too_large, torch.zeros(1, 1, 1, 2)).tolist() == [[False]]
 

@@ -1,4 +1,5 @@
-"""Targets against numpy in float64: normalised levels, the [CLS] attention, mask orders, derived targets."""
+"""Targets against numpy in float64: normalised levels, the [CLS] attention, mask orders, derived
+targets."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def test_normalise_is_the_whole_formula(dtype: torch.dtype) -> None:
     tolerance = 1e-12 if kept == torch.float64 else 2e-6
     np.testing.assert_allclose(stats[..., 0].double(), mean, atol=10 * tolerance)
     np.testing.assert_allclose(stats[..., 1].double(), std, rtol=tolerance)
-    np.testing.assert_allclose(h.double(), (exact - mean[..., None]) / std[..., None], atol=10 * tolerance)
+    np.testing.assert_allclose(
+        h.double(), (exact - mean[..., None]) / std[..., None], atol=10 * tolerance
+    )
 
 
 def test_normalise_by_hand() -> None:
@@ -59,7 +62,8 @@ def test_a_constant_token_is_all_zeros_with_divisor_sqrt_eps() -> None:
 
 
 def test_moments_are_those_of_all_numbers_of_a_level() -> None:
-    """From the stored pairs alone, in two parts that are added: numpy's mean and unbiased variance of y itself."""
+    """From the stored pairs alone, in two parts that are added: numpy's mean and unbiased variance
+    of y itself."""
     y = draw(6, 3, 5, 24, scale=3) + np.array([0.0, 2.0, -40.0])[:, None, None]  # (n, L, T, D)
     y[..., 7] *= 60
     _, stats = levels.normalise(torch.from_numpy(y))
@@ -70,9 +74,12 @@ def test_moments_are_those_of_all_numbers_of_a_level() -> None:
 
 
 def test_moments_by_hand() -> None:
-    """Tokens (1, 3) and (5, 5): mean 3.5, squares of deviations 6.25 + 0.25 + 2.25 + 2.25 = 11, over 3."""
+    """Tokens (1, 3) and (5, 5): mean 3.5, squares of deviations 6.25 + 0.25 + 2.25 + 2.25 = 11,
+    over 3."""
     _, stats = levels.normalise(torch.tensor([[[1.0, 3.0], [5.0, 5.0]]], dtype=torch.float64))
-    np.testing.assert_allclose(levels.moments(levels.sums(stats.numpy()[:, None], 2)), [[3.5, 11 / 3]], rtol=1e-7)
+    np.testing.assert_allclose(
+        levels.moments(levels.sums(stats.numpy()[:, None], 2)), [[3.5, 11 / 3]], rtol=1e-7
+    )
 
 
 def test_cls_attention_is_an_explicit_softmax_in_float64() -> None:
@@ -109,7 +116,9 @@ LITERAL_UNIFORM = [[1, 3, 4, 0, 2, 5], [1, 2, 0, 4, 3, 5]]
 
 def numpy_words(key: str, purpose: str, seed: int, view: int, count: int) -> list[int]:
     pair = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=16).digest(), "<u8")
-    stream = int.from_bytes(hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=8).digest(), "little")
+    stream = int.from_bytes(
+        hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=8).digest(), "little"
+    )
     start = (view << 64) + (stream << 192) - 1
     return [int(w) for w in np.random.Philox(key=pair, counter=start % 2**256).random_raw(count)]
 
@@ -120,7 +129,10 @@ def test_orders_by_the_documented_words() -> None:
         raw = numpy_words(key, "order:attentive", 5, view, 6)
         exponential = [-np.log(((w >> 12) + 0.5) / 2**52) for w in raw]
         with np.errstate(divide="ignore"):
-            score = [np.log(np.float64(p)) - np.log(e) for p, e in zip(ATTENTION[row], exponential, strict=True)]
+            score = [
+                np.log(np.float64(p)) - np.log(e)
+                for p, e in zip(ATTENTION[row], exponential, strict=True)
+            ]
         expected = sorted(range(6), key=lambda i: -score[i])
         got = mask_order("attentive", ATTENTION, DIGESTS, [2, 0], 5)
         assert got[row].tolist() == expected
@@ -139,7 +151,9 @@ def test_literal_orders() -> None:
 
 
 @given(patches=st.integers(1, 300), kind=st.sampled_from(ORDERS), seed=st.integers(0, 9))
-def test_every_order_is_a_permutation_of_the_smallest_type(patches: int, kind: str, seed: int) -> None:
+def test_every_order_is_a_permutation_of_the_smallest_type(
+    patches: int, kind: str, seed: int
+) -> None:
     attention = np.random.default_rng(seed).random((3, patches)).astype(np.float32)
     order = mask_order(kind, attention, rng.key_digests("abc"), [0, 1, 2], seed)
     assert order.dtype == (np.uint8 if patches <= 256 else np.uint16)
@@ -148,16 +162,21 @@ def test_every_order_is_a_permutation_of_the_smallest_type(patches: int, kind: s
 
 def test_views_and_keys_have_orders_of_their_own() -> None:
     attention = np.full((4, 100), 0.01, np.float32)
-    orders = mask_order("attentive", attention, rng.key_digests(["a", "a", "b", "a"]), [0, 1, 0, 0], 0)
+    orders = mask_order(
+        "attentive", attention, rng.key_digests(["a", "a", "b", "a"]), [0, 1, 0, 0], 0
+    )
     assert (orders[0] == orders[3]).all()
     assert (orders[0] != orders[1]).mean() > 0.9
     assert (orders[0] != orders[2]).mean() > 0.9
 
 
 def test_first_entries_are_the_attentive_mask_at_any_ratio() -> None:
-    """P(patch among the first m) rises with its weight; by chance alone all would be m / P = 1/2."""
+    """P(patch among the first m) rises with its weight; by chance alone all would be m / P =
+    1/2."""
     n, weights = 8000, np.float32([0.4, 0.3, 0.2, 0.1])
-    order = mask_order("attentive", np.tile(weights, (n, 1)), rng.key_digests(f"{i}" for i in range(n)), 0, 0)
+    order = mask_order(
+        "attentive", np.tile(weights, (n, 1)), rng.key_digests(f"{i}" for i in range(n)), 0, 0
+    )
     first = np.bincount(order[:, 0], minlength=4) / n
     np.testing.assert_allclose(first, weights, atol=4 * 0.5 / n**0.5)
 

@@ -1,5 +1,5 @@
-"""DALL-E's tokenizer: the network against its description written out with plain convolutions, the published form of
-its weights, and token ids of real photographs.
+"""DALL-E's tokenizer: the network against its description written out with plain convolutions, the
+published form of its weights, and token ids of real photographs.
 
 B batch, P patches, C channels.
 """
@@ -32,9 +32,9 @@ def encoder() -> dvae.Dvae:
     encoder = dvae.Dvae("drawn", WIDTH, WORDS)
     teacher_reference.stir(encoder, std=0.3)
     encoder.eval().requires_grad_(False)
-    encoder.blocks.output.conv.bias -= encoder.logits(0.8 * (teacher_reference.photographs(112) / 255) + 0.1).mean(
-        (0, 2, 3)
-    )
+    encoder.blocks.output.conv.bias -= encoder.logits(
+        0.8 * (teacher_reference.photographs(112) / 255) + 0.1
+    ).mean((0, 2, 3))
     return encoder
 
 
@@ -47,7 +47,8 @@ def published(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def described(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The encoder by its description, from the published names, in float64: logits (B, words, S / 8, S / 8)."""
+    """The encoder by its description, from the published names, in float64: logits (B, words, S /
+    8, S / 8)."""
 
     def conv(name: str, x: Tensor) -> Tensor:
         w, b = weights[f"blocks.{name}.w"].double(), weights[f"blocks.{name}.b"].double()
@@ -95,7 +96,8 @@ def test_shapes_of_every_tensor_are_the_published_ones() -> None:
 
 
 class _Conv(nn.Module):
-    """A convolution as the published module keeps it: parameters `w` and `b`, plain attributes beside them."""
+    """A convolution as the published module keeps it: parameters `w` and `b`, plain attributes
+    beside them."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -105,7 +107,11 @@ class _Conv(nn.Module):
 
 def _published_module(network: nn.Module) -> nn.Module:
     for name, child in network.named_children():
-        setattr(network, name, _Conv(child) if isinstance(child, nn.Conv2d) else _published_module(child))
+        setattr(
+            network,
+            name,
+            _Conv(child) if isinstance(child, nn.Conv2d) else _published_module(child),
+        )
     return network
 
 
@@ -123,7 +129,11 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code:UserWarning")
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older form"])
 def test_the_published_pickle_is_read_without_its_package(
-    tmp_path: Path, encoder: dvae.Dvae, foreign: types.ModuleType, monkeypatch: pytest.MonkeyPatch, zipped: bool
+    tmp_path: Path,
+    encoder: dvae.Dvae,
+    foreign: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    zipped: bool,
 ) -> None:
     expected = {name: value.clone() for name, value in encoder.state_dict().items()}
     whole = _published_module(encoder)
@@ -140,7 +150,9 @@ def test_the_published_pickle_is_read_without_its_package(
 
 
 @pytest.mark.parametrize("names", ["published", "ours"])
-def test_a_state_dict_is_read_by_either_names(tmp_path: Path, encoder: dvae.Dvae, names: str) -> None:
+def test_a_state_dict_is_read_by_either_names(
+    tmp_path: Path, encoder: dvae.Dvae, names: str
+) -> None:
     state = published(encoder) if names == "published" else encoder.state_dict()
     save_file(state, tmp_path / "w.safetensors")
     read = dvae.Dvae("x", WIDTH, WORDS)
@@ -184,7 +196,11 @@ def test_a_smaller_one_is_told_by_options(tmp_path: Path, encoder: dvae.Dvae) ->
     expected = described(published(encoder), 0.8 * (images.double() / 255) + 0.1).argmax(1)
     assert torch.equal(small(images), expected.reshape(3, 64))
     drawn = teachers.load_tokenizer("dvae,width=8,vocabulary=24", "random:0")
-    assert (drawn.input_px, drawn.patches, drawn(teacher_reference.photographs(112)).shape) == (112, 196, (3, 196))
+    assert (drawn.input_px, drawn.patches, drawn(teacher_reference.photographs(112)).shape) == (
+        112,
+        196,
+        (3, 196),
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +228,12 @@ def test_weights_of_other_sizes_are_one_line(tmp_path: Path, encoder: dvae.Dvae)
 def test_the_whole_tokenizer_runs() -> None:
     """54 million parameters: contract of `Tokenizer`, a seed's weights, ids that fit uint16."""
     tokenizer = teachers.load_tokenizer("dvae", "random:0")
-    assert (tokenizer.name, tokenizer.weights, tokenizer.input_px, tokenizer.patches) == ("dvae", "random:0", 112, 196)
+    assert (tokenizer.name, tokenizer.weights, tokenizer.input_px, tokenizer.patches) == (
+        "dvae",
+        "random:0",
+        112,
+        196,
+    )
     assert (tokenizer.vocabulary, tokenizer.pixel_filter) == (8192, "lanczos")
     ids = tokenizer(teacher_reference.photographs(112))
     assert ids.shape == (3, 196)

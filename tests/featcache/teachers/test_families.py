@@ -1,7 +1,7 @@
 """Every family on real photographs against slow independent readings of the libraries' own models.
 
-The networks are small and random, of the very classes that the published ones are; one full-size network runs too.
-B batch, T tokens, P patches, D width, H heads.
+The networks are small and random, of the very classes that the published ones are; one full-size
+network runs too. B batch, T tokens, P patches, D width, H heads.
 """
 
 from __future__ import annotations
@@ -36,15 +36,21 @@ TIMM = {
     "dinov2-giant": ("vit_giant_patch14_dinov2.lvd142m", f"img_size=70,{SMALL}", 1),  # SwiGLU
     "dinov3": ("vit_base_patch16_dinov3.lvd1689m", f"img_size=80,{SMALL}", 5),
     "dinov3-bias": ("vit_base_patch16_dinov3_qkvb.lvd1689m", f"img_size=80,{SMALL}", 5),
-    "eva02": ("eva02_base_patch14_224.mim_in22k", f"img_size=56,{SMALL}", 1),  # q, k, v apart, positions of both kinds
-    "rope-mixed": ("vit_small_patch16_rope_mixed_224.naver_in1k", f"img_size=80,{SMALL}", 1),  # by block and head
+    # q, k, v apart, positions of both kinds
+    "eva02": ("eva02_base_patch14_224.mim_in22k", f"img_size=56,{SMALL}", 1),
+    # by block and head
+    "rope-mixed": ("vit_small_patch16_rope_mixed_224.naver_in1k", f"img_size=80,{SMALL}", 1),
     "pe": ("vit_pe_core_base_patch16_224.fb", f"img_size=80,{SMALL}", 1),
     "mae": ("vit_base_patch16_224.mae", f"img_size=96,{SMALL}", 1),
     "deit": ("deit_base_patch16_224.fb_in1k", f"img_size=96,{SMALL}", 1),
     "deit-distilled": ("deit_base_distilled_patch16_224.fb_in1k", f"img_size=96,{SMALL}", 2),
     "deit3": ("deit3_base_patch16_224.fb_in1k", f"img_size=96,{SMALL}", 1),
     "clip-by-timm": ("vit_base_patch16_clip_quickgelu_224.openai", f"img_size=96,{SMALL}", 1),
-    "qk-norm": ("vit_base_patch16_224", f"img_size=96,{SMALL},qk_norm=true,reg_tokens=3,init_values=0.5", 4),
+    "qk-norm": (
+        "vit_base_patch16_224",
+        f"img_size=96,{SMALL},qk_norm=true,reg_tokens=3,init_values=0.5",
+        4,
+    ),
 }
 
 
@@ -62,17 +68,24 @@ def test_timm_families_equal_the_unmodified_model(family: str) -> None:
     size = teacher.input_px
     images = teacher_reference.photographs(size)
     ys, attention = teacher(images, (1, 3))
-    pixels = teacher_reference.normalised(images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"])
+    pixels = teacher_reference.normalised(
+        images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"]
+    )
     own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))
     weights = teacher_reference.timm_map(exact, pixels).mean(1)[:, 0]  # (B, T)
     assert exact.num_prefix_tokens == prefix
-    assert teacher.patches == weights.shape[1] - prefix == (size // exact.patch_embed.patch_size[0]) ** 2
+    assert (
+        teacher.patches
+        == weights.shape[1] - prefix
+        == (size // exact.patch_embed.patch_size[0]) ** 2
+    )
     for y, k in zip(ys, (1, 3), strict=True):
         expected = torch.cat([own[k - 1][:, :1], own[k - 1][:, prefix:]], 1)
         assert y.shape == expected.shape == (3, 1 + teacher.patches, 24)
         assert teacher_reference.relative(y, expected) < CLOSE
     assert teacher_reference.apart(attention, weights[:, prefix:]) < CLOSE
-    assert (attention.sum(1) < 1 - 1e-4).all()  # what [CLS] and registers get is left out, and nothing is renormalised
+    # what [CLS] and registers get is left out, and nothing is renormalised
+    assert (attention.sum(1) < 1 - 1e-4).all()
     assert attention.std(1).min() > 1e-5  # a reading that is the same everywhere would prove little
 
 
@@ -90,7 +103,12 @@ def test_siglip_has_the_mean_for_cls_and_its_pools_attention() -> None:
     arch, options = "vit_base_patch16_siglip_224.webli", f"img_size=96,{SMALL}"
     teacher: Any = teachers.load(f"timm:{arch},{options}", "random:0")
     teacher_reference.stir(teacher.vit)
-    exact: Any = timm.create_model(arch, num_classes=0, **_options(options)).eval().requires_grad_(False).double()
+    exact: Any = (
+        timm.create_model(arch, num_classes=0, **_options(options))
+        .eval()
+        .requires_grad_(False)
+        .double()
+    )
     exact.load_state_dict(teacher.vit.state_dict())
     images = teacher_reference.photographs(96)
     (y,), attention = teacher(images, (2,))
@@ -107,7 +125,10 @@ def test_siglip_has_the_mean_for_cls_and_its_pools_attention() -> None:
     torch.testing.assert_close(attention.sum(1), torch.ones(3))  # there is no [CLS] to take a share
     pool = exact.attn_pool  # and these weights are what the pool itself mixes by
     values = (tokens @ pool.kv.weight[24:].T + pool.kv.bias[24:]).unflatten(-1, (3, 8)).numpy()
-    mixed = torch.from_numpy(np.einsum("bht,bthd->bhd", weights, values)).flatten(1) @ pool.proj.weight.T
+    mixed = (
+        torch.from_numpy(np.einsum("bht,bthd->bhd", weights, values)).flatten(1)
+        @ pool.proj.weight.T
+    )
     mixed = mixed + pool.proj.bias
     torch.testing.assert_close(mixed + pool.mlp(pool.norm(mixed)), pool(tokens))
 
@@ -121,14 +142,22 @@ CLIPS = {
     "gelu": ({}, False),
     "layer scale": ({"ls_init_value": 0.5}, False),
     "qk norm": ({"qk_norm": True}, False),
-    "no first norm, mean pool": ({"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}, True),
+    "no first norm, mean pool": (
+        {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+        True,
+    ),
 }
 
 
 def small_clip(folder: Path, quick: bool = True, name: str = "small.json", **vision: Any) -> Path:
     """A config that open_clip can build."""
     path = folder / name
-    about = {"embed_dim": 12, "quick_gelu": quick, "vision_cfg": {**VISION, **vision}, "text_cfg": TEXT}
+    about = {
+        "embed_dim": 12,
+        "quick_gelu": quick,
+        "vision_cfg": {**VISION, **vision},
+        "text_cfg": TEXT,
+    }
     path.write_text(json.dumps(about))
     return path
 
@@ -142,7 +171,11 @@ def test_clip_equals_the_unmodified_tower(tmp_path: Path, kind: str) -> None:
     small_clip(tmp_path / "dir", quick, "open_clip_config.json", **vision)
     about = json.loads((tmp_path / "small.json").read_text())
     (tmp_path / "dir/open_clip_config.json").write_text(json.dumps({"model_cfg": about}))
-    exact = open_clip.create_model(f"local-dir:{tmp_path / 'dir'}", load_weights=False).visual.eval().double()
+    exact = (
+        open_clip.create_model(f"local-dir:{tmp_path / 'dir'}", load_weights=False)
+        .visual.eval()
+        .double()
+    )
     exact.load_state_dict(teacher.visual.state_dict())
     images = teacher_reference.photographs(48)
     ys, attention = teacher(images, (1, 3))
@@ -160,13 +193,16 @@ def test_clip_equals_the_unmodified_tower(tmp_path: Path, kind: str) -> None:
 
 
 def _tower_map(attn: Any, x: Tensor) -> Tensor:
-    """Normed tokens (B, T, D) -> (B, T, T), heads averaged: torch's own weights, or the softmax written out."""
+    """Normed tokens (B, T, D) -> (B, T, T), heads averaged: torch's own weights, or the softmax
+    written out."""
     if isinstance(attn, torch.nn.MultiheadAttention):
         return attn(x, x, x, need_weights=True, average_attn_weights=True)[1].detach()
     q, k, _ = (x @ attn.in_proj_weight.T + attn.in_proj_bias).detach().chunk(3, -1)
     q, k = (v.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2).numpy() for v in (q, k))
     q, k = (
-        (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + n.eps) * n.weight.detach().numpy()
+        (v - v.mean(-1, keepdims=True))
+        / np.sqrt(v.var(-1, keepdims=True) + n.eps)
+        * n.weight.detach().numpy()
         + n.bias.detach().numpy()
         for v, n in ((q, attn.ln_q), (k, attn.ln_k))
     )
@@ -196,20 +232,37 @@ def test_base_networks_equal_the_unmodified_model(name: str) -> None:
     assert sum(p.numel() for p in teacher.vit.parameters()) == row.params
     images = teacher_reference.photographs(row.input_px)[:2]
     ys, attention = teacher(images, (8, 12))
-    exact: Any = timm.create_model(row.hub.removeprefix("timm/"), num_classes=0, img_size=row.input_px).eval().double()
+    exact: Any = (
+        timm.create_model(row.hub.removeprefix("timm/"), num_classes=0, img_size=row.input_px)
+        .eval()
+        .double()
+    )
     exact.load_state_dict(teacher.vit.state_dict())
-    pixels = teacher_reference.normalised(images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"])
+    pixels = teacher_reference.normalised(
+        images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"]
+    )
     own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))
     prefix = exact.num_prefix_tokens
     for y, k in zip(ys, (8, 12), strict=True):
-        assert teacher_reference.relative(y, torch.cat([own[k - 1][:, :1], own[k - 1][:, prefix:]], 1)) < CLOSE
-    assert teacher_reference.apart(attention, teacher_reference.timm_map(exact, pixels).mean(1)[:, 0, prefix:]) < CLOSE
+        assert (
+            teacher_reference.relative(y, torch.cat([own[k - 1][:, :1], own[k - 1][:, prefix:]], 1))
+            < CLOSE
+        )
+    assert (
+        teacher_reference.apart(
+            attention, teacher_reference.timm_map(exact, pixels).mean(1)[:, 0, prefix:]
+        )
+        < CLOSE
+    )
 
 
 @pytest.mark.parametrize("family", ["dinov2-reg", "dinov3", "eva02"])
 def test_a_file_of_a_family_is_what_runs(tmp_path: Path, family: str) -> None:
     arch, options, _ = TIMM[family]
     drawn: Any = teachers.load(f"timm:{arch},{options}", "random:3")
-    save_file({name: value.contiguous() for name, value in drawn.vit.state_dict().items()}, tmp_path / "w.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in drawn.vit.state_dict().items()},
+        tmp_path / "w.safetensors",
+    )
     read = teachers.load(f"timm:{arch},{options}", str(tmp_path / "w.safetensors"))
     assert weight_hash(read) == weight_hash(drawn)

@@ -1,6 +1,8 @@
-"""The real shapes on real photographs: `clip-b16` with random:0 against open_clip run directly, with hooks of our own.
+"""The real shapes on real photographs: `clip-b16` with random:0 against open_clip run directly,
+with hooks of our own.
 
-ViT-B/16 at 224, 12 blocks, 196 patches and [CLS]; no trained weights are needed to compare which numbers are taken.
+ViT-B/16 at 224, 12 blocks, 196 patches and [CLS]; no trained weights are needed to compare which
+numbers are taken.
 """
 
 from __future__ import annotations
@@ -30,8 +32,19 @@ def test_clip_b16_on_photographs(featcache_command: Callable[..., Ran], tmp_path
     photos.mkdir()
     for name in NAMES:
         (photos / name).write_bytes((Path(skimage.__file__).parent / "data" / name).read_bytes())
-    options = ("--teacher", "clip-b16", "--weights", "random:0", "--images", photos, "--out", tmp_path / "c")
-    ran = featcache_command("extract", *options, "--views", 2, "--levels", "all", "--batch-size", 4, "--json")
+    options = (
+        "--teacher",
+        "clip-b16",
+        "--weights",
+        "random:0",
+        "--images",
+        photos,
+        "--out",
+        tmp_path / "c",
+    )
+    ran = featcache_command(
+        "extract", *options, "--views", 2, "--levels", "all", "--batch-size", 4, "--json"
+    )
     assert ran.status == 0, ran.err
     assert "random:0" in ran.err
     assert json.loads(ran.out)["levels"] == list(range(1, 13))
@@ -47,7 +60,9 @@ def test_clip_b16_on_photographs(featcache_command: Callable[..., Ran], tmp_path
     blocks[-1].ln_1.register_forward_hook(lambda _, __, x: normed.append(x))
 
     group = zarr.open_group(tmp_path / "c/shards/000000.zarr", mode="r")
-    stored = {name: group[name][:] for name in ("features", "attention", "crop", "flip", "key_offsets")}
+    stored = {
+        name: group[name][:] for name in ("features", "attention", "crop", "flip", "key_offsets")
+    }
     assert stored["features"].shape == (3, 2, 12, 197, 768)
     assert stored["attention"].shape == (3, 2, 196)
     blob = group["key"][:].tobytes()
@@ -56,7 +71,11 @@ def test_clip_b16_on_photographs(featcache_command: Callable[..., Ran], tmp_path
     for row, name in enumerate(NAMES):
         for view in range(2):
             top, left, height, width = stored["crop"][row, view].tolist()
-            picture = Image.open(photos / name).convert("RGB").crop((left, top, left + width, top + height))
+            picture = (
+                Image.open(photos / name)
+                .convert("RGB")
+                .crop((left, top, left + width, top + height))
+            )
             picture = picture.resize((224, 224), Image.Resampling.BICUBIC)
             if stored["flip"][row, view]:
                 picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -70,7 +89,9 @@ def test_clip_b16_on_photographs(featcache_command: Callable[..., Ran], tmp_path
             got = stored["features"][row, view].astype(np.float64)
             assert (np.linalg.norm(got - h, axis=-1) / np.linalg.norm(h, axis=-1)).max() < 1e-3
             attn = blocks[-1].attn
-            qkv = normed[0][0].double() @ attn.in_proj_weight.double().T + attn.in_proj_bias.double()
+            qkv = (
+                normed[0][0].double() @ attn.in_proj_weight.double().T + attn.in_proj_bias.double()
+            )
             q, k, _ = qkv.detach().reshape(197, 3, 12, 64).permute(1, 2, 0, 3).numpy()
             logits = np.einsum("hd,htd->ht", q[:, 0], k) / 8
             weights = np.exp(logits - logits.max(-1, keepdims=True))

@@ -1,7 +1,8 @@
-"""Teachers against an independent reading of the same network: own hooks, explicit softmax attention in float64.
+"""Teachers against an independent reading of the same network: own hooks, explicit softmax
+attention in float64.
 
-B batch, T tokens, P patches, D width, H heads. The networks are tiny and random; what is compared is which numbers are
-taken from them, not what they mean.
+B batch, T tokens, P patches, D width, H heads. The networks are tiny and random; what is compared
+is which numbers are taken from them, not what they mean.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from featcache.teachers.clip import Clip
 from tests.conftest import Ran, python
 
 TINY = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # METHODS 0.8
+# METHODS 0.8
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def pictures(count: int, size: int, seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), np.uint8)
+    )
 
 
 def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -45,10 +49,13 @@ def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
 def explicit_attention(
     x: np.ndarray, w: np.ndarray, b: np.ndarray, heads: int, norm: tuple | None = None
 ) -> np.ndarray:
-    """Normed input x (B, T, D), fused weights (3D, D) and (3D,) -> softmax(q k / sqrt(d)) (B, H, T, T) in float64."""
+    """Normed input x (B, T, D), fused weights (3D, D) and (3D,) -> softmax(q k / sqrt(d)) (B, H, T,
+    T) in float64."""
     batch, tokens, width = x.shape
     qkv = x @ w.T + b
-    q, k = (qkv[..., i * width : (i + 1) * width].reshape(batch, tokens, heads, -1) for i in range(2))
+    q, k = (
+        qkv[..., i * width : (i + 1) * width].reshape(batch, tokens, heads, -1) for i in range(2)
+    )
     if norm:
         q, k = (
             (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + e) * g + s
@@ -59,11 +66,17 @@ def explicit_attention(
     return weights / weights.sum(-1, keepdims=True)
 
 
-def record(blocks: nn.ModuleList, norm: nn.Module, run: Callable[[], object]) -> tuple[list[Tensor], Tensor]:
-    """Outputs of all blocks and of the last block's first norm, by hooks of our own, removed afterwards."""
+def record(
+    blocks: nn.ModuleList, norm: nn.Module, run: Callable[[], object]
+) -> tuple[list[Tensor], Tensor]:
+    """Outputs of all blocks and of the last block's first norm, by hooks of our own, removed
+    afterwards."""
     ys: list[Tensor] = []
     seen: list[Tensor] = []
-    handles = [block.register_forward_hook(lambda _, __, y: ys.append(y.detach().clone())) for block in blocks]
+    handles = [
+        block.register_forward_hook(lambda _, __, y: ys.append(y.detach().clone()))
+        for block in blocks
+    ]
     handles.append(norm.register_forward_hook(lambda _, __, y: seen.append(y.detach().clone())))
     run()
     for handle in handles:
@@ -77,7 +90,14 @@ def tower() -> VisionTransformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tower = VisionTransformer(
-            image_size=16, patch_size=8, width=32, layers=3, heads=4, mlp_ratio=2, output_dim=12, act_layer=QuickGELU
+            image_size=16,
+            patch_size=8,
+            width=32,
+            layers=3,
+            heads=4,
+            mlp_ratio=2,
+            output_dim=12,
+            act_layer=QuickGELU,
         )
         for parameter in tower.parameters():
             nn.init.normal_(parameter, std=0.3)
@@ -92,9 +112,13 @@ def test_clip_levels_and_attention_are_the_towers(tower: VisionTransformer) -> N
     got, attention = teacher(images, (1, 3))
     exact = tower.double()
     blocks = exact.transformer.resblocks
-    ys, normed = record(blocks, blocks[-1].ln_1, lambda: exact(normalised(images, CLIP_MEAN, CLIP_STD)))
+    ys, normed = record(
+        blocks, blocks[-1].ln_1, lambda: exact(normalised(images, CLIP_MEAN, CLIP_STD))
+    )
     last = blocks[-1].attn
-    weights = explicit_attention(normed.numpy(), last.in_proj_weight.numpy(), last.in_proj_bias.numpy(), 4)
+    weights = explicit_attention(
+        normed.numpy(), last.in_proj_weight.numpy(), last.in_proj_bias.numpy(), 4
+    )
     tower.float()
     assert [tuple(y.shape) for y in got] == [(3, 5, 32)] * 2
     for y, k in zip(got, (1, 3), strict=True):
@@ -103,7 +127,8 @@ def test_clip_levels_and_attention_are_the_towers(tower: VisionTransformer) -> N
     expected = weights.mean(1)[:, 0, 1:]
     assert attention.dtype == torch.float32
     np.testing.assert_allclose(attention, expected, atol=1e-5 * expected.max())
-    assert (attention.sum(1) < 1).all()  # the [CLS] weight on itself is left out, nothing is renormalised
+    # the [CLS] weight on itself is left out, nothing is renormalised
+    assert (attention.sum(1) < 1).all()
 
 
 def test_clip_tail_gives_the_towers_own_output(tower: VisionTransformer) -> None:
@@ -143,14 +168,17 @@ def test_timm_levels_and_attention_are_the_models(options: str, prefix: int) -> 
     assert (teacher.input_px, teacher.patches, teacher.width, teacher.depth) == (32, 16, 24, 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
-        for name, parameter in teacher.vit.named_parameters():  # every part must matter, norms and biases too
+        # every part must matter, norms and biases too
+        for name, parameter in teacher.vit.named_parameters():
             nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.3)
     got, attention = teacher(images, (2, 3))
     mean, std = teacher.vit.pretrained_cfg["mean"], teacher.vit.pretrained_cfg["std"]
     assert (tuple(teacher.pixel_mean), tuple(teacher.pixel_std)) == (tuple(mean), tuple(std))
     exact = teacher.vit.double()
     block = exact.blocks[-1]
-    ys, normed = record(exact.blocks, block.norm1, lambda: exact.forward_features(normalised(images, mean, std)))
+    ys, normed = record(
+        exact.blocks, block.norm1, lambda: exact.forward_features(normalised(images, mean, std))
+    )
     attn = block.attn
     bias = attn.qkv.bias.numpy() if attn.qkv.bias is not None else np.zeros(72)
     norm = None
@@ -167,10 +195,11 @@ def test_timm_levels_and_attention_are_the_models(options: str, prefix: int) -> 
 
 
 def test_attention_is_what_the_block_itself_uses() -> None:
-    """A second check by the block's arithmetic: with an identity projection and v = one-hot tokens the block's output
-    is the attention row itself."""
+    """A second check by the block's arithmetic: with an identity projection and v = one-hot tokens
+    the block's output is the attention row itself."""
     teacher = teachers.load(
-        "timm:vit_tiny_patch16_224,img_size=16,patch_size=8,embed_dim=8,depth=1,num_heads=1", "random:0"
+        "timm:vit_tiny_patch16_224,img_size=16,patch_size=8,embed_dim=8,depth=1,num_heads=1",
+        "random:0",
     )
     attn = teacher.vit.blocks[0].attn
     seen: list[Tensor] = []
@@ -182,7 +211,9 @@ def test_attention_is_what_the_block_itself_uses() -> None:
     v = normed[0] @ attn.qkv.weight[16:].T + attn.qkv.bias[16:]
     own = 1 - attention.sum(1)
     mixed = own[:, None] * v[:, 0] + (attention[..., None] * v[:, 1:]).sum(1)
-    torch.testing.assert_close(mixed @ attn.proj.weight.T + attn.proj.bias, seen[0][:, 0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        mixed @ attn.proj.weight.T + attn.proj.bias, seen[0][:, 0], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_timm_tail_is_its_final_norm() -> None:
@@ -229,7 +260,8 @@ def test_synthetic_gives_the_same_bits_at_every_batch_size() -> None:
 
 
 def test_synthetic_is_like_a_teacher() -> None:
-    """Defaults of DESIGN 7, outlier channels, an attention that leaves something to [CLS], features of the picture."""
+    """Defaults of DESIGN 7, outlier channels, an attention that leaves something to [CLS], features
+    of the picture."""
     teacher = teachers.load("synthetic")
     assert (teacher.depth, teacher.patches, teacher.width) == (12, 196, 64)
     images = pictures(2, 224)
@@ -302,14 +334,17 @@ def test_impossible_names_and_options_are_usage_errors(spec: str, told: str) -> 
     [
         "timm:resnet18",
         TINY + ",class_token=false,global_pool=avg",  # nothing to take the attention of
-        "timm:vit_small_patch16_18x2_224,img_size=32,embed_dim=24,depth=1,num_heads=3",  # parallel attention
+        # parallel attention
+        "timm:vit_small_patch16_18x2_224,img_size=32,embed_dim=24,depth=1,num_heads=3",
         TINY + ",in_chans=1",
         TINY.replace("depth=3", "depth=0"),
-        "timm:vit_base_patch16_rpn_224,img_size=32,embed_dim=24,depth=1,num_heads=3,class_token=true",  # post-norm
+        # post-norm
+        "timm:vit_base_patch16_rpn_224,img_size=32,embed_dim=24,depth=1,num_heads=3,class_token=true",
     ],
 )
 def test_networks_without_what_is_read_are_refused(spec: str) -> None:
-    """Their attention could not be read, or worse: it would be read wrongly and nobody would notice."""
+    """Their attention could not be read, or worse: it would be read wrongly and nobody would
+    notice."""
     with pytest.raises(UserError, match="CLS"):
         teachers.load(spec, "random:0")
 
@@ -317,17 +352,27 @@ def test_networks_without_what_is_read_are_refused(spec: str) -> None:
 def test_every_registered_name_has_its_facts() -> None:
     rows = teachers.rows()
     assert {"clip-b16", "dino-b16", "synthetic"} <= rows.keys()
-    assert (rows["clip-b16"].input_px, rows["clip-b16"].patches, rows["clip-b16"].width, rows["clip-b16"].depth) == (
-        224, 196, 768, 12
-    )  # fmt: skip
-    assert parse_options("a=1,b=0.5,c=TRUE,d=x,e=-2") == {"a": 1, "b": 0.5, "c": True, "d": "x", "e": -2}
+    assert (
+        rows["clip-b16"].input_px,
+        rows["clip-b16"].patches,
+        rows["clip-b16"].width,
+        rows["clip-b16"].depth,
+    ) == (224, 196, 768, 12)
+    assert parse_options("a=1,b=0.5,c=TRUE,d=x,e=-2") == {
+        "a": 1,
+        "b": 0.5,
+        "c": True,
+        "d": "x",
+        "e": -2,
+    }
 
 
 def test_a_name_is_found_without_the_libraries() -> None:
     """They take seconds to import, and one of them may not be installed."""
     code = (
         "import sys; from featcache import teachers; teachers.load('synthetic'); teachers.rows();"
-        "print([name for name in ('timm', 'open_clip', 'torchvision', 'transformers') if name in sys.modules])"
+        "print([name for name in ('timm', 'open_clip', 'torchvision', 'transformers') if name in "
+        "sys.modules])"
     )
     ran = python(code)
     assert ran.stdout.strip() == "[]", ran.stderr
@@ -350,7 +395,8 @@ class Mine(nn.Module):
         self.gain, self.weights = nn.Parameter(torch.tensor(float(gain))), weights or REGISTERED
 
     def forward(self, images, levels):
-        y = images.float().mean((2, 3))[:, None].expand(-1, 5, 3) * self.gain * torch.tensor([1.0, 2.0, 4.0])
+        y = images.float().mean((2, 3))[:, None].expand(-1, 5, 3)
+        y = y * self.gain * torch.tensor([1.0, 2.0, 4.0])
         return [y * k for k in levels], torch.full((len(images), 4), 0.2)
 
     def tail(self):
@@ -385,9 +431,15 @@ def test_a_users_own_file_is_a_teacher(tmp_path: Path) -> None:
         ("load = 3", "lacks load"),
         ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("def load(:", "SyntaxError"),
-        ("def load(name, options, weights):\n    return 1 / 0", "load(...) fails: ZeroDivisionError"),
+        (
+            "def load(name, options, weights):\n    return 1 / 0",
+            "load(...) fails: ZeroDivisionError",
+        ),
         ("def load(name):\n    return 1", "load(...) fails: TypeError"),
-        ("def load(name, options, weights):\n    return object()", "lacks weights, input_px, patches, width, depth"),
+        (
+            "def load(name, options, weights):\n    return object()",
+            "lacks weights, input_px, patches, width, depth",
+        ),
         (OWN.replace("def tail", "def tale"), "lacks tail"),
         (OWN.replace("def load(", "TOKENIZER = True\ndef load("), "gives token ids"),
     ],
@@ -402,7 +454,9 @@ def test_mistakes_in_a_users_own_file_are_one_line(tmp_path: Path, text: str, to
     assert "\n" not in str(caught.value)
 
 
-def test_a_users_own_file_fills_a_cache(featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path) -> None:
+def test_a_users_own_file_fills_a_cache(
+    featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path
+) -> None:
     path, out = tmp_path / "mine.py", tmp_path / "cache"
     path.write_text(OWN)
     ran = featcache_command(
@@ -412,7 +466,8 @@ def test_a_users_own_file_fills_a_cache(featcache_command: Callable[..., Ran], p
     assert featcache_command("verify", out, "--recompute", 3, "--images", photos).status == 0
     path.write_text(OWN + "# a remark\n")
     assert featcache_command("verify", out, "--recompute", 3, "--images", photos).status == 0
-    path.write_text(OWN.replace("* k for k", "* -k for k"))  # other code, the same weights: another teacher
+    # other code, the same weights: another teacher
+    path.write_text(OWN.replace("* k for k", "* -k for k"))
     ran = featcache_command("verify", out, "--recompute", 3, "--images", photos)
     assert ran.status == 1
     assert "have hash" in ran.error
@@ -437,7 +492,13 @@ def test_random_weights_are_reproducible_and_leave_the_generator_alone() -> None
     assert hashes[0] == hashes[2] != hashes[1]
     torch.manual_seed(0)
     direct = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=0
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=3,
+        num_heads=3,
+        num_classes=0,
     )
     torch.random.set_rng_state(before)
     loaded = teachers.load(TINY, "random:0").vit.state_dict()
@@ -465,18 +526,26 @@ def test_weight_hash_feels_one_flipped_bit_names_and_shapes() -> None:
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in teachers.load(TINY, "random:7").vit.state_dict().items()}
+    return {
+        name: value.clone()
+        for name, value in teachers.load(TINY, "random:7").vit.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "nested", "with a head"])
-def test_weights_from_a_file_are_the_ones_that_run(tmp_path: Path, state: dict[str, Tensor], kind: str) -> None:
+def test_weights_from_a_file_are_the_ones_that_run(
+    tmp_path: Path, state: dict[str, Tensor], kind: str
+) -> None:
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
     if kind == "safetensors":
         save_file(state, path)
     elif kind == "nested":
         torch.save({"model": state, "epoch": 3}, path)
     else:
-        torch.save({**state, **({"head.weight": torch.zeros(10, 24)} if kind == "with a head" else {})}, path)
+        torch.save(
+            {**state, **({"head.weight": torch.zeros(10, 24)} if kind == "with a head" else {})},
+            path,
+        )
     teacher = teachers.load(TINY, str(path))
     assert teacher.weights == str(path)
     assert weight_hash(teacher) == weight_hash(teachers.load(TINY, "random:7"))
@@ -521,8 +590,12 @@ def _bad_file(kind: str, path: Path, state: dict[str, Tensor], mark: Path) -> No
         torch.save({"a": "text"}, path)
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "html", "truncated", "pickle", "torch pickle", "list", "no tensors"])
-def test_bad_torch_files_are_one_line_and_nothing_runs(tmp_path: Path, state: dict[str, Tensor], kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["text", "empty", "html", "truncated", "pickle", "torch pickle", "list", "no tensors"]
+)
+def test_bad_torch_files_are_one_line_and_nothing_runs(
+    tmp_path: Path, state: dict[str, Tensor], kind: str
+) -> None:
     path, mark = tmp_path / "bad.pt", tmp_path / "ran"
     _bad_file(kind, path, state, mark)
     with pytest.raises(UserError, match=r"bad\.pt") as caught:
@@ -534,7 +607,9 @@ def test_bad_torch_files_are_one_line_and_nothing_runs(tmp_path: Path, state: di
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 4000])
-def test_truncated_safetensors_are_one_line(tmp_path: Path, state: dict[str, Tensor], keep: int) -> None:
+def test_truncated_safetensors_are_one_line(
+    tmp_path: Path, state: dict[str, Tensor], keep: int
+) -> None:
     path = tmp_path / "cut.safetensors"
     save_file(state, path)
     path.write_bytes(path.read_bytes()[:keep])
@@ -542,13 +617,19 @@ def test_truncated_safetensors_are_one_line(tmp_path: Path, state: dict[str, Ten
         teachers.load(TINY, str(path))
 
 
-def test_weights_of_another_architecture_name_the_difference(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_weights_of_another_architecture_name_the_difference(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
     path = tmp_path / "w.safetensors"
     other = {**state, "pos_embed": torch.zeros(1, 6, 24)}  # no [CLS] and square
     save_file(other, path)
-    with pytest.raises(UserError, match=r"do not fit.*pos_embed is \(1, 6, 24\), \(1, 17, 24\) is needed"):
+    with pytest.raises(
+        UserError, match=r"do not fit.*pos_embed is \(1, 6, 24\), \(1, 17, 24\) is needed"
+    ):
         teachers.load(TINY, str(path))
-    save_file({name: value for name, value in state.items() if not name.startswith("blocks.2")}, path)
+    save_file(
+        {name: value for name, value in state.items() if not name.startswith("blocks.2")}, path
+    )
     with pytest.raises(UserError, match=r"12 tensors are missing \(blocks\.2"):
         teachers.load(TINY, str(path))
     save_file({**state, "extra.weight": torch.zeros(2)}, path)
@@ -578,7 +659,14 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     from huggingface_hub import constants
@@ -619,7 +707,11 @@ def test_a_file_gets_quick_gelu_with_or_without_the_text_tower(tmp_path: Path, n
     images = pictures(1, 224)
     blocks = whole.visual.transformer.resblocks
     with torch.no_grad():
-        ys, _ = record(blocks, blocks[-1].ln_1, lambda: whole.visual(normalised(images, CLIP_MEAN, CLIP_STD).float()))
+        ys, _ = record(
+            blocks,
+            blocks[-1].ln_1,
+            lambda: whole.visual(normalised(images, CLIP_MEAN, CLIP_STD).float()),
+        )
     for i, weights in enumerate((whole.state_dict(), whole.visual.state_dict())):
         path = tmp_path / f"w{i}.safetensors"
         save_file({key: value.clone() for key, value in weights.items()}, path)
@@ -630,9 +722,11 @@ def test_a_file_gets_quick_gelu_with_or_without_the_text_tower(tmp_path: Path, n
         assert ((got[0] - ys[11]).norm(dim=-1) / ys[11].norm(dim=-1)).max() < 1e-4
 
 
-def test_the_same_weights_under_another_activation_are_another_teacher(tower: VisionTransformer) -> None:
-    """LAION's tags run with GELU, a file with QuickGELU: equal tensors, other features. What a cache's identity
-    takes from a teacher must tell the two apart."""
+def test_the_same_weights_under_another_activation_are_another_teacher(
+    tower: VisionTransformer,
+) -> None:
+    """LAION's tags run with GELU, a file with QuickGELU: equal tensors, other features. What a
+    cache's identity takes from a teacher must tell the two apart."""
     with torch.random.fork_rng(devices=[]):
         plain = VisionTransformer(
             image_size=16, patch_size=8, width=32, layers=3, heads=4, mlp_ratio=2, output_dim=12

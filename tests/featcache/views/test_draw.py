@@ -1,4 +1,5 @@
-"""Views: literal draws, the law's limits, and rendering against torchvision's own functions on PIL pictures."""
+"""Views: literal draws, the law's limits, and rendering against torchvision's own functions on PIL
+pictures."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ STILL = (1.0, 1.0, 1.0, 0.0)
 
 
 def draw(key: str, height: int, width: int, count: int = 1, **policy: object) -> view_draw.Drawn:
-    return view_draw.draw(load_policy(**policy), rng.key_digests([key]), np.array([[height, width]]), range(count))
+    return view_draw.draw(
+        load_policy(**policy), rng.key_digests([key]), np.array([[height, width]]), range(count)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["key"])
@@ -94,7 +97,11 @@ def test_boxes_lie_inside_the_picture_and_keep_the_limits(
         if not fallback:
             assert scale[0] * (1 - 1e-6) <= area <= scale[1] * (1 + 1e-6)
             # half a pixel of rounding on either side
-            assert (w - 0.5) * (h - 0.5) <= area * height * width * (1 + 1e-6) <= (w + 0.5) * (h + 0.5) * (1 + 1e-6)
+            assert (
+                (w - 0.5) * (h - 0.5)
+                <= area * height * width * (1 + 1e-6)
+                <= (w + 0.5) * (h + 0.5) * (1 + 1e-6)
+            )
         assert (w - 0.5) / (h + 0.5) <= 4 / 3 * (1 + 1e-9)
         assert (w + 0.5) / max(h - 0.5, 1e-9) >= 3 / 4 * (1 - 1e-9)
 
@@ -111,7 +118,8 @@ def test_a_draw_depends_on_its_own_key_size_and_view_alone(n: int, at: int, view
 
 
 def test_law_of_area_flip_and_position() -> None:
-    """4,000 keys: areas average as torchvision's, flips are fair, positions even, and the seed matters."""
+    """4,000 keys: areas average as torchvision's, flips are fair, positions even, and the seed
+    matters."""
     digests = rng.key_digests(f"{i}" for i in range(4000))
     drawn = view_draw.draw(Policy(), digests, np.full((4000, 2), 300), [0])
     torchvision = _torchvision_areas(4000)
@@ -128,14 +136,18 @@ def _torchvision_areas(n: int) -> np.ndarray:
     picture = torch.zeros(3, 300, 300)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        boxes = [RandomResizedCrop.get_params(picture, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
+        boxes = [
+            RandomResizedCrop.get_params(picture, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)
+        ]
     return np.array([h * w / 90000 for _, _, h, w in boxes])
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (1, 500), (500, 1), (33, 100)])
 def test_fallback_box_is_torchvisions(height: int, width: int) -> None:
     """Where no try can fit, torchvision draws nothing more: its answer is the rule."""
-    expected = RandomResizedCrop.get_params(torch.zeros(1, height, width), [0.99, 1.0], [3 / 4, 4 / 3])
+    expected = RandomResizedCrop.get_params(
+        torch.zeros(1, height, width), [0.99, 1.0], [3 / 4, 4 / 3]
+    )
     drawn = draw("long", height, width, scale=(0.99, 1.0))
     assert tuple(drawn.crop[0, 0].tolist()) == expected
     assert drawn.area[0, 0] == np.float32(expected[2] * expected[3] / (height * width))
@@ -186,7 +198,9 @@ def test_render_crops_before_it_resizes() -> None:
     """Pillow's resize(box=...) looks beyond the box's edge and gives other pixels."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     ours = render(picture, (10, 12, 20, 24), 0, STILL, 56, "bicubic").astype(int)
-    other = np.asarray(picture.resize((56, 56), Image.Resampling.BICUBIC, box=(12, 10, 36, 30))).astype(int)
+    other = np.asarray(
+        picture.resize((56, 56), Image.Resampling.BICUBIC, box=(12, 10, 36, 30))
+    ).astype(int)
     assert np.abs(ours - other).max() > 0
 
 
@@ -194,23 +208,35 @@ def test_render_crops_before_it_resizes() -> None:
 def test_jitter_acts_on_the_whole_picture_in_the_stored_order(order: int) -> None:
     picture = Image.fromarray(waves(60, 80, 1.0))
     factors = {"brightness": 1.3, "contrast": 0.65, "saturation": 1.35}
-    adjust = {"brightness": tv.adjust_brightness, "contrast": tv.adjust_contrast, "saturation": tv.adjust_saturation}
+    adjust = {
+        "brightness": tv.adjust_brightness,
+        "contrast": tv.adjust_contrast,
+        "saturation": tv.adjust_saturation,
+    }
     expected = picture
     for name in ORDERS[order].split(","):
         expected = adjust[name](expected, float(np.float32(factors[name])))
     expected = tv.resized_crop(expected, 5, 9, 30, 40, [32, 32], tv.InterpolationMode.BICUBIC)
     jitter = np.float32([*factors.values(), order])
-    np.testing.assert_array_equal(render(picture, (5, 9, 30, 40), 0, jitter, 32, "bicubic"), np.asarray(expected))
+    np.testing.assert_array_equal(
+        render(picture, (5, 9, 30, 40), 0, jitter, 32, "bicubic"), np.asarray(expected)
+    )
 
 
 @pytest.mark.parametrize("size", [196, 224, 112])
 def test_one_view_at_several_sizes_is_a_direct_crop_each_time(size: int) -> None:
     picture = Image.fromarray(waves(150, 210, 2.0))
-    direct = picture.crop((31, 17, 31 + 120, 17 + 100)).resize((size, size), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(render(picture, (17, 31, 100, 120), 0, STILL, size, "bicubic"), direct)
+    direct = picture.crop((31, 17, 31 + 120, 17 + 100)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
+    np.testing.assert_array_equal(
+        render(picture, (17, 31, 100, 120), 0, STILL, size, "bicubic"), direct
+    )
 
 
-@pytest.mark.parametrize(("height", "width"), [(50, 80), (80, 50), (64, 64), (20, 30), (53, 79), (101, 64)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(50, 80), (80, 50), (64, 64), (20, 30), (53, 79), (101, 64)]
+)
 def test_centre_is_torchvisions_resize_and_central_crop(height: int, width: int) -> None:
     picture = Image.fromarray(waves(height, width))
     resized = tv.resize(picture, round(32 / 0.875), tv.InterpolationMode.BICUBIC)
@@ -233,7 +259,12 @@ def test_clamped_draw_is_one_try_with_its_sides_cut(height: int, width: int) -> 
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         cut += w > width or h > height
         w, h = min(w, width), min(h, height)
-        assert drawn.crop[i, 0].tolist() == [int(top * (height - h + 1)), int(left * (width - w + 1)), h, w]
+        assert drawn.crop[i, 0].tolist() == [
+            int(top * (height - h + 1)),
+            int(left * (width - w + 1)),
+            h,
+            w,
+        ]
         assert drawn.area[i, 0] == np.float32(h * w / (height * width))
     assert cut > 20
 
@@ -244,7 +275,8 @@ def test_literal_pixel_hash() -> None:
     expected = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
     assert fingerprint.pixel_hash(pixels) == expected
     assert fingerprint.pixel_hash(np.zeros((2, 2, 3), np.uint8)) == ZERO_HASH
-    assert fingerprint.pixel_hash(pixels[:, ::-1]) != expected  # a mirrored view is another one, whatever its strides
+    # a mirrored view is another one, whatever its strides
+    assert fingerprint.pixel_hash(pixels[:, ::-1]) != expected
     assert fingerprint.pixel_hash(pixels[:, ::-1]) == fingerprint.pixel_hash(pixels[:, ::-1].copy())
 
 
@@ -273,7 +305,12 @@ def test_the_papers_policies() -> None:
     for name, (scale, filter_name, jitter) in expected.items():
         policy = load_policy(name)
         assert (policy.scale, policy.filter, policy.jitter) == (scale, filter_name, jitter)
-        assert (policy.size, policy.ratio, policy.flip, policy.seed) == (224, (3 / 4, 4 / 3), 0.5, 0)
+        assert (policy.size, policy.ratio, policy.flip, policy.seed) == (
+            224,
+            (3 / 4, 4 / 3),
+            0.5,
+            0,
+        )
 
 
 def test_policy_round_trips_through_json(tmp_path: Path) -> None:

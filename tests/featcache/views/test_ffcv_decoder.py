@@ -30,19 +30,23 @@ def opened(path: Path) -> ffcv_decoder.CompiledSource:
 
 
 def test_a_centre_box_gives_what_ffcvs_loader_gives(ffcv_files: Path) -> None:
-    """FFCV's own crop decoder takes the centre square: side s = min(h, w), at (h - s) // 2, (w - s) // 2."""
+    """FFCV's own crop decoder takes the centre square: side s = min(h, w), at (h - s) // 2, (w - s)
+    // 2."""
     source, wanted = opened(ffcv_files / "jpg.beton"), np.load(ffcv_files / "centre.npy")
     for i in range(COUNT):
         height, width = photo(i).shape[:2]
         side = min(height, width)
         box = ((height - side) // 2, (width - side) // 2, side, side)
-        straight, mirrored = (render(source.picture(i), box, flip, PLAIN, SIZE, "area") for flip in (0, 1))
+        straight, mirrored = (
+            render(source.picture(i), box, flip, PLAIN, SIZE, "area") for flip in (0, 1)
+        )
         assert np.array_equal(straight, wanted[i])
         assert np.array_equal(mirrored, wanted[i][:, ::-1])
 
 
 def test_half_the_size_is_the_mean_of_two_by_two(ffcv_files: Path) -> None:
-    """INTER_AREA at a whole factor: (a + b + c + d + 2) >> 2, from the box and from nothing outside of it."""
+    """INTER_AREA at a whole factor: (a + b + c + d + 2) >> 2, from the box and from nothing outside
+    of it."""
     source = opened(ffcv_files / "raw.beton")
     top, left, size = 5, 3, 14
     for flip in (0, 1):
@@ -53,31 +57,42 @@ def test_half_the_size_is_the_mean_of_two_by_two(ffcv_files: Path) -> None:
 
 
 def test_colours_change_before_the_crop_as_on_the_other_path(ffcv_files: Path) -> None:
-    """Pillow's enhancers on the whole picture, whose mean contrast takes, in order 4; then means of 2 x 2."""
+    """Pillow's enhancers on the whole picture, whose mean contrast takes, in order 4; then means of
+    2 x 2."""
     picture = opened(ffcv_files / "raw.beton").picture(3)
     whole = Image.fromarray(photo(3))
-    for enhancer, factor in ((ImageEnhance.Color, 0.75), (ImageEnhance.Brightness, 1.25), (ImageEnhance.Contrast, 1.5)):
+    for enhancer, factor in (
+        (ImageEnhance.Color, 0.75),
+        (ImageEnhance.Brightness, 1.25),
+        (ImageEnhance.Contrast, 1.5),
+    ):
         whole = enhancer(whole).enhance(factor)
     jitter = np.array([1.25, 1.5, 0.75, 4], np.float32)  # brightness, contrast, saturation, order
     box = np.asarray(whole)[2:30, 7:35].astype(int)
     wanted = (box.reshape(14, 2, 14, 2, 3).sum((1, 3)) + 2) >> 2
     assert np.array_equal(render(picture, (2, 7, 28, 28), 0, jitter, 14, "area"), wanted)
-    assert np.array_equal(picture.pixels, photo(3))  # the picture itself is as it was, for its other views
+    # the picture itself is as it was, for its other views
+    assert np.array_equal(picture.pixels, photo(3))
 
 
 def test_odd_sizes_are_mirrored_about_their_middle_column(ffcv_files: Path) -> None:
     picture = opened(ffcv_files / "raw.beton").picture(0)
-    straight, mirrored = (render(picture, (0, 0, 15, 15), flip, PLAIN, 15, "area") for flip in (0, 1))
+    straight, mirrored = (
+        render(picture, (0, 0, 15, 15), flip, PLAIN, 15, "area") for flip in (0, 1)
+    )
     assert np.array_equal(straight, photo(0)[:15, :15])  # the box's own size: no change
     assert np.array_equal(mirrored, photo(0)[:15, 14::-1])
 
 
 def test_it_is_another_path_than_pillows(ffcv_files: Path) -> None:
-    """The fast inverse DCT is a few levels off: if these pixels were equal the path would need no name of its own."""
+    """The fast inverse DCT is a few levels off: if these pixels were equal the path would need no
+    name of its own."""
     path = ffcv_files / "jpg.beton"
     ours, theirs = open_source(path), opened(path)
     gaps = [
-        np.abs(np.asarray(picture_decode.decode(ours.read(i))).astype(int) - theirs.picture(i).pixels).max()
+        np.abs(
+            np.asarray(picture_decode.decode(ours.read(i))).astype(int) - theirs.picture(i).pixels
+        ).max()
         for i in range(COUNT)
     ]
     assert 1 <= max(gaps) <= 24
@@ -88,7 +103,12 @@ def test_it_is_another_path_than_pillows(ffcv_files: Path) -> None:
 
 def test_all_but_the_decoder_is_the_files(ffcv_files: Path) -> None:
     ours, theirs = open_source(ffcv_files / "raw.beton"), opened(ffcv_files / "raw.beton")
-    assert (theirs.spec, theirs.keys, theirs.classes, len(theirs)) == (ours.spec, ours.keys, None, COUNT)
+    assert (theirs.spec, theirs.keys, theirs.classes, len(theirs)) == (
+        ours.spec,
+        ours.keys,
+        None,
+        COUNT,
+    )
     assert ours.labels is not None
     assert theirs.labels is not None
     assert theirs.labels.tolist() == ours.labels.tolist()
@@ -97,11 +117,15 @@ def test_all_but_the_decoder_is_the_files(ffcv_files: Path) -> None:
     assert pixel_path.through(theirs, "ffcv") is theirs
 
 
-def _with_jpeg(folder: Path, name: str, data: bytes, size: tuple[int, int]) -> ffcv_decoder.CompiledSource:
+def _with_jpeg(
+    folder: Path, name: str, data: bytes, size: tuple[int, int]
+) -> ffcv_decoder.CompiledSource:
     """A source of one picture with these bytes."""
     (folder / name).write_bytes(data)
     places, sizes = np.array([[0, len(data)]], np.int64), np.array([size], np.int32)
-    source = beton.BetonSource(str(folder / name), ["k"], places, np.array([beton.JPG], np.uint8), sizes, None)
+    source = beton.BetonSource(
+        str(folder / name), ["k"], places, np.array([beton.JPG], np.uint8), sizes, None
+    )
     return ffcv_decoder.CompiledSource(source)
 
 
@@ -113,7 +137,11 @@ def _jpeg(pixels: np.ndarray, mode: str = "RGB") -> bytes:
 
 def test_broken_jpegs_are_unusable_pictures(ffcv: None, tmp_path: Path) -> None:
     data = _jpeg(photo(4))
-    for name, broken in (("half", data[: len(data) // 2]), ("text", b"not a picture"), ("nothing", b"")):
+    for name, broken in (
+        ("half", data[: len(data) // 2]),
+        ("text", b"not a picture"),
+        ("nothing", b""),
+    ):
         with pytest.raises(PictureError, match="libturbojpeg cannot decode"):
             _with_jpeg(tmp_path, name, broken, (38, 48)).picture(0)
     assert _with_jpeg(tmp_path, "whole", data, (38, 48)).picture(0).pixels.shape == (38, 48, 3)
@@ -127,20 +155,30 @@ def test_grey_jpegs_are_repeated(ffcv: None, tmp_path: Path) -> None:
     assert np.abs(pixels[..., 0] - grey).mean() < 4
 
 
-@pytest.mark.parametrize("crop", [(0, 0, 35, 40), (0, 0, 34, 41), (-1, 0, 5, 5), (30, 0, 5, 5), (0, 0, 0, 5)])
-def test_a_box_outside_of_the_picture_is_another_picture(ffcv_files: Path, crop: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "crop", [(0, 0, 35, 40), (0, 0, 34, 41), (-1, 0, 5, 5), (30, 0, 5, 5), (0, 0, 0, 5)]
+)
+def test_a_box_outside_of_the_picture_is_another_picture(
+    ffcv_files: Path, crop: tuple[int, ...]
+) -> None:
     """OpenCV would end the process."""
-    with pytest.raises(IdentityError, match=r"'a/b0' has 34 x 40 pixels.*another picture under this key"):
+    with pytest.raises(
+        IdentityError, match=r"'a/b0' has 34 x 40 pixels.*another picture under this key"
+    ):
         opened(ffcv_files / "raw.beton").picture(0).replay(crop, 0, PLAIN, 8, "area")
 
 
 def test_threads_decode_side_by_side_without_the_gil(ffcv: None, tmp_path: Path) -> None:
-    """While one thread decodes, this one goes on counting: with the GIL held it would stand still until the end."""
+    """While one thread decodes, this one goes on counting: with the GIL held it would stand still
+    until the end."""
     rows = np.arange(5000 * 5000, dtype=np.int64).reshape(5000, 5000) * 2654435761 % 251
     pixels = np.repeat(rows.astype(np.uint8)[..., None], 3, 2)
     source = _with_jpeg(tmp_path, "large", _jpeg(pixels), (5000, 5000))
     decode, begun = ffcv_decoder.stages()[0], threading.Event()
-    data, out = np.frombuffer(bytearray(source.beton.stored(0)), np.uint8), np.empty((5000, 5000, 3), np.uint8)
+    data, out = (
+        np.frombuffer(bytearray(source.beton.stored(0)), np.uint8),
+        np.empty((5000, 5000, 3), np.uint8),
+    )
     spans: list[tuple[float, float]] = []
 
     def work() -> None:
@@ -181,7 +219,11 @@ def test_threads_give_the_pixels_of_one(ffcv_files: Path) -> None:
     [
         (ffcv_decoder.PIXEL_PATH, "bicubic", "filter bicubic: --decoder ffcv resizes by area"),
         (ffcv_decoder.PIXEL_PATH, "lanczos", "filter lanczos: --decoder ffcv resizes by area"),
-        (pixel_path.PIXEL_PATH, "area", "filter area: --decoder pillow resizes by bicubic, bilinear or lanczos"),
+        (
+            pixel_path.PIXEL_PATH,
+            "area",
+            "filter area: --decoder pillow resizes by bicubic, bilinear or lanczos",
+        ),
     ],
 )
 def test_filters_of_the_other_path(path: dict[str, object], filter: str, words: str) -> None:

@@ -1,4 +1,5 @@
-"""The order of samples and the pixel proof: permutations, partitions over processes, and pictures that changed."""
+"""The order of samples and the pixel proof: permutations, partitions over processes, and pictures
+that changed."""
 
 from __future__ import annotations
 
@@ -49,43 +50,97 @@ class Nothing:
         raise AssertionError("the order needs no picture")
 
 
-def order_of(n: int, *, seed: int = 0, batch: int = 1, accumulate: int = 1, world: int = 1, rank: int = 0) -> Loader:
+def order_of(
+    n: int, *, seed: int = 0, batch: int = 1, accumulate: int = 1, world: int = 1, rank: int = 0
+) -> Loader:
     targets: Any = None
     source = Nothing(n)
-    return Loader(source, targets, np.arange(n), rng.key_digests(source.keys), seed, batch, accumulate, world, rank)
+    return Loader(
+        source,
+        targets,
+        np.arange(n),
+        rng.key_digests(source.keys),
+        seed,
+        batch,
+        accumulate,
+        world,
+        rank,
+    )
 
 
-def global_batches(n: int, seed: int, batch: int, accumulate: int, world: int, steps: int) -> list[list[int]]:
+def global_batches(
+    n: int, seed: int, batch: int, accumulate: int, world: int, steps: int
+) -> list[list[int]]:
     """Each step's pictures in the order micro-batch by micro-batch, process by process."""
     ranks = [
-        order_of(n, seed=seed, batch=batch, accumulate=accumulate, world=world, rank=rank) for rank in range(world)
+        order_of(n, seed=seed, batch=batch, accumulate=accumulate, world=world, rank=rank)
+        for rank in range(world)
     ]
     return [
-        [i for micro in range(accumulate) for each in ranks for i in each.rows(step, micro)[0].tolist()]
+        [
+            i
+            for micro in range(accumulate)
+            for each in ranks
+            for i in each.rows(step, micro)[0].tolist()
+        ]
         for step in range(steps)
     ]
 
 
-# --- order ----------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_literal_order_of_a_seed() -> None:
-    """Computed outside this package: numpy.random.Philox with counter (block, 0, epoch, stream), key BLAKE2b-128 of
-    'rows:12', the stable argsort of its words. (numpy increments its counter before it draws.)"""
+    """Computed outside this package: numpy.random.Philox with counter (block, 0, epoch, stream),
+    key BLAKE2b-128 of 'rows:12', the stable argsort of its words. (numpy increments its counter
+    before it draws.)"""
     loader = order_of(12, batch=4)
     first = [loader.rows(step) for step in range(3)]
-    assert [row for rows, _ in first for row in rows.tolist()] == [10, 3, 4, 9, 7, 6, 1, 5, 2, 11, 8, 0]
+    assert [row for rows, _ in first for row in rows.tolist()] == [
+        10,
+        3,
+        4,
+        9,
+        7,
+        6,
+        1,
+        5,
+        2,
+        11,
+        8,
+        0,
+    ]
     assert [epoch for _, epoch in first] == [0, 0, 0]
     second = [loader.rows(step) for step in range(3, 6)]
-    assert [row for rows, _ in second for row in rows.tolist()] == [2, 3, 4, 8, 7, 6, 1, 0, 10, 9, 5, 11]
+    assert [row for rows, _ in second for row in rows.tolist()] == [
+        2,
+        3,
+        4,
+        8,
+        7,
+        6,
+        1,
+        0,
+        10,
+        9,
+        5,
+        11,
+    ]
     assert [epoch for _, epoch in second] == [1, 1, 1]
     seven = order_of(12, seed=7, batch=12)
     assert seven.rows(3)[0].tolist() == [7, 0, 4, 5, 11, 6, 10, 3, 9, 8, 1, 2]
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 300), batch=st.integers(1, 40), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
-def test_an_epoch_shows_nothing_twice_and_all_but_a_rest(n: int, batch: int, seed: int, epoch: int) -> None:
+@given(
+    n=st.integers(1, 300),
+    batch=st.integers(1, 40),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 5),
+)
+def test_an_epoch_shows_nothing_twice_and_all_but_a_rest(
+    n: int, batch: int, seed: int, epoch: int
+) -> None:
     batch = min(batch, n)
     loader = order_of(n, seed=seed, batch=batch)
     per = loader.steps_per_epoch
@@ -99,8 +154,11 @@ def test_an_epoch_shows_nothing_twice_and_all_but_a_rest(n: int, batch: int, see
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(8, 120), per=st.integers(1, 3), seed=st.integers(0, 99))
-def test_processes_and_micro_batches_share_the_same_global_batches(n: int, per: int, seed: int) -> None:
-    """8 * per pictures a step, cut in every way into batch x accumulate x world: the same pictures and places."""
+def test_processes_and_micro_batches_share_the_same_global_batches(
+    n: int, per: int, seed: int
+) -> None:
+    """8 * per pictures a step, cut in every way into batch x accumulate x world: the same pictures
+    and places."""
     total = 8 * per
     if total > n:
         total = 8
@@ -115,13 +173,17 @@ def test_processes_and_micro_batches_share_the_same_global_batches(n: int, per: 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_process_takes_as_many_steps(world: int) -> None:
-    assert {order_of(101, batch=5, world=world, rank=rank).steps_per_epoch for rank in range(world)} == {
-        101 // (5 * world)
-    }
+    assert {
+        order_of(101, batch=5, world=world, rank=rank).steps_per_epoch for rank in range(world)
+    } == {101 // (5 * world)}
 
 
 def test_seeds_and_epochs_differ() -> None:
-    orders = {tuple(order_of(50, seed=seed, batch=50).rows(epoch)[0].tolist()) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {
+        tuple(order_of(50, seed=seed, batch=50).rows(epoch)[0].tolist())
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
     assert len(orders) == 4
 
 
@@ -156,15 +218,21 @@ def test_a_batch_larger_than_the_data() -> None:
     assert not (fx.root() / "never").exists()
 
 
-# --- batches --------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
-def cached(source: Source, *, fraction: float = 1.0, tolerance: float = 0.0, batch: int = 8) -> Loader:
+def cached(
+    source: Source, *, fraction: float = 1.0, tolerance: float = 0.0, batch: int = 8
+) -> Loader:
     cache = fx.open_cache()
-    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16)
+    spec = TargetSpec(
+        teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16
+    )
     targets = Cached(cache, spec, cache.keys.find(source.keys), tolerance)
     digests = rng.key_digests(source.keys)
-    return Loader(source, targets, np.arange(len(source)), digests, 0, batch, check_fraction=fraction)
+    return Loader(
+        source, targets, np.arange(len(source)), digests, 0, batch, check_fraction=fraction
+    )
 
 
 def one_batch(loader: Loader, step: int = 0) -> dict[str, Any]:
@@ -197,7 +265,8 @@ def test_iterate_gives_the_batches_of_its_steps_in_order() -> None:
 
 
 def test_batches_lie_in_memory_that_is_used_again() -> None:
-    """Twenty batches in the memory of four; each is what a batch of its own memory is, until the next is asked for."""
+    """Twenty batches in the memory of four; each is what a batch of its own memory is, until the
+    next is asked for."""
     loader = cached(open_source(fx.pictures()), batch=4)
     memory = set()
     for step, host in enumerate(loader.iterate(0, 20)):
@@ -210,15 +279,17 @@ def test_batches_lie_in_memory_that_is_used_again() -> None:
 
 
 def test_several_views_of_a_picture_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three views of each of four pictures a batch: each picture read once a batch, in all its views, and what
-    the model gets is what lies under its key."""
+    """Three views of each of four pictures a batch: each picture read once a batch, in all its
+    views, and what the model gets is what lies under its key."""
     source = open_source(fx.pictures())
     loader = cached(source, batch=12)
     loader = replace(loader, repeats=3)
     assert (loader.global_batch, loader.steps_per_epoch) == (12, 6)
     reads: list[int] = []
     whole = type(source).read
-    monkeypatch.setattr(type(source), "read", lambda self, index: reads.append(index) or whole(self, index))
+    monkeypatch.setattr(
+        type(source), "read", lambda self, index: reads.append(index) or whole(self, index)
+    )
     cache, seen = fx.open_cache(), []
     for step in range(6):
         host = one_batch(loader, step)
@@ -243,7 +314,9 @@ def test_repeats_that_cannot_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [("--aug-repeats", "3"), ("--sampling", "block")])
-def test_the_same_run_from_the_cache_and_with_the_teacher_in_the_loop(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_same_run_from_the_cache_and_with_the_teacher_in_the_loop(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
     common = (
         "--cache",
         fx.cache_path(),
@@ -256,7 +329,9 @@ def test_the_same_run_from_the_cache_and_with_the_teacher_in_the_loop(options: t
         *options,
     )
     fx.good(fx.train("maskalign", tmp_path / "a", *common, sets=("drop_path=0",)))
-    fx.good(fx.train("maskalign", tmp_path / "b", *common, "--teacher", "online", sets=("drop_path=0",)))
+    fx.good(
+        fx.train("maskalign", tmp_path / "b", *common, "--teacher", "online", sets=("drop_path=0",))
+    )
     np.testing.assert_allclose(fx.losses(tmp_path / "a"), fx.losses(tmp_path / "b"), rtol=2e-3)
     name, value = options[0].removeprefix("--").replace("-", "_"), options[1]
     assert str(checkpoint.config(tmp_path / "a")["data"][name]) == value
@@ -271,7 +346,7 @@ def test_a_walk_can_be_left_early() -> None:
     walk.close()
 
 
-# --- the pixel proof ------------------------------------------------------------------------------------------------
+# --- the pixel proof ------------------------------------------------------------------------------
 
 
 def changed(folder: Path, name: str, change: Any) -> Source:
@@ -308,14 +383,24 @@ def test_the_difference_told_is_that_of_the_block_means(tmp_path: Path) -> None:
         Image.new("RGB", (48, 40), (100, 120, 140)).save(path)
     fx.extract(flat, tmp_path / "c")
     Image.new("RGB", (48, 40), (105, 125, 145)).save(flat / "p01.png")
-    ran = fx.train("maskalign", tmp_path / "r", "--cache", tmp_path / "c", "--steps", "1", "--check-pixels", "1")
+    ran = fx.train(
+        "maskalign",
+        tmp_path / "r",
+        "--cache",
+        tmp_path / "c",
+        "--steps",
+        "1",
+        "--check-pixels",
+        "1",
+    )
     assert ran.status == 1
     assert "5.0 levels of 255, at most 5" in ran.line
     assert "--pixel-tolerance" in ran.line
 
 
 def test_one_pixel_by_one_level_is_a_difference_too() -> None:
-    """Without a tolerance every bit counts, also where the block means agree: a hash that misses stops the run."""
+    """Without a tolerance every bit counts, also where the block means agree: a hash that misses
+    stops the run."""
     loader = cached(open_source(fx.pictures()))
     host = one_batch(loader)
     at, view, pixels = int(host["at"][0]), int(host["view"][0]), host["pixels"][0]
@@ -336,17 +421,23 @@ def one_off(pixels: Any, place: tuple[int, ...]) -> Any:
 
 
 def test_stored_pixels_are_compared_with_their_hash_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they are, all pass; with one value of one picture off by one level, that picture is named."""
+    """As they are, all pass; with one value of one picture off by one level, that picture is
+    named."""
     cache = Cache(fx.ranked_path())
-    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16)
+    spec = TargetSpec(
+        teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16
+    )
     targets = Cached(cache, spec, np.arange(len(cache)), stored_pixels=True)
     source = join.StoredPixels(cache)
-    loader = Loader(source, targets, np.arange(len(cache)), cache.keys.digests, 0, 24, check_fraction=1.0)
+    loader = Loader(
+        source, targets, np.arange(len(cache)), cache.keys.digests, 0, 24, check_fraction=1.0
+    )
     host = one_batch(loader)
     decoded = one_batch(cached(open_source(fx.pictures()), batch=24))
     assert host["keys"] == decoded["keys"]
     np.testing.assert_array_equal(host["pixels"], decoded["pixels"])
-    assert not {"crop", "flip", "jitter", "area"} & set(host)  # what only decoding needs is not read
+    # what only decoding needs is not read
+    assert not {"crop", "flip", "jitter", "area"} & set(host)
     whole = Cache.read
 
     def read(self: Cache, rows: Any, *args: Any, **others: Any) -> Any:
@@ -363,12 +454,19 @@ def test_stored_pixels_are_compared_with_their_hash_too(monkeypatch: pytest.Monk
     one_batch(loader)
 
 
-def test_batches_begun_at_a_time_come_in_order_with_their_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all is read two are begun at a time: the second may be there first, and memory is used again."""
+def test_batches_begun_at_a_time_come_in_order_with_their_own_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where all is read two are begun at a time: the second may be there first, and memory is used
+    again."""
     cache = Cache(fx.ranked_path())
-    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16)
+    spec = TargetSpec(
+        teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16
+    )
     targets = Cached(cache, spec, np.arange(len(cache)), stored_pixels=True)
-    loader = Loader(join.StoredPixels(cache), targets, np.arange(len(cache)), cache.keys.digests, 0, 8)
+    loader = Loader(
+        join.StoredPixels(cache), targets, np.arange(len(cache)), cache.keys.digests, 0, 8
+    )
     alone = [one_batch(loader, step) for step in range(12)]
     whole, lock, calls = Cache.read, threading.Lock(), 0
     under_way: set[int] = set()
@@ -396,7 +494,12 @@ def test_batches_begun_at_a_time_come_in_order_with_their_own_rows(monkeypatch: 
 
 def test_a_source_without_pictures_says_so() -> None:
     source = join.StoredPixels(Cache(fx.ranked_path()))
-    assert (len(source), list(source.keys)[:2], source.labels, source.classes) == (24, ["p00", "p01"], None, None)
+    assert (len(source), list(source.keys)[:2], source.labels, source.classes) == (
+        24,
+        ["p00", "p01"],
+        None,
+        None,
+    )
     with pytest.raises(UserError, match="views of it, not the picture"):
         source.read(3)
 
@@ -416,9 +519,13 @@ def test_a_tolerance_lets_small_differences_pass_and_is_recorded(tmp_path: Path)
     strict = fx.train("maskalign", tmp_path / "strict", *common, "--steps", "3")
     assert strict.status == 1
     assert "'p07'" in strict.line
-    tight = fx.train("maskalign", tmp_path / "tight", *common, "--steps", "3", "--pixel-tolerance", "1")
+    tight = fx.train(
+        "maskalign", tmp_path / "tight", *common, "--steps", "3", "--pixel-tolerance", "1"
+    )
     assert tight.status == 1
-    fx.good(fx.train("maskalign", tmp_path / "wide", *common, "--steps", "3", "--pixel-tolerance", "4"))
+    fx.good(
+        fx.train("maskalign", tmp_path / "wide", *common, "--steps", "3", "--pixel-tolerance", "4")
+    )
     assert len(metrics.read(tmp_path / "wide")) == 3
     assert checkpoint.config(tmp_path / "wide")["targets"]["pixel_tolerance"] == 4.0
 

@@ -1,4 +1,5 @@
-"""Batches on the device: what a step takes is what its host batch says, whoever fills the memory of it meanwhile."""
+"""Batches on the device: what a step takes is what its host batch says, whoever fills the memory of
+it meanwhile."""
 
 from __future__ import annotations
 
@@ -28,14 +29,25 @@ STEPS = 12
 
 
 def made(online: bool, pin: bool = False, stats: bool = False) -> tuple[Any, Loader]:
-    """Settings of mralign and a loader of six pictures a batch, from the cache or with the teacher in the loop."""
-    sets = (*fx.RECIPES["mralign"], "img_size=32", "patch_size=8", "teacher_depth=4", "teacher_width=24")
+    """Settings of mralign and a loader of six pictures a batch, from the cache or with the teacher
+    in the loop."""
+    sets = (
+        *fx.RECIPES["mralign"],
+        "img_size=32",
+        "patch_size=8",
+        "teacher_depth=4",
+        "teacher_width=24",
+    )
     settings = config.from_overrides(recipes.load("mralign").Config, sets)
     cache, source = fx.open_cache(), open_source(fx.pictures())
     fields = ("features", *(["feature_stats"] if stats else []), "attention")
-    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 3, 4), fields=fields, patches=16, moments=stats)
+    spec = TargetSpec(
+        teacher=fx.TEACHER, levels=(2, 3, 4), fields=fields, patches=16, moments=stats
+    )
     cached = Cached(cache, spec, cache.keys.find(source.keys))
-    targets: Any = Online(cached.policy, spec, teachers.load(fx.TEACHER), fx.VIEWS) if online else cached
+    targets: Any = (
+        Online(cached.policy, spec, teachers.load(fx.TEACHER), fx.VIEWS) if online else cached
+    )
     masks = None if online else lambda host: draw_masks(settings, host, targets.sources(host), 3)
     digests = rng.key_digests(source.keys)
     return settings, Loader(source, targets, np.arange(24), digests, 3, 6, masks=masks, pin=pin)
@@ -52,7 +64,8 @@ def expected(settings: Any, loader: Loader) -> Iterator[tuple[Host, dict[str, to
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("online", [False, True])
 def test_what_is_taken_is_what_was_loaded(online: bool, stats: bool) -> None:
-    """All twelve are kept while the memory they came from is filled again: nothing of a batch changes afterwards."""
+    """All twelve are kept while the memory they came from is filled again: nothing of a batch
+    changes afterwards."""
     settings, loader = made(online, stats=stats)
     feed = Feed(settings, loader.targets, loader.iterate(0, STEPS), CPU, 3)
     kept = []
@@ -61,7 +74,13 @@ def test_what_is_taken_is_what_was_loaded(online: bool, stats: bool) -> None:
         feed.bring()
     for taken, (host, batch) in zip(kept, expected(settings, loader), strict=True):
         assert taken.keys == host["keys"]
-        named = {"images", "features", "ids_keep", "ids_masked", *(["feature_stats", "moments"] if stats else [])}
+        named = {
+            "images",
+            "features",
+            "ids_keep",
+            "ids_masked",
+            *(["feature_stats", "moments"] if stats else []),
+        }
         assert taken.batch.keys() == batch.keys() == named
         for name, values in batch.items():
             assert torch.equal(taken.batch[name], values), name
@@ -79,18 +98,22 @@ def test_the_share_of_a_step_that_was_waited() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("online", [False, True])
 def test_on_a_gpu_beside_a_busy_stream(online: bool) -> None:
-    """Copied and decoded on a side stream from page-locked memory while long work runs: what a CPU makes of it."""
+    """Copied and decoded on a side stream from page-locked memory while long work runs: what a CPU
+    makes of it."""
     device = torch.device("cuda")
     settings, loader = made(online, pin=True)
     if online:
-        loader = replace(loader, targets=replace(loader.targets, teacher=teachers.load(fx.TEACHER, None, "cuda")))
+        loader = replace(
+            loader, targets=replace(loader.targets, teacher=teachers.load(fx.TEACHER, None, "cuda"))
+        )
     feed = Feed(settings, loader.targets, loader.iterate(0, STEPS), device, 3)
     busy = torch.randn(4096, 4096, device=device)
     for _, batch in expected(*made(online)):
         taken = feed.take()
         for _ in range(10):
             busy = torch.nn.functional.normalize(busy @ busy)
-        copies = {name: values * 1 for name, values in taken.batch.items()}  # queued after the long work
+        # queued after the long work
+        copies = {name: values * 1 for name, values in taken.batch.items()}
         feed.bring()
         for name, values in batch.items():
             torch.testing.assert_close(copies[name].cpu(), values, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,5 @@
-"""Orders of pictures: what blocks promise, beside what tests/student/data/test_loader.py asks of every order."""
+"""Orders of pictures: what blocks promise, beside what tests/student/data/test_loader.py asks of
+every order."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def test_an_epoch_of_blocks_shows_each_picture_once(n: int, seed: int, epoch: in
 
 
 def test_a_window_is_sixteen_blocks_of_sixty_four_neighbours() -> None:
-    """Places of each window of 1,024 samples, told apart at gaps: at most 16 stretches of at most 64 neighbours."""
+    """Places of each window of 1,024 samples, told apart at gaps: at most 16 stretches of at most
+    64 neighbours."""
     n, places = 64 * 100, shuffled(64 * 100)
     order = Order(n, 3, places)
     rows = np.concatenate([order.step(1, first, 128) for first in range(0, n, 128)])
@@ -32,7 +34,8 @@ def test_a_window_is_sixteen_blocks_of_sixty_four_neighbours() -> None:
         here = np.sort(places[rows[low : low + BLOCK * WINDOW]])
         stretches = np.split(here, np.flatnonzero(np.diff(here) > 1) + 1)
         sizes.append(len(stretches))
-    # The first and the last block of storage are cut short, so windows after theirs begin a few rows late.
+    # The first and the last block of storage are cut short, so windows after theirs begin a few
+    # rows late.
     assert np.median(sizes) <= WINDOW + 2
     assert max(sizes) <= 2 * WINDOW + 2
     random = Order(n, 3).step(1, 0, BLOCK * WINDOW)
@@ -41,7 +44,8 @@ def test_a_window_is_sixteen_blocks_of_sixty_four_neighbours() -> None:
 
 
 def test_blocks_are_cut_elsewhere_in_each_epoch() -> None:
-    """Were blocks cut at multiples of 64, rows 0 and 63 would be of one block, and so in one window, in every epoch."""
+    """Were blocks cut at multiples of 64, rows 0 and 63 would be of one block, and so in one
+    window, in every epoch."""
     n, window = 64 * 64, BLOCK * WINDOW
     order, apart = Order(n, 0, np.arange(n)), 0
     for epoch in range(40):
@@ -53,7 +57,11 @@ def test_blocks_are_cut_elsewhere_in_each_epoch() -> None:
 
 
 def test_orders_of_blocks_differ_between_epochs_and_seeds() -> None:
-    first = [tuple(Order(1024, seed, np.arange(1024)).step(epoch, 0, 256)) for seed in (0, 1) for epoch in (0, 1)]
+    first = [
+        tuple(Order(1024, seed, np.arange(1024)).step(epoch, 0, 256))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ]
     assert len(set(first)) == 4
 
 

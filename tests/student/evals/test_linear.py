@@ -1,4 +1,5 @@
-"""The linear probe: LARS against its formula, the schedule's values, the head's start, and whole probes on toys."""
+"""The linear probe: LARS against its formula, the schedule's values, the head's start, and whole
+probes on toys."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Labelled:
 
 
 class Toy:
-    """Stands in for embed_source: Gaussian classes, with a little noise that differs from view to view."""
+    """Stands in for embed_source: Gaussian classes, with a little noise that differs from view to
+    view."""
 
     def __init__(self, gap: float = 3.0, classes: int = 5, width: int = 12) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -49,27 +51,46 @@ class Toy:
         self.calls: list[tuple[str, list[int] | None]] = []
 
     def embed(
-        self, frozen: Frozen, source: Labelled, numbers: list[int] | None, *, stage: str, **options: object
+        self,
+        frozen: Frozen,
+        source: Labelled,
+        numbers: list[int] | None,
+        *,
+        stage: str,
+        **options: object,
     ) -> tuple[Tensor, Tensor]:
         self.calls.append((stage, numbers))
         labels = torch.from_numpy(source.labels)
         rows = []
         for number in [-1] if numbers is None else numbers:
             draw = torch.Generator().manual_seed(1000 + number + len(source))
-            rows.append(self.centres[labels] + torch.randn(len(source), self.centres.shape[1], generator=draw))
+            rows.append(
+                self.centres[labels]
+                + torch.randn(len(source), self.centres.shape[1], generator=draw)
+            )
         return torch.stack(rows), labels
 
-    def probe(self, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **options: object) -> dict[str, object]:
+    def probe(
+        self, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **options: object
+    ) -> dict[str, object]:
         monkeypatch.setattr(linear, "embed_source", self.embed)
-        settings = {"epochs": 60, "warmup_epochs": 5, "batch_size": 10, "blr": 25.6, "train_views": 0, **options}
+        settings = {
+            "epochs": 60,
+            "warmup_epochs": 5,
+            "batch_size": 10,
+            "blr": 25.6,
+            "train_views": 0,
+            **options,
+        }
         return linear.evaluate(FROZEN, self.train, self.test, seed=seed, **settings)  # type: ignore[arg-type]
 
 
-# --- the parts -------------------------------------------------------------------------------------------------------
+# --- the parts ------------------------------------------------------------------------------------
 
 
 def test_lars_is_maes_formula() -> None:
-    """m <- 0.9 m + q g; w <- w - lr m; q = 0.001 |w| / |g| for the weight, 1 for the bias, no decay."""
+    """m <- 0.9 m + q g; w <- w - lr m; q = 0.001 |w| / |g| for the weight, 1 for the bias, no
+    decay."""
     draw = np.random.default_rng(0)
     head = linear.Head(5, 3, seed=0)
     optimizer = linear.lars(head)
@@ -144,14 +165,21 @@ def test_training_normalises_by_the_batch_and_testing_by_running_statistics() ->
     head = linear.Head(3, 2, 0)
     features = 5 + 2 * torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
     weight = head.linear.weight.detach().clone()
-    linear.train_epoch(head, linear.lars(head), features, torch.zeros(64, dtype=torch.int64), [torch.arange(64)], [0.0])
+    linear.train_epoch(
+        head,
+        linear.lars(head),
+        features,
+        torch.zeros(64, dtype=torch.int64),
+        [torch.arange(64)],
+        [0.0],
+    )
     running_mean, running_var = 0.1 * features.mean(0), 0.9 + 0.1 * features.var(0)
     want = (features - running_mean) / (running_var + 1e-6).sqrt() @ weight.T
     torch.testing.assert_close(linear.predict(head, features, rows=10), want)
     torch.testing.assert_close(linear.predict(head, features), want)
 
 
-# --- whole probes ----------------------------------------------------------------------------------------------------
+# --- whole probes ---------------------------------------------------------------------------------
 
 
 def test_separable_classes_are_separated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +187,13 @@ def test_separable_classes_are_separated(monkeypatch: pytest.MonkeyPatch) -> Non
     assert got["top1"] == 100.0
     assert got["top5"] == 100.0
     assert got["train_loss"] < 1.2  # type: ignore[operator]  # ln 5 = 1.61 at the start
-    fixed = {key: value for key, value in json.loads(json.dumps(got)).items() if key != "train_loss"}
+    fixed = {
+        key: value for key, value in json.loads(json.dumps(got)).items() if key != "train_loss"
+    }
     assert fixed == {
-        "top1": 100.0, "top5": 100.0, "epochs": 60, "lr": 1.0, "blr": 25.6, "batch_size": 10, "warmup_epochs": 5,
-        "train_views": 0, "n_train": 100, "n_test": 40, "classes": 5, "seed": 0, "features": "toy", "pool": "cls",
+        "top1": 100.0, "top5": 100.0, "epochs": 60, "lr": 1.0, "blr": 25.6, "batch_size": 10,
+        "warmup_epochs": 5, "train_views": 0, "n_train": 100, "n_test": 40, "classes": 5, "seed": 0,
+        "features": "toy", "pool": "cls",
     }  # fmt: skip
 
 
@@ -183,21 +214,33 @@ def test_the_same_seed_gives_the_same_probe(monkeypatch: pytest.MonkeyPatch) -> 
     assert runs[0]["train_loss"] != runs[2]["train_loss"]
 
 
-def test_batches_follow_the_epochs_order_and_the_rate_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 pictures in batches of 32: three whole batches, the last 4 rows of the order are left out."""
+def test_batches_follow_the_epochs_order_and_the_rate_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """100 pictures in batches of 32: three whole batches, the last 4 rows of the order are left
+    out."""
     seen: list[tuple[list[Tensor], list[float]]] = []
 
-    def record(head: linear.Head, optimizer: object, features: Tensor, labels: Tensor, batches: list[Tensor],
-               rates: list[float]) -> float:  # fmt: skip
+    def record(
+        head: linear.Head,
+        optimizer: object,
+        features: Tensor,
+        labels: Tensor,
+        batches: list[Tensor],
+        rates: list[float],
+    ) -> float:
         seen.append((batches, rates))
         return 1.0
 
     monkeypatch.setattr(linear, "train_epoch", record)
-    Toy().probe(monkeypatch, seed=6, epochs=5, warmup_epochs=1, batch_size=32, blr=8.0)  # peak 8 * 32 / 256 = 1
+    # peak 8 * 32 / 256 = 1
+    Toy().probe(monkeypatch, seed=6, epochs=5, warmup_epochs=1, batch_size=32, blr=8.0)
     for epoch, (batches, rates) in enumerate(seen):
         assert [len(batch) for batch in batches] == [32, 32, 32]
         assert torch.cat(batches).tolist() == rng.permutation(100, 6, epoch)[:96].tolist()
-        assert rates == pytest.approx([linear.learning_rate(epoch + i / 3, 1.0, 1, 5) for i in range(3)])
+        assert rates == pytest.approx(
+            [linear.learning_rate(epoch + i / 3, 1.0, 1, 5) for i in range(3)]
+        )
     assert seen[0][1] == pytest.approx([0, 1 / 3, 2 / 3])
     assert len(seen) == 5
 
@@ -208,12 +251,13 @@ def test_the_batch_is_cut_to_the_training_set(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_rate_too_small_for_few_pictures_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two epochs of one step, no warm-up: rates 1 and 0.5 of the peak 100 / 256 * blr, travel 0.01 * their sum."""
+    """Two epochs of one step, no warm-up: rates 1 and 0.5 of the peak 100 / 256 * blr, travel 0.01
+    * their sum."""
     few = {"epochs": 2, "warmup_epochs": 0, "batch_size": 100}
     got = Toy().probe(monkeypatch, **few, blr=0.256)
     assert got["note"] == (
-        "the head could move only 0.0015 of its own length: --blr 0.256 over 2 epochs is too small for 100 pictures; "
-        "try --blr 1e+03 with --batch-size 256 or less, or more --epochs"
+        "the head could move only 0.0015 of its own length: --blr 0.256 over 2 epochs is too small "
+        "for 100 pictures; try --blr 1e+03 with --batch-size 256 or less, or more --epochs"
     )
     assert "note" not in Toy().probe(monkeypatch, **few, blr=0.256 * 2000)
 
@@ -227,7 +271,9 @@ def test_a_rate_too_small_for_few_pictures_is_told(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_views_of_the_training_pictures(
-    monkeypatch: pytest.MonkeyPatch, train_views: int | None, calls: list[tuple[str, list[int] | None]]
+    monkeypatch: pytest.MonkeyPatch,
+    train_views: int | None,
+    calls: list[tuple[str, list[int] | None]],
 ) -> None:
     toy = Toy()
     toy.probe(monkeypatch, epochs=3, warmup_epochs=1, train_views=train_views)
@@ -235,7 +281,8 @@ def test_views_of_the_training_pictures(
 
 
 def test_stored_views_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three stored views over three epochs are the same rows as a fresh view each epoch, so the probes are equal."""
+    """Three stored views over three epochs are the same rows as a fresh view each epoch, so the
+    probes are equal."""
     stored = Toy().probe(monkeypatch, epochs=3, warmup_epochs=1, train_views=3)
     fresh = Toy().probe(monkeypatch, epochs=3, warmup_epochs=1, train_views=None)
     assert (stored.pop("train_views"), fresh.pop("train_views")) == (3, None)
@@ -243,7 +290,8 @@ def test_stored_views_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_real_pictures_from_a_folder_for_any_embedding_batch(tmp_path: Path) -> None:
-    """Red against blue, two views in turn: all are told apart, and the batch of the backbone changes nothing."""
+    """Red against blue, two views in turn: all are told apart, and the batch of the backbone
+    changes nothing."""
     draw = np.random.default_rng(0)
     for name, channel in (("blue", 2), ("red", 0)):
         (tmp_path / name).mkdir()
@@ -252,9 +300,13 @@ def test_real_pictures_from_a_folder_for_any_embedding_batch(tmp_path: Path) -> 
             pixels[..., channel] += 80
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
     train, test = split_holdout(open_source(tmp_path), 0.3, seed=0)
-    frozen = Frozen("colour", 8, "cls", lambda pixels: pixels.float().mean((2, 3)), lambda device: None)
+    frozen = Frozen(
+        "colour", 8, "cls", lambda pixels: pixels.float().mean((2, 3)), lambda device: None
+    )
     options = {"epochs": 100, "warmup_epochs": 2, "blr": 300.0, "batch_size": 4, "train_views": 2}
-    got = [linear.evaluate(frozen, train, test, seed=0, batch_size_embed=b, **options) for b in (2, 64)]  # type: ignore[arg-type]
+    got = [
+        linear.evaluate(frozen, train, test, seed=0, batch_size_embed=b, **options) for b in (2, 64)
+    ]  # type: ignore[arg-type]
     assert got[0]["top1"] == 100.0
     assert got[0] == got[1]
 
@@ -264,7 +316,10 @@ def test_real_pictures_from_a_folder_for_any_embedding_batch(tmp_path: Path) -> 
     [
         ({"batch_size": 1}, "batches of 1: BatchNorm needs at least 2"),
         ({"epochs": 0}, "0 epochs with 5 of warm-up"),
-        ({"epochs": 9, "warmup_epochs": 10}, "warm-up is 0 or more and below the epochs; give --warmup-epochs 1"),
+        (
+            {"epochs": 9, "warmup_epochs": 10},
+            "warm-up is 0 or more and below the epochs; give --warmup-epochs 1",
+        ),
         ({"warmup_epochs": -1}, "with -1 of warm-up"),
         ({"blr": 0.0}, "base learning rate of 0: --blr is above 0"),
         ({"blr": math.nan}, "base learning rate of nan"),

@@ -1,4 +1,5 @@
-"""Frozen encoders, the held-out split and the features of a source, against hand-made numbers and numpy."""
+"""Frozen encoders, the held-out split and the features of a source, against hand-made numbers and
+numpy."""
 
 from __future__ import annotations
 
@@ -26,7 +27,14 @@ from student.features import frozen as fz
 from student.features.embed import embed_source
 from student.features.labels import Subset, class_count, labels_as, split_holdout
 
-TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
+TINY = {
+    "img_size": 16,
+    "patch_size": 8,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 0,
+}
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -38,7 +46,13 @@ def png(pixels: np.ndarray) -> bytes:
 class Pictures:
     """A source in memory that counts its reads."""
 
-    def __init__(self, blobs: list[bytes], keys: list[str], labels: list[int] | None, classes: list[str] | None = None):
+    def __init__(
+        self,
+        blobs: list[bytes],
+        keys: list[str],
+        labels: list[int] | None,
+        classes: list[str] | None = None,
+    ):
         self.spec, self.blobs, self.keys, self.classes = "pictures", blobs, keys, classes
         self.labels = None if labels is None else np.array(labels, np.int64)
         self.reads: list[int] = []
@@ -78,7 +92,7 @@ def layer_norm(y: np.ndarray, gamma: np.ndarray, beta: np.ndarray, eps: float) -
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * gamma + beta
 
 
-# --- encoders and teachers -------------------------------------------------------------------------------------------
+# --- encoders and teachers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -90,7 +104,9 @@ def test_encoder_features_are_pooled_after_the_final_norm(pool: str) -> None:
     with torch.no_grad():
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         vit.eval()(((pixels / 255.0) - mean[:, None, None]) / std[:, None, None])
-    tokens = layer_norm(last[0].numpy(), vit.norm.weight.detach().numpy(), vit.norm.bias.detach().numpy(), 1e-6)
+    tokens = layer_norm(
+        last[0].numpy(), vit.norm.weight.detach().numpy(), vit.norm.bias.detach().numpy(), 1e-6
+    )
     want = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
     got = fz.from_encoder(vit.train(), 16, "run", pool).embed(pixels)
     assert got.dtype == torch.float32
@@ -108,7 +124,9 @@ def test_teacher_features_are_its_normed_last_level(pool: str) -> None:
     f = layer_norm(y.numpy(), tail["gamma"], tail["beta"], 1e-5)
     got = fz.from_teacher(spec, None, pool)
     assert (got.img_size, got.name, got.pool) == (16, spec, pool)
-    np.testing.assert_allclose(got.embed(pixels).numpy(), f[:, 0] if pool == "cls" else f[:, 1:].mean(1), atol=1e-5)
+    np.testing.assert_allclose(
+        got.embed(pixels).numpy(), f[:, 0] if pool == "cls" else f[:, 1:].mean(1), atol=1e-5
+    )
 
 
 def test_timm_teacher_equals_the_same_network_as_an_encoder_with_its_own_pixels() -> None:
@@ -123,7 +141,9 @@ def test_timm_teacher_equals_the_same_network_as_an_encoder_with_its_own_pixels(
     torch.testing.assert_close(frozen.embed(pixels), want, rtol=1e-5, atol=1e-5)
 
 
-def test_run_is_loaded_through_its_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_run_is_loaded_through_its_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     module = SimpleNamespace(load_encoder=lambda run, ema: (tiny_vit(), {"img_size": 16}))
     monkeypatch.setitem(sys.modules, "student.checkpoint", module)
     got = fz.from_run(tmp_path)
@@ -132,15 +152,19 @@ def test_run_is_loaded_through_its_checkpoint(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_unknown_pool_and_a_missing_cls_token_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"unknown pool 'clss': did you mean cls\? known: cls, mean"):
+    with pytest.raises(
+        UsageError, match=r"unknown pool 'clss': did you mean cls\? known: cls, mean"
+    ):
         fz.from_teacher("synthetic", None, "clss")
     bare = tiny_vit(class_token=False, global_pool="avg", fc_norm=False)
     with pytest.raises(UsageError, match="its encoder has none; give --pool mean"):
         fz.from_encoder(bare, 16, "run")
-    assert fz.from_encoder(bare, 16, "run", "mean").embed(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).shape == (1, 16)
+    assert fz.from_encoder(bare, 16, "run", "mean").embed(
+        torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    ).shape == (1, 16)
 
 
-# --- features of a source --------------------------------------------------------------------------------------------
+# --- features of a source -------------------------------------------------------------------------
 
 
 def test_centre_features_in_source_order_for_any_batch_size() -> None:
@@ -150,7 +174,9 @@ def test_centre_features_in_source_order_for_any_batch_size() -> None:
         features, labels = embed_source(raw_pixels(), source, batch_size=batch_size)
         assert features.shape == (1, 7, 192)
         assert features.dtype == torch.float32
-        np.testing.assert_array_equal(features[0].numpy(), want.transpose(0, 3, 1, 2).reshape(7, -1))
+        np.testing.assert_array_equal(
+            features[0].numpy(), want.transpose(0, 3, 1, 2).reshape(7, -1)
+        )
         assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
@@ -163,9 +189,13 @@ def test_augmented_views_are_the_drawn_ones() -> None:
         picture = decode(blob)
         sizes = np.array([[picture.height, picture.width]])
         for v, number in enumerate([5, 2]):
-            one = view_draw.draw(policy, rng.key_digests([f"k{row}"]), sizes, views=[number], clamp=True)
+            one = view_draw.draw(
+                policy, rng.key_digests([f"k{row}"]), sizes, views=[number], clamp=True
+            )
             want = render(picture, one.crop[0, 0], one.flip[0, 0], one.jitter[0, 0], 8, "bicubic")
-            np.testing.assert_array_equal(features[v, row].numpy(), want.transpose(2, 0, 1).reshape(-1))
+            np.testing.assert_array_equal(
+                features[v, row].numpy(), want.transpose(2, 0, 1).reshape(-1)
+            )
 
 
 def test_each_picture_is_read_once_and_two_batches_at_most_are_held() -> None:
@@ -189,25 +219,32 @@ def test_each_picture_is_read_once_and_two_batches_at_most_are_held() -> None:
 def test_a_broken_picture_is_named() -> None:
     source = noise(5)
     source.blobs[3] = b"not a picture"
-    with pytest.raises(UserError, match=r"cannot decode the picture 'k3' of pictures: .*repair it or take it out"):
+    with pytest.raises(
+        UserError, match=r"cannot decode the picture 'k3' of pictures: .*repair it or take it out"
+    ):
         embed_source(raw_pixels(), source, batch_size=2)
 
 
 def test_unlabelled_pictures_are_refused_with_the_way_to_give_labels() -> None:
     source = noise(2)
     source.labels = None
-    with pytest.raises(UserError, match=r"no labels; labels are class folders \(SRC/CLASS/picture.png\) or the .cls"):
+    with pytest.raises(
+        UserError,
+        match=r"no labels; labels are class folders \(SRC/CLASS/picture.png\) or the .cls",
+    ):
         embed_source(raw_pixels(), source)
     with pytest.raises(UserError, match="no labels"):
         embed_source(raw_pixels(), Subset(source, [0], "half"))
 
 
 def test_crop_outside_its_range_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"centre crop of 1\.2: --crop-pct is above 0 and at most 1"):
+    with pytest.raises(
+        UsageError, match=r"centre crop of 1\.2: --crop-pct is above 0 and at most 1"
+    ):
         embed_source(raw_pixels(), noise(1), crop_pct=1.2)
 
 
-# --- labels and the held-out split -----------------------------------------------------------------------------------
+# --- labels and the held-out split ----------------------------------------------------------------
 
 
 def test_split_is_the_word_of_each_key() -> None:
@@ -227,7 +264,9 @@ def test_split_is_the_word_of_each_key() -> None:
 
 def test_a_picture_keeps_its_side_when_others_come() -> None:
     few, many = noise(15), noise(40)
-    assert split_holdout(few, 0.3, 1)[1].rows == [row for row in split_holdout(many, 0.3, 1)[1].rows if row < 15]
+    assert split_holdout(few, 0.3, 1)[1].rows == [
+        row for row in split_holdout(many, 0.3, 1)[1].rows if row < 15
+    ]
 
 
 def test_a_split_with_an_empty_half_is_refused() -> None:
@@ -246,12 +285,16 @@ def test_classes_are_matched_by_name_between_folders(tmp_path: Path) -> None:
     assert class_count(train) == 3
     assert labels_as(train, train).tolist() == [0, 1, 2]
     assert labels_as(test, train).tolist() == [1, 2]
-    with pytest.raises(UserError, match="1 of its classes are not among the training pictures', the first is 'z'"):
+    with pytest.raises(
+        UserError, match="1 of its classes are not among the training pictures', the first is 'z'"
+    ):
         labels_as(other, train)
 
 
 def test_class_numbers_beyond_the_training_classes_are_refused() -> None:
     train, test = Pictures([b""] * 2, ["a", "b"], [0, 3]), Pictures([b""], ["c"], [4])
     assert class_count(train) == 4
-    with pytest.raises(UserError, match="it has class 4, the training pictures have classes 0 to 3"):
+    with pytest.raises(
+        UserError, match="it has class 4, the training pictures have classes 0 to 3"
+    ):
         labels_as(test, train)

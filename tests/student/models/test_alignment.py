@@ -18,7 +18,8 @@ from student.models.alignment_levels import aligned_levels
         ("top:3", "auto", 3, {1: 1 / 3, 2: 1 / 3, 3: 1 / 3}),
         ("last", "auto", 12, {12: 1.0}),
         ("mean", "auto", 4, {1: 0.25, 2: 0.25, 3: 0.25, 4: 0.25}),
-        ("linear-decay", "auto", 4, {2: 1 / 6, 3: 2 / 6, 4: 3 / 6}),  # level 1 has weight 0 and is not aligned
+        # level 1 has weight 0 and is not aligned
+        ("linear-decay", "auto", 4, {2: 1 / 6, 3: 2 / 6, 4: 3 / 6}),
         ("mean", "last:2", 12, {11: 0.5, 12: 0.5}),
         ("mean", "12, 4,8", 12, {4: 1 / 3, 8: 1 / 3, 12: 1 / 3}),
         ("linear-decay", "4,8,12", 12, {8: 1 / 3, 12: 2 / 3}),
@@ -79,7 +80,8 @@ def test_adaptors_are_named_by_level_and_start_as_xavier() -> None:
 def test_loss_by_hand() -> None:
     """One block, width 1, W = 2, adaptor 3 x + 1; CLS and patch 1 visible.
 
-    x = (1, 0) -> 2 x = (2, 0) -> q = (7, 1); h = (6.5, 4) -> e = (0.5, -3) -> (0.25 + 5) / 2 = 2.625; weight 1.
+    x = (1, 0) -> 2 x = (2, 0) -> q = (7, 1); h = (6.5, 4) -> e = (0.5, -3) -> (0.25 + 5) / 2 =
+    2.625; weight 1.
     """
     head = alignment.AlignmentHead(1, 1, 1, 1, {1: 1.0})
     with torch.no_grad():
@@ -97,7 +99,8 @@ def test_loss_by_hand() -> None:
         # h = (-1, 1) with mean 4 and divisor 3: y = (1, 7).
         ("none", (1.0, 7.0)),
         ("l2", (1 / 50**0.5, 7 / 50**0.5)),
-        ("bn", ((1 - 2) / 3.000001**0.5, (7 - 2) / 3.000001**0.5)),  # the level's mean 2 and variance 3
+        # the level's mean 2 and variance 3
+        ("bn", ((1 - 2) / 3.000001**0.5, (7 - 2) / 3.000001**0.5)),
     ],
 )
 def test_target_norms_by_hand(norm: str, expected: tuple[float, float]) -> None:
@@ -108,24 +111,42 @@ def test_target_norms_by_hand(norm: str, expected: tuple[float, float]) -> None:
 
 
 def test_orders_of_mixing_and_adapting_by_hand() -> None:
-    """Two blocks of width 1 with x = (2, 3) at CLS and (5, 7) at patch 0, level 2 of 2, targets 0 and 1.
+    """Two blocks of width 1 with x = (2, 3) at CLS and (5, 7) at patch 0, level 2 of 2, targets 0
+    and 1.
 
-    adapt_then_mix: A_1 = 10 x + 1, A_2 = x - 1, W = (2, 3): CLS 2 * 21 + 3 * 2 = 48, patch 2 * 51 + 3 * 6 = 120;
-    layer_wise: A_2 alone: 2 and 6. The loss is l1, with CLS (48 + 119) / 2 and (2 + 5) / 2, without it 119 and 5.
+    adapt_then_mix: A_1 = 10 x + 1, A_2 = x - 1, W = (2, 3): CLS 2 * 21 + 3 * 2 = 48, patch 2 * 51 +
+    3 * 6 = 120; layer_wise: A_2 alone: 2 and 6. The loss is l1, with CLS (48 + 119) / 2 and (2 + 5)
+    / 2, without it 119 and 5.
     """
     outputs = [torch.tensor(x).view(1, 2, 1) for x in ([2.0, 5.0], [3.0, 7.0])]
     features, ids_keep = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1), torch.tensor([[0]])
 
     def loss(cls_loss: bool, kind: str) -> float:
         head = alignment.AlignmentHead(
-            2, 1, 2, 1, {2: 1.0}, alignment.AlignmentOptions(alignment=kind, loss="l1", cls_loss=cls_loss)
+            2,
+            1,
+            2,
+            1,
+            {2: 1.0},
+            alignment.AlignmentOptions(alignment=kind, loss="l1", cls_loss=cls_loss),
         )
         named = dict(head.named_parameters())
-        values = {"adaptors.1.weight": 10.0, "adaptors.1.bias": 1.0, "adaptors.2.weight": 1.0, "adaptors.2.bias": -1.0}
+        values = {
+            "adaptors.1.weight": 10.0,
+            "adaptors.1.bias": 1.0,
+            "adaptors.2.weight": 1.0,
+            "adaptors.2.bias": -1.0,
+        }
         with torch.no_grad():
             for name, parameter in named.items():
-                parameter.copy_(torch.tensor([[2.0, 3.0]]) if name == "mix" else torch.tensor(values[name]))
-        assert set(named) == {*values, "mix"} if kind == "adapt_then_mix" else {"adaptors.2.weight", "adaptors.2.bias"}
+                parameter.copy_(
+                    torch.tensor([[2.0, 3.0]]) if name == "mix" else torch.tensor(values[name])
+                )
+        assert (
+            set(named) == {*values, "mix"}
+            if kind == "adapt_then_mix"
+            else {"adaptors.2.weight", "adaptors.2.bias"}
+        )
         return head(outputs, features, ids_keep)[0].item()
 
     assert [loss(cls, "adapt_then_mix") for cls in (True, False)] == [83.5, 119]
@@ -146,9 +167,14 @@ def test_orders_of_mixing_and_adapting_by_hand() -> None:
 def test_gradients(ways: alignment.AlignmentOptions) -> None:
     torch.manual_seed(0)
     head = alignment.AlignmentHead(2, 4, 2, 3, {1: 0.25, 2: 0.75}, ways).double()
-    features, stats = torch.randn(2, 2, 5, 3, dtype=torch.float64), torch.rand(2, 2, 5, 2, dtype=torch.float64) + 0.5
+    features, stats = (
+        torch.randn(2, 2, 5, 3, dtype=torch.float64),
+        torch.rand(2, 2, 5, 2, dtype=torch.float64) + 0.5,
+    )
     moments = torch.rand(2, 2, dtype=torch.float64)
     ids_keep = torch.tensor([[0, 2], [3, 1]])
     x = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     given = (features, ids_keep, stats, moments)
-    assert torch.autograd.gradcheck(lambda a, b, *_: head([a, b], *given)[0], (*x, *head.parameters()))
+    assert torch.autograd.gradcheck(
+        lambda a, b, *_: head([a, b], *given)[0], (*x, *head.parameters())
+    )

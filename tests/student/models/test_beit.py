@@ -1,4 +1,5 @@
-"""The Beit encoders against plain matrix code, and their positions and start values against hand values."""
+"""The Beit encoders against plain matrix code, and their positions and start values against hand
+values."""
 
 from __future__ import annotations
 
@@ -15,23 +16,32 @@ from tests.student.models.test_vit import Weights, layer_norm, linear
 TINY = "tiny,embed_dim=16,depth=3,num_heads=2"
 
 
-# --- an independent encoder, from the text of the methods -----------------------------------------------------------
+# --- an independent encoder, from the text of the methods -----------------------------------------
 
 
-def reference_block(x: Tensor, w: Weights, name: str, heads: int, bias: Tensor | None = None) -> Tensor:
-    """x += g1 attn(LN x); x += g2 mlp(LN x); no bias on k; bias (heads,N,N) is added to the scores."""
+def reference_block(
+    x: Tensor, w: Weights, name: str, heads: int, bias: Tensor | None = None
+) -> Tensor:
+    """x += g1 attn(LN x); x += g2 mlp(LN x); no bias on k; bias (heads,N,N) is added to the
+    scores."""
     width = x.shape[-1]
     d = width // heads
     normed = layer_norm(x, w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"])
     wq, wk, wv = w[f"{name}.attn.qkv.weight"].split(width)
-    q, k, v = normed @ wq.T + w[f"{name}.attn.q_bias"], normed @ wk.T, normed @ wv.T + w[f"{name}.attn.v_bias"]
+    q, k, v = (
+        normed @ wq.T + w[f"{name}.attn.q_bias"],
+        normed @ wk.T,
+        normed @ wv.T + w[f"{name}.attn.v_bias"],
+    )
     mixed = []
     for head in range(heads):
         at = slice(head * d, (head + 1) * d)
         score = q[..., at] @ k[..., at].transpose(-2, -1) / math.sqrt(d)
         mixed.append((score if bias is None else score + bias[head]).softmax(-1) @ v[..., at])
     x = x + w[f"{name}.gamma_1"] * linear(torch.cat(mixed, -1), w, f"{name}.attn.proj")
-    hidden = linear(layer_norm(x, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"]), w, f"{name}.mlp.fc1")
+    hidden = linear(
+        layer_norm(x, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"]), w, f"{name}.mlp.fc1"
+    )
     gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     return x + w[f"{name}.gamma_2"] * linear(gelu, w, f"{name}.mlp.fc2")
 
@@ -39,15 +49,25 @@ def reference_block(x: Tensor, w: Weights, name: str, heads: int, bias: Tensor |
 def embedded(w: Weights, images: Tensor) -> Tensor:
     """(B,P,D): every patch through the kernel, without a position."""
     kernel = w["patch_embed.proj.weight"]
-    flat = vit.patchify(images, kernel.shape[-1]) @ kernel.permute(2, 3, 1, 0).reshape(-1, kernel.shape[0])
+    flat = vit.patchify(images, kernel.shape[-1]) @ kernel.permute(2, 3, 1, 0).reshape(
+        -1, kernel.shape[0]
+    )
     return flat + w["patch_embed.proj.bias"]
 
 
-def reference_encode(w: Weights, images: Tensor, ids: Tensor, heads: int = 2, depth: int = 3) -> Tensor:
-    """Family cae: CLS and the chosen patches with their positions, through all blocks and the final norm."""
+def reference_encode(
+    w: Weights, images: Tensor, ids: Tensor, heads: int = 2, depth: int = 3
+) -> Tensor:
+    """Family cae: CLS and the chosen patches with their positions, through all blocks and the final
+    norm."""
     patches = embedded(w, images)
     rows = [
-        torch.stack([w["cls_token"][0, 0] + w["pos_embed"][0, 0], *(x[i] + w["pos_embed"][0, 1 + i] for i in chosen)])
+        torch.stack(
+            [
+                w["cls_token"][0, 0] + w["pos_embed"][0, 0],
+                *(x[i] + w["pos_embed"][0, 1 + i] for i in chosen),
+            ]
+        )
         for x, chosen in zip(patches, ids.tolist(), strict=True)
     ]
     x = torch.stack(rows)
@@ -57,21 +77,27 @@ def reference_encode(w: Weights, images: Tensor, ids: Tensor, heads: int = 2, de
 
 
 def relative_bias(table: Tensor, grid: int) -> Tensor:
-    """(heads,1+P,1+P) from the table: a row for each offset of row and column, then CLS to patch, patch to CLS, and CLS
-    to itself."""
+    """(heads,1+P,1+P) from the table: a row for each offset of row and column, then CLS to patch,
+    patch to CLS, and CLS to itself."""
     n, width = grid * grid, 2 * grid - 1
     bias = table.new_zeros(table.shape[1], 1 + n, 1 + n)
     for i in range(n):
         for j in range(n):
             row, col = i // grid - j // grid + grid - 1, i % grid - j % grid + grid - 1
             bias[:, 1 + i, 1 + j] = table[row * width + col]
-    bias[:, 0, 1:], bias[:, 1:, 0], bias[:, 0, 0] = table[-3, :, None], table[-2, :, None], table[-1]
+    bias[:, 0, 1:], bias[:, 1:, 0], bias[:, 0, 0] = (
+        table[-3, :, None],
+        table[-2, :, None],
+        table[-1],
+    )
     return bias
 
 
 def reference_encode_all(w: Weights, patches: Tensor, heads: int = 2, depth: int = 3) -> Tensor:
     """Family beit: CLS and all patches, relative positions in every block, the final norm."""
-    bias = relative_bias(w["rel_pos_bias.relative_position_bias_table"], math.isqrt(patches.shape[1]))
+    bias = relative_bias(
+        w["rel_pos_bias.relative_position_bias_table"], math.isqrt(patches.shape[1])
+    )
     x = torch.cat([w["cls_token"].expand(len(patches), -1, -1), patches], 1)
     for i in range(depth):
         x = reference_block(x, w, f"blocks.{i}", heads, bias)
@@ -100,7 +126,9 @@ def test_encode_equals_plain_matrix_code() -> None:
     model = shaken("cae")
     ids_keep = torch.tensor([[3, 0, 9], [15, 2, 4]])
     got = beit.encode(model, IMAGES, ids_keep)
-    torch.testing.assert_close(got, reference_encode(model.state_dict(), IMAGES, ids_keep), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        got, reference_encode(model.state_dict(), IMAGES, ids_keep), rtol=1e-10, atol=1e-12
+    )
     every = torch.arange(16).expand(2, -1)
     torch.testing.assert_close(beit.encode(model, IMAGES, every), model.forward_features(IMAGES))
 
@@ -109,15 +137,28 @@ def test_encode_all_equals_plain_matrix_code() -> None:
     model = shaken("beit")
     w = model.state_dict()
     got = beit.encode_all(model, model.patch_embed(IMAGES))
-    torch.testing.assert_close(got, reference_encode_all(w, embedded(w, IMAGES)), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        got, reference_encode_all(w, embedded(w, IMAGES)), rtol=1e-10, atol=1e-12
+    )
     torch.testing.assert_close(got, model.forward_features(IMAGES))
 
 
 def test_positions_have_rows_first() -> None:
-    """Width 8: w = (1, 0.01). Patch (row 0, col 1) is token 2, patch (row 1, col 0) token 3; MAE's halves, swapped."""
+    """Width 8: w = (1, 0.01). Patch (row 0, col 1) is token 2, patch (row 1, col 0) token 3; MAE's
+    halves, swapped."""
     table = vit.sincos(8, 2, layout="cae")
-    s1, c1, s01, c01 = 0.8414709848078965, 0.5403023058681398, 0.009999833334166664, 0.9999500004166653
-    expected = [[0.0] * 8, [0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, s1, s01, c1, c01], [s1, s01, c1, c01, 0, 0, 1, 1]]
+    s1, c1, s01, c01 = (
+        0.8414709848078965,
+        0.5403023058681398,
+        0.009999833334166664,
+        0.9999500004166653,
+    )
+    expected = [
+        [0.0] * 8,
+        [0, 0, 1, 1, 0, 0, 1, 1],
+        [0, 0, 1, 1, s1, s01, c1, c01],
+        [s1, s01, c1, c01, 0, 0, 1, 1],
+    ]
     torch.testing.assert_close(table[:4], torch.tensor(expected, dtype=torch.float64))
     model = build("cae")
     assert model.pos_embed is not None
@@ -127,11 +168,14 @@ def test_positions_have_rows_first() -> None:
 
 
 def test_start_values() -> None:
-    """Width 192. cae: Xavier, a fused qkv's limit sqrt(6 / 4 D); beit: normals cut at one deviation, whose deviation is
-    0.0108, and both ends of block i over sqrt(2 i)."""
+    """Width 192. cae: Xavier, a fused qkv's limit sqrt(6 / 4 D); beit: normals cut at one
+    deviation, whose deviation is 0.0108, and both ends of block i over sqrt(2 i)."""
     sizes = {"img_size": 32, "patch_size": 16}
     torch.manual_seed(0)
-    cae, plain = beit.build("tiny,depth=3", "cae", **sizes), beit.build("tiny,depth=3", "beit", **sizes)  # type: ignore[arg-type]
+    cae, plain = (
+        beit.build("tiny,depth=3", "cae", **sizes),
+        beit.build("tiny,depth=3", "beit", **sizes),
+    )  # type: ignore[arg-type]
     block = cae.blocks[2]
     for weight, limit in (
         (block.attn.qkv.weight, math.sqrt(6 / (4 * 192))),
@@ -139,7 +183,9 @@ def test_start_values() -> None:
         (block.mlp.fc2.weight, math.sqrt(6 / (5 * 192))),
     ):
         assert 0.98 < weight.abs().max() / limit <= 1
-    cut = 0.02 * math.sqrt(1 - 2 * math.exp(-0.5) / math.sqrt(2 * math.pi) / math.erf(1 / math.sqrt(2)))
+    cut = 0.02 * math.sqrt(
+        1 - 2 * math.exp(-0.5) / math.sqrt(2 * math.pi) / math.erf(1 / math.sqrt(2))
+    )
     for model in (cae, plain):
         for x in (model.patch_embed.proj.weight, model.cls_token):
             assert x.abs().max() <= 0.02
@@ -147,13 +193,17 @@ def test_start_values() -> None:
         assert not model.patch_embed.proj.bias.any()
         assert not any(block.attn.q_bias.any() or block.attn.v_bias.any() for block in model.blocks)
         assert all(
-            torch.equal(gamma, torch.full((192,), 0.1)) for b in model.blocks for gamma in (b.gamma_1, b.gamma_2)
+            torch.equal(gamma, torch.full((192,), 0.1))
+            for b in model.blocks
+            for gamma in (b.gamma_1, b.gamma_2)
         )
         assert model.norm.eps == 1e-6
         assert (model.norm.weight == 1).all()
     for i, block in enumerate(plain.blocks, 1):
         assert block.attn.qkv.weight.std().item() == pytest.approx(cut, rel=0.03)
-        assert block.attn.proj.weight.std().item() == pytest.approx(cut / math.sqrt(2 * i), rel=0.03)
+        assert block.attn.proj.weight.std().item() == pytest.approx(
+            cut / math.sqrt(2 * i), rel=0.03
+        )
         assert block.mlp.fc2.weight.std().item() == pytest.approx(cut / math.sqrt(2 * i), rel=0.03)
     assert plain.rel_pos_bias is not None
     assert plain.rel_pos_bias.relative_position_bias_table.shape == (3 * 3 + 3, 12)
@@ -171,7 +221,10 @@ def test_without_xavier_the_cae_encoder_keeps_beits_start() -> None:
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [
-        ("vit_tiny_patch16_224", "unknown encoder 'vit_tiny_patch16_224' for this recipe: .*known: base, large"),
+        (
+            "vit_tiny_patch16_224",
+            "unknown encoder 'vit_tiny_patch16_224' for this recipe: .*known: base, large",
+        ),
         ("tiny,img_size=32", "unknown option 'img_size'"),
         ("tiny,num_heads=7", "cannot build the encoder: width 192, 7 heads"),
     ],

@@ -1,4 +1,5 @@
-"""The masked-convolution encoder against plain slices and matrices, and its promise: no hidden pixel is seen."""
+"""The masked-convolution encoder against plain slices and matrices, and its promise: no hidden
+pixel is seen."""
 
 from __future__ import annotations
 
@@ -26,13 +27,16 @@ def pictures() -> Tensor:
     return wave(2, 3, 32, 32, phase=0.3)
 
 
-# --- an independent encoder, cell by cell ---------------------------------------------------------------------------
+# --- an independent encoder, cell by cell ---------------------------------------------------------
 
 
 def channel_norm(x: Tensor, w: Weights, name: str) -> Tensor:
     """x (..., C); eps 1e-5 in the convolutional stages, where the blocks have 1e-6."""
     centred = x - x.mean(-1, keepdim=True)
-    return centred / ((centred**2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return (
+        centred / ((centred**2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+        + w[f"{name}.bias"]
+    )
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -85,7 +89,9 @@ def reference_embed(x: Tensor, w: Weights, name: str) -> Tensor:
 def repeated(grid: Tensor, times: int) -> Tensor:
     """(G,G) -> (times G, times G), cell by cell."""
     size = times * len(grid)
-    return torch.tensor([[float(grid[r // times, c // times]) for c in range(size)] for r in range(size)]).double()
+    return torch.tensor(
+        [[float(grid[r // times, c // times]) for c in range(size)] for r in range(size)]
+    ).double()
 
 
 def reference_conv_encode(
@@ -130,16 +136,22 @@ def reference_stage_fusion(w: Weights, maps1: Tensor, maps2: Tensor, ids_keep: T
 def test_encode_equals_the_independent_encoder(cls_token: bool) -> None:
     net = tiny(cls_token=cls_token)
     outputs, (map1, map2) = net.encode(pictures(), IDS)
-    expected, expected1, expected2 = reference_conv_encode(net.state_dict(), pictures(), IDS, heads=2, depth=3)
+    expected, expected1, expected2 = reference_conv_encode(
+        net.state_dict(), pictures(), IDS, heads=2, depth=3
+    )
     assert [tuple(x.shape) for x in outputs] == [(2, 4 + cls_token, 16)] * 3
     assert (map1.shape, map2.shape) == ((2, 4, 16, 16), (2, 6, 8, 8))
-    ours, theirs = [*outputs, map1.movedim(1, -1), map2.movedim(1, -1)], [*expected, expected1, expected2]
+    ours, theirs = (
+        [*outputs, map1.movedim(1, -1), map2.movedim(1, -1)],
+        [*expected, expected1, expected2],
+    )
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     fusion = conv_vit.StageFusion(4, 6, 16).double()
     fill(fusion)
     torch.testing.assert_close(
-        fusion((map1, map2), IDS), reference_stage_fusion(fusion.state_dict(), expected1, expected2, IDS)
+        fusion((map1, map2), IDS),
+        reference_stage_fusion(fusion.state_dict(), expected1, expected2, IDS),
     )
 
 
@@ -154,7 +166,7 @@ def test_all_patches_visible_is_forward_features() -> None:
     torch.testing.assert_close(last[:, 1:].flip(1), features[:, 1:])
 
 
-# --- no leakage -----------------------------------------------------------------------------------------------------
+# --- no leakage -----------------------------------------------------------------------------------
 
 
 def seen(net: conv_vit.ConvViT, fusion: conv_vit.StageFusion, images: Tensor) -> list[Tensor]:
@@ -165,21 +177,28 @@ def seen(net: conv_vit.ConvViT, fusion: conv_vit.StageFusion, images: Tensor) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_hidden_pixels_never_reach_the_visible_outputs(dtype: torch.dtype) -> None:
-    """Every hidden pixel is changed, to large numbers and to NaN: visible outputs stay, to the bit."""
+    """Every hidden pixel is changed, to large numbers and to NaN: visible outputs stay, to the
+    bit."""
     net, fusion = tiny().to(dtype), conv_vit.StageFusion(4, 6, 16).to(dtype)
     images = pictures().to(dtype)
     before = seen(net, fusion, images)
     hidden = torch.ones(2, 16, dtype=torch.bool).scatter(1, IDS, False).view(2, 1, 4, 4)
     at = hidden.repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(images)
-    # The CPU's own bfloat16 convolution multiplies cells beside the kernel by zero, which NaN survives.
+    # The CPU's own bfloat16 convolution multiplies cells beside the kernel by zero, which NaN
+    # survives.
     large = 1e4 if dtype == torch.bfloat16 else float("nan")
-    for value in (torch.flip(images, (3,)), torch.full_like(images, 1e3), torch.full_like(images, large)):
+    for value in (
+        torch.flip(images, (3,)),
+        torch.full_like(images, 1e3),
+        torch.full_like(images, large),
+    ):
         after = seen(net, fusion, torch.where(at, value, images))
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_each_visible_patch_is_seen_by_its_neighbours() -> None:
-    """The test above could fail: one visible pixel changes every token, and the map beside its own cell."""
+    """The test above could fail: one visible pixel changes every token, and the map beside its own
+    cell."""
     net = tiny()
     images = pictures()
     changed = images.clone()
@@ -188,13 +207,15 @@ def test_each_visible_patch_is_seen_by_its_neighbours() -> None:
     assert (before[-1][0] != after[-1][0]).any(-1).all()
     assert torch.equal(before[-1][1], after[-1][1])
     rows, cols = (map1 != moved1)[0].any(0).nonzero().T
-    # Cell (4, 4) moves cells 2 to 6. Of those, patch 5 (cells 4 to 7 each way) and patch 1 above it are visible, and
-    # move what is two cells from them: rows 2 - 2 to 6 + 2, columns 4 - 2 to 6 + 2. The patches to the left are hidden.
+    # Cell (4, 4) moves cells 2 to 6. Of those, patch 5 (cells 4 to 7 each way) and patch 1 above it
+    # are visible, and move what is two cells from them: rows 2 - 2 to 6 + 2, columns 4 - 2 to 6 +
+    # 2. The patches to the left are hidden.
     assert (rows.min(), rows.max(), cols.min(), cols.max()) == (0, 8, 2, 8)
 
 
 def test_a_mask_that_lay_elsewhere_would_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the mask between the convolutions the outputs do change: what the test of leakage looks at is real."""
+    """Without the mask between the convolutions the outputs do change: what the test of leakage
+    looks at is real."""
     net, fusion = tiny(), conv_vit.StageFusion(4, 6, 16).double()
     monkeypatch.setattr(conv_vit, "_finer", lambda hidden, times: None)
     before = seen(net, fusion, pictures())
@@ -204,7 +225,7 @@ def test_a_mask_that_lay_elsewhere_would_leak(monkeypatch: pytest.MonkeyPatch) -
     assert not torch.equal(before[0], after[0])
 
 
-# --- gradients, start values, sizes ---------------------------------------------------------------------------------
+# --- gradients, start values, sizes ---------------------------------------------------------------
 
 
 def test_gradcheck_of_a_block() -> None:
@@ -217,17 +238,23 @@ def test_gradcheck_of_a_block() -> None:
 
 def test_gradcheck_of_stage_fusion() -> None:
     fusion = conv_vit.StageFusion(1, 2, 2).double()
-    maps = wave(1, 1, 8, 8, phase=0.1).requires_grad_(), wave(1, 2, 4, 4, phase=0.5).requires_grad_()
+    maps = (
+        wave(1, 1, 8, 8, phase=0.1).requires_grad_(),
+        wave(1, 2, 4, 4, phase=0.5).requires_grad_(),
+    )
     assert torch.autograd.gradcheck(lambda a, b: fusion((a, b), torch.tensor([[0, 3]])), maps)
 
 
 def test_start_values() -> None:
-    """Xavier's limits on Linears and the third kernel, the framework's sqrt(1 / fan-in) on other convolutions."""
+    """Xavier's limits on Linears and the third kernel, the framework's sqrt(1 / fan-in) on other
+    convolutions."""
     torch.manual_seed(0)
     net = conv_vit.build("small", cls_token=True)
     third = net.patch_embed3.proj.weight  # (384, 256 * 2 * 2)
     assert third.abs().max().item() == pytest.approx((6 / (384 + 1024)) ** 0.5, rel=1e-3)
-    assert net.blocks3[0].attn.qkv.weight.abs().max().item() == pytest.approx((6 / (4 * 384)) ** 0.5, rel=1e-3)  # type: ignore[union-attr]
+    assert net.blocks3[0].attn.qkv.weight.abs().max().item() == pytest.approx(
+        (6 / (4 * 384)) ** 0.5, rel=1e-3
+    )  # type: ignore[union-attr]
     for conv, fan_in in ((net.patch_embed1.proj, 48), (net.patch_embed2.proj, 512)):
         assert conv.weight.abs().max().item() == pytest.approx(fan_in**-0.5, rel=1e-2)
     assert torch.equal(net.pos_embed[0], vit.sincos(384, 14)[1:].float())
@@ -236,33 +263,41 @@ def test_start_values() -> None:
     assert net.cls_token.std().item() == pytest.approx(0.02, rel=0.1)
     norms = [m for m in net.modules() if isinstance(m, nn.LayerNorm)]
     assert {norm.eps for norm in norms if norm.normalized_shape == (128,)} == {1e-5}
-    assert {norm.eps for norm in [*net.blocks3.modules(), net.norm] if isinstance(norm, nn.LayerNorm)} == {1e-6}
+    assert {
+        norm.eps for norm in [*net.blocks3.modules(), net.norm] if isinstance(norm, nn.LayerNorm)
+    } == {1e-6}
 
 
 def test_drop_path_rises_over_all_blocks() -> None:
     """15 blocks of base from 0 to the given rate, the two stages' among them."""
     with torch.device("meta"):
         net = conv_vit.build("base", drop_path=0.14)
-    drops = [block.drop_path for block in (*net.blocks1, *net.blocks2)] + [block.drop_path1 for block in net.blocks3]
+    drops = [block.drop_path for block in (*net.blocks1, *net.blocks2)] + [
+        block.drop_path1 for block in net.blocks3
+    ]
     rates = [getattr(drop, "drop_prob", 0.0) for drop in drops]
     assert rates == pytest.approx([0.01 * i for i in range(15)])
 
 
 def test_names_are_those_of_the_released_code() -> None:
-    """A released state dict of base loads: its first and last names, and how many there are of each part."""
+    """A released state dict of base loads: its first and last names, and how many there are of each
+    part."""
     with torch.device("meta"):
         names = list(conv_vit.build("base").state_dict())
-    for name in ("pos_embed", "patch_embed1.proj.weight", "patch_embed3.norm.bias", "patch_embed4.weight",
-                 "blocks1.1.attn.weight", "blocks2.0.conv1.bias", "blocks2.1.mlp.fc2.weight",
-                 "blocks3.10.attn.qkv.weight", "blocks3.0.mlp.fc1.bias", "norm.weight"):  # fmt: skip
+    for name in ("pos_embed", "patch_embed1.proj.weight", "patch_embed3.norm.bias",
+                 "patch_embed4.weight", "blocks1.1.attn.weight", "blocks2.0.conv1.bias",
+                 "blocks2.1.mlp.fc2.weight", "blocks3.10.attn.qkv.weight", "blocks3.0.mlp.fc1.bias",
+                 "norm.weight"):  # fmt: skip
         assert name in names
-    # 3 embeddings of 4, the fourth of 2, 4 CBlocks of 14, 11 blocks of 12, the norm and the positions
+    # 3 embeddings of 4, the fourth of 2, 4 CBlocks of 14, 11 blocks of 12, the norm and the
+    # positions
     assert len(names) == 3 * 4 + 2 + 4 * 14 + 11 * 12 + 2 + 1
 
 
 def test_sizes() -> None:
-    """Worked out by hand. A CBlock of c channels and MLP ratio r: two norms 4c, two 1 x 1 2(c^2 + c), depth-wise
-    25c + c, MLP 2rc^2 + (r + 1)c; that is 10 c^2 + 37 c with r = 4 and 18 c^2 + 41 c with 8.
+    """Worked out by hand. A CBlock of c channels and MLP ratio r: two norms 4c, two 1 x 1 2(c^2 +
+    c), depth-wise 25c + c, MLP 2rc^2 + (r + 1)c; that is 10 c^2 + 37 c with r = 4 and 18 c^2 + 41 c
+    with 8.
 
     base   patch_embed1   3 * 16 * 256 + 256 + 512           13,056
            2 CBlocks      2 * (10 * 256^2 + 37 * 256)     1,329,664
@@ -274,11 +309,12 @@ def test_sizes() -> None:
            11 blocks      11 * (12 * 768^2 + 13 * 768)   77,966,592
            norm           2 * 768                             1,536
                                                          84,605,824
-    tiny   3,264 + 86,656 + 33,152 + 337,152 + 98,880 + 37,056 + 37,632 + 11 * (12 * 192^2 + 13 * 192) + 384 = 5,527,680
-    small  6,528 + 337,152 + 131,840 + 1,329,664 + 394,368 + 147,840 + 75,264 + 11 * (12 * 384^2 + 13 * 384) + 768
-           = 21,942,528
-    large  stages with ratio 8: 19,584 + 5,339,904 + 1,181,952 + 21,296,640 + 3,148,800 + 1,049,600 + 200,704
-           + 23 * (12 * 1024^2 + 13 * 1024) + 2,048 = 321,952,384
+    tiny   3,264 + 86,656 + 33,152 + 337,152 + 98,880 + 37,056 + 37,632
+           + 11 * (12 * 192^2 + 13 * 192) + 384 = 5,527,680
+    small  6,528 + 337,152 + 131,840 + 1,329,664 + 394,368 + 147,840 + 75,264
+           + 11 * (12 * 384^2 + 13 * 384) + 768 = 21,942,528
+    large  stages with ratio 8: 19,584 + 5,339,904 + 1,181,952 + 21,296,640 + 3,148,800 + 1,049,600
+           + 200,704 + 23 * (12 * 1024^2 + 13 * 1024) + 2,048 = 321,952,384
     """
     expected = {"tiny": 5_527_680, "small": 21_942_528, "base": 84_605_824, "large": 321_952_384}
     for size, count in expected.items():
@@ -297,7 +333,10 @@ def test_sizes() -> None:
         ("vit_tiny_patch16_224", "unknown encoder 'vit_tiny_patch16_224' of family conv_vit"),
         ("tiny,stage3=8", "unknown option 'stage3', did you mean stage2"),
         ("tiny,depth=0", "depth=0; allowed: a whole number from 1"),
-        ("tiny,embed_dim=10", "embed_dim=10, num_heads=3; allowed: a width that 4 and the heads divide"),
+        (
+            "tiny,embed_dim=10",
+            "embed_dim=10, num_heads=3; allowed: a width that 4 and the heads divide",
+        ),
     ],
 )
 def test_what_is_refused(encoder: str, message: str) -> None:

@@ -14,7 +14,13 @@ from tests.student.recipes.test_recipes import wave
 
 
 def reference_regress(
-    w: Weights, x: Tensor, visible: Tensor, pos_x: Tensor, pos_visible: Tensor, heads: int = 2, depth: int = 2
+    w: Weights,
+    x: Tensor,
+    visible: Tensor,
+    pos_x: Tensor,
+    pos_visible: Tensor,
+    heads: int = 2,
+    depth: int = 2,
 ) -> Tensor:
     """x (B,M,W) asks [visible; x], positions in queries and keys of every block; no final norm."""
     d = x.shape[-1] // heads
@@ -32,7 +38,9 @@ def reference_regress(
         mixed = []
         for head in range(heads):
             at = slice(head * d, (head + 1) * d)
-            mixed.append((q[..., at] @ k[..., at].transpose(1, 2) / math.sqrt(d)).softmax(-1) @ v[..., at])
+            mixed.append(
+                (q[..., at] @ k[..., at].transpose(1, 2) / math.sqrt(d)).softmax(-1) @ v[..., at]
+            )
         x = x + w[f"{name}.gamma_1_cross"] * linear(torch.cat(mixed, -1), w, f"{attn}.proj")
         x = norm(x, f"{name}.norm2_cross")
         hidden = linear(x, w, f"{name}.mlp_cross.fc1")
@@ -41,7 +49,9 @@ def reference_regress(
     return x
 
 
-def shaken(width: int = 8, depth: int = 2, *, final_norm: bool = False) -> latent_regressor.Regresser:
+def shaken(
+    width: int = 8, depth: int = 2, *, final_norm: bool = False
+) -> latent_regressor.Regresser:
     torch.manual_seed(0)
     model = latent_regressor.Regresser(width, depth, 2, 0.0, final_norm=final_norm).double()
     with torch.no_grad():
@@ -66,12 +76,15 @@ def test_equals_plain_matrix_code() -> None:
 
 def test_gradcheck() -> None:
     model = shaken(width=4, depth=1)
-    inputs = [wave(1, n, 4, phase=p).requires_grad_() for n, p in ((2, 0.1), (2, 0.7), (2, 1.1), (2, 2.0))]
+    inputs = [
+        wave(1, n, 4, phase=p).requires_grad_() for n, p in ((2, 0.1), (2, 0.7), (2, 1.1), (2, 2.0))
+    ]
     assert torch.autograd.gradcheck(model, inputs)
 
 
 def test_positions_never_reach_the_values() -> None:
-    """With one token to look at, attention is 1 whatever the keys: the output then depends on x's content only."""
+    """With one token to look at, attention is 1 whatever the keys: the output then depends on x's
+    content only."""
     model = shaken(depth=1)
     block = model.regressor_blocks[0]
     x, one = INPUTS[0][:, :1], INPUTS[1][:, :0]
@@ -82,25 +95,49 @@ def test_positions_never_reach_the_values() -> None:
 def test_names_and_start_values() -> None:
     torch.manual_seed(0)
     model = latent_regressor.Regresser(96, 2, 12, 0.1, final_norm=True)
-    block = ("norm1_q", "norm1_k", "norm1_v", "norm2_cross", "cross_attn.proj", "mlp_cross.fc1", "mlp_cross.fc2")
-    names = {f"regressor_blocks.{i}.{name}.{kind}" for i in (0, 1) for name in block for kind in ("weight", "bias")}
-    alone = ("cross_attn.q.weight", "cross_attn.k.weight", "cross_attn.v.weight", "cross_attn.q_bias",
-             "cross_attn.v_bias", "gamma_1_cross", "gamma_2_cross")  # fmt: skip
-    names |= {f"regressor_blocks.{i}.{name}" for i in (0, 1) for name in alone} | {"norm.weight", "norm.bias"}
+    block = (
+        "norm1_q",
+        "norm1_k",
+        "norm1_v",
+        "norm2_cross",
+        "cross_attn.proj",
+        "mlp_cross.fc1",
+        "mlp_cross.fc2",
+    )
+    names = {
+        f"regressor_blocks.{i}.{name}.{kind}"
+        for i in (0, 1)
+        for name in block
+        for kind in ("weight", "bias")
+    }
+    alone = ("cross_attn.q.weight", "cross_attn.k.weight", "cross_attn.v.weight",
+             "cross_attn.q_bias", "cross_attn.v_bias", "gamma_1_cross",
+             "gamma_2_cross")  # fmt: skip
+    names |= {f"regressor_blocks.{i}.{name}" for i in (0, 1) for name in alone} | {
+        "norm.weight",
+        "norm.bias",
+    }
     assert set(model.state_dict()) == names
     q = model.get_parameter("regressor_blocks.1.cross_attn.q.weight")
-    assert 0.98 < q.abs().max() / math.sqrt(6 / (2 * 96)) <= 1  # a matrix of its own, not a third of a fused one
-    assert torch.equal(model.get_parameter("regressor_blocks.1.gamma_1_cross"), torch.full((96,), 0.1))
+    # a matrix of its own, not a third of a fused one
+    assert 0.98 < q.abs().max() / math.sqrt(6 / (2 * 96)) <= 1
+    assert torch.equal(
+        model.get_parameter("regressor_blocks.1.gamma_1_cross"), torch.full((96,), 0.1)
+    )
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.regressor_blocks]
     assert rates == pytest.approx([0, 0.1])
     beits = latent_regressor.Regresser(96, 2, 12, 0.0, final_norm=True, xavier=False)
-    assert beits.get_parameter("regressor_blocks.1.mlp_cross.fc2.weight").abs().max() <= 0.01  # 0.02 / sqrt(2 * 2)
+    # 0.02 / sqrt(2 * 2)
+    assert beits.get_parameter("regressor_blocks.1.mlp_cross.fc2.weight").abs().max() <= 0.01
 
 
 def test_bridge_positions_and_mask_token() -> None:
     assert [type(part) for part in latent_regressor.bridge(8, 8)] == [torch.nn.Identity] * 2
     linear_, norm = latent_regressor.bridge(192, 96)
-    assert sum(x.numel() for part in (linear_, norm) for x in part.parameters()) == 192 * 96 + 96 + 2 * 96
+    assert (
+        sum(x.numel() for part in (linear_, norm) for x in part.parameters())
+        == 192 * 96 + 96 + 2 * 96
+    )
     table, token = latent_regressor.positions(8, 3), latent_regressor.mask_token(8)
     assert not table.requires_grad
     torch.testing.assert_close(table[0], vit.sincos(8, 3, layout="cae").float())

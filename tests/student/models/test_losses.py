@@ -30,7 +30,8 @@ def test_norm_pix_of_a_flat_patch_is_zero() -> None:
 
 
 def test_masked_pixel_mse_by_hand() -> None:
-    """Patches 0 and 2 are masked: errors 1, 1 and 0, 4 -> (1 + 2) / 2; patch 1 is far off and does not count."""
+    """Patches 0 and 2 are masked: errors 1, 1 and 0, 4 -> (1 + 2) / 2; patch 1 is far off and does
+    not count."""
     pred = torch.tensor([[[1.0, 1.0], [99.0, 99.0], [3.0, 7.0]]])
     patches = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [3.0, 5.0]]])
     ids_masked = torch.tensor([[0, 2]])

@@ -1,4 +1,5 @@
-"""The encoder and decoder against plain matrix code, and start values, positions and patches against hand values."""
+"""The encoder and decoder against plain matrix code, and start values, positions and patches
+against hand values."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ TINY = "vit_tiny_patch16_224,embed_dim=16,depth=2,num_heads=2"
 Weights = Mapping[str, Tensor]
 
 
-# --- an independent ViT, from the text of the methods ---------------------------------------------------------------
+# --- an independent ViT, from the text of the methods ---------------------------------------------
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -34,19 +35,25 @@ def reference_block(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
     """x += attn(LN x); x += mlp(LN x), head by head."""
     width = x.shape[-1]
     d = width // heads
-    qkv = linear(layer_norm(x, w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"]), w, f"{name}.attn.qkv")
+    qkv = linear(
+        layer_norm(x, w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"]), w, f"{name}.attn.qkv"
+    )
     mixed = []
     for head in range(heads):
         q, k, v = (qkv[..., i * width + head * d : i * width + (head + 1) * d] for i in range(3))
         score = (q @ k.transpose(1, 2)) / math.sqrt(d)
         mixed.append(score.softmax(-1) @ v)
     x = x + linear(torch.cat(mixed, -1), w, f"{name}.attn.proj")
-    hidden = linear(layer_norm(x, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"]), w, f"{name}.mlp.fc1")
+    hidden = linear(
+        layer_norm(x, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"]), w, f"{name}.mlp.fc1"
+    )
     gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     return x + linear(gelu, w, f"{name}.mlp.fc2")
 
 
-def reference_encode(w: Weights, images: Tensor, ids_keep: Tensor, heads: int, depth: int) -> list[Tensor]:
+def reference_encode(
+    w: Weights, images: Tensor, ids_keep: Tensor, heads: int, depth: int
+) -> list[Tensor]:
     """Outputs of all blocks; `w` holds an encoder's parameters by name."""
     kernel = w["patch_embed.proj.weight"]
     p = kernel.shape[-1]
@@ -56,7 +63,11 @@ def reference_encode(w: Weights, images: Tensor, ids_keep: Tensor, heads: int, d
         for i in ids:
             row, col = divmod(i, picture.shape[-1] // p)
             patch = picture[:, row * p : (row + 1) * p, col * p : (col + 1) * p]
-            tokens.append((kernel * patch).sum((1, 2, 3)) + w["patch_embed.proj.bias"] + w["pos_embed"][0, 1 + i])
+            tokens.append(
+                (kernel * patch).sum((1, 2, 3))
+                + w["patch_embed.proj.bias"]
+                + w["pos_embed"][0, 1 + i]
+            )
         rows.append(torch.stack(tokens))
     x, outputs = torch.stack(rows), []
     for i in range(depth):
@@ -94,18 +105,26 @@ def test_hidden_pixels_never_reach_the_visible_tokens() -> None:
     changed = images.clone()
     changed[:, :, :4, 4:8] += 1  # patch 1
     ids_keep = torch.tensor([[0, 5]])
-    assert torch.equal(vit.encode(model, images, ids_keep)[-1], vit.encode(model, changed, ids_keep)[-1])
+    assert torch.equal(
+        vit.encode(model, images, ids_keep)[-1], vit.encode(model, changed, ids_keep)[-1]
+    )
 
 
-# --- positions ------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def test_sincos_hand_values() -> None:
-    """Width 8: w = (1, 10000^-1/2) = (1, 0.01). Patch (row 0, col 1) is token 2, patch (row 1, col 0) token 3."""
+    """Width 8: w = (1, 10000^-1/2) = (1, 0.01). Patch (row 0, col 1) is token 2, patch (row 1, col
+    0) token 3."""
     table = vit.sincos(8, 2)
     assert table.shape == (5, 8)
     assert table.dtype == torch.float64
-    s1, c1, s01, c01 = 0.8414709848078965, 0.5403023058681398, 0.009999833334166664, 0.9999500004166653
+    s1, c1, s01, c01 = (
+        0.8414709848078965,
+        0.5403023058681398,
+        0.009999833334166664,
+        0.9999500004166653,
+    )
     expected = torch.tensor(
         [
             [0, 0, 0, 0, 0, 0, 0, 0],  # CLS
@@ -127,7 +146,7 @@ def test_sincos_of_the_base_encoder_in_numpy() -> None:
     np.testing.assert_allclose(table[1 + row * 14 + col], expected, rtol=0, atol=1e-14)
 
 
-# --- start values ---------------------------------------------------------------------------------------------------
+# --- start values ---------------------------------------------------------------------------------
 
 
 def test_start_values() -> None:
@@ -137,7 +156,8 @@ def test_start_values() -> None:
     assert torch.equal(model.pos_embed[0], vit.sincos(192, 14).float())
     block = model.blocks[3]
     for weight, limit in (
-        (block.attn.qkv.weight, math.sqrt(6 / (4 * 192))),  # fan in 192 + fan out 3 * 192, one fused matrix
+        # fan in 192 + fan out 3 * 192, one fused matrix
+        (block.attn.qkv.weight, math.sqrt(6 / (4 * 192))),
         (block.attn.proj.weight, math.sqrt(6 / (2 * 192))),
         (block.mlp.fc1.weight, math.sqrt(6 / (5 * 192))),
         (model.patch_embed.proj.weight, math.sqrt(6 / (192 + 768))),
@@ -154,7 +174,9 @@ def test_start_values() -> None:
 
 
 def test_drop_path_rises_linearly() -> None:
-    model = vit.build("tiny,depth=5,embed_dim=16,num_heads=2", img_size=16, patch_size=4, drop_path=0.4)
+    model = vit.build(
+        "tiny,depth=5,embed_dim=16,num_heads=2", img_size=16, patch_size=4, drop_path=0.4
+    )
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
@@ -169,7 +191,9 @@ def test_drop_path_rises_linearly() -> None:
 )
 def test_names_load_strictly_into_timm(encoder: str, count: int) -> None:
     model = vit.build(encoder)
-    timm.create_model(vit.SIZES[encoder], num_classes=0).load_state_dict(model.state_dict(), strict=True)
+    timm.create_model(vit.SIZES[encoder], num_classes=0).load_state_dict(
+        model.state_dict(), strict=True
+    )
     assert sum(x.numel() for x in model.parameters()) == count
 
 
@@ -191,24 +215,30 @@ def test_other_encoders_are_refused(encoder: str, message: str) -> None:
         vit.build(encoder)
 
 
-# --- patches and the decoder ----------------------------------------------------------------------------------------
+# --- patches and the decoder ----------------------------------------------------------------------
 
 
 def test_patchify_order() -> None:
     """A 2-channel-coded picture: value = 100 * channel + 10 * row + column; patches of 2 x 2."""
-    channel, row, col = torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(4), indexing="ij")
+    channel, row, col = torch.meshgrid(
+        torch.arange(3), torch.arange(4), torch.arange(4), indexing="ij"
+    )
     patches = vit.patchify((100 * channel + 10 * row + col)[None], 2)
     assert patches.shape == (1, 4, 12)
     assert patches[0, 1].tolist() == [2, 102, 202, 3, 103, 203, 12, 112, 212, 13, 113, 213]
 
 
-def reference_decode(w: Weights, tokens: Tensor, ids_keep: Tensor, heads: int, depth: int) -> Tensor:
+def reference_decode(
+    w: Weights, tokens: Tensor, ids_keep: Tensor, heads: int, depth: int
+) -> Tensor:
     """(B,P,out); `w` holds a decoder's parameters by name."""
     narrow = linear(tokens, w, "decoder_embed")
     n_patches = w["decoder_pos_embed"].shape[1] - 1
     rows = []
     for x, ids in zip(narrow, ids_keep.tolist(), strict=True):
-        patches = [x[1 + ids.index(i)] if i in ids else w["mask_token"][0, 0] for i in range(n_patches)]
+        patches = [
+            x[1 + ids.index(i)] if i in ids else w["mask_token"][0, 0] for i in range(n_patches)
+        ]
         rows.append(torch.stack([x[0], *patches]) + w["decoder_pos_embed"][0])
     x = torch.stack(rows)
     for i in range(depth):
@@ -230,9 +260,16 @@ def test_decoder_equals_plain_matrix_code() -> None:
 
 
 def test_decoder_names_are_those_of_the_released_code() -> None:
-    names = set(vit.Decoder(width_in=8, width=8, depth=1, heads=2, patches_grid=2, out_dim=12).state_dict())
+    names = set(
+        vit.Decoder(width_in=8, width=8, depth=1, heads=2, patches_grid=2, out_dim=12).state_dict()
+    )
     block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    layers = ("decoder_embed", "decoder_norm", "decoder_pred", *(f"decoder_blocks.0.{name}" for name in block))
+    layers = (
+        "decoder_embed",
+        "decoder_norm",
+        "decoder_pred",
+        *(f"decoder_blocks.0.{name}" for name in block),
+    )
     both = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     assert names == both | {"mask_token", "decoder_pos_embed"}
 

@@ -1,4 +1,5 @@
-"""CAE against a second implementation of its text, its alignment target, its sizes, cost and refusals."""
+"""CAE against a second implementation of its text, its alignment target, its sizes, cost and
+refusals."""
 
 from __future__ import annotations
 
@@ -36,19 +37,23 @@ def reference_latents(w: Weights, batch: dict[str, Tensor], ids: Tensor) -> Tens
     x = reference_encode(parts_of(w, "encoder"), batch["images"], ids)
     if "encoder_to_regresser.weight" in w:
         x = linear(x, w, "encoder_to_regresser")
-        x = layer_norm(x, w["encoder_to_regresser_norm.weight"], w["encoder_to_regresser_norm.bias"])
+        x = layer_norm(
+            x, w["encoder_to_regresser_norm.weight"], w["encoder_to_regresser_norm.bias"]
+        )
     return x[:, 1:]
 
 
 def reference_parts(
     w: Weights, batch: dict[str, Tensor], constants: Weights, decoder_depth: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the hidden tokens, and the squared distance of the latents from those of `constants`, the same
-    weights out of reach of the gradient."""
+    """Cross-entropy of the hidden tokens, and the squared distance of the latents from those of
+    `constants`, the same weights out of reach of the gradient."""
     table = w["rd_pos_embed"].expand(2, -1, -1)
     pos_x, pos_visible = (chosen(table, batch[name]) for name in ("ids_masked", "ids_keep"))
     visible = reference_latents(w, batch, batch["ids_keep"])
-    z = reference_regress(parts_of(w, "regresser"), w["mask_token"].expand_as(pos_x), visible, pos_x, pos_visible)
+    z = reference_regress(
+        parts_of(w, "regresser"), w["mask_token"].expand_as(pos_x), visible, pos_x, pos_visible
+    )
     z = layer_norm(z, w["regresser.norm.weight"], w["regresser.norm.bias"])
     x = z + pos_x if decoder_depth else z
     own = parts_of(w, "decoder")
@@ -61,7 +66,9 @@ def reference_parts(
     for b, ids in enumerate(batch["ids_masked"].tolist()):
         for m, i in enumerate(ids):
             row = logits[b, m]
-            nats.append((row - row.max()).exp().sum().log() + row.max() - row[batch["token_ids"][b, i]])
+            nats.append(
+                (row - row.max()).exp().sum().log() + row.max() - row[batch["token_ids"][b, i]]
+            )
     target = reference_latents(constants, batch, batch["ids_masked"])
     return torch.stack(nats).sum() / len(nats), ((z - target) ** 2).mean()
 
@@ -71,7 +78,9 @@ def reference_parts(
     [([], 2.0, 2), (["regressor_width=8"], 2.0, 2), (["align_weight=0"], 0.0, 2),
      (["align_weight=0", "decoder_depth=0"], 0.0, 0), (["align_weight=0.5"], 0.5, 2)],
 )  # fmt: skip
-def test_loss_and_gradients_equal_the_second_implementation(settings: list[str], weight: float, depth: int) -> None:
+def test_loss_and_gradients_equal_the_second_implementation(
+    settings: list[str], weight: float, depth: int
+) -> None:
     model, _ = tiny_model("cae", *settings)
     batch = tiny_batch()
     constants = {name: x.clone() for name, x in model.state_dict().items()}
@@ -90,7 +99,8 @@ def test_loss_and_gradients_equal_the_second_implementation(settings: list[str],
 
 
 def test_alignment_target_is_detached_and_of_the_masked_patches() -> None:
-    """Of the same weights: gradients reach neither encoder nor bridge through it, and hidden pixels change it."""
+    """Of the same weights: gradients reach neither encoder nor bridge through it, and hidden pixels
+    change it."""
     model, _ = tiny_model("cae", "regressor_width=8")
     assert isinstance(model, cae.Model)
     batch = tiny_batch()
@@ -108,7 +118,8 @@ def test_alignment_target_is_detached_and_of_the_masked_patches() -> None:
 
 
 def test_drop_path_of_the_target() -> None:
-    """On as released, with draws of its own; off on request, and the encoder is left in training mode."""
+    """On as released, with draws of its own; off on request, and the encoder is left in training
+    mode."""
     batch = tiny_batch()
 
     def two(setting: str) -> list[Tensor]:
@@ -127,7 +138,8 @@ def test_drop_path_of_the_target() -> None:
 
 
 def test_parts_by_hand() -> None:
-    """A head of zeros gives every token the same chance: log 9, and the argmax is token 0 everywhere."""
+    """A head of zeros gives every token the same chance: log 9, and the argmax is token 0
+    everywhere."""
     model, _ = tiny_model("cae")
     batch = tiny_batch()
     with torch.no_grad():
@@ -135,13 +147,24 @@ def test_parts_by_hand() -> None:
             model.get_parameter(name).zero_()
     out = model(batch)
     assert out["token"].item() == pytest.approx(math.log(9))
-    hidden = [int(batch["token_ids"][b, i]) for b, ids in enumerate(batch["ids_masked"].tolist()) for i in ids]
+    hidden = [
+        int(batch["token_ids"][b, i])
+        for b, ids in enumerate(batch["ids_masked"].tolist())
+        for i in ids
+    ]
     assert out["accuracy"].item() == pytest.approx(hidden.count(0) / 24)
 
 
 def test_gradcheck_of_the_decoder() -> None:
     given = config.from_overrides(
-        cae.Config, ["regressor_width=4", "regressor_heads=2", "decoder_depth=1", "vocabulary=3", "drop_path=0"]
+        cae.Config,
+        [
+            "regressor_width=4",
+            "regressor_heads=2",
+            "decoder_depth=1",
+            "vocabulary=3",
+            "drop_path=0",
+        ],
     )
     decoder = cae.Decoder(given).double()
     inputs = wave(1, 2, 4, phase=0.1).requires_grad_(), wave(1, 2, 4, phase=0.9).requires_grad_()
@@ -154,9 +177,10 @@ def test_names_are_those_of_the_released_code() -> None:
     bridge = {"encoder_to_regresser", "encoder_to_regresser_norm"}
     assert tops == {"encoder", "rd_pos_embed", "mask_token", "regresser", "decoder"} | bridge
     inner = {name for name in model.state_dict() if name.startswith("decoder.decoder_blocks.0.")}
-    parts = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.q_bias", "attn.v_bias", "gamma_1",
-             "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias", "gamma_2", "mlp.fc1.weight", "mlp.fc1.bias",
-             "mlp.fc2.weight", "mlp.fc2.bias")  # fmt: skip
+    parts = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.q_bias",
+             "attn.v_bias", "gamma_1", "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias",
+             "gamma_2", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight",
+             "mlp.fc2.bias")  # fmt: skip
     assert inner == {f"decoder.decoder_blocks.0.{part}" for part in parts}
 
 
@@ -173,10 +197,11 @@ def test_first_losses() -> None:
 def test_sizes() -> None:
     """Worked out by hand, parts as in CAE v2's test.
 
-    base    encoder 85,807,872; regressor 4 * 7,091,712 + norm 1,536 = 28,368,384; mask token 768; positions 151,296;
-            decoder 4 * 7,088,640 + 1,536 + 768 * 8,192 + 8,192 = 34,655,744
+    base    encoder 85,807,872; regressor 4 * 7,091,712 + norm 1,536 = 28,368,384; mask token 768;
+            positions 151,296; decoder 4 * 7,088,640 + 1,536 + 768 * 8,192 + 8,192 = 34,655,744
     tiny    bridge 192 * 768 + 768 + 1,536 = 149,760; small 384 * 768 + 768 + 1,536 = 297,216
-    large   encoder 303,326,208; bridge 1,024 * 768 + 768 + 1,536 = 788,736; the rest as base: 63,176,192
+    large   encoder 303,326,208; bridge 1,024 * 768 + 768 + 1,536 = 788,736; the rest as base:
+            63,176,192
     """
     assert parameters("cae") == (148_984_064, 148_984_064 - 2 * 151_296)
     assert parameters("cae", "encoder=tiny")[0] == 5_526_720 + 149_760 + 63_176_192
@@ -187,7 +212,8 @@ def test_sizes() -> None:
 
 
 def test_cost() -> None:
-    """55.2 GMAC: three times the forward pass without the alignment, whose 8.7 have no backward pass; within 2 %."""
+    """55.2 GMAC: three times the forward pass without the alignment, whose 8.7 have no backward
+    pass; within 2 %."""
     alone = gmac("cae", "align_weight=0")
     align = gmac("cae") - alone
     assert align == pytest.approx(8.7, rel=0.02)
@@ -199,14 +225,21 @@ def test_settings_and_needs() -> None:
     assert given.patches - given.visible == 98
     assert optim.peak_lr(given, 64) == optim.peak_lr(given, 2048) == 1.5e-3
     assert cae.needs(given) == recipes.TargetSpec(
-        teacher="clip-b16", levels=(), fields=("dvae/token_ids",), patches=196, scale=(0.08, 1.0), vocabulary=8192
+        teacher="clip-b16",
+        levels=(),
+        fields=("dvae/token_ids",),
+        patches=196,
+        scale=(0.08, 1.0),
+        vocabulary=8192,
     )
 
 
 def test_a_token_beyond_the_vocabulary_is_refused() -> None:
     ids = torch.tensor([[3, 16]], dtype=torch.uint16).numpy()
     assert _token_ids(ids, 17).tolist() == [[3, 16]]
-    with pytest.raises(UserError, match=r"cannot predict token id 16 of the cache: vocabulary=16; .* vocabulary=N"):
+    with pytest.raises(
+        UserError, match=r"cannot predict token id 16 of the cache: vocabulary=16; .* vocabulary=N"
+    ):
         _token_ids(ids, 16)
 
 
@@ -215,7 +248,10 @@ def test_a_token_beyond_the_vocabulary_is_refused() -> None:
     [
         (["mask_ratio=0"], "leaves all 196 patches visible"),
         (["decoder_depth=-1"], "decoder_depth=-1; allowed: 0 or more"),
-        (["align_weight=0", "align_drop_path=false"], "align_drop_path=false does nothing with align_weight=0"),
+        (
+            ["align_weight=0", "align_drop_path=false"],
+            "align_drop_path=false does nothing with align_weight=0",
+        ),
         (["token_field=tokens"], "cannot read token_field='tokens'; allowed: NAME/token_ids"),
         (["regressor_heads=7"], "cannot build the regressor: width 768, 7 heads"),
         (["regressor_depth=0"], "regressor_depth: given 0"),
@@ -246,5 +282,8 @@ def test_the_command_that_makes_the_tokens(tmp_path: Any) -> None:
             f"field dvae/token_ids is missing, it has {', '.join(cache.fields)}"
         ]
     both = shlex.split(extract_remedy(cae.needs(given), given, None))
-    assert [both[i + 1] for i, word in enumerate(both) if word == "--teacher"] == ["clip-b16", "dvae"]
+    assert [both[i + 1] for i, word in enumerate(both) if word == "--teacher"] == [
+        "clip-b16",
+        "dvae",
+    ]
     assert both[both.index("--scale") + 1] == "0.08,1"

@@ -28,7 +28,9 @@ from tests.student.recipes.test_recipes import (
 
 def chosen(rows: Tensor, ids: Tensor) -> Tensor:
     """Patches `ids` of tokens (B,1+P,D), picture by picture."""
-    return torch.stack([torch.stack([x[1 + i] for i in row]) for x, row in zip(rows, ids.tolist(), strict=True)])
+    return torch.stack(
+        [torch.stack([x[1 + i] for i in row]) for x, row in zip(rows, ids.tolist(), strict=True)]
+    )
 
 
 def reference_latents(w: Weights, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -36,13 +38,17 @@ def reference_latents(w: Weights, batch: dict[str, Tensor]) -> dict[str, Tensor]
     x = reference_encode(parts_of(w, "encoder"), batch["images"], batch["ids_keep"])
     if "encoder_to_regresser.weight" in w:
         x = linear(x, w, "encoder_to_regresser")
-        x = layer_norm(x, w["encoder_to_regresser_norm.weight"], w["encoder_to_regresser_norm.bias"])
+        x = layer_norm(
+            x, w["encoder_to_regresser_norm.weight"], w["encoder_to_regresser_norm.bias"]
+        )
     latents = {"cls": x[:, :1], "visible": x[:, 1:]}
     if "mask_token" in w:
         table = w["rd_pos_embed"].expand(2, -1, -1)
         pos_x, pos_visible = (chosen(table, batch[name]) for name in ("ids_masked", "ids_keep"))
         start = w["mask_token"].expand_as(pos_x)
-        latents["masked"] = reference_regress(parts_of(w, "regresser"), start, x[:, 1:], pos_x, pos_visible)
+        latents["masked"] = reference_regress(
+            parts_of(w, "regresser"), start, x[:, 1:], pos_x, pos_visible
+        )
     return latents
 
 
@@ -66,7 +72,9 @@ def reference_errors(
         else:
             centred = t - t.mean(-1, keepdim=True)
             e = p - centred / ((centred**2).mean(-1, keepdim=True) + 1e-5).sqrt()
-            errors[name] = (e**2 if loss == "mse" else torch.where(e.abs() < 1, e**2 / 2, e.abs() - 0.5)).mean(-1)
+            errors[name] = (
+                e**2 if loss == "mse" else torch.where(e.abs() < 1, e**2 / 2, e.abs() - 0.5)
+            ).mean(-1)
     return errors
 
 
@@ -77,7 +85,8 @@ def test_loss_and_gradients_equal_the_second_implementation(loss: str) -> None:
     out = model(batch)
 
     def reference(w: dict[str, Tensor]) -> Tensor:
-        return torch.cat(list(reference_errors(w, batch, loss).values()), 1).mean()  # all 17 tokens of each picture
+        # all 17 tokens of each picture
+        return torch.cat(list(reference_errors(w, batch, loss).values()), 1).mean()
 
     check_against(model, out["loss"], reference)
     for name, error in reference_errors(model.state_dict(), batch, loss).items():
@@ -112,7 +121,9 @@ def test_visible_only_and_masked_only(reduction: str) -> None:
     batch = tiny_batch()
     visible, _ = tiny_model("caev2", "align=visible", "regressor_depth=0", f"reduction={reduction}")
     masked, _ = tiny_model("caev2", "align=masked", f"reduction={reduction}")
-    assert not any("regresser." in name or "mask_token" in name for name, _ in visible.named_parameters())
+    assert not any(
+        "regresser." in name or "mask_token" in name for name, _ in visible.named_parameters()
+    )
 
     def of_visible(w: dict[str, Tensor]) -> Tensor:
         errors = reference_errors(w, batch, "cosine")
@@ -120,7 +131,11 @@ def test_visible_only_and_masked_only(reduction: str) -> None:
         return both.mean() if reduction == "code" else errors["visible"].mean()
 
     check_against(visible, visible(batch)["loss"], of_visible)
-    check_against(masked, masked(batch)["loss"], lambda w: reference_errors(w, batch, "cosine")["masked"].mean())
+    check_against(
+        masked,
+        masked(batch)["loss"],
+        lambda w: reference_errors(w, batch, "cosine")["masked"].mean(),
+    )
 
 
 def test_bridge_to_another_width() -> None:
@@ -134,14 +149,18 @@ def test_bridge_to_another_width() -> None:
 
 
 def test_errors_by_hand() -> None:
-    """Prediction (1, 3), target (2, 4): normed to (-1, 1) the errors are 2 and 2: mse 4, smooth-L1 1.5; cos = 14 /
-    sqrt(200)."""
+    """Prediction (1, 3), target (2, 4): normed to (-1, 1) the errors are 2 and 2: mse 4, smooth-L1
+    1.5; cos = 14 / sqrt(200)."""
     pred, target = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 4.0]]])
     got = {loss: caev2._error(pred, target, loss).item() for loss in ("cosine", "smooth_l1", "mse")}
-    assert got == pytest.approx({"cosine": 1 - 14 / 200**0.5, "smooth_l1": 1.5, "mse": 4.0}, abs=2e-4)
+    assert got == pytest.approx(
+        {"cosine": 1 - 14 / 200**0.5, "smooth_l1": 1.5, "mse": 4.0}, abs=2e-4
+    )
     x = wave(1, 2, 4, phase=0.2).requires_grad_()
     for loss in got:
-        assert torch.autograd.gradcheck(lambda p, loss=loss: caev2._error(p, wave(1, 2, 4, phase=1.0), loss), (x,))
+        assert torch.autograd.gradcheck(
+            lambda p, loss=loss: caev2._error(p, wave(1, 2, 4, phase=1.0), loss), (x,)
+        )
 
 
 def test_head_is_shared() -> None:
@@ -151,7 +170,9 @@ def test_head_is_shared() -> None:
         "decoder.norm.weight", "decoder.norm.bias", "decoder.head.weight", "decoder.head.bias",
     ]  # fmt: skip
     seen = []
-    model.get_submodule("decoder").register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    model.get_submodule("decoder").register_forward_hook(
+        lambda _, args, __: seen.append(args[0].shape[1])
+    )
     model(tiny_batch())
     assert seen == [5, 12]
 
@@ -164,10 +185,11 @@ def test_first_losses() -> None:
 
 
 def test_sizes() -> None:
-    """Worked out by hand. A block of the encoder: norms 4 D, q and v bias 2 D, qkv 3 D^2, proj D^2 + D, MLP 8 D^2 +
-    5 D, LayerScale 2 D: 12 D^2 + 14 D. Stem: kernel 768 D + D, CLS D, positions 197 D fixed; norm 2 D. Regressor block:
-    norms 8 W, q, k, v 3 W^2 + 2 W, proj W^2 + W, MLP 8 W^2 + 5 W, LayerScale 2 W: 12 W^2 + 18 W. Mask token W,
-    positions 197 W fixed, head 2 W + 512 W + 512.
+    """Worked out by hand. A block of the encoder: norms 4 D, q and v bias 2 D, qkv 3 D^2, proj D^2
+    + D, MLP 8 D^2 + 5 D, LayerScale 2 D: 12 D^2 + 14 D. Stem: kernel 768 D + D, CLS D, positions
+    197 D fixed; norm 2 D. Regressor block: norms 8 W, q, k, v 3 W^2 + 2 W, proj W^2 + W, MLP 8 W^2
+    + 5 W, LayerScale 2 W: 12 W^2 + 18 W. Mask token W, positions 197 W fixed, head 2 W + 512 W +
+    512.
 
     base    encoder 590,592 + 768 + 151,296 + 12 * 7,088,640 + 1,536 = 85,807,872
             4 * 7,091,712 + 768 + 151,296 + 1,536 + 393,728 = 28,914,176
@@ -189,7 +211,9 @@ def test_cost() -> None:
     assert 3 * gmac("caev2") == pytest.approx(36.4, rel=0.02)
 
 
-@pytest.mark.parametrize(("size", "hidden"), [("tiny", 30), ("small", 49), ("base", 98), ("large", 118)])
+@pytest.mark.parametrize(
+    ("size", "hidden"), [("tiny", 30), ("small", 49), ("base", 98), ("large", 118)]
+)
 def test_hidden_patches_of_each_size(size: str, hidden: int) -> None:
     given = config.from_overrides(caev2.Config, [f"encoder={size}"])
     assert given.patches - given.visible == hidden
@@ -199,7 +223,10 @@ def test_the_command_that_makes_its_views() -> None:
     from student.setup.remedy import extract_remedy
 
     given = config.from_overrides(caev2.Config, ["encoder=large"])
-    expected = "featcache extract --teacher clip-l14 --levels last:1 --scale 0.4,1 --jitter 0.4 --images SRC"
+    expected = (
+        "featcache extract --teacher clip-l14 --levels last:1 --scale 0.4,1 --jitter 0.4 "
+        "--images SRC"
+    )
     assert extract_remedy(caev2.needs(given), given, None) == f"make it with: {expected}"
 
 
@@ -207,7 +234,13 @@ def test_settings_and_needs() -> None:
     given = caev2.Config()
     assert optim.peak_lr(given, 64) == optim.peak_lr(given, 2048) == 1.5e-3
     expected = recipes.TargetSpec(
-        teacher="clip-b16", levels=(12,), fields=("features",), patches=196, scale=(0.4, 1.0), jitter=0.4, derive="z"
+        teacher="clip-b16",
+        levels=(12,),
+        fields=("features",),
+        patches=196,
+        scale=(0.4, 1.0),
+        jitter=0.4,
+        derive="z",
     )
     assert caev2.needs(given) == expected
     assert caev2.needs(config.replace(given, jitter=0.0)).jitter == 0
@@ -217,7 +250,9 @@ def test_settings_and_needs() -> None:
 def test_decay_groups() -> None:
     """Gammas, biases, norms and tokens are not decayed; every matrix is."""
     model, _ = tiny_model("caev2")
-    decay, none = ({id(x) for x in group["params"]} for group in optim.param_groups(model, 0.05, False))
+    decay, none = (
+        {id(x) for x in group["params"]} for group in optim.param_groups(model, 0.05, False)
+    )
     for name, x in model.named_parameters():
         if x.requires_grad:
             assert (id(x) in decay) == (x.ndim > 1 and "token" not in name), name
@@ -232,7 +267,11 @@ def test_decay_groups() -> None:
         (["reduction=mean"], "unknown reduction 'mean'"),
         (["head=linear"], "unknown head 'linear': did you mean"),
         (["family=mae"], "unknown family 'mae'"),
-        (["align=visible"], "cannot align visible latents with a regressor of 4 blocks; allowed: align=visible with"),
+        (
+            ["align=visible"],
+            "cannot align visible latents with a regressor of 4 blocks; allowed: align=visible "
+            "with",
+        ),
         (["regressor_depth=0"], "cannot align both latents with a regressor of 0 blocks"),
         (["regressor_heads=7"], "cannot build the regressor: width 768, 7 heads"),
         (["mask_ratio=0"], "leaves all 196 patches visible"),

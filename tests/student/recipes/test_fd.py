@@ -40,7 +40,9 @@ def test_loss_and_gradients_equal_the_second_implementation(beta: float) -> None
     batch = tiny_batch()
     out = model(batch)
     check_against(model, out["loss"], lambda w: reference_loss(w, batch, beta).mean())
-    torch.testing.assert_close(out["cls"], reference_loss(model.state_dict(), batch, beta)[:, 0].mean())
+    torch.testing.assert_close(
+        out["cls"], reference_loss(model.state_dict(), batch, beta)[:, 0].mean()
+    )
 
 
 def test_loss_by_hand() -> None:
@@ -48,14 +50,18 @@ def test_loss_by_hand() -> None:
     pred, target = torch.tensor([1.0, 0.0, 4.0, 5.0]), torch.tensor([0.0, 2.0, 0.0, 5.0])
     assert losses.fd_smooth_l1(pred, target, 2.0).item() == 4.25 / 4
     x = wave(2, 3, phase=0.2, size=3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda p: losses.fd_smooth_l1(p, wave(2, 3, phase=1.0), 2.0), (x,))
+    assert torch.autograd.gradcheck(
+        lambda p: losses.fd_smooth_l1(p, wave(2, 3, phase=1.0), 2.0), (x,)
+    )
 
 
 def test_masks_do_not_count() -> None:
     model, _ = tiny_model("fd")
     batch = tiny_batch()
     loss = model(batch)["loss"]
-    assert torch.equal(model({"images": batch["images"], "targets": batch["targets"]})["loss"], loss)
+    assert torch.equal(
+        model({"images": batch["images"], "targets": batch["targets"]})["loss"], loss
+    )
 
 
 def test_first_losses() -> None:
@@ -64,13 +70,16 @@ def test_first_losses() -> None:
 
 
 def test_sizes() -> None:
-    """Worked out by hand; blocks and stem as in CAE v2's test, no absolute positions, one table of 27^2 + 3 offsets.
+    """Worked out by hand; blocks and stem as in CAE v2's test, no absolute positions, one table of
+    27^2 + 3 offsets.
 
-    base    590,592 + 768 + 12 * 7,088,640 + 1,536 + 732 * 12 = 85,665,360; head 768 * 768 + 768 = 590,592
-    small   295,296 + 384 + 12 * 1,774,848 + 768 + 8,784 = 21,603,408; head 384 * 768 + 768 = 295,680
+    base    590,592 + 768 + 12 * 7,088,640 + 1,536 + 732 * 12 = 85,665,360;
+            head 768 * 768 + 768 = 590,592
+    small   295,296 + 384 + 12 * 1,774,848 + 768 + 8,784 = 21,603,408;
+            head 384 * 768 + 768 = 295,680
     tiny    147,648 + 192 + 12 * 445,056 + 384 + 8,784 = 5,497,680; head 192 * 768 + 768 = 148,224
-    large   patches of 14: 1,024 * 588 + 1,024 = 603,136; + 1,024 + 24 * 12,597,248 + 2,048 + (31^2 + 3) * 16
-            = 302,955,584; head 1,024 * 1,024 + 1,024 = 1,049,600
+    large   patches of 14: 1,024 * 588 + 1,024 = 603,136; + 1,024 + 24 * 12,597,248 + 2,048
+            + (31^2 + 3) * 16 = 302,955,584; head 1,024 * 1,024 + 1,024 = 1,049,600
     """
     assert parameters("fd") == (86_255_952, 86_255_952)
     assert parameters("fd", "encoder=small")[0] == 21_603_408 + 295_680
@@ -88,7 +97,12 @@ def test_settings_and_needs() -> None:
     assert given.visible == 196
     assert optim.peak_lr(given, 2048) == pytest.approx(1.2e-3)
     assert fd.needs(given) == recipes.TargetSpec(
-        teacher="clip-b16", levels=(12,), fields=("features",), patches=196, scale=(0.08, 1.0), derive="fd"
+        teacher="clip-b16",
+        levels=(12,),
+        fields=("features",),
+        patches=196,
+        scale=(0.08, 1.0),
+        derive="fd",
     )
 
 
@@ -101,7 +115,8 @@ def test_the_table_of_positions_is_decayed_and_starts_at_zero() -> None:
     fresh = fd.Model(config.from_overrides(fd.Config, ["encoder=tiny,depth=1", "img_size=32"]))
     assert not fresh.get_parameter("encoder.rel_pos_bias.relative_position_bias_table").any()
     weight = fresh.get_parameter("decoder.weight")
-    assert 0.98 < weight.abs().max() * 192**0.5 <= 1  # the framework's own start of a 1 x 1 convolution
+    # the framework's own start of a 1 x 1 convolution
+    assert 0.98 < weight.abs().max() * 192**0.5 <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The first ten losses of every recipe, by `student train`, against a loop that shares nothing with the trainer.
+"""The first ten losses of every recipe, by `student train`, against a loop that shares nothing with
+the trainer.
 
 tests/golden/make_losses.py made them, in float64; it says how.
 """
@@ -57,7 +58,17 @@ def trained(recipe: str, tmp_path: Path, *options: str) -> list[float]:
         "--precision",
         "fp32",
     )
-    ran = fx.stud("train", "--recipe", tmp_path / "filled.py", "--device", "cpu", *source, *length, *settings, *options)
+    ran = fx.stud(
+        "train",
+        "--recipe",
+        tmp_path / "filled.py",
+        "--device",
+        "cpu",
+        *source,
+        *length,
+        *settings,
+        *options,
+    )
     fx.good(ran)
     return fx.losses(tmp_path / "run")
 
@@ -66,8 +77,9 @@ def trained(recipe: str, tmp_path: Path, *options: str) -> list[float]:
 def test_the_cache_is_the_fixed_one(path: Callable[[], Path]) -> None:
     """Where this fails, the losses below are those of other pictures or targets.
 
-    What is summed in float32 by torch has other last bits on a processor that sums in another order; there levels and
-    statistics are compared with float64 arithmetic on the teacher's own numbers, which are exact on all of them.
+    What is summed in float32 by torch has other last bits on a processor that sums in another
+    order; there levels and statistics are compared with float64 arithmetic on the teacher's own
+    numbers, which are exact on all of them.
     """
     stored = make_losses.Stored(path())
     here, there = stored.digests(), dict(GOLDEN["cache"])
@@ -82,7 +94,8 @@ def test_the_cache_is_the_fixed_one(path: Callable[[], Path]) -> None:
         ys = np.concatenate([y.numpy() for y in teacher(images, (2, 3, 4))[0]]).astype(np.float64)
         mean, std = ys.mean(-1, keepdims=True), np.sqrt(ys.var(-1, keepdims=True) + 1e-5)
         features, stats = (stored.group[name][row, view].astype(np.float64) for name in summed)
-        np.testing.assert_allclose(features, (ys - mean) / std, rtol=2**-11, atol=1e-6)  # half a step of fp16
+        # half a step of fp16
+        np.testing.assert_allclose(features, (ys - mean) / std, rtol=2**-11, atol=1e-6)
         np.testing.assert_allclose(stats, np.concatenate([mean, std], -1), rtol=1e-5, atol=1e-6)
 
 
@@ -95,10 +108,13 @@ def test_first_losses(recipe: str, tmp_path: Path) -> None:
     expected = GOLDEN["losses"][recipe]
     assert len(expected) == 10
     assert trained(recipe, tmp_path) == pytest.approx(expected, rel=1e-4)
-    assert max(expected) - min(expected) > 1e-2 * max(expected)  # something was learnt: the update is compared too
+    # something was learnt: the update is compared too
+    assert max(expected) - min(expected) > 1e-2 * max(expected)
 
 
 def test_micro_batches_make_the_same_steps(tmp_path: Path) -> None:
     """Four pictures twice are eight: the rate and the order are those of the whole step."""
     options = ("--batch-size", "4", "--accumulate", "2")
-    assert trained("maskalign", tmp_path, *options) == pytest.approx(GOLDEN["losses"]["maskalign"], rel=1e-4)
+    assert trained("maskalign", tmp_path, *options) == pytest.approx(
+        GOLDEN["losses"]["maskalign"], rel=1e-4
+    )

@@ -49,7 +49,8 @@ def test_hidden_targets_do_not_count() -> None:
     model, _ = tiny_model("kd")
     batch = tiny_batch()
     loss = model(batch)["loss"]
-    batch["targets"][0, 1 + batch["ids_masked"][0, 0]] = float("nan")  # as where a ranked cache was read in part
+    # as where a ranked cache was read in part
+    batch["targets"][0, 1 + batch["ids_masked"][0, 0]] = float("nan")
     assert torch.equal(model(batch)["loss"], loss)
     batch["targets"][0, 0] = -batch["targets"][0, 0]  # CLS counts
     assert not torch.equal(model(batch)["loss"], loss)
@@ -61,8 +62,9 @@ def test_first_losses() -> None:
 
 
 def test_size_and_cost() -> None:
-    """Encoder 85,798,656 (MaskAlign's test) + head 768 * 512 + 512 = 393,728; 13.3 GMAC forward and backward. Other
-    encoders as in MILAN's test; heads 192 * 512 + 512, 384 * 512 + 512, and 1024 * 768 + 768 for CLIP-L/14."""
+    """Encoder 85,798,656 (MaskAlign's test) + head 768 * 512 + 512 = 393,728; 13.3 GMAC forward and
+    backward. Other encoders as in MILAN's test; heads 192 * 512 + 512, 384 * 512 + 512, and 1024 *
+    768 + 768 for CLIP-L/14."""
     assert parameters("kd", "encoder=tiny")[0] == 5_524_416 + 98_816
     assert parameters("kd", "encoder=small")[0] == 21_665_664 + 197_120
     assert parameters("kd", "encoder=large", "teacher_out=768")[0] == 303_301_632 + 787_200

@@ -14,11 +14,14 @@ from tests.student.recipes.test_recipes import first_losses, tiny_batch, tiny_mo
 
 
 def parts_of(w: Weights, part: str) -> Weights:
-    return {name.removeprefix(part + "."): x for name, x in w.items() if name.startswith(part + ".")}
+    return {
+        name.removeprefix(part + "."): x for name, x in w.items() if name.startswith(part + ".")
+    }
 
 
 def reference_pixels(w: Weights, batch: dict[str, Tensor], normalise: bool = True) -> Tensor:
-    """Per hidden patch the mean squared error, then sum(loss * mask) / sum(mask); also MR-Align's second half."""
+    """Per hidden patch the mean squared error, then sum(loss * mask) / sum(mask); also MR-Align's
+    second half."""
     encoder, decoder = parts_of(w, "encoder"), parts_of(w, "decoder")
     last = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)[-1]
     tokens = layer_norm(last, encoder["norm.weight"], encoder["norm.bias"])
@@ -27,7 +30,9 @@ def reference_pixels(w: Weights, batch: dict[str, Tensor], normalise: bool = Tru
     for b, ids in enumerate(batch["ids_masked"].tolist()):
         for i in ids:
             top, left = 4 * (i // 4), 4 * (i % 4)
-            target = batch["images"][b, :, top : top + 4, left : left + 4].permute(1, 2, 0).reshape(48)
+            target = (
+                batch["images"][b, :, top : top + 4, left : left + 4].permute(1, 2, 0).reshape(48)
+            )
             if normalise:
                 centred = target - target.sum() / 48
                 target = centred / ((centred**2).sum() / 47 + 1e-6).sqrt()
@@ -42,17 +47,24 @@ def test_loss_and_gradients_equal_the_second_implementation(normalise: bool) -> 
     loss = model(batch)["loss"]
     parameters = trained(model)
     got = torch.autograd.grad(loss, list(parameters.values()))
-    copies = {name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()}
+    copies = {
+        name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()
+    }
     expected_loss = reference_pixels(copies, batch, normalise)
     expected = torch.autograd.grad(expected_loss, [copies[name] for name in parameters])
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
     for name, a, b in zip(parameters, got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_first_losses() -> None:
-    """Three steps of AdamW at 1e-2; the second implementation, with AdamW written out, gives the same numbers."""
-    assert first_losses("mae") == pytest.approx([1.1565718529909, 1.0246068075918, 0.9849834219925], rel=1e-8)
+    """Three steps of AdamW at 1e-2; the second implementation, with AdamW written out, gives the
+    same numbers."""
+    assert first_losses("mae") == pytest.approx(
+        [1.1565718529909, 1.0246068075918, 0.9849834219925], rel=1e-8
+    )
 
 
 def test_size_of_the_base_model() -> None:
@@ -73,13 +85,20 @@ def test_size_of_the_base_model() -> None:
 
 
 def test_needs_no_cache() -> None:
-    assert mae.needs(mae.Config()) == recipes.TargetSpec(teacher="", levels=(), fields=(), patches=196)
+    assert mae.needs(mae.Config()) == recipes.TargetSpec(
+        teacher="", levels=(), fields=(), patches=196
+    )
     attentive = mae.needs(mae.Config(mask="attentive"))
-    assert (attentive.teacher, attentive.levels, attentive.fields) == ("clip-b16", (), ("attention",))
+    assert (attentive.teacher, attentive.levels, attentive.fields) == (
+        "clip-b16",
+        (),
+        ("attention",),
+    )
 
 
 def test_visible_pixels_are_not_targets() -> None:
-    """Scaling the decoder's output to nothing leaves the mean of the squared targets: 47/48, whatever is visible."""
+    """Scaling the decoder's output to nothing leaves the mean of the squared targets: 47/48,
+    whatever is visible."""
     model, _ = tiny_model("mae")
     with torch.no_grad():
         model.get_parameter("decoder.decoder_pred.weight").zero_()
@@ -89,7 +108,10 @@ def test_visible_pixels_are_not_targets() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("mask_ratio=0", "leaves all 196 patches visible"), ("decoder_heads=7", "decoder_width=512, decoder_heads=7")],
+    [
+        ("mask_ratio=0", "leaves all 196 patches visible"),
+        ("decoder_heads=7", "decoder_width=512, decoder_heads=7"),
+    ],
 )
 def test_what_is_refused(setting: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -1,4 +1,5 @@
-"""MaskAlign against a second implementation of its text, with its size and first losses as literals."""
+"""MaskAlign against a second implementation of its text, with its size and first losses as
+literals."""
 
 from __future__ import annotations
 
@@ -13,12 +14,22 @@ from featcache.errors import UsageError
 from student import config, recipes
 from student.recipes import maskalign
 from tests.student.models.test_vit import Weights, reference_encode
-from tests.student.recipes.test_recipes import check_against, first_losses, parameters, tiny_batch, tiny_model, trained
+from tests.student.recipes.test_recipes import (
+    check_against,
+    first_losses,
+    parameters,
+    tiny_batch,
+    tiny_model,
+    trained,
+)
 
 
 def reference_loss(w: Weights, batch: dict[str, Tensor], levels: dict[int, float]) -> Tensor:
-    """q_t = A_t(sum_s W[t,s] x_s); sum_t weight_t * mean(e^2 within 1, 2|e| - 1 beyond), on CLS and visible tokens."""
-    encoder = {name.removeprefix("encoder."): x for name, x in w.items() if name.startswith("encoder.")}
+    """q_t = A_t(sum_s W[t,s] x_s); sum_t weight_t * mean(e^2 within 1, 2|e| - 1 beyond), on CLS and
+    visible tokens."""
+    encoder = {
+        name.removeprefix("encoder."): x for name, x in w.items() if name.startswith("encoder.")
+    }
     blocks = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)
     total = torch.zeros((), dtype=torch.float64)
     for row, (level, weight) in enumerate(levels.items()):
@@ -40,19 +51,25 @@ def reference_loss(w: Weights, batch: dict[str, Tensor], levels: dict[int, float
         ("level_weights=linear-decay", {2: 1 / 3, 3: 2 / 3}),
     ],
 )
-def test_loss_and_gradients_equal_the_second_implementation(setting: str, levels: dict[int, float]) -> None:
+def test_loss_and_gradients_equal_the_second_implementation(
+    setting: str, levels: dict[int, float]
+) -> None:
     model, _ = tiny_model("maskalign", setting)
     batch = tiny_batch()
     loss = model(batch)["loss"]
     parameters = trained(model)
     got = torch.autograd.grad(loss, list(parameters.values()))
-    copies = {name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()}
+    copies = {
+        name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()
+    }
     expected_loss = reference_loss(copies, batch, levels)
     expected = torch.autograd.grad(expected_loss, [copies[name] for name in parameters])
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
     for name, a, b in zip(parameters, got, expected, strict=True):
         # An absolute floor: the gradient of a key bias is zero by symmetry.
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def erf_gelu(x: Tensor) -> Tensor:
@@ -72,12 +89,17 @@ def reference_adaptor(w: Weights, name: str, kind: str, x: Tensor) -> Tensor:
         x = affine_norm(x, w[f"{first}.weight"], w[f"{first}.bias"])
     else:
         x = x @ w[f"{first}.weight"].T + w[f"{first}.bias"]
-        x = erf_gelu(x) if kind == "mlp" else affine_norm(x, w[f"{name}.1.weight"], w[f"{name}.1.bias"])
+        x = (
+            erf_gelu(x)
+            if kind == "mlp"
+            else affine_norm(x, w[f"{name}.1.weight"], w[f"{name}.1.bias"])
+        )
     return x @ w[f"{last}.weight"].T + w[f"{last}.bias"]
 
 
 def reference_norm(kind: str, y: Tensor) -> Tensor:
-    """y (B,1+P,Dt), all tokens of the batch, as the released code normalises it before any is left out."""
+    """y (B,1+P,Dt), all tokens of the batch, as the released code normalises it before any is left
+    out."""
     if kind == "l2":
         return y / y.square().sum(-1, keepdim=True).sqrt()
     if kind == "bn":
@@ -89,9 +111,14 @@ def reference_norm(kind: str, y: Tensor) -> Tensor:
     return y
 
 
-def switched_loss(w: Weights, batch: dict[str, Tensor], ys: list[Tensor], settings: maskalign.Config) -> Tensor:
-    """Every switch once more, from the teacher's own streams `ys`, levels 2 and 3 of 3 with 1/2 each."""
-    encoder = {name.removeprefix("encoder."): x for name, x in w.items() if name.startswith("encoder.")}
+def switched_loss(
+    w: Weights, batch: dict[str, Tensor], ys: list[Tensor], settings: maskalign.Config
+) -> Tensor:
+    """Every switch once more, from the teacher's own streams `ys`, levels 2 and 3 of 3 with 1/2
+    each."""
+    encoder = {
+        name.removeprefix("encoder."): x for name, x in w.items() if name.startswith("encoder.")
+    }
     blocks = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)
     total = torch.zeros((), dtype=torch.float64)
     for row, level in enumerate((2, 3)):
@@ -99,21 +126,29 @@ def switched_loss(w: Weights, batch: dict[str, Tensor], ys: list[Tensor], settin
         if settings.alignment == "layer_wise":
             q = reference_adaptor(w, f"align.adaptors.{level}", kind, blocks[level - 1])
         elif settings.alignment == "adapt_then_mix":
-            adapted = [reference_adaptor(w, f"align.adaptors.{s + 1}", kind, blocks[s]) for s in range(3)]
+            adapted = [
+                reference_adaptor(w, f"align.adaptors.{s + 1}", kind, blocks[s]) for s in range(3)
+            ]
             q = torch.stack([w["align.mix"][row, s] * adapted[s] for s in range(3)]).sum(0)
         else:
             mixed = torch.stack([w["align.mix"][row, s] * blocks[s] for s in range(3)]).sum(0)
             q = reference_adaptor(w, f"align.adaptors.{level}", kind, mixed)
         y = reference_norm(settings.target_norm, ys[row])
-        rows = [torch.stack([p[0], *(p[1 + i] for i in ids)]) for p, ids in zip(y, batch["ids_keep"], strict=True)]
+        rows = [
+            torch.stack([p[0], *(p[1 + i] for i in ids)])
+            for p, ids in zip(y, batch["ids_keep"], strict=True)
+        ]
         e = (q - torch.stack(rows)).abs()[:, 0 if settings.cls_loss else 1 :]
-        each = {"l1": e, "l2": e**2, "smooth_l1": torch.where(e <= 1, e**2, 2 * e - 1)}[settings.loss]
+        each = {"l1": e, "l2": e**2, "smooth_l1": torch.where(e <= 1, e**2, 2 * e - 1)}[
+            settings.loss
+        ]
         total = total + each.mean() / 2
     return total
 
 
 def switched_batch() -> tuple[dict[str, Tensor], list[Tensor]]:
-    """A batch of two levels and the streams that give it, one with a channel far out, in numpy's arithmetic."""
+    """A batch of two levels and the streams that give it, one with a channel far out, in numpy's
+    arithmetic."""
     batch = tiny_batch()
     ys = [3 * batch["features"][:, i] + 0.7 - 2 * i for i in range(2)]
     ys[1][..., 5] += 30
@@ -151,8 +186,11 @@ def test_every_switch_equals_the_second_implementation(settings: tuple[str, ...]
 
 
 def test_first_losses() -> None:
-    """Three steps of AdamW at 1e-2; the second implementation, with AdamW written out, gives the same numbers."""
-    assert first_losses("maskalign") == pytest.approx([0.8954064138125, 0.8776950031821, 0.8486016044217], rel=1e-8)
+    """Three steps of AdamW at 1e-2; the second implementation, with AdamW written out, gives the
+    same numbers."""
+    assert first_losses("maskalign") == pytest.approx(
+        [0.8954064138125, 0.8776950031821, 0.8486016044217], rel=1e-8
+    )
 
 
 def test_level_losses_make_up_the_loss() -> None:
@@ -247,7 +285,10 @@ def test_other_norms_need_the_tokens_statistics() -> None:
         (("target_norm=batch",), "unknown target_norm 'batch'"),
         (("loss=mse",), "unknown loss 'mse'"),
         (("mix_start=eye",), "unknown mix_start 'eye'"),
-        (("mix_start=even", "alignment=layer_wise"), "mix_start=even does nothing with alignment=layer_wise"),
+        (
+            ("mix_start=even", "alignment=layer_wise"),
+            "mix_start=even does nothing with alignment=layer_wise",
+        ),
     ],
 )
 def test_switches_are_checked_at_once(settings: tuple[str, ...], message: str) -> None:
@@ -257,30 +298,44 @@ def test_switches_are_checked_at_once(settings: tuple[str, ...], message: str) -
 
 @pytest.mark.parametrize("setting", ["alignment=layer_wise", "mix_start=identity"])
 def test_what_pairs_blocks_wants_equal_depths(setting: str) -> None:
-    given = config.from_overrides(maskalign.Config, [setting, "teacher=clip-l14", "teacher_depth=24"])
-    with pytest.raises(UsageError, match=f"{setting} pairs student block t .* has 12 blocks, the teacher 24; allowed"):
+    given = config.from_overrides(
+        maskalign.Config, [setting, "teacher=clip-l14", "teacher_depth=24"]
+    )
+    with pytest.raises(
+        UsageError,
+        match=f"{setting} pairs student block t .* has 12 blocks, the teacher 24; allowed",
+    ):
         maskalign.Model(given)
 
 
 def test_layer_wise_wants_the_last_block() -> None:
     """The blocks after the highest aligned level would have no gradient."""
     given = ["alignment=layer_wise", "align_levels=8,11", "level_weights=mean", "encoder=tiny"]
-    with pytest.raises(UsageError, match="aligns block 11 last, and the blocks after it, of 12, would learn nothing"):
+    with pytest.raises(
+        UsageError,
+        match="aligns block 11 last, and the blocks after it, of 12, would learn nothing",
+    ):
         maskalign.Model(config.from_overrides(maskalign.Config, given))
     maskalign.Model(config.from_overrides(maskalign.Config, [*given, "alignment=mix_then_adapt"]))
 
 
 def test_an_even_start_of_equal_depths() -> None:
-    model = maskalign.Model(config.from_overrides(maskalign.Config, ["mix_start=even", "encoder=tiny"]))
+    model = maskalign.Model(
+        config.from_overrides(maskalign.Config, ["mix_start=even", "encoder=tiny"])
+    )
     torch.testing.assert_close(model.align.mix.detach(), torch.full((5, 12), 1 / 12))
 
 
 @pytest.mark.parametrize(
     ("setting", "deeper"),
-    [("level_weights=top:13", tuple(range(12, 25))), ("align_levels=last:13", tuple(range(20, 25)))],
+    [
+        ("level_weights=top:13", tuple(range(12, 25))),
+        ("align_levels=last:13", tuple(range(20, 25))),
+    ],
 )
 def test_more_levels_than_the_teacher_has(setting: str, deeper: tuple[int, ...]) -> None:
-    """Refused where the teacher's depth is used: the depth of a deeper teacher may still be filled in."""
+    """Refused where the teacher's depth is used: the depth of a deeper teacher may still be filled
+    in."""
     given = config.from_overrides(maskalign.Config, [setting])
     for use in (maskalign.needs, maskalign.Model):
         with pytest.raises(UsageError, match="needs 13 levels; allowed: the teacher's 12"):
@@ -290,5 +345,7 @@ def test_more_levels_than_the_teacher_has(setting: str, deeper: tuple[int, ...])
 
 @pytest.mark.parametrize("setting", ["level_weights=top5", "align_levels=last"])
 def test_level_names_are_checked_at_once(setting: str) -> None:
-    with pytest.raises(UsageError, match=r"unknown level_weights 'top5'|cannot read align_levels='last'"):
+    with pytest.raises(
+        UsageError, match=r"unknown level_weights 'top5'|cannot read align_levels='last'"
+    ):
         config.from_overrides(maskalign.Config, [setting])

@@ -1,4 +1,5 @@
-"""MILAN against a second implementation of its text, its decoder's promises, its size, cost and refusals."""
+"""MILAN against a second implementation of its text, its decoder's promises, its size, cost and
+refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from student import config, recipes
 from student.models import vit
 from student.recipes import milan
 from student.training import optim
-from tests.student.models.test_vit import Weights, layer_norm, linear, reference_block, reference_encode
+from tests.student.models.test_vit import (
+    Weights,
+    layer_norm,
+    linear,
+    reference_block,
+    reference_encode,
+)
 from tests.student.recipes.test_mae import parts_of, reference_pixels
 from tests.student.recipes.test_recipes import (
     check_against,
@@ -27,7 +34,9 @@ from tests.student.recipes.test_recipes import (
 )
 
 
-def reference_prompting(w: Weights, tokens: Tensor, ids_keep: Tensor, heads: int, depth: int, raw: bool) -> Tensor:
+def reference_prompting(
+    w: Weights, tokens: Tensor, ids_keep: Tensor, heads: int, depth: int, raw: bool
+) -> Tensor:
     """(B,1+P,out), picture by picture and head by head: Z stays as it is, X asks Z and itself."""
     narrow, table = linear(tokens, w, "decoder_embed"), w["decoder_pos_embed"][0]
     pictures = []
@@ -43,7 +52,9 @@ def reference_prompting(w: Weights, tokens: Tensor, ids_keep: Tensor, heads: int
     return linear(x, w, "decoder_pred")
 
 
-def reference_prompt_block(x: Tensor, z: Tensor, w: Weights, name: str, heads: int, raw: bool) -> Tensor:
+def reference_prompt_block(
+    x: Tensor, z: Tensor, w: Weights, name: str, heads: int, raw: bool
+) -> Tensor:
     width = x.shape[-1]
     d = width // heads
     normed = layer_norm(x, w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"])
@@ -59,7 +70,9 @@ def reference_prompt_block(x: Tensor, z: Tensor, w: Weights, name: str, heads: i
         at = slice(head * d, (head + 1) * d)
         mixed.append(((q[:, at] @ k[:, at].T) / math.sqrt(d)).softmax(-1) @ v[:, at])
     x = x + linear(torch.cat(mixed, -1), w, f"{name}.attn.proj")
-    hidden = linear(layer_norm(x, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"]), w, f"{name}.mlp.fc1")
+    hidden = linear(
+        layer_norm(x, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"]), w, f"{name}.mlp.fc1"
+    )
     return x + linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), w, f"{name}.mlp.fc2")
 
 
@@ -68,13 +81,17 @@ def reference_mae_decoder(w: Weights, tokens: Tensor, ids_keep: Tensor) -> Tenso
     narrow = linear(tokens, w, "decoder_embed")
     n = w["decoder_pos_embed"].shape[1] - 1
     rows = [
-        torch.stack([x[0], *(x[1 + ids.index(i)] if i in ids else w["mask_token"][0, 0] for i in range(n))])
+        torch.stack(
+            [x[0], *(x[1 + ids.index(i)] if i in ids else w["mask_token"][0, 0] for i in range(n))]
+        )
         for x, ids in zip(narrow, ids_keep.tolist(), strict=True)
     ]
     x = torch.stack(rows) + w["decoder_pos_embed"]
     for i in range(2):
         x = reference_block(x, w, f"decoder_blocks.{i}", 2)
-    return linear(layer_norm(x, w["decoder_norm.weight"], w["decoder_norm.bias"]), w, "decoder_pred")
+    return linear(
+        layer_norm(x, w["decoder_norm.weight"], w["decoder_norm.bias"]), w, "decoder_pred"
+    )
 
 
 def squared_distance(pred: Tensor, target: Tensor) -> Tensor:
@@ -84,13 +101,17 @@ def squared_distance(pred: Tensor, target: Tensor) -> Tensor:
     return ((p - t) ** 2).sum(-1)
 
 
-def reference_loss(w: Weights, batch: dict[str, Tensor], decoder: str = "prompting", raw: bool = False) -> Tensor:
+def reference_loss(
+    w: Weights, batch: dict[str, Tensor], decoder: str = "prompting", raw: bool = False
+) -> Tensor:
     """The squared distance of each token, (B,1+P)."""
     encoder, own = parts_of(w, "encoder"), parts_of(w, "decoder")
     last = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)[-1]
     tokens = layer_norm(last, encoder["norm.weight"], encoder["norm.bias"])
     if decoder == "mae":
-        return squared_distance(reference_mae_decoder(own, tokens, batch["ids_keep"]), batch["targets"])
+        return squared_distance(
+            reference_mae_decoder(own, tokens, batch["ids_keep"]), batch["targets"]
+        )
     pred = reference_prompting(own, tokens, batch["ids_keep"], heads=2, depth=2, raw=raw)
     return squared_distance(pred, batch["targets"])
 
@@ -127,7 +148,9 @@ def test_prompting_decoder_on_pixels() -> None:
         encoder, own = parts_of(w, "encoder"), parts_of(w, "decoder")
         last = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)[-1]
         tokens = layer_norm(last, encoder["norm.weight"], encoder["norm.bias"])
-        pred = reference_prompting(own, tokens, batch["ids_keep"], heads=2, depth=2, raw=False)[:, 1:]
+        pred = reference_prompting(own, tokens, batch["ids_keep"], heads=2, depth=2, raw=False)[
+            :, 1:
+        ]
         target = vit.patchify(batch["images"], 4)
         centred = target - target.mean(-1, keepdim=True)
         target = centred / ((centred**2).sum(-1, keepdim=True) / 47 + 1e-6).sqrt()
@@ -138,11 +161,17 @@ def test_prompting_decoder_on_pixels() -> None:
 
 
 def test_loss_by_hand() -> None:
-    """Targets along the first axis; predictions (3,4), (-2,0), (0,5): cos 0.6, -1, 0; mean of 0.8, 4, 2."""
+    """Targets along the first axis; predictions (3,4), (-2,0), (0,5): cos 0.6, -1, 0; mean of 0.8,
+    4, 2."""
     from student.models import losses
 
-    pred, target = torch.tensor([[3.0, 4.0], [-2.0, 0.0], [0.0, 5.0]]), torch.tensor([[7.0, 0.0]]).expand(3, 2)
-    torch.testing.assert_close(2 * losses.cosine_distance(pred, target), torch.tensor([0.8, 4.0, 2.0]))
+    pred, target = (
+        torch.tensor([[3.0, 4.0], [-2.0, 0.0], [0.0, 5.0]]),
+        torch.tensor([[7.0, 0.0]]).expand(3, 2),
+    )
+    torch.testing.assert_close(
+        2 * losses.cosine_distance(pred, target), torch.tensor([0.8, 4.0, 2.0])
+    )
     x = wave(2, 3, 4, phase=0.2).requires_grad_()
     assert torch.autograd.gradcheck(losses.cosine_distance, (x, wave(2, 3, 4, phase=1.0)))
     scaled = losses.cosine_distance(x * 3, wave(2, 3, 4, phase=1.0) * 0.1)
@@ -155,7 +184,7 @@ def test_gradcheck_of_a_prompt_block() -> None:
     assert torch.autograd.gradcheck(block, (x, z))
 
 
-# --- the prompts ----------------------------------------------------------------------------------------------------
+# --- the prompts ----------------------------------------------------------------------------------
 
 
 def decoder() -> milan.PromptingDecoder:
@@ -166,8 +195,8 @@ def decoder() -> milan.PromptingDecoder:
 
 
 def test_prompts_are_unchanged_by_the_blocks() -> None:
-    """What reaches the decoder's norm at visible places is embed(token) + position to the bit, and every block is given
-    that same tensor."""
+    """What reaches the decoder's norm at visible places is embed(token) + position to the bit, and
+    every block is given that same tensor."""
     own, batch, seen = decoder(), tiny_batch(), []
     for block in own.decoder_blocks:
         block.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
@@ -175,7 +204,9 @@ def test_prompts_are_unchanged_by_the_blocks() -> None:
     tokens = wave(2, 5, 16, phase=0.4)
     own.with_cls(tokens, batch["ids_keep"], batch["ids_masked"])
     places = vit.with_cls(batch["ids_keep"])
-    prompts = own.decoder_embed(tokens) + vit.select(own.decoder_pos_embed.expand(2, -1, -1), places)
+    prompts = own.decoder_embed(tokens) + vit.select(
+        own.decoder_pos_embed.expand(2, -1, -1), places
+    )
     assert len(seen) == 3
     assert torch.equal(seen[0], prompts)
     assert torch.equal(seen[1], prompts)
@@ -187,14 +218,17 @@ def test_visible_predictions_depend_on_their_own_token_only() -> None:
     tokens = wave(2, 5, 16, phase=0.4)
     changed = tokens.clone()
     changed[0, 1] += 1  # patch 1 of the first picture
-    before, after = (own.with_cls(x, batch["ids_keep"], batch["ids_masked"]) for x in (tokens, changed))
+    before, after = (
+        own.with_cls(x, batch["ids_keep"], batch["ids_masked"]) for x in (tokens, changed)
+    )
     moved = (before != after).any(-1)[0]
-    expected = {2, *(1 + i for i in batch["ids_masked"][0].tolist())}  # its own place, and all masked ones
+    # its own place, and all masked ones
+    expected = {2, *(1 + i for i in batch["ids_masked"][0].tolist())}
     assert set(moved.nonzero().flatten().tolist()) == expected
     assert torch.equal(before[1], after[1])
 
 
-# --- size, cost, settings -------------------------------------------------------------------------------------------
+# --- size, cost, settings -------------------------------------------------------------------------
 
 
 def test_first_losses() -> None:
@@ -213,13 +247,16 @@ def test_sizes() -> None:
     decoder_norm        2 * 512                             1,024
     decoder_pred        512 * 512 + 512                   262,656
                                                 total  111,776,512
-    tiny:  encoder 192 * 768 + 192 + 192 + 197 * 192 + 12 * (12 * 192^2 + 13 * 192) + 384 = 5,524,416
+    tiny:  encoder 192 * 768 + 192 + 192 + 197 * 192 + 12 * (12 * 192^2 + 13 * 192) + 384
+           = 5,524,416
            decoder 192 * 512 + 512 + 512 + 100,864 + 25,219,072 + 1,024 + 262,656 = 25,682,944
-    small: encoder 384 * 768 + 384 + 384 + 197 * 384 + 12 * (12 * 384^2 + 13 * 384) + 768 = 21,665,664
+    small: encoder 384 * 768 + 384 + 384 + 197 * 384 + 12 * (12 * 384^2 + 13 * 384) + 768
+           = 21,665,664
            decoder 384 * 512 + 512 + 512 + 100,864 + 25,219,072 + 1,024 + 262,656 = 25,781,248
-    large: encoder 1024 * 768 + 1024 + 1024 + 197 * 1024 + 24 * (12 * 1024^2 + 13 * 1024) + 2048 = 303,301,632
-           decoder of CLIP-L/14's 768 channels: 1024 * 512 + 512 + 512 + 100,864 + 25,219,072 + 1,024
-           + 512 * 768 + 768 = 26,240,256
+    large: encoder 1024 * 768 + 1024 + 1024 + 197 * 1024 + 24 * (12 * 1024^2 + 13 * 1024) + 2048
+           = 303,301,632
+           decoder of CLIP-L/14's 768 channels: 1024 * 512 + 512 + 512 + 100,864 + 25,219,072
+           + 1,024 + 512 * 768 + 768 = 26,240,256
     """
     fixed = 151_296 + 100_864
     assert parameters("milan") == (111_776_512, 111_776_512 - fixed)
@@ -229,9 +266,11 @@ def test_sizes() -> None:
 
 
 def test_cost() -> None:
-    """25.9 GMAC forward and backward (three times the forward pass) within 2 %; the decoder is 21 % below MAE's."""
+    """25.9 GMAC forward and backward (three times the forward pass) within 2 %; the decoder is 21 %
+    below MAE's."""
     assert 3 * gmac("milan") == pytest.approx(25.9, rel=0.02)
-    decoders = [gmac("milan", f"decoder={name}") - 4.43 for name in ("prompting", "mae")]  # without the encoder
+    # without the encoder
+    decoders = [gmac("milan", f"decoder={name}") - 4.43 for name in ("prompting", "mae")]
     assert 1 - decoders[0] / decoders[1] == pytest.approx(0.21, abs=0.01)
 
 

@@ -1,4 +1,5 @@
-"""MR-Align is MaskAlign's half plus MAE's half: checked against the second implementations of both."""
+"""MR-Align is MaskAlign's half plus MAE's half: checked against the second implementations of
+both."""
 
 from __future__ import annotations
 
@@ -21,24 +22,35 @@ def test_loss_and_gradients_equal_the_second_implementation(align: float, pixel:
     out = model(batch)
     parameters = trained(model)
     got = torch.autograd.grad(out["loss"], list(parameters.values()))
-    copies = {name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()}
-    aligned, pixels = reference_loss(copies, batch, {2: 0.5, 3: 0.5}), reference_pixels(copies, batch)
+    copies = {
+        name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()
+    }
+    aligned, pixels = (
+        reference_loss(copies, batch, {2: 0.5, 3: 0.5}),
+        reference_pixels(copies, batch),
+    )
     expected_loss = align * aligned + pixel * pixels
     expected = torch.autograd.grad(expected_loss, [copies[name] for name in parameters])
     torch.testing.assert_close(out["loss"], expected_loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(out["align"], aligned.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(out["pixel"], pixels.detach(), rtol=1e-12, atol=0)
     for name, a, b in zip(parameters, got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_first_losses() -> None:
-    """Three steps of AdamW at 1e-2; the second implementation, with AdamW written out, gives the same numbers."""
-    assert first_losses("mralign") == pytest.approx([1.0939209516646, 0.9753431962184, 0.9262030797436], rel=1e-8)
+    """Three steps of AdamW at 1e-2; the second implementation, with AdamW written out, gives the
+    same numbers."""
+    assert first_losses("mralign") == pytest.approx(
+        [1.0939209516646, 0.9753431962184, 0.9262030797436], rel=1e-8
+    )
 
 
 def test_size_of_the_base_model() -> None:
-    """Encoder 85,798,656 + head 2,953,020 (MaskAlign's test) + decoder 26,109,184 (MAE's test); all but positions."""
+    """Encoder 85,798,656 + head 2,953,020 (MaskAlign's test) + decoder 26,109,184 (MAE's test); all
+    but positions."""
     model = mralign.Model(mralign.Config())
     assert sum(x.numel() for x in model.parameters()) == 114_860_860
     assert sum(x.numel() for x in trained(model).values()) == 114_860_860 - 151_296 - 100_864

@@ -1,4 +1,5 @@
-"""MR-MAE against a second implementation of its text, with both backbones; its rows, sizes, cost and refusals."""
+"""MR-MAE against a second implementation of its text, with both backbones; its rows, sizes, cost
+and refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from student import config, recipes
 from student.recipes import mrmae
 from student.training import optim
 from tests.student.models.test_conv_vit import reference_conv_encode, reference_stage_fusion
-from tests.student.models.test_vit import Weights, layer_norm, linear, reference_block, reference_encode
+from tests.student.models.test_vit import (
+    Weights,
+    layer_norm,
+    linear,
+    reference_block,
+    reference_encode,
+)
 from tests.student.recipes.test_mae import parts_of
 from tests.student.recipes.test_recipes import (
     check_against,
@@ -26,20 +33,27 @@ from tests.student.recipes.test_recipes import (
     tiny_model,
 )
 
-CONV = ["family=conv_vit", "encoder=tiny,stage1=4,stage2=6,embed_dim=16,depth=3,num_heads=2,stage_mlp=2"]
+CONV = [
+    "family=conv_vit",
+    "encoder=tiny,stage1=4,stage2=6,embed_dim=16,depth=3,num_heads=2,stage_mlp=2",
+]
 
 
-# --- a second implementation ----------------------------------------------------------------------------------------
+# --- a second implementation ----------------------------------------------------------------------
 
 
-def reference_fused(w: Weights, batch: dict[str, Tensor], given: mrmae.Config, blocks: tuple[int, ...]) -> Tensor:
+def reference_fused(
+    w: Weights, batch: dict[str, Tensor], given: mrmae.Config, blocks: tuple[int, ...]
+) -> Tensor:
     """The summed layers after the norm, (B,N,D); of 3 blocks."""
     encoder = parts_of(w, "encoder")
     if given.family == "mae":
         outputs = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)
         total = sum(outputs[i - 1] for i in blocks)
     else:
-        outputs, *maps = reference_conv_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)
+        outputs, *maps = reference_conv_encode(
+            encoder, batch["images"], batch["ids_keep"], heads=2, depth=3
+        )
         total = sum(outputs[i - 1] for i in blocks)
         if given.fuse != "last":
             added = reference_stage_fusion(parts_of(w, "stages"), *maps, batch["ids_keep"])
@@ -69,7 +83,9 @@ def reference_pixel_loss(pred: Tensor, batch: dict[str, Tensor]) -> Tensor:
     for b, ids in enumerate(batch["ids_masked"].tolist()):
         for i in ids:
             top, left = 4 * (i // 4), 4 * (i % 4)
-            target = batch["images"][b, :, top : top + 4, left : left + 4].permute(1, 2, 0).reshape(48)
+            target = (
+                batch["images"][b, :, top : top + 4, left : left + 4].permute(1, 2, 0).reshape(48)
+            )
             centred = target - target.sum() / 48
             target = centred / ((centred**2).sum() / 47 + 1e-6).sqrt()
             total, count = total + ((pred[b, i] - target) ** 2).sum() / 48, count + 1
@@ -84,7 +100,9 @@ def reference_mimic(pred: Tensor, target: Tensor, ids: Tensor) -> Tensor:
     return torch.stack(rows).mean()
 
 
-def reference_loss(w: Weights, batch: dict[str, Tensor], given: mrmae.Config, blocks: tuple[int, ...]) -> Tensor:
+def reference_loss(
+    w: Weights, batch: dict[str, Tensor], given: mrmae.Config, blocks: tuple[int, ...]
+) -> Tensor:
     fused = reference_fused(w, batch, given, blocks)
     prefix = 0 if given.family == "conv_vit" and not given.conv_cls else 1
     decoder, loss = parts_of(w, "decoder"), torch.zeros((), dtype=torch.float64)
@@ -96,11 +114,17 @@ def reference_loss(w: Weights, batch: dict[str, Tensor], given: mrmae.Config, bl
         loss = loss + given.pixel_weight * channels[0] * pixel
         if given.mimic_at == "decoder":
             ids = batch["ids_masked"]
-            tokens = torch.stack([torch.stack([x[i] for i in own]) for x, own in zip(states, ids, strict=True)])
+            tokens = torch.stack(
+                [torch.stack([x[i] for i in own]) for x, own in zip(states, ids, strict=True)]
+            )
     if given.mimic_weight:
-        mimic = channels[1] * reference_mimic(linear(tokens, w, "mimic_head"), batch["targets"], ids)
+        mimic = channels[1] * reference_mimic(
+            linear(tokens, w, "mimic_head"), batch["targets"], ids
+        )
         if given.joint:
-            second = channels[2] * reference_mimic(linear(tokens, w, "joint_head"), batch["second"], ids)
+            second = channels[2] * reference_mimic(
+                linear(tokens, w, "joint_head"), batch["second"], ids
+            )
             mimic = (mimic + second) / 2
         loss = loss + given.mimic_weight * mimic
     return loss
@@ -130,7 +154,9 @@ CASES: list[tuple[list[str], tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize(("settings", "blocks"), CASES)
-def test_loss_and_gradients_equal_the_second_implementation(settings: list[str], blocks: tuple[int, ...]) -> None:
+def test_loss_and_gradients_equal_the_second_implementation(
+    settings: list[str], blocks: tuple[int, ...]
+) -> None:
     model, given = tiny_model("mrmae", *settings)
     batch = tiny_batch()
     check_against(model, model(batch)["loss"], lambda w: reference_loss(w, batch, given, blocks))
@@ -142,13 +168,15 @@ def test_at_the_decoder_both_targets_are_of_the_hidden_patches() -> None:
     batch = tiny_batch()
     other = {**batch, "targets": batch["targets"].clone()}
     other["targets"][:, 0] = float("nan")
-    other["targets"].scatter_(1, (batch["ids_keep"] + 1).unsqueeze(-1).expand(-1, -1, 10), float("nan"))
+    other["targets"].scatter_(
+        1, (batch["ids_keep"] + 1).unsqueeze(-1).expand(-1, -1, 10), float("nan")
+    )
     assert model(other)["loss"].item() == model(batch)["loss"].item()
 
 
 def test_losses_by_hand() -> None:
-    """Heads and decoder that give zeros: the mimic loss is the mean square of the visible patches' targets, the pixel
-    loss that of normalised patches, 47/48."""
+    """Heads and decoder that give zeros: the mimic loss is the mean square of the visible patches'
+    targets, the pixel loss that of normalised patches, 47/48."""
     model, _ = tiny_model("mrmae", *JOINT)
     with torch.no_grad():
         for name, x in model.named_parameters():
@@ -156,7 +184,9 @@ def test_losses_by_hand() -> None:
                 x.zero_()
     batch = tiny_batch()
     first, second = (
-        np.stack([batch[key][b, 1 + i].numpy() for b in (0, 1) for i in batch["ids_keep"][b].tolist()])
+        np.stack(
+            [batch[key][b, 1 + i].numpy() for b in (0, 1) for i in batch["ids_keep"][b].tolist()]
+        )
         for key in ("targets", "second")
     )
     out = model(batch)
@@ -168,11 +198,14 @@ def test_losses_by_hand() -> None:
 
 
 def test_each_token_is_asked_for_one_thing() -> None:
-    """Hidden patches' targets and visible patches' pixels do not enter the loss; so the targets do not conflict."""
+    """Hidden patches' targets and visible patches' pixels do not enter the loss; so the targets do
+    not conflict."""
     model, _ = tiny_model("mrmae")
     batch = tiny_batch()
     hidden = {**batch, "targets": batch["targets"].clone()}
-    hidden["targets"].scatter_(1, (batch["ids_masked"] + 1).unsqueeze(-1).expand(-1, -1, 10), float("nan"))
+    hidden["targets"].scatter_(
+        1, (batch["ids_masked"] + 1).unsqueeze(-1).expand(-1, -1, 10), float("nan")
+    )
     hidden["targets"][:, 0] = float("nan")  # CLS is not mimicked
     assert model(hidden)["loss"].item() == model(batch)["loss"].item()
 
@@ -189,16 +222,23 @@ def test_target_h_is_the_stored_level() -> None:
 
 def test_first_losses() -> None:
     given = tiny_model("mrmae")[1]
-    expected = reference_losses("mrmae", lambda w: reference_loss(w, tiny_batch(), given, (1, 2, 3)))
+    expected = reference_losses(
+        "mrmae", lambda w: reference_loss(w, tiny_batch(), given, (1, 2, 3))
+    )
     assert first_losses("mrmae") == pytest.approx(expected, rel=1e-8)
 
 
 def test_hidden_pixels_are_targets_only() -> None:
-    """With the convolutions before it too: what the mimic loss sees does not change with a hidden pixel, to the bit."""
+    """With the convolutions before it too: what the mimic loss sees does not change with a hidden
+    pixel, to the bit."""
     for settings in ([], CONV, [*CONV, "conv_cls=true"]):
         model, _ = tiny_model("mrmae", *settings)
         batch = tiny_batch()
-        hidden = torch.ones(2, 16, dtype=torch.bool).scatter(1, batch["ids_keep"], False).view(2, 1, 4, 4)
+        hidden = (
+            torch.ones(2, 16, dtype=torch.bool)
+            .scatter(1, batch["ids_keep"], False)
+            .view(2, 1, 4, 4)
+        )
         at = hidden.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
         changed = {**batch, "images": torch.where(at, batch["images"].flip(3) * 3, batch["images"])}
         before, after = model(batch), model(changed)
@@ -206,7 +246,7 @@ def test_hidden_pixels_are_targets_only() -> None:
         assert before["pixel"].item() != after["pixel"].item()
 
 
-# --- what test_recipes.py asks of every recipe, of the other backbone ----------------------------------------------
+# --- what test_recipes.py asks of every recipe, of the other backbone -----------------------------
 
 
 @pytest.mark.parametrize("cls_token", ["false", "true"])
@@ -216,7 +256,9 @@ def test_masked_convolutions_keep_the_contract(cls_token: str) -> None:
     model, _ = tiny_model("mrmae", *settings)
     batch = tiny_batch()
     exact = model(batch)["loss"]
-    torch.testing.assert_close(model({**batch, "ids_keep": batch["ids_keep"].flip(1)})["loss"], exact)
+    torch.testing.assert_close(
+        model({**batch, "ids_keep": batch["ids_keep"].flip(1)})["loss"], exact
+    )
 
     model.float()
     single = {key: x.float() if x.is_floating_point() else x for key, x in batch.items()}
@@ -225,7 +267,11 @@ def test_masked_convolutions_keep_the_contract(cls_token: str) -> None:
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact.float(), rtol=0.03, atol=0.0)
     loss.backward()
-    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in model.parameters() if x.requires_grad)
+    assert all(
+        x.grad is not None and torch.isfinite(x.grad).all()
+        for x in model.parameters()
+        if x.requires_grad
+    )
 
     dropping, _ = tiny_model("mrmae", *settings, "drop_path=0.5")
     found = []
@@ -246,15 +292,19 @@ def test_weight_decay_of_masked_convolutions() -> None:
     assert left == ["encoder.cls_token", "decoder.mask_token"]
 
 
-# --- size, cost, settings -------------------------------------------------------------------------------------------
+# --- size, cost, settings -------------------------------------------------------------------------
 
 
 def test_sizes() -> None:
-    """Worked out by hand: MAE's model, 111,907,840 (its test), and the head, 768 * 768 + 768 = 590,592.
+    """Worked out by hand: MAE's model, 111,907,840 (its test), and the head, 768 * 768 + 768 =
+    590,592.
 
-    tiny:   5,524,416 + 192 * 512 + 512 + 512 + 100,864 + 25,219,072 + 1,024 + 393,984 (decoder) + 192 * 768 + 768
-    small: 21,665,664 + 384 * 512 + 512 + 512 + 100,864 + 25,219,072 + 1,024 + 393,984           + 384 * 768 + 768
-    large: 303,301,632 + 1024 * 512 + 512 + 512 + 100,864 + 25,219,072 + 1,024 + 393,984         + 1024 * 768 + 768
+    tiny:   5,524,416 + 192 * 512 + 512 + 512 + 100,864 + 25,219,072 + 1,024 + 393,984 (decoder)
+            + 192 * 768 + 768
+    small: 21,665,664 + 384 * 512 + 512 + 512 + 100,864 + 25,219,072 + 1,024 + 393,984
+            + 384 * 768 + 768
+    large: 303,301,632 + 1024 * 512 + 512 + 512 + 100,864 + 25,219,072 + 1,024 + 393,984
+            + 1024 * 768 + 768
 
     conv_vit, base: the encoder 84,605,824 (its test), of which 150,528 fixed positions
            stages              16 * 256 * 768 + 768 + 4 * 384 * 768 + 768     4,326,912
@@ -282,7 +332,8 @@ def test_sizes() -> None:
 
 
 def test_cost() -> None:
-    """Plain: 29.4 GMAC forward and backward within 2 %. With convolutions, by hand and in millions of one forward pass:
+    """Plain: 29.4 GMAC forward and backward within 2 %. With convolutions, by hand and in millions
+    of one forward pass:
 
     3136 cells: embedding 48 * 256, 2 blocks of 10 * 256^2 + 25 * 256          38.5 + 4,150.6
      784 cells: embedding 4 * 256 * 384, 2 blocks of 10 * 384^2 + 25 * 384    308.3 + 2,327.2
@@ -291,7 +342,7 @@ def test_cost() -> None:
      49 tokens: 11 blocks of 49 * 12 * 768^2 + 2 * 49^2 * 768               3,855.5
      49 tokens: head 768^2, decoder_embed 768 * 512                            28.9 + 19.3
     196 tokens: 8 blocks of 196 * 12 * 512^2 + 2 * 196^2 * 512, pred 512 * 768   5,247.2 + 77.1
-                                                                  total 17,247.1, three times that 51.7 GMAC
+                                             total 17,247.1, three times that 51.7 GMAC
     """
     assert 3 * gmac("mrmae") == pytest.approx(29.4, rel=0.02)
     assert 3 * gmac("mrmae", "family=conv_vit") == pytest.approx(51.7, rel=0.005)
@@ -308,12 +359,18 @@ def test_settings_and_needs() -> None:
     assert mrmae.needs(conflict) == recipes.TargetSpec(**spec, fields=fields)
     joint = config.replace(given, joint="dino-b16", mask="uniform")
     assert mrmae.needs(joint) == recipes.TargetSpec(
-        **spec, fields=("features", "dino-b16/features"), visible_only=True, second="dino-b16", second_level=12
+        **spec,
+        fields=("features", "dino-b16/features"),
+        visible_only=True,
+        second="dino-b16",
+        second_level=12,
     )
     projected = config.replace(given, target="z")
     assert (mrmae.needs(projected).derive, projected.target_width) == ("z", 512)
     alone = config.replace(given, mimic_weight=0.0, mask="uniform")
-    assert mrmae.needs(alone) == recipes.TargetSpec(teacher="", levels=(), fields=(), patches=196, visible_only=True)
+    assert mrmae.needs(alone) == recipes.TargetSpec(
+        teacher="", levels=(), fields=(), patches=196, visible_only=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -328,7 +385,9 @@ def test_settings_and_needs() -> None:
     ],
 )
 def test_fused_blocks(encoder: str, family: str, fuse: str, blocks: tuple[int, ...]) -> None:
-    settings = config.from_overrides(mrmae.Config, [f"encoder={encoder}", f"family={family}", f"fuse={fuse}"])
+    settings = config.from_overrides(
+        mrmae.Config, [f"encoder={encoder}", f"family={family}", f"fuse={fuse}"]
+    )
     with torch.device("meta"):
         model = mrmae.Model(settings)
     assert model.blocks == blocks
@@ -348,7 +407,10 @@ def test_fused_blocks(encoder: str, family: str, fuse: str, blocks: tuple[int, .
         (["family=conv_vit", "patch_size=14"], "patch_size=14; allowed: one that 4 divides"),
         (["conv_cls=true"], "conv_cls=true does nothing with family=mae"),
         (["mimic_weight=0", "pixel_weight=0"], "leave nothing to learn"),
-        (["mimic_weight=0", "mimic_at=decoder"], "mimic_at=decoder does nothing with mimic_weight=0"),
+        (
+            ["mimic_weight=0", "mimic_at=decoder"],
+            "mimic_at=decoder does nothing with mimic_weight=0",
+        ),
         (["pixel_weight=0", "mimic_at=decoder"], "pixel_weight=0 has one"),
         (["pixel_weight=0", "norm_pix=false"], "norm_pix=false does nothing"),
         (["mimic_weight=0", "joint=dino-b16"], "joint=dino-b16 does nothing"),

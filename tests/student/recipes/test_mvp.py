@@ -28,7 +28,9 @@ def reference_loss(w: Weights, batch: dict[str, Tensor]) -> Tensor:
     encoder = parts_of(w, "encoder")
     rows = [
         torch.stack([w["mask_token"][0, 0] if i in hidden else x[i] for i in range(16)])
-        for x, hidden in zip(embedded(encoder, batch["images"]), batch["ids_masked"].tolist(), strict=True)
+        for x, hidden in zip(
+            embedded(encoder, batch["images"]), batch["ids_masked"].tolist(), strict=True
+        )
     ]
     pred = linear(reference_encode_all(encoder, torch.stack(rows)), w, "head")
     terms = []
@@ -64,9 +66,10 @@ def test_first_losses() -> None:
 
 
 def test_size_and_cost() -> None:
-    """Encoder as in FD's test, 85,665,360; mask token 768; head 768 * 512 + 512 = 393,728. Three times the forward pass
-    of a whole ViT-B (17.56) and of the head at 79 patches (0.03). Large: 787,456 + 1,024 + 24 * 12,597,248 + 2,048 +
-    732 * 16 = 303,136,192; mask token 1,024; head 1,024 * 512 + 512 = 524,800."""
+    """Encoder as in FD's test, 85,665,360; mask token 768; head 768 * 512 + 512 = 393,728. Three
+    times the forward pass of a whole ViT-B (17.56) and of the head at 79 patches (0.03). Large:
+    787,456 + 1,024 + 24 * 12,597,248 + 2,048 + 732 * 16 = 303,136,192; mask token 1,024; head 1,024
+    * 512 + 512 = 524,800."""
     assert parameters("mvp", "encoder=small")[0] == 21_603_408 + 384 + 197_120
     assert parameters("mvp", "encoder=tiny")[0] == 5_497_680 + 192 + 98_816
     assert parameters("mvp", "encoder=large")[0] == 303_136_192 + 1_024 + 524_800
@@ -77,12 +80,15 @@ def test_size_and_cost() -> None:
 def test_settings_and_needs() -> None:
     given = mvp.Config()
     assert given.patches - given.visible == 79
-    expected = recipes.TargetSpec(teacher="clip-b16", levels=(12,), fields=("features",), patches=196, derive="z")
+    expected = recipes.TargetSpec(
+        teacher="clip-b16", levels=(12,), fields=("features",), patches=196, derive="z"
+    )
     assert mvp.needs(given) == expected
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"), [("mask_ratio=0", "leaves all 196 patches visible"), ("family=cae", "unknown family 'cae'")]
+    ("setting", "message"),
+    [("mask_ratio=0", "leaves all 196 patches visible"), ("family=cae", "unknown family 'cae'")],
 )
 def test_what_is_refused(setting: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):

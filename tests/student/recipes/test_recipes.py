@@ -1,7 +1,8 @@
-"""The recipe folder: what every module in it promises, and the tiny case that the recipes' own tests share.
+"""The recipe folder: what every module in it promises, and the tiny case that the recipes' own
+tests share.
 
-The tiny case has no random number in it: weights and pictures are sines of their index, so that a loss is the same
-literal whatever the versions of torch and timm draw at the start.
+The tiny case has no random number in it: weights and pictures are sines of their index, so that a
+loss is the same literal whatever the versions of torch and timm draw at the start.
 """
 
 from __future__ import annotations
@@ -49,7 +50,14 @@ TINY_SETTINGS = {
     "milan": [*TINY_OUTPUT, *TINY_DECODER],
     "kd": TINY_OUTPUT,
     "caev2": [*TINY_OUTPUT, TINY_BEIT, *TINY_REGRESSOR, "regressor_depth=2"],
-    "cae": [*TINY, TINY_BEIT, *TINY_REGRESSOR, "regressor_depth=2", "decoder_depth=2", "vocabulary=9"],
+    "cae": [
+        *TINY,
+        TINY_BEIT,
+        *TINY_REGRESSOR,
+        "regressor_depth=2",
+        "decoder_depth=2",
+        "vocabulary=9",
+    ],
     "fd": [*TINY, "teacher_width=10", TINY_BEIT],
     "mvp": [*TINY_OUTPUT, TINY_BEIT],
     "mrmae": [*TINY, "teacher_width=10", *TINY_DECODER],
@@ -57,7 +65,9 @@ TINY_SETTINGS = {
 
 
 def wave(*shape: int, phase: float, size: float = 1.0) -> Tensor:
-    return size * torch.sin(1.7 * torch.arange(math.prod(shape), dtype=torch.float64) + phase).view(shape)
+    return size * torch.sin(1.7 * torch.arange(math.prod(shape), dtype=torch.float64) + phase).view(
+        shape
+    )
 
 
 def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
@@ -77,9 +87,11 @@ def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Small sines in every trained parameter, around 1 in the norms' weights; fixed positions stay."""
+    """Small sines in every trained parameter, around 1 in the norms' weights; fixed positions
+    stay."""
     for i, (name, parameter) in enumerate(model.named_parameters()):
-        if not name.endswith("pos_embed"):  # names of norms: norm1, decoder_norm, ...; encoder_to_regresser_norm
+        # names of norms: norm1, decoder_norm, ...; encoder_to_regresser_norm
+        if not name.endswith("pos_embed"):
             parameter.copy_(wave(*parameter.shape, phase=0.1 * i, size=0.2))
             if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
                 parameter.add_(1)
@@ -106,17 +118,24 @@ def first_losses(name: str, steps: int = 3) -> list[float]:
     return found
 
 
-def check_against(model: nn.Module, out: Tensor, reference: Callable[[dict[str, Tensor]], Tensor]) -> None:
-    """The loss and its gradients equal those of a second implementation, a function of the state dict."""
+def check_against(
+    model: nn.Module, out: Tensor, reference: Callable[[dict[str, Tensor]], Tensor]
+) -> None:
+    """The loss and its gradients equal those of a second implementation, a function of the state
+    dict."""
     parameters = trained(model)
     got = torch.autograd.grad(out, list(parameters.values()))
-    copies = {name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()}
+    copies = {
+        name: x.clone().requires_grad_(name in parameters) for name, x in model.state_dict().items()
+    }
     expected_loss = reference(copies)
     expected = torch.autograd.grad(expected_loss, [copies[name] for name in parameters])
     torch.testing.assert_close(out, expected_loss, rtol=1e-12, atol=0)
     for name, a, b in zip(parameters, got, expected, strict=True):
         # An absolute floor: the gradient of a key bias is zero by symmetry.
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def parameters(name: str, *more: str) -> tuple[int, int]:
@@ -124,31 +143,44 @@ def parameters(name: str, *more: str) -> tuple[int, int]:
     module = recipes.load(name)
     with torch.device("meta"):
         model = module.Model(config.from_overrides(module.Config, more))
-    return sum(x.numel() for x in model.parameters()), sum(x.numel() for x in trained(model).values())
+    return sum(x.numel() for x in model.parameters()), sum(
+        x.numel() for x in trained(model).values()
+    )
 
 
 def gmac(name: str, *more: str) -> float:
-    """Multiply-accumulates (1e9) of one picture's forward pass at the recipe's own size, counted by torch."""
+    """Multiply-accumulates (1e9) of one picture's forward pass at the recipe's own size, counted by
+    torch."""
     module = recipes.load(name)
     settings = config.from_overrides(module.Config, more)
     spec, p = module.needs(settings), settings.patches
     width = settings.teacher_out if spec.derive == "z" else settings.teacher_width
     ids = {"ids_keep": settings.visible, "ids_masked": p - settings.visible, "token_ids": p}
-    # Shapes alone (a device without autocast), and the plain form of attention, whose products the counter knows.
+    # Shapes alone (a device without autocast), and the plain form of attention, whose products the
+    # counter knows.
     without = mock.patch.object(losses, "autocast_off", return_value=contextlib.nullcontext())
     with torch.device("meta"), without:
         model = module.Model(settings).requires_grad_(False)
         batch = {key: torch.empty(1, n, dtype=torch.int64) for key, n in ids.items()}
         batch |= {"images": torch.empty(1, 3, settings.img_size, settings.img_size)}
-        batch |= {"targets": torch.empty(1, 1 + p, width), "features": torch.empty(1, len(spec.levels), 1 + p, width)}
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        batch |= {
+            "targets": torch.empty(1, 1 + p, width),
+            "features": torch.empty(1, len(spec.levels), 1 + p, width),
+        }
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             model(batch)
     return counter.get_total_flops() / 2e9
 
 
-def reference_losses(name: str, reference: Callable[[dict[str, Tensor]], Tensor], steps: int = 3) -> list[float]:
-    """What `first_losses` must give: a second implementation's loss of the state dict, and AdamW written out (rate
-    1e-2, eps 1e-8, decay 0.05 of every matrix that is no token)."""
+def reference_losses(
+    name: str, reference: Callable[[dict[str, Tensor]], Tensor], steps: int = 3
+) -> list[float]:
+    """What `first_losses` must give: a second implementation's loss of the state dict, and AdamW
+    written out (rate 1e-2, eps 1e-8, decay 0.05 of every matrix that is no token)."""
     model, settings = tiny_model(name)
     names, (b1, b2) = list(trained(model)), settings.betas
     w = {key: x.clone() for key, x in model.state_dict().items()}
@@ -158,7 +190,9 @@ def reference_losses(name: str, reference: Callable[[dict[str, Tensor]], Tensor]
         copies = {key: x.clone().requires_grad_(key in names) for key, x in w.items()}
         loss = reference(copies)
         found.append(loss.item())
-        for key, g in zip(names, torch.autograd.grad(loss, [copies[key] for key in names]), strict=True):
+        for key, g in zip(
+            names, torch.autograd.grad(loss, [copies[key] for key in names]), strict=True
+        ):
             m[key], v[key] = b1 * m[key] + (1 - b1) * g, b2 * v[key] + (1 - b2) * g**2
             decay = 0.05 if w[key].ndim > 1 and "token" not in key else 0.0
             step = (m[key] / (1 - b1**t)) / ((v[key] / (1 - b2**t)).sqrt() + 1e-8)
@@ -167,10 +201,12 @@ def reference_losses(name: str, reference: Callable[[dict[str, Tensor]], Tensor]
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
-# --- the contract, for every module in the folder -------------------------------------------------------------------
+# --- the contract, for every module in the folder -------------------------------------------------
 
 each = pytest.mark.parametrize("name", sorted(TINY_SETTINGS))
 
@@ -208,12 +244,20 @@ def test_encoder_loads_strictly_into_timm(name: str) -> None:
     small |= {"embed_dim": 16, "depth": 3, "num_heads": 2}
     if isinstance(model.encoder, Beit):
         relative = model.encoder.pos_embed is None
-        positions = {"use_abs_pos_emb": not relative, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": relative}
-        plain = timm.create_model("beit_base_patch16_224", global_pool="token", **small, **positions)
+        positions = {
+            "use_abs_pos_emb": not relative,
+            "use_rel_pos_bias": False,
+            "use_shared_rel_pos_bias": relative,
+        }
+        plain = timm.create_model(
+            "beit_base_patch16_224", global_pool="token", **small, **positions
+        )
     else:
         plain = timm.create_model("vit_tiny_patch16_224", **small)
     plain.double().load_state_dict(model.encoder.state_dict(), strict=True)
-    ours, timms = (net.eval().forward_features(tiny_batch()["images"]) for net in (model.encoder, plain))  # type: ignore[union-attr,operator]
+    ours, timms = (
+        net.eval().forward_features(tiny_batch()["images"]) for net in (model.encoder, plain)
+    )  # type: ignore[union-attr,operator]
     torch.testing.assert_close(ours, timms)
 
 
@@ -263,8 +307,8 @@ def golden(**changes: object) -> dict[str, object]:
         "encoder": "base", "img_size": 224, "patch_size": 16, "drop_path": 0.1,
         "teacher": "clip-b16", "teacher_depth": 12, "teacher_width": 768,
         "mask": "attentive", "mask_ratio": 0.7,
-        "blr": 1.5e-4, "lr": None, "min_lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.05, "decay_tokens": False,
-        "clip_grad": None, "epochs": 200, "warmup_epochs": 20,
+        "blr": 1.5e-4, "lr": None, "min_lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.05,
+        "decay_tokens": False, "clip_grad": None, "epochs": 200, "warmup_epochs": 20,
     }  # fmt: skip
     return {**common, **changes}
 
@@ -274,39 +318,47 @@ ALIGN = {"level_weights": "top:5", "align_levels": "auto"}
 DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16, "norm_pix": True}
 GOLDEN = {
     "maskalign": golden(
-        **ALIGN, alignment="mix_then_adapt", mix_start="auto", adaptor="linear", target_norm="ln", loss="smooth_l1",
-        cls_loss=True,
+        **ALIGN, alignment="mix_then_adapt", mix_start="auto", adaptor="linear", target_norm="ln",
+        loss="smooth_l1", cls_loss=True,
     ),
-    "mae": golden(drop_path=0.0, mask="uniform", mask_ratio=0.75, min_lr=0.0, epochs=800, warmup_epochs=40, **DECODER),
+    "mae": golden(
+        drop_path=0.0, mask="uniform", mask_ratio=0.75, min_lr=0.0, epochs=800, warmup_epochs=40,
+        **DECODER,
+    ),
     "mralign": golden(mask_ratio=0.75, align_weight=0.5, pixel_weight=0.5, **ALIGN, **DECODER),
     "milan": golden(
-        drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=40, decoder="prompting",
-        prompts="projected", cls_loss=True, **OUTPUT, **DECODER,
+        drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=40,
+        decoder="prompting", prompts="projected", cls_loss=True, **OUTPUT, **DECODER,
     ),
-    "kd": golden(drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=40, **OUTPUT),
+    "kd": golden(
+        drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=40, **OUTPUT
+    ),
     "caev2": golden(
-        mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=300, warmup_epochs=10,
-        family="cae", layer_scale=0.1, regressor_width=768, regressor_depth=4, regressor_heads=12, align="both",
-        loss="cosine", reduction="code", head="norm_linear", jitter=0.4, **OUTPUT,
+        mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=300,
+        warmup_epochs=10, family="cae", layer_scale=0.1, regressor_width=768, regressor_depth=4,
+        regressor_heads=12, align="both", loss="cosine", reduction="code", head="norm_linear",
+        jitter=0.4, **OUTPUT,
     ),
     "cae": golden(
-        mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=800, warmup_epochs=20,
-        family="cae", layer_scale=0.1, xavier=True, regressor_width=768, regressor_depth=4, regressor_heads=12,
-        decoder_depth=4, token_field="dvae/token_ids", vocabulary=8192, align_weight=2.0, align_drop_path=True,
+        mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=800,
+        warmup_epochs=20, family="cae", layer_scale=0.1, xavier=True, regressor_width=768,
+        regressor_depth=4, regressor_heads=12, decoder_depth=4, token_field="dvae/token_ids",
+        vocabulary=8192, align_weight=2.0, align_drop_path=True,
     ),
     "fd": golden(
-        drop_path=0.2, mask="uniform", mask_ratio=0.0, min_lr=2e-5, betas=[0.9, 0.999], clip_grad=3.0, epochs=300,
-        warmup_epochs=10, family="beit", layer_scale=0.1, beta=2.0,
+        drop_path=0.2, mask="uniform", mask_ratio=0.0, min_lr=2e-5, betas=[0.9, 0.999],
+        clip_grad=3.0, epochs=300, warmup_epochs=10, family="beit", layer_scale=0.1, beta=2.0,
     ),
     "mvp": golden(
-        mask="blockwise", mask_ratio=0.4, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=300, warmup_epochs=10,
-        family="beit", layer_scale=0.1, **OUTPUT,
+        mask="blockwise", mask_ratio=0.4, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=300,
+        warmup_epochs=10, family="beit", layer_scale=0.1, **OUTPUT,
     ),
 }  # fmt: skip
 GOLDEN["mrmae"] = golden(
-    drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=80, target="fd", teacher_out=512,
-    family="mae", conv_cls=False, fuse="auto", mimic_at="encoder", mimic_weight=0.5, pixel_weight=0.5,
-    reduction="mean", joint="", joint_depth=12, joint_width=768, **DECODER,
+    drop_path=0.0, mask_ratio=0.75, min_lr=0.0, epochs=400, warmup_epochs=80, target="fd",
+    teacher_out=512, family="mae", conv_cls=False, fuse="auto", mimic_at="encoder",
+    mimic_weight=0.5, pixel_weight=0.5, reduction="mean", joint="", joint_depth=12, joint_width=768,
+    **DECODER,
 )  # fmt: skip
 CLIP_L14 = {"teacher": "clip-l14", "teacher_depth": 24, "teacher_width": 1024, "teacher_out": 768}
 # What a model size changes.
@@ -314,8 +366,8 @@ GOLDEN_SIZES: dict[tuple[str, str], dict[str, object]] = {
     ("caev2", "tiny"): {"mask_ratio": 0.15, "regressor_width": 96, "regressor_depth": 1},
     ("caev2", "small"): {"mask_ratio": 0.25, "regressor_width": 384, "regressor_depth": 1},
     ("caev2", "large"): {
-        "mask_ratio": 0.6, "regressor_width": 1024, "regressor_heads": 16, "drop_path": 0.2, "layer_scale": 1e-5,
-        **CLIP_L14,
+        "mask_ratio": 0.6, "regressor_width": 1024, "regressor_heads": 16, "drop_path": 0.2,
+        "layer_scale": 1e-5, **CLIP_L14,
     },
     ("maskalign", "large"): {"drop_path": 0.2},
     ("milan", "large"): CLIP_L14,
@@ -336,7 +388,11 @@ def test_defaults_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
 def test_defaults_of_each_size(name: str, size: str) -> None:
     given = config.from_overrides(recipes.load(name).Config, [f"encoder={size}"])
-    assert config.as_dict(given) == {**GOLDEN[name], "encoder": size, **GOLDEN_SIZES.get((name, size), {})}
+    assert config.as_dict(given) == {
+        **GOLDEN[name],
+        "encoder": size,
+        **GOLDEN_SIZES.get((name, size), {}),
+    }
 
 
 @pytest.mark.parametrize("name", sorted(set(TINY_SETTINGS) - {"fd"}))  # which hides nothing
@@ -344,15 +400,21 @@ def test_defaults_of_each_size(name: str, size: str) -> None:
 def test_needs_holds_what_the_mask_reads(name: str, mask: str) -> None:
     module = recipes.load(name)
     spec = module.needs(config.from_overrides(module.Config, [f"mask={mask}"]))
-    read = {"attentive": ("attention",), "topk": ("attention",), "stored": ("mask_order",)}.get(mask, ())
-    assert tuple(field for field in spec.fields if field not in ("features", "dvae/token_ids")) == read
+    read = {"attentive": ("attention",), "topk": ("attention",), "stored": ("mask_order",)}.get(
+        mask, ()
+    )
+    assert (
+        tuple(field for field in spec.fields if field not in ("features", "dvae/token_ids")) == read
+    )
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def test_unknown_recipe_lists_near_names() -> None:
-    with pytest.raises(UsageError, match=r"unknown recipe 'maskaling': did you mean maskalign\b.*known: .*\bmae\b"):
+    with pytest.raises(
+        UsageError, match=r"unknown recipe 'maskaling': did you mean maskalign\b.*known: .*\bmae\b"
+    ):
         recipes.load("maskaling")
 
 

@@ -1,4 +1,5 @@
-"""Every recipe trains from a small cache by the ordinary command, and leaves an encoder one can take home."""
+"""Every recipe trains from a small cache by the ordinary command, and leaves an encoder one can
+take home."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ STEPS = ("--steps", "12", "--batch-size", "12", "--precision", "fp32")
 @pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
 def test_trains_from_a_cache(recipe: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    fx.good(fx.train(recipe, run, "--cache", fx.cache_of(recipe), "--images", fx.pictures(), *STEPS))
+    fx.good(
+        fx.train(recipe, run, "--cache", fx.cache_of(recipe), "--images", fx.pictures(), *STEPS)
+    )
     losses = fx.losses(run)
     assert len(losses) == 12
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
@@ -70,21 +73,30 @@ def test_masked_convolutions_train_from_a_cache(cls_token: bool, tmp_path: Path)
 
 
 def test_topk_shows_the_same_in_each_epoch(tmp_path: Path) -> None:
-    """The 4 patches of most attention, whatever the epoch; an attentive draw is another each time."""
+    """The 4 patches of most attention, whatever the epoch; an attentive draw is another each
+    time."""
     from student.targets.assemble import draw_masks
 
     with Cache(fx.cache_path()) as cache:
         module = recipes.load("mrmae")
-        digests, attention = cache.keys.digests, cache.read(np.arange(len(cache)), 0, ("attention",))["attention"]
+        digests, attention = (
+            cache.keys.digests,
+            cache.read(np.arange(len(cache)), 0, ("attention",))["attention"],
+        )
         for mask, same in (("topk", True), ("attentive", False)):
             given = module.Config(img_size=32, patch_size=8, mask=mask)
             epochs = [
-                draw_masks(given, {"digests": digests, "round": epoch}, {"attention": attention}, 0)["ids_keep"]
+                draw_masks(
+                    given, {"digests": digests, "round": epoch}, {"attention": attention}, 0
+                )["ids_keep"]
                 for epoch in (0, 1)
             ]
             assert torch.equal(*epochs) is same
             if same:
-                expected = [sorted(sorted(range(16), key=lambda j, row=row: (-row[j], j))[:4]) for row in attention]
+                expected = [
+                    sorted(sorted(range(16), key=lambda j, row=row: (-row[j], j))[:4])
+                    for row in attention
+                ]
                 assert epochs[0].tolist() == expected
 
 
@@ -96,12 +108,16 @@ def test_a_kept_cache_serves_what_reads_visible_tokens_only(tmp_path: Path) -> N
     assert np.isfinite(fx.losses(tmp_path / "run")).all()
     fx.good(fx.train("mrmae", tmp_path / "c", *options))
     assert np.isfinite(fx.losses(tmp_path / "c")).all()
-    assert "and the recipe reads all" in fx.train("mrmae", tmp_path / "d", *options, sets=("mimic_at=decoder",)).line
+    assert (
+        "and the recipe reads all"
+        in fx.train("mrmae", tmp_path / "d", *options, sets=("mimic_at=decoder",)).line
+    )
     assert "and the recipe reads all" in fx.train("milan", tmp_path / "b", *options).line
 
 
 def test_colours_that_deviate_from_the_publication_are_called_so(tmp_path: Path) -> None:
-    """The cache is not jittered, CAE v2 was published with 0.4: either the cache or the setting is said to differ."""
+    """The cache is not jittered, CAE v2 was published with 0.4: either the cache or the setting is
+    said to differ."""
     options = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--steps", "0")
     asked = fx.good(fx.train("caev2", tmp_path / "a", *options, sets=("jitter=0",)))
     assert "note: jitter=0 deviates from the recipe, which was published with 0.4\n" in asked.err
@@ -116,17 +132,20 @@ def test_every_recipe_is_among_them() -> None:
     assert sorted(fx.RECIPES) == recipes.names()
 
 
-# --- targets that derive from what is stored ------------------------------------------------------------------------
+# --- targets that derive from what is stored ------------------------------------------------------
 
 CPU = torch.device("cpu")
 
 
 def spec_of(derive: str, **more: Any) -> TargetSpec:
-    return TargetSpec(teacher=fx.TEACHER, levels=(4,), fields=("features",), patches=16, derive=derive, **more)
+    return TargetSpec(
+        teacher=fx.TEACHER, levels=(4,), fields=("features",), patches=16, derive=derive, **more
+    )
 
 
 class Projecting(Cache):
-    """The test cache as a teacher with a projection, or with a norm of another eps, would have left it."""
+    """The test cache as a teacher with a projection, or with a norm of another eps, would have left
+    it."""
 
     eps = 1e-5
 
@@ -143,7 +162,8 @@ class OtherEps(Projecting):
 @pytest.mark.parametrize("derive", ["z", "f", "fd"])
 @pytest.mark.parametrize("path", [fx.cache_path, fx.ranked_path])
 def test_derived_targets_equal_numpys(kind: type[Projecting], derive: str, path: Any) -> None:
-    """In float64 from what the cache stores: y = h std + mean, the teacher's own norm of it, its projection."""
+    """In float64 from what the cache stores: y = h std + mean, the teacher's own norm of it, its
+    projection."""
     cache = kind(path())
     rows, view = np.arange(5), np.array([0, 1, 2, 0, 1])
     source = Cached(cache, spec_of(derive), np.arange(len(cache)))
@@ -217,7 +237,8 @@ def test_channels_of_the_output_are_a_fact_of_the_cache(tmp_path: Path) -> None:
             *STEPS,
         )
     )
-    assert checkpoint.config(tmp_path / "run")["config"]["teacher_out"] == 24  # its width: it has no projection
+    # its width: it has no projection
+    assert checkpoint.config(tmp_path / "run")["config"]["teacher_out"] == 24
     ran = fx.train(
         "kd",
         tmp_path / "b",
@@ -237,9 +258,15 @@ def test_stats_of_online_and_cached_targets_share_one_function() -> None:
     from featcache.views.policy import Policy
 
     teacher = teachers.load(fx.TEACHER)
-    pixels = (rng.words(rng.key_digests(["a"]), rng.stream("t", 0), 32 * 32 * 3) % np.uint64(256)).astype(np.uint8)
+    pixels = (
+        rng.words(rng.key_digests(["a"]), rng.stream("t", 0), 32 * 32 * 3) % np.uint64(256)
+    ).astype(np.uint8)
     online = Online(Policy(size=32), spec_of("f"), teacher, None)
-    host = {"pixels": pixels.reshape(1, 32, 32, 3), "digests": rng.key_digests(["a"]), "view": np.zeros(1, np.int64)}
+    host = {
+        "pixels": pixels.reshape(1, 32, 32, 3),
+        "digests": rng.key_digests(["a"]),
+        "view": np.zeros(1, np.int64),
+    }
     got, _ = online.complete(host, CPU)
     y = teacher(torch.from_numpy(host["pixels"]).permute(0, 3, 1, 2), [4])[0][0].double().numpy()
     h = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + levels.EPS)

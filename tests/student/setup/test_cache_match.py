@@ -1,4 +1,5 @@
-"""From a recipe's needs to a cache: facts, refusals, the command that makes what is missing, the search, the join."""
+"""From a recipe's needs to a cache: facts, refusals, the command that makes what is missing, the
+search, the join."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def run_command(line: str, home: Path) -> fx.Ran:
     return fx.feat("extract", *words, home=home)
 
 
-# --- facts ----------------------------------------------------------------------------------------------------------
+# --- facts ----------------------------------------------------------------------------------------
 
 
 def test_facts_of_the_cache_fill_the_configuration(tmp_path: Path) -> None:
@@ -46,7 +47,9 @@ def test_facts_of_the_cache_fill_the_configuration(tmp_path: Path) -> None:
     assert {key: saved[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize(("size", "patches", "px"), [(224, 196, 16), (196, 196, 14), (224, 49, 32), (32, 16, 8)])
+@pytest.mark.parametrize(
+    ("size", "patches", "px"), [(224, 196, 16), (196, 196, 14), (224, 49, 32), (32, 16, 8)]
+)
 def test_patch_of_the_student_on_the_teachers_grid(size: int, patches: int, px: int) -> None:
     assert cache_match.patch_size(size, patches) == px
 
@@ -67,7 +70,9 @@ def test_views_that_cannot_be_cut(size: int, patches: int) -> None:
     ],
 )
 @pytest.mark.parametrize("mode", ["cached", "online"])
-def test_a_setting_against_the_facts_is_refused(setting: str, fact: str, mode: str, tmp_path: Path) -> None:
+def test_a_setting_against_the_facts_is_refused(
+    setting: str, fact: str, mode: str, tmp_path: Path
+) -> None:
     options = ("--cache", fx.cache_path(), *ONE, "--teacher", mode)
     ran = fx.train("maskalign", tmp_path / "run", *options, sets=(setting,))
     assert ran.status == 2
@@ -77,10 +82,14 @@ def test_a_setting_against_the_facts_is_refused(setting: str, fact: str, mode: s
 
 
 def test_a_setting_that_agrees_is_taken(tmp_path: Path) -> None:
-    fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *ONE, sets=("img_size=32",)))
+    fx.good(
+        fx.train(
+            "maskalign", tmp_path / "run", "--cache", fx.cache_path(), *ONE, sets=("img_size=32",)
+        )
+    )
 
 
-# --- what is missing, and the command that makes it -----------------------------------------------------------------
+# --- what is missing, and the command that makes it -----------------------------------------------
 
 
 def test_a_missing_level_is_added_in_its_place(tmp_path: Path) -> None:
@@ -97,7 +106,17 @@ def test_a_missing_level_is_added_in_its_place(tmp_path: Path) -> None:
         assert cache.levels == (1, 2, 3, 4)
         assert cache.identity == fx.open_cache().identity
     assert [line["run"] for line in runs_of(there, tmp_path / "home")] == []
-    fx.good(fx.train("maskalign", tmp_path / "noted", "--cache", there, *ONE, sets=sets, home=tmp_path / "home"))
+    fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "noted",
+            "--cache",
+            there,
+            *ONE,
+            sets=sets,
+            home=tmp_path / "home",
+        )
+    )
     assert [line["run"] for line in runs_of(there, tmp_path / "home")] == [str(tmp_path / "noted")]
 
 
@@ -107,14 +126,38 @@ def copy(cache: Path, tmp_path: Path) -> Path:
 
 def runs_of(cache: Path, home: Path) -> list[dict[str, Any]]:
     """The runs that `featcache info` lists."""
-    runs: list[dict[str, Any]] = fx.good(fx.feat("info", str(cache), "--json", home=home)).json["runs"]
+    runs: list[dict[str, Any]] = fx.good(fx.feat("info", str(cache), "--json", home=home)).json[
+        "runs"
+    ]
     return runs
 
 
 def test_the_command_says_all_by_which_a_cache_is_made(tmp_path: Path) -> None:
     """Every option of an odd cache: made again from them elsewhere, it is the same cache."""
-    views = ("--ratio", "1,1.25", "--scale", "0.33333333,1", "--flip", "0.3", "--filter", "lanczos", "--seed", "7")
-    layout = ("--order", "uniform", "--tokens", "ranked", "--keep", "7", "--pixels", "raw", "--rows-per-shard", "10")
+    views = (
+        "--ratio",
+        "1,1.25",
+        "--scale",
+        "0.33333333,1",
+        "--flip",
+        "0.3",
+        "--filter",
+        "lanczos",
+        "--seed",
+        "7",
+    )
+    layout = (
+        "--order",
+        "uniform",
+        "--tokens",
+        "ranked",
+        "--keep",
+        "7",
+        "--pixels",
+        "raw",
+        "--rows-per-shard",
+        "10",
+    )
     fx.extract(fx.pictures(), tmp_path / "odd", *views, *layout)
     with Cache(tmp_path / "odd") as old:
         words = extract_command.options(old.manifest)
@@ -140,7 +183,8 @@ def test_the_command_names_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_missing_field(tmp_path: Path) -> None:
-    """A cache whose attention goes by another name: the command makes another cache, nothing can be added."""
+    """A cache whose attention goes by another name: the command makes another cache, nothing can be
+    added."""
     there = copy(fx.cache_path(), tmp_path)
     about = manifest.read(there)
     about["arrays"]["attention_"] = about["arrays"].pop("attention")
@@ -162,7 +206,9 @@ def test_a_missing_field(tmp_path: Path) -> None:
             home=tmp_path / "home",
         )
     )
-    uniform = fx.train("maskalign", tmp_path / "uniform", "--cache", there, *ONE, sets=("mask=uniform",))
+    uniform = fx.train(
+        "maskalign", tmp_path / "uniform", "--cache", there, *ONE, sets=("mask=uniform",)
+    )
     assert uniform.status == 0, uniform.err  # who does not need the field is served
 
 
@@ -192,11 +238,14 @@ def test_none_in_an_empty_home(tmp_path: Path) -> None:
     "sets",
     [
         (*OWN_TEACHER, "img_size=32", "patch_size=8"),  # the size of the view is part of the need
-        (f"teacher={fx.TEACHER}", "level_weights=mean"),  # the depth is a fact of the teacher, not 12
+        # the depth is a fact of the teacher, not 12
+        (f"teacher={fx.TEACHER}", "level_weights=mean"),
         (f"teacher={fx.TEACHER}", "level_weights=top:2", "align_levels=3,4"),
     ],
 )
-def test_the_command_for_an_empty_home_makes_what_serves(sets: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_command_for_an_empty_home_makes_what_serves(
+    sets: tuple[str, ...], tmp_path: Path
+) -> None:
     home, options = tmp_path / "home", ("--images", fx.pictures(), *ONE)
     ran = fx.train("maskalign", tmp_path / "run", *options, sets=sets, home=home)
     assert ran.status == 1
@@ -223,16 +272,21 @@ def test_mae_with_an_attentive_mask_proposes_levels_that_exist(tmp_path: Path) -
     assert ran.status == 1
     made = run_command(ran.line, home)
     assert made.status == 0, made.err
-    fx.good(fx.train("mae", tmp_path / "run", "--images", fx.pictures(), *ONE, sets=sets, home=home))
+    fx.good(
+        fx.train("mae", tmp_path / "run", "--images", fx.pictures(), *ONE, sets=sets, home=home)
+    )
 
 
-# --- what a kept cache can serve --------------------------------------------------------------------------------------
+# --- what a kept cache can serve ------------------------------------------------------------------
 
 
 def test_a_kept_cache_sets_the_stored_mask_and_says_so(tmp_path: Path) -> None:
     options = ("--cache", fx.kept_path(), *ONE)
     ran = fx.good(fx.train("maskalign", tmp_path / "run", *options))
-    assert "note: the cache keeps the first 5 of 16 patches of each view (--keep), in their stored order" in ran.err
+    assert (
+        "note: the cache keeps the first 5 of 16 patches of each view (--keep), in their stored "
+        "order" in ran.err
+    )
     assert "mask=stored" in ran.err
     assert checkpoint.config(tmp_path / "run")["config"]["mask"] == "stored"
     said = fx.good(fx.train("maskalign", tmp_path / "set", *options, sets=("mask=stored",)))
@@ -244,11 +298,19 @@ def test_a_kept_cache_sets_the_stored_mask_and_says_so(tmp_path: Path) -> None:
     ("sets", "told"),
     [
         (("mask=uniform",), ("first 5 of 16", "mask=uniform shows others", "--set mask=stored")),
-        (("mask=attentive",), ("first 5 of 16", "mask=attentive shows others", "--set mask=stored")),
-        (("mask_ratio=0.5",), ("first 5 of 16", "mask_ratio=0.5 shows 8", "--set a larger mask_ratio")),
+        (
+            ("mask=attentive",),
+            ("first 5 of 16", "mask=attentive shows others", "--set mask=stored"),
+        ),
+        (
+            ("mask_ratio=0.5",),
+            ("first 5 of 16", "mask_ratio=0.5 shows 8", "--set a larger mask_ratio"),
+        ),
     ],
 )
-def test_a_kept_cache_does_not_serve_other_masks(sets: tuple[str, ...], told: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_kept_cache_does_not_serve_other_masks(
+    sets: tuple[str, ...], told: tuple[str, ...], tmp_path: Path
+) -> None:
     ran = fx.train("mralign", tmp_path / "run", "--cache", fx.kept_path(), *ONE, sets=sets)
     assert ran.status == 1
     assert all(part in ran.line for part in told), ran.line
@@ -274,7 +336,16 @@ def test_a_kept_cache_does_not_serve_a_recipe_that_reads_all_tokens(tmp_path: Pa
     text = (Path(recipes.__file__).parent / "maskalign.py").read_text()
     (tmp_path / "all.py").write_text(text.replace("visible_only=True", "visible_only=False"))
     sets = [part for text in fx.RECIPES["maskalign"] for part in ("--set", text)]
-    words = ("--recipe", tmp_path / "all.py", "--out", tmp_path / "run", "--device", "cpu", *sets, *ONE)
+    words = (
+        "--recipe",
+        tmp_path / "all.py",
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        *sets,
+        *ONE,
+    )
     ran = fx.stud("train", *words, "--cache", fx.kept_path(), "--set", "mask=stored")
     assert ran.status == 1
     assert "the recipe reads all" in ran.line
@@ -284,11 +355,15 @@ def test_a_kept_cache_does_not_serve_a_recipe_that_reads_all_tokens(tmp_path: Pa
 
 def test_mae_reads_no_token_and_takes_any_cache(tmp_path: Path) -> None:
     for mask in ("uniform", "attentive"):
-        ran = fx.good(fx.train("mae", tmp_path / mask, "--cache", fx.kept_path(), *ONE, sets=(f"mask={mask}",)))
+        ran = fx.good(
+            fx.train(
+                "mae", tmp_path / mask, "--cache", fx.kept_path(), *ONE, sets=(f"mask={mask}",)
+            )
+        )
         assert "stored order" not in ran.err
 
 
-# --- the search -----------------------------------------------------------------------------------------------------
+# --- the search -----------------------------------------------------------------------------------
 
 
 def home_with(tmp_path: Path, *caches: str) -> Path:
@@ -317,7 +392,8 @@ def test_several_ask_for_a_choice(tmp_path: Path) -> None:
 
 
 def test_those_that_do_not_serve_are_passed_over(tmp_path: Path) -> None:
-    """Other pictures, another crop policy, a damaged manifest, a level too few: one of five serves."""
+    """Other pictures, another crop policy, a damaged manifest, a level too few: one of five
+    serves."""
     home = home_with(tmp_path, "good", "broken", "few")
     (home / "broken" / manifest.NAME).write_text("{")
     about = manifest.read(home / "few")
@@ -326,7 +402,9 @@ def test_those_that_do_not_serve_are_passed_over(tmp_path: Path) -> None:
     fx.extract(fx.save_pictures(tmp_path / "others", 4, seed=9, classes=2), home / "others")
     fx.extract(fx.pictures(), home / "crops", "--scale", "0.08,1")
     fx.good(search(tmp_path, home, "--images", fx.pictures()))
-    assert checkpoint.config(tmp_path / "run")["targets"]["id"] == manifest.read(home / "good")["id"]
+    assert (
+        checkpoint.config(tmp_path / "run")["targets"]["id"] == manifest.read(home / "good")["id"]
+    )
 
 
 def test_a_cache_of_other_pictures_does_not_serve(tmp_path: Path) -> None:
@@ -338,7 +416,8 @@ def test_a_cache_of_other_pictures_does_not_serve(tmp_path: Path) -> None:
 
 
 def test_another_teacher_is_not_taken(tmp_path: Path) -> None:
-    """The recipe's own teacher is clip-b16: a cache of a trial teacher is no answer to a plain command."""
+    """The recipe's own teacher is clip-b16: a cache of a trial teacher is no answer to a plain
+    command."""
     ran = fx.train("maskalign", tmp_path / "run", *ONE, home=home_with(tmp_path, "a"))
     assert ran.status == 1
     assert "clip-b16 is needed" in ran.line
@@ -351,7 +430,7 @@ def test_mae_needs_no_cache_whatever_lies_in_home(caches: tuple[str, ...], tmp_p
     fx.good(search(tmp_path, home, *options, recipe="mae"))
 
 
-# --- the join -------------------------------------------------------------------------------------------------------
+# --- the join -------------------------------------------------------------------------------------
 
 
 def test_a_subset_is_joined_by_key(tmp_path: Path) -> None:
@@ -374,11 +453,22 @@ def test_quarantined_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
         source = open_source(tmp_path / "p")
         chosen, rows, skipped = join.join(cache, source)
         assert skipped == 1
-        assert [source.keys[i] for i in chosen.tolist()] == [cache.keys[row] for row in rows.tolist()]
+        assert [source.keys[i] for i in chosen.tolist()] == [
+            cache.keys[row] for row in rows.tolist()
+        ]
         assert "bad" not in [source.keys[i] for i in chosen.tolist()]
         assert len(chosen) == fx.PICTURES
     ran = fx.good(
-        fx.train("maskalign", tmp_path / "run", "--cache", tmp_path / "c", "--steps", "3", "--batch-size", "8")
+        fx.train(
+            "maskalign",
+            tmp_path / "run",
+            "--cache",
+            tmp_path / "c",
+            "--steps",
+            "3",
+            "--batch-size",
+            "8",
+        )
     )
     assert "1 pictures are in the cache's quarantine" in ran.err
     assert checkpoint.config(tmp_path / "run")["data"]["pictures"] == fx.PICTURES
@@ -389,7 +479,9 @@ def test_an_unknown_picture_is_refused(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "p" / "p00.png", tmp_path / "p" / "zebra.png")
     with pytest.raises(IdentityError, match=r"1 of 25 pictures.*'zebra'"):
         join.join(fx.open_cache(), open_source(tmp_path / "p"))
-    ran = fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), "--images", tmp_path / "p", *ONE)
+    ran = fx.train(
+        "maskalign", tmp_path / "run", "--cache", fx.cache_path(), "--images", tmp_path / "p", *ONE
+    )
     assert ran.status == 1
     assert "'zebra'" in ran.line
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
-"""One cache of wide crops for recipes of narrower ones: what is shown, said, recorded and refused."""
+"""One cache of wide crops for recipes of narrower ones: what is shown, said, recorded and
+refused."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def every(cache: Cache) -> tuple[Any, Any]:
     return rows + 100, rows
 
 
-# --- the choice -----------------------------------------------------------------------------------------------------
+# --- the choice -----------------------------------------------------------------------------------
 
 
 def test_the_published_range_is_shown_and_said() -> None:
@@ -61,14 +62,18 @@ def test_the_published_range_is_shown_and_said() -> None:
         share = np.mean(list(low.values()))
         assert show.notes == (
             f"crops of 0.6-1 of the area are shown, 0.08-1 are stored: {share:.1%} of the views",
-            f"{len(lost)} {'picture' if len(lost) == 1 else 'pictures'} have none of these and are left out: "
-            + ", ".join(lost[:5]),
+            f"{len(lost)} {'picture' if len(lost) == 1 else 'pictures'} have none of these and are "
+            f"left out: {', '.join(lost[:5])}",
         )
-        assert show.about == {"crops": {"scale": [0.6, 1.0], "left_out": len(lost), "left_out_first": lost}}
+        assert show.about == {
+            "crops": {"scale": [0.6, 1.0], "left_out": len(lost), "left_out_first": lost}
+        }
         assert show.turns is not None
         digests = cache.keys.digests[kept]
         for epoch in range(6):
-            for key, view in zip([cache.keys[i] for i in kept], show.turns.view(digests, epoch), strict=True):
+            for key, view in zip(
+                [cache.keys[i] for i in kept], show.turns.view(digests, epoch), strict=True
+            ):
                 assert low[key][view], (key, epoch)
 
 
@@ -108,7 +113,8 @@ def test_a_range_that_the_cache_does_not_hold(wanted: tuple[float, float]) -> No
 
 
 def test_too_many_pictures_without_a_view() -> None:
-    """The message counts them and names three ways out; each of them works, the command that adds views too."""
+    """The message counts them and names three ways out; each of them works, the command that adds
+    views too."""
     with Cache(wide_path()) as cache:
         low = {key: [area >= 0.6 for area in row] for key, row in areas(cache).items()}
         lost = [key for key, row in low.items() if not any(row)]
@@ -116,12 +122,17 @@ def test_too_many_pictures_without_a_view() -> None:
             view_choice.choose(cache, *every(cache), (0.6, 1.0))
         message = str(caught.value)
         assert f"{len(lost)} picture" in message
-        assert f"of 24 ({len(lost) / 24:.2%}) have no view with a crop of 0.6-1 of the area among their 3" in message
+        assert (
+            f"of 24 ({len(lost) / 24:.2%}) have no view with a crop of 0.6-1 of the area among "
+            "their 3" in message
+        )
         assert f"the first is {lost[0]!r}; allowed: 0.10%" in message
         assert "show all views with --scale 0.08,1" in message
         share = float(message.split("--without-view ")[1].split(",")[0])
         assert len(lost) / 24 <= share <= len(lost) / 24 + 0.001
-        assert len(view_choice.choose(cache, *every(cache), (0.6, 1.0), most_left_out=share).rows) == 24 - len(lost)
+        assert len(
+            view_choice.choose(cache, *every(cache), (0.6, 1.0), most_left_out=share).rows
+        ) == 24 - len(lost)
         by_shape: dict[int, list[float]] = {}
         for key, row in low.items():
             with Image.open(fx.pictures() / f"{key}.png") as picture:
@@ -129,7 +140,10 @@ def test_too_many_pictures_without_a_view() -> None:
             by_shape.setdefault(shape, []).append(1 - np.mean(row))
         words = shlex.split(message.split("featcache extract", 1)[1])
         views = int(words[words.index("--views") + 1])
-        left = [sum(len(each) * np.mean(each) ** v for each in by_shape.values()) for v in (views, views - 1)]
+        left = [
+            sum(len(each) * np.mean(each) ** v for each in by_shape.values())
+            for v in (views, views - 1)
+        ]
         assert left[0] <= 0.5 < left[1]  # half a picture, where 0.1 % is none of 24
 
 
@@ -142,26 +156,40 @@ def test_the_share_that_is_named_is_enough(monkeypatch: pytest.MonkeyPatch) -> N
     with Cache(wide_path()) as cache:
         with pytest.raises(UserError, match=r"--without-view 0\.009,"):
             view_choice.choose(cache, rows, rows, (0.6, 1.0))
-        assert len(view_choice.choose(cache, rows, rows, (0.6, 1.0), most_left_out=0.009).rows) == 2973
+        assert (
+            len(view_choice.choose(cache, rows, rows, (0.6, 1.0), most_left_out=0.009).rows) == 2973
+        )
 
 
 def test_more_views_are_counted_by_the_pictures_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """50 squares of which a tenth of the views is rejected, 50 pictures of 2:1 with eight tenths: 50 * 0.1^v + 50 *
-    0.8^v is at most half a picture from v = 21 on; all together, 100 * 0.45^v would say 7."""
+    """50 squares of which a tenth of the views is rejected, 50 pictures of 2:1 with eight tenths:
+    50 * 0.1^v + 50 * 0.8^v is at most half a picture from v = 21 on; all together, 100 * 0.45^v
+    would say 7."""
     accepted = np.ones((100, 10), bool)
     accepted[:50, :1] = False
     accepted[50:, :8] = False
     sizes = np.array([[300, 300]] * 50 + [[200, 400]] * 25 + [[400, 200]] * 25)
     cache: Any = SimpleNamespace(
-        views=10, manifest={}, levels=(1,), path="c", read=lambda *_: {"source_size": sizes.astype(np.int32)}
+        views=10,
+        manifest={},
+        levels=(1,),
+        path="c",
+        read=lambda *_: {"source_size": sizes.astype(np.int32)},
     )
-    monkeypatch.setattr(view_choice.extract_command, "options", lambda manifest, levels, views: ["--views", str(views)])
+    monkeypatch.setattr(
+        view_choice.extract_command,
+        "options",
+        lambda manifest, levels, views: ["--views", str(views)],
+    )
     text = view_choice._more_views(cache, np.arange(100), accepted, 0.001)
     assert "--views 21 --add" in text
 
 
 def test_none_accepted_at_all() -> None:
-    with Cache(wide_path()) as cache, pytest.raises(UserError, match=r"24 pictures of 24 \(100.00%\)") as caught:
+    with (
+        Cache(wide_path()) as cache,
+        pytest.raises(UserError, match=r"24 pictures of 24 \(100.00%\)") as caught,
+    ):
         view_choice.choose(cache, *every(cache), (0.0801, 0.0802))  # no view is that small
     assert "add views" not in str(caught.value)
     assert "--without-view" not in str(caught.value)  # nothing would be left
@@ -169,7 +197,8 @@ def test_none_accepted_at_all() -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_processes_shows_the_same(world: int) -> None:
-    """Over three epochs, the keys and views of every step; and another order of the source changes no view."""
+    """Over three epochs, the keys and views of every step; and another order of the source changes
+    no view."""
     with Cache(wide_path()) as cache:
         show = view_choice.choose(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
         spec = recipes.load("mae").needs(recipes.load("mae").Config())
@@ -178,7 +207,16 @@ def test_any_number_of_processes_shows_the_same(world: int) -> None:
             targets = Cached(cache, spec, show.rows, turns=show.turns)
             digests = cache.keys.digests[show.rows]
             ranks = [
-                Loader(join.StoredPixels(cache), targets, show.rows, digests, 3, 4 // world, world=world, rank=rank)
+                Loader(
+                    join.StoredPixels(cache),
+                    targets,
+                    show.rows,
+                    digests,
+                    3,
+                    4 // world,
+                    world=world,
+                    rank=rank,
+                )
                 for rank in range(world)
             ]
             found: list[dict[str, int]] = []
@@ -194,15 +232,19 @@ def test_any_number_of_processes_shows_the_same(world: int) -> None:
         alone = steps(show, 1)
         assert steps(show, world) == alone
         assert len({view for seen in alone for view in seen.values()}) == 3
-        back = view_choice.choose(cache, *(part[::-1].copy() for part in every(cache)), (0.6, 1.0), most_left_out=0.5)
+        back = view_choice.choose(
+            cache, *(part[::-1].copy() for part in every(cache)), (0.6, 1.0), most_left_out=0.5
+        )
         assert show.turns is not None
         assert back.turns is not None
         digests = cache.keys.digests[show.rows]
         for epoch in range(4):
-            assert show.turns.view(digests, epoch).tolist() == back.turns.view(digests, epoch).tolist()
+            assert (
+                show.turns.view(digests, epoch).tolist() == back.turns.view(digests, epoch).tolist()
+            )
 
 
-# --- in training ----------------------------------------------------------------------------------------------------
+# --- in training ----------------------------------------------------------------------------------
 
 
 def shown_areas(run: Path, cache: Cache) -> None:
@@ -221,7 +263,9 @@ def test_a_wide_cache_trains_a_recipe_of_narrower_crops(tmp_path: Path) -> None:
     assert "note: crops of 0.2-1 of the area are shown, 0.08-1 are stored: " in ran.err
     with Cache(wide_path()) as cache:
         shown_areas(tmp_path / "a", cache)
-        expected = np.mean([area >= np.float32(0.2) for row in areas(cache).values() for area in row])
+        expected = np.mean(
+            [area >= np.float32(0.2) for row in areas(cache).values() for area in row]
+        )
         assert f"{expected:.1%} of the views" in ran.err
     whole = fx.good(fx.train("maskalign", tmp_path / "b", *options, "--scale", "0.08,1"))
     assert "note: crops of 0.08-1 of the area; the recipe was published with 0.2-1" in whole.err
@@ -230,7 +274,8 @@ def test_a_wide_cache_trains_a_recipe_of_narrower_crops(tmp_path: Path) -> None:
 
 
 def test_every_recipe_of_other_crops_is_served_by_one_wide_cache(tmp_path: Path) -> None:
-    """(0.2, 1), (0.4, 1) and (0.08, 1) from the same cache; caev2 without its jitter, which is told."""
+    """(0.2, 1), (0.4, 1) and (0.08, 1) from the same cache; caev2 without its jitter, which is
+    told."""
     options = ("--cache", wide_path(), "--images", fx.pictures(), *STEPS, "--without-view", "0.5")
     for levels in ("top:1", "top:2", "top:3"):
         sets = (f"level_weights={levels}",)
@@ -250,10 +295,25 @@ def test_every_recipe_of_other_crops_is_served_by_one_wide_cache(tmp_path: Path)
 
 
 def test_pictures_that_are_left_out_are_never_trained_on(tmp_path: Path) -> None:
-    options = ("--cache", wide_path(), "--images", fx.pictures(), "--steps", "8", "--batch-size", "9")
+    options = (
+        "--cache",
+        wide_path(),
+        "--images",
+        fx.pictures(),
+        "--steps",
+        "8",
+        "--batch-size",
+        "9",
+    )
     with Cache(wide_path()) as cache:
-        lost = [key for key, row in areas(cache).items() if not any(area >= np.float32(0.6) for area in row)]
-    ran = fx.good(fx.train("mae", tmp_path / "run", *options, "--scale", "0.6,1", "--without-view", "0.5"))
+        lost = [
+            key
+            for key, row in areas(cache).items()
+            if not any(area >= np.float32(0.6) for area in row)
+        ]
+    ran = fx.good(
+        fx.train("mae", tmp_path / "run", *options, "--scale", "0.6,1", "--without-view", "0.5")
+    )
     assert f"left out: {', '.join(lost[:5])}" in ran.err
     saved = checkpoint.config(tmp_path / "run")
     assert saved["data"]["pictures"] == 24 - len(lost)
@@ -273,7 +333,9 @@ def test_too_many_is_one_line_before_the_run(tmp_path: Path) -> None:
 def test_the_teacher_in_the_loop_shows_the_same_views(tmp_path: Path) -> None:
     options = ("--cache", wide_path(), "--images", fx.pictures(), *STEPS, *ALLOWED)
     ran = fx.good(fx.train("kd", tmp_path / "a", *options, sets=("drop_path=0",)))
-    online = fx.good(fx.train("kd", tmp_path / "b", *options, "--teacher", "online", sets=("drop_path=0",)))
+    online = fx.good(
+        fx.train("kd", tmp_path / "b", *options, "--teacher", "online", sets=("drop_path=0",))
+    )
     assert "crops of 0.2-1 of the area are shown" in ran.err
     assert "crops of 0.2-1 of the area are shown" in online.err
     np.testing.assert_allclose(fx.losses(tmp_path / "a"), fx.losses(tmp_path / "b"), rtol=2e-3)
@@ -294,7 +356,7 @@ def test_resuming_in_another_range_is_refused(tmp_path: Path) -> None:
     assert "targets.crops" in ran.line
 
 
-# --- the search -----------------------------------------------------------------------------------------------------
+# --- the search -----------------------------------------------------------------------------------
 
 
 def test_a_wide_cache_is_found_by_a_narrower_need(tmp_path: Path) -> None:

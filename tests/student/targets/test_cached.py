@@ -1,4 +1,5 @@
-"""Views and targets of a step: which view is shown, what a mask depends on, and what the teacher in the loop gives."""
+"""Views and targets of a step: which view is shown, what a mask depends on, and what the teacher in
+the loop gives."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def settings_of(recipe: str, *changes: str) -> Any:
     return cache_match.with_facts(kind, [*fx.RECIPES[recipe], *changes], facts)
 
 
-# --- which view -----------------------------------------------------------------------------------------------------
+# --- which view -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
@@ -54,8 +55,11 @@ def test_every_view_equally_often(count: int, first: int, n: int) -> None:
 
 
 def test_a_batch_mixes_views() -> None:
-    """3,000 pictures in one epoch: each of 4 views has its quarter, within five standard deviations."""
-    counts = np.bincount(stored_view(rng.key_digests(f"n{i}" for i in range(3000)), 5, 4), minlength=4)
+    """3,000 pictures in one epoch: each of 4 views has its quarter, within five standard
+    deviations."""
+    counts = np.bincount(
+        stored_view(rng.key_digests(f"n{i}" for i in range(3000)), 5, 4), minlength=4
+    )
     assert (abs(counts - 750) < 5 * (3000 * 0.25 * 0.75) ** 0.5).all()
 
 
@@ -64,7 +68,10 @@ def test_literal_views() -> None:
     import hashlib
 
     keys = ["a", "n01/b", "c.d", "ü"]
-    words = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest()[:8], "little") for key in keys]
+    words = [
+        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest()[:8], "little")
+        for key in keys
+    ]
     for epoch in (0, 1, 7, 2**33):
         expected = [(epoch + word) % 4 for word in words]
         assert stored_view(rng.key_digests(keys), epoch, 4).tolist() == expected
@@ -82,12 +89,13 @@ def test_views_in_cache_and_online_agree_and_fresh_ones_count_epochs() -> None:
         assert set(fresh.view(digests, epoch).tolist()) == {epoch}
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask", ["attentive", "uniform", "stored"])
 def test_masks_do_not_depend_on_the_batch(mask: str) -> None:
-    """A picture's mask alone, in another order, or among others: (seed, epoch, key) and its own row decide."""
+    """A picture's mask alone, in another order, or among others: (seed, epoch, key) and its own row
+    decide."""
     settings_ = settings_of("mralign", f"mask={mask}")
     digests = rng.key_digests(f"k{i}" for i in range(10))
     weights = np.random.default_rng(0).random((10, 16)).astype(np.float32)
@@ -95,13 +103,18 @@ def test_masks_do_not_depend_on_the_batch(mask: str) -> None:
 
     def masks(rows: list[int], seed: int = 3, epoch: int = 2) -> Any:
         sources: dict[str, Any] = {"attention": weights[rows], "mask_order": orders[rows]}
-        return draw_masks(settings_, {"digests": digests[rows], "round": epoch}, sources, seed)["ids_keep"]
+        return draw_masks(settings_, {"digests": digests[rows], "round": epoch}, sources, seed)[
+            "ids_keep"
+        ]
 
     together = masks(list(range(10)))
     assert together.shape == (10, 4)
     for rows in ([4], [9, 0, 4], [4, 4]):
         torch.testing.assert_close(masks(rows), together[rows], rtol=0, atol=0)
-    changes = [torch.equal(masks(list(range(10)), **other), together) for other in ({"seed": 4}, {"epoch": 3})]
+    changes = [
+        torch.equal(masks(list(range(10)), **other), together)
+        for other in ({"seed": 4}, {"epoch": 3})
+    ]
     assert changes == [mask == "stored"] * 2
     if mask == "stored":
         assert together.tolist() == np.sort(orders[:, :4], 1).tolist()
@@ -117,7 +130,7 @@ def test_masks_part_the_patches() -> None:
     assert drawn["ids_keep"].dtype == torch.int64
 
 
-# --- the teacher in the loop ----------------------------------------------------------------------------------------
+# --- the teacher in the loop ----------------------------------------------------------------------
 
 
 def loader_of(targets_: Any, keys: list[str], source: Source, batch: int = 6) -> Loader:
@@ -132,9 +145,15 @@ def hosts(targets_: Any, steps: int = 4) -> list[dict[str, Any]]:
 
 
 def test_online_targets_equal_an_independent_computation() -> None:
-    """The view drawn and cropped by hand, the teacher called on one picture, h = (y - mean) / std in numpy."""
+    """The view drawn and cropped by hand, the teacher called on one picture, h = (y - mean) / std
+    in numpy."""
     teacher = teachers.load(fx.TEACHER)
-    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention", "mask_order"), patches=16)
+    spec = TargetSpec(
+        teacher=fx.TEACHER,
+        levels=(2, 4),
+        fields=("features", "attention", "mask_order"),
+        patches=16,
+    )
     policy = Policy(size=fx.SIZE, seed=5)
     online = Online(policy, spec, teacher, fx.VIEWS, "attentive")
     for host in hosts(online):
@@ -148,11 +167,15 @@ def test_online_targets_equal_an_independent_computation() -> None:
                 crop = picture.convert("RGB").crop((left, top, left + width, top + height))
             pixels = np.asarray(crop.resize((fx.SIZE, fx.SIZE), Image.Resampling.BICUBIC))
             pixels = pixels[:, ::-1].copy() if drawn.flip[0, 0] else pixels.copy()
-            ys, attention = teacher(torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(), (2, 4))
+            ys, attention = teacher(
+                torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(), (2, 4)
+            )
             for level, y in enumerate(ys):
                 y64 = y[0].numpy().astype(np.float64)
                 h = (y64 - y64.mean(-1, keepdims=True)) / np.sqrt(y64.var(-1, keepdims=True) + 1e-5)
-                np.testing.assert_allclose(got["features"][i, level].numpy(), h, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(
+                    got["features"][i, level].numpy(), h, rtol=1e-4, atol=1e-5
+                )
             np.testing.assert_array_equal(sources["attention"][i], attention[0].numpy())
             order = mask_order("attentive", attention.numpy(), digest, view, policy.seed)
             np.testing.assert_array_equal(sources["mask_order"][i], order[0])
@@ -165,10 +188,15 @@ def test_online_gives_what_the_cache_holds(fields: tuple[str, ...]) -> None:
     spec = TargetSpec(teacher=fx.TEACHER, levels=(3, 4), fields=fields, patches=16)
     source = open_source(fx.pictures())
     stored = Cached(cache, spec, cache.keys.find(source.keys))
-    online = Online(stored.policy, spec, teachers.load(fx.TEACHER), fx.VIEWS, cache.identity["order"])
+    online = Online(
+        stored.policy, spec, teachers.load(fx.TEACHER), fx.VIEWS, cache.identity["order"]
+    )
     for ours, theirs in zip(hosts(stored), hosts(online), strict=True):
         np.testing.assert_array_equal(ours["pixels"], theirs["pixels"])
-        (a, from_cache), (b, from_teacher) = stored.complete(ours, CPU), online.complete(theirs, CPU)
+        (a, from_cache), (b, from_teacher) = (
+            stored.complete(ours, CPU),
+            online.complete(theirs, CPU),
+        )
         error = (a["features"] - b["features"]).norm(dim=-1) / b["features"].norm(dim=-1)
         assert 0 < float(error.max()) < 1e-3
         np.testing.assert_array_equal(from_cache[fields[1]], from_teacher[fields[1]])
@@ -189,11 +217,12 @@ def test_nothing_is_computed_where_nothing_is_needed() -> None:
     assert online.complete(hosts(online, 1)[0], CPU) == ({}, {})
 
 
-# --- ranked caches --------------------------------------------------------------------------------------------------
+# --- ranked caches --------------------------------------------------------------------------------
 
 
 def test_ranked_tokens_go_back_to_their_patches() -> None:
-    """All tokens: what the raster cache holds. The first five: those, and NaN on every patch beyond them."""
+    """All tokens: what the raster cache holds. The first five: those, and NaN on every patch beyond
+    them."""
     raster, ranked = fx.open_cache(), Cache(fx.ranked_path())
     rows = np.arange(len(raster))
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features",), patches=16)
@@ -215,7 +244,8 @@ def test_ranked_tokens_go_back_to_their_patches() -> None:
 
 
 def test_only_the_prefix_is_read(tmp_path: Path) -> None:
-    """A ranked cache whose bytes beyond the first five tokens are all lost serves five, checked, and not six."""
+    """A ranked cache whose bytes beyond the first five tokens are all lost serves five, checked,
+    and not six."""
     shutil.copytree(fx.ranked_path(), tmp_path / "c")
     rows, five = np.arange(24), 5 * 24 * 2
     cache = Cache(tmp_path / "c")
@@ -237,7 +267,7 @@ def test_only_the_prefix_is_read(tmp_path: Path) -> None:
         Cached(cache, spec, rows, tokens=6).fetch(rows, view)
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def test_images_are_normalised_with_imagenets_statistics() -> None:

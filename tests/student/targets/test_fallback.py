@@ -1,4 +1,5 @@
-"""`--fallback online`: a run over a cache without some of its shards is the run over the whole cache, and says so."""
+"""`--fallback online`: a run over a cache without some of its shards is the run over the whole
+cache, and says so."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ GONE = ("p05", "p06", "p07", "p08", "p09")  # of 24 pictures, shard 000001 of sh
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pictures in five shards, the last of 4."""
-    return fx.extract(fx.pictures(), tmp_path_factory.mktemp("fallback") / "whole", "--rows-per-shard", "5")
+    return fx.extract(
+        fx.pictures(), tmp_path_factory.mktemp("fallback") / "whole", "--rows-per-shard", "5"
+    )
 
 
 def without(whole: Path, there: Path, *shards: str) -> Path:
@@ -54,7 +57,7 @@ def bad_record(cache: Path) -> None:
     (cache / "shards" / "000001.json").write_text("{")
 
 
-# --- the cache ------------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", [lost_record, short_file, one_file, bad_record])
@@ -78,7 +81,8 @@ def test_a_cache_opens_without_a_shard_of_which_something_is_missing(
 
 
 def test_what_was_added_goes_with_it(whole: Path, tmp_path: Path) -> None:
-    """A shard that an added part lacks is absent from all; the added level is still there for the others."""
+    """A shard that an added part lacks is absent from all; the added level is still there for the
+    others."""
     cache = tmp_path / "cache"
     shutil.copytree(whole, cache)
     options = (
@@ -91,7 +95,19 @@ def test_what_was_added_goes_with_it(whole: Path, tmp_path: Path) -> None:
         "--views",
         "3",
     )
-    fx.good(fx.feat("extract", *options, "--rows-per-shard", "5", "--levels", "1", "--add", "--out", str(cache)))
+    fx.good(
+        fx.feat(
+            "extract",
+            *options,
+            "--rows-per-shard",
+            "5",
+            "--levels",
+            "1",
+            "--add",
+            "--out",
+            str(cache),
+        )
+    )
     shutil.rmtree(next((cache / "parts").iterdir()) / "shards" / "000003.zarr")
     shutil.rmtree(cache / "shards" / "000001.zarr")
     with Cache(cache, partial=True) as opened:
@@ -106,7 +122,7 @@ def test_a_whole_cache_has_nothing_absent(whole: Path) -> None:
         assert (opened.absent, len(opened), opened.complete) == ({}, 24, True)
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,12 +138,15 @@ def test_a_whole_cache_has_nothing_absent(whole: Path) -> None:
 def test_the_run_is_that_of_the_whole_cache(
     recipe: str, sets: tuple[str, ...], options: tuple[str, ...], whole: Path, tmp_path: Path
 ) -> None:
-    """The synthetic teacher computes the same bits again, the codec rounds them, masks and views are those of the keys:
-    with one shard of five the same losses and weights to the bit, and every use is counted."""
+    """The synthetic teacher computes the same bits again, the codec rounds them, masks and views
+    are those of the keys: with one shard of five the same losses and weights to the bit, and every
+    use is counted."""
     part = without(whole, tmp_path / "part", "000001")
     given = ("--images", fx.pictures(), *STEPS, *options)
     fx.good(fx.train(recipe, tmp_path / "a", "--cache", whole, *given, sets=sets))
-    ran = fx.good(fx.train(recipe, tmp_path / "b", "--cache", part, *given, *FALLBACK, "--json", sets=sets))
+    ran = fx.good(
+        fx.train(recipe, tmp_path / "b", "--cache", part, *given, *FALLBACK, "--json", sets=sets)
+    )
     assert "1 of 5 shards are absent, the first is 000001 (cache file" in ran.err
     assert "the teacher computes the targets of 5 of 24 pictures (0.2083, allowed 0.25)" in ran.err
     rows = metrics.read(tmp_path / "b")
@@ -143,7 +162,9 @@ def test_each_use_is_counted(whole: Path, tmp_path: Path) -> None:
     """All five once in each of two epochs of three whole batches."""
     part = without(whole, tmp_path / "part", "000001")
     options = ("--epochs", "2", "--batch-size", "8", "--images", fx.pictures())
-    ran = fx.good(fx.train("maskalign", tmp_path / "run", "--cache", part, *options, *FALLBACK, "--json"))
+    ran = fx.good(
+        fx.train("maskalign", tmp_path / "run", "--cache", part, *options, *FALLBACK, "--json")
+    )
     counts = [row["fallback"] for row in metrics.read(tmp_path / "run")]
     assert (sum(counts[:3]), sum(counts[3:]), ran.json["fallback"]) == (5, 5, 10)
 
@@ -152,11 +173,18 @@ def test_in_two_processes(whole: Path, tmp_path: Path) -> None:
     part = without(whole, tmp_path / "part", "000001", "000004")
     given = ("--images", fx.pictures(), "--steps", "6", "--batch-size", "4")
     sets = ("drop_path=0",)
-    processes.good(processes.train(2, "--cache", whole, *given, "--out", tmp_path / "a", recipe="maskalign", sets=sets))
+    processes.good(
+        processes.train(
+            2, "--cache", whole, *given, "--out", tmp_path / "a", recipe="maskalign", sets=sets
+        )
+    )
     options = ("--fallback", "online", "--fallback-limit", "0.5", "--out", tmp_path / "b")
-    processes.good(processes.train(2, "--cache", part, *given, *options, recipe="maskalign", sets=sets))
+    processes.good(
+        processes.train(2, "--cache", part, *given, *options, recipe="maskalign", sets=sets)
+    )
     assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
-    assert sum(row["fallback"] for row in metrics.read(tmp_path / "b")) == 2 * 9  # both epochs show all 24
+    # both epochs show all 24
+    assert sum(row["fallback"] for row in metrics.read(tmp_path / "b")) == 2 * 9
 
 
 def test_ranked_tokens_and_stored_pixels(whole: Path, tmp_path: Path) -> None:
@@ -175,11 +203,25 @@ def test_resumed_when_the_cache_is_whole_again(whole: Path, tmp_path: Path) -> N
     part = without(whole, tmp_path / "part", "000001")
     given = ("--images", fx.pictures(), "--batch-size", "8", "--save-every", "3")
     fx.good(fx.train("maskalign", tmp_path / "a", "--cache", whole, *given, "--steps", "6"))
-    fx.good(fx.train("maskalign", tmp_path / "b", "--cache", part, *given, "--steps", "6", *FALLBACK))
+    fx.good(
+        fx.train("maskalign", tmp_path / "b", "--cache", part, *given, "--steps", "6", *FALLBACK)
+    )
     last = checkpoint.complete(tmp_path / "b")[-1]
     shutil.rmtree(last) if last.is_dir() else last.unlink()
     fx.good(fx.feat("repair", str(part), "--images", str(fx.pictures())))
-    ran = fx.good(fx.train("maskalign", tmp_path / "b", "--cache", part, *given, "--steps", "6", *FALLBACK, "--resume"))
+    ran = fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "b",
+            "--cache",
+            part,
+            *given,
+            "--steps",
+            "6",
+            *FALLBACK,
+            "--resume",
+        )
+    )
     assert "note: no shard of the cache is absent, --fallback has nothing to do" in ran.err
     assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
     assert fx.same_weights(tmp_path / "a", tmp_path / "b")
@@ -187,15 +229,21 @@ def test_resumed_when_the_cache_is_whole_again(whole: Path, tmp_path: Path) -> N
 
 def test_a_dry_run_measures_it(whole: Path, tmp_path: Path) -> None:
     part = without(whole, tmp_path / "part", "000001")
-    ran = fx.good(fx.train("maskalign", tmp_path / "run", "--cache", part, *STEPS, *FALLBACK, "--dry-run", "--json"))
+    ran = fx.good(
+        fx.train(
+            "maskalign", tmp_path / "run", "--cache", part, *STEPS, *FALLBACK, "--dry-run", "--json"
+        )
+    )
     assert ran.json["bytes_per_picture"] > 0
     assert not (tmp_path / "run").exists()
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
-def refused(status: int, told: str, run: Path, *options: Any, recipe: str = "maskalign", sets: Any = ()) -> str:
+def refused(
+    status: int, told: str, run: Path, *options: Any, recipe: str = "maskalign", sets: Any = ()
+) -> str:
     ran = fx.train(recipe, run, *options, *STEPS, sets=sets)
     assert ran.status == status, ran.err
     assert told in ran.line
@@ -207,7 +255,10 @@ def test_the_bound(whole: Path, tmp_path: Path) -> None:
     """1 % where nothing is said; the line says what would do."""
     part = without(whole, tmp_path / "part", "000001")
     options = ("--cache", part, "--fallback", "online")
-    told = "5 of 24 pictures (0.2083) would have their targets computed, allowed: 0.01; run `featcache repair "
+    told = (
+        "5 of 24 pictures (0.2083) would have their targets computed, allowed: 0.01; run "
+        "`featcache repair "
+    )
     line = refused(1, told, tmp_path / "run", *options)
     limit = line.split()[-2:]
     assert limit == ["--fallback-limit", "0.209"]
@@ -240,24 +291,45 @@ def test_other_pictures_are_refused(whole: Path, tmp_path: Path) -> None:
     ("options", "told"),
     [
         (("--fallback", "online"), "no --cache is given"),
-        (("--cache", "X", "--fallback", "online", "--teacher", "online"), "--teacher online computes all targets"),
-        (("--cache", "X", "--fallback", "online", "--resident"), "--fallback does not go with --resident"),
+        (
+            ("--cache", "X", "--fallback", "online", "--teacher", "online"),
+            "--teacher online computes all targets",
+        ),
+        (
+            ("--cache", "X", "--fallback", "online", "--resident"),
+            "--fallback does not go with --resident",
+        ),
         (("--cache", "X", "--fallback-limit", "0.1"), "--fallback-limit bounds --fallback"),
         (("--cache", "PART", *FALLBACK, "--scale", "0.3,1"), "--fallback online shows all views"),
         (("--cache", "PART", *FALLBACK, "--views", "2"), "--views 2 does not go with a cache"),
     ],
 )
-def test_what_does_not_go_together(options: tuple[str, ...], told: str, whole: Path, tmp_path: Path) -> None:
+def test_what_does_not_go_together(
+    options: tuple[str, ...], told: str, whole: Path, tmp_path: Path
+) -> None:
     part = without(whole, tmp_path / "part", "000001")
     places = {"X": str(whole), "PART": str(part)}
-    refused(2, told, tmp_path / "run", *(places.get(word, word) for word in options), "--without-view", "1")
+    refused(
+        2,
+        told,
+        tmp_path / "run",
+        *(places.get(word, word) for word in options),
+        "--without-view",
+        "1",
+    )
 
 
-def test_statistics_of_the_batch_and_fields_that_no_teacher_makes(whole: Path, tmp_path: Path) -> None:
+def test_statistics_of_the_batch_and_fields_that_no_teacher_makes(
+    whole: Path, tmp_path: Path
+) -> None:
     part = without(whole, tmp_path / "part", "000001")
     options = ("--cache", part, *FALLBACK)
     refused(
-        2, "target_norm=bn wants statistics of the whole batch", tmp_path / "run", *options, sets=("target_norm=bn",)
+        2,
+        "target_norm=bn wants statistics of the whole batch",
+        tmp_path / "run",
+        *options,
+        sets=("target_norm=bn",),
     )
     refused(1, "(0.2083) would have", tmp_path / "run", *options[:-1], "nan")
 
@@ -265,13 +337,15 @@ def test_statistics_of_the_batch_and_fields_that_no_teacher_makes(whole: Path, t
 def test_token_ids_are_not_made(tmp_path: Path) -> None:
     part = without(fx.token_path(), tmp_path / "part", "000000")
     options = ("--cache", part, "--fallback", "online", "--images", fx.pictures())
-    refused(2, "the teacher makes no token_ids; leave it out", tmp_path / "run", *options, recipe="cae")
+    refused(
+        2, "the teacher makes no token_ids; leave it out", tmp_path / "run", *options, recipe="cae"
+    )
 
 
 @pytest.mark.parametrize("record", ["there", "lost"])
 def test_pictures_in_quarantine_stay_there(record: str, tmp_path: Path) -> None:
-    """p07 cannot be read, and lies in the shard that goes; its record tells, or quarantine.json. Mended meanwhile, it
-    is not among the pictures all the same."""
+    """p07 cannot be read, and lies in the shard that goes; its record tells, or quarantine.json.
+    Mended meanwhile, it is not among the pictures all the same."""
     pictures = fx.save_pictures(tmp_path / "pictures")
     good = (pictures / "p07.png").read_bytes()
     (pictures / "p07.png").write_bytes(b"no picture")
@@ -301,14 +375,27 @@ def added_views(whole: Path, there: Path) -> Path:
         "--views",
         "6",
     )
-    fx.good(fx.feat("extract", *options, "--rows-per-shard", "5", "--levels", "last:3", "--add", "--out", str(there)))
+    fx.good(
+        fx.feat(
+            "extract",
+            *options,
+            "--rows-per-shard",
+            "5",
+            "--levels",
+            "last:3",
+            "--add",
+            "--out",
+            str(there),
+        )
+    )
     return there
 
 
 def test_a_lost_record_of_an_added_part_is_absent_too(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the option the run says that views it could show are not whole; of a cache too large to be verified."""
+    """Without the option the run says that views it could show are not whole; of a cache too large
+    to be verified."""
     monkeypatch.setattr(cache_match, "VERIFIED_BYTES", 0)
     full = added_views(whole, tmp_path / "full")
     part = tmp_path / "part"
@@ -323,15 +410,21 @@ def test_a_lost_record_of_an_added_part_is_absent_too(
     assert "views 3 to 5 is not whole, nothing of it is read" in ran.err
 
 
-def test_weights_may_still_be_given_when_the_cache_is_whole_again(whole: Path, tmp_path: Path) -> None:
+def test_weights_may_still_be_given_when_the_cache_is_whole_again(
+    whole: Path, tmp_path: Path
+) -> None:
     weights = ("--weights", "registered")
     options = ("--cache", whole, "--images", fx.pictures())
-    refused(2, "--weights registered does not go with a cache", tmp_path / "run", *options, *weights)
+    refused(
+        2, "--weights registered does not go with a cache", tmp_path / "run", *options, *weights
+    )
     fx.good(fx.train("maskalign", tmp_path / "run", *options, *STEPS, *FALLBACK, *weights))
 
 
 def test_other_weights_are_refused(whole: Path, tmp_path: Path) -> None:
     part = without(whole, tmp_path / "part", "000001")
-    ran = fx.train("maskalign", tmp_path / "run", "--cache", part, *FALLBACK, *STEPS, "--weights", "random:7")
+    ran = fx.train(
+        "maskalign", tmp_path / "run", "--cache", part, *FALLBACK, *STEPS, "--weights", "random:7"
+    )
     assert ran.status in (1, 2)
     assert ran.line

@@ -1,4 +1,5 @@
-"""Targets in memory: the same batches as from the cache, one copy for the processes of a machine, what is refused."""
+"""Targets in memory: the same batches as from the cache, one copy for the processes of a machine,
+what is refused."""
 
 from __future__ import annotations
 
@@ -23,18 +24,31 @@ from tests.test_end_to_end import launch
 
 
 @pytest.mark.parametrize(
-    ("path", "tokens", "pixels"), [("cache", None, False), ("ranked", 5, False), ("ranked", None, True)]
+    ("path", "tokens", "pixels"),
+    [("cache", None, False), ("ranked", 5, False), ("ranked", None, True)],
 )
-def test_batches_are_those_of_the_cache(path: str, tokens: int | None, pixels: bool, monkeypatch: Any) -> None:
+def test_batches_are_those_of_the_cache(
+    path: str, tokens: int | None, pixels: bool, monkeypatch: Any
+) -> None:
     """To the byte, over every view; and nothing is read from the cache any more."""
     cache = Cache(fx.cache_path() if path == "cache" else fx.ranked_path())
-    spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features", "mask_order"), patches=16)
+    spec = TargetSpec(
+        teacher=fx.TEACHER, levels=(2, 4), fields=("features", "mask_order"), patches=16
+    )
     source = open_source(fx.pictures())
     rows = cache.keys.find(source.keys)[3:20]  # not all, and not in the cache's order
     made = [Cached(cache, spec, rows[::-1], tokens=tokens, stored_pixels=pixels) for _ in range(2)]
     numbers = np.arange(3, 20)[::-1]
     loaders = [
-        Loader(source, each, numbers, rng.key_digests(source.keys[i] for i in numbers), 0, 5, check_fraction=0)
+        Loader(
+            source,
+            each,
+            numbers,
+            rng.key_digests(source.keys[i] for i in numbers),
+            0,
+            5,
+            check_fraction=0,
+        )
         for each in made
     ]
     fx.fresh_state()
@@ -75,7 +89,9 @@ def test_a_run_is_the_same(tmp_path: Path) -> None:
     assert "GiB of targets were read into memory" in ran.err
 
 
-def test_what_does_not_fit_or_is_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_or_is_not_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     common = (
         "--cache",
         fx.cache_path(),
@@ -85,7 +101,10 @@ def test_what_does_not_fit_or_is_not_read_is_refused(tmp_path: Path, monkeypatch
         "1",
         "--resident",
     )
-    assert "none are read here" in fx.train("maskalign", tmp_path / "a", *common, "--teacher", "online").line
+    assert (
+        "none are read here"
+        in fx.train("maskalign", tmp_path / "a", *common, "--teacher", "online").line
+    )
     limit = tmp_path / "memory.max"
     limit.write_text("1000\n")
     monkeypatch.setattr(in_memory, "_LIMIT", limit)
@@ -132,14 +151,21 @@ def test_rows_share_their_memory_and_nothing_is_left_behind() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_large_rows_are_copied_by_several_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_rows_are_copied_by_several_threads(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """2 x 5 rows of 200 kB, a batch of 7 in any order, twice into the same memory."""
     monkeypatch.setattr(in_memory, "_THREADS", threads)
     rows = in_memory.Rows({"a": ((100_000,), np.dtype("<u2"))}, 2, 5, mmap.mmap(-1, 2_000_000))
     rows.arrays["a"][:] = np.random.default_rng(0).integers(0, 1 << 16, (2, 5, 100_000))
     out = np.ones((7, 100_000), np.uint16)
-    for at, view in (([4, 0, 2, 2, 1, 3, 4], [0, 1, 1, 0, 0, 1, 1]), ([0, 1, 2, 3, 4, 0, 1], [1, 1, 1, 0, 0, 0, 0])):
+    for at, view in (
+        ([4, 0, 2, 2, 1, 3, 4], [0, 1, 1, 0, 0, 1, 1]),
+        ([0, 1, 2, 3, 4, 0, 1], [1, 1, 1, 0, 0, 0, 0]),
+    ):
         got = rows.fetch(np.array(at), np.array(view), {"a": out})["a"]
         assert got is out
         np.testing.assert_array_equal(got, rows.arrays["a"][view, at])
-        np.testing.assert_array_equal(rows.take("a", np.array(at), np.array(view)), rows.arrays["a"][view, at])
+        np.testing.assert_array_equal(
+            rows.take("a", np.array(at), np.array(view)), rows.arrays["a"][view, at]
+        )

@@ -1,4 +1,5 @@
-"""A second teacher's targets from a cache: against numpy, ranked or not, and what is told where they are not there."""
+"""A second teacher's targets from a cache: against numpy, ranked or not, and what is told where
+they are not there."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ CPU = torch.device("cpu")
 
 @functools.cache
 def both_path() -> Path:
-    """The fixture's pictures and views with levels 2 to 4 of one teacher and 2 to 3 of another, added."""
+    """The fixture's pictures and views with levels 2 to 4 of one teacher and 2 to 3 of another,
+    added."""
     return add(Path(shutil.copytree(fx.cache_path(), fx.root() / "both")))
 
 
@@ -62,13 +64,16 @@ def spec_of(cache: Cache, target: str) -> mrmae.Config:
         "img_size=32",
         "patch_size=8",
     ]
-    return config.from_overrides(mrmae.Config, [*facts, *JOINT, "joint_depth=3", "joint_width=20", f"target={target}"])
+    return config.from_overrides(
+        mrmae.Config, [*facts, *JOINT, "joint_depth=3", "joint_width=20", f"target={target}"]
+    )
 
 
 @pytest.mark.parametrize("path", [both_path, ranked_path])
 @pytest.mark.parametrize("target", ["fd", "f", "h"])
 def test_second_targets_equal_numpys(path: object, target: str) -> None:
-    """In float64 from what the cache stores of the second teacher, in image order; the first one's beside it."""
+    """In float64 from what the cache stores of the second teacher, in image order; the first one's
+    beside it."""
     assert callable(path)
     with Cache(path()) as cache:
         spec = mrmae.needs(spec_of(cache, target))
@@ -77,7 +82,9 @@ def test_second_targets_equal_numpys(path: object, target: str) -> None:
         got, masks = source.complete(source.fetch(rows, view), CPU)
         first = "features" if target == "h" else "targets"
         assert set(got) == {first, "second"}
-        np.testing.assert_array_equal(masks["attention"], cache.read(rows, view, ("attention",))["attention"])
+        np.testing.assert_array_equal(
+            masks["attention"], cache.read(rows, view, ("attention",))["attention"]
+        )
 
         stored = cache.read(rows, view, (f"{OTHER}/features", f"{OTHER}/mask_order"), [3])
         expected = stored[f"{OTHER}/features"][:, 0].astype(np.float64)
@@ -92,7 +99,9 @@ def test_second_targets_equal_numpys(path: object, target: str) -> None:
         if target != "h":
             expected = expected * tail["gamma"] + tail["beta"]
         if target == "fd":
-            expected = (expected - expected.mean(-1, keepdims=True)) / np.sqrt(expected.var(-1, keepdims=True) + 1e-5)
+            expected = (expected - expected.mean(-1, keepdims=True)) / np.sqrt(
+                expected.var(-1, keepdims=True) + 1e-5
+            )
         assert expected.shape == (5, 17, 20)
         np.testing.assert_allclose(got["second"].numpy(), expected, rtol=1e-3, atol=1e-3)
 
@@ -110,7 +119,10 @@ def test_a_teachers_own_eps() -> None:
         rows, view = np.arange(4), np.zeros(4, np.int64)
         got, _ = source.complete(source.fetch(rows, view), CPU)
         stored = cache.read(rows, view, (f"{OTHER}/features", f"{OTHER}/feature_stats"), [3])
-        h, std = (stored[f"{OTHER}/{name}"][:, 0].astype(np.float64) for name in ("features", "feature_stats"))
+        h, std = (
+            stored[f"{OTHER}/{name}"][:, 0].astype(np.float64)
+            for name in ("features", "feature_stats")
+        )
         std = std[..., 1:]
         tail = cache.tail(OTHER)
         expected = h * std / np.sqrt(std**2 - 1e-5 + 1e-6) * tail["gamma"] + tail["beta"]
@@ -132,14 +144,25 @@ def test_two_teachers_train_with_a_head_each(path: object, tmp_path: Path) -> No
 
 def test_two_teachers_from_memory(tmp_path: Path) -> None:
     """--resident holds the second teacher's arrays too: the same losses."""
-    options = ("--cache", ranked_path(), "--steps", "4", "--batch-size", "12", "--precision", "fp32")
+    options = (
+        "--cache",
+        ranked_path(),
+        "--steps",
+        "4",
+        "--batch-size",
+        "12",
+        "--precision",
+        "fp32",
+    )
     fx.good(fx.train("mrmae", tmp_path / "a", *options, sets=JOINT))
     fx.good(fx.train("mrmae", tmp_path / "b", *options, "--resident", sets=JOINT))
     assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
 
 
 def test_a_setting_against_the_second_teachers_facts(tmp_path: Path) -> None:
-    ran = fx.train("mrmae", tmp_path / "run", "--cache", both_path(), *ONE, sets=(*JOINT, "joint_width=768"))
+    ran = fx.train(
+        "mrmae", tmp_path / "run", "--cache", both_path(), *ONE, sets=(*JOINT, "joint_width=768")
+    )
     assert ran.status == 2
     assert "joint_width=768 does not fit: the targets have joint_width=20" in ran.line
 

@@ -1,4 +1,5 @@
-"""What a dry run says: counts by hand, memory by arithmetic, the disk by a clock of our own, and nothing written."""
+"""What a dry run says: counts by hand, memory by arithmetic, the disk by a clock of our own, and
+nothing written."""
 
 from __future__ import annotations
 
@@ -27,13 +28,17 @@ def facts(recipe: str, tmp_path: Path, *options: Any, cache: Path | None = None)
 
 
 def test_the_numbers_of_a_small_run(tmp_path: Path) -> None:
-    """maskalign, width 48, 4 blocks, 16 patches of 8 pixels; adaptors of 3 levels to width 24, W 3 x 4."""
+    """maskalign, width 48, 4 blocks, 16 patches of 8 pixels; adaptors of 3 levels to width 24, W 3
+    x 4."""
     found = facts("maskalign", tmp_path, "--epochs", "5", "--ema", "0.9")
-    block = 4 * 48 * 48 + 4 * 48 + 8 * 48 * 48 + 5 * 48 + 4 * 48  # qkv and proj, two layers of 4 x 48, two norms
-    encoder = 4 * block + 8 * 8 * 3 * 48 + 48 + 48 + 17 * 48 + 2 * 48  # stem, cls_token, positions, norm
+    # qkv and proj, two layers of 4 x 48, two norms
+    block = 4 * 48 * 48 + 4 * 48 + 8 * 48 * 48 + 5 * 48 + 4 * 48
+    # stem, cls_token, positions, norm
+    encoder = 4 * block + 8 * 8 * 3 * 48 + 48 + 48 + 17 * 48 + 2 * 48
     assert found["encoder_parameters"] == encoder
     assert found["parameters"] == encoder + 3 * (48 * 24 + 24) + 3 * 4
-    learnt = found["parameters"] - 17 * 48 - 2 * 48  # fixed positions, and the norm that is not trained
+    # fixed positions, and the norm that is not trained
+    learnt = found["parameters"] - 17 * 48 - 2 * 48
     memory = found["memory"]
     assert (memory["weights"], memory["average"]) == (4 * found["parameters"],) * 2
     assert (memory["gradients"], memory["moments"]) == (4 * learnt, 8 * learnt)
@@ -43,18 +48,21 @@ def test_the_numbers_of_a_small_run(tmp_path: Path) -> None:
 
 
 def test_bytes_of_a_picture_by_hand(tmp_path: Path) -> None:
-    """maskalign reads 3 levels x 17 tokens x 24 channels in fp16, 16 weights of attention in fp32, and the view: box
-    (4 x int32), flip (1), jitter (4 x fp32), area and source size besides where they are read."""
+    """maskalign reads 3 levels x 17 tokens x 24 channels in fp16, 16 weights of attention in fp32,
+    and the view: box (4 x int32), flip (1), jitter (4 x fp32), area and source size besides where
+    they are read."""
     plain = 3 * 17 * 24 * 2 + 16 * 4
     found = facts("maskalign", tmp_path)["bytes_per_picture"]
     assert plain + 4 * 4 + 1 + 4 * 4 <= found <= plain + 64
-    prefix = ("--set", "mask=stored")  # of a ranked cache only [CLS] and the 4 visible of 16 patches, and the pixels
+    # of a ranked cache only [CLS] and the 4 visible of 16 patches, and the pixels
+    prefix = ("--set", "mask=stored")
     kept = facts("maskalign", tmp_path, *prefix, cache=fx.ranked_path())["bytes_per_picture"]
     assert 3 * 5 * 24 * 2 + 32 * 32 * 3 <= kept <= 3 * 5 * 24 * 2 + 32 * 32 * 3 + 100
 
 
 def test_what_is_kept_for_the_backward_pass_by_hand() -> None:
-    """relu(x W) W': x (6 x 3) for W's gradient, the relu's output (6 x 5) once for itself and W'; no weight."""
+    """relu(x W) W': x (6 x 3) for W's gradient, the relu's output (6 x 5) once for itself and W';
+    no weight."""
     model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False))
     with dry_run._kept(model) as count:
         model(torch.randn(6, 3)).sum().backward()
@@ -62,7 +70,8 @@ def test_what_is_kept_for_the_backward_pass_by_hand() -> None:
 
 
 def test_the_pace_of_the_disk_by_a_clock_of_our_own() -> None:
-    """A tenth of a second a read of 3,000 bytes: it ends after two seconds, with 30,000 bytes a second."""
+    """A tenth of a second a read of 3,000 bytes: it ends after two seconds, with 30,000 bytes a
+    second."""
     now = [0.0]
 
     def read(step: int) -> int:
@@ -77,8 +86,8 @@ def test_the_pace_of_the_disk_by_a_clock_of_our_own() -> None:
 
 
 def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of 2 s, half of it waiting, at batch 8: 4 pictures a second, an epoch of 3 steps is 6 s, and the student
-    alone would want 8 pictures' bytes a second. The disk gives half of that."""
+    """Steps of 2 s, half of it waiting, at batch 8: 4 pictures a second, an epoch of 3 steps is 6
+    s, and the student alone would want 8 pictures' bytes a second. The disk gives half of that."""
     now = [0.0]
     plain = student.training.train.make_step
 
@@ -101,7 +110,9 @@ def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (found["images_per_s"], found["epoch_s"]) == (4.0, 6.0)
     assert found["wanted_bytes_per_s"] == 8 * per_picture[0]
     assert found["given_bytes_per_s"] == 4 * per_picture[0]
-    told = fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *DRY[:-1])).out
+    told = fx.good(
+        fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *DRY[:-1])
+    ).out
     assert "the disk gives 0.5 times what the student wants of the cache; stage the cache" in told
     assert "memory: weights " in told
 
@@ -117,7 +128,8 @@ def test_the_page_cache_is_gone_round(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(dry_run, "Cache", watched)
     found = facts("maskalign", tmp_path)
     assert opened == ["direct"]
-    assert found["past_page_cache"] in (True, False)  # False on a file system that knows no O_DIRECT
+    # False on a file system that knows no O_DIRECT
+    assert found["past_page_cache"] in (True, False)
 
     from featcache.errors import UserError
 
@@ -131,17 +143,24 @@ def test_the_page_cache_is_gone_round(tmp_path: Path, monkeypatch: pytest.Monkey
     assert facts("maskalign", tmp_path)["past_page_cache"] is False
 
 
-@pytest.mark.parametrize("options", [("--steps", "0"), ("--steps", "1"), ("--checkpoint-activations",)])
+@pytest.mark.parametrize(
+    "options", [("--steps", "0"), ("--steps", "1"), ("--checkpoint-activations",)]
+)
 def test_short_runs_and_other_ways(options: tuple[str, ...], tmp_path: Path) -> None:
     found = facts("mralign", tmp_path, *options)
     assert ("step_s" in found) == (options != ("--steps", "0"))
     if options[0] == "--checkpoint-activations":
-        assert found["memory"]["activations"] < 0.7 * facts("mralign", tmp_path)["memory"]["activations"]
+        assert (
+            found["memory"]["activations"]
+            < 0.7 * facts("mralign", tmp_path)["memory"]["activations"]
+        )
 
 
 def test_without_a_cache_there_is_no_disk_to_ask(tmp_path: Path) -> None:
     options = ("--images", fx.pictures(), "--policy", fx.policy_file(), *DRY)
-    ran = fx.train("mae", tmp_path / "run", *options, sets=("patch_size=8",), home=tmp_path / "home")
+    ran = fx.train(
+        "mae", tmp_path / "run", *options, sets=("patch_size=8",), home=tmp_path / "home"
+    )
     found = fx.good(ran).json
     assert found["step_s"] > 0
     assert "given_bytes_per_s" not in found

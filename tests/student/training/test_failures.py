@@ -1,5 +1,5 @@
-"""What goes wrong in the middle of a run: one line, the right exit status, the last checkpoint intact, and the same
-command with --resume goes on to the undisturbed end.
+"""What goes wrong in the middle of a run: one line, the right exit status, the last checkpoint
+intact, and the same command with --resume goes on to the undisturbed end.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def too_large() -> None:
 
 def on_gpu() -> None:
     raise torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.34 GiB. GPU 0 has a total capacity of 23.50 GiB of which 1.20 GiB is "
-        "free. Including non-PyTorch memory, this process has 22.29 GiB memory in use. If reserved but unallocated "
-        "memory is large try setting PYTORCH_ALLOC_CONF."
+        "CUDA out of memory. Tried to allocate 2.34 GiB. GPU 0 has a total capacity of 23.50 GiB "
+        "of which 1.20 GiB is free. Including non-PyTorch memory, this process has 22.29 GiB "
+        "memory in use. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF."
     )
 
 
@@ -69,13 +69,25 @@ def of_python() -> None:
 @pytest.mark.parametrize(
     ("fails", "told"),
     [
-        (on_gpu, ("out of GPU memory", "Tried to allocate 2.34 GiB", "--checkpoint-activations", "--precision bf16")),
+        (
+            on_gpu,
+            (
+                "out of GPU memory",
+                "Tried to allocate 2.34 GiB",
+                "--checkpoint-activations",
+                "--precision bf16",
+            ),
+        ),
         (too_large, ("out of host memory", "--workers")),
         (of_python, ("out of host memory", "--workers")),
     ],
 )
 def test_out_of_memory_in_a_step(
-    fails: Callable[[], None], told: tuple[str, ...], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: Callable[[], None],
+    told: tuple[str, ...],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -84,14 +96,18 @@ def test_out_of_memory_in_a_step(
     assert ran.status == 1
     for part in (*told, "--batch-size 4", "--accumulate"):
         assert part in ran.line
-    assert "note: the checkpoint of step 4 is kept; the same command with --resume goes on" in ran.err
+    assert (
+        "note: the checkpoint of step 4 is kept; the same command with --resume goes on" in ran.err
+    )
     assert len(ran.line) < 400
     assert checkpoint.step_of(run) == 4
     fx.good(train(run, "--resume"))
     assert_undisturbed(run, whole)
 
 
-def test_out_of_memory_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         in_step(patch, 0, on_gpu)
         ran = train(tmp_path / "run")
@@ -107,7 +123,9 @@ def test_out_of_memory_in_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "run").exists()
 
 
-def test_out_of_memory_while_a_picture_is_decoded(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_a_picture_is_decoded(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a thread of the loader."""
     calls: list[int] = []
     plain = pixel_path.decode
@@ -126,7 +144,9 @@ def test_out_of_memory_while_a_picture_is_decoded(whole: Path, tmp_path: Path, m
     assert_undisturbed(tmp_path / "run", whole)
 
 
-def test_another_runtime_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_runtime_error_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A defect of ours must not look like a lack of memory."""
 
     def defect() -> None:
@@ -138,7 +158,8 @@ def test_another_runtime_error_keeps_its_traceback(tmp_path: Path, monkeypatch: 
 
 
 def test_one_process_of_two_runs_out_of_memory(tmp_path: Path) -> None:
-    """It says so, and the other one does not wait for it for ever: the launcher ends it, here the lost connection."""
+    """It says so, and the other one does not wait for it for ever: the launcher ends it, here the
+    lost connection."""
     failing = """
 import torch, student.training.train
 plain = student.training.train._gradients
@@ -149,23 +170,40 @@ def fails(*args):
 student.training.train._gradients = fails
 """
     options = ("--cache", fx.cache_path(), "--steps", 9, "--batch-size", 4, "--save-every", 2)
-    ran = processes.train(2, *options, "--out", tmp_path / "run", recipe="maskalign", before=failing)
+    ran = processes.train(
+        2, *options, "--out", tmp_path / "run", recipe="maskalign", before=failing
+    )
     assert ran.status[1] == 1
     assert ran.status[0] not in (0, None)
     assert ran.said[1].count("error: out of GPU memory") == 1
     assert "Traceback" not in ran.said[1]
     assert checkpoint.step_of(tmp_path / "run") == 4
-    processes.good(processes.train(2, *options, "--out", tmp_path / "run", "--resume", recipe="maskalign"))
+    processes.good(
+        processes.train(2, *options, "--out", tmp_path / "run", "--resume", recipe="maskalign")
+    )
     processes.good(processes.train(2, *options, "--out", tmp_path / "whole", recipe="maskalign"))
     assert_undisturbed(tmp_path / "run", tmp_path / "whole")
 
 
-def test_the_cache_is_deleted_under_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_deleted_under_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """48 shards of one row each, two a step: those that nothing has opened yet are gone."""
     pictures = fx.save_pictures(tmp_path / "pictures", 48)
     cache = fx.extract(pictures, tmp_path / "cache", "--rows-per-shard", "1")
     shutil.copytree(cache, tmp_path / "copy")
-    options = ("--cache", cache, "--images", pictures, "--batch-size", "2", "--steps", "24", "--save-every", "2")
+    options = (
+        "--cache",
+        cache,
+        "--images",
+        pictures,
+        "--batch-size",
+        "2",
+        "--steps",
+        "24",
+        "--save-every",
+        "2",
+    )
     fx.good(fx.train("maskalign", tmp_path / "whole", *options))
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -177,14 +215,19 @@ def test_the_cache_is_deleted_under_the_run(tmp_path: Path, monkeypatch: pytest.
     step = checkpoint.step_of(run)
     assert step is not None
     assert 2 <= step < 24
-    assert f"note: the checkpoint of step {step} is kept; the same command with --resume goes on from there" in ran.err
+    assert (
+        f"note: the checkpoint of step {step} is kept; the same command with --resume goes on "
+        "from there" in ran.err
+    )
     shutil.move(tmp_path / "copy", cache)
     fx.good(fx.train("maskalign", run, *options, "--resume"))
     assert_undisturbed(run, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-def test_a_row_that_cannot_be_read(number: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_cannot_be_read(
+    number: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bad sector, or a network disk that went away, in the middle of a run."""
     cache = Path(shutil.copytree(fx.cache_path(), tmp_path / "cache"))
     plain, bad = os.preadv, list[int]()
@@ -208,7 +251,9 @@ def test_a_row_that_cannot_be_read(number: int, whole: Path, tmp_path: Path, mon
     assert_undisturbed(run, whole)
 
 
-def test_a_picture_that_cannot_be_read(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_cannot_be_read(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures = Path(shutil.copytree(fx.pictures(), tmp_path / "pictures"))
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -223,14 +268,17 @@ def test_a_picture_that_cannot_be_read(whole: Path, tmp_path: Path, monkeypatch:
 
 
 def unread(pictures: Path) -> str:
-    """The key of a picture of the first epoch's last step, which no batch that is under way shows."""
+    """The key of a picture of the first epoch's last step, which no batch that is under way
+    shows."""
     from featcache import rng
 
     order = rng.permutation(24, 0, 0)
     return sorted(path.stem for path in pictures.iterdir())[int(order[-1])]
 
 
-def test_a_full_disk_at_a_checkpoint(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_a_checkpoint(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     save = torch.save
 
@@ -244,7 +292,9 @@ def test_a_full_disk_at_a_checkpoint(whole: Path, tmp_path: Path, monkeypatch: p
         patch.setattr(torch, "save", full)
         ran = train(run)
     assert (ran.status, "No space left on device" in ran.line) == (1, True)
-    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert [
+        path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")
+    ] == []
     assert checkpoint.step_of(run) == 4
     fx.good(train(run, "--resume"))
     assert_undisturbed(run, whole)
@@ -253,9 +303,13 @@ def test_a_full_disk_at_a_checkpoint(whole: Path, tmp_path: Path, monkeypatch: p
 def test_precisions_that_the_gpu_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of before 2020, as torch tells of it: bf16 would be emulated, slowly."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla V100")
     from featcache.errors import UsageError
 
-    with pytest.raises(UsageError, match=r"--precision bf16 .* Tesla V100; fp32 and fp16 are allowed"):
+    with pytest.raises(
+        UsageError, match=r"--precision bf16 .* Tesla V100; fp32 and fp16 are allowed"
+    ):
         accelerator.accelerator("bf16")

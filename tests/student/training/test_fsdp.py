@@ -1,8 +1,9 @@
-"""FSDP2 through Accelerate: each process holds a part of the weights, and everything else is as without it.
+"""FSDP2 through Accelerate: each process holds a part of the weights, and everything else is as
+without it.
 
-`accelerate launch` with an FSDP configuration sets the variables below and takes FSDP on GPUs only. Here two processes
-on a CPU are told the same over gloo, and that they may: what a GPU adds (nccl, mixed precision in the shards' own
-reductions) is not seen.
+`accelerate launch` with an FSDP configuration sets the variables below and takes FSDP on GPUs only.
+Here two processes on a CPU are told the same over gloo, and that they may: what a GPU adds (nccl,
+mixed precision in the shards' own reductions) is not seen.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ from tests.test_end_to_end import assert_undisturbed
 SHARDED = """
 import os
 os.environ.update(
-    ACCELERATE_USE_FSDP="true", FSDP_VERSION="{version}", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-    FSDP_TRANSFORMER_CLS_TO_WRAP="Block", FSDP_RESHARD_AFTER_FORWARD="true", FSDP_CPU_RAM_EFFICIENT_LOADING="false",
+    ACCELERATE_USE_FSDP="true",
+    FSDP_VERSION="{version}",
+    FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+    FSDP_TRANSFORMER_CLS_TO_WRAP="Block",
+    FSDP_RESHARD_AFTER_FORWARD="true",
+    FSDP_CPU_RAM_EFFICIENT_LOADING="false",
 )
 import student.training.accelerator
 from accelerate import Accelerator
@@ -47,7 +52,8 @@ student.training.accelerator.Accelerator = Sharding
 """
 TWO = SHARDED.format(version=2)
 
-# Says how many of the weights' numbers this process holds, and how many there are when it is given all.
+# Says how many of the weights' numbers this process holds, and how many there are when it is given
+# all.
 COUNTING = """
 import student.training.train_state
 plain = student.training.train_state.build
@@ -64,7 +70,9 @@ OPTIONS = ("--batch-size", 4, "--steps", 12, "--save-every", 4)
 SETS = ("clip_grad=1.0",)
 
 
-def train(out: Path, *options: Any, before: str = TWO, world: int = 2, sets: tuple[str, ...] = SETS) -> Any:
+def train(
+    out: Path, *options: Any, before: str = TWO, world: int = 2, sets: tuple[str, ...] = SETS
+) -> Any:
     given = ("--cache", fx.cache_path(), *OPTIONS, "--out", out, *options)
     return processes.train(world, *given, recipe="mralign", sets=sets, before=before)
 
@@ -95,8 +103,12 @@ def test_a_checkpoint_is_one_file_of_whole_tensors(runs: tuple[Path, Path]) -> N
     """The names, shapes and numbering of a plain run's, so that everything else reads it."""
     plain, sharded = (checkpoint.newest(run) for run in runs)
     assert plain["model"].keys() == sharded["model"].keys()
-    assert all(value.shape == sharded["model"][name].shape for name, value in plain["model"].items())
-    for one, two in zip(plain["optimizer"]["param_groups"], sharded["optimizer"]["param_groups"], strict=True):
+    assert all(
+        value.shape == sharded["model"][name].shape for name, value in plain["model"].items()
+    )
+    for one, two in zip(
+        plain["optimizer"]["param_groups"], sharded["optimizer"]["param_groups"], strict=True
+    ):
         assert one["params"] == two["params"]
         assert one["weight_decay"] == two["weight_decay"]
     moments, others = plain["optimizer"]["state"], sharded["optimizer"]["state"]
@@ -104,7 +116,9 @@ def test_a_checkpoint_is_one_file_of_whole_tensors(runs: tuple[Path, Path]) -> N
     for number, state in moments.items():
         assert float(state["step"]) == float(others[number]["step"]) == 12
         scale = float(state["exp_avg"].abs().max())
-        torch.testing.assert_close(state["exp_avg"], others[number]["exp_avg"], rtol=0, atol=0.02 * scale + 1e-6)
+        torch.testing.assert_close(
+            state["exp_avg"], others[number]["exp_avg"], rtol=0, atol=0.02 * scale + 1e-6
+        )
     encoder, _ = checkpoint.load_encoder(runs[1])
     with torch.no_grad():
         assert encoder.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 48)  # type: ignore[operator]
@@ -129,8 +143,11 @@ student.training.train._gradients = dies
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["then whole", "then sharded"])
-def test_a_run_may_go_on_with_fsdp_or_without(way: str, runs: tuple[Path, Path], tmp_path: Path) -> None:
-    """Weights and moments cross over at step 8: the later losses are those of the undisturbed run."""
+def test_a_run_may_go_on_with_fsdp_or_without(
+    way: str, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Weights and moments cross over at step 8: the later losses are those of the undisturbed
+    run."""
     sharded_first = way == "then whole"
     whole = runs[int(sharded_first)]
     run = Path(shutil.copytree(whole, tmp_path / "run"))
@@ -153,7 +170,8 @@ def test_what_does_not_go_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_accumulation_and_activation_checkpointing(tmp_path: Path) -> None:
-    """Two micro-batches of two, blocks computed again: the run of batches of four, drop path off."""
+    """Two micro-batches of two, blocks computed again: the run of batches of four, drop path
+    off."""
     off = (*SETS, "drop_path=0")
     processes.good(train(tmp_path / "one", sets=off))
     ways = ("--batch-size", 2, "--accumulate", 2, "--checkpoint-activations")
@@ -180,7 +198,8 @@ def test_a_loss_that_is_not_finite_leaves_whole_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bf16_is_that_of_a_plain_run(tmp_path: Path) -> None:
-    """Weights in fp32 and autocast; not the shards' own rounding, which would reach what recipes read in fp32."""
+    """Weights in fp32 and autocast; not the shards' own rounding, which would reach what recipes
+    read in fp32."""
     for name, before in (("sharded", TWO), ("plain", "")):
         processes.good(train(tmp_path / name, "--precision", "bf16", before=before))
     assert {value.dtype for value in fx.weights(tmp_path / "sharded").values()} == {torch.float32}

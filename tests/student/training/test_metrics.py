@@ -1,4 +1,5 @@
-"""metrics.jsonl: one object a step, late values, numbers that are none, and the cut before a run goes on."""
+"""metrics.jsonl: one object a step, late values, numbers that are none, and the cut before a run
+goes on."""
 
 from __future__ import annotations
 
@@ -20,14 +21,18 @@ def test_one_object_a_line_at_once(tmp_path: Path) -> None:
     log = Metrics(tmp_path)
     done = log.add({"step": 1, "loss": torch.tensor(0.5), "lr": 1e-3, "keys": ["a"]})
     assert done == [{"step": 1, "loss": 0.5, "lr": 1e-3, "keys": ["a"]}]
-    assert lines(tmp_path) == ['{"step": 1, "loss": 0.5, "lr": 0.001}']  # on disk before the next step; keys are not
+    # on disk before the next step; keys are not
+    assert lines(tmp_path) == ['{"step": 1, "loss": 0.5, "lr": 0.001}']
     log.close()
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 0.5, "lr": 0.001}]
 
 
 def test_values_may_come_later(tmp_path: Path) -> None:
     log = Metrics(tmp_path, lag=2)
-    seen = [[row["step"] for row in log.add({"step": step, "loss": torch.tensor(1.0)})] for step in range(1, 6)]
+    seen = [
+        [row["step"] for row in log.add({"step": step, "loss": torch.tensor(1.0)})]
+        for step in range(1, 6)
+    ]
     assert seen == [[], [], [1], [2], [3]]
     assert [row["step"] for row in log.flush()] == [4, 5]
     log.close()
@@ -41,7 +46,9 @@ def test_closing_writes_what_waits(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 1
 
 
-@pytest.mark.parametrize(("value", "text"), [(float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")]
+)
 def test_what_json_has_no_number_for_is_text(value: float, text: str, tmp_path: Path) -> None:
     log = Metrics(tmp_path)
     log.add({"step": 1, "loss": torch.tensor(value)})

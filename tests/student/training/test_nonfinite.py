@@ -1,4 +1,5 @@
-"""A loss that is not finite: what stops, what is kept, what runs it again, and what may be left out."""
+"""A loss that is not finite: what stops, what is kept, what runs it again, and what may be left
+out."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from student.training.train_state import RunOptions, TrainState
 from tests import processes
 from tests import student_fixtures as fx
 
-# A recipe whose loss is infinite for one picture alone: `bright` is the only one with a channel mean above `limit`.
+# A recipe whose loss is infinite for one picture alone: `bright` is the only one with a channel
+# mean above `limit`.
 BRIGHT = '''"""Mine."""
 import torch
 from pydantic.dataclasses import dataclass
@@ -49,7 +51,8 @@ class Model(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
         self.encoder = vit.build(
-            config.encoder, img_size=config.img_size, patch_size=config.patch_size, drop_path=config.drop_path)
+            config.encoder, img_size=config.img_size, patch_size=config.patch_size,
+            drop_path=config.drop_path)
         self.limit = config.limit
         self.head = Head()
 
@@ -77,7 +80,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(tmp_path: Path, pictures: Path, run: Path, *options: object) -> tuple[object, ...]:
     (tmp_path / "mine.py").write_text(BRIGHT)
-    sets = [part for text in (*fx.COMMON, "patch_size=8", "drop_path=0.2") for part in ("--set", text)]
+    sets = [
+        part for text in (*fx.COMMON, "patch_size=8", "drop_path=0.2") for part in ("--set", text)
+    ]
     given = (
         "--recipe",
         tmp_path / "mine.py",
@@ -92,7 +97,13 @@ def words(tmp_path: Path, pictures: Path, run: Path, *options: object) -> tuple[
 
 
 def train(tmp_path: Path, pictures: Path, run: Path, *options: object) -> fx.Ran:
-    return fx.stud("train", "--device", "cpu", *words(tmp_path, pictures, run, *options), home=tmp_path / "home")
+    return fx.stud(
+        "train",
+        "--device",
+        "cpu",
+        *words(tmp_path, pictures, run, *options),
+        home=tmp_path / "home",
+    )
 
 
 def first_bad_step(run: Path) -> int:
@@ -101,7 +112,8 @@ def first_bad_step(run: Path) -> int:
 
 @pytest.fixture
 def stopped(tmp_path: Path, pictures: Path) -> tuple[Path, fx.Ran]:
-    """A run that stopped in its second or a later step (the seed is chosen so), and what it said."""
+    """A run that stopped in its second or a later step (the seed is chosen so), and what it
+    said."""
     run = tmp_path / "run"
     for seed in range(10):
         ran = train(tmp_path, pictures, run, "--steps", 3, "--save-every", 1, "--seed", seed)
@@ -129,7 +141,9 @@ def test_the_reproducer_holds_that_very_micro_batch(
     assert "p07" in about["keys"]
     # weights: those of the step before, which its checkpoint has
     saved = torch.load(run / f"checkpoints/step-{step - 1:08d}.pt", weights_only=True)["model"]
-    assert {name for name in tensors if name.startswith("model.")} == {f"model.{name}" for name in saved}
+    assert {name for name in tensors if name.startswith("model.")} == {
+        f"model.{name}" for name in saved
+    }
     assert all(torch.equal(tensors[f"model.{name}"], value) for name, value in saved.items())
     # pictures: drawn here anew from keys, by the policy, in float64
     policy, source = load_policy(str(fx.policy_file())), open_source(str(pictures))
@@ -141,9 +155,13 @@ def test_the_reproducer_holds_that_very_micro_batch(
         picture = decode(source.read(list(source.keys).index(key)))
         size = np.array([(picture.height, picture.width)])
         drawn = draw(policy, rng.key_digests([key]), size, [0])  # epoch 0 shows view 0
-        pixels = render(picture, drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0], 32, policy.filter)
+        pixels = render(
+            picture, drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0], 32, policy.filter
+        )
         expected = (pixels / 255 - mean) / std
-        np.testing.assert_allclose(tensors["batch.images"][i].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(
+            tensors["batch.images"][i].permute(1, 2, 0).numpy(), expected, atol=1e-5
+        )
 
 
 def test_replay_runs_it_again(stopped: tuple[Path, fx.Ran], tmp_path: Path) -> None:
@@ -151,7 +169,9 @@ def test_replay_runs_it_again(stopped: tuple[Path, fx.Ran], tmp_path: Path) -> N
     run, _ = stopped
     row = next(row for row in metrics.read(run) if isinstance(row["loss"], str))
     (path,) = (run / "nonfinite").iterdir()
-    ran = fx.good(fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu", "--json"))
+    ran = fx.good(
+        fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu", "--json")
+    )
     facts = ran.json
     assert facts["parts"]["plain"] == facts["parts_then"]["plain"] == row["plain"]
     assert facts["first_nonfinite_module"] == "head"
@@ -161,12 +181,14 @@ def test_replay_runs_it_again(stopped: tuple[Path, fx.Ran], tmp_path: Path) -> N
     told = fx.good(fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu")).out
     assert "loss: inf then, inf now" in told
     assert "first module with an output that is not finite: head" in told
-    other = fx.good(fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu", "--json",
-                            "--precision", "bf16")).json  # fmt: skip
+    other = fx.good(fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu",
+                            "--json", "--precision", "bf16")).json  # fmt: skip
     assert other["parts"]["plain"] != facts["parts"]["plain"]
 
 
-def test_a_reproducer_runs_no_code_and_says_what_is_missing(stopped: tuple[Path, fx.Ran], tmp_path: Path) -> None:
+def test_a_reproducer_runs_no_code_and_says_what_is_missing(
+    stopped: tuple[Path, fx.Ran], tmp_path: Path
+) -> None:
     run, _ = stopped
     (path,) = (run / "nonfinite").iterdir()
     ran = fx.stud("replay", path, "--device", "cpu")
@@ -174,7 +196,9 @@ def test_a_reproducer_runs_no_code_and_says_what_is_missing(stopped: tuple[Path,
     ran = fx.stud("replay", path, "--recipe", "mae", "--device", "cpu")
     assert ran.status == 1
     assert "do not fit" in ran.line
-    ran = fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu", "--precision", "fp8")
+    ran = fx.stud(
+        "replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu", "--precision", "fp8"
+    )
     assert (ran.status, "fp8" in ran.line) == (2, True)
 
 
@@ -197,7 +221,9 @@ def test_two_processes_the_one_that_had_it_keeps_it(tmp_path: Path, pictures: Pa
     options = ("--batch-size", 2, "--accumulate", 2, "--steps", 1)
     found = {}
     for seed in range(6):
-        ran = processes.train(2, *words(tmp_path, pictures, run / str(seed), *options, "--seed", seed))
+        ran = processes.train(
+            2, *words(tmp_path, pictures, run / str(seed), *options, "--seed", seed)
+        )
         if ran.status == [0, 0]:
             continue  # one of the four that are left out of the epoch
         assert ran.status == [1, 1], ran.said
@@ -211,7 +237,9 @@ def test_two_processes_the_one_that_had_it_keeps_it(tmp_path: Path, pictures: Pa
         assert all(f"`student replay {path}`" in said for said in ran.said)
         assert "p07" in ran.said[about["rank"]]
         assert f"(pictures those of process {about['rank']})" in ran.said[1 - about["rank"]]
-        facts = fx.good(fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu", "--json")).json
+        facts = fx.good(
+            fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu", "--json")
+        ).json
         assert facts["parts"]["plain"] == facts["parts_then"]["plain"]
         found[about["rank"], about["micro"]] = seed
         if len(found) == 2:
@@ -219,8 +247,11 @@ def test_two_processes_the_one_that_had_it_keeps_it(tmp_path: Path, pictures: Pa
     raise AssertionError(found)
 
 
-def test_a_loss_that_is_finite_the_second_time(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same batch, weights and draws give another number: that is the machine's fault, and no file would help."""
+def test_a_loss_that_is_finite_the_second_time(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same batch, weights and draws give another number: that is the machine's fault, and no
+    file would help."""
     plain, once = student.training.train._gradients, [True]
 
     def faulty(*args: Any) -> Any:
@@ -233,21 +264,39 @@ def test_a_loss_that_is_finite_the_second_time(tmp_path: Path, pictures: Path, m
     others = fx.pictures()  # none is white
     ran = train(tmp_path, others, tmp_path / "run", "--steps", 1)
     assert ran.status == 1
-    assert "loss is nan at step 1 and finite when the step is run again: suspect the machine" in ran.line
+    assert (
+        "loss is nan at step 1 and finite when the step is run again: suspect the machine"
+        in ran.line
+    )
     assert not (tmp_path / "run/nonfinite").exists()
 
 
-# --- left out -------------------------------------------------------------------------------------------------------
+# --- left out -------------------------------------------------------------------------------------
 
 
 def test_some_steps_may_be_left_out(tmp_path: Path, pictures: Path) -> None:
     """Twelve pictures in steps of four: the white one is in one step of each of four epochs."""
     run = tmp_path / "run"
-    ran = fx.good(train(tmp_path, pictures, run, "--steps", 12, "--save-every", 1, "--skip-nonfinite", 4, "--json"))
+    ran = fx.good(
+        train(
+            tmp_path,
+            pictures,
+            run,
+            "--steps",
+            12,
+            "--save-every",
+            1,
+            "--skip-nonfinite",
+            4,
+            "--json",
+        )
+    )
     rows = metrics.read(run)
     bad = [row["step"] for row in rows if isinstance(row["loss"], str)]
     assert [(step - 1) // 3 for step in bad] == [0, 1, 2, 3]
-    assert [row["skipped"] for row in rows] == [sum(each <= row["step"] for each in bad) for row in rows]
+    assert [row["skipped"] for row in rows] == [
+        sum(each <= row["step"] for each in bad) for row in rows
+    ]
     assert ran.json["skipped"] == 4
     assert ran.json["loss"] == rows[-1]["loss"]  # JSON, whatever it is
     assert checkpoint.newest(run)["skipped"] == 4
@@ -274,19 +323,29 @@ def test_a_step_that_is_left_out_changes_nothing(tmp_path: Path, pictures: Path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "KEEP", 99)
         fx.good(train(tmp_path, pictures, run, *options))
-    bad = next(step for step in (row["step"] for row in metrics.read(run) if isinstance(row["loss"], str)) if step > 1)
-    before, after = (torch.load(run / f"checkpoints/step-{s:08d}.pt", weights_only=True) for s in (bad - 1, bad))
+    bad = next(
+        step
+        for step in (row["step"] for row in metrics.read(run) if isinstance(row["loss"], str))
+        if step > 1
+    )
+    before, after = (
+        torch.load(run / f"checkpoints/step-{s:08d}.pt", weights_only=True) for s in (bad - 1, bad)
+    )
     for part in ("model", "ema"):
         assert all(torch.equal(before[part][name], value) for name, value in after[part].items())
     for number, state in after["optimizer"]["state"].items():
-        assert all(torch.equal(before["optimizer"]["state"][number][name], value) for name, value in state.items())
+        assert all(
+            torch.equal(before["optimizer"]["state"][number][name], value)
+            for name, value in state.items()
+        )
 
 
-# --- on a GPU the host does not wait --------------------------------------------------------------------------------
+# --- on a GPU the host does not wait --------------------------------------------------------------
 
 
 def test_the_fused_kernel_holds_the_weights_from_the_first_bad_loss_on() -> None:
-    """The kernel of the CPU takes the same flag: weights and moments stay, without the host having looked."""
+    """The kernel of the CPU takes the same flag: weights and moments stay, without the host having
+    looked."""
     fx.fresh_state()
     acc = Accelerator(cpu=True)
     module = torch.nn.Linear(3, 1)
@@ -309,7 +368,8 @@ def test_the_fused_kernel_holds_the_weights_from_the_first_bad_loss_on() -> None
 def test_losses_that_arrive_late_still_give_the_right_reproducer(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: rows are looked at 16 steps later, the kernel holds the weights, the reproducer is the same."""
+    """As on a GPU: rows are looked at 16 steps later, the kernel holds the weights, the reproducer
+    is the same."""
 
     def fused(model: torch.nn.Module, config: RecipeConfig, lr: float) -> torch.optim.AdamW:
         groups = optim.param_groups(model, config.weight_decay)
@@ -327,12 +387,17 @@ def test_losses_that_arrive_late_still_give_the_right_reproducer(
 
     plain = student.training.train.Metrics
     monkeypatch.setattr(train_state, "build", late)
-    monkeypatch.setattr(student.training.train, "Metrics", lambda run, lag, log: plain(run, 16, log))
+    monkeypatch.setattr(
+        student.training.train, "Metrics", lambda run, lag, log: plain(run, 16, log)
+    )
     ran = train(tmp_path, pictures, tmp_path / "late", *options)
     step = first_bad_step(tmp_path / "prompt")
     assert f"loss is inf at step {step}" in ran.line
     assert len(metrics.read(tmp_path / "late")) == 9  # it went on, without effect
-    one, two = (nonfinite.load(next((tmp_path / name / "nonfinite").iterdir())) for name in ("prompt", "late"))
+    one, two = (
+        nonfinite.load(next((tmp_path / name / "nonfinite").iterdir()))
+        for name in ("prompt", "late")
+    )
     assert one.about == two.about
     for a, b in ((one.model, two.model), (one.batch, two.batch)):
         assert a.keys() == b.keys()

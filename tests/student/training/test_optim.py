@@ -31,7 +31,9 @@ class Toy(nn.Module):
 
 def names(model: nn.Module, groups: list[dict]) -> dict[str, list[str]]:
     known = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {group["name"]: [known[id(parameter)] for parameter in group["params"]] for group in groups}
+    return {
+        group["name"]: [known[id(parameter)] for parameter in group["params"]] for group in groups
+    }
 
 
 def test_groups_by_timms_rule() -> None:
@@ -39,7 +41,15 @@ def test_groups_by_timms_rule() -> None:
     groups = optim.param_groups(model, weight_decay=0.05)
     assert names(model, groups) == {
         "decay": ["linear.weight"],
-        "no_decay": ["cls_token", "mask_token", "pos_embed", "mix", "linear.bias", "norm.weight", "norm.bias"],
+        "no_decay": [
+            "cls_token",
+            "mask_token",
+            "pos_embed",
+            "mix",
+            "linear.bias",
+            "norm.weight",
+            "norm.bias",
+        ],
     }
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
 
@@ -52,7 +62,10 @@ def test_tokens_decay_in_the_released_codes_manner() -> None:
 
 def test_a_model_without_a_skip_list() -> None:
     model = nn.Linear(2, 2)
-    assert names(model, optim.param_groups(model, 0.1)) == {"decay": ["weight"], "no_decay": ["bias"]}
+    assert names(model, optim.param_groups(model, 0.1)) == {
+        "decay": ["weight"],
+        "no_decay": ["bias"],
+    }
 
 
 def test_adamw_takes_the_recipes_numbers() -> None:
@@ -69,7 +82,10 @@ def test_fused_equals_the_plain_loop() -> None:
     models[1].load_state_dict(models[0].state_dict())
     config = RecipeConfig(weight_decay=0.3, betas=(0.8, 0.7))
     groups = optim.param_groups(models[1], 0.3)
-    both = [optim.adamw(models[0], config, 0.02), torch.optim.AdamW(groups, 0.02, (0.8, 0.7), fused=False)]
+    both = [
+        optim.adamw(models[0], config, 0.02),
+        torch.optim.AdamW(groups, 0.02, (0.8, 0.7), fused=False),
+    ]
     for step in range(5):
         for model, optimizer in zip(models, both, strict=True):
             draws = torch.Generator().manual_seed(step)
@@ -86,7 +102,8 @@ def test_a_device_without_the_kernel_takes_the_loop() -> None:
 
 
 def test_one_step_of_adamw_by_hand() -> None:
-    """First step: m/sqrt(v) = sign(gradient), so w = w (1 - lr * decay) - lr = 2 * (1 - 0.1 * 0.5) - 0.1 = 1.8."""
+    """First step: m/sqrt(v) = sign(gradient), so w = w (1 - lr * decay) - lr = 2 * (1 - 0.1 * 0.5)
+    - 0.1 = 1.8."""
     model = nn.Linear(2, 2, bias=False).double()
     nn.init.constant_(model.weight, 2.0)
     optimizer = optim.adamw(model, RecipeConfig(weight_decay=0.5), lr=0.1)
@@ -116,14 +133,15 @@ def test_fused_on_cuda() -> None:
     ],
 )
 def test_schedule_by_hand(step: int, expected: float) -> None:
-    assert optim.lr_at(step, total_steps=12, warmup_steps=4, peak=1.0, minimum=0.1) == pytest.approx(
-        expected, rel=1e-12
-    )
+    assert optim.lr_at(
+        step, total_steps=12, warmup_steps=4, peak=1.0, minimum=0.1
+    ) == pytest.approx(expected, rel=1e-12)
 
 
 def test_schedule_edges() -> None:
     assert optim.lr_at(0, total_steps=5, warmup_steps=0, peak=0.3, minimum=0.0) == 0.3
-    assert optim.lr_at(4, total_steps=5, warmup_steps=10, peak=1.0, minimum=0.0) == 0.4  # only ever rises
+    # only ever rises
+    assert optim.lr_at(4, total_steps=5, warmup_steps=10, peak=1.0, minimum=0.0) == 0.4
     assert optim.lr_at(5, total_steps=5, warmup_steps=5, peak=1.0, minimum=0.2) == 0.2
 
 

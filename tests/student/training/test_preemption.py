@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: one line that says what goes on, a checkpoint, exit status 75; from the first moment on."""
+"""Ctrl-C and SIGTERM: one line that says what goes on, a checkpoint, exit status 75; from the first
+moment on."""
 
 from __future__ import annotations
 
@@ -37,13 +38,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(run: Path, *options: str) -> list[str]:
     settings = [part for text in fx.RECIPES["mralign"] for part in ("--set", text)]
-    given = ["--recipe", "mralign", "--cache", str(fx.cache_path()), "--device", "cpu", "--out", str(run)]
+    given = [
+        "--recipe",
+        "mralign",
+        "--cache",
+        str(fx.cache_path()),
+        "--device",
+        "cpu",
+        "--out",
+        str(run),
+    ]
     return ["student", "train", *given, *OPTIONS, *settings, *options]
 
 
 def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
     env = {**fx.environment(), "PYTHONUNBUFFERED": "1", **environment}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -70,11 +82,13 @@ def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert out == ""
-    said = [line for line in err.splitlines() if line and not line.startswith(("note:", "mralign:"))]
+    said = [
+        line for line in err.splitlines() if line and not line.startswith(("note:", "mralign:"))
+    ]
     assert len(said) == 1, err
     found = re.fullmatch(
-        rf"error: stopped after step (\d+) of 60 by {number.name}, its checkpoint is saved; the same command with "
-        r"--resume goes on from there",
+        rf"error: stopped after step (\d+) of 60 by {number.name}, its checkpoint is saved; "
+        r"the same command with --resume goes on from there",
         said[0],
     )
     assert found, err
@@ -83,27 +97,43 @@ def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
     assert checkpoint.step_of(run) == step
     assert len(metrics.read(run)) == step
     assert ("note: stopping after this step" in err) == (number == signal.SIGINT)
-    facts = fx.good(fx.train("mralign", run, "--cache", fx.cache_path(), *OPTIONS, "--resume", "--json")).json
+    facts = fx.good(
+        fx.train("mralign", run, "--cache", fx.cache_path(), *OPTIONS, "--resume", "--json")
+    ).json
     assert facts["first_step"] == step
     assert_undisturbed(run, whole)
 
 
 def test_a_requeued_command_needs_no_other_words(tmp_path: Path) -> None:
     """--resume was given already: then the very same command goes on."""
-    assert str(preemption.error(3, 9, "SIGTERM", resume=True)).endswith("; the same command goes on from there")
+    assert str(preemption.error(3, 9, "SIGTERM", resume=True)).endswith(
+        "; the same command goes on from there"
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_stop_after_the_same_step(tmp_path: Path) -> None:
     """Only one of the two hears the signal."""
     run, port = tmp_path / "run", 20000 + os.getpid() % 20000
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={port}",
+        "-m",
+    ]
     whole = [*launcher, *words(tmp_path / "whole"), "--batch-size", "4"]
-    assert subprocess.run(whole, env=fx.environment(), capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run(whole, env=fx.environment(), capture_output=True, check=False).returncode
+        == 0
+    )
     command = [*launcher, *words(run), "--batch-size", "4"]
     process = start(command)
     wait_for(lambda: lines(run) >= 5, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout
     os.kill(int(children.split()[-1]), signal.SIGTERM)
     _, err = process.communicate(timeout=100)
     step = checkpoint.step_of(run)
@@ -111,7 +141,9 @@ def test_two_processes_stop_after_the_same_step(tmp_path: Path) -> None:
     assert 5 <= step < 50
     assert err.count("error: stopped after step") == 1
     assert f"error: stopped after step {step} of 60" in err
-    ran = subprocess.run([*command, "--resume"], env=fx.environment(), capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [*command, "--resume"], env=fx.environment(), capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     assert_undisturbed(run, tmp_path / "whole")
 
@@ -125,7 +157,9 @@ def acc() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def test_the_second_ctrl_c_waits_for_nothing(acc: Accelerator, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_second_ctrl_c_waits_for_nothing(
+    acc: Accelerator, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with preemption.Notice(acc) as notice:
         assert not notice.due()
@@ -171,7 +205,9 @@ def test_training_in_another_thread_leaves_signals_alone(acc: Accelerator) -> No
     assert seen == [(before, False)]
 
 
-def test_several_processes_look_one_step_later(acc: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_look_one_step_later(
+    acc: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another process heard a signal in the second step: all see it after the third."""
     theirs = iter([0.0, 1.0, 0.0])
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
@@ -182,23 +218,34 @@ def test_several_processes_look_one_step_later(acc: Accelerator, monkeypatch: py
 
 
 def test_what_is_said_when_nothing_was_waited_for(tmp_path: Path) -> None:
-    assert str(preemption.at_once(tmp_path, False)) == "stopped before the first step; run the same command again"
+    assert (
+        str(preemption.at_once(tmp_path, False))
+        == "stopped before the first step; run the same command again"
+    )
     (tmp_path / checkpoint.CONFIG).touch()
     assert "stopped before the first checkpoint; the same command with --resume" in str(
         preemption.at_once(tmp_path, False)
     )
     checkpoint.save(tmp_path, 12, {"model": {}, "optimizer": {}, "scaler": {}})
     error = preemption.at_once(tmp_path, False)
-    assert str(error) == "stopped; the checkpoint of step 12 is kept, the same command with --resume goes on from there"
+    assert (
+        str(error)
+        == "stopped; the checkpoint of step 12 is kept, the same command with --resume goes on "
+        "from there"
+    )
     assert (error.exit_status, isinstance(error, StoppedError)) == (75, True)
 
 
-def test_an_interrupt_before_the_first_step_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_before_the_first_step_leaves_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("student.training.train._gradients", interrupted)
-    ran = fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(), *OPTIONS, home=tmp_path / "home")
+    ran = fx.train(
+        "mralign", tmp_path / "run", "--cache", fx.cache_path(), *OPTIONS, home=tmp_path / "home"
+    )
     assert ran.status == 75
     assert ran.line == "error: stopped before the first step; run the same command again"
     assert not (tmp_path / "run").exists()
@@ -233,7 +280,7 @@ def test_a_stopped_run_is_in_the_ledger_and_a_resume_without_work_is_not(
     ]
 
 
-# ---------------------------------------------------------------- while a program is still being imported
+# ---------------------------------------------------------- while a program is still being imported
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
@@ -242,7 +289,8 @@ def test_a_stopped_run_is_in_the_ledger_and_a_resume_without_work_is_not(
 def test_stopped_while_it_is_imported(
     program: str, status: int, slow: str, number: signal.Signals, tmp_path: Path
 ) -> None:
-    """A module that takes long to import, and makes an ImportError of an interrupt as numpy does."""
+    """A module that takes long to import, and makes an ImportError of an interrupt as numpy
+    does."""
     (tmp_path / f"{slow}.py").write_text(
         f"import pathlib, time\npathlib.Path({str(tmp_path / 'here')!r}).touch()\n"
         "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise ImportError('half of it')\n"
@@ -254,7 +302,9 @@ def test_stopped_while_it_is_imported(
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (status, "")
-    assert re.fullmatch(r"error: stopped( before anything was begun)?; run the same command again\n", err), err
+    assert re.fullmatch(
+        r"error: stopped( before anything was begun)?; run the same command again\n", err
+    ), err
 
 
 def test_an_import_that_fails_by_itself_keeps_its_traceback() -> None:

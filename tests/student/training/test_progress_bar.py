@@ -37,10 +37,12 @@ ROW = {
 
 
 def test_a_line_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step 30 of epochs of 12 steps: two and a half of them are over. Each level's loss would fill the line."""
+    """Step 30 of epochs of 12 steps: two and a half of them are over. Each level's loss would fill
+    the line."""
     monkeypatch.setattr(progress_bar, "memory_bytes", lambda: 3_140_000_000)
     assert progress_bar.line(ROW, 12) == (
-        "epoch 2.50  loss 1.2346 align 0.5 grad_norm 2  lr 2.50e-04  812 images/s  waiting for data 4%  3.1 GB"
+        "epoch 2.50  loss 1.2346 align 0.5 grad_norm 2  lr 2.50e-04  812 images/s  waiting for "
+        "data 4%  3.1 GB"
     )
 
 
@@ -69,7 +71,16 @@ def test_nothing_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_whole_command_in_a_file_says_what_it_does_and_no_more(tmp_path: Path) -> None:
     ran = fx.good(
-        fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(), "--steps", "3", "--batch-size", "8")
+        fx.train(
+            "mralign",
+            tmp_path / "run",
+            "--cache",
+            fx.cache_path(),
+            "--steps",
+            "3",
+            "--batch-size",
+            "8",
+        )
     )
     assert ran.err.count("\n") == 1
     assert ran.err.startswith("mralign: 24 pictures, cache ")

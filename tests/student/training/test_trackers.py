@@ -1,4 +1,5 @@
-"""Trackers: what metrics.jsonl gets, they get; a missing package is one line; a resumed run is one curve."""
+"""Trackers: what metrics.jsonl gets, they get; a missing package is one line; a resumed run is one
+curve."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[A
     packages.mkdir()
     (packages / "wandb.py").write_text(WANDB.format(place=str(place)))
     monkeypatch.syspath_prepend(str(packages))
-    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.WANDB])  # looked for when it is imported
+    # looked for when it is imported
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.WANDB])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     return lambda: [json.loads(line) for line in place.read_text().splitlines()]
 
@@ -95,9 +97,13 @@ def test_a_run_that_fails_closes_its_tracker(told: Callable[[], list[Any]], tmp_
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_package_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tracking, "_available_trackers", [])
-    ran = fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *OPTIONS, "--tracker", name)
+    ran = fx.train(
+        "maskalign", tmp_path / "run", "--cache", fx.cache_path(), *OPTIONS, "--tracker", name
+    )
     assert ran.status == 2
     assert f"pip install {name}" in ran.line
     assert f"featcache[{name}]" in ran.line
@@ -107,18 +113,27 @@ def test_a_missing_package_is_one_line(name: str, tmp_path: Path, monkeypatch: p
 
 
 def test_an_unknown_tracker(tmp_path: Path) -> None:
-    ran = fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *OPTIONS, "--tracker", "mlflow")
+    ran = fx.train(
+        "maskalign", tmp_path / "run", "--cache", fx.cache_path(), *OPTIONS, "--tracker", "mlflow"
+    )
     assert ran.status == 2
     assert all(name in ran.line for name in trackers.NAMES)
 
 
-def test_tensorboard_is_given_every_row_and_where_to_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_is_given_every_row_and_where_to_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through Accelerate's own tracker, with a writer in place of the package's."""
     made: list[Any] = []
 
     class SummaryWriter:
         def __init__(self, folder: str, purge_step: int) -> None:
-            self.folder, self.purge_step, self.rows, self.closed = folder, purge_step, dict[str, list[Any]](), False
+            self.folder, self.purge_step, self.rows, self.closed = (
+                folder,
+                purge_step,
+                dict[str, list[Any]](),
+                False,
+            )
             made.append(self)
 
         def add_hparams(self, values: dict[str, Any], metric_dict: dict[str, Any]) -> None:
@@ -135,7 +150,8 @@ def test_tensorboard_is_given_every_row_and_where_to_cut(tmp_path: Path, monkeyp
     fake = ModuleType("tensorboardX")
     fake.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # the other one that it would take
+    # the other one that it would take
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
     run = tmp_path / "run"
     options = ("--cache", fx.cache_path(), *OPTIONS, "--steps", "4", "--tracker", "tensorboard")
@@ -143,7 +159,11 @@ def test_tensorboard_is_given_every_row_and_where_to_cut(tmp_path: Path, monkeyp
     (run / "checkpoints/step-00000004.pt").unlink()
     fx.good(fx.train("maskalign", run, *options, "--resume"))
     first, second = made
-    assert (first.folder, first.purge_step, second.purge_step) == (str(run / "tracking/student"), 1, 3)
+    assert (first.folder, first.purge_step, second.purge_step) == (
+        str(run / "tracking/student"),
+        1,
+        3,
+    )
     rows = metrics.read(run)
     assert first.rows["loss"] == [(row["step"], row["loss"]) for row in rows]
     assert second.rows["lr"] == [(row["step"], row["lr"]) for row in rows[2:]]

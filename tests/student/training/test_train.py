@@ -28,7 +28,8 @@ from tests.conftest import flip
 
 SMALL = ("--batch-size", "8")
 
-# A recipe of one's own: the mean colour is learnt, and from the third forward on the loss is not a number.
+# A recipe of one's own: the mean colour is learnt, and from the third forward on the loss is not a
+# number.
 MINE = '''"""Mine."""
 import torch
 from pydantic.dataclasses import dataclass
@@ -46,7 +47,8 @@ def needs(config):
 class Model(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.encoder = vit.build(config.encoder, img_size=config.img_size, patch_size=config.patch_size)
+        self.encoder = vit.build(
+            config.encoder, img_size=config.img_size, patch_size=config.patch_size)
         self.bad, self.calls = config.bad, 0
 
     def no_weight_decay(self):
@@ -70,26 +72,45 @@ def mine(tmp_path: Path, run: Path, *options: str) -> fx.Ran:
         "--policy",
         fx.policy_file(),
     )
-    return fx.stud("train", *recipe, "--out", run, "--device", "cpu", *SMALL, *sets, *options, home=tmp_path / "home")
+    return fx.stud(
+        "train",
+        *recipe,
+        "--out",
+        run,
+        "--device",
+        "cpu",
+        *SMALL,
+        *sets,
+        *options,
+        home=tmp_path / "home",
+    )
 
 
 def run_of(
-    tmp_path: Path, *options: Any, name: str = "run", sets: tuple[str, ...] = (), recipe: str = "maskalign"
+    tmp_path: Path,
+    *options: Any,
+    name: str = "run",
+    sets: tuple[str, ...] = (),
+    recipe: str = "maskalign",
 ) -> Path:
-    fx.good(fx.train(recipe, tmp_path / name, "--cache", fx.cache_path(), *SMALL, *options, sets=sets))
+    fx.good(
+        fx.train(recipe, tmp_path / name, "--cache", fx.cache_path(), *SMALL, *options, sets=sets)
+    )
     return tmp_path / name
 
 
-# --- rates ----------------------------------------------------------------------------------------------------------
+# --- rates ----------------------------------------------------------------------------------------
 
 
 def test_rates_by_hand(tmp_path: Path) -> None:
-    """24 pictures in steps of 8 are 3 steps an epoch; 2 epochs of warm-up in 4, blr 0.32: the peak is 0.32 * 8 / 256 =
-    0.01, six steps rise to it by sixths, then half a cosine over six steps goes towards 0.001."""
+    """24 pictures in steps of 8 are 3 steps an epoch; 2 epochs of warm-up in 4, blr 0.32: the peak
+    is 0.32 * 8 / 256 = 0.01, six steps rise to it by sixths, then half a cosine over six steps goes
+    towards 0.001."""
     sets = ("warmup_epochs=2", "lr=null", "blr=0.32", "min_lr=0.001")
     rows = metrics.read(run_of(tmp_path, "--epochs", "4", sets=sets))
     rise = [0, 0.01 / 6, 0.02 / 6, 0.03 / 6, 0.04 / 6, 0.05 / 6]
-    half = [1, (2 + math.sqrt(3)) / 4, 0.75, 0.5, 0.25, (2 - math.sqrt(3)) / 4]  # (1 + cos(k pi / 6)) / 2
+    # (1 + cos(k pi / 6)) / 2
+    half = [1, (2 + math.sqrt(3)) / 4, 0.75, 0.5, 0.25, (2 - math.sqrt(3)) / 4]
     expected = [*rise, *(0.001 + 0.009 * part for part in half)]
     assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-12)
     assert [row["step"] for row in rows] == list(range(1, 13))
@@ -106,21 +127,29 @@ def test_the_rate_is_really_used(tmp_path: Path) -> None:
 def test_the_rate_follows_the_global_batch(tmp_path: Path) -> None:
     sets = ("lr=null", "blr=0.32")
     plain = metrics.read(run_of(tmp_path, "--steps", "1", sets=sets, name="a"))[0]["lr"]
-    double = metrics.read(run_of(tmp_path, "--steps", "1", "--accumulate", "2", sets=sets, name="b"))[0]["lr"]
+    double = metrics.read(
+        run_of(tmp_path, "--steps", "1", "--accumulate", "2", sets=sets, name="b")
+    )[0]["lr"]
     assert (plain, double) == (pytest.approx(0.01), pytest.approx(0.02))
 
 
 def test_step_seed_literals() -> None:
-    """numpy.random.Philox, counter (0, 0, step, BLAKE2b-64 of 'model:SEED'), key BLAKE2b-128 of 'step:MICRO:RANK', the
-    first word without its last bit (torch takes 63 bits)."""
+    """numpy.random.Philox, counter (0, 0, step, BLAKE2b-64 of 'model:SEED'), key BLAKE2b-128 of
+    'step:MICRO:RANK', the first word without its last bit (torch takes 63 bits)."""
     assert step_seed(0, 0, 0, 0) == 7697881356527860803
     assert step_seed(0, 1, 0, 0) == 2263479409534137430
     assert step_seed(3, 1000, 1, 2) == 2243229204195202265
-    several = {step_seed(s, t, m, r) for s in range(2) for t in range(5) for m in range(2) for r in range(3)}
+    several = {
+        step_seed(s, t, m, r)
+        for s in range(2)
+        for t in range(5)
+        for m in range(2)
+        for r in range(3)
+    }
     assert len(several) == 60
 
 
-# --- what fails before the first step -------------------------------------------------------------------------------
+# --- what fails before the first step -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,7 +199,7 @@ def test_a_resumed_run_that_fails_at_once_is_kept(tmp_path: Path) -> None:
     assert (run / checkpoint.CONFIG).is_file()
 
 
-# --- the run folder -------------------------------------------------------------------------------------------------
+# --- the run folder -------------------------------------------------------------------------------
 
 
 def test_the_run_folder(tmp_path: Path) -> None:
@@ -184,7 +213,9 @@ def test_the_run_folder(tmp_path: Path) -> None:
     assert all(row["images_per_s"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
     for row in rows:
         assert row["loss"] == pytest.approx(0.5 * row["align"] + 0.5 * row["pixel"], rel=1e-5)
-        assert row["align"] == pytest.approx((row["level_2"] + row["level_3"] + row["level_4"]) / 3, rel=1e-5)
+        assert row["align"] == pytest.approx(
+            (row["level_2"] + row["level_3"] + row["level_4"]) / 3, rel=1e-5
+        )
 
 
 def test_the_record_of_a_run(tmp_path: Path) -> None:
@@ -198,19 +229,34 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
     assert record["config"]["drop_path"] == 0.1
     assert record["targets"]["id"] == cache.manifest["id"]
     assert record["targets"]["identity"] == json.loads(json.dumps(cache.identity))
-    digest = hashlib.blake2b("".join(f"p{i:02d}\n" for i in range(24)).encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(
+        "".join(f"p{i:02d}\n" for i in range(24)).encode(), digest_size=16
+    ).hexdigest()
     expected = {"pictures": 24, "keys_digest": digest, "global_batch": 8, "steps_per_epoch": 3}
     expected |= {"sampling": "random", "aug_repeats": 1}
     assert record["data"] == expected
     environment = json.loads((run / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
-    assert {"featcache", "timm", "python", "device", "threads", "commit", "command"} <= set(environment)
+    assert {"featcache", "timm", "python", "device", "threads", "commit", "command"} <= set(
+        environment
+    )
 
 
 def test_the_ledger_lies_in_home_and_the_cache_is_untouched(tmp_path: Path) -> None:
     cache = Path(shutil.copytree(fx.cache_path(), tmp_path / "c"))
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    fx.good(fx.train("maskalign", tmp_path / "run", "--cache", cache, "--steps", "1", *SMALL, home=tmp_path / "home"))
+    fx.good(
+        fx.train(
+            "maskalign",
+            tmp_path / "run",
+            "--cache",
+            cache,
+            "--steps",
+            "1",
+            *SMALL,
+            home=tmp_path / "home",
+        )
+    )
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
     (line,) = (tmp_path / "home" / "runs.jsonl").read_text().splitlines()
     noted = json.loads(line)
@@ -221,16 +267,50 @@ def test_the_ledger_lies_in_home_and_the_cache_is_untouched(tmp_path: Path) -> N
 
 def test_a_config_file_is_a_runs_own_record(tmp_path: Path) -> None:
     first = run_of(tmp_path, "--steps", "3", name="first", sets=("drop_path=0.3",))
-    options = ("--cache", fx.cache_path(), "--steps", "3", *SMALL, "--config", first / "config.json")
-    fx.good(fx.stud("train", "--recipe", "maskalign", "--device", "cpu", "--out", tmp_path / "again", *options))
+    options = (
+        "--cache",
+        fx.cache_path(),
+        "--steps",
+        "3",
+        *SMALL,
+        "--config",
+        first / "config.json",
+    )
+    fx.good(
+        fx.stud(
+            "train",
+            "--recipe",
+            "maskalign",
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "again",
+            *options,
+        )
+    )
     assert fx.losses(first) == fx.losses(tmp_path / "again")
     over = ("--set", "drop_path=0")
-    fx.good(fx.stud("train", "--recipe", "maskalign", "--device", "cpu", "--out", tmp_path / "over", *options, *over))
+    fx.good(
+        fx.stud(
+            "train",
+            "--recipe",
+            "maskalign",
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "over",
+            *options,
+            *over,
+        )
+    )
     assert checkpoint.config(tmp_path / "over")["config"]["drop_path"] == 0
 
 
 def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
-    a, b = (run_of(tmp_path, "--steps", "4", "--workers", workers, name=workers) for workers in ("1", "3"))
+    a, b = (
+        run_of(tmp_path, "--steps", "4", "--workers", workers, name=workers)
+        for workers in ("1", "3")
+    )
     assert fx.losses(a) == fx.losses(b)
     assert fx.same_weights(a, b)
     assert fx.losses(run_of(tmp_path, "--steps", "4", "--seed", "1", name="c")) != fx.losses(a)
@@ -243,13 +323,31 @@ def test_an_out_that_is_used_is_refused(tmp_path: Path) -> None:
     assert ran.status == 1
     assert "--resume" in ran.line
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    ran = fx.train("maskalign", tmp_path / "new", "--cache", fx.cache_path(), "--steps", "1", *SMALL, "--resume")
+    ran = fx.train(
+        "maskalign",
+        tmp_path / "new",
+        "--cache",
+        fx.cache_path(),
+        "--steps",
+        "1",
+        *SMALL,
+        "--resume",
+    )
     assert ran.status == 0  # nothing to go on from: it starts, so that one line can be requeued
-    ran = fx.train("maskalign", tmp_path / "new", "--cache", fx.cache_path(), "--steps", "1", *SMALL, "--resume")
+    ran = fx.train(
+        "maskalign",
+        tmp_path / "new",
+        "--cache",
+        fx.cache_path(),
+        "--steps",
+        "1",
+        *SMALL,
+        "--resume",
+    )
     assert "1 steps done, loss 2." in ran.out  # a run that was complete tells its own last loss
 
 
-# --- what stops it --------------------------------------------------------------------------------------------------
+# --- what stops it --------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
@@ -258,15 +356,22 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     assert "loss is nan at step 3" in ran.line
     shown = ran.line.split("pictures ", 1)[1].split(")")[0]
     assert shown.startswith("p")
-    assert [path.name for path in checkpoint.complete(tmp_path / "run")] == ["step-00000001.pt", "step-00000002.pt"]
+    assert [path.name for path in checkpoint.complete(tmp_path / "run")] == [
+        "step-00000001.pt",
+        "step-00000002.pt",
+    ]
     assert all(value.isfinite().all() for value in fx.weights(tmp_path / "run").values())
     assert [row["loss"] for row in metrics.read(tmp_path / "run")][2] == "nan"
 
 
-def test_it_stops_too_when_losses_arrive_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU rows become numbers 16 steps later, and a checkpoint flushes them: it must look at them and must not be
-    written over good ones."""
-    monkeypatch.setattr(student.training.train, "Metrics", lambda run, lag, log: Metrics(run, 16, log))
+def test_it_stops_too_when_losses_arrive_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU rows become numbers 16 steps later, and a checkpoint flushes them: it must look at
+    them and must not be written over good ones."""
+    monkeypatch.setattr(
+        student.training.train, "Metrics", lambda run, lag, log: Metrics(run, 16, log)
+    )
     ran = mine(tmp_path, tmp_path / "run", "--steps", "9", "--save-every", "2")
     assert ran.status == 1
     assert "loss is nan at step 3" in ran.line
@@ -311,18 +416,27 @@ def test_a_device_that_is_not_here(tmp_path: Path) -> None:
         assert device in ran.line
 
 
-# --- damaged caches -------------------------------------------------------------------------------------------------
+# --- damaged caches -------------------------------------------------------------------------------
 
 
-def test_a_flipped_bit_in_any_file_of_a_small_cache_stops_it_before_the_first_step(tmp_path: Path) -> None:
-    """Every file there is, of the cache, of what was added to it, and those that training would never read."""
+def test_a_flipped_bit_in_any_file_of_a_small_cache_stops_it_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    """Every file there is, of the cache, of what was added to it, and those that training would
+    never read."""
     bad = fx.save_pictures(tmp_path / "p", 5)
     (bad / "bad.png").write_text("not a picture")
     cache = fx.extract(bad, tmp_path / "c", "--rows-per-shard", "4")
     fx.extract(bad, cache, "--add", "--levels", "1")
     files = sorted(path for path in cache.rglob("*") if path.is_file())
     names = {path.name for path in files}
-    assert {"manifest.json", "manifest.copy.json", "quarantine.json", "zarr.json", "000000.json"} <= names
+    assert {
+        "manifest.json",
+        "manifest.copy.json",
+        "quarantine.json",
+        "zarr.json",
+        "000000.json",
+    } <= names
     assert sum("feature_stats" in str(path) for path in files) >= 4
     assert sum("parts" in path.parts for path in files) >= 10
     options = ("--cache", cache, "--images", bad, "--steps", "1", "--batch-size", "2")
@@ -337,9 +451,11 @@ def test_a_flipped_bit_in_any_file_of_a_small_cache_stops_it_before_the_first_st
     fx.good(fx.train("maskalign", tmp_path / "run", *options))
 
 
-def test_a_larger_cache_is_checked_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the bound a damaged row stops the step that reads it, unless rows are not checked; a damaged file that is
-    not read is not noticed."""
+def test_a_larger_cache_is_checked_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the bound a damaged row stops the step that reads it, unless rows are not checked; a
+    damaged file that is not read is not noticed."""
     monkeypatch.setattr(cache_match, "VERIFIED_BYTES", 0)
     cache = Path(shutil.copytree(fx.cache_path(), tmp_path / "c"))
     options = ("--cache", cache, "--steps", "3", *SMALL)
@@ -356,7 +472,7 @@ def test_a_larger_cache_is_checked_row_by_row(tmp_path: Path, monkeypatch: pytes
     assert fx.losses(tmp_path / "blind") != fx.losses(tmp_path / "unread")
 
 
-# --- how a cache is read --------------------------------------------------------------------------------------------
+# --- how a cache is read --------------------------------------------------------------------------
 
 
 def test_how_a_cache_is_read_goes_to_the_cache_and_into_the_record(
@@ -377,7 +493,9 @@ def test_how_a_cache_is_read_goes_to_the_cache_and_into_the_record(
     plain, changed = opened
     assert plain == {"threads": None, "verify_rows": 1.0, "io": "auto", "partial": False}
     assert changed == {"threads": 3, "verify_rows": 0.25, "io": "direct", "partial": False}
-    reading = [checkpoint.config(tmp_path / name)["targets"]["reading"] for name in ("plain", "odd")]
+    reading = [
+        checkpoint.config(tmp_path / name)["targets"]["reading"] for name in ("plain", "odd")
+    ]
     assert reading == [{**given, "tokens": "all", "pixels": "decoded"} for given in opened]
     assert fx.losses(tmp_path / "odd") == fx.losses(tmp_path / "plain")
 
@@ -394,7 +512,16 @@ def test_direct_reads_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "open", watch)
     for name, options in {"plain": (), "direct": ("--direct",)}.items():
         flags.clear()
-        ran = fx.train("maskalign", tmp_path / name, "--cache", fx.cache_path(), "--steps", "3", *SMALL, *options)
+        ran = fx.train(
+            "maskalign",
+            tmp_path / name,
+            "--cache",
+            fx.cache_path(),
+            "--steps",
+            "3",
+            *SMALL,
+            *options,
+        )
         assert ran.status == 0 or "O_DIRECT" in ran.line  # a file system that knows none says so
         assert set(flags) == {os.O_DIRECT if options else 0}
 
@@ -408,7 +535,9 @@ def test_a_run_may_be_resumed_with_another_way_of_reading(tmp_path: Path) -> Non
     assert fx.losses(run) == whole
 
 
-@pytest.mark.parametrize("option", [("--direct",), ("--verify-rows", "0.5"), ("--read-threads", "2")])
+@pytest.mark.parametrize(
+    "option", [("--direct",), ("--verify-rows", "0.5"), ("--read-threads", "2")]
+)
 def test_ways_of_reading_without_anything_to_read(option: tuple[str, ...], tmp_path: Path) -> None:
     options = (
         "--images",
@@ -419,12 +548,14 @@ def test_ways_of_reading_without_anything_to_read(option: tuple[str, ...], tmp_p
         "1",
         *SMALL,
     )
-    ran = fx.train("mae", tmp_path / "run", *options, *option, sets=("patch_size=8",), home=tmp_path / "home")
+    ran = fx.train(
+        "mae", tmp_path / "run", *options, *option, sets=("patch_size=8",), home=tmp_path / "home"
+    )
     assert ran.status == 2
     assert option[0] in ran.line
 
 
-# --- what a resumed run must agree with -----------------------------------------------------------------------------
+# --- what a resumed run must agree with -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -438,7 +569,9 @@ def test_ways_of_reading_without_anything_to_read(option: tuple[str, ...], tmp_p
         (("--set", "lr=0.002"), ("lr", "0.003", "0.002")),
     ],
 )
-def test_other_settings_are_refused_by_name(change: tuple[str, str], told: tuple[str, ...], tmp_path: Path) -> None:
+def test_other_settings_are_refused_by_name(
+    change: tuple[str, str], told: tuple[str, ...], tmp_path: Path
+) -> None:
     run = run_of(tmp_path, "--steps", "4", "--save-every", "2")
     (run / "checkpoints" / "step-00000004.pt").unlink()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -470,7 +603,9 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
 
 def weighted(tmp_path: Path, seed: int) -> Path:
     teacher = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=4,num_heads=3"
-    return fx.extract(fx.pictures(), tmp_path / f"w{seed}", "--weights", f"random:{seed}", teacher=teacher)
+    return fx.extract(
+        fx.pictures(), tmp_path / f"w{seed}", "--weights", f"random:{seed}", teacher=teacher
+    )
 
 
 def test_caches_of_other_weights_cannot_be_mixed_up(tmp_path: Path) -> None:
@@ -489,7 +624,8 @@ def test_caches_of_other_weights_cannot_be_mixed_up(tmp_path: Path) -> None:
 
 
 def test_online_over_a_cache_uses_its_weights(tmp_path: Path) -> None:
-    """The file changed since the extraction: those are other weights, and the comparison would mean nothing."""
+    """The file changed since the extraction: those are other weights, and the comparison would mean
+    nothing."""
     import timm
     from safetensors.torch import save_file
 
@@ -520,7 +656,8 @@ def test_online_over_a_cache_uses_its_weights(tmp_path: Path) -> None:
 
 
 def test_other_pictures_of_the_same_number_are_refused(tmp_path: Path) -> None:
-    """The order is by number: with other pictures under the numbers the run would be another one."""
+    """The order is by number: with other pictures under the numbers the run would be another
+    one."""
     one, two = (Path(shutil.copytree(fx.pictures(), tmp_path / name)) for name in ("one", "two"))
     (one / "p00.png").unlink()
     (two / "p23.png").unlink()

@@ -1,5 +1,5 @@
-"""What a run promises: the same steps for any number of processes, every picture once an epoch, and the same numbers
-after any interruption.
+"""What a run promises: the same steps for any number of processes, every picture once an epoch, and
+the same numbers after any interruption.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ plain = student.training.train.make_step
 def noting(*args):
     row = plain(*args)
     with open({place!r} + f"/{{RANK}}.jsonl", "a") as file:
-        file.write(json.dumps({{"step": row["step"], "epoch": row["epoch"], "keys": row["keys"]}}) + "\\n")
+        noted = {{"step": row["step"], "epoch": row["epoch"], "keys": row["keys"]}}
+        file.write(json.dumps(noted) + "\\n")
     return row
 student.training.train.make_step = noting
 """
@@ -51,36 +52,52 @@ def seen(place: Path, world: int) -> dict[int, list[str]]:
     return out
 
 
-# --- processes ------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", ["mralign", pytest.param("maskalign", marks=pytest.mark.slow)])
 def test_one_process_with_batch_16_equals_two_with_batch_8(recipe: str, tmp_path: Path) -> None:
-    """The same losses to 1e-5 at step 1 and 1e-4 over 20 steps, and the same pictures in each step."""
+    """The same losses to 1e-5 at step 1 and 1e-4 over 20 steps, and the same pictures in each
+    step."""
     common = ("--cache", fx.cache_path(), "--steps", "20")
     for world, batch in ((1, 16), (2, 8)):
         run = ("--out", tmp_path / f"run{world}", "--batch-size", batch)
         before = noting(tmp_path / f"seen{world}")
-        processes.good(processes.train(world, *common, *run, recipe=recipe, sets=OFF, before=before))
+        processes.good(
+            processes.train(world, *common, *run, recipe=recipe, sets=OFF, before=before)
+        )
     one, two = (np.array(fx.losses(tmp_path / f"run{world}")) for world in (1, 2))
     assert len(one) == 20
     assert abs(one[0] - two[0]) <= 1e-5 * one[0]
     assert np.abs(one - two).max() <= 1e-4 * one.min()
     assert one[-1] < 0.9 * one[0]  # it learns: the comparison is not of a standstill
     first, second = seen(tmp_path / "seen1", 1), seen(tmp_path / "seen2", 2)
-    assert {step: set(keys) for step, keys in first.items()} == {step: set(keys) for step, keys in second.items()}
+    assert {step: set(keys) for step, keys in first.items()} == {
+        step: set(keys) for step, keys in second.items()
+    }
     assert all(len(keys) == 16 for keys in second.values())
 
 
 @pytest.mark.parametrize("way", ["cached", "online"])
 def test_statistics_of_the_batch_are_those_of_all_its_parts(way: str, tmp_path: Path) -> None:
-    """target_norm=bn: one process with batch 16, two with 8, and from a cache one that adds up four times 4, give the
-    same losses; statistics of each part alone would not (see below)."""
+    """target_norm=bn: one process with batch 16, two with 8, and from a cache one that adds up four
+    times 4, give the same losses; statistics of each part alone would not (see below)."""
     cuts = {(1, 16, 1), (2, 8, 1)} | ({(1, 4, 4), (2, 4, 2)} if way == "cached" else set())
     sets, runs = (*OFF, "target_norm=bn"), {}
     for world, batch, parts in cuts:
         run = tmp_path / f"{world}-{batch}"
-        options = ("--batch-size", batch, "--accumulate", parts, "--steps", 6, "--teacher", way, "--out", run)
+        options = (
+            "--batch-size",
+            batch,
+            "--accumulate",
+            parts,
+            "--steps",
+            6,
+            "--teacher",
+            way,
+            "--out",
+            run,
+        )
         cache = ("--cache", fx.cache_path())
         processes.good(processes.train(world, *cache, *options, recipe="maskalign", sets=sets))
         runs[world, batch, parts] = np.array(fx.losses(run))
@@ -88,13 +105,18 @@ def test_statistics_of_the_batch_are_those_of_all_its_parts(way: str, tmp_path: 
         np.testing.assert_allclose(losses, runs[1, 16, 1], rtol=1e-5)
 
 
-def test_statistics_of_a_part_would_give_other_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above has teeth: moments of a quarter of the batch in place of all of it are seen."""
+def test_statistics_of_a_part_would_give_other_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison above has teeth: moments of a quarter of the batch in place of all of it are
+    seen."""
     options = ("--cache", fx.cache_path(), "--batch-size", 16, "--steps", 1)
     sets = (*OFF, "target_norm=bn")
     fx.good(fx.train("maskalign", tmp_path / "whole", *options, sets=sets))
     plain = Cached._moments
-    monkeypatch.setattr(Cached, "_moments", lambda targets, at, view: plain(targets, at[:4], view[:4]))
+    monkeypatch.setattr(
+        Cached, "_moments", lambda targets, at, view: plain(targets, at[:4], view[:4])
+    )
     fx.good(fx.train("maskalign", tmp_path / "part", *options, sets=sets))
     assert abs(fx.losses(tmp_path / "whole")[0] / fx.losses(tmp_path / "part")[0] - 1) > 1e-4
 
@@ -103,16 +125,28 @@ def test_statistics_of_the_batch_online_want_it_in_one_piece(tmp_path: Path) -> 
     options = ("--cache", fx.cache_path(), "--teacher", "online", "--steps", 1, "--accumulate", 2)
     ran = fx.train("maskalign", tmp_path / "run", *options, sets=("target_norm=bn",))
     assert ran.status == 2
-    assert "--accumulate 2 with --teacher online: these targets are normalised over the whole batch" in ran.line
+    assert (
+        "--accumulate 2 with --teacher online: these targets are normalised over the whole batch"
+        in ran.line
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("world", "batch", "accumulate"),
-    [(1, 5, 1), (2, 5, 1), (2, 2, 2), pytest.param(1, 3, 3, marks=SLOW), pytest.param(3, 2, 1, marks=SLOW)],
+    [
+        (1, 5, 1),
+        (2, 5, 1),
+        (2, 2, 2),
+        pytest.param(1, 3, 3, marks=SLOW),
+        pytest.param(3, 2, 1, marks=SLOW),
+    ],
 )
-def test_an_epoch_shows_each_picture_at_most_once(world: int, batch: int, accumulate: int, tmp_path: Path) -> None:
-    """Of 24 pictures all but less than one global batch, in three epochs of a real run, by their keys."""
+def test_an_epoch_shows_each_picture_at_most_once(
+    world: int, batch: int, accumulate: int, tmp_path: Path
+) -> None:
+    """Of 24 pictures all but less than one global batch, in three epochs of a real run, by their
+    keys."""
     total = world * batch * accumulate
     per_epoch = 24 // total
     options = (
@@ -127,18 +161,24 @@ def test_an_epoch_shows_each_picture_at_most_once(world: int, batch: int, accumu
     )
     before = noting(tmp_path / "seen")
     run = ("--out", tmp_path / "run")
-    processes.good(processes.train(world, *options, *run, recipe="maskalign", sets=OFF, before=before))
+    processes.good(
+        processes.train(world, *options, *run, recipe="maskalign", sets=OFF, before=before)
+    )
     steps = seen(tmp_path / "seen", world)
     assert sorted(steps) == list(range(1, 3 * per_epoch + 1))
     for epoch in range(3):
-        keys = [key for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for key in steps[step + 1]]
+        keys = [
+            key
+            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)
+            for key in steps[step + 1]
+        ]
         assert len(set(keys)) == len(keys) == per_epoch * total
         assert 24 - len(keys) < total
         assert set(keys) <= {f"p{i:02d}" for i in range(24)}
     assert len(metrics.read(tmp_path / "run")) == 3 * per_epoch
 
 
-# --- interruptions --------------------------------------------------------------------------------------------------
+# --- interruptions --------------------------------------------------------------------------------
 
 TWELVE = ("--steps", "12", "--batch-size", "8", "--save-every", "5")
 
@@ -156,8 +196,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_interrupted_at_every_step_and_resumed(
     step: int, way: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After `step` whole steps: told to stop, which saves there, or dead between gradients and update, which goes back
-    to the checkpoint of step 5 or 10 or to the start."""
+    """After `step` whole steps: told to stop, which saves there, or dead between gradients and
+    update, which goes back to the checkpoint of step 5 or 10 or to the start."""
     options = ("--cache", fx.cache_path(), *TWELVE, "--ema", "0.9")
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -233,7 +273,9 @@ student.training.train._gradients = dies
     ran = processes.train(2, *common, "--out", tmp_path / "cut", recipe="mralign", before=dying)
     assert ran.status == [9, 9], ran.said
     assert checkpoint.step_of(tmp_path / "cut") == step // 2 * 2
-    processes.good(processes.train(2, *common, "--out", tmp_path / "cut", "--resume", recipe="mralign"))
+    processes.good(
+        processes.train(2, *common, "--out", tmp_path / "cut", "--resume", recipe="mralign")
+    )
     assert_undisturbed(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -245,9 +287,19 @@ def test_deterministic_kernels_are_asked_for_and_every_recipe_has_them(tmp_path:
         asked = """
 import torch
 from multiprocessing.util import Finalize
-Finalize(None, lambda: print("deterministic", torch.are_deterministic_algorithms_enabled(), flush=True), exitpriority=1)
+def told():
+    print("deterministic", torch.are_deterministic_algorithms_enabled(), flush=True)
+Finalize(None, told, exitpriority=1)
 """
-        on = processes.train(1, *options, "--out", tmp_path / name / "on", "--deterministic", recipe=name, before=asked)
+        on = processes.train(
+            1,
+            *options,
+            "--out",
+            tmp_path / name / "on",
+            "--deterministic",
+            recipe=name,
+            before=asked,
+        )
         assert "deterministic True" in processes.good(on).said[0]
         fx.good(fx.train(name, tmp_path / name / "off", *options))
         assert_undisturbed(tmp_path / name / "on", tmp_path / name / "off")

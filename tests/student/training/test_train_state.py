@@ -1,5 +1,5 @@
-"""What learns, and the ways of running it: the average of the weights, compilation, fused attention, activation
-checkpointing. Each gives the numbers of the plain run.
+"""What learns, and the ways of running it: the average of the weights, compilation, fused
+attention, activation checkpointing. Each gives the numbers of the plain run.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def run_of(place: Path, *options: Any, recipe: str = "mralign", sets: tuple[str,
     return place
 
 
-# --- the average of the weights -------------------------------------------------------------------------------------
+# --- the average of the weights -------------------------------------------------------------------
 
 
 def test_the_average_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm's warm-up: after step n the decay is min(0.5, 1 - n^(-2/3)), n = 1 being a copy; in float64 from the
-    checkpoints of every step."""
+    """timm's warm-up: after step n the decay is min(0.5, 1 - n^(-2/3)), n = 1 being a copy; in
+    float64 from the checkpoints of every step."""
     monkeypatch.setattr(checkpoint, "KEEP", 99)
     run = run_of(tmp_path / "run", "--ema", "0.5", "--save-every", "1")
     states = [torch.load(path, weights_only=True) for path in checkpoint.complete(run)]
@@ -90,10 +90,15 @@ def test_a_run_goes_on_with_its_own_average(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["0", "1", "1.5", "x"])
 def test_decays_that_are_none(given: str, tmp_path: Path) -> None:
-    assert fx.train("mralign", tmp_path / "run", "--cache", fx.cache_path(), *STEPS, "--ema", given).status == 2
+    assert (
+        fx.train(
+            "mralign", tmp_path / "run", "--cache", fx.cache_path(), *STEPS, "--ema", given
+        ).status
+        == 2
+    )
 
 
-# --- activation checkpointing ---------------------------------------------------------------------------------------
+# --- activation checkpointing ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
@@ -122,7 +127,11 @@ def test_what_is_kept_for_the_backward_pass_shrinks() -> None:
             return tensor
 
         ids = torch.arange(16).repeat(2, 1)
-        batch = {"images": torch.randn(2, 3, 32, 32), "ids_keep": ids[:, :4], "ids_masked": ids[:, 4:]}
+        batch = {
+            "images": torch.randn(2, 3, 32, 32),
+            "ids_keep": ids[:, :4],
+            "ids_masked": ids[:, 4:],
+        }
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             model(batch)["loss"]
         saved[again] = sum(kept)
@@ -139,7 +148,9 @@ def test_every_block_is_found_by_the_names_of_the_field() -> None:
     }
     for name, names in expected.items():
         recipe = recipes.load(name)
-        model = recipe.Model(from_overrides(recipe.Config, [*fx.RECIPES[name], "img_size=32", "patch_size=8"]))
+        model = recipe.Model(
+            from_overrides(recipe.Config, [*fx.RECIPES[name], "img_size=32", "patch_size=8"])
+        )
         assert list(activation_checkpointing.blocks(model)) == names
     assert activation_checkpointing.blocks(nn.Sequential(nn.Linear(2, 2))) == {}
 
@@ -149,24 +160,32 @@ def test_masked_convolutions_are_checkpointed_too() -> None:
     found = {}
     for again in (False, True):
         torch.manual_seed(0)
-        net = conv_vit.build("tiny,depth=4,stage1=8,stage2=8,embed_dim=16,num_heads=2", img_size=32, patch_size=8)
-        names = [f"blocks{stage}.{i}" for stage, count in ((1, 2), (2, 2), (3, 4)) for i in range(count)]
+        net = conv_vit.build(
+            "tiny,depth=4,stage1=8,stage2=8,embed_dim=16,num_heads=2", img_size=32, patch_size=8
+        )
+        names = [
+            f"blocks{stage}.{i}" for stage, count in ((1, 2), (2, 2), (3, 4)) for i in range(count)
+        ]
         assert list(activation_checkpointing.blocks(net)) == names
         if again:
             activation_checkpointing.apply(net)
         images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
         outputs, _ = net.encode(images, torch.tensor([[0, 3, 7], [1, 2, 15]]))
         outputs[-1].square().mean().backward()
-        found[again] = {name: each.grad for name, each in net.named_parameters() if each.grad is not None}
+        found[again] = {
+            name: each.grad for name, each in net.named_parameters() if each.grad is not None
+        }
     assert found[True].keys() == found[False].keys()
     assert all(torch.equal(found[True][name], grad) for name, grad in found[False].items())
 
 
-# --- attention ------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
-def test_attention_is_torchs_fused_one(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_torchs_fused_one(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Called for every block of the student, and no softmax is written out beside it."""
     calls: list[int] = []
     plain = F.scaled_dot_product_attention
@@ -180,20 +199,34 @@ def test_attention_is_torchs_fused_one(recipe: str, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
     monkeypatch.setattr(torch.Tensor, "softmax", refused)
-    fx.good(fx.train(recipe, tmp_path / "run", "--cache", fx.cache_of(recipe), "--steps", "1", "--batch-size", "8"))
+    fx.good(
+        fx.train(
+            recipe,
+            tmp_path / "run",
+            "--cache",
+            fx.cache_of(recipe),
+            "--steps",
+            "1",
+            "--batch-size",
+            "8",
+        )
+    )
     assert len(calls) >= 4
 
 
-# --- compiled -------------------------------------------------------------------------------------------------------
+# --- compiled -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mralign", "maskalign"])
 def test_a_compiled_run_equals_the_plain_one(recipe: str, tmp_path: Path) -> None:
-    """To rounding, drop path off: compiled code draws other numbers from the same seed. In its own process."""
+    """To rounding, drop path off: compiled code draws other numbers from the same seed. In its own
+    process."""
     options = ("--cache", fx.cache_path(), *STEPS)
     for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        ran = processes.train(1, *options, "--out", tmp_path / name, *more, recipe=recipe, sets=("drop_path=0",))
+        ran = processes.train(
+            1, *options, "--out", tmp_path / name, *more, recipe=recipe, sets=("drop_path=0",)
+        )
         processes.good(ran)
     one, two = (np.array(fx.losses(tmp_path / name)) for name in ("plain", "compiled"))
     assert np.abs(one - two).max() <= 1e-4 * one.min()
@@ -219,11 +252,15 @@ def test_a_compiled_run_resumes_exactly(tmp_path: Path) -> None:
     )
     ways = ("--compile", "--ema", "0.9", "--precision", "bf16")
     for name in ("whole", "cut"):
-        ran = processes.train(1, *options, *ways, "--out", tmp_path / name, recipe="mralign", sets=("clip_grad=1.0",))
+        ran = processes.train(
+            1, *options, *ways, "--out", tmp_path / name, recipe="mralign", sets=("clip_grad=1.0",)
+        )
         processes.good(ran)
     (tmp_path / "cut/checkpoints/step-00000006.pt").unlink()
     more = ("--out", tmp_path / "cut", "--resume")
-    processes.good(processes.train(1, *options, *ways, *more, recipe="mralign", sets=("clip_grad=1.0",)))
+    processes.good(
+        processes.train(1, *options, *ways, *more, recipe="mralign", sets=("clip_grad=1.0",))
+    )
     assert_undisturbed(tmp_path / "cut", tmp_path / "whole")
     assert len(metrics.read(tmp_path / "cut")) == 6
 
