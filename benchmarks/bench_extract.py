@@ -39,7 +39,7 @@ from benchmarks.bench_write import NAME, Ready, write_pictures, write_raw
 from featcache.console.entry import entry
 from featcache.extraction import device_pipeline, rendering
 from featcache.extraction.extract import run
-from featcache.extraction.forward import ask
+from featcache.extraction.forward import run_teacher
 from featcache.extraction.options import parse_levels
 from featcache.extraction.plan import Plan
 from featcache.extraction.progress import ExtractProgress
@@ -69,16 +69,18 @@ def bare(teacher: Teacher) -> Teacher:
 
 def batches_of(plan: Plan, batch_size: int) -> list[torch.Tensor]:
     """What the extraction gives the teacher, on its device."""
-    pictures = (rendering.render([plan], index) for index in range(len(plan.source)))
+    pictures = (rendering.render_views([plan], index) for index in range(len(plan.source)))
     lane = device_pipeline.DevicePipeline(plan, batch_size, ExtractProgress())
-    return [lane._to_device(batch) for batch in rendering.batches(pictures, plan.views, batch_size)]
+    return [
+        lane._to_device(batch) for batch in rendering.view_batches(pictures, plan.views, batch_size)
+    ]
 
 
 def forward(
     teacher: Teacher, batches: list[torch.Tensor], levels: tuple[int, ...]
 ) -> dict[str, Any]:
     for batch in batches:
-        ask(teacher, batch, levels)
+        run_teacher(teacher, batch, levels)
     if running.device_of(teacher).type == "cuda":
         torch.cuda.synchronize(running.device_of(teacher))
     return {}
@@ -232,7 +234,7 @@ def cli(
     """Measure what an extraction costs beside its teacher."""
     STORES[NAME] = "benchmarks.bench_write"
     device = pick_device(device)
-    running.keep_memory()  # as the command does; the bare forward has it too
+    running.keep_freed_memory()  # as the command does; the bare forward has it too
     given = None if name.startswith("synthetic") else weights
 
     def teacher() -> Teacher:
@@ -245,11 +247,11 @@ def cli(
         source = open_source(write_pictures(place / "pictures", rows))
         chosen = parse_levels(levels, model.depth)
         plan = Plan(
-            source,
-            model,
-            load_policy(size=model.input_px),
-            1,
-            chosen,
+            source=source,
+            teacher=model,
+            policy=load_policy(size=model.input_px),
+            views=1,
+            levels=chosen,
             store=store_name,
             rows_per_shard=rows,
         )

@@ -46,7 +46,7 @@ from featcache.views.policy import AREA, Policy
 from student.data.loader import AHEAD, Loader
 from student.recipes import TargetSpec
 from student.targets import in_memory
-from student.targets.cached import Cached
+from student.targets.cached import CachedTargets
 
 SIZE, VIEWS = 224, 2
 PREADS = "plain preads of the same bytes"
@@ -89,7 +89,18 @@ def extract(source: Source, out: Path, shape: tuple[int, int, int], filter: str)
         f"synthetic:levels={levels},tokens={tokens - 1},width={width},size={SIZE}", None, "cpu"
     )
     policy, chosen = Policy(size=SIZE, filter=filter), tuple(range(1, levels + 1))
-    run(Plan(source, teacher, policy, VIEWS, chosen, rows_per_shard=1024, pixels=True), out)
+    run(
+        Plan(
+            source=source,
+            teacher=teacher,
+            policy=policy,
+            views=VIEWS,
+            levels=chosen,
+            rows_per_shard=1024,
+            pixels=True,
+        ),
+        out,
+    )
 
 
 def make_betons(
@@ -117,10 +128,19 @@ def ours(
     spec = TargetSpec(
         teacher="", levels=cache.levels, fields=("features", "attention"), patches=196
     )
-    pictures, rows, _ = join.join(cache, source)
-    targets = Cached(cache, spec, rows, stored_pixels=stored)
+    pictures, rows, _ = join.join_by_key(cache, source)
+    targets = CachedTargets(cache, spec, rows, stored_pixels=stored)
     digests = rng.key_digests(source.keys[i] for i in pictures)
-    return Loader(source, targets, pictures, digests, 0, batch, workers=workers, **options)
+    return Loader(
+        source=source,
+        targets=targets,
+        pictures=pictures,
+        digests=digests,
+        seed=0,
+        batch_size=batch,
+        workers=workers,
+        **options,
+    )
 
 
 def walk(loader: Loader) -> Iterator[int]:
@@ -298,7 +318,7 @@ def cli(
     json_path: Path | None,
 ) -> None:
     """Measure loaders of pictures and targets."""
-    precision.keep_memory()
+    precision.keep_freed_memory()
     levels, tokens, width = (int(part) for part in shape.split("x"))
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
         place = Path(temporary)

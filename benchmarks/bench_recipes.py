@@ -184,12 +184,12 @@ def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]
         try:
             while True:
                 ended = process.poll() is not None
-                step = checkpoint.step_of(out) or 0
+                step = checkpoint.latest_step(out) or 0
                 if step > seen:
                     process.send_signal(signal.SIGSTOP)
                     encoder, _ = checkpoint.load_encoder(out)
                     # else a newer one came before it was held, and is next
-                    if checkpoint.step_of(out) == step:
+                    if checkpoint.latest_step(out) == step:
                         seen = step
                         yield step, encoder
                     process.send_signal(signal.SIGCONT)

@@ -60,29 +60,35 @@ def write(path: Path, rows: int, view_count: int) -> None:
     """The cache; files are not synced, which is not what is measured here."""
     from featcache import teachers
     from featcache.extraction.plan import Plan
-    from featcache.extraction.target_folder import prepare
+    from featcache.extraction.target_folder import prepare_folder
     from featcache.storage import checksums
-    from featcache.storage.statistics import OfFeatures, Statistics
-    from featcache.storage.store import store
+    from featcache.storage.statistics import FeatureStatistics, Statistics
+    from featcache.storage.store import get_store
 
     # here, so that the process that reads has no torch in its memory
     from featcache.views.policy import Policy
 
     teacher = teachers.load("synthetic:levels=5,tokens=4,width=4", None, "cpu")
-    plan = Plan(Names(rows), teacher, Policy(), view_count, (1, 2, 3, 4, 5))
-    about = prepare(plan, path, 1)
+    plan = Plan(
+        source=Names(rows),
+        teacher=teacher,
+        policy=Policy(),
+        views=view_count,
+        levels=(1, 2, 3, 4, 5),
+    )
+    about = prepare_folder(plan, path, 1)
     items: dict[str, Any] = {
         a.name: np.zeros((plan.rows_per_shard * view_count, *a.item), a.dtype) for a in plan.arrays
     }
-    items |= checksums.compute(plan.arrays, items)
+    items |= checksums.compute_checksums(plan.arrays, items)
     known = Statistics()
-    known.add(items, OfFeatures(0.0, 0.0, np.zeros((len(items["features"]), 5), np.float32)))
+    known.add(items, FeatureStatistics(0.0, 0.0, np.zeros((len(items["features"]), 5), np.float32)))
     sync, os.fsync = os.fsync, lambda fd: None
     try:
         for shard in about["shards"]:
             count = shard["count"] * view_count
             keys = [plan.source.keys[shard["first"] + i // view_count] for i in range(count)]
-            writer = store(plan.store).writer(path, shard["name"], plan.arrays, view_count)
+            writer = get_store(plan.store).writer(path, shard["name"], plan.arrays, view_count)
             writer.append(keys, {name: values[:count] for name, values in items.items()})
             writer.finish([], known.summary())
     finally:

@@ -42,7 +42,7 @@ from featcache.models import precision as running
 from featcache.runtime.device import pick_device
 from student import cli as student_cli
 from student import recipes
-from student.data.prefetch import Feed, Taken, Wait
+from student.data.prefetch import PrefetchedBatch, Prefetcher, WaitTime
 from student.setup import build as jobs
 from student.setup.options import Options
 from student.training import accelerator, train
@@ -73,8 +73,8 @@ class Held:
     def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
         self._batches = cycle(batches)
 
-    def take(self) -> Taken:
-        return Taken(next(self._batches), [], Wait())
+    def take(self) -> PrefetchedBatch:
+        return PrefetchedBatch(next(self._batches), [], WaitTime())
 
     def bring(self) -> None:
         """They are there already."""
@@ -160,7 +160,9 @@ def build(setting: Setting, recipe: str, cache: Path, online: bool) -> tuple[Any
     given = student_cli.train.make_context("train", args).params
     rest = {field.name: given[field.name] for field in fields(Options)}
     acc = accelerator.accelerator(setting.precision, setting.device)
-    job, loader = jobs.build(recipe, recipes.load(recipe), acc, Options(**rest), lambda line: None)
+    job, loader = jobs.build_run(
+        recipe, recipes.load(recipe), acc, Options(**rest), lambda line: None
+    )
     return job, loader, acc
 
 
@@ -169,7 +171,7 @@ def stepper(job: Any, loader: Any, pupil: TrainState, feed: Any) -> Callable[[],
     numbers = iter(range(1, 1 << 40))
 
     def step() -> None:
-        train.make_step(job, loader, pupil, feed, next(numbers), 1 << 40)
+        train.train_step(job, loader, pupil, feed, next(numbers), 1 << 40)
 
     return step
 
@@ -193,10 +195,10 @@ def ways_of(
             click.echo(f"  {recipe}, {name}: {error}", err=True)
             continue
         hosts = stack.enter_context(closing(loader.iterate(1, 1 << 40)))
-        feed: Any = Feed(job.config, job.targets, hosts, acc.device, job.seed)
+        feed: Any = Prefetcher(job.config, job.targets, hosts, acc.device, job.seed)
         if name == "in memory":
             feed = Held([feed.take().batch for _ in range(2)])
-        ways[name] = stepper(job, loader, train.begin(job, loader, acc), feed)
+        ways[name] = stepper(job, loader, train.build_state(job, loader, acc), feed)
     if recipe in plain_steps.MODELS and not setting.sets:
         batch = feed.take().batch
         ways["plain"] = plain_steps.stepper(recipe, batch, acc.device, acc.mixed_precision)
@@ -350,7 +352,7 @@ def cli(
     teachers = _chosen("all" if trial else teacher_names, list(known), "--teacher")
     wanted = _chosen(recipe_names, recipes.names(), "--recipe")
     device = pick_device(device)
-    running.keep_memory()
+    running.keep_freed_memory()
     lines = []
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
         place = Path(temporary)

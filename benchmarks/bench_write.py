@@ -44,14 +44,14 @@ from benchmarks import describe, environment, save, table
 from featcache.console.entry import entry
 from featcache.errors import UserError
 from featcache.extraction.extract import run
-from featcache.extraction.forward import compute
+from featcache.extraction.forward import compute_targets
 from featcache.extraction.options import parse_levels
 from featcache.extraction.plan import Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.models.contract import Teacher
 from featcache.pictures.open_source import open_source
 from featcache.storage import commit, manifest
-from featcache.storage.store import SHARDS, STORES, Array, store
+from featcache.storage.store import SHARDS, STORES, Array, get_store
 from featcache.teachers import load
 from featcache.views.policy import load_policy
 
@@ -70,7 +70,7 @@ class NullWriter:
 
     def __init__(self, cache: Path, shard: str, views: int) -> None:
         self.cache, self.shard, self.views = cache, shard, views
-        self.folder = commit.begin(cache, shard, NAME)
+        self.folder = commit.begin_shard(cache, shard, NAME)
         self.keys: list[str] = []
         self.items = 0
 
@@ -218,7 +218,7 @@ def write_alone(path: Path, plan: Plan, batch_size: int) -> int:
     batch["features"][:] = random.standard_normal(batch["features"].shape, np.float32)
     (path / SHARDS).mkdir(parents=True)
     for shard in plan.shards:
-        sink = store(plan.store).writer(path, shard["name"], arrays, plan.views)
+        sink = get_store(plan.store).writer(path, shard["name"], arrays, plan.views)
         names = [
             plan.source.keys[shard["first"] + i]
             for i in range(shard["count"])
@@ -260,7 +260,7 @@ def measure(work: Callable[[Watch], dict[str, Any]], rows: int, bytes_: int) -> 
 def warm_up(plan: Plan, batch_size: int) -> None:
     """What only the first batch of a process costs."""
     size = plan.teacher.input_px
-    compute(
+    compute_targets(
         plan.teacher,
         torch.zeros((batch_size, 3, size, size), dtype=torch.uint8),
         plan.levels,
@@ -406,11 +406,11 @@ def cli(
         model: Any = Ready(load(teacher, weights)) if ready else load(teacher, weights)
         pictures = open_source(write_pictures(place / "pictures", rows))
         plan = Plan(
-            pictures,
-            model,
-            load_policy(size=model.input_px),
-            views,
-            parse_levels(levels, model.depth),
+            source=pictures,
+            teacher=model,
+            policy=load_policy(size=model.input_px),
+            views=views,
+            levels=parse_levels(levels, model.depth),
             store=store_name,
             rows_per_shard=rows,
         )

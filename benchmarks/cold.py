@@ -27,7 +27,7 @@ import featcache
 from benchmarks import drop
 from benchmarks.contest import I64, Task
 from featcache.errors import UserError
-from featcache.storage.store import store
+from featcache.storage.store import get_store
 
 PIECE_BYTES = 8 << 20
 _ALIGN = 4096
@@ -42,7 +42,7 @@ class Range(NamedTuple):
 
 def rows_of(cache: featcache.Cache, path: Path, order: I64) -> list[Range]:
     """Where the features of rows lie."""
-    spec, module = cache.arrays["features"], store(cache.identity["store"])
+    spec, module = cache.arrays["features"], get_store(cache.identity["store"])
     starts = np.cumsum([0, *(record["rows"] for record in cache.records)])
     out = []
     for row in order.tolist():

@@ -18,7 +18,7 @@ import numpy as np
 import featcache
 from benchmarks.contest import F16, I64, Batches, Contest, Reader, Task, check
 from featcache.storage import checksums, json_file, manifest
-from featcache.storage.store import SHARDS, Array, store
+from featcache.storage.store import SHARDS, Array, get_store
 from featcache.views import pixel_path
 
 SHARD_ROWS = 1024
@@ -53,7 +53,7 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
         Array("attention", "<f4", (tokens - 1,), (*row_view, "patch")),
         Array("mask_order", "<u2", (tokens - 1,), (*row_view, "rank")),
     ]
-    arrays += checksums.declare(arrays, levels, tokens, ranked=ranked)
+    arrays += checksums.checksum_arrays(arrays, levels, tokens, ranked=ranked)
     keys = [f"{row:09d}" for row in range(rows)]
     (path / SHARDS).mkdir(parents=True)
     shards = []
@@ -63,7 +63,7 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
             "first": first,
             "count": min(SHARD_ROWS, rows - first),
         }
-        writer = store(name).writer(path, shard["name"], arrays, 1)
+        writer = get_store(name).writer(path, shard["name"], arrays, 1)
         for low in range(first, first + shard["count"], 32):
             high = min(low + 32, first + shard["count"])
             items: dict[str, Any] = {
@@ -71,7 +71,7 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
                 "attention": np.full((high - low, tokens - 1), 1 / tokens, np.float32),
                 "mask_order": np.tile(np.arange(tokens - 1, dtype=np.uint16), (high - low, 1)),
             }
-            writer.append(keys[low:high], {**items, **checksums.compute(arrays, items)})
+            writer.append(keys[low:high], {**items, **checksums.compute_checksums(arrays, items)})
         writer.finish([], {})
         shards.append(shard)
     identity = {

@@ -5,7 +5,7 @@ from featcache.runtime import signals
 
 
 def main() -> None:
-    with signals.guard(1):
+    with signals.guard_imports(1):
         from featcache.cli import main as run
     run()
 

@@ -30,7 +30,7 @@ from featcache.pictures.source import PictureError, Source
 from featcache.reading import join, pixel_check
 from featcache.reading.cache import Cache
 from featcache.reading.feature_reader import FeatureReader
-from featcache.reading.tensors import tensor
+from featcache.reading.tensors import to_tensor
 from featcache.views import pixel_path
 from featcache.views.draw import Drawn, stored_view
 from featcache.views.policy import policy_from_dict
@@ -89,10 +89,10 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             raise UserError(
                 f"cache {str(self.cache.path)!r} is incomplete ({len(self.cache.records)} of "
                 f"{len(self.cache.manifest['shards'])} shards); finish it with: "
-                f"{extract_command.made(self.cache.manifest, self.cache.path)}"
+                f"{extract_command.for_cache(self.cache.manifest, self.cache.path)}"
             )
         self.source = _open(pictures, self.cache)
-        self.pictures, self.rows, self.skipped = join.join(self.cache, self.source)
+        self.pictures, self.rows, self.skipped = join.join_by_key(self.cache, self.source)
         self.policy = policy_from_dict(self.cache.identity["policy"])
         self.fields, self.levels, self.tokens = tuple(fields), levels, tokens
         self.decoded, self.transform, self.return_key = decode, transform, return_key
@@ -144,13 +144,13 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         host = self.cache.read(rows, shown, self._reads, self.levels, self.tokens)
         pixels = [self._pixels(host, i, int(index)) for i, index in enumerate(at)]
         for i in np.flatnonzero(
-            pixel_check.sampled(digests, shown, self.epoch, 0, self.check_pixels)
+            pixel_check.sample_views(digests, shown, self.epoch, 0, self.check_pixels)
         ).tolist():
             how = "pixel_tolerance=LEVELS"
-            pixel_check.prove(
+            pixel_check.check_pixels(
                 self.cache, int(rows[i]), int(shown[i]), pixels[i], self.pixel_tolerance, how
             )
-        arrays = self._tensors({name: tensor(host[name]) for name in self._stored()})
+        arrays = self._tensors({name: to_tensor(host[name]) for name in self._stored()})
         return [
             {
                 "pixels": self._image(pixels[i]),
@@ -184,7 +184,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             return stored
         number = int(self.pictures[index])
         try:
-            picture = pixel_path.picture(self.source, number)
+            picture = pixel_path.decode_picture(self.source, number)
         except (PictureError, OSError) as error:
             key = self.source.keys[number]
             raise UserError(
@@ -216,7 +216,7 @@ def _check_shares(check_pixels: float, pixel_tolerance: float) -> None:
 
 def _open(pictures: str | os.PathLike[str] | Source | None, cache: Cache) -> Source:
     if isinstance(pictures, str | os.PathLike):
-        return pixel_path.like(open_source(pictures), cache.identity["pixel_path"])
+        return pixel_path.match_decoder(open_source(pictures), cache.identity["pixel_path"])
     if pictures is not None:
         return pictures
     if not join.stores_pixels(cache):

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from featcache import rng
 from featcache.errors import UsageError, UserError
-from featcache.extraction.rendering import ahead
-from featcache.pictures.beton import JPG, RAW, ffcv, open_beton
+from featcache.extraction.rendering import prefetch
+from featcache.pictures.beton import JPG, RAW, import_ffcv, open_beton
 from featcache.pictures.decode import decode
 from featcache.pictures.source import PictureError, Source
 from featcache.storage.json_file import sync_folder, write_file
@@ -90,7 +90,7 @@ def _check(out: Path, resize_px: int | None) -> None:
 def _write(source: Source, work: Path, order: list[int], resize_px: int | None) -> int:
     """The whole file, synced; what FFCV's writer does, in one process, so that an error is an error
     and not a hang."""
-    fields, labels = ffcv("fields"), source.labels
+    fields, labels = import_ffcv("fields"), source.labels
     columns = {"image": fields.RGBImageField(write_mode="jpg")}
     columns |= {} if labels is None else {"label": fields.IntField()}
     columns |= {"key": fields.BytesField()}
@@ -99,7 +99,9 @@ def _write(source: Source, work: Path, order: list[int], resize_px: int | None) 
             _each(pool, partial(_largest_bytes, source, resize_px), order, 256, "looking")
         )
         page = max(_PAGE_BYTES, 1 << (largest - 1).bit_length())
-        writer = ffcv("writer").DatasetWriter(str(work), columns, page_size=page, num_workers=1)
+        writer = import_ffcv("writer").DatasetWriter(
+            str(work), columns, page_size=page, num_workers=1
+        )
         writer.num_samples = len(order)
         writer.prepare()
         # FFCV keeps the table in shared memory for its processes; in a container /dev/shm is often
@@ -113,7 +115,7 @@ def _write(source: Source, work: Path, order: list[int], resize_px: int | None) 
         )
         if labels is not None:
             column["label"][:] = labels[order]
-        allocator = ffcv("memory_allocator").MemoryAllocator(
+        allocator = import_ffcv("memory_allocator").MemoryAllocator(
             str(work), writer.data_region_start, page
         )
         keys = [source.keys[row].encode() for row in order]
@@ -135,7 +137,7 @@ def _write(source: Source, work: Path, order: list[int], resize_px: int | None) 
 
 def _each(pool: ThreadPoolExecutor, work: Any, rows: list[int], window: int, what: str) -> Any:
     """work(row) in the order of the rows, `window` at a time under way."""
-    futures = ahead(pool, work, rows, window)
+    futures = prefetch(pool, work, rows, window)
     # None: on a terminal
     for _, future in tqdm(futures, total=len(rows), unit="picture", desc=what, disable=None):
         yield future.result()

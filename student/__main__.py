@@ -6,7 +6,7 @@ from featcache.runtime import signals
 
 
 def main() -> None:
-    with signals.guard(STOPPED):
+    with signals.guard_imports(STOPPED):
         from student.cli import main as run
     run()
 

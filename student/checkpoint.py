@@ -34,7 +34,7 @@ def save(run: Path, step: int, state: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     json_file.sweep(folder)
-    temporary = folder / f".{path.name}.{owner.owner()}.tmp"
+    temporary = folder / f".{path.name}.{owner.writer_id()}.tmp"
     try:
         with temporary.open("wb") as file:
             torch.save({"step": step, **state}, file)
@@ -44,26 +44,26 @@ def save(run: Path, step: int, state: dict[str, Any]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     json_file.sync_folder(folder)
-    for old in complete(run)[:-KEEP]:
+    for old in list_checkpoints(run)[:-KEEP]:
         old.unlink()
     return path
 
 
-def complete(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first; a file that was being written when its process died is
     not among them."""
     return sorted((run / FOLDER).glob("step-*.pt"))
 
 
-def step_of(run: Path) -> int | None:
+def latest_step(run: Path) -> int | None:
     """The step of a run's newest checkpoint; None where there is none."""
-    paths = complete(run)
+    paths = list_checkpoints(run)
     return int(paths[-1].stem.removeprefix("step-")) if paths else None
 
 
-def newest(run: Path) -> dict[str, Any]:
+def load_latest(run: Path) -> dict[str, Any]:
     """The newest checkpoint's content on the CPU."""
-    paths = complete(run)
+    paths = list_checkpoints(run)
     if not paths:
         raise UserError(
             f"run {str(run)!r} has no checkpoint; train it first, or give the folder of a run"
@@ -95,7 +95,7 @@ def restore(
     return int(state["step"])
 
 
-def restore_average(run: Path, state: dict[str, Any], average: nn.Module) -> None:
+def restore_ema(run: Path, state: dict[str, Any], average: nn.Module) -> None:
     """Put a checkpoint's average of the weights (--ema) into a model."""
     try:
         average.load_state_dict(state[EMA])
@@ -105,11 +105,12 @@ def restore_average(run: Path, state: dict[str, Any], average: nn.Module) -> Non
 
 def _foreign(run: Path, what: str) -> UserError:
     return UserError(
-        f"checkpoint {str(complete(run)[-1])!r} {what}; remove it to go on from the one before"
+        f"checkpoint {str(list_checkpoints(run)[-1])!r} {what}; remove it to go on from the one "
+        "before"
     )
 
 
-def config(run: Path) -> dict[str, Any]:
+def read_config(run: Path) -> dict[str, Any]:
     """config.json of a run."""
     path = run / CONFIG
     if not path.is_file():
@@ -128,8 +129,8 @@ def config(run: Path) -> dict[str, Any]:
 def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The newest encoder of a run in eval mode, or the average of its weights, and the recipe's
     configuration."""
-    settings = config(run)["config"]
-    content = newest(run)
+    settings = read_config(run)["config"]
+    content = load_latest(run)
     if ema and EMA not in content:
         raise UsageError(
             f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train "

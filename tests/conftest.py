@@ -119,7 +119,7 @@ def make_plan(
     loaded = teachers.load(teacher, weights)
     policy = changes.pop("policy", Policy(size=28))
     options = {"views": 3, "levels": (1, loaded.depth), "rows_per_shard": 5, **changes}
-    return plan.Plan(open_source(folder), loaded, policy, **options)
+    return plan.Plan(source=open_source(folder), teacher=loaded, policy=policy, **options)
 
 
 @pytest.fixture(scope="session")

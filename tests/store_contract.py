@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from featcache.errors import UserError
 from featcache.storage import commit, json_file, manifest, owner
-from featcache.storage.store import SHARDS, Array, ShardWriter, folder_path, record_path, store
+from featcache.storage.store import SHARDS, Array, ShardWriter, folder_path, get_store, record_path
 
 SHARD = "000000"
 DTYPES = ["<f2", "<f4", "|u1", "<u2", "<u4", "<i4", "<u8"]
@@ -101,7 +101,7 @@ class StoreContract:
 
     @property
     def backend(self) -> ModuleType:
-        return store(self.name)
+        return get_store(self.name)
 
     def writer(
         self, cache: Path, arrays: Sequence[Array] = ARRAYS, views: int = 2, shard: str = SHARD
@@ -169,7 +169,7 @@ class StoreContract:
         return [blob[low:high].tobytes().decode() for low, high in pairwise(offsets)]
 
     def problems(self, cache: Path, record: Mapping[str, Any], *, deep: bool = True) -> list[str]:
-        return commit.check(cache, SHARD, self.name, record, deep=deep)
+        return commit.check_shard(cache, SHARD, self.name, record, deep=deep)
 
     def settle(self, cache: Path, *shards: str) -> None:
         commit.recover(cache, self.name, shards or [SHARD])

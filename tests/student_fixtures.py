@@ -143,7 +143,7 @@ def token_path() -> Path:
     colours = items["thumbnail"][:, middle][:, :, middle].reshape(-1, 16, 3) // 64
     items["token_ids"] = (colours[..., 0] + 4 * colours[..., 1]).astype("<u2")
     arrays = [*plain, Array("token_ids", "<u2", (16,), ("row", "view", "patch"))]
-    arrays += checksums.declare(arrays, len(about["identity"]["levels"]), 17, ranked=False)
+    arrays += checksums.checksum_arrays(arrays, len(about["identity"]["levels"]), 17, ranked=False)
     (out / "shards").mkdir(parents=True)
     shutil.copy(cache_path() / tail, out / tail)
     for path in (out / manifest.NAME, out / "shards" / manifest.COPY):
@@ -151,7 +151,7 @@ def token_path() -> Path:
             path, {**about, "arrays": {spec.name: spec.as_dict() for spec in arrays}}
         )
     writer = zarr_store.writer(out, about["shards"][0]["name"], arrays, VIEWS)
-    writer.append(keys, {**items, **checksums.compute(arrays, items)})
+    writer.append(keys, {**items, **checksums.compute_checksums(arrays, items)})
     writer.finish([], {})
     return out
 

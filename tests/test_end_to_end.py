@@ -173,7 +173,7 @@ def test_other_target_norms_are_equal_online_too(norm: str, tmp_path: Path) -> N
     sets = (*sets, "mask=stored")
     fx.good(fx.train("maskalign", tmp_path / "few", "--cache", fx.ranked_path(), *BOTH, sets=sets))
     fx.good(fx.train("maskalign", tmp_path / "all", "--cache", fx.cache_path(), *BOTH, sets=sets))
-    assert checkpoint.config(tmp_path / "few")["targets"]["reading"]["tokens"] == (
+    assert checkpoint.read_config(tmp_path / "few")["targets"]["reading"]["tokens"] == (
         "all" if norm == "bn" else 5
     )
     assert fx.losses(tmp_path / "few") == fx.losses(tmp_path / "all")
@@ -209,7 +209,7 @@ def test_a_prefix_of_ranked_tokens_equals_the_raster_cache(recipe: str, tmp_path
         fx.good(fx.train(recipe, tmp_path / name, "--cache", cache, *BOTH, sets=STORED))
     visible = 4  # int(16 * 0.3) and int(16 * 0.25)
     for name, tokens in {"raster": "all", "ranked": 1 + visible, "kept": 1 + visible}.items():
-        assert checkpoint.config(tmp_path / name)["targets"]["reading"]["tokens"] == tokens
+        assert checkpoint.read_config(tmp_path / name)["targets"]["reading"]["tokens"] == tokens
         assert fx.losses(tmp_path / name) == fx.losses(tmp_path / "raster")
         assert fx.same_weights(tmp_path / name, tmp_path / "raster")
 
@@ -267,7 +267,7 @@ def test_stored_pixels_equal_decoded_ones(
         assert fx.losses(tmp_path / name) == fx.losses(tmp_path / "raster")
     assert fx.same_weights(tmp_path / "stored", tmp_path / "raster")
     reading = [
-        checkpoint.config(tmp_path / name)["targets"]["reading"]["pixels"]
+        checkpoint.read_config(tmp_path / name)["targets"]["reading"]["pixels"]
         for name in ("decoded", "stored")
     ]
     assert reading == ["decoded", "stored"]
@@ -283,7 +283,7 @@ def test_stored_pixels_of_some_of_the_pictures(
         (some / f"{name}.png").write_text("not a picture")
     options = ("--cache", fx.ranked_path(), "--images", some, "--steps", "2", "--batch-size", "4")
     fx.good(fx.train("maskalign", tmp_path / "run", *options))
-    assert checkpoint.config(tmp_path / "run")["data"]["pictures"] == 4
+    assert checkpoint.read_config(tmp_path / "run")["data"]["pictures"] == 4
     ran = fx.train("maskalign", tmp_path / "decoded", *options, "--decode")
     assert ran.status == 1
     assert "cannot be used in training" in ran.line
@@ -336,7 +336,7 @@ def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
     from student.setup import cache_match
 
     recipe = recipes.load("mralign")
-    facts = cache_match.facts(fx.open_cache().identity)
+    facts = cache_match.cache_facts(fx.open_cache().identity)
     model = recipe.Model(
         config.replace(config.from_overrides(recipe.Config, fx.RECIPES["mralign"]), **facts)
     )

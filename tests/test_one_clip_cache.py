@@ -114,7 +114,7 @@ def test_it_serves_each_without_the_teacher(
     losses = fx.losses(tmp_path / "run")
     assert len(losses) == 2
     assert np.isfinite(losses).all()
-    record = checkpoint.config(tmp_path / "run")
+    record = checkpoint.read_config(tmp_path / "run")
     assert record["targets"]["kind"] == "cached"
     assert record["targets"]["identity"]["levels"] == [6, 7, 8, 9, 10, 11, 12]
     module = recipes.load(recipe)

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from featcache.models.contract import REGISTERED
 from featcache.storage import manifest
-from featcache.storage.part import added, describe
+from featcache.storage.part import added_parts, describe_part
 from featcache.storage.store import record_path
 from featcache.views.policy import Policy
 
 BATCH_SIZE = 32  # of `featcache extract` where none is given
 
 
-def command(words: Sequence[str]) -> str:
+def shell_line(words: Sequence[str]) -> str:
     """The line to be typed, quoted for a shell.
 
     >>> command(["--teacher", "clip-b16", "--images", "my pictures"])
@@ -26,14 +26,14 @@ def command(words: Sequence[str]) -> str:
     return shlex.join(["featcache", "extract", *words])
 
 
-def made(about: Mapping[str, Any], out: Path) -> str:
+def for_cache(about: Mapping[str, Any], out: Path) -> str:
     """The command that makes, or continues, the cache at `out`."""
-    return command([*options(about), "--out", str(out)])
+    return shell_line([*extract_options(about), "--out", str(out)])
 
 
-def addition(about: Mapping[str, Any], cache: Path) -> str:
+def for_addition(about: Mapping[str, Any], cache: Path) -> str:
     """The command that makes, or continues, what was added to a cache."""
-    return command([*options(about), "--add", "--out", str(cache)])
+    return shell_line([*extract_options(about), "--add", "--out", str(cache)])
 
 
 class Unfinished(NamedTuple):
@@ -55,7 +55,7 @@ class Unfinished(NamedTuple):
 def unfinished(cache: Path) -> Iterator[Unfinished]:
     """What is missing of the cache at `cache` and of what was added to it; nothing where all is
     complete."""
-    for part in (cache, *added(cache)):
+    for part in (cache, *added_parts(cache)):
         about = manifest.read(part)
         left = [
             shard["count"]
@@ -63,12 +63,12 @@ def unfinished(cache: Path) -> Iterator[Unfinished]:
             if not record_path(part, shard["name"]).is_file()
         ]
         if left:
-            finish = made(about, cache) if part == cache else addition(about, cache)
+            finish = for_cache(about, cache) if part == cache else for_addition(about, cache)
             total = len(about["shards"])
-            yield Unfinished(describe(about), total, total - len(left), sum(left), finish)
+            yield Unfinished(describe_part(about), total, total - len(left), sum(left), finish)
 
 
-def options(
+def extract_options(
     about: Mapping[str, Any],
     levels: Sequence[int] | None = None,
     views: int | None = None,
@@ -85,7 +85,7 @@ def options(
     size = provenance.get("batch_size", BATCH_SIZE)
     given = {
         "teacher": identity["teacher"]["name"],
-        "levels": levels_text(identity["levels"] if levels is None else levels, depth),
+        "levels": format_levels(identity["levels"] if levels is None else levels, depth),
         "images": provenance["source"],
         "views": views or identity.get("first_view", 0) + identity["views"],
         **({} if provenance["weights"] == REGISTERED else {"weights": provenance["weights"]}),
@@ -114,7 +114,7 @@ def options(
     return [*(word for key, value in given.items() for word in (f"--{key}", str(value))), *compiled]
 
 
-def levels_text(levels: Sequence[int], depth: int) -> str:
+def format_levels(levels: Sequence[int], depth: int) -> str:
     """Block numbers as `--levels` takes them; a recipe that reads no level still needs a cache with
     one.
 

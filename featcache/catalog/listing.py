@@ -8,7 +8,7 @@ from typing import Any
 from featcache.catalog import home
 from featcache.errors import UserError
 from featcache.storage import json_file, manifest
-from featcache.storage.part import added
+from featcache.storage.part import added_parts
 from featcache.storage.store import record_path
 
 
@@ -17,7 +17,9 @@ def describe(path: Path) -> dict[str, Any]:
     try:
         about = manifest.read(path)
         records, total = _records(path, about)
-        parts = [(manifest.read(part), _records(part, manifest.read(part))) for part in added(path)]
+        parts = [
+            (manifest.read(part), _records(part, manifest.read(part))) for part in added_parts(path)
+        ]
     except UserError as error:
         return {"path": str(path), "damaged": str(error)}
     identity, runs = about["identity"], home.runs_of(about["id"])

@@ -26,23 +26,23 @@ GROUP = "featcache.recipes"
 LITERAL = "SERVED_BY"
 
 
-def recipes(cache: Cache) -> dict[str, str]:
+def recipe_support(cache: Cache) -> dict[str, str]:
     """Name -> why this cache does not serve it, empty where it does."""
-    return {name: lacks(cache, needs) for name, needs in sorted(known())}
+    return {name: why_not(cache, needs) for name, needs in sorted(announced_recipes())}
 
 
-def known() -> Iterator[tuple[str, dict[str, Any]]]:
+def announced_recipes() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every announced recipe and what it states."""
     for point in entry_points(group=GROUP):
         package, *inner = point.value.split(".")
         spec = importlib.util.find_spec(package)  # of a top-level name, which imports nothing
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for path in Path(folder, *inner).glob("*.py"):
-                if needs := stated(path):
+                if needs := read_literal(path):
                     yield path.stem, needs
 
 
-def stated(path: Path) -> dict[str, Any] | None:
+def read_literal(path: Path) -> dict[str, Any] | None:
     """The literal of one file; None where there is none."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [
@@ -53,7 +53,7 @@ def stated(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def lacks(cache: Cache, needs: dict[str, Any]) -> str:
+def why_not(cache: Cache, needs: dict[str, Any]) -> str:
     """What the default configuration of a recipe would miss here."""
     if not needs["fields"]:
         return ""

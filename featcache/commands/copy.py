@@ -81,7 +81,8 @@ def carry_out(
     progress.report = lambda now: bar(now.done // 10**6, now.total // 10**6)
     progress.waiting = WaitingNote()
     bar.text = lambda done, total: (
-        f"{show.size(progress.rate)}/s, {eta(progress.total - progress.done, progress.rate)}"
+        f"{show.format_bytes(progress.rate)}/s, "
+        f"{eta(progress.total - progress.done, progress.rate)}"
     )
     try:
         left = work(progress)
@@ -102,15 +103,16 @@ def carry_out(
             "bytes_per_s": round(progress.rate),
             "left_out": left,
         }
-    show.facts_or_text(summary, as_json, _story(summary))
+    show.print_facts(summary, as_json, _story(summary))
 
 
 def _story(summary: dict[str, Any]) -> str:
     levels = ",".join(map(str, summary["levels"]))
     lines = [
         f"{summary['cache']}: {summary['rows']} pictures x {summary['views']} views, levels "
-        f"{levels}, {summary['store']} store, {show.size(summary['bytes'])}, id {summary['id']}",
-        f"{summary['new_shards']} shards written, {show.size(summary['bytes_per_s'])}/s"
+        f"{levels}, {summary['store']} store, {show.format_bytes(summary['bytes'])}, id "
+        f"{summary['id']}",
+        f"{summary['new_shards']} shards written, {show.format_bytes(summary['bytes_per_s'])}/s"
         if summary["new_shards"]
         else "was complete already; nothing to do",
         *(f"added: {part}" for part in summary["parts"][1:]),

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from featcache.catalog import home
 from featcache.console import extract_report
 from featcache.console import text as show
-from featcache.console.params import Pair, given_images
+from featcache.console.params import FloatPair, require_images
 from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.errors import UsageError, UserError
 from featcache.pictures.open_source import open_source
@@ -78,11 +78,11 @@ if TYPE_CHECKING:
 @click.option("--size", type=int, help="Pixels of a view, a side. [default: the policy's, 224]")
 @click.option(
     "--scale",
-    type=Pair(),
+    type=FloatPair(),
     help="Share of the picture's area in a view. [default: the policy's, 0.2,1]",
 )
 @click.option(
-    "--ratio", type=Pair(), help="Width / height of a view. [default: the policy's, 3/4,4/3]"
+    "--ratio", type=FloatPair(), help="Width / height of a view. [default: the policy's, 3/4,4/3]"
 )
 @click.option(
     "--filter",
@@ -235,10 +235,10 @@ def command(
     from featcache.views import pixel_path
 
     _check_names(names, order, codec)
-    running.keep_memory()
+    running.keep_freed_memory()
     level_of, weights_of = (
-        options.assign("--levels", levels, names),
-        options.weights(weights, names),
+        options.per_teacher("--levels", levels, names),
+        options.weights_per_teacher(weights, names),
     )
     renamed = {"filter_name": "filter"}
     changes = {
@@ -247,22 +247,31 @@ def command(
     if decoder == "ffcv":
         changes.setdefault("filter", AREA)
     policy = load_policy(policy_name, **changes)
-    source = pixel_path.open_through(given_images(images_spec), decoder)
+    source = pixel_path.open_through(require_images(images_spec), decoder)
     pixel_path.check_filter(pixel_path.pixel_path(source), policy.filter)
     if device and devices:
         raise UsageError(
             f"--device {device} and --devices {devices}: one of them is allowed; leave one out"
         )
-    each_device = launcher.devices(devices) if devices else []
+    each_device = launcher.parse_devices(devices) if devices else []
     device = each_device[0] if each_device else pick_device(device)
 
     def plan(name: str) -> Plan:
-        teacher = options.load(name, weights_of[name], device, precision, compiled)
+        teacher = options.load_teacher(name, weights_of[name], device, precision, compiled)
         return plans.Plan(
-            source, teacher, policy, view_count, options.levels(level_of[name], teacher), order,
-            codec, store_name, rows_per_shard, tokens, parse_keep(keep, teacher.patches),
-            pixels is not None,
-        )  # fmt: skip
+            source=source,
+            teacher=teacher,
+            policy=policy,
+            views=view_count,
+            levels=options.levels_of_teacher(level_of[name], teacher),
+            order=order,
+            codec=codec,
+            store=store_name,
+            rows_per_shard=rows_per_shard,
+            tokens=tokens,
+            keep=parse_keep(keep, teacher.patches),
+            pixels=pixels is not None,
+        )
 
     asked = [plan(name) for name in names]
     for each in asked:
@@ -278,21 +287,21 @@ def command(
     jobs = _jobs(asked, out, add)
     if not jobs:
         text = f"{out}: has all of this already; nothing to add"
-        show.facts_or_text({"cache": str(out), "new_pictures": 0, "complete": True}, as_json, text)
+        show.print_facts({"cache": str(out), "new_pictures": 0, "complete": True}, as_json, text)
         return
     own = _share(share)
     shards = jobs[0].plan.shards[own[0] :: own[1]]
     summary = extract_report.summary(jobs, out, shards) | {"added": add, "share": share}
     if dry_run:
-        summary |= extract_report.lacking(jobs, shards)
-        show.facts_or_text(summary, as_json, extract_report.preview(summary, jobs[0].out))
+        summary |= extract_report.remaining_facts(jobs, shards)
+        show.print_facts(summary, as_json, extract_report.dry_run_text(summary, jobs[0].out))
         return
     batch_size = _batch_size(jobs[0].out, batch_size)
-    with launcher.helpers(each_device[1:]):
+    with launcher.worker_processes(each_device[1:]):
         summary.update(_extract(jobs, batch_size, workers, strict, own))
     noted = {**summary, "cache": os.path.abspath(summary["cache"])}  # noqa: PTH100 (the ledger is read elsewhere)
     home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
-    show.facts_or_text(summary, as_json, extract_report.story(summary))
+    show.print_facts(summary, as_json, extract_report.summary_text(summary))
 
 
 def _check_names(names: tuple[str, ...], order: str, codec: str) -> None:
@@ -377,7 +386,7 @@ def _extract(
     bar = ProgressBar("extract", "pictures")
     progress = ExtractProgress()
     progress.report = lambda now: bar(now.pictures, now.total)
-    bar.text = lambda done, total: extract_report.rate(progress)
+    bar.text = lambda done, total: extract_report.rate_text(progress)
     progress.waiting = WaitingNote()
     try:
         extract.run_jobs(
@@ -389,13 +398,13 @@ def _extract(
             share=share,
         )
     except KeyboardInterrupt:
-        raise UserError(extract_report.left(jobs)) from None
+        raise UserError(extract_report.stopped_text(jobs)) from None
     finally:
         bar.close()
     with Cache(jobs[0].out) as cache:
         return {
             "rows": len(cache),
-            "complete": not any(extract_report.missing(job) for job in jobs),
+            "complete": not any(extract_report.unfinished_shards(job) for job in jobs),
             "new_pictures": progress.pictures,
             "quarantined": cache.quarantined,
             "pictures_per_s": round(progress.rate, 2),

@@ -35,13 +35,17 @@ def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> No
     read a cache (featcache.open, featcache.torch.Dataset) leave no trace: look at the list before
     you give --yes.
     """
-    left = [(path, remove.size(path)) for path in leftovers()]
-    idle = [] if unused is None else [(path, remove.size(path)) for path in unused_caches(unused)]
+    left = [(path, remove.folder_bytes(path)) for path in leftovers()]
+    idle = (
+        []
+        if unused is None
+        else [(path, remove.folder_bytes(path)) for path in unused_caches(unused)]
+    )
     if not dry_run:
         for path, _ in left:
             remove_leftover(path)
         for path, _ in idle if yes else []:
-            remove.remove(path)
+            remove.remove_cache(path)
     removed = {str(path): count for path, count in (*left, *idle) if not path.exists()}
     facts = {
         "home": str(home.home()),
@@ -51,13 +55,13 @@ def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> No
         "removed": list(removed),
         "freed": sum(removed.values()),
     }
-    text.facts_or_text(facts, as_json, _story(facts))
+    text.print_facts(facts, as_json, _story(facts))
 
 
 def _story(facts: dict[str, Any]) -> str:
     verb = "would remove" if facts["dry_run"] else "cannot remove"
     lines = [
-        f"{'removed' if path in facts['removed'] else otherwise} {path}: {text.size(count)}"
+        f"{'removed' if path in facts['removed'] else otherwise} {path}: {text.format_bytes(count)}"
         for what, otherwise in (("leftovers", verb), ("unused", "unused:"))
         for path, count in facts[what].items()
     ]
@@ -68,4 +72,4 @@ def _story(facts: dict[str, Any]) -> str:
         )
     if not lines:
         return f"nothing to remove below {facts['home']}"
-    return "\n".join([*lines, f"{text.size(facts['freed'])} freed"])
+    return "\n".join([*lines, f"{text.format_bytes(facts['freed'])} freed"])

@@ -54,10 +54,10 @@ def describe(cache: Cache) -> dict[str, Any]:
         "bytes": cache.bytes,
         "views": cache.views,
         "parts": cache.parts,
-        "made_by": extract_command.made(cache.manifest, cache.path),
+        "made_by": extract_command.for_cache(cache.manifest, cache.path),
         "unfinished": [each._asdict() for each in extract_command.unfinished(cache.path)],
         "arrays": arrays,
-        "serves": serves.recipes(cache),
+        "serves": serves.recipe_support(cache),
         "runs": home.runs_of(cache.manifest["id"]),
         "quarantined": cache.quarantined,
     }
@@ -68,11 +68,13 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
     lines = [
         manifest.title(cache.manifest, facts["rows"], facts["views"]),
         f"{facts['shards_complete']} of {facts['shards']} shards, {facts['rows']} of "
-        f"{identity['pictures']['count']} pictures stored, {show.size(facts['bytes'])}, "
+        f"{identity['pictures']['count']} pictures stored, {show.format_bytes(facts['bytes'])}, "
         f"{identity['store']} store, codec {identity['codec']}, tokens {_tokens(identity)}",
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
         *(f"added: {part}" for part in facts["parts"][1:]),
-        show.table([("array", "dtype", "shape", "range", ""), *map(_row, facts["arrays"].items())]),
+        show.format_table(
+            [("array", "dtype", "shape", "range", ""), *map(_row, facts["arrays"].items())]
+        ),
         "serves: "
         + (
             ", ".join(name for name, why in facts["serves"].items() if not why) or "no known recipe"

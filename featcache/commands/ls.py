@@ -44,7 +44,7 @@ def text(found: list[dict[str, Any]]) -> str:
         "complete",
         "last training",
     )
-    lines = [show.table([head, *map(_row, good)], right=(3, 6, 7))] if good else []
+    lines = [show.format_table([head, *map(_row, good)], right=(3, 6, 7))] if good else []
     lines += [
         f"{facts['path']}: RANDOM WEIGHTS: no meaning in these features"
         for facts in good
@@ -65,7 +65,7 @@ def _row(facts: dict[str, Any]) -> tuple[str, ...]:
         f"{facts['pictures']} x {facts['views']}",
         ",".join(map(str, facts["levels"])),
         f"{facts['codec']} {facts['store']} {facts['tokens']}",
-        show.size(facts["bytes"]),
+        show.format_bytes(facts["bytes"]),
         f"{_share(facts)}{' + unfinished addition' if lacking else ''}",
         facts["last_used"] or "never",
     )

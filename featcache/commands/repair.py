@@ -48,13 +48,15 @@ def command(
 
     def load(about: dict[str, Any]) -> tuple[Source, Teacher]:
         source = open_source(images_spec or about["provenance"]["source"])
-        source = pixel_path.like(source, about["identity"]["pixel_path"])
-        pixel_path.check_path(source, about["identity"]["pixel_path"], f"cache {str(cache)!r}")
+        source = pixel_path.match_decoder(source, about["identity"]["pixel_path"])
+        pixel_path.check_pixel_path(
+            source, about["identity"]["pixel_path"], f"cache {str(cache)!r}"
+        )
         given = weights or about["provenance"]["weights"]
         teacher = teachers.load_any(
             about["identity"]["teacher"]["name"], given, pick_device(device)
         )
-        return source, precision.like(teacher, about["identity"])
+        return source, precision.configure_like(teacher, about["identity"])
 
     bar = ProgressBar("repair", "pictures")
     progress = ExtractProgress(lambda now: bar(now.pictures, now.total))
@@ -63,6 +65,6 @@ def command(
     lines = [f"restored {name}" for name in done["restored"]] + [
         f"extracted again {name}" for name in done["shards"]
     ]
-    text.facts_or_text(
+    text.print_facts(
         {"cache": str(cache), **done}, as_json, "\n".join(lines) or f"{cache}: nothing to mend"
     )

@@ -13,7 +13,7 @@ import click
 
 from featcache.console import text
 from featcache.errors import UsageError
-from featcache.maintenance.remove import check, remove, size
+from featcache.maintenance.remove import check_removable, folder_bytes, remove_cache
 
 
 @click.command(
@@ -29,16 +29,16 @@ def command(caches: tuple[Path, ...], yes: bool, as_json: bool) -> None:
     """Remove caches. A folder that is none, or that somebody writes into, is refused before
     anything is removed."""
     for each in caches:
-        check(each)
-    sizes = {str(cache): size(cache) for cache in caches}
+        check_removable(each)
+    sizes = {str(cache): folder_bytes(cache) for cache in caches}
     if not yes and not _agreed(sizes):
         click.echo("nothing removed", err=True)
         return
     for cache in sizes:
-        remove(Path(cache))
-    lines = [f"removed {cache}: {text.size(count)}" for cache, count in sizes.items()]
-    lines.append(f"{text.size(sum(sizes.values()))} freed")
-    text.facts_or_text({"removed": sizes, "freed": sum(sizes.values())}, as_json, "\n".join(lines))
+        remove_cache(Path(cache))
+    lines = [f"removed {cache}: {text.format_bytes(count)}" for cache, count in sizes.items()]
+    lines.append(f"{text.format_bytes(sum(sizes.values()))} freed")
+    text.print_facts({"removed": sizes, "freed": sum(sizes.values())}, as_json, "\n".join(lines))
 
 
 def _agreed(sizes: dict[str, int]) -> bool:
@@ -47,7 +47,7 @@ def _agreed(sizes: dict[str, int]) -> bool:
             "rm: there is no terminal to ask at; give --yes to remove without a question"
         )
     for cache, count in sizes.items():
-        click.echo(f"{cache}: {text.size(count)}", err=True)
+        click.echo(f"{cache}: {text.format_bytes(count)}", err=True)
     return click.confirm(
-        f"remove {len(sizes)} cache(s), {text.size(sum(sizes.values()))}?", err=True
+        f"remove {len(sizes)} cache(s), {text.format_bytes(sum(sizes.values()))}?", err=True
     )

@@ -17,7 +17,7 @@ def command(as_json: bool) -> None:
     from featcache.models import weights
 
     table = [
-        _facts(name, row, weights.on_this_machine(row.hub, row.file))
+        _facts(name, row, weights.find_local(row.hub, row.file))
         for name, row in teachers.rows().items()
     ]
     if as_json:

@@ -48,20 +48,20 @@ def command(
     from featcache.runtime.device import pick_device
 
     bar = ProgressBar("verify", "shards")
-    problems, shards = verify.files(cache, bar)
+    problems, shards = verify.verify_cache(cache, bar)
     bar.close()
     facts: dict[str, Any] = {"cache": str(cache), "shards": shards, "problems": problems}
     with_teacher = bool(recompute) and not problems
     if with_teacher:
         with Cache(cache) as opened:
             source = open_source(images_spec or opened.manifest["provenance"]["source"])
-            source = pixel_path.like(source, opened.identity["pixel_path"])
+            source = pixel_path.match_decoder(source, opened.identity["pixel_path"])
             facts["recompute"] = ask_teacher(
                 opened, source, weights, recompute, seed, pick_device(device)
             )
         facts["images"] = source.spec
         problems += facts["recompute"]["problems"]
-    text.facts_or_text(facts, as_json, "\n".join([*problems, *_verdict(facts)]))
+    text.print_facts(facts, as_json, "\n".join([*problems, *_verdict(facts)]))
     if problems:
         raise UserError(_of_rows(facts) if with_teacher else _of_files(facts))
 
@@ -75,7 +75,7 @@ def _of_files(facts: dict[str, Any]) -> str:
     left = list(extract_command.unfinished(Path(cache)))
     if len(problems) == sum(each.shards - each.shards_complete for each in left):
         return f"{cache} is sound as far as it goes, but {'; '.join(map(str, left))}"
-    if problems == verify.together(Path(cache)):
+    if problems == verify.check_parts_agree(Path(cache)):
         return problems[0]
     mend = shlex.join(["featcache", "repair", cache])
     return f"{len(problems)} problem(s) in {cache}, the first: {problems[0]}; `{mend}` mends it"

@@ -24,7 +24,7 @@ AGAIN = "stopped; run the same command again"
 def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
     """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a
     traceback; SIGTERM and Ctrl-C are one line as well."""
-    signals.orderly()
+    signals.install_handlers()
     _notes()
     # on odd but readable pictures; unreadable ones are quarantined
     warnings.filterwarnings("ignore", module="PIL")
@@ -72,7 +72,7 @@ def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
             )
         )
     except Exception:  # what a library made of a signal while it was imported
-        if not signals.was_stopped():
+        if not signals.was_signalled():
             raise
         sys.exit(_fail(AGAIN, stopped_status))
 

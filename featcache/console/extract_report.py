@@ -37,14 +37,14 @@ def summary(
     }
 
 
-def missing(job: ExtractJob) -> list[dict[str, Any]]:
+def unfinished_shards(job: ExtractJob) -> list[dict[str, Any]]:
     """The shards that have no record."""
     return [shard for shard in job.plan.shards if not record_path(job.out, shard["name"]).is_file()]
 
 
-def left(jobs: list[ExtractJob]) -> str:
+def stopped_text(jobs: list[ExtractJob]) -> str:
     """What a person who stopped it wants to know."""
-    left = max((missing(job) for job in jobs), key=len)
+    left = max((unfinished_shards(job) for job in jobs), key=len)
     shards = len(jobs[0].plan.shards)
     return (
         f"stopped: {shards - len(left)} of {shards} shards of {str(jobs[0].out)!r} are complete "
@@ -53,13 +53,13 @@ def left(jobs: list[ExtractJob]) -> str:
     )
 
 
-def lacking(jobs: list[ExtractJob], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def remaining_facts(jobs: list[ExtractJob], shards: list[dict[str, Any]]) -> dict[str, Any]:
     """What these shards still lack, where another cache is refused as the work would refuse it."""
-    from featcache.extraction.target_folder import continued
+    from featcache.extraction.target_folder import existing_manifest
 
     for plan, folder in jobs:
-        continued(plan.manifest(), folder)
-    left = [[shard for shard in missing(job) if shard in shards] for job in jobs]
+        existing_manifest(plan.manifest(), folder)
+    left = [[shard for shard in unfinished_shards(job) if shard in shards] for job in jobs]
     rows = [sum(shard["count"] for shard in each) for each in left]
     new_bytes = sum(
         job.plan.view_bytes * job.plan.views * count for job, count in zip(jobs, rows, strict=True)
@@ -68,14 +68,14 @@ def lacking(jobs: list[ExtractJob], shards: list[dict[str, Any]]) -> dict[str, A
     return {"shards": len(shards), "complete": not any(left), **new}
 
 
-def preview(facts: dict[str, Any], folder: Path) -> str:
+def dry_run_text(facts: dict[str, Any], folder: Path) -> str:
     """What a dry run says."""
     whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
     pictures, views = (
-        manifest.counted(facts["share_pictures"], "picture"),
-        manifest.counted(facts["views"], "view"),
+        manifest.pluralize(facts["share_pictures"], "picture"),
+        manifest.pluralize(facts["views"], "view"),
     )
-    what = f"{pictures} x {views}, {text.size(facts['bytes'])}"
+    what = f"{pictures} x {views}, {text.format_bytes(facts['bytes'])}"
     if facts["complete"]:
         return f"{whose} is complete ({what}): nothing would be done"
     some = (
@@ -83,24 +83,24 @@ def preview(facts: dict[str, Any], folder: Path) -> str:
         if facts["new_shards"] == facts["shards"]
         else f"; {facts['shards'] - facts['new_shards']} are there"
     )
-    shards = manifest.counted(facts["new_shards"], "shard")
-    return f"would write {text.size(facts['new_bytes'])} in {shards} to {whose}{some}"
+    shards = manifest.pluralize(facts["new_shards"], "shard")
+    return f"would write {text.format_bytes(facts['new_bytes'])} in {shards} to {whose}{some}"
 
 
-def rate(progress: ExtractProgress) -> str:
+def rate_text(progress: ExtractProgress) -> str:
     left = eta(progress.total - progress.pictures, progress.rate)
     return f"{progress.rate:.1f} pictures/s, {left}, slowest: {progress.slowest}"
 
 
-def story(summary: dict[str, Any]) -> str:
-    count = manifest.counted(summary["rows"], "picture")
+def summary_text(summary: dict[str, Any]) -> str:
+    count = manifest.pluralize(summary["rows"], "picture")
     if summary["share"]:
         count = (
             f"share {summary['share']}, {summary['share_pictures']} of "
             f"{summary['pictures']} pictures"
         )
-    views, verb = manifest.counted(summary["views"], "view"), "added " if summary["added"] else ""
-    lines = [f"{summary['cache']}: {verb}{count} x {views}, {text.size(summary['bytes'])}"]
+    views, verb = manifest.pluralize(summary["views"], "view"), "added " if summary["added"] else ""
+    lines = [f"{summary['cache']}: {verb}{count} x {views}, {text.format_bytes(summary['bytes'])}"]
     if summary["new_pictures"]:
         lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
     elif summary["complete"]:

@@ -11,7 +11,7 @@ from featcache.errors import UsageError
 from featcache.pictures.source import ALLOWED
 
 
-class Pair(click.ParamType):
+class FloatPair(click.ParamType):
     """Two numbers parted by a comma, fractions allowed: 0.2,1 or 3/4,4/3."""
 
     name = "LOW,HIGH"
@@ -36,7 +36,7 @@ def _number(text: str) -> float:
     return float(top) / float(bottom or 1)
 
 
-def given_images(spec: str | None) -> str:
+def require_images(spec: str | None) -> str:
     """--images, or FEATCACHE_IMAGES, or one line that says what may be given."""
     spec = spec or os.environ.get("FEATCACHE_IMAGES")
     if not spec:

@@ -10,11 +10,11 @@ from typing import Any
 import click
 
 
-def facts_or_text(facts: Any, as_json: bool, text: str) -> None:
+def print_facts(facts: Any, as_json: bool, text: str) -> None:
     click.echo(json.dumps(facts) if as_json else text)
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes for people.
 
     >>> size(999), size(1_512_960), size(1.94e12)
@@ -27,7 +27,7 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
+def format_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     """Columns as wide as they need; those numbered in `right` are set to the right. The first row
     is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

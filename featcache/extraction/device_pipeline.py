@@ -1,12 +1,12 @@
 """A batch on its way: to the device, through the teacher, encoded, back to the host, and made into
 what is stored.
 
-    launch   the caller's thread    pixels into pinned memory and over (copy), the teacher (teacher)
-    land     a thread of its own    levels normalised and encoded (encode), back over (copy)
+    submit   the caller's thread    pixels into pinned memory and over (copy), the teacher (teacher)
+    collect  a thread of its own    levels normalised and encoded (encode), back over (copy)
     items    the same               orders and checksums (encode)
 
 On CUDA each direction of copying has a stream beside the teacher's, and events put them in order:
-`launch` returns while the device still works, so the next batch is copied and this one encoded
+`submit` returns while the device still works, so the next batch is copied and this one encoded
 meanwhile. On a CPU the same calls block and only the threads overlap. The kernels and their order
 are the same for any overlap, and so are the bytes.
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcache.extraction.forward import ask, encode
+from featcache.extraction.forward import encode_outputs, run_teacher
 from featcache.extraction.plan import Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.extraction.rows import Batch, Host
@@ -50,7 +50,7 @@ class DevicePipeline:
         self._inward = torch.cuda.Stream(self.device) if self._cuda else None
         self._outward = torch.cuda.Stream(self.device) if self._cuda else None
 
-    def launch(self, batch: Batch) -> InFlight:
+    def submit(self, batch: Batch) -> InFlight:
         """Start a batch; the last of a shard is padded with its last view, so that it is as large
         as the others."""
         spans: list[tuple[str, Any, Any]] = []
@@ -59,19 +59,19 @@ class DevicePipeline:
         main = torch.cuda.current_stream(self.device) if self._cuda else None
         self._hand_over([pixels], spans, main)
         with self._stage("teacher", main, spans):
-            answer = ask(self.plan.teacher, pixels, self.plan.levels)
+            answer = run_teacher(self.plan.teacher, pixels, self.plan.levels)
         return InFlight(batch, answer, spans)
 
-    def land(self, flight: InFlight) -> Host:
+    def collect(self, in_flight: InFlight) -> Host:
         """The answer, encoded on the device, on the host; waits for it."""
-        self._hand_over(flight.answer, flight.spans, self._outward)
-        with self._stage("encode", self._outward, flight.spans):
-            coded = encode(self.plan, flight.answer, len(flight.batch))
-        with self._stage("copy", self._outward, flight.spans):
+        self._hand_over(in_flight.answer, in_flight.spans, self._outward)
+        with self._stage("encode", self._outward, in_flight.spans):
+            coded = encode_outputs(self.plan, in_flight.answer, len(in_flight.batch))
+        with self._stage("copy", self._outward, in_flight.spans):
             host = {name: self._to_host(values) for name, values in coded.items()}
-        if flight.spans:
-            flight.spans[-1][2].synchronize()
-        for stage, begin, end in flight.spans:
+        if in_flight.spans:
+            in_flight.spans[-1][2].synchronize()
+        for stage, begin, end in in_flight.spans:
             self.progress.add(stage, begin.elapsed_time(end) / 1000)
         return {name: values.numpy() for name, values in host.items()}
 

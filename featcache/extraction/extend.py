@@ -16,11 +16,11 @@ from typing import Any
 from featcache.errors import UsageError, UserError
 from featcache.extraction.options import file_name
 from featcache.extraction.plan import ExtractJob, Plan
-from featcache.extraction.target_folder import continued
+from featcache.extraction.target_folder import existing_manifest
 from featcache.models import tokenizer
 from featcache.reading.cache import Cache
 from featcache.storage import identity, json_file, manifest
-from featcache.storage.part import FREE, OF_TEACHER, PARTS, Part, added, describe
+from featcache.storage.part import FREE, OF_TEACHER, PARTS, Part, added_parts, describe_part
 
 # Pixels are stored by the parts of the cache's own views, or by none.
 _FREE = tuple(field for field in FREE if field != "identity.pixels")
@@ -44,7 +44,7 @@ def plan_jobs(plans: Sequence[Plan], out: Path, *, add: bool) -> list[ExtractJob
             f"--teacher {base.teacher.name}: discrete tokens are added to a cache of features: "
             "give a teacher first, or --add --out CACHE"
         )
-    if continued(base.manifest(), out):
+    if existing_manifest(base.manifest(), out):
         with Cache(out) as cache:
             complete = cache.complete
         if complete:
@@ -73,11 +73,11 @@ def plan_parts(wanted: Sequence[Plan], out: Path) -> list[ExtractJob]:
         jobs = [_job(part, out) for each in wanted if (part := _part(each, cache)) is not None]
     # by one pass, perhaps, with others beside them
     begun = all((job.out / manifest.NAME).is_file() for job in jobs)
-    for path in [] if begun else added(out):
+    for path in [] if begun else added_parts(out):
         if path not in {job.out for job in jobs} and not Part(path).complete:
             raise UserError(
-                f"--add: an addition is unfinished, {describe(manifest.read(path))}; finish it, or "
-                f"remove {path}"
+                f"--add: an addition is unfinished, {describe_part(manifest.read(path))}; finish "
+                f"it, or remove {path}"
             )
     return jobs
 

@@ -23,12 +23,17 @@ from featcache.extraction.layout import checked_token_ids
 from featcache.extraction.plan import ExtractJob, Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.extraction.shard_queue import Shard, free_shards
-from featcache.extraction.target_folder import check_room, disk_full, prepare, report_quarantine
+from featcache.extraction.target_folder import (
+    check_disk_space,
+    disk_full_error,
+    prepare_folder,
+    report_quarantine,
+)
 from featcache.models import tokenizer
 from featcache.storage import checksums, commit, lease, manifest
-from featcache.storage.part import same_shard
-from featcache.storage.statistics import OfFeatures, Statistics, of_stored
-from featcache.storage.store import ShardWriter, store
+from featcache.storage.part import previous_record
+from featcache.storage.statistics import FeatureStatistics, Statistics, statistics_of_stored
+from featcache.storage.store import ShardWriter, get_store
 
 IN_FLIGHT = 2  # batches that the teacher is done with and that are not written yet
 
@@ -59,8 +64,8 @@ def run_jobs(
         raise UsageError(f"--batch-size {batch_size}, --workers {workers}: at least 1 is needed")
     progress = progress or ExtractProgress()
     if len(jobs) > 1:
-        check_room(jobs)
-    wanted = [about] if about else [prepare(*job, batch_size) for job in jobs]
+        check_disk_space(jobs)
+    wanted = [about] if about else [prepare_folder(*job, batch_size) for job in jobs]
     mine = [
         shard
         for shard in wanted[0]["shards"][share[0] :: share[1]]
@@ -70,17 +75,20 @@ def run_jobs(
         commit.recover(out, plan.store, (shard["name"] for shard in mine))
     progress.workers = workers
     try:
-        with Pools(workers) as pools, contextlib.closing(free_shards(jobs, mine, progress)) as free:
+        with (
+            ThreadPools(workers) as pools,
+            contextlib.closing(free_shards(jobs, mine, progress)) as free,
+        ):
             for shard, lacking in free:
                 _extract_shard(lacking, shard, batch_size, strict, progress, pools)
     except BaseException as error:
         for _, out in jobs:
             commit.abort(out)
             lease.abort(out)
-        if full := disk_full(error, jobs[0].out, wanted[0]):
+        if full := disk_full_error(error, jobs[0].out, wanted[0]):
             raise full from error
         if isinstance(error, FileNotFoundError) and not (jobs[0].out / manifest.NAME).is_file():
-            raise commit.gone(jobs[0].out) from error
+            raise commit.cache_gone_error(jobs[0].out) from error
         raise
     # a repair does so when all is mended
     for job, each in zip(jobs, wanted, strict=True) if only is None else ():
@@ -88,7 +96,7 @@ def run_jobs(
     return wanted
 
 
-class Pools(contextlib.ExitStack):
+class ThreadPools(contextlib.ExitStack):
     """The threads: many that decode, one that encodes, one that writes."""
 
     def __init__(self, workers: int) -> None:
@@ -110,31 +118,33 @@ class ShardWriterTask:
         self, job: ExtractJob, writer: ShardWriter, batch_size: int, progress: ExtractProgress
     ) -> None:
         self.plan, self.writer, self.progress = job.plan, writer, progress
-        self.lane = device_pipeline.DevicePipeline(job.plan, batch_size, progress)
+        self.pipeline = device_pipeline.DevicePipeline(job.plan, batch_size, progress)
         self.statistics = Statistics()
 
-    def encode(self, flight: device_pipeline.InFlight) -> tuple[list[str], item_rows.Host]:
+    def encode(self, in_flight: device_pipeline.InFlight) -> tuple[list[str], item_rows.Host]:
         """Keys and items of a batch; batches come in order, one at a time."""
-        host = self.lane.land(flight)
+        host = self.pipeline.collect(in_flight)
         with self.progress.stage("encode"):
-            items, about = self._items(flight.batch, host)
+            items, about = self._items(in_flight.batch, host)
             self.statistics.add(items, about)
-            items |= checksums.compute(self.plan.arrays, items)
-        return [picture.key for picture, _ in flight.batch], items
+            items |= checksums.compute_checksums(self.plan.arrays, items)
+        return [picture.key for picture, _ in in_flight.batch], items
 
     def _items(
         self, batch: item_rows.Batch, host: item_rows.Host
-    ) -> tuple[item_rows.Host, OfFeatures]:
+    ) -> tuple[item_rows.Host, FeatureStatistics]:
         plan = self.plan
         if plan.is_tokenizer:
             ids = checked_token_ids(host[tokenizer.FIELD], plan.teacher.width, plan.teacher.name)
-            return {tokenizer.FIELD: ids, **item_rows.of_views(batch)}, OfFeatures(
+            return {tokenizer.FIELD: ids, **item_rows.view_items(batch)}, FeatureStatistics(
                 0.0, 0.0, ids[:0].astype("f4")
             )
-        answer = item_rows.encoded(plan, batch, host)
-        items = item_rows.items(plan, batch, answer)
+        answer = item_rows.check_encoded(plan, batch, host)
+        items = item_rows.batch_items(plan, batch, answer)
         of_copy = plan.keep is not None or plan.recount
-        return items, of_stored(plan.codec, plan.teacher.width, items) if of_copy else answer.about
+        return items, statistics_of_stored(
+            plan.codec, plan.teacher.width, items
+        ) if of_copy else answer.about
 
     def write(self, made: Future[tuple[list[str], item_rows.Host]]) -> None:
         keys, items = made.result()
@@ -148,18 +158,18 @@ def _extract_shard(
     batch_size: int,
     strict: bool,
     progress: ExtractProgress,
-    pools: Pools,
+    pools: ThreadPools,
 ) -> None:
-    lines: list[ShardWriterTask] = []
+    tasks: list[ShardWriterTask] = []
     try:
         for plan, out in jobs:
-            writer = store(plan.store).writer(out, shard["name"], plan.arrays, plan.views)
-            lines.append(ShardWriterTask(ExtractJob(plan, out), writer, batch_size, progress))
-        _run_lines(lines, _Rows(jobs, shard), batch_size, strict, progress, pools)
+            writer = get_store(plan.store).writer(out, shard["name"], plan.arrays, plan.views)
+            tasks.append(ShardWriterTask(ExtractJob(plan, out), writer, batch_size, progress))
+        _run_tasks(tasks, _Rows(jobs, shard), batch_size, strict, progress, pools)
     except BaseException:
         pools.stop()
-        for line in lines:
-            line.writer.discard()
+        for task in tasks:
+            task.writer.discard()
         raise
 
 
@@ -172,7 +182,7 @@ class _Rows:
             jobs[0].plan.source.keys,
             range(shard["first"], shard["first"] + shard["count"]),
         )
-        found = [(job.out, record) for job in jobs if (record := same_shard(job.out, shard))]
+        found = [(job.out, record) for job in jobs if (record := previous_record(job.out, shard))]
         before: Mapping[str, Any] = found[0][1] if found else {"quarantined": []}
         self.decided = found[0][0] if found else None
         self.quarantined: list[dict[str, str]] = list(before["quarantined"])
@@ -195,42 +205,42 @@ class _Rows:
                 )
 
 
-def _run_lines(
-    lines: Sequence[ShardWriterTask],
+def _run_tasks(
+    tasks: Sequence[ShardWriterTask],
     rows: _Rows,
     batch_size: int,
     strict: bool,
     progress: ExtractProgress,
-    pools: Pools,
+    pools: ThreadPools,
 ) -> None:
     """Decode, copy and teacher here, encoding and writing each in its thread, in the order of
-    batches and lines."""
-    plans = [line.plan for line in lines]
+    batches and tasks."""
+    plans = [task.plan for task in tasks]
     plan = plans[0]
     pending: deque[Future[None]] = deque()
     window = max(2 * batch_size // plan.views, 2 * progress.workers)
 
     def decode(index: int) -> rendering.Rendered:
         with progress.stage("decode"):
-            return rendering.render(plans, index)
+            return rendering.render_views(plans, index)
 
-    futures = rendering.ahead(pools.decode, decode, rows.indices, window)
-    rendered = rendering.usable(plan, futures, strict, rows.quarantined)
-    for batch in rendering.batches(rendered, plan.views, batch_size):
+    futures = rendering.prefetch(pools.decode, decode, rows.indices, window)
+    rendered = rendering.usable_pictures(plan, futures, strict, rows.quarantined)
+    for batch in rendering.view_batches(rendered, plan.views, batch_size):
         rows.check()
-        for line in lines:
-            flight = line.lane.launch(batch)
+        for task in tasks:
+            in_flight = task.pipeline.submit(batch)
             while len(pending) >= IN_FLIGHT:
                 pending.popleft().result()
-            made = pools.encode.submit(line.encode, flight)
-            pending.append(pools.write.submit(line.write, made))
+            made = pools.encode.submit(task.encode, in_flight)
+            pending.append(pools.write.submit(task.write, made))
         progress.pictures += sum(view == plan.views - 1 for _, view in batch)
         progress.report(progress)
     for future in pending:
         future.result()
     rows.check()
-    for line in lines:
+    for task in tasks:
         with progress.stage("write"):
-            line.writer.finish(rows.quarantined, line.statistics.summary())
+            task.writer.finish(rows.quarantined, task.statistics.summary())
     progress.pictures += len(rows.quarantined)
     progress.report(progress)

@@ -18,10 +18,10 @@ from featcache.targets import levels as target_levels
 
 
 @torch.no_grad()
-def ask(teacher: Teacher, pixels: Tensor, levels: Sequence[int]) -> tuple[Tensor, ...]:
+def run_teacher(teacher: Teacher, pixels: Tensor, levels: Sequence[int]) -> tuple[Tensor, ...]:
     """uint8 (B, 3, S, S) -> y_k (B, T, D) of each level, then attention (B, P); of a tokenizer its
     ids (B, P)."""
-    with precision.applied(teacher):
+    with precision.autocast_for(teacher):
         if isinstance(teacher, tokenizer.Tokenizer):
             return (teacher.ids(pixels),)
         ys, attention = teacher(pixels, levels)
@@ -29,7 +29,7 @@ def ask(teacher: Teacher, pixels: Tensor, levels: Sequence[int]) -> tuple[Tensor
 
 
 @torch.no_grad()
-def encode(plan: Plan, answer: tuple[Tensor, ...], count: int) -> dict[str, Tensor]:
+def encode_outputs(plan: Plan, answer: tuple[Tensor, ...], count: int) -> dict[str, Tensor]:
     """What is needed on the host of the first `count` of an answer."""
     if plan.is_tokenizer:
         return {tokenizer.FIELD: answer[0][:count]}
@@ -53,20 +53,20 @@ def encode_levels(ys: Sequence[Tensor], codec: str, count: int) -> dict[str, Ten
     return {**arrays, "feature_stats": stacked, **about, "finite": codecs.in_range(arrays, stacked)}
 
 
-def compute(
+def compute_targets(
     teacher: Teacher, pixels: Tensor, levels: Sequence[int], codec: str, count: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
     """uint8 (B, 3, S, S) -> the codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention
     (n, P), facts on h, all where the teacher is: what an extraction stores of pixels, for those who
     compare."""
-    *ys, attention = ask(teacher, pixels, levels)
+    *ys, attention = run_teacher(teacher, pixels, levels)
     with torch.no_grad():
         rest = encode_levels(ys, codec, count)
     coded = {name: rest.pop(name) for name in codecs.CODECS[codec].arrays(teacher.width)}
     return coded, rest.pop("feature_stats"), attention[:count].float(), rest
 
 
-def ranked(
+def rank_tokens(
     values: npt.NDArray[Any], order: npt.NDArray[np.unsignedinteger], count: int
 ) -> npt.NDArray[Any]:
     """(n, L, 1 + P, ...) in image order -> (n, L, count, ...): [CLS], then patches as `order` (n,

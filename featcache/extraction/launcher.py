@@ -19,7 +19,7 @@ from featcache.errors import UsageError
 _OWN = ("--devices", "--device", "--check-teacher")  # options that a helper is not given
 
 
-def devices(text: str) -> list[str]:
+def parse_devices(text: str) -> list[str]:
     """'all' or 'cuda:0,cuda:1' -> the devices, each once."""
     import torch
 
@@ -41,7 +41,7 @@ def devices(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def helpers(names: Sequence[str]) -> Iterator[None]:
+def worker_processes(names: Sequence[str]) -> Iterator[None]:
     """Run the same command once more for each device; they are waited for, or stopped where the
     caller fails."""
     with contextlib.ExitStack() as stack:

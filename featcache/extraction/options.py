@@ -23,7 +23,7 @@ from featcache.models.weights import is_random
 DEFAULT_LEVELS = "last:5"
 
 
-def assign(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
+def per_teacher(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
     """Each teacher's value of an option, None where nothing was given for it.
 
     >>> assign("--levels", ["last:5", "dino-b16=-1"], ["clip-b16", "dino-b16"])
@@ -43,10 +43,10 @@ def assign(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str
     return {name: own.get(name, shared) for name in names}
 
 
-def weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
+def weights_per_teacher(values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
     """The same of `--weights`: a file or a tag is one teacher's, only random:SEED can be meant for
     several."""
-    found = assign("--weights", values, names)
+    found = per_teacher("--weights", values, names)
     for value in values if len(names) > 1 else ():
         if not is_random(value) and not any(value.startswith(f"{name}=") for name in names):
             raise UsageError(
@@ -56,14 +56,16 @@ def weights(values: Sequence[str], names: Sequence[str]) -> dict[str, str | None
     return found
 
 
-def levels(text: str | None, teacher: Teacher) -> tuple[int, ...]:
+def levels_of_teacher(text: str | None, teacher: Teacher) -> tuple[int, ...]:
     """Block numbers of a teacher, `last:5` where nothing was said; a tokenizer has one level."""
     if isinstance(teacher, tokenizer.Tokenizer):
         return tokenizer.LEVELS
     return parse_levels(text or DEFAULT_LEVELS, teacher.depth)
 
 
-def load(name: str, weights: str | None, device: str, precision: str, compiled: bool) -> Teacher:
+def load_teacher(
+    name: str, weights: str | None, device: str, precision: str, compiled: bool
+) -> Teacher:
     return running.configure(teachers.load_any(name, weights, device), precision, compiled)
 
 

@@ -34,7 +34,7 @@ from featcache.views.policy import Policy
 TOKENS = ("raster", "ranked")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything a cache's content depends on."""
 
@@ -113,7 +113,7 @@ class Plan:
         ranked = self.tokens == "ranked"
         return [
             *arrays,
-            *checksums.declare(arrays, len(self.levels), self.stored_tokens, ranked=ranked),
+            *checksums.checksum_arrays(arrays, len(self.levels), self.stored_tokens, ranked=ranked),
         ]
 
     def _of_teacher(self) -> list[Array]:
@@ -157,7 +157,7 @@ class Plan:
         return weights.weight_hash(self.teacher)
 
     def manifest(self) -> dict[str, Any]:
-        teacher, run = self.teacher, precision.of(self.teacher)
+        teacher, run = self.teacher, precision.execution_of(self.teacher)
         identity = {
             "teacher": {
                 "name": teacher.name,

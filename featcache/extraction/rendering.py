@@ -41,7 +41,7 @@ class Rendered:
     thumbnails: npt.NDArray[np.uint8]  # (V, 14, 14, 3)
 
 
-def ahead(
+def prefetch(
     pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int], window: int
 ) -> Iterator[tuple[int, Future[Any]]]:
     """Futures in order, at most `window` of them under way."""
@@ -53,7 +53,7 @@ def ahead(
     yield from waiting
 
 
-def usable(
+def usable_pictures(
     plan: Plan,
     futures: Iterable[tuple[int, Future[Any]]],
     strict: bool,
@@ -77,13 +77,13 @@ def usable(
             quarantined.append({"key": key, "reason": str(error)})
 
 
-def render(plans: Sequence[Plan], index: int) -> Rendered:
+def render_views(plans: Sequence[Plan], index: int) -> Rendered:
     """Decode one picture in full and replay its V views as each plan's teacher sees them; hash and
     thumbnail are of the policy's size and filter. The plans share pictures, policy and view
     numbers."""
     plan = plans[0]
     key = plan.source.keys[index]
-    picture = pixel_path.picture(plan.source, index)
+    picture = pixel_path.decode_picture(plan.source, index)
     size = (picture.height, picture.width)
     drawn = draw(plan.policy, rng.key_digests([key]), np.array([size]), plan.view_numbers)
     proof, seen = (
@@ -112,7 +112,7 @@ def _replay(picture: Any, drawn: Drawn, view: int, kind: Kind) -> npt.NDArray[np
     )
 
 
-def batches(
+def view_batches(
     rendered: Iterable[Rendered], views: int, batch_size: int
 ) -> Iterator[list[tuple[Rendered, int]]]:
     """(picture, view) pairs in row-major order, `batch_size` at a time, the last batch shorter."""

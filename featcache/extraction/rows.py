@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from featcache import rng
 from featcache.errors import UserError
-from featcache.extraction.forward import ranked
+from featcache.extraction.forward import rank_tokens
 from featcache.extraction.plan import Plan
 from featcache.extraction.rendering import Rendered
 from featcache.models import precision
-from featcache.storage.statistics import OfFeatures
+from featcache.storage.statistics import FeatureStatistics
 from featcache.targets import codecs
 from featcache.targets.attention import mask_order
 from featcache.views.draw import Drawn
@@ -26,16 +26,16 @@ FP16_LARGEST = 65504
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """A batch on the host, as it will be stored, but for the order of tokens."""
 
     # the codec's arrays, `features` (n, L, T, ...) among them, and `feature_stats` (n, L, T, 2)
     tokens: Host
     attention: npt.NDArray[np.float32]  # (n, P)
-    about: OfFeatures  # h before encoding
+    about: FeatureStatistics  # h before encoding
 
 
-def encoded(plan: Plan, batch: Batch, host: Host) -> Encoded:
+def check_encoded(plan: Plan, batch: Batch, host: Host) -> EncodedBatch:
     """A landed answer, once its numbers are found to be numbers; else a UserError that names the
     picture."""
     for row, level in np.argwhere(~host["finite"])[:1].tolist():
@@ -51,10 +51,10 @@ def encoded(plan: Plan, batch: Batch, host: Host) -> Encoded:
             f"{_of(plan, batch, row)}; weights of one softmax row are needed{_cure(plan)}"
         )
     names = (*codecs.CODECS[plan.codec].arrays(plan.teacher.width), "feature_stats")
-    about = OfFeatures(
+    about = FeatureStatistics(
         float(host["range"][:, 0].min()), float(host["range"][:, 1].max()), host["norms"]
     )
-    return Encoded({name: host[name] for name in names}, weights, about)
+    return EncodedBatch({name: host[name] for name in names}, weights, about)
 
 
 def _of(plan: Plan, batch: Batch, row: int) -> str:
@@ -63,7 +63,7 @@ def _of(plan: Plan, batch: Batch, row: int) -> str:
 
 
 def _cure(plan: Plan) -> str:
-    if precision.of(plan.teacher).precision == "fp16":
+    if precision.execution_of(plan.teacher).precision == "fp16":
         return (
             f"; --precision fp16 ends at {FP16_LARGEST}: "
             "give --precision bf16, which has fp32's range"
@@ -71,7 +71,7 @@ def _cure(plan: Plan) -> str:
     return f"; finite values within {plan.codec}'s range are needed: check the weights"
 
 
-def items(plan: Plan, batch: Batch, answer: Encoded) -> Host:
+def batch_items(plan: Plan, batch: Batch, answer: EncodedBatch) -> Host:
     """What is stored of a batch of features, but for the checksums."""
     digests = rng.key_digests(picture.key for picture, _ in batch)
     numbers = np.array([plan.view_numbers[view] for _, view in batch])
@@ -79,7 +79,7 @@ def items(plan: Plan, batch: Batch, answer: Encoded) -> Host:
     stored: Mapping[str, npt.NDArray[Any]] = answer.tokens
     if plan.tokens == "ranked":
         stored = {
-            name: ranked(values, order, plan.stored_tokens) for name, values in stored.items()
+            name: rank_tokens(values, order, plan.stored_tokens) for name, values in stored.items()
         }
     pixels = (
         {"pixels": np.stack([p.proofs[view] for p, view in batch if p.proofs is not None])}
@@ -91,11 +91,11 @@ def items(plan: Plan, batch: Batch, answer: Encoded) -> Host:
         **pixels,
         "attention": answer.attention,
         "mask_order": order,
-        **of_views(batch),
+        **view_items(batch),
     }
 
 
-def of_views(batch: Batch) -> Host:
+def view_items(batch: Batch) -> Host:
     """What is stored of the views themselves."""
     drawn = {
         name: np.stack([getattr(picture.drawn, name)[0, view] for picture, view in batch])

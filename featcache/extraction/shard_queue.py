@@ -36,7 +36,7 @@ def free_shards(
                 left.remove(shard)
                 progress.total -= shard["count"] if name in missing else 0
                 for _, out in jobs:
-                    leases.clear(out, name)
+                    leases.clear_stale(out, name)
                 continue
             with contextlib.ExitStack() as held:
                 free = [job for job in lacking if _take(job, name, held)]
@@ -62,7 +62,7 @@ def unfinished_jobs(jobs: Sequence[ExtractJob], shard: Shard) -> list[ExtractJob
 
 def _take(job: ExtractJob, shard: str, held: contextlib.ExitStack) -> bool:
     """Whether the lease of a job's shard is ours, until `held` is left."""
-    lease = leases.take(job.out, shard)
+    lease = leases.acquire(job.out, shard)
     if lease is None:
         return False
     held.callback(lease.release)

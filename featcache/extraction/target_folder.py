@@ -14,7 +14,7 @@ from featcache.storage import commit, identity, json_file, manifest
 from featcache.storage.store import QUARANTINE, SHARDS, record_path
 
 
-def disk_full(error: BaseException, out: Path, wanted: dict[str, Any]) -> UserError | None:
+def disk_full_error(error: BaseException, out: Path, wanted: dict[str, Any]) -> UserError | None:
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
     done = sum(record_path(out, shard["name"]).is_file() for shard in wanted["shards"])
@@ -33,7 +33,7 @@ def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
     records = [json_file.read_json(path) for path in paths]
     rows = [row for record in records for row in record["quarantined"]]
     if not rows:
-        commit.remove(out / QUARANTINE)
+        commit.remove_path(out / QUARANTINE)
     elif not _is_written(out / QUARANTINE, {"pictures": rows}):
         json_file.write_json(out / QUARANTINE, {"pictures": rows})
     if rows and not sum(record["rows"] for record in records):
@@ -54,12 +54,12 @@ def _is_written(path: Path, value: dict[str, Any]) -> bool:
 _SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
 
 
-def prepare(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
+def prepare_folder(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
     """Make the folder, or check that the cache in it is the same one; returns its manifest. The
     batch size is noted in it, since real networks give other bits at another."""
     wanted = plan.manifest()
     wanted["provenance"]["batch_size"] = batch_size
-    if there := continued(wanted, out):
+    if there := existing_manifest(wanted, out):
         wanted = there
     _check_space(plan, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def write_side_files(plan: Plan, out: Path) -> None:
             json_file.write_file(out / name, data)
 
 
-def continued(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
+def existing_manifest(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
     """The manifest of the cache at `out` where it is the wanted one, None where nothing is there;
     another cache and other files are refused."""
     if (out / manifest.NAME).is_file():
@@ -91,7 +91,7 @@ def continued(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
             "--add adds to this one"
         )
         grades = ("fatal", "lossy", "layout")
-        identity.refuse(
+        identity.refuse_mismatch(
             wanted, there, f"{str(out)!r} holds another cache", todo, grades, cures=True
         )
         return there
@@ -104,10 +104,10 @@ def continued(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
 
 def _check_space(plan: Plan, out: Path) -> None:
     """Is there room for the shards that are missing?"""
-    check_room([ExtractJob(plan, out)])
+    check_disk_space([ExtractJob(plan, out)])
 
 
-def check_room(jobs: Sequence[ExtractJob]) -> None:
+def check_disk_space(jobs: Sequence[ExtractJob]) -> None:
     """Is there room for what is missing of all of them? The first folder's disk holds the
     others."""
     out = jobs[0].out

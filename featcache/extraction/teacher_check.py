@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UsageError, UserError
-from featcache.extraction.forward import ask
+from featcache.extraction.forward import run_teacher
 from featcache.models import precision, tokenizer
 from featcache.models.contract import Teacher
 from featcache.pictures.decode import decode
@@ -153,7 +153,7 @@ def _embed(teacher: Teacher, pixels: npt.NDArray[np.uint8]) -> Tensor:
     batch = (
         torch.from_numpy(pixels).to(precision.device_of(teacher)).permute(0, 3, 1, 2).contiguous()
     )
-    y, _ = ask(teacher, batch, (teacher.depth,))
+    y, _ = run_teacher(teacher, batch, (teacher.depth,))
     return levels.normalise(y[:, :1])[0][:, 0].float().cpu()
 
 

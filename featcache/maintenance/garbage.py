@@ -10,18 +10,18 @@ from pathlib import Path
 from featcache.catalog import home, listing
 from featcache.maintenance import remove
 from featcache.storage import commit
-from featcache.storage.part import added
+from featcache.storage.part import added_parts
 
 _DAY_S = 86400.0
 
 
 def leftovers() -> Iterator[Path]:
     """Files and folders that no live process works on, each once."""
-    found = [path for path in home.home().glob(".*.tmp") if commit.is_dead(path)]
+    found = [path for path in home.home().glob(".*.tmp") if commit.is_abandoned(path)]
     for cache in home.caches():
-        for part in (cache, *added(cache)):
+        for part in (cache, *added_parts(cache)):
             found += commit.leftovers(part)
-        found += [path for path in remove.leases(cache) if remove.stale(path)]
+        found += [path for path in remove.lease_paths(cache) if remove.is_stale_lease(path)]
     yield from sorted(set(found))
 
 
@@ -37,7 +37,7 @@ def unused_caches(days: float) -> Iterator[Path]:
             or not complete
             or facts["last_used"]
             or cache.is_symlink()
-            or remove.busy(cache)
+            or remove.active_leases(cache)
         ):
             continue
         newest = max(path.lstat().st_mtime for path in cache.rglob("*") if path.is_file())

@@ -24,7 +24,7 @@ from featcache.views.render import render
 OTHER_PICTURES = 0.9
 
 
-class Row(NamedTuple):
+class RecomputedRow(NamedTuple):
     """What one row showed; without `errors` it was not compared, because its pixels are not those
     of the extraction."""
 
@@ -42,7 +42,7 @@ def recompute(
     would have shown. `other_pictures`: so many of the rows have other pixels that the pictures, not
     the cache, must be wrong.
     """
-    pixel_path.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
+    pixel_path.check_pixel_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     teacher = _same_teacher(cache, weights, device)
     n = min(count, len(cache))
     raw = rng.words(rng.key_digests([f"verify:{n}"]), rng.stream("verify", seed), 2 * len(cache))[0]
@@ -74,7 +74,7 @@ def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
     from featcache.models.weights import weight_hash
 
     given = weights or cache.manifest["provenance"]["weights"]
-    teacher = precision.like(
+    teacher = precision.configure_like(
         teachers.load(cache.identity["teacher"]["name"], given, device), cache.identity
     )
     here, there = weight_hash(teacher), cache.identity["teacher"]["weight_hash"]
@@ -88,16 +88,16 @@ def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
 
 def _recompute_row(
     cache: Cache, source: Source, at: dict[str, int], teacher: Any, row: int, view: int
-) -> Row:
+) -> RecomputedRow:
     from featcache.models import precision
 
     key = cache.keys[row]
     if key not in at:
-        return Row(f"picture {key!r} is not in {source.spec!r}")
+        return RecomputedRow(f"picture {key!r} is not in {source.spec!r}")
     try:
-        picture = pixel_path.picture(source, at[key])
+        picture = pixel_path.decode_picture(source, at[key])
     except (PictureError, OSError) as reason:
-        return Row(f"picture {key!r} can no longer be used: {reason}")
+        return RecomputedRow(f"picture {key!r} can no longer be used: {reason}")
     policy = policy_from_dict(cache.identity["policy"])
     drawn = cache.read([row], view, ("crop", "flip", "jitter"))
     proof, pixels = (
@@ -105,12 +105,12 @@ def _recompute_row(
         for size in (policy.size, teacher.input_px)
     )
     if problem := pixel_problem(cache, row, view, proof):
-        return Row(problem)
+        return RecomputedRow(problem)
     error, attention_error = _errors(cache, teacher, row, view, pixels)
-    bound, attention_bound = precision.BOUNDS[precision.of(teacher).precision]
+    bound, attention_bound = precision.BOUNDS[precision.execution_of(teacher).precision]
     if error <= bound and attention_error <= attention_bound:
-        return Row(None, (error, attention_error))
-    return Row(
+        return RecomputedRow(None, (error, attention_error))
+    return RecomputedRow(
         f"picture {key!r}, view {view}: features differ by {error:.1e} (allowed {bound:.0e}), "
         f"attention by {attention_error:.1e} (allowed {attention_bound:.0e})",
         (error, attention_error),
@@ -124,19 +124,21 @@ def _errors(
     input size."""
     import torch
 
-    from featcache.extraction.forward import compute, ranked
+    from featcache.extraction.forward import compute_targets, rank_tokens
     from featcache.targets import codecs
 
     codec = codecs.CODECS[cache.identity["codec"]]
     stored = cache.read([row], view, (*codec.arrays(teacher.width), "attention", "mask_order"))
     device = next(iter(teacher.state_dict().values())).device
     batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)
-    coded, _, attention, _ = compute(teacher, batch, cache.levels, cache.identity["codec"], 1)
+    coded, _, attention, _ = compute_targets(
+        teacher, batch, cache.levels, cache.identity["codec"], 1
+    )
     host = {name: values.cpu().numpy() for name, values in coded.items()}
     # by the stored order: a tie may fall otherwise when computed again
     if cache.identity["tokens"] == "ranked":
         host = {
-            name: ranked(values, stored["mask_order"], stored[name].shape[2])
+            name: rank_tokens(values, stored["mask_order"], stored[name].shape[2])
             for name, values in host.items()
         }
     new = codec.decode({name: torch.from_numpy(values) for name, values in host.items()})

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from featcache.errors import UserError
 from featcache.storage import json_file, lease, manifest, owner
-from featcache.storage.part import PARTS, added
+from featcache.storage.part import PARTS, added_parts
 from featcache.storage.store import SHARDS
 
 
-def check(cache: Path) -> None:
+def check_removable(cache: Path) -> None:
     """Raise UserError for what must not be removed."""
     if cache.is_symlink():
         raise UserError(f"{str(cache)!r} is a link to {str(cache.resolve())!r}; give that folder")
@@ -21,33 +21,33 @@ def check(cache: Path) -> None:
         raise UserError(
             f"{str(cache)!r} holds no {manifest.NAME}: it is no cache, and is left as it is"
         )
-    if shards := busy(cache):
+    if shards := active_leases(cache):
         raise UserError(
             f"{str(cache)!r} is being written: shard {shards[0].stem} is held; stop that process, "
             "or wait until it has ended"
         )
 
 
-def busy(cache: Path) -> list[Path]:
+def active_leases(cache: Path) -> list[Path]:
     """Leases of shards that somebody works on, in the cache and what was added to it."""
-    return [path for path in leases(cache) if not stale(path)]
+    return [path for path in lease_paths(cache) if not is_stale_lease(path)]
 
 
-def leases(cache: Path) -> list[Path]:
+def lease_paths(cache: Path) -> list[Path]:
     return sorted(
-        path for part in (cache, *added(cache)) for path in (part / SHARDS).glob("*.lease")
+        path for part in (cache, *added_parts(cache)) for path in (part / SHARDS).glob("*.lease")
     )
 
 
-def stale(path: Path) -> bool:
+def is_stale_lease(path: Path) -> bool:
     """As `lease.held` tells, but in a cache that may be read-only too."""
     try:
-        return not lease.held(path.parent.parent, path.stem)
+        return not lease.is_held(path.parent.parent, path.stem)
     except OSError:
         return lease.is_stale(path, time.time())
 
 
-def size(path: Path) -> int:
+def folder_bytes(path: Path) -> int:
     """Bytes of all files of a folder, or of one file."""
     return sum(
         each.lstat().st_size
@@ -56,13 +56,13 @@ def size(path: Path) -> int:
     )
 
 
-def remove(cache: Path) -> None:
+def remove_cache(cache: Path) -> None:
     """Rename, then remove. An addition is taken out of parts/ by the rename, where it would still
     be seen."""
     cache = cache.resolve()
     _check_writable(cache)
     place = cache.parent.parent if cache.parent.name == PARTS else cache.parent
-    gone = place / f".{cache.name}.{owner.owner()}.tmp"
+    gone = place / f".{cache.name}.{owner.writer_id()}.tmp"
     cache.rename(gone)
     json_file.sync_folder(place)
     try:

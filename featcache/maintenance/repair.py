@@ -22,8 +22,8 @@ from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
 from featcache.storage import commit, json_file, manifest
 from featcache.storage import lease as leases
-from featcache.storage.identity import refuse
-from featcache.storage.part import added
+from featcache.storage.identity import refuse_mismatch
+from featcache.storage.part import added_parts
 from featcache.storage.store import QUARANTINE, SHARDS, record_path
 from featcache.views.policy import policy_from_dict
 
@@ -39,24 +39,24 @@ def run(
     them."""
     restored: list[str] = []
     shards: list[str] = []
-    for part in (cache, *added(cache)):
+    for part in (cache, *added_parts(cache)):
         restored += _restore_manifest(part)
         about = manifest.read(part)
-        problems = list(verify.problems(part, about))
+        problems = list(verify.part_problems(part, about))
         bad = sorted({problem.shard for problem in problems if problem.shard})
         if bad or any(problem.path.name in about["files"] for problem in problems):
             _extract(part, about, bad, load, workers, progress or ExtractProgress())
         if problems:
             if (part / QUARANTINE).is_dir():
-                commit.remove(part / QUARANTINE)
+                commit.remove_path(part / QUARANTINE)
             report_quarantine(part, about)
         for leftover in commit.leftovers(part):
-            commit.remove(leftover)
+            commit.remove_path(leftover)
         for shard in about["shards"]:
-            leases.clear(part, shard["name"])
+            leases.clear_stale(part, shard["name"])
         restored += [str(problem.path) for problem in problems if not problem.shard]
         shards += [str(record_path(part, shard)) for shard in bad]
-    if strange := verify.together(cache):
+    if strange := verify.check_parts_agree(cache):
         raise UserError(strange[0])
     return {"restored": restored, "shards": shards}
 
@@ -84,7 +84,7 @@ def _restore_manifest(part: Path) -> list[str]:
             "but of two caches"
         )
         todo = "remove the one that does not belong here"
-        refuse(here, there, what, todo, ("fatal", "lossy", "layout"))
+        refuse_mismatch(here, there, what, todo, ("fatal", "lossy", "layout"))
     source = good[0]
     target = pair[1] if source == pair[0] else pair[0]
     json_file.write_json(target, json_file.read_json(source))
@@ -100,12 +100,14 @@ def _extract(
     progress: ExtractProgress,
 ) -> None:
     source, teacher = load(about)
-    plan = of_manifest(about, source, teacher)
+    plan = plan_from_manifest(about, source, teacher)
     wanted = plan.manifest()
     if "copied_from" in about["provenance"] and _holds(part, about, source):
         wanted["identity"]["pictures"] = about["identity"]["pictures"]
     todo = "give the pictures and weights of the extraction: --images SRC, --weights FILE"
-    refuse(wanted, about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout"))
+    refuse_mismatch(
+        wanted, about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout")
+    )
     write_side_files(plan, part)
     progress.total += sum(shard["count"] for shard in about["shards"] if shard["name"] in bad)
     for shard in bad:
@@ -133,7 +135,7 @@ def _replace(
         )
         _check_views(part, shard)
     except BaseException:
-        lease = leases.take(part, shard)
+        lease = leases.acquire(part, shard)
         if lease is not None:  # else another works on it now, and puts it back if need be
             commit.put_back(part, shard, plan.store)
             lease.release()
@@ -147,7 +149,8 @@ def _check_views(part: Path, shard: str) -> None:
     record = record_path(part, shard)
     try:
         here, there = (
-            json_file.read_json(path).get("files", {}) for path in (record, commit.aside(record))
+            json_file.read_json(path).get("files", {})
+            for path in (record, commit.aside_path(record))
         )
     except UnreadableError:
         raise
@@ -165,7 +168,7 @@ def _check_views(part: Path, shard: str) -> None:
 @contextlib.contextmanager
 def _held(part: Path, shard: str, progress: ExtractProgress) -> Iterator[None]:
     """While nobody else works on the shard."""
-    while (lease := leases.take(part, shard)) is None:
+    while (lease := leases.acquire(part, shard)) is None:
         progress.waiting(1)
         time.sleep(shard_queue.WAIT_S)
     try:
@@ -180,7 +183,7 @@ def _is_good(part: Path, about: dict[str, Any], shard: str) -> bool:
         "files": {},
         "shards": [each for each in about["shards"] if each["name"] == shard],
     }
-    return not any(problem.shard for problem in verify.problems(part, one))
+    return not any(problem.shard for problem in verify.part_problems(part, one))
 
 
 def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
@@ -210,22 +213,22 @@ def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
     }
 
 
-def of_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan:
+def plan_from_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan:
     """The plan that a manifest came from."""
     identity = about["identity"]
     return Plan(
-        source,
-        teacher,
-        policy_from_dict(identity["policy"]),
-        identity["views"],
-        tuple(identity["levels"]),
-        identity["order"],
-        identity["codec"],
-        identity["store"],
-        identity["rows_per_shard"],
-        identity["tokens"],
-        identity.get("keep"),
-        "pixels" in identity,
-        identity.get("first_view", 0),
-        "statistics" in about["provenance"],
+        source=source,
+        teacher=teacher,
+        policy=policy_from_dict(identity["policy"]),
+        views=identity["views"],
+        levels=tuple(identity["levels"]),
+        order=identity["order"],
+        codec=identity["codec"],
+        store=identity["store"],
+        rows_per_shard=identity["rows_per_shard"],
+        tokens=identity["tokens"],
+        keep=identity.get("keep"),
+        pixels="pixels" in identity,
+        first_view=identity.get("first_view", 0),
+        recount="statistics" in about["provenance"],
     )

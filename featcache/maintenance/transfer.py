@@ -29,8 +29,8 @@ from featcache.maintenance.transfer_plan import TransferJob
 from featcache.reading.cache import Cache
 from featcache.storage import checksums, commit, identity, json_file, manifest
 from featcache.storage import lease as leases
-from featcache.storage.statistics import Statistics, of_stored
-from featcache.storage.store import QUARANTINE, SHARDS, STORES, folder_path, record_path, store
+from featcache.storage.statistics import Statistics, statistics_of_stored
+from featcache.storage.store import QUARANTINE, SHARDS, STORES, folder_path, get_store, record_path
 
 BLOCK_BYTES = 64 << 20  # items held at a time
 WAIT_S = 1.0  # between looks at shards that other processes work on
@@ -76,9 +76,11 @@ def copy(
     _apart(cache, out)
     with Cache(cache) as source:
         if views is None and levels is None:
-            jobs, left = transfer_plan.whole(source, out, shards=shards)
+            jobs, left = transfer_plan.whole_cache_jobs(source, out, shards=shards)
         else:
-            jobs, left = transfer_plan.flat(source, out, views=views, levels=levels, shards=shards)
+            jobs, left = transfer_plan.flat_cache_jobs(
+                source, out, views=views, levels=levels, shards=shards
+            )
         _run(jobs, progress or TransferProgress())
     return left
 
@@ -97,7 +99,7 @@ def convert(
                 f"--store {name!r}: cache {str(cache)!r} is in the {here} store; {others} is "
                 "allowed, and `featcache copy` copies it as it is"
             )
-        jobs, left = transfer_plan.whole(source, out, store=name)
+        jobs, left = transfer_plan.whole_cache_jobs(source, out, store=name)
         _run(jobs, progress or TransferProgress())
     return left
 
@@ -128,7 +130,7 @@ def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
                     lease.release()
                 progress.shards += 1
             for record in job.records:
-                leases.clear(job.out, record["shard"])
+                leases.clear_stale(job.out, record["shard"])
             _report_quarantine(job)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -152,7 +154,7 @@ def _refuse(job: TransferJob) -> None:
     if (out / manifest.NAME).is_file():
         todo = "give another folder, or the same command to continue this one"
         grades = ("fatal", "lossy", "layout")
-        identity.refuse(
+        identity.refuse_mismatch(
             job.manifest, manifest.read(out), f"{str(out)!r} holds another cache", todo, grades
         )
     elif out.exists() and (
@@ -202,7 +204,7 @@ def _free_shards(
     while left := job.missing:
         taken = False
         for record in left:
-            lease = leases.take(job.out, record["shard"])
+            lease = leases.acquire(job.out, record["shard"])
             if lease is None:
                 continue
             taken = True
@@ -221,12 +223,12 @@ def _copy_shard(job: TransferJob, record: dict[str, Any], progress: TransferProg
     name = record["shard"]
     origin, folder = (
         folder_path(job.source.path, name, job.store),
-        commit.begin(job.out, name, job.store),
+        commit.begin_shard(job.out, name, job.store),
     )
     try:
         for file, facts in record["files"].items():
             _copy_file(
-                origin / file, folder / file, facts, store(job.store), job.source.path, progress
+                origin / file, folder / file, facts, get_store(job.store), job.source.path, progress
             )
         commit.publish(folder, job.out, name, job.store, record)
     except BaseException:
@@ -266,15 +268,20 @@ def _copy_file(
 
 
 def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:
-    writer = store(job.store).writer(job.out, record["shard"], job.arrays, job.identity["views"])
+    writer = get_store(job.store).writer(
+        job.out, record["shard"], job.arrays, job.identity["views"]
+    )
     statistics = Statistics()
     try:
         for keys, items in _blocks(job, record):
             if job.recount:
                 statistics.add(
-                    items, of_stored(job.identity["codec"], job.identity["teacher"]["width"], items)
+                    items,
+                    statistics_of_stored(
+                        job.identity["codec"], job.identity["teacher"]["width"], items
+                    ),
                 )
-            items = {**items, **checksums.compute(job.arrays, items)}
+            items = {**items, **checksums.compute_checksums(job.arrays, items)}
             writer.append(keys, items)
             progress.add(job.bytes(record) * len(keys) // (record["rows"] * job.identity["views"]))
         writer.finish(
@@ -292,7 +299,7 @@ def _blocks(
     again: a block is gone when the next comes."""
     views, first_view = job.identity["views"], job.identity.get("first_view", 0)
     specs = [spec for spec in job.arrays if spec.name not in checksums.NAMES]
-    rows = transfer_plan.rows(job.source, record)
+    rows = transfer_plan.shard_rows(job.source, record)
     total = int(record["rows"]) * views
     count = max(1, min(total, BLOCK_BYTES // max(sum(spec.item_bytes for spec in specs), 1)))
     memory = {spec.name: np.empty((count, *spec.item), spec.dtype) for spec in specs}

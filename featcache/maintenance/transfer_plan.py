@@ -16,8 +16,8 @@ from featcache.errors import UsageError, UserError
 from featcache.reading.cache import Cache
 from featcache.storage import checksums, json_file
 from featcache.storage import manifest as manifests
-from featcache.storage.part import PARTS, added, describe
-from featcache.storage.store import Array, array, record_path
+from featcache.storage.part import PARTS, added_parts, describe_part
+from featcache.storage.store import Array, array_from_dict, record_path
 
 Range = tuple[int, int]  # numbers of shards, the end not included
 
@@ -44,7 +44,7 @@ class TransferJob:
 
     @property
     def arrays(self) -> list[Array]:
-        return [array(name, facts) for name, facts in self.manifest["arrays"].items()]
+        return [array_from_dict(name, facts) for name, facts in self.manifest["arrays"].items()]
 
     @property
     def missing(self) -> list[dict[str, Any]]:
@@ -66,18 +66,20 @@ class TransferJob:
         )
 
 
-def whole(
+def whole_cache_jobs(
     source: Cache, out: Path, *, shards: Range | None = None, store: str | None = None
 ) -> tuple[list[TransferJob], list[str]]:
     """(jobs of the cache and of what was added to it, what is left out in words)."""
     changes = {"store": store} if store else {}
-    parts = [Cache(path) for path in added(source.path)]
+    parts = [Cache(path) for path in added_parts(source.path)]
     jobs = [_choose(source, out, changes, shards)]
     jobs += [_addition(_choose(part, out, changes, shards)) for part in parts if part.complete]
-    return jobs, [f"{describe(part.manifest)} (unfinished)" for part in parts if not part.complete]
+    return jobs, [
+        f"{describe_part(part.manifest)} (unfinished)" for part in parts if not part.complete
+    ]
 
 
-def flat(
+def flat_cache_jobs(
     source: Cache,
     out: Path,
     *,
@@ -104,11 +106,11 @@ def flat(
         )
     others = [
         about
-        for about in map(manifests.read, added(source.path))
+        for about in map(manifests.read, added_parts(source.path))
         if _teacher(about) != _teacher(source.manifest)
     ]
     return [_choose(source, out, {"views": views, "levels": list(chosen)}, shards)], [
-        describe(each) for each in others
+        describe_part(each) for each in others
     ]
 
 
@@ -116,7 +118,7 @@ def _teacher(about: Mapping[str, Any]) -> str:
     return str(about["identity"]["teacher"]["name"])
 
 
-def rows(source: Cache, record: Mapping[str, Any]) -> slice:
+def shard_rows(source: Cache, record: Mapping[str, Any]) -> slice:
     """Row numbers of a shard."""
     shards = [each["shard"] for each in source.records]
     first = sum(each["rows"] for each in source.records[: shards.index(record["shard"])])
@@ -131,7 +133,7 @@ def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | N
     fewer, as_files = len(numbers) < len(about["shards"]), identity == source.identity
     recount = not as_files and "views" in changes
     if fewer:
-        keys = [key for record in records for key in source.keys[rows(source, record)]]
+        keys = [key for record in records for key in source.keys[shard_rows(source, record)]]
         # Those that have a row: the source's digest covers quarantined pictures too, whose order is
         # not known here.
         identity["pictures"] = {"count": len(keys), "keys_digest": manifests.keys_digest(keys)}
@@ -149,13 +151,17 @@ def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | N
 def _fewer(arrays: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays of a cache with other levels, their checksums too."""
     levels = len(identity["levels"])
-    specs = [array(name, facts) for name, facts in arrays.items() if name not in checksums.NAMES]
+    specs = [
+        array_from_dict(name, facts)
+        for name, facts in arrays.items()
+        if name not in checksums.NAMES
+    ]
     specs = [
         replace(spec, item=(levels, *spec.item[1:])) if checksums.has_levels(spec) else spec
         for spec in specs
     ]
-    tokens = array("features", arrays["features"]).item[1]
-    sums = checksums.declare(specs, levels, tokens, ranked=identity["tokens"] == "ranked")
+    tokens = array_from_dict("features", arrays["features"]).item[1]
+    sums = checksums.checksum_arrays(specs, levels, tokens, ranked=identity["tokens"] == "ranked")
     return {spec.name: spec.as_dict() for spec in (*specs, *sums)}
 
 

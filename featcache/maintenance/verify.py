@@ -13,8 +13,8 @@ from featcache.errors import UnreadableError, UserError
 from featcache.reading.cache import Cache
 from featcache.storage import commit, json_file, manifest
 from featcache.storage.keys import Keys
-from featcache.storage.part import added, record_problem
-from featcache.storage.store import QUARANTINE, SHARDS, record_path, store
+from featcache.storage.part import added_parts, record_problem
+from featcache.storage.store import QUARANTINE, SHARDS, get_store, record_path
 
 
 class Problem(NamedTuple):
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
         return self.text
 
 
-def files(
+def verify_cache(
     path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
     without: Collection[str] = (),
@@ -37,18 +37,18 @@ def files(
     against its checksum, but for shards that it is to be read `without`."""
     found: list[str] = []
     shards = 0
-    for part in (path, *added(path)):
+    for part in (path, *added_parts(path)):
         about = manifest.read(part)
         found += [
             str(problem)
-            for problem in problems(part, about, progress)
+            for problem in part_problems(part, about, progress)
             if problem.shard not in without
         ]
         shards += len(about["shards"])
-    return found or ([] if without else together(path)), shards
+    return found or ([] if without else check_parts_agree(path)), shards
 
 
-def together(path: Path) -> list[str]:
+def check_parts_agree(path: Path) -> list[str]:
     """Why files that are sound, each by itself, are not one cache; no repair could choose between
     them."""
     try:
@@ -70,7 +70,7 @@ def together(path: Path) -> list[str]:
     ]
 
 
-def problems(
+def part_problems(
     part: Path,
     about: dict[str, Any],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -104,10 +104,10 @@ def problems(
 
 
 def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> Iterator[Problem]:
-    found = commit.check(part, shard, backend, record, deep=True)
+    found = commit.check_shard(part, shard, backend, record, deep=True)
     yield from (Problem(Path(text.rpartition(": ")[0]), text, shard) for text in found)
     if not found:
-        keys = Keys(*store(backend).keys(part, shard, record))
+        keys = Keys(*get_store(backend).keys(part, shard, record))
         if len(keys) != record["rows"] or manifest.keys_digest(keys) != record["keys_digest"]:
             path = record_path(part, shard)
             yield Problem(path, f"{path}: its keys are not those of the shard's files", shard)

@@ -31,7 +31,7 @@ MODES = ("bicubic", "bilinear", "bicubic-antialias", "tensor-bicubic")
 STUDENT_PX = 224  # what MaskAlign renders for student and teacher alike
 
 
-def shrinks_from(what: str, mode: object, native: int, size: int) -> int:
+def rendered_px(what: str, mode: object, native: int, size: int) -> int:
     """Pixels that are rendered when the tensor is to be shrunk to `size`, 0 when it is rendered at
     `size` itself.
 
@@ -66,13 +66,13 @@ def resize(positions: Tensor, side: int, mode: str, prefix: int) -> Tensor:
     return torch.cat([head, picture.flatten(2).transpose(1, 2).to(grid.dtype)], 1)
 
 
-def shrink(pixels: Tensor, size: int) -> Tensor:
+def shrink_pixels(pixels: Tensor, size: int) -> Tensor:
     """Normalised pixels (B, 3, S, S) -> (B, 3, size, size): bicubic without antialias, values
     beyond the range kept."""
     return F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False)
 
 
-def side_of(count: int, prefixes: tuple[int, ...]) -> tuple[int, int] | None:
+def grid_side(count: int, prefixes: tuple[int, ...]) -> tuple[int, int] | None:
     """(side, prefix) of `count` positions, for the first prefix that leaves a square; None where
     none does.
 

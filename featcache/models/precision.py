@@ -38,14 +38,14 @@ BOUNDS = {"fp32": (1e-3, 1e-4), "tf32": (1e-2, 1e-2), "fp16": (1e-2, 1e-2), "bf1
 
 
 @dataclass(frozen=True)
-class Running:
+class ExecutionConfig:
     precision: str = "fp32"
     compiled: bool = False
 
 
-def of(teacher: Teacher) -> Running:
+def execution_of(teacher: Teacher) -> ExecutionConfig:
     """How a teacher is run; fp32 and as it is, where nobody said otherwise."""
-    running: Running = getattr(teacher, "running", Running())
+    running: ExecutionConfig = getattr(teacher, "running", ExecutionConfig())
     return running
 
 
@@ -67,11 +67,11 @@ def configure(teacher: Teacher, precision: str = "fp32", compiled: bool = False)
         )
     if compiled:
         _compile(teacher)
-    teacher.running = Running(precision, compiled)  # type: ignore[attr-defined]
+    teacher.running = ExecutionConfig(precision, compiled)  # type: ignore[attr-defined]
     return teacher
 
 
-def like(teacher: Teacher, identity: Mapping[str, Any]) -> Teacher:
+def configure_like(teacher: Teacher, identity: Mapping[str, Any]) -> Teacher:
     """The teacher run as a cache's identity says it was."""
     return configure(teacher, identity["teacher"].get("precision", "fp32"))
 
@@ -83,7 +83,7 @@ def _compile(teacher: Teacher) -> None:
     teacher.compile()
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next batch, for the life of this process.
 
     It would hand every large block back to the kernel and ask for it again: a ViT-B/16 on a CPU
@@ -105,9 +105,9 @@ def device_of(teacher: Teacher) -> torch.device:
 
 
 @contextmanager
-def applied(teacher: Teacher) -> Iterator[None]:
+def autocast_for(teacher: Teacher) -> Iterator[None]:
     """While a teacher runs: its precision, and afterwards what was set before."""
-    precision = of(teacher).precision
+    precision = execution_of(teacher).precision
     switches: tuple[Any, ...] = (
         torch.backends.cuda.matmul,
         torch.backends.cudnn.conv,  # type: ignore[attr-defined]

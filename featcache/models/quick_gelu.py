@@ -24,7 +24,7 @@ Statistics = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Tag:
+class PretrainedTag:
     """What open_clip's table says of one set of weights."""
 
     quick: bool
@@ -32,23 +32,23 @@ class Tag:
     std: Statistics
 
 
-def named(quick: bool) -> str:
+def activation_name(quick: bool) -> str:
     return "QuickGELU" if quick else "GELU"
 
 
-def runs_in(network: nn.Module) -> bool:
+def uses_quick_gelu(network: nn.Module) -> bool:
     """Whether a built network runs QuickGELU."""
     return any(type(module).__name__ == "QuickGELU" for module in network.modules())
 
 
-def config(arch: str) -> dict[str, Any]:
+def model_config(arch: str) -> dict[str, Any]:
     """open_clip's config of an architecture by name."""
     import open_clip
 
     return dict(open_clip.get_model_config(arch) or {})
 
 
-def of_architecture(arch: str) -> bool | None:
+def from_architecture(arch: str) -> bool | None:
     """What an architecture's name alone says: nothing where both forms of it exist."""
     import open_clip
 
@@ -57,11 +57,11 @@ def of_architecture(arch: str) -> bool | None:
     return (
         None
         if f"{arch}-quickgelu" in open_clip.list_models()
-        else bool(config(arch).get("quick_gelu", False))
+        else bool(model_config(arch).get("quick_gelu", False))
     )
 
 
-def of_tag(name: str, arch: str, tag: str) -> Tag:
+def from_tag(name: str, arch: str, tag: str) -> PretrainedTag:
     """Facts of a tag; an unknown one is a UsageError that offers near ones. `name` is what the user
     gave."""
     import open_clip
@@ -72,11 +72,13 @@ def of_tag(name: str, arch: str, tag: str) -> Tag:
         raise UsageError(
             f"unknown weights {tag!r} of {name}: {near(tag, known)}; or a file, or random:SEED"
         )
-    quick = about.get("quick_gelu", config(arch).get("quick_gelu", False))
-    return Tag(bool(quick), about["mean"], about["std"])
+    quick = about.get("quick_gelu", model_config(arch).get("quick_gelu", False))
+    return PretrainedTag(bool(quick), about["mean"], about["std"])
 
 
-def agreed(name: str, options: Mapping[str, object], known: bool | None, whose: str) -> bool:
+def resolve_option(
+    name: str, options: Mapping[str, object], known: bool | None, whose: str
+) -> bool:
     """What is known and the option `quick_gelu`, which must not disagree; GELU where neither
     says."""
     asked = options.get("quick_gelu")
@@ -84,13 +86,13 @@ def agreed(name: str, options: Mapping[str, object], known: bool | None, whose: 
         raise UsageError(f"teacher {name!r}: quick_gelu={asked!r}; true or false is allowed")
     if asked is not None and known is not None and asked != known:
         raise UsageError(
-            f"teacher {name!r}: quick_gelu={str(asked).lower()}, but {whose} says {named(known)}, "
-            "and the other would be silently wrong; leave the option out"
+            f"teacher {name!r}: quick_gelu={str(asked).lower()}, but {whose} says "
+            f"{activation_name(known)}, and the other would be silently wrong; leave the option out"
         )
     return bool(known if asked is None else asked)
 
 
-def of_file(
+def from_file(
     name: str,
     by_name: bool | None,
     options: Mapping[str, object],
@@ -107,15 +109,15 @@ def of_file(
     }
     known = {whose: quick for whose, quick in says.items() if quick is not None}
     if len(set(known.values())) > 1:
-        each = ", ".join(f"{whose} says {named(quick)}" for whose, quick in known.items())
+        each = ", ".join(f"{whose} says {activation_name(quick)}" for whose, quick in known.items())
         raise UsageError(
             f"teacher {name!r}, weights {path!r}: {each}; give the architecture of these weights"
         )
     if not known and "quick_gelu" not in options and fallback is not None:
         other = f"{name},quick_gelu={str(not fallback).lower()}"
         return fallback, (
-            f"{path} does not say its activation; {name} runs {named(fallback)}, as the weights it "
-            f"is named for: give {other} if these are others"
+            f"{path} does not say its activation; {name} runs {activation_name(fallback)}, as the "
+            f"weights it is named for: give {other} if these are others"
         )
     if not known and "quick_gelu" not in options:
         raise UsageError(
@@ -124,7 +126,7 @@ def of_file(
             "(LAION's, DataComp's)"
         )
     whose, quick = next(iter(known.items()), ("", None))
-    return agreed(name, options, quick, whose), ""
+    return resolve_option(name, options, quick, whose), ""
 
 
 def _archive_says(path: str) -> bool | None:
@@ -132,7 +134,7 @@ def _archive_says(path: str) -> bool | None:
     try:
         classes = {
             name.rpartition(".")[2]
-            for name in restricted_unpickler.names(path)
+            for name in restricted_unpickler.referenced_names(path)
             if name.startswith("__torch__.")
         }
     except (

@@ -34,30 +34,30 @@ _DTYPES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file written before torch 1.6
 
 
-class Inert:
+class InertObject:
     """Stands for any class or function that a file names; being called or given a state, it only
     keeps what it got."""
 
     def __init__(self, *args: object) -> None:
         self.args = args
 
-    def __call__(self, *args: object) -> Inert:
-        return Inert(*args)
+    def __call__(self, *args: object) -> InertObject:
+        return InertObject(*args)
 
     def __setstate__(self, state: object) -> None:
         self.state = state
 
 
-def tensors(path: str | Path) -> dict[str, Tensor]:
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Everything in the file that is a tensor, by its dotted name; a module's own parameters come
     without a prefix.
 
     Raises ValueError, with a reason, when the file is of neither form.
     """
-    return named(_root(Path(path)))
+    return named_tensors(_root(Path(path)))
 
 
-def named(root: object) -> dict[str, Tensor]:
+def named_tensors(root: object) -> dict[str, Tensor]:
     """Dotted name -> tensor of nested dicts and modules that were read already."""
     try:
         return dict(_tensors(root, ""))
@@ -65,7 +65,7 @@ def named(root: object) -> dict[str, Tensor]:
         raise ValueError("a container that contains itself") from error
 
 
-def names(path: str | Path) -> set[str]:
+def referenced_names(path: str | Path) -> set[str]:
     """Classes and functions that a zip archive's pickle names, as `module.name`; nothing is
     built."""
     with zipfile.ZipFile(path) as archive:
@@ -102,7 +102,7 @@ def _tensors(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield prefix, value
         return
-    if isinstance(value, Inert):
+    if isinstance(value, InertObject):
         value = getattr(value, "state", None)
     if not isinstance(value, dict):
         return
@@ -135,7 +135,7 @@ class _Unpickler(pickle.Unpickler):
             return _parameter
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return _DTYPES[name]
-        return type(name, (Inert,), {})
+        return type(name, (InertObject,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         # the older form keeps a class with its source; only the class is asked for

@@ -70,7 +70,7 @@ class TimmVit(nn.Module):
         """uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
         pixels = normalise_pixels(images, self.pixel_mean, self.pixel_std)
         self.vit.forward_features(
-            position_embedding.shrink(pixels, self._px) if self._shrinks else pixels
+            position_embedding.shrink_pixels(pixels, self._px) if self._shrinks else pixels
         )
         return [self._stored(y) for y in self._tap.take(levels)], self._attention
 
@@ -120,7 +120,7 @@ def _projections(attn: Any) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor,
     return (weights[0], biases[0]), (weights[1], biases[1])
 
 
-def wrapped(
+def wrap(
     vit: Any,
     name: str,
     px: int | None,
@@ -130,10 +130,10 @@ def wrapped(
     std: Any = None,
 ) -> TimmVit:
     """The teacher at `px` input pixels, positions resized as `pos` says."""
-    check_kind(vit, name)
+    check_architecture(vit, name)
     native = int(vit.patch_embed.img_size[0])
     px = px or native
-    shrink_from = position_embedding.shrinks_from(name, pos, native, px)
+    shrink_from = position_embedding.rendered_px(name, pos, native, px)
     if pos not in (None, "tensor-bicubic") and vit.pos_embed is None:
         raise UsageError(
             f"teacher {name!r}: pos={pos}, but its positions are rotary, none are resized; leave "
@@ -155,7 +155,7 @@ def _resize(vit: Any, px: int, mode: str) -> None:
         vit.pos_embed = nn.Parameter(resized, requires_grad=False)
 
 
-def check_kind(vit: Any, name: str) -> None:
+def check_architecture(vit: Any, name: str) -> None:
     """Only layers whose attention is known here: another kind would be read wrongly, and nobody
     would notice."""
     from timm.layers.attention import Attention, AttentionRope

@@ -67,9 +67,11 @@ def read_state(path: str, what: str) -> dict[str, Tensor]:
 def _read_torch(path: str) -> dict[str, Tensor]:
     """torch's own reader of plain tensors where it will, else the one that only looks."""
     try:
-        return restricted_unpickler.named(torch.load(path, map_location="cpu", weights_only=True))
+        return restricted_unpickler.named_tensors(
+            torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception:  # refused, damaged, or no torch file at all: the second reader says which
-        return restricted_unpickler.tensors(path)
+        return restricted_unpickler.load_tensors(path)
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,7 +110,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str, what: s
     )
 
 
-def fetch(get: Callable[[], Got], what: str, tag: str) -> Got:
+def fetch_pretrained(get: Callable[[], Got], what: str, tag: str) -> Got:
     """Let a library fetch registered weights; that they cannot be had is one line with the two ways
     on."""
     logging.disable(logging.CRITICAL)  # the clients' own reports of every retry
@@ -144,7 +146,7 @@ def _offline_when_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def on_this_machine(repository: str, file: str = "") -> Path | None:
+def find_local(repository: str, file: str = "") -> Path | None:
     """Where registered weights lie already: below the Hugging Face hub's cache, or `file` below
     torch hub's. No network is asked."""
     if file:
@@ -222,7 +224,7 @@ def _activations(teacher: Teacher | Tokenizer) -> list[str]:
     )
 
 
-def file_weights(weights: str | None) -> str | None:
+def weights_file(weights: str | None) -> str | None:
     """The path when `weights` names a file that exists; a path that does not exist is a
     UserError."""
     if weights is None or is_random(weights):

@@ -35,7 +35,7 @@ _KEY_BYTES = 4096  # read at once where keys lie together
 _SAMPLED = 64  # pictures whose bytes go into the digest of a file without keys
 
 
-def ffcv(name: str) -> Any:
+def import_ffcv(name: str) -> Any:
     """A module of FFCV. Importing it sets the threads of torch to one, for the whole process: they
     are put back."""
     import torch
@@ -131,7 +131,7 @@ def open_beton(spec: str) -> BetonSource:
 def _reader(spec: str) -> Any:
     """FFCV's Reader of a file that is one and is whole; numpy would read less than there should be
     without a word."""
-    types, size = ffcv("types"), Path(spec).stat().st_size
+    types, size = import_ffcv("types"), Path(spec).stat().st_size
     if size < types.HeaderType.itemsize:
         raise UserError(
             f"{spec!r} is no FFCV file: it has {size} bytes; give one that FFCV's DatasetWriter "
@@ -155,7 +155,7 @@ def _reader(spec: str) -> Any:
             f"{size} bytes, its table of allocations should begin at {header['alloc_table_ptr']}",
         )
     try:
-        reader = ffcv("reader").Reader(spec)
+        reader = import_ffcv("reader").Reader(spec)
     except (
         AssertionError,
         ValueError,
@@ -188,7 +188,7 @@ def _cut(spec: str, why: str) -> UserError:
 
 def _image_field(spec: str, reader: Any) -> str:
     """The name of the pictures' field: `image`, or the only one of its kind."""
-    kind = ffcv("fields").RGBImageField
+    kind = import_ffcv("fields").RGBImageField
     names = [name for name, handler in reader.handlers.items() if isinstance(handler, kind)]
     if len(names) == 1 or "image" in names:
         return "image" if "image" in names else names[0]
@@ -227,7 +227,7 @@ def _keys(spec: str, reader: Any, column: npt.NDArray[Any]) -> Iterator[str]:
     """The keys in order; read in the order of the file, where ours lie side by side."""
     # By the number in the file: FFCV's reader makes a BytesField of a JSONField.
     number = reader.field_descriptors["type_id"][reader.field_names.index("key")]
-    kind = ffcv("types").TYPE_ID_HANDLER[int(number)].__name__
+    kind = import_ffcv("types").TYPE_ID_HANDLER[int(number)].__name__
     if kind not in ("BytesField", "JSONField"):
         raise UserError(
             f"pictures {spec!r}: field key is {kind}, BytesField or JSONField is allowed; write it "
@@ -274,7 +274,7 @@ def _numbered(spec: str, reader: Any, places: I64) -> list[str]:
 
 
 def _labels(reader: Any, columns: dict[str, npt.NDArray[Any]]) -> I64 | None:
-    kind = ffcv("fields").IntField
+    kind = import_ffcv("fields").IntField
     names = [name for name, handler in reader.handlers.items() if isinstance(handler, kind)]
     name = "label" if "label" in names else names[0] if len(names) == 1 else None
     return None if name is None else columns[name].astype(np.int64)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from featcache.pictures.folder import open_folder
 from featcache.pictures.source import Source, check_keys
-from featcache.pictures.tars import expand, open_tars
+from featcache.pictures.tars import expand_patterns, open_tars
 
 
 def open_source(spec: str | os.PathLike[str]) -> Source:
@@ -25,7 +25,9 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
 
         source: Source = beton.open_beton(text)
     else:
-        source = open_folder(text, path) if path.is_dir() else open_tars(text, expand(text))
+        source = (
+            open_folder(text, path) if path.is_dir() else open_tars(text, expand_patterns(text))
+        )
     check_keys(source)
     return source
 

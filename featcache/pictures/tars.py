@@ -70,7 +70,7 @@ class TarSource:
         return int(text)
 
 
-def expand(spec: str) -> list[str]:
+def expand_patterns(spec: str) -> list[str]:
     try:
         parts = list(braceexpand(spec))
     except ValueError as error:  # UnbalancedBracesError

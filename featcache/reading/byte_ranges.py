@@ -77,7 +77,7 @@ class RangeBatch:
             yield self.part(low, high)
 
 
-class BadRow(Exception):
+class RowChecksumError(Exception):
     """A row's bytes are not those that were written: `row` of the target, `column` of its
     checksums."""
 
@@ -86,7 +86,7 @@ class BadRow(Exception):
         self.path, self.row, self.column = path, row, column
 
 
-def cut(runs: Iterable[RangeBatch], part_bytes: int, files: int) -> Iterator[RangeBatch]:
+def split_batches(runs: Iterable[RangeBatch], part_bytes: int, files: int) -> Iterator[RangeBatch]:
     """The same rows in parts of about so many bytes, and of at most so many files."""
     for run in runs:
         step = max(part_bytes // max(run.row_bytes, 1), 1)
@@ -94,7 +94,7 @@ def cut(runs: Iterable[RangeBatch], part_bytes: int, files: int) -> Iterator[Ran
             yield from run.part(low, min(low + step, len(run.at))).by_files(files)
 
 
-class Group(NamedTuple):
+class ContiguousRange(NamedTuple):
     """Pieces that follow each other in the file and in memory, read by one call; `parts`, from and
     to which place of the row each of them with a checksum goes, and its column."""
 
@@ -110,9 +110,11 @@ def _bytes(pieces: tuple[ByteRange, ...]) -> int:
 
 
 @lru_cache(256)
-def joined(pieces: tuple[ByteRange, ...], most: int | None) -> tuple[Group, ...]:
+def merge_neighbours(
+    pieces: tuple[ByteRange, ...], most: int | None
+) -> tuple[ContiguousRange, ...]:
     """Neighbours together, up to `most` bytes."""
-    out: list[Group] = []
+    out: list[ContiguousRange] = []
     for source, place, size, column in pieces:
         part = ((place, place + size, column),) if column >= 0 else ()
         last = out[-1] if out else None
@@ -121,13 +123,15 @@ def joined(pieces: tuple[ByteRange, ...], most: int | None) -> tuple[Group, ...]
             and (last.source + last.size, last.place + last.size) == (source, place)
             and (most is None or last.size + size <= most)
         ):
-            out[-1] = Group(last.source, last.place, last.size + size, (*last.parts, *part))
+            out[-1] = ContiguousRange(
+                last.source, last.place, last.size + size, (*last.parts, *part)
+            )
         else:
-            out.append(Group(source, place, size, part))
+            out.append(ContiguousRange(source, place, size, part))
     return tuple(out)
 
 
-def span(pieces: Sequence[ByteRange]) -> int:
+def contiguous_bytes(pieces: Sequence[ByteRange]) -> int:
     """Bytes from the first piece to the end of the last, where they follow each other in the file;
     else 0."""
     joined = all(one.source + one.size == other.source for one, other in pairwise(pieces))

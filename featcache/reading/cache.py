@@ -20,12 +20,12 @@ import numpy.typing as npt
 
 from featcache.errors import UsageError, UserError, near
 from featcache.reading import request
-from featcache.reading.byte_ranges import BadRow, ByteRange, FileCheck, RangeBatch
+from featcache.reading.byte_ranges import ByteRange, FileCheck, RangeBatch, RowChecksumError
 from featcache.reading.locations import RowLocations, byte_ranges, crc_array, range_batches
 from featcache.reading.range_reader import IO, RangeReader
 from featcache.storage import checksums, commit, manifest
 from featcache.storage.keys import I64, Keys
-from featcache.storage.part import Part, describe, open_parts
+from featcache.storage.part import Part, describe_part, open_parts
 from featcache.storage.store import Array
 
 
@@ -63,7 +63,7 @@ class Cache:
         }
         self._parts, unfinished = open_parts(self._place, partial)
         # added, not whole: not read
-        self.unfinished = [describe(part.manifest) for part in unfinished]
+        self.unfinished = [describe_part(part.manifest) for part in unfinished]
         self._base = self._parts[0]
         self.absent: dict[str, str] = {
             shard: why for part in self._parts for shard, why in part.absent.items()
@@ -151,7 +151,7 @@ class Cache:
     @property
     def parts(self) -> list[str]:
         """What was extracted into this cache, in words: itself first, then what was added."""
-        return [describe(part.manifest) for part in self._parts]
+        return [describe_part(part.manifest) for part in self._parts]
 
     @property
     def quarantined(self) -> list[dict[str, str]]:
@@ -193,9 +193,9 @@ class Cache:
         missing or not those that were written.
         """
         rows, views, fields = (
-            request.numbers("rows", rows),
-            request.numbers("view", view),
-            request.names(fields),
+            request.check_numbers("rows", rows),
+            request.check_numbers("view", view),
+            request.check_fields(fields),
         )
         request.check_options(levels, tokens, out, fields)
         if len(views) not in (1, len(rows)):
@@ -220,7 +220,7 @@ class Cache:
                 runs += self._plan(name, target, rows, places, wanted, count, checked, sums)
         try:
             self._reads.read(runs)
-        except BadRow as bad:
+        except RowChecksumError as bad:
             raise self._explain(bad, rows, views) from bad
         return result
 
@@ -389,7 +389,7 @@ class Cache:
 
     # ------------------------------------------------------------ what went wrong
 
-    def _explain(self, bad: BadRow, rows: I64, views: I64) -> UserError:
+    def _explain(self, bad: RowChecksumError, rows: I64, views: I64) -> UserError:
         """Name the file at fault: that of the row, or that of its checksum."""
         row, view = int(rows[bad.row]), int(views[bad.row])
         shard = int(np.searchsorted(self._base.starts, row, side="right") - 1)
@@ -397,7 +397,7 @@ class Cache:
         problems = [
             problem
             for part in self._parts
-            for problem in commit.check(
+            for problem in commit.check_shard(
                 part.path, record, part.identity["store"], part.records[shard], deep=True
             )
         ]

@@ -34,7 +34,7 @@ Scale = tuple[float, float]  # share of the picture's area, ends included
 _ROWS = 1 << 16  # read at a time: some MB
 
 
-def within(inner: Scale, outer: Scale) -> bool:
+def is_within(inner: Scale, outer: Scale) -> bool:
     """Whether views of the outer range hold all of the inner one."""
     return outer[0] <= inner[0] <= inner[1] <= outer[1]
 
@@ -45,7 +45,7 @@ def in_range(areas: npt.NDArray[np.float32], scale: Scale) -> BOOL:
     return (areas >= low) & (areas <= high)
 
 
-def accepted(cache: Cache, rows: I64, scale: Scale) -> BOOL:
+def accepted_views(cache: Cache, rows: I64, scale: Scale) -> BOOL:
     """rows (n,) -> (n, V): which stored views of these pictures a range of areas accepts."""
     policy = policy_from_dict(cache.identity["policy"])
     out = np.zeros((len(rows), cache.views), bool)
@@ -90,6 +90,6 @@ class ViewSchedule:
         return self.order[at, stored_view(digests, epoch, self.counts[at])].astype(np.int64)
 
 
-def without_view(accepted: BOOL, keys: Iterable[str]) -> list[str]:
+def keys_without_view(accepted: BOOL, keys: Iterable[str]) -> list[str]:
     """The keys of the pictures of which no view was accepted."""
     return [key for key, none in zip(keys, accepted.sum(1) == 0, strict=True) if none]

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.reading.tensors import raster, tail_tensors, tensor
+from featcache.reading.tensors import raster, tail_tensors, to_tensor
 from featcache.targets.codecs import CODECS
 from featcache.targets.levels import EPS
 
@@ -76,7 +76,7 @@ class FeatureReader:
         which is filled again.
         """
         return {
-            name: tensor(host[name]).to(device, non_blocking=True, copy=name == self.stats_field)
+            name: to_tensor(host[name]).to(device, non_blocking=True, copy=name == self.stats_field)
             for name in self.fields
         }
 

@@ -55,7 +55,7 @@ def stores_pixels(cache: Cache) -> bool:
     return "pixels" in cache.fields
 
 
-def join(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[I64, I64, int]:
+def join_by_key(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[I64, I64, int]:
     """(pictures (n,), rows (n,), skipped): source numbers and cache rows of the training pictures,
     joined by key.
 
@@ -67,7 +67,9 @@ def join(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[I64, I6
         every = np.arange(len(cache), dtype=np.int64)
         return every, every, 0
     if decodes:
-        pixel_path.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
+        pixel_path.check_pixel_path(
+            source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}"
+        )
     rows = cache.keys.find(source.keys)
     unknown = np.flatnonzero(rows < 0)
     quarantined = {row["key"] for row in cache.quarantined}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from featcache.reading.byte_ranges import ByteRange, FileCheck, RangeBatch
 from featcache.storage import checksums
 from featcache.storage.keys import I64
-from featcache.storage.part import Files, Part
+from featcache.storage.part import FileRows, Part
 from featcache.storage.store import Array
 
 
@@ -45,7 +45,7 @@ def range_batches(
         return []
     first = np.flatnonzero(np.append(True, (np.diff(shards) != 0) | (np.diff(views) != 0)))
     counts = np.diff(first, append=len(at))
-    paths, offsets = part.locate_all(spec, Files(shards[first], views[first], counts), rows[at])
+    paths, offsets = part.locate_all(spec, FileRows(shards[first], views[first], counts), rows[at])
     file = np.repeat(np.arange(len(first)), counts)
     return [
         RangeBatch(
@@ -59,7 +59,7 @@ def byte_ranges(
 ) -> tuple[ByteRange, ...]:
     """What is read of one item: those of the wanted levels that this part holds, or the whole."""
     spec = part.arrays[name]
-    first = checksums.columns(part.arrays.values()).get(name, 0)
+    first = checksums.side_columns(part.arrays.values()).get(name, 0)
     if not checksums.has_levels(spec):
         return (ByteRange(0, 0, spec.item_bytes, first),)
     level_bytes = spec.item_bytes // spec.item[0]

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from numba import types
 from numba.core.typing import signature
 
-from featcache.reading.byte_ranges import BadRow, ByteRange, RangeBatch, joined
+from featcache.reading.byte_ranges import ByteRange, RangeBatch, RowChecksumError, merge_neighbours
 from featcache.reading.crc32c_jit import CHECKS, _crc32c
 from featcache.runtime.jit import compiled
 
@@ -84,7 +84,7 @@ def _read_checked(files, memory, width, at, file, offsets, groups, low, high, pa
     return high, -1
 
 
-def load() -> None:
+def compile_loops() -> None:
     """Compile, or load what was compiled: both open files of their own, for which there may be no
     handle later."""
     none, groups, until = np.zeros(0, np.int64), np.zeros((1, 3), np.int64), np.zeros(2, np.int64)
@@ -109,7 +109,7 @@ class _Shape(NamedTuple):
 
 @lru_cache(256)
 def _shape(pieces: tuple[ByteRange, ...], most: int | None) -> _Shape:
-    groups = joined(pieces, most)
+    groups = merge_neighbours(pieces, most)
     ranges = np.array([group[:3] for group in groups], np.int64)
     parts = np.array(
         [(low, high - low, column) for group in groups for low, high, column in group.parts],
@@ -120,7 +120,7 @@ def _shape(pieces: tuple[ByteRange, ...], most: int | None) -> _Shape:
     return _Shape(ranges, parts.reshape(-1, 3), until, int(low), int(high))
 
 
-def fill(
+def read_ranges(
     files: Sequence[int],
     run: RangeBatch,
     most: int,
@@ -159,4 +159,6 @@ def fill(
             part = -1 if run.crcs is None else _wrong(*memory, *sums, i)
             i += 1
         if part >= 0:
-            raise BadRow(run.paths[run.file[row]], int(run.at[row]), int(shape.parts[part][2]))
+            raise RowChecksumError(
+                run.paths[run.file[row]], int(run.at[row]), int(shape.parts[part][2])
+            )

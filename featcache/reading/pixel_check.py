@@ -15,7 +15,7 @@ from featcache.reading.join import I64
 from featcache.views.fingerprint import pixel_hash, thumbnail
 
 
-def sampled(
+def sample_views(
     digests: rng.U64, view: npt.ArrayLike, epoch: int | I64, seed: int, share: float
 ) -> npt.NDArray[np.bool_]:
     """(n,) which views of an epoch, one or one per picture, are compared with their stored hash: a
@@ -25,7 +25,7 @@ def sampled(
     return chosen
 
 
-def prove(
+def check_pixels(
     cache: Cache,
     row: int,
     view: int,

@@ -26,15 +26,22 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UsageError, UserError
-from featcache.reading.byte_ranges import BadRow, FileCheck, RangeBatch, cut, joined, span
+from featcache.reading.byte_ranges import (
+    FileCheck,
+    RangeBatch,
+    RowChecksumError,
+    contiguous_bytes,
+    merge_neighbours,
+    split_batches,
+)
 from featcache.storage.posix_io import (
     FULL,
-    NoHandleError,
-    cannot_read,
-    ends,
-    failed,
+    NoFileDescriptorError,
+    open_error,
     pread_direct,
     preadv,
+    read_error,
+    short_file_error,
 )
 
 IO = ("auto", "buffered", "streaming", "direct")
@@ -97,14 +104,14 @@ class RangeReader:
         total = sum(run.row_bytes * len(run.at) for run in runs)
         files = max(self._most // (max(len(_alive), 1) * self.threads), 1)
         if total < _INLINE:
-            self._work(cut(runs, _INLINE, files))
+            self._work(split_batches(runs, _INLINE, files))
             return
         if self.io == "buffered" and not self._by_machine_code:
             self._by_machine_code = _load_machine_code()
         if self.threads == 1:
-            self._work(cut(runs, total, files))
+            self._work(split_batches(runs, total, files))
             return
-        parts = deque(cut(runs, total // (_PARTS * self.threads), files))
+        parts = deque(split_batches(runs, total // (_PARTS * self.threads), files))
         with self._lock:
             pool = self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "featcache-read")
         others: list[Future[None]] = []
@@ -124,7 +131,7 @@ class RangeReader:
         for run in parts:
             try:
                 self._read_run(run)
-            except NoHandleError:
+            except NoFileDescriptorError:
                 if len(run.paths) == 1:
                     self._read_patiently(run)
                 else:
@@ -150,13 +157,13 @@ class RangeReader:
                 if run.proof:
                     self._prove(path, path, run.proof)
                 return self._read_run(run)
-            except NoHandleError as error:
+            except NoFileDescriptorError as error:
                 if any(
                     file.users for reads in list(_alive) for file in list(reads._files.values())
                 ):
                     end = time.monotonic() + _PATIENCE_S
                 if time.monotonic() > end:
-                    raise cannot_read(path, error.error) from error
+                    raise read_error(path, error.error) from error
                 time.sleep(0.005)
 
     def _prove(self, path: str, file: int | str, proof: FileCheck) -> None:
@@ -169,9 +176,9 @@ class RangeReader:
             facts = proof.facts(path)
             sound = status.st_size == facts["bytes"] and proof.sound(Path(path), facts)
         except OSError as error:
-            raise failed(path, error) from error
+            raise open_error(path, error) from error
         if status.st_size < facts["bytes"]:
-            raise ends(path, facts["bytes"])
+            raise short_file_error(path, facts["bytes"])
         if not sound:
             raise UserError(
                 f"cache file {path}: its bytes are not those that were recorded; run `featcache "
@@ -194,7 +201,7 @@ class RangeReader:
 
             if crc32c_jit.CHECKS or (crc32c_jit.READS and run.crcs is None):
                 # By hand: a signal cut it short, or the file is: then an error.
-                native_read.fill(
+                native_read.read_ranges(
                     fds,
                     run,
                     _HOT,
@@ -203,10 +210,13 @@ class RangeReader:
                 return
         memory = run.target.reshape(-1).data
         width = run.target.shape[1]
-        groups = joined(run.pieces, _HOT if run.crcs is not None else None)
+        groups = merge_neighbours(run.pieces, _HOT if run.crcs is not None else None)
         checks: list[Any] = run.crcs.tolist() if run.crcs is not None else [None] * len(run.at)
         plain = self.io == "buffered"
-        first, whole = run.pieces[0].source, span(run.pieces) if self.io == "direct" else 0
+        first, whole = (
+            run.pieces[0].source,
+            contiguous_bytes(run.pieces) if self.io == "direct" else 0,
+        )
         rows = zip(run.at.tolist(), run.file.tolist(), run.offsets.tolist(), checks, strict=True)
         for row, file, offset, crcs in rows:
             base, fd, path = row * width, fds[file], run.paths[file]
@@ -225,7 +235,7 @@ class RangeReader:
                         crc32c(view if whole_view else memory[base + low : base + high])
                         != crcs[column]
                     ):
-                        raise BadRow(path, row, column)
+                        raise RowChecksumError(path, row, column)
 
     def _fill_together(self, run: RangeBatch, fd: int) -> bool:
         """Small items of a file that lie close: one read of all that is between them, then a
@@ -250,7 +260,7 @@ class RangeReader:
                 view = run.target[row].data
                 for _, place, count, column in run.pieces:
                     if column >= 0 and crc32c(view[place : place + count]) != crcs[column]:
-                        raise BadRow(run.paths[0], row, column)
+                        raise RowChecksumError(run.paths[0], row, column)
         return True
 
     def _pread(self, fd: int, path: str, view: memoryview, offset: int) -> None:
@@ -262,13 +272,13 @@ class RangeReader:
         while view:
             got = preadv(fd, path, view, offset)
             if not got:
-                raise ends(path, offset + len(view))
+                raise short_file_error(path, offset + len(view))
             view, offset = view[got:], offset + got
         if self.io == "streaming":
             try:
                 os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
             except OSError as error:
-                raise cannot_read(path, error) from error
+                raise read_error(path, error) from error
 
     def _take(self, paths: Sequence[str]) -> list[_File]:
         """Open files to read from; they stay open until the bound asks for the place of those that
@@ -316,12 +326,12 @@ class RangeReader:
             return os.open(path, self._flags)
         except OSError as error:
             if error.errno not in FULL:
-                raise cannot_read(path, error) from error
+                raise read_error(path, error) from error
         self._evict_all()
         try:
             return os.open(path, self._flags)
         except OSError as error:
-            raise failed(path, error) from error
+            raise open_error(path, error) from error
 
     def _evict_all(self) -> None:
         with self._lock:
@@ -361,7 +371,7 @@ def _load_machine_code() -> bool:
         with _loading:
             from featcache.reading import native_read  # which a few small reads do without
 
-            native_read.load()
+            native_read.compile_loops()
     except OSError as error:
         if error.errno in FULL:
             return False

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from featcache.errors import UsageError
 
 
-def names(fields: Sequence[str]) -> tuple[str, ...]:
+def check_fields(fields: Sequence[str]) -> tuple[str, ...]:
     """A list of fields, not one string, whose letters would be taken for names."""
     if isinstance(fields, str):
         raise UsageError(
@@ -46,7 +46,7 @@ def check_options(levels: Any, tokens: object, out: object, fields: Sequence[str
         )
 
 
-def numbers(name: str, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
+def check_numbers(name: str, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """(n,) whole numbers; a mask of booleans or a fraction is a mistake, not a row."""
     try:
         values = np.atleast_1d(np.asarray(given))

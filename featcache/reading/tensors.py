@@ -25,7 +25,7 @@ def raster(features: Tensor, order: Tensor) -> Tensor:
     return out.scatter_(2, at[:, None, :, None].expand(-1, levels, -1, width), features[:, :, 1:])
 
 
-def tensor(values: npt.NDArray[Any]) -> Tensor:
+def to_tensor(values: npt.NDArray[Any]) -> Tensor:
     """As a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64 of
     the same bits."""
     if values.dtype.kind == "u" and values.dtype.itemsize > 1:

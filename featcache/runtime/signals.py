@@ -17,7 +17,7 @@ from types import FrameType
 _received: list[int] = []
 
 
-def orderly() -> None:
+def install_handlers() -> None:
     """Let SIGTERM raise KeyboardInterrupt too; other threads than the first cannot set this, and
     need not."""
     _received.clear()
@@ -33,20 +33,20 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def was_stopped() -> bool:
+def was_signalled() -> bool:
     """Whether a signal came; a library that was being imported may have made another error of
     it."""
     return bool(_received)
 
 
 @contextlib.contextmanager
-def guard(status: int) -> Iterator[None]:
+def guard_imports(status: int) -> Iterator[None]:
     """Around a program's imports: stopped there, it says that nothing was begun."""
-    orderly()
+    install_handlers()
     try:
         yield
     except BaseException:
-        if not was_stopped():
+        if not was_signalled():
             raise
         print(
             "error: stopped before anything was begun; run the same command again", file=sys.stderr

@@ -34,7 +34,7 @@ def has_levels(spec: Array) -> bool:
     return spec.dimensions[2:4] == ("level", "token")
 
 
-def columns(arrays: Iterable[Array]) -> dict[str, int]:
+def side_columns(arrays: Iterable[Array]) -> dict[str, int]:
     """First column of each array in `side_crc`, sorted since a manifest keeps no order; under ""
     how many there are."""
     places, end = {}, 0
@@ -45,13 +45,13 @@ def columns(arrays: Iterable[Array]) -> dict[str, int]:
     return {**places, "": end}
 
 
-def declare(arrays: list[Array], levels: int, tokens: int, *, ranked: bool) -> list[Array]:
+def checksum_arrays(arrays: list[Array], levels: int, tokens: int, *, ranked: bool) -> list[Array]:
     """The arrays that hold the checksums of `arrays`; a part of discrete tokens has no features."""
     row_view = ("row", "view")
     features = any(array.name == "features" for array in arrays)
     return [
         *([Array("row_crc", "<u4", (levels,), (*row_view, "level"))] if features else []),
-        Array("side_crc", "<u4", (columns(arrays)[""],), (*row_view, "array")),
+        Array("side_crc", "<u4", (side_columns(arrays)[""],), (*row_view, "array")),
         *(
             [
                 Array(
@@ -68,7 +68,7 @@ def declare(arrays: list[Array], levels: int, tokens: int, *, ranked: bool) -> l
     ]
 
 
-def compute(
+def compute_checksums(
     arrays: Iterable[Array], items: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[np.uint32]]:
     """Items (n, *item) of all arrays -> the checksum arrays that `arrays` declares."""
@@ -76,19 +76,19 @@ def compute(
     out: dict[str, npt.NDArray[np.uint32]] = {}
     if "features" in specs:
         features = np.ascontiguousarray(items["features"], specs["features"].dtype)
-        out["row_crc"] = levels(features)
+        out["row_crc"] = level_crcs(features)
         if "prefix_crc" in specs:
             out["prefix_crc"] = _prefixes(features)
     side = np.empty((len(next(iter(items.values()))), specs["side_crc"].item[0]), np.uint32)
-    for name, first in columns(specs.values()).items():
+    for name, first in side_columns(specs.values()).items():
         if name:
             values = np.ascontiguousarray(items[name], specs[name].dtype)
-            parts = levels(values) if has_levels(specs[name]) else levels(values[:, None])
+            parts = level_crcs(values) if has_levels(specs[name]) else level_crcs(values[:, None])
             side[:, first : first + parts.shape[1]] = parts
     return {**out, "side_crc": side}
 
 
-def levels(values: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+def level_crcs(values: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     """(n, L, ...) -> (n, L) crc32c of each level's bytes."""
     out = np.empty(values.shape[:2], np.uint32)
     each = values.nbytes // max(out.size, 1)

@@ -20,7 +20,7 @@ from fastcrc.crc32 import iscsi as crc32c
 from featcache.errors import UserError, raise_if_unreadable
 from featcache.storage import json_file, manifest
 from featcache.storage import owner as storage_owner
-from featcache.storage.store import SHARDS, folder_path, record_path, store
+from featcache.storage.store import SHARDS, folder_path, get_store, record_path
 
 RECORD = "record.json"
 ASIDE = "bad"  # suffix of a shard that a repair has put aside
@@ -29,25 +29,25 @@ _STALE_S = 24 * 3600.0
 _READ_BYTES = 8 << 20
 
 
-def begin(cache: Path, shard: str, name: str) -> Path:
+def begin_shard(cache: Path, shard: str, name: str) -> Path:
     """A new folder for one writer of a shard in the store `name`."""
-    folder = cache / SHARDS / f"{shard}.{name}.{storage_owner.owner()}.tmp"
+    folder = cache / SHARDS / f"{shard}.{name}.{storage_owner.writer_id()}.tmp"
     try:
         # no parents: a cache that was moved away meanwhile must not come back as a stump
         folder.mkdir()
     except FileNotFoundError as error:
-        raise gone(cache) from error
+        raise cache_gone_error(cache) from error
     return folder
 
 
-def gone(cache: Path) -> UserError:
+def cache_gone_error(cache: Path) -> UserError:
     return UserError(
         f"{str(cache / SHARDS)!r} is gone: the cache was moved or removed while it was written to; "
         "complete shards are where it is now, and the same command with its new place continues"
     )
 
 
-def record(
+def make_record(
     shard: str,
     keys: Sequence[str],
     quarantined: Sequence[Mapping[str, str]],
@@ -70,7 +70,7 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
     before."""
     # so that a shard of another cache is not taken for one of this
     if (cache / manifest.NAME).is_file():
-        record["content"] = manifest.content(manifest.read(cache))
+        record["content"] = manifest.content_digest(manifest.read(cache))
     json_file.write_json(folder / RECORD, record)
     for directory in sorted({path.parent for path in folder.rglob("*")}):
         json_file.sync_folder(directory)
@@ -80,7 +80,7 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
     except OSError:
         if not final.is_dir():
             raise
-        remove(folder)
+        remove_path(folder)
     _publish_record(cache, shard, name)
 
 
@@ -101,8 +101,8 @@ def recover(cache: Path, name: str, shards: Iterable[str]) -> None:
         shard, _, rest = path.name.partition(".")
         if shard not in wanted:
             continue
-        if rest.startswith(f"{name}.") and rest.endswith(".tmp") and is_dead(path):
-            remove(path)
+        if rest.startswith(f"{name}.") and rest.endswith(".tmp") and is_abandoned(path):
+            remove_path(path)
         elif rest == name and not record_path(cache, shard).is_file():
             _adopt(cache, shard, name)
 
@@ -114,10 +114,10 @@ def _adopt(cache: Path, shard: str, name: str) -> None:
     # wrote it.
     if record_path(cache, shard).is_file():
         return
-    if record is not None and not check(cache, shard, name, record, deep=True):
+    if record is not None and not check_shard(cache, shard, name, record, deep=True):
         _publish_record(cache, shard, name)
     else:
-        remove(folder)
+        remove_path(folder)
 
 
 def abort(cache: Path) -> None:
@@ -126,10 +126,10 @@ def abort(cache: Path) -> None:
     for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
         if path.name.endswith(".tmp") and storage_owner.is_own(owner):
-            remove(path)
+            remove_path(path)
 
 
-def remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """A folder with all that is in it, a file, or a link but not what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -137,11 +137,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def is_dead(leftover: Path) -> bool:
+def is_abandoned(leftover: Path) -> bool:
     """Whether nobody works on a temporary file or folder any more."""
     owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
     if storage_owner.is_here(owner):
-        return not storage_owner.alive(owner)
+        return not storage_owner.is_alive(owner)
     try:
         newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
     except OSError:  # it is being written, or removed, right now
@@ -156,12 +156,12 @@ def _inner_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def check(
+def check_shard(
     cache: Path, shard: str, name: str, record: Mapping[str, Any], *, deep: bool
 ) -> list[str]:
     """What is wrong with a shard's files: missing or of another size; with `deep`, any changed
     byte."""
-    problems, folder, sound = [], str(folder_path(cache, shard, name)), store(name).sound
+    problems, folder, sound = [], str(folder_path(cache, shard, name)), get_store(name).sound
     for file, facts in record["files"].items():
         path = f"{folder}/{file}"  # text, not Path: a cache of ImageNet has 40,000 files to look at
         try:
@@ -205,10 +205,10 @@ def set_aside(cache: Path, shard: str, name: str) -> None:
     if record_path(cache, shard) in present:
         forget_aside(cache, shard, name)
     for path in present:
-        if aside(path).is_dir():  # `path` is a replacement that was never finished
-            remove(path)
+        if aside_path(path).is_dir():  # `path` is a replacement that was never finished
+            remove_path(path)
         else:
-            path.rename(aside(path))
+            path.rename(aside_path(path))
     if (cache / SHARDS).is_dir():
         json_file.sync_folder(cache / SHARDS)
 
@@ -219,19 +219,19 @@ def put_back(cache: Path, shard: str, name: str) -> None:
         forget_aside(cache, shard, name)
         return
     for path in (folder_path(cache, shard, name), record_path(cache, shard)):
-        if aside(path).exists():
+        if aside_path(path).exists():
             if path.is_dir():
-                remove(path)
-            aside(path).rename(path)
+                remove_path(path)
+            aside_path(path).rename(path)
 
 
 def forget_aside(cache: Path, shard: str, name: str) -> None:
     """Remove what was set aside."""
-    aside(record_path(cache, shard)).unlink(missing_ok=True)
-    remove(aside(folder_path(cache, shard, name)))
+    aside_path(record_path(cache, shard)).unlink(missing_ok=True)
+    remove_path(aside_path(folder_path(cache, shard, name)))
 
 
-def aside(path: Path) -> Path:
+def aside_path(path: Path) -> Path:
     """Where a repair keeps what it replaces."""
     return path.with_name(f"{path.name}.{ASIDE}")
 
@@ -239,7 +239,7 @@ def aside(path: Path) -> Path:
 def leftovers(cache: Path) -> Iterator[Path]:
     """Temporary files of dead writers, and shards set aside whose replacement is complete."""
     for folder in (cache, cache / SHARDS):
-        yield from (path for path in folder.glob("*.tmp") if is_dead(path))
+        yield from (path for path in folder.glob("*.tmp") if is_abandoned(path))
     for path in (cache / SHARDS).glob(f"*.{ASIDE}"):
         if record_path(cache, path.name.split(".")[0]).is_file():
             yield path

@@ -73,7 +73,7 @@ class Mismatch(NamedTuple):
 def compare(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Mismatch]:
     """Every differing field of identity and provenance, fatal ones first."""
     ours, theirs = (
-        dict(flat({key: m[key] for key in ("identity", "provenance")})) for m in (here, there)
+        dict(flatten({key: m[key] for key in ("identity", "provenance")})) for m in (here, there)
     )
     found = [
         Mismatch(field, grade(field), ours.get(field), theirs.get(field))
@@ -89,7 +89,7 @@ def grade(field: str) -> str:
     return next((grade for prefix, grade in GRADES if field.startswith(prefix)), "fatal")
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested objects as dotted names.
 
     >>> dict(flat({"a": {"b": 1, "c": [2]}, "d": 3}))
@@ -97,12 +97,12 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
     """
     for key, item in value.items():
         if isinstance(item, Mapping):
-            yield from flat(item, f"{prefix}{key}.")
+            yield from flatten(item, f"{prefix}{key}.")
         else:
             yield prefix + key, item
 
 
-def refuse(
+def refuse_mismatch(
     here: Mapping[str, Any],
     there: Mapping[str, Any],
     what: str,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError, raise_if_unreadable
-from featcache.storage.owner import alive, owner
+from featcache.storage.owner import is_alive, writer_id
 
 CHECKSUM = "checksum"
 
@@ -40,7 +40,7 @@ def _text(value: Mapping[str, Any]) -> bytes:
 
 def write_file(path: Path, data: bytes) -> None:
     """Durable or absent: a temporary name, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.{owner()}.tmp")
+    temporary = path.with_name(f".{path.name}.{writer_id()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -55,7 +55,9 @@ def write_file(path: Path, data: bytes) -> None:
 def sweep(folder: Path) -> None:
     """Remove temporary files that dead writers left in a folder."""
     for leftover in folder.glob(".*.tmp"):
-        if leftover.is_file() and not alive(leftover.name.removesuffix(".tmp").rpartition(".")[2]):
+        if leftover.is_file() and not is_alive(
+            leftover.name.removesuffix(".tmp").rpartition(".")[2]
+        ):
             leftover.unlink(missing_ok=True)
 
 

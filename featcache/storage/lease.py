@@ -43,18 +43,18 @@ class Lease:
         self.path.unlink(missing_ok=True)
 
 
-def path_of(cache: Path, shard: str) -> Path:
+def lease_path(cache: Path, shard: str) -> Path:
     return cache / SHARDS / f"{shard}.lease"
 
 
-def take(cache: Path, shard: str) -> Lease | None:
+def acquire(cache: Path, shard: str) -> Lease | None:
     """The lease of a shard, or None while somebody else holds it."""
-    path, own = path_of(cache, shard), storage_owner.owner()
+    path, own = lease_path(cache, shard), storage_owner.writer_id()
     probe = path.with_name(f".{path.name}.{own}.tmp")
     try:
         probe.write_text(own)
     except FileNotFoundError as error:
-        raise commit.gone(cache) from error
+        raise commit.cache_gone_error(cache) from error
     try:
         if _create(path, probe) or (
             is_stale(path, probe.stat().st_mtime) and _replace(path, probe)
@@ -95,10 +95,10 @@ def abort(cache: Path) -> None:
                 path.unlink()
 
 
-def clear(cache: Path, shard: str) -> None:
+def clear_stale(cache: Path, shard: str) -> None:
     """Remove what a dead holder left of a shard that is complete."""
-    path = path_of(cache, shard)
-    if path.is_file() and not held(cache, shard):
+    path = lease_path(cache, shard)
+    if path.is_file() and not is_held(cache, shard):
         path.unlink(missing_ok=True)
 
 
@@ -114,15 +114,15 @@ def is_stale(path: Path, now: float) -> bool:
     except OSError:  # released in this moment: the next round will see
         return False
     if storage_owner.is_here(owner):
-        return not storage_owner.alive(owner)
+        return not storage_owner.is_alive(owner)
     # a time to come is of a clock that was set back since
     return not -STALE_S <= now - touched <= STALE_S
 
 
-def held(cache: Path, shard: str) -> bool:
+def is_held(cache: Path, shard: str) -> bool:
     """Whether somebody works on a shard."""
-    path = path_of(cache, shard)
-    probe = path.with_name(f".{path.name}.{storage_owner.owner()}.tmp")
+    path = lease_path(cache, shard)
+    probe = path.with_name(f".{path.name}.{storage_owner.writer_id()}.tmp")
     probe.touch()
     try:
         return path.is_file() and not is_stale(path, probe.stat().st_mtime)

@@ -23,7 +23,7 @@ NAME = "manifest.json"
 COPY = "manifest.copy.json"  # below shards/: what `repair` restores a damaged manifest from
 
 
-def content(manifest: Mapping[str, Any]) -> str:
+def content_digest(manifest: Mapping[str, Any]) -> str:
     """What the numbers of a shard depend on, wherever it lies: the identity but for pictures, store
     and shard size."""
     apart = ("pictures", "store", "rows_per_shard")
@@ -119,11 +119,11 @@ def title(manifest: Mapping[str, Any], rows: int | None = None, views: int | Non
     )
     return (
         f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  "
-        f"{counted(identity['pictures']['count'] if rows is None else rows, 'picture')} x "
-        f"{counted(views or identity['views'], 'view')}  id {manifest['id']}{note}"
+        f"{pluralize(identity['pictures']['count'] if rows is None else rows, 'picture')} x "
+        f"{pluralize(views or identity['views'], 'view')}  id {manifest['id']}{note}"
     )
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """'1 view', '2 views'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 
-def owner() -> str:
+def writer_id() -> str:
     """Who writes a temporary file: HOST-PID-NONCE; the nonce begins with the process's start time,
     so that another process that gets the same number later is not taken for it."""
     return f"{_host()}-{os.getpid()}-{_started(os.getpid()) or 0:x}x{secrets.token_hex(4)}"
@@ -19,7 +19,7 @@ def owner() -> str:
 
 def is_own(name: str) -> bool:
     """Whether HOST-PID-NONCE is a name of this very process."""
-    return name.rpartition("x")[0] == owner().rpartition("x")[0]
+    return name.rpartition("x")[0] == writer_id().rpartition("x")[0]
 
 
 @lru_cache(1)
@@ -50,7 +50,7 @@ def is_here(owner: str) -> bool:
     return owner.rpartition("-")[0].rpartition("-")[0] == _host()
 
 
-def alive(owner: str) -> bool:
+def is_alive(owner: str) -> bool:
     """Whether the writer HOST-PID-NONCE may still run: another host's is taken to be alive."""
     if not is_here(owner):
         return True

@@ -20,12 +20,19 @@ from featcache.storage import commit, json_file
 from featcache.storage import manifest as manifests
 from featcache.storage.identity import Mismatch, compare
 from featcache.storage.keys import I64, Keys
-from featcache.storage.store import QUARANTINE, SHARDS, Array, array, record_path, store
+from featcache.storage.store import (
+    QUARANTINE,
+    SHARDS,
+    Array,
+    array_from_dict,
+    get_store,
+    record_path,
+)
 
 PARTS = "parts"  # folder of what was added to a cache
 
 
-class Files(NamedTuple):
+class FileRows(NamedTuple):
     """Where rows lie: `shards`, `views` and `counts` of rows (f,), one for each file that is
     read."""
 
@@ -51,9 +58,9 @@ class Part:
         self.views: int = self.identity["views"]
         self.levels: tuple[int, ...] = tuple(self.identity["levels"])
         self.arrays: dict[str, Array] = {
-            name: array(name, f) for name, f in self.manifest["arrays"].items()
+            name: array_from_dict(name, f) for name, f in self.manifest["arrays"].items()
         }
-        self.store = store(self.identity["store"])
+        self.store = get_store(self.identity["store"])
         self.absent: dict[str, str] = {}  # shard -> why
         # {key, reason} each; of absent shards as well, where that is known
         self.quarantined: list[dict[str, str]] = []
@@ -88,7 +95,7 @@ class Part:
         if why := record_problem(self.manifest, shard, record):
             raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
         self.quarantined += record["quarantined"]
-        if problems := commit.check(
+        if problems := commit.check_shard(
             self.path, record["shard"], self.identity["store"], record, deep=False
         ):
             raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
@@ -137,7 +144,7 @@ class Part:
             rows - self.starts[shard],
         )
 
-    def locate_all(self, spec: Array, files: Files, rows: I64) -> tuple[list[str], I64]:
+    def locate_all(self, spec: Array, files: FileRows, rows: I64) -> tuple[list[str], I64]:
         """The path of each of `files` (f,), and the offset of each of `rows` (n,), which lie file
         after file."""
         own = rows - np.repeat(self.starts[files.shards], files.counts)
@@ -198,19 +205,21 @@ def record_problem(
             f"has {rows} rows and {len(quarantined)} in quarantine, "
             f"the manifest {shard['count']} pictures"
         )
-    here = manifests.content(about)
+    here = manifests.content_digest(about)
     if record.get("content", here) != here:
         return "is of a shard of another cache"
     return None
 
 
-def same_shard(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def previous_record(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The record of the same rows as they were made before: of the shard that a repair has set
     aside, or in a part beside this one; None where there is none yet."""
     root = out.parent.parent if out.parent.name == PARTS else out
-    places = [(out, commit.aside(record_path(out, shard["name"])))]
+    places = [(out, commit.aside_path(record_path(out, shard["name"])))]
     places += [
-        (place, record_path(place, shard["name"])) for place in (root, *added(root)) if place != out
+        (place, record_path(place, shard["name"]))
+        for place in (root, *added_parts(root))
+        if place != out
     ]
     for place, path in places:
         try:
@@ -234,7 +243,7 @@ OF_TEACHER = (
 )
 
 
-def differing(
+def first_difference(
     here: Mapping[str, Any], there: Mapping[str, Any], free: tuple[str, ...]
 ) -> Mismatch | None:
     """The first field of identity, but for those in `free`, in which two manifests differ."""
@@ -242,11 +251,11 @@ def differing(
     return next((each for each in found if not each.field.startswith(free)), None)
 
 
-def same_rows(base: Part, other: Part) -> str | None:
+def row_mismatch(base: Part, other: Part) -> str | None:
     """Why two parts do not list the same rows; None where they do. Row i of one is then row i of
     the other."""
     free = FREE if other.teacher == base.teacher else (*FREE, *OF_TEACHER)
-    if found := differing(base.manifest, other.manifest, free):
+    if found := first_difference(base.manifest, other.manifest, free):
         return f"{found.field} is {found.there!r} there, {found.here!r} here"
     for here, there in zip(base.records, other.records, strict=True):
         if (here["shard"], here["rows"], here["keys_digest"]) != (
@@ -258,7 +267,7 @@ def same_rows(base: Part, other: Part) -> str | None:
     return None
 
 
-def added(path: Path) -> list[Path]:
+def added_parts(path: Path) -> list[Path]:
     """Folders of the parts that were added to the cache at `path`, by name."""
     folders = sorted((path / PARTS).iterdir()) if (path / PARTS).is_dir() else []
     return [
@@ -273,13 +282,13 @@ def open_parts(path: Path, partial: bool = False) -> tuple[list[Part], list[Part
     as one that is still being extracted, of which nothing is seen. With `partial` all are taken,
     and none has a shard that another lacks."""
     base = Part(path, partial)
-    found = [Part(each, partial) for each in added(path)] if base.complete or partial else []
+    found = [Part(each, partial) for each in added_parts(path)] if base.complete or partial else []
     parts = [part for part in found if part.complete or partial]
     absent = {shard for part in (base, *parts) for shard in part.absent}
     for part in (base, *parts):
         part.leave_out(absent)
     for part in parts:
-        if why := same_rows(base, part):
+        if why := row_mismatch(base, part):
             raise UserError(
                 f"{str(part.path)!r} does not belong to cache {str(path)!r}: {why}; move it away"
             )
@@ -301,7 +310,7 @@ def open_parts(path: Path, partial: bool = False) -> tuple[list[Part], list[Part
     return [base, *parts], [part for part in found if part not in parts]
 
 
-def describe(manifest: Mapping[str, Any]) -> str:
+def describe_part(manifest: Mapping[str, Any]) -> str:
     """One part in a few words."""
     identity = manifest["identity"]
     first = identity.get("first_view", 0)

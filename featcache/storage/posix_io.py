@@ -15,7 +15,7 @@ FULL = (errno.EMFILE, errno.ENFILE)  # no handle is left
 _ALIGN = 4096
 
 
-class NoHandleError(Exception):
+class NoFileDescriptorError(Exception):
     """No file can be opened before another is closed."""
 
     def __init__(self, error: OSError) -> None:
@@ -23,7 +23,7 @@ class NoHandleError(Exception):
         self.error = error
 
 
-def cannot_read(path: str, error: OSError) -> UserError:
+def read_error(path: str, error: OSError) -> UserError:
     """What to do depends on the error: only a missing file is the cache's own fault."""
     todo = {
         errno.EINVAL: "this file system does not read past the page cache (O_DIRECT); "
@@ -39,15 +39,15 @@ def cannot_read(path: str, error: OSError) -> UserError:
     return UserError(f"cache file {path}: {todo.get(error.errno or 0, other)}")
 
 
-def failed(path: str, error: OSError) -> Exception:
-    return NoHandleError(error) if error.errno in FULL else cannot_read(path, error)
+def open_error(path: str, error: OSError) -> Exception:
+    return NoFileDescriptorError(error) if error.errno in FULL else read_error(path, error)
 
 
 def preadv(fd: int, path: str, view: memoryview, offset: int) -> int:
     try:
         return os.preadv(fd, (view,), offset)
     except OSError as error:
-        raise cannot_read(path, error) from error
+        raise read_error(path, error) from error
 
 
 _local = threading.local()
@@ -67,15 +67,15 @@ def pread_direct(fd: int, path: str, offset: int, count: int) -> memoryview:
                 -1, span, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             )
         except OSError as error:
-            raise cannot_read(path, error) from error
+            raise read_error(path, error) from error
     memory, got = memoryview(scratch), 0
     while got < offset - low + count:
         more = preadv(fd, path, memory[got:span], low + got)
         if not more:
-            raise ends(path, offset + count)
+            raise short_file_error(path, offset + count)
         got += more
     return memory[offset - low : offset - low + count]
 
 
-def ends(path: str, needed: int) -> UserError:
+def short_file_error(path: str, needed: int) -> UserError:
     return UserError(f"cache file {path}: ends before byte {needed}; run `featcache verify`")

@@ -20,7 +20,7 @@ from featcache.storage import checksums
 _OPAQUE = {*checksums.NAMES, "pixel_hash"}  # hashes: their range says nothing
 
 
-class OfFeatures(NamedTuple):
+class FeatureStatistics(NamedTuple):
     """What is known of a batch's levels before encoding; computed where they are, on the device."""
 
     low: float
@@ -28,7 +28,9 @@ class OfFeatures(NamedTuple):
     norms: npt.NDArray[np.float32]  # (n, L): mean over tokens of the L2 norm
 
 
-def of_stored(codec_name: str, width: int, items: Mapping[str, npt.NDArray[Any]]) -> OfFeatures:
+def statistics_of_stored(
+    codec_name: str, width: int, items: Mapping[str, npt.NDArray[Any]]
+) -> FeatureStatistics:
     """The same of levels as they are stored, where what was encoded is not at hand or not all of it
     was kept."""
     import torch
@@ -39,7 +41,9 @@ def of_stored(codec_name: str, width: int, items: Mapping[str, npt.NDArray[Any]]
     # (n, L, T, D) float32
     h = codec.decode({name: torch.from_numpy(items[name]) for name in codec.arrays(width)})
     low, high = h.aminmax()
-    return OfFeatures(float(low), float(high), torch.linalg.vector_norm(h, dim=-1).mean(-1).numpy())
+    return FeatureStatistics(
+        float(low), float(high), torch.linalg.vector_norm(h, dim=-1).mean(-1).numpy()
+    )
 
 
 class Statistics:
@@ -51,7 +55,7 @@ class Statistics:
         self._non_finite: dict[str, int] = {}
         self._means: dict[str, list[npt.NDArray[np.float64]]] = {"features": [], "attention": []}
 
-    def add(self, items: Mapping[str, npt.NDArray[Any]], features: OfFeatures) -> None:
+    def add(self, items: Mapping[str, npt.NDArray[Any]], features: FeatureStatistics) -> None:
         for name, values in items.items():
             if name in _OPAQUE or not values.size:
                 continue

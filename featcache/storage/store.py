@@ -69,13 +69,13 @@ class Array:
         }
 
 
-def array(name: str, fields: Mapping[str, Any]) -> Array:
+def array_from_dict(name: str, fields: Mapping[str, Any]) -> Array:
     """The inverse of `Array.as_dict`."""
     item, dimensions = tuple(fields["item"]), tuple(fields["dimensions"])
     return Array(name, fields["dtype"], item, dimensions, fields["per_view"], fields["split"])
 
 
-class Keys(NamedTuple):
+class ShardKeys(NamedTuple):
     """The keys of a shard's rows: key i is blob[offsets[i]:offsets[i + 1]], UTF-8."""
 
     blob: npt.NDArray[np.uint8]
@@ -123,7 +123,7 @@ class Store(Protocol):
         ...
 
     @staticmethod
-    def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
+    def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
         """The keys of a shard, checked against the record's checksums."""
         ...
 
@@ -133,7 +133,7 @@ class Store(Protocol):
         ...
 
 
-def store(name: str) -> ModuleType:
+def get_store(name: str) -> ModuleType:
     """The module of a store by the name in the manifest."""
     if name not in STORES:
         raise UserError(

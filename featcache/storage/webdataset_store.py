@@ -36,9 +36,9 @@ from safetensors.numpy import load, save
 from featcache.errors import UserError
 from featcache.pictures.tars import escape
 from featcache.storage import checksums, commit, json_file
-from featcache.storage.posix_io import cannot_read
+from featcache.storage.posix_io import read_error
 from featcache.storage.row_file import RowFile
-from featcache.storage.store import SHARDS, Array, Keys, folder_path
+from featcache.storage.store import SHARDS, Array, ShardKeys, folder_path
 
 NAME = "webdataset"
 INDEX = "index.safetensors"
@@ -59,7 +59,7 @@ class Index(NamedTuple):
 
     names: tuple[str, ...]
     offsets: npt.NDArray[np.int64]  # (V, n, A): first byte of an item in the tar of its view
-    keys: Keys
+    keys: ShardKeys
 
 
 def _tar(view: int) -> str:
@@ -77,7 +77,7 @@ class TarShardWriter:
         self.npy = {
             array.name: _npy_header(array.dtype, array.item) for array in self.arrays.values()
         }
-        self.folder = commit.begin(cache, shard, NAME)
+        self.folder = commit.begin_shard(cache, shard, NAME)
         self.files: list[RowFile] = []
         self.offsets: list[list[int]] = [[] for _ in range(views)]
         self.keys: list[str] = []
@@ -146,13 +146,13 @@ class TarShardWriter:
             for view in range(self.views) if array.split else [0]:
                 name = _npy(array, view)
                 files[name] = self._write(name, _as_npy(values[:, view] if array.split else values))
-        record = commit.record(self.shard, self.keys, quarantined, files, statistics)
+        record = commit.make_record(self.shard, self.keys, quarantined, files, statistics)
         commit.publish(self.folder, self.cache, self.shard, NAME, record)
         return record
 
     def _index(self) -> bytes:
         encoded = [key.encode() for key in self.keys]
-        keys = Keys(
+        keys = ShardKeys(
             np.frombuffer(b"".join(encoded), np.uint8),
             np.cumsum([0, *map(len, encoded)], dtype=np.int64),
         )
@@ -253,7 +253,9 @@ def _unpack(path: str | Path, data: bytes) -> Index:
         about = json.loads(header["__metadata__"]["index"])
         tensors = load(data)
         index = Index(
-            tuple(about["arrays"]), tensors["offsets"], Keys(tensors["key"], tensors["key_offsets"])
+            tuple(about["arrays"]),
+            tensors["offsets"],
+            ShardKeys(tensors["key"], tensors["key_offsets"]),
         )
         given, crc = about["crc32c"], f"{_crc(index):08x}"
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -306,11 +308,11 @@ def locate(
             index, (status.st_mtime_ns, status.st_size, status.st_ino), views, view, array.name
         )
     except OSError as error:
-        raise cannot_read(index, error) from error
+        raise read_error(index, error) from error
     return f"{folder}/{_tar(view)}", column[rows]
 
 
-def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
+def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
     """See store.Store.keys."""
     path, facts = folder_path(cache, shard, NAME) / INDEX, record["files"][INDEX]
     data = path.read_bytes() if path.is_file() else b""

@@ -20,7 +20,7 @@ from fastcrc.crc32 import iscsi as crc32c
 from featcache.errors import UserError
 from featcache.storage import commit
 from featcache.storage.row_file import RowFile
-from featcache.storage.store import SHARDS, Array, Keys, folder_path
+from featcache.storage.store import SHARDS, Array, ShardKeys, folder_path
 
 NAME = "zarr"
 KEY = Array("key", "|u1", (), ("byte",), per_view=False)
@@ -39,7 +39,7 @@ class ZarrShardWriter:
     def __init__(self, cache: Path, shard: str, arrays: Sequence[Array], views: int) -> None:
         self.cache, self.shard, self.views = cache, shard, views
         self.arrays = {array.name: array for array in (*arrays, KEY, KEY_OFFSETS)}
-        self.folder = commit.begin(cache, shard, NAME)
+        self.folder = commit.begin_shard(cache, shard, NAME)
         self.files: dict[tuple[str, int], RowFile] = {}
         self.keys: list[str] = []
         self.items = 0
@@ -88,7 +88,7 @@ class ZarrShardWriter:
             for (name, view), file in self.files.items()
         }
         files.update(self._write_metadata(len(self.keys), sum(map(len, encoded))))
-        record = commit.record(self.shard, self.keys, quarantined, files, statistics)
+        record = commit.make_record(self.shard, self.keys, quarantined, files, statistics)
         commit.publish(self.folder, self.cache, self.shard, NAME, record)
         return record
 
@@ -162,7 +162,7 @@ def locate(
     return path, (rows * views + view) * array.item_bytes
 
 
-def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
+def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
     """See store.Store.keys."""
     parts = []
     for array in (KEY, KEY_OFFSETS):
@@ -174,7 +174,7 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> Keys:
                 f"cache file {path}: its checksum differs; run `featcache verify {cache}`"
             )
         parts.append(np.frombuffer(data, array.dtype))
-    return Keys(*parts)
+    return ShardKeys(*parts)
 
 
 def sound(path: Path, facts: Mapping[str, Any]) -> bool:

@@ -32,7 +32,7 @@ def normalise(y: Tensor) -> tuple[Tensor, Tensor]:
     return centred.div_(std), torch.cat([mean, std], -1)
 
 
-def sums(stats: npt.NDArray[np.floating], width: int) -> npt.NDArray[np.float64]:
+def moment_sums(stats: npt.NDArray[np.floating], width: int) -> npt.NDArray[np.float64]:
     """stats (n, L, T, 2) of `normalise`, D channels -> (L, 3): of the numbers y of each level their
     count, their sum and the sum of their squares, over pictures, tokens and channels; what several
     batches give may be added."""

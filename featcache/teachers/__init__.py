@@ -27,27 +27,48 @@ from featcache.models import tokenizer
 from featcache.models.contract import REGISTERED, ModelCard, Option, Teacher, Tokenizer
 from featcache.models.hooks import BlockOutputs, normalise_pixels
 from featcache.models.spec import parse_options, split_spec
-from featcache.models.weights import (
+from featcache.models.weights import (  # fmt: skip
     build_seeded,
-    fetch,
-    file_weights,
+    fetch_pretrained,
     is_random,
     load_state,
     read_state,
     weight_hash,
-)  # fmt: skip
+    weights_file,
+)
 from featcache.runtime.user_file import load_module, reason
 
 # What a family of one's own is written with, by one name.
 __all__ = [
-    "REGISTERED", "BlockOutputs", "ModelCard", "Option", "Teacher", "Tokenizer", "build_seeded",
-    "family", "fetch", "file_weights", "is_random", "is_tokenizer", "load", "load_state",
-    "load_tokenizer", "modules", "normalise_pixels", "parse_options", "read_state", "rows",
-    "split_spec", "weight_hash",
+    "REGISTERED",
+    "BlockOutputs",
+    "ModelCard",
+    "Option",
+    "Teacher",
+    "Tokenizer",
+    "build_seeded",
+    "family",
+    "fetch_pretrained",
+    "is_random",
+    "is_tokenizer",
+    "load",
+    "load_state",
+    "load_tokenizer",
+    "modules",
+    "normalise_pixels",
+    "parse_options",
+    "read_state",
+    "rows",
+    "split_spec",
+    "weight_hash",
+    "weights_file",
 ]  # fmt: skip
 
-# before 0.2
-Row, Tap, build, pixels, split = ModelCard, BlockOutputs, build_seeded, normalise_pixels, split_spec
+# Their names before 0.2, for families that were written then.
+Row, Tap, build, pixels, split = (
+    ModelCard, BlockOutputs, build_seeded, normalise_pixels, split_spec,
+)  # fmt: skip
+fetch, file_weights = fetch_pretrained, weights_file
 
 _NEEDS = {"load": "load(name, options, weights) -> Teacher"}
 

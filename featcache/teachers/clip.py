@@ -39,11 +39,11 @@ from featcache.models.hooks import BlockOutputs, normalise_pixels
 from featcache.models.weights import (
     SUFFIXES,
     build_seeded,
-    fetch,
-    file_weights,
+    fetch_pretrained,
     is_random,
     load_state,
     read_state,
+    weights_file,
 )
 from featcache.targets.attention import cls_attention
 
@@ -111,7 +111,7 @@ class Clip(nn.Module):
     def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
         pixels = normalise_pixels(images, self.pixel_mean, self.pixel_std)
-        self.visual(position_embedding.shrink(pixels, self._px) if self._shrinks else pixels)
+        self.visual(position_embedding.shrink_pixels(pixels, self._px) if self._shrinks else pixels)
         return self._tap.take(levels), self._attention
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -145,7 +145,7 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Modul
     unknown = next((key for key in options if key not in _OPTIONS), None)
     if unknown is not None:
         raise UsageError(f"teacher {name!r}: unknown option {unknown!r}; {near(unknown, _OPTIONS)}")
-    path = file_weights(weights)
+    path = weights_file(weights)
     drawn = bool(weights) and is_random(str(weights))
     tag = None if path or drawn else weights
     source = _source(name, tag, options)
@@ -155,7 +155,7 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Modul
             "leave it out"
         )
     if drawn:
-        quick = quick_gelu.agreed(name, options, source.quick, "the architecture")
+        quick = quick_gelu.resolve_option(name, options, source.quick, "the architecture")
         visual = build_seeded(lambda: _tower(source, quick), weights)
     elif path := path or _file_in(source):
         visual = _from_file(name, source, options, path)
@@ -171,7 +171,7 @@ def _source(name: str, tag: str | None, options: dict[str, Option]) -> _Source:
         if arch == "ViT-L-14" and (options.get("img_size") == 336 or options.get("grid") == 24):
             arch, px = "ViT-L-14-336", 336
         tag = tag or _TAG
-        return _Source(arch, tag, quick_gelu.of_tag(name, arch, tag).quick, px)
+        return _Source(arch, tag, quick_gelu.from_tag(name, arch, tag).quick, px)
     arch = name.removeprefix(f"{PREFIX}:")
     if arch.startswith(("local-dir:", "hf-hub:")) or arch.endswith(".json"):
         return _configured(name, arch, tag)
@@ -182,17 +182,18 @@ def _source(name: str, tag: str | None, options: dict[str, Option]) -> _Source:
             f"teacher {name!r} names a tag, and --weights {tag!r} another one; give one of them"
         )
     tag = own_tag or tag
-    says = quick_gelu.of_architecture(arch)
+    says = quick_gelu.from_architecture(arch)
     if tag is None:
         return _Source(arch, None, says)
-    quick, config = quick_gelu.of_tag(name, arch, tag).quick, quick_gelu.config(arch)
+    quick, config = quick_gelu.from_tag(name, arch, tag).quick, quick_gelu.model_config(arch)
     # such towers have an activation of their own
     by_timm = "timm_model_name" in config["vision_cfg"]
     if quick != config.get("quick_gelu", False) and not by_timm:
         other = f"{arch}-quickgelu" if quick else arch.removesuffix("-quickgelu")
         raise UsageError(
-            f"teacher {name!r}: the weights {tag!r} were trained with {quick_gelu.named(quick)}, "
-            f"{arch} runs {quick_gelu.named(not quick)} and would be silently wrong; give "
+            f"teacher {name!r}: the weights {tag!r} were trained with "
+            f"{quick_gelu.activation_name(quick)}, {arch} runs "
+            f"{quick_gelu.activation_name(not quick)} and would be silently wrong; give "
             f"{PREFIX}:{other}/{tag}"
         )
     return _Source(arch, tag, quick)
@@ -237,10 +238,10 @@ def _from_tag(name: str, source: _Source, options: dict[str, Option]) -> Any:
             "or --weights FILE"
         )
     if source.tag is not None:
-        quick = quick_gelu.agreed(name, options, source.quick, "the tag")
-        return fetch(lambda: _tower(source, quick, pretrained=True), name, source.tag)
-    visual = fetch(lambda: _tower(source, False, pretrained=True), name, source.arch)
-    quick_gelu.agreed(name, options, quick_gelu.runs_in(visual), "the hub's config")
+        quick = quick_gelu.resolve_option(name, options, source.quick, "the tag")
+        return fetch_pretrained(lambda: _tower(source, quick, pretrained=True), name, source.tag)
+    visual = fetch_pretrained(lambda: _tower(source, False, pretrained=True), name, source.arch)
+    quick_gelu.resolve_option(name, options, quick_gelu.uses_quick_gelu(visual), "the hub's config")
     return visual
 
 
@@ -249,7 +250,7 @@ def _from_file(name: str, source: _Source, options: dict[str, Option], path: str
     # counts first.
     ours = name in _REGISTERED
     by_name, fallback = (None, source.quick) if ours else (source.quick, None)
-    quick, note = quick_gelu.of_file(name, by_name, options, path, fallback)
+    quick, note = quick_gelu.from_file(name, by_name, options, path, fallback)
     if note:
         _LOG.warning(note)
     visual: Any = build_seeded(lambda: _tower(source, quick), None)
@@ -259,7 +260,7 @@ def _from_file(name: str, source: _Source, options: dict[str, Option], path: str
     } or state
     there = own.get("positional_embedding")
     if there is not None and hasattr(visual, "positional_embedding") and there.ndim == 2:
-        square = position_embedding.side_of(there.shape[0], (1,))
+        square = position_embedding.grid_side(there.shape[0], (1,))
         # the file's own grid first; it is resized afterwards, in the way that was asked for
         if square is not None:
             _set_positions(visual, there.float(), square[0])
@@ -325,7 +326,7 @@ def _statistics(name: str, source: _Source, visual: Any) -> tuple[Any, Any]:
     import open_clip
 
     if source.tag is not None:
-        facts = quick_gelu.of_tag(name, source.arch, source.tag)
+        facts = quick_gelu.from_tag(name, source.arch, source.tag)
         return facts.mean, facts.std
     if source.config is not None or source.arch.startswith("hf-hub:"):
         about = (
@@ -335,7 +336,9 @@ def _statistics(name: str, source: _Source, visual: Any) -> tuple[Any, Any]:
         )
         return about.get("mean"), about.get("std")
     tags = open_clip.list_pretrained_tags_by_model(source.arch)
-    shared = {(f.mean, f.std) for f in (quick_gelu.of_tag(name, source.arch, tag) for tag in tags)}
+    shared = {
+        (f.mean, f.std) for f in (quick_gelu.from_tag(name, source.arch, tag) for tag in tags)
+    }
     if len(shared) > 1:
         raise UsageError(
             f"teacher {name!r}: its tags differ in pixel mean and std, so a file needs one: give "
@@ -357,15 +360,15 @@ def _wrapped(
     from open_clip.transformer import Attention, VisionTransformer
 
     from featcache.models import position_embedding
-    from featcache.models.timm_wrapper import check_kind, wrapped
+    from featcache.models.timm_wrapper import check_architecture, wrap
 
     pos = options.get("pos")
     if isinstance(visual, TimmModel):
-        check_kind(visual.trunk, name)
+        check_architecture(visual.trunk, name)
         size = position_embedding.wanted_px(
             name, options, int(visual.trunk.patch_embed.patch_size[0]), source.default_px
         )
-        return wrapped(visual.trunk, name, size, pos, weights, mean, std)
+        return wrap(visual.trunk, name, size, pos, weights, mean, std)
     attn: Any = (
         visual.transformer.resblocks[-1].attn if isinstance(visual, VisionTransformer) else None
     )
@@ -381,7 +384,7 @@ def _wrapped(
         position_embedding.wanted_px(name, options, int(visual.patch_size[0]), source.default_px)
         or native
     )
-    shrink_from = position_embedding.shrinks_from(name, pos, native, px)
+    shrink_from = position_embedding.rendered_px(name, pos, native, px)
     if px != native:
         side = px // int(visual.patch_size[0])
         grid = position_embedding.resize(

@@ -119,12 +119,14 @@ def load(name: str, options: dict[str, Option], given: str | None) -> Dvae:
         drawn = weights.build_seeded(lambda: _sized(given, sizes), given)
         assert isinstance(drawn, Dvae)
         return drawn
-    path = weights.file_weights(given)
+    path = weights.weights_file(given)
     if given is not None and path is None:
         raise UsageError(
             f"unknown weights {given!r} of {name}: a file or random:SEED is allowed; none has a tag"
         )
-    file = path or str(weights.fetch(lambda: weights.download(_URL, NAMES[name].file), name, _URL))
+    file = path or str(
+        weights.fetch_pretrained(lambda: weights.download(_URL, NAMES[name].file), name, _URL)
+    )
     with torch.device("meta"):
         encoder = _sized(given or REGISTERED, sizes)
     encoder.to_empty(device="cpu")

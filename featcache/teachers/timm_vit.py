@@ -26,14 +26,14 @@ from featcache.errors import UsageError, UserError, near
 from featcache.models import position_embedding
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.position_embedding import wanted_px
-from featcache.models.timm_wrapper import TimmVit, check_kind, wrapped
+from featcache.models.timm_wrapper import TimmVit, check_architecture, wrap
 from featcache.models.weights import (
     build_seeded,
-    fetch,
-    file_weights,
+    fetch_pretrained,
     is_random,
     load_state,
     read_state,
+    weights_file,
 )
 
 PREFIX = "timm"
@@ -95,7 +95,7 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
         options.get("pos"),
         {k: v for k, v in options.items() if k not in ("grid", "pos", "img_size")},
     )
-    path = file_weights(weights)
+    path = weights_file(weights)
     drawn = bool(weights) and is_random(str(weights))
     if weights is not None and not path and not drawn:
         raise UsageError(
@@ -116,17 +116,17 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
         vit = build_seeded(lambda: _create(arch, constructor, pretrained=False), weights)
     else:
         tag = arch.partition(".")[2] or "default"
-        vit = fetch(lambda: _create(arch, constructor, pretrained=True), name, tag)
-    check_kind(vit, name)
+        vit = fetch_pretrained(lambda: _create(arch, constructor, pretrained=True), name, tag)
+    check_architecture(vit, name)
     px = wanted_px(name, options, int(vit.patch_embed.patch_size[0]), default)
-    return wrapped(vit, name, px, pos, weights or REGISTERED)
+    return wrap(vit, name, px, pos, weights or REGISTERED)
 
 
 def _from_file(make: Callable[[], nn.Module], name: str, path: str) -> Any:
     """The model at the input size of the file's own positions; timm renames other layouts of the
     same network."""
     vit: Any = build_seeded(make, None)
-    check_kind(vit, name)
+    check_architecture(vit, name)
     state = read_state(path, name)
     there = next(
         (
@@ -138,7 +138,7 @@ def _from_file(make: Callable[[], nn.Module], name: str, path: str) -> Any:
     )
     if there is not None and vit.pos_embed is not None and 2 <= there.ndim <= 3:
         prefixes = (0 if vit.no_embed_class else vit.num_prefix_tokens, 1, 0)
-        square = position_embedding.side_of(there.shape[-2], prefixes)
+        square = position_embedding.grid_side(there.shape[-2], prefixes)
         if square is not None:
             vit.set_input_size(img_size=(square[0] * int(vit.patch_embed.patch_size[0]),) * 2)
     kept = vit.state_dict().keys()

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from featcache.errors import IdentityError
-from featcache.pictures.beton import RAW, BetonSource, ffcv
+from featcache.pictures.beton import RAW, BetonSource, import_ffcv
 from featcache.pictures.source import PictureError
 from featcache.views.policy import AREA
 from featcache.views.render import apply_jitter
@@ -41,11 +41,11 @@ PIXEL_PATH = {
 
 
 @cache
-def stages() -> tuple[Callable[..., int], Callable[..., None]]:
+def compiled_stages() -> tuple[Callable[..., int], Callable[..., None]]:
     """decode(data, height, width, is_raw, out) -> status, and replay(pixels, top, left, height,
     width, flip, out)."""
-    compile_ = ffcv("pipeline.compiler").Compiler.compile
-    library = ffcv("libffcv")
+    compile_ = import_ffcv("pipeline.compiler").Compiler.compile
+    library = import_ffcv("libffcv")
     imdecode, resize_crop, memcpy = (
         compile_(f) for f in (library.imdecode, library.resize_crop, library.memcpy)
     )
@@ -107,7 +107,7 @@ class CompiledPicture:
         pixels = self.pixels
         if any(factor != 1 for factor in jitter[:3]):
             pixels = np.array(apply_jitter(Image.fromarray(pixels), jitter))
-        stages()[1](pixels, top, left, height, width, bool(flip), out)
+        compiled_stages()[1](pixels, top, left, height, width, bool(flip), out)
         return out
 
 
@@ -120,7 +120,7 @@ class CompiledSource:
 
     def __post_init__(self) -> None:
         """Compile in the opener's thread, before threads ask for pictures."""
-        decode, replay = stages()
+        decode, replay = compiled_stages()
         pixels = np.zeros((2, 2, 3), np.uint8)
         decode(np.zeros(12, np.uint8), 2, 2, True, pixels)
         replay(pixels, 0, 0, 2, 2, True, np.empty_like(pixels))
@@ -153,6 +153,6 @@ class CompiledSource:
         # numba compiles once, for writable bytes
         data = np.frombuffer(bytearray(self.beton.stored(index)), np.uint8)
         pixels = np.empty((height, width, 3), np.uint8)
-        if stages()[0](data, height, width, bool(self.beton.modes[index] == RAW), pixels):
+        if compiled_stages()[0](data, height, width, bool(self.beton.modes[index] == RAW), pixels):
             raise PictureError("libturbojpeg cannot decode it, or only a part of it")
         return CompiledPicture(self.keys[index], pixels)

@@ -28,7 +28,7 @@ def pixel_path(source: Source) -> dict[str, Any]:
     return dict(getattr(source, "pixel_path", PIXEL_PATH))
 
 
-def picture(source: Source, index: int) -> Any:
+def decode_picture(source: Source, index: int) -> Any:
     """A decoded `Picture`, by the source's pixel path. Raises PictureError with the decoder's own
     reason."""
     own = getattr(source, "picture", None)
@@ -44,10 +44,10 @@ def open_through(spec: str | os.PathLike[str], decoder: str = "pillow") -> Sourc
             "go through --decoder pillow: leave --decoder out, or pack them with "
             "pipelines.pack_images SRC OUT.beton"
         )
-    return through(open_source(spec), decoder)
+    return with_decoder(open_source(spec), decoder)
 
 
-def through(source: Source, decoder: str) -> Source:
+def with_decoder(source: Source, decoder: str) -> Source:
     """The same pictures through a decoder that can decode them, else through the one they have."""
     from featcache.pictures import beton
     from featcache.views import ffcv_decoder
@@ -61,12 +61,12 @@ def through(source: Source, decoder: str) -> Source:
     )
 
 
-def like(source: Source, path: Mapping[str, Any]) -> Source:
+def match_decoder(source: Source, path: Mapping[str, Any]) -> Source:
     """The same pictures through the pixel path of a cache, where they can go through it."""
-    return through(source, path["decoder"])
+    return with_decoder(source, path["decoder"])
 
 
-def check_path(source: Source, path: Mapping[str, Any], what: str) -> None:
+def check_pixel_path(source: Source, path: Mapping[str, Any], what: str) -> None:
     """IdentityError unless pictures go through the pixel path of `what`."""
     here = pixel_path(source)
     if differing := [name for name in {**path, **here} if path.get(name) != here.get(name)]:

@@ -100,7 +100,7 @@ def _evaluate(
     device: str | None,
     as_json: bool,
 ) -> None:
-    from featcache.console.params import given_images
+    from featcache.console.params import require_images
     from featcache.pictures.open_source import open_source
     from featcache.runtime.device import pick_device
     from student.features import frozen
@@ -115,7 +115,7 @@ def _evaluate(
         raise UsageError(
             "--ema is about the weights of RUN, and --teacher is evaluated: leave one of them out"
         )
-    train = open_source(given_images(images_spec))
+    train = open_source(require_images(images_spec))
     test = open_source(test_spec) if test_spec else None
     net = (
         frozen.from_run(run, pool, ema)

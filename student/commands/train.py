@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache.console.params import Pair
+from featcache.console.params import FloatPair
 from featcache.errors import STOPPED, StoppedError, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--scale",
-    type=Pair(),
+    type=FloatPair(),
     help="Show only the cached views whose crop has such a share of the picture's area. [default: "
     "the recipe's, where the cache holds it]",
 )
@@ -262,10 +262,10 @@ def command(
         accelerator.deterministic()
     acc = accelerator.accelerator(options["precision"], options.pop("device"))
     options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
-    job, loader = build.build(
+    job, loader = build.build_run(
         recipe_name, recipe, acc, Options(**options), _say if acc.is_main_process else _hush
     )
-    facts = build.facts(job, loader)
+    facts = build.run_facts(job, loader)
     if note := build.warmup_note(job, loader):
         (_say if acc.is_main_process else _hush)(note)
     if dry_run:
@@ -279,7 +279,7 @@ def command(
             f"{recipe_name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
             f"steps of {facts['global_batch']} -> {job.out}"
         )
-    before = checkpoint.step_of(job.out)
+    before = checkpoint.latest_step(job.out)
     try:
         summary = work.train(job, loader, acc)
     except (StoppedError, KeyboardInterrupt) as stopped:
@@ -289,12 +289,14 @@ def command(
         raise (
             stopped
             if isinstance(stopped, StoppedError)
-            else preemption.at_once(job.out, job.resume)
+            else preemption.stopped_at_once(job.out, job.resume)
         ) from None
     except (UserError, OSError):
-        if acc.is_main_process and (step := checkpoint.step_of(job.out)) != before:
+        if acc.is_main_process and (step := checkpoint.latest_step(job.out)) != before:
             _note(job, before, {"run": str(job.out), "stopped": True})
-            _say(f"note: the checkpoint of step {step} is kept; {preemption.how(job.resume)}")
+            _say(
+                f"note: the checkpoint of step {step} is kept; {preemption.resume_hint(job.resume)}"
+            )
         raise
     if acc.is_main_process:
         _note(job, before, summary)
@@ -307,7 +309,7 @@ def _note(job: Run, before: int | None, facts: dict[str, Any]) -> None:
     from featcache.catalog import home
     from student import checkpoint
 
-    if (step := checkpoint.step_of(job.out)) != before:
+    if (step := checkpoint.latest_step(job.out)) != before:
         facts = {**facts, "run": str(job.out.absolute()), "step": step}
         home.note_run(command="train", recipe=job.name, cache_id=job.about.get("id"), **facts)
 

@@ -25,9 +25,9 @@ from featcache.errors import UsageError, UserError
 from featcache.pictures.source import PictureError, Source
 from featcache.reading import pixel_check
 from featcache.views import pixel_path
-from student.data.sampler import Order
+from student.data.sampler import SampleOrder
 from student.targets import buffers
-from student.targets.contract import Host, Targets
+from student.targets.contract import HostBatch, Targets
 
 AHEAD = 3  # batches under way, beside the one that is being used
 Memory = dict[str, npt.NDArray[Any]]
@@ -37,17 +37,17 @@ Memory = dict[str, npt.NDArray[Any]]
 class _Begun:
     """A micro-batch, the memory it lies in, and what is still at work on its pictures."""
 
-    host: Host
+    host: HostBatch
     memory: Memory
     samples: Sequence[Future[None]]
 
-    def finish(self) -> Host:
+    def finish(self) -> HostBatch:
         for sample in self.samples:
             sample.result()
         return self.host
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Loader:
     """`pictures` (n,) are the source's numbers of the training pictures, `digests` (n, 2) their
     keys'."""
@@ -67,7 +67,7 @@ class Loader:
     # (n,) in storage: sampled by blocks; None: at random
     places: npt.NDArray[np.int64] | None = None
     # drawn here, where all they read is on the host
-    masks: Callable[[Host], Mapping[str, Tensor] | None] | None = None
+    masks: Callable[[HostBatch], Mapping[str, Tensor] | None] | None = None
     pin: bool = False  # page-locked memory, for a GPU
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Loader:
                 f"one step takes {self.global_batch // self.repeats} pictures ({self._cut()}), the "
                 f"training set has {n}; give a smaller --batch-size"
             )
-        self._order = Order(n, self.seed, self.places)
+        self._order = SampleOrder(n, self.seed, self.places)
         self._moments = lru_cache(AHEAD + 1)(self._moments_of)
 
     def _cut(self) -> str:
@@ -125,7 +125,7 @@ class Loader:
             at, self.targets.view(self.digests[at], self._rounds(len(at), epoch))
         )
 
-    def iterate(self, first_step: int, last_step: int) -> Generator[Host, None, None]:
+    def iterate(self, first_step: int, last_step: int) -> Generator[HostBatch, None, None]:
         """Micro-batches of the steps in [first_step, last_step), in order. A batch is good until
         the next one is asked for: then its memory is filled again."""
         wanted = (
@@ -158,7 +158,7 @@ class Loader:
                     future.cancel()
                 decoders.shutdown(wait=False, cancel_futures=True)
 
-    def batch(self, step: int, micro: int, decoders: ThreadPoolExecutor) -> Host:
+    def batch(self, step: int, micro: int, decoders: ThreadPoolExecutor) -> HostBatch:
         """One micro-batch in memory of its own: `pixels` (B, S, S, 3) uint8, the stored arrays,
         `view`, `round` (how often each picture was shown before), `at`, `digests`, `epoch`, `keys`,
         and `masks` where drawn here."""
@@ -174,12 +174,12 @@ class Loader:
         digests = self.digests[at]
         rounds = self._rounds(len(at), epoch)
         view = self.targets.view(digests, rounds)
-        host: Host = memory | self.targets.fetch(at, view, memory)
+        host: HostBatch = memory | self.targets.fetch(at, view, memory)
         host |= {"at": at, "view": view, "round": rounds, "digests": digests, "epoch": epoch}
         if (moments := self._moments(step)) is not None:
             host["moments"] = moments
         host["keys"] = [self.source.keys[self.pictures[i]] for i in at]
-        checked = pixel_check.sampled(digests, view, rounds, self.seed, self.check_fraction)
+        checked = pixel_check.sample_views(digests, view, rounds, self.seed, self.check_fraction)
         hashes = self._hashes(at, view, checked)
         starts = range(0, len(at), self.repeats)  # of the views of each picture
         # nothing to render: one thread looks at those that are checked
@@ -202,18 +202,18 @@ class Loader:
         stored = self.targets.hashes(at[places], view[places]) if len(places) else None
         return {} if stored is None else dict(zip(places.tolist(), stored.tolist(), strict=True))
 
-    def _samples(self, host: Host, starts: Sequence[int], hashes: Mapping[int, int]) -> None:
+    def _samples(self, host: HostBatch, starts: Sequence[int], hashes: Mapping[int, int]) -> None:
         for start in starts:
             self._views(host, range(start, start + self.repeats), hashes)
 
-    def _views(self, host: Host, samples: range, hashes: Mapping[int, int]) -> None:
+    def _views(self, host: HostBatch, samples: range, hashes: Mapping[int, int]) -> None:
         """Render the views of one picture into the batch, unless their pixels came with the
         targets, and compare them with the stored hashes."""
         at = int(host["at"][samples[0]])
         if not self.targets.stored_pixels:
             key = host["keys"][samples[0]]
             try:
-                picture = pixel_path.picture(self.source, int(self.pictures[at]))
+                picture = pixel_path.decode_picture(self.source, int(self.pictures[at]))
             except (PictureError, OSError) as error:
                 raise UserError(
                     f"picture {key!r} cannot be used in training: {error}; mend it, or remove it"

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from student.config import RecipeConfig
 from student.targets.assemble import draw_masks
-from student.targets.contract import Host, Targets
+from student.targets.contract import HostBatch, Targets
 
 Marks = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 def to_device(
-    config: RecipeConfig, targets: Targets, host: Host, device: torch.device, seed: int
+    config: RecipeConfig, targets: Targets, host: HostBatch, device: torch.device, seed: int
 ) -> dict[str, Tensor]:
     """A host batch as the recipe takes it: normalised images (B, 3, S, S), decoded features, masks.
     Nothing in it shares memory with the host batch, which is filled again."""
@@ -53,16 +53,16 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Taken:
+class PrefetchedBatch:
     """A batch, its sample keys, and what the device waited for it in seconds (known once the device
     is there)."""
 
     batch: dict[str, Tensor]
     keys: list[str]
-    waited: Wait
+    waited: WaitTime
 
 
-class Wait:
+class WaitTime:
     """Seconds without work for want of a batch: on a GPU those between marks in its own queue."""
 
     def __init__(self, seconds: float = 0.0, marks: Sequence[Marks] = ()) -> None:
@@ -77,10 +77,10 @@ class Wait:
         return self._seconds
 
 
-class Share:
+class WaitShare:
     """The share of a step's seconds that was spent waiting, from 0 to 1."""
 
-    def __init__(self, waits: list[Wait], seconds: float) -> None:
+    def __init__(self, waits: list[WaitTime], seconds: float) -> None:
         self._waits, self._seconds = waits, seconds
 
     def item(self) -> float:
@@ -90,7 +90,7 @@ class Share:
         return self.item()
 
 
-class Feed:
+class Prefetcher:
     """Batches of `batches`, on the device. `take` gives the next; `bring`, called when the work on
     it is in the device's queue, prepares the one after meanwhile."""
 
@@ -98,7 +98,7 @@ class Feed:
         self,
         config: RecipeConfig,
         targets: Targets,
-        batches: Iterator[Host],
+        batches: Iterator[HostBatch],
         device: torch.device,
         seed: int,
     ) -> None:
@@ -110,17 +110,17 @@ class Feed:
             seed,
         )
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._next: tuple[Host, dict[str, Tensor], list[Marks]] | None = None
+        self._next: tuple[HostBatch, dict[str, Tensor], list[Marks]] | None = None
         self._copied: torch.cuda.Event | None = None  # the last host batch has been read
 
-    def take(self) -> Taken:
+    def take(self) -> PrefetchedBatch:
         """The next batch; StopIteration after the last. Its teacher, where one is in the loop, runs
         here, in the step it is a part of."""
         if self._side is None:
             start = time.perf_counter()
             host = next(self.batches)
-            waited = Wait(time.perf_counter() - start)
-            return Taken(
+            waited = WaitTime(time.perf_counter() - start)
+            return PrefetchedBatch(
                 to_device(self.config, self.targets, host, self.device, self.seed),
                 host["keys"],
                 waited,
@@ -130,14 +130,14 @@ class Feed:
             host, marks = self._host(main)
             batch = to_device(self.config, self.targets, host, self.device, self.seed)
             self._copied = _mark(main)
-            return Taken(batch, host["keys"], Wait(marks=[marks]))
+            return PrefetchedBatch(batch, host["keys"], WaitTime(marks=[marks]))
         host, batch, stalls = self._next or self._prepare(self._side, main)
         self._next = None
         free = _mark(main)
         main.wait_stream(self._side)
         for tensor in batch.values():
             tensor.record_stream(main)  # its memory is not given away while the step reads it
-        return Taken(batch, host["keys"], Wait(marks=[*stalls, (free, _mark(main))]))
+        return PrefetchedBatch(batch, host["keys"], WaitTime(marks=[*stalls, (free, _mark(main))]))
 
     def bring(self) -> None:
         """Queue the next batch's copies and decoding beside the step; nothing after the last
@@ -148,14 +148,14 @@ class Feed:
 
     def _prepare(
         self, side: torch.cuda.Stream, main: torch.cuda.Stream
-    ) -> tuple[Host, dict[str, Tensor], list[Marks]]:
+    ) -> tuple[HostBatch, dict[str, Tensor], list[Marks]]:
         host, marks = self._host(main)
         with torch.cuda.stream(side):
             batch = to_device(self.config, self.targets, host, self.device, self.seed)
             self._copied = _mark(side)
         return {"keys": host["keys"]}, batch, [marks]
 
-    def _host(self, main: torch.cuda.Stream) -> tuple[Host, Marks]:
+    def _host(self, main: torch.cuda.Stream) -> tuple[HostBatch, Marks]:
         """The next host batch, and what the device stood still for it. Asking gives the memory of
         the last one back, which must have been read."""
         if self._copied is not None:

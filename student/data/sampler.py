@@ -20,7 +20,7 @@ BLOCK = 64  # neighbours in storage that stay together
 WINDOW = 16
 
 
-class Order:
+class SampleOrder:
     """Every epoch shows each picture once. With `places` (n,), where each picture lies in storage,
     blocks of 64 neighbours come in random order and rows are shuffled within windows of 16 blocks,
     for disks on which opening a file is dear. Blocks begin elsewhere in each epoch, so that no two

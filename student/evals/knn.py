@@ -25,7 +25,7 @@ from featcache.errors import UsageError
 from featcache.pictures.source import Source
 from student.evals import hits, percent
 from student.features.embed import CROP_PCT, EmbedProgress, embed_source
-from student.features.frozen import Frozen
+from student.features.frozen import FrozenEncoder
 from student.features.labels import class_count, labels_as
 
 OPTIONS: dict[str, tuple[Any, str]] = {
@@ -78,7 +78,7 @@ def _check(k: int, temperature: float, bank: int) -> None:
 
 
 def evaluate(
-    frozen: Frozen,
+    frozen: FrozenEncoder,
     train: Source,
     test: Source,
     *,

@@ -40,7 +40,7 @@ from featcache.errors import UsageError, UserError
 from featcache.pictures.source import Source
 from student.evals import hits, percent
 from student.features.embed import CROP_PCT, EmbedProgress, embed_source
-from student.features.frozen import Frozen
+from student.features.frozen import FrozenEncoder
 from student.features.labels import class_count, labels_as
 
 OPTIONS: dict[str, tuple[Any, str]] = {
@@ -142,7 +142,7 @@ def predict(head: Head, features: Tensor, rows: int = 16384) -> Tensor:
 
 
 def evaluate(
-    frozen: Frozen,
+    frozen: FrozenEncoder,
     train: Source,
     test: Source,
     *,

@@ -18,7 +18,7 @@ from featcache.pictures.source import PictureError, Source
 from featcache.views import draw as view_draw
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
-from student.features.frozen import Frozen
+from student.features.frozen import FrozenEncoder
 from student.features.labels import labels_of
 
 CROP_PCT = 0.875  # 256 -> 224, the centre crop of MAE's and DINO's evaluations
@@ -27,7 +27,7 @@ EmbedProgress = Callable[[str, int, int], None]  # stage, pictures (or epochs) d
 
 
 def embed_source(
-    frozen: Frozen,
+    frozen: FrozenEncoder,
     source: Source,
     view_numbers: Sequence[int] | None = None,
     *,

@@ -28,7 +28,7 @@ POOLS = ("cls", "mean")
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenEncoder:
     """A frozen network: `forward` maps uint8 pixels to pooled features, `to` moves its weights to a
     device."""
 
@@ -45,7 +45,7 @@ class Frozen:
             return self.forward(pixels).float()
 
 
-def from_run(run: Path, pool: str = "cls", ema: bool = False) -> Frozen:
+def from_run(run: Path, pool: str = "cls", ema: bool = False) -> FrozenEncoder:
     """The encoder of a training run, or the average of its weights: CLS, or the mean of the patch
     tokens, after its final norm."""
     # imports the trainer's side; a teacher needs none of it
@@ -56,7 +56,7 @@ def from_run(run: Path, pool: str = "cls", ema: bool = False) -> Frozen:
     return from_encoder(encoder, int(config["img_size"]), str(run), pool)
 
 
-def from_encoder(encoder: nn.Module, img_size: int, name: str, pool: str = "cls") -> Frozen:
+def from_encoder(encoder: nn.Module, img_size: int, name: str, pool: str = "cls") -> FrozenEncoder:
     """A timm VisionTransformer that reads ImageNet-normalised pixels."""
     _check_pool(pool)
     prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
@@ -70,10 +70,10 @@ def from_encoder(encoder: nn.Module, img_size: int, name: str, pool: str = "cls"
         tokens = encoder.forward_features(_normalised(pixels))  # type: ignore[operator]  # (B,T,D), normed
         return _pooled(tokens, pool, prefix)
 
-    return Frozen(name, img_size, pool, forward, encoder.to)
+    return FrozenEncoder(name, img_size, pool, forward, encoder.to)
 
 
-def from_teacher(spec: str, weights: str | None = None, pool: str = "cls") -> Frozen:
+def from_teacher(spec: str, weights: str | None = None, pool: str = "cls") -> FrozenEncoder:
     """A teacher's own output f = gamma * LN(y_T) + beta (CLIP's ln_post), before any projection."""
     _check_pool(pool)
     teacher = teachers.load(spec, weights)
@@ -93,7 +93,7 @@ def from_teacher(spec: str, weights: str | None = None, pool: str = "cls") -> Fr
         f = F.layer_norm(last.float(), last.shape[-1:], gamma, beta, float(tail["eps"]))
         return _pooled(f, pool, prefix=1)
 
-    return Frozen(spec, teacher.input_px, pool, forward, teacher.to)
+    return FrozenEncoder(spec, teacher.input_px, pool, forward, teacher.to)
 
 
 def _check_pool(pool: str) -> None:

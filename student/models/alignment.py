@@ -66,25 +66,25 @@ class AlignmentHead(nn.Module):
         teacher_depth: int,
         teacher_width: int,
         weights: dict[int, float],
-        ways: AlignmentOptions | None = None,
+        options: AlignmentOptions | None = None,
     ) -> None:
         """`weights` is what `levels` gives; W is [L, S], its rows in ascending order of level."""
         super().__init__()
-        self.weights, self.ways = dict(weights), ways or AlignmentOptions()
-        mixes = self.ways.alignment != "layer_wise"
+        self.weights, self.options = dict(weights), options or AlignmentOptions()
+        mixes = self.options.alignment != "layer_wise"
         if not mixes:
             _check_pairs("alignment=layer_wise", student_depth, teacher_depth)
             _check_last(max(weights), student_depth)
         start = (
-            _mix_start(self.ways.mix_start, student_depth, teacher_depth, tuple(weights))
+            _mix_start(self.options.mix_start, student_depth, teacher_depth, tuple(weights))
             if mixes
             else None
         )
         self.mix = None if start is None else nn.Parameter(start)
-        blocks_adapted = self.ways.alignment == "adapt_then_mix"
+        blocks_adapted = self.options.alignment == "adapt_then_mix"
         numbers = range(1, student_depth + 1) if blocks_adapted else weights
         self.adaptors = nn.ModuleDict(
-            {str(n): _adaptor(self.ways.adaptor, student_width, teacher_width) for n in numbers}
+            {str(n): _adaptor(self.options.adaptor, student_width, teacher_width) for n in numbers}
         )
 
     def forward(
@@ -99,20 +99,22 @@ class AlignmentHead(nn.Module):
         than ln feature_stats (B,L,1+P,2), for bn moments (L,2) -> the loss, and each level's own
         loss."""
         assert features.shape[1] == len(self.weights), (features.shape, tuple(self.weights))
-        rows = vit.with_cls(ids_keep) if self.ways.cls_loss else ids_keep + 1
-        aligned = self._predictions(outputs if self.ways.cls_loss else [x[:, 1:] for x in outputs])
+        rows = vit.with_cls(ids_keep) if self.options.cls_loss else ids_keep + 1
+        aligned = self._predictions(
+            outputs if self.options.cls_loss else [x[:, 1:] for x in outputs]
+        )
         parts: dict[str, Tensor] = {}
         # Level by level: a smooth-L1 over all levels at once would keep one more float32 copy of
         # all of them.
         for i, (level, predicted) in enumerate(zip(self.weights, aligned, strict=True)):
             target = vit.select(features[:, i], rows)
-            if self.ways.target_norm != "ln":
+            if self.options.target_norm != "ln":
                 assert feature_stats is not None
                 stats = vit.select(feature_stats[:, i], rows)
                 target = normalised(
-                    self.ways.target_norm, target, stats, None if moments is None else moments[i]
+                    self.options.target_norm, target, stats, None if moments is None else moments[i]
                 )
-            parts[f"level_{level}"] = LOSSES[self.ways.loss](predicted, target)
+            parts[f"level_{level}"] = LOSSES[self.options.loss](predicted, target)
         weighted = [
             weight * part
             for weight, part in zip(self.weights.values(), parts.values(), strict=True)
@@ -124,7 +126,7 @@ class AlignmentHead(nn.Module):
         if self.mix is None:
             for level in self.weights:
                 yield self.adaptors[str(level)](outputs[level - 1])
-        elif self.ways.alignment == "adapt_then_mix":
+        elif self.options.alignment == "adapt_then_mix":
             yield from self._mixed(
                 [adapt(x) for adapt, x in zip(self.adaptors.values(), outputs, strict=True)]
             )

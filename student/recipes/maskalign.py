@@ -117,7 +117,7 @@ class Config(RecipeConfig):
             )
 
     @property
-    def ways(self) -> align.AlignmentOptions:
+    def alignment_options(self) -> align.AlignmentOptions:
         return align.AlignmentOptions(
             **{
                 field.name: getattr(self, field.name)
@@ -161,7 +161,7 @@ class Model(nn.Module):
             config.teacher_depth,
             config.teacher_width,
             weights,
-            config.ways,
+            config.alignment_options,
         )
 
     def no_weight_decay(self) -> set[str]:

@@ -18,23 +18,25 @@ from student.setup.options import Options, Say, file_settings
 from student.setup.target_choice import TrainingInputs
 from student.targets import in_memory
 from student.targets.assemble import draw_masks
-from student.targets.cached import Cached
-from student.targets.contract import Host, Targets
-from student.targets.fallback import Fallback
+from student.targets.cached import CachedTargets
+from student.targets.contract import HostBatch, Targets
+from student.targets.fallback import FallbackTargets
 from student.training import trackers
 from student.training.train import Run
 
 BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
 
 
-def _masks(chosen: TrainingInputs, seed: int) -> Callable[[Host], dict[str, Tensor] | None] | None:
+def _masks(
+    chosen: TrainingInputs, seed: int
+) -> Callable[[HostBatch], dict[str, Tensor] | None] | None:
     """Masks are drawn with the batch where all they read is stored; else after the teacher in the
     loop has run."""
     targets = chosen.targets
     if not targets.is_stored:
         return None
 
-    def draw(host: Host) -> dict[str, Tensor] | None:
+    def draw(host: HostBatch) -> dict[str, Tensor] | None:
         if "absent" in host and host["absent"].any():
             return None
         return draw_masks(chosen.config, host, targets.sources(host), seed)
@@ -43,7 +45,7 @@ def _masks(chosen: TrainingInputs, seed: int) -> Callable[[Host], dict[str, Tens
 
 
 def _make_resident(targets: Targets, acc: Accelerator, say: Say) -> None:
-    if not isinstance(targets, Cached):
+    if not isinstance(targets, CachedTargets):
         raise UsageError(
             "--resident is about targets read from a cache, and none are read here: leave it out"
         )
@@ -55,8 +57,8 @@ def _make_resident(targets: Targets, acc: Accelerator, say: Say) -> None:
 
 
 def _repeats(given: int, targets: Targets) -> int:
-    cached = targets.cached if isinstance(targets, Fallback) else targets
-    if isinstance(cached, Cached) and given > cached.cache.views:
+    cached = targets.cached if isinstance(targets, FallbackTargets) else targets
+    if isinstance(cached, CachedTargets) and given > cached.cache.views:
         raise UsageError(
             f"--aug-repeats {given}: the cache stores {cached.cache.views} views of a picture, and "
             "as many are allowed; add views with `featcache extract --views`"
@@ -64,7 +66,7 @@ def _repeats(given: int, targets: Targets) -> int:
     return given
 
 
-def build(
+def build_run(
     name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say
 ) -> tuple[Run, Loader]:
     """The job and the loader of this process."""
@@ -76,26 +78,26 @@ def build(
     overrides = [*file_settings(options.config), *options.settings]
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")
-    chosen = target_choice.choose(name, recipe, overrides, options, str(acc.device), say)
+    chosen = target_choice.choose_targets(name, recipe, overrides, options, str(acc.device), say)
     if options.resident:
         _make_resident(chosen.targets, acc, say)
     repeats = _repeats(options.aug_repeats, chosen.targets)
     fitting = max(len(chosen.pictures) // acc.num_processes // options.accumulate, 1) * repeats
     loader = Loader(
-        chosen.source,
-        chosen.targets,
-        chosen.pictures,
-        rng.key_digests(chosen.source.keys[i] for i in chosen.pictures),
-        options.seed,
-        options.batch_size or min(BATCH_SIZE // repeats * repeats or repeats, fitting),
-        options.accumulate,
-        acc.num_processes,
-        acc.process_index,
-        options.workers,
-        options.check_pixels,
-        repeats,
-        chosen.places if options.sampling == "block" else None,
-        _masks(chosen, options.seed),
+        source=chosen.source,
+        targets=chosen.targets,
+        pictures=chosen.pictures,
+        digests=rng.key_digests(chosen.source.keys[i] for i in chosen.pictures),
+        seed=options.seed,
+        batch_size=options.batch_size or min(BATCH_SIZE // repeats * repeats or repeats, fitting),
+        accumulation=options.accumulate,
+        world=acc.num_processes,
+        rank=acc.process_index,
+        workers=options.workers,
+        check_fraction=options.check_pixels,
+        repeats=repeats,
+        places=chosen.places if options.sampling == "block" else None,
+        masks=_masks(chosen, options.seed),
         pin=acc.device.type == "cuda",
     )
     out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
@@ -104,13 +106,13 @@ def build(
         "save_every": options.save_every,
         "resume": options.resume,
     }
-    limits |= {"ways": options.ways, "trackers": trackers.check(options.trackers)}
+    limits |= {"run_options": options.run_options, "trackers": trackers.check(options.trackers)}
     return Run(
         name, recipe, chosen.config, chosen.targets, out, options.seed, chosen.about, **limits
     ), loader
 
 
-def facts(job: Run, loader: Loader) -> dict[str, Any]:
+def run_facts(job: Run, loader: Loader) -> dict[str, Any]:
     """What is going to be trained, from what."""
     cached = job.about["kind"] == "cached"
     return {

@@ -68,7 +68,7 @@ class MatchedCache:
         return 1 + self.config.visible
 
 
-def with_facts(
+def config_with_facts(
     kind: type[RecipeConfig], overrides: Sequence[str], facts: dict[str, Any]
 ) -> RecipeConfig:
     """Facts first, then what the user set; the two must agree. A fact that the recipe has no field
@@ -86,7 +86,7 @@ def with_facts(
     return config
 
 
-def facts(identity: dict[str, Any]) -> dict[str, Any]:
+def cache_facts(identity: dict[str, Any]) -> dict[str, Any]:
     """What a cache's identity says about the student's configuration."""
     teacher, size = identity["teacher"], identity["policy"]["size"]
     return {
@@ -103,7 +103,11 @@ def _facts(recipe: ModuleType, overrides: Sequence[str], cache: Cache) -> dict[s
     teacher."""
     of_output = issubclass(recipe.Config, OutputConfig)
     output = output_facts(cache.tail(), cache.identity["teacher"]["width"]) if of_output else {}
-    return {**facts(cache.identity), **output, **second_facts(recipe.Config, overrides, cache)}
+    return {
+        **cache_facts(cache.identity),
+        **output,
+        **second_facts(recipe.Config, overrides, cache),
+    }
 
 
 def output_facts(tail: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -132,14 +136,14 @@ def open_given(
     """The cache at `path`, checked against the recipe's needs."""
     cache = (reading or ReadOptions()).open(path)
     given = tuple(overrides)
-    config = with_facts(recipe.Config, given, _facts(recipe, given, cache))
+    config = config_with_facts(recipe.Config, given, _facts(recipe, given, cache))
     spec = recipe.needs(config)
     notes: list[str] = []
     if keeps_few(cache, spec) and not any(
         text.partition("=")[0].strip() == "mask" for text in given
     ):
         given = (*given, "mask=stored")
-        config = with_facts(recipe.Config, given, _facts(recipe, given, cache))
+        config = config_with_facts(recipe.Config, given, _facts(recipe, given, cache))
         spec = recipe.needs(config)
         notes.append(f"{_kept(cache)}: mask=stored, a view shows the same in each epoch")
     lacking = missing(cache, spec, config)
@@ -168,7 +172,7 @@ def verify_small(cache: Cache) -> None:
     written."""
     if cache.bytes > VERIFIED_BYTES:
         return
-    problems, _ = verify.files(cache.path, without=cache.absent)
+    problems, _ = verify.verify_cache(cache.path, without=cache.absent)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(

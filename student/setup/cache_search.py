@@ -9,13 +9,13 @@ from featcache.catalog import home
 from featcache.errors import UsageError, UserError
 from featcache.pictures.source import Source
 from featcache.reading import crop_range
-from featcache.reading.join import join, stores_pixels
+from featcache.reading.join import join_by_key, stores_pixels
 from student.config import RecipeConfig, from_overrides
 from student.setup.cache_match import MatchedCache, ReadOptions, open_given
 from student.setup.remedy import extract_remedy
 
 
-def find(
+def find_cache(
     recipe: ModuleType,
     name: str,
     overrides: Sequence[str],
@@ -66,10 +66,10 @@ def _check_fit(candidate: MatchedCache, plain: RecipeConfig, source: Source | No
     if candidate.spec.fields and identity["teacher"]["name"] != plain.teacher:
         raise UserError(f"its teacher is {identity['teacher']['name']}, {plain.teacher} is needed")
     policy, spec = identity["policy"], candidate.spec
-    if not crop_range.within(spec.scale, _scale(candidate)) or policy["jitter"] != spec.jitter:
+    if not crop_range.is_within(spec.scale, _scale(candidate)) or policy["jitter"] != spec.jitter:
         raise UserError(
             f"its views are drawn at scale {policy['scale']} with jitter {policy['jitter']:g}, "
             f"{spec.scale} with {spec.jitter:g} is published"
         )
     if source is not None:
-        join(candidate.cache, source, decodes=not stores_pixels(candidate.cache))
+        join_by_key(candidate.cache, source, decodes=not stores_pixels(candidate.cache))

@@ -58,7 +58,7 @@ class Options:
     trackers: Sequence[str]
 
     @property
-    def ways(self) -> RunOptions:
+    def run_options(self) -> RunOptions:
         return RunOptions(self.ema, self.compiled, self.checkpoint_activations, self.skip_nonfinite)
 
     @property

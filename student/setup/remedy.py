@@ -20,7 +20,7 @@ def extract_remedy(
     """The exact extract command that makes what is missing: an incomplete cache is finished in its
     place, missing levels are added to it, and for the rest another is made."""
     if cache is None:
-        levels = extract_command.levels_text(spec.levels, config.teacher_depth)
+        levels = extract_command.format_levels(spec.levels, config.teacher_depth)
         facts = ["--teacher", config.teacher, "--levels", levels]
         size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
         others = [word for name in _others(spec.fields) for word in ("--teacher", name)]
@@ -36,12 +36,16 @@ def extract_remedy(
             source.spec if source else "SRC",
         ]
     elif not cache.complete:
-        command = [*extract_command.options(cache.manifest), "--out", str(cache.path)]
+        command = [*extract_command.extract_options(cache.manifest), "--out", str(cache.path)]
     elif names := _others(field for field in spec.fields if field not in cache.fields):
         command = ["--teacher", names[0], *_last_level(spec, names[0]), *_same_views(cache)]
         command += ["--add", "--out", str(cache.path)]
     elif second_keeps_few(cache, spec):
-        command = [*extract_command.options(cache.manifest, keep=False), "--teacher", spec.second]
+        command = [
+            *extract_command.extract_options(cache.manifest, keep=False),
+            "--teacher",
+            spec.second,
+        ]
     elif second_missing(cache, spec):
         command = ["--teacher", spec.second, *_last_level(spec, spec.second), *_same_views(cache)]
         command += ["--add", "--out", str(cache.path)]
@@ -49,11 +53,13 @@ def extract_remedy(
         field not in cache.fields for field in spec.fields
     ):
         wanted = sorted({*cache.levels, *spec.levels})
-        command = extract_command.options(cache.manifest, wanted, cache.views, keep=False)
+        command = extract_command.extract_options(cache.manifest, wanted, cache.views, keep=False)
     else:
-        command = extract_command.options(cache.manifest, missing_levels(cache, spec), cache.views)
+        command = extract_command.extract_options(
+            cache.manifest, missing_levels(cache, spec), cache.views
+        )
         command += ["--add", "--out", str(cache.path)]
-    return f"make it with: {extract_command.command(command)}"
+    return f"make it with: {extract_command.shell_line(command)}"
 
 
 def _others(fields: Iterable[str]) -> list[str]:
@@ -80,7 +86,9 @@ def _same_views(cache: Cache) -> list[str]:
         "precision",
         "batch-size",
     }
-    words = [word for word in extract_command.options(cache.manifest) if word != "--compile"]
+    words = [
+        word for word in extract_command.extract_options(cache.manifest) if word != "--compile"
+    ]
     pairs = zip(words[::2], words[1::2], strict=True)
     return [
         word for key, value in pairs if key.removeprefix("--") not in own for word in (key, value)

@@ -30,13 +30,13 @@ from student import config
 from student.recipes import TargetSpec
 from student.setup import cache_match, view_choice
 from student.setup.cache_match import MatchedCache
-from student.setup.cache_search import find
+from student.setup.cache_search import find_cache
 from student.setup.options import Options, Say
 from student.targets import fallback
-from student.targets.cached import Cached
+from student.targets.cached import CachedTargets
 from student.targets.contract import Targets
-from student.targets.fallback import Fallback
-from student.targets.online import Online
+from student.targets.fallback import FallbackTargets
+from student.targets.online import OnlineTargets
 
 I64 = npt.NDArray[np.int64]
 
@@ -56,10 +56,10 @@ class TrainingInputs:
     def places(self) -> I64:
         """(n,) where each training picture lies: its row in the cache, or its number in the
         source."""
-        return self.targets.rows if isinstance(self.targets, Cached) else self.pictures
+        return self.targets.rows if isinstance(self.targets, CachedTargets) else self.pictures
 
 
-def choose(
+def choose_targets(
     name: str, recipe: ModuleType, overrides: Sequence[str], options: Options, device: str, say: Say
 ) -> TrainingInputs:
     """What the options ask for; what they ask for in vain is one line."""
@@ -122,7 +122,7 @@ def _cache(
     if options.cache is not None:
         return cache_match.open_given(options.cache, recipe, name, overrides, options.reading)
     return (
-        find(recipe, name, overrides, source, options.reading)
+        find_cache(recipe, name, overrides, source, options.reading)
         if options.teacher == "cached"
         else None
     )
@@ -133,7 +133,7 @@ def _like(source: Source, found: MatchedCache | None, options: Options) -> Sourc
     return (
         source
         if found is None or options.decoder
-        else pixel_path.like(source, found.cache.identity["pixel_path"])
+        else pixel_path.match_decoder(source, found.cache.identity["pixel_path"])
     )
 
 
@@ -166,7 +166,7 @@ def _cached(
         )
     source = given or (join.StoredPixels(cache) if stored else _source_of(found, options.decoder))
     source = source if stored else _like(source, found, options)
-    pictures, rows, skipped = join.join(cache, source, decodes=not stored)
+    pictures, rows, skipped = join.join_by_key(cache, source, decodes=not stored)
     _say_skipped(skipped, say)
     _say_about(found, say)
     show = _shown(found, pictures, rows, options, say)
@@ -177,7 +177,7 @@ def _cached(
         )
     elif join.stores_pixels(cache):
         say(f"note: pixels are decoded from {source.spec}, those in the cache are left alone")
-    targets = Cached(
+    targets = CachedTargets(
         cache, found.spec, show.rows, options.pixel_tolerance, found.tokens, stored, show.turns
     )
     return TrainingInputs(
@@ -226,7 +226,7 @@ def _with_fallback(
         )
     absent = int((rows < 0).sum())
     say(
-        f"note: {fallback.told(cache)}: the teacher computes the targets of {absent} of "
+        f"note: {fallback.absent_text(cache)}: the teacher computes the targets of {absent} of "
         f"{len(rows)} pictures ({absent / len(rows):.4g}, allowed {limit:g}), whose pixels nothing "
         "can be compared with"
     )
@@ -239,13 +239,13 @@ def _with_fallback(
         if spec.fields
         else None
     )
-    cached = Cached(cache, spec, rows, options.pixel_tolerance, found.tokens, False)
-    online = Online(
+    cached = CachedTargets(cache, spec, rows, options.pixel_tolerance, found.tokens, False)
+    online = OnlineTargets(
         cached.policy, spec, teacher, cache.views, identity["order"], codec=cached.codec
     )
     about = _about(found, options, show, False)
     about["reading"] |= {"fallback": {"shards": list(cache.absent), "pictures": absent}}
-    return TrainingInputs(found.config, source, Fallback(cached, online), pictures, about)
+    return TrainingInputs(found.config, source, FallbackTargets(cached, online), pictures, about)
 
 
 def _scale(cache: Cache) -> str:
@@ -257,7 +257,7 @@ def _shown(
     found: MatchedCache, pictures: I64, rows: I64, options: Options, say: Say
 ) -> view_choice.ViewSelection:
     """The views that are shown, and what is said of them."""
-    show = view_choice.choose(
+    show = view_choice.choose_views(
         found.cache, pictures, rows, found.spec.scale, options.scale, options.without_view
     )
     for note in show.notes:
@@ -338,7 +338,7 @@ def _online(
         else _fresh(options.policy, recipe.needs(plain), path)
     )
     if found:
-        pixel_path.check_path(
+        pixel_path.check_pixel_path(
             source, found.cache.identity["pixel_path"], f"cache {str(found.cache.path)!r}"
         )
     pixel_path.check_filter(path, policy.filter)
@@ -347,14 +347,14 @@ def _online(
     if recipe.needs(plain).fields:
         name = identity["teacher"]["name"] if identity else plain.teacher
         teacher = _teacher(identity, name, _weights(found, options), device, say)
-    settings = cache_match.with_facts(
+    settings = cache_match.config_with_facts(
         recipe.Config, overrides, _online_facts(identity, policy, teacher)
     )
     if teacher is not None and recipe.needs(settings).derive == "z":
         cache_match.check_projection(teacher.tail(), f"teacher {teacher.name!r}")
     show = view_choice.ViewSelection(np.arange(len(source)), np.arange(len(source)))
     if found:
-        pictures, rows, skipped = join.join(found.cache, source)
+        pictures, rows, skipped = join.join_by_key(found.cache, source)
         _say_skipped(skipped, say)
         show = _shown(found, pictures, rows, options, say)
     about = {
@@ -367,7 +367,7 @@ def _online(
     if teacher is not None:
         about |= {"teacher": teacher.name, "weight_hash": weight_hash(teacher)}
     order = identity["order"] if identity else "attentive"
-    targets = Online(policy, recipe.needs(settings), teacher, count, order, show.turns)
+    targets = OnlineTargets(policy, recipe.needs(settings), teacher, count, order, show.turns)
     return TrainingInputs(settings, source, targets, show.pictures, about)
 
 
@@ -388,7 +388,7 @@ def _teacher(
         )
     if is_random(teacher.weights):
         say(f"note: {teacher.weights} - these weights are drawn, not trained")
-    return precision.like(teacher, identity) if identity else teacher
+    return precision.configure_like(teacher, identity) if identity else teacher
 
 
 def _refuse_reading(options: Options) -> None:
@@ -421,7 +421,7 @@ def _online_facts(
     identity: dict[str, Any] | None, policy: Policy, teacher: Teacher | None
 ) -> dict[str, Any]:
     if teacher is None:
-        return cache_match.facts(identity) if identity else {"img_size": policy.size}
+        return cache_match.cache_facts(identity) if identity else {"img_size": policy.size}
     return {
         "img_size": policy.size,
         "patch_size": cache_match.patch_size(policy.size, teacher.patches),

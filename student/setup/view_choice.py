@@ -41,7 +41,7 @@ class ViewSelection:
     about: dict[str, Any] = field(default_factory=dict)  # for config.json
 
 
-def choose(
+def choose_views(
     cache: Cache,
     pictures: I64,
     rows: I64,
@@ -54,12 +54,12 @@ def choose(
     low, high = cache.identity["policy"]["scale"]
     stored = (float(low), float(high))
     _check(wanted, stored)
-    scale = wanted or (published if crop_range.within(published, stored) else stored)
+    scale = wanted or (published if crop_range.is_within(published, stored) else stored)
     notes = [_departure(scale, published)] if scale != published else []
     if scale == stored:
         return ViewSelection(pictures, rows, notes=tuple(notes))
-    accepted = crop_range.accepted(cache, rows, scale)
-    left_out = crop_range.without_view(accepted, (cache.keys[row] for row in rows.tolist()))
+    accepted = crop_range.accepted_views(cache, rows, scale)
+    left_out = crop_range.keys_without_view(accepted, (cache.keys[row] for row in rows.tolist()))
     if left_out and (len(left_out) / len(rows) > most_left_out or len(left_out) == len(rows)):
         raise _too_many(cache, rows, scale, accepted, left_out, most_left_out)
     notes.append(
@@ -79,7 +79,7 @@ def choose(
 
 
 def _check(wanted: Scale | None, stored: Scale) -> None:
-    if wanted is not None and not crop_range.within(wanted, stored):
+    if wanted is not None and not crop_range.is_within(wanted, stored):
         raise UsageError(
             f"--scale {wanted[0]:g},{wanted[1]:g}: the cache holds crops of {_text(stored)} of the "
             "area; allowed: a range within; give such a one, or extract another cache with this "
@@ -94,7 +94,7 @@ def _departure(scale: Scale, published: Scale) -> str:
 def _too_many(
     cache: Cache, rows: I64, scale: Scale, accepted: Bool, left_out: Sequence[str], allowed: float
 ) -> UserError:
-    """How many, and the ways out."""
+    """How many, and the run_options out."""
     share, stored = len(left_out) / len(accepted), cache.identity["policy"]["scale"]
     leave = (
         f"leave them out with --without-view {math.ceil(1000 * share) / 1000:g}, "
@@ -124,12 +124,12 @@ def _more_views(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> str:
     if needed is None:
         return ""
     more = [
-        *extract_command.options(cache.manifest, cache.levels, needed),
+        *extract_command.extract_options(cache.manifest, cache.levels, needed),
         "--add",
         "--out",
         str(cache.path),
     ]
-    return f", or add views with: {extract_command.command(more)}"
+    return f", or add views with: {extract_command.shell_line(more)}"
 
 
 def _text(scale: Scale) -> str:

@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.reading.tensors import tensor
+from featcache.reading.tensors import to_tensor
 from featcache.targets.derived import derive
 from student import masking
 from student.config import RecipeConfig
 from student.models import vit
 from student.recipes import TargetSpec
-from student.targets.contract import Host
+from student.targets.contract import HostBatch
 
 
 def pixel_layout(
@@ -57,11 +57,11 @@ def recipe_targets(
 def copied_to(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """On the device, and never the host's own memory, which is filled again: on a CPU nothing else
     would copy it."""
-    return tensor(values).to(device, non_blocking=True, copy=True)
+    return to_tensor(values).to(device, non_blocking=True, copy=True)
 
 
 def draw_masks(
-    config: RecipeConfig, host: Host, sources: dict[str, npt.NDArray[Any]], seed: int
+    config: RecipeConfig, host: HostBatch, sources: dict[str, npt.NDArray[Any]], seed: int
 ) -> dict[str, Tensor]:
     """ids_keep and ids_masked of a batch, from (seed, round, key) and what the mask reads."""
     keep, masked = masking.draw(

@@ -18,7 +18,7 @@ from featcache.reading import pixel_check
 from featcache.reading.cache import Cache
 from featcache.reading.crop_range import ViewSchedule
 from featcache.reading.feature_reader import FeatureReader
-from featcache.reading.tensors import tail_on, tensor
+from featcache.reading.tensors import tail_on, to_tensor
 from featcache.targets import derived
 from featcache.targets import levels as target_levels
 from featcache.targets.codecs import Codec
@@ -29,7 +29,7 @@ from featcache.views.policy import policy_from_dict
 from student.recipes import TargetSpec
 from student.targets import buffers
 from student.targets.assemble import copied_to, pixel_layout, recipe_targets
-from student.targets.contract import I64, Host, Moments, Stored
+from student.targets.contract import I64, HostBatch, Moments, ResidentRows
 
 
 @dataclass
@@ -44,7 +44,7 @@ class SecondTeacher:
 
     def fetch(
         self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
-    ) -> Host:
+    ) -> HostBatch:
         """Its stored arrays of the rows, by the names that the cache has for them, in the memory of
         `out`."""
         memory = None if out is None else {name: out[name] for name in self.reader.fields}
@@ -52,7 +52,7 @@ class SecondTeacher:
             rows, view, self.reader.fields, (self.spec.second_level,), None, memory
         )
 
-    def complete(self, host: Host, device: torch.device) -> dict[str, Tensor]:
+    def complete(self, host: HostBatch, device: torch.device) -> dict[str, Tensor]:
         """`second` (B,1+P,E) on the device."""
         arrays = self.reader.to_device(host, device)
         h, stats = self.reader.features(arrays)[:, 0], self.reader.stats(arrays)
@@ -65,7 +65,7 @@ class SecondTeacher:
 
 
 @dataclass
-class Cached:
+class CachedTargets:
     """Rows of a cache: `rows` (n,) joins training picture and cache row.
 
     Recipes get features in image order whatever the cache's. From a ranked cache the first `tokens`
@@ -94,7 +94,7 @@ class Cached:
             dict.fromkeys((*(self.reader.fields if self.reader else ()), *side, *pixels))
         )
         self.reads = self.own if self.second is None else (*self.own, *self.second.reader.fields)
-        self.resident: Stored | None = None
+        self.resident: ResidentRows | None = None
 
     def layout(self) -> buffers.Layout:
         return dict(self.stored_layout()) | (
@@ -122,14 +122,16 @@ class Cached:
     def only_read(self) -> bool:
         return self.stored_pixels and self.resident is None
 
-    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+    def fetch(
+        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> HostBatch:
         return (
             self._read(self.rows[at], view, out)
             if self.resident is None
             else self.resident.fetch(at, view, out)
         )
 
-    def _read(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None) -> Host:
+    def _read(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None) -> HostBatch:
         memory = None if out is None else {name: out[name] for name in self.own}
         host = self.cache.read(rows, view, self.own, self.spec.levels or None, self.tokens, memory)
         return host if self.second is None else host | self.second.fetch(rows, view, out)
@@ -147,19 +149,19 @@ class Cached:
             else self.cache.read(self.rows[at], view, (field,), levels)[field]
         )
         return target_levels.moments(
-            target_levels.sums(stats, self.cache.identity["teacher"]["width"])
+            target_levels.moment_sums(stats, self.cache.identity["teacher"]["width"])
         )
 
     def noted(self, at: I64) -> dict[str, int]:
         return {}
 
-    def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
+    def sources(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
         return {
             name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields
         }
 
     def render(
-        self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int
+        self, picture: Image.Image, host: HostBatch, i: int, key: str, digest: rng.U64, view: int
     ) -> dict[str, Any]:
         parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
         return {"pixels": view_render.render(picture, *parts, self.policy.size, self.policy.filter)}
@@ -172,10 +174,12 @@ class Cached:
         if pixel_hash(pixels) == stored:
             return
         option = "--pixel-tolerance LEVELS"
-        pixel_check.prove(self.cache, int(self.rows[at]), view, pixels, self.tolerance, option)
+        pixel_check.check_pixels(
+            self.cache, int(self.rows[at]), view, pixels, self.tolerance, option
+        )
 
     def complete(
-        self, host: Host, device: torch.device
+        self, host: HostBatch, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         out = {}
         for field in self.spec.fields:
@@ -209,4 +213,4 @@ def _token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> Tensor:
             "allowed: a vocabulary above every id; give vocabulary=N of the tokenizer that made "
             "them"
         )
-    return tensor(ids).long()
+    return to_tensor(ids).long()

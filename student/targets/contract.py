@@ -20,14 +20,16 @@ from featcache.views.policy import Policy
 from student.targets import buffers
 
 I64 = npt.NDArray[np.int64]
-Host = dict[str, Any]  # arrays of a batch on the host
+HostBatch = dict[str, Any]  # arrays of a batch on the host
 Moments = Callable[[I64, I64], npt.NDArray[np.float32]]  # of training pictures (n,) in views (n,)
 
 
-class Stored(Protocol):
+class ResidentRows(Protocol):
     """Rows that answer in place of the cache."""
 
-    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+    def fetch(
+        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> HostBatch:
         """Arrays of training pictures `at`."""
         ...
 
@@ -64,7 +66,9 @@ class Targets(Protocol):
         where every picture is shown once in each."""
         ...
 
-    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+    def fetch(
+        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> HostBatch:
         """Stored arrays of training pictures `at`, in the memory of `out`; called in a loader
         thread."""
         ...
@@ -73,12 +77,12 @@ class Targets(Protocol):
         """What a row of metrics says of a step's pictures."""
         ...
 
-    def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
+    def sources(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
         """The arrays a mask is drawn from, where they are stored."""
         ...
 
     def render(
-        self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int
+        self, picture: Image.Image, host: HostBatch, i: int, key: str, digest: rng.U64, view: int
     ) -> dict[str, Any]:
         """`pixels` (S, S, 3) of sample i, and `teacher_pixels` where a teacher in the loop wants
         another size. Not called where pixels are stored."""
@@ -94,7 +98,7 @@ class Targets(Protocol):
         ...
 
     def complete(
-        self, host: Host, device: torch.device
+        self, host: HostBatch, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         """Tensors on the device (features), and the arrays a mask is drawn from."""
         ...

@@ -25,9 +25,9 @@ from featcache.storage import manifest
 from featcache.views import pixel_path
 from student.recipes import TargetSpec
 from student.targets import buffers
-from student.targets.cached import Cached
-from student.targets.contract import I64, Host
-from student.targets.online import Online
+from student.targets.cached import CachedTargets
+from student.targets.contract import I64, HostBatch
+from student.targets.online import OnlineTargets
 
 LIMIT = 0.01  # share of the training pictures that may be absent
 # fields that the teacher in the loop gives
@@ -35,12 +35,12 @@ MADE = {"features", "feature_stats", "attention", "mask_order"}
 
 
 @dataclass
-class Fallback:
+class FallbackTargets:
     """`cached.rows` is -1 where a picture's shard is absent; `online` gives what the cache
     would."""
 
-    cached: Cached
-    online: Online
+    cached: CachedTargets
+    online: OnlineTargets
     is_stored = True
     stored_pixels = only_read = False
     moments = None
@@ -55,7 +55,9 @@ class Fallback:
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
         return self.cached.view(digests, rounds)
 
-    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+    def fetch(
+        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> HostBatch:
         """As of the cache, and `absent` (B,): of these pictures every float is NaN, until the
         teacher has run."""
         absent = self.absent[at]
@@ -74,11 +76,11 @@ class Fallback:
     def noted(self, at: I64) -> dict[str, int]:
         return {"fallback": int(self.absent[at].sum())}
 
-    def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
+    def sources(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
         return self.cached.sources(host)
 
     def render(
-        self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int
+        self, picture: Image.Image, host: HostBatch, i: int, key: str, digest: rng.U64, view: int
     ) -> dict[str, Any]:
         way = self.online if host["absent"][i] else self.cached
         return way.render(picture, host, i, key, digest, view)
@@ -95,7 +97,7 @@ class Fallback:
             self.cached.check(pixels, at, view, stored)
 
     def complete(
-        self, host: Host, device: torch.device
+        self, host: HostBatch, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         out, sources = self.cached.complete(host, device)
         here = np.flatnonzero(host["absent"])
@@ -135,7 +137,7 @@ def join(cache: Cache, source: Source, limit: float) -> tuple[I64, I64, int]:
     """As `joining.join`, with row -1 for the pictures of absent shards, which the source's order
     tells: it must be the list of pictures that the cache was made from. More than `limit` of them
     are a UserError."""
-    pixel_path.check_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
+    pixel_path.check_pixel_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     if manifest.keys_digest(source.keys) != cache.identity["pictures"]["keys_digest"]:
         raise IdentityError(
             f"--fallback online: the {len(source)} pictures of {source.spec!r} are not the list "
@@ -160,15 +162,15 @@ def join(cache: Cache, source: Source, limit: float) -> tuple[I64, I64, int]:
     count = int(absent.sum())
     if not count <= limit * len(pictures):
         raise UserError(
-            f"{told(cache)}: {count} of {len(pictures)} pictures ({count / len(pictures):.4g}) "
-            f"would have their targets computed, allowed: {limit:g}; run `featcache repair "
-            f"{cache.path}`, or allow it with --fallback-limit "
+            f"{absent_text(cache)}: {count} of {len(pictures)} pictures "
+            f"({count / len(pictures):.4g}) would have their targets computed, allowed: {limit:g}; "
+            f"run `featcache repair {cache.path}`, or allow it with --fallback-limit "
             f"{np.ceil(1000 * count / len(pictures)) / 1000:g}"
         )
     return pictures, rows[pictures], len(source) - len(pictures)
 
 
-def told(cache: Cache) -> str:
+def absent_text(cache: Cache) -> str:
     """Which shards are absent, in words."""
     shard, why = next(iter(cache.absent.items()))
     many = f"{len(cache.absent)} of {len(cache.manifest['shards'])} shards are absent"

@@ -24,8 +24,8 @@ from accelerate.utils import gather_object
 
 from featcache.errors import UserError
 from student.targets import buffers
-from student.targets.cached import Cached
-from student.targets.contract import I64, Host
+from student.targets.cached import CachedTargets
+from student.targets.contract import I64, HostBatch
 
 _CHUNK = 1 << 26  # bytes of a read while loading
 _ALIGN = 64
@@ -35,7 +35,7 @@ _LIMIT = Path("/sys/fs/cgroup/memory.max")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Rows:
+class SharedRows:
     """The arrays of a run's targets, (V, n, ...) each, laid out one after the other in one piece of
     memory."""
 
@@ -48,7 +48,9 @@ class Rows:
             self.arrays[name] = np.ndarray(shape, dtype, memory, at)
             at += _padded(shape, dtype)
 
-    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+    def fetch(
+        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> HostBatch:
         """Rows (B, ...) of training pictures `at` in their views, in the memory of `out`."""
         return {
             name: self.take(name, at, view, None if out is None else out[name])
@@ -80,7 +82,7 @@ class Rows:
         return self._threads
 
 
-def load(targets: Cached, acc: Accelerator) -> int:
+def load(targets: CachedTargets, acc: Accelerator) -> int:
     """Let `targets` answer from memory from now on; the first process of each machine loads it.
     Returns the bytes."""
     layout = targets.stored_layout()
@@ -93,7 +95,7 @@ def load(targets: Cached, acc: Accelerator) -> int:
         mine = os.memfd_create("student-resident")
         os.ftruncate(mine, size)
         memory = mmap.mmap(mine, size)
-        _fill(targets, Rows(layout, views, n, memory))
+        _fill(targets, SharedRows(layout, views, n, memory))
     if acc.num_processes > 1:
         boot = _BOOT.read_text()
         offers = gather_object([(boot, os.getpid(), mine)])
@@ -105,11 +107,11 @@ def load(targets: Cached, acc: Accelerator) -> int:
     if mine >= 0:
         os.close(mine)
     assert memory is not None
-    targets.resident = Rows(layout, views, n, memory)
+    targets.resident = SharedRows(layout, views, n, memory)
     return size
 
 
-def _fill(targets: Cached, rows: Rows) -> None:
+def _fill(targets: CachedTargets, rows: SharedRows) -> None:
     item = sum(array[0, 0].nbytes for array in rows.arrays.values())
     step = max(_CHUNK // item, 1)
     for view in range(targets.cache.views):

@@ -18,7 +18,7 @@ from featcache.errors import UsageError
 from featcache.models import precision
 from featcache.models.contract import Teacher
 from featcache.reading.crop_range import ViewSchedule
-from featcache.reading.tensors import tail_on, tail_tensors, tensor
+from featcache.reading.tensors import tail_on, tail_tensors, to_tensor
 from featcache.targets import codecs, levels
 from featcache.targets.attention import mask_order
 from featcache.views import render as view_render
@@ -27,11 +27,11 @@ from featcache.views.policy import Policy
 from student.recipes import TargetSpec
 from student.targets import buffers
 from student.targets.assemble import pixel_layout, recipe_targets
-from student.targets.contract import I64, Host
+from student.targets.contract import I64, HostBatch
 
 
 @dataclass
-class Online:
+class OnlineTargets:
     """Views drawn on the spot and, where the recipe needs targets, the teacher run on them: no
     cache is read."""
 
@@ -81,17 +81,19 @@ class Online:
             return np.broadcast_to(np.asarray(rounds, np.int64), len(digests)).copy()
         return stored_view(digests, rounds, self.views)
 
-    def fetch(self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None) -> Host:
+    def fetch(
+        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> HostBatch:
         return {}
 
     def noted(self, at: I64) -> dict[str, int]:
         return {}
 
-    def sources(self, host: Host) -> dict[str, npt.NDArray[Any]]:
+    def sources(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
         return {}
 
     def render(
-        self, picture: Image.Image, host: Host, i: int, key: str, digest: rng.U64, view: int
+        self, picture: Image.Image, host: HostBatch, i: int, key: str, digest: rng.U64, view: int
     ) -> dict[str, Any]:
         size = np.array([(picture.height, picture.width)])
         drawn = draw(self.policy, digest[None], size, [view])
@@ -110,7 +112,7 @@ class Online:
         """Nothing is stored that the pixels could differ from."""
 
     def complete(
-        self, host: Host, device: torch.device
+        self, host: HostBatch, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         if self.teacher is None:
             return {}, {}
@@ -120,7 +122,7 @@ class Online:
             .permute(0, 3, 1, 2)
         )
         # as a cache's teacher ran, whatever the student runs in
-        with torch.no_grad(), precision.applied(self.teacher):
+        with torch.no_grad(), precision.autocast_for(self.teacher):
             ys, attention = self.teacher(pixels.contiguous(), self.spec.levels)
             pairs = [levels.normalise(y) for y in ys]
         weights = attention.float().cpu().numpy()
@@ -143,7 +145,7 @@ class Online:
         has one micro-batch (origin.choose sees to it): the others' targets would not be known
         yet."""
         assert self.teacher is not None
-        own = torch.from_numpy(levels.sums(stats.cpu().numpy(), self.teacher.width)).to(
+        own = torch.from_numpy(levels.moment_sums(stats.cpu().numpy(), self.teacher.width)).to(
             stats.device
         )
-        return tensor(levels.moments(reduce(own, "sum").cpu().numpy())).to(stats.device)
+        return to_tensor(levels.moments(reduce(own, "sum").cpu().numpy())).to(stats.device)

@@ -23,14 +23,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from featcache.console.text import size
+from featcache.console.text import format_bytes
 from featcache.errors import UserError
 from featcache.reading.cache import Cache
 from student.data.loader import Loader
-from student.data.prefetch import Feed
-from student.targets.cached import Cached
+from student.data.prefetch import Prefetcher
+from student.targets.cached import CachedTargets
 from student.targets.contract import Targets
-from student.targets.fallback import Fallback
+from student.targets.fallback import FallbackTargets
 from student.training import progress_bar, train, train_state
 from student.training.train import Run
 from student.training.train_state import TrainState
@@ -42,14 +42,14 @@ READ_S, READ_BYTES = 2.0, 1 << 30  # how long, and how much at most, is read to 
 
 def measure(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     """The facts of a dry run beyond those of the job; every process takes part."""
-    pupil = train.begin(job, loader, acc)
+    pupil = train.build_state(job, loader, acc)
     encoder: Any = pupil.module.encoder
     facts: dict[str, Any] = {
         "parameters": _count(pupil.module),
         "encoder_parameters": _count(encoder),
     }
     walls, computing, kept = _steps(job, loader, pupil)
-    facts["memory"] = memory(pupil, kept if not job.ways.compiled else None)
+    facts["memory"] = memory(pupil, kept if not job.run_options.compiled else None)
     if computing:
         facts |= {
             "step_s": round(statistics.median(walls), 4),
@@ -73,17 +73,17 @@ def _steps(job: Run, loader: Loader, pupil: TrainState) -> tuple[list[float], li
     walls, computing, kept = [], [], 0
     begun = time.perf_counter()
     with contextlib.closing(loader.iterate(0, min(STEPS, total))) as hosts:
-        feed = Feed(job.config, job.targets, hosts, pupil.acc.device, job.seed)
+        feed = Prefetcher(job.config, job.targets, hosts, pupil.acc.device, job.seed)
         for step in range(min(STEPS, total)):
             if step > 1 and time.perf_counter() - begun > MOST_S and pupil.acc.num_processes == 1:
                 break
             start = time.perf_counter()
             with (
                 _kept(pupil.module)
-                if step == 0 and not job.ways.compiled
+                if step == 0 and not job.run_options.compiled
                 else contextlib.nullcontext([0]) as count
             ):
-                row = train.make_step(job, loader, pupil, feed, step, total)
+                row = train.train_step(job, loader, pupil, feed, step, total)
             if pupil.acc.device.type == "cuda":
                 torch.cuda.synchronize()
             wall = time.perf_counter() - start
@@ -137,7 +137,7 @@ def memory(pupil: TrainState, kept: int | None) -> dict[str, int | None]:
 
 def _disk(targets: Targets, loader: Loader, images_per_s: float) -> dict[str, Any]:
     """What the student wants of the cache a second, and what its files give."""
-    if not isinstance(targets, Cached | Fallback):
+    if not isinstance(targets, CachedTargets | FallbackTargets):
         return {}
     wanted, direct = _directly(targets), True
     try:
@@ -156,11 +156,15 @@ def _disk(targets: Targets, loader: Loader, images_per_s: float) -> dict[str, An
     }
 
 
-def _directly(targets: Cached | Fallback) -> Targets:
-    cached = targets.cached if isinstance(targets, Fallback) else targets
+def _directly(targets: CachedTargets | FallbackTargets) -> Targets:
+    cached = targets.cached if isinstance(targets, FallbackTargets) else targets
     cache = Cache(cached.cache.path, verify_rows=0, io="direct", partial=bool(cached.cache.absent))
     cached = dataclasses.replace(cached, cache=cache)
-    return dataclasses.replace(targets, cached=cached) if isinstance(targets, Fallback) else cached
+    return (
+        dataclasses.replace(targets, cached=cached)
+        if isinstance(targets, FallbackTargets)
+        else cached
+    )
 
 
 def _bytes_of(targets: Targets, loader: Loader, step: int) -> int:
@@ -192,13 +196,13 @@ def text(facts: dict[str, Any]) -> str:
 def _shown(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(
-            f"{name} {'not counted' if part is None else size(part)}"
+            f"{name} {'not counted' if part is None else format_bytes(part)}"
             for name, part in value.items()
         )
     return (
-        f"{size(value)}/s"
+        f"{format_bytes(value)}/s"
         if key.endswith("_bytes_per_s")
-        else size(value)
+        else format_bytes(value)
         if key.startswith("bytes_")
         else str(value)
     )

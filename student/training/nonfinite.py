@@ -38,7 +38,7 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "f
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """One micro-batch as the model takes it."""
 
     number: int
@@ -48,7 +48,7 @@ class Micro:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Reproducer:
     """What a reproducer holds."""
 
     about: dict[str, Any]
@@ -56,13 +56,15 @@ class Saved:
     batch: dict[str, Tensor]
 
 
-def find(learner: Any, micros: Iterable[Micro]) -> tuple[Micro, dict[str, float]] | None:
+def find_nonfinite(
+    learner: Any, micros: Iterable[MicroBatch]
+) -> tuple[MicroBatch, dict[str, float]] | None:
     """The first micro-batch of this process whose loss is not finite, and the loss with its parts;
     None where all are.
 
     All are run, since processes that share a model (FSDP) must run as many.
     """
-    found: tuple[Micro, dict[str, float]] | None = None
+    found: tuple[MicroBatch, dict[str, float]] | None = None
     for micro in micros:
         torch.manual_seed(micro.seed)
         with torch.no_grad(), learner.acc.autocast():
@@ -83,7 +85,7 @@ def save(
     about: dict[str, Any],
     rank: int,
     model: dict[str, Tensor],
-    micro: Micro,
+    micro: MicroBatch,
     parts: dict[str, float],
 ) -> None:
     """Write a reproducer: the whole weights, and one micro-batch with the loss and the parts it
@@ -102,7 +104,7 @@ def save(
     tensors = {f"model.{name}": value for name, value in model.items()}
     tensors |= {f"batch.{name}": value for name, value in micro.batch.items()}
     own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    temporary = place.with_name(f".{place.name}.{owner.owner()}.tmp")
+    temporary = place.with_name(f".{place.name}.{owner.writer_id()}.tmp")
     try:
         save_file(own, str(temporary), metadata={"about": json.dumps(facts)})
         temporary.replace(place)
@@ -110,7 +112,7 @@ def save(
         temporary.unlink(missing_ok=True)
 
 
-def load(file: Path) -> Saved:
+def load(file: Path) -> Reproducer:
     """A reproducer's content; a file that is none is a UserError."""
     try:
         with safe_open(str(file), "pt") as content:
@@ -131,10 +133,10 @@ def load(file: Path) -> Saved:
         }
         for kind in ("model", "batch")
     }
-    return Saved(about, groups["model"], groups["batch"])
+    return Reproducer(about, groups["model"], groups["batch"])
 
 
-def build(saved: Saved, recipe: ModuleType) -> nn.Module:
+def build(saved: Reproducer, recipe: ModuleType) -> nn.Module:
     """The recipe's model with the weights of that step, in training mode."""
     names = {field.name for field in dataclasses.fields(recipe.Config)}
     settings = [
@@ -153,7 +155,7 @@ def build(saved: Saved, recipe: ModuleType) -> nn.Module:
 
 
 def replay(
-    saved: Saved, model: nn.Module, device: torch.device, precision: str | None = None
+    saved: Reproducer, model: nn.Module, device: torch.device, precision: str | None = None
 ) -> dict[str, Any]:
     """Run the micro-batch again: loss and parts, the first module whose output is not finite, and
     the parameters whose gradients are not. `precision` None is that of the run."""

@@ -25,7 +25,7 @@ from student import checkpoint
 _NOTE = b"\nnote: stopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
 
 
-class Notice:
+class StopNotice:
     """Within it SIGTERM and the first Ctrl-C are noted; the second Ctrl-C is a
     KeyboardInterrupt."""
 
@@ -35,7 +35,7 @@ class Notice:
         self._told: Tensor | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Notice:
+    def __enter__(self) -> StopNotice:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -65,27 +65,29 @@ class Notice:
         return before is not None and bool(before.item())
 
 
-def error(step: int, total: int, why: str | None, resume: bool) -> StoppedError:
+def stopped_error(step: int, total: int, why: str | None, resume: bool) -> StoppedError:
     """The one line, after the checkpoint of `step` is saved."""
     return StoppedError(
         f"stopped after step {step} of {total}{f' by {why}' if why else ''}, its checkpoint is "
-        f"saved; {how(resume)}"
+        f"saved; {resume_hint(resume)}"
     )
 
 
-def at_once(run: Path, resume: bool) -> StoppedError:
+def stopped_at_once(run: Path, resume: bool) -> StoppedError:
     """The one line where nothing was waited for: before the first step, or at the second Ctrl-C."""
-    step = checkpoint.step_of(run)
+    step = checkpoint.latest_step(run)
     if step is not None:
-        return StoppedError(f"stopped; the checkpoint of step {step} is kept, {how(resume)}")
+        return StoppedError(
+            f"stopped; the checkpoint of step {step} is kept, {resume_hint(resume)}"
+        )
     if (run / checkpoint.CONFIG).is_file():
         return StoppedError(
-            f"stopped before the first checkpoint; {how(resume)}, which is the start"
+            f"stopped before the first checkpoint; {resume_hint(resume)}, which is the start"
         )
     return StoppedError("stopped before the first step; run the same command again")
 
 
-def how(resume: bool) -> str:
+def resume_hint(resume: bool) -> str:
     """What goes on: the very command where it said --resume already."""
     return (
         "the same command goes on from there"

@@ -21,7 +21,7 @@ EVERY = 20  # steps between two looks at a loss that lies on a GPU: each look wa
 NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", *UNWRITTEN)
 
 
-class Progress:
+class TrainProgress:
     """A bar with a line behind it."""
 
     def __init__(self, bar: Any, steps_per_epoch: int) -> None:
@@ -68,7 +68,7 @@ def host_bytes() -> int:
 
 
 @contextlib.contextmanager
-def shown(total: int, first: int, steps_per_epoch: int, speaks: bool) -> Iterator[Progress]:
+def shown(total: int, first: int, steps_per_epoch: int, speaks: bool) -> Iterator[TrainProgress]:
     """Steps `first` to `total` of a run, in the process that `speaks`."""
     from tqdm import tqdm
 
@@ -76,4 +76,4 @@ def shown(total: int, first: int, steps_per_epoch: int, speaks: bool) -> Iterato
     with tqdm(
         total=total, initial=first, unit="step", disable=quiet, dynamic_ncols=True, smoothing=0.1
     ) as bar:
-        yield Progress(bar, steps_per_epoch)
+        yield TrainProgress(bar, steps_per_epoch)

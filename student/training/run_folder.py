@@ -33,7 +33,9 @@ def check(out: Path, record: dict[str, Any], resume: bool) -> None:
     """Refuse a folder that holds something else, or another run than the one to resume."""
     path = out / checkpoint.CONFIG
     if resume and path.is_file():
-        before, now = (dict(identity.flat(each)) for each in (checkpoint.config(out), record))
+        before, now = (
+            dict(identity.flatten(each)) for each in (checkpoint.read_config(out), record)
+        )
         names = [key for key in {**before, **now} if not key.startswith(FREE)]
         changed = [key for key in names if before.get(key) != now.get(key)]
         if changed:
@@ -68,7 +70,7 @@ def make(out: Path, record: dict[str, Any]) -> bool:
 def forget_unbegun(run: Path) -> None:
     """Remove the folder of a new run that ended before its first step, so that the corrected
     command finds it free."""
-    if checkpoint.complete(run) or read(run):
+    if checkpoint.list_checkpoints(run) or read(run):
         return
     for name in (NAME, "environment.json", checkpoint.CONFIG):
         (run / name).unlink(missing_ok=True)

@@ -39,7 +39,7 @@ def check(names: Sequence[str]) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def started(
+def start_trackers(
     names: Sequence[str], acc: Accelerator, run: Path, record: dict[str, Any], first: int
 ) -> Iterator[Log | None]:
     """What takes rows of metrics while the run goes on; None without trackers. `first` steps are
@@ -79,5 +79,5 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     plain = (bool, int, float, str)
     return {
         key: value if isinstance(value, plain) else str(value)
-        for key, value in identity.flat(record)
+        for key, value in identity.flatten(record)
     }

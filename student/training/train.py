@@ -27,8 +27,8 @@ from featcache.storage import manifest
 from student import checkpoint
 from student.config import RecipeConfig, as_dict
 from student.data.loader import Loader
-from student.data.prefetch import Feed, Share, Wait, to_device
-from student.targets.contract import Host, Targets
+from student.data.prefetch import Prefetcher, WaitShare, WaitTime, to_device
+from student.targets.contract import HostBatch, Targets
 from student.training import (
     nonfinite,
     optim,
@@ -60,7 +60,7 @@ class Run:
     steps: int | None = None  # optimiser steps; None: config.epochs
     save_every: int | None = None  # steps; None: an epoch
     resume: bool = False
-    ways: RunOptions = field(default_factory=RunOptions)
+    run_options: RunOptions = field(default_factory=RunOptions)
     trackers: tuple[str, ...] = ()  # beside metrics.jsonl
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -83,9 +83,13 @@ def _train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         run_folder.check(job.out, record, job.resume)
 
     # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind
-    state = checkpoint.newest(job.out) if job.resume and checkpoint.complete(job.out) else None
+    state = (
+        checkpoint.load_latest(job.out)
+        if job.resume and checkpoint.list_checkpoints(job.out)
+        else None
+    )
     first = 0 if state is None else int(state["step"])
-    pupil = begin(job, loader, acc, state)
+    pupil = build_state(job, loader, acc, state)
 
     # ---- the run folder --------------------------------------------------------------------------
     is_new = acc.is_main_process and run_folder.make(job.out, record)
@@ -97,16 +101,18 @@ def _train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         if is_new:
             # last of all, when metrics are closed
             stack.callback(run_folder.forget_unbegun, job.out)
-        log = stack.enter_context(trackers.started(job.trackers, acc, job.out, record, first))
+        log = stack.enter_context(
+            trackers.start_trackers(job.trackers, acc, job.out, record, first)
+        )
         metrics = stack.enter_context(contextlib.closing(_metrics(job, first, acc, log)))
         hosts = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
-        feed = Feed(job.config, job.targets, hosts, acc.device, job.seed)
+        feed = Prefetcher(job.config, job.targets, hosts, acc.device, job.seed)
         bar = stack.enter_context(
             progress_bar.shown(total, first, loader.steps_per_epoch, acc.is_main_process)
         )
-        notice = stack.enter_context(preemption.Notice(acc))
+        notice = stack.enter_context(preemption.StopNotice(acc))
         for step in range(first, total):
-            row = make_step(job, loader, pupil, feed, step, total)
+            row = train_step(job, loader, pupil, feed, step, total)
             look = metrics.add if row["applied"] else metrics.flush_with
             _check_losses(look(row), job, loader, pupil)
             bar.update_with(row)
@@ -114,12 +120,12 @@ def _train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
             if (due or (step + 1) % save_every == 0) and step + 1 < total:
                 _save(job, loader, pupil, step + 1, metrics)
             if due and step + 1 < total:
-                raise preemption.error(step + 1, total, notice.asked, job.resume)
+                raise preemption.stopped_error(step + 1, total, notice.asked, job.resume)
         _check_losses(metrics.flush(), job, loader, pupil)
-        if first < total or not checkpoint.complete(job.out):
+        if first < total or not checkpoint.list_checkpoints(job.out):
             _save(job, loader, pupil, total, metrics)
     rows = read(job.out)
-    skipped = {"skipped": pupil.skipped} if job.ways.skip_nonfinite is not None else {}
+    skipped = {"skipped": pupil.skipped} if job.run_options.skip_nonfinite is not None else {}
     # samples whose targets the teacher made
     computed = [row["fallback"] for row in rows if "fallback" in row]
     facts = {"run": str(job.out), "steps": total, "first_step": first, **record["data"], **skipped}
@@ -127,18 +133,18 @@ def _train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     return {**facts, "loss": rows[-1]["loss"] if rows else None}
 
 
-def begin(
+def build_state(
     job: Run, loader: Loader, acc: Accelerator, state: dict[str, Any] | None = None
 ) -> TrainState:
     """The job's model and optimizer, as the seed or a checkpoint has them."""
     torch.manual_seed(job.seed)
     model = job.recipe.Model(job.config).to(acc.device)
     optimizer = optim.adamw(model, job.config, optim.peak_lr(job.config, loader.global_batch))
-    return train_state.build(acc, model, optimizer, job.ways, job.out, state)
+    return train_state.build_train_state(acc, model, optimizer, job.run_options, job.out, state)
 
 
-def make_step(
-    job: Run, loader: Loader, pupil: TrainState, feed: Feed, step: int, total: int
+def train_step(
+    job: Run, loader: Loader, pupil: TrainState, feed: Prefetcher, step: int, total: int
 ) -> dict[str, Any]:
     """One optimiser step at its rate; returns its row of metrics, and what is not written of it
     (metrics.UNWRITTEN)."""
@@ -153,7 +159,7 @@ def make_step(
     applied = pupil.update(parts["loss"], step)
     row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
     row |= job.targets.noted(loader.step_rows(step)[0])
-    if job.ways.skip_nonfinite is not None:
+    if job.run_options.skip_nonfinite is not None:
         row["skipped"] = pupil.skipped
     return {
         **row,
@@ -165,12 +171,12 @@ def make_step(
 
 
 def _gradients(
-    job: Run, loader: Loader, pupil: TrainState, feed: Feed, step: int
-) -> tuple[dict[str, Tensor], list[Wait], list[str]]:
+    job: Run, loader: Loader, pupil: TrainState, feed: Prefetcher, step: int
+) -> tuple[dict[str, Tensor], list[WaitTime], list[str]]:
     """Forward and backward of a step's micro-batches: mean parts of the loss, waits for data,
     sample keys."""
     acc, sums = pupil.acc, dict[str, Tensor]()
-    waits, keys = list[Wait](), list[str]()
+    waits, keys = list[WaitTime](), list[str]()
     for micro in range(loader.accumulation):
         taken = feed.take()
         waits.append(taken.waited)
@@ -203,19 +209,19 @@ def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
     return int(word >> np.uint64(1))
 
 
-def _speed(loader: Loader, started: float, waits: list[Wait]) -> dict[str, Any]:
+def _speed(loader: Loader, started: float, waits: list[WaitTime]) -> dict[str, Any]:
     """Samples a second over all processes, and the share of the step spent waiting for data."""
     seconds = max(time.perf_counter() - started, 1e-9)
     return {
         "images_per_s": round(loader.global_batch / seconds, 2),
-        "data_wait": Share(waits, seconds),
+        "data_wait": WaitShare(waits, seconds),
     }
 
 
 def _check_losses(rows: list[dict[str, Any]], job: Run, loader: Loader, pupil: TrainState) -> None:
     """Stop at a loss that is not finite, with what runs it again: nothing that follows it would
     mean anything. Some may be left out (--skip-nonfinite): those were not applied."""
-    allowed = job.ways.skip_nonfinite
+    allowed = job.run_options.skip_nonfinite
     for row in rows:
         if np.isfinite(row["loss"]):
             continue
@@ -232,7 +238,7 @@ def _reproduce(job: Run, loader: Loader, pupil: TrainState, row: dict[str, Any])
     meeting of all."""
     acc, step = pupil.acc, row["step"] - 1
     with contextlib.closing(loader.iterate(step, step + 1)) as batches:
-        found = nonfinite.find(pupil, _micros(job, loader, acc, batches, step))
+        found = nonfinite.find_nonfinite(pupil, _micros(job, loader, acc, batches, step))
     had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
     weights = pupil.weights()
     place = f"{job.out}/{checkpoint.FOLDER}"
@@ -240,10 +246,10 @@ def _reproduce(job: Run, loader: Loader, pupil: TrainState, row: dict[str, Any])
         "lower the rate, or use --precision fp32 or bf16, or leave such steps out with "
         "--skip-nonfinite N"
     )
-    if job.ways.skip_nonfinite is not None:
+    if job.run_options.skip_nonfinite is not None:
         cure = (
             f"the {pupil.skipped} steps left out are more than --skip-nonfinite "
-            f"{job.ways.skip_nonfinite}"
+            f"{job.run_options.skip_nonfinite}"
         )
     if True not in had:
         return (
@@ -264,11 +270,11 @@ def _reproduce(job: Run, loader: Loader, pupil: TrainState, row: dict[str, Any])
 
 
 def _micros(
-    job: Run, loader: Loader, acc: Accelerator, batches: Iterator[Host], step: int
-) -> Iterator[nonfinite.Micro]:
+    job: Run, loader: Loader, acc: Accelerator, batches: Iterator[HostBatch], step: int
+) -> Iterator[nonfinite.MicroBatch]:
     for number, host in enumerate(batches):
         batch = to_device(job.config, job.targets, host, acc.device, job.seed)
-        yield nonfinite.Micro(
+        yield nonfinite.MicroBatch(
             number, host["keys"], batch, step_seed(job.seed, step, number, loader.rank)
         )
 
@@ -292,15 +298,15 @@ def _save(job: Run, loader: Loader, pupil: TrainState, step: int, metrics: Metri
 
 def _record(job: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:
     """config.json: what a resumed run must agree with."""
-    ways = asdict(job.ways)
+    run_options = asdict(job.run_options)
     return {
         "recipe": job.name,
         "config": as_dict(job.config),
         "seed": job.seed,
         "steps": total,
         "precision": acc.mixed_precision,
-        "ema": ways.pop("ema"),
-        "running": ways,
+        "ema": run_options.pop("ema"),
+        "running": run_options,
         "targets": job.about,
         "data": {
             "pictures": len(loader.pictures),

@@ -49,7 +49,7 @@ class TrainState:
     module: nn.Module
     model: Any
     optimizer: Any
-    ways: RunOptions
+    run_options: RunOptions
     average: ModelEmaV3 | None = None
     skipped: int = 0  # steps that were not applied
     _held: Tensor | None = field(default=None, repr=False)
@@ -60,7 +60,7 @@ class TrainState:
         if (
             on_gpu
             and self.acc.scaler is None
-            and self.ways.skip_nonfinite is None
+            and self.run_options.skip_nonfinite is None
             and not sharded(self.acc)
         ):
             self._held = torch.zeros((), device=self.acc.device)
@@ -128,27 +128,27 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def build(
+def build_train_state(
     acc: Accelerator,
     module: nn.Module,
     optimizer: Any,
-    ways: RunOptions,
+    run_options: RunOptions,
     run: Path,
     state: State | None,
 ) -> TrainState:
     """Model and optimizer, as they start or as a checkpoint left them, prepared for this
     process."""
-    if ways.ema is not None and sharded(acc):
+    if run_options.ema is not None and sharded(acc):
         raise UsageError(
             "--ema does not go with FSDP, which gives each process a part of the weights; leave "
             "one out"
         )
     if state is not None:
         checkpoint.restore(run, state, module, None if sharded(acc) else optimizer)
-    average = None if ways.ema is None else _average(module, ways.ema, run, state)
-    if ways.checkpoint_activations:
+    average = None if run_options.ema is None else _average(module, run_options.ema, run, state)
+    if run_options.checkpoint_activations:
         activation_checkpointing.apply(module)
-    if ways.compiled:
+    if run_options.compiled:
         module.compile()
     model, optimizer = acc.prepare(module, optimizer)
     if state is not None and sharded(acc):
@@ -159,7 +159,7 @@ def build(
         acc.scaler.load_state_dict(state["scaler"])
     model.train()
     skipped = int(state.get("skipped", 0)) if state is not None else 0
-    return TrainState(acc, module, model, optimizer, ways, average, skipped)
+    return TrainState(acc, module, model, optimizer, run_options, average, skipped)
 
 
 def _average(module: nn.Module, decay: float, run: Path, state: State | None) -> ModelEmaV3:
@@ -168,7 +168,7 @@ def _average(module: nn.Module, decay: float, run: Path, state: State | None) ->
     average = ModelEmaV3(module, decay=decay, use_warmup=True)
     average.module.requires_grad_(False)
     if state is not None:
-        checkpoint.restore_average(run, state, average.module)
+        checkpoint.restore_ema(run, state, average.module)
     return average
 
 

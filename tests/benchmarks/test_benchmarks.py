@@ -315,7 +315,7 @@ def test_bench_recipes_looks_at_every_checkpoint(
 ) -> None:
     """A training that writes three, the next while this one is looked at, were it not held; one
     that fails says so in one line."""
-    monkeypatch.setattr(checkpoint, "load_encoder", lambda run: (checkpoint.step_of(run), {}))
+    monkeypatch.setattr(checkpoint, "load_encoder", lambda run: (checkpoint.latest_step(run), {}))
     command = [sys.executable, "-c", TRAINING, str(tmp_path), str(status)]
     seen = []
     with pytest.raises(UserError, match="failed: 3") if status else contextlib.nullcontext():
@@ -328,7 +328,7 @@ def test_bench_recipes_looks_at_every_checkpoint(
 def test_bench_recipes_stops_the_training_it_need_not_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "load_encoder", lambda run: (checkpoint.step_of(run), {}))
+    monkeypatch.setattr(checkpoint, "load_encoder", lambda run: (checkpoint.latest_step(run), {}))
     command = [sys.executable, "-c", TRAINING.replace("0.6", "60"), str(tmp_path), "0"]
     with contextlib.closing(bench_recipes.checkpoints(command, tmp_path)) as found:
         assert next(found) == (5, 5)

@@ -581,7 +581,7 @@ def test_a_machine_at_its_end_is_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("featcache.maintenance.verify.files", fail)
+    monkeypatch.setattr("featcache.maintenance.verify.verify_cache", fail)
     ran = featcache_command("verify", made)
     assert ran.status == 1
     assert told in ran.error

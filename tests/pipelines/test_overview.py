@@ -28,7 +28,16 @@ def cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Eleven pictures, five views of them: one more than is shown."""
     out = tmp_path_factory.mktemp("overview") / "cache"
     policy = Policy(size=28, jitter=0.4, seed=1)
-    extract.run(Plan(open_source(photos), teachers.load(SYNTHETIC), policy, 5, (2, 3)), out)
+    extract.run(
+        Plan(
+            source=open_source(photos),
+            teacher=teachers.load(SYNTHETIC),
+            policy=policy,
+            views=5,
+            levels=(2, 3),
+        ),
+        out,
+    )
     return featcache.open(out)
 
 

@@ -257,7 +257,7 @@ def test_a_broken_jpeg_is_left_to_the_extraction_as_in_tars(
     for decoder in pixel_path.DECODERS:
         packed = pixel_path.open_through(tmp_path / "x.beton", decoder)
         with pytest.raises(PictureError):
-            pixel_path.picture(packed, packed.keys.index("cat/rgb"))
+            pixel_path.decode_picture(packed, packed.keys.index("cat/rgb"))
 
 
 @pytest.mark.parametrize(

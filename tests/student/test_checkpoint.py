@@ -44,12 +44,12 @@ def test_the_two_newest_stay(finished: Path) -> None:
 def test_the_order_is_that_of_the_steps(tmp_path: Path) -> None:
     for step in (8, 9, 10, 99, 100):
         checkpoint.save(tmp_path, step, {**EMPTY, "model": {"w": torch.tensor(float(step))}})
-    assert [path.name for path in checkpoint.complete(tmp_path)] == [
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
         "step-00000099.pt",
         "step-00000100.pt",
     ]
-    assert checkpoint.newest(tmp_path)["step"] == 100
-    assert checkpoint.newest(tmp_path)["model"]["w"].item() == 100
+    assert checkpoint.load_latest(tmp_path)["step"] == 100
+    assert checkpoint.load_latest(tmp_path)["model"]["w"].item() == 100
 
 
 def test_a_write_that_fails_leaves_the_ones_before(
@@ -66,7 +66,7 @@ def test_a_write_that_fails_leaves_the_ones_before(
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, 2, EMPTY)
     monkeypatch.setattr(torch, "save", whole)
-    assert checkpoint.newest(tmp_path)["step"] == 1
+    assert checkpoint.load_latest(tmp_path)["step"] == 1
     checkpoint.save(tmp_path, 2, EMPTY)
     assert [
         path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")
@@ -114,7 +114,7 @@ def test_code_in_a_checkpoint_is_never_run(form: str, run: Path, tmp_path: Path)
         path.write_bytes(pickle.dumps(state))
     assert resume(run).status == 1
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.newest(run)
+        checkpoint.load_latest(run)
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load_encoder(run)
     assert not mark.exists()

@@ -153,17 +153,18 @@ def test_options_of_the_work_change_the_work(
     assert whole["bytes"] % 11 == 0
     assert whole["bytes"] // 11 > item
     assert (
-        f"share 0/3, 4 of 11 pictures x 1 view, {show.size(whole['bytes'] // 11 * 4)}\n" in ran.out
+        f"share 0/3, 4 of 11 pictures x 1 view, {show.format_bytes(whole['bytes'] // 11 * 4)}\n"
+        in ran.out
     )
     assert whole["new_bytes"] == whole["bytes"] // 11 * 3
     assert (
-        f"would write {show.size(whole['new_bytes'])} in 1 shard to"
+        f"would write {show.format_bytes(whole['new_bytes'])} in 1 shard to"
         in featcache_command(*options, "--dry-run").out
     )
     told = featcache_command(*options, "--shard", "1/3", "--dry-run").out
     assert told == (
         f"share 1/3 of {tmp_path / 'c'} is complete (4 pictures x 1 view, "
-        f"{show.size(whole['bytes'] // 11 * 4)}): nothing would be done\n"
+        f"{show.format_bytes(whole['bytes'] // 11 * 4)}): nothing would be done\n"
     )
     ledger = [json.loads(line) for line in (tmp_path / "home/runs.jsonl").read_text().splitlines()]
     assert [(line["batch_size"], line["device"]) for line in ledger] == [

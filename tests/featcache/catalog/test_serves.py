@@ -21,7 +21,7 @@ SIX = "synthetic:levels=6,tokens=16,width=24,size=32"
 def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
     module = recipes.load(name)
     needs = module.needs(module.Config())
-    stated = serves.stated(Path(str(module.__file__)))
+    stated = serves.read_literal(Path(str(module.__file__)))
     assert stated == module.SERVED_BY
     assert stated.get("mask_ratio", module.Config().mask_ratio) == module.Config().mask_ratio
     assert set(stated) - {"mask_ratio", "all_tokens", "derive"} == {"fields", "levels"}
@@ -34,7 +34,7 @@ def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
 
 
 def test_every_recipe_is_known() -> None:
-    assert sorted(name for name, _ in serves.known()) == recipes.names()
+    assert sorted(name for name, _ in serves.announced_recipes()) == recipes.names()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_every_recipe_is_known() -> None:
 )
 def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: Path) -> None:
     (tmp_path / "recipe.py").write_text(text)
-    assert serves.stated(tmp_path / "recipe.py") == expected
+    assert serves.read_literal(tmp_path / "recipe.py") == expected
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_it_says_is_what_training_says(
     recipe is served."""
     path = fx.extract(fx.pictures(), tmp_path / "c", *options, teacher=SIX)
     with Cache(path) as cache:
-        said = serves.recipes(cache)
+        said = serves.recipe_support(cache)
     assert [name for name, why in said.items() if not why] == serving
     for name, why in said.items():
         words = (
@@ -109,7 +109,7 @@ def test_an_incomplete_cache(tmp_path: Path) -> None:
     )
     (path / "shards" / "000001.json").unlink()
     with Cache(path) as cache:
-        said = serves.recipes(cache)
+        said = serves.recipe_support(cache)
     assert said["mae"] == ""
     assert said["maskalign"] == said["mralign"] == "the cache is incomplete"
 
@@ -118,7 +118,7 @@ def test_levels_that_were_added_count(tmp_path: Path) -> None:
     path = fx.extract(fx.pictures(), tmp_path / "c", "--levels", "last:3", teacher=SIX)
     fx.extract(fx.pictures(), path, "--add", "--levels", "2,3", teacher=SIX)
     with Cache(path) as cache:
-        said = serves.recipes(cache)
+        said = serves.recipe_support(cache)
     assert {said[name] for name in ("mae", "maskalign", "mralign")} == {""}
 
 
@@ -141,14 +141,14 @@ def test_what_a_literal_may_ask(changed: dict[str, object], expected: str) -> No
             **{key: value for key, value in changed.items() if key == "keep"},
         }
         needs = {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.75, **changed}
-        assert serves.lacks(cache, needs) == expected
+        assert serves.why_not(cache, needs) == expected
 
 
 def test_a_projection_serves() -> None:
     with fx.open_cache() as cache:
         cache.tail = lambda teacher=None: {"proj": None}  # type: ignore[method-assign,assignment]
         assert (
-            serves.lacks(
+            serves.why_not(
                 cache,
                 {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.0, "derive": "z"},
             )

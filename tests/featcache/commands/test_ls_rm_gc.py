@@ -216,7 +216,7 @@ def test_rm_refuses_before_it_removes_anything(
 def test_rm_refuses_what_somebody_writes_into(
     featcache_command: Command, cache: Path, where: str
 ) -> None:
-    held = lease.take(cache if where == "base" else part_of(cache), "000001")
+    held = lease.acquire(cache if where == "base" else part_of(cache), "000001")
     assert held is not None
     ran = featcache_command("rm", cache, "--yes")
     assert (ran.status, "is being written: shard 000001 is held" in ran.error) == (1, True)
@@ -339,8 +339,8 @@ def test_gc_removes_what_dead_processes_left(
 
 
 def test_gc_leaves_the_work_of_live_processes(featcache_command: Command, cache: Path) -> None:
-    litter(cache, storage_owner.owner())
-    writing = commit.begin(cache, "000002", "zarr")
+    litter(cache, storage_owner.writer_id())
+    writing = commit.begin_shard(cache, "000002", "zarr")
     before = files_below(cache)
     assert featcache_command("gc").out.startswith("nothing to remove")
     assert files_below(cache) == before
@@ -408,7 +408,7 @@ def test_gc_unused_spares(featcache_command: Command, aged: Path, reason: str) -
     elif reason == "damaged":
         flip(aged / "manifest.json", 5)
     elif reason == "held":
-        held = lease.take(aged, "000000")
+        held = lease.acquire(aged, "000000")
         os.utime(aged / "shards/000000.lease", (0, 0))
     else:
         (aged / "shards/note.txt").write_text("")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from featcache.console import text as show
-from featcache.console.params import given_images
+from featcache.console.params import require_images
 from featcache.console.progress_bar import ProgressBar
 from featcache.errors import UsageError
 
@@ -29,28 +29,28 @@ from featcache.errors import UsageError
     ],
 )
 def test_sizes(count: float, text: str) -> None:
-    assert show.size(count) == text
+    assert show.format_bytes(count) == text
 
 
 def test_a_table_is_as_wide_as_it_must_be() -> None:
     rows = [("name", "bytes", ""), ("a", "1", "x"), ("longer", "1000", "")]
-    assert show.table(rows, right=[1]) == "name    bytes\na           1  x\nlonger   1000"
-    assert show.table(rows) == "name    bytes\na       1      x\nlonger  1000"
-    assert show.table([("one",)]) == "one"
+    assert show.format_table(rows, right=[1]) == "name    bytes\na           1  x\nlonger   1000"
+    assert show.format_table(rows) == "name    bytes\na       1      x\nlonger  1000"
+    assert show.format_table([("one",)]) == "one"
 
 
 def test_given_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATCACHE_IMAGES", "there")
-    assert (given_images("here"), given_images(None)) == ("here", "there")
+    assert (require_images("here"), require_images(None)) == ("here", "there")
     monkeypatch.setenv("FEATCACHE_IMAGES", "")
     with pytest.raises(UsageError, match=r"--images SRC is a folder.*FEATCACHE_IMAGES"):
-        given_images(None)
+        require_images(None)
 
 
 def test_facts_or_text(capsys: pytest.CaptureFixture[str]) -> None:
-    show.facts_or_text({"a": 1}, False, "one")
+    show.print_facts({"a": 1}, False, "one")
     assert capsys.readouterr().out == "one\n"
-    show.facts_or_text({"a": 1}, True, "one")
+    show.print_facts({"a": 1}, True, "one")
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 

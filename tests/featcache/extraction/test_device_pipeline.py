@@ -86,8 +86,8 @@ def test_a_stage_goes_on_while_another_is_held_up(
 
         monkeypatch.setattr(place, name, marked)
 
-    patch(rendering, "render", "decode")
-    patch(device_pipeline, "ask", "teacher")
+    patch(rendering, "render_views", "decode")
+    patch(device_pipeline, "run_teacher", "teacher")
     patch(item_rows, "mask_order", "encode")
     patch(zarr_store.ZarrShardWriter, "append", "write")
     made = make_plan(photos, views=1, rows_per_shard=100)
@@ -104,7 +104,7 @@ def test_the_teacher_does_not_run_away(
     asked: list[int] = []
     written: list[int] = []
     ahead: list[int] = []
-    ask, append = device_pipeline.ask, zarr_store.ZarrShardWriter.append
+    ask, append = device_pipeline.run_teacher, zarr_store.ZarrShardWriter.append
 
     def counted(*args: Any) -> Any:
         asked.append(1)
@@ -116,7 +116,7 @@ def test_the_teacher_does_not_run_away(
         append(*args)
         written.append(1)
 
-    monkeypatch.setattr(device_pipeline, "ask", counted)
+    monkeypatch.setattr(device_pipeline, "run_teacher", counted)
     monkeypatch.setattr(zarr_store.ZarrShardWriter, "append", slow)
     extract.run(make_plan(photos, rows_per_shard=100), tmp_path / "c", batch_size=2)
     assert len(asked) == 17
@@ -128,8 +128,8 @@ def test_a_failure_in_any_stage_stops_all_and_leaves_no_litter(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     places = {
-        "decode": (rendering, "render"),
-        "teacher": (device_pipeline, "ask"),
+        "decode": (rendering, "render_views"),
+        "teacher": (device_pipeline, "run_teacher"),
         "encode": (item_rows, "mask_order"),
         "write": (zarr_store.ZarrShardWriter, "append"),
     }
@@ -175,7 +175,13 @@ def test_the_slowest_stage_is_named(
         progress = ExtractProgress()
         teacher = Slow() if name == "teacher" else Synthetic(3, 4, 8, 28)
         teacher.name = "any"
-        made = plan.Plan(images.open_source(photos), teacher, Policy(size=28), 1, (3,))
+        made = plan.Plan(
+            source=images.open_source(photos),
+            teacher=teacher,
+            policy=Policy(size=28),
+            views=1,
+            levels=(3,),
+        )
         extract.run(made, tmp_path / name, batch_size=4, progress=progress)
         return progress
 
@@ -212,7 +218,12 @@ def test_streams_change_no_byte(photos: Path, tmp_path: Path, precision: str) ->
     def run(name: str, device: str) -> Path:
         teacher = running.configure(teachers.load(VIT, "random:0", device), precision)
         made = plan.Plan(
-            images.open_source(photos), teacher, Policy(size=32), 3, (2, 3), rows_per_shard=5
+            source=images.open_source(photos),
+            teacher=teacher,
+            policy=Policy(size=32),
+            views=3,
+            levels=(2, 3),
+            rows_per_shard=5,
         )
         extract.run(made, tmp_path / name, batch_size=4)
         return tmp_path / name
@@ -220,7 +231,7 @@ def test_streams_change_no_byte(photos: Path, tmp_path: Path, precision: str) ->
     first = files_below(run("a", "cuda"))
     for i in range(5):
         assert files_below(run(f"b{i}", "cuda")) == first
-    original = device_pipeline.ask
+    original = device_pipeline.run_teacher
     try:
 
         def waits(*args: Any) -> Any:
@@ -229,10 +240,10 @@ def test_streams_change_no_byte(photos: Path, tmp_path: Path, precision: str) ->
             torch.cuda.synchronize()
             return answer
 
-        device_pipeline.ask = waits
+        device_pipeline.run_teacher = waits
         assert files_below(run("c", "cuda")) == first
     finally:
-        device_pipeline.ask = original
+        device_pipeline.run_teacher = original
     with featcache.open(tmp_path / "a") as a, featcache.open(run("cpu", "cpu")) as b:
         x, y = (cache.read(range(11), 1)["features"].astype(np.float64) for cache in (a, b))
         bound = running.BOUNDS[precision][0]

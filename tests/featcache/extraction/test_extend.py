@@ -43,7 +43,9 @@ def make(
         "rows_per_shard": 5,
         **changes,
     }
-    return plan.Plan(open_source(folder), teacher(name, weights), policy, **options)
+    return plan.Plan(
+        source=open_source(folder), teacher=teacher(name, weights), policy=policy, **options
+    )
 
 
 def add(wanted: plan.Plan, out: Path) -> Path:
@@ -291,7 +293,7 @@ def test_an_addition_that_died_before_its_manifest_is_no_obstacle(
     part[1].mkdir(parents=True)
     with featcache.open(out) as cache:
         assert cache.levels == (2, 3)
-    assert verify.files(out)[0] == []
+    assert verify.verify_cache(out)[0] == []
     add(make(pictures, levels=(1,)), out)
     with featcache.open(out) as cache:
         assert cache.levels == (1, 2, 3)
@@ -331,12 +333,12 @@ def test_damage_in_a_part_is_found_and_mended(pictures: Path, tmp_path: Path) ->
         )
 
     with pytest.raises(UserError, match=str(places[1])):
-        verify.files(out)
+        verify.verify_cache(out)
     done = repair.run(out, load_of)
     assert [str(places[1])] == done["restored"]
     assert len(done["shards"]) == 2
     assert files_below(out) == before
-    assert verify.files(out) == ([], 7 * 3)
+    assert verify.verify_cache(out) == ([], 7 * 3)
 
 
 def test_the_command_adds_shows_and_has_nothing_more_to_do(

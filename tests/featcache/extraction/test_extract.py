@@ -266,7 +266,14 @@ def test_a_teacher_that_is_not_finite_is_told_by_key_view_and_level(
 ) -> None:
     """Views 0, 1 of picture 0, ...: the seventh is picture 3's first."""
     source = open_source(photos)
-    made = plan.Plan(source, Broken(value), Policy(size=28), 2, (1, 3), rows_per_shard=5)
+    made = plan.Plan(
+        source=source,
+        teacher=Broken(value),
+        policy=Policy(size=28),
+        views=2,
+        levels=(1, 3),
+        rows_per_shard=5,
+    )
     with pytest.raises(UserError) as caught:
         extract.run(made, tmp_path / "c", batch_size=4)
     for part in ("non-finite", repr(source.keys[3]), "view 0", "level 3"):
@@ -412,7 +419,7 @@ def test_a_cache_that_is_moved_away_is_not_begun_anew(
     assert not out.exists()
     # their process, we, is not dead
     for path in (*elsewhere.glob("shards/*.tmp"), *elsewhere.glob("shards/*.lease")):
-        commit.remove(path)
+        commit.remove_path(path)
     extract.run(plan, elsewhere, batch_size=2)
     extract.run(plan, tmp_path / "undisturbed", batch_size=2)
     assert files_below(elsewhere) == files_below(tmp_path / "undisturbed")

@@ -141,7 +141,7 @@ STAGES = {
     "after the manifest": ("storage.json_file:sync_folder", 1),
     "before the copy": ("storage.json_file:write_json", 2),
     "before the tail": ("storage.json_file:write_file", 3),
-    "before a lease": ("storage.lease:take", 2),
+    "before a lease": ("storage.lease:acquire", 2),
     "while a lease is taken": ("storage.lease:_create", 2),
     "holding a lease": ("storage.commit:recover", 3),
     "decode": ("views.pixel_path:decode", 8),
@@ -311,10 +311,10 @@ def test_two_devices_give_what_one_gives(pictures: Path, tmp_path: Path, start: 
 )
 def test_unknown_devices(text: str) -> None:
     with pytest.raises(UsageError) as caught:
-        launcher.devices(text)
+        launcher.parse_devices(text)
     assert f"--devices {text!r}" in str(caught.value)
     assert "-1 are" not in str(caught.value)
-    assert launcher.devices("cpu,cpu") == ["cpu", "cpu"]
+    assert launcher.parse_devices("cpu,cpu") == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_a_failed_helper_is_told_and_does_no_harm(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["featcache", "info", str(tmp_path)])
-    with launcher.helpers(["cpu"]):
+    with launcher.worker_processes(["cpu"]):
         pass
     told = capsys.readouterr().err
     assert told.startswith(
@@ -364,12 +364,12 @@ def test_helpers_are_stopped_where_the_caller_fails(
     monkeypatch.setattr(sys, "executable", str(sleeper))
     monkeypatch.setattr(sys, "argv", ["featcache"])
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), launcher.helpers(["cpu", "cpu"]):
+    with pytest.raises(KeyboardInterrupt), launcher.worker_processes(["cpu", "cpu"]):
         raise KeyboardInterrupt
     assert time.monotonic() - began < 30
 
 
 def test_no_devices_no_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere")
-    with launcher.helpers([]):
+    with launcher.worker_processes([]):
         pass

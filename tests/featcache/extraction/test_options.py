@@ -43,7 +43,7 @@ def make(folder: Path, name: str = SYNTHETIC, **changes: Any) -> Plan:
         "rows_per_shard": 5,
         **changes,
     }
-    return Plan(open_source(folder), loaded, policy, **options)
+    return Plan(source=open_source(folder), teacher=loaded, policy=policy, **options)
 
 
 def one_by_one(plans: list[Plan], out: Path) -> Path:
@@ -254,7 +254,7 @@ def test_the_command(featcache_command: Callable[..., Ran], pictures: Path, tmp_
     ):
         assert featcache_command("extract", *base, *options, "--out", tmp_path / "b").status == 0
     assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
-    assert verify.files(tmp_path / "a") == ([], 6)
+    assert verify.verify_cache(tmp_path / "a") == ([], 6)
     assert (
         "was complete already"
         in featcache_command("extract", *base, *both, "--out", tmp_path / "a").out
@@ -292,20 +292,23 @@ def test_two_processes_share_a_pass(
 
 def test_values_for_each_teacher() -> None:
     names = ("clip-b16", "timm:x,a=1", "timm:x")
-    assert extraction_options.assign("--levels", (), names) == dict.fromkeys(names)
-    found = extraction_options.assign(
+    assert extraction_options.per_teacher("--levels", (), names) == dict.fromkeys(names)
+    found = extraction_options.per_teacher(
         "--levels", ("timm:x,a=1=all", "last:2", "timm:x=-1", "last:3"), names
     )
     assert found == {"clip-b16": "last:3", "timm:x,a=1": "all", "timm:x": "-1"}
-    assert extraction_options.weights(("random:0", "timm:x=w=1.pt"), names)["timm:x"] == "w=1.pt"
-    assert extraction_options.weights(("a.pt",), names[:1]) == {"clip-b16": "a.pt"}
+    assert (
+        extraction_options.weights_per_teacher(("random:0", "timm:x=w=1.pt"), names)["timm:x"]
+        == "w=1.pt"
+    )
+    assert extraction_options.weights_per_teacher(("a.pt",), names[:1]) == {"clip-b16": "a.pt"}
     with pytest.raises(
         UsageError,
         match=r"--weights 'a\.pt': 3 teachers are given; name one, as in .*clip-b16=a\.pt",
     ):
-        extraction_options.weights(("a.pt",), names)
+        extraction_options.weights_per_teacher(("a.pt",), names)
     with pytest.raises(UsageError, match="'clip-b16' is given twice"):
-        extraction_options.assign("--levels", (), ("clip-b16", "clip-b16"))
+        extraction_options.per_teacher("--levels", (), ("clip-b16", "clip-b16"))
 
 
 # ---------------------------------------------------------------- caches extracted apart

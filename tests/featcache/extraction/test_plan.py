@@ -272,11 +272,11 @@ def test_shards_are_ranges_of_the_source(photos: Path, count: int, sizes: list[i
 
 def test_the_manifest_and_its_copy_are_there_before_any_shard(photos: Path, tmp_path: Path) -> None:
     made = make_plan(photos)
-    target_folder.prepare(made, tmp_path / "c", 4)
+    target_folder.prepare_folder(made, tmp_path / "c", 4)
     files = files_below(tmp_path / "c")
     assert files["manifest.json"] == files["shards/manifest.copy.json"]
     assert len(files) == 3  # and the teacher's tail
-    target_folder.prepare(made, tmp_path / "c", 9)  # which is a matter of the first call
+    target_folder.prepare_folder(made, tmp_path / "c", 9)  # which is a matter of the first call
     assert files_below(tmp_path / "c") == files
 
 
@@ -338,7 +338,7 @@ def test_no_option_does_nothing(
     assert ran.status == 0, ran.err
     about = manifest.read(tmp_path / "c")
     assert about["id"] == ids[1]
-    assert dict(identity.flat(about["identity"]))[field] == wanted
+    assert dict(identity.flatten(about["identity"]))[field] == wanted
 
 
 # ---------------------------------------------------------------- no room

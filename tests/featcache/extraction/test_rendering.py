@@ -149,7 +149,9 @@ def test_a_crop_replayed_at_196_is_the_direct_crop(photos: Path, tmp_path: Path)
     another."""
     teacher = Watched(tokens=196, size=196)
     source = open_source(photos)
-    made = plan.Plan(source, teacher, Policy(), 2, (3,), pixels=True)
+    made = plan.Plan(
+        source=source, teacher=teacher, policy=Policy(), views=2, levels=(3,), pixels=True
+    )
     extract.run(made, tmp_path / "c", batch_size=22)
     (batch,) = teacher.batches
     with featcache.open(tmp_path / "c") as cache:
@@ -181,7 +183,7 @@ def test_work_ahead_is_bounded_and_in_order(count: int, window: int) -> None:
     started: list[int] = []
     with ThreadPoolExecutor(2) as pool:
         for taken, (item, future) in enumerate(
-            rendering.ahead(pool, started.append, range(count), window)
+            rendering.prefetch(pool, started.append, range(count), window)
         ):
             assert item == taken
             future.result()
@@ -208,7 +210,14 @@ def test_batches_never_cross_a_shard_and_the_last_is_padded(photos: Path, tmp_pa
     """11 pictures x 2 views in shards of 5: 10, 10 and 2 views in batches of 4 are 3 + 3 + 1 full
     batches."""
     teacher = Watched()
-    made = plan.Plan(open_source(photos), teacher, Policy(size=28), 2, (3,), rows_per_shard=5)
+    made = plan.Plan(
+        source=open_source(photos),
+        teacher=teacher,
+        policy=Policy(size=28),
+        views=2,
+        levels=(3,),
+        rows_per_shard=5,
+    )
     extract.run(made, tmp_path / "c", batch_size=4)
     assert [batch.shape for batch in teacher.batches] == [(4, 3, 28, 28)] * 7
     assert teacher.batches[0].dtype == np.uint8

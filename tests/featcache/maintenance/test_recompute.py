@@ -31,7 +31,15 @@ def make(
     folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None, **options: object
 ) -> Path:
     loaded, policy = teachers.load(teacher, weights), Policy(size=28)
-    made = plan.Plan(open_source(folder), loaded, policy, 2, (1, 2), rows_per_shard=6, **options)
+    made = plan.Plan(
+        source=open_source(folder),
+        teacher=loaded,
+        policy=policy,
+        views=2,
+        levels=(1, 2),
+        rows_per_shard=6,
+        **options,
+    )
     extract.run(made, out, batch_size=4)
     return out
 
@@ -159,17 +167,24 @@ def test_changed_features_are_found_even_with_good_checksums(
     (other / "shards/000000.json").unlink()
     loaded = teachers.load(SYNTHETIC)
     loaded.places[0] += 0.25
-    made = plan.Plan(open_source(pictures), loaded, Policy(size=28), 2, (1, 2), rows_per_shard=6)
+    made = plan.Plan(
+        source=open_source(pictures),
+        teacher=loaded,
+        policy=Policy(size=28),
+        views=2,
+        levels=(1, 2),
+        rows_per_shard=6,
+    )
     extract.run(made, tmp_path / "wrong", batch_size=4)
     shutil.copytree(tmp_path / "wrong/shards/000000.zarr", path)
     record = json_file.read_json(tmp_path / "wrong/shards/000000.json")
     json_file.write_json(other / "shards/000000.json", record)
-    assert [problem.split(": ")[1] for problem in verify.files(other)[0]] == [
+    assert [problem.split(": ")[1] for problem in verify.verify_cache(other)[0]] == [
         "is of a shard of another cache"
     ]
     del record["content"]
     json_file.write_json(other / "shards/000000.json", record)
-    assert verify.files(other)[0] == []
+    assert verify.verify_cache(other)[0] == []
     found = ask(other, pictures)
     assert len(found["problems"]) == 5  # the first shard's six less the one in quarantine
     assert "features differ by" in found["problems"][0]

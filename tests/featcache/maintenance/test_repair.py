@@ -57,7 +57,7 @@ def never(about: dict) -> tuple[Source, Teacher]:
 def told(cache: Path) -> str:
     """All that verify says, whether it raises at once or lists."""
     try:
-        return "\n".join(verify.files(cache)[0])
+        return "\n".join(verify.verify_cache(cache)[0])
     except UserError as error:
         return str(error)
 
@@ -341,6 +341,6 @@ def test_the_plan_of_a_manifest_is_the_plan_it_came_from(photos: Path) -> None:
     made = make_plan(
         photos, tokens="ranked", keep=3, pixels=True, order="uniform", rows_per_shard=9
     )
-    again = repair.of_manifest(made.manifest(), made.source, made.teacher)
+    again = repair.plan_from_manifest(made.manifest(), made.source, made.teacher)
     assert again == made
     assert isinstance(again, plan.Plan)

@@ -123,7 +123,7 @@ def test_a_stranger_among_what_was_added_is_named(pictures: Path, tmp_path: Path
     extract.run(other, tmp_path / "other", batch_size=4)
     (out / extend.PARTS).mkdir()
     (tmp_path / "other").rename(out / extend.PARTS / "other")
-    found, _ = verify.files(out)
+    found, _ = verify.verify_cache(out)
     assert len(found) == 1
     assert "does not belong to cache" in found[0]
     assert str(out / extend.PARTS / "other") in found[0]
@@ -180,7 +180,7 @@ def test_what_cannot_be_read_is_not_taken_for_damage(
         if number == errno.EIO:
             assert str(cache / name) in told(cache)
         else:
-            for work in (verify.files, functools.partial(repair.run, load=never)):
+            for work in (verify.verify_cache, functools.partial(repair.run, load=never)):
                 with pytest.raises(UnreadableError, match=os.strerror(number)) as caught:
                     work(cache)
                 assert str(cache / name) in str(caught.value)
@@ -222,7 +222,7 @@ def test_what_a_killed_repair_left_goes_with_the_next(cache: Path, pictures: Pat
 def test_a_repair_waits_for_another_and_finds_its_work_done(cache: Path, pictures: Path) -> None:
     whole, said = files_below(cache), []
     flip(cache / numbers("zarr", 2))
-    held = lease.take(cache, "000002")
+    held = lease.acquire(cache, "000002")
     assert held is not None
 
     def waiting(shards: int) -> None:
@@ -247,7 +247,7 @@ def test_another_repair_may_clear_up_at_any_moment(
     read, asked = json_file.read_json, []
 
     def read_json(path: Path) -> dict[str, object]:
-        if path == commit.aside(cache / SHARDS / "000001.json"):
+        if path == commit.aside_path(cache / SHARDS / "000001.json"):
             asked.append(path)
             if len(asked) == look:
                 commit.forget_aside(cache, "000001", "zarr")
@@ -365,7 +365,7 @@ def test_an_addition_has_the_rows_of_its_cache(cache: Path, pictures: Path, tmp_
         add()
     (folder / "photo2.jpg").write_bytes(good)
     add()
-    assert verify.files(cache)[0] == []
+    assert verify.verify_cache(cache)[0] == []
 
 
 def test_other_pictures_under_the_same_keys_are_refused(

@@ -24,7 +24,7 @@ from featcache.errors import IdentityError, UsageError, UserError
 from featcache.extraction import extend, extract
 from featcache.maintenance import transfer, verify
 from featcache.storage import commit, json_file, lease, manifest
-from featcache.storage.store import record_path, store
+from featcache.storage.store import get_store, record_path
 from tests.conftest import SYNTHETIC, Ran, files_below, flip, make_photos, make_plan, python
 
 OTHER = "synthetic:levels=2,tokens=4,width=6,size=28"  # L 2, D 6
@@ -93,7 +93,7 @@ def by_zarr(cache: Path, name: str) -> np.ndarray:
 
 
 def check_clean(cache: Path) -> None:
-    assert verify.files(cache)[0] == []
+    assert verify.verify_cache(cache)[0] == []
     assert not [path for path in cache.rglob("*") if path.name.endswith((".tmp", ".lease"))]
 
 
@@ -460,7 +460,7 @@ def test_a_shard_that_another_process_holds_is_waited_for(
     monkeypatch.setattr(transfer, "WAIT_S", 0.0)
     (tmp_path / "c/shards").mkdir(parents=True)
     shutil.copy(plain / "manifest.json", tmp_path / "c")
-    held = lease.take(tmp_path / "c", "000001")
+    held = lease.acquire(tmp_path / "c", "000001")
     assert held is not None
     told: list[int] = []
 
@@ -498,7 +498,7 @@ def test_a_file_with_bytes_after_its_end_is_damaged(plain: Path, tmp_path: Path)
     origin = Path(shutil.copytree(plain, tmp_path / "origin"))
     with featcache.open(origin), pytest.MonkeyPatch.context() as patch:
         # it grew after the cache was opened
-        patch.setattr(commit, "check", lambda *args, **kwargs: [])
+        patch.setattr(commit, "check_shard", lambda *args, **kwargs: [])
         bad = next((origin / "shards/000000.zarr/features").glob("c.*"))
         bad.write_bytes(bad.read_bytes() + b"x")
         with pytest.raises(UserError, match=str(bad)):
@@ -508,7 +508,7 @@ def test_a_file_with_bytes_after_its_end_is_damaged(plain: Path, tmp_path: Path)
 def test_a_copy_that_differs_from_a_sound_source_is_told_apart(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = store("zarr")
+    backend = get_store("zarr")
     sound = backend.sound
     monkeypatch.setattr(
         backend, "sound", lambda path, facts: plain in path.parents and sound(path, facts)

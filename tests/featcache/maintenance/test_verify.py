@@ -20,7 +20,15 @@ def make(
     folder: Path, out: Path, teacher: str = SYNTHETIC, weights: str | None = None, **options: object
 ) -> Path:
     loaded, policy = teachers.load(teacher, weights), Policy(size=28)
-    made = plan.Plan(open_source(folder), loaded, policy, 2, (1, 2), rows_per_shard=6, **options)
+    made = plan.Plan(
+        source=open_source(folder),
+        teacher=loaded,
+        policy=policy,
+        views=2,
+        levels=(1, 2),
+        rows_per_shard=6,
+        **options,
+    )
     extract.run(made, out, batch_size=4)
     return out
 
@@ -44,14 +52,14 @@ def copy(sound: Path, tmp_path: Path) -> Path:
 
 def test_a_sound_cache_has_no_problems(sound: Path) -> None:
     seen: list[tuple[int, int]] = []
-    assert verify.files(sound, lambda done, total: seen.append((done, total))) == ([], 2)
+    assert verify.verify_cache(sound, lambda done, total: seen.append((done, total))) == ([], 2)
     assert seen == [(1, 2), (2, 2)]
 
 
 def told(cache: Path) -> str:
     """All that verify says of a cache, whether it raises at once or lists."""
     try:
-        return "\n".join(verify.files(cache)[0])
+        return "\n".join(verify.verify_cache(cache)[0])
     except UserError as error:
         return str(error)
 
@@ -71,7 +79,7 @@ def test_a_flipped_bit_in_any_file_is_named(copy: Path) -> None:
                 silent.append((name, at))
         path.write_bytes(data)
     assert silent == []
-    assert verify.files(copy)[0] == []
+    assert verify.verify_cache(copy)[0] == []
 
 
 def test_missing_and_cut_files_are_named(copy: Path) -> None:
@@ -79,7 +87,7 @@ def test_missing_and_cut_files_are_named(copy: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-7])
     (copy / "shards/000000.zarr/crop/zarr.json").unlink()
     next(copy.glob("*.safetensors")).unlink()
-    problems, shards = verify.files(copy)
+    problems, shards = verify.verify_cache(copy)
     assert shards == 2
     assert len(problems) == 3
     assert ".safetensors: missing" in problems[0]
@@ -90,6 +98,6 @@ def test_missing_and_cut_files_are_named(copy: Path) -> None:
 
 def test_unfinished_shards_are_told(copy: Path) -> None:
     (copy / "shards/000001.json").unlink()
-    problems, _ = verify.files(copy)
+    problems, _ = verify.verify_cache(copy)
     assert len(problems) == 1
     assert "000001.json: missing" in problems[0]

@@ -81,7 +81,7 @@ def test_a_shrunk_picture_by_hand() -> None:
     pixels = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     taps = _taps(8, 7, cubic=True)
     expected = np.einsum("iy,jx,bcyx->bcij", taps, taps, pixels.double().numpy())
-    np.testing.assert_allclose(position_embedding.shrink(pixels, 7), expected, atol=1e-5)
+    np.testing.assert_allclose(position_embedding.shrink_pixels(pixels, 7), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "bicubic-antialias"])
@@ -199,8 +199,8 @@ def test_rotary_positions_follow_the_grid() -> None:
 
 def test_maskaligns_picture_is_the_students_whatever_the_teachers_own_size() -> None:
     """DINOv2's own 518 pixels are rendered by nobody: the student's 224 are shrunk to 196."""
-    assert position_embedding.shrinks_from("x", "tensor-bicubic", native=518, size=196) == 224
-    assert position_embedding.shrinks_from("x", "bicubic", native=518, size=196) == 0
+    assert position_embedding.rendered_px("x", "tensor-bicubic", native=518, size=196) == 224
+    assert position_embedding.rendered_px("x", "bicubic", native=518, size=196) == 0
 
 
 VIT = "timm:vit_base_patch16_224,embed_dim=24,depth=1,num_heads=3"

@@ -27,7 +27,7 @@ from featcache.pictures.open_source import open_source
 from featcache.storage import identity
 from featcache.views.policy import Policy
 from student.recipes import TargetSpec
-from student.targets.online import Online
+from student.targets.online import OnlineTargets
 from tests.conftest import Ran, files_below, flip, make_plan, python
 
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
@@ -41,7 +41,9 @@ def vit(precision: str = "fp32") -> Teacher:
 
 def made(folder: Path, precision: str, **changes: object) -> plan.Plan:
     options = {"views": 2, "levels": (2, 3), "rows_per_shard": 5, **changes}
-    return plan.Plan(open_source(folder), vit(precision), Policy(size=32), **options)
+    return plan.Plan(
+        source=open_source(folder), teacher=vit(precision), policy=Policy(size=32), **options
+    )
 
 
 def batch() -> torch.Tensor:
@@ -101,13 +103,15 @@ def test_fp32_is_ieee_and_what_was_set_comes_back(monkeypatch: pytest.MonkeyPatc
     teacher.vit.blocks[0].register_forward_hook(
         lambda *_: seen.append([each.fp32_precision for each in switches])
     )
-    with running.applied(teacher):
+    with running.autocast_for(teacher):
         teacher(batch(), (1,))
-    teacher.running = running.Running("tf32")  # what `configure` allows where there are such units
-    with running.applied(teacher):
+    teacher.running = running.ExecutionConfig(
+        "tf32"
+    )  # what `configure` allows where there are such units
+    with running.autocast_for(teacher):
         teacher(batch(), (1,))
     assert seen == [["ieee", "ieee"], ["tf32", "tf32"]]
-    with pytest.raises(ValueError, match="inside"), running.applied(teacher):
+    with pytest.raises(ValueError, match="inside"), running.autocast_for(teacher):
         raise ValueError("inside")
     assert [each.fp32_precision for each in switches] == before
     assert not torch.is_autocast_enabled("cpu")
@@ -140,8 +144,8 @@ def test_the_precision_is_part_of_the_identity(photos: Path, tmp_path: Path) -> 
         ("identity.teacher.precision", "fatal")
     ]
     # what makes it again says so
-    assert "--precision bf16" in " ".join(extract_command.options(half))
-    assert "--precision" not in extract_command.options(full)
+    assert "--precision bf16" in " ".join(extract_command.extract_options(half))
+    assert "--precision" not in extract_command.extract_options(full)
     extract.run(made(photos, "bf16"), tmp_path / "c", batch_size=4)
     with pytest.raises(
         IdentityError, match=r"identity\.teacher\.precision \(fatal\): None here, 'bf16' there"
@@ -165,8 +169,8 @@ def test_compiling_is_noted_and_no_part_of_the_identity(photos: Path) -> None:
     assert one.manifest()["id"] == other.manifest()["id"]
     assert "compiled" not in one.manifest()["provenance"]
     assert other.manifest()["provenance"]["compiled"] is True
-    assert extract_command.options(other.manifest())[-1] == "--compile"
-    assert "--compile" not in extract_command.options(one.manifest())
+    assert extract_command.extract_options(other.manifest())[-1] == "--compile"
+    assert "--compile" not in extract_command.extract_options(one.manifest())
     assert weights.weight_hash(one.teacher) == weights.weight_hash(other.teacher)
 
 
@@ -250,7 +254,13 @@ def test_an_overflow_is_told_by_picture_and_level_with_the_cure(tmp_path: Path) 
         teacher.vit.blocks[2].mlp.fc2.weight.data.fill_(7e4)
         teacher.vit.blocks[2].mlp.fc1.bias.data.fill_(1.0)
         configured = running.configure(teacher, precision)
-        return plan.Plan(open_source(folder), configured, Policy(size=32), 1, (2, 3))
+        return plan.Plan(
+            source=open_source(folder),
+            teacher=configured,
+            policy=Policy(size=32),
+            views=1,
+            levels=(2, 3),
+        )
 
     told = (
         r"'large' gave non-finite features for picture 'noise', view 0, level 3; --precision fp16 "
@@ -270,9 +280,9 @@ def test_the_teacher_in_the_loop_runs_as_the_caches_did(
     extract.run(made(photos, precision, pixels=True), tmp_path / "c", batch_size=4)
     with featcache.open(tmp_path / "c") as cache:
         stored = cache.read(range(11), 1, ["features", "pixels"])
-        teacher = running.like(teachers.load(VIT, "random:0"), cache.identity)
+        teacher = running.configure_like(teachers.load(VIT, "random:0"), cache.identity)
     spec = TargetSpec(teacher=VIT, levels=(2, 3), fields=("features",), patches=16)
-    online = Online(Policy(size=32), spec, teacher, 2)
+    online = OnlineTargets(Policy(size=32), spec, teacher, 2)
     with torch.autocast("cpu", torch.float16):
         found, _ = online.complete({"pixels": stored["pixels"]}, torch.device("cpu"))
     assert found["features"].dtype == torch.float32
@@ -298,7 +308,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 given_back = faults()
-precision.keep_memory()
+precision.keep_freed_memory()
 faults(), faults()  # it takes a few rounds until blocks are found again
 kept = faults()
 print(given_back, kept)

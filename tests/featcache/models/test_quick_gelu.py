@@ -146,11 +146,11 @@ def test_a_scripted_archive_names_its_activation(
     torch.jit.save(torch.jit.script(_Named(activation)), path)
     if quick is None:
         with pytest.raises(UsageError, match="do not say their activation"):
-            quick_gelu.of_file("clip-b16", None, {}, str(path))
+            quick_gelu.from_file("clip-b16", None, {}, str(path))
         return
-    assert quick_gelu.of_file("clip-b16", None, {}, str(path), fallback=not quick) == (quick, "")
+    assert quick_gelu.from_file("clip-b16", None, {}, str(path), fallback=not quick) == (quick, "")
     with pytest.raises(UsageError, match="the archive says"):
-        quick_gelu.of_file("clip-b16", None, {"quick_gelu": not quick}, str(path))
+        quick_gelu.from_file("clip-b16", None, {"quick_gelu": not quick}, str(path))
 
 
 class _Whole(nn.Module):

@@ -54,15 +54,16 @@ def test_what_torch_saves_is_what_is_read(
     torch.save(
         net if what == "module" else net.state_dict(), path, _use_new_zipfile_serialization=zipped
     )
-    assert same(restricted_unpickler.tensors(path), net.state_dict())
+    assert same(restricted_unpickler.load_tensors(path), net.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_scripted_archives_are_read(tmp_path: Path, net: Net) -> None:
     torch.jit.save(torch.jit.script(net), tmp_path / "w.pt")
-    assert same(restricted_unpickler.tensors(tmp_path / "w.pt"), net.state_dict())
+    assert same(restricted_unpickler.load_tensors(tmp_path / "w.pt"), net.state_dict())
     assert any(
-        name.endswith("BatchNorm2d") for name in restricted_unpickler.names(tmp_path / "w.pt")
+        name.endswith("BatchNorm2d")
+        for name in restricted_unpickler.referenced_names(tmp_path / "w.pt")
     )
 
 
@@ -72,7 +73,7 @@ def test_the_rest_of_a_checkpoint_is_passed_over(tmp_path: Path, net: Net) -> No
         {"model": net.state_dict(), "args": args, "epoch": 3, "names": ["a"]}, tmp_path / "w.pt"
     )
     expected = {f"model.{name}": value for name, value in net.state_dict().items()}
-    assert same(restricted_unpickler.tensors(tmp_path / "w.pt"), expected)
+    assert same(restricted_unpickler.load_tensors(tmp_path / "w.pt"), expected)
 
 
 RAN: list[object] = []
@@ -107,7 +108,7 @@ def test_nothing_that_a_file_names_is_called(
         _use_new_zipfile_serialization=zipped,
     )
     monkeypatch.setattr(os, "system", lambda *_: pytest.fail("it was called"))
-    assert len(restricted_unpickler.tensors(tmp_path / "w.pt")) == len(net.state_dict())
+    assert len(restricted_unpickler.load_tensors(tmp_path / "w.pt")) == len(net.state_dict())
     assert not mark.exists()
     assert not RAN
 
@@ -136,7 +137,9 @@ def test_a_view_beyond_its_storage_is_refused(
     build = Runs(torch._utils._rebuild_tensor_v2, "STORAGE", offset, size, strides, False, {})
     _Stored(buffer, 2).dump({"a": build})
     with pytest.raises(ValueError, match="storage"):
-        restricted_unpickler.tensors(_zip(tmp_path / "w.pt", buffer.getvalue(), **{"0": bytes(16)}))
+        restricted_unpickler.load_tensors(
+            _zip(tmp_path / "w.pt", buffer.getvalue(), **{"0": bytes(16)})
+        )
 
 
 def test_a_zip_that_unfolds_is_refused(tmp_path: Path, net: Net) -> None:
@@ -148,7 +151,7 @@ def test_a_zip_that_unfolds_is_refused(tmp_path: Path, net: Net) -> None:
         for name in there.namelist():
             archive.writestr(name, there.read(name))
     with pytest.raises(ValueError, match="compressed"):
-        restricted_unpickler.tensors(tmp_path / "c.pt")
+        restricted_unpickler.load_tensors(tmp_path / "c.pt")
 
 
 def test_a_container_that_contains_itself_ends(tmp_path: Path) -> None:
@@ -156,7 +159,7 @@ def test_a_container_that_contains_itself_ends(tmp_path: Path) -> None:
     loop["again"] = loop
     torch.save(loop, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="contains itself"):
-        restricted_unpickler.tensors(tmp_path / "w.pt")
+        restricted_unpickler.load_tensors(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -166,7 +169,7 @@ def test_every_cut_is_a_value_error(tmp_path: Path, net: Net, zipped: bool) -> N
     for keep in [*range(0, 200, 7), *range(200, len(whole) - 1, 97), len(whole) - 1]:
         (tmp_path / "cut.pt").write_bytes(whole[:keep])
         with pytest.raises(ValueError, match=r".+"):
-            restricted_unpickler.tensors(tmp_path / "cut.pt")
+            restricted_unpickler.load_tensors(tmp_path / "cut.pt")
 
 
 def test_damaged_bytes_never_do_more_than_refuse(tmp_path: Path, net: Net) -> None:
@@ -183,7 +186,7 @@ def test_damaged_bytes_never_do_more_than_refuse(tmp_path: Path, net: Net) -> No
         damaged[at] ^= 0x15
         path = _zip(tmp_path / "d.pt", bytes(damaged), **members)
         try:
-            restricted_unpickler.tensors(path)
+            restricted_unpickler.load_tensors(path)
         except ValueError:
             refused += 1
     assert refused > len(pickled) // 20
@@ -194,6 +197,6 @@ def test_a_pickle_that_builds_upon_a_class_changes_nothing(tmp_path: Path) -> No
     reading."""
     pickled = b"cos\nsystem\n(N}X\x03\x00\x00\x00fooK\x01stb."
     with pytest.raises(ValueError, match=r".+"):
-        restricted_unpickler.tensors(_zip(tmp_path / "w.pt", pickled))
-    assert not hasattr(restricted_unpickler.Inert, "foo")
+        restricted_unpickler.load_tensors(_zip(tmp_path / "w.pt", pickled))
+    assert not hasattr(restricted_unpickler.InertObject, "foo")
     assert not hasattr(os.system, "foo")

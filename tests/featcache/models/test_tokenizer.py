@@ -70,7 +70,9 @@ class Reds(nn.Module):
 
 def make(folder: Path, shift: int = 0, **changes: object) -> plan.Plan:
     options = {"views": 2, "levels": (1,), "rows_per_shard": 5, **changes}
-    return plan.Plan(open_source(folder), Reds(shift), Policy(size=28), **options)
+    return plan.Plan(
+        source=open_source(folder), teacher=Reds(shift), policy=Policy(size=28), **options
+    )
 
 
 def base(folder: Path, store: str = "zarr") -> plan.Plan:
@@ -115,7 +117,7 @@ def test_ids_are_those_of_the_stored_boxes(pictures: Path, tmp_path: Path, store
         assert len(seen) > 8
         with pytest.raises(UserError, match="has no beta, eps, gamma"):
             cache.derive("f", teacher="reds")
-    assert verify.files(tmp_path / "c") == ([], 6)
+    assert verify.verify_cache(tmp_path / "c") == ([], 6)
 
 
 def test_the_manifest_says_what_it_is(photos: Path, tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_a_flipped_bit_is_found_and_mended(photos: Path, tmp_path: Path, store: 
         cache.read([5], 1, ["reds/token_ids"])
         with pytest.raises(UserError, match="parts/reds"):
             cache.read([6], 1, ["reds/token_ids"])
-    assert len(verify.files(out)[0]) == 1
+    assert len(verify.verify_cache(out)[0]) == 1
 
     def load_of(about: dict) -> tuple[Source, Teacher]:
         name = about["identity"]["teacher"]["name"]
@@ -311,7 +313,14 @@ def test_dall_es_encoder_runs_as_a_family_gives_it(photos: Path, tmp_path: Path)
     made = tokenizer.as_teacher(network)
     assert isinstance(made, tokenizer.Tokenizer)
     extract.run(base(photos), tmp_path / "c", batch_size=4)
-    wanted = plan.Plan(open_source(photos), made, Policy(size=28), 2, (1,), rows_per_shard=5)
+    wanted = plan.Plan(
+        source=open_source(photos),
+        teacher=made,
+        policy=Policy(size=28),
+        views=2,
+        levels=(1,),
+        rows_per_shard=5,
+    )
     part = extend.plan_part(wanted, tmp_path / "c")
     assert part is not None
     extract.run(*part, batch_size=4)

@@ -298,7 +298,7 @@ def test_a_tag_of_open_clips_table(
     assert all(
         torch.equal(value, expected[name]) for name, value in teacher.visual.state_dict().items()
     )
-    assert quick_gelu.runs_in(teacher)
+    assert quick_gelu.uses_quick_gelu(teacher)
     with pytest.raises(UsageError, match="give open_clip:Tiny-quickgelu/here"):
         teachers.load("open_clip:Tiny/here")
     (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:3000])
@@ -314,22 +314,21 @@ def test_weights_are_found_where_the_libraries_keep_them(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "_hub_dir", str(tmp_path / "torch"))
     row = teachers.rows()["dino-b16"]
-    assert weights.on_this_machine(row.hub, row.file) is None
+    assert weights.find_local(row.hub, row.file) is None
     folder = tmp_path / "hub" / "models--timm--vit_base_patch16_224.dino"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs/main").write_text("abc")
     (folder / "snapshots/abc").mkdir(parents=True)
     (folder / "snapshots/abc/model.safetensors").write_bytes(b"x")
-    assert weights.on_this_machine(row.hub, row.file) == folder / "snapshots/abc/model.safetensors"
+    assert weights.find_local(row.hub, row.file) == folder / "snapshots/abc/model.safetensors"
     row = teachers.rows()["dvae"]
-    assert weights.on_this_machine(row.hub, row.file) is None
+    assert weights.find_local(row.hub, row.file) is None
     (tmp_path / "torch/checkpoints").mkdir(parents=True)
     (tmp_path / "torch/checkpoints/dall_e_encoder.pkl").write_bytes(b"x")
     assert (
-        weights.on_this_machine(row.hub, row.file)
-        == tmp_path / "torch/checkpoints/dall_e_encoder.pkl"
+        weights.find_local(row.hub, row.file) == tmp_path / "torch/checkpoints/dall_e_encoder.pkl"
     )
-    assert weights.on_this_machine("", "") is None
+    assert weights.find_local("", "") is None
 
 
 def test_a_download_that_breaks_leaves_nothing(

@@ -26,7 +26,7 @@ from featcache.errors import UsageError, UserError
 from featcache.reading import range_reader
 from featcache.reading.cache import Cache, _choose
 from featcache.storage import checksums, json_file, manifest, statistics
-from featcache.storage.store import SHARDS, STORES, Array, store
+from featcache.storage.store import SHARDS, STORES, Array, get_store
 from tests.conftest import copy_tree, python
 
 VIEWS, LEVELS, TOKENS, WIDTH = 3, (2, 5, 6), 5, 8
@@ -76,17 +76,19 @@ def write_cache(
 ) -> Path:
     """A cache in the store `name`, its features ranked or not (which the numbers do not show)."""
     (path / SHARDS).mkdir(parents=True)
-    arrays = [*PLAIN, *checksums.declare(PLAIN, 3, TOKENS, ranked=tokens == "ranked")]
+    arrays = [*PLAIN, *checksums.checksum_arrays(PLAIN, 3, TOKENS, ranked=tokens == "ranked")]
     first, shards = 0, []
     for shard, count in sizes.items():
-        writer = store(name).writer(path, shard, arrays, VIEWS)
+        writer = get_store(name).writer(path, shard, arrays, VIEWS)
         rows = slice(first, first + count)
         items = {a.name: NUMBERS[a.name][rows].reshape(-1, *a.item) for a in PLAIN}
         items["source_size"] = np.repeat(items["source_size"], VIEWS, 0)
         found = statistics.Statistics()
-        found.add(items, statistics.OfFeatures(-1.0, 1.0, np.ones((count * VIEWS, 3), np.float32)))
+        found.add(
+            items, statistics.FeatureStatistics(-1.0, 1.0, np.ones((count * VIEWS, 3), np.float32))
+        )
         keys = [key for key in KEYS[rows] for _ in range(VIEWS)]
-        writer.append(keys, {**items, **checksums.compute(arrays, items)})
+        writer.append(keys, {**items, **checksums.compute_checksums(arrays, items)})
         writer.finish([{"key": f"bad{shard}", "reason": "cut"}], found.summary())
         shards.append({"name": shard, "first": first, "count": count + 1})
         first += count

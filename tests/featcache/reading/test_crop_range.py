@@ -130,7 +130,7 @@ def test_both_ends_are_included() -> None:
     ],
 )
 def test_within(inner: crop_range.Scale, outer: crop_range.Scale, expected: bool) -> None:
-    assert crop_range.within(inner, outer) is expected
+    assert crop_range.is_within(inner, outer) is expected
 
 
 # --- turns ----------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_accepted_views_of_a_cache(tmp_path: Path) -> None:
     fx.extract(folder, tmp_path / "cache", "--scale", "0.08,1")
     with Cache(tmp_path / "cache") as cache:
         rows = np.arange(len(cache))[::-1].copy()
-        got = crop_range.accepted(cache, rows, (0.5, 1.0))
+        got = crop_range.accepted_views(cache, rows, (0.5, 1.0))
         area = np.stack([cache.read(rows, view, ("area",))["area"] for view in range(3)], 1)
         long = [cache.keys[row] for row in rows].index("long")
         assert area[long] == pytest.approx([20 * 27 / 8000] * 3)
@@ -215,6 +215,6 @@ def test_accepted_views_of_a_cache(tmp_path: Path) -> None:
         expected[long] = True
         np.testing.assert_array_equal(got, expected)
         keys = [cache.keys[row] for row in rows]
-        assert crop_range.without_view(got, keys) == [
+        assert crop_range.keys_without_view(got, keys) == [
             key for key, row in zip(keys, got, strict=True) if not row.any()
         ]

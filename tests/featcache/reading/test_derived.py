@@ -182,7 +182,13 @@ def cache_of(folder: Path, kind: str) -> Path:
     out = folder.parent / f"derive-{kind}"
     policy = Policy(size=32)
     made = plan.Plan(
-        open_source(folder), teacher(kind), policy, 2, (2, 3), rows_per_shard=5, pixels=True
+        source=open_source(folder),
+        teacher=teacher(kind),
+        policy=policy,
+        views=2,
+        levels=(2, 3),
+        rows_per_shard=5,
+        pixels=True,
     )
     extract.run(made, out, batch_size=4)
     return out

@@ -24,7 +24,7 @@ from featcache.errors import UserError
 from featcache.reading import crc32c_jit, native_read
 from featcache.reading import native_read as ranges
 from featcache.reading import range_reader as preads
-from featcache.reading.byte_ranges import BadRow, ByteRange, RangeBatch, cut
+from featcache.reading.byte_ranges import ByteRange, RangeBatch, RowChecksumError, split_batches
 from featcache.reading.range_reader import RangeReader
 
 SIZE, FILES = 40_000, 3
@@ -127,7 +127,7 @@ def test_they_are_what_the_files_hold(
 @ANY
 @given(run=runs(), part_bytes=st.integers(1, 20_000), files=st.integers(1, 4))
 def test_parts_are_the_run_cut_up(run: RangeBatch, part_bytes: int, files: int) -> None:
-    parts = list(cut([run], part_bytes, files))
+    parts = list(split_batches([run], part_bytes, files))
     assert all(
         1 <= len(part.paths) <= files and set(part.file) == set(range(len(part.paths)))
         for part in parts
@@ -150,7 +150,7 @@ def test_a_wrong_sum_names_its_row_and_column(
     crcs[bad] ^= 1
     with (
         mock.patch.object(RangeReader, "_fill_together", return_value=False),
-        pytest.raises(BadRow) as caught,
+        pytest.raises(RowChecksumError) as caught,
     ):
         reads.read([at(run, paths, crcs)])
     assert (caught.value.row, caught.value.column) == (run.at[bad[0]], bad[1])
@@ -188,7 +188,7 @@ def test_nothing_is_written_beyond_the_memory(paths: list[str]) -> None:
             run = RangeBatch(
                 paths[:1], target, np.array([at]), zero, zero, (ByteRange(0, place, size),)
             )
-            native_read.fill([file.fileno()], run, 0, never)
+            native_read.read_ranges([file.fileno()], run, 0, never)
 
     fill(memory, 1, 3)
     np.testing.assert_array_equal(memory, [[0] * 8, [0, 0, 0, *DATA[0, :5]]])
@@ -274,7 +274,7 @@ def test_what_cannot_be_compiled_is_checked_otherwise(
     code = """
 import os, sys, numpy as np, crc32c
 from featcache.reading import range_reader, crc32c_jit
-from featcache.reading.byte_ranges import BadRow, ByteRange, RangeBatch, cut
+from featcache.reading.byte_ranges import RowChecksumError, ByteRange, RangeBatch, split_batches
 assert not crc32c_jit.CHECKS
 data = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8)
 open(sys.argv[1], "wb").write(data.tobytes())
@@ -292,7 +292,7 @@ assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:])
 run.crcs[1, 1] ^= 1
 try:
     range_reader.RangeReader(2).read([run])
-except BadRow as bad:
+except RowChecksumError as bad:
     print(bad.row, bad.column)
 target[:] = 0
 run = RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, pieces)

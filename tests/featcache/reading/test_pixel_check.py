@@ -32,7 +32,7 @@ from featcache.views import pixel_path
 from featcache.views.policy import policy_from_dict
 from featcache.views.render import render
 from pipelines import pack_beton, pack_images
-from student.targets.cached import Cached
+from student.targets.cached import CachedTargets
 from tests import student_fixtures as fx
 from tests.conftest import copy_tree, flip
 
@@ -99,13 +99,13 @@ def train(cache: Path, out: Path, *options: str | Path) -> fx.Ran:
 def checked(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
     """(row, view) of every comparison that a run makes."""
     seen: set[tuple[int, int]] = set()
-    check = Cached.check
+    check = CachedTargets.check
 
-    def note(self: Cached, pixels: Any, at: int, view: int, stored: int) -> None:
+    def note(self: CachedTargets, pixels: Any, at: int, view: int, stored: int) -> None:
         check(self, pixels, at, view, stored)
         seen.add((int(self.rows[at]), view))
 
-    monkeypatch.setattr(Cached, "check", note)
+    monkeypatch.setattr(CachedTargets, "check", note)
     return seen
 
 
@@ -230,12 +230,12 @@ def test_no_row_of_one_decoder_passes_for_the_others(ffcv: None, name: str, othe
         policy = policy_from_dict(cache.identity["policy"])
         filter = "area" if other == "ffcv" else "bicubic"
         for row, key in enumerate(cache.keys):
-            picture = pixel_path.picture(source, list(source.keys).index(key))
+            picture = pixel_path.decode_picture(source, list(source.keys).index(key))
             for view in range(fx.VIEWS):
                 drawn = cache.read([row], view, ("crop", "flip", "jitter"))
                 parts = (drawn["crop"][0], drawn["flip"][0], drawn["jitter"][0])
                 with pytest.raises(IdentityError, match="not those the teacher saw"):
-                    pixel_check.prove(
+                    pixel_check.check_pixels(
                         cache, row, view, render(picture, *parts, policy.size, filter)
                     )
 

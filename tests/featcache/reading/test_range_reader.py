@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 
 import featcache
 from featcache.errors import UserError
-from featcache.reading import byte_ranges, range_reader
+from featcache.reading import byte_ranges, native_read, range_reader
 from featcache.reading import native_read as ranges
 from featcache.reading.cache import Cache
 from featcache.storage import posix_io
-from featcache.storage.store import SHARDS, STORES, Array, array, store
+from featcache.storage.store import SHARDS, STORES, Array, array_from_dict, get_store
 from tests.conftest import copy_tree, flip, python
 from tests.featcache.reading import test_cache
 from tests.featcache.reading.test_cache import (
@@ -191,11 +191,11 @@ def test_a_flip_in_the_numbers_is_always_named(
     """The middle of every array, also of the checksums' own files."""
     with featcache.open(folders[kind]) as cache:
         specs: list[Array] = [
-            array(name, facts) for name, facts in cache.manifest["arrays"].items()
+            array_from_dict(name, facts) for name, facts in cache.manifest["arrays"].items()
         ]
     tokens = 2 if kind[1] == "ranked" else None
     for spec in specs:
-        place, offsets = store(kind[0]).locate(
+        place, offsets = get_store(kind[0]).locate(
             folders[kind], "000001", spec, VIEWS, 1, np.array([1])
         )
         path, at = Path(place), int(offsets[0])
@@ -351,7 +351,7 @@ def test_neighbours_are_read_together_and_each_is_checked(
         if way == "one by one":
             assert calls == {0: [100, 3100, 6100], 6000: [100, 6100], 1 << 20: [100]}[most]
     else:
-        with pytest.raises(byte_ranges.BadRow) as bad:
+        with pytest.raises(byte_ranges.RowChecksumError) as bad:
             range_reader.RangeReader(1).read([run])
         assert (bad.value.row, bad.value.column) == (0, wrong)
 
@@ -456,7 +456,7 @@ def test_machine_code_that_cannot_be_loaded(
         raise OSError(error, os.strerror(error), "/folder/ranges.nbi")
 
     monkeypatch.setattr(range_reader, "_INLINE", 0)
-    monkeypatch.setattr(ranges, "load", broken)
+    monkeypatch.setattr(native_read, "compile_loops", broken)
     with featcache.open(copy) as cache:
         if error == errno.EMFILE:
             check_all(cache)

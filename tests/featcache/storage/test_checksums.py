@@ -49,7 +49,7 @@ def test_the_scalar_crc_is_that_of_the_standard() -> None:
 def test_columns_are_by_name() -> None:
     """Two levels of feature_stats, one number for each of the others; `features` has its own array.
     A manifest is sorted, so the order in which the arrays come must not matter."""
-    assert checksums.columns(SPECS) == {
+    assert checksums.side_columns(SPECS) == {
         "attention": 0,
         "feature_stats": 1,
         "flip": 3,
@@ -57,10 +57,10 @@ def test_columns_are_by_name() -> None:
         "thumbnail": 5,
         "": 6,
     }
-    assert checksums.columns(SPECS[::-1]) == checksums.columns(SPECS)
-    declared = checksums.declare(SPECS, L, T, ranked=True)
-    assert checksums.columns([*SPECS, *declared]) == checksums.columns(SPECS)
-    assert checksums.columns([]) == {"": 0}
+    assert checksums.side_columns(SPECS[::-1]) == checksums.side_columns(SPECS)
+    declared = checksums.checksum_arrays(SPECS, L, T, ranked=True)
+    assert checksums.side_columns([*SPECS, *declared]) == checksums.side_columns(SPECS)
+    assert checksums.side_columns([]) == {"": 0}
 
 
 @pytest.mark.parametrize("ranked", [False, True])
@@ -70,7 +70,7 @@ def test_declared_arrays(ranked: bool) -> None:
         Array("side_crc", "<u4", (6,), ("row", "view", "array")),
         Array("prefix_crc", "<u4", (3, 2), ("row", "view", "prefix", "level"), split=True),
     ]
-    assert checksums.declare(SPECS, L, T, ranked=ranked) == expected[: 2 + ranked]
+    assert checksums.checksum_arrays(SPECS, L, T, ranked=ranked) == expected[: 2 + ranked]
     assert {spec.name for spec in expected} == set(checksums.NAMES)
 
 
@@ -85,8 +85,8 @@ def test_levels_are_told_by_their_dimensions() -> None:
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_every_number_is_the_crc_of_its_bytes(ranked: bool, n: int) -> None:
     given = items(n)
-    specs = [*SPECS, *checksums.declare(SPECS, L, T, ranked=ranked)]
-    got = checksums.compute(specs, given)
+    specs = [*SPECS, *checksums.checksum_arrays(SPECS, L, T, ranked=ranked)]
+    got = checksums.compute_checksums(specs, given)
     assert got.keys() == {"row_crc", "side_crc", *(["prefix_crc"] if ranked else [])}
     assert {values.dtype for values in got.values()} == {np.dtype(np.uint32)}
     assert got["row_crc"].shape == (n, L)
@@ -109,14 +109,14 @@ def test_every_number_is_the_crc_of_its_bytes(ranked: bool, n: int) -> None:
 
 def test_side_arrays_count_in_their_stored_dtype_and_in_c_order() -> None:
     given = items(4)
-    specs = [*SPECS, *checksums.declare(SPECS, L, T, ranked=True)]
-    expected = checksums.compute(specs, given)
+    specs = [*SPECS, *checksums.checksum_arrays(SPECS, L, T, ranked=True)]
+    expected = checksums.compute_checksums(specs, given)
     other = {
         name: np.asfortranarray(np.repeat(values, 2, 0)[::2]) for name, values in given.items()
     }
     other["attention"] = other["attention"].astype(np.float64)
     other["source_size"] = other["source_size"].astype(np.int64)
-    for name, values in checksums.compute(specs, other).items():
+    for name, values in checksums.compute_checksums(specs, other).items():
         np.testing.assert_array_equal(values, expected[name])
 
 
@@ -131,6 +131,6 @@ def test_levels_of_any_shape(n: int, levels: int, width: int, dtype: str) -> Non
     expected = [
         [castagnoli(values[i, level].tobytes()) for level in range(levels)] for i in range(n)
     ]
-    got = checksums.levels(values)
+    got = checksums.level_crcs(values)
     assert got.dtype == np.uint32
     np.testing.assert_array_equal(got, np.array(expected, np.uint32).reshape(n, levels))

@@ -42,7 +42,7 @@ def record_of(content: dict[str, bytes]) -> dict[str, Any]:
 def begin(cache: Path, content: dict[str, bytes] = CONTENT) -> Path:
     """A writer's folder with everything but the record."""
     (cache / SHARDS).mkdir(exist_ok=True)
-    folder = commit.begin(cache, SHARD, STORE)
+    folder = commit.begin_shard(cache, SHARD, STORE)
     for name, data in content.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
@@ -75,7 +75,7 @@ def age(path: Path, seconds: float) -> None:
 
 def test_a_writer_does_not_bring_back_a_cache_that_was_moved_away(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="moved or removed while it was written") as caught:
-        commit.begin(tmp_path / "c", SHARD, STORE)
+        commit.begin_shard(tmp_path / "c", SHARD, STORE)
     assert str(tmp_path / "c" / SHARDS) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -89,7 +89,7 @@ def test_a_published_shard_is_its_files_and_its_record(tmp_path: Path) -> None:
     assert set(files) == {f"{folder}/a.bin", f"{folder}/sub/b.bin", f"{SHARDS}/{SHARD}.json"}
     assert files[f"{folder}/a.bin"] == CONTENT["a.bin"]
     assert json_file.read_json(record_path(tmp_path, SHARD)) == record_of(CONTENT)
-    assert commit.check(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
+    assert commit.check_shard(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
 
 
 def test_until_the_first_rename_nothing_is_to_be_seen(
@@ -137,9 +137,9 @@ def test_a_stranger_in_the_way_of_publishing_is_an_error_not_a_loss(tmp_path: Pa
 
 def test_two_writers_of_one_process_have_folders_of_their_own(tmp_path: Path) -> None:
     (tmp_path / SHARDS).mkdir()
-    folders = {commit.begin(tmp_path, SHARD, STORE) for _ in range(5)}
+    folders = {commit.begin_shard(tmp_path, SHARD, STORE) for _ in range(5)}
     assert len(folders) == 5
-    assert all(not commit.is_dead(folder) for folder in folders)
+    assert all(not commit.is_abandoned(folder) for folder in folders)
 
 
 # ---------------------------------------------------------------- settling
@@ -211,14 +211,14 @@ def test_settle_never_removes_what_another_process_just_published(
 def test_two_may_adopt_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While B checks the bytes, A, which does the same, is done."""
     whole = unrecorded(tmp_path)
-    check = commit.check
+    check = commit.check_shard
 
     def slow_check(*args: Any, **options: Any) -> list[str]:
         problems = check(*args, **options)
         (folder_path(tmp_path, SHARD, STORE) / commit.RECORD).rename(record_path(tmp_path, SHARD))
         return problems
 
-    monkeypatch.setattr(commit, "check", slow_check)
+    monkeypatch.setattr(commit, "check_shard", slow_check)
     commit.recover(tmp_path, STORE, [SHARD])
     assert files_below(tmp_path) == whole
 
@@ -235,19 +235,21 @@ def leftover(cache: Path, owner: str) -> Path:
 
 def test_here_a_writer_is_dead_when_its_process_is(tmp_path: Path) -> None:
     host = storage_owner._host()
-    mine = storage_owner.owner()
+    mine = storage_owner.writer_id()
     started = mine.rpartition("-")[2].partition("x")[0]
     assert mine.startswith(f"{host}-{os.getpid()}-{started}x")
-    assert not commit.is_dead(leftover(tmp_path, f"{host}-{os.getpid()}-{started}x00000000"))
-    assert commit.is_dead(leftover(tmp_path, f"{host}-{dead_process()}-{started}x00000000"))
-    assert commit.is_dead(leftover(tmp_path, f"{host}-0x7-{started}x00000000"))
+    assert not commit.is_abandoned(leftover(tmp_path, f"{host}-{os.getpid()}-{started}x00000000"))
+    assert commit.is_abandoned(leftover(tmp_path, f"{host}-{dead_process()}-{started}x00000000"))
+    assert commit.is_abandoned(leftover(tmp_path, f"{host}-0x7-{started}x00000000"))
 
 
 @pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="the system does not tell when a process started"
 )
 def test_another_process_of_the_same_number_is_not_taken_for_the_writer(tmp_path: Path) -> None:
-    assert commit.is_dead(leftover(tmp_path, f"{storage_owner._host()}-{os.getpid()}-1x00000000"))
+    assert commit.is_abandoned(
+        leftover(tmp_path, f"{storage_owner._host()}-{os.getpid()}-1x00000000")
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,15 +258,15 @@ def test_another_process_of_the_same_number_is_not_taken_for_the_writer(tmp_path
 def test_of_other_hosts_a_day_without_change_is_death(tmp_path: Path, owner: str) -> None:
     """Process numbers of other machines, and of other containers of this one, say nothing here."""
     path = leftover(tmp_path, owner)
-    assert not commit.is_dead(path)
+    assert not commit.is_abandoned(path)
     age(path, DAY_S - 600)
-    assert not commit.is_dead(path)
+    assert not commit.is_abandoned(path)
     age(path, DAY_S + 600)
-    assert commit.is_dead(path)
+    assert commit.is_abandoned(path)
     (path / "a.bin").write_bytes(b"more")  # the file is new, its folder is not
     then = time.time() - 2 * DAY_S
     os.utime(path, (then, then))
-    assert not commit.is_dead(path)
+    assert not commit.is_abandoned(path)
 
 
 def test_settle_removes_another_hosts_work_only_when_it_is_old(tmp_path: Path) -> None:
@@ -287,7 +289,7 @@ def test_a_leftover_that_goes_while_it_is_looked_at_is_not_dead(
         return found
 
     monkeypatch.setattr(Path, "rglob", goes)
-    assert not commit.is_dead(path)
+    assert not commit.is_abandoned(path)
 
 
 def test_leftovers_are_each_named_once(tmp_path: Path) -> None:
@@ -305,7 +307,7 @@ def test_leftovers_are_each_named_once(tmp_path: Path) -> None:
         *(tmp_path / SHARDS).glob(".*.tmp"),
         leftover(tmp_path, dead),
     }
-    (tmp_path / f".manifest.json.{storage_owner.owner()}.tmp").write_bytes(b"being written")
+    (tmp_path / f".manifest.json.{storage_owner.writer_id()}.tmp").write_bytes(b"being written")
     (tmp_path / "notes.txt").write_bytes(b"of the user")
     listed = list(commit.leftovers(tmp_path))
     assert set(listed) == found
@@ -376,7 +378,7 @@ def test_a_replaced_shard_stays_and_the_old_one_goes(tmp_path: Path) -> None:
     assert {path.name for path in listed} == names(tmp_path) - complete
     commit.put_back(tmp_path, SHARD, STORE)  # a new shard has come: nothing to undo
     assert names(tmp_path) == complete
-    assert commit.check(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
+    assert commit.check_shard(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
 
 
 def test_what_was_set_aside_can_be_forgotten(tmp_path: Path) -> None:
@@ -421,8 +423,8 @@ def test_check_says_what_is_wrong_with_each_file(tmp_path: Path) -> None:
     (folder / "a.bin").write_bytes(CONTENT["a.bin"][:-1] + b"?")
     (folder / "sub/b.bin").write_bytes(b"12")
     lines = [f"{folder}/sub/b.bin: 2 bytes, 0 recorded", f"{folder}/c.bin: missing"]
-    assert commit.check(tmp_path, SHARD, STORE, record, deep=False) == lines
-    deep = commit.check(tmp_path, SHARD, STORE, record, deep=True)
+    assert commit.check_shard(tmp_path, SHARD, STORE, record, deep=False) == lines
+    deep = commit.check_shard(tmp_path, SHARD, STORE, record, deep=True)
     assert deep == [f"{folder}/a.bin: checksum differs", *lines]
 
 

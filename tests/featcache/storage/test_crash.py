@@ -49,11 +49,11 @@ def work(
     """One writer, as `featcache extract` would be; with `go` it waits before it touches the cache.
     Returns seconds."""
     plan = Plan(
-        open_source(pictures),
-        teachers.load(teacher, "random:0" if teacher == VIT else None, "cpu"),
-        Policy(size=32),
-        2,
-        (1, 3),
+        source=open_source(pictures),
+        teacher=teachers.load(teacher, "random:0" if teacher == VIT else None, "cpu"),
+        policy=Policy(size=32),
+        views=2,
+        levels=(1, 3),
         store=store,
         rows_per_shard=4,
     )
@@ -97,7 +97,7 @@ def disturb(
         died += codes.count(-signal.SIGKILL)
         if codes != [-signal.SIGKILL] * 2:  # somebody was left to finish
             break
-    elsewhere = lease.path_of(out, "000004")  # of a machine that went away an hour ago
+    elsewhere = lease.lease_path(out, "000004")  # of a machine that went away an hour ago
     elsewhere.parent.mkdir(parents=True, exist_ok=True)  # nobody may have come so far
     elsewhere.write_text("other_host+0000-1-1x00000000")
     os.utime(elsewhere, (time.time() - 3600,) * 2)

@@ -29,14 +29,14 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def taken(cache: Path) -> Iterator[lease.Lease]:
-    held = lease.take(cache, "000000")
+    held = lease.acquire(cache, "000000")
     assert held is not None
     yield held
     held.release()
 
 
 def left_by(cache: Path, owner: str, age_s: float = 0.0) -> Path:
-    path = lease.path_of(cache, "000000")
+    path = lease.lease_path(cache, "000000")
     path.write_text(owner)
     os.utime(path, (time.time() - age_s,) * 2)
     return path
@@ -49,15 +49,15 @@ def dead_owner() -> str:
 
 
 def test_a_lease_is_exclusive_until_it_is_released(cache: Path) -> None:
-    first = lease.take(cache, "000000")
+    first = lease.acquire(cache, "000000")
     assert first is not None
-    assert lease.held(cache, "000000")
-    assert lease.take(cache, "000000") is None
-    other = lease.take(cache, "000001")
+    assert lease.is_held(cache, "000000")
+    assert lease.acquire(cache, "000000") is None
+    other = lease.acquire(cache, "000001")
     assert other is not None
     first.release()
-    assert not lease.held(cache, "000000")
-    again = lease.take(cache, "000000")
+    assert not lease.is_held(cache, "000000")
+    again = lease.acquire(cache, "000000")
     assert again is not None
     for each in (again, other):
         each.release()
@@ -69,7 +69,7 @@ def test_another_process_does_not_get_it(cache: Path, taken: lease.Lease) -> Non
 import sys
 from pathlib import Path
 from featcache.storage import lease
-print(lease.take(Path(sys.argv[1]), "000000"), lease.held(Path(sys.argv[1]), "000000"))
+print(lease.acquire(Path(sys.argv[1]), "000000"), lease.is_held(Path(sys.argv[1]), "000000"))
 """
     ran = python(code, cache)
     assert ran.stdout.split() == ["None", "True"], ran.stderr
@@ -77,7 +77,7 @@ print(lease.take(Path(sys.argv[1]), "000000"), lease.held(Path(sys.argv[1]), "00
 
 def test_of_many_that_ask_one_gets_it(cache: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda _: lease.take(cache, "000000"), range(32)))
+        got = list(pool.map(lambda _: lease.acquire(cache, "000000"), range(32)))
     holders = [each for each in got if each is not None]
     assert len(holders) == 1
     holders[0].release()
@@ -85,10 +85,10 @@ def test_of_many_that_ask_one_gets_it(cache: Path) -> None:
 
 def test_one_of_a_dead_process_is_taken_over_at_once(cache: Path) -> None:
     path = left_by(cache, dead_owner())
-    assert not lease.held(cache, "000000")
-    held = lease.take(cache, "000000")
+    assert not lease.is_held(cache, "000000")
+    held = lease.acquire(cache, "000000")
     assert held is not None
-    assert path.read_text().startswith(storage_owner.owner().rpartition("-")[0])
+    assert path.read_text().startswith(storage_owner.writer_id().rpartition("-")[0])
     held.release()
     assert not path.exists()
 
@@ -98,14 +98,14 @@ def test_one_of_a_zombie_is_taken_over(cache: Path) -> None:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(write, storage_owner.owner().encode())
+        os.write(write, storage_owner.writer_id().encode())
         os._exit(0)
     try:
         left_by(cache, os.read(read, 1000).decode())
         deadline = time.monotonic() + 10
         while "Z" not in Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]:
             assert time.monotonic() < deadline
-        held = lease.take(cache, "000000")
+        held = lease.acquire(cache, "000000")
         assert held is not None
         held.release()
     finally:
@@ -123,8 +123,8 @@ def test_one_of_another_host_is_taken_over_by_age(
 ) -> None:
     """So is one whose text was cut by a crash."""
     path = left_by(cache, text, age_s)
-    assert lease.held(cache, "000000") is not free
-    held = lease.take(cache, "000000")
+    assert lease.is_held(cache, "000000") is not free
+    held = lease.acquire(cache, "000000")
     assert (held is not None) is free
     if held is not None:
         held.release()
@@ -136,21 +136,21 @@ def test_bytes_that_are_no_text_are_no_traceback(cache: Path) -> None:
     path = left_by(cache, "")
     path.write_bytes(b"\xff\xfe\x80")
     os.utime(path, (time.time() - 1000,) * 2)
-    held = lease.take(cache, "000000")
+    held = lease.acquire(cache, "000000")
     assert held is not None
     held.release()
 
 
 def test_a_live_holder_of_this_host_keeps_it_however_old(cache: Path, taken: lease.Lease) -> None:
     os.utime(taken.path, (time.time() - 10 * lease.STALE_S,) * 2)
-    assert lease.held(cache, "000000")
-    assert lease.take(cache, "000000") is None
+    assert lease.is_held(cache, "000000")
+    assert lease.acquire(cache, "000000") is None
 
 
 def test_a_holder_keeps_its_lease_fresh(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the other hosts."""
     monkeypatch.setattr(lease, "TOUCH_S", 0.02)
-    held = lease.take(cache, "000000")
+    held = lease.acquire(cache, "000000")
     assert held is not None
     os.utime(held.path, (1.0, 1.0))
     deadline = time.monotonic() + 10
@@ -165,7 +165,7 @@ def test_a_lease_that_vanished_is_released_in_peace(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "TOUCH_S", 0.01)
-    held = lease.take(cache, "000000")
+    held = lease.acquire(cache, "000000")
     assert held is not None
     held.path.unlink()
     time.sleep(0.05)
@@ -183,11 +183,11 @@ def test_two_may_take_over_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
     def slow(path: Path, probe: Path) -> bool:
         monkeypatch.setattr(lease, "_replace", replace)
         # in the moment between the look and the taking over
-        second.append(lease.take(cache, "000000"))
+        second.append(lease.acquire(cache, "000000"))
         return replace(path, probe)
 
     monkeypatch.setattr(lease, "_replace", slow)
-    first = lease.take(cache, "000000")
+    first = lease.acquire(cache, "000000")
     for each in (first, *second):
         if each is not None:
             each.release()
@@ -200,12 +200,12 @@ def test_where_there_are_no_hard_links(cache: Path, monkeypatch: pytest.MonkeyPa
         raise PermissionError("no links here")
 
     monkeypatch.setattr(os, "link", link)
-    first = lease.take(cache, "000000")
+    first = lease.acquire(cache, "000000")
     assert first is not None
     assert storage_owner.is_here(first.path.read_text())
-    assert lease.take(cache, "000000") is None
+    assert lease.acquire(cache, "000000") is None
     first.release()
     left_by(cache, dead_owner())
-    held = lease.take(cache, "000000")
+    held = lease.acquire(cache, "000000")
     assert held is not None
     held.release()

@@ -150,13 +150,17 @@ def test_a_field_that_only_one_side_has_is_a_difference() -> None:
 def test_refusal_names_field_grade_and_both_values() -> None:
     other = make(teacher__weight_hash="1", codec="q8", provenance__source="x")
     with pytest.raises(IdentityError) as caught:
-        storage_identity.refuse(make(), other, "the caches differ", "choose one", ("fatal",))
+        storage_identity.refuse_mismatch(
+            make(), other, "the caches differ", "choose one", ("fatal",)
+        )
     message = str(caught.value)
     assert "identity.teacher.weight_hash (fatal): '00ff' here, '1' there" in message
     assert message.startswith("the caches differ")
     assert message.endswith("choose one")
     assert "codec" not in message
-    storage_identity.refuse(make(), make(provenance__source="x"), "w", "t", ("fatal", "lossy"))
+    storage_identity.refuse_mismatch(
+        make(), make(provenance__source="x"), "w", "t", ("fatal", "lossy")
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +174,7 @@ def test_refusal_names_field_grade_and_both_values() -> None:
 )
 def test_a_refusal_names_the_option_that_cures_it(change: dict, told: str) -> None:
     with pytest.raises(IdentityError) as caught:
-        storage_identity.refuse(
+        storage_identity.refuse_mismatch(
             make(), make(**change), "w", "todo", ("fatal", "lossy", "layout"), cures=True
         )
     assert told in str(caught.value)
@@ -237,7 +241,7 @@ def test_every_field_has_a_grade(field: str, grade: str) -> None:
 
 
 def test_an_owner_is_host_pid_and_nonce() -> None:
-    owners = [storage_owner.owner() for _ in range(5)]
+    owners = [storage_owner.writer_id() for _ in range(5)]
     assert len(set(owners)) == 5
     for owner in owners:
         host, pid, nonce = owner.rsplit("-", 2)
@@ -249,20 +253,20 @@ def test_an_owner_is_host_pid_and_nonce() -> None:
         )
         assert len(random) == 8
         assert storage_owner.is_here(owner)
-        assert storage_owner.alive(owner)
+        assert storage_owner.is_alive(owner)
 
 
 def test_another_process_with_the_same_number_is_not_taken_for_the_writer() -> None:
-    host, pid, nonce = storage_owner.owner().rsplit("-", 2)
+    host, pid, nonce = storage_owner.writer_id().rsplit("-", 2)
     started, _, random = nonce.partition("x")
-    assert not storage_owner.alive(f"{host}-{pid}-{int(started, 16) + 1:x}x{random}")
-    assert not storage_owner.alive(f"{host}-{pid}-{random}")
-    assert storage_owner.alive(f"{host}-{pid}-{started}x00000000")
+    assert not storage_owner.is_alive(f"{host}-{pid}-{int(started, 16) + 1:x}x{random}")
+    assert not storage_owner.is_alive(f"{host}-{pid}-{random}")
+    assert storage_owner.is_alive(f"{host}-{pid}-{started}x00000000")
 
 
 @pytest.mark.parametrize("pid", ["0", "99999999", "x", "", "9" * 30])
 def test_no_process_is_no_writer(pid: str) -> None:
-    assert not storage_owner.alive(f"{storage_owner.owner().rsplit('-', 2)[0]}-{pid}-1x2")
+    assert not storage_owner.is_alive(f"{storage_owner.writer_id().rsplit('-', 2)[0]}-{pid}-1x2")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +274,7 @@ def test_no_process_is_no_writer(pid: str) -> None:
 )
 def test_a_writer_elsewhere_may_be_alive(owner: str) -> None:
     assert not storage_owner.is_here(owner)
-    assert storage_owner.alive(owner)
+    assert storage_owner.is_alive(owner)
 
 
 def test_dots_and_dashes_of_a_host_do_not_confuse(
@@ -280,9 +284,9 @@ def test_dots_and_dashes_of_a_host_do_not_confuse(
     storage_owner._host.cache_clear()
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7.rack-1.example.org")
     try:
-        owner = storage_owner.owner()
+        owner = storage_owner.writer_id()
         assert "." not in owner
-        assert storage_owner.alive(owner)
+        assert storage_owner.is_alive(owner)
         dead = owner.replace(f"-{os.getpid()}-", "-99999999-")
         for name in (owner, dead):
             (tmp_path / f".manifest.json.{name}.tmp").write_text("half")
@@ -300,11 +304,11 @@ def test_a_zombie_is_no_writer() -> None:
         os.read(read, 1)
         os._exit(0)
     owner = f"{storage_owner._host()}-{child}-{storage_owner._started(child) or 0:x}x00000000"
-    assert storage_owner.alive(owner)
+    assert storage_owner.is_alive(owner)
     os.write(write, b"!")
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there
     try:
-        assert not storage_owner.alive(owner)
+        assert not storage_owner.is_alive(owner)
     finally:
         os.waitpid(child, 0)
         os.close(read)

@@ -33,7 +33,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for seed in (0, 7):
         policy = Policy(size=32, seed=seed)
         source = open_source(folder / "pictures")
-        plan = Plan(source, teachers.load(TEACHER), policy, 2, (1, 3), rows_per_shard=4)
+        plan = Plan(
+            source=source,
+            teacher=teachers.load(TEACHER),
+            policy=policy,
+            views=2,
+            levels=(1, 3),
+            rows_per_shard=4,
+        )
         extract.run(plan, folder / f"seed{seed}", batch_size=4)
     return folder / "seed0", folder / "seed7"
 
@@ -46,7 +53,7 @@ def move(source: Path, target: Path, there: str, here: str) -> None:
 
 
 def refused(cache: Path, match: str) -> None:
-    problems, _ = verify.files(cache)
+    problems, _ = verify.verify_cache(cache)
     assert len(problems) == 1
     assert match in problems[0]
     with pytest.raises(UserError, match=match):
@@ -87,7 +94,7 @@ def test_keys_that_are_not_the_shards(pair: tuple[Path, Path], tmp_path: Path) -
     cache = copy_tree(pair[0], tmp_path / "c")
     path = cache / "shards/000000.json"
     json_file.write_json(path, {**json_file.read_json(path), "keys_digest": "0" * 32})
-    assert "its keys are not those" in verify.files(cache)[0][0]
+    assert "its keys are not those" in verify.verify_cache(cache)[0][0]
 
 
 def test_a_manifest_that_was_edited(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -120,7 +127,13 @@ def test_views_that_a_part_on_its_own_does_not_hold(
 ) -> None:
     source = open_source(pair[0].parent / "pictures")
     plan = Plan(
-        source, teachers.load(TEACHER), Policy(size=32), 1, (1, 3), rows_per_shard=4, first_view=2
+        source=source,
+        teacher=teachers.load(TEACHER),
+        policy=Policy(size=32),
+        views=1,
+        levels=(1, 3),
+        rows_per_shard=4,
+        first_view=2,
     )
     extract.run(plan, tmp_path / "part", batch_size=4)
     with featcache.open(tmp_path / "part") as part:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache.storage.statistics import OfFeatures, Statistics, entropy, merge
+from featcache.storage.statistics import FeatureStatistics, Statistics, entropy, merge
 
 L, T, D, P = 2, 3, 4, 5
 CUTS = st.lists(st.integers(0, 12), max_size=5)
@@ -35,11 +35,11 @@ def data(n: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def of_features(values: np.ndarray) -> OfFeatures:
+def of_features(values: np.ndarray) -> FeatureStatistics:
     if not values.size:
-        return OfFeatures(math.inf, -math.inf, np.zeros((0, L), np.float32))
+        return FeatureStatistics(math.inf, -math.inf, np.zeros((0, L), np.float32))
     norms = np.linalg.norm(values.astype(np.float64), axis=-1).mean(-1)
-    return OfFeatures(values.min().item(), values.max().item(), norms.astype(np.float32))
+    return FeatureStatistics(values.min().item(), values.max().item(), norms.astype(np.float32))
 
 
 def gathered(items: dict[str, np.ndarray], cuts: Sequence[int] = ()) -> dict[str, dict[str, Any]]:

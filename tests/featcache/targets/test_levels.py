@@ -67,7 +67,7 @@ def test_moments_are_those_of_all_numbers_of_a_level() -> None:
     y = draw(6, 3, 5, 24, scale=3) + np.array([0.0, 2.0, -40.0])[:, None, None]  # (n, L, T, D)
     y[..., 7] *= 60
     _, stats = levels.normalise(torch.from_numpy(y))
-    pieces = [levels.sums(part.numpy(), 24) for part in (stats[:2], stats[2:])]
+    pieces = [levels.moment_sums(part.numpy(), 24) for part in (stats[:2], stats[2:])]
     found = levels.moments(pieces[0] + pieces[1])
     expected = [[y[:, level].mean(), y[:, level].var(ddof=1)] for level in range(3)]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -78,7 +78,7 @@ def test_moments_by_hand() -> None:
     over 3."""
     _, stats = levels.normalise(torch.tensor([[[1.0, 3.0], [5.0, 5.0]]], dtype=torch.float64))
     np.testing.assert_allclose(
-        levels.moments(levels.sums(stats.numpy()[:, None], 2)), [[3.5, 11 / 3]], rtol=1e-7
+        levels.moments(levels.moment_sums(stats.numpy()[:, None], 2)), [[3.5, 11 / 3]], rtol=1e-7
     )
 
 

@@ -113,8 +113,8 @@ def test_all_but_the_decoder_is_the_files(ffcv_files: Path) -> None:
     assert theirs.labels is not None
     assert theirs.labels.tolist() == ours.labels.tolist()
     assert theirs.read(3) == ours.read(3)
-    assert pixel_path.through(theirs, "pillow") == theirs.beton
-    assert pixel_path.through(theirs, "ffcv") is theirs
+    assert pixel_path.with_decoder(theirs, "pillow") == theirs.beton
+    assert pixel_path.with_decoder(theirs, "ffcv") is theirs
 
 
 def _with_jpeg(
@@ -174,7 +174,7 @@ def test_threads_decode_side_by_side_without_the_gil(ffcv: None, tmp_path: Path)
     rows = np.arange(5000 * 5000, dtype=np.int64).reshape(5000, 5000) * 2654435761 % 251
     pixels = np.repeat(rows.astype(np.uint8)[..., None], 3, 2)
     source = _with_jpeg(tmp_path, "large", _jpeg(pixels), (5000, 5000))
-    decode, begun = ffcv_decoder.stages()[0], threading.Event()
+    decode, begun = ffcv_decoder.compiled_stages()[0], threading.Event()
     data, out = (
         np.frombuffer(bytearray(source.beton.stored(0)), np.uint8),
         np.empty((5000, 5000, 3), np.uint8),

@@ -28,8 +28,8 @@ from featcache.views.policy import Policy
 from student import checkpoint
 from student.data.loader import Loader
 from student.recipes import TargetSpec
-from student.targets.cached import Cached
-from student.targets.online import Online
+from student.targets.cached import CachedTargets
+from student.targets.online import OnlineTargets
 from student.training import metrics
 from tests import student_fixtures as fx
 
@@ -56,15 +56,15 @@ def order_of(
     targets: Any = None
     source = Nothing(n)
     return Loader(
-        source,
-        targets,
-        np.arange(n),
-        rng.key_digests(source.keys),
-        seed,
-        batch,
-        accumulate,
-        world,
-        rank,
+        source=source,
+        targets=targets,
+        pictures=np.arange(n),
+        digests=rng.key_digests(source.keys),
+        seed=seed,
+        batch_size=batch,
+        accumulation=accumulate,
+        world=world,
+        rank=rank,
     )
 
 
@@ -228,10 +228,16 @@ def cached(
     spec = TargetSpec(
         teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16
     )
-    targets = Cached(cache, spec, cache.keys.find(source.keys), tolerance)
+    targets = CachedTargets(cache, spec, cache.keys.find(source.keys), tolerance)
     digests = rng.key_digests(source.keys)
     return Loader(
-        source, targets, np.arange(len(source)), digests, 0, batch, check_fraction=fraction
+        source=source,
+        targets=targets,
+        pictures=np.arange(len(source)),
+        digests=digests,
+        seed=0,
+        batch_size=batch,
+        check_fraction=fraction,
     )
 
 
@@ -334,7 +340,7 @@ def test_the_same_run_from_the_cache_and_with_the_teacher_in_the_loop(
     )
     np.testing.assert_allclose(fx.losses(tmp_path / "a"), fx.losses(tmp_path / "b"), rtol=2e-3)
     name, value = options[0].removeprefix("--").replace("-", "_"), options[1]
-    assert str(checkpoint.config(tmp_path / "a")["data"][name]) == value
+    assert str(checkpoint.read_config(tmp_path / "a")["data"][name]) == value
     other = fx.train("maskalign", tmp_path / "a", *common[:-2], "--resume", sets=("drop_path=0",))
     assert f"data.{name}" in other.line
 
@@ -427,10 +433,16 @@ def test_stored_pixels_are_compared_with_their_hash_too(monkeypatch: pytest.Monk
     spec = TargetSpec(
         teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16
     )
-    targets = Cached(cache, spec, np.arange(len(cache)), stored_pixels=True)
+    targets = CachedTargets(cache, spec, np.arange(len(cache)), stored_pixels=True)
     source = join.StoredPixels(cache)
     loader = Loader(
-        source, targets, np.arange(len(cache)), cache.keys.digests, 0, 24, check_fraction=1.0
+        source=source,
+        targets=targets,
+        pictures=np.arange(len(cache)),
+        digests=cache.keys.digests,
+        seed=0,
+        batch_size=24,
+        check_fraction=1.0,
     )
     host = one_batch(loader)
     decoded = one_batch(cached(open_source(fx.pictures()), batch=24))
@@ -463,9 +475,14 @@ def test_batches_begun_at_a_time_come_in_order_with_their_own_rows(
     spec = TargetSpec(
         teacher=fx.TEACHER, levels=(2, 4), fields=("features", "attention"), patches=16
     )
-    targets = Cached(cache, spec, np.arange(len(cache)), stored_pixels=True)
+    targets = CachedTargets(cache, spec, np.arange(len(cache)), stored_pixels=True)
     loader = Loader(
-        join.StoredPixels(cache), targets, np.arange(len(cache)), cache.keys.digests, 0, 8
+        source=join.StoredPixels(cache),
+        targets=targets,
+        pictures=np.arange(len(cache)),
+        digests=cache.keys.digests,
+        seed=0,
+        batch_size=8,
     )
     alone = [one_batch(loader, step) for step in range(12)]
     whole, lock, calls = Cache.read, threading.Lock(), 0
@@ -527,14 +544,14 @@ def test_a_tolerance_lets_small_differences_pass_and_is_recorded(tmp_path: Path)
         fx.train("maskalign", tmp_path / "wide", *common, "--steps", "3", "--pixel-tolerance", "4")
     )
     assert len(metrics.read(tmp_path / "wide")) == 3
-    assert checkpoint.config(tmp_path / "wide")["targets"]["pixel_tolerance"] == 4.0
+    assert checkpoint.read_config(tmp_path / "wide")["targets"]["pixel_tolerance"] == 4.0
 
 
 def test_the_checked_share_is_the_one_asked_for() -> None:
     """Drawn from (seed, epoch, key): about an eighth of 2,400 views, none at 0, all at 1."""
     seen: list[int] = []
 
-    class Watch(Cached):
+    class Watch(CachedTargets):
         def check(self, pixels: Any, at: int, view: int, stored: int) -> None:
             seen.append(at)
 
@@ -586,7 +603,16 @@ def test_views_of_another_size_for_the_teacher() -> None:
     spec = TargetSpec(teacher="x", levels=(), fields=("attention",), patches=16)
     teacher: Any = Small()
     policy = Policy(size=fx.SIZE)
-    targets = Online(policy, spec, teacher, 3)
-    host = one_batch(Loader(source, targets, np.arange(24), rng.key_digests(source.keys), 0, 4))
+    targets = OnlineTargets(policy, spec, teacher, 3)
+    host = one_batch(
+        Loader(
+            source=source,
+            targets=targets,
+            pictures=np.arange(24),
+            digests=rng.key_digests(source.keys),
+            seed=0,
+            batch_size=4,
+        )
+    )
     assert host["pixels"].shape == (4, 32, 32, 3)
     assert host["teacher_pixels"].shape == (4, 28, 28, 3)

@@ -16,12 +16,12 @@ from featcache import rng, teachers
 from featcache.pictures.open_source import open_source
 from student import config, recipes
 from student.data.loader import Loader
-from student.data.prefetch import Feed, Share, Wait, to_device
+from student.data.prefetch import Prefetcher, WaitShare, WaitTime, to_device
 from student.recipes import TargetSpec
 from student.targets.assemble import draw_masks
-from student.targets.cached import Cached
-from student.targets.contract import Host
-from student.targets.online import Online
+from student.targets.cached import CachedTargets
+from student.targets.contract import HostBatch
+from student.targets.online import OnlineTargets
 from tests import student_fixtures as fx
 
 CPU = torch.device("cpu")
@@ -44,16 +44,27 @@ def made(online: bool, pin: bool = False, stats: bool = False) -> tuple[Any, Loa
     spec = TargetSpec(
         teacher=fx.TEACHER, levels=(2, 3, 4), fields=fields, patches=16, moments=stats
     )
-    cached = Cached(cache, spec, cache.keys.find(source.keys))
+    cached = CachedTargets(cache, spec, cache.keys.find(source.keys))
     targets: Any = (
-        Online(cached.policy, spec, teachers.load(fx.TEACHER), fx.VIEWS) if online else cached
+        OnlineTargets(cached.policy, spec, teachers.load(fx.TEACHER), fx.VIEWS)
+        if online
+        else cached
     )
     masks = None if online else lambda host: draw_masks(settings, host, targets.sources(host), 3)
     digests = rng.key_digests(source.keys)
-    return settings, Loader(source, targets, np.arange(24), digests, 3, 6, masks=masks, pin=pin)
+    return settings, Loader(
+        source=source,
+        targets=targets,
+        pictures=np.arange(24),
+        digests=digests,
+        seed=3,
+        batch_size=6,
+        masks=masks,
+        pin=pin,
+    )
 
 
-def expected(settings: Any, loader: Loader) -> Iterator[tuple[Host, dict[str, torch.Tensor]]]:
+def expected(settings: Any, loader: Loader) -> Iterator[tuple[HostBatch, dict[str, torch.Tensor]]]:
     """Each batch of memory of its own, masks drawn after it."""
     with ThreadPoolExecutor(2) as pool:
         for step in range(STEPS):
@@ -67,7 +78,7 @@ def test_what_is_taken_is_what_was_loaded(online: bool, stats: bool) -> None:
     """All twelve are kept while the memory they came from is filled again: nothing of a batch
     changes afterwards."""
     settings, loader = made(online, stats=stats)
-    feed = Feed(settings, loader.targets, loader.iterate(0, STEPS), CPU, 3)
+    feed = Prefetcher(settings, loader.targets, loader.iterate(0, STEPS), CPU, 3)
     kept = []
     for _ in range(STEPS):
         kept.append(feed.take())
@@ -90,9 +101,9 @@ def test_what_is_taken_is_what_was_loaded(online: bool, stats: bool) -> None:
 
 
 def test_the_share_of_a_step_that_was_waited() -> None:
-    assert Share([Wait(0.25), Wait(0.5)], 3.0).item() == 0.25
-    assert Share([Wait(2.0)], 1.0).item() == 1.0
-    assert Share([Wait()], 1.0).item() == 0.0
+    assert WaitShare([WaitTime(0.25), WaitTime(0.5)], 3.0).item() == 0.25
+    assert WaitShare([WaitTime(2.0)], 1.0).item() == 1.0
+    assert WaitShare([WaitTime()], 1.0).item() == 0.0
 
 
 @pytest.mark.gpu
@@ -106,7 +117,7 @@ def test_on_a_gpu_beside_a_busy_stream(online: bool) -> None:
         loader = replace(
             loader, targets=replace(loader.targets, teacher=teachers.load(fx.TEACHER, None, "cuda"))
         )
-    feed = Feed(settings, loader.targets, loader.iterate(0, STEPS), device, 3)
+    feed = Prefetcher(settings, loader.targets, loader.iterate(0, STEPS), device, 3)
     busy = torch.randn(4096, 4096, device=device)
     for _, batch in expected(*made(online)):
         taken = feed.take()

@@ -17,7 +17,7 @@ from featcache.errors import UsageError
 from featcache.pictures.open_source import open_source
 from student import evals
 from student.evals import hits, knn, percent
-from student.features.frozen import Frozen
+from student.features.frozen import FrozenEncoder
 
 BANK = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [0.0, 1.0]])
 BANK_LABELS = torch.tensor([0, 1, 1, 2])
@@ -132,8 +132,8 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "train", tmp_path / "test"
 
 
-def mean_colour() -> Frozen:
-    return Frozen(
+def mean_colour() -> FrozenEncoder:
+    return FrozenEncoder(
         "colour", 8, "cls", lambda pixels: pixels.float().mean((2, 3)), lambda device: None
     )
 
@@ -155,7 +155,7 @@ def test_evaluate_scores_colours(folders: tuple[Path, Path]) -> None:
 
 def test_evaluate_refuses_before_it_reads(folders: tuple[Path, Path]) -> None:
     train, test = map(open_source, folders)
-    broken = Frozen("never", 8, "cls", lambda pixels: 1 / 0, lambda device: None)  # type: ignore[arg-type,return-value]
+    broken = FrozenEncoder("never", 8, "cls", lambda pixels: 1 / 0, lambda device: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(UsageError, match="20 nearest neighbours: there are 15"):
         knn.evaluate(broken, train, test)
 

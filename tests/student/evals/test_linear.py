@@ -17,10 +17,10 @@ from featcache import rng
 from featcache.errors import UsageError, UserError
 from featcache.pictures.open_source import open_source
 from student.evals import linear
-from student.features.frozen import Frozen
+from student.features.frozen import FrozenEncoder
 from student.features.labels import split_holdout
 
-FROZEN = Frozen("toy", 8, "cls", lambda pixels: pixels, lambda device: None)
+FROZEN = FrozenEncoder("toy", 8, "cls", lambda pixels: pixels, lambda device: None)
 
 
 class Labelled:
@@ -52,7 +52,7 @@ class Toy:
 
     def embed(
         self,
-        frozen: Frozen,
+        frozen: FrozenEncoder,
         source: Labelled,
         numbers: list[int] | None,
         *,
@@ -300,7 +300,7 @@ def test_real_pictures_from_a_folder_for_any_embedding_batch(tmp_path: Path) -> 
             pixels[..., channel] += 80
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
     train, test = split_holdout(open_source(tmp_path), 0.3, seed=0)
-    frozen = Frozen(
+    frozen = FrozenEncoder(
         "colour", 8, "cls", lambda pixels: pixels.float().mean((2, 3)), lambda device: None
     )
     options = {"epochs": 100, "warmup_epochs": 2, "blr": 300.0, "batch_size": 4, "train_views": 2}

@@ -73,9 +73,11 @@ def noise(n: int, seed: int = 0) -> Pictures:
     return Pictures(blobs, [f"k{i}" for i in range(n)], [i % 3 for i in range(n)])
 
 
-def raw_pixels(size: int = 8) -> fz.Frozen:
+def raw_pixels(size: int = 8) -> fz.FrozenEncoder:
     """Features are the pixels themselves, so that every view can be compared to the byte."""
-    return fz.Frozen("pixels", size, "cls", lambda pixels: pixels.flatten(1), lambda device: None)
+    return fz.FrozenEncoder(
+        "pixels", size, "cls", lambda pixels: pixels.flatten(1), lambda device: None
+    )
 
 
 def tiny_vit(**changes: object) -> nn.Module:
@@ -207,7 +209,7 @@ def test_each_picture_is_read_once_and_two_batches_at_most_are_held() -> None:
 
     told: list[tuple[str, int, int]] = []
     embed_source(
-        fz.Frozen("f", 8, "cls", forward, lambda device: None), source, [0, 1], batch_size=8,
+        fz.FrozenEncoder("f", 8, "cls", forward, lambda device: None), source, [0, 1], batch_size=8,
         progress=lambda *report: told.append(report), stage="train",
     )  # fmt: skip
     assert sorted(source.reads) == list(range(20))

@@ -16,8 +16,8 @@ from featcache.reading.cache import Cache
 from featcache.targets import levels
 from student import checkpoint, recipes
 from student.recipes import TargetSpec
-from student.targets.cached import Cached
-from student.targets.online import Online
+from student.targets.cached import CachedTargets
+from student.targets.online import OnlineTargets
 from tests import student_fixtures as fx
 
 STEPS = ("--steps", "12", "--batch-size", "12", "--precision", "fp32")
@@ -166,7 +166,7 @@ def test_derived_targets_equal_numpys(kind: type[Projecting], derive: str, path:
     projection."""
     cache = kind(path())
     rows, view = np.arange(5), np.array([0, 1, 2, 0, 1])
-    source = Cached(cache, spec_of(derive), np.arange(len(cache)))
+    source = CachedTargets(cache, spec_of(derive), np.arange(len(cache)))
     assert ("feature_stats" in source.reads) == (kind is OtherEps)
     got, _ = source.complete(source.fetch(rows, view), CPU)
     assert set(got) == {"targets"}
@@ -191,7 +191,7 @@ def test_derived_targets_equal_numpys(kind: type[Projecting], derive: str, path:
     np.testing.assert_allclose(got["targets"].numpy(), expected, rtol=2e-4, atol=2e-4)
 
     ids_keep = np.array([[3, 0, 15], [7, 8, 9], [1, 14, 2], [0, 1, 2], [15, 14, 13]])
-    some = Cached(cache, spec_of(derive, visible_only=True), np.arange(len(cache)))
+    some = CachedTargets(cache, spec_of(derive, visible_only=True), np.arange(len(cache)))
     host = some.fetch(rows, view) | {"masks": {"ids_keep": torch.from_numpy(ids_keep)}}
     seen = some.complete(host, CPU)[0]["targets"].numpy()
     known = np.zeros((5, 17), bool)
@@ -238,7 +238,7 @@ def test_channels_of_the_output_are_a_fact_of_the_cache(tmp_path: Path) -> None:
         )
     )
     # its width: it has no projection
-    assert checkpoint.config(tmp_path / "run")["config"]["teacher_out"] == 24
+    assert checkpoint.read_config(tmp_path / "run")["config"]["teacher_out"] == 24
     ran = fx.train(
         "kd",
         tmp_path / "b",
@@ -261,7 +261,7 @@ def test_stats_of_online_and_cached_targets_share_one_function() -> None:
     pixels = (
         rng.words(rng.key_digests(["a"]), rng.stream("t", 0), 32 * 32 * 3) % np.uint64(256)
     ).astype(np.uint8)
-    online = Online(Policy(size=32), spec_of("f"), teacher, None)
+    online = OnlineTargets(Policy(size=32), spec_of("f"), teacher, None)
     host = {
         "pixels": pixels.reshape(1, 32, 32, 3),
         "digests": rng.key_digests(["a"]),
@@ -279,4 +279,4 @@ def test_fields_that_no_teacher_in_the_loop_gives_are_refused() -> None:
 
     spec = TargetSpec(teacher="dvae", levels=(), fields=("token_ids",), patches=16, vocabulary=8)
     with pytest.raises(UserError, match=r"--teacher online computes no token_ids; .* with --cache"):
-        Online(Policy(size=32), spec, None, None)
+        OnlineTargets(Policy(size=32), spec, None, None)

@@ -41,9 +41,9 @@ def test_facts_of_the_cache_fill_the_configuration(tmp_path: Path) -> None:
         "teacher_depth": 4,
         "teacher_width": 24,
     }
-    assert cache_match.facts(fx.open_cache().identity) == expected
+    assert cache_match.cache_facts(fx.open_cache().identity) == expected
     fx.good(fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *ONE))
-    saved = checkpoint.config(tmp_path / "run")["config"]
+    saved = checkpoint.read_config(tmp_path / "run")["config"]
     assert {key: saved[key] for key in expected} == expected
 
 
@@ -160,11 +160,11 @@ def test_the_command_says_all_by_which_a_cache_is_made(tmp_path: Path) -> None:
     )
     fx.extract(fx.pictures(), tmp_path / "odd", *views, *layout)
     with Cache(tmp_path / "odd") as old:
-        words = extract_command.options(old.manifest)
+        words = extract_command.extract_options(old.manifest)
         assert fx.feat("extract", *words, "--out", str(tmp_path / "again")).status == 0
         with Cache(tmp_path / "again") as new:
             assert new.manifest == old.manifest
-        whole = extract_command.options(old.manifest, (1, 2, 3, 4), keep=False)
+        whole = extract_command.extract_options(old.manifest, (1, 2, 3, 4), keep=False)
         assert fx.feat("extract", *whole, "--out", str(tmp_path / "whole")).status == 0
         with Cache(tmp_path / "whole") as new:
             assert new.levels == (1, 2, 3, 4)
@@ -288,7 +288,7 @@ def test_a_kept_cache_sets_the_stored_mask_and_says_so(tmp_path: Path) -> None:
         "order" in ran.err
     )
     assert "mask=stored" in ran.err
-    assert checkpoint.config(tmp_path / "run")["config"]["mask"] == "stored"
+    assert checkpoint.read_config(tmp_path / "run")["config"]["mask"] == "stored"
     said = fx.good(fx.train("maskalign", tmp_path / "set", *options, sets=("mask=stored",)))
     assert "mask=stored" not in said.err  # set by hand, nothing to say
     assert fx.losses(tmp_path / "set") == fx.losses(tmp_path / "run")
@@ -350,7 +350,7 @@ def test_a_kept_cache_does_not_serve_a_recipe_that_reads_all_tokens(tmp_path: Pa
     assert ran.status == 1
     assert "the recipe reads all" in ran.line
     fx.good(fx.stud("train", *words, "--cache", fx.ranked_path(), "--set", "mask=stored"))
-    assert checkpoint.config(tmp_path / "run")["targets"]["reading"]["tokens"] == "all"
+    assert checkpoint.read_config(tmp_path / "run")["targets"]["reading"]["tokens"] == "all"
 
 
 def test_mae_reads_no_token_and_takes_any_cache(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def search(tmp_path: Path, home: Path, *options: Any, recipe: str = "maskalign")
 def test_the_one_that_serves_is_found(tmp_path: Path) -> None:
     home = home_with(tmp_path, "a")
     fx.good(search(tmp_path, home))
-    config = checkpoint.config(tmp_path / "run")
+    config = checkpoint.read_config(tmp_path / "run")
     assert config["targets"]["id"] == manifest.read(home / "a")["id"]
 
 
@@ -403,7 +403,8 @@ def test_those_that_do_not_serve_are_passed_over(tmp_path: Path) -> None:
     fx.extract(fx.pictures(), home / "crops", "--scale", "0.08,1")
     fx.good(search(tmp_path, home, "--images", fx.pictures()))
     assert (
-        checkpoint.config(tmp_path / "run")["targets"]["id"] == manifest.read(home / "good")["id"]
+        checkpoint.read_config(tmp_path / "run")["targets"]["id"]
+        == manifest.read(home / "good")["id"]
     )
 
 
@@ -439,7 +440,7 @@ def test_a_subset_is_joined_by_key(tmp_path: Path) -> None:
         shutil.copy(fx.pictures() / f"{name}.png", tmp_path / "some")
     source = open_source(tmp_path / "some")
     cache = fx.open_cache()
-    chosen, rows, skipped = join.join(cache, source)
+    chosen, rows, skipped = join.join_by_key(cache, source)
     assert chosen.tolist() == [0, 1, 2]
     assert [cache.keys[row] for row in rows.tolist()] == ["p03", "p11", "p20"] == list(source.keys)
     assert skipped == 0
@@ -451,7 +452,7 @@ def test_quarantined_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
     fx.extract(tmp_path / "p", tmp_path / "c")
     with Cache(tmp_path / "c") as cache:
         source = open_source(tmp_path / "p")
-        chosen, rows, skipped = join.join(cache, source)
+        chosen, rows, skipped = join.join_by_key(cache, source)
         assert skipped == 1
         assert [source.keys[i] for i in chosen.tolist()] == [
             cache.keys[row] for row in rows.tolist()
@@ -471,14 +472,14 @@ def test_quarantined_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
         )
     )
     assert "1 pictures are in the cache's quarantine" in ran.err
-    assert checkpoint.config(tmp_path / "run")["data"]["pictures"] == fx.PICTURES
+    assert checkpoint.read_config(tmp_path / "run")["data"]["pictures"] == fx.PICTURES
 
 
 def test_an_unknown_picture_is_refused(tmp_path: Path) -> None:
     shutil.copytree(fx.pictures(), tmp_path / "p")
     shutil.copy(tmp_path / "p" / "p00.png", tmp_path / "p" / "zebra.png")
     with pytest.raises(IdentityError, match=r"1 of 25 pictures.*'zebra'"):
-        join.join(fx.open_cache(), open_source(tmp_path / "p"))
+        join.join_by_key(fx.open_cache(), open_source(tmp_path / "p"))
     ran = fx.train(
         "maskalign", tmp_path / "run", "--cache", fx.cache_path(), "--images", tmp_path / "p", *ONE
     )

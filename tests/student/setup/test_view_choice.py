@@ -21,7 +21,7 @@ from featcache.reading.cache import Cache
 from student import checkpoint, recipes
 from student.data.loader import Loader
 from student.setup import view_choice
-from student.targets.cached import Cached
+from student.targets.cached import CachedTargets
 from student.training import metrics
 from tests import student_fixtures as fx
 
@@ -55,7 +55,7 @@ def test_the_published_range_is_shown_and_said() -> None:
         low = {key: [area >= 0.6 for area in row] for key, row in areas(cache).items()}
         lost = [key for key, row in low.items() if not any(row)]
         assert 0 < len(lost) < 6  # the case is one where something is left out
-        show = view_choice.choose(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
+        show = view_choice.choose_views(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
         kept = [i for i, row in enumerate(low.values()) if any(row)]
         assert show.rows.tolist() == kept
         assert show.pictures.tolist() == [i + 100 for i in kept]
@@ -79,10 +79,10 @@ def test_the_published_range_is_shown_and_said() -> None:
 
 def test_a_range_that_was_asked_for_departs_from_the_published_one() -> None:
     with Cache(wide_path()) as cache:
-        show = view_choice.choose(cache, *every(cache), (0.2, 1.0), (0.6, 1.0), 0.5)
+        show = view_choice.choose_views(cache, *every(cache), (0.2, 1.0), (0.6, 1.0), 0.5)
         assert show.notes[0] == "crops of 0.6-1 of the area; the recipe was published with 0.2-1"
         assert show.about["crops"]["scale"] == [0.6, 1.0]
-        whole = view_choice.choose(cache, *every(cache), (0.2, 1.0), (0.08, 1.0))
+        whole = view_choice.choose_views(cache, *every(cache), (0.2, 1.0), (0.08, 1.0))
         assert whole.turns is None
         assert whole.about == {}
         assert whole.notes == ("crops of 0.08-1 of the area; the recipe was published with 0.2-1",)
@@ -91,14 +91,14 @@ def test_a_range_that_was_asked_for_departs_from_the_published_one() -> None:
 
 def test_the_caches_own_range_is_all_of_it() -> None:
     with Cache(wide_path()) as cache:
-        show = view_choice.choose(cache, *every(cache), (0.08, 1.0))
+        show = view_choice.choose_views(cache, *every(cache), (0.08, 1.0))
         assert (show.turns, show.notes, show.about) == (None, (), {})
 
 
 def test_a_narrower_cache_is_used_as_it_is_and_says_so() -> None:
     """No rejection makes wider crops of narrower ones."""
     with Cache(fx.cache_path()) as cache:
-        show = view_choice.choose(cache, *every(cache), (0.08, 1.0))
+        show = view_choice.choose_views(cache, *every(cache), (0.08, 1.0))
         assert show.turns is None
         assert show.notes == ("crops of 0.2-1 of the area; the recipe was published with 0.08-1",)
 
@@ -109,7 +109,7 @@ def test_a_range_that_the_cache_does_not_hold(wanted: tuple[float, float]) -> No
         Cache(fx.cache_path()) as cache,
         pytest.raises(UsageError, match=r"the cache holds crops of 0\.2-1 of the"),
     ):
-        view_choice.choose(cache, *every(cache), (0.2, 1.0), wanted)
+        view_choice.choose_views(cache, *every(cache), (0.2, 1.0), wanted)
 
 
 def test_too_many_pictures_without_a_view() -> None:
@@ -119,7 +119,7 @@ def test_too_many_pictures_without_a_view() -> None:
         low = {key: [area >= 0.6 for area in row] for key, row in areas(cache).items()}
         lost = [key for key, row in low.items() if not any(row)]
         with pytest.raises(UserError) as caught:
-            view_choice.choose(cache, *every(cache), (0.6, 1.0))
+            view_choice.choose_views(cache, *every(cache), (0.6, 1.0))
         message = str(caught.value)
         assert f"{len(lost)} picture" in message
         assert (
@@ -131,7 +131,7 @@ def test_too_many_pictures_without_a_view() -> None:
         share = float(message.split("--without-view ")[1].split(",")[0])
         assert len(lost) / 24 <= share <= len(lost) / 24 + 0.001
         assert len(
-            view_choice.choose(cache, *every(cache), (0.6, 1.0), most_left_out=share).rows
+            view_choice.choose_views(cache, *every(cache), (0.6, 1.0), most_left_out=share).rows
         ) == 24 - len(lost)
         by_shape: dict[int, list[float]] = {}
         for key, row in low.items():
@@ -152,12 +152,13 @@ def test_the_share_that_is_named_is_enough(monkeypatch: pytest.MonkeyPatch) -> N
     rows = np.arange(24).repeat(125)
     accepted = np.ones((3000, 3), bool)
     accepted[:27] = False
-    monkeypatch.setattr(crop_range, "accepted", lambda *_: accepted)
+    monkeypatch.setattr(crop_range, "accepted_views", lambda *_: accepted)
     with Cache(wide_path()) as cache:
         with pytest.raises(UserError, match=r"--without-view 0\.009,"):
-            view_choice.choose(cache, rows, rows, (0.6, 1.0))
+            view_choice.choose_views(cache, rows, rows, (0.6, 1.0))
         assert (
-            len(view_choice.choose(cache, rows, rows, (0.6, 1.0), most_left_out=0.009).rows) == 2973
+            len(view_choice.choose_views(cache, rows, rows, (0.6, 1.0), most_left_out=0.009).rows)
+            == 2973
         )
 
 
@@ -190,7 +191,7 @@ def test_none_accepted_at_all() -> None:
         Cache(wide_path()) as cache,
         pytest.raises(UserError, match=r"24 pictures of 24 \(100.00%\)") as caught,
     ):
-        view_choice.choose(cache, *every(cache), (0.0801, 0.0802))  # no view is that small
+        view_choice.choose_views(cache, *every(cache), (0.0801, 0.0802))  # no view is that small
     assert "add views" not in str(caught.value)
     assert "--without-view" not in str(caught.value)  # nothing would be left
 
@@ -200,20 +201,20 @@ def test_any_number_of_processes_shows_the_same(world: int) -> None:
     """Over three epochs, the keys and views of every step; and another order of the source changes
     no view."""
     with Cache(wide_path()) as cache:
-        show = view_choice.choose(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
+        show = view_choice.choose_views(cache, *every(cache), (0.6, 1.0), most_left_out=0.5)
         spec = recipes.load("mae").needs(recipes.load("mae").Config())
 
         def steps(show: view_choice.ViewSelection, world: int) -> list[dict[str, int]]:
-            targets = Cached(cache, spec, show.rows, turns=show.turns)
+            targets = CachedTargets(cache, spec, show.rows, turns=show.turns)
             digests = cache.keys.digests[show.rows]
             ranks = [
                 Loader(
-                    join.StoredPixels(cache),
-                    targets,
-                    show.rows,
-                    digests,
-                    3,
-                    4 // world,
+                    source=join.StoredPixels(cache),
+                    targets=targets,
+                    pictures=show.rows,
+                    digests=digests,
+                    seed=3,
+                    batch_size=4 // world,
                     world=world,
                     rank=rank,
                 )
@@ -232,7 +233,7 @@ def test_any_number_of_processes_shows_the_same(world: int) -> None:
         alone = steps(show, 1)
         assert steps(show, world) == alone
         assert len({view for seen in alone for view in seen.values()}) == 3
-        back = view_choice.choose(
+        back = view_choice.choose_views(
             cache, *(part[::-1].copy() for part in every(cache)), (0.6, 1.0), most_left_out=0.5
         )
         assert show.turns is not None
@@ -249,10 +250,10 @@ def test_any_number_of_processes_shows_the_same(world: int) -> None:
 
 def shown_areas(run: Path, cache: Cache) -> None:
     """Every view that the run's configuration lets a picture show lies in its range."""
-    about = checkpoint.config(run)["targets"]
+    about = checkpoint.read_config(run)["targets"]
     scale = about["crops"]["scale"]
-    pictures, rows, _ = join.join(cache, join.StoredPixels(cache))
-    show = view_choice.choose(cache, pictures, rows, (scale[0], scale[1]), most_left_out=1.0)
+    pictures, rows, _ = join.join_by_key(cache, join.StoredPixels(cache))
+    show = view_choice.choose_views(cache, pictures, rows, (scale[0], scale[1]), most_left_out=1.0)
     assert show.about["crops"] == about["crops"]
 
 
@@ -269,7 +270,7 @@ def test_a_wide_cache_trains_a_recipe_of_narrower_crops(tmp_path: Path) -> None:
         assert f"{expected:.1%} of the views" in ran.err
     whole = fx.good(fx.train("maskalign", tmp_path / "b", *options, "--scale", "0.08,1"))
     assert "note: crops of 0.08-1 of the area; the recipe was published with 0.2-1" in whole.err
-    assert "crops" not in checkpoint.config(tmp_path / "b")["targets"]
+    assert "crops" not in checkpoint.read_config(tmp_path / "b")["targets"]
     assert fx.losses(tmp_path / "a") != fx.losses(tmp_path / "b")
 
 
@@ -315,7 +316,7 @@ def test_pictures_that_are_left_out_are_never_trained_on(tmp_path: Path) -> None
         fx.train("mae", tmp_path / "run", *options, "--scale", "0.6,1", "--without-view", "0.5")
     )
     assert f"left out: {', '.join(lost[:5])}" in ran.err
-    saved = checkpoint.config(tmp_path / "run")
+    saved = checkpoint.read_config(tmp_path / "run")
     assert saved["data"]["pictures"] == 24 - len(lost)
     assert saved["targets"]["crops"]["left_out_first"] == lost
     keys = {key for row in metrics.read(tmp_path / "run") for key in row.get("keys", [])}

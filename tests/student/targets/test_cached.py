@@ -29,8 +29,8 @@ from student.data.prefetch import to_device
 from student.recipes import TargetSpec
 from student.setup import cache_match
 from student.targets.assemble import draw_masks
-from student.targets.cached import Cached
-from student.targets.online import Online
+from student.targets.cached import CachedTargets
+from student.targets.online import OnlineTargets
 from tests import student_fixtures as fx
 
 CPU = torch.device("cpu")
@@ -38,8 +38,8 @@ CPU = torch.device("cpu")
 
 def settings_of(recipe: str, *changes: str) -> Any:
     kind = recipes.load(recipe).Config
-    facts = cache_match.facts(fx.open_cache().identity)
-    return cache_match.with_facts(kind, [*fx.RECIPES[recipe], *changes], facts)
+    facts = cache_match.cache_facts(fx.open_cache().identity)
+    return cache_match.config_with_facts(kind, [*fx.RECIPES[recipe], *changes], facts)
 
 
 # --- which view -----------------------------------------------------------------------------------
@@ -81,9 +81,9 @@ def test_views_in_cache_and_online_agree_and_fresh_ones_count_epochs() -> None:
     cache = fx.open_cache()
     digests = cache.keys.digests
     spec = TargetSpec(teacher="", levels=(), fields=(), patches=16)
-    stored = Cached(cache, spec, np.arange(len(cache)))
-    online = Online(stored.policy, spec, None, fx.VIEWS)
-    fresh = Online(stored.policy, spec, None, None)
+    stored = CachedTargets(cache, spec, np.arange(len(cache)))
+    online = OnlineTargets(stored.policy, spec, None, fx.VIEWS)
+    fresh = OnlineTargets(stored.policy, spec, None, None)
     for epoch in range(5):
         assert stored.view(digests, epoch).tolist() == online.view(digests, epoch).tolist()
         assert set(fresh.view(digests, epoch).tolist()) == {epoch}
@@ -134,7 +134,14 @@ def test_masks_part_the_patches() -> None:
 
 
 def loader_of(targets_: Any, keys: list[str], source: Source, batch: int = 6) -> Loader:
-    return Loader(source, targets_, np.arange(len(keys)), rng.key_digests(keys), 0, batch)
+    return Loader(
+        source=source,
+        targets=targets_,
+        pictures=np.arange(len(keys)),
+        digests=rng.key_digests(keys),
+        seed=0,
+        batch_size=batch,
+    )
 
 
 def hosts(targets_: Any, steps: int = 4) -> list[dict[str, Any]]:
@@ -155,7 +162,7 @@ def test_online_targets_equal_an_independent_computation() -> None:
         patches=16,
     )
     policy = Policy(size=fx.SIZE, seed=5)
-    online = Online(policy, spec, teacher, fx.VIEWS, "attentive")
+    online = OnlineTargets(policy, spec, teacher, fx.VIEWS, "attentive")
     for host in hosts(online):
         got, sources = online.complete(host, CPU)
         assert got["features"].shape == (6, 2, 17, 24)
@@ -187,8 +194,8 @@ def test_online_gives_what_the_cache_holds(fields: tuple[str, ...]) -> None:
     cache = fx.open_cache()
     spec = TargetSpec(teacher=fx.TEACHER, levels=(3, 4), fields=fields, patches=16)
     source = open_source(fx.pictures())
-    stored = Cached(cache, spec, cache.keys.find(source.keys))
-    online = Online(
+    stored = CachedTargets(cache, spec, cache.keys.find(source.keys))
+    online = OnlineTargets(
         stored.policy, spec, teachers.load(fx.TEACHER), fx.VIEWS, cache.identity["order"]
     )
     for ours, theirs in zip(hosts(stored), hosts(online), strict=True):
@@ -205,7 +212,7 @@ def test_online_gives_what_the_cache_holds(fields: tuple[str, ...]) -> None:
 def test_the_cache_gives_float32_features() -> None:
     cache = fx.open_cache()
     spec = TargetSpec(teacher=fx.TEACHER, levels=(4,), fields=("features",), patches=16)
-    stored = Cached(cache, spec, np.arange(len(cache)))
+    stored = CachedTargets(cache, spec, np.arange(len(cache)))
     got, sources = stored.complete(hosts(stored, 1)[0], CPU)
     assert got["features"].dtype == torch.float32
     assert sources == {}
@@ -213,7 +220,7 @@ def test_the_cache_gives_float32_features() -> None:
 
 def test_nothing_is_computed_where_nothing_is_needed() -> None:
     spec = TargetSpec(teacher="", levels=(), fields=(), patches=16)
-    online = Online(Policy(size=fx.SIZE), spec, None, None)
+    online = OnlineTargets(Policy(size=fx.SIZE), spec, None, None)
     assert online.complete(hosts(online, 1)[0], CPU) == ({}, {})
 
 
@@ -227,10 +234,10 @@ def test_ranked_tokens_go_back_to_their_patches() -> None:
     rows = np.arange(len(raster))
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features",), patches=16)
     order = raster.read(rows[:6], 1, ("mask_order",))["mask_order"].astype(int)
-    plain = Cached(raster, spec, rows)
+    plain = CachedTargets(raster, spec, rows)
     whole = plain.complete(plain.fetch(rows[:6], np.ones(6, int)), CPU)[0]["features"]
     for tokens in (None, 17, 5, 1):
-        some = Cached(ranked, spec, rows, tokens=tokens)
+        some = CachedTargets(ranked, spec, rows, tokens=tokens)
         host = some.fetch(rows[:6], np.ones(6, int))
         assert host["features"].shape == (6, 2, tokens or 17, 24)
         got, sources = some.complete(host, CPU)
@@ -260,11 +267,11 @@ def test_only_the_prefix_is_read(tmp_path: Path) -> None:
             Path(path).write_bytes(data)
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features",), patches=16)
     view = np.arange(24) % fx.VIEWS
-    host = Cached(cache, spec, rows, tokens=5).fetch(rows, view)
-    expected = Cached(Cache(fx.ranked_path()), spec, rows, tokens=5).fetch(rows, view)
+    host = CachedTargets(cache, spec, rows, tokens=5).fetch(rows, view)
+    expected = CachedTargets(Cache(fx.ranked_path()), spec, rows, tokens=5).fetch(rows, view)
     np.testing.assert_array_equal(host["features"], expected["features"])
     with pytest.raises(UserError, match="features"):
-        Cached(cache, spec, rows, tokens=6).fetch(rows, view)
+        CachedTargets(cache, spec, rows, tokens=6).fetch(rows, view)
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -274,7 +281,7 @@ def test_images_are_normalised_with_imagenets_statistics() -> None:
     settings_ = settings_of("mae")
     spec = TargetSpec(teacher="", levels=(), fields=(), patches=16)
     cache = fx.open_cache()
-    stored = Cached(cache, spec, np.arange(len(cache)))
+    stored = CachedTargets(cache, spec, np.arange(len(cache)))
     (host,) = hosts(stored, 1)
     batch = to_device(settings_, stored, host, CPU, 0)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

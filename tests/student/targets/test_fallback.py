@@ -154,7 +154,7 @@ def test_the_run_is_that_of_the_whole_cache(
     assert 0 < ran.json["fallback"] < 6 * 8 * (2 if "--accumulate" in options else 1)
     assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
     assert fx.same_weights(tmp_path / "a", tmp_path / "b")
-    told = checkpoint.config(tmp_path / "b")["targets"]["reading"]["fallback"]
+    told = checkpoint.read_config(tmp_path / "b")["targets"]["reading"]["fallback"]
     assert told == {"shards": ["000001"], "pictures": 5}
 
 
@@ -206,7 +206,7 @@ def test_resumed_when_the_cache_is_whole_again(whole: Path, tmp_path: Path) -> N
     fx.good(
         fx.train("maskalign", tmp_path / "b", "--cache", part, *given, "--steps", "6", *FALLBACK)
     )
-    last = checkpoint.complete(tmp_path / "b")[-1]
+    last = checkpoint.list_checkpoints(tmp_path / "b")[-1]
     shutil.rmtree(last) if last.is_dir() else last.unlink()
     fx.good(fx.feat("repair", str(part), "--images", str(fx.pictures())))
     ran = fx.good(

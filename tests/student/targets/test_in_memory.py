@@ -18,7 +18,7 @@ from featcache.reading.cache import Cache
 from student.data.loader import Loader
 from student.recipes import TargetSpec
 from student.targets import in_memory
-from student.targets.cached import Cached
+from student.targets.cached import CachedTargets
 from tests import student_fixtures as fx
 from tests.test_end_to_end import launch
 
@@ -37,16 +37,19 @@ def test_batches_are_those_of_the_cache(
     )
     source = open_source(fx.pictures())
     rows = cache.keys.find(source.keys)[3:20]  # not all, and not in the cache's order
-    made = [Cached(cache, spec, rows[::-1], tokens=tokens, stored_pixels=pixels) for _ in range(2)]
+    made = [
+        CachedTargets(cache, spec, rows[::-1], tokens=tokens, stored_pixels=pixels)
+        for _ in range(2)
+    ]
     numbers = np.arange(3, 20)[::-1]
     loaders = [
         Loader(
-            source,
-            each,
-            numbers,
-            rng.key_digests(source.keys[i] for i in numbers),
-            0,
-            5,
+            source=source,
+            targets=each,
+            pictures=numbers,
+            digests=rng.key_digests(source.keys[i] for i in numbers),
+            seed=0,
+            batch_size=5,
             check_fraction=0,
         )
         for each in made
@@ -141,7 +144,7 @@ def test_rows_share_their_memory_and_nothing_is_left_behind() -> None:
     """The arrays lie in the memory given, aligned, and do not overlap."""
     layout = {"a": ((3,), np.dtype("u1")), "b": ((5, 2), np.dtype("f2")), "c": ((), np.dtype("u8"))}
     memory = mmap.mmap(-1, 4096)
-    rows = in_memory.Rows(layout, 2, 7, memory)
+    rows = in_memory.SharedRows(layout, 2, 7, memory)
     for value, array in enumerate(rows.arrays.values(), 1):
         assert array.ctypes.data % 64 == 0
         array[:] = value
@@ -156,7 +159,9 @@ def test_large_rows_are_copied_by_several_threads(
 ) -> None:
     """2 x 5 rows of 200 kB, a batch of 7 in any order, twice into the same memory."""
     monkeypatch.setattr(in_memory, "_THREADS", threads)
-    rows = in_memory.Rows({"a": ((100_000,), np.dtype("<u2"))}, 2, 5, mmap.mmap(-1, 2_000_000))
+    rows = in_memory.SharedRows(
+        {"a": ((100_000,), np.dtype("<u2"))}, 2, 5, mmap.mmap(-1, 2_000_000)
+    )
     rows.arrays["a"][:] = np.random.default_rng(0).integers(0, 1 << 16, (2, 5, 100_000))
     out = np.ones((7, 100_000), np.uint16)
     for at, view in (

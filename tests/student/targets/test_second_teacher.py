@@ -15,7 +15,7 @@ import torch
 from featcache.reading.cache import Cache
 from student import checkpoint, config
 from student.recipes import mrmae
-from student.targets.cached import Cached
+from student.targets.cached import CachedTargets
 from tests import student_fixtures as fx
 
 OTHER = "synthetic:levels=3,tokens=16,width=20,size=32"
@@ -78,7 +78,7 @@ def test_second_targets_equal_numpys(path: object, target: str) -> None:
     with Cache(path()) as cache:
         spec = mrmae.needs(spec_of(cache, target))
         rows, view = np.arange(5), np.array([0, 1, 2, 0, 1])
-        source = Cached(cache, spec, np.arange(len(cache)))
+        source = CachedTargets(cache, spec, np.arange(len(cache)))
         got, masks = source.complete(source.fetch(rows, view), CPU)
         first = "features" if target == "h" else "targets"
         assert set(got) == {first, "second"}
@@ -115,7 +115,7 @@ class OtherEps(Cache):
 
 def test_a_teachers_own_eps() -> None:
     with OtherEps(both_path()) as cache:
-        source = Cached(cache, mrmae.needs(spec_of(cache, "f")), np.arange(len(cache)))
+        source = CachedTargets(cache, mrmae.needs(spec_of(cache, "f")), np.arange(len(cache)))
         rows, view = np.arange(4), np.zeros(4, np.int64)
         got, _ = source.complete(source.fetch(rows, view), CPU)
         stored = cache.read(rows, view, (f"{OTHER}/features", f"{OTHER}/feature_stats"), [3])
@@ -135,7 +135,7 @@ def test_two_teachers_train_with_a_head_each(path: object, tmp_path: Path) -> No
     assert callable(path)
     steps = ("--steps", "12", "--batch-size", "12", "--precision", "fp32")
     fx.good(fx.train("mrmae", tmp_path / "run", "--cache", path(), *steps, sets=JOINT))
-    saved = checkpoint.config(tmp_path / "run")["config"]
+    saved = checkpoint.read_config(tmp_path / "run")["config"]
     assert (saved["joint_depth"], saved["joint_width"]) == (3, 20)
     assert fx.weights(tmp_path / "run")["joint_head.weight"].shape == (20, 48)
     losses = fx.losses(tmp_path / "run")

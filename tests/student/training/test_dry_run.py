@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import student.training.train
-from student.data.prefetch import Wait
-from student.targets.cached import Cached
+from student.data.prefetch import WaitTime
+from student.targets.cached import CachedTargets
 from student.training import dry_run
 from tests import student_fixtures as fx
 
@@ -89,14 +89,14 @@ def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Steps of 2 s, half of it waiting, at batch 8: 4 pictures a second, an epoch of 3 steps is 6
     s, and the student alone would want 8 pictures' bytes a second. The disk gives half of that."""
     now = [0.0]
-    plain = student.training.train.make_step
+    plain = student.training.train.train_step
 
     def slow(*args: Any) -> dict[str, Any]:
         row = plain(*args)
         now[0] += 2.0
-        return {**row, "waits": [Wait(1.0)]}
+        return {**row, "waits": [WaitTime(1.0)]}
 
-    monkeypatch.setattr(student.training.train, "make_step", slow)
+    monkeypatch.setattr(student.training.train, "train_step", slow)
     monkeypatch.setattr(dry_run.time, "perf_counter", lambda: now[0])
     per_picture: list[int] = []
 
@@ -133,13 +133,13 @@ def test_the_page_cache_is_gone_round(tmp_path: Path, monkeypatch: pytest.Monkey
 
     from featcache.errors import UserError
 
-    def refused(self: Cached, at: Any, view: Any, out: Any = None) -> Any:
+    def refused(self: CachedTargets, at: Any, view: Any, out: Any = None) -> Any:
         if self.cache._options["io"] == "direct":
             raise UserError("this file system has no O_DIRECT")
         return read(self, at, view, out)
 
-    read = Cached.fetch
-    monkeypatch.setattr(Cached, "fetch", refused)
+    read = CachedTargets.fetch
+    monkeypatch.setattr(CachedTargets, "fetch", refused)
     assert facts("maskalign", tmp_path)["past_page_cache"] is False
 
 

@@ -100,7 +100,7 @@ def test_out_of_memory_in_a_step(
         "note: the checkpoint of step 4 is kept; the same command with --resume goes on" in ran.err
     )
     assert len(ran.line) < 400
-    assert checkpoint.step_of(run) == 4
+    assert checkpoint.latest_step(run) == 4
     fx.good(train(run, "--resume"))
     assert_undisturbed(run, whole)
 
@@ -177,7 +177,7 @@ student.training.train._gradients = fails
     assert ran.status[0] not in (0, None)
     assert ran.said[1].count("error: out of GPU memory") == 1
     assert "Traceback" not in ran.said[1]
-    assert checkpoint.step_of(tmp_path / "run") == 4
+    assert checkpoint.latest_step(tmp_path / "run") == 4
     processes.good(
         processes.train(2, *options, "--out", tmp_path / "run", "--resume", recipe="maskalign")
     )
@@ -212,7 +212,7 @@ def test_the_cache_is_deleted_under_the_run(
     assert ran.status == 1
     assert str(cache) in ran.line
     assert "No such file or directory" in ran.line
-    step = checkpoint.step_of(run)
+    step = checkpoint.latest_step(run)
     assert step is not None
     assert 2 <= step < 24
     assert (
@@ -246,7 +246,7 @@ def test_a_row_that_cannot_be_read(
     assert bad
     assert ran.status == 1
     assert "/features/" in ran.line
-    assert (checkpoint.step_of(run) or 0) >= 4
+    assert (checkpoint.latest_step(run) or 0) >= 4
     fx.good(train(run, "--resume", cache=cache))
     assert_undisturbed(run, whole)
 
@@ -295,7 +295,7 @@ def test_a_full_disk_at_a_checkpoint(
     assert [
         path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")
     ] == []
-    assert checkpoint.step_of(run) == 4
+    assert checkpoint.latest_step(run) == 4
     fx.good(train(run, "--resume"))
     assert_undisturbed(run, whole)
 

@@ -56,7 +56,7 @@ TWO = SHARDED.format(version=2)
 # all.
 COUNTING = """
 import student.training.train_state
-plain = student.training.train_state.build
+plain = student.training.train_state.build_train_state
 def counted(*args):
     pupil = plain(*args)
     own = sum(p.to_local().numel() for p in pupil.module.parameters())
@@ -64,7 +64,7 @@ def counted(*args):
     assert set(whole.values()) == {"Tensor"}, whole
     print("holds", own, "of", sum(value.numel() for value in pupil.weights().values()))
     return pupil
-student.training.train_state.build = counted
+student.training.train_state.build_train_state = counted
 """
 OPTIONS = ("--batch-size", 4, "--steps", 12, "--save-every", 4)
 SETS = ("clip_grad=1.0",)
@@ -101,7 +101,7 @@ def test_sharded_weights_train_like_whole_ones(runs: tuple[Path, Path]) -> None:
 
 def test_a_checkpoint_is_one_file_of_whole_tensors(runs: tuple[Path, Path]) -> None:
     """The names, shapes and numbering of a plain run's, so that everything else reads it."""
-    plain, sharded = (checkpoint.newest(run) for run in runs)
+    plain, sharded = (checkpoint.load_latest(run) for run in runs)
     assert plain["model"].keys() == sharded["model"].keys()
     assert all(
         value.shape == sharded["model"][name].shape for name, value in plain["model"].items()
@@ -136,7 +136,7 @@ student.training.train._gradients = dies
 """
     ran = train(tmp_path / "run", before=TWO + dying)
     assert ran.status == [9, 9], ran.said
-    assert checkpoint.step_of(tmp_path / "run") == 4
+    assert checkpoint.latest_step(tmp_path / "run") == 4
     processes.good(train(tmp_path / "run", "--resume"))
     assert_undisturbed(tmp_path / "run", runs[1])
 

@@ -299,7 +299,7 @@ def test_some_steps_may_be_left_out(tmp_path: Path, pictures: Path) -> None:
     ]
     assert ran.json["skipped"] == 4
     assert ran.json["loss"] == rows[-1]["loss"]  # JSON, whatever it is
-    assert checkpoint.newest(run)["skipped"] == 4
+    assert checkpoint.load_latest(run)["skipped"] == 4
     assert all(value.isfinite().all() for value in fx.weights(run).values())
     assert len(list((run / "nonfinite").iterdir())) == 1  # of the first
     # the bound, over an interruption: the count is resumed
@@ -309,7 +309,7 @@ def test_some_steps_may_be_left_out(tmp_path: Path, pictures: Path) -> None:
     assert ran.status == 1
     assert f"at step {bad[2]}" in ran.line
     assert "the 3 steps left out are more than --skip-nonfinite 2" in ran.line
-    assert checkpoint.step_of(cut) == bad[2] - 1
+    assert checkpoint.latest_step(cut) == bad[2] - 1
     ran = train(tmp_path, pictures, cut, *options, "--skip-nonfinite", 3, "--resume")
     assert f"at step {bad[3]}" in ran.line
     fx.good(train(tmp_path, pictures, cut, *options, "--skip-nonfinite", 4, "--resume"))
@@ -378,7 +378,7 @@ def test_losses_that_arrive_late_still_give_the_right_reproducer(
     monkeypatch.setattr(optim, "adamw", fused)
     options = ("--steps", 9, "--save-every", 9, "--seed", 2)
     train(tmp_path, pictures, tmp_path / "prompt", *options)
-    build = train_state.build
+    build = train_state.build_train_state
 
     def late(*args: object) -> TrainState:
         pupil = build(*args)  # type: ignore[arg-type]
@@ -386,7 +386,7 @@ def test_losses_that_arrive_late_still_give_the_right_reproducer(
         return pupil
 
     plain = student.training.train.Metrics
-    monkeypatch.setattr(train_state, "build", late)
+    monkeypatch.setattr(train_state, "build_train_state", late)
     monkeypatch.setattr(
         student.training.train, "Metrics", lambda run, lag, log: plain(run, 16, log)
     )

@@ -94,7 +94,7 @@ def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
     assert found, err
     step = int(found[1])
     assert 5 <= step < 50
-    assert checkpoint.step_of(run) == step
+    assert checkpoint.latest_step(run) == step
     assert len(metrics.read(run)) == step
     assert ("note: stopping after this step" in err) == (number == signal.SIGINT)
     facts = fx.good(
@@ -106,7 +106,7 @@ def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
 
 def test_a_requeued_command_needs_no_other_words(tmp_path: Path) -> None:
     """--resume was given already: then the very same command goes on."""
-    assert str(preemption.error(3, 9, "SIGTERM", resume=True)).endswith(
+    assert str(preemption.stopped_error(3, 9, "SIGTERM", resume=True)).endswith(
         "; the same command goes on from there"
     )
 
@@ -136,7 +136,7 @@ def test_two_processes_stop_after_the_same_step(tmp_path: Path) -> None:
     ).stdout
     os.kill(int(children.split()[-1]), signal.SIGTERM)
     _, err = process.communicate(timeout=100)
-    step = checkpoint.step_of(run)
+    step = checkpoint.latest_step(run)
     assert step is not None, err
     assert 5 <= step < 50
     assert err.count("error: stopped after step") == 1
@@ -161,7 +161,7 @@ def test_the_second_ctrl_c_waits_for_nothing(
     acc: Accelerator, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with preemption.Notice(acc) as notice:
+    with preemption.StopNotice(acc) as notice:
         assert not notice.due()
         signal.raise_signal(signal.SIGINT)
         assert notice.due()
@@ -175,8 +175,8 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(acc: Accelerator) -> Non
     """As a shell does for what a script runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        signals.orderly()
-        with preemption.Notice(acc) as notice:
+        signals.install_handlers()
+        with preemption.StopNotice(acc) as notice:
             signal.raise_signal(signal.SIGINT)
             assert not notice.due()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -185,7 +185,7 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(acc: Accelerator) -> Non
 
 
 def test_schedulers_may_send_sigterm_twice(acc: Accelerator) -> None:
-    with preemption.Notice(acc) as notice:
+    with preemption.StopNotice(acc) as notice:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert notice.asked == "SIGTERM"
@@ -195,7 +195,7 @@ def test_training_in_another_thread_leaves_signals_alone(acc: Accelerator) -> No
     seen: list[Any] = []
 
     def work() -> None:
-        with preemption.Notice(acc) as notice:
+        with preemption.StopNotice(acc) as notice:
             seen.append((signal.getsignal(signal.SIGTERM), notice.due()))
 
     before = signal.getsignal(signal.SIGTERM)
@@ -212,22 +212,22 @@ def test_several_processes_look_one_step_later(
     theirs = iter([0.0, 1.0, 0.0])
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
     monkeypatch.setattr(acc, "reduce", lambda mine, how: mine + next(theirs))
-    with preemption.Notice(acc) as notice:
+    with preemption.StopNotice(acc) as notice:
         assert [notice.due() for _ in range(3)] == [False, False, True]
         assert notice.asked is None
 
 
 def test_what_is_said_when_nothing_was_waited_for(tmp_path: Path) -> None:
     assert (
-        str(preemption.at_once(tmp_path, False))
+        str(preemption.stopped_at_once(tmp_path, False))
         == "stopped before the first step; run the same command again"
     )
     (tmp_path / checkpoint.CONFIG).touch()
     assert "stopped before the first checkpoint; the same command with --resume" in str(
-        preemption.at_once(tmp_path, False)
+        preemption.stopped_at_once(tmp_path, False)
     )
     checkpoint.save(tmp_path, 12, {"model": {}, "optimizer": {}, "scaler": {}})
-    error = preemption.at_once(tmp_path, False)
+    error = preemption.stopped_at_once(tmp_path, False)
     assert (
         str(error)
         == "stopped; the checkpoint of step 12 is kept, the same command with --resume goes on "
@@ -263,12 +263,12 @@ def test_a_stopped_run_is_in_the_ledger_and_a_resume_without_work_is_not(
     monkeypatch.setenv("FEATCACHE_HOME", str(tmp_path / "home"))
     options = ("--cache", fx.cache_path(), "--steps", "3", "--batch-size", "8")
 
-    def stops(self: preemption.Notice) -> bool:
+    def stops(self: preemption.StopNotice) -> bool:
         self.asked = "SIGTERM"
         return True
 
     with monkeypatch.context() as patch:
-        patch.setattr(preemption.Notice, "due", stops)
+        patch.setattr(preemption.StopNotice, "due", stops)
         assert fx.train("mralign", Path("run"), *options, home=tmp_path / "home").status == 75
     for _ in range(3):
         fx.good(fx.train("mralign", Path("run"), *options, "--resume", home=tmp_path / "home"))
@@ -308,7 +308,7 @@ def test_stopped_while_it_is_imported(
 
 
 def test_an_import_that_fails_by_itself_keeps_its_traceback() -> None:
-    with pytest.raises(ImportError, match="broken"), signals.guard(1):
+    with pytest.raises(ImportError, match="broken"), signals.guard_imports(1):
         raise ImportError("broken")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from student.data.prefetch import Share, Wait
+from student.data.prefetch import WaitShare, WaitTime
 from student.training import progress_bar
 from tests import student_fixtures as fx
 
@@ -29,10 +29,10 @@ ROW = {
     "grad_norm": 2.0,
     "lr": 0.00025,
     "images_per_s": 812.4,
-    "data_wait": Share([Wait(0.01), Wait(0.03)], 1.0),
+    "data_wait": WaitShare([WaitTime(0.01), WaitTime(0.03)], 1.0),
     "keys": ["a"],
     "applied": True,
-    "waits": [Wait(0.01), Wait(0.03)],
+    "waits": [WaitTime(0.01), WaitTime(0.03)],
 }
 
 

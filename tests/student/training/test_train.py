@@ -303,7 +303,7 @@ def test_a_config_file_is_a_runs_own_record(tmp_path: Path) -> None:
             *over,
         )
     )
-    assert checkpoint.config(tmp_path / "over")["config"]["drop_path"] == 0
+    assert checkpoint.read_config(tmp_path / "over")["config"]["drop_path"] == 0
 
 
 def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     assert "loss is nan at step 3" in ran.line
     shown = ran.line.split("pictures ", 1)[1].split(")")[0]
     assert shown.startswith("p")
-    assert [path.name for path in checkpoint.complete(tmp_path / "run")] == [
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")] == [
         "step-00000001.pt",
         "step-00000002.pt",
     ]
@@ -494,7 +494,7 @@ def test_how_a_cache_is_read_goes_to_the_cache_and_into_the_record(
     assert plain == {"threads": None, "verify_rows": 1.0, "io": "auto", "partial": False}
     assert changed == {"threads": 3, "verify_rows": 0.25, "io": "direct", "partial": False}
     reading = [
-        checkpoint.config(tmp_path / name)["targets"]["reading"] for name in ("plain", "odd")
+        checkpoint.read_config(tmp_path / name)["targets"]["reading"] for name in ("plain", "odd")
     ]
     assert reading == [{**given, "tokens": "all", "pixels": "decoded"} for given in opened]
     assert fx.losses(tmp_path / "odd") == fx.losses(tmp_path / "plain")

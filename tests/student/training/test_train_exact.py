@@ -14,7 +14,7 @@ import torch
 
 import student.training.train
 from student import checkpoint
-from student.targets.cached import Cached
+from student.targets.cached import CachedTargets
 from student.training import metrics
 from tests import processes
 from tests import student_fixtures as fx
@@ -26,14 +26,14 @@ SLOW = pytest.mark.slow
 # Notes which pictures each process took in each step.
 NOTING = """
 import json, student.training.train
-plain = student.training.train.make_step
+plain = student.training.train.train_step
 def noting(*args):
     row = plain(*args)
     with open({place!r} + f"/{{RANK}}.jsonl", "a") as file:
         noted = {{"step": row["step"], "epoch": row["epoch"], "keys": row["keys"]}}
         file.write(json.dumps(noted) + "\\n")
     return row
-student.training.train.make_step = noting
+student.training.train.train_step = noting
 """
 
 
@@ -113,9 +113,9 @@ def test_statistics_of_a_part_would_give_other_losses(
     options = ("--cache", fx.cache_path(), "--batch-size", 16, "--steps", 1)
     sets = (*OFF, "target_norm=bn")
     fx.good(fx.train("maskalign", tmp_path / "whole", *options, sets=sets))
-    plain = Cached._moments
+    plain = CachedTargets._moments
     monkeypatch.setattr(
-        Cached, "_moments", lambda targets, at, view: plain(targets, at[:4], view[:4])
+        CachedTargets, "_moments", lambda targets, at, view: plain(targets, at[:4], view[:4])
     )
     fx.good(fx.train("maskalign", tmp_path / "part", *options, sets=sets))
     assert abs(fx.losses(tmp_path / "whole")[0] / fx.losses(tmp_path / "part")[0] - 1) > 1e-4
@@ -187,7 +187,7 @@ TWELVE = ("--steps", "12", "--batch-size", "8", "--save-every", "5")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("exact") / "whole"
     fx.good(fx.train("mralign", run, "--cache", fx.cache_path(), *TWELVE, "--ema", "0.9"))
-    assert checkpoint.config(run)["config"]["drop_path"] == 0.1
+    assert checkpoint.read_config(run)["config"]["drop_path"] == 0.1
     return run
 
 
@@ -225,7 +225,7 @@ def stops_after(patch: pytest.MonkeyPatch, step: int) -> None:
         self.asked = "SIGTERM" if len(calls) == step else None
         return self.asked is not None
 
-    patch.setattr("student.training.preemption.Notice.due", due)
+    patch.setattr("student.training.preemption.StopNotice.due", due)
 
 
 def dies_in(patch: pytest.MonkeyPatch, step: int) -> None:
@@ -241,7 +241,7 @@ def dies_in(patch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def same_averages(a: Path, b: Path) -> bool:
-    one, two = (checkpoint.newest(run)["ema"] for run in (a, b))
+    one, two = (checkpoint.load_latest(run)["ema"] for run in (a, b))
     return one.keys() == two.keys() and all(bool((one[name] == two[name]).all()) for name in one)
 
 
@@ -272,7 +272,7 @@ student.training.train._gradients = dies
     processes.good(processes.train(2, *common, "--out", tmp_path / "whole", recipe="mralign"))
     ran = processes.train(2, *common, "--out", tmp_path / "cut", recipe="mralign", before=dying)
     assert ran.status == [9, 9], ran.said
-    assert checkpoint.step_of(tmp_path / "cut") == step // 2 * 2
+    assert checkpoint.latest_step(tmp_path / "cut") == step // 2 * 2
     processes.good(
         processes.train(2, *common, "--out", tmp_path / "cut", "--resume", recipe="mralign")
     )

@@ -39,7 +39,7 @@ def test_the_average_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     float64 from the checkpoints of every step."""
     monkeypatch.setattr(checkpoint, "KEEP", 99)
     run = run_of(tmp_path / "run", "--ema", "0.5", "--save-every", "1")
-    states = [torch.load(path, weights_only=True) for path in checkpoint.complete(run)]
+    states = [torch.load(path, weights_only=True) for path in checkpoint.list_checkpoints(run)]
     assert len(states) == 6
     for name, value in states[0]["model"].items():
         average = value.double()
@@ -58,7 +58,7 @@ def test_an_average_changes_no_number_of_the_run(tmp_path: Path) -> None:
 def test_the_average_is_evaluated_where_it_is_asked_for(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", "--ema", "0.5")
     plain, average = (checkpoint.load_encoder(run, ema)[0].state_dict() for ema in (False, True))
-    saved = checkpoint.newest(run)
+    saved = checkpoint.load_latest(run)
     assert all(torch.equal(plain[name], saved["model"][f"encoder.{name}"]) for name in plain)
     assert all(torch.equal(average[name], saved["ema"][f"encoder.{name}"]) for name in average)
     labelled = tmp_path / "labelled"
@@ -232,7 +232,7 @@ def test_a_compiled_run_equals_the_plain_one(recipe: str, tmp_path: Path) -> Non
     assert np.abs(one - two).max() <= 1e-4 * one.min()
     assert (one != two).any()  # it was compiled
     assert fx.weights(tmp_path / "compiled").keys() == fx.weights(tmp_path / "plain").keys()
-    assert checkpoint.config(tmp_path / "compiled")["running"]["compiled"] is True
+    assert checkpoint.read_config(tmp_path / "compiled")["running"]["compiled"] is True
 
 
 @pytest.mark.slow
