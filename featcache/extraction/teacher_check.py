@@ -22,6 +22,7 @@ from torch import Tensor
 
 from featcache.errors import UsageError, UserError
 from featcache.extraction.forward import run_teacher
+from featcache.extraction.knn import K, votes
 from featcache.models import precision, tokenizer
 from featcache.models.contract import Teacher
 from featcache.pictures.decode import decode
@@ -32,7 +33,6 @@ from featcache.views.policy import AREA, Policy
 from featcache.views.render import render_centre
 
 CLASSES, PER_CLASS = 32, 16  # at most; a minute of B/16 on a few cores
-K, TEMPERATURE = 20, 0.07
 CROP_PCT = 0.875
 MARGIN = 3.0  # standard errors of a guess; above chance by this much is no chance
 
@@ -158,12 +158,9 @@ def _embed(teacher: Teacher, pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def right_share(features: Tensor, labels: I64) -> float:
-    """features (n, D): the share of rows that the votes of their nearest others, by cosine, put
-    into their class."""
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
-    similar = (unit @ unit.T).fill_diagonal_(-math.inf)
-    near = similar.topk(min(K, len(unit) - 1), dim=1)
+    """Return the share of the rows of `features` (n, D) that the votes of their nearest others, by
+    cosine, put into their own class."""
     wanted = torch.from_numpy(labels)
-    votes = torch.zeros(len(unit), int(wanted.max()) + 1, dtype=torch.float64)
-    votes.scatter_add_(1, wanted[near.indices], (near.values / TEMPERATURE).exp())
-    return float((votes.argmax(1) == wanted).double().mean())
+    rows, classes, k = features.double(), int(wanted.max()) + 1, min(K, len(features) - 1)
+    found = votes(rows, rows, wanted, classes, k=k, leave_one_out=True)
+    return float((found.argmax(1) == wanted).double().mean())

@@ -18,10 +18,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from featcache.errors import UsageError
+from featcache.extraction.knn import TEMPERATURE, K, votes
 from featcache.pictures.source import Source
 from student.evals import hits, percent
 from student.features.embed import CROP_PCT, EmbedProgress, embed_source
@@ -29,40 +28,9 @@ from student.features.frozen import FrozenEncoder
 from student.features.labels import class_count, labels_as
 
 OPTIONS: dict[str, tuple[Any, str]] = {
-    "k": (20, "nearest training pictures that vote"),
-    "temperature": (0.07, "a neighbour votes with exp(cosine / temperature)"),
+    "k": (K, "nearest training pictures that vote"),
+    "temperature": (TEMPERATURE, "a neighbour votes with exp(cosine / temperature)"),
 }
-CHUNK_ROWS = 1024  # test pictures compared with the whole bank at a time
-
-
-def votes(
-    test: Tensor,
-    bank: Tensor,
-    bank_labels: Tensor,
-    classes: int,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> Tensor:
-    """Votes (n,C) float64 of the k nearest rows of `bank` (N,D) for each row of `test` (n,D), on
-    the CPU.
-
-    A row's votes are divided by exp(its best similarity / temperature): the order stays, and no
-    temperature overflows.
-    """
-    _check(k, temperature, len(bank))
-    bank = F.normalize(bank.float(), dim=1)
-    rows = []
-    for chunk in test.float().split(CHUNK_ROWS):
-        near = (F.normalize(chunk, dim=1) @ bank.T).topk(k, dim=1)  # (B,k), largest first
-        similarity, index = near.values.double().cpu(), near.indices.cpu()
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        rows.append(
-            torch.zeros(len(chunk), classes, dtype=torch.float64).scatter_add_(
-                1, bank_labels[index], weight
-            )
-        )
-    return torch.cat(rows)
 
 
 def _check(k: int, temperature: float, bank: int) -> None:
@@ -87,8 +55,8 @@ def evaluate(
     batch_size_embed: int = 256,
     crop_pct: float = CROP_PCT,
     progress: EmbedProgress | None = None,
-    k: int = 20,
-    temperature: float = 0.07,
+    k: int = K,
+    temperature: float = TEMPERATURE,
 ) -> dict[str, Any]:
     """Top-1 (and top-5 from five classes on) of the test pictures; `seed` is not used: nothing here
     is random."""
@@ -115,7 +83,7 @@ def evaluate(
         stage="test",
     )
 
-    # votes
+    # votes: a class without one is among nobody's best
     found = votes(
         rows.to(device), bank.to(device), bank_labels, classes, k=k, temperature=temperature
     )
