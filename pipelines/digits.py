@@ -45,6 +45,7 @@ from featcache.views.draw import draw
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
 from pipelines.pack_images import pack
+from student.training.optim import warmup_cosine
 
 PX = 32
 TRAIN = 1400
@@ -113,7 +114,7 @@ def train_teacher(
         total = 0.0
         for step, rows in enumerate(order.split(batch_size)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(epoch + step / steps, epochs)
+                group["lr"] = warmup_cosine(epoch + step / steps, total=epochs, warmup=1, peak=lr)
             loss = F.cross_entropy(vit(_normalised(vit, pixels[rows])), labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -128,17 +129,6 @@ def start_of(seed: int) -> str:
     """The weights the teacher starts from. A student of the same seed must start elsewhere: one
     that begins as its teacher began is aligned with it by more than what it is shown."""
     return f"random:{1000 + seed}"
-
-
-def schedule(epoch: float, epochs: int) -> float:
-    """The share of the peak rate: linear over the first epoch, then a half cosine.
-
-    >>> [schedule(e, 3) for e in (0, 0.5, 1, 2, 3)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    if epoch < 1:
-        return float(epoch)
-    return 0.5 * (1 + math.cos(math.pi * (epoch - 1) / (epochs - 1)))
 
 
 def _views(pictures: list[Image.Image], digests: rng.U64, seed: int, epoch: int) -> Tensor:

@@ -40,7 +40,8 @@ from featcache.teachers.dvae import Dvae
 from featcache.views.draw import draw
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
-from pipelines.digits import CROPS, schedule
+from pipelines.digits import CROPS
+from student.training.optim import warmup_cosine
 
 SIZES = {"img_size": 64, "width": 16, "vocabulary": 64}
 # What `featcache extract --add --teacher` is told, with --weights OUT/tokenizer.safetensors; its
@@ -91,7 +92,7 @@ def train(
         for step, rows in enumerate(order.split(batch_size)):
             done = (epoch + step / steps) / epochs
             for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(epoch + step / steps, epochs)
+                group["lr"] = warmup_cosine(epoch + step / steps, total=epochs, warmup=1, peak=lr)
             error, use = losses(encoder, decoder, pixels[rows], COLDEST**done, noise)
             optimizer.zero_grad()
             (error - USE_WEIGHT * use).backward()

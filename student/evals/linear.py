@@ -42,6 +42,7 @@ from student.evals import hits, percent
 from student.features.embed import CROP_PCT, EmbedProgress, embed_source
 from student.features.frozen import FrozenEncoder
 from student.features.labels import class_count, labels_as
+from student.training.optim import warmup_cosine
 
 OPTIONS: dict[str, tuple[Any, str]] = {
     "epochs": (90, "epochs of the head"),
@@ -87,20 +88,6 @@ def lars(head: Head) -> Lars:
         {"params": [head.linear.bias], "always_adapt": False},
     ]
     return Lars(groups, lr=0.0, momentum=0.9, weight_decay=0.0, trust_coeff=0.001, eps=0.0)
-
-
-def learning_rate(epoch: float, peak: float, warmup_epochs: int, epochs: int) -> float:
-    """Linear from 0 to `peak`, then a half cosine to 0; `epoch` counts fractions, so every step has
-    its own rate.
-
-    >>> [round(learning_rate(e, 6.4, 10, 90), 2) for e in (0, 5, 10, 50, 90)]
-    [0.0, 3.2, 6.4, 3.2, 0.0]
-    """
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    return (
-        peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
-    )
 
 
 def travel(rates: list[float]) -> float:
@@ -163,7 +150,8 @@ def evaluate(
     batch = min(batch_size, len(train))
     peak, steps = blr * batch / 256, len(train) // batch
     rates = [
-        learning_rate(step / steps, peak, warmup_epochs, epochs) for step in range(epochs * steps)
+        warmup_cosine(step / steps, total=epochs, warmup=warmup_epochs, peak=peak)
+        for step in range(epochs * steps)
     ]
 
     def embed(source: Source, numbers: list[int] | None, stage: str) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""AdamW over two groups of parameters, and MAE's learning rate as a function of the step.
+"""AdamW decays one of two groups of parameters; MAE's learning rate is a function of the step.
 
-The rate is a plain function rather than a scheduler object: resuming is arithmetic, and no wrapper
-can step it twice.
+The schedule is a plain function rather than a scheduler object: resuming is arithmetic, and no
+wrapper can step it twice.
 """
 
 from __future__ import annotations
@@ -62,16 +62,18 @@ def peak_lr(config: RecipeConfig, global_batch: int) -> float:
     return config.lr if config.lr is not None else config.blr * global_batch / 256
 
 
-def lr_at(step: int, total_steps: int, warmup_steps: int, peak: float, minimum: float) -> float:
-    """The rate of step 0, 1, ..., total_steps - 1: linear from 0 to the peak, then half a cosine
-    down to the minimum.
+def warmup_cosine(
+    at: float, *, total: float, warmup: float, peak: float, minimum: float = 0.0
+) -> float:
+    """Return the learning rate at a point of a run that is `total` long, both in steps or both in
+    epochs: linear from 0 to the peak, then half a cosine down to the minimum.
 
-    >>> [lr_at(step, total_steps=6, warmup_steps=2, peak=1.0, minimum=0.0) for step in (0, 1, 2, 4)]
-    [0.0, 0.5, 1.0, 0.5]
+    >>> [warmup_cosine(at, total=6, warmup=2, peak=1.0) for at in (0, 1, 2, 4, 6)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    if step >= total_steps:
+    if at < warmup:
+        return peak * at / warmup
+    if at >= total:
         return minimum
-    done = (step - warmup_steps) / (total_steps - warmup_steps)
+    done = (at - warmup) / (total - warmup)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * done))

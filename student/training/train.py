@@ -150,9 +150,8 @@ def train_step(
     (metrics.UNWRITTEN)."""
     started = time.perf_counter()
     warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
-    lr = optim.lr_at(
-        step, total, warmup, optim.peak_lr(job.config, loader.global_batch), job.config.min_lr
-    )
+    peak = optim.peak_lr(job.config, loader.global_batch)
+    lr = optim.warmup_cosine(step, total=total, warmup=warmup, peak=peak, minimum=job.config.min_lr)
     for group in pupil.optimizer.param_groups:
         group["lr"] = lr
     parts, waits, keys = _gradients(job, loader, pupil, feed, step)

@@ -133,16 +133,34 @@ def test_fused_on_cuda() -> None:
     ],
 )
 def test_schedule_by_hand(step: int, expected: float) -> None:
-    assert optim.lr_at(
-        step, total_steps=12, warmup_steps=4, peak=1.0, minimum=0.1
-    ) == pytest.approx(expected, rel=1e-12)
+    got = optim.warmup_cosine(step, total=12, warmup=4, peak=1.0, minimum=0.1)
+    assert got == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [
+        (0, 0.0),
+        (0.5, 0.32),
+        (5, 3.2),
+        (10, 6.4),
+        (30, 3.2 * (1 + math.sqrt(0.5))),
+        (50, 3.2),
+        (70, 3.2 * (1 - math.sqrt(0.5))),
+        (90, 0.0),
+    ],
+)
+def test_schedule_in_epochs_by_hand(epoch: float, expected: float) -> None:
+    """The linear probe of MAE: 90 epochs, 10 of warm-up, a step in mid-epoch has its own rate."""
+    got = optim.warmup_cosine(epoch, total=90, warmup=10, peak=6.4)
+    assert got == pytest.approx(expected, abs=1e-12)
 
 
 def test_schedule_edges() -> None:
-    assert optim.lr_at(0, total_steps=5, warmup_steps=0, peak=0.3, minimum=0.0) == 0.3
+    assert optim.warmup_cosine(0, total=5, warmup=0, peak=0.3) == 0.3
     # only ever rises
-    assert optim.lr_at(4, total_steps=5, warmup_steps=10, peak=1.0, minimum=0.0) == 0.4
-    assert optim.lr_at(5, total_steps=5, warmup_steps=5, peak=1.0, minimum=0.2) == 0.2
+    assert optim.warmup_cosine(4, total=5, warmup=10, peak=1.0) == 0.4
+    assert optim.warmup_cosine(5, total=5, warmup=5, peak=1.0, minimum=0.2) == 0.2
 
 
 def test_peak_lr() -> None:
