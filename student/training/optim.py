@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from student.config import RecipeConfig
@@ -22,28 +23,25 @@ TOKENS = ("cls_token", "mask_token", "pos_embed", "decoder_pos_embed")
 FUSED = ("cpu", "cuda")
 
 
-def decays(name: str, parameter: nn.Parameter, skip: set[str], decay_tokens: bool) -> bool:
-    """timm's rule: no decay for 1-D parameters, biases, and names in `skip`; tokens only with
-    `decay_tokens`."""
-    if parameter.ndim <= 1 or name.endswith(".bias") or name in skip:
-        return False
-    return decay_tokens or name.rpartition(".")[2] not in TOKENS
-
-
 def param_groups(
     model: nn.Module, weight_decay: float, decay_tokens: bool = False
 ) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters, `decay` and `no_decay`, each in the model's own
-    order."""
-    skip: set[str] = getattr(model, "no_weight_decay", set)()
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (decay if decays(name, parameter, skip, decay_tokens) else no_decay).append(parameter)
+    """Return two groups of the trainable parameters, `decay` and `no_decay`, each in the model's
+    own order.
+
+    By timm's rule 1-D parameters, biases and the model's `no_weight_decay()` are not decayed; nor
+    are tokens, unless `decay_tokens` asks for it.
+    """
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
+    if not decay_tokens:
+        names = [name for name, _ in model.named_parameters()]
+        spared = spared | {name for name in names if name.rpartition(".")[2] in TOKENS}
+    # At a decay of 0 timm makes one group of all; checkpoints number the parameters by two.
+    split = param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=spared)
+    decayed = {bool(group["weight_decay"]): group["params"] for group in split}
     groups = [
-        {"name": "decay", "params": decay, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+        {"name": "decay", "params": decayed.get(True), "weight_decay": weight_decay},
+        {"name": "no_decay", "params": decayed.get(False), "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from student import recipes
 from student.config import RecipeConfig
 from student.training import optim
+from tests.student.recipes.test_recipes import tiny_model
 
 
 class Toy(nn.Module):
@@ -66,6 +68,32 @@ def test_a_model_without_a_skip_list() -> None:
         "decay": ["weight"],
         "no_decay": ["bias"],
     }
+
+
+def test_without_decay_the_groups_are_the_same() -> None:
+    """A checkpoint numbers the parameters group by group."""
+    model = Toy()
+    none, some = optim.param_groups(model, weight_decay=0.0), optim.param_groups(model, 0.05)
+    assert names(model, none) == names(model, some)
+    assert [group["weight_decay"] for group in none] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("decay_tokens", [False, True])
+@pytest.mark.parametrize("name", recipes.names())
+def test_groups_of_every_recipe(name: str, decay_tokens: bool) -> None:
+    """1-D parameters and those that the recipe spares, besides the tokens of the MAE family."""
+    model, _ = tiny_model(name)
+    tokens = set() if decay_tokens else {"cls_token", "mask_token", "pos_embed"}
+    expected: dict[str, list[str]] = {"decay": [], "no_decay": []}
+    for key, parameter in model.named_parameters():
+        spared = (
+            parameter.ndim == 1
+            or key in model.no_weight_decay()  # type: ignore[operator]
+            or key.split(".")[-1].removeprefix("decoder_") in tokens
+        )
+        if parameter.requires_grad:
+            expected["no_decay" if spared else "decay"].append(key)
+    assert names(model, optim.param_groups(model, 0.05, decay_tokens)) == expected
 
 
 def test_adamw_takes_the_recipes_numbers() -> None:
