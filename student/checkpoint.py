@@ -11,7 +11,6 @@ resumes by arithmetic.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from featcache.errors import UsageError, UserError
-from featcache.storage import json_file, owner
+from featcache.storage import json_file
 from student.models.build import build_encoder
 
 FOLDER = "checkpoints"
@@ -34,16 +33,9 @@ def save(run: Path, step: int, state: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     json_file.sweep(folder)
-    temporary = folder / f".{path.name}.{owner.writer_id()}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    json_file.sync_folder(folder)
+    # an open file: given a path, torch would write the temporary name into the archive
+    with json_file.replaced(path) as temporary, temporary.open("wb") as file:
+        torch.save({"step": step, **state}, file)
     for old in list_checkpoints(run)[:-KEEP]:
         old.unlink()
     return path

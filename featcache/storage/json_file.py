@@ -1,15 +1,17 @@
 """JSON files carry a checksum of their own and are replaced atomically.
 
-None holds a time, so the same work gives the same bytes.
+None holds a time, so the same work gives the same bytes. `replaced` replaces any other file in the
+same way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,28 @@ def _text(value: Mapping[str, Any]) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Durable or absent: a temporary name, synced, renamed."""
+    """Write a file so that it is durable or absent."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write a file at; when the block ends, the file is
+    synced and renamed to `path`, and the folder is synced. After an error `path` is as it was and
+    nothing is left behind.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with replaced(path) as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> path.read_text(), [each.name for each in path.parent.iterdir()]
+    ('whole', ['a.txt'])
+    """
     temporary = path.with_name(f".{path.name}.{writer_id()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -109,7 +126,11 @@ def cache_of(path: Path) -> Path:
 
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

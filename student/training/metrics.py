@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from featcache.storage import json_file
+
 NAME = "metrics.jsonl"
 # of a row: for whoever looks at a bad loss, and for the trainer itself
 UNWRITTEN = ("keys", "applied", "waits")
@@ -78,9 +80,7 @@ def cut(run: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):  # the line the process was writing when it died
             continue
-    temporary = path.with_name(f".{NAME}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    json_file.write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def read(run: Path) -> list[dict[str, Any]]:

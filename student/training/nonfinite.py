@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError
-from featcache.storage import owner
+from featcache.storage import json_file
 from student import config, recipes
 
 FOLDER = "nonfinite"
@@ -104,12 +104,8 @@ def save(
     tensors = {f"model.{name}": value for name, value in model.items()}
     tensors |= {f"batch.{name}": value for name, value in micro.batch.items()}
     own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    temporary = place.with_name(f".{place.name}.{owner.writer_id()}.tmp")
-    try:
+    with json_file.replaced(place) as temporary:
         save_file(own, str(temporary), metadata={"about": json.dumps(facts)})
-        temporary.replace(place)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(file: Path) -> Reproducer:
