@@ -27,7 +27,7 @@ CONFIG = "config.json"
 EMA = "ema"  # the average of the weights in a checkpoint, where the run keeps one
 
 
-def save(run: Path, step: int, state: dict[str, Any]) -> Path:
+def save(run: Path, step: int, content: dict[str, Any]) -> Path:
     """Write the checkpoint of `step`, durable before older ones go."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def save(run: Path, step: int, state: dict[str, Any]) -> Path:
     json_file.sweep(folder)
     # an open file: given a path, torch would write the temporary name into the archive
     with json_file.replaced(path) as temporary, temporary.open("wb") as file:
-        torch.save({"step": step, **state}, file)
+        torch.save({"step": step, **content}, file)
     for old in list_checkpoints(run)[:-KEEP]:
         old.unlink()
     return path
@@ -61,36 +61,36 @@ def load_latest(run: Path) -> dict[str, Any]:
             f"run {str(run)!r} has no checkpoint; train it first, or give the folder of a run"
         )
     try:
-        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+        saved = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # truncated or foreign files fail in many ways
         raise _foreign(run, f"cannot be read ({type(error).__name__})") from error
     if not (
-        isinstance(state, dict)
-        and isinstance(state.get("step"), int)
-        and isinstance(state.get("model"), dict)
+        isinstance(saved, dict)
+        and isinstance(saved.get("step"), int)
+        and isinstance(saved.get("model"), dict)
     ):
         raise _foreign(run, "does not hold a step and a model")
-    return state
+    return saved
 
 
 def restore(
-    run: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None
+    run: Path, saved: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> int:
     """Put a checkpoint's content into model and optimizer (None: its turn comes later); returns its
     step."""
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(saved["model"])
         if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _foreign(run, "does not fit this run's model") from error
-    return int(state["step"])
+    return int(saved["step"])
 
 
-def restore_ema(run: Path, state: dict[str, Any], average: nn.Module) -> None:
+def restore_ema(run: Path, saved: dict[str, Any], average: nn.Module) -> None:
     """Put a checkpoint's average of the weights (--ema) into a model."""
     try:
-        average.load_state_dict(state[EMA])
+        average.load_state_dict(saved[EMA])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise _foreign(run, "holds no average of this run's model") from error
 
@@ -122,17 +122,17 @@ def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any
     """The newest encoder of a run in eval mode, or the average of its weights, and the recipe's
     configuration."""
     settings = read_config(run)["config"]
-    content = load_latest(run)
-    if ema and EMA not in content:
+    saved = load_latest(run)
+    if ema and EMA not in saved:
         raise UsageError(
             f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train "
             "with it"
         )
-    state = content[EMA if ema else "model"]
+    weights = saved[EMA if ema else "model"]
     encoder = build_encoder(settings, settings.get("family", "mae"))
     own = {
         name.removeprefix("encoder."): value
-        for name, value in state.items()
+        for name, value in weights.items()
         if name.startswith("encoder.")
     }
     try:

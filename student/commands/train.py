@@ -262,56 +262,56 @@ def command(
         accelerator.deterministic()
     acc = accelerator.accelerator(options["precision"], options.pop("device"))
     options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
-    job, loader = build.build_run(
+    run, loader = build.build_run(
         recipe_name, recipe, acc, Options(**options), _say if acc.is_main_process else _hush
     )
-    facts = build.run_facts(job, loader)
-    if note := build.warmup_note(job, loader):
+    facts = build.run_facts(run, loader)
+    if note := build.warmup_note(run, loader):
         (_say if acc.is_main_process else _hush)(note)
     if dry_run:
         with accelerator.out_of_memory_told(loader.batch_size):
-            facts |= estimate.measure(job, loader, acc)
+            facts |= estimate.measure(run, loader, acc)
         if acc.is_main_process:
             click.echo(json.dumps(facts) if as_json else estimate.text(facts))
         return
     if acc.is_main_process:
         _say(
             f"{recipe_name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
-            f"steps of {facts['global_batch']} -> {job.out}"
+            f"steps of {facts['global_batch']} -> {run.out}"
         )
-    before = checkpoint.latest_step(job.out)
+    before = checkpoint.latest_step(run.out)
     try:
-        summary = work.train(job, loader, acc)
+        summary = work.train(run, loader, acc)
     except (StoppedError, KeyboardInterrupt) as stopped:
         if not acc.is_main_process:  # one process speaks
             sys.exit(STOPPED)
-        _note(job, before, {"run": str(job.out), "stopped": True})
+        _note(run, before, {"run": str(run.out), "stopped": True})
         raise (
             stopped
             if isinstance(stopped, StoppedError)
-            else preemption.stopped_at_once(job.out, job.resume)
+            else preemption.stopped_at_once(run.out, run.resume)
         ) from None
     except (UserError, OSError):
-        if acc.is_main_process and (step := checkpoint.latest_step(job.out)) != before:
-            _note(job, before, {"run": str(job.out), "stopped": True})
+        if acc.is_main_process and (step := checkpoint.latest_step(run.out)) != before:
+            _note(run, before, {"run": str(run.out), "stopped": True})
             _say(
-                f"note: the checkpoint of step {step} is kept; {preemption.resume_hint(job.resume)}"
+                f"note: the checkpoint of step {step} is kept; {preemption.resume_hint(run.resume)}"
             )
         raise
     if acc.is_main_process:
-        _note(job, before, summary)
+        _note(run, before, summary)
         text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"
         click.echo(json.dumps(summary) if as_json else text)
 
 
-def _note(job: Run, before: int | None, facts: dict[str, Any]) -> None:
+def _note(run: Run, before: int | None, facts: dict[str, Any]) -> None:
     """A line in the ledger, where this process brought the run further than it was `before`."""
     from featcache.catalog import home
     from student import checkpoint
 
-    if (step := checkpoint.latest_step(job.out)) != before:
-        facts = {**facts, "run": str(job.out.absolute()), "step": step}
-        home.note_run(command="train", recipe=job.name, cache_id=job.about.get("id"), **facts)
+    if (step := checkpoint.latest_step(run.out)) != before:
+        facts = {**facts, "run": str(run.out.absolute()), "step": step}
+        home.note_run(command="train", recipe=run.name, cache_id=run.about.get("id"), **facts)
 
 
 def _say(text: str) -> None:

@@ -69,7 +69,7 @@ def _repeats(given: int, targets: Targets) -> int:
 def build_run(
     name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say
 ) -> tuple[Run, Loader]:
-    """The job and the loader of this process."""
+    """The run and the loader of this process."""
     if options.epochs is not None and options.steps is not None:
         raise UsageError(
             f"--epochs {options.epochs} and --steps {options.steps}: one of them is allowed; leave "
@@ -112,26 +112,26 @@ def build_run(
     ), loader
 
 
-def run_facts(job: Run, loader: Loader) -> dict[str, Any]:
+def run_facts(run: Run, loader: Loader) -> dict[str, Any]:
     """What is going to be trained, from what."""
-    cached = job.about["kind"] == "cached"
+    cached = run.about["kind"] == "cached"
     return {
-        "recipe": job.name,
-        "targets": f"cache {job.about['id']}"
+        "recipe": run.name,
+        "targets": f"cache {run.about['id']}"
         if cached
-        else f"online, teacher {job.about.get('teacher', 'not needed')}",
+        else f"online, teacher {run.about.get('teacher', 'not needed')}",
         "pictures": len(loader.pictures),
         "global_batch": loader.global_batch,
         "steps_per_epoch": loader.steps_per_epoch,
-        "steps": job.total_steps(loader.steps_per_epoch),
+        "steps": run.total_steps(loader.steps_per_epoch),
     }
 
 
-def warmup_note(job: Run, loader: Loader) -> str:
+def warmup_note(run: Run, loader: Loader) -> str:
     """What to say when the rate would never reach its peak; empty otherwise."""
     warmup, total = (
-        round(job.config.warmup_epochs * loader.steps_per_epoch),
-        job.total_steps(loader.steps_per_epoch),
+        round(run.config.warmup_epochs * loader.steps_per_epoch),
+        run.total_steps(loader.steps_per_epoch),
     )
     if not total or warmup < total:
         return ""

@@ -40,16 +40,16 @@ MOST_S = 60.0  # no further step is begun after so long
 READ_S, READ_BYTES = 2.0, 1 << 30  # how long, and how much at most, is read to know the disk
 
 
-def measure(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
-    """The facts of a dry run beyond those of the job; every process takes part."""
-    pupil = train.build_state(job, loader, acc)
-    encoder: Any = pupil.module.encoder
+def measure(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+    """The facts of a dry run beyond those of the run; every process takes part."""
+    state = train.build_state(run, loader, acc)
+    encoder: Any = state.module.encoder
     facts: dict[str, Any] = {
-        "parameters": _count(pupil.module),
+        "parameters": _count(state.module),
         "encoder_parameters": _count(encoder),
     }
-    walls, computing, kept = _steps(job, loader, pupil)
-    facts["memory"] = memory(pupil, kept if not job.run_options.compiled else None)
+    walls, computing, kept = _steps(run, loader, state)
+    facts["memory"] = memory(state, kept if not run.run_options.compiled else None)
     if computing:
         facts |= {
             "step_s": round(statistics.median(walls), 4),
@@ -58,7 +58,7 @@ def measure(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
             "epoch_s": round(loader.steps_per_epoch * statistics.median(walls), 3),
         }
         images_per_s = loader.global_batch / statistics.median(computing)
-        facts |= _disk(job.targets, loader, images_per_s)
+        facts |= _disk(run.targets, loader, images_per_s)
     return facts
 
 
@@ -66,32 +66,32 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _steps(job: Run, loader: Loader, pupil: TrainState) -> tuple[list[float], list[float], int]:
+def _steps(run: Run, loader: Loader, state: TrainState) -> tuple[list[float], list[float], int]:
     """Seconds of each counted step, those less the wait for data, and bytes kept for the backward
     pass."""
-    total = job.total_steps(loader.steps_per_epoch)
+    total = run.total_steps(loader.steps_per_epoch)
     walls, computing, kept = [], [], 0
     begun = time.perf_counter()
     with contextlib.closing(loader.iterate(0, min(STEPS, total))) as hosts:
-        feed = Prefetcher(job.config, job.targets, hosts, pupil.acc.device, job.seed)
+        feed = Prefetcher(run.config, run.targets, hosts, state.acc.device, run.seed)
         for step in range(min(STEPS, total)):
-            if step > 1 and time.perf_counter() - begun > MOST_S and pupil.acc.num_processes == 1:
+            if step > 1 and time.perf_counter() - begun > MOST_S and state.acc.num_processes == 1:
                 break
             start = time.perf_counter()
             with (
-                _kept(pupil.module)
-                if step == 0 and not job.run_options.compiled
+                _kept(state.module)
+                if step == 0 and not run.run_options.compiled
                 else contextlib.nullcontext([0]) as count
             ):
-                row = train.train_step(job, loader, pupil, feed, step, total)
-            if pupil.acc.device.type == "cuda":
+                result = train.train_step(run, loader, state, feed, step, total)
+            if state.acc.device.type == "cuda":
                 torch.cuda.synchronize()
             wall = time.perf_counter() - start
             if step == 0:
                 kept = count[0]
             if step > 0 or total == 1:
                 walls.append(wall)
-                computing.append(max(wall - sum(wait.item() for wait in row["waits"]), 1e-9))
+                computing.append(max(wall - sum(wait.item() for wait in result.waits), 1e-9))
     return walls, computing, kept
 
 
@@ -123,14 +123,14 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
-def memory(pupil: TrainState, kept: int | None) -> dict[str, int | None]:
+def memory(state: TrainState, kept: int | None) -> dict[str, int | None]:
     """Bytes in this process: by arithmetic, those kept for the backward pass as counted, and the
     most that was used."""
-    share = pupil.acc.num_processes if train_state.sharded(pupil.acc) else 1
-    own = sum(each.nbytes for each in pupil.module.parameters()) // share
-    learnt = sum(each.nbytes for each in pupil.module.parameters() if each.requires_grad) // share
+    share = state.acc.num_processes if train_state.sharded(state.acc) else 1
+    own = sum(each.nbytes for each in state.module.parameters()) // share
+    learnt = sum(each.nbytes for each in state.module.parameters() if each.requires_grad) // share
     parts = {"weights": own, "gradients": learnt, "moments": 2 * learnt}
-    parts |= {"average": own} if pupil.average is not None else {}
+    parts |= {"average": own} if state.average is not None else {}
     sums = None if kept is None else sum(parts.values()) + kept
     return {**parts, "activations": kept, "sum": sums, "most_used": progress_bar.memory_bytes()}
 

@@ -12,16 +12,13 @@ from typing import Any
 from featcache.storage import json_file
 
 NAME = "metrics.jsonl"
-# of a row: for whoever looks at a bad loss, and for the trainer itself
-UNWRITTEN = ("keys", "applied", "waits")
 
 
 class Metrics:
     """Appends rows; what has an `item` (tensors, shares of a step) is turned into a number `lag`
     steps later, so that a device is not waited for.
 
-    Parts named in UNWRITTEN are not written; without a run nothing is. `log` is given every row as
-    it is written.
+    Without a run nothing is written. `log` is given every row as it is written.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class Metrics:
         ]
         if self.file is not None:
             for row in rows:
-                plain = {key: _plain(value) for key, value in row.items() if key not in UNWRITTEN}
+                plain = {key: _plain(value) for key, value in row.items()}
                 self.file.write(json.dumps(plain) + "\n")
                 if self.log is not None:
                     self.log(plain)

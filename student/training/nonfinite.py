@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from featcache.errors import UsageError, UserError
 from featcache.storage import json_file
 from student import config, recipes
+from student.training.train_state import TrainState
 
 FOLDER = "nonfinite"
 FORMAT = 1
@@ -57,7 +58,7 @@ class Reproducer:
 
 
 def find_nonfinite(
-    learner: Any, micros: Iterable[MicroBatch]
+    state: TrainState, micros: Iterable[MicroBatch]
 ) -> tuple[MicroBatch, dict[str, float]] | None:
     """The first micro-batch of this process whose loss is not finite, and the loss with its parts;
     None where all are.
@@ -67,8 +68,8 @@ def find_nonfinite(
     found: tuple[MicroBatch, dict[str, float]] | None = None
     for micro in micros:
         torch.manual_seed(micro.seed)
-        with torch.no_grad(), learner.acc.autocast():
-            parts = {name: float(value) for name, value in learner.model(micro.batch).items()}
+        with torch.no_grad(), state.acc.autocast():
+            parts = {name: float(value) for name, value in state.model(micro.batch).items()}
         if found is None and not torch.tensor(parts["loss"]).isfinite():
             found = micro, parts
     return found

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student.training.metrics import UNWRITTEN
-
 EVERY = 20  # steps between two looks at a loss that lies on a GPU: each look waits for the device
 # of a row of metrics
-NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", *UNWRITTEN)
+NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait")
 
 
 class TrainProgress:

@@ -68,131 +68,131 @@ class Run:
         return steps_per_epoch * self.config.epochs if self.steps is None else self.steps
 
 
-def train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
-    """Run the job to its end; returns a summary. The run folder holds config.json, metrics.jsonl,
-    environment.json and checkpoints/."""
+@dataclass(frozen=True)
+class StepResult:
+    """The outcome of one optimiser step in this process."""
+
+    row: dict[str, Any]  # of metrics
+    keys: list[str]  # of this process's samples
+    applied: bool  # False: the loss is known not to be finite, nothing was changed
+    waits: list[WaitTime]  # for data, one a micro-batch
+
+
+def train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+    """Train to the end of the run and return a summary. The run folder holds config.json,
+    metrics.jsonl, environment.json and checkpoints/."""
     with out_of_memory_told(loader.batch_size):
-        return _train(job, loader, acc)
+        return _train(run, loader, acc)
 
 
-def _train(job: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     # ---- what is to be done ----------------------------------------------------------------------
-    total = job.total_steps(loader.steps_per_epoch)
-    record = _record(job, loader, acc, total)
+    total = run.total_steps(loader.steps_per_epoch)
+    record = _record(run, loader, acc, total)
     if acc.is_main_process:
-        run_folder.check(job.out, record, job.resume)
+        run_folder.check(run.out, record, run.resume)
 
     # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind
-    state = (
-        checkpoint.load_latest(job.out)
-        if job.resume and checkpoint.list_checkpoints(job.out)
-        else None
-    )
-    first = 0 if state is None else int(state["step"])
-    pupil = build_state(job, loader, acc, state)
+    resumes = run.resume and checkpoint.list_checkpoints(run.out)
+    saved = checkpoint.load_latest(run.out) if resumes else None
+    first = 0 if saved is None else int(saved["step"])
+    state = build_state(run, loader, acc, saved)
 
     # ---- the run folder --------------------------------------------------------------------------
-    is_new = acc.is_main_process and run_folder.make(job.out, record)
+    is_new = acc.is_main_process and run_folder.make(run.out, record)
     acc.wait_for_everyone()
 
     # ---- the loop --------------------------------------------------------------------------------
-    save_every = job.save_every or loader.steps_per_epoch
+    save_every = run.save_every or loader.steps_per_epoch
     with contextlib.ExitStack() as stack:
         if is_new:
             # last of all, when metrics are closed
-            stack.callback(run_folder.forget_unbegun, job.out)
+            stack.callback(run_folder.forget_unbegun, run.out)
         log = stack.enter_context(
-            trackers.start_trackers(job.trackers, acc, job.out, record, first)
+            trackers.start_trackers(run.trackers, acc, run.out, record, first)
         )
-        metrics = stack.enter_context(contextlib.closing(_metrics(job, first, acc, log)))
+        metrics = stack.enter_context(contextlib.closing(_metrics(run, first, acc, log)))
         hosts = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
-        feed = Prefetcher(job.config, job.targets, hosts, acc.device, job.seed)
+        feed = Prefetcher(run.config, run.targets, hosts, acc.device, run.seed)
         bar = stack.enter_context(
             progress_bar.shown(total, first, loader.steps_per_epoch, acc.is_main_process)
         )
         notice = stack.enter_context(preemption.StopNotice(acc))
         for step in range(first, total):
-            row = train_step(job, loader, pupil, feed, step, total)
-            look = metrics.add if row["applied"] else metrics.flush_with
-            _check_losses(look(row), job, loader, pupil)
-            bar.update_with(row)
+            result = train_step(run, loader, state, feed, step, total)
+            look = metrics.add if result.applied else metrics.flush_with
+            _check_losses(look(result.row), run, loader, state)
+            bar.update_with(result.row)
             due = notice.due()
             if (due or (step + 1) % save_every == 0) and step + 1 < total:
-                _save(job, loader, pupil, step + 1, metrics)
+                _save(run, loader, state, step + 1, metrics)
             if due and step + 1 < total:
-                raise preemption.stopped_error(step + 1, total, notice.asked, job.resume)
-        _check_losses(metrics.flush(), job, loader, pupil)
-        if first < total or not checkpoint.list_checkpoints(job.out):
-            _save(job, loader, pupil, total, metrics)
-    rows = read(job.out)
-    skipped = {"skipped": pupil.skipped} if job.run_options.skip_nonfinite is not None else {}
+                raise preemption.stopped_error(step + 1, total, notice.asked, run.resume)
+        _check_losses(metrics.flush(), run, loader, state)
+        if first < total or not checkpoint.list_checkpoints(run.out):
+            _save(run, loader, state, total, metrics)
+    rows = read(run.out)
+    skipped = {"skipped": state.skipped} if run.run_options.skip_nonfinite is not None else {}
     # samples whose targets the teacher made
     computed = [row["fallback"] for row in rows if "fallback" in row]
-    facts = {"run": str(job.out), "steps": total, "first_step": first, **record["data"], **skipped}
+    facts = {"run": str(run.out), "steps": total, "first_step": first, **record["data"], **skipped}
     facts |= {"fallback": sum(computed)} if computed else {}
     return {**facts, "loss": rows[-1]["loss"] if rows else None}
 
 
 def build_state(
-    job: Run, loader: Loader, acc: Accelerator, state: dict[str, Any] | None = None
+    run: Run, loader: Loader, acc: Accelerator, saved: dict[str, Any] | None = None
 ) -> TrainState:
-    """The job's model and optimizer, as the seed or a checkpoint has them."""
-    torch.manual_seed(job.seed)
-    model = job.recipe.Model(job.config).to(acc.device)
-    optimizer = optim.adamw(model, job.config, optim.peak_lr(job.config, loader.global_batch))
-    return train_state.build_train_state(acc, model, optimizer, job.run_options, job.out, state)
+    """Build the run's model and optimizer, as the seed gives them or as a checkpoint saved them."""
+    torch.manual_seed(run.seed)
+    model = run.recipe.Model(run.config).to(acc.device)
+    optimizer = optim.adamw(model, run.config, optim.peak_lr(run.config, loader.global_batch))
+    return train_state.build_train_state(acc, model, optimizer, run.run_options, run.out, saved)
 
 
 def train_step(
-    job: Run, loader: Loader, pupil: TrainState, feed: Prefetcher, step: int, total: int
-) -> dict[str, Any]:
-    """One optimiser step at its rate; returns its row of metrics, and what is not written of it
-    (metrics.UNWRITTEN)."""
+    run: Run, loader: Loader, state: TrainState, feed: Prefetcher, step: int, total: int
+) -> StepResult:
+    """Make one optimiser step at its learning rate."""
     started = time.perf_counter()
-    warmup = round(job.config.warmup_epochs * loader.steps_per_epoch)
-    peak = optim.peak_lr(job.config, loader.global_batch)
-    lr = optim.warmup_cosine(step, total=total, warmup=warmup, peak=peak, minimum=job.config.min_lr)
-    for group in pupil.optimizer.param_groups:
+    warmup = round(run.config.warmup_epochs * loader.steps_per_epoch)
+    peak = optim.peak_lr(run.config, loader.global_batch)
+    lr = optim.warmup_cosine(step, total=total, warmup=warmup, peak=peak, minimum=run.config.min_lr)
+    for group in state.optimizer.param_groups:
         group["lr"] = lr
-    parts, waits, keys = _gradients(job, loader, pupil, feed, step)
-    applied = pupil.update(parts["loss"], step)
+    parts, waits, keys = _gradients(run, loader, state, feed, step)
+    applied = state.update(parts["loss"], step)
     row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
-    row |= job.targets.noted(loader.step_rows(step)[0])
-    if job.run_options.skip_nonfinite is not None:
-        row["skipped"] = pupil.skipped
-    return {
-        **row,
-        **_speed(loader, started, waits),
-        "keys": keys,
-        "applied": applied,
-        "waits": waits,
-    }
+    row |= run.targets.noted(loader.step_rows(step)[0])
+    if run.run_options.skip_nonfinite is not None:
+        row["skipped"] = state.skipped
+    return StepResult(row | _speed(loader, started, waits), keys, applied, waits)
 
 
 def _gradients(
-    job: Run, loader: Loader, pupil: TrainState, feed: Prefetcher, step: int
+    run: Run, loader: Loader, state: TrainState, feed: Prefetcher, step: int
 ) -> tuple[dict[str, Tensor], list[WaitTime], list[str]]:
     """Forward and backward of a step's micro-batches: mean parts of the loss, waits for data,
     sample keys."""
-    acc, sums = pupil.acc, dict[str, Tensor]()
+    acc, sums = state.acc, dict[str, Tensor]()
     waits, keys = list[WaitTime](), list[str]()
     for micro in range(loader.accumulation):
         taken = feed.take()
         waits.append(taken.waited)
         keys += taken.keys
         # drop path draws from the global generator
-        torch.manual_seed(step_seed(job.seed, step, micro, loader.rank))
+        torch.manual_seed(step_seed(run.seed, step, micro, loader.rank))
         last = micro == loader.accumulation - 1
-        with contextlib.nullcontext() if last else acc.no_sync(pupil.model):
+        with contextlib.nullcontext() if last else acc.no_sync(state.model):
             with acc.autocast():
-                parts = pupil.model(taken.batch)
+                parts = state.model(taken.batch)
             acc.backward(parts["loss"] / loader.accumulation)
         feed.bring()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach() / loader.accumulation
-    if job.config.clip_grad is not None:
+    if run.config.clip_grad is not None:
         sums["grad_norm"] = train_state.whole(
-            acc.clip_grad_norm_(pupil.model.parameters(), job.config.clip_grad)
+            acc.clip_grad_norm_(state.model.parameters(), run.config.clip_grad)
         )
     if acc.num_processes > 1:
         sums = {name: acc.reduce(value, "mean") for name, value in sums.items()}
@@ -217,38 +217,38 @@ def _speed(loader: Loader, started: float, waits: list[WaitTime]) -> dict[str, A
     }
 
 
-def _check_losses(rows: list[dict[str, Any]], job: Run, loader: Loader, pupil: TrainState) -> None:
+def _check_losses(rows: list[dict[str, Any]], run: Run, loader: Loader, state: TrainState) -> None:
     """Stop at a loss that is not finite, with what runs it again: nothing that follows it would
     mean anything. Some may be left out (--skip-nonfinite): those were not applied."""
-    allowed = job.run_options.skip_nonfinite
+    allowed = run.run_options.skip_nonfinite
     for row in rows:
         if np.isfinite(row["loss"]):
             continue
-        stops = allowed is None or pupil.skipped > allowed
+        stops = allowed is None or state.skipped > allowed
         # the first is kept, and the one that was too many: each is as large as a model
-        if stops or pupil.skipped == 1:
-            what = _reproduce(job, loader, pupil, row)
+        if stops or state.skipped == 1:
+            what = _reproduce(run, loader, state, row)
         if stops:
             raise UserError(f"loss is {row['loss']} at step {row['step']} {what}")
 
 
-def _reproduce(job: Run, loader: Loader, pupil: TrainState, row: dict[str, Any]) -> str:
+def _reproduce(run: Run, loader: Loader, state: TrainState, row: dict[str, Any]) -> str:
     """Keep the first micro-batch whose loss was not finite; says what a person should know. A
     meeting of all."""
-    acc, step = pupil.acc, row["step"] - 1
+    acc, step = state.acc, row["step"] - 1
     with contextlib.closing(loader.iterate(step, step + 1)) as batches:
-        found = nonfinite.find_nonfinite(pupil, _micros(job, loader, acc, batches, step))
+        found = nonfinite.find_nonfinite(state, _micros(run, loader, acc, batches, step))
     had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
-    weights = pupil.weights()
-    place = f"{job.out}/{checkpoint.FOLDER}"
+    weights = state.weights()
+    place = f"{run.out}/{checkpoint.FOLDER}"
     cure = (
         "lower the rate, or use --precision fp32 or bf16, or leave such steps out with "
         "--skip-nonfinite N"
     )
-    if job.run_options.skip_nonfinite is not None:
+    if run.run_options.skip_nonfinite is not None:
         cure = (
-            f"the {pupil.skipped} steps left out are more than --skip-nonfinite "
-            f"{job.run_options.skip_nonfinite}"
+            f"the {state.skipped} steps left out are more than --skip-nonfinite "
+            f"{run.run_options.skip_nonfinite}"
         )
     if True not in had:
         return (
@@ -256,10 +256,10 @@ def _reproduce(job: Run, loader: Loader, pupil: TrainState, row: dict[str, Any])
             f"in {place}"
         )
     first = had.index(True)
-    path = nonfinite.path(job.out, row["step"], first)
+    path = nonfinite.path(run.out, row["step"], first)
     who = f"those of process {first}"
     if found is not None and first == loader.rank:
-        nonfinite.save(path, row["step"], _record(job, loader, acc, 0), first, weights, *found)
+        nonfinite.save(path, row["step"], _record(run, loader, acc, 0), first, weights, *found)
         keys = found[0].keys
         who = f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
     return (
@@ -269,44 +269,44 @@ def _reproduce(job: Run, loader: Loader, pupil: TrainState, row: dict[str, Any])
 
 
 def _micros(
-    job: Run, loader: Loader, acc: Accelerator, batches: Iterator[HostBatch], step: int
+    run: Run, loader: Loader, acc: Accelerator, batches: Iterator[HostBatch], step: int
 ) -> Iterator[nonfinite.MicroBatch]:
     for number, host in enumerate(batches):
-        batch = to_device(job.config, job.targets, host, acc.device, job.seed)
+        batch = to_device(run.config, run.targets, host, acc.device, run.seed)
         yield nonfinite.MicroBatch(
-            number, host["keys"], batch, step_seed(job.seed, step, number, loader.rank)
+            number, host["keys"], batch, step_seed(run.seed, step, number, loader.rank)
         )
 
 
-def _metrics(job: Run, first: int, acc: Accelerator, log: trackers.Log | None) -> Metrics:
+def _metrics(run: Run, first: int, acc: Accelerator, log: trackers.Log | None) -> Metrics:
     """The first process writes; the others look at their losses all the same."""
     if acc.is_main_process:
-        cut(job.out, first)
+        cut(run.out, first)
     lag = LATE_ROWS if acc.device.type == "cuda" else 0
-    return Metrics(job.out if acc.is_main_process else None, lag, log)
+    return Metrics(run.out if acc.is_main_process else None, lag, log)
 
 
-def _save(job: Run, loader: Loader, pupil: TrainState, step: int, metrics: Metrics) -> None:
+def _save(run: Run, loader: Loader, state: TrainState, step: int, metrics: Metrics) -> None:
     # a checkpoint never follows a loss that was not finite
-    _check_losses(metrics.flush(), job, loader, pupil)
-    pupil.acc.wait_for_everyone()
-    state = pupil.state()
-    if pupil.acc.is_main_process:
-        checkpoint.save(job.out, step, state)
+    _check_losses(metrics.flush(), run, loader, state)
+    state.acc.wait_for_everyone()
+    content = state.state_dict()
+    if state.acc.is_main_process:
+        checkpoint.save(run.out, step, content)
 
 
-def _record(job: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:
+def _record(run: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:
     """config.json: what a resumed run must agree with."""
-    run_options = asdict(job.run_options)
+    run_options = asdict(run.run_options)
     return {
-        "recipe": job.name,
-        "config": as_dict(job.config),
-        "seed": job.seed,
+        "recipe": run.name,
+        "config": as_dict(run.config),
+        "seed": run.seed,
         "steps": total,
         "precision": acc.mixed_precision,
         "ema": run_options.pop("ema"),
         "running": run_options,
-        "targets": job.about,
+        "targets": run.about,
         "data": {
             "pictures": len(loader.pictures),
             "keys_digest": manifest.keys_digest(loader.source.keys[i] for i in loader.pictures),

@@ -27,7 +27,7 @@ from featcache.errors import UsageError
 from student import checkpoint
 from student.training import activation_checkpointing
 
-State = dict[str, Any]
+StateDict = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class TrainState:
         options = spread.StateDictOptions(full_state_dict=True)
         return dict[str, Any](spread.get_model_state_dict(self.module, options=options))
 
-    def state(self) -> State:
+    def state_dict(self) -> StateDict:
         """What a checkpoint holds; whole in the first process. Called by all processes together."""
         scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else {}
         if sharded(self.acc):
@@ -107,7 +107,7 @@ class TrainState:
             model, optimizer = spread.get_state_dict(
                 self.module, self.optimizer.optimizer, options=options
             )
-            own: State = {"model": model, "optimizer": _by_number(optimizer), "scaler": scaler}
+            own: StateDict = {"model": model, "optimizer": _by_number(optimizer), "scaler": scaler}
         else:
             own = {
                 "model": self.module.state_dict(),
@@ -134,7 +134,7 @@ def build_train_state(
     optimizer: Any,
     run_options: RunOptions,
     run: Path,
-    state: State | None,
+    saved: StateDict | None,
 ) -> TrainState:
     """Model and optimizer, as they start or as a checkpoint left them, prepared for this
     process."""
@@ -143,36 +143,45 @@ def build_train_state(
             "--ema does not go with FSDP, which gives each process a part of the weights; leave "
             "one out"
         )
-    if state is not None:
-        checkpoint.restore(run, state, module, None if sharded(acc) else optimizer)
-    average = None if run_options.ema is None else _average(module, run_options.ema, run, state)
+    if saved is not None:
+        checkpoint.restore(run, saved, module, None if sharded(acc) else optimizer)
+    average = None if run_options.ema is None else _average(module, run_options.ema, run, saved)
     if run_options.checkpoint_activations:
         activation_checkpointing.apply(module)
     if run_options.compiled:
         module.compile()
     model, optimizer = acc.prepare(module, optimizer)
-    if state is not None and sharded(acc):
-        options = spread.StateDictOptions(full_state_dict=True)
-        numbered = _by_name(state["optimizer"], module, optimizer.optimizer)
-        spread.set_optimizer_state_dict(module, optimizer.optimizer, numbered, options=options)
-    if state is not None and acc.scaler is not None and state["scaler"]:
-        acc.scaler.load_state_dict(state["scaler"])
+    if saved is not None:
+        _restore_prepared(saved, acc, module, optimizer)
     model.train()
-    skipped = int(state.get("skipped", 0)) if state is not None else 0
+    skipped = int(saved.get("skipped", 0)) if saved is not None else 0
     return TrainState(acc, module, model, optimizer, run_options, average, skipped)
 
 
-def _average(module: nn.Module, decay: float, run: Path, state: State | None) -> ModelEmaV3:
+def _restore_prepared(
+    saved: StateDict, acc: Accelerator, module: nn.Module, optimizer: Any
+) -> None:
+    """Restore what takes its content only when Accelerate has prepared it: the optimizer under
+    FSDP, and the scaler."""
+    if sharded(acc):
+        options = spread.StateDictOptions(full_state_dict=True)
+        named = _by_name(saved["optimizer"], module, optimizer.optimizer)
+        spread.set_optimizer_state_dict(module, optimizer.optimizer, named, options=options)
+    if acc.scaler is not None and saved["scaler"]:
+        acc.scaler.load_state_dict(saved["scaler"])
+
+
+def _average(module: nn.Module, decay: float, run: Path, saved: StateDict | None) -> ModelEmaV3:
     """timm's exponential moving average with its warm-up: a function of the step, so that a run
     resumes exactly."""
     average = ModelEmaV3(module, decay=decay, use_warmup=True)
     average.module.requires_grad_(False)
-    if state is not None:
-        checkpoint.restore_ema(run, state, average.module)
+    if saved is not None:
+        checkpoint.restore_ema(run, saved, average.module)
     return average
 
 
-def _by_number(state: State) -> State:
+def _by_number(state: StateDict) -> StateDict:
     """An optimizer's state by parameter names -> by numbers, as torch's own `state_dict` has it."""
     names = [name for group in state.get("param_groups", []) for name in group["params"]]
     number = {name: i for i, name in enumerate(names)}
@@ -186,7 +195,7 @@ def _by_number(state: State) -> State:
     }
 
 
-def _by_name(state: State, module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+def _by_name(state: StateDict, module: nn.Module, optimizer: torch.optim.Optimizer) -> StateDict:
     """The reverse of `_by_number`, for the parameters of an optimizer of this model."""
     known = {id(parameter): name for name, parameter in module.named_parameters()}
     names = [

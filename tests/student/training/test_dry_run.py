@@ -3,6 +3,7 @@ nothing written."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import student.training.train
 from student.data.prefetch import WaitTime
 from student.targets.cached import CachedTargets
 from student.training import dry_run
+from student.training.train import StepResult
 from tests import student_fixtures as fx
 
 DRY = ("--batch-size", "8", "--dry-run", "--json")
@@ -91,10 +93,10 @@ def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     now = [0.0]
     plain = student.training.train.train_step
 
-    def slow(*args: Any) -> dict[str, Any]:
-        row = plain(*args)
+    def slow(*args: Any) -> StepResult:
+        result = plain(*args)
         now[0] += 2.0
-        return {**row, "waits": [WaitTime(1.0)]}
+        return dataclasses.replace(result, waits=[WaitTime(1.0)])
 
     monkeypatch.setattr(student.training.train, "train_step", slow)
     monkeypatch.setattr(dry_run.time, "perf_counter", lambda: now[0])

@@ -58,12 +58,12 @@ COUNTING = """
 import student.training.train_state
 plain = student.training.train_state.build_train_state
 def counted(*args):
-    pupil = plain(*args)
-    own = sum(p.to_local().numel() for p in pupil.module.parameters())
-    whole = {name: type(value).__name__ for name, value in pupil.weights().items()}
+    state = plain(*args)
+    own = sum(p.to_local().numel() for p in state.module.parameters())
+    whole = {name: type(value).__name__ for name, value in state.weights().items()}
     assert set(whole.values()) == {"Tensor"}, whole
-    print("holds", own, "of", sum(value.numel() for value in pupil.weights().values()))
-    return pupil
+    print("holds", own, "of", sum(value.numel() for value in state.weights().values()))
+    return state
 student.training.train_state.build_train_state = counted
 """
 OPTIONS = ("--batch-size", 4, "--steps", 12, "--save-every", 4)

@@ -19,9 +19,9 @@ def lines(run: Path) -> list[str]:
 
 def test_one_object_a_line_at_once(tmp_path: Path) -> None:
     log = Metrics(tmp_path)
-    done = log.add({"step": 1, "loss": torch.tensor(0.5), "lr": 1e-3, "keys": ["a"]})
-    assert done == [{"step": 1, "loss": 0.5, "lr": 1e-3, "keys": ["a"]}]
-    # on disk before the next step; keys are not
+    done = log.add({"step": 1, "loss": torch.tensor(0.5), "lr": 1e-3})
+    assert done == [{"step": 1, "loss": 0.5, "lr": 1e-3}]
+    # on disk before the next step
     assert lines(tmp_path) == ['{"step": 1, "loss": 0.5, "lr": 0.001}']
     log.close()
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 0.5, "lr": 0.001}]

@@ -351,14 +351,14 @@ def test_the_fused_kernel_holds_the_weights_from_the_first_bad_loss_on() -> None
     module = torch.nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
     model, optimizer = acc.prepare(module, optimizer)
-    pupil = TrainState(acc, module, model, optimizer, RunOptions())
-    assert pupil._held is None  # a CPU looks at each loss
-    pupil._held = torch.zeros(())
+    state = TrainState(acc, module, model, optimizer, RunOptions())
+    assert state._held is None  # a CPU looks at each loss
+    state._held = torch.zeros(())
     seen = []
     for factor in (1.0, 1.0, float("nan"), 1.0, 1.0):
         loss = (model(torch.ones(2, 3)) * factor).mean()
         acc.backward(loss)
-        assert pupil.update(loss, 0)
+        assert state.update(loss, 0)
         seen.append([value.detach().clone() for value in module.parameters()])
     assert not torch.equal(seen[0][0], seen[1][0])
     for later in seen[2:]:
@@ -381,9 +381,9 @@ def test_losses_that_arrive_late_still_give_the_right_reproducer(
     build = train_state.build_train_state
 
     def late(*args: object) -> TrainState:
-        pupil = build(*args)  # type: ignore[arg-type]
-        pupil._held = torch.zeros(())
-        return pupil
+        state = build(*args)  # type: ignore[arg-type]
+        state._held = torch.zeros(())
+        return state
 
     plain = student.training.train.Metrics
     monkeypatch.setattr(train_state, "build_train_state", late)

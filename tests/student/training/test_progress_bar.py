@@ -30,9 +30,6 @@ ROW = {
     "lr": 0.00025,
     "images_per_s": 812.4,
     "data_wait": WaitShare([WaitTime(0.01), WaitTime(0.03)], 1.0),
-    "keys": ["a"],
-    "applied": True,
-    "waits": [WaitTime(0.01), WaitTime(0.03)],
 }
 
 

@@ -28,11 +28,12 @@ NOTING = """
 import json, student.training.train
 plain = student.training.train.train_step
 def noting(*args):
-    row = plain(*args)
+    result = plain(*args)
     with open({place!r} + f"/{{RANK}}.jsonl", "a") as file:
-        noted = {{"step": row["step"], "epoch": row["epoch"], "keys": row["keys"]}}
+        row = result.row
+        noted = {{"step": row["step"], "epoch": row["epoch"], "keys": result.keys}}
         file.write(json.dumps(noted) + "\\n")
-    return row
+    return result
 student.training.train.train_step = noting
 """
 
