@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,36 +40,56 @@ LOG_EVERY_S = 30.0  # between two lines of progress where stderr is no terminal
 
 
 class ProgressBar:
-    """A progress bar at a terminal, a line now and then elsewhere: `bar(done, total)`."""
+    """Shows how much of some work is done: a bar at a terminal, a line now and then elsewhere.
+
+        bar = ProgressBar("verify", "shards")
+        bar(done, total)  # any number of times
+        bar.close()
+
+    `text` gives what stands behind the bar, asked for only where it is shown; empty keeps what
+    stood there before. `first` was done by an earlier command. Without `lines` nothing is shown but
+    at a terminal, and nothing at all unless `enabled`.
+    """
 
     def __init__(
-        self, what: str, unit: str, text: Callable[[int, int], str] = lambda done, total: ""
+        self,
+        what: str,
+        unit: str,
+        text: Callable[[int, int], str] = lambda done, total: "",
+        *,
+        first: int = 0,
+        smoothing: float = 0.3,
+        lines: bool = True,
+        enabled: bool = True,
     ) -> None:
         self.what, self.unit, self.text = what, unit, text
+        self.first, self.smoothing, self.lines, self.enabled = first, smoothing, lines, enabled
         self._bar: Any = None
         self._last = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        import sys
-        import time
-
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = self._bar or tqdm(
-                total=total, desc=self.what, unit=self.unit, dynamic_ncols=True
-            )
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-            if note := self.text(done, total):
-                self._bar.set_postfix_str(note)
-        elif time.monotonic() - self._last >= LOG_EVERY_S:
+        if self.enabled and sys.stderr.isatty():
+            self._show(done, total)
+        elif self.enabled and self.lines and time.monotonic() - self._last >= LOG_EVERY_S:
             if self._last:
                 note = self.text(done, total)
                 click.echo(
                     f"{self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}", err=True
                 )
             self._last = time.monotonic()
+
+    def _show(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=total, desc=self.what, unit=self.unit, initial=self.first,
+                dynamic_ncols=True, smoothing=self.smoothing,
+            )  # fmt: skip
+        self._bar.total = total
+        if note := self.text(done, total):
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,11 @@ def _evaluate(
             f"note: no --test given; {len(test)} of {len(train) + len(test)} pictures are held out",
             err=True,
         )
-    bar = _EvalBar()
-    result = module.evaluate(
-        net, train, test, seed=seed, device=pick_device(device), batch_size_embed=embed_batch,
-        crop_pct=crop_pct, progress=bar, **own,
-    )  # fmt: skip
-    bar.close()
+    with _stage_bars() as progress:
+        result = module.evaluate(
+            net, train, test, seed=seed, device=pick_device(device), batch_size_embed=embed_batch,
+            crop_pct=crop_pct, progress=progress, **own,
+        )  # fmt: skip
     facts = {
         "eval": name,
         "of": str(run or teacher_spec),
@@ -151,25 +151,25 @@ def _evaluate(
     )
 
 
-class _EvalBar:
-    """Progress of an evaluation at a terminal: (stage, done, total)."""
+@contextlib.contextmanager
+def _stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show each stage of an evaluation as a bar at a terminal, and nothing elsewhere."""
+    from featcache.console.progress_bar import ProgressBar
 
-    def __init__(self) -> None:
-        self.stage, self.bar = "", None
+    bars: dict[str, ProgressBar] = {}  # the one of the stage in hand
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        from tqdm import tqdm
+    def close() -> None:
+        for bar in bars.values():
+            bar.close()
+        bars.clear()
 
-        if stage != self.stage:
-            self.close()
-            self.stage = stage
-            self.bar = tqdm(
-                total=total, desc=stage, disable=not sys.stderr.isatty(), dynamic_ncols=True
-            )
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            close()
+            bars[stage] = ProgressBar(stage, "it", lines=False)
+        bars[stage](done, total)
 
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar, self.stage = None, ""
+    try:
+        yield show
+    finally:
+        close()

@@ -1,6 +1,6 @@
-"""What a person at a terminal sees of a run: epoch, step, the loss and its parts, rate, images a
-second, the share of a step spent waiting for data, memory, and the time that is left. Quiet where
-stderr is no terminal.
+"""A bar at a terminal shows a run: epoch, step, the loss and its parts, learning rate, images a
+second, the share of a step spent waiting for data, memory, and the time that is left. Where stderr
+is no terminal nothing is shown.
 """
 
 from __future__ import annotations
@@ -14,27 +14,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featcache.console.progress_bar import ProgressBar
+
 EVERY = 20  # steps between two looks at a loss that lies on a GPU: each look waits for the device
 # of a row of metrics
 NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait")
 
 
 class TrainProgress:
-    """A bar with a line behind it."""
+    """Shows the steps of a run, and a line of metrics behind them."""
 
-    def __init__(self, bar: Any, steps_per_epoch: int) -> None:
-        self.bar = bar
-        self.steps_per_epoch = steps_per_epoch
+    def __init__(self, total: int, first: int, steps_per_epoch: int, speaks: bool) -> None:
+        self.total, self.steps_per_epoch = total, steps_per_epoch
+        self._row: dict[str, Any] = {}
+        self.bar = ProgressBar(
+            "", "step", self._text, first=first, smoothing=0.1, lines=False, enabled=speaks
+        )
+        self.bar(first, total)
 
     def update_with(self, row: dict[str, Any]) -> None:
-        late = isinstance(row["loss"], Tensor) and row["loss"].device.type == "cuda"
-        if not self.bar.disable and not (late and row["step"] % EVERY):
-            self.bar.set_postfix_str(line(row, self.steps_per_epoch), refresh=False)
-        self.bar.update()
+        self._row = row
+        self.bar(row["step"], self.total)
+
+    def _text(self, done: int, total: int) -> str:
+        row = self._row
+        if not row or (_is_on_gpu(row["loss"]) and row["step"] % EVERY):
+            return ""
+        return line(row, self.steps_per_epoch)
+
+
+def _is_on_gpu(loss: Any) -> bool:
+    return isinstance(loss, Tensor) and loss.device.type == "cuda"
 
 
 def line(row: dict[str, Any], steps_per_epoch: int) -> str:
-    """What stands behind the bar, which itself shows steps, the time passed and the time left."""
+    """Return what stands behind the bar, which itself shows steps, time passed and time left."""
     epoch = row["step"] / steps_per_epoch
     parts = {
         name: value
@@ -67,11 +81,7 @@ def host_bytes() -> int:
 
 @contextlib.contextmanager
 def shown(total: int, first: int, steps_per_epoch: int, speaks: bool) -> Iterator[TrainProgress]:
-    """Steps `first` to `total` of a run, in the process that `speaks`."""
-    from tqdm import tqdm
-
-    quiet = not speaks or not sys.stderr.isatty()
-    with tqdm(
-        total=total, initial=first, unit="step", disable=quiet, dynamic_ncols=True, smoothing=0.1
-    ) as bar:
-        yield TrainProgress(bar, steps_per_epoch)
+    """Show steps `first` to `total` of a run, in the process that `speaks`."""
+    progress = TrainProgress(total, first, steps_per_epoch, speaks)
+    with contextlib.closing(progress.bar):
+        yield progress

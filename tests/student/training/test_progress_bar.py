@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from student.commands import eval as eval_command
 from student.data.prefetch import WaitShare, WaitTime
 from student.training import progress_bar
 from tests import student_fixtures as fx
@@ -50,7 +51,6 @@ def test_a_terminal_shows_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress_bar.shown(100, 20, 12, True) as bar:
         for step in range(21, 31):
             bar.update_with({**ROW, "step": step})
-        bar.bar.refresh()
     last = out.getvalue().split("\r")[-1]
     assert "30/100" in last
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", last), last  # passed < left
@@ -64,6 +64,18 @@ def test_nothing_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         with progress_bar.shown(10, 0, 12, speaks) as bar:
             bar.update_with(ROW)
         assert out.getvalue() == ""
+
+
+def test_an_evaluation_shows_a_bar_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    for out in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", out)
+        with eval_command._stage_bars() as progress:
+            for stage, done, total in (("train", 4, 9), ("train", 9, 9), ("test", 3, 3)):
+                progress(stage, done, total)
+        shown[type(out)] = out.getvalue()
+    assert re.search(r"train: 100%.* 9/9 .*\n.*test: 100%.* 3/3 ", shown[Terminal])
+    assert shown[io.StringIO] == ""
 
 
 def test_a_whole_command_in_a_file_says_what_it_does_and_no_more(tmp_path: Path) -> None:
