@@ -28,6 +28,9 @@ n training pictures, V views, B batch, D width, C classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +60,67 @@ OPTIONS: dict[str, tuple[Any, str]] = {
 
 # lengths of the weight; below it the digits above lose points, ImageNet's protocol has 60 to 250
 TRAVEL_LEAST = 3.0
+
+
+# (source, numbers of views or None, stage=) -> features (V,n,D), labels (n,)
+Embed = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """The options of a probe of `pictures` training pictures; what cannot be trained is refused
+    before the first of them is read."""
+
+    pictures: int
+    epochs: int
+    blr: float
+    batch_size: int
+    warmup_epochs: int
+    train_views: int | None
+
+    def __post_init__(self) -> None:
+        if self.batch < 2:
+            raise UsageError(
+                f"cannot train a linear probe with batches of {self.batch}: BatchNorm needs at "
+                "least 2 pictures a step; give a larger --batch-size or more training pictures"
+            )
+        if self.epochs < 1 or not 0 <= self.warmup_epochs < self.epochs:
+            raise UsageError(
+                f"cannot train {self.epochs} epochs with {self.warmup_epochs} of warm-up: warm-up "
+                "is 0 or more and below the epochs; give --warmup-epochs "
+                f"{max(0, self.epochs // 9)} or more epochs"
+            )
+        if not (math.isfinite(self.blr) and self.blr > 0):
+            raise UsageError(
+                f"cannot train at a base learning rate of {self.blr:g}: --blr is above 0; give 0.1"
+            )
+        if self.train_views is not None and self.train_views < 0:
+            raise UsageError(
+                f"cannot train on {self.train_views} views: --train-views is 0 (centre view), 1 or "
+                "more (augmented views, embedded once) or not given (a fresh view each epoch)"
+            )
+
+    @property
+    def batch(self) -> int:
+        return min(self.batch_size, self.pictures)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.pictures // self.batch
+
+    @property
+    def peak_lr(self) -> float:
+        return self.blr * self.batch / 256
+
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of every step of the probe."""
+        steps = self.steps_per_epoch
+        return [
+            warmup_cosine(
+                step / steps, total=self.epochs, warmup=self.warmup_epochs, peak=self.peak_lr
+            )
+            for step in range(self.epochs * steps)
+        ]
 
 
 class Head(nn.Module):
@@ -90,10 +154,10 @@ def lars(head: Head) -> Lars:
     return Lars(groups, lr=0.0, momentum=0.9, weight_decay=0.0, trust_coeff=0.001, eps=0.0)
 
 
-def travel(rates: list[float]) -> float:
-    """The most the weight can move, in its own lengths: 0.001 lr a step, ten times over by the
-    momentum of 0.9."""
-    return 0.01 * sum(rates)
+def travel(learning_rates: list[float]) -> float:
+    """Return the most the weight can move, in its own lengths: 0.001 lr a step, ten times over by
+    the momentum of 0.9."""
+    return 0.01 * sum(learning_rates)
 
 
 def train_epoch(
@@ -102,15 +166,15 @@ def train_epoch(
     features: Tensor,
     labels: Tensor,
     batches: list[Tensor],
-    rates: list[float],
+    learning_rates: list[float],
 ) -> float:
-    """One pass over `features` (n,D) in the given batches of rows; returns the mean loss."""
+    """Train one pass over `features` (n,D) in the given batches of rows; return the mean loss."""
     head.train()
     device = head.linear.weight.device
     total = 0.0
-    for rows, rate in zip(batches, rates, strict=True):
+    for rows, lr in zip(batches, learning_rates, strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         loss = F.cross_entropy(head(features[rows].to(device)), labels[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -121,7 +185,7 @@ def train_epoch(
 
 @torch.no_grad()
 def predict(head: Head, features: Tensor, rows: int = 16384) -> Tensor:
-    """Logits (n,C) on the CPU, with the running statistics of the norm."""
+    """Return logits (n,C) on the CPU, with the running statistics of the norm."""
     head.eval()
     return torch.cat(
         [head(chunk.to(head.linear.weight.device)).cpu() for chunk in features.split(rows)]
@@ -144,68 +208,30 @@ def evaluate(
     warmup_epochs: int = 10,
     train_views: int | None = None,
 ) -> dict[str, Any]:
-    """Top-1 (and top-5 from five classes on) of the test pictures after the last epoch."""
-    _check(len(train), epochs, blr, batch_size, warmup_epochs, train_views)
+    """Return top-1 (and top-5 from five classes on) of the test pictures after the last epoch."""
+    options = ProbeOptions(len(train), epochs, blr, batch_size, warmup_epochs, train_views)
     classes, test_labels = class_count(train), torch.from_numpy(labels_as(test, train))
-    batch = min(batch_size, len(train))
-    peak, steps = blr * batch / 256, len(train) // batch
-    rates = [
-        warmup_cosine(step / steps, total=epochs, warmup=warmup_epochs, peak=peak)
-        for step in range(epochs * steps)
-    ]
+    embed = partial(
+        embed_source, frozen, batch_size=batch_size_embed, device=device, progress=progress,
+        crop_pct=crop_pct, seed=seed,
+    )  # fmt: skip
 
-    def embed(source: Source, numbers: list[int] | None, stage: str) -> tuple[Tensor, Tensor]:
-        return embed_source(
-            frozen, source, numbers, batch_size=batch_size_embed, device=device, progress=progress,
-            crop_pct=crop_pct, seed=seed, stage=stage,
-        )  # fmt: skip
-
-    # features: the test pictures first, so that a broken one stops the probe at its start
-    (test_rows,), _ = embed(test, None, "test")
-    if train_views is not None:
-        stored, labels = embed(train, list(range(train_views)) or None, "train")  # (V,n,D)
-
-    # head
+    # the test pictures first, so that a broken one stops the probe at its start
+    (test_rows,), _ = embed(test, None, stage="test")
     head = Head(test_rows.shape[1], classes, seed).to(device)
-    optimizer = lars(head)
-
-    # epochs
-    loss = float("nan")
-    for epoch in range(epochs):
-        if train_views is None:
-            (rows,), labels = embed(train, [epoch], f"train, epoch {epoch + 1} of {epochs}")
-        else:
-            rows = stored[epoch % len(stored)]
-        order = torch.from_numpy(rng.permutation(len(train), seed, epoch))
-        batches = list(order[: steps * batch].split(batch))
-        loss = train_epoch(
-            head, optimizer, rows, labels, batches, rates[epoch * steps : (epoch + 1) * steps]
-        )
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the linear probe diverged: loss in epoch {epoch} is {loss} at lr {peak:g}; lower "
-                "--blr"
-            )
-        if progress is not None:
-            progress("epochs", epoch + 1, epochs)
-
-    # score
+    loss = _train_head(head, _epoch_features(embed, train, options), options, seed, progress)
     scores = predict(head, test_rows)
+
     result: dict[str, Any] = {"top1": percent(hits(scores, test_labels, 1))}
     if classes >= 5:
         result["top5"] = percent(hits(scores, test_labels, 5))
-    if travel(rates) < TRAVEL_LEAST:
-        result["note"] = (
-            f"the head could move only {travel(rates):.2g} of its own length: --blr {blr:g} over "
-            f"{epochs} epochs is too small for {len(train)} pictures; try --blr "
-            f"{2 * TRAVEL_LEAST * blr / travel(rates):.2g} with --batch-size 256 or less, or more "
-            "--epochs"
-        )
+    if note := _note(options):
+        result["note"] = note
     return result | {
         "epochs": epochs,
-        "lr": peak,
+        "lr": options.peak_lr,
         "blr": blr,
-        "batch_size": batch,
+        "batch_size": options.batch,
         "warmup_epochs": warmup_epochs,
         "train_views": train_views,
         "train_loss": loss,
@@ -218,26 +244,52 @@ def evaluate(
     }
 
 
-def _check(
-    n: int, epochs: int, blr: float, batch_size: int, warmup_epochs: int, train_views: int | None
-) -> None:
-    """Refuse what cannot be trained before the first picture is read."""
-    if n < 2 or batch_size < 2:
-        raise UsageError(
-            f"cannot train a linear probe with batches of {min(n, batch_size)}: BatchNorm needs at "
-            "least 2 pictures a step; give a larger --batch-size or more training pictures"
-        )
-    if epochs < 1 or not 0 <= warmup_epochs < epochs:
-        raise UsageError(
-            f"cannot train {epochs} epochs with {warmup_epochs} of warm-up: warm-up is 0 or more "
-            f"and below the epochs; give --warmup-epochs {max(0, epochs // 9)} or more epochs"
-        )
-    if not (math.isfinite(blr) and blr > 0):
-        raise UsageError(
-            f"cannot train at a base learning rate of {blr:g}: --blr is above 0; give 0.1"
-        )
-    if train_views is not None and train_views < 0:
-        raise UsageError(
-            f"cannot train on {train_views} views: --train-views is 0 (centre view), 1 or more "
-            "(augmented views, embedded once) or not given (a fresh view each epoch)"
-        )
+def _epoch_features(
+    embed: Embed, train: Source, options: ProbeOptions
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield features (n,D) and labels (n,) for each epoch: stored views in turn, or fresh ones."""
+    if options.train_views is not None:
+        stored, labels = embed(train, list(range(options.train_views)) or None, stage="train")
+    for epoch in range(options.epochs):
+        if options.train_views is None:
+            stage = f"train, epoch {epoch + 1} of {options.epochs}"
+            stored, labels = embed(train, [epoch], stage=stage)  # (1,n,D)
+        yield stored[epoch % len(stored)], labels
+
+
+def _train_head(
+    head: Head,
+    features: Iterator[tuple[Tensor, Tensor]],
+    options: ProbeOptions,
+    seed: int,
+    progress: EmbedProgress | None,
+) -> float:
+    """Train the head epoch by epoch; return the last epoch's mean loss."""
+    optimizer, lrs, steps = lars(head), options.learning_rates(), options.steps_per_epoch
+    loss = math.nan
+    for epoch, (rows, labels) in enumerate(features):
+        order = torch.from_numpy(rng.permutation(options.pictures, seed, epoch))
+        batches = list(order[: steps * options.batch].split(options.batch))
+        first = epoch * steps
+        loss = train_epoch(head, optimizer, rows, labels, batches, lrs[first : first + steps])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the linear probe diverged: loss in epoch {epoch} is {loss} at lr "
+                f"{options.peak_lr:g}; lower --blr"
+            )
+        if progress is not None:
+            progress("epochs", epoch + 1, options.epochs)
+    return loss
+
+
+def _note(options: ProbeOptions) -> str:
+    """Return advice where the head cannot move far enough, else nothing."""
+    moved = travel(options.learning_rates())
+    if moved >= TRAVEL_LEAST:
+        return ""
+    return (
+        f"the head could move only {moved:.2g} of its own length: --blr {options.blr:g} over "
+        f"{options.epochs} epochs is too small for {options.pictures} pictures; try --blr "
+        f"{2 * TRAVEL_LEAST * options.blr / moved:.2g} with --batch-size 256 or less, or more "
+        "--epochs"
+    )
