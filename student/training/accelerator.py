@@ -61,7 +61,7 @@ def deterministic() -> None:
 
 @contextlib.contextmanager
 def out_of_memory_told(batch_size: int) -> Iterator[None]:
-    """One line where the GPU or the host has no memory left."""
+    """Turn a lack of memory, of the GPU or of the host, into one line for the user."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -70,9 +70,7 @@ def out_of_memory_told(batch_size: int) -> Iterator[None]:
             "smaller --batch-size with --accumulate, --checkpoint-activations, or --precision bf16"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(
-            error, RuntimeError
-        ) and "DefaultCPUAllocator: can't allocate memory" not in str(error):
+        if not _is_host_memory(error):
             raise
         raise UserError(
             f"out of host memory with --batch-size {batch_size}; give a smaller --batch-size with "
@@ -80,8 +78,17 @@ def out_of_memory_told(batch_size: int) -> Iterator[None]:
         ) from error
 
 
+def _is_host_memory(error: BaseException) -> bool:
+    """Whether the host had no memory left."""
+    # torch raises a bare RuntimeError for it; only the text tells it from a defect of ours
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(
+        error
+    )
+
+
 def _first_line(error: BaseException) -> str:
-    """What was asked for: the first sentences of torch's message, which goes on for a page."""
+    """Return the first sentences of torch's message, which says what was asked for and goes on for
+    a page."""
     return (
         ". ".join(str(error).splitlines()[0].split(". ")[:2]).rstrip(".")
         if str(error)

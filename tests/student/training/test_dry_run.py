@@ -4,6 +4,8 @@ nothing written."""
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 import student.training.train
+from featcache.errors import UserError
 from student.data.prefetch import WaitTime
 from student.targets.cached import CachedTargets
 from student.training import dry_run
@@ -133,16 +136,19 @@ def test_the_page_cache_is_gone_round(tmp_path: Path, monkeypatch: pytest.Monkey
     # False on a file system that knows no O_DIRECT
     assert found["past_page_cache"] in (True, False)
 
-    from featcache.errors import UserError
-
     def refused(self: CachedTargets, at: Any, view: Any, out: Any = None) -> Any:
         if self.cache._options["io"] == "direct":
-            raise UserError("this file system has no O_DIRECT")
+            cause = OSError(number, os.strerror(number))
+            raise UserError("this file cannot be read") from cause
         return read(self, at, view, out)
 
     read = CachedTargets.fetch
     monkeypatch.setattr(CachedTargets, "fetch", refused)
+    number = errno.EINVAL
     assert facts("maskalign", tmp_path)["past_page_cache"] is False
+    number = errno.EIO  # a bad disk is not gone round
+    ran = fx.train("maskalign", tmp_path / "run", "--cache", fx.cache_path(), *DRY)
+    assert (ran.status, ran.line) == (1, "error: this file cannot be read")
 
 
 @pytest.mark.parametrize(
