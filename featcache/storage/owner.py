@@ -8,18 +8,38 @@ import os
 import secrets
 import socket
 from functools import lru_cache
-from pathlib import Path
+
+import psutil
 
 
 def writer_id() -> str:
-    """Who writes a temporary file: HOST-PID-NONCE; the nonce begins with the process's start time,
-    so that another process that gets the same number later is not taken for it."""
-    return f"{_host()}-{os.getpid()}-{_started(os.getpid()) or 0:x}x{secrets.token_hex(4)}"
+    """Return a name for who writes a temporary file: HOST-PID-NONCE. The nonce begins with the
+    process's start time, so that another process that gets the same number later is not taken for
+    it."""
+    return f"{_host()}-{os.getpid()}-{_own_start(os.getpid()):x}x{secrets.token_hex(4)}"
 
 
 def is_own(name: str) -> bool:
-    """Whether HOST-PID-NONCE is a name of this very process."""
+    """Return whether HOST-PID-NONCE is a name of this very process."""
     return name.rpartition("x")[0] == writer_id().rpartition("x")[0]
+
+
+def is_here(owner: str) -> bool:
+    """Return whether the writer HOST-PID-NONCE ran on this host."""
+    return owner.rpartition("-")[0].rpartition("-")[0] == _host()
+
+
+def is_alive(owner: str) -> bool:
+    """Return whether the writer HOST-PID-NONCE may still run: another host's is taken to be
+    alive, a zombie is not, nor is a process that began at another time."""
+    if not is_here(owner):
+        return True
+    rest, _, nonce = owner.rpartition("-")
+    try:
+        started = _start_ticks(int(rest.rpartition("-")[2]))
+    except (ValueError, psutil.NoSuchProcess):
+        return False
+    return started is None or f"{started:x}" == nonce.partition("x")[0]
 
 
 @lru_cache(1)
@@ -35,31 +55,27 @@ def _host() -> str:
     return f"{socket.gethostname().replace('.', '_')}+{space}"
 
 
-def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None where it has ended (zombies have), or
-    no /proc."""
+@lru_cache(1)  # every temporary file asks; the number of a fork is another key
+def _own_start(pid: int) -> int:
+    return _start_ticks(pid) or 0
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None where the system does not tell.
+    Raises NoSuchProcess where it has ended, as zombies have.
+
+    psutil adds the time of boot to the kernel's ticks, and that time moves whenever the clock is
+    set: the same process then has another `create_time`. The ticks never move, so they are what
+    names hold, and they come back exactly once the time of boot is taken away again.
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return None if fields[0] in (b"Z", b"X") else int(fields[19])
-    except (OSError, IndexError, ValueError):
+        boot, process = psutil.boot_time(), psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            raise psutil.ZombieProcess(pid)
+        created = process.create_time()
+        if psutil.boot_time() != boot:  # the clock was set in this moment
+            return _start_ticks(pid)
+    except (psutil.AccessDenied, OSError, RuntimeError):  # /proc is hidden or lacks the boot time
         return None
-
-
-def is_here(owner: str) -> bool:
-    """Whether the writer HOST-PID-NONCE ran where we run."""
-    return owner.rpartition("-")[0].rpartition("-")[0] == _host()
-
-
-def is_alive(owner: str) -> bool:
-    """Whether the writer HOST-PID-NONCE may still run: another host's is taken to be alive."""
-    if not is_here(owner):
-        return True
-    rest, _, nonce = owner.rpartition("-")
-    try:
-        pid = int(rest.rpartition("-")[2])
-        os.kill(pid, 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return f"{_started(pid) or 0:x}" == nonce.partition("x")[0]
+    # elsewhere than on Linux both times are read from a clock that may be set
+    return round((created - boot) * os.sysconf("SC_CLK_TCK")) if psutil.LINUX else None

@@ -47,7 +47,7 @@ def cache(origin: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def dead() -> str:
     """The writer of a process that has ended."""
-    code = "from featcache.storage.owner import owner; print(owner())"
+    code = "from featcache.storage.owner import writer_id; print(writer_id())"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()

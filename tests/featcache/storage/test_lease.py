@@ -43,7 +43,7 @@ def left_by(cache: Path, owner: str, age_s: float = 0.0) -> Path:
 
 
 def dead_owner() -> str:
-    ran = python("from featcache.storage.owner import owner; print(owner())")
+    ran = python("from featcache.storage.owner import writer_id; print(writer_id())")
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
 

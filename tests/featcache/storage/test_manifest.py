@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from featcache.errors import IdentityError, UserError
@@ -264,6 +267,62 @@ def test_another_process_with_the_same_number_is_not_taken_for_the_writer() -> N
     assert storage_owner.is_alive(f"{host}-{pid}-{started}x00000000")
 
 
+@pytest.mark.parametrize("seconds", [-86400.0, 1.0, 0.25])
+def test_a_clock_that_is_set_does_not_end_a_writer(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """The time of boot moves with it, and psutil's time of a start with that."""
+    owner, boot = storage_owner.writer_id(), psutil.boot_time()
+    host, pid, nonce = owner.rsplit("-", 2)
+    other = f"{host}-{pid}-{int(nonce.partition('x')[0], 16) + 1:x}x00000000"
+    started = psutil.Process().create_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot + seconds)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: started + seconds)
+    assert storage_owner.is_alive(owner)
+    assert not storage_owner.is_alive(other)
+
+
+def test_a_clock_that_is_set_meanwhile_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two times that are compared."""
+    owner, boot, asked = storage_owner.writer_id(), psutil.boot_time(), itertools.count()
+
+    def moved() -> float:
+        return boot if next(asked) == 0 else boot + 3600
+
+    started = psutil.Process().create_time()
+    monkeypatch.setattr(psutil, "boot_time", moved)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: started + 3600)
+    assert storage_owner.is_alive(owner)
+    assert next(asked) > 3
+
+
+def test_a_process_whose_start_is_hidden_may_be_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden() -> float:
+        raise PermissionError("/proc/stat")
+
+    owner = storage_owner.writer_id()
+    monkeypatch.setattr(psutil, "boot_time", hidden)
+    assert storage_owner.is_alive(owner)
+
+
+def test_a_fork_has_a_start_of_its_own() -> None:
+    """The parent's was asked for before, and is kept."""
+    storage_owner.writer_id()
+    time.sleep(0.03)  # ticks are hundredths of a second
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, storage_owner.writer_id().encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    _, pid, nonce = os.read(read, 1000).decode().rsplit("-", 2)
+    os.close(read)
+    os.close(write)
+    assert int(pid) == child
+    own = storage_owner.writer_id().rsplit("-", 1)[1]
+    assert int(nonce.partition("x")[0], 16) > int(own.partition("x")[0], 16)
+
+
 @pytest.mark.parametrize("pid", ["0", "99999999", "x", "", "9" * 30])
 def test_no_process_is_no_writer(pid: str) -> None:
     assert not storage_owner.is_alive(f"{storage_owner.writer_id().rsplit('-', 2)[0]}-{pid}-1x2")
@@ -303,7 +362,8 @@ def test_a_zombie_is_no_writer() -> None:
     if child == 0:
         os.read(read, 1)
         os._exit(0)
-    owner = f"{storage_owner._host()}-{child}-{storage_owner._started(child) or 0:x}x00000000"
+    started = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[19])
+    owner = f"{storage_owner._host()}-{child}-{started:x}x00000000"
     assert storage_owner.is_alive(owner)
     os.write(write, b"!")
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there
