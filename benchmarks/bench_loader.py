@@ -62,10 +62,10 @@ Way = Callable[[], Iterator[int]]
 def make(folder: Path, rows: int, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Pictures, tars of them, a cache with stored pixels, and the same targets as others store
     them."""
-    from pipelines import pack_images
+    from featcache.maintenance import pack_tars
 
     pictures = loading.write_pictures(folder / "pictures", rows)
-    packed = pack_images.pack(open_source(pictures), folder / "packed", 256, seed=0)
+    packed = pack_tars.pack(open_source(pictures), folder / "packed", 256, seed=0)
     source = open_source(str(packed[0].parent / "*.tar"))
     extract(source, folder / "cache", shape, "bicubic")
     with featcache.open(folder / "cache") as cache:
@@ -108,7 +108,7 @@ def make_betons(
 ) -> dict[str, tuple[Source, Path]]:
     """The same JPEGs in one .beton, through our decoder and through FFCV's, which has a cache of
     its own."""
-    from pipelines import pack_beton
+    from featcache.maintenance import pack_beton
 
     path = folder / "all.beton"
     pack_beton.pack(source, path, seed=0)

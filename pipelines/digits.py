@@ -4,8 +4,8 @@ that knows them.
     python -m pipelines.digits OUT
 
     OUT/pictures/{train,test}/CLASS/NUMBER.png   8 x 8 grey digits, enlarged bicubically to 32 x 32
-    OUT/data/{train,test}-000000.tar ...         the same, packed by pipelines.pack_images, with
-                                                 labels
+    OUT/data/{train,test}-000000.tar ...         the same, packed as `featcache pack` does,
+                                                 with labels
     OUT/teacher.safetensors, teacher.json        a timm ViT trained on the training digits; how well
                                                  it does
 
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from featcache import rng
 from featcache.console.entry import entry
+from featcache.maintenance.pack_tars import pack
 from featcache.models import weights
 from featcache.models.hooks import normalise_pixels
 from featcache.pictures.decode import decode
@@ -44,7 +45,6 @@ from featcache.pictures.source import Source
 from featcache.views.draw import draw
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
-from pipelines.pack_images import pack
 from student.training.optim import warmup_cosine
 
 PX = 32

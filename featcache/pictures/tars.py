@@ -56,7 +56,7 @@ class TarSource:
             raise UserError(
                 f"labels of {self.spec}: {len(missing)} of {len(self)} pictures have no .cls "
                 f"member, the first is {missing[0]!r}; every picture needs one: pack the tars "
-                "again with pipelines.pack_images"
+                "again with `featcache pack`"
             )
         return np.array([self._label(key) for key in self.keys], np.int64)
 

@@ -42,7 +42,7 @@ def open_through(spec: str | os.PathLike[str], decoder: str = "pillow") -> Sourc
         raise UsageError(
             f"--decoder {decoder} decodes what FFCV wrote, a .beton; pictures {os.fspath(spec)!r} "
             "go through --decoder pillow: leave --decoder out, or pack them with "
-            "pipelines.pack_images SRC OUT.beton"
+            "`featcache pack SRC OUT.beton`"
         )
     return with_decoder(open_source(spec), decoder)
 

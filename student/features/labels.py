@@ -19,7 +19,7 @@ def labels_of(source: Source) -> npt.NDArray[np.int64]:
         raise UserError(
             f"cannot evaluate on {source.spec}: its {len(source)} pictures have no labels; labels "
             "are class folders (SRC/CLASS/picture.png) or the .cls members of webdataset tars; "
-            "arrange the pictures so, or pack them with python -m pipelines.pack_images"
+            "arrange the pictures so, or pack them with `featcache pack`"
         )
     return np.asarray(source.labels, np.int64)
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from featcache.errors import UserError
 from featcache.extraction import teacher_check
+from featcache.maintenance.pack_tars import pack
 from featcache.pictures.open_source import open_source
 from featcache.teachers.synthetic import Synthetic
 from featcache.views.fingerprint import pixel_hash
 from featcache.views.policy import Policy
-from pipelines.pack_images import pack
 from tests.conftest import SYNTHETIC, Ran, files_below
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}

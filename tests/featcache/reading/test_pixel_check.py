@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from featcache.errors import IdentityError
+from featcache.maintenance import pack_beton, pack_tars
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.reading import join, pixel_check
@@ -31,7 +32,6 @@ from featcache.torch import Dataset
 from featcache.views import pixel_path
 from featcache.views.policy import policy_from_dict
 from featcache.views.render import render
-from pipelines import pack_beton, pack_images
 from student.targets.cached import CachedTargets
 from tests import student_fixtures as fx
 from tests.conftest import copy_tree, flip
@@ -47,7 +47,7 @@ def tars() -> Path:
         with Image.open(path) as picture:
             picture.convert("L" if i == 4 else "RGB").save(path.with_suffix(".jpg"), quality=90)
         path.unlink()
-    pack_images.pack(open_source(source), fx.root() / "proof-tars", 12, seed=0)
+    pack_tars.pack(open_source(source), fx.root() / "proof-tars", 12, seed=0)
     return fx.root() / "proof-tars"
 
 
@@ -226,7 +226,7 @@ def test_no_row_of_one_decoder_passes_for_the_others(ffcv: None, name: str, othe
     """The identity is compared first; were it not, the proof itself would find every row of every
     view."""
     with Cache(cache_of(name)) as cache:
-        source = open_source(packed(), other)
+        source = pixel_path.open_through(packed(), other)
         policy = policy_from_dict(cache.identity["policy"])
         filter = "area" if other == "ffcv" else "bicubic"
         for row, key in enumerate(cache.keys):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,28 +15,24 @@ from PIL import Image
 
 from featcache import rng
 from featcache.errors import UserError
+from featcache.maintenance import pack_beton
+from featcache.pictures.beton import import_ffcv
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import PictureError
 from featcache.views import pixel_path
-from pipelines import pack_beton, pack_images
-from tests.conftest import python
+from tests.conftest import Ran, python
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(ffcv: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`python -m pipelines.pack_images ARGS`: exit status, stdout and stderr."""
+def run(ffcv: None, featcache_command: Callable[..., Ran]) -> Run:
+    """`featcache pack ARGS`: exit status, stdout and stderr."""
 
     def start(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pack_images", *map(str, arguments)])
-        status = 0
-        try:
-            pack_images.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capsys.readouterr()
+        ran = featcache_command("pack", *arguments)
+        return ran.status, ran.out, ran.err
 
     return start
 
@@ -301,7 +296,7 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path, run: Run) -> None:
 def test_a_full_disk_leaves_nothing(
     folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    allocator = pack_beton.ffcv("memory_allocator").MemoryAllocator
+    allocator = import_ffcv("memory_allocator").MemoryAllocator
 
     def full(self: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -317,7 +312,7 @@ def test_a_short_write_is_found(
     folder: Path, tmp_path: Path, ffcv: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FFCV's writer does not look at how much was written: what is cut off gets no name."""
-    writer = pack_beton.ffcv("writer").DatasetWriter
+    writer = import_ffcv("writer").DatasetWriter
     finalize = writer.finalize
 
     def cut(self: object, allocations: list[object]) -> None:

@@ -1,4 +1,4 @@
-"""Pack pictures into one FFCV `.beton`: `python -m pipelines.pack_images SRC OUT.beton`.
+"""Pictures are packed into one FFCV `.beton`, in a seeded shuffled order.
 
 FFCV's own writer takes arrays and encodes them again, so that no picture would keep its pixels.
 Here a grey or RGB JPEG goes in as the bytes it is (FFCV's mode `jpg`), and any other picture as its
@@ -13,8 +13,8 @@ number of pictures.
 from __future__ import annotations
 
 import io
-import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,20 +23,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from featcache import rng
-from featcache.errors import UsageError, UserError
-from featcache.extraction.rendering import prefetch
+from featcache.errors import UserError
+from featcache.maintenance.packing import check_resize, classes_json, read_ahead
 from featcache.pictures.beton import JPG, RAW, import_ffcv, open_beton
 from featcache.pictures.decode import decode
+from featcache.pictures.picture_bytes import read_picture
 from featcache.pictures.source import PictureError, Source
 from featcache.storage.json_file import sync_folder, write_file
-from pipelines.pack_images import picture_of
 
 LARGEST_PX = 65535  # FFCV keeps sides in 16 bits
 _PAGE_BYTES = 8 << 20  # FFCV's own; larger where a picture does not fit
-_AHEAD_BYTES = 256 << 20  # of pictures that wait for their turn
+_AHEAD = 256  # pictures read before they are written, and at most so many bytes of them
+_AHEAD_BYTES = 256 << 20
 # more than a JPEG's header takes: a resized one is smaller than its pixels and this
 _SPARE_BYTES = 64 << 10
 
@@ -51,9 +51,14 @@ class Item(NamedTuple):
 
 
 def pack(source: Source, out: Path, *, seed: int, resize_px: int | None = None) -> int:
-    """Write OUT, and OUT.classes.json where SRC names its classes; returns how many pictures are
+    """Write OUT, and OUT.classes.json where SRC names its classes; return how many pictures are
     stored as pixels."""
-    _check(out, resize_px)
+    if out.exists():
+        raise UserError(
+            f"packing into {str(out)!r}: it is there already and is never overwritten; give "
+            "another OUT"
+        )
+    check_resize(resize_px)
     work = out.with_name(f".{out.name}.packing")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,10 +69,11 @@ def pack(source: Source, out: Path, *, seed: int, resize_px: int | None = None) 
             f"killed; wait for it, or remove {str(work)!r} and run again"
         ) from error
     try:
-        raw = _write(source, work, rng.permutation(len(source), seed, 0).tolist(), resize_px)
+        order = rng.permutation(len(source), seed, 0).tolist()
+        _write(source, work, order, resize_px)
+        raw = _count_raw(source, work, order)
         if source.classes is not None:
-            text = json.dumps(source.classes, ensure_ascii=False, indent=0) + "\n"
-            write_file(out.with_name(f"{out.name}.classes.json"), text.encode())
+            write_file(out.with_name(f"{out.name}.classes.json"), classes_json(source))
         work.rename(out)
         sync_folder(out.parent)
     finally:
@@ -75,78 +81,55 @@ def pack(source: Source, out: Path, *, seed: int, resize_px: int | None = None) 
     return raw
 
 
-def _check(out: Path, resize_px: int | None) -> None:
-    if out.exists():
-        raise UserError(
-            f"packing into {str(out)!r}: it is there already and is never overwritten; give "
-            "another OUT"
-        )
-    if resize_px is not None and resize_px < 1:
-        raise UsageError(
-            f"--resize {resize_px}: the shorter side has 1 pixel or more; give 256, or leave it out"
-        )
-
-
-def _write(source: Source, work: Path, order: list[int], resize_px: int | None) -> int:
+def _write(source: Source, work: Path, order: list[int], resize_px: int | None) -> None:
     """The whole file, synced; what FFCV's writer does, in one process, so that an error is an error
     and not a hang."""
-    fields, labels = import_ffcv("fields"), source.labels
-    columns = {"image": fields.RGBImageField(write_mode="jpg")}
-    columns |= {} if labels is None else {"label": fields.IntField()}
-    columns |= {"key": fields.BytesField()}
     with ThreadPoolExecutor() as pool:
-        largest = max(
-            _each(pool, partial(_largest_bytes, source, resize_px), order, 256, "looking")
+        sizes = read_ahead(
+            pool, partial(_largest_bytes, source, resize_px), order, _AHEAD, "looking"
         )
-        page = max(_PAGE_BYTES, 1 << (largest - 1).bit_length())
-        writer = import_ffcv("writer").DatasetWriter(
-            str(work), columns, page_size=page, num_workers=1
-        )
-        writer.num_samples = len(order)
-        writer.prepare()
-        # FFCV keeps the table in shared memory for its processes; in a container /dev/shm is often
-        # too small for it.
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
-        table = np.zeros(len(order), writer.metadata_type)
-        writer.metadata_sm = SimpleNamespace(buf=table.view(np.uint8))
-        column = dict(
-            zip(columns, (table[name] for name in writer.metadata_type.names), strict=True)
-        )
-        if labels is not None:
-            column["label"][:] = labels[order]
+        page = max(_PAGE_BYTES, 1 << (max(sizes) - 1).bit_length())
+        writer, columns = _open_writer(work, len(order), source.labels is not None, page)
+        if source.labels is not None:
+            columns["label"][:] = source.labels[order]
         allocator = import_ffcv("memory_allocator").MemoryAllocator(
             str(work), writer.data_region_start, page
         )
         keys = [source.keys[row].encode() for row in order]
-        items = _each(
-            pool,
-            partial(item, source, resize_px),
-            order,
-            max(2, min(256, _AHEAD_BYTES // page)),
-            "packing",
-        )
-        writer.finalize(_write_data(allocator, column["key"], keys, column["image"], items))
+        window = max(2, min(_AHEAD, _AHEAD_BYTES // page))
+        items = read_ahead(pool, partial(item, source, resize_px), order, window, "packing")
+        writer.finalize(_write_data(allocator, columns["key"], keys, columns["image"], items))
     with work.open("rb") as file:
         os.fsync(file.fileno())
-    # whole, before it gets its name: FFCV's writer does not look at short writes
-    written = open_beton(str(work))
-    assert written.keys == [source.keys[row] for row in order]
-    return int((written.modes == RAW).sum())
 
 
-def _each(pool: ThreadPoolExecutor, work: Any, rows: list[int], window: int, what: str) -> Any:
-    """work(row) in the order of the rows, `window` at a time under way."""
-    futures = prefetch(pool, work, rows, window)
-    # None: on a terminal
-    for _, future in tqdm(futures, total=len(rows), unit="picture", desc=what, disable=None):
-        yield future.result()
+def _open_writer(
+    work: Path, samples: int, is_labelled: bool, page_bytes: int
+) -> tuple[Any, dict[str, Any]]:
+    """FFCV's DatasetWriter of so many samples, and the columns of its metadata by field."""
+    fields = import_ffcv("fields")
+    kinds = {"image": fields.RGBImageField(write_mode="jpg")}
+    kinds |= {"label": fields.IntField()} if is_labelled else {}
+    kinds |= {"key": fields.BytesField()}
+    writer = import_ffcv("writer").DatasetWriter(
+        str(work), kinds, page_size=page_bytes, num_workers=1
+    )
+    writer.num_samples = samples
+    writer.prepare()
+    # FFCV keeps the table in shared memory for its processes; in a container /dev/shm is often too
+    # small for it.
+    writer.metadata_sm.close()
+    writer.metadata_sm.unlink()
+    table = np.zeros(samples, writer.metadata_type)
+    writer.metadata_sm = SimpleNamespace(buf=table.view(np.uint8))
+    columns = (table[name] for name in writer.metadata_type.names)
+    return writer, dict(zip(kinds, columns, strict=True))
 
 
 def _write_data(
-    allocator: Any, key_column: Any, keys: list[bytes], image_column: Any, items: Any
+    allocator: Any, key_column: Any, keys: list[bytes], image_column: Any, items: Iterable[Item]
 ) -> list[Any]:
-    """Keys, then pictures, into pages; returns (sample, offset, bytes) of each."""
+    """Write keys, then pictures, into pages; return (sample, offset, bytes) of each."""
     allocator.__enter__()  # FFCV's gives nothing back
     try:
         for i, key in enumerate(keys):
@@ -172,15 +155,23 @@ def _put(allocator: Any, sample: int, data: bytes) -> int:
     return int(offset)
 
 
+def _count_raw(source: Source, work: Path, order: list[int]) -> int:
+    """How many pictures of a written file are pixels. Opening it checks that it is whole, before it
+    gets its name: FFCV's writer does not look at short writes."""
+    written = open_beton(str(work))
+    assert written.keys == [source.keys[row] for row in order]
+    return int((written.modes == RAW).sum())
+
+
 # ------------------------------------------------------------ one picture
 
 
 def item(source: Source, resize_px: int | None, row: int) -> Item:
-    """A grey or RGB JPEG as it is, any other picture as its pixels by the one decoder."""
-    _, data = picture_of(source, resize_px, row)
+    """Return a grey or RGB JPEG as it is, any other picture as its pixels by the one decoder."""
+    _, data = read_picture(source, resize_px, row)
     try:
         with Image.open(io.BytesIO(data)) as picture:  # reads the header
-            if picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB"):
+            if _keeps_bytes(picture):
                 return Item(JPG, picture.height, picture.width, data)
         pixels = np.asarray(decode(data))
     except (PictureError, OSError, Image.DecompressionBombError) as error:
@@ -188,13 +179,17 @@ def item(source: Source, resize_px: int | None, row: int) -> Item:
     return Item(RAW, len(pixels), pixels.shape[1], pixels.tobytes())
 
 
+def _keeps_bytes(picture: Image.Image) -> bool:
+    """Whether FFCV's decoders give the pixels that ours gives: of grey and RGB JPEGs they do."""
+    return picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB")
+
+
 def _largest_bytes(source: Source, resize_px: int | None, row: int) -> int:
     """At most so many bytes are stored of a picture; from its header alone."""
     data = source.read(row)
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            width, height = picture.size
-            is_jpeg = picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB")
+            (width, height), is_jpeg = picture.size, _keeps_bytes(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unusable(source, row, str(error)) from error
     if max(width, height) > LARGEST_PX:
@@ -209,6 +204,6 @@ def _largest_bytes(source: Source, resize_px: int | None, row: int) -> int:
 def _unusable(source: Source, row: int, why: str) -> UserError:
     return UserError(
         f"packing {source.keys[row]!r} of {source.spec}: {why}; a .beton holds sizes, and the "
-        "pixels of pictures that are no JPEG: mend it or take it out, or pack into tars "
+        "pixels of pictures that are no JPEG: fix it or take it out, or pack into tars "
         "(extraction lists what it cannot read)"
     )

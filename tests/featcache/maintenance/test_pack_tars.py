@@ -1,4 +1,4 @@
-"""pack_images: what goes in comes out - keys, bytes, labels - through our reader and through plain
+"""Packed tars give back what went in - keys, bytes, labels - through our reader and through plain
 webdataset."""
 
 from __future__ import annotations
@@ -7,36 +7,25 @@ import gc
 import hashlib
 import io
 import json
-import sys
+import os
 import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import webdataset
 from click.testing import CliRunner
 from PIL import Image
 
 from featcache import rng
+from featcache.commands.pack import command
 from featcache.errors import UsageError, UserError
+from featcache.maintenance.pack_tars import pack
 from featcache.pictures.open_source import open_source
 from featcache.pictures.tars import unescape
-from pipelines import pack_images
-from pipelines.pack_images import cli, pack, resized
-
-
-def encode(width: int, height: int, kind: str = "PNG", mode: str = "RGB") -> bytes:
-    """A picture whose pixels depend on its size."""
-    ramp = (
-        (np.arange(width * height * 4, dtype=np.int64) * 7919 % 251)
-        .astype(np.uint8)
-        .reshape(height, width, 4)
-    )
-    file = io.BytesIO()
-    Image.fromarray(ramp).convert("RGB" if mode == "P" else "RGBA").convert(mode).save(file, kind)
-    return file.getvalue()
+from tests.conftest import Ran, python
+from tests.featcache.pictures.test_picture_bytes import encode
 
 
 def write(root: Path, files: dict[str, bytes]) -> Path:
@@ -65,16 +54,12 @@ Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The program as it is started: exit status and stderr for some arguments."""
+def run(featcache_command: Callable[..., Ran]) -> Run:
+    """`featcache pack ARGS`: exit status and stderr."""
 
     def start(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["pack_images", *map(str, arguments)])
-        try:
-            pack_images.main()
-        except SystemExit as stop:
-            return int(stop.code or 0), capsys.readouterr().err
-        return 0, capsys.readouterr().err
+        ran = featcache_command("pack", *arguments)
+        return ran.status, ran.err
 
     return start
 
@@ -220,37 +205,6 @@ def test_train_and_test_share_a_folder_when_their_classes_agree(tmp_path: Path) 
     ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode", "back"),
-    [("PNG", "RGB", "RGB"), ("PNG", "L", "L"), ("PNG", "RGBA", "RGB"), ("PNG", "P", "RGB"),
-     ("JPEG", "L", "L"), ("JPEG", "CMYK", "RGB"), ("BMP", "RGB", "RGB"), ("WEBP", "RGB", "RGB")],
-)  # fmt: skip
-def test_resized_keeps_format_and_ratio(kind: str, mode: str, back: str) -> None:
-    small = Image.open(io.BytesIO(resized(encode(40, 20, kind, mode), 10)))
-    assert (small.format, small.mode, small.size) == (kind, back, (20, 10))
-
-
-def test_resized_png_is_the_bicubic_picture(tmp_path: Path) -> None:
-    data = encode(31, 20)
-    # 31 / 2 rounds to even: 16
-    expected = Image.open(io.BytesIO(data)).resize((16, 10), Image.Resampling.BICUBIC)
-    assert np.array_equal(
-        np.asarray(Image.open(io.BytesIO(resized(data, 10)))), np.asarray(expected)
-    )
-
-
-def test_resize_jpeg_quality_is_95() -> None:
-    reference = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=95)
-    small = Image.open(io.BytesIO(resized(encode(40, 20, "JPEG"), 10)))
-    assert small.quantization == Image.open(reference).quantization  # type: ignore[attr-defined]
-
-
-def test_resize_never_enlarges_and_then_keeps_the_bytes() -> None:
-    assert resized(data := encode(40, 20, "JPEG"), 20) == data
-    assert resized(data, 64) == data
-
-
 def test_resize_through_the_command(tmp_path: Path) -> None:
     src = write(
         tmp_path / "in",
@@ -270,7 +224,7 @@ def test_resize_through_the_command(tmp_path: Path) -> None:
         "--name",
         "train",
     ]
-    result = CliRunner().invoke(cli, arguments)
+    result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
     assert "3 pictures (2 classes) in 1 shards" in result.output
     packed = open_source(str(tmp_path / "out/train-*.tar"))
@@ -313,10 +267,10 @@ def test_a_killed_run_is_named(run: Run, classes: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(
     run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path) -> None:
+    def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pack_images, "_sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     status, text = run(classes, tmp_path / "out", "--shard-size", 3)
     assert (status, text.count("\n")) == (1, 1)
     assert "No space left on device" in text
@@ -357,9 +311,18 @@ def test_shard_size_is_checked_for_callers_too(classes: Path, tmp_path: Path) ->
         pack(open_source(classes), tmp_path / "out", 0, seed=0)
 
 
-def test_help_shows_examples() -> None:
-    result = CliRunner().invoke(cli, ["--help"])
-    assert result.exit_code == 0
-    assert "python -m pipelines.pack_images photos packed --shard-size 1000" in result.output
+def test_help_shows_examples(featcache_command: Callable[..., Ran]) -> None:
+    ran = featcache_command("pack", "--help")
+    assert ran.status == 0
+    assert "  featcache pack photos packed --shard-size 1000\n" in ran.out
     for option in ("--shard-size", "--seed", "--resize", "--name"):
-        assert option in result.output
+        assert option in ran.out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom featcache.cli import cli\n"
+        "print(CliRunner().invoke(cli, ['pack', '--help']).exit_code)\n"
+        "print(sorted({'torch', 'webdataset', 'ffcv'} & set(sys.modules)))"
+    )
+    assert python(code).stdout.split("\n")[:2] == ["0", "[]"]
