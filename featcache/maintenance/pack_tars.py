@@ -11,11 +11,9 @@ run that fails leaves no shard behind, and one that is killed leaves only that f
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shutil
-import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from webdataset import TarWriter
 
 from featcache import rng
 from featcache.errors import UsageError, UserError
@@ -35,6 +34,8 @@ from featcache.storage.json_file import write_file
 
 PREFIX = "pictures"
 _AHEAD = 256  # pictures read (and resized) before they are written; bounds the memory
+# mtime and owner would differ from run to run; a compressed tar could not be read by offset
+_FIXED = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "compress": False, "encoder": False}
 
 Member = tuple[str, str, bytes]  # stem, suffix with its dot, content
 
@@ -131,11 +132,11 @@ def _members(
 
 
 def _write_shard(path: Path, samples: Iterable[list[Member]]) -> None:
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for members in samples:
-            for stem, suffix, data in members:
-                member = tarfile.TarInfo(stem + suffix)  # mode 0644, time 0, owner 0 without a name
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    with path.open("rb") as file:
+    with path.open("xb") as file:
+        with TarWriter(file, **_FIXED) as tar:
+            for members in samples:
+                # one at a time: TarWriter would sort the label of a sample before its picture
+                for stem, suffix, data in members:
+                    tar.write({"__key__": stem, suffix.removeprefix("."): data})
+        file.flush()
         os.fsync(file.fileno())
