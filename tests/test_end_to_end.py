@@ -21,7 +21,6 @@ from featcache.reading.cache import Cache
 from featcache.views import pixel_path
 from student import checkpoint, recipes
 from student.data import prefetch
-from student.setup import target_choice
 from student.training import metrics
 from tests import student_fixtures as fx
 
@@ -258,9 +257,7 @@ def test_stored_pixels_equal_decoded_ones(
     decoding = fx.good(fx.train(recipe, tmp_path / "decoded", *options, "--decode"))
     assert f"pixels are decoded from {fx.pictures()}" in decoding.err
     monkeypatch.setattr(pixel_path, "decode", lambda data: pytest.fail("a picture was decoded"))
-    monkeypatch.setattr(
-        target_choice, "open_source", lambda spec: pytest.fail("pictures were opened")
-    )
+    monkeypatch.setattr(pixel_path, "open_source", lambda spec: pytest.fail("pictures were opened"))
     ran = fx.good(fx.train(recipe, tmp_path / "stored", *options))
     assert "note: pixels come from the cache, nothing is decoded" in ran.err
     for name in ("decoded", "stored"):

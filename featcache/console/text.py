@@ -17,7 +17,7 @@ def print_facts(facts: Any, as_json: bool, text: str) -> None:
 def format_bytes(count: float) -> str:
     """Bytes for people.
 
-    >>> size(999), size(1_512_960), size(1.94e12)
+    >>> format_bytes(999), format_bytes(1_512_960), format_bytes(1.94e12)
     ('999 B', '1.5 MB', '1.94 TB')
     """
     for unit in ("B", "kB", "MB", "GB"):

@@ -179,7 +179,7 @@ def test_more_views_are_counted_by_the_pictures_shapes(monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(
         view_choice.extract_command,
-        "options",
+        "extract_options",
         lambda manifest, levels, views: ["--views", str(views)],
     )
     text = view_choice._more_views(cache, np.arange(100), accepted, 0.001)
