@@ -1,8 +1,10 @@
-"""What every recipe's Config has, and how the command line changes it.
+"""A recipe's configuration holds the fields that all recipes share, and settings change it.
 
 A recipe's `Config` is a frozen dataclass of flat, plain values: it prints as JSON, lies in the run
-folder, and checks itself wherever it is made. `from_overrides` turns `--set key=value` into one; an
-unknown key or a value out of range is a `UsageError` that says what is allowed.
+folder, and checks itself wherever it is made. `Settings` are the values that are not left to their
+defaults: each is read once, from a file or from `--set key=value`, and keeps its origin.
+`build_config` turns them into a `Config`. An unknown key or a value out of range is a `UsageError`
+that says what is allowed.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -39,24 +41,25 @@ Mask = Annotated[str, AfterValidator(_known_mask)]
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class RecipeConfig:
-    """The fields all recipes share; a recipe overrides defaults and adds its own.
+    """The configuration of any recipe has these fields; a recipe overrides defaults and adds its
+    own.
 
-    `blr` is the rate of a global batch of 256 and scales linearly; each recipe's docstring names
-    the global batch of its publication. Epochs are passes over the training pictures.
+    `blr` is the learning rate of a global batch of 256 and scales linearly; each recipe's docstring
+    names the global batch of its publication. Epochs are passes over the training pictures.
 
     >>> from_overrides(RecipeConfig, ["encoder=tiny", "epochs=5"]).epochs
     5
     """
 
     # Defaults of a publication that go with a model size: {"large": {"drop_path": 0.2}}.
-    # `from_overrides` knows the size and fills them in where nothing else is set.
+    # `build_config` knows the size and fills them in where nothing else is set.
     SIZES: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     # student
     encoder: str = "base"  # tiny, small, base, large, or a timm ViT: NAME or NAME,key=value,...
     img_size: Positive = 224  # pixels a side, of the student's view
     patch_size: Positive = 16  # pixels a side; both sizes overrule those in the encoder's name
-    drop_path: Fraction = 0.0  # rate at the last block, linear from 0 at the first
+    drop_path: Fraction = 0.0  # share at the last block, linear from 0 at the first
 
     # teacher: facts of the cache, filled in by the trainer when it has opened one
     teacher: str = "clip-b16"
@@ -69,19 +72,19 @@ class RecipeConfig:
     mask_ratio: Fraction = 0.75
 
     # optimiser
-    blr: Above0 = 1.5e-4  # base rate: lr = blr * global batch / 256
-    lr: Above0 | None = None  # peak rate as it is; wins over blr
-    min_lr: NotNegative = 0.0  # rate at the end of the cosine
+    blr: Above0 = 1.5e-4  # base learning rate: lr = blr * global batch / 256
+    lr: Above0 | None = None  # peak learning rate as it is; wins over blr
+    min_lr: NotNegative = 0.0  # learning rate at the end of the cosine
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # AdamW
     weight_decay: NotNegative = 0.05
     # decay cls_token and mask_token too, as the released MAE-family code does
     decay_tokens: bool = False
     clip_grad: Above0 | None = None  # largest gradient norm; null: no clipping
     epochs: Positive = 200
-    warmup_epochs: NotNegative = 20  # may exceed epochs: then the rate only rises
+    warmup_epochs: NotNegative = 20  # may exceed epochs: then the learning rate only rises
 
     def __post_init__(self) -> None:
-        """What no single field can check."""
+        """Raise UsageError where fields do not go together."""
         if self.img_size % self.patch_size:
             raise UsageError(
                 f"cannot cut the picture into patches: img_size={self.img_size}, "
@@ -96,12 +99,12 @@ class RecipeConfig:
 
     @property
     def patches(self) -> int:
-        """P, the patches of one view."""
+        """Return P, the number of patches of one view."""
         return (self.img_size // self.patch_size) ** 2
 
     @property
     def visible(self) -> int:
-        """V, the patches the student sees."""
+        """Return V, the number of patches the student sees."""
         return masking.kept_count(self.patches, self.mask_ratio)
 
 
@@ -110,7 +113,8 @@ Config = TypeVar("Config", bound=RecipeConfig)
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class OutputConfig(RecipeConfig):
-    """For recipes that learn the teacher's own output, which is derived from its last level.
+    """A recipe with this configuration learns the teacher's own output, derived from its last
+    level.
 
     `target` z is the output after the projection, as CLIP has one; f is the output before it, for
     teachers without.
@@ -128,12 +132,12 @@ class OutputConfig(RecipeConfig):
 
     @property
     def target_width(self) -> int:
-        """E, the channels of the target."""
+        """Return E, the channels of the target."""
         return self.teacher_out if self.target == "z" else self.teacher_width
 
 
 def check_choice(key: str, given: str, allowed: Sequence[str]) -> None:
-    """A setting that is one of a few names."""
+    """Raise UsageError unless a setting is one of a few names."""
     if given not in allowed:
         raise UsageError(
             f"unknown {key} {given!r}: {near(given, allowed)}; choose one with {key}=NAME"
@@ -141,7 +145,7 @@ def check_choice(key: str, given: str, allowed: Sequence[str]) -> None:
 
 
 def check_hides_patches(config: RecipeConfig) -> None:
-    """For recipes with a loss on hidden patches: there must be one."""
+    """Raise UsageError where no patch is hidden, for recipes with a loss on hidden patches."""
     if config.visible >= config.patches:
         raise UsageError(
             f"nothing to predict: mask_ratio={config.mask_ratio} leaves all {config.patches} "
@@ -149,42 +153,92 @@ def check_hides_patches(config: RecipeConfig) -> None:
         )
 
 
+# a --config file; --set or --epochs; what the cache or the teacher says; a default that a cache of
+# few tokens makes
+Origin = Literal["file", "option", "fact", "cache"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The values that are not left to a recipe's defaults, by key, and the origin of each."""
+
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
+
+    def updated(self, values: Mapping[str, Any], origin: Origin) -> Settings:
+        """Return these settings and `values`; of two with one key the later wins."""
+        return self.merged(Settings(values, dict.fromkeys(values, origin)))
+
+    def merged(self, later: Settings) -> Settings:
+        """Return these settings and the `later` ones, which win."""
+        return Settings({**self.values, **later.values}, {**self.origins, **later.origins})
+
+    def is_set_by_user(self, key: str) -> bool:
+        """Tell whether a person set this value, in a file or by an option.
+
+        >>> parse_settings(RecipeConfig, ["mask=stored"]).is_set_by_user("mask")
+        True
+        >>> Settings().updated({"mask": "stored"}, "cache").is_set_by_user("mask")
+        False
+        """
+        return self.origins.get(key) in ("file", "option")
+
+
 def from_overrides(kind: type[Config], overrides: Iterable[str]) -> Config:
-    """The recipe's defaults, with those of the model size, changed by 'key=value' texts; of two
-    with one key the later wins.
+    """Build the configuration that 'key=value' texts describe; of two with one key the later wins.
 
     A value is read as JSON where it is JSON, else as text; for a text field the text is kept
     (align_levels=12).
     """
-    values: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UsageError(
-                f"cannot read setting {override!r}: given no '='; allowed: key=value; such as "
-                "epochs=100"
-            )
-        values[key.strip()] = text
-    _check_keys(kind, values)
+    return build_config(kind, parse_settings(kind, overrides))
+
+
+def parse_settings(kind: type[RecipeConfig], overrides: Iterable[str]) -> Settings:
+    """Read 'key=value' texts, as `--set` takes them, by the types of a recipe's fields."""
+    return _read_settings(kind, dict(map(_split, overrides)), "option")
+
+
+def read_settings(kind: type[RecipeConfig], values: Mapping[str, Any]) -> Settings:
+    """Read the values of a JSON file, such as a run's config.json, by the types of the fields."""
+    texts = {key: json.dumps(value) for key, value in values.items()}
+    return _read_settings(kind, texts, "file")
+
+
+def _read_settings(kind: type[RecipeConfig], texts: Mapping[str, str], origin: Origin) -> Settings:
+    _check_keys(kind, texts)
     hints = get_type_hints(kind)
-    given = {key: _read(text, hints[key]) for key, text in values.items()}
+    values = {key: _read(text, hints[key]) for key, text in texts.items()}
+    return Settings().updated(values, origin)
+
+
+def _split(override: str) -> tuple[str, str]:
+    """'key=value' -> (key, value), both as text."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(
+            f"cannot read setting {override!r}: given no '='; allowed: key=value; such as "
+            "epochs=100"
+        )
+    return key.strip(), text
+
+
+def build_config(kind: type[Config], settings: Settings) -> Config:
+    """Build a recipe's configuration: its defaults, those of the model size, then the settings."""
+    given = settings.values
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     sized = kind.SIZES.get(size(given.get("encoder", defaults["encoder"])), {})
-    if (
-        "blr" in given
-        and {"lr": defaults["lr"], **sized, **given}["lr"] is not None
-        and "lr" not in given
-    ):
+    values = {**sized, **given}
+    if "blr" in given and "lr" not in given and {**defaults, **values}["lr"] is not None:
         raise UsageError(
-            f"cannot set blr={given['blr']}: this recipe's rate is lr={defaults['lr']} at any "
-            "batch size, which wins over blr; allowed: one of the two; give lr=RATE, or blr=RATE "
-            "together with lr=null"
+            f"cannot set blr={given['blr']}: this recipe's learning rate is lr={defaults['lr']} "
+            "at any batch size, which wins over blr; allowed: one of the two; give lr=RATE, or "
+            "blr=RATE together with lr=null"
         )
-    return _build(kind, {**sized, **given})
+    return _build(kind, values)
 
 
 def size(encoder: object) -> str:
-    """The size in an encoder's name, or the name itself.
+    """Return the size in an encoder's name, or the name itself.
 
     >>> size("large"), size("tiny,depth=2"), size("vit_small_patch16_224"), size("mine")
     ('large', 'tiny', 'small', 'mine')
@@ -196,13 +250,13 @@ def size(encoder: object) -> str:
 
 
 def replace(config: Config, **facts: Any) -> Config:
-    """The same configuration with some values changed, checked as a new one."""
+    """Return the configuration with some values changed, checked as a new one."""
     _check_keys(type(config), facts)
     return _build(type(config), {**as_dict(config), **facts})
 
 
 def as_dict(config: RecipeConfig) -> dict[str, Any]:
-    """Plain values, JSON-ready: tuples are lists."""
+    """Return the plain values, JSON-ready: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -216,8 +270,8 @@ def _check_keys(kind: type[RecipeConfig], values: Mapping[str, Any]) -> None:
 
 
 def _read(text: str, hint: Any) -> Any:
-    """JSON where it is JSON; the text itself where it is not, or where a text is wanted and the
-    JSON is not one."""
+    """Read JSON where it is JSON; the text is kept where it is not, or where a text is wanted and
+    the JSON is not one."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -226,7 +280,7 @@ def _read(text: str, hint: Any) -> Any:
 
 
 def _build(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Through JSON, so that pydantic's strict types still take a list for a tuple."""
+    """Build through JSON, so that pydantic's strict types still take a list for a tuple."""
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values))
     except ValidationError as error:
@@ -239,7 +293,7 @@ def _build(kind: type[Config], values: dict[str, Any]) -> Config:
 
 
 def _allowed(kind: type[RecipeConfig], key: str) -> str:
-    """The type of a field in words: 'float or null'."""
+    """Return the type of a field in words: 'float or null'."""
     hint = get_type_hints(kind)[key]
     if type(None) in get_args(hint):
         return " or ".join(

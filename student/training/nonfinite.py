@@ -136,10 +136,9 @@ def load(file: Path) -> Reproducer:
 def build(saved: Reproducer, recipe: ModuleType) -> nn.Module:
     """The recipe's model with the weights of that step, in training mode."""
     names = {field.name for field in dataclasses.fields(recipe.Config)}
-    settings = [
-        f"{key}={json.dumps(value)}" for key, value in saved.about["config"].items() if key in names
-    ]
-    model: nn.Module = recipe.Model(config.from_overrides(recipe.Config, settings))
+    values = {key: value for key, value in saved.about["config"].items() if key in names}
+    settings = config.read_settings(recipe.Config, values)
+    model: nn.Module = recipe.Model(config.build_config(recipe.Config, settings))
     try:
         model.load_state_dict(saved.model)
     except RuntimeError as error:

@@ -78,6 +78,38 @@ def test_what_is_refused(override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_settings_keep_their_origin() -> None:
+    """Of a file, of options, and a default that a cache makes: the later wins, and says who set
+    it."""
+    kind = config.OutputConfig
+    settings = config.read_settings(kind, {"epochs": 7, "betas": [0.8, 0.9], "teacher": "mine"})
+    settings = settings.merged(config.parse_settings(kind, ["epochs=9", "teacher=12"]))
+    settings = settings.updated({"mask": "stored"}, "cache")
+    assert settings.values == {"epochs": 9, "betas": [0.8, 0.9], "teacher": "12", "mask": "stored"}
+    assert settings.origins == {
+        "epochs": "option",
+        "betas": "file",
+        "teacher": "option",
+        "mask": "cache",
+    }
+    given = [key for key in ("betas", "epochs", "mask", "lr") if settings.is_set_by_user(key)]
+    assert given == ["betas", "epochs"]
+    built = config.build_config(kind, settings)
+    assert (built.epochs, built.betas, built.teacher, built.mask) == (9, (0.8, 0.9), "12", "stored")
+
+
+def test_a_file_may_hold_a_number_for_a_text_field() -> None:
+    """As `--set encoder=12` may."""
+    assert config.read_settings(RecipeConfig, {"encoder": 12}).values == {"encoder": "12"}
+
+
+def test_facts_of_a_cache_are_not_set_by_the_user() -> None:
+    settings = config.Settings().updated({"teacher_depth": 4}, "fact")
+    assert not settings.is_set_by_user("teacher_depth")
+    with pytest.raises(UsageError, match="unknown setting 'depth': known: betas"):
+        config.read_settings(RecipeConfig, {"depth": 3})
+
+
 def test_later_wins() -> None:
     assert from_overrides(RecipeConfig, ["epochs=1", "epochs=2"]).epochs == 2
 

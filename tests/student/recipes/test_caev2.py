@@ -275,7 +275,7 @@ def test_decay_groups() -> None:
         (["regressor_depth=0"], "cannot align both latents with a regressor of 0 blocks"),
         (["regressor_heads=7"], "cannot build the regressor: width 768, 7 heads"),
         (["mask_ratio=0"], "leaves all 196 patches visible"),
-        (["blr=1e-4"], "this recipe's rate is lr=0.0015"),
+        (["blr=1e-4"], "this recipe's learning rate is lr=0.0015"),
     ],
 )
 def test_what_is_refused(settings: list[str], message: str) -> None:
