@@ -42,7 +42,7 @@ from featcache.errors import STOPPED, UsageError, UserError, near
 from featcache.pictures.open_source import open_source
 from pipelines import digits, tokenizer
 from pipelines.quickstart import run
-from student import checkpoint, recipes
+from student import checkpoint, config, recipes
 from student.evals import knn
 from student.features import frozen
 from student.setup import cache_match
@@ -154,10 +154,11 @@ def settings_of(case: Case) -> list[str]:
 def untrained(case: Case, cache: Path, seed: int) -> nn.Module:
     """The encoder that `student train` starts from."""
     module = recipes.load(case.recipe)
-    config = cache_match.open_given(cache, module, case.recipe, settings_of(case)).config
+    settings = config.parse_settings(module.Config, settings_of(case))
+    matched = cache_match.open_given(cache, module, case.recipe, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder: nn.Module = module.Model(config).encoder
+        encoder: nn.Module = module.Model(matched.config).encoder
     return encoder
 
 

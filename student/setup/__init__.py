@@ -1,1 +1,1 @@
-"""From options to a run: which cache serves a recipe, which views and targets it is shown."""
+"""The options of `student train` become a run: a cache is matched, views and targets are chosen."""

@@ -1,4 +1,4 @@
-"""From what a recipe needs to a cache that has it, or to the command that would make one.
+"""A cache is matched with what a recipe needs, or the command is named that would make one.
 
 Facts of a cache (view size, patch grid, teacher) are filled into the recipe's configuration; what
 the user set by hand must agree with them. Caches are looked for under $FEATCACHE_HOME unless one is
@@ -9,9 +9,8 @@ checked for existence and size when it is opened, its rows as they are read.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +19,9 @@ from typing import Any
 from featcache.errors import UsageError, UserError
 from featcache.maintenance import verify
 from featcache.reading.cache import Cache
-from student.config import OutputConfig, RecipeConfig, from_overrides
+from student.config import OutputConfig, RecipeConfig, Settings, build_config
 from student.recipes import TargetSpec
-from student.setup.missing import _kept, keeps_few, missing
+from student.setup.missing import keeps_few, kept_text, missing
 from student.setup.remedy import extract_remedy
 
 VERIFIED_BYTES = 2 << 30  # a cache up to this size is read through before training: a second or two
@@ -30,7 +29,7 @@ VERIFIED_BYTES = 2 << 30  # a cache up to this size is read through before train
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a cache is read; none of it changes what is read."""
+    """The options say how a cache is read; none of them changes what is read."""
 
     threads: int | None = None
     verify_rows: float = 1.0
@@ -38,6 +37,7 @@ class ReadOptions:
     partial: bool = False  # without the shards that are absent
 
     def open(self, path: Path) -> Cache:
+        """Open the cache at `path` with these options."""
         return Cache(
             path,
             threads=self.threads,
@@ -49,18 +49,18 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class MatchedCache:
-    """A cache that serves the recipe, and the configuration with its facts."""
+    """A matched cache serves the recipe, and gives the configuration its facts."""
 
     cache: Cache
     config: RecipeConfig
     spec: TargetSpec
-    overrides: tuple[str, ...]  # what was set by hand, and what this cache makes the default
-    notes: tuple[str, ...] = ()  # what a person should know of it
+    settings: Settings  # those of the user, and what this cache makes the default
+    notes: tuple[str, ...] = ()  # what the user should know of it
 
     @property
     def tokens(self) -> int | None:
-        """How many tokens of each level are read; None: all that are stored. Where the mask is the
-        order in which they lie, those it shows come first."""
+        """Return how many tokens of each level are read; None: all that are stored. Where the mask
+        is the order in which they lie, those it shows come first."""
         ranked = self.cache.identity["tokens"] == "ranked" and self.config.mask == "stored"
         few = self.spec.visible_only and not self.spec.moments and "features" in self.spec.fields
         if not ranked or not few:
@@ -69,14 +69,13 @@ class MatchedCache:
 
 
 def config_with_facts(
-    kind: type[RecipeConfig], overrides: Sequence[str], facts: dict[str, Any]
+    kind: type[RecipeConfig], settings: Settings, facts: dict[str, Any]
 ) -> RecipeConfig:
-    """Facts first, then what the user set; the two must agree. A fact that the recipe has no field
-    for is left out."""
+    """Build the configuration from facts and from settings, which must agree. A fact that the
+    recipe has no field for is left out."""
     names = {field.name for field in dataclasses.fields(kind)}
     facts = {key: value for key, value in facts.items() if key in names}
-    given = [f"{key}={json.dumps(value)}" for key, value in facts.items()]
-    config = from_overrides(kind, [*given, *overrides])
+    config = build_config(kind, Settings().updated(facts, "fact").merged(settings))
     for key, fact in facts.items():
         if getattr(config, key) != fact:
             raise UsageError(
@@ -87,7 +86,7 @@ def config_with_facts(
 
 
 def cache_facts(identity: dict[str, Any]) -> dict[str, Any]:
-    """What a cache's identity says about the student's configuration."""
+    """Return what a cache's identity says about the student's configuration."""
     teacher, size = identity["teacher"], identity["policy"]["size"]
     return {
         "img_size": size,
@@ -98,25 +97,26 @@ def cache_facts(identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _facts(recipe: ModuleType, overrides: Sequence[str], cache: Cache) -> dict[str, Any]:
-    """`facts`, for a recipe of the teacher's output what only the tail says, and those of a second
-    teacher."""
+def _facts(recipe: ModuleType, settings: Settings, cache: Cache) -> dict[str, Any]:
+    """`cache_facts`, those of the teacher's output where the recipe learns it, and those of a
+    second teacher."""
     of_output = issubclass(recipe.Config, OutputConfig)
     output = output_facts(cache.tail(), cache.identity["teacher"]["width"]) if of_output else {}
     return {
         **cache_facts(cache.identity),
         **output,
-        **second_facts(recipe.Config, overrides, cache),
+        **second_facts(recipe.Config, settings, cache),
     }
 
 
 def output_facts(tail: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Channels of the teacher's own output: of its projection, or its width where it has none."""
+    """Return the channels of the teacher's own output: of its projection, or its width where it has
+    none."""
     return {"teacher_out": tail["proj"].shape[1] if "proj" in tail else width}
 
 
 def patch_size(size: int, patches: int) -> int:
-    """Pixels of a student's patch on the teacher's square grid."""
+    """Return the pixels a side of a student's patch on the teacher's square grid."""
     side = math.isqrt(patches)
     if side * side != patches or size % side:
         raise UserError(
@@ -130,35 +130,34 @@ def open_given(
     path: Path,
     recipe: ModuleType,
     name: str,
-    overrides: Sequence[str],
+    settings: Settings,
     reading: ReadOptions | None = None,
 ) -> MatchedCache:
-    """The cache at `path`, checked against the recipe's needs."""
+    """Open the cache at `path`; UserError where it does not serve the recipe."""
     cache = (reading or ReadOptions()).open(path)
-    given = tuple(overrides)
-    config = config_with_facts(recipe.Config, given, _facts(recipe, given, cache))
-    spec = recipe.needs(config)
-    notes: list[str] = []
-    if keeps_few(cache, spec) and not any(
-        text.partition("=")[0].strip() == "mask" for text in given
-    ):
-        given = (*given, "mask=stored")
-        config = config_with_facts(recipe.Config, given, _facts(recipe, given, cache))
-        spec = recipe.needs(config)
-        notes.append(f"{_kept(cache)}: mask=stored, a view shows the same in each epoch")
-    lacking = missing(cache, spec, config)
+    found = _match(cache, recipe, settings)
+    if keeps_few(cache, found.spec) and not settings.is_set_by_user("mask"):
+        note = f"{kept_text(cache)}: mask=stored, a view shows the same in each epoch"
+        found = _match(cache, recipe, settings.updated({"mask": "stored"}, "cache"), note)
+    lacking = missing(cache, found.spec, found.config)
     if lacking:
         raise UserError(
             f"cache {str(path)!r} does not serve {name}: {'; '.join(lacking)}; "
-            f"{extract_remedy(spec, config, cache)}"
+            f"{extract_remedy(found.spec, found.config, cache)}"
         )
-    if spec.derive == "z":
+    if found.spec.derive == "z":
         check_projection(cache.tail(), f"cache {str(path)!r}")
-    return MatchedCache(cache, config, spec, given, tuple(notes))
+    return found
+
+
+def _match(cache: Cache, recipe: ModuleType, settings: Settings, *notes: str) -> MatchedCache:
+    """Give the configuration the facts of a cache, whether or not it serves."""
+    config = config_with_facts(recipe.Config, settings, _facts(recipe, settings, cache))
+    return MatchedCache(cache, config, recipe.needs(config), settings, notes)
 
 
 def check_projection(tail: Mapping[str, Any], what: str) -> None:
-    """The target z is made by the teacher's projection, which only CLIP-like teachers have."""
+    """Raise UserError where target z cannot be made: only CLIP-like teachers have a projection."""
     if "proj" not in tail:
         raise UserError(
             f"{what} does not give target z: its teacher has no projection, only "
@@ -168,8 +167,8 @@ def check_projection(tail: Mapping[str, Any], what: str) -> None:
 
 
 def verify_small(cache: Cache) -> None:
-    """UserError with the file's name where any byte of a small cache is not the one that was
-    written."""
+    """Read a small cache whole; UserError with the file's name where any byte is not the one that
+    was written."""
     if cache.bytes > VERIFIED_BYTES:
         return
     problems, _ = verify.verify_cache(cache.path, without=cache.absent)
@@ -181,14 +180,12 @@ def verify_small(cache: Cache) -> None:
         )
 
 
-def second_facts(
-    kind: type[RecipeConfig], overrides: Sequence[str], cache: Cache
-) -> dict[str, Any]:
-    """What a cache says of the second teacher that a configuration names (`joint`), where it has
-    one."""
+def second_facts(kind: type[RecipeConfig], settings: Settings, cache: Cache) -> dict[str, Any]:
+    """Return what a cache says of the second teacher that a configuration names (`joint`), where it
+    has one."""
     if "joint" not in {field.name for field in dataclasses.fields(kind)}:
         return {}
-    name = getattr(from_overrides(kind, overrides), "joint")  # noqa: B009  # of some recipes only
+    name = getattr(build_config(kind, settings), "joint")  # noqa: B009  # of some recipes only
     if name not in cache.teachers[1:]:
         return {}
     teacher = cache.manifest_of(name)["identity"]["teacher"]

@@ -1,8 +1,7 @@
-"""The cache that serves a recipe is looked for under $FEATCACHE_HOME."""
+"""The cache that serves a recipe is searched for under $FEATCACHE_HOME."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 
 from featcache.catalog import home
@@ -10,7 +9,7 @@ from featcache.errors import UsageError, UserError
 from featcache.pictures.source import Source
 from featcache.reading import crop_range
 from featcache.reading.join import join_by_key, stores_pixels
-from student.config import RecipeConfig, from_overrides
+from student.config import RecipeConfig, Settings, build_config
 from student.setup.cache_match import MatchedCache, ReadOptions, open_given
 from student.setup.remedy import extract_remedy
 
@@ -18,39 +17,44 @@ from student.setup.remedy import extract_remedy
 def find_cache(
     recipe: ModuleType,
     name: str,
-    overrides: Sequence[str],
+    settings: Settings,
     source: Source | None,
     reading: ReadOptions | None = None,
 ) -> MatchedCache | None:
-    """The cache under $FEATCACHE_HOME that serves the recipe on these pictures; None where the
+    """Find the cache under $FEATCACHE_HOME that serves the recipe on these pictures; None where the
     recipe needs none.
 
     Several are a UsageError; none is a UserError with the command that makes one.
     """
-    plain = from_overrides(recipe.Config, overrides)
+    plain = build_config(recipe.Config, settings)
     if not recipe.needs(plain).fields:
         return None
     found, rejected = [], []
     for path in home.caches():
         try:
-            candidate = open_given(path, recipe, name, overrides, reading)
+            candidate = open_given(path, recipe, name, settings, reading)
             _check_fit(candidate, plain, source)
             found.append(candidate)
         except UserError as error:
             rejected.append(f"{path}: {error}")
-    exact = [each for each in found if _scale(each) == each.spec.scale]
-    found = exact or found  # of two, the one whose views are shown without a choice among them
-    if len(found) > 1:
-        paths = ", ".join(str(each.cache.path) for each in found)
-        raise UsageError(f"{len(found)} caches serve {name}: {paths}; choose one with --cache")
     if found:
-        return found[0]
+        return _only_one(found, name)
     looked = f"looked at {'; '.join(rejected[:2])}" if rejected else "it is empty"
     command = extract_remedy(recipe.needs(plain), plain, None, source)
     raise UserError(
         f"no cache under {str(home.home())!r} serves {name} ({looked}); give one with --cache, or "
         f"{command}"
     )
+
+
+def _only_one(found: list[MatchedCache], name: str) -> MatchedCache:
+    """Of several, the one whose views are shown without a choice among them."""
+    exact = [each for each in found if _scale(each) == each.spec.scale]
+    found = exact or found
+    if len(found) > 1:
+        paths = ", ".join(str(each.cache.path) for each in found)
+        raise UsageError(f"{len(found)} caches serve {name}: {paths}; choose one with --cache")
+    return found[0]
 
 
 def _scale(found: MatchedCache) -> crop_range.Scale:
@@ -60,7 +64,7 @@ def _scale(found: MatchedCache) -> crop_range.Scale:
 
 
 def _check_fit(candidate: MatchedCache, plain: RecipeConfig, source: Source | None) -> None:
-    """What a search asks beyond an explicit --cache: the recipe's own teacher and crops, and these
+    """Ask what an explicit --cache is not asked: the recipe's own teacher and crops, and these
     pictures."""
     identity = candidate.cache.identity
     if candidate.spec.fields and identity["teacher"]["name"] != plain.teacher:

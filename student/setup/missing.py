@@ -1,4 +1,4 @@
-"""What a recipe needs and a cache lacks, in words."""
+"""A recipe's needs are compared with a cache, and what it lacks is said in words."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from student.recipes import TargetSpec
 
 
 def keeps_few(cache: Cache, spec: TargetSpec) -> bool:
-    """Whether only the first tokens of each view are stored, and the recipe reads tokens."""
+    """Tell whether only the first tokens of each view are stored, and the recipe reads tokens."""
     return "features" in spec.fields and "keep" in cache.identity
 
 
-def _kept(cache: Cache) -> str:
+def kept_text(cache: Cache) -> str:
+    """Say in words how many patches a cache keeps."""
     keep, patches = cache.identity["keep"], cache.identity["teacher"]["patches"]
     return (
         f"the cache keeps the first {keep} of {patches} patches of each view (--keep), in their "
@@ -21,7 +22,7 @@ def _kept(cache: Cache) -> str:
 
 
 def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
-    """What a recipe needs and this cache lacks, in words."""
+    """List in words what a recipe needs and this cache lacks."""
     levels = missing_levels(cache, spec)
     fields = [field for field in spec.fields if field not in cache.fields]
     shards = f"{len(cache.records)} of {len(cache.manifest['shards'])} shards"
@@ -37,36 +38,29 @@ def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
 
 
 def missing_levels(cache: Cache, spec: TargetSpec) -> list[int]:
+    """Return the levels that a recipe needs and this cache lacks, ascending."""
     return sorted(set(spec.levels) - set(cache.levels))
 
 
 def missing_tokens(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
-    """Why the tokens of a kept cache are not those the recipe reads, and what to set."""
+    """Say why the tokens of a kept cache are not those the recipe reads, and what to set."""
     if not keeps_few(cache, spec):
         return []
-    if spec.moments:
-        return [
-            f"{_kept(cache)}, and statistics of all are wanted: --set another target_norm, or take "
-            "another cache"
-        ]
-    if not spec.visible_only:
-        return [f"{_kept(cache)}, and the recipe reads all"]
-    if config.mask != "stored":
-        return [
-            f"{_kept(cache)}, and mask={config.mask} shows others: --set mask=stored, or take "
-            "another"
-        ]
-    if config.visible > cache.identity["keep"]:
-        text = (
-            f"and mask_ratio={config.mask_ratio:g} shows {config.visible}: --set a larger "
-            "mask_ratio, or take another"
-        )
-        return [f"{_kept(cache)}, {text}"]
-    return []
+    problems = {
+        "statistics of all are wanted: --set another target_norm, or take another "
+        "cache": spec.moments,
+        "the recipe reads all": not spec.visible_only,
+        f"mask={config.mask} shows others: --set mask=stored, or take another": config.mask
+        != "stored",
+        f"mask_ratio={config.mask_ratio:g} shows {config.visible}: --set a larger mask_ratio, or "
+        "take another": config.visible > cache.identity["keep"],
+    }
+    first = [problem for problem, lacks in problems.items() if lacks][:1]
+    return [f"{kept_text(cache)}, and {problem}" for problem in first]
 
 
 def second_missing(cache: Cache, spec: TargetSpec) -> list[str]:
-    """Why a cache that has the second teacher's arrays does not serve, in words."""
+    """Say why a cache that has the second teacher's arrays does not serve."""
     name = spec.second
     if not name or f"{name}/features" not in cache.fields:  # which the missing field says
         return []
@@ -88,7 +82,7 @@ def second_missing(cache: Cache, spec: TargetSpec) -> list[str]:
 
 
 def second_keeps_few(cache: Cache, spec: TargetSpec) -> bool:
-    """Whether only some patches of the second teacher are stored; in its own order, which is not
-    the mask's."""
-    there = spec.second and f"{spec.second}/features" in cache.fields
-    return bool(there) and "keep" in cache.manifest_of(spec.second)["identity"]
+    """Tell whether only some patches of the second teacher are stored; they lie in its own order,
+    which is not the mask's."""
+    is_stored = spec.second and f"{spec.second}/features" in cache.fields
+    return bool(is_stored) and "keep" in cache.manifest_of(spec.second)["identity"]

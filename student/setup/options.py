@@ -1,4 +1,4 @@
-"""What `student train` was told, beside the recipe."""
+"""The options of `student train` are frozen values, and with a recipe they ask for a run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from featcache.reading.crop_range import Scale
+from student.config import RecipeConfig, Settings, build_config, parse_settings, read_settings
 from student.setup.cache_match import ReadOptions
 from student.training.train_state import RunOptions
 
@@ -17,7 +19,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What `student train` was told, beside the recipe; names are those of the options."""
+    """The options of `student train` beside the recipe, by the names they have there."""
 
     cache: Path | None
     images: str | None
@@ -59,21 +61,57 @@ class Options:
 
     @property
     def run_options(self) -> RunOptions:
+        """How the model is run and looked after."""
         return RunOptions(self.ema, self.compiled, self.checkpoint_activations, self.skip_nonfinite)
 
     @property
     def reading(self) -> ReadOptions:
+        """How a cache is read."""
         io = "direct" if self.direct else "auto"
         return ReadOptions(self.read_threads, self.verify_rows, io, self.fallback is not None)
 
 
-def file_settings(path: Path | None) -> list[str]:
-    """Settings from a JSON object, or from a run's config.json."""
-    if path is None:
-        return []
+@dataclass(frozen=True)
+class RunRequest:
+    """A run is asked for by a recipe, its settings and the options; notes for the user go to
+    `say`."""
+
+    name: str  # of the recipe
+    recipe: ModuleType
+    settings: Settings
+    options: Options
+    device: str
+    say: Say
+
+    @property
+    def config(self) -> RecipeConfig:
+        """The recipe's configuration without the facts of a cache."""
+        config: RecipeConfig = build_config(self.recipe.Config, self.settings)
+        return config
+
+
+def user_settings(kind: type[RecipeConfig], options: Options) -> Settings:
+    """Read the settings of the --config file, then those of --set, then --epochs; later ones
+    win."""
+    if options.epochs is not None and options.steps is not None:
+        raise UsageError(
+            f"--epochs {options.epochs} and --steps {options.steps}: one of them is allowed; leave "
+            "one out"
+        )
+    settings = file_settings(kind, options.config) if options.config else Settings()
+    settings = settings.merged(parse_settings(kind, options.settings))
+    return (
+        settings
+        if options.epochs is None
+        else settings.updated({"epochs": options.epochs}, "option")
+    )
+
+
+def file_settings(kind: type[RecipeConfig], path: Path) -> Settings:
+    """Read settings from a JSON object, or from a run's config.json."""
     try:
         fields = json.loads(path.read_text())
-        return [f"{key}={json.dumps(value)}" for key, value in fields.get("config", fields).items()]
+        return read_settings(kind, fields.get("config", fields))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"--config {str(path)!r}: {error}; a JSON object of settings is needed, such as a "

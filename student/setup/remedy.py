@@ -1,4 +1,4 @@
-"""The `featcache extract` command that would make what is missing."""
+"""What is missing is made by one `featcache extract` command, which an error message names."""
 
 from __future__ import annotations
 
@@ -17,53 +17,70 @@ from student.setup.missing import missing_levels, missing_tokens, second_keeps_f
 def extract_remedy(
     spec: TargetSpec, config: RecipeConfig, cache: Cache | None, source: Source | None = None
 ) -> str:
-    """The exact extract command that makes what is missing: an incomplete cache is finished in its
-    place, missing levels are added to it, and for the rest another is made."""
+    """Name the extract command that makes what is missing: an incomplete cache is finished in its
+    folder, missing levels are added to it, and for the rest another is made."""
     if cache is None:
-        levels = extract_command.format_levels(spec.levels, config.teacher_depth)
-        facts = ["--teacher", config.teacher, "--levels", levels]
-        size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
-        others = [word for name in _others(spec.fields) for word in ("--teacher", name)]
-        decoder = pixel_path.pixel_path(source)["decoder"] if source else "pillow"
-        path = [] if decoder == "pillow" else ["--decoder", decoder]
-        command = [
-            *facts,
-            *size,
-            *_crops(spec),
-            *others,
-            *path,
-            "--images",
-            source.spec if source else "SRC",
-        ]
+        command = _new_cache(spec, config, source)
     elif not cache.complete:
         command = [*extract_command.extract_options(cache.manifest), "--out", str(cache.path)]
-    elif names := _others(field for field in spec.fields if field not in cache.fields):
-        command = ["--teacher", names[0], *_last_level(spec, names[0]), *_same_views(cache)]
-        command += ["--add", "--out", str(cache.path)]
-    elif second_keeps_few(cache, spec):
-        command = [
-            *extract_command.extract_options(cache.manifest, keep=False),
-            "--teacher",
-            spec.second,
-        ]
-    elif second_missing(cache, spec):
-        command = ["--teacher", spec.second, *_last_level(spec, spec.second), *_same_views(cache)]
-        command += ["--add", "--out", str(cache.path)]
-    elif missing_tokens(cache, spec, config) or any(
-        field not in cache.fields for field in spec.fields
-    ):
-        wanted = sorted({*cache.levels, *spec.levels})
-        command = extract_command.extract_options(cache.manifest, wanted, cache.views, keep=False)
     else:
-        command = extract_command.extract_options(
-            cache.manifest, missing_levels(cache, spec), cache.views
-        )
-        command += ["--add", "--out", str(cache.path)]
+        command = _more(spec, config, cache)
     return f"make it with: {extract_command.shell_line(command)}"
 
 
+def _new_cache(spec: TargetSpec, config: RecipeConfig, source: Source | None) -> list[str]:
+    """The options of a cache that serves, where there is none."""
+    levels = extract_command.format_levels(spec.levels, config.teacher_depth)
+    size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
+    others = [word for name in _others(spec.fields) for word in ("--teacher", name)]
+    decoder = pixel_path.pixel_path(source)["decoder"] if source else "pillow"
+    path = [] if decoder == "pillow" else ["--decoder", decoder]
+    images = source.spec if source else "SRC"
+    return [
+        *("--teacher", config.teacher, "--levels", levels),
+        *size,
+        *_crops(spec),
+        *others,
+        *path,
+        *("--images", images),
+    ]
+
+
+def _more(spec: TargetSpec, config: RecipeConfig, cache: Cache) -> list[str]:
+    """The options that add to a complete cache, or make another where nothing can be added."""
+    absent = [field for field in spec.fields if field not in cache.fields]
+    if names := _others(absent):
+        return _add_teacher(spec, cache, names[0])
+    if second_keeps_few(cache, spec):
+        whole = extract_command.extract_options(cache.manifest, keep=False)
+        return [*whole, "--teacher", spec.second]
+    if second_missing(cache, spec):
+        return _add_teacher(spec, cache, spec.second)
+    if absent or missing_tokens(cache, spec, config):
+        wanted = sorted({*cache.levels, *spec.levels})
+        return extract_command.extract_options(cache.manifest, wanted, cache.views, keep=False)
+    levels = missing_levels(cache, spec)
+    options = extract_command.extract_options(cache.manifest, levels, cache.views)
+    return [*options, *_add_to(cache)]
+
+
+def _add_teacher(spec: TargetSpec, cache: Cache, name: str) -> list[str]:
+    """The options that add another teacher over the views of a cache."""
+    return [
+        "--teacher",
+        name,
+        *_last_level(spec, name),
+        *_same_views(cache),
+        *_add_to(cache),
+    ]
+
+
+def _add_to(cache: Cache) -> list[str]:
+    return ["--add", "--out", str(cache.path)]
+
+
 def _others(fields: Iterable[str]) -> list[str]:
-    """Which other teachers' arrays are asked for: NAME of NAME/token_ids and NAME/features."""
+    """The other teachers whose arrays are asked for: NAME of NAME/token_ids and NAME/features."""
     return [field.rpartition("/")[0] for field in fields if "/" in field]
 
 
@@ -72,34 +89,35 @@ def _last_level(spec: TargetSpec, name: str) -> list[str]:
     return ["--levels", "last:1"] if name == spec.second else []
 
 
+# Options that another teacher over a cache's views does not share with it.
+_OF_THE_TEACHER = {
+    "--teacher",
+    "--levels",
+    "--weights",
+    "--order",
+    "--codec",
+    "--tokens",
+    "--keep",
+    "--pixels",
+    "--precision",
+    "--batch-size",
+}
+
+
 def _same_views(cache: Cache) -> list[str]:
     """The options that another teacher over a cache's views shares with it."""
-    own = {
-        "teacher",
-        "levels",
-        "weights",
-        "order",
-        "codec",
-        "tokens",
-        "keep",
-        "pixels",
-        "precision",
-        "batch-size",
-    }
-    words = [
-        word for word in extract_command.extract_options(cache.manifest) if word != "--compile"
-    ]
+    options = extract_command.extract_options(cache.manifest)
+    words = [word for word in options if word != "--compile"]  # the only one without a value
     pairs = zip(words[::2], words[1::2], strict=True)
-    return [
-        word for key, value in pairs if key.removeprefix("--") not in own for word in (key, value)
-    ]
+    return [word for pair in pairs if pair[0] not in _OF_THE_TEACHER for word in pair]
 
 
 def _crops(spec: TargetSpec) -> list[str]:
     """The options of a publication's crops, where they are not the usual ones."""
-    scale = (
-        []
-        if spec.scale == Policy().scale
-        else ["--scale", ",".join(f"{end:g}" for end in spec.scale)]
-    )
-    return [*scale, *([] if spec.jitter == Policy().jitter else ["--jitter", f"{spec.jitter:g}"])]
+    usual = Policy()
+    scale = ["--scale", ",".join(f"{end:g}" for end in spec.scale)]
+    jitter = ["--jitter", f"{spec.jitter:g}"]
+    return [
+        *(scale if spec.scale != usual.scale else []),
+        *(jitter if spec.jitter != usual.jitter else []),
+    ]

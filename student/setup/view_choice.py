@@ -1,14 +1,16 @@
-"""Which of a cache's views a run shows: those whose crop has the area that the recipe was published
-with, or that was asked for.
+"""A run shows those views of a cache whose crop has the area that the recipe was published with, or
+that was asked for.
 
 A cache of wider crops than the recipe's serves by rejection (`reading.crop_range`). One of narrower
 crops cannot: given by hand it is used as it is, and the run says so.
+
+n training pictures, V stored views.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,13 +34,13 @@ NAMED = 1000  # pictures that are left out, by name in a run's record; a screen 
 
 @dataclass(frozen=True)
 class ViewSelection:
-    """The training pictures, and what a run shows of them."""
+    """The selection holds the training pictures, and which of their views are shown."""
 
-    pictures: I64  # (n,) numbers in the source
+    pictures: I64  # (n,) indices in the source
     rows: I64  # (n,) in the cache
-    turns: ViewSchedule | None = None  # None: all stored views
+    schedule: ViewSchedule | None = None  # None: all stored views
     notes: tuple[str, ...] = ()
-    about: dict[str, Any] = field(default_factory=dict)  # for config.json
+    record: dict[str, Any] = field(default_factory=dict)  # for config.json
 
 
 def choose_views(
@@ -49,33 +51,45 @@ def choose_views(
     wanted: Scale | None = None,
     most_left_out: float = LEFT_OUT,
 ) -> ViewSelection:
-    """The views in the `wanted` range, or in the `published` one where none is asked for and the
-    cache holds it."""
-    low, high = cache.identity["policy"]["scale"]
-    stored = (float(low), float(high))
+    """Choose the views in the `wanted` range, or in the `published` one where none is asked for and
+    the cache holds it."""
+    stored = _stored(cache)
     _check(wanted, stored)
     scale = wanted or (published if crop_range.is_within(published, stored) else stored)
     notes = [_departure(scale, published)] if scale != published else []
     if scale == stored:
         return ViewSelection(pictures, rows, notes=tuple(notes))
     accepted = crop_range.accepted_views(cache, rows, scale)
-    left_out = crop_range.keys_without_view(accepted, (cache.keys[row] for row in rows.tolist()))
+    left_out = crop_range.keys_without_view(accepted, _keys(cache, rows))
     if left_out and (len(left_out) / len(rows) > most_left_out or len(left_out) == len(rows)):
         raise _too_many(cache, rows, scale, accepted, left_out, most_left_out)
-    notes.append(
+    notes += _shown_notes(scale, stored, accepted, left_out)
+    kept = accepted.any(1)
+    schedule = ViewSchedule.of(rng.key_digests(_keys(cache, rows[kept])), accepted[kept])
+    record = {"scale": list(scale), "left_out": len(left_out), "left_out_first": left_out[:NAMED]}
+    return ViewSelection(pictures[kept], rows[kept], schedule, tuple(notes), {"crops": record})
+
+
+def _stored(cache: Cache) -> Scale:
+    """The range of the areas of a cache's crops."""
+    low, high = cache.identity["policy"]["scale"]
+    return float(low), float(high)
+
+
+def _keys(cache: Cache, rows: I64) -> Iterator[str]:
+    return (cache.keys[row] for row in rows.tolist())
+
+
+def _shown_notes(scale: Scale, stored: Scale, accepted: Bool, left_out: Sequence[str]) -> list[str]:
+    """accepted (n,V) -> what the user should know of the views that are shown."""
+    shown = (
         f"crops of {_text(scale)} of the area are shown, {_text(stored)} are stored: "
         f"{accepted.mean():.1%} of the views"
     )
-    if left_out:
-        notes.append(
-            f"{_pictures(left_out)} have none of these and are left out: {_names(left_out)}"
-        )
-    kept = accepted.any(1)
-    turns = ViewSchedule.of(
-        rng.key_digests(cache.keys[row] for row in rows[kept].tolist()), accepted[kept]
-    )
-    about = {"scale": list(scale), "left_out": len(left_out), "left_out_first": left_out[:NAMED]}
-    return ViewSelection(pictures[kept], rows[kept], turns, tuple(notes), {"crops": about})
+    if not left_out:
+        return [shown]
+    without = f"{_pictures(left_out)} have none of these and are left out: {_names(left_out)}"
+    return [shown, without]
 
 
 def _check(wanted: Scale | None, stored: Scale) -> None:
@@ -94,8 +108,8 @@ def _departure(scale: Scale, published: Scale) -> str:
 def _too_many(
     cache: Cache, rows: I64, scale: Scale, accepted: Bool, left_out: Sequence[str], allowed: float
 ) -> UserError:
-    """How many, and the run_options out."""
-    share, stored = len(left_out) / len(accepted), cache.identity["policy"]["scale"]
+    """The error counts the pictures without a view, and names three ways out."""
+    share, stored = len(left_out) / len(accepted), _stored(cache)
     leave = (
         f"leave them out with --without-view {math.ceil(1000 * share) / 1000:g}, "
         if share < 1
@@ -111,25 +125,28 @@ def _too_many(
 
 def _more_views(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> str:
     """The command that adds as many views as leave out so few pictures, or half a picture where
-    none may be. A large crop fits a long picture less often, so views are rejected by shape: of v
-    views of a shape, all are with probability q^v, where q is the share that was."""
+    none may be; empty where that many are too many."""
+    views = _views_needed(cache, rows, accepted, allowed)
+    if views is None:
+        return ""
+    options = extract_command.extract_options(cache.manifest, cache.levels, views)
+    more = [*options, "--add", "--out", str(cache.path)]
+    return f", or add views with: {extract_command.shell_line(more)}"
+
+
+def _views_needed(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> int | None:
+    """accepted (n,V) -> how many views leave out no more than the allowed share.
+
+    A large crop fits a long picture less often, so views are rejected by shape: of v views of a
+    shape, all are with probability q^v, where q is the share that was.
+    """
     sizes = cache.read(rows, 0, ("source_size",))["source_size"].astype(np.float64)
     shape = np.rint(np.abs(np.log(sizes[:, 0] / sizes[:, 1])) / SHAPE_STEP).astype(np.int64)
-    numbers = np.bincount(shape)
-    rejected = np.bincount(shape, (~accepted).mean(1)) / np.maximum(numbers, 1)
+    counts = np.bincount(shape)
+    rejected = np.bincount(shape, (~accepted).mean(1)) / np.maximum(counts, 1)
     wanted = max(allowed, 0.5 / len(rows)) * len(rows)
-    needed = next(
-        (v for v in range(cache.views + 1, MOST_VIEWS) if numbers @ rejected**v <= wanted), None
-    )
-    if needed is None:
-        return ""
-    more = [
-        *extract_command.extract_options(cache.manifest, cache.levels, needed),
-        "--add",
-        "--out",
-        str(cache.path),
-    ]
-    return f", or add views with: {extract_command.shell_line(more)}"
+    tried = range(cache.views + 1, MOST_VIEWS)
+    return next((v for v in tried if counts @ rejected**v <= wanted), None)
 
 
 def _text(scale: Scale) -> str:

@@ -79,7 +79,7 @@ class CachedTargets:
     tolerance: float = 0.0  # mean difference of block means, in levels of 255, that is let pass
     tokens: int | None = None  # of each level, CLS first; None: all that are stored
     stored_pixels: bool = False  # take the pixels the cache stores, decode nothing
-    turns: ViewSchedule | None = None  # of the views that are shown, where not all are
+    schedule: ViewSchedule | None = None  # of the views that are shown, where not all are
     is_stored = True
 
     def __post_init__(self) -> None:
@@ -108,8 +108,8 @@ class CachedTargets:
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
         return (
-            self.turns.view(digests, rounds)
-            if self.turns
+            self.schedule.view(digests, rounds)
+            if self.schedule
             else stored_view(digests, rounds, self.cache.views)
         )
 

@@ -40,7 +40,9 @@ class OnlineTargets:
     teacher: Teacher | None
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`
-    turns: ViewSchedule | None = None  # of the views of a cache that are shown, where not all are
+    schedule: ViewSchedule | None = (
+        None  # of the views of a cache that are shown, where not all are
+    )
     # of a cache, through which features go as if they had been stored
     codec: codecs.Codec | None = None
     is_stored = False
@@ -75,8 +77,8 @@ class OnlineTargets:
         )
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
-        if self.turns is not None:
-            return self.turns.view(digests, rounds)
+        if self.schedule is not None:
+            return self.schedule.view(digests, rounds)
         if self.views is None:
             return np.broadcast_to(np.asarray(rounds, np.int64), len(digests)).copy()
         return stored_view(digests, rounds, self.views)

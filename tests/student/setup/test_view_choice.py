@@ -65,14 +65,14 @@ def test_the_published_range_is_shown_and_said() -> None:
             f"{len(lost)} {'picture' if len(lost) == 1 else 'pictures'} have none of these and are "
             f"left out: {', '.join(lost[:5])}",
         )
-        assert show.about == {
+        assert show.record == {
             "crops": {"scale": [0.6, 1.0], "left_out": len(lost), "left_out_first": lost}
         }
-        assert show.turns is not None
+        assert show.schedule is not None
         digests = cache.keys.digests[kept]
         for epoch in range(6):
             for key, view in zip(
-                [cache.keys[i] for i in kept], show.turns.view(digests, epoch), strict=True
+                [cache.keys[i] for i in kept], show.schedule.view(digests, epoch), strict=True
             ):
                 assert low[key][view], (key, epoch)
 
@@ -81,9 +81,9 @@ def test_a_range_that_was_asked_for_departs_from_the_published_one() -> None:
     with Cache(wide_path()) as cache:
         show = view_choice.choose_views(cache, *every(cache), (0.2, 1.0), (0.6, 1.0), 0.5)
         assert show.notes[0] == "crops of 0.6-1 of the area; the recipe was published with 0.2-1"
-        assert show.about["crops"]["scale"] == [0.6, 1.0]
+        assert show.record["crops"]["scale"] == [0.6, 1.0]
         whole = view_choice.choose_views(cache, *every(cache), (0.2, 1.0), (0.08, 1.0))
-        assert whole.turns is None
+        assert whole.schedule is None
         assert whole.about == {}
         assert whole.notes == ("crops of 0.08-1 of the area; the recipe was published with 0.2-1",)
         assert len(whole.rows) == 24
@@ -92,14 +92,14 @@ def test_a_range_that_was_asked_for_departs_from_the_published_one() -> None:
 def test_the_caches_own_range_is_all_of_it() -> None:
     with Cache(wide_path()) as cache:
         show = view_choice.choose_views(cache, *every(cache), (0.08, 1.0))
-        assert (show.turns, show.notes, show.about) == (None, (), {})
+        assert (show.schedule, show.notes, show.record) == (None, (), {})
 
 
 def test_a_narrower_cache_is_used_as_it_is_and_says_so() -> None:
     """No rejection makes wider crops of narrower ones."""
     with Cache(fx.cache_path()) as cache:
         show = view_choice.choose_views(cache, *every(cache), (0.08, 1.0))
-        assert show.turns is None
+        assert show.schedule is None
         assert show.notes == ("crops of 0.2-1 of the area; the recipe was published with 0.08-1",)
 
 
@@ -205,7 +205,7 @@ def test_any_number_of_processes_shows_the_same(world: int) -> None:
         spec = recipes.load("mae").needs(recipes.load("mae").Config())
 
         def steps(show: view_choice.ViewSelection, world: int) -> list[dict[str, int]]:
-            targets = CachedTargets(cache, spec, show.rows, turns=show.turns)
+            targets = CachedTargets(cache, spec, show.rows, schedule=show.schedule)
             digests = cache.keys.digests[show.rows]
             ranks = [
                 Loader(
@@ -236,12 +236,13 @@ def test_any_number_of_processes_shows_the_same(world: int) -> None:
         back = view_choice.choose_views(
             cache, *(part[::-1].copy() for part in every(cache)), (0.6, 1.0), most_left_out=0.5
         )
-        assert show.turns is not None
-        assert back.turns is not None
+        assert show.schedule is not None
+        assert back.schedule is not None
         digests = cache.keys.digests[show.rows]
         for epoch in range(4):
             assert (
-                show.turns.view(digests, epoch).tolist() == back.turns.view(digests, epoch).tolist()
+                show.schedule.view(digests, epoch).tolist()
+                == back.schedule.view(digests, epoch).tolist()
             )
 
 
@@ -254,7 +255,7 @@ def shown_areas(run: Path, cache: Cache) -> None:
     scale = about["crops"]["scale"]
     pictures, rows, _ = join.join_by_key(cache, join.StoredPixels(cache))
     show = view_choice.choose_views(cache, pictures, rows, (scale[0], scale[1]), most_left_out=1.0)
-    assert show.about["crops"] == about["crops"]
+    assert show.record["crops"] == about["crops"]
 
 
 def test_a_wide_cache_trains_a_recipe_of_narrower_crops(tmp_path: Path) -> None:

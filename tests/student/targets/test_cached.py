@@ -23,7 +23,7 @@ from featcache.reading.cache import Cache
 from featcache.targets.attention import mask_order
 from featcache.views.draw import draw, stored_view
 from featcache.views.policy import Policy
-from student import recipes
+from student import config, recipes
 from student.data.loader import Loader
 from student.data.prefetch import to_device
 from student.recipes import TargetSpec
@@ -39,7 +39,8 @@ CPU = torch.device("cpu")
 def settings_of(recipe: str, *changes: str) -> Any:
     kind = recipes.load(recipe).Config
     facts = cache_match.cache_facts(fx.open_cache().identity)
-    return cache_match.config_with_facts(kind, [*fx.RECIPES[recipe], *changes], facts)
+    settings = config.parse_settings(kind, [*fx.RECIPES[recipe], *changes])
+    return cache_match.config_with_facts(kind, settings, facts)
 
 
 # --- which view -----------------------------------------------------------------------------------

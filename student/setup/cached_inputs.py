@@ -1,0 +1,98 @@
+"""Inputs are read from a cache, whose rows are joined with the pictures by key."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from featcache.errors import UsageError
+from featcache.pictures.source import Source
+from featcache.reading import join
+from student.setup import notes
+from student.setup.cache_match import MatchedCache
+from student.setup.options import Options, RunRequest
+from student.setup.source_choice import decoded_source
+from student.setup.training_inputs import (
+    TrainingInputs,
+    refuse,
+    refuse_view_options,
+    select_views,
+)
+from student.setup.view_choice import ViewSelection
+from student.targets.cached import CachedTargets
+
+
+def cached_inputs(request: RunRequest, found: MatchedCache, given: Source | None) -> TrainingInputs:
+    """Join the pictures with the rows of a cache, and choose the views that are shown."""
+    options, cache = request.options, found.cache
+    stored = join.stores_pixels(cache) and not options.decode
+    _check_options(options, stored)
+    source = _source(options, found, given, stored)
+    pictures, rows, skipped = join.join_by_key(cache, source, decodes=not stored)
+    notes.say_skipped(request.say, skipped)
+    notes.say_cache(request.say, found)
+    selection = select_views(request, found, pictures, rows)
+    _say_pixels(request, found, source, stored)
+    targets = CachedTargets(
+        cache,
+        found.spec,
+        selection.rows,
+        tolerance=options.pixel_tolerance,
+        tokens=found.tokens,
+        stored_pixels=stored,
+        schedule=selection.schedule,
+    )
+    record = cache_record(found, options, selection, stored)
+    return TrainingInputs(found.config, source, targets, selection.pictures, record)
+
+
+def _check_options(options: Options, stored: bool) -> None:
+    refuse_view_options(options)
+    if not options.fallback:  # which wants the weights again when shards are absent
+        refuse({"--weights": options.weights})
+    if stored and options.decoder:
+        raise UsageError(
+            f"--decoder {options.decoder} is about decoding pictures, and the cache stores pixels: "
+            "leave it out, or give --decode with it"
+        )
+
+
+def _source(options: Options, found: MatchedCache, given: Source | None, stored: bool) -> Source:
+    """Return the pictures; where pixels are stored nothing of a given source is decoded."""
+    if not stored:
+        return decoded_source(given, found, options)
+    return join.StoredPixels(found.cache) if given is None else given
+
+
+def _say_pixels(request: RunRequest, found: MatchedCache, source: Source, stored: bool) -> None:
+    if stored:
+        request.say(
+            "note: pixels come from the cache, nothing is decoded; --decode decodes the pictures "
+            "in place of them"
+        )
+    elif join.stores_pixels(found.cache):
+        request.say(
+            f"note: pixels are decoded from {source.spec}, those in the cache are left alone"
+        )
+
+
+def cache_record(
+    found: MatchedCache, options: Options, selection: ViewSelection, stored: bool
+) -> dict[str, Any]:
+    """Return the identity of a cache and how it is used, for config.json."""
+    cache = found.cache
+    # How the cache is read has no effect on any number, so that a resumed run may change it.
+    reading = {
+        **asdict(options.reading),
+        "tokens": found.tokens or "all",
+        "pixels": "stored" if stored else "decoded",
+    }
+    return {
+        "kind": "cached",
+        "id": cache.manifest["id"],
+        "identity": cache.identity,
+        "views": cache.views,
+        **selection.record,
+        "pixel_tolerance": options.pixel_tolerance,
+        "reading": reading,
+    }

@@ -1,0 +1,40 @@
+"""Notes tell the user, before training, what is unusual about the views and targets of a run."""
+
+from __future__ import annotations
+
+from featcache.storage import manifest
+from student.setup.cache_match import MatchedCache
+from student.setup.options import RunRequest, Say
+
+
+def say_jitter(request: RunRequest) -> None:
+    """Say where the colours' jitter was set otherwise than the recipe was published with."""
+    recipe = request.recipe
+    published, jitter = recipe.needs(recipe.Config()).jitter, recipe.needs(request.config).jitter
+    if jitter != published:
+        request.say(
+            f"note: jitter={jitter:g} deviates from the recipe, which was published with "
+            f"{published:g}"
+        )
+
+
+def say_cache(say: Say, found: MatchedCache) -> None:
+    """Say what the user should know of the cache that serves."""
+    about, policy, spec = found.cache.manifest, found.cache.identity["policy"], found.spec
+    if manifest.is_random(about) and spec.fields:
+        say(f"note: {manifest.title(about)}")
+    if policy["jitter"] != spec.jitter and spec.fields:
+        say(
+            f"note: colours jittered by {policy['jitter']:g}; the recipe was published with "
+            f"{spec.jitter:g}"
+        )
+    for note in found.notes:
+        say(f"note: {note}")
+    for part in found.cache.unfinished:
+        say(f"note: {part} is not whole, nothing of it is read")
+
+
+def say_skipped(say: Say, skipped: int) -> None:
+    """Say how many pictures are in the cache's quarantine."""
+    if skipped:
+        say(f"note: {skipped} pictures are in the cache's quarantine and are skipped")

@@ -1,0 +1,35 @@
+"""The pictures are those of --images, or those that a cache was made from where they are still
+there."""
+
+from __future__ import annotations
+
+from featcache.errors import UsageError
+from featcache.pictures.source import ALLOWED, Source
+from featcache.views import pixel_path
+from student.setup.cache_match import MatchedCache
+from student.setup.options import Options
+
+
+def given_source(options: Options) -> Source | None:
+    """Open the pictures of --images; None where none are given."""
+    if not options.images:
+        return None
+    return pixel_path.open_through(options.images, options.decoder or "pillow")
+
+
+def decoded_source(given: Source | None, found: MatchedCache | None, options: Options) -> Source:
+    """Return the pictures through the decoder that was asked for, else through the cache's."""
+    source = _source_of(found, options.decoder) if given is None else given
+    if found is None or options.decoder:
+        return source
+    return pixel_path.match_decoder(source, found.cache.identity["pixel_path"])
+
+
+def _source_of(found: MatchedCache | None, decoder: str | None) -> Source:
+    """Open the pictures a cache was made from."""
+    if found is None:
+        raise UsageError(
+            f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default"
+        )
+    spec = found.cache.manifest["provenance"]["source"]
+    return pixel_path.open_through(spec, decoder or "pillow")
