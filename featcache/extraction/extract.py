@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from featcache.extraction import rows as item_rows
 from featcache.extraction.layout import checked_token_ids
 from featcache.extraction.plan import ExtractJob, Plan
 from featcache.extraction.progress import ExtractProgress
-from featcache.extraction.shard_queue import Shard, free_shards
+from featcache.extraction.shard_queue import free_shards, lacks_record
 from featcache.extraction.target_folder import (
     check_disk_space,
     disk_full_error,
@@ -35,6 +35,7 @@ from featcache.storage.part import previous_record
 from featcache.storage.statistics import FeatureStatistics, Statistics, statistics_of_stored
 from featcache.storage.store import ShardWriter, get_store
 
+Shard = dict[str, Any]  # name, first, count
 IN_FLIGHT = 2  # batches that the teacher is done with and that are not written yet
 
 
@@ -74,13 +75,13 @@ def run_jobs(
     for plan, out in jobs:
         commit.recover(out, plan.store, (shard["name"] for shard in mine))
     progress.workers = workers
+    by_name = {shard["name"]: shard for shard in mine}
+    recount = _count_pictures(jobs, mine, progress)
+    queue = free_shards(jobs, list(by_name), progress.waiting, recount=recount)
     try:
-        with (
-            ThreadPools(workers) as pools,
-            contextlib.closing(free_shards(jobs, mine, progress)) as free,
-        ):
-            for shard, lacking in free:
-                _extract_shard(lacking, shard, batch_size, strict, progress, pools)
+        with ThreadPools(workers) as pools, contextlib.closing(queue) as free:
+            for name, lacking in free:
+                _extract_shard(lacking, by_name[name], batch_size, strict, progress, pools)
     except BaseException as error:
         for _, out in jobs:
             commit.abort(out)
@@ -94,6 +95,23 @@ def run_jobs(
     for job, each in zip(jobs, wanted, strict=True) if only is None else ():
         report_quarantine(job.out, each)
     return wanted
+
+
+def _count_pictures(
+    jobs: Sequence[ExtractJob], shards: Sequence[Shard], progress: ExtractProgress
+) -> Callable[[str, int], None]:
+    """Set the total to the pictures of the shards that are missing; returns what corrects it."""
+    missing = {
+        shard["name"]: shard["count"]
+        for shard in shards
+        if any(lacks_record(job, shard["name"], leased=False) for job in jobs)
+    }
+    progress.total = progress.total or sum(missing.values())
+
+    def recount(shard: str, times: int) -> None:
+        progress.total += times * missing.get(shard, 0)
+
+    return recount
 
 
 class ThreadPools(contextlib.ExitStack):

@@ -26,7 +26,7 @@ DEFAULT_LEVELS = "last:5"
 def per_teacher(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
     """Each teacher's value of an option, None where nothing was given for it.
 
-    >>> assign("--levels", ["last:5", "dino-b16=-1"], ["clip-b16", "dino-b16"])
+    >>> per_teacher("--levels", ["last:5", "dino-b16=-1"], ["clip-b16", "dino-b16"])
     {'clip-b16': 'last:5', 'dino-b16': '-1'}
     """
     if double := [name for i, name in enumerate(names) if name in names[:i]]:

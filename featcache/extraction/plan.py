@@ -221,3 +221,7 @@ class ExtractJob(NamedTuple):
 
     plan: Plan
     out: Path
+
+    @property
+    def store(self) -> str:
+        return self.plan.store

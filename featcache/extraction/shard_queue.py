@@ -1,70 +1,83 @@
-"""Shards are shared out among processes by leases."""
+"""Leases share out shards among processes: one loop for whatever makes shards."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
 
-from featcache.extraction.plan import ExtractJob
-from featcache.extraction.progress import ExtractProgress
 from featcache.storage import commit
 from featcache.storage import lease as leases
 from featcache.storage.store import record_path
 
 WAIT_S = 1.0  # between looks at shards that other processes work on
-Shard = dict[str, Any]  # name, first, count
+
+
+class ShardJob(Protocol):
+    """A job makes the shards of one folder."""
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def store(self) -> str: ...
+
+
+Job = TypeVar("Job", bound=ShardJob)
+
+
+def lacks_record(job: ShardJob, shard: str, *, leased: bool) -> bool:
+    """Return whether a shard is still to be made; under its lease, what a dead writer left of it
+    is adopted or removed first."""
+    if leased:
+        commit.recover(job.out, job.store, [shard])
+    return not record_path(job.out, shard).is_file()
 
 
 def free_shards(
-    jobs: Sequence[ExtractJob], shards: Sequence[Shard], progress: ExtractProgress
-) -> Generator[tuple[Shard, list[ExtractJob]], None, None]:
-    """Shards with the jobs that have no record of them and that nobody else works on; waits for
-    those that somebody does, until they are complete or left behind."""
+    jobs: Sequence[Job],
+    shards: Sequence[str],
+    waiting: Callable[[int], None],
+    *,
+    lacks: Callable[..., bool] = lacks_record,
+    recount: Callable[[str, int], None] = lambda shard, times: None,
+) -> Generator[tuple[str, list[Job]], None, None]:
+    """Yield each shard with the jobs that lack it, under their leases.
+
+    `lacks(job, shard, leased=...)` is asked without the lease, and again with it, since another
+    process may have finished the shard in between. While others hold all that is left,
+    `waiting(n)` is called with the number of shards, until they are complete or left behind. Some
+    jobs of a shard may be free and others not: it then comes again. `recount(shard, times)` tells
+    that it will be yielded once more (1) or not at all (-1).
+    """
     left = list(shards)
-    missing = {shard["name"] for shard in left if unfinished_jobs(jobs, shard)}
-    progress.total = progress.total or sum(
-        shard["count"] for shard in left if shard["name"] in missing
-    )
     while left:
         taken = False
         for shard in list(left):
-            name = shard["name"]
-            lacking = unfinished_jobs(jobs, shard)
-            if not lacking:
-                left.remove(shard)
-                progress.total -= shard["count"] if name in missing else 0
-                for _, out in jobs:
-                    leases.clear_stale(out, name)
-                continue
+            lacking = [job for job in jobs if lacks(job, shard, leased=False)]
             with contextlib.ExitStack() as held:
-                free = [job for job in lacking if _take(job, name, held)]
-                taken = taken or bool(free)
-                free = unfinished_jobs(
-                    free, shard
-                )  # one may have been finished by another meanwhile, or adopted just now
-                if not free:
-                    continue
-                if len(free) == len(lacking):
+                ours = [job for job in lacking if _take(job, shard, held)]
+                free = [job for job in ours if lacks(job, shard, leased=True)]
+                taken = taken or bool(ours)
+                if complete := len(ours) == len(lacking):
                     left.remove(shard)
-                else:  # others work on the rest of it; to be looked at again
-                    progress.total += shard["count"]
-                yield shard, free
+                if complete != bool(free):
+                    recount(shard, -1 if complete else 1)
+                if free:
+                    yield shard, free
+            if complete:
+                for job in jobs:
+                    leases.clear_stale(job.out, shard)
         if left and not taken:
-            progress.waiting(len(left))
+            waiting(len(left))
             time.sleep(WAIT_S)
 
 
-def unfinished_jobs(jobs: Sequence[ExtractJob], shard: Shard) -> list[ExtractJob]:
-    return [job for job in jobs if not record_path(job.out, shard["name"]).is_file()]
-
-
-def _take(job: ExtractJob, shard: str, held: contextlib.ExitStack) -> bool:
-    """Whether the lease of a job's shard is ours, until `held` is left."""
+def _take(job: ShardJob, shard: str, held: contextlib.ExitStack) -> bool:
+    """Acquire the lease of a job's shard until `held` is left; False while another has it."""
     lease = leases.acquire(job.out, shard)
     if lease is None:
         return False
     held.callback(lease.release)
-    commit.recover(job.out, job.plan.store, [shard])
     return True

@@ -10,6 +10,7 @@ n items (row, view), L levels, T tokens, D width.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -24,16 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UsageError, UserError
+from featcache.extraction.shard_queue import free_shards
 from featcache.maintenance import transfer_plan
 from featcache.maintenance.transfer_plan import TransferJob
 from featcache.reading.cache import Cache
 from featcache.storage import checksums, commit, identity, json_file, manifest
-from featcache.storage import lease as leases
 from featcache.storage.statistics import Statistics, statistics_of_stored
-from featcache.storage.store import QUARANTINE, SHARDS, STORES, folder_path, get_store, record_path
+from featcache.storage.store import QUARANTINE, SHARDS, STORES, folder_path, get_store
 
 BLOCK_BYTES = 64 << 20  # items held at a time
-WAIT_S = 1.0  # between looks at shards that other processes work on
 _FILE_BYTES = 8 << 20
 _SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
 
@@ -123,14 +123,7 @@ def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
         for job in jobs:
             _begin(job)
         for job in reversed(jobs):
-            for record, lease in _free_shards(job, progress):
-                try:
-                    (_copy_shard if job.as_files else _rewrite_shard)(job, record, progress)
-                finally:
-                    lease.release()
-                progress.shards += 1
-            for record in job.records:
-                leases.clear_stale(job.out, record["shard"])
+            _transfer_shards(job, progress)
             _report_quarantine(job)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -196,27 +189,13 @@ def _begin(job: TransferJob) -> None:
             json_file.write_file(out / name, data)
 
 
-def _free_shards(
-    job: TransferJob, progress: TransferProgress
-) -> Iterator[tuple[dict[str, Any], leases.Lease]]:
-    """Shards without a record, under a lease; waits for those that others hold, until complete or
-    left behind."""
-    while left := job.missing:
-        taken = False
-        for record in left:
-            lease = leases.acquire(job.out, record["shard"])
-            if lease is None:
-                continue
-            taken = True
-            commit.recover(job.out, job.store, [record["shard"]])
-            # adopted, or finished by another just now
-            if record_path(job.out, record["shard"]).is_file():
-                lease.release()
-            else:
-                yield record, lease
-        if not taken:
-            progress.waiting(len(left))
-            time.sleep(WAIT_S)
+def _transfer_shards(job: TransferJob, progress: TransferProgress) -> None:
+    records = {record["shard"]: record for record in job.records}
+    transfer = _copy_shard if job.as_files else _rewrite_shard
+    with contextlib.closing(free_shards([job], list(records), progress.waiting)) as free:
+        for shard, _ in free:
+            transfer(job, records[shard], progress)
+            progress.shards += 1
 
 
 def _copy_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:

@@ -146,7 +146,7 @@ STAGES = {
     "holding a lease": ("storage.commit:recover", 3),
     "decode": ("views.pixel_path:decode", 8),
     "render": ("views.render:render", 20),
-    "teacher": ("extraction.device_pipeline:ask", 5),
+    "teacher": ("extraction.device_pipeline:run_teacher", 5),
     "encode": ("extraction.rows:mask_order", 6),
     "append": ("storage.row_file:RowFile.append", 70),
     "metadata": ("storage.zarr_store:ZarrShardWriter._write_metadata", 2),
@@ -196,7 +196,10 @@ for stage, (target, call) in stages.items():
         patch(target, call)
         loaded = teachers.load(teacher)
         levels, policy = (1, loaded.depth), Policy(size=28)
-        made = plan.Plan(open_source(folder), loaded, policy, 3, levels, rows_per_shard=5)
+        made = plan.Plan(
+            source=open_source(folder), teacher=loaded, policy=policy, views=3, levels=levels,
+            rows_per_shard=5,
+        )
         extract.run(made, root / stage, batch_size=4, workers=2)
         os._exit(0)
 for stage, child in children.items():

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import featcache
 from featcache.errors import IdentityError, UsageError, UserError
-from featcache.extraction import extend, extract
+from featcache.extraction import extend, extract, shard_queue
 from featcache.maintenance import transfer, verify
 from featcache.storage import commit, json_file, lease, manifest
 from featcache.storage.store import get_store, record_path
@@ -457,7 +457,7 @@ def test_killed_and_run_again_gives_the_same_bytes(plain: Path, tmp_path: Path) 
 def test_a_shard_that_another_process_holds_is_waited_for(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "WAIT_S", 0.0)
+    monkeypatch.setattr(shard_queue, "WAIT_S", 0.0)
     (tmp_path / "c/shards").mkdir(parents=True)
     shutil.copy(plain / "manifest.json", tmp_path / "c")
     held = lease.acquire(tmp_path / "c", "000001")
