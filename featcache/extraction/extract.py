@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from featcache.extraction.target_folder import (
     report_quarantine,
 )
 from featcache.models import tokenizer
-from featcache.storage import checksums, commit, lease, manifest
+from featcache.storage import checksums, commit, manifest
 from featcache.storage.part import previous_record
 from featcache.storage.statistics import FeatureStatistics, Statistics, statistics_of_stored
 from featcache.storage.store import ShardWriter, get_store
@@ -45,6 +46,23 @@ def run(plan: Plan, out: Path, **options: Any) -> dict[str, Any]:
     return run_jobs([ExtractJob(plan, out)], **options)[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options that say how an extraction runs; they change at most the last bits of numbers."""
+
+    batch_size: int = 64
+    workers: int = 2
+    strict: bool = False  # a picture that cannot be used is an error
+    progress: ExtractProgress = field(default_factory=ExtractProgress)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 1:
+            raise UsageError(
+                f"--batch-size {self.batch_size}, --workers {self.workers}: at least 1 is needed"
+            )
+        self.progress.workers = self.workers
+
+
 def run_jobs(
     jobs: Sequence[ExtractJob],
     *,
@@ -53,48 +71,61 @@ def run_jobs(
     strict: bool = False,
     progress: ExtractProgress | None = None,
     share: tuple[int, int] = (0, 1),
-    about: dict[str, Any] | None = None,
-    only: str | None = None,
 ) -> list[dict[str, Any]]:
     """Extract what is missing of each job, which share pictures, policy, views and shards; returns
     their manifests. Killed at any moment, the next call continues; several processes may work on
     one cache at once. `share` (i, n) takes only shards i, i + n, ... A picture that cannot be used
-    is quarantined, or a UserError with `strict`. A repair gives the manifest `about` of its one
-    job, which it has compared itself, and the `only` shard it wants."""
-    if batch_size < 1 or workers < 1:
-        raise UsageError(f"--batch-size {batch_size}, --workers {workers}: at least 1 is needed")
+    is quarantined, or a UserError with `strict`."""
     progress = progress or ExtractProgress()
+    options = RunOptions(batch_size=batch_size, workers=workers, strict=strict, progress=progress)
     if len(jobs) > 1:
         check_disk_space(jobs)
-    wanted = [about] if about else [prepare_folder(*job, batch_size) for job in jobs]
-    mine = [
-        shard
-        for shard in wanted[0]["shards"][share[0] :: share[1]]
-        if only in (None, shard["name"])
-    ]
-    for plan, out in jobs:
-        commit.recover(out, plan.store, (shard["name"] for shard in mine))
-    progress.workers = workers
-    by_name = {shard["name"]: shard for shard in mine}
-    recount = _count_pictures(jobs, mine, progress)
-    queue = free_shards(jobs, list(by_name), progress.waiting, recount=recount)
-    try:
-        with ThreadPools(workers) as pools, contextlib.closing(queue) as free:
-            for name, lacking in free:
-                _extract_shard(lacking, by_name[name], batch_size, strict, progress, pools)
-    except BaseException as error:
-        for _, out in jobs:
-            commit.abort(out)
-            lease.abort(out)
-        if full := disk_full_error(error, jobs[0].out, wanted[0]):
-            raise full from error
-        if isinstance(error, FileNotFoundError) and not (jobs[0].out / manifest.NAME).is_file():
-            raise commit.cache_gone_error(jobs[0].out) from error
-        raise
-    # a repair does so when all is mended
-    for job, each in zip(jobs, wanted, strict=True) if only is None else ():
+    wanted = [prepare_folder(*job, batch_size) for job in jobs]
+    with _undone_on_failure(jobs, wanted[0]):
+        _extract_missing(jobs, wanted[0]["shards"][share[0] :: share[1]], options)
+    for job, each in zip(jobs, wanted, strict=True):
         report_quarantine(job.out, each)
     return wanted
+
+
+def extract_shard(
+    job: ExtractJob, shard: Shard, wanted: dict[str, Any], options: RunOptions
+) -> None:
+    """Extract one shard of the cache that has the manifest `wanted`. The caller holds the shard's
+    lease, and has compared the plan with the manifest."""
+    with _undone_on_failure([job], wanted), ThreadPools(options.workers) as pools:
+        _write_shard([job], shard, options, pools)
+
+
+@contextlib.contextmanager
+def _undone_on_failure(jobs: Sequence[ExtractJob], wanted: dict[str, Any]) -> Iterator[None]:
+    """Remove what is unfinished when the work fails or is stopped; a full disk and a cache that is
+    gone are a UserError."""
+    out = jobs[0].out
+    try:
+        yield
+    except BaseException as error:
+        for job in jobs:
+            commit.abort(job.out)
+        if full := disk_full_error(error, out, wanted):
+            raise full from error
+        if isinstance(error, FileNotFoundError) and not (out / manifest.NAME).is_file():
+            raise commit.cache_gone_error(out) from error
+        raise
+
+
+def _extract_missing(
+    jobs: Sequence[ExtractJob], shards: Sequence[Shard], options: RunOptions
+) -> None:
+    """Extract those of the shards that lack a record and that nobody else works on."""
+    by_name = {shard["name"]: shard for shard in shards}
+    for job in jobs:
+        commit.recover(job.out, job.store, by_name)
+    recount = _count_pictures(jobs, shards, options.progress)
+    queue = free_shards(jobs, list(by_name), options.progress.waiting, recount=recount)
+    with ThreadPools(options.workers) as pools, contextlib.closing(queue) as free:
+        for name, lacking in free:
+            _write_shard(lacking, by_name[name], options, pools)
 
 
 def _count_pictures(
@@ -132,11 +163,9 @@ class ThreadPools(contextlib.ExitStack):
 class ShardWriterTask:
     """What one job makes of a shard's batches."""
 
-    def __init__(
-        self, job: ExtractJob, writer: ShardWriter, batch_size: int, progress: ExtractProgress
-    ) -> None:
-        self.plan, self.writer, self.progress = job.plan, writer, progress
-        self.pipeline = device_pipeline.DevicePipeline(job.plan, batch_size, progress)
+    def __init__(self, plan: Plan, writer: ShardWriter, options: RunOptions) -> None:
+        self.plan, self.writer, self.progress = plan, writer, options.progress
+        self.pipeline = device_pipeline.DevicePipeline(plan, options.batch_size, options.progress)
         self.statistics = Statistics()
 
     def encode(self, in_flight: device_pipeline.InFlight) -> tuple[list[str], item_rows.Host]:
@@ -170,20 +199,17 @@ class ShardWriterTask:
             self.writer.append(keys, items)
 
 
-def _extract_shard(
-    jobs: Sequence[ExtractJob],
-    shard: Shard,
-    batch_size: int,
-    strict: bool,
-    progress: ExtractProgress,
-    pools: ThreadPools,
+def _write_shard(
+    jobs: Sequence[ExtractJob], shard: Shard, options: RunOptions, pools: ThreadPools
 ) -> None:
     tasks: list[ShardWriterTask] = []
     try:
-        for plan, out in jobs:
-            writer = get_store(plan.store).writer(out, shard["name"], plan.arrays, plan.views)
-            tasks.append(ShardWriterTask(ExtractJob(plan, out), writer, batch_size, progress))
-        _run_tasks(tasks, _Rows(jobs, shard), batch_size, strict, progress, pools)
+        for job in jobs:
+            writer = get_store(job.store).writer(
+                job.out, shard["name"], job.plan.arrays, job.plan.views
+            )
+            tasks.append(ShardWriterTask(job.plan, writer, options))
+        _run_tasks(tasks, _Rows(jobs, shard), options, pools)
     except BaseException:
         pools.stop()
         for task in tasks:
@@ -219,32 +245,18 @@ class _Rows:
             if row not in self._before:
                 raise UserError(
                     f"picture {row['key']!r} has a row in {str(self.decided)!r} and cannot be used "
-                    f"now: {row['reason']}; mend it and run the same command again"
+                    f"now: {row['reason']}; fix it and run the same command again"
                 )
 
 
 def _run_tasks(
-    tasks: Sequence[ShardWriterTask],
-    rows: _Rows,
-    batch_size: int,
-    strict: bool,
-    progress: ExtractProgress,
-    pools: ThreadPools,
+    tasks: Sequence[ShardWriterTask], rows: _Rows, options: RunOptions, pools: ThreadPools
 ) -> None:
     """Decode, copy and teacher here, encoding and writing each in its thread, in the order of
     batches and tasks."""
-    plans = [task.plan for task in tasks]
-    plan = plans[0]
+    progress, views = options.progress, tasks[0].plan.views
     pending: deque[Future[None]] = deque()
-    window = max(2 * batch_size // plan.views, 2 * progress.workers)
-
-    def decode(index: int) -> rendering.Rendered:
-        with progress.stage("decode"):
-            return rendering.render_views(plans, index)
-
-    futures = rendering.prefetch(pools.decode, decode, rows.indices, window)
-    rendered = rendering.usable_pictures(plan, futures, strict, rows.quarantined)
-    for batch in rendering.view_batches(rendered, plan.views, batch_size):
+    for batch in _batches([task.plan for task in tasks], rows, options, pools):
         rows.check()
         for task in tasks:
             in_flight = task.pipeline.submit(batch)
@@ -252,7 +264,7 @@ def _run_tasks(
                 pending.popleft().result()
             made = pools.encode.submit(task.encode, in_flight)
             pending.append(pools.write.submit(task.write, made))
-        progress.pictures += sum(view == plan.views - 1 for _, view in batch)
+        progress.pictures += sum(view == views - 1 for _, view in batch)
         progress.report(progress)
     for future in pending:
         future.result()
@@ -262,3 +274,19 @@ def _run_tasks(
             task.writer.finish(rows.quarantined, task.statistics.summary())
     progress.pictures += len(rows.quarantined)
     progress.report(progress)
+
+
+def _batches(
+    plans: Sequence[Plan], rows: _Rows, options: RunOptions, pools: ThreadPools
+) -> Iterator[item_rows.Batch]:
+    """The views of a shard's pictures, decoded and rendered in threads; those that cannot be used
+    are quarantined."""
+
+    def decode(index: int) -> rendering.Rendered:
+        with options.progress.stage("decode"):
+            return rendering.render_views(plans, index)
+
+    plan, window = plans[0], max(2 * options.batch_size // plans[0].views, 2 * options.workers)
+    futures = rendering.prefetch(pools.decode, decode, rows.indices, window)
+    rendered = rendering.usable_pictures(plan, futures, options.strict, rows.quarantined)
+    return rendering.view_batches(rendered, plan.views, options.batch_size)

@@ -51,7 +51,21 @@ def free_shards(
     jobs of a shard may be free and others not: it then comes again. `recount(shard, times)` tells
     that it will be yielded once more (1) or not at all (-1).
     """
-    left = list(shards)
+    try:
+        yield from _looks(jobs, list(shards), waiting, lacks, recount)
+    except BaseException:  # an interrupt may fall between a lease and what releases it
+        for job in jobs:
+            leases.abort(job.out)
+        raise
+
+
+def _looks(
+    jobs: Sequence[Job],
+    left: list[str],
+    waiting: Callable[[int], None],
+    lacks: Callable[..., bool],
+    recount: Callable[[str, int], None],
+) -> Generator[tuple[str, list[Job]], None, None]:
     while left:
         taken = False
         for shard in list(left):
@@ -66,9 +80,8 @@ def free_shards(
                     recount(shard, -1 if complete else 1)
                 if free:
                     yield shard, free
-            if complete:
-                for job in jobs:
-                    leases.clear_stale(job.out, shard)
+            for job in jobs if complete else ():
+                leases.clear_stale(job.out, shard)
         if left and not taken:
             waiting(len(left))
             time.sleep(WAIT_S)

@@ -7,15 +7,15 @@ A bad shard is put aside until its successor is complete; a repair that fails pu
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from featcache.errors import IdentityError, UnreadableError, UserError
-from featcache.extraction import extract, shard_queue
-from featcache.extraction.plan import Plan
+from featcache.extraction import extract
+from featcache.extraction.plan import ExtractJob, Plan
 from featcache.extraction.progress import ExtractProgress
+from featcache.extraction.shard_queue import free_shards
 from featcache.extraction.target_folder import report_quarantine, write_side_files
 from featcache.maintenance import verify
 from featcache.models.contract import Teacher
@@ -109,38 +109,41 @@ def _extract(
         wanted, about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout")
     )
     write_side_files(plan, part)
-    progress.total += sum(shard["count"] for shard in about["shards"] if shard["name"] in bad)
-    for shard in bad:
-        _replace(plan, part, about, shard, workers, progress)
+    shards = [shard for shard in about["shards"] if shard["name"] in bad]
+    options = extract.RunOptions(
+        batch_size=about["provenance"]["batch_size"], workers=workers, progress=progress
+    )
+    progress.total += sum(shard["count"] for shard in shards)
+    for shard in shards:
+        _replace(ExtractJob(plan, part), shard, about, options)
 
 
 def _replace(
-    plan: Plan,
-    part: Path,
-    about: dict[str, Any],
-    shard: str,
-    workers: int,
-    progress: ExtractProgress,
+    job: ExtractJob, shard: dict[str, Any], about: dict[str, Any], options: extract.RunOptions
 ) -> None:
-    """One shard, so that a death in between hides no other. It is put back when no new one could be
-    made."""
+    """Extract one shard again, so that a death in between hides no other. It is put back when no
+    new one could be made."""
+    name = shard["name"]
+
+    def lacks(job: ExtractJob, name: str, *, leased: bool) -> bool:
+        """Once the lease is ours, another repair may have been here."""
+        return not (leased and _is_good(job.out, about, shard))
+
+    queue = free_shards([job], [name], options.progress.waiting, lacks=lacks)
     try:
-        with _held(part, shard, progress):
-            if _is_good(part, about, shard):  # another repair was here
-                return
-            commit.set_aside(part, shard, plan.store)
-        size = about["provenance"]["batch_size"]
-        extract.run(
-            plan, part, batch_size=size, workers=workers, progress=progress, about=about, only=shard
-        )
-        _check_views(part, shard)
+        with contextlib.closing(queue) as free:
+            for _ in free:
+                commit.set_aside(job.out, name, job.store)
+                commit.recover(job.out, job.store, [name])
+                extract.extract_shard(job, shard, about, options)
+                _check_views(job.out, name)
+                commit.forget_aside(job.out, name, job.store)
     except BaseException:
-        lease = leases.acquire(part, shard)
+        lease = leases.acquire(job.out, name)
         if lease is not None:  # else another works on it now, and puts it back if need be
-            commit.put_back(part, shard, plan.store)
+            commit.put_back(job.out, name, job.store)
             lease.release()
         raise
-    commit.forget_aside(part, shard, plan.store)
 
 
 def _check_views(part: Path, shard: str) -> None:
@@ -165,24 +168,8 @@ def _check_views(part: Path, shard: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _held(part: Path, shard: str, progress: ExtractProgress) -> Iterator[None]:
-    """While nobody else works on the shard."""
-    while (lease := leases.acquire(part, shard)) is None:
-        progress.waiting(1)
-        time.sleep(shard_queue.WAIT_S)
-    try:
-        yield
-    finally:
-        lease.release()
-
-
-def _is_good(part: Path, about: dict[str, Any], shard: str) -> bool:
-    one = {
-        **about,
-        "files": {},
-        "shards": [each for each in about["shards"] if each["name"] == shard],
-    }
+def _is_good(part: Path, about: dict[str, Any], shard: dict[str, Any]) -> bool:
+    one = {**about, "files": {}, "shards": [shard]}
     return not any(problem.shard for problem in verify.part_problems(part, one))
 
 
