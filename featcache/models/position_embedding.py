@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,19 +50,22 @@ def rendered_px(what: str, mode: object, native: int, size: int) -> int:
     return STUDENT_PX if mode == "tensor-bicubic" else 0
 
 
-def resize(positions: Tensor, side: int, mode: str, prefix: int) -> Tensor:
-    """(1, prefix + T, D) -> (1, prefix + side * side, D); the first `prefix` belong to [CLS] and
-    registers and stay."""
-    head, grid = positions[:, :prefix], positions[:, prefix:]
-    old = math.isqrt(grid.shape[1])
-    assert old * old == grid.shape[1]  # whoever calls has looked
-    picture = grid.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, old, old)
-    kind = "bilinear" if mode == "bilinear" else "bicubic"
-    antialias = mode == "bicubic-antialias"
-    picture = F.interpolate(
-        picture, (side, side), mode=kind, align_corners=False, antialias=antialias
+def resize_positions(positions: Tensor, side: int, mode: str, prefix: int) -> Tensor:
+    """Resize (1, prefix + T, D) to (1, prefix + side * side, D), T a square number.
+
+    The first `prefix` positions belong to [CLS] and registers and stay. The grid is resized in
+    float32 with align_corners False and keeps its dtype; only `bicubic-antialias` is antialiased.
+    """
+    from timm.layers import resample_abs_pos_embed  # costs timm's imports
+
+    resized = resample_abs_pos_embed(
+        positions,
+        [side, side],
+        num_prefix_tokens=prefix,
+        interpolation="bilinear" if mode == "bilinear" else "bicubic",
+        antialias=mode == "bicubic-antialias",
     )
-    return torch.cat([head, picture.flatten(2).transpose(1, 2).to(grid.dtype)], 1)
+    return resized.contiguous()  # without a prefix timm returns a transposed view
 
 
 def shrink_pixels(pixels: Tensor, size: int) -> Tensor:
@@ -76,7 +78,7 @@ def grid_side(count: int, prefixes: tuple[int, ...]) -> tuple[int, int] | None:
     """(side, prefix) of `count` positions, for the first prefix that leaves a square; None where
     none does.
 
-    >>> side_of(257, (1, 0)), side_of(196, (1, 0)), side_of(6, (1, 0))
+    >>> grid_side(257, (1, 0)), grid_side(196, (1, 0)), grid_side(6, (1, 0))
     ((16, 1), (14, 0), None)
     """
     for prefix in prefixes:

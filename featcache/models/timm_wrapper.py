@@ -151,7 +151,9 @@ def _resize(vit: Any, px: int, mode: str) -> None:
     vit.set_input_size(img_size=(px, px))
     if before is not None:
         prefix = 0 if vit.no_embed_class else int(vit.num_prefix_tokens)
-        resized = position_embedding.resize(before, int(vit.patch_embed.grid_size[0]), mode, prefix)
+        resized = position_embedding.resize_positions(
+            before, int(vit.patch_embed.grid_size[0]), mode, prefix
+        )
         vit.pos_embed = nn.Parameter(resized, requires_grad=False)
 
 

@@ -387,7 +387,7 @@ def _wrapped(
     shrink_from = position_embedding.rendered_px(name, pos, native, px)
     if px != native:
         side = px // int(visual.patch_size[0])
-        grid = position_embedding.resize(
+        grid = position_embedding.resize_positions(
             visual.positional_embedding.detach()[None], side, str(pos or "bicubic"), 1
         )
         _set_positions(visual, grid[0], side)

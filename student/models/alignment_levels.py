@@ -29,9 +29,9 @@ def aligned_levels(level_weights: str, align_levels: str, teacher_depth: int) ->
     `auto` aligns what the weights name: the last K for top:K, the last for last, all for mean and
     linear-decay.
 
-    >>> levels("top:2", "auto", 12)
+    >>> aligned_levels("top:2", "auto", 12)
     {11: 0.5, 12: 0.5}
-    >>> levels("mean", "8,12", 12)
+    >>> aligned_levels("mean", "8,12", 12)
     {8: 0.5, 12: 0.5}
     """
     chosen = parse_align_levels(align_levels)

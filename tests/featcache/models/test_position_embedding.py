@@ -61,7 +61,7 @@ def test_resized_positions_by_hand(mode: str, cubic: bool, old: int, new: int, p
     given = torch.from_numpy(
         np.random.default_rng(0).normal(size=(1, prefix + old * old, 3)).astype(np.float32)
     )
-    got = position_embedding.resize(given, new, mode, prefix)
+    got = position_embedding.resize_positions(given, new, mode, prefix)
     taps = _taps(old, new, cubic)
     grid = given[0, prefix:].double().numpy().reshape(old, old, 3)
     expected = np.einsum("iy,jx,yxd->ijd", taps, taps, grid).reshape(new * new, 3)
@@ -70,11 +70,43 @@ def test_resized_positions_by_hand(mode: str, cubic: bool, old: int, new: int, p
     np.testing.assert_allclose(got[0, prefix:], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("mode", "kind", "antialias"),
+    [
+        ("bicubic", "bicubic", False),
+        ("bilinear", "bilinear", False),
+        ("bicubic-antialias", "bicubic", True),
+        ("tensor-bicubic", "bicubic", False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("old", "new", "prefix"), [(16, 14, 1), (14, 14, 1), (37, 14, 0), (4, 7, 5)]
+)
+def test_resized_positions_are_torchs_interpolation(
+    mode: str, kind: str, antialias: bool, dtype: torch.dtype, old: int, new: int, prefix: int
+) -> None:
+    """Exactly: the grid in float32 with align_corners False, then cast back; the prefix stays."""
+    generator = torch.Generator().manual_seed(2)
+    given = torch.randn(1, prefix + old * old, 8, generator=generator).to(dtype)
+    grid = given[:, prefix:].float().reshape(1, old, old, 8).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode=kind, align_corners=False, antialias=antialias)
+    patches = grid.permute(0, 2, 3, 1).reshape(1, new * new, 8).to(dtype)
+    got = position_embedding.resize_positions(given, new, mode, prefix)
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    assert torch.equal(got, torch.cat([given[:, :prefix], patches], dim=1))
+
+
 def test_antialiased_is_what_timm_does() -> None:
     given = torch.randn(1, 1 + 37 * 37, 4, generator=torch.Generator().manual_seed(0))
     own = resample_abs_pos_embed(given, [14, 14], num_prefix_tokens=1)
-    torch.testing.assert_close(position_embedding.resize(given, 14, "bicubic-antialias", 1), own)
-    assert not torch.allclose(position_embedding.resize(given, 14, "bicubic", 1), own, atol=0.1)
+    torch.testing.assert_close(
+        position_embedding.resize_positions(given, 14, "bicubic-antialias", 1), own
+    )
+    assert not torch.allclose(
+        position_embedding.resize_positions(given, 14, "bicubic", 1), own, atol=0.1
+    )
 
 
 def test_a_shrunk_picture_by_hand() -> None:
@@ -100,7 +132,9 @@ def test_clip_of_another_grid_runs_with_the_resized_positions(tmp_path: Path, mo
     )
     assert weights.weight_hash(same) == weights.weight_hash(teacher)
     larger: Any = teachers.load(f"open_clip:{small_clip(tmp_path, name='l.json')}", "random:0")
-    values = position_embedding.resize(drawn.visual.positional_embedding[None], 6, mode, 1)[0]
+    values = position_embedding.resize_positions(
+        drawn.visual.positional_embedding[None], 6, mode, 1
+    )[0]
     larger.visual.load_state_dict({**drawn.visual.state_dict(), "positional_embedding": values})
     images = teacher_reference.photographs(48)
     for mine, own in zip(teacher(images, (3,)), larger(images, (3,)), strict=True):
@@ -165,7 +199,7 @@ def test_dinov2_on_the_students_grid(tmp_path: Path) -> None:
     teacher: Any = teachers.load(f"timm:{arch},grid=4,{text}", str(tmp_path / "w.safetensors"))
     assert (teacher.input_px, teacher.patches) == (56, 16)
     exact: Any = timm.create_model(arch, num_classes=0, img_size=56, **small).eval()
-    values = position_embedding.resize(drawn.pos_embed.detach(), 4, "bicubic", 0)
+    values = position_embedding.resize_positions(drawn.pos_embed.detach(), 4, "bicubic", 0)
     exact.load_state_dict({**drawn.state_dict(), "pos_embed": values})
     exact = exact.double()
     images = teacher_reference.photographs(56)

@@ -246,7 +246,9 @@ def test_registered_weights_that_are_here_need_no_network(
         name: value for name, value in network.state_dict().items() if not name.startswith("head.")
     }
     if grid != 14:
-        expected["pos_embed"] = position_embedding.resize(expected["pos_embed"], grid, "bicubic", 1)
+        expected["pos_embed"] = position_embedding.resize_positions(
+            expected["pos_embed"], grid, "bicubic", 1
+        )
     own = teacher.vit.state_dict()
     assert own.keys() == expected.keys()
     assert all(torch.equal(own[name], value) for name, value in expected.items())
@@ -294,7 +296,9 @@ def test_a_tag_of_open_clips_table(
     expected = whole.visual.state_dict()
     if size == 32:
         place = expected["positional_embedding"][None]
-        expected["positional_embedding"] = position_embedding.resize(place, 4, "bicubic", 1)[0]
+        expected["positional_embedding"] = position_embedding.resize_positions(
+            place, 4, "bicubic", 1
+        )[0]
     assert all(
         torch.equal(value, expected[name]) for name, value in teacher.visual.state_dict().items()
     )
