@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,13 @@ class BlockOutputs:
         out = [self._levels[k] for k in levels]
         self._levels.clear()
         return out
+
+
+def tail_arrays(norm: Any, **more: Tensor) -> dict[str, npt.NDArray[np.float32]]:
+    """Return gamma (D,), beta (D,) and eps () of a final LayerNorm, and what comes with it, such as
+    proj (D, E)."""
+    parts = {"gamma": norm.weight, "beta": norm.bias, **more, "eps": torch.tensor(norm.eps)}
+    return {name: part.detach().cpu().float().numpy() for name, part in parts.items()}
 
 
 def normalise_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

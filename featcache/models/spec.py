@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from featcache.errors import UsageError
+from collections.abc import Iterable, Mapping
+
+from featcache.errors import UsageError, near
 from featcache.models.contract import Option
 
 
@@ -30,6 +32,14 @@ def _typed(text: str) -> Option:
         except ValueError:
             continue
     return text
+
+
+def check_options(name: str, options: Mapping[str, Option], known: Iterable[str]) -> None:
+    """Refuse an option that teacher `name` does not have, and offer near ones."""
+    known = tuple(known)
+    unknown = next((key for key in options if key not in known), None)
+    if unknown is not None:
+        raise UsageError(f"teacher {name!r}: unknown option {unknown!r}; {near(unknown, known)}")
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, Option]]:

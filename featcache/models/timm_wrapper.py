@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from featcache.errors import UsageError, UserError
 from featcache.models import position_embedding
 from featcache.models.contract import Option
-from featcache.models.hooks import BlockOutputs, normalise_pixels
+from featcache.models.hooks import BlockOutputs, normalise_pixels, tail_arrays
 from featcache.targets.attention import cls_attention
 
 DEFAULT_POS = "bicubic"
@@ -87,8 +87,7 @@ class TimmVit(nn.Module):
         norm = self.vit.norm
         if not isinstance(norm, nn.LayerNorm):
             return {}
-        parts = {"gamma": norm.weight, "beta": norm.bias, "eps": torch.tensor(norm.eps)}
-        return {name: part.detach().cpu().float().numpy() for name, part in parts.items()}
+        return tail_arrays(norm)
 
 
 def _query_keys(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ grid (`models.position_embedding`); `quick_gelu`. `clip-l14` sees 196 pixels on 
 a /16 student by default; `img_size=224` is its own size, and `img_size=336` is the other network
 that OpenAI trained for it.
 
-B batch, T tokens, P patches, D width, S input pixels.
+The tower itself is read by `models.open_clip_wrapper`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,17 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from featcache.errors import UsageError, UserError, near
 from featcache.models import position_embedding, quick_gelu
 from featcache.models.contract import REGISTERED, ModelCard, Option
-from featcache.models.hooks import BlockOutputs, normalise_pixels
+from featcache.models.open_clip_wrapper import set_positions, wrap
+from featcache.models.spec import check_options
 from featcache.models.weights import (
     SUFFIXES,
     build_seeded,
@@ -45,7 +41,6 @@ from featcache.models.weights import (
     read_state,
     weights_file,
 )
-from featcache.targets.attention import cls_attention
 
 _LOG = logging.getLogger(__name__)
 PREFIX = "open_clip"
@@ -70,62 +65,6 @@ _REGISTERED = {
 }
 _TAG = "openai"
 _OPTIONS = ("img_size", "grid", "pos", "quick_gelu")
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-class Clip(nn.Module):
-    """`visual`: an open_clip VisionTransformer, read through hooks: y_k of each block, the last
-    [CLS] attention."""
-
-    name = "clip"
-
-    def __init__(
-        self, visual: Any, weights: str, mean: Any = None, std: Any = None, shrink_from: int = 0
-    ) -> None:
-        super().__init__()
-        self.visual = visual
-        self.weights = weights
-        self._px, self._shrinks = int(visual.image_size[0]), bool(shrink_from)
-        self.input_px = shrink_from or self._px
-        self.patches = int(visual.grid_size[0] * visual.grid_size[1])
-        self.width = int(visual.transformer.width)
-        self.depth = len(visual.transformer.resblocks)
-        self.pixel_mean, self.pixel_std = tuple(mean or OPENAI_MEAN), tuple(std or OPENAI_STD)
-        self._attention = torch.empty(0)
-        self._tap = BlockOutputs(visual.transformer.resblocks)
-        visual.transformer.resblocks[-1].attn.register_forward_pre_hook(self._see_last)
-
-    def _see_last(self, attn: Any, inputs: tuple[Tensor, ...]) -> None:
-        """The last block's normed tokens (B, T, D) -> its [CLS] row: one query, all keys."""
-        x, biases = inputs[0], (None, None)
-        weights = attn.in_proj_weight.chunk(3)
-        if attn.in_proj_bias is not None:
-            biases = attn.in_proj_bias.chunk(3)[:2]
-        query, keys = F.linear(x[:, :1], weights[0], biases[0]), F.linear(x, weights[1], biases[1])
-        if hasattr(attn, "ln_q"):  # open_clip's own attention, with norms or identities
-            query = attn.ln_q(query.unflatten(-1, (attn.num_heads, -1))).flatten(-2)
-            keys = attn.ln_k(keys.unflatten(-1, (attn.num_heads, -1))).flatten(-2)
-        self._attention = cls_attention(query[:, 0], keys, attn.num_heads)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
-        pixels = normalise_pixels(images, self.pixel_mean, self.pixel_std)
-        self.visual(position_embedding.shrink_pixels(pixels, self._px) if self._shrinks else pixels)
-        return self._tap.take(levels), self._attention
-
-    def tail(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Empty where a pool of its own comes before the final norm (CoCa)."""
-        if self.visual.attn_pool is not None:
-            return {}
-        norm = self.visual.ln_post
-        parts = {
-            "gamma": norm.weight,
-            "beta": norm.bias,
-            "proj": self.visual.proj,
-            "eps": torch.tensor(norm.eps),
-        }
-        return {name: part.detach().cpu().float().numpy() for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -142,9 +81,7 @@ class _Source:
 
 def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Module:
     """`weights`: None for the tag or folder that the name says, a file, a tag, or random:SEED."""
-    unknown = next((key for key in options if key not in _OPTIONS), None)
-    if unknown is not None:
-        raise UsageError(f"teacher {name!r}: unknown option {unknown!r}; {near(unknown, _OPTIONS)}")
+    check_options(name, options, _OPTIONS)
     path = weights_file(weights)
     drawn = bool(weights) and is_random(str(weights))
     tag = None if path or drawn else weights
@@ -162,7 +99,7 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Modul
     else:
         visual = _from_tag(name, source, options)
     mean, std = _statistics(name, source, visual)
-    return _wrapped(visual, name, source, options, weights or REGISTERED, mean, std)
+    return wrap(visual, name, options, source.default_px, weights or REGISTERED, mean, std)
 
 
 def _source(name: str, tag: str | None, options: dict[str, Option]) -> _Source:
@@ -263,7 +200,7 @@ def _from_file(name: str, source: _Source, options: dict[str, Option], path: str
         square = position_embedding.grid_side(there.shape[0], (1,))
         # the file's own grid first; it is resized afterwards, in the way that was asked for
         if square is not None:
-            _set_positions(visual, there.float(), square[0])
+            set_positions(visual, there.float(), square[0])
     load_state(visual, own, path, name)
     return visual
 
@@ -345,57 +282,3 @@ def _statistics(name: str, source: _Source, visual: Any) -> tuple[Any, Any]:
             f"{name}/TAG, TAG one of {', '.join(tags)}"
         )
     return shared.pop() if shared else (None, None)
-
-
-def _wrapped(
-    visual: Any,
-    name: str,
-    source: _Source,
-    options: dict[str, Option],
-    weights: str,
-    mean: Any,
-    std: Any,
-) -> nn.Module:
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import Attention, VisionTransformer
-
-    from featcache.models import position_embedding
-    from featcache.models.timm_wrapper import check_architecture, wrap
-
-    pos = options.get("pos")
-    if isinstance(visual, TimmModel):
-        check_architecture(visual.trunk, name)
-        size = position_embedding.wanted_px(
-            name, options, int(visual.trunk.patch_embed.patch_size[0]), source.default_px
-        )
-        return wrap(visual.trunk, name, size, pos, weights, mean, std)
-    attn: Any = (
-        visual.transformer.resblocks[-1].attn if isinstance(visual, VisionTransformer) else None
-    )
-    if type(attn) is not nn.MultiheadAttention and (
-        type(attn) is not Attention or attn.scaled_cosine
-    ):
-        raise UserError(
-            f"teacher {name!r} is an open_clip {type(visual).__name__} without what is read here: "
-            "a VisionTransformer with plain attention is needed, such as ViT-B-16"
-        )
-    native = int(visual.image_size[0])
-    px = (
-        position_embedding.wanted_px(name, options, int(visual.patch_size[0]), source.default_px)
-        or native
-    )
-    shrink_from = position_embedding.rendered_px(name, pos, native, px)
-    if px != native:
-        side = px // int(visual.patch_size[0])
-        grid = position_embedding.resize_positions(
-            visual.positional_embedding.detach()[None], side, str(pos or "bicubic"), 1
-        )
-        _set_positions(visual, grid[0], side)
-    return Clip(visual, weights, mean, std, shrink_from)
-
-
-def _set_positions(visual: Any, values: Tensor, side: int) -> None:
-    """Positions (1 + side * side, D), and the grid and input size that go with them."""
-    visual.positional_embedding = nn.Parameter(values.clone(), requires_grad=False)
-    visual.grid_size = (side, side)
-    visual.image_size = (side * int(visual.patch_size[0]),) * 2

@@ -27,9 +27,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from featcache.errors import UsageError, near
+from featcache.errors import UsageError
 from featcache.models import weights
 from featcache.models.contract import REGISTERED, ModelCard, Option
+from featcache.models.spec import check_options
 
 TOKENIZER = True
 NAMES = {
@@ -136,10 +137,9 @@ def load(name: str, options: dict[str, Option], given: str | None) -> Dvae:
 
 def _sizes(name: str, options: dict[str, Option]) -> dict[str, int]:
     """The published sizes, changed by the options; a size that cannot be built is a UsageError."""
+    check_options(name, options, _SIZES)
     sizes = dict(_SIZES)
     for key, value in options.items():
-        if key not in _SIZES:
-            raise UsageError(f"teacher {name!r}: unknown option {key!r}; {near(key, _SIZES)}")
         if type(value) is not int or value < 1 or value % _STEP[key]:
             raise UsageError(
                 f"teacher {name!r}: {key}={value}; a multiple of {_STEP[key]} is needed, as "

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from featcache import rng
-from featcache.errors import UsageError, near
+from featcache.errors import UsageError
 from featcache.models.contract import REGISTERED, ModelCard, Option
+from featcache.models.spec import check_options
 
 PREFIX = "synthetic"
 NAMES = {
@@ -114,11 +115,7 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> Syntheti
             f"teacher 'synthetic' is arithmetic and has no weights; {weights!r} is given: leave "
             "--weights out"
         )
-    unknown = next((key for key in options if key not in _DEFAULTS), None)
-    if unknown is not None:
-        raise UsageError(
-            f"teacher 'synthetic': unknown option {unknown!r}; {near(unknown, _DEFAULTS)}"
-        )
+    check_options(name, options, _DEFAULTS)
     values = {**_DEFAULTS, **options}
     bad = next((key for key, value in values.items() if type(value) is not int or value < 1), None)
     if bad is not None:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 import featcache
 from featcache.errors import UsageError, UserError
 from featcache.extraction import extract, plan
+from featcache.models.open_clip_wrapper import OpenClipVit
 from featcache.models.timm_wrapper import TimmVit
 from featcache.pictures.open_source import open_source
 from featcache.targets import derived, levels
-from featcache.teachers.clip import Clip
 from featcache.views.policy import Policy
 from tests.conftest import SYNTHETIC, make_plan
 
@@ -144,8 +144,8 @@ def vit() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {"clip": tower, "timm": vit}
 
 
-def teacher(kind: str) -> Clip | TimmVit:
-    made = Clip(tower(), "random:0") if kind == "clip" else TimmVit(vit(), "random:0")
+def teacher(kind: str) -> OpenClipVit | TimmVit:
+    made = OpenClipVit(tower(), "random:0") if kind == "clip" else TimmVit(vit(), "random:0")
     made.name = kind
     return made
 
@@ -272,7 +272,7 @@ def test_the_real_encode_image() -> None:
         text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
         model = open_clip.CLIP(12, vision, text, quick_gelu=True).eval().requires_grad_(False)
     shake(model.visual)
-    made = Clip(model.visual, "random:0")
+    made = OpenClipVit(model.visual, "random:0")
     batch = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (3, 3, 32, 32), np.uint8))
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (made.pixel_mean, made.pixel_std))
     wanted = model.encode_image((batch / 255 - mean) / std).numpy()

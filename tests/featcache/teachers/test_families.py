@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featcache import teachers
+from featcache.models import open_clip_wrapper
 from featcache.models.spec import parse_options
 from featcache.models.timm_wrapper import TimmVit
 from featcache.models.weights import weight_hash
-from featcache.teachers import clip
 from tests import teacher_reference
 
 CLOSE = 1e-5
@@ -179,7 +179,9 @@ def test_clip_equals_the_unmodified_tower(tmp_path: Path, kind: str) -> None:
     exact.load_state_dict(teacher.visual.state_dict())
     images = teacher_reference.photographs(48)
     ys, attention = teacher(images, (1, 3))
-    pixels = teacher_reference.normalised(images, clip.OPENAI_MEAN, clip.OPENAI_STD)
+    pixels = teacher_reference.normalised(
+        images, open_clip_wrapper.OPENAI_MEAN, open_clip_wrapper.OPENAI_STD
+    )
     seen: list[Tensor] = []
     blocks = exact.transformer.resblocks
     handle = blocks[-1].ln_1.register_forward_hook(lambda _, __, x: seen.append(x))

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from featcache import teachers
 from featcache.errors import UsageError, UserError
+from featcache.models.open_clip_wrapper import OpenClipVit
 from featcache.models.spec import parse_options
 from featcache.models.timm_wrapper import TimmVit
 from featcache.models.weights import weight_hash
-from featcache.teachers.clip import Clip
 from tests.conftest import Ran, python
 
 TINY = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
@@ -106,7 +106,7 @@ def tower() -> VisionTransformer:
 
 def test_clip_levels_and_attention_are_the_towers(tower: VisionTransformer) -> None:
     images = pictures(3, 16)
-    teacher = Clip(tower, "random:0").eval()
+    teacher = OpenClipVit(tower, "random:0").eval()
     assert (teacher.input_px, teacher.patches, teacher.width, teacher.depth) == (16, 4, 32, 3)
     assert (tuple(teacher.pixel_mean), tuple(teacher.pixel_std)) == (CLIP_MEAN, CLIP_STD)
     got, attention = teacher(images, (1, 3))
@@ -133,8 +133,8 @@ def test_clip_levels_and_attention_are_the_towers(tower: VisionTransformer) -> N
 
 def test_clip_tail_gives_the_towers_own_output(tower: VisionTransformer) -> None:
     images = pictures(2, 16)
-    (y,), _ = Clip(tower, "x")(images, (3,))
-    tail = Clip(tower, "x").tail()
+    (y,), _ = OpenClipVit(tower, "x")(images, (3,))
+    tail = OpenClipVit(tower, "x").tail()
     assert {name: (value.dtype.str, value.shape) for name, value in tail.items()} == {
         "gamma": ("<f4", (32,)),
         "beta": ("<f4", (32,)),
@@ -716,7 +716,7 @@ def test_a_file_gets_quick_gelu_with_or_without_the_text_tower(tmp_path: Path, n
         path = tmp_path / f"w{i}.safetensors"
         save_file({key: value.clone() for key, value in weights.items()}, path)
         teacher = teachers.load(f"{name},quick_gelu=true", str(path))
-        assert isinstance(teacher, Clip)
+        assert isinstance(teacher, OpenClipVit)
         assert isinstance(teacher.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
         got, _ = teacher(images, (12,))
         assert ((got[0] - ys[11]).norm(dim=-1) / ys[11].norm(dim=-1)).max() < 1e-4
@@ -733,7 +733,7 @@ def test_the_same_weights_under_another_activation_are_another_teacher(
         ).eval()
     plain.load_state_dict(tower.state_dict())
     images = pictures(1, 16)
-    quick, gelu = Clip(tower, "FILE"), Clip(plain, "laion2b")
+    quick, gelu = OpenClipVit(tower, "FILE"), OpenClipVit(plain, "laion2b")
     assert not torch.allclose(quick(images, (3,))[0][0], gelu(images, (3,))[0][0], rtol=1e-3)
     assert weight_hash(quick) != weight_hash(gelu)
 
@@ -742,6 +742,6 @@ def test_wrapping_changes_nothing_of_the_network(tower: VisionTransformer) -> No
     x = normalised(pictures(2, 16), CLIP_MEAN, CLIP_STD).float()
     with torch.no_grad():
         before = tower(x)
-        Clip(tower, "x")(pictures(2, 16), (1,))
+        OpenClipVit(tower, "x")(pictures(2, 16), (1,))
         assert torch.equal(tower(x), before)
     assert isinstance(teachers.load(TINY, "random:0"), TimmVit)
