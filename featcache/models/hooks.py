@@ -37,9 +37,16 @@ def tail_arrays(norm: Any, **more: Tensor) -> dict[str, npt.NDArray[np.float32]]
     return {name: part.detach().cpu().float().numpy() for name, part in parts.items()}
 
 
-def normalise_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (B, 3, S, S) -> float32, normalised by the teacher's own statistics."""
-    channel: dict[str, Any] = {"dtype": torch.float32, "device": images.device}
-    return (images.float() / 255 - torch.tensor(mean, **channel).view(3, 1, 1)) / torch.tensor(
-        std, **channel
-    ).view(3, 1, 1)
+def normalise_pixels(
+    images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
+) -> Tensor:
+    """Normalise uint8 (B, 3, S, S) by the channels' mean and std; returns float32.
+
+    Statistics given as float32 tensors (3,) on the images' device are used as they are; numbers are
+    copied there at each call, for which a GPU's stream is waited for.
+    """
+    mean, std = (
+        torch.as_tensor(values, dtype=torch.float32, device=images.device).view(3, 1, 1)
+        for values in (mean, std)
+    )
+    return (images.float() / 255 - mean) / std

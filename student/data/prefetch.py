@@ -18,6 +18,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from featcache.models.hooks import normalise_pixels
 from student.config import RecipeConfig
 from student.targets.assemble import draw_masks
 from student.targets.contract import HostBatch, Targets
@@ -35,7 +36,7 @@ def to_device(
     features, sources = targets.complete(host, device)
     masks = host.get("masks") or draw_masks(config, host, sources, seed)
     return {
-        "images": (pixels.float() / 255 - mean) / std,
+        "images": normalise_pixels(pixels, mean, std),
         **features,
         **{name: ids.to(device, non_blocking=True) for name, ids in masks.items()},
     }
@@ -43,13 +44,13 @@ def to_device(
 
 @cache
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and deviation (3, 1, 1); made once, since making them waits for the
+    """Return ImageNet's mean and std, (3,) each; made once, since making them waits for the
     stream."""
     mean, std = (
-        torch.tensor(values).view(3, 1, 1)
+        torch.tensor(values, device=device)
         for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
-    return mean.to(device), std.to(device)
+    return mean, std
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from featcache import teachers
 from featcache.errors import UsageError, UserError, near
+from featcache.models.hooks import normalise_pixels
 
 POOLS = ("cls", "mean")
 
@@ -67,7 +68,9 @@ def from_encoder(encoder: nn.Module, img_size: int, name: str, pool: str = "cls"
     encoder.eval().requires_grad_(False)
 
     def forward(pixels: Tensor) -> Tensor:
-        tokens = encoder.forward_features(_normalised(pixels))  # type: ignore[operator]  # (B,T,D), normed
+        tokens = encoder.forward_features(  # type: ignore[operator]  # (B,T,D), normed
+            normalise_pixels(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
         return _pooled(tokens, pool, prefix)
 
     return FrozenEncoder(name, img_size, pool, forward, encoder.to)
@@ -99,13 +102,6 @@ def from_teacher(spec: str, weights: str | None = None, pool: str = "cls") -> Fr
 def _check_pool(pool: str) -> None:
     if pool not in POOLS:
         raise UsageError(f"unknown pool {pool!r}: {near(pool, POOLS)}")
-
-
-def _normalised(pixels: Tensor) -> Tensor:
-    """uint8 (B,3,S,S) -> float32 with ImageNet's mean and deviation taken out."""
-    mean = pixels.new_tensor(IMAGENET_DEFAULT_MEAN, dtype=torch.float32).view(3, 1, 1)
-    std = pixels.new_tensor(IMAGENET_DEFAULT_STD, dtype=torch.float32).view(3, 1, 1)
-    return (pixels.float() / 255 - mean) / std
 
 
 def _pooled(tokens: Tensor, pool: str, prefix: int) -> Tensor:
