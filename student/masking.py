@@ -1,4 +1,4 @@
-"""Which patches the student sees.
+"""Masks choose the patches that the student sees.
 
 A mask is a function that orders the patches of each picture; the first `n_visible` of the order are
 seen. A function takes what its parameters name - `raw` (the picture's own random words of this
@@ -35,7 +35,7 @@ ROUNDS = 1000  # of P words, four a try: 49,000 tries on 196 patches, where 30 a
 
 
 def kept_count(n_patches: int, mask_ratio: float) -> int:
-    """How many patches stay visible: truncated, as the released code does.
+    """Return how many patches stay visible: truncated, as the released code does.
 
     >>> kept_count(196, 0.7), kept_count(196, 0.75)
     (58, 49)
@@ -44,13 +44,13 @@ def kept_count(n_patches: int, mask_ratio: float) -> int:
 
 
 def uniform(raw: U64) -> I64:
-    """raw (n, P) -> order (n, P): every subset equally likely."""
+    """Order the patches so that every subset is equally likely: raw (n, P) -> order (n, P)."""
     return np.argsort(raw, axis=1, kind="stable")
 
 
 def attentive(raw: U64, attention: npt.NDArray[np.floating]) -> I64:
-    """raw, attention (n, P) -> order (n, P): what the teacher attends to is likely visible
-    (MaskAlign and MILAN).
+    """Order the patches so that what the teacher attends to is likely visible (MaskAlign and
+    MILAN): raw, attention (n, P) -> order (n, P).
 
     Patch j finishes at e_j / p_j with e_j ~ Exp(1); the order of finishing is a draw without
     replacement in proportion to the attention, which need not sum to one. A weight of zero is legal
@@ -61,16 +61,19 @@ def attentive(raw: U64, attention: npt.NDArray[np.floating]) -> I64:
 
 
 def topk(attention: npt.NDArray[np.floating]) -> I64:
-    """attention (n, P) -> order (n, P): by falling attention, equals in raster order; nothing is
-    drawn, so that a view shows the same in each epoch (MR-MAE's focused mimicking, as its text
-    reads)."""
+    """Order the patches by falling attention, equals in raster order: attention (n, P) -> order (n,
+    P).
+
+    Nothing is drawn, so that a view shows the same in each epoch (MR-MAE's focused mimicking, as
+    its text reads).
+    """
     _check_attention(attention)
     return np.argsort(-attention, axis=1, kind="stable")
 
 
 def _check_attention(weight: npt.NDArray[np.floating]) -> None:
-    """A row that is not finite, has a negative weight, or nothing but zeros cannot be sampled
-    from."""
+    """Refuse a row that is not finite, has a negative weight, or nothing but zeros: it cannot be
+    sampled from."""
     wrong = ~np.isfinite(weight).all(axis=1) | (weight < 0).any(axis=1) | ~(weight > 0).any(axis=1)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
@@ -83,13 +86,13 @@ def _check_attention(weight: npt.NDArray[np.floating]) -> None:
 
 
 def stored(mask_order: npt.NDArray[np.integer]) -> I64:
-    """The order that was drawn when the view was extracted: the same mask in every epoch that shows
-    this view."""
+    """Return the order that was drawn when the view was extracted: the same mask in every epoch
+    that shows this view."""
     return np.asarray(mask_order).astype(np.int64)
 
 
 def blockwise(draws: Callable[[int], U64], n_visible: int) -> I64:
-    """Rectangles are hidden one by one until exactly P - n_visible patches are (BEiT's blocks, as
+    """Hide rectangles one by one until exactly P - n_visible patches are hidden (BEiT's blocks, as
     CAE makes them).
 
     draws(k) gives (n, P) words. A try is refused when its rectangle spans the grid's height or
@@ -120,8 +123,8 @@ def blockwise(draws: Callable[[int], U64], n_visible: int) -> I64:
 
 
 def _block(u: npt.NDArray[np.float64], hidden: BOOL, wanted: int) -> BOOL:
-    """u (m, 4) in [0, 1), hidden (m, G, G) -> the patches that one try of each row adds, none where
-    it is refused."""
+    """Return the patches that one try of each row adds, none where it is refused, for u (m, 4) in
+    [0, 1) and hidden (m, G, G)."""
     side = hidden.shape[-1]
     left, least = wanted - hidden.sum((1, 2)), min(MIN_BLOCK, math.ceil(MIN_BLOCK * side**2 / 196))
     area = least + (left - least) * u[:, 0]  # between the two, whichever is larger
@@ -148,7 +151,7 @@ DRAWN = ("raw", "draws", "n_visible")  # parameters of a mask that are no arrays
 
 
 def fields(name: str) -> tuple[str, ...]:
-    """The cache arrays a mask reads.
+    """Return the cache arrays that a mask reads.
 
     >>> fields("attentive"), fields("uniform"), fields("stored")
     (('attention',), (), ('mask_order',))
@@ -157,7 +160,7 @@ def fields(name: str) -> tuple[str, ...]:
 
 
 def known(name: str) -> Callable[..., I64]:
-    """The mask of this name, or an error that lists the names."""
+    """Return the mask of this name, or raise an error that lists the names."""
     if name not in MASKS:
         raise UsageError(f"unknown mask {name!r}: {near(name, MASKS)}; choose one with mask=NAME")
     return MASKS[name]
@@ -174,8 +177,8 @@ def draw(
     attention: npt.NDArray[np.floating] | None = None,
     mask_order: npt.NDArray[np.integer] | None = None,
 ) -> tuple[I64, I64]:
-    """digests (n, 2), `epoch` one or one per picture -> ids_keep (n, V) and ids_masked (n, P-V),
-    each ascending.
+    """Draw ids_keep (n, V) and ids_masked (n, P-V), each ascending, for digests (n, 2) and `epoch`,
+    one or one per picture.
 
     `attention` and `mask_order` are (n, P) and are looked at only by the masks that name them.
     """
@@ -207,7 +210,7 @@ def _rows(name: str, field: str, array: npt.NDArray | None, shape: tuple[int, in
 
 
 def split(order: I64, n_visible: int) -> tuple[I64, I64]:
-    """order (n, P) -> its first n_visible and the others, each ascending."""
+    """Split order (n, P) into its first n_visible and the others, each ascending."""
     n, n_patches = order.shape
     visible = np.zeros(order.shape, bool)
     if order.size and (order.min() < 0 or order.max() >= n_patches):

@@ -37,13 +37,13 @@ def photographs(size: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def normalised(images: Tensor, mean: Any, std: Any) -> Tensor:
+def normalise_in_float64(images: Tensor, mean: Any, std: Any) -> Tensor:
     """uint8 (B, 3, S, S) -> float64, by numpy."""
     x = images.numpy().astype(np.float64) / 255
     return torch.from_numpy((x - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1)))
 
 
-def stir(network: nn.Module, seed: int = 5, std: float = 0.2) -> nn.Module:
+def randomise_parameters(network: nn.Module, seed: int = 5, std: float = 0.2) -> nn.Module:
     """Every parameter drawn, so that norms, biases, scales and registers all matter; norm weights
     about 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def stir(network: nn.Module, seed: int = 5, std: float = 0.2) -> nn.Module:
     return network
 
 
-def outputs(blocks: Any, run: Callable[[], object]) -> list[Tensor]:
+def block_outputs(blocks: Any, run: Callable[[], object]) -> list[Tensor]:
     """y_k of every block."""
     ys: list[Tensor] = []
     handles = [block.register_forward_hook(lambda _, __, y: ys.append(y)) for block in blocks]
@@ -65,7 +65,7 @@ def outputs(blocks: Any, run: Callable[[], object]) -> list[Tensor]:
     return ys
 
 
-def timm_map(vit: Any, pixels: Tensor) -> Tensor:
+def timm_attention_map(vit: Any, pixels: Tensor) -> Tensor:
     """The last block's softmax (B, H, T, T) on timm's own unfused path."""
     attn, maps = vit.blocks[-1].attn, []
     attn.fused_attn = False
@@ -77,12 +77,12 @@ def timm_map(vit: Any, pixels: Tensor) -> Tensor:
     return only
 
 
-def relative(got: Tensor, expected: Tensor) -> float:
+def relative_error(got: Tensor, expected: Tensor) -> float:
     """The largest per-token relative L2 difference."""
     expected = expected.double()
     return float(((got.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
-def apart(got: Tensor, expected: Tensor) -> float:
+def attention_error(got: Tensor, expected: Tensor) -> float:
     """max|d| / max(a) of two attentions."""
     return float((got.double() - expected).abs().max() / expected.max())

@@ -157,7 +157,7 @@ class Plan:
         return weights.weight_hash(self.teacher)
 
     def manifest(self) -> dict[str, Any]:
-        teacher, run = self.teacher, precision.execution_of(self.teacher)
+        teacher, run = self.teacher, precision.execution_config(self.teacher)
         identity = {
             "teacher": {
                 "name": teacher.name,

@@ -63,7 +63,7 @@ def _of(plan: Plan, batch: Batch, row: int) -> str:
 
 
 def _cure(plan: Plan) -> str:
-    if precision.execution_of(plan.teacher).precision == "fp16":
+    if precision.execution_config(plan.teacher).precision == "fp16":
         return (
             f"; --precision fp16 ends at {FP16_LARGEST}: "
             "give --precision bf16, which has fp32's range"

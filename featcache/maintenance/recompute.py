@@ -107,7 +107,7 @@ def _recompute_row(
     if problem := pixel_problem(cache, row, view, proof):
         return RecomputedRow(problem)
     error, attention_error = _errors(cache, teacher, row, view, pixels)
-    bound, attention_bound = precision.BOUNDS[precision.execution_of(teacher).precision]
+    bound, attention_bound = precision.BOUNDS[precision.execution_config(teacher).precision]
     if error <= bound and attention_error <= attention_bound:
         return RecomputedRow(None, (error, attention_error))
     return RecomputedRow(

@@ -1,1 +1,2 @@
-"""Teachers as PyTorch modules: the contract, weights, precision, position embeddings."""
+"""This package runs teachers as PyTorch modules: contract, weights, precision, position
+embeddings."""

@@ -1,4 +1,4 @@
-"""The contracts of teachers and tokenizers, and the card that lists a registered one."""
+"""The contracts say what teachers and tokenizers give, and a card lists a registered one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Option = int | float | bool | str
 
 @dataclass(frozen=True)
 class ModelCard:
-    """One line of `featcache teachers`: facts known without building the model."""
+    """Hold one line of `featcache teachers`: facts known without building the model."""
 
     source: str  # library and tag of the registered weights
     input_px: int
@@ -36,7 +36,8 @@ class ModelCard:
 
     @property
     def view_bytes(self) -> int:
-        """What the last five levels of a view take in fp16; of a tokenizer, its uint16 ids."""
+        """Return the bytes of a view's last five levels in fp16; of a tokenizer, of its uint16
+        ids."""
         return (
             min(5, self.depth) * (self.patches + 1) * self.width * 2
             if self.depth
@@ -45,7 +46,8 @@ class ModelCard:
 
 
 class Teacher(Protocol):
-    """A frozen network in eval mode. B batch, S = input_px, P patches, D width.
+    """A frozen network in eval mode gives the levels of its blocks and its attention. B batch, S =
+    input_px, P patches, D width.
 
     A model without a [CLS] token says `first_token = "mean"`: row 0 of its levels is then the mean
     of the patches, and its attention is that of its attention pool's query.
@@ -61,12 +63,13 @@ class Teacher(Protocol):
     pixel_std: tuple[float, float, float]
 
     def __call__(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """uint8 images (B, 3, S, S) -> [y_k (B, 1 + P, D) for each 1-based level], attention (B, P)
-        float32."""
+        """Map uint8 images (B, 3, S, S) -> [y_k (B, 1 + P, D) for each 1-based level], attention
+        (B, P) float32."""
         ...
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
-        """gamma (D,), beta (D,), eps () of the final norm, and proj (D, E) where there is one."""
+        """Return gamma (D,), beta (D,), eps () of the final norm, and proj (D, E) where there is
+        one."""
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]: ...
@@ -74,7 +77,7 @@ class Teacher(Protocol):
 
 
 class Tokenizer(Protocol):
-    """A frozen network that gives each patch the number of a visual word. B batch, S = input_px, P
+    """A frozen network gives each patch the number of a visual word. B batch, S = input_px, P
     patches.
 
     Its pixels are rendered from the view's own crop box at `input_px` with `pixel_filter`, whatever
@@ -89,7 +92,7 @@ class Tokenizer(Protocol):
     pixel_filter: str  # a filter of `views.render`
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, S, S) -> ids (B, P) int64, patches in raster order."""
+        """Map uint8 images (B, 3, S, S) -> ids (B, P) int64, patches in raster order."""
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]: ...

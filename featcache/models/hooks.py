@@ -1,4 +1,4 @@
-"""Hooks read a running ViT block by block; pixels are normalised."""
+"""Hooks read a running ViT block by block, and pixels are normalised for it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 class BlockOutputs:
-    """Hooks that read y_k (B, T, D) after every block of a running ViT.
+    """Hold hooks that read y_k (B, T, D) after every block of a running ViT.
 
-    The library's own forward runs unchanged; blocks must be batch-first. One Tap, one forward at a
-    time.
+    The library's own forward runs unchanged; blocks must be batch-first. One object reads one
+    model, one forward at a time.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
@@ -24,7 +24,7 @@ class BlockOutputs:
             block.register_forward_hook(lambda _, __, y, k=k: self._levels.__setitem__(k, y))
 
     def take(self, levels: Sequence[int]) -> list[Tensor]:
-        """y_k (B, T, D) of the 1-based levels; nothing is kept afterwards."""
+        """Return y_k (B, T, D) of the 1-based levels; nothing is kept afterwards."""
         out = [self._levels[k] for k in levels]
         self._levels.clear()
         return out

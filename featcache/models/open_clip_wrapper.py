@@ -1,4 +1,4 @@
-"""An open_clip picture tower is a teacher, read through hooks.
+"""An open_clip picture tower becomes a teacher that is read through hooks.
 
 B batch, T tokens, P patches, D width, S input pixels.
 """
@@ -26,8 +26,8 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 
 
 class OpenClipVit(nn.Module):
-    """Reads an open_clip VisionTransformer, `visual`, through hooks: y_k of each block, and
-    the last block's [CLS] attention."""
+    """Read an open_clip VisionTransformer, `visual`, through hooks: y_k of each block, and the last
+    block's [CLS] attention."""
 
     name = "clip"
 
@@ -37,18 +37,19 @@ class OpenClipVit(nn.Module):
         super().__init__()
         self.visual = visual
         self.weights = weights
-        self._px, self._shrinks = int(visual.image_size[0]), bool(shrink_from)
-        self.input_px = shrink_from or self._px
+        self._tower_px, self._shrinks = int(visual.image_size[0]), bool(shrink_from)
+        self.input_px = shrink_from or self._tower_px
         self.patches = int(visual.grid_size[0] * visual.grid_size[1])
         self.width = int(visual.transformer.width)
         self.depth = len(visual.transformer.resblocks)
         self.pixel_mean, self.pixel_std = tuple(mean or OPENAI_MEAN), tuple(std or OPENAI_STD)
         self._attention = torch.empty(0)
-        self._tap = BlockOutputs(visual.transformer.resblocks)
-        visual.transformer.resblocks[-1].attn.register_forward_pre_hook(self._see_last)
+        self._block_outputs = BlockOutputs(visual.transformer.resblocks)
+        visual.transformer.resblocks[-1].attn.register_forward_pre_hook(self._record_cls_attention)
 
-    def _see_last(self, attn: Any, inputs: tuple[Tensor, ...]) -> None:
-        """The last block's normed tokens (B, T, D) -> its [CLS] row: one query, all keys."""
+    def _record_cls_attention(self, attn: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Keep the [CLS] row of the last block's attention, from its normed tokens (B, T, D): one
+        query, all keys."""
         x, biases = inputs[0], (None, None)
         weights = attn.in_proj_weight.chunk(3)
         if attn.in_proj_bias is not None:
@@ -61,13 +62,16 @@ class OpenClipVit(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
+        """Map uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
         pixels = normalise_pixels(images, self.pixel_mean, self.pixel_std)
-        self.visual(position_embedding.shrink_pixels(pixels, self._px) if self._shrinks else pixels)
-        return self._tap.take(levels), self._attention
+        if self._shrinks:
+            pixels = position_embedding.shrink_pixels(pixels, self._tower_px)
+        self.visual(pixels)
+        return self._block_outputs.take(levels), self._attention
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Empty where a pool of its own comes before the final norm (CoCa)."""
+        """Return the arrays of the final norm and projection; none where a pool of its own comes
+        before the norm (CoCa)."""
         if self.visual.attn_pool is not None:
             return {}
         return tail_arrays(self.visual.ln_post, proj=self.visual.proj)
@@ -93,11 +97,11 @@ def wrap(
     if isinstance(visual, TimmModel):
         check_architecture(visual.trunk, name)
         patch_px = int(visual.trunk.patch_embed.patch_size[0])
-        px = position_embedding.wanted_px(name, options, patch_px, default_px)
+        px = position_embedding.resolve_input_px(name, options, patch_px, default_px)
         return wrap_timm(visual.trunk, name, px, pos, weights, mean, std)
     _check_attention(visual, name)
     native, patch_px = int(visual.image_size[0]), int(visual.patch_size[0])
-    px = position_embedding.wanted_px(name, options, patch_px, default_px) or native
+    px = position_embedding.resolve_input_px(name, options, patch_px, default_px) or native
     shrink_from = position_embedding.rendered_px(name, pos, native, px)
     if px != native:
         side, positions = px // patch_px, visual.positional_embedding.detach()[None]

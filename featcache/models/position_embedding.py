@@ -1,8 +1,8 @@
-"""Learned positions on another grid, and MaskAlign's way of making smaller pictures.
+"""Learned positions are resized to another grid, and pictures are made smaller as MaskAlign does.
 
 A teacher of 14-pixel patches sees 196 pixels where a student of 16-pixel patches sees 224: both
-then have 14 x 14 patches, and the teacher's 16 x 16 positions are resized to 14 x 14. How is part
-of what a cache is:
+then have 14 x 14 patches, and the teacher's 16 x 16 positions are resized to 14 x 14. The mode is
+part of what a cache is:
 
     bicubic            no antialias, align_corners False: MaskAlign's, Hugging Face's and our
                        default (METHODS 1.2)
@@ -31,8 +31,8 @@ STUDENT_PX = 224  # what MaskAlign renders for student and teacher alike
 
 
 def rendered_px(what: str, mode: object, native: int, size: int) -> int:
-    """Pixels that are rendered when the tensor is to be shrunk to `size`, 0 when it is rendered at
-    `size` itself.
+    """Return the pixels to render where the tensor is then shrunk to `size`, 0 where it is rendered
+    at `size` itself.
 
     An unknown mode, and one that would change nothing, are refused. `native`: the input size of the
     positions.
@@ -69,14 +69,14 @@ def resize_positions(positions: Tensor, side: int, mode: str, prefix: int) -> Te
 
 
 def shrink_pixels(pixels: Tensor, size: int) -> Tensor:
-    """Normalised pixels (B, 3, S, S) -> (B, 3, size, size): bicubic without antialias, values
-    beyond the range kept."""
+    """Shrink normalised pixels (B, 3, S, S) -> (B, 3, size, size): bicubic without antialias,
+    values beyond the range kept."""
     return F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False)
 
 
 def grid_side(count: int, prefixes: tuple[int, ...]) -> tuple[int, int] | None:
-    """(side, prefix) of `count` positions, for the first prefix that leaves a square; None where
-    none does.
+    """Return (side, prefix) of `count` positions, for the first prefix that leaves a square; None
+    where none does.
 
     >>> grid_side(257, (1, 0)), grid_side(196, (1, 0)), grid_side(6, (1, 0))
     ((16, 1), (14, 0), None)
@@ -88,10 +88,11 @@ def grid_side(count: int, prefixes: tuple[int, ...]) -> tuple[int, int] | None:
     return None
 
 
-def wanted_px(
+def resolve_input_px(
     name: str, options: Mapping[str, Option], patch: int, default: int | None
 ) -> int | None:
-    """Input pixels by `img_size` or `grid`, or the default; None leaves the model's own."""
+    """Return the input pixels by `img_size` or `grid`, or the default; None leaves the model's
+    own."""
     asked = {key: options[key] for key in ("img_size", "grid") if key in options}
     if len(asked) == 2:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""How a teacher is run: the precision of its arithmetic, and whether it is compiled.
+"""A teacher runs at a chosen precision of its arithmetic, compiled or as it is.
 
 The precision is part of what a cache is, so it travels with the teacher: from the command to the
 manifest, and back when rows are recomputed or repaired. `fp32` is IEEE arithmetic, TF32 switched
@@ -39,18 +39,21 @@ BOUNDS = {"fp32": (1e-3, 1e-4), "tf32": (1e-2, 1e-2), "fp16": (1e-2, 1e-2), "bf1
 
 @dataclass(frozen=True)
 class ExecutionConfig:
+    """Hold the precision of a teacher's arithmetic and whether it is compiled."""
+
     precision: str = "fp32"
     compiled: bool = False
 
 
-def execution_of(teacher: Teacher) -> ExecutionConfig:
-    """How a teacher is run; fp32 and as it is, where nobody said otherwise."""
+def execution_config(teacher: Teacher) -> ExecutionConfig:
+    """Return how a teacher is run; fp32 and not compiled where nobody said otherwise."""
     running: ExecutionConfig = getattr(teacher, "running", ExecutionConfig())
     return running
 
 
 def configure(teacher: Teacher, precision: str = "fp32", compiled: bool = False) -> Teacher:
-    """The same teacher, run so from now on; what cannot be done on its device is a UsageError."""
+    """Return the same teacher, which runs so from now on; what cannot be done on its device is a
+    UsageError."""
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision!r}: {near(precision, PRECISIONS)}")
     device = device_of(teacher)
@@ -72,12 +75,12 @@ def configure(teacher: Teacher, precision: str = "fp32", compiled: bool = False)
 
 
 def configure_like(teacher: Teacher, identity: Mapping[str, Any]) -> Teacher:
-    """The teacher run as a cache's identity says it was."""
+    """Return the teacher, which runs as a cache's identity says it was run."""
     return configure(teacher, identity["teacher"].get("precision", "fp32"))
 
 
 def _compile(teacher: Teacher) -> None:
-    """In place, so that names, weights and their hash stay as they are."""
+    """Compile in place, so that names, weights and their hash stay as they are."""
     if not isinstance(teacher, nn.Module):
         raise UsageError(f"--compile: teacher {teacher.name!r} is no network; leave it out")
     teacher.compile()
@@ -97,8 +100,8 @@ def keep_freed_memory() -> None:
 
 
 def device_of(teacher: Teacher) -> torch.device:
-    """Where a teacher's weights are; asked at every batch, and the state_dict of a network costs a
-    millisecond."""
+    """Return the device of a teacher's weights; asked at every batch, and the state_dict of a
+    network costs a millisecond."""
     if isinstance(teacher, nn.Module):
         return next(chain(teacher.parameters(), teacher.buffers())).device
     return next(iter(teacher.state_dict().values())).device
@@ -106,8 +109,8 @@ def device_of(teacher: Teacher) -> torch.device:
 
 @contextmanager
 def autocast_for(teacher: Teacher) -> Iterator[None]:
-    """While a teacher runs: its precision, and afterwards what was set before."""
-    precision = execution_of(teacher).precision
+    """Set a teacher's precision while it runs, and afterwards what was set before."""
+    precision = execution_config(teacher).precision
     switches: tuple[Any, ...] = (
         torch.backends.cuda.matmul,
         torch.backends.cudnn.conv,  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Which activation CLIP weights were trained with, and who says so.
+"""The activation that CLIP weights were trained with is found, or asked for.
 
 OpenAI's networks used QuickGELU, x * sigmoid(1.702 x); most later ones use GELU. The same tensors
 load under both, and the wrong one is silent and costs points. What can be asked: open_clip's table
@@ -25,7 +25,7 @@ Statistics = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class PretrainedTag:
-    """What open_clip's table says of one set of weights."""
+    """Hold what open_clip's table says of one set of weights."""
 
     quick: bool
     mean: Statistics
@@ -33,23 +33,25 @@ class PretrainedTag:
 
 
 def activation_name(quick: bool) -> str:
+    """Return QuickGELU or GELU."""
     return "QuickGELU" if quick else "GELU"
 
 
 def uses_quick_gelu(network: nn.Module) -> bool:
-    """Whether a built network runs QuickGELU."""
+    """Return whether a built network runs QuickGELU."""
     return any(type(module).__name__ == "QuickGELU" for module in network.modules())
 
 
 def model_config(arch: str) -> dict[str, Any]:
-    """open_clip's config of an architecture by name."""
+    """Return open_clip's config of an architecture by name."""
     import open_clip
 
     return dict(open_clip.get_model_config(arch) or {})
 
 
 def from_architecture(arch: str) -> bool | None:
-    """What an architecture's name alone says: nothing where both forms of it exist."""
+    """Return whether an architecture's name alone says QuickGELU; None where both forms of it
+    exist."""
     import open_clip
 
     if arch.endswith("-quickgelu"):
@@ -62,8 +64,8 @@ def from_architecture(arch: str) -> bool | None:
 
 
 def from_tag(name: str, arch: str, tag: str) -> PretrainedTag:
-    """Facts of a tag; an unknown one is a UsageError that offers near ones. `name` is what the user
-    gave."""
+    """Return the facts of a tag; an unknown one is a UsageError that offers near ones. `name` is
+    what the user gave."""
     import open_clip
 
     about = open_clip.get_pretrained_cfg(arch, tag)
@@ -76,11 +78,11 @@ def from_tag(name: str, arch: str, tag: str) -> PretrainedTag:
     return PretrainedTag(bool(quick), about["mean"], about["std"])
 
 
-def resolve_option(
+def resolve_activation(
     name: str, options: Mapping[str, object], known: bool | None, whose: str
 ) -> bool:
-    """What is known and the option `quick_gelu`, which must not disagree; GELU where neither
-    says."""
+    """Return whether QuickGELU runs, by what is known and the option `quick_gelu`, which must not
+    disagree; GELU where neither says."""
     asked = options.get("quick_gelu")
     if asked is not None and not isinstance(asked, bool):
         raise UsageError(f"teacher {name!r}: quick_gelu={asked!r}; true or false is allowed")
@@ -99,12 +101,15 @@ def from_file(
     path: str,
     fallback: bool | None = None,
 ) -> tuple[bool, str]:
-    """What the file says, the config in its folder, or the teacher's name (`by_name`), and nothing
-    to add. Where none does and no option is given, the `fallback` with a note that tells of it;
-    without one, the option is asked for."""
+    """Return whether QuickGELU runs, and a note for the user, mostly empty.
+
+    The file says it, the config in its folder, or the teacher's name (`by_name`). Where none does
+    and no option is given, the `fallback` with a note that tells of it; without one, the option is
+    asked for.
+    """
     says = {
-        "the archive": _archive_says(path),
-        f"{CONFIG} beside the file": _folder_says(path),
+        "the archive": _archive_activation(path),
+        f"{CONFIG} beside the file": _folder_activation(path),
         "the name": by_name,
     }
     known = {whose: quick for whose, quick in says.items() if quick is not None}
@@ -126,11 +131,12 @@ def from_file(
             "(LAION's, DataComp's)"
         )
     whose, quick = next(iter(known.items()), ("", None))
-    return resolve_option(name, options, quick, whose), ""
+    return resolve_activation(name, options, quick, whose), ""
 
 
-def _archive_says(path: str) -> bool | None:
-    """A TorchScript archive names its classes, QuickGELU among them or GELU."""
+def _archive_activation(path: str) -> bool | None:
+    """Return whether a TorchScript archive names the class QuickGELU; False for GELU, None for
+    neither."""
     try:
         classes = {
             name.rpartition(".")[2]
@@ -144,7 +150,7 @@ def _archive_says(path: str) -> bool | None:
     return True if "QuickGELU" in classes else False if "GELU" in classes else None
 
 
-def _folder_says(path: str) -> bool | None:
+def _folder_activation(path: str) -> bool | None:
     beside = Path(path).with_name(CONFIG)
     return (
         bool(read_config(beside, path)["model_cfg"].get("quick_gelu", False))
@@ -154,7 +160,7 @@ def _folder_says(path: str) -> bool | None:
 
 
 def read_config(path: Path, name: str) -> dict[str, Any]:
-    """{"model_cfg": {...}, ...} of open_clip_config.json, or of one of open_clip's bare model
+    """Read {"model_cfg": {...}, ...} of open_clip_config.json, or of one of open_clip's bare model
     configs."""
     try:
         about = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What a torch file holds, read without running anything in it.
+"""A torch file is read without running anything in it.
 
 `torch.load(weights_only=True)` refuses whole modules (the DALL-E encoder), TorchScript archives
 (OpenAI's CLIP) and training checkpoints with an argparse namespace in them. Here the pickle is read
@@ -35,7 +35,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file written bef
 
 
 class InertObject:
-    """Stands for any class or function that a file names; being called or given a state, it only
+    """Stand for any class or function that a file names; being called or given a state, it only
     keeps what it got."""
 
     def __init__(self, *args: object) -> None:
@@ -49,16 +49,16 @@ class InertObject:
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Everything in the file that is a tensor, by its dotted name; a module's own parameters come
-    without a prefix.
+    """Read everything in the file that is a tensor, by its dotted name; a module's own parameters
+    come without a prefix.
 
     Raises ValueError, with a reason, when the file is of neither form.
     """
-    return named_tensors(_root(Path(path)))
+    return named_tensors(_unpickle(Path(path)))
 
 
 def named_tensors(root: object) -> dict[str, Tensor]:
-    """Dotted name -> tensor of nested dicts and modules that were read already."""
+    """Return dotted name -> tensor of nested dicts and modules that were read already."""
     try:
         return dict(_tensors(root, ""))
     except RecursionError as error:
@@ -66,8 +66,8 @@ def named_tensors(root: object) -> dict[str, Tensor]:
 
 
 def referenced_names(path: str | Path) -> set[str]:
-    """Classes and functions that a zip archive's pickle names, as `module.name`; nothing is
-    built."""
+    """Return the classes and functions that a zip archive's pickle names, as `module.name`; nothing
+    is built."""
     with zipfile.ZipFile(path) as archive:
         data = archive.read(_pickle_member(archive))
     found, strings = set(), [""]
@@ -81,7 +81,7 @@ def referenced_names(path: str | Path) -> set[str]:
     return found
 
 
-def _root(path: Path) -> object:
+def _unpickle(path: Path) -> object:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -116,8 +116,8 @@ def _tensors(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors and plain containers, and Inert for the rest. `storage` gives a flat tensor
-    for a stored id."""
+    """Build tensors and plain containers, and InertObject for the rest. `storage` gives a flat
+    tensor for a stored id."""
 
     def __init__(self, file: IO[bytes], storage: Any) -> None:
         super().__init__(file)
@@ -149,7 +149,7 @@ class _Unpickler(pickle.Unpickler):
 def _tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> Tensor:
-    """A view of a flat storage; torch refuses one that reaches beyond it."""
+    """Return a view of a flat storage; torch refuses one that reaches beyond it."""
     return storage.as_strided(tuple(size), tuple(stride), offset)
 
 
@@ -195,8 +195,8 @@ def _read_zip(archive: zipfile.ZipFile) -> object:
 
 
 def _read_legacy(file: IO[bytes], size: int) -> object:
-    """Four pickles (magic number, protocol, machine, the object), one of the storages' keys, then
-    count and bytes of each storage."""
+    """Read four pickles (magic number, protocol, machine, the object), one of the storages' keys,
+    then count and bytes of each storage."""
     waiting: dict[str, Tensor] = {}
 
     def storage(dtype: torch.dtype, key: str, device: str, count: int, *_: object) -> Tensor:

@@ -9,7 +9,7 @@ from featcache.models.contract import Option
 
 
 def parse_options(text: str) -> dict[str, Option]:
-    """'img_size=32,drop=0.1,flag=true' -> typed values.
+    """Parse 'img_size=32,drop=0.1,flag=true' into typed values.
 
     >>> parse_options("img_size=32,drop=0.1,flag=true,act=gelu")
     {'img_size': 32, 'drop': 0.1, 'flag': True, 'act': 'gelu'}
@@ -19,11 +19,11 @@ def parse_options(text: str) -> dict[str, Option]:
         key, equals, value = part.partition("=")
         if not equals or not key:
             raise UsageError(f"option {part!r}: key=value is needed, several are parted by commas")
-        options[key] = _typed(value)
+        options[key] = _parse_value(value)
     return options
 
 
-def _typed(text: str) -> Option:
+def _parse_value(text: str) -> Option:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -43,7 +43,7 @@ def check_options(name: str, options: Mapping[str, Option], known: Iterable[str]
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, Option]]:
-    """The name and the typed options of a spec.
+    """Return the name and the typed options of a spec.
 
     >>> split_spec("timm:NAME,img_size=32"), split_spec("synthetic:levels=5")
     (('timm:NAME', {'img_size': 32}), ('synthetic', {'levels': 5}))

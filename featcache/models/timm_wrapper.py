@@ -1,4 +1,4 @@
-"""A timm transformer as a teacher, read through hooks."""
+"""A timm transformer becomes a teacher that is read through hooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_POS = "bicubic"
 
 
 class TimmVit(nn.Module):
-    """`vit`: a timm transformer, read through hooks. `prefix` tokens come before the patches, [CLS]
+    """Read a timm transformer, `vit`, through hooks. `prefix` tokens come before the patches, [CLS]
     first if there."""
 
     name = "timm"
@@ -32,26 +32,33 @@ class TimmVit(nn.Module):
         super().__init__()
         self.vit = vit
         self.weights = weights
-        self._px, self._shrinks = int(vit.patch_embed.img_size[0]), bool(shrink_from)
-        self.input_px = shrink_from or self._px
+        self._tower_px, self._shrinks = int(vit.patch_embed.img_size[0]), bool(shrink_from)
+        self.input_px = shrink_from or self._tower_px
         self.patches = int(vit.patch_embed.num_patches)
         self.width, self.depth = int(vit.embed_dim), len(vit.blocks)
         self.pixel_mean = tuple(mean or vit.pretrained_cfg["mean"])
         self.pixel_std = tuple(std or vit.pretrained_cfg["std"])
         self.first_token = "mean" if vit.cls_token is None else "cls"
         self._attention = torch.empty(0)
-        self._tap = BlockOutputs(vit.blocks)
+        self._block_outputs = BlockOutputs(vit.blocks)
         if vit.cls_token is None:
-            vit.norm.register_forward_hook(self._see_normed)
+            vit.norm.register_forward_hook(self._record_pool_attention)
         else:
-            vit.blocks[-1].attn.register_forward_pre_hook(self._see_last, with_kwargs=True)
+            vit.blocks[-1].attn.register_forward_pre_hook(
+                self._record_cls_attention, with_kwargs=True
+            )
 
-    def _see_last(self, attn: Any, inputs: tuple[Tensor, ...], more: Mapping[str, Any]) -> None:
+    def _record_cls_attention(
+        self, attn: Any, inputs: tuple[Tensor, ...], more: Mapping[str, Any]
+    ) -> None:
+        """Keep the [CLS] row of the last block's attention, from its normed tokens (B, T, D)."""
         query, keys = _query_keys(attn, inputs[0], more.get("rope"))
         self._attention = cls_attention(query, keys, attn.num_heads, self.vit.num_prefix_tokens)
 
-    def _see_normed(self, norm: nn.Module, inputs: tuple[Tensor, ...], x: Tensor) -> None:
-        """The attention of the pool's own query on the final norm's output (B, T, D)."""
+    def _record_pool_attention(
+        self, norm: nn.Module, inputs: tuple[Tensor, ...], x: Tensor
+    ) -> None:
+        """Keep the attention of the pool's own query on the final norm's output (B, T, D)."""
         pool = self.vit.attn_pool
         x = x if pool.pos_embed is None else x + pool.pos_embed
         size = pool.num_heads * pool.head_dim
@@ -67,15 +74,16 @@ class TimmVit(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
+        """Map uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D)], attention (B, P)."""
         pixels = normalise_pixels(images, self.pixel_mean, self.pixel_std)
-        self.vit.forward_features(
-            position_embedding.shrink_pixels(pixels, self._px) if self._shrinks else pixels
-        )
-        return [self._stored(y) for y in self._tap.take(levels)], self._attention
+        if self._shrinks:
+            pixels = position_embedding.shrink_pixels(pixels, self._tower_px)
+        self.vit.forward_features(pixels)
+        return [self._stored_tokens(y) for y in self._block_outputs.take(levels)], self._attention
 
-    def _stored(self, y: Tensor) -> Tensor:
-        """(B, prefix + P, D) -> (B, 1 + P, D)."""
+    def _stored_tokens(self, y: Tensor) -> Tensor:
+        """Keep [CLS], or the mean of the patches, and the patches: (B, prefix + P, D) -> (B, 1 + P,
+        D)."""
         prefix = self.vit.num_prefix_tokens
         patches = y[:, prefix:]
         if self.first_token == "mean":
@@ -83,7 +91,8 @@ class TimmVit(nn.Module):
         return y if prefix == 1 else torch.cat([y[:, :1], patches], 1)
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Empty where the model has no final LayerNorm on its tokens (it then pools first)."""
+        """Return the arrays of the final LayerNorm; none where the model has none on its tokens (it
+        then pools first)."""
         norm = self.vit.norm
         if not isinstance(norm, nn.LayerNorm):
             return {}
@@ -91,12 +100,12 @@ class TimmVit(nn.Module):
 
 
 def _query_keys(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Normed tokens x (B, T, D) -> the [CLS] query (B, H d) and all keys (B, T, H d), normed and
-    rotated."""
+    """Map normed tokens x (B, T, D) -> the [CLS] query (B, H d) and all keys (B, T, H d), normed
+    and rotated."""
     (wq, bq), (wk, bk) = _projections(attn)
     query = attn.q_norm(F.linear(x[:, :1], wq, bq).unflatten(-1, (attn.num_heads, -1)))
     keys = attn.k_norm(F.linear(x, wk, bk).unflatten(-1, (-1, query.shape[-1])))  # (B, T, H, d)
-    # prefix tokens, [CLS] and so the query among them, have no place and are not rotated
+    # prefix tokens, [CLS] and so the query among them, have no position and are not rotated
     if rope is not None:
         from timm.layers import apply_rot_embed_cat
 
@@ -108,7 +117,7 @@ def _query_keys(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _projections(attn: Any) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """Weight and bias of the query and of the key, however the layer keeps them."""
+    """Return weight and bias of the query and of the key, however the layer keeps them."""
     if attn.qkv is None:
         return (attn.q_proj.weight, attn.q_proj.bias), (attn.k_proj.weight, attn.k_proj.bias)
     size = attn.num_heads * attn.head_dim
@@ -128,7 +137,7 @@ def wrap(
     mean: Any = None,
     std: Any = None,
 ) -> TimmVit:
-    """The teacher at `px` input pixels, positions resized as `pos` says."""
+    """Return the teacher at `px` input pixels, positions resized as `pos` says."""
     check_architecture(vit, name)
     native = int(vit.patch_embed.img_size[0])
     px = px or native
@@ -144,7 +153,7 @@ def wrap(
 
 
 def _resize(vit: Any, px: int, mode: str) -> None:
-    """Another input size: timm adapts the grid and what is rotary, the learned positions are
+    """Set another input size: timm adapts the grid and what is rotary, the learned positions are
     resized by our rule."""
     before = None if vit.pos_embed is None else vit.pos_embed.detach().clone()
     vit.set_input_size(img_size=(px, px))
@@ -157,8 +166,8 @@ def _resize(vit: Any, px: int, mode: str) -> None:
 
 
 def check_architecture(vit: Any, name: str) -> None:
-    """Only layers whose attention is known here: another kind would be read wrongly, and nobody
-    would notice."""
+    """Refuse layers whose attention is not known here: they would be read wrongly, and nobody would
+    notice."""
     from timm.layers.attention import Attention, AttentionRope
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -174,7 +183,7 @@ def check_architecture(vit: Any, name: str) -> None:
         type(last),
         type(getattr(last, "attn", None)),
     ) in known and vit.in_chans == 3
-    if not plain or (vit.cls_token is None and not _pools(vit)):
+    if not plain or (vit.cls_token is None and not _has_attention_pool(vit)):
         raise UserError(
             f"teacher {name!r} is a timm {type(vit).__name__} without what is read here: a "
             "VisionTransformer or Eva with plain attention, three colours, and a [CLS] token or an "
@@ -182,8 +191,8 @@ def check_architecture(vit: Any, name: str) -> None:
         )
 
 
-def _pools(vit: Any) -> bool:
-    """Whether one query of an attention pool looks at the tokens."""
+def _has_attention_pool(vit: Any) -> bool:
+    """Return whether one query of an attention pool looks at the tokens."""
     from timm.layers import AttentionPoolLatent
 
     return type(vit.attn_pool) is AttentionPoolLatent and vit.attn_pool.latent_len == 1

@@ -1,4 +1,5 @@
-"""Weights of a library's model: from a file, from the library's hub, or on this machine already.
+"""Weights of a library's model are loaded: from a file, from the library's hub, or from this
+machine.
 
 A file is .safetensors, a torch state dict (bare, or below "state_dict", "model" or "teacher"), a
 whole pickled module or a TorchScript archive; nothing in it is ever executed. What does not fit a
@@ -38,7 +39,7 @@ _HUB_FILES = (
 
 
 def read_state(path: str, what: str) -> dict[str, Tensor]:
-    """Name -> tensor of a weights file; a file that holds none is a UserError."""
+    """Read name -> tensor of a weights file; a file that holds none is a UserError."""
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -55,7 +56,7 @@ def read_state(path: str, what: str) -> dict[str, Tensor]:
             "torch file of tensors is allowed (nothing in a file is ever executed): save the state "
             "dict as .safetensors"
         ) from error
-    state = _unwrapped(state)
+    state = _strip_wrapper(state)
     if not state:
         raise UserError(
             f"weights {path!r} for {what}: there is no named tensor in it (nothing in a file is "
@@ -65,7 +66,8 @@ def read_state(path: str, what: str) -> dict[str, Tensor]:
 
 
 def _read_torch(path: str) -> dict[str, Tensor]:
-    """torch's own reader of plain tensors where it will, else the one that only looks."""
+    """Read a torch file with torch's own reader of plain tensors where it will, else with the one
+    that only looks."""
     try:
         return restricted_unpickler.named_tensors(
             torch.load(path, map_location="cpu", weights_only=True)
@@ -74,9 +76,9 @@ def _read_torch(path: str) -> dict[str, Tensor]:
         return restricted_unpickler.load_tensors(path)
 
 
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part below the first wrapper there is, or everything; a bare tensor has no name and is
-    left out."""
+def _strip_wrapper(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part below the first wrapper there is, or everything; a bare tensor has no name
+    and is left out."""
     for wrapper in _WRAPPERS:
         inner = {
             name.removeprefix(wrapper + "."): value
@@ -89,7 +91,7 @@ def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str, what: str) -> None:
-    """Load strictly; every difference of names or shapes is one line."""
+    """Load a state dict strictly; every difference of names or shapes is one line."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
@@ -131,7 +133,7 @@ def fetch_pretrained(get: Callable[[], Got], what: str, tag: str) -> Got:
 
 @contextmanager
 def _offline_when_unreachable() -> Iterator[None]:
-    """Where the hub's name does not resolve and no proxy is set, let its client use its cache only:
+    """Keep the hub's client to its cache where the hub's name does not resolve and no proxy is set:
     it would otherwise try each of many file names for a minute."""
     from huggingface_hub import constants
 
@@ -147,8 +149,8 @@ def _offline_when_unreachable() -> Iterator[None]:
 
 
 def find_local(repository: str, file: str = "") -> Path | None:
-    """Where registered weights lie already: below the Hugging Face hub's cache, or `file` below
-    torch hub's. No network is asked."""
+    """Find registered weights that lie here already: below the Hugging Face hub's cache, or `file`
+    below torch hub's. No network is asked."""
     if file:
         path = torch_hub_file(file)
         return path if path.is_file() else None
@@ -161,13 +163,13 @@ def find_local(repository: str, file: str = "") -> Path | None:
 
 
 def torch_hub_file(name: str) -> Path:
-    """Where torch hub keeps a downloaded file."""
+    """Return the path at which torch hub keeps a downloaded file."""
     return Path(hub.get_dir()) / "checkpoints" / name
 
 
 def download(url: str, file: str) -> Path:
-    """A file of torch hub's cache, fetched if it is not there: under another name first, so never a
-    part of it."""
+    """Return a file of torch hub's cache, fetched if it is not there: under another name first, so
+    never a part of it."""
     path = torch_hub_file(file)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +183,7 @@ def download(url: str, file: str) -> Path:
 
 
 def is_random(weights: str) -> bool:
+    """Return whether `weights` is random:SEED."""
     return weights.startswith("random:")
 
 
@@ -201,13 +204,13 @@ def build_seeded(make: Callable[[], nn.Module], weights: str | None) -> nn.Modul
 
 
 def weight_hash(teacher: Teacher | Tokenizer) -> str:
-    """BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state, taken from
-    what really runs.
+    """Return BLAKE2b-128 over names, dtypes, shapes and bytes of the loaded module's state, taken
+    from what really runs.
 
     The kinds of activation go in too: the same weights under QuickGELU and GELU are two teachers.
     So does the code of a user's own file.
     """
-    digest = hashlib.blake2b(" ".join(_activations(teacher)).encode(), digest_size=16)
+    digest = hashlib.blake2b(" ".join(_activation_names(teacher)).encode(), digest_size=16)
     digest.update(getattr(teacher, "code", "").encode())
     for name, value in sorted(teacher.state_dict().items()):
         array = value.detach().cpu().contiguous()
@@ -216,7 +219,7 @@ def weight_hash(teacher: Teacher | Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def _activations(teacher: Teacher | Tokenizer) -> list[str]:
+def _activation_names(teacher: Teacher | Tokenizer) -> list[str]:
     modules = teacher.modules() if isinstance(teacher, nn.Module) else []
     names = {type(module).__name__ for module in modules}
     return sorted(
@@ -225,7 +228,7 @@ def _activations(teacher: Teacher | Tokenizer) -> list[str]:
 
 
 def weights_file(weights: str | None) -> str | None:
-    """The path when `weights` names a file that exists; a path that does not exist is a
+    """Return the path where `weights` names a file that exists; a path that does not exist is a
     UserError."""
     if weights is None or is_random(weights):
         return None

@@ -1,4 +1,4 @@
-"""Teachers by name. One file, one family; this file only finds them.
+"""Teachers are found by name and loaded. One file is one family.
 
 A family's module declares `NAMES` (what `featcache teachers` lists), optionally `PREFIX` for
 open-ended names (`timm:...`), and `load(name, options, weights) -> Teacher`. A spec is `NAME` or
@@ -74,7 +74,7 @@ _NEEDS = {"load": "load(name, options, weights) -> Teacher"}
 
 
 def modules() -> list[ModuleType]:
-    """Every family in this folder."""
+    """Return the modules of every family in this folder."""
     return [
         importlib.import_module(f"{__name__}.{info.name}")
         for info in pkgutil.iter_modules(__path__)
@@ -82,13 +82,14 @@ def modules() -> list[ModuleType]:
 
 
 def rows() -> dict[str, ModelCard]:
-    """Name -> facts, for every registered teacher, families in the order of their file names."""
+    """Return name -> card of every registered teacher, families in the order of their file
+    names."""
     return {name: row for module in modules() for name, row in module.NAMES.items()}
 
 
 def family(name: str) -> ModuleType:
-    """The module that knows `name`, or the user's own file; an unknown name is a UsageError that
-    offers near ones."""
+    """Return the module that knows `name`, or the user's own file; an unknown name is a UsageError
+    that offers near ones."""
     if name.endswith(".py"):
         return load_module(Path(name), "teacher", _NEEDS, "featcache/teachers/synthetic.py")
     for module in modules():
@@ -107,13 +108,13 @@ def family(name: str) -> ModuleType:
 
 
 def is_tokenizer(spec: str) -> bool:
-    """Whether a spec names a tokenizer, which `load_tokenizer` loads, and not a teacher of
+    """Return whether a spec names a tokenizer, which `load_tokenizer` loads, and not a teacher of
     features."""
     return bool(getattr(family(split_spec(spec)[0]), "TOKENIZER", False))
 
 
 def load(spec: str, weights: str | None = None, device: str = "cpu") -> Teacher:
-    """The teacher on `device`, frozen, in eval mode.
+    """Load the teacher on `device`, frozen, in eval mode.
 
     `weights`: None for the registered ones, a file, a tag, or random:SEED.
     """
@@ -127,7 +128,7 @@ def load(spec: str, weights: str | None = None, device: str = "cpu") -> Teacher:
 
 
 def load_tokenizer(spec: str, weights: str | None = None, device: str = "cpu") -> Tokenizer:
-    """The tokenizer on `device`, frozen, in eval mode; `weights` as for `load`."""
+    """Load the tokenizer on `device`, frozen, in eval mode; `weights` as for `load`."""
     if not is_tokenizer(spec):
         raise UsageError(
             f"teacher {spec!r} gives features, not token ids; a tokenizer is needed here: dvae"
@@ -153,14 +154,15 @@ def _load(spec: str, weights: str | None, device: str, contract: type) -> Any:
 def _load_own(
     module: ModuleType, name: str, options: dict[str, Option], weights: str | None, contract: type
 ) -> Any:
-    """A user's `load`, its mistakes told in one line, its result checked against the contract."""
+    """Run a user's `load`, tell its mistakes in one line, and check its result against the
+    contract."""
     try:
         loaded = module.load(name, options, weights)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"teacher {name!r}: its load(...) fails: {reason(error)}; mend the file"
+            f"teacher {name!r}: its load(...) fails: {reason(error)}; fix the file"
         ) from error
     # the name is given by the spec
     facts = [fact for fact in contract.__annotations__ if fact != "name"]
@@ -176,7 +178,7 @@ def _load_own(
 
 
 def load_any(spec: str, weights: str | None, device: str) -> Teacher:
-    """A teacher, or a tokenizer in place of one, on a device; `weights` as for `load`."""
+    """Load a teacher, or a tokenizer in place of one, on a device; `weights` as for `load`."""
     if is_tokenizer(spec):
         made: Teacher = tokenizer.as_teacher(load_tokenizer(spec, weights, device))
         return made

@@ -1,6 +1,6 @@
-"""CLIP's picture towers through open_clip (METHODS 0.8): `clip-b16`, `clip-b32`, `clip-l14`, and
-`open_clip:ARCH/TAG`, where ARCH is a name of open_clip's, `local-dir:FOLDER`, `hf-hub:ORG/NAME` or
-`CONFIG.json`.
+"""CLIP's picture towers are teachers through open_clip (METHODS 0.8): `clip-b16`, `clip-b32`,
+`clip-l14`, and `open_clip:ARCH/TAG`, where ARCH is a name of open_clip's, `local-dir:FOLDER`,
+`hf-hub:ORG/NAME` or `CONFIG.json`.
 
 OpenAI's weights were trained with QuickGELU; under plain GELU they are silently wrong and cost
 points. So the activation is never guessed: a tag says its own, a folder's config says it, a
@@ -68,8 +68,9 @@ _OPTIONS = ("img_size", "grid", "pos", "quick_gelu")
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What a name stands for. `quick`: the activation that it says, None where it says none."""
+class _ModelSource:
+    """Hold what a name stands for. `quick`: the activation that it says, None where it says
+    none."""
 
     arch: str  # open_clip's name or schema
     tag: str | None
@@ -80,38 +81,41 @@ class _Source:
 
 
 def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Module:
-    """`weights`: None for the tag or folder that the name says, a file, a tag, or random:SEED."""
+    """Load the tower that `name` stands for. `weights`: None for the tag or folder that the name
+    says, a file, a tag, or random:SEED."""
     check_options(name, options, _OPTIONS)
     path = weights_file(weights)
     drawn = bool(weights) and is_random(str(weights))
     tag = None if path or drawn else weights
-    source = _source(name, tag, options)
+    source = _resolve_source(name, tag, options)
     if weights is not None and source.arch.startswith("hf-hub:"):
         raise UsageError(
             f"teacher {name!r} takes its weights from the hub, --weights {weights!r} is given; "
             "leave it out"
         )
     if drawn:
-        quick = quick_gelu.resolve_option(name, options, source.quick, "the architecture")
-        visual = build_seeded(lambda: _tower(source, quick), weights)
-    elif path := path or _file_in(source):
-        visual = _from_file(name, source, options, path)
+        quick = quick_gelu.resolve_activation(name, options, source.quick, "the architecture")
+        visual = build_seeded(lambda: _build_tower(source, quick), weights)
+    elif path := path or _weights_in_folder(source):
+        visual = _load_file(name, source, options, path)
     else:
-        visual = _from_tag(name, source, options)
-    mean, std = _statistics(name, source, visual)
+        visual = _load_tag(name, source, options)
+    mean, std = _pixel_statistics(name, source, visual)
     return wrap(visual, name, options, source.default_px, weights or REGISTERED, mean, std)
 
 
-def _source(name: str, tag: str | None, options: dict[str, Option]) -> _Source:
+def _resolve_source(name: str, tag: str | None, options: dict[str, Option]) -> _ModelSource:
+    """Return the architecture and tag of a name, a tag of --weights among them, and refuse an
+    activation that would be silently wrong."""
     if name in _REGISTERED:
         arch, px = _REGISTERED[name]
         if arch == "ViT-L-14" and (options.get("img_size") == 336 or options.get("grid") == 24):
             arch, px = "ViT-L-14-336", 336
         tag = tag or _TAG
-        return _Source(arch, tag, quick_gelu.from_tag(name, arch, tag).quick, px)
+        return _ModelSource(arch, tag, quick_gelu.from_tag(name, arch, tag).quick, px)
     arch = name.removeprefix(f"{PREFIX}:")
     if arch.startswith(("local-dir:", "hf-hub:")) or arch.endswith(".json"):
-        return _configured(name, arch, tag)
+        return _source_from_config(name, arch, tag)
     arch, _, own_tag = arch.partition("/")
     _check_arch(name, arch)
     if tag and own_tag and tag != own_tag:
@@ -121,7 +125,7 @@ def _source(name: str, tag: str | None, options: dict[str, Option]) -> _Source:
     tag = own_tag or tag
     says = quick_gelu.from_architecture(arch)
     if tag is None:
-        return _Source(arch, None, says)
+        return _ModelSource(arch, None, says)
     quick, config = quick_gelu.from_tag(name, arch, tag).quick, quick_gelu.model_config(arch)
     # such towers have an activation of their own
     by_timm = "timm_model_name" in config["vision_cfg"]
@@ -133,24 +137,27 @@ def _source(name: str, tag: str | None, options: dict[str, Option]) -> _Source:
             f"{quick_gelu.activation_name(not quick)} and would be silently wrong; give "
             f"{PREFIX}:{other}/{tag}"
         )
-    return _Source(arch, tag, quick)
+    return _ModelSource(arch, tag, quick)
 
 
-def _configured(name: str, arch: str, tag: str | None) -> _Source:
-    """A folder, a hub repository or a config file: its own config says the activation."""
+def _source_from_config(name: str, arch: str, tag: str | None) -> _ModelSource:
+    """Return the source of a folder, a hub repository or a config file, whose own config says the
+    activation."""
     if tag is not None:
         raise UsageError(
             f"teacher {name!r} has no tags, {tag!r} is given; a file or random:SEED is allowed"
         )
     if arch.startswith("hf-hub:"):
-        return _Source(arch, None, None)
+        return _ModelSource(arch, None, None)
     path = (
         Path(arch)
         if arch.endswith(".json")
         else Path(arch.removeprefix("local-dir:")) / quick_gelu.CONFIG
     )
     config = quick_gelu.read_config(path, name)
-    return _Source(arch, None, bool(config["model_cfg"].get("quick_gelu", False)), config=config)
+    return _ModelSource(
+        arch, None, bool(config["model_cfg"].get("quick_gelu", False)), config=config
+    )
 
 
 def _check_arch(name: str, arch: str) -> None:
@@ -165,7 +172,8 @@ def _check_arch(name: str, arch: str) -> None:
         )
 
 
-def _from_tag(name: str, source: _Source, options: dict[str, Option]) -> Any:
+def _load_tag(name: str, source: _ModelSource, options: dict[str, Option]) -> Any:
+    """Load the weights of a tag or of a hub's repository by open_clip's own reader."""
     import open_clip
 
     if source.tag is None and not source.arch.startswith("hf-hub:"):
@@ -175,14 +183,21 @@ def _from_tag(name: str, source: _Source, options: dict[str, Option]) -> Any:
             "or --weights FILE"
         )
     if source.tag is not None:
-        quick = quick_gelu.resolve_option(name, options, source.quick, "the tag")
-        return fetch_pretrained(lambda: _tower(source, quick, pretrained=True), name, source.tag)
-    visual = fetch_pretrained(lambda: _tower(source, False, pretrained=True), name, source.arch)
-    quick_gelu.resolve_option(name, options, quick_gelu.uses_quick_gelu(visual), "the hub's config")
+        quick = quick_gelu.resolve_activation(name, options, source.quick, "the tag")
+        return fetch_pretrained(
+            lambda: _build_tower(source, quick, pretrained=True), name, source.tag
+        )
+    visual = fetch_pretrained(
+        lambda: _build_tower(source, False, pretrained=True), name, source.arch
+    )
+    quick_gelu.resolve_activation(
+        name, options, quick_gelu.uses_quick_gelu(visual), "the hub's config"
+    )
     return visual
 
 
-def _from_file(name: str, source: _Source, options: dict[str, Option], path: str) -> Any:
+def _load_file(name: str, source: _ModelSource, options: dict[str, Option], path: str) -> Any:
+    """Load a file's tower, at the grid of the file's own positions."""
     # "clip-b16" means OpenAI's, but a file given with it may be anyone's: what it says itself
     # counts first.
     ours = name in _REGISTERED
@@ -190,7 +205,7 @@ def _from_file(name: str, source: _Source, options: dict[str, Option], path: str
     quick, note = quick_gelu.from_file(name, by_name, options, path, fallback)
     if note:
         _LOG.warning(note)
-    visual: Any = build_seeded(lambda: _tower(source, quick), None)
+    visual: Any = build_seeded(lambda: _build_tower(source, quick), None)
     state = read_state(path, name)
     own = {
         key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")
@@ -205,8 +220,8 @@ def _from_file(name: str, source: _Source, options: dict[str, Option], path: str
     return visual
 
 
-def _file_in(source: _Source) -> str | None:
-    """The weights in a folder given as local-dir:, safetensors first."""
+def _weights_in_folder(source: _ModelSource) -> str | None:
+    """Return the weights in a folder given as local-dir:, safetensors first."""
     if not source.arch.startswith("local-dir:"):
         return None
     folder = Path(source.arch.removeprefix("local-dir:"))
@@ -220,19 +235,19 @@ def _file_in(source: _Source) -> str | None:
     return str(files[0])
 
 
-def _tower(source: _Source, quick: bool, *, pretrained: bool = False) -> Any:
-    """open_clip's picture tower; its own reader is used for tags and hubs only."""
+def _build_tower(source: _ModelSource, quick: bool, *, pretrained: bool = False) -> Any:
+    """Build open_clip's picture tower; its own reader is used for tags and hubs only."""
     if not source.config:
-        return _create(source.arch, source.tag if pretrained else None, quick, pretrained)
+        return _create_model(source.arch, source.tag if pretrained else None, quick, pretrained)
     # where open_clip looks for a config that it does not ship
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, quick_gelu.CONFIG).write_text(
             json.dumps({"model_cfg": source.config["model_cfg"]})
         )
-        return _create(f"local-dir:{folder}", None, quick, pretrained=False)
+        return _create_model(f"local-dir:{folder}", None, quick, pretrained=False)
 
 
-def _create(arch: str, tag: str | None, quick: bool, pretrained: bool) -> Any:
+def _create_model(arch: str, tag: str | None, quick: bool, pretrained: bool) -> Any:
     import open_clip
 
     before = logging.root.manager.disable
@@ -257,9 +272,9 @@ def _create(arch: str, tag: str | None, quick: bool, pretrained: bool) -> Any:
         logging.disable(before)
 
 
-def _statistics(name: str, source: _Source, visual: Any) -> tuple[Any, Any]:
-    """Pixel mean and std: of the tag, of the config, or the ones that all tags of the architecture
-    share."""
+def _pixel_statistics(name: str, source: _ModelSource, visual: Any) -> tuple[Any, Any]:
+    """Return pixel mean and std: of the tag, of the config, or the ones that all tags of the
+    architecture share."""
     import open_clip
 
     if source.tag is not None:

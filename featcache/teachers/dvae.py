@@ -1,5 +1,5 @@
-"""DALL-E's discrete tokenizer, the target of CAE (METHODS 4.2): a picture of 112 pixels -> 14 x 14
-words of 8192.
+"""DALL-E's discrete tokenizer gives the target of CAE (METHODS 4.2): a picture of 112 pixels -> 14
+x 14 words of 8192.
 
 The encoder of Ramesh et al. 2021 (arXiv 2102.12092, appendix A), written from its description: a 7
 x 7 convolution to 256 channels; four groups of two residual blocks with 256, 512, 1024 and 2048
@@ -9,8 +9,8 @@ before each, and is added with weight 1 / (number of blocks)^2 to the input, whi
 convolution where the width changes.
 
 Weights: the published `encoder.pkl`, which is a whole pickled module and is read without running
-it, or a state dict of it. Pixels in [0, 1] are mapped to 0.8 x + 0.1; there are no mean and
-deviation. CAE renders the 112 pixels with Lanczos from the same crop box as the student's picture.
+it, or a state dict of it. Pixels in [0, 1] are mapped to 0.8 x + 0.1; there are no mean and std.
+CAE renders the 112 pixels with Lanczos from the same crop box as the student's picture.
 
 A smaller one of the same form is told by options, with weights of one's own (pipelines.tokenizer
 trains one on digits): `dvae,img_size=64,width=16,vocabulary=64` reads 64 pixels for a grid of 8 x
@@ -47,7 +47,8 @@ _SUFFIXES = {".w": ".weight", ".b": ".bias"}  # the published names of a convolu
 
 
 class Block(nn.Module):
-    """(B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Add a bottleneck branch of four convolutions to its input: (B, C_in, H, W) -> (B, C_out, H,
+    W)."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -69,7 +70,8 @@ class Block(nn.Module):
 
 
 class Dvae(nn.Module):
-    """uint8 pictures -> token ids; the sizes are the published ones where nothing else is said."""
+    """Map uint8 pictures to token ids; the sizes are the published ones where nothing else is
+    said."""
 
     name = "dvae"
     pixel_filter = "lanczos"
@@ -89,12 +91,15 @@ class Dvae(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) -> ids (B, P) int64, patches in raster order."""
+        """Map uint8 (B, 3, S, S) -> ids (B, P) int64, patches in raster order."""
         return self.logits(0.8 * (images.float() / 255) + 0.1).argmax(1).flatten(1)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Mapped pixels (B, 3, S, S) -> (B, vocabulary, S / 8, S / 8). The last layer is float32
-        under autocast too, as in the released code: half precision there moves the argmax."""
+        """Compute the logits (B, vocabulary, S / 8, S / 8) of mapped pixels (B, 3, S, S).
+
+        The last layer is float32 under autocast too, as in the released code: half precision there
+        moves the argmax.
+        """
         *body, output = self.blocks
         for part in body:
             pixels = part(pixels)
@@ -113,11 +118,11 @@ def _group(before: int, after: int, *, pool: bool) -> nn.Sequential:
 
 
 def load(name: str, options: dict[str, Option], given: str | None) -> Dvae:
-    """`given` None is the published file in torch hub's folder, fetched if need be; else a file or
-    random:SEED."""
-    sizes = _sizes(name, options)
+    """Load the tokenizer. `given`: None for the published file in torch hub's folder, fetched if
+    need be; else a file or random:SEED."""
+    sizes = _parse_sizes(name, options)
     if given is not None and weights.is_random(given):
-        drawn = weights.build_seeded(lambda: _sized(given, sizes), given)
+        drawn = weights.build_seeded(lambda: _build(given, sizes), given)
         assert isinstance(drawn, Dvae)
         return drawn
     path = weights.weights_file(given)
@@ -129,14 +134,15 @@ def load(name: str, options: dict[str, Option], given: str | None) -> Dvae:
         weights.fetch_pretrained(lambda: weights.download(_URL, NAMES[name].file), name, _URL)
     )
     with torch.device("meta"):
-        encoder = _sized(given or REGISTERED, sizes)
+        encoder = _build(given or REGISTERED, sizes)
     encoder.to_empty(device="cpu")
-    read_into(encoder, file, name)
+    load_weights(encoder, file, name)
     return encoder
 
 
-def _sizes(name: str, options: dict[str, Option]) -> dict[str, int]:
-    """The published sizes, changed by the options; a size that cannot be built is a UsageError."""
+def _parse_sizes(name: str, options: dict[str, Option]) -> dict[str, int]:
+    """Return the published sizes, changed by the options; a size that cannot be built is a
+    UsageError."""
     check_options(name, options, _SIZES)
     sizes = dict(_SIZES)
     for key, value in options.items():
@@ -149,18 +155,18 @@ def _sizes(name: str, options: dict[str, Option]) -> dict[str, int]:
     return sizes
 
 
-def _sized(given: str, sizes: dict[str, int]) -> Dvae:
+def _build(given: str, sizes: dict[str, int]) -> Dvae:
     return Dvae(given, sizes["width"], sizes["vocabulary"], sizes["img_size"])
 
 
-def read_into(encoder: Dvae, path: str, name: str) -> None:
+def load_weights(encoder: Dvae, path: str, name: str) -> None:
     """Load a state dict, with the published names or with torch's own, or the published module."""
-    state = {_renamed(key): value for key, value in weights.read_state(path, name).items()}
+    state = {_torch_name(key): value for key, value in weights.read_state(path, name).items()}
     weights.load_state(encoder, state, path, name)
 
 
-def _renamed(key: str) -> str:
-    """'blocks.input.w' -> 'blocks.input.weight'."""
+def _torch_name(key: str) -> str:
+    """Map 'blocks.input.w' to 'blocks.input.weight'."""
     for short, long in _SUFFIXES.items():
         if key.endswith(short):
             return key.removesuffix(short) + long

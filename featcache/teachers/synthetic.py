@@ -1,5 +1,5 @@
-"""A teacher without a network: exact arithmetic on block means, so that every batch size gives the
-same bytes.
+"""A teacher without a network computes exact block means, so that every batch size gives the same
+bytes.
 
 For tests, benchmarks and dry trials of a pipeline. Features are an affine map of each patch's
 colours plus a position term, with a few outlier channels 60 times larger, as CLIP's residual stream
@@ -32,8 +32,8 @@ _OUTLIERS, _OUTLIER_GAIN = 3, 60.0
 
 
 class Synthetic(nn.Module):
-    """y_k[t] = sum_c colour[t, c] * A_k[c] + B_k[t] with outlier channels; float64 sums in a fixed
-    order, no BLAS."""
+    """Compute y_k[t] = sum_c colour[t, c] * A_k[c] + B_k[t] with outlier channels; float64 sums in
+    a fixed order, no BLAS."""
 
     name = "synthetic"
     weights = REGISTERED
@@ -45,9 +45,11 @@ class Synthetic(nn.Module):
         super().__init__()
         self.input_px, self.patches, self.width, self.depth = size, tokens, width, levels
         self.pixel_mean, self.pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        self.register_buffer("colours", torch.from_numpy(_table("colours", levels, 3, width)))
         self.register_buffer(
-            "places", torch.from_numpy(_table("places", levels, 1 + tokens, width))
+            "colours", torch.from_numpy(_fixed_values("colours", levels, 3, width))
+        )
+        self.register_buffer(
+            "places", torch.from_numpy(_fixed_values("places", levels, 1 + tokens, width))
         )
         gain = np.ones(width)
         gain[:: max(1, width // _OUTLIERS)][:_OUTLIERS] = _OUTLIER_GAIN
@@ -55,7 +57,7 @@ class Synthetic(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D) float32], attention (B, P) float32."""
+        """Map uint8 (B, 3, S, S) -> [y_k (B, 1 + P, D) float32], attention (B, P) float32."""
         colour = self._colours(images)  # (B, 1 + P, 3) in [0, 1]
         ys = []
         for k in levels:
@@ -68,8 +70,8 @@ class Synthetic(nn.Module):
         return ys, (0.8 * weight / (weight.cumsum(1)[:, -1:])).float()
 
     def _colours(self, images: Tensor) -> Tensor:
-        """Exact block means: whole numbers summed, then one division. The first row is the whole
-        picture's mean."""
+        """Compute exact block means: whole numbers summed, then one division. The first row is the
+        whole picture's mean."""
         side = math.isqrt(self.patches)
         edge = images.shape[-1] // side
         blocks = images[..., : side * edge, : side * edge].to(torch.int64)
@@ -84,9 +86,10 @@ class Synthetic(nn.Module):
         return rows.transpose(1, 2).double() / (255 * edge * edge * self.patches)
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return a gamma and beta that are fixed for a width."""
         gamma, beta = (
-            _table("gamma", 1, 1, self.width)[0, 0],
-            _table("beta", 1, 1, self.width)[0, 0],
+            _fixed_values("gamma", 1, 1, self.width)[0, 0],
+            _fixed_values("beta", 1, 1, self.width)[0, 0],
         )
         return {
             "gamma": (1 + gamma / 4).astype(np.float32),
@@ -95,9 +98,9 @@ class Synthetic(nn.Module):
         }
 
 
-def _table(name: str, *shape: int) -> npt.NDArray[np.float64]:
-    """Fixed numbers in [-1, 1): words of our own generator, so no version of a library changes
-    them."""
+def _fixed_values(name: str, *shape: int) -> npt.NDArray[np.float64]:
+    """Return fixed numbers in [-1, 1): words of our own generator, so no version of a library
+    changes them."""
     count = math.prod(shape)
     digest = rng.key_digests([f"synthetic:{name}:{shape}"])
     return (2 * rng.uniform(rng.words(digest, rng.stream("synthetic", 0), count)) - 1).reshape(
@@ -106,6 +109,7 @@ def _table(name: str, *shape: int) -> npt.NDArray[np.float64]:
 
 
 def load(name: str, options: dict[str, Option], weights: str | None) -> Synthetic:
+    """Load the teacher with the sizes that its options give; it has no weights."""
     if name != PREFIX:
         raise UsageError(
             f"teacher {name!r}: key=value options are needed, as in synthetic:levels=5,width=768"

@@ -1,5 +1,5 @@
-"""timm's vision transformers: DINO, DINOv2, DINOv3, SigLIP, MAE and DeiT by short names, others as
-`timm:NAME[,key=value...]`.
+"""timm's vision transformers are teachers: DINO, DINOv2, DINOv3, SigLIP, MAE and DeiT by short
+names, others as `timm:NAME[,key=value...]`.
 
 Options: `img_size` in pixels or `grid` in patches a side; `pos`, how positions come onto another
 grid (`featcache.models.position_embedding`); all others go to timm's constructor, so a small
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from featcache.errors import UsageError, UserError, near
 from featcache.models import position_embedding
 from featcache.models.contract import REGISTERED, ModelCard, Option
-from featcache.models.position_embedding import wanted_px
+from featcache.models.position_embedding import resolve_input_px
 from featcache.models.timm_wrapper import TimmVit, check_architecture, wrap
 from featcache.models.weights import (
     build_seeded,
@@ -39,7 +39,7 @@ from featcache.models.weights import (
 PREFIX = "timm"
 
 
-def _row(
+def _card(
     arch: str,
     px: int,
     width: int,
@@ -54,26 +54,30 @@ def _row(
 
 
 NAMES = {
-    "dino-b16": _row("vit_base_patch16_224.dino", 224, 768, 12, 85_798_656, 17.56),
-    "dino-s16": _row("vit_small_patch16_224.dino", 224, 384, 12, 21_665_664, 4.6),
-    "dinov2-s14": _row("vit_small_patch14_dinov2.lvd142m", 196, 384, 12, 21_605_760, 4.58),
-    "dinov2-b14": _row("vit_base_patch14_dinov2.lvd142m", 196, 768, 12, 85_678_848, 17.54),
-    "dinov2-l14": _row("vit_large_patch14_dinov2.lvd142m", 196, 1024, 24, 303_166_464, 61.52),
-    "dinov2-b14-reg": _row("vit_base_patch14_reg4_dinov2.lvd142m", 196, 768, 12, 85_681_152, 17.91),
-    "dinov2-l14-reg": _row(
+    "dino-b16": _card("vit_base_patch16_224.dino", 224, 768, 12, 85_798_656, 17.56),
+    "dino-s16": _card("vit_small_patch16_224.dino", 224, 384, 12, 21_665_664, 4.6),
+    "dinov2-s14": _card("vit_small_patch14_dinov2.lvd142m", 196, 384, 12, 21_605_760, 4.58),
+    "dinov2-b14": _card("vit_base_patch14_dinov2.lvd142m", 196, 768, 12, 85_678_848, 17.54),
+    "dinov2-l14": _card("vit_large_patch14_dinov2.lvd142m", 196, 1024, 24, 303_166_464, 61.52),
+    "dinov2-b14-reg": _card(
+        "vit_base_patch14_reg4_dinov2.lvd142m", 196, 768, 12, 85_681_152, 17.91
+    ),
+    "dinov2-l14-reg": _card(
         "vit_large_patch14_reg4_dinov2.lvd142m", 196, 1024, 24, 303_169_536, 62.8
     ),
-    "dinov3-b16": _row(
+    "dinov3-b16": _card(
         "vit_base_patch16_dinov3.lvd1689m", 224, 768, 12, 85_641_216, 17.93, "dinov3-license"
     ),
-    "dinov3-l16": _row(
+    "dinov3-l16": _card(
         "vit_large_patch16_dinov3.lvd1689m", 224, 1024, 24, 303_079_424, 62.84, "dinov3-license"
     ),
-    "siglip-b16": _row("vit_base_patch16_siglip_224.webli", 224, 768, 12, 92_884_224, 17.47),
-    "siglip2-b16": _row("vit_base_patch16_siglip_224.v2_webli", 224, 768, 12, 92_884_224, 17.47),
-    "mae-b16": _row("vit_base_patch16_224.mae", 224, 768, 12, 85_798_656, 17.56, "cc-by-nc-4.0"),
-    "mae-l16": _row("vit_large_patch16_224.mae", 224, 1024, 24, 303_301_632, 61.55, "cc-by-nc-4.0"),
-    "deit-b16": _row("deit_base_patch16_224.fb_in1k", 224, 768, 12, 85_798_656, 17.56),
+    "siglip-b16": _card("vit_base_patch16_siglip_224.webli", 224, 768, 12, 92_884_224, 17.47),
+    "siglip2-b16": _card("vit_base_patch16_siglip_224.v2_webli", 224, 768, 12, 92_884_224, 17.47),
+    "mae-b16": _card("vit_base_patch16_224.mae", 224, 768, 12, 85_798_656, 17.56, "cc-by-nc-4.0"),
+    "mae-l16": _card(
+        "vit_large_patch16_224.mae", 224, 1024, 24, 303_301_632, 61.55, "cc-by-nc-4.0"
+    ),
+    "deit-b16": _card("deit_base_patch16_224.fb_in1k", 224, 768, 12, 85_798_656, 17.56),
 }
 _UNUSED = (
     "head.",
@@ -86,8 +90,8 @@ _UNUSED = (
 
 
 def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
-    """`weights` None is timm's registered tag; a file's classifier, decoder and mask token are not
-    the teacher's."""
+    """Load a timm model. `weights` None is its registered tag; a file's classifier, decoder and
+    mask token are not the teacher's."""
     row = NAMES.get(name)
     arch = row.hub.removeprefix("timm/") if row else name.removeprefix(f"{PREFIX}:")
     _check_name(arch)
@@ -111,20 +115,20 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
             **constructor,
             **({"img_size": options["img_size"]} if "img_size" in options else {}),
         }
-        vit = _from_file(lambda: _create(arch, sized, pretrained=False), name, path)
+        vit = _load_file(lambda: _create_model(arch, sized, pretrained=False), name, path)
     elif drawn:
-        vit = build_seeded(lambda: _create(arch, constructor, pretrained=False), weights)
+        vit = build_seeded(lambda: _create_model(arch, constructor, pretrained=False), weights)
     else:
         tag = arch.partition(".")[2] or "default"
-        vit = fetch_pretrained(lambda: _create(arch, constructor, pretrained=True), name, tag)
+        vit = fetch_pretrained(lambda: _create_model(arch, constructor, pretrained=True), name, tag)
     check_architecture(vit, name)
-    px = wanted_px(name, options, int(vit.patch_embed.patch_size[0]), default)
+    px = resolve_input_px(name, options, int(vit.patch_embed.patch_size[0]), default)
     return wrap(vit, name, px, pos, weights or REGISTERED)
 
 
-def _from_file(make: Callable[[], nn.Module], name: str, path: str) -> Any:
-    """The model at the input size of the file's own positions; timm renames other layouts of the
-    same network."""
+def _load_file(make: Callable[[], nn.Module], name: str, path: str) -> Any:
+    """Load a file's model at the input size of the file's own positions; timm renames other layouts
+    of the same network."""
     vit: Any = build_seeded(make, None)
     check_architecture(vit, name)
     state = read_state(path, name)
@@ -144,15 +148,15 @@ def _from_file(make: Callable[[], nn.Module], name: str, path: str) -> Any:
     kept = vit.state_dict().keys()
     own = {
         k: v
-        for k, v in _renamed(state, vit, path, name).items()
+        for k, v in _convert_names(state, vit, path, name).items()
         if k in kept or not k.startswith(_UNUSED)
     }
     load_state(vit, own, path, name)
     return vit
 
 
-def _renamed(state: dict[str, Tensor], vit: Any, path: str, name: str) -> dict[str, Tensor]:
-    """timm's own reading of other projects' names (DINOv2's registers, DINOv3, OpenAI's,
+def _convert_names(state: dict[str, Tensor], vit: Any, path: str, name: str) -> dict[str, Tensor]:
+    """Rename a foreign project's tensors as timm does (DINOv2's registers, DINOv3, OpenAI's,
     open_clip's)."""
     from timm.models import eva, vision_transformer
 
@@ -189,7 +193,7 @@ def _near_models(bare: str) -> str:
     )
 
 
-def _create(arch: str, options: dict[str, Option], *, pretrained: bool) -> nn.Module:
+def _create_model(arch: str, options: dict[str, Option], *, pretrained: bool) -> nn.Module:
     import timm
 
     try:

@@ -1,1 +1,1 @@
-"""Encoders, decoders and losses that recipes are made of."""
+"""Recipes are made of these encoders, decoders and losses."""

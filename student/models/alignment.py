@@ -1,5 +1,5 @@
-"""Alignment of a student's visible tokens with a frozen teacher's levels: the head MaskAlign and
-MR-Align share.
+"""An alignment head compares a student's visible tokens with a frozen teacher's levels; MaskAlign
+and MR-Align share it.
 
 Student blocks s = 1..S give x_s, the teacher's level t gives y_t and h_t = LN(y_t) without affine.
 For each aligned level t, by default
@@ -9,7 +9,7 @@ For each aligned level t, by default
     loss = sum_t weight_t * 2 * mean smooth-L1(q_t, h_t)      over pictures, CLS + visible tokens,
                                                               channels
 
-and by the switches of the paper's ablations, `Ways`,
+and by the switches of the paper's ablations, `AlignmentOptions`,
 
     q_t = sum_s W[t,s] A_s(x_s)            adapt_then_mix: the paper's Eq. 1, an adaptor per student
                                            block
@@ -46,7 +46,8 @@ LOSSES = {"smooth_l1": losses.smooth_l1, "l2": losses.l2, "l1": losses.l1}
 
 @dataclass(frozen=True)
 class AlignmentOptions:
-    """How levels are aligned; names of `maskalign`'s settings, where they are explained."""
+    """Hold how levels are aligned, by the names of `maskalign`'s settings, where they are
+    explained."""
 
     alignment: str = "mix_then_adapt"
     mix_start: str = "auto"
@@ -57,7 +58,7 @@ class AlignmentOptions:
 
 
 class AlignmentHead(nn.Module):
-    """W and the adaptors of the aligned levels, and their loss."""
+    """Hold W and the adaptors of the aligned levels, and compute their loss."""
 
     def __init__(
         self,
@@ -68,15 +69,16 @@ class AlignmentHead(nn.Module):
         weights: dict[int, float],
         options: AlignmentOptions | None = None,
     ) -> None:
-        """`weights` is what `levels` gives; W is [L, S], its rows in ascending order of level."""
+        """Build W [L, S], its rows in ascending order of level; `weights` is what `aligned_levels`
+        gives."""
         super().__init__()
         self.weights, self.options = dict(weights), options or AlignmentOptions()
         mixes = self.options.alignment != "layer_wise"
         if not mixes:
-            _check_pairs("alignment=layer_wise", student_depth, teacher_depth)
-            _check_last(max(weights), student_depth)
+            _check_equal_depths("alignment=layer_wise", student_depth, teacher_depth)
+            _check_last_block(max(weights), student_depth)
         start = (
-            _mix_start(self.options.mix_start, student_depth, teacher_depth, tuple(weights))
+            _initial_mix(self.options.mix_start, student_depth, teacher_depth, tuple(weights))
             if mixes
             else None
         )
@@ -95,11 +97,13 @@ class AlignmentHead(nn.Module):
         feature_stats: Tensor | None = None,
         moments: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """outputs: S x (B,1+V,D); features (B,L,1+P,Dt), ids_keep (B,V), and for target norms other
-        than ln feature_stats (B,L,1+P,2), for bn moments (L,2) -> the loss, and each level's own
-        loss."""
+        """Compute the loss, and each level's own loss.
+
+        outputs: S x (B,1+V,D); features (B,L,1+P,Dt), ids_keep (B,V), and for target norms other
+        than ln feature_stats (B,L,1+P,2), for bn moments (L,2).
+        """
         assert features.shape[1] == len(self.weights), (features.shape, tuple(self.weights))
-        rows = vit.with_cls(ids_keep) if self.options.cls_loss else ids_keep + 1
+        rows = vit.prepend_cls_id(ids_keep) if self.options.cls_loss else ids_keep + 1
         aligned = self._predictions(
             outputs if self.options.cls_loss else [x[:, 1:] for x in outputs]
         )
@@ -107,11 +111,11 @@ class AlignmentHead(nn.Module):
         # Level by level: a smooth-L1 over all levels at once would keep one more float32 copy of
         # all of them.
         for i, (level, predicted) in enumerate(zip(self.weights, aligned, strict=True)):
-            target = vit.select(features[:, i], rows)
+            target = vit.gather_tokens(features[:, i], rows)
             if self.options.target_norm != "ln":
                 assert feature_stats is not None
-                stats = vit.select(feature_stats[:, i], rows)
-                target = normalised(
+                stats = vit.gather_tokens(feature_stats[:, i], rows)
+                target = normalise_target(
                     self.options.target_norm, target, stats, None if moments is None else moments[i]
                 )
             parts[f"level_{level}"] = LOSSES[self.options.loss](predicted, target)
@@ -122,49 +126,49 @@ class AlignmentHead(nn.Module):
         return torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()}
 
     def _predictions(self, outputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """S x (B,N,D) -> L x (B,N,Dt), q_t in ascending order of level."""
+        """Yield q_t in ascending order of level: S x (B,N,D) -> L x (B,N,Dt)."""
         if self.mix is None:
             for level in self.weights:
                 yield self.adaptors[str(level)](outputs[level - 1])
         elif self.options.alignment == "adapt_then_mix":
-            yield from self._mixed(
+            yield from self._mix_blocks(
                 [adapt(x) for adapt, x in zip(self.adaptors.values(), outputs, strict=True)]
             )
         else:
-            for adapt, mixed in zip(self.adaptors.values(), self._mixed(outputs), strict=True):
+            for adapt, mixed in zip(self.adaptors.values(), self._mix_blocks(outputs), strict=True):
                 yield adapt(mixed)
 
-    def _mixed(self, blocks: Sequence[Tensor]) -> Tensor:
-        """S x (B,N,E) -> (L,B,N,E): W times the blocks."""
+    def _mix_blocks(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Multiply the blocks by W: S x (B,N,E) -> (L,B,N,E)."""
         assert self.mix is not None
         with losses.autocast_off(self.mix):  # W's steps near 1 are finer than bf16's
             return torch.einsum(
-                "ls,sbnd->lbnd", losses.promote(self.mix), losses.promote(torch.stack(list(blocks)))
+                "ls,sbnd->lbnd", losses.upcast(self.mix), losses.upcast(torch.stack(list(blocks)))
             )
 
 
-def normalised(kind: str, h: Tensor, stats: Tensor, moments: Tensor | None) -> Tensor:
-    """h (B,N,Dt) and stats (B,N,2), mean and divisor of each token -> y = h * std + mean,
-    normalised otherwise:
+def normalise_target(kind: str, h: Tensor, stats: Tensor, moments: Tensor | None) -> Tensor:
+    """Restore y = h * std + mean from h (B,N,Dt) and stats (B,N,2), mean and divisor of each token,
+    and normalise it otherwise:
 
     none: y itself; l2: each token of length 1; bn: (y - m) / sqrt(v + 1e-6) with the two numbers of
     `moments`, mean m and variance v of the level over all channels and tokens of the whole batch.
     (MaskAlign's `target_norm`.)
     """
     with losses.autocast_off(h):
-        stats = losses.promote(stats)
-        y = losses.promote(h) * stats[..., 1:] + stats[..., :1]
+        stats = losses.upcast(stats)
+        y = losses.upcast(h) * stats[..., 1:] + stats[..., :1]
         if kind == "l2":
             return F.normalize(y, dim=-1)
         if kind == "bn":
             assert moments is not None
-            mean, variance = losses.promote(moments).unbind()
+            mean, variance = losses.upcast(moments).unbind()
             return (y - mean) / (variance + BN_EPS).sqrt()
         return y
 
 
 def _adaptor(kind: str, student_width: int, teacher_width: int) -> nn.Module:
-    """A: D -> Dt, of one of `ADAPTORS`."""
+    """Build A: D -> Dt, of one of `ADAPTORS`."""
     last, hidden = nn.Linear(student_width, teacher_width), (student_width, student_width)
     built: nn.Module = {
         "linear": lambda: last,
@@ -175,7 +179,7 @@ def _adaptor(kind: str, student_width: int, teacher_width: int) -> nn.Module:
     return built.apply(vit.init_linear_and_norm)
 
 
-def _check_pairs(what: str, student_depth: int, teacher_depth: int) -> None:
+def _check_equal_depths(what: str, student_depth: int, teacher_depth: int) -> None:
     if student_depth != teacher_depth:
         raise UsageError(
             f"{what} pairs student block t with teacher level t: the student has {student_depth} "
@@ -184,7 +188,7 @@ def _check_pairs(what: str, student_depth: int, teacher_depth: int) -> None:
         )
 
 
-def _check_last(level: int, student_depth: int) -> None:
+def _check_last_block(level: int, student_depth: int) -> None:
     if level < student_depth:
         raise UsageError(
             f"alignment=layer_wise aligns block {level} last, and the blocks after it, of "
@@ -193,17 +197,19 @@ def _check_last(level: int, student_depth: int) -> None:
         )
 
 
-def _mix_start(
+def _initial_mix(
     kind: str, student_depth: int, teacher_depth: int, aligned: tuple[int, ...]
 ) -> Tensor:
-    """W [L, S]. identity: 0.01 everywhere and 1 more on student block t for level t; even: 1/S;
-    auto: identity where the depths are equal, else even.
+    """Return the start of W [L, S].
+
+    identity: 0.01 everywhere and 1 more on student block t for level t; even: 1/S; auto: identity
+    where the depths are equal, else even.
 
     With unequal depths there is no block of the same number: the released code then pairs block 12
     of 12 with level 12 of 24, silently.
     """
     if kind == "identity":
-        _check_pairs("mix_start=identity", student_depth, teacher_depth)
+        _check_equal_depths("mix_start=identity", student_depth, teacher_depth)
     if kind == "even" or student_depth != teacher_depth:
         return torch.full((len(aligned), student_depth), 1 / student_depth)
     start = torch.full((len(aligned), student_depth), MIX_START)

@@ -1,4 +1,4 @@
-"""Which teacher levels are aligned, and with which weights."""
+"""Settings name the teacher levels that are aligned, and their weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from featcache.errors import UsageError, near
 
 
 def parse_align_levels(text: str) -> list[int] | None:
-    """The levels that `align_levels` names: None for auto, [-K] for last:K, else the numbers of the
-    list."""
+    """Return the levels that `align_levels` names: None for auto, [-K] for last:K, else the numbers
+    of the list."""
     if text == "auto":
         return None
     kind, colon, count = text.partition(":")
@@ -23,8 +23,8 @@ def parse_align_levels(text: str) -> list[int] | None:
 
 
 def aligned_levels(level_weights: str, align_levels: str, teacher_depth: int) -> dict[int, float]:
-    """The aligned teacher levels (block numbers from 1, ascending) and their weights, those of
-    weight 0 left out.
+    """Return the aligned teacher levels (block numbers from 1, ascending) and their weights, those
+    of weight 0 left out.
 
     `auto` aligns what the weights name: the last K for top:K, the last for last, all for mean and
     linear-decay.
@@ -59,7 +59,7 @@ LEVEL_WEIGHTS = ("top:K", "mean", "last", "linear-decay")
 
 
 def expand_level_weights(name: str, n: int) -> tuple[float, ...]:
-    """Weights of n aligned levels, lowest first; they sum to 1.
+    """Return the weights of n aligned levels, lowest first; they sum to 1.
 
     >>> expand_level_weights("top:2", 4)
     (0.0, 0.0, 0.5, 0.5)
@@ -88,7 +88,7 @@ def expand_level_weights(name: str, n: int) -> tuple[float, ...]:
 
 
 def parse_level_weights(name: str) -> tuple[str, int]:
-    """('top', K), or (name, 0) for the names without a count; anything else is refused."""
+    """Return ('top', K), or (name, 0) for the names without a count; anything else is refused."""
     kind, colon, count = name.partition(":")
     if kind == "top" and colon and count.isdecimal() and int(count) > 0:
         return kind, int(count)

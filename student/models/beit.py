@@ -1,4 +1,4 @@
-"""The encoders of the CAE and BEiT families: timm's Beit with each family's positions and start
+"""The encoders of the CAE and BEiT families are timm's Beit with each family's positions and start
 values.
 
 Both have LayerScale on the two branches of a block and no bias on the keys. They differ in where
@@ -43,7 +43,7 @@ SIZES = {
     "large": (1024, 24, 16),
 }
 OPTIONS = ("embed_dim", "depth", "num_heads", "mlp_ratio")
-STD = 0.02  # of truncated normals, cut at one standard deviation
+STD = 0.02  # of truncated normals, cut at one std
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -59,10 +59,12 @@ def build(
     layer_scale: float = 0.1,
     xavier: bool = True,
 ) -> Beit:
-    """An encoder of the family, without a classifier. `encoder` is tiny, small, base or large, or
-    one of these with changes: tiny,depth=6,embed_dim=128. `xavier=False` leaves CAE's encoder at
-    BEiT's start values."""
-    options = parse(encoder)
+    """Build an encoder of the family, without a classifier.
+
+    `encoder` is tiny, small, base or large, or one of these with changes:
+    tiny,depth=6,embed_dim=128. `xavier=False` leaves CAE's encoder at BEiT's start values.
+    """
+    options = parse_encoder(encoder)
     fixed: dict[str, Any] = {
         "num_classes": 0,
         "global_pool": "token",
@@ -88,9 +90,9 @@ def build(
     return beit
 
 
-def parse(encoder: str) -> dict[str, Any]:
-    """'tiny,depth=2' -> {'embed_dim': 192, 'depth': 2, 'num_heads': 12}; what cannot be meant is
-    refused."""
+def parse_encoder(encoder: str) -> dict[str, Any]:
+    """Parse 'tiny,depth=2' into {'embed_dim': 192, 'depth': 2, 'num_heads': 12}; what cannot be
+    meant is refused."""
     name, _, tail = encoder.partition(",")
     if name not in SIZES:
         raise UsageError(
@@ -110,7 +112,7 @@ def parse(encoder: str) -> dict[str, Any]:
 
 
 def check_heads(what: str, width: int, heads: int) -> None:
-    """Heads divide the width, and so does 4 (sine and cosine of two axes)."""
+    """Refuse a width that the heads or 4 (sine and cosine of two axes) do not divide."""
     if width % heads or width % 4:
         raise UsageError(
             f"cannot build the {what}: width {width}, {heads} heads; allowed: a width that 4 and "
@@ -120,28 +122,28 @@ def check_heads(what: str, width: int, heads: int) -> None:
 
 @torch.no_grad()
 def initialise(beit: Beit, *, xavier: bool) -> None:
-    """Start values of the released codes; norms at 1 and 0, LayerScale and the table of positions
-    as timm made them.
+    """Set the start values of the released codes; norms at 1 and 0, LayerScale and the table of
+    positions as timm made them.
 
     CAE (Atten4Vis/CAE models/modeling_cae.py:85-112) first takes BEiT's values, then draws every
     Linear anew from Xavier's, so that only the patch kernel and the CLS token keep the truncated
     normals.
     """
-    start(beit)
-    scale_down(beit.blocks, "attn.proj", "mlp.fc2")
+    init_weights(beit)
+    rescale_by_depth(beit.blocks, "attn.proj", "mlp.fc2")
     if xavier:
         beit.apply(vit.init_linear_and_norm)
-    truncated_normal(beit.cls_token)
+    init_truncated_normal(beit.cls_token)
     if beit.pos_embed is not None:
-        vit.fix_positions(beit.pos_embed, beit.patch_embed.grid_size[0], layout="cae")
+        vit.init_fixed_positions(beit.pos_embed, beit.patch_embed.grid_size[0], layout="cae")
 
 
 @torch.no_grad()
-def start(module: nn.Module) -> None:
-    """BEiT's start values of every Linear, patch kernel and norm in a module."""
+def init_weights(module: nn.Module) -> None:
+    """Set BEiT's start values of every Linear, patch kernel and norm in a module."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
-            truncated_normal(part.weight)
+            init_truncated_normal(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.LayerNorm):
@@ -149,14 +151,15 @@ def start(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def scale_down(blocks: nn.Module, *ends: str) -> None:
+def rescale_by_depth(blocks: nn.Module, *ends: str) -> None:
     """Divide the last Linears of both branches of block i = 1, 2, ... by the root of 2 i."""
     for i, block in enumerate(blocks.children(), 1):
         for end in ends:
             block.get_submodule(end).get_parameter("weight").div_(math.sqrt(2 * i))
 
 
-def truncated_normal(x: Tensor) -> None:
+def init_truncated_normal(x: Tensor) -> None:
+    """Draw a parameter from the truncated normal."""
     nn.init.trunc_normal_(x, std=STD, a=-STD, b=STD)
 
 
@@ -164,20 +167,20 @@ def truncated_normal(x: Tensor) -> None:
 
 
 def encode(beit: Beit, images: Tensor, ids_keep: Tensor) -> Tensor:
-    """images (B,3,H,W), ids_keep (B,V) -> (B,1+V,D), CLS first, after the final norm; family
-    cae."""
-    x = vit.select(beit.patch_embed(images), ids_keep)
+    """Encode the visible patches: images (B,3,H,W), ids_keep (B,V) -> (B,1+V,D), CLS first, after
+    the final norm; family cae."""
+    x = vit.gather_tokens(beit.patch_embed(images), ids_keep)
     x = torch.cat([beit.cls_token.expand(len(x), -1, -1), x], dim=1)
     assert beit.pos_embed is not None
-    x = x + vit.select(beit.pos_embed.expand(len(x), -1, -1), vit.with_cls(ids_keep))
+    x = x + vit.gather_tokens(beit.pos_embed.expand(len(x), -1, -1), vit.prepend_cls_id(ids_keep))
     for block in beit.blocks:
         x = block(x)
     return beit.norm(x)
 
 
 def encode_all(beit: Beit, patches: Tensor) -> Tensor:
-    """Embedded patches (B,P,D), some of which may be mask tokens -> (B,1+P,D) after the final norm;
-    family beit."""
+    """Encode all patches: embedded ones (B,P,D), some of which may be mask tokens -> (B,1+P,D)
+    after the final norm; family beit."""
     x = torch.cat([beit.cls_token.expand(len(patches), -1, -1), patches], dim=1)
     assert beit.rel_pos_bias is not None
     positions = beit.rel_pos_bias()

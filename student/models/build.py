@@ -11,7 +11,7 @@ from student.models import vit
 
 
 def build_encoder(settings: dict[str, Any], family: str) -> nn.Module:
-    """An encoder of a run's settings, at its start values."""
+    """Build the encoder of a run's settings, at its start values."""
     from student.models import beit, conv_vit  # which most runs do without
 
     img_size, patch_size = settings["img_size"], settings["patch_size"]

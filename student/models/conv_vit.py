@@ -1,5 +1,5 @@
-"""The masked-convolution encoder that ConvMAE and MR-MAE train: two stages of convolutions before
-the blocks of a ViT.
+"""ConvMAE and MR-MAE train a masked-convolution encoder: two stages of convolutions before the
+blocks of a ViT.
 
     pixels -> C1 x 4G x 4G -> C2 x 2G x 2G -> D x G x G -> + positions, the visible ones -> blocks3
       224     56, 2 CBlocks   28, 2 CBlocks      14
@@ -84,16 +84,19 @@ def build(
     drop_path: float = 0.0,
     cls_token: bool = False,
 ) -> ConvViT:
-    """The encoder at its start values. `encoder` is tiny, small, base or large, or one of these
-    with changes: tiny,depth=4,stage1=16. `cls_token` gives it a CLS token, as the published MR-MAE
-    checkpoints have one."""
-    net = ConvViT(parse(encoder), img_size, patch_size, drop_path, cls_token)
+    """Build the encoder at its start values.
+
+    `encoder` is tiny, small, base or large, or one of these with changes: tiny,depth=4,stage1=16.
+    `cls_token` gives it a CLS token, as the published MR-MAE checkpoints have one.
+    """
+    net = ConvViT(parse_encoder(encoder), img_size, patch_size, drop_path, cls_token)
     initialise(net)
     return net
 
 
-def parse(encoder: str) -> dict[str, int]:
-    """'base,depth=2' -> the sizes of base with two blocks; what cannot be meant is refused."""
+def parse_encoder(encoder: str) -> dict[str, int]:
+    """Parse 'base,depth=2' into the sizes of base with two blocks; what cannot be meant is
+    refused."""
     name, _, tail = encoder.partition(",")
     if name not in SIZES:
         raise UsageError(
@@ -121,7 +124,8 @@ def parse(encoder: str) -> dict[str, int]:
 
 
 def check_patch(patch_size: int) -> None:
-    """The first grid is four times as fine as the patches."""
+    """Refuse a patch size that 4 does not divide: the first grid is four times as fine as the
+    patches."""
     if patch_size % 4:
         raise UsageError(
             f"cannot build family=conv_vit: patch_size={patch_size}; allowed: one that 4 divides, "
@@ -132,13 +136,13 @@ def check_patch(patch_size: int) -> None:
 
 @torch.no_grad()
 def initialise(net: ConvViT) -> None:
-    """ConvMAE's start values: Xavier on every Linear and on the flattened kernel of the third
+    """Set ConvMAE's start values: Xavier on every Linear and on the flattened kernel of the third
     embedding, norms 1 and 0, fixed positions; all other convolutions keep the framework's
     (models_convmae.py:75-103)."""
     kernel = net.patch_embed3.proj.weight
     nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1))
     net.apply(vit.init_linear_and_norm)
-    vit.fix_positions(net.pos_embed, net.grid)
+    vit.init_fixed_positions(net.pos_embed, net.grid)
     if net.cls_token is not None:
         nn.init.normal_(net.cls_token, std=vit.TOKEN_STD)
 
@@ -146,13 +150,13 @@ def initialise(net: ConvViT) -> None:
 # --- modules --------------------------------------------------------------------------------------
 
 
-def over_channels(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm of the channels of a map (B,C,H,W)."""
+def channel_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a norm to the channels of a map (B,C,H,W)."""
     return norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel, then norm and GELU."""
+    """Apply a convolution whose stride is its kernel, then norm and GELU."""
 
     def __init__(self, channels_in: int, channels: int, cell_px: int) -> None:
         super().__init__()
@@ -162,11 +166,11 @@ class PatchEmbed(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(over_channels(self.norm, self.proj(x)))
+        return self.act(channel_norm(self.norm, self.proj(x)))
 
 
 class ConvMlp(nn.Module):
-    """Two 1 x 1 convolutions with a GELU between them."""
+    """Apply two 1 x 1 convolutions with a GELU between them."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -179,7 +183,7 @@ class ConvMlp(nn.Module):
 
 
 class CBlock(nn.Module):
-    """x += conv1x1(dw5x5(mask * conv1x1(LN x))); x += mlp(LN x).
+    """Compute x += conv1x1(dw5x5(mask * conv1x1(LN x))); x += mlp(LN x).
 
     The mask lies between the first convolution and the depth-wise one, whose bias of the first
     would else be seen beside visible cells. Hidden cells keep a stream of their own that nothing
@@ -198,16 +202,17 @@ class CBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, hidden: Tensor | None) -> Tensor:
-        """x (B,C,H,W), hidden (B,1,H,W) true where the mask hides; None hides nothing."""
-        inner = self.conv1(over_channels(self.norm1, x))
+        """Map x (B,C,H,W), hidden (B,1,H,W) true where the mask hides; None hides nothing."""
+        inner = self.conv1(channel_norm(self.norm1, x))
         if hidden is not None:
             inner = inner.masked_fill(hidden, 0)
         x = x + self.drop_path(self.conv2(self.attn(inner)))
-        return x + self.drop_path(self.mlp(over_channels(self.norm2, x)))
+        return x + self.drop_path(self.mlp(channel_norm(self.norm2, x)))
 
 
 class ConvViT(nn.Module):
-    """The encoder; what is taken home. `blocks3` are timm's own ViT blocks."""
+    """Encode pictures by two stages of convolutions and `blocks3`, timm's own ViT blocks; this is
+    taken home."""
 
     def __init__(
         self,
@@ -229,9 +234,9 @@ class ConvViT(nn.Module):
             0, drop_path, 2 * STAGE_BLOCKS + sizes["depth"], device="cpu"
         ).tolist()
         self.patch_embed1 = PatchEmbed(3, c1, patch_size // 4)
-        self.blocks1 = _stage(c1, sizes["stage_mlp"], rates[:STAGE_BLOCKS])
+        self.blocks1 = _conv_blocks(c1, sizes["stage_mlp"], rates[:STAGE_BLOCKS])
         self.patch_embed2 = PatchEmbed(c1, c2, 2)
-        self.blocks2 = _stage(c2, sizes["stage_mlp"], rates[STAGE_BLOCKS : 2 * STAGE_BLOCKS])
+        self.blocks2 = _conv_blocks(c2, sizes["stage_mlp"], rates[STAGE_BLOCKS : 2 * STAGE_BLOCKS])
         self.patch_embed3 = PatchEmbed(c2, width, 2)
         self.patch_embed4 = nn.Linear(width, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, width), requires_grad=False)
@@ -243,33 +248,34 @@ class ConvViT(nn.Module):
         self.norm = vit.NORM(width)
 
     def encode(self, images: Tensor, ids_keep: Tensor) -> tuple[list[Tensor], Stages]:
-        """images (B,3,H,W), ids_keep (B,V) -> the output of every block of the third stage, (B,V,D)
-        each, CLS first where there is one and before `norm`, and the maps of the first two."""
+        """Encode the visible patches: images (B,3,H,W), ids_keep (B,V) -> the output of every block
+        of the third stage, (B,V,D) each, CLS first where there is one and before `norm`, and the
+        maps of the first two."""
         hidden = torch.ones(len(images), self.grid**2, dtype=torch.bool, device=images.device)
         hidden = hidden.scatter(1, ids_keep, False).view(-1, 1, self.grid, self.grid)
-        stage1, stage2, patches = self._embed(images, hidden)
-        return self._blocks(vit.select(patches, ids_keep)), (stage1, stage2)
+        stage1, stage2, patches = self._embed_stages(images, hidden)
+        return self._run_blocks(vit.gather_tokens(patches, ids_keep)), (stage1, stage2)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) -> (B,P,D) of all patches, CLS first where there is one, after
+        """Encode all patches: images (B,3,H,W) -> (B,P,D), CLS first where there is one, after
         `norm`."""
-        return self.norm(self._blocks(self._embed(images, None)[-1])[-1])
+        return self.norm(self._run_blocks(self._embed_stages(images, None)[-1])[-1])
 
-    def _embed(self, images: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (B,1,G,G) -> the maps of both stages, and the patch tokens (B,P,D) with their
-        positions."""
+    def _embed_stages(self, images: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the maps of both stages, and the patch tokens (B,P,D) with their positions, for
+        hidden (B,1,G,G)."""
         stage1 = self.patch_embed1(images)
         for block in self.blocks1:
-            stage1 = block(stage1, _finer(hidden, 4))
+            stage1 = block(stage1, _upsample_mask(hidden, 4))
         stage2 = self.patch_embed2(stage1)
         for block in self.blocks2:
-            stage2 = block(stage2, _finer(hidden, 2))
+            stage2 = block(stage2, _upsample_mask(hidden, 2))
         patches = self.patch_embed3(stage2).flatten(2).transpose(1, 2)
         return stage1, stage2, self.patch_embed4(patches) + self.pos_embed
 
-    def _blocks(self, x: Tensor) -> list[Tensor]:
-        """Patch tokens (B,V,D) -> the output of every block, CLS in front where there is one; it
-        has no position."""
+    def _run_blocks(self, x: Tensor) -> list[Tensor]:
+        """Return the output of every block for patch tokens (B,V,D), CLS in front where there is
+        one; it has no position."""
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         outputs = []
@@ -279,19 +285,19 @@ class ConvViT(nn.Module):
         return outputs
 
 
-def _stage(channels: int, mlp_ratio: int, rates: list[float]) -> nn.ModuleList:
+def _conv_blocks(channels: int, mlp_ratio: int, rates: list[float]) -> nn.ModuleList:
     return nn.ModuleList(CBlock(channels, mlp_ratio, rate) for rate in rates)
 
 
-def _finer(hidden: Tensor | None, times: int) -> Tensor | None:
-    """hidden (B,1,G,G) -> (B,1,times G,times G): each cell repeated over those it covers."""
+def _upsample_mask(hidden: Tensor | None, times: int) -> Tensor | None:
+    """Repeat each cell over those it covers: hidden (B,1,G,G) -> (B,1,times G,times G)."""
     return (
         None if hidden is None else hidden.repeat_interleave(times, -2).repeat_interleave(times, -1)
     )
 
 
 class StageFusion(nn.Module):
-    """The maps of both stages, brought to the patch grid and the width of the tokens they are added
+    """Bring the maps of both stages to the patch grid and the width of the tokens they are added
     to.
 
     Of pre-training only: fine-tuning goes without. The published checkpoint of ConvMAE was stripped
@@ -304,6 +310,6 @@ class StageFusion(nn.Module):
         self.stage2_output_decode = nn.Conv2d(stage2, width, 2, stride=2)
 
     def forward(self, stages: Stages, ids_keep: Tensor) -> Tensor:
-        """-> (B,V,D), the sum of both at the visible patches."""
+        """Return (B,V,D), the sum of both at the visible patches."""
         both = self.stage1_output_decode(stages[0]) + self.stage2_output_decode(stages[1])
-        return vit.select(both.flatten(2).transpose(1, 2), ids_keep)
+        return vit.gather_tokens(both.flatten(2).transpose(1, 2), ids_keep)

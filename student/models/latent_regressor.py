@@ -1,5 +1,5 @@
-"""The latent contextual regressor of CAE and CAE v2: mask tokens ask the visible tokens and each
-other.
+"""The latent contextual regressor of CAE and CAE v2 predicts masked latents: mask tokens attend to
+the visible tokens and each other.
 
     q = LNq(x + pos_x)   k = LNk([visible; x] + [pos_visible; pos_x])   v = LNv([visible; x])
     x = x + DP(g1 * Attn(q, k, v));   x = LN2(x);   x = x + DP(g2 * MLP(x))
@@ -25,7 +25,7 @@ LAYER_SCALE = 0.1
 
 
 class CrossAttention(nn.Module):
-    """Separate projections of queries, keys and values; no bias on the keys."""
+    """Attend with separate projections of queries, keys and values; no bias on the keys."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B,M,D), k and v (B,N,D) -> (B,M,D)."""
+        """Map q (B,M,D), k and v (B,N,D) -> (B,M,D)."""
         q, k, v = (
             F.linear(q, self.q.weight, self.q_bias),
             self.k(k),
@@ -46,7 +46,7 @@ class CrossAttention(nn.Module):
 
 
 class RegressorBlock(nn.Module):
-    """One block of the text above."""
+    """Compute one block of the formulas above."""
 
     def __init__(self, width: int, heads: int, drop_path: float) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class RegressorBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, visible: Tensor, pos_x: Tensor, pos_visible: Tensor) -> Tensor:
-        """x, pos_x (B,M,D), visible, pos_visible (B,V,D) -> (B,M,D)."""
+        """Map x, pos_x (B,M,D), visible, pos_visible (B,V,D) -> (B,M,D)."""
         both, pos_both = torch.cat([visible, x], dim=1), torch.cat([pos_visible, pos_x], dim=1)
         attended = self.cross_attn(
             self.norm1_q(x + pos_x), self.norm1_k(both + pos_both), self.norm1_v(both)
@@ -70,8 +70,8 @@ class RegressorBlock(nn.Module):
         return x + self.drop_path(self.gamma_2_cross * self.mlp_cross(x))
 
 
-class Regresser(nn.Module):
-    """Blocks with drop path rising from 0, and CAE's final norm, which CAE v2 skips."""
+class LatentRegressor(nn.Module):
+    """Stack blocks with drop path rising from 0, and CAE's final norm, which CAE v2 skips."""
 
     def __init__(
         self,
@@ -90,34 +90,39 @@ class Regresser(nn.Module):
         initialise(self, self.regressor_blocks, ("cross_attn.proj", "mlp_cross.fc2"), xavier=xavier)
 
     def forward(self, x: Tensor, visible: Tensor, pos_x: Tensor, pos_visible: Tensor) -> Tensor:
-        """x, pos_x (B,M,D), visible, pos_visible (B,V,D), no CLS -> the masked latents (B,M,D)."""
+        """Predict the masked latents (B,M,D) from x, pos_x (B,M,D), visible, pos_visible (B,V,D),
+        no CLS."""
         for block in self.regressor_blocks:
             x = block(x, visible, pos_x, pos_visible)
         return self.norm(x)
 
 
-def positions(width: int, grid: int) -> nn.Parameter:
-    """Fixed positions (1,1+P,width) of the regressor and CAE's decoder, in CAE's layout."""
+def fixed_positions(width: int, grid: int) -> nn.Parameter:
+    """Return fixed positions (1,1+P,width) of the regressor and CAE's decoder, in CAE's layout."""
     table = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
-    vit.fix_positions(table, grid, layout="cae")
+    vit.init_fixed_positions(table, grid, layout="cae")
     return table
 
 
 def initialise(
     module: nn.Module, blocks: nn.Module, ends: tuple[str, str], *, xavier: bool
 ) -> None:
-    """Start values of a regressor or a decoder: Xavier's, or BEiT's, where `ends` close the two
-    branches of a block."""
+    """Set the start values of a regressor or a decoder: Xavier's, or BEiT's, where `ends` close the
+    two branches of a block."""
     if xavier:
         module.apply(vit.init_linear_and_norm)
     else:
-        beit.start(module)
-        beit.scale_down(blocks, *ends)
+        beit.init_weights(module)
+        beit.rescale_by_depth(blocks, *ends)
 
 
-def bridge(width_in: int, width: int, *, xavier: bool = True) -> tuple[nn.Module, nn.Module]:
-    """A Linear and a norm from the encoder's width to another; nothing where they agree. Without
-    Xavier's, the Linear keeps the framework's start, as in the released code."""
+def width_projection(
+    width_in: int, width: int, *, xavier: bool = True
+) -> tuple[nn.Module, nn.Module]:
+    """Return a Linear and a norm from the encoder's width to another; nothing where they agree.
+
+    Without Xavier's, the Linear keeps the framework's start, as in the released code.
+    """
     if width_in == width:
         return nn.Identity(), nn.Identity()
     linear, norm = nn.Linear(width_in, width), vit.NORM(width)
@@ -126,8 +131,8 @@ def bridge(width_in: int, width: int, *, xavier: bool = True) -> tuple[nn.Module
     return linear, norm
 
 
-def mask_token(width: int) -> nn.Parameter:
-    """The latent (1,1,width) that every masked patch starts from."""
+def build_mask_token(width: int) -> nn.Parameter:
+    """Return the latent (1,1,width) that every masked patch starts from."""
     token = nn.Parameter(torch.zeros(1, 1, width))
-    beit.truncated_normal(token)
+    beit.init_truncated_normal(token)
     return token

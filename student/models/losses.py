@@ -1,4 +1,4 @@
-"""The losses of the recipes, and the weights of the aligned levels.
+"""Recipes share these losses.
 
 Losses are where small numbers are summed over millions of values, so they never run in half
 precision: inputs are promoted to float32 (float64 is kept, for comparisons with a paper's code) and
@@ -16,52 +16,53 @@ from torch import Tensor
 NORM_PIX_EPS = 1e-6
 
 
-def promote(x: Tensor) -> Tensor:
-    """float16 and bfloat16 become float32; float32 and float64 stay."""
+def upcast(x: Tensor) -> Tensor:
+    """Cast float16 and bfloat16 to float32; float32 and float64 stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def autocast_off(x: Tensor) -> torch.autocast:
+    """Return a context without autocast on the device of x."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def fd_smooth_l1(pred: Tensor, target: Tensor, beta: float) -> Tensor:
-    """pred, target (..., D) -> scalar: Feature Distillation's mean smooth-L1, e^2 / (2 beta) where
+    """Compute Feature Distillation's mean smooth-L1 of pred, target (..., D): e^2 / (2 beta) where
     |e| < beta and |e| - beta / 2 beyond."""
     with autocast_off(pred):
-        return F.smooth_l1_loss(promote(pred), promote(target), beta=beta)
+        return F.smooth_l1_loss(upcast(pred), upcast(target), beta=beta)
 
 
 def smooth_l1(pred: Tensor, target: Tensor) -> Tensor:
-    """pred, target (..., D) -> scalar: MaskAlign's 2 x mean smooth-L1 with beta 1.
+    """Compute MaskAlign's 2 x mean smooth-L1 with beta 1 of pred, target (..., D).
 
     With e = pred - target: the mean of e^2 where |e| <= 1 and of 2|e| - 1 beyond (the paper's Eq. 3
     lacks the factor 2, the released code has it).
     """
     with autocast_off(pred):
-        return 2 * F.smooth_l1_loss(promote(pred), promote(target), beta=1.0)
+        return 2 * F.smooth_l1_loss(upcast(pred), upcast(target), beta=1.0)
 
 
 def l2(pred: Tensor, target: Tensor) -> Tensor:
-    """pred, target (..., D) -> scalar: the mean of e^2."""
+    """Compute the mean of e^2 of pred, target (..., D)."""
     with autocast_off(pred):
-        return F.mse_loss(promote(pred), promote(target))
+        return F.mse_loss(upcast(pred), upcast(target))
 
 
 def l1(pred: Tensor, target: Tensor) -> Tensor:
-    """pred, target (..., D) -> scalar: the mean of |e|."""
+    """Compute the mean of |e| of pred, target (..., D)."""
     with autocast_off(pred):
-        return F.l1_loss(promote(pred), promote(target))
+        return F.l1_loss(upcast(pred), upcast(target))
 
 
 def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
-    """pred, target (..., D) -> (...): 1 - cos of each pair, half their squared distance once both
-    are of length 1.
+    """Compute 1 - cos of each pair of pred, target (..., D) -> (...), half their squared distance
+    once both are of length 1.
 
     No eps: a vector of zeros has no direction, and gives NaN as in the released codes.
     """
     with autocast_off(pred):
-        pred, target = promote(pred), promote(target)
+        pred, target = upcast(pred), upcast(target)
         pred, target = (
             pred / pred.norm(dim=-1, keepdim=True),
             target / target.norm(dim=-1, keepdim=True),
@@ -70,10 +71,10 @@ def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def norm_pix(patches: Tensor) -> Tensor:
-    """patches (..., C) -> each patch less its mean, over its standard deviation (unbiased variance,
-    eps 1e-6)."""
+    """Normalise patches (..., C): each less its mean, over its std (unbiased variance, eps
+    1e-6)."""
     with autocast_off(patches):
-        patches = promote(patches)
+        patches = upcast(patches)
         mean = patches.mean(dim=-1, keepdim=True)
         variance = patches.var(dim=-1, keepdim=True, unbiased=True)
         return (patches - mean) / (variance + NORM_PIX_EPS).sqrt()
@@ -82,8 +83,8 @@ def norm_pix(patches: Tensor) -> Tensor:
 def masked_pixel_mse(
     pred: Tensor, patches: Tensor, ids_masked: Tensor, *, normalise: bool = True
 ) -> Tensor:
-    """pred, patches (B,P,C), ids_masked (B,M) -> scalar: squared error, mean over a patch, then
-    over masked patches.
+    """Compute the squared error, mean over a patch, then over masked patches: pred, patches
+    (B,P,C), ids_masked (B,M) -> scalar.
 
     Every picture hides the same number of patches, so this is MAE's sum(loss * mask) / sum(mask).
     Only masked patches are gathered and normalised: visible ones never enter.
@@ -92,5 +93,5 @@ def masked_pixel_mse(
     target = patches.gather(1, index)
     with autocast_off(pred):
         return F.mse_loss(
-            promote(pred.gather(1, index)), norm_pix(target) if normalise else promote(target)
+            upcast(pred.gather(1, index)), norm_pix(target) if normalise else upcast(target)
         )

@@ -1,4 +1,4 @@
-"""The MAE-style encoder and decoder: a timm VisionTransformer with MAE's stem, start values and
+"""The MAE-style encoder and decoder are a timm VisionTransformer with MAE's stem, start values and
 token selection.
 
     pictures -> embed all patches -> + positions -> keep the visible -> CLS in front -> blocks
@@ -38,12 +38,12 @@ NORM = partial(nn.LayerNorm, eps=1e-6)
 def build(
     encoder: str, *, img_size: int = 224, patch_size: int = 16, drop_path: float = 0.0
 ) -> VisionTransformer:
-    """The encoder with MAE's stem and start values, without a classifier.
+    """Build the encoder with MAE's stem and start values, without a classifier.
 
     `encoder` is tiny, small, base, large, a timm ViT name, or one with changes:
     vit_small_patch16_224,depth=6.
     """
-    name, options = parse(encoder)
+    name, options = parse_encoder(encoder)
     fixed = {
         "pretrained": False,
         "num_classes": 0,
@@ -63,7 +63,7 @@ def build(
             f"cannot build encoder {encoder!r}: timm says {error}; allowed: a plain ViT and its "
             "options, such as tiny,depth=6,embed_dim=128,num_heads=4; change it with encoder=VALUE"
         ) from None
-    extras = _extras(vit)
+    extras = _unsupported_parts(vit)
     if extras or not isinstance(vit, VisionTransformer):
         raise UsageError(
             f"cannot use encoder {encoder!r}: it has {', '.join(extras)}; allowed: plain ViTs such "
@@ -73,8 +73,9 @@ def build(
     return vit
 
 
-def parse(encoder: str) -> tuple[str, dict[str, Any]]:
-    """'tiny,depth=2' -> ('vit_tiny_patch16_224', {'depth': 2}); an unknown name is refused."""
+def parse_encoder(encoder: str) -> tuple[str, dict[str, Any]]:
+    """Parse 'tiny,depth=2' into ('vit_tiny_patch16_224', {'depth': 2}); an unknown name is
+    refused."""
     from featcache.models.spec import (
         parse_options,  # costs the teachers' imports, needed only when there are options to read
     )
@@ -97,9 +98,9 @@ def parse(encoder: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _extras(vit: nn.Module) -> list[str]:
-    """What keeps a network from being MAE's plain ViT; no paper here says how such extras would be
-    trained."""
+def _unsupported_parts(vit: nn.Module) -> list[str]:
+    """Return what keeps a network from being MAE's plain ViT; no paper here says how such extras
+    would be trained."""
     if type(vit) is not VisionTransformer:
         return [f"the class {type(vit).__name__}"]
     names = dict(vit.named_parameters())
@@ -120,7 +121,7 @@ def _extras(vit: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def initialise(vit: VisionTransformer) -> None:
-    """MAE's start values: fixed positions, Xavier on every Linear and on the flattened patch
+    """Set MAE's start values: fixed positions, Xavier on every Linear and on the flattened patch
     kernel.
 
     A fused qkv weight is one [3D, D] matrix, hence a smaller Xavier limit than three D x D ones.
@@ -132,18 +133,18 @@ def initialise(vit: VisionTransformer) -> None:
     kernel = vit.patch_embed.proj.weight
     nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1))
     nn.init.normal_(cls_token, std=TOKEN_STD)
-    fix_positions(positions, vit.patch_embed.grid_size[0])
+    init_fixed_positions(positions, vit.patch_embed.grid_size[0])
 
 
 def _tokens(vit: VisionTransformer) -> tuple[nn.Parameter, nn.Parameter]:
-    """cls_token (1,1,D) and pos_embed (1,1+P,D), which `build` has made sure of."""
+    """Return cls_token (1,1,D) and pos_embed (1,1+P,D), which `build` has made sure of."""
     assert vit.cls_token is not None
     assert vit.pos_embed is not None
     return vit.cls_token, vit.pos_embed
 
 
 def init_linear_and_norm(module: nn.Module) -> None:
-    """Xavier-uniform Linears with bias 0; norms 1 and 0."""
+    """Set Xavier-uniform Linears with bias 0; norms 1 and 0."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -154,15 +155,15 @@ def init_linear_and_norm(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fix_positions(positions: nn.Parameter, grid: int, layout: str = "mae") -> None:
-    """positions (1,1+P,D), or (1,P,D) without CLS, become sines and cosines, and are not
+def init_fixed_positions(positions: nn.Parameter, grid: int, layout: str = "mae") -> None:
+    """Set positions (1,1+P,D), or (1,P,D) without CLS, to sines and cosines that are not
     trained."""
     positions.copy_(sincos(positions.shape[-1], grid, layout)[-positions.shape[1] :].unsqueeze(0))
     positions.requires_grad_(False)
 
 
 def sincos(width: int, grid: int, layout: str = "mae") -> Tensor:
-    """(1 + grid^2, width) float64: fixed 2-D sin-cos positions, a row of zeros for CLS first.
+    """Return fixed 2-D sin-cos positions (1 + grid^2, width) float64, a row of zeros for CLS first.
 
     With w_k = 10000^(-k / (width/4)), the patch at (row, col) has
 
@@ -185,17 +186,18 @@ def sincos(width: int, grid: int, layout: str = "mae") -> Tensor:
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """images (B,3,H,W) -> patch tokens with their positions (B,P,D), CLS not among them."""
+    """Embed images (B,3,H,W) -> patch tokens with their positions (B,P,D), CLS not among them."""
     return vit.patch_embed(images) + _tokens(vit)[1][:, 1:]
 
 
 def encode(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> list[Tensor]:
-    """images (B,3,H,W), ids_keep (B,V) -> the output of every block, (B,1+V,D) each, CLS first.
+    """Encode the visible patches: images (B,3,H,W), ids_keep (B,V) -> the output of every block,
+    (B,1+V,D) each, CLS first.
 
     This is the residual stream: `vit.norm` is not applied.
     """
     cls_token, positions = _tokens(vit)
-    x = select(embed(vit, images), ids_keep)
+    x = gather_tokens(embed(vit, images), ids_keep)
     x = torch.cat([(cls_token + positions[:, :1]).expand(len(x), -1, -1), x], dim=1)
     outputs = []
     for block in vit.blocks:
@@ -204,26 +206,28 @@ def encode(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> list[Ten
     return outputs
 
 
-def select(tokens: Tensor, ids: Tensor) -> Tensor:
-    """tokens (B,N,D), ids (B,M) -> (B,M,D)."""
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Gather tokens (B,N,D) at ids (B,M) -> (B,M,D)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def with_cls(ids: Tensor) -> Tensor:
-    """ids (B,M) of patches -> ids (B,1+M) of tokens, of which CLS is the first."""
+def prepend_cls_id(ids: Tensor) -> Tensor:
+    """Map ids (B,M) of patches -> ids (B,1+M) of tokens, of which CLS is the first."""
     return torch.cat([ids.new_zeros(len(ids), 1), ids + 1], dim=1)
 
 
-def in_raster(tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-    """tokens (B,1+P,D): CLS, those of ids_keep (B,V), those of ids_masked (B,P-V) -> CLS, then
-    raster order; without CLS where there are P tokens."""
+def restore_order(tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+    """Sort tokens (B,1+P,D), CLS, those of ids_keep (B,V), those of ids_masked (B,P-V), into CLS,
+    then raster order; without CLS where there are P tokens."""
     order = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)
-    return select(tokens, order if tokens.shape[1] == order.shape[1] else with_cls(order))
+    return gather_tokens(
+        tokens, order if tokens.shape[1] == order.shape[1] else prepend_cls_id(order)
+    )
 
 
 def patchify(images: Tensor, patch_px: int) -> Tensor:
-    """images (B,3,H,W) -> (B,P,p*p*3): patches in raster order; inside one (row, column, channel),
-    channel fastest."""
+    """Cut images (B,3,H,W) -> (B,P,p*p*3): patches in raster order; inside one (row, column,
+    channel), channel fastest."""
     batch, channels, height, width = images.shape
     rows, cols = height // patch_px, width // patch_px
     x = images.reshape(batch, channels, rows, patch_px, cols, patch_px)
@@ -234,7 +238,7 @@ def patchify(images: Tensor, patch_px: int) -> Tensor:
 
 
 def check_decoder(width: int, heads: int) -> None:
-    """Heads divide the width, and so does 4 (sine and cosine of two axes)."""
+    """Refuse a width that the heads or 4 (sine and cosine of two axes) do not divide."""
     if width % heads or width % 4:
         raise UsageError(
             f"cannot build the decoder: decoder_width={width}, decoder_heads={heads}; allowed: a "
@@ -243,8 +247,8 @@ def check_decoder(width: int, heads: int) -> None:
 
 
 class Decoder(nn.Module):
-    """MAE's decoder: plain self-attention over CLS and all patches, fixed positions, one Linear to
-    the pixels.
+    """Decode as MAE does: plain self-attention over CLS and all patches, fixed positions, one
+    Linear to the pixels.
 
     Parameter names are those of MAE's released code: a released state dict's `decoder_*` and
     `mask_token` load here. `cls_token=False` is for an encoder that has none, as ConvMAE's.
@@ -275,22 +279,25 @@ class Decoder(nn.Module):
         self.decoder_pred = nn.Linear(width, out_dim)
         self.apply(init_linear_and_norm)
         nn.init.normal_(self.mask_token, std=TOKEN_STD)
-        fix_positions(self.decoder_pos_embed, patches_grid)
+        init_fixed_positions(self.decoder_pos_embed, patches_grid)
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """tokens (B,1+V,D) of the encoder, ids_keep (B,V), ids_masked (B,P-V) -> (B,P,out) in
-        raster order, no CLS."""
-        return self.with_cls(tokens, ids_keep, ids_masked)[:, self.prefix :]
+        """Predict (B,P,out) in raster order, no CLS, from tokens (B,1+V,D) of the encoder, ids_keep
+        (B,V), ids_masked (B,P-V)."""
+        return self.predict_with_cls(tokens, ids_keep, ids_masked)[:, self.prefix :]
 
-    def with_cls(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """As `forward`, with CLS in front: (B,1+P,out)."""
-        return self.decoder_pred(self.states(tokens, ids_keep, ids_masked))
+    def predict_with_cls(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """Predict as `forward`, with CLS in front: (B,1+P,out)."""
+        return self.decoder_pred(self.hidden_states(tokens, ids_keep, ids_masked))
 
-    def states(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """What the last Linear reads: (B,1+P,width), CLS first where there is one."""
+    def hidden_states(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """Return what the last Linear reads: (B,1+P,width), CLS first where there is one."""
         x = self.decoder_embed(tokens)
         holes = self.mask_token.to(x.dtype).expand(*ids_masked.shape, -1)
-        x = in_raster(torch.cat([x, holes], dim=1), ids_keep, ids_masked) + self.decoder_pos_embed
+        x = (
+            restore_order(torch.cat([x, holes], dim=1), ids_keep, ids_masked)
+            + self.decoder_pos_embed
+        )
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_norm(x)

@@ -1,4 +1,4 @@
-"""The recipes: one module each, found by its name in this folder, or a user's own file.
+"""Recipes are found by name, one module each in this folder, or are a user's own file.
 
 A recipe module has a docstring (paper, command, cost, expected score, what differs from the
 released code), a frozen `Config`, a `Model` whose `forward(batch)` gives a dict with "loss" and its
@@ -32,7 +32,7 @@ CONTRACT = ("Config", "Model", "needs")
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSpec:
-    """What a recipe reads from a cache; no `fields` means that it needs no cache at all."""
+    """Say what a recipe reads from a cache; no `fields` means that it needs no cache at all."""
 
     teacher: str  # "" where no field is needed
     levels: tuple[int, ...]  # teacher blocks, from 1, ascending
@@ -53,12 +53,12 @@ class TargetSpec:
 
 
 def names() -> list[str]:
-    """The recipes of this folder."""
+    """Return the recipes of this folder."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load(name: str) -> ModuleType:
-    """The module of a recipe: a name of this folder, or the path of a .py file."""
+    """Return the module of a recipe: a name of this folder, or the path of a .py file."""
     if name.endswith(".py"):
         return load_module(
             Path(name),

@@ -1,5 +1,4 @@
-"""CAE: predict the discrete tokens of hidden patches from their latents, which must lie where the
-encoder puts them.
+"""CAE: predict tokens of hidden patches from latents that must lie where the encoder puts them.
 
 Paper:    Chen et al., "Context Autoencoder for Self-Supervised Representation Learning", IJCV 2023
           (arXiv 2202.03026)
@@ -28,11 +27,11 @@ decoder one Linear predicts the tokens from the regressor's output.
 What differs from the released code:
 - z' comes from the encoder itself; there a second one shares its memory after every step, which is
   the same numbers;
-- cls_token and mask_token are not decayed (decay_tokens=true decays them); the rate rises to its
-  peak once, not twice; bf16 in place of fp16, by the trainer;
+- cls_token and mask_token are not decayed (decay_tokens=true decays them); the learning rate
+  rises to its peak once, not twice; bf16 in place of fp16, by the trainer;
 - large is as its released script in fact runs: a regressor and a decoder of width 768 and 12 heads
-  behind a bridge, Xavier start (a line break in it drops what was meant: regressor_width=1024
-  regressor_heads=16 xavier=false).
+  behind a Linear and a norm, Xavier start (a line break in it drops what was meant:
+  regressor_width=1024 regressor_heads=16 xavier=false).
 align_drop_path=false computes z' without drop path; the released code has it on, with draws of its
 own.
 
@@ -74,7 +73,7 @@ SERVED_BY = {  # by default; `featcache info` reads this
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(RecipeConfig):
-    """scripts/cae_base_800e.sh; large by cae_large_1600e.sh."""
+    """Hold the settings of scripts/cae_base_800e.sh; large by cae_large_1600e.sh."""
 
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "large": {"layer_scale": 1e-5, "epochs": 1600, "warmup_epochs": 40.0},
@@ -127,7 +126,7 @@ class Config(RecipeConfig):
 
 
 def needs(config: Config) -> TargetSpec:
-    """The tokens, and what the mask is drawn from."""
+    """Say what is read: the tokens, and what the mask is drawn from."""
     return TargetSpec(
         teacher=config.teacher,
         levels=(),
@@ -139,8 +138,8 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Decoder(nn.Module):
-    """Self-attention over the masked latents alone, with their positions, and the logits of the
-    tokens."""
+    """Decode the masked latents alone, with their positions, by self-attention into the logits of
+    the tokens."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -159,7 +158,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, latents: Tensor, positions: Tensor) -> Tensor:
-        """latents, positions (B,M,W) -> (B,M,K)."""
+        """Map latents, positions (B,M,W) -> logits (B,M,K)."""
         x = latents + positions if len(self.decoder_blocks) else latents
         for block in self.decoder_blocks:
             x = block(x)
@@ -167,8 +166,8 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """The encoder, the regressor and the decoder; only the encoder is taken home. Names are those
-    of the released code."""
+    """Combine the encoder, the regressor and the decoder; only the encoder is taken home. Names are
+    those of the released code."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -182,12 +181,12 @@ class Model(nn.Module):
             layer_scale=config.layer_scale,
             xavier=config.xavier,
         )
-        self.encoder_to_regresser, self.encoder_to_regresser_norm = latent_regressor.bridge(
-            self.encoder.embed_dim, width, xavier=config.xavier
+        self.encoder_to_regresser, self.encoder_to_regresser_norm = (
+            latent_regressor.width_projection(self.encoder.embed_dim, width, xavier=config.xavier)
         )
-        self.rd_pos_embed = latent_regressor.positions(width, grid)
-        self.mask_token = latent_regressor.mask_token(width)
-        self.regresser = latent_regressor.Regresser(
+        self.rd_pos_embed = latent_regressor.fixed_positions(width, grid)
+        self.mask_token = latent_regressor.build_mask_token(width)
+        self.regresser = latent_regressor.LatentRegressor(
             width,
             config.regressor_depth,
             config.regressor_heads,
@@ -199,40 +198,41 @@ class Model(nn.Module):
         self.config = config
 
     def no_weight_decay(self) -> set[str]:
-        """None beyond the rule for 1-D parameters and tokens."""
+        """Return none beyond the rule for 1-D parameters and tokens."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), token_ids (B,P), ids_keep (B,V), ids_masked (B,M) -> the loss and its
-        parts."""
+        """Compute the loss and its parts from images (B,3,H,W), token_ids (B,P), ids_keep (B,V),
+        ids_masked (B,M)."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         visible = self._encode(images, ids_keep)
         table = self.rd_pos_embed.expand(len(images), -1, -1)
-        pos_x, pos_visible = vit.select(table, ids_masked + 1), vit.select(table, ids_keep + 1)
+        pos_x = vit.gather_tokens(table, ids_masked + 1)
+        pos_visible = vit.gather_tokens(table, ids_keep + 1)
         latents = self.regresser(self.mask_token.expand_as(pos_x), visible, pos_x, pos_visible)
         logits = self.decoder(latents, pos_x)
         labels = batch["token_ids"].gather(1, ids_masked)
         with losses.autocast_off(logits):
-            token = F.cross_entropy(losses.promote(logits).flatten(0, 1), labels.flatten())
+            token = F.cross_entropy(losses.upcast(logits).flatten(0, 1), labels.flatten())
         right = (logits.argmax(-1) == labels).float().mean()
         parts = {"token": token.detach(), "accuracy": right.detach()}
         if self.config.align_weight == 0:
             return {"loss": token, **parts}
         # After the pass with gradients: autocast keeps its casts of the weights, and casts made
         # here would have none.
-        target = self._aligned(images, ids_masked)
+        target = self._alignment_target(images, ids_masked)
         with losses.autocast_off(latents):
-            align = F.mse_loss(losses.promote(latents), losses.promote(target))
+            align = F.mse_loss(losses.upcast(latents), losses.upcast(target))
         return {"loss": token + self.config.align_weight * align, "align": align.detach(), **parts}
 
     def _encode(self, images: Tensor, ids: Tensor) -> Tensor:
-        """images, ids (B,N) -> latents (B,N,W) of these patches, without CLS."""
+        """Encode images at ids (B,N) -> latents (B,N,W) of these patches, without CLS."""
         x = beit.encode(self.encoder, images, ids)
         return self.encoder_to_regresser_norm(self.encoder_to_regresser(x))[:, 1:]
 
     @torch.no_grad()
-    def _aligned(self, images: Tensor, ids_masked: Tensor) -> Tensor:
-        """The encoder's own latents of the masked patches (B,M,W), a constant."""
+    def _alignment_target(self, images: Tensor, ids_masked: Tensor) -> Tensor:
+        """Return the encoder's own latents of the masked patches (B,M,W), a constant."""
         training = self.encoder.training
         self.encoder.train(training and self.config.align_drop_path)
         target = self._encode(images, ids_masked)

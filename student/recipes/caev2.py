@@ -1,5 +1,4 @@
-"""CAE v2: predict a CLIP's output at visible patches from the encoder, at masked ones from a
-regressor.
+"""CAE v2: predict a CLIP's output at visible patches directly, at masked ones by a regressor.
 
 Paper:    Zhang et al., "CAE v2: Context Autoencoder with CLIP Latent Alignment", TMLR 2023 (arXiv
           2211.09799)
@@ -28,9 +27,9 @@ What differs from the released code:
 - smooth_l1 and mse, of which no code was released: of the head's output against the target
   normalised over its channels without affine, as in the works the paper cites for them; mean over
   channels, smooth-L1 with beta 1;
-- cls_token and mask_token are not decayed (decay_tokens=true decays them); the rate rises to its
-  peak once, not twice; bf16 in place of fp16, by the trainer; its cosine adds 1e-12 to each squared
-  length;
+- cls_token and mask_token are not decayed (decay_tokens=true decays them); the learning rate
+  rises to its peak once, not twice; bf16 in place of fp16, by the trainer; its cosine adds 1e-12 to
+  each squared length;
 - mask=uniform hides P - int(P (1 - ratio)) patches, there int(P ratio): one fewer where that is no
   whole number.
 The paper's own forms: reduction=paper (Eq. 2: the mean over visible patches plus the mean over
@@ -77,7 +76,8 @@ SERVED_BY = {  # by default; `featcache info` reads this
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(OutputConfig):
-    """scripts/caev2_base_300e.sh; the other sizes by its README and the paper's Table 8."""
+    """Hold the settings of scripts/caev2_base_300e.sh; the other sizes by its README and the
+    paper's Table 8."""
 
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {"mask_ratio": 0.15, "regressor_width": 96, "regressor_depth": 1},
@@ -129,7 +129,7 @@ class Config(OutputConfig):
 
 
 def needs(config: Config) -> TargetSpec:
-    """The teacher's last level, and what the mask is drawn from."""
+    """Say what is read: the teacher's last level, and what the mask is drawn from."""
     return TargetSpec(
         teacher=config.teacher,
         levels=(config.teacher_depth,),
@@ -143,7 +143,7 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Head(nn.Module):
-    """A norm and a Linear, in either order: one set of parameters for CLS, visible and masked
+    """Apply a norm and a Linear, in either order: one set of parameters for CLS, visible and masked
     latents."""
 
     def __init__(self, width: int, out_dim: int, *, norm_first: bool) -> None:
@@ -157,8 +157,8 @@ class Head(nn.Module):
 
 
 class Model(nn.Module):
-    """The encoder, the regressor and the head; only the encoder is taken home. Names are those of
-    the released code."""
+    """Combine the encoder, the regressor and the head; only the encoder is taken home. Names are
+    those of the released code."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -170,14 +170,14 @@ class Model(nn.Module):
             drop_path=config.drop_path,
             layer_scale=config.layer_scale,
         )
-        self.encoder_to_regresser, self.encoder_to_regresser_norm = latent_regressor.bridge(
-            self.encoder.embed_dim, config.regressor_width
+        self.encoder_to_regresser, self.encoder_to_regresser_norm = (
+            latent_regressor.width_projection(self.encoder.embed_dim, config.regressor_width)
         )
         if config.align != "visible":
             width, grid = config.regressor_width, config.img_size // config.patch_size
-            self.rd_pos_embed = latent_regressor.positions(width, grid)
-            self.mask_token = latent_regressor.mask_token(width)
-            self.regresser = latent_regressor.Regresser(
+            self.rd_pos_embed = latent_regressor.fixed_positions(width, grid)
+            self.mask_token = latent_regressor.build_mask_token(width)
+            self.regresser = latent_regressor.LatentRegressor(
                 width,
                 config.regressor_depth,
                 config.regressor_heads,
@@ -190,40 +190,42 @@ class Model(nn.Module):
         self.config = config
 
     def no_weight_decay(self) -> set[str]:
-        """None beyond the rule for 1-D parameters and tokens."""
+        """Return none beyond the rule for 1-D parameters and tokens."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V), ids_masked (B,M) -> the loss and its
-        parts."""
+        """Compute the loss and its parts from images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V),
+        ids_masked (B,M)."""
         ids_keep, ids_masked, targets = batch["ids_keep"], batch["ids_masked"], batch["targets"]
         x = beit.encode(self.encoder, batch["images"], ids_keep)
         x = self.encoder_to_regresser_norm(self.encoder_to_regresser(x))  # (B,1+V,W)
         errors: dict[str, Tensor] = {}
         if self.config.align != "masked":
-            aligned = _error(
-                self.decoder(x), vit.select(targets, vit.with_cls(ids_keep)), self.config.loss
-            )
+            target = vit.gather_tokens(targets, vit.prepend_cls_id(ids_keep))
+            aligned = _token_errors(self.decoder(x), target, self.config.loss)
             errors |= {"cls": aligned[:, :1], "visible": aligned[:, 1:]}
         if self.config.align != "visible":
             pred = self.decoder(self._regress(x[:, 1:], ids_keep, ids_masked))
-            errors["masked"] = _error(pred, vit.select(targets, ids_masked + 1), self.config.loss)
+            errors["masked"] = _token_errors(
+                pred, vit.gather_tokens(targets, ids_masked + 1), self.config.loss
+            )
         parts = {name: error.mean().detach() for name, error in errors.items()}
         return {"loss": _reduce(errors, self.config.reduction), **parts}
 
     def _regress(self, visible: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """visible (B,V,W) -> masked latents (B,M,W)."""
+        """Predict masked latents (B,M,W) from visible (B,V,W)."""
         table = self.rd_pos_embed.expand(len(visible), -1, -1)
-        pos_x, pos_visible = vit.select(table, ids_masked + 1), vit.select(table, ids_keep + 1)
+        pos_x = vit.gather_tokens(table, ids_masked + 1)
+        pos_visible = vit.gather_tokens(table, ids_keep + 1)
         return self.regresser(self.mask_token.expand_as(pos_x), visible, pos_x, pos_visible)
 
 
-def _error(pred: Tensor, target: Tensor, loss: str) -> Tensor:
-    """pred, target (B,N,E) -> (B,N)."""
+def _token_errors(pred: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Compute the error of every token: pred, target (B,N,E) -> (B,N)."""
     if loss == "cosine":
         return losses.cosine_distance(pred, target)
     with losses.autocast_off(pred):
-        pred, target = losses.promote(pred), losses.promote(target)
+        pred, target = losses.upcast(pred), losses.upcast(target)
         target = F.layer_norm(target, target.shape[-1:])
         return (F.mse_loss if loss == "mse" else F.smooth_l1_loss)(
             pred, target, reduction="none"
@@ -231,7 +233,7 @@ def _error(pred: Tensor, target: Tensor, loss: str) -> Tensor:
 
 
 def _reduce(errors: dict[str, Tensor], reduction: str) -> Tensor:
-    """(B,1), (B,V), (B,M) -> scalar."""
+    """Average the errors (B,1), (B,V), (B,M) to a scalar."""
     if reduction == "code":
         return torch.cat(list(errors.values()), dim=1).mean()
     return torch.stack([error.mean() for name, error in errors.items() if name != "cls"]).sum()

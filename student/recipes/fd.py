@@ -1,5 +1,4 @@
-"""FD: a student with relative positions learns a teacher's whitened output at every token; nothing
-is hidden.
+"""FD: learn a teacher's whitened output at every token, none hidden, by relative positions.
 
 Paper:    Wei et al., "Contrastive Learning Rivals Masked Image Modeling in Fine-tuning via Feature
           Distillation" (arXiv 2205.14141)
@@ -12,8 +11,8 @@ Expected: ImageNet-1k, 300 epochs, fine-tuned: from CLIP-B/16 84.9, from DINO-B 
           CLIP-L/14 87.7 (published, not yet ours); FD-CLIP 80.3 linear by MaskAlign's Table 8
 Code:     SwinTransformer/Feature-Distillation, models/feature_distillation.py
 
-Reference global batch: 2,048, so blr 1.5e-4 is lr 1.2e-3 (its base rate is 3e-4 for a batch of
-512).
+Reference global batch: 2,048, so blr 1.5e-4 is lr 1.2e-3 (its base learning rate is 3e-4 for a
+batch of 512).
 
 The target is LN(gamma h + beta), the output of the teacher's last norm, normalised once more
 without affine. DINO and large use drop_path=0.3; its 100-epoch run drop_path=0.1 and crops of 0.67
@@ -58,7 +57,7 @@ SERVED_BY = {  # by default; `featcache info` reads this
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(RecipeConfig):
-    """configs/pretrain/fd_pretrain__clip_vit_base__img224__300ep.yaml."""
+    """Hold the settings of configs/pretrain/fd_pretrain__clip_vit_base__img224__300ep.yaml."""
 
     # fd_pretrain__clip_vit_large__img224__300ep.yaml: 256 tokens of ViT-L/14 at 224
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
@@ -95,7 +94,7 @@ class Config(RecipeConfig):
 
 
 def needs(config: Config) -> TargetSpec:
-    """The teacher's last level."""
+    """Say what is read: the teacher's last level."""
     return TargetSpec(
         teacher=config.teacher,
         levels=(config.teacher_depth,),
@@ -107,7 +106,7 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Model(nn.Module):
-    """The encoder and one Linear; only the encoder is taken home."""
+    """Combine the encoder and one Linear; only the encoder is taken home."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -123,12 +122,13 @@ class Model(nn.Module):
         self.beta = config.beta
 
     def no_weight_decay(self) -> set[str]:
-        """None beyond the rule: the table of relative positions is decayed, as in the released
-        code."""
+        """Return none beyond the rule: the table of relative positions is decayed, as in the
+        released code."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,Dt) -> the loss over all tokens, and its part at CLS."""
+        """Compute the loss over all tokens, and its part at CLS, from images (B,3,H,W), targets
+        (B,1+P,Dt)."""
         pred = self.decoder(
             beit.encode_all(self.encoder, self.encoder.patch_embed(batch["images"]))
         )

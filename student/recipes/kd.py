@@ -40,7 +40,7 @@ SERVED_BY = {  # by default; `featcache info` reads this
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(OutputConfig):
-    """MILAN's settings."""
+    """Hold the settings of MILAN."""
 
     mask: Mask = "attentive"
     epochs: Positive = 400
@@ -48,7 +48,7 @@ class Config(OutputConfig):
 
 
 def needs(config: Config) -> TargetSpec:
-    """The teacher's last level, and what the mask is drawn from."""
+    """Say what is read: the teacher's last level, and what the mask is drawn from."""
     return TargetSpec(
         teacher=config.teacher,
         levels=(config.teacher_depth,),
@@ -60,7 +60,7 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Model(nn.Module):
-    """The encoder and one Linear; only the encoder is taken home."""
+    """Combine the encoder and one Linear; only the encoder is taken home."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -74,15 +74,15 @@ class Model(nn.Module):
         vit.init_linear_and_norm(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        """None beyond the rule for 1-D parameters and tokens."""
+        """Return none beyond the rule for 1-D parameters and tokens."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V) -> the loss, and that of CLS and of
-        visible patches."""
+        """Compute the loss, and that of CLS and of visible patches, from images (B,3,H,W), targets
+        (B,1+P,E), ids_keep (B,V)."""
         ids_keep = batch["ids_keep"]
         pred = self.head(self.encoder.norm(vit.encode(self.encoder, batch["images"], ids_keep)[-1]))
-        target = vit.select(batch["targets"], vit.with_cls(ids_keep))
+        target = vit.gather_tokens(batch["targets"], vit.prepend_cls_id(ids_keep))
         distance = 2 * losses.cosine_distance(pred, target)  # (B,1+V)
         parts = {"cls": distance[:, 0].mean().detach(), "visible": distance[:, 1:].mean().detach()}
         return {"loss": distance.mean(), **parts}

@@ -33,7 +33,7 @@ SERVED_BY = {"fields": (), "levels": ""}  # by default; `featcache info` reads t
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(RecipeConfig):
-    """PRETRAIN.md's settings."""
+    """Hold the settings of PRETRAIN.md."""
 
     epochs: Positive = 800
     warmup_epochs: NotNegative = 40
@@ -41,7 +41,7 @@ class Config(RecipeConfig):
     decoder_width: Positive = 512
     decoder_depth: Positive = 8  # blocks
     decoder_heads: Positive = 16
-    norm_pix: bool = True  # each target patch less its mean, over its deviation
+    norm_pix: bool = True  # each target patch less its mean, over its std
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,8 @@ class Config(RecipeConfig):
 
 
 def needs(config: Config) -> TargetSpec:
-    """Nothing but what the mask is drawn from, which for a uniform mask is nothing."""
+    """Say what is read: nothing but what the mask is drawn from, which for a uniform mask is
+    nothing."""
     fields = masking.fields(config.mask)
     return TargetSpec(
         teacher=config.teacher if fields else "", levels=(), fields=fields, patches=config.patches
@@ -58,7 +59,7 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Model(nn.Module):
-    """The encoder and MAE's decoder; only the encoder is taken home."""
+    """Combine the encoder and MAE's decoder; only the encoder is taken home."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -80,12 +81,12 @@ class Model(nn.Module):
         self.norm_pix = config.norm_pix
 
     def no_weight_decay(self) -> set[str]:
-        """None beyond the rule for 1-D parameters and tokens."""
+        """Return none beyond the rule for 1-D parameters and tokens."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), ids_keep (B,V), ids_masked (B,P-V) -> the loss, which is its only
-        part."""
+        """Compute the loss, which is its only part, from images (B,3,H,W), ids_keep (B,V),
+        ids_masked (B,P-V)."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         tokens = self.encoder.norm(vit.encode(self.encoder, images, ids_keep)[-1])
         pred = self.decoder(tokens, ids_keep, ids_masked)

@@ -1,5 +1,4 @@
-"""MaskAlign: align the visible tokens of a ViT with a frozen CLIP or DINO; nothing is
-reconstructed.
+"""MaskAlign: align the visible tokens of a ViT with a frozen CLIP or DINO, reconstruct nothing.
 
 Paper:    Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", CVPR
           2023 (arXiv 2211.08887)
@@ -78,7 +77,7 @@ SERVED_BY = {  # by default; `featcache info` reads this
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(RecipeConfig):
-    """The released command's settings."""
+    """Hold the settings of the released command."""
 
     # README.md; 0.1 for all in the paper
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {"large": {"drop_path": 0.2}}
@@ -118,6 +117,7 @@ class Config(RecipeConfig):
 
     @property
     def alignment_options(self) -> align.AlignmentOptions:
+        """Return the settings of the alignment head."""
         return align.AlignmentOptions(
             **{
                 field.name: getattr(self, field.name)
@@ -127,8 +127,8 @@ class Config(RecipeConfig):
 
 
 def needs(config: Config) -> TargetSpec:
-    """The aligned levels, what gives back the teacher's stream where another norm than LN wants it,
-    and what the mask is drawn from."""
+    """Say what is read: the aligned levels, what gives back the teacher's stream where another norm
+    than LN wants it, and what the mask is drawn from."""
     stats = () if config.target_norm == "ln" else ("feature_stats",)
     return TargetSpec(
         teacher=config.teacher,
@@ -137,13 +137,13 @@ def needs(config: Config) -> TargetSpec:
         ),
         fields=("features", *stats, *masking.fields(config.mask)),
         patches=config.patches,
-        visible_only=True,  # align.Align gathers [CLS] and ids_keep
+        visible_only=True,  # AlignmentHead gathers [CLS] and ids_keep
         moments=config.target_norm == "bn",
     )
 
 
 class Model(nn.Module):
-    """The encoder and the alignment head; only the encoder is taken home."""
+    """Combine the encoder and the alignment head; only the encoder is taken home."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -165,14 +165,16 @@ class Model(nn.Module):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """W starts near the identity and is not pulled to zero; tokens are the optimiser's matter
-        (decay_tokens)."""
+        """Return W, which starts near the identity and is not pulled to zero; tokens are the
+        optimiser's matter (decay_tokens)."""
         return set() if self.align.mix is None else {"align.mix"}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V), and where the target norm asks
-        for them feature_stats (B,L,1+P,2) and moments (L,2) -> the loss, and the loss of each
-        level."""
+        """Compute the loss, and the loss of each level.
+
+        images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V), and where the target norm asks for
+        them feature_stats (B,L,1+P,2) and moments (L,2).
+        """
         outputs = vit.encode(self.encoder, batch["images"], batch["ids_keep"])
         stats, moments = batch.get("feature_stats"), batch.get("moments")
         loss, parts = self.align(outputs, batch["features"], batch["ids_keep"], stats, moments)

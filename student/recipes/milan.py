@@ -1,5 +1,4 @@
-"""MILAN: predict a CLIP's output at every patch; the decoder reads the visible tokens as fixed
-prompts.
+"""MILAN: predict a CLIP's output at every patch; visible tokens are the decoder's fixed prompts.
 
 Paper:    Hou et al., "MILAN: Masked Image Pretraining on Language Assisted Representation" (arXiv
           2208.06049)
@@ -69,7 +68,7 @@ SERVED_BY = {  # by default; `featcache info` reads this
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(OutputConfig):
-    """README.md's settings."""
+    """Hold the settings of README.md."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("z", "f", "pixels")
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {"large": CLIP_L14}
@@ -85,7 +84,7 @@ class Config(OutputConfig):
     decoder_depth: Positive = 8  # blocks
     decoder_heads: Positive = 16
     cls_loss: bool = True  # CLS is one of the tokens of the loss
-    norm_pix: bool = True  # of target=pixels: each target patch less its mean, over its deviation
+    norm_pix: bool = True  # of target=pixels: each target patch less its mean, over its std
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +106,8 @@ class Config(OutputConfig):
 
 
 def needs(config: Config) -> TargetSpec:
-    """The teacher's last level, and what the mask is drawn from; for pixels only the latter."""
+    """Say what is read: the teacher's last level, and what the mask is drawn from; for pixels only
+    the latter."""
     fields = masking.fields(config.mask)
     if config.target == "pixels":
         return TargetSpec(
@@ -126,7 +126,8 @@ def needs(config: Config) -> TargetSpec:
 
 
 class PromptAttention(nn.Module):
-    """Queries of the masked tokens; keys and values of the prompts and the masked tokens."""
+    """Attend with queries of the masked tokens to keys and values of the prompts and the masked
+    tokens."""
 
     def __init__(self, width: int, heads: int, project: bool) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ class PromptAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, prompts: Tensor) -> Tensor:
-        """x (B,M,W), normed; prompts (B,1+V,W), as they are -> (B,M,W)."""
+        """Map x (B,M,W), normed; prompts (B,1+V,W), as they are -> (B,M,W)."""
         if self.project:
             k, v = self.kv(torch.cat([prompts, x], dim=1)).chunk(2, dim=-1)
         else:
@@ -151,8 +152,8 @@ class PromptAttention(nn.Module):
 
 
 class PromptBlock(nn.Module):
-    """x += attn(LN x | prompts); x += mlp(LN x). The prompts pass by unchanged and without a
-    norm."""
+    """Compute x += attn(LN x | prompts); x += mlp(LN x). The prompts pass by unchanged and without
+    a norm."""
 
     def __init__(self, width: int, heads: int, project: bool) -> None:
         super().__init__()
@@ -167,8 +168,8 @@ class PromptBlock(nn.Module):
 
 
 class PromptingDecoder(nn.Module):
-    """vit.Decoder's stem and head around blocks that update the masked tokens only; names are those
-    of the released code."""
+    """Put vit.Decoder's stem and head around blocks that update the masked tokens only; names are
+    those of the released code."""
 
     def __init__(self, width_in: int, config: Config, out_dim: int) -> None:
         super().__init__()
@@ -186,22 +187,23 @@ class PromptingDecoder(nn.Module):
         self.decoder_pred = nn.Linear(width, out_dim)
         self.apply(vit.init_linear_and_norm)
         nn.init.normal_(self.mask_token, std=vit.TOKEN_STD)
-        vit.fix_positions(self.decoder_pos_embed, grid)
+        vit.init_fixed_positions(self.decoder_pos_embed, grid)
 
-    def with_cls(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """tokens (B,1+V,D) of the encoder, ids_keep (B,V), ids_masked (B,M) -> (B,1+P,out): CLS,
-        then raster order."""
+    def predict_with_cls(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """Predict (B,1+P,out), CLS, then raster order, from tokens (B,1+V,D) of the encoder,
+        ids_keep (B,V), ids_masked (B,M)."""
         positions = self.decoder_pos_embed.expand(len(tokens), -1, -1)
-        prompts = self.decoder_embed(tokens) + vit.select(positions, vit.with_cls(ids_keep))
-        x = self.mask_token + vit.select(positions, ids_masked + 1)
+        visible = vit.gather_tokens(positions, vit.prepend_cls_id(ids_keep))
+        prompts = self.decoder_embed(tokens) + visible
+        x = self.mask_token + vit.gather_tokens(positions, ids_masked + 1)
         for block in self.decoder_blocks:
             x = block(x, prompts)
-        x = vit.in_raster(torch.cat([prompts, x], dim=1), ids_keep, ids_masked)
+        x = vit.restore_order(torch.cat([prompts, x], dim=1), ids_keep, ids_masked)
         return self.decoder_pred(self.decoder_norm(x))
 
 
 class Model(nn.Module):
-    """The encoder and either decoder; only the encoder is taken home."""
+    """Combine the encoder and either decoder; only the encoder is taken home."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -212,19 +214,19 @@ class Model(nn.Module):
             drop_path=config.drop_path,
         )
         out_dim = config.patch_size**2 * 3 if config.target == "pixels" else config.target_width
-        self.decoder = _decoder(self.encoder.embed_dim, config, out_dim)
+        self.decoder = _build_decoder(self.encoder.embed_dim, config, out_dim)
         self.config = config
 
     def no_weight_decay(self) -> set[str]:
-        """None beyond the rule for 1-D parameters and tokens."""
+        """Return none beyond the rule for 1-D parameters and tokens."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V), ids_masked (B,M) -> the loss and its
-        parts."""
+        """Compute the loss and its parts from images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V),
+        ids_masked (B,M)."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         tokens = self.encoder.norm(vit.encode(self.encoder, images, ids_keep)[-1])
-        pred = self.decoder.with_cls(tokens, ids_keep, ids_masked)
+        pred = self.decoder.predict_with_cls(tokens, ids_keep, ids_masked)
         if self.config.target == "pixels":
             patches = vit.patchify(images, self.config.patch_size)
             pixel = losses.masked_pixel_mse(
@@ -238,7 +240,7 @@ class Model(nn.Module):
         return {"loss": loss, "cls": distance[:, 0].mean().detach(), **parts}
 
 
-def _decoder(width_in: int, config: Config, out_dim: int) -> PromptingDecoder | vit.Decoder:
+def _build_decoder(width_in: int, config: Config, out_dim: int) -> PromptingDecoder | vit.Decoder:
     if config.decoder == "prompting":
         return PromptingDecoder(width_in, config, out_dim)
     grid = config.img_size // config.patch_size

@@ -1,5 +1,4 @@
-"""MR-Align: align the visible tokens with a teacher and predict the pixels of the hidden ones.
-Ours; the default.
+"""MR-Align: align visible tokens with a teacher, predict hidden pixels. Ours; the default.
 
 Paper:    none; this combination is ours, from parts that were published:
           - alignment of CLS and visible tokens with five teacher levels, and the optimiser:
@@ -53,7 +52,7 @@ SERVED_BY = {  # by default; `featcache info` reads this
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(RecipeConfig):
-    """MaskAlign's optimiser, MR-MAE's ratio and weights, MAE's decoder."""
+    """Take MaskAlign's optimiser, MR-MAE's ratio and weights, MAE's decoder."""
 
     drop_path: Fraction = 0.1
     mask: Mask = "attentive"  # one mask for both halves
@@ -68,7 +67,7 @@ class Config(RecipeConfig):
     decoder_width: Positive = 512
     decoder_depth: Positive = 8  # blocks
     decoder_heads: Positive = 16
-    norm_pix: bool = True  # each target patch less its mean, over its deviation
+    norm_pix: bool = True  # each target patch less its mean, over its std
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +83,7 @@ class Config(RecipeConfig):
 
 
 def needs(config: Config) -> TargetSpec:
-    """The aligned levels, and what the mask is drawn from."""
+    """Say what is read: the aligned levels, and what the mask is drawn from."""
     return TargetSpec(
         teacher=config.teacher,
         levels=tuple(
@@ -92,12 +91,12 @@ def needs(config: Config) -> TargetSpec:
         ),
         fields=("features", *masking.fields(config.mask)),
         patches=config.patches,
-        visible_only=True,  # align.Align gathers [CLS] and ids_keep
+        visible_only=True,  # AlignmentHead gathers [CLS] and ids_keep
     )
 
 
 class Model(nn.Module):
-    """The encoder, the alignment head and the decoder; only the encoder is taken home."""
+    """Combine the encoder, the alignment head and the decoder; only the encoder is taken home."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -123,13 +122,13 @@ class Model(nn.Module):
         self.config = config
 
     def no_weight_decay(self) -> set[str]:
-        """W starts near the identity and is not pulled to zero; tokens are the optimiser's matter
-        (decay_tokens)."""
+        """Return W, which starts near the identity and is not pulled to zero; tokens are the
+        optimiser's matter (decay_tokens)."""
         return {"align.mix"}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V), ids_masked (B,P-V) -> the loss
-        and its parts."""
+        """Compute the loss and its parts from images (B,3,H,W), features (B,L,1+P,Dt), ids_keep
+        (B,V), ids_masked (B,P-V)."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         outputs = vit.encode(self.encoder, images, ids_keep)
         aligned, parts = self.align(outputs, batch["features"], ids_keep)

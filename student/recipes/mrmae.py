@@ -18,7 +18,7 @@ the schedule of Table 1 (there with family=conv_vit).
 Table 3 by settings, each with epochs=200 (warmup_epochs=40 is ours):
     mimic_weight=0 mask=uniform fuse=last      MAE, pixels alone: 83.0
     mask=uniform fuse=last                     + mimic loss: 84.7
-    fuse=last                                  + focused mimicking: 84.9
+    fuse=last                                  + focused tokens: 84.9
     the defaults                               + multi-layer fusion: 85.0
     mimic_at=decoder                           both targets at the decoder, which conflict: 83.3
     pixel_weight=0                             mimic loss alone: 84.9
@@ -33,14 +33,14 @@ second one's arrays are added to the cache: featcache extract --teacher dino-b16
 What the paper leaves open, and what is taken here:
 - target=fd, the teacher's output after its last norm, normalised once more per token, patches only;
   f, z and h (the last block's stream, normalised) are options;
-- focused mimicking draws by the teacher's attention, as MILAN, which it names; its own text reads
+- focused tokens draws by the teacher's attention, as MILAN, which it names; its own text reads
   as mask=topk;
 - fuse=auto sums blocks 3, 6, 9 and 12 of 12, and in conv_vit both stages and the last block, as
   ConvMAE; the final norm is applied to the sum, so what is taken home has a norm that was trained
   on it;
 - both losses are means over channels; reduction=sum is Eq. 1 and 2 as printed, which sum over them;
-- "maximum learning rate 1.5e-4" is read as MAE's rate of a batch of 256; lr=1.5e-4 takes it as
-  printed;
+- "maximum learning rate 1.5e-4" is read as MAE's base learning rate, that of a batch of 256;
+  lr=1.5e-4 takes it as printed;
 - joint: the mean of both mimic losses; mimic_at=decoder: both at the hidden patches, from the same
   decoder;
 - family=conv_vit has no CLS token, as ConvMAE's code; conv_cls=true gives it one, as the published
@@ -86,7 +86,7 @@ SERVED_BY = {  # by default; `featcache info` reads this
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(OutputConfig):
-    """The paper's settings, section 4.1."""
+    """Hold the settings of the paper's section 4.1."""
 
     TARGETS: ClassVar[tuple[str, ...]] = ("fd", "f", "h", "z")
 
@@ -109,7 +109,7 @@ class Config(OutputConfig):
     decoder_width: Positive = 512
     decoder_depth: Positive = 8  # blocks
     decoder_heads: Positive = 16
-    norm_pix: bool = True  # each target patch less its mean, over its deviation
+    norm_pix: bool = True  # each target patch less its mean, over its std
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,15 +122,16 @@ class Config(OutputConfig):
             conv_vit.check_patch(self.patch_size)
         if self.pixel_weight > 0:
             check_hides_patches(self)
-        _check_halves(self)
+        _check_combinations(self)
 
     @property
     def mimics(self) -> bool:
+        """Return whether a teacher is mimicked."""
         return self.mimic_weight > 0
 
 
 def parse_fuse(text: str) -> tuple[int, ...]:
-    """The blocks that `fuse` lists, ascending; none for auto and last."""
+    """Return the blocks that `fuse` lists, ascending; none for auto and last."""
     if text in ("auto", "last"):
         return ()
     parts = [part.strip() for part in text.split(",")]
@@ -142,8 +143,8 @@ def parse_fuse(text: str) -> tuple[int, ...]:
     )
 
 
-def _check_halves(config: Config) -> None:
-    """Settings that would do nothing beside the others."""
+def _check_combinations(config: Config) -> None:
+    """Refuse settings that would do nothing beside the others."""
     pixels, at_decoder = config.pixel_weight > 0, config.mimic_at == "decoder"
     wrong = {
         "conv_cls=true does nothing with family=mae, which has a CLS token": config.conv_cls
@@ -167,7 +168,7 @@ def _check_halves(config: Config) -> None:
 
 
 def needs(config: Config) -> TargetSpec:
-    """The last level of each teacher, and what the mask is drawn from."""
+    """Say what is read: the last level of each teacher, and what the mask is drawn from."""
     features = ("features",) if config.mimics else ()
     second = (f"{config.joint}/features",) if config.joint else ()
     fields = (*features, *second, *masking.fields(config.mask))
@@ -184,13 +185,13 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Model(nn.Module):
-    """The encoder, what fuses its layers, a mimic head for each teacher and the decoder; only the
-    encoder is taken home."""
+    """Combine the encoder, what fuses its layers, a mimic head for each teacher and the decoder;
+    only the encoder is taken home."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.stages = _encoder(config)
+        self.encoder, self.stages = _build_encoder(config)
         self.prefix = self.encoder.num_prefix_tokens
         self.blocks = _fused_blocks(config, _depth(self.encoder))
         width = config.decoder_width if config.mimic_at == "decoder" else self.encoder.embed_dim
@@ -200,37 +201,40 @@ class Model(nn.Module):
             if head is not None:
                 vit.init_linear_and_norm(head)
         self.decoder = (
-            _decoder(self.encoder.embed_dim, config, self.prefix)
+            _build_decoder(self.encoder.embed_dim, config, self.prefix)
             if config.pixel_weight > 0
             else None
         )
 
     def no_weight_decay(self) -> set[str]:
-        """None beyond the rule for 1-D parameters and tokens."""
+        """Return none beyond the rule for 1-D parameters and tokens."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E) or features (B,1,1+P,E), second (B,1+P,E2), ids_keep
-        (B,V), ids_masked (B,M) -> the loss and its parts."""
+        """Compute the loss and its parts.
+
+        images (B,3,H,W), targets (B,1+P,E) or features (B,1,1+P,E), second (B,1+P,E2), ids_keep
+        (B,V), ids_masked (B,M).
+        """
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
-        fused = self._fused(images, ids_keep)
-        mimicking, ids = fused[:, self.prefix :], ids_keep
+        fused = self._fuse_layers(images, ids_keep)
+        tokens, ids = fused[:, self.prefix :], ids_keep
         weighted, parts = [], {}
         if self.decoder is not None:
-            states = self.decoder.states(fused, ids_keep, ids_masked)[:, self.prefix :]
+            states = self.decoder.hidden_states(fused, ids_keep, ids_masked)[:, self.prefix :]
             patches = vit.patchify(images, self.config.patch_size)
             pred = self.decoder.decoder_pred(states)
             pixel = losses.masked_pixel_mse(
                 pred, patches, ids_masked, normalise=self.config.norm_pix
             )
-            parts["pixel"] = self._reduced(pixel, patches.shape[-1])
+            parts["pixel"] = self._reduce(pixel, patches.shape[-1])
             weighted.append(self.config.pixel_weight * parts["pixel"])
             if self.config.mimic_at == "decoder":
-                mimicking, ids = vit.select(states, ids_masked), ids_masked
+                tokens, ids = vit.gather_tokens(states, ids_masked), ids_masked
         if self.mimic_head is not None:
-            parts["mimic"] = self._mimic(self.mimic_head, mimicking, _target(batch), ids)
+            parts["mimic"] = self._mimic_loss(self.mimic_head, tokens, _mimic_target(batch), ids)
             if self.joint_head is not None:
-                parts["joint"] = self._mimic(self.joint_head, mimicking, batch["second"], ids)
+                parts["joint"] = self._mimic_loss(self.joint_head, tokens, batch["second"], ids)
             both = [parts[name] for name in ("mimic", "joint") if name in parts]
             weighted.append(self.config.mimic_weight * torch.stack(both).mean())
         return {
@@ -238,8 +242,9 @@ class Model(nn.Module):
             **{name: part.detach() for name, part in parts.items()},
         }
 
-    def _fused(self, images: Tensor, ids_keep: Tensor) -> Tensor:
-        """images, ids_keep (B,V) -> (B,N,D): the summed layers, after the encoder's norm."""
+    def _fuse_layers(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        """Sum the layers, after which comes the encoder's norm: images, ids_keep (B,V) ->
+        (B,N,D)."""
         if isinstance(self.encoder, conv_vit.ConvViT):
             outputs, maps = self.encoder.encode(images, ids_keep)
             fused = torch.stack([outputs[i - 1] for i in self.blocks]).sum(0)
@@ -250,31 +255,31 @@ class Model(nn.Module):
             fused = torch.stack([outputs[i - 1] for i in self.blocks]).sum(0)
         return self.encoder.norm(fused)
 
-    def _mimic(self, head: nn.Linear, tokens: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-        """tokens (B,V,D) of the patches `ids` (B,V), target (B,1+P,E) -> scalar, Eq. 2."""
-        pred, target = head(tokens), vit.select(target, ids + 1)
+    def _mimic_loss(self, head: nn.Linear, tokens: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+        """Compute Eq. 2 for tokens (B,V,D) of the patches `ids` (B,V), target (B,1+P,E)."""
+        pred, target = head(tokens), vit.gather_tokens(target, ids + 1)
         with losses.autocast_off(pred):
-            mse = F.mse_loss(losses.promote(pred), losses.promote(target))
-        return self._reduced(mse, target.shape[-1])
+            mse = F.mse_loss(losses.upcast(pred), losses.upcast(target))
+        return self._reduce(mse, target.shape[-1])
 
-    def _reduced(self, mean: Tensor, channels: int) -> Tensor:
-        """A mean over channels, or their sum."""
+    def _reduce(self, mean: Tensor, channels: int) -> Tensor:
+        """Return a mean over channels, or their sum."""
         return mean * channels if self.config.reduction == "sum" else mean
 
 
-def _target(batch: dict[str, Tensor]) -> Tensor:
-    """(B,1+P,E): what was derived, or for target=h the level as it is stored."""
+def _mimic_target(batch: dict[str, Tensor]) -> Tensor:
+    """Return (B,1+P,E): what was derived, or for target=h the level as it is stored."""
     return batch["targets"] if "targets" in batch else batch["features"][:, 0]
 
 
-def _encoder(
+def _build_encoder(
     config: Config,
 ) -> tuple[VisionTransformer | conv_vit.ConvViT, conv_vit.StageFusion | None]:
-    """The encoder, and what brings a conv_vit's stages to its tokens."""
+    """Build the encoder, and what brings a conv_vit's stages to its tokens."""
     sizes = {"img_size": config.img_size, "patch_size": config.patch_size}
     if config.family == "mae":
         return vit.build(config.encoder, drop_path=config.drop_path, **sizes), None
-    channels = conv_vit.parse(config.encoder)
+    channels = conv_vit.parse_encoder(config.encoder)
     encoder = conv_vit.build(
         config.encoder, drop_path=config.drop_path, cls_token=config.conv_cls, **sizes
     )
@@ -286,14 +291,14 @@ def _encoder(
 
 
 def _depth(encoder: VisionTransformer | conv_vit.ConvViT) -> int:
-    """Transformer blocks."""
+    """Return the number of transformer blocks."""
     blocks = encoder.blocks3 if isinstance(encoder, conv_vit.ConvViT) else encoder.blocks
     return len(list(blocks.children()))
 
 
 def _fused_blocks(config: Config, depth: int) -> tuple[int, ...]:
-    """The blocks whose outputs are summed, the last always among them: `auto` is every quarter of a
-    plain ViT."""
+    """Return the blocks whose outputs are summed, the last always among them: `auto` is every
+    quarter of a plain ViT."""
     chosen = parse_fuse(config.fuse)
     if not chosen:
         quarters = {-(-depth * i // 4) for i in range(1, 5)}  # rounded up
@@ -309,7 +314,7 @@ def _fused_blocks(config: Config, depth: int) -> tuple[int, ...]:
     return chosen
 
 
-def _decoder(width: int, config: Config, prefix: int) -> vit.Decoder:
+def _build_decoder(width: int, config: Config, prefix: int) -> vit.Decoder:
     grid, out_dim = config.img_size // config.patch_size, config.patch_size**2 * 3
     shape = (width, config.decoder_width, config.decoder_depth, config.decoder_heads, grid, out_dim)
     return vit.Decoder(*shape, cls_token=bool(prefix))

@@ -1,5 +1,4 @@
-"""MVP style: all tokens through the encoder, the hidden ones replaced before it, CLIP's output
-predicted at those.
+"""MVP style: predict CLIP's output at hidden patches, mask tokens in their place in the encoder.
 
 Paper:    the style of Wei et al., "MVP: Multimodality-guided Visual Pre-training", ECCV 2022 (arXiv
           2203.05175), by the accounts of MaskAlign (arXiv 2211.08887, Tables 1 and 7), CAE v2
@@ -54,7 +53,7 @@ SERVED_BY = {  # by default; `featcache info` reads this
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Config(OutputConfig):
-    """The masks of MaskAlign's account, the optimiser of the CAE family."""
+    """Take the masks of MaskAlign's account and the optimiser of the CAE family."""
 
     drop_path: Fraction = 0.1
     mask: Mask = "blockwise"
@@ -76,7 +75,7 @@ class Config(OutputConfig):
 
 
 def needs(config: Config) -> TargetSpec:
-    """The teacher's last level, and what the mask is drawn from."""
+    """Say what is read: the teacher's last level, and what the mask is drawn from."""
     return TargetSpec(
         teacher=config.teacher,
         levels=(config.teacher_depth,),
@@ -87,7 +86,7 @@ def needs(config: Config) -> TargetSpec:
 
 
 class Model(nn.Module):
-    """The encoder, its mask token and one Linear; only the encoder is taken home."""
+    """Combine the encoder, its mask token and one Linear; only the encoder is taken home."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -99,20 +98,20 @@ class Model(nn.Module):
             drop_path=config.drop_path,
             layer_scale=config.layer_scale,
         )
-        self.mask_token = latent_regressor.mask_token(self.encoder.embed_dim)
+        self.mask_token = latent_regressor.build_mask_token(self.encoder.embed_dim)
         self.head = nn.Linear(self.encoder.embed_dim, config.target_width)
-        beit.start(self.head)
+        beit.init_weights(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        """None beyond the rule for 1-D parameters and tokens."""
+        """Return none beyond the rule for 1-D parameters and tokens."""
         return set()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images (B,3,H,W), targets (B,1+P,E), ids_masked (B,M) -> the loss, which is its only
-        part."""
+        """Compute the loss, which is its only part, from images (B,3,H,W), targets (B,1+P,E),
+        ids_masked (B,M)."""
         patches, ids = self.encoder.patch_embed(batch["images"]), batch["ids_masked"]
         token = self.mask_token.to(patches.dtype).expand(*ids.shape, -1)
         patches = patches.scatter(1, ids.unsqueeze(-1).expand_as(token), token)
-        pred = self.head(vit.select(beit.encode_all(self.encoder, patches), ids + 1))
-        loss = losses.cosine_distance(pred, vit.select(batch["targets"], ids + 1)).mean()
+        pred = self.head(vit.gather_tokens(beit.encode_all(self.encoder, patches), ids + 1))
+        loss = losses.cosine_distance(pred, vit.gather_tokens(batch["targets"], ids + 1)).mean()
         return {"loss": loss, "masked": loss.detach()}

@@ -46,9 +46,12 @@ def recipe_targets(
     h, std = features[:, 0], None if stats is None else stats[:, 0, :, 1:]
     if ids_keep is None:
         return {"targets": derive(spec.derive, h, tail, std)}
-    ids = vit.with_cls(ids_keep)
+    ids = vit.prepend_cls_id(ids_keep)
     few = derive(
-        spec.derive, vit.select(h, ids), tail, None if std is None else vit.select(std, ids)
+        spec.derive,
+        vit.gather_tokens(h, ids),
+        tail,
+        None if std is None else vit.gather_tokens(std, ids),
     )
     out = few.new_full((*h.shape[:2], few.shape[-1]), float("nan"))
     return {"targets": out.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, few.shape[-1]), few)}

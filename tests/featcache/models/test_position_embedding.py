@@ -121,7 +121,7 @@ def test_clip_of_another_grid_runs_with_the_resized_positions(tmp_path: Path, mo
     """A 4 x 4 file on the 6 x 6 grid: the tower equals one whose positions were put in by hand."""
     config = small_clip(tmp_path, image_size=32)
     drawn: Any = teachers.load(f"open_clip:{config}", "random:0")
-    teacher_reference.stir(drawn.visual)
+    teacher_reference.randomise_parameters(drawn.visual)
     save_file(drawn.visual.state_dict(), tmp_path / "w.safetensors")
     teacher: Any = teachers.load(
         f"open_clip:{config},img_size=48,pos={mode}", str(tmp_path / "w.safetensors")
@@ -148,7 +148,7 @@ def test_maskaligns_whole_path(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps(about))
     spec = f"open_clip:{tmp_path / 'c.json'}"
     drawn: Any = teachers.load(spec, "random:0")
-    teacher_reference.stir(drawn.visual)
+    teacher_reference.randomise_parameters(drawn.visual)
     save_file(drawn.visual.state_dict(), tmp_path / "w.safetensors")
     teacher: Any = teachers.load(
         f"{spec},img_size=196,pos=tensor-bicubic", str(tmp_path / "w.safetensors")
@@ -159,7 +159,7 @@ def test_maskaligns_whole_path(tmp_path: Path) -> None:
     mean, std = (torch.tensor(v).view(3, 1, 1).double() for v in IMAGENET)
     x = (
         F.interpolate(
-            teacher_reference.normalised(images, *IMAGENET),
+            teacher_reference.normalise_in_float64(images, *IMAGENET),
             (196, 196),
             mode="bicubic",
             align_corners=False,
@@ -179,8 +179,10 @@ def test_maskaligns_whole_path(tmp_path: Path) -> None:
             [tower.positional_embedding[:1].detach(), grid.permute(0, 2, 3, 1).reshape(49, 24)]
         )
     )
-    own = teacher_reference.outputs(tower.transformer.resblocks, lambda: tower((x - mean) / std))
-    assert teacher_reference.relative(y, own[2]) < 1e-5
+    own = teacher_reference.block_outputs(
+        tower.transformer.resblocks, lambda: tower((x - mean) / std)
+    )
+    assert teacher_reference.relative_error(y, own[2]) < 1e-5
     direct: Any = teachers.load(f"{spec},img_size=196", str(tmp_path / "w.safetensors"))
     assert direct.input_px == 196  # rendered at its own size by default
 
@@ -194,7 +196,7 @@ def test_dinov2_on_the_students_grid(tmp_path: Path) -> None:
     )
     text = ",".join(f"{key}={value}" for key, value in small.items())
     drawn: Any = timm.create_model(arch, num_classes=0, img_size=70, **small)
-    teacher_reference.stir(drawn)
+    teacher_reference.randomise_parameters(drawn)
     save_file(drawn.state_dict(), tmp_path / "w.safetensors")
     teacher: Any = teachers.load(f"timm:{arch},grid=4,{text}", str(tmp_path / "w.safetensors"))
     assert (teacher.input_px, teacher.patches) == (56, 16)
@@ -204,12 +206,12 @@ def test_dinov2_on_the_students_grid(tmp_path: Path) -> None:
     exact = exact.double()
     images = teacher_reference.photographs(56)
     (y,), attention = teacher(images, (2,))
-    pixels = teacher_reference.normalised(images, *IMAGENET)
-    own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))[1]
-    assert teacher_reference.relative(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
+    pixels = teacher_reference.normalise_in_float64(images, *IMAGENET)
+    own = teacher_reference.block_outputs(exact.blocks, lambda: exact.forward_features(pixels))[1]
+    assert teacher_reference.relative_error(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
     assert (
-        teacher_reference.apart(
-            attention, teacher_reference.timm_map(exact, pixels).mean(1)[:, 0, 5:]
+        teacher_reference.attention_error(
+            attention, teacher_reference.timm_attention_map(exact, pixels).mean(1)[:, 0, 5:]
         )
         < 1e-5
     )
@@ -219,16 +221,16 @@ def test_rotary_positions_follow_the_grid() -> None:
     arch, small = "vit_base_patch16_dinov3.lvd1689m", {"embed_dim": 24, "depth": 2, "num_heads": 3}
     text = ",".join(f"{key}={value}" for key, value in small.items())
     teacher: Any = teachers.load(f"timm:{arch},grid=5,{text}", "random:0")
-    teacher_reference.stir(teacher.vit)
+    teacher_reference.randomise_parameters(teacher.vit)
     exact: Any = timm.create_model(arch, num_classes=0, img_size=80, **small).eval().double()
     exact.load_state_dict(teacher.vit.state_dict())
     images = teacher_reference.photographs(80)
     (y,), _ = teacher(images, (2,))
-    own = teacher_reference.outputs(
+    own = teacher_reference.block_outputs(
         exact.blocks,
-        lambda: exact.forward_features(teacher_reference.normalised(images, *IMAGENET)),
+        lambda: exact.forward_features(teacher_reference.normalise_in_float64(images, *IMAGENET)),
     )[1]
-    assert teacher_reference.relative(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
+    assert teacher_reference.relative_error(y, torch.cat([own[:, :1], own[:, 5:]], 1)) < 1e-5
 
 
 def test_maskaligns_picture_is_the_students_whatever_the_teachers_own_size() -> None:

@@ -30,7 +30,7 @@ TEXT = ",".join(f"{key}={value}" for key, value in SMALL.items())
 
 def _network(arch: str, px: int) -> Any:
     network: Any = timm.create_model(arch, num_classes=0, img_size=px, **SMALL)
-    teacher_reference.stir(network)
+    teacher_reference.randomise_parameters(network)
     return network
 
 
@@ -234,7 +234,7 @@ def test_registered_weights_that_are_here_need_no_network(
     """With the classifier that the published file has, and on another grid by our own rule."""
     arch = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     network: Any = timm.create_model(arch)
-    teacher_reference.stir(network, std=0.05)
+    teacher_reference.randomise_parameters(network, std=0.05)
     hub_cache(f"timm/{arch}", network.state_dict())
     teacher: Any = teachers.load(f"timm:{arch},grid={grid}")
     assert (teacher.weights, teacher.input_px, teacher.patches) == (
@@ -281,7 +281,7 @@ def test_a_tag_of_open_clips_table(
         open_clip.factory._MODEL_CONFIGS, "Tiny-quickgelu", {**config, "quick_gelu": True}
     )
     whole = open_clip.create_model("Tiny-quickgelu", load_weights=False)
-    teacher_reference.stir(whole)
+    teacher_reference.randomise_parameters(whole)
     torch.save({"state_dict": whole.state_dict()}, tmp_path / "w.pt")
     tag = {
         "file": str(tmp_path / "w.pt"),

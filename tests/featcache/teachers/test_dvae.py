@@ -30,7 +30,7 @@ WIDTH, WORDS = 8, 24
 def encoder() -> dvae.Dvae:
     """Drawn weights; the words' biases are such that none wins everywhere."""
     encoder = dvae.Dvae("drawn", WIDTH, WORDS)
-    teacher_reference.stir(encoder, std=0.3)
+    teacher_reference.randomise_parameters(encoder, std=0.3)
     encoder.eval().requires_grad_(False)
     encoder.blocks.output.conv.bias -= encoder.logits(
         0.8 * (teacher_reference.photographs(112) / 255) + 0.1
@@ -144,7 +144,7 @@ def test_the_published_pickle_is_read_without_its_package(
     monkeypatch.delitem(sys.modules, "dall_e")
     assert b"dall_e" in (tmp_path / "encoder.pkl").read_bytes()
     read = dvae.Dvae("x", WIDTH, WORDS)
-    dvae.read_into(read, str(tmp_path / "encoder.pkl"), "dvae")
+    dvae.load_weights(read, str(tmp_path / "encoder.pkl"), "dvae")
     assert "dall_e" not in sys.modules
     assert all(torch.equal(value, expected[name]) for name, value in read.state_dict().items())
 
@@ -156,7 +156,7 @@ def test_a_state_dict_is_read_by_either_names(
     state = published(encoder) if names == "published" else encoder.state_dict()
     save_file(state, tmp_path / "w.safetensors")
     read = dvae.Dvae("x", WIDTH, WORDS)
-    dvae.read_into(read, str(tmp_path / "w.safetensors"), "dvae")
+    dvae.load_weights(read, str(tmp_path / "w.safetensors"), "dvae")
     assert weight_hash(read) == weight_hash(encoder)
 
 

@@ -62,17 +62,17 @@ def _options(text: str) -> dict[str, Any]:
 def test_timm_families_equal_the_unmodified_model(family: str) -> None:
     arch, options, prefix = TIMM[family]
     teacher: Any = teachers.load(f"timm:{arch},{options}", "random:0")
-    teacher_reference.stir(teacher.vit)
+    teacher_reference.randomise_parameters(teacher.vit)
     exact: Any = timm.create_model(arch, num_classes=0, **_options(options)).eval().double()
     exact.load_state_dict(teacher.vit.state_dict())
     size = teacher.input_px
     images = teacher_reference.photographs(size)
     ys, attention = teacher(images, (1, 3))
-    pixels = teacher_reference.normalised(
+    pixels = teacher_reference.normalise_in_float64(
         images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"]
     )
-    own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))
-    weights = teacher_reference.timm_map(exact, pixels).mean(1)[:, 0]  # (B, T)
+    own = teacher_reference.block_outputs(exact.blocks, lambda: exact.forward_features(pixels))
+    weights = teacher_reference.timm_attention_map(exact, pixels).mean(1)[:, 0]  # (B, T)
     assert exact.num_prefix_tokens == prefix
     assert (
         teacher.patches
@@ -82,8 +82,8 @@ def test_timm_families_equal_the_unmodified_model(family: str) -> None:
     for y, k in zip(ys, (1, 3), strict=True):
         expected = torch.cat([own[k - 1][:, :1], own[k - 1][:, prefix:]], 1)
         assert y.shape == expected.shape == (3, 1 + teacher.patches, 24)
-        assert teacher_reference.relative(y, expected) < CLOSE
-    assert teacher_reference.apart(attention, weights[:, prefix:]) < CLOSE
+        assert teacher_reference.relative_error(y, expected) < CLOSE
+    assert teacher_reference.attention_error(attention, weights[:, prefix:]) < CLOSE
     # what [CLS] and registers get is left out, and nothing is renormalised
     assert (attention.sum(1) < 1 - 1e-4).all()
     assert attention.std(1).min() > 1e-5  # a reading that is the same everywhere would prove little
@@ -102,7 +102,7 @@ def _explicit_pool(pool: Any, x: np.ndarray) -> np.ndarray:
 def test_siglip_has_the_mean_for_cls_and_its_pools_attention() -> None:
     arch, options = "vit_base_patch16_siglip_224.webli", f"img_size=96,{SMALL}"
     teacher: Any = teachers.load(f"timm:{arch},{options}", "random:0")
-    teacher_reference.stir(teacher.vit)
+    teacher_reference.randomise_parameters(teacher.vit)
     exact: Any = (
         timm.create_model(arch, num_classes=0, **_options(options))
         .eval()
@@ -112,16 +112,16 @@ def test_siglip_has_the_mean_for_cls_and_its_pools_attention() -> None:
     exact.load_state_dict(teacher.vit.state_dict())
     images = teacher_reference.photographs(96)
     (y,), attention = teacher(images, (2,))
-    pixels = teacher_reference.normalised(images, (0.5,) * 3, (0.5,) * 3)
-    own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))
+    pixels = teacher_reference.normalise_in_float64(images, (0.5,) * 3, (0.5,) * 3)
+    own = teacher_reference.block_outputs(exact.blocks, lambda: exact.forward_features(pixels))
     assert teacher.first_token == "mean"
     assert y.shape == (3, 37, 24)
-    assert teacher_reference.relative(y[:, 1:], own[1]) < CLOSE
-    assert teacher_reference.relative(y[:, 0], own[1].mean(1)) < CLOSE
+    assert teacher_reference.relative_error(y[:, 1:], own[1]) < CLOSE
+    assert teacher_reference.relative_error(y[:, 0], own[1].mean(1)) < CLOSE
     with torch.no_grad():
         tokens = exact.forward_features(pixels)
     weights = _explicit_pool(exact.attn_pool, tokens.numpy())
-    assert teacher_reference.apart(attention, torch.from_numpy(weights.mean(1))) < CLOSE
+    assert teacher_reference.attention_error(attention, torch.from_numpy(weights.mean(1))) < CLOSE
     torch.testing.assert_close(attention.sum(1), torch.ones(3))  # there is no [CLS] to take a share
     pool = exact.attn_pool  # and these weights are what the pool itself mixes by
     values = (tokens @ pool.kv.weight[24:].T + pool.kv.bias[24:]).unflatten(-1, (3, 8)).numpy()
@@ -166,7 +166,7 @@ def small_clip(folder: Path, quick: bool = True, name: str = "small.json", **vis
 def test_clip_equals_the_unmodified_tower(tmp_path: Path, kind: str) -> None:
     vision, quick = CLIPS[kind]
     teacher: Any = teachers.load(f"open_clip:{small_clip(tmp_path, quick, **vision)}", "random:0")
-    teacher_reference.stir(teacher.visual)
+    teacher_reference.randomise_parameters(teacher.visual)
     (tmp_path / "dir").mkdir()
     small_clip(tmp_path / "dir", quick, "open_clip_config.json", **vision)
     about = json.loads((tmp_path / "small.json").read_text())
@@ -179,19 +179,19 @@ def test_clip_equals_the_unmodified_tower(tmp_path: Path, kind: str) -> None:
     exact.load_state_dict(teacher.visual.state_dict())
     images = teacher_reference.photographs(48)
     ys, attention = teacher(images, (1, 3))
-    pixels = teacher_reference.normalised(
+    pixels = teacher_reference.normalise_in_float64(
         images, open_clip_wrapper.OPENAI_MEAN, open_clip_wrapper.OPENAI_STD
     )
     seen: list[Tensor] = []
     blocks = exact.transformer.resblocks
     handle = blocks[-1].ln_1.register_forward_hook(lambda _, __, x: seen.append(x))
-    own = teacher_reference.outputs(blocks, lambda: exact(pixels))
+    own = teacher_reference.block_outputs(blocks, lambda: exact(pixels))
     handle.remove()
     weights = _tower_map(blocks[-1].attn, seen[0])
     for y, k in zip(ys, (1, 3), strict=True):
         assert y.shape == own[k - 1].shape == (3, 37, 24)
-        assert teacher_reference.relative(y, own[k - 1]) < CLOSE
-    assert teacher_reference.apart(attention, weights[:, 0, 1:]) < CLOSE
+        assert teacher_reference.relative_error(y, own[k - 1]) < CLOSE
+    assert teacher_reference.attention_error(attention, weights[:, 0, 1:]) < CLOSE
 
 
 def _tower_map(attn: Any, x: Tensor) -> Tensor:
@@ -240,19 +240,21 @@ def test_base_networks_equal_the_unmodified_model(name: str) -> None:
         .double()
     )
     exact.load_state_dict(teacher.vit.state_dict())
-    pixels = teacher_reference.normalised(
+    pixels = teacher_reference.normalise_in_float64(
         images, exact.pretrained_cfg["mean"], exact.pretrained_cfg["std"]
     )
-    own = teacher_reference.outputs(exact.blocks, lambda: exact.forward_features(pixels))
+    own = teacher_reference.block_outputs(exact.blocks, lambda: exact.forward_features(pixels))
     prefix = exact.num_prefix_tokens
     for y, k in zip(ys, (8, 12), strict=True):
         assert (
-            teacher_reference.relative(y, torch.cat([own[k - 1][:, :1], own[k - 1][:, prefix:]], 1))
+            teacher_reference.relative_error(
+                y, torch.cat([own[k - 1][:, :1], own[k - 1][:, prefix:]], 1)
+            )
             < CLOSE
         )
     assert (
-        teacher_reference.apart(
-            attention, teacher_reference.timm_map(exact, pixels).mean(1)[:, 0, prefix:]
+        teacher_reference.attention_error(
+            attention, teacher_reference.timm_attention_map(exact, pixels).mean(1)[:, 0, prefix:]
         )
         < CLOSE
     )

@@ -105,7 +105,7 @@ def test_loss_by_hand() -> None:
 )
 def test_target_norms_by_hand(norm: str, expected: tuple[float, float]) -> None:
     h, stats = torch.tensor([[[-1.0, 1.0]]]).half(), torch.tensor([[[4.0, 3.0]]])
-    found = alignment.normalised(norm, h, stats, torch.tensor([2.0, 3.0]))
+    found = alignment.normalise_target(norm, h, stats, torch.tensor([2.0, 3.0]))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.tensor([[expected]]))
 

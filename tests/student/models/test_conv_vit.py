@@ -217,7 +217,7 @@ def test_a_mask_that_lay_elsewhere_would_leak(monkeypatch: pytest.MonkeyPatch) -
     """Without the mask between the convolutions the outputs do change: what the test of leakage
     looks at is real."""
     net, fusion = tiny(), conv_vit.StageFusion(4, 6, 16).double()
-    monkeypatch.setattr(conv_vit, "_finer", lambda hidden, times: None)
+    monkeypatch.setattr(conv_vit, "_upsample_mask", lambda hidden, times: None)
     before = seen(net, fusion, pictures())
     changed = pictures()
     changed[0, :, :8, :8] += 1  # patch 0, hidden in the first picture
@@ -341,7 +341,7 @@ def test_sizes() -> None:
 )
 def test_what_is_refused(encoder: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        conv_vit.parse(encoder)
+        conv_vit.parse_encoder(encoder)
 
 
 def test_patches_that_four_does_not_divide() -> None:

@@ -51,9 +51,9 @@ def reference_regress(
 
 def shaken(
     width: int = 8, depth: int = 2, *, final_norm: bool = False
-) -> latent_regressor.Regresser:
+) -> latent_regressor.LatentRegressor:
     torch.manual_seed(0)
-    model = latent_regressor.Regresser(width, depth, 2, 0.0, final_norm=final_norm).double()
+    model = latent_regressor.LatentRegressor(width, depth, 2, 0.0, final_norm=final_norm).double()
     with torch.no_grad():
         for x in model.parameters():
             x.add_(0.3 * torch.randn_like(x))
@@ -94,7 +94,7 @@ def test_positions_never_reach_the_values() -> None:
 
 def test_names_and_start_values() -> None:
     torch.manual_seed(0)
-    model = latent_regressor.Regresser(96, 2, 12, 0.1, final_norm=True)
+    model = latent_regressor.LatentRegressor(96, 2, 12, 0.1, final_norm=True)
     block = (
         "norm1_q",
         "norm1_k",
@@ -126,19 +126,21 @@ def test_names_and_start_values() -> None:
     )
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.regressor_blocks]
     assert rates == pytest.approx([0, 0.1])
-    beits = latent_regressor.Regresser(96, 2, 12, 0.0, final_norm=True, xavier=False)
+    beits = latent_regressor.LatentRegressor(96, 2, 12, 0.0, final_norm=True, xavier=False)
     # 0.02 / sqrt(2 * 2)
     assert beits.get_parameter("regressor_blocks.1.mlp_cross.fc2.weight").abs().max() <= 0.01
 
 
 def test_bridge_positions_and_mask_token() -> None:
-    assert [type(part) for part in latent_regressor.bridge(8, 8)] == [torch.nn.Identity] * 2
-    linear_, norm = latent_regressor.bridge(192, 96)
+    assert [type(part) for part in latent_regressor.width_projection(8, 8)] == [
+        torch.nn.Identity
+    ] * 2
+    linear_, norm = latent_regressor.width_projection(192, 96)
     assert (
         sum(x.numel() for part in (linear_, norm) for x in part.parameters())
         == 192 * 96 + 96 + 2 * 96
     )
-    table, token = latent_regressor.positions(8, 3), latent_regressor.mask_token(8)
+    table, token = latent_regressor.fixed_positions(8, 3), latent_regressor.build_mask_token(8)
     assert not table.requires_grad
     torch.testing.assert_close(table[0], vit.sincos(8, 3, layout="cae").float())
     assert token.requires_grad

@@ -64,7 +64,7 @@ def test_masked_pixel_mse_normalised_in_numpy() -> None:
 def test_half_is_promoted_and_float64_kept(given: torch.dtype, kept: torch.dtype) -> None:
     x, y = torch.zeros(1, 2, 4, dtype=given), torch.ones(1, 2, 4, dtype=given)
     ids = torch.tensor([[1]])
-    assert losses.promote(x).dtype == kept
+    assert losses.upcast(x).dtype == kept
     assert losses.smooth_l1(x, y).dtype == kept
     assert losses.norm_pix(x).dtype == kept
     assert losses.masked_pixel_mse(x, y, ids).dtype == kept

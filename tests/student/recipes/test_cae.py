@@ -104,7 +104,7 @@ def test_alignment_target_is_detached_and_of_the_masked_patches() -> None:
     model, _ = tiny_model("cae", "regressor_width=8")
     assert isinstance(model, cae.Model)
     batch = tiny_batch()
-    target = model._aligned(batch["images"], batch["ids_masked"])
+    target = model._alignment_target(batch["images"], batch["ids_masked"])
     assert not target.requires_grad
     assert target.shape == (2, 12, 8)
     expected = reference_latents(model.state_dict(), batch, batch["ids_masked"])
@@ -129,7 +129,7 @@ def test_drop_path_of_the_target() -> None:
         found = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            found.append(model._aligned(batch["images"], batch["ids_masked"]))
+            found.append(model._alignment_target(batch["images"], batch["ids_masked"]))
         assert model.encoder.training
         return found
 

@@ -152,14 +152,17 @@ def test_errors_by_hand() -> None:
     """Prediction (1, 3), target (2, 4): normed to (-1, 1) the errors are 2 and 2: mse 4, smooth-L1
     1.5; cos = 14 / sqrt(200)."""
     pred, target = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 4.0]]])
-    got = {loss: caev2._error(pred, target, loss).item() for loss in ("cosine", "smooth_l1", "mse")}
+    got = {
+        loss: caev2._token_errors(pred, target, loss).item()
+        for loss in ("cosine", "smooth_l1", "mse")
+    }
     assert got == pytest.approx(
         {"cosine": 1 - 14 / 200**0.5, "smooth_l1": 1.5, "mse": 4.0}, abs=2e-4
     )
     x = wave(1, 2, 4, phase=0.2).requires_grad_()
     for loss in got:
         assert torch.autograd.gradcheck(
-            lambda p, loss=loss: caev2._error(p, wave(1, 2, 4, phase=1.0), loss), (x,)
+            lambda p, loss=loss: caev2._token_errors(p, wave(1, 2, 4, phase=1.0), loss), (x,)
         )
 
 

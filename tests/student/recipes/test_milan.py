@@ -202,15 +202,15 @@ def test_prompts_are_unchanged_by_the_blocks() -> None:
         block.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     own.decoder_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     tokens = wave(2, 5, 16, phase=0.4)
-    own.with_cls(tokens, batch["ids_keep"], batch["ids_masked"])
-    places = vit.with_cls(batch["ids_keep"])
-    prompts = own.decoder_embed(tokens) + vit.select(
+    own.predict_with_cls(tokens, batch["ids_keep"], batch["ids_masked"])
+    places = vit.prepend_cls_id(batch["ids_keep"])
+    prompts = own.decoder_embed(tokens) + vit.gather_tokens(
         own.decoder_pos_embed.expand(2, -1, -1), places
     )
     assert len(seen) == 3
     assert torch.equal(seen[0], prompts)
     assert torch.equal(seen[1], prompts)
-    assert torch.equal(vit.select(seen[2], places), prompts)
+    assert torch.equal(vit.gather_tokens(seen[2], places), prompts)
 
 
 def test_visible_predictions_depend_on_their_own_token_only() -> None:
@@ -219,7 +219,7 @@ def test_visible_predictions_depend_on_their_own_token_only() -> None:
     changed = tokens.clone()
     changed[0, 1] += 1  # patch 1 of the first picture
     before, after = (
-        own.with_cls(x, batch["ids_keep"], batch["ids_masked"]) for x in (tokens, changed)
+        own.predict_with_cls(x, batch["ids_keep"], batch["ids_masked"]) for x in (tokens, changed)
     )
     moved = (before != after).any(-1)[0]
     # its own place, and all masked ones
