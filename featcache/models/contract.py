@@ -45,6 +45,16 @@ class ModelCard:
         )
 
 
+def required_members(contract: type) -> tuple[str, ...]:
+    """Return the facts and methods of a contract that a family of one's own must give.
+
+    The name is not among them: the spec gives it.
+    """
+    facts = [fact for fact in contract.__annotations__ if fact != "name"]
+    methods = [part for part in ("__call__", "tail", "state_dict", "to") if hasattr(contract, part)]
+    return (*facts, *methods)
+
+
 class Teacher(Protocol):
     """A frozen network in eval mode gives the levels of its blocks and its attention. B batch, S =
     input_px, P patches, D width.

@@ -24,7 +24,14 @@ from torch import nn
 
 from featcache.errors import UsageError, UserError, near
 from featcache.models import tokenizer
-from featcache.models.contract import REGISTERED, ModelCard, Option, Teacher, Tokenizer
+from featcache.models.contract import (
+    REGISTERED,
+    ModelCard,
+    Option,
+    Teacher,
+    Tokenizer,
+    required_members,
+)
 from featcache.models.hooks import BlockOutputs, normalise_pixels
 from featcache.models.spec import parse_options, split_spec
 from featcache.models.weights import (  # fmt: skip
@@ -164,14 +171,11 @@ def _load_own(
         raise UserError(
             f"teacher {name!r}: its load(...) fails: {reason(error)}; fix the file"
         ) from error
-    # the name is given by the spec
-    facts = [fact for fact in contract.__annotations__ if fact != "name"]
-    methods = [part for part in ("__call__", "tail", "state_dict", "to") if hasattr(contract, part)]
-    missing = [part for part in (*facts, *methods) if not hasattr(loaded, part)]
-    if missing:
+    needed = required_members(contract)
+    if missing := [part for part in needed if not hasattr(loaded, part)]:
         raise UserError(
             f"teacher {name!r}: what its load(...) returns lacks {', '.join(missing)}; needed: "
-            f"{', '.join((*facts, *methods))}; see featcache.teachers.{contract.__name__}"
+            f"{', '.join(needed)}; see featcache.teachers.{contract.__name__}"
         )
     loaded.code = ast.unparse(ast.parse(Path(name).read_text()))  # comments and layout left out
     return loaded

@@ -13,13 +13,24 @@ def parse_align_levels(text: str) -> list[int] | None:
     kind, colon, count = text.partition(":")
     if kind == "last" and colon and count.isdecimal() and int(count) > 0:
         return [-int(count)]
-    parts = [part.strip() for part in text.split(",")]
-    if all(part.isdecimal() and int(part) > 0 for part in parts):
-        return sorted({int(part) for part in parts})
+    if numbers := parse_block_numbers(text):
+        return numbers
     raise UsageError(
         f"cannot read align_levels={text!r}; allowed: auto, last:K, or block numbers from 1 such "
         "as 8,10,12; change it with align_levels=VALUE"
     )
+
+
+def parse_block_numbers(text: str) -> list[int]:
+    """Return the block numbers from 1 of a list, ascending, each once; none where it is no list.
+
+    >>> parse_block_numbers("12, 8,8"), parse_block_numbers("0,3"), parse_block_numbers("last:2")
+    ([8, 12], [], [])
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        return []
+    return sorted({int(part) for part in parts})
 
 
 def aligned_levels(level_weights: str, align_levels: str, teacher_depth: int) -> dict[int, float]:

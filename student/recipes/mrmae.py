@@ -74,6 +74,7 @@ from student.config import (
     check_hides_patches,
 )
 from student.models import conv_vit, losses, vit
+from student.models.alignment_levels import parse_block_numbers
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this
@@ -134,9 +135,8 @@ def parse_fuse(text: str) -> tuple[int, ...]:
     """Return the blocks that `fuse` lists, ascending; none for auto and last."""
     if text in ("auto", "last"):
         return ()
-    parts = [part.strip() for part in text.split(",")]
-    if all(part.isdecimal() and int(part) > 0 for part in parts):
-        return tuple(sorted({int(part) for part in parts}))
+    if numbers := parse_block_numbers(text):
+        return tuple(numbers)
     raise UsageError(
         f"cannot read fuse={text!r}; allowed: auto, last, or block numbers from 1 such as "
         "3,6,9,12; change it with fuse=VALUE"
