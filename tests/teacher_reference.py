@@ -1,5 +1,5 @@
-"""Real photographs, and slow independent readings of the libraries' own models, for the tests of
-the teachers.
+"""Tests of the teachers share real photographs, and slow independent readings of the libraries' own
+models.
 
 The reference is an unmodified model in float64 with hooks: outputs of its blocks, and the whole
 attention map of its last block, taken where the library's unfused path hands it to dropout, or from
@@ -24,7 +24,7 @@ NAMES = ("astronaut.png", "coffee.png", "rocket.jpg")
 
 
 def photographs(size: int) -> Tensor:
-    """uint8 (3, 3, S, S): centre squares of three photographs that scikit-image carries."""
+    """Return centre squares of three photographs that scikit-image carries: uint8 (3, 3, S, S)."""
     rows = []
     for name in NAMES:
         picture = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
@@ -38,13 +38,13 @@ def photographs(size: int) -> Tensor:
 
 
 def normalise_in_float64(images: Tensor, mean: Any, std: Any) -> Tensor:
-    """uint8 (B, 3, S, S) -> float64, by numpy."""
+    """Normalise uint8 (B, 3, S, S) -> float64, by numpy."""
     x = images.numpy().astype(np.float64) / 255
     return torch.from_numpy((x - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1)))
 
 
 def randomise_parameters(network: nn.Module, seed: int = 5, std: float = 0.2) -> nn.Module:
-    """Every parameter drawn, so that norms, biases, scales and registers all matter; norm weights
+    """Draw every parameter, so that norms, biases, scales and registers all matter; norm weights
     about 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def randomise_parameters(network: nn.Module, seed: int = 5, std: float = 0.2) ->
 
 
 def block_outputs(blocks: Any, run: Callable[[], object]) -> list[Tensor]:
-    """y_k of every block."""
+    """Return y_k of every block."""
     ys: list[Tensor] = []
     handles = [block.register_forward_hook(lambda _, __, y: ys.append(y)) for block in blocks]
     with torch.no_grad():
@@ -66,7 +66,7 @@ def block_outputs(blocks: Any, run: Callable[[], object]) -> list[Tensor]:
 
 
 def timm_attention_map(vit: Any, pixels: Tensor) -> Tensor:
-    """The last block's softmax (B, H, T, T) on timm's own unfused path."""
+    """Return the last block's softmax (B, H, T, T) on timm's own unfused path."""
     attn, maps = vit.blocks[-1].attn, []
     attn.fused_attn = False
     handle = attn.attn_drop.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
@@ -78,11 +78,11 @@ def timm_attention_map(vit: Any, pixels: Tensor) -> Tensor:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """The largest per-token relative L2 difference."""
+    """Return the largest per-token relative L2 difference."""
     expected = expected.double()
     return float(((got.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
 def attention_error(got: Tensor, expected: Tensor) -> float:
-    """max|d| / max(a) of two attentions."""
+    """Return max|d| / max(a) of two attentions."""
     return float((got.double() - expected).abs().max() / expected.max())

@@ -1,5 +1,5 @@
-"""Masks: literal lists from numpy's own Philox, the law of attentive sampling, and what is
-refused."""
+"""Masks equal literal lists from numpy's own Philox, keep the law of attentive sampling, and refuse
+what they must."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ RAMP = (np.arange(1, 17, dtype=np.float32) / 200)[None].repeat(2, axis=0)
 
 
 def numpy_words(key: str, purpose: str, seed: int, epoch: int, n: int) -> list[int]:
-    """The words of one key from numpy's Philox, which steps its 256-bit counter before each block
-    of four."""
+    """Return the words of one key from numpy's Philox, which steps its 256-bit counter before each
+    block of four."""
     digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
     stream = int.from_bytes(
         hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=8).digest(), "little"
@@ -161,7 +161,7 @@ def test_an_order_that_is_no_permutation() -> None:
 
 
 def blocks(key: str, seed: int, epoch: int, side: int, wanted: int) -> list[int]:
-    """The published generator in plain Python, one patch at a time, on the words of numpy's own
+    """Run the published generator in plain Python, one patch at a time, on the words of numpy's own
     Philox."""
     least = min(16, -(-16 * side * side // 196))
     hidden: set[int] = set()

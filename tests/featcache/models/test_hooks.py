@@ -1,4 +1,4 @@
-"""Pixels normalised against arithmetic by hand; outputs of blocks read once."""
+"""Normalised pixels equal arithmetic by hand; outputs of blocks are read once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Positions on another grid against arithmetic by hand, timm's own resizing and the papers' order
-of operations.
+"""Positions on another grid equal arithmetic by hand, timm's own resizing and the papers' order of
+operations.
 
 T positions, D width, S pixels.
 """
@@ -30,8 +30,8 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 
 
 def _taps(old: int, new: int, cubic: bool) -> np.ndarray:
-    """(new, old) weights of one axis: centres aligned, edges repeated, no antialias; Keys' cubic
-    with a = -0.75."""
+    """Return (new, old) weights of one axis: centres aligned, edges repeated, no antialias; Keys'
+    cubic with a = -0.75."""
     table = np.zeros((new, old))
     for i in range(new):
         centre = (i + 0.5) * old / new - 0.5
@@ -86,7 +86,8 @@ def test_resized_positions_by_hand(mode: str, cubic: bool, old: int, new: int, p
 def test_resized_positions_are_torchs_interpolation(
     mode: str, kind: str, antialias: bool, dtype: torch.dtype, old: int, new: int, prefix: int
 ) -> None:
-    """Exactly: the grid in float32 with align_corners False, then cast back; the prefix stays."""
+    """They are equal exactly: the grid in float32 with align_corners False, then cast back; the
+    prefix stays."""
     generator = torch.Generator().manual_seed(2)
     given = torch.randn(1, prefix + old * old, 8, generator=generator).to(dtype)
     grid = given[:, prefix:].float().reshape(1, old, old, 8).permute(0, 3, 1, 2)

@@ -1,5 +1,5 @@
-"""Precision: what runs, what is stored of it, what recomputes it, and what is said where fp16
-ends."""
+"""These tests ask what runs at a precision, what is stored of it, what recomputes it, and what is
+said where fp16 ends."""
 
 from __future__ import annotations
 

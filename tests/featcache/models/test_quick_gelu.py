@@ -1,5 +1,5 @@
-"""Which activation CLIP weights run with: every pair that is silently wrong is refused, and nothing
-is guessed."""
+"""CLIP weights run with their own activation: every pair that is silently wrong is refused, and
+nothing is guessed."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_folder_says_it(tmp_path: Path, quick: bool) -> None:
 
 
 class _Named(nn.Module):
-    """Scripts like OpenAI's archives: a module whose activation is a class of its own."""
+    """Script like OpenAI's archives: a module whose activation is a class of its own."""
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def test_a_scripted_archive_names_its_activation(
 
 
 class _Whole(nn.Module):
-    """As OpenAI's archives, which hold the whole model, the picture tower as `visual`."""
+    """Hold the whole model as OpenAI's archives do, the picture tower as `visual`."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from featcache.models import restricted_unpickler
 
 
 class Net(nn.Module):
-    """Parameters, buffers, nesting, half precision, a transposed view."""
+    """Hold parameters, buffers, nesting, half precision, a transposed view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ RAN: list[object] = []
 
 
 class Runs:
-    """Unpickled by anything else, it would call the function."""
+    """Call the function where anything else unpickles it."""
 
     def __init__(self, function: Any, *args: object) -> None:
         self.call = function, args
@@ -122,7 +122,7 @@ def _zip(path: Path, pickled: bytes, **members: bytes) -> Path:
 
 
 class _Stored(pickle.Pickler):
-    """Writes a tensor's storage with a size and place of our choosing."""
+    """Write a tensor's storage with a size and offset of our choosing."""
 
     def persistent_id(self, value: object) -> Any:
         return ("storage", torch.FloatStorage, "0", "cpu", 4) if value == "STORAGE" else None
@@ -173,7 +173,8 @@ def test_every_cut_is_a_value_error(tmp_path: Path, net: Net, zipped: bool) -> N
 
 
 def test_damaged_bytes_never_do_more_than_refuse(tmp_path: Path, net: Net) -> None:
-    """One byte changed at each place of the pickle: other tensors or a ValueError, nothing else."""
+    """One byte is changed at each offset of the pickle: other tensors or a ValueError, nothing
+    else."""
     torch.save(net.state_dict(), tmp_path / "w.pt")
     with zipfile.ZipFile(tmp_path / "w.pt") as archive:
         pickled = archive.read("w/data.pkl")

@@ -1,5 +1,5 @@
-"""Discrete tokens in a cache: which crops a tokenizer sees, what is stored, and that what works on
-parts works here.
+"""Discrete tokens are stored in a cache: these tests ask which crops a tokenizer sees, and that
+what works on parts works here.
 
 The tokenizer is a tiny one whose ids can be computed by hand: the mean red of each patch, divided
 by four.
@@ -39,7 +39,7 @@ SIZE, GRID = 16, 2  # pixels of an edge, patches of an edge
 
 
 class Reds(nn.Module):
-    """Four patches of 8 x 8 pixels, a vocabulary of 64."""
+    """Give four patches of 8 x 8 pixels one of 64 words each."""
 
     name, weights, filter = "reds", "none", "lanczos"
     input_px, patches, width, depth = SIZE, GRID**2, 64, 1
@@ -88,7 +88,8 @@ def grown(folder: Path, out: Path, store: str = "zarr", **changes: object) -> Pa
 
 
 def by_hand(path: Path, crop: list[int], mirrored: int) -> list[int]:
-    """Pillow's Lanczos from the stored box to 16 pixels; mean red of each 8 x 8 block over four."""
+    """Compute ids by Pillow's Lanczos from the stored box to 16 pixels; mean red of each 8 x 8
+    block over four."""
     top, left, height, width = crop
     view = Image.open(path).convert("RGB").crop((left, top, left + width, top + height))
     view = view.resize((SIZE, SIZE), Image.Resampling.LANCZOS)

@@ -1,5 +1,5 @@
-"""Weight files as people have them: other projects' layouts, wrappers, wrong files; and what lies
-on this machine."""
+"""Weight files are read as people have them: other projects' layouts, wrappers, wrong files; and
+what lies on this machine."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def _network(arch: str, px: int) -> Any:
 
 
 def _as_mae(own: dict[str, Tensor]) -> dict[str, object]:
-    """MAE's published pre-training checkpoint: with a mask token, a decoder and the program's
-    arguments."""
+    """Return MAE's published pre-training checkpoint: with a mask token, a decoder and the
+    program's arguments."""
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 24)}
     return {"model": {**own, **decoder}, "args": argparse.Namespace(lr=1), "epoch": 1}
 
 
 def _as_dinov2(own: dict[str, Tensor]) -> dict[str, object]:
-    """DINOv2's own names: [CLS] and its position apart, registers under another name."""
+    """Return DINOv2's own names: [CLS] and its position apart, registers under another name."""
     own = dict(own)
-    place = torch.full((1, 1, 24), 0.25)
-    own["cls_token"] = own["cls_token"] - place
-    own["pos_embed"] = torch.cat([place, own["pos_embed"]], 1)
+    position = torch.full((1, 1, 24), 0.25)
+    own["cls_token"] = own["cls_token"] - position
+    own["pos_embed"] = torch.cat([position, own["pos_embed"]], 1)
     own["register_tokens"] = own.pop("reg_token")
     return {**own, "mask_token": torch.zeros(1, 24)}
 
 
 def _as_dinov3(own: dict[str, Tensor]) -> dict[str, object]:
-    """DINOv3's own names for registers and layer scale, with a fused bias and the table of
+    """Return DINOv3's own names for registers and layer scale, with a fused bias and the table of
     periods."""
     names = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
     out: dict[str, object] = {
@@ -295,9 +295,9 @@ def test_a_tag_of_open_clips_table(
     assert (teacher.pixel_mean, teacher.pixel_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     expected = whole.visual.state_dict()
     if size == 32:
-        place = expected["positional_embedding"][None]
+        position = expected["positional_embedding"][None]
         expected["positional_embedding"] = position_embedding.resize_positions(
-            place, 4, "bicubic", 1
+            position, 4, "bicubic", 1
         )[0]
     assert all(
         torch.equal(value, expected[name]) for name, value in teacher.visual.state_dict().items()

@@ -1,5 +1,5 @@
-"""DALL-E's tokenizer: the network against its description written out with plain convolutions, the
-published form of its weights, and token ids of real photographs.
+"""DALL-E's tokenizer equals its description written out with plain convolutions, reads the
+published form of its weights, and gives token ids of real photographs.
 
 B batch, P patches, C channels.
 """
@@ -28,7 +28,7 @@ WIDTH, WORDS = 8, 24
 
 @pytest.fixture
 def encoder() -> dvae.Dvae:
-    """Drawn weights; the words' biases are such that none wins everywhere."""
+    """Draw weights; the words' biases are such that none wins everywhere."""
     encoder = dvae.Dvae("drawn", WIDTH, WORDS)
     teacher_reference.randomise_parameters(encoder, std=0.3)
     encoder.eval().requires_grad_(False)
@@ -39,7 +39,7 @@ def encoder() -> dvae.Dvae:
 
 
 def published(encoder: nn.Module) -> dict[str, Tensor]:
-    """The names that the published module has for the same tensors."""
+    """Rename tensors as the published module names them."""
     return {
         name.replace(".weight", ".w").replace(".bias", ".b"): value.clone()
         for name, value in encoder.state_dict().items()
@@ -47,8 +47,8 @@ def published(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def described(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The encoder by its description, from the published names, in float64: logits (B, words, S /
-    8, S / 8)."""
+    """Compute the encoder by its description, from the published names, in float64: logits (B,
+    words, S / 8, S / 8)."""
 
     def conv(name: str, x: Tensor) -> Tensor:
         w, b = weights[f"blocks.{name}.w"].double(), weights[f"blocks.{name}.b"].double()
@@ -96,7 +96,7 @@ def test_shapes_of_every_tensor_are_the_published_ones() -> None:
 
 
 class _Conv(nn.Module):
-    """A convolution as the published module keeps it: parameters `w` and `b`, plain attributes
+    """Keep a convolution as the published module does: parameters `w` and `b`, plain attributes
     beside them."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -117,7 +117,8 @@ def _published_module(network: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """Classes under the published package's name while a file is written; gone when it is read."""
+    """Put classes under the published package's name while a file is written; they are gone when it
+    is read."""
     module = types.ModuleType("dall_e")
     for kind in (_Conv, dvae.Dvae, dvae.Block):
         made = type(kind.__name__, (kind,), {"__module__": "dall_e"})

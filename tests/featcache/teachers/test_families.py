@@ -1,4 +1,4 @@
-"""Every family on real photographs against slow independent readings of the libraries' own models.
+"""Every family on real photographs equals slow independent readings of the libraries' own models.
 
 The networks are small and random, of the very classes that the published ones are; one full-size
 network runs too. B batch, T tokens, P patches, D width, H heads.
@@ -90,7 +90,8 @@ def test_timm_families_equal_the_unmodified_model(family: str) -> None:
 
 
 def _explicit_pool(pool: Any, x: np.ndarray) -> np.ndarray:
-    """Attention (B, H, T) of an AttentionPoolLatent's query on tokens (B, T, D), by numpy."""
+    """Compute attention (B, H, T) of an AttentionPoolLatent's query on tokens (B, T, D), by
+    numpy."""
     heads, width = pool.num_heads, x.shape[-1]
     q = pool.latent[0, 0].numpy() @ pool.q.weight.numpy().T + pool.q.bias.numpy()
     k = x @ pool.kv.weight.numpy()[:width].T + pool.kv.bias.numpy()[:width]
@@ -150,7 +151,7 @@ CLIPS = {
 
 
 def small_clip(folder: Path, quick: bool = True, name: str = "small.json", **vision: Any) -> Path:
-    """A config that open_clip can build."""
+    """Write a config that open_clip can build."""
     path = folder / name
     about = {
         "embed_dim": 12,
@@ -195,7 +196,7 @@ def test_clip_equals_the_unmodified_tower(tmp_path: Path, kind: str) -> None:
 
 
 def _tower_map(attn: Any, x: Tensor) -> Tensor:
-    """Normed tokens (B, T, D) -> (B, T, T), heads averaged: torch's own weights, or the softmax
+    """Map normed tokens (B, T, D) -> (B, T, T), heads averaged: torch's own weights, or the softmax
     written out."""
     if isinstance(attn, torch.nn.MultiheadAttention):
         return attn(x, x, x, need_weights=True, average_attn_weights=True)[1].detach()

@@ -1,4 +1,4 @@
-"""The real shapes on real photographs: `clip-b16` with random:0 against open_clip run directly,
+"""The real shapes run on real photographs: `clip-b16` with random:0 equals open_clip run directly,
 with hooks of our own.
 
 ViT-B/16 at 224, 12 blocks, 196 patches and [CLS]; no trained weights are needed to compare which

@@ -1,5 +1,5 @@
-"""Teachers against an independent reading of the same network: own hooks, explicit softmax
-attention in float64.
+"""Teachers equal an independent reading of the same network: own hooks, explicit softmax attention
+in float64.
 
 B batch, T tokens, P patches, D width, H heads. The networks are tiny and random; what is compared
 is which numbers are taken from them, not what they mean.
@@ -49,8 +49,8 @@ def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
 def explicit_attention(
     x: np.ndarray, w: np.ndarray, b: np.ndarray, heads: int, norm: tuple | None = None
 ) -> np.ndarray:
-    """Normed input x (B, T, D), fused weights (3D, D) and (3D,) -> softmax(q k / sqrt(d)) (B, H, T,
-    T) in float64."""
+    """Compute softmax(q k / sqrt(d)) (B, H, T, T) in float64 of normed input x (B, T, D), fused
+    weights (3D, D) and (3D,)."""
     batch, tokens, width = x.shape
     qkv = x @ w.T + b
     q, k = (
@@ -69,8 +69,8 @@ def explicit_attention(
 def record(
     blocks: nn.ModuleList, norm: nn.Module, run: Callable[[], object]
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs of all blocks and of the last block's first norm, by hooks of our own, removed
-    afterwards."""
+    """Record the outputs of all blocks and of the last block's first norm, by hooks of our own,
+    removed afterwards."""
     ys: list[Tensor] = []
     seen: list[Tensor] = []
     handles = [
@@ -86,7 +86,7 @@ def record(
 
 @pytest.fixture(scope="module")
 def tower() -> VisionTransformer:
-    """An OpenAI-style picture tower, 16 pixels, 2x2 patches."""
+    """Build an OpenAI-style picture tower, 16 pixels, 2x2 patches."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tower = VisionTransformer(
@@ -561,7 +561,7 @@ def test_a_model_that_pools_and_then_norms_loads_its_own_file(tmp_path: Path) ->
 
 
 class Evil:
-    """Unpickling this would make a file."""
+    """Make a file where this is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -653,7 +653,7 @@ def test_unknown_tags_offer_near_ones() -> None:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No name resolves, no proxy, no weights in the home."""
+    """Let no name resolve, with no proxy and no weights in the home."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise socket.gaierror(-3, "Temporary failure in name resolution")

@@ -1,4 +1,5 @@
-"""Which levels are aligned with which weight, the start of W, and the gradients of the head."""
+"""These tests check which levels are aligned with which weight, the start of W, and the gradients
+of the head."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The Beit encoders against plain matrix code, and their positions and start values against hand
-values."""
+"""The Beit encoders equal plain matrix code, their positions and start values hand values."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ TINY = "tiny,embed_dim=16,depth=3,num_heads=2"
 def reference_block(
     x: Tensor, w: Weights, name: str, heads: int, bias: Tensor | None = None
 ) -> Tensor:
-    """x += g1 attn(LN x); x += g2 mlp(LN x); no bias on k; bias (heads,N,N) is added to the
+    """Compute x += g1 attn(LN x); x += g2 mlp(LN x); no bias on k; bias (heads,N,N) is added to the
     scores."""
     width = x.shape[-1]
     d = width // heads
@@ -47,7 +46,7 @@ def reference_block(
 
 
 def embedded(w: Weights, images: Tensor) -> Tensor:
-    """(B,P,D): every patch through the kernel, without a position."""
+    """Embed every patch through the kernel, without a position: (B,P,D)."""
     kernel = w["patch_embed.proj.weight"]
     flat = vit.patchify(images, kernel.shape[-1]) @ kernel.permute(2, 3, 1, 0).reshape(
         -1, kernel.shape[0]
@@ -58,8 +57,8 @@ def embedded(w: Weights, images: Tensor) -> Tensor:
 def reference_encode(
     w: Weights, images: Tensor, ids: Tensor, heads: int = 2, depth: int = 3
 ) -> Tensor:
-    """Family cae: CLS and the chosen patches with their positions, through all blocks and the final
-    norm."""
+    """Encode as family cae: CLS and the chosen patches with their positions, through all blocks and
+    the final norm."""
     patches = embedded(w, images)
     rows = [
         torch.stack(
@@ -77,8 +76,8 @@ def reference_encode(
 
 
 def relative_bias(table: Tensor, grid: int) -> Tensor:
-    """(heads,1+P,1+P) from the table: a row for each offset of row and column, then CLS to patch,
-    patch to CLS, and CLS to itself."""
+    """Look up (heads,1+P,1+P) in the table: a row for each offset of row and column, then CLS to
+    patch, patch to CLS, and CLS to itself."""
     n, width = grid * grid, 2 * grid - 1
     bias = table.new_zeros(table.shape[1], 1 + n, 1 + n)
     for i in range(n):
@@ -94,7 +93,8 @@ def relative_bias(table: Tensor, grid: int) -> Tensor:
 
 
 def reference_encode_all(w: Weights, patches: Tensor, heads: int = 2, depth: int = 3) -> Tensor:
-    """Family beit: CLS and all patches, relative positions in every block, the final norm."""
+    """Encode as family beit: CLS and all patches, relative positions in every block, the final
+    norm."""
     bias = relative_bias(
         w["rel_pos_bias.relative_position_bias_table"], math.isqrt(patches.shape[1])
     )
@@ -109,8 +109,8 @@ def build(family: str, **changes: object) -> beit.Beit:
     return beit.build(TINY, family, **{"img_size": 16, "patch_size": 4, **changes})  # type: ignore[arg-type]
 
 
-def shaken(family: str) -> beit.Beit:
-    """Other values than the zeros and tenths of the start."""
+def randomised(family: str) -> beit.Beit:
+    """Set other values than the zeros and tenths of the start."""
     model = build(family).double()
     with torch.no_grad():
         for name, x in model.named_parameters():
@@ -123,7 +123,7 @@ IMAGES = torch.sin(torch.arange(2 * 3 * 256, dtype=torch.float64) * 1.3).view(2,
 
 
 def test_encode_equals_plain_matrix_code() -> None:
-    model = shaken("cae")
+    model = randomised("cae")
     ids_keep = torch.tensor([[3, 0, 9], [15, 2, 4]])
     got = beit.encode(model, IMAGES, ids_keep)
     torch.testing.assert_close(
@@ -134,7 +134,7 @@ def test_encode_equals_plain_matrix_code() -> None:
 
 
 def test_encode_all_equals_plain_matrix_code() -> None:
-    model = shaken("beit")
+    model = randomised("beit")
     w = model.state_dict()
     got = beit.encode_all(model, model.patch_embed(IMAGES))
     torch.testing.assert_close(
@@ -168,8 +168,8 @@ def test_positions_have_rows_first() -> None:
 
 
 def test_start_values() -> None:
-    """Width 192. cae: Xavier, a fused qkv's limit sqrt(6 / 4 D); beit: normals cut at one
-    deviation, whose deviation is 0.0108, and both ends of block i over sqrt(2 i)."""
+    """Width 192. cae: Xavier, a fused qkv's limit sqrt(6 / 4 D); beit: normals cut at one std,
+    whose std is then 0.0108, and both ends of block i over sqrt(2 i)."""
     sizes = {"img_size": 32, "patch_size": 16}
     torch.manual_seed(0)
     cae, plain = (

@@ -1,4 +1,4 @@
-"""The masked-convolution encoder against plain slices and matrices, and its promise: no hidden
+"""The masked-convolution encoder equals plain slices and matrices, and keeps its promise: no hidden
 pixel is seen."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ IDS = torch.tensor([[1, 5, 10, 12], [0, 3, 6, 15]])
 
 
 def tiny(encoder: str = TINY, **changes: object) -> conv_vit.ConvViT:
-    """16 patches of 8 x 8 pixels: maps of 16 x 16, 8 x 8 and 4 x 4 cells."""
+    """Build 16 patches of 8 x 8 pixels: maps of 16 x 16, 8 x 8 and 4 x 4 cells."""
     net = conv_vit.build(encoder, **{"img_size": 32, "patch_size": 8, **changes}).double()  # type: ignore[arg-type]
     fill(net)
     return net
@@ -31,7 +31,7 @@ def pictures() -> Tensor:
 
 
 def channel_norm(x: Tensor, w: Weights, name: str) -> Tensor:
-    """x (..., C); eps 1e-5 in the convolutional stages, where the blocks have 1e-6."""
+    """Normalise x (..., C); eps 1e-5 in the convolutional stages, where the blocks have 1e-6."""
     centred = x - x.mean(-1, keepdim=True)
     return (
         centred / ((centred**2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
@@ -44,7 +44,8 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def cells(x: Tensor, w: Weights, name: str) -> Tensor:
-    """x (H,W,C), a convolution whose stride is its kernel: each cell's values times the kernel."""
+    """Apply a convolution whose stride is its kernel to x (H,W,C): each cell's values times the
+    kernel."""
     kernel, bias = w[f"{name}.weight"], w[f"{name}.bias"]  # (O,C,k,k)
     k = kernel.shape[-1]
     rows = []
@@ -58,12 +59,12 @@ def cells(x: Tensor, w: Weights, name: str) -> Tensor:
 
 
 def point(x: Tensor, w: Weights, name: str) -> Tensor:
-    """A 1 x 1 convolution of x (H,W,C)."""
+    """Apply a 1 x 1 convolution to x (H,W,C)."""
     return x @ w[f"{name}.weight"][:, :, 0, 0].T + w[f"{name}.bias"]
 
 
 def depthwise(x: Tensor, w: Weights, name: str) -> Tensor:
-    """x (H,W,C): 25 shifted copies, zeros beyond the border."""
+    """Sum 25 shifted copies of x (H,W,C), zeros beyond the border."""
     height, width, _ = x.shape
     padded = torch.zeros(height + 4, width + 4, x.shape[2], dtype=x.dtype)
     padded[2:-2, 2:-2] = x
@@ -75,7 +76,7 @@ def depthwise(x: Tensor, w: Weights, name: str) -> Tensor:
 
 
 def reference_cblock(x: Tensor, visible: Tensor, w: Weights, name: str) -> Tensor:
-    """x (H,W,C), visible (H,W) of 0 and 1."""
+    """Compute a block on x (H,W,C), visible (H,W) of 0 and 1."""
     inner = visible[..., None] * point(channel_norm(x, w, f"{name}.norm1"), w, f"{name}.conv1")
     x = x + point(depthwise(inner, w, f"{name}.attn"), w, f"{name}.conv2")
     hidden = gelu(point(channel_norm(x, w, f"{name}.norm2"), w, f"{name}.mlp.fc1"))
@@ -87,7 +88,7 @@ def reference_embed(x: Tensor, w: Weights, name: str) -> Tensor:
 
 
 def repeated(grid: Tensor, times: int) -> Tensor:
-    """(G,G) -> (times G, times G), cell by cell."""
+    """Repeat (G,G) -> (times G, times G), cell by cell."""
     size = times * len(grid)
     return torch.tensor(
         [[float(grid[r // times, c // times]) for c in range(size)] for r in range(size)]
@@ -97,7 +98,7 @@ def repeated(grid: Tensor, times: int) -> Tensor:
 def reference_conv_encode(
     w: Weights, images: Tensor, ids_keep: Tensor, heads: int, depth: int
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Outputs of all blocks, and both maps with channels last; picture by picture."""
+    """Compute outputs of all blocks, and both maps with channels last; picture by picture."""
     tokens, maps1, maps2 = [], [], []
     for picture, ids in zip(images, ids_keep.tolist(), strict=True):
         grid = int(w["pos_embed"].shape[1] ** 0.5)
@@ -124,7 +125,7 @@ def reference_conv_encode(
 
 
 def reference_stage_fusion(w: Weights, maps1: Tensor, maps2: Tensor, ids_keep: Tensor) -> Tensor:
-    """(B,V,D): each visible patch's 4 x 4 and 2 x 2 cells through their own matrices, summed."""
+    """Sum each visible patch's 4 x 4 and 2 x 2 cells through their own matrices: (B,V,D)."""
     rows = []
     for one, two, ids in zip(maps1, maps2, ids_keep.tolist(), strict=True):
         both = cells(one, w, "stage1_output_decode") + cells(two, w, "stage2_output_decode")
@@ -170,7 +171,7 @@ def test_all_patches_visible_is_forward_features() -> None:
 
 
 def seen(net: conv_vit.ConvViT, fusion: conv_vit.StageFusion, images: Tensor) -> list[Tensor]:
-    """All that a loss on visible patches can depend on."""
+    """Return all that a loss on visible patches can depend on."""
     outputs, maps = net.encode(images, IDS)
     return [*outputs, fusion(maps, IDS)]
 

@@ -1,4 +1,4 @@
-"""The regressor against plain matrix code, with its start values and what may depend on what."""
+"""The regressor equals plain matrix code; start values and what may depend on what are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def reference_regress(
     heads: int = 2,
     depth: int = 2,
 ) -> Tensor:
-    """x (B,M,W) asks [visible; x], positions in queries and keys of every block; no final norm."""
+    """Let x (B,M,W) attend to [visible; x], positions in queries and keys of every block; no final
+    norm."""
     d = x.shape[-1] // heads
 
     def norm(values: Tensor, name: str) -> Tensor:
@@ -30,10 +31,10 @@ def reference_regress(
 
     for i in range(depth):
         name = f"regressor_blocks.{i}"
-        seen, places = torch.cat([visible, x], 1), torch.cat([pos_visible, pos_x], 1)
+        seen, positions = torch.cat([visible, x], 1), torch.cat([pos_visible, pos_x], 1)
         attn = f"{name}.cross_attn"
         q = norm(x + pos_x, f"{name}.norm1_q") @ w[f"{attn}.q.weight"].T + w[f"{attn}.q_bias"]
-        k = norm(seen + places, f"{name}.norm1_k") @ w[f"{attn}.k.weight"].T
+        k = norm(seen + positions, f"{name}.norm1_k") @ w[f"{attn}.k.weight"].T
         v = norm(seen, f"{name}.norm1_v") @ w[f"{attn}.v.weight"].T + w[f"{attn}.v_bias"]
         mixed = []
         for head in range(heads):
@@ -49,7 +50,7 @@ def reference_regress(
     return x
 
 
-def shaken(
+def randomised(
     width: int = 8, depth: int = 2, *, final_norm: bool = False
 ) -> latent_regressor.LatentRegressor:
     torch.manual_seed(0)
@@ -65,17 +66,17 @@ INPUTS = [wave(2, n, 8, phase=p) for n, p in ((3, 0.1), (5, 0.7), (3, 1.1), (5, 
 
 
 def test_equals_plain_matrix_code() -> None:
-    model = shaken()
+    model = randomised()
     expected = reference_regress(model.state_dict(), *INPUTS)
     torch.testing.assert_close(model(*INPUTS), expected, rtol=1e-10, atol=1e-12)
-    normed = shaken(final_norm=True)
+    normed = randomised(final_norm=True)
     w = normed.state_dict()
     expected = layer_norm(reference_regress(w, *INPUTS), w["norm.weight"], w["norm.bias"])
     torch.testing.assert_close(normed(*INPUTS), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_gradcheck() -> None:
-    model = shaken(width=4, depth=1)
+    model = randomised(width=4, depth=1)
     inputs = [
         wave(1, n, 4, phase=p).requires_grad_() for n, p in ((2, 0.1), (2, 0.7), (2, 1.1), (2, 2.0))
     ]
@@ -85,7 +86,7 @@ def test_gradcheck() -> None:
 def test_positions_never_reach_the_values() -> None:
     """With one token to look at, attention is 1 whatever the keys: the output then depends on x's
     content only."""
-    model = shaken(depth=1)
+    model = randomised(depth=1)
     block = model.regressor_blocks[0]
     x, one = INPUTS[0][:, :1], INPUTS[1][:, :0]
     before = block(x, one, INPUTS[2][:, :1], INPUTS[3][:, :0])

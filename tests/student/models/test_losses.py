@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand, and their precision."""
+"""Losses equal numbers worked out by hand, in every precision."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The encoder and decoder against plain matrix code, and start values, positions and patches
-against hand values."""
+"""The encoder and decoder equal plain matrix code; start values, positions and patches equal hand
+values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def linear(x: Tensor, w: Weights, name: str) -> Tensor:
 
 
 def reference_block(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
-    """x += attn(LN x); x += mlp(LN x), head by head."""
+    """Compute x += attn(LN x); x += mlp(LN x), head by head."""
     width = x.shape[-1]
     d = width // heads
     qkv = linear(
@@ -54,7 +54,7 @@ def reference_block(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
 def reference_encode(
     w: Weights, images: Tensor, ids_keep: Tensor, heads: int, depth: int
 ) -> list[Tensor]:
-    """Outputs of all blocks; `w` holds an encoder's parameters by name."""
+    """Compute outputs of all blocks; `w` holds an encoder's parameters by name."""
     kernel = w["patch_embed.proj.weight"]
     p = kernel.shape[-1]
     rows = []
@@ -231,7 +231,7 @@ def test_patchify_order() -> None:
 def reference_decode(
     w: Weights, tokens: Tensor, ids_keep: Tensor, heads: int, depth: int
 ) -> Tensor:
-    """(B,P,out); `w` holds a decoder's parameters by name."""
+    """Compute (B,P,out); `w` holds a decoder's parameters by name."""
     narrow = linear(tokens, w, "decoder_embed")
     n_patches = w["decoder_pos_embed"].shape[1] - 1
     rows = []

@@ -1,5 +1,5 @@
-"""CAE against a second implementation of its text, its alignment target, its sizes, cost and
-refusals."""
+"""CAE equals a second implementation of its text; its alignment target, sizes, cost and refusals
+are checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from tests.student.recipes.test_recipes import (
 
 
 def reference_latents(w: Weights, batch: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """The encoder on CLS and patches `ids`, through the bridge where there is one, CLS left out."""
+    """Run the encoder on CLS and patches `ids`, through the projection where there is one, CLS left
+    out."""
     x = reference_encode(parts_of(w, "encoder"), batch["images"], ids)
     if "encoder_to_regresser.weight" in w:
         x = linear(x, w, "encoder_to_regresser")
@@ -46,8 +47,8 @@ def reference_latents(w: Weights, batch: dict[str, Tensor], ids: Tensor) -> Tens
 def reference_parts(
     w: Weights, batch: dict[str, Tensor], constants: Weights, decoder_depth: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the hidden tokens, and the squared distance of the latents from those of
-    `constants`, the same weights out of reach of the gradient."""
+    """Compute cross-entropy of the hidden tokens, and the squared distance of the latents from
+    those of `constants`, the same weights out of reach of the gradient."""
     table = w["rd_pos_embed"].expand(2, -1, -1)
     pos_x, pos_visible = (chosen(table, batch[name]) for name in ("ids_masked", "ids_keep"))
     visible = reference_latents(w, batch, batch["ids_keep"])
@@ -99,8 +100,8 @@ def test_loss_and_gradients_equal_the_second_implementation(
 
 
 def test_alignment_target_is_detached_and_of_the_masked_patches() -> None:
-    """Of the same weights: gradients reach neither encoder nor bridge through it, and hidden pixels
-    change it."""
+    """It is of the same weights: gradients reach neither encoder nor projection through it, and
+    hidden pixels change it."""
     model, _ = tiny_model("cae", "regressor_width=8")
     assert isinstance(model, cae.Model)
     batch = tiny_batch()

@@ -1,4 +1,4 @@
-"""CAE v2 against a second implementation of its text, with its sizes, cost and refusals."""
+"""CAE v2 equals a second implementation of its text; its sizes, cost and refusals are checked."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tests.student.recipes.test_recipes import (
 
 
 def chosen(rows: Tensor, ids: Tensor) -> Tensor:
-    """Patches `ids` of tokens (B,1+P,D), picture by picture."""
+    """Pick patches `ids` of tokens (B,1+P,D), picture by picture."""
     return torch.stack(
         [torch.stack([x[1 + i] for i in row]) for x, row in zip(rows, ids.tolist(), strict=True)]
     )
 
 
 def reference_latents(w: Weights, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """cls, visible (of the encoder) and masked (of the regressor), before the head."""
+    """Compute cls, visible (of the encoder) and masked (of the regressor), before the head."""
     x = reference_encode(parts_of(w, "encoder"), batch["images"], batch["ids_keep"])
     if "encoder_to_regresser.weight" in w:
         x = linear(x, w, "encoder_to_regresser")
@@ -55,7 +55,7 @@ def reference_latents(w: Weights, batch: dict[str, Tensor]) -> dict[str, Tensor]
 def reference_errors(
     w: Weights, batch: dict[str, Tensor], loss: str = "cosine", head: str = "norm_linear"
 ) -> dict[str, Tensor]:
-    """(B,1), (B,V), (B,M): each token's distance from its target."""
+    """Compute each token's distance from its target: (B,1), (B,V), (B,M)."""
     latents, targets = reference_latents(w, batch), batch["targets"]
     wanted = {"cls": targets[:, :1], "visible": chosen(targets, batch["ids_keep"])}
     wanted["masked"] = chosen(targets, batch["ids_masked"])

@@ -1,4 +1,4 @@
-"""FD against a second implementation of its text, with its sizes, cost and refusals."""
+"""FD equals a second implementation of its text; its sizes, cost and refusals are checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.student.recipes.test_recipes import (
 
 
 def reference_loss(w: Weights, batch: dict[str, Tensor], beta: float) -> Tensor:
-    """(B,1+P,Dt): e^2 / (2 beta) within beta, |e| - beta / 2 beyond."""
+    """Compute e^2 / (2 beta) within beta, |e| - beta / 2 beyond: (B,1+P,Dt)."""
     encoder = parts_of(w, "encoder")
     pred = linear(reference_encode_all(encoder, embedded(encoder, batch["images"])), w, "decoder")
     e = (pred - batch["targets"]).abs()

@@ -1,5 +1,5 @@
-"""The first ten losses of every recipe, by `student train`, against a loop that shares nothing with
-the trainer.
+"""The first ten losses of every recipe, by `student train`, equal those of a loop that shares
+nothing with the trainer.
 
 tests/golden/make_losses.py made them, in float64; it says how.
 """
@@ -37,7 +37,7 @@ class Model(published.Model):
 
 
 def trained(recipe: str, tmp_path: Path, *options: str) -> list[float]:
-    """Losses of `student train` on the fixed cache."""
+    """Return the losses of `student train` on the fixed cache."""
     (tmp_path / "filled.py").write_text(FILLED.format(recipe=recipe))
     settings = [word for text in make_losses.settings_of(recipe) for word in ("--set", text)]
     source = (
@@ -113,7 +113,8 @@ def test_first_losses(recipe: str, tmp_path: Path) -> None:
 
 
 def test_micro_batches_make_the_same_steps(tmp_path: Path) -> None:
-    """Four pictures twice are eight: the rate and the order are those of the whole step."""
+    """Four pictures twice are eight: the learning rate and the order are those of the whole
+    step."""
     options = ("--batch-size", "4", "--accumulate", "2")
     assert trained("maskalign", tmp_path, *options) == pytest.approx(
         GOLDEN["losses"]["maskalign"], rel=1e-4

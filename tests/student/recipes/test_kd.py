@@ -1,4 +1,4 @@
-"""KD against a second implementation of its text, with its size and cost."""
+"""KD equals a second implementation of its text; its size and cost are checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.student.recipes.test_recipes import (
 
 
 def reference_loss(w: Weights, batch: dict[str, Tensor]) -> Tensor:
-    """(B,1+V): the squared distance of the two directions, at CLS and the visible patches."""
+    """Compute the squared distance of the two directions, at CLS and the visible patches:
+    (B,1+V)."""
     encoder = parts_of(w, "encoder")
     last = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)[-1]
     pred = linear(layer_norm(last, encoder["norm.weight"], encoder["norm.bias"]), w, "head")

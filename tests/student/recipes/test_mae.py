@@ -1,4 +1,4 @@
-"""MAE against a second implementation of its text, with its size and first losses as literals."""
+"""MAE equals a second implementation of its text; its size and first losses are literals."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def parts_of(w: Weights, part: str) -> Weights:
 
 
 def reference_pixels(w: Weights, batch: dict[str, Tensor], normalise: bool = True) -> Tensor:
-    """Per hidden patch the mean squared error, then sum(loss * mask) / sum(mask); also MR-Align's
-    second half."""
+    """Compute per hidden patch the mean squared error, then sum(loss * mask) / sum(mask); also
+    MR-Align's second half."""
     encoder, decoder = parts_of(w, "encoder"), parts_of(w, "decoder")
     last = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)[-1]
     tokens = layer_norm(last, encoder["norm.weight"], encoder["norm.bias"])

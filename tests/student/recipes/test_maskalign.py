@@ -1,5 +1,4 @@
-"""MaskAlign against a second implementation of its text, with its size and first losses as
-literals."""
+"""MaskAlign equals a second implementation of its text; its size and first losses are literals."""
 
 from __future__ import annotations
 
@@ -25,8 +24,8 @@ from tests.student.recipes.test_recipes import (
 
 
 def reference_loss(w: Weights, batch: dict[str, Tensor], levels: dict[int, float]) -> Tensor:
-    """q_t = A_t(sum_s W[t,s] x_s); sum_t weight_t * mean(e^2 within 1, 2|e| - 1 beyond), on CLS and
-    visible tokens."""
+    """Compute q_t = A_t(sum_s W[t,s] x_s); sum_t weight_t * mean(e^2 within 1, 2|e| - 1 beyond), on
+    CLS and visible tokens."""
     encoder = {
         name.removeprefix("encoder."): x for name, x in w.items() if name.startswith("encoder.")
     }
@@ -98,7 +97,7 @@ def reference_adaptor(w: Weights, name: str, kind: str, x: Tensor) -> Tensor:
 
 
 def reference_norm(kind: str, y: Tensor) -> Tensor:
-    """y (B,1+P,Dt), all tokens of the batch, as the released code normalises it before any is left
+    """Normalise y (B,1+P,Dt), all tokens of the batch, as the released code does before any is left
     out."""
     if kind == "l2":
         return y / y.square().sum(-1, keepdim=True).sqrt()
@@ -114,8 +113,8 @@ def reference_norm(kind: str, y: Tensor) -> Tensor:
 def switched_loss(
     w: Weights, batch: dict[str, Tensor], ys: list[Tensor], settings: maskalign.Config
 ) -> Tensor:
-    """Every switch once more, from the teacher's own streams `ys`, levels 2 and 3 of 3 with 1/2
-    each."""
+    """Compute every switch once more, from the teacher's own streams `ys`, levels 2 and 3 of 3 with
+    1/2 each."""
     encoder = {
         name.removeprefix("encoder."): x for name, x in w.items() if name.startswith("encoder.")
     }
@@ -147,8 +146,8 @@ def switched_loss(
 
 
 def switched_batch() -> tuple[dict[str, Tensor], list[Tensor]]:
-    """A batch of two levels and the streams that give it, one with a channel far out, in numpy's
-    arithmetic."""
+    """Make a batch of two levels and the streams that give it, one with a channel far out, in
+    numpy's arithmetic."""
     batch = tiny_batch()
     ys = [3 * batch["features"][:, i] + 0.7 - 2 * i for i in range(2)]
     ys[1][..., 5] += 30

@@ -1,5 +1,5 @@
-"""MILAN against a second implementation of its text, its decoder's promises, its size, cost and
-refusals."""
+"""MILAN equals a second implementation of its text; its decoder's promises, size, cost and refusals
+are checked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ from tests.student.recipes.test_recipes import (
 def reference_prompting(
     w: Weights, tokens: Tensor, ids_keep: Tensor, heads: int, depth: int, raw: bool
 ) -> Tensor:
-    """(B,1+P,out), picture by picture and head by head: Z stays as it is, X asks Z and itself."""
+    """Compute (B,1+P,out), picture by picture and head by head: Z stays as it is, X attends to Z
+    and itself."""
     narrow, table = linear(tokens, w, "decoder_embed"), w["decoder_pos_embed"][0]
     pictures = []
     for x_all, ids in zip(narrow, ids_keep.tolist(), strict=True):
@@ -77,7 +78,7 @@ def reference_prompt_block(
 
 
 def reference_mae_decoder(w: Weights, tokens: Tensor, ids_keep: Tensor) -> Tensor:
-    """MAE's decoder with CLS: all tokens together through plain blocks."""
+    """Compute MAE's decoder with CLS: all tokens together through plain blocks."""
     narrow = linear(tokens, w, "decoder_embed")
     n = w["decoder_pos_embed"].shape[1] - 1
     rows = [
@@ -95,7 +96,7 @@ def reference_mae_decoder(w: Weights, tokens: Tensor, ids_keep: Tensor) -> Tenso
 
 
 def squared_distance(pred: Tensor, target: Tensor) -> Tensor:
-    """|p/|p| - t/|t||^2, which is 2 - 2 cos."""
+    """Compute |p/|p| - t/|t||^2, which is 2 - 2 cos."""
     p = pred / (pred**2).sum(-1, keepdim=True).sqrt()
     t = target / (target**2).sum(-1, keepdim=True).sqrt()
     return ((p - t) ** 2).sum(-1)
@@ -104,7 +105,7 @@ def squared_distance(pred: Tensor, target: Tensor) -> Tensor:
 def reference_loss(
     w: Weights, batch: dict[str, Tensor], decoder: str = "prompting", raw: bool = False
 ) -> Tensor:
-    """The squared distance of each token, (B,1+P)."""
+    """Compute the squared distance of each token, (B,1+P)."""
     encoder, own = parts_of(w, "encoder"), parts_of(w, "decoder")
     last = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)[-1]
     tokens = layer_norm(last, encoder["norm.weight"], encoder["norm.bias"])
@@ -195,22 +196,22 @@ def decoder() -> milan.PromptingDecoder:
 
 
 def test_prompts_are_unchanged_by_the_blocks() -> None:
-    """What reaches the decoder's norm at visible places is embed(token) + position to the bit, and
-    every block is given that same tensor."""
+    """At visible positions the decoder's norm gets embed(token) + position to the bit, and every
+    block is given that same tensor."""
     own, batch, seen = decoder(), tiny_batch(), []
     for block in own.decoder_blocks:
         block.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     own.decoder_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     tokens = wave(2, 5, 16, phase=0.4)
     own.predict_with_cls(tokens, batch["ids_keep"], batch["ids_masked"])
-    places = vit.prepend_cls_id(batch["ids_keep"])
+    visible_ids = vit.prepend_cls_id(batch["ids_keep"])
     prompts = own.decoder_embed(tokens) + vit.gather_tokens(
-        own.decoder_pos_embed.expand(2, -1, -1), places
+        own.decoder_pos_embed.expand(2, -1, -1), visible_ids
     )
     assert len(seen) == 3
     assert torch.equal(seen[0], prompts)
     assert torch.equal(seen[1], prompts)
-    assert torch.equal(vit.gather_tokens(seen[2], places), prompts)
+    assert torch.equal(vit.gather_tokens(seen[2], visible_ids), prompts)
 
 
 def test_visible_predictions_depend_on_their_own_token_only() -> None:
@@ -222,7 +223,7 @@ def test_visible_predictions_depend_on_their_own_token_only() -> None:
         own.predict_with_cls(x, batch["ids_keep"], batch["ids_masked"]) for x in (tokens, changed)
     )
     moved = (before != after).any(-1)[0]
-    # its own place, and all masked ones
+    # its own position, and all masked ones
     expected = {2, *(1 + i for i in batch["ids_masked"][0].tolist())}
     assert set(moved.nonzero().flatten().tolist()) == expected
     assert torch.equal(before[1], after[1])

@@ -1,5 +1,5 @@
-"""MR-MAE against a second implementation of its text, with both backbones; its rows, sizes, cost
-and refusals."""
+"""MR-MAE equals a second implementation of its text, with both backbones; its rows, sizes, cost and
+refusals are checked."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONV = [
 def reference_fused(
     w: Weights, batch: dict[str, Tensor], given: mrmae.Config, blocks: tuple[int, ...]
 ) -> Tensor:
-    """The summed layers after the norm, (B,N,D); of 3 blocks."""
+    """Sum the layers after the norm, (B,N,D); of 3 blocks."""
     encoder = parts_of(w, "encoder")
     if given.family == "mae":
         outputs = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)
@@ -57,19 +57,22 @@ def reference_fused(
         total = sum(outputs[i - 1] for i in blocks)
         if given.fuse != "last":
             added = reference_stage_fusion(parts_of(w, "stages"), *maps, batch["ids_keep"])
-            nothing = torch.zeros_like(total[:, : given.conv_cls])  # CLS has no place in the maps
+            nothing = torch.zeros_like(
+                total[:, : given.conv_cls]
+            )  # CLS has no position in the maps
             total = total + torch.cat([nothing, added], 1)
     assert isinstance(total, Tensor)
     return layer_norm(total, encoder["norm.weight"], encoder["norm.bias"])
 
 
 def reference_states(w: Weights, tokens: Tensor, ids_keep: Tensor, prefix: int) -> Tensor:
-    """MAE's decoder up to its last matrix, (B,P,W); with prefix 1 all tokens begin with CLS."""
+    """Compute MAE's decoder up to its last matrix, (B,P,W); with prefix 1 all tokens begin with
+    CLS."""
     narrow, table = linear(tokens, w, "decoder_embed"), w["decoder_pos_embed"][0]
     rows = []
     for x, ids in zip(narrow, ids_keep.tolist(), strict=True):
-        places = range(len(table) - prefix)
-        patches = [x[prefix + ids.index(i)] if i in ids else w["mask_token"][0, 0] for i in places]
+        indices = range(len(table) - prefix)
+        patches = [x[prefix + ids.index(i)] if i in ids else w["mask_token"][0, 0] for i in indices]
         rows.append(torch.stack([*x[:prefix], *patches]))
     x = torch.stack(rows) + table
     for i in range(2):
@@ -78,7 +81,8 @@ def reference_states(w: Weights, tokens: Tensor, ids_keep: Tensor, prefix: int) 
 
 
 def reference_pixel_loss(pred: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """pred (B,P,48), normalised targets; the mean over channels, then over hidden patches."""
+    """Compute the mean over channels, then over hidden patches: pred (B,P,48), normalised
+    targets."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for b, ids in enumerate(batch["ids_masked"].tolist()):
         for i in ids:
@@ -93,10 +97,10 @@ def reference_pixel_loss(pred: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def reference_mimic(pred: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    """pred (B,V,E) of the patches ids (B,V), target (B,1+P,E); picture by picture."""
+    """Compare pred (B,V,E) of the patches ids (B,V) with target (B,1+P,E); picture by picture."""
     rows = []
-    for own, table, places in zip(pred, target, ids.tolist(), strict=True):
-        rows.append(((own - torch.stack([table[1 + i] for i in places])) ** 2).mean(-1))
+    for own, table, indices in zip(pred, target, ids.tolist(), strict=True):
+        rows.append(((own - torch.stack([table[1 + i] for i in indices])) ** 2).mean(-1))
     return torch.stack(rows).mean()
 
 

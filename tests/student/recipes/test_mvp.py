@@ -1,4 +1,4 @@
-"""MVP style against a second implementation of its text, with its size and cost."""
+"""MVP style equals a second implementation of its text; its size and cost are checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.student.recipes.test_recipes import (
 
 
 def reference_loss(w: Weights, batch: dict[str, Tensor]) -> Tensor:
-    """1 - cos at the hidden patches, whose embedding the token has replaced."""
+    """Compute 1 - cos at the hidden patches, whose embedding the token has replaced."""
     encoder = parts_of(w, "encoder")
     rows = [
         torch.stack([w["mask_token"][0, 0] if i in hidden else x[i] for i in range(16)])

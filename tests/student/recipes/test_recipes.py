@@ -1,5 +1,5 @@
-"""The recipe folder: what every module in it promises, and the tiny case that the recipes' own
-tests share.
+"""Every module of the recipe folder keeps its promises; the recipes' own tests share the tiny case
+here.
 
 The tiny case has no random number in it: weights and pictures are sines of their index, so that a
 loss is the same literal whatever the versions of torch and timm draw at the start.
@@ -71,7 +71,7 @@ def wave(*shape: int, phase: float, size: float = 1.0) -> Tensor:
 
 
 def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
-    """Two pictures, 4 of 16 patches visible."""
+    """Make two pictures, 4 of 16 patches visible."""
     ids_keep = torch.tensor([[1, 5, 10, 12], [0, 3, 6, 15]])
     hidden = [[p for p in range(16) if p not in row] for row in ids_keep.tolist()]
     return {
@@ -87,7 +87,7 @@ def tiny_batch(levels: int = 2) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Small sines in every trained parameter, around 1 in the norms' weights; fixed positions
+    """Set small sines in every trained parameter, around 1 in the norms' weights; fixed positions
     stay."""
     for i, (name, parameter) in enumerate(model.named_parameters()):
         # names of norms: norm1, decoder_norm, ...; encoder_to_regresser_norm
@@ -121,8 +121,8 @@ def first_losses(name: str, steps: int = 3) -> list[float]:
 def check_against(
     model: nn.Module, out: Tensor, reference: Callable[[dict[str, Tensor]], Tensor]
 ) -> None:
-    """The loss and its gradients equal those of a second implementation, a function of the state
-    dict."""
+    """Check that the loss and its gradients equal those of a second implementation, a function of
+    the state dict."""
     parameters = trained(model)
     got = torch.autograd.grad(out, list(parameters.values()))
     copies = {
@@ -139,7 +139,8 @@ def check_against(
 
 
 def parameters(name: str, *more: str) -> tuple[int, int]:
-    """How many numbers the model has, and how many of them are trained; nothing is allocated."""
+    """Return how many numbers the model has, and how many of them are trained; nothing is
+    allocated."""
     module = recipes.load(name)
     with torch.device("meta"):
         model = module.Model(config.from_overrides(module.Config, more))
@@ -149,8 +150,8 @@ def parameters(name: str, *more: str) -> tuple[int, int]:
 
 
 def gmac(name: str, *more: str) -> float:
-    """Multiply-accumulates (1e9) of one picture's forward pass at the recipe's own size, counted by
-    torch."""
+    """Return multiply-accumulates (1e9) of one picture's forward pass at the recipe's own size,
+    counted by torch."""
     module = recipes.load(name)
     settings = config.from_overrides(module.Config, more)
     spec, p = module.needs(settings), settings.patches
@@ -179,8 +180,9 @@ def gmac(name: str, *more: str) -> float:
 def reference_losses(
     name: str, reference: Callable[[dict[str, Tensor]], Tensor], steps: int = 3
 ) -> list[float]:
-    """What `first_losses` must give: a second implementation's loss of the state dict, and AdamW
-    written out (rate 1e-2, eps 1e-8, decay 0.05 of every matrix that is no token)."""
+    """Return what `first_losses` must give: a second implementation's loss of the state dict,
+    and AdamW written out (learning rate 1e-2, eps 1e-8, decay 0.05 of every matrix that is no
+    token)."""
     model, settings = tiny_model(name)
     names, (b1, b2) = list(trained(model)), settings.betas
     w = {key: x.clone() for key, x in model.state_dict().items()}

@@ -144,8 +144,8 @@ def spec_of(derive: str, **more: Any) -> TargetSpec:
 
 
 class Projecting(Cache):
-    """The test cache as a teacher with a projection, or with a norm of another eps, would have left
-    it."""
+    """Leave the test cache as a teacher with a projection, or with a norm of another eps, would
+    have left it."""
 
     eps = 1e-5
 
