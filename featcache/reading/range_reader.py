@@ -1,24 +1,20 @@
-"""Byte ranges of many files into memory, by a few threads: bounded handles, checksums as bytes
-come, page cache or not.
+"""Byte ranges of many files are read into memory by a few threads, and their checksums compared as
+the bytes come, through the page cache or past it.
 
-Threads take slices of runs (`byte_ranges`) until none is left; reads and crc32c leave the
+Threads take slices of batches (`byte_ranges`) until none is left; reads and crc32c leave the
 interpreter's lock while they work, and through the page cache many ranges are read without it
-(`native_read`).
+(`native_read`). `file_pool` keeps the files open.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import threading
-import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +30,7 @@ from featcache.reading.byte_ranges import (
     merge_neighbours,
     split_batches,
 )
+from featcache.reading.file_pool import FilePool
 from featcache.storage.posix_io import (
     FULL,
     NoFileDescriptorError,
@@ -45,31 +42,16 @@ from featcache.storage.posix_io import (
 )
 
 IO = ("auto", "buffered", "streaming", "direct")
-_MOST_HANDLES = 16384
 _SMALL = 4096  # items up to this are read many at a time where they lie close
 _CLOSE = 8  # such items of a file, and more, are worth one read of all that is between them
 _SPAN = 256 << 10  # how far apart the first and last of such items may lie
 _HOT = 512 << 10  # bytes read at once where they are checked: still in a core's own cache then
-_PATIENCE_S = 1.0  # for a handle, when nobody reads
 _PARTS = 4  # of a read, for each thread
 _INLINE = 1 << 20  # less than this is read by the caller alone
 
 
-@dataclass(eq=False, slots=True)
-class _File:
-    """An open file, and how many read from it just now."""
-
-    path: str
-    fd: int
-    users: int = 0
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # nothing was written that could be lost
-            os.close(self.fd)
-
-
 class RangeReader:
-    """Reads runs. Safe in several threads and after a fork; holds at most `most` files open."""
+    """Reads batches of byte ranges. Safe in several threads and after a fork."""
 
     def __init__(self, threads: int | None = None, io: str = "buffered") -> None:
         if io not in IO[1:]:
@@ -80,29 +62,25 @@ class RangeReader:
         cores = len(os.sched_getaffinity(0))
         self.threads = threads or (2 * min(4, cores) if io == "direct" else min(4, cores))
         self.io = io
-        self._flags = os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0)
-        self._most = min(_raise_handles() // 2, _MOST_HANDLES)
-        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._files = FilePool(os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0))
         # path -> (inode, mtime_ns) when its proof held
         self._proven: dict[str, tuple[int, int]] = {}
         self._by_machine_code = False  # from the first large read on
         self._start()
-        _alive.add(self)
+        _readers.add(self)
 
     def _start(self) -> None:
         """A new lock and no threads: at first, and in a forked child, whose other threads are not
         there any more."""
-        # a cache that is collected closes its files, in any thread, at any place
+        # a cache that is collected closes its reader, in any thread, between any two lines
         self._lock = threading.RLock()
-        self._pool: ThreadPoolExecutor | None = None
-        for file in self._files.values():
-            file.users = 0
+        self._executor: ThreadPoolExecutor | None = None
 
     def read(self, runs: Sequence[RangeBatch]) -> None:
         """Fill every run. Raises UserError for a missing or short file, BadRow for a wrong
         checksum."""
         total = sum(run.row_bytes * len(run.at) for run in runs)
-        files = max(self._most // (max(len(_alive), 1) * self.threads), 1)
+        files = max(self._files.share // self.threads, 1)
         if total < _INLINE:
             self._work(split_batches(runs, _INLINE, files))
             return
@@ -113,12 +91,14 @@ class RangeReader:
             return
         parts = deque(split_batches(runs, total // (_PARTS * self.threads), files))
         with self._lock:
-            pool = self._pool = self._pool or ThreadPoolExecutor(self.threads - 1, "featcache-read")
+            executor = self._executor = self._executor or ThreadPoolExecutor(
+                self.threads - 1, "featcache-read"
+            )
         others: list[Future[None]] = []
         # closed in this moment by another thread: then we read alone
         with contextlib.suppress(RuntimeError):
             for _ in range(self.threads - 1):
-                others.append(pool.submit(self._work, _drain(parts)))
+                others.append(executor.submit(self._work, _drain(parts)))
         try:
             self._work(_drain(parts))
         finally:
@@ -133,38 +113,31 @@ class RangeReader:
                 self._read_run(run)
             except NoFileDescriptorError:
                 if len(run.paths) == 1:
-                    self._read_patiently(run)
+                    self._read_alone(run)
                 else:
                     self._work(run.by_files(len(run.paths) // 2))
 
     def _read_run(self, run: RangeBatch) -> None:
-        files = self._take(run.paths)
+        files = self._files.acquire(run.paths)
         try:
             if run.proof:
                 for file in files:
                     self._prove(file.path, file.fd, run.proof)
             self._fill(run, [file.fd for file in files])
         finally:
-            self._give(files)
+            self._files.release(files)
 
-    def _read_patiently(self, run: RangeBatch) -> None:
-        """A run of one file, with handles that others give back. Its proof, which opens it once
-        more, comes first."""
-        path, end = run.paths[0], time.monotonic() + _PATIENCE_S
-        while True:
-            self._evict_all()
-            try:
-                if run.proof:
-                    self._prove(path, path, run.proof)
-                return self._read_run(run)
-            except NoFileDescriptorError as error:
-                if any(
-                    file.users for reads in list(_alive) for file in list(reads._files.values())
-                ):
-                    end = time.monotonic() + _PATIENCE_S
-                if time.monotonic() > end:
-                    raise read_error(path, error.error) from error
-                time.sleep(0.005)
+    def _read_alone(self, run: RangeBatch) -> None:
+        """A run of one file, with file descriptors that others give back. Its proof, which opens it
+        once more, comes first."""
+        path = run.paths[0]
+
+        def read() -> None:
+            if run.proof:
+                self._prove(path, path, run.proof)
+            self._read_run(run)
+
+        self._files.wait_for_descriptor(path, read)
 
     def _prove(self, path: str, file: int | str, proof: FileCheck) -> None:
         """Once for each file, and again when it has changed or another has taken its place."""
@@ -280,93 +253,19 @@ class RangeReader:
             except OSError as error:
                 raise read_error(path, error) from error
 
-    def _take(self, paths: Sequence[str]) -> list[_File]:
-        """Open files to read from; they stay open until the bound asks for the place of those that
-        were used longest ago. Given back with `_give`."""
-        taken: list[_File] = []
-        try:
-            for path in paths:
-                taken.append(self._held(path) or self._opened(path))
-        except BaseException:
-            self._give(taken)
-            raise
-        return taken
-
-    def _held(self, path: str) -> _File | None:
-        with self._lock:
-            if file := self._files.get(path):
-                file.users += 1
-                self._files.move_to_end(path)
-            return file
-
-    def _opened(self, path: str) -> _File:
-        """Opening may take long on a file system far away, and holds no lock."""
-        fresh = _File(path, self._open(path))
-        with self._lock:
-            file = self._files.setdefault(path, fresh)
-            file.users += 1
-            if file is fresh:
-                self._evict(self._most // max(len(_alive), 1))
-            else:  # another thread opened it meanwhile
-                fresh.close()
-        return file
-
-    def _give(self, files: Sequence[_File]) -> None:
-        with self._lock:
-            for file in files:
-                file.users -= 1
-                # closed while we read from it
-                if not file.users and self._files.get(file.path) is not file:
-                    file.close()
-
-    def _open(self, path: str) -> int:
-        """A full table of open files may be full of ours, of any cache: those that nobody reads
-        from are closed."""
-        try:
-            return os.open(path, self._flags)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise read_error(path, error) from error
-        self._evict_all()
-        try:
-            return os.open(path, self._flags)
-        except OSError as error:
-            raise open_error(path, error) from error
-
-    def _evict_all(self) -> None:
-        with self._lock:
-            self._evict(0)
-        self._evict_others()
-
-    def _evict_others(self) -> None:
-        for other in list(_alive):
-            if other is not self and other._lock.acquire(blocking=False):
-                try:
-                    other._evict(0)
-                finally:
-                    other._lock.release()
-
-    def _evict(self, most: int) -> None:
-        """Close what was used longest ago until `most` are open; under the lock."""
-        idle = (file for file in self._files.values() if not file.users)
-        for file in list(islice(idle, max(len(self._files) - most, 0))):
-            self._files.pop(file.path).close()
-
     def close(self) -> None:
         """Close all files; the next read opens them again. What another thread reads from is closed
         when it is done."""
         with self._lock:
-            pool, self._pool = self._pool, None
-            files, self._files = self._files, OrderedDict()
-            for file in files.values():
-                if not file.users:
-                    file.close()
-        if pool is not None:
-            pool.shutdown(wait=True)
+            executor, self._executor = self._executor, None
+        self._files.close()
+        if executor is not None:
+            executor.shutdown(wait=True)
 
 
 def _load_machine_code() -> bool:
-    """Without a handle to load it by, ranges are read one by one, until the next large read."""
+    """Load the compiled loops. False where no file descriptor is left to load them by: ranges are
+    then read one by one, until the next large read."""
     try:
         with _loading:
             from featcache.reading import native_read  # which a few small reads do without
@@ -382,12 +281,12 @@ def _load_machine_code() -> bool:
     return True
 
 
-_alive: weakref.WeakSet[RangeReader] = weakref.WeakSet()
+_readers: weakref.WeakSet[RangeReader] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for reads in list(_alive):
-        reads._start()
+    for reader in list(_readers):
+        reader._start()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -396,16 +295,6 @@ _loading = threading.Lock()
 os.register_at_fork(
     before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release
 )
-
-
-def _raise_handles() -> int:
-    """Files this process may hold open, after asking for as many as it is allowed to."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    return soft if soft > 0 else 2 * _MOST_HANDLES
 
 
 def _drain(parts: deque[RangeBatch]) -> Iterator[RangeBatch]:

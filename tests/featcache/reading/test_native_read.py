@@ -174,10 +174,10 @@ def test_a_short_file_is_an_error_never_zeros(
     )
     with pytest.raises(UserError, match=r"short: ends before byte 1100; run `featcache verify`"):
         reads.read([run])
-    os.close(reads._files[str(short)].fd)
+    os.close(reads._files._files[str(short)].fd)
     with pytest.raises(UserError, match="short: Bad file descriptor"):
         reads.read([run])
-    del reads._files[str(short)]  # closed
+    del reads._files._files[str(short)]  # closed
 
 
 def test_nothing_is_written_beyond_the_memory(paths: list[str]) -> None:

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 import featcache
 from featcache.errors import UserError
-from featcache.reading import byte_ranges, native_read, range_reader
+from featcache.reading import byte_ranges, file_pool, native_read, range_reader
 from featcache.reading import native_read as ranges
 from featcache.reading.cache import Cache
 from featcache.storage import posix_io
@@ -441,7 +441,7 @@ def test_every_call_that_fails_is_one_line_with_the_file(
         with pytest.raises(UserError, match=r"cache file .*000001\.zarr.*Stale file handle"):
             cache.read([7], 1)
         monkeypatch.undo()
-        assert {file.users for file in cache._reads._files.values()} == {0}
+        assert {file.users for file in cache._reads._files._files.values()} == {0}
         np.testing.assert_array_equal(cache.read([7], 1)["features"], NUMBERS["features"][[7], 1])
 
 
@@ -477,11 +477,11 @@ def test_a_file_that_does_not_close_keeps_nobody_from_reading(
         original(fd)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(range_reader, "_MOST_HANDLES", 2)
+    monkeypatch.setattr(file_pool, "_MAX_OPEN_FILES", 2)
     with featcache.open(copy) as cache:
         monkeypatch.setattr(os, "close", broken)
         check_all(cache)
-        assert {file.users for file in cache._reads._files.values()} == {0}
+        assert {file.users for file in cache._reads._files._files.values()} == {0}
         monkeypatch.undo()
 
 
@@ -574,7 +574,7 @@ def threaded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
     monkeypatch.setattr(range_reader, "_INLINE", 0)
     with featcache.open(copy, threads=3) as cache:
         check_all(cache)
-        assert cache._reads._pool is not None
+        assert cache._reads._executor is not None
         yield cache
 
 
@@ -621,8 +621,8 @@ def test_forked_readers_do_not_share_memory(copy: Path, io: str) -> None:
 
 @pytest.mark.parametrize("work", ["close", "read"])
 def test_a_fork_while_a_thread_holds_the_lock(threaded: Cache, work: str) -> None:
-    """The holder is not there in the child; nobody would ever give the lock back."""
-    with threaded._reads._lock:
+    """The holder is not there in the child; nobody would ever give the locks back."""
+    with threaded._reads._lock, threaded._reads._files._lock:
         assert in_a_child(threaded.close if work == "close" else lambda: check_all(threaded)) == 0
 
 
@@ -667,7 +667,7 @@ def test_handles_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     """Eight shards of a row: 100 files and more, four handles, and one more for each thread that is
     at it."""
     folder = write_cache(tmp_path / "c", name, sizes={f"{i:06d}": 1 for i in range(8)})
-    monkeypatch.setattr(range_reader, "_MOST_HANDLES", 4)
+    monkeypatch.setattr(file_pool, "_MAX_OPEN_FILES", 4)
     monkeypatch.setattr(range_reader, "_INLINE", 0)
     with featcache.open(folder, threads=1) as cache:
         for _ in range(2):
@@ -714,7 +714,7 @@ import os, resource, sys, featcache
 from featcache.errors import UserError
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 caches = [featcache.open(path) for path in sys.argv[1:]]
-assert sum(cache._reads._most for cache in caches) > 64  # each alone might take half
+assert sum(cache._reads._files.limit for cache in caches) > 64  # each alone might take half
 for view in (0, 1, 2, 0):
     for cache in caches:
         cache.read(range(8), view, cache.fields)
@@ -822,10 +822,10 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 cache = featcache.open(sys.argv[1])
 soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 assert soft == hard, (soft, hard)
-assert cache._reads._most <= soft // 2
+assert cache._reads._files.limit <= soft // 2
 resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
 with featcache.open(sys.argv[1]) as tight:
-    assert tight._reads._most == 16
+    assert tight._reads._files.limit == 16
     for view in range(3):
         tight.read(range(8), view, tight.fields)
 """
