@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from featcache.errors import UsageError, UserError, near
 from featcache.reading import request
-from featcache.reading.byte_ranges import ByteRange, FileCheck, RangeBatch, RowChecksumError
-from featcache.reading.locations import RowLocations, byte_ranges, crc_array, range_batches
+from featcache.reading.byte_ranges import RowChecksumError
+from featcache.reading.locations import locate_rows
 from featcache.reading.range_reader import IO, RangeReader
+from featcache.reading.read_plan import ReadPlan, parts_of
 from featcache.storage import checksums, commit, manifest
 from featcache.storage.keys import I64, Keys
-from featcache.storage.part import Part, describe_part, open_parts
+from featcache.storage.part import describe_part, open_parts
 from featcache.storage.store import Array
 
 
@@ -205,10 +206,13 @@ class Cache:
             )
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
         self._check_request(rows, views, fields)
-        places = self._places(rows, views)
         checked = self._choose_rows(rows, views) if check else np.zeros(len(rows), bool)
-        sums = self._checksums(rows, places, checked, fields, tokens)
-        result, runs = {}, []
+        locations = locate_rows(self._base.starts, rows, views)
+        plan = ReadPlan(self._parts, rows, locations, checked)
+        tables, runs = plan.checksum_batches(fields, tokens)
+        self._reads.read(runs)
+        result: dict[str, npt.NDArray[Any]] = {}
+        runs = []
         for name in fields:
             wanted, count = self._wanted_levels(name, levels), self._wanted_tokens(name, tokens)
             target = result[name] = self._target(name, len(rows), len(wanted), count, out)
@@ -217,7 +221,7 @@ class Cache:
                     :, :, :count
                 ]
             else:
-                runs += self._plan(name, target, rows, places, wanted, count, checked, sums)
+                runs += plan.field_batches(name, self.arrays[name], target, wanted, count, tables)
         try:
             self._reads.read(runs)
         except RowChecksumError as bad:
@@ -243,7 +247,7 @@ class Cache:
             plain = name.rpartition("/")[2]
             held = {
                 view
-                for part in self._of(name)
+                for part in parts_of(self._parts, name)
                 if plain in part.arrays
                 for view in part.view_numbers
             }
@@ -253,13 +257,8 @@ class Cache:
                     f"{max(held)}"
                 )
 
-    def _of(self, name: str) -> list[Part]:
-        """The parts of a field's teacher."""
-        teacher = name.rpartition("/")[0] or self._base.teacher
-        return [part for part in self._parts if part.teacher == teacher]
-
     def _wanted_levels(self, name: str, levels: Sequence[int] | None) -> tuple[int, ...]:
-        stored = self.levels_of(self._of(name)[0].teacher)
+        stored = self.levels_of(parts_of(self._parts, name)[0].teacher)
         for level in () if levels is None else levels:
             if level not in stored:
                 raise UsageError(f"read: level {level} is not stored; stored are {list(stored)}")
@@ -308,84 +307,10 @@ class Cache:
         spec = self.arrays[name]
         if not checksums.has_levels(spec) or tokens == spec.item[1]:
             return False
-        return name.rpartition("/")[2] != "features" or "prefix_crc" not in self._of(name)[0].arrays
-
-    # ------------------------------------------------------------ where its bytes are
-
-    def _places(self, rows: I64, views: I64) -> RowLocations:
-        """Places in the request, in the order of the files."""
-        shards = np.searchsorted(self._base.starts, rows, side="right") - 1
-        at = np.lexsort((rows, views, shards))
-        return RowLocations(at, shards[at], views[at])
-
-    def _checksums(
-        self,
-        rows: I64,
-        places: RowLocations,
-        checked: npt.NDArray[np.bool_],
-        fields: Sequence[str],
-        tokens: int | None,
-    ) -> dict[tuple[int, str], npt.NDArray[np.uint32]]:
-        """(n, columns) of each part's checksum arrays that `fields` need; rows that are not checked
-        stay unset."""
-        tables: dict[tuple[int, str], npt.NDArray[np.uint32]] = {}
-        runs: list[RangeBatch] = []
-        for i, part in enumerate(self._parts) if checked.any() else []:
-            here = places.those(checked[places.at] & part.holds(places.views))
-            proof = FileCheck(part.store.sound, part.facts)
-            for field in sorted(
-                {crc_array(part, name, tokens) for name in fields if part in self._of(name)}
-            ):
-                spec = part.arrays[field]
-                pieces = (ByteRange(0, 0, spec.item_bytes),)
-                if field == "prefix_crc":  # (T, L): those of the wanted length
-                    level_bytes = 4 * spec.item[1]
-                    pieces = (ByteRange(((tokens or 0) - 1) * level_bytes, 0, level_bytes),)
-                table = tables[i, field] = np.empty(
-                    (len(rows), sum(piece.size for piece in pieces) // 4), np.uint32
-                )
-                runs += range_batches(
-                    part, spec, table.view(np.uint8), rows, here, pieces, proof=proof
-                )
-        self._reads.read(runs)
-        return tables
-
-    def _plan(
-        self,
-        name: str,
-        target: npt.NDArray[Any],
-        rows: I64,
-        places: RowLocations,
-        levels: tuple[int, ...],
-        tokens: int,
-        checked: npt.NDArray[np.bool_],
-        sums: Mapping[tuple[int, str], npt.NDArray[np.uint32]],
-    ) -> list[RangeBatch]:
-        """The reads of one field."""
-        plain, parts = name.rpartition("/")[2], self._of(name)
-        flat = (
-            target.reshape(len(rows), -1).view(np.uint8)
-            if target.size
-            else np.empty((len(rows), 0), np.uint8)
+        return (
+            name.rpartition("/")[2] != "features"
+            or "prefix_crc" not in parts_of(self._parts, name)[0].arrays
         )
-        left = np.ones(len(rows), bool)  # by place: what no part before has given
-        runs: list[RangeBatch] = []
-        for i, part in enumerate(self._parts):
-            pieces = (
-                byte_ranges(part, plain, levels, tokens)
-                if part in parts and plain in part.arrays
-                else ()
-            )
-            if not pieces:
-                continue
-            held = left & part.holds(places.views)
-            if not checksums.has_levels(self.arrays[name]):
-                left &= ~held
-            spec, table = part.arrays[plain], sums.get((i, crc_array(part, plain, tokens)))
-            sure = checked[places.at] if table is not None else np.zeros(len(rows), bool)
-            runs += range_batches(part, spec, flat, rows, places.those(held & sure), pieces, table)
-            runs += range_batches(part, spec, flat, rows, places.those(held & ~sure), pieces)
-        return runs
 
     # ------------------------------------------------------------ what went wrong
 

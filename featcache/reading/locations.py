@@ -29,6 +29,13 @@ class RowLocations(NamedTuple):
         return self if mask.all() else RowLocations(*(each[mask] for each in self))
 
 
+def locate_rows(starts: I64, rows: I64, views: I64) -> RowLocations:
+    """Rows and views (n,) of a request -> their locations; shard i begins at row starts[i]."""
+    shards = np.searchsorted(starts, rows, side="right") - 1
+    at = np.lexsort((rows, views, shards))
+    return RowLocations(at, shards[at], views[at])
+
+
 def range_batches(
     part: Part,
     spec: Array,
