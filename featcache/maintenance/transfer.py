@@ -233,9 +233,9 @@ def _copy_file(
             progress.add(count)
         out.flush()
         os.fsync(out.fileno())
-    if target.stat().st_size == facts["bytes"] and backend.sound(target, facts):
+    if target.stat().st_size == facts["bytes"] and backend.is_intact(target, facts):
         return
-    if origin.stat().st_size == facts["bytes"] and backend.sound(origin, facts):
+    if origin.stat().st_size == facts["bytes"] and backend.is_intact(origin, facts):
         raise UserError(
             f"the copy {target} differs from {origin}, which is sound: disk or memory may be at "
             "fault; run the same command again"

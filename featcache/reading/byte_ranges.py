@@ -1,8 +1,8 @@
-"""What is read: rows of one array from one or more files, each in one or more pieces, cut into
-parts for threads.
+"""A batch of byte ranges names the rows of one array to be read from one or more files, and is cut
+into parts for threads.
 
-A row's pieces go from offsets within the stored item to offsets within the row's place in memory,
-with or without a crc32c to compare.
+A row's ranges go from offsets within the stored item to offsets within the row in memory, with or
+without a crc32c to compare.
 """
 
 from __future__ import annotations
@@ -19,62 +19,63 @@ import numpy.typing as npt
 
 
 class ByteRange(NamedTuple):
-    """`size` bytes from `source` in an item to `place` in the row; `column` of the run's checksums,
-    or -1."""
+    """`size` bytes go from `item_offset` in a stored item to `row_offset` in the row; `column` of
+    the batch's checksums belongs to them, or none (-1)."""
 
-    source: int
-    place: int
+    item_offset: int
+    row_offset: int
     size: int
     column: int = -1
 
 
 class FileCheck(NamedTuple):
-    """What a file must be before its bytes are believed: `sound(path, facts(path))`, asked once for
-    each file."""
+    """A whole file is compared with its record, once, before its bytes are believed:
+    `is_intact(path, file_record(path))`."""
 
-    sound: Callable[[Path, Mapping[str, Any]], bool]
-    facts: Callable[[str], Mapping[str, Any]]
+    is_intact: Callable[[Path, Mapping[str, Any]], bool]
+    file_record: Callable[[str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class RangeBatch:
-    """Rows `at` (n,) of `target` (rows, row bytes) uint8, from `offsets` (n,) in the files `paths`
-    (f,): row i from paths[file[i]], file after file, without one of which there is no row."""
+    """Fill `rows` (n,) of `target` (rows, row bytes) uint8 from `offsets` (n,) in the files `paths`
+    (f,): row i from paths[file_index[i]], file after file, and no file without a row."""
 
     paths: Sequence[str]
     target: npt.NDArray[np.uint8]
-    at: npt.NDArray[np.int64]
-    file: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    file_index: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
-    pieces: tuple[ByteRange, ...]
+    ranges: tuple[ByteRange, ...]
     crcs: npt.NDArray[np.uint32] | None = None  # (n, columns)
-    proof: FileCheck | None = None  # that whole files are those they should be
+    file_check: FileCheck | None = None  # of each file, before the first read of it
 
     @property
     def row_bytes(self) -> int:
-        return _bytes(self.pieces)
+        return _bytes(self.ranges)
 
-    def part(self, low: int, high: int) -> RangeBatch:
-        first, last = int(self.file[low]), int(self.file[high - 1])
+    def slice(self, low: int, high: int) -> RangeBatch:
+        """Rows number `low` to `high` - 1 of the batch."""
+        first, last = int(self.file_index[low]), int(self.file_index[high - 1])
         return RangeBatch(
             self.paths[first : last + 1],
             self.target,
-            self.at[low:high],
-            self.file[low:high] - first,
+            self.rows[low:high],
+            self.file_index[low:high] - first,
             self.offsets[low:high],
-            self.pieces,
+            self.ranges,
             None if self.crcs is None else self.crcs[low:high],
-            self.proof,
+            self.file_check,
         )
 
-    def by_files(self, most: int) -> Iterator[RangeBatch]:
+    def split_by_files(self, max_files: int) -> Iterator[RangeBatch]:
         """The same rows in parts of at most so many files."""
-        if len(self.paths) <= most:
+        if len(self.paths) <= max_files:
             yield self
             return
-        for first in range(0, len(self.paths), most):
-            low, high = np.searchsorted(self.file, (first, first + most)).tolist()
-            yield self.part(low, high)
+        for first in range(0, len(self.paths), max_files):
+            low, high = np.searchsorted(self.file_index, (first, first + max_files)).tolist()
+            yield self.slice(low, high)
 
 
 class RowChecksumError(Exception):
@@ -86,53 +87,57 @@ class RowChecksumError(Exception):
         self.path, self.row, self.column = path, row, column
 
 
-def split_batches(runs: Iterable[RangeBatch], part_bytes: int, files: int) -> Iterator[RangeBatch]:
-    """The same rows in parts of about so many bytes, and of at most so many files."""
-    for run in runs:
-        step = max(part_bytes // max(run.row_bytes, 1), 1)
-        for low in range(0, len(run.at), step):
-            yield from run.part(low, min(low + step, len(run.at))).by_files(files)
+def split_batches(
+    batches: Iterable[RangeBatch], part_bytes: int, max_files: int
+) -> Iterator[RangeBatch]:
+    """Cut batches into parts of about so many bytes, and of at most so many files."""
+    for batch in batches:
+        step = max(part_bytes // max(batch.row_bytes, 1), 1)
+        for low in range(0, len(batch.rows), step):
+            part = batch.slice(low, min(low + step, len(batch.rows)))
+            yield from part.split_by_files(max_files)
 
 
 class ContiguousRange(NamedTuple):
-    """Pieces that follow each other in the file and in memory, read by one call; `parts`, from and
-    to which place of the row each of them with a checksum goes, and its column."""
+    """Ranges that follow each other in the file and in memory are read by one call; `checks`, from
+    and to which offset of the row each of them with a checksum goes, and its column."""
 
-    source: int
-    place: int
+    item_offset: int
+    row_offset: int
     size: int
-    parts: tuple[tuple[int, int, int], ...]
+    checks: tuple[tuple[int, int, int], ...]
 
 
 @lru_cache(256)
-def _bytes(pieces: tuple[ByteRange, ...]) -> int:
-    return sum(piece.size for piece in pieces)
+def _bytes(ranges: tuple[ByteRange, ...]) -> int:
+    return sum(each.size for each in ranges)
 
 
 @lru_cache(256)
 def merge_neighbours(
-    pieces: tuple[ByteRange, ...], most: int | None
+    ranges: tuple[ByteRange, ...], max_bytes: int | None
 ) -> tuple[ContiguousRange, ...]:
-    """Neighbours together, up to `most` bytes."""
+    """Merge ranges that follow each other, up to `max_bytes` bytes."""
     out: list[ContiguousRange] = []
-    for source, place, size, column in pieces:
-        part = ((place, place + size, column),) if column >= 0 else ()
+    for item_offset, row_offset, size, column in ranges:
+        check = ((row_offset, row_offset + size, column),) if column >= 0 else ()
         last = out[-1] if out else None
         if (
             last is not None
-            and (last.source + last.size, last.place + last.size) == (source, place)
-            and (most is None or last.size + size <= most)
+            and (last.item_offset + last.size, last.row_offset + last.size)
+            == (item_offset, row_offset)
+            and (max_bytes is None or last.size + size <= max_bytes)
         ):
             out[-1] = ContiguousRange(
-                last.source, last.place, last.size + size, (*last.parts, *part)
+                last.item_offset, last.row_offset, last.size + size, (*last.checks, *check)
             )
         else:
-            out.append(ContiguousRange(source, place, size, part))
+            out.append(ContiguousRange(item_offset, row_offset, size, check))
     return tuple(out)
 
 
-def contiguous_bytes(pieces: Sequence[ByteRange]) -> int:
-    """Bytes from the first piece to the end of the last, where they follow each other in the file;
+def contiguous_bytes(ranges: Sequence[ByteRange]) -> int:
+    """Bytes from the first range to the end of the last, where they follow each other in the file;
     else 0."""
-    joined = all(one.source + one.size == other.source for one, other in pairwise(pieces))
-    return pieces[-1].source + pieces[-1].size - pieces[0].source if joined else 0
+    joined = all(one.item_offset + one.size == other.item_offset for one, other in pairwise(ranges))
+    return ranges[-1].item_offset + ranges[-1].size - ranges[0].item_offset if joined else 0

@@ -55,14 +55,14 @@ class Cache:
         if not isinstance(verify_rows, int | float) or not 0 <= verify_rows <= 1:
             raise UsageError(f"verify_rows {verify_rows!r}: a share from 0 to 1 is allowed")
         self.path = Path(path)
-        self._place = self.path.absolute()  # the working directory may change
+        self._absolute_path = self.path.absolute()  # the working directory may change
         self._options = {
             "threads": threads,
             "verify_rows": verify_rows,
             "io": io,
             "partial": partial,
         }
-        self._parts, unfinished = open_parts(self._place, partial)
+        self._parts, unfinished = open_parts(self._absolute_path, partial)
         # added, not whole: not read
         self.unfinished = [describe_part(part.manifest) for part in unfinished]
         self._base = self._parts[0]
@@ -76,7 +76,7 @@ class Cache:
         self.views: int = self.views_of(self._base.teacher)
         self.levels: tuple[int, ...] = self.levels_of(self._base.teacher)
         self.arrays: dict[str, Array] = dict(self._all_arrays())
-        self._reads = RangeReader(threads, _choose(io, self.bytes))
+        self._reader = RangeReader(threads, _choose(io, self.bytes))
 
     def _all_arrays(self) -> Iterator[tuple[str, Array]]:
         """Arrays by the names that `read` takes, with the levels of all parts; another teacher's as
@@ -130,7 +130,7 @@ class Cache:
         return f"Cache({str(self.path)!r}: {manifest.title(self.manifest)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._place, **self._options}
+        return {"path": self._absolute_path, **self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state.pop("path"), **state)  # type: ignore[misc]
@@ -209,10 +209,10 @@ class Cache:
         checked = self._choose_rows(rows, views) if check else np.zeros(len(rows), bool)
         locations = locate_rows(self._base.starts, rows, views)
         plan = ReadPlan(self._parts, rows, locations, checked)
-        tables, runs = plan.checksum_batches(fields, tokens)
-        self._reads.read(runs)
+        tables, batches = plan.checksum_batches(fields, tokens)
+        self._reader.read(batches)
         result: dict[str, npt.NDArray[Any]] = {}
-        runs = []
+        batches = []
         for name in fields:
             wanted, count = self._wanted_levels(name, levels), self._wanted_tokens(name, tokens)
             target = result[name] = self._target(name, len(rows), len(wanted), count, out)
@@ -221,9 +221,11 @@ class Cache:
                     :, :, :count
                 ]
             else:
-                runs += plan.field_batches(name, self.arrays[name], target, wanted, count, tables)
+                batches += plan.field_batches(
+                    name, self.arrays[name], target, wanted, count, tables
+                )
         try:
-            self._reads.read(runs)
+            self._reader.read(batches)
         except RowChecksumError as bad:
             raise self._explain(bad, rows, views) from bad
         return result
@@ -343,7 +345,7 @@ class Cache:
 
     def close(self) -> None:
         """Close all files; the next `read` opens them again."""
-        self._reads.close()
+        self._reader.close()
 
     def __enter__(self) -> Cache:
         return self
@@ -353,8 +355,8 @@ class Cache:
 
     def __del__(self) -> None:
         # then names are gone, and files close anyway
-        if hasattr(self, "_reads") and not sys.is_finalizing():
-            self._reads.close()
+        if hasattr(self, "_reader") and not sys.is_finalizing():
+            self._reader.close()
 
 
 def _choose(io: str, cache_bytes: int) -> str:

@@ -1,4 +1,14 @@
-"""crc32c by carry-less multiplication, generated as machine code."""
+"""crc32c is computed by carry-less multiplication, in machine code that is generated here.
+
+The method is that of Gopal et al., Fast CRC Computation for Generic Polynomials Using PCLMULQDQ
+Instruction, Intel 2009: several registers run over the bytes, each folded onto those a block
+further on. In the field of polynomials over GF(2), a register A = (high, low) that stands d bits
+before B is the same remainder as
+
+    high * (x^(d + 32) mod P)  xor  low * (x^(d - 32) mod P)  xor  B
+
+and the last one is finished by the instruction for crc32c itself.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +22,13 @@ from numba.extending import intrinsic
 
 _POLYNOMIAL = 0x11EDC6F41  # P of crc32c, x^32 first
 _REGISTERS = 8  # of them at work at a time: a product takes as many steps to be ready
-# by lanes of a register
+# by the number of 16-byte lanes of a register
 _NAMES = {1: "llvm.x86.pclmulqdq", 2: "llvm.x86.pclmulqdq.256", 4: "llvm.x86.pclmulqdq.512"}
 
 
 def _lanes() -> tuple[int, ...]:
-    """In how many lanes of 16 bytes this machine (as numba is told to see it) multiplies at once,
-    if it can."""
+    """The numbers of 16-byte lanes that this machine (as numba is told to see it) multiplies at
+    once; none where it cannot."""
     has = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
     needed = {1: {"+pclmul", "+sse4.2", "+crc32"}, 2: {"+vpclmulqdq", "+avx2"}, 4: {"+avx512f"}}
     missing = next((lanes for lanes, features in needed.items() if not features <= has), 8)
@@ -26,8 +36,8 @@ def _lanes() -> tuple[int, ...]:
 
 
 LANES = _lanes()
-READS = not config.DISABLE_JIT  # type: ignore[attr-defined]  # whether there is machine code at all
-CHECKS = READS and bool(LANES)  # and whether it can compare checksums
+READS = not config.DISABLE_JIT  # type: ignore[attr-defined]  # loops can be compiled at all
+CHECKS = READS and bool(LANES)  # and they can compare checksums
 
 
 def _power(n: int) -> int:
@@ -39,7 +49,7 @@ def _power(n: int) -> int:
 
 
 def crc32c_of(lanes: int) -> Any:
-    """(address, bytes) -> crc32c, for compiled code."""
+    """Return (address, bytes) -> crc32c, a function for compiled code."""
     word, byte, short = ir.IntType(64), ir.IntType(8), ir.IntType(32)
     register = ir.VectorType(word, 2 * lanes)
     width = 16 * lanes
@@ -54,8 +64,8 @@ def crc32c_of(lanes: int) -> Any:
                 builder.module, ir.FunctionType(result, arguments), name
             )
 
-        def load(kind: ir.Type, at: Any) -> Any:
-            return builder.load(builder.inttoptr(at, kind.as_pointer()), align=1)
+        def load(kind: ir.Type, position: Any) -> Any:
+            return builder.load(builder.inttoptr(position, kind.as_pointer()), align=1)
 
         def fold(first: Any, onto: Any, bits: int) -> Any:
             powers = ir.Constant(register, [_power(bits + 32), _power(bits - 32)] * lanes)

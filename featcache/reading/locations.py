@@ -1,5 +1,5 @@
-"""Where what a read asks for lies: places in the request by file, pieces of items, runs over the
-files of a part.
+"""The bytes that a read asks for are located: rows of the request by file, ranges within an item,
+batches over the files of a part.
 
 n rows asked for.
 """
@@ -19,21 +19,21 @@ from featcache.storage.store import Array
 
 
 class RowLocations(NamedTuple):
-    """Places in a request, sorted by file, and the shard and view of each."""
+    """The positions in a request are sorted by file, with the shard and view of each."""
 
-    at: I64
+    positions: I64
     shards: I64
     views: I64
 
-    def those(self, mask: npt.NDArray[np.bool_]) -> RowLocations:
+    def select(self, mask: npt.NDArray[np.bool_]) -> RowLocations:
         return self if mask.all() else RowLocations(*(each[mask] for each in self))
 
 
 def locate_rows(starts: I64, rows: I64, views: I64) -> RowLocations:
     """Rows and views (n,) of a request -> their locations; shard i begins at row starts[i]."""
     shards = np.searchsorted(starts, rows, side="right") - 1
-    at = np.lexsort((rows, views, shards))
-    return RowLocations(at, shards[at], views[at])
+    positions = np.lexsort((rows, views, shards))
+    return RowLocations(positions, shards[positions], views[positions])
 
 
 def range_batches(
@@ -41,43 +41,38 @@ def range_batches(
     spec: Array,
     target: npt.NDArray[np.uint8],
     rows: I64,
-    places: RowLocations,
-    pieces: tuple[ByteRange, ...],
-    table: npt.NDArray[np.uint32] | None = None,
-    proof: FileCheck | None = None,
+    locations: RowLocations,
+    ranges: tuple[ByteRange, ...],
+    crcs: npt.NDArray[np.uint32] | None = None,
+    file_check: FileCheck | None = None,
 ) -> list[RangeBatch]:
-    """One run of an array's items at these places, unless there are none."""
-    at, shards, views = places
-    if not len(at):
+    """One batch of an array's items at these locations, or none where there are no rows."""
+    positions, shards, views = locations
+    if not len(positions):
         return []
     first = np.flatnonzero(np.append(True, (np.diff(shards) != 0) | (np.diff(views) != 0)))
-    counts = np.diff(first, append=len(at))
-    paths, offsets = part.locate_all(spec, FileRows(shards[first], views[first], counts), rows[at])
-    file = np.repeat(np.arange(len(first)), counts)
-    return [
-        RangeBatch(
-            paths, target, at, file, offsets, pieces, None if table is None else table[at], proof
-        )
-    ]
+    counts = np.diff(first, append=len(positions))
+    files = FileRows(shards[first], views[first], counts)
+    paths, offsets = part.locate_all(spec, files, rows[positions])
+    file_index = np.repeat(np.arange(len(first)), counts)
+    own_crcs = None if crcs is None else crcs[positions]
+    return [RangeBatch(paths, target, positions, file_index, offsets, ranges, own_crcs, file_check)]
 
 
 def byte_ranges(
     part: Part, name: str, levels: tuple[int, ...], tokens: int
 ) -> tuple[ByteRange, ...]:
-    """What is read of one item: those of the wanted levels that this part holds, or the whole."""
+    """The ranges to read of one item: of the wanted levels that this part holds, or the whole."""
     spec = part.arrays[name]
     first = checksums.side_columns(part.arrays.values()).get(name, 0)
     if not checksums.has_levels(spec):
         return (ByteRange(0, 0, spec.item_bytes, first),)
     level_bytes = spec.item_bytes // spec.item[0]
-    wanted = level_bytes // spec.item[1] * tokens
-    here = [
-        (place, part.levels.index(level))
-        for place, level in enumerate(levels)
-        if level in part.levels
-    ]
+    wanted_bytes = level_bytes // spec.item[1] * tokens
+    here = [(i, part.levels.index(level)) for i, level in enumerate(levels) if level in part.levels]
     return tuple(
-        ByteRange(slot * level_bytes, place * wanted, wanted, first + slot) for place, slot in here
+        ByteRange(stored * level_bytes, i * wanted_bytes, wanted_bytes, first + stored)
+        for i, stored in here
     )
 
 

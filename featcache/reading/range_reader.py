@@ -42,12 +42,13 @@ from featcache.storage.posix_io import (
 )
 
 IO = ("auto", "buffered", "streaming", "direct")
-_SMALL = 4096  # items up to this are read many at a time where they lie close
-_CLOSE = 8  # such items of a file, and more, are worth one read of all that is between them
-_SPAN = 256 << 10  # how far apart the first and last of such items may lie
-_HOT = 512 << 10  # bytes read at once where they are checked: still in a core's own cache then
-_PARTS = 4  # of a read, for each thread
-_INLINE = 1 << 20  # less than this is read by the caller alone
+_SMALL_ITEM_BYTES = 4096  # items up to this are read many at a time where they lie close
+_GATHER_ITEMS = 8  # such items of a file, and more, are worth one read of all that is between them
+_GATHER_SPAN_BYTES = 256 << 10  # from the first to the last of such items, at most
+# read at once where checksums are compared: the bytes are still in a core's own cache then
+_CHECKED_BYTES = 512 << 10
+_PARTS_PER_THREAD = 4  # of a read
+_INLINE_BYTES = 1 << 20  # less than this is read by the caller alone
 
 
 class RangeReader:
@@ -63,9 +64,9 @@ class RangeReader:
         self.threads = threads or (2 * min(4, cores) if io == "direct" else min(4, cores))
         self.io = io
         self._files = FilePool(os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0))
-        # path -> (inode, mtime_ns) when its proof held
-        self._proven: dict[str, tuple[int, int]] = {}
-        self._by_machine_code = False  # from the first large read on
+        # path -> (inode, mtime_ns) when it was as recorded
+        self._checked_files: dict[str, tuple[int, int]] = {}
+        self._loops_compiled = False  # from the first large read on
         self._start()
         _readers.add(self)
 
@@ -76,20 +77,20 @@ class RangeReader:
         self._lock = threading.RLock()
         self._executor: ThreadPoolExecutor | None = None
 
-    def read(self, runs: Sequence[RangeBatch]) -> None:
-        """Fill every run. Raises UserError for a missing or short file, BadRow for a wrong
-        checksum."""
-        total = sum(run.row_bytes * len(run.at) for run in runs)
+    def read(self, batches: Sequence[RangeBatch]) -> None:
+        """Fill the target of every batch. Raises UserError for a missing or short file,
+        RowChecksumError for a wrong checksum."""
+        total = sum(batch.row_bytes * len(batch.rows) for batch in batches)
         files = max(self._files.share // self.threads, 1)
-        if total < _INLINE:
-            self._work(split_batches(runs, _INLINE, files))
+        if total < _INLINE_BYTES:
+            self._read_parts(split_batches(batches, _INLINE_BYTES, files))
             return
-        if self.io == "buffered" and not self._by_machine_code:
-            self._by_machine_code = _load_machine_code()
+        if self.io == "buffered" and not self._loops_compiled:
+            self._loops_compiled = _load_compiled_loops()
         if self.threads == 1:
-            self._work(split_batches(runs, total, files))
+            self._read_parts(split_batches(batches, total, files))
             return
-        parts = deque(split_batches(runs, total // (_PARTS * self.threads), files))
+        parts = deque(split_batches(batches, total // (_PARTS_PER_THREAD * self.threads), files))
         with self._lock:
             executor = self._executor = self._executor or ThreadPoolExecutor(
                 self.threads - 1, "featcache-read"
@@ -98,142 +99,135 @@ class RangeReader:
         # closed in this moment by another thread: then we read alone
         with contextlib.suppress(RuntimeError):
             for _ in range(self.threads - 1):
-                others.append(executor.submit(self._work, _drain(parts)))
+                others.append(executor.submit(self._read_parts, _drain(parts)))
         try:
-            self._work(_drain(parts))
+            self._read_parts(_drain(parts))
         finally:
             parts.clear()  # after an error nobody starts another part
             errors = [error for other in others if (error := other.exception())]
         if errors:
             raise errors[0]
 
-    def _work(self, parts: Iterator[RangeBatch]) -> None:
-        for run in parts:
+    def _read_parts(self, parts: Iterator[RangeBatch]) -> None:
+        for batch in parts:
             try:
-                self._read_run(run)
+                self._read_batch(batch)
             except NoFileDescriptorError:
-                if len(run.paths) == 1:
-                    self._read_alone(run)
+                if len(batch.paths) == 1:
+                    self._read_alone(batch)
                 else:
-                    self._work(run.by_files(len(run.paths) // 2))
+                    self._read_parts(batch.split_by_files(len(batch.paths) // 2))
 
-    def _read_run(self, run: RangeBatch) -> None:
-        files = self._files.acquire(run.paths)
+    def _read_batch(self, batch: RangeBatch) -> None:
+        files = self._files.acquire(batch.paths)
         try:
-            if run.proof:
+            if batch.file_check:
                 for file in files:
-                    self._prove(file.path, file.fd, run.proof)
-            self._fill(run, [file.fd for file in files])
+                    self._check_file(file.path, file.fd, batch.file_check)
+            self._fill(batch, [file.fd for file in files])
         finally:
             self._files.release(files)
 
-    def _read_alone(self, run: RangeBatch) -> None:
-        """A run of one file, with file descriptors that others give back. Its proof, which opens it
-        once more, comes first."""
-        path = run.paths[0]
+    def _read_alone(self, batch: RangeBatch) -> None:
+        """Read a batch of one file with file descriptors that others give back. The check of the
+        whole file, which opens it once more, comes first."""
+        path = batch.paths[0]
 
         def read() -> None:
-            if run.proof:
-                self._prove(path, path, run.proof)
-            self._read_run(run)
+            if batch.file_check:
+                self._check_file(path, path, batch.file_check)
+            self._read_batch(batch)
 
         self._files.wait_for_descriptor(path, read)
 
-    def _prove(self, path: str, file: int | str, proof: FileCheck) -> None:
-        """Once for each file, and again when it has changed or another has taken its place."""
+    def _check_file(self, path: str, file: int | str, check: FileCheck) -> None:
+        """Compare a file with its record, once, and again when it has changed or was replaced."""
         try:
             status = os.stat(file)  # noqa: PTH116
             stamp = (status.st_ino, status.st_mtime_ns)
-            if self._proven.get(path) == stamp:
+            if self._checked_files.get(path) == stamp:
                 return
-            facts = proof.facts(path)
-            sound = status.st_size == facts["bytes"] and proof.sound(Path(path), facts)
+            record = check.file_record(path)
+            intact = status.st_size == record["bytes"] and check.is_intact(Path(path), record)
         except OSError as error:
             raise open_error(path, error) from error
-        if status.st_size < facts["bytes"]:
-            raise short_file_error(path, facts["bytes"])
-        if not sound:
+        if status.st_size < record["bytes"]:
+            raise short_file_error(path, record["bytes"])
+        if not intact:
             raise UserError(
                 f"cache file {path}: its bytes are not those that were recorded; run `featcache "
                 "verify`"
             )
-        self._proven[path] = stamp
+        self._checked_files[path] = stamp
 
-    def _fill(self, run: RangeBatch, fds: Sequence[int]) -> None:
-        if run.row_bytes <= _SMALL and len(run.at) >= _CLOSE * len(run.paths):
-            for part, fd in zip(run.by_files(1), fds, strict=True):
-                if not self._fill_together(part, fd):
-                    self._fill_apart(part, [fd])
-        else:
-            self._fill_apart(run, fds)
+    def _fill(self, batch: RangeBatch, fds: Sequence[int]) -> None:
+        many = len(batch.rows) >= _GATHER_ITEMS * len(batch.paths)
+        if not many or batch.row_bytes > _SMALL_ITEM_BYTES:
+            self._fill_by_range(batch, fds)
+            return
+        for part, fd in zip(batch.split_by_files(1), fds, strict=True):
+            if not self._fill_by_gather(part, fd):
+                self._fill_by_range(part, [fd])
 
-    def _fill_apart(self, run: RangeBatch, fds: Sequence[int]) -> None:
-        """Range after range: by machine code where there is much to read, and it can."""
-        if self._by_machine_code:
+    def _fill_by_range(self, batch: RangeBatch, fds: Sequence[int]) -> None:
+        """Read range after range: by compiled loops where there is much to read, and they can."""
+        if self._loops_compiled:
             from featcache.reading import crc32c_jit, native_read
 
-            if crc32c_jit.CHECKS or (crc32c_jit.READS and run.crcs is None):
-                # By hand: a signal cut it short, or the file is: then an error.
+            if crc32c_jit.CHECKS or (crc32c_jit.READS and batch.crcs is None):
+                # The fallback reads on where a signal cut a read short; a short file is an error.
                 native_read.read_ranges(
                     fds,
-                    run,
-                    _HOT,
-                    lambda file, *where: self._pread(fds[file], run.paths[file], *where),
+                    batch,
+                    _CHECKED_BYTES,
+                    lambda file, *where: self._pread(fds[file], batch.paths[file], *where),
                 )
                 return
-        memory = run.target.reshape(-1).data
-        width = run.target.shape[1]
-        groups = merge_neighbours(run.pieces, _HOT if run.crcs is not None else None)
-        checks: list[Any] = run.crcs.tolist() if run.crcs is not None else [None] * len(run.at)
-        plain = self.io == "buffered"
-        first, whole = (
-            run.pieces[0].source,
-            contiguous_bytes(run.pieces) if self.io == "direct" else 0,
-        )
-        rows = zip(run.at.tolist(), run.file.tolist(), run.offsets.tolist(), checks, strict=True)
-        for row, file, offset, crcs in rows:
-            base, fd, path = row * width, fds[file], run.paths[file]
+        memory = batch.target.reshape(-1).data
+        width, rows = batch.target.shape[1], batch.rows.tolist()
+        merged = merge_neighbours(batch.ranges, _CHECKED_BYTES if batch.crcs is not None else None)
+        crcs_of: list[Any] = batch.crcs.tolist() if batch.crcs is not None else [None] * len(rows)
+        buffered = self.io == "buffered"
+        first = batch.ranges[0].item_offset
+        whole = contiguous_bytes(batch.ranges) if self.io == "direct" else 0
+        sources = zip(rows, batch.file_index.tolist(), batch.offsets.tolist(), crcs_of, strict=True)
+        for row, file, offset, crcs in sources:
+            base, fd, path = row * width, fds[file], batch.paths[file]
             block = pread_direct(fd, path, offset + first, whole) if whole else None
-            for source, place, size, parts in groups:
-                view = memory[base + place : base + place + size]
+            for item_offset, row_offset, size, checks in merged:
+                view = memory[base + row_offset : base + row_offset + size]
                 if block is not None:
-                    view[:] = block[source - first :][:size]
-                elif not plain or preadv(fd, path, view, offset + source) != size:
-                    self._pread(fd, path, view, offset + source)
+                    view[:] = block[item_offset - first :][:size]
+                elif not buffered or preadv(fd, path, view, offset + item_offset) != size:
+                    self._pread(fd, path, view, offset + item_offset)
                 if crcs is None:
                     continue
-                for low, high, column in parts:
-                    whole_view = high - low == size
-                    if (
-                        crc32c(view if whole_view else memory[base + low : base + high])
-                        != crcs[column]
-                    ):
+                for low, high, column in checks:
+                    part = view if high - low == size else memory[base + low : base + high]
+                    if crc32c(part) != crcs[column]:
                         raise RowChecksumError(path, row, column)
 
-    def _fill_together(self, run: RangeBatch, fd: int) -> bool:
-        """Small items of a file that lie close: one read of all that is between them, then a
+    def _fill_by_gather(self, batch: RangeBatch, fd: int) -> bool:
+        """Read small items of a file that lie close by one read of all that is between them, then a
         gather. False where they don't."""
-        low, high = int(run.offsets.min()), int(run.offsets.max())
-        first, last = (
-            min(piece.source for piece in run.pieces),
-            max(piece.source + piece.size for piece in run.pieces),
-        )
+        low, high = int(batch.offsets.min()), int(batch.offsets.max())
+        first = min(each.item_offset for each in batch.ranges)
+        last = max(each.item_offset + each.size for each in batch.ranges)
         span = high - low + last - first
-        if span > max(_SPAN, 4 * run.row_bytes * len(run.at)):
+        if span > max(_GATHER_SPAN_BYTES, 4 * batch.row_bytes * len(batch.rows)):
             return False
         memory = np.empty(span, np.uint8)
-        self._pread(fd, run.paths[0], memory.data, low + first)
-        for source, place, size, _ in run.pieces:
-            columns = (run.offsets - low)[:, None] + np.arange(
-                source - first, source - first + size
-            )
-            run.target[run.at, place : place + size] = memory[columns]
-        if run.crcs is not None:
-            for row, crcs in zip(run.at.tolist(), run.crcs.tolist(), strict=True):
-                view = run.target[row].data
-                for _, place, count, column in run.pieces:
-                    if column >= 0 and crc32c(view[place : place + count]) != crcs[column]:
-                        raise RowChecksumError(run.paths[0], row, column)
+        self._pread(fd, batch.paths[0], memory.data, low + first)
+        for item_offset, row_offset, size, _ in batch.ranges:
+            begin = item_offset - first
+            columns = (batch.offsets - low)[:, None] + np.arange(begin, begin + size)
+            batch.target[batch.rows, row_offset : row_offset + size] = memory[columns]
+        if batch.crcs is not None:
+            for row, crcs in zip(batch.rows.tolist(), batch.crcs.tolist(), strict=True):
+                view = batch.target[row].data
+                for _, row_offset, size, column in batch.ranges:
+                    if column >= 0 and crc32c(view[row_offset : row_offset + size]) != crcs[column]:
+                        raise RowChecksumError(batch.paths[0], row, column)
         return True
 
     def _pread(self, fd: int, path: str, view: memoryview, offset: int) -> None:
@@ -263,7 +257,7 @@ class RangeReader:
             executor.shutdown(wait=True)
 
 
-def _load_machine_code() -> bool:
+def _load_compiled_loops() -> bool:
     """Load the compiled loops. False where no file descriptor is left to load them by: ranges are
     then read one by one, until the next large read."""
     try:

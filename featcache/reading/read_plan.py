@@ -43,11 +43,11 @@ class ReadPlan:
         """(part number, array) -> (n, columns) of the checksum arrays that `fields` need, and the
         reads that fill them; rows that are not checked stay unset."""
         tables: dict[tuple[int, str], npt.NDArray[np.uint32]] = {}
-        runs: list[RangeBatch] = []
+        batches: list[RangeBatch] = []
         for i, part in enumerate(self.parts) if self.checked.any() else []:
-            at, _, views = self.locations
-            here = self.locations.those(self.checked[at] & part.holds(views))
-            proof = FileCheck(part.store.sound, part.facts)
+            positions, _, views = self.locations
+            here = self.locations.select(self.checked[positions] & part.holds(views))
+            file_check = FileCheck(part.store.is_intact, part.file_record)
             for array in sorted(
                 {
                     crc_array(part, name, tokens)
@@ -55,20 +55,20 @@ class ReadPlan:
                     if part in parts_of(self.parts, name)
                 }
             ):
-                pieces = _crc_ranges(part, array, tokens)
+                ranges = _crc_ranges(part, array, tokens)
                 table = tables[i, array] = np.empty(
-                    (len(self.rows), sum(piece.size for piece in pieces) // 4), np.uint32
+                    (len(self.rows), sum(each.size for each in ranges) // 4), np.uint32
                 )
-                runs += range_batches(
+                batches += range_batches(
                     part,
                     part.arrays[array],
                     table.view(np.uint8),
                     self.rows,
                     here,
-                    pieces,
-                    proof=proof,
+                    ranges,
+                    file_check=file_check,
                 )
-        return tables, runs
+        return tables, batches
 
     def field_batches(
         self,
@@ -86,26 +86,26 @@ class ReadPlan:
             if target.size
             else np.empty((len(self.rows), 0), np.uint8)
         )
-        at, _, views = self.locations
-        left = np.ones(len(at), bool)  # by location: what no part before has given
-        runs: list[RangeBatch] = []
+        positions, _, views = self.locations
+        left = np.ones(len(positions), bool)  # by location: rows that no part before has filled
+        batches: list[RangeBatch] = []
         for i, part in enumerate(self.parts):
-            pieces = (
+            ranges = (
                 byte_ranges(part, plain, levels, tokens)
                 if part in parts and plain in part.arrays
                 else ()
             )
-            if not pieces:
+            if not ranges:
                 continue
             held = left & part.holds(views)
             if not checksums.has_levels(spec):
                 left &= ~held
             stored, table = part.arrays[plain], tables.get((i, crc_array(part, plain, tokens)))
-            checked = self.checked[at] if table is not None else np.zeros(len(at), bool)
+            checked = self.checked[positions] & (table is not None)
             for where, crcs in ((held & checked, table), (held & ~checked, None)):
-                here = self.locations.those(where)
-                runs += range_batches(part, stored, flat, self.rows, here, pieces, crcs)
-        return runs
+                here = self.locations.select(where)
+                batches += range_batches(part, stored, flat, self.rows, here, ranges, crcs)
+        return batches
 
 
 def _crc_ranges(part: Part, array: str, tokens: int | None) -> tuple[ByteRange, ...]:

@@ -161,12 +161,13 @@ def check_shard(
 ) -> list[str]:
     """What is wrong with a shard's files: missing or of another size; with `deep`, any changed
     byte."""
-    problems, folder, sound = [], str(folder_path(cache, shard, name)), get_store(name).sound
+    problems, folder = [], str(folder_path(cache, shard, name))
+    is_intact = get_store(name).is_intact
     for file, facts in record["files"].items():
         path = f"{folder}/{file}"  # text, not Path: a cache of ImageNet has 40,000 files to look at
         try:
             size = os.stat(path).st_size  # noqa: PTH116
-            good = not deep or size != facts["bytes"] or sound(Path(path), facts)
+            good = not deep or size != facts["bytes"] or is_intact(Path(path), facts)
         except OSError as error:
             raise_if_unreadable(path, error)
             problems.append(

@@ -157,8 +157,8 @@ class Part:
         ]
         return [path for path, _ in found], np.concatenate([offsets for _, offsets in found])
 
-    def facts(self, path: str) -> Mapping[str, Any]:
-        """What the records say of a file that `locate` gave."""
+    def file_record(self, path: str) -> Mapping[str, Any]:
+        """Return the bytes and crc32c that are recorded for a file that `locate` gave."""
         shard, _, name = path[len(f"{self.path}/{SHARDS}/") :].partition(f".{self.store.NAME}/")
         facts: Mapping[str, Any] = self._files[shard][name]
         return facts

@@ -105,7 +105,7 @@ class ShardWriter(Protocol):
 
 class Store(Protocol):
     """What a store's module provides. A shard's files lie below `shards/NAME.STORE/`; the record
-    names them all, with their bytes and the crc32c that `sound` compares."""
+    names them all, with their bytes and the crc32c that `is_intact` compares."""
 
     @staticmethod
     def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> ShardWriter: ...
@@ -128,7 +128,7 @@ class Store(Protocol):
         ...
 
     @staticmethod
-    def sound(path: Path, facts: Mapping[str, Any]) -> bool:
+    def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
         """Whether every byte of a file is as recorded."""
         ...
 

@@ -321,6 +321,6 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
     return _unpack(path, data).keys
 
 
-def sound(path: Path, facts: Mapping[str, Any]) -> bool:
-    """See store.Store.sound."""
+def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
+    """See store.Store.is_intact."""
     return f"{commit.file_crc(path, path.stat().st_size):08x}" == facts["crc32c"]

@@ -177,9 +177,9 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
     return ShardKeys(*parts)
 
 
-def sound(path: Path, facts: Mapping[str, Any]) -> bool:
-    """See store.Store.sound. The recorded crc32c is of a chunk's rows, without the four bytes that
-    repeat it."""
+def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
+    """See store.Store.is_intact. The recorded crc32c is of a chunk's rows, without the four bytes
+    that repeat it."""
     if path.name == "zarr.json":
         return f"{commit.file_crc(path, facts['bytes']):08x}" == facts["crc32c"]
     crc = commit.file_crc(path, facts["bytes"] - 4)

@@ -509,9 +509,9 @@ def test_a_copy_that_differs_from_a_sound_source_is_told_apart(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = get_store("zarr")
-    sound = backend.sound
+    is_intact = backend.is_intact
     monkeypatch.setattr(
-        backend, "sound", lambda path, facts: plain in path.parents and sound(path, facts)
+        backend, "is_intact", lambda path, facts: plain in path.parents and is_intact(path, facts)
     )
     with pytest.raises(UserError, match=r"differs from .*, which is sound: disk or memory"):
         transfer.copy(plain, tmp_path / "c")

@@ -227,8 +227,8 @@ def test_read_equals_numpy(
         else None
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(range_reader, "_INLINE", 0 if several else 1 << 20)
-        patched.setattr(range_reader, "_SMALL", 0 if single else 4096)
+        patched.setattr(range_reader, "_INLINE_BYTES", 0 if several else 1 << 20)
+        patched.setattr(range_reader, "_SMALL_ITEM_BYTES", 0 if single else 4096)
         got = cache.read(rows, view, fields, levels=levels, tokens=tokens, out=out)
     assert list(got) == fields
     for name, values in wanted.items():

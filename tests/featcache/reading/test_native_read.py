@@ -21,9 +21,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from featcache.errors import UserError
-from featcache.reading import crc32c_jit, native_read
-from featcache.reading import native_read as ranges
-from featcache.reading import range_reader as preads
+from featcache.reading import crc32c_jit, native_read, range_reader
 from featcache.reading.byte_ranges import ByteRange, RangeBatch, RowChecksumError, split_batches
 from featcache.reading.range_reader import RangeReader
 
@@ -40,23 +38,23 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def reads() -> Iterator[RangeReader]:
-    reads = RangeReader(1)
-    reads._by_machine_code = True
-    yield reads
-    reads.close()
+def reader() -> Iterator[RangeReader]:
+    reader = RangeReader(1)
+    reader._loops_compiled = True
+    yield reader
+    reader.close()
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> RangeBatch:
-    """Rows of one to four pieces, in any order of their files, to any of the rows of a larger
+def batches(draw: st.DrawFn) -> RangeBatch:
+    """Rows of one to four ranges, in any order of their files, to any of the rows of a larger
     target."""
     sizes = draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4))
     gaps = draw(st.lists(st.integers(0, 50), min_size=len(sizes), max_size=len(sizes)))
     first = np.cumsum([0, *sizes])
     source = np.cumsum([gap + size for gap, size in zip(gaps, [0, *sizes[:-1]], strict=True)])
     order = draw(st.permutations(range(len(sizes))))
-    pieces = tuple(ByteRange(int(source[i]), int(first[i]), sizes[i], i) for i in order)
+    ranges = tuple(ByteRange(int(source[i]), int(first[i]), sizes[i], i) for i in order)
     at = draw(st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True))
     most = SIZE - int(source[-1]) - sizes[-1]
     offsets = draw(st.lists(st.integers(0, most), min_size=len(at), max_size=len(at)))
@@ -64,32 +62,34 @@ def runs(draw: st.DrawFn) -> RangeBatch:
     names, file = np.unique(file, return_inverse=True)
     target = np.zeros((12, int(first[-1])), np.uint8)
     return RangeBatch(
-        [str(name) for name in names], target, np.array(at), file, np.array(offsets), pieces
+        [str(name) for name in names], target, np.array(at), file, np.array(offsets), ranges
     )
 
 
-def at(run: RangeBatch, paths: list[str], crcs: np.ndarray | None = None) -> RangeBatch:
-    """The run with the files where they are, and its checksums."""
-    return replace(run, paths=[paths[int(name)] for name in run.paths], crcs=crcs)
+def with_paths(batch: RangeBatch, paths: list[str], crcs: np.ndarray | None = None) -> RangeBatch:
+    """The batch with the paths of its files, and its checksums."""
+    return replace(batch, paths=[paths[int(name)] for name in batch.paths], crcs=crcs)
 
 
-def wanted(run: RangeBatch) -> np.ndarray:
-    out = np.zeros_like(run.target)
-    for row, file, offset in zip(run.at, run.file, run.offsets, strict=True):
-        for source, place, size, _ in run.pieces:
-            out[row, place : place + size] = DATA[
-                int(run.paths[file]), offset + source : offset + source + size
+def wanted(batch: RangeBatch) -> np.ndarray:
+    out = np.zeros_like(batch.target)
+    for row, file, offset in zip(batch.rows, batch.file_index, batch.offsets, strict=True):
+        for item_offset, row_offset, size, _ in batch.ranges:
+            first = offset + item_offset
+            out[row, row_offset : row_offset + size] = DATA[
+                int(batch.paths[file]), first : first + size
             ]
     return out
 
 
-def sums(run: RangeBatch) -> np.ndarray:
-    """(rows of the run, columns), by another library."""
-    full = wanted(run)
-    out = np.zeros((len(run.at), len(run.pieces)), np.uint32)
-    for i, row in enumerate(run.at):
-        for _, place, size, column in run.pieces:
-            out[i, column] = crc32c.crc32c(full[row, place : place + size].tobytes())
+def sums(batch: RangeBatch) -> np.ndarray:
+    """(rows of the batch, columns), by another library."""
+    full = wanted(batch)
+    out = np.zeros((len(batch.rows), len(batch.ranges)), np.uint32)
+    for i, row in enumerate(batch.rows):
+        for _, row_offset, size, column in batch.ranges:
+            item = full[row, row_offset : row_offset + size]
+            out[i, column] = crc32c.crc32c(item.tobytes())
     return out
 
 
@@ -101,100 +101,108 @@ ANY = settings(
 @pytest.mark.parametrize("hot", [3000, 9000, 1 << 19])  # checked after so many bytes
 @ANY
 @given(
-    run=runs(),
+    batch=batches(),
     checks=st.booleans(),
     close=st.sampled_from([1, 8]),
     call=st.sampled_from([1, 9000, 1 << 25]),
 )
 def test_they_are_what_the_files_hold(
     paths: list[str],
-    reads: RangeReader,
+    reader: RangeReader,
     hot: int,
-    run: RangeBatch,
+    batch: RangeBatch,
     checks: bool,
     close: int,
     call: int,
 ) -> None:
-    run.target[:] = 0
-    settings = (preads, "_HOT", hot), (preads, "_CLOSE", close), (ranges, "_AT_ONCE", call)
+    batch.target[:] = 0
+    settings = (
+        (range_reader, "_CHECKED_BYTES", hot),
+        (range_reader, "_GATHER_ITEMS", close),
+        (native_read, "_MAX_CALL_BYTES", call),
+    )
     with contextlib.ExitStack() as stack:
         for setting in settings:
             stack.enter_context(mock.patch.object(*setting))
-        reads.read([at(run, paths, sums(run) if checks else None)])
-    np.testing.assert_array_equal(run.target, wanted(run))
+        reader.read([with_paths(batch, paths, sums(batch) if checks else None)])
+    np.testing.assert_array_equal(batch.target, wanted(batch))
 
 
 @ANY
-@given(run=runs(), part_bytes=st.integers(1, 20_000), files=st.integers(1, 4))
-def test_parts_are_the_run_cut_up(run: RangeBatch, part_bytes: int, files: int) -> None:
-    parts = list(split_batches([run], part_bytes, files))
+@given(batch=batches(), part_bytes=st.integers(1, 20_000), files=st.integers(1, 4))
+def test_parts_are_the_batch_cut_up(batch: RangeBatch, part_bytes: int, files: int) -> None:
+    parts = list(split_batches([batch], part_bytes, files))
     assert all(
-        1 <= len(part.paths) <= files and set(part.file) == set(range(len(part.paths)))
+        1 <= len(part.paths) <= files and set(part.file_index) == set(range(len(part.paths)))
         for part in parts
     )
-    for name in ("at", "offsets"):
+    for name in ("rows", "offsets"):
         np.testing.assert_array_equal(
-            np.concatenate([getattr(part, name) for part in parts]), getattr(run, name)
+            np.concatenate([getattr(part, name) for part in parts]), getattr(batch, name)
         )
-    assert [part.paths[i] for part in parts for i in part.file] == [run.paths[i] for i in run.file]
-    assert all(part.row_bytes * len(part.at) <= max(part_bytes, part.row_bytes) for part in parts)
+    paths = [batch.paths[i] for i in batch.file_index]
+    assert [part.paths[i] for part in parts for i in part.file_index] == paths
+    assert all(part.row_bytes * len(part.rows) <= max(part_bytes, part.row_bytes) for part in parts)
 
 
 @ANY
-@given(run=runs(), data=st.data())
+@given(batch=batches(), data=st.data())
 def test_a_wrong_sum_names_its_row_and_column(
-    paths: list[str], reads: RangeReader, run: RangeBatch, data: st.DataObject
+    paths: list[str], reader: RangeReader, batch: RangeBatch, data: st.DataObject
 ) -> None:
-    crcs = sums(run)
-    bad = data.draw(st.integers(0, len(run.at) - 1)), data.draw(st.integers(0, len(run.pieces) - 1))
+    crcs = sums(batch)
+    bad = (
+        data.draw(st.integers(0, len(batch.rows) - 1)),
+        data.draw(st.integers(0, len(batch.ranges) - 1)),
+    )
     crcs[bad] ^= 1
     with (
-        mock.patch.object(RangeReader, "_fill_together", return_value=False),
+        mock.patch.object(RangeReader, "_fill_by_gather", return_value=False),
         pytest.raises(RowChecksumError) as caught,
     ):
-        reads.read([at(run, paths, crcs)])
-    assert (caught.value.row, caught.value.column) == (run.at[bad[0]], bad[1])
-    assert caught.value.path == paths[int(run.paths[run.file[bad[0]]])]
+        reader.read([with_paths(batch, paths, crcs)])
+    assert (caught.value.row, caught.value.column) == (batch.rows[bad[0]], bad[1])
+    assert caught.value.path == paths[int(batch.paths[batch.file_index[bad[0]]])]
 
 
 def test_a_short_file_is_an_error_never_zeros(
-    tmp_path: Path, reads: RangeReader, paths: list[str]
+    tmp_path: Path, reader: RangeReader, paths: list[str]
 ) -> None:
     short = tmp_path / "short"
     short.write_bytes(DATA[0, :1000].tobytes())
     target = np.full((4, 5000), 7, np.uint8)
-    pieces = ByteRange(0, 0, 400), ByteRange(400, 400, 200)
-    run = RangeBatch(
+    ranges = ByteRange(0, 0, 400), ByteRange(400, 400, 200)
+    batch = RangeBatch(
         [paths[1], str(short)],
         target,
         np.arange(4),
         np.array([0, 1, 1, 1]),
         np.array([0, 0, 500, 0]),
-        pieces,
+        ranges,
     )
     with pytest.raises(UserError, match=r"short: ends before byte 1100; run `featcache verify`"):
-        reads.read([run])
-    os.close(reads._files._files[str(short)].fd)
+        reader.read([batch])
+    os.close(reader._files._files[str(short)].fd)
     with pytest.raises(UserError, match="short: Bad file descriptor"):
-        reads.read([run])
-    del reads._files._files[str(short)]  # closed
+        reader.read([batch])
+    del reader._files._files[str(short)]  # closed
 
 
 def test_nothing_is_written_beyond_the_memory(paths: list[str]) -> None:
     memory, zero = np.zeros((2, 8), np.uint8), np.zeros(1, np.int64)
 
-    def fill(target: np.ndarray, at: int, place: int, size: int = 5) -> None:
+    def fill(target: np.ndarray, row: int, row_offset: int, size: int = 5) -> None:
         with Path(paths[0]).open("rb") as file:
-            run = RangeBatch(
-                paths[:1], target, np.array([at]), zero, zero, (ByteRange(0, place, size),)
+            batch = RangeBatch(
+                paths[:1], target, np.array([row]), zero, zero, (ByteRange(0, row_offset, size),)
             )
-            native_read.read_ranges([file.fileno()], run, 0, never)
+            native_read.read_ranges([file.fileno()], batch, 0, never)
 
     fill(memory, 1, 3)
     np.testing.assert_array_equal(memory, [[0] * 8, [0, 0, 0, *DATA[0, :5]]])
-    for at, place in ((1, 4), (1, -1), (2, 0), (-1, 0)):
+    for row, row_offset in ((1, 4), (1, -1), (2, 0), (-1, 0)):
         with pytest.raises(IndexError, match=r"of \(2, 8\)"):
-            fill(memory, at, place)
+            fill(memory, row, row_offset)
     with pytest.raises(ValueError, match="contiguous and writable"):
         fill(memory[:, ::2], 0, 0, 1)
     memory.flags.writeable = False
@@ -278,7 +286,7 @@ from featcache.reading.byte_ranges import RowChecksumError, ByteRange, RangeBatc
 assert not crc32c_jit.CHECKS
 data = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8)
 open(sys.argv[1], "wb").write(data.tobytes())
-pieces = tuple(ByteRange(low, low, 500_000, i) for i, low in enumerate((0, 500_000)))
+ranges = tuple(ByteRange(low, low, 500_000, i) for i, low in enumerate((0, 500_000)))
 sums = [
     [crc32c.crc32c(data[low:low + 500_000].tobytes()) for low in (at, at + 500_000)]
     for at in (0, 2_000_000)
@@ -286,17 +294,17 @@ sums = [
 target = np.zeros((2, 1_000_000), np.uint8)
 one, offsets = np.zeros(2, np.int64), np.array([0, 2_000_000])
 sums = np.array(sums, np.uint32)
-run = RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, pieces, sums)
-range_reader.RangeReader(2).read([run])
+batch = RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, ranges, sums)
+range_reader.RangeReader(2).read([batch])
 assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
-run.crcs[1, 1] ^= 1
+batch.crcs[1, 1] ^= 1
 try:
-    range_reader.RangeReader(2).read([run])
+    range_reader.RangeReader(2).read([batch])
 except RowChecksumError as bad:
     print(bad.row, bad.column)
 target[:] = 0
-run = RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, pieces)
-range_reader.RangeReader(2).read([run])
+batch = RangeBatch(sys.argv[1:], target, np.arange(2), one, offsets, ranges)
+range_reader.RangeReader(2).read([batch])
 assert (target[0] == data[:1_000_000]).all() and (target[1] == data[2_000_000:]).all()
 """
     plain = {**os.environ, **without, "NUMBA_CACHE_DIR": str(tmp_path)}

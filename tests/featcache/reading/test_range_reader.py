@@ -1,7 +1,7 @@
-"""Reading under duress: changed, cut and missing files, short reads, forks, threads, few handles,
-no page cache.
+"""Reading under duress: changed, cut and missing files, short reads, forks, threads, few file
+descriptors, no page cache.
 
-The caches are those of test_reader.py; whatever happens, what is read is right or an error names
+The caches are those of test_cache.py; whatever happens, what is read is right or an error names
 the file.
 """
 
@@ -29,7 +29,6 @@ from hypothesis import strategies as st
 import featcache
 from featcache.errors import UserError
 from featcache.reading import byte_ranges, file_pool, native_read, range_reader
-from featcache.reading import native_read as ranges
 from featcache.reading.cache import Cache
 from featcache.storage import posix_io
 from featcache.storage.store import SHARDS, STORES, Array, array_from_dict, get_store
@@ -53,14 +52,14 @@ KINDS = [(name, tokens) for name in STORES for tokens in ("raster", "ranked")]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to fill memory, whatever the size of what is read."""
     if request.param == "by machine code":
-        monkeypatch.setattr(range_reader, "_INLINE", 0)
-        monkeypatch.setattr(range_reader, "_SMALL", 0)
+        monkeypatch.setattr(range_reader, "_INLINE_BYTES", 0)
+        monkeypatch.setattr(range_reader, "_SMALL_ITEM_BYTES", 0)
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    root = tmp_path_factory.mktemp("preads")
+    root = tmp_path_factory.mktemp("range_reader")
     return {kind: write_cache(root / "-".join(kind), *kind) for kind in KINDS}
 
 
@@ -81,7 +80,7 @@ def of_one_file(
 def leave_to_preadv(monkeypatch: pytest.MonkeyPatch) -> None:
     """As machine code says of a read that failed or was cut short."""
     for name in ("_read_all", "_read_checked"):
-        monkeypatch.setattr(ranges, name, lambda *args: (args[7], -1))
+        monkeypatch.setattr(native_read, name, lambda *args: (args[7], -1))
 
 
 def check_all(cache: Cache, tokens: int | None = None) -> None:
@@ -195,10 +194,10 @@ def test_a_flip_in_the_numbers_is_always_named(
         ]
     tokens = 2 if kind[1] == "ranked" else None
     for spec in specs:
-        place, offsets = get_store(kind[0]).locate(
+        file, offsets = get_store(kind[0]).locate(
             folders[kind], "000001", spec, VIEWS, 1, np.array([1])
         )
-        path, at = Path(place), int(offsets[0])
+        path, at = Path(file), int(offsets[0])
         at += (
             4 * 3 * (2 - 1)
             if spec.name == "prefix_crc"
@@ -236,7 +235,7 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
 
 
 def twins(cache: Path, store: str) -> list[list[tuple[Path, Path]]]:
-    """Files that can take each other's place unseen, of equal size and other bytes: of two shards,
+    """Files that can be exchanged unseen, of equal size and other bytes: of two shards,
     and of two views."""
     folders = [cache / SHARDS / f"{shard}.{store}" for shard in ("000000", "000001")]
     names = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
@@ -294,14 +293,15 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path,
     path = copy / SHARDS / "000001.zarr/row_crc/c.0.0.0"
     with featcache.open(copy) as cache:
         asked = []
-        sound = cache._base.store.sound
-        proof = byte_ranges.FileCheck(
-            lambda p, facts: asked.append(p) or sound(p, facts), cache._base.facts
+        is_intact = cache._base.store.is_intact
+        file_check = byte_ranges.FileCheck(
+            lambda p, facts: asked.append(p) or is_intact(p, facts), cache._base.file_record
         )
         memory = np.empty((1, 12), np.uint8)
-        run = of_one_file(path, memory, [0], [0], (byte_ranges.ByteRange(0, 0, 12),), proof=proof)
+        ranges = (byte_ranges.ByteRange(0, 0, 12),)
+        batch = of_one_file(path, memory, [0], [0], ranges, file_check=file_check)
         for _ in range(3):
-            cache._reads.read([run])
+            cache._reader.read([batch])
         assert asked == [path]
         data = path.read_bytes()
         if how == "another":
@@ -311,7 +311,7 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path,
         # on a file system that tells time in seconds nothing else would differ
         os.utime(path, ns=(0, 0))
         with pytest.raises(UserError, match="not those that were recorded"):
-            cache._reads.read([run])
+            cache._reader.read([batch])
         assert asked == [path, path]
 
 
@@ -320,9 +320,9 @@ def test_checksums_are_proven_once_and_again_when_their_file_changes(copy: Path,
 def test_neighbours_are_read_together_and_each_is_checked(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, wrong: int | None
 ) -> None:
-    """Three pieces of 3,000 bytes; with a wrong checksum the piece it belongs to is named, however
+    """Three ranges of 3,000 bytes; with a wrong checksum the range it belongs to is named, however
     many are joined."""
-    monkeypatch.setattr(range_reader, "_HOT", most)
+    monkeypatch.setattr(range_reader, "_CHECKED_BYTES", most)
     data = np.random.default_rng(0).integers(0, 256, 9100, np.uint8)
     path = tmp_path / "file"
     path.write_bytes(data.tobytes())
@@ -340,19 +340,19 @@ def test_neighbours_are_read_together_and_each_is_checked(
     )
     if wrong is not None:
         sums[0, wrong] ^= 1
-    pieces = tuple(
+    ranges = tuple(
         byte_ranges.ByteRange(low, low, 3000, column) for column, low in enumerate((0, 3000, 6000))
     )
     target = np.zeros((1, 9000), np.uint8)
-    run = of_one_file(path, target, [0], [100], pieces, sums)
+    batch = of_one_file(path, target, [0], [100], ranges, sums)
     if wrong is None:
-        range_reader.RangeReader(1).read([run])
+        range_reader.RangeReader(1).read([batch])
         np.testing.assert_array_equal(target[0], data[100:])
         if way == "one by one":
             assert calls == {0: [100, 3100, 6100], 6000: [100, 6100], 1 << 20: [100]}[most]
     else:
         with pytest.raises(byte_ranges.RowChecksumError) as bad:
-            range_reader.RangeReader(1).read([run])
+            range_reader.RangeReader(1).read([batch])
         assert (bad.value.row, bad.value.column) == (0, wrong)
 
 
@@ -441,7 +441,7 @@ def test_every_call_that_fails_is_one_line_with_the_file(
         with pytest.raises(UserError, match=r"cache file .*000001\.zarr.*Stale file handle"):
             cache.read([7], 1)
         monkeypatch.undo()
-        assert {file.users for file in cache._reads._files._files.values()} == {0}
+        assert {file.users for file in cache._reader._files._files.values()} == {0}
         np.testing.assert_array_equal(cache.read([7], 1)["features"], NUMBERS["features"][[7], 1])
 
 
@@ -449,18 +449,18 @@ def test_every_call_that_fails_is_one_line_with_the_file(
 def test_machine_code_that_cannot_be_loaded(
     copy: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
-    """For want of a handle: read without it. For want of room: one line, or every read would
-    compile it again."""
+    """For want of a file descriptor: read without it. For want of room: one line, or every read
+    would compile it again."""
 
     def broken() -> None:
         raise OSError(error, os.strerror(error), "/folder/ranges.nbi")
 
-    monkeypatch.setattr(range_reader, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_INLINE_BYTES", 0)
     monkeypatch.setattr(native_read, "compile_loops", broken)
     with featcache.open(copy) as cache:
         if error == errno.EMFILE:
             check_all(cache)
-            assert not cache._reads._by_machine_code
+            assert not cache._reader._loops_compiled
         else:
             with pytest.raises(
                 UserError, match=r"No space left on device: '/folder/ranges.nbi'; .*NUMBA_CACHE_DIR"
@@ -481,14 +481,14 @@ def test_a_file_that_does_not_close_keeps_nobody_from_reading(
     with featcache.open(copy) as cache:
         monkeypatch.setattr(os, "close", broken)
         check_all(cache)
-        assert {file.users for file in cache._reads._files._files.values()} == {0}
+        assert {file.users for file in cache._reader._files._files.values()} == {0}
         monkeypatch.undo()
 
 
 def test_an_error_in_one_thread_reaches_the_caller_and_the_cache_lives_on(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(range_reader, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_INLINE_BYTES", 0)
     flip(copy / CHUNK, 240 + 80 + 33)
     with featcache.open(copy, threads=4) as cache:
         for _ in range(20):
@@ -507,7 +507,7 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
     path = tmp_path / "file"
     data = np.random.default_rng(0).integers(0, 256, 3 * 4096 + 77, np.uint8)
     path.write_bytes(data.tobytes())
-    reads = range_reader.RangeReader(1, "direct")
+    reader = range_reader.RangeReader(1, "direct")
     for low, count in [
         (0, 1),
         (4095, 2),
@@ -517,21 +517,21 @@ def test_direct_reads_cross_blocks_and_ends(tmp_path: Path) -> None:
         (100, 9000),
     ]:
         target = np.zeros((1, count), np.uint8)
-        run = of_one_file(path, target, [0], [low], (byte_ranges.ByteRange(0, 0, count),))
+        batch = of_one_file(path, target, [0], [low], (byte_ranges.ByteRange(0, 0, count),))
         try:
-            reads.read([run])
+            reader.read([batch])
         except UserError as error:
             if "O_DIRECT" in str(error):
                 pytest.skip("this file system does not know O_DIRECT")
             raise
         np.testing.assert_array_equal(target[0], data[low : low + count])
     for low, count in [(3 * 4096 + 77, 1), (3 * 4096, 78), (5 * 4096, 1)]:
-        run = of_one_file(
+        batch = of_one_file(
             path, np.zeros((1, count), np.uint8), [0], [low], (byte_ranges.ByteRange(0, 0, count),)
         )
         with pytest.raises(UserError, match="ends before byte"):
-            reads.read([run])
-    reads.close()
+            reader.read([batch])
+    reader.close()
 
 
 def test_a_file_system_without_direct_reads_says_so(
@@ -571,10 +571,10 @@ def in_a_child(work: Callable[[], None]) -> int:
 @pytest.fixture
 def threaded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
     """A cache whose threads have been started and whose files are open."""
-    monkeypatch.setattr(range_reader, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_INLINE_BYTES", 0)
     with featcache.open(copy, threads=3) as cache:
         check_all(cache)
-        assert cache._reads._executor is not None
+        assert cache._reader._executor is not None
         yield cache
 
 
@@ -622,7 +622,7 @@ def test_forked_readers_do_not_share_memory(copy: Path, io: str) -> None:
 @pytest.mark.parametrize("work", ["close", "read"])
 def test_a_fork_while_a_thread_holds_the_lock(threaded: Cache, work: str) -> None:
     """The holder is not there in the child; nobody would ever give the locks back."""
-    with threaded._reads._lock, threaded._reads._files._lock:
+    with threaded._reader._lock, threaded._reader._files._lock:
         assert in_a_child(threaded.close if work == "close" else lambda: check_all(threaded)) == 0
 
 
@@ -636,22 +636,23 @@ def test_pickling_keeps_the_options(copy: Path) -> None:
     options = {"threads": 2, "verify_rows": 0.25, "io": "streaming"}
     with featcache.open(copy, **options) as cache, pickle.loads(pickle.dumps(cache)) as again:
         assert again.path == cache.path
-        assert (again._reads.threads, again.verify_rows, again._reads.io) == (2, 0.25, "streaming")
+        assert (again._reader.threads, again._reader.io) == (2, "streaming")
+        assert again.verify_rows == 0.25
         check_all(again)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_many_threads_at_once(copy: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    monkeypatch.setattr(range_reader, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_INLINE_BYTES", 0)
     with featcache.open(copy, threads=threads) as cache, ThreadPoolExecutor(8) as pool:
         for job in [pool.submit(check_all, cache) for _ in range(40)]:
             job.result()
 
 
-# ---------------------------------------------------------------- few handles
+# ---------------------------------------------------------------- few file descriptors
 
 
-def handles(folder: Path) -> int:
+def open_files(folder: Path) -> int:
     """Files below a folder that this process holds open."""
     found = 0
     for fd in os.listdir("/proc/self/fd"):  # noqa: PTH208
@@ -663,31 +664,33 @@ def handles(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("name", STORES)
-def test_handles_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Eight shards of a row: 100 files and more, four handles, and one more for each thread that is
-    at it."""
+def test_file_descriptors_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Eight shards of a row: 100 files and more, four file descriptors, and one more for each
+    thread that is at it."""
     folder = write_cache(tmp_path / "c", name, sizes={f"{i:06d}": 1 for i in range(8)})
     monkeypatch.setattr(file_pool, "_MAX_OPEN_FILES", 4)
-    monkeypatch.setattr(range_reader, "_INLINE", 0)
+    monkeypatch.setattr(range_reader, "_INLINE_BYTES", 0)
     with featcache.open(folder, threads=1) as cache:
         for _ in range(2):
             check_all(cache)
-            assert 0 < handles(folder) <= 4
-    assert handles(folder) == 0
+            assert 0 < open_files(folder) <= 4
+    assert open_files(folder) == 0
     with featcache.open(folder, threads=3) as cache, ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(check_all, cache) for _ in range(12)]
         most = 0
         while not all(job.done() for job in jobs):
-            most = max(most, handles(folder))
+            most = max(most, open_files(folder))
         for job in jobs:
             job.result()
         assert most <= 4 + 4 + 2  # four callers and the two threads of the pool
         cache.read([0])
-        assert handles(folder) <= 4
+        assert open_files(folder) <= 4
 
 
-def test_a_proof_makes_room_for_itself(copy: Path) -> None:
-    """One handle is free: the file is opened, and its proof opens it once more."""
+def test_a_file_check_makes_room_for_itself(copy: Path) -> None:
+    """One file descriptor is free: the file is opened, and its check opens it once more."""
     code = """
 import os, resource, sys, featcache
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -705,7 +708,7 @@ cache.read([0], 0)
     assert ran.returncode == 0, ran.stderr
 
 
-def test_several_caches_share_the_handles_there_are(
+def test_several_caches_share_the_file_descriptors_there_are(
     folders: dict[tuple[str, str], Path], copy: Path
 ) -> None:
     """Three open caches under a limit of 64, and other things that hold files open."""
@@ -714,7 +717,7 @@ import os, resource, sys, featcache
 from featcache.errors import UserError
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 caches = [featcache.open(path) for path in sys.argv[1:]]
-assert sum(cache._reads._files.limit for cache in caches) > 64  # each alone might take half
+assert sum(cache._reader._files.limit for cache in caches) > 64  # each alone might take half
 for view in (0, 1, 2, 0):
     for cache in caches:
         cache.read(range(8), view, cache.fields)
@@ -751,7 +754,7 @@ def test_a_fork_while_another_thread_loads_machine_code_reads(copy: Path, delay:
     code = """
 import os, signal, sys, threading, time, featcache
 from featcache.reading import range_reader
-range_reader._INLINE, delay = 0, float(sys.argv[2])
+range_reader._INLINE_BYTES, delay = 0, float(sys.argv[2])
 with featcache.open(sys.argv[1], threads=1) as cache:
     first = threading.Thread(target=lambda: cache.read(range(8), 0))
     first.start()
@@ -770,16 +773,16 @@ sys.exit(f"the child ended with {ended}" if ended else 0)
 
 
 @pytest.mark.parametrize("callers", [1, 3])
-def test_few_free_handles_are_shared(tmp_path: Path, callers: int) -> None:
-    """Rows of eight files, checked or not, first large reads, where up to nine handles are left by
-    others."""
+def test_few_free_file_descriptors_are_shared(tmp_path: Path, callers: int) -> None:
+    """Rows of eight files, checked or not, first large reads, where up to nine file descriptors
+    are left by others."""
     folder = write_cache(
         tmp_path / "cache", "zarr", "raster", sizes={f"{i:06d}": 1 for i in range(8)}
     )
     code = """
 import os, resource, sys, threading, numpy as np, featcache
 from featcache.reading import range_reader
-range_reader._INLINE, callers = 0, int(sys.argv[2])
+range_reader._INLINE_BYTES, callers = 0, int(sys.argv[2])
 with featcache.open(sys.argv[1]) as cache:
     whole = cache.read(range(8), 1)["features"]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -814,7 +817,7 @@ sys.exit(str(told) if told else 0)
     assert ran.returncode == 0, ran.stderr
 
 
-def test_a_cache_asks_for_all_handles_it_may_have(copy: Path) -> None:
+def test_a_cache_asks_for_all_file_descriptors_it_may_have(copy: Path) -> None:
     code = """
 import resource, sys, featcache
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -822,10 +825,10 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 cache = featcache.open(sys.argv[1])
 soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 assert soft == hard, (soft, hard)
-assert cache._reads._files.limit <= soft // 2
+assert cache._reader._files.limit <= soft // 2
 resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
 with featcache.open(sys.argv[1]) as tight:
-    assert tight._reads._files.limit == 16
+    assert tight._reader._files.limit == 16
     for view in range(3):
         tight.read(range(8), view, tight.fields)
 """

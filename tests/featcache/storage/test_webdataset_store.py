@@ -365,11 +365,11 @@ def test_what_stays_in_memory_is_bounded(tmp_path: Path) -> None:
 
 
 def test_bytes_behind_the_end_are_not_sound(tmp_path: Path) -> None:
-    """`sound` looks at the whole file, also behind what is recorded."""
+    """`is_intact` looks at the whole file, also behind what is recorded."""
     record = CONTRACT.publish(tmp_path, numbers(ARRAYS, 2, 2))
     path = tar(tmp_path, 0)
     facts = record["files"][path.name]
-    assert webdataset_store.sound(path, facts)
+    assert webdataset_store.is_intact(path, facts)
     with path.open("ab") as file:
         file.write(b"more")
-    assert not webdataset_store.sound(path, facts)
+    assert not webdataset_store.is_intact(path, facts)
