@@ -45,7 +45,7 @@ class UnreadableError(UserError):
 
 
 # Of the place a file lies at, not of the file; a bad sector (EIO) is the file's own.
-_OF_THE_PLACE = (
+_MACHINE_ERRORS = (
     errno.EACCES,
     errno.EPERM,
     errno.ESTALE,
@@ -58,7 +58,7 @@ _OF_THE_PLACE = (
 
 def raise_if_unreadable(path: object, error: OSError) -> None:
     """Turn an error of the place into one line; any other is left to the caller."""
-    if error.errno in _OF_THE_PLACE:
+    if error.errno in _MACHINE_ERRORS:
         raise UnreadableError(
             f"{str(path)!r}: {error.strerror}; mend this and run the same command again"
         ) from error

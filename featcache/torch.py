@@ -32,7 +32,7 @@ from featcache.reading.cache import Cache
 from featcache.reading.feature_reader import FeatureReader
 from featcache.reading.tensors import to_tensor
 from featcache.views import pixel_path
-from featcache.views.draw import Drawn, stored_view
+from featcache.views.draw import DrawnViews, stored_view
 from featcache.views.policy import policy_from_dict
 from featcache.views.render import render
 
@@ -105,9 +105,9 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             for name in self.fields
             if name.rpartition("/")[2] == "features"
         }
-        self._reads = tuple(dict.fromkeys([*self._stored(), *self._pixel_fields()]))
+        self._read_fields = tuple(dict.fromkeys([*self._stored(), *self._pixel_fields()]))
         # a name that is not stored is told now
-        self.cache.read(np.zeros(0, np.int64), 0, self._reads, levels, tokens)
+        self.cache.read(np.zeros(0, np.int64), 0, self._read_fields, levels, tokens)
 
     def _stored(self) -> list[str]:
         """Arrays that the fields are made of: features of a codec may be several, ranked ones need
@@ -118,7 +118,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         ]
 
     def _pixel_fields(self) -> tuple[str, ...]:
-        return ("pixels",) if isinstance(self.source, join.StoredPixels) else Drawn._fields
+        return ("pixels",) if isinstance(self.source, join.StoredPixels) else DrawnViews._fields
 
     @property
     def epoch(self) -> int:
@@ -140,15 +140,15 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         this way."""
         at = np.asarray(indices, np.int64)
         rows, digests = self.rows[at], self._digests[at]
-        shown = stored_view(digests, self.epoch, self.cache.views)
-        host = self.cache.read(rows, shown, self._reads, self.levels, self.tokens)
+        views = stored_view(digests, self.epoch, self.cache.views)
+        host = self.cache.read(rows, views, self._read_fields, self.levels, self.tokens)
         pixels = [self._pixels(host, i, int(index)) for i, index in enumerate(at)]
         for i in np.flatnonzero(
-            pixel_check.sample_views(digests, shown, self.epoch, 0, self.check_pixels)
+            pixel_check.sample_views(digests, views, self.epoch, 0, self.check_pixels)
         ).tolist():
             how = "pixel_tolerance=LEVELS"
             pixel_check.check_pixels(
-                self.cache, int(rows[i]), int(shown[i]), pixels[i], self.pixel_tolerance, how
+                self.cache, int(rows[i]), int(views[i]), pixels[i], self.pixel_tolerance, how
             )
         arrays = self._tensors({name: to_tensor(host[name]) for name in self._stored()})
         return [
@@ -156,7 +156,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
                 "pixels": self._image(pixels[i]),
                 **{name: values[i] for name, values in arrays.items()},
                 **({"key": self.source.keys[self.pictures[index]]} if self.return_key else {}),
-                **{"view": int(shown[i]), "row": int(rows[i]), "index": int(index)},
+                **{"view": int(views[i]), "row": int(rows[i]), "index": int(index)},
             }
             for i, index in enumerate(at)
         ]

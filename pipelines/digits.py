@@ -42,7 +42,7 @@ from featcache.models.hooks import normalise_pixels
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
-from featcache.views.draw import draw
+from featcache.views.draw import draw_views
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
 from student.training.optim import warmup_cosine
@@ -135,7 +135,7 @@ def _views(pictures: list[Image.Image], digests: rng.U64, seed: int, epoch: int)
     """View number `epoch` of every picture, uint8 (n, 3, S, S)."""
     policy = Policy(**CROPS, seed=seed)
     sizes = np.array([(picture.height, picture.width) for picture in pictures])
-    drawn = draw(policy, digests, sizes, views=[epoch])
+    drawn = draw_views(policy, digests, sizes, views=[epoch])
     rendered = [
         render(picture, drawn.crop[i, 0], drawn.flip[i, 0], drawn.jitter[i, 0], PX, policy.filter)
         for i, picture in enumerate(pictures)

@@ -37,7 +37,7 @@ from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
 from featcache.teachers.dvae import Dvae
-from featcache.views.draw import draw
+from featcache.views.draw import draw_views
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
 from pipelines.digits import CROPS
@@ -123,7 +123,7 @@ def _views(pictures: list[Image.Image], source: Source, seed: int, epoch: int) -
     """View number `epoch` of every picture as the tokenizer sees it, uint8 (n, 3, S, S)."""
     policy = Policy(**CROPS, seed=seed)
     sizes = np.array([(picture.height, picture.width) for picture in pictures])
-    drawn = draw(policy, rng.key_digests(source.keys), sizes, views=[epoch])
+    drawn = draw_views(policy, rng.key_digests(source.keys), sizes, views=[epoch])
     rendered = [
         render(
             picture,

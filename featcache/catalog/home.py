@@ -26,7 +26,7 @@ def caches() -> list[Path]:
     return sorted(path for path in found if not path.name.startswith("."))
 
 
-def note_run(**facts: Any) -> None:
+def log_run(**facts: Any) -> None:
     """Append one line to the ledger; a home that cannot be written is told once and stops
     nothing."""
     line = json.dumps(

@@ -22,38 +22,38 @@ from typing import Any
 from featcache.errors import UserError
 from featcache.reading.cache import Cache
 
-GROUP = "featcache.recipes"
-LITERAL = "SERVED_BY"
+ENTRY_POINT_GROUP = "featcache.recipes"
+NEEDS_LITERAL = "SERVED_BY"
 
 
 def recipe_support(cache: Cache) -> dict[str, str]:
     """Name -> why this cache does not serve it, empty where it does."""
-    return {name: why_not(cache, needs) for name, needs in sorted(announced_recipes())}
+    return {name: unsupported_reason(cache, needs) for name, needs in sorted(recipe_needs())}
 
 
-def announced_recipes() -> Iterator[tuple[str, dict[str, Any]]]:
+def recipe_needs() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every announced recipe and what it states."""
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=ENTRY_POINT_GROUP):
         package, *inner = point.value.split(".")
         spec = importlib.util.find_spec(package)  # of a top-level name, which imports nothing
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for path in Path(folder, *inner).glob("*.py"):
-                if needs := read_literal(path):
+                if needs := read_needs(path):
                     yield path.stem, needs
 
 
-def read_literal(path: Path) -> dict[str, Any] | None:
+def read_needs(path: Path) -> dict[str, Any] | None:
     """The literal of one file; None where there is none."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [
-            LITERAL
+            NEEDS_LITERAL
         ]:
             value = ast.literal_eval(node.value)
             return value if isinstance(value, dict) else None
     return None
 
 
-def why_not(cache: Cache, needs: dict[str, Any]) -> str:
+def unsupported_reason(cache: Cache, needs: dict[str, Any]) -> str:
     """What the default configuration of a recipe would miss here."""
     if not needs["fields"]:
         return ""
@@ -71,12 +71,12 @@ def why_not(cache: Cache, needs: dict[str, Any]) -> str:
         )
     if fields := [field for field in needs["fields"] if field not in cache.fields]:
         return f"{', '.join(fields)} is not stored"
-    if needs.get("derive") == "z" and not _projects(cache):
+    if needs.get("derive") == "z" and not _has_projection(cache):
         return "its teacher has no projection (target=f)"
     return "" if cache.complete else "the cache is incomplete"
 
 
-def _projects(cache: Cache) -> bool:
+def _has_projection(cache: Cache) -> bool:
     """Whether the teacher's projection is beside the cache."""
     try:
         return bool(cache.manifest["files"]) and "proj" in cache.tail()

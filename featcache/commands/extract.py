@@ -247,7 +247,7 @@ def command(
     if decoder == "ffcv":
         changes.setdefault("filter", AREA)
     policy = load_policy(policy_name, **changes)
-    source = pixel_path.open_through(require_images(images_spec), decoder)
+    source = pixel_path.open_with_decoder(require_images(images_spec), decoder)
     pixel_path.check_filter(pixel_path.pixel_path(source), policy.filter)
     if device and devices:
         raise UsageError(
@@ -300,7 +300,7 @@ def command(
     with launcher.worker_processes(each_device[1:]):
         summary.update(_extract(jobs, batch_size, workers, strict, own))
     noted = {**summary, "cache": os.path.abspath(summary["cache"])}  # noqa: PTH100 (the ledger is read elsewhere)
-    home.note_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
+    home.log_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
     show.print_facts(summary, as_json, extract_report.summary_text(summary))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from featcache.catalog import extract_command, home, serves
-from featcache.console import text as show
+from featcache.console.text import format_bytes, format_table
 from featcache.reading.cache import Cache
 from featcache.storage import manifest, statistics
 
@@ -68,11 +68,11 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
     lines = [
         manifest.title(cache.manifest, facts["rows"], facts["views"]),
         f"{facts['shards_complete']} of {facts['shards']} shards, {facts['rows']} of "
-        f"{identity['pictures']['count']} pictures stored, {show.format_bytes(facts['bytes'])}, "
+        f"{identity['pictures']['count']} pictures stored, {format_bytes(facts['bytes'])}, "
         f"{identity['store']} store, codec {identity['codec']}, tokens {_tokens(identity)}",
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
         *(f"added: {part}" for part in facts["parts"][1:]),
-        show.format_table(
+        format_table(
             [("array", "dtype", "shape", "range", ""), *map(_row, facts["arrays"].items())]
         ),
         "serves: "

@@ -10,7 +10,7 @@ import click
 
 from featcache.catalog import home
 from featcache.catalog.listing import describe
-from featcache.console import text as show
+from featcache.console.text import format_bytes, format_table
 
 
 @click.command(
@@ -44,7 +44,7 @@ def text(found: list[dict[str, Any]]) -> str:
         "complete",
         "last training",
     )
-    lines = [show.format_table([head, *map(_row, good)], right=(3, 6, 7))] if good else []
+    lines = [format_table([head, *map(_row, good)], right=(3, 6, 7))] if good else []
     lines += [
         f"{facts['path']}: RANDOM WEIGHTS: no meaning in these features"
         for facts in good
@@ -65,7 +65,7 @@ def _row(facts: dict[str, Any]) -> tuple[str, ...]:
         f"{facts['pictures']} x {facts['views']}",
         ",".join(map(str, facts["levels"])),
         f"{facts['codec']} {facts['store']} {facts['tokens']}",
-        show.format_bytes(facts["bytes"]),
+        format_bytes(facts["bytes"]),
         f"{_share(facts)}{' + unfinished addition' if lacking else ''}",
         facts["last_used"] or "never",
     )

@@ -20,10 +20,17 @@ from featcache.extraction.target_folder import existing_manifest
 from featcache.models import tokenizer
 from featcache.reading.cache import Cache
 from featcache.storage import identity, json_file, manifest
-from featcache.storage.part import FREE, OF_TEACHER, PARTS, Part, added_parts, describe_part
+from featcache.storage.part import (
+    ADDABLE_FIELDS,
+    PARTS,
+    TEACHER_FIELDS,
+    Part,
+    added_parts,
+    describe_part,
+)
 
 # Pixels are stored by the parts of the cache's own views, or by none.
-_FREE = tuple(field for field in FREE if field != "identity.pixels")
+_FREE = tuple(field for field in ADDABLE_FIELDS if field != "identity.pixels")
 
 
 def plan_jobs(plans: Sequence[Plan], out: Path, *, add: bool) -> list[ExtractJob]:
@@ -91,7 +98,9 @@ def _part(wanted: Plan, cache: Cache) -> Plan | None:
     )
     name = wanted.teacher.name
     _check_same(
-        wanted, cache.manifest, _FREE if name == base["teacher"]["name"] else (*_FREE, *OF_TEACHER)
+        wanted,
+        cache.manifest,
+        _FREE if name == base["teacher"]["name"] else (*_FREE, *TEACHER_FIELDS),
     )
     if name in cache.teachers[1:]:
         _check_same(replace(wanted, pixels=False), cache.manifest_of(name), _FREE)
@@ -129,7 +138,7 @@ def _check_same(wanted: Plan, there: dict[str, Any], free: tuple[str, ...]) -> N
             raise UsageError(
                 f"--add: {each.field} is {each.here!r}, the cache has {each.there!r}; what is "
                 "added is drawn from the same pictures and crops, with the same weights: give "
-                f"{each.cure or 'the same'}, or make another cache"
+                f"{each.fix or 'the same'}, or make another cache"
             )
 
 

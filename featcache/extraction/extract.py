@@ -33,7 +33,7 @@ from featcache.extraction.target_folder import (
 from featcache.models import tokenizer
 from featcache.storage import checksums, commit, manifest
 from featcache.storage.part import previous_record
-from featcache.storage.statistics import FeatureStatistics, Statistics, statistics_of_stored
+from featcache.storage.statistics import FeatureStatistics, Statistics, stored_feature_statistics
 from featcache.storage.store import ShardWriter, get_store
 
 Shard = dict[str, Any]  # name, first, count
@@ -189,7 +189,7 @@ class ShardWriterTask:
         answer = item_rows.check_encoded(plan, batch, host)
         items = item_rows.batch_items(plan, batch, answer)
         of_copy = plan.keep is not None or plan.recount
-        return items, statistics_of_stored(
+        return items, stored_feature_statistics(
             plan.codec, plan.teacher.width, items
         ) if of_copy else answer.about
 

@@ -50,7 +50,12 @@ def encode_levels(ys: Sequence[Tensor], codec: str, count: int) -> dict[str, Ten
     arrays = {name: torch.stack([level[name] for level in coded], 1) for name in coded[0]}
     about = {"range": torch.stack(ranges).double(), "norms": torch.stack(norms, 1).float()}
     stacked = torch.stack(stats, 1)
-    return {**arrays, "feature_stats": stacked, **about, "finite": codecs.in_range(arrays, stacked)}
+    return {
+        **arrays,
+        "feature_stats": stacked,
+        **about,
+        "finite": codecs.all_finite(arrays, stacked),
+    }
 
 
 def compute_targets(

@@ -21,7 +21,7 @@ from featcache.extraction.plan import Plan
 from featcache.pictures.source import PictureError
 from featcache.views import pixel_path
 from featcache.views import render as view_render
-from featcache.views.draw import Drawn, draw
+from featcache.views.draw import DrawnViews, draw_views
 from featcache.views.fingerprint import pixel_hash, thumbnail
 
 Kind = tuple[int, str]  # pixels of an edge, filter
@@ -33,7 +33,7 @@ class Rendered:
 
     key: str
     source_size: tuple[int, int]
-    drawn: Drawn
+    drawn: DrawnViews
     # (V, S, S, 3) of each size and filter that a teacher sees
     pixels: dict[Kind, npt.NDArray[np.uint8]]
     proofs: npt.NDArray[np.uint8] | None  # (V, S, S, 3) at the policy's size, where they are stored
@@ -85,7 +85,7 @@ def render_views(plans: Sequence[Plan], index: int) -> Rendered:
     key = plan.source.keys[index]
     picture = pixel_path.decode_picture(plan.source, index)
     size = (picture.height, picture.width)
-    drawn = draw(plan.policy, rng.key_digests([key]), np.array([size]), plan.view_numbers)
+    drawn = draw_views(plan.policy, rng.key_digests([key]), np.array([size]), plan.view_numbers)
     proof, seen = (
         (plan.policy.size, plan.policy.filter),
         {(each.input_px, each.filter) for each in plans},
@@ -105,7 +105,7 @@ def render_views(plans: Sequence[Plan], index: int) -> Rendered:
     )
 
 
-def _replay(picture: Any, drawn: Drawn, view: int, kind: Kind) -> npt.NDArray[np.uint8]:
+def _replay(picture: Any, drawn: DrawnViews, view: int, kind: Kind) -> npt.NDArray[np.uint8]:
     """One drawn view of row 0 at a size, by a filter."""
     return view_render.render(
         picture, drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view], *kind

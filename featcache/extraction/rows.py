@@ -18,7 +18,7 @@ from featcache.models import precision
 from featcache.storage.statistics import FeatureStatistics
 from featcache.targets import codecs
 from featcache.targets.attention import mask_order
-from featcache.views.draw import Drawn
+from featcache.views.draw import DrawnViews
 
 Batch = list[tuple[Rendered, int]]  # (picture, view)
 Host = dict[str, npt.NDArray[Any]]
@@ -99,7 +99,7 @@ def view_items(batch: Batch) -> Host:
     """What is stored of the views themselves."""
     drawn = {
         name: np.stack([getattr(picture.drawn, name)[0, view] for picture, view in batch])
-        for name in Drawn._fields
+        for name in DrawnViews._fields
     }
     return {
         **drawn,

@@ -92,7 +92,7 @@ def existing_manifest(wanted: dict[str, Any], out: Path) -> dict[str, Any] | Non
         )
         grades = ("fatal", "lossy", "layout")
         identity.refuse_mismatch(
-            wanted, there, f"{str(out)!r} holds another cache", todo, grades, cures=True
+            wanted, there, f"{str(out)!r} holds another cache", todo, grades, show_fixes=True
         )
         return there
     if out.exists() and (

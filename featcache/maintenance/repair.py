@@ -133,15 +133,15 @@ def _replace(
     try:
         with contextlib.closing(queue) as free:
             for _ in free:
-                commit.set_aside(job.out, name, job.store)
+                commit.move_to_backup(job.out, name, job.store)
                 commit.recover(job.out, job.store, [name])
                 extract.extract_shard(job, shard, about, options)
                 _check_views(job.out, name)
-                commit.forget_aside(job.out, name, job.store)
+                commit.remove_backup(job.out, name, job.store)
     except BaseException:
         lease = leases.acquire(job.out, name)
         if lease is not None:  # else another works on it now, and puts it back if need be
-            commit.put_back(job.out, name, job.store)
+            commit.restore_backup(job.out, name, job.store)
             lease.release()
         raise
 
@@ -153,7 +153,7 @@ def _check_views(part: Path, shard: str) -> None:
     try:
         here, there = (
             json_file.read_json(path).get("files", {})
-            for path in (record, commit.aside_path(record))
+            for path in (record, commit.backup_path(record))
         )
     except UnreadableError:
         raise

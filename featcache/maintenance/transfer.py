@@ -30,7 +30,7 @@ from featcache.maintenance import transfer_plan
 from featcache.maintenance.transfer_plan import TransferJob
 from featcache.reading.cache import Cache
 from featcache.storage import checksums, commit, identity, json_file, manifest
-from featcache.storage.statistics import Statistics, statistics_of_stored
+from featcache.storage.statistics import Statistics, stored_feature_statistics
 from featcache.storage.store import QUARANTINE, SHARDS, STORES, folder_path, get_store
 
 BLOCK_BYTES = 64 << 20  # items held at a time
@@ -256,7 +256,7 @@ def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferP
             if job.recount:
                 statistics.add(
                     items,
-                    statistics_of_stored(
+                    stored_feature_statistics(
                         job.identity["codec"], job.identity["teacher"]["width"], items
                     ),
                 )

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.reading.tensors import raster, tail_tensors, to_tensor
+from featcache.reading.tensors import tail_tensors, to_image_order, to_tensor
 from featcache.targets.codecs import CODECS
 from featcache.targets.levels import EPS
 
@@ -95,4 +95,4 @@ class FeatureReader:
         return self._in_image_order(arrays[self.stats_field], arrays) if self.stats_field else None
 
     def _in_image_order(self, values: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        return raster(values, arrays[self.order_field]) if self.order_field else values
+        return to_image_order(values, arrays[self.order_field]) if self.order_field else values

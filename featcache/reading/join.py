@@ -19,7 +19,7 @@ from featcache.storage import manifest
 from featcache.views import pixel_path
 
 I64 = npt.NDArray[np.int64]
-BOX = ("crop", "flip", "jitter", "source_size")  # what makes a view of a picture
+VIEW_FIELDS = ("crop", "flip", "jitter", "source_size")  # what makes a view of a picture
 _PAIR_ROWS = 1 << 16  # compared at a time: a few MB
 
 
@@ -103,13 +103,13 @@ def pair(here: Cache, there: Cache) -> tuple[I64, I64]:
     for low in range(0, len(ours), _PAIR_ROWS):
         a, b = ours[low : low + _PAIR_ROWS], theirs[low : low + _PAIR_ROWS]
         for view in range(min(here.views, there.views)):
-            _same_boxes(here, there, a, b, view)
+            _check_same_views(here, there, a, b, view)
     return ours, theirs
 
 
-def _same_boxes(here: Cache, there: Cache, ours: I64, theirs: I64, view: int) -> None:
-    one, other = here.read(ours, view, BOX), there.read(theirs, view, BOX)
-    for name in BOX:
+def _check_same_views(here: Cache, there: Cache, ours: I64, theirs: I64, view: int) -> None:
+    one, other = here.read(ours, view, VIEW_FIELDS), there.read(theirs, view, VIEW_FIELDS)
+    for name in VIEW_FIELDS:
         differs = (one[name] != other[name]).reshape(len(ours), -1).any(1)
         for i in np.flatnonzero(differs)[:1].tolist():
             raise IdentityError(

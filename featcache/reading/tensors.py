@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def raster(features: Tensor, order: Tensor) -> Tensor:
+def to_image_order(features: Tensor, order: Tensor) -> Tensor:
     """Ranked tokens (B, L, 1 + K, D) and the patches' order (B, P) -> (B, L, 1 + P, D) in image
     order.
 
@@ -38,6 +38,6 @@ def tail_tensors(tail: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tenso
     return {name: torch.from_numpy(values) for name, values in tail.items()}
 
 
-def tail_on(tail: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def tail_to_device(tail: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The tail where the features are; its one number stays on the host, which looks at it."""
     return {name: values.to(device) if values.ndim else values for name, values in tail.items()}

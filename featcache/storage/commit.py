@@ -19,11 +19,11 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError, raise_if_unreadable
 from featcache.storage import json_file, manifest
-from featcache.storage import owner as storage_owner
+from featcache.storage.owner import is_alive, is_here, is_own, writer_id
 from featcache.storage.store import SHARDS, folder_path, get_store, record_path
 
 RECORD = "record.json"
-ASIDE = "bad"  # suffix of a shard that a repair has put aside
+BACKUP_SUFFIX = "bad"  # suffix of a shard that a repair has put aside
 # another machine's unfinished work is taken for dead after a day without a change
 _STALE_S = 24 * 3600.0
 _READ_BYTES = 8 << 20
@@ -31,7 +31,7 @@ _READ_BYTES = 8 << 20
 
 def begin_shard(cache: Path, shard: str, name: str) -> Path:
     """A new folder for one writer of a shard in the store `name`."""
-    folder = cache / SHARDS / f"{shard}.{name}.{storage_owner.writer_id()}.tmp"
+    folder = cache / SHARDS / f"{shard}.{name}.{writer_id()}.tmp"
     try:
         # no parents: a cache that was moved away meanwhile must not come back as a stump
         folder.mkdir()
@@ -125,7 +125,7 @@ def abort(cache: Path) -> None:
     lines."""
     for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]
-        if path.name.endswith(".tmp") and storage_owner.is_own(owner):
+        if path.name.endswith(".tmp") and is_own(owner):
             remove_path(path)
 
 
@@ -140,8 +140,8 @@ def remove_path(path: Path) -> None:
 def is_abandoned(leftover: Path) -> bool:
     """Whether nobody works on a temporary file or folder any more."""
     owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
-    if storage_owner.is_here(owner):
-        return not storage_owner.is_alive(owner)
+    if is_here(owner):
+        return not is_alive(owner)
     try:
         newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
     except OSError:  # it is being written, or removed, right now
@@ -195,7 +195,7 @@ def file_crc(path: Path, count: int) -> int:
 # ------------------------------------------------------------ what a repair does to a shard
 
 
-def set_aside(cache: Path, shard: str, name: str) -> None:
+def move_to_backup(cache: Path, shard: str, name: str) -> None:
     """Take a shard's files and record out of sight, still there to be put back."""
     present = [
         path
@@ -204,43 +204,43 @@ def set_aside(cache: Path, shard: str, name: str) -> None:
     ]
     # what an earlier repair left aside has been replaced since
     if record_path(cache, shard) in present:
-        forget_aside(cache, shard, name)
+        remove_backup(cache, shard, name)
     for path in present:
-        if aside_path(path).is_dir():  # `path` is a replacement that was never finished
+        if backup_path(path).is_dir():  # `path` is a replacement that was never finished
             remove_path(path)
         else:
-            path.rename(aside_path(path))
+            path.rename(backup_path(path))
     if (cache / SHARDS).is_dir():
         json_file.sync_folder(cache / SHARDS)
 
 
-def put_back(cache: Path, shard: str, name: str) -> None:
-    """Undo `set_aside`, unless a new shard is complete."""
+def restore_backup(cache: Path, shard: str, name: str) -> None:
+    """Undo `move_to_backup`, unless a new shard is complete."""
     if record_path(cache, shard).is_file():
-        forget_aside(cache, shard, name)
+        remove_backup(cache, shard, name)
         return
     for path in (folder_path(cache, shard, name), record_path(cache, shard)):
-        if aside_path(path).exists():
+        if backup_path(path).exists():
             if path.is_dir():
                 remove_path(path)
-            aside_path(path).rename(path)
+            backup_path(path).rename(path)
 
 
-def forget_aside(cache: Path, shard: str, name: str) -> None:
+def remove_backup(cache: Path, shard: str, name: str) -> None:
     """Remove what was set aside."""
-    aside_path(record_path(cache, shard)).unlink(missing_ok=True)
-    remove_path(aside_path(folder_path(cache, shard, name)))
+    backup_path(record_path(cache, shard)).unlink(missing_ok=True)
+    remove_path(backup_path(folder_path(cache, shard, name)))
 
 
-def aside_path(path: Path) -> Path:
+def backup_path(path: Path) -> Path:
     """Where a repair keeps what it replaces."""
-    return path.with_name(f"{path.name}.{ASIDE}")
+    return path.with_name(f"{path.name}.{BACKUP_SUFFIX}")
 
 
 def leftovers(cache: Path) -> Iterator[Path]:
     """Temporary files of dead writers, and shards set aside whose replacement is complete."""
     for folder in (cache, cache / SHARDS):
         yield from (path for path in folder.glob("*.tmp") if is_abandoned(path))
-    for path in (cache / SHARDS).glob(f"*.{ASIDE}"):
+    for path in (cache / SHARDS).glob(f"*.{BACKUP_SUFFIX}"):
         if record_path(cache, path.name.split(".")[0]).is_file():
             yield path

@@ -18,7 +18,7 @@ GRADES = (
     ("provenance.", "cosmetic"),
 )
 # The options of `featcache extract` that a field comes from; the first prefix that fits.
-OPTIONS = (
+FIELD_OPTIONS = (
     ("identity.teacher.name", "--teacher"),
     ("identity.teacher.weight_hash", "--weights"),
     ("identity.pictures.", "--images"),
@@ -35,7 +35,7 @@ OPTIONS = (
     ),
     ("identity.policy.seed", "--seed"),
 )
-_GIVEN_AS_IS = ("--weights", "--images")  # a field holds their hash, which nobody can type
+_HASHED_OPTIONS = ("--weights", "--images")  # a field holds their hash, which nobody can type
 
 
 class Mismatch(NamedTuple):
@@ -48,19 +48,21 @@ class Mismatch(NamedTuple):
         return f"{self.field} ({self.grade}): {self.here!r} here, {self.there!r} there"
 
     @property
-    def cure(self) -> str:
+    def fix(self) -> str:
         """What to give `featcache extract` for the cache that is there; empty where no option sets
         the field.
 
-        >>> Mismatch("identity.levels", "fatal", [12], [11, 12]).cure
+        >>> Mismatch("identity.levels", "fatal", [12], [11, 12]).fix
         '--levels 11,12'
-        >>> Mismatch("identity.keep", "fatal", 58, None).cure
+        >>> Mismatch("identity.keep", "fatal", 58, None).fix
         'no --keep'
         """
-        option = next((option for prefix, option in OPTIONS if self.field.startswith(prefix)), "")
+        option = next(
+            (option for prefix, option in FIELD_OPTIONS if self.field.startswith(prefix)), ""
+        )
         if not option:
             return ""
-        if option in _GIVEN_AS_IS:
+        if option in _HASHED_OPTIONS:
             return f"another {option}"
         if self.there is None:
             return f"no {option}"
@@ -109,15 +111,16 @@ def refuse_mismatch(
     todo: str,
     grades: Iterable[str],
     *,
-    cures: bool = False,
+    show_fixes: bool = False,
 ) -> None:
     """Raise IdentityError when the two differ in a field of one of `grades`; the line names the
-    fields and grades, and with `cures` the options of `featcache extract` that give what is
+    fields and grades, and with `show_fixes` the options of `featcache extract` that give what is
     there."""
     found = [mismatch for mismatch in compare(here, there) if mismatch.grade in set(grades)]
     if found:
         shown = "; ".join(
-            f"{each}, give {each.cure}" if cures and each.cure else str(each) for each in found[:3]
+            f"{each}, give {each.fix}" if show_fixes and each.fix else str(each)
+            for each in found[:3]
         )
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise IdentityError(f"{what}: {shown}{more}; {todo}")

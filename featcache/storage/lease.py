@@ -14,7 +14,7 @@ from pathlib import Path
 
 from featcache.errors import UserError
 from featcache.storage import commit
-from featcache.storage import owner as storage_owner
+from featcache.storage.owner import is_alive, is_here, is_own, writer_id
 from featcache.storage.store import SHARDS
 
 # without a touch; several times the interval, since clocks of a shared file system are coarse
@@ -49,7 +49,7 @@ def lease_path(cache: Path, shard: str) -> Path:
 
 def acquire(cache: Path, shard: str) -> Lease | None:
     """The lease of a shard, or None while somebody else holds it."""
-    path, own = lease_path(cache, shard), storage_owner.writer_id()
+    path, own = lease_path(cache, shard), writer_id()
     probe = path.with_name(f".{path.name}.{own}.tmp")
     try:
         probe.write_text(own)
@@ -91,7 +91,7 @@ def abort(cache: Path) -> None:
     """Remove the leases of this process, whatever it was doing when it was interrupted."""
     for path in (cache / SHARDS).glob("*.lease"):
         with contextlib.suppress(OSError):
-            if storage_owner.is_own(path.read_text(errors="replace")):
+            if is_own(path.read_text(errors="replace")):
                 path.unlink()
 
 
@@ -113,8 +113,8 @@ def is_stale(path: Path, now: float) -> bool:
         owner, touched = path.read_text(errors="replace"), path.stat().st_mtime
     except OSError:  # released in this moment: the next round will see
         return False
-    if storage_owner.is_here(owner):
-        return not storage_owner.is_alive(owner)
+    if is_here(owner):
+        return not is_alive(owner)
     # a time to come is of a clock that was set back since
     return not -STALE_S <= now - touched <= STALE_S
 
@@ -122,7 +122,7 @@ def is_stale(path: Path, now: float) -> bool:
 def is_held(cache: Path, shard: str) -> bool:
     """Whether somebody works on a shard."""
     path = lease_path(cache, shard)
-    probe = path.with_name(f".{path.name}.{storage_owner.writer_id()}.tmp")
+    probe = path.with_name(f".{path.name}.{writer_id()}.tmp")
     probe.touch()
     try:
         return path.is_file() and not is_stale(path, probe.stat().st_mtime)

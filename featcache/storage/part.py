@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UnreadableError, UserError
-from featcache.storage import commit, json_file
-from featcache.storage import manifest as manifests
+from featcache.storage import commit, json_file, manifest
 from featcache.storage.identity import Mismatch, compare
 from featcache.storage.keys import I64, Keys
 from featcache.storage.store import (
@@ -51,7 +50,7 @@ class Part:
 
     def __init__(self, path: Path, partial: bool = False) -> None:
         self.path = path
-        self.manifest = manifests.read(path)
+        self.manifest = manifest.read(path)
         self.identity: dict[str, Any] = self.manifest["identity"]
         self.teacher: str = self.identity["teacher"]["name"]
         self.first_view: int = self.identity.get("first_view", 0)
@@ -108,7 +107,7 @@ class Part:
             rows = json_file.read_json(self.path / QUARANTINE)["pictures"]
             self.quarantined += [row for row in rows if row["key"] not in known]
 
-    def leave_out(self, shards: Collection[str]) -> None:
+    def drop_shards(self, shards: Collection[str]) -> None:
         """Do without these as well: they are absent in another part of the cache."""
         self.records = [record for record in self.records if record["shard"] not in shards]
         self.starts = np.cumsum([0, *(record["rows"] for record in self.records)])
@@ -180,7 +179,7 @@ class Part:
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
         from safetensors.numpy import load_file
 
-        problems = manifests.check_files(self.path, self.manifest)
+        problems = manifest.check_files(self.path, self.manifest)
         if problems:
             raise UserError(f"cache file {problems[0]}; run `featcache repair {self.path}`")
         return load_file(self.path / next(iter(self.manifest["files"])))
@@ -205,7 +204,7 @@ def record_problem(
             f"has {rows} rows and {len(quarantined)} in quarantine, "
             f"the manifest {shard['count']} pictures"
         )
-    here = manifests.content_digest(about)
+    here = manifest.content_digest(about)
     if record.get("content", here) != here:
         return "is of a shard of another cache"
     return None
@@ -215,7 +214,7 @@ def previous_record(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | 
     """The record of the same rows as they were made before: of the shard that a repair has set
     aside, or in a part beside this one; None where there is none yet."""
     root = out.parent.parent if out.parent.name == PARTS else out
-    places = [(out, commit.aside_path(record_path(out, shard["name"])))]
+    places = [(out, commit.backup_path(record_path(out, shard["name"])))]
     places += [
         (place, record_path(place, shard["name"]))
         for place in (root, *added_parts(root))
@@ -224,7 +223,7 @@ def previous_record(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | 
     for place, path in places:
         try:
             record = json_file.read_json(path)
-            if record_problem(manifests.read(place), shard, record) is None:
+            if record_problem(manifest.read(place), shard, record) is None:
                 return record
         except UserError:  # missing or damaged
             continue
@@ -232,9 +231,9 @@ def previous_record(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | 
 
 
 # Fields in which what is added may differ from the first part of its teacher.
-FREE = ("identity.levels", "identity.views", "identity.first_view", "identity.pixels")
+ADDABLE_FIELDS = ("identity.levels", "identity.views", "identity.first_view", "identity.pixels")
 # What another teacher's first part need not share with the cache.
-OF_TEACHER = (
+TEACHER_FIELDS = (
     "identity.teacher.",
     "identity.order",
     "identity.codec",
@@ -254,7 +253,7 @@ def first_difference(
 def row_mismatch(base: Part, other: Part) -> str | None:
     """Why two parts do not list the same rows; None where they do. Row i of one is then row i of
     the other."""
-    free = FREE if other.teacher == base.teacher else (*FREE, *OF_TEACHER)
+    free = ADDABLE_FIELDS if other.teacher == base.teacher else (*ADDABLE_FIELDS, *TEACHER_FIELDS)
     if found := first_difference(base.manifest, other.manifest, free):
         return f"{found.field} is {found.there!r} there, {found.here!r} here"
     for here, there in zip(base.records, other.records, strict=True):
@@ -273,7 +272,7 @@ def added_parts(path: Path) -> list[Path]:
     return [
         each
         for each in folders
-        if (each / manifests.NAME).is_file() or (each / SHARDS / manifests.COPY).is_file()
+        if (each / manifest.NAME).is_file() or (each / SHARDS / manifest.COPY).is_file()
     ]
 
 
@@ -286,7 +285,7 @@ def open_parts(path: Path, partial: bool = False) -> tuple[list[Part], list[Part
     parts = [part for part in found if part.complete or partial]
     absent = {shard for part in (base, *parts) for shard in part.absent}
     for part in (base, *parts):
-        part.leave_out(absent)
+        part.drop_shards(absent)
     for part in parts:
         if why := row_mismatch(base, part):
             raise UserError(

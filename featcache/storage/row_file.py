@@ -48,9 +48,9 @@ class RowFile:
 
     def close(self) -> None:
         os.fsync(self.fd)
-        self.abandon()
+        self.abort()
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Close without a sync; more than once does no harm."""
         if self.fd >= 0:
             os.close(self.fd)

@@ -28,7 +28,7 @@ class FeatureStatistics(NamedTuple):
     norms: npt.NDArray[np.float32]  # (n, L): mean over tokens of the L2 norm
 
 
-def statistics_of_stored(
+def stored_feature_statistics(
     codec_name: str, width: int, items: Mapping[str, npt.NDArray[Any]]
 ) -> FeatureStatistics:
     """The same of levels as they are stored, where what was encoded is not at hand or not all of it

@@ -167,7 +167,7 @@ class TarShardWriter:
 
     def discard(self) -> None:
         for file in self.files:
-            file.abandon()
+            file.abort()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

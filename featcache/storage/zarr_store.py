@@ -127,7 +127,7 @@ class ZarrShardWriter:
 
     def discard(self) -> None:
         for file in self.files.values():
-            file.abandon()
+            file.abort()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

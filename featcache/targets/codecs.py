@@ -52,7 +52,7 @@ CODECS = {
 _WIDER = {torch.float32: torch.float64, torch.float64: torch.float64}
 
 
-def in_range(coded: Mapping[str, Tensor], stats: Tensor) -> Tensor:
+def all_finite(coded: Mapping[str, Tensor], stats: Tensor) -> Tensor:
     """(B, L) whether encoded arrays and statistics, all (B, L, ...), hold finite values only; stays
     on the device.
 

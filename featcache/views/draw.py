@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from featcache import rng
 from featcache.views.policy import Policy
-from featcache.views.render import _ORDERS
+from featcache.views.render import JITTER_ORDERS
 
 TRIES = 10  # torchvision's RandomResizedCrop tries ten boxes before it takes the centre
 # four a try (area, ratio, top, left), then flip, brightness, contrast, saturation, order
@@ -42,7 +42,7 @@ def stored_view(
     return ((epochs + digests[:, 0] % counts) % counts).astype(np.int64)
 
 
-class Drawn(NamedTuple):
+class DrawnViews(NamedTuple):
     """What is stored of n pictures' V views; all that `render` needs."""
 
     crop: npt.NDArray[np.int32]  # (n, V, 4): top, left, height, width
@@ -52,14 +52,14 @@ class Drawn(NamedTuple):
     jitter: npt.NDArray[np.float32]  # (n, V, 4): brightness, contrast, saturation, order
 
 
-def draw(
+def draw_views(
     policy: Policy,
     digests: rng.U64,
     source_sizes: npt.NDArray[np.integer],
     views: Sequence[int] = (0,),
     *,
     clamp: bool = False,
-) -> Drawn:
+) -> DrawnViews:
     """Draw the given view numbers of n pictures from their key digests (n, 2) and sizes (n, 2).
 
     The law is torchvision's RandomResizedCrop: area fraction uniform in `scale`, log ratio uniform,
@@ -74,7 +74,7 @@ def draw(
     tries = raw[..., : 4 * TRIES].reshape(*raw.shape[:2], TRIES, 4)
     crop, area = _boxes(policy, tries[:, :, :1] if clamp else tries, sizes, clamp)
     flip = (rng.uniform(raw[..., 4 * TRIES]) < policy.flip).astype(np.uint8)
-    return Drawn(
+    return DrawnViews(
         crop.astype(np.int32),
         flip,
         area.astype(np.float32),
@@ -131,5 +131,5 @@ def _jitter(policy: Policy, raw: rng.U64) -> npt.NDArray[np.float32]:
     if policy.jitter == 0:
         return np.broadcast_to(np.array([1, 1, 1, 0], np.float32), (*raw.shape[:2], 4)).copy()
     factors = 1 + policy.jitter * (2 * rng.uniform(raw[..., :3]) - 1)
-    order = rng.below(raw[..., 3], len(_ORDERS))
+    order = rng.below(raw[..., 3], len(JITTER_ORDERS))
     return np.concatenate([factors, order[..., None]], -1).astype(np.float32)

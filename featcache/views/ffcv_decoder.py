@@ -41,7 +41,7 @@ PIXEL_PATH = {
 
 
 @cache
-def compiled_stages() -> tuple[Callable[..., int], Callable[..., None]]:
+def compiled_functions() -> tuple[Callable[..., int], Callable[..., None]]:
     """decode(data, height, width, is_raw, out) -> status, and replay(pixels, top, left, height,
     width, flip, out)."""
     compile_ = import_ffcv("pipeline.compiler").Compiler.compile
@@ -71,7 +71,7 @@ def compiled_stages() -> tuple[Callable[..., int], Callable[..., None]]:
 
 
 @dataclass(frozen=True)
-class CompiledPicture:
+class FfcvPicture:
     """A picture that FFCV's stage decoded, and whose views its second stage replays."""
 
     key: str
@@ -107,12 +107,12 @@ class CompiledPicture:
         pixels = self.pixels
         if any(factor != 1 for factor in jitter[:3]):
             pixels = np.array(apply_jitter(Image.fromarray(pixels), jitter))
-        compiled_stages()[1](pixels, top, left, height, width, bool(flip), out)
+        compiled_functions()[1](pixels, top, left, height, width, bool(flip), out)
         return out
 
 
 @dataclass(frozen=True)
-class CompiledSource:
+class FfcvSource:
     """A `.beton` whose pictures FFCV decodes; all else, its bytes too, is the file's."""
 
     beton: BetonSource
@@ -120,7 +120,7 @@ class CompiledSource:
 
     def __post_init__(self) -> None:
         """Compile in the opener's thread, before threads ask for pictures."""
-        decode, replay = compiled_stages()
+        decode, replay = compiled_functions()
         pixels = np.zeros((2, 2, 3), np.uint8)
         decode(np.zeros(12, np.uint8), 2, 2, True, pixels)
         replay(pixels, 0, 0, 2, 2, True, np.empty_like(pixels))
@@ -147,12 +147,14 @@ class CompiledSource:
     def read(self, index: int) -> bytes:
         return self.beton.read(index)
 
-    def picture(self, index: int) -> CompiledPicture:
+    def picture(self, index: int) -> FfcvPicture:
         """Raises PictureError where libturbojpeg cannot decode it, or only in part."""
         height, width = self.beton.sizes[index].tolist()
         # numba compiles once, for writable bytes
         data = np.frombuffer(bytearray(self.beton.stored(index)), np.uint8)
         pixels = np.empty((height, width, 3), np.uint8)
-        if compiled_stages()[0](data, height, width, bool(self.beton.modes[index] == RAW), pixels):
+        if compiled_functions()[0](
+            data, height, width, bool(self.beton.modes[index] == RAW), pixels
+        ):
             raise PictureError("libturbojpeg cannot decode it, or only a part of it")
-        return CompiledPicture(self.keys[index], pixels)
+        return FfcvPicture(self.keys[index], pixels)

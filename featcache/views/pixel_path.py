@@ -35,7 +35,7 @@ def decode_picture(source: Source, index: int) -> Any:
     return decode(source.read(index)) if own is None else own(index)
 
 
-def open_through(spec: str | os.PathLike[str], decoder: str = "pillow") -> Source:
+def open_with_decoder(spec: str | os.PathLike[str], decoder: str = "pillow") -> Source:
     """The pictures at `spec` through a decoder. Raises UsageError where it decodes no such
     pictures, else as `open_source` does."""
     if decoder != "pillow" and not is_beton(os.fspath(spec)):
@@ -53,10 +53,10 @@ def with_decoder(source: Source, decoder: str) -> Source:
     from featcache.views import ffcv_decoder
 
     if decoder == "ffcv" and isinstance(source, beton.BetonSource):
-        return ffcv_decoder.CompiledSource(source)
+        return ffcv_decoder.FfcvSource(source)
     return (
         source.beton
-        if decoder == "pillow" and isinstance(source, ffcv_decoder.CompiledSource)
+        if decoder == "pillow" and isinstance(source, ffcv_decoder.FfcvSource)
         else source
     )
 

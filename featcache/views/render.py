@@ -16,10 +16,10 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 # jitter's fourth number counts these
-_ORDERS = list(permutations(("brightness", "contrast", "saturation")))
+JITTER_ORDERS = list(permutations(("brightness", "contrast", "saturation")))
 
 
-class Replaying(Protocol):
+class ReplayablePicture(Protocol):
     """A decoded picture of a pixel path that replays views itself; arguments are those of
     `render`."""
 
@@ -29,7 +29,7 @@ class Replaying(Protocol):
 
 
 def render(
-    picture: Image.Image | Replaying,
+    picture: Image.Image | ReplayablePicture,
     crop: Sequence[int],
     flip: int,
     jitter: Sequence[float],
@@ -58,7 +58,7 @@ def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
         "contrast": ImageEnhance.Contrast,
         "saturation": ImageEnhance.Color,
     }
-    for name in _ORDERS[int(jitter[3])]:
+    for name in JITTER_ORDERS[int(jitter[3])]:
         if factors[name] != 1.0:
             picture = enhance[name](picture).enhance(factors[name])
     return picture

@@ -31,7 +31,7 @@ U8 = npt.NDArray[np.uint8]
 Order = Callable[[int, int, int], bool]  # (H, W, S) -> whether the vertical pass comes first
 
 SUPPORT = {Image.Resampling.BILINEAR: 1, Image.Resampling.BICUBIC: 2, Image.Resampling.LANCZOS: 3}
-ORDERS: dict[str, Order] = {
+PASS_ORDERS: dict[str, Order] = {
     "horizontal first": lambda height, width, size: False,
     "much the taller side first": lambda height, width, size: (
         height > size and height - size > 2 * (width - size)
@@ -46,7 +46,7 @@ _SHAPES = (
     (20, 8, 16),
     (12, 8, 16),
 )
-_TALLEST = 100  # times the width: beyond, Pillow 12.2 has an order of its own
+_MAX_ASPECT = 100  # times the width: beyond, Pillow 12.2 has an order of its own
 _BITS = 22  # of a weight's fraction: 32 less 8 of a pixel less 2 for sums outside 0 to 1
 _HALF = np.int32(1 << (_BITS - 1))
 # pixels of an edge that are turned at a time, so that both sides stay in the first cache
@@ -115,7 +115,7 @@ def _pass(lines, size, support):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _turned(pixels):  # type: ignore[no-untyped-def]
+def _transposed(pixels):  # type: ignore[no-untyped-def]
     """(H, W, 3) -> (W, H, 3), a tile at a time."""
     height, width, _ = pixels.shape
     out = np.empty((width, height, 3), np.uint8)
@@ -137,29 +137,29 @@ def _resized(pixels, size, support, vertical_first, flip):  # type: ignore[no-un
     step = -1 if flip else 1
     if vertical_first:
         short = _pass(pixels.reshape(height, width * 3), size, support).reshape(size, width, 3)
-        columns = _pass(_turned(short).reshape(width, size * 3), size, support).reshape(
+        columns = _pass(_transposed(short).reshape(width, size * 3), size, support).reshape(
             size, size, 3
         )
-        return _turned(columns[::step])
-    columns = _pass(_turned(pixels).reshape(width, height * 3), size, support).reshape(
+        return _transposed(columns[::step])
+    columns = _pass(_transposed(pixels).reshape(width, height * 3), size, support).reshape(
         size, height, 3
     )
-    return _pass(_turned(columns[::step]).reshape(height, size * 3), size, support).reshape(
+    return _pass(_transposed(columns[::step]).reshape(height, size * 3), size, support).reshape(
         size, size, 3
     )
 
 
 @cache
-def order() -> Order | None:
+def pass_order() -> Order | None:
     """The order of the passes that the installed Pillow follows, of those we know; None where it
     follows another."""
-    for each in ORDERS.values():
-        if all(_follows(each, *shape) for shape in _SHAPES):
+    for each in PASS_ORDERS.values():
+        if all(_matches_pillow(each, *shape) for shape in _SHAPES):
             return each
     return None
 
 
-def _follows(each: Order, height: int, width: int, size: int) -> bool:
+def _matches_pillow(each: Order, height: int, width: int, size: int) -> bool:
     noise = (np.arange(height * width * 3) ** 2 % 251).astype(np.uint8).reshape(height, width, 3)
     filter = Image.Resampling.BICUBIC
     theirs = np.asarray(Image.fromarray(noise).resize((size, size), filter))
@@ -172,8 +172,8 @@ def resize(picture: Image.Image, size: int, filter: Image.Resampling, flip: bool
     """A picture as `picture.resize((size, size), filter)` makes it, then mirrored with `flip`: (S,
     S, 3) of RGB."""
     width, height = picture.size
-    known = order()
-    if known is None or picture.mode != "RGB" or height > _TALLEST * width:
+    known = pass_order()
+    if known is None or picture.mode != "RGB" or height > _MAX_ASPECT * width:
         pixels = np.asarray(picture.resize((size, size), filter))
         return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
     made: U8 = _resized(

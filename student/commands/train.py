@@ -311,7 +311,7 @@ def _note(run: Run, before: int | None, facts: dict[str, Any]) -> None:
 
     if (step := checkpoint.latest_step(run.out)) != before:
         facts = {**facts, "run": str(run.out.absolute()), "step": step}
-        home.note_run(command="train", recipe=run.name, cache_id=run.about.get("id"), **facts)
+        home.log_run(command="train", recipe=run.name, cache_id=run.about.get("id"), **facts)
 
 
 def _say(text: str) -> None:

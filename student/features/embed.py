@@ -90,7 +90,7 @@ def augmented_views(
     def pixels(row: int) -> npt.NDArray[np.uint8]:
         picture = _picture(source, row)
         digest = rng.key_digests([source.keys[row]])
-        drawn = view_draw.draw(
+        drawn = view_draw.draw_views(
             policy,
             digest,
             np.array([[picture.height, picture.width]]),

@@ -14,7 +14,7 @@ def given_source(options: Options) -> Source | None:
     """Open the pictures of --images; None where none are given."""
     if not options.images:
         return None
-    return pixel_path.open_through(options.images, options.decoder or "pillow")
+    return pixel_path.open_with_decoder(options.images, options.decoder or "pillow")
 
 
 def decoded_source(given: Source | None, found: MatchedCache | None, options: Options) -> Source:
@@ -32,4 +32,4 @@ def _source_of(found: MatchedCache | None, decoder: str | None) -> Source:
             f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default"
         )
     spec = found.cache.manifest["provenance"]["source"]
-    return pixel_path.open_through(spec, decoder or "pillow")
+    return pixel_path.open_with_decoder(spec, decoder or "pillow")

@@ -18,12 +18,12 @@ from featcache.reading import pixel_check
 from featcache.reading.cache import Cache
 from featcache.reading.crop_range import ViewSchedule
 from featcache.reading.feature_reader import FeatureReader
-from featcache.reading.tensors import tail_on, to_tensor
+from featcache.reading.tensors import tail_to_device, to_tensor
 from featcache.targets import derived
 from featcache.targets import levels as target_levels
 from featcache.targets.codecs import Codec
 from featcache.views import render as view_render
-from featcache.views.draw import Drawn, stored_view
+from featcache.views.draw import DrawnViews, stored_view
 from featcache.views.fingerprint import pixel_hash
 from featcache.views.policy import policy_from_dict
 from student.recipes import TargetSpec
@@ -60,7 +60,9 @@ class SecondTeacher:
             return {"second": h}
         std = None if stats is None else stats[:, 0, :, 1:]
         return {
-            "second": derived.derive(self.spec.derive, h, tail_on(self.reader.tail, device), std)
+            "second": derived.derive(
+                self.spec.derive, h, tail_to_device(self.reader.tail, device), std
+            )
         }
 
 
@@ -89,7 +91,7 @@ class CachedTargets:
         self.reader = reader if "features" in wants else None
         self.second = SecondTeacher(self.cache, self.spec) if self.spec.second else None
         side = [field for field in wants if field.rpartition("/")[2] != "features"]
-        pixels = ("pixels",) if self.stored_pixels else Drawn._fields
+        pixels = ("pixels",) if self.stored_pixels else DrawnViews._fields
         self.own = tuple(
             dict.fromkeys((*(self.reader.fields if self.reader else ()), *side, *pixels))
         )
@@ -191,7 +193,7 @@ class CachedTargets:
         if self.reader is not None:
             arrays = self.reader.to_device(host, device)
             features, stats = self.reader.features(arrays), self.reader.stats(arrays)
-            self.reader.tail = tail_on(self.reader.tail, device)
+            self.reader.tail = tail_to_device(self.reader.tail, device)
             seen = (
                 host["masks"]["ids_keep"].to(device)
                 if self.spec.visible_only and "masks" in host

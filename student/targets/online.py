@@ -18,11 +18,11 @@ from featcache.errors import UsageError
 from featcache.models import precision
 from featcache.models.contract import Teacher
 from featcache.reading.crop_range import ViewSchedule
-from featcache.reading.tensors import tail_on, tail_tensors, to_tensor
+from featcache.reading.tensors import tail_tensors, tail_to_device, to_tensor
 from featcache.targets import codecs, levels
 from featcache.targets.attention import mask_order
 from featcache.views import render as view_render
-from featcache.views.draw import draw, stored_view
+from featcache.views.draw import draw_views, stored_view
 from featcache.views.policy import Policy
 from student.recipes import TargetSpec
 from student.targets import buffers
@@ -98,7 +98,7 @@ class OnlineTargets:
         self, picture: Image.Image, host: HostBatch, i: int, key: str, digest: rng.U64, view: int
     ) -> dict[str, Any]:
         size = np.array([(picture.height, picture.width)])
-        drawn = draw(self.policy, digest[None], size, [view])
+        drawn = draw_views(self.policy, digest[None], size, [view])
         parts = (drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0])
         out = {"pixels": view_render.render(picture, *parts, self.policy.size, self.policy.filter)}
         if self.teacher_px:
@@ -138,7 +138,7 @@ class OnlineTargets:
         features = (
             features if self.codec is None else self.codec.decode(self.codec.encode(features))
         )
-        self.tail = tail_on(self.tail, device)
+        self.tail = tail_to_device(self.tail, device)
         out = recipe_targets(self.spec, features, stats, self.tail)
         return out | ({"moments": self._moments(stats)} if self.spec.moments else {}), sources
 

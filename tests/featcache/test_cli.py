@@ -144,13 +144,13 @@ def test_extract_help_has_the_designs_options(featcache_command: Command) -> Non
 # ---------------------------------------------------------------- mistakes
 
 
-def mistake(ran: Ran, status: int, *told: str) -> None:
+def mistake(ran: Ran, status: int, *messages: str) -> None:
     assert ran.status == status, ran
     assert "Traceback" not in ran.err + ran.out
     assert len([line for line in ran.err.splitlines() if not line.startswith("note:")]) == 1, (
         ran.err
     )
-    for part in told:
+    for part in messages:
         assert part in ran.error, (part, ran.error)
 
 
@@ -171,7 +171,7 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "status", "told"),
+    ("change", "status", "messages"),
     [
         (("--teacher", "clip-b61"), 2, ("unknown teacher 'clip-b61'", "did you mean clip-b16")),
         (("--teacher", "timm:vit_tny_patch16_224"), 2, ("did you mean vit_tiny_patch16_224",)),
@@ -253,11 +253,11 @@ def test_mistakes_are_one_line(
     tmp_path: Path,
     change: tuple,
     status: int,
-    told: tuple,
+    messages: tuple,
 ) -> None:
     base = BASE[2:] if "--teacher" in change else BASE  # a second one would be a second teacher
     ran = featcache_command("extract", *base, "--images", photos, "--out", tmp_path / "c", *change)
-    mistake(ran, status, *told)
+    mistake(ran, status, *messages)
     assert not (tmp_path / "c").exists()
 
 
@@ -472,8 +472,8 @@ def test_info_tells_which_recipes_lack_what(
 def test_info_lists_the_runs_of_this_cache(featcache_command: Command, made: Path) -> None:
     cache_id = manifest.read(made)["id"]
     for i in range(7):
-        home.note_run(command="train", recipe=f"mae{i}", cache_id=cache_id, run=f"runs/{i}")
-    home.note_run(command="train", recipe="other", cache_id="0" * 16, run="runs/x")
+        home.log_run(command="train", recipe=f"mae{i}", cache_id=cache_id, run=f"runs/{i}")
+    home.log_run(command="train", recipe="other", cache_id="0" * 16, run="runs/x")
     text = featcache_command("info", made).out
     assert "runs: 7, the last:" in text
     assert "mae6  runs/6" in text
@@ -564,7 +564,7 @@ def test_a_closed_pipe_is_no_error(made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (MemoryError(), "out of memory"),
         (RuntimeError("can't start new thread"), "may start no more threads"),
@@ -576,7 +576,7 @@ def test_a_machine_at_its_end_is_one_line(
     featcache_command: Callable[..., Ran],
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
-    told: str,
+    message: str,
 ) -> None:
     def fail(*_: object) -> None:
         raise error
@@ -584,7 +584,7 @@ def test_a_machine_at_its_end_is_one_line(
     monkeypatch.setattr("featcache.maintenance.verify.verify_cache", fail)
     ran = featcache_command("verify", made)
     assert ran.status == 1
-    assert told in ran.error
+    assert message in ran.error
 
 
 def test_what_was_begun_goes_on_in_batches_of_its_size(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.pictures.open_source import open_source
 from featcache.reading.cache import Cache
-from featcache.reading.tensors import raster
+from featcache.reading.tensors import to_image_order
 from featcache.torch import Dataset
 from tests import student_fixtures as fx
 
@@ -117,7 +117,7 @@ def test_raster_by_hand() -> None:
     """Two of three patches were read, ranked 2, 0, 1: they go to patches 2 and 0, and patch 1 is
     not a number."""
     features = torch.tensor([[[[1.0], [5.0], [7.0]]]])
-    out = raster(features, torch.tensor([[2, 0, 1]], dtype=torch.uint8)).flatten().tolist()
+    out = to_image_order(features, torch.tensor([[2, 0, 1]], dtype=torch.uint8)).flatten().tolist()
     assert out[:2] + out[3:] == [1, 7, 5]
     assert np.isnan(out[2])
 
@@ -236,12 +236,12 @@ def test_a_changed_picture_is_refused_unless_allowed(tmp_path: Path) -> None:
 
 
 def test_what_is_not_stored_is_told_at_once(tmp_path: Path) -> None:
-    for options, told in (
+    for options, message in (
         ({"fields": ("featurs",)}, "features"),
         ({"levels": [1]}, "level 1"),
         ({"tokens": 18}, "1 to 17"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             Dataset(fx.pictures(), fx.cache_path(), **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="stores no pixels"):
         Dataset(None, fx.cache_path())
@@ -272,7 +272,7 @@ def test_the_example_learns(cache: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_example_tells_a_mistake_in_a_line(tmp_path: Path) -> None:
-    for args, told in (
+    for args, message in (
         ((), "two arguments are needed"),
         (("p", str(tmp_path)), "error: no cache at"),
     ):
@@ -280,7 +280,7 @@ def test_the_example_tells_a_mistake_in_a_line(tmp_path: Path) -> None:
             [sys.executable, EXAMPLE, *args], env=fx.environment(), capture_output=True, text=True
         )
         assert ran.returncode == 1
-        assert ran.stderr.startswith(told)
+        assert ran.stderr.startswith(message)
         assert "Traceback" not in ran.stderr
 
 
@@ -307,7 +307,7 @@ def test_the_three_ways_to_take_features_from_a_kept_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"check_pixels": float("nan")}, "check_pixels=nan; a number from 0 to 1"),
         ({"check_pixels": -0.1}, "check_pixels=-0.1"),
@@ -319,8 +319,8 @@ def test_the_three_ways_to_take_features_from_a_kept_cache() -> None:
     ],
     ids=str,
 )
-def test_what_would_switch_the_proof_off_is_refused(given: dict, told: str) -> None:
+def test_what_would_switch_the_proof_off_is_refused(given: dict, message: str) -> None:
     """NaN compares with nothing: no picture would be checked, or every difference would pass."""
     with pytest.raises(UserError) as caught:
         Dataset(fx.pictures(), fx.cache_path(), **given)
-    assert told in str(caught.value)
+    assert message in str(caught.value)

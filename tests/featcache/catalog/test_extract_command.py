@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache.console import text as show
+from featcache.console.text import format_bytes
 from featcache.extraction import extract
 from featcache.storage import manifest
 from tests.conftest import SYNTHETIC, Ran, files_below, make_photos, make_plan
@@ -39,10 +39,10 @@ def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def mistake(ran: Ran, status: int, *told: str) -> None:
+def mistake(ran: Ran, status: int, *messages: str) -> None:
     assert ran.status == status, ran
     assert "Traceback" not in ran.err + ran.out
-    for part in told:
+    for part in messages:
         assert part in ran.error, (part, ran.error)
 
 
@@ -107,10 +107,14 @@ def test_an_unfinished_addition_is_told_with_the_command_that_finishes_it(
     assert featcache_command(*options).status == 0
     whole = files_below(copy)
     next((copy / "parts").glob("*/shards/000000.json")).unlink()
-    (told,) = json.loads(featcache_command("info", copy, "--json").out)["unfinished"]
-    assert told["what"].endswith("levels 2,3  view 1")
-    assert (told["shards"], told["shards_complete"], told["pictures_left"]) == (1, 0, 11)
-    assert featcache_command(*shlex.split(told["finish"])[1:]).status == 0
+    (unfinished,) = json.loads(featcache_command("info", copy, "--json").out)["unfinished"]
+    assert unfinished["what"].endswith("levels 2,3  view 1")
+    assert (unfinished["shards"], unfinished["shards_complete"], unfinished["pictures_left"]) == (
+        1,
+        0,
+        11,
+    )
+    assert featcache_command(*shlex.split(unfinished["finish"])[1:]).status == 0
     assert files_below(copy) == whole
 
 
@@ -153,18 +157,18 @@ def test_options_of_the_work_change_the_work(
     assert whole["bytes"] % 11 == 0
     assert whole["bytes"] // 11 > item
     assert (
-        f"share 0/3, 4 of 11 pictures x 1 view, {show.format_bytes(whole['bytes'] // 11 * 4)}\n"
+        f"share 0/3, 4 of 11 pictures x 1 view, {format_bytes(whole['bytes'] // 11 * 4)}\n"
         in ran.out
     )
     assert whole["new_bytes"] == whole["bytes"] // 11 * 3
     assert (
-        f"would write {show.format_bytes(whole['new_bytes'])} in 1 shard to"
+        f"would write {format_bytes(whole['new_bytes'])} in 1 shard to"
         in featcache_command(*options, "--dry-run").out
     )
-    told = featcache_command(*options, "--shard", "1/3", "--dry-run").out
-    assert told == (
+    printed = featcache_command(*options, "--shard", "1/3", "--dry-run").out
+    assert printed == (
         f"share 1/3 of {tmp_path / 'c'} is complete (4 pictures x 1 view, "
-        f"{show.format_bytes(whole['bytes'] // 11 * 4)}): nothing would be done\n"
+        f"{format_bytes(whole['bytes'] // 11 * 4)}): nothing would be done\n"
     )
     ledger = [json.loads(line) for line in (tmp_path / "home/runs.jsonl").read_text().splitlines()]
     assert [(line["batch_size"], line["device"]) for line in ledger] == [

@@ -36,9 +36,9 @@ def test_caches_are_folders_with_a_manifest(place: Path) -> None:
 
 def test_runs_come_back_in_order_and_only_of_that_cache(place: Path) -> None:
     assert home.runs_of("c1") == []
-    home.note_run(command="extract", cache_id="c1", cache=Path("x"))
+    home.log_run(command="extract", cache_id="c1", cache=Path("x"))
     for i, cache_id in enumerate(["c1", "c2", "c1"]):
-        home.note_run(command="train", recipe="mae", cache_id=cache_id, run=f"r{i}")
+        home.log_run(command="train", recipe="mae", cache_id=cache_id, run=f"r{i}")
     assert [run["run"] for run in home.runs_of("c1")] == ["r0", "r2"]
     assert [run["run"] for run in home.runs_of("c2")] == ["r1"]
     assert home.runs_of("c") == []
@@ -48,13 +48,13 @@ def test_runs_come_back_in_order_and_only_of_that_cache(place: Path) -> None:
 
 def test_lines_that_cannot_be_read_are_passed_over(place: Path) -> None:
     """A process that died while it wrote, another's line, bytes that are no text."""
-    home.note_run(command="train", cache_id="c1", run="r0")
+    home.log_run(command="train", cache_id="c1", run="r0")
     with (place / "runs.jsonl").open("ab") as file:
         file.write(
             b'{"command": "train", "cache_id": "c1", "ru\n"c1"\n["c1"]\n\xff\xfe c1\n'
             b'{"note": "c1"}\n'
         )
-    home.note_run(command="train", cache_id="c1", run="r1")
+    home.log_run(command="train", cache_id="c1", run="r1")
     assert [run["run"] for run in home.runs_of("c1")] == ["r0", "r1"]
 
 
@@ -63,15 +63,15 @@ def test_a_home_that_cannot_be_written_is_told_and_stops_nothing(
 ) -> None:
     place.parent.mkdir()
     place.write_text("a file")
-    home.note_run(command="train")
-    told = capsys.readouterr().err
-    assert told.startswith("note: the run ledger ")
-    assert told.count("\n") == 1
+    home.log_run(command="train")
+    note = capsys.readouterr().err
+    assert note.startswith("note: the run ledger ")
+    assert note.count("\n") == 1
     assert home.runs_of("c1") == []
 
 
 def test_a_line_is_one_line_of_json(place: Path) -> None:
-    home.note_run(command="train", cache=Path("a b"), text="two\nlines")
+    home.log_run(command="train", cache=Path("a b"), text="two\nlines")
     lines = (place / "runs.jsonl").read_text().splitlines()
     assert len(lines) == 1
     assert json.loads(lines[0])["cache"] == "a b"

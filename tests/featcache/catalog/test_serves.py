@@ -21,7 +21,7 @@ SIX = "synthetic:levels=6,tokens=16,width=24,size=32"
 def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
     module = recipes.load(name)
     needs = module.needs(module.Config())
-    stated = serves.read_literal(Path(str(module.__file__)))
+    stated = serves.read_needs(Path(str(module.__file__)))
     assert stated == module.SERVED_BY
     assert stated.get("mask_ratio", module.Config().mask_ratio) == module.Config().mask_ratio
     assert set(stated) - {"mask_ratio", "all_tokens", "derive"} == {"fields", "levels"}
@@ -34,7 +34,7 @@ def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
 
 
 def test_every_recipe_is_known() -> None:
-    assert sorted(name for name, _ in serves.announced_recipes()) == recipes.names()
+    assert sorted(name for name, _ in serves.recipe_needs()) == recipes.names()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_every_recipe_is_known() -> None:
 )
 def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: Path) -> None:
     (tmp_path / "recipe.py").write_text(text)
-    assert serves.read_literal(tmp_path / "recipe.py") == expected
+    assert serves.read_needs(tmp_path / "recipe.py") == expected
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_what_a_literal_may_ask(changed: dict[str, object], expected: str) -> No
             **{key: value for key, value in changed.items() if key == "keep"},
         }
         needs = {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.75, **changed}
-        assert serves.why_not(cache, needs) == expected
+        assert serves.unsupported_reason(cache, needs) == expected
 
 
 def test_a_projection_serves() -> None:
     with fx.open_cache() as cache:
         cache.tail = lambda teacher=None: {"proj": None}  # type: ignore[method-assign,assignment]
         assert (
-            serves.why_not(
+            serves.unsupported_reason(
                 cache,
                 {"fields": ("features",), "levels": "last:1", "mask_ratio": 0.0, "derive": "z"},
             )
@@ -158,9 +158,11 @@ def test_a_projection_serves() -> None:
 
 def test_no_recipe_and_no_torch_is_imported() -> None:
     code = (
-        "import json, sys, featcache.catalog.serves as serves, featcache\nanswer = "
-        "serves.recipes(featcache.open(sys.argv[1]))\nheavy = [name for name in ('torch', 'timm', "
-        "'student', 'student.recipes') if name in sys.modules]\nprint(json.dumps([answer, heavy]))"
+        "import json, sys, featcache.catalog.serves as serves, featcache\n"
+        "answer = serves.recipe_support(featcache.open(sys.argv[1]))\n"
+        "names = ('torch', 'timm', 'student', 'student.recipes')\n"
+        "heavy = [name for name in names if name in sys.modules]\n"
+        "print(json.dumps([answer, heavy]))"
     )
     ran = python(code, fx.cache_path())
     assert ran.returncode == 0, ran.stderr

@@ -90,7 +90,7 @@ def test_ls_tells_what_there_is(
             "random_weights": False,
         }
     ]
-    home.note_run(command="train", recipe="mae", cache_id=about["id"])
+    home.log_run(command="train", recipe="mae", cache_id=about["id"])
     head, row = featcache_command("ls").out.splitlines()
     assert re.split(r"  +", head)[:3] == ["path", "id", "teacher"]
     for word in (
@@ -402,7 +402,7 @@ def test_gc_unused_lists_and_removes_only_with_yes(
 def test_gc_unused_spares(featcache_command: Command, aged: Path, reason: str) -> None:
     held = None
     if reason == "used":
-        home.note_run(command="train", cache_id=manifest.read(aged)["id"])
+        home.log_run(command="train", cache_id=manifest.read(aged)["id"])
     elif reason == "incomplete":
         record_path(part_of(aged), "000000").unlink()
     elif reason == "damaged":

@@ -1,4 +1,4 @@
-"""How things are shown: sizes, tables, progress at a terminal and in a log."""
+"""Sizes, tables and progress are formatted for a terminal and for a log."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from featcache.console import text as show
 from featcache.console.params import require_images
 from featcache.console.progress_bar import ProgressBar
+from featcache.console.text import format_bytes, format_table, print_facts
 from featcache.errors import UsageError
 
 
@@ -29,14 +29,14 @@ from featcache.errors import UsageError
     ],
 )
 def test_sizes(count: float, text: str) -> None:
-    assert show.format_bytes(count) == text
+    assert format_bytes(count) == text
 
 
 def test_a_table_is_as_wide_as_it_must_be() -> None:
     rows = [("name", "bytes", ""), ("a", "1", "x"), ("longer", "1000", "")]
-    assert show.format_table(rows, right=[1]) == "name    bytes\na           1  x\nlonger   1000"
-    assert show.format_table(rows) == "name    bytes\na       1      x\nlonger  1000"
-    assert show.format_table([("one",)]) == "one"
+    assert format_table(rows, right=[1]) == "name    bytes\na           1  x\nlonger   1000"
+    assert format_table(rows) == "name    bytes\na       1      x\nlonger  1000"
+    assert format_table([("one",)]) == "one"
 
 
 def test_given_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,9 +48,9 @@ def test_given_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_facts_or_text(capsys: pytest.CaptureFixture[str]) -> None:
-    show.print_facts({"a": 1}, False, "one")
+    print_facts({"a": 1}, False, "one")
     assert capsys.readouterr().out == "one\n"
-    show.print_facts({"a": 1}, True, "one")
+    print_facts({"a": 1}, True, "one")
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 

@@ -25,7 +25,7 @@ from featcache.pictures.folder import FolderSource
 from featcache.pictures.open_source import open_source
 from featcache.storage import json_file
 from featcache.teachers.synthetic import Synthetic
-from featcache.views.draw import Drawn, draw
+from featcache.views.draw import DrawnViews, draw_views
 from featcache.views.fingerprint import pixel_hash, thumbnail
 from featcache.views.policy import Policy
 from featcache.views.render import render
@@ -48,10 +48,10 @@ def test_stored_views_are_the_policys_and_proofs_are_at_its_size(
                 [picture.height, picture.width]
             ]
             size = np.array([[picture.height, picture.width]])
-            drawn = draw(policy, rng.key_digests([key]), size, range(2))
+            drawn = draw_views(policy, rng.key_digests([key]), size, range(2))
             for view in range(2):
-                got = cache.read([row], view, [*Drawn._fields, "pixel_hash", "thumbnail"])
-                for name in Drawn._fields:
+                got = cache.read([row], view, [*DrawnViews._fields, "pixel_hash", "thumbnail"])
+                for name in DrawnViews._fields:
                     np.testing.assert_array_equal(got[name][0], getattr(drawn, name)[0, view])
                 box = (drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view])
                 pixels = render(picture, *box, 40, "bicubic")

@@ -250,7 +250,7 @@ def test_a_broken_jpeg_is_left_to_the_extraction_as_in_tars(
     (folder / "cat" / "rgb.jpg").write_bytes(data[: 3 * len(data) // 4])
     assert run(folder, tmp_path / "x.beton")[0] == 0
     for decoder in pixel_path.DECODERS:
-        packed = pixel_path.open_through(tmp_path / "x.beton", decoder)
+        packed = pixel_path.open_with_decoder(tmp_path / "x.beton", decoder)
         with pytest.raises(PictureError):
             pixel_path.decode_picture(packed, packed.keys.index("cat/rgb"))
 

@@ -273,7 +273,7 @@ def test_a_killed_repair_is_taken_up(cache: Path, pictures: Path, then: str) -> 
     """It died with the bad shard out of sight and nothing in its place."""
     whole = files_below(cache)
     flip(cache / CHUNKS[0])
-    commit.set_aside(cache, "000000", "zarr")
+    commit.move_to_backup(cache, "000000", "zarr")
     assert "000000.json: missing" in told(cache)
     if then.startswith("extract"):
         extract.run(make_plan(pictures, views=2, rows_per_shard=7), cache, batch_size=4)

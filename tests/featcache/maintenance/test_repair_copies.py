@@ -211,7 +211,7 @@ def test_one_shard_at_a_time_is_out_of_sight(cache: Path, pictures: Path) -> Non
 def test_what_a_killed_repair_left_goes_with_the_next(cache: Path, pictures: Path) -> None:
     """It died when the new shard was complete and the old one still there."""
     whole = files_below(cache)
-    commit.set_aside(cache, "000000", "zarr")
+    commit.move_to_backup(cache, "000000", "zarr")
     copy_tree(sound(pictures, "zarr") / SHARDS / "000000.zarr", cache / SHARDS / "000000.zarr")
     shutil.copy(sound(pictures, "zarr") / SHARDS / "000000.json", cache / SHARDS / "000000.json")
     assert any(name.endswith(".bad") for name in files_below(cache))
@@ -247,10 +247,10 @@ def test_another_repair_may_clear_up_at_any_moment(
     read, asked = json_file.read_json, []
 
     def read_json(path: Path) -> dict[str, object]:
-        if path == commit.aside_path(cache / SHARDS / "000001.json"):
+        if path == commit.backup_path(cache / SHARDS / "000001.json"):
             asked.append(path)
             if len(asked) == look:
-                commit.forget_aside(cache, "000001", "zarr")
+                commit.remove_backup(cache, "000001", "zarr")
         return read(path)
 
     monkeypatch.setattr(json_file, "read_json", read_json)

@@ -198,9 +198,9 @@ def test_ffcv_is_imported_for_betons_alone_and_leaves_torchs_threads(
 ) -> None:
     code = (
         "import sys, torch\nfrom featcache.pictures.open_source import open_source\n"
-        "from featcache.views.pixel_path import open_through\ntorch.set_num_threads(3)\n"
+        "from featcache.views.pixel_path import open_with_decoder\ntorch.set_num_threads(3)\n"
         "open_source(sys.argv[1])\nassert 'ffcv' not in sys.modules\n"
-        "open_through(sys.argv[2], 'ffcv')\nassert 'ffcv' in sys.modules\n"
+        "open_with_decoder(sys.argv[2], 'ffcv')\nassert 'ffcv' in sys.modules\n"
         "assert torch.get_num_threads() == 3, torch.get_num_threads()\n"
     )
     ran = python(code, photos, ffcv_files / "raw.beton")

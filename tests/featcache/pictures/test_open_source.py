@@ -126,7 +126,7 @@ def test_a_folder_may_be_called_beton(tmp_path: Path) -> None:
 
 def test_ffcvs_decoder_is_for_its_files_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--decoder ffcv decodes what FFCV wrote, a \.beton"):
-        pixel_path.open_through(write_folder(tmp_path, "a.png"), "ffcv")
+        pixel_path.open_with_decoder(write_folder(tmp_path, "a.png"), "ffcv")
 
 
 def test_double_keys_are_refused_by_name(tmp_path: Path) -> None:

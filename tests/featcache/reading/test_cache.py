@@ -289,7 +289,7 @@ def test_keys_find_rows(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "told"),
+    ("request_", "message"),
     [
         ({"rows": [8]}, "0 to 7"),
         ({"rows": [-1]}, "0 to 7"),
@@ -332,11 +332,13 @@ def test_keys_find_rows(cache: Cache) -> None:
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_impossible_requests_say_what_is_possible(cache: Cache, request_: dict, told: str) -> None:
+def test_impossible_requests_say_what_is_possible(
+    cache: Cache, request_: dict, message: str
+) -> None:
     """A mask of booleans or a float would otherwise be taken for other row numbers, silently."""
     with pytest.raises(UsageError) as caught:
         cache.read(**request_)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_other_impossible_requests(cache: Cache) -> None:
@@ -407,7 +409,7 @@ print(json.dumps(sorted(heavy & set(sys.modules))))
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"threads": 0}, "threads 0: a whole number, at least 1"),
         ({"verify_rows": 1.5}, "verify_rows 1.5: a share from 0 to 1"),
@@ -417,10 +419,10 @@ print(json.dumps(sorted(heavy & set(sys.modules))))
     ],
     ids=str,
 )
-def test_impossible_options(folder: Path, options: dict, told: str) -> None:
+def test_impossible_options(folder: Path, options: dict, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         featcache.open(folder, **options)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_auto_streams_what_is_larger_than_memory() -> None:

@@ -1,5 +1,5 @@
-"""Rejection of crops: the law against the exact one, turns against plain Python, and what is read
-from a cache."""
+"""Crops are rejected: the law against the exact one, view schedules against plain Python, and
+what is read from a cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from featcache import rng
 from featcache.reading import crop_range
 from featcache.reading.cache import Cache
-from featcache.views import draw as view_draw
+from featcache.views import draw
 from featcache.views.policy import Policy
 from tests import student_fixtures as fx
 
@@ -26,10 +26,10 @@ N, V = 6000, 4
 
 def drawn(
     scale: tuple[float, float], size: tuple[int, int], ratio: tuple[float, float], name: str
-) -> view_draw.Drawn:
+) -> draw.DrawnViews:
     """Views of N pictures of one size."""
     policy = Policy(scale=scale, ratio=ratio)
-    return view_draw.draw(
+    return draw.draw_views(
         policy, rng.key_digests(f"{name}{i}" for i in range(N)), np.tile(size, (N, 1)), range(V)
     )
 
@@ -81,14 +81,14 @@ def test_accepted_crops_have_the_law_of_direct_ones(size: tuple[int, int]) -> No
         # Ten failures are no longer rare. A try fits where the area is below ratio / 3, whose mean
         # is 0.338, as the ratio has mean (4/3 - 3/4) / ln(16/9): (1 - 0.258 / 0.92)^10 = 0.037 and
         # (1 - 0.138 / 0.8)^10 = 0.151.
-        centre = view_draw.central_box(Policy(), np.array([size]))
+        centre = draw.central_box(Policy(), np.array([size]))
         shares = [(each.crop == centre).all(-1).mean() for each in (wide, direct)]
         assert shares == pytest.approx([0.037, 0.151], abs=0.01)
         accepted, every = (
             ~(each.crop == centre).all(-1) & at for each, at in ((wide, accepted), (direct, every))
         )
 
-    def features(views: view_draw.Drawn, at: np.ndarray) -> list[np.ndarray]:
+    def features(views: draw.DrawnViews, at: np.ndarray) -> list[np.ndarray]:
         top, left, height, width = views.crop[at].astype(np.float64).T
         return [
             views.area[at],
@@ -133,7 +133,7 @@ def test_within(inner: crop_range.Scale, outer: crop_range.Scale, expected: bool
     assert crop_range.is_within(inner, outer) is expected
 
 
-# --- turns ----------------------------------------------------------------------------------------
+# --- view schedule --------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
@@ -143,16 +143,16 @@ def test_within(inner: crop_range.Scale, outer: crop_range.Scale, expected: bool
     epoch=st.integers(0, 10**6),
     seed=st.integers(0, 10**6),
 )
-def test_turns_are_those_of_plain_python(n: int, count: int, epoch: int, seed: int) -> None:
+def test_the_schedule_is_that_of_plain_python(n: int, count: int, epoch: int, seed: int) -> None:
     """accepted[(epoch + first word of the key's digest) mod A]; in any order of the pictures and
     any batch of them."""
-    draw = np.random.default_rng(seed)
-    accepted = draw.random((n, count)) < 0.6
-    accepted[np.arange(n), draw.integers(0, count, n)] = True
+    random = np.random.default_rng(seed)
+    accepted = random.random((n, count)) < 0.6
+    accepted[np.arange(n), random.integers(0, count, n)] = True
     keys = [f"{seed}/{i}" for i in range(n)]
     digests = rng.key_digests(keys)
-    turns = crop_range.ViewSchedule.of(digests, accepted)
-    batch = draw.permutation(n)[: draw.integers(1, n + 1)]
+    schedule = crop_range.ViewSchedule.of(digests, accepted)
+    batch = random.permutation(n)[: random.integers(1, n + 1)]
     expected = []
     for i in batch.tolist():
         word = int.from_bytes(
@@ -160,8 +160,8 @@ def test_turns_are_those_of_plain_python(n: int, count: int, epoch: int, seed: i
         )
         mine = [view for view in range(count) if accepted[i, view]]
         expected.append(mine[(epoch + word) % len(mine)])
-    assert turns.view(digests[batch], epoch).tolist() == expected
-    shuffled = draw.permutation(n)
+    assert schedule.view(digests[batch], epoch).tolist() == expected
+    shuffled = random.permutation(n)
     again = crop_range.ViewSchedule.of(digests[shuffled], accepted[shuffled])
     assert again.view(digests[batch], epoch).tolist() == expected
 
@@ -171,18 +171,18 @@ def test_every_accepted_view_equally_often() -> None:
     and no other."""
     accepted = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]], bool)
     digests = rng.key_digests("abcd")
-    turns = crop_range.ViewSchedule.of(digests, accepted)
-    shown = np.stack([turns.view(digests, 7 + epoch) for epoch in range(12)])
-    times = [np.bincount(column, minlength=4).tolist() for column in shown.T]
+    schedule = crop_range.ViewSchedule.of(digests, accepted)
+    views_shown = np.stack([schedule.view(digests, 7 + epoch) for epoch in range(12)])
+    times = [np.bincount(column, minlength=4).tolist() for column in views_shown.T]
     assert times == [[0, 12, 0, 0], [6, 0, 0, 6], [4, 4, 0, 4], [3, 3, 3, 3]]
 
 
 def test_all_accepted_is_the_usual_turn() -> None:
     digests = rng.key_digests(f"k{i}" for i in range(200))
-    turns = crop_range.ViewSchedule.of(digests, np.ones((200, 3), bool))
+    schedule = crop_range.ViewSchedule.of(digests, np.ones((200, 3), bool))
     for epoch in (0, 1, 2**33):
         assert (
-            turns.view(digests, epoch).tolist() == view_draw.stored_view(digests, epoch, 3).tolist()
+            schedule.view(digests, epoch).tolist() == draw.stored_view(digests, epoch, 3).tolist()
         )
 
 

@@ -226,7 +226,7 @@ def test_no_row_of_one_decoder_passes_for_the_others(ffcv: None, name: str, othe
     """The identity is compared first; were it not, the proof itself would find every row of every
     view."""
     with Cache(cache_of(name)) as cache:
-        source = pixel_path.open_through(packed(), other)
+        source = pixel_path.open_with_decoder(packed(), other)
         policy = policy_from_dict(cache.identity["policy"])
         filter = "area" if other == "ffcv" else "bicubic"
         for row, key in enumerate(cache.keys):
@@ -413,4 +413,4 @@ def test_a_dataset_of_a_users_own_trainer_takes_the_caches_path(ffcv: None) -> N
     with pytest.raises(IdentityError, match="decoder is 'ffcv' there, 'pillow' here"):
         Dataset(tars(), cache_of("ffcv"))
     with pytest.raises(IdentityError, match="decoder is 'pillow' there, 'ffcv' here"):
-        Dataset(pixel_path.open_through(packed(), "ffcv"), cache_of("tar"))
+        Dataset(pixel_path.open_with_decoder(packed(), "ffcv"), cache_of("tar"))

@@ -171,16 +171,16 @@ def test_a_flip_anywhere_is_harmless_or_named(
     path = files[file % len(files)]
     at %= path.stat().st_size
     flip(path, at, bit)
-    told = ""
+    message = ""
     try:
         with featcache.open(folders[kind]) as cache:
             assert list(cache.keys) == KEYS
             check_all(cache, tokens)
     except UserError as error:
-        told = str(error)
+        message = str(error)
     finally:
         flip(path, at, bit)
-    assert not told or str(path) in told
+    assert not message or str(path) in message
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
@@ -359,23 +359,23 @@ def test_neighbours_are_read_together_and_each_is_checked(
 def test_a_share_of_the_rows_is_checked_and_others_the_next_time(copy: Path) -> None:
     """So that a bad row is met in the end, however small the share; none at all with 0."""
     flip(copy / CHUNK, 240 + 3)
-    told = {}
+    errors = {}
     for share in (0.0, 0.1, 0.5, 1.0):
         with featcache.open(copy, verify_rows=share) as cache:
-            told[share] = 0
+            errors[share] = 0
             for _ in range(200):
                 try:
                     cache.read([5, 6, 7], 1)
                 except UserError:
-                    told[share] += 1
+                    errors[share] += 1
             chosen = np.mean(
                 [cache._choose_rows(np.arange(1000), np.arange(1000) % 3).mean() for _ in range(20)]
             )
             assert abs(chosen - share) < 0.02
-    assert told[0.0] == 0
-    assert told[1.0] == 200
-    assert 10 < told[0.1] < 30
-    assert 80 < told[0.5] < 120
+    assert errors[0.0] == 0
+    assert errors[1.0] == 200
+    assert 10 < errors[0.1] < 30
+    assert 80 < errors[0.5] < 120
 
 
 def test_bytes_that_went_wrong_on_their_way_are_not_blamed_on_a_file(
@@ -786,13 +786,13 @@ range_reader._INLINE_BYTES, callers = 0, int(sys.argv[2])
 with featcache.open(sys.argv[1]) as cache:
     whole = cache.read(range(8), 1)["features"]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-told = []
+failures = []
 def read(cache, check):
     try:
         for _ in range(20):
             np.testing.assert_array_equal(cache.read(range(8), 1, check=check)["features"], whole)
     except BaseException as error:
-        told.append((free, check, error))
+        failures.append((free, check, error))
 for free in range(callers, 10):
     for check in (True, False):
         held, cache = [], featcache.open(sys.argv[1], threads=2)
@@ -811,7 +811,7 @@ for free in range(callers, 10):
         for fd in held:
             os.close(fd)
         cache.close()
-sys.exit(str(told) if told else 0)
+sys.exit(str(failures) if failures else 0)
 """
     ran = python(code, folder, callers)
     assert ran.returncode == 0, ran.stderr

@@ -17,8 +17,7 @@ import crc32c
 import pytest
 
 from featcache.errors import UserError
-from featcache.storage import commit, json_file
-from featcache.storage import owner as storage_owner
+from featcache.storage import commit, json_file, owner
 from featcache.storage.store import SHARDS, folder_path, record_path
 from tests.store_contract import dead_process, files_below
 
@@ -226,16 +225,16 @@ def test_two_may_adopt_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # ---------------------------------------------------------------- who is dead
 
 
-def leftover(cache: Path, owner: str) -> Path:
-    path = cache / SHARDS / f"{SHARD}.{STORE}.{owner}.tmp"
+def leftover(cache: Path, writer: str) -> Path:
+    path = cache / SHARDS / f"{SHARD}.{STORE}.{writer}.tmp"
     path.mkdir(parents=True)
     (path / "a.bin").write_bytes(b"half")
     return path
 
 
 def test_here_a_writer_is_dead_when_its_process_is(tmp_path: Path) -> None:
-    host = storage_owner._host()
-    mine = storage_owner.writer_id()
+    host = owner._host()
+    mine = owner.writer_id()
     started = mine.rpartition("-")[2].partition("x")[0]
     assert mine.startswith(f"{host}-{os.getpid()}-{started}x")
     assert not commit.is_abandoned(leftover(tmp_path, f"{host}-{os.getpid()}-{started}x00000000"))
@@ -247,17 +246,16 @@ def test_here_a_writer_is_dead_when_its_process_is(tmp_path: Path) -> None:
     not Path("/proc/self/stat").exists(), reason="the system does not tell when a process started"
 )
 def test_another_process_of_the_same_number_is_not_taken_for_the_writer(tmp_path: Path) -> None:
-    assert commit.is_abandoned(
-        leftover(tmp_path, f"{storage_owner._host()}-{os.getpid()}-1x00000000")
-    )
+    assert commit.is_abandoned(leftover(tmp_path, f"{owner._host()}-{os.getpid()}-1x00000000"))
 
 
 @pytest.mark.parametrize(
-    "owner", ["elsewhere+0a1b-12-5x00ff00ff", "two-words_and-more+0-1-5x0", "old.style-12-0011aabb"]
+    "writer",
+    ["elsewhere+0a1b-12-5x00ff00ff", "two-words_and-more+0-1-5x0", "old.style-12-0011aabb"],
 )
-def test_of_other_hosts_a_day_without_change_is_death(tmp_path: Path, owner: str) -> None:
+def test_of_other_hosts_a_day_without_change_is_death(tmp_path: Path, writer: str) -> None:
     """Process numbers of other machines, and of other containers of this one, say nothing here."""
-    path = leftover(tmp_path, owner)
+    path = leftover(tmp_path, writer)
     assert not commit.is_abandoned(path)
     age(path, DAY_S - 600)
     assert not commit.is_abandoned(path)
@@ -295,7 +293,7 @@ def test_a_leftover_that_goes_while_it_is_looked_at_is_not_dead(
 def test_leftovers_are_each_named_once(tmp_path: Path) -> None:
     """Folders of dead writers, temporary files of theirs beside the manifest and the records, and
     replaced shards."""
-    dead = f"{storage_owner._host()}-{dead_process()}-1x00000000"
+    dead = f"{owner._host()}-{dead_process()}-1x00000000"
     published(tmp_path)
     for path in (
         tmp_path / f".manifest.json.{dead}.tmp",
@@ -307,7 +305,7 @@ def test_leftovers_are_each_named_once(tmp_path: Path) -> None:
         *(tmp_path / SHARDS).glob(".*.tmp"),
         leftover(tmp_path, dead),
     }
-    (tmp_path / f".manifest.json.{storage_owner.writer_id()}.tmp").write_bytes(b"being written")
+    (tmp_path / f".manifest.json.{owner.writer_id()}.tmp").write_bytes(b"being written")
     (tmp_path / "notes.txt").write_bytes(b"of the user")
     listed = list(commit.leftovers(tmp_path))
     assert set(listed) == found
@@ -319,14 +317,14 @@ def test_leftovers_are_each_named_once(tmp_path: Path) -> None:
 
 def test_set_aside_and_put_back(tmp_path: Path) -> None:
     before = published(tmp_path)
-    commit.set_aside(tmp_path, SHARD, STORE)
+    commit.move_to_backup(tmp_path, SHARD, STORE)
     assert not record_path(tmp_path, SHARD).exists()
     assert not folder_path(tmp_path, SHARD, STORE).exists()
     assert len(files_below(tmp_path)) == len(before)
     assert list(commit.leftovers(tmp_path)) == []  # its replacement has not come
     commit.recover(tmp_path, STORE, [SHARD])
-    commit.set_aside(tmp_path, SHARD, STORE)  # once more does no harm
-    commit.put_back(tmp_path, SHARD, STORE)
+    commit.move_to_backup(tmp_path, SHARD, STORE)  # once more does no harm
+    commit.restore_backup(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == before
 
 
@@ -338,9 +336,9 @@ def test_a_shard_of_which_a_part_is_missing_can_be_set_aside(tmp_path: Path, mis
     else:
         shutil.rmtree(folder_path(tmp_path, SHARD, STORE))
     left = files_below(tmp_path)
-    commit.set_aside(tmp_path, SHARD, STORE)
+    commit.move_to_backup(tmp_path, SHARD, STORE)
     assert files_below(tmp_path).keys().isdisjoint(left)
-    commit.put_back(tmp_path, SHARD, STORE)
+    commit.restore_backup(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == left
 
 
@@ -359,44 +357,44 @@ def test_a_death_between_the_two_moves_of_set_aside_is_made_good(
 
     monkeypatch.setattr(Path, "rename", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        commit.set_aside(tmp_path, SHARD, STORE)
+        commit.move_to_backup(tmp_path, SHARD, STORE)
     monkeypatch.undo()
     assert not record_path(tmp_path, SHARD).exists()
-    commit.set_aside(tmp_path, SHARD, STORE)
+    commit.move_to_backup(tmp_path, SHARD, STORE)
     assert not folder_path(tmp_path, SHARD, STORE).exists()
-    commit.put_back(tmp_path, SHARD, STORE)
+    commit.restore_backup(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == before
 
 
 def test_a_replaced_shard_stays_and_the_old_one_goes(tmp_path: Path) -> None:
     published(tmp_path, {"a.bin": b"damaged"})
-    commit.set_aside(tmp_path, SHARD, STORE)
+    commit.move_to_backup(tmp_path, SHARD, STORE)
     published(tmp_path)
     complete = {f"{SHARD}.json", f"{SHARD}.{STORE}"}
     listed = list(commit.leftovers(tmp_path))
     assert len(listed) == 2
     assert {path.name for path in listed} == names(tmp_path) - complete
-    commit.put_back(tmp_path, SHARD, STORE)  # a new shard has come: nothing to undo
+    commit.restore_backup(tmp_path, SHARD, STORE)  # a new shard has come: nothing to undo
     assert names(tmp_path) == complete
     assert commit.check_shard(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
 
 
 def test_what_was_set_aside_can_be_forgotten(tmp_path: Path) -> None:
     published(tmp_path)
-    commit.set_aside(tmp_path, SHARD, STORE)
-    commit.forget_aside(tmp_path, SHARD, STORE)
-    commit.forget_aside(tmp_path, SHARD, STORE)
+    commit.move_to_backup(tmp_path, SHARD, STORE)
+    commit.remove_backup(tmp_path, SHARD, STORE)
+    commit.remove_backup(tmp_path, SHARD, STORE)
     assert names(tmp_path) == set()
 
 
 def test_a_shard_that_is_damaged_again_is_set_aside_again(tmp_path: Path) -> None:
     """A repair died after the new shard came and before the old one was forgotten."""
     published(tmp_path, {"a.bin": b"damaged"})
-    commit.set_aside(tmp_path, SHARD, STORE)
+    commit.move_to_backup(tmp_path, SHARD, STORE)
     second = {name: data for name, data in published(tmp_path).items() if ".bad" not in name}
-    commit.set_aside(tmp_path, SHARD, STORE)
+    commit.move_to_backup(tmp_path, SHARD, STORE)
     assert not record_path(tmp_path, SHARD).exists()
-    commit.put_back(tmp_path, SHARD, STORE)
+    commit.restore_backup(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == second
 
 
@@ -405,11 +403,11 @@ def test_put_back_replaces_what_was_never_finished(tmp_path: Path, again: bool) 
     """The replacement's writer died between its two renames; a second repair may begin where the
     first one did."""
     old = published(tmp_path, {"a.bin": b"damaged"})
-    commit.set_aside(tmp_path, SHARD, STORE)
+    commit.move_to_backup(tmp_path, SHARD, STORE)
     unrecorded(tmp_path)
     if again:
-        commit.set_aside(tmp_path, SHARD, STORE)
-    commit.put_back(tmp_path, SHARD, STORE)
+        commit.move_to_backup(tmp_path, SHARD, STORE)
+    commit.restore_backup(tmp_path, SHARD, STORE)
     assert files_below(tmp_path) == old
 
 

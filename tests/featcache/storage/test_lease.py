@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache.storage import lease
-from featcache.storage import owner as storage_owner
+from featcache.storage import lease, owner
 from featcache.storage.store import SHARDS
 from tests.conftest import python
 
@@ -35,9 +34,9 @@ def taken(cache: Path) -> Iterator[lease.Lease]:
     held.release()
 
 
-def left_by(cache: Path, owner: str, age_s: float = 0.0) -> Path:
+def left_by(cache: Path, writer: str, age_s: float = 0.0) -> Path:
     path = lease.lease_path(cache, "000000")
-    path.write_text(owner)
+    path.write_text(writer)
     os.utime(path, (time.time() - age_s,) * 2)
     return path
 
@@ -88,7 +87,7 @@ def test_one_of_a_dead_process_is_taken_over_at_once(cache: Path) -> None:
     assert not lease.is_held(cache, "000000")
     held = lease.acquire(cache, "000000")
     assert held is not None
-    assert path.read_text().startswith(storage_owner.writer_id().rpartition("-")[0])
+    assert path.read_text().startswith(owner.writer_id().rpartition("-")[0])
     held.release()
     assert not path.exists()
 
@@ -98,7 +97,7 @@ def test_one_of_a_zombie_is_taken_over(cache: Path) -> None:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(write, storage_owner.writer_id().encode())
+        os.write(write, owner.writer_id().encode())
         os._exit(0)
     try:
         left_by(cache, os.read(read, 1000).decode())
@@ -202,7 +201,7 @@ def test_where_there_are_no_hard_links(cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "link", link)
     first = lease.acquire(cache, "000000")
     assert first is not None
-    assert storage_owner.is_here(first.path.read_text())
+    assert owner.is_here(first.path.read_text())
     assert lease.acquire(cache, "000000") is None
     first.release()
     left_by(cache, dead_owner())

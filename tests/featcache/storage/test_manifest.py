@@ -178,7 +178,7 @@ def test_refusal_names_field_grade_and_both_values() -> None:
 def test_a_refusal_names_the_option_that_cures_it(change: dict, told: str) -> None:
     with pytest.raises(IdentityError) as caught:
         storage_identity.refuse_mismatch(
-            make(), make(**change), "w", "todo", ("fatal", "lossy", "layout"), cures=True
+            make(), make(**change), "w", "todo", ("fatal", "lossy", "layout"), show_fixes=True
         )
     assert told in str(caught.value)
 
@@ -187,7 +187,7 @@ def test_every_option_of_a_field_exists() -> None:
     from featcache.commands.extract import command
 
     known = {name for param in command.params for name in param.opts}
-    assert {option for _, option in storage_identity.OPTIONS} <= known
+    assert {option for _, option in storage_identity.FIELD_OPTIONS} <= known
 
 
 def test_title_counts_what_is_stored() -> None:

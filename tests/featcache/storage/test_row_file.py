@@ -112,7 +112,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         file.append(np.zeros(5, np.uint8))
     monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC
-    file.abandon()
+    file.abort()
     assert (tmp_path / "file").read_bytes() == b""
 
 
@@ -124,16 +124,16 @@ def test_a_failed_sync_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         file.close()
-    file.abandon()
+    file.abort()
 
 
 def test_abandon_closes_once_and_for_all(tmp_path: Path) -> None:
     file = RowFile(tmp_path / "file")
     fd = file.fd
-    file.abandon()
+    file.abort()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
     other = os.open(tmp_path / "file", os.O_RDONLY)  # may well get the same number
-    file.abandon()
+    file.abort()
     os.fstat(other)
     os.close(other)

@@ -346,8 +346,8 @@ def test_a_shard_extracted_again_is_read_with_its_new_index(tmp_path: Path) -> N
         CONTRACT.publish(tmp_path, data, keys=keys)
         got = CONTRACT.read(tmp_path, ARRAYS[0], 2, np.arange(3))
         np.testing.assert_array_equal(got, np.moveaxis(data["features"], 1, 0))
-        commit.set_aside(tmp_path, SHARD, "webdataset")
-        commit.forget_aside(tmp_path, SHARD, "webdataset")
+        commit.move_to_backup(tmp_path, SHARD, "webdataset")
+        commit.remove_backup(tmp_path, SHARD, "webdataset")
 
 
 def test_what_stays_in_memory_is_bounded(tmp_path: Path) -> None:

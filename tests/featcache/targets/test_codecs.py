@@ -56,21 +56,21 @@ def test_a_normalised_token_never_leaves_the_range(width: int) -> None:
     y[..., 0] = 1e20
     h, stats = levels.normalise(y)
     assert h.abs().max() <= (width - 1) ** 0.5 * (1 + 1e-9)
-    assert bool(codecs.in_range(codecs.CODECS["fp16"].encode(h), stats.float()).all())
+    assert bool(codecs.all_finite(codecs.CODECS["fp16"].encode(h), stats.float()).all())
 
 
 def test_what_is_not_finite_is_told_by_batch_and_level() -> None:
     features, stats = torch.zeros(3, 2, 4, 5), torch.zeros(3, 2, 4, 2)
-    assert codecs.in_range({"features": features}, stats).tolist() == [[True, True]] * 3
+    assert codecs.all_finite({"features": features}, stats).tolist() == [[True, True]] * 3
     features[1, 0, 3, 4] = float("inf")
     stats[2, 1, 0, 1] = float("nan")
-    assert codecs.in_range({"features": features}, stats).tolist() == [
+    assert codecs.all_finite({"features": features}, stats).tolist() == [
         [True, True],
         [False, True],
         [True, False],
     ]
     too_large = codecs.CODECS["fp16"].encode(torch.full((1, 1, 1, 1), 70000.0))
-    assert codecs.in_range(too_large, torch.zeros(1, 1, 1, 2)).tolist() == [[False]]
+    assert codecs.all_finite(too_large, torch.zeros(1, 1, 1, 2)).tolist() == [[False]]
 
 
 @pytest.mark.parametrize("name", sorted(codecs.CODECS))

@@ -20,8 +20,7 @@ from torchvision.transforms.transforms import RandomResizedCrop
 
 from featcache import rng
 from featcache.errors import UsageError, UserError
-from featcache.views import draw as view_draw
-from featcache.views import fingerprint
+from featcache.views import draw, fingerprint
 from featcache.views.policy import Policy, load_policy, policy_from_dict
 from featcache.views.render import render, render_centre
 from tests.conftest import waves
@@ -41,15 +40,17 @@ ZERO_HASH = 2283521107298152996  # of twelve zero bytes, by hashlib
 STILL = (1.0, 1.0, 1.0, 0.0)
 
 
-def draw(key: str, height: int, width: int, count: int = 1, **policy: object) -> view_draw.Drawn:
-    return view_draw.draw(
+def draw_key(
+    key: str, height: int, width: int, count: int = 1, **policy: object
+) -> draw.DrawnViews:
+    return draw.draw_views(
         load_policy(**policy), rng.key_digests([key]), np.array([[height, width]]), range(count)
     )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["key"])
 def test_literal_views(case: dict) -> None:
-    drawn = draw(case["key"], case["height"], case["width"], case["views"], **case["policy"])
+    drawn = draw_key(case["key"], case["height"], case["width"], case["views"], **case["policy"])
     for view, expected in enumerate(case["drawn"]):
         assert drawn.crop[0, view].tolist() == expected["crop"]
         assert drawn.flip[0, view] == expected["flip"]
@@ -66,7 +67,7 @@ def test_golden_file_is_what_its_script_says() -> None:
 
 def test_dtypes_and_shapes() -> None:
     sizes = np.array([[40, 50], [60, 30], [9, 9]])
-    drawn = view_draw.draw(Policy(), rng.key_digests("abc"), sizes, range(2))
+    drawn = draw.draw_views(Policy(), rng.key_digests("abc"), sizes, range(2))
     assert [(a.shape, a.dtype.str) for a in drawn] == [
         ((3, 2, 4), "<i4"),
         ((3, 2), "|u1"),
@@ -87,7 +88,7 @@ def test_boxes_lie_inside_the_picture_and_keep_the_limits(
     height: int, width: int, key: str, seed: int, low: float, span: float
 ) -> None:
     scale = (low, low + (1 - low) * span)
-    drawn = draw(key, height, width, 5, scale=scale, seed=seed)
+    drawn = draw_key(key, height, width, 5, scale=scale, seed=seed)
     for (top, left, h, w), area in zip(drawn.crop[0].tolist(), drawn.area[0].tolist(), strict=True):
         assert 0 <= top <= top + h <= height
         assert 0 <= left <= left + w <= width
@@ -111,8 +112,8 @@ def test_a_draw_depends_on_its_own_key_size_and_view_alone(n: int, at: int, view
     at %= n
     keys, sizes = [f"p{i}" for i in range(n)], np.array([[30 + i, 50 - i] for i in range(n)])
     policy = Policy(jitter=0.3, seed=5)
-    many = view_draw.draw(policy, rng.key_digests(keys), sizes, [7, view, 3])
-    one = view_draw.draw(policy, rng.key_digests(keys[at : at + 1]), sizes[at : at + 1], [view])
+    many = draw.draw_views(policy, rng.key_digests(keys), sizes, [7, view, 3])
+    one = draw.draw_views(policy, rng.key_digests(keys[at : at + 1]), sizes[at : at + 1], [view])
     for together, alone in zip(many, one, strict=True):
         np.testing.assert_array_equal(together[at, 1], alone[0, 0])
 
@@ -121,14 +122,14 @@ def test_law_of_area_flip_and_position() -> None:
     """4,000 keys: areas average as torchvision's, flips are fair, positions even, and the seed
     matters."""
     digests = rng.key_digests(f"{i}" for i in range(4000))
-    drawn = view_draw.draw(Policy(), digests, np.full((4000, 2), 300), [0])
+    drawn = draw.draw_views(Policy(), digests, np.full((4000, 2), 300), [0])
     torchvision = _torchvision_areas(4000)
     assert drawn.area.mean() == pytest.approx(torchvision.mean(), abs=4 * 0.23 * (2 / 4000) ** 0.5)
     assert drawn.flip.mean() == pytest.approx(0.5, abs=4 * 0.5 / 4000**0.5)
     room = 300 - drawn.crop[:, 0, 2]
     share = (drawn.crop[:, 0, 0] + 0.5) / (room + 1)
     assert share.mean() == pytest.approx(0.5, abs=4 * 0.29 / 4000**0.5)
-    other = view_draw.draw(Policy(seed=1), digests, np.full((4000, 2), 300), [0])
+    other = draw.draw_views(Policy(seed=1), digests, np.full((4000, 2), 300), [0])
     assert (other.crop != drawn.crop).any(-1).mean() > 0.99
 
 
@@ -148,18 +149,18 @@ def test_fallback_box_is_torchvisions(height: int, width: int) -> None:
     expected = RandomResizedCrop.get_params(
         torch.zeros(1, height, width), [0.99, 1.0], [3 / 4, 4 / 3]
     )
-    drawn = draw("long", height, width, scale=(0.99, 1.0))
+    drawn = draw_key("long", height, width, scale=(0.99, 1.0))
     assert tuple(drawn.crop[0, 0].tolist()) == expected
     assert drawn.area[0, 0] == np.float32(expected[2] * expected[3] / (height * width))
 
 
 def test_flip_limits() -> None:
-    assert not draw("f", 40, 40, 50, flip=0.0).flip.any()
-    assert draw("f", 40, 40, 50, flip=1.0).flip.all()
+    assert not draw_key("f", 40, 40, 50, flip=0.0).flip.any()
+    assert draw_key("f", 40, 40, 50, flip=1.0).flip.all()
 
 
 def test_jitter_stays_in_its_range_and_uses_every_order() -> None:
-    drawn = draw("j", 40, 40, 600, jitter=0.4)
+    drawn = draw_key("j", 40, 40, 600, jitter=0.4)
     factors = drawn.jitter[0, :, :3]
     assert factors.min() >= np.float32(0.6)
     assert factors.max() <= np.float32(1.4)
@@ -170,7 +171,7 @@ def test_jitter_stays_in_its_range_and_uses_every_order() -> None:
 
 def test_jitter_changes_no_box_and_no_flip() -> None:
     """A jittered policy's boxes are the plain one's: the words of a view have fixed places."""
-    plain, jittered = draw("same", 80, 90, 20), draw("same", 80, 90, 20, jitter=0.4)
+    plain, jittered = draw_key("same", 80, 90, 20), draw_key("same", 80, 90, 20, jitter=0.4)
     np.testing.assert_array_equal(plain.crop, jittered.crop)
     np.testing.assert_array_equal(plain.flip, jittered.flip)
     np.testing.assert_array_equal(plain.jitter, np.tile(np.float32(STILL), (1, 20, 1)))
@@ -249,7 +250,7 @@ def test_clamped_draw_is_one_try_with_its_sides_cut(height: int, width: int) -> 
     """The sampler of MAE's linear probe, in scalar Python from the picture's words."""
     policy = Policy(scale=(0.08, 1.0), seed=3)
     digests = rng.key_digests([f"k{i}" for i in range(200)])
-    drawn = view_draw.draw(policy, digests, np.full((200, 2), (height, width)), [6], clamp=True)
+    drawn = draw.draw_views(policy, digests, np.full((200, 2), (height, width)), [6], clamp=True)
     raw = rng.words(digests, rng.stream("view", 3), 4, view=6)
     cut = 0
     for i, row in enumerate(raw):
@@ -351,11 +352,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "told"), BAD, ids=lambda value: str(value)[:40])
-def test_impossible_policies_are_usage_errors(fields: dict, told: str) -> None:
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_impossible_policies_are_usage_errors(fields: dict, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_policy(**fields)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_unknown_policy_offers_near_names() -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance
 
 from featcache.errors import IdentityError, UsageError
 from featcache.pictures import beton
-from featcache.pictures import decode as picture_decode
+from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import PictureError
 from featcache.views import ffcv_decoder, pixel_path
@@ -23,9 +23,9 @@ from tests.ffcv_files import COUNT, SIZE, photo
 PLAIN = (1.0, 1.0, 1.0, 0.0)  # no jitter
 
 
-def opened(path: Path) -> ffcv_decoder.CompiledSource:
-    source = pixel_path.open_through(path, "ffcv")
-    assert isinstance(source, ffcv_decoder.CompiledSource)
+def opened(path: Path) -> ffcv_decoder.FfcvSource:
+    source = pixel_path.open_with_decoder(path, "ffcv")
+    assert isinstance(source, ffcv_decoder.FfcvSource)
     return source
 
 
@@ -90,9 +90,7 @@ def test_it_is_another_path_than_pillows(ffcv_files: Path) -> None:
     path = ffcv_files / "jpg.beton"
     ours, theirs = open_source(path), opened(path)
     gaps = [
-        np.abs(
-            np.asarray(picture_decode.decode(ours.read(i))).astype(int) - theirs.picture(i).pixels
-        ).max()
+        np.abs(np.asarray(decode(ours.read(i))).astype(int) - theirs.picture(i).pixels).max()
         for i in range(COUNT)
     ]
     assert 1 <= max(gaps) <= 24
@@ -119,14 +117,14 @@ def test_all_but_the_decoder_is_the_files(ffcv_files: Path) -> None:
 
 def _with_jpeg(
     folder: Path, name: str, data: bytes, size: tuple[int, int]
-) -> ffcv_decoder.CompiledSource:
+) -> ffcv_decoder.FfcvSource:
     """A source of one picture with these bytes."""
     (folder / name).write_bytes(data)
     places, sizes = np.array([[0, len(data)]], np.int64), np.array([size], np.int32)
     source = beton.BetonSource(
         str(folder / name), ["k"], places, np.array([beton.JPG], np.uint8), sizes, None
     )
-    return ffcv_decoder.CompiledSource(source)
+    return ffcv_decoder.FfcvSource(source)
 
 
 def _jpeg(pixels: np.ndarray, mode: str = "RGB") -> bytes:
@@ -174,7 +172,7 @@ def test_threads_decode_side_by_side_without_the_gil(ffcv: None, tmp_path: Path)
     rows = np.arange(5000 * 5000, dtype=np.int64).reshape(5000, 5000) * 2654435761 % 251
     pixels = np.repeat(rows.astype(np.uint8)[..., None], 3, 2)
     source = _with_jpeg(tmp_path, "large", _jpeg(pixels), (5000, 5000))
-    decode, begun = ffcv_decoder.compiled_stages()[0], threading.Event()
+    ffcv_decode, begun = ffcv_decoder.compiled_functions()[0], threading.Event()
     data, out = (
         np.frombuffer(bytearray(source.beton.stored(0)), np.uint8),
         np.empty((5000, 5000, 3), np.uint8),
@@ -184,7 +182,7 @@ def test_threads_decode_side_by_side_without_the_gil(ffcv: None, tmp_path: Path)
     def work() -> None:
         begun.set()
         start = time.perf_counter()
-        assert decode(data, 5000, 5000, False, out) == 0
+        assert ffcv_decode(data, 5000, 5000, False, out) == 0
         spans.append((start, time.perf_counter()))
 
     thread = threading.Thread(target=work)

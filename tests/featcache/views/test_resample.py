@@ -15,7 +15,7 @@ from PIL import Image
 from featcache.views import resample
 
 FILTERS = sorted(resample.SUPPORT)
-NEVER, TALL = resample.ORDERS.values()
+NEVER, TALL = resample.PASS_ORDERS.values()
 
 
 @pytest.fixture
@@ -24,11 +24,11 @@ def another_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Non
     after."""
 
     def choose(**orders: resample.Order) -> None:
-        monkeypatch.setattr(resample, "ORDERS", orders)
-        resample.order.cache_clear()
+        monkeypatch.setattr(resample, "PASS_ORDERS", orders)
+        resample.pass_order.cache_clear()
 
     yield choose
-    resample.order.cache_clear()
+    resample.pass_order.cache_clear()
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -49,7 +49,7 @@ def pillows(
 def test_the_installed_pillows_order_is_known() -> None:
     """Else every crop would be resized by Pillow, slowly; a new Pillow's order belongs to
     ORDERS."""
-    assert resample.order() in (NEVER, TALL)
+    assert resample.pass_order() in (NEVER, TALL)
 
 
 @pytest.mark.parametrize("filter", FILTERS)
@@ -104,7 +104,7 @@ def test_when_tall_crops_go_vertically_first(
 
 def test_an_order_that_is_not_known_leaves_it_to_pillow(another_order: Callable[..., None]) -> None:
     another_order(upside_down=lambda height, width, size: not TALL(height, width, size))
-    assert resample.order() is None
+    assert resample.pass_order() is None
     for shape in [(64, 24), (24, 64)]:
         picture = noise(*shape)
         theirs = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC))
@@ -128,11 +128,11 @@ def test_a_pillow_of_either_order_is_told(
         return apart(apart(self, between, filter), size, filter)
 
     monkeypatch.setattr(Image.Image, "resize", resize)
-    resample.order.cache_clear()
+    resample.pass_order.cache_clear()
     try:
-        assert resample.order() is true
+        assert resample.pass_order() is true
     finally:
-        resample.order.cache_clear()
+        resample.pass_order.cache_clear()
 
 
 def test_slender_crops_are_pillows() -> None:

@@ -191,7 +191,7 @@ def test_augmented_views_are_the_drawn_ones() -> None:
         picture = decode(blob)
         sizes = np.array([[picture.height, picture.width]])
         for v, number in enumerate([5, 2]):
-            one = view_draw.draw(
+            one = view_draw.draw_views(
                 policy, rng.key_digests([f"k{row}"]), sizes, views=[number], clamp=True
             )
             want = render(picture, one.crop[0, 0], one.flip[0, 0], one.jitter[0, 0], 8, "bicubic")

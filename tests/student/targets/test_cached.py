@@ -21,7 +21,7 @@ from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
 from featcache.targets.attention import mask_order
-from featcache.views.draw import draw, stored_view
+from featcache.views.draw import draw_views, stored_view
 from featcache.views.policy import Policy
 from student import config, recipes
 from student.data.loader import Loader
@@ -170,7 +170,8 @@ def test_online_targets_equal_an_independent_computation() -> None:
         for i, key in enumerate(host["keys"]):
             view, digest = int(host["view"][i]), rng.key_digests([key])
             with Image.open(fx.pictures() / f"{key}.png") as picture:
-                drawn = draw(policy, digest, np.array([(picture.height, picture.width)]), [view])
+                sizes = np.array([(picture.height, picture.width)])
+                drawn = draw_views(policy, digest, sizes, [view])
                 top, left, height, width = drawn.crop[0, 0].tolist()
                 crop = picture.convert("RGB").crop((left, top, left + width, top + height))
             pixels = np.asarray(crop.resize((fx.SIZE, fx.SIZE), Image.Resampling.BICUBIC))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import student.training.train
 from featcache.pictures.open_source import open_source
-from featcache.views.draw import draw
+from featcache.views.draw import draw_views
 from featcache.views.policy import load_policy
 from featcache.views.render import render
 from student import checkpoint
@@ -154,7 +154,7 @@ def test_the_reproducer_holds_that_very_micro_batch(
     for i, key in enumerate(about["keys"]):
         picture = decode(source.read(list(source.keys).index(key)))
         size = np.array([(picture.height, picture.width)])
-        drawn = draw(policy, rng.key_digests([key]), size, [0])  # epoch 0 shows view 0
+        drawn = draw_views(policy, rng.key_digests([key]), size, [0])  # epoch 0 shows view 0
         pixels = render(
             picture, drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0], 32, policy.filter
         )
