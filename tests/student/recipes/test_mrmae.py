@@ -57,9 +57,8 @@ def reference_fused(
         total = sum(outputs[i - 1] for i in blocks)
         if given.fuse != "last":
             added = reference_stage_fusion(parts_of(w, "stages"), *maps, batch["ids_keep"])
-            nothing = torch.zeros_like(
-                total[:, : given.conv_cls]
-            )  # CLS has no position in the maps
+            # CLS has no position in the maps
+            nothing = torch.zeros_like(total[:, : given.conv_cls])
             total = total + torch.cat([nothing, added], 1)
     assert isinstance(total, Tensor)
     return layer_norm(total, encoder["norm.weight"], encoder["norm.bias"])
