@@ -84,7 +84,7 @@ def test_a_range_that_was_asked_for_departs_from_the_published_one() -> None:
         assert show.record["crops"]["scale"] == [0.6, 1.0]
         whole = view_choice.choose_views(cache, *every(cache), (0.2, 1.0), (0.08, 1.0))
         assert whole.schedule is None
-        assert whole.about == {}
+        assert whole.record == {}
         assert whole.notes == ("crops of 0.08-1 of the area; the recipe was published with 0.2-1",)
         assert len(whole.rows) == 24
 
