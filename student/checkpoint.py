@@ -1,5 +1,5 @@
-"""Checkpoints of a run: one file a step, complete or absent, and read without running anything in
-it.
+"""A checkpoint of a run is one file a step, complete or absent, and read without running anything
+in it.
 
     RUN/checkpoints/step-00000020.pt = {step, model, optimizer, scaler, skipped},
                                          and ema with `--ema`
@@ -42,19 +42,19 @@ def save(run: Path, step: int, content: dict[str, Any]) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first; a file that was being written when its process died is
-    not among them."""
+    """Return the checkpoints of a run, oldest first; a file that was being written when its process
+    died is not among them."""
     return sorted((run / FOLDER).glob("step-*.pt"))
 
 
 def latest_step(run: Path) -> int | None:
-    """The step of a run's newest checkpoint; None where there is none."""
+    """Return the step of a run's newest checkpoint; None where there is none."""
     paths = list_checkpoints(run)
     return int(paths[-1].stem.removeprefix("step-")) if paths else None
 
 
 def load_latest(run: Path) -> dict[str, Any]:
-    """The newest checkpoint's content on the CPU."""
+    """Read the newest checkpoint onto the CPU."""
     paths = list_checkpoints(run)
     if not paths:
         raise UserError(
@@ -76,8 +76,7 @@ def load_latest(run: Path) -> dict[str, Any]:
 def restore(
     run: Path, saved: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> int:
-    """Put a checkpoint's content into model and optimizer (None: its turn comes later); returns its
-    step."""
+    """Load a checkpoint into model and optimizer (None: its turn comes later); return its step."""
     try:
         model.load_state_dict(saved["model"])
         if optimizer is not None:
@@ -88,7 +87,7 @@ def restore(
 
 
 def restore_ema(run: Path, saved: dict[str, Any], average: nn.Module) -> None:
-    """Put a checkpoint's average of the weights (--ema) into a model."""
+    """Load a checkpoint's average of the weights (--ema) into a model."""
     try:
         average.load_state_dict(saved[EMA])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -103,7 +102,7 @@ def _foreign(run: Path, what: str) -> UserError:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """config.json of a run."""
+    """Read config.json of a run."""
     path = run / CONFIG
     if not path.is_file():
         raise UserError(
@@ -119,8 +118,8 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """The newest encoder of a run in eval mode, or the average of its weights, and the recipe's
-    configuration."""
+    """Return the newest encoder of a run in eval mode, or the average of its weights, and the
+    recipe's configuration."""
     settings = read_config(run)["config"]
     saved = load_latest(run)
     if ema and EMA not in saved:

@@ -1,4 +1,4 @@
-"""Before hours are spent: do a teacher's features tell labelled pictures apart at all?
+"""A teacher is checked before hours are spent: its features must tell labelled pictures apart.
 
 Wrong weights, a wrong activation or wrong pixel statistics do not stop a network; they make its
 features worse. So a few hundred labelled pictures are embedded in their centre view (the last
@@ -41,7 +41,7 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Score:
-    """Shares from 0 to 1 of n pictures."""
+    """Holds shares, from 0 to 1, of n pictures that a vote gets right."""
 
     teacher: str
     pictures: int
@@ -68,7 +68,7 @@ class Score:
         )
 
     def refuse(self) -> None:
-        """A UserError at chance level."""
+        """Raise a UserError at chance level."""
         if self.right <= self.needed:
             raise UserError(
                 f"teacher {self.teacher!r} is at chance level on the labelled pictures: k-NN "
@@ -78,7 +78,7 @@ class Score:
 
 
 def check(teacher: Teacher, source: Source, policy: Policy, batch_size: int) -> Score:
-    """The score of a teacher on labelled pictures: class folders, or tars with .cls members."""
+    """Score a teacher on labelled pictures: class folders, or tars with .cls members."""
     if isinstance(teacher, tokenizer.Tokenizer):
         raise UsageError(
             f"--check-teacher: {teacher.name!r} gives discrete tokens, not features; leave it out"
@@ -104,7 +104,7 @@ def check(teacher: Teacher, source: Source, policy: Policy, batch_size: int) -> 
 
 
 def _choose(source: Source) -> tuple[I64, I64]:
-    """Numbers and labels of up to PER_CLASS pictures of up to CLASSES classes, both evenly
+    """Return indices and labels of up to PER_CLASS pictures of up to CLASSES classes, both evenly
     spread."""
     labels = source.labels
     if labels is None:
@@ -128,7 +128,7 @@ def _choose(source: Source) -> tuple[I64, I64]:
 
 
 def _spread(count: int, limit: int) -> I64:
-    """Up to `limit` numbers below `count`, evenly.
+    """Return up to `limit` numbers below `count`, evenly spread.
 
     >>> _spread(10, 4).tolist(), _spread(3, 4).tolist()
     ([0, 2, 5, 7], [0, 1, 2])
@@ -142,14 +142,14 @@ def _view(source: Source, index: int, size: int, filter: str) -> npt.NDArray[np.
         return render_centre(decode(source.read(index)), size, CROP_PCT, filter)
     except (PictureError, OSError) as error:
         raise UserError(
-            f"--check-teacher: picture {source.keys[index]!r} cannot be used: {error}; mend it or "
+            f"--check-teacher: picture {source.keys[index]!r} cannot be used: {error}; fix it or "
             "take it away"
         ) from error
 
 
 @torch.no_grad()
 def _embed(teacher: Teacher, pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """(B, S, S, 3) -> (B, D): [CLS] of the last level, normalised."""
+    """Map pixels (B, S, S, 3) to features (B, D): [CLS] of the last level, normalised."""
     batch = (
         torch.from_numpy(pixels).to(precision.device_of(teacher)).permute(0, 3, 1, 2).contiguous()
     )

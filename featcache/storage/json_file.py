@@ -26,7 +26,7 @@ def canonical(value: Any) -> bytes:
 
 
 def digest(value: Any) -> str:
-    """BLAKE2b-128 of the canonical JSON."""
+    """Return BLAKE2b-128 of the canonical JSON."""
     return hashlib.blake2b(canonical(value), digest_size=16).hexdigest()
 
 
@@ -79,8 +79,8 @@ def sweep(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON of a cache; a missing, cut or changed file is a UserError that says what
-    mends it."""
+    """Read the object in a JSON of a cache; a missing, cut or changed file is a UserError that says
+    what fixes it."""
     try:
         data = path.read_bytes()
         value = json.loads(data)
@@ -113,8 +113,8 @@ def _repair(path: Path) -> str:
 
 
 def cache_of(path: Path) -> Path:
-    """The cache that a JSON lies in: beside the manifest or below shards/, of the cache or of what
-    was added to it.
+    """Return the cache that a JSON lies in: beside the manifest or below shards/, of the cache or
+    of what was added to it.
 
     >>> names = ("c/manifest.json", "c/parts/dino/shards/000000.json")
     >>> [str(cache_of(Path(name))) for name in names]

@@ -14,7 +14,7 @@ from featcache.errors import UsageError
 
 
 class _Evals(click.Group):
-    """One command for each file in student/evals."""
+    """Offers one command for each file in student/evals."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         from student import evals

@@ -1,1 +1,1 @@
-"""Batches: the order of samples, reading and decoding, prefetching to the device."""
+"""Batches are sampled, decoded and read, and prefetched to the device."""

@@ -1,5 +1,5 @@
-"""Batches as a pure function of (seed, step): pictures decoded and targets read by threads, some
-batches ahead.
+"""The loader makes batches, a pure function of (seed, step): threads decode pictures and read
+targets some batches ahead.
 
 An optimiser step takes one global batch of the epoch's order; micro-batch j of process r takes its
 slice, so the same pictures make the same step for any number of processes and any accumulation. A
@@ -35,7 +35,7 @@ Memory = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Begun:
-    """A micro-batch, the memory it lies in, and what is still at work on its pictures."""
+    """Holds a micro-batch, the memory it lies in, and the tasks still at work on its pictures."""
 
     host: HostBatch
     memory: Memory
@@ -49,8 +49,8 @@ class _Begun:
 
 @dataclass(kw_only=True)
 class Loader:
-    """`pictures` (n,) are the source's numbers of the training pictures, `digests` (n, 2) their
-    keys'."""
+    """Makes the batches of one process. `pictures` (n,) are the source's indices of the training
+    pictures, `digests` (n, 2) those of their keys."""
 
     source: Source
     targets: Targets
@@ -100,24 +100,26 @@ class Loader:
         return len(self.pictures) // (self.global_batch // self.repeats)
 
     def rows(self, step: int, micro: int = 0) -> tuple[npt.NDArray[np.int64], int]:
-        """Numbers (B,) of the training pictures of a micro-batch on this process, and the epoch."""
+        """Return indices (B,) of the training pictures of a micro-batch on this process, and the
+        epoch."""
         first = (micro * self.world + self.rank) * self.batch_size
         at, epoch = self.step_rows(step)
         return at[first : first + self.batch_size], epoch
 
     def step_rows(self, step: int) -> tuple[npt.NDArray[np.int64], int]:
-        """Numbers (global batch,) of the training pictures of a step over all processes, and the
-        epoch."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        """Return indices (global batch,) of the training pictures of a step over all processes, and
+        the epoch."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         count = self.global_batch // self.repeats
-        return np.repeat(self._order.step(epoch, place * count, count), self.repeats), epoch
+        rows = self._order.step(epoch, step_in_epoch * count, count)
+        return np.repeat(rows, self.repeats), epoch
 
     def _rounds(self, count: int, epoch: int) -> npt.NDArray[np.int64]:
-        """How often each of so many samples was shown before the epoch's own showing."""
+        """Count how often each of `count` samples was shown before the epoch's own showing."""
         return epoch * self.repeats + np.arange(count) % self.repeats
 
     def _moments_of(self, step: int) -> npt.NDArray[np.float32] | None:
-        """Of the whole batch of a step, the same on every process (Targets.moments)."""
+        """Return the moments of the whole batch of a step, the same on every process."""
         if self.targets.moments is None:
             return None
         at, epoch = self.step_rows(step)
@@ -126,8 +128,8 @@ class Loader:
         )
 
     def iterate(self, first_step: int, last_step: int) -> Generator[HostBatch, None, None]:
-        """Micro-batches of the steps in [first_step, last_step), in order. A batch is good until
-        the next one is asked for: then its memory is filled again."""
+        """Yield the micro-batches of the steps in [first_step, last_step), in order. A batch is
+        good until the next one is asked for: then its memory is filled again."""
         wanted = (
             (step, micro)
             for step in range(first_step, last_step)
@@ -159,15 +161,15 @@ class Loader:
                 decoders.shutdown(wait=False, cancel_futures=True)
 
     def batch(self, step: int, micro: int, decoders: ThreadPoolExecutor) -> HostBatch:
-        """One micro-batch in memory of its own: `pixels` (B, S, S, 3) uint8, the stored arrays,
-        `view`, `round` (how often each picture was shown before), `at`, `digests`, `epoch`, `keys`,
-        and `masks` where drawn here."""
+        """Make one micro-batch in memory of its own: `pixels` (B, S, S, 3) uint8, the stored
+        arrays, `view`, `round` (how often each picture was shown before), `at`, `digests`, `epoch`,
+        `keys`, and `masks` where drawn here."""
         return self._begin(step, micro, decoders, None).finish()
 
     def _begin(
         self, step: int, micro: int, decoders: ThreadPoolExecutor, memory: Memory | None
     ) -> _Begun:
-        """A micro-batch whose targets and masks are there, while its pictures are under way."""
+        """Begin a micro-batch: its targets and masks are there, its pictures are under way."""
         if memory is None:
             memory = buffers.allocate(self.targets.layout(), self.batch_size, self.pin)
         at, epoch = self.rows(step, micro)
@@ -197,10 +199,11 @@ class Loader:
     def _hashes(
         self, at: npt.NDArray[np.int64], view: npt.NDArray[np.int64], checked: npt.NDArray[np.bool_]
     ) -> dict[int, int]:
-        """Stored hashes of the samples that are checked, by their place in the batch."""
-        places = np.flatnonzero(checked)
-        stored = self.targets.hashes(at[places], view[places]) if len(places) else None
-        return {} if stored is None else dict(zip(places.tolist(), stored.tolist(), strict=True))
+        """Return the stored hashes of the samples that are checked, by their position in the
+        batch."""
+        rows = np.flatnonzero(checked)
+        stored = self.targets.hashes(at[rows], view[rows]) if len(rows) else None
+        return {} if stored is None else dict(zip(rows.tolist(), stored.tolist(), strict=True))
 
     def _samples(self, host: HostBatch, starts: Sequence[int], hashes: Mapping[int, int]) -> None:
         for start in starts:
@@ -216,7 +219,7 @@ class Loader:
                 picture = pixel_path.decode_picture(self.source, int(self.pictures[at]))
             except (PictureError, OSError) as error:
                 raise UserError(
-                    f"picture {key!r} cannot be used in training: {error}; mend it, or remove it"
+                    f"picture {key!r} cannot be used in training: {error}; fix it, or remove it"
                 ) from error
             for i in samples:
                 rendered = self.targets.render(

@@ -1,4 +1,4 @@
-"""From batches on the host to what a recipe takes on the device, one batch ahead of the step that
+"""Host batches are brought to the device as a recipe takes them, one batch ahead of the step that
 is being computed.
 
 On a GPU a side stream copies the next batch from page-locked memory (uint8 pixels, targets as they
@@ -29,8 +29,8 @@ Marks = tuple[torch.cuda.Event, torch.cuda.Event]
 def to_device(
     config: RecipeConfig, targets: Targets, host: HostBatch, device: torch.device, seed: int
 ) -> dict[str, Tensor]:
-    """A host batch as the recipe takes it: normalised images (B, 3, S, S), decoded features, masks.
-    Nothing in it shares memory with the host batch, which is filled again."""
+    """Return a host batch as the recipe takes it: normalised images (B, 3, S, S), decoded features,
+    masks. Nothing in it shares memory with the host batch, which is filled again."""
     pixels = torch.from_numpy(host["pixels"]).to(device, non_blocking=True).permute(0, 3, 1, 2)
     mean, std = _statistics(device)
     features, sources = targets.complete(host, device)
@@ -55,8 +55,8 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PrefetchedBatch:
-    """A batch, its sample keys, and what the device waited for it in seconds (known once the device
-    is there)."""
+    """Holds a batch, its sample keys, and the seconds that the device waited for it (known once the
+    device is there)."""
 
     batch: dict[str, Tensor]
     keys: list[str]
@@ -64,13 +64,14 @@ class PrefetchedBatch:
 
 
 class WaitTime:
-    """Seconds without work for want of a batch: on a GPU those between marks in its own queue."""
+    """Measures seconds without work for want of a batch: on a GPU those between two marks in its
+    own queue."""
 
     def __init__(self, seconds: float = 0.0, marks: Sequence[Marks] = ()) -> None:
         self._seconds, self._marks = seconds, marks
 
     def item(self) -> float:
-        """The number; waits until the device has passed the last mark."""
+        """Return the number; waits until the device has passed the last mark."""
         for begun, ended in self._marks:
             ended.synchronize()
             self._seconds += begun.elapsed_time(ended) / 1000
@@ -79,7 +80,7 @@ class WaitTime:
 
 
 class WaitShare:
-    """The share of a step's seconds that was spent waiting, from 0 to 1."""
+    """Measures the share of a step's seconds that was spent waiting, from 0 to 1."""
 
     def __init__(self, waits: list[WaitTime], seconds: float) -> None:
         self._waits, self._seconds = waits, seconds
@@ -92,8 +93,8 @@ class WaitShare:
 
 
 class Prefetcher:
-    """Batches of `batches`, on the device. `take` gives the next; `bring`, called when the work on
-    it is in the device's queue, prepares the one after meanwhile."""
+    """Brings batches to the device. `take` gives the next; `bring`, called when the work on it is
+    in the device's queue, prepares the one after meanwhile."""
 
     def __init__(
         self,
@@ -115,8 +116,8 @@ class Prefetcher:
         self._copied: torch.cuda.Event | None = None  # the last host batch has been read
 
     def take(self) -> PrefetchedBatch:
-        """The next batch; StopIteration after the last. Its teacher, where one is in the loop, runs
-        here, in the step it is a part of."""
+        """Return the next batch; StopIteration after the last. Its teacher, where one is in the
+        loop, runs here, in the step it is a part of."""
         if self._side is None:
             start = time.perf_counter()
             host = next(self.batches)
@@ -157,7 +158,7 @@ class Prefetcher:
         return {"keys": host["keys"]}, batch, [marks]
 
     def _host(self, main: torch.cuda.Stream) -> tuple[HostBatch, Marks]:
-        """The next host batch, and what the device stood still for it. Asking gives the memory of
+        """Return the next host batch, and marks around the wait for it. Asking gives the memory of
         the last one back, which must have been read."""
         if self._copied is not None:
             self._copied.synchronize()

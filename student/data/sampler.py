@@ -1,4 +1,5 @@
-"""The order of pictures, a pure function of (seed, epoch): rows at random, or blocks of neighbours.
+"""The sampler orders pictures, a pure function of (seed, epoch): rows at random, or blocks of
+neighbours.
 
 n training pictures, G pictures a step over all processes.
 """
@@ -21,18 +22,18 @@ WINDOW = 16
 
 
 class SampleOrder:
-    """Every epoch shows each picture once. With `places` (n,), where each picture lies in storage,
-    blocks of 64 neighbours come in random order and rows are shuffled within windows of 16 blocks,
-    for disks on which opening a file is dear. Blocks begin elsewhere in each epoch, so that no two
-    pictures are bound to each other."""
+    """Orders the pictures of every epoch, each once. With `places` (n,), each picture's position in
+    storage, blocks of 64 neighbours come in random order and rows are shuffled within windows of 16
+    blocks, for disks on which opening a file is dear. Blocks begin elsewhere in each epoch, so that
+    no two pictures are bound to each other."""
 
     def __init__(self, n: int, seed: int, places: I64 | None = None) -> None:
         self.n, self.seed, self.places = n, seed, places
         self._of_epoch = lru_cache(2)(self._rows if places is None else self._blocks)
 
     def step(self, epoch: int, first: int, count: int) -> I64:
-        """(G,) numbers of the pictures [first, first + count) of an epoch. Of blocks, those of a
-        step are in storage order, so that each process has its own files."""
+        """Return indices (G,) of the pictures [first, first + count) of an epoch. Of blocks, those
+        of a step are in storage order, so that each process has its own files."""
         rows = self._of_epoch(epoch)[first : first + count]
         return rows if self.places is None else rows[np.argsort(self.places[rows], kind="stable")]
 
@@ -46,7 +47,7 @@ class SampleOrder:
             rng.words(digest, rng.stream("shift", self.seed), 1, epoch=epoch)[0, 0]
             % np.uint64(BLOCK)
         )
-        block = (np.arange(self.n) + shift) // BLOCK  # of the picture at each place
+        block = (np.arange(self.n) + shift) // BLOCK  # of the picture at each position
         turn = np.empty(int(block[-1]) + 1, np.int64)
         turn[
             np.argsort(

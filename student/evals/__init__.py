@@ -1,4 +1,4 @@
-"""Evaluations of frozen features, one file each, found by module name.
+"""Evaluations judge frozen features; each is one file, found by module name.
 
 An eval module holds `OPTIONS: dict[str, tuple[default, help]]`, its own options, and
 
@@ -22,7 +22,7 @@ from featcache.errors import UsageError, near
 
 
 def names() -> list[str]:
-    """The modules of this folder.
+    """Return the names of the evals, the modules of this folder.
 
     >>> "knn" in names()
     True
@@ -31,14 +31,14 @@ def names() -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """The module of an eval, by name."""
+    """Import the module of an eval by name."""
     if name not in names():
         raise UsageError(f"unknown eval {name!r}: {near(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
 def hits(scores: Tensor, labels: Tensor, first: int) -> Tensor:
-    """(n,) bool: is the label of each row of `scores` (n,C) among its `first` best classes?
+    """Return (n,) bool: is the label of each row of `scores` (n,C) among its `first` best classes?
 
     Equal scores rank the smaller class number first, so that a tie is the same on every device.
     """
@@ -49,7 +49,7 @@ def hits(scores: Tensor, labels: Tensor, first: int) -> Tensor:
 
 
 def percent(hit: Tensor) -> float:
-    """The share of true entries, in per cent.
+    """Return the share of true entries, in per cent.
 
     >>> percent(torch.tensor([True, False, False, False]))
     25.0

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features: no training, no seed, one number.
+"""Classify frozen features by weighted k-nearest neighbours: no training, no seed, one number.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021: cosine
 similarity between the centre views of test and training pictures; each of the k nearest training
@@ -58,8 +58,8 @@ def evaluate(
     k: int = K,
     temperature: float = TEMPERATURE,
 ) -> dict[str, Any]:
-    """Top-1 (and top-5 from five classes on) of the test pictures; `seed` is not used: nothing here
-    is random."""
+    """Return top-1 (and top-5 from five classes on) of the test pictures; `seed` is not used:
+    nothing here is random."""
     _check(k, temperature, len(train))
     classes, test_labels = class_count(train), torch.from_numpy(labels_as(test, train))
 

@@ -1,4 +1,4 @@
-"""Linear probe of frozen features by MAE's protocol.
+"""Train a linear probe of frozen features by MAE's protocol.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, appendix A.1, as in the
 released code: CLS after the encoder's final norm, BatchNorm without affine, one Linear layer, LARS
@@ -14,9 +14,9 @@ for 4 epochs and uses those views in turn; `--train-views 0` pays once and train
 crop.
 
 The protocol is made for a million pictures. LARS moves the weight by 0.001 * lr of its own length a
-step, so with few pictures the default base rate hardly leaves the start (1,437 digits: 42 % at
---blr 0.1, 86 % at 1, 90 % at 3, whatever the batch size): the result then carries a `note` that
-names a base rate to try.
+step, so with few pictures the default base learning rate hardly leaves the start (1,437 digits:
+42 % at --blr 0.1, 86 % at 1, 90 % at 3, whatever the batch size): the result then carries a `note`
+that names a base learning rate to try.
 
 What differs: every picture has its own counter, so a probe is repeatable; BatchNorm sees the whole
 batch, the released code each process's share of it; the score is that of the last epoch, not the
@@ -68,8 +68,8 @@ Embed = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """The options of a probe of `pictures` training pictures; what cannot be trained is refused
-    before the first of them is read."""
+    """Checks the options of a probe of `pictures` training pictures, before the first of them is
+    read."""
 
     pictures: int
     epochs: int
@@ -124,7 +124,7 @@ class ProbeOptions:
 
 
 class Head(nn.Module):
-    """BatchNorm without affine, then a Linear layer; its start comes from `seed` alone."""
+    """Scores features by BatchNorm without affine, then a Linear layer that starts from `seed`."""
 
     def __init__(self, width: int, classes: int, seed: int) -> None:
         super().__init__()
@@ -136,13 +136,13 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B,D) -> logits (B,C)."""
+        """Map features (B,D) to logits (B,C)."""
         return self.linear(self.norm(features))
 
 
 def lars(head: Head) -> Lars:
-    """LARS as MAE has it: m <- 0.9 m + q g, w <- w - lr m, q = 0.001 |w| / |g| for the weight and 1
-    for the bias.
+    """Build LARS as MAE has it: m <- 0.9 m + q g, w <- w - lr m, q = 0.001 |w| / |g| for the weight
+    and 1 for the bias.
 
     timm scales a group only if it has weight decay or `always_adapt`; eps 0 because MAE's ratio has
     none (a zero norm gives q = 1 in both).

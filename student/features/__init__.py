@@ -1,1 +1,1 @@
-"""Frozen features of a trained student or a teacher, and the labels they are judged by."""
+"""A trained student or a teacher gives frozen features; labels judge them."""

@@ -1,4 +1,4 @@
-"""Pictures are embedded by a frozen encoder, batch by batch."""
+"""A frozen encoder embeds pictures, batch by batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def embed_source(
     seed: int = 0,
     stage: str = "features",
 ) -> tuple[Tensor, Tensor]:
-    """Features (V,n,D) float32 and labels (n,) int64, both on the CPU.
+    """Embed a source; return features (V,n,D) float32 and labels (n,) int64, both on the CPU.
 
     `view_numbers` None is the centre crop (V = 1); else those augmented views of each picture,
     drawn under `seed`. Every picture is decoded once; at most two batches of pixels are held.
@@ -63,15 +63,15 @@ def embed_source(
 
 
 def policy_of(img_size: int, seed: int) -> Policy:
-    """The training views of the linear protocol: crops of (0.08, 1) by MAE's own sampler, bicubic,
-    flip; no jitter."""
+    """Return the policy of the linear protocol's training views: crops of (0.08, 1) by MAE's own
+    sampler, bicubic, flip; no jitter."""
     return Policy(size=img_size, scale=(0.08, 1.0), filter="bicubic", flip=0.5, seed=seed)
 
 
 def centre_views(
     source: Source, size: int, crop_pct: float
 ) -> Callable[[int], npt.NDArray[np.uint8]]:
-    """Row -> (1,S,S,3)."""
+    """Return a function from a row to its centre crop (1,S,S,3)."""
     if not 0 < crop_pct <= 1:
         raise UsageError(
             f"cannot take a centre crop of {crop_pct:g}: --crop-pct is above 0 and at most 1; give "
@@ -83,8 +83,8 @@ def centre_views(
 def augmented_views(
     source: Source, size: int, view_numbers: Sequence[int], seed: int
 ) -> Callable[[int], npt.NDArray[np.uint8]]:
-    """Row -> (V,S,S,3): the boxes come from the picture's key and the view numbers, whatever the
-    batch."""
+    """Return a function from a row to its views (V,S,S,3), whose boxes come from the picture's key
+    and the view numbers, whatever the batch."""
     policy = policy_of(size, seed)
 
     def pixels(row: int) -> npt.NDArray[np.uint8]:
@@ -125,7 +125,7 @@ def _picture(source: Source, row: int) -> Image:
 
 
 def _batches(draw: Callable[[int], npt.NDArray[np.uint8]], n: int, rows: int) -> Iterator[Tensor]:
-    """uint8 (b,V,3,S,S) in source order; the next batch decodes while the caller embeds this
+    """Yield uint8 (b,V,3,S,S) in source order; the next batch decodes while the caller embeds this
     one."""
     pool = ThreadPoolExecutor(DECODE_THREADS)
     ahead: list[Future[npt.NDArray[np.uint8]]] = []

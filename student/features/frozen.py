@@ -1,8 +1,8 @@
-"""Frozen encoders and the features they give to labelled pictures.
+"""A frozen encoder gives features to labelled pictures.
 
-An evaluation never looks at a run folder or a teacher: it takes a `Frozen`, which turns uint8
-pixels into one feature row a picture, and `embed_source`, which turns a source of pictures into
-feature rows. A student's feature is its CLS token after the encoder's own final norm (MAE's
+An evaluation never looks at a run folder or a teacher: it takes a `FrozenEncoder`, which turns
+uint8 pixels into one feature row a picture, and `embed_source`, which turns a source of pictures
+into feature rows. A student's feature is its CLS token after the encoder's own final norm (MAE's
 protocol; a MaskAlign student never trains that norm, and the published numbers read through it all
 the same); a teacher's feature is its own output, f = gamma * LN(y_T) + beta.
 
@@ -30,8 +30,8 @@ POOLS = ("cls", "mean")
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """A frozen network: `forward` maps uint8 pixels to pooled features, `to` moves its weights to a
-    device."""
+    """Holds a frozen network: `forward` maps uint8 pixels to pooled features, `to` moves its
+    weights to a device."""
 
     name: str
     img_size: int
@@ -40,15 +40,15 @@ class FrozenEncoder:
     to: Callable[[str], object]
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels (B,3,S,S) -> features (B,D) float32, on the device of the pixels, without
-        gradients."""
+        """Map uint8 pixels (B,3,S,S) to features (B,D) float32, on the device of the pixels,
+        without gradients."""
         with torch.no_grad():
             return self.forward(pixels).float()
 
 
 def from_run(run: Path, pool: str = "cls", ema: bool = False) -> FrozenEncoder:
-    """The encoder of a training run, or the average of its weights: CLS, or the mean of the patch
-    tokens, after its final norm."""
+    """Freeze the encoder of a training run, or the average of its weights: CLS, or the mean of the
+    patch tokens, after its final norm."""
     # imports the trainer's side; a teacher needs none of it
     from student.checkpoint import load_encoder
 
@@ -58,7 +58,7 @@ def from_run(run: Path, pool: str = "cls", ema: bool = False) -> FrozenEncoder:
 
 
 def from_encoder(encoder: nn.Module, img_size: int, name: str, pool: str = "cls") -> FrozenEncoder:
-    """A timm VisionTransformer that reads ImageNet-normalised pixels."""
+    """Freeze a timm VisionTransformer that reads ImageNet-normalised pixels."""
     _check_pool(pool)
     prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
     if pool == "cls" and prefix == 0:
@@ -77,7 +77,8 @@ def from_encoder(encoder: nn.Module, img_size: int, name: str, pool: str = "cls"
 
 
 def from_teacher(spec: str, weights: str | None = None, pool: str = "cls") -> FrozenEncoder:
-    """A teacher's own output f = gamma * LN(y_T) + beta (CLIP's ln_post), before any projection."""
+    """Freeze a teacher: its own output f = gamma * LN(y_T) + beta (CLIP's ln_post), before any
+    projection."""
     _check_pool(pool)
     teacher = teachers.load(spec, weights)
     tail = {
@@ -105,15 +106,5 @@ def _check_pool(pool: str) -> None:
 
 
 def _pooled(tokens: Tensor, pool: str, prefix: int) -> Tensor:
-    """(B,T,D) -> (B,D); `prefix` tokens (CLS, registers) come before the patches."""
+    """Pool (B,T,D) to (B,D); `prefix` tokens (CLS, registers) come before the patches."""
     return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)
-
-
-# --------------------------------------------------------------------------------------------------
-# Labels and the held-out split
-# --------------------------------------------------------------------------------------------------
-
-
-# --------------------------------------------------------------------------------------------------
-# Pictures to features
-# --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Labels of a source of pictures, and a held-out part of it."""
+"""A source of pictures gives labels, and is split into a training and a held-out part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from featcache.pictures.source import Source
 
 
 def labels_of(source: Source) -> npt.NDArray[np.int64]:
-    """(n,) class numbers, or the error that says how pictures get them."""
+    """Return (n,) class numbers, or raise the error that says how pictures get them."""
     if source.labels is None:
         raise UserError(
             f"cannot evaluate on {source.spec}: its {len(source)} pictures have no labels; labels "
@@ -25,13 +25,13 @@ def labels_of(source: Source) -> npt.NDArray[np.int64]:
 
 
 def class_count(train: Source) -> int:
-    """Classes by name where the source names them, else one more than the largest number."""
+    """Count classes by name where the source names them, else one more than the largest number."""
     return len(train.classes) if train.classes is not None else int(labels_of(train).max()) + 1
 
 
 def labels_as(source: Source, train: Source) -> npt.NDArray[np.int64]:
-    """(n,) the labels of `source` in the numbering of `train`: class folders are matched by name,
-    not by position."""
+    """Return the labels (n,) of `source` in the numbering of `train`: class folders are matched by
+    name, not by position."""
     labels = labels_of(source)
     if source.classes is None or train.classes is None:
         if int(labels.max()) >= class_count(train):
@@ -54,7 +54,7 @@ def labels_as(source: Source, train: Source) -> npt.NDArray[np.int64]:
 
 @dataclass
 class Subset:
-    """Some rows of a source, itself a source with the same class numbers."""
+    """Gives some rows of a source, itself a source with the same class numbers."""
 
     source: Source
     rows: list[int]
@@ -80,7 +80,7 @@ class Subset:
 
 
 def split_holdout(source: Source, fraction: float = 0.2, seed: int = 0) -> tuple[Subset, Subset]:
-    """(train, test): a picture is held out when the word of its key falls below `fraction`.
+    """Return (train, test): a picture is held out when the word of its key falls below `fraction`.
 
     A picture keeps its side whatever else is in the folder, so adding pictures never moves one from
     test to train.

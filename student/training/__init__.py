@@ -1,1 +1,1 @@
-"""The training loop and what surrounds it: optimizer, checkpoints, metrics, preemption."""
+"""The training loop runs here, with its optimizer, metrics, trackers and preemption."""

@@ -1,5 +1,5 @@
-"""The machine a run is on: Accelerate for this process, precisions that fit the device, and what is
-said when memory runs out.
+"""Accelerate is set up for this process and its device, which decides the precisions that are
+allowed; a lack of memory becomes one line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def accelerator(precision: str, device: str | None = None) -> Accelerator:
-    """Accelerate for this process; `auto` is bf16 where the GPU has it and fp32 elsewhere."""
+    """Set up Accelerate for this process; `auto` is bf16 where the GPU has it and fp32
+    elsewhere."""
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision!r}: {', '.join(PRECISIONS)} are allowed")
     if device is not None and torch.device(pick_device(device)).type == "cuda":
@@ -52,8 +53,8 @@ def accelerator(precision: str, device: str | None = None) -> Accelerator:
 
 
 def deterministic() -> None:
-    """From here on the same bits for the same command on a GPU too, at the price of slower kernels;
-    an operation that has none of these is refused by torch."""
+    """Make a GPU give the same bits for the same command from here on, at the price of slower
+    kernels; torch refuses an operation that has no such kernel."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first call of cuBLAS
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -79,7 +80,7 @@ def out_of_memory_told(batch_size: int) -> Iterator[None]:
 
 
 def _is_host_memory(error: BaseException) -> bool:
-    """Whether the host had no memory left."""
+    """Return whether the host had no memory left."""
     # torch raises a bare RuntimeError for it; only the text tells it from a defect of ours
     return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(
         error

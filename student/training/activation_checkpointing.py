@@ -1,5 +1,5 @@
-"""Activation checkpointing: what happens inside a block is not kept for the backward pass but
-computed again there.
+"""Activation checkpointing keeps nothing inside a block for the backward pass, which computes it
+again.
 
 timm's models ask for it by a switch that their own `forward` looks at; recipes call blocks one by
 one, so each block is given a `forward` of its own that does the same (torch.utils.checkpoint, not
@@ -19,7 +19,7 @@ from featcache.errors import UsageError
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The transformer blocks of a model, by their names in it."""
+    """Return the transformer blocks of a model, by their names in it."""
     return {
         f"{name}.{number}": block
         for name, parent in model.named_modules()

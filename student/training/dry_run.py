@@ -1,5 +1,5 @@
-"""What a run will cost, before it is begun (`student train --dry-run`): a few real steps and a few
-real reads.
+"""A dry run measures what a run will cost (`student train --dry-run`), by a few real steps and a
+few real reads.
 
     time      the step without waiting for data, and with it        -> an epoch
     memory    weights, gradients, moments, average, and what the forward keeps for the backward pass
@@ -42,7 +42,7 @@ READ_S, READ_BYTES = 2.0, 1 << 30  # how long, and how much at most, is read to 
 
 
 def measure(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
-    """The facts of a dry run beyond those of the run; every process takes part."""
+    """Return the facts of a dry run beyond those of the run; every process takes part."""
     state = train.build_state(run, loader, acc)
     encoder: Any = state.module.encoder
     facts: dict[str, Any] = {
@@ -68,8 +68,8 @@ def _count(module: nn.Module) -> int:
 
 
 def _steps(run: Run, loader: Loader, state: TrainState) -> tuple[list[float], list[float], int]:
-    """Seconds of each counted step, those less the wait for data, and bytes kept for the backward
-    pass."""
+    """Return seconds of each counted step, those less the wait for data, and bytes kept for the
+    backward pass."""
     total = run.total_steps(loader.steps_per_epoch)
     walls, computing, kept = [], [], 0
     begun = time.perf_counter()
@@ -98,8 +98,8 @@ def _steps(run: Run, loader: Loader, state: TrainState) -> tuple[list[float], li
 
 @contextlib.contextmanager
 def _kept(module: nn.Module) -> Iterator[list[int]]:
-    """The most bytes that autograd keeps at a time, those of the weights left out; in the list when
-    it ends."""
+    """Count the bytes that autograd keeps for the backward pass, those of the weights left out; the
+    list holds them when the block ends."""
     weights = {
         parameter.untyped_storage().data_ptr()
         for parameter in module.parameters()
@@ -119,14 +119,14 @@ def _kept(module: nn.Module) -> Iterator[list[int]]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is its own; parts of spread ones (DTensor) have no storage to ask
+    """Return whether a tensor's memory is its own; a sharded one (DTensor) has no storage to ask
     for."""
     return type(tensor) in (Tensor, nn.Parameter)
 
 
 def memory(state: TrainState, kept: int | None) -> dict[str, int | None]:
-    """Bytes in this process: by arithmetic, those kept for the backward pass as counted, and the
-    most that was used."""
+    """Return bytes in this process: by arithmetic, those kept for the backward pass as counted, and
+    the most that was used."""
     share = state.acc.num_processes if train_state.sharded(state.acc) else 1
     own = sum(each.nbytes for each in state.module.parameters()) // share
     learnt = sum(each.nbytes for each in state.module.parameters() if each.requires_grad) // share
@@ -137,7 +137,7 @@ def memory(state: TrainState, kept: int | None) -> dict[str, int | None]:
 
 
 def _disk(targets: Targets, loader: Loader, images_per_s: float) -> dict[str, Any]:
-    """What the student wants of the cache a second, and what its files give."""
+    """Return the bytes a second that the student wants of the cache, and those its files give."""
     if not isinstance(targets, CachedTargets | FallbackTargets):
         return {}
     wanted, direct = _directly(targets), True
@@ -149,7 +149,7 @@ def _disk(targets: Targets, loader: Loader, images_per_s: float) -> dict[str, An
             raise
         wanted, direct = targets, False
     per_picture = _bytes_of(wanted, loader, 0) / loader.batch_size
-    given = rate(lambda step: _bytes_of(wanted, loader, step), loader.steps_per_epoch)
+    given = bytes_per_s(lambda step: _bytes_of(wanted, loader, step), loader.steps_per_epoch)
     return {
         "bytes_per_picture": round(per_picture),
         "wanted_bytes_per_s": round(per_picture * images_per_s),
@@ -170,16 +170,17 @@ def _directly(targets: CachedTargets | FallbackTargets) -> Targets:
 
 
 def _bytes_of(targets: Targets, loader: Loader, step: int) -> int:
-    """Read what this process takes of a step; its bytes."""
+    """Read the targets of this process for a step; return their bytes."""
     at, epoch = loader.rows(step)
     arrays = targets.fetch(at, targets.view(loader.digests[at], epoch))
     return sum(each.nbytes for each in arrays.values() if isinstance(each, np.ndarray))
 
 
-def rate(
+def bytes_per_s(
     read: Callable[[int], int], steps: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Bytes a second of `read(step)` over the steps of an epoch, for some seconds or bytes."""
+    """Return bytes a second of `read(step)` over the steps of an epoch, for some seconds or
+    bytes."""
     start, total = clock(), 0
     for step in range(steps):
         total += read(step)
@@ -189,7 +190,7 @@ def rate(
 
 
 def text(facts: dict[str, Any]) -> str:
-    """The facts of a dry run, for a person."""
+    """Return the facts of a dry run as text for a person."""
     return "\n".join(f"{key}: {_shown(key, value)}" for key, value in facts.items()) + _verdict(
         facts
     )
@@ -214,9 +215,9 @@ def _verdict(facts: dict[str, Any]) -> str:
     if "given_bytes_per_s" not in facts:
         return ""
     times = facts["given_bytes_per_s"] / facts["wanted_bytes_per_s"]
-    cure = (
+    advice = (
         ""
         if times >= 1
         else "; stage the cache on a faster disk, or extract with --tokens ranked and --keep"
     )
-    return f"\nthe disk gives {times:.1f} times what the student wants of the cache{cure}"
+    return f"\nthe disk gives {times:.1f} times what the student wants of the cache{advice}"

@@ -1,5 +1,5 @@
-"""metrics.jsonl: one JSON object a step. Values may still be on their way from the device when a
-row is added."""
+"""metrics.jsonl gets one JSON object a step; values may still be on their way from the device when
+a row is added."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Metrics:
         self.waiting: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """Rows that have become numbers by now, oldest first."""
+        """Add a row; return the rows that have become numbers by now, oldest first."""
         self.waiting.append(row)
         return self.flush(self.lag)
 
     def flush_with(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """All rows, this last one as well, whatever the device is still at."""
+        """Add a row; return all rows, this one as well, waiting for the device where it must."""
         self.waiting.append(row)
         return self.flush()
 
@@ -61,7 +61,7 @@ class Metrics:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN or infinity: they are written as text."""
+    """Return NaN and infinities, which JSON does not have, as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -81,7 +81,7 @@ def cut(run: Path, step: int) -> None:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All whole rows of a run; the last may still be under the pen."""
+    """Return all whole rows of a run; the last may still be being written."""
     path = run / NAME
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,5 +1,4 @@
-"""A loss that is not finite: the micro-batch that gave it is kept with the weights it met, so that
-it can run again.
+"""A micro-batch whose loss is not finite is kept with the weights it met, so that it can run again.
 
     RUN/nonfinite/step-00000412.safetensors   `-rank3` is added where another process than the
                                                     first had it
@@ -40,7 +39,7 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "f
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch as the model takes it."""
+    """Holds one micro-batch as the model takes it."""
 
     number: int
     keys: list[str]
@@ -50,7 +49,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Reproducer:
-    """What a reproducer holds."""
+    """Holds the content of a reproducer."""
 
     about: dict[str, Any]
     model: dict[str, Tensor]
@@ -60,8 +59,8 @@ class Reproducer:
 def find_nonfinite(
     state: TrainState, micros: Iterable[MicroBatch]
 ) -> tuple[MicroBatch, dict[str, float]] | None:
-    """The first micro-batch of this process whose loss is not finite, and the loss with its parts;
-    None where all are.
+    """Return the first micro-batch of this process whose loss is not finite, and the loss with its
+    parts; None where all are finite.
 
     All are run, since processes that share a model (FSDP) must run as many.
     """
@@ -76,12 +75,12 @@ def find_nonfinite(
 
 
 def path(run: Path, step: int, rank: int) -> Path:
-    """Where the reproducer of optimiser step `step`, counted from 1 as in metrics.jsonl, lies."""
+    """Return the path of the reproducer of a step, counted from 1 as in metrics.jsonl."""
     return run / FOLDER / f"step-{step:08d}{f'-rank{rank}' if rank else ''}.safetensors"
 
 
 def save(
-    place: Path,
+    target: Path,
     step: int,
     about: dict[str, Any],
     rank: int,
@@ -91,7 +90,7 @@ def save(
 ) -> None:
     """Write a reproducer: the whole weights, and one micro-batch with the loss and the parts it
     gave."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "format": FORMAT,
         **{name: about[name] for name in ("recipe", "config", "seed", "precision")},
@@ -105,12 +104,12 @@ def save(
     tensors = {f"model.{name}": value for name, value in model.items()}
     tensors |= {f"batch.{name}": value for name, value in micro.batch.items()}
     own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    with json_file.replaced(place) as temporary:
+    with json_file.replaced(target) as temporary:
         save_file(own, str(temporary), metadata={"about": json.dumps(facts)})
 
 
 def load(file: Path) -> Reproducer:
-    """A reproducer's content; a file that is none is a UserError."""
+    """Read a reproducer; a file that is none is a UserError."""
     try:
         with safe_open(str(file), "pt") as content:
             about = json.loads((content.metadata() or {})["about"])
@@ -134,7 +133,7 @@ def load(file: Path) -> Reproducer:
 
 
 def build(saved: Reproducer, recipe: ModuleType) -> nn.Module:
-    """The recipe's model with the weights of that step, in training mode."""
+    """Build the recipe's model with the weights of that step, in training mode."""
     names = {field.name for field in dataclasses.fields(recipe.Config)}
     values = {key: value for key, value in saved.about["config"].items() if key in names}
     settings = config.read_settings(recipe.Config, values)
@@ -183,8 +182,8 @@ def replay(
 def run_again(
     file: Path, recipe_name: str | None, device: str, precision: str | None
 ) -> dict[str, Any]:
-    """`student replay`. A recipe of the user's own is run only where its file is named: a
-    reproducer runs nothing."""
+    """Run `student replay`. A recipe of the user's own is run only where its file is named: a
+    reproducer brings no code."""
     saved = load(file)
     name = recipe_name or saved.about["recipe"]
     if recipe_name is None and name not in recipes.names():
@@ -198,7 +197,7 @@ def run_again(
 
 
 def text(facts: dict[str, Any]) -> str:
-    """What `replay` found, for a person."""
+    """Return the facts of `replay` as text for a person."""
     keys = ", ".join(facts["keys"][:8]) + (" ..." if len(facts["keys"]) > 8 else "")
     lines = [f"{facts['recipe']}, step {facts['step']}, {len(facts['keys'])} pictures: {keys}"]
     lines += [
@@ -221,7 +220,7 @@ def text(facts: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """Names of modules whose output is not finite, in the order in which they end."""
+    """Collect the names of modules whose output is not finite, in the order in which they end."""
     bad: list[str] = []
 
     def hook(name: str) -> Any:
@@ -231,14 +230,14 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
         return look
 
-    handles = [
+    hooks = [
         module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name
     ]
     try:
         yield bad
     finally:
-        for handle in handles:
-            handle.remove()
+        for registered in hooks:
+            registered.remove()
 
 
 def _finite(value: Tensor) -> bool:

@@ -47,16 +47,16 @@ def param_groups(
 
 
 def adamw(model: nn.Module, config: RecipeConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW with the recipe's betas and decay, in one kernel where the device has it: move the
-    model there first."""
+    """Build AdamW with the recipe's betas and decay, fused where the device has that kernel: move
+    the model there first."""
     groups = param_groups(model, config.weight_decay, config.decay_tokens)
     fused = all(parameter.device.type in FUSED for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=fused)
 
 
 def peak_lr(config: RecipeConfig, global_batch: int) -> float:
-    """`lr` where the user set it, else blr * global_batch / 256 (global: per process * accumulation
-    * processes)."""
+    """Return `lr` where the user set it, else blr * global_batch / 256 (global: per process *
+    accumulation * processes)."""
     return config.lr if config.lr is not None else config.blr * global_batch / 256
 
 

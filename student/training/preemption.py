@@ -1,9 +1,8 @@
-"""When training is asked to end: SIGTERM, a scheduler's notice, or Ctrl-C; it ends after the step
-in hand.
+"""Training ends after the step in hand when SIGTERM, a scheduler's notice, or Ctrl-C asks it to.
 
-Every process of a run must end after the same step, since saving is a meeting of all. With several,
-each tells the others at every step, and what they told is looked at one step later, when it is
-known without waiting for a device.
+Every process of a run must end after the same step, since saving is a collective. With several
+processes each tells the others at every step by an all-reduce, whose result is looked at one step
+later, when it is known without waiting for a device.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _NOTE = b"\nnote: stopping after this step, with a checkpoint; Ctrl-C again stop
 
 
 class StopNotice:
-    """Within it SIGTERM and the first Ctrl-C are noted; the second Ctrl-C is a
+    """Notes SIGTERM and the first Ctrl-C inside its block; the second Ctrl-C is a
     KeyboardInterrupt."""
 
     def __init__(self, acc: Accelerator) -> None:
@@ -54,7 +53,8 @@ class StopNotice:
             os.write(2, _NOTE)  # print may be in the middle of something
 
     def due(self) -> bool:
-        """To be asked once after each step: whether this was the last one, for all processes."""
+        """Return whether this step is the last, for all processes; to be asked once after each
+        step."""
         if self.acc.num_processes == 1:
             return self.asked is not None
         before, mine = (
@@ -66,7 +66,7 @@ class StopNotice:
 
 
 def stopped_error(step: int, total: int, why: str | None, resume: bool) -> StoppedError:
-    """The one line, after the checkpoint of `step` is saved."""
+    """Return the one line that ends a run after the checkpoint of `step` is saved."""
     return StoppedError(
         f"stopped after step {step} of {total}{f' by {why}' if why else ''}, its checkpoint is "
         f"saved; {resume_hint(resume)}"
@@ -74,7 +74,8 @@ def stopped_error(step: int, total: int, why: str | None, resume: bool) -> Stopp
 
 
 def stopped_at_once(run: Path, resume: bool) -> StoppedError:
-    """The one line where nothing was waited for: before the first step, or at the second Ctrl-C."""
+    """Return the one line that ends a run before its first step or at the second Ctrl-C, when
+    nothing is waited for."""
     step = checkpoint.latest_step(run)
     if step is not None:
         return StoppedError(
@@ -88,7 +89,7 @@ def stopped_at_once(run: Path, resume: bool) -> StoppedError:
 
 
 def resume_hint(resume: bool) -> str:
-    """What goes on: the very command where it said --resume already."""
+    """Return the words for how to go on: the very command where it said --resume already."""
     return (
         "the same command goes on from there"
         if resume

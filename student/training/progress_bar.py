@@ -66,15 +66,15 @@ def line(row: dict[str, Any], steps_per_epoch: int) -> str:
 
 
 def memory_bytes() -> int:
-    """The most that this process has used so far: of the GPU where there is one, else of the
-    host."""
+    """Return the most bytes that this process has used so far: of the GPU where there is one, else
+    of the host."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
     return host_bytes()
 
 
 def host_bytes() -> int:
-    """The most resident memory of this process so far."""
+    """Return the most resident bytes of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,5 +1,5 @@
-"""A run's folder: what is written before the first step, what a resumed run must agree with, and
-what is taken away again when no step was made.
+"""A run's folder is made before the first step, checked when the run is resumed, and removed again
+where no step was made.
 
     RUN/config.json  environment.json  metrics.jsonl  checkpoints/
 """
@@ -54,7 +54,7 @@ def check(out: Path, record: dict[str, Any], resume: bool) -> None:
 
 
 def make(out: Path, record: dict[str, Any]) -> bool:
-    """Make the run folder and what it begins with; whether there was no run in it before."""
+    """Make the run folder and its first files; return whether there was no run in it before."""
     path = out / checkpoint.CONFIG
     is_new = not path.is_file()
     out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def forget_unbegun(run: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and commit of this process, for people who compare runs."""
+    """Return versions, device and commit of this process, for people who compare runs."""
     import timm
 
     versions = {

@@ -1,4 +1,4 @@
-"""Trackers through Accelerate: what metrics.jsonl gets, TensorBoard or Weights & Biases get too.
+"""Trackers get the rows of metrics.jsonl too: TensorBoard or Weights & Biases, through Accelerate.
 
 metrics.jsonl is always written and is what everything here reads; a tracker only shows it.
 """
@@ -25,8 +25,8 @@ Log = Callable[[dict[str, Any]], None]
 
 
 def check(names: Sequence[str]) -> tuple[str, ...]:
-    """The trackers beside metrics.jsonl; one whose package is missing is one line that says what to
-    install."""
+    """Return the trackers beside metrics.jsonl; one whose package is missing is one line that says
+    what to install."""
     here = {str(each) for each in get_available_trackers()}
     for name in names:
         if name not in here and name != JSON:
@@ -42,19 +42,19 @@ def check(names: Sequence[str]) -> tuple[str, ...]:
 def start_trackers(
     names: Sequence[str], acc: Accelerator, run: Path, record: dict[str, Any], first: int
 ) -> Iterator[Log | None]:
-    """What takes rows of metrics while the run goes on; None without trackers. `first` steps are
-    shown already."""
+    """Yield a function that takes rows of metrics while the run goes on, or None without trackers.
+    `first` steps are shown already."""
     if not names or not acc.is_main_process:
         yield None
         return
-    place = run / FOLDER
-    place.mkdir(exist_ok=True)
-    acc.project_configuration.set_directories(str(place))
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    acc.project_configuration.set_directories(str(folder))
     acc.log_with = filter_trackers(list(names), acc.logging_dir)
     kwargs = {
         "tensorboard": {"purge_step": first + 1},  # what lies beyond the checkpoint is made again
         # One curve for all parts of a run.
-        "wandb": {"id": _identity(place), "resume": "allow", "name": run.name, "dir": str(place)},
+        "wandb": {"id": _identity(folder), "resume": "allow", "name": run.name, "dir": str(folder)},
     }
     acc.init_trackers("student", _flat(record), {name: kwargs[name] for name in names})
     try:
@@ -66,16 +66,16 @@ def start_trackers(
             tracker.finish()
 
 
-def _identity(place: Path) -> str:
-    """A run's id, drawn when its folder is new and kept in it."""
-    path = place / "id"
+def _identity(folder: Path) -> str:
+    """Return a run's id, drawn when its folder is new and kept in it."""
+    path = folder / "id"
     if not path.is_file():
         json_file.write_file(path, os.urandom(8).hex().encode())
     return path.read_text()
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """Settings as trackers take them: dotted names, plain values."""
+    """Return settings as trackers take them: dotted names, plain values."""
     plain = (bool, int, float, str)
     return {
         key: value if isinstance(value, plain) else str(value)

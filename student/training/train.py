@@ -1,4 +1,4 @@
-"""The trainer: one loop for every recipe, from a laptop to a cluster, through Accelerate.
+"""The trainer runs one loop for every recipe, from a laptop to a cluster, through Accelerate.
 
 It knows no recipe by name. A step is a pure function of (weights, seed, step): batches, masks and
 drop path are seeded by arithmetic, so a run that was interrupted goes on as if nothing had
@@ -48,7 +48,7 @@ LATE_ROWS = 16
 
 @dataclass(frozen=True)
 class Run:
-    """One run: everything its numbers depend on, and where they go."""
+    """Names everything the numbers of a run depend on, and the folder they go to."""
 
     name: str  # of the recipe
     recipe: ModuleType
@@ -64,13 +64,13 @@ class Run:
     trackers: tuple[str, ...] = ()  # beside metrics.jsonl
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimiser steps of the whole run."""
+        """Return the optimiser steps of the whole run."""
         return steps_per_epoch * self.config.epochs if self.steps is None else self.steps
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of one optimiser step in this process."""
+    """Holds the outcome of one optimiser step in this process."""
 
     row: dict[str, Any]  # of metrics
     keys: list[str]  # of this process's samples
@@ -172,8 +172,8 @@ def train_step(
 def _gradients(
     run: Run, loader: Loader, state: TrainState, feed: Prefetcher, step: int
 ) -> tuple[dict[str, Tensor], list[WaitTime], list[str]]:
-    """Forward and backward of a step's micro-batches: mean parts of the loss, waits for data,
-    sample keys."""
+    """Run forward and backward of a step's micro-batches; return the mean parts of the loss, waits
+    for data and sample keys."""
     acc, sums = state.acc, dict[str, Tensor]()
     waits, keys = list[WaitTime](), list[str]()
     for micro in range(loader.accumulation):
@@ -200,8 +200,8 @@ def _gradients(
 
 
 def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Seed of what is drawn inside the model in one micro-step: a word of (seed, step, micro-batch,
-    process)."""
+    """Return the seed of what is drawn inside the model in one micro-step: a word of (seed, step,
+    micro-batch, process)."""
     word = rng.words(
         rng.key_digests([f"step:{micro}:{rank}"]), rng.stream("model", seed), 1, epoch=step
     )[0, 0]
@@ -209,7 +209,8 @@ def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
 
 
 def _speed(loader: Loader, started: float, waits: list[WaitTime]) -> dict[str, Any]:
-    """Samples a second over all processes, and the share of the step spent waiting for data."""
+    """Return samples a second over all processes, and the share of the step spent waiting for
+    data."""
     seconds = max(time.perf_counter() - started, 1e-9)
     return {
         "images_per_s": round(loader.global_batch / seconds, 2),
@@ -218,8 +219,8 @@ def _speed(loader: Loader, started: float, waits: list[WaitTime]) -> dict[str, A
 
 
 def _check_losses(rows: list[dict[str, Any]], run: Run, loader: Loader, state: TrainState) -> None:
-    """Stop at a loss that is not finite, with what runs it again: nothing that follows it would
-    mean anything. Some may be left out (--skip-nonfinite): those were not applied."""
+    """Stop at a loss that is not finite, since nothing that follows it would mean anything, and
+    keep its batch. Some may be left out (--skip-nonfinite): those were not applied."""
     allowed = run.run_options.skip_nonfinite
     for row in rows:
         if np.isfinite(row["loss"]):
@@ -233,27 +234,27 @@ def _check_losses(rows: list[dict[str, Any]], run: Run, loader: Loader, state: T
 
 
 def _reproduce(run: Run, loader: Loader, state: TrainState, row: dict[str, Any]) -> str:
-    """Keep the first micro-batch whose loss was not finite; says what a person should know. A
-    meeting of all."""
+    """Keep the first micro-batch whose loss was not finite; return what a person should know. A
+    collective: all processes take part."""
     acc, step = state.acc, row["step"] - 1
     with contextlib.closing(loader.iterate(step, step + 1)) as batches:
         found = nonfinite.find_nonfinite(state, _micros(run, loader, acc, batches, step))
     had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
     weights = state.weights()
-    place = f"{run.out}/{checkpoint.FOLDER}"
-    cure = (
-        "lower the rate, or use --precision fp32 or bf16, or leave such steps out with "
+    folder = f"{run.out}/{checkpoint.FOLDER}"
+    advice = (
+        "lower the learning rate, or use --precision fp32 or bf16, or leave such steps out with "
         "--skip-nonfinite N"
     )
     if run.run_options.skip_nonfinite is not None:
-        cure = (
+        advice = (
             f"the {state.skipped} steps left out are more than --skip-nonfinite "
             f"{run.run_options.skip_nonfinite}"
         )
     if True not in had:
         return (
             "and finite when the step is run again: suspect the machine; checkpoints before it are "
-            f"in {place}"
+            f"in {folder}"
         )
     first = had.index(True)
     path = nonfinite.path(run.out, row["step"], first)
@@ -264,7 +265,7 @@ def _reproduce(run: Run, loader: Loader, state: TrainState, row: dict[str, Any])
         who = f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
     return (
         f"(pictures {who}); `student replay {path}` runs that batch again; checkpoints before it "
-        f"are in {place}: {cure}"
+        f"are in {folder}: {advice}"
     )
 
 
@@ -279,7 +280,7 @@ def _micros(
 
 
 def _metrics(run: Run, first: int, acc: Accelerator, log: trackers.Log | None) -> Metrics:
-    """The first process writes; the others look at their losses all the same."""
+    """Open metrics.jsonl in the first process; the others look at their losses all the same."""
     if acc.is_main_process:
         cut(run.out, first)
     lag = LATE_ROWS if acc.device.type == "cuda" else 0
@@ -296,7 +297,7 @@ def _save(run: Run, loader: Loader, state: TrainState, step: int, metrics: Metri
 
 
 def _record(run: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:
-    """config.json: what a resumed run must agree with."""
+    """Return the content of config.json, which a resumed run must agree with."""
     run_options = asdict(run.run_options)
     return {
         "recipe": run.name,

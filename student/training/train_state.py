@@ -1,10 +1,10 @@
-"""What learns: the model, its optimizer and its average, as Accelerate prepares them, and what of
-them a checkpoint holds.
+"""The training state is the model, its optimizer and its average, as Accelerate prepares them; a
+checkpoint holds it.
 
     Model -> (restored) -> average -> activation checkpointing -> compile
     -> Accelerate (DDP, FSDP, autocast, scaler)
 
-A checkpoint is one file of whole tensors however the weights are spread over processes, so a run
+A checkpoint is one file of whole tensors however the weights are sharded over processes, so a run
 may go on with another number of processes, with FSDP or without. All processes build, step and save
 together.
 """
@@ -32,7 +32,7 @@ StateDict = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a model is run and looked after, whatever the recipe."""
+    """Say how a model is run and looked after, whatever the recipe."""
 
     ema: float | None = None  # decay of the average of the weights; None: no average
     compiled: bool = False
@@ -43,7 +43,8 @@ class RunOptions:
 
 @dataclass
 class TrainState:
-    """`module` is the recipe's own model, `model` what is called."""
+    """Holds all that changes in a run: `module` is the recipe's own model, `model` what is
+    called."""
 
     acc: Accelerator
     module: nn.Module
@@ -66,8 +67,8 @@ class TrainState:
             self._held = torch.zeros((), device=self.acc.device)
 
     def update(self, loss: Tensor, step: int) -> bool:
-        """One step of the optimizer, unless the loss is not finite; False where it is known that
-        nothing was applied.
+        """Make one step of the optimizer, unless the loss is not finite; return False where it is
+        known that nothing was applied.
 
         On a GPU nothing waits for the loss: the fused kernel is told on the device to change
         nothing from the first loss that is not finite on, so that weights are still those that gave
@@ -93,14 +94,15 @@ class TrainState:
             self.acc.scaler.update(self.acc.scaler.get_scale())
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole, in every process. Called by all processes together."""
+        """Return the weights, whole, in every process. Called by all processes together."""
         if not sharded(self.acc):
             return self.module.state_dict()
         options = spread.StateDictOptions(full_state_dict=True)
         return dict[str, Any](spread.get_model_state_dict(self.module, options=options))
 
     def state_dict(self) -> StateDict:
-        """What a checkpoint holds; whole in the first process. Called by all processes together."""
+        """Return the content of a checkpoint, whole in the first process. Called by all processes
+        together."""
         scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else {}
         if sharded(self.acc):
             options = spread.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -119,12 +121,12 @@ class TrainState:
 
 
 def sharded(acc: Accelerator) -> bool:
-    """Whether each process holds a part of the weights (FSDP)."""
+    """Return whether each process holds a part of the weights (FSDP)."""
     return acc.distributed_type == DistributedType.FSDP
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor whose parts lie in several processes (FSDP), put together; any other as it is."""
+    """Gather a tensor whose parts lie in several processes (FSDP); return any other as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -136,8 +138,7 @@ def build_train_state(
     run: Path,
     saved: StateDict | None,
 ) -> TrainState:
-    """Model and optimizer, as they start or as a checkpoint left them, prepared for this
-    process."""
+    """Prepare model and optimizer for this process, as they start or as a checkpoint left them."""
     if run_options.ema is not None and sharded(acc):
         raise UsageError(
             "--ema does not go with FSDP, which gives each process a part of the weights; leave "
@@ -172,7 +173,7 @@ def _restore_prepared(
 
 
 def _average(module: nn.Module, decay: float, run: Path, saved: StateDict | None) -> ModelEmaV3:
-    """timm's exponential moving average with its warm-up: a function of the step, so that a run
+    """Build timm's exponential moving average; its warm-up is a function of the step, so that a run
     resumes exactly."""
     average = ModelEmaV3(module, decay=decay, use_warmup=True)
     average.module.requires_grad_(False)
@@ -182,7 +183,7 @@ def _average(module: nn.Module, decay: float, run: Path, saved: StateDict | None
 
 
 def _by_number(state: StateDict) -> StateDict:
-    """An optimizer's state by parameter names -> by numbers, as torch's own `state_dict` has it."""
+    """Key an optimizer's state by numbers, as torch's own `state_dict` has it, not by names."""
     names = [name for group in state.get("param_groups", []) for name in group["params"]]
     number = {name: i for i, name in enumerate(names)}
     groups = [
@@ -196,7 +197,7 @@ def _by_number(state: StateDict) -> StateDict:
 
 
 def _by_name(state: StateDict, module: nn.Module, optimizer: torch.optim.Optimizer) -> StateDict:
-    """The reverse of `_by_number`, for the parameters of an optimizer of this model."""
+    """Key an optimizer's state by the names of this model's parameters: `_by_number` reversed."""
     known = {id(parameter): name for name, parameter in module.named_parameters()}
     names = [
         known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]

@@ -1,5 +1,4 @@
-"""Weighted k-NN votes by hand and against a plain numpy reference, with and without a row's own
-vote."""
+"""Weighted k-NN votes are compared with numbers by hand and with a plain numpy reference."""
 
 from __future__ import annotations
 

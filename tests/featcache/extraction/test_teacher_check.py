@@ -1,5 +1,5 @@
-"""The check before the work: a teacher that tells classes apart, one that does not, and what is
-said of each."""
+"""The check before extraction passes a teacher that tells classes apart and refuses one that does
+not."""
 
 from __future__ import annotations
 

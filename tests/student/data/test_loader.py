@@ -1,5 +1,4 @@
-"""The order of samples and the pixel proof: permutations, partitions over processes, and pictures
-that changed."""
+"""Samples are permuted and parted over processes; the pixel check finds pictures that changed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Batches on the device: what a step takes is what its host batch says, whoever fills the memory of
-it meanwhile."""
+"""A batch on the device is what its host batch says, whoever fills the memory of it meanwhile."""
 
 from __future__ import annotations
 

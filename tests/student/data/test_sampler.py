@@ -1,4 +1,4 @@
-"""Orders of pictures: what blocks promise, beside what tests/student/data/test_loader.py asks of
+"""Block orders keep their promises, beside those that tests/student/data/test_loader.py asks of
 every order."""
 
 from __future__ import annotations

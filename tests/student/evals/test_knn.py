@@ -1,4 +1,4 @@
-"""Weighted k-NN on coloured pictures: its scores, ties, and the errors of its options."""
+"""Weighted k-NN scores coloured pictures, ranks ties, and refuses wrong options."""
 
 from __future__ import annotations
 

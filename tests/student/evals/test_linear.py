@@ -1,4 +1,5 @@
-"""The linear probe: LARS against its formula, the head's start, and whole probes on toys."""
+"""The linear probe is tested: LARS against its formula, the head's start, and whole probes on
+toys."""
 
 from __future__ import annotations
 
@@ -205,19 +206,19 @@ def test_batches_follow_the_epochs_order_and_the_rate_every_step(
         features: Tensor,
         labels: Tensor,
         batches: list[Tensor],
-        rates: list[float],
+        learning_rates: list[float],
     ) -> float:
-        seen.append((batches, rates))
+        seen.append((batches, learning_rates))
         return 1.0
 
     monkeypatch.setattr(linear, "train_epoch", record)
     # peak 8 * 32 / 256 = 1
     Toy().probe(monkeypatch, seed=6, epochs=5, warmup_epochs=1, batch_size=32, blr=8.0)
-    for epoch, (batches, rates) in enumerate(seen):
+    for epoch, (batches, learning_rates) in enumerate(seen):
         assert [len(batch) for batch in batches] == [32, 32, 32]
         assert torch.cat(batches).tolist() == rng.permutation(100, 6, epoch)[:96].tolist()
         if epoch:  # half a cosine over the four epochs after the warm-up
-            assert rates == pytest.approx(
+            assert learning_rates == pytest.approx(
                 [0.5 * (1 + math.cos(math.pi * (epoch - 1 + i / 3) / 4)) for i in range(3)]
             )
     assert seen[0][1] == pytest.approx([0, 1 / 3, 2 / 3])
@@ -230,8 +231,8 @@ def test_the_batch_is_cut_to_the_training_set(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_rate_too_small_for_few_pictures_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two epochs of one step, no warm-up: rates 1 and 0.5 of the peak 100 / 256 * blr, travel 0.01
-    * their sum."""
+    """Two epochs of one step, no warm-up: learning rates 1 and 0.5 of the peak 100 / 256 * blr,
+    travel 0.01 * their sum."""
     few = {"epochs": 2, "warmup_epochs": 0, "batch_size": 100}
     got = Toy().probe(monkeypatch, **few, blr=0.256)
     assert got["note"] == (

@@ -1,5 +1,5 @@
-"""Frozen encoders, the held-out split and the features of a source, against hand-made numbers and
-numpy."""
+"""Frozen encoders, the held-out split and the features of a source are compared with hand-made
+numbers and numpy."""
 
 from __future__ import annotations
 

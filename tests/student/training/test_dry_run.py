@@ -1,5 +1,5 @@
-"""What a dry run says: counts by hand, memory by arithmetic, the disk by a clock of our own, and
-nothing written."""
+"""A dry run reports counts, memory and the disk, checked by hand, by arithmetic and by a clock of
+our own; nothing is written."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def test_the_pace_of_the_disk_by_a_clock_of_our_own() -> None:
         now[0] += 0.1
         return 3000
 
-    assert dry_run.rate(read, 10**6, lambda: now[0]) == pytest.approx(30_000)
+    assert dry_run.bytes_per_s(read, 10**6, lambda: now[0]) == pytest.approx(30_000)
     assert 2.0 < now[0] < 2.2
     now[0] = 0.0
-    assert dry_run.rate(read, 5, lambda: now[0]) == pytest.approx(30_000)
+    assert dry_run.bytes_per_s(read, 5, lambda: now[0]) == pytest.approx(30_000)
     assert now[0] == pytest.approx(0.5)  # a small cache is read once
 
 
@@ -109,7 +109,7 @@ def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         per_picture.append(read(0) // 8)
         return 4.0 * per_picture[0]
 
-    monkeypatch.setattr(dry_run, "rate", half)
+    monkeypatch.setattr(dry_run, "bytes_per_s", half)
     found = facts("maskalign", tmp_path)
     assert (found["step_s"], found["step_without_waiting_s"]) == (2.0, 1.0)
     assert (found["images_per_s"], found["epoch_s"]) == (4.0, 6.0)

@@ -1,5 +1,5 @@
-"""What goes wrong in the middle of a run: one line, the right exit status, the last checkpoint
-intact, and the same command with --resume goes on to the undisturbed end.
+"""A failure in the middle of a run gives one line and the right exit status, leaves the last
+checkpoint intact, and the same command with --resume goes on to the undisturbed end.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def in_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
 
 
 def too_large() -> None:
-    """What torch itself says when the host has not that much: 4 EiB."""
+    """Make torch itself ask for more than the host has: 4 EiB."""
     torch.empty(1 << 60)
 
 
@@ -232,12 +232,12 @@ def test_a_row_that_cannot_be_read(
     cache = Path(shutil.copytree(fx.cache_path(), tmp_path / "cache"))
     plain, bad = os.preadv, list[int]()
 
-    def preadv(handle: int, *rest: Any) -> int:
-        path = str(Path(f"/proc/self/fd/{handle}").readlink())
+    def preadv(fd: int, *rest: Any) -> int:
+        path = str(Path(f"/proc/self/fd/{fd}").readlink())
         if "/features/" in path and metrics.read(tmp_path / "run")[4:]:
-            bad.append(handle)
+            bad.append(fd)
             raise OSError(number, os.strerror(number), path)
-        return plain(handle, *rest)
+        return plain(fd, *rest)
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

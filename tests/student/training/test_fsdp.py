@@ -90,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_sharded_weights_train_like_whole_ones(runs: tuple[Path, Path]) -> None:
-    """The same drop path, clipping and rate: 1e-5 at step 1, 1e-4 over 12 steps."""
+    """The same drop path, clipping and learning rate: 1e-5 at step 1, 1e-4 over 12 steps."""
     plain, sharded = (metrics.read(run) for run in runs)
     for name in ("loss", "align", "pixel", "grad_norm"):
         one, two = (np.array([row[name] for row in rows]) for rows in (plain, sharded))
@@ -182,7 +182,8 @@ def test_accumulation_and_activation_checkpointing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_leaves_whole_weights(tmp_path: Path) -> None:
-    """At a rate of 1e30 the second loss is none; its reproducer is run again in one process."""
+    """At a learning rate of 1e30 the second loss is not finite; its reproducer is run again in one
+    process."""
     ran = train(tmp_path / "run", sets=("lr=1e30",))
     assert ran.status == [1, 1]
     assert "loss is nan at step 2" in ran.said[0]

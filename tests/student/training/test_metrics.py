@@ -1,5 +1,5 @@
-"""metrics.jsonl: one object a step, late values, numbers that are none, and the cut before a run
-goes on."""
+"""metrics.jsonl holds one object a step, with late values and numbers that are not finite, and is
+cut before a run goes on."""
 
 from __future__ import annotations
 

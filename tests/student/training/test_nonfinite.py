@@ -1,4 +1,4 @@
-"""A loss that is not finite: what stops, what is kept, what runs it again, and what may be left
+"""A loss that is not finite stops the run, its batch is kept and run again, and some may be left
 out."""
 
 from __future__ import annotations

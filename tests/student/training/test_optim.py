@@ -1,4 +1,4 @@
-"""Groups of parameters by name, and the schedule against numbers worked out by hand."""
+"""Groups of parameters are compared by name, the schedule with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -179,7 +179,8 @@ def test_schedule_by_hand(step: int, expected: float) -> None:
     ],
 )
 def test_schedule_in_epochs_by_hand(epoch: float, expected: float) -> None:
-    """The linear probe of MAE: 90 epochs, 10 of warm-up, a step in mid-epoch has its own rate."""
+    """The linear probe of MAE has 90 epochs, 10 of warm-up; a step in mid-epoch has its own
+    value."""
     got = optim.warmup_cosine(epoch, total=90, warmup=10, peak=6.4)
     assert got == pytest.approx(expected, abs=1e-12)
 

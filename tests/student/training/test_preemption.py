@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM: one line that says what goes on, a checkpoint, exit status 75; from the first
-moment on."""
+"""Ctrl-C and SIGTERM give one line that says how to go on, a checkpoint and exit status 75, from
+the first moment on."""
 
 from __future__ import annotations
 

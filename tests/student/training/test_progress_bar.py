@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of a run, and that nobody else sees anything."""
+"""A person at a terminal sees the progress of a run, and nobody else sees anything."""
 
 from __future__ import annotations
 

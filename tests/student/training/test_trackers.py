@@ -1,4 +1,4 @@
-"""Trackers: what metrics.jsonl gets, they get; a missing package is one line; a resumed run is one
+"""Trackers get what metrics.jsonl gets; a missing package is one line; a resumed run is one
 curve."""
 
 from __future__ import annotations

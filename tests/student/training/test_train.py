@@ -1,4 +1,5 @@
-"""The trainer: its rates, its run folder, what stops it, and what a resumed run must agree with."""
+"""The trainer is tested: learning rates, the run folder, what stops it, and what a resumed run must
+agree with."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ def run_of(
     return tmp_path / name
 
 
-# --- rates ----------------------------------------------------------------------------------------
+# --- learning rates -------------------------------------------------------------------------------
 
 
 def test_rates_by_hand(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_rates_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_rate_is_really_used(tmp_path: Path) -> None:
-    """At a rate of 0 (the first step of a warm-up) no weight moves."""
+    """At a learning rate of 0 (the first step of a warm-up) no weight moves."""
     one = run_of(tmp_path, "--steps", "1", sets=("warmup_epochs=1",), name="one")
     none = run_of(tmp_path, "--steps", "0", sets=("warmup_epochs=1",), name="none")
     assert fx.same_weights(one, none)

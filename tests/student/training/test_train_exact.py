@@ -1,5 +1,5 @@
-"""What a run promises: the same steps for any number of processes, every picture once an epoch, and
-the same numbers after any interruption.
+"""A run makes the same steps for any number of processes, shows every picture once an epoch, and
+gives the same numbers after any interruption.
 """
 
 from __future__ import annotations

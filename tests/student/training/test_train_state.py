@@ -1,4 +1,4 @@
-"""What learns, and the ways of running it: the average of the weights, compilation, fused
+"""The training state is run in several ways: the average of the weights, compilation, fused
 attention, activation checkpointing. Each gives the numbers of the plain run.
 """
 
