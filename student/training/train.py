@@ -242,15 +242,6 @@ def _reproduce(run: Run, loader: Loader, state: TrainState, row: dict[str, Any])
     had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
     weights = state.weights()
     folder = f"{run.out}/{checkpoint.FOLDER}"
-    advice = (
-        "lower the learning rate, or use --precision fp32 or bf16, or leave such steps out with "
-        "--skip-nonfinite N"
-    )
-    if run.run_options.skip_nonfinite is not None:
-        advice = (
-            f"the {state.skipped} steps left out are more than --skip-nonfinite "
-            f"{run.run_options.skip_nonfinite}"
-        )
     if True not in had:
         return (
             "and finite when the step is run again: suspect the machine; checkpoints before it are "
@@ -265,7 +256,20 @@ def _reproduce(run: Run, loader: Loader, state: TrainState, row: dict[str, Any])
         who = f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
     return (
         f"(pictures {who}); `student replay {path}` runs that batch again; checkpoints before it "
-        f"are in {folder}: {advice}"
+        f"are in {folder}: {_advice(run, state)}"
+    )
+
+
+def _advice(run: Run, state: TrainState) -> str:
+    """Return what a person can do about losses that are not finite."""
+    if run.run_options.skip_nonfinite is not None:
+        return (
+            f"the {state.skipped} steps left out are more than --skip-nonfinite "
+            f"{run.run_options.skip_nonfinite}"
+        )
+    return (
+        "lower the learning rate, or use --precision fp32 or bf16, or leave such steps out with "
+        "--skip-nonfinite N"
     )
 
 
