@@ -1,8 +1,8 @@
-"""Measurements, each a program: `python -m benchmarks.bench_read`, `python -m
+"""Each benchmark is a program: `python -m benchmarks.bench_read`, `python -m
 benchmarks.bench_write`.
 
-Here is what they share: the facts of the machine that every number needs beside it, tables, and the
-page cache, which decides what a read measures.
+They share what is below: the facts of the machine that every number needs beside it, Markdown
+tables, and control of the page cache, which decides what a read measures.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ LIBRARIES = (
 _READ_BYTES = 8 << 20
 
 
-# ------------------------------------------------------------ what it was measured on
+# ------------------------------------------------------------ hardware and versions
 
 
 def environment(folder: Path) -> dict[str, Any]:
-    """Hardware, versions and commit: what a measured number means nothing without."""
+    """Return hardware, versions and commit: without them a measured number means nothing."""
     return {"hardware": _hardware(folder), "versions": _versions(), "commit": _commit()}
 
 
@@ -95,7 +95,7 @@ def _commit() -> str:
 
 
 def describe(about: dict[str, Any]) -> str:
-    """The same as one line for people."""
+    """Format an environment as one line for people."""
     hardware, versions = about["hardware"], about["versions"]
     return (
         f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} "
@@ -108,8 +108,8 @@ def describe(about: dict[str, Any]) -> str:
 # ------------------------------------------------------------ tables
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown; the first column to the left, numbers to the right."""
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a Markdown table; the first column to the left, numbers to the right."""
     lines = [list(head), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -123,7 +123,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
 
 
-def save(path: Path | None, results: dict[str, Any]) -> None:
+def save_json(path: Path | None, results: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
@@ -132,7 +132,7 @@ def save(path: Path | None, results: dict[str, Any]) -> None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Every file at or below `path`."""
+    """Return every file at or below `path`."""
     return [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
 
 
@@ -148,28 +148,28 @@ def sync(path: Path) -> None:
 
 
 def warm(path: Path) -> float:
-    """Read everything once; returns the share that then is in the page cache."""
+    """Read everything once; return the share that then is in the page cache."""
     memory = bytearray(_READ_BYTES)
     for file in files_of(path):
-        with file.open("rb", buffering=0) as handle:
-            while handle.readinto(memory):
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(memory):
                 pass
-    return resident(path)
+    return resident_share(path)
 
 
 def drop(path: Path) -> float:
-    """Ask for the pages of all files to leave the page cache; returns the share that stayed."""
+    """Ask for the pages of all files to leave the page cache; return the share that stayed."""
     for file in files_of(path):
         fd = os.open(file, os.O_RDONLY)
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
-    return resident(path)
+    return resident_share(path)
 
 
-def resident(path: Path) -> float:
-    """The share of all bytes below `path` whose pages are in memory, by mincore(2)."""
+def resident_share(path: Path) -> float:
+    """Return the share of all bytes below `path` whose pages are in memory, by mincore(2)."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     inside = pages = 0
@@ -178,8 +178,8 @@ def resident(path: Path) -> float:
         if not size:
             continue
         with (
-            file.open("rb") as handle,
-            mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ) as memory,
+            file.open("rb") as opened,
+            mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ) as memory,
         ):
             bytes_ = np.frombuffer(memory, np.uint8)
             states = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)

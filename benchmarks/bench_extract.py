@@ -1,14 +1,14 @@
-"""What an extraction costs beside its teacher: everything around the forward, the attention, and
-the store.
+"""Measure what an extraction costs beside its teacher: everything around the forward, the
+attention, and the store.
 
     python -m benchmarks.bench_extract                     clip-b16, random weights, 64 pictures
     python -m benchmarks.bench_extract --device cuda --precision bf16 --compile --batch-size 256
                                        --rows 8192
-    python -m benchmarks.bench_extract --ready             the teacher answers at once: the disk's
-                                                           turn
+    python -m benchmarks.bench_extract --ready             the teacher answers at once, so that
+                                                           the disk is the limit
     python -m benchmarks.bench_extract --rows 8 --reps 1   a trial of the program, not a measurement
 
-In turns, another one first each time; ratios are of one repetition, and their medians are told:
+In turns, another one first each time; ratios are of one repetition, and their medians are printed:
 
     bare forward    the network over batches that lie on its device, without the hooks that read it
     read forward    the same with the hooks: levels taken, and the last block's [CLS] attention
@@ -34,8 +34,8 @@ import click
 import torch
 from torch import nn
 
-from benchmarks import describe, environment, save, table
-from benchmarks.bench_write import NAME, Ready, write_pictures, write_raw
+from benchmarks import describe, environment, markdown_table, save_json
+from benchmarks.bench_write import NAME, MemoizedTeacher, write_pictures, write_raw
 from featcache.console.entry import entry
 from featcache.extraction import device_pipeline, rendering
 from featcache.extraction.extract import run
@@ -51,7 +51,7 @@ from featcache.storage.store import STORES
 from featcache.teachers import load
 from featcache.views.policy import load_policy
 
-WAYS = ("bare forward", "read forward", "null sink", "store", "raw disk")
+VARIANTS = ("bare forward", "read forward", "null sink", "store", "raw disk")
 AIMS = {  # the ratio that is asked for, on a CPU and on a GPU
     "null sink / bare forward": (1.10, 1.05),
     "read forward / bare forward": (1.02, 1.02),
@@ -59,8 +59,8 @@ AIMS = {  # the ratio that is asked for, on a CPU and on a GPU
 STORE_AIM = 0.9  # of the raw disk's rate, where writing is the limit
 
 
-def bare(teacher: Teacher) -> Teacher:
-    """The same network without a hook: asked for no level, it runs and nothing is read."""
+def without_hooks(teacher: Teacher) -> Teacher:
+    """Remove all hooks of a network: asked for no level, it runs and nothing is read."""
     for module in teacher.modules() if isinstance(teacher, nn.Module) else ():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -68,11 +68,12 @@ def bare(teacher: Teacher) -> Teacher:
 
 
 def batches_of(plan: Plan, batch_size: int) -> list[torch.Tensor]:
-    """What the extraction gives the teacher, on its device."""
+    """Render the batches that the extraction gives the teacher, on its device."""
     pictures = (rendering.render_views([plan], index) for index in range(len(plan.source)))
-    lane = device_pipeline.DevicePipeline(plan, batch_size, ExtractProgress())
+    pipeline = device_pipeline.DevicePipeline(plan, batch_size, ExtractProgress())
     return [
-        lane._to_device(batch) for batch in rendering.view_batches(pictures, plan.views, batch_size)
+        pipeline._to_device(batch)
+        for batch in rendering.view_batches(pictures, plan.views, batch_size)
     ]
 
 
@@ -93,13 +94,13 @@ def extract(plan: Plan, out: Path, batch_size: int, workers: int) -> dict[str, A
 
 
 def repetition(
-    ways: dict[str, Callable[[], dict[str, Any]]], out: Path, first: int
+    variants: dict[str, Callable[[], dict[str, Any]]], out: Path, first: int
 ) -> dict[str, dict[str, Any]]:
-    """All ways once, each on an empty disk."""
-    names, done = [*ways], {}
+    """Run all variants once, each on an empty disk."""
+    names, done = [*variants], {}
     for name in names[first % len(names) :] + names[: first % len(names)]:
         start = time.perf_counter()
-        facts = ways[name]()
+        facts = variants[name]()
         done[name] = {**facts, "seconds": time.perf_counter() - start}
         shutil.rmtree(out, ignore_errors=True)
         out.unlink(missing_ok=True)
@@ -107,7 +108,7 @@ def repetition(
 
 
 def ratios_of(reps: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Of seconds, within each repetition; `store / raw disk` is of rates."""
+    """Return ratios of seconds within each repetition; `store / raw disk` is one of rates."""
 
     def ratio(over: str, under: str) -> dict[str, float]:
         found = [rep[over]["seconds"] / rep[under]["seconds"] for rep in reps]
@@ -121,15 +122,15 @@ def ratios_of(reps: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, floa
     }
 
 
-def limit(reps: list[dict[str, dict[str, Any]]], name: str) -> str:
-    """The stage that held up most repetitions."""
+def slowest_stage(reps: list[dict[str, dict[str, Any]]], name: str) -> str:
+    """Return the stage that limited most repetitions."""
     return statistics.mode(rep[name]["slowest"] for rep in reps)
 
 
 def verdicts(
     ratios: dict[str, dict[str, float]], stage: str, device: str, ready: bool
 ) -> list[str]:
-    """One line a ratio, and whether it is what is aimed at."""
+    """Format one line a ratio, with its aim and whether it is reached."""
     lines = []
     for text, found in ratios.items():
         aim = AIMS[text][device != "cpu"] if text in AIMS and not ready else None
@@ -166,7 +167,7 @@ def rates_table(reps: list[dict[str, dict[str, Any]]], views: int) -> str:
                 shares,
             )
         )
-    return table(["", "seconds", "views/s", "slowest", "busy seconds of the last"], rows)
+    return markdown_table(["", "seconds", "views/s", "slowest", "busy seconds of the last"], rows)
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -240,11 +241,11 @@ def cli(
     def teacher() -> Teacher:
         return running.configure(load(name, given, device), precision, compiled)
 
-    model: Any = Ready(teacher()) if ready else teacher()
-    plain = bare(teacher())
+    model: Any = MemoizedTeacher(teacher()) if ready else teacher()
+    plain = without_hooks(teacher())
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
-        place = Path(temporary)
-        source = open_source(write_pictures(place / "pictures", rows))
+        root = Path(temporary)
+        source = open_source(write_pictures(root / "pictures", rows))
         chosen = parse_levels(levels, model.depth)
         plan = Plan(
             source=source,
@@ -255,11 +256,11 @@ def cli(
             store=store_name,
             rows_per_shard=rows,
         )
-        nothing, total, out = replace(plan, store=NAME), plan.view_bytes * rows, place / "out"
+        nothing, total, out = replace(plan, store=NAME), plan.view_bytes * rows, root / "out"
         batches = batches_of(plan, batch_size)
-        ways: dict[str, Callable[[], dict[str, Any]]] = dict(
+        variants: dict[str, Callable[[], dict[str, Any]]] = dict(
             zip(
-                WAYS,
+                VARIANTS,
                 (
                     lambda: forward(plain, batches, ()),
                     lambda: forward(model, batches, chosen),
@@ -270,7 +271,7 @@ def cli(
                 strict=True,
             )
         )
-        about = environment(place)
+        about = environment(root)
         kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
         how = (
             f"{precision}{', compiled' * compiled}{', ready' * ready} on {kind}, "
@@ -285,8 +286,8 @@ def cli(
             each.manifest()
         for each in (plain, model):  # and the first forward
             forward(each, batches[:1], chosen if each is model else ())
-        done = [repetition(ways, out, first) for first in range(reps)]
-    ratios, stage = ratios_of(done), limit(done, "store")
+        done = [repetition(variants, out, first) for first in range(reps)]
+    ratios, stage = ratios_of(done), slowest_stage(done, "store")
     options = {
         "teacher": name,
         "weights": given,
@@ -301,7 +302,7 @@ def cli(
         "ready": ready,
         "store": store_name,
     }
-    save(
+    save_json(
         json_path,
         {
             **about,
@@ -317,7 +318,7 @@ def cli(
         click.echo(line)
     click.echo(
         f"the stage that limits the extraction into the store: {stage}; into nothing: "
-        f"{limit(done, 'null sink')}"
+        f"{slowest_stage(done, 'null sink')}"
     )
 
 

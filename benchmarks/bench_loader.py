@@ -1,5 +1,5 @@
-"""How many pictures with their targets a loader delivers a second: ours every way, others', and
-plain preads.
+"""Measure how many pictures with their targets a loader delivers a second: ours in all variants,
+others', and plain preads.
 
     python -m benchmarks.bench_loader
         512 pictures, five levels: some minutes
@@ -8,7 +8,7 @@ plain preads.
 
 Pictures are photographs of about ImageNet's size, crops 224 pixels, targets 5 x 197 x 768 fp16, in
 the page cache. In turns, another one first each time; every ratio is of one repetition, and medians
-are told. A turn begins after its first batches. The last lines say which claims hold; the exit
+are printed. A turn begins after its first batches. The last lines say which claims hold; the exit
 status does not depend on them.
 """
 
@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import featcache
-from benchmarks import describe, environment, loading, save, sync, table, warm
+from benchmarks import describe, environment, loading, markdown_table, save_json, sync, warm
 from featcache import rng, teachers
 from featcache.console.entry import entry
 from featcache.extraction.extract import run
@@ -42,6 +42,7 @@ from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
 from featcache.reading import join
 from featcache.reading.cache import Cache
+from featcache.views.pixel_path import open_through
 from featcache.views.policy import AREA, Policy
 from student.data.loader import AHEAD, Loader
 from student.recipes import TargetSpec
@@ -53,15 +54,15 @@ PREADS = "plain preads of the same bytes"
 STORED, CHECKED, TARS = "ours, stored pixels, rows not checked", "ours, stored pixels", "ours, tars"
 WEBDATASET = "webdataset, Pillow and npy"
 
-Way = Callable[[], Iterator[int]]
+MakeBatches = Callable[[], Iterator[int]]
 
 
 # ------------------------------------------------------------ what is measured
 
 
-def make(folder: Path, rows: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Pictures, tars of them, a cache with stored pixels, and the same targets as others store
-    them."""
+def prepare(folder: Path, rows: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Write pictures, tars of them, a cache with stored pixels, and the same targets as others
+    store them."""
     from featcache.maintenance import pack_tars
 
     pictures = loading.write_pictures(folder / "pictures", rows)
@@ -83,7 +84,7 @@ def make(folder: Path, rows: int, shape: tuple[int, int, int]) -> dict[str, Any]
 
 
 def extract(source: Source, out: Path, shape: tuple[int, int, int], filter: str) -> None:
-    """A cache with stored pixels, of a teacher that is arithmetic."""
+    """Extract a cache with stored pixels, of the synthetic teacher."""
     levels, tokens, width = shape
     teacher = teachers.load(
         f"synthetic:levels={levels},tokens={tokens - 1},width={width},size={SIZE}", None, "cpu"
@@ -106,13 +107,13 @@ def extract(source: Source, out: Path, shape: tuple[int, int, int], filter: str)
 def make_betons(
     folder: Path, source: Source, shape: tuple[int, int, int]
 ) -> dict[str, tuple[Source, Path]]:
-    """The same JPEGs in one .beton, through our decoder and through FFCV's, which has a cache of
-    its own."""
+    """Pack the same JPEGs into one .beton; return it through our decoder and through FFCV's, which
+    has a cache of its own."""
     from featcache.maintenance import pack_beton
 
     path = folder / "all.beton"
     pack_beton.pack(source, path, seed=0)
-    compiled = open_source(path, "ffcv")
+    compiled = open_through(path, "ffcv")
     extract(compiled, folder / "compiled", shape, AREA)
     return {
         "ours, beton": (open_source(path), folder / "cache"),
@@ -123,7 +124,7 @@ def make_betons(
 def ours(
     cache: Cache, source: Source, batch: int, workers: int, *, stored: bool = False, **options: Any
 ) -> Loader:
-    """The trainer's loader over all levels, as `student train` makes it for a recipe that reads
+    """Build the trainer's loader over all levels, as `student train` does for a recipe that reads
     attention."""
     spec = TargetSpec(
         teacher="", levels=cache.levels, fields=("features", "attention"), patches=196
@@ -143,15 +144,15 @@ def ours(
     )
 
 
-def walk(loader: Loader) -> Iterator[int]:
-    """Batch sizes for ever."""
+def batch_sizes(loader: Loader) -> Iterator[int]:
+    """Yield the sizes of batches, without end."""
     with closing(loader.iterate(0, 1 << 40)) as batches:
         for host in batches:
             yield len(host["keys"])
 
 
-def ways_of(made: dict[str, Any], batch: int, workers: int) -> dict[str, Way]:
-    """Every loader by its name."""
+def loaders(made: dict[str, Any], batch: int, workers: int) -> dict[str, MakeBatches]:
+    """Return a function for each loader that starts it, by name."""
     checked = featcache.open(made["cache"], threads=workers)
     plain = featcache.open(made["cache"], threads=workers, verify_rows=0)
     tars, stored = made["source"], join.StoredPixels
@@ -163,14 +164,14 @@ def ways_of(made: dict[str, Any], batch: int, workers: int) -> dict[str, Way]:
     files = (made["pictures"], made["arrays"], SIZE, batch)
     return {
         PREADS: lambda: loading.pread_batches(plain, fields, batch, workers),
-        STORED: lambda: walk(
+        STORED: lambda: batch_sizes(
             ours(plain, stored(plain), batch, workers, stored=True, check_fraction=0)
         ),
-        CHECKED: lambda: walk(ours(checked, stored(checked), batch, workers, stored=True)),
-        "ours, resident": lambda: walk(replace(held)),
-        TARS: lambda: walk(ours(checked, tars, batch, workers)),
-        **{name: _beton_way(*each, batch, workers) for name, each in made["betons"].items()},
-        f"{TARS}, {VIEWS} views of a picture": lambda: walk(
+        CHECKED: lambda: batch_sizes(ours(checked, stored(checked), batch, workers, stored=True)),
+        "ours, resident": lambda: batch_sizes(replace(held)),
+        TARS: lambda: batch_sizes(ours(checked, tars, batch, workers)),
+        **{name: _beton_loader(*each, batch, workers) for name, each in made["betons"].items()},
+        f"{TARS}, {VIEWS} views of a picture": lambda: batch_sizes(
             ours(checked, tars, batch, workers, repeats=VIEWS)
         ),
         WEBDATASET: lambda: loading.webdataset_batches(*folder, 0),
@@ -181,9 +182,9 @@ def ways_of(made: dict[str, Any], batch: int, workers: int) -> dict[str, Way]:
     }
 
 
-def _beton_way(source: Source, path: Path, batch: int, workers: int) -> Way:
+def _beton_loader(source: Source, path: Path, batch: int, workers: int) -> MakeBatches:
     cache = featcache.open(path, threads=workers)
-    return lambda: walk(ours(cache, source, batch, workers))
+    return lambda: batch_sizes(ours(cache, source, batch, workers))
 
 
 def _reset() -> None:
@@ -191,10 +192,10 @@ def _reset() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def turn(way: Way, seconds: float) -> float:
-    """Samples a second, after the first batches: those open files, start workers and touch
+def samples_per_second(make: MakeBatches, seconds: float) -> float:
+    """Return samples a second, after the first batches: those open files, start workers and touch
     memory."""
-    with closing(way()) as batches:  # type: ignore[type-var]
+    with closing(make()) as batches:  # type: ignore[type-var]
         for _ in range(AHEAD + 1):
             next(batches)
         start, count = time.perf_counter(), 0
@@ -204,16 +205,16 @@ def turn(way: Way, seconds: float) -> float:
 
 
 def measure(
-    ways: dict[str, Way], reps: int, seconds: float, say: Callable[[str], None]
+    variants: dict[str, MakeBatches], reps: int, seconds: float, log: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Samples a second of every way in every repetition."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    """Return samples a second of every loader in every repetition."""
+    rates: dict[str, list[float]] = {name: [] for name in variants}
     for rep in range(reps):
-        names = [*ways]
+        names = [*variants]
         first = rep * len(names) // reps
         for name in [*names[first:], *names[:first]]:
-            rates[name].append(turn(ways[name], seconds))
-        say(f"repetition {rep + 1} of {reps}")
+            rates[name].append(samples_per_second(variants[name], seconds))
+        log(f"repetition {rep + 1} of {reps}")
     return rates
 
 
@@ -221,9 +222,9 @@ def ratio(rates: dict[str, list[float]], over: str, under: str) -> float:
     return statistics.median(a / b for a, b in zip(rates[over], rates[under], strict=True))
 
 
-def waits(cache: Path, steps: int, batch: int, folder: Path) -> list[float]:
-    """`data_wait` of each step of a run with the smallest encoder and stored pixels, the first left
-    out."""
+def data_waits(cache: Path, steps: int, batch: int, folder: Path) -> list[float]:
+    """Return `data_wait` of each step of a run with the smallest encoder and stored pixels, the
+    first left out."""
     from student import cli as student_cli
 
     _reset()
@@ -262,7 +263,7 @@ def rates_table(rates: dict[str, list[float]], sample_bytes: int) -> str:
                 f"{times:.2f}",
             )
         )
-    return table(["", "samples/s", "GB/s", "/ preads", f"{TARS} / it"], rows)
+    return markdown_table(["", "samples/s", "GB/s", "/ preads", f"{TARS} / it"], rows)
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -321,17 +322,17 @@ def cli(
     precision.keep_freed_memory()
     levels, tokens, width = (int(part) for part in shape.split("x"))
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
-        place = Path(temporary)
-        about = environment(place)
+        root = Path(temporary)
+        about = environment(root)
         click.echo(describe(about))
-        made = make(place, rows, (levels, tokens, width))
+        made = prepare(root, rows, (levels, tokens, width))
         rates = measure(
-            ways_of(made, batch_size, workers),
+            loaders(made, batch_size, workers),
             reps,
             seconds,
             lambda line: click.echo(f"  {line}", err=True),
         )
-        found = waits(made["cache"], steps, batch_size, place / "run") if steps > 1 else []
+        found = data_waits(made["cache"], steps, batch_size, root / "run") if steps > 1 else []
     sample = 2 * levels * tokens * width + 4 * (tokens - 1) + 3 * SIZE**2
     click.echo(
         f"\n{rows} pictures, {sample / 1e6:.2f} MB a sample, batch {batch_size}, {workers} threads "
@@ -360,7 +361,7 @@ def cli(
         "workers": workers,
         "seconds": seconds,
     }
-    save(json_path, {**about, "options": options, "rates": rates, "data_wait": found})
+    save_json(json_path, {**about, "options": options, "rates": rates, "data_wait": found})
 
 
 if __name__ == "__main__":

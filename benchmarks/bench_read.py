@@ -1,4 +1,4 @@
-"""How fast a cache is read, beside memcpy, beside other formats, and beside the bare disk.
+"""Measure how fast a cache is read, beside memcpy, other formats and the bare disk.
 
     python -m benchmarks.bench_read                             all of it: 2,048 rows, a quarter of
                                                                 an hour
@@ -10,7 +10,7 @@ Records are 5 x 197 x 768 fp16. Every number is a ratio of rates within one repe
 over repetitions: to memcpy of the same rows, in the same order, by as many threads, into the same
 memory. Each format's files are written, read into the page cache, measured in turns with memcpy and
 us, and removed. Two formats are read by hand as well, without their libraries: by bare system calls
-or a memory map, in threads: what anything comes to that copies bytes. The last lines say which
+or a memory map, in threads, which is the limit of all that copies bytes. The last lines say which
 claims hold; the exit status does not depend on them.
 """
 
@@ -31,10 +31,18 @@ import numpy as np
 
 import featcache
 from benchmarks import cold as colds
-from benchmarks import describe, environment, peers, save, sync, table, warm
-from benchmarks import resident as resident_share
-from benchmarks.contest import Contest, Task
-from benchmarks.records import Bench, Way, make_source, write_cache
+from benchmarks import (
+    describe,
+    environment,
+    markdown_table,
+    peers,
+    resident_share,
+    save_json,
+    sync,
+    warm,
+)
+from benchmarks.comparison import Comparison, Task
+from benchmarks.records import CacheReaders, ReadCase, make_source, write_cache
 from featcache.console.entry import entry
 from featcache.errors import UsageError, UserError, near
 from featcache.storage.store import STORES
@@ -48,17 +56,17 @@ TOKENS, VISIBLE = 197, 59  # [CLS] and all patches; [CLS] and those a student wi
 
 @dataclass
 class Results:
-    """Everything that came out, for the JSON; and the lines at the end."""
+    """Every measured number, for the JSON, and the claims of the last lines."""
 
     facts: dict[str, Any]
     claims: list[tuple[str, float, bool | None]] = field(default_factory=list)
 
-    def add(self, group: str, contest: Contest, name: str, versus: str, **more: Any) -> None:
-        self.facts["results"].append({"group": group, **contest.facts(name, versus), **more})
+    def add(self, group: str, comparison: Comparison, name: str, versus: str, **more: Any) -> None:
+        self.facts["results"].append({"group": group, **comparison.facts(name, versus), **more})
 
     def note_pages(self, group: str, *shares: float) -> None:
-        """The least that was in the page cache before and after; with less than all, disks were
-        measured too."""
+        """Note the smallest share in the page cache before and after; with less than all of it,
+        disks were measured too."""
         self.facts.setdefault("resident", {})[group] = min(shares)
         if min(shares) < 0.99:
             click.echo(
@@ -67,7 +75,7 @@ class Results:
             )
 
     def claim(self, text: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
-        """With neither bound it is told only."""
+        """Add a line to the end; with neither bound it is only printed."""
         aimed = low > 0 or high < math.inf
         self.claims.append((text, value, low <= value <= high if aimed else None))
 
@@ -76,38 +84,42 @@ class Results:
             yield f"{text} = {value:.2f}" + {True: "  ok", False: "  MISSED", None: ""}[holds]
 
 
-def measure_ours(bench: Bench, folder: Path, options: Options, results: Results) -> None:
-    """Rows and blocks by every number of threads; parts of a row by the default number."""
-    levels, tokens, _ = bench.task.item
-    default, visible = bench.task.threads, max(tokens * VISIBLE // TOKENS, 1)
-    ways = [
-        Way(kind, n, checks=c)
+def measure_ours(
+    cache_readers: CacheReaders, folder: Path, options: Options, results: Results
+) -> None:
+    """Measure rows and blocks by every number of threads, parts of a row by the default number."""
+    levels, tokens, _ = cache_readers.task.item
+    default, visible = cache_readers.task.threads, max(tokens * VISIBLE // TOKENS, 1)
+    cases = [
+        ReadCase(kind, n, checks=c)
         for n in options.threads
         for kind in ("rows", "block")
         for c in (False, True)
     ]
-    ways += [
-        Way("rows", default, levels=k, checks=c)
+    cases += [
+        ReadCase("rows", default, levels=k, checks=c)
         for k in (1, 3)
         if k < levels
         for c in (False, True)
     ]
-    ways += [
-        Way("rows", n, tokens=visible, kept=k, checks=c)
+    cases += [
+        ReadCase("rows", n, tokens=visible, kept=k, checks=c)
         for n in {1, default}
         for k in NO_YES
         for c in NO_YES
     ]
-    ways += [
-        Way("rows", n, tokens=t, kept=k, bare=True)
+    cases += [
+        ReadCase("rows", n, tokens=t, kept=k, bare=True)
         for n in {1, default}
         for t, k in ((None, False), (visible, False), (visible, True))
     ]
     raster, ranked = (
         folder / "raster",
-        write_cache(folder / "ranked", bench.source, options.store, ranked=True),
+        write_cache(folder / "ranked", cache_readers.source, options.store, ranked=True),
     )
-    kept = write_cache(folder / "kept", bench.source[:, :, :visible], options.store, ranked=True)
+    kept = write_cache(
+        folder / "kept", cache_readers.source[:, :, :visible], options.store, ranked=True
+    )
     paths = (raster, ranked, kept)
     opened = {
         (path, n): featcache.open(path, threads=n, io="buffered")
@@ -116,41 +128,46 @@ def measure_ours(bench: Bench, folder: Path, options: Options, results: Results)
     }
     sync(folder)
     resident = [warm(path) for path in paths]
-    contest = bench.contest(
-        ways,
-        lambda way: opened[kept if way.kept else ranked if way.tokens else raster, way.threads],
+    comparison = cache_readers.compare(
+        cases,
+        lambda case: opened[kept if case.kept else ranked if case.tokens else raster, case.threads],
         [],
     )
-    contest.run(bench.order, options.reps, options.seconds, options.say)
-    for way in ways:
+    comparison.run(cache_readers.order, options.reps, options.seconds, options.log)
+    for case in cases:
         results.add(
-            "ours", contest, way.name, way.memcpy.name, threads=way.threads, checks=way.checks
+            "ours",
+            comparison,
+            case.name,
+            case.memcpy.name,
+            threads=case.threads,
+            checks=case.checks,
         )
     results.note_pages("ours", *resident, *(resident_share(path) for path in paths))
     for cache in opened.values():
         cache.close()
     for path in (ranked, kept):
         shutil.rmtree(path)
-    _claim_ours(contest, default, levels, visible, results)
+    _claim_ours(comparison, default, levels, visible, results)
 
 
 def _claim_ours(
-    contest: Contest, threads: int, levels: int, visible: int, results: Results
+    comparison: Comparison, threads: int, levels: int, visible: int, results: Results
 ) -> None:
-    plain, checked = Way("rows", threads, checks=False), Way("rows", threads, checks=True)
+    plain, checked = ReadCase("rows", threads, checks=False), ReadCase("rows", threads, checks=True)
     results.claim(
-        "random rows, no checks / memcpy", contest.ratio(plain.name, plain.memcpy.name), 0.8
+        "random rows, no checks / memcpy", comparison.ratio(plain.name, plain.memcpy.name), 0.8
     )
     results.claim(
-        "random rows, row checks / memcpy", contest.ratio(checked.name, checked.memcpy.name), 0.6
+        "random rows, row checks / memcpy", comparison.ratio(checked.name, checked.memcpy.name), 0.6
     )
-    for way in (plain, checked):
-        words = "row checks" if way.checks else "no checks"
+    for case in (plain, checked):
+        words = "row checks" if case.checks else "no checks"
         if levels > 1:
-            part = contest.time_ratio(way._replace(levels=1).name, way.name)
+            part = comparison.time_ratio(case._replace(levels=1).name, case.name)
             results.claim(f"time for 1 of {levels} levels / all, {words}", part, high=1.25 / levels)
-        for threads in sorted({1, way.threads}):
-            whole = way._replace(threads=threads)
+        for threads in sorted({1, case.threads}):
+            whole = case._replace(threads=threads)
             for kept in (False, True):
                 few = whole._replace(tokens=visible, kept=kept)
                 text = (
@@ -158,62 +175,78 @@ def _claim_ours(
                     f"threads: {threads}"
                 )
                 results.claim(
-                    f"time for {text}", contest.time_ratio(few.name, whole.name), high=0.35
+                    f"time for {text}", comparison.time_ratio(few.name, whole.name), high=0.35
                 )
     for threads in sorted({1, plain.threads}):
-        bare = Way("rows", threads, bare=True)
+        bare = ReadCase("rows", threads, bare=True)
         for kept in (False, True):
             few = bare._replace(tokens=visible, kept=kept)
             text = f"{visible} {'kept' if kept else 'ranked'} tokens / all, threads: {threads}"
-            results.claim(f"plain preads: time for {text}", contest.time_ratio(few.name, bare.name))
+            results.claim(
+                f"plain preads: time for {text}", comparison.time_ratio(few.name, bare.name)
+            )
 
 
 def measure_layout(
-    bench: Bench, layout: peers.Layout, folder: Path, options: Options, results: Results
-) -> list[Best]:
-    """One format: written, warmed, measured in turns with memcpy and ours, removed. The best of
-    each peer."""
+    cache_readers: CacheReaders,
+    layout: peers.Layout,
+    folder: Path,
+    options: Options,
+    results: Results,
+) -> list[PeerResult]:
+    """Write one format, read it into the page cache, measure it in turns with memcpy and ours,
+    remove it; return a result for each reader."""
     files = folder / "peer"
     files.mkdir()
-    layout.write(files, bench.source, bench.task)
+    layout.write(files, cache_readers.source, cache_readers.task)
     sync(files)
     resident = [warm(files), warm(folder / "raster")]
     found = {
-        peer: make(files, bench.task)
+        peer: make(files, cache_readers.task)
         for peer, make in layout.readers.items()
         if peer in options.peers
     }
-    ways = [
-        Way(kind, bench.task.threads, checks=c) for kind in ("rows", "block") for c in (False, True)
+    cases = [
+        ReadCase(kind, cache_readers.task.threads, checks=c)
+        for kind in ("rows", "block")
+        for c in (False, True)
     ]
-    with featcache.open(folder / "raster", threads=bench.task.threads, io="buffered") as cache:
+    with featcache.open(
+        folder / "raster", threads=cache_readers.task.threads, io="buffered"
+    ) as cache:
         others = [reader for readers in found.values() for reader in readers]
-        contest = bench.contest(ways, lambda way: cache, others)
-        contest.run(bench.order, options.reps, options.seconds, options.say)
+        comparison = cache_readers.compare(cases, lambda case: cache, others)
+        comparison.run(cache_readers.order, options.reps, options.seconds, options.log)
     results.note_pages(
         layout.name, *resident, resident_share(files), resident_share(folder / "raster")
     )
-    bests = []
+    peer_results = []
     for peer, readers in found.items():
         for reader in readers:
-            mine = Way(
-                "block" if reader.kind == "block" else "rows", bench.task.threads, checks=False
+            mine = ReadCase(
+                "block" if reader.kind == "block" else "rows",
+                cache_readers.task.threads,
+                checks=False,
             )
             checked = mine._replace(checks=True)
-            ours = [contest.ratio(way.name, reader.name) for way in (mine, checked)]
-            rate = contest.gb_s(reader.name)
-            best = Best(
+            ours = [comparison.ratio(case.name, reader.name) for case in (mine, checked)]
+            rate = comparison.gb_s(reader.name)
+            best = PeerResult(
                 peer, layout.name, reader.name, reader.kind, reader.by_hand, rate, 0.0, *ours
             )
-            bests.append(best._replace(memcpy=contest.ratio(reader.name, mine.memcpy.name)))
-            results.add(layout.name, contest, reader.name, mine.memcpy.name, peer=peer, ours=ours)
+            peer_results.append(
+                best._replace(memcpy=comparison.ratio(reader.name, mine.memcpy.name))
+            )
+            results.add(
+                layout.name, comparison, reader.name, mine.memcpy.name, peer=peer, ours=ours
+            )
     shutil.rmtree(files)
-    return bests
+    return peer_results
 
 
-class Best(NamedTuple):
-    """A way to read a peer's format, and ours over it, without and with row checks, in the same
-    kind of order."""
+class PeerResult(NamedTuple):
+    """A reader of a peer's format, and ours over it, without and with row checks, in the same kind
+    of order."""
 
     peer: str
     layout: str
@@ -226,23 +259,25 @@ class Best(NamedTuple):
     ours_checked: float
 
 
-def quickest(bests: Sequence[Best]) -> list[Best]:
-    """The best way of each peer for each order, by its own library and by hand."""
-    sorts = dict.fromkeys((best.peer, best.kind, best.by_hand) for best in bests)
+def fastest(peer_results: Sequence[PeerResult]) -> list[PeerResult]:
+    """Return the fastest reader of each peer for each order, by its own library and by hand."""
+    sorts = dict.fromkeys((best.peer, best.kind, best.by_hand) for best in peer_results)
     return [
-        min((b for b in bests if (b.peer, b.kind, b.by_hand) == sort), key=lambda b: b.ours)
+        min((b for b in peer_results if (b.peer, b.kind, b.by_hand) == sort), key=lambda b: b.ours)
         for sort in sorts
     ]
 
 
-def measure_peers(bench: Bench, folder: Path, options: Options, results: Results) -> list[Best]:
-    bests: list[Best] = []
+def measure_peers(
+    cache_readers: CacheReaders, folder: Path, options: Options, results: Results
+) -> list[PeerResult]:
+    peer_results: list[PeerResult] = []
     for layout in peers.LAYOUTS:
         if set(layout.readers) & set(options.peers):
-            options.say(layout.name)
-            bests += measure_layout(bench, layout, folder, options, results)
+            options.log(layout.name)
+            peer_results += measure_layout(cache_readers, layout, folder, options, results)
             gc.collect()  # files that are still open or mapped would keep their pages
-    loaders = [best for best in bests if "DataLoader" in best.name]
+    loaders = [best for best in peer_results if "DataLoader" in best.name]
     if loaders:
         top = min(loaders, key=lambda best: best.ours_checked)
         for words, best in (("as documented", loaders[0]), ("at its best", top)):
@@ -250,18 +285,24 @@ def measure_peers(bench: Bench, folder: Path, options: Options, results: Results
             for checks, ratio in (("no checks", best.ours), ("row checks", best.ours_checked)):
                 results.claim(f"random rows, {checks} / {loader}", ratio, 10)
             results.claim(f"memcpy / {loader}", 1 / best.memcpy)
-    for best in quickest(bests):
-        way = "without its library" if best.by_hand else "at its best"
+    for best in fastest(peer_results):
+        case = "without its library" if best.by_hand else "at its best"
         results.claim(
-            f"ours / {best.peer}, {best.kind}, {way} ({best.name}; {best.layout})", best.ours, 1.0
+            f"ours / {best.peer}, {best.kind}, {case} ({best.name}; {best.layout})", best.ours, 1.0
         )
-    return bests
+    return peer_results
 
 
-def measure_cold(bench: Bench, folder: Path, options: Options, results: Results) -> colds.Cold:
+def measure_cold(
+    cache_readers: CacheReaders, folder: Path, options: Options, results: Results
+) -> colds.ColdRates:
     sync(folder / "raster")
     cold = colds.measure(
-        folder / "raster", bench.task, bench.order, min(options.reps, 3), options.say
+        folder / "raster",
+        cache_readers.task,
+        cache_readers.order,
+        min(options.reps, 3),
+        options.log,
     )
     results.facts["cold"] = {"gb_s": cold.gb_s, "stayed": cold.stayed, "skipped": cold.skipped}
     for ours, plain in colds.PAIRS:
@@ -283,16 +324,16 @@ def ours_table(facts: Sequence[dict[str, Any]]) -> str:
         for r in facts
         if r["group"] == "ours"
     ]
-    return table(["", "GB/s", "memcpy GB/s", "ratio", "range"], rows)
+    return markdown_table(["", "GB/s", "memcpy GB/s", "ratio", "range"], rows)
 
 
 def _marked(name: str, bold: bool) -> str:
     return f"**{name}**" if bold else name
 
 
-def peers_table(bests: Sequence[Best]) -> str:
-    """All ways; the best of each peer for each order in bold."""
-    bold = quickest(bests)
+def peers_table(peer_results: Sequence[PeerResult]) -> str:
+    """Format all readers; the fastest of each peer for each order in bold."""
+    bold = fastest(peer_results)
     rows = [
         (
             f"{_marked(best.name, best in bold)}{' (by hand)' if best.by_hand else ''}",
@@ -303,12 +344,14 @@ def peers_table(bests: Sequence[Best]) -> str:
             f"{best.ours:.2f}",
             f"{best.ours_checked:.2f}",
         )
-        for best in bests
+        for best in peer_results
     ]
-    return table(["", "files", "order", "GB/s", "/ memcpy", "ours / it", "ours, checks / it"], rows)
+    return markdown_table(
+        ["", "files", "order", "GB/s", "/ memcpy", "ours / it", "ours, checks / it"], rows
+    )
 
 
-def cold_table(cold: colds.Cold) -> str:
+def cold_table(cold: colds.ColdRates) -> str:
     plain = dict(colds.PAIRS)
     rows = [
         (
@@ -318,7 +361,7 @@ def cold_table(cold: colds.Cold) -> str:
         )
         for name in cold.gb_s
     ]
-    return table(["", "GB/s", "/ plain"], rows)
+    return markdown_table(["", "GB/s", "/ plain"], rows)
 
 
 # ------------------------------------------------------------ the program
@@ -332,12 +375,12 @@ class Options:
     peers: tuple[str, ...]
     store: str
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         click.echo(f"  {line}", err=True)
 
 
 def parse_peers(text: str) -> tuple[str, ...]:
-    """'all', 'none' or names; what is not installed is left out, and said."""
+    """Parse 'all', 'none' or names; libraries that are not installed are left out, with a note."""
     names = {"all": peers.PEERS, "none": ()}.get(text) or (
         () if text == "none" else tuple(text.split(","))
     )
@@ -368,8 +411,8 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def _check_space(folder: Path, task: Task) -> None:
-    """Two caches, or one and a peer's files; the page cache should hold them beside the records
-    themselves."""
+    """Raise UserError unless two caches, or one and a peer's files, fit on the disk. The page cache
+    should hold them beside the records themselves."""
     needed, free = 2.6 * task.rows * task.row_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -437,35 +480,37 @@ def cli(
     task = Task(rows, parse_shape(shape), default, min(256, rows // 4), min(64, rows // 4))
     options = Options(reps, seconds, tried, parse_peers(peers_text), store_name)
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
-        place = Path(temporary)
-        _check_space(place, task)
+        root = Path(temporary)
+        _check_space(root, task)
         about = {
-            **environment(place),
+            **environment(root),
             "options": {"rows": rows, "reps": reps, "shape": shape, "store": store_name},
         }
         results = Results({**about, "results": []})
         click.echo(describe(about))
-        bench = Bench(task, make_source(task), np.random.default_rng(1).permutation(rows))
-        write_cache(place / "raster", bench.source, store_name, ranked=False)
-        measure_ours(bench, place, options, results)
+        cache_readers = CacheReaders(
+            task, make_source(task), np.random.default_rng(1).permutation(rows)
+        )
+        write_cache(root / "raster", cache_readers.source, store_name, ranked=False)
+        measure_ours(cache_readers, root, options, results)
         click.echo(
             f"\nOurs, {default} threads by default:\n\n{ours_table(results.facts['results'])}"
         )
-        bests = measure_peers(bench, place, options, results)
-        if bests:
+        peer_results = measure_peers(cache_readers, root, options, results)
+        if peer_results:
             heading = (
                 f"Others, {default} threads; in bold the best of each, for each order, and by hand"
             )
-            click.echo(f"\n{heading}:\n\n{peers_table(bests)}")
+            click.echo(f"\n{heading}:\n\n{peers_table(peer_results)}")
         if cold:
-            measured = measure_cold(bench, place, options, results)
+            measured = measure_cold(cache_readers, root, options, results)
             click.echo(f"\nFrom the disk, {default} threads:\n\n{cold_table(measured)}")
             if measured.skipped:
                 click.echo(f"\nNot measured from here on: {measured.skipped}")
     results.facts["claims"] = [
         {"claim": c, "value": value, "ok": ok} for c, value, ok in results.claims
     ]
-    save(json_path, results.facts)
+    save_json(json_path, results.facts)
     click.echo("\n" + "\n".join(results.lines()))
 
 

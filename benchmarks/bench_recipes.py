@@ -1,5 +1,5 @@
-"""Does every recipe learn? Small students on digits, trained until their features beat those they
-started with.
+"""Test whether every recipe learns: small students on digits are trained until their features beat
+those they started with.
 
     python -m benchmarks.bench_recipes
         every recipe, some ten minutes on two cores
@@ -12,8 +12,8 @@ The digits and a small ViT that knows them come from `pipelines.digits`, discret
 `pipelines.tokenizer`; `featcache extract` stores the views, and each recipe is trained by `student
 train` from that cache. At every checkpoint its encoder is asked for the classes of 397 held-out
 digits by weighted k-NN. It has learnt when it is above the mean of five untrained encoders of its
-own form by two of their standard deviations; the first such checkpoint is told. A recipe that is
-not there after --steps is told with its best, and the exit status is then 1.
+own form by two of their standard deviations; the first such checkpoint is printed. A recipe that
+is not there after --steps is printed with its best, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import click
 import torch
 from torch import nn
 
-from benchmarks import describe, environment, save, table
+from benchmarks import describe, environment, markdown_table, save_json
 from featcache.console.entry import entry
 from featcache.errors import STOPPED, UsageError, UserError, near
 from featcache.pictures.open_source import open_source
@@ -50,7 +50,7 @@ from student.setup import cache_match
 UNTRAINED = 5  # seeds
 ABOVE = 2.0  # standard deviations
 VIEWS, LEVELS = 4, 3
-# Of each setting that a recipe has: one small student, one rate and one schedule for all.
+# Of each setting that a recipe has: one small student, one learning rate and one schedule for all.
 SETTINGS: dict[str, Any] = {
     "encoder": "tiny,embed_dim=96,depth=4,num_heads=4",
     "drop_path": 0,
@@ -86,8 +86,9 @@ CASES = {name: Case(name) for name in recipes.names()} | {
 
 
 @dataclass
-class Digits:
-    """What every recipe is given, below one folder; what is there already is used again."""
+class DigitsData:
+    """Prepares the data that every recipe is given, below one folder; files that are there already
+    are used again."""
 
     home: Path
     epochs: int
@@ -97,7 +98,7 @@ class Digits:
         return f"{self.home}/data/{name}-*.tar"
 
     def prepare(self) -> None:
-        """Shards, a teacher and a tokenizer."""
+        """Make shards, a teacher and a tokenizer."""
         given = [self.home, "--seed", self.seed, "--epochs"]
         if not (self.home / "teacher.json").is_file():
             run("pipelines.digits", *given, self.epochs)
@@ -105,8 +106,8 @@ class Digits:
             run("pipelines.tokenizer", *given, max(2, self.epochs // 2))
 
     def cache(self, px: int) -> Path:
-        """Views of `px` pixels; the teacher looks at the same crops at its own size. Tokens are
-        added."""
+        """Return the cache of views of `px` pixels; the teacher sees the same crops at its own
+        size. Tokens are added."""
         out = self.home / f"cache-{px}"
         if out.exists():
             return out
@@ -143,7 +144,7 @@ class Digits:
 
 
 def settings_of(case: Case) -> list[str]:
-    """`key=value` texts: those of SETTINGS that the recipe has, then the case's own."""
+    """Return `key=value` texts: those of SETTINGS that the recipe has, then the case's own."""
     has = dataclasses.asdict(recipes.load(case.recipe).Config())
     chosen = {key: value for key, value in SETTINGS.items() if key in has}
     if has.get("target") != "z":
@@ -152,7 +153,7 @@ def settings_of(case: Case) -> list[str]:
 
 
 def untrained(case: Case, cache: Path, seed: int) -> nn.Module:
-    """The encoder that `student train` starts from."""
+    """Build the encoder that `student train` starts from."""
     module = recipes.load(case.recipe)
     settings = config.parse_settings(module.Config, settings_of(case))
     matched = cache_match.open_given(cache, module, case.recipe, settings)
@@ -162,8 +163,9 @@ def untrained(case: Case, cache: Path, seed: int) -> nn.Module:
     return encoder
 
 
-def scorer(given: Digits, px: int) -> Callable[[nn.Module], float]:
-    """Per cent of the held-out digits that the k-NN names rightly from an encoder's features."""
+def make_scorer(given: DigitsData, px: int) -> Callable[[nn.Module], float]:
+    """Return a function that scores an encoder: per cent of the held-out digits that k-NN names
+    rightly from its features."""
     train, test = (open_source(given.part(name)) for name in ("train", "test"))
 
     def score(encoder: nn.Module) -> float:
@@ -175,9 +177,9 @@ def scorer(given: Digits, px: int) -> Callable[[nn.Module], float]:
 
 
 def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]]:
-    """Run a training and give the encoder of each of its checkpoints; closing the iterator stops
-    the training. It is held while a checkpoint is looked at, so that none is passed over, however
-    slow the looking is."""
+    """Run a training and yield the encoder of each of its checkpoints; closing the iterator stops
+    the training. The process is paused while a checkpoint is scored, so that none is missed,
+    however slow the scoring is."""
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -189,7 +191,7 @@ def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]
                 if step > seen:
                     process.send_signal(signal.SIGSTOP)
                     encoder, _ = checkpoint.load_encoder(out)
-                    # else a newer one came before it was held, and is next
+                    # else a newer one came before the process paused, and is next
                     if checkpoint.latest_step(out) == step:
                         seen = step
                         yield step, encoder
@@ -210,11 +212,11 @@ def checkpoints(command: list[str], out: Path) -> Iterator[tuple[int, nn.Module]
 
 
 def measure(
-    name: str, case: Case, given: Digits, runs: Path, *, steps: int, every: int, batch: int
+    name: str, case: Case, given: DigitsData, runs: Path, *, steps: int, every: int, batch: int
 ) -> dict[str, Any]:
-    """One row: the untrained encoders, what is to be passed, and every checkpoint up to the one
-    that passes it."""
-    cache, score = given.cache(case.px), scorer(given, case.px)
+    """Measure one row: the untrained encoders, the accuracy to pass, and every checkpoint up to the
+    one that passes it."""
+    cache, score = given.cache(case.px), make_scorer(given, case.px)
     started = time.perf_counter()
     before = [score(untrained(case, cache, seed)) for seed in range(UNTRAINED)]
     mean, sd = statistics.mean(before), statistics.stdev(before)
@@ -247,20 +249,26 @@ def measure(
 
 
 def report(found: dict[str, dict[str, Any]], steps: int) -> str:
-    """The table: a row a recipe."""
+    """Format the table: a row a recipe."""
     head = ["recipe", "untrained k-NN %", "to pass", "steps", "k-NN % there", "seconds"]
     rows = []
     for name, row in found.items():
         mean, sd = statistics.mean(row["untrained"]), statistics.stdev(row["untrained"])
         best = max((score for _, score in row["checkpoints"]), default=0.0)
         there = row["checkpoints"][-1] if row["passed"] else None
-        told = (
+        shown = (
             [str(there[0]), f"{there[1]:.1f}"] if there else [f"not in {steps}", f"best {best:.1f}"]
         )
         rows.append(
-            [name, f"{mean:.1f} ± {sd:.1f}", f"{row['wanted']:.1f}", *told, f"{row['seconds']:.0f}"]
+            [
+                name,
+                f"{mean:.1f} ± {sd:.1f}",
+                f"{row['wanted']:.1f}",
+                *shown,
+                f"{row['seconds']:.0f}",
+            ]
         )
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 @click.command()
@@ -326,7 +334,7 @@ def cli(
             raise UsageError(f"unknown --recipe {name!r}: {near(name, CASES)}")
     with tempfile.TemporaryDirectory(prefix="featcache-bench-") as temporary:
         started = time.perf_counter()
-        given = Digits(folder or Path(temporary) / "digits", epochs, seed)
+        given = DigitsData(folder or Path(temporary) / "digits", epochs, seed)
         given.prepare()
         about = environment(given.home)
         length = {"steps": steps, "every": every, "batch": batch_size}
@@ -339,7 +347,7 @@ def cli(
             for name in ("teacher", "tokenizer")
         }
     seconds = round(time.perf_counter() - started, 1)
-    save(
+    save_json(
         json_path,
         {**about, **length, "settings": SETTINGS, **taught, "recipes": found, "seconds": seconds},
     )

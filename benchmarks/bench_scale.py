@@ -1,5 +1,5 @@
-"""A cache with as many rows as ImageNet-1k, of tiny width: what opening, `featcache info` and
-epochs of reading cost.
+"""Measure opening, `featcache info` and epochs of reading on a cache with as many rows as
+ImageNet-1k, of tiny width.
 
     python -m benchmarks.bench_scale
     python -m benchmarks.bench_scale --rows 100000 --epochs 2 --json scale.json
@@ -30,15 +30,15 @@ import click
 import numpy as np
 
 import featcache
-from benchmarks import describe, environment, save, table
+from benchmarks import describe, environment, markdown_table, save_json
 
 FIELDS = ("features", "attention", "crop", "flip", "jitter")
 BATCH = 1024
 
 
 @dataclass(frozen=True)
-class Names:
-    """A source that is only its keys."""
+class KeysOnly:
+    """Names pictures that no benchmark decodes: a source that has keys alone."""
 
     count: int
     spec: str = "names"
@@ -56,8 +56,8 @@ class Names:
         raise AssertionError(f"picture {index} is asked for; this benchmark decodes none")
 
 
-def write(path: Path, rows: int, view_count: int) -> None:
-    """The cache; files are not synced, which is not what is measured here."""
+def write_cache(path: Path, rows: int, view_count: int) -> None:
+    """Write the cache; files are not synced, which is not measured here."""
     from featcache import teachers
     from featcache.extraction.plan import Plan
     from featcache.extraction.target_folder import prepare_folder
@@ -70,7 +70,7 @@ def write(path: Path, rows: int, view_count: int) -> None:
 
     teacher = teachers.load("synthetic:levels=5,tokens=4,width=4", None, "cpu")
     plan = Plan(
-        source=Names(rows),
+        source=KeysOnly(rows),
         teacher=teacher,
         policy=Policy(),
         views=view_count,
@@ -95,8 +95,8 @@ def write(path: Path, rows: int, view_count: int) -> None:
         os.fsync = sync
 
 
-def timed(code: Sequence[str], repeats: int) -> float:
-    """Median seconds of a command."""
+def median_seconds(code: Sequence[str], repeats: int) -> float:
+    """Run a command several times; return the median of its seconds."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def timed(code: Sequence[str], repeats: int) -> float:
 
 
 def open_s(path: Path, repeats: int) -> float:
-    """Median seconds of `featcache.open` alone, each in a process of its own."""
+    """Return the median seconds of `featcache.open` alone, each in a process of its own."""
     code = (
         "import featcache, time; t = time.perf_counter(); "
         f"featcache.open({str(path)!r}); print(time.perf_counter() - t)"
@@ -118,15 +118,15 @@ def open_s(path: Path, repeats: int) -> float:
     return stats.median(float(run.stdout) for run in runs)
 
 
-def anonymous() -> int:
-    """Bytes of this process that no file backs."""
+def anonymous_bytes() -> int:
+    """Return the bytes of this process that no file backs."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous"))
 
 
-def epochs(path: Path, count: int, batches: int) -> list[dict[str, float]]:
-    """Random batches of random views, so many an epoch: memory, Python objects and milliseconds
-    after each."""
+def measure_epochs(path: Path, count: int, batches: int) -> list[dict[str, float]]:
+    """Read `batches` random batches of random views an epoch; return memory, Python objects and
+    milliseconds after each."""
     cache = featcache.open(path)
     keys = cache.keys
     random, facts, every = np.random.default_rng(0), [], np.arange(len(cache))
@@ -142,7 +142,7 @@ def epochs(path: Path, count: int, batches: int) -> list[dict[str, float]]:
         gc.collect()
         facts.append(
             {
-                "anonymous": anonymous(),
+                "anonymous": anonymous_bytes(),
                 "objects": len(gc.get_objects()),
                 "ms": spent / -(-len(order) // BATCH) * 1e3,
             }
@@ -175,7 +175,7 @@ def main(
     root = Path(tempfile.mkdtemp(dir=folder))
     try:
         path = root / "cache"
-        write(path, rows, view_count)
+        write_cache(path, rows, view_count)
         results: dict[str, Any] = {
             "rows": rows,
             "views": view_count,
@@ -183,9 +183,11 @@ def main(
         }
         results["files"] = sum(len(names) for _, _, names in os.walk(path))
         results["open_s"] = open_s(path, 5)
-        results["info_s"] = timed([sys.executable, "-m", "featcache", "info", str(path)], 5)
+        results["info_s"] = median_seconds(
+            [sys.executable, "-m", "featcache", "info", str(path)], 5
+        )
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            results["epochs"] = pool.apply(epochs, (path, epoch_count, batches))
+            results["epochs"] = pool.apply(measure_epochs, (path, epoch_count, batches))
     finally:
         shutil.rmtree(root)
     after = [epoch["anonymous"] for epoch in results["epochs"]]
@@ -200,9 +202,11 @@ def main(
         (str(i), f"{epoch['anonymous'] / 1e6:.1f}", str(epoch["objects"]), f"{epoch['ms']:.0f}")
         for i, epoch in enumerate(results["epochs"], 1)
     ]
-    click.echo(table(("epoch", "anonymous MB", "Python objects", "ms a batch of 1,024"), lines))
+    click.echo(
+        markdown_table(("epoch", "anonymous MB", "Python objects", "ms a batch of 1,024"), lines)
+    )
     click.echo(f"growth after the first epoch: {results['growth']:.1%}")
-    save(json_path, results)
+    save_json(json_path, results)
 
 
 if __name__ == "__main__":

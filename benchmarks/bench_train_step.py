@@ -1,5 +1,5 @@
-"""What a training step costs: from the cache, from batches that lie in memory, with the teacher in
-the loop, and as one would write it by hand.
+"""Measure what a training step costs: from the cache, from batches that lie in memory, with the
+teacher in the loop, and as one would write it by hand.
 
     python -m benchmarks.bench_train_step --recipe maskalign --batch-size 8
         on a CPU: one recipe, some minutes
@@ -8,9 +8,9 @@ the loop, and as one would write it by hand.
     python -m benchmarks.bench_train_step --trial
         not a measurement: tiny models
 
-The teachers are CLIP's, their weights drawn: a step costs the same. Each way takes its steps in
-turns, another one first each time; ratios are of one repetition, and medians are told, beside what
-the multiply-accumulates would give. `cached` has the trainer's own loader, reads, checks and
+The teachers are CLIP's, their weights drawn: a step costs the same. Each variant takes its steps in
+turns, another one first each time; ratios are of one repetition, and medians are printed, beside
+the ratio of multiply-accumulates. `cached` has the trainer's own loader, reads, checks and
 decoding in it; `in memory` takes batches that are on the device already; `online` runs the teacher
 in each step; `plain` is PyTorch and timm alone, eager, on batches in memory.
 """
@@ -35,13 +35,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import featcache.cli
-from benchmarks import describe, environment, loading, plain_steps, save, table
+from benchmarks import describe, environment, loading, markdown_table, plain_steps, save_json
 from featcache.console.entry import entry
 from featcache.errors import UsageError, UserError, near
 from featcache.models import precision as running
 from featcache.runtime.device import pick_device
-from student import cli as student_cli
 from student import recipes
+from student.commands import train as train_command
 from student.data.prefetch import PrefetchedBatch, Prefetcher, WaitTime
 from student.setup import build as jobs
 from student.setup.options import Options
@@ -62,13 +62,13 @@ GMAC = {
     ("fd", "clip-b16"): (53.0, 17.6),
 }
 SCALE = "0.2,1"  # of the crops
-# of each way, before anything is timed: kernels are chosen, memory is touched, code is compiled
+# of each variant, before anything is timed: kernels are chosen, memory is touched, code is compiled
 WARM_STEPS = 2
 AIM = 1.03  # cached / in memory
 
 
-class Held:
-    """Batches that stay on the device, as a Feed gives them."""
+class BatchesInMemory:
+    """Gives the same batches on the device again and again, as a Prefetcher gives new ones."""
 
     def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
         self._batches = cycle(batches)
@@ -84,8 +84,8 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What every way of every recipe shares."""
+class StepConfig:
+    """The options that all variants of all recipes share."""
 
     pictures: Path
     batch_size: int
@@ -98,14 +98,14 @@ class Setting:
     sets: tuple[str, ...]
 
 
-def extract(setting: Setting, teacher: str, out: Path) -> Path:
-    """A cache of the last five levels with drawn weights, made by the command."""
+def extract(config: StepConfig, teacher: str, out: Path) -> Path:
+    """Extract a cache of the last five levels with random weights, by the command."""
     args = [
         "extract",
         "--teacher",
         teacher,
         "--images",
-        str(setting.pictures),
+        str(config.pictures),
         "--out",
         str(out),
         "--views",
@@ -117,17 +117,19 @@ def extract(setting: Setting, teacher: str, out: Path) -> Path:
         "--scale",
         SCALE,
         "--device",
-        setting.device,
+        config.device,
         "--batch-size",
-        str(min(setting.batch_size, 64)),
+        str(min(config.batch_size, 64)),
     ]
     args += [] if teacher.startswith("synthetic") else ["--weights", "random:0"]
     featcache.cli.cli.main(args, standalone_mode=False)
     return out
 
 
-def build(setting: Setting, recipe: str, cache: Path, online: bool) -> tuple[Any, Any, Accelerator]:
-    """Job, loader and accelerator as `student train` makes them."""
+def build(
+    config: StepConfig, recipe: str, cache: Path, online: bool
+) -> tuple[Any, Any, Accelerator]:
+    """Build run, loader and accelerator as `student train` does."""
     AcceleratorState._reset_state(reset_partial_state=True)
     args = [
         "--recipe",
@@ -135,78 +137,76 @@ def build(setting: Setting, recipe: str, cache: Path, online: bool) -> tuple[Any
         "--cache",
         str(cache),
         "--images",
-        str(setting.pictures),
+        str(config.pictures),
         "--steps",
         "1000000",
     ]
     args += [
         "--batch-size",
-        str(setting.batch_size),
+        str(config.batch_size),
         "--workers",
-        str(setting.workers),
+        str(config.workers),
         "--out",
         str(cache / "never"),
     ]
     args += [
         "--precision",
-        setting.precision,
+        config.precision,
         "--device",
-        setting.device,
-        *["--compile"] * setting.compiled,
+        config.device,
+        *["--compile"] * config.compiled,
     ]
     args += ["--scale", SCALE]  # all views, whatever crops the recipe was published with
     args += ["--teacher", "online"] if online else []
-    args += [part for text in setting.sets for part in ("--set", text)]
-    given = student_cli.train.make_context("train", args).params
+    args += [part for text in config.sets for part in ("--set", text)]
+    given = train_command.command.make_context("train", args).params
     rest = {field.name: given[field.name] for field in fields(Options)}
-    acc = accelerator.accelerator(setting.precision, setting.device)
+    acc = accelerator.accelerator(config.precision, config.device)
     job, loader = jobs.build_run(
         recipe, recipes.load(recipe), acc, Options(**rest), lambda line: None
     )
     return job, loader, acc
 
 
-def stepper(job: Any, loader: Any, pupil: TrainState, feed: Any) -> Callable[[], None]:
-    """The trainer's own step; of a run so long that its rate hardly moves."""
+def make_step(job: Any, loader: Any, state: TrainState, feed: Any) -> Callable[[], None]:
+    """Return the trainer's own step, of a run so long that its learning rate hardly moves."""
     numbers = iter(range(1, 1 << 40))
 
     def step() -> None:
-        train.train_step(job, loader, pupil, feed, next(numbers), 1 << 40)
+        train.train_step(job, loader, state, feed, next(numbers), 1 << 40)
 
     return step
 
 
-def ways_of(
-    setting: Setting, recipe: str, cache: Path, stack: ExitStack
+def step_functions(
+    config: StepConfig, recipe: str, cache: Path, stack: ExitStack
 ) -> dict[str, Callable[[], None]]:
-    """Every way that the recipe has; each with a model of its own."""
-    ways: dict[str, Callable[[], None]] = {}
+    """Return every variant that the recipe has, each with a model of its own."""
+    variants: dict[str, Callable[[], None]] = {}
     for name, online in (("online", True), ("cached", False), ("in memory", False)):
         if (
             online
-            and not recipes.load(recipe)
-            .needs(build(setting, recipe, cache, False)[0].config)
-            .fields
+            and not recipes.load(recipe).needs(build(config, recipe, cache, False)[0].config).fields
         ):
             continue  # it has no teacher
         try:
-            job, loader, acc = build(setting, recipe, cache, online)
+            job, loader, acc = build(config, recipe, cache, online)
         except UsageError as error:  # such as token ids, which no teacher in the loop gives
             click.echo(f"  {recipe}, {name}: {error}", err=True)
             continue
         hosts = stack.enter_context(closing(loader.iterate(1, 1 << 40)))
         feed: Any = Prefetcher(job.config, job.targets, hosts, acc.device, job.seed)
         if name == "in memory":
-            feed = Held([feed.take().batch for _ in range(2)])
-        ways[name] = stepper(job, loader, train.build_state(job, loader, acc), feed)
-    if recipe in plain_steps.MODELS and not setting.sets:
+            feed = BatchesInMemory([feed.take().batch for _ in range(2)])
+        variants[name] = make_step(job, loader, train.build_state(job, loader, acc), feed)
+    if recipe in plain_steps.MODELS and not config.sets:
         batch = feed.take().batch
-        ways["plain"] = plain_steps.stepper(recipe, batch, acc.device, acc.mixed_precision)
-    return ways
+        variants["plain"] = plain_steps.make_step(recipe, batch, acc.device, acc.mixed_precision)
+    return variants
 
 
 def seconds_of(step: Callable[[], None], count: int, device: str) -> float:
-    """Of one step, all work on the device done."""
+    """Return the seconds of one step, all work on the device done."""
     _wait(device)
     start = time.perf_counter()
     for _ in range(count):
@@ -220,31 +220,33 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(setting: Setting, recipe: str, cache: Path) -> dict[str, list[float]]:
-    """Seconds of a step, by way and repetition."""
+def measure(config: StepConfig, recipe: str, cache: Path) -> dict[str, list[float]]:
+    """Return the seconds of a step, by variant and repetition."""
     with ExitStack() as stack:
-        ways = ways_of(setting, recipe, cache, stack)
-        for step in ways.values():
-            seconds_of(step, WARM_STEPS, setting.device)
-        found: dict[str, list[float]] = {name: [] for name in ways}
-        for rep in range(setting.reps):
-            names = [*ways]
+        variants = step_functions(config, recipe, cache, stack)
+        for step in variants.values():
+            seconds_of(step, WARM_STEPS, config.device)
+        found: dict[str, list[float]] = {name: [] for name in variants}
+        for rep in range(config.reps):
+            names = [*variants]
             for name in [*names[rep % len(names) :], *names[: rep % len(names)]]:
-                found[name].append(seconds_of(ways[name], setting.steps, setting.device))
+                found[name].append(seconds_of(variants[name], config.steps, config.device))
         return found
 
 
-# ------------------------------------------------------------ what is told
+# ------------------------------------------------------------ results
 
 
 def ratio(found: dict[str, list[float]], over: str, under: str) -> float | None:
-    """The median over repetitions; None where the recipe lacks one of the ways."""
+    """Return the median over repetitions; None where the recipe lacks one of the variants."""
     if over not in found or under not in found:
         return None
     return statistics.median(a / b for a, b in zip(found[over], found[under], strict=True))
 
 
-def line_of(recipe: str, teacher: str, found: dict[str, list[float]], batch: int) -> dict[str, Any]:
+def result_row(
+    recipe: str, teacher: str, found: dict[str, list[float]], batch: int
+) -> dict[str, Any]:
     gmac = GMAC.get((recipe, teacher))
     return {
         "recipe": recipe,
@@ -268,7 +270,7 @@ def results_table(lines: list[dict[str, Any]]) -> str:
         )
         for line in lines
     ]
-    return table(["", "images/s, cached", *names], rows)
+    return markdown_table(["", "images/s, cached", *names], rows)
 
 
 def _chosen(text: str, allowed: list[str], option: str) -> list[str]:
@@ -299,7 +301,7 @@ def _chosen(text: str, allowed: list[str], option: str) -> list[str]:
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Of each way in a repetition.",
+    help="Of each variant in a repetition.",
 )
 @click.option(
     "--reps",
@@ -355,24 +357,24 @@ def cli(
     running.keep_freed_memory()
     lines = []
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
-        place = Path(temporary)
-        about = environment(place)
+        root = Path(temporary)
+        about = environment(root)
         kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
         click.echo(
             f"{describe(about)}\nbatch {batch_size}, {precision} on {kind}, "
             f"{torch.get_num_threads()} threads"
         )
-        shown = loading.write_pictures(place / "pictures", pictures)
+        shown = loading.write_pictures(root / "pictures", pictures)
         for teacher in teachers:
             sets = ("encoder=tiny",) if trial else ()
-            setting = Setting(
+            config = StepConfig(
                 shown, batch_size, steps, reps, device, precision, compiled, workers, sets
             )
-            cache = extract(setting, known[teacher], place / teacher)
+            cache = extract(config, known[teacher], root / teacher)
             for recipe in wanted:
                 try:
                     lines.append(
-                        line_of(recipe, teacher, measure(setting, recipe, cache), batch_size)
+                        result_row(recipe, teacher, measure(config, recipe, cache), batch_size)
                     )
                 except UserError as error:  # this teacher's cache does not serve this recipe
                     click.echo(f"  {recipe}, {teacher}: {error}", err=True)
@@ -392,7 +394,7 @@ def cli(
         "reps": reps,
         "precision": precision,
     }
-    save(
+    save_json(
         json_path,
         {**about, "options": {**options, "compile": compiled, "device": kind}, "lines": lines},
     )

@@ -1,5 +1,5 @@
-"""How fast an extraction writes, beside the bare disk and beside a sink that takes everything at
-once; and its memory.
+"""Measure how fast an extraction writes, beside the bare disk and beside a sink that takes
+everything at once; and its memory.
 
     python -m benchmarks.bench_write                       1,024 pictures x 4 views: 6.2 GB, one
                                                            shard
@@ -14,10 +14,10 @@ In turns, each its files removed afterwards:
                     encoding
     store           the extraction
 
-Of the extraction it tells the stage that holds it up, resident memory at the start and after each
+Of the extraction it prints the slowest stage, resident memory at the start and after each
 quarter, its peak, and the most that was dirty in the page cache: a store that streams needs no more
 for a shard of 6 GB than for 60 MB. On few cores even the synthetic teacher is slower than a disk;
-`--ready` takes it out of the way.
+`--ready` removes that limit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import describe, environment, save, table
+from benchmarks import describe, environment, markdown_table, save_json
 from featcache.console.entry import entry
 from featcache.errors import UserError
 from featcache.extraction.extract import run
@@ -66,7 +66,7 @@ NAME = "null"
 
 
 class NullWriter:
-    """See store.ShardWriter; counts, and publishes a record without files."""
+    """Counts what it is given, and publishes a record without files: a `store.ShardWriter`."""
 
     def __init__(self, cache: Path, shard: str, views: int) -> None:
         self.cache, self.shard, self.views = cache, shard, views
@@ -100,8 +100,8 @@ def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> Null
     return NullWriter(cache, shard, views)
 
 
-class Ready:
-    """A teacher that answers every batch as it answered the first of that size."""
+class MemoizedTeacher:
+    """Answers every batch as the teacher answered the first of that size, at no cost."""
 
     def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
@@ -116,12 +116,12 @@ class Ready:
         return self._answers[len(images)]
 
 
-# ------------------------------------------------------------ what is looked at meanwhile
+# ------------------------------------------------------------ memory
 
 
 @dataclass
-class Watch:
-    """Resident memory of this process and dirty pages of the machine, while a block runs."""
+class MemoryMonitor:
+    """Samples resident memory of this process and dirty pages of the machine while a block runs."""
 
     start_bytes: int = 0
     peak_bytes: int = 0
@@ -130,9 +130,9 @@ class Watch:
     seconds: float = 0.0
     _done: threading.Event = field(default_factory=threading.Event)
 
-    def __enter__(self) -> Watch:
-        self._dirty_before = _kib("/proc/meminfo", "Dirty")
-        self.start_bytes = self.peak_bytes = _kib("/proc/self/status", "VmRSS")
+    def __enter__(self) -> MemoryMonitor:
+        self._dirty_before = _read_bytes("/proc/meminfo", "Dirty")
+        self.start_bytes = self.peak_bytes = _read_bytes("/proc/self/status", "VmRSS")
         self._exact = _reset_peak()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -144,24 +144,24 @@ class Watch:
         self._done.set()
         self._thread.join()
         if self._exact:
-            self.peak_bytes = max(self.peak_bytes, _kib("/proc/self/status", "VmHWM"))
+            self.peak_bytes = max(self.peak_bytes, _read_bytes("/proc/self/status", "VmHWM"))
 
     def _look(self) -> None:
         while not self._done.wait(SAMPLE_S):
-            self.peak_bytes = max(self.peak_bytes, _kib("/proc/self/status", "VmRSS"))
+            self.peak_bytes = max(self.peak_bytes, _read_bytes("/proc/self/status", "VmRSS"))
             self.dirty_bytes = max(
-                self.dirty_bytes, _kib("/proc/meminfo", "Dirty") - self._dirty_before
+                self.dirty_bytes, _read_bytes("/proc/meminfo", "Dirty") - self._dirty_before
             )
 
     def report(self, progress: ExtractProgress) -> None:
         done = 100 * progress.pictures // max(progress.total, 1)
         for quarter in (25, 50, 75, 100):
             if done >= quarter and quarter not in self.quarters:
-                self.quarters[quarter] = _kib("/proc/self/status", "VmRSS")
+                self.quarters[quarter] = _read_bytes("/proc/self/status", "VmRSS")
 
 
-def _kib(path: str, name: str) -> int:
-    """Bytes of a `Name:   123 kB` line."""
+def _read_bytes(path: str, name: str) -> int:
+    """Read the bytes of a `Name:   123 kB` line."""
     for line in Path(path).read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10
@@ -177,11 +177,11 @@ def _reset_peak() -> bool:
     return True
 
 
-# ------------------------------------------------------------ the four
+# ------------------------------------------------------------ the four variants
 
 
 def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
-    """JPEGs as photographs are for a decoder: slopes, edges, and noise."""
+    """Write JPEGs that cost a decoder what photographs do: slopes, edges, and noise."""
     folder.mkdir()
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:PICTURE_PX, :PICTURE_PX].astype(np.float32) / PICTURE_PX
@@ -199,7 +199,7 @@ def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
 
 
 def write_raw(path: Path, count: int) -> int:
-    """So many bytes, on the disk when it returns."""
+    """Write `count` bytes, and return when they are on the disk."""
     piece = np.random.default_rng(0).integers(0, 256, PIECE_BYTES, np.uint8).data
     fd, left = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), count
     try:
@@ -212,7 +212,7 @@ def write_raw(path: Path, count: int) -> int:
 
 
 def write_alone(path: Path, plan: Plan, batch_size: int) -> int:
-    """The store's writer with one batch again and again."""
+    """Write one batch again and again by the store's writer."""
     random, arrays = np.random.default_rng(0), plan.arrays
     batch = {array.name: np.zeros((batch_size, *array.item), array.dtype) for array in arrays}
     batch["features"][:] = random.standard_normal(batch["features"].shape, np.float32)
@@ -235,30 +235,34 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def extract(path: Path, plan: Plan, batch_size: int, workers: int, watch: Watch) -> dict[str, Any]:
-    progress = ExtractProgress(report=watch.report)
+def extract(
+    path: Path, plan: Plan, batch_size: int, workers: int, monitor: MemoryMonitor
+) -> dict[str, Any]:
+    progress = ExtractProgress(report=monitor.report)
     run(plan, path, batch_size=batch_size, workers=workers, progress=progress)
     return {"slowest": progress.slowest, "busy": dict(progress.busy)}
 
 
-def measure(work: Callable[[Watch], dict[str, Any]], rows: int, bytes_: int) -> dict[str, Any]:
-    """One run as numbers."""
-    with Watch() as watch:
-        facts = work(watch)
+def measure(
+    work: Callable[[MemoryMonitor], dict[str, Any]], rows: int, bytes_: int
+) -> dict[str, Any]:
+    """Run one variant; return its rates and memory."""
+    with MemoryMonitor() as monitor:
+        facts = work(monitor)
     return {
         **facts,
-        "seconds": watch.seconds,
-        "pictures_s": rows / watch.seconds,
-        "mb_s": bytes_ / watch.seconds / 1e6,
-        "start_bytes": watch.start_bytes,
-        "peak_bytes": watch.peak_bytes,
-        "dirty_bytes": watch.dirty_bytes,
-        "resident_bytes": watch.quarters,
+        "seconds": monitor.seconds,
+        "pictures_s": rows / monitor.seconds,
+        "mb_s": bytes_ / monitor.seconds / 1e6,
+        "start_bytes": monitor.start_bytes,
+        "peak_bytes": monitor.peak_bytes,
+        "dirty_bytes": monitor.dirty_bytes,
+        "resident_bytes": monitor.quarters,
     }
 
 
 def warm_up(plan: Plan, batch_size: int) -> None:
-    """What only the first batch of a process costs."""
+    """Run one batch, so that costs of the first one are not measured."""
     size = plan.teacher.input_px
     compute_targets(
         plan.teacher,
@@ -272,40 +276,40 @@ def warm_up(plan: Plan, batch_size: int) -> None:
 def repetition(
     folder: Path, plan: Plan, batch_size: int, workers: int, first: int
 ) -> dict[str, dict[str, Any]]:
-    """The four in turn, another one first each time; rates are of the bytes that the store writes,
-    for all."""
+    """Run the four in turn, another one first each time; rates are of the bytes that the store
+    writes, for all."""
     out, rows = folder / "out", len(plan.source)
     total = plan.view_bytes * plan.views * rows
     nothing = replace(plan, store=NAME)
 
-    def alone(watch: Watch) -> dict[str, Any]:
+    def alone(monitor: MemoryMonitor) -> dict[str, Any]:
         write_alone(out, plan, batch_size)
         return {}
 
-    def raw(watch: Watch) -> dict[str, Any]:
+    def raw(monitor: MemoryMonitor) -> dict[str, Any]:
         write_raw(out, total)
         return {}
 
-    works: dict[str, Callable[[Watch], dict[str, Any]]] = {
+    runs: dict[str, Callable[[MemoryMonitor], dict[str, Any]]] = {
         "raw disk": raw,
         "writer alone": alone,
-        "null sink": lambda watch: extract(out, nothing, batch_size, workers, watch),
-        "store": lambda watch: extract(out, plan, batch_size, workers, watch),
+        "null sink": lambda monitor: extract(out, nothing, batch_size, workers, monitor),
+        "store": lambda monitor: extract(out, plan, batch_size, workers, monitor),
     }
     results = {}
-    for i in range(len(works)):
-        name = list(works)[(first + i) % len(works)]
-        results[name] = measure(works[name], rows, total)
+    for i in range(len(runs)):
+        name = list(runs)[(first + i) % len(runs)]
+        results[name] = measure(runs[name], rows, total)
         shutil.rmtree(out) if out.is_dir() else out.unlink()
         click.echo(f"  {name}: {results[name]['seconds']:.1f} s", err=True)
-    return {name: results[name] for name in works}
+    return {name: results[name] for name in runs}
 
 
 # ------------------------------------------------------------ the program
 
 
 def medians(reps: Sequence[dict[str, dict[str, Any]]]) -> dict[str, float]:
-    """Ratios within each repetition, their medians."""
+    """Return the medians of ratios within each repetition."""
 
     def ratio(name: str, versus: str) -> float:
         return statistics.median(rep[name]["mb_s"] / rep[versus]["mb_s"] for rep in reps)
@@ -327,11 +331,11 @@ def rates_table(reps: Sequence[dict[str, dict[str, Any]]]) -> str:
         )
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in busy.items()) or "-"
         rows.append((name, f"{rate:.1f}", f"{speed:.0f}", mine[0].get("slowest", "-"), stages))
-    return table(["", "pictures/s", "MB/s", "slowest", "busy seconds"], rows)
+    return markdown_table(["", "pictures/s", "MB/s", "slowest", "busy seconds"], rows)
 
 
 def memory_table(reps: Sequence[dict[str, dict[str, Any]]]) -> str:
-    """Of the last repetition: the first one's start includes what is loaded once."""
+    """Format the last repetition: the start of the first one includes what is loaded once."""
     rows = []
     for name, mine in reps[-1].items():
         quarters = [
@@ -340,7 +344,7 @@ def memory_table(reps: Sequence[dict[str, dict[str, Any]]]) -> str:
         ]
         sizes = [f"{mine[key] / 1e6:.0f}" for key in ("start_bytes", "peak_bytes", "dirty_bytes")]
         rows.append((name, sizes[0], *quarters, sizes[1], sizes[2]))
-    return table(
+    return markdown_table(
         ["MB resident", "start", "25 %", "50 %", "75 %", "100 %", "peak", "most dirty"], rows
     )
 
@@ -402,9 +406,9 @@ def cli(
     """Measure how fast an extraction writes, and what memory it needs."""
     STORES[NAME] = "benchmarks.bench_write"
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
-        place = Path(temporary)
-        model: Any = Ready(load(teacher, weights)) if ready else load(teacher, weights)
-        pictures = open_source(write_pictures(place / "pictures", rows))
+        root = Path(temporary)
+        model: Any = MemoizedTeacher(load(teacher, weights)) if ready else load(teacher, weights)
+        pictures = open_source(write_pictures(root / "pictures", rows))
         plan = Plan(
             source=pictures,
             teacher=model,
@@ -415,20 +419,20 @@ def cli(
             rows_per_shard=rows,
         )
         total = plan.view_bytes * views * rows
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(root).free
         if 1.1 * total > free:
             raise UserError(
-                f"--folder {str(place)!r}: {1.1 * total / 1e9:.1f} GB are needed, {free / 1e9:.1f} "
+                f"--folder {str(root)!r}: {1.1 * total / 1e9:.1f} GB are needed, {free / 1e9:.1f} "
                 "GB are free; fewer --rows or --views"
             )
-        about = environment(place)
+        about = environment(root)
         who = f"{teacher}{', ready' * ready}"
         click.echo(
             f"{describe(about)}\n{rows} pictures x {views} views, {who}: {total / 1e9:.2f} GB in "
             "one shard"
         )
         warm_up(plan, batch_size)
-        done = [repetition(place, plan, batch_size, workers, first) for first in range(reps)]
+        done = [repetition(root, plan, batch_size, workers, first) for first in range(reps)]
     ratios = medians(done)
     options = {
         "teacher": teacher,
@@ -438,7 +442,7 @@ def cli(
         "workers": workers,
     }
     options |= {"ready": ready, "store": store_name}
-    save(
+    save_json(
         json_path,
         {**about, "options": options, "bytes": total, "ratios": ratios, "repetitions": done},
     )

@@ -1,10 +1,10 @@
-"""Reading from the disk: before every pass a cache's files leave the page cache, and that they did
-is looked at.
+"""Reads are measured from the disk: before every pass a cache's files leave the page cache, and it
+is checked that they did.
 
-Ours against the plainest way to read the same bytes: whole files from end to end in pieces of 8
-MiB, and the same rows in the same order. Both with as many threads, each into memory of its own
-that it uses again. What lies below (a disk's, a host's own cache) cannot be emptied from here;
-passes take turns, so that it helps all alike.
+Ours is compared with the plainest way to read the same bytes: whole files from end to end in pieces
+of 8 MiB, and the same rows in the same order. Both have as many threads, each with a buffer that it
+uses again. Caches below (of a disk, of a host) cannot be emptied from here; passes take turns, so
+that they help all alike.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 import featcache
 from benchmarks import drop
-from benchmarks.contest import I64, Task
+from benchmarks.comparison import I64, Task
 from featcache.errors import UserError
 from featcache.storage.store import get_store
 
@@ -40,23 +40,23 @@ class Range(NamedTuple):
     length: int
 
 
-def rows_of(cache: featcache.Cache, path: Path, order: I64) -> list[Range]:
-    """Where the features of rows lie."""
+def row_ranges(cache: featcache.Cache, path: Path, order: I64) -> list[Range]:
+    """Return the byte ranges of rows' features, in the order of the rows."""
     spec, module = cache.arrays["features"], get_store(cache.identity["store"])
     starts = np.cumsum([0, *(record["rows"] for record in cache.records)])
     out = []
     for row in order.tolist():
         shard = int(np.searchsorted(starts, row, side="right") - 1)
-        place = np.array([row - starts[shard]])
+        position = np.array([row - starts[shard]])
         file, offsets = module.locate(
-            path, cache.records[shard]["shard"], spec, cache.views, 0, place
+            path, cache.records[shard]["shard"], spec, cache.views, 0, position
         )
         out.append(Range(str(file), int(offsets[0]), spec.item_bytes))
     return out
 
 
-def ends_of(rows: Sequence[Range]) -> list[Range]:
-    """The same files from end to end."""
+def file_ranges(rows: Sequence[Range]) -> list[Range]:
+    """Return the ranges of the same files from end to end."""
     return [
         Range(path, offset, min(PIECE_BYTES, size - offset))
         for path in sorted({row.path for row in rows})
@@ -66,8 +66,8 @@ def ends_of(rows: Sequence[Range]) -> list[Range]:
 
 
 def read_raw(ranges: Sequence[Range], threads: int, *, direct: bool, shared: bool) -> int:
-    """Bytes read. Threads take the next range each (`shared`), or a part of the list each, which
-    suits read-ahead."""
+    """Read ranges by threads; return the bytes. Each thread takes the next range (`shared`), or has
+    a part of the list, which suits read-ahead."""
     if shared:
         left = deque(ranges)
         lists: list[deque[Range]] = [left] * threads
@@ -79,10 +79,10 @@ def read_raw(ranges: Sequence[Range], threads: int, *, direct: bool, shared: boo
 
 
 def _read_all(ranges: deque[Range], direct: bool) -> int:
-    """Ranges from the left until none is left, into one piece of memory; the bytes that were asked
-    for."""
+    """Read ranges from the left until none is left, into one buffer; return the bytes that were
+    asked for."""
     flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
-    handles: dict[str, int] = {}
+    fds: dict[str, int] = {}
     memory, total = mmap.mmap(-1, PIECE_BYTES), 0
     try:
         while True:
@@ -90,23 +90,23 @@ def _read_all(ranges: deque[Range], direct: bool) -> int:
                 path, offset, count = ranges.popleft()
             except IndexError:
                 return total
-            if path not in handles:
-                handles[path] = os.open(path, flags)
+            if path not in fds:
+                fds[path] = os.open(path, flags)
             low = offset // _ALIGN * _ALIGN if direct else offset
             span = -(-(offset + count - low) // _ALIGN) * _ALIGN if direct else count
             if span > len(memory):
                 memory = mmap.mmap(-1, span)
-            _read_range(handles[path], memoryview(memory)[:span], low, offset + count - low)
+            _read_range(fds[path], memoryview(memory)[:span], low, offset + count - low)
             total += count
     finally:
-        for handle in handles.values():
-            os.close(handle)
+        for fd in fds.values():
+            os.close(fd)
 
 
-def _read_range(handle: int, memory: memoryview, offset: int, needed: int) -> None:
+def _read_range(fd: int, memory: memoryview, offset: int, needed: int) -> None:
     got = 0
     while got < needed:
-        more = os.preadv(handle, [memory[got:]], offset + got)
+        more = os.preadv(fd, [memory[got:]], offset + got)
         if not more:
             raise UserError(
                 "a file ended early while it was measured; is another program writing it?"
@@ -118,8 +118,8 @@ def _read_range(handle: int, memory: memoryview, offset: int, needed: int) -> No
 
 
 @dataclass
-class Cold:
-    """Rates of each pass in every repetition, and what stood in the way."""
+class ColdRates:
+    """Rates of each pass in every repetition, and why passes were skipped, where they were."""
 
     gb_s: dict[str, list[float]] = field(default_factory=dict)
     stayed: float = 0.0
@@ -143,9 +143,9 @@ PAIRS = tuple(
 )
 
 
-def measure(path: Path, task: Task, order: I64, reps: int, say: Callable[[str], None]) -> Cold:
-    """Every pass once a repetition, each after the pages have left."""
-    cold = Cold()
+def measure(path: Path, task: Task, order: I64, reps: int, log: Callable[[str], None]) -> ColdRates:
+    """Run every pass once a repetition, each after the pages have left the page cache."""
+    cold = ColdRates()
     for io in ("buffered", "direct"):
         with featcache.open(path, threads=task.threads, io=io) as cache:
             passes = _passes(cache, path, task, order, io)
@@ -173,15 +173,15 @@ def measure(path: Path, task: Task, order: I64, reps: int, say: Callable[[str], 
                     cold.gb_s.setdefault(name, []).append(
                         count / 1e9 / max(time.perf_counter() - start, 1e-9)
                     )
-                say(f"cold, {io}: repetition {rep + 1} of {reps}")
+                log(f"cold, {io}: repetition {rep + 1} of {reps}")
     return cold
 
 
 def _passes(
     cache: featcache.Cache, path: Path, task: Task, order: I64, io: str
 ) -> dict[str, Callable[[], int]]:
-    rows = rows_of(cache, path, order)
-    whole, direct = ends_of(rows), io == "direct"
+    rows = row_ranges(cache, path, order)
+    whole, direct = file_ranges(rows), io == "direct"
     out = task.memory(max(task.batch, task.block))
 
     def blocks(check: bool) -> int:

@@ -1,8 +1,8 @@
-"""The pictures and targets that loaders deliver, and the loaders that ours is compared with.
+"""Pictures and targets are written for loaders, and read by the loaders that ours is compared with.
 
-Everybody gives batches of B crops of 224 pixels and B records of features, shuffled, for as long as
-they are asked; the pictures are photographs of about ImageNet's size and weight. B batch, L levels,
-T tokens, D width.
+Every loader gives batches of B crops of 224 pixels and B records of features, shuffled, without
+end; the pictures are photographs of about ImageNet's size in pixels and bytes. B batch, L levels, T
+tokens, D width.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SIDES = (500, 375)  # of ImageNet's pictures, the median
 
 
 def write_pictures(folder: Path, count: int) -> Path:
-    """JPEGs of scikit-image's photographs, each cut and turned otherwise, of SIDES pixels and
-    quality 90."""
+    """Write JPEGs of scikit-image's photographs, each cropped and rotated differently, of SIDES
+    pixels and quality 90."""
     from skimage import data
 
     random = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def write_pictures(folder: Path, count: int) -> Path:
 
 
 def write_tars(folder: Path, pictures: Path, features: np.ndarray) -> list[str]:
-    """KEY.jpg beside KEY.npy, as one would store targets for webdataset without a cache of ours."""
+    """Write KEY.jpg beside KEY.npy, as one would store targets for webdataset without featcache."""
     folder.mkdir()
     files, tars = sorted(pictures.rglob("*.jpg")), []
     per_tar = min(256, -(-len(files) // 4))
@@ -66,7 +66,7 @@ def write_tars(folder: Path, pictures: Path, features: np.ndarray) -> list[str]:
 
 
 def crop_of(size: int) -> Any:
-    """MAE's crop as torchvision has it, to a uint8 tensor."""
+    """Return MAE's crop as torchvision has it, to a uint8 tensor."""
     from torchvision import transforms
 
     return transforms.Compose(
@@ -81,7 +81,7 @@ def crop_of(size: int) -> Any:
 
 
 class _Sample:
-    """(picture, array) -> tensors. A class, since a worker may have to be sent it."""
+    """Maps (picture, array) to tensors. A class, since it must be pickled for workers."""
 
     def __init__(self, size: int) -> None:
         self.crop = crop_of(size)
@@ -92,8 +92,8 @@ class _Sample:
 
 
 def webdataset_batches(tars: list[str], size: int, batch: int, workers: int) -> Batches:
-    """A plain pipeline: Pillow, torchvision's crop, npy, batches through a loader of so many worker
-    processes."""
+    """Yield batches of a plain webdataset pipeline: Pillow, torchvision's crop, npy, a loader of so
+    many worker processes."""
     import webdataset as wds
 
     data = wds.WebDataset(tars, shardshuffle=False, empty_check=False).shuffle(256, initial=64)
@@ -112,7 +112,7 @@ def webdataset_batches(tars: list[str], size: int, batch: int, workers: int) -> 
 
 
 class _Files(torch.utils.data.Dataset[Any]):
-    """A picture file and an .npy file a sample, in endless epochs."""
+    """Reads a picture file and an .npy file a sample."""
 
     def __init__(self, pictures: list[Path], arrays: Path, size: int) -> None:
         self.pictures, self.arrays, self.crop = pictures, arrays, crop_of(size)
@@ -129,7 +129,7 @@ class _Files(torch.utils.data.Dataset[Any]):
 def torchvision_batches(
     pictures: Path, arrays: Path, size: int, batch: int, workers: int
 ) -> Batches:
-    """torch's DataLoader over single files with torchvision's crop."""
+    """Yield batches of torch's DataLoader over single files with torchvision's crop, endlessly."""
     data = _Files(sorted(pictures.rglob("*.jpg")), arrays, size)
     loader = torch.utils.data.DataLoader(
         data,
@@ -151,13 +151,13 @@ def _one_thread(worker: int) -> None:
 
 
 def pread_batches(cache: Cache, fields: tuple[str, ...], batch: int, threads: int) -> Batches:
-    """The physical limit: the same bytes of random rows by plain preads into memory that is used
-    again."""
+    """Read the same bytes of random rows by plain preads into buffers that are used again: the
+    physical limit."""
     (part,) = cache._parts
     random, view = np.random.default_rng(0), 0
     arrays = [part.arrays[name] for name in fields]
     memory = [np.ones((batch, spec.item_bytes), np.uint8) for spec in arrays]
-    handles: dict[str, int] = {}
+    fds: dict[str, int] = {}
     try:
         with ThreadPoolExecutor(threads) as pool:
             while True:
@@ -165,20 +165,19 @@ def pread_batches(cache: Cache, fields: tuple[str, ...], batch: int, threads: in
                 jobs = []
                 for shard in np.unique(rows // 1024).tolist():
                     at = np.flatnonzero(rows // 1024 == shard)
-                    for spec, place in zip(arrays, memory, strict=True):
+                    for spec, buffer in zip(arrays, memory, strict=True):
                         path, offsets = part.locate(shard, spec, view, rows[at])
-                        fd = handles[path] = (
-                            handles.get(path, -1) if path in handles else os.open(path, os.O_RDONLY)
-                        )
+                        if path not in fds:
+                            fds[path] = os.open(path, os.O_RDONLY)
                         jobs += [
-                            (fd, place[i], offset)
+                            (fds[path], buffer[i], offset)
                             for i, offset in zip(at.tolist(), offsets.tolist(), strict=True)
                         ]
                 cut = [jobs[i::threads] for i in range(threads)]
                 list(pool.map(_pread_all, cut))
                 yield batch
     finally:
-        for fd in handles.values():
+        for fd in fds.values():
             os.close(fd)
 
 

@@ -1,9 +1,9 @@
-"""Other ways to keep and read the same records, each as fast as its documented interface allows.
+"""Other formats store and read the same records, each as fast as its documented interface allows.
 
-A `Layout` is files of one format, and the ways to read them. Nobody is asked for more than we are:
-no compression, no checksums where a format can do without, threads where they help. What a training
-step needs is a batch in one piece of memory, which is used again for the next: whoever can only
-give rows in memory of his own has them copied there. Streams are let off that.
+A `Layout` is files of one format, and the readers of them. No format is asked for more than ours:
+no compression, no checksums where it can do without, threads where they help. A training step needs
+a batch in one buffer, which is used again for the next: a library that only returns rows in memory
+of its own has them copied there. Streams are exempt from that.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contest import F16, I64, Batches, Reader, Task
+from benchmarks.comparison import F16, I64, Batches, Reader, Task
 
-Into = Callable[[int, F16], None]  # a row's number, and its place
+ReadInto = Callable[[int, F16], None]  # a row's number, and its destination
 
-# rows a batch of those who fill memory of their own, and of a block where a format has such
+# rows a batch of libraries that fill memory of their own, and of a block where a format has such
 FEW = 32
 _NPY_HEADER = 128  # bytes before the numbers, where a shape is short
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`write(folder, source, task)`, and for each peer that can read it: (folder, task) ->
-    readers."""
+    """One format: `write(folder, source, task)`, and for each peer that can read it a function
+    (folder, task) -> readers."""
 
     name: str
     write: Callable[[Path, F16, Task], None]
@@ -40,7 +40,8 @@ class Layout:
 def _each(
     task: Task, one: Callable[[int, F16], None], pool: ThreadPoolExecutor | None = None
 ) -> Callable[[I64], Batches]:
-    """Random rows into a batch's memory, `one` row a call, by the caller or by a pool's threads."""
+    """Return a function that reads random rows into a batch's buffer, `one` row a call, by the
+    caller or by a pool's threads."""
 
     def read(order: I64) -> Batches:
         out = task.memory()
@@ -77,7 +78,7 @@ def _write_zarr(chunk: int, sharded: bool = False) -> Callable[[Path, F16, Task]
     return write
 
 
-def _zarr_readers(library: str, ways: str) -> Callable[[Path, Task], list[Reader]]:
+def _zarr_readers(library: str, cases: str) -> Callable[[Path, Task], list[Reader]]:
     def readers(folder: Path, task: Task) -> list[Reader]:
         import zarr
 
@@ -111,19 +112,19 @@ def _zarr_readers(library: str, ways: str) -> Callable[[Path, Task], list[Reader
             "oindex": Reader(f"{name}, orthogonal selection", "rows", orthogonal),
             "block": Reader(f"{name}, {FEW}-row blocks", "block", by_block),
         }
-        return [known[way] for way in ways.split()]
+        return [known[case] for case in cases.split()]
 
     return readers
 
 
 def _buffer(out: F16) -> Any:
-    """Memory of ours that zarr-python reads into."""
+    """Our buffer as one that zarr-python reads into."""
     from zarr.core.buffer import default_buffer_prototype
 
     return default_buffer_prototype().nd_buffer.from_ndarray_like(out)  # type: ignore[arg-type]
 
 
-def _tensorstore(ways: str) -> Callable[[Path, Task], list[Reader]]:
+def _tensorstore(cases: str) -> Callable[[Path, Task], list[Reader]]:
     def readers(folder: Path, task: Task) -> list[Reader]:
         import tensorstore as ts
 
@@ -147,8 +148,8 @@ def _tensorstore(ways: str) -> Callable[[Path, Task], list[Reader]]:
                 for rows in task.batches(order, FEW):
                     with ts.Batch() as batch:
                         waiting = [store[row].read(batch=batch) for row in rows]
-                    for place, future in zip(out, waiting, strict=False):
-                        place[:] = future.result()
+                    for destination, future in zip(out, waiting, strict=False):
+                        destination[:] = future.result()
                     yield rows, out[: len(rows)]
 
             return read
@@ -181,7 +182,7 @@ def _tensorstore(ways: str) -> Callable[[Path, Task], list[Reader]]:
             "block": [Reader(f"tensorstore, {FEW}-row blocks", "block", by_block(FEW))],
             "shard": [Reader("tensorstore, whole shards", "block", by_block(task.file_rows))],
         }
-        return [reader for way in ways.split() for reader in known[way]]
+        return [reader for case in cases.split() for reader in known[case]]
 
     return readers
 
@@ -200,8 +201,8 @@ def _write_tars(folder: Path, source: F16, task: Task) -> None:
 
 @dataclass(frozen=True)
 class _Parse:
-    """The quickest way to a tar's array: no copy. A class, since a worker may have to be sent
-    it."""
+    """Parses a tar's array without a copy, the fastest way. A class, since it must be pickled for
+    workers."""
 
     item: tuple[int, ...]
 
@@ -248,10 +249,10 @@ def _webdataset_readers(folder: Path, task: Task) -> list[Reader]:
             Reader(
                 f"webdataset DataLoader, {workers} worker{'s' * (workers > 1)}, {how}",
                 "stream",
-                loaded(*way),
+                loaded(*case),
             )
             for workers in (1, 2)
-            for how, way in {
+            for how, case in {
                 "one by one": (decoded(), workers),
                 f"batched({FEW})": (bare().batched(few), workers),
                 f"batch_size={FEW}": (bare(), workers, few),
@@ -261,8 +262,7 @@ def _webdataset_readers(folder: Path, task: Task) -> list[Reader]:
 
 
 def _quiet(worker: int) -> None:
-    """A tar's bytes cannot be written to, which torch says of every tensor; nobody writes to
-    them."""
+    """Silence torch about bytes of a tar that cannot be written to; nothing writes to them."""
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
@@ -362,7 +362,7 @@ def _safetensors_readers(folder: Path, task: Task) -> list[Reader]:
         maps.append(np.memmap(path, np.float16, "r", start).reshape(-1, *task.item))
     pool = ThreadPoolExecutor(task.threads)
 
-    def sliced(kind: str) -> Into:
+    def sliced(kind: str) -> ReadInto:
         def read(row: int, out: F16) -> None:
             number, at = divmod(row, task.file_rows)
             np.copyto(out, np.asarray(slices[kind][number][at : at + 1])[0])
@@ -424,5 +424,5 @@ PEERS = tuple(dict.fromkeys(peer for layout in LAYOUTS for peer in layout.reader
 
 
 def missing(peer: str) -> bool:
-    """Whether a peer's library is not installed."""
+    """Return whether a peer's library is not installed."""
     return peer != "npy" and importlib.util.find_spec(peer) is None

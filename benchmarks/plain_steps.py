@@ -1,4 +1,4 @@
-"""Training steps as one writes them with PyTorch and timm alone, to be compared with ours: eager,
+"""Two recipes are written with PyTorch and timm alone, to compare their steps with ours: eager,
 nothing shared.
 
 Losses and weights are of the same shapes and cost; that their values are the papers' is tested
@@ -19,7 +19,7 @@ Batch = dict[str, Tensor]
 
 
 class _Encoder(nn.Module):
-    """timm's ViT over some of its patches: every block's output."""
+    """timm's ViT over some of its patches; returns every block's output."""
 
     def __init__(self, drop_path: float) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Encoder(nn.Module):
 
 
 class MaskAlign(nn.Module):
-    """Mixed blocks, one Linear a level, smooth-L1 to the visible tokens' features."""
+    """MaskAlign: mixed blocks, one Linear a level, smooth-L1 to the visible tokens' features."""
 
     def __init__(self, levels: int, width: int) -> None:
         super().__init__()
@@ -99,9 +99,9 @@ class Mae(nn.Module):
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {"maskalign": MaskAlign, "mae": Mae}
 
 
-def stepper(name: str, batch: Batch, device: torch.device, precision: str) -> Callable[[], None]:
-    """One optimiser step on a batch that is in memory, in eager mode, as `precision` (no, bf16,
-    fp16) says."""
+def make_step(name: str, batch: Batch, device: torch.device, precision: str) -> Callable[[], None]:
+    """Return one optimiser step on a batch that is in memory, in eager mode, as `precision` (no,
+    bf16, fp16) says."""
     levels, width = (
         (batch["features"].shape[1], batch["features"].shape[-1]) if "features" in batch else (0, 0)
     )

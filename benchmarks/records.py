@@ -1,5 +1,5 @@
-"""The records that are read, a cache that holds them, and the two readers that matter most: ours
-and memcpy.
+"""Records are made and written as a cache; it is read by featcache, by plain preads, and copied by
+memcpy.
 
 L levels, T tokens, D width.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import featcache
-from benchmarks.contest import F16, I64, Batches, Contest, Reader, Task, check
+from benchmarks.comparison import F16, I64, Batches, Comparison, Reader, Task, check_reader
 from featcache.storage import checksums, json_file, manifest
 from featcache.storage.store import SHARDS, Array, get_store
 from featcache.views import pixel_path
@@ -28,8 +28,8 @@ SHARD_ROWS = 1024
 
 
 def make_source(task: Task, seed: int = 0) -> F16:
-    """Numbers as normalised features have them: fp16 of unit variance, nothing that a disk or a
-    kernel could fold."""
+    """Draw numbers like normalised features: fp16 of unit variance, which no disk or kernel can
+    compress."""
     random, source = np.random.default_rng(seed), np.empty((task.rows, *task.item), np.float16)
     for low in range(0, task.rows, 16):
         part = source[low : low + 16]
@@ -38,7 +38,7 @@ def make_source(task: Task, seed: int = 0) -> F16:
 
 
 def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
-    """A cache with these features through the store's own writer; checksums as extraction stores
+    """Write a cache with these features by the store's own writer; checksums as extraction stores
     them."""
     rows, levels, tokens, width = source.shape
     row_view = ("row", "view")
@@ -97,8 +97,8 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
 # ------------------------------------------------------------ ours and memcpy
 
 
-class Way(NamedTuple):
-    """One way to read ours, and to copy the same in memory."""
+class ReadCase(NamedTuple):
+    """One measured case: the part of each row, its order, threads and checks."""
 
     kind: str = "rows"
     threads: int = 1
@@ -119,13 +119,13 @@ class Way(NamedTuple):
         )
 
     @property
-    def memcpy(self) -> Way:
+    def memcpy(self) -> ReadCase:
         return self._replace(checks=None, kept=False, bare=False)
 
 
-class Bench:
-    """The records in memory, a destination for each shape, and opened caches: what all our readers
-    share."""
+class CacheReaders:
+    """Makes the readers of caches: they share the records in memory and a destination for each
+    shape."""
 
     def __init__(self, task: Task, source: F16, order: I64) -> None:
         self.task, self.source, self.order = task, source, order
@@ -136,38 +136,41 @@ class Bench:
             return (np.asarray(rows) for rows in self.task.batches(self.order))
         return (np.arange(low, high) for low, high in self.task.blocks(self.order))
 
-    def memory(self, way: Way) -> F16:
+    def memory(self, case: ReadCase) -> F16:
         levels, tokens, width = self.task.item
-        count = self.task.batch if way.kind == "rows" else self.task.block
-        shape = (count, way.levels or levels, way.tokens or tokens, width)
+        count = self.task.batch if case.kind == "rows" else self.task.block
+        shape = (count, case.levels or levels, case.tokens or tokens, width)
         if shape not in self._memory:
             self._memory[shape] = np.ones(shape, np.float16)
         return self._memory[shape]
 
-    def ours(self, cache: featcache.Cache, way: Way) -> Reader:
-        out, levels = self.memory(way), None if way.levels is None else cache.levels[: way.levels]
-        tokens = None if way.kept else way.tokens
+    def ours(self, cache: featcache.Cache, case: ReadCase) -> Reader:
+        out, levels = (
+            self.memory(case),
+            None if case.levels is None else cache.levels[: case.levels],
+        )
+        tokens = None if case.kept else case.tokens
 
         def read(order: I64) -> Batches:
-            for rows in self.requests(way.kind):
-                place = out[: len(rows)]
+            for rows in self.requests(case.kind):
+                destination = out[: len(rows)]
                 cache.read(
                     rows,
                     levels=levels,
                     tokens=tokens,
-                    out={"features": place},
-                    check=bool(way.checks),
+                    out={"features": destination},
+                    check=bool(case.checks),
                 )
-                yield rows, place
+                yield rows, destination
 
-        return Reader(way.name, way.kind, read, way.levels, way.tokens)
+        return Reader(case.name, case.kind, read, case.levels, case.tokens)
 
-    def preads(self, cache: featcache.Cache, way: Way) -> Reader:
-        """What the system itself takes for these ranges: a pread for each level of each row, or of
-        each row where all its tokens are wanted, by threads that take a part of the rows each time
-        one is free."""
+    def preads(self, cache: featcache.Cache, case: ReadCase) -> Reader:
+        """Read these ranges by system calls alone: a pread for each level of each row, or for each
+        row where all its tokens are wanted, by threads that take a part of the rows each time one
+        is free."""
         (part,) = cache._parts
-        spec, out = part.arrays["features"], self.memory(way)
+        spec, out = part.arrays["features"], self.memory(case)
         levels, width = out.shape[1], 2 * out.shape[2] * out.shape[3]
         stored, row = spec.item_bytes // levels, levels * width
         ranges = (
@@ -175,49 +178,50 @@ class Bench:
             if stored == width
             else [(i * stored, i * width, width) for i in range(levels)]
         )
-        memory, pool = out.reshape(-1).view(np.uint8).data, ThreadPoolExecutor(way.threads)
+        memory, pool = out.reshape(-1).view(np.uint8).data, ThreadPoolExecutor(case.threads)
 
         def work(jobs: Sequence[tuple[int, int, int]]) -> None:
-            for fd, offset, place in jobs:
+            for fd, offset, destination in jobs:
                 for source, target, count in ranges:
-                    at = place * row + target
+                    at = destination * row + target
                     os.preadv(fd, (memory[at : at + count],), offset + source)
 
         def read(order: I64) -> Batches:
             with contextlib.ExitStack() as stack:
                 shards = range(-(-self.task.rows // SHARD_ROWS))
                 paths = [part.locate(i, spec, 0, np.array([i * SHARD_ROWS]))[0] for i in shards]
-                handles = [os.open(path, os.O_RDONLY) for path in paths]
-                for fd in handles:
+                fds = [os.open(path, os.O_RDONLY) for path in paths]
+                for fd in fds:
                     stack.callback(os.close, fd)
-                for numbers in self.requests(way.kind):
+                for numbers in self.requests(case.kind):
                     at = np.argsort(numbers)
                     offsets = (numbers[at] % SHARD_ROWS * spec.item_bytes).tolist()
-                    files = [handles[i] for i in (numbers[at] // SHARD_ROWS).tolist()]
+                    files = [fds[i] for i in (numbers[at] // SHARD_ROWS).tolist()]
                     jobs = list(zip(files, offsets, at.tolist(), strict=True))
-                    step = len(jobs) if way.threads == 1 else -(-len(jobs) // (4 * way.threads))
+                    step = len(jobs) if case.threads == 1 else -(-len(jobs) // (4 * case.threads))
                     parts = [jobs[low : low + step] for low in range(0, len(jobs), step)]
-                    if way.threads == 1:
+                    if case.threads == 1:
                         work(jobs)
                     else:
                         list(pool.map(work, parts))
                     yield numbers, out[: len(numbers)]
 
-        return Reader(way.name, way.kind, read, way.levels, way.tokens)
+        return Reader(case.name, case.kind, read, case.levels, case.tokens)
 
-    def memcpy(self, way: Way) -> Reader:
-        """Threads take a part of the rows each time one is free, as ours do."""
-        out, source = self.memory(way), self.source[:, : way.levels, : way.tokens]
-        pool = ThreadPoolExecutor(way.threads)
+    def memcpy(self, case: ReadCase) -> Reader:
+        """Copy the same rows in memory, by threads that take a part of the rows each time one is
+        free, as ours do."""
+        out, source = self.memory(case), self.source[:, : case.levels, : case.tokens]
+        pool = ThreadPoolExecutor(case.threads)
 
-        def copy(places: Sequence[int], rows: Sequence[int]) -> None:
-            for place, row in zip(places, rows, strict=True):
-                np.copyto(out[place], source[row])
+        def copy(destinations: Sequence[int], rows: Sequence[int]) -> None:
+            for destination, row in zip(destinations, rows, strict=True):
+                np.copyto(out[destination], source[row])
 
         def read(order: I64) -> Batches:
-            for numbers in self.requests(way.kind):
-                rows, step = numbers.tolist(), -(-len(numbers) // (4 * way.threads))
-                if way.threads == 1:
+            for numbers in self.requests(case.kind):
+                rows, step = numbers.tolist(), -(-len(numbers) // (4 * case.threads))
+                if case.threads == 1:
                     copy(range(len(rows)), rows)
                 else:
                     cuts = range(0, len(rows), step)
@@ -225,19 +229,19 @@ class Bench:
                     list(pool.map(copy, parts, [rows[low : low + step] for low in cuts]))
                 yield numbers, out[: len(rows)]
 
-        return Reader(way.name, way.kind, read, way.levels, way.tokens)
+        return Reader(case.name, case.kind, read, case.levels, case.tokens)
 
-    def contest(
+    def compare(
         self,
-        ways: Sequence[Way],
-        caches: Callable[[Way], featcache.Cache],
+        cases: Sequence[ReadCase],
+        caches: Callable[[ReadCase], featcache.Cache],
         others: Sequence[Reader],
-    ) -> Contest:
-        """Ways, the memcpy that belongs to each, and others; all have shown that they give the
-        right numbers."""
-        readers = [self.memcpy(way) for way in dict.fromkeys(way.memcpy for way in ways)]
-        readers += [(self.preads if way.bare else self.ours)(caches(way), way) for way in ways]
-        contest = Contest([*readers, *others])
-        for reader in contest.readers:
-            check(reader, self.order, self.source)
-        return contest
+    ) -> Comparison:
+        """Return a comparison of cases, the memcpy that belongs to each, and other readers; the
+        numbers of all of them are checked here."""
+        readers = [self.memcpy(case) for case in dict.fromkeys(case.memcpy for case in cases)]
+        readers += [(self.preads if case.bare else self.ours)(caches(case), case) for case in cases]
+        comparison = Comparison([*readers, *others])
+        for reader in comparison.readers:
+            check_reader(reader, self.order, self.source)
+        return comparison

@@ -31,14 +31,14 @@ from benchmarks import (
     bench_recipes,
     cold,
     drop,
+    markdown_table,
     peers,
     plain_steps,
-    resident,
-    table,
+    resident_share,
     warm,
 )
-from benchmarks.contest import Contest, Reader, Task, Turn, check, take
-from benchmarks.records import Bench, Way, make_source, write_cache
+from benchmarks.comparison import Comparison, Reader, Task, Timing, check_reader, time_reader
+from benchmarks.records import CacheReaders, ReadCase, make_source, write_cache
 from featcache.errors import UsageError, UserError
 from featcache.pictures.open_source import open_source
 from featcache.teachers import load, load_tokenizer
@@ -249,9 +249,9 @@ def test_bench_extract_to_its_end(tmp_path: Path, ready: tuple[str, ...]) -> Non
     assert found["hardware"]["cpu"]
     assert found["options"]["device"] == "cpu"
     assert [*found["repetitions"][0]] == list(found["repetitions"][1])
-    assert set(found["repetitions"][0]) == set(bench_extract.WAYS)
-    for way in ("null sink", "store"):
-        assert set(found["repetitions"][0][way]["busy"]) == {
+    assert set(found["repetitions"][0]) == set(bench_extract.VARIANTS)
+    for case in ("null sink", "store"):
+        assert set(found["repetitions"][0][case]["busy"]) == {
             "decode",
             "copy",
             "teacher",
@@ -378,7 +378,7 @@ def test_bench_recipes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_bare_network_is_the_same_without_hooks() -> None:
     """It gives what timm gives, and asks no attention."""
-    plain, read = bench_extract.bare(load(VIT, "random:0")), load(VIT, "random:0")
+    plain, read = bench_extract.without_hooks(load(VIT, "random:0")), load(VIT, "random:0")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
     batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert plain(batch, ())[0] == []
@@ -391,7 +391,7 @@ def test_the_bare_network_is_the_same_without_hooks() -> None:
 def test_ratios_of_an_extraction_are_of_one_repetition() -> None:
     seconds = [(1.0, 1.1, 1.2, 4.0, 2.0), (2.0, 2.2, 3.0, 4.0, 1.0), (1.0, 1.3, 1.4, 4.0, 3.0)]
     reps = [
-        {way: {"seconds": s} for way, s in zip(bench_extract.WAYS, rep, strict=True)}
+        {case: {"seconds": s} for case, s in zip(bench_extract.VARIANTS, rep, strict=True)}
         for rep in seconds
     ]
     found = bench_extract.ratios_of(reps)
@@ -438,9 +438,9 @@ def test_every_peer_is_checked(layout: peers.Layout, tmp_path: Path) -> None:
         for reader in [] if peers.missing(peer) else make(tmp_path, TASK):
             if "DataLoader" in reader.name:  # forks; it runs in the test of the program
                 continue
-            check(reader, ORDER, SOURCE)
+            check_reader(reader, ORDER, SOURCE)
             with pytest.raises(UserError, match="not what was written"):
-                check(reader, ORDER, wrong)
+                check_reader(reader, ORDER, wrong)
     gc.collect()
 
 
@@ -457,14 +457,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ours_and_memcpy_are_checked(
     folder: Path, kind: str, part: dict[str, int], checks: bool
 ) -> None:
-    bench, way = Bench(TASK, SOURCE, ORDER), Way(kind, 2, checks=checks, **part)
+    cache_readers, case = (
+        CacheReaders(TASK, SOURCE, ORDER),
+        ReadCase(kind, 2, checks=checks, **part),
+    )
     with featcache.open(folder, threads=2) as cache:
-        bare = way._replace(checks=None, bare=True)
-        for reader in (bench.ours(cache, way), bench.memcpy(way.memcpy), bench.preads(cache, bare)):
-            check(reader, ORDER, SOURCE, batches=99)
+        bare = case._replace(checks=None, bare=True)
+        for reader in (
+            cache_readers.ours(cache, case),
+            cache_readers.memcpy(case.memcpy),
+            cache_readers.preads(cache, bare),
+        ):
+            check_reader(reader, ORDER, SOURCE, batches=99)
             with pytest.raises(UserError, match="not what was written"):
-                check(reader, ORDER, SOURCE + np.float16(1))
-    assert len({way.name, way.memcpy.name, bare.name}) == 3
+                check_reader(reader, ORDER, SOURCE + np.float16(1))
+    assert len({case.name, case.memcpy.name, bare.name}) == 3
 
 
 def test_a_written_cache_has_its_checksums(folder: Path) -> None:
@@ -479,9 +486,9 @@ def test_a_written_cache_has_its_checksums(folder: Path) -> None:
 
 def test_a_reader_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="no rows at all"):
-        check(Reader("empty", "rows", lambda order: iter(())), ORDER, SOURCE)
+        check_reader(Reader("empty", "rows", lambda order: iter(())), ORDER, SOURCE)
     with pytest.raises(UserError, match="more --rows"):
-        take(Reader("one", "rows", lambda order: iter([(ORDER, SOURCE)])), ORDER, 1.0)
+        time_reader(Reader("one", "rows", lambda order: iter([(ORDER, SOURCE)])), ORDER, 1.0)
 
 
 # ------------------------------------------------------------ the measuring itself
@@ -495,22 +502,24 @@ def test_orders_cover_every_row_once() -> None:
 
 
 def test_first_batch_is_not_timed() -> None:
-    turn = take(Reader("x", "rows", lambda order: iter([(range(4), SOURCE[:4])] * 3)), ORDER, 1.0)
-    assert (turn.rows, turn.bytes) == (8, 2 * SOURCE[:4].nbytes)
+    timing = time_reader(
+        Reader("x", "rows", lambda order: iter([(range(4), SOURCE[:4])] * 3)), ORDER, 1.0
+    )
+    assert (timing.rows, timing.bytes) == (8, 2 * SOURCE[:4].nbytes)
 
 
 def test_ratios_are_of_one_repetition() -> None:
     """The median of 1/2, 1/4 and 1/12; the ratio of the medians would be another."""
     readers = [Reader(name, "rows", lambda order: iter(())) for name in "ab"]
-    turns: dict[str, list[Turn]] = {
-        "a": [Turn(1, 10, 2.0), Turn(1, 10, 4.0), Turn(1, 10, 6.0)],
-        "b": [Turn(1, 10, 1.0), Turn(1, 10, 1.0), Turn(1, 20, 1.0)],
+    turns: dict[str, list[Timing]] = {
+        "a": [Timing(1, 10, 2.0), Timing(1, 10, 4.0), Timing(1, 10, 6.0)],
+        "b": [Timing(1, 10, 1.0), Timing(1, 10, 1.0), Timing(1, 20, 1.0)],
     }
-    contest = Contest(readers, turns)
-    assert contest.ratios("a", "b") == pytest.approx([1 / 2, 1 / 4, 1 / 12])
-    assert contest.ratio("a", "b") == pytest.approx(1 / 4)
-    assert contest.time_ratio("a", "b") == pytest.approx(4.0)
-    facts: dict[str, Any] = contest.facts("a", "b")
+    comparison = Comparison(readers, turns)
+    assert comparison.ratios("a", "b") == pytest.approx([1 / 2, 1 / 4, 1 / 12])
+    assert comparison.ratio("a", "b") == pytest.approx(1 / 4)
+    assert comparison.time_ratio("a", "b") == pytest.approx(4.0)
+    facts: dict[str, Any] = comparison.facts("a", "b")
     assert (facts["lowest"], facts["highest"], facts["versus"]) == pytest.approx(
         (1 / 12, 1 / 2, "b")
     )
@@ -525,17 +534,17 @@ def test_pages_are_counted(tmp_path: Path) -> None:
     assert warm(file) == 1.0
     if drop(file) > 0.01:
         pytest.skip("this file system keeps its pages")
-    assert resident(tmp_path) == 0.0
+    assert resident_share(tmp_path) == 0.0
     with file.open("rb", buffering=0) as handle:
         handle.read(4096)
-    assert 0 < resident(file) <= 1.0
+    assert 0 < resident_share(file) <= 1.0
 
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_plain_reads_read_everything(folder: Path, direct: bool) -> None:
     with featcache.open(folder) as cache:
-        rows = cold.rows_of(cache, folder, ORDER)
-    whole = cold.ends_of(rows)
+        rows = cold.row_ranges(cache, folder, ORDER)
+    whole = cold.file_ranges(rows)
     sizes = {path: Path(path).stat().st_size for path, _, _ in rows}
     try:
         assert cold.read_raw(rows, 2, direct=direct, shared=True) == 16 * TASK.row_bytes
@@ -549,7 +558,7 @@ def test_plain_reads_read_everything(folder: Path, direct: bool) -> None:
 
 
 def test_tables_line_up() -> None:
-    assert table(["", "a"], [("x", "1"), ("long", "22")]).splitlines() == [
+    assert markdown_table(["", "a"], [("x", "1"), ("long", "22")]).splitlines() == [
         "|      |  a |",
         "| ---- | -: |",
         "| x    |  1 |",

@@ -1,5 +1,5 @@
-"""A fair race: the same records for everybody, checked before anything is timed, in turns, medians
-of what came out.
+"""Readers are compared on the same records: their output is checked before anything is timed, they
+take turns, and medians are given.
 
 Readers give (row numbers, their values) batch by batch. Kinds:
 
@@ -8,8 +8,8 @@ Readers give (row numbers, their values) batch by batch. Kinds:
     stream   in the order of the files, the only one a tar has
 
 The first batch of a turn is not timed: files are opened and workers start once, an epoch is long. A
-turn ends with its rows or its time, whichever comes first; all that is compared is rates, and
-ratios of rates within one repetition.
+turn ends with its rows or its time, whichever comes first; rates are compared, and ratios of rates
+within one repetition.
 
 L levels, T tokens, D width.
 """
@@ -34,7 +34,7 @@ Batches = Iterator[tuple[npt.ArrayLike, npt.NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Task:
-    """What everybody reads: `rows` records (L, T, D) of fp16, so many at a time, by so many
+    """The records that every reader reads: `rows` of (L, T, D) fp16, so many at a time, by so many
     threads."""
 
     rows: int
@@ -49,7 +49,7 @@ class Task:
 
     @property
     def file_rows(self) -> int:
-        """Rows of one tar, one safetensors file, one Zarr shard: several files, each large."""
+        """Return the rows of one tar, safetensors file or Zarr shard: several files, each large."""
         return max(min(256, self.rows // 4), 1)
 
     def batches(self, order: I64, size: int | None = None) -> Iterator[list[int]]:
@@ -57,14 +57,14 @@ class Task:
         return (order[low : low + step].tolist() for low in range(0, len(order), step))
 
     def blocks(self, order: I64, size: int | None = None) -> Iterator[tuple[int, int]]:
-        """(first, end) of every block, in the order in which their first rows come."""
+        """Return (first, end) of every block, in the order in which their first rows come."""
         step = min(size or self.block, max(self.rows // 4, 1))
         return (
             (first, min(first + step, self.rows)) for first in order[order % step == 0].tolist()
         )
 
     def memory(self, rows: int | None = None) -> F16:
-        """A place for so many rows, or a batch, already touched."""
+        """Return a buffer for so many rows, or a batch, already touched."""
         return np.ones((rows or self.batch, *self.item), np.float16)
 
 
@@ -79,8 +79,8 @@ class Reader:
     by_hand: bool = False
 
 
-def check(reader: Reader, order: I64, source: F16, batches: int = 2) -> None:
-    """The first batches are what was written, or a UserError."""
+def check_reader(reader: Reader, order: I64, source: F16, batches: int = 2) -> None:
+    """Raise UserError unless the first batches are what was written."""
     seen = 0
     for rows, values in reader.read(order):
         numbers = np.atleast_1d(np.asarray(rows, np.int64))
@@ -97,63 +97,66 @@ def check(reader: Reader, order: I64, source: F16, batches: int = 2) -> None:
 
 
 @dataclass
-class Turn:
+class Timing:
     rows: int
     bytes: int
     seconds: float
 
 
-def take(reader: Reader, order: I64, limit_s: float) -> Turn:
-    """One turn of one reader."""
-    turn, batches = Turn(0, 0, 0.0), reader.read(order)
+def time_reader(reader: Reader, order: I64, limit_s: float) -> Timing:
+    """Time one turn of one reader."""
+    timing, batches = Timing(0, 0, 0.0), reader.read(order)
     next(batches)
     start = time.perf_counter()
     for rows, values in batches:
-        turn.rows += np.size(rows)
-        turn.bytes += values.nbytes
+        timing.rows += np.size(rows)
+        timing.bytes += values.nbytes
         if time.perf_counter() - start > limit_s:
             break
-    turn.seconds = max(time.perf_counter() - start, 1e-9)
-    if not turn.rows:
+    timing.seconds = max(time.perf_counter() - start, 1e-9)
+    if not timing.rows:
         raise UserError(f"{reader.name}: one batch holds all rows; more --rows are needed")
-    return turn
+    return timing
 
 
 @dataclass
-class Contest:
-    """Readers that take turns, and what they did in every repetition."""
+class Comparison:
+    """Readers that take turns, and their timings in every repetition."""
 
     readers: Sequence[Reader]
-    turns: dict[str, list[Turn]] = field(default_factory=dict)
+    timings: dict[str, list[Timing]] = field(default_factory=dict)
 
     def run(
-        self, order: I64, reps: int, limit_s: float, say: Callable[[str], None] = lambda line: None
+        self, order: I64, reps: int, limit_s: float, log: Callable[[str], None] = lambda line: None
     ) -> None:
-        """Another reader begins each repetition, so that none always follows the same one."""
+        """Time all readers; another one begins each repetition, so that none always follows the
+        same one."""
         for rep in range(reps):
             first = rep * len(self.readers) // max(reps, 1)
             for reader in [*self.readers[first:], *self.readers[:first]]:
-                self.turns.setdefault(reader.name, []).append(take(reader, order, limit_s))
-            say(f"repetition {rep + 1} of {reps}")
+                self.timings.setdefault(reader.name, []).append(time_reader(reader, order, limit_s))
+            log(f"repetition {rep + 1} of {reps}")
 
     def gb_s(self, name: str) -> float:
-        return statistics.median(turn.bytes / turn.seconds for turn in self.turns[name]) / 1e9
+        return (
+            statistics.median(timing.bytes / timing.seconds for timing in self.timings[name]) / 1e9
+        )
 
     def ratios(self, name: str, versus: str) -> list[float]:
-        """Bytes a second over another's, for each repetition."""
-        pairs = zip(self.turns[name], self.turns[versus], strict=True)
+        """Return bytes a second over another's, for each repetition."""
+        pairs = zip(self.timings[name], self.timings[versus], strict=True)
         return [(a.bytes / a.seconds) / (b.bytes / b.seconds) for a, b in pairs]
 
     def ratio(self, name: str, versus: str) -> float:
         return statistics.median(self.ratios(name, versus))
 
     def time_ratio(self, name: str, versus: str) -> float:
-        """Seconds a row over another's."""
-        pairs = zip(self.turns[name], self.turns[versus], strict=True)
+        """Return seconds a row over another's, the median over repetitions."""
+        pairs = zip(self.timings[name], self.timings[versus], strict=True)
         return statistics.median((a.seconds / a.rows) / (b.seconds / b.rows) for a, b in pairs)
 
     def facts(self, name: str, versus: str) -> dict[str, Any]:
-        """One reader as JSON."""
+        """Return one reader's rates and ratios for the JSON."""
         ratios = self.ratios(name, versus)
         return {
             "name": name,
