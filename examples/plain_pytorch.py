@@ -1,5 +1,5 @@
-"""A training loop of one's own on a feature cache: a small ViT learns a teacher's last block, token
-by token.
+"""Train a small ViT on a feature cache in a loop of one's own: it learns a teacher's last block,
+token by token.
 
     featcache extract --teacher clip-b16 --images train/ --views 4 --levels last:1 --out cache
     python examples/plain_pytorch.py train/ cache
@@ -23,8 +23,8 @@ from featcache.torch import Dataset
 def train(
     pictures: str | None, cache: str, epochs: int = 10, batch_size: int = 64, workers: int = 2
 ) -> list[float]:
-    """`pictures` None takes the pixels that the cache stores. Returns the mean loss of each
-    epoch."""
+    """Train, and return the mean loss of each epoch. `pictures` None takes the pixels that the
+    cache stores."""
     data = Dataset(pictures, cache)
     loader = DataLoader(
         data, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0

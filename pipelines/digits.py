@@ -1,13 +1,13 @@
-"""The 1,797 handwritten digits that ship with scikit-learn, as labelled shards, and a small ViT
-that knows them.
+"""Write the 1,797 handwritten digits that ship with scikit-learn as labelled shards, and train a
+small ViT on them.
 
     python -m pipelines.digits OUT
 
     OUT/pictures/{train,test}/CLASS/NUMBER.png   8 x 8 grey digits, enlarged bicubically to 32 x 32
     OUT/data/{train,test}-000000.tar ...         the same, packed as `featcache pack` does,
                                                  with labels
-    OUT/teacher.safetensors, teacher.json        a timm ViT trained on the training digits; how well
-                                                 it does
+    OUT/teacher.safetensors, teacher.json        a timm ViT trained on the training digits; its
+                                                 accuracy
 
 The split is 1,400 to 397 by a seeded permutation; neither the teacher nor anything after it sees
 the held-out digits.
@@ -59,15 +59,15 @@ OPTIONS: dict[str, Any] = {
     "depth": 6,
     "num_heads": 4,
 }
-# What `featcache extract --teacher` is told, with --weights OUT/teacher.safetensors.
+# The value of `featcache extract --teacher`, with --weights OUT/teacher.safetensors.
 SPEC = f"timm:{ARCHITECTURE}," + ",".join(f"{key}={value}" for key, value in OPTIONS.items())
-# The crops the teacher learns on are those it is asked about later; a mirrored digit is another
+# The teacher is trained on the same crops as the extraction draws; a mirrored digit is another
 # shape.
 CROPS: dict[str, Any] = {"size": PX, "scale": (0.7, 1.0), "flip": 0.0}
 
 
 def write_pictures(out: Path, seed: int) -> None:
-    """OUT/train and OUT/test as class folders of PNGs."""
+    """Write OUT/train and OUT/test as class folders of PNGs."""
     from sklearn.datasets import load_digits  # the extra [quickstart]
 
     digits = load_digits()
@@ -80,13 +80,13 @@ def write_pictures(out: Path, seed: int) -> None:
 
 
 def enlarge(digit: npt.NDArray[np.floating]) -> Image.Image:
-    """(8, 8) in 0..16 -> (32, 32) grey, ink white."""
+    """Enlarge (8, 8) in 0..16 to (32, 32) grey, ink white."""
     grey = np.rint(np.asarray(digit) * (255 / 16)).astype(np.uint8)
     return Image.fromarray(grey).resize((PX, PX), Image.Resampling.BICUBIC)
 
 
 def write_shards(out: Path, seed: int) -> None:
-    """OUT/pictures and OUT/data."""
+    """Write OUT/pictures and OUT/data."""
     write_pictures(out / "pictures", seed)
     for part in ("train", "test"):
         pack(open_source(out / "pictures" / part), out / "data", SHARD_SIZE, seed=seed, prefix=part)
@@ -95,8 +95,8 @@ def write_shards(out: Path, seed: int) -> None:
 def train_teacher(
     train: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3
 ) -> VisionTransformer:
-    """Cross-entropy on a fresh view of every digit each epoch; AdamW, one epoch of warm-up, half a
-    cosine to 0."""
+    """Train by cross-entropy on a fresh view of every digit each epoch; AdamW, one epoch of
+    warm-up, half a cosine to 0."""
     vit = weights.build_seeded(
         lambda: timm.create_model(ARCHITECTURE, num_classes=CLASSES, **OPTIONS), start_of(seed)
     )
@@ -126,8 +126,8 @@ def train_teacher(
 
 
 def start_of(seed: int) -> str:
-    """The weights the teacher starts from. A student of the same seed must start elsewhere: one
-    that begins as its teacher began is aligned with it by more than what it is shown."""
+    """Return the weights the teacher starts from. A student of the same seed must start elsewhere:
+    one that begins as its teacher began is aligned with it by more than its targets."""
     return f"random:{1000 + seed}"
 
 
@@ -151,7 +151,7 @@ def _normalised(vit: VisionTransformer, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(vit: VisionTransformer, source: Source) -> float:
-    """Per cent of the whole, uncropped digits that the teacher's own head gets right."""
+    """Return per cent of the whole, uncropped digits that the teacher's own head gets right."""
     assert source.labels is not None
     whole = [
         render_centre(decode(source.read(row)), PX, 1.0, "bicubic") for row in range(len(source))

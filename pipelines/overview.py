@@ -1,4 +1,4 @@
-"""One picture that shows what a cache holds and what was learnt from it.
+"""Draw one picture of a cache's views, attention and masks, and of the losses of runs on it.
 
     | picture, crop boxes | views 1..V | attention 1..V | mask 1..V |      one row a sample
     | loss over steps     | its parts, where runs have them         |
@@ -87,7 +87,7 @@ def _samples(
     count: int,
     visible_ratio: float,
 ) -> None:
-    """The upper rows: one sample each, in four groups of columns."""
+    """Draw the upper rows: one sample each, in four groups of columns."""
     widths = [1.15, 0.12, *([1.0] * count), 0.12, *([1.0] * count), 0.12, *([1.0] * count)]
     cells = GridSpecFromSubplotSpec(
         len(keys), len(widths), grid[0], width_ratios=widths, wspace=0.06, hspace=0.1
@@ -118,7 +118,8 @@ def _samples(
 
 
 def samples(source: Source, cache: Cache, keys: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """For each key its picture and, for each of `count` views, the pixels and the stored arrays."""
+    """Return for each key its picture and, for each of `count` views, the pixels and the stored
+    arrays."""
     rows = cache.keys.find(list(keys))
     number = {key: i for i, key in enumerate(source.keys)}
     missing = [key for key, row in zip(keys, rows, strict=True) if row < 0 or key not in number]
@@ -142,7 +143,7 @@ def samples(source: Source, cache: Cache, keys: Sequence[str], count: int) -> li
 
 
 def attention_over(pixels: npt.NDArray[np.uint8], attention: npt.NDArray[np.floating]) -> Pixels:
-    """(S, S, 3) uint8 and (P,) -> the grey view under a heat map scaled to its own largest
+    """Return the grey view (S, S, 3) under a heat map of attention (P,), scaled to its own largest
     weight."""
     grid = grid_side(len(attention))
     heat = np.asarray(attention, np.float64).reshape(grid, grid) / max(
@@ -156,7 +157,7 @@ def attention_over(pixels: npt.NDArray[np.uint8], attention: npt.NDArray[np.floa
 def masked(
     pixels: npt.NDArray[np.uint8], mask_order: npt.NDArray[np.integer], visible_ratio: float
 ) -> Pixels:
-    """(S, S, 3) uint8 and a permutation (P,) -> the first patches of the order; the others are
+    """Return the view (S, S, 3) with the first patches of a permutation (P,); the others are
     grey."""
     grid = grid_side(len(mask_order))
     seen = np.zeros(grid * grid)
@@ -166,7 +167,7 @@ def masked(
 
 
 def grid_side(patches: int) -> int:
-    """g of P = g * g."""
+    """Return g of P = g * g."""
     return round(patches**0.5)
 
 
@@ -177,7 +178,7 @@ def _to_pixels(grid: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float
 
 
 def _show_boxes(axes: Axes, sample: dict[str, Any]) -> None:
-    """The source picture with the numbered, coloured boxes of its views."""
+    """Draw the source picture with the coloured boxes of its views."""
     picture: Image.Image = sample["picture"]
     axes.imshow(np.asarray(picture), interpolation="nearest")
     # boxes are drawn a little outside one another, so that equal edges stay visible
@@ -197,7 +198,7 @@ def _show_boxes(axes: Axes, sample: dict[str, Any]) -> None:
 
 
 def _show(axes: Axes, view: dict[str, Any], kind: str, visible_ratio: float, colour: str) -> None:
-    """One view in one of its three forms, in a frame of its box's colour."""
+    """Draw one view in one of its three forms, in a frame of its box's colour."""
     pixels = view["pixels"]
     if kind == "attention":
         shown: npt.NDArray[Any] = attention_over(pixels, view["attention"])
@@ -219,7 +220,7 @@ def _bare(axes: Axes) -> None:
 
 
 def _curves(figure: Figure, grid: GridSpec, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-    """The lower row: the loss of every run over its steps, and those parts that any run has."""
+    """Draw the lower row: the loss of every run over its steps, and those parts that a run has."""
     trained = {name: found for name, found in rows.items() if found}
     panels = [part for part in PANELS if any(part in found[0] for found in trained.values())]
     if not panels:
@@ -252,8 +253,7 @@ def _cycle(colours: Sequence[str], count: int) -> list[str]:
 def _curve(
     axes: Axes, name: str, colour: str, steps: Sequence[int], values: Sequence[float]
 ) -> None:
-    """The steps as they were, faint, and their running mean over a thirtieth of the run around
-    each."""
+    """Draw the steps, faint, and their running mean over a thirtieth of the run around each."""
     axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
     axes.plot(
         steps,
@@ -265,7 +265,7 @@ def _curve(
 
 
 def running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
-    """The mean of up to `width` values on either side of every place, and its own; of fewer at the
+    """Return the mean of every value and up to `width` values on either side of it; of fewer at the
     ends.
 
     >>> running_mean(np.array([2.0, 4.0, 9.0, 8.0]), 1).tolist()

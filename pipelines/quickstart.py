@@ -1,5 +1,5 @@
-"""The whole idea on real pictures in some minutes: a teacher, its cache, students from it, and what
-they know.
+"""Run the whole idea on real pictures in some minutes: a teacher, its cache, students from it, and
+their accuracy.
 
     python -m pipelines.quickstart [--out quickstart] [--seed 0 | --seeds 0,1,2] [--reduced]
 
@@ -46,9 +46,9 @@ LEVELS = 3
 ENCODER = f"{digits.ARCHITECTURE}," + ",".join(
     f"{key}={digits.OPTIONS[key]}" for key in ("embed_dim", "depth", "num_heads")
 )
-# One decoder, one rate, one schedule for every student: the recipes' own defaults are for ImageNet.
-# The rate is where the training loss is lowest: after 20 epochs 1e-3, 2e-3 and 4e-3 end at .29, .26
-# and .20 for mralign, and at .53, .51 and .51 for mae.
+# One decoder, one learning rate, one schedule for every student: the recipes' own defaults are for
+# ImageNet. The learning rate is where the training loss is lowest: after 20 epochs 1e-3, 2e-3 and
+# 4e-3 end at .29, .26 and .20 for mralign, and at .53, .51 and .51 for mae.
 SETTINGS = {
     "encoder": ENCODER,
     "decoder_width": 64,
@@ -58,8 +58,8 @@ SETTINGS = {
     "warmup_epochs": 2,
     "drop_path": 0,
 }
-# 1,400 pictures are few steps of MAE's probe; this is the smallest rate at which `student eval
-# linear` does not warn.
+# 1,400 pictures are few steps of MAE's probe; this is the smallest learning rate at which
+# `student eval linear` does not warn.
 PROBE = {"train-views": 0, "batch-size": 256, "blr": 2.7}
 ROWS = {
     "teacher": "teacher (trained with labels)",
@@ -80,7 +80,7 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done; everything else is the same."""
+    """The length of everything; all else is the same."""
 
     teacher_epochs: int = 20
     epochs: int = 16
@@ -168,8 +168,8 @@ def _clear(out: Path) -> None:
 
 
 def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:
-    """Everything for one seed below `home`; accuracies in per cent, seconds and bytes of each row
-    of the table."""
+    """Run everything for one seed below `home`; return accuracies in per cent, seconds and bytes of
+    each row of the table."""
     train, test = f"{home}/data/train-*.tar", f"{home}/data/test-*.tar"
     teacher = home / "teacher.safetensors"
     rows: dict[str, Row] = {name: {} for name in ROWS}
@@ -196,7 +196,7 @@ def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:
         arguments = train_arguments(recipe, caches[cache], train, home / name, seed, plan)
         _, rows[name]["train_s"] = run(*arguments, *length)
 
-    # ---- what they know of digits that none of them saw ------------------------------------------
+    # ---- accuracy on held-out digits -------------------------------------------------------------
     for name in ROWS:
         given = (
             ["--teacher", digits.SPEC, "--weights", teacher] if name == "teacher" else [home / name]
@@ -224,7 +224,7 @@ def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:
 def extract_arguments(
     train: str, weights: Path | str, cache: Path, seed: int, plan: Plan
 ) -> list[Any]:
-    """`featcache extract` with the crops that the teacher learnt on."""
+    """Return the words of `featcache extract` with the crops that the teacher learnt on."""
     low, high = digits.CROPS["scale"]
     return [
         "featcache", "extract", "--teacher", digits.SPEC, "--weights", weights,
@@ -237,7 +237,7 @@ def extract_arguments(
 def train_arguments(
     recipe: str, cache: Path, train: str, run_folder: Path, seed: int, plan: Plan
 ) -> list[Any]:
-    """`student train`; recipes differ in nothing but what they learn from."""
+    """Return the words of `student train`; recipes differ in nothing but their targets."""
     settings = SETTINGS | ({"level_weights": f"top:{LEVELS}"} if recipe == "mralign" else {})
     return [
         "student", "train", "--recipe", recipe, "--cache", cache, "--images", train,
@@ -247,8 +247,8 @@ def train_arguments(
 
 
 def run(module: str, *arguments: Any) -> tuple[str, float]:
-    """Print and run `python -m MODULE ...`; its stdout, shown line by line as it comes, and its
-    seconds."""
+    """Print and run `python -m MODULE ...`; return its stdout, shown line by line as it comes, and
+    its seconds."""
     words = ["-m", module, *map(str, arguments)]
     click.echo(f"\n$ python {shlex.join(words)}")
     started = time.perf_counter()
@@ -261,7 +261,7 @@ def run(module: str, *arguments: Any) -> tuple[str, float]:
     if process.returncode:
         raise UserError(
             f"`python -m {module} {' '.join(words[2:4])} ...` failed with exit status "
-            f"{process.returncode}; its own message is above: mend that and run the quickstart "
+            f"{process.returncode}; its own message is above: fix that and run the quickstart "
             "again"
         )
     return "".join(lines), round(time.perf_counter() - started, 1)
@@ -272,7 +272,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _draw(out: Path, home: Path) -> Path:
-    """OUT/overview.png: one digit of each of four classes, and the curves of the trained
+    """Draw OUT/overview.png: one digit of each of four classes, and the curves of the trained
     students."""
     source = open_source(f"{home}/data/train-*.tar")
     first: dict[str, str] = {}
@@ -292,7 +292,7 @@ def _draw(out: Path, home: Path) -> Path:
 
 
 def margins(found: dict[int, dict[str, Row]]) -> dict[str, dict[str, list[float]]]:
-    """Points by which mralign is above each other student, one number a seed."""
+    """Return the points by which mralign is above each other student, one number a seed."""
     return {
         other: {
             kind: [round(rows["mralign"][kind] - rows[other][kind], 2) for rows in found.values()]
@@ -305,7 +305,7 @@ def margins(found: dict[int, dict[str, Row]]) -> dict[str, dict[str, list[float]
 def report(
     found: dict[int, dict[str, Row]], environment: dict[str, Any], plan: Plan, seconds: float
 ) -> str:
-    """The table as Markdown that is legible as text, with what it was measured on."""
+    """Format the table as Markdown that is legible as text, with the machine it was measured on."""
     cells = [["", *COLUMNS.values()]]
     for name, title in ROWS.items():
         cells.append(
@@ -338,7 +338,7 @@ def _cell(values: Sequence[float | None], key: str) -> str:
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    """Mean, and the standard deviation where there are several.
+    """The mean, and the standard deviation where there are several values.
 
     >>> _spread([1.0, 3.0], ".1f"), _spread([2.0], "+.1f")
     ('2.0 ± 1.4', '+2.0')
@@ -360,7 +360,7 @@ def _table(cells: list[list[str]]) -> list[str]:
 
 
 def judge(points: dict[str, dict[str, list[float]]], plan: Plan) -> None:
-    """Exit status 1 unless the idea shows: the reason for this program."""
+    """Raise UserError unless mralign is above mae by MARGIN: the reason for this program."""
     mean = statistics.mean(points["mae"]["knn"])
     if plan.enforced and mean < MARGIN:
         raise UserError(

@@ -1,9 +1,9 @@
-"""A small discrete tokenizer of the digits, for the recipe that predicts tokens (cae).
+"""Train a small discrete tokenizer of the digits, for the recipe that predicts tokens (cae).
 
     python -m pipelines.digits OUT && python -m pipelines.tokenizer OUT
 
     OUT/tokenizer.safetensors, tokenizer.json   weights for `featcache extract --add --teacher
-                                                SPEC`; how good it is
+                                                SPEC`; its quality
 
 It is DALL-E's discrete VAE (Ramesh et al. 2021, arXiv 2102.12092, section 2.1) at a size for two
 cores: the encoder is the family `dvae` itself at 64 pixels, which makes a grid of 8 x 8 words as
@@ -44,7 +44,7 @@ from pipelines.digits import CROPS
 from student.training.optim import warmup_cosine
 
 SIZES = {"img_size": 64, "width": 16, "vocabulary": 64}
-# What `featcache extract --add --teacher` is told, with --weights OUT/tokenizer.safetensors; its
+# The value of `featcache extract --add --teacher`, with --weights OUT/tokenizer.safetensors; its
 # field of the cache.
 SPEC = "dvae," + ",".join(f"{key}={value}" for key, value in SIZES.items())
 FIELD = f"{SPEC}/token_ids"
@@ -53,7 +53,7 @@ USE_WEIGHT = 0.01  # of the entropy of the words' mean use, in nats, beside the 
 
 
 class Decoder(nn.Module):
-    """Soft words (B, K, G, G) -> mapped grey pixels (B, 1, S, S)."""
+    """Decodes soft words (B, K, G, G) to mapped grey pixels (B, 1, S, S)."""
 
     def __init__(self, vocabulary: int, width: int = 64, edge: int = 8) -> None:
         super().__init__()
@@ -73,7 +73,8 @@ class Decoder(nn.Module):
 def train(
     source: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: float = 3e-3
 ) -> tuple[Dvae, Decoder]:
-    """Adam, one epoch of warm-up, half a cosine to 0; a fresh view of every digit each epoch."""
+    """Train by Adam, one epoch of warm-up, half a cosine to 0, on a fresh view of every digit each
+    epoch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2000 + seed)
         encoder, decoder = (
@@ -108,8 +109,8 @@ def train(
 def losses(
     encoder: Dvae, decoder: Decoder, pixels: Tensor, temperature: float, noise: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """uint8 pixels (B, 3, S, S) -> squared error of the rebuilt pictures, entropy (nats) of the
-    words' mean use."""
+    """Return the squared error of the rebuilt pictures and the entropy (nats) of the words' mean
+    use, of uint8 pixels (B, 3, S, S)."""
     mapped = 0.8 * (pixels.float() / 255) + 0.1
     logits = encoder.logits(mapped)  # (B, K, G, G)
     u = torch.rand(logits.shape, generator=noise).clamp_(1e-9, 1 - 1e-7)
@@ -140,8 +141,8 @@ def _views(pictures: list[Image.Image], source: Source, seed: int, epoch: int) -
 
 @torch.no_grad()
 def quality(encoder: Dvae, decoder: Decoder, source: Source) -> dict[str, float]:
-    """Of whole, uncropped digits: words in use, their perplexity, and the share of the pixels'
-    variance that pictures rebuilt from the words alone explain."""
+    """Measure on whole, uncropped digits: words in use, their perplexity, and the share of the
+    pixels' variance that pictures rebuilt from the words alone explain."""
     size, k = SIZES["img_size"], SIZES["vocabulary"]
     whole = [
         render_centre(decode(source.read(row)), size, 1.0, "lanczos") for row in range(len(source))
