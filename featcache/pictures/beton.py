@@ -1,4 +1,4 @@
-"""Pictures of an FFCV `.beton`: its own bytes, through the one decoder of every source.
+"""Pictures of an FFCV `.beton` are read as its own bytes, for the one decoder of every source.
 
 The layout is read by FFCV's Reader (header, field descriptors, one metadata row a sample,
 allocation table), the bytes by preads. JPEGs come as they were written; pictures that are stored as
@@ -36,8 +36,8 @@ _SAMPLED = 64  # pictures whose bytes go into the digest of a file without keys
 
 
 def import_ffcv(name: str) -> Any:
-    """A module of FFCV. Importing it sets the threads of torch to one, for the whole process: they
-    are put back."""
+    """Import a module of FFCV, which sets the threads of torch to one, for the whole process: they
+    are set back."""
     import torch
 
     threads = torch.get_num_threads()
@@ -58,7 +58,7 @@ class BetonSource:
 
     spec: str
     keys: list[str] = field(repr=False)
-    places: I64 = field(repr=False)  # (n, 2): byte offset, bytes
+    ranges: I64 = field(repr=False)  # (n, 2): byte offset, bytes
     modes: npt.NDArray[np.uint8] = field(repr=False)  # (n,): JPG or RAW
     sizes: npt.NDArray[np.int32] = field(repr=False)  # (n, 2): height, width
     label_values: I64 | None = field(repr=False)
@@ -75,8 +75,8 @@ class BetonSource:
         return b"P6\n%d %d\n255\n" % (width, height) + data
 
     def stored(self, index: int) -> bytes:
-        """The bytes of the file: a JPEG, or the pixels, as `modes` says."""
-        offset, size = self.places[index].tolist()
+        """Read the bytes of the file: a JPEG, or the pixels, as `modes` says."""
+        offset, size = self.ranges[index].tolist()
         # one open a read, as of tars: nothing to share or to lose over a fork
         fd = os.open(self.spec, os.O_RDONLY)
         try:
@@ -98,8 +98,8 @@ class BetonSource:
 
 
 def open_beton(spec: str) -> BetonSource:
-    """The pictures of a `.beton`. Keys are the field `key` (bytes or JSON), or without one a digest
-    of the file and the picture's number."""
+    """Open the pictures of a `.beton`. Keys are the field `key` (bytes or JSON), or without one a
+    digest of the file and the picture's number."""
     if not Path(spec).is_file():
         raise UserError(
             f"no pictures found: {spec!r} does not exist; give an FFCV .beton, a folder, or "
@@ -111,18 +111,18 @@ def open_beton(spec: str) -> BetonSource:
         name: reader.metadata[column] for name, column in zip(reader.handlers, names, strict=True)
     }
     image = columns[_image_field(spec, reader)]
-    places = _places(spec, reader, image)
+    ranges = _ranges(spec, reader, image)
     sizes = np.stack([image["height"], image["width"]], 1).astype(np.int32)
     keys = (
         list(_keys(spec, reader, columns["key"]))
         if "key" in columns
-        else _numbered(spec, reader, places)
+        else _numbered(spec, reader, ranges)
     )
     if "" in keys:
         raise UserError(
             f"pictures {spec!r}: the key of picture {keys.index('')} is empty; write the file again"
         )
-    return BetonSource(spec, keys, places, image["mode"].copy(), sizes, _labels(reader, columns))
+    return BetonSource(spec, keys, ranges, image["mode"].copy(), sizes, _labels(reader, columns))
 
 
 # ------------------------------------------------------------ layout
@@ -198,26 +198,26 @@ def _image_field(spec: str, reader: Any) -> str:
     )
 
 
-def _places(spec: str, reader: Any, image: npt.NDArray[Any]) -> I64:
+def _ranges(spec: str, reader: Any, image: npt.NDArray[Any]) -> I64:
     """(n, 2) offset and bytes of the pictures, found in the allocation table by offset."""
     table = reader.alloc_table[reader.alloc_table["size"] > 0]
     table = table[np.argsort(table["ptr"], kind="stable")]
     at = np.minimum(np.searchsorted(table["ptr"], image["data_ptr"]), max(len(table) - 1, 0))
     if not len(table) or (table["ptr"][at] != image["data_ptr"]).any():
         raise _cut(spec, "its table of allocations lacks pictures")
-    places = np.stack([image["data_ptr"], table["size"][at]], 1).astype(np.int64)
-    if (places.sum(1) > int(reader.header["alloc_table_ptr"])).any():
+    ranges = np.stack([image["data_ptr"], table["size"][at]], 1).astype(np.int64)
+    if (ranges.sum(1) > int(reader.header["alloc_table_ptr"])).any():
         raise _cut(spec, "pictures lie beyond its data")
     pixels = image["height"].astype(np.int64) * image["width"] * 3
     for i in np.flatnonzero(
-        (image["mode"] > RAW) | ((image["mode"] == RAW) & (places[:, 1] != pixels))
+        (image["mode"] > RAW) | ((image["mode"] == RAW) & (ranges[:, 1] != pixels))
     )[:1].tolist():
         raise UserError(
             f"picture {i} of {spec!r}: mode {image['mode'][i]}, {image['height'][i]} x "
-            f"{image['width'][i]} pixels and {places[i, 1]} bytes do not agree; write the file "
+            f"{image['width'][i]} pixels and {ranges[i, 1]} bytes do not agree; write the file "
             "again"
         )
-    return places
+    return ranges
 
 
 # ------------------------------------------------------------ keys and labels
@@ -259,18 +259,18 @@ def _spans(spec: str, offsets: I64, sizes: I64) -> Iterator[tuple[int, bytes]]:
             yield i, window[low - start : low - start + size]
 
 
-def _numbered(spec: str, reader: Any, places: I64) -> list[str]:
+def _numbered(spec: str, reader: Any, ranges: I64) -> list[str]:
     """Keys of a file that has none: DIGEST/NUMBER. The digest is of its tables and of some of its
     pictures' bytes, not of all, which would take minutes at every opening."""
     hasher = hashlib.blake2b(digest_size=8)
     for table in (reader.field_descriptors, reader.metadata, reader.alloc_table):
         hasher.update(np.ascontiguousarray(table).tobytes())
-    chosen = places[
-        np.arange(min(len(places), _SAMPLED)) * len(places) // min(len(places), _SAMPLED)
+    chosen = ranges[
+        np.arange(min(len(ranges), _SAMPLED)) * len(ranges) // min(len(ranges), _SAMPLED)
     ]
     for _, data in _spans(spec, chosen[:, 0], chosen[:, 1]):
         hasher.update(data)
-    return [f"{hasher.hexdigest()}/{i:08d}" for i in range(len(places))]
+    return [f"{hasher.hexdigest()}/{i:08d}" for i in range(len(ranges))]
 
 
 def _labels(reader: Any, columns: dict[str, npt.NDArray[Any]]) -> I64 | None:

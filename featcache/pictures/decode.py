@@ -11,8 +11,7 @@ from featcache.pictures.source import PictureError
 
 
 def decode(data: bytes) -> Image.Image:
-    """The picture as 8-bit RGB, decoded in full. Raises PictureError with the decoder's own
-    reason."""
+    """Decode a picture in full, to 8-bit RGB. Raises PictureError with the decoder's own reason."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
@@ -27,7 +26,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Conversion `rgb-1`: grey is repeated, palettes are looked up, alpha is dropped, CMYK is
+    """Convert by `rgb-1`: grey is repeated, palettes are looked up, alpha is dropped, CMYK is
     multiplied out.
 
     16-bit grey keeps its high byte, as Pillow does for 16-bit colour (Pillow's own conversion would

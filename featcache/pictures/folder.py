@@ -1,4 +1,4 @@
-"""Pictures of a folder; class folders are labels."""
+"""Pictures of a folder are listed and read; class folders are labels."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ class FolderSource:
 
 
 def open_folder(spec: str, root: Path) -> Source:
+    """List the pictures below a folder, or open the tars in it. Raises UserError where there is
+    neither."""
     files = sorted(
         (Path(directory) / name).relative_to(root).as_posix()
         for directory, _, names in os.walk(root, followlinks=True)

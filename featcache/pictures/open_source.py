@@ -1,8 +1,8 @@
 """A source of pictures is opened by its spec: a folder, webdataset tars, or an FFCV `.beton`.
 
 A source gives every picture a key (its path below the source without the last suffix), bytes at
-random access, and labels where there are any. Which decoder the bytes go through is chosen one
-floor up (`views.pixel_path`).
+random access, and labels where there are any. The decoder of the bytes is chosen by
+`views.pixel_path`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from featcache.pictures.tars import expand_patterns, open_tars
 
 
 def open_source(spec: str | os.PathLike[str]) -> Source:
-    """The pictures at `spec`. Raises UserError when there are none, or when two pictures have one
-    key."""
+    """Open the pictures at `spec`. Raises UserError when there are none, or when two pictures have
+    one key."""
     text = os.fspath(spec)
     path = Path(text)
     if is_beton(text):
@@ -33,5 +33,5 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
 
 
 def is_beton(text: str) -> bool:
-    """Whether a spec names an FFCV file."""
+    """Return whether a spec names an FFCV file."""
     return text.endswith(".beton") and not Path(text).is_dir()

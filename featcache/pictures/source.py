@@ -1,5 +1,4 @@
-"""The contract of a source of pictures: keys in order, bytes on demand, labels where there are
-any."""
+"""A source of pictures gives keys in order, bytes on demand, and labels where there are any."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ class Picture(Protocol):
 
 
 def check_keys(source: Source) -> None:
-    """Keys are unique UTF-8."""
+    """Raise UserError unless keys are unique UTF-8."""
     odd = next((key for key in source.keys if not _is_utf8(key)), None)
     if odd is not None:
         raise UserError(f"pictures {source.spec!r}: the name {odd!a} is not UTF-8; rename the file")

@@ -1,4 +1,4 @@
-"""Pictures of webdataset tars, read by byte offset."""
+"""Pictures of webdataset tars are read by byte offset."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class TarSource:
     spec: str
     tars: list[str]
     keys: list[str] = field(repr=False)
-    places: npt.NDArray[np.int64] = field(repr=False)  # (n, 3): tar number, byte offset, bytes
-    label_places: dict[str, tuple[int, int, int]] = field(repr=False)
+    ranges: npt.NDArray[np.int64] = field(repr=False)  # (n, 3): tar number, byte offset, bytes
+    label_ranges: dict[str, tuple[int, int, int]] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, index: int) -> bytes:
-        return self._bytes(*(int(x) for x in self.places[index]))
+        return self._bytes(*(int(x) for x in self.ranges[index]))
 
     def _bytes(self, tar: int, offset: int, size: int) -> bytes:
-        # One open per read: no handle to share between threads or to lose over a fork, and 10 us
-        # beside a decode.
+        # One open per read: no file descriptor to share between threads or to lose over a fork, and
+        # 10 us beside a decode.
         fd = os.open(self.tars[tar], os.O_RDONLY)
         try:
             return os.pread(fd, size, offset)
@@ -49,9 +49,9 @@ class TarSource:
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:
-        if not self.label_places:
+        if not self.label_ranges:
             return None
-        missing = [key for key in self.keys if key not in self.label_places]
+        missing = [key for key in self.keys if key not in self.label_ranges]
         if missing:
             raise UserError(
                 f"labels of {self.spec}: {len(missing)} of {len(self)} pictures have no .cls "
@@ -61,7 +61,7 @@ class TarSource:
         return np.array([self._label(key) for key in self.keys], np.int64)
 
     def _label(self, key: str) -> int:
-        text = self._bytes(*self.label_places[key]).decode(errors="replace").strip()
+        text = self._bytes(*self.label_ranges[key]).decode(errors="replace").strip()
         if not text.isdecimal():
             raise UserError(
                 f"label of {key!r} in {self.spec}: {text[:40]!r} is given, a decimal number is "
@@ -71,6 +71,8 @@ class TarSource:
 
 
 def expand_patterns(spec: str) -> list[str]:
+    """Return the tars that a path, a glob or a brace pattern names. Raises UserError where there is
+    none."""
     try:
         parts = list(braceexpand(spec))
     except ValueError as error:  # UnbalancedBracesError
@@ -88,21 +90,22 @@ def expand_patterns(spec: str) -> list[str]:
 
 
 def open_tars(spec: str, tars: list[str]) -> TarSource:
+    """Index the members of tars. Raises UserError where they hold no pictures."""
     keys: list[str] = []
-    places: list[tuple[int, int, int]] = []
+    ranges: list[tuple[int, int, int]] = []
     labels: dict[str, tuple[int, int, int]] = {}
     for number, path in enumerate(tars):
         for key, suffix, offset, size in _tar_members(path):
             if f".{suffix.lower()}" in SUFFIXES:
                 keys.append(key)
-                places.append((number, offset, size))
+                ranges.append((number, offset, size))
             elif suffix == "cls":
                 labels[key] = (number, offset, size)
     if not keys:
         raise UserError(
             f"no pictures found in {spec!r}: {len(tars)} tars hold none; allowed is {ALLOWED}"
         )
-    return TarSource(spec, tars, keys, np.array(places, np.int64), labels)
+    return TarSource(spec, tars, keys, np.array(ranges, np.int64), labels)
 
 
 def _tar_members(path: str) -> list[tuple[str, str, int, int]]:
@@ -137,14 +140,14 @@ def _ends(path: str, end: int) -> bool:
 
 
 def escape(key: str) -> str:
-    """A key as a tar member's stem: dots of the file name would end the key for webdataset, so they
-    are %2E there."""
+    """Return a key as a tar member's stem: dots of the file name would end the key for webdataset,
+    so they are %2E there."""
     folder, slash, name = key.rpartition("/")
     return folder + slash + name.replace("%", "%25").replace(".", "%2E")
 
 
 def unescape(stem: str) -> str:
-    """The key back from a tar member's stem.
+    """Return the key of a tar member's stem.
 
     >>> unescape(escape("n01/a.b")), escape("n01/a.b")
     ('n01/a.b', 'n01/a%2Eb')
