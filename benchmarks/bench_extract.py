@@ -34,8 +34,8 @@ import click
 import torch
 from torch import nn
 
-from benchmarks import describe, environment, markdown_table, save_json
-from benchmarks.bench_write import NAME, MemoizedTeacher, write_pictures, write_raw
+from benchmarks import describe, environment, markdown_table, null_store, save_json
+from benchmarks.bench_write import MemoizedTeacher, write_pictures, write_raw
 from featcache.console.entry import entry
 from featcache.extraction import device_pipeline, rendering
 from featcache.extraction.extract import run
@@ -233,7 +233,7 @@ def cli(
     json_path: Path | None,
 ) -> None:
     """Measure what an extraction costs beside its teacher."""
-    STORES[NAME] = "benchmarks.bench_write"
+    STORES[null_store.NAME] = null_store.__name__
     device = pick_device(device)
     running.keep_freed_memory()  # as the command does; the bare forward has it too
     given = None if name.startswith("synthetic") else weights
@@ -256,7 +256,11 @@ def cli(
             store=store_name,
             rows_per_shard=rows,
         )
-        nothing, total, out = replace(plan, store=NAME), plan.view_bytes * rows, root / "out"
+        nothing, total, out = (
+            replace(plan, store=null_store.NAME),
+            plan.view_bytes * rows,
+            root / "out",
+        )
         batches = batches_of(plan, batch_size)
         variants: dict[str, Callable[[], dict[str, Any]]] = dict(
             zip(

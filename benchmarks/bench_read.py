@@ -17,14 +17,11 @@ claims hold; the exit status does not depend on them.
 from __future__ import annotations
 
 import gc
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -34,7 +31,6 @@ from benchmarks import cold as colds
 from benchmarks import (
     describe,
     environment,
-    markdown_table,
     peers,
     resident_share,
     save_json,
@@ -42,6 +38,14 @@ from benchmarks import (
     warm,
 )
 from benchmarks.comparison import Comparison, Task
+from benchmarks.read_report import (
+    PeerResult,
+    Results,
+    cold_table,
+    fastest,
+    ours_table,
+    peers_table,
+)
 from benchmarks.records import CacheReaders, ReadCase, make_source, write_cache
 from featcache.console.entry import entry
 from featcache.errors import UsageError, UserError, near
@@ -52,36 +56,6 @@ TOKENS, VISIBLE = 197, 59  # [CLS] and all patches; [CLS] and those a student wi
 
 
 # ------------------------------------------------------------ what is measured
-
-
-@dataclass
-class Results:
-    """Every measured number, for the JSON, and the claims of the last lines."""
-
-    facts: dict[str, Any]
-    claims: list[tuple[str, float, bool | None]] = field(default_factory=list)
-
-    def add(self, group: str, comparison: Comparison, name: str, versus: str, **more: Any) -> None:
-        self.facts["results"].append({"group": group, **comparison.facts(name, versus), **more})
-
-    def note_pages(self, group: str, *shares: float) -> None:
-        """Note the smallest share in the page cache before and after; with less than all of it,
-        disks were measured too."""
-        self.facts.setdefault("resident", {})[group] = min(shares)
-        if min(shares) < 0.99:
-            click.echo(
-                f"\n{group}: only {100 * min(shares):.0f} % was in the page cache; fewer --rows",
-                err=True,
-            )
-
-    def claim(self, text: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
-        """Add a line to the end; with neither bound it is only printed."""
-        aimed = low > 0 or high < math.inf
-        self.claims.append((text, value, low <= value <= high if aimed else None))
-
-    def lines(self) -> Iterator[str]:
-        for text, value, holds in self.claims:
-            yield f"{text} = {value:.2f}" + {True: "  ok", False: "  MISSED", None: ""}[holds]
 
 
 def measure_ours(
@@ -244,30 +218,6 @@ def measure_layout(
     return peer_results
 
 
-class PeerResult(NamedTuple):
-    """A reader of a peer's format, and ours over it, without and with row checks, in the same kind
-    of order."""
-
-    peer: str
-    layout: str
-    name: str
-    kind: str
-    by_hand: bool
-    gb_s: float
-    memcpy: float
-    ours: float
-    ours_checked: float
-
-
-def fastest(peer_results: Sequence[PeerResult]) -> list[PeerResult]:
-    """Return the fastest reader of each peer for each order, by its own library and by hand."""
-    sorts = dict.fromkeys((best.peer, best.kind, best.by_hand) for best in peer_results)
-    return [
-        min((b for b in peer_results if (b.peer, b.kind, b.by_hand) == sort), key=lambda b: b.ours)
-        for sort in sorts
-    ]
-
-
 def measure_peers(
     cache_readers: CacheReaders, folder: Path, options: Options, results: Results
 ) -> list[PeerResult]:
@@ -286,9 +236,9 @@ def measure_peers(
                 results.claim(f"random rows, {checks} / {loader}", ratio, 10)
             results.claim(f"memcpy / {loader}", 1 / best.memcpy)
     for best in fastest(peer_results):
-        case = "without its library" if best.by_hand else "at its best"
+        how = "without its library" if best.by_hand else "at its best"
         results.claim(
-            f"ours / {best.peer}, {best.kind}, {case} ({best.name}; {best.layout})", best.ours, 1.0
+            f"ours / {best.peer}, {best.kind}, {how} ({best.name}; {best.layout})", best.ours, 1.0
         )
     return peer_results
 
@@ -311,64 +261,13 @@ def measure_cold(
     return cold
 
 
-# ------------------------------------------------------------ tables
-
-
-def ours_table(facts: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        (
-            r["name"],
-            *(f"{r[key]:.2f}" for key in ("gb_s", "versus_gb_s", "ratio")),
-            f"{r['lowest']:.2f} to {r['highest']:.2f}",
-        )
-        for r in facts
-        if r["group"] == "ours"
-    ]
-    return markdown_table(["", "GB/s", "memcpy GB/s", "ratio", "range"], rows)
-
-
-def _marked(name: str, bold: bool) -> str:
-    return f"**{name}**" if bold else name
-
-
-def peers_table(peer_results: Sequence[PeerResult]) -> str:
-    """Format all readers; the fastest of each peer for each order in bold."""
-    bold = fastest(peer_results)
-    rows = [
-        (
-            f"{_marked(best.name, best in bold)}{' (by hand)' if best.by_hand else ''}",
-            best.layout,
-            best.kind,
-            f"{best.gb_s:.2f}",
-            f"{best.memcpy:.2f}",
-            f"{best.ours:.2f}",
-            f"{best.ours_checked:.2f}",
-        )
-        for best in peer_results
-    ]
-    return markdown_table(
-        ["", "files", "order", "GB/s", "/ memcpy", "ours / it", "ours, checks / it"], rows
-    )
-
-
-def cold_table(cold: colds.ColdRates) -> str:
-    plain = dict(colds.PAIRS)
-    rows = [
-        (
-            name,
-            f"{cold.median(name):.2f}",
-            f"{cold.ratio(name, plain[name]):.2f}" if name in plain else "1",
-        )
-        for name in cold.gb_s
-    ]
-    return markdown_table(["", "GB/s", "/ plain"], rows)
-
-
 # ------------------------------------------------------------ the program
 
 
 @dataclass(frozen=True)
 class Options:
+    """The options of the command that all measurements share."""
+
     reps: int
     seconds: float
     threads: tuple[int, ...]

@@ -26,21 +26,19 @@ import os
 import shutil
 import statistics
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import describe, environment, markdown_table, save_json
+from benchmarks import describe, environment, markdown_table, null_store, save_json
+from benchmarks.memory_monitor import MemoryMonitor
 from featcache.console.entry import entry
 from featcache.errors import UserError
 from featcache.extraction.extract import run
@@ -50,54 +48,12 @@ from featcache.extraction.plan import Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.models.contract import Teacher
 from featcache.pictures.open_source import open_source
-from featcache.storage import commit, manifest
-from featcache.storage.store import SHARDS, STORES, Array, get_store
+from featcache.storage.store import SHARDS, STORES, get_store
 from featcache.teachers import load
 from featcache.views.policy import load_policy
 
 PIECE_BYTES = 8 << 20
-SAMPLE_S = 0.05
 PICTURE_PX = 256
-
-
-# ---------------------------------------- a store that keeps nothing: this module as store `null`
-
-NAME = "null"
-
-
-class NullWriter:
-    """Counts what it is given, and publishes a record without files: a `store.ShardWriter`."""
-
-    def __init__(self, cache: Path, shard: str, views: int) -> None:
-        self.cache, self.shard, self.views = cache, shard, views
-        self.folder = commit.begin_shard(cache, shard, NAME)
-        self.keys: list[str] = []
-        self.items = 0
-
-    def append(self, keys: Sequence[str], items: Mapping[str, npt.NDArray[Any]]) -> None:
-        self.keys.extend(keys[-self.items % self.views :: self.views])
-        self.items += len(keys)
-
-    def finish(
-        self, quarantined: Sequence[Mapping[str, str]], statistics: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
-        record = {
-            "shard": self.shard,
-            "rows": len(self.keys),
-            "keys_digest": manifest.keys_digest(self.keys),
-            "quarantined": [dict(row) for row in quarantined],
-            "files": {},
-            "statistics": {name: dict(facts) for name, facts in statistics.items()},
-        }
-        commit.publish(self.folder, self.cache, self.shard, NAME, record)
-        return record
-
-    def discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> NullWriter:
-    return NullWriter(cache, shard, views)
 
 
 class MemoizedTeacher:
@@ -114,67 +70,6 @@ class MemoizedTeacher:
         if len(images) not in self._answers:
             self._answers[len(images)] = self._teacher(images, levels)
         return self._answers[len(images)]
-
-
-# ------------------------------------------------------------ memory
-
-
-@dataclass
-class MemoryMonitor:
-    """Samples resident memory of this process and dirty pages of the machine while a block runs."""
-
-    start_bytes: int = 0
-    peak_bytes: int = 0
-    dirty_bytes: int = 0
-    quarters: dict[int, int] = field(default_factory=dict)  # per cent done -> resident bytes
-    seconds: float = 0.0
-    _done: threading.Event = field(default_factory=threading.Event)
-
-    def __enter__(self) -> MemoryMonitor:
-        self._dirty_before = _read_bytes("/proc/meminfo", "Dirty")
-        self.start_bytes = self.peak_bytes = _read_bytes("/proc/self/status", "VmRSS")
-        self._exact = _reset_peak()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self._started
-        self._done.set()
-        self._thread.join()
-        if self._exact:
-            self.peak_bytes = max(self.peak_bytes, _read_bytes("/proc/self/status", "VmHWM"))
-
-    def _look(self) -> None:
-        while not self._done.wait(SAMPLE_S):
-            self.peak_bytes = max(self.peak_bytes, _read_bytes("/proc/self/status", "VmRSS"))
-            self.dirty_bytes = max(
-                self.dirty_bytes, _read_bytes("/proc/meminfo", "Dirty") - self._dirty_before
-            )
-
-    def report(self, progress: ExtractProgress) -> None:
-        done = 100 * progress.pictures // max(progress.total, 1)
-        for quarter in (25, 50, 75, 100):
-            if done >= quarter and quarter not in self.quarters:
-                self.quarters[quarter] = _read_bytes("/proc/self/status", "VmRSS")
-
-
-def _read_bytes(path: str, name: str) -> int:
-    """Read the bytes of a `Name:   123 kB` line."""
-    for line in Path(path).read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) << 10
-    return 0
-
-
-def _reset_peak() -> bool:
-    """Make VmHWM start again from now; False where a process may not."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------ the four variants
@@ -280,7 +175,7 @@ def repetition(
     writes, for all."""
     out, rows = folder / "out", len(plan.source)
     total = plan.view_bytes * plan.views * rows
-    nothing = replace(plan, store=NAME)
+    nothing = replace(plan, store=null_store.NAME)
 
     def alone(monitor: MemoryMonitor) -> dict[str, Any]:
         write_alone(out, plan, batch_size)
@@ -404,7 +299,7 @@ def cli(
     json_path: Path | None,
 ) -> None:
     """Measure how fast an extraction writes, and what memory it needs."""
-    STORES[NAME] = "benchmarks.bench_write"
+    STORES[null_store.NAME] = null_store.__name__
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
         root = Path(temporary)
         model: Any = MemoizedTeacher(load(teacher, weights)) if ready else load(teacher, weights)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ from featcache.errors import UserError
 F16 = npt.NDArray[np.float16]
 I64 = npt.NDArray[np.int64]
 Batches = Iterator[tuple[npt.ArrayLike, npt.NDArray[Any]]]
+# rows a batch of libraries that fill memory of their own, and of a block where a format has such
+FEW = 32
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Reader:
+    """One way to read the records: batches of (row numbers, values) for an order of rows."""
+
     name: str
     kind: str
     read: Callable[[I64], Batches]
@@ -77,6 +82,22 @@ class Reader:
     tokens: int | None = None
     # the format's files, read without its library: as fast as anything that copies bytes
     by_hand: bool = False
+
+
+def read_each_row(
+    task: Task, one: Callable[[int, F16], None], pool: ThreadPoolExecutor | None = None
+) -> Callable[[I64], Batches]:
+    """Return a function that reads random rows into a batch's buffer, `one` row a call, by the
+    caller or by a pool's threads."""
+
+    def read(order: I64) -> Batches:
+        out = task.memory()
+        for rows in task.batches(order):
+            for _ in (pool.map if pool else map)(one, rows, out[: len(rows)]):
+                pass
+            yield rows, out[: len(rows)]
+
+    return read
 
 
 def check_reader(reader: Reader, order: I64, source: F16, batches: int = 2) -> None:
@@ -98,6 +119,8 @@ def check_reader(reader: Reader, order: I64, source: F16, batches: int = 2) -> N
 
 @dataclass
 class Timing:
+    """Rows and bytes that one turn read, and its seconds."""
+
     rows: int
     bytes: int
     seconds: float

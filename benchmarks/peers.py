@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.comparison import F16, I64, Batches, Reader, Task
+from benchmarks.comparison import F16, FEW, I64, Batches, Reader, Task, read_each_row
+from benchmarks.zarr_peers import tensorstore_readers, write_zarr, zarr_readers
 
 ReadInto = Callable[[int, F16], None]  # a row's number, and its destination
 
-# rows a batch of libraries that fill memory of their own, and of a block where a format has such
-FEW = 32
 _NPY_HEADER = 128  # bytes before the numbers, where a shape is short
 
 
@@ -35,156 +34,6 @@ class Layout:
     name: str
     write: Callable[[Path, F16, Task], None]
     readers: Mapping[str, Callable[[Path, Task], list[Reader]]]
-
-
-def _each(
-    task: Task, one: Callable[[int, F16], None], pool: ThreadPoolExecutor | None = None
-) -> Callable[[I64], Batches]:
-    """Return a function that reads random rows into a batch's buffer, `one` row a call, by the
-    caller or by a pool's threads."""
-
-    def read(order: I64) -> Batches:
-        out = task.memory()
-        for rows in task.batches(order):
-            for _ in (pool.map if pool else map)(one, rows, out[: len(rows)]):
-                pass
-            yield rows, out[: len(rows)]
-
-    return read
-
-
-# ------------------------------------------------------------ Zarr, by three libraries
-
-
-def _write_zarr(chunk: int, sharded: bool = False) -> Callable[[Path, F16, Task], None]:
-    def write(folder: Path, source: F16, task: Task) -> None:
-        import zarr
-
-        shards = (task.file_rows, *task.item) if sharded else None
-        array = zarr.create_array(
-            str(folder),
-            shape=source.shape,
-            chunks=(min(chunk, task.file_rows), *task.item),
-            shards=shards,
-            dtype="<f2",
-            compressors=None,
-            chunk_key_encoding={"name": "default", "separator": "."},
-            config={"write_empty_chunks": True},
-        )
-        step = task.file_rows if sharded else chunk
-        for low in range(0, task.rows, step):
-            array[low : low + step] = source[low : low + step]
-
-    return write
-
-
-def _zarr_readers(library: str, cases: str) -> Callable[[Path, Task], list[Reader]]:
-    def readers(folder: Path, task: Task) -> list[Reader]:
-        import zarr
-
-        pipelines = {
-            "zarrs": "zarrs.ZarrsCodecPipeline",
-            "zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline",
-        }
-        zarr.config.set({"async.concurrency": 64})  # the default of later versions
-        # it is chosen when an array is opened
-        with zarr.config.set({"codec_pipeline.path": pipelines[library]}):
-            array: Any = zarr.open_array(str(folder), mode="r")
-
-        def one_row(row: int, out: F16) -> None:
-            out[:] = array[row]
-
-        def orthogonal(order: I64) -> Batches:
-            out = task.memory()
-            for rows in task.batches(order, FEW):
-                array.get_orthogonal_selection((rows,), out=_buffer(out[: len(rows)]))
-                yield rows, out[: len(rows)]
-
-        def by_block(order: I64) -> Batches:
-            out = task.memory(FEW)
-            for low, high in task.blocks(order, FEW):
-                array.get_basic_selection((slice(low, high),), out=_buffer(out[: high - low]))
-                yield range(low, high), out[: high - low]
-
-        name = {"zarr": "zarr-python", "zarrs": "zarr-python with zarrs"}[library]
-        known = {
-            "row": Reader(f"{name}, array[row]", "rows", _each(task, one_row)),
-            "oindex": Reader(f"{name}, orthogonal selection", "rows", orthogonal),
-            "block": Reader(f"{name}, {FEW}-row blocks", "block", by_block),
-        }
-        return [known[case] for case in cases.split()]
-
-    return readers
-
-
-def _buffer(out: F16) -> Any:
-    """Our buffer as one that zarr-python reads into."""
-    from zarr.core.buffer import default_buffer_prototype
-
-    return default_buffer_prototype().nd_buffer.from_ndarray_like(out)  # type: ignore[arg-type]
-
-
-def _tensorstore(cases: str) -> Callable[[Path, Task], list[Reader]]:
-    def readers(folder: Path, task: Task) -> list[Reader]:
-        import tensorstore as ts
-
-        def opened(**context: Any) -> Any:
-            limits = {
-                "file_io_concurrency": {"limit": max(task.threads, 4)},
-                "data_copy_concurrency": {"limit": task.threads},
-            }
-            spec = {
-                "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": str(folder)},
-                "recheck_cached_data": False,
-            }
-            return ts.open({**spec, "context": {**limits, **context}}, read=True).result()
-
-        plain, mapped = opened(), opened(file_io_mode={"mode": "memmap"})
-
-        def futures(store: Any) -> Callable[[I64], Batches]:
-            def read(order: I64) -> Batches:
-                out = task.memory(FEW)
-                for rows in task.batches(order, FEW):
-                    with ts.Batch() as batch:
-                        waiting = [store[row].read(batch=batch) for row in rows]
-                    for destination, future in zip(out, waiting, strict=False):
-                        destination[:] = future.result()
-                    yield rows, out[: len(rows)]
-
-            return read
-
-        def into(store: Any) -> Callable[[I64], Batches]:
-            def read(order: I64) -> Batches:
-                out = task.memory()
-                for rows in task.batches(order):
-                    ts.array(out[: len(rows)], copy=False).write(store[rows]).result()
-                    yield rows, out[: len(rows)]
-
-            return read
-
-        def by_block(step: int) -> Callable[[I64], Batches]:
-            def read(order: I64) -> Batches:
-                out = task.memory(step)
-                for low, high in task.blocks(order, step):
-                    ts.array(out[: high - low], copy=False).write(plain[low:high]).result()
-                    yield range(low, high), out[: high - low]
-
-            return read
-
-        known = {
-            "rows": [
-                Reader("tensorstore, futures", "rows", futures(plain)),
-                Reader("tensorstore, futures, memmap", "rows", futures(mapped)),
-                Reader("tensorstore, copied into our memory", "rows", into(plain)),
-                Reader("tensorstore, copied into our memory, memmap", "rows", into(mapped)),
-            ],
-            "block": [Reader(f"tensorstore, {FEW}-row blocks", "block", by_block(FEW))],
-            "shard": [Reader("tensorstore, whole shards", "block", by_block(task.file_rows))],
-        }
-        return [reader for case in cases.split() for reader in known[case]]
-
-    return readers
 
 
 # ------------------------------------------------------------ webdataset
@@ -290,7 +139,9 @@ def _npy_readers(folder: Path, task: Task) -> list[Reader]:
             file.readinto(out.reshape(-1).view(np.uint8).data)
 
     return [
-        Reader(f"npy, {name}{how}", "rows", _each(task, one, threads), by_hand=one is readinto)
+        Reader(
+            f"npy, {name}{how}", "rows", read_each_row(task, one, threads), by_hand=one is readinto
+        )
         for how, threads in (("", None), (", threads", pool))
         for name, one in (("np.load", load), ("np.fromfile", fromfile), ("readinto", readinto))
     ]
@@ -375,7 +226,10 @@ def _safetensors_readers(folder: Path, task: Task) -> list[Reader]:
 
     return [
         Reader(
-            f"safetensors, {name}{how}", "rows", _each(task, one, threads), by_hand=one is mapped
+            f"safetensors, {name}{how}",
+            "rows",
+            read_each_row(task, one, threads),
+            by_hand=one is mapped,
         )
         for how, threads in (("", None), (", threads", pool))
         for name, one in (
@@ -389,29 +243,29 @@ def _safetensors_readers(folder: Path, task: Task) -> list[Reader]:
 LAYOUTS = (
     Layout(
         "Zarr, a chunk for each row",
-        _write_zarr(1),
+        write_zarr(1),
         {
-            "zarr": _zarr_readers("zarr", "row oindex"),
-            "zarrs": _zarr_readers("zarrs", "row oindex block"),
-            "tensorstore": _tensorstore("rows"),
+            "zarr": zarr_readers("zarr", "row oindex"),
+            "zarrs": zarr_readers("zarrs", "row oindex block"),
+            "tensorstore": tensorstore_readers("rows"),
         },
     ),
     Layout(
         f"Zarr, chunks of {FEW} rows",
-        _write_zarr(FEW),
+        write_zarr(FEW),
         {
-            "zarr": _zarr_readers("zarr", "block"),
-            "zarrs": _zarr_readers("zarrs", "block"),
-            "tensorstore": _tensorstore("block"),
+            "zarr": zarr_readers("zarr", "block"),
+            "zarrs": zarr_readers("zarrs", "block"),
+            "tensorstore": tensorstore_readers("block"),
         },
     ),
     Layout(
         "Zarr, rows in shards",
-        _write_zarr(1, sharded=True),
+        write_zarr(1, sharded=True),
         {
-            "zarr": _zarr_readers("zarr", "row block"),
-            "zarrs": _zarr_readers("zarrs", "row block"),
-            "tensorstore": _tensorstore("rows shard"),
+            "zarr": zarr_readers("zarr", "row block"),
+            "zarrs": zarr_readers("zarrs", "row block"),
+            "tensorstore": tensorstore_readers("rows shard"),
         },
     ),
     Layout("webdataset tars", _write_tars, {"webdataset": _webdataset_readers}),

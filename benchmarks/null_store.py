@@ -1,0 +1,54 @@
+"""The store `null` keeps nothing: what an extraction costs without its writing is measured with it.
+
+A program registers it by `STORES[NAME] = null_store.__name__`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from featcache.storage import commit, manifest
+from featcache.storage.store import Array
+
+NAME = "null"
+
+
+class NullWriter:
+    """Counts what it is given, and publishes a record without files: a `store.ShardWriter`."""
+
+    def __init__(self, cache: Path, shard: str, views: int) -> None:
+        self.cache, self.shard, self.views = cache, shard, views
+        self.folder = commit.begin_shard(cache, shard, NAME)
+        self.keys: list[str] = []
+        self.items = 0
+
+    def append(self, keys: Sequence[str], items: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.keys.extend(keys[-self.items % self.views :: self.views])
+        self.items += len(keys)
+
+    def finish(
+        self, quarantined: Sequence[Mapping[str, str]], statistics: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        record = {
+            "shard": self.shard,
+            "rows": len(self.keys),
+            "keys_digest": manifest.keys_digest(self.keys),
+            "quarantined": [dict(row) for row in quarantined],
+            "files": {},
+            "statistics": {name: dict(facts) for name, facts in statistics.items()},
+        }
+        commit.publish(self.folder, self.cache, self.shard, NAME, record)
+        return record
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> NullWriter:
+    """Return the writer of one shard."""
+    return NullWriter(cache, shard, views)
