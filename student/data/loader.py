@@ -137,7 +137,7 @@ class Loader:
         )
         # One thread begins batches, in order, and reads with those of the cache: several would be
         # in the decoders' way. Where nothing is decoded another plans the next batch meanwhile.
-        beginners = 2 if self.targets.only_read else 1
+        beginners = 2 if self.targets.is_io_bound else 1
         with (
             ThreadPoolExecutor(self.workers) as decoders,
             ThreadPoolExecutor(beginners) as beginner,
@@ -202,7 +202,7 @@ class Loader:
         """Return the stored hashes of the samples that are checked, by their position in the
         batch."""
         rows = np.flatnonzero(checked)
-        stored = self.targets.hashes(at[rows], view[rows]) if len(rows) else None
+        stored = self.targets.pixel_hashes(at[rows], view[rows]) if len(rows) else None
         return {} if stored is None else dict(zip(rows.tolist(), stored.tolist(), strict=True))
 
     def _samples(self, host: HostBatch, starts: Sequence[int], hashes: Mapping[int, int]) -> None:
@@ -229,4 +229,4 @@ class Loader:
                     host[name][i] = pixels
         for i in samples:
             if i in hashes:
-                self.targets.check(host["pixels"][i], at, int(host["view"][i]), hashes[i])
+                self.targets.check_pixels(host["pixels"][i], at, int(host["view"][i]), hashes[i])

@@ -33,7 +33,7 @@ def to_device(
     masks. Nothing in it shares memory with the host batch, which is filled again."""
     pixels = torch.from_numpy(host["pixels"]).to(device, non_blocking=True).permute(0, 3, 1, 2)
     mean, std = _statistics(device)
-    features, sources = targets.complete(host, device)
+    features, sources = targets.to_device(host, device)
     masks = host.get("masks") or draw_masks(config, host, sources, seed)
     return {
         "images": normalise_pixels(pixels, mean, std),

@@ -114,7 +114,7 @@ def _draw_early(inputs: TrainingInputs, seed: int) -> DrawMasks | None:
     def draw(host: HostBatch) -> dict[str, Tensor] | None:
         if "absent" in host and host["absent"].any():
             return None
-        return draw_masks(inputs.config, host, targets.sources(host), seed)
+        return draw_masks(inputs.config, host, targets.mask_inputs(host), seed)
 
     return draw
 

@@ -1,1 +1,1 @@
-"""What a step learns from: read from a cache, computed online, or kept in memory."""
+"""A step learns from targets that are read from a cache, computed online, or kept in memory."""

@@ -1,4 +1,8 @@
-"""Levels, statistics and masks are assembled as a recipe takes them."""
+"""Levels, statistics and masks are assembled as a recipe takes them.
+
+B samples of a batch, L levels, P patches, V visible ones, D width of the teacher, E width of a
+derived target.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from student.targets.contract import HostBatch
 def pixel_layout(
     size: int, name: str = "pixels"
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Return shape (S, S, 3) and dtype of a view's pixels, under the name of their array."""
     return {name: ((size, size, 3), np.dtype(np.uint8))}
 
 
@@ -32,41 +37,39 @@ def recipe_targets(
     tail: Mapping[str, Tensor],
     ids_keep: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """features (B,L,1+P,D), stats (B,L,1+P,2) -> what a recipe takes: the levels, and their stats
-    where it asks for them; or `targets` (B,1+P,E) derived from the only level. For these `stats`,
-    mean and divisor, are looked at where the teacher's eps is not the cache's; with `ids_keep`
-    (B,V) those of CLS and these patches, the rest is NaN: a projection of 197 tokens for 50 that
-    are looked at costs a percent of kd's step."""
+    """features (B, L, 1 + P, D), stats (B, L, 1 + P, 2) -> what a recipe takes: the levels, and
+    their stats where it asks for them; or `targets` (B, 1 + P, E) derived from the only level.
+
+    Stats are mean and divisor; a derived target looks at them where the teacher's eps is not the
+    cache's. With `ids_keep` (B, V) the targets are those of CLS and these patches, and the rest is
+    NaN: a projection of 197 tokens for 50 that are looked at costs a percent of kd's step.
+    """
     if not spec.derive:
-        asked = (
-            {"feature_stats": stats} if stats is not None and "feature_stats" in spec.fields else {}
-        )
-        return {"features": features, **asked}
+        if stats is not None and "feature_stats" in spec.fields:
+            return {"features": features, "feature_stats": stats}
+        return {"features": features}
     assert features.shape[1] == 1, features.shape
     h, std = features[:, 0], None if stats is None else stats[:, 0, :, 1:]
     if ids_keep is None:
         return {"targets": derive(spec.derive, h, tail, std)}
     ids = vit.prepend_cls_id(ids_keep)
-    few = derive(
-        spec.derive,
-        vit.gather_tokens(h, ids),
-        tail,
-        None if std is None else vit.gather_tokens(std, ids),
-    )
-    out = few.new_full((*h.shape[:2], few.shape[-1]), float("nan"))
-    return {"targets": out.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, few.shape[-1]), few)}
+    seen_std = None if std is None else vit.gather_tokens(std, ids)
+    seen = derive(spec.derive, vit.gather_tokens(h, ids), tail, seen_std)
+    out = seen.new_full((*h.shape[:2], seen.shape[-1]), float("nan"))
+    return {"targets": out.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, seen.shape[-1]), seen)}
 
 
-def copied_to(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """On the device, and never the host's own memory, which is filled again: on a CPU nothing else
-    would copy it."""
+def copy_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy to the device, and never give the host's own memory, which is filled again: on a CPU
+    nothing else would copy it."""
     return to_tensor(values).to(device, non_blocking=True, copy=True)
 
 
 def draw_masks(
-    config: RecipeConfig, host: HostBatch, sources: dict[str, npt.NDArray[Any]], seed: int
+    config: RecipeConfig, host: HostBatch, mask_inputs: dict[str, npt.NDArray[Any]], seed: int
 ) -> dict[str, Tensor]:
-    """ids_keep and ids_masked of a batch, from (seed, round, key) and what the mask reads."""
+    """Draw ids_keep (B, V) and ids_masked (B, P - V) of a batch, from (seed, round, key) and what
+    the mask reads, (B, P) each."""
     keep, masked = masking.draw(
         config.mask,
         digests=host["digests"],
@@ -74,6 +77,6 @@ def draw_masks(
         epoch=host["round"],
         n_visible=config.visible,
         n_patches=config.patches,
-        **sources,
+        **mask_inputs,
     )
     return {"ids_keep": torch.from_numpy(keep), "ids_masked": torch.from_numpy(masked)}

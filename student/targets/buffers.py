@@ -1,5 +1,5 @@
-"""Host memory of batches, allocated once and filled again and again: page-locked where a GPU reads
-it.
+"""Host memory of batches is allocated once and filled again and again: page-locked where a GPU
+reads it.
 
 B samples of a batch.
 """
@@ -19,8 +19,8 @@ Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
 def allocate(layout: Layout, batch_size: int, pin: bool) -> dict[str, npt.NDArray[Any]]:
-    """Arrays (B, ...) of one batch. With `pin` a GPU copies them while the host goes on; without,
-    plain memory."""
+    """Allocate the arrays (B, ...) of one batch. With `pin` a GPU copies them while the host goes
+    on; without, it is plain memory."""
     return {
         name: _array((batch_size, *shape), dtype, pin) for name, (shape, dtype) in layout.items()
     }

@@ -1,4 +1,7 @@
-"""Targets are read from the rows of a cache."""
+"""Targets are read from the rows of a cache.
+
+n training pictures, B samples of a batch, L levels, P patches, E width of a derived target.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ from featcache.views.fingerprint import pixel_hash
 from featcache.views.policy import policy_from_dict
 from student.recipes import TargetSpec
 from student.targets import buffers
-from student.targets.assemble import copied_to, pixel_layout, recipe_targets
+from student.targets.assemble import copy_to_device, pixel_layout, recipe_targets
 from student.targets.contract import I64, HostBatch, Moments, ResidentRows
 
 
 @dataclass
 class SecondTeacher:
-    """What is read of the second teacher, and what becomes of it."""
+    """The second teacher's one level is read from the same cache, and becomes `second`."""
 
     cache: Cache
     spec: TargetSpec
@@ -45,15 +48,15 @@ class SecondTeacher:
     def fetch(
         self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> HostBatch:
-        """Its stored arrays of the rows, by the names that the cache has for them, in the memory of
-        `out`."""
+        """Read its stored arrays (B, ...) of cache rows (B,), by the names that the cache has for
+        them, into the memory of `out`."""
         memory = None if out is None else {name: out[name] for name in self.reader.fields}
         return self.cache.read(
             rows, view, self.reader.fields, (self.spec.second_level,), None, memory
         )
 
-    def complete(self, host: HostBatch, device: torch.device) -> dict[str, Tensor]:
-        """`second` (B,1+P,E) on the device."""
+    def to_device(self, host: HostBatch, device: torch.device) -> dict[str, Tensor]:
+        """Return `second` (B, 1 + P, E) on the device."""
         arrays = self.reader.to_device(host, device)
         h, stats = self.reader.features(arrays)[:, 0], self.reader.stats(arrays)
         if not self.spec.derive:
@@ -68,16 +71,16 @@ class SecondTeacher:
 
 @dataclass
 class CachedTargets:
-    """Rows of a cache: `rows` (n,) joins training picture and cache row.
+    """Targets of the training pictures lie in `rows` (n,) of a cache.
 
-    Recipes get features in image order whatever the cache's. From a ranked cache the first `tokens`
-    of each level are enough where the stored order is the mask: one range of bytes a level, and NaN
-    for what was not read.
+    Recipes get features in image order whatever the order of the cache. From a ranked cache the
+    first `tokens` of each level are enough where the stored order is the mask: one range of bytes a
+    level, and NaN for what was not read.
     """
 
     cache: Cache
     spec: TargetSpec
-    rows: I64
+    rows: I64  # (n,)
     tolerance: float = 0.0  # mean difference of block means, in levels of 255, that is let pass
     tokens: int | None = None  # of each level, CLS first; None: all that are stored
     stored_pixels: bool = False  # take the pixels the cache stores, decode nothing
@@ -86,34 +89,31 @@ class CachedTargets:
 
     def __post_init__(self) -> None:
         self.policy = policy_from_dict(self.cache.identity["policy"])
-        wants = self.spec.fields
-        reader = FeatureReader(self.cache, derive=self.spec.derive, stats="feature_stats" in wants)
-        self.reader = reader if "features" in wants else None
+        wanted = self.spec.fields
+        reader = FeatureReader(self.cache, derive=self.spec.derive, stats="feature_stats" in wanted)
+        self.reader = reader if "features" in wanted else None
         self.second = SecondTeacher(self.cache, self.spec) if self.spec.second else None
-        side = [field for field in wants if field.rpartition("/")[2] != "features"]
-        pixels = ("pixels",) if self.stored_pixels else DrawnViews._fields
-        self.own = tuple(
-            dict.fromkeys((*(self.reader.fields if self.reader else ()), *side, *pixels))
-        )
-        self.reads = self.own if self.second is None else (*self.own, *self.second.reader.fields)
         self.resident: ResidentRows | None = None
+        coded = self.reader.fields if self.reader else ()
+        side = (field for field in wanted if field.rpartition("/")[2] != "features")
+        pixels = ("pixels",) if self.stored_pixels else DrawnViews._fields
+        # the arrays that are read, once each, without those of the second teacher and with them
+        self.own_fields = tuple(dict.fromkeys((*coded, *side, *pixels)))
+        self.fields = (*self.own_fields, *(self.second.reader.fields if self.second else ()))
 
     def layout(self) -> buffers.Layout:
-        return dict(self.stored_layout()) | (
-            {} if self.stored_pixels else pixel_layout(self.policy.size)
-        )
+        rendered = {} if self.stored_pixels else pixel_layout(self.policy.size)
+        return dict(self.stored_layout()) | rendered
 
     def stored_layout(self) -> buffers.Layout:
-        """Shape and type of one sample of all that is read of the cache."""
+        """Return shape and dtype of one sample of all that is read of the cache."""
         nothing = self._read(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
         return {name: (array.shape[1:], array.dtype) for name, array in nothing.items()}
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
-        return (
-            self.schedule.view(digests, rounds)
-            if self.schedule
-            else stored_view(digests, rounds, self.cache.views)
-        )
+        if self.schedule is None:
+            return stored_view(digests, rounds, self.cache.views)
+        return self.schedule.view(digests, rounds)
 
     @property
     def codec(self) -> Codec | None:
@@ -121,43 +121,39 @@ class CachedTargets:
         return self.reader.codec if self.reader else None
 
     @property
-    def only_read(self) -> bool:
+    def is_io_bound(self) -> bool:
         return self.stored_pixels and self.resident is None
 
     def fetch(
-        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+        self, indices: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> HostBatch:
-        return (
-            self._read(self.rows[at], view, out)
-            if self.resident is None
-            else self.resident.fetch(at, view, out)
-        )
+        if self.resident is not None:
+            return self.resident.fetch(indices, view, out)
+        return self._read(self.rows[indices], view, out)
 
     def _read(self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None) -> HostBatch:
-        memory = None if out is None else {name: out[name] for name in self.own}
-        host = self.cache.read(rows, view, self.own, self.spec.levels or None, self.tokens, memory)
+        fields, levels = self.own_fields, self.spec.levels or None
+        memory = None if out is None else {name: out[name] for name in fields}
+        host = self.cache.read(rows, view, fields, levels, self.tokens, memory)
         return host if self.second is None else host | self.second.fetch(rows, view, out)
 
     @property
     def moments(self) -> Moments | None:
         return self._moments if self.spec.moments else None
 
-    def _moments(self, at: I64, view: I64) -> npt.NDArray[np.float32]:
+    def _moments(self, indices: I64, view: I64) -> npt.NDArray[np.float32]:
         field, levels = "feature_stats", self.spec.levels or None
-        known = self.resident
-        stats = (
-            known.take(field, at, view)
-            if known
-            else self.cache.read(self.rows[at], view, (field,), levels)[field]
-        )
-        return target_levels.moments(
-            target_levels.moment_sums(stats, self.cache.identity["teacher"]["width"])
-        )
+        if self.resident is not None:
+            stats = self.resident.take(field, indices, view)
+        else:
+            stats = self.cache.read(self.rows[indices], view, (field,), levels)[field]
+        width = self.cache.identity["teacher"]["width"]
+        return target_levels.moments(target_levels.moment_sums(stats, width))
 
-    def noted(self, at: I64) -> dict[str, int]:
+    def step_metrics(self, indices: I64) -> dict[str, int]:
         return {}
 
-    def sources(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
+    def mask_inputs(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
         return {
             name: host[name] for name in ("attention", "mask_order") if name in self.spec.fields
         }
@@ -168,47 +164,52 @@ class CachedTargets:
         parts = (host["crop"][i], host["flip"][i], host["jitter"][i])
         return {"pixels": view_render.render(picture, *parts, self.policy.size, self.policy.filter)}
 
-    def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
-        # Its own checksum is left to `check`, which looks into every difference.
-        return self.cache.read(self.rows[at], view, ("pixel_hash",), check=False)["pixel_hash"]
+    def pixel_hashes(self, indices: I64, view: I64) -> npt.NDArray[np.uint64] | None:
+        # The hash's own checksum is left to `check_pixels`, which looks into every difference.
+        stored = self.cache.read(self.rows[indices], view, ("pixel_hash",), check=False)
+        return stored["pixel_hash"]
 
-    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
-        if pixel_hash(pixels) == stored:
+    def check_pixels(
+        self, pixels: npt.NDArray[np.uint8], index: int, view: int, stored_hash: int
+    ) -> None:
+        if pixel_hash(pixels) == stored_hash:
             return
         option = "--pixel-tolerance LEVELS"
         pixel_check.check_pixels(
-            self.cache, int(self.rows[at]), view, pixels, self.tolerance, option
+            self.cache, int(self.rows[index]), view, pixels, self.tolerance, option
         )
 
-    def complete(
+    def to_device(
         self, host: HostBatch, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
-        out = {}
+        out: dict[str, Tensor] = {}
         for field in self.spec.fields:
             # a tokenizer's part of a cache: NAME/token_ids
             if field.rpartition("/")[2] == "token_ids":
-                out["token_ids"] = _token_ids(host[field], self.spec.vocabulary).to(
-                    device, non_blocking=True
-                )
+                ids = _token_ids(host[field], self.spec.vocabulary)
+                out["token_ids"] = ids.to(device, non_blocking=True)
         if self.reader is not None:
-            arrays = self.reader.to_device(host, device)
-            features, stats = self.reader.features(arrays), self.reader.stats(arrays)
-            self.reader.tail = tail_to_device(self.reader.tail, device)
-            seen = (
-                host["masks"]["ids_keep"].to(device)
-                if self.spec.visible_only and "masks" in host
-                else None
-            )
-            out |= recipe_targets(self.spec, features, stats, self.reader.tail, seen)
+            out |= self._features(self.reader, host, device)
         if "moments" in host:
-            out["moments"] = copied_to(host["moments"], device)
+            out["moments"] = copy_to_device(host["moments"], device)
         if self.second is not None:
-            out |= self.second.complete(host, device)
-        return out, self.sources(host)
+            out |= self.second.to_device(host, device)
+        return out, self.mask_inputs(host)
+
+    def _features(
+        self, reader: FeatureReader, host: HostBatch, device: torch.device
+    ) -> dict[str, Tensor]:
+        arrays = reader.to_device(host, device)
+        reader.tail = tail_to_device(reader.tail, device)  # moved once, with the first batch
+        visible = None
+        if self.spec.visible_only and "masks" in host:
+            visible = host["masks"]["ids_keep"].to(device)
+        features, stats = reader.features(arrays), reader.stats(arrays)
+        return recipe_targets(self.spec, features, stats, reader.tail, visible)
 
 
 def _token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> Tensor:
-    """ids (B,P) as stored -> int64; an id that the recipe has no class for is refused."""
+    """ids (B, P) as stored -> int64; UserError for an id that the recipe has no class for."""
     if ids.size and int(ids.max()) >= vocabulary:
         raise UserError(
             f"cannot predict token id {int(ids.max())} of the cache: vocabulary={vocabulary}; "

@@ -1,7 +1,11 @@
-"""Where a step's views and targets come from: a cache, or the teacher in the loop.
+"""A step's views and targets come through one contract, from a cache or from the teacher in the
+loop.
 
 Both give the same views, the same fields and the same masks for a picture and an epoch; only the
-storage between teacher and student differs. n rows of training pictures, B batch, V stored views.
+storage between teacher and student differs.
+
+n training pictures, B samples of a batch, V stored views, L levels, P patches, D width of the
+teacher, E width of a derived target, S pixels a side.
 """
 
 from __future__ import annotations
@@ -21,84 +25,95 @@ from student.targets import buffers
 
 I64 = npt.NDArray[np.int64]
 HostBatch = dict[str, Any]  # arrays of a batch on the host
-Moments = Callable[[I64, I64], npt.NDArray[np.float32]]  # of training pictures (n,) in views (n,)
+# training pictures (m,) in views (m,) -> mean and variance (L, 2)
+Moments = Callable[[I64, I64], npt.NDArray[np.float32]]
 
 
 class ResidentRows(Protocol):
-    """Rows that answer in place of the cache."""
+    """Rows in memory answer in place of the cache (`--resident`)."""
 
     def fetch(
-        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+        self, indices: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> HostBatch:
-        """Arrays of training pictures `at`."""
+        """Copy all arrays (B, ...) of training pictures `indices` (B,) in their views (B,), into
+        the memory of `out`."""
         ...
 
-    def take(self, name: str, at: I64, view: I64) -> npt.NDArray[Any]:
-        """One of them."""
+    def take(self, name: str, indices: I64, view: I64) -> npt.NDArray[Any]:
+        """Copy one array (B, ...) of training pictures `indices` (B,) in their views (B,)."""
         ...
 
 
 class Targets(Protocol):
-    """What the loader and the trainer ask of either kind."""
+    """The loader and the trainer ask this of every source of targets."""
 
     policy: Policy
     is_stored: bool  # features come from storage, not from a teacher in the loop
     stored_pixels: bool  # so do pixels, and no picture is decoded
 
     @property
-    def only_read(self) -> bool:
-        """Whether all of a batch comes from files, as it lies there."""
+    def is_io_bound(self) -> bool:
+        """Tell whether all of a batch is read from files as it is stored, and nothing is
+        decoded."""
         ...
 
     @property
     def moments(self) -> Moments | None:
-        """Mean and variance (L, 2) of each level over training pictures in their views, the whole
-        batch of a step; None where they are not asked for, or known only when the teacher has
-        run."""
+        """Give the mean and variance (L, 2) of each level over the whole batch of a step; None
+        where they are not asked for, or known only when the teacher has run."""
         ...
 
     def layout(self) -> buffers.Layout:
-        """Shape and type of one sample of every array of a batch."""
+        """Return shape and dtype of one sample, for every array of a batch."""
         ...
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
-        """Which view each picture shows when it has been shown `rounds` times before: its epoch,
-        where every picture is shown once in each."""
+        """digests (B, 2), rounds () or (B,) -> (B,): choose the view that each picture shows when
+        it has been shown `rounds` times before: its epoch, where every picture is shown once in
+        each."""
         ...
 
     def fetch(
-        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+        self, indices: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> HostBatch:
-        """Stored arrays of training pictures `at`, in the memory of `out`; called in a loader
-        thread."""
+        """Read the stored arrays (B, ...) of training pictures `indices` (B,) in their views (B,),
+        into the memory of `out`; called in a loader thread."""
         ...
 
-    def noted(self, at: I64) -> dict[str, int]:
-        """What a row of metrics says of a step's pictures."""
+    def step_metrics(self, indices: I64) -> dict[str, int]:
+        """Return what metrics say of a step's pictures `indices` (global batch,)."""
         ...
 
-    def sources(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
-        """The arrays a mask is drawn from, where they are stored."""
+    def mask_inputs(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays that a mask is drawn from, (B, P) each, where they are stored."""
         ...
 
     def render(
         self, picture: Image.Image, host: HostBatch, i: int, key: str, digest: rng.U64, view: int
     ) -> dict[str, Any]:
-        """`pixels` (S, S, 3) of sample i, and `teacher_pixels` where a teacher in the loop wants
-        another size. Not called where pixels are stored."""
+        """Render `pixels` (S, S, 3) of sample i, and `teacher_pixels` where a teacher in the loop
+        wants another size. Not called where pixels are stored."""
         ...
 
-    def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
-        """(m,) of the pixels the teacher saw; None where none are stored, and nothing is
-        checked."""
+    def pixel_hashes(self, indices: I64, view: I64) -> npt.NDArray[np.uint64] | None:
+        """indices (m,), view (m,) -> (m,): return the hashes of the pixels the teacher saw; None
+        where none are stored, and nothing is checked."""
         ...
 
-    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
-        """Raise when rendered pixels, of the `stored` hash, are not those the teacher saw."""
+    def check_pixels(
+        self, pixels: npt.NDArray[np.uint8], index: int, view: int, stored_hash: int
+    ) -> None:
+        """Raise IdentityError when rendered pixels (S, S, 3) are not those the teacher saw."""
         ...
 
-    def complete(
+    def to_device(
         self, host: HostBatch, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
-        """Tensors on the device (features), and the arrays a mask is drawn from."""
+        """Return what a recipe takes, on the device, and the arrays (B, P) that a mask is drawn
+        from.
+
+        `features` (B, L, 1 + P, D), or `targets` (B, 1 + P, E) derived from the one level; beside
+        them `feature_stats` (B, L, 1 + P, 2), `moments` (L, 2), `token_ids` (B, P) and `second`
+        (B, 1 + P, E of that teacher) where the recipe asks for them.
+        """
         ...

@@ -1,5 +1,5 @@
-"""`--fallback online`: a cache some shards of which are not there, and the teacher in the loop for
-their pictures.
+"""Targets are read from a cache, and the teacher in the loop computes those of absent shards
+(`--fallback online`).
 
 Views, masks and codec are those of the cache, so that a picture's target is the one that its shard
 would hold. Batches without such pictures cost nothing more. n training pictures, B batch.
@@ -29,20 +29,21 @@ from student.targets.cached import CachedTargets
 from student.targets.contract import I64, HostBatch
 from student.targets.online import OnlineTargets
 
+Bool = npt.NDArray[np.bool_]
 LIMIT = 0.01  # share of the training pictures that may be absent
-# fields that the teacher in the loop gives
-MADE = {"features", "feature_stats", "attention", "mask_order"}
+# the fields that the teacher in the loop gives
+ONLINE_FIELDS = {"features", "feature_stats", "attention", "mask_order"}
 
 
 @dataclass
 class FallbackTargets:
-    """`cached.rows` is -1 where a picture's shard is absent; `online` gives what the cache
-    would."""
+    """Targets of pictures whose shard is absent, -1 in `cached.rows`, come from `online`, as the
+    cache would give them."""
 
     cached: CachedTargets
     online: OnlineTargets
     is_stored = True
-    stored_pixels = only_read = False
+    stored_pixels = is_io_bound = False
     moments = None
 
     def __post_init__(self) -> None:
@@ -56,70 +57,76 @@ class FallbackTargets:
         return self.cached.view(digests, rounds)
 
     def fetch(
-        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+        self, indices: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> HostBatch:
-        """As of the cache, and `absent` (B,): of these pictures every float is NaN, until the
-        teacher has run."""
-        absent = self.absent[at]
+        """Read what the cache has, and `absent` (B,): of these pictures every float is NaN, until
+        the teacher has run."""
+        absent = self.absent[indices]
         if not absent.any():
-            return self.cached.fetch(at, view, out) | {"absent": absent}
-        memory = (
-            buffers.allocate(self.cached.stored_layout(), len(at), False) if out is None else out
-        )
-        host = {}
-        for name, values in self.cached.fetch(at[~absent], view[~absent]).items():
-            memory[name][~absent] = values
-            memory[name][absent] = np.nan if values.dtype.kind == "f" else 0
-            host[name] = memory[name]
-        return host | {"absent": absent}
+            return self.cached.fetch(indices, view, out) | {"absent": absent}
+        if out is None:
+            out = buffers.allocate(self.cached.stored_layout(), len(indices), False)
+        host: HostBatch = {"absent": absent}
+        for name, values in self.cached.fetch(indices[~absent], view[~absent]).items():
+            out[name][~absent] = values
+            out[name][absent] = np.nan if values.dtype.kind == "f" else 0
+            host[name] = out[name]
+        return host
 
-    def noted(self, at: I64) -> dict[str, int]:
-        return {"fallback": int(self.absent[at].sum())}
+    def step_metrics(self, indices: I64) -> dict[str, int]:
+        return {"fallback": int(self.absent[indices].sum())}
 
-    def sources(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
-        return self.cached.sources(host)
+    def mask_inputs(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
+        return self.cached.mask_inputs(host)
 
     def render(
         self, picture: Image.Image, host: HostBatch, i: int, key: str, digest: rng.U64, view: int
     ) -> dict[str, Any]:
-        way = self.online if host["absent"][i] else self.cached
-        return way.render(picture, host, i, key, digest, view)
+        targets = self.online if host["absent"][i] else self.cached
+        return targets.render(picture, host, i, key, digest, view)
 
-    def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
-        """0 for what is absent, which is not checked."""
-        out, there = np.zeros(len(at), np.uint64), ~self.absent[at]
-        if there.any():
-            out[there] = np.asarray(self.cached.hashes(at[there], view[there]))
+    def pixel_hashes(self, indices: I64, view: I64) -> npt.NDArray[np.uint64] | None:
+        """Return 0 for what is absent, which is not checked."""
+        out, stored = np.zeros(len(indices), np.uint64), ~self.absent[indices]
+        if stored.any():
+            out[stored] = np.asarray(self.cached.pixel_hashes(indices[stored], view[stored]))
         return out
 
-    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
-        if not self.absent[at]:
-            self.cached.check(pixels, at, view, stored)
+    def check_pixels(
+        self, pixels: npt.NDArray[np.uint8], index: int, view: int, stored_hash: int
+    ) -> None:
+        if not self.absent[index]:
+            self.cached.check_pixels(pixels, index, view, stored_hash)
 
-    def complete(
+    def to_device(
         self, host: HostBatch, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
-        out, sources = self.cached.complete(host, device)
-        here = np.flatnonzero(host["absent"])
-        if not len(here):
-            return out, sources
-        names = [name for name in ("pixels", "teacher_pixels", "digests", "view") if name in host]
-        fresh, fresh_sources = self.online.complete(
-            {name: host[name][here] for name in names}, device
-        )
+        out, mask_inputs = self.cached.to_device(host, device)
+        absent = np.flatnonzero(host["absent"])
+        if not len(absent):
+            return out, mask_inputs
+        fresh, fresh_inputs = self._compute(host, absent, device)
         assert fresh.keys() == out.keys(), (fresh.keys(), out.keys())
-        index = torch.from_numpy(here).to(device)
+        index = torch.from_numpy(absent).to(device)
         for name, values in fresh.items():
             out[name] = out[name].index_copy(0, index, values.to(out[name].dtype))
-        for name in sources:  # a copy: the batch's own memory is filled again
-            sources[name] = sources[name].copy()
-            sources[name][here] = fresh_sources[name]
-        return out, sources
+        for name in mask_inputs:  # a copy: the batch's own memory is filled again
+            mask_inputs[name] = mask_inputs[name].copy()
+            mask_inputs[name][absent] = fresh_inputs[name]
+        return out, mask_inputs
+
+    def _compute(
+        self, host: HostBatch, absent: I64, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+        """Targets and mask inputs of the samples `absent` of a batch, by the teacher."""
+        names = [name for name in ("pixels", "teacher_pixels", "digests", "view") if name in host]
+        return self.online.to_device({name: host[name][absent] for name in names}, device)
 
 
 def check_spec(spec: TargetSpec) -> None:
-    """What cannot be made for some of a batch's pictures."""
-    others = sorted(set(spec.fields) - MADE)
+    """Raise UsageError where a recipe needs what the teacher cannot compute for some of a batch's
+    pictures."""
+    others = sorted(set(spec.fields) - ONLINE_FIELDS)
     wrong = {
         "target_norm=bn wants statistics of the whole batch as it is stored": spec.moments,
         f"the recipe learns from {spec.second} too, and only the cache's own teacher is "
@@ -134,44 +141,62 @@ def check_spec(spec: TargetSpec) -> None:
 
 
 def join(cache: Cache, source: Source, limit: float) -> tuple[I64, I64, int]:
-    """As `joining.join`, with row -1 for the pictures of absent shards, which the source's order
-    tells: it must be the list of pictures that the cache was made from. More than `limit` of them
-    are a UserError."""
+    """(pictures (n,), rows (n,), skipped): join pictures with cache rows by key, as
+    `reading.join.join_by_key` does, with row -1 for the pictures of absent shards.
+
+    The source's order tells which pictures these are: it must be the list that the cache was made
+    from. More than a share `limit` of them are a UserError.
+    """
     pixel_path.check_pixel_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
+    _check_same_list(cache, source)
+    quarantined = {row["key"] for row in cache.quarantined}
+    usable = np.array([key not in quarantined for key in source.keys])
+    absent = _in_absent_shards(cache, len(source)) & usable
+    rows = cache.keys.find(source.keys)
+    _check_known(cache, source, (rows >= 0) | absent | ~usable)
+    pictures = np.flatnonzero((rows >= 0) | absent)
+    _check_share(cache, int(absent.sum()), len(pictures), limit)
+    return pictures, rows[pictures], len(source) - len(pictures)
+
+
+def _check_same_list(cache: Cache, source: Source) -> None:
     if manifest.keys_digest(source.keys) != cache.identity["pictures"]["keys_digest"]:
         raise IdentityError(
             f"--fallback online: the {len(source)} pictures of {source.spec!r} are not the list "
             f"that cache {str(cache.path)!r} was made from, so those of its absent shards are not "
             "known; give that list"
         )
-    quarantined = {row["key"] for row in cache.quarantined}
-    usable = np.array([key not in quarantined for key in source.keys])
-    absent = np.zeros(len(source), bool)
+
+
+def _in_absent_shards(cache: Cache, count: int) -> Bool:
+    """(count,): whether each picture of the source lies in a shard that is absent."""
+    absent = np.zeros(count, bool)
     for shard in cache.manifest["shards"]:
         if shard["name"] in cache.absent:
             absent[shard["first"] : shard["first"] + shard["count"]] = True
-    absent &= usable
-    rows = cache.keys.find(source.keys)
-    if (strange := np.flatnonzero((rows < 0) & usable & ~absent)).size:
+    return absent
+
+
+def _check_known(cache: Cache, source: Source, known: Bool) -> None:
+    if (unknown := np.flatnonzero(~known)).size:
         raise IdentityError(
-            f"{len(strange)} of {len(source)} pictures of {source.spec!r} are neither in cache "
+            f"{len(unknown)} of {len(source)} pictures of {source.spec!r} are neither in cache "
             f"{str(cache.path)!r} nor in its absent shards, the first is "
-            f"{source.keys[strange[0]]!r}; run `featcache verify {cache.path}`"
+            f"{source.keys[unknown[0]]!r}; run `featcache verify {cache.path}`"
         )
-    pictures = np.flatnonzero((rows >= 0) | absent)
-    count = int(absent.sum())
-    if not count <= limit * len(pictures):
+
+
+def _check_share(cache: Cache, count: int, n: int, limit: float) -> None:
+    if not count <= limit * n:
         raise UserError(
-            f"{absent_text(cache)}: {count} of {len(pictures)} pictures "
-            f"({count / len(pictures):.4g}) would have their targets computed, allowed: {limit:g}; "
-            f"run `featcache repair {cache.path}`, or allow it with --fallback-limit "
-            f"{np.ceil(1000 * count / len(pictures)) / 1000:g}"
+            f"{absent_text(cache)}: {count} of {n} pictures ({count / n:.4g}) would have their "
+            f"targets computed, allowed: {limit:g}; run `featcache repair {cache.path}`, or allow "
+            f"it with --fallback-limit {np.ceil(1000 * count / n) / 1000:g}"
         )
-    return pictures, rows[pictures], len(source) - len(pictures)
 
 
 def absent_text(cache: Cache) -> str:
-    """Which shards are absent, in words."""
+    """Say in words which shards are absent."""
     shard, why = next(iter(cache.absent.items()))
     many = f"{len(cache.absent)} of {len(cache.manifest['shards'])} shards are absent"
     return f"cache {str(cache.path)!r}: {many}, the first is {shard} ({why.partition('; run ')[0]})"

@@ -1,4 +1,7 @@
-"""Targets are computed by the teacher in the loop; no cache is read."""
+"""Targets are computed by the teacher in the loop; no cache is read.
+
+B samples of a batch, L levels, P patches.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +35,20 @@ from student.targets.contract import I64, HostBatch
 
 @dataclass
 class OnlineTargets:
-    """Views drawn on the spot and, where the recipe needs targets, the teacher run on them: no
-    cache is read."""
+    """Views are drawn as they are shown, and the teacher is run on them where the recipe needs
+    targets."""
 
     policy: Policy
     spec: TargetSpec
     teacher: Teacher | None
     views: int | None  # as many as a cache would hold; None: a fresh view each epoch
     order: str = "attentive"  # of `mask_order`
-    schedule: ViewSchedule | None = (
-        None  # of the views of a cache that are shown, where not all are
-    )
+    # of the views of a cache that are shown, where not all are
+    schedule: ViewSchedule | None = None
     # of a cache, through which features go as if they had been stored
     codec: codecs.Codec | None = None
     is_stored = False
-    stored_pixels = only_read = False
+    stored_pixels = is_io_bound = False
     moments = None
 
     def __post_init__(self) -> None:
@@ -56,25 +58,22 @@ class OnlineTargets:
                 f"--teacher online computes no {', '.join(sorted(lacking))}; allowed: features and "
                 "what derives from them; give a cache that holds it with --cache"
             )
-        self.tail = (
-            tail_tensors(self.teacher.tail())
-            if self.teacher is not None and self.spec.derive
-            else {}
-        )
+        self.tail: Mapping[str, Tensor] = {}
+        if self.teacher is not None and self.spec.derive:
+            self.tail = tail_tensors(self.teacher.tail())
 
     def layout(self) -> buffers.Layout:
-        return pixel_layout(self.policy.size) | (
+        student = pixel_layout(self.policy.size)
+        return student | (
             pixel_layout(self.teacher_px, "teacher_pixels") if self.teacher_px else {}
         )
 
     @property
     def teacher_px(self) -> int:
-        """The size the teacher wants where it is not the student's, else 0."""
-        return (
-            self.teacher.input_px
-            if self.teacher is not None and self.teacher.input_px != self.policy.size
-            else 0
-        )
+        """The pixels a side that the teacher wants where they are not the student's, else 0."""
+        if self.teacher is None or self.teacher.input_px == self.policy.size:
+            return 0
+        return self.teacher.input_px
 
     def view(self, digests: rng.U64, rounds: int | I64) -> I64:
         if self.schedule is not None:
@@ -84,14 +83,14 @@ class OnlineTargets:
         return stored_view(digests, rounds, self.views)
 
     def fetch(
-        self, at: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
+        self, indices: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> HostBatch:
         return {}
 
-    def noted(self, at: I64) -> dict[str, int]:
+    def step_metrics(self, indices: I64) -> dict[str, int]:
         return {}
 
-    def sources(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
+    def mask_inputs(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
         return {}
 
     def render(
@@ -107,47 +106,55 @@ class OnlineTargets:
             )
         return out
 
-    def hashes(self, at: I64, view: I64) -> npt.NDArray[np.uint64] | None:
+    def pixel_hashes(self, indices: I64, view: I64) -> npt.NDArray[np.uint64] | None:
         return None
 
-    def check(self, pixels: npt.NDArray[np.uint8], at: int, view: int, stored: int) -> None:
+    def check_pixels(
+        self, pixels: npt.NDArray[np.uint8], index: int, view: int, stored_hash: int
+    ) -> None:
         """Nothing is stored that the pixels could differ from."""
 
-    def complete(
+    def to_device(
         self, host: HostBatch, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
         if self.teacher is None:
             return {}, {}
-        pixels = (
-            torch.from_numpy(host.get("teacher_pixels", host["pixels"]))
-            .to(device)
-            .permute(0, 3, 1, 2)
-        )
-        # as a cache's teacher ran, whatever the student runs in
-        with torch.no_grad(), precision.autocast_for(self.teacher):
-            ys, attention = self.teacher(pixels.contiguous(), self.spec.levels)
-            pairs = [levels.normalise(y) for y in ys]
-        weights = attention.float().cpu().numpy()
-        sources = {"attention": weights}
-        if "mask_order" in self.spec.fields:
-            args = (host["digests"], host["view"], self.policy.seed)
-            sources["mask_order"] = mask_order(self.order, weights, *args)
+        pairs, attention = self._forward(self.teacher, host, device)
+        mask_inputs = self._mask_inputs(host, attention)
         if not pairs:
-            return {}, sources
+            return {}, mask_inputs
         features, stats = (torch.stack(each, 1) for each in zip(*pairs, strict=True))
-        features = (
-            features if self.codec is None else self.codec.decode(self.codec.encode(features))
-        )
-        self.tail = tail_to_device(self.tail, device)
+        if self.codec is not None:
+            features = self.codec.decode(self.codec.encode(features))
+        self.tail = tail_to_device(self.tail, device)  # moved once, with the first batch
         out = recipe_targets(self.spec, features, stats, self.tail)
-        return out | ({"moments": self._moments(stats)} if self.spec.moments else {}), sources
+        if self.spec.moments:
+            out["moments"] = self._moments(stats, self.teacher.width)
+        return out, mask_inputs
 
-    def _moments(self, stats: Tensor) -> Tensor:
-        """stats (B,L,1+P,2) -> (L,2) over the batches of all processes, which all come here. A step
-        has one micro-batch (origin.choose sees to it): the others' targets would not be known
-        yet."""
-        assert self.teacher is not None
-        own = torch.from_numpy(levels.moment_sums(stats.cpu().numpy(), self.teacher.width)).to(
-            stats.device
-        )
+    def _forward(
+        self, teacher: Teacher, host: HostBatch, device: torch.device
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """The teacher's L levels, each h (B, 1 + P, D) with its stats (B, 1 + P, 2), and its
+        attention (B, P)."""
+        pixels = torch.from_numpy(host.get("teacher_pixels", host["pixels"])).to(device)
+        # as a cache's teacher ran, whatever the student runs in
+        with torch.no_grad(), precision.autocast_for(teacher):
+            ys, attention = teacher(pixels.permute(0, 3, 1, 2).contiguous(), self.spec.levels)
+            return [levels.normalise(y) for y in ys], attention
+
+    def _mask_inputs(self, host: HostBatch, attention: Tensor) -> dict[str, npt.NDArray[Any]]:
+        weights = attention.float().cpu().numpy()
+        out = {"attention": weights}
+        if "mask_order" in self.spec.fields:
+            seeds = (host["digests"], host["view"], self.policy.seed)
+            out["mask_order"] = mask_order(self.order, weights, *seeds)
+        return out
+
+    def _moments(self, stats: Tensor, width: int) -> Tensor:
+        """stats (B, L, 1 + P, 2) -> (L, 2) over the batches of all processes, which all come here.
+        A step has one micro-batch (`target_choice` sees to it): the others' targets would not be
+        known yet."""
+        sums = levels.moment_sums(stats.cpu().numpy(), width)
+        own = torch.from_numpy(sums).to(stats.device)
         return to_tensor(levels.moments(reduce(own, "sum").cpu().numpy())).to(stats.device)

@@ -163,7 +163,7 @@ def train_step(
     parts, waits, keys = _gradients(run, loader, state, feed, step)
     applied = state.update(parts["loss"], step)
     row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
-    row |= run.targets.noted(loader.step_rows(step)[0])
+    row |= run.targets.step_metrics(loader.step_rows(step)[0])
     if run.run_options.skip_nonfinite is not None:
         row["skipped"] = state.skipped
     return StepResult(row | _speed(loader, started, waits), keys, applied, waits)

@@ -409,13 +409,13 @@ def test_one_pixel_by_one_level_is_a_difference_too() -> None:
     loader = cached(open_source(fx.pictures()))
     host = one_batch(loader)
     at, view, pixels = int(host["at"][0]), int(host["view"][0]), host["pixels"][0]
-    stored = int(loader.targets.hashes(host["at"][:1], host["view"][:1])[0])  # type: ignore[index]
+    stored = int(loader.targets.pixel_hashes(host["at"][:1], host["view"][:1])[0])  # type: ignore[index]
     assert stored == pixel_hash(pixels)
-    loader.targets.check(pixels, at, view, stored)
+    loader.targets.check_pixels(pixels, at, view, stored)
     unseen = (one_off(pixels, place) for place in np.ndindex(32, 32, 3))
     other = next(each for each in unseen if np.array_equal(thumbnail(each), thumbnail(pixels)))
     with pytest.raises(IdentityError, match=host["keys"][0]):
-        loader.targets.check(other, at, view, stored)
+        loader.targets.check_pixels(other, at, view, stored)
 
 
 def one_off(pixels: Any, place: tuple[int, ...]) -> Any:
@@ -551,8 +551,8 @@ def test_the_checked_share_is_the_one_asked_for() -> None:
     seen: list[int] = []
 
     class Watch(CachedTargets):
-        def check(self, pixels: Any, at: int, view: int, stored: int) -> None:
-            seen.append(at)
+        def check_pixels(self, pixels: Any, index: int, view: int, stored_hash: int) -> None:
+            seen.append(index)
 
     source = open_source(fx.pictures())
     for fraction, low, high in ((0.0, 0, 0), (1.0, 24 * 40, 24 * 40), (1 / 8, 70, 175)):

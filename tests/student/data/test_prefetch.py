@@ -49,7 +49,9 @@ def made(online: bool, pin: bool = False, stats: bool = False) -> tuple[Any, Loa
         if online
         else cached
     )
-    masks = None if online else lambda host: draw_masks(settings, host, targets.sources(host), 3)
+    masks = (
+        None if online else lambda host: draw_masks(settings, host, targets.mask_inputs(host), 3)
+    )
     digests = rng.key_digests(source.keys)
     return settings, Loader(
         source=source,

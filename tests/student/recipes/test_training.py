@@ -167,8 +167,8 @@ def test_derived_targets_equal_numpys(kind: type[Projecting], derive: str, path:
     cache = kind(path())
     rows, view = np.arange(5), np.array([0, 1, 2, 0, 1])
     source = CachedTargets(cache, spec_of(derive), np.arange(len(cache)))
-    assert ("feature_stats" in source.reads) == (kind is OtherEps)
-    got, _ = source.complete(source.fetch(rows, view), CPU)
+    assert ("feature_stats" in source.fields) == (kind is OtherEps)
+    got, _ = source.to_device(source.fetch(rows, view), CPU)
     assert set(got) == {"targets"}
 
     stored = cache.read(rows, view, ("features", "feature_stats", "mask_order"), [4])
@@ -193,7 +193,7 @@ def test_derived_targets_equal_numpys(kind: type[Projecting], derive: str, path:
     ids_keep = np.array([[3, 0, 15], [7, 8, 9], [1, 14, 2], [0, 1, 2], [15, 14, 13]])
     some = CachedTargets(cache, spec_of(derive, visible_only=True), np.arange(len(cache)))
     host = some.fetch(rows, view) | {"masks": {"ids_keep": torch.from_numpy(ids_keep)}}
-    seen = some.complete(host, CPU)[0]["targets"].numpy()
+    seen = some.to_device(host, CPU)[0]["targets"].numpy()
     known = np.zeros((5, 17), bool)
     known[:, 0] = True
     np.put_along_axis(known, 1 + ids_keep, True, axis=1)
@@ -267,7 +267,7 @@ def test_stats_of_online_and_cached_targets_share_one_function() -> None:
         "digests": rng.key_digests(["a"]),
         "view": np.zeros(1, np.int64),
     }
-    got, _ = online.complete(host, CPU)
+    got, _ = online.to_device(host, CPU)
     y = teacher(torch.from_numpy(host["pixels"]).permute(0, 3, 1, 2), [4])[0][0].double().numpy()
     h = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + levels.EPS)
     expected = h * teacher.tail()["gamma"] + teacher.tail()["beta"]

@@ -165,7 +165,7 @@ def test_online_targets_equal_an_independent_computation() -> None:
     policy = Policy(size=fx.SIZE, seed=5)
     online = OnlineTargets(policy, spec, teacher, fx.VIEWS, "attentive")
     for host in hosts(online):
-        got, sources = online.complete(host, CPU)
+        got, sources = online.to_device(host, CPU)
         assert got["features"].shape == (6, 2, 17, 24)
         for i, key in enumerate(host["keys"]):
             view, digest = int(host["view"][i]), rng.key_digests([key])
@@ -203,8 +203,8 @@ def test_online_gives_what_the_cache_holds(fields: tuple[str, ...]) -> None:
     for ours, theirs in zip(hosts(stored), hosts(online), strict=True):
         np.testing.assert_array_equal(ours["pixels"], theirs["pixels"])
         (a, from_cache), (b, from_teacher) = (
-            stored.complete(ours, CPU),
-            online.complete(theirs, CPU),
+            stored.to_device(ours, CPU),
+            online.to_device(theirs, CPU),
         )
         error = (a["features"] - b["features"]).norm(dim=-1) / b["features"].norm(dim=-1)
         assert 0 < float(error.max()) < 1e-3
@@ -215,7 +215,7 @@ def test_the_cache_gives_float32_features() -> None:
     cache = fx.open_cache()
     spec = TargetSpec(teacher=fx.TEACHER, levels=(4,), fields=("features",), patches=16)
     stored = CachedTargets(cache, spec, np.arange(len(cache)))
-    got, sources = stored.complete(hosts(stored, 1)[0], CPU)
+    got, sources = stored.to_device(hosts(stored, 1)[0], CPU)
     assert got["features"].dtype == torch.float32
     assert sources == {}
 
@@ -223,7 +223,7 @@ def test_the_cache_gives_float32_features() -> None:
 def test_nothing_is_computed_where_nothing_is_needed() -> None:
     spec = TargetSpec(teacher="", levels=(), fields=(), patches=16)
     online = OnlineTargets(Policy(size=fx.SIZE), spec, None, None)
-    assert online.complete(hosts(online, 1)[0], CPU) == ({}, {})
+    assert online.to_device(hosts(online, 1)[0], CPU) == ({}, {})
 
 
 # --- ranked caches --------------------------------------------------------------------------------
@@ -237,12 +237,12 @@ def test_ranked_tokens_go_back_to_their_patches() -> None:
     spec = TargetSpec(teacher=fx.TEACHER, levels=(2, 4), fields=("features",), patches=16)
     order = raster.read(rows[:6], 1, ("mask_order",))["mask_order"].astype(int)
     plain = CachedTargets(raster, spec, rows)
-    whole = plain.complete(plain.fetch(rows[:6], np.ones(6, int)), CPU)[0]["features"]
+    whole = plain.to_device(plain.fetch(rows[:6], np.ones(6, int)), CPU)[0]["features"]
     for tokens in (None, 17, 5, 1):
         some = CachedTargets(ranked, spec, rows, tokens=tokens)
         host = some.fetch(rows[:6], np.ones(6, int))
         assert host["features"].shape == (6, 2, tokens or 17, 24)
-        got, sources = some.complete(host, CPU)
+        got, sources = some.to_device(host, CPU)
         assert sources == {}  # the order was read to place tokens, not to draw a mask from
         there = np.zeros((6, 17), bool)
         there[:, 0] = True

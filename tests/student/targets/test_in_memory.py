@@ -70,8 +70,8 @@ def test_batches_are_those_of_the_cache(
             assert host.keys() == expected.keys()
             for name, values in expected.items():
                 np.testing.assert_array_equal(host[name], values, err_msg=name)
-    stored = sum(before[0][name][0].nbytes for name in made[0].reads)
-    assert fx.VIEWS * 17 * stored <= size < fx.VIEWS * 17 * stored + 64 * len(made[0].reads)
+    stored = sum(before[0][name][0].nbytes for name in made[0].fields)
+    assert fx.VIEWS * 17 * stored <= size < fx.VIEWS * 17 * stored + 64 * len(made[0].fields)
 
 
 def test_a_run_is_the_same(tmp_path: Path) -> None:

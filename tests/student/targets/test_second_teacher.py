@@ -79,7 +79,7 @@ def test_second_targets_equal_numpys(path: object, target: str) -> None:
         spec = mrmae.needs(spec_of(cache, target))
         rows, view = np.arange(5), np.array([0, 1, 2, 0, 1])
         source = CachedTargets(cache, spec, np.arange(len(cache)))
-        got, masks = source.complete(source.fetch(rows, view), CPU)
+        got, masks = source.to_device(source.fetch(rows, view), CPU)
         first = "features" if target == "h" else "targets"
         assert set(got) == {first, "second"}
         np.testing.assert_array_equal(
@@ -117,7 +117,7 @@ def test_a_teachers_own_eps() -> None:
     with OtherEps(both_path()) as cache:
         source = CachedTargets(cache, mrmae.needs(spec_of(cache, "f")), np.arange(len(cache)))
         rows, view = np.arange(4), np.zeros(4, np.int64)
-        got, _ = source.complete(source.fetch(rows, view), CPU)
+        got, _ = source.to_device(source.fetch(rows, view), CPU)
         stored = cache.read(rows, view, (f"{OTHER}/features", f"{OTHER}/feature_stats"), [3])
         h, std = (
             stored[f"{OTHER}/{name}"][:, 0].astype(np.float64)
