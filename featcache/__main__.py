@@ -1,10 +1,11 @@
-"""`featcache` and `python -m featcache`: imports come under a guard, so that an early Ctrl-C is one
-line."""
+"""`featcache` and `python -m featcache` start here: imports come under a guard, so that an early
+Ctrl-C is one line."""
 
 from featcache.runtime import signals
 
 
 def main() -> None:
+    """Import the command line and run it."""
     with signals.guard_imports(1):
         from featcache.cli import main as run
     run()

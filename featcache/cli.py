@@ -1,5 +1,6 @@
-"""The `featcache` command. Each command is a file in `commands/`, found by its name there and
-imported when it is called, so that `featcache info` never waits for torch.
+"""The `featcache` command finds each of its commands in a file of `commands/`, by name.
+
+The file is imported when it is called, so that `featcache info` never waits for torch.
 """
 
 from __future__ import annotations

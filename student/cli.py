@@ -1,4 +1,4 @@
-"""The `student` command. Each command is a file in `commands/`, found by its name there."""
+"""The `student` command finds each of its commands in a file of `commands/`, by name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The entry point of both commands: a user's mistake is one line and an exit status, a signal is
-one line too."""
+"""Both commands enter here: a user's mistake is one line and an exit status, and a signal is one
+line too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -25,75 +25,84 @@ def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
     """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a
     traceback; SIGTERM and Ctrl-C are one line as well."""
     signals.install_handlers()
-    _notes()
+    _print_notes()
     # on odd but readable pictures; unreadable ones are quarantined
     warnings.filterwarnings("ignore", module="PIL")
     try:
         command.main(standalone_mode=False)
-    except UserError as error:
-        sys.exit(_fail(str(error), error.exit_status))
+    except BrokenPipeError:  # the reader of our output went away, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         sys.exit(COMMAND_WRONG)
-    except click.UsageError as error:
-        where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
-        sys.exit(_fail(" ".join(error.format_message().split()) + where, COMMAND_WRONG))
-    except click.ClickException as error:
-        sys.exit(_fail(error.format_message(), WORK_FAILED))
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(_fail(AGAIN, stopped_status))
-    except BrokenPipeError:  # the reader of our output went away, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno is None:
+    except BaseException as error:
+        failure = _failure_of(error, stopped_status)
+        if failure is None:
             raise
-        sys.exit(
-            _fail(
-                f"{error.filename or 'system'}: {error.strerror}; mend this and run the same "
-                "command again",
-                1,
-            )
-        )
-    except MemoryError:
-        sys.exit(
-            _fail(
-                "out of memory; give a smaller --batch-size or --workers, or more memory",
-                WORK_FAILED,
-            )
-        )
-    except RuntimeError as error:
-        if "can't start new thread" not in str(error):
-            raise
-        sys.exit(
-            _fail(
-                "this process may start no more threads; raise the limit (`ulimit -u`) and run "
-                "again",
-                1,
-            )
-        )
-    except Exception:  # what a library made of a signal while it was imported
-        if not signals.was_signalled():
-            raise
-        sys.exit(_fail(AGAIN, stopped_status))
+        click.echo(f"error: {failure.message}", err=True)
+        sys.exit(failure.status)
 
 
-def _notes() -> None:
-    """What a module has to say without stopping is a note on stderr."""
+def _print_notes() -> None:
+    """Let a module's warnings, which stop nothing, be notes on stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     logging.getLogger("featcache").handlers = [handler]
 
 
-def _fail(message: str, status: int) -> int:
-    click.echo(f"error: {message}", err=True)
-    return status
+class _Failure(NamedTuple):
+    message: str
+    status: int
+
+
+def _failure_of(error: BaseException, stopped_status: int) -> _Failure | None:
+    """The line and the exit status of what a user or the machine can cause; None for a defect of
+    ours, which keeps its traceback."""
+    match error:
+        case UserError():
+            return _Failure(str(error), error.exit_status)
+        case click.UsageError():
+            where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
+            return _Failure(" ".join(error.format_message().split()) + where, COMMAND_WRONG)
+        case click.ClickException():
+            return _Failure(error.format_message(), WORK_FAILED)
+        case click.Abort() | KeyboardInterrupt():
+            return _Failure(AGAIN, stopped_status)
+        case OSError() | MemoryError() | RuntimeError():
+            return _machine_failure(error)
+        case Exception() if signals.was_signalled():
+            # what a library made of a signal while it was imported
+            return _Failure(AGAIN, stopped_status)
+    return None
+
+
+def _machine_failure(error: Exception) -> _Failure | None:
+    """The machine has no memory, threads or disk left, or does not give a file."""
+    match error:
+        case OSError() if error.errno is not None:
+            what = f"{error.filename or 'system'}: {error.strerror}"
+            return _Failure(f"{what}; fix this and run the same command again", WORK_FAILED)
+        case MemoryError():
+            advice = "give a smaller --batch-size or --workers, or more memory"
+            return _Failure(f"out of memory; {advice}", WORK_FAILED)
+        case RuntimeError() if _is_thread_limit(error):
+            advice = "raise the limit (`ulimit -u`) and run again"
+            return _Failure(f"this process may start no more threads; {advice}", WORK_FAILED)
+    return None
+
+
+def _is_thread_limit(error: RuntimeError) -> bool:
+    """Whether no further thread may be started. By its text: Python raises a bare RuntimeError
+    without an errno here (`threading.Thread.start`), and nothing else tells it from others."""
+    return "can't start new thread" in str(error)
 
 
 class CommandFolder(click.Group):
-    """A group whose commands are the files of a package; each has a click command named `command`.
+    """A group finds its commands in the files of a package; each has a click command named
+    `command`.
 
-    `stopped`: what a command says that was interrupted, where starting it again is not all there is
-    to it.
+    `stopped` gives the line of a command that was interrupted, where starting it again is not all
+    there is to it.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Two numbers as one option of a command line: --scale 0.2,1 or --ratio 3/4,4/3."""
+"""Options and variables are read that several commands share: two numbers as one option, such as
+--scale 0.2,1 or --ratio 3/4,4/3, and the pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from featcache.pictures.source import ALLOWED
 
 
 class FloatPair(click.ParamType):
-    """Two numbers parted by a comma, fractions allowed: 0.2,1 or 3/4,4/3."""
+    """One option takes two numbers parted by a comma, fractions allowed: 0.2,1 or 3/4,4/3."""
 
     name = "LOW,HIGH"
 
@@ -37,7 +38,7 @@ def _number(text: str) -> float:
 
 
 def require_images(spec: str | None) -> str:
-    """--images, or FEATCACHE_IMAGES, or one line that says what may be given."""
+    """Return --images, or FEATCACHE_IMAGES; UsageError says what may be given."""
     spec = spec or os.environ.get("FEATCACHE_IMAGES")
     if not spec:
         raise UsageError(

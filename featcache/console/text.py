@@ -1,5 +1,4 @@
-"""What commands share in talking to people: sizes, tables, JSON or text, and the pictures a command
-works on."""
+"""Commands print sizes, tables, and facts as JSON or as text, all in one form."""
 
 from __future__ import annotations
 
@@ -11,11 +10,12 @@ import click
 
 
 def print_facts(facts: Any, as_json: bool, text: str) -> None:
+    """Print the facts as JSON, or the text that says them."""
     click.echo(json.dumps(facts) if as_json else text)
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people.
+    """Write a number of bytes for people.
 
     >>> format_bytes(999), format_bytes(1_512_960), format_bytes(1.94e12)
     ('999 B', '1.5 MB', '1.94 TB')
@@ -28,8 +28,8 @@ def format_bytes(count: float) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Columns as wide as they need; those numbered in `right` are set to the right. The first row
-    is the head."""
+    """Lay out columns as wide as they need; those numbered in `right` are set to the right. The
+    first row is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     flush = set(right)
     lines = [
@@ -40,3 +40,12 @@ def format_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> st
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def first_paragraph(docstring: str | None) -> str:
+    """Join the first paragraph of a docstring to one line.
+
+    >>> first_paragraph("One sentence over\\n    two lines.\\n\\n    More of it.")
+    'One sentence over two lines.'
+    """
+    return " ".join((docstring or "").strip().partition("\n\n")[0].split())

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from featcache.console.text import first_paragraph
 from featcache.errors import UsageError
 
 
@@ -76,7 +77,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
     def run(**given: Any) -> None:
         _evaluate(module, name, {key: given.pop(key) for key in module.OPTIONS}, **given)
 
-    help_text = (module.__doc__ or "").strip().splitlines()[0]
+    help_text = first_paragraph(module.__doc__)
     example = f"Example:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/"
     return click.Command(
         name, params=[*shared, *options], callback=run, help=help_text, epilog=example

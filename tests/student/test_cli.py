@@ -141,7 +141,11 @@ def test_a_setting_that_cannot_be_is_told_first(setting: str, tmp_path: Path) ->
 def test_recipes_lists_each_with_a_line() -> None:
     table = fx.stud("recipes").out
     assert [line.split()[0] for line in table.splitlines()] == recipes.names()
-    assert list(fx.stud("recipes", "--json").json) == recipes.names()
+    titles = fx.stud("recipes", "--json").json
+    assert list(titles) == recipes.names()
+    assert table == "".join(f"{name:12}{title}\n" for name, title in titles.items())
+    assert titles["cae"].startswith("CAE: ")
+    assert all(title.endswith(".") for title in titles.values())  # whole sentences
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -54,6 +54,17 @@ def test_facts_or_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 
+def test_the_first_paragraph_is_one_line() -> None:
+    text = """\n    A sentence of
+    two lines.
+
+    The rest.
+    """
+    assert show.first_paragraph(text) == "A sentence of two lines."
+    assert show.first_paragraph("One.") == "One."
+    assert show.first_paragraph(None) == ""
+
+
 def test_a_log_gets_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
