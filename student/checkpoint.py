@@ -4,7 +4,7 @@ in it.
     RUN/checkpoints/step-00000020.pt = {step, model, optimizer, scaler, skipped},
                                          and ema with `--ema`
 
-There is no generator state to keep: every random draw of a step is seeded by (seed, step), so a run
+No generator's state is kept: every random draw of a step is seeded by (seed, step), so a run
 resumes by arithmetic.
 """
 
@@ -63,13 +63,13 @@ def load_latest(run: Path) -> dict[str, Any]:
     try:
         saved = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # truncated or foreign files fail in many ways
-        raise _foreign(run, f"cannot be read ({type(error).__name__})") from error
+        raise _unusable(run, f"cannot be read ({type(error).__name__})") from error
     if not (
         isinstance(saved, dict)
         and isinstance(saved.get("step"), int)
         and isinstance(saved.get("model"), dict)
     ):
-        raise _foreign(run, "does not hold a step and a model")
+        raise _unusable(run, "does not hold a step and a model")
     return saved
 
 
@@ -82,7 +82,7 @@ def restore(
         if optimizer is not None:
             optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise _foreign(run, "does not fit this run's model") from error
+        raise _unusable(run, "does not fit this run's model") from error
     return int(saved["step"])
 
 
@@ -91,10 +91,10 @@ def restore_ema(run: Path, saved: dict[str, Any], average: nn.Module) -> None:
     try:
         average.load_state_dict(saved[EMA])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise _foreign(run, "holds no average of this run's model") from error
+        raise _unusable(run, "holds no average of this run's model") from error
 
 
-def _foreign(run: Path, what: str) -> UserError:
+def _unusable(run: Path, what: str) -> UserError:
     return UserError(
         f"checkpoint {str(list_checkpoints(run)[-1])!r} {what}; remove it to go on from the one "
         "before"
@@ -129,13 +129,15 @@ def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any
         )
     weights = saved[EMA if ema else "model"]
     encoder = build_encoder(settings, settings.get("family", "mae"))
-    own = {
-        name.removeprefix("encoder."): value
-        for name, value in weights.items()
-        if name.startswith("encoder.")
-    }
     try:
-        encoder.load_state_dict(own)
+        encoder.load_state_dict(_part(weights, "encoder."))
     except RuntimeError as error:
-        raise _foreign(run, "does not fit the encoder of its config.json") from error
+        raise _unusable(run, "does not fit the encoder of its config.json") from error
     return encoder.eval(), settings
+
+
+def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with `prefix`, without it."""
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }

@@ -5,12 +5,13 @@ released code), a frozen `Config`, a `Model` whose `forward(batch)` gives a dict
 parts, and `needs(config)`, which says what a cache must hold. A recipe is a pure function of
 (weights, batch):
 
-    images (B,3,H,W)   features (B,L,1+P,D)   ids_keep (B,V)   ids_masked (B,P-V)
-    targets (B,1+P,E) in place of features where the spec says `derive`;   token_ids (B,P) where it
-    is among the fields
-    second (B,1+P,E2) of another teacher, where the spec names one
-    feature_stats (B,L,1+P,2) where it is among the fields: mean and divisor of every token;
-    moments (L,2) where the spec asks for them
+    images (B, 3, S, S)          features (B, L, 1 + P, D)
+    ids_keep (B, V)              ids_masked (B, P - V)
+    targets (B, 1 + P, E)        in place of features, where the spec says `derive`
+    token_ids (B, P)             where they are among the fields
+    second (B, 1 + P, E2)        of another teacher, where the spec names one
+    feature_stats (B, L, 1 + P, 2)  where they are among the fields: mean and divisor of every token
+    moments (L, 2)               where the spec asks for them
 
 >>> sorted(set(names()) & {"mae", "maskalign", "mralign"})
 ['mae', 'maskalign', 'mralign']
