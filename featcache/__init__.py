@@ -1,5 +1,5 @@
-"""featcache: a frozen teacher's features over replayable views, extracted once, read at memory
-speed.
+"""featcache extracts a frozen teacher's features over replayable views once and reads them at
+memory speed.
 
 `featcache.open(path)` gives a `Cache`. Importing this package, and reading a cache, needs no torch;
 the reader itself is imported when it is first asked for, so that a command answers Ctrl-C from its

@@ -1,4 +1,5 @@
-"""Targets that follow from what is stored: `target` for tensors, `read` for the rows of a cache."""
+"""Targets are derived from what is stored: by `target` for tensors, by `read` for the rows of a
+cache."""
 
 from featcache.reading.derived import read
 from featcache.targets.derived import NAMES, target

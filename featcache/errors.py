@@ -1,4 +1,4 @@
-"""The errors a user can cause, and how a command tells of them.
+"""Errors that a user can cause are one line each, which a command prints.
 
 A `UserError` is one line with four parts: what failed, what was given, what is allowed, what to do
 next. Commands print that line and exit; nobody sees a traceback for a mistake of their own.
@@ -18,7 +18,7 @@ STOPPED = 75
 
 
 class UserError(Exception):
-    """One line for the person at the keyboard; `exit_status` is 1 (the work failed) or 2 (the
+    """Gives one line to the person at the keyboard; `exit_status` is 1 (the work failed) or 2 (the
     command was wrong)."""
 
     exit_status = WORK_FAILED
@@ -44,7 +44,7 @@ class UnreadableError(UserError):
     would help."""
 
 
-# Of the place a file lies at, not of the file; a bad sector (EIO) is the file's own.
+# Of the machine or its file system, not of the file; a bad sector (EIO) is the file's own.
 _MACHINE_ERRORS = (
     errno.EACCES,
     errno.EPERM,
@@ -57,10 +57,11 @@ _MACHINE_ERRORS = (
 
 
 def raise_if_unreadable(path: object, error: OSError) -> None:
-    """Turn an error of the place into one line; any other is left to the caller."""
+    """Raise UnreadableError for an error of the machine or its file system; any other is left to
+    the caller."""
     if error.errno in _MACHINE_ERRORS:
         raise UnreadableError(
-            f"{str(path)!r}: {error.strerror}; mend this and run the same command again"
+            f"{str(path)!r}: {error.strerror}; fix this and run the same command again"
         ) from error
 
 
@@ -69,7 +70,7 @@ class IdentityError(UserError):
 
 
 def near(given: str, known: Iterable[str]) -> str:
-    """The tail of an 'unknown name' message: near names first, then all that are known.
+    """Return the tail of an 'unknown name' message: near names first, then all that are known.
 
     >>> near("clip-b61", ["clip-b16", "dino-b16", "synthetic"])
     'did you mean clip-b16? known: clip-b16, dino-b16, synthetic'

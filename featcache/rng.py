@@ -1,4 +1,4 @@
-"""Randomness as a pure function of (seed, key, view, epoch).
+"""Randomness is a pure function of (seed, key, view, epoch).
 
 Philox4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11), vectorised in
 numpy, keyed by the 128-bit BLAKE2b digest of a picture's key. The counter holds (block, view,
@@ -26,13 +26,14 @@ _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def key_digests(keys: Iterable[str]) -> U64:
-    """(n, 2) words: BLAKE2b-128 of each key's UTF-8 bytes, little-endian."""
+    """Return two words (n, 2) a key: BLAKE2b-128 of its UTF-8 bytes, little-endian."""
     blob = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
     return np.frombuffer(blob, "<u8").reshape(-1, 2).astype(np.uint64)
 
 
 def stream(purpose: str, seed: int) -> np.uint64:
-    """The counter word that separates what is drawn (`crop`, `mask`, ...) and under which seed."""
+    """Return the counter word that separates what is drawn (`crop`, `mask`, ...) and under which
+    seed."""
     digest = hashlib.blake2b(f"{purpose}:{int(seed)}".encode(), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
 
@@ -48,8 +49,8 @@ def _mul_high_low(a: np.uint64, b: U64) -> tuple[U64, U64]:
 
 
 def philox(counter: tuple[U64, U64, U64, U64], key: tuple[U64, U64]) -> U64:
-    """Ten Philox4x64 rounds over arrays of counters and keys of equal shape; returns shape (...,
-    4)."""
+    """Run ten Philox4x64 rounds over arrays of counters and keys of equal shape; returns shape
+    (..., 4)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     with np.errstate(over="ignore"):
@@ -69,7 +70,8 @@ def words(
     view: int | npt.ArrayLike = 0,
     epoch: int | npt.ArrayLike = 0,
 ) -> U64:
-    """(n, count) random words for n keys. `view` and `epoch` are one number or one per key."""
+    """Return random words (n, count) for n keys. `view` and `epoch` are one number or one per
+    key."""
     n, blocks = len(digests), -(-count // 4)
     shape = (n, blocks)
     block = np.broadcast_to(np.arange(blocks, dtype=np.uint64), shape)
@@ -81,31 +83,31 @@ def words(
 
 
 def uniform(raw: U64) -> F64:
-    """Floats in [0, 1): the top 53 bits of each word."""
+    """Return floats in [0, 1): the top 53 bits of each word."""
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def open_uniform(raw: U64) -> F64:
-    """Floats in (0, 1), safe under a logarithm: the top 52 bits of each word and a half."""
+    """Return floats in (0, 1), safe under a logarithm: the top 52 bits of each word and a half."""
     return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def below(raw: U64, bound: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Integers in [0, bound); the bias for bounds under 2**20 is below 2**-32."""
+    """Return integers in [0, bound); the bias for bounds under 2**20 is below 2**-32."""
     return np.floor(uniform(raw) * np.asarray(bound)).astype(np.int64)
 
 
 def permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of n rows in an epoch: the stable argsort of n words."""
+    """Return the order of n rows in an epoch: the stable argsort of n words."""
     digest = key_digests([f"rows:{n}"])
     raw = words(digest, stream("order", seed), n, epoch=epoch)[0]
     return np.argsort(raw, kind="stable")
 
 
 def race(weights: npt.ArrayLike, raw: U64) -> npt.NDArray[np.int64]:
-    """Exponential race: (n, P) weights and (n, P) words -> (n, P) order, so that for every m the
-    first m entries are drawn without replacement in proportion to the weights (METHODS 0.3: top-k
-    of log p - log e, e exponential).
+    """Order by an exponential race, (n, P) weights and (n, P) words -> (n, P), so that for every m
+    the first m entries are drawn without replacement in proportion to the weights (METHODS 0.3:
+    top-k of log p - log e, e exponential).
 
     Zeros are legal and come last, in index order.
     """

@@ -1,5 +1,5 @@
-"""A cache as a PyTorch dataset, for people who keep their own trainer: pictures and targets joined
-by key.
+"""A cache is read as a PyTorch dataset, for people who keep their own trainer: pictures and targets
+are joined by key.
 
     data = Dataset("train/", "caches/clip-b16-1a2b3c4d", levels=[12])
     for epoch in range(10):
@@ -40,11 +40,12 @@ Sample = dict[str, Any]
 
 
 class Dataset(torch.utils.data.Dataset[Sample]):
-    """Map-style, one sample a picture: the view of the current epoch and what is stored of it.
+    """Gives one sample a picture, map-style: the view of the current epoch and what is stored of
+    it.
 
-    `pictures` is a folder, a tar pattern or a `featcache.images.Source`; None takes the pixels that
-    the cache stores (`--pixels raw`), and nothing is decoded. Pictures in quarantine are skipped,
-    pictures the cache does not know are refused. A sample holds
+    `pictures` is a folder, a tar pattern or a `featcache.pictures.source.Source`; None takes the
+    pixels that the cache stores (`--pixels raw`), and nothing is decoded. Quarantined pictures are
+    skipped, pictures the cache does not know are refused. A sample holds
 
         pixels   (3, S, S) uint8, geometry as stored; `transform` is applied to it, and may change
                  colours only
@@ -106,7 +107,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             if name.rpartition("/")[2] == "features"
         }
         self._read_fields = tuple(dict.fromkeys([*self._stored(), *self._pixel_fields()]))
-        # a name that is not stored is told now
+        # a name that is not stored is refused now
         self.cache.read(np.zeros(0, np.int64), 0, self._read_fields, levels, tokens)
 
     def _stored(self) -> list[str]:
@@ -136,8 +137,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of a batch, with one read of the cache; PyTorch's loader asks for batches in
-        this way."""
+        """Return the samples of a batch, with one read of the cache; PyTorch's loader asks for
+        batches in this way."""
         at = np.asarray(indices, np.int64)
         rows, digests = self.rows[at], self._digests[at]
         views = stored_view(digests, self.epoch, self.cache.views)
@@ -162,7 +163,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         ]
 
     def decode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of `decode=False` with float32 features (B, L, 1 + P, D) in image order, on the
+        """Give a batch of `decode=False` float32 features (B, L, 1 + P, D) in image order, on the
         batch's device."""
         out = dict(batch)
         for name, reader in self._readers.items():
@@ -170,7 +171,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         return out
 
     def _tensors(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a sample keeps of the arrays that were read."""
+        """Return the arrays that a sample keeps of those that were read."""
         if not self.decoded:
             return arrays
         whole = self.decode(arrays)
@@ -188,7 +189,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         except (PictureError, OSError) as error:
             key = self.source.keys[number]
             raise UserError(
-                f"picture {key!r} cannot be used in training: {error}; mend it, or remove it"
+                f"picture {key!r} cannot be used in training: {error}; fix it, or remove it"
             ) from error
         drawn = (host["crop"][i], host["flip"][i], host["jitter"][i])
         return render(picture, *drawn, self.policy.size, self.policy.filter)
@@ -205,7 +206,8 @@ def _checked_epoch(epoch: int) -> int:
 
 
 def _check_shares(check_pixels: float, pixel_tolerance: float) -> None:
-    """NaN compares with nothing, so that it would switch the proof off without a word."""
+    """Refuse shares out of range, NaN among them: it compares with nothing and would switch the
+    check off without a word."""
     for name, value, most in (
         ("check_pixels", check_pixels, 1.0),
         ("pixel_tolerance", pixel_tolerance, 255.0),

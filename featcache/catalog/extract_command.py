@@ -1,5 +1,5 @@
-"""The `featcache extract` command that a cache comes from, rebuilt from its manifest: it finishes
-it, or adds to it."""
+"""The `featcache extract` command that a cache comes from is rebuilt from its manifest: it finishes
+the cache, or adds to it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ BATCH_SIZE = 32  # of `featcache extract` where none is given
 
 
 def shell_line(words: Sequence[str]) -> str:
-    """The line to be typed, quoted for a shell.
+    """Return the line to be typed, quoted for a shell.
 
-    >>> command(["--teacher", "clip-b16", "--images", "my pictures"])
+    >>> shell_line(["--teacher", "clip-b16", "--images", "my pictures"])
     "featcache extract --teacher clip-b16 --images 'my pictures'"
     """
     return shlex.join(["featcache", "extract", *words])
 
 
-def for_cache(about: Mapping[str, Any], out: Path) -> str:
-    """The command that makes, or continues, the cache at `out`."""
-    return shell_line([*extract_options(about), "--out", str(out)])
+def for_cache(manifest: Mapping[str, Any], out: Path) -> str:
+    """Return the command that makes, or continues, the cache at `out`."""
+    return shell_line([*extract_options(manifest), "--out", str(out)])
 
 
-def for_addition(about: Mapping[str, Any], cache: Path) -> str:
-    """The command that makes, or continues, what was added to a cache."""
-    return shell_line([*extract_options(about), "--add", "--out", str(cache)])
+def for_addition(manifest: Mapping[str, Any], cache: Path) -> str:
+    """Return the command that makes, or continues, what was added to a cache."""
+    return shell_line([*extract_options(manifest), "--add", "--out", str(cache)])
 
 
 class Unfinished(NamedTuple):
-    """A cache, or what was added to it, of which shards are missing."""
+    """A cache, or what was added to it, lacks shards."""
 
     what: str
     shards: int
@@ -53,31 +53,37 @@ class Unfinished(NamedTuple):
 
 
 def unfinished(cache: Path) -> Iterator[Unfinished]:
-    """What is missing of the cache at `cache` and of what was added to it; nothing where all is
-    complete."""
+    """Yield what is missing of the cache at `cache` and of what was added to it; nothing where all
+    is complete."""
     for part in (cache, *added_parts(cache)):
-        about = manifest.read(part)
+        part_manifest = manifest.read(part)
         left = [
             shard["count"]
-            for shard in about["shards"]
+            for shard in part_manifest["shards"]
             if not record_path(part, shard["name"]).is_file()
         ]
         if left:
-            finish = for_cache(about, cache) if part == cache else for_addition(about, cache)
-            total = len(about["shards"])
-            yield Unfinished(describe_part(about), total, total - len(left), sum(left), finish)
+            finish = (
+                for_cache(part_manifest, cache)
+                if part == cache
+                else for_addition(part_manifest, cache)
+            )
+            total = len(part_manifest["shards"])
+            yield Unfinished(
+                describe_part(part_manifest), total, total - len(left), sum(left), finish
+            )
 
 
 def extract_options(
-    about: Mapping[str, Any],
+    manifest: Mapping[str, Any],
     levels: Sequence[int] | None = None,
     views: int | None = None,
     *,
     keep: bool = True,
 ) -> list[str]:
-    """The options that extract what this manifest states, with these levels and views; all tokens
-    without `keep`."""
-    identity, provenance = about["identity"], about["provenance"]
+    """Return the options that extract what this manifest states, with these levels and views; all
+    tokens without `keep`."""
+    identity, provenance = manifest["identity"], manifest["provenance"]
     depth = identity["teacher"]["depth"]
     policy = {
         key: value for key, value in identity["policy"].items() if value != Policy().as_dict()[key]
@@ -115,12 +121,12 @@ def extract_options(
 
 
 def format_levels(levels: Sequence[int], depth: int) -> str:
-    """Block numbers as `--levels` takes them; a recipe that reads no level still needs a cache with
-    one.
+    """Write block numbers as `--levels` takes them; a recipe that reads no level still needs a
+    cache with one.
 
-    >>> levels_text([11, 12], 12), levels_text([8, 12], 12)
+    >>> format_levels([11, 12], 12), format_levels([8, 12], 12)
     ('last:2', '8,12')
-    >>> levels_text([1, 2], 2), levels_text([], 12)
+    >>> format_levels([1, 2], 2), format_levels([], 12)
     ('all', 'last:1')
     """
     if list(levels) == list(range(1, depth + 1)):

@@ -1,4 +1,4 @@
-"""Where caches live and where runs are noted: `$FEATCACHE_HOME`, by default `./caches`.
+"""Caches live, and runs are logged, below `$FEATCACHE_HOME`, by default `./caches`.
 
 The run ledger lies here and never inside a cache, which may be read-only or shared.
 """
@@ -20,14 +20,14 @@ def home() -> Path:
 
 
 def caches() -> list[Path]:
-    """Folders below home that hold a manifest, by name."""
+    """List the folders below home that hold a manifest, by name."""
     found = (path.parent for path in home().glob(f"*/{manifest.NAME}"))
     # hidden ones are half removed
     return sorted(path for path in found if not path.name.startswith("."))
 
 
 def log_run(**facts: Any) -> None:
-    """Append one line to the ledger; a home that cannot be written is told once and stops
+    """Append one line to the run ledger; a home that cannot be written is reported and stops
     nothing."""
     line = json.dumps(
         {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts},
@@ -46,8 +46,8 @@ def log_run(**facts: Any) -> None:
 
 
 def runs_of(cache_id: str) -> list[dict[str, Any]]:
-    """The ledger's lines on training with a cache, oldest first; lines that cannot be read are
-    passed over."""
+    """Return the ledger's lines on training with a cache, oldest first; lines that cannot be read
+    are passed over."""
     try:
         lines = (home() / "runs.jsonl").read_text(errors="replace").splitlines()
     except OSError:

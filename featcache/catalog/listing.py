@@ -1,4 +1,4 @@
-"""Facts of the caches below $FEATCACHE_HOME, from their manifests and records alone."""
+"""Caches below $FEATCACHE_HOME are described from their manifests and records alone."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from featcache.storage.store import record_path
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The facts of one cache as plain data; a damaged one is {path, damaged: the reason}."""
+    """Return the facts of one cache as plain data; a damaged one is {path, damaged: the reason}."""
     try:
-        about = manifest.read(path)
-        records, total = _records(path, about)
+        cache_manifest = manifest.read(path)
+        records, total = _records(path, cache_manifest)
         parts = [
             (manifest.read(part), _records(part, manifest.read(part))) for part in added_parts(path)
         ]
     except UserError as error:
         return {"path": str(path), "damaged": str(error)}
-    identity, runs = about["identity"], home.runs_of(about["id"])
+    identity, runs = cache_manifest["identity"], home.runs_of(cache_manifest["id"])
     every = [*records, *(record for _, (found, _) in parts for record in found)]
     return {
         "path": str(path),
-        "id": about["id"],
+        "id": cache_manifest["id"],
         "teacher": identity["teacher"]["name"],
         "pictures": identity["pictures"]["count"],
         "views": _views(identity, [part["identity"] for part, _ in parts]),
@@ -40,13 +40,13 @@ def describe(path: Path) -> dict[str, Any]:
         "parts": len(parts),
         "parts_complete": sum(len(found) == wanted for _, (found, wanted) in parts),
         "last_used": runs[-1]["time"] if runs else None,
-        "random_weights": manifest.is_random(about),
+        "random_weights": manifest.is_random(cache_manifest),
     }
 
 
-def _records(part: Path, about: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+def _records(part: Path, part_manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
     """(records of complete shards, shards there are to be)."""
-    paths = [record_path(part, shard["name"]) for shard in about["shards"]]
+    paths = [record_path(part, shard["name"]) for shard in part_manifest["shards"]]
     return [json_file.read_json(path) for path in paths if path.is_file()], len(paths)
 
 

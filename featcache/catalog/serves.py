@@ -1,5 +1,5 @@
-"""Which recipes a cache can serve, told without importing any of them (they need torch; `info` must
-not).
+"""The recipes that a cache can serve are found without importing any of them (they need torch;
+`info` must not).
 
 A package of recipes announces itself with the entry point group `featcache.recipes`; each of its
 files states with a literal what its default configuration reads, which is parsed and never run:
@@ -27,12 +27,12 @@ NEEDS_LITERAL = "SERVED_BY"
 
 
 def recipe_support(cache: Cache) -> dict[str, str]:
-    """Name -> why this cache does not serve it, empty where it does."""
+    """Return recipe name -> why this cache does not serve it, empty where it does."""
     return {name: unsupported_reason(cache, needs) for name, needs in sorted(recipe_needs())}
 
 
 def recipe_needs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every announced recipe and what it states."""
+    """Yield every announced recipe and what it states."""
     for point in entry_points(group=ENTRY_POINT_GROUP):
         package, *inner = point.value.split(".")
         spec = importlib.util.find_spec(package)  # of a top-level name, which imports nothing
@@ -43,7 +43,7 @@ def recipe_needs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_needs(path: Path) -> dict[str, Any] | None:
-    """The literal of one file; None where there is none."""
+    """Read the literal of one file; None where there is none."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [
             NEEDS_LITERAL
@@ -54,7 +54,7 @@ def read_needs(path: Path) -> dict[str, Any] | None:
 
 
 def unsupported_reason(cache: Cache, needs: dict[str, Any]) -> str:
-    """What the default configuration of a recipe would miss here."""
+    """Say what the default configuration of a recipe would miss here."""
     if not needs["fields"]:
         return ""
     depth = cache.identity["teacher"]["depth"]
@@ -77,7 +77,7 @@ def unsupported_reason(cache: Cache, needs: dict[str, Any]) -> str:
 
 
 def _has_projection(cache: Cache) -> bool:
-    """Whether the teacher's projection is beside the cache."""
+    """Return whether the teacher's projection is beside the cache."""
     try:
         return bool(cache.manifest["files"]) and "proj" in cache.tail()
     except UserError:  # a damaged file, of which `verify` tells

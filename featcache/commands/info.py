@@ -26,12 +26,12 @@ def command(cache: Path, as_json: bool) -> None:
 
 
 def describe(cache: Cache) -> dict[str, Any]:
-    """All facts as plain data."""
+    """Return all facts as plain data."""
     found: dict[str, Any] = {}
     for teacher in cache.teachers:
-        place = "" if teacher == cache.teachers[0] else f"{teacher}/"
+        prefix = "" if teacher == cache.teachers[0] else f"{teacher}/"
         found |= {
-            f"{place}{name}": facts
+            f"{prefix}{name}": facts
             for name, facts in statistics.merge(cache.records_of(teacher)).items()
         }
     arrays = {
@@ -96,7 +96,7 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
 
 
 def _tokens(identity: dict[str, Any]) -> str:
-    """How the tokens of a view lie, and how many of them.
+    """Write how the tokens of a view lie, and how many of them.
 
     >>> _tokens({"tokens": "ranked", "keep": 58, "teacher": {"patches": 196}})
     'ranked, first 58 of 196 patches'

@@ -1,4 +1,4 @@
-"""Progress bars: tqdm at a terminal, a line every half minute elsewhere."""
+"""Progress is shown by tqdm at a terminal, and by a line every half minute elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 
 class WaitingNote:
-    """Says so once each time the number of shards changes that other processes hold."""
+    """Prints a note whenever the number of shards that other processes hold has changed."""
 
     def __init__(self) -> None:
         self._told = 0
@@ -23,7 +23,7 @@ class WaitingNote:
 
 
 def eta(left: float, rate: float) -> str:
-    """The time that is left of so much work, at so much of it a second.
+    """Write the time that `left` units of work take at `rate` units a second.
 
     >>> eta(7200, 2.0), eta(10**6, 1.0)
     ('ETA 01:00:00', 'ETA 11.6 days')

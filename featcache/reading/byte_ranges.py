@@ -55,7 +55,7 @@ class RangeBatch:
         return _bytes(self.ranges)
 
     def slice(self, low: int, high: int) -> RangeBatch:
-        """Rows number `low` to `high` - 1 of the batch."""
+        """Return rows number `low` to `high` - 1 of the batch."""
         first, last = int(self.file_index[low]), int(self.file_index[high - 1])
         return RangeBatch(
             self.paths[first : last + 1],
@@ -69,7 +69,7 @@ class RangeBatch:
         )
 
     def split_by_files(self, max_files: int) -> Iterator[RangeBatch]:
-        """The same rows in parts of at most so many files."""
+        """Yield the same rows in parts of at most so many files."""
         if len(self.paths) <= max_files:
             yield self
             return
@@ -137,7 +137,7 @@ def merge_neighbours(
 
 
 def contiguous_bytes(ranges: Sequence[ByteRange]) -> int:
-    """Bytes from the first range to the end of the last, where they follow each other in the file;
-    else 0."""
+    """Count the bytes from the first range to the end of the last, where they follow each other in
+    the file; else 0."""
     joined = all(one.item_offset + one.size == other.item_offset for one, other in pairwise(ranges))
     return ranges[-1].item_offset + ranges[-1].size - ranges[0].item_offset if joined else 0

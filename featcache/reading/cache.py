@@ -1,4 +1,4 @@
-"""Reading a cache: rows by number, keys to rows, bytes by pread.
+"""A cache is read by row number, its keys are matched with rows, and its bytes come by pread.
 
 n rows asked for, V views, L levels, T tokens, D width. Row ranges are read straight into the
 caller's arrays; Zarr's own machinery is not entered. Every item is compared with its stored crc32c;
@@ -31,15 +31,15 @@ from featcache.storage.store import Array
 
 
 class Cache:
-    """An opened cache. `read` is safe to call from several threads, after a fork, and in spawned
-    processes.
+    """Opens a cache for reading. `read` is safe to call from several threads, after a fork, and in
+    spawned processes.
 
     `threads` that read at the same time (default: 4, or fewer cores). `verify_rows` from 0 to 1:
     the share of rows that are checked as they are read. `io`: `buffered` leaves what is read in the
     page cache, `streaming` takes it out again, `direct` never puts it there (O_DIRECT); `auto`
     streams a cache larger than the machine's memory, of which nothing would still be there when it
     is wanted again. `partial` opens a cache without the shards of which something is missing or
-    short, in place of an error: `absent` says which and why, and their pictures are not among the
+    short, instead of an error: `absent` says which and why, and their pictures are not among the
     rows.
     """
 
@@ -79,8 +79,8 @@ class Cache:
         self._reader = RangeReader(threads, _choose(io, self.bytes))
 
     def _all_arrays(self) -> Iterator[tuple[str, Array]]:
-        """Arrays by the names that `read` takes, with the levels of all parts; another teacher's as
-        TEACHER/NAME."""
+        """Yield arrays by the names that `read` takes, with the levels of all parts; another
+        teacher's as TEACHER/NAME."""
         for teacher in dict.fromkeys(part.teacher for part in self._parts):
             first = next(part for part in self._parts if part.teacher == teacher)
             levels = len(self.levels_of(teacher))
@@ -95,7 +95,7 @@ class Cache:
                     yield f"{teacher}/{name}", spec
 
     def levels_of(self, teacher: str) -> tuple[int, ...]:
-        """The stored levels of one of the cache's teachers, ascending."""
+        """Return the stored levels of one of the cache's teachers, ascending."""
         return tuple(
             sorted(
                 {level for part in self._parts if part.teacher == teacher for level in part.levels}
@@ -103,17 +103,17 @@ class Cache:
         )
 
     def views_of(self, teacher: str) -> int:
-        """How many views of one of the cache's teachers are stored."""
+        """Return the number of stored views of one of the cache's teachers."""
         return max(part.view_numbers.stop for part in self._parts if part.teacher == teacher)
 
     def manifest_of(self, teacher: str) -> dict[str, Any]:
-        """The manifest of a teacher's first part."""
+        """Return the manifest of a teacher's first part."""
         if teacher not in self.teachers:
             raise UsageError(f"unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}")
         return next(part.manifest for part in self._parts if part.teacher == teacher)
 
     def records_of(self, teacher: str) -> list[dict[str, Any]]:
-        """The records of all shards of a teacher's parts."""
+        """Return the records of all shards of a teacher's parts."""
         return [
             record for part in self._parts if part.teacher == teacher for record in part.records
         ]
@@ -146,12 +146,12 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        """Of all files of complete shards."""
+        """The size of all files of complete shards."""
         return sum(part.bytes for part in self._parts)
 
     @property
     def parts(self) -> list[str]:
-        """What was extracted into this cache, in words: itself first, then what was added."""
+        """The extractions that make up this cache, in words: itself first, then what was added."""
         return [describe_part(part.manifest) for part in self._parts]
 
     @property
@@ -165,8 +165,8 @@ class Cache:
         return self._base.keys()
 
     def tail(self, teacher: str | None = None) -> dict[str, npt.NDArray[np.float32]]:
-        """gamma, beta, eps and proj of a teacher's end, kept beside the shards; of the cache's own
-        by default."""
+        """Read gamma, beta, eps and proj of a teacher's end, kept beside the shards; of the cache's
+        own by default."""
         if teacher not in (None, *self.teachers):
             raise UsageError(
                 f"tail: unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}"
@@ -185,7 +185,7 @@ class Cache:
         out: Mapping[str, npt.NDArray[Any]] | None = None,
         check: bool = True,
     ) -> dict[str, npt.NDArray[Any]]:
-        """Arrays (n, ...) of the rows, as stored (`features` stays encoded).
+        """Read arrays (n, ...) of the rows, as stored (`features` stays encoded).
 
         `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in
         `--levels`; `tokens`: the first so many of T ([CLS] first; in ranked caches then by rank);
@@ -231,13 +231,13 @@ class Cache:
         return result
 
     def derive(self, name: str, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
-        """`f`, `z`, `fd` or `y` (n, T, width), which follow from what is stored: see
+        """Read `f`, `z`, `fd` or `y` (n, T, width), which follow from what is stored: see
         `featcache.derive.read`."""
         from featcache.reading.derived import read  # needs torch, which reading does without
 
         return read(self, name, *args, **options)
 
-    # ------------------------------------------------------------ what is asked for
+    # ------------------------------------------------------------ the request
 
     def _check_request(self, rows: I64, views: I64, fields: Sequence[str]) -> None:
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
@@ -295,7 +295,7 @@ class Cache:
         return target
 
     def _choose_rows(self, rows: I64, views: I64) -> npt.NDArray[np.bool_]:
-        """Which rows of this call are checked: others at the next."""
+        """Choose the rows of this call that are checked: others at the next."""
         if self.verify_rows == 1:
             return np.ones(len(rows), bool)
         self._calls += 1
@@ -305,7 +305,7 @@ class Cache:
         return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.verify_rows
 
     def _must_read_whole(self, name: str, tokens: int) -> bool:
-        """Whether only whole levels have a checksum where some tokens are wanted."""
+        """Return whether only whole levels have a checksum where some tokens are wanted."""
         spec = self.arrays[name]
         if not checksums.has_levels(spec) or tokens == spec.item[1]:
             return False
@@ -314,7 +314,7 @@ class Cache:
             or "prefix_crc" not in parts_of(self._parts, name)[0].arrays
         )
 
-    # ------------------------------------------------------------ what went wrong
+    # ------------------------------------------------------------ errors
 
     def _explain(self, bad: RowChecksumError, rows: I64, views: I64) -> UserError:
         """Name the file at fault: that of the row, or that of its checksum."""

@@ -1,5 +1,5 @@
-"""One cache for several crop ranges: of its views, those whose crop has an area in the wanted
-range.
+"""One cache serves several crop ranges: of its views, those are used whose crop has an area in the
+wanted range.
 
 Each try of a crop draws its area uniformly and the first that fits the picture is taken, so views
 drawn in (0.08, 1) of which those below 0.2 are rejected have the law of views drawn in (0.2, 1): a
@@ -35,18 +35,18 @@ _ROWS = 1 << 16  # read at a time: some MB
 
 
 def is_within(inner: Scale, outer: Scale) -> bool:
-    """Whether views of the outer range hold all of the inner one."""
+    """Return whether views of the outer range hold all of the inner one."""
     return outer[0] <= inner[0] <= inner[1] <= outer[1]
 
 
 def in_range(areas: npt.NDArray[np.float32], scale: Scale) -> BOOL:
-    """Whether the sampled areas, as they are stored, lie in the range."""
+    """Return whether the sampled areas, as they are stored, lie in the range."""
     low, high = np.float32(scale[0]), np.float32(scale[1])
     return (areas >= low) & (areas <= high)
 
 
 def accepted_views(cache: Cache, rows: I64, scale: Scale) -> BOOL:
-    """rows (n,) -> (n, V): which stored views of these pictures a range of areas accepts."""
+    """Return (n, V) which stored views of the pictures `rows` (n,) a range of areas accepts."""
     policy = policy_from_dict(cache.identity["policy"])
     out = np.zeros((len(rows), cache.views), bool)
     for low in range(0, len(rows), _ROWS):
@@ -63,8 +63,8 @@ def accepted_views(cache: Cache, rows: I64, scale: Scale) -> BOOL:
 
 @dataclass(frozen=True)
 class ViewSchedule:
-    """Which view each picture shows in an epoch, of those that were accepted: every one equally
-    often.
+    """Schedules which view each picture shows in an epoch, of those that were accepted: every one
+    equally often.
 
     A pure function of (key, epoch): not of the batch, the process or the order of the pictures.
     """
@@ -75,14 +75,14 @@ class ViewSchedule:
 
     @classmethod
     def of(cls, digests: rng.U64, accepted: BOOL) -> ViewSchedule:
-        """digests (n, 2) of the keys, accepted (n, V)."""
+        """Make a schedule from digests (n, 2) of the keys and accepted (n, V)."""
         ascending = np.lexsort((digests[:, 1], digests[:, 0]))
         order = np.argsort(~accepted, axis=1, kind="stable").astype(np.uint16)
         return cls(digests[ascending], order[ascending], accepted.sum(1)[ascending])
 
     def view(self, digests: rng.U64, epoch: int | I64) -> I64:
-        """digests (B, 2) of pictures that are among them -> (B,) view numbers; one epoch, or one
-        per picture."""
+        """Return the view numbers (B,) of the pictures with digests (B, 2), which are among those
+        of the schedule; one epoch, or one per picture."""
         at = np.searchsorted(self.digests[:, 0], digests[:, 0])
         # keys whose first words are equal lie together
         while (wrong := self.digests[at, 1] != digests[:, 1]).any():
@@ -91,5 +91,5 @@ class ViewSchedule:
 
 
 def keys_without_view(accepted: BOOL, keys: Iterable[str]) -> list[str]:
-    """The keys of the pictures of which no view was accepted."""
+    """List the keys of the pictures of which no view was accepted."""
     return [key for key, none in zip(keys, accepted.sum(1) == 0, strict=True) if none]

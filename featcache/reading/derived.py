@@ -1,4 +1,4 @@
-"""What recipes ask for by name and no cache stores, because it follows from what is stored (METHODS
+"""Targets that recipes ask for by name and no cache stores are derived from what is stored (METHODS
 0.8, 10.1).
 
     f    gamma * h_T + beta        the teacher's final LayerNorm: CLIP's ln_post, DINO's norm
@@ -7,9 +7,9 @@
     y    h * std + mean            the residual stream itself, of any stored level
 
 `target` works on tensors where they are, for trainers that decode on a GPU; `read` takes rows of a
-cache. h is stored with the divisor std = sqrt(var + 1e-5). A model whose final norm has another eps
+cache. h is stored with std = sqrt(var + 1e-5). A model whose final norm has another eps
 divides by sqrt(var + eps), which is sqrt(std^2 - 1e-5 + eps), so h is multiplied by std over that;
-the formulas are `targets.derive`.
+the formulas are in `targets.derived`.
 
 n rows, T tokens, D width, E width of the target.
 """
@@ -29,7 +29,7 @@ from featcache.targets.derived import target
 
 
 class ReadableCache(HasTeachers, Protocol):
-    """What is read here of a `Cache`."""
+    """A `Cache` as it is read here."""
 
     def __len__(self) -> int: ...
     def levels_of(self, teacher: str) -> tuple[int, ...]: ...
@@ -53,8 +53,9 @@ def read(
     tokens: int | None = None,
     teacher: str | None = None,
 ) -> npt.NDArray[np.float32]:
-    """(n, T, E) of rows of a cache, all of them by default; tokens as `Cache.read` gives them, in a
-    ranked cache by rank. `level` is of y alone; `teacher` is one of `cache.teachers`."""
+    """Read the target (n, T, E) of rows of a cache, all of them by default; tokens as `Cache.read`
+    gives them, in a ranked cache by rank. `level` is of y alone; `teacher` is one of
+    `cache.teachers`."""
     teacher = teacher or cache.teachers[0]
     if teacher not in cache.teachers:
         raise errors.UsageError(
@@ -63,7 +64,7 @@ def read(
         )
     reader = FeatureReader(cache, teacher, derive=name)
     width = int(cache.manifest_of(teacher)["identity"]["teacher"]["width"])
-    # what cannot be derived is told before any read
+    # what cannot be derived is refused before any read
     target(name, torch.zeros(1, width), reader.tail, torch.ones(1, 2))
     chosen = _level(cache, name, level, teacher)
     # tokens stay as they are stored

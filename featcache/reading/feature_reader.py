@@ -1,5 +1,5 @@
-"""One teacher's features of a cache: which arrays to read, and how they become float levels in
-image order.
+"""One teacher's features of a cache are read: `FeatureReader` names their arrays and makes them
+float levels in image order.
 
     cache.read(rows, view, reader.fields)  ->  reader.to_device(...)
                                            ->  reader.features(...)   (B, L, 1 + P, D)
@@ -25,7 +25,7 @@ from featcache.targets.levels import EPS
 
 
 class HasTeachers(Protocol):
-    """What is asked of a `Cache`."""
+    """A `Cache` as `FeatureReader` sees it."""
 
     @property
     def teachers(self) -> list[str]: ...
@@ -70,7 +70,7 @@ class FeatureReader:
     def to_device(
         self, host: Mapping[str, npt.NDArray[Any]], device: torch.device
     ) -> dict[str, Tensor]:
-        """The arrays of `fields` on the device, without waiting for the copies.
+        """Move the arrays of `fields` to the device, without waiting for the copies.
 
         Statistics may go on into a batch as they are, so they are never the host's own memory,
         which is filled again.
@@ -81,16 +81,16 @@ class FeatureReader:
         }
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Coded arrays (..., T, *item) -> (..., T, D) float32, tokens as they are stored."""
+        """Decode arrays (..., T, *item) to (..., T, D) float32, tokens as they are stored."""
         return self.codec.decode({part: arrays[name] for name, part in self._coded.items()})
 
     def features(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Coded arrays (B, L, T, *item) -> (B, L, 1 + P, D) float32 in image order, NaN where a
+        """Decode arrays (B, L, T, *item) to (B, L, 1 + P, D) float32 in image order, NaN where a
         token was not read."""
         return self._in_image_order(self.decode(arrays), arrays)
 
     def stats(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
-        """(B, L, 1 + P, 2) mean and divisor in image order; None where they are not among
+        """Return mean and std (B, L, 1 + P, 2) in image order; None where they are not among
         `fields`."""
         return self._in_image_order(arrays[self.stats_field], arrays) if self.stats_field else None
 

@@ -1,5 +1,4 @@
-"""Which picture is which row, and the proof of it: pictures and rows are joined by key, never by
-place.
+"""Pictures and rows are joined by key, never by position, and the views of two caches are compared.
 
 n training pictures, m pictures of a source, S pixels of a view at the policy's size.
 """
@@ -25,7 +24,7 @@ _PAIR_ROWS = 1 << 16  # compared at a time: a few MB
 
 @dataclass(frozen=True)
 class StoredPixels:
-    """The pictures of a cache that stores its views' pixels, as a source: keys, and nothing left to
+    """A cache that stores its views' pixels serves as a source: it has keys, and nothing is left to
     decode."""
 
     cache: Cache
@@ -51,13 +50,12 @@ class StoredPixels:
 
 
 def stores_pixels(cache: Cache) -> bool:
-    """Whether the rendered views are stored (`--pixels raw`)."""
+    """Return whether the rendered views are stored (`--pixels raw`)."""
     return "pixels" in cache.fields
 
 
 def join_by_key(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[I64, I64, int]:
-    """(pictures (n,), rows (n,), skipped): source numbers and cache rows of the training pictures,
-    joined by key.
+    """Join the training pictures with cache rows by key: (pictures (n,), rows (n,), skipped).
 
     Quarantined pictures are skipped and counted; any other picture the cache does not know, or
     another pixel path than the extraction's where pictures are decoded (`decodes`), is an
@@ -85,8 +83,8 @@ def join_by_key(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[
 
 
 def pair(here: Cache, there: Cache) -> tuple[I64, I64]:
-    """(rows of one (n,), rows of the other (n,)) of the pictures that both hold, in the order of
-    the first.
+    """Match the rows of two caches by key: (rows of one (n,), rows of the other (n,)) of the
+    pictures that both hold, in the order of the first.
 
     For caches that were extracted apart, of two teachers or at two times: view v of one is then
     view v of the other. Every stored box of the views that both have is compared; one that differs

@@ -30,7 +30,7 @@ class RowLocations(NamedTuple):
 
 
 def locate_rows(starts: I64, rows: I64, views: I64) -> RowLocations:
-    """Rows and views (n,) of a request -> their locations; shard i begins at row starts[i]."""
+    """Locate the rows and views (n,) of a request; shard i begins at row starts[i]."""
     shards = np.searchsorted(starts, rows, side="right") - 1
     positions = np.lexsort((rows, views, shards))
     return RowLocations(positions, shards[positions], views[positions])
@@ -46,7 +46,7 @@ def range_batches(
     crcs: npt.NDArray[np.uint32] | None = None,
     file_check: FileCheck | None = None,
 ) -> list[RangeBatch]:
-    """One batch of an array's items at these locations, or none where there are no rows."""
+    """Make one batch of an array's items at these locations, or none where there are no rows."""
     positions, shards, views = locations
     if not len(positions):
         return []
@@ -62,7 +62,8 @@ def range_batches(
 def byte_ranges(
     part: Part, name: str, levels: tuple[int, ...], tokens: int
 ) -> tuple[ByteRange, ...]:
-    """The ranges to read of one item: of the wanted levels that this part holds, or the whole."""
+    """Return the ranges to read of one item: of the wanted levels that this part holds, or the
+    whole."""
     spec = part.arrays[name]
     first = checksums.side_columns(part.arrays.values()).get(name, 0)
     if not checksums.has_levels(spec):
@@ -77,7 +78,7 @@ def byte_ranges(
 
 
 def crc_array(part: Part, name: str, tokens: int | None) -> str:
-    """The array that holds the checksums of a field read by its first `tokens`."""
+    """Name the array that holds the checksums of a field read by its first `tokens`."""
     name = name.rpartition("/")[2]
     if name != "features":
         return "side_crc"

@@ -18,8 +18,8 @@ from featcache.views.fingerprint import pixel_hash, thumbnail
 def sample_views(
     digests: rng.U64, view: npt.ArrayLike, epoch: int | I64, seed: int, share: float
 ) -> npt.NDArray[np.bool_]:
-    """(n,) which views of an epoch, one or one per picture, are compared with their stored hash: a
-    pure function of (seed, epoch, key)."""
+    """Choose (n,) which views of an epoch, one or one per picture, are compared with their stored
+    hash: a pure function of (seed, epoch, key)."""
     words = rng.words(digests, rng.stream("check", seed), 1, view=view, epoch=epoch)
     chosen: npt.NDArray[np.bool_] = rng.uniform(words)[:, 0] < share
     return chosen
@@ -33,8 +33,8 @@ def check_pixels(
     tolerance: float = 0.0,
     option: str = "tolerance",
 ) -> None:
-    """IdentityError unless a view (S, S, 3) is what the teacher saw: the stored hash, or with a
-    `tolerance` a mean difference of block means up to so many levels of 255. `option` is how the
+    """Raise IdentityError unless a view (S, S, 3) is what the teacher saw: the stored hash, or with
+    a `tolerance` a mean difference of block means up to so many levels of 255. `option` is how the
     caller's user sets it."""
     problem = pixel_problem(cache, row, view, pixels)
     if problem is None:
@@ -48,8 +48,8 @@ def check_pixels(
 
 
 def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
-    """What differs between a view rendered at the policy's size and the extracted one; None when
-    nothing does."""
+    """Say what differs between a view rendered at the policy's size and the extracted one; None
+    when nothing does."""
     stored = cache.read([row], view, ("pixel_hash", "thumbnail"))
     if pixel_hash(pixels) == int(stored["pixel_hash"][0]):
         return None
@@ -63,8 +63,8 @@ def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
 
 
 def _other_path(cache: Cache) -> str:
-    """Why nearly equal pixels differ. Pillow's decoders change, and since 13 it resizes tall crops
-    in another order."""
+    """Say why nearly equal pixels differ. Pillow's decoders change, and since 13 it resizes tall
+    crops in another order."""
     theirs, here = cache.manifest["provenance"]["versions"].get("pillow"), PIL.__version__
     if theirs in (None, here) or cache.identity["pixel_path"]["decoder"] != "pillow":
         return "another decoder, library version or file"

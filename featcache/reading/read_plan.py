@@ -23,14 +23,15 @@ Tables = Mapping[tuple[int, str], npt.NDArray[np.uint32]]
 
 
 def parts_of(parts: Sequence[Part], name: str) -> list[Part]:
-    """The parts of a field's teacher, which NAME leaves out where it is the cache's own."""
+    """Return the parts of a field's teacher, which NAME leaves out where it is the cache's own."""
     teacher = name.rpartition("/")[0] or parts[0].teacher
     return [part for part in parts if part.teacher == teacher]
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Rows (n,) of a cache's parts, where they lie, and which of them are checked."""
+    """Plans the reads of rows (n,) of a cache's parts, by their locations and which of them are
+    checked."""
 
     parts: Sequence[Part]
     rows: I64
@@ -40,8 +41,8 @@ class ReadPlan:
     def checksum_batches(
         self, fields: Sequence[str], tokens: int | None
     ) -> tuple[Tables, list[RangeBatch]]:
-        """(part number, array) -> (n, columns) of the checksum arrays that `fields` need, and the
-        reads that fill them; rows that are not checked stay unset."""
+        """Return the checksum arrays that `fields` need, (part number, array) -> (n, columns), and
+        the batches that fill them; rows that are not checked stay unset."""
         tables: dict[tuple[int, str], npt.NDArray[np.uint32]] = {}
         batches: list[RangeBatch] = []
         for i, part in enumerate(self.parts) if self.checked.any() else []:
@@ -79,7 +80,7 @@ class ReadPlan:
         tokens: int,
         tables: Tables,
     ) -> list[RangeBatch]:
-        """The reads that fill `target` (n, *item) with one field."""
+        """Return the batches that fill `target` (n, *item) with one field."""
         plain, parts = name.rpartition("/")[2], parts_of(self.parts, name)
         flat = (
             target.reshape(len(self.rows), -1).view(np.uint8)

@@ -1,5 +1,5 @@
-"""What a caller of `read` may give, checked before the cache is looked at: a mistake is one line,
-never other rows."""
+"""The arguments of `read` are checked before the cache is looked at: a mistake is one line, never
+other rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from featcache.errors import UsageError
 
 
 def check_fields(fields: Sequence[str]) -> tuple[str, ...]:
-    """A list of fields, not one string, whose letters would be taken for names."""
+    """Require a list of fields, not one string, whose letters would be taken for names."""
     if isinstance(fields, str):
         raise UsageError(
             f"read: fields must be a list of names, {fields!r} is one string; give [{fields!r}]"
@@ -25,7 +25,7 @@ def check_fields(fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_options(levels: Any, tokens: object, out: object, fields: Sequence[str]) -> None:
-    """What can be said of them without the cache."""
+    """Check what needs no look at the cache."""
     if levels is not None and (np.ndim(levels) != 1 or isinstance(levels, str | bytes)):
         raise UsageError(f"read: levels must be a list of block numbers, {levels!r} is given")
     if tokens is not None and (
@@ -47,7 +47,7 @@ def check_options(levels: Any, tokens: object, out: object, fields: Sequence[str
 
 
 def check_numbers(name: str, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """(n,) whole numbers; a mask of booleans or a fraction is a mistake, not a row."""
+    """Return whole numbers (n,); a mask of booleans or a fraction is a mistake, not a row."""
     try:
         values = np.atleast_1d(np.asarray(given))
     except ValueError as error:  # ragged

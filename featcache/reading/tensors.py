@@ -1,4 +1,4 @@
-"""Stored arrays as tensors, in image order."""
+"""Stored arrays become tensors, in image order."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def to_image_order(features: Tensor, order: Tensor) -> Tensor:
-    """Ranked tokens (B, L, 1 + K, D) and the patches' order (B, P) -> (B, L, 1 + P, D) in image
-    order.
+    """Put ranked tokens (B, L, 1 + K, D) into image order (B, L, 1 + P, D), by the patches' order
+    (B, P).
 
     Where a token was not read there is NaN, so that a loss which looks at it is not a number and
     cannot go unnoticed.
@@ -26,7 +26,7 @@ def to_image_order(features: Tensor, order: Tensor) -> Tensor:
 
 
 def to_tensor(values: npt.NDArray[Any]) -> Tensor:
-    """As a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64 of
+    """Make a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64 of
     the same bits."""
     if values.dtype.kind == "u" and values.dtype.itemsize > 1:
         values = values.view(np.int64) if values.dtype.itemsize == 8 else values.astype(np.int64)
@@ -34,10 +34,11 @@ def to_tensor(values: npt.NDArray[Any]) -> Tensor:
 
 
 def tail_tensors(tail: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
-    """A teacher's tail (gamma, beta, eps, proj) as tensors."""
+    """Return a teacher's tail (gamma, beta, eps, proj) as tensors."""
     return {name: torch.from_numpy(values) for name, values in tail.items()}
 
 
 def tail_to_device(tail: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The tail where the features are; its one number stays on the host, which looks at it."""
+    """Move the tail to the features' device; its one number stays on the host, which looks at
+    it."""
     return {name: values.to(device) if values.ndim else values for name, values in tail.items()}

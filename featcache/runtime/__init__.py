@@ -1,1 +1,1 @@
-"""Device choice, compiled loops and signals: what the process needs before it works."""
+"""A process chooses its device, compiles its loops and handles signals before it works."""

@@ -1,4 +1,4 @@
-"""Which device a teacher or a student runs on."""
+"""The device that a teacher or a student runs on is chosen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from featcache.errors import UsageError
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, or cuda where there is one; a device that is not here is a
+    """Return the device asked for, or cuda where there is one; a device that is not here is a
     UsageError."""
     chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,5 +1,5 @@
-"""SIGTERM as orderly as Ctrl-C, from a program's first moment on: one line, never silence and never
-a traceback.
+"""SIGTERM is handled as orderly as Ctrl-C, from a program's first moment on: one line, never
+silence and never a traceback.
 
 Only the standard library is imported here, so that `guard` can stand before everything that takes
 long to import.
@@ -34,14 +34,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def was_signalled() -> bool:
-    """Whether a signal came; a library that was being imported may have made another error of
-    it."""
+    """Return whether a signal came; a library that was being imported may have made another error
+    of it."""
     return bool(_received)
 
 
 @contextlib.contextmanager
 def guard_imports(status: int) -> Iterator[None]:
-    """Around a program's imports: stopped there, it says that nothing was begun."""
+    """Guard a program's imports: stopped there, it says that nothing was begun."""
     install_handlers()
     try:
         yield

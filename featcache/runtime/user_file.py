@@ -48,6 +48,6 @@ def load_module(path: Path, kind: str, needs: Mapping[str, str], example: str) -
 
 
 def reason(error: BaseException) -> str:
-    """Kind and first line of an exception."""
+    """Return the kind and first line of an exception."""
     lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0]}"

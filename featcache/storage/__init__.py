@@ -1,1 +1,1 @@
-"""A cache on disk: manifest, shards, stores, checksums, leases, atomic commits."""
+"""A cache lies on disk as a manifest, shards, stores, checksums, leases, atomic commits."""

@@ -1,5 +1,4 @@
-"""Checksums of rows: crc32c of every item as it is stored, so that a read can be checked by what it
-read.
+"""Every item has the crc32c of its stored bytes, so that a read can be checked by what it read.
 
 Three arrays hold them, one number per (row, view) and column:
 
@@ -8,7 +7,7 @@ Three arrays hold them, one number per (row, view) and column:
     prefix_crc  (T, L)  of the first token, the first two, ... of each level; in ranked caches only,
                         whose rows are read by prefixes: those of one length lie together
 
-They are plain crc32c of the bytes, so anyone can compare them. What ties them to their place is the
+They are plain crc32c of the bytes, so anyone can compare them. What ties them to their rows is the
 record, which knows the crc32c of the files that hold them: a reader compares those before it
 believes a file's numbers.
 
@@ -30,23 +29,24 @@ NAMES = ("row_crc", "side_crc", "prefix_crc")
 
 
 def has_levels(spec: Array) -> bool:
-    """Whether an item is (L, T, ...), so that levels and tokens can be chosen from it."""
+    """Return whether an item is (L, T, ...), so that levels and tokens can be chosen from it."""
     return spec.dimensions[2:4] == ("level", "token")
 
 
 def side_columns(arrays: Iterable[Array]) -> dict[str, int]:
-    """First column of each array in `side_crc`, sorted since a manifest keeps no order; under ""
-    how many there are."""
-    places, end = {}, 0
+    """Return the first column of each array in `side_crc`, sorted since a manifest keeps no order;
+    under "" how many there are."""
+    columns, end = {}, 0
     for spec in sorted(arrays, key=lambda spec: spec.name):
         if spec.name != "features" and spec.name not in NAMES:
-            places[spec.name] = end
+            columns[spec.name] = end
             end += spec.item[0] if has_levels(spec) else 1
-    return {**places, "": end}
+    return {**columns, "": end}
 
 
 def checksum_arrays(arrays: list[Array], levels: int, tokens: int, *, ranked: bool) -> list[Array]:
-    """The arrays that hold the checksums of `arrays`; a part of discrete tokens has no features."""
+    """Return the arrays that hold the checksums of `arrays`; a part of discrete tokens has no
+    features."""
     row_view = ("row", "view")
     features = any(array.name == "features" for array in arrays)
     return [
@@ -71,7 +71,8 @@ def checksum_arrays(arrays: list[Array], levels: int, tokens: int, *, ranked: bo
 def compute_checksums(
     arrays: Iterable[Array], items: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[np.uint32]]:
-    """Items (n, *item) of all arrays -> the checksum arrays that `arrays` declares."""
+    """Compute the checksum arrays that `arrays` declares from the items (n, *item) of all
+    arrays."""
     specs = {spec.name: spec for spec in arrays}
     out: dict[str, npt.NDArray[np.uint32]] = {}
     if "features" in specs:
@@ -89,7 +90,7 @@ def compute_checksums(
 
 
 def level_crcs(values: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
-    """(n, L, ...) -> (n, L) crc32c of each level's bytes."""
+    """Compute the crc32c (n, L) of each level's bytes in `values` (n, L, ...)."""
     out = np.empty(values.shape[:2], np.uint32)
     each = values.nbytes // max(out.size, 1)
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

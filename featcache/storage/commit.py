@@ -1,5 +1,5 @@
-"""How a shard becomes visible, whatever store wrote it: two renames, so that a death at any moment
-loses it at most.
+"""A shard becomes visible by two renames, whatever store wrote it, so that a death at any moment
+loses this shard at most.
 
 A writer's folder is published by one rename, its record by a second; the record lies inside the
 folder until then, so a folder that nobody finished publishing proves itself, byte by byte, to the
@@ -23,14 +23,14 @@ from featcache.storage.owner import is_alive, is_here, is_own, writer_id
 from featcache.storage.store import SHARDS, folder_path, get_store, record_path
 
 RECORD = "record.json"
-BACKUP_SUFFIX = "bad"  # suffix of a shard that a repair has put aside
+BACKUP_SUFFIX = "bad"  # of a shard that a repair has backed up
 # another machine's unfinished work is taken for dead after a day without a change
 _STALE_S = 24 * 3600.0
 _READ_BYTES = 8 << 20
 
 
 def begin_shard(cache: Path, shard: str, name: str) -> Path:
-    """A new folder for one writer of a shard in the store `name`."""
+    """Make a new folder for one writer of a shard in the store `name`."""
     folder = cache / SHARDS / f"{shard}.{name}.{writer_id()}.tmp"
     try:
         # no parents: a cache that was moved away meanwhile must not come back as a stump
@@ -43,7 +43,7 @@ def begin_shard(cache: Path, shard: str, name: str) -> Path:
 def cache_gone_error(cache: Path) -> UserError:
     return UserError(
         f"{str(cache / SHARDS)!r} is gone: the cache was moved or removed while it was written to; "
-        "complete shards are where it is now, and the same command with its new place continues"
+        "complete shards are where it is now, and the same command with its new path continues"
     )
 
 
@@ -54,7 +54,7 @@ def make_record(
     files: Mapping[str, Mapping[str, Any]],
     statistics: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What every store says of a shard it has written."""
+    """Return the record that every store writes of a shard."""
     return {
         "shard": shard,
         "rows": len(keys),
@@ -66,8 +66,8 @@ def make_record(
 
 
 def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, Any]) -> None:
-    """Two renames; the loser of a race removes its own work. The files' contents have been synced
-    before."""
+    """Publish a shard by two renames; the loser of a race removes its own work. The files' contents
+    have been synced before."""
     # so that a shard of another cache is not taken for one of this
     if (cache / manifest.NAME).is_file():
         record["content"] = manifest.content_digest(manifest.read(cache))
@@ -94,8 +94,8 @@ def _publish_record(cache: Path, shard: str, name: str) -> None:
 
 
 def recover(cache: Path, name: str, shards: Iterable[str]) -> None:
-    """What dead writers left of shards: a folder without a record is adopted when its own record
-    proves every byte, and removed otherwise; unfinished folders are removed."""
+    """Clean up what dead writers left of shards: a folder without a record is adopted when its own
+    record proves every byte, and removed otherwise; unfinished folders are removed."""
     wanted = set(shards)
     for path in sorted((cache / SHARDS).iterdir()) if (cache / SHARDS).is_dir() else []:
         shard, _, rest = path.name.partition(".")
@@ -130,7 +130,7 @@ def abort(cache: Path) -> None:
 
 
 def remove_path(path: Path) -> None:
-    """A folder with all that is in it, a file, or a link but not what it points to."""
+    """Remove a folder with all that is in it, a file, or a link but not what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -138,7 +138,7 @@ def remove_path(path: Path) -> None:
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether nobody works on a temporary file or folder any more."""
+    """Return whether nobody works on a temporary file or folder any more."""
     owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
     if is_here(owner):
         return not is_alive(owner)
@@ -159,7 +159,7 @@ def _inner_record(folder: Path) -> dict[str, Any] | None:
 def check_shard(
     cache: Path, shard: str, name: str, record: Mapping[str, Any], *, deep: bool
 ) -> list[str]:
-    """What is wrong with a shard's files: missing or of another size; with `deep`, any changed
+    """List the problems of a shard's files: missing or of another size; with `deep`, any changed
     byte."""
     problems, folder = [], str(folder_path(cache, shard, name))
     is_intact = get_store(name).is_intact
@@ -184,7 +184,7 @@ def check_shard(
 
 
 def file_crc(path: Path, count: int) -> int:
-    """crc32c of the first `count` bytes of a file, or of all there are."""
+    """Compute the crc32c of the first `count` bytes of a file, or of all there are."""
     crc = 0
     with path.open("rb", buffering=0) as file:
         while count and (data := file.read(min(count, _READ_BYTES))):
@@ -196,13 +196,13 @@ def file_crc(path: Path, count: int) -> int:
 
 
 def move_to_backup(cache: Path, shard: str, name: str) -> None:
-    """Take a shard's files and record out of sight, still there to be put back."""
+    """Rename a shard's files and record out of sight, where `restore_backup` finds them."""
     present = [
         path
         for path in (record_path(cache, shard), folder_path(cache, shard, name))
         if path.exists()
     ]
-    # what an earlier repair left aside has been replaced since
+    # what an earlier repair backed up has been replaced since
     if record_path(cache, shard) in present:
         remove_backup(cache, shard, name)
     for path in present:
@@ -227,18 +227,19 @@ def restore_backup(cache: Path, shard: str, name: str) -> None:
 
 
 def remove_backup(cache: Path, shard: str, name: str) -> None:
-    """Remove what was set aside."""
+    """Remove the backup of a shard."""
     backup_path(record_path(cache, shard)).unlink(missing_ok=True)
     remove_path(backup_path(folder_path(cache, shard, name)))
 
 
 def backup_path(path: Path) -> Path:
-    """Where a repair keeps what it replaces."""
+    """Return the path under which a repair keeps what it replaces."""
     return path.with_name(f"{path.name}.{BACKUP_SUFFIX}")
 
 
 def leftovers(cache: Path) -> Iterator[Path]:
-    """Temporary files of dead writers, and shards set aside whose replacement is complete."""
+    """Yield temporary files of dead writers, and backups of shards whose replacement is
+    complete."""
     for folder in (cache, cache / SHARDS):
         yield from (path for path in folder.glob("*.tmp") if is_abandoned(path))
     for path in (cache / SHARDS).glob(f"*.{BACKUP_SUFFIX}"):

@@ -49,8 +49,8 @@ class Mismatch(NamedTuple):
 
     @property
     def fix(self) -> str:
-        """What to give `featcache extract` for the cache that is there; empty where no option sets
-        the field.
+        """The option to give `featcache extract` for the cache that is there; it is empty where no
+        option sets the field.
 
         >>> Mismatch("identity.levels", "fatal", [12], [11, 12]).fix
         '--levels 11,12'
@@ -73,7 +73,7 @@ class Mismatch(NamedTuple):
 
 
 def compare(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Mismatch]:
-    """Every differing field of identity and provenance, fatal ones first."""
+    """List every differing field of identity and provenance, fatal ones first."""
     ours, theirs = (
         dict(flatten({key: m[key] for key in ("identity", "provenance")})) for m in (here, there)
     )
@@ -92,9 +92,9 @@ def grade(field: str) -> str:
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested objects as dotted names.
+    """Yield the values of nested objects under dotted names.
 
-    >>> dict(flat({"a": {"b": 1, "c": [2]}, "d": 3}))
+    >>> dict(flatten({"a": {"b": 1, "c": [2]}, "d": 3}))
     {'a.b': 1, 'a.c': [2], 'd': 3}
     """
     for key, item in value.items():
@@ -108,7 +108,7 @@ def refuse_mismatch(
     here: Mapping[str, Any],
     there: Mapping[str, Any],
     what: str,
-    todo: str,
+    advice: str,
     grades: Iterable[str],
     *,
     show_fixes: bool = False,
@@ -118,9 +118,9 @@ def refuse_mismatch(
     there."""
     found = [mismatch for mismatch in compare(here, there) if mismatch.grade in set(grades)]
     if found:
-        shown = "; ".join(
+        listed = "; ".join(
             f"{each}, give {each.fix}" if show_fixes and each.fix else str(each)
             for each in found[:3]
         )
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise IdentityError(f"{what}: {shown}{more}; {todo}")
+        raise IdentityError(f"{what}: {listed}{more}; {advice}")

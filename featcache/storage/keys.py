@@ -1,4 +1,4 @@
-"""The keys of rows in one block of bytes, found by digest."""
+"""The keys of rows lie in one block of bytes and are found by digest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ I64 = npt.NDArray[np.int64]
 
 
 class Keys(Sequence[str]):
-    """The keys of all rows as one block of bytes and its offsets: no Python object per row."""
+    """Holds the keys of all rows as one block of bytes and its offsets: no Python object per
+    row."""
 
     def __init__(self, blob: npt.NDArray[np.uint8], offsets: I64) -> None:
         self._blob, self._offsets = blob, offsets
@@ -43,7 +44,7 @@ class Keys(Sequence[str]):
         return np.lexsort((self.digests[:, 1], self.digests[:, 0]))
 
     def find(self, keys: Sequence[str]) -> I64:
-        """(m,) row of each key, -1 where it is not here."""
+        """Return the row (m,) of each key, -1 where it is not here."""
         if isinstance(keys, str):
             raise UsageError(
                 f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]"

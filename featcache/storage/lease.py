@@ -1,4 +1,4 @@
-"""Leases: who works on which shard, so that several processes share the work.
+"""A lease says which process works on a shard, so that several processes share the work.
 
 They only save work: a result is right without them, since the loser of a race for a shard discards
 its own. A lease is a small file that its holder touches; one that nobody has touched for a while,
@@ -23,7 +23,7 @@ TOUCH_S = 15.0
 
 
 class Lease:
-    """One shard, held until `release`; a thread keeps it fresh."""
+    """Holds one shard until `release`; a thread keeps the lease fresh."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,7 +48,7 @@ def lease_path(cache: Path, shard: str) -> Path:
 
 
 def acquire(cache: Path, shard: str) -> Lease | None:
-    """The lease of a shard, or None while somebody else holds it."""
+    """Take the lease of a shard, or None while somebody else holds it."""
     path, own = lease_path(cache, shard), writer_id()
     probe = path.with_name(f".{path.name}.{own}.tmp")
     try:
@@ -66,8 +66,8 @@ def acquire(cache: Path, shard: str) -> Lease | None:
 
 
 def _create(path: Path, probe: Path) -> bool:
-    """By a hard link, which is atomic on shared file systems too; where there are none, by
-    exclusive creation."""
+    """Create the lease by a hard link, which is atomic on shared file systems too; where there are
+    none, by exclusive creation."""
     try:
         os.link(probe, path)
     except FileExistsError:
@@ -103,7 +103,7 @@ def clear_stale(cache: Path, shard: str) -> None:
 
 
 def is_stale(path: Path, now: float) -> bool:
-    """Whether a lease's holder is gone; `now` by the file system's own clock."""
+    """Return whether a lease's holder is gone; `now` by the file system's own clock."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(
             f"{str(path)!r} is no lease, which is a plain file; remove it and run the same command "
@@ -120,7 +120,7 @@ def is_stale(path: Path, now: float) -> bool:
 
 
 def is_held(cache: Path, shard: str) -> bool:
-    """Whether somebody works on a shard."""
+    """Return whether somebody works on a shard."""
     path = lease_path(cache, shard)
     probe = path.with_name(f".{path.name}.{writer_id()}.tmp")
     probe.touch()

@@ -1,4 +1,4 @@
-"""What a cache is: its identity, its id, and graded answers to "are these two the same?".
+"""A manifest says what a cache is: its identity, its id, its arrays and its shards.
 
 `identity` holds all that the stored numbers depend on, `provenance` what is worth knowing but
 changes nothing. Every JSON of a cache carries its own checksum and is replaced atomically; none
@@ -24,14 +24,14 @@ COPY = "manifest.copy.json"  # below shards/: what `repair` restores a damaged m
 
 
 def content_digest(manifest: Mapping[str, Any]) -> str:
-    """What the numbers of a shard depend on, wherever it lies: the identity but for pictures, store
-    and shard size."""
+    """Digest what the numbers of a shard depend on, wherever it lies: the identity but for
+    pictures, store and shard size."""
     apart = ("pictures", "store", "rows_per_shard")
     return digest({key: value for key, value in manifest["identity"].items() if key not in apart})
 
 
 def keys_digest(keys: Iterable[str]) -> str:
-    """BLAKE2b-128 of the keys in order, each ended by a newline."""
+    """Return the BLAKE2b-128 of the keys in order, each ended by a newline."""
     hasher = hashlib.blake2b(digest_size=16)
     for key in keys:
         hasher.update(key.encode() + b"\n")
@@ -45,8 +45,8 @@ def make(
     shards: list[Any],
     files: Mapping[str, bytes],
 ) -> dict[str, Any]:
-    """A manifest; its id is the digest of the identity alone. `files` lie beside it, and are noted
-    with checksums."""
+    """Make a manifest; its id is the digest of the identity alone. `files` lie beside it, and are
+    noted with checksums."""
     return {
         "format": FORMAT,
         "id": digest(identity)[:16],
@@ -62,8 +62,8 @@ def make(
 
 
 def read(cache: Path) -> dict[str, Any]:
-    """The manifest of the cache at `cache`; one line says what is wrong when there is none or it is
-    another format."""
+    """Read the manifest of the cache at `cache`; one line says what is wrong when there is none or
+    it is another format."""
     path = cache / NAME
     if not path.is_file() and (cache / "shards" / COPY).is_file():
         raise UserError(
@@ -90,7 +90,7 @@ def read(cache: Path) -> dict[str, Any]:
 
 
 def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the files beside the manifest."""
+    """List the problems of the files beside the manifest."""
     problems = []
     for name, facts in manifest["files"].items():
         path = cache / name
@@ -103,14 +103,15 @@ def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def is_random(manifest: Mapping[str, Any]) -> bool:
-    """Whether the teacher's weights were drawn, not trained; every command that shows the cache
-    says so."""
+    """Return whether the teacher's weights were drawn, not trained; every command that shows the
+    cache says so."""
     return str(manifest["provenance"]["weights"]).startswith("random:")
 
 
 def title(manifest: Mapping[str, Any], rows: int | None = None, views: int | None = None) -> str:
-    """One line for people: teacher, levels, pictures, views, and a warning when the weights are
-    random. `rows` that are stored, where they are known, and `views` with those that were added."""
+    """Describe a cache in one line for people: teacher, levels, pictures, views, and a warning when
+    the weights are random. `rows` that are stored, where they are known, and `views` with those
+    that were added."""
     identity = manifest["identity"]
     note = (
         f"  [RANDOM WEIGHTS {manifest['provenance']['weights']}: no meaning in these features]"
@@ -125,5 +126,5 @@ def title(manifest: Mapping[str, Any], rows: int | None = None, views: int | Non
 
 
 def pluralize(number: int, noun: str) -> str:
-    """'1 view', '2 views'."""
+    """Write a count with its noun: '1 view', '2 views'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,5 +1,5 @@
-"""One extraction on disk: a manifest and its shards. A cache is one part, and those that were added
-to it later.
+"""A part is one extraction on disk: a manifest and its shards. A cache is one part, and those that
+were added to it later.
 
 n rows, V views of this part (numbers `first_view` to `first_view` + V - 1), L levels.
 """
@@ -32,8 +32,7 @@ PARTS = "parts"  # folder of what was added to a cache
 
 
 class FileRows(NamedTuple):
-    """Where rows lie: `shards`, `views` and `counts` of rows (f,), one for each file that is
-    read."""
+    """The files to read are listed by their `shards`, `views` and `counts` of rows (f,)."""
 
     shards: I64
     views: I64
@@ -41,10 +40,9 @@ class FileRows(NamedTuple):
 
 
 class Part:
-    """An opened part: manifest and records are read, and every file's existence and size are
-    checked.
+    """Opens a part: manifest and records are read, and every file's existence and size are checked.
 
-    `partial` leaves out shards of which something is missing or short, in place of an error:
+    `partial` leaves out shards of which something is missing or short, instead of an error:
     `absent` names them.
     """
 
@@ -89,7 +87,7 @@ class Part:
             self._note_quarantined()
 
     def _record(self, path: Path, shard: Mapping[str, Any]) -> dict[str, Any]:
-        """The record of a shard, whose files are there."""
+        """Read the record of a shard, and check that its files are there."""
         record = json_file.read_json(path)
         if why := record_problem(self.manifest, shard, record):
             raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
@@ -101,14 +99,14 @@ class Part:
         return record
 
     def _note_quarantined(self) -> None:
-        """Those of lost records, from the list that the extraction left beside the manifest."""
+        """Add those of lost records, from the list that the extraction left beside the manifest."""
         with contextlib.suppress(UserError):  # there is none, or it is damaged as well
             known = {row["key"] for row in self.quarantined}
             rows = json_file.read_json(self.path / QUARANTINE)["pictures"]
             self.quarantined += [row for row in rows if row["key"] not in known]
 
     def drop_shards(self, shards: Collection[str]) -> None:
-        """Do without these as well: they are absent in another part of the cache."""
+        """Leave these out as well: they are absent in another part of the cache."""
         self.records = [record for record in self.records if record["shard"] not in shards]
         self.starts = np.cumsum([0, *(record["rows"] for record in self.records)])
 
@@ -121,7 +119,7 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        """Of all files of complete shards."""
+        """The size of all files of complete shards."""
         return sum(file["bytes"] for record in self.records for file in record["files"].values())
 
     @property
@@ -132,8 +130,8 @@ class Part:
         return (views >= self.first_view) & (views < self.first_view + self.views)
 
     def locate(self, shard: int, spec: Array, view: int, rows: I64) -> tuple[str, I64]:
-        """File and offsets of an array's items; rows are numbers of the whole part, all of one
-        shard."""
+        """Return the file and offsets of an array's items; rows are numbers of the whole part, all
+        of one shard."""
         return self.store.locate(
             self.path,
             self.records[shard]["shard"],
@@ -144,15 +142,15 @@ class Part:
         )
 
     def locate_all(self, spec: Array, files: FileRows, rows: I64) -> tuple[list[str], I64]:
-        """The path of each of `files` (f,), and the offset of each of `rows` (n,), which lie file
-        after file."""
+        """Return the path of each of `files` (f,), and the offset of each of `rows` (n,), which lie
+        file after file."""
         own = rows - np.repeat(self.starts[files.shards], files.counts)
         names = [self.records[shard]["shard"] for shard in files.shards.tolist()]
         views, ends = (files.views - self.first_view).tolist(), np.cumsum(files.counts).tolist()
-        places = zip(names, views, [0, *ends], ends, strict=False)
+        bounds = zip(names, views, [0, *ends], ends, strict=False)
         found = [
             self.store.locate(self.path, name, spec, self.views, view, own[low:high])
-            for name, view, low, high in places
+            for name, view, low, high in bounds
         ]
         return [path for path, _ in found], np.concatenate([offsets for _, offsets in found])
 
@@ -186,9 +184,9 @@ class Part:
 
 
 def record_problem(
-    about: Mapping[str, Any], shard: Mapping[str, Any], record: Mapping[str, Any]
+    of_part: Mapping[str, Any], shard: Mapping[str, Any], record: Mapping[str, Any]
 ) -> str | None:
-    """Why a sound JSON is not the record of this shard of this cache; None where it is."""
+    """Say why an intact JSON is not the record of this shard of this cache; None where it is."""
     rows, quarantined, files = record.get("rows"), record.get("quarantined"), record.get("files")
     if record.get("shard") != shard["name"]:
         return f"is the record of shard {record.get('shard')!r}"
@@ -204,35 +202,35 @@ def record_problem(
             f"has {rows} rows and {len(quarantined)} in quarantine, "
             f"the manifest {shard['count']} pictures"
         )
-    here = manifest.content_digest(about)
+    here = manifest.content_digest(of_part)
     if record.get("content", here) != here:
         return "is of a shard of another cache"
     return None
 
 
 def previous_record(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The record of the same rows as they were made before: of the shard that a repair has set
-    aside, or in a part beside this one; None where there is none yet."""
+    """Read the record of the same rows as they were made before: of the shard that a repair has
+    backed up, or in a part beside this one; None where there is none yet."""
     root = out.parent.parent if out.parent.name == PARTS else out
-    places = [(out, commit.backup_path(record_path(out, shard["name"])))]
-    places += [
-        (place, record_path(place, shard["name"]))
-        for place in (root, *added_parts(root))
-        if place != out
+    candidates = [(out, commit.backup_path(record_path(out, shard["name"])))]
+    candidates += [
+        (part, record_path(part, shard["name"]))
+        for part in (root, *added_parts(root))
+        if part != out
     ]
-    for place, path in places:
+    for part, path in candidates:
         try:
             record = json_file.read_json(path)
-            if record_problem(manifest.read(place), shard, record) is None:
+            if record_problem(manifest.read(part), shard, record) is None:
                 return record
         except UserError:  # missing or damaged
             continue
     return None
 
 
-# Fields in which what is added may differ from the first part of its teacher.
+# What is added may differ from the first part of its teacher in these fields.
 ADDABLE_FIELDS = ("identity.levels", "identity.views", "identity.first_view", "identity.pixels")
-# What another teacher's first part need not share with the cache.
+# Another teacher's first part need not share these with the cache.
 TEACHER_FIELDS = (
     "identity.teacher.",
     "identity.order",
@@ -245,14 +243,15 @@ TEACHER_FIELDS = (
 def first_difference(
     here: Mapping[str, Any], there: Mapping[str, Any], free: tuple[str, ...]
 ) -> Mismatch | None:
-    """The first field of identity, but for those in `free`, in which two manifests differ."""
+    """Return the first field of identity, but for those in `free`, in which two manifests
+    differ."""
     found = (each for each in compare(here, there) if each.field.startswith("identity."))
     return next((each for each in found if not each.field.startswith(free)), None)
 
 
 def row_mismatch(base: Part, other: Part) -> str | None:
-    """Why two parts do not list the same rows; None where they do. Row i of one is then row i of
-    the other."""
+    """Say why two parts do not list the same rows; None where they do. Row i of one is then row i
+    of the other."""
     free = ADDABLE_FIELDS if other.teacher == base.teacher else (*ADDABLE_FIELDS, *TEACHER_FIELDS)
     if found := first_difference(base.manifest, other.manifest, free):
         return f"{found.field} is {found.there!r} there, {found.here!r} here"
@@ -267,7 +266,7 @@ def row_mismatch(base: Part, other: Part) -> str | None:
 
 
 def added_parts(path: Path) -> list[Path]:
-    """Folders of the parts that were added to the cache at `path`, by name."""
+    """List the folders of the parts that were added to the cache at `path`, by name."""
     folders = sorted((path / PARTS).iterdir()) if (path / PARTS).is_dir() else []
     return [
         each
@@ -277,9 +276,9 @@ def added_parts(path: Path) -> list[Path]:
 
 
 def open_parts(path: Path, partial: bool = False) -> tuple[list[Part], list[Part]]:
-    """The cache at `path`, then what was added to it and is complete; and the parts that are not,
-    as one that is still being extracted, of which nothing is seen. With `partial` all are taken,
-    and none has a shard that another lacks."""
+    """Open the cache at `path`, then what was added to it and is complete; and the parts that are
+    not, as one that is still being extracted, of which nothing is seen. With `partial` all are
+    taken, and none has a shard that another lacks."""
     base = Part(path, partial)
     found = [Part(each, partial) for each in added_parts(path)] if base.complete or partial else []
     parts = [part for part in found if part.complete or partial]
@@ -310,7 +309,7 @@ def open_parts(path: Path, partial: bool = False) -> tuple[list[Part], list[Part
 
 
 def describe_part(manifest: Mapping[str, Any]) -> str:
-    """One part in a few words."""
+    """Describe one part in a few words."""
     identity = manifest["identity"]
     first = identity.get("first_view", 0)
     last = first + identity["views"] - 1

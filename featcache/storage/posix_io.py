@@ -1,5 +1,5 @@
-"""The system calls of reading: the bytes that were asked for, or an error that names the file and
-says what to do."""
+"""System calls read the bytes that were asked for, or raise an error that names the file and says
+what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 
 from featcache.errors import UserError
 
-FULL = (errno.EMFILE, errno.ENFILE)  # no handle is left
+FULL = (errno.EMFILE, errno.ENFILE)  # no file descriptor is left
 # O_DIRECT wants offsets, sizes and memory in whole blocks; no disk asks for more than this
 _ALIGN = 4096
 
@@ -24,7 +24,8 @@ class NoFileDescriptorError(Exception):
 
 
 def read_error(path: str, error: OSError) -> UserError:
-    """What to do depends on the error: only a missing file is the cache's own fault."""
+    """Return a UserError that says what to do, by the error: only a missing file is the cache's own
+    fault."""
     todo = {
         errno.EINVAL: "this file system does not read past the page cache (O_DIRECT); "
         "leave --direct out",
@@ -35,7 +36,7 @@ def read_error(path: str, error: OSError) -> UserError:
         errno.EACCES: "permission denied; allow reading it and run again",
         errno.ENOENT: "No such file or directory; run `featcache verify`",
     }
-    other = f"{error.strerror}; mend the disk, or run `featcache verify`"
+    other = f"{error.strerror}; fix the disk, or run `featcache verify`"
     return UserError(f"cache file {path}: {todo.get(error.errno or 0, other)}")
 
 
@@ -54,7 +55,7 @@ _local = threading.local()
 
 
 def pread_direct(fd: int, path: str, offset: int, count: int) -> memoryview:
-    """`count` bytes, within whole blocks that are read into this thread's aligned memory; good
+    """Read `count` bytes, within whole blocks, into this thread's aligned memory; they are good
     until its next read."""
     low = offset // _ALIGN * _ALIGN
     span = -(-(offset + count) // _ALIGN) * _ALIGN - low

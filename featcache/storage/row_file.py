@@ -1,5 +1,5 @@
-"""A file that only grows: bytes so far, their running crc32c, and dirty pages pushed out as it
-goes."""
+"""A row file only grows: it counts its bytes, keeps their running crc32c, and pushes dirty pages
+out as it goes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PUSH_BYTES = 16 << 20
 
 
 class RowFile:
-    """Unbuffered and write-only. A whole shard would otherwise stay dirty in memory until its last
-    moment: 6 GB that stall everyone at fsync. POSIX_FADV_DONTNEED starts the write-out of a dirty
-    range and drops a clean one, so asking for everything so far at each step writes the newest
-    range and forgets the older ones."""
+    """Writes without a buffer, and is never read. A whole shard would otherwise stay dirty in
+    memory until its last moment: 6 GB that stall everyone at fsync. POSIX_FADV_DONTNEED starts the
+    write-out of a dirty range and drops a clean one, so asking for everything so far at each step
+    writes the newest range and forgets the older ones."""
 
     def __init__(self, path: Path) -> None:
         # of a writer's folder that is there; else somebody has taken it away

@@ -1,5 +1,5 @@
-"""Statistics of a shard's arrays, gathered as items pass: the same numbers however the stream is
-cut.
+"""Statistics of a shard's arrays are gathered as items pass, with the same numbers however the
+stream is cut.
 
 Range and count of non-finite values of every array; of `features` the mean L2 norm of a token as
 well, before encoding, and of `attention` the mean entropy in nats of its distribution over the
@@ -21,7 +21,7 @@ _OPAQUE = {*checksums.NAMES, "pixel_hash"}  # hashes: their range says nothing
 
 
 class FeatureStatistics(NamedTuple):
-    """What is known of a batch's levels before encoding; computed where they are, on the device."""
+    """A batch's levels are summarised before encoding, where they are, on the device."""
 
     low: float
     high: float
@@ -31,8 +31,8 @@ class FeatureStatistics(NamedTuple):
 def stored_feature_statistics(
     codec_name: str, width: int, items: Mapping[str, npt.NDArray[Any]]
 ) -> FeatureStatistics:
-    """The same of levels as they are stored, where what was encoded is not at hand or not all of it
-    was kept."""
+    """Compute the same of levels as they are stored, where what was encoded is not at hand or not
+    all of it was kept."""
     import torch
 
     from featcache.targets import codecs
@@ -47,7 +47,7 @@ def stored_feature_statistics(
 
 
 class Statistics:
-    """Minimum, maximum and sums so far. Means are kept as numbers per item and summed exactly at
+    """Gathers minimum, maximum and sums. Means are kept as numbers per item and summed exactly at
     the end."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Statistics:
         self._non_finite.setdefault(name, 0)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Array -> {min, max, non_finite, norm or entropy} as plain numbers."""
+        """Return {min, max, non_finite, norm or entropy} of each array as plain numbers."""
         out: dict[str, dict[str, Any]] = {
             name: {"min": low, "max": high, "non_finite": self._non_finite[name]}
             for name, (low, high) in self._range.items()
@@ -90,14 +90,14 @@ class Statistics:
 
 
 def entropy(attention: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """(n, P) weights -> (n,) nats, each row brought to sum 1 first."""
+    """Compute the entropy (n,) in nats of weights (n, P), each row brought to sum 1 first."""
     weights = attention.astype(np.float64)
     p = weights / np.maximum(weights.sum(1, keepdims=True), 1e-30)
     return -(p * np.log(np.maximum(p, 1e-30))).sum(1)
 
 
 def merge(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The statistics of several shards as one; means are weighted by rows."""
+    """Merge the statistics of several shards into one; means are weighted by rows."""
     out: dict[str, dict[str, Any]] = {}
     for record in records:
         for name, facts in record["statistics"].items():

@@ -1,4 +1,5 @@
-"""The contract of a store: rows of named arrays in shards, appended once, then read by byte ranges.
+"""A store keeps rows of named arrays in shards, appended once, then read by byte ranges: this is
+its contract.
 
 Rows of a shard arrive as *items*, one per (row, view), views of a row together. A store decides
 which file holds what; it must be able to say where an item's bytes lie, plain and in C order,
@@ -12,7 +13,7 @@ data and one publishes the record:
                                     ->  NAME.json (record.json moved out)
 
 Whatever moment a process dies at, the next one removes the temporary folder, or adopts the renamed
-one. What all stores share is in `publish`; a store writes the files, says where items lie, and
+one. All stores share `commit`; a store writes the files, says where items lie, and
 checks a file.
 """
 
@@ -42,7 +43,7 @@ QUARANTINE = "quarantine.json"
 
 @dataclass(frozen=True)
 class Array:
-    """One named array: what an item is, and how items are laid out.
+    """Describes one named array: its item, and how items are laid out.
 
     `per_view`: an item for each (row, view), else for each row. `split`: one file per view (the big
     arrays), so that a view can be read or added without touching the others.
@@ -70,13 +71,14 @@ class Array:
 
 
 def array_from_dict(name: str, fields: Mapping[str, Any]) -> Array:
-    """The inverse of `Array.as_dict`."""
+    """Make an Array from what `Array.as_dict` gave."""
     item, dimensions = tuple(fields["item"]), tuple(fields["dimensions"])
     return Array(name, fields["dtype"], item, dimensions, fields["per_view"], fields["split"])
 
 
 class ShardKeys(NamedTuple):
-    """The keys of a shard's rows: key i is blob[offsets[i]:offsets[i + 1]], UTF-8."""
+    """The keys of a shard's rows lie in one block of bytes: key i is blob[offsets[i]:offsets[i +
+    1]], UTF-8."""
 
     blob: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int64]
@@ -86,9 +88,9 @@ class ShardWriter(Protocol):
     """Streams one shard. Memory stays flat: items go to their files as they come."""
 
     def append(self, keys: Sequence[str], items: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Items (m, *item) of every array, and the m keys they belong to, in (row, view) order; a
-        row may be split between calls. An array that is not per view is given for every item too;
-        that of view 0 counts."""
+        """Append items (m, *item) of every array, and the m keys they belong to, in (row, view)
+        order; a row may be split between calls. An array that is not per view is given for every
+        item too; that of view 0 counts."""
         ...
 
     def finish(
@@ -104,8 +106,8 @@ class ShardWriter(Protocol):
 
 
 class Store(Protocol):
-    """What a store's module provides. A shard's files lie below `shards/NAME.STORE/`; the record
-    names them all, with their bytes and the crc32c that `is_intact` compares."""
+    """A store's module provides these functions. A shard's files lie below `shards/NAME.STORE/`;
+    the record names them all, with their bytes and the crc32c that `is_intact` compares."""
 
     @staticmethod
     def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> ShardWriter: ...
@@ -114,8 +116,8 @@ class Store(Protocol):
     def locate(
         cache: Path, shard: str, array: Array, views: int, view: int, rows: npt.NDArray[np.int64]
     ) -> tuple[str, npt.NDArray[np.int64]]:
-        """The file that holds an array's items of one view, and the byte offset of each of `rows`
-        in it.
+        """Return the file that holds an array's items of one view, and the byte offset of each of
+        `rows` in it.
 
         Called for every shard of every batch, so the path is text, which is ten times cheaper to
         make than a Path.
@@ -124,17 +126,17 @@ class Store(Protocol):
 
     @staticmethod
     def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
-        """The keys of a shard, checked against the record's checksums."""
+        """Read the keys of a shard, checked against the record's checksums."""
         ...
 
     @staticmethod
     def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
-        """Whether every byte of a file is as recorded."""
+        """Return whether every byte of a file is as recorded."""
         ...
 
 
 def get_store(name: str) -> ModuleType:
-    """The module of a store by the name in the manifest."""
+    """Return the module of a store by the name in the manifest."""
     if name not in STORES:
         raise UserError(
             f"unknown store {name!r}: {near(name, STORES)}; a newer version of featcache may know "
@@ -148,5 +150,5 @@ def record_path(cache: Path, shard: str) -> Path:
 
 
 def folder_path(cache: Path, shard: str, name: str) -> Path:
-    """The folder of a shard's files in the store `name`."""
+    """Return the folder of a shard's files in the store `name`."""
     return cache / SHARDS / f"{shard}.{name}"

@@ -1,4 +1,4 @@
-"""The webdataset store: one plain tar per view and shard, and a byte index beside the tars.
+"""The webdataset store writes one plain tar per view and shard, and a byte index beside the tars.
 
     shards/NAME.webdataset/vK.tar              for each row, together: STEM.features.npy,
                                                STEM.attention.npy, ...
@@ -54,7 +54,7 @@ Stamp = tuple[int, int, int]
 
 
 class Index(NamedTuple):
-    """What `index.safetensors` holds; the names of arrays are in the order of the last axis of
+    """The content of `index.safetensors`; the names of arrays are in the order of the last axis of
     `offsets`."""
 
     names: tuple[str, ...]
@@ -188,7 +188,7 @@ def _as_bytes(array: Array, values: npt.NDArray[Any], count: int) -> npt.NDArray
 
 
 def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What stands before the numbers in a .npy, format version 1.0."""
+    """Return the header of a .npy, format version 1.0."""
     out = io.BytesIO()
     npy_format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
     return out.getvalue()
@@ -239,7 +239,8 @@ def _pack(index: Index) -> bytes:
 
 
 def _crc(index: Index) -> int:
-    """crc32c of names, shapes and numbers: whatever could send a read to another place."""
+    """Compute the crc32c of names, shapes and numbers: whatever could send a read to another
+    offset."""
     crc = crc32c(json.dumps([index.names, index.offsets.shape]).encode())
     for values in (index.offsets, index.keys.offsets, index.keys.blob):
         crc = crc32c(values.tobytes(), crc)

@@ -1,4 +1,5 @@
-"""The Zarr v3 store: one group per shard, uncompressed C-order chunks with Zarr's crc32c codec.
+"""The Zarr v3 store writes one group per shard, uncompressed C-order chunks with Zarr's crc32c
+codec.
 
 `features` is chunked (n, 1, L, T, D), one file per view; every other array is one chunk. A chunk
 file is therefore plain rows and four checksum bytes: any Zarr library reads it, and so does one
@@ -28,7 +29,7 @@ KEY_OFFSETS = Array("key_offsets", "<i8", (), ("row_edge",), per_view=False)
 
 
 def _chunk(array: Array, view: int) -> str:
-    """Chunk (0, view, 0, ...) of a split array, chunk (0, 0, ...) of another."""
+    """Return chunk (0, view, 0, ...) of a split array, chunk (0, 0, ...) of another."""
     zeros = ".0" * (array.per_view + len(array.item))
     return f"{array.name}/c.0.{view}{zeros[2:]}" if array.split else f"{array.name}/c.0{zeros}"
 
@@ -93,8 +94,8 @@ class ZarrShardWriter:
         return record
 
     def _write_metadata(self, rows: int, key_bytes: int) -> dict[str, Any]:
-        """zarr.json of the group and of every array, by zarr-python; arrays without rows have no
-        chunk."""
+        """Write zarr.json of the group and of every array, by zarr-python; arrays without rows have
+        no chunk."""
         import zarr
         from zarr.codecs import Crc32cCodec
         from zarr.storage import MemoryStore

@@ -1,1 +1,1 @@
-"""A teacher's targets as tensors: normalised levels, attention orders, derived targets, codecs."""
+"""A teacher's targets are tensors: normalised levels, attention orders, derived targets, codecs."""

@@ -1,4 +1,4 @@
-"""The [CLS] attention over the patches, and the mask orders that are drawn from it."""
+"""The [CLS] attention over the patches is computed, and mask orders are drawn from it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ORDERS = ("attentive", "topk", "uniform")
 
 
 def cls_attention(query: Tensor, keys: Tensor, heads: int, prefix: int = 1) -> Tensor:
-    """query (B, D) of [CLS], keys (B, T, D) -> (B, T - prefix) float32: softmax over all tokens,
-    mean over heads, patches only, not renormalised (METHODS 0.3). Only one row of the attention map
-    is computed."""
+    """Compute the attention (B, T - prefix) float32 of [CLS] from query (B, D) and keys (B, T, D):
+    softmax over all tokens, mean over heads, patches only, not renormalised (METHODS 0.3). Only one
+    row of the attention map is computed."""
     batch, tokens, width = keys.shape
     q = query.reshape(batch, heads, 1, width // heads) * (width // heads) ** -0.5
     k = keys.reshape(batch, tokens, heads, width // heads).permute(0, 2, 3, 1)
@@ -30,8 +30,8 @@ def mask_order(
     view: int | npt.ArrayLike,
     seed: int,
 ) -> npt.NDArray[np.unsignedinteger]:
-    """(n, P) attention -> (n, P) permutation of the patches from each view's own counter; u1, or u2
-    beyond 256 patches.
+    """Draw a permutation (n, P) of the patches from attention (n, P) and each view's own counter;
+    u1, or u2 beyond 256 patches.
 
     `attentive`: exponential race on the attention, the first m entries are the attentive mask at
     any ratio; `topk`: by falling attention; `uniform`: regardless of it.

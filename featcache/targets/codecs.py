@@ -1,4 +1,4 @@
-"""How a normalised level becomes bytes and comes back: a pair of functions and one line in
+"""A codec turns a normalised level into bytes and back: it is a pair of functions and one line in
 `CODECS`.
 
 A codec's name is a promise: what it writes never changes; another encoding is another name. Both
@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 class Codec(NamedTuple):
-    """`arrays`: width -> what is stored of a token, name -> (numpy dtype, item, dimension names);
-    `features` is one.
+    """A pair of functions encodes and decodes levels. `arrays`: width -> what is stored of a token,
+    name -> (numpy dtype, item, dimension names); `features` is one.
 
     `encode` (..., D) float -> those arrays (..., *item); `decode` takes them back to (..., D)
     float32.
@@ -29,8 +29,8 @@ class Codec(NamedTuple):
 
 
 def encode_fp16(h: Tensor) -> dict[str, Tensor]:
-    """Half precision, rounded to nearest. |h| <= sqrt(D - 1), so only non-finite input leaves the
-    range.
+    """Encode in half precision, rounded to nearest. |h| <= sqrt(D - 1), so only non-finite input
+    leaves the range.
 
     >>> encode_fp16(torch.tensor([1.0, -27.7, 1e-8]))["features"].tolist()
     [1.0, -27.703125, 0.0]
@@ -53,8 +53,8 @@ _WIDER = {torch.float32: torch.float64, torch.float64: torch.float64}
 
 
 def all_finite(coded: Mapping[str, Tensor], stats: Tensor) -> Tensor:
-    """(B, L) whether encoded arrays and statistics, all (B, L, ...), hold finite values only; stays
-    on the device.
+    """Return (B, L) whether encoded arrays and statistics, all (B, L, ...), hold finite values
+    only; stays on the device.
 
     By sums that cannot overflow: what is not finite stays in a sum, and one pass makes no mask of
     the size of it all.

@@ -15,9 +15,9 @@ NAMES = ("f", "z", "fd", "y")
 
 
 def target(name: str, h: Tensor, tail: Mapping[str, Tensor], stats: Tensor | None = None) -> Tensor:
-    """A level h (..., D) -> the target of that name; of f, z and fd it is the last level.
+    """Derive the target `name` from a level h (..., D); of f, z and fd it is the last level.
 
-    `stats` (..., 2), the stored mean and divisor, is needed for y, and for a tail whose eps is not
+    `stats` (..., 2), the stored mean and std, is needed for y, and for a tail whose eps is not
     1e-5.
     """
     if name not in NAMES:
@@ -26,18 +26,18 @@ def target(name: str, h: Tensor, tail: Mapping[str, Tensor], stats: Tensor | Non
         return derive(name, h, tail, None if stats is None else stats[..., 1:])
     if stats is None:
         raise errors.UsageError(
-            "target 'y' needs `stats`, the stored mean and divisor; read `feature_stats` too"
+            "target 'y' needs `stats`, the stored mean and std; read `feature_stats` too"
         )
     mean, std = stats.split(1, -1)
     return h * std + mean
 
 
 def derive(name: str, h: Tensor, tail: Mapping[str, Tensor], std: Tensor | None = None) -> Tensor:
-    """The last level h (..., D) -> what a recipe asks for by name.
+    """Derive what a recipe asks for by name from the last level h (..., D).
 
     `f` = gamma * h + beta, the teacher's final LayerNorm; `z` = f @ proj, CLIP's projection; `fd` =
     f normalised again without affine. A tail whose eps is not EPS needs `std` (..., 1), the stored
-    divisor, to put its own in its place.
+    std, to use its own instead.
     """
     if name not in ("f", "z", "fd"):
         raise errors.UsageError(

@@ -1,5 +1,4 @@
-"""What a student learns from: normalised levels, their statistics, the [CLS] attention, and what
-derives from them.
+"""A student learns from normalised levels, which are computed here with their statistics.
 
 B batch, T tokens ([CLS] first, then P patches), D width, H heads, E projection width. y_k is the
 teacher's residual stream after block k; only h_k and (mean, std) are stored, everything else is
@@ -18,11 +17,11 @@ EPS = 1e-5
 
 
 def normalise(y: Tensor) -> tuple[Tensor, Tensor]:
-    """y (B, T, D) -> h (B, T, D) = (y - mean) / std and stats (B, T, 2) = (mean, std), both at
-    least float32.
+    """Normalise y (B, T, D) to h (B, T, D) = (y - mean) / std and stats (B, T, 2) = (mean, std),
+    both at least float32.
 
-    std = sqrt(biased variance + EPS) is the divisor itself, so y = h * std + mean. (MaskAlign's
-    `whiten`, METHODS 1.4.)
+    std is sqrt(biased variance + EPS), EPS included, so y = h * std + mean. (MaskAlign's `whiten`,
+    METHODS 1.4.)
     """
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     mean = y.mean(-1, keepdim=True)
@@ -33,9 +32,9 @@ def normalise(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moment_sums(stats: npt.NDArray[np.floating], width: int) -> npt.NDArray[np.float64]:
-    """stats (n, L, T, 2) of `normalise`, D channels -> (L, 3): of the numbers y of each level their
-    count, their sum and the sum of their squares, over pictures, tokens and channels; what several
-    batches give may be added."""
+    """Sum the moments of the numbers y of each level, from stats (n, L, T, 2) of `normalise` and D
+    channels -> (L, 3): their count, their sum and the sum of their squares, over pictures, tokens
+    and channels; what several batches give may be added."""
     mean, std = np.moveaxis(stats.astype(np.float64), -1, 0)  # each (n, L, T)
     squares = (std**2 - EPS + mean**2).sum((0, 2)) * width
     count = np.full(stats.shape[1], stats.shape[0] * stats.shape[2] * width, np.float64)
@@ -43,8 +42,8 @@ def moment_sums(stats: npt.NDArray[np.floating], width: int) -> npt.NDArray[np.f
 
 
 def moments(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """`sums` (L, 3) -> (L, 2): mean and unbiased variance of each level (MaskAlign's whole-tensor
-    `bn`, METHODS 14)."""
+    """Turn `sums` (L, 3) into (L, 2): mean and unbiased variance of each level (MaskAlign's
+    whole-tensor `bn`, METHODS 14)."""
     count, total, squares = sums.T
     variance = (squares - total**2 / count) / (count - 1)
     return np.stack([total / count, variance], 1).astype(np.float32)

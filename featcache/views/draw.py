@@ -1,4 +1,4 @@
-"""Views: one augmented crop of one picture, drawn once, stored, and replayed exactly.
+"""A view is one augmented crop of one picture, drawn once, stored, and replayed exactly.
 
 The draw is a pure function of (policy seed, key, view number); the box that came out of it is the
 truth from then on. The second half of the pixel path is here: jitter on the whole picture, crop,
@@ -35,15 +35,15 @@ _WORDS = 4 * TRIES + 8
 def stored_view(
     digests: rng.U64, epoch: int | npt.NDArray[np.int64], count: int | npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """digests (n, 2) -> (n,) which of `count` stored views each picture shows in an epoch, each one
-    or one per picture: (epoch + offset(key)) mod count, so every view is shown equally often, and a
-    batch mixes views."""
+    """Choose which of `count` stored views each picture shows in an epoch, digests (n, 2) -> (n,),
+    both one or one per picture: (epoch + offset(key)) mod count, so every view is shown equally
+    often, and a batch mixes views."""
     epochs, counts = np.asarray(epoch, np.uint64), np.asarray(count, np.uint64)
     return ((epochs + digests[:, 0] % counts) % counts).astype(np.int64)
 
 
 class DrawnViews(NamedTuple):
-    """What is stored of n pictures' V views; all that `render` needs."""
+    """The parameters of n pictures' V views are stored; `render` needs no more."""
 
     crop: npt.NDArray[np.int32]  # (n, V, 4): top, left, height, width
     flip: npt.NDArray[np.uint8]  # (n, V)
@@ -113,8 +113,8 @@ def _boxes(
 
 
 def central_box(policy: Policy, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """sizes (n, 2) -> (n, 4): the whole picture, cut at the centre to a width / height within
-    `ratio`."""
+    """Return the central boxes (n, 4) of pictures of `sizes` (n, 2): the whole picture, cut at the
+    centre to a width / height within `ratio`."""
     height, width = sizes[:, 0], sizes[:, 1]
     low, high = policy.ratio
     w = np.where(width > high * height, np.maximum(np.rint(height * high), 1), width).astype(

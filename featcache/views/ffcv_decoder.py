@@ -1,7 +1,7 @@
-"""FFCV's own decode as a second pixel path, with a crop decoder that replays stored boxes in place
+"""FFCV's own decode is a second pixel path, with a crop decoder that replays stored boxes instead
 of drawing them.
 
-Two stages, compiled by FFCV's compiler from FFCV's own primitives; neither holds the GIL, so
+Two functions, compiled by FFCV's compiler from FFCV's own primitives; neither holds the GIL, so
 threads decode a batch side by side:
 
     decode     libturbojpeg's fast DCT into RGB; pictures stored as pixels are copied
@@ -42,8 +42,8 @@ PIXEL_PATH = {
 
 @cache
 def compiled_functions() -> tuple[Callable[..., int], Callable[..., None]]:
-    """decode(data, height, width, is_raw, out) -> status, and replay(pixels, top, left, height,
-    width, flip, out)."""
+    """Compile decode(data, height, width, is_raw, out) -> status, and replay(pixels, top, left,
+    height, width, flip, out)."""
     compile_ = import_ffcv("pipeline.compiler").Compiler.compile
     library = import_ffcv("libffcv")
     imdecode, resize_crop, memcpy = (
@@ -72,7 +72,7 @@ def compiled_functions() -> tuple[Callable[..., int], Callable[..., None]]:
 
 @dataclass(frozen=True)
 class FfcvPicture:
-    """A picture that FFCV's stage decoded, and whose views its second stage replays."""
+    """Holds a picture that FFCV decoded, and replays its views."""
 
     key: str
     pixels: U8  # (H, W, 3)
@@ -88,7 +88,7 @@ class FfcvPicture:
     def replay(
         self, crop: Sequence[int], flip: int, jitter: Sequence[float], size: int, filter: str
     ) -> U8:
-        """One stored view at any size: (S, S, 3)."""
+        """Replay one stored view at any size: (S, S, 3)."""
         assert filter == AREA, filter
         top, left, height, width = (int(x) for x in crop)
         # OpenCV would end the process at a box that is not inside.
@@ -113,7 +113,7 @@ class FfcvPicture:
 
 @dataclass(frozen=True)
 class FfcvSource:
-    """A `.beton` whose pictures FFCV decodes; all else, its bytes too, is the file's."""
+    """Decodes the pictures of a `.beton` by FFCV; all else, its bytes too, is the file's."""
 
     beton: BetonSource
     pixel_path: ClassVar[dict[str, Any]] = PIXEL_PATH
@@ -148,7 +148,8 @@ class FfcvSource:
         return self.beton.read(index)
 
     def picture(self, index: int) -> FfcvPicture:
-        """Raises PictureError where libturbojpeg cannot decode it, or only in part."""
+        """Decode a picture. Raises PictureError where libturbojpeg cannot decode it, or only in
+        part."""
         height, width = self.beton.sizes[index].tolist()
         # numba compiles once, for writable bytes
         data = np.frombuffer(bytearray(self.beton.stored(index)), np.uint8)

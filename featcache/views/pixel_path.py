@@ -24,19 +24,19 @@ PIXEL_PATH = {
 
 
 def pixel_path(source: Source) -> dict[str, Any]:
-    """How the pixels of a source's views come about."""
+    """Return the pixel path of a source's views."""
     return dict(getattr(source, "pixel_path", PIXEL_PATH))
 
 
 def decode_picture(source: Source, index: int) -> Any:
-    """A decoded `Picture`, by the source's pixel path. Raises PictureError with the decoder's own
+    """Decode a picture by the source's pixel path. Raises PictureError with the decoder's own
     reason."""
     own = getattr(source, "picture", None)
     return decode(source.read(index)) if own is None else own(index)
 
 
 def open_with_decoder(spec: str | os.PathLike[str], decoder: str = "pillow") -> Source:
-    """The pictures at `spec` through a decoder. Raises UsageError where it decodes no such
+    """Open the pictures at `spec` through a decoder. Raises UsageError where it decodes no such
     pictures, else as `open_source` does."""
     if decoder != "pillow" and not is_beton(os.fspath(spec)):
         raise UsageError(
@@ -48,7 +48,8 @@ def open_with_decoder(spec: str | os.PathLike[str], decoder: str = "pillow") -> 
 
 
 def with_decoder(source: Source, decoder: str) -> Source:
-    """The same pictures through a decoder that can decode them, else through the one they have."""
+    """Return the same pictures through a decoder that can decode them, else through the one they
+    have."""
     from featcache.pictures import beton
     from featcache.views import ffcv_decoder
 
@@ -62,26 +63,26 @@ def with_decoder(source: Source, decoder: str) -> Source:
 
 
 def match_decoder(source: Source, path: Mapping[str, Any]) -> Source:
-    """The same pictures through the pixel path of a cache, where they can go through it."""
+    """Return the same pictures through the pixel path of a cache, where they can go through it."""
     return with_decoder(source, path["decoder"])
 
 
 def check_pixel_path(source: Source, path: Mapping[str, Any], what: str) -> None:
-    """IdentityError unless pictures go through the pixel path of `what`."""
+    """Raise IdentityError unless pictures go through the pixel path of `what`."""
     here = pixel_path(source)
     if differing := [name for name in {**path, **here} if path.get(name) != here.get(name)]:
-        shown = ", ".join(
+        listed = ", ".join(
             f"{name} is {path.get(name)!r} there, {here.get(name)!r} here" for name in differing[:2]
         )
         raise IdentityError(
-            f"{what} has views of another pixel path than {source.spec!r} gives: {shown}; extract "
+            f"{what} has views of another pixel path than {source.spec!r} gives: {listed}; extract "
             f"and train through the same one (--decoder {path.get('decoder')}, on the pictures of "
             "the extraction), or extract again"
         )
 
 
 def check_filter(path: dict[str, Any], filter: str) -> None:
-    """UsageError unless views are resized by a filter of their pixel path."""
+    """Raise UsageError unless views are resized by a filter of their pixel path."""
     compiled = path["decoder"] == "ffcv"
     if compiled != (filter == AREA):
         allowed = AREA if compiled else "bicubic, bilinear or lanczos"

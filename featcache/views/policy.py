@@ -1,4 +1,4 @@
-"""The policy that views are drawn by: size, scale, ratio, filter, flip, jitter, seed."""
+"""A policy sets how views are drawn: size, scale, ratio, filter, flip, jitter, seed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from featcache import errors
 from featcache.views.render import FILTERS
 
-# OpenCV's INTER_AREA, which pictures that FFCV decodes are resized by (`replay`), and no others
+# OpenCV's INTER_AREA, which pictures that FFCV decodes are resized by, and no others
 AREA = "area"
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How views are drawn. `scale` is the area fraction, `ratio` is width / height, `jitter` the
-    largest change."""
+    """Sets how views are drawn. `scale` is the area fraction, `ratio` is width / height, `jitter`
+    the largest change."""
 
     size: int = 224
     scale: tuple[float, float] = (0.2, 1.0)
@@ -66,7 +66,7 @@ POLICIES = {
 
 
 def load_policy(name: str = "default", **changes: Any) -> Policy:
-    """A named policy, or one read from a JSON file, with some fields changed."""
+    """Load a named policy, or one read from a JSON file, with some fields changed."""
     if name in POLICIES:
         base = POLICIES[name].as_dict()
     elif name.endswith(".json"):
@@ -90,7 +90,8 @@ def _read_policy(path: str) -> dict[str, Any]:
 
 
 def policy_from_dict(fields: dict[str, Any]) -> Policy:
-    """The policy stored in a manifest or a file; unknown fields and wrong types are refused."""
+    """Make the policy that is stored in a manifest or a file; unknown fields and wrong types are
+    refused."""
     known = Policy().as_dict()
     for key, value in fields.items():
         if key not in known:

@@ -20,7 +20,7 @@ JITTER_ORDERS = list(permutations(("brightness", "contrast", "saturation")))
 
 
 class ReplayablePicture(Protocol):
-    """A decoded picture of a pixel path that replays views itself; arguments are those of
+    """A decoded picture replays views itself where its pixel path does so; arguments are those of
     `render`."""
 
     def replay(
@@ -48,8 +48,8 @@ def render(
 
 
 def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
-    """The whole picture's brightness, contrast (about its mean grey) and saturation, in the stored
-    order."""
+    """Change the whole picture's brightness, contrast (about its mean grey) and saturation, in the
+    stored order."""
     factors = dict(
         zip(("brightness", "contrast", "saturation"), (float(x) for x in jitter[:3]), strict=True)
     )
@@ -67,8 +67,8 @@ def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
 def render_centre(
     picture: Image.Image, size: int, crop_pct: float, filter: str
 ) -> npt.NDArray[np.uint8]:
-    """The evaluation view: shorter side to round(size / crop_pct), then the central size x size;
-    uint8 HWC.
+    """Render the evaluation view: shorter side to round(size / crop_pct), then the central size x
+    size; uint8 HWC.
 
     Sides and offsets are rounded as in torchvision's Resize and CenterCrop.
     """

@@ -1,4 +1,4 @@
-"""Pillow's resize of a crop, to the bit, in a third of its time.
+"""A crop is resized as Pillow does it, to the bit, in a third of the time.
 
 Resizing is half of what making a view of a JPEG costs. Pillow's arithmetic is whole numbers, so
 compiled for the processor at hand (numba) it runs in vector registers: sums over a filter's taps,
@@ -73,7 +73,7 @@ def _weight(x, support):  # type: ignore[no-untyped-def]
 
 @compiled
 def _taps(length, size, support):  # type: ignore[no-untyped-def]
-    """First line (S,), number of lines (S,) and int32 weights (S, K) of each of S lines made of
+    """Return first row (S,), number of rows (S,) and int32 weights (S, K) of each of S rows made of
     `length`."""
     scale = length / size
     wide = max(scale, 1.0)
@@ -97,8 +97,8 @@ def _taps(length, size, support):  # type: ignore[no-untyped-def]
 
 @compiled
 def _pass(lines, size, support):  # type: ignore[no-untyped-def]
-    """(length, n) -> (S, n): every line a weighted sum of neighbouring ones, rounded and clipped to
-    8 bits."""
+    """Resize (length, n) to (S, n): every row a weighted sum of neighbouring ones, rounded and
+    clipped to 8 bits."""
     first, count, weights = _taps(lines.shape[0], size, support)
     n = lines.shape[1]
     out, sums = np.empty((size, n), np.uint8), np.empty(n, np.int32)
@@ -116,7 +116,7 @@ def _pass(lines, size, support):  # type: ignore[no-untyped-def]
 
 @compiled
 def _transposed(pixels):  # type: ignore[no-untyped-def]
-    """(H, W, 3) -> (W, H, 3), a tile at a time."""
+    """Transpose (H, W, 3) to (W, H, 3), a tile at a time."""
     height, width, _ = pixels.shape
     out = np.empty((width, height, 3), np.uint8)
     for top in range(0, height, _TILE):
@@ -132,7 +132,7 @@ def _transposed(pixels):  # type: ignore[no-untyped-def]
 
 @compiled
 def _resized(pixels, size, support, vertical_first, flip):  # type: ignore[no-untyped-def]
-    """(H, W, 3) -> (S, S, 3), mirrored left-right with `flip`."""
+    """Resize (H, W, 3) to (S, S, 3), mirrored left-right with `flip`."""
     height, width, _ = pixels.shape
     step = -1 if flip else 1
     if vertical_first:
@@ -151,8 +151,8 @@ def _resized(pixels, size, support, vertical_first, flip):  # type: ignore[no-un
 
 @cache
 def pass_order() -> Order | None:
-    """The order of the passes that the installed Pillow follows, of those we know; None where it
-    follows another."""
+    """Find the order of the passes that the installed Pillow follows, of those we know; None where
+    it follows another."""
     for each in PASS_ORDERS.values():
         if all(_matches_pillow(each, *shape) for shape in _SHAPES):
             return each
@@ -169,8 +169,8 @@ def _matches_pillow(each: Order, height: int, width: int, size: int) -> bool:
 
 
 def resize(picture: Image.Image, size: int, filter: Image.Resampling, flip: bool = False) -> U8:
-    """A picture as `picture.resize((size, size), filter)` makes it, then mirrored with `flip`: (S,
-    S, 3) of RGB."""
+    """Resize a picture as `picture.resize((size, size), filter)` does, then mirror it with `flip`:
+    (S, S, 3) of RGB."""
     width, height = picture.size
     known = pass_order()
     if known is None or picture.mode != "RGB" or height > _MAX_ASPECT * width:

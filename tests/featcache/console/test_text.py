@@ -9,7 +9,7 @@ import pytest
 
 from featcache.console.params import require_images
 from featcache.console.progress_bar import ProgressBar
-from featcache.console.text import format_bytes, format_table, print_facts
+from featcache.console.text import first_paragraph, format_bytes, format_table, print_facts
 from featcache.errors import UsageError
 
 
@@ -60,9 +60,9 @@ def test_the_first_paragraph_is_one_line() -> None:
 
     The rest.
     """
-    assert show.first_paragraph(text) == "A sentence of two lines."
-    assert show.first_paragraph("One.") == "One."
-    assert show.first_paragraph(None) == ""
+    assert first_paragraph(text) == "A sentence of two lines."
+    assert first_paragraph("One.") == "One."
+    assert first_paragraph(None) == ""
 
 
 def test_a_log_gets_a_line_now_and_then(

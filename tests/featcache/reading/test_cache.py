@@ -1,4 +1,4 @@
-"""Reading a cache: every request against plain zarr and numpy; what cannot be asked.
+"""A cache is read: every request against plain zarr and numpy, and impossible requests.
 
 Small caches of two shards (5 + 3 rows, V 3, L 3, T 5, D 8) are written by the stores themselves,
 numbers by numpy, in image order and as ranked tokens.
@@ -198,7 +198,7 @@ def opened(path: Path, verify_rows: float, io: str, threads: int) -> Cache:
 
 @functools.cache
 def knows_direct(folder: Path) -> bool:
-    """Whether the file system of a folder reads past the page cache."""
+    """Return whether the file system of a folder reads past the page cache."""
     try:
         with featcache.open(folder, io="direct") as cache:
             cache.read([0])

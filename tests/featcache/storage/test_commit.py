@@ -1,5 +1,5 @@
-"""How a shard becomes visible: deaths, races, other machines' leftovers, and what a repair puts
-aside.
+"""A shard becomes visible in spite of deaths, races and other machines' leftovers, and a repair
+backs it up.
 
 No store's writer is used: a shard is a folder of two small files, checked as the webdataset store
 checks any file.
@@ -315,7 +315,7 @@ def test_leftovers_are_each_named_once(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what a repair does
 
 
-def test_set_aside_and_put_back(tmp_path: Path) -> None:
+def test_backup_and_restore(tmp_path: Path) -> None:
     before = published(tmp_path)
     commit.move_to_backup(tmp_path, SHARD, STORE)
     assert not record_path(tmp_path, SHARD).exists()
@@ -329,7 +329,7 @@ def test_set_aside_and_put_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["record", "folder"])
-def test_a_shard_of_which_a_part_is_missing_can_be_set_aside(tmp_path: Path, missing: str) -> None:
+def test_a_shard_of_which_a_part_is_missing_can_be_backed_up(tmp_path: Path, missing: str) -> None:
     published(tmp_path)
     if missing == "record":
         record_path(tmp_path, SHARD).unlink()
@@ -342,7 +342,7 @@ def test_a_shard_of_which_a_part_is_missing_can_be_set_aside(tmp_path: Path, mis
     assert files_below(tmp_path) == left
 
 
-def test_a_death_between_the_two_moves_of_set_aside_is_made_good(
+def test_a_death_between_the_two_moves_of_a_backup_is_recovered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And after the first of them nobody takes the shard for complete."""
@@ -379,7 +379,7 @@ def test_a_replaced_shard_stays_and_the_old_one_goes(tmp_path: Path) -> None:
     assert commit.check_shard(tmp_path, SHARD, STORE, record_of(CONTENT), deep=True) == []
 
 
-def test_what_was_set_aside_can_be_forgotten(tmp_path: Path) -> None:
+def test_a_backup_can_be_removed(tmp_path: Path) -> None:
     published(tmp_path)
     commit.move_to_backup(tmp_path, SHARD, STORE)
     commit.remove_backup(tmp_path, SHARD, STORE)
@@ -387,7 +387,7 @@ def test_what_was_set_aside_can_be_forgotten(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_a_shard_that_is_damaged_again_is_set_aside_again(tmp_path: Path) -> None:
+def test_a_shard_that_is_damaged_again_is_backed_up_again(tmp_path: Path) -> None:
     """A repair died after the new shard came and before the old one was forgotten."""
     published(tmp_path, {"a.bin": b"damaged"})
     commit.move_to_backup(tmp_path, SHARD, STORE)
@@ -399,7 +399,7 @@ def test_a_shard_that_is_damaged_again_is_set_aside_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_put_back_replaces_what_was_never_finished(tmp_path: Path, again: bool) -> None:
+def test_restore_replaces_what_was_never_finished(tmp_path: Path, again: bool) -> None:
     """The replacement's writer died between its two renames; a second repair may begin where the
     first one did."""
     old = published(tmp_path, {"a.bin": b"damaged"})

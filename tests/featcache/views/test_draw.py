@@ -145,7 +145,7 @@ def _torchvision_areas(n: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (1, 500), (500, 1), (33, 100)])
 def test_fallback_box_is_torchvisions(height: int, width: int) -> None:
-    """Where no try can fit, torchvision draws nothing more: its answer is the rule."""
+    """torchvision draws nothing more where no try can fit: its answer is the rule."""
     expected = RandomResizedCrop.get_params(
         torch.zeros(1, height, width), [0.99, 1.0], [3 / 4, 4 / 3]
     )
