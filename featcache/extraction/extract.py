@@ -107,7 +107,7 @@ def _undone_on_failure(jobs: Sequence[ExtractJob], wanted: dict[str, Any]) -> It
     except BaseException as error:
         for job in jobs:
             commit.abort(job.out)
-        if full := disk_full_error(error, out, wanted):
+        if full := disk_full_error(error, {out: wanted}):
             raise full from error
         if isinstance(error, FileNotFoundError) and not (out / manifest.NAME).is_file():
             raise commit.cache_gone_error(out) from error

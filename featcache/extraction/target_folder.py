@@ -1,57 +1,44 @@
-"""The folder that is written to: begun, continued or refused; disk space; the quarantine report."""
+"""The folder that is written to is begun, continued or refused, for extractions and transfers.
+
+Nothing here needs torch: a copy starts without it.
+"""
 
 from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError
-from featcache.extraction.plan import ExtractJob, Plan
 from featcache.storage import commit, identity, json_file, manifest
 from featcache.storage.store import QUARANTINE, SHARDS, record_path
 
-
-def disk_full_error(error: BaseException, out: Path, wanted: dict[str, Any]) -> UserError | None:
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return None
-    done = sum(record_path(out, shard["name"]).is_file() for shard in wanted["shards"])
-    return UserError(
-        f"--out {str(out)!r}: {error.strerror}; {done} of {len(wanted['shards'])} shards are "
-        "complete and kept; make room and run the same command again, it continues"
-    )
-
-
-def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
-    """quarantine.json beside the manifest, where a picture could not be used; an error where none
-    could."""
-    paths = [record_path(out, shard["name"]) for shard in wanted["shards"]]
-    if not all(path.is_file() for path in paths):  # the shares of others are still to come
-        return
-    records = [json_file.read_json(path) for path in paths]
-    rows = [row for record in records for row in record["quarantined"]]
-    if not rows:
-        commit.remove_path(out / QUARANTINE)
-    elif not _is_written(out / QUARANTINE, {"pictures": rows}):
-        json_file.write_json(out / QUARANTINE, {"pictures": rows})
-    if rows and not sum(record["rows"] for record in records):
-        raise UserError(
-            f"none of {len(rows)} pictures could be used, the first {rows[0]['key']!r}: "
-            f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}"
-        )
-
-
-def _is_written(path: Path, value: dict[str, Any]) -> bool:
-    """Whether a JSON of ours is there already: a complete cache may be read-only."""
-    try:
-        return json_file.read_json(path) == value
-    except UserError:
-        return False
-
+if TYPE_CHECKING:
+    from featcache.extraction.plan import ExtractJob, Plan
 
 _SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The words of the messages that depend on the command."""
+
+    option: str  # what names the folder, as in `--out 'c'`
+    other_cache: str  # what to do where the folder holds another cache
+    smaller: str  # what to do where the disk is too small
+    show_fixes: bool  # whether the options of `featcache extract` lead to the cache that is there
+
+
+EXTRACT = Wording(
+    option="--out ",
+    other_cache="these options continue the cache that is there, another --out makes a new one, "
+    "--add adds to this one",
+    smaller="fewer --views or --levels, or another disk",
+    show_fixes=True,
+)
 
 
 def prepare_folder(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
@@ -59,68 +46,134 @@ def prepare_folder(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
     batch size is noted in it, since real networks give other bits at another."""
     wanted = plan.manifest()
     wanted["provenance"]["batch_size"] = batch_size
-    if there := existing_manifest(wanted, out):
-        wanted = there
-    _check_space(plan, out)
+    wanted = existing_manifest(wanted, out) or wanted
+    check_space(out, _missing_bytes(plan, out), EXTRACT)
+    begin_folder(out, wanted, plan.side_files())
+    return wanted
+
+
+def existing_manifest(
+    wanted: dict[str, Any], out: Path, words: Wording = EXTRACT
+) -> dict[str, Any] | None:
+    """Return the manifest of the cache at `out` where it is the wanted one, None where nothing is
+    there; another cache and other files are refused."""
+    if not (out / manifest.NAME).is_file():
+        if not _holds_files(out):
+            return None
+        if not (out / manifest.NAME).is_file():  # else another process began it in this moment
+            raise UserError(
+                f"{words.option}{str(out)!r} exists and is no cache; give an empty or new folder"
+            )
+    there = manifest.read(out)
+    what, grades = f"{str(out)!r} holds another cache", ("fatal", "lossy", "layout")
+    identity.refuse_mismatch(
+        wanted, there, what, words.other_cache, grades, show_fixes=words.show_fixes
+    )
+    return there
+
+
+def _holds_files(out: Path) -> bool:
+    return out.exists() and (
+        not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    )
+
+
+def begin_folder(out: Path, wanted: dict[str, Any], side_files: Mapping[str, bytes]) -> None:
+    """Write manifest and copy before any shard, so that a process that dies from here on leaves a
+    cache to continue; then the files beside them."""
     out.mkdir(parents=True, exist_ok=True)
     for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
-        # before any shard, so that a process that dies from here on leaves a cache to continue
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             json_file.write_json(path, wanted)
     for folder in (out, out / SHARDS):
         json_file.sweep(folder)
-    write_side_files(plan, out)
-    return wanted
+    write_side_files(out, side_files)
 
 
-def write_side_files(plan: Plan, out: Path) -> None:
-    """What is missing or differs of the files beside the manifest."""
-    for name, data in plan.side_files().items():
+def write_side_files(out: Path, side_files: Mapping[str, bytes]) -> None:
+    """Write what is missing or differs of the files beside the manifest."""
+    for name, data in side_files.items():
         if not (out / name).is_file() or (out / name).read_bytes() != data:
             json_file.write_file(out / name, data)
 
 
-def existing_manifest(wanted: dict[str, Any], out: Path) -> dict[str, Any] | None:
-    """The manifest of the cache at `out` where it is the wanted one, None where nothing is there;
-    another cache and other files are refused."""
-    if (out / manifest.NAME).is_file():
-        there = manifest.read(out)
-        todo = (
-            "these options continue the cache that is there, another --out makes a new one, "
-            "--add adds to this one"
-        )
-        grades = ("fatal", "lossy", "layout")
-        identity.refuse_mismatch(
-            wanted, there, f"{str(out)!r} holds another cache", todo, grades, show_fixes=True
-        )
-        return there
-    if out.exists() and (
-        not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
-    ):
-        raise UserError(f"--out {str(out)!r} exists and is no cache; give an empty or new folder")
-    return None
-
-
-def _check_space(plan: Plan, out: Path) -> None:
-    """Is there room for the shards that are missing?"""
-    check_disk_space([ExtractJob(plan, out)])
+# ------------------------------------------------------------ the disk
 
 
 def check_disk_space(jobs: Sequence[ExtractJob]) -> None:
-    """Is there room for what is missing of all of them? The first folder's disk holds the
-    others."""
-    out = jobs[0].out
+    """Raise UserError where there is no room for what is missing of all jobs together. The first
+    folder's disk holds the others."""
+    check_space(jobs[0].out, sum(_missing_bytes(*job) for job in jobs), EXTRACT)
+
+
+def _missing_bytes(plan: Plan, out: Path) -> int:
+    missing = [shard for shard in plan.shards if not record_path(out, shard["name"]).is_file()]
+    return plan.view_bytes * plan.views * sum(shard["count"] for shard in missing)
+
+
+def check_space(out: Path, missing_bytes: int, words: Wording) -> None:
+    """Raise UserError where the disk of `out` has no room for so much more."""
     place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    missing = [
-        plan.view_bytes * plan.views * shard["count"]
-        for plan, folder in jobs
-        for shard in plan.shards
-        if not record_path(folder, shard["name"]).is_file()
-    ]
-    needed, free = sum(missing) + (_SPARE_BYTES if missing else 0), shutil.disk_usage(place).free
-    if needed > free:
+    needed, free = missing_bytes + _SPARE_BYTES, shutil.disk_usage(place).free
+    if missing_bytes and needed > free:
         raise UserError(
-            f"--out {str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB "
-            "are free; fewer --views or --levels, or another disk"
+            f"{words.option}{str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, "
+            f"{free / 1e9:.1f} GB are free; {words.smaller}"
         )
+
+
+def disk_full_error(
+    error: BaseException, folders: Mapping[Path, dict[str, Any]], words: Wording = EXTRACT
+) -> UserError | None:
+    """Return the error for people where a disk is full or a quota reached, else None. `folders`
+    with their manifests; the first is named, the shards of all are counted."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    records = [
+        record_path(out, shard["name"])
+        for out, wanted in folders.items()
+        for shard in wanted["shards"]
+    ]
+    done = sum(path.is_file() for path in records)
+    return UserError(
+        f"{words.option}{str(next(iter(folders)))!r}: {error.strerror}; {done} of {len(records)} "
+        "shards are complete and kept; make room and run the same command again, it continues"
+    )
+
+
+# ------------------------------------------------------------ the quarantine
+
+
+def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
+    """Write quarantine.json once all shards are complete; a UserError where no picture could be
+    used."""
+    paths = [record_path(out, shard["name"]) for shard in wanted["shards"]]
+    if not all(path.is_file() for path in paths):  # the shares of others are still to come
+        return
+    records = [json_file.read_json(path) for path in paths]
+    rows = write_quarantine(out, records)
+    if rows and not sum(record["rows"] for record in records):
+        raise UserError(
+            f"none of {len(rows)} pictures could be used, the first {rows[0]['key']!r}: "
+            f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}"
+        )
+
+
+def write_quarantine(out: Path, records: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Write quarantine.json beside the manifest, or remove it where every picture could be used;
+    returns its pictures."""
+    path, rows = out / QUARANTINE, [row for record in records for row in record["quarantined"]]
+    if rows and not _is_written(path, {"pictures": rows}):
+        json_file.write_json(path, {"pictures": rows})
+    elif not rows and path.exists():  # only then: a complete cache may be read-only
+        commit.remove_path(path)
+    return rows
+
+
+def _is_written(path: Path, value: dict[str, Any]) -> bool:
+    """Whether a JSON of ours is there already."""
+    try:
+        return json_file.read_json(path) == value
+    except UserError:
+        return False

@@ -108,7 +108,7 @@ def _extract(
     refuse_mismatch(
         wanted, about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout")
     )
-    write_side_files(plan, part)
+    write_side_files(part, plan.side_files())
     shards = [shard for shard in about["shards"] if shard["name"] in bad]
     options = extract.RunOptions(
         batch_size=about["provenance"]["batch_size"], workers=workers, progress=progress

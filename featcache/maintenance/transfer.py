@@ -11,7 +11,6 @@ n items (row, view), L levels, T tokens, D width.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import time
@@ -25,17 +24,23 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UsageError, UserError
+from featcache.extraction import target_folder
 from featcache.extraction.shard_queue import free_shards
 from featcache.maintenance import transfer_plan
 from featcache.maintenance.transfer_plan import TransferJob
 from featcache.reading.cache import Cache
-from featcache.storage import checksums, commit, identity, json_file, manifest
+from featcache.storage import checksums, commit, manifest
 from featcache.storage.statistics import Statistics, stored_feature_statistics
-from featcache.storage.store import QUARANTINE, SHARDS, STORES, folder_path, get_store
+from featcache.storage.store import STORES, folder_path, get_store
 
 BLOCK_BYTES = 64 << 20  # items held at a time
 _FILE_BYTES = 8 << 20
-_SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
+WORDS = target_folder.Wording(
+    option="",
+    other_cache="give another folder, or the same command to continue this one",
+    smaller="another disk, or less: `featcache copy` takes --views, --levels and --shards",
+    show_fixes=False,
+)
 
 
 @dataclass
@@ -116,77 +121,31 @@ def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
     """The base is the first job and is done last, so that a cache is complete when all of it is
     there."""
     for job in jobs:
-        _refuse(job)
+        target_folder.existing_manifest(job.manifest, job.out, WORDS)
     progress.total = sum(job.bytes(record) for job in jobs for record in job.missing)
-    _check_space(jobs[0].out, progress.total)
+    target_folder.check_space(jobs[0].out, progress.total, WORDS)
     try:
         for job in jobs:
             _begin(job)
         for job in reversed(jobs):
             _transfer_shards(job, progress)
-            _report_quarantine(job)
+            target_folder.write_quarantine(job.out, job.records)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        total, lacking = (
-            sum(len(job.records) for job in jobs),
-            sum(len(job.missing) for job in jobs),
-        )
-        raise UserError(
-            f"{str(jobs[0].out)!r}: {error.strerror}; {total - lacking} of {total} shards are "
-            "complete and kept; make room and run the same command again, it continues"
-        ) from error
+        folders = {job.out: job.manifest for job in jobs}
+        if full := target_folder.disk_full_error(error, folders, WORDS):
+            raise full from error
+        raise
     finally:
         for job in jobs:
             job.source.close()
 
 
-def _refuse(job: TransferJob) -> None:
-    """Is there another cache in the target's folder, or something else?"""
-    out = job.out
-    if (out / manifest.NAME).is_file():
-        todo = "give another folder, or the same command to continue this one"
-        grades = ("fatal", "lossy", "layout")
-        identity.refuse_mismatch(
-            job.manifest, manifest.read(out), f"{str(out)!r} holds another cache", todo, grades
-        )
-    elif out.exists() and (
-        not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
-    ):
-        if (out / manifest.NAME).is_file():  # another process has begun the same in this moment
-            _refuse(job)
-            return
-        raise UserError(f"{str(out)!r} exists and is no cache; give an empty or new folder")
-
-
-def _check_space(out: Path, needed: int) -> None:
-    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed and needed + _SPARE_BYTES > free:
-        raise UserError(
-            f"{str(out)!r}: {(needed + _SPARE_BYTES) / 1e9:.1f} GB more are needed, "
-            f"{free / 1e9:.1f} GB are free; another disk, or less: `featcache copy` takes --views, "
-            "--levels and --shards"
-        )
-
-
 def _begin(job: TransferJob) -> None:
-    """Manifest first, so that a folder that is left behind is a cache to continue; then the files
-    beside it."""
-    source, out = job.source, job.out
-    out.mkdir(parents=True, exist_ok=True)
-    json_file.sweep(out)
-    for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
-        path.parent.mkdir(exist_ok=True)
-        if not path.is_file():
-            json_file.write_json(path, job.manifest)
-    json_file.sweep(out / SHARDS)
+    source = job.source
     if problems := manifest.check_files(source.path, source.manifest):
         raise UserError(f"cache file {problems[0]}; run `featcache repair {source.path}`")
-    for name in job.manifest["files"]:
-        data = (source.path / name).read_bytes()
-        if not (out / name).is_file() or (out / name).read_bytes() != data:
-            json_file.write_file(out / name, data)
+    files = {name: (source.path / name).read_bytes() for name in job.manifest["files"]}
+    target_folder.begin_folder(job.out, job.manifest, files)
 
 
 def _transfer_shards(job: TransferJob, progress: TransferProgress) -> None:
@@ -288,9 +247,3 @@ def _blocks(
         row, view = rows.start + at // views, first_view + at % views
         items = job.source.read(row, view, list(out), levels=job.identity["levels"], out=out)
         yield [job.source.keys[i] for i in row.tolist()], items
-
-
-def _report_quarantine(job: TransferJob) -> None:
-    rows = [row for record in job.records for row in record["quarantined"]]
-    if rows and not (job.out / QUARANTINE).is_file():
-        json_file.write_json(job.out / QUARANTINE, {"pictures": rows})

@@ -18,8 +18,7 @@ import featcache
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.extraction import extract, target_folder
 from featcache.extraction.options import parse_keep, parse_levels
-from featcache.storage import commit as publish
-from featcache.storage import identity, manifest, webdataset_store, zarr_store
+from featcache.storage import commit, identity, manifest, webdataset_store, zarr_store
 from featcache.storage.row_file import RowFile
 from featcache.storage.store import STORES
 from featcache.views.policy import Policy
@@ -372,22 +371,22 @@ def test_a_full_disk_keeps_what_is_complete_and_says_so(
     assert files_below(tmp_path / "c") == undisturbed(pictures)
 
 
-@pytest.mark.parametrize("what", ["begin", "RowFile"])
+@pytest.mark.parametrize("what", ["begin_shard", "RowFile"])
 def test_no_room_for_a_new_file_is_a_full_disk_too(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """A folder or a file can be the first thing that finds no place; the lease is given back."""
-    place: Any = publish if what == "begin" else zarr_store
-    calls, original = [], getattr(place, what)
+    """A folder or a file can be the first thing that finds no room; the lease is given back."""
+    owner: Any = commit if what == "begin_shard" else zarr_store
+    calls, original = [], getattr(owner, what)
 
     def full(*args: Any) -> Any:
         calls.append(1)
-        if len(calls) == (2 if what == "begin" else 30):
+        if len(calls) == (2 if what == "begin_shard" else 30):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(place, what, full)
+        patched.setattr(owner, what, full)
         with pytest.raises(UserError, match=r"No space left.* 1 of 3 shards are complete"):
             extract.run(make_plan(pictures), tmp_path / "c", batch_size=4)
     left = files_below(tmp_path / "c")
@@ -448,7 +447,7 @@ def test_a_disk_that_is_really_full(
     # room for one shard and a half: files take whole pages
     filler.write_bytes(bytes(free - 220_000))
     with monkeypatch.context() as patched:
-        patched.setattr(target_folder, "_check_space", lambda *_: None)
+        patched.setattr(target_folder, "check_space", lambda *_: None)
         with pytest.raises(UserError, match=r"No space left.*of 3 shards are complete and kept"):
             extract.run(made, small_disk / "c", batch_size=4)
     assert not list((small_disk / "c/shards").glob("*.tmp"))

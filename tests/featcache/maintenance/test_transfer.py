@@ -375,7 +375,7 @@ STOPS = [
     ("rows", "storage.commit._publish_record", 1),
     ("convert", "storage.row_file:RowFile.append", 9),
     ("convert", "storage.commit.publish", 3),
-    ("convert", "maintenance.transfer._report_quarantine", 1),
+    ("convert", "extraction.target_folder.write_quarantine", 1),
 ]
 
 
@@ -620,7 +620,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
     for work in WORK.values():
-        with pytest.raises(UserError, match=r"0\.1 GB more are needed, 0\.0 GB are free"):
+        with pytest.raises(UserError, match=r"needs 0\.1 GB more, 0\.0 GB are free"):
             work(plain, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
