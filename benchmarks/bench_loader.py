@@ -42,7 +42,7 @@ from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
 from featcache.reading import join
 from featcache.reading.cache import Cache
-from featcache.views.pixel_path import open_through
+from featcache.views.pixel_path import open_with_decoder
 from featcache.views.policy import AREA, Policy
 from student.data.loader import AHEAD, Loader
 from student.recipes import TargetSpec
@@ -113,7 +113,7 @@ def make_betons(
 
     path = folder / "all.beton"
     pack_beton.pack(source, path, seed=0)
-    compiled = open_through(path, "ffcv")
+    compiled = open_with_decoder(path, "ffcv")
     extract(compiled, folder / "compiled", shape, AREA)
     return {
         "ours, beton": (open_source(path), folder / "cache"),

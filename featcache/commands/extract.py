@@ -1,4 +1,4 @@
-"""`featcache extract`: the teacher, once."""
+"""`featcache extract` runs a teacher once over the views of pictures, and stores its targets."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from click.core import ParameterSource
 
 from featcache.catalog import home
 from featcache.console import extract_report
-from featcache.console import text as show
-from featcache.console.params import FloatPair, require_images
+from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
+from featcache.console.params import FloatPair
 from featcache.console.progress_bar import ProgressBar, WaitingNote
+from featcache.console.text import print_facts
 from featcache.errors import UsageError, UserError
 from featcache.pictures.open_source import open_source
-from featcache.reading.cache import Cache
 from featcache.storage import manifest
 from featcache.storage.store import STORES
 from featcache.views import pixel_path
-from featcache.views.policy import AREA, POLICIES, Policy, load_policy
+from featcache.views.policy import POLICIES
 
 if TYPE_CHECKING:
     from featcache.extraction.plan import ExtractJob, Plan
-    from featcache.models.contract import Teacher
+    from featcache.extraction.progress import ExtractProgress
 
 
 @click.command(
@@ -194,158 +194,100 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Stop at the first picture that cannot be used.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def command(
-    names: tuple[str, ...],
-    images_spec: str | None,
-    out: Path | None,
-    view_count: int,
-    levels: tuple[str, ...],
-    policy_name: str,
-    order: str,
-    codec: str,
-    store_name: str,
-    tokens: str,
-    keep: str | None,
-    pixels: str | None,
-    decoder: str,
-    weights: tuple[str, ...],
-    precision: str,
-    compiled: bool,
-    labelled: str | None,
-    rows_per_shard: int,
-    batch_size: int,
-    workers: int,
-    device: str | None,
-    devices: str | None,
-    share: str | None,
-    add: bool,
-    strict: bool,
-    dry_run: bool,
-    as_json: bool,
-    **policy_options: Any,
-) -> None:
+def command(**given: Any) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same
     command continues."""
-    from featcache.extraction import launcher, options
-    from featcache.extraction import plan as plans
-    from featcache.extraction.options import parse_keep
-    from featcache.models import precision as running
+    from featcache.models.precision import keep_freed_memory
+
+    options = ExtractOptions(**given)
+    check_names(options)
+    keep_freed_memory()
+    plans, inputs = build_plans(options)
+    _note_random_weights(plans)
+    if options.labelled is not None:
+        _check_teachers(plans, options.labelled, inputs, options.batch_size)
+    jobs = _plan_jobs(plans, options)
+    if jobs:
+        _carry_out(jobs, options, inputs.devices)
+    else:
+        text = f"{options.out}: has all of this already; nothing to add"
+        facts = {"cache": str(options.out), "new_pictures": 0, "complete": True}
+        print_facts(facts, options.as_json, text)
+
+
+def _note_random_weights(plans: list[Plan]) -> None:
     from featcache.models.weights import is_random
-    from featcache.runtime.device import pick_device
-    from featcache.views import pixel_path
 
-    _check_names(names, order, codec)
-    running.keep_freed_memory()
-    level_of, weights_of = (
-        options.per_teacher("--levels", levels, names),
-        options.weights_per_teacher(weights, names),
-    )
-    renamed = {"filter_name": "filter"}
-    changes = {
-        renamed.get(key, key): value for key, value in policy_options.items() if value is not None
-    }
-    if decoder == "ffcv":
-        changes.setdefault("filter", AREA)
-    policy = load_policy(policy_name, **changes)
-    source = pixel_path.open_with_decoder(require_images(images_spec), decoder)
-    pixel_path.check_filter(pixel_path.pixel_path(source), policy.filter)
-    if device and devices:
-        raise UsageError(
-            f"--device {device} and --devices {devices}: one of them is allowed; leave one out"
-        )
-    each_device = launcher.parse_devices(devices) if devices else []
-    device = each_device[0] if each_device else pick_device(device)
-
-    def plan(name: str) -> Plan:
-        teacher = options.load_teacher(name, weights_of[name], device, precision, compiled)
-        return plans.Plan(
-            source=source,
-            teacher=teacher,
-            policy=policy,
-            views=view_count,
-            levels=options.levels_of_teacher(level_of[name], teacher),
-            order=order,
-            codec=codec,
-            store=store_name,
-            rows_per_shard=rows_per_shard,
-            tokens=tokens,
-            keep=parse_keep(keep, teacher.patches),
-            pixels=pixels is not None,
-        )
-
-    asked = [plan(name) for name in names]
-    for each in asked:
-        if is_random(given := each.teacher.weights):
+    for plan in plans:
+        if is_random(given := plan.teacher.weights):
             click.echo(
                 f"note: {given} - these weights are drawn, not trained; the features carry no "
                 "meaning",
                 err=True,
             )
-    if labelled is not None:
-        for each in asked:
-            _check_teacher(each.teacher, labelled, policy, batch_size)
-    jobs = _jobs(asked, out, add)
-    if not jobs:
-        text = f"{out}: has all of this already; nothing to add"
-        show.print_facts({"cache": str(out), "new_pictures": 0, "complete": True}, as_json, text)
-        return
-    own = _share(share)
-    shards = jobs[0].plan.shards[own[0] :: own[1]]
-    summary = extract_report.summary(jobs, out, shards) | {"added": add, "share": share}
-    if dry_run:
-        summary |= extract_report.remaining_facts(jobs, shards)
-        show.print_facts(summary, as_json, extract_report.dry_run_text(summary, jobs[0].out))
-        return
-    batch_size = _batch_size(jobs[0].out, batch_size)
-    with launcher.worker_processes(each_device[1:]):
-        summary.update(_extract(jobs, batch_size, workers, strict, own))
-    noted = {**summary, "cache": os.path.abspath(summary["cache"])}  # noqa: PTH100 (the ledger is read elsewhere)
-    home.log_run(command="extract", batch_size=batch_size, workers=workers, device=device, **noted)
-    show.print_facts(summary, as_json, extract_report.summary_text(summary))
 
 
-def _check_names(names: tuple[str, ...], order: str, codec: str) -> None:
-    """Unknown names are told before anything is read."""
-    from featcache import teachers
-    from featcache.models.spec import split_spec
-    from featcache.targets import codecs
-    from featcache.targets.attention import ORDERS
-
-    if not names:
-        raise UsageError(
-            f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME"
-        )
-    for option, value, known in (("--order", order, ORDERS), ("--codec", codec, codecs.CODECS)):
-        if value not in known:
-            raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
-    for name in names:
-        teachers.family(split_spec(name)[0])
-
-
-def _check_teacher(teacher: Teacher, labelled: str, policy: Policy, batch_size: int) -> None:
-    """A score before hours are spent; at chance level it is a UserError."""
+def _check_teachers(plans: list[Plan], labelled: str, inputs: Inputs, batch_size: int) -> None:
+    """Print a score before hours are spent; at chance level it is a UserError."""
     from featcache.extraction import teacher_check
 
-    found = teacher_check.check(teacher, open_source(labelled), policy, batch_size)
-    click.echo(found.text, err=True)
-    found.refuse()
+    for plan in plans:
+        found = teacher_check.check(plan.teacher, open_source(labelled), inputs.policy, batch_size)
+        click.echo(found.text, err=True)
+        found.refuse()
 
 
-def _jobs(asked: list[Plan], out: Path | None, add: bool) -> list[ExtractJob]:
-    """What is to be extracted, and into which folders; nothing where there is nothing to add."""
+def _plan_jobs(plans: list[Plan], options: ExtractOptions) -> list[ExtractJob]:
+    """Return what is to be extracted and the folders it goes to; nothing where there is nothing to
+    add."""
     from featcache.extraction import extend
     from featcache.extraction.options import file_name
 
-    if add and out is None:
+    if options.add and options.out is None:
         raise UsageError("--add adds to a cache: name it with --out CACHE")
-    first = asked[0]
-    place = out or home.home() / f"{file_name(first.teacher.name)}-{first.manifest()['id'][:8]}"
-    return extend.plan_jobs(asked, place, add=add)
+    name = f"{file_name(plans[0].teacher.name)}-{plans[0].manifest()['id'][:8]}"
+    return extend.plan_jobs(plans, options.out or home.home() / name, add=options.add)
+
+
+def _carry_out(jobs: list[ExtractJob], options: ExtractOptions, devices: list[str]) -> None:
+    """Preview the extraction with --dry-run; else run it and report what is there now."""
+    from featcache.extraction.options import parse_share
+
+    share = parse_share(options.share)
+    shards = jobs[0].plan.shards[share[0] :: share[1]]
+    summary = extract_report.summary(jobs, options.out, shards)
+    summary |= {"added": options.add, "share": options.share}
+    if options.dry_run:
+        summary |= extract_report.remaining_facts(jobs, shards)
+        text = extract_report.dry_run_text(summary, jobs[0].out)
+    else:
+        summary |= _run(jobs, options, share, devices, summary)
+        text = extract_report.summary_text(summary)
+    print_facts(summary, options.as_json, text)
+
+
+def _run(
+    jobs: list[ExtractJob],
+    options: ExtractOptions,
+    share: tuple[int, int],
+    devices: list[str],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """Extract on every device, and note it in the ledger; returns what is known afterwards."""
+    from featcache.extraction import launcher
+
+    batch_size = _batch_size(jobs[0].out, options.batch_size)
+    with launcher.worker_processes(devices[1:]):
+        found = _extract(jobs, batch_size, options, share)
+    noted = {**summary, **found, "batch_size": batch_size, "workers": options.workers}
+    noted["cache"] = os.path.abspath(summary["cache"])  # noqa: PTH100 (the ledger is read elsewhere)
+    home.log_run(command="extract", device=devices[0], **noted)
+    return found
 
 
 def _batch_size(out: Path, asked: int) -> int:
-    """What was begun goes on in batches of the size it was begun with, since a real network gives
-    other bits at another; who asks for another size gets it, and is told."""
+    """Return the size that a cache was begun with, since a real network gives other bits at
+    another; who asks for another size gets it, and is told."""
     size = (
         manifest.read(out)["provenance"]["batch_size"] if (out / manifest.NAME).is_file() else asked
     )
@@ -360,40 +302,19 @@ def _batch_size(out: Path, asked: int) -> int:
     return asked
 
 
-def _share(text: str | None) -> tuple[int, int]:
-    """'2/8' -> (2, 8).
-
-    >>> _share("2/8"), _share(None)
-    ((2, 8), (0, 1))
-    """
-    if text is None:
-        return 0, 1
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UsageError(
-            f"--shard {text!r}: I/N with I from 0 to N - 1 is needed, such as "
-            "$SLURM_ARRAY_TASK_ID/8"
-        )
-    return int(index), int(count)
-
-
 def _extract(
-    jobs: list[ExtractJob], batch_size: int, workers: int, strict: bool, share: tuple[int, int]
+    jobs: list[ExtractJob], batch_size: int, options: ExtractOptions, share: tuple[int, int]
 ) -> dict[str, Any]:
     from featcache.extraction import extract
-    from featcache.extraction.progress import ExtractProgress
 
     bar = ProgressBar("extract", "pictures")
-    progress = ExtractProgress()
-    progress.report = lambda now: bar(now.pictures, now.total)
-    bar.text = lambda done, total: extract_report.rate_text(progress)
-    progress.waiting = WaitingNote()
+    progress = _shown_progress(bar)
     try:
         extract.run_jobs(
             jobs,
             batch_size=batch_size,
-            workers=workers,
-            strict=strict,
+            workers=options.workers,
+            strict=options.strict,
             progress=progress,
             share=share,
         )
@@ -401,12 +322,12 @@ def _extract(
         raise UserError(extract_report.stopped_text(jobs)) from None
     finally:
         bar.close()
-    with Cache(jobs[0].out) as cache:
-        return {
-            "rows": len(cache),
-            "complete": not any(extract_report.unfinished_shards(job) for job in jobs),
-            "new_pictures": progress.pictures,
-            "quarantined": cache.quarantined,
-            "pictures_per_s": round(progress.rate, 2),
-            "slowest": progress.slowest,
-        }
+    return extract_report.result(jobs, progress)
+
+
+def _shown_progress(bar: ProgressBar) -> ExtractProgress:
+    from featcache.extraction.progress import ExtractProgress
+
+    progress = ExtractProgress(lambda now: bar(now.pictures, now.total), WaitingNote())
+    bar.text = lambda done, total: extract_report.rate_text(progress)
+    return progress

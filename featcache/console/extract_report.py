@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.console import text
 from featcache.console.progress_bar import eta
+from featcache.reading.cache import Cache
 from featcache.storage import manifest
 from featcache.storage.store import record_path
 
@@ -66,6 +67,19 @@ def remaining_facts(jobs: list[ExtractJob], shards: list[dict[str, Any]]) -> dic
     )
     new = {"new_shards": max(map(len, left)), "new_pictures": max(rows), "new_bytes": new_bytes}
     return {"shards": len(shards), "complete": not any(left), **new}
+
+
+def result(jobs: list[ExtractJob], progress: ExtractProgress) -> dict[str, Any]:
+    """Return what is known after the work."""
+    with Cache(jobs[0].out) as cache:
+        return {
+            "rows": len(cache),
+            "complete": not any(unfinished_shards(job) for job in jobs),
+            "new_pictures": progress.pictures,
+            "quarantined": cache.quarantined,
+            "pictures_per_s": round(progress.rate, 2),
+            "slowest": progress.slowest,
+        }
 
 
 def dry_run_text(facts: dict[str, Any], folder: Path) -> str:

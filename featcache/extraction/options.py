@@ -92,6 +92,23 @@ def parse_levels(text: str, depth: int) -> tuple[int, ...]:
     )
 
 
+def parse_share(text: str | None) -> tuple[int, int]:
+    """'2/8' -> (2, 8).
+
+    >>> parse_share("2/8"), parse_share(None)
+    ((2, 8), (0, 1))
+    """
+    if text is None:
+        return 0, 1
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(
+            f"--shard {text!r}: I/N with I from 0 to N - 1 is needed, such as "
+            "$SLURM_ARRAY_TASK_ID/8"
+        )
+    return int(index), int(count)
+
+
 def file_name(text: str) -> str:
     """A teacher's name as a file name: letters, digits, dot and dash."""
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)[:80]

@@ -1,0 +1,152 @@
+"""The options of `featcache extract` become plans: pictures, views, teachers and layout.
+
+Libraries are imported where they are used, so that `--help` needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from featcache.console.params import require_images
+from featcache.errors import UsageError
+from featcache.views import pixel_path
+from featcache.views.policy import AREA, Policy, load_policy
+
+if TYPE_CHECKING:
+    from featcache.extraction.plan import Plan
+    from featcache.pictures.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """The options of one call; each field is named as click names its parameter."""
+
+    names: tuple[str, ...]
+    images_spec: str | None
+    out: Path | None
+    view_count: int
+    levels: tuple[str, ...]
+    policy_name: str
+    size: int | None
+    scale: tuple[float, float] | None
+    ratio: tuple[float, float] | None
+    filter_name: str | None
+    flip: float | None
+    jitter: float | None
+    seed: int | None
+    order: str
+    codec: str
+    store_name: str
+    tokens: str
+    keep: str | None
+    pixels: str | None
+    decoder: str
+    weights: tuple[str, ...]
+    precision: str
+    compiled: bool
+    labelled: str | None
+    rows_per_shard: int
+    batch_size: int
+    workers: int
+    device: str | None
+    devices: str | None
+    share: str | None
+    add: bool
+    strict: bool
+    dry_run: bool
+    as_json: bool
+
+    @property
+    def policy_changes(self) -> dict[str, Any]:
+        """The fields of the policy that were given; FFCV resizes by area."""
+        names = ("size", "scale", "ratio", "flip", "jitter", "seed")
+        fields = {**{name: getattr(self, name) for name in names}, "filter": self.filter_name}
+        if self.decoder == "ffcv" and self.filter_name is None:
+            fields["filter"] = AREA
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class Inputs(NamedTuple):
+    """The pictures, how views are drawn of them, and the devices that teachers run on."""
+
+    source: Source
+    policy: Policy
+    devices: list[str]
+
+
+def check_names(options: ExtractOptions) -> None:
+    """Raise UsageError for unknown names, before anything is read."""
+    from featcache import teachers
+    from featcache.models.spec import split_spec
+    from featcache.targets import codecs
+    from featcache.targets.attention import ORDERS
+
+    if not options.names:
+        raise UsageError(
+            f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME"
+        )
+    given = (("--order", options.order, ORDERS), ("--codec", options.codec, codecs.CODECS))
+    for option, value, known in given:
+        if value not in known:
+            raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
+    for name in options.names:
+        teachers.family(split_spec(name)[0])
+
+
+def open_inputs(options: ExtractOptions) -> Inputs:
+    """Open the pictures, and check policy and devices against them and this machine."""
+    policy = load_policy(options.policy_name, **options.policy_changes)
+    source = pixel_path.open_with_decoder(require_images(options.images_spec), options.decoder)
+    pixel_path.check_filter(pixel_path.pixel_path(source), policy.filter)
+    return Inputs(source, policy, _devices(options))
+
+
+def _devices(options: ExtractOptions) -> list[str]:
+    from featcache.extraction import launcher
+    from featcache.runtime.device import pick_device
+
+    if options.device and options.devices:
+        raise UsageError(
+            f"--device {options.device} and --devices {options.devices}: one of them is allowed; "
+            "leave one out"
+        )
+    if options.devices:
+        return launcher.parse_devices(options.devices)
+    return [pick_device(options.device)]
+
+
+def build_plans(options: ExtractOptions) -> tuple[list[Plan], Inputs]:
+    """Load each teacher and join it with what is to be stored of it."""
+    from featcache.extraction.options import per_teacher, weights_per_teacher
+
+    levels = per_teacher("--levels", options.levels, options.names)
+    weights = weights_per_teacher(options.weights, options.names)
+    inputs = open_inputs(options)
+    plans = [_plan(options, inputs, name, levels[name], weights[name]) for name in options.names]
+    return plans, inputs
+
+
+def _plan(
+    options: ExtractOptions, inputs: Inputs, name: str, levels: str | None, weights: str | None
+) -> Plan:
+    from featcache.extraction.options import levels_of_teacher, load_teacher, parse_keep
+    from featcache.extraction.plan import Plan
+
+    device = inputs.devices[0]
+    teacher = load_teacher(name, weights, device, options.precision, options.compiled)
+    return Plan(
+        source=inputs.source,
+        teacher=teacher,
+        policy=inputs.policy,
+        views=options.view_count,
+        levels=levels_of_teacher(levels, teacher),
+        order=options.order,
+        codec=options.codec,
+        store=options.store_name,
+        rows_per_shard=options.rows_per_shard,
+        tokens=options.tokens,
+        keep=parse_keep(options.keep, teacher.patches),
+        pixels=options.pixels is not None,
+    )
