@@ -19,10 +19,10 @@ from featcache.targets import levels as target_levels
 
 @torch.no_grad()
 def run_teacher(teacher: Teacher, pixels: Tensor, levels: Sequence[int]) -> tuple[Tensor, ...]:
-    """uint8 (B, 3, S, S) -> y_k (B, T, D) of each level, then attention (B, P); of a tokenizer its
-    ids (B, P)."""
+    """Run a teacher: uint8 (B, 3, S, S) -> y_k (B, T, D) of each level, then attention (B, P); of a
+    tokenizer its ids (B, P)."""
     with precision.autocast_for(teacher):
-        if isinstance(teacher, tokenizer.Tokenizer):
+        if isinstance(teacher, tokenizer.TokenizerTeacher):
             return (teacher.ids(pixels),)
         ys, attention = teacher(pixels, levels)
     return (*ys, attention)
@@ -30,7 +30,7 @@ def run_teacher(teacher: Teacher, pixels: Tensor, levels: Sequence[int]) -> tupl
 
 @torch.no_grad()
 def encode_outputs(plan: Plan, answer: tuple[Tensor, ...], count: int) -> dict[str, Tensor]:
-    """What is needed on the host of the first `count` of an answer."""
+    """Encode what the host needs of the first `count` views of a teacher's outputs."""
     if plan.is_tokenizer:
         return {tokenizer.FIELD: answer[0][:count]}
     *ys, attention = answer
@@ -38,8 +38,8 @@ def encode_outputs(plan: Plan, answer: tuple[Tensor, ...], count: int) -> dict[s
 
 
 def encode_levels(ys: Sequence[Tensor], codec: str, count: int) -> dict[str, Tensor]:
-    """y_k (B, T, D) -> the codec's arrays and `feature_stats` (n, L, T, ...); of h its range (L, 2)
-    and mean norms (n, L); whether all is `finite` (n, L)."""
+    """Encode levels: y_k (B, T, D) -> the codec's arrays and `feature_stats` (n, L, T, ...); of h
+    its range (L, 2) and mean norms (n, L); whether all is `finite` (n, L)."""
     coded, stats, ranges, norms = [], [], [], []
     for y in ys:
         h, stat = target_levels.normalise(y[:count])
@@ -61,9 +61,9 @@ def encode_levels(ys: Sequence[Tensor], codec: str, count: int) -> dict[str, Ten
 def compute_targets(
     teacher: Teacher, pixels: Tensor, levels: Sequence[int], codec: str, count: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
-    """uint8 (B, 3, S, S) -> the codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention
-    (n, P), facts on h, all where the teacher is: what an extraction stores of pixels, for those who
-    compare."""
+    """Compute what an extraction stores of pixels, for those who compare: uint8 (B, 3, S, S) -> the
+    codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention (n, P), facts on h, all where
+    the teacher is."""
     *ys, attention = run_teacher(teacher, pixels, levels)
     with torch.no_grad():
         rest = encode_levels(ys, codec, count)
@@ -74,8 +74,8 @@ def compute_targets(
 def rank_tokens(
     values: npt.NDArray[Any], order: npt.NDArray[np.unsignedinteger], count: int
 ) -> npt.NDArray[Any]:
-    """(n, L, 1 + P, ...) in image order -> (n, L, count, ...): [CLS], then patches as `order` (n,
-    P) ranks them."""
+    """Rank tokens: (n, L, 1 + P, ...) in image order -> (n, L, count, ...): [CLS], then patches as
+    `order` (n, P) ranks them."""
     out = np.empty((*values.shape[:2], count, *values.shape[3:]), values.dtype)
     for item, ranks, target in zip(values, order, out, strict=True):
         target[:, 0] = item[:, 0]

@@ -1,4 +1,4 @@
-"""Several teachers in one command: an option given for each, and the teachers themselves.
+"""Options of an extraction are parsed, for each of several teachers, and teachers are loaded.
 
     --teacher clip-b16 --teacher dino-b16 --levels last:5 --levels dino-b16=-1
     --weights dino-b16=dino.safetensors
@@ -24,7 +24,7 @@ DEFAULT_LEVELS = "last:5"
 
 
 def per_teacher(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
-    """Each teacher's value of an option, None where nothing was given for it.
+    """Return each teacher's value of an option, None where nothing was given for it.
 
     >>> per_teacher("--levels", ["last:5", "dino-b16=-1"], ["clip-b16", "dino-b16"])
     {'clip-b16': 'last:5', 'dino-b16': '-1'}
@@ -44,8 +44,8 @@ def per_teacher(option: str, values: Sequence[str], names: Sequence[str]) -> dic
 
 
 def weights_per_teacher(values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
-    """The same of `--weights`: a file or a tag is one teacher's, only random:SEED can be meant for
-    several."""
+    """Do the same for `--weights`: a file or a tag is one teacher's, only random:SEED can be meant
+    for several."""
     found = per_teacher("--weights", values, names)
     for value in values if len(names) > 1 else ():
         if not is_random(value) and not any(value.startswith(f"{name}=") for name in names):
@@ -57,8 +57,9 @@ def weights_per_teacher(values: Sequence[str], names: Sequence[str]) -> dict[str
 
 
 def levels_of_teacher(text: str | None, teacher: Teacher) -> tuple[int, ...]:
-    """Block numbers of a teacher, `last:5` where nothing was said; a tokenizer has one level."""
-    if isinstance(teacher, tokenizer.Tokenizer):
+    """Return block numbers of a teacher, `last:5` where nothing was said; a tokenizer has one
+    level."""
+    if isinstance(teacher, tokenizer.TokenizerTeacher):
         return tokenizer.LEVELS
     return parse_levels(text or DEFAULT_LEVELS, teacher.depth)
 
@@ -70,7 +71,7 @@ def load_teacher(
 
 
 def parse_levels(text: str, depth: int) -> tuple[int, ...]:
-    """'last:5', '8,10,12', '-1,-3' (counted from the end) or 'all' -> 1-based block numbers,
+    """Parse 'last:5', '8,10,12', '-1,-3' (counted from the end) or 'all' -> 1-based block numbers,
     ascending.
 
     >>> parse_levels("last:3", 12), parse_levels("8,12,10", 12), parse_levels("-1,-3", 12)
@@ -93,7 +94,7 @@ def parse_levels(text: str, depth: int) -> tuple[int, ...]:
 
 
 def parse_share(text: str | None) -> tuple[int, int]:
-    """'2/8' -> (2, 8).
+    """Parse '2/8' -> (2, 8), a share of the shards.
 
     >>> parse_share("2/8"), parse_share(None)
     ((2, 8), (0, 1))
@@ -110,12 +111,12 @@ def parse_share(text: str | None) -> tuple[int, int]:
 
 
 def file_name(text: str) -> str:
-    """A teacher's name as a file name: letters, digits, dot and dash."""
+    """Return a teacher's name as a file name: letters, digits, dot and dash."""
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)[:80]
 
 
 def parse_keep(text: str | None, patches: int) -> int | None:
-    """'58' patches, or '0.3' of them, rounded up; None keeps all.
+    """Parse '58' patches, or '0.3' of them, rounded up; None keeps all.
 
     >>> parse_keep("58", 196), parse_keep("0.3", 196), parse_keep(None, 196)
     (58, 59, None)

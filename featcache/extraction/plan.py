@@ -1,7 +1,7 @@
-"""What an extraction will write, decided before anything is read.
+"""A plan decides what an extraction will write, before anything is read.
 
-A `Plan` joins pictures, teacher, views and layout; its manifest is the cache's identity. `prepare`
-makes the folder, or checks that the cache that is there is the same one.
+A `Plan` joins pictures, teacher, views and layout; its manifest is the cache's identity.
+`target_folder` makes the folder, or checks that the cache that is there is the same one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOKENS = ("raster", "ranked")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything a cache's content depends on."""
+    """Hold everything that a cache's content depends on."""
 
     source: Source
     teacher: Teacher
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def is_tokenizer(self) -> bool:
-        return isinstance(self.teacher, tokenizer.Tokenizer)
+        return isinstance(self.teacher, tokenizer.TokenizerTeacher)
 
     @property
     def input_px(self) -> int:
@@ -81,16 +81,16 @@ class Plan:
 
     @property
     def filter(self) -> str:
-        """By which crops are resized for the teacher: the policy's, a tokenizer's own."""
+        """Return the filter that resizes crops for the teacher: the policy's, a tokenizer's own."""
         return (
             self.teacher.filter
-            if isinstance(self.teacher, tokenizer.Tokenizer)
+            if isinstance(self.teacher, tokenizer.TokenizerTeacher)
             else self.policy.filter
         )
 
     @property
     def stored_tokens(self) -> int:
-        """[CLS] and the patches that are stored of each."""
+        """Count [CLS] and the patches that are stored of each view."""
         return 1 + (self.teacher.patches if self.keep is None else self.keep)
 
     @property
@@ -99,7 +99,8 @@ class Plan:
 
     @property
     def shards(self) -> list[dict[str, Any]]:
-        """Ranges of the source, fixed before anything is read: `first` picture and `count`."""
+        """Return ranges of the source, fixed before anything is read: `first` picture and
+        `count`."""
         n, step = len(self.source), self.rows_per_shard
         return [
             {"name": f"{i:06d}", "first": first, "count": min(step, n - first)}
@@ -147,30 +148,27 @@ class Plan:
 
     @property
     def view_bytes(self) -> int:
-        """Bytes of the arrays that are stored for each view."""
+        """Sum the bytes of the arrays that are stored for each view."""
         return sum(array.item_bytes for array in self.arrays if array.per_view)
 
     @cached_property
     def _weight_hash(self) -> str:
-        """Once: of ViT-L/14 it takes seconds, and an extraction asks for its manifest several
+        """Hash once: for ViT-L/14 it takes seconds, and an extraction asks for its manifest several
         times."""
         return weights.weight_hash(self.teacher)
 
     def manifest(self) -> dict[str, Any]:
-        teacher, run = self.teacher, precision.execution_config(self.teacher)
-        identity = {
-            "teacher": {
-                "name": teacher.name,
-                "weight_hash": self._weight_hash,
-                "input_px": teacher.input_px,
-                "pixel_mean": list(teacher.pixel_mean),
-                "pixel_std": list(teacher.pixel_std),
-                "patches": teacher.patches,
-                "width": teacher.width,
-                "depth": teacher.depth,
-                **({} if run.precision == "fp32" else {"precision": run.precision}),
-                **({"filter": self.filter} if self.is_tokenizer else {}),
-            },
+        """Make the manifest of the cache; its id is the digest of the identity alone."""
+        arrays = {array.name: array.as_dict() for array in self.arrays}
+        return manifest.make(
+            self._identity(), self._provenance(), arrays, self.shards, self.side_files()
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """Return all that the stored numbers depend on. An option that is not used leaves no trace,
+        so that one that comes later changes no ids."""
+        return {
+            "teacher": self._teacher_facts(),
             "levels": list(self.levels),
             "eps": target_levels.EPS,
             "order": self.order,
@@ -189,14 +187,30 @@ class Plan:
             "rows_per_shard": self.rows_per_shard,
             "store": self.store,
         }
-        provenance = {
-            "weights": teacher.weights,
-            **({"compiled": True} if run.compiled else {}),
+
+    def _teacher_facts(self) -> dict[str, Any]:
+        teacher, run = self.teacher, precision.execution_config(self.teacher)
+        return {
+            "name": teacher.name,
+            "weight_hash": self._weight_hash,
+            "input_px": teacher.input_px,
+            "pixel_mean": list(teacher.pixel_mean),
+            "pixel_std": list(teacher.pixel_std),
+            "patches": teacher.patches,
+            "width": teacher.width,
+            "depth": teacher.depth,
+            **({} if run.precision == "fp32" else {"precision": run.precision}),
+            **({"filter": self.filter} if self.is_tokenizer else {}),
+        }
+
+    def _provenance(self) -> dict[str, Any]:
+        compiled = precision.execution_config(self.teacher).compiled
+        return {
+            "weights": self.teacher.weights,
+            **({"compiled": True} if compiled else {}),
             "source": os.path.abspath(self.source.spec),  # noqa: PTH100 (a pattern, not always a path)
             "versions": self._versions(),
         }
-        arrays = {array.name: array.as_dict() for array in self.arrays}
-        return manifest.make(identity, provenance, arrays, self.shards, self.side_files())
 
     def _versions(self) -> dict[str, str]:
         ffcv = (
@@ -212,12 +226,12 @@ class Plan:
         }
 
     def side_files(self) -> dict[str, bytes]:
-        """Files beside the manifest: the teacher's tail."""
+        """Return the files beside the manifest: the teacher's tail."""
         return {f"{file_name(self.teacher.name)}.safetensors": save(self.teacher.tail())}
 
 
 class ExtractJob(NamedTuple):
-    """A plan and the folder it goes to."""
+    """Pair a plan with the folder it goes to."""
 
     plan: Plan
     out: Path

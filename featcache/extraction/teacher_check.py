@@ -79,7 +79,7 @@ class Score:
 
 def check(teacher: Teacher, source: Source, policy: Policy, batch_size: int) -> Score:
     """Score a teacher on labelled pictures: class folders, or tars with .cls members."""
-    if isinstance(teacher, tokenizer.Tokenizer):
+    if isinstance(teacher, tokenizer.TokenizerTeacher):
         raise UsageError(
             f"--check-teacher: {teacher.name!r} gives discrete tokens, not features; leave it out"
         )

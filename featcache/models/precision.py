@@ -24,6 +24,7 @@ from torch import nn
 
 from featcache.errors import UsageError, near
 from featcache.models.contract import Teacher
+from featcache.models.tokenizer import network_of
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", "tf32", *_AUTOCAST)
@@ -64,7 +65,7 @@ def configure(teacher: Teacher, precision: str = "fp32", compiled: bool = False)
             f"--precision tf32: {device} has no TF32 units; CUDA devices of compute capability 8.0 "
             "or more have them: give --precision fp32"
         )
-    if precision != "fp32" and not isinstance(teacher, nn.Module):
+    if precision != "fp32" and not isinstance(network_of(teacher), nn.Module):
         raise UsageError(
             f"--precision {precision}: teacher {teacher.name!r} is no network; only fp32 is allowed"
         )
@@ -81,9 +82,10 @@ def configure_like(teacher: Teacher, identity: Mapping[str, Any]) -> Teacher:
 
 def _compile(teacher: Teacher) -> None:
     """Compile in place, so that names, weights and their hash stay as they are."""
-    if not isinstance(teacher, nn.Module):
+    network = network_of(teacher)
+    if not isinstance(network, nn.Module):
         raise UsageError(f"--compile: teacher {teacher.name!r} is no network; leave it out")
-    teacher.compile()
+    network.compile()
 
 
 def keep_freed_memory() -> None:
@@ -102,8 +104,9 @@ def keep_freed_memory() -> None:
 def device_of(teacher: Teacher) -> torch.device:
     """Return the device of a teacher's weights; asked at every batch, and the state_dict of a
     network costs a millisecond."""
-    if isinstance(teacher, nn.Module):
-        return next(chain(teacher.parameters(), teacher.buffers())).device
+    network = network_of(teacher)
+    if isinstance(network, nn.Module):
+        return next(chain(network.parameters(), network.buffers())).device
     return next(iter(teacher.state_dict().values())).device
 
 

@@ -1,45 +1,70 @@
-"""Discrete tokens: a tokenizer in place of a teacher (CAE's DALL-E encoder, METHODS 4.2), added to
-a cache of features.
+"""A tokenizer takes a teacher's place in an extraction (CAE's DALL-E encoder, METHODS 4.2): its
+token ids are added to a cache of features.
 
     featcache extract --add --teacher dvae --weights FILE --images SRC --out CACHE
 
-What runs in place of a teacher has `ids` and `filter`; all else is as for a teacher: name, weights,
-input_px, patches, width (the vocabulary's size), depth 1, pixel_mean, pixel_std, an empty `tail`.
-`as_teacher` makes it of what a family of tokenizers loads. Its part of the cache has one array,
-`token_ids`, read as `NAME/token_ids`. Crops are the cache's own, rendered from the stored boxes at
-the tokenizer's size with the tokenizer's filter.
+`TokenizerTeacher` makes a teacher of what a family of tokenizers loads. Its part of the cache has
+one array, `token_ids`, read as `NAME/token_ids`. Crops are the cache's own, rendered from the
+stored boxes at the tokenizer's size with the tokenizer's filter.
 
 B batch, S = input_px, P patches.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
+
+from featcache.models.contract import Tokenizer
 
 FIELD = "token_ids"
 LEVELS = (1,)  # its only block, as the manifest has it
 LARGEST = 2**16
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What a tokenizer has beside a teacher's facts."""
+class TokenizerTeacher:
+    """Wrap a tokenizer with the facts that an extraction asks of a teacher.
 
-    filter: str  # by which a crop is resized for it, such as `lanczos`
+    The width is the vocabulary's size. There is one level, no tail, and pixels go in as they are,
+    since a tokenizer maps them itself.
+    """
+
+    depth = 1
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.name, self.weights = tokenizer.name, tokenizer.weights
+        self.input_px, self.patches = tokenizer.input_px, tokenizer.patches
+        self.width, self.filter = tokenizer.vocabulary, tokenizer.pixel_filter
+        self.pixel_mean, self.pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        self.code: str = getattr(tokenizer, "code", "")  # of a user's own file, for its hash
 
     def ids(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, S, S) -> (B, P) whole numbers from 0 to width - 1, patches in raster
         order."""
-        ...
+        return self.tokenizer(images)
+
+    def __call__(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        raise TypeError(f"tokenizer {self.name!r} gives token ids and no levels")
+
+    def tail(self) -> dict[str, npt.NDArray[np.float32]]:
+        return {}
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return self.tokenizer.state_dict()
+
+    def to(self, device: str) -> TokenizerTeacher:
+        self.tokenizer.to(device)
+        return self
 
 
-def as_teacher(network: Any) -> Any:
-    """A family's tokenizer (`teachers.Tokenizer`), with what the extraction asks of a teacher; the
-    same object."""
-    network.ids, network.tail = lambda images: network(images), dict
-    network.filter, network.width, network.depth = network.pixel_filter, network.vocabulary, 1
-    # it maps pixels itself
-    network.pixel_mean, network.pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return network
+def network_of(teacher: Any) -> Any:
+    """Return what computes: the tokenizer of a `TokenizerTeacher`, any other teacher itself.
+
+    Compilation, precision and the weight hash look at a network's modules and parameters.
+    """
+    return teacher.tokenizer if isinstance(teacher, TokenizerTeacher) else teacher

@@ -25,6 +25,7 @@ from torch import Tensor, hub, nn
 from featcache.errors import UsageError, UserError
 from featcache.models import restricted_unpickler
 from featcache.models.contract import Teacher, Tokenizer
+from featcache.models.tokenizer import network_of
 
 Got = TypeVar("Got")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pkl")
@@ -220,7 +221,8 @@ def weight_hash(teacher: Teacher | Tokenizer) -> str:
 
 
 def _activation_names(teacher: Teacher | Tokenizer) -> list[str]:
-    modules = teacher.modules() if isinstance(teacher, nn.Module) else []
+    network = network_of(teacher)
+    modules = network.modules() if isinstance(network, nn.Module) else []
     names = {type(module).__name__ for module in modules}
     return sorted(
         name for name in names if name.endswith(("GELU", "GELUTanh", "SiLU", "ReLU", "SwiGLU"))

@@ -23,7 +23,6 @@ from typing import Any
 from torch import nn
 
 from featcache.errors import UsageError, UserError, near
-from featcache.models import tokenizer
 from featcache.models.contract import (
     REGISTERED,
     ModelCard,
@@ -34,6 +33,7 @@ from featcache.models.contract import (
 )
 from featcache.models.hooks import BlockOutputs, normalise_pixels
 from featcache.models.spec import parse_options, split_spec
+from featcache.models.tokenizer import TokenizerTeacher
 from featcache.models.weights import (  # fmt: skip
     build_seeded,
     fetch_pretrained,
@@ -184,6 +184,5 @@ def _load_own(
 def load_any(spec: str, weights: str | None, device: str) -> Teacher:
     """Load a teacher, or a tokenizer in place of one, on a device; `weights` as for `load`."""
     if is_tokenizer(spec):
-        made: Teacher = tokenizer.as_teacher(load_tokenizer(spec, weights, device))
-        return made
+        return TokenizerTeacher(load_tokenizer(spec, weights, device))
     return load(spec, weights, device)

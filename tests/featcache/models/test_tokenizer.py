@@ -7,7 +7,7 @@ by four.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +22,12 @@ import featcache
 from featcache import teachers
 from featcache.errors import UsageError, UserError
 from featcache.extraction import extend, extract, plan, teacher_check
+from featcache.extraction.forward import run_teacher
 from featcache.maintenance import repair, verify
-from featcache.models import tokenizer
+from featcache.models import precision
 from featcache.models.contract import ModelCard, Teacher
-from featcache.models.weights import build_seeded
+from featcache.models.tokenizer import TokenizerTeacher
+from featcache.models.weights import build_seeded, weight_hash
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
 from featcache.storage import json_file, manifest
@@ -41,15 +43,14 @@ SIZE, GRID = 16, 2  # pixels of an edge, patches of an edge
 class Reds(nn.Module):
     """Give four patches of 8 x 8 pixels one of 64 words each."""
 
-    name, weights, filter = "reds", "none", "lanczos"
-    input_px, patches, width, depth = SIZE, GRID**2, 64, 1
-    pixel_mean, pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    name, weights, pixel_filter = "reds", "none", "lanczos"
+    input_px, patches, vocabulary = SIZE, GRID**2, 64
 
     def __init__(self, shift: int = 0) -> None:
         super().__init__()
         self.register_buffer("shift", torch.tensor(shift))
 
-    def ids(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         edge = SIZE // GRID
         red = (
             images[:, 0]
@@ -61,17 +62,14 @@ class Reds(nn.Module):
         )
         return red // (edge * edge * 4) + self.shift
 
-    def forward(self, images: Tensor, levels: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        raise AssertionError("a tokenizer is asked for ids")
-
-    def tail(self) -> dict[str, np.ndarray]:
-        return {}
-
 
 def make(folder: Path, shift: int = 0, **changes: object) -> plan.Plan:
     options = {"views": 2, "levels": (1,), "rows_per_shard": 5, **changes}
     return plan.Plan(
-        source=open_source(folder), teacher=Reds(shift), policy=Policy(size=28), **options
+        source=open_source(folder),
+        teacher=TokenizerTeacher(Reds(shift)),
+        policy=Policy(size=28),
+        **options,
     )
 
 
@@ -181,7 +179,7 @@ def test_a_flipped_bit_is_found_and_mended(photos: Path, tmp_path: Path, store: 
 
     def load_of(about: dict) -> tuple[Source, Teacher]:
         name = about["identity"]["teacher"]["name"]
-        return open_source(photos), Reds() if name == "reds" else load(name)
+        return open_source(photos), TokenizerTeacher(Reds()) if name == "reds" else load(name)
 
     assert repair.run(out, load_of)["shards"] == [str(part / "shards/000001.json")]
     assert files_below(out) == before
@@ -214,15 +212,63 @@ def test_other_weights_and_a_check_of_features_are_refused(photos: Path, tmp_pat
     with pytest.raises(UsageError, match=r"identity\.teacher\.weight_hash"):
         extend.plan_part(make(photos, 1, views=3), out)
     with pytest.raises(UsageError, match="gives discrete tokens, not features"):
-        teacher_check.check(Reds(), open_source(photos), Policy(size=28), 4)
+        teacher_check.check(TokenizerTeacher(Reds()), open_source(photos), Policy(size=28), 4)
 
 
-def test_who_is_a_tokenizer() -> None:
-    assert isinstance(Reds(), tokenizer.Tokenizer)
-    assert not isinstance(load(SYNTHETIC), tokenizer.Tokenizer)
-    assert not isinstance(
-        load("timm:vit_tiny_patch16_224,img_size=32,depth=1", "random:0"), tokenizer.Tokenizer
+def test_what_a_teacher_has_a_tokenizer_has() -> None:
+    made, pixels = TokenizerTeacher(Reds(5)), torch.full((1, 3, SIZE, SIZE), 80, dtype=torch.uint8)
+    assert (made.name, made.weights, made.filter) == ("reds", "none", "lanczos")
+    assert (made.input_px, made.patches, made.width, made.depth) == (16, 4, 64, 1)
+    assert (made.pixel_mean, made.pixel_std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert made.tail() == {}
+    assert made.to("cpu") is made
+    assert made.ids(pixels).tolist() == [[25, 25, 25, 25]]
+    with pytest.raises(TypeError, match="'reds' gives token ids and no levels"):
+        made(pixels, (1,))
+
+
+def test_the_hash_is_the_tokenizers_own() -> None:
+    """Its activations count, and so does the code of a user's own file."""
+    network = Dvae("random:0", width=4, vocabulary=64, input_px=SIZE)
+    assert weight_hash(TokenizerTeacher(network)) == weight_hash(network)
+    plain = weight_hash(TokenizerTeacher(Reds()))
+    assert plain != weight_hash(TokenizerTeacher(Reds(1)))
+    own = Reds()
+    own.code = "def load(): ..."  # type: ignore[assignment]
+    assert weight_hash(TokenizerTeacher(own)) == weight_hash(own) != plain
+
+
+def test_precision_and_compilation_reach_the_network() -> None:
+    network = Dvae("random:0", width=4, vocabulary=64, input_px=SIZE)
+    network.name = "dvae"
+    made = precision.configure(TokenizerTeacher(network), "bf16", compiled=True)
+    assert precision.execution_of(made) == precision.ExecutionConfig("bf16", True)
+    assert precision.device_of(made) == torch.device("cpu")
+    assert network._compiled_call_impl is not None
+    seen: list[torch.dtype] = []
+    network._compiled_call_impl = None  # the compiler takes a minute
+    network.blocks[1].register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    run_teacher(made, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), (1,))
+    assert seen == [torch.bfloat16]
+
+
+def test_what_is_no_network_runs_in_fp32_alone() -> None:
+    facts = {"name": "bare", "weights": "none", "input_px": SIZE, "patches": 4}
+    bare = SimpleNamespace(
+        **facts, vocabulary=64, pixel_filter="lanczos", state_dict=lambda: {"a": torch.zeros(1)}
     )
+    made = precision.configure(TokenizerTeacher(bare))
+    assert precision.device_of(made) == torch.device("cpu")
+    with pytest.raises(UsageError, match=r"--precision bf16: teacher 'bare' is no network"):
+        precision.configure(made, "bf16")
+    with pytest.raises(UsageError, match=r"--compile: teacher 'bare' is no network"):
+        precision.configure(made, compiled=True)
+
+
+def test_loading_tells_tokenizers_apart() -> None:
+    found = teachers.load_any("dvae,width=8,vocabulary=24", "random:0", "cpu")
+    assert isinstance(found, TokenizerTeacher)
+    assert not isinstance(teachers.load_any(SYNTHETIC, None, "cpu"), TokenizerTeacher)
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -262,7 +308,10 @@ def test_the_command_adds_it_by_name(
     """As a family of its own would be found: alone, later, and in one pass with a teacher."""
     row = ModelCard("by hand", SIZE, GRID**2, 64, 1)
     family = SimpleNamespace(
-        NAMES={"reds": row}, load=lambda name, options, weights: Reds(), __name__="reds"
+        NAMES={"reds": row},
+        TOKENIZER=True,
+        load=lambda name, options, weights: Reds(),
+        __name__="reds",
     )
     known = teachers.modules()
     monkeypatch.setattr(teachers, "modules", lambda: [*known, family])
@@ -311,12 +360,10 @@ def test_dall_es_encoder_runs_as_a_family_gives_it(photos: Path, tmp_path: Path)
             else 0 * value
         )
     network.name = "dvae"
-    made = tokenizer.as_teacher(network)
-    assert isinstance(made, tokenizer.Tokenizer)
     extract.run(base(photos), tmp_path / "c", batch_size=4)
     wanted = plan.Plan(
         source=open_source(photos),
-        teacher=made,
+        teacher=TokenizerTeacher(network),
         policy=Policy(size=28),
         views=2,
         levels=(1,),
