@@ -1,4 +1,4 @@
-"""`featcache convert`: from one store to the other, without the teacher."""
+"""`featcache convert` writes a cache in the other store, without the teacher."""
 
 from __future__ import annotations
 

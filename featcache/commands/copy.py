@@ -1,4 +1,4 @@
-"""`featcache copy`: a cache, or a part of it, on another disk."""
+"""`featcache copy` copies a cache, or a part of it, to another disk."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def command(
 
 
 def _levels(cache: Path, text: str) -> tuple[int, ...]:
-    """As `extract` reads them."""
+    """Parse levels as `extract` does."""
     from featcache.extraction.options import parse_levels
 
     return parse_levels(text, manifest.read(cache)["identity"]["teacher"]["depth"])
 
 
 def _span(cache: Path, text: str) -> tuple[int, int]:
-    """'A:B', where either may be left out, -> numbers of shards."""
+    """Parse 'A:B', where either may be left out, -> numbers of shards."""
     low, colon, high = text.partition(":")
     if not colon or not all(part == "" or part.isdecimal() for part in (low, high)):
         raise UsageError(

@@ -1,5 +1,5 @@
-"""`featcache gc`: what dead processes left below $FEATCACHE_HOME, and caches that no training run
-used."""
+"""`featcache gc` removes what dead processes left below $FEATCACHE_HOME, and caches that no
+training run used."""
 
 from __future__ import annotations
 

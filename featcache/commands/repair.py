@@ -1,4 +1,4 @@
-"""`featcache repair`: only the bad shards, extracted again."""
+"""`featcache repair` restores damaged files and extracts bad shards again, and no others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Find what is damaged in CACHE and mend it: files from their copies, bad shards by the
+    """Find what is damaged in CACHE and fix it: files from their copies, bad shards by the
     teacher."""
     from featcache import teachers
     from featcache.extraction.progress import ExtractProgress
@@ -66,5 +66,5 @@ def command(
         f"extracted again {name}" for name in done["shards"]
     ]
     text.print_facts(
-        {"cache": str(cache), **done}, as_json, "\n".join(lines) or f"{cache}: nothing to mend"
+        {"cache": str(cache), **done}, as_json, "\n".join(lines) or f"{cache}: nothing to fix"
     )

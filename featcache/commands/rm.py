@@ -1,4 +1,4 @@
-"""`featcache rm`: whole caches, or additions, and nothing else.
+"""`featcache rm` removes whole caches, or additions, and nothing else.
 
 The folder is renamed first, to a name that no command takes for a cache; a removal that was killed
 is finished by `featcache gc`.

@@ -1,4 +1,5 @@
-"""`featcache verify`: is every byte what was written, and are the numbers the teacher's?"""
+"""`featcache verify` compares every byte of a cache with its checksum, and rows with the
+teacher."""
 
 from __future__ import annotations
 
@@ -67,8 +68,8 @@ def command(
 
 
 def _of_files(facts: dict[str, Any]) -> str:
-    """What is wrong with the bytes, and what mends it: the same extraction where shards are only
-    missing."""
+    """Say what is wrong with the bytes, and what fixes it: the same extraction where shards are
+    only missing."""
     from featcache.maintenance import verify
 
     cache, problems = facts["cache"], facts["problems"]
@@ -77,12 +78,12 @@ def _of_files(facts: dict[str, Any]) -> str:
         return f"{cache} is sound as far as it goes, but {'; '.join(map(str, left))}"
     if problems == verify.check_parts_agree(Path(cache)):
         return problems[0]
-    mend = shlex.join(["featcache", "repair", cache])
-    return f"{len(problems)} problem(s) in {cache}, the first: {problems[0]}; `{mend}` mends it"
+    fix = shlex.join(["featcache", "repair", cache])
+    return f"{len(problems)} problem(s) in {cache}, the first: {problems[0]}; `{fix}` fixes it"
 
 
 def _of_rows(facts: dict[str, Any]) -> str:
-    """What the teacher found; every byte is as it was written, so that repair would find
+    """Say what the teacher found; every byte is as it was written, so that repair would find
     nothing."""
     again, problems = facts["recompute"], facts["problems"]
     if again["other_pictures"]:
@@ -93,7 +94,7 @@ def _of_rows(facts: dict[str, Any]) -> str:
         )
     return (
         f"{len(problems)} of {again['rows']} rows of {facts['cache']} do not agree with pictures "
-        f"and teacher, the first: {problems[0]}; every byte is as it was written, so mend these "
+        f"and teacher, the first: {problems[0]}; every byte is as it was written, so fix these "
         "pictures, or extract into another --out"
     )
 
@@ -119,7 +120,7 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
 
 
 def _confidence(again: dict[str, Any]) -> str:
-    """What a clean sample says of the rest."""
+    """Say what a clean sample tells of the rest."""
     if again["rows"] < again["of_rows"]:
         return (
             f"a clean sample of {again['rows']} rows: at 95 % confidence at most "

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions:
-    """The options of one call; each field is named as click names its parameter."""
+    """Hold the options of one call; each field is named as click names its parameter."""
 
     names: tuple[str, ...]
     images_spec: str | None
@@ -60,7 +60,7 @@ class ExtractOptions:
 
     @property
     def policy_changes(self) -> dict[str, Any]:
-        """The fields of the policy that were given; FFCV resizes by area."""
+        """Return the fields of the policy that were given; FFCV resizes by area."""
         names = ("size", "scale", "ratio", "flip", "jitter", "seed")
         fields = {**{name: getattr(self, name) for name in names}, "filter": self.filter_name}
         if self.decoder == "ffcv" and self.filter_name is None:
@@ -69,7 +69,7 @@ class ExtractOptions:
 
 
 class Inputs(NamedTuple):
-    """The pictures, how views are drawn of them, and the devices that teachers run on."""
+    """Hold the pictures, how views are drawn of them, and the devices that teachers run on."""
 
     source: Source
     policy: Policy

@@ -1,4 +1,4 @@
-"""What an extraction tells of itself: before, meanwhile, stopped, and done."""
+"""An extraction reports what it will do, how far it is, where it stopped, and what it did."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 def summary(
     jobs: list[ExtractJob], out: Path | None, shards: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What is known before the work; `levels` are the first teacher's, bytes those of this
+    """Return what is known before the work; `levels` are the first teacher's, bytes those of this
     share."""
     plan, folder = jobs[0]
     count = sum(shard["count"] for shard in shards)
-    more = {
-        each.teacher.name: {"levels": each.levels, "folder": str(place)} for each, place in jobs
-    }
+    more = {each.teacher.name: {"levels": each.levels, "folder": str(path)} for each, path in jobs}
     return {
         "cache": str(out or folder),
         "id": plan.manifest()["id"],
@@ -39,12 +37,12 @@ def summary(
 
 
 def unfinished_shards(job: ExtractJob) -> list[dict[str, Any]]:
-    """The shards that have no record."""
+    """Return the shards that have no record."""
     return [shard for shard in job.plan.shards if not record_path(job.out, shard["name"]).is_file()]
 
 
 def stopped_text(jobs: list[ExtractJob]) -> str:
-    """What a person who stopped it wants to know."""
+    """Say how much of a stopped extraction is kept, and how much is left."""
     left = max((unfinished_shards(job) for job in jobs), key=len)
     shards = len(jobs[0].plan.shards)
     return (
@@ -55,7 +53,7 @@ def stopped_text(jobs: list[ExtractJob]) -> str:
 
 
 def remaining_facts(jobs: list[ExtractJob], shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What these shards still lack, where another cache is refused as the work would refuse it."""
+    """Return what these shards still lack; another cache is refused as the work would refuse it."""
     from featcache.extraction.target_folder import existing_manifest
 
     for plan, folder in jobs:
@@ -83,7 +81,7 @@ def result(jobs: list[ExtractJob], progress: ExtractProgress) -> dict[str, Any]:
 
 
 def dry_run_text(facts: dict[str, Any], folder: Path) -> str:
-    """What a dry run says."""
+    """Say what the extraction would write."""
     whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
     pictures, views = (
         manifest.pluralize(facts["share_pictures"], "picture"),
@@ -129,6 +127,6 @@ def summary_text(summary: dict[str, Any]) -> str:
     if summary["quarantined"]:
         lines.append(
             f"{len(summary['quarantined'])} in quarantine, all listed in "
-            f"{summary['cache']}/quarantine.json; mended pictures come in with a new --out"
+            f"{summary['cache']}/quarantine.json; fixed pictures come in with a new --out"
         )
     return "\n".join(lines)

@@ -1,5 +1,4 @@
-"""A batch on its way: to the device, through the teacher, encoded, back to the host, and made into
-what is stored.
+"""A batch goes to the device, through the teacher, is encoded, and comes back to the host.
 
     submit   the caller's thread    pixels into pinned memory and over (copy), the teacher (teacher)
     collect  a thread of its own    levels normalised and encoded (encode), back over (copy)
@@ -33,7 +32,7 @@ from featcache.models import precision
 
 @dataclass(frozen=True)
 class InFlight:
-    """A batch whose answer may still be under way on the device."""
+    """Hold a batch whose outputs the device may still be computing."""
 
     batch: Batch
     answer: tuple[Tensor, ...]  # y_k (B, T, D) of each level and attention (B, P); or ids (B, P)
@@ -41,7 +40,7 @@ class InFlight:
 
 
 class DevicePipeline:
-    """The way of one plan's batches, with the streams they travel on."""
+    """Run one plan's batches through its teacher, on streams of their own."""
 
     def __init__(self, plan: Plan, batch_size: int, progress: ExtractProgress) -> None:
         self.plan, self.batch_size, self.progress = plan, batch_size, progress
@@ -63,7 +62,7 @@ class DevicePipeline:
         return InFlight(batch, answer, spans)
 
     def collect(self, in_flight: InFlight) -> Host:
-        """The answer, encoded on the device, on the host; waits for it."""
+        """Encode a batch's outputs on the device and return them on the host; waits for them."""
         self._hand_over(in_flight.answer, in_flight.spans, self._outward)
         with self._stage("encode", self._outward, in_flight.spans):
             coded = encode_outputs(self.plan, in_flight.answer, len(in_flight.batch))
@@ -81,10 +80,10 @@ class DevicePipeline:
         host = torch.empty(
             (self.batch_size, size, size, 3), dtype=torch.uint8, pin_memory=self._cuda
         )
-        places = host.numpy()
+        rows = host.numpy()
         for i in range(self.batch_size):
             picture, view = batch[min(i, len(batch) - 1)]
-            places[i] = picture.pixels[kind][view]
+            rows[i] = picture.pixels[kind][view]
         return host.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
 
     def _to_host(self, values: Tensor) -> Tensor:
@@ -117,9 +116,3 @@ class DevicePipeline:
             yield
             end.record(stream)
         spans.append((name, begin, end))
-
-
-# ------------------------------------------------------------ on the device
-
-
-# ------------------------------------------------------------ on the host

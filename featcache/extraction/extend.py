@@ -1,5 +1,4 @@
-"""Adding to a cache without rewriting it: more views, more levels, or a second teacher's arrays for
-the same pictures.
+"""Views, levels or another teacher's arrays are added to a cache without rewriting it.
 
 What is added is a part: an extraction of its own below `CACHE/parts/`, over the same pictures,
 crops and shards, so that row i is row i everywhere. A cache stays rectangular: every level of a
@@ -34,8 +33,8 @@ _FREE = tuple(field for field in ADDABLE_FIELDS if field != "identity.pixels")
 
 
 def plan_jobs(plans: Sequence[Plan], out: Path, *, add: bool) -> list[ExtractJob]:
-    """Plans over the same views as jobs of one pass. Without `add` the first is the cache at `out`
-    itself, and the others are what `add` would make of them once it is complete."""
+    """Return plans over the same views as jobs of one pass. Without `add` the first is the cache at
+    `out` itself, and the others are what `add` would make of them once it is complete."""
     if add:
         jobs = plan_parts(plans, out)
         if len({job.plan.view_numbers for job in jobs}) > 1:
@@ -64,13 +63,12 @@ def _views(plan: Plan) -> str:
 
 
 def plan_part(wanted: Plan, out: Path) -> ExtractJob | None:
-    """From the plan as asked for to what is lacking of it, and the folder it goes to; None where
-    nothing lacks."""
+    """Return what a cache lacks of a plan, and the folder it goes to; None where nothing lacks."""
     return next(iter(plan_parts([wanted], out)), None)
 
 
 def plan_parts(wanted: Sequence[Plan], out: Path) -> list[ExtractJob]:
-    """The same of several plans, without those that lack nothing."""
+    """Do the same for several plans, without those that lack nothing."""
     with Cache(out) as cache:
         if not cache.complete:
             raise UserError(
@@ -117,7 +115,7 @@ def _job(part: Plan, out: Path) -> ExtractJob:
 
 
 def _own(plan: Plan) -> Plan:
-    """Without what a tokenizer has nothing of, so that its part is the same whatever was said for
+    """Drop what a tokenizer has nothing of, so that its part is the same whatever was said for
     features."""
     if not plan.is_tokenizer:
         return plan
@@ -127,7 +125,7 @@ def _own(plan: Plan) -> Plan:
 
 
 def _beside(wanted: Plan, views: int) -> Plan:
-    """A teacher that is new to a cache: over all its views, and the pixels are stored there
+    """Plan a teacher that is new to a cache: over all its views, whose pixels are stored
     already."""
     return replace(_own(wanted), views=views, first_view=0, pixels=False)
 
@@ -143,8 +141,8 @@ def _check_same(wanted: Plan, there: dict[str, Any], free: tuple[str, ...]) -> N
 
 
 def _lacking(wanted: Plan, cache: Cache) -> Plan | None:
-    """New levels over all views of the teacher, or new views with all its levels, or a teacher that
-    is new here.
+    """Plan new levels over all views of the teacher, or new views with all its levels, or a teacher
+    that is new here.
 
     The cache's own teacher has as many views as are asked for; another has those of the cache.
     """

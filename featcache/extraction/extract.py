@@ -1,7 +1,7 @@
-"""The extraction: pictures -> views -> teacher -> targets -> codec -> shard, once.
+"""Extraction runs once from pictures to shards: views -> teacher -> targets -> codec -> shard.
 
 Stages overlap: threads decode and render, the caller's copies pixels over and runs the teacher, one
-thread encodes, one writes (`stages`). Batches are made of views in (picture, view) order, never
+thread encodes, one writes. Batches are made of views in (picture, view) order, never
 cross a shard, and the last one of a shard is padded, so that a real network sees the same batches
 whenever it is run again. Several plans over the same views are one pass: each picture is decoded
 once, and what a plan writes is what it would write alone.
@@ -48,7 +48,7 @@ def run(plan: Plan, out: Path, **options: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options that say how an extraction runs; they change at most the last bits of numbers."""
+    """Say how an extraction runs; the options change at most the last bits of numbers."""
 
     batch_size: int = 64
     workers: int = 2
@@ -146,7 +146,7 @@ def _count_pictures(
 
 
 class ThreadPools(contextlib.ExitStack):
-    """The threads: many that decode, one that encodes, one that writes."""
+    """Hold the threads: many that decode, one that encodes, one that writes."""
 
     def __init__(self, workers: int) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class ThreadPools(contextlib.ExitStack):
 
 
 class ShardWriterTask:
-    """What one job makes of a shard's batches."""
+    """Encode and write one job's batches of a shard."""
 
     def __init__(self, plan: Plan, writer: ShardWriter, options: RunOptions) -> None:
         self.plan, self.writer, self.progress = plan, writer, options.progress
@@ -169,7 +169,7 @@ class ShardWriterTask:
         self.statistics = Statistics()
 
     def encode(self, in_flight: device_pipeline.InFlight) -> tuple[list[str], item_rows.Host]:
-        """Keys and items of a batch; batches come in order, one at a time."""
+        """Return keys and items of a batch; batches come in order, one at a time."""
         host = self.pipeline.collect(in_flight)
         with self.progress.stage("encode"):
             items, about = self._items(in_flight.batch, host)
@@ -218,8 +218,8 @@ def _write_shard(
 
 
 class _Rows:
-    """Which pictures of a shard have a row. Where parts beside this one, or the shard that is
-    replaced, have decided it already, theirs are the rows, since row i is row i everywhere."""
+    """Decide which pictures of a shard have a row. Where parts beside this one, or the shard that
+    is replaced, have decided it already, theirs are the rows, since row i is row i everywhere."""
 
     def __init__(self, jobs: Sequence[ExtractJob], shard: Shard) -> None:
         keys, numbers = (
@@ -240,7 +240,8 @@ class _Rows:
             )
 
     def check(self) -> None:
-        """A picture that had a row and can no longer be used would move every later one."""
+        """Raise UserError where a picture that had a row can no longer be used: it would move every
+        later row."""
         for row in self.quarantined if self.decided else []:
             if row not in self._before:
                 raise UserError(
@@ -279,8 +280,8 @@ def _run_tasks(
 def _batches(
     plans: Sequence[Plan], rows: _Rows, options: RunOptions, pools: ThreadPools
 ) -> Iterator[item_rows.Batch]:
-    """The views of a shard's pictures, decoded and rendered in threads; those that cannot be used
-    are quarantined."""
+    """Decode and render a shard's pictures in threads; those that cannot be used are
+    quarantined."""
 
     def decode(index: int) -> rendering.Rendered:
         with options.progress.stage("decode"):

@@ -1,4 +1,4 @@
-"""`--devices`: one process for each device, all on one cache; leases share out the shards.
+"""`--devices` starts one process for each device, all on one cache; leases share out the shards.
 
 The calling process works on the first device itself. Whatever becomes of the others, it finishes
 what they leave.
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 import click
 
@@ -20,7 +21,7 @@ _OWN = ("--devices", "--device", "--check-teacher")  # options that a helper is 
 
 
 def parse_devices(text: str) -> list[str]:
-    """'all' or 'cuda:0,cuda:1' -> the devices, each once."""
+    """Parse 'all' or 'cuda:0,cuda:1' -> the devices, each once."""
     import torch
 
     count = torch.cuda.device_count()
@@ -63,20 +64,20 @@ def worker_processes(names: Sequence[str]) -> Iterator[None]:
                 process.wait()
         for name, process, log in zip(names, started, logs, strict=True):
             if process.returncode:
-                log.seek(0)
-                last = (log.read().strip().splitlines() or [f"exit status {process.returncode}"])[
-                    -1
-                ]
-                click.echo(
-                    f"note: the process on {name} failed, its shards were done by the others: "
-                    f"{last}",
-                    err=True,
-                )
+                _note_failure(name, process.returncode, log)
+
+
+def _note_failure(name: str, status: int, log: IO[str]) -> None:
+    log.seek(0)
+    last = (log.read().strip().splitlines() or [f"exit status {status}"])[-1]
+    click.echo(
+        f"note: the process on {name} failed, its shards were done by the others: {last}", err=True
+    )
 
 
 def _arguments(device: str) -> list[str]:
-    """This process's own command line with one device in place of several, and without the check it
-    has made."""
+    """Return this process's own command line with one device in place of several, and without the
+    check it has made."""
     out, words = [], iter(sys.argv[1:])
     for word in words:
         if word in _OWN:

@@ -1,4 +1,4 @@
-"""Arrays of a part: what an extraction stores of each view."""
+"""The arrays of a part are listed: what an extraction stores of each view."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from featcache.views.fingerprint import THUMBNAIL
 
 
 def view_arrays() -> list[Array]:
-    """What every part stores of the views themselves."""
+    """Return the arrays that every part stores of the views themselves."""
     row_view = ("row", "view")
     return [
         Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
@@ -32,7 +32,7 @@ def token_ids_array(patches: int) -> Array:
 
 
 def checked_token_ids(ids: npt.NDArray[Any], vocabulary: int, name: str) -> npt.NDArray[np.uint16]:
-    """(n, P) as they are stored; numbers outside the vocabulary are a UserError."""
+    """Return ids (n, P) as they are stored; numbers outside the vocabulary are a UserError."""
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     if low < 0 or high >= min(vocabulary, LARGEST) or ids.dtype.kind not in "iu":
         raise UserError(

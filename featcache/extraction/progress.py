@@ -1,4 +1,4 @@
-"""How far an extraction is, and which of its stages holds it up.
+"""Progress counts what an extraction has done, and names the stage that holds it up.
 
     decode   pictures read, decoded and rendered, in `workers` threads
     copy     pixels to the device, targets back to the host
@@ -23,7 +23,7 @@ STAGES = ("decode", "copy", "teacher", "encode", "write")
 
 @dataclass
 class ExtractProgress:
-    """Busy seconds of each stage and what is done; `report` is called after every batch."""
+    """Count busy seconds of each stage and what is done; `report` is called after every batch."""
 
     report: Callable[[ExtractProgress], None] = lambda progress: None
     # called while other processes hold the last shards
@@ -49,13 +49,13 @@ class ExtractProgress:
 
     @property
     def slowest(self) -> str:
-        """The stage that bounds the rate: decoding is shared by its threads, the others have one
-        each."""
+        """Name the stage that bounds the rate: decoding is shared by its threads, the others have
+        one each."""
         return max(
             self.busy, key=lambda name: self.busy[name] / (self.workers if name == "decode" else 1)
         )
 
     @property
     def rate(self) -> float:
-        """Pictures a second since the start."""
+        """Return pictures a second since the start."""
         return self.pictures / max(time.perf_counter() - self.started, 1e-9)

@@ -1,5 +1,4 @@
-"""Pictures -> views, in threads: what the teacher will see, in order, with the unusable ones put
-aside.
+"""Pictures are decoded and rendered to views in threads, in order; unusable ones are put aside.
 
 V views a picture, S pixels.
 """
@@ -29,7 +28,7 @@ Kind = tuple[int, str]  # pixels of an edge, filter
 
 @dataclass(frozen=True)
 class Rendered:
-    """One picture's views, ready for the teacher."""
+    """Hold one picture's views, ready for the teacher."""
 
     key: str
     source_size: tuple[int, int]
@@ -44,7 +43,7 @@ class Rendered:
 def prefetch(
     pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int], window: int
 ) -> Iterator[tuple[int, Future[Any]]]:
-    """Futures in order, at most `window` of them under way."""
+    """Yield futures in order, at most `window` of them under way."""
     waiting: deque[tuple[int, Future[Any]]] = deque()
     for item in items:
         waiting.append((item, pool.submit(work, item)))
@@ -59,19 +58,21 @@ def usable_pictures(
     strict: bool,
     quarantined: list[dict[str, str]],
 ) -> Iterator[Rendered]:
+    """Yield the pictures that can be used; the others are added to `quarantined`, or stop the work
+    with `strict`."""
     for index, future in futures:
         try:
             yield future.result()
         except OSError as error:  # the disk, not the picture: what is read again may well be good
             raise UserError(
-                f"picture {plan.source.keys[index]!r} cannot be read: {error}; mend this and run "
+                f"picture {plan.source.keys[index]!r} cannot be read: {error}; fix this and run "
                 "again"
             ) from error
         except PictureError as error:
             key = plan.source.keys[index]
             if strict:
                 raise UserError(
-                    f"picture {key!r} cannot be used: {error}; mend or remove it, or quarantine it "
+                    f"picture {key!r} cannot be used: {error}; fix or remove it, or quarantine it "
                     "(no --strict)"
                 ) from error
             quarantined.append({"key": key, "reason": str(error)})
@@ -106,7 +107,7 @@ def render_views(plans: Sequence[Plan], index: int) -> Rendered:
 
 
 def _replay(picture: Any, drawn: DrawnViews, view: int, kind: Kind) -> npt.NDArray[np.uint8]:
-    """One drawn view of row 0 at a size, by a filter."""
+    """Render one drawn view of row 0 at a size, by a filter."""
     return view_render.render(
         picture, drawn.crop[0, view], drawn.flip[0, view], drawn.jitter[0, view], *kind
     )
@@ -115,7 +116,8 @@ def _replay(picture: Any, drawn: DrawnViews, view: int, kind: Kind) -> npt.NDArr
 def view_batches(
     rendered: Iterable[Rendered], views: int, batch_size: int
 ) -> Iterator[list[tuple[Rendered, int]]]:
-    """(picture, view) pairs in row-major order, `batch_size` at a time, the last batch shorter."""
+    """Yield (picture, view) pairs in row-major order, `batch_size` at a time, the last batch
+    shorter."""
     batch: list[tuple[Rendered, int]] = []
     for picture in rendered:
         for view in range(views):

@@ -27,7 +27,7 @@ FP16_LARGEST = 65504
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch on the host, as it will be stored, but for the order of tokens."""
+    """Hold a batch on the host as it will be stored, but for the order of tokens."""
 
     # the codec's arrays, `features` (n, L, T, ...) among them, and `feature_stats` (n, L, T, 2)
     tokens: Host
@@ -36,19 +36,19 @@ class EncodedBatch:
 
 
 def check_encoded(plan: Plan, batch: Batch, host: Host) -> EncodedBatch:
-    """A landed answer, once its numbers are found to be numbers; else a UserError that names the
-    picture."""
+    """Check that features are finite and that attention is a softmax row; a UserError names the
+    picture where it is not so."""
     for row, level in np.argwhere(~host["finite"])[:1].tolist():
         raise UserError(
             f"teacher {plan.teacher.name!r} gave non-finite features for picture "
-            f"{_of(plan, batch, row)}, level {plan.levels[level]}{_cure(plan)}"
+            f"{_of(plan, batch, row)}, level {plan.levels[level]}{_remedy(plan)}"
         )
     weights = host["attention"]
     good = np.isfinite(weights).all(1) & (weights >= 0).all(1) & (weights.sum(1) <= 1 + 1e-3)
     for row in np.flatnonzero(~good)[:1].tolist():
         raise UserError(
             f"teacher {plan.teacher.name!r} gave [CLS] attention outside 0 to 1 for picture "
-            f"{_of(plan, batch, row)}; weights of one softmax row are needed{_cure(plan)}"
+            f"{_of(plan, batch, row)}; weights of one softmax row are needed{_remedy(plan)}"
         )
     names = (*codecs.CODECS[plan.codec].arrays(plan.teacher.width), "feature_stats")
     about = FeatureStatistics(
@@ -62,7 +62,7 @@ def _of(plan: Plan, batch: Batch, row: int) -> str:
     return f"{picture.key!r}, view {plan.view_numbers[view]}"
 
 
-def _cure(plan: Plan) -> str:
+def _remedy(plan: Plan) -> str:
     if precision.execution_config(plan.teacher).precision == "fp16":
         return (
             f"; --precision fp16 ends at {FP16_LARGEST}: "
@@ -72,7 +72,7 @@ def _cure(plan: Plan) -> str:
 
 
 def batch_items(plan: Plan, batch: Batch, answer: EncodedBatch) -> Host:
-    """What is stored of a batch of features, but for the checksums."""
+    """Return what is stored of a batch of features, but for the checksums."""
     digests = rng.key_digests(picture.key for picture, _ in batch)
     numbers = np.array([plan.view_numbers[view] for _, view in batch])
     order = mask_order(plan.order, answer.attention, digests, numbers, plan.policy.seed)
@@ -96,7 +96,7 @@ def batch_items(plan: Plan, batch: Batch, answer: EncodedBatch) -> Host:
 
 
 def view_items(batch: Batch) -> Host:
-    """What is stored of the views themselves."""
+    """Return what is stored of the views themselves."""
     drawn = {
         name: np.stack([getattr(picture.drawn, name)[0, view] for picture, view in batch])
         for name in DrawnViews._fields

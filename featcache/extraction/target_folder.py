@@ -24,7 +24,7 @@ _SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
 
 @dataclass(frozen=True)
 class Wording:
-    """The words of the messages that depend on the command."""
+    """Hold the words of messages that differ between commands."""
 
     option: str  # what names the folder, as in `--out 'c'`
     other_cache: str  # what to do where the folder holds another cache
@@ -114,8 +114,8 @@ def _missing_bytes(plan: Plan, out: Path) -> int:
 
 def check_space(out: Path, missing_bytes: int, words: Wording) -> None:
     """Raise UserError where the disk of `out` has no room for so much more."""
-    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    needed, free = missing_bytes + _SPARE_BYTES, shutil.disk_usage(place).free
+    disk = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    needed, free = missing_bytes + _SPARE_BYTES, shutil.disk_usage(disk).free
     if missing_bytes and needed > free:
         raise UserError(
             f"{words.option}{str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, "

@@ -16,7 +16,7 @@ _DAY_S = 86400.0
 
 
 def leftovers() -> Iterator[Path]:
-    """Files and folders that no live process works on, each once."""
+    """Yield files and folders that no live process works on, each once."""
     found = [path for path in home.home().glob(".*.tmp") if commit.is_abandoned(path)]
     for cache in home.caches():
         for part in (cache, *added_parts(cache)):
@@ -26,7 +26,7 @@ def leftovers() -> Iterator[Path]:
 
 
 def unused_caches(days: float) -> Iterator[Path]:
-    """Complete caches that no training run in the ledger used, untouched for so many days."""
+    """Yield complete caches that no training run in the ledger used, untouched for so many days."""
     for cache in home.caches():
         facts = listing.describe(cache)
         complete = facts.get("shards") == facts.get("shards_complete") and facts.get(
@@ -46,7 +46,7 @@ def unused_caches(days: float) -> Iterator[Path]:
 
 
 def remove_leftover(path: Path) -> None:
-    """Whatever is gone in the meantime, another did."""
+    """Remove a leftover; what is gone in the meantime, another process removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

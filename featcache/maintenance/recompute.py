@@ -1,4 +1,4 @@
-"""Are the stored numbers the teacher's? A sample of rows is replayed, run through it, and compared.
+"""A sample of rows is replayed, run through the teacher, and compared with what is stored.
 
 Pixels come first: a row whose picture is missing, unreadable or another one says nothing about the
 cache, and is told apart from one whose features differ.
@@ -25,8 +25,8 @@ OTHER_PICTURES = 0.9
 
 
 class RecomputedRow(NamedTuple):
-    """What one row showed; without `errors` it was not compared, because its pixels are not those
-    of the extraction."""
+    """Hold what one row showed; without `errors` it was not compared, because its pixels are not
+    those of the extraction."""
 
     problem: str | None = None
     errors: tuple[float, float] | None = None  # of features, of attention
@@ -120,8 +120,8 @@ def _recompute_row(
 def _errors(
     cache: Cache, teacher: Any, row: int, view: int, pixels: npt.NDArray[np.uint8]
 ) -> tuple[float, float]:
-    """How far stored features and attention are from the teacher's on these pixels (S, S, 3) of its
-    input size."""
+    """Measure how far stored features and attention are from the teacher's on these pixels (S, S,
+    3) of its input size."""
     import torch
 
     from featcache.extraction.forward import compute_targets, rank_tokens

@@ -29,7 +29,7 @@ def check_removable(cache: Path) -> None:
 
 
 def active_leases(cache: Path) -> list[Path]:
-    """Leases of shards that somebody works on, in the cache and what was added to it."""
+    """Return leases of shards that somebody works on, in the cache and what was added to it."""
     return [path for path in lease_paths(cache) if not is_stale_lease(path)]
 
 
@@ -40,7 +40,7 @@ def lease_paths(cache: Path) -> list[Path]:
 
 
 def is_stale_lease(path: Path) -> bool:
-    """As `lease.held` tells, but in a cache that may be read-only too."""
+    """Tell what `lease.is_held` tells, in a cache that may be read-only too."""
     try:
         return not lease.is_held(path.parent.parent, path.stem)
     except OSError:
@@ -48,7 +48,7 @@ def is_stale_lease(path: Path) -> bool:
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of all files of a folder, or of one file."""
+    """Sum the bytes of all files of a folder, or of one file."""
     return sum(
         each.lstat().st_size
         for each in (path, *path.rglob("*"))
@@ -61,10 +61,10 @@ def remove_cache(cache: Path) -> None:
     be seen."""
     cache = cache.resolve()
     _check_writable(cache)
-    place = cache.parent.parent if cache.parent.name == PARTS else cache.parent
-    gone = place / f".{cache.name}.{owner.writer_id()}.tmp"
+    parent = cache.parent.parent if cache.parent.name == PARTS else cache.parent
+    gone = parent / f".{cache.name}.{owner.writer_id()}.tmp"
     cache.rename(gone)
-    json_file.sync_folder(place)
+    json_file.sync_folder(parent)
     try:
         shutil.rmtree(gone)
     except OSError as error:
@@ -75,7 +75,7 @@ def remove_cache(cache: Path) -> None:
 
 
 def _check_writable(cache: Path) -> None:
-    """Before anything is renamed: may every folder lose what is in it?"""
+    """Check, before anything is renamed, that every folder may lose what is in it."""
     for folder in (
         cache.parent,
         cache,

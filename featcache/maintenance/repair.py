@@ -1,5 +1,5 @@
-"""Mending a cache: what files can tell is restored, bad shards are extracted again, nothing else is
-touched.
+"""A damaged cache is repaired: what files can tell is restored, bad shards are extracted again,
+nothing else is touched.
 
 A bad shard is put aside until its successor is complete; a repair that fails puts it back.
 """
@@ -34,9 +34,9 @@ Load = Callable[[dict[str, Any]], tuple[Source, Teacher]]
 def run(
     cache: Path, load: Load, *, workers: int = 2, progress: ExtractProgress | None = None
 ) -> dict[str, Any]:
-    """Mend the cache and what was added to it. Returns the files restored and the shards extracted
-    again; the pictures and the teacher are opened only when a shard or the teacher's tail needs
-    them."""
+    """Repair the cache and what was added to it. Returns the files restored and the shards
+    extracted again; the pictures and the teacher are opened only when a shard or the teacher's tail
+    needs them."""
     restored: list[str] = []
     shards: list[str] = []
     for part in (cache, *added_parts(cache)):
@@ -62,7 +62,7 @@ def run(
 
 
 def _restore_manifest(part: Path) -> list[str]:
-    """The manifest from its copy, or the copy from the manifest."""
+    """Restore the manifest from its copy, or the copy from the manifest."""
     pair = (part / manifest.NAME, part / SHARDS / manifest.COPY)
     if not any(path.exists() for path in pair):
         raise UserError(
@@ -126,7 +126,7 @@ def _replace(
     name = shard["name"]
 
     def lacks(job: ExtractJob, name: str, *, leased: bool) -> bool:
-        """Once the lease is ours, another repair may have been here."""
+        """Look only once the lease is ours: another repair may have been here."""
         return not (leased and _is_good(job.out, about, shard))
 
     queue = free_shards([job], [name], options.progress.waiting, lacks=lacks)
@@ -147,8 +147,8 @@ def _replace(
 
 
 def _check_views(part: Path, shard: str) -> None:
-    """Crops and hashes of pixels depend on the pictures alone: other pictures under the same keys
-    have others."""
+    """Raise IdentityError where crops or hashes of pixels changed: they depend on the pictures
+    alone, and other pictures under the same keys have others."""
     record = record_path(part, shard)
     try:
         here, there = (
@@ -174,8 +174,8 @@ def _is_good(part: Path, about: dict[str, Any], shard: dict[str, Any]) -> bool:
 
 
 def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
-    """Whether a copy of some shards has its pictures from `source`: the manifest knows the keys of
-    all its rows."""
+    """Tell whether a copy of some shards has its pictures from `source`: the manifest knows the
+    keys of all its rows."""
     last = max(shard["first"] + shard["count"] for shard in about["shards"])
     records = [record_path(part, shard["name"]) for shard in about["shards"]]
     lists = [
@@ -201,7 +201,7 @@ def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
 
 
 def plan_from_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan:
-    """The plan that a manifest came from."""
+    """Return the plan that a manifest came from."""
     identity = about["identity"]
     return Plan(
         source=source,

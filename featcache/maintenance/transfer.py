@@ -1,7 +1,7 @@
-"""A cache, or a part of it, in another place or another store, without the teacher.
+"""A cache, or a part of it, is copied or converted to another store, without the teacher.
 
 What stays as it is goes file by file, each compared with its record; what changes (another store,
-fewer views or levels) goes row by row through the reader, which checks every item, into a writer.
+fewer views or levels) goes row by row through `Cache.read`, which checks every item, into a writer.
 Both publish shard by shard as an extraction does, so that a transfer that was killed continues
 where it stopped.
 
@@ -45,7 +45,7 @@ WORDS = target_folder.Wording(
 
 @dataclass
 class TransferProgress:
-    """Bytes of rows that are done, of those that were lacking; `report` is called after every
+    """Count bytes of rows that are done, of those that were lacking; `report` is called after every
     block."""
 
     report: Callable[[TransferProgress], None] = lambda progress: None
@@ -62,7 +62,7 @@ class TransferProgress:
 
     @property
     def rate(self) -> float:
-        """Bytes a second since the start."""
+        """Return bytes a second since the start."""
         return self.done / max(time.perf_counter() - self.started, 1e-9)
 
 
@@ -93,8 +93,8 @@ def copy(
 def convert(
     cache: Path, out: Path, name: str, *, progress: TransferProgress | None = None
 ) -> list[str]:
-    """The same cache, and all that was added to it, in the store `name`. Returns what was left out,
-    in words."""
+    """Write the same cache, and all that was added to it, in the store `name`. Returns what was
+    left out, in words."""
     _apart(cache, out)
     with Cache(cache) as source:
         here = source.identity["store"]
@@ -118,8 +118,8 @@ def _apart(cache: Path, out: Path) -> None:
 
 
 def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
-    """The base is the first job and is done last, so that a cache is complete when all of it is
-    there."""
+    """Transfer the base, which is the first job, last, so that a cache is complete when all of it
+    is there."""
     for job in jobs:
         target_folder.existing_manifest(job.manifest, job.out, WORDS)
     progress.total = sum(job.bytes(record) for job in jobs for record in job.missing)
@@ -182,8 +182,8 @@ def _copy_file(
     cache: Path,
     progress: TransferProgress,
 ) -> None:
-    """The copy is what is compared with the record, while it still lies in memory: that covers both
-    disks."""
+    """Copy a file, and compare the copy with the record while it still lies in memory: that covers
+    both disks."""
     target.parent.mkdir(exist_ok=True)
     buffer = memoryview(bytearray(min(_FILE_BYTES, max(facts["bytes"], 1))))
     with origin.open("rb", buffering=0) as source, target.open("xb") as out:
@@ -233,8 +233,8 @@ def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferP
 def _blocks(
     job: TransferJob, record: dict[str, Any]
 ) -> Iterator[tuple[list[str], dict[str, npt.NDArray[Any]]]]:
-    """Keys and items (n, *item) of a shard in (row, view) order, without checksums. Memory is used
-    again: a block is gone when the next comes."""
+    """Yield keys and items (n, *item) of a shard in (row, view) order, without checksums. Memory is
+    used again: a block is gone when the next comes."""
     views, first_view = job.identity["views"], job.identity.get("first_view", 0)
     specs = [spec for spec in job.arrays if spec.name not in checksums.NAMES]
     rows = transfer_plan.shard_rows(job.source, record)

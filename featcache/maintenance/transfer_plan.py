@@ -1,4 +1,4 @@
-"""What of a cache is wanted elsewhere: for each of its parts, the manifest of the copy and the
+"""A transfer is planned: for each part of a cache that is wanted, the manifest of the copy and the
 shards it comes from.
 
 Whole, with all that was added; some shards, which are a complete cache of fewer pictures; or the
@@ -24,7 +24,7 @@ Range = tuple[int, int]  # numbers of shards, the end not included
 
 @dataclass(frozen=True)
 class TransferJob:
-    """One part of a cache and what becomes of it."""
+    """Describe one part of a cache and what becomes of it."""
 
     source: Cache
     out: Path
@@ -48,7 +48,7 @@ class TransferJob:
 
     @property
     def missing(self) -> list[dict[str, Any]]:
-        """The records of shards that the target lacks."""
+        """Return the records of shards that the target lacks."""
         return [
             record
             for record in self.records
@@ -56,8 +56,8 @@ class TransferJob:
         ]
 
     def bytes(self, record: Mapping[str, Any]) -> int:
-        """What a shard of the target holds; of one that is rewritten, without the store's own
-        headers."""
+        """Count the bytes of a shard of the target; of one that is rewritten, without the store's
+        own headers."""
         if self.as_files:
             return sum(facts["bytes"] for facts in record["files"].values())
         views = self.identity["views"]
@@ -69,7 +69,7 @@ class TransferJob:
 def whole_cache_jobs(
     source: Cache, out: Path, *, shards: Range | None = None, store: str | None = None
 ) -> tuple[list[TransferJob], list[str]]:
-    """(jobs of the cache and of what was added to it, what is left out in words)."""
+    """Return (jobs of the cache and of what was added to it, what is left out in words)."""
     changes = {"store": store} if store else {}
     parts = [Cache(path) for path in added_parts(source.path)]
     jobs = [_choose(source, out, changes, shards)]
@@ -87,8 +87,8 @@ def flat_cache_jobs(
     levels: Sequence[int] | None = None,
     shards: Range | None = None,
 ) -> tuple[list[TransferJob], list[str]]:
-    """(one job of the first views and these levels of the cache's own teacher, what is left out in
-    words)."""
+    """Return (one job of the first views and these levels of the cache's own teacher, what is left
+    out in words)."""
     views = source.views if views is None else views
     chosen = source.levels if levels is None else tuple(sorted(levels))
     if source.identity.get("first_view"):
@@ -119,14 +119,14 @@ def _teacher(about: Mapping[str, Any]) -> str:
 
 
 def shard_rows(source: Cache, record: Mapping[str, Any]) -> slice:
-    """Row numbers of a shard."""
+    """Return the row numbers of a shard."""
     shards = [each["shard"] for each in source.records]
     first = sum(each["rows"] for each in source.records[: shards.index(record["shard"])])
     return slice(first, first + record["rows"])
 
 
 def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | None) -> TransferJob:
-    """One part with `changes` of its identity."""
+    """Plan one part with `changes` of its identity."""
     about, numbers = source.manifest, _numbers(source, shards)
     records = _records(source, numbers)
     identity = {**source.identity, **changes}
@@ -149,7 +149,7 @@ def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | N
 
 
 def _fewer(arrays: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a cache with other levels, their checksums too."""
+    """Return the arrays of a cache with other levels, their checksums too."""
     levels = len(identity["levels"])
     specs = [
         array_from_dict(name, facts)
@@ -166,7 +166,8 @@ def _fewer(arrays: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, 
 
 
 def _addition(job: TransferJob) -> TransferJob:
-    """Below parts/, in a folder that ends, as everywhere, with the digest of its identity."""
+    """Put a part below parts/, in a folder that ends, as everywhere, with the digest of its
+    identity."""
     here, there = (json_file.digest(each)[:8] for each in (job.source.identity, job.identity))
     name = job.source.path.name
     return replace(
@@ -187,7 +188,7 @@ def _numbers(source: Cache, shards: Range | None) -> range:
 
 
 def _records(source: Cache, numbers: range) -> tuple[dict[str, Any], ...]:
-    """The records of the shards that are wanted, all of which must be there."""
+    """Return the records of the shards that are wanted, all of which must be there."""
     wanted = [source.manifest["shards"][i]["name"] for i in numbers]
     records = {record["shard"]: record for record in source.records}
     if lacking := [name for name in wanted if name not in records]:

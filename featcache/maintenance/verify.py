@@ -1,4 +1,4 @@
-"""Is a cache what its manifest says? Every byte of every file against its checksum.
+"""A cache is compared with its manifest: every byte of every file against its checksum.
 
 Nothing here repairs: it names what is wrong, file by file. `recompute` asks the teacher itself.
 """
@@ -18,7 +18,7 @@ from featcache.storage.store import QUARANTINE, SHARDS, get_store, record_path
 
 
 class Problem(NamedTuple):
-    """What is wrong with one file; `shard` where a shard must be extracted again to mend it."""
+    """Say what is wrong with one file; `shard` where a shard must be extracted again to fix it."""
 
     path: Path
     text: str
@@ -33,8 +33,8 @@ def verify_cache(
     progress: Callable[[int, int], None] = lambda done, total: None,
     without: Collection[str] = (),
 ) -> tuple[list[str], int]:
-    """(problems, shards checked) of a cache and what was added to it: every byte of every file
-    against its checksum, but for shards that it is to be read `without`."""
+    """Return (problems, shards checked) of a cache and what was added to it: every byte of every
+    file against its checksum, but for shards that it is to be read `without`."""
     found: list[str] = []
     shards = 0
     for part in (path, *added_parts(path)):
@@ -49,11 +49,11 @@ def verify_cache(
 
 
 def check_parts_agree(path: Path) -> list[str]:
-    """Why files that are sound, each by itself, are not one cache; no repair could choose between
-    them."""
+    """Say why files that are sound, each by itself, are not one cache; no repair could choose
+    between them."""
     try:
         with Cache(path) as cache:
-            # pictures in quarantine too, whose place is not known
+            # pictures in quarantine too, whose index is not known
             listed = cache.identity["pictures"]["keys_digest"]
             if (
                 cache.quarantined
@@ -75,7 +75,7 @@ def part_problems(
     about: dict[str, Any],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Problem]:
-    """Everything that is wrong with one part, file by file."""
+    """Yield everything that is wrong with one part, file by file."""
     backend = about["identity"]["store"]
     for text in manifest.check_files(part, about):
         yield Problem(Path(text.rpartition(": ")[0]), text)
@@ -114,7 +114,7 @@ def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> I
 
 
 def _lacks_quarantine(part: Path, about: dict[str, Any]) -> bool:
-    """Whether quarantine.json is missing although every record is there and one of them has
+    """Tell whether quarantine.json is missing although every record is there and one of them has
     something for it."""
     return bool(_quarantined(part, about))
 
@@ -125,7 +125,7 @@ def _is_of_records(path: Path, part: Path, about: dict[str, Any]) -> bool:
 
 
 def _quarantined(part: Path, about: dict[str, Any]) -> list[Any] | None:
-    """What the records say, in order; None where one of them is missing or damaged."""
+    """Return what the records say, in order; None where one of them is missing or damaged."""
     paths = [record_path(part, shard["name"]) for shard in about["shards"]]
     if any(json_problem(path) for path in paths):
         return None
@@ -133,7 +133,7 @@ def _quarantined(part: Path, about: dict[str, Any]) -> list[Any] | None:
 
 
 def json_problem(path: Path) -> str | None:
-    """What is wrong with a JSON of ours; an UnreadableError where that cannot be said."""
+    """Return what is wrong with a JSON of ours; an UnreadableError where that cannot be said."""
     try:
         json_file.read_json(path)
     except UnreadableError:

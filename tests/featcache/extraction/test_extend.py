@@ -314,7 +314,7 @@ def test_a_part_of_other_rows_is_not_read(pictures: Path, photos: Path, tmp_path
 # ---------------------------------------------------------------- verify, repair, info
 
 
-def test_damage_in_a_part_is_found_and_mended(pictures: Path, tmp_path: Path) -> None:
+def test_damage_in_a_part_is_found_and_repaired(pictures: Path, tmp_path: Path) -> None:
     out = copy_tree(grown(pictures, "zarr"), tmp_path / "c")
     before = files_below(out)
     parts = sorted((out / "parts").iterdir())

@@ -237,7 +237,7 @@ def test_other_pictures_and_no_pictures_change_nothing(
 def test_a_picture_that_vanishes_on_the_way_puts_the_shard_back(
     cache: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """Both shards are bad and the second cannot be made: the first is mended, the second as it
+    """Both shards are bad and the second cannot be made: the first is repaired, the second as it
     was."""
     whole, folder = files_below(cache), copy_tree(pictures, tmp_path / "pictures")
     for name in CHUNKS:
@@ -306,11 +306,11 @@ def test_the_command(
     featcache_command: Callable[..., Ran], cache: Path, pictures: Path, tmp_path: Path
 ) -> None:
     whole = files_below(cache)
-    assert featcache_command("repair", cache).out == f"{cache}: nothing to mend\n"
+    assert featcache_command("repair", cache).out == f"{cache}: nothing to fix\n"
     flip(cache / CHUNKS[1])
     ran = featcache_command("verify", cache)
     assert ran.status == 1
-    assert f"`featcache repair {cache}` mends it" in ran.error
+    assert f"`featcache repair {cache}` fixes it" in ran.error
     ran = featcache_command("repair", cache, "--images", tmp_path / "nowhere")
     assert ran.status == 1
     assert "nowhere" in ran.error

@@ -66,7 +66,7 @@ def cache(pictures: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "no record", "nothing left"])
 @pytest.mark.parametrize("store", STORES)
-def test_some_shards_are_mended_from_the_pictures_of_all(
+def test_some_shards_are_repaired_from_the_pictures_of_all(
     pictures: Path, tmp_path: Path, store: str, damage: str
 ) -> None:
     out = tmp_path / "part"
@@ -85,7 +85,7 @@ def test_some_shards_are_mended_from_the_pictures_of_all(
     assert files_below(out) == whole
 
 
-def test_some_shards_are_not_mended_from_other_pictures(
+def test_some_shards_are_not_repaired_from_other_pictures(
     pictures: Path, photos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "part"
@@ -100,7 +100,7 @@ def test_some_shards_are_not_mended_from_other_pictures(
 @pytest.mark.parametrize(
     "chosen", [{"views": 1}, {"levels": (1,)}, {"views": 1, "shards": (0, 2)}], ids=str
 )
-def test_fewer_views_or_levels_are_mended_to_the_same_bytes(
+def test_fewer_views_or_levels_are_repaired_to_the_same_bytes(
     pictures: Path, tmp_path: Path, chosen: dict
 ) -> None:
     """Statistics too: a copy counts what is stored, an extraction what it has before encoding."""
@@ -117,7 +117,7 @@ def test_fewer_views_or_levels_are_mended_to_the_same_bytes(
 
 def test_a_stranger_among_what_was_added_is_named(pictures: Path, tmp_path: Path) -> None:
     """Sound in itself, and from other crops: verify names it, repair does not call the cache
-    mended."""
+    repaired."""
     out = copy_tree(sound(pictures, "zarr"), tmp_path / "c")
     other = make_plan(pictures, views=2, rows_per_shard=4, order="uniform")
     extract.run(other, tmp_path / "other", batch_size=4)
@@ -333,7 +333,7 @@ def test_a_picture_that_went_bad_takes_no_row_away(
     assert files_below(cache) == files_below(sound(pictures, "zarr"))
 
 
-def test_a_mended_picture_gets_no_row_in_a_repair(
+def test_a_repaired_picture_gets_no_row_in_a_repair(
     cache: Path, pictures: Path, tmp_path: Path
 ) -> None:
     folder = copy_tree(pictures, tmp_path / "pictures")
@@ -348,7 +348,7 @@ def test_a_mended_picture_gets_no_row_in_a_repair(
 
 
 def test_an_addition_has_the_rows_of_its_cache(cache: Path, pictures: Path, tmp_path: Path) -> None:
-    """A picture that went bad since stops it, with nothing lost; one that was mended since stays
+    """A picture that went bad since stops it, with nothing lost; one that was repaired since stays
     without a row."""
     folder = copy_tree(pictures, tmp_path / "pictures")
     good = (folder / "photo2.jpg").read_bytes()
@@ -380,7 +380,7 @@ def test_other_pictures_under_the_same_keys_are_refused(
     assert files_below(cache) == before
 
 
-def test_several_damaged_records_are_mended_in_one_go(cache: Path, pictures: Path) -> None:
+def test_several_damaged_records_are_repaired_in_one_go(cache: Path, pictures: Path) -> None:
     whole = files_below(cache)
     for shard in (0, 1, 3):
         (cache / SHARDS / f"{shard:06d}.json").write_text("{}")
@@ -403,7 +403,7 @@ def test_a_shard_of_other_pictures_is_named(
     ran = featcache_command("verify", tmp_path / "a")
     assert ran.status == 1
     assert "the keys of its shards are not those of its list of pictures" in ran.error
-    assert "mends it" not in ran.error
+    assert "fixes it" not in ran.error
 
 
 def record_of(cache: Path, shard: int) -> dict:
