@@ -21,7 +21,7 @@ from tests.conftest import _SERVER
 
 @dataclass(frozen=True)
 class Several:
-    """What the processes left, in order of rank."""
+    """Exit statuses and output of the processes, in order of rank, are kept."""
 
     status: list[int | None]
     said: list[str]

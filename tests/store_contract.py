@@ -1,5 +1,5 @@
-"""What every store must do, whoever writes it: a test class to inherit, with `name` set to the
-store's name.
+"""Every store passes this contract, whoever writes it: a test class to inherit, with `name` set to
+the store's name.
 
 n rows, V views. A store's own file formats are tested beside it; here only the contract of
 `storage.store` is used, and what `featcache.storage.commit` does for all stores alike.

@@ -1,4 +1,4 @@
-"""What the tests of the trainer share: small pictures, a small cache, and both commands run in this
+"""The tests of the trainer share small pictures, a small cache, and both commands run in this
 process.
 
 The teacher is the synthetic one with 4 levels, 16 patches and width 24 on views of 32 pixels; the
@@ -56,7 +56,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command left: its exit status and its two streams."""
+    """A command leaves its exit status and its two streams."""
 
     status: int
     out: str

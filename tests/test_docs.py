@@ -50,12 +50,39 @@ def test_the_readme_names_no_command_that_does_not_exist() -> None:
         assert command in _names(program), f"{program} {command}"
 
 
-@pytest.mark.parametrize("package", ["featcache", "student", "pipelines"])
-def test_every_source_file_is_in_the_file_map(package: str) -> None:
+def file_map() -> dict[str, set[str]]:
+    """Each folder of README's map and the words of its lines."""
     block = README.split("## Where things are")[1].split("```")[1]
-    for path in sorted([*(ROOT / package).glob("*.py"), *(ROOT / package).glob("commands/*.py")]):
-        if not path.stem.startswith("__"):
-            assert re.search(rf"\b{path.stem}\b", block), path
+    found: dict[str, set[str]] = {}
+    package = folder = ""
+    for line in block.strip().splitlines():
+        if match := re.match(r"(  )?(\w+)/ +", line):
+            package = package if match[1] else match[2]
+            folder = f"{package}/{match[2]}" if match[1] else match[2]
+        elif re.match(r" {15}\S", line):
+            folder = package  # a file that lies on top of its package, between two folders
+        found.setdefault(folder, set()).update(re.findall(r"\w+", line))
+    return found
+
+
+FOLDERS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for package in ("featcache", "student", "pipelines")
+    for path in (ROOT / package, *(ROOT / package).iterdir())
+    if (path / "__init__.py").is_file()
+)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_source_file_is_in_the_file_map(folder: str) -> None:
+    stems = {path.stem for path in (ROOT / folder).glob("*.py")}
+    assert {stem for stem in stems if not stem.startswith("__")} <= file_map()[folder]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_file_map_names_no_file_that_does_not_exist(folder: str) -> None:
+    words = {word for word in file_map()[folder] if "_" in word}
+    assert words <= {path.stem for path in (ROOT / folder).glob("*.py")}
 
 
 def test_every_option_of_the_readme_exists() -> None:

@@ -637,7 +637,7 @@ def photos(folder: Path) -> Path:
 def test_every_view_and_the_right_rows_reach_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What enters the model equals what lies in the cache under the picture's key: read by hand,
+    """The model is given what lies in the cache under the picture's key: read by hand,
     for three epochs."""
     seen: list[tuple[list[str], Any, Any, torch.Tensor]] = []
     original = prefetch.to_device

@@ -1,4 +1,4 @@
-"""What other people's code and scripts rely on: imports, command lines, entry points.
+"""Imports, command lines and entry points stay: other people's code and scripts rely on them.
 
 `golden/command_lines.json` lists every option of version 0.1 with its kind and its default; it was
 written from that version's own commands. Options may be added, none may go or change.

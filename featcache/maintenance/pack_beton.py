@@ -156,8 +156,8 @@ def _put(allocator: Any, sample: int, data: bytes) -> int:
 
 
 def _count_raw(source: Source, work: Path, order: list[int]) -> int:
-    """How many pictures of a written file are pixels. Opening it checks that it is whole, before it
-    gets its name: FFCV's writer does not look at short writes."""
+    """Count the pictures of a written file that are pixels. Opening it checks that it is whole,
+    before it gets its name: FFCV's writer does not look at short writes."""
     written = open_beton(str(work))
     assert written.keys == [source.keys[row] for row in order]
     return int((written.modes == RAW).sum())

@@ -57,7 +57,7 @@ class FilePool:
 
     @property
     def share(self) -> int:
-        """How many of the process's files this pool may hold open beside the other pools."""
+        """Return the number of files that this pool may hold open beside the other pools."""
         return self.limit // max(len(_pools), 1)
 
     def acquire(self, paths: Sequence[str]) -> list[OpenFile]:

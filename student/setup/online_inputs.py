@@ -98,7 +98,8 @@ def _fresh_policy(name: str | None, spec: TargetSpec, path: dict[str, Any]) -> P
 
 
 def _facts(found: MatchedCache | None, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:
-    """What the teacher, else the cache, else the policy says about the configuration."""
+    """Return the facts for the configuration: the teacher's, else the cache's, else the
+    policy's."""
     if teacher is None:
         identity = found.cache.identity if found else None
         return cache_match.cache_facts(identity) if identity else {"img_size": policy.size}

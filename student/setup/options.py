@@ -61,12 +61,12 @@ class Options:
 
     @property
     def run_options(self) -> RunOptions:
-        """How the model is run and looked after."""
+        """Return the options of running the model."""
         return RunOptions(self.ema, self.compiled, self.checkpoint_activations, self.skip_nonfinite)
 
     @property
     def reading(self) -> ReadOptions:
-        """How a cache is read."""
+        """Return the options of reading a cache."""
         io = "direct" if self.direct else "auto"
         return ReadOptions(self.read_threads, self.verify_rows, io, self.fallback is not None)
 

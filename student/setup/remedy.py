@@ -1,4 +1,4 @@
-"""What is missing is made by one `featcache extract` command, which an error message names."""
+"""One `featcache extract` command makes what is missing; an error message names it."""
 
 from __future__ import annotations
 

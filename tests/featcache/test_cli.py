@@ -634,7 +634,7 @@ def test_a_log_gets_a_line_of_progress(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where stderr is no terminal: pictures done, rate, ETA and the slowest stage, now and then."""
+    """A log gets, now and then, pictures done, rate, ETA and the slowest stage, now and then."""
     monkeypatch.setattr("featcache.console.progress_bar.LOG_EVERY_S", 0.0)
     teacher = "synthetic:levels=2,tokens=4,width=8,size=16"
     options = (

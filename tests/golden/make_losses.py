@@ -1,4 +1,5 @@
-"""How losses.json was made: the first ten steps of every recipe without the trainer, in float64.
+"""This program made losses.json: the first ten steps of every recipe without the trainer, in
+float64.
 
     python -m tests.golden.make_losses > tests/golden/losses.json
 
@@ -179,7 +180,7 @@ def losses_of(recipe: str) -> list[float]:
 
 
 def settings_of(recipe: str) -> tuple[str, ...]:
-    """What `student train` is told by --set."""
+    """Return the settings that `student train` is given by --set."""
     clips = recipes.load(recipe).Config().clip_grad is not None
     return (*fx.RECIPES[recipe], *SETS, *((CLIPPED,) if clips else ()))
 

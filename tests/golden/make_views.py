@@ -1,5 +1,5 @@
-"""How views.json was made: the documented rules in scalar Python, with numpy's own Philox. Imports
-nothing of ours.
+"""This program made views.json by the documented rules in scalar Python, with numpy's own Philox.
+Imports nothing of ours.
 
     python tests/golden/make_views.py > tests/golden/views.json
 

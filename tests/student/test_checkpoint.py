@@ -145,7 +145,7 @@ def test_no_run_and_no_checkpoint(tmp_path: Path, run: Path) -> None:
 
 
 def test_the_encoder_loads_strictly_in_timm_by_name(finished: Path) -> None:
-    """What a user does at home: a plain timm model, the encoder's part of the state, strict."""
+    """A user at home loads it: a plain timm model, the encoder's part of the state, strict."""
     plain: Any = timm.create_model(
         "vit_tiny_patch16_224",
         img_size=32,

@@ -1,5 +1,5 @@
-"""What `featcache info` says of recipes: literals against code, and its answer against that of
-training."""
+"""`featcache info` says which recipes a cache serves: literals against code, and its answer against
+that of training."""
 
 from __future__ import annotations
 

@@ -299,7 +299,7 @@ def test_a_half_removed_cache_is_none_and_gc_ends_it(
 
 
 def litter(cache: Path, owner: str) -> list[Path]:
-    """What a process of that name leaves when it dies at every moment at once."""
+    """Leave what a process of that name leaves when it dies at every moment at once."""
     shards = [cache / "shards", part_of(cache) / "shards"]
     folders = [folder / f"000001.zarr.{owner}.tmp" for folder in shards]
     for folder in folders:

@@ -32,7 +32,7 @@ VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=3,n
 
 
 class Marks:
-    """Which (stage, number) has begun."""
+    """Marks tell which (stage, number) has begun."""
 
     def __init__(self) -> None:
         self._changed, self._seen = threading.Condition(), set[tuple[str, int]]()

@@ -49,7 +49,7 @@ def make(
 
 
 def add(wanted: plan.Plan, out: Path) -> Path:
-    """What the command does with --add; the folder of the part."""
+    """Do what the command does with --add; return the folder of the part."""
     part = extend.plan_part(wanted, out)
     assert part is not None
     extract.run(*part, batch_size=4)

@@ -405,7 +405,7 @@ def test_a_flip_in_the_prefixes_own_checksums_names_their_file(
 def test_a_cache_that_is_moved_away_is_not_begun_anew(
     photos: Path, tmp_path: Path, store: str
 ) -> None:
-    """What is complete moves with it; with its new path the same command continues."""
+    """Complete shards move with it; with its new path the same command continues."""
     out, elsewhere = tmp_path / "c", tmp_path / "elsewhere"
     plan = make_plan(photos, store=store, rows_per_shard=4)
 

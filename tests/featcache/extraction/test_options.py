@@ -47,7 +47,7 @@ def make(folder: Path, name: str = SYNTHETIC, **changes: Any) -> Plan:
 
 
 def one_by_one(plans: list[Plan], out: Path) -> Path:
-    """What separate commands do: the first, then the others with --add."""
+    """Separate commands do the same: the first, then the others with --add."""
     extract.run(plans[0], out, batch_size=4)
     for each in plans[1:]:
         job = extend.plan_part(each, out)

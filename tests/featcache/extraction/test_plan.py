@@ -1,5 +1,5 @@
-"""What is decided before the work: identity, what is refused, levels, kept patches, bytes, and room
-for them."""
+"""A plan is decided before the work: identity, what is refused, levels, kept patches, bytes, and
+room for them."""
 
 from __future__ import annotations
 

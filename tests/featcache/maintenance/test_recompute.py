@@ -124,7 +124,7 @@ def test_another_decoders_levels_are_told_from_another_picture(
 def test_another_version_of_pillow_is_named(
     sound: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which the next user can install: the cache is as good as before."""
+    """The next user can install it: the cache is as good as before."""
     changed = Path(shutil.copytree(pictures, tmp_path / "changed"))
     Image.fromarray(np.clip(waves(50, 60, 3.0).astype(int) + 1, 0, 255).astype(np.uint8)).save(
         changed / "rgb.png"

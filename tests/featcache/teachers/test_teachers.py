@@ -693,7 +693,7 @@ def test_clip_weights_offline_name_both_ways_on(offline: None) -> None:
 
 
 def test_openais_tags_are_quick_gelu() -> None:
-    """What `clip-b16` means by its registered weights."""
+    """Return what `clip-b16` means by its registered weights."""
     for arch in ("ViT-B-16", "ViT-B-32"):
         assert open_clip.get_pretrained_cfg(arch, "openai")["quick_gelu"] is True
 

@@ -468,7 +468,7 @@ def test_stored_pixels_are_compared_with_their_hash_too(monkeypatch: pytest.Monk
 def test_batches_begun_at_a_time_come_in_order_with_their_own_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where all is read two are begun at a time: the second may be there first, and memory is used
+    """If all is read, two are begun at a time: the second may be there first, and memory is used
     again."""
     cache = Cache(fx.ranked_path())
     spec = TargetSpec(

@@ -75,7 +75,7 @@ def trained(recipe: str, tmp_path: Path, *options: str) -> list[float]:
 
 @pytest.mark.parametrize("path", [fx.cache_path, fx.token_path])
 def test_the_cache_is_the_fixed_one(path: Callable[[], Path]) -> None:
-    """Where this fails, the losses below are those of other pictures or targets.
+    """If this fails, the losses below are those of other pictures or targets.
 
     What is summed in float32 by torch has other last bits on a processor that sums in another
     order; there levels and statistics are compared with float64 arithmetic on the teacher's own

@@ -259,7 +259,7 @@ def shown_areas(run: Path, cache: Cache) -> None:
 
 
 def test_a_wide_cache_trains_a_recipe_of_narrower_crops(tmp_path: Path) -> None:
-    """What is shown is what the same targets give by hand; the run says and records it."""
+    """The same targets give by hand what is shown; the run says and records it."""
     options = ("--cache", wide_path(), "--images", fx.pictures(), *STEPS, *ALLOWED)
     ran = fx.good(fx.train("maskalign", tmp_path / "a", *options))
     assert "note: crops of 0.2-1 of the area are shown, 0.08-1 are stored: " in ran.err
