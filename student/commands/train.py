@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from featcache.console.params import FloatPair
+from featcache.console.text import print_facts
 from featcache.errors import STOPPED, StoppedError, UsageError, UserError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from student.data.loader import Loader
     from student.training.train import Run
 
 
@@ -238,85 +242,134 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
-    recipe_name: str | None, as_json: bool, dry_run: bool, deterministic: bool, **options: Any
+    recipe_name: str | None,
+    as_json: bool,
+    dry_run: bool,
+    deterministic: bool,
+    device: str | None,
+    **options: Any,
 ) -> None:
     """Train a student by RECIPE from cached targets, or with the teacher in the loop.
 
     Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status
     75; --resume goes on.
     """
-    from student import checkpoint, recipes
     from student.setup import build
     from student.setup.options import Options
-    from student.training import accelerator, preemption
-    from student.training import dry_run as estimate
-    from student.training import train as work
+    from student.training import accelerator
 
-    if recipe_name is None:
+    name, recipe = _load_recipe(recipe_name)
+    if deterministic:
+        accelerator.deterministic()
+    acc = accelerator.accelerator(options["precision"], device)
+    options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
+    console = _Console(acc.is_main_process, as_json)
+    run, loader = build.build_run(name, recipe, acc, Options(**options), console.say)
+    if note := build.warmup_note(run, loader):
+        console.say(note)
+    (_dry_run if dry_run else _train)(run, loader, acc, console)
+
+
+@dataclass(frozen=True)
+class _Console:
+    """The first process of a run speaks, all others say nothing."""
+
+    speaks: bool
+    as_json: bool
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            click.echo(text, err=True)
+
+    def print(self, facts: dict[str, Any], text: str) -> None:
+        if self.speaks:
+            print_facts(facts, self.as_json, text)
+
+
+def _load_recipe(name: str | None) -> tuple[str, ModuleType]:
+    from student import recipes
+
+    if name is None:
         raise UsageError(
             f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of "
             "your own"
         )
-    recipe = recipes.load(recipe_name)
-    if deterministic:
-        accelerator.deterministic()
-    acc = accelerator.accelerator(options["precision"], options.pop("device"))
-    options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
-    run, loader = build.build_run(
-        recipe_name, recipe, acc, Options(**options), _say if acc.is_main_process else _hush
-    )
+    return name, recipes.load(name)
+
+
+def _dry_run(run: Run, loader: Loader, acc: Accelerator, console: _Console) -> None:
+    """Say what would be trained and what it costs; every process takes part."""
+    from student.setup import build
+    from student.training import accelerator, dry_run
+
     facts = build.run_facts(run, loader)
-    if note := build.warmup_note(run, loader):
-        (_say if acc.is_main_process else _hush)(note)
-    if dry_run:
-        with accelerator.out_of_memory_told(loader.batch_size):
-            facts |= estimate.measure(run, loader, acc)
-        if acc.is_main_process:
-            click.echo(json.dumps(facts) if as_json else estimate.text(facts))
-        return
-    if acc.is_main_process:
-        _say(
-            f"{recipe_name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
-            f"steps of {facts['global_batch']} -> {run.out}"
-        )
+    with accelerator.out_of_memory_told(loader.batch_size):
+        facts |= dry_run.measure(run, loader, acc)
+    console.print(facts, dry_run.text(facts))
+
+
+def _train(run: Run, loader: Loader, acc: Accelerator, console: _Console) -> None:
+    """Train, and note in the ledger how far the run came, however it ended."""
+    from student import checkpoint
+    from student.training import train
+
+    _announce(run, loader, console)
     before = checkpoint.latest_step(run.out)
     try:
-        summary = work.train(run, loader, acc)
-    except (StoppedError, KeyboardInterrupt) as stopped:
-        if not acc.is_main_process:  # one process speaks
-            sys.exit(STOPPED)
-        _note(run, before, {"run": str(run.out), "stopped": True})
-        raise (
-            stopped
-            if isinstance(stopped, StoppedError)
-            else preemption.stopped_at_once(run.out, run.resume)
-        ) from None
+        summary = train.train(run, loader, acc)
+    except (StoppedError, KeyboardInterrupt) as error:
+        raise _stopped(error, run, before, console) from None
     except (UserError, OSError):
-        if acc.is_main_process and (step := checkpoint.latest_step(run.out)) != before:
-            _note(run, before, {"run": str(run.out), "stopped": True})
-            _say(
-                f"note: the checkpoint of step {step} is kept; {preemption.resume_hint(run.resume)}"
-            )
+        _report_failure(run, before, console)
         raise
-    if acc.is_main_process:
-        _note(run, before, summary)
-        text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"
-        click.echo(json.dumps(summary) if as_json else text)
+    if console.speaks:
+        _note_run(run, before, summary)
+    text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"
+    console.print(summary, text)
 
 
-def _note(run: Run, before: int | None, facts: dict[str, Any]) -> None:
-    """A line in the ledger, where this process brought the run further than it was `before`."""
+def _announce(run: Run, loader: Loader, console: _Console) -> None:
+    from student.setup import build
+
+    facts = build.run_facts(run, loader)
+    console.say(
+        f"{run.name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
+        f"steps of {facts['global_batch']} -> {run.out}"
+    )
+
+
+def _stopped(
+    error: BaseException, run: Run, before: int | None, console: _Console
+) -> StoppedError | SystemExit:
+    """The one line of a run that was stopped; processes that do not speak have the status alone."""
+    from student.training import preemption
+
+    if not console.speaks:
+        return SystemExit(STOPPED)
+    _note_run(run, before, {"stopped": True})
+    if isinstance(error, StoppedError):
+        return error
+    return preemption.stopped_at_once(run.out, run.resume)
+
+
+def _report_failure(run: Run, before: int | None, console: _Console) -> None:
+    """Say which checkpoint is kept, where the run saved one before it failed."""
+    from student import checkpoint
+    from student.training import preemption
+
+    step = checkpoint.latest_step(run.out)
+    if console.speaks and step != before:
+        _note_run(run, before, {"stopped": True})
+        console.say(
+            f"note: the checkpoint of step {step} is kept; {preemption.resume_hint(run.resume)}"
+        )
+
+
+def _note_run(run: Run, before: int | None, facts: dict[str, Any]) -> None:
+    """Add a line to the ledger, where this process brought the run further than it was `before`."""
     from featcache.catalog import home
     from student import checkpoint
 
     if (step := checkpoint.latest_step(run.out)) != before:
         facts = {**facts, "run": str(run.out.absolute()), "step": step}
         home.log_run(command="train", recipe=run.name, cache_id=run.about.get("id"), **facts)
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _hush(text: str) -> None:
-    """Other processes than the first say nothing."""
