@@ -28,6 +28,11 @@ class Codec(NamedTuple):
     decode: Callable[[Mapping[str, Tensor]], Tensor]
 
 
+def fp16_arrays(width: int) -> dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    """Return the one array that half precision needs."""
+    return {"features": ("<f2", (width,), ("channel",))}
+
+
 def encode_fp16(h: Tensor) -> dict[str, Tensor]:
     """Encode in half precision, rounded to nearest. |h| <= sqrt(D - 1), so only non-finite input
     leaves the range.
@@ -42,11 +47,8 @@ def decode_fp16(coded: Mapping[str, Tensor]) -> Tensor:
     return coded["features"].to(torch.float32)
 
 
-CODECS = {
-    "fp16": Codec(
-        lambda width: {"features": ("<f2", (width,), ("channel",))}, encode_fp16, decode_fp16
-    ),
-}
+# named functions: spawned workers get codecs by pickle
+CODECS = {"fp16": Codec(fp16_arrays, encode_fp16, decode_fp16)}
 
 
 _WIDER = {torch.float32: torch.float64, torch.float64: torch.float64}

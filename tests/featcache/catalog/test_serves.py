@@ -1,5 +1,5 @@
-"""`featcache info` says which recipes a cache serves: literals against code, and its answer against
-that of training."""
+"""`featcache info` says which recipes a cache serves: literals are compared with code, and its
+answer with that of training."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def test_precision_and_compilation_reach_the_network() -> None:
     network = Dvae("random:0", width=4, vocabulary=64, input_px=SIZE)
     network.name = "dvae"
     made = precision.configure(TokenizerTeacher(network), "bf16", compiled=True)
-    assert precision.execution_of(made) == precision.ExecutionConfig("bf16", True)
+    assert precision.execution_config(made) == precision.ExecutionConfig("bf16", True)
     assert precision.device_of(made) == torch.device("cpu")
     assert network._compiled_call_impl is not None
     seen: list[torch.dtype] = []

@@ -1,4 +1,4 @@
-"""Whether what lies in a cache's folder belongs there: every file may be sound, and still be of
+"""The files in a cache's folder must belong there: every one may be intact, and still be of
 another cache."""
 
 from __future__ import annotations
