@@ -160,7 +160,7 @@ Origin = Literal["file", "option", "fact", "cache"]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The values that are not left to a recipe's defaults, by key, and the origin of each."""
+    """Settings hold the values that are not left to a recipe's defaults, and the origin of each."""
 
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)

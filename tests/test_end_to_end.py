@@ -59,8 +59,8 @@ def assert_same_losses(here: Path, there: Path, relative: float) -> None:
 
 @pytest.mark.parametrize("recipe", ALIGNED)
 def test_cached_equals_online(recipe: str, tmp_path: Path) -> None:
-    """fp16 storage is the only difference: 1e-3 at each of 20 steps at the peak rate, with drop
-    path 0.1."""
+    """fp16 storage is the only difference: 1e-3 at each of 20 steps at the peak learning rate,
+    with drop path 0.1."""
     cached, over, without = tmp_path / "cached", tmp_path / "over", tmp_path / "without"
     fx.good(fx.train(recipe, cached, "--cache", fx.cache_path(), *BOTH))
     fx.good(fx.train(recipe, over, "--cache", fx.cache_path(), *ONLINE, *BOTH))
@@ -518,7 +518,7 @@ def test_two_processes_equal_one(recipe: str, tmp_path: Path) -> None:
     one, two = fx.weights(tmp_path / "one"), fx.weights(tmp_path / "two")
     assert one.keys() == two.keys()
     # Softmax takes no notice of a key's bias: its gradient is rounding alone, which Adam's first
-    # steps make as large as the rate. All else differs by a small part of the rate, 3e-3.
+    # steps make as large as the learning rate, 3e-3. All else differs by a small part of it.
     apart = {name: (one[name] - two[name]).abs() for name in one}
     for name in [name for name in apart if name.endswith("attn.qkv.bias")]:
         queries, _, values = apart[name].chunk(3)

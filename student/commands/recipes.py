@@ -22,7 +22,7 @@ from featcache.console.text import first_paragraph, print_facts
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(name: str | None, settings: tuple[str, ...], as_json: bool) -> None:
-    """The recipes, or one recipe's paper trail and its flattened configuration."""
+    """List the recipes, or show one recipe's paper trail and its flattened configuration."""
     if name is None:
         _list_recipes(as_json)
     else:

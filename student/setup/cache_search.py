@@ -37,11 +37,15 @@ def find_cache(
             found.append(candidate)
         except UserError as error:
             rejected.append(f"{path}: {error}")
-    if found:
-        return _only_one(found, name)
+    if not found:
+        command = extract_remedy(recipe.needs(plain), plain, None, source)
+        raise _none_serves(name, rejected, command)
+    return _only_one(found, name)
+
+
+def _none_serves(name: str, rejected: list[str], command: str) -> UserError:
     looked = f"looked at {'; '.join(rejected[:2])}" if rejected else "it is empty"
-    command = extract_remedy(recipe.needs(plain), plain, None, source)
-    raise UserError(
+    return UserError(
         f"no cache under {str(home.home())!r} serves {name} ({looked}); give one with --cache, or "
         f"{command}"
     )

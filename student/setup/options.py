@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `student train` beside the recipe, by the names they have there."""
+    """The options of `student train`, beside the recipe, keep the names they have there."""
 
     cache: Path | None
     images: str | None
@@ -85,7 +85,7 @@ class RunRequest:
 
     @property
     def config(self) -> RecipeConfig:
-        """The recipe's configuration without the facts of a cache."""
+        """Return the recipe's configuration without the facts of a cache."""
         config: RecipeConfig = build_config(self.recipe.Config, self.settings)
         return config
 

@@ -27,8 +27,8 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """A recipe's configuration with the facts of what is read, its targets and the training
-    pictures."""
+    """The inputs of a run hold the configuration with the facts of what is read, the targets and
+    the training pictures."""
 
     config: RecipeConfig
     source: Source
@@ -38,8 +38,8 @@ class TrainingInputs:
 
     @property
     def positions(self) -> I64:
-        """(n,) positions of the training pictures in storage: rows of the cache, or indices in the
-        source."""
+        """Return the positions (n,) of the training pictures in storage: rows of the cache, or
+        indices in the source."""
         return self.targets.rows if isinstance(self.targets, CachedTargets) else self.pictures
 
 

@@ -81,7 +81,7 @@ def _keys(cache: Cache, rows: I64) -> Iterator[str]:
 
 
 def _shown_notes(scale: Scale, stored: Scale, accepted: Bool, left_out: Sequence[str]) -> list[str]:
-    """accepted (n,V) -> what the user should know of the views that are shown."""
+    """accepted (n, V) -> what the user should know of the views that are shown."""
     shown = (
         f"crops of {_text(scale)} of the area are shown, {_text(stored)} are stored: "
         f"{accepted.mean():.1%} of the views"
@@ -135,7 +135,7 @@ def _more_views(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> str:
 
 
 def _views_needed(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> int | None:
-    """accepted (n,V) -> how many views leave out no more than the allowed share.
+    """accepted (n, V) -> how many views leave out no more than the allowed share.
 
     A large crop fits a long picture less often, so views are rejected by shape: of v views of a
     shape, all are with probability q^v, where q is the share that was.

@@ -37,8 +37,9 @@ def recipe_targets(
     tail: Mapping[str, Tensor],
     ids_keep: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """features (B, L, 1 + P, D), stats (B, L, 1 + P, 2) -> what a recipe takes: the levels, and
-    their stats where it asks for them; or `targets` (B, 1 + P, E) derived from the only level.
+    """Return what a recipe takes of features (B, L, 1 + P, D) and stats (B, L, 1 + P, 2): the
+    levels, and their stats where it asks for them; or `targets` (B, 1 + P, E) derived from the only
+    level.
 
     Stats are mean and divisor; a derived target looks at them where the teacher's eps is not the
     cache's. With `ids_keep` (B, V) the targets are those of CLS and these patches, and the rest is
@@ -52,11 +53,17 @@ def recipe_targets(
     h, std = features[:, 0], None if stats is None else stats[:, 0, :, 1:]
     if ids_keep is None:
         return {"targets": derive(spec.derive, h, tail, std)}
-    ids = vit.prepend_cls_id(ids_keep)
-    seen_std = None if std is None else vit.gather_tokens(std, ids)
-    seen = derive(spec.derive, vit.gather_tokens(h, ids), tail, seen_std)
-    out = seen.new_full((*h.shape[:2], seen.shape[-1]), float("nan"))
-    return {"targets": out.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, seen.shape[-1]), seen)}
+    return {"targets": _derive_visible(spec.derive, h, std, tail, vit.prepend_cls_id(ids_keep))}
+
+
+def _derive_visible(
+    name: str, h: Tensor, std: Tensor | None, tail: Mapping[str, Tensor], ids: Tensor
+) -> Tensor:
+    """h (B, 1 + P, D), std (B, 1 + P, 1), ids (B, 1 + V) -> (B, 1 + P, E), NaN beside the ids."""
+    visible_std = None if std is None else vit.gather_tokens(std, ids)
+    visible = derive(name, vit.gather_tokens(h, ids), tail, visible_std)
+    out = visible.new_full((*h.shape[:2], visible.shape[-1]), float("nan"))
+    return out.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, visible.shape[-1]), visible)
 
 
 def copy_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -117,7 +117,7 @@ class CachedTargets:
 
     @property
     def codec(self) -> Codec | None:
-        """The codec of the features; None where the recipe reads none."""
+        """Return the codec of the features; None where the recipe reads none."""
         return self.reader.codec if self.reader else None
 
     @property

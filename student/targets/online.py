@@ -70,7 +70,7 @@ class OnlineTargets:
 
     @property
     def teacher_px(self) -> int:
-        """The pixels a side that the teacher wants where they are not the student's, else 0."""
+        """Return the pixels a side that the teacher wants, or 0 where they are the student's."""
         if self.teacher is None or self.teacher.input_px == self.policy.size:
             return 0
         return self.teacher.input_px

@@ -155,7 +155,7 @@ def test_hidden_patches_are_needed_where_they_are_predicted() -> None:
 
 @dataclass(frozen=True, kw_only=True, config=config.CHECKED)
 class Sized(RecipeConfig):
-    """A recipe with defaults by size, whose rate does not scale with the batch."""
+    """A recipe with defaults by size, whose learning rate does not scale with the batch."""
 
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {"large": {"drop_path": 0.2, "mask_ratio": 0.6}}
 

@@ -345,7 +345,7 @@ def test_token_ids_are_not_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize("record", ["there", "lost"])
 def test_pictures_in_quarantine_stay_there(record: str, tmp_path: Path) -> None:
     """p07 cannot be read, and lies in the shard that goes; its record tells, or quarantine.json.
-    Mended meanwhile, it is not among the pictures all the same."""
+    Fixed meanwhile, it is not among the pictures all the same."""
     pictures = fx.save_pictures(tmp_path / "pictures")
     good = (pictures / "p07.png").read_bytes()
     (pictures / "p07.png").write_bytes(b"no picture")
