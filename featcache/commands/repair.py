@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from featcache.console.progress_bar import ProgressBar
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
 from featcache.views import pixel_path
+
+if TYPE_CHECKING:
+    from featcache.models.contract import Teacher
 
 
 @click.command(
@@ -39,24 +42,11 @@ def command(
 ) -> None:
     """Find what is damaged in CACHE and fix it: files from their copies, bad shards by the
     teacher."""
-    from featcache import teachers
     from featcache.extraction.progress import ExtractProgress
     from featcache.maintenance import repair
-    from featcache.models import precision
-    from featcache.models.contract import Teacher
-    from featcache.runtime.device import pick_device
 
     def load(about: dict[str, Any]) -> tuple[Source, Teacher]:
-        source = open_source(images_spec or about["provenance"]["source"])
-        source = pixel_path.match_decoder(source, about["identity"]["pixel_path"])
-        pixel_path.check_pixel_path(
-            source, about["identity"]["pixel_path"], f"cache {str(cache)!r}"
-        )
-        given = weights or about["provenance"]["weights"]
-        teacher = teachers.load_any(
-            about["identity"]["teacher"]["name"], given, pick_device(device)
-        )
-        return source, precision.configure_like(teacher, about["identity"])
+        return _pictures(cache, about, images_spec), _teacher(about, weights, device)
 
     bar = ProgressBar("repair", "pictures")
     progress = ExtractProgress(lambda now: bar(now.pictures, now.total))
@@ -68,3 +58,23 @@ def command(
     text.print_facts(
         {"cache": str(cache), **done}, as_json, "\n".join(lines) or f"{cache}: nothing to fix"
     )
+
+
+def _pictures(cache: Path, about: dict[str, Any], given: str | None) -> Source:
+    """Open the pictures of a manifest, or others that are given, as they were decoded then."""
+    wanted = about["identity"]["pixel_path"]
+    source = open_source(given or about["provenance"]["source"])
+    source = pixel_path.match_decoder(source, wanted)
+    pixel_path.check_pixel_path(source, wanted, f"cache {str(cache)!r}")
+    return source
+
+
+def _teacher(about: dict[str, Any], weights: str | None, device: str | None) -> Teacher:
+    """Load the teacher of a manifest, to be run as it was run then."""
+    from featcache import teachers
+    from featcache.models import precision
+    from featcache.runtime.device import pick_device
+
+    name, given = about["identity"]["teacher"]["name"], weights or about["provenance"]["weights"]
+    teacher = teachers.load_any(name, given, pick_device(device))
+    return precision.configure_like(teacher, about["identity"])

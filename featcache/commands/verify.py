@@ -45,8 +45,6 @@ def command(
     """Check every byte of CACHE against its checksums; with --recompute, rows against the
     teacher."""
     from featcache.maintenance import verify
-    from featcache.maintenance.recompute import recompute as ask_teacher
-    from featcache.runtime.device import pick_device
 
     bar = ProgressBar("verify", "shards")
     problems, shards = verify.verify_cache(cache, bar)
@@ -54,17 +52,29 @@ def command(
     facts: dict[str, Any] = {"cache": str(cache), "shards": shards, "problems": problems}
     with_teacher = bool(recompute) and not problems
     if with_teacher:
-        with Cache(cache) as opened:
-            source = open_source(images_spec or opened.manifest["provenance"]["source"])
-            source = pixel_path.match_decoder(source, opened.identity["pixel_path"])
-            facts["recompute"] = ask_teacher(
-                opened, source, weights, recompute, seed, pick_device(device)
-            )
-        facts["images"] = source.spec
+        facts |= _recompute(cache, images_spec, weights, recompute, seed, device)
         problems += facts["recompute"]["problems"]
     text.print_facts(facts, as_json, "\n".join([*problems, *_verdict(facts)]))
     if problems:
         raise UserError(_of_rows(facts) if with_teacher else _of_files(facts))
+
+
+def _recompute(
+    cache: Path,
+    images_spec: str | None,
+    weights: str | None,
+    count: int,
+    seed: int,
+    device: str | None,
+) -> dict[str, Any]:
+    from featcache.maintenance.recompute import recompute
+    from featcache.runtime.device import pick_device
+
+    with Cache(cache) as opened:
+        source = open_source(images_spec or opened.manifest["provenance"]["source"])
+        source = pixel_path.match_decoder(source, opened.identity["pixel_path"])
+        found = recompute(opened, source, weights, count, seed, pick_device(device))
+    return {"recompute": found, "images": source.spec}
 
 
 def _of_files(facts: dict[str, Any]) -> str:

@@ -44,13 +44,10 @@ def recompute(
     """
     pixel_path.check_pixel_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
     teacher = _same_teacher(cache, weights, device)
-    n = min(count, len(cache))
-    raw = rng.words(rng.key_digests([f"verify:{n}"]), rng.stream("verify", seed), 2 * len(cache))[0]
-    rows = np.sort(np.argsort(raw[: len(cache)], kind="stable")[:n])
-    chosen = rng.below(raw[len(cache) : len(cache) + n], cache.views)
     at = {key: i for i, key in enumerate(source.keys)}
-    pairs = zip(rows.tolist(), chosen.tolist(), strict=True)
+    pairs = _sample(cache, count, seed)
     found = [_recompute_row(cache, source, at, teacher, row, view) for row, view in pairs]
+    n = len(found)
     problems = [row.problem for row in found if row.problem]
     errors = [row.errors for row in found if row.errors is not None]
     return {
@@ -66,6 +63,15 @@ def recompute(
         "attention_error": max((attention for _, attention in errors), default=None),
         "bad_rows_below": 1 - 0.05 ** (1 / n) if n and not problems else None,
     }
+
+
+def _sample(cache: Cache, count: int, seed: int) -> list[tuple[int, int]]:
+    """Draw `count` rows, ascending, each with one of its views; all rows where there are fewer."""
+    n = min(count, len(cache))
+    raw = rng.words(rng.key_digests([f"verify:{n}"]), rng.stream("verify", seed), 2 * len(cache))[0]
+    rows = np.sort(np.argsort(raw[: len(cache)], kind="stable")[:n])
+    views = rng.below(raw[len(cache) : len(cache) + n], cache.views)
+    return list(zip(rows.tolist(), views.tolist(), strict=True))
 
 
 def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
