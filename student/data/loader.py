@@ -64,8 +64,8 @@ class Loader:
     workers: int = 2
     check_fraction: float = 1 / 16  # of the rendered views that are compared with their stored hash
     repeats: int = 1  # views of a picture in one step; it is decoded once
-    # (n,) in storage: sampled by blocks; None: at random
-    places: npt.NDArray[np.int64] | None = None
+    # (n,) of the pictures in storage: sampled by blocks; None: at random
+    positions: npt.NDArray[np.int64] | None = None
     # drawn here, where all they read is on the host
     masks: Callable[[HostBatch], Mapping[str, Tensor] | None] | None = None
     pin: bool = False  # page-locked memory, for a GPU
@@ -82,7 +82,7 @@ class Loader:
                 f"one step takes {self.global_batch // self.repeats} pictures ({self._cut()}), the "
                 f"training set has {n}; give a smaller --batch-size"
             )
-        self._order = SampleOrder(n, self.seed, self.places)
+        self._order = SampleOrder(n, self.seed, self.positions)
         self._moments = lru_cache(AHEAD + 1)(self._moments_of)
 
     def _cut(self) -> str:

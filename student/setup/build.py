@@ -81,7 +81,7 @@ def _loader(inputs: TrainingInputs, options: Options, acc: Accelerator) -> Loade
         workers=options.workers,
         check_fraction=options.check_pixels,
         repeats=options.aug_repeats,
-        places=inputs.positions if options.sampling == "block" else None,
+        positions=inputs.positions if options.sampling == "block" else None,
         masks=_draw_early(inputs, options.seed),
         pin=acc.device.type == "cuda",
     )

@@ -317,7 +317,7 @@ def _record(run: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str,
             "keys_digest": manifest.keys_digest(loader.source.keys[i] for i in loader.pictures),
             "global_batch": loader.global_batch,
             "steps_per_epoch": loader.steps_per_epoch,
-            "sampling": "random" if loader.places is None else "block",
+            "sampling": "random" if loader.positions is None else "block",
             "aug_repeats": loader.repeats,
         },
     }

@@ -26,12 +26,12 @@ def test_an_epoch_of_blocks_shows_each_picture_once(n: int, seed: int, epoch: in
 def test_a_window_is_sixteen_blocks_of_sixty_four_neighbours() -> None:
     """Places of each window of 1,024 samples, told apart at gaps: at most 16 stretches of at most
     64 neighbours."""
-    n, places = 64 * 100, shuffled(64 * 100)
-    order = SampleOrder(n, 3, places)
+    n, positions = 64 * 100, shuffled(64 * 100)
+    order = SampleOrder(n, 3, positions)
     rows = np.concatenate([order.step(1, first, 128) for first in range(0, n, 128)])
     sizes = []
     for low in range(0, n - BLOCK * WINDOW, BLOCK * WINDOW):
-        here = np.sort(places[rows[low : low + BLOCK * WINDOW]])
+        here = np.sort(positions[rows[low : low + BLOCK * WINDOW]])
         stretches = np.split(here, np.flatnonzero(np.diff(here) > 1) + 1)
         sizes.append(len(stretches))
     # The first and the last block of storage are cut short, so windows after theirs begin a few
@@ -39,7 +39,7 @@ def test_a_window_is_sixteen_blocks_of_sixty_four_neighbours() -> None:
     assert np.median(sizes) <= WINDOW + 2
     assert max(sizes) <= 2 * WINDOW + 2
     random = SampleOrder(n, 3).step(1, 0, BLOCK * WINDOW)
-    stretches_of_random = (np.diff(np.sort(places[random])) > 1).sum() + 1
+    stretches_of_random = (np.diff(np.sort(positions[random])) > 1).sum() + 1
     assert stretches_of_random > 500  # what rows at random would open
 
 
@@ -67,9 +67,9 @@ def test_orders_of_blocks_differ_between_epochs_and_seeds() -> None:
 
 def test_a_step_of_blocks_is_in_storage_order() -> None:
     """So that a process's slice of it lies in few files."""
-    places = shuffled(2000)
-    rows = SampleOrder(2000, 5, places).step(2, 512, 256)
-    assert (np.diff(places[rows]) > 0).all()
+    positions = shuffled(2000)
+    rows = SampleOrder(2000, 5, positions).step(2, 512, 256)
+    assert (np.diff(positions[rows]) > 0).all()
 
 
 @pytest.mark.parametrize("n", [12, 100])
