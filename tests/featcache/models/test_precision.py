@@ -284,7 +284,7 @@ def test_the_teacher_in_the_loop_runs_as_the_caches_did(
     spec = TargetSpec(teacher=VIT, levels=(2, 3), fields=("features",), patches=16)
     online = OnlineTargets(Policy(size=32), spec, teacher, 2)
     with torch.autocast("cpu", torch.float16):
-        found, _ = online.complete({"pixels": stored["pixels"]}, torch.device("cpu"))
+        found, _ = online.to_device({"pixels": stored["pixels"]}, torch.device("cpu"))
     assert found["features"].dtype == torch.float32
     np.testing.assert_allclose(
         found["features"].numpy(), stored["features"].astype(np.float32), rtol=2**-10, atol=2e-6

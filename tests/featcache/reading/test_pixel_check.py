@@ -99,13 +99,13 @@ def train(cache: Path, out: Path, *options: str | Path) -> fx.Ran:
 def checked(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
     """(row, view) of every comparison that a run makes."""
     seen: set[tuple[int, int]] = set()
-    check = CachedTargets.check
+    check = CachedTargets.check_pixels
 
     def note(self: CachedTargets, pixels: Any, at: int, view: int, stored: int) -> None:
         check(self, pixels, at, view, stored)
         seen.add((int(self.rows[at]), view))
 
-    monkeypatch.setattr(CachedTargets, "check", note)
+    monkeypatch.setattr(CachedTargets, "check_pixels", note)
     return seen
 
 
