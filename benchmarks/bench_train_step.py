@@ -43,7 +43,7 @@ from featcache.runtime.device import pick_device
 from student import recipes
 from student.commands import train as train_command
 from student.data.prefetch import PrefetchedBatch, Prefetcher, WaitTime
-from student.setup import build as jobs
+from student.setup.build import build_run
 from student.setup.options import Options
 from student.training import accelerator, train
 from student.training.train_state import TrainState
@@ -162,18 +162,16 @@ def build(
     given = train_command.command.make_context("train", args).params
     rest = {field.name: given[field.name] for field in fields(Options)}
     acc = accelerator.accelerator(config.precision, config.device)
-    job, loader = jobs.build_run(
-        recipe, recipes.load(recipe), acc, Options(**rest), lambda line: None
-    )
-    return job, loader, acc
+    run, loader = build_run(recipe, recipes.load(recipe), acc, Options(**rest), lambda line: None)
+    return run, loader, acc
 
 
-def make_step(job: Any, loader: Any, state: TrainState, feed: Any) -> Callable[[], None]:
+def make_step(run: Any, loader: Any, state: TrainState, feed: Any) -> Callable[[], None]:
     """Return the trainer's own step, of a run so long that its learning rate hardly moves."""
     numbers = iter(range(1, 1 << 40))
 
     def step() -> None:
-        train.train_step(job, loader, state, feed, next(numbers), 1 << 40)
+        train.train_step(run, loader, state, feed, next(numbers), 1 << 40)
 
     return step
 
@@ -190,15 +188,15 @@ def step_functions(
         ):
             continue  # it has no teacher
         try:
-            job, loader, acc = build(config, recipe, cache, online)
+            run, loader, acc = build(config, recipe, cache, online)
         except UsageError as error:  # such as token ids, which no teacher in the loop gives
             click.echo(f"  {recipe}, {name}: {error}", err=True)
             continue
         hosts = stack.enter_context(closing(loader.iterate(1, 1 << 40)))
-        feed: Any = Prefetcher(job.config, job.targets, hosts, acc.device, job.seed)
+        feed: Any = Prefetcher(run.config, run.targets, hosts, acc.device, run.seed)
         if name == "in memory":
             feed = BatchesInMemory([feed.take().batch for _ in range(2)])
-        variants[name] = make_step(job, loader, train.build_state(job, loader, acc), feed)
+        variants[name] = make_step(run, loader, train.build_state(run, loader, acc), feed)
     if recipe in plain_steps.MODELS and not config.sets:
         batch = feed.take().batch
         variants["plain"] = plain_steps.make_step(recipe, batch, acc.device, acc.mixed_precision)

@@ -40,7 +40,7 @@ def test_every_command_is_in_the_readme(command: str) -> None:
     assert f"`{command}`" in README
 
 
-@pytest.mark.parametrize("name", [*teachers.rows(), *recipes.names(), *evals.names()])
+@pytest.mark.parametrize("name", [*teachers.model_cards(), *recipes.names(), *evals.names()])
 def test_every_teacher_recipe_and_eval_is_in_the_readme(name: str) -> None:
     assert f"`{name}`" in README
 

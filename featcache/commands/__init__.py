@@ -1,2 +1,2 @@
-"""One file, one command of `featcache`: its options, and what it says. The work is done
+"""Each file holds one command of `featcache`: its options, and what it says. The work is done
 elsewhere."""

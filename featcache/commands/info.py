@@ -18,8 +18,8 @@ from featcache.storage import manifest, statistics
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(cache: Path, as_json: bool) -> None:
-    """Identity, completeness, sizes and statistics of CACHE, the recipes it can serve and the runs
-    that used it."""
+    """Show identity, completeness, sizes and statistics of CACHE, the recipes it can serve and the
+    runs that used it."""
     with Cache(cache) as opened:
         facts = describe(opened)
     click.echo(json.dumps(facts, indent=1) if as_json else text(opened, facts))

@@ -11,14 +11,14 @@ import click
 @click.command(epilog="Example:\n\n  featcache teachers --json")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(as_json: bool) -> None:
-    """The teachers known by name, what they cost, and whether their weights are on this machine.
-    Asks no network."""
+    """List the teachers known by name, what they cost, and whether their weights are on this
+    machine. Asks no network."""
     from featcache import teachers
     from featcache.models import weights
 
     table = [
         _facts(name, row, weights.find_local(row.hub, row.file))
-        for name, row in teachers.rows().items()
+        for name, row in teachers.model_cards().items()
     ]
     if as_json:
         click.echo(json.dumps(table, indent=1))

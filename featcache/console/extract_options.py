@@ -85,7 +85,8 @@ def check_names(options: ExtractOptions) -> None:
 
     if not options.names:
         raise UsageError(
-            f"no teacher given: --teacher is one of {', '.join(teachers.rows())}, or timm:NAME"
+            f"no teacher given: --teacher is one of {', '.join(teachers.model_cards())}, or "
+            "timm:NAME"
         )
     given = (("--order", options.order, ORDERS), ("--codec", options.codec, codecs.CODECS))
     for option, value, known in given:

@@ -61,21 +61,15 @@ __all__ = [
     "load",
     "load_state",
     "load_tokenizer",
+    "model_cards",
     "modules",
     "normalise_pixels",
     "parse_options",
     "read_state",
-    "rows",
     "split_spec",
     "weight_hash",
     "weights_file",
 ]  # fmt: skip
-
-# Their names before 0.2, for families that were written then.
-Row, Tap, build, pixels, split = (
-    ModelCard, BlockOutputs, build_seeded, normalise_pixels, split_spec,
-)  # fmt: skip
-fetch, file_weights = fetch_pretrained, weights_file
 
 _NEEDS = {"load": "load(name, options, weights) -> Teacher"}
 
@@ -88,10 +82,10 @@ def modules() -> list[ModuleType]:
     ]
 
 
-def rows() -> dict[str, ModelCard]:
+def model_cards() -> dict[str, ModelCard]:
     """Return name -> card of every registered teacher, families in the order of their file
     names."""
-    return {name: row for module in modules() for name, row in module.NAMES.items()}
+    return {name: card for module in modules() for name, card in module.NAMES.items()}
 
 
 def family(name: str) -> ModuleType:
@@ -110,7 +104,8 @@ def family(name: str) -> ModuleType:
         if (p := getattr(module, "PREFIX", None)) and p not in module.NAMES
     ]
     raise UsageError(
-        f"unknown teacher {name!r}: {near(name, [*rows(), *prefixes])}; or your own file, ./mine.py"
+        f"unknown teacher {name!r}: {near(name, [*model_cards(), *prefixes])}; or your own file, "
+        "./mine.py"
     )
 
 
@@ -186,3 +181,10 @@ def load_any(spec: str, weights: str | None, device: str) -> Teacher:
     if is_tokenizer(spec):
         return TokenizerTeacher(load_tokenizer(spec, weights, device))
     return load(spec, weights, device)
+
+
+# Former names, which families written with them still import.
+Row, Tap, build, pixels, split = (
+    ModelCard, BlockOutputs, build_seeded, normalise_pixels, split_spec,
+)  # fmt: skip
+fetch, file_weights, rows = fetch_pretrained, weights_file, model_cards

@@ -20,7 +20,7 @@ from featcache.models.contract import ModelCard
 from featcache.teachers import dvae
 from tests.conftest import Ran
 
-ROWS = teachers.rows()
+ROWS = teachers.model_cards()
 TIMM = [name for name, row in ROWS.items() if row.source.startswith("timm ")]
 CLIP = {"clip-b16": ("ViT-B-16", 224), "clip-b32": ("ViT-B-32", 224), "clip-l14": ("ViT-L-14", 196)}
 

@@ -317,7 +317,7 @@ def test_weights_are_found_where_the_libraries_keep_them(
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "_hub_dir", str(tmp_path / "torch"))
-    row = teachers.rows()["dino-b16"]
+    row = teachers.model_cards()["dino-b16"]
     assert weights.find_local(row.hub, row.file) is None
     folder = tmp_path / "hub" / "models--timm--vit_base_patch16_224.dino"
     (folder / "refs").mkdir(parents=True)
@@ -325,7 +325,7 @@ def test_weights_are_found_where_the_libraries_keep_them(
     (folder / "snapshots/abc").mkdir(parents=True)
     (folder / "snapshots/abc/model.safetensors").write_bytes(b"x")
     assert weights.find_local(row.hub, row.file) == folder / "snapshots/abc/model.safetensors"
-    row = teachers.rows()["dvae"]
+    row = teachers.model_cards()["dvae"]
     assert weights.find_local(row.hub, row.file) is None
     (tmp_path / "torch/checkpoints").mkdir(parents=True)
     (tmp_path / "torch/checkpoints/dall_e_encoder.pkl").write_bytes(b"x")

@@ -229,7 +229,7 @@ def test_a_tower_that_open_clip_takes_from_timm(tmp_path: Path) -> None:
 def test_base_networks_equal_the_unmodified_model(name: str) -> None:
     """float32 against float64: 12 blocks, 197 to 201 tokens, on the 14 x 14 grid."""
     teacher: Any = teachers.load(name, "random:0")
-    row = teachers.rows()[name]
+    row = teachers.model_cards()[name]
     facts = (teacher.input_px, teacher.patches, teacher.width, teacher.depth)
     assert facts == (row.input_px, row.patches, row.width, row.depth)
     assert sum(p.numel() for p in teacher.vit.parameters()) == row.params

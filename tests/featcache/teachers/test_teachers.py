@@ -350,7 +350,7 @@ def test_networks_without_what_is_read_are_refused(spec: str) -> None:
 
 
 def test_every_registered_name_has_its_facts() -> None:
-    rows = teachers.rows()
+    rows = teachers.model_cards()
     assert {"clip-b16", "dino-b16", "synthetic"} <= rows.keys()
     assert (
         rows["clip-b16"].input_px,
@@ -370,7 +370,8 @@ def test_every_registered_name_has_its_facts() -> None:
 def test_a_name_is_found_without_the_libraries() -> None:
     """They take seconds to import, and one of them may not be installed."""
     code = (
-        "import sys; from featcache import teachers; teachers.load('synthetic'); teachers.rows();"
+        "import sys; from featcache import teachers; teachers.load('synthetic');"
+        "teachers.model_cards();"
         "print([name for name in ('timm', 'open_clip', 'torchvision', 'transformers') if name in "
         "sys.modules])"
     )
