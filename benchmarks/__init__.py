@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from featcache.console.text import format_table
+
 LIBRARIES = (
     "featcache",
     "numpy",
@@ -111,16 +113,7 @@ def describe(about: dict[str, Any]) -> str:
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Format a Markdown table; the first column to the left, numbers to the right."""
     lines = [list(head), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = [
-        [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
+    return format_table(lines, right=range(1, len(lines[0])), markdown=True)
 
 
 def save_json(path: Path | None, results: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import click
 
 import featcache
 from featcache.console.entry import entry
+from featcache.console.text import format_table
 from featcache.errors import UsageError, UserError
 from featcache.pictures.open_source import open_source
 from pipelines import digits, overview
@@ -314,7 +315,8 @@ def report(
                 *(_cell([rows[name].get(key) for rows in found.values()], key) for key in COLUMNS),
             ]
         )
-    lines = ["# Quickstart: what students know of 397 held-out digits", "", *_table(cells), ""]
+    table = format_table(cells, right=range(1, len(cells[0])), markdown=True)
+    lines = ["# Quickstart: what students know of 397 held-out digits", "", table, ""]
     for other, points in margins(found).items():
         told = " and ".join(f"{_spread(points[kind], '+.1f')} points of {kind}" for kind in points)
         lines.append(f"- {ROWS['mralign']} less {ROWS[other]}: {told.replace('knn', 'k-NN')}")
@@ -345,18 +347,6 @@ def _spread(values: Sequence[float], form: str) -> str:
     """
     mean = format(statistics.mean(values), form)
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def _table(cells: list[list[str]]) -> list[str]:
-    """Markdown with padded columns, the first to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    align: list[Callable[[str, int], str]] = [str.ljust, *([str.rjust] * (len(widths) - 1))]
-    rows = [
-        "| " + " | ".join(f(cell, w) for f, cell, w in zip(align, row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return [rows[0], rule, *rows[1:]]
 
 
 def judge(points: dict[str, dict[str, list[float]]], plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""`featcache info`: what a cache is, what it holds, whom it can serve, and who used it."""
+"""`featcache info` tells what a cache is, what it holds, whom it can serve, and who used it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`featcache ls`: the caches there are, from their manifests and records alone: no file of theirs
-is looked at."""
+"""`featcache ls` lists the caches there are from their manifests and records alone: no file of
+theirs is looked at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`featcache pack`: pictures into webdataset tar shards, or into one FFCV `.beton`."""
+"""`featcache pack` packs pictures into webdataset tar shards, or into one FFCV `.beton`."""
 
 from __future__ import annotations
 

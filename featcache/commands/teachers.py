@@ -1,4 +1,4 @@
-"""`featcache teachers`: who can teach."""
+"""`featcache teachers` lists the teachers known by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import json
 from typing import Any
 
 import click
+
+from featcache.console.text import format_table
+
+HEAD = (
+    "name", "input", "patches", "width", "depth", "params", "GMAC", "bytes/view", "here", "licence",
+    "weights",
+)  # fmt: skip
 
 
 @click.command(epilog="Example:\n\n  featcache teachers --json")
@@ -23,12 +30,7 @@ def command(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(table, indent=1))
         return
-    click.echo(
-        f"{'name':15}{'input':>5}{'patches':>8}{'width':>6}{'depth':>6}{'params':>8}{'GMAC':>6}"
-        f"{'bytes/view':>12}  {'here':5}{'licence':15}weights"
-    )
-    for fact in table:
-        click.echo(_line(fact))
+    click.echo(format_table([HEAD, *map(_row, table)], right=range(1, 8)))
     click.echo(
         "bytes/view: five levels in fp16, or token ids. here: the weights are on this machine.\n"
         "Also timm:NAME[,key=value...], open_clip:ARCH/TAG, ./mine.py, and "
@@ -57,9 +59,14 @@ def _facts(name: str, row: Any, path: Any) -> dict[str, Any]:
     }
 
 
-def _line(fact: dict[str, Any]) -> str:
+def _row(fact: dict[str, Any]) -> tuple[str, ...]:
     return (
-        f"{fact['name']:15}{fact['input_px']:5}{fact['patches']:8}{fact['width']:6}{fact['depth']:6}"
-        f"{fact['params'] / 1e6:7.1f}M{fact['gmac']:6.1f}{fact['bytes_a_view_last5_fp16']:12,}  "
-        f"{'yes' if fact['on_this_machine'] else 'no':5}{fact['licence']:15}{fact['source']}"
+        fact["name"],
+        *(str(fact[name]) for name in ("input_px", "patches", "width", "depth")),
+        f"{fact['params'] / 1e6:.1f}M",
+        f"{fact['gmac']:.1f}",
+        f"{fact['bytes_a_view_last5_fp16']:,}",
+        "yes" if fact["on_this_machine"] else "no",
+        fact["licence"],
+        fact["source"],
     )

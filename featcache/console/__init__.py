@@ -1,1 +1,1 @@
-"""The terminal: entry point, option types, progress bars, tables and reports."""
+"""The terminal shows progress bars, tables and reports; commands start and end here."""

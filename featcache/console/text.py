@@ -27,19 +27,30 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def format_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
+def format_table(
+    rows: Sequence[Sequence[str]], right: Iterable[int] = (), markdown: bool = False
+) -> str:
     """Lay out columns as wide as they need; those numbered in `right` are set to the right. The
-    first row is the head."""
+    first row is the head, which Markdown rules off.
+
+    >>> print(format_table([("", "GB"), ("rows", "7")], right=[1], markdown=True))
+    |      | GB |
+    | ---- | -: |
+    | rows |  7 |
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     flush = set(right)
-    lines = [
-        "  ".join(
+    padded = [
+        [
             cell.rjust(w) if i in flush else cell.ljust(w)
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+        ]
         for row in rows
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    if not markdown:
+        return "\n".join("  ".join(row).rstrip() for row in padded)
+    rule = ["-" * (w - 1) + (":" if i in flush else "-") for i, w in enumerate(widths)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [padded[0], rule, *padded[1:]])
 
 
 def first_paragraph(docstring: str | None) -> str:
