@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from PIL import Image
 
 from featcache import rng
 from featcache.errors import UserError
-from featcache.maintenance.packing import check_resize, classes_json, read_ahead
+from featcache.maintenance.packing import check_resize, classes_json, read_ahead, reading_threads
 from featcache.pictures.beton import JPG, RAW, import_ffcv, open_beton
 from featcache.pictures.decode import decode
 from featcache.pictures.picture_bytes import read_picture
@@ -84,7 +83,7 @@ def pack(source: Source, out: Path, *, seed: int, resize_px: int | None = None) 
 def _write(source: Source, work: Path, order: list[int], resize_px: int | None) -> None:
     """The whole file, synced; what FFCV's writer does, in one process, so that an error is an error
     and not a hang."""
-    with ThreadPoolExecutor() as pool:
+    with reading_threads() as pool:
         sizes = read_ahead(
             pool, partial(_largest_bytes, source, resize_px), order, _AHEAD, "looking"
         )

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +25,7 @@ from webdataset import TarWriter
 
 from featcache import rng
 from featcache.errors import UsageError, UserError
-from featcache.maintenance.packing import check_resize, classes_json, read_ahead
+from featcache.maintenance.packing import check_resize, classes_json, read_ahead, reading_threads
 from featcache.pictures.picture_bytes import read_picture
 from featcache.pictures.source import Source
 from featcache.pictures.tars import escape
@@ -35,7 +34,10 @@ from featcache.storage.json_file import write_file
 PREFIX = "pictures"
 _AHEAD = 256  # pictures read (and resized) before they are written; bounds the memory
 # mtime and owner would differ from run to run; a compressed tar could not be read by offset
-_FIXED = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "compress": False, "encoder": False}
+_FIXED = {
+    "mtime": 0, "user": "", "group": "", "mode": 0o644, "compress": False, "encoder": False,
+    "format": "PAX_FORMAT",
+}  # fmt: skip
 
 Member = tuple[str, str, bytes]  # stem, suffix with its dot, content
 
@@ -112,7 +114,7 @@ def _write_shards(
     """Write every shard into the folder `work`, synced; return their names."""
     order = rng.permutation(len(source), seed, 0).tolist()
     names = [f"{prefix}-{number:06d}.tar" for number in range(-(-len(order) // shard_size))]
-    with ThreadPoolExecutor() as pool:
+    with reading_threads() as pool:
         read = partial(_members, source, source.labels, resize_px)
         samples = read_ahead(pool, read, order, _AHEAD, "packing")
         for name in names:

@@ -3,6 +3,7 @@ classes in the same way."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,17 @@ def check_resize(resize_px: int | None) -> None:
 def classes_json(source: Source) -> bytes:
     """Return the names of the classes, a line each; null where the source does not name them."""
     return (json.dumps(source.classes, ensure_ascii=False, indent=0) + "\n").encode()
+
+
+@contextlib.contextmanager
+def reading_threads() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool for `read_ahead`; after an error, or Ctrl-C, it reads no further picture."""
+    with ThreadPoolExecutor() as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def read_ahead(

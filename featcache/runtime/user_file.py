@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from featcache.errors import UsageError, UserError
+from featcache.runtime.signals import was_signalled
 
 
 def load_module(path: Path, kind: str, needs: Mapping[str, str], example: str) -> ModuleType:
@@ -36,6 +37,8 @@ def load_module(path: Path, kind: str, needs: Mapping[str, str], example: str) -
     except UserError:
         raise
     except Exception as error:
+        if was_signalled():  # what a library made of it is no mistake of the file's
+            raise
         raise UserError(
             f"{kind} {str(path)!r} fails as it is imported: {reason(error)}; fix the file"
         ) from error

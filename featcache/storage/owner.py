@@ -39,7 +39,8 @@ def is_alive(owner: str) -> bool:
         started = _start_ticks(int(rest.rpartition("-")[2]))
     except (ValueError, psutil.NoSuchProcess):
         return False
-    return started is None or f"{started:x}" == nonce.partition("x")[0]
+    begun = nonce.partition("x")[0]  # 0 where the writer's system did not tell
+    return started is None or begun in (f"{started:x}", "0")
 
 
 @lru_cache(1)
@@ -76,6 +77,19 @@ def _start_ticks(pid: int) -> int | None:
         if psutil.boot_time() != boot:  # the clock was set in this moment
             return _start_ticks(pid)
     except (psutil.AccessDenied, OSError, RuntimeError):  # /proc is hidden or lacks the boot time
+        if _has_ended(pid):
+            raise psutil.NoSuchProcess(pid) from None
         return None
     # elsewhere than on Linux both times are read from a clock that may be set
     return round((created - boot) * os.sysconf("SC_CLK_TCK")) if psutil.LINUX else None
+
+
+def _has_ended(pid: int) -> bool:
+    """Ask the kernel for the process alone: psutil's `pid_exists` looks for it in /proc."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # another user's
+        pass
+    return pid <= 0  # no process has such a number

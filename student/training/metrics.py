@@ -66,7 +66,9 @@ def _plain(value: Any) -> Any:
 
 
 def cut(run: Path, step: int) -> None:
-    """Drop rows beyond `step`, written between the last checkpoint and the end of a process."""
+    """Drop rows beyond `step`, written between the last checkpoint and the end of a process, and
+    what a process left that was killed in the middle of this."""
+    json_file.sweep(run)
     path = run / NAME
     if not path.is_file():
         return

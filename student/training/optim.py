@@ -32,10 +32,10 @@ def param_groups(
     By timm's rule 1-D parameters, biases and the model's `no_weight_decay()` are not decayed; nor
     are tokens, unless `decay_tokens` asks for it.
     """
-    spared: set[str] = getattr(model, "no_weight_decay", set)()
+    spared = set(getattr(model, "no_weight_decay", set)())
     if not decay_tokens:
         names = [name for name, _ in model.named_parameters()]
-        spared = spared | {name for name in names if name.rpartition(".")[2] in TOKENS}
+        spared |= {name for name in names if name.rpartition(".")[2] in TOKENS}
     # At a decay of 0 timm makes one group of all; checkpoints number the parameters by two.
     split = param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=spared)
     decayed = {bool(group["weight_decay"]): group["params"] for group in split}

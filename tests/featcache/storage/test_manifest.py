@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -265,6 +267,29 @@ def test_another_process_with_the_same_number_is_not_taken_for_the_writer() -> N
     assert not storage_owner.is_alive(f"{host}-{pid}-{int(started, 16) + 1:x}x{random}")
     assert not storage_owner.is_alive(f"{host}-{pid}-{random}")
     assert storage_owner.is_alive(f"{host}-{pid}-{started}x00000000")
+
+
+def test_where_the_system_does_not_tell_the_start_a_dead_writer_is_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where /proc/stat is hidden, as in some sandboxes."""
+
+    def hidden() -> float:
+        raise RuntimeError("line 'btime' not found in /proc/stat")
+
+    host, pid, _ = storage_owner.writer_id().rsplit("-", 2)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    monkeypatch.setattr(psutil, "boot_time", hidden)
+    assert not storage_owner.is_alive(f"{host}-{ended.pid}-1x00000000")
+    assert storage_owner.is_alive(f"{host}-{pid}-1x00000000")
+    for number in (0, 10**30):
+        assert not storage_owner.is_alive(f"{host}-{number}-1x00000000")
+
+
+def test_a_writer_that_was_not_told_its_start_is_alive_while_its_process_is() -> None:
+    host, pid, _ = storage_owner.writer_id().rsplit("-", 2)
+    assert storage_owner.is_alive(f"{host}-{pid}-0x00000000")
 
 
 @pytest.mark.parametrize("seconds", [-86400.0, 1.0, 0.25])

@@ -4,11 +4,14 @@ cut before a run goes on."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from featcache.storage import owner
 from student.training import metrics
 from student.training.metrics import Metrics
 
@@ -76,6 +79,18 @@ def test_cut_drops_later_rows_and_the_torn_last_line(tmp_path: Path) -> None:
     metrics.cut(tmp_path, 0)
     assert lines(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_a_killed_cut_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    host = owner.writer_id().rpartition("-")[0].rpartition("-")[0]
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".metrics.jsonl.{host}-{ended.pid}-1x00000000.tmp").write_text("{}")
+    kept = {f".metrics.jsonl.{owner.writer_id()}.tmp", ".notes.tmp", "metrics.jsonl"}
+    for name in kept:
+        (tmp_path / name).write_text("")
+    metrics.cut(tmp_path, 5)
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_no_file_is_no_row(tmp_path: Path) -> None:

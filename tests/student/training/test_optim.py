@@ -27,8 +27,8 @@ class Toy(nn.Module):
         self.mix = nn.Parameter(torch.zeros(2, 4))
         self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
 
-    def no_weight_decay(self) -> set[str]:
-        return {"mix"}
+    def no_weight_decay(self) -> list[str]:
+        return ["mix"]
 
 
 def names(model: nn.Module, groups: list[dict]) -> dict[str, list[str]]:
