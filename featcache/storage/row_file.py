@@ -51,7 +51,8 @@ class RowFile:
         self.abort()
 
     def abort(self) -> None:
-        """Close without a sync; more than once does no harm."""
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
+        """Close without a sync; more than once does no harm, whenever an interrupt falls: the
+        number of a closed file may be another file's already."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -59,6 +59,25 @@ def test_an_existing_file_is_never_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("last", ["close", "abort"])
+def test_an_interrupt_as_the_file_closes_does_not_close_it_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """A signal's handler runs as the call returns; its number may be another file's by then."""
+    file, close, fds = RowFile(tmp_path / "file"), os.close, []
+
+    def interrupted(fd: int) -> None:
+        close(fd)
+        fds.append(fd)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(file, last)()
+    file.abort()
+    assert len(fds) == 1
+
+
 def test_a_write_that_takes_less_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
