@@ -48,7 +48,7 @@ from benchmarks.read_report import (
 )
 from benchmarks.records import CacheReaders, ReadCase, make_source, write_cache
 from featcache.console.entry import entry
-from featcache.errors import UsageError, UserError, near
+from featcache.errors import UsageError, UserError
 from featcache.storage.store import STORES
 
 NO_YES = (False, True)
@@ -278,23 +278,6 @@ class Options:
         click.echo(f"  {line}", err=True)
 
 
-def parse_peers(text: str) -> tuple[str, ...]:
-    """Parse 'all', 'none' or names; libraries that are not installed are left out, with a note."""
-    names = {"all": peers.PEERS, "none": ()}.get(text) or (
-        () if text == "none" else tuple(text.split(","))
-    )
-    for name in names:
-        if name not in peers.PEERS:
-            raise UsageError(f"--peers: unknown {name!r}; {near(name, peers.PEERS)}")
-    absent = [name for name in names if peers.missing(name)]
-    if absent:
-        click.echo(
-            f"not installed, left out: {', '.join(absent)}; pip install {' '.join(absent)}",
-            err=True,
-        )
-    return tuple(name for name in names if name not in absent)
-
-
 def parse_shape(text: str) -> tuple[int, int, int]:
     parts = text.split("x")
     if (
@@ -377,7 +360,7 @@ def cli(
     default = min(4, len(os.sched_getaffinity(0)))  # as featcache.open chooses
     tried = tuple(sorted({1, *map(int, threads.split(",")), default}))
     task = Task(rows, parse_shape(shape), default, min(256, rows // 4), min(64, rows // 4))
-    options = Options(reps, seconds, tried, parse_peers(peers_text), store_name)
+    options = Options(reps, seconds, tried, peers.parse_peers(peers_text), store_name)
     with tempfile.TemporaryDirectory(prefix="featcache-bench-", dir=folder) as temporary:
         root = Path(temporary)
         _check_space(root, task)

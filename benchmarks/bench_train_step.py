@@ -131,32 +131,20 @@ def build(
 ) -> tuple[Any, Any, Accelerator]:
     """Build run, loader and accelerator as `student train` does."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    args = [
-        "--recipe",
-        recipe,
-        "--cache",
-        str(cache),
-        "--images",
-        str(config.pictures),
-        "--steps",
-        "1000000",
-    ]
-    args += [
-        "--batch-size",
-        str(config.batch_size),
-        "--workers",
-        str(config.workers),
-        "--out",
-        str(cache / "never"),
-    ]
-    args += [
-        "--precision",
-        config.precision,
-        "--device",
-        config.device,
-        *["--compile"] * config.compiled,
-    ]
-    args += ["--scale", SCALE]  # all views, whatever crops the recipe was published with
+    options = {
+        "--recipe": recipe,
+        "--cache": cache,
+        "--images": config.pictures,
+        "--steps": 1_000_000,
+        "--batch-size": config.batch_size,
+        "--workers": config.workers,
+        "--out": cache / "never",
+        "--precision": config.precision,
+        "--device": config.device,
+        "--scale": SCALE,  # all views, whatever crops the recipe was published with
+    }
+    args = [str(part) for option in options.items() for part in option]
+    args += ["--compile"] if config.compiled else []
     args += ["--teacher", "online"] if online else []
     args += [part for text in config.sets for part in ("--set", text)]
     given = train_command.command.make_context("train", args).params

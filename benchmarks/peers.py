@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from benchmarks.comparison import F16, FEW, I64, Batches, Reader, Task, read_each_row
 from benchmarks.zarr_peers import tensorstore_readers, write_zarr, zarr_readers
+from featcache.errors import UsageError, near
 
 ReadInto = Callable[[int, F16], None]  # a row's number, and its destination
 
@@ -280,3 +282,19 @@ PEERS = tuple(dict.fromkeys(peer for layout in LAYOUTS for peer in layout.reader
 def missing(peer: str) -> bool:
     """Return whether a peer's library is not installed."""
     return peer != "npy" and importlib.util.find_spec(peer) is None
+
+
+def parse_peers(text: str) -> tuple[str, ...]:
+    """Parse 'all', 'none' or names; libraries that are not installed are left out, with a note."""
+    given = {"all": tuple(PEERS), "none": ()}
+    names = given[text] if text in given else tuple(text.split(","))
+    for name in names:
+        if name not in PEERS:
+            raise UsageError(f"--peers: unknown {name!r}; {near(name, PEERS)}")
+    absent = [name for name in names if missing(name)]
+    if absent:
+        click.echo(
+            f"not installed, left out: {', '.join(absent)}; pip install {' '.join(absent)}",
+            err=True,
+        )
+    return tuple(name for name in names if name not in absent)

@@ -411,10 +411,10 @@ def test_ratios_of_an_extraction_are_of_one_repetition() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    assert bench_read.parse_peers("none") == ()
+    assert peers.parse_peers("none") == ()
     assert bench_read.parse_shape("5x197x768") == (5, 197, 768)
     with pytest.raises(UsageError, match="--peers: unknown 'hdf5'"):
-        bench_read.parse_peers("npy,hdf5")
+        peers.parse_peers("npy,hdf5")
     for shape in ("5x197", "5x1x768", "ax2x3", "0x2x3"):
         with pytest.raises(UsageError, match="--shape"):
             bench_read.parse_shape(shape)
