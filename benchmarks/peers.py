@@ -286,7 +286,7 @@ def missing(peer: str) -> bool:
 
 def parse_peers(text: str) -> tuple[str, ...]:
     """Parse 'all', 'none' or names; libraries that are not installed are left out, with a note."""
-    given = {"all": tuple(PEERS), "none": ()}
+    given: dict[str, tuple[str, ...]] = {"all": PEERS, "none": ()}
     names = given[text] if text in given else tuple(text.split(","))
     for name in names:
         if name not in PEERS:
