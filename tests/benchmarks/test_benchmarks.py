@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 import featcache
 from benchmarks import (
+    bench_commits,
     bench_extract,
     bench_read,
     bench_recipes,
@@ -60,6 +61,30 @@ def program(name: str, *args: object) -> subprocess.CompletedProcess[str]:
 
 
 # ------------------------------------------------------------ the programs
+
+
+def test_two_commits_are_compared_round_by_round() -> None:
+    """Ratios 2/1, 2/2, 4/4; medians 2 and 2; quarters of the rounds lie below 1.5 and above 3."""
+    facts = bench_commits.summarise([1.0, 2.0, 4.0], [2.0, 2.0, 4.0])
+    assert facts == {
+        "before_s": 2, "after_s": 2, "ratio": 1, "lowest": 1, "highest": 2, "spread": 0.75,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no repository to take a commit from")
+def test_bench_commits_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "commits.json"
+    small = ("--rounds", 1, "--pictures", 32, "--rows", 2000, "--steps", 12)
+    done = program("bench_commits", "HEAD", *small, "--json", path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(path.read_text())["results"]
+    assert set(results) == {"extract", "step", "around the steps", "open"}
+    assert all(facts["ratio"] > 0 for facts in results.values())
+    worktrees = subprocess.run(
+        ["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True, check=True
+    )
+    assert "before" not in worktrees.stdout
 
 
 def test_bench_train_step_to_its_end(tmp_path: Path) -> None:
