@@ -112,7 +112,7 @@ def _choose(source: Source) -> tuple[I64, I64]:
             f"--check-teacher {source.spec!r} has no labels: a folder with one sub-folder for each "
             "class, or tars with .cls members, is needed"
         )
-    counts = np.bincount(labels)
+    _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
     known = np.flatnonzero(counts >= 2)  # one picture has no neighbour of its class
     if len(known) < 2:
         raise UserError(

@@ -27,6 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UserError
+from featcache.pictures import classes
+from featcache.pictures.classes import check_labels, read_classes
 
 I64 = npt.NDArray[np.int64]
 INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then pip install ffcv"
@@ -62,7 +64,6 @@ class BetonSource:
     modes: npt.NDArray[np.uint8] = field(repr=False)  # (n,): JPG or RAW
     sizes: npt.NDArray[np.int32] = field(repr=False)  # (n, 2): height, width
     label_values: I64 | None = field(repr=False)
-    classes: None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -94,7 +95,16 @@ class BetonSource:
                 f"labels of {self.spec}: {self.label_values.min()} is given, numbers from 0 on are "
                 "allowed; write the file again"
             )
-        return self.label_values
+        if self.label_values is None:
+            return None
+        return check_labels(self.spec, self.label_values, self.classes)
+
+    @cached_property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, from the file of that name beside it."""
+        if self.label_values is None:
+            return None
+        return read_classes(Path(f"{self.spec}.{classes.NAME}"))
 
 
 def open_beton(spec: str) -> BetonSource:

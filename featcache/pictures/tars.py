@@ -14,7 +14,10 @@ import numpy.typing as npt
 from braceexpand import braceexpand
 
 from featcache.errors import UserError
+from featcache.pictures.classes import LABEL_DIGITS, FolderClasses, folder_classes, parse_label
 from featcache.pictures.source import ALLOWED, SUFFIXES
+
+LABEL_BYTES = 64  # read of a .cls member, of which a longer one is no number
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,13 @@ class TarSource:
         finally:
             os.close(fd)
 
+    @cached_property
+    def _folder_classes(self) -> FolderClasses:
+        return folder_classes(self.spec, self.tars)
+
     @property
     def classes(self) -> list[str] | None:
-        return None
+        return self._folder_classes.names if self.label_ranges else None
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -58,16 +65,20 @@ class TarSource:
                 f"member, the first is {missing[0]!r}; every picture needs one: pack the tars "
                 "again with `featcache pack`"
             )
-        return np.array([self._label(key) for key in self.keys], np.int64)
+        labels = np.array([self._label(key) for key in self.keys], np.int64)
+        return self._folder_classes.number(labels, [self.label_ranges[key][0] for key in self.keys])
 
     def _label(self, key: str) -> int:
-        text = self._bytes(*self.label_ranges[key]).decode(errors="replace").strip()
-        if not text.isdecimal():
+        tar, offset, size = self.label_ranges[key]
+        text = self._bytes(tar, offset, min(size, LABEL_BYTES))
+        label = parse_label(text) if size <= LABEL_BYTES else None
+        if label is None:
             raise UserError(
-                f"label of {key!r} in {self.spec}: {text[:40]!r} is given, a decimal number is "
-                "needed"
+                f"label of {key!r} in {self.spec}: {text[:40].decode(errors='replace')!r} is "
+                f"given, a decimal number from 0 on of at most {LABEL_DIGITS} digits is needed; "
+                "pack the tars again with `featcache pack`"
             )
-        return int(text)
+        return label
 
 
 def expand_patterns(spec: str) -> list[str]:

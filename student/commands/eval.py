@@ -106,7 +106,7 @@ def _evaluate(
     from featcache.pictures.open_source import open_source
     from featcache.runtime.device import pick_device
     from student.features import frozen
-    from student.features.labels import split_holdout
+    from student.features.labels import match_notes, split_holdout
 
     if (run is None) == (teacher_spec is None):
         raise UsageError(
@@ -130,6 +130,9 @@ def _evaluate(
             f"note: no --test given; {len(test)} of {len(train) + len(test)} pictures are held out",
             err=True,
         )
+    notes = match_notes(test, train)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
     with _stage_bars() as progress:
         result = module.evaluate(
             net, train, test, seed=seed, device=pick_device(device), batch_size_embed=embed_batch,
@@ -140,6 +143,7 @@ def _evaluate(
         "of": str(run or teacher_spec),
         "pool": pool,
         **({"ema": True} if ema else {}),
+        **({"labels": notes} if notes else {}),
         **result,
     }
     if result.get("note"):

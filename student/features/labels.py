@@ -10,11 +10,33 @@ import numpy.typing as npt
 
 from featcache import rng
 from featcache.errors import UsageError, UserError, near
+from featcache.pictures.classes import NAME
 from featcache.pictures.source import Source
 
+I64 = npt.NDArray[np.int64]
 
-def labels_of(source: Source) -> npt.NDArray[np.int64]:
-    """Return (n,) class numbers, or raise the error that says how pictures get them."""
+
+def labels_of(source: Source) -> I64:
+    """Return (n,) labels as indices of the source's own classes (see `class_names`), or raise the
+    error that says how pictures get them."""
+    labels = _given(source)
+    if source.classes is not None:
+        return labels
+    return np.searchsorted(_numbers(source), labels)
+
+
+def class_count(train: Source) -> int:
+    """Count classes by name where the source names them, else the different numbers among its
+    labels."""
+    return len(_numbers(train)) if train.classes is None else len(train.classes)
+
+
+def class_name(source: Source, index: int) -> str:
+    """Return the name of a class, or its number where the source names none."""
+    return repr(source.classes[index]) if source.classes else str(_numbers(source)[index])
+
+
+def _given(source: Source) -> I64:
     if source.labels is None:
         raise UserError(
             f"cannot evaluate on {source.spec}: its {len(source)} pictures have no labels; labels "
@@ -24,32 +46,76 @@ def labels_of(source: Source) -> npt.NDArray[np.int64]:
     return np.asarray(source.labels, np.int64)
 
 
-def class_count(train: Source) -> int:
-    """Count classes by name where the source names them, else one more than the largest number."""
-    return len(train.classes) if train.classes is not None else int(labels_of(train).max()) + 1
+def _numbers(source: Source) -> I64:
+    """Return the numbers (C,) that labels of a source may have, ascending: of a subset those of the
+    whole."""
+    if source.classes is not None:
+        return np.arange(len(source.classes))
+    return np.unique(_given(whole(source)))
 
 
-def labels_as(source: Source, train: Source) -> npt.NDArray[np.int64]:
-    """Return the labels (n,) of `source` in the numbering of `train`: class folders are matched by
-    name, not by position."""
+# ------------------------------------------------------------ two sets
+
+
+def labels_as(source: Source, train: Source) -> I64:
+    """Return the labels (n,) of `source` in the numbering of `train`: classes are matched by name,
+    not by position.
+
+    Raises UserError for pictures of a class that `train` does not name, and, where one of the two
+    names none, for sets of different numbers: what a number means is then not known.
+    """
     labels = labels_of(source)
     if source.classes is None or train.classes is None:
-        if int(labels.max()) >= class_count(train):
-            raise UserError(
-                f"cannot score {source.spec}: it has class {int(labels.max())}, the training "
-                f"pictures have classes 0 to {class_count(train) - 1}; give training and test "
-                "pictures with the same classes"
-            )
+        _check_numbers(source, train)
         return labels
     number = {name: index for index, name in enumerate(train.classes)}
-    unknown = sorted(set(source.classes) - set(number))
+    present = [source.classes[label] for label in np.unique(labels)]
+    unknown = sorted(set(present) - set(number))
     if unknown:
         raise UserError(
             f"cannot score {source.spec}: {len(unknown)} of its classes are not among the training "
             f"pictures', the first is {unknown[0]!r} ({near(unknown[0], number)[:300]}); give "
             "training and test pictures with the same classes"
         )
-    return np.array([number[name] for name in source.classes], np.int64)[labels]
+    return np.array([number.get(name, -1) for name in source.classes], np.int64)[labels]
+
+
+def _check_numbers(source: Source, train: Source) -> None:
+    """Raise UserError where classes without names cannot be the same ones."""
+    if whole(source) is whole(train):
+        return
+    ours, theirs = _numbers(source), _numbers(train)
+    if len(ours) == len(theirs) and (ours == theirs).all():
+        return
+    nameless = " and ".join(each.spec for each in (source, train) if each.classes is None)
+    raise UserError(
+        f"cannot score {source.spec}: its classes are {_text(ours)}, those of {train.spec} are "
+        f"{_text(theirs)}, and {nameless} has no names for them ({NAME} beside the tars), so that "
+        "a number may mean two things; pack both from class folders with `featcache pack`, or "
+        "give sets with the same classes"
+    )
+
+
+def _text(numbers: I64) -> str:
+    return f"{len(numbers)} numbers from {numbers[0]} to {numbers[-1]}"
+
+
+def match_notes(test: Source, train: Source) -> list[str]:
+    """Say what a person should know of two sets that match: that nobody named their classes, and
+    how many test pictures are of a class without training pictures."""
+    notes = []
+    if (test.classes is None or train.classes is None) and whole(test) is not whole(train):
+        notes.append("classes are matched by number: one of the sets has no names for them")
+    labels = labels_as(test, train)
+    unseen = labels[~np.isin(labels, labels_of(train))]
+    if unseen.size:
+        classes = np.unique(unseen)
+        notes.append(
+            f"{unseen.size} of {len(test)} test pictures count as wrong, since no training picture "
+            f"is of their class ({len(classes)} classes, the first is "
+            f"{class_name(train, int(classes[0]))})"
+        )
+    return notes
 
 
 @dataclass
@@ -70,13 +136,20 @@ class Subset:
         return self.source.read(self.rows[index])
 
     @property
-    def labels(self) -> npt.NDArray[np.int64] | None:
+    def labels(self) -> I64 | None:
         labels = self.source.labels
         return None if labels is None else labels[self.rows]
 
     @property
     def classes(self) -> list[str] | None:
         return self.source.classes
+
+
+def whole(source: Source) -> Source:
+    """Return the source that a subset is of; any other source is whole."""
+    while isinstance(source, Subset):
+        source = source.source
+    return source
 
 
 def split_holdout(source: Source, fraction: float = 0.2, seed: int = 0) -> tuple[Subset, Subset]:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +128,17 @@ def test_tars_with_labels(labelled: Path, tmp_path: Path) -> None:
     pack(open_source(labelled), tmp_path, 100, seed=0)
     found = score(sighted(), next(iter(tmp_path.glob("*.tar"))).as_posix())
     assert (found.pictures, found.right) == (24, 1.0)
+
+
+def test_large_numbers_of_classes_cost_no_memory(labelled: Path) -> None:
+    """A label is a name: counting up to it would take eight exabytes."""
+    source = open_source(labelled)
+    assert source.labels is not None
+    far = SimpleNamespace(
+        spec="far", keys=source.keys, read=source.read, labels=source.labels * 10**17
+    )
+    plain = score(sighted(), labelled)
+    assert teacher_check.check(sighted(), far, Policy(size=28), 5) == plain  # type: ignore[arg-type]
 
 
 def test_pictures_without_labels_are_refused(photos: Path, labelled: Path, tmp_path: Path) -> None:

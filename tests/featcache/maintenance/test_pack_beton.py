@@ -73,6 +73,7 @@ def test_bytes_of_jpegs_and_pixels_of_the_rest(folder: Path, tmp_path: Path, run
         "",
     )
     source, packed = open_source(folder), open_source(out)
+    assert packed.classes == ["cat", "dog"]
     order = rng.permutation(6, 0, 0).tolist()
     assert packed.keys == [source.keys[row] for row in order]
     assert source.labels is not None

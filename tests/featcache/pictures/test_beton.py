@@ -105,6 +105,16 @@ def test_labels_below_zero_are_refused_where_they_are_asked_for(ffcv_files: Path
         _ = source.labels
 
 
+def test_a_label_beyond_the_names_beside_the_file_is_refused(
+    ffcv_files: Path, tmp_path: Path
+) -> None:
+    shutil.copy(ffcv_files / "raw.beton", tmp_path)
+    source = open_source(tmp_path / "raw.beton")
+    (tmp_path / "raw.beton.classes.json").write_text('["ant", "bee"]')
+    with pytest.raises(UserError, match="its classes.json has 2 names"):
+        _ = source.labels
+
+
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.001, 0.3, 0.7, 0.999999])
 def test_a_file_that_is_cut_off_anywhere(ffcv_files: Path, tmp_path: Path, share: float) -> None:
     data = (ffcv_files / "raw.beton").read_bytes()

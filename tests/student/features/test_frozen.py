@@ -291,12 +291,3 @@ def test_classes_are_matched_by_name_between_folders(tmp_path: Path) -> None:
         UserError, match="1 of its classes are not among the training pictures', the first is 'z'"
     ):
         labels_as(other, train)
-
-
-def test_class_numbers_beyond_the_training_classes_are_refused() -> None:
-    train, test = Pictures([b""] * 2, ["a", "b"], [0, 3]), Pictures([b""], ["c"], [4])
-    assert class_count(train) == 4
-    with pytest.raises(
-        UserError, match="it has class 4, the training pictures have classes 0 to 3"
-    ):
-        labels_as(test, train)
