@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 )
 @click.option("--weights", help="The teacher's weights. [default: as at extraction]")
 @click.option(
+    "--teacher",
+    "named",
+    multiple=True,
+    metavar="SPEC",
+    help="The teacher, where it is a file of your own: a cache chooses no code and no file.",
+)
+@click.option(
     "--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads."
 )
 @click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
@@ -36,6 +43,7 @@ def command(
     cache: Path,
     images_spec: str | None,
     weights: str | None,
+    named: tuple[str, ...],
     workers: int,
     device: str | None,
     as_json: bool,
@@ -46,7 +54,10 @@ def command(
     from featcache.maintenance import repair
 
     def load(about: dict[str, Any]) -> tuple[Source, Teacher]:
-        return _pictures(cache, about, images_spec), _teacher(about, weights, device)
+        return (
+            _pictures(cache, about, images_spec),
+            _teacher(cache, about, weights, named, device),
+        )
 
     bar = ProgressBar("repair", "pictures")
     progress = ExtractProgress(lambda now: bar(now.pictures, now.total))
@@ -69,12 +80,20 @@ def _pictures(cache: Path, about: dict[str, Any], given: str | None) -> Source:
     return source
 
 
-def _teacher(about: dict[str, Any], weights: str | None, device: str | None) -> Teacher:
+def _teacher(
+    cache: Path,
+    about: dict[str, Any],
+    weights: str | None,
+    named: tuple[str, ...],
+    device: str | None,
+) -> Teacher:
     """Load the teacher of a manifest, to be run as it was run then."""
     from featcache import teachers
     from featcache.models import precision
     from featcache.runtime.device import pick_device
 
     name, given = about["identity"]["teacher"]["name"], weights or about["provenance"]["weights"]
-    teacher = teachers.load_any(name, given, pick_device(device))
+    spec = teachers.recorded_spec(name, named, f"cache {str(cache)!r}", "--teacher")
+    teacher = teachers.load_any(spec, given, pick_device(device))
+    teacher.name = name  # wherever the user's file lies now, it is the cache's teacher by its hash
     return precision.configure_like(teacher, about["identity"])

@@ -30,6 +30,13 @@ from featcache.views import pixel_path
     "--images", "images_spec", help="The pictures. [default: where they were at extraction]"
 )
 @click.option("--weights", help="The teacher's weights. [default: as at extraction]")
+@click.option(
+    "--teacher",
+    "named",
+    multiple=True,
+    metavar="SPEC",
+    help="The teacher, where it is a file of your own: a cache chooses no code and no file.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
 @click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
@@ -38,6 +45,7 @@ def command(
     recompute: int,
     images_spec: str | None,
     weights: str | None,
+    named: tuple[str, ...],
     seed: int,
     device: str | None,
     as_json: bool,
@@ -52,7 +60,7 @@ def command(
     facts: dict[str, Any] = {"cache": str(cache), "shards": shards, "problems": problems}
     with_teacher = bool(recompute) and not problems
     if with_teacher:
-        facts |= _recompute(cache, images_spec, weights, recompute, seed, device)
+        facts |= _recompute(cache, images_spec, weights, named, recompute, seed, device)
         problems += facts["recompute"]["problems"]
     text.print_facts(facts, as_json, "\n".join([*problems, *_verdict(facts)]))
     if problems:
@@ -63,6 +71,7 @@ def _recompute(
     cache: Path,
     images_spec: str | None,
     weights: str | None,
+    named: tuple[str, ...],
     count: int,
     seed: int,
     device: str | None,
@@ -73,7 +82,7 @@ def _recompute(
     with Cache(cache) as opened:
         source = open_source(images_spec or opened.manifest["provenance"]["source"])
         source = pixel_path.match_decoder(source, opened.identity["pixel_path"])
-        found = recompute(opened, source, weights, count, seed, pick_device(device))
+        found = recompute(opened, source, weights, count, seed, pick_device(device), named)
     return {"recompute": found, "images": source.spec}
 
 

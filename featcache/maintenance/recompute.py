@@ -6,6 +6,7 @@ cache, and is told apart from one whose features differ.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,17 +34,24 @@ class RecomputedRow(NamedTuple):
 
 
 def recompute(
-    cache: Cache, source: Source, weights: str | None, count: int, seed: int, device: str
+    cache: Cache,
+    source: Source,
+    weights: str | None,
+    count: int,
+    seed: int,
+    device: str,
+    named: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Replay `count` random rows (one view each), compare their pixels, run the teacher on those
     that are the same, and compare features and attention.
 
+    `named`: the teacher, where the user names it (`teachers.recorded_spec`).
     Returns the problems and, for a clean sample, the share of bad rows that 95 % of such samples
     would have shown. `other_pictures`: so many of the rows have other pixels that the pictures, not
     the cache, must be wrong.
     """
     pixel_path.check_pixel_path(source, cache.identity["pixel_path"], f"cache {str(cache.path)!r}")
-    teacher = _same_teacher(cache, weights, device)
+    teacher = _same_teacher(cache, weights, device, named)
     at = {key: i for i, key in enumerate(source.keys)}
     pairs = _sample(cache, count, seed)
     found = [_recompute_row(cache, source, at, teacher, row, view) for row, view in pairs]
@@ -74,15 +82,15 @@ def _sample(cache: Cache, count: int, seed: int) -> list[tuple[int, int]]:
     return list(zip(rows.tolist(), views.tolist(), strict=True))
 
 
-def _same_teacher(cache: Cache, weights: str | None, device: str) -> Any:
+def _same_teacher(cache: Cache, weights: str | None, device: str, named: Sequence[str] = ()) -> Any:
     from featcache import teachers
     from featcache.models import precision
     from featcache.models.weights import weight_hash
 
     given = weights or cache.manifest["provenance"]["weights"]
-    teacher = precision.configure_like(
-        teachers.load(cache.identity["teacher"]["name"], given, device), cache.identity
-    )
+    where = f"cache {str(cache.path)!r}"
+    spec = teachers.recorded_spec(cache.identity["teacher"]["name"], named, where, "--teacher")
+    teacher = precision.configure_like(teachers.load(spec, given, device), cache.identity)
     here, there = weight_hash(teacher), cache.identity["teacher"]["weight_hash"]
     if here != there:
         raise IdentityError(

@@ -16,6 +16,8 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +59,7 @@ __all__ = [
     "family",
     "fetch_pretrained",
     "is_random",
+    "is_registered",
     "is_tokenizer",
     "load",
     "load_state",
@@ -66,11 +69,14 @@ __all__ = [
     "normalise_pixels",
     "parse_options",
     "read_state",
+    "recorded_spec",
     "split_spec",
     "weight_hash",
     "weights_file",
 ]  # fmt: skip
 
+# NAME, PREFIX:NAME or PREFIX:NAME/TAG: no second colon (hf-hub:, local-dir:, a URL), no path
+_REGISTERED = re.compile(r"\w[\w.-]*(:\w[\w.-]*(/\w[\w.-]*)?)?", re.ASCII)
 _NEEDS = {"load": "load(name, options, weights) -> Teacher"}
 
 
@@ -174,6 +180,38 @@ def _load_own(
         )
     loaded.code = ast.unparse(ast.parse(Path(name).read_text()))  # comments and layout left out
     return loaded
+
+
+def is_registered(spec: str) -> bool:
+    """Return whether a spec names a network of a library's own list, and so neither code, nor a
+    file, nor an address that whoever wrote the spec chose.
+
+    >>> [is_registered(spec) for spec in ("clip-b16", "timm:vit_tiny_patch16_224,depth=2")]
+    [True, True]
+    >>> [is_registered(spec) for spec in ("./mine.py", "open_clip:local-dir:x", "timm:hf-hub:a/b")]
+    [False, False, False]
+    """
+    name, _ = split_spec(spec)
+    return bool(_REGISTERED.fullmatch(name)) and not name.lower().endswith((".py", ".json"))
+
+
+def recorded_spec(recorded: str, named: Sequence[str], where: str, option: str) -> str:
+    """Return the spec to load for the teacher that a cache or another file records.
+
+    A file from elsewhere chooses no code, file or address here: a recorded spec that is not
+    `is_registered` is loaded only where the command line names it (`named`, by `option`): by the
+    same spec, or by the only one given, as where the user's file lies elsewhere now. UserError
+    where it does not; `where` is the file that records it.
+    """
+    if recorded in named or is_registered(recorded):
+        return recorded
+    if len(named) == 1:
+        return named[0]
+    raise UserError(
+        f"{where} names the teacher {recorded!r}: code and files are taken only from your own "
+        f"command line, never from what a file says; if it is a teacher of your own, name it with "
+        f"{option} SPEC, as --teacher named it when the cache was made"
+    )
 
 
 def load_any(spec: str, weights: str | None, device: str) -> Teacher:

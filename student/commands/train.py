@@ -111,6 +111,12 @@ if TYPE_CHECKING:
     "--weights", help="Online or fallback: the teacher's weights, FILE, tag or random:SEED."
 )
 @click.option(
+    "--teacher-name",
+    metavar="SPEC",
+    help="Online or fallback: the teacher, where a cache's is a file of your own, ./mine.py; a "
+    "cache chooses no code and no file.",
+)
+@click.option(
     "--views",
     type=click.IntRange(1),
     help="Online: views a picture. [default: a fresh one each epoch]",

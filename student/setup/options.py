@@ -31,6 +31,7 @@ class Options:
     seed: int
     teacher: str
     weights: str | None
+    teacher_name: str | None
     views: int | None
     policy: str | None
     config: Path | None
