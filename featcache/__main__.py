@@ -1,11 +1,12 @@
 """`featcache` and `python -m featcache` start here: imports come under a guard, so that an early
 Ctrl-C is one line."""
 
-from featcache.runtime import signals
+from featcache.runtime import signals, streams
 
 
 def main() -> None:
     """Import the command line and run it."""
+    streams.prepare()
     with signals.guard_imports(1):
         from featcache.cli import main as run
     run()

@@ -3,18 +3,72 @@
 A `UserError` is one line with four parts: what failed, what was given, what is allowed, what to do
 next. Commands print that line and exit; nobody sees a traceback for a mistake of their own.
 Anything else that reaches the top is a defect of ours and keeps its traceback.
+
+Names of files, and what stands in caches and runs, are strangers' text: `printable` shows their
+control characters, which a terminal would otherwise carry out, and `command_line` quotes them.
 """
 
 from __future__ import annotations
 
 import difflib
 import errno
+import re
+import shlex
+import unicodedata
 from collections.abc import Iterable
 
 WORK_FAILED = 1  # the command was right, the work could not be done
 COMMAND_WRONG = 2  # the command itself cannot be meant
 # training was asked to stop and can go on: sysexits.h's EX_TEMPFAIL, which a scheduler may requeue
 STOPPED = 75
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Return the text as a terminal may get it: control characters, those that turn the direction
+    of writing or cannot be seen, line separators and bytes that are no text are escaped as `repr`
+    does; those in `keep` stay, and so do the spaces of all languages.
+
+    >>> print(printable("a\\x1b[31m \\u202etxt.exe\\x9b \\udc80 naïve"))
+    a\\x1b[31m \\u202etxt.exe\\x9b \\udc80 naïve
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char in keep or _is_harmless(char) else repr(char)[1:-1] for char in text
+    )
+
+
+def _is_harmless(char: str) -> bool:
+    return char.isprintable() or unicodedata.category(char) == "Zs"
+
+
+def one_line(text: str) -> str:
+    """Return `printable` text in one line: lines are joined by spaces."""
+    return printable(re.sub(r"\s*[\r\n]\s*", " ", text.strip()), keep="")
+
+
+def command_line(*words: object) -> str:
+    """Return the command line that a shell takes for these words, fit to be printed: unprintable
+    characters stand as the bytes that they are in UTF-8, as bash and zsh read them.
+
+    >>> print(command_line("rm", "my cache", "\\x1b'"))
+    rm 'my cache' $'\\x1b\\x27'
+    """
+    return " ".join(_shell_word(str(word)) for word in words)
+
+
+def _shell_word(word: str) -> str:
+    if printable(word, keep="") == word:
+        return shlex.quote(word)  # noqa: TID251
+    return "$'" + "".join(map(_shell_char, word)) + "'"
+
+
+def _shell_char(char: str) -> str:
+    if _is_harmless(char) and char not in "\\'":
+        return char
+    # the bytes of a file's name that is no text; of other surrogates, which no name holds, a mark
+    escape = "surrogateescape" if "\udc80" <= char <= "\udcff" else "replace"
+    return "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", escape))
 
 
 class UserError(Exception):
@@ -24,7 +78,7 @@ class UserError(Exception):
     exit_status = WORK_FAILED
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class UsageError(UserError):

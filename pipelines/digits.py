@@ -36,6 +36,7 @@ from torch import Tensor
 
 from featcache import rng
 from featcache.console.entry import entry
+from featcache.console.text import echo
 from featcache.maintenance.pack_tars import pack
 from featcache.models import weights
 from featcache.models.hooks import normalise_pixels
@@ -121,7 +122,7 @@ def train_teacher(
             optimizer.step()
             total += loss.item()
         if epoch % 5 == 4 or epoch == epochs - 1:
-            click.echo(f"teacher: epoch {epoch + 1} of {epochs}, loss {total / steps:.3f}")
+            echo(f"teacher: epoch {epoch + 1} of {epochs}, loss {total / steps:.3f}")
     return vit.eval()
 
 
@@ -199,7 +200,7 @@ def cli(out: Path, seed: int, epochs: int) -> None:
     }
     facts["seconds"] = round(time.perf_counter() - started, 1)
     (out / "teacher.json").write_text(json.dumps(facts, indent=1) + "\n")
-    click.echo(
+    echo(
         f"{len(train)} training and {len(test)} held-out digits in {out / 'data'}; the teacher "
         f"names {facts['head_top1']} % of the held-out ones ({facts['seconds']} s): "
         f"{out / 'teacher.safetensors'}"

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -32,8 +31,8 @@ import click
 
 import featcache
 from featcache.console.entry import entry
-from featcache.console.text import format_table
-from featcache.errors import UsageError, UserError
+from featcache.console.text import echo, format_table
+from featcache.errors import UsageError, UserError, command_line
 from featcache.pictures.open_source import open_source
 from pipelines import digits, overview
 
@@ -121,10 +120,8 @@ def cli(out: Path, seed: int, seeds: str | None, reduced: bool) -> None:
     _clear(out)
     os.environ["FEATCACHE_HOME"] = str(out)  # the ledger of runs goes there too
     os.environ.setdefault("OMP_WAIT_POLICY", WAITING)
-    shown = (
-        f"FEATCACHE_HOME={shlex.quote(str(out))} OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
-    )
-    click.echo(f"export {shown}   # python is {sys.executable}")
+    shown = f"FEATCACHE_HOME={command_line(out)} OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
+    echo(f"export {shown}   # python is {sys.executable}")
     started = time.perf_counter()
     found = {number: one_seed(out / f"seed-{number}", number, plan) for number in numbers}
     picture = _draw(out, out / f"seed-{numbers[0]}")
@@ -140,7 +137,7 @@ def cli(out: Path, seed: int, seeds: str | None, reduced: bool) -> None:
     facts |= {"environment": environment, "margins": margins(found), "seeds": found}
     (out / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     (out / "results.md").write_text(text)
-    click.echo(
+    echo(
         f"\n{text}\n{out / 'results.json'}  {out / 'results.md'}\nthe picture to look at: {picture}"
     )
     judge(margins(found), plan)
@@ -251,13 +248,13 @@ def run(module: str, *arguments: Any) -> tuple[str, float]:
     """Print and run `python -m MODULE ...`; return its stdout, shown line by line as it comes, and
     its seconds."""
     words = ["-m", module, *map(str, arguments)]
-    click.echo(f"\n$ python {shlex.join(words)}")
+    echo(f"\n$ {command_line('python', *words)}")
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = []
         for line in process.stdout:
-            click.echo(line, nl=False)
+            echo(line, nl=False)
             lines.append(line)
     if process.returncode:
         raise UserError(

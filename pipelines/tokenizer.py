@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from featcache import rng
 from featcache.console.entry import entry
+from featcache.console.text import echo
 from featcache.errors import UserError
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
@@ -100,9 +101,7 @@ def train(
             optimizer.step()
             total += error.item()
         if epoch % 5 == 4 or epoch == epochs - 1:
-            click.echo(
-                f"tokenizer: epoch {epoch + 1} of {epochs}, squared error {total / steps:.4f}"
-            )
+            echo(f"tokenizer: epoch {epoch + 1} of {epochs}, squared error {total / steps:.4f}")
     return encoder.eval(), decoder.eval()
 
 
@@ -202,7 +201,7 @@ def cli(out: Path, seed: int, epochs: int) -> None:
     seconds = round(time.perf_counter() - started, 1)
     facts = {"spec": SPEC, "seed": seed, "epochs": epochs, **good, "seconds": seconds}
     (out / "tokenizer.json").write_text(json.dumps(facts, indent=1) + "\n")
-    click.echo(
+    echo(
         f"{good['words']} of {SIZES['vocabulary']} words in use on held-out digits (perplexity "
         f"{good['perplexity']}), which explain {100 * good['explained']:.1f} % of their pixels' "
         f"variance ({seconds} s): {out / 'tokenizer.safetensors'}"

@@ -2,11 +2,12 @@
 a guard, so that an early Ctrl-C or SIGTERM is one line."""
 
 from featcache.errors import STOPPED
-from featcache.runtime import signals
+from featcache.runtime import signals, streams
 
 
 def main() -> None:
     """Import the command line and run it."""
+    streams.prepare()
     with signals.guard_imports(STOPPED):
         from student.cli import main as run
     run()

@@ -3,11 +3,11 @@ the cache, or adds to it."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from featcache.errors import command_line
 from featcache.models.contract import REGISTERED
 from featcache.storage import manifest
 from featcache.storage.part import added_parts, describe_part
@@ -23,7 +23,7 @@ def shell_line(words: Sequence[str]) -> str:
     >>> shell_line(["--teacher", "clip-b16", "--images", "my pictures"])
     "featcache extract --teacher clip-b16 --images 'my pictures'"
     """
-    return shlex.join(["featcache", "extract", *words])
+    return command_line("featcache", "extract", *words)
 
 
 def for_cache(manifest: Mapping[str, Any], out: Path) -> str:

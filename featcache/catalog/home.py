@@ -6,13 +6,15 @@ The run ledger lies here and never inside a cache, which may be read-only or sha
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from featcache.storage import manifest
+
+_LOG = logging.getLogger(__name__)
 
 
 def home() -> Path:
@@ -39,9 +41,8 @@ def log_run(**facts: Any) -> None:
         with (home() / "runs.jsonl").open("a") as file:
             file.write(line + "\n")
     except OSError as error:
-        print(
-            f"note: the run ledger {home() / 'runs.jsonl'} cannot be written: {error.strerror}",
-            file=sys.stderr,
+        _LOG.warning(
+            "the run ledger %r cannot be written: %s", str(home() / "runs.jsonl"), error.strerror
         )
 
 

@@ -118,4 +118,4 @@ def _story(summary: dict[str, Any]) -> str:
         *(f"added: {part}" for part in summary["parts"][1:]),
         *(f"left out: {part}" for part in summary["left_out"]),
     ]
-    return "\n".join(lines)
+    return show.join_lines(lines)

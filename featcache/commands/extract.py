@@ -14,7 +14,7 @@ from featcache.console import extract_report
 from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
 from featcache.console.params import FloatPair
 from featcache.console.progress_bar import ProgressBar, WaitingNote
-from featcache.console.text import print_facts
+from featcache.console.text import echo, print_facts
 from featcache.errors import UsageError, UserError
 from featcache.pictures.open_source import open_source
 from featcache.storage import manifest
@@ -220,7 +220,7 @@ def _note_random_weights(plans: list[Plan]) -> None:
 
     for plan in plans:
         if is_random(given := plan.teacher.weights):
-            click.echo(
+            echo(
                 f"note: {given} - these weights are drawn, not trained; the features carry no "
                 "meaning",
                 err=True,
@@ -233,7 +233,7 @@ def _check_teachers(plans: list[Plan], labelled: str, inputs: Inputs, batch_size
 
     for plan in plans:
         found = teacher_check.check(plan.teacher, open_source(labelled), inputs.policy, batch_size)
-        click.echo(found.text, err=True)
+        echo(found.text, err=True)
         found.refuse()
 
 
@@ -294,7 +294,7 @@ def _batch_size(out: Path, asked: int) -> int:
     source = click.get_current_context().get_parameter_source("batch_size")
     if size == asked or source is not ParameterSource.COMMANDLINE:
         return int(size)
-    click.echo(
+    echo(
         f"note: --batch-size {asked}: {out} was begun with {size}; the same numbers but for their "
         "last bits",
         err=True,

@@ -72,4 +72,4 @@ def _story(facts: dict[str, Any]) -> str:
         )
     if not lines:
         return f"nothing to remove below {facts['home']}"
-    return "\n".join([*lines, f"{text.format_bytes(facts['freed'])} freed"])
+    return text.join_lines([*lines, f"{text.format_bytes(facts['freed'])} freed"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from featcache.catalog import extract_command, home, serves
-from featcache.console.text import format_bytes, format_table
+from featcache.console.text import format_bytes, format_table, join_lines, print_facts
 from featcache.reading.cache import Cache
 from featcache.storage import manifest, statistics
 
@@ -22,7 +21,7 @@ def command(cache: Path, as_json: bool) -> None:
     runs that used it."""
     with Cache(cache) as opened:
         facts = describe(opened)
-    click.echo(json.dumps(facts, indent=1) if as_json else text(opened, facts))
+    print_facts(facts, as_json, text(opened, facts), indent=1)
 
 
 def describe(cache: Cache) -> dict[str, Any]:
@@ -72,9 +71,9 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
         f"{identity['store']} store, codec {identity['codec']}, tokens {_tokens(identity)}",
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
         *(f"added: {part}" for part in facts["parts"][1:]),
-        format_table(
+        *format_table(
             [("array", "dtype", "shape", "range", ""), *map(_row, facts["arrays"].items())]
-        ),
+        ).split("\n"),
         "serves: "
         + (
             ", ".join(name for name, why in facts["serves"].items() if not why) or "no known recipe"
@@ -88,11 +87,13 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
             f"{len(quarantined)} in quarantine, all listed in {cache.path}/quarantine.json"
         )
     if facts["unfinished"]:
-        return "\n".join(
+        return join_lines(
             [*lines, *(str(extract_command.Unfinished(**each)) for each in facts["unfinished"])]
         )
     lines.append(f"made by: {facts['made_by']}")
-    return "\n".join([*lines, "the same with more --views or --levels, and with --add, adds to it"])
+    return join_lines(
+        [*lines, "the same with more --views or --levels, and with --add, adds to it"]
+    )
 
 
 def _tokens(identity: dict[str, Any]) -> str:

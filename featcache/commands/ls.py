@@ -3,14 +3,13 @@ theirs is looked at."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from featcache.catalog import home
 from featcache.catalog.listing import describe
-from featcache.console.text import format_bytes, format_table
+from featcache.console.text import echo, format_bytes, format_json, format_table, join_lines
 
 
 @click.command(
@@ -22,9 +21,9 @@ def command(as_json: bool) -> None:
     them last."""
     found = [describe(path) for path in home.caches()]
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        echo(format_json(found, indent=1))
     else:
-        click.echo(
+        echo(
             text(found)
             if found
             else f"no caches below {str(home.home())!r}; FEATCACHE_HOME names the folder"
@@ -44,8 +43,8 @@ def text(found: list[dict[str, Any]]) -> str:
         "complete",
         "last training",
     )
-    lines = [format_table([head, *map(_row, good)], right=(3, 6, 7))] if good else []
-    lines += [
+    table = format_table([head, *map(_row, good)], right=(3, 6, 7)) if good else ""
+    lines = [
         f"{facts['path']}: RANDOM WEIGHTS: no meaning in these features"
         for facts in good
         if facts["random_weights"]
@@ -53,7 +52,7 @@ def text(found: list[dict[str, Any]]) -> str:
     lines += [
         f"{facts['path']}: damaged: {facts['damaged']}" for facts in found if "damaged" in facts
     ]
-    return "\n".join(lines)
+    return "\n".join(filter(None, [table, join_lines(lines)]))
 
 
 def _row(facts: dict[str, Any]) -> tuple[str, ...]:

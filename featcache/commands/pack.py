@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from featcache.console.text import echo
 from featcache.errors import UsageError
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
@@ -60,7 +61,7 @@ def command(
         written = _pack_beton(source, out, seed, resize_px)
     else:
         written = _pack_tars(source, out, shard_size or 0, seed, resize_px, prefix)
-    click.echo(f"{len(source)} pictures ({labels}) in {written}")
+    echo(f"{len(source)} pictures ({labels}) in {written}")
 
 
 def _check_options(out: Path, shard_size: int | None, prefix: str | None, is_beton: bool) -> None:

@@ -67,7 +67,7 @@ def command(
         f"extracted again {name}" for name in done["shards"]
     ]
     text.print_facts(
-        {"cache": str(cache), **done}, as_json, "\n".join(lines) or f"{cache}: nothing to fix"
+        {"cache": str(cache), **done}, as_json, text.join_lines(lines) or f"{cache}: nothing to fix"
     )
 
 

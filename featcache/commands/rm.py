@@ -32,13 +32,15 @@ def command(caches: tuple[Path, ...], yes: bool, as_json: bool) -> None:
         check_removable(each)
     sizes = {str(cache): folder_bytes(cache) for cache in caches}
     if not yes and not _agreed(sizes):
-        click.echo("nothing removed", err=True)
+        text.echo("nothing removed", err=True)
         return
     for cache in sizes:
         remove_cache(Path(cache))
     lines = [f"removed {cache}: {text.format_bytes(count)}" for cache, count in sizes.items()]
     lines.append(f"{text.format_bytes(sum(sizes.values()))} freed")
-    text.print_facts({"removed": sizes, "freed": sum(sizes.values())}, as_json, "\n".join(lines))
+    text.print_facts(
+        {"removed": sizes, "freed": sum(sizes.values())}, as_json, text.join_lines(lines)
+    )
 
 
 def _agreed(sizes: dict[str, int]) -> bool:
@@ -47,7 +49,5 @@ def _agreed(sizes: dict[str, int]) -> bool:
             "rm: there is no terminal to ask at; give --yes to remove without a question"
         )
     for cache, count in sizes.items():
-        click.echo(f"{cache}: {text.format_bytes(count)}", err=True)
-    return click.confirm(
-        f"remove {len(sizes)} cache(s), {text.format_bytes(sum(sizes.values()))}?", err=True
-    )
+        text.echo(f"{cache}: {text.format_bytes(count)}", err=True)
+    return text.confirm(f"remove {len(sizes)} cache(s), {text.format_bytes(sum(sizes.values()))}?")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
-from featcache.console.text import format_table
+from featcache.console.text import echo, format_json, format_table
 
 HEAD = (
     "name", "input", "patches", "width", "depth", "params", "GMAC", "bytes/view", "here", "licence",
@@ -28,10 +27,10 @@ def command(as_json: bool) -> None:
         for name, row in teachers.model_cards().items()
     ]
     if as_json:
-        click.echo(json.dumps(table, indent=1))
+        echo(format_json(table, indent=1))
         return
-    click.echo(format_table([HEAD, *map(_row, table)], right=range(1, 8)))
-    click.echo(
+    echo(format_table([HEAD, *map(_row, table)], right=range(1, 8)))
+    echo(
         "bytes/view: five levels in fp16, or token ids. here: the weights are on this machine.\n"
         "Also timm:NAME[,key=value...], open_clip:ARCH/TAG, ./mine.py, and "
         "synthetic:levels=..,tokens=..,width=..\nOptions of ViTs: img_size= or grid=, "

@@ -3,7 +3,6 @@ teacher."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import click
 from featcache.catalog import extract_command
 from featcache.console import text
 from featcache.console.progress_bar import ProgressBar
-from featcache.errors import UserError
+from featcache.errors import UserError, command_line
 from featcache.pictures.open_source import open_source
 from featcache.reading.cache import Cache
 from featcache.views import pixel_path
@@ -62,7 +61,7 @@ def command(
     if with_teacher:
         facts |= _recompute(cache, images_spec, weights, named, recompute, seed, device)
         problems += facts["recompute"]["problems"]
-    text.print_facts(facts, as_json, "\n".join([*problems, *_verdict(facts)]))
+    text.print_facts(facts, as_json, text.join_lines([*problems, *_verdict(facts)]))
     if problems:
         raise UserError(_of_rows(facts) if with_teacher else _of_files(facts))
 
@@ -97,7 +96,7 @@ def _of_files(facts: dict[str, Any]) -> str:
         return f"{cache} is sound as far as it goes, but {'; '.join(map(str, left))}"
     if problems == verify.check_parts_agree(Path(cache)):
         return problems[0]
-    fix = shlex.join(["featcache", "repair", cache])
+    fix = command_line("featcache", "repair", cache)
     return f"{len(problems)} problem(s) in {cache}, the first: {problems[0]}; `{fix}` fixes it"
 
 

@@ -8,15 +8,17 @@ import logging
 import os
 import pkgutil
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import click
 
-from featcache.errors import COMMAND_WRONG, WORK_FAILED, UserError
-from featcache.runtime import signals
+from featcache.console.text import echo
+from featcache.errors import COMMAND_WRONG, WORK_FAILED, UserError, one_line, printable
+from featcache.runtime import signals, streams
 
 AGAIN = "stopped; run the same command again"
 
@@ -24,8 +26,9 @@ AGAIN = "stopped; run the same command again"
 def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
     """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a
     traceback; SIGTERM and Ctrl-C are one line as well."""
+    streams.prepare()
     signals.install_handlers()
-    _print_notes()
+    _print_libraries_safely()
     # on odd but readable pictures; unreadable ones are quarantined
     warnings.filterwarnings("ignore", module="PIL")
     try:
@@ -33,21 +36,52 @@ def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        echo(error.ctx.get_help() if error.ctx else "", err=True)
         sys.exit(COMMAND_WRONG)
     except BaseException as error:
         failure = _failure_of(error, stopped_status)
         if failure is None:
             raise
-        click.echo(f"error: {failure.message}", err=True)
+        echo(f"error: {one_line(failure.message)}", err=True)
         sys.exit(failure.status)
 
 
-def _print_notes() -> None:
-    """Let a module's warnings, which stop nothing, be notes on stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
-    logging.getLogger("featcache").handlers = [handler]
+class _Formatter(logging.Formatter):
+    """Writes log records, whose text may be a stranger's, as `printable` does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _Notes(logging.Handler):
+    """Prints a module's warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        echo(one_line(f"note: {self.format(record)}"), err=True)
+
+
+def _print_libraries_safely() -> None:
+    """Let a module's warnings, which stop nothing, be notes on stderr; those of libraries, and
+    tracebacks, are printable too."""
+    for name in ("featcache", "student"):
+        logging.getLogger(name).handlers = [_Notes()]
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Formatter("%(message)s"))
+    warnings.formatwarning = _format_warning
+    sys.excepthook = _print_traceback
+
+
+_plain_warning = warnings.formatwarning
+
+
+def _format_warning(*args: Any, **options: Any) -> str:
+    return printable(_plain_warning(*args, **options))
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:
+    echo("".join(traceback.format_exception(kind, error, where)), err=True, nl=False)
 
 
 class _Failure(NamedTuple):

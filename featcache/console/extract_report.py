@@ -129,4 +129,4 @@ def summary_text(summary: dict[str, Any]) -> str:
             f"{len(summary['quarantined'])} in quarantine, all listed in "
             f"{summary['cache']}/quarantine.json; fixed pictures come in with a new --out"
         )
-    return "\n".join(lines)
+    return text.join_lines(lines)

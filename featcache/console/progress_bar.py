@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import click
+from featcache.console.text import echo
+from featcache.errors import printable
 
 
 class WaitingNote:
@@ -18,7 +19,7 @@ class WaitingNote:
 
     def __call__(self, shards: int) -> None:
         if shards != self._told:
-            click.echo(f"note: waiting for {shards} shards that other processes work on", err=True)
+            echo(f"note: waiting for {shards} shards that other processes work on", err=True)
         self._told = shards
 
 
@@ -73,7 +74,7 @@ class ProgressBar:
         elif self.enabled and self.lines and time.monotonic() - self._last >= LOG_EVERY_S:
             if self._last:
                 note = self.text(done, total)
-                click.echo(
+                echo(
                     f"{self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}", err=True
                 )
             self._last = time.monotonic()
@@ -83,12 +84,12 @@ class ProgressBar:
 
         if self._bar is None:
             self._bar = tqdm(
-                total=total, desc=self.what, unit=self.unit, initial=self.first,
+                total=total, desc=printable(self.what), unit=self.unit, initial=self.first,
                 dynamic_ncols=True, smoothing=self.smoothing,
             )  # fmt: skip
         self._bar.total = total
         if note := self.text(done, total):
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_postfix_str(printable(note), refresh=False)
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""Commands print sizes, tables, and facts as JSON or as text, all in one form."""
+"""Commands print sizes, tables, and facts as JSON or as text, all in one form; what they print
+comes from here, so that no stranger's text reaches a terminal raw."""
 
 from __future__ import annotations
 
@@ -8,10 +9,41 @@ from typing import Any
 
 import click
 
+from featcache.errors import printable
 
-def print_facts(facts: Any, as_json: bool, text: str) -> None:
+
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print text on stdout, or on stderr, with control characters escaped."""
+    click.echo(printable(text), err=err, nl=nl)  # noqa: TID251
+
+
+def confirm(question: str) -> bool:
+    """Ask on stderr for a yes or no."""
+    return click.confirm(printable(question), err=True)  # noqa: TID251
+
+
+def print_facts(facts: Any, as_json: bool, text: str, indent: int | None = None) -> None:
     """Print the facts as JSON, or the text that says them."""
-    click.echo(json.dumps(facts) if as_json else text)
+    echo(format_json(facts, indent) if as_json else text)
+
+
+def join_lines(lines: Iterable[str]) -> str:
+    """Join texts to lines, none of which becomes two by what a stranger wrote into it.
+
+    >>> print(join_lines(["name: a\\nerror: b", "end"]))
+    name: a\\nerror: b
+    end
+    """
+    return "\n".join(printable(line, keep="") for line in lines)
+
+
+def format_json(facts: Any, indent: int | None = None) -> str:
+    """Write JSON in printable ASCII alone.
+
+    >>> print(format_json({"name": "a\\x7f\\u202e"}))
+    {"name": "a\\u007f\\u202e"}
+    """
+    return json.dumps(facts, indent=indent).replace("\x7f", "\\u007f")
 
 
 def format_bytes(count: float) -> str:
@@ -31,13 +63,14 @@ def format_table(
     rows: Sequence[Sequence[str]], right: Iterable[int] = (), markdown: bool = False
 ) -> str:
     """Lay out columns as wide as they need; those numbered in `right` are set to the right. The
-    first row is the head, which Markdown rules off.
+    first row is the head, which Markdown rules off. A row is one line, whatever its cells hold.
 
     >>> print(format_table([("", "GB"), ("rows", "7")], right=[1], markdown=True))
     |      | GB |
     | ---- | -: |
     | rows |  7 |
     """
+    rows = [[printable(cell, keep="") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     flush = set(right)
     padded = [

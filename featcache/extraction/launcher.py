@@ -7,16 +7,16 @@ what they leave.
 from __future__ import annotations
 
 import contextlib
+import logging
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-import click
-
 from featcache.errors import UsageError
 
+_LOG = logging.getLogger(__name__)
 _OWN = ("--devices", "--device", "--check-teacher")  # options that a helper is not given
 
 
@@ -46,7 +46,7 @@ def worker_processes(names: Sequence[str]) -> Iterator[None]:
     """Run the same command once more for each device; they are waited for, or stopped where the
     caller fails."""
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in names]
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in names]
         started = [
             subprocess.Popen(
                 [sys.executable, "-m", "featcache", *_arguments(name)], stdout=log, stderr=log
@@ -70,9 +70,7 @@ def worker_processes(names: Sequence[str]) -> Iterator[None]:
 def _note_failure(name: str, status: int, log: IO[str]) -> None:
     log.seek(0)
     last = (log.read().strip().splitlines() or [f"exit status {status}"])[-1]
-    click.echo(
-        f"note: the process on {name} failed, its shards were done by the others: {last}", err=True
-    )
+    _LOG.warning("the process on %s failed, its shards were done by the others: %s", name, last)
 
 
 def _arguments(device: str) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, command_line
 from featcache.extraction import target_folder
 from featcache.extraction.shard_queue import free_shards
 from featcache.maintenance import transfer_plan
@@ -143,7 +143,9 @@ def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
 def _begin(job: TransferJob) -> None:
     source = job.source
     if problems := manifest.check_files(source.path, source.manifest):
-        raise UserError(f"cache file {problems[0]}; run `featcache repair {source.path}`")
+        raise UserError(
+            f"cache file {problems[0]}; run `{command_line('featcache', 'repair', source.path)}`"
+        )
     files = {name: (source.path / name).read_bytes() for name in job.manifest["files"]}
     target_folder.begin_folder(job.out, job.manifest, files)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UsageError, UserError, near
+from featcache.errors import UsageError, UserError, command_line, near
 from featcache.reading import request
 from featcache.reading.byte_ranges import RowChecksumError
 from featcache.reading.locations import locate_rows
@@ -335,7 +335,7 @@ class Cache:
             )
             return UserError(
                 f"cache file {problem} (seen at row {row}, {self.keys[row]!r}, view {view}); "
-                f"run `featcache repair {self.path}`"
+                f"run `{command_line('featcache', 'repair', self.path)}`"
             )
         return UserError(
             f"cache file {bad.path}: row {row} ({self.keys[row]!r}), view {view} differed from its "

@@ -48,7 +48,7 @@ def guard_imports(status: int) -> Iterator[None]:
     except BaseException:
         if not was_signalled():
             raise
-        print(
+        print(  # noqa: T201 (imports that print may be what was stopped)
             "error: stopped before anything was begun; run the same command again", file=sys.stderr
         )
         sys.exit(status)

@@ -10,12 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import UserError, raise_if_unreadable
+from featcache.errors import UserError, command_line, raise_if_unreadable
 from featcache.storage.owner import is_alive, writer_id
 
 CHECKSUM = "checksum"
@@ -109,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _repair(path: Path) -> str:
-    return shlex.join(["featcache", "repair", str(cache_of(path))])
+    return command_line("featcache", "repair", cache_of(path))
 
 
 def cache_of(path: Path) -> Path:

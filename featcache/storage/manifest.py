@@ -14,7 +14,7 @@ from typing import Any
 
 from fastcrc.crc32 import iscsi as crc32c
 
-from featcache.errors import UserError
+from featcache.errors import UserError, command_line, one_line
 from featcache.storage import json_file
 from featcache.storage.json_file import digest
 
@@ -67,7 +67,8 @@ def read(cache: Path) -> dict[str, Any]:
     path = cache / NAME
     if not path.is_file() and (cache / "shards" / COPY).is_file():
         raise UserError(
-            f"{str(path)!r} is missing, but its copy is there; run `featcache repair {cache}`"
+            f"{str(path)!r} is missing, but its copy is there; run "
+            f"`{command_line('featcache', 'repair', cache)}`"
         )
     if not path.is_file():
         raise UserError(
@@ -118,7 +119,7 @@ def title(manifest: Mapping[str, Any], rows: int | None = None, views: int | Non
         if is_random(manifest)
         else ""
     )
-    return (
+    return one_line(
         f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  "
         f"{pluralize(identity['pictures']['count'] if rows is None else rows, 'picture')} x "
         f"{pluralize(views or identity['views'], 'view')}  id {manifest['id']}{note}"

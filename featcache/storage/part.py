@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UnreadableError, UserError
+from featcache.errors import UnreadableError, UserError, command_line, one_line
 from featcache.storage import commit, json_file, manifest
 from featcache.storage.identity import Mismatch, compare
 from featcache.storage.keys import I64, Keys
@@ -90,12 +90,16 @@ class Part:
         """Read the record of a shard, and check that its files are there."""
         record = json_file.read_json(path)
         if why := record_problem(self.manifest, shard, record):
-            raise UserError(f"cache file {path} {why}; run `featcache verify {self.path}`")
+            raise UserError(
+                f"cache file {path} {why}; run `{command_line('featcache', 'verify', self.path)}`"
+            )
         self.quarantined += record["quarantined"]
         if problems := commit.check_shard(
             self.path, record["shard"], self.identity["store"], record, deep=False
         ):
-            raise UserError(f"cache file {problems[0]}; run `featcache verify {self.path}`")
+            raise UserError(
+                f"cache file {problems[0]}; run `{command_line('featcache', 'verify', self.path)}`"
+            )
         return record
 
     def _note_quarantined(self) -> None:
@@ -179,7 +183,9 @@ class Part:
 
         problems = manifest.check_files(self.path, self.manifest)
         if problems:
-            raise UserError(f"cache file {problems[0]}; run `featcache repair {self.path}`")
+            raise UserError(
+                f"cache file {problems[0]}; run `{command_line('featcache', 'repair', self.path)}`"
+            )
         return load_file(self.path / next(iter(self.manifest["files"])))
 
 
@@ -314,6 +320,6 @@ def describe_part(manifest: Mapping[str, Any]) -> str:
     first = identity.get("first_view", 0)
     last = first + identity["views"] - 1
     views = f"view {first}" if first == last else f"views {first} to {last}"
-    return (
+    return one_line(
         f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  {views}"
     )

@@ -33,7 +33,7 @@ from numpy.lib import format as npy_format
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from featcache.errors import UserError
+from featcache.errors import UserError, command_line
 from featcache.pictures.tars import escape
 from featcache.storage import checksums, commit, json_file
 from featcache.storage.posix_io import read_error
@@ -274,7 +274,9 @@ def _unpack(path: str | Path, data: bytes) -> Index:
 
 def _damaged(path: str | Path, why: str) -> UserError:
     cache = Path(path).parent.parent.parent
-    return UserError(f"cache file {path} is damaged: {why}; run `featcache verify {cache}`")
+    return UserError(
+        f"cache file {path} is damaged: {why}; run `{command_line('featcache', 'verify', cache)}`"
+    )
 
 
 @lru_cache(_INDICES)
@@ -318,7 +320,10 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
     path, facts = folder_path(cache, shard, NAME) / INDEX, record["files"][INDEX]
     data = path.read_bytes() if path.is_file() else b""
     if len(data) != facts["bytes"] or f"{crc32c(data):08x}" != facts["crc32c"]:
-        raise UserError(f"cache file {path}: its checksum differs; run `featcache verify {cache}`")
+        raise UserError(
+            f"cache file {path}: its checksum differs; run "
+            f"`{command_line('featcache', 'verify', cache)}`"
+        )
     return _unpack(path, data).keys
 
 

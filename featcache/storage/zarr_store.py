@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from fastcrc.crc32 import iscsi as crc32c
 
-from featcache.errors import UserError
+from featcache.errors import UserError, command_line
 from featcache.storage import commit
 from featcache.storage.row_file import RowFile
 from featcache.storage.store import SHARDS, Array, ShardKeys, folder_path
@@ -172,7 +172,8 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
         data = path.read_bytes()[:-4] if path.is_file() else b""
         if len(data) != facts["bytes"] - 4 or f"{crc32c(data):08x}" != facts["crc32c"]:
             raise UserError(
-                f"cache file {path}: its checksum differs; run `featcache verify {cache}`"
+                f"cache file {path}: its checksum differs; run "
+                f"`{command_line('featcache', 'verify', cache)}`"
             )
         parts.append(np.frombuffer(data, array.dtype))
     return ShardKeys(*parts)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from featcache.console.text import first_paragraph
+from featcache.console.text import echo, first_paragraph, print_facts
 from featcache.errors import UsageError
 
 
@@ -126,7 +125,7 @@ def _evaluate(
     )
     if test is None:
         train, test = split_holdout(train, seed=seed)
-        click.echo(
+        echo(
             f"note: no --test given; {len(test)} of {len(train) + len(test)} pictures are held out",
             err=True,
         )
@@ -147,12 +146,12 @@ def _evaluate(
         **result,
     }
     if result.get("note"):
-        click.echo(f"note: {result['note']}", err=True)
-    click.echo(
-        json.dumps(facts)
-        if as_json
-        else f"{name} of {facts['of']}: top-1 {result['top1']:.2f} % "
-        f"({result['n_test']} test, {result['n_train']} training pictures)"
+        echo(f"note: {result['note']}", err=True)
+    print_facts(
+        facts,
+        as_json,
+        f"{name} of {facts['of']}: top-1 {result['top1']:.2f} % "
+        f"({result['n_test']} test, {result['n_train']} training pictures)",
     )
 
 

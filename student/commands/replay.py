@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from featcache.console.text import print_facts
 
 
 @click.command(
@@ -34,4 +35,4 @@ def command(
     from student.training import nonfinite
 
     facts = nonfinite.run_again(file, recipe_name, pick_device(device), precision)
-    click.echo(json.dumps(facts) if as_json else nonfinite.text(facts))
+    print_facts(facts, as_json, nonfinite.text(facts))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featcache.console.params import FloatPair
-from featcache.console.text import print_facts
-from featcache.errors import STOPPED, StoppedError, UsageError, UserError
+from featcache.console.text import echo, print_facts
+from featcache.errors import STOPPED, StoppedError, UsageError, UserError, one_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -285,7 +285,7 @@ class _Console:
 
     def say(self, text: str) -> None:
         if self.speaks:
-            click.echo(text, err=True)
+            echo(one_line(text), err=True)
 
     def print(self, facts: dict[str, Any], text: str) -> None:
         if self.speaks:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, command_line
 from featcache.maintenance import verify
 from featcache.reading.cache import Cache
 from student.config import OutputConfig, RecipeConfig, Settings, build_config
@@ -176,7 +176,7 @@ def verify_small(cache: Cache) -> None:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
             f"cache file {problems[0]}{more}; training does not begin with a damaged cache: run "
-            f"`featcache repair {cache.path}`"
+            f"`{command_line('featcache', 'repair', cache.path)}`"
         )
 
 

@@ -6,7 +6,7 @@ Pixels are decoded for all pictures, though the cache may store some. n training
 
 from __future__ import annotations
 
-from featcache.errors import UsageError
+from featcache.errors import UsageError, command_line
 from featcache.pictures.source import Source
 from featcache.reading import join
 from featcache.reading.cache import Cache
@@ -51,7 +51,8 @@ def _check_all_views(cache: Cache, selection: ViewSelection) -> None:
     if selection.schedule is not None:
         raise UsageError(
             "--fallback online shows all views, and of this cache some are shown, not known for "
-            f"absent shards: leave it out and run `featcache repair {cache.path}`, or show all "
+            "absent shards: leave it out and run "
+            f"`{command_line('featcache', 'repair', cache.path)}`, or show all "
             f"with --scale {_scale(cache)}"
         )
 

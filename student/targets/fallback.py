@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from featcache import rng
-from featcache.errors import IdentityError, UsageError, UserError
+from featcache.errors import IdentityError, UsageError, UserError, command_line
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
@@ -182,7 +182,7 @@ def _check_known(cache: Cache, source: Source, known: Bool) -> None:
         raise IdentityError(
             f"{len(unknown)} of {len(source)} pictures of {source.spec!r} are neither in cache "
             f"{str(cache.path)!r} nor in its absent shards, the first is "
-            f"{source.keys[unknown[0]]!r}; run `featcache verify {cache.path}`"
+            f"{source.keys[unknown[0]]!r}; run `{command_line('featcache', 'verify', cache.path)}`"
         )
 
 
@@ -190,7 +190,8 @@ def _check_share(cache: Cache, count: int, n: int, limit: float) -> None:
     if not count <= limit * n:
         raise UserError(
             f"{absent_text(cache)}: {count} of {n} pictures ({count / n:.4g}) would have their "
-            f"targets computed, allowed: {limit:g}; run `featcache repair {cache.path}`, or allow "
+            f"targets computed, allowed: {limit:g}; run "
+            f"`{command_line('featcache', 'repair', cache.path)}`, or allow "
             f"it with --fallback-limit {np.ceil(1000 * count / n) / 1000:g}"
         )
 

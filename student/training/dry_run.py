@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from featcache.console.text import format_bytes
+from featcache.console.text import format_bytes, join_lines
 from featcache.errors import UserError
 from featcache.reading.cache import Cache
 from student.data.loader import Loader
@@ -191,9 +191,8 @@ def bytes_per_s(
 
 def text(facts: dict[str, Any]) -> str:
     """Return the facts of a dry run as text for a person."""
-    return "\n".join(f"{key}: {_shown(key, value)}" for key, value in facts.items()) + _verdict(
-        facts
-    )
+    lines = join_lines(f"{key}: {_shown(key, value)}" for key, value in facts.items())
+    return lines + _verdict(facts)
 
 
 def _shown(key: str, value: Any) -> str:

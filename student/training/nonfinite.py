@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from featcache.console.text import join_lines
 from featcache.errors import UsageError, UserError
 from featcache.storage import json_file
 from student import config, recipes
@@ -210,7 +211,7 @@ def text(facts: dict[str, Any]) -> str:
             f"{what} not finite: "
             f"{', '.join(names[:4]) or 'none'}{f' and {len(names) - 4} more' * (len(names) > 4)}"
         )
-    return "\n".join(
+    return join_lines(
         [
             *lines,
             f"first module with an output that is not finite: {facts['first_nonfinite_module']}",

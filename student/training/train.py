@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from featcache import rng
-from featcache.errors import UserError
+from featcache.errors import UserError, command_line
 from featcache.storage import manifest
 from student import checkpoint
 from student.config import RecipeConfig, as_dict
@@ -255,7 +255,8 @@ def _reproduce(run: Run, loader: Loader, state: TrainState, row: dict[str, Any])
         keys = found[0].keys
         who = f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
     return (
-        f"(pictures {who}); `student replay {path}` runs that batch again; checkpoints before it "
+        f"(pictures {who}); "
+        f"`{command_line('student', 'replay', path)}` runs that batch again; checkpoints before it "
         f"are in {folder}: {_advice(run, state)}"
     )
 

@@ -59,14 +59,13 @@ def test_lines_that_cannot_be_read_are_passed_over(place: Path) -> None:
 
 
 def test_a_home_that_cannot_be_written_is_told_and_stops_nothing(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place.parent.mkdir()
     place.write_text("a file")
     home.log_run(command="train")
-    note = capsys.readouterr().err
-    assert note.startswith("note: the run ledger ")
-    assert note.count("\n") == 1
+    (note,) = caplog.messages
+    assert note == f"the run ledger {str(place / 'runs.jsonl')!r} cannot be written: File exists"
     assert home.runs_of("c1") == []
 
 
