@@ -131,7 +131,7 @@ def _evaluate(
         )
     notes = match_notes(test, train)
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        echo(f"note: {note}", err=True)
     with _stage_bars() as progress:
         result = module.evaluate(
             net, train, test, seed=seed, device=pick_device(device), batch_size_embed=embed_batch,

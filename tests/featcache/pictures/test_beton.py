@@ -111,7 +111,7 @@ def test_a_label_beyond_the_names_beside_the_file_is_refused(
     shutil.copy(ffcv_files / "raw.beton", tmp_path)
     source = open_source(tmp_path / "raw.beton")
     (tmp_path / "raw.beton.classes.json").write_text('["ant", "bee"]')
-    with pytest.raises(UserError, match="its classes.json has 2 names"):
+    with pytest.raises(UserError, match=r"its classes\.json has 2 names"):
         _ = source.labels
 
 
