@@ -180,11 +180,12 @@ def step_functions(
         except UsageError as error:  # such as token ids, which no teacher in the loop gives
             click.echo(f"  {recipe}, {name}: {error}", err=True)
             continue
-        hosts = stack.enter_context(closing(loader.iterate(1, 1 << 40)))
+        state = train.build_state(run, loader, acc)
+        hosts = stack.enter_context(closing(loader.iterate(1, 1 << 40, state.drop_rates)))
         feed: Any = Prefetcher(run.config, run.targets, hosts, acc.device, run.seed)
         if name == "in memory":
             feed = BatchesInMemory([feed.take().batch for _ in range(2)])
-        variants[name] = make_step(run, loader, train.build_state(run, loader, acc), feed)
+        variants[name] = make_step(run, loader, state, feed)
     if recipe in plain_steps.MODELS and not config.sets:
         batch = feed.take().batch
         variants["plain"] = plain_steps.make_step(recipe, batch, acc.device, acc.mixed_precision)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from featcache import rng
@@ -26,6 +27,7 @@ from featcache.pictures.source import PictureError, Source
 from featcache.reading import pixel_check
 from featcache.views import pixel_path
 from student.data.sampler import SampleOrder
+from student.models import drop_path
 from student.targets import buffers
 from student.targets.contract import HostBatch, Targets
 
@@ -102,9 +104,13 @@ class Loader:
     def rows(self, step: int, micro: int = 0) -> tuple[npt.NDArray[np.int64], int]:
         """Return indices (B,) of the training pictures of a micro-batch on this process, and the
         epoch."""
-        first = (micro * self.world + self.rank) * self.batch_size
         at, epoch = self.step_rows(step)
-        return at[first : first + self.batch_size], epoch
+        return at[self.positions_in_step(micro)], epoch
+
+    def positions_in_step(self, micro: int) -> npt.NDArray[np.int64]:
+        """Return the positions (B,) of a micro-batch's samples in the step's global batch."""
+        first = (micro * self.world + self.rank) * self.batch_size
+        return np.arange(first, first + self.batch_size)
 
     def step_rows(self, step: int) -> tuple[npt.NDArray[np.int64], int]:
         """Return indices (global batch,) of the training pictures of a step over all processes, and
@@ -127,9 +133,12 @@ class Loader:
             at, self.targets.view(self.digests[at], self._rounds(len(at), epoch))
         )
 
-    def iterate(self, first_step: int, last_step: int) -> Generator[HostBatch, None, None]:
-        """Yield the micro-batches of the steps in [first_step, last_step), in order. A batch is
-        good until the next one is asked for: then its memory is filled again."""
+    def iterate(
+        self, first_step: int, last_step: int, drop_rates: Sequence[float] = ()
+    ) -> Generator[HostBatch, None, None]:
+        """Yield the micro-batches of the steps in [first_step, last_step), in order, with the drop
+        path of branches that have these rates. A batch is good until the next one is asked for:
+        then its memory is filled again."""
         wanted = (
             (step, micro)
             for step in range(first_step, last_step)
@@ -148,7 +157,9 @@ class Loader:
                 while True:
                     while len(waiting) < AHEAD and (item := next(wanted, None)) is not None:
                         waiting.append(
-                            beginner.submit(self._begin, *item, decoders, free.popleft())
+                            beginner.submit(
+                                self._begin, *item, decoders, free.popleft(), drop_rates
+                            )
                         )
                     if not waiting:
                         return
@@ -167,7 +178,12 @@ class Loader:
         return self._begin(step, micro, decoders, None).finish()
 
     def _begin(
-        self, step: int, micro: int, decoders: ThreadPoolExecutor, memory: Memory | None
+        self,
+        step: int,
+        micro: int,
+        decoders: ThreadPoolExecutor,
+        memory: Memory | None,
+        drop_rates: Sequence[float] = (),
     ) -> _Begun:
         """Begin a micro-batch: its targets and masks are there, its pictures are under way."""
         if memory is None:
@@ -191,10 +207,14 @@ class Loader:
             work = [[i] for i in starts]
         futures = [decoders.submit(self._samples, host, some, hashes) for some in work if some]
         if self.masks is not None and (masks := self.masks(host)) is not None:
-            host["masks"] = (
-                {name: ids.pin_memory() for name, ids in masks.items()} if self.pin else masks
-            )
+            host["masks"] = self._pinned(masks)
+        if drop_rates:
+            kept = drop_path.draw(drop_rates, self.seed, step, self.positions_in_step(micro))
+            host["drawn"] = self._pinned({drop_path.ENTRY: torch.from_numpy(kept)})
         return _Begun(host, memory, futures)
+
+    def _pinned(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: x.pin_memory() for name, x in tensors.items()} if self.pin else tensors
 
     def _hashes(
         self, at: npt.NDArray[np.int64], view: npt.NDArray[np.int64], checked: npt.NDArray[np.bool_]

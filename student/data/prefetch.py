@@ -30,15 +30,19 @@ def to_device(
     config: RecipeConfig, targets: Targets, host: HostBatch, device: torch.device, seed: int
 ) -> dict[str, Tensor]:
     """Return a host batch as the recipe takes it: normalised images (B, 3, S, S), decoded features,
-    masks. Nothing in it shares memory with the host batch, which is filled again."""
+    masks, drop path where it is drawn. Nothing in it shares memory with the host batch, which is
+    filled again."""
     pixels = torch.from_numpy(host["pixels"]).to(device, non_blocking=True).permute(0, 3, 1, 2)
     mean, std = _statistics(device)
     features, sources = targets.to_device(host, device)
-    masks = host.get("masks") or draw_masks(config, host, sources, seed)
+    drawn = {
+        **(host.get("masks") or draw_masks(config, host, sources, seed)),
+        **host.get("drawn", {}),
+    }
     return {
         "images": normalise_pixels(pixels, mean, std),
         **features,
-        **{name: ids.to(device, non_blocking=True) for name, ids in masks.items()},
+        **{name: ids.to(device, non_blocking=True) for name, ids in drawn.items()},
     }
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from featcache.errors import UsageError, near
 from featcache.models.spec import parse_options
+from student.models import drop_path as drops
 from student.models import vit
 
 FAMILIES = {
@@ -87,6 +88,7 @@ def build(
         ) from None
     assert isinstance(beit, Beit)
     initialise(beit, xavier=xavier and family == "cae")
+    drops.replace(beit)
     return beit
 
 

@@ -22,12 +22,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, near
 from featcache.models.spec import parse_options
+from student.models import drop_path as drops
 from student.models import vit
 
 FAMILY = "conv_vit"
@@ -91,6 +91,7 @@ def build(
     """
     net = ConvViT(parse_encoder(encoder), img_size, patch_size, drop_path, cls_token)
     initialise(net)
+    drops.replace(net)
     return net
 
 
@@ -199,15 +200,15 @@ class CBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 1)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = ConvMlp(channels, mlp_ratio * channels)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path1, self.drop_path2 = (drops.branch(drop_path) for _ in range(2))
 
     def forward(self, x: Tensor, hidden: Tensor | None) -> Tensor:
         """Map x (B,C,H,W), hidden (B,1,H,W) true where the mask hides; None hides nothing."""
         inner = self.conv1(channel_norm(self.norm1, x))
         if hidden is not None:
             inner = inner.masked_fill(hidden, 0)
-        x = x + self.drop_path(self.conv2(self.attn(inner)))
-        return x + self.drop_path(self.mlp(channel_norm(self.norm2, x)))
+        x = x + self.drop_path1(self.conv2(self.attn(inner)))
+        return x + self.drop_path2(self.mlp(channel_norm(self.norm2, x)))
 
 
 class ConvViT(nn.Module):

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from student.models import beit, vit
+from student.models.drop_path import branch
 
 # of the regressor and the decoder at every size: the released option for it reaches no module
 LAYER_SCALE = 0.1
@@ -58,7 +59,7 @@ class RegressorBlock(nn.Module):
         self.gamma_1_cross, self.gamma_2_cross = (
             nn.Parameter(torch.full((width,), LAYER_SCALE)) for _ in range(2)
         )
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path1, self.drop_path2 = (branch(drop_path) for _ in range(2))
 
     def forward(self, x: Tensor, visible: Tensor, pos_x: Tensor, pos_visible: Tensor) -> Tensor:
         """Map x, pos_x (B,M,D), visible, pos_visible (B,V,D) -> (B,M,D)."""
@@ -66,8 +67,8 @@ class RegressorBlock(nn.Module):
         attended = self.cross_attn(
             self.norm1_q(x + pos_x), self.norm1_k(both + pos_both), self.norm1_v(both)
         )
-        x = self.norm2_cross(x + self.drop_path(self.gamma_1_cross * attended))
-        return x + self.drop_path(self.gamma_2_cross * self.mlp_cross(x))
+        x = self.norm2_cross(x + self.drop_path1(self.gamma_1_cross * attended))
+        return x + self.drop_path2(self.gamma_2_cross * self.mlp_cross(x))
 
 
 class LatentRegressor(nn.Module):

@@ -7,9 +7,8 @@ token selection.
                                                                                         (Decoder)
 
 The modules are timm's own, so an encoder's state dict loads into timm by name; the decoder's
-parameters bear the names of MAE's released code, so a released decoder loads by name as well. Drop
-path is timm's and draws from torch's global generator, which the trainer seeds at every step; start
-values come from it too.
+parameters bear the names of MAE's released code, so a released decoder loads by name as well. Start
+values come from torch's global generator, drop path from the batch (drop_path.py).
 
 Shapes: B batch, P patches, V visible, D width, p pixels a side of a patch, G patches a side.
 """
@@ -26,6 +25,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, near
+from student.models import drop_path as drops
 
 SIZES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
 TOKEN_STD = 0.02  # start of cls_token and mask_token
@@ -70,6 +70,7 @@ def build(
             f"as {', '.join(SIZES)} or deit_small_patch16_224; choose one with encoder=NAME"
         )
     initialise(vit)
+    drops.replace(vit)
     return vit
 
 

@@ -61,7 +61,7 @@ from student.config import (
     check_choice,
     check_hides_patches,
 )
-from student.models import beit, latent_regressor, losses, vit
+from student.models import beit, drop_path, latent_regressor, losses, vit
 from student.recipes import TargetSpec
 
 SERVED_BY = {  # by default; `featcache info` reads this
@@ -151,6 +151,7 @@ class Decoder(nn.Module):
                   norm_layer=vit.NORM)  # type: ignore[arg-type]  # a partial
             for rate in rates
         )  # fmt: skip
+        drop_path.replace(self.decoder_blocks)
         self.norm = vit.NORM(width) if depth else nn.Identity()
         self.head = nn.Linear(width, config.vocabulary)
         latent_regressor.initialise(
@@ -235,6 +236,8 @@ class Model(nn.Module):
         """Return the encoder's own latents of the masked patches (B,M,W), a constant."""
         training = self.encoder.training
         self.encoder.train(training and self.config.align_drop_path)
+        drop_path.use_encoding(self.encoder, 1)  # draws of its own
         target = self._encode(images, ids_masked)
+        drop_path.use_encoding(self.encoder, 0)
         self.encoder.train(training)
         return target

@@ -73,7 +73,7 @@ def _steps(run: Run, loader: Loader, state: TrainState) -> tuple[list[float], li
     total = run.total_steps(loader.steps_per_epoch)
     walls, computing, kept = [], [], 0
     begun = time.perf_counter()
-    with contextlib.closing(loader.iterate(0, min(STEPS, total))) as hosts:
+    with contextlib.closing(loader.iterate(0, min(STEPS, total), state.drop_rates)) as hosts:
         feed = Prefetcher(run.config, run.targets, hosts, state.acc.device, run.seed)
         for step in range(min(STEPS, total)):
             if step > 1 and time.perf_counter() - begun > MOST_S and state.acc.num_processes == 1:

@@ -31,6 +31,7 @@ from featcache.console.text import join_lines
 from featcache.errors import UsageError, UserError
 from featcache.storage import json_file
 from student import config, recipes
+from student.models import drop_path
 from student.training.train_state import TrainState
 
 FOLDER = "nonfinite"
@@ -147,6 +148,7 @@ def build(saved: Reproducer, recipe: ModuleType) -> nn.Module:
             f"{str(error).splitlines()[-1].strip()}; give the recipe's file as it was, with "
             "--recipe"
         ) from error
+    drop_path.attach(model)
     return model.train()
 
 

@@ -112,7 +112,9 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
             trackers.start_trackers(run.trackers, acc, run.out, record, first)
         )
         metrics = stack.enter_context(contextlib.closing(_metrics(run, first, acc, log)))
-        hosts = stack.enter_context(contextlib.closing(loader.iterate(first, total)))
+        hosts = stack.enter_context(
+            contextlib.closing(loader.iterate(first, total, state.drop_rates))
+        )
         feed = Prefetcher(run.config, run.targets, hosts, acc.device, run.seed)
         bar = stack.enter_context(
             progress_bar.shown(total, first, loader.steps_per_epoch, acc.is_main_process)
@@ -180,7 +182,7 @@ def _gradients(
         taken = feed.take()
         waits.append(taken.waited)
         keys += taken.keys
-        # drop path draws from the global generator
+        # what a recipe of the user's own draws from torch's generator; ours take it of the batch
         torch.manual_seed(step_seed(run.seed, step, micro, loader.rank))
         last = micro == loader.accumulation - 1
         with contextlib.nullcontext() if last else acc.no_sync(state.model):
@@ -200,8 +202,8 @@ def _gradients(
 
 
 def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Return the seed of what is drawn inside the model in one micro-step: a word of (seed, step,
-    micro-batch, process)."""
+    """Return the seed of torch's generator in one micro-step, a word of (seed, step, micro-batch,
+    process), for modules that draw from it."""
     word = rng.words(
         rng.key_digests([f"step:{micro}:{rank}"]), rng.stream("model", seed), 1, epoch=step
     )[0, 0]
@@ -237,7 +239,7 @@ def _reproduce(run: Run, loader: Loader, state: TrainState, row: dict[str, Any])
     """Keep the first micro-batch whose loss was not finite; return what a person should know. A
     collective: all processes take part."""
     acc, step = state.acc, row["step"] - 1
-    with contextlib.closing(loader.iterate(step, step + 1)) as batches:
+    with contextlib.closing(loader.iterate(step, step + 1, state.drop_rates)) as batches:
         found = nonfinite.find_nonfinite(state, _micros(run, loader, acc, batches, step))
     had = acc.gather(torch.tensor([found is not None], device=acc.device)).tolist()
     weights = state.weights()

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from featcache.errors import UsageError
 from student import checkpoint
+from student.models import drop_path
 from student.training import activation_checkpointing
 
 StateDict = dict[str, Any]
@@ -53,6 +54,7 @@ class TrainState:
     run_options: RunOptions
     average: ModelEmaV3 | None = None
     skipped: int = 0  # steps that were not applied
+    drop_rates: tuple[float, ...] = ()  # of the branches whose drop path comes with the batch
     _held: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -146,6 +148,7 @@ def build_train_state(
         )
     if saved is not None:
         checkpoint.restore(run, saved, module, None if sharded(acc) else optimizer)
+    drop_rates = drop_path.attach(module)
     average = None if run_options.ema is None else _average(module, run_options.ema, run, saved)
     if run_options.checkpoint_activations:
         activation_checkpointing.apply(module)
@@ -156,7 +159,7 @@ def build_train_state(
         _restore_prepared(saved, acc, module, optimizer)
     model.train()
     skipped = int(saved.get("skipped", 0)) if saved is not None else 0
-    return TrainState(acc, module, model, optimizer, run_options, average, skipped)
+    return TrainState(acc, module, model, optimizer, run_options, average, skipped, drop_rates)
 
 
 def _restore_prepared(

@@ -273,7 +273,7 @@ def test_drop_path_rises_over_all_blocks() -> None:
     """15 blocks of base from 0 to the given rate, the two stages' among them."""
     with torch.device("meta"):
         net = conv_vit.build("base", drop_path=0.14)
-    drops = [block.drop_path for block in (*net.blocks1, *net.blocks2)] + [
+    drops = [block.drop_path1 for block in (*net.blocks1, *net.blocks2)] + [
         block.drop_path1 for block in net.blocks3
     ]
     rates = [getattr(drop, "drop_prob", 0.0) for drop in drops]

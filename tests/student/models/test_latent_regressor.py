@@ -125,7 +125,7 @@ def test_names_and_start_values() -> None:
     assert torch.equal(
         model.get_parameter("regressor_blocks.1.gamma_1_cross"), torch.full((96,), 0.1)
     )
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.regressor_blocks]
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.regressor_blocks]
     assert rates == pytest.approx([0, 0.1])
     beits = latent_regressor.LatentRegressor(96, 2, 12, 0.0, final_norm=True, xavier=False)
     # 0.02 / sqrt(2 * 2)
