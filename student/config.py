@@ -32,7 +32,9 @@ def _known_mask(name: str) -> str:
 # What a publication's large student learns from, where that is CLIP-L/14: for a recipe's SIZES.
 CLIP_L14 = {"teacher": "clip-l14", "teacher_depth": 24, "teacher_width": 1024, "teacher_out": 768}
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=1 << 24)]
+Depth = Annotated[int, Field(gt=0, le=512)]  # blocks
+DepthOrZero = Annotated[int, Field(le=512)]  # blocks; a recipe says what 0 means
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
@@ -63,7 +65,7 @@ class RecipeConfig:
 
     # teacher: facts of the cache, filled in by the trainer when it has opened one
     teacher: str = "clip-b16"
-    teacher_depth: Positive = 12  # blocks
+    teacher_depth: Depth = 12  # blocks
     teacher_width: Positive = 768  # channels of a block's output
 
     # mask

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import UsageError, near
+from featcache.models.architecture import MAX_PX
 from featcache.models.contract import Option
 
 MODES = ("bicubic", "bilinear", "bicubic-antialias", "tensor-bicubic")
@@ -103,6 +104,10 @@ def resolve_input_px(
         if type(value) is not int or value < 1:
             raise UsageError(f"teacher {name!r}: {key}={value!r}; a whole number from 1 is needed")
         px = value * patch if key == "grid" else value
+        if px > MAX_PX:
+            raise UsageError(
+                f"teacher {name!r}: {key}={value} is {px} pixels a side; {MAX_PX} at most"
+            )
         if px % patch:
             below = max(1, px // patch) * patch
             raise UsageError(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.errors import UsageError
-from featcache.models import weights
+from featcache.models import architecture, weights
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.spec import check_options
 
@@ -121,6 +121,7 @@ def load(name: str, options: dict[str, Option], given: str | None) -> Dvae:
     """Load the tokenizer. `given`: None for the published file in torch hub's folder, fetched if
     need be; else a file or random:SEED."""
     sizes = _parse_sizes(name, options)
+    architecture.check_memory(lambda: _build(REGISTERED, sizes), f"teacher {name!r}")
     if given is not None and weights.is_random(given):
         drawn = weights.build_seeded(lambda: _build(given, sizes), given)
         assert isinstance(drawn, Dvae)
@@ -146,10 +147,11 @@ def _parse_sizes(name: str, options: dict[str, Option]) -> dict[str, int]:
     check_options(name, options, _SIZES)
     sizes = dict(_SIZES)
     for key, value in options.items():
-        if type(value) is not int or value < 1 or value % _STEP[key]:
+        most = 64 * _SIZES[key]
+        if type(value) is not int or not 1 <= value <= most or value % _STEP[key]:
             raise UsageError(
-                f"teacher {name!r}: {key}={value}; a multiple of {_STEP[key]} is needed, as "
-                f"{_SIZES[key]}"
+                f"teacher {name!r}: {key}={value}; a multiple of {_STEP[key]} up to {most} is "
+                f"needed, as {_SIZES[key]}"
             )
         sizes[key] = value
     return sizes

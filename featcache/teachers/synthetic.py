@@ -28,6 +28,7 @@ NAMES = {
     )
 }
 _DEFAULTS = {"levels": 12, "tokens": 196, "width": 64, "size": 224}
+_MOST_NUMBERS = 1 << 27  # of float64: 1 GiB; ViT-g's 40 levels x 257 tokens x 1536 are 16 million
 _OUTLIERS, _OUTLIER_GAIN = 3, 60.0
 
 
@@ -133,5 +134,10 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> Syntheti
         raise UsageError(
             f"teacher 'synthetic': tokens={tokens}, size={size}; a square number of patches that "
             "fit is needed"
+        )
+    if levels * (4 + tokens) * width > _MOST_NUMBERS:
+        raise UsageError(
+            f"teacher 'synthetic': levels={levels}, tokens={tokens}, width={width} make more than "
+            f"{_MOST_NUMBERS} numbers; give smaller sizes"
         )
     return Synthetic(levels, tokens, width, size)

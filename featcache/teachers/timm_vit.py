@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError, near
-from featcache.models import position_embedding
+from featcache.models import architecture, position_embedding
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.position_embedding import resolve_input_px
 from featcache.models.timm_wrapper import TimmVit, check_architecture, wrap
@@ -95,6 +95,9 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
     row = NAMES.get(name)
     arch = row.hub.removeprefix("timm/") if row else name.removeprefix(f"{PREFIX}:")
     _check_name(arch)
+    architecture.check_keywords(
+        f"teacher {name!r}", {k: v for k, v in options.items() if k not in ("grid", "pos")}
+    )
     pos, constructor = (
         options.get("pos"),
         {k: v for k, v in options.items() if k not in ("grid", "pos", "img_size")},
@@ -196,9 +199,14 @@ def _near_models(bare: str) -> str:
 def _create_model(arch: str, options: dict[str, Option], *, pretrained: bool) -> nn.Module:
     import timm
 
+    def build() -> nn.Module:
+        return timm.create_model(arch, num_classes=0, **options)  # type: ignore[arg-type]
+
     try:
+        if options:
+            architecture.check_memory(build, f"timm model {arch!r} with options {options}")
         if not pretrained:
-            return timm.create_model(arch, num_classes=0, **options)  # type: ignore[arg-type]
+            return build()
         vit: Any = timm.create_model(arch, pretrained=True, **options)  # type: ignore[arg-type]
         # only now: without its head timm would load a file that lacks tensors, silently
         vit.reset_classifier(0)

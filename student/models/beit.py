@@ -28,6 +28,7 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, near
+from featcache.models import architecture
 from featcache.models.spec import parse_options
 from student.models import drop_path as drops
 from student.models import vit
@@ -77,11 +78,22 @@ def build(
         "patch_size": patch_size,
         "drop_path_rate": drop_path,
     }
+
+    def create() -> nn.Module:
+        keywords = {"init_values": layer_scale, **fixed, **sizes, **options}
+        return timm.create_model("beit_base_patch16_224", **keywords)
+
     try:
-        beit = timm.create_model(
-            "beit_base_patch16_224", init_values=layer_scale, **fixed, **sizes, **options
-        )
-    except (TypeError, AssertionError) as error:  # how timm refuses what does not fit together
+        architecture.check_memory(create, f"cannot build encoder {encoder!r}")
+        beit = create()
+    except (
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # how timm refuses what does not fit together
         raise UsageError(
             f"cannot build encoder {encoder!r}: timm says {error}; allowed: {', '.join(SIZES)} and "
             f"their options {', '.join(OPTIONS)}; change it with encoder=VALUE"
@@ -107,8 +119,11 @@ def parse_encoder(encoder: str) -> dict[str, Any]:
             raise UsageError(
                 f"cannot build encoder {encoder!r}: unknown option {key!r}, {near(key, OPTIONS)}"
             )
+    architecture.check_keywords(f"cannot build encoder {encoder!r}", given)
     width, depth, heads = SIZES[name]
     options: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": heads, **given}
+    if not options["depth"]:
+        raise UsageError(f"cannot build encoder {encoder!r}: depth=0; allowed: at least one block")
     check_heads("encoder", options["embed_dim"], options["num_heads"])
     return options
 

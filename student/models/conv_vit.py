@@ -26,6 +26,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, near
+from featcache.models import architecture
 from featcache.models.spec import parse_options
 from student.models import drop_path as drops
 from student.models import vit
@@ -89,7 +90,13 @@ def build(
     `encoder` is tiny, small, base or large, or one of these with changes: tiny,depth=4,stage1=16.
     `cls_token` gives it a CLS token, as the published MR-MAE checkpoints have one.
     """
-    net = ConvViT(parse_encoder(encoder), img_size, patch_size, drop_path, cls_token)
+    sizes = parse_encoder(encoder)
+
+    def create() -> ConvViT:
+        return ConvViT(sizes, img_size, patch_size, drop_path, cls_token)
+
+    architecture.check_memory(create, f"cannot build encoder {encoder!r}")
+    net = create()
     initialise(net)
     drops.replace(net)
     return net
@@ -110,9 +117,11 @@ def parse_encoder(encoder: str) -> dict[str, int]:
             raise UsageError(
                 f"cannot build encoder {encoder!r}: unknown option {key!r}, {near(key, sizes)}"
             )
-        if type(value) is not int or value < 1:
+        most = architecture.MAX_DEPTH if key in ("depth", "stage_mlp") else architecture.MAX_WIDTH
+        if type(value) is not int or not 1 <= value <= most:
             raise UsageError(
-                f"cannot build encoder {encoder!r}: {key}={value}; allowed: a whole number from 1"
+                f"cannot build encoder {encoder!r}: {key}={value}; allowed: a whole number from 1 "
+                f"to {most}"
             )
         sizes[key] = value
     if sizes["embed_dim"] % sizes["num_heads"] or sizes["embed_dim"] % 4:

@@ -25,6 +25,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, near
+from featcache.models import architecture
 from student.models import drop_path as drops
 
 SIZES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
@@ -51,13 +52,20 @@ def build(
         "drop_path_rate": drop_path,
     }
     sizes = {"img_size": img_size, "patch_size": patch_size}
+    keywords = {"norm_layer": NORM, "act_layer": nn.GELU, **options, **fixed, **sizes}
     try:
-        vit: nn.Module = timm.create_model(
-            name, **{"norm_layer": NORM, "act_layer": nn.GELU, **options, **fixed, **sizes}
+        architecture.check_memory(
+            lambda: timm.create_model(name, **keywords), f"cannot build encoder {encoder!r}"
         )
+        vit: nn.Module = timm.create_model(name, **keywords)
     except (
-        TypeError,
+        ArithmeticError,
         AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
     ) as error:  # how timm refuses an option, or one that fits no other
         raise UsageError(
             f"cannot build encoder {encoder!r}: timm says {error}; allowed: a plain ViT and its "
@@ -89,6 +97,7 @@ def parse_encoder(encoder: str) -> tuple[str, dict[str, Any]]:
                 f"cannot build encoder {encoder!r}: it sets {key}; allowed: options of the "
                 f"network; give {key}=VALUE as a setting of its own"
             )
+    architecture.check_keywords(f"cannot build encoder {encoder!r}", options)
     name = SIZES.get(name, name)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models("*vit*"), n=3)
@@ -106,6 +115,8 @@ def _unsupported_parts(vit: nn.Module) -> list[str]:
         return [f"the class {type(vit).__name__}"]
     names = dict(vit.named_parameters())
     wrong = {
+        "no block": len(vit.blocks) == 0,
+        "other than three colours": vit.patch_embed.proj.in_channels != 3,
         "no class token": not vit.has_class_token,
         "register tokens": vit.num_reg_tokens > 0,
         "a norm before the blocks": not isinstance(vit.norm_pre, nn.Identity),

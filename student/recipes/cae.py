@@ -53,6 +53,8 @@ from student import masking
 from student.config import (
     CHECKED,
     Above0,
+    Depth,
+    DepthOrZero,
     Fraction,
     Mask,
     NotNegative,
@@ -95,9 +97,9 @@ class Config(RecipeConfig):
     xavier: bool = True
     # of the decoder too; a Linear and a norm lie between it and another encoder width
     regressor_width: Positive = 768
-    regressor_depth: Positive = 4  # blocks
+    regressor_depth: Depth = 4  # blocks
     regressor_heads: Positive = 12  # of the decoder too
-    decoder_depth: int = 4  # blocks; 0: a Linear alone
+    decoder_depth: DepthOrZero = 4  # blocks; 0: a Linear alone
     token_field: str = "dvae/token_ids"  # of the cache
     vocabulary: Positive = 8192  # tokens of the tokenizer
     align_weight: NotNegative = 2.0  # 0: no alignment, and no second encoding

@@ -54,6 +54,7 @@ from student.config import (
     CHECKED,
     CLIP_L14,
     Above0,
+    DepthOrZero,
     Fraction,
     Mask,
     NotNegative,
@@ -102,7 +103,7 @@ class Config(OutputConfig):
     layer_scale: Above0 = 0.1  # start, in the encoder
     # a Linear and a norm lie between it and another width of the encoder
     regressor_width: Positive = 768
-    regressor_depth: int = 4  # blocks
+    regressor_depth: DepthOrZero = 4  # blocks
     regressor_heads: Positive = 12
     align: str = "both"  # both, or only the visible or the masked
     loss: str = "cosine"  # or smooth_l1, mse

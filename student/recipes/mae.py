@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from student import masking
-from student.config import CHECKED, NotNegative, Positive, RecipeConfig, check_hides_patches
+from student.config import CHECKED, Depth, NotNegative, Positive, RecipeConfig, check_hides_patches
 from student.models import losses, vit
 from student.recipes import TargetSpec
 
@@ -39,7 +39,7 @@ class Config(RecipeConfig):
     warmup_epochs: NotNegative = 40
 
     decoder_width: Positive = 512
-    decoder_depth: Positive = 8  # blocks
+    decoder_depth: Depth = 8  # blocks
     decoder_heads: Positive = 16
     norm_pix: bool = True  # each target patch less its mean, over its std
 

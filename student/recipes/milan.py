@@ -47,6 +47,7 @@ from student import masking
 from student.config import (
     CHECKED,
     CLIP_L14,
+    Depth,
     Mask,
     NotNegative,
     OutputConfig,
@@ -81,7 +82,7 @@ class Config(OutputConfig):
     # by each block's keys and values, as in the code; or raw, as in Eq. 2
     prompts: str = "projected"
     decoder_width: Positive = 512
-    decoder_depth: Positive = 8  # blocks
+    decoder_depth: Depth = 8  # blocks
     decoder_heads: Positive = 16
     cls_loss: bool = True  # CLS is one of the tokens of the loss
     norm_pix: bool = True  # of target=pixels: each target patch less its mean, over its std

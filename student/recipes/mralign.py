@@ -32,6 +32,7 @@ from featcache.errors import UsageError
 from student import masking
 from student.config import (
     CHECKED,
+    Depth,
     Fraction,
     Mask,
     NotNegative,
@@ -65,7 +66,7 @@ class Config(RecipeConfig):
     align_weight: NotNegative = 0.5  # of the alignment loss
     pixel_weight: NotNegative = 0.5  # of the pixel loss
     decoder_width: Positive = 512
-    decoder_depth: Positive = 8  # blocks
+    decoder_depth: Depth = 8  # blocks
     decoder_heads: Positive = 16
     norm_pix: bool = True  # each target patch less its mean, over its std
 

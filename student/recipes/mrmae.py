@@ -66,6 +66,7 @@ from featcache.errors import UsageError
 from student import masking
 from student.config import (
     CHECKED,
+    Depth,
     Mask,
     NotNegative,
     OutputConfig,
@@ -105,10 +106,10 @@ class Config(OutputConfig):
     pixel_weight: NotNegative = 0.5  # 0: no decoder
     reduction: str = "mean"  # over the channels of a patch; or sum
     joint: str = ""  # a second teacher, whose arrays were added to the cache
-    joint_depth: Positive = 12  # facts of the cache, as the first teacher's
+    joint_depth: Depth = 12  # facts of the cache, as the first teacher's
     joint_width: Positive = 768
     decoder_width: Positive = 512
-    decoder_depth: Positive = 8  # blocks
+    decoder_depth: Depth = 8  # blocks
     decoder_heads: Positive = 16
     norm_pix: bool = True  # each target patch less its mean, over its std
 

@@ -464,12 +464,22 @@ def test_a_users_own_file_fills_a_cache(
         "extract", "--teacher", path, "--images", photos, "--size", 8, "--levels", "2", "--out", out
     )
     assert ran.status == 0, ran.err
-    assert featcache_command("verify", out, "--recompute", 3, "--images", photos).status == 0
+    assert (
+        featcache_command(
+            "verify", out, "--recompute", 3, "--images", photos, "--teacher", path
+        ).status
+        == 0
+    )
     path.write_text(OWN + "# a remark\n")
-    assert featcache_command("verify", out, "--recompute", 3, "--images", photos).status == 0
+    assert (
+        featcache_command(
+            "verify", out, "--recompute", 3, "--images", photos, "--teacher", path
+        ).status
+        == 0
+    )
     # other code, the same weights: another teacher
     path.write_text(OWN.replace("* k for k", "* -k for k"))
-    ran = featcache_command("verify", out, "--recompute", 3, "--images", photos)
+    ran = featcache_command("verify", out, "--recompute", 3, "--images", photos, "--teacher", path)
     assert ran.status == 1
     assert "have hash" in ran.error
 

@@ -203,7 +203,7 @@ def test_names_load_strictly_into_timm(encoder: str, count: int) -> None:
         ("bse", "unknown encoder 'bse': did you mean base"),
         ("vit_tiny_patch16_225", "did you mean vit_tiny_patch16_224"),
         ("tiny,img_size=32", "sets img_size"),
-        ("tiny,deepth=2", "timm says .*deepth"),
+        ("tiny,deepth=2", "deepth.*did you mean depth"),
         ("vit_small_patch14_dinov2", "it has LayerScale"),
         ("vit_base_patch16_clip_224,depth=1", "it has a norm before the blocks"),
         ("tiny,reg_tokens=2", "it has register tokens"),
