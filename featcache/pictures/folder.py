@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UserError
-from featcache.pictures.source import ALLOWED, SUFFIXES, Source
+from featcache.pictures import regular_file
+from featcache.pictures.listing import Listing, list_folder
+from featcache.pictures.passed_over import TARS, PassedOver, Tally, listed
+from featcache.pictures.source import ALLOWED, Source
 from featcache.pictures.tars import open_tars
 
 
@@ -25,12 +27,13 @@ class FolderSource:
     root: Path
     files: list[str] = field(repr=False)
     keys: list[str] = field(repr=False)
+    passed_over: tuple[PassedOver, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.files[index]).read_bytes()
+        return regular_file.read_file(self.root / self.files[index])
 
     @cached_property
     def classes(self) -> list[str] | None:
@@ -48,16 +51,32 @@ class FolderSource:
 
 def open_folder(spec: str, root: Path) -> Source:
     """List the pictures below a folder, or open the tars in it. Raises UserError where there is
-    neither."""
-    files = sorted(
-        (Path(directory) / name).relative_to(root).as_posix()
-        for directory, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES
-    )
-    tars = sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))  # noqa: PTH118,PTH207 (the text is kept as given)
-    if not files and tars:
-        return open_tars(spec, tars)
-    if not files:
-        raise UserError(f"no pictures found in the folder {spec!r}; allowed is {ALLOWED}")
-    return FolderSource(spec, root, files, [file[: -len(Path(file).suffix)] for file in files])
+    neither, and where a part of it cannot be listed."""
+    found = list_folder(spec)
+    if found.pictures:
+        return _pictures(spec, root, found)
+    tars = sorted(name for name in found.tars if "/" not in name)
+    if not tars:
+        rows = _finish(found, [], found.tars).rows
+        raise UserError(
+            f"no pictures found in the folder {spec!r}"
+            + (f": passed over {listed(rows)}" if rows else "")
+            + f"; allowed is {ALLOWED}"
+        )
+    tally = _finish(found, tars, [name for name in found.tars if "/" in name])
+    return open_tars(spec, [os.path.join(spec, name) for name in tars], tally)  # noqa: PTH118 (the text is kept as given)
+
+
+def _pictures(spec: str, root: Path, found: Listing) -> FolderSource:
+    files = sorted(found.pictures)
+    rows = _finish(found, files, found.tars).rows
+    keys = [os.path.splitext(file)[0] for file in files]  # noqa: PTH122 (a Path a file costs as much as all else)
+    return FolderSource(spec, root, files, keys, rows)
+
+
+def _finish(found: Listing, used: list[str], tars: list[str]) -> Tally:
+    """Count the tars and other files that are passed over."""
+    for name in sorted(tars):
+        found.tally.add(TARS, name)
+    found.tally.add_others(sorted(found.others), used)
+    return found.tally

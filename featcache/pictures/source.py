@@ -48,10 +48,17 @@ class Picture(Protocol):
 
 
 def check_keys(source: Source) -> None:
-    """Raise UserError unless keys are unique UTF-8."""
+    """Raise UserError unless keys are unique UTF-8, and name a place below their source: they are
+    names in the tars that we write."""
     odd = next((key for key in source.keys if not _is_utf8(key)), None)
     if odd is not None:
         raise UserError(f"pictures {source.spec!r}: the name {odd!a} is not UTF-8; rename the file")
+    strange = next((key for key in source.keys if "\0" in key or ".." in key.split("/")), None)
+    if strange is not None:
+        raise UserError(
+            f"pictures {source.spec!r}: the name {strange[:200]!r} leads out of its folder, or "
+            "holds a NUL; rename the picture, or pack the set again"
+        )
     if len(set(source.keys)) == len(source):
         return
     seen: set[str] = set()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import glob
-import os
-import tarfile
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from braceexpand import braceexpand
 
 from featcache.errors import UserError
 from featcache.pictures.classes import LABEL_DIGITS, FolderClasses, folder_classes, parse_label
-from featcache.pictures.source import ALLOWED, SUFFIXES
+from featcache.pictures.passed_over import PassedOver, Tally, listed
+from featcache.pictures.regular_file import read_range
+from featcache.pictures.source import ALLOWED
+from featcache.pictures.tar_index import Member, Segments, read_members
+from featcache.pictures.tar_samples import choose_pictures
+from featcache.pictures.tar_samples import escape as escape
+from featcache.pictures.tar_samples import unescape as unescape
 
 LABEL_BYTES = 64  # read of a .cls member, of which a longer one is no number
 
@@ -30,21 +31,15 @@ class TarSource:
     keys: list[str] = field(repr=False)
     ranges: npt.NDArray[np.int64] = field(repr=False)  # (n, 3): tar number, byte offset, bytes
     label_ranges: dict[str, tuple[int, int, int]] = field(repr=False)
+    sparse: dict[int, Segments] = field(default_factory=dict, repr=False)  # by picture
+    passed_over: tuple[PassedOver, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, index: int) -> bytes:
-        return self._bytes(*(int(x) for x in self.ranges[index]))
-
-    def _bytes(self, tar: int, offset: int, size: int) -> bytes:
-        # One open per read: no file descriptor to share between threads or to lose over a fork, and
-        # 10 us beside a decode.
-        fd = os.open(self.tars[tar], os.O_RDONLY)
-        try:
-            return os.pread(fd, size, offset)
-        finally:
-            os.close(fd)
+        tar, offset, size = (int(x) for x in self.ranges[index])
+        return read_range(self.tars[tar], offset, size, self.sparse.get(index))
 
     @cached_property
     def _folder_classes(self) -> FolderClasses:
@@ -70,7 +65,7 @@ class TarSource:
 
     def _label(self, key: str) -> int:
         tar, offset, size = self.label_ranges[key]
-        text = self._bytes(tar, offset, min(size, LABEL_BYTES))
+        text = read_range(self.tars[tar], offset, min(size, LABEL_BYTES))
         label = parse_label(text) if size <= LABEL_BYTES else None
         if label is None:
             raise UserError(
@@ -81,87 +76,27 @@ class TarSource:
         return label
 
 
-def expand_patterns(spec: str) -> list[str]:
-    """Return the tars that a path, a glob or a brace pattern names. Raises UserError where there is
-    none."""
-    try:
-        parts = list(braceexpand(spec))
-    except ValueError as error:  # UnbalancedBracesError
-        raise UserError(
-            f"pictures {spec!r}: a brace is not closed; allowed is {ALLOWED}"
-        ) from error
-    tars = [path for part in parts for path in (sorted(glob.glob(part)) or [part])]  # noqa: PTH207
-    missing = [path for path in tars if not Path(path).is_file()]
-    if missing or not tars:
-        raise UserError(
-            f"no pictures found: {missing[0] if missing else spec!r} does not exist; allowed is "
-            f"{ALLOWED}"
-        )
-    return tars
-
-
-def open_tars(spec: str, tars: list[str]) -> TarSource:
-    """Index the members of tars. Raises UserError where they hold no pictures."""
-    keys: list[str] = []
-    ranges: list[tuple[int, int, int]] = []
+def open_tars(spec: str, tars: list[str], tally: Tally | None = None) -> TarSource:
+    """Index the members of tars; `tally` has what was passed over already. Raises UserError where
+    they hold no pictures."""
+    tally = tally or Tally()
+    pictures: list[tuple[str, int, Member]] = []  # key, number of the tar, member
     labels: dict[str, tuple[int, int, int]] = {}
     for number, path in enumerate(tars):
-        for key, suffix, offset, size in _tar_members(path):
-            if f".{suffix.lower()}" in SUFFIXES:
-                keys.append(key)
-                ranges.append((number, offset, size))
-            elif suffix == "cls":
-                labels[key] = (number, offset, size)
-    if not keys:
+        found = choose_pictures(read_members(path, tally), tally)
+        pictures += [(key, number, member) for key, member in found.pictures]
+        labels |= {key: (number, each.offset, each.size) for key, each in found.labels.items()}
+    if not pictures:
         raise UserError(
-            f"no pictures found in {spec!r}: {len(tars)} tars hold none; allowed is {ALLOWED}"
+            f"no pictures found in {spec!r}: {len(tars)} tars hold none"
+            + (f", passed over {listed(tally.rows)}" if tally.rows else "")
+            + f"; allowed is {ALLOWED}"
         )
-    return TarSource(spec, tars, keys, np.array(ranges, np.int64), labels)
-
-
-def _tar_members(path: str) -> list[tuple[str, str, int, int]]:
-    """(key, suffix, offset, bytes) of each file; webdataset's rule: the key ends at the first dot
-    of the file name."""
-    members, end = [], 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.removeprefix("./").rpartition("/")
-                    stem, _, suffix = name.partition(".")
-                    key = unescape(f"{folder}/{stem}" if folder else stem)
-                    members.append((key, suffix, member.offset_data, member.size))
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"reading {path!r} as a tar failed: {error}; allowed is {ALLOWED}"
-        ) from error
-    if not _ends(path, end):
-        raise UserError(
-            f"{path!r} is cut off: it has no end mark after its last member; fetch or pack it again"
-        )
-    return members
-
-
-def _ends(path: str, end: int) -> bool:
-    """Whether a block of zeros, a tar's end mark, stands where the last member ends."""
-    with Path(path).open("rb") as file:
-        file.seek(end)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-
-
-def escape(key: str) -> str:
-    """Return a key as a tar member's stem: dots of the file name would end the key for webdataset,
-    so they are %2E there."""
-    folder, slash, name = key.rpartition("/")
-    return folder + slash + name.replace("%", "%25").replace(".", "%2E")
-
-
-def unescape(stem: str) -> str:
-    """Return the key of a tar member's stem.
-
-    >>> unescape(escape("n01/a.b")), escape("n01/a.b")
-    ('n01/a.b', 'n01/a%2Eb')
-    """
-    folder, slash, name = stem.rpartition("/")
-    return folder + slash + name.replace("%2E", ".").replace("%25", "%")
+    keys = [key for key, _, _ in pictures]
+    ranges = np.array([(tar, member.offset, member.size) for _, tar, member in pictures], np.int64)
+    sparse = {
+        i: member.segments
+        for i, (_, _, member) in enumerate(pictures)
+        if member.segments is not None
+    }
+    return TarSource(spec, tars, keys, ranges, labels, sparse, tally.rows)
