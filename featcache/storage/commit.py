@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError, raise_if_unreadable
 from featcache.storage import json_file, manifest
-from featcache.storage.owner import is_alive, is_here, is_own, writer_id
+from featcache.storage.owner import is_abandoned, is_own, split_temporary, writer_id
 from featcache.storage.store import SHARDS, folder_path, get_store, record_path
 
 RECORD = "record.json"
 BACKUP_SUFFIX = "bad"  # of a shard that a repair has backed up
-# another machine's unfinished work is taken for dead after a day without a change
-_STALE_S = 24 * 3600.0
 _READ_BYTES = 8 << 20
 
 
@@ -101,7 +98,8 @@ def recover(cache: Path, name: str, shards: Iterable[str]) -> None:
         shard, _, rest = path.name.partition(".")
         if shard not in wanted:
             continue
-        if rest.startswith(f"{name}.") and rest.endswith(".tmp") and is_abandoned(path):
+        of = split_temporary(path.name)
+        if of is not None and of[0] == f"{shard}.{name}" and is_abandoned(path):
             remove_path(path)
         elif rest == name and not record_path(cache, shard).is_file():
             _adopt(cache, shard, name)
@@ -124,8 +122,8 @@ def abort(cache: Path) -> None:
     """Remove what this process has unfinished in a cache: an interrupt may fall between any two
     lines."""
     for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
-        owner = path.name.removesuffix(".tmp").rpartition(".")[2]
-        if path.name.endswith(".tmp") and is_own(owner):
+        of = split_temporary(path.name)
+        if of is not None and is_own(of[1]):
             remove_path(path)
 
 
@@ -135,18 +133,6 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def is_abandoned(leftover: Path) -> bool:
-    """Return whether nobody works on a temporary file or folder any more."""
-    owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
-    if is_here(owner):
-        return not is_alive(owner)
-    try:
-        newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
-    except OSError:  # it is being written, or removed, right now
-        return False
-    return time.time() - newest > _STALE_S
 
 
 def _inner_record(folder: Path) -> dict[str, Any] | None:
@@ -241,7 +227,11 @@ def leftovers(cache: Path) -> Iterator[Path]:
     """Yield temporary files of dead writers, and backups of shards whose replacement is
     complete."""
     for folder in (cache, cache / SHARDS):
-        yield from (path for path in folder.glob("*.tmp") if is_abandoned(path))
+        yield from (
+            path
+            for path in folder.glob("*.tmp")
+            if split_temporary(path.name) and not path.is_symlink() and is_abandoned(path)
+        )
     for path in (cache / SHARDS).glob(f"*.{BACKUP_SUFFIX}"):
         if record_path(cache, path.name.split(".")[0]).is_file():
             yield path

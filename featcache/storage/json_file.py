@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError, command_line, raise_if_unreadable
-from featcache.storage.owner import is_alive, writer_id
+from featcache.storage.owner import is_abandoned, split_temporary, writer_id
 
 CHECKSUM = "checksum"
 
@@ -71,8 +71,11 @@ def replaced(path: Path) -> Iterator[Path]:
 def sweep(folder: Path) -> None:
     """Remove temporary files that dead writers left in a folder."""
     for leftover in folder.glob(".*.tmp"):
-        if leftover.is_file() and not is_alive(
-            leftover.name.removesuffix(".tmp").rpartition(".")[2]
+        if (
+            split_temporary(leftover.name)
+            and leftover.is_file()
+            and not leftover.is_symlink()
+            and is_abandoned(leftover)
         ):
             leftover.unlink(missing_ok=True)
 

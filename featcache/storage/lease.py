@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 from pathlib import Path
 
 from featcache.errors import UserError
 from featcache.storage import commit
-from featcache.storage.owner import is_alive, is_here, is_own, writer_id
+from featcache.storage.owner import is_alive, is_here, is_own, is_writer, writer_id
 from featcache.storage.store import SHARDS
 
 # without a touch; several times the interval, since clocks of a shared file system are coarse
 STALE_S = 90.0
 TOUCH_S = 15.0
+_MOST_BYTES = 1024  # of a lease, which holds HOST-PID-NONCE; a host's name has 64 at most
 
 
 class Lease:
@@ -91,7 +93,7 @@ def abort(cache: Path) -> None:
     """Remove the leases of this process, whatever it was doing when it was interrupted."""
     for path in (cache / SHARDS).glob("*.lease"):
         with contextlib.suppress(OSError):
-            if is_own(path.read_text(errors="replace")):
+            if path.is_file() and is_own(_read(path)):
                 path.unlink()
 
 
@@ -104,19 +106,42 @@ def clear_stale(cache: Path, shard: str) -> None:
 
 def is_stale(path: Path, now: float) -> bool:
     """Return whether a lease's holder is gone; `now` by the file system's own clock."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    if not _is_lease(path):
         raise UserError(
-            f"{str(path)!r} is no lease, which is a plain file; remove it and run the same command "
-            "again"
+            f"{str(path)!r} is no lease, which is a plain file of a few words; move it away and "
+            "run the same command again"
         )
     try:
-        owner, touched = path.read_text(errors="replace"), path.stat().st_mtime
+        owner, touched = _read(path), path.stat().st_mtime
     except OSError:  # released in this moment: the next round will see
         return False
     if is_here(owner):
         return not is_alive(owner)
     # a time to come is of a clock that was set back since
     return not -STALE_S <= now - touched <= STALE_S
+
+
+def _is_lease(path: Path) -> bool:
+    """Whether a file can be a lease, or is gone in this moment."""
+    try:
+        facts = path.lstat()
+    except OSError:
+        return True
+    return stat.S_ISREG(facts.st_mode) and facts.st_size <= _MOST_BYTES
+
+
+def _read(path: Path) -> str:
+    """Who holds a lease; a few letters more than it may have, of another file."""
+    with path.open(errors="replace") as file:
+        return file.read(_MOST_BYTES + 1)
+
+
+def is_of_writer(path: Path) -> bool:
+    """Return whether a file is a lease that a writer of ours left."""
+    try:
+        return not path.is_symlink() and _is_lease(path) and is_writer(_read(path))
+    except OSError:
+        return False
 
 
 def is_held(cache: Path, shard: str) -> bool:

@@ -74,7 +74,7 @@ def test_keywords_of_an_architecture_pass(text: str) -> None:
 
 @pytest.mark.parametrize("encoder", ["tiny,depth=0", "tiny,in_chans=1"])
 def test_an_encoder_without_blocks_or_colours_is_refused(encoder: str) -> None:
-    with pytest.raises(UsageError, match="no block|three colours"):
+    with pytest.raises(UsageError, match=r"no block|three colours"):
         vit.build(encoder)
 
 
