@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
-    help="Pictures, per process. [default: 64, or all if fewer]",
+    help="Pictures, per process. [default: 64, or all if fewer; with --resume what keeps the "
+    "run's global batch]",
 )
 @click.option(
     "--accumulate",
@@ -203,7 +204,7 @@ if TYPE_CHECKING:
     "--resume",
     is_flag=True,
     help="Go on from the run's newest checkpoint; start where there is no run yet, so a job "
-    "can be requeued.",
+    "can be requeued. The number of processes may change, the global batch may not.",
 )
 @click.option(
     "--ema",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from featcache import rng
 from featcache.errors import UsageError
+from student import checkpoint
 from student.data.loader import Loader
 from student.setup.options import Options, RunRequest, Say, user_settings
 from student.setup.target_choice import choose_targets
@@ -36,13 +37,14 @@ def build_run(
     inputs = choose_targets(RunRequest(name, recipe, settings, options, str(acc.device), say))
     if options.resident:
         _load_into_memory(inputs.targets, acc, say)
-    loader = _loader(inputs, options, acc)
+    out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
+    loader = _loader(inputs, options, acc, out)
     run = Run(
         name=name,
         recipe=recipe,
         config=inputs.config,
         targets=inputs.targets,
-        out=options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}",
+        out=out,
         seed=options.seed,
         about=inputs.record,
         steps=options.steps,
@@ -66,7 +68,7 @@ def _load_into_memory(targets: Targets, acc: Accelerator, say: Say) -> None:
     )
 
 
-def _loader(inputs: TrainingInputs, options: Options, acc: Accelerator) -> Loader:
+def _loader(inputs: TrainingInputs, options: Options, acc: Accelerator, out: Path) -> Loader:
     _check_repeats(options.aug_repeats, inputs.targets)
     return Loader(
         source=inputs.source,
@@ -74,7 +76,9 @@ def _loader(inputs: TrainingInputs, options: Options, acc: Accelerator) -> Loade
         pictures=inputs.pictures,
         digests=rng.key_digests(inputs.source.keys[i] for i in inputs.pictures),
         seed=options.seed,
-        batch_size=options.batch_size or _batch_size(len(inputs.pictures), options, acc),
+        batch_size=options.batch_size
+        or _resumed_batch_size(out, options, acc)
+        or _batch_size(len(inputs.pictures), options, acc),
         accumulation=options.accumulate,
         world=acc.num_processes,
         rank=acc.process_index,
@@ -102,6 +106,24 @@ def _batch_size(n: int, options: Options, acc: Accelerator) -> int:
     repeats = options.aug_repeats
     fitting = max(n // acc.num_processes // options.accumulate, 1) * repeats
     return min(BATCH_SIZE // repeats * repeats or repeats, fitting)
+
+
+def _resumed_batch_size(out: Path, options: Options, acc: Accelerator) -> int | None:
+    """Return what keeps the global batch of the run that is resumed, whatever the number of
+    processes; None where there is no such run."""
+    if not (options.resume and (out / checkpoint.CONFIG).is_file()):
+        return None
+    total = checkpoint.read_config(out).get("data", {}).get("global_batch")
+    if not isinstance(total, int):
+        return None  # no run of ours, as the comparison with this one will tell
+    parts = acc.num_processes * options.accumulate
+    if total % parts:
+        raise UsageError(
+            f"--resume: a step of {str(out)!r} takes {total} pictures, which {acc.num_processes} "
+            f"processes x --accumulate {options.accumulate} cannot share evenly; give a number of "
+            f"processes and an --accumulate whose product divides {total}"
+        )
+    return total // parts
 
 
 def _draw_early(inputs: TrainingInputs, seed: int) -> DrawMasks | None:

@@ -45,12 +45,25 @@ def check(out: Path, record: dict[str, Any], resume: bool) -> None:
             more = f"; and {', '.join(changed[4:])}" if changed[4:] else ""
             raise UserError(
                 f"--resume: {str(out)!r} is another run: {shown}{more}; give its own arguments"
+                f"{_batch_advice(before.get('data.global_batch'), now)}"
             )
     elif out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
         raise UserError(
             f"--out {str(out)!r} is not empty; continue that run with --resume, or give another "
             "--out"
         )
+
+
+def _batch_advice(before: object, now: dict[str, Any]) -> str:
+    """Return the --batch-size with which this number of processes takes the run's own global
+    batch."""
+    parts = now["running.processes"] * now["running.accumulate"]
+    if not isinstance(before, int) or before == now["data.global_batch"] or before % parts:
+        return ""
+    return (
+        f"; --batch-size {before // parts} on {now['running.processes']} processes with "
+        f"--accumulate {now['running.accumulate']} makes its global batch of {before}"
+    )
 
 
 def make(out: Path, record: dict[str, Any]) -> bool:

@@ -313,7 +313,12 @@ def _record(run: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str,
         "steps": total,
         "precision": acc.mixed_precision,
         "ema": run_options.pop("ema"),
-        "running": run_options,
+        "running": {
+            **run_options,
+            "processes": acc.num_processes,
+            "batch_size": loader.batch_size,
+            "accumulate": loader.accumulation,
+        },
         "targets": run.about,
         "data": {
             "pictures": len(loader.pictures),

@@ -9,6 +9,7 @@ import pytest
 import timm.layers
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from featcache import rng
 from student.models import beit, conv_vit, drop_path, vit
@@ -166,3 +167,27 @@ def test_no_drop_path_no_hook() -> None:
     model = Whole(vit.build("tiny,depth=2,embed_dim=48,num_heads=3", img_size=32))
     assert drop_path.attach(model) == ()
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
+def test_a_compiled_model_is_one_graph_and_draws_alike(again: bool) -> None:
+    """CAE, which encodes twice: steps differ in their draws alone, and nothing is compiled anew."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (tiny_model("cae", "drop_path=0.5")[0].float() for _ in range(2))
+    rates = [drop_path.attach(model) for model in (plain, compiled)][0]
+    if again:
+        activation_checkpointing.apply(compiled)
+    compiled.compile(backend="aot_eager")
+    batch = {name: x.float() if x.is_floating_point() else x for name, x in tiny_batch().items()}
+    for step in range(3):
+        kept = torch.from_numpy(drop_path.draw(rates, 0, step, np.arange(2)))
+        one, two = (model(batch | {"drop_path": kept})["loss"] for model in (plain, compiled))
+        one.backward()
+        two.backward()
+        assert one == two
+    for mine, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert mine.grad is None or torch.equal(mine.grad, other.grad)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]

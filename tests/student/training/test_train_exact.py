@@ -22,6 +22,7 @@ from tests.test_end_to_end import assert_undisturbed
 
 OFF = ("drop_path=0",)
 DROPS = ("drop_path=0.1",)
+HALVES = ("drop_path=0.5",)
 SLOW = pytest.mark.slow
 
 # Notes which pictures each process took in each step.
@@ -78,6 +79,80 @@ def test_one_process_with_batch_16_equals_two_with_batch_8(recipe: str, tmp_path
         step: set(keys) for step, keys in second.items()
     }
     assert all(len(keys) == 16 for keys in second.values())
+
+
+@pytest.mark.parametrize("recipe", ["mralign", pytest.param("maskalign", marks=pytest.mark.slow)])
+def test_micro_batches_are_one_batch(recipe: str, tmp_path: Path) -> None:
+    """Two of 8 are one of 16 with drop path on, in one process and in two with two of 4 each."""
+    runs = {(1, 16, 1): [0.0], (1, 8, 2): [0.0], (2, 4, 2): [0.0]}
+    for world, batch, parts in runs:
+        run = tmp_path / f"{world}-{batch}"
+        options = ("--batch-size", batch, "--accumulate", parts, "--steps", 6, "--out", run)
+        processes.good(
+            processes.train(world, "--cache", fx.cache_path(), *options, recipe=recipe, sets=HALVES)
+        )
+        runs[world, batch, parts] = fx.losses(run)
+    for losses in runs.values():
+        np.testing.assert_allclose(losses, runs[1, 16, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
+@SLOW
+def test_every_recipe_makes_the_same_numbers_in_two_processes(recipe: str, tmp_path: Path) -> None:
+    """Losses, their parts and the gradient's norm, drop path at a half."""
+    rows = []
+    for world, batch in ((1, 8), (2, 4)):
+        options = ("--batch-size", batch, "--steps", 3, "--out", tmp_path / str(world))
+        sets = (*HALVES, "clip_grad=1.0")
+        cache = ("--cache", fx.cache_of(recipe))
+        processes.good(processes.train(world, *cache, *options, recipe=recipe, sets=sets))
+        rows.append(metrics.read(tmp_path / str(world)))
+    timed = ("images_per_s", "data_wait")
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys()
+        for name in sorted(set(one) - set(timed)):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("recipe", ["mralign", pytest.param("maskalign", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("given", [(), ("--batch-size", 16)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    recipe: str, given: tuple[str | int, ...], tmp_path: Path
+) -> None:
+    """4 steps on two, 4 on one, which takes the global batch by itself: the run of 8 on two;
+    config.json says how it runs now."""
+    common = ("--cache", fx.cache_path(), "--steps", 8, "--save-every", 4)
+    for name in ("whole", "cut"):
+        options = ("--batch-size", 8, "--out", tmp_path / name)
+        processes.good(processes.train(2, *common, *options, recipe=recipe, sets=HALVES))
+    (tmp_path / "cut/checkpoints/step-00000008.pt").unlink()
+    more = ("--resume", "--out", tmp_path / "cut", *given, "--json")
+    ran = processes.good(processes.train(1, *common, *more, recipe=recipe, sets=HALVES))
+    assert '"first_step": 4' in ran.said[0]
+    whole, cut = (np.array(fx.losses(tmp_path / name)) for name in ("whole", "cut"))
+    assert len(cut) == 8
+    np.testing.assert_allclose(cut, whole, rtol=1e-5)
+    configs = [checkpoint.read_config(tmp_path / name) for name in ("whole", "cut")]
+    found = [
+        [each["running"][k] for k in ("processes", "batch_size", "accumulate")] for each in configs
+    ]
+    assert found == [[2, 8, 1], [1, 16, 1]]
+    assert configs[0]["data"] == configs[1]["data"]
+
+
+def test_another_global_batch_is_another_run(tmp_path: Path) -> None:
+    """Both numbers are named, with the option that would make them equal; or that none does."""
+    common = ("--cache", fx.cache_path(), "--steps", 2)
+    fx.good(fx.train("mralign", tmp_path, *common, "--batch-size", 8))
+    ran = fx.train("mralign", tmp_path, *common, "--resume", "--batch-size", 4, "--accumulate", 4)
+    assert ran.status == 1
+    assert "data.global_batch 8 before, 16 now" in ran.line
+    assert ran.line.endswith(
+        "--batch-size 2 on 1 processes with --accumulate 4 makes its global batch of 8"
+    )
+    ran = fx.train("mralign", tmp_path, *common, "--resume", "--accumulate", 3)
+    assert ran.status == 2
+    assert "takes 8 pictures, which 1 processes x --accumulate 3 cannot share evenly" in ran.line
 
 
 @pytest.mark.parametrize("way", ["cached", "online"])
