@@ -31,10 +31,11 @@ def content_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def keys_digest(keys: Iterable[str]) -> str:
-    """Return the BLAKE2b-128 of the keys in order, each ended by a newline."""
+    """Return the BLAKE2b-128 of the keys in order, each ended by a newline. Newlines within a key
+    become a byte that UTF-8 does not have, so that no two lists are hashed as the same bytes."""
     hasher = hashlib.blake2b(digest_size=16)
     for key in keys:
-        hasher.update(key.encode() + b"\n")
+        hasher.update(key.encode().replace(b"\n", b"\xff") + b"\n")
     return hasher.hexdigest()
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from featcache.errors import IdentityError, UserError
 from featcache.storage import identity as storage_identity
@@ -51,6 +53,26 @@ def test_id_is_the_digest_of_the_canonical_identity() -> None:
         manifest.keys_digest(["a", "ü/b"])
         == hashlib.blake2b("a\nü/b\n".encode(), digest_size=16).hexdigest()
     )
+
+
+def test_names_with_newlines_give_lists_of_their_own() -> None:
+    lists = [["a\nb"], ["a", "b"], ["a\n", "b"], ["a", "\nb"], ["a\nb\n"], ["a", "b", ""], [], [""]]
+    assert len({manifest.keys_digest(keys) for keys in lists}) == len(lists)
+
+
+_KEYS = st.lists(st.text(st.sampled_from("ab\n\xff\0/é"), max_size=4), max_size=4)
+
+
+@given(_KEYS, _KEYS)
+def test_two_lists_of_pictures_never_share_a_digest(one: list[str], other: list[str]) -> None:
+    assert (manifest.keys_digest(one) == manifest.keys_digest(other)) is (one == other)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"))))
+def test_a_digest_is_that_of_the_lines_where_no_name_has_a_newline(keys: list[str]) -> None:
+    """What caches hold already stays true."""
+    lines = "".join(f"{key}\n" for key in keys).encode()
+    assert manifest.keys_digest(keys) == hashlib.blake2b(lines, digest_size=16).hexdigest()
 
 
 @pytest.mark.parametrize(
