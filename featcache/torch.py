@@ -30,6 +30,7 @@ from featcache.pictures.source import PictureError, Source
 from featcache.reading import join, pixel_check
 from featcache.reading.cache import Cache
 from featcache.reading.feature_reader import FeatureReader
+from featcache.reading.sample_check import PictureCheck
 from featcache.reading.tensors import to_tensor
 from featcache.views import pixel_path
 from featcache.views.draw import DrawnViews, stored_view
@@ -37,6 +38,7 @@ from featcache.views.policy import policy_from_dict
 from featcache.views.render import render
 
 Sample = dict[str, Any]
+TOLERANCE_OPTION = "pixel_tolerance=LEVELS"
 
 
 class Dataset(torch.utils.data.Dataset[Sample]):
@@ -63,7 +65,10 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     workers, (L, T, D) with `mask_order` beside ranked ones; `data.decode(batch)` does the rest
     where the batch is, on a GPU too.
 
-    A share `check_pixels` of the views is compared with what the teacher saw.
+    A share `check_pixels` of the views is compared with what the teacher saw. Before that, with
+    `check_sample`, at most 256 pictures of all shards are, as the dataset is made: `checked` says
+    how many. `skipped` pictures are in the cache's quarantine, and `left_out` rows of the cache
+    have no picture here.
 
     Works with num_workers=0 and with forked and spawned workers; a whole batch is one `cache.read`.
     `set_epoch` reaches persistent workers too: call it before the epoch's iteration begins.
@@ -83,6 +88,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         return_key: bool = True,
         check_pixels: float = 1 / 16,
         pixel_tolerance: float = 0.0,
+        check_sample: bool = True,
     ) -> None:
         _check_shares(check_pixels, pixel_tolerance)
         self.cache = cache if isinstance(cache, Cache) else Cache(cache)
@@ -94,6 +100,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             )
         self.source = _open(pictures, self.cache)
         self.pictures, self.rows, self.skipped = join.join_by_key(self.cache, self.source)
+        self.left_out, _ = join.left_out(self.cache, self.rows)
         self.policy = policy_from_dict(self.cache.identity["policy"])
         self.fields, self.levels, self.tokens = tuple(fields), levels, tokens
         self.decoded, self.transform, self.return_key = decode, transform, return_key
@@ -109,6 +116,17 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         self._read_fields = tuple(dict.fromkeys([*self._stored(), *self._pixel_fields()]))
         # a name that is not stored is refused now
         self.cache.read(np.zeros(0, np.int64), 0, self._read_fields, levels, tokens)
+        self.checked = self._check_sample() if check_sample and check_pixels else 0
+
+    def _check_sample(self) -> int:
+        """Compare pictures of all shards with the cache; returns how many."""
+        if isinstance(self.source, join.StoredPixels):
+            return 0
+        facts = (self.cache, self.source, self.pictures, self.rows)
+        check = PictureCheck(*facts, self.pixel_tolerance, TOLERANCE_OPTION)
+        sample = check.sample(seed=0)
+        check.check_pixels(sample, seed=0)
+        return len(sample)
 
     def _stored(self) -> list[str]:
         """Arrays that the fields are made of: features of a codec may be several, ranked ones need
@@ -147,10 +165,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         for i in np.flatnonzero(
             pixel_check.sample_views(digests, views, self.epoch, 0, self.check_pixels)
         ).tolist():
-            how = "pixel_tolerance=LEVELS"
-            pixel_check.check_pixels(
-                self.cache, int(rows[i]), int(views[i]), pixels[i], self.pixel_tolerance, how
-            )
+            where = (int(rows[i]), int(views[i]), pixels[i])
+            pixel_check.check_pixels(self.cache, *where, self.pixel_tolerance, TOLERANCE_OPTION)
         arrays = self._tensors({name: to_tensor(host[name]) for name in self._stored()})
         return [
             {

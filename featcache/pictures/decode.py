@@ -19,10 +19,24 @@ def decode(data: bytes) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # whatever a decoder raises on these bytes, the bytes are at fault
-        reason = str(error).strip() or type(error).__name__
-        raise PictureError(
-            "not a readable picture" if "cannot identify" in reason else reason
-        ) from error
+        raise PictureError(_reason(error)) from error
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Return height and width of a picture, from its header alone. Raises PictureError as `decode`
+    does."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.height, picture.width
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise PictureError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    reason = str(error).strip() or type(error).__name__
+    return "not a readable picture" if "cannot identify" in reason else reason
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

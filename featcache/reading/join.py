@@ -1,4 +1,4 @@
-"""Pictures and rows are joined by key, never by position, and the views of two caches are compared.
+"""Pictures and rows are joined by key, never by position.
 
 n training pictures, m pictures of a source, S pixels of a view at the policy's size.
 """
@@ -18,8 +18,6 @@ from featcache.storage import manifest
 from featcache.views import pixel_path
 
 I64 = npt.NDArray[np.int64]
-VIEW_FIELDS = ("crop", "flip", "jitter", "source_size")  # what makes a view of a picture
-_PAIR_ROWS = 1 << 16  # compared at a time: a few MB
 
 
 @dataclass(frozen=True)
@@ -82,37 +80,10 @@ def join_by_key(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[
     return pictures, rows[pictures], len(unknown)
 
 
-def pair(here: Cache, there: Cache) -> tuple[I64, I64]:
-    """Match the rows of two caches by key: (rows of one (n,), rows of the other (n,)) of the
-    pictures that both hold, in the order of the first.
-
-    For caches that were extracted apart, of two teachers or at two times: view v of one is then
-    view v of the other. Every stored box of the views that both have is compared; one that differs
-    is an IdentityError that names it.
-    """
-    theirs = there.keys.find(here.keys)
-    ours = np.flatnonzero(theirs >= 0)
-    theirs = theirs[ours]
-    if not len(ours):
-        raise IdentityError(
-            f"caches {str(here.path)!r} and {str(there.path)!r} have no picture in common; see "
-            "their keys"
-        )
-    for low in range(0, len(ours), _PAIR_ROWS):
-        a, b = ours[low : low + _PAIR_ROWS], theirs[low : low + _PAIR_ROWS]
-        for view in range(min(here.views, there.views)):
-            _check_same_views(here, there, a, b, view)
-    return ours, theirs
-
-
-def _check_same_views(here: Cache, there: Cache, ours: I64, theirs: I64, view: int) -> None:
-    one, other = here.read(ours, view, VIEW_FIELDS), there.read(theirs, view, VIEW_FIELDS)
-    for name in VIEW_FIELDS:
-        differs = (one[name] != other[name]).reshape(len(ours), -1).any(1)
-        for i in np.flatnonzero(differs)[:1].tolist():
-            raise IdentityError(
-                f"picture {here.keys[ours[i]]!r}, view {view}: {name} is {one[name][i].tolist()} "
-                f"in {str(here.path)!r}, {other[name][i].tolist()} in {str(there.path)!r}; caches "
-                "are joined where both show the same crops: extract with the same policy and "
-                "--seed, from the same pictures"
-            )
+def left_out(cache: Cache, rows: I64) -> tuple[int, str]:
+    """Count the rows of a cache that none of `rows` (n,), joined with pictures, is: (how many, the
+    first one's key, empty where there is none)."""
+    lacks = np.ones(len(cache), bool)
+    lacks[rows[rows >= 0]] = False
+    count = int(lacks.sum())
+    return count, cache.keys[int(lacks.argmax())] if count else ""

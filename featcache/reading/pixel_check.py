@@ -14,6 +14,9 @@ from featcache.reading.cache import Cache
 from featcache.reading.join import I64
 from featcache.views.fingerprint import pixel_hash, thumbnail
 
+# mean difference of block means, in levels of 255, above which no decoder is the cause
+OTHER_PICTURE = 8.0
+
 
 def sample_views(
     digests: rng.U64, view: npt.ArrayLike, epoch: int | I64, seed: int, share: float
@@ -54,7 +57,11 @@ def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
     if pixel_hash(pixels) == int(stored["pixel_hash"][0]):
         return None
     difference = np.abs(thumbnail(pixels).astype(int) - stored["thumbnail"][0].astype(int))
-    cause = "another picture under this key" if difference.mean() > 8 else _other_path(cache)
+    cause = (
+        "another picture under this key"
+        if difference.mean() > OTHER_PICTURE
+        else _other_path(cache)
+    )
     return (
         f"picture {cache.keys[row]!r}, view {view}: its pixels are not those the teacher saw "
         f"(block means differ by {difference.mean():.1f} levels of 255, at most "

@@ -147,6 +147,11 @@ class FfcvSource:
     def read(self, index: int) -> bytes:
         return self.beton.read(index)
 
+    def picture_size(self, index: int) -> tuple[int, int]:
+        """Return height and width, as the file's table has them."""
+        height, width = self.beton.sizes[index].tolist()
+        return height, width
+
     def picture(self, index: int) -> FfcvPicture:
         """Decode a picture. Raises PictureError where libturbojpeg cannot decode it, or only in
         part."""

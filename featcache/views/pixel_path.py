@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featcache.errors import IdentityError, UsageError
-from featcache.pictures.decode import decode
+from featcache.pictures.decode import decode, size_of
 from featcache.pictures.open_source import is_beton, open_source
 from featcache.pictures.source import Source
 from featcache.views.policy import AREA
@@ -33,6 +33,13 @@ def decode_picture(source: Source, index: int) -> Any:
     reason."""
     own = getattr(source, "picture", None)
     return decode(source.read(index)) if own is None else own(index)
+
+
+def picture_size(source: Source, index: int) -> tuple[int, int]:
+    """Return height and width of a picture as it will be decoded, from its header. Raises
+    PictureError where it has none."""
+    own = getattr(source, "picture_size", None)
+    return size_of(source.read(index)) if own is None else own(index)
 
 
 def open_with_decoder(spec: str | os.PathLike[str], decoder: str = "pillow") -> Source:

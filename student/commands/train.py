@@ -318,11 +318,13 @@ def _dry_run(run: Run, loader: Loader, acc: Accelerator, console: _Console) -> N
 def _train(run: Run, loader: Loader, acc: Accelerator, console: _Console) -> None:
     """Train, and note in the ledger how far the run came, however it ended."""
     from student import checkpoint
+    from student.setup import picture_check
     from student.training import train
 
     _announce(run, loader, console)
     before = checkpoint.latest_step(run.out)
     try:
+        picture_check.check_pictures(run, loader, acc, console.say)
         summary = train.train(run, loader, acc)
     except (StoppedError, KeyboardInterrupt) as error:
         raise _stopped(error, run, before, console) from None

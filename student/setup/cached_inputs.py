@@ -30,6 +30,7 @@ def cached_inputs(request: RunRequest, found: MatchedCache, given: Source | None
     source = _source(options, found, given, stored)
     pictures, rows, skipped = join.join_by_key(cache, source, decodes=not stored)
     notes.say_skipped(request.say, skipped)
+    notes.say_left_out(request.say, cache, rows)
     notes.say_cache(request.say, found)
     selection = select_views(request, found, pictures, rows)
     _say_pixels(request, found, source, stored)

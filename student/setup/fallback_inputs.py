@@ -36,6 +36,7 @@ def fallback_inputs(request: RunRequest, found: MatchedCache, source: Source) ->
     limit = fallback.LIMIT if options.fallback_limit is None else options.fallback_limit
     pictures, rows, skipped = fallback.join(cache, source, limit)
     notes.say_skipped(request.say, skipped)
+    notes.say_left_out(request.say, cache, rows)
     notes.say_cache(request.say, found)
     selection = select_views(request, found, pictures[rows >= 0], rows[rows >= 0])
     _check_all_views(cache, selection)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from featcache.reading import join
+from featcache.reading.cache import Cache
 from featcache.storage import manifest
 from student.setup.cache_match import MatchedCache
 from student.setup.options import RunRequest, Say
@@ -38,3 +40,14 @@ def say_skipped(say: Say, skipped: int) -> None:
     """Say how many pictures are in the cache's quarantine."""
     if skipped:
         say(f"note: {skipped} pictures are in the cache's quarantine and are skipped")
+
+
+def say_left_out(say: Say, cache: Cache, rows: join.I64) -> None:
+    """Say how many rows of a cache no training picture was joined with, `rows` (n,) being those of
+    the pictures."""
+    count, first = join.left_out(cache, rows)
+    if count:
+        say(
+            f"note: {count} of the {len(cache)} pictures of the cache are not among those given, "
+            f"and not trained on, the first is {first!r}"
+        )

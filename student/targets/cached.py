@@ -34,6 +34,8 @@ from student.targets import buffers
 from student.targets.assemble import copy_to_device, pixel_layout, recipe_targets
 from student.targets.contract import I64, HostBatch, Moments, ResidentRows
 
+TOLERANCE_OPTION = "--pixel-tolerance LEVELS"
+
 
 @dataclass
 class SecondTeacher:
@@ -174,10 +176,8 @@ class CachedTargets:
     ) -> None:
         if pixel_hash(pixels) == stored_hash:
             return
-        option = "--pixel-tolerance LEVELS"
-        pixel_check.check_pixels(
-            self.cache, int(self.rows[index]), view, pixels, self.tolerance, option
-        )
+        row = int(self.rows[index])
+        pixel_check.check_pixels(self.cache, row, view, pixels, self.tolerance, TOLERANCE_OPTION)
 
     def to_device(
         self, host: HostBatch, device: torch.device

@@ -21,7 +21,7 @@ from featcache.extraction.progress import ExtractProgress
 from featcache.maintenance import verify
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
-from featcache.reading import join
+from featcache.reading import pairing
 from featcache.storage.store import STORES
 from featcache.teachers import load
 from featcache.views import pixel_path
@@ -322,7 +322,7 @@ def test_caches_extracted_apart_are_joined_on_equal_boxes(
     extract.run(make(photos), tmp_path / "a", batch_size=4)
     extract.run(make(pictures, VIT, rows_per_shard=3, views=3), tmp_path / "b", batch_size=4)
     with featcache.open(tmp_path / "a") as a, featcache.open(tmp_path / "b") as b:
-        ours, theirs = join.pair(a, b)
+        ours, theirs = pairing.pair(a, b)
         assert len(ours) == 11
         assert [a.keys[i] for i in ours] == [b.keys[i] for i in theirs]
         for view in range(2):
@@ -348,9 +348,9 @@ def test_caches_of_other_crops_are_not_joined(photos: Path, tmp_path: Path) -> N
             IdentityError, match=r"'bits', view 0: crop is \[.*the same policy and --seed"
         ),
     ):
-        join.pair(a, b)
+        pairing.pair(a, b)
     with a, c, pytest.raises(IdentityError, match="no picture in common"):
-        join.pair(a, c)
+        pairing.pair(a, c)
 
 
 def test_the_parts_of_a_pass_are_planned_like_additions(photos: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from featcache.errors import IdentityError
 from featcache.maintenance import pack_beton, pack_tars
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
-from featcache.reading import join, pixel_check
+from featcache.reading import pairing, pixel_check
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
 from featcache.torch import Dataset
@@ -147,7 +147,7 @@ def test_tars_and_their_beton_are_one_path(
 def test_the_caches_of_both_hold_the_same_rows(ffcv: None) -> None:
     """Pictures come in another order from the .beton: rows are compared by key."""
     with Cache(cache_of("tar")) as one, Cache(cache_of("beton")) as other:
-        ours, theirs = join.pair(one, other)
+        ours, theirs = pairing.pair(one, other)
         assert len(ours) == fx.PICTURES
         for view in range(fx.VIEWS):
             a, b = (

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from accelerate import tracking
 
+from student.setup import picture_check
 from student.training import metrics, trackers
 from tests import student_fixtures as fx
 
@@ -78,7 +79,11 @@ def test_weights_and_biases_gets_every_row_once(
     assert told()[12][1]["id"] != init["id"]
 
 
-def test_a_run_that_fails_closes_its_tracker(told: Callable[[], list[Any]], tmp_path: Path) -> None:
+def test_a_run_that_fails_closes_its_tracker(
+    told: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # which would find it before the run begins
+    monkeypatch.setattr(picture_check, "check_pictures", lambda *args: None)
     others = fx.save_pictures(tmp_path / "others", seed=1)
     options = (
         "--cache",
