@@ -1,10 +1,10 @@
 """A torch file is read without running anything in it.
 
 `torch.load(weights_only=True)` refuses whole modules (the DALL-E encoder), TorchScript archives
-(OpenAI's CLIP) and training checkpoints with an argparse namespace in them. Here the pickle is read
-by an unpickler that knows three functions of its own (make a tensor, make a parameter, make a
-dict); every other name in the file becomes an empty class of ours, which keeps what it is given and
-does nothing. No module is ever imported.
+(OpenAI's CLIP) and training checkpoints with an argparse namespace in them; those are read here
+too, by `models.tensor_unpickler`. Nor can a file keep this process busy or fill its memory: its
+numbers are checked against its size, and parts that are shared are counted as often as they are
+met.
 
 Forms: a zip archive (torch.save since 1.6, torch.jit.save) and the older row of pickles followed by
 raw storages.
@@ -13,11 +13,8 @@ raw storages.
 from __future__ import annotations
 
 import io
-import math
-import pickle
 import pickletools
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -25,27 +22,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-_DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}  # fmt: skip
+from featcache.models.tensor_unpickler import InertObject, TensorUnpickler
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file written before torch 1.6
-
-
-class InertObject:
-    """Stand for any class or function that a file names; being called or given a state, it only
-    keeps what it got."""
-
-    def __init__(self, *args: object) -> None:
-        self.args = args
-
-    def __call__(self, *args: object) -> InertObject:
-        return InertObject(*args)
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
+_PICKLE_BYTES = 32 << 20  # of instructions; a network of a thousand tensors has 100 KiB
+_DEPTH, _PARTS, _NAME = 64, 1_000_000, 1000  # levels, parts and letters of a name that are walked
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -54,15 +35,42 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises ValueError, with a reason, when the file is of neither form.
     """
-    return named_tensors(_unpickle(Path(path)))
+    return named_tensors(load(path))
+
+
+def load(path: str | Path) -> Any:
+    """Read the object in the file: tensors, numbers, texts and plain containers of them, and
+    `InertObject` in the place of anything else.
+
+    Raises ValueError, with a reason, when the file is of neither form, or would be read into more
+    memory than a few times its size.
+    """
+    path = Path(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return _read_zip(archive, path.stat().st_size)
+        with path.open("rb") as file:
+            return _read_legacy(file, path.stat().st_size)
+    except ValueError:
+        raise
+    except (
+        Exception
+    ) as error:  # a damaged pickle raises whatever it likes: EOFError, KeyError, struct.error, ...
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def named_tensors(root: object) -> dict[str, Tensor]:
     """Return dotted name -> tensor of nested dicts and modules that were read already."""
-    try:
-        return dict(_tensors(root, ""))
-    except RecursionError as error:
-        raise ValueError("a container that contains itself") from error
+    found: dict[str, Tensor] = {}
+    for count, (name, value) in enumerate(_parts(root, "", 0)):
+        if count > _PARTS:
+            raise ValueError(f"it unfolds into more than {_PARTS} parts")
+        if isinstance(value, Tensor):
+            if name in found:
+                raise ValueError(f"two tensors are named {name!r}")
+            found[name] = value
+    return found
 
 
 def referenced_names(path: str | Path) -> set[str]:
@@ -81,80 +89,32 @@ def referenced_names(path: str | Path) -> set[str]:
     return found
 
 
-def _unpickle(path: Path) -> object:
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                return _read_zip(archive)
-        with path.open("rb") as file:
-            return _read_legacy(file, path.stat().st_size)
-    except ValueError:
-        raise
-    except (
-        Exception
-    ) as error:  # a damaged pickle raises whatever it likes: EOFError, KeyError, struct.error, ...
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-def _tensors(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Walk modules (`_parameters`, `_buffers`, `_modules` add no name), scripted modules and
-    dicts."""
-    if isinstance(value, Tensor):
-        yield prefix, value
-        return
+def _parts(value: object, prefix: str, depth: int) -> Iterator[tuple[str, object]]:
+    """Walk modules (`_parameters`, `_buffers`, `_modules` add no name), scripted modules and dicts:
+    yield each part met, tensors among them, with its name."""
+    yield prefix, value
+    if depth > _DEPTH:
+        raise ValueError(f"it is nested {_DEPTH} deep, or a container that contains itself")
     if isinstance(value, InertObject):
-        value = getattr(value, "state", None)
+        if value.name.startswith("torch._utils._rebuild"):
+            raise ValueError(
+                f"{prefix!r} is a tensor of another kind ({value.name.rpartition('.')[2]}: sparse, "
+                "quantised or of a class of its own)"
+            )
+        value = value.state
     if not isinstance(value, dict):
         return
     for key, part in value.items():
+        if not isinstance(key, str | int):
+            continue
         own = (
             prefix
             if key in ("_parameters", "_buffers", "_modules")
             else f"{prefix}.{key}".lstrip(".")
         )
-        yield from _tensors(part, own)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Build tensors and plain containers, and InertObject for the rest. `storage` gives a flat
-    tensor for a stored id."""
-
-    def __init__(self, file: IO[bytes], storage: Any) -> None:
-        super().__init__(file)
-        self._storage = storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
-            return OrderedDict
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
-            return _tensor
-        if module == "torch._utils" and name in (
-            "_rebuild_parameter",
-            "_rebuild_parameter_with_state",
-        ):
-            return _parameter
-        if module in ("torch", "torch.storage") and name in _DTYPES:
-            return _DTYPES[name]
-        return type(name, (InertObject,), {})
-
-    def persistent_load(self, pid: Any) -> Any:
-        # the older form keeps a class with its source; only the class is asked for
-        if pid[0] == "module":
-            return pid[1]
-        if pid[0] != "storage" or not isinstance(pid[1], torch.dtype):
-            raise ValueError(f"a stored {pid[0]!r} of unknown type")
-        return self._storage(*pid[1:])
-
-
-def _tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
-) -> Tensor:
-    """Return a view of a flat storage; torch refuses one that reaches beyond it."""
-    return storage.as_strided(tuple(size), tuple(stride), offset)
-
-
-def _parameter(value: Tensor, *_: object) -> Tensor:
-    return value
+        if len(own) > _NAME:
+            raise ValueError(f"a name of more than {_NAME} letters")
+        yield from _parts(part, own, depth + 1)
 
 
 def _pickle_member(archive: zipfile.ZipFile) -> str:
@@ -167,16 +127,20 @@ def _pickle_member(archive: zipfile.ZipFile) -> str:
     read = [
         info
         for info in archive.infolist()
-        if info.filename.startswith((folder + "data/", members[0]))
+        if info.filename.startswith((folder + "data/", folder + "byteorder", members[0]))
     ]
     # one that unfolds into more than memory
     if any(info.compress_type != zipfile.ZIP_STORED for info in read):
         raise ValueError("a zip archive with compressed tensors, which torch never writes")
+    if archive.getinfo(members[0]).file_size > _PICKLE_BYTES:
+        raise ValueError(f"its data.pkl has more than {_PICKLE_BYTES >> 20} MiB")
     return members[0]
 
 
-def _read_zip(archive: zipfile.ZipFile) -> object:
+def _read_zip(archive: zipfile.ZipFile, size: int) -> object:
     member = _pickle_member(archive)
+    if sum(info.compress_size for info in archive.infolist()) > size:
+        raise ValueError("a zip archive whose parts overlap")
     folder = member.removesuffix("data.pkl")
     if (
         folder + "byteorder" in archive.namelist()
@@ -185,35 +149,69 @@ def _read_zip(archive: zipfile.ZipFile) -> object:
         raise ValueError("numbers in big-endian order")
     read: dict[str, Tensor] = {}
 
-    def storage(dtype: torch.dtype, key: str, device: str, count: int, *_: object) -> Tensor:
+    def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
         if key not in read:
             data = bytearray(archive.read(f"{folder}data/{key}"))
             read[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        if read[key].dtype != dtype or read[key].numel() != count:
+            raise ValueError("a storage of another size or type than is said")
         return read[key]
 
-    return _Unpickler(io.BytesIO(archive.read(member)), storage).load()
+    return TensorUnpickler(io.BytesIO(archive.read(member)), storage).load()
+
+
+class _Instructions:
+    """Read a file for an unpickler, which gets no more bytes than a pickle may have."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._left = file, _PICKLE_BYTES
+
+    def read(self, size: int) -> bytes:
+        return self._counted(self._file.read(min(size, self._left + 1)))
+
+    def readline(self) -> bytes:
+        return self._counted(self._file.readline(self._left + 1))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"its pickles have more than {_PICKLE_BYTES >> 20} MiB")
+        return data
 
 
 def _read_legacy(file: IO[bytes], size: int) -> object:
     """Read four pickles (magic number, protocol, machine, the object), one of the storages' keys,
     then count and bytes of each storage."""
     waiting: dict[str, Tensor] = {}
+    left = size
 
-    def storage(dtype: torch.dtype, key: str, device: str, count: int, *_: object) -> Tensor:
-        if count * dtype.itemsize > size:
-            raise ValueError("a storage larger than the file")
-        return waiting.setdefault(key, torch.empty(count, dtype=dtype))
+    def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
+        nonlocal left
+        if key not in waiting:
+            left -= count * dtype.itemsize
+            if left < 0:
+                raise ValueError("a storage larger than the file")
+            waiting[key] = torch.empty(count, dtype=dtype)
+        if waiting[key].dtype != dtype or waiting[key].numel() != count:
+            raise ValueError("a storage of another size or type than is said")
+        return waiting[key]
 
-    if _Unpickler(file, storage).load() != _LEGACY_MAGIC:
+    instructions: Any = _Instructions(file)
+    if TensorUnpickler(instructions, storage).load() != _LEGACY_MAGIC:
         raise ValueError("no torch file")
-    _Unpickler(file, storage).load()
-    _Unpickler(file, storage).load()
-    root = _Unpickler(file, storage).load()
-    for key in _Unpickler(file, storage).load():
+    TensorUnpickler(instructions, storage).load()
+    TensorUnpickler(instructions, storage).load()
+    root = TensorUnpickler(instructions, storage).load()
+    keys = TensorUnpickler(instructions, storage).load()
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(waiting):
+        raise ValueError("its list of storages is not that of its tensors")
+    for key in keys:
         count = int.from_bytes(file.read(8), "little")
         flat = waiting[key]
+        if count != flat.numel():
+            raise ValueError("a storage is cut off")
         data = bytearray(file.read(count * flat.dtype.itemsize))
-        if count != flat.numel() or len(data) != math.prod((count, flat.dtype.itemsize)):
+        if len(data) != count * flat.dtype.itemsize:
             raise ValueError("a storage is cut off")
         if count:
             flat.copy_(torch.frombuffer(data, dtype=flat.dtype))

@@ -1,8 +1,8 @@
 """Weights of a library's model are loaded: from a file, from the library's hub, or from this
 machine.
 
-A file is .safetensors, a torch state dict (bare, or below "state_dict", "model" or "teacher"), a
-whole pickled module or a TorchScript archive; nothing in it is ever executed. What does not fit a
+A file is .safetensors, a torch state dict (bare, or a part of a checkpoint: `models.state_names`),
+a whole pickled module or a TorchScript archive; nothing in it is ever executed. What does not fit a
 model is told in one line.
 """
 
@@ -25,12 +25,12 @@ from torch import Tensor, hub, nn
 from featcache.errors import UsageError, UserError
 from featcache.models import restricted_unpickler
 from featcache.models.contract import Teacher, Tokenizer
+from featcache.models.state_names import entry_of, network_state
 from featcache.models.tokenizer import network_of
 
 Got = TypeVar("Got")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pkl")
-# open_clip's and DINO's own programs; MAE's and DeiT's; DINO's
-_WRAPPERS = ("state_dict", "model", "teacher")
+_LOG = logging.getLogger(__name__)
 _HUB_FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -40,14 +40,17 @@ _HUB_FILES = (
 
 
 def read_state(path: str, what: str) -> dict[str, Tensor]:
-    """Read name -> tensor of a weights file; a file that holds none is a UserError."""
+    """Read name -> tensor of a weights file, or of one part of it, FILE:PART; a file that holds
+    none is a UserError. Where the file holds the network twice, a note tells which is taken."""
+    file, part = split_part(path)
     try:
-        if path.endswith(".safetensors"):
+        if file.endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state = load_file(file)
         else:
-            state = _read_torch(path)
+            state = restricted_unpickler.load_tensors(file)
+        found = network_state(entry_of(state, part) if part else state)
     except (
         Exception
     ) as error:  # truncated, text, a foreign pickle, another header: all are the file's fault
@@ -57,38 +60,36 @@ def read_state(path: str, what: str) -> dict[str, Tensor]:
             "torch file of tensors is allowed (nothing in a file is ever executed): save the state "
             "dict as .safetensors"
         ) from error
-    state = _strip_wrapper(state)
-    if not state:
+    if not found.tensors:
         raise UserError(
             f"weights {path!r} for {what}: there is no named tensor in it (nothing in a file is "
             "ever executed); a state dict (name -> tensor) is needed: save it as .safetensors"
         )
-    return state
-
-
-def _read_torch(path: str) -> dict[str, Tensor]:
-    """Read a torch file with torch's own reader of plain tensors where it will, else with the one
-    that only looks."""
-    try:
-        return restricted_unpickler.named_tensors(
-            torch.load(path, map_location="cpu", weights_only=True)
+    if found.others:
+        others = " and ".join(map(repr, found.others))
+        _LOG.warning(
+            f"weights {path!r} hold the network twice, as {found.taken!r} and as {others}: "
+            f"{found.taken!r} is taken; --weights {file}:{found.others[0]} takes the other"
         )
-    except Exception:  # refused, damaged, or no torch file at all: the second reader says which
-        return restricted_unpickler.load_tensors(path)
+    return found.tensors
 
 
-def _strip_wrapper(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part below the first wrapper there is, or everything; a bare tensor has no name
-    and is left out."""
-    for wrapper in _WRAPPERS:
-        inner = {
-            name.removeprefix(wrapper + "."): value
-            for name, value in state.items()
-            if name.startswith(wrapper + ".")
-        }
-        if inner:
-            return inner
-    return {name: value for name, value in state.items() if name}
+def split_part(path: str) -> tuple[str, str]:
+    """Return the file and the part that FILE:PART names; the part is empty for a file alone.
+
+    >>> split_part("nowhere.pt:model_ema")
+    ('nowhere.pt:model_ema', '')
+    """
+    file, _, part = path.rpartition(":")
+    return (file, part) if file and part and not is_file(path) and is_file(file) else (path, "")
+
+
+def is_file(path: str) -> bool:
+    """Return whether the path is that of a regular file; what cannot be a path is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long, a null byte
+        return False
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str, what: str) -> None:
@@ -97,11 +98,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str, what: s
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if not (missing or extra or shapes):
+        _check_numbers(own, state, path, what)
         model.load_state_dict(state)
         return
     parts = [
         f"{len(missing)} tensors are missing ({missing[0]} ...)" if missing else "",
-        f"{len(extra)} are unknown ({extra[0]} ...)" if extra else "",
+        f"{len(extra)} are unknown ({extra[0][:100]} ...)" if extra else "",
         *(
             f"{name} is {tuple(state[name].shape)}, {tuple(own[name].shape)} is needed"
             for name in sorted(shapes)[:1]
@@ -111,6 +113,27 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str, what: s
         f"weights {path!r} do not fit {what}: {', '.join(filter(None, parts))}; give the file of "
         "this architecture"
     )
+
+
+def _check_numbers(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str, what: str
+) -> None:
+    """Raise UserError for what would be cast or run without a word: integers, or floats of a byte,
+    in the place of weights are quantised ones whose scales lie elsewhere."""
+    for name, value in state.items():
+        if not own[name].is_floating_point():
+            continue
+        if not value.is_floating_point() or value.element_size() < 2:
+            raise UserError(
+                f"weights {path!r} for {what}: {name} is {str(value.dtype).removeprefix('torch.')},"
+                " which is no weight but a code of one, whose scale is not known here; give the "
+                "file before it was quantised"
+            )
+        if not bool(value.isfinite().all()):
+            raise UserError(
+                f"weights {path!r} for {what}: {name} has values that are not finite; give another "
+                "file"
+            )
 
 
 def fetch_pretrained(get: Callable[[], Got], what: str, tag: str) -> Got:
@@ -234,7 +257,7 @@ def weights_file(weights: str | None) -> str | None:
     UserError."""
     if weights is None or is_random(weights):
         return None
-    if Path(weights).is_file():
+    if is_file(split_part(weights)[0]):
         return weights
     if "/" in weights or weights.endswith(SUFFIXES):
         raise UserError(

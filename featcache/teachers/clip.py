@@ -39,6 +39,7 @@ from featcache.models.weights import (
     is_random,
     load_state,
     read_state,
+    split_part,
     weights_file,
 )
 
@@ -202,7 +203,7 @@ def _load_file(name: str, source: _ModelSource, options: dict[str, Option], path
     # counts first.
     ours = name in _REGISTERED
     by_name, fallback = (None, source.quick) if ours else (source.quick, None)
-    quick, note = quick_gelu.from_file(name, by_name, options, path, fallback)
+    quick, note = quick_gelu.from_file(name, by_name, options, split_part(path)[0], fallback)
     if note:
         _LOG.warning(note)
     visual: Any = build_seeded(lambda: _build_tower(source, quick), None)

@@ -150,8 +150,8 @@ def _parse_sizes(name: str, options: dict[str, Option]) -> dict[str, int]:
         most = 64 * _SIZES[key]
         if type(value) is not int or not 1 <= value <= most or value % _STEP[key]:
             raise UsageError(
-                f"teacher {name!r}: {key}={value}; a multiple of {_STEP[key]} up to {most} is "
-                f"needed, as {_SIZES[key]}"
+                f"teacher {name!r}: {key}={value}; a multiple of {_STEP[key]} is needed, as "
+                f"{_SIZES[key]}, up to {most}"
             )
         sizes[key] = value
     return sizes

@@ -194,10 +194,9 @@ def test_damaged_bytes_never_do_more_than_refuse(tmp_path: Path, net: Net) -> No
 
 
 def test_a_pickle_that_builds_upon_a_class_changes_nothing(tmp_path: Path) -> None:
-    """BUILD on a class that a file names would set attributes on it; ours is a class of this one
+    """BUILD on a class that a file names would set attributes on it; ours is an object of this one
     reading."""
     pickled = b"cos\nsystem\n(N}X\x03\x00\x00\x00fooK\x01stb."
-    with pytest.raises(ValueError, match=r".+"):
-        restricted_unpickler.load_tensors(_zip(tmp_path / "w.pt", pickled))
+    assert restricted_unpickler.load_tensors(_zip(tmp_path / "w.pt", pickled)) == {}
     assert not hasattr(restricted_unpickler.InertObject, "foo")
     assert not hasattr(os.system, "foo")
