@@ -49,9 +49,9 @@ def command(
     in a seeded shuffled order.
 
     SRC is a folder of pictures (class folders become labels), webdataset tars or a .beton. Bytes
-    are kept as they are, unless --resize makes a picture smaller: it is then re-encoded in its own
-    format (JPEG and WebP at quality 95). In a .beton, pictures that are no grey or RGB JPEG are
-    stored as their pixels.
+    are kept as they are, unless --resize makes a picture smaller: JPEG and WebP are then encoded
+    again at quality 95, all else without loss. In a .beton, pictures that are no grey or RGB JPEG
+    are stored as their pixels.
     """
     is_beton = out.suffix == ".beton"
     _check_options(out, shard_size, prefix, is_beton)

@@ -12,7 +12,6 @@ number of pictures.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable
 from functools import partial
@@ -27,7 +26,7 @@ from featcache import rng
 from featcache.errors import UserError
 from featcache.maintenance.packing import check_resize, classes_json, read_ahead, reading_threads
 from featcache.pictures.beton import JPG, RAW, import_ffcv, open_beton
-from featcache.pictures.decode import decode
+from featcache.pictures.decode import decode, opened
 from featcache.pictures.picture_bytes import read_picture
 from featcache.pictures.source import PictureError, Source
 from featcache.storage.json_file import sync_folder, write_file
@@ -169,11 +168,11 @@ def item(source: Source, resize_px: int | None, row: int) -> Item:
     """Return a grey or RGB JPEG as it is, any other picture as its pixels by the one decoder."""
     _, data = read_picture(source, resize_px, row)
     try:
-        with Image.open(io.BytesIO(data)) as picture:  # reads the header
+        with opened(data) as picture:  # reads the header
             if _keeps_bytes(picture):
                 return Item(JPG, picture.height, picture.width, data)
         pixels = np.asarray(decode(data))
-    except (PictureError, OSError, Image.DecompressionBombError) as error:
+    except PictureError as error:
         raise _unusable(source, row, str(error)) from error
     return Item(RAW, len(pixels), pixels.shape[1], pixels.tobytes())
 
@@ -185,11 +184,11 @@ def _keeps_bytes(picture: Image.Image) -> bool:
 
 def _largest_bytes(source: Source, resize_px: int | None, row: int) -> int:
     """At most so many bytes are stored of a picture; from its header alone."""
-    data = source.read(row)
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        data = source.read(row)
+        with opened(data) as picture:
             (width, height), is_jpeg = picture.size, _keeps_bytes(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except PictureError as error:
         raise _unusable(source, row, str(error)) from error
     if max(width, height) > LARGEST_PX:
         raise _unusable(

@@ -1,15 +1,22 @@
 """Pictures are read as the bytes that a packed file will hold: their own, or, where they are to be
-smaller, encoded again in their own format."""
+smaller, encoded again.
+
+JPEG and WebP stay what they are, at quality 95 (lossless WebP stays lossless). All else is written
+without loss: in its own format where we have one for it, as PNG where not (GIF has 256 colours, and
+AVIF loses). What a file is called does not count, its content does.
+"""
 
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.pictures.decode import decode
+from featcache.pictures.decode import decode, opened
 from featcache.pictures.folder import FolderSource
 from featcache.pictures.source import PictureError, Source
 
@@ -24,27 +31,35 @@ MAGIC = {
     b"P5": ".pgm",
     b"P6": ".ppm",
 }
-# every other format that we write is lossless
-QUALITY = {"JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
+# Suffixes of one format: a file keeps its own
+_SAME_FORMAT = {".jpeg": ".jpg", ".tiff": ".tif", ".pgm": ".ppm"}
+LOSSLESS = ("PNG", "BMP", "PPM", "TIFF")  # as Pillow writes them where no compression is asked for
 
 
 def read_picture(source: Source, resize_px: int | None, row: int) -> tuple[str, bytes]:
     """Return suffix and bytes of one picture as they are packed. Raises UserError where it should
-    become smaller and cannot be decoded."""
-    data = source.read(row)
-    suffix = (
-        Path(source.files[row]).suffix.lower() if isinstance(source, FolderSource) else _sniff(data)
-    )
-    if resize_px is None:
-        return suffix, data
+    become smaller and cannot be decoded, or is too large to be read."""
     try:
-        return suffix, resized(data, resize_px)
+        data = source.read(row)
+        packed = data if resize_px is None else resized(data, resize_px)
     except PictureError as error:
         raise UserError(
-            f"resizing {source.keys[row]!r} of {source.spec}: {error}; every picture must decode: "
-            "repair it, take it out, or pack without --resize (extraction lists what it cannot "
-            "read)"
+            f"{'packing' if resize_px is None else 'resizing'} {source.keys[row]!r} of "
+            f"{source.spec}: {error}; every picture must decode: repair it, take it out, or pack "
+            "without --resize (extraction lists what it cannot read)"
         ) from error
+    return _suffix(source, row, packed, is_new=packed is not data), packed
+
+
+def _suffix(source: Source, row: int, data: bytes, is_new: bool) -> str:
+    """The suffix of the file, unless the picture was encoded anew in another format; without a file
+    that of the content."""
+    found = _sniff(data)
+    if not isinstance(source, FolderSource):
+        return found
+    own = Path(source.files[row]).suffix.lower()
+    same = _SAME_FORMAT.get(own, own) == _SAME_FORMAT.get(found, found)
+    return found if is_new and not same else own
 
 
 def _sniff(data: bytes) -> str:
@@ -54,8 +69,8 @@ def _sniff(data: bytes) -> str:
 
 
 def resized(data: bytes, shorter_px: int) -> bytes:
-    """Return the picture with its shorter side at `shorter_px`, in its own format; the same bytes
-    where it is no larger.
+    """Return the picture with its shorter side at `shorter_px`; the same bytes where it is no
+    larger. Raises PictureError.
 
     Pixels go through the one decoder (no EXIF transpose, named conversions to RGB); grey stays
     grey.
@@ -65,18 +80,36 @@ def resized(data: bytes, shorter_px: int) -> bytes:
     scale = shorter_px / min(width, height)
     if scale >= 1:
         return data
-    with Image.open(io.BytesIO(data)) as original:
-        kind, grey = original.format or "PNG", original.mode == "L"
+    with opened(data) as original:
+        kind, grey = original.format or "", original.mode == "L"
     size = (max(shorter_px, round(width * scale)), max(shorter_px, round(height * scale)))
     small = (picture.convert("L") if grey else picture).resize(size, Image.Resampling.BICUBIC)
-    # MPO: a camera's JPEG with a second picture behind it
-    return _encoded(small, "JPEG" if kind == "MPO" else kind)
-
-
-def _encoded(picture: Image.Image, kind: str) -> bytes:
+    small.info = {}  # a TIFF would be compressed as it was, with loss
     file = io.BytesIO()
     try:
-        picture.save(file, kind, **QUALITY.get(kind, {}))
-    except (KeyError, OSError) as error:
+        name, options = _format(kind, data)
+        small.save(file, name, **options)
+    except (KeyError, OSError, ValueError) as error:
         raise PictureError(f"its format {kind} cannot be written") from error
     return file.getvalue()
+
+
+def _format(kind: str, data: bytes) -> tuple[str, dict[str, Any]]:
+    """The format, and its options, that a picture of a format is written in."""
+    # MPO: a camera's JPEG with a second picture behind it
+    if kind in ("JPEG", "MPO"):
+        return "JPEG", {"quality": 95}
+    if kind == "WEBP":
+        return kind, {"lossless": True} if _is_lossless_webp(data) else {"quality": 95}
+    return (kind if kind in LOSSLESS else "PNG"), {}
+
+
+def _is_lossless_webp(data: bytes) -> bool:
+    """Whether the first frame is coded without loss: its chunk is VP8L, not VP8."""
+    at = 12
+    while at + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, at)
+        if name in (b"VP8 ", b"VP8L"):
+            return bool(name == b"VP8L")
+        at += 8 + (16 if name == b"ANMF" else size + size % 2)  # a frame holds chunks of its own
+    return False

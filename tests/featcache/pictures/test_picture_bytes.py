@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from featcache.pictures.picture_bytes import resized
+from featcache.pictures.decode import decode
+from featcache.pictures.folder import FolderSource
+from featcache.pictures.open_source import open_source
+from featcache.pictures.picture_bytes import read_picture, resized
+from tests.featcache.pictures.test_open_source import write_tar
 
 
 def encode(width: int, height: int, kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -52,3 +57,56 @@ def test_resize_jpeg_quality_is_95() -> None:
 def test_resize_never_enlarges_and_then_keeps_the_bytes() -> None:
     assert resized(data := encode(40, 20, "JPEG"), 20) == data
     assert resized(data, 64) == data
+
+
+LOSSY_FORMATS = ["GIF", pytest.param("AVIF", marks=pytest.mark.skipif(
+    not features.check("avif"), reason="this Pillow has no AVIF"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOSSY_FORMATS)
+def test_what_we_cannot_write_without_loss_becomes_png(kind: str) -> None:
+    data = encode(40, 20, kind)
+    small = Image.open(io.BytesIO(resized(data, 10)))
+    expected = decode(data).resize((20, 10), Image.Resampling.BICUBIC)
+    assert small.format == "PNG"
+    assert np.array_equal(np.asarray(small), np.asarray(expected))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "PPM", "PNG"])
+@pytest.mark.parametrize("compression", [None, "jpeg"])
+def test_the_others_lose_nothing(kind: str, compression: str | None) -> None:
+    """A TIFF may hold a JPEG, which Pillow would write again."""
+    file = io.BytesIO()
+    options = {"compression": compression} if compression and kind == "TIFF" else {}
+    Image.open(io.BytesIO(encode(40, 20))).save(file, kind, **options)
+    small = Image.open(io.BytesIO(resized(file.getvalue(), 10)))
+    expected = decode(file.getvalue()).resize((20, 10), Image.Resampling.BICUBIC)
+    assert small.format == kind
+    assert np.array_equal(np.asarray(small), np.asarray(expected))
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_lossless_webp_stays_lossless(frames: int) -> None:
+    picture, file = Image.open(io.BytesIO(encode(40, 20))), io.BytesIO()
+    more = {"save_all": True, "append_images": [picture.rotate(180)]} if frames > 1 else {}
+    picture.save(file, "WEBP", lossless=True, **more)
+    small = Image.open(io.BytesIO(resized(file.getvalue(), 10)))
+    expected = decode(file.getvalue()).resize((20, 10), Image.Resampling.BICUBIC)
+    assert small.format == "WEBP"
+    assert np.array_equal(np.asarray(small), np.asarray(expected))
+
+
+def test_a_member_is_called_what_it_holds(tmp_path: Path) -> None:
+    """Encoded anew under another name than its content's; bytes that are kept keep their name."""
+    pictures = {"a.jpg": "GIF", "b.jpeg": "JPEG", "c.png": "JPEG", "d.TIFF": "TIFF", "e.jpg": "PNG"}
+    for name, kind in pictures.items():
+        (tmp_path / name).write_bytes(encode(40, 20, kind))
+    source = open_source(tmp_path)
+    assert isinstance(source, FolderSource)
+    resized_suffixes = [read_picture(source, 10, row)[0] for row in range(len(source))]
+    assert resized_suffixes == [".png", ".jpeg", ".jpg", ".tiff", ".png"]
+    for resize_px in (None, 20):
+        kept = [read_picture(source, resize_px, row)[0] for row in range(len(source))]
+        assert kept == [".jpg", ".jpeg", ".png", ".tiff", ".jpg"]
+    tar = open_source(write_tar(tmp_path / "t.tar", {"k.jpg": encode(40, 20, "GIF")}))
+    assert read_picture(tar, 10, 0)[0] == ".png"
