@@ -96,7 +96,7 @@ def _parts(value: object, prefix: str, depth: int) -> Iterator[tuple[str, object
     if depth > _DEPTH:
         raise ValueError(f"it is nested {_DEPTH} deep, or a container that contains itself")
     if isinstance(value, InertObject):
-        if value.name.startswith("torch._utils._rebuild"):
+        if value.name.startswith(("torch._utils._rebuild", "torch._tensor._rebuild")):
             raise ValueError(
                 f"{prefix!r} is a tensor of another kind ({value.name.rpartition('.')[2]}: sparse, "
                 "quantised or of a class of its own)"

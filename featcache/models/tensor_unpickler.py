@@ -58,7 +58,7 @@ class TensorUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
             return OrderedDict
-        if module == "torch._utils" and name in _FUNCTIONS:
+        if module in ("torch._utils", "torch._tensor") and name in _FUNCTIONS:
             return _FUNCTIONS[name]
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return _DTYPES[name]
@@ -243,7 +243,7 @@ def _of_type(function: object, kind: object, args: object, *_: object) -> object
     """Return a tensor that has attributes of its own, without them."""
     known = any(function is each for each in (_tensor, _tensor_of_dtype, _parameter))
     if not known or not isinstance(args, tuple):
-        return InertObject("torch._utils._rebuild_from_type")
+        return InertObject("torch._tensor._rebuild_from_type_v2")
     return function(*args)  # type: ignore[operator]
 
 
