@@ -189,9 +189,9 @@ class Cache:
 
         `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in
         `--levels`; `tokens`: the first so many of T ([CLS] first; in ranked caches then by rank);
-        both apply to arrays (L, T, ...). `out` is filled where it names a field: reused memory
-        reads twice as fast as new. `check=False` compares nothing. Raises UserError when bytes are
-        missing or not those that were written.
+        both apply to arrays (L, T, ...), and to no other field. `out` is filled where it names a
+        field: reused memory reads twice as fast as new. `check=False` compares nothing. Raises
+        UserError when bytes are missing or not those that were written.
         """
         rows, views, fields = (
             request.check_numbers("rows", rows),
@@ -260,18 +260,46 @@ class Cache:
                 )
 
     def _wanted_levels(self, name: str, levels: Sequence[int] | None) -> tuple[int, ...]:
-        stored = self.levels_of(parts_of(self._parts, name)[0].teacher)
+        """Return the levels to read of a field: none of one that has no levels, whatever is asked
+        for beside it."""
+        teacher = parts_of(self._parts, name)[0].teacher
+        stored = self.levels_of(teacher)
+        has_levels = checksums.has_levels(self.arrays[name])
+        allowed = (
+            stored if has_levels else {x for each in self.teachers for x in self.levels_of(each)}
+        )
         for level in () if levels is None else levels:
-            if level not in stored:
-                raise UsageError(f"read: level {level} is not stored; stored are {list(stored)}")
-        return stored if levels is None else tuple(levels)
+            if level not in allowed:
+                raise self._level_error(name, int(level), teacher)
+        if not has_levels:
+            return ()
+        return stored if levels is None else tuple(map(int, levels))
+
+    def _level_error(self, name: str, level: int, teacher: str) -> UsageError:
+        others = [
+            each
+            for each in self.teachers
+            if level in self.levels_of(each)
+            and (each == self.teachers[0] or f"{each}/feature_stats" in self.arrays)
+        ]
+        elsewhere = (
+            f" ({others[0]} has it: read the fields of each teacher in a call of their own)"
+            if others
+            else ""
+        )
+        return UsageError(
+            f"read: level {level} of {name} is not stored; stored are "
+            f"{list(self.levels_of(teacher))}{elsewhere}"
+        )
 
     def _wanted_tokens(self, name: str, tokens: int | None) -> int:
         spec = self.arrays[name]
         if not checksums.has_levels(spec):
             return 0
         if tokens is not None and not 1 <= tokens <= spec.item[1]:
-            raise UsageError(f"read: tokens must be from 1 to {spec.item[1]}, {tokens} given")
+            raise UsageError(
+                f"read: tokens of {name} must be from 1 to {spec.item[1]}, {tokens} given"
+            )
         return tokens or spec.item[1]
 
     def _target(

@@ -4,6 +4,7 @@ other rows."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,11 @@ def check_fields(fields: Sequence[str]) -> tuple[str, ...]:
 def check_options(levels: Any, tokens: object, out: object, fields: Sequence[str]) -> None:
     """Check what needs no look at the cache."""
     if levels is not None and (np.ndim(levels) != 1 or isinstance(levels, str | bytes)):
-        raise UsageError(f"read: levels must be a list of block numbers, {levels!r} is given")
-    if tokens is not None and (
-        isinstance(tokens, bool) or not isinstance(tokens, int | np.integer)
-    ):
-        raise UsageError(f"read: tokens must be a whole number, {tokens!r} is given")
+        raise UsageError(f"read: levels must be a list of block numbers, {levels!r:.80} is given")
+    if levels is not None and not all(_is_whole(level) for level in levels):
+        raise UsageError(f"read: levels must be whole numbers, {levels!r:.80} is given")
+    if tokens is not None and not _is_whole(tokens):
+        raise UsageError(f"read: tokens must be a whole number, {tokens!r:.80} is given")
     if out is None:
         return
     if not isinstance(out, Mapping) or not all(
@@ -44,6 +45,16 @@ def check_options(levels: Any, tokens: object, out: object, fields: Sequence[str
         raise UsageError(
             f"read: out[{strange[0]!r}] is not asked for; fields are {', '.join(fields)}"
         )
+    for one, other in combinations(out, 2):
+        if np.may_share_memory(out[one], out[other]):
+            raise UsageError(
+                f"read: out[{one!r}] and out[{other!r}] share memory, and one would overwrite the "
+                "other; give each an array of its own"
+            )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_numbers(name: str, given: npt.ArrayLike) -> npt.NDArray[np.int64]:
