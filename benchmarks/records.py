@@ -20,6 +20,7 @@ from benchmarks.comparison import F16, I64, Batches, Comparison, Reader, Task, c
 from featcache.storage import checksums, json_file, manifest
 from featcache.storage.store import SHARDS, Array, get_store
 from featcache.views import pixel_path
+from featcache.views.policy import Policy
 
 SHARD_ROWS = 1024
 
@@ -75,11 +76,13 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
         writer.finish([], {})
         shards.append(shard)
     identity = {
-        "teacher": {"name": "benchmark", "patches": tokens - 1, "width": width},
+        "teacher": {"name": "benchmark", "patches": tokens - 1, "width": width, "depth": levels},
         "levels": list(range(1, levels + 1)),
+        "eps": 1e-5,
+        "order": "attentive",
         "codec": "fp16",
         "tokens": "ranked" if ranked else "raster",
-        "policy": {"size": 224},
+        "policy": Policy().as_dict(),
         "pixel_path": pixel_path.PIXEL_PATH,
         "views": 1,
         "pictures": {"count": rows, "keys_digest": manifest.keys_digest(keys)},

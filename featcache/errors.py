@@ -123,6 +123,18 @@ class IdentityError(UserError):
     """Two things that must be the same (weights, pixels, pictures) are not."""
 
 
+def short(value: object) -> str:
+    """Show what was found in a file in a few words, without its control characters.
+
+    >>> short("a\\x1b[0m"), short(10**50), short([0] * 100)[-8:]
+    ("'a\\\\x1b[0m'", 'a huge number', '0, 0 ...')
+    """
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a huge number"  # which Python may refuse to write out
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
 def near(given: str, known: Iterable[str]) -> str:
     """Return the tail of an 'unknown name' message: near names first, then all that are known.
 

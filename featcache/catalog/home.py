@@ -9,11 +9,16 @@ import json
 import logging
 import os
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from featcache.pictures.regular_file import open_regular
 from featcache.storage import manifest
+from featcache.storage.schema import LedgerLine, schema_problem
 
+LEDGER = "runs.jsonl"
+_LINE_BYTES = 1 << 20  # a line has less than a thousand
 _LOG = logging.getLogger(__name__)
 
 
@@ -38,32 +43,49 @@ def log_run(**facts: Any) -> None:
     )
     try:
         home().mkdir(parents=True, exist_ok=True)
-        with (home() / "runs.jsonl").open("a") as file:
+        with (home() / LEDGER).open("a") as file:
             file.write(line + "\n")
     except OSError as error:
         _LOG.warning(
-            "the run ledger %r cannot be written: %s", str(home() / "runs.jsonl"), error.strerror
+            "the run ledger %r cannot be written: %s", str(home() / LEDGER), error.strerror
         )
 
 
 def runs_of(cache_id: str) -> list[dict[str, Any]]:
-    """Return the ledger's lines on training with a cache, oldest first; lines that cannot be read
-    are passed over."""
+    """Return the ledger's lines on training with a cache, oldest first. Lines that are none of ours
+    are passed over; a note counts them, once."""
+    path = home() / LEDGER
     try:
-        lines = (home() / "runs.jsonl").read_text(errors="replace").splitlines()
-    except OSError:
+        status = path.stat()
+        return _training_runs(str(path), status.st_mtime_ns, status.st_size).get(cache_id, [])
+    except FileNotFoundError:
         return []
-    found = []
-    for line in lines:
-        if cache_id in line:
-            try:
-                facts = json.loads(line)
-            except ValueError:  # a process died while it wrote
-                continue
-            if (
-                isinstance(facts, dict)
-                and facts.get("cache_id") == cache_id
-                and facts.get("command") == "train"
-            ):
-                found.append(facts)
+    except OSError as error:
+        _LOG.warning("the run ledger %r cannot be read: %s", str(path), error.strerror)
+        return []
+
+
+@lru_cache(1)  # `ls` asks for every cache
+def _training_runs(path: str, mtime_ns: int, size: int) -> dict[str, list[dict[str, Any]]]:
+    """Read the ledger: cache id -> its lines on training."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    passed_over = 0
+    with os.fdopen(open_regular(path), "rb") as file:
+        while line := file.readline(_LINE_BYTES):
+            run = _parse(line)
+            passed_over += run is None
+            if run is not None and run["command"] == "train" and run.get("cache_id"):
+                found.setdefault(run["cache_id"], []).append(run)
+    if passed_over:
+        _LOG.warning("%d lines of %r are none of ours; they are passed over", passed_over, path)
     return found
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return what a line says; None where a process died while it wrote, or another program wrote
+    it."""
+    try:
+        run = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return None if schema_problem(LedgerLine, run) else run

@@ -7,8 +7,9 @@ from typing import Any
 
 from featcache.catalog import home
 from featcache.errors import UserError
-from featcache.storage import json_file, manifest
+from featcache.storage import manifest
 from featcache.storage.part import added_parts
+from featcache.storage.record import read_record
 from featcache.storage.store import record_path
 
 
@@ -47,7 +48,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _records(part: Path, part_manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
     """(records of complete shards, shards there are to be)."""
     paths = [record_path(part, shard["name"]) for shard in part_manifest["shards"]]
-    return [json_file.read_json(path) for path in paths if path.is_file()], len(paths)
+    return [read_record(path) for path in paths if path.is_file()], len(paths)
 
 
 def _own(identity: dict[str, Any], parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -289,7 +289,9 @@ def _batch_size(out: Path, asked: int) -> int:
     """Return the size that a cache was begun with, since a real network gives other bits at
     another; who asks for another size gets it, and is told."""
     size = (
-        manifest.read(out)["provenance"]["batch_size"] if (out / manifest.NAME).is_file() else asked
+        manifest.read(out)["provenance"].get("batch_size", asked)
+        if (out / manifest.NAME).is_file()
+        else asked
     )
     source = click.get_current_context().get_parameter_source("batch_size")
     if size == asked or source is not ParameterSource.COMMANDLINE:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError
 from featcache.storage import commit, identity, json_file, manifest
+from featcache.storage.record import read_record
 from featcache.storage.store import QUARANTINE, SHARDS, record_path
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
     paths = [record_path(out, shard["name"]) for shard in wanted["shards"]]
     if not all(path.is_file() for path in paths):  # the shares of others are still to come
         return
-    records = [json_file.read_json(path) for path in paths]
+    records = [read_record(path) for path in paths]
     rows = write_quarantine(out, records)
     if rows and not sum(record["rows"] for record in records):
         raise UserError(

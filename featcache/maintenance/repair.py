@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from featcache.catalog import extract_command
 from featcache.errors import IdentityError, UnreadableError, UserError
 from featcache.extraction import extract
 from featcache.extraction.plan import ExtractJob, Plan
@@ -24,6 +25,7 @@ from featcache.storage import commit, json_file, manifest
 from featcache.storage import lease as leases
 from featcache.storage.identity import refuse_mismatch
 from featcache.storage.part import added_parts
+from featcache.storage.record import read_quarantine, read_record
 from featcache.storage.store import QUARANTINE, SHARDS, record_path
 from featcache.views.policy import policy_from_dict
 
@@ -69,14 +71,16 @@ def _restore_manifest(part: Path) -> list[str]:
             f"no cache at {str(part)!r}: neither {manifest.NAME} nor its copy is there; give the "
             "folder that `featcache extract` wrote"
         )
-    good = [path for path in pair if not verify.json_problem(path)]
+    good = [path for path in pair if not _manifest_problem(path)]
+    if not good and not verify.json_problem(pair[0]):  # whole, and no manifest: that says why
+        manifest.read_file(pair[0])
     if not good:
         raise UserError(
             f"cache {str(part)!r}: {manifest.NAME} and its copy {SHARDS}/{manifest.COPY} are both "
             "damaged; extract again into another folder"
         )
     if len(good) == 2:
-        here, there = (json_file.read_json(path) for path in pair)
+        here, there = (manifest.read_file(path) for path in pair)
         if here == there:
             return []
         what = (
@@ -87,8 +91,20 @@ def _restore_manifest(part: Path) -> list[str]:
         refuse_mismatch(here, there, what, todo, ("fatal", "lossy", "layout"))
     source = good[0]
     target = pair[1] if source == pair[0] else pair[0]
-    json_file.write_json(target, json_file.read_json(source))
+    json_file.write_json(target, manifest.read_file(source))
     return [str(target)]
+
+
+def _manifest_problem(path: Path) -> str | None:
+    """Say why a file is no manifest that may be restored from; an UnreadableError where that
+    cannot be said."""
+    try:
+        manifest.read_file(path)
+    except UnreadableError:
+        raise
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _extract(
@@ -111,7 +127,9 @@ def _extract(
     write_side_files(part, plan.side_files())
     shards = [shard for shard in about["shards"] if shard["name"] in bad]
     options = extract.RunOptions(
-        batch_size=about["provenance"]["batch_size"], workers=workers, progress=progress
+        batch_size=about["provenance"].get("batch_size", extract_command.BATCH_SIZE),
+        workers=workers,
+        progress=progress,
     )
     progress.total += sum(shard["count"] for shard in shards)
     for shard in shards:
@@ -151,10 +169,7 @@ def _check_views(part: Path, shard: str) -> None:
     alone, and other pictures under the same keys have others."""
     record = record_path(part, shard)
     try:
-        here, there = (
-            json_file.read_json(path).get("files", {})
-            for path in (record, commit.backup_path(record))
-        )
+        here, there = (read_record(path)["files"] for path in (record, commit.backup_path(record)))
     except UnreadableError:
         raise
     except UserError:  # damaged, or another repair of the same shard has cleared up in this moment
@@ -178,14 +193,9 @@ def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
     keys of all its rows."""
     last = max(shard["first"] + shard["count"] for shard in about["shards"])
     records = [record_path(part, shard["name"]) for shard in about["shards"]]
-    lists = [
-        json_file.read_json(path)["quarantined"]
-        for path in records
-        if not verify.json_problem(path)
-    ]
-    if not verify.json_problem(part / QUARANTINE):
-        lists.append(json_file.read_json(part / QUARANTINE)["pictures"])
-    out = {row["key"] for rows in lists for row in rows}
+    out = set(_keys_of(read_quarantine, part / QUARANTINE))
+    for path in records:
+        out.update(_keys_of(lambda path: read_record(path)["quarantined"], path))
     if last > len(source):
         return False
     keys = [
@@ -198,6 +208,16 @@ def _holds(part: Path, about: dict[str, Any], source: Source) -> bool:
         "count": len(keys),
         "keys_digest": manifest.keys_digest(keys),
     }
+
+
+def _keys_of(read: Callable[[Path], list[dict[str, str]]], path: Path) -> list[str]:
+    """Return the keys that a JSON lists; none where it is missing or damaged."""
+    try:
+        return [row["key"] for row in read(path)]
+    except UnreadableError:
+        raise
+    except UserError:
+        return []
 
 
 def plan_from_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from featcache.errors import UnreadableError, UserError
 from featcache.reading.cache import Cache
 from featcache.storage import commit, json_file, manifest
-from featcache.storage.keys import Keys
-from featcache.storage.part import added_parts, record_problem
+from featcache.storage.keys import Keys, read_shard_keys
+from featcache.storage.part import added_parts
+from featcache.storage.record import RecordCheck, read_record
 from featcache.storage.store import QUARANTINE, SHARDS, get_store, record_path
 
 
@@ -76,7 +77,7 @@ def part_problems(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Problem]:
     """Yield everything that is wrong with one part, file by file."""
-    backend = about["identity"]["store"]
+    backend, check = about["identity"]["store"], RecordCheck(about)
     for text in manifest.check_files(part, about):
         yield Problem(Path(text.rpartition(": ")[0]), text)
     for path in (part / SHARDS / manifest.COPY, part / QUARANTINE):
@@ -96,7 +97,7 @@ def part_problems(
             yield Problem(record, damage if record.is_file() else missing, shard["name"])
         else:
             read = json_file.read_json(record)
-            if why := record_problem(about, shard, read):
+            if why := check.problem(shard, read):
                 yield Problem(record, f"{record}: {why}", shard["name"])
             else:
                 yield from _of_files(part, shard["name"], backend, read)
@@ -107,9 +108,13 @@ def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> I
     found = commit.check_shard(part, shard, backend, record, deep=True)
     yield from (Problem(Path(text.rpartition(": ")[0]), text, shard) for text in found)
     if not found:
-        keys = Keys(*get_store(backend).keys(part, shard, record))
-        if len(keys) != record["rows"] or manifest.keys_digest(keys) != record["keys_digest"]:
-            path = record_path(part, shard)
+        path = record_path(part, shard)
+        try:
+            keys = Keys(*read_shard_keys(get_store(backend), part, record))
+        except UserError as error:
+            yield Problem(path, f"{path}: {error}", shard)
+            return
+        if manifest.keys_digest(keys) != record["keys_digest"]:
             yield Problem(path, f"{path}: its keys are not those of the shard's files", shard)
 
 
@@ -124,12 +129,17 @@ def _is_of_records(path: Path, part: Path, about: dict[str, Any]) -> bool:
     return rows is None or (json_file.read_json(path) == {"pictures": rows} and bool(rows))
 
 
-def _quarantined(part: Path, about: dict[str, Any]) -> list[Any] | None:
+def _quarantined(part: Path, about: dict[str, Any]) -> list[dict[str, str]] | None:
     """Return what the records say, in order; None where one of them is missing or damaged."""
-    paths = [record_path(part, shard["name"]) for shard in about["shards"]]
-    if any(json_problem(path) for path in paths):
-        return None
-    return [row for path in paths for row in json_file.read_json(path).get("quarantined", [])]
+    rows: list[dict[str, str]] = []
+    for shard in about["shards"]:
+        try:
+            rows += read_record(record_path(part, shard["name"]))["quarantined"]
+        except UnreadableError:
+            raise
+        except UserError:
+            return None
+    return rows
 
 
 def json_problem(path: Path) -> str | None:

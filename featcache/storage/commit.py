@@ -17,7 +17,7 @@ from typing import Any
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError, raise_if_unreadable
-from featcache.storage import json_file, manifest
+from featcache.storage import json_file, manifest, schema
 from featcache.storage.owner import is_abandoned, is_own, split_temporary, writer_id
 from featcache.storage.store import SHARDS, folder_path, get_store, record_path
 
@@ -137,7 +137,9 @@ def remove_path(path: Path) -> None:
 
 def _inner_record(folder: Path) -> dict[str, Any] | None:
     try:
-        return json_file.read_json(folder / RECORD)
+        record = json_file.read_json(folder / RECORD)
+        schema.check(schema.ShardFiles, record, folder / RECORD, json_file.advice(folder / RECORD))
+        return record
     except UserError:  # missing or damaged: nothing proves the bytes
         return None
 

@@ -7,6 +7,7 @@ same way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,10 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import UserError, command_line, raise_if_unreadable
+from featcache.errors import UserError, command_line, raise_if_unreadable, short
+from featcache.pictures.regular_file import open_regular
 from featcache.storage.owner import is_abandoned, split_temporary, writer_id
 
 CHECKSUM = "checksum"
+# a manifest of ImageNet has 150 kB; a million shards would have 100 MB
+LARGEST_BYTES = 256 << 20
 
 
 def canonical(value: Any) -> bytes:
@@ -84,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a JSON of a cache; a missing, cut or changed file is a UserError that says
     what fixes it."""
     try:
-        data = path.read_bytes()
+        data = _bytes(path)
         value = json.loads(data)
         given = value.pop(CHECKSUM)
         found, text = digest(value), _text(value)
@@ -102,12 +106,26 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{str(path)!r} is damaged: no JSON object with a checksum; run `{_repair(path)}`"
         ) from error
-    why = f"its checksum is {given}, its content has {found}" if found != given else ""
+    why = f"its checksum is {short(given)}, its content has {found}" if found != given else ""
     if not why and text != data:  # the same content in other bytes is not ours either
         why = "its bytes are not those that were written"
     if why:
         raise UserError(f"{str(path)!r} is damaged: {why}; run `{_repair(path)}`")
     return value
+
+
+def _bytes(path: Path) -> bytes:
+    """Read a regular file that is not larger than any of ours."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_BYTES:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, {LARGEST_BYTES} are allowed")
+        return file.read()
+
+
+def advice(path: Path) -> str:
+    """Say what fixes a JSON that is none of ours."""
+    return f"run `{_repair(path)}`"
 
 
 def _repair(path: Path) -> str:

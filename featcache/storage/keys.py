@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache import rng
-from featcache.errors import UsageError
+from featcache.errors import UsageError, UserError, command_line
+from featcache.storage.store import ShardKeys, folder_path
 
 I64 = npt.NDArray[np.int64]
+
+
+def read_shard_keys(store: ModuleType, cache: Path, record: Mapping[str, Any]) -> ShardKeys:
+    """Read the keys of a shard's rows. Raises UserError where they are not as many, or no text."""
+    blob, offsets = store.keys(cache, record["shard"], record)
+    if (
+        len(offsets) != record["rows"] + 1
+        or offsets[0] != 0
+        or offsets[-1] != len(blob)
+        or (np.diff(offsets) < 0).any()
+        or not _is_text(blob, offsets)
+    ):
+        raise UserError(
+            f"cache file {folder_path(cache, record['shard'], store.NAME)}: its keys are not text "
+            f"of {record['rows']} rows; run `{command_line('featcache', 'verify', cache)}`"
+        )
+    return ShardKeys(blob, offsets)
+
+
+def _is_text(blob: npt.NDArray[np.uint8], offsets: I64) -> bool:
+    """Whether the whole is UTF-8, and no key begins within a character."""
+    try:
+        blob.tobytes().decode()
+    except UnicodeDecodeError:
+        return False
+    starts = blob[offsets[offsets < len(blob)]]
+    return not (starts & 0xC0 == 0x80).any()
 
 
 class Keys(Sequence[str]):

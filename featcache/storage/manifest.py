@@ -14,8 +14,9 @@ from typing import Any
 
 from fastcrc.crc32 import iscsi as crc32c
 
-from featcache.errors import UserError, command_line, one_line
-from featcache.storage import json_file
+from featcache.errors import UserError, command_line, one_line, short
+from featcache.storage import json_file, schema
+from featcache.storage.cross_check import cross_problem
 from featcache.storage.json_file import digest
 
 FORMAT = 3
@@ -76,17 +77,28 @@ def read(cache: Path) -> dict[str, Any]:
             f"no cache at {str(cache)!r}: {NAME} is missing; give the folder that `featcache "
             "extract` wrote"
         )
+    return read_file(path)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a manifest, or its copy, from a file; everything in it is checked here, and may be
+    trusted afterwards."""
     manifest = json_file.read_json(path)
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"cache {str(cache)!r} has format {manifest.get('format')!r}, this version reads "
-            f"format {FORMAT}; use the version of featcache that wrote it, or extract again"
+            f"cache {str(json_file.cache_of(path))!r} has format "
+            f"{short(manifest.get('format'))}, this version reads format {FORMAT}; use the "
+            "version of featcache that wrote it, or extract again"
         )
     parts = {"id", "identity", "provenance", "arrays", "shards", "files"}
+    why = ""
     if not parts <= manifest.keys() or manifest["id"] != digest(manifest["identity"])[:16]:
+        why = "its id is not that of its identity"
+    why = why or schema.schema_problem(schema.Manifest, manifest) or cross_problem(manifest)
+    if why:
         raise UserError(
-            f"{str(path)!r} is no manifest as extraction writes it: its id is not that of its "
-            "identity"
+            f"{str(path)!r} is no manifest as extraction writes it: {why}; use the version of "
+            "featcache that wrote it, or extract again into another folder"
         )
     return manifest
 
@@ -96,10 +108,11 @@ def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, facts in manifest["files"].items():
         path = cache / name
-        data = path.read_bytes() if path.is_file() else None
-        if data is None:
+        if not path.is_file():
             problems.append(f"{path}: missing")
-        elif f"{crc32c(data):08x}" != facts["crc32c"]:
+        elif path.stat().st_size != facts["bytes"]:
+            problems.append(f"{path}: {path.stat().st_size} bytes, {facts['bytes']} recorded")
+        elif f"{crc32c(path.read_bytes()):08x}" != facts["crc32c"]:
             problems.append(f"{path}: checksum differs")
     return problems
 

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from featcache.errors import UnreadableError, UserError, command_line, one_line
 from featcache.storage import commit, json_file, manifest
 from featcache.storage.identity import Mismatch, compare
-from featcache.storage.keys import I64, Keys
+from featcache.storage.keys import I64, Keys, read_shard_keys
+from featcache.storage.record import RecordCheck, read_quarantine
 from featcache.storage.store import (
     QUARANTINE,
     SHARDS,
@@ -27,6 +28,7 @@ from featcache.storage.store import (
     get_store,
     record_path,
 )
+from featcache.storage.tail import read_tail
 
 PARTS = "parts"  # folder of what was added to a cache
 
@@ -58,6 +60,7 @@ class Part:
             name: array_from_dict(name, f) for name, f in self.manifest["arrays"].items()
         }
         self.store = get_store(self.identity["store"])
+        self._check = RecordCheck(self.manifest)
         self.absent: dict[str, str] = {}  # shard -> why
         # {key, reason} each; of absent shards as well, where that is known
         self.quarantined: list[dict[str, str]] = []
@@ -89,7 +92,7 @@ class Part:
     def _record(self, path: Path, shard: Mapping[str, Any]) -> dict[str, Any]:
         """Read the record of a shard, and check that its files are there."""
         record = json_file.read_json(path)
-        if why := record_problem(self.manifest, shard, record):
+        if why := self._check.problem(shard, record):
             raise UserError(
                 f"cache file {path} {why}; run `{command_line('featcache', 'verify', self.path)}`"
             )
@@ -106,7 +109,7 @@ class Part:
         """Add those of lost records, from the list that the extraction left beside the manifest."""
         with contextlib.suppress(UserError):  # there is none, or it is damaged as well
             known = {row["key"] for row in self.quarantined}
-            rows = json_file.read_json(self.path / QUARANTINE)["pictures"]
+            rows = read_quarantine(self.path / QUARANTINE)
             self.quarantined += [row for row in rows if row["key"] not in known]
 
     def drop_shards(self, shards: Collection[str]) -> None:
@@ -169,7 +172,7 @@ class Part:
         return {record["shard"]: record["files"] for record in self.records}
 
     def keys(self) -> Keys:
-        parts = [self.store.keys(self.path, record["shard"], record) for record in self.records]
+        parts = [read_shard_keys(self.store, self.path, record) for record in self.records]
         ends = np.cumsum([0, *(len(part.blob) for part in parts)])
         offsets = [part.offsets[1:] + end for part, end in zip(parts, ends, strict=False)]
         blobs = [part.blob for part in parts]
@@ -179,39 +182,8 @@ class Part:
         )
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
-        from safetensors.numpy import load_file
-
-        problems = manifest.check_files(self.path, self.manifest)
-        if problems:
-            raise UserError(
-                f"cache file {problems[0]}; run `{command_line('featcache', 'repair', self.path)}`"
-            )
-        return load_file(self.path / next(iter(self.manifest["files"])))
-
-
-def record_problem(
-    of_part: Mapping[str, Any], shard: Mapping[str, Any], record: Mapping[str, Any]
-) -> str | None:
-    """Say why an intact JSON is not the record of this shard of this cache; None where it is."""
-    rows, quarantined, files = record.get("rows"), record.get("quarantined"), record.get("files")
-    if record.get("shard") != shard["name"]:
-        return f"is the record of shard {record.get('shard')!r}"
-    if (
-        type(rows) is not int
-        or rows < 0
-        or not isinstance(quarantined, list)
-        or not (files and isinstance(files, dict))
-    ):
-        return "is not the record of a shard"
-    if rows + len(quarantined) != shard["count"]:
-        return (
-            f"has {rows} rows and {len(quarantined)} in quarantine, "
-            f"the manifest {shard['count']} pictures"
-        )
-    here = manifest.content_digest(of_part)
-    if record.get("content", here) != here:
-        return "is of a shard of another cache"
-    return None
+        """Read gamma, beta, eps and proj of the teacher's end; empty where it has none."""
+        return read_tail(self.path, self.manifest)
 
 
 def previous_record(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -227,7 +199,7 @@ def previous_record(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | 
     for part, path in candidates:
         try:
             record = json_file.read_json(path)
-            if record_problem(manifest.read(part), shard, record) is None:
+            if RecordCheck(manifest.read(part)).problem(shard, record) is None:
                 return record
         except UserError:  # missing or damaged
             continue

@@ -84,6 +84,13 @@ class ShardKeys(NamedTuple):
     offsets: npt.NDArray[np.int64]
 
 
+class FileSize(NamedTuple):
+    """The bytes of a shard's file follow from its rows."""
+
+    fixed: int
+    per_row: int
+
+
 class ShardWriter(Protocol):
     """Streams one shard. Memory stays flat: items go to their files as they come."""
 
@@ -132,6 +139,11 @@ class Store(Protocol):
     @staticmethod
     def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
         """Return whether every byte of a file is as recorded."""
+        ...
+
+    @staticmethod
+    def file_sizes(arrays: Sequence[Array], views: int) -> dict[str, FileSize | None]:
+        """Name all files of a shard, with their sizes where those follow from the rows alone."""
         ...
 
 

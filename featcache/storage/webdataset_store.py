@@ -38,7 +38,7 @@ from featcache.pictures.tars import escape
 from featcache.storage import checksums, commit, json_file
 from featcache.storage.posix_io import read_error
 from featcache.storage.row_file import RowFile
-from featcache.storage.store import SHARDS, Array, ShardKeys, folder_path
+from featcache.storage.store import SHARDS, Array, FileSize, ShardKeys, folder_path
 
 NAME = "webdataset"
 INDEX = "index.safetensors"
@@ -330,3 +330,15 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
 def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
     """See store.Store.is_intact."""
     return f"{commit.file_crc(path, path.stat().st_size):08x}" == facts["crc32c"]
+
+
+def file_sizes(arrays: Sequence[Array], views: int) -> dict[str, FileSize | None]:
+    """See store.Store.file_sizes."""
+    sizes: dict[str, FileSize | None] = {INDEX: None}
+    sizes |= {_tar(view): None for view in range(views)}
+    for array in arrays:
+        if array.name in checksums.NAMES:
+            items = 1 if array.split else views
+            for view in range(views) if array.split else [0]:
+                sizes[_npy(array, view)] = FileSize(_NPY_BYTES, items * array.item_bytes)
+    return sizes

@@ -21,9 +21,10 @@ from fastcrc.crc32 import iscsi as crc32c
 from featcache.errors import UserError, command_line
 from featcache.storage import commit
 from featcache.storage.row_file import RowFile
-from featcache.storage.store import SHARDS, Array, ShardKeys, folder_path
+from featcache.storage.store import SHARDS, Array, FileSize, ShardKeys, folder_path
 
 NAME = "zarr"
+_CRC_BYTES = 4  # of Zarr's crc32c codec, behind the rows
 KEY = Array("key", "|u1", (), ("byte",), per_view=False)
 KEY_OFFSETS = Array("key_offsets", "<i8", (), ("row_edge",), per_view=False)
 
@@ -189,3 +190,20 @@ def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
         file.seek(facts["bytes"] - 4)
         tail = file.read(4)
     return f"{crc:08x}" == facts["crc32c"] and tail == crc.to_bytes(4, "little")
+
+
+def file_sizes(arrays: Sequence[Array], views: int) -> dict[str, FileSize | None]:
+    """See store.Store.file_sizes."""
+    every = (*arrays, KEY, KEY_OFFSETS)
+    sizes: dict[str, FileSize | None] = {"zarr.json": None}
+    sizes |= {f"{array.name}/zarr.json": None for array in every}
+    for array in arrays:
+        items = views if array.per_view and not array.split else 1
+        for view in range(views) if array.split else [0]:
+            sizes[_chunk(array, view)] = FileSize(_CRC_BYTES, items * array.item_bytes)
+    edge = KEY_OFFSETS.item_bytes
+    return {
+        **sizes,
+        _chunk(KEY, 0): None,
+        _chunk(KEY_OFFSETS, 0): FileSize(_CRC_BYTES + edge, edge),
+    }

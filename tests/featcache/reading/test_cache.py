@@ -27,6 +27,7 @@ from featcache.reading import range_reader
 from featcache.reading.cache import Cache, _choose
 from featcache.storage import checksums, json_file, manifest, statistics
 from featcache.storage.store import SHARDS, STORES, Array, get_store
+from featcache.views.policy import Policy
 from tests.conftest import copy_tree, python
 
 VIEWS, LEVELS, TOKENS, WIDTH = 3, (2, 5, 6), 5, 8
@@ -90,7 +91,7 @@ def write_cache(
         keys = [key for key in KEYS[rows] for _ in range(VIEWS)]
         writer.append(keys, {**items, **checksums.compute_checksums(arrays, items)})
         writer.finish([{"key": f"bad{shard}", "reason": "cut"}], found.summary())
-        shards.append({"name": shard, "first": first, "count": count + 1})
+        shards.append({"name": shard, "first": first + len(shards), "count": count + 1})
         first += count
     identity = {
         "pixel_path": {"decoder": "pillow"},
@@ -101,8 +102,9 @@ def write_cache(
         "codec": "fp16",
         "tokens": tokens,
         "order": "attentive",
-        "rows_per_shard": 5,
-        "policy": {"size": 28},
+        "rows_per_shard": 6,
+        "eps": 1e-5,
+        "policy": Policy(size=28).as_dict(),
         "pictures": {"count": 10, "keys_digest": "0"},
     }
     provenance = {"weights": "random:4", "source": "x"}

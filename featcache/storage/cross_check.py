@@ -1,0 +1,162 @@
+"""The fields of a manifest are compared with one another: each may be of the right kind, and they
+may still not be of one cache.
+
+L levels, T tokens, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from featcache.storage import checksums
+from featcache.storage.store import Array, array_from_dict
+
+_ROW_VIEW = ("row", "view")
+_ITEM_BYTES = 1 << 31
+# the dimensions of the arrays that the code knows by name; a codec may have others beside them
+_DIMENSIONS = {
+    "features": (*_ROW_VIEW, "level", "token"),
+    "feature_stats": (*_ROW_VIEW, "level", "token", "mean_std"),
+    "attention": (*_ROW_VIEW, "patch"),
+    "mask_order": (*_ROW_VIEW, "rank"),
+    "token_ids": (*_ROW_VIEW, "patch"),
+    "crop": (*_ROW_VIEW, "top_left_height_width"),
+    "flip": _ROW_VIEW,
+    "area": _ROW_VIEW,
+    "jitter": (*_ROW_VIEW, "brightness_contrast_saturation_order"),
+    "pixel_hash": _ROW_VIEW,
+    "thumbnail": (*_ROW_VIEW, "y", "x", "rgb"),
+    "pixels": (*_ROW_VIEW, "y", "x", "rgb"),
+    "source_size": ("row", "height_width"),
+}
+_DTYPES = {
+    "feature_stats": ("<f4",),
+    "attention": ("<f4",),
+    "mask_order": ("|u1", "<u2"),
+    "token_ids": ("<u2",),
+    "crop": ("<i4",),
+    "flip": ("|u1",),
+    "area": ("<f4",),
+    "jitter": ("<f4",),
+    "pixel_hash": ("<u8",),
+    "thumbnail": ("|u1",),
+    "pixels": ("|u1",),
+    "source_size": ("<i4",),
+}
+_RESERVED = ("key", "key_offsets")  # a store's own arrays
+
+
+def cross_problem(manifest: Mapping[str, Any]) -> str:
+    """Say what does not fit together in a manifest whose fields are each of their kind; empty where
+    all does."""
+    identity = manifest["identity"]
+    arrays = [array_from_dict(name, facts) for name, facts in manifest["arrays"].items()]
+    return next(
+        (
+            problem
+            for found in (
+                _identity_problems(identity),
+                _shard_problems(manifest["shards"], identity),
+                _array_problems(arrays, identity),
+                _checksum_problems(arrays, identity),
+            )
+            for problem in found
+        ),
+        "",
+    )
+
+
+def _identity_problems(identity: Mapping[str, Any]) -> Iterator[str]:
+    teacher, levels = identity["teacher"], identity["levels"]
+    if sorted(set(levels)) != levels or levels[-1] > teacher["depth"]:
+        yield f"identity.levels are not ascending blocks of {teacher['depth']}"
+    if "keep" in identity and (
+        identity["keep"] > teacher["patches"] or identity["tokens"] != "ranked"
+    ):
+        yield f"identity.keep is {identity['keep']} of {teacher['patches']} patches"
+    if not isinstance(identity["pixel_path"].get("decoder"), str):
+        yield "identity.pixel_path.decoder is missing"
+
+
+def _shard_problems(shards: list[dict[str, Any]], identity: Mapping[str, Any]) -> Iterator[str]:
+    rows = identity["rows_per_shard"]
+    for shard in shards:
+        if shard["count"] > rows:
+            yield f"shard {shard['name']} has {shard['count']} pictures of at most {rows}"
+    for here, there in pairwise(shards):
+        if here["name"] >= there["name"] or here["first"] + here["count"] != there["first"]:
+            yield f"shard {there['name']} does not begin where {here['name']} ends"
+    if identity["pictures"]["count"] > sum(shard["count"] for shard in shards):
+        yield f"identity.pictures.count is {identity['pictures']['count']}, its shards have fewer"
+
+
+def _array_problems(arrays: list[Array], identity: Mapping[str, Any]) -> Iterator[str]:
+    sizes = _sizes(identity)
+    for spec in arrays:
+        own = ("row", "view") if spec.per_view else ("row",)
+        if spec.name in _RESERVED or spec.dimensions[: len(own)] != own:
+            yield f"arrays.{spec.name} is no array of rows"
+        elif len(spec.dimensions) != len(own) + len(spec.item) or spec.split > spec.per_view:
+            yield f"arrays.{spec.name} has {len(spec.dimensions)} dimensions, its item others"
+        elif math.prod(spec.item) * np.dtype(spec.dtype).itemsize > _ITEM_BYTES:
+            yield f"arrays.{spec.name} has items of more than {_ITEM_BYTES} bytes"
+        elif not _is_as_known(spec):
+            yield f"arrays.{spec.name} is not as this version knows it"
+        else:
+            named = zip(spec.dimensions[len(own) :], spec.item, strict=True)
+            for dimension, size in named:
+                wanted = sizes.get(f"{spec.name}.{dimension}", sizes.get(dimension, size))
+                if size != wanted:
+                    yield f"arrays.{spec.name} has {size} of {dimension}, the identity {wanted}"
+
+
+def _is_as_known(spec: Array) -> bool:
+    dimensions = _DIMENSIONS.get(spec.name, spec.dimensions)
+    return (
+        spec.dimensions[: len(dimensions)] == dimensions
+        and (spec.name == "features" or len(spec.dimensions) == len(dimensions))
+        and spec.dtype in _DTYPES.get(spec.name, (spec.dtype,))
+    )
+
+
+def _sizes(identity: Mapping[str, Any]) -> dict[str, int]:
+    """Return the size that the identity gives a dimension, under its name or ARRAY.NAME."""
+    teacher, px = identity["teacher"], identity["policy"]["size"]
+    tokens = _tokens(identity)
+    return {
+        "level": len(identity["levels"]),
+        "token": tokens,
+        "channel": teacher["width"],
+        "patch": teacher["patches"],
+        "rank": teacher["patches"],
+        "mean_std": 2,
+        "top_left_height_width": 4,
+        "brightness_contrast_saturation_order": 4,
+        "height_width": 2,
+        "rgb": 3,
+        "pixels.y": px,
+        "pixels.x": px,
+        "thumbnail.y": 14,
+        "thumbnail.x": 14,
+    }
+
+
+def _tokens(identity: Mapping[str, Any]) -> int:
+    patches: int = identity["teacher"]["patches"]
+    return 1 + int(identity.get("keep", patches))
+
+
+def _checksum_problems(arrays: list[Array], identity: Mapping[str, Any]) -> Iterator[str]:
+    plain = [spec for spec in arrays if spec.name not in checksums.NAMES]
+    wanted = checksums.checksum_arrays(
+        plain, len(identity["levels"]), _tokens(identity), ranked=identity["tokens"] == "ranked"
+    )
+    if {spec.name: spec for spec in arrays if spec not in plain} != {
+        spec.name: spec for spec in wanted
+    }:
+        yield f"arrays: the checksums {', '.join(checksums.NAMES)} are not those of the others"

@@ -1,0 +1,253 @@
+"""The JSON of a cache is checked once, where it is read; afterwards the code trusts its values.
+
+A checksum only tells that nobody changed a file by accident. Shapes, types, ranges and names are
+checked here, and strictly: true is no number, 1.0 is no count, null is no value, and a field that
+is not known is refused, since what a newer version means by it may change the numbers. Only
+provenance, which changes nothing, may say more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+)
+
+from featcache.errors import UserError, short
+from featcache.storage.names import check_file_name
+
+_ENTRIES = 4096  # of lists and objects whose length nothing else bounds
+_TEXT = 1 << 16
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has control characters")
+    return text
+
+
+def _text(value: Any) -> str:
+    """Take a path's bytes that are no UTF-8 as well, which are surrogates; pydantic does not."""
+    if not isinstance(value, str) or len(value) > _TEXT:
+        raise ValueError(f"a text of at most {_TEXT} characters is needed")
+    value.encode("utf-8", "surrogateescape")  # a UnicodeEncodeError is a ValueError
+    return value
+
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Number = Annotated[float, Field(ge=-1e300, le=1e300)]
+Text = Annotated[Any, PlainValidator(_text)]
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,64}$")]
+Crc = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}$")]
+ShardName = Annotated[str, StringConstraints(pattern=r"^[0-9]{6,18}$")]
+FileName = Annotated[str, AfterValidator(check_file_name)]
+SideName = Annotated[
+    str, StringConstraints(pattern=r"^[^/]+\.safetensors$"), AfterValidator(check_file_name)
+]
+TeacherName = Annotated[
+    str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_printable)
+]
+Views = Annotated[int, Field(ge=1, le=1 << 16)]
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+Size = Annotated[int, Field(ge=1, le=1 << 16)]  # of tokens, of channels
+Extent = Annotated[int, Field(ge=0, le=1 << 31)]
+Dtype = Literal["|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", "<u8", "<i8", "<f8"]
+Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Channels = Annotated[list[Number], Field(min_length=3, max_length=3)]
+
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, str | bool | int | float | None):
+        raise ValueError("a number, a text, true or false is needed")
+    return value
+
+
+def _shallow(value: Any) -> Any:
+    """Take a number, a text, or a list or an object of them."""
+    inner = list(value.values()) if isinstance(value, dict) else value
+    for each in inner if isinstance(inner, list) else [value]:
+        if not isinstance(each, str | bool | int | float | None):
+            raise ValueError("a number, a text, or a list or an object of them is needed")
+    return value
+
+
+Scalar = Annotated[Any, PlainValidator(_scalar)]
+Shallow = Annotated[Any, PlainValidator(_shallow)]
+
+
+class _Object(BaseModel):
+    """Describes one kind of object. A field with a default may be absent, and is never null."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+class Teacher(_Object):
+    name: TeacherName
+    weight_hash: Text = ""
+    input_px: Pixels = 1
+    pixel_mean: Channels = []
+    pixel_std: Channels = []
+    patches: Size
+    width: Size
+    depth: Annotated[int, Field(ge=1, le=_ENTRIES)]
+    precision: Word = ""
+    filter: Word = ""
+
+
+class Policy(_Object):
+    """Types alone: `views.policy` knows what a policy may be."""
+
+    size: Pixels
+    scale: Pair
+    ratio: Pair
+    filter: Word
+    flip: Number
+    jitter: Number
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Pictures(_Object):
+    count: Count
+    keys_digest: Digest
+
+
+class Identity(_Object):
+    teacher: Teacher
+    levels: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=_ENTRIES)]
+    eps: Annotated[float, Field(gt=0, le=1)]
+    order: Word
+    codec: Word
+    tokens: Literal["raster", "ranked"]
+    keep: Size = 1
+    pixels: Literal["raw"] = "raw"
+    first_view: Views = 1
+    policy: Policy
+    views: Views
+    pixel_path: Annotated[dict[Name, Scalar], Field(max_length=64)]
+    pictures: Pictures
+    rows_per_shard: Annotated[int, Field(ge=1, le=2**40)]
+    store: Word
+
+
+class Provenance(_Object):
+    """Other fields may be there: they change nothing."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Shallow] = Field(init=False)
+
+    weights: Text
+    source: Text
+    versions: Annotated[dict[Text, Text], Field(max_length=64)] = {}
+    batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 1
+    compiled: bool = True
+    copied_from: Text = ""
+    statistics: Text = ""
+
+
+class ArrayFacts(_Object):
+    dtype: Dtype
+    item: Annotated[list[Extent], Field(max_length=8)]
+    dimensions: Annotated[list[Name], Field(max_length=10)]
+    per_view: bool
+    split: bool
+
+
+class Shard(_Object):
+    name: ShardName
+    first: Count
+    count: Annotated[int, Field(ge=1, le=2**40)]
+
+
+class File(_Object):
+    bytes: Count
+    crc32c: Crc
+
+
+class Manifest(_Object):
+    format: int
+    id: Digest
+    identity: Identity
+    provenance: Provenance
+    arrays: Annotated[dict[Name, ArrayFacts], Field(min_length=1, max_length=256)]
+    shards: Annotated[list[Shard], Field(min_length=1)]
+    files: Annotated[dict[SideName, File], Field(max_length=64)]
+
+
+class Quarantined(_Object):
+    key: Text
+    reason: Text
+
+
+class ShardFiles(_Object):
+    """The part of a record that proves the bytes of a shard."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    files: Annotated[dict[FileName, File], Field(min_length=1)]
+
+
+class Record(ShardFiles):
+    model_config = ConfigDict(extra="forbid")
+
+    shard: ShardName
+    rows: Count
+    keys_digest: Digest
+    quarantined: list[Quarantined]
+    statistics: Annotated[dict[Name, dict[Name, Number]], Field(max_length=256)]
+    content: Digest = ""
+
+
+class Quarantine(_Object):
+    pictures: list[Quarantined]
+
+
+class LedgerLine(_Object):
+    """A line of `runs.jsonl`; what else it says is of its command."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    time: Annotated[str, StringConstraints(pattern=r"^[0-9T:.Z+-]{1,40}$")]
+    command: Word
+    cache_id: Text | None = None
+    recipe: Text = ""
+    run: Text = ""
+
+
+def schema_problem(kind: type[BaseModel], value: Any) -> str:
+    """Say which field of an object is not of its kind and what it holds; empty where all are."""
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        return _first_problem(error)
+    return ""
+
+
+def check(kind: type[BaseModel], value: Any, path: Path, todo: str) -> None:
+    """Raise UserError, which names the file and the field, unless an object is of its kind."""
+    if why := schema_problem(kind, value):
+        what = kind.__name__.lower()
+        raise UserError(f"{str(path)!r} is no {what} as extraction writes it: {why}; {todo}")
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Describe the first of the problems: the others may be many."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    loc = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    field = loc if loc.isprintable() and len(loc) <= 80 else short(loc)
+    match first["type"]:
+        case "missing":
+            return f"{field} is missing"
+        case "extra_forbidden":
+            return f"{field} is not known to this version"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    return f"{field or 'it'} is {short(first['input'])}: {message}"
