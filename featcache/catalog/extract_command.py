@@ -12,6 +12,7 @@ from featcache.models.contract import REGISTERED
 from featcache.storage import manifest
 from featcache.storage.part import added_parts, describe_part
 from featcache.storage.store import record_path
+from featcache.views import pixel_path
 from featcache.views.policy import Policy
 
 BATCH_SIZE = 32  # of `featcache extract` where none is given
@@ -103,11 +104,6 @@ def extract_options(
         **({"keep": identity["keep"]} if keep and "keep" in identity else {}),
         **({"pixels": identity["pixels"]} if "pixels" in identity else {}),
         **(
-            {}
-            if (decoder := identity["pixel_path"]["decoder"]) == "pillow"
-            else {"decoder": decoder}
-        ),
-        **(
             {"precision": identity["teacher"]["precision"]}
             if "precision" in identity["teacher"]
             else {}
@@ -117,7 +113,8 @@ def extract_options(
         **({} if size == BATCH_SIZE else {"batch-size": size}),
     }
     compiled = ["--compile"] if provenance.get("compiled") else []
-    return [*(word for key, value in given.items() for word in (f"--{key}", str(value))), *compiled]
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return [*words, *pixel_path.options(identity["pixel_path"]), *compiled]
 
 
 def format_levels(levels: Sequence[int], depth: int) -> str:

@@ -138,6 +138,12 @@ if TYPE_CHECKING:
     "Training does the same.",
 )
 @click.option(
+    "--exif",
+    is_flag=True,
+    help="Turn pictures as their EXIF orientation says, which is ignored otherwise. Training does "
+    "the same.",
+)
+@click.option(
     "--weights",
     multiple=True,
     help="FILE, a tag, or random:SEED for a trial; TEACHER=... for one. "
@@ -262,6 +268,8 @@ def _carry_out(jobs: list[ExtractJob], options: ExtractOptions, devices: list[st
         text = extract_report.dry_run_text(summary, jobs[0].out)
     else:
         summary |= _run(jobs, options, share, devices, summary)
+        if note := extract_report.exif_note(summary):
+            echo(note, err=True)
         text = extract_report.summary_text(summary)
     print_facts(summary, options.as_json, text)
 

@@ -43,6 +43,7 @@ class ExtractOptions:
     keep: str | None
     pixels: str | None
     decoder: str
+    exif: bool
     weights: tuple[str, ...]
     precision: str
     compiled: bool
@@ -99,7 +100,8 @@ def check_names(options: ExtractOptions) -> None:
 def open_inputs(options: ExtractOptions) -> Inputs:
     """Open the pictures, and check policy and devices against them and this machine."""
     policy = load_policy(options.policy_name, **options.policy_changes)
-    source = pixel_path.open_with_decoder(require_images(options.images_spec), options.decoder)
+    spec = require_images(options.images_spec)
+    source = pixel_path.open_with_decoder(spec, options.decoder, exif=options.exif)
     pixel_path.check_filter(pixel_path.pixel_path(source), policy.filter)
     return Inputs(source, policy, _devices(options))
 

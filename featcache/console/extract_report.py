@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.console import text
 from featcache.console.progress_bar import eta
+from featcache.pictures import passed_over
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
 from featcache.storage.store import record_path
@@ -28,6 +29,7 @@ def summary(
         "cache": str(out or folder),
         "id": plan.manifest()["id"],
         "pictures": len(plan.source),
+        "passed_over": passed_over.as_json(plan.source),
         "views": plan.views,
         "levels": plan.levels,
         "share_pictures": count,
@@ -74,10 +76,22 @@ def result(jobs: list[ExtractJob], progress: ExtractProgress) -> dict[str, Any]:
             "rows": len(cache),
             "complete": not any(unfinished_shards(job) for job in jobs),
             "new_pictures": progress.pictures,
+            "exif_ignored": progress.exif_ignored,
             "quarantined": cache.quarantined,
             "pictures_per_s": round(progress.rate, 2),
             "slowest": progress.slowest,
         }
+
+
+def exif_note(facts: dict[str, Any]) -> str:
+    """Say how many of the pictures that were extracted are turned in other programs; empty where
+    none is."""
+    if not facts["exif_ignored"]:
+        return ""
+    return (
+        f"note: {facts['exif_ignored']} of {manifest.pluralize(facts['new_pictures'], 'picture')} "
+        "have an EXIF orientation other than 1, which is not applied; --exif applies it"
+    )
 
 
 def dry_run_text(facts: dict[str, Any], folder: Path) -> str:

@@ -265,7 +265,9 @@ def _run_tasks(
                 pending.popleft().result()
             made = pools.encode.submit(task.encode, in_flight)
             pending.append(pools.write.submit(task.write, made))
-        progress.pictures += sum(view == views - 1 for _, view in batch)
+        last = [picture for picture, view in batch if view == views - 1]
+        progress.pictures += len(last)
+        progress.exif_ignored += sum(picture.ignores_exif for picture in last)
         progress.report(progress)
     for future in pending:
         future.result()

@@ -30,6 +30,7 @@ class ExtractProgress:
     waiting: Callable[[int], None] = lambda shards: None
     pictures: int = 0
     total: int = 0
+    exif_ignored: int = 0  # pictures whose EXIF orientation is not applied
     workers: int = 1
     started: float = field(default_factory=time.perf_counter)
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))

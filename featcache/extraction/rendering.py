@@ -38,6 +38,7 @@ class Rendered:
     proofs: npt.NDArray[np.uint8] | None  # (V, S, S, 3) at the policy's size, where they are stored
     hashes: npt.NDArray[np.uint64]  # (V,)
     thumbnails: npt.NDArray[np.uint8]  # (V, 14, 14, 3)
+    ignores_exif: bool = False  # its EXIF orientation is not applied
 
 
 def prefetch(
@@ -103,6 +104,7 @@ def render_views(plans: Sequence[Plan], index: int) -> Rendered:
         made[proof] if any(each.pixels for each in plans) else None,
         np.array([pixel_hash(each) for each in made[proof]], np.uint64),
         np.stack([thumbnail(each) for each in made[proof]]),
+        pixel_path.ignores_orientation(plan.source, picture),
     )
 
 

@@ -29,6 +29,7 @@ FIELD_OPTIONS = (
     ),
     ("identity.pixels", "--pixels"),
     ("identity.pixel_path.decoder", "--decoder"),
+    ("identity.pixel_path.exif_transpose", "--exif"),
     *(
         (f"identity.policy.{name}", f"--{name}")
         for name in ("size", "scale", "ratio", "filter", "flip", "jitter")
@@ -64,8 +65,10 @@ class Mismatch(NamedTuple):
             return ""
         if option in _HASHED_OPTIONS:
             return f"another {option}"
-        if self.there is None:
+        if self.there is None or self.there is False:
             return f"no {option}"
+        if self.there is True:
+            return option
         return (
             f"{option} "
             f"{','.join(map(str, self.there)) if isinstance(self.there, list) else self.there}"

@@ -27,6 +27,7 @@ from PIL import Image
 
 from featcache.errors import IdentityError
 from featcache.pictures.beton import RAW, BetonSource, import_ffcv
+from featcache.pictures.passed_over import PassedOver, passed_over
 from featcache.pictures.source import PictureError
 from featcache.views.policy import AREA
 from featcache.views.render import apply_jitter
@@ -140,6 +141,10 @@ class FfcvSource:
     @property
     def classes(self) -> list[str] | None:
         return self.beton.classes
+
+    @property
+    def passed_over(self) -> tuple[PassedOver, ...]:
+        return passed_over(self.beton)
 
     def __len__(self) -> int:
         return len(self.beton)

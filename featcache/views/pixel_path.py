@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from PIL import Image
+
 from featcache.errors import IdentityError, UsageError
-from featcache.pictures.decode import decode, size_of
+from featcache.pictures.decode import decode, orientation, size_of
 from featcache.pictures.open_source import is_beton, open_source
 from featcache.pictures.source import Source
 from featcache.views.policy import AREA
@@ -42,16 +44,23 @@ def picture_size(source: Source, index: int) -> tuple[int, int]:
     return size_of(source.read(index)) if own is None else own(index)
 
 
-def open_with_decoder(spec: str | os.PathLike[str], decoder: str = "pillow") -> Source:
-    """Open the pictures at `spec` through a decoder. Raises UsageError where it decodes no such
-    pictures, else as `open_source` does."""
+def open_with_decoder(
+    spec: str | os.PathLike[str], decoder: str = "pillow", *, exif: bool = False
+) -> Source:
+    """Open the pictures at `spec` through a decoder, turned by their EXIF orientation with `exif`.
+    Raises UsageError where it decodes no such pictures, else as `open_source` does."""
+    if exif and decoder != "pillow":
+        raise UsageError(
+            f"--exif turns pictures that Pillow decodes, and --decoder {decoder} is given; leave "
+            "one of them out"
+        )
     if decoder != "pillow" and not is_beton(os.fspath(spec)):
         raise UsageError(
             f"--decoder {decoder} decodes what FFCV wrote, a .beton; pictures {os.fspath(spec)!r} "
             "go through --decoder pillow: leave --decoder out, or pack them with "
             "`featcache pack SRC OUT.beton`"
         )
-    return with_decoder(open_source(spec), decoder)
+    return with_exif(with_decoder(open_source(spec), decoder), exif)
 
 
 def with_decoder(source: Source, decoder: str) -> Source:
@@ -69,9 +78,39 @@ def with_decoder(source: Source, decoder: str) -> Source:
     )
 
 
+def with_exif(source: Source, turns: bool) -> Source:
+    """Return the same pictures turned by their EXIF orientation, or not, where Pillow decodes
+    them."""
+    from featcache.views.exif_source import ExifSource
+
+    source = source.source if isinstance(source, ExifSource) else source
+    if turns and pixel_path(source) == PIXEL_PATH:
+        return ExifSource(source, {**PIXEL_PATH, "exif_transpose": True})
+    return source
+
+
 def match_decoder(source: Source, path: Mapping[str, Any]) -> Source:
     """Return the same pictures through the pixel path of a cache, where they can go through it."""
-    return with_decoder(source, path["decoder"])
+    plain = with_decoder(with_exif(source, False), path["decoder"])
+    return with_exif(plain, path.get("exif_transpose") is True)
+
+
+def options(path: Mapping[str, Any]) -> list[str]:
+    """Return the options of `featcache extract` that a pixel path takes.
+
+    >>> options(PIXEL_PATH), options({**PIXEL_PATH, "exif_transpose": True})
+    ([], ['--exif'])
+    """
+    decoder = path.get("decoder", "pillow")
+    words = [] if decoder == "pillow" else ["--decoder", str(decoder)]
+    return [*words, *(["--exif"] if path.get("exif_transpose") is True else [])]
+
+
+def ignores_orientation(source: Source, picture: Any) -> bool:
+    """Return whether a decoded picture has an EXIF orientation that its pixel path ignores."""
+    if not isinstance(picture, Image.Image):
+        return False
+    return pixel_path(source).get("exif_transpose") is False and orientation(picture) != 1
 
 
 def check_pixel_path(source: Source, path: Mapping[str, Any], what: str) -> None:
@@ -83,9 +122,13 @@ def check_pixel_path(source: Source, path: Mapping[str, Any], what: str) -> None
         )
         raise IdentityError(
             f"{what} has views of another pixel path than {source.spec!r} gives: {listed}; extract "
-            f"and train through the same one (--decoder {path.get('decoder')}, on the pictures of "
-            "the extraction), or extract again"
+            f"and train through the same one ({_option_text(path)}, on the pictures of the "
+            "extraction), or extract again"
         )
+
+
+def _option_text(path: Mapping[str, Any]) -> str:
+    return " ".join(options(path)) or "--decoder pillow"
 
 
 def check_filter(path: dict[str, Any], filter: str) -> None:

@@ -9,6 +9,7 @@ from featcache.errors import UsageError, UserError
 from featcache.pictures.source import Source
 from featcache.reading import crop_range
 from featcache.reading.join import join_by_key, stores_pixels
+from featcache.views import pixel_path
 from student.config import RecipeConfig, Settings, build_config
 from student.setup.cache_match import MatchedCache, ReadOptions, open_given
 from student.setup.remedy import extract_remedy
@@ -80,4 +81,9 @@ def _check_fit(candidate: MatchedCache, plain: RecipeConfig, source: Source | No
             f"{spec.scale} with {spec.jitter:g} is published"
         )
     if source is not None:
-        join_by_key(candidate.cache, source, decodes=not stores_pixels(candidate.cache))
+        turns = identity["pixel_path"].get("exif_transpose") is True
+        join_by_key(
+            candidate.cache,
+            pixel_path.with_exif(source, turns),
+            decodes=not stores_pixels(candidate.cache),
+        )

@@ -33,8 +33,7 @@ def _new_cache(spec: TargetSpec, config: RecipeConfig, source: Source | None) ->
     levels = extract_command.format_levels(spec.levels, config.teacher_depth)
     size = [] if config.img_size == Policy().size else ["--size", str(config.img_size)]
     others = [word for name in _others(spec.fields) for word in ("--teacher", name)]
-    decoder = pixel_path.pixel_path(source)["decoder"] if source else "pillow"
-    path = [] if decoder == "pillow" else ["--decoder", decoder]
+    path = pixel_path.options(pixel_path.pixel_path(source)) if source else []
     images = source.spec if source else "SRC"
     return [
         *("--teacher", config.teacher, "--levels", levels),
@@ -101,15 +100,18 @@ _OF_THE_TEACHER = {
     "--pixels",
     "--precision",
     "--batch-size",
+    "--compile",
 }
 
 
 def _same_views(cache: Cache) -> list[str]:
     """The options that another teacher over a cache's views shares with it."""
     options = extract_command.extract_options(cache.manifest)
-    words = [word for word in options if word != "--compile"]  # the only one without a value
+    flags = [word for word in options if word in ("--compile", "--exif")]  # without a value
+    words = [word for word in options if word not in flags]
     pairs = zip(words[::2], words[1::2], strict=True)
-    return [word for pair in pairs if pair[0] not in _OF_THE_TEACHER for word in pair]
+    shared = [word for pair in pairs if pair[0] not in _OF_THE_TEACHER for word in pair]
+    return [*shared, *(flag for flag in flags if flag not in _OF_THE_TEACHER)]
 
 
 def _crops(spec: TargetSpec) -> list[str]:

@@ -20,9 +20,12 @@ def given_source(options: Options) -> Source | None:
 def decoded_source(given: Source | None, found: MatchedCache | None, options: Options) -> Source:
     """Return the pictures through the decoder that was asked for, else through the cache's."""
     source = _source_of(found, options.decoder) if given is None else given
-    if found is None or options.decoder:
+    if found is None:
         return source
-    return pixel_path.match_decoder(source, found.cache.identity["pixel_path"])
+    path = found.cache.identity["pixel_path"]
+    return pixel_path.match_decoder(
+        source, {**path, "decoder": options.decoder} if options.decoder else path
+    )
 
 
 def _source_of(found: MatchedCache | None, decoder: str | None) -> Source:
