@@ -250,9 +250,9 @@ def environment(home: Path | None = None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _as_command(name: str, args: tuple[str, ...], home: Path | None) -> Iterator[None]:
-    before, argv = dict(os.environ), sys.argv
+    before, argv, given = dict(os.environ), sys.argv, environment(home)
     os.environ.clear()
-    os.environ.update(environment(home))
+    os.environ.update(given)
     sys.argv = [name, *args]
     try:
         yield

@@ -17,6 +17,7 @@ from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.console.text import echo, print_facts
 from featcache.errors import UsageError, UserError
 from featcache.pictures.open_source import open_source
+from featcache.runtime import variables
 from featcache.storage import manifest
 from featcache.storage.store import STORES
 from featcache.views import pixel_path
@@ -288,6 +289,7 @@ def _run(
     with launcher.worker_processes(devices[1:]):
         found = _extract(jobs, batch_size, options, share)
     noted = {**summary, **found, "batch_size": batch_size, "workers": options.workers}
+    noted["variables"] = variables.recorded()
     noted["cache"] = os.path.abspath(summary["cache"])  # noqa: PTH100 (the ledger is read elsewhere)
     home.log_run(command="extract", device=devices[0], **noted)
     return found

@@ -19,6 +19,7 @@ from featcache.models import precision as running
 from featcache.models import tokenizer
 from featcache.models.contract import Teacher
 from featcache.models.weights import is_random
+from featcache.runtime.compiler import check_compiler
 
 DEFAULT_LEVELS = "last:5"
 
@@ -67,6 +68,8 @@ def levels_of_teacher(text: str | None, teacher: Teacher) -> tuple[int, ...]:
 def load_teacher(
     name: str, weights: str | None, device: str, precision: str, compiled: bool
 ) -> Teacher:
+    if compiled:
+        check_compiler(device)
     return running.configure(teachers.load_any(name, weights, device), precision, compiled)
 
 

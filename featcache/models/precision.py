@@ -20,11 +20,13 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from featcache.errors import UsageError, near
 from featcache.models.contract import Teacher
 from featcache.models.tokenizer import network_of
+from featcache.runtime import variables
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", "tf32", *_AUTOCAST)
@@ -69,10 +71,30 @@ def configure(teacher: Teacher, precision: str = "fp32", compiled: bool = False)
         raise UsageError(
             f"--precision {precision}: teacher {teacher.name!r} is no network; only fp32 is allowed"
         )
+    if precision == "fp32" and isinstance(network_of(teacher), nn.Module):
+        check_fp32(device)
     if compiled:
         _compile(teacher)
     teacher.running = ExecutionConfig(precision, compiled)  # type: ignore[attr-defined]
     return teacher
+
+
+def check_fp32(device: torch.device) -> None:
+    """Raise UsageError where products or convolutions lose bits of fp32 on this device although
+    nobody asked for it: libraries let their own variables overrule what a program sets."""
+    value = 1 + 2**-12  # TF32 keeps 10 bits after the point, bf16 7
+    with fp32_products("ieee"):
+        x = torch.full((64, 64), value, device=device)
+        identity = torch.eye(64, device=device)
+        product = x @ identity
+        convolved = F.conv2d(x[:, :, None, None], identity[:, :, None, None])
+    if not bool((product.float() == value).all() & (convolved.float() == value).all()):
+        found = ", ".join(f"{name}={text!r}" for name, text in variables.recorded().items())
+        raise UsageError(
+            f"--precision fp32 cannot be had on {device}: {value} times 1 is not {value} there; a "
+            "variable such as NVIDIA_TF32_OVERRIDE overrules what this program sets (set are: "
+            f"{found or 'none known'}); unset it, or ask for --precision tf32 or bf16"
+        )
 
 
 def configure_like(teacher: Teacher, identity: Mapping[str, Any]) -> Teacher:
@@ -114,6 +136,19 @@ def device_of(teacher: Teacher) -> torch.device:
 def autocast_for(teacher: Teacher) -> Iterator[None]:
     """Set a teacher's precision while it runs, and afterwards what was set before."""
     precision = execution_config(teacher).precision
+    with (
+        fp32_products("tf32" if precision == "tf32" else "ieee"),
+        torch.autocast(
+            device_of(teacher).type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def fp32_products(arithmetic: str) -> Iterator[None]:
+    """Let a GPU multiply and convolve fp32 numbers in `ieee` or `tf32` arithmetic, and afterwards
+    as it did before."""
     switches: tuple[Any, ...] = (
         torch.backends.cuda.matmul,
         torch.backends.cudnn.conv,  # type: ignore[attr-defined]
@@ -122,11 +157,8 @@ def autocast_for(teacher: Teacher) -> Iterator[None]:
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
-            switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        with torch.autocast(
-            device_of(teacher).type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST
-        ):
-            yield
+            switch.fp32_precision = arithmetic
+        yield
     finally:
         for switch, value in zip(switches, before, strict=True):
             switch.fp32_precision = value

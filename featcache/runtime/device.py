@@ -12,9 +12,10 @@ def pick_device(name: str | None) -> str:
     UsageError."""
     chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.zeros(1, device=chosen).item()  # meta has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        # torch lists all its backends after the first sentence
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise UsageError(
             f"--device {chosen!r} cannot be used here: {reason}; cpu always can"
         ) from error

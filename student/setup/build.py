@@ -12,6 +12,7 @@ from torch import Tensor
 
 from featcache import rng
 from featcache.errors import UsageError
+from featcache.runtime.compiler import check_compiler
 from student import checkpoint
 from student.data.loader import Loader
 from student.setup.options import Options, RunRequest, Say, user_settings
@@ -33,6 +34,9 @@ def build_run(
     name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say
 ) -> tuple[Run, Loader]:
     """Choose what a run is trained on; returns the run and the loader of this process."""
+    shown = trackers.check(options.trackers)
+    if options.compiled:
+        check_compiler(str(acc.device))
     settings = user_settings(recipe.Config, options)
     inputs = choose_targets(RunRequest(name, recipe, settings, options, str(acc.device), say))
     if options.resident:
@@ -51,7 +55,7 @@ def build_run(
         save_every=options.save_every,
         resume=options.resume,
         run_options=options.run_options,
-        trackers=trackers.check(options.trackers),
+        trackers=shown,
     )
     return run, loader
 

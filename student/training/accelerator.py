@@ -10,11 +10,18 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+)
 
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, one_line
 from featcache.runtime.device import pick_device
+from student.training import launch_variables
 
+DEVICES = ("cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -23,8 +30,12 @@ def accelerator(precision: str, device: str | None = None) -> Accelerator:
     elsewhere."""
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision!r}: {', '.join(PRECISIONS)} are allowed")
-    if device is not None and torch.device(pick_device(device)).type == "cuda":
-        torch.cuda.set_device(device)
+    if device is not None:
+        kind = torch.device(pick_device(device)).type
+        if kind not in DEVICES:
+            raise UsageError(f"--device {device!r}: training runs on {' and '.join(DEVICES)}:N")
+        if kind == "cuda":
+            torch.cuda.set_device(device)
     cuda = torch.cuda.is_available() and device != "cpu"
     if precision == "fp16" and not cuda:
         raise UsageError(
@@ -39,7 +50,10 @@ def accelerator(precision: str, device: str | None = None) -> Accelerator:
         precision = (
             "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
         )
-    acc = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not cuda)
+    launch_variables.check(os.environ, precision, on_cpu=not cuda)
+    acc = _accelerator("no" if precision == "fp32" else precision, cpu=not cuda)
+    sharded = acc.distributed_type == DistributedType.FSDP
+    launch_variables.check_processes(os.environ, acc.num_processes, sharded)
     if acc.distributed_type == DistributedType.FSDP:
         if not acc.is_fsdp2:
             raise UsageError(
@@ -50,6 +64,23 @@ def accelerator(precision: str, device: str | None = None) -> Accelerator:
         # in fp32 into bf16.
         acc.state.fsdp_plugin.mixed_precision_policy = None
     return acc
+
+
+def _accelerator(mixed_precision: str, cpu: bool) -> Accelerator:
+    """Build Accelerate's own by arguments alone, so that no variable decides in their place."""
+    try:
+        return Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=cpu,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),
+        )
+    except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"cannot join the processes of this run: {one_line(str(error))}; `accelerate launch` "
+            "and torchrun set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: start by "
+            "one of them, or unset these variables"
+        ) from error
 
 
 def deterministic() -> None:

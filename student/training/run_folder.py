@@ -19,6 +19,7 @@ import torch
 
 import featcache
 from featcache.errors import UserError
+from featcache.runtime import variables
 from featcache.storage import identity, json_file
 from student import checkpoint
 from student.training import trackers
@@ -119,4 +120,5 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": commit or None,
         "command": sys.argv,
+        "variables": variables.recorded(),
     }

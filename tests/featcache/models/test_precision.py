@@ -316,3 +316,18 @@ assert kept * 5 < given_back
 """
     ran = python(code)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_fp32_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that lose bits although IEEE arithmetic was set, as a library's own variable makes
+    them: here autocast stands for it."""
+    cpu = torch.device("cpu")
+    running.check_fp32(cpu)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UsageError, match=r"fp32 cannot be had on cpu.*NVIDIA_TF32_OVERRIDE='1'"),
+    ):
+        running.check_fp32(cpu)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UsageError, match="cannot be had"):
+        vit("fp32")

@@ -1,0 +1,18 @@
+"""Environment variables that reach the arithmetic are written down beside its numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+
+# of PyTorch and its compilers, Accelerate, timm, the libraries of matrix products, and what
+# processes reduce their gradients with
+_NAMES = re.compile(
+    r"(ACCELERATE|FSDP|PARALLELISM_CONFIG|TORCH|TORCHINDUCTOR|TORCHDYNAMO|PYTORCH|TRITON|TIMM|XFORMERS"
+    r"|CUBLAS|CUBLASLT|CUDNN|NVIDIA_TF32|NCCL|OMP|KMP|MKL|DNNL|ONEDNN|ATEN|OPENBLAS|NPY)_\w+"
+)
+
+
+def recorded() -> dict[str, str]:
+    """Return those variables that are set, by name, in alphabetical order."""
+    return {name: value for name, value in sorted(os.environ.items()) if _NAMES.fullmatch(name)}
