@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from featcache.errors import UserError
-from featcache.storage import commit, json_file, manifest, owner
+from featcache.storage import belongings, commit, json_file, manifest, owner
 from featcache.storage.store import SHARDS, Array, ShardWriter, folder_path, get_store, record_path
 
 SHARD = "000000"
@@ -425,6 +425,20 @@ class StoreContract:
         writer.discard()
         self.settle(tmp_path)
         assert elsewhere.is_dir()
+
+    def test_every_file_is_known_as_the_stores_own(self, tmp_path: Path) -> None:
+        """Whole or half written: nothing else may be deleted."""
+        half = self.writer(tmp_path)
+        folder = next(iter((tmp_path / SHARDS).iterdir()))
+        assert list(belongings.foreign_in_shard(folder, self.name)) == []
+        half.discard()
+        record = self.publish(tmp_path, numbers(ARRAYS, 3, 2))
+        assert all(get_store(self.name).FILES.fullmatch(file) for file in record["files"])
+        folder = folder_path(tmp_path, SHARD, self.name)
+        (folder / "a").mkdir()
+        for name in ("thesis.tex", "a/thesis.tar", ".hidden", "a/zarr.json.txt", "v0.tar.gz"):
+            (folder / name).write_text("mine")
+        assert len(list(belongings.foreign_in_shard(folder, self.name))) == 5
 
     def test_the_loser_of_a_race_discards(self, tmp_path: Path) -> None:
         first, second = self.writer(tmp_path), self.writer(tmp_path)

@@ -3,14 +3,17 @@ training run used."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from featcache.catalog import home
 from featcache.console import text
+from featcache.errors import UsageError
 from featcache.maintenance import remove
-from featcache.maintenance.garbage import leftovers, remove_leftover, unused_caches
+from featcache.maintenance.garbage import find, remove_leftovers
 
 
 @click.command(
@@ -23,48 +26,69 @@ from featcache.maintenance.garbage import leftovers, remove_leftover, unused_cac
     metavar="DAYS",
     help="Also list caches no training run used, untouched for DAYS days.",
 )
-@click.option("--yes", is_flag=True, help="With --unused: remove those caches.")
+@click.option("--yes", is_flag=True, help="Do not ask: remove all that is listed.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Remove temporary files, leases and half-removed caches of processes that are gone. Work of
-    live ones is safe.
+    """List temporary files, leases and half-removed caches of processes that are gone, ask, and
+    remove them. Work of live ones is safe, and so is what featcache did not write.
 
     With --unused, complete caches are listed that no `student train` below this home used and whose
-    newest file is older than DAYS days; they are removed with --yes only. Programs of your own that
-    read a cache (featcache.open, featcache.torch.Dataset) leave no trace: look at the list before
-    you give --yes.
+    newest file is older than DAYS days. Programs of your own that read a cache (featcache.open,
+    featcache.torch.Dataset) leave no trace: look at the list before you say yes.
+
+    Where there is no terminal to ask at, nothing is removed without --yes.
     """
-    left = [(path, remove.folder_bytes(path)) for path in leftovers()]
-    idle = (
-        []
-        if unused is None
-        else [(path, remove.folder_bytes(path)) for path in unused_caches(unused)]
-    )
-    if not dry_run:
-        for path, _ in left:
-            remove_leftover(path)
-        for path, _ in idle if yes else []:
+    found = find(unused)
+    left, idle = _sizes(found.leftovers), _sizes(found.unused)
+    asks = not yes and not dry_run and sys.stdin.isatty()
+    agreed = {
+        path: count
+        for what, sizes in (("leftover", left), ("unused cache", idle))
+        if (yes and not dry_run) or (asks and sizes and _agreed(what, sizes))
+        for path, count in sizes.items()
+    }
+    remove_leftovers([path for path in left if path in agreed])
+    for path in idle:
+        if path in agreed:
             remove.remove_cache(path)
-    removed = {str(path): count for path, count in (*left, *idle) if not path.exists()}
     facts = {
         "home": str(home.home()),
         "dry_run": dry_run,
-        "leftovers": {str(path): count for path, count in left},
-        "unused": {str(path): count for path, count in idle},
-        "removed": list(removed),
-        "freed": sum(removed.values()),
+        "leftovers": {str(path): count for path, count in left.items()},
+        "unused": {str(path): count for path, count in idle.items()},
+        "left": {str(path): why for path, why in found.left.items()},
+        "removed": [str(path) for path in agreed if not path.exists()],
+        "freed": sum(count for path, count in agreed.items() if not path.exists()),
     }
-    text.print_facts(facts, as_json, _story(facts))
+    text.print_facts(facts, as_json, _story(facts, {str(path) for path in agreed}))
+    if left and not (yes or dry_run or asks):
+        raise UsageError(
+            f"gc: there is no terminal to ask at, {len(left)} leftovers are not removed; give "
+            "--yes to remove them without a question, or --dry-run to list them"
+        )
 
 
-def _story(facts: dict[str, Any]) -> str:
-    verb = "would remove" if facts["dry_run"] else "cannot remove"
-    lines = [
-        f"{'removed' if path in facts['removed'] else otherwise} {path}: {text.format_bytes(count)}"
-        for what, otherwise in (("leftovers", verb), ("unused", "unused:"))
-        for path, count in facts[what].items()
-    ]
+def _sizes(paths: list[Path]) -> dict[Path, int]:
+    return {path: remove.folder_bytes(path) for path in paths}
+
+
+def _agreed(what: str, sizes: dict[Path, int]) -> bool:
+    for path, count in sizes.items():
+        text.echo(text.join_lines([f"{what} {path}: {text.format_bytes(count)}"]), err=True)
+    total = text.format_bytes(sum(sizes.values()))
+    return text.confirm(f"remove {len(sizes)} {what}(s), {total}?")
+
+
+def _story(facts: dict[str, Any], agreed: set[str]) -> str:
+    lines = []
+    for what in ("leftovers", "unused"):
+        kept = "would remove" if what == "leftovers" else "unused:"
+        for path, count in facts[what].items():
+            failed = "cannot remove" if path in agreed else kept
+            verb = "removed" if path in facts["removed"] else failed
+            lines.append(f"{verb} {path}: {text.format_bytes(count)}")
+    lines += [f"left {path}: {why}" for path, why in facts["left"].items()]
     if set(facts["unused"]) - set(facts["removed"]):
         lines.append(
             "unused: by no `student train` that this home's ledger knows; other programs' reading "

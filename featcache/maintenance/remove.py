@@ -1,4 +1,5 @@
-"""Whole caches, or additions, are removed: renamed first, then deleted."""
+"""Whole caches, or additions, are removed: renamed first, then deleted, and only where nothing in
+them is a stranger's."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 from featcache.errors import UserError
-from featcache.storage import json_file, lease, manifest, owner
+from featcache.storage import belongings, json_file, lease, manifest, owner
 from featcache.storage.part import PARTS, added_parts
 from featcache.storage.store import SHARDS
 
@@ -17,14 +18,34 @@ def check_removable(cache: Path) -> None:
     """Raise UserError for what must not be removed."""
     if cache.is_symlink():
         raise UserError(f"{str(cache)!r} is a link to {str(cache.resolve())!r}; give that folder")
-    if not (cache / manifest.NAME).is_file():
+    if not any((cache / name).is_file() for name in (manifest.NAME, f"{SHARDS}/{manifest.COPY}")):
         raise UserError(
             f"{str(cache)!r} holds no {manifest.NAME}: it is no cache, and is left as it is"
         )
+    _check_contents(cache)
     if shards := active_leases(cache):
         raise UserError(
             f"{str(cache)!r} is being written: shard {shards[0].stem} is held; stop that process, "
             "or wait until it has ended"
+        )
+
+
+def _check_contents(cache: Path) -> None:
+    """Raise UserError for a folder that cannot be proven to be a cache, and for one that holds what
+    featcache did not write."""
+    try:
+        strangers = list(belongings.foreign(cache))
+    except UserError as error:
+        raise UserError(
+            f"{str(cache)!r} is not known as a cache that featcache wrote, and is left as it is: "
+            f"{error}; to remove it all the same, use the tools of your system"
+        ) from error
+    if strangers:
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        shown = ", ".join(repr(str(path.relative_to(cache))) for path in strangers[:3])
+        raise UserError(
+            f"{str(cache)!r} holds what featcache did not write: {shown}{more}; nothing "
+            "is removed; move that away and run the same command again"
         )
 
 
@@ -58,7 +79,7 @@ def folder_bytes(path: Path) -> int:
 
 def remove_cache(cache: Path) -> None:
     """Rename, then remove. An addition is taken out of parts/ by the rename, where it would still
-    be seen."""
+    be seen. UserError where something was put into it since it was looked at."""
     cache = cache.resolve()
     _check_writable(cache)
     parent = cache.parent.parent if cache.parent.name == PARTS else cache.parent
@@ -66,12 +87,27 @@ def remove_cache(cache: Path) -> None:
     cache.rename(gone)
     json_file.sync_folder(parent)
     try:
-        shutil.rmtree(gone)
+        _check_contents(gone)
+    except UserError:
+        gone.rename(cache)
+        raise
+    try:
+        delete(gone)
     except OSError as error:
         raise UserError(
             f"{error.filename}: {error.strerror}; what is left of {str(cache)!r} lies in "
             f"{str(gone)!r}; allow removing it and remove that folder, or run `featcache gc`"
         ) from error
+
+
+def delete(cache: Path) -> None:
+    """Delete a cache, its manifest last: as long as anything is left, that proves whose it is."""
+    for path in sorted(cache.iterdir(), key=lambda path: path.name == manifest.NAME):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    cache.rmdir()
 
 
 def _check_writable(cache: Path) -> None:

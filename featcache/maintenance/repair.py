@@ -21,7 +21,7 @@ from featcache.extraction.target_folder import report_quarantine, write_side_fil
 from featcache.maintenance import verify
 from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
-from featcache.storage import commit, json_file, manifest
+from featcache.storage import belongings, commit, json_file, manifest
 from featcache.storage import lease as leases
 from featcache.storage.identity import refuse_mismatch
 from featcache.storage.part import added_parts
@@ -52,8 +52,9 @@ def run(
             if (part / QUARANTINE).is_dir():
                 commit.remove_path(part / QUARANTINE)
             report_quarantine(part, about)
-        for leftover in commit.leftovers(part):
-            commit.remove_path(leftover)
+        for leftover, strangers in belongings.leftovers(part):
+            if not strangers:
+                commit.remove_path(leftover)
         for shard in about["shards"]:
             leases.clear_stale(part, shard["name"])
         restored += [str(problem.path) for problem in problems if not problem.shard]

@@ -19,7 +19,7 @@ from fastcrc.crc32 import iscsi as crc32c
 from featcache.errors import UserError, raise_if_unreadable
 from featcache.storage import json_file, manifest, schema
 from featcache.storage.owner import is_abandoned, is_own, split_temporary, writer_id
-from featcache.storage.store import SHARDS, folder_path, get_store, record_path
+from featcache.storage.store import SHARDS, STORES, folder_path, get_store, record_path
 
 RECORD = "record.json"
 BACKUP_SUFFIX = "bad"  # of a shard that a repair has backed up
@@ -235,5 +235,6 @@ def leftovers(cache: Path) -> Iterator[Path]:
             if split_temporary(path.name) and not path.is_symlink() and is_abandoned(path)
         )
     for path in (cache / SHARDS).glob(f"*.{BACKUP_SUFFIX}"):
-        if record_path(cache, path.name.split(".")[0]).is_file():
+        shard, _, kind = path.name.removesuffix(f".{BACKUP_SUFFIX}").partition(".")
+        if kind in ("json", *STORES) and record_path(cache, shard).is_file():
             yield path

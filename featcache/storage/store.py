@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,7 +115,10 @@ class ShardWriter(Protocol):
 
 class Store(Protocol):
     """A store's module provides these functions. A shard's files lie below `shards/NAME.STORE/`;
-    the record names them all, with their bytes and the crc32c that `is_intact` compares."""
+    the record names them all, with their bytes and the crc32c that `is_intact` compares. `FILES`
+    fits the path of each below that folder: a file that it does not fit is a stranger's."""
+
+    FILES: re.Pattern[str]
 
     @staticmethod
     def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> ShardWriter: ...

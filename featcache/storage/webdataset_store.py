@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ from featcache.storage.store import SHARDS, Array, FileSize, ShardKeys, folder_p
 
 NAME = "webdataset"
 INDEX = "index.safetensors"
+FILES = re.compile(r"v[0-9]+\.tar|index\.safetensors|[a-z]+_crc(\.v[0-9]+)?\.npy")
 _END = bytes(2 * tarfile.BLOCKSIZE)  # a tar's end mark
 # Random rows of ImageNet touch all 1,280 shards again and again: of each only what is asked for is
 # kept, 8 KiB an array and view, at most 128 MiB; a whole index, half a megabyte, stays only while

@@ -9,6 +9,7 @@ pread. Metadata is written by zarr-python, rows by us, as they come, with a runn
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from featcache.storage.store import SHARDS, Array, FileSize, ShardKeys, folder_p
 
 NAME = "zarr"
 _CRC_BYTES = 4  # of Zarr's crc32c codec, behind the rows
+FILES = re.compile(r"(\w+/)?zarr\.json|\w+/c(\.[0-9]+)+", re.ASCII)
 KEY = Array("key", "|u1", (), ("byte",), per_view=False)
 KEY_OFFSETS = Array("key_offsets", "<i8", (), ("row_edge",), per_view=False)
 

@@ -291,7 +291,7 @@ def test_a_half_removed_cache_is_none_and_gc_ends_it(
         "nothing to remove"
     )  # this process may still be at it
     half.rename(half.with_name(f".one.{dead}.tmp"))
-    assert "removed " in featcache_command("gc").out
+    assert "removed " in featcache_command("gc", "--yes").out
     assert list((tmp_path / "home").iterdir()) == []
 
 
@@ -304,7 +304,8 @@ def litter(cache: Path, owner: str) -> list[Path]:
     folders = [folder / f"000001.zarr.{owner}.tmp" for folder in shards]
     for folder in folders:
         folder.mkdir()
-        (folder / "rows").write_bytes(bytes(1000))
+        (folder / "features").mkdir()
+        (folder / "features/c.0.0.0.0.0").write_bytes(bytes(1000))
     files = [
         cache / f".manifest.json.{owner}.tmp",
         *(folder / f".000000.lease.{owner}.tmp" for folder in shards),
@@ -328,7 +329,7 @@ def test_gc_removes_what_dead_processes_left(
     assert all(
         f"would remove {path}: " in featcache_command("gc", "--dry-run").out for path in paths
     )
-    ran = json.loads(featcache_command("gc", "--json").out)
+    ran = json.loads(featcache_command("gc", "--yes", "--json").out)
     assert (ran["leftovers"], sorted(ran["removed"]), ran["freed"]) == (
         expected,
         sorted(expected),
@@ -353,7 +354,7 @@ def test_gc_removes_shards_that_a_repair_replaced(
     shutil.copytree(cache / "shards/000000.zarr", cache / "shards/000000.zarr.bad")
     shutil.copy(cache / "shards/000000.json", cache / "shards/000000.json.bad")
     (cache / "shards/000001.json").rename(cache / "shards/000001.json.bad")  # not replaced yet
-    ran = json.loads(featcache_command("gc", "--json").out)
+    ran = json.loads(featcache_command("gc", "--yes", "--json").out)
     assert {Path(path).name for path in ran["removed"]} == {"000000.zarr.bad", "000000.json.bad"}
     assert (cache / "shards/000001.json.bad").is_file()
 
