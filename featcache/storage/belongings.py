@@ -30,7 +30,7 @@ def own_manifest(cache: Path) -> dict[str, Any]:
         raise
     except UserError as error:
         try:
-            return manifest.read(cache, f"{SHARDS}/{manifest.COPY}")
+            return manifest.read_file(cache / SHARDS / manifest.COPY)
         except UserError:
             raise error from None
 

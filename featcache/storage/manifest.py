@@ -63,10 +63,10 @@ def make(
     }
 
 
-def read(cache: Path, name: str = NAME) -> dict[str, Any]:
-    """Read the manifest of the cache at `cache`, or a copy of another name; one line says what is
-    wrong when there is none or it is another format."""
-    path = cache / name
+def read(cache: Path) -> dict[str, Any]:
+    """Read the manifest of the cache at `cache`; one line says what is wrong when there is none or
+    it is another format."""
+    path = cache / NAME
     if not path.is_file() and (cache / "shards" / COPY).is_file():
         raise UserError(
             f"{str(path)!r} is missing, but its copy is there; run "
@@ -74,7 +74,7 @@ def read(cache: Path, name: str = NAME) -> dict[str, Any]:
         )
     if not path.is_file():
         raise UserError(
-            f"no cache at {str(cache)!r}: {name} is missing; give the folder that `featcache "
+            f"no cache at {str(cache)!r}: {NAME} is missing; give the folder that `featcache "
             "extract` wrote"
         )
     return read_file(path)
