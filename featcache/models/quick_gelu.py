@@ -8,7 +8,6 @@ name, and the user.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from featcache.errors import UsageError, UserError, near
-from featcache.models import restricted_unpickler
+from featcache.errors import UsageError, near
+from featcache.models import open_clip_config, restricted_unpickler
 
-CONFIG = "open_clip_config.json"  # lies beside weights that open_clip saved
 Statistics = tuple[float, float, float]
 
 
@@ -109,7 +107,7 @@ def from_file(
     """
     says = {
         "the archive": _archive_activation(path),
-        f"{CONFIG} beside the file": _folder_activation(path),
+        f"{open_clip_config.NAME} beside the file": _folder_activation(path),
         "the name": by_name,
     }
     known = {whose: quick for whose, quick in says.items() if quick is not None}
@@ -151,28 +149,9 @@ def _archive_activation(path: str) -> bool | None:
 
 
 def _folder_activation(path: str) -> bool | None:
-    beside = Path(path).with_name(CONFIG)
+    beside = Path(path).with_name(open_clip_config.NAME)
     return (
-        bool(read_config(beside, path)["model_cfg"].get("quick_gelu", False))
+        bool(open_clip_config.read_config(beside, path)["model_cfg"].get("quick_gelu", False))
         if beside.is_file()
         else None
     )
-
-
-def read_config(path: Path, name: str) -> dict[str, Any]:
-    """Read {"model_cfg": {...}, ...} of open_clip_config.json, or of one of open_clip's bare model
-    configs."""
-    try:
-        about = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"teacher {name!r}: config {str(path)!r} cannot be read: {error}; JSON is needed"
-        ) from error
-    about = about if isinstance(about, dict) and "model_cfg" in about else {"model_cfg": about}
-    model = about["model_cfg"]
-    if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
-        raise UserError(
-            f"teacher {name!r}: config {str(path)!r} lacks embed_dim, vision_cfg or text_cfg; one "
-            "of open_clip's model configs is needed"
-        )
-    return about

@@ -28,7 +28,7 @@ from typing import Any
 from torch import nn
 
 from featcache.errors import UsageError, UserError, near
-from featcache.models import position_embedding, quick_gelu
+from featcache.models import open_clip_config, position_embedding, quick_gelu
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.open_clip_wrapper import set_positions, wrap
 from featcache.models.spec import check_options
@@ -153,9 +153,9 @@ def _source_from_config(name: str, arch: str, tag: str | None) -> _ModelSource:
     path = (
         Path(arch)
         if arch.endswith(".json")
-        else Path(arch.removeprefix("local-dir:")) / quick_gelu.CONFIG
+        else Path(arch.removeprefix("local-dir:")) / open_clip_config.NAME
     )
-    config = quick_gelu.read_config(path, name)
+    config = open_clip_config.read_config(path, name)
     return _ModelSource(
         arch, None, bool(config["model_cfg"].get("quick_gelu", False)), config=config
     )
@@ -242,7 +242,7 @@ def _build_tower(source: _ModelSource, quick: bool, *, pretrained: bool = False)
         return _create_model(source.arch, source.tag if pretrained else None, quick, pretrained)
     # where open_clip looks for a config that it does not ship
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, quick_gelu.CONFIG).write_text(
+        Path(folder, open_clip_config.NAME).write_text(
             json.dumps({"model_cfg": source.config["model_cfg"]})
         )
         return _create_model(f"local-dir:{folder}", None, quick, pretrained=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from featcache import errors
+from featcache.runtime import strict_json
 from featcache.views.render import FILTERS
 
 # OpenCV's INTER_AREA, which pictures that FFCV decodes are resized by, and no others
@@ -81,12 +81,17 @@ def load_policy(name: str = "default", **changes: Any) -> Policy:
 
 def _read_policy(path: str) -> dict[str, Any]:
     try:
-        fields = json.loads(Path(path).read_text())
+        fields = strict_json.as_object(strict_json.read_file(Path(path)))
         return {**Policy().as_dict(), **fields}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise errors.UserError(
             f"policy file {path!r}: {error}; a JSON object of policy fields is needed"
         ) from error
+
+
+def _is_number(value: object) -> bool:
+    """Return whether the value is a number that a float can be made of."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 64)
 
 
 def policy_from_dict(fields: dict[str, Any]) -> Policy:
@@ -102,14 +107,14 @@ def policy_from_dict(fields: dict[str, Any]) -> Policy:
         parts = (
             list(value) if pair and isinstance(value, list | tuple) and len(value) == 2 else [value]
         )
-        right = all(isinstance(part, str) if text else type(part) in (int, float) for part in parts)
+        right = all(isinstance(part, str) if text else _is_number(part) for part in parts)
         if (
             not right
             or (pair and len(parts) != 2)
             or (key in ("size", "seed") and type(value) is not int)
         ):
             raise errors.UsageError(
-                f"view policy: {key} is {value!r}, something like {known[key]!r} is needed"
+                f"view policy: {key} is {repr(value)[:80]}, something like {known[key]!r} is needed"
             )
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import ModuleType
 
 from featcache.errors import UsageError, UserError
 from featcache.reading.crop_range import Scale
+from featcache.runtime import strict_json
 from student.config import RecipeConfig, Settings, build_config, parse_settings, read_settings
 from student.setup.cache_match import ReadOptions
 from student.training.train_state import RunOptions
@@ -111,9 +111,9 @@ def user_settings(kind: type[RecipeConfig], options: Options) -> Settings:
 def file_settings(kind: type[RecipeConfig], path: Path) -> Settings:
     """Read settings from a JSON object, or from a run's config.json."""
     try:
-        fields = json.loads(path.read_text())
-        return read_settings(kind, fields.get("config", fields))
-    except (OSError, ValueError, AttributeError) as error:
+        fields = strict_json.as_object(strict_json.read_file(path))
+        return read_settings(kind, strict_json.as_object(fields.get("config", fields)))
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--config {str(path)!r}: {error}; a JSON object of settings is needed, such as a "
             "run's config.json"
