@@ -26,14 +26,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UserError
+from featcache.errors import UserError, one_line
 from featcache.pictures import classes
 from featcache.pictures.classes import check_labels, read_classes
+from featcache.pictures.regular_file import read_range
 
 I64 = npt.NDArray[np.int64]
 INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then pip install ffcv"
 JPG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 _KEY_BYTES = 4096  # read at once where keys lie together
+_LEAST_ROW_BYTES = 8  # of a sample: one number
 _SAMPLED = 64  # pictures whose bytes go into the digest of a file without keys
 
 
@@ -78,15 +80,7 @@ class BetonSource:
     def stored(self, index: int) -> bytes:
         """Read the bytes of the file: a JPEG, or the pixels, as `modes` says."""
         offset, size = self.ranges[index].tolist()
-        # one open a read, as of tars: nothing to share or to lose over a fork
-        fd = os.open(self.spec, os.O_RDONLY)
-        try:
-            data = os.pread(fd, size, offset)
-        finally:
-            os.close(fd)
-        if len(data) < size:
-            raise OSError(f"{self.spec!r} ends within it")
-        return data
+        return read_range(self.spec, offset, size)
 
     @cached_property
     def labels(self) -> I64 | None:
@@ -164,21 +158,23 @@ def _reader(spec: str) -> Any:
             spec,
             f"{size} bytes, its table of allocations should begin at {header['alloc_table_ptr']}",
         )
+    if int(header["num_samples"]) * _LEAST_ROW_BYTES > size:  # numpy would make room for them all
+        raise _cut(spec, f"{size} bytes, for {header['num_samples']} samples")
+    reader_type = import_ffcv("reader").Reader
     try:
-        reader = import_ffcv("reader").Reader(spec)
-    except (
-        AssertionError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        UnicodeError,
-        MemoryError,
-    ) as error:
+        with np.errstate(all="ignore"):  # sizes of arrays that nobody reads
+            reader = reader_type(spec)
+    except Exception as error:  # whatever FFCV raises at these bytes, the bytes are at fault
+        reason = one_line(str(error))[:200] or type(error).__name__
         raise UserError(
-            f"{spec!r} cannot be read as an FFCV file: {error or type(error).__name__}; fields of "
-            "FFCV's own kinds are allowed: write the file again"
+            f"{spec!r} cannot be read as an FFCV file: {reason}; fields of FFCV's own kinds are "
+            "allowed: write the file again"
         ) from error
+    if len(reader.handlers) < int(header["num_fields"]):
+        raise UserError(
+            f"{spec!r} has two fields of one name among {', '.join(reader.handlers)[:200]}; write "
+            "the file again"
+        )
     if len(reader.metadata) < reader.num_samples or (size - int(header["alloc_table_ptr"])) % _item(
         reader
     ):
@@ -215,9 +211,10 @@ def _ranges(spec: str, reader: Any, image: npt.NDArray[Any]) -> I64:
     at = np.minimum(np.searchsorted(table["ptr"], image["data_ptr"]), max(len(table) - 1, 0))
     if not len(table) or (table["ptr"][at] != image["data_ptr"]).any():
         raise _cut(spec, "its table of allocations lacks pictures")
-    ranges = np.stack([image["data_ptr"], table["size"][at]], 1).astype(np.int64)
-    if (ranges.sum(1) > int(reader.header["alloc_table_ptr"])).any():
+    sizes, end = table["size"][at], reader.header["alloc_table_ptr"]
+    if not _lie_within(image["data_ptr"], sizes, end):
         raise _cut(spec, "pictures lie beyond its data")
+    ranges = np.stack([image["data_ptr"], sizes], 1).astype(np.int64)
     pixels = image["height"].astype(np.int64) * image["width"] * 3
     for i in np.flatnonzero(
         (image["mode"] > RAW) | ((image["mode"] == RAW) & (ranges[:, 1] != pixels))
@@ -228,6 +225,11 @@ def _ranges(spec: str, reader: Any, image: npt.NDArray[Any]) -> I64:
             "again"
         )
     return ranges
+
+
+def _lie_within(offsets: npt.NDArray[Any], sizes: npt.NDArray[Any], end: Any) -> bool:
+    """Whether all ranges (n,) of unsigned numbers end at `end` or before; sums may overflow."""
+    return bool(((offsets <= end) & (sizes <= end - np.minimum(offsets, end))).all())
 
 
 # ------------------------------------------------------------ keys and labels
@@ -243,14 +245,20 @@ def _keys(spec: str, reader: Any, column: npt.NDArray[Any]) -> Iterator[str]:
             f"pictures {spec!r}: field key is {kind}, BytesField or JSONField is allowed; write it "
             "again"
         )
+    end = np.uint64(Path(spec).stat().st_size)
+    if not _lie_within(column["ptr"], column["size"], end):
+        raise _cut(spec, "keys lie beyond its end")
+    if column["size"].astype(np.float64).sum() > end:  # forged ones may all be the same bytes
+        raise UserError(f"keys of {spec!r} are longer than the file; write the file again")
     keys = [""] * len(column)
     for i, data in _spans(spec, column["ptr"].astype(np.int64), column["size"].astype(np.int64)):
         try:
             text = data.rstrip(b"\0").decode(errors="surrogateescape")
             keys[i] = str(json.loads(text)) if kind == "JSONField" else text
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f"key of picture {i} of {spec!r} is no JSON: {error}; write the file again"
+                f"key of picture {i} of {spec!r} is no JSON: {str(error)[:100]}; write the file "
+                "again"
             ) from error
     yield from keys
 

@@ -64,5 +64,5 @@ def _checked(size: int) -> int:
 def _pread(fd: int, offset: int, size: int, path: str | os.PathLike[str]) -> bytes:
     data = os.pread(fd, size, offset)
     if len(data) < size:
-        raise OSError(errno.EIO, "ends within the picture", os.fspath(path))
+        raise OSError(errno.EIO, "ends within it", os.fspath(path))
     return data

@@ -26,13 +26,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from featcache.errors import IdentityError
-from featcache.pictures.beton import RAW, BetonSource, import_ffcv
+from featcache.pictures.beton import JPG, RAW, BetonSource, import_ffcv
+from featcache.pictures.decode import size_of
 from featcache.pictures.passed_over import PassedOver, passed_over
 from featcache.pictures.source import PictureError
 from featcache.views.policy import AREA
 from featcache.views.render import apply_jitter
 
 U8 = npt.NDArray[np.uint8]
+_UNDECODED = "libturbojpeg cannot decode it, or only a part of it"
 PIXEL_PATH = {
     "decoder": "ffcv",
     "dct": "fast",
@@ -69,6 +71,37 @@ def compiled_functions() -> tuple[Callable[..., int], Callable[..., None]]:
                         out[y, size - 1 - x, c] = kept
 
     return compile_(decode), compile_(replay)
+
+
+def _check_size(data: bytes, height: int, width: int) -> None:
+    """Raise PictureError where a JPEG has another size than its row says: libturbojpeg would scale
+    it, and lay it out for another width."""
+    try:
+        found = jpeg_size(data) or size_of(data)
+    except PictureError as error:
+        raise PictureError(_UNDECODED) from error
+    if found != (height, width):
+        raise PictureError(
+            f"its row says {height} x {width} pixels, its JPEG has {found[0]} x {found[1]}"
+        )
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return height and width that the frame header of a JPEG states; None where there is none.
+
+    >>> jpeg_size(bytes.fromhex("ffd8 ffe0 0004 0000 ffc0 0011 08 0014 001e 03"))
+    (20, 30)
+    """
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if marker == 0xFF:  # fill bytes
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
+        else:
+            at += 2 + length
+    return None
 
 
 @dataclass(frozen=True)
@@ -161,11 +194,14 @@ class FfcvSource:
         """Decode a picture. Raises PictureError where libturbojpeg cannot decode it, or only in
         part."""
         height, width = self.beton.sizes[index].tolist()
+        stored = self.beton.stored(index)
+        if self.beton.modes[index] == JPG:
+            _check_size(stored, height, width)
         # numba compiles once, for writable bytes
-        data = np.frombuffer(bytearray(self.beton.stored(index)), np.uint8)
+        data = np.frombuffer(bytearray(stored), np.uint8)
         pixels = np.empty((height, width, 3), np.uint8)
         if compiled_functions()[0](
             data, height, width, bool(self.beton.modes[index] == RAW), pixels
         ):
-            raise PictureError("libturbojpeg cannot decode it, or only a part of it")
+            raise PictureError(_UNDECODED)
         return FfcvPicture(self.keys[index], pixels)

@@ -6,17 +6,20 @@ from __future__ import annotations
 import pickle
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from featcache.errors import UserError
 from featcache.pictures import beton
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
-from featcache.pictures.source import Source
+from featcache.pictures.source import PictureError, Source
 from tests.conftest import python
 from tests.ffcv_files import COUNT, photo
 
@@ -176,6 +179,103 @@ def test_a_file_that_shrinks_later_is_an_error_of_the_disk(
         file.truncate(1000)
     with pytest.raises(OSError, match="ends within it"):
         source.read(0)
+
+
+def forged(source: Path, target: Path, changes: dict[int, bytes]) -> Path:
+    """A copy of a file with other bytes at some places."""
+    data = bytearray(source.read_bytes())
+    for place, value in changes.items():
+        data[place : place + len(value)] = value
+    target.write_bytes(data)
+    return target
+
+
+def u8(value: int) -> bytes:
+    return value.to_bytes(8, "little")
+
+
+def rows_at(path: Path, fields: int) -> int:
+    """Where the rows of samples begin: after a header of 24 bytes and descriptors of 1041."""
+    assert int.from_bytes(path.read_bytes()[2:4], "little") == fields
+    return 24 + fields * 1041
+
+
+@pytest.mark.parametrize("count", [1 << 20, 1 << 40, (1 << 63) + 5, (1 << 64) - 1])
+def test_a_forged_number_of_samples_makes_no_room(
+    ffcv_files: Path, tmp_path: Path, count: int
+) -> None:
+    bad = forged(ffcv_files / "raw.beton", tmp_path / "x.beton", {8: u8(count)})
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"x\.beton' is cut off"):
+        open_source(bad)
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", [1 << 40, 1 << 63, (1 << 64) - 100])
+def test_forged_places_are_one_line(ffcv_files: Path, tmp_path: Path, place: int) -> None:
+    """Of a picture, in its row and in the table of allocations; of a key, in its row."""
+    whole = ffcv_files / "nokey.beton"
+    row = rows_at(whole, 2)
+    data = whole.read_bytes()
+    old = data[row + 5 : row + 13]  # mode u1, width u2, height u2, place u8
+    table = data.rindex(old)
+    changes = {row + 5: u8(place), table: u8(place)}
+    with pytest.raises(UserError, match=r"x\.beton' is cut off"):
+        open_source(forged(whole, tmp_path / "x.beton", changes))
+    whole = ffcv_files / "raw.beton"
+    source = open_source(whole)
+    row = rows_at(whole, 3)
+    key = whole.read_bytes().index(b"a/b0")
+    at = whole.read_bytes().index(u8(key), row)
+    assert source.keys[0] == "a/b0"
+    with pytest.raises(UserError, match=r"x\.beton' is cut off"):
+        open_source(forged(whole, tmp_path / "x.beton", {at: u8(place)}))
+    with pytest.raises(UserError, match=r"x\.beton' is cut off"):
+        open_source(forged(whole, tmp_path / "x.beton", {at + 8: u8(place)}))
+
+
+def test_keys_that_are_all_the_whole_file_are_refused(ffcv_files: Path, tmp_path: Path) -> None:
+    whole = ffcv_files / "raw.beton"
+    data, row, changes = whole.read_bytes(), rows_at(whole, 3), {}
+    for i in range(COUNT):
+        at = data.index(u8(data.index(f"a/b{i}".encode())), row)
+        changes |= {at: u8(0), at + 8: u8(len(data))}
+    with pytest.raises(UserError, match=r"keys of .* are longer than the file"):
+        open_source(forged(whole, tmp_path / "x.beton", changes))
+
+
+def test_a_size_that_the_table_forges_is_one_line(ffcv_files: Path, tmp_path: Path) -> None:
+    whole = ffcv_files / "nokey.beton"
+    data, row = whole.read_bytes(), rows_at(whole, 2)
+    table = data.rindex(data[row + 5 : row + 13])
+    for size in (1 << 40, (1 << 64) - 1):
+        with pytest.raises(UserError, match=r"x\.beton' is cut off"):
+            open_source(forged(whole, tmp_path / "x.beton", {table + 8: u8(size)}))
+
+
+@given(place=st.integers(0, 24 + 3 * 1041 + 300), value=st.integers(0, 255))
+def test_any_changed_byte_of_the_tables_gives_a_source_or_one_line(
+    ffcv_files: Path, place: int, value: int
+) -> None:
+    bad = forged(ffcv_files / "raw.beton", ffcv_files / "changed.beton", {place: bytes([value])})
+    try:
+        source = open_source(bad)
+        for i in range(len(source)):
+            source.read(i)
+    except (UserError, PictureError) as error:
+        text = str(error)
+    else:
+        text = ""
+    assert "\n" not in text
+
+
+def test_two_fields_of_one_name_are_refused(ffcv_files: Path, tmp_path: Path) -> None:
+    whole = ffcv_files / "raw.beton"
+    second = 24 + 1041 + 1  # the name of the second field
+    changes = {second: b"image".ljust(16, b"\0")}
+    with pytest.raises(UserError, match="two fields of one name"):
+        open_source(forged(whole, tmp_path / "x.beton", changes))
 
 
 # ------------------------------------------------------------ without FFCV, and beside it

@@ -145,6 +145,27 @@ def test_broken_jpegs_are_unusable_pictures(ffcv: None, tmp_path: Path) -> None:
     assert _with_jpeg(tmp_path, "whole", data, (38, 48)).picture(0).pixels.shape == (38, 48, 3)
 
 
+@pytest.mark.parametrize("size", [(38, 40), (76, 96), (19, 24), (65535, 65535)])
+def test_a_jpeg_of_another_size_than_its_row_says_is_not_decoded(
+    ffcv: None, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """libturbojpeg scales by whole factors to fit, and its lines then lie elsewhere."""
+    with pytest.raises(PictureError, match=r"its JPEG has 38 x 48"):
+        _with_jpeg(tmp_path, "other", _jpeg(photo(4)), size).picture(0)
+
+
+def test_a_jpegs_size_is_that_of_its_frame_header() -> None:
+    """Beside fill bytes, a thumbnail in its EXIF block, and progressive scans."""
+    thumbnail, file = _jpeg(photo(0)), io.BytesIO()
+    picture = Image.fromarray(photo(4))
+    picture.save(file, "JPEG", progressive=True, exif=b"Exif\0\0" + thumbnail)
+    data = file.getvalue()
+    assert ffcv_decoder.jpeg_size(data) == (38, 48)
+    assert ffcv_decoder.jpeg_size(data[:2] + b"\xff" + data[2:]) == (38, 48)
+    assert ffcv_decoder.jpeg_size(data[:30]) is None
+    assert ffcv_decoder.jpeg_size(b"") is None
+
+
 def test_grey_jpegs_are_repeated(ffcv: None, tmp_path: Path) -> None:
     pixels = _with_jpeg(tmp_path, "grey", _jpeg(photo(0), "L"), (34, 40)).picture(0).pixels
     grey = np.asarray(Image.fromarray(photo(0)).convert("L")).astype(int)
