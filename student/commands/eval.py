@@ -102,6 +102,7 @@ def _evaluate(
     as_json: bool,
 ) -> None:
     from featcache.console.params import require_images
+    from featcache.pictures import passed_over
     from featcache.pictures.open_source import open_source
     from featcache.runtime.device import pick_device
     from student.features import frozen
@@ -118,6 +119,7 @@ def _evaluate(
         )
     train = open_source(require_images(images_spec))
     test = open_source(test_spec) if test_spec else None
+    left_out = [row for source in (train, test) for row in passed_over.as_json(source)]
     net = (
         frozen.from_run(run, pool, ema)
         if run
@@ -143,6 +145,7 @@ def _evaluate(
         "pool": pool,
         **({"ema": True} if ema else {}),
         **({"labels": notes} if notes else {}),
+        **({"passed_over": left_out} if left_out else {}),
         **result,
     }
     if result.get("note"):

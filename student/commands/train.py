@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,6 +272,8 @@ def command(
     acc = accelerator.accelerator(options["precision"], device)
     options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
     console = _Console(acc.is_main_process, as_json)
+    if not console.speaks:
+        logging.getLogger("featcache").setLevel(logging.ERROR)  # notes on the pictures
     run, loader = build.build_run(name, recipe, acc, Options(**options), console.say)
     if note := build.warmup_note(run, loader):
         console.say(note)

@@ -352,6 +352,20 @@ def test_eval_of_a_teacher_in_place_of_a_run(
     assert facts["top1"] > 60
 
 
+def test_eval_and_train_say_what_the_pictures_source_passes_over(tmp_path: Path) -> None:
+    pictures = fx.save_pictures(tmp_path / "pictures", 30, seed=3, classes=3)
+    (pictures / "more.gif").write_bytes(b"GIF89a")
+    said = f"note: pictures {str(pictures)!r}: passed over 1 files with other suffixes"
+    words = ("--teacher", fx.TEACHER, "--images", pictures, "--json", "--device", "cpu", "--k", "1")
+    ran = fx.good(fx.stud("eval", "knn", *words))
+    assert ran.err.count(said) == 1
+    assert ran.json["passed_over"] == [
+        {"reason": "files with other suffixes", "count": 1, "first": "more.gif"}
+    ]
+    ran = fx.good(fx.train("mae", tmp_path / "run", "--images", pictures, "--steps", "1"))
+    assert ran.err.count(said) == 1
+
+
 def test_knn_of_a_run_by_hand(run: Path, labelled: Path, tmp_path: Path) -> None:
     """1-NN on given train and test folders: the encoder run directly, cosines in numpy, the nearest
     class."""

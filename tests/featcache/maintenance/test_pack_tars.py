@@ -256,6 +256,13 @@ def test_shards_are_never_overwritten(run: Run, classes: Path, tmp_path: Path) -
     assert content(sorted(out.glob("*.tar"))) == before
 
 
+def test_what_is_passed_over_is_said(run: Run, classes: Path, tmp_path: Path) -> None:
+    (classes / "emu/six.gif").write_bytes(b"GIF89a")
+    status, text = run(classes, tmp_path / "out", "--shard-size", 3)
+    assert status == 0
+    assert text.count("passed over 1 files with other suffixes (the first is 'emu/six.gif')") == 1
+
+
 def test_a_killed_run_is_named(run: Run, classes: Path, tmp_path: Path) -> None:
     (tmp_path / "out/.pictures.packing").mkdir(parents=True)
     status, text = run(classes, tmp_path / "out", "--shard-size", 3)

@@ -3,8 +3,10 @@ counted."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from featcache.pictures.open_source import open_source
 from featcache.pictures.passed_over import passed_over
 from featcache.pictures.regular_file import LARGEST_BYTES
 from featcache.pictures.source import PictureError
+from tests.conftest import SYNTHETIC, Ran
 from tests.featcache.pictures.test_open_source import PNG, write_folder, write_tar
 
 
@@ -153,6 +156,20 @@ def test_opening_notes_it_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
     assert caplog.messages == [
         f"pictures {str(tmp_path)!r}: passed over 1 files with other suffixes (the first is "
         "'a/x.gif'), 1 hidden pictures (the first is 'a/.y.png')"
+    ]
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_extraction_says_it_once_and_in_its_json(
+    featcache_command: Callable[..., Ran], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    folder = write_folder(tmp_path / "src", "a/1.png", "a/x.gif")
+    options = ("--teacher", SYNTHETIC, "--levels", "last:1", "--images", folder, "--json", *more)
+    ran = featcache_command("extract", *options, "--out", tmp_path / "c")
+    assert ran.status == 0
+    assert ran.err.count("passed over 1 files with other suffixes") == 1
+    assert json.loads(ran.out)["passed_over"] == [
+        {"reason": "files with other suffixes", "count": 1, "first": "a/x.gif"}
     ]
 
 
