@@ -289,7 +289,7 @@ def _build(kind: type[Config], values: dict[str, Any]) -> Config:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise UsageError(
-            f"cannot set {key}: given {json.dumps(values[key])}; allowed: {_allowed(kind, key)} "
+            f"cannot set {key}: given {json.dumps(values[key])[:80]}; allowed: {_allowed(kind, key)} "
             f"({first['msg']}); change it with {key}=VALUE"
         ) from None
 

@@ -11,6 +11,7 @@ import click
 
 from featcache.catalog import home
 from featcache.console import text
+from featcache.console.params import FiniteRange
 from featcache.errors import UsageError
 from featcache.maintenance import remove
 from featcache.maintenance.garbage import find, remove_leftovers
@@ -22,7 +23,7 @@ from featcache.maintenance.garbage import find, remove_leftovers
 )
 @click.option(
     "--unused",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     metavar="DAYS",
     help="Also list caches no training run used, untouched for DAYS days.",
 )

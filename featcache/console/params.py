@@ -1,8 +1,9 @@
 """Options and variables are read that several commands share: two numbers as one option, such as
---scale 0.2,1 or --ratio 3/4,4/3, and the pictures."""
+--scale 0.2,1 or --ratio 3/4,4/3, finite numbers, seeds and the pictures."""
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -30,6 +31,21 @@ class FloatPair(click.ParamType):
                 ctx,
             )
         return low, high
+
+
+class FiniteRange(click.FloatRange):
+    """One option takes a finite number of a range: NaN passes every comparison."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
+
+
+SEED = click.IntRange(0, 2**63 - 1)  # what a view policy allows, and torch's generator takes
 
 
 def _number(text: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ class Policy:
             (1 <= self.size <= 4096, f"size {self.size}: 1 to 4096 pixels are allowed"),
             (0 < low <= high <= 1, f"scale {low:g},{high:g}: 0 < low <= high <= 1 is allowed"),
             (
-                0 < self.ratio[0] <= self.ratio[1] < math.inf,
-                f"ratio {self.ratio}: 0 < low <= high is allowed",
+                1e-3 <= self.ratio[0] <= self.ratio[1] <= 1e3,
+                f"ratio {self.ratio}: 0.001 <= low <= high <= 1000 is allowed",
             ),
             (
                 self.filter in {*FILTERS, AREA},

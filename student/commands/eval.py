@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from featcache.console.params import SEED, FiniteRange
 from featcache.console.text import echo, first_paragraph, print_facts
 from featcache.errors import UsageError
 
@@ -63,12 +64,12 @@ def _eval_command(name: str, module: Any) -> click.Command:
         ),
         click.Option(
             ["--crop-pct"],
-            type=click.FloatRange(0, 1, min_open=True),
+            type=FiniteRange(0, 1, min_open=True),
             default=0.875,
             show_default=True,
         ),
         click.Option(["--embed-batch"], type=click.IntRange(1), default=64, show_default=True),
-        click.Option(["--seed"], type=click.IntRange(0), default=0, show_default=True),
+        click.Option(["--seed"], type=SEED, default=0, show_default=True),
         click.Option(["--device"], help="cpu, cuda, ... [default: cuda where there is one]"),
         click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
     ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache.console.params import FloatPair
+from featcache.console.params import SEED, FiniteRange, FloatPair
 from featcache.console.text import echo, print_facts
 from featcache.errors import STOPPED, StoppedError, UsageError, UserError, one_line
 
@@ -86,7 +86,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0),
+    type=SEED,
     default=0,
     show_default=True,
     help="Of weights, order and masks.",
@@ -105,7 +105,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--fallback-limit",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     metavar="SHARE",
     help="Share of the pictures that --fallback may be used for. [default: 0.01]",
 )
@@ -155,14 +155,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--check-pixels",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=1 / 16,
     show_default="1/16",
     help="Share of views compared with what the teacher saw.",
 )
 @click.option(
     "--pixel-tolerance",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=0.0,
     show_default=True,
     help="Mean difference let pass, in levels of 255; written into the run.",
@@ -175,7 +175,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--without-view",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.001,
     show_default=True,
     help="Share of pictures that may have no such view and are left out.",
@@ -190,7 +190,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--verify-rows",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=1.0,
     show_default=True,
     help="Share of rows checked as they are read. Before that, a cache of up to 2 GiB is verified "
@@ -209,7 +209,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--ema",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     help="Keep an average of the weights as well, of this decay, such as 0.9999; `student eval "
     "--ema` takes it.",
 )
@@ -275,7 +275,7 @@ def command(
     if not console.speaks:
         logging.getLogger("featcache").setLevel(logging.ERROR)  # notes on the pictures
     run, loader = build.build_run(name, recipe, acc, Options(**options), console.say)
-    if note := build.warmup_note(run, loader):
+    for note in build.rate_notes(run, loader):
         console.say(note)
     (_dry_run if dry_run else _train)(run, loader, acc, console)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchDropout
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -91,11 +92,11 @@ def parse_encoder(encoder: str) -> tuple[str, dict[str, Any]]:
 
     name, _, tail = encoder.partition(",")
     options: dict[str, Any] = dict(parse_options(tail)) if tail else {}
-    for key in ("img_size", "patch_size"):
+    for key in ("img_size", "patch_size", "drop_path_rate"):
         if key in options:
             raise UsageError(
                 f"cannot build encoder {encoder!r}: it sets {key}; allowed: options of the "
-                f"network; give {key}=VALUE as a setting of its own"
+                f"network; give {key.removesuffix('_rate')}=VALUE as a setting of its own"
             )
     architecture.check_keywords(f"cannot build encoder {encoder!r}", options)
     name = SIZES.get(name, name)
@@ -117,6 +118,8 @@ def _unsupported_parts(vit: nn.Module) -> list[str]:
     wrong = {
         "no block": len(vit.blocks) == 0,
         "other than three colours": vit.patch_embed.proj.in_channels != 3,
+        # drawn from the process's generator, so that two processes would differ from one
+        "dropout": any(map(_drops, vit.modules())),
         "no class token": not vit.has_class_token,
         "register tokens": vit.num_reg_tokens > 0,
         "a norm before the blocks": not isinstance(vit.norm_pre, nn.Identity),
@@ -129,6 +132,10 @@ def _unsupported_parts(vit: nn.Module) -> list[str]:
         "a width that 4 does not divide": vit.embed_dim % 4 > 0,
     }
     return [what for what, found in wrong.items() if found]
+
+
+def _drops(part: nn.Module) -> bool:
+    return isinstance(part, PatchDropout) or (isinstance(part, nn.Dropout) and part.p > 0)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 from featcache import rng
 from featcache.errors import UsageError
 from featcache.runtime.compiler import check_compiler
+from featcache.storage import identity
 from student import checkpoint
 from student.data.loader import Loader
 from student.setup.options import Options, RunRequest, Say, user_settings
@@ -23,7 +24,7 @@ from student.targets.assemble import draw_masks
 from student.targets.cached import CachedTargets
 from student.targets.contract import HostBatch, Targets
 from student.targets.fallback import FallbackTargets
-from student.training import trackers
+from student.training import optim, trackers
 from student.training.train import Run
 
 BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
@@ -117,7 +118,9 @@ def _resumed_batch_size(out: Path, options: Options, acc: Accelerator) -> int | 
     processes; None where there is no such run."""
     if not (options.resume and (out / checkpoint.CONFIG).is_file()):
         return None
-    total = checkpoint.read_config(out).get("data", {}).get("global_batch")
+    total = dict(identity.flatten({"run": checkpoint.read_config(out)})).get(
+        "run.data.global_batch"
+    )
     if not isinstance(total, int):
         return None  # no run of ours, as the comparison with this one will tell
     parts = acc.num_processes * options.accumulate
@@ -160,7 +163,19 @@ def run_facts(run: Run, loader: Loader) -> dict[str, Any]:
     }
 
 
-def warmup_note(run: Run, loader: Loader) -> str:
+def rate_notes(run: Run, loader: Loader) -> list[str]:
+    """Return what a person may not have meant of the learning rate."""
+    peak, least = optim.peak_lr(run.config, loader.global_batch), run.config.min_lr
+    notes = [_warmup_note(run, loader)]
+    if least > peak:
+        notes.append(
+            f"note: min_lr={least:g} is above the peak of {peak:g} at this global batch: the "
+            "learning rate rises to it; --set min_lr=RATE changes it"
+        )
+    return [note for note in notes if note]
+
+
+def _warmup_note(run: Run, loader: Loader) -> str:
     """Return a note where the learning rate would never reach its peak; empty otherwise."""
     warmup = round(run.config.warmup_epochs * loader.steps_per_epoch)
     total = run.total_steps(loader.steps_per_epoch)
