@@ -289,8 +289,8 @@ def _build(kind: type[Config], values: dict[str, Any]) -> Config:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise UsageError(
-            f"cannot set {key}: given {json.dumps(values[key])[:80]}; allowed: {_allowed(kind, key)} "
-            f"({first['msg']}); change it with {key}=VALUE"
+            f"cannot set {key}: given {json.dumps(values[key])[:80]}; allowed: "
+            f"{_allowed(kind, key)} ({first['msg']}); change it with {key}=VALUE"
         ) from None
 
 
