@@ -36,6 +36,7 @@ from torch import Tensor
 
 from featcache import rng
 from featcache.console.entry import entry
+from featcache.console.params import LocalPath
 from featcache.console.text import echo
 from featcache.maintenance.pack_tars import pack
 from featcache.models import weights
@@ -162,7 +163,7 @@ def accuracy(vit: VisionTransformer, source: Source) -> float:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LocalPath())
 @click.option(
     "--seed",
     type=click.IntRange(0),

@@ -31,6 +31,7 @@ import click
 
 import featcache
 from featcache.console.entry import entry
+from featcache.console.params import LocalPath
 from featcache.console.text import echo, format_table
 from featcache.errors import UsageError, UserError, command_line
 from featcache.pictures.open_source import open_source
@@ -93,9 +94,7 @@ REDUCED = Plan(teacher_epochs=2, epochs=2, views=2, enforced=False)
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("quickstart"), show_default=True
-)
+@click.option("--out", type=LocalPath(), default=Path("quickstart"), show_default=True)
 @click.option(
     "--seed",
     type=click.IntRange(0),

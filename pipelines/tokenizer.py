@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from featcache import rng
 from featcache.console.entry import entry
+from featcache.console.params import LocalPath
 from featcache.console.text import echo
 from featcache.errors import UserError
 from featcache.pictures.decode import decode
@@ -163,7 +164,7 @@ def quality(encoder: Dvae, decoder: Decoder, source: Source) -> dict[str, float]
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LocalPath())
 @click.option(
     "--seed",
     type=click.IntRange(0),

@@ -13,7 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from featcache.errors import UsageError, UserError
 from featcache.pictures.regular_file import open_regular
+from featcache.runtime.local_path import local_path
 from featcache.storage import manifest
 from featcache.storage.schema import LedgerLine, schema_problem
 
@@ -23,11 +25,16 @@ _LOG = logging.getLogger(__name__)
 
 
 def home() -> Path:
-    return Path(os.environ.get("FEATCACHE_HOME") or "caches")
+    """Return the folder of caches and of the ledger. Raises UsageError where the variable names no
+    place of this machine."""
+    return Path(local_path(os.environ.get("FEATCACHE_HOME") or "caches", "FEATCACHE_HOME"))
 
 
 def caches() -> list[Path]:
-    """List the folders below home that hold a manifest, by name."""
+    """List the folders below home that hold a manifest, by name. Raises UsageError where home is
+    a file."""
+    if home().is_file():
+        raise UsageError(f"FEATCACHE_HOME {str(home())!r} is a file; it names a folder of caches")
     found = (path.parent for path in home().glob(f"*/{manifest.NAME}"))
     # hidden ones are half removed
     return sorted(path for path in found if not path.name.startswith("."))
@@ -49,6 +56,8 @@ def log_run(**facts: Any) -> None:
         _LOG.warning(
             "the run ledger %r cannot be written: %s", str(home() / LEDGER), error.strerror
         )
+    except UserError as error:  # home is no place of this machine
+        _LOG.warning("the run ledger cannot be written: %s", error)
 
 
 def runs_of(cache_id: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from featcache.commands.copy import carry_out
+from featcache.console.params import LocalPath
 from featcache.maintenance import transfer
 from featcache.storage.store import STORES
 
@@ -16,8 +17,8 @@ from featcache.storage.store import STORES
     "  featcache convert caches/clip-b16-1a2b3c4d /data/clip-b16-tars --store webdataset\n\n"
     "  featcache convert /data/clip-b16-tars caches/clip-b16 --store zarr"
 )
-@click.argument("cache", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("cache", type=LocalPath())
+@click.argument("out", type=LocalPath())
 @click.option(
     "--store", "name", type=click.Choice(list(STORES)), required=True, help="The store of OUT."
 )

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from featcache.console import text as show
+from featcache.console.params import LocalPath
 from featcache.console.progress_bar import ProgressBar, WaitingNote, eta
 from featcache.errors import UsageError
 from featcache.maintenance import transfer
@@ -21,8 +22,8 @@ from featcache.storage import manifest
     "  featcache copy caches/clip-b16-1a2b3c4d /local/small --views 1 --levels last:5\n\n"
     "  featcache copy caches/clip-b16-1a2b3c4d /local/tenth --shards 0:125"
 )
-@click.argument("cache", type=click.Path(path_type=Path))
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("cache", type=LocalPath())
+@click.argument("dest", type=LocalPath())
 @click.option("--views", type=click.IntRange(1), help="Only the first N views. [default: all]")
 @click.option(
     "--levels", help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]"

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from featcache.catalog import home
 from featcache.console import extract_report
 from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
-from featcache.console.params import FloatPair
+from featcache.console.params import FloatPair, LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.console.text import echo, print_facts
 from featcache.errors import UsageError, UserError
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option(
     "--teacher",
     "names",
+    type=LocalText(),
     multiple=True,
     help="Name, or NAME,key=value,...; `featcache teachers` lists them. "
     "Several: one pass over the same views.",
@@ -48,11 +49,12 @@ if TYPE_CHECKING:
 @click.option(
     "--images",
     "images_spec",
+    type=LocalText(),
     help="Folder of pictures, webdataset tars or .beton. [default: $FEATCACHE_IMAGES]",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]",
 )
 @click.option(
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
 @click.option(
     "--policy",
     "policy_name",
+    type=LocalText(),
     default="default",
     show_default=True,
     help=f"How views are drawn: {', '.join(POLICIES)} or a .json file.",
@@ -146,6 +149,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--weights",
+    type=LocalText(),
     multiple=True,
     help="FILE, a tag, or random:SEED for a trial; TEACHER=... for one. "
     "[default: the pretrained ones]",
@@ -165,6 +169,7 @@ if TYPE_CHECKING:
 @click.option(
     "--check-teacher",
     "labelled",
+    type=LocalText(),
     metavar="LABELLED",
     help="First a k-NN score on these labelled pictures.",
 )

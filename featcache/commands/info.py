@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from featcache.catalog import extract_command, home, serves
+from featcache.console.params import LocalPath
 from featcache.console.text import format_bytes, format_table, join_lines, print_facts
 from featcache.reading.cache import Cache
 from featcache.storage import manifest, statistics
 
 
 @click.command(epilog="Example:\n\n  featcache info caches/clip-b16-1a2b3c4d --json")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=LocalPath())
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(cache: Path, as_json: bool) -> None:
     """Show identity, completeness, sizes and statistics of CACHE, the recipes it can serve and the

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from featcache.console.params import LocalPath, LocalText
 from featcache.console.text import echo
 from featcache.errors import UsageError
 from featcache.pictures.open_source import open_source
@@ -21,8 +22,8 @@ from featcache.pictures.source import Source
     "    --shard-size 500 --seed 1\n"
     "  featcache pack imagenet/train train.beton"
 )
-@click.argument("src")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("src", type=LocalText())
+@click.argument("out", type=LocalPath())
 @click.option("--shard-size", type=int, help="Pictures a shard; needed for tars.")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the shuffled order."

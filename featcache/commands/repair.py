@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featcache.console import text
+from featcache.console.params import LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
     "  featcache repair caches/clip-b16-1a2b3c4d --images /mnt/other/train "
     "--weights ViT-B-16.safetensors"
 )
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=LocalPath())
 @click.option(
-    "--images", "images_spec", help="The pictures. [default: where they were at extraction]"
+    "--images",
+    "images_spec",
+    type=LocalText(),
+    help="The pictures. [default: where they were at extraction]",
 )
-@click.option("--weights", help="The teacher's weights. [default: as at extraction]")
+@click.option(
+    "--weights", type=LocalText(), help="The teacher's weights. [default: as at extraction]"
+)
 @click.option(
     "--teacher",
     "named",

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from featcache.console import text
+from featcache.console.params import LocalPath
 from featcache.errors import UsageError
 from featcache.maintenance.remove import check_removable, folder_bytes, remove_cache
 
@@ -20,9 +21,7 @@ from featcache.maintenance.remove import check_removable, folder_bytes, remove_c
     epilog="Examples:\n\n  featcache rm caches/clip-b16-1a2b3c4d\n\n"
     "  featcache rm caches/trial* --yes"
 )
-@click.argument(
-    "caches", nargs=-1, required=True, metavar="CACHE...", type=click.Path(path_type=Path)
-)
+@click.argument("caches", nargs=-1, required=True, metavar="CACHE...", type=LocalPath())
 @click.option("--yes", is_flag=True, help="Do not ask. Needed where there is no terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was removed as JSON.")
 def command(caches: tuple[Path, ...], yes: bool, as_json: bool) -> None:

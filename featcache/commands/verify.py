@@ -10,6 +10,7 @@ import click
 
 from featcache.catalog import extract_command
 from featcache.console import text
+from featcache.console.params import LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar
 from featcache.errors import UserError, command_line
 from featcache.pictures.open_source import open_source
@@ -21,14 +22,19 @@ from featcache.views import pixel_path
     epilog="Examples:\n\n  featcache verify caches/clip-b16-1a2b3c4d\n\n"
     "  featcache verify caches/clip-b16-1a2b3c4d --recompute 64 --images train/"
 )
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=LocalPath())
 @click.option(
     "--recompute", type=click.IntRange(0), default=0, help="Also run the teacher on N random rows."
 )
 @click.option(
-    "--images", "images_spec", help="The pictures. [default: where they were at extraction]"
+    "--images",
+    "images_spec",
+    type=LocalText(),
+    help="The pictures. [default: where they were at extraction]",
 )
-@click.option("--weights", help="The teacher's weights. [default: as at extraction]")
+@click.option(
+    "--weights", type=LocalText(), help="The teacher's weights. [default: as at extraction]"
+)
 @click.option(
     "--teacher",
     "named",

@@ -1,16 +1,18 @@
 """Options and variables are read that several commands share: two numbers as one option, such as
---scale 0.2,1 or --ratio 3/4,4/3, finite numbers, seeds and the pictures."""
+--scale 0.2,1 or --ratio 3/4,4/3, finite numbers, seeds, paths and the pictures."""
 
 from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import click
 
 from featcache.errors import UsageError
 from featcache.pictures.source import ALLOWED
+from featcache.runtime.local_path import local_path
 
 
 class FloatPair(click.ParamType):
@@ -53,9 +55,40 @@ def _number(text: str) -> float:
     return float(top) / float(bottom or 1)
 
 
+class LocalPath(click.Path):
+    """One option takes the path of a file or folder of this machine."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_checked(value, param), param, ctx)
+
+
+class LocalText(click.types.StringParamType):
+    """One option takes a name, or something that begins with a path of this machine."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_checked(value, param) if value else value, param, ctx)
+
+
+def _checked(value: Any, param: click.Parameter | None) -> Any:
+    if not isinstance(value, str):
+        return value
+    if isinstance(param, click.Option):
+        return local_path(value, param.opts[0])
+    return local_path(value, param.human_readable_name.rstrip(".") if param else "path")
+
+
+def images_variable() -> str | None:
+    """Return FEATCACHE_IMAGES; None where it is not set, or is empty."""
+    spec = os.environ.get("FEATCACHE_IMAGES")
+    return local_path(spec, "FEATCACHE_IMAGES") if spec else None
+
+
 def require_images(spec: str | None) -> str:
     """Return --images, or FEATCACHE_IMAGES; UsageError says what may be given."""
-    spec = spec or os.environ.get("FEATCACHE_IMAGES")
+    spec = spec or images_variable()
     if not spec:
         raise UsageError(
             f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default"

@@ -20,6 +20,7 @@ from featcache.models import tokenizer
 from featcache.models.contract import Teacher
 from featcache.models.weights import is_random
 from featcache.runtime.compiler import check_compiler
+from featcache.runtime.local_path import local_path
 
 DEFAULT_LEVELS = "last:5"
 
@@ -48,6 +49,7 @@ def weights_per_teacher(values: Sequence[str], names: Sequence[str]) -> dict[str
     """Do the same for `--weights`: a file or a tag is one teacher's, only random:SEED can be meant
     for several."""
     found = per_teacher("--weights", values, names)
+    found = {name: local_path(w, "--weights") if w else w for name, w in found.items()}
     for value in values if len(names) > 1 else ():
         if not is_random(value) and not any(value.startswith(f"{name}=") for name in names):
             raise UsageError(

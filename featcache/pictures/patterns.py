@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 
 from featcache.errors import UserError
 from featcache.pictures.source import ALLOWED
+from featcache.runtime.local_path import local_path
 
 MOST_TARS = 1_000_000  # that a pattern may name
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
@@ -27,7 +28,7 @@ def literal_path(spec: str) -> str:
     Raises UserError for text that can be no path."""
     if not spec.strip() or "\0" in spec:
         raise UserError(f"no pictures found: {spec!r} is no path; allowed is {ALLOWED}")
-    return os.path.expanduser(spec) if spec[0] == "~" and not os.path.lexists(spec) else spec  # noqa: PTH111
+    return local_path(spec, "no pictures found:")
 
 
 def file_mode(path: str) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UserError
+from featcache.runtime.local_path import check_encoding
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"])
 ALLOWED = (
@@ -52,6 +53,7 @@ def check_keys(source: Source) -> None:
     names in the tars that we write."""
     odd = next((key for key in source.keys if not _is_utf8(key)), None)
     if odd is not None:
+        check_encoding(odd, f"pictures {source.spec!r}: the name")
         raise UserError(f"pictures {source.spec!r}: the name {odd!a} is not UTF-8; rename the file")
     strange = next((key for key in source.keys if "\0" in key or ".." in key.split("/")), None)
     if strange is not None:

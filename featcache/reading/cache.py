@@ -24,6 +24,7 @@ from featcache.reading.byte_ranges import RowChecksumError
 from featcache.reading.locations import locate_rows
 from featcache.reading.range_reader import IO, RangeReader
 from featcache.reading.read_plan import ReadPlan, parts_of
+from featcache.runtime.local_path import local_path
 from featcache.storage import checksums, commit, manifest
 from featcache.storage.keys import I64, Keys
 from featcache.storage.part import describe_part, open_parts
@@ -54,7 +55,7 @@ class Cache:
     ) -> None:
         if not isinstance(verify_rows, int | float) or not 0 <= verify_rows <= 1:
             raise UsageError(f"verify_rows {verify_rows!r}: a share from 0 to 1 is allowed")
-        self.path = Path(path)
+        self.path = Path(local_path(os.fspath(path), "cache"))
         self._absolute_path = self.path.absolute()  # the working directory may change
         self._options = {
             "threads": threads,

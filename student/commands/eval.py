@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from featcache.console.params import SEED, FiniteRange
+from featcache.console.params import SEED, FiniteRange, LocalPath, LocalText
 from featcache.console.text import echo, first_paragraph, print_facts
 from featcache.errors import UsageError
 
@@ -45,17 +45,23 @@ def _eval_command(name: str, module: Any) -> click.Command:
         for key, (default, text) in module.OPTIONS.items()
     ]
     shared = [
-        click.Argument(["run"], required=False, type=click.Path(path_type=Path)),
+        click.Argument(["run"], required=False, type=LocalPath()),
         click.Option(
             ["--images", "images_spec"],
+            type=LocalText(),
             help="Labelled pictures: class folders, tars with .cls, or .beton.",
         ),
         click.Option(
             ["--test", "test_spec"],
+            type=LocalText(),
             help="Labelled test pictures. [default: a fifth of --images, held out]",
         ),
-        click.Option(["--teacher", "teacher_spec"], help="Evaluate a teacher in place of RUN."),
-        click.Option(["--weights"], help="That teacher's weights."),
+        click.Option(
+            ["--teacher", "teacher_spec"],
+            type=LocalText(),
+            help="Evaluate a teacher in place of RUN.",
+        ),
+        click.Option(["--weights"], type=LocalText(), help="That teacher's weights."),
         click.Option(
             ["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."
         ),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from featcache.console.params import LocalPath, LocalText
 from featcache.console.text import print_facts
 
 
@@ -13,10 +14,11 @@ from featcache.console.text import print_facts
     epilog="Example:\n\n  student replay runs/mralign-s0/nonfinite/step-00000412.safetensors "
     "--precision fp32"
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=LocalPath())
 @click.option(
     "--recipe",
     "recipe_name",
+    type=LocalText(),
     help="Your own .py file, where the run had one. [default: the run's recipe]",
 )
 @click.option("--precision", help="fp32, bf16 or fp16. [default: the run's]")

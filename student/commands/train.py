@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache.console.params import SEED, FiniteRange, FloatPair
+from featcache.console.params import (
+    SEED,
+    FiniteRange,
+    FloatPair,
+    LocalPath,
+    LocalText,
+    images_variable,
+)
 from featcache.console.text import echo, print_facts
 from featcache.errors import STOPPED, StoppedError, UsageError, UserError, one_line
 
@@ -32,17 +37,20 @@ if TYPE_CHECKING:
 @click.option(
     "--recipe",
     "recipe_name",
+    type=LocalText(),
     help="A name from `student recipes`, or the path of your own .py file.",
 )
 @click.option(
     "--cache",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="Cache folder. [default: the one in $FEATCACHE_HOME that serves]",
 )
-@click.option("--images", help="Training pictures. [default: $FEATCACHE_IMAGES, then the cache's]")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Run folder. [default: runs/RECIPE-sSEED]"
+    "--images",
+    type=LocalText(),
+    help="Training pictures. [default: $FEATCACHE_IMAGES, then the cache's]",
 )
+@click.option("--out", type=LocalPath(), help="Run folder. [default: runs/RECIPE-sSEED]")
 @click.option(
     "--epochs", type=click.IntRange(1), help="Passes over the pictures. [default: the recipe's]"
 )
@@ -110,7 +118,9 @@ if TYPE_CHECKING:
     help="Share of the pictures that --fallback may be used for. [default: 0.01]",
 )
 @click.option(
-    "--weights", help="Online or fallback: the teacher's weights, FILE, tag or random:SEED."
+    "--weights",
+    type=LocalText(),
+    help="Online or fallback: the teacher's weights, FILE, tag or random:SEED.",
 )
 @click.option(
     "--teacher-name",
@@ -125,11 +135,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--policy",
+    type=LocalText(),
     help="Online without --cache: a named view policy or a .json file. [default: default]",
 )
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="JSON of recipe settings, or a run's config.json; --set wins.",
 )
 @click.option(
@@ -270,7 +281,7 @@ def command(
     if deterministic:
         accelerator.deterministic()
     acc = accelerator.accelerator(options["precision"], device)
-    options["images"] = options["images"] or os.environ.get("FEATCACHE_IMAGES")
+    options["images"] = options["images"] or images_variable()
     console = _Console(acc.is_main_process, as_json)
     if not console.speaks:
         logging.getLogger("featcache").setLevel(logging.ERROR)  # notes on the pictures
