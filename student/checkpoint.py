@@ -10,20 +10,29 @@ resumes by arithmetic.
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError
+from featcache.models import restricted_unpickler
+from featcache.runtime import strict_json
 from featcache.storage import json_file
 from student.models.build import build_encoder
 
 FOLDER = "checkpoints"
 KEEP = 2  # newest checkpoints of a run that stay on disk
 CONFIG = "config.json"
+_NAME = re.compile(r"step-\d{8,12}\.pt")
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of a parameter, in AdamW's state
+# of a group of parameters: those that change numbers
+_SETTINGS = {
+    "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay",
+}  # fmt: skip
 EMA = "ema"  # the average of the weights in a checkpoint, where the run keeps one
 
 
@@ -43,55 +52,164 @@ def save(run: Path, step: int, content: dict[str, Any]) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first; a file that was being written when its process
-    died is not among them."""
-    return sorted((run / FOLDER).glob("step-*.pt"))
+    died is not among them, nor is anything else that lies there."""
+    found = [path for path in (run / FOLDER).glob("step-*.pt") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_file()), key=_step_of)
 
 
 def latest_step(run: Path) -> int | None:
     """Return the step of a run's newest checkpoint; None where there is none."""
     paths = list_checkpoints(run)
-    return int(paths[-1].stem.removeprefix("step-")) if paths else None
+    return _step_of(paths[-1]) if paths else None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def load_latest(run: Path) -> dict[str, Any]:
-    """Read the newest checkpoint onto the CPU."""
+    """Read the newest checkpoint onto the CPU: {step, model, optimizer, scaler, skipped} and
+    perhaps ema, of the types that `save` writes; anything else is a UserError."""
     paths = list_checkpoints(run)
     if not paths:
         raise UserError(
             f"run {str(run)!r} has no checkpoint; train it first, or give the folder of a run"
         )
     try:
-        saved = torch.load(paths[-1], map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated or foreign files fail in many ways
-        raise _unusable(run, f"cannot be read ({type(error).__name__})") from error
-    if not (
-        isinstance(saved, dict)
-        and isinstance(saved.get("step"), int)
-        and isinstance(saved.get("model"), dict)
-    ):
-        raise _unusable(run, "does not hold a step and a model")
-    return saved
+        saved = restricted_unpickler.load(paths[-1])
+    except (OSError, ValueError) as error:  # truncated or foreign files fail in many ways
+        raise _unusable(run, f"cannot be read ({str(error)[:120]})") from error
+    if why := _problem(saved, _step_of(paths[-1])):
+        raise _unusable(run, why)
+    return dict(saved)
+
+
+def _problem(saved: object, step: int) -> str:
+    """Say what keeps an object from being the content of a checkpoint; empty where nothing does."""
+    if not (isinstance(saved, dict) and type(saved.get("step")) is int and "model" in saved):
+        return "does not hold a step and a model"
+    if saved["step"] != step:
+        return f"holds step {str(saved['step'])[:20]}, its name another"
+    skipped = saved.get("skipped", 0)
+    if type(skipped) is not int or not 0 <= skipped <= step:
+        return "holds no number of steps that were left out"
+    if not all(isinstance(saved.get(part, {}), dict) for part in ("optimizer", "scaler")):
+        return "does not hold an optimizer and a scaler"
+    for part in ("model", EMA):
+        if why := _weights_problem(saved.get(part, {})):
+            return f"holds {why} in the place of {part}"
+    return ""
+
+
+def _weights_problem(weights: object) -> str:
+    if not isinstance(weights, dict):
+        return "something else"
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            return "what are no named tensors"
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            return f"values of {name[:100]!r} that are not finite"
+    return ""
 
 
 def restore(
     run: Path, saved: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> int:
     """Load a checkpoint into model and optimizer (None: its turn comes later); return its step."""
-    try:
-        model.load_state_dict(saved["model"])
-        if optimizer is not None:
-            optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise _unusable(run, "does not fit this run's model") from error
+    _load_weights(run, model, saved["model"], "does not fit this run's model")
+    if optimizer is not None:
+        try:
+            optimizer.load_state_dict(optimizer_state(run, saved, optimizer))
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise _unusable(run, "does not fit this run's optimizer") from error
     return int(saved["step"])
 
 
 def restore_ema(run: Path, saved: dict[str, Any], average: nn.Module) -> None:
     """Load a checkpoint's average of the weights (--ema) into a model."""
-    try:
-        average.load_state_dict(saved[EMA])
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise _unusable(run, "holds no average of this run's model") from error
+    _load_weights(run, average, saved.get(EMA, {}), "holds no average of this run's model")
+
+
+def _load_weights(run: Path, model: nn.Module, weights: dict[str, Any], what: str) -> None:
+    own = model.state_dict()
+    if _mismatch(own, weights):
+        raise _unusable(run, f"{what} ({_mismatch(own, weights)})")
+    model.load_state_dict(weights)
+
+
+def _mismatch(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Name the first difference in names, shapes and kinds of numbers; empty where all agree."""
+    for name in sorted(own.keys() ^ given.keys()):
+        return f"{name[:100]} is {'missing' if name in own else 'unknown'}"
+    for name, value in own.items():
+        if value.shape != given[name].shape:
+            return f"{name} is {tuple(given[name].shape)}, {tuple(value.shape)} is needed"
+        if value.is_floating_point() != given[name].is_floating_point():
+            return f"{name} is {given[name].dtype}, {value.dtype} is needed"
+    return ""
+
+
+def optimizer_state(
+    run: Path, saved: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Return a checkpoint's moments of every parameter, with this run's own settings of the groups;
+    UserError where they are another optimizer's."""
+    given, own = saved.get("optimizer"), optimizer.state_dict()
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    if not isinstance(given, dict) or not _same_groups(given.get("param_groups"), own):
+        raise _unusable(run, "holds another optimizer's settings")
+    state = given.get("state")
+    if not isinstance(state, dict) or not set(state) <= set(range(len(parameters))):
+        raise _unusable(run, "holds no state of this run's optimizer")
+    for i, moments in state.items():
+        if not isinstance(moments, dict) or not all(
+            _is_moment(name, value, parameters[i]) for name, value in moments.items()
+        ):
+            raise _unusable(run, f"holds no moments of parameter {i} of this run's optimizer")
+    return {"state": state, "param_groups": own["param_groups"]}
+
+
+def _same_groups(given: object, own: dict[str, Any]) -> bool:
+    """Tell whether groups have the same parameters, and the settings that change numbers are the
+    same; the learning rate is set at every step."""
+    groups = own["param_groups"]
+    if not isinstance(given, list) or len(given) != len(groups):
+        return False
+    for group, other in zip(groups, given, strict=True):
+        if not isinstance(other, dict) or other.get("params") != group["params"]:
+            return False
+        for name in _SETTINGS & group.keys() & other.keys():
+            here, there = group[name], other[name]
+            if isinstance(here, tuple):
+                here, there = list(here), list(there) if isinstance(there, tuple) else there
+            if type(here) is not type(there) or here != there:
+                return False
+    return True
+
+
+def _is_moment(name: object, value: object, parameter: Tensor) -> bool:
+    if name not in _MOMENTS or not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    shape = () if name == "step" else parameter.shape
+    return value.shape == shape and bool(value.isfinite().all())
+
+
+def check_scaler(run: Path, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's state of the loss scaler, whose `own` is at its start; UserError where
+    it is another's."""
+    given = saved.get("scaler")
+    moving = ("scale", "_growth_tracker")
+    good = (
+        isinstance(given, dict)
+        and given.keys() == own.keys()
+        and all(type(value) in (int, float) for value in given.values())
+        and all(given[name] == value for name, value in own.items() if name not in moving)
+        and 0 < given["scale"] < float("inf")
+        and 0 <= given["_growth_tracker"] <= own["growth_interval"]
+    )
+    if not good:
+        raise _unusable(run, "holds no state of this run's loss scaler")
+    return dict(given)  # type: ignore[arg-type]
 
 
 def _unusable(run: Path, what: str) -> UserError:
@@ -102,7 +220,8 @@ def _unusable(run: Path, what: str) -> UserError:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Read config.json of a run."""
+    """Read config.json of a run: an object with the recipe's name and its configuration at
+    least."""
     path = run / CONFIG
     if not path.is_file():
         raise UserError(
@@ -110,11 +229,17 @@ def read_config(run: Path) -> dict[str, Any]:
             "--out` wrote"
         )
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        record = strict_json.as_object(strict_json.read_file(path))
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{str(path)!r} is damaged: {error}; restore it, or train again into another --out"
         ) from error
+    if not (isinstance(record.get("recipe"), str) and isinstance(record.get("config"), dict)):
+        raise UserError(
+            f"{str(path)!r} is not of a run: it lacks a recipe and its config; give the folder "
+            "that `student train --out` wrote"
+        )
+    return record
 
 
 def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any]]:
@@ -127,13 +252,23 @@ def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any
             f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train "
             "with it"
         )
-    weights = saved[EMA if ema else "model"]
-    encoder = build_encoder(settings, settings.get("family", "mae"))
-    try:
-        encoder.load_state_dict(_part(weights, "encoder."))
-    except RuntimeError as error:
-        raise _unusable(run, "does not fit the encoder of its config.json") from error
+    weights = _part(saved[EMA if ema else "model"], "encoder.")
+    # first without memory: a file's sizes are believed only where the checkpoint holds such weights
+    with torch.device("meta"):
+        own = _build_encoder(run, settings).state_dict()
+    if why := _mismatch(own, weights):
+        raise _unusable(run, f"does not fit the encoder of its {CONFIG} ({why})")
+    encoder = _build_encoder(run, settings)
+    encoder.load_state_dict(weights)
     return encoder.eval(), settings
+
+
+def _build_encoder(run: Path, settings: dict[str, Any]) -> nn.Module:
+    """Build the encoder that config.json describes; what cannot be meant is that file's fault."""
+    try:
+        return build_encoder(settings, settings.get("family", "mae"))
+    except UserError as error:
+        raise UserError(f"{str(run / CONFIG)!r}: {error}") from error
 
 
 def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:

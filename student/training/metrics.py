@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from featcache.errors import UserError
+from featcache.runtime import strict_json
 from featcache.storage import json_file
 
 NAME = "metrics.jsonl"
@@ -72,18 +74,39 @@ def cut(run: Path, step: int) -> None:
     path = run / NAME
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):  # the line the process was writing when it died
-            continue
-    json_file.write_file(path, "".join(f"{line}\n" for line in kept).encode())
+    rows = [(line, row) for line, row in _rows(path) if row["step"] <= step]
+    json_file.write_file(path, "".join(f"{line}\n" for line, _ in rows).encode())
 
 
 def read(run: Path) -> list[dict[str, Any]]:
     """Return all whole rows of a run; the last may still be being written."""
     path = run / NAME
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for _, row in _rows(path)] if path.is_file() else []
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the text and the values of each row. What follows the last line end is the row that a
+    process was writing; any other line that is no row is a UserError, which names it."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = strict_json.parse_object(line)
+            if not _is_row(row):
+                raise ValueError("it lacks a step, or holds more than numbers and texts")
+        except ValueError as error:
+            raise UserError(
+                f"{str(path)!r}, line {number}: no row of a run's metrics ({error}); remove this "
+                "line"
+            ) from error
+        yield line.decode(), row
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    step, computed = row.get("step"), row.get("fallback", 0)
+    return (
+        type(step) is int
+        and step >= 0
+        and type(computed) in (int, float)
+        and isinstance(row.get("loss", 0), int | float | str)
+        and all(value is None or isinstance(value, int | float | str) for value in row.values())
+    )

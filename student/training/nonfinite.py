@@ -20,15 +20,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featcache.console.text import join_lines
 from featcache.errors import UsageError, UserError
+from featcache.runtime import strict_json
 from featcache.storage import json_file
 from student import config, recipes
 from student.models import drop_path
@@ -113,14 +115,16 @@ def save(
 def load(file: Path) -> Reproducer:
     """Read a reproducer; a file that is none is a UserError."""
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("no such file")
         with safe_open(str(file), "pt") as content:
-            about = json.loads((content.metadata() or {})["about"])
+            text = (content.metadata() or {}).get("about", "")
+            about = _About.model_validate(strict_json.parse_object(text))
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no dictionary
-        if about["format"] != FORMAT:
-            raise ValueError(f"its format is {about['format']}, this program reads {FORMAT}")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
+        why = _first_problem(error) if isinstance(error, ValidationError) else str(error)[:160]
         raise UserError(
-            f"cannot replay {str(file)!r}: {error}; a file of RUN/{FOLDER} is needed, which "
+            f"cannot replay {str(file)!r}: {why}; a file of RUN/{FOLDER} is needed, which "
             "training wrote when a loss was not finite"
         ) from error
     groups = {
@@ -131,7 +135,37 @@ def load(file: Path) -> Reproducer:
         }
         for kind in ("model", "batch")
     }
-    return Reproducer(about, groups["model"], groups["batch"])
+    return Reproducer(about.model_dump(), groups["model"], groups["batch"])
+
+
+class _About(BaseModel):
+    """Hold what a reproducer says of itself; others may have written it."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    format: Literal[1]
+    recipe: Annotated[str, Field(max_length=4096)]
+    config: dict[str, Any]
+    seed: int
+    precision: Literal["no", "fp32", "bf16", "fp16"]
+    step: Annotated[int, Field(ge=0)]
+    micro: Annotated[int, Field(ge=0)] = 0
+    rank: Annotated[int, Field(ge=0)] = 0
+    draw_seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    keys: list[str]
+    parts: dict[str, str]
+
+    @field_validator("parts")
+    @classmethod
+    def _are_numbers(cls, parts: dict[str, str]) -> dict[str, str]:
+        for text in parts.values():
+            float(text)
+        return parts
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"its {'.'.join(map(str, first['loc']))[:80]} is no good ({first['msg'][:120]})"
 
 
 def build(saved: Reproducer, recipe: ModuleType) -> nn.Module:
@@ -139,14 +173,21 @@ def build(saved: Reproducer, recipe: ModuleType) -> nn.Module:
     names = {field.name for field in dataclasses.fields(recipe.Config)}
     values = {key: value for key, value in saved.about["config"].items() if key in names}
     settings = config.read_settings(recipe.Config, values)
-    model: nn.Module = recipe.Model(config.build_config(recipe.Config, settings))
+    built = config.build_config(recipe.Config, settings)
+    what = f"the reproducer's weights do not fit recipe {saved.about['recipe']!r}"
+    if saved.about["recipe"] in recipes.names():
+        # first without memory: sizes are believed only where the file holds such weights
+        with torch.device("meta"):
+            own = {name: value.shape for name, value in recipe.Model(built).state_dict().items()}
+        if own != {name: value.shape for name, value in saved.model.items()}:
+            raise UserError(f"{what}: its settings make others; give a file that training wrote")
+    model: nn.Module = recipe.Model(built)
     try:
         model.load_state_dict(saved.model)
     except RuntimeError as error:
         raise UserError(
-            f"the reproducer's weights do not fit recipe {saved.about['recipe']!r}: "
-            f"{str(error).splitlines()[-1].strip()}; give the recipe's file as it was, with "
-            "--recipe"
+            f"{what}: {str(error).splitlines()[-1].strip()}; give the recipe's file as it was, "
+            "with --recipe"
         ) from error
     drop_path.attach(model)
     return model.train()

@@ -22,7 +22,7 @@ from featcache.errors import UserError
 from featcache.runtime import variables
 from featcache.storage import identity, json_file
 from student import checkpoint
-from student.training import trackers
+from student.training import nonfinite, trackers
 from student.training.metrics import NAME, read
 
 # Parts of config.json that may change when a run goes on: how a cache was read is of no effect on
@@ -33,6 +33,7 @@ FREE = ("targets.reading.", "running.")
 def check(out: Path, record: dict[str, Any], resume: bool) -> None:
     """Refuse a folder that holds something else, or another run than the one to resume."""
     path = out / checkpoint.CONFIG
+    _refuse_links(out)
     if resume and path.is_file():
         before, now = (
             dict(identity.flatten(each)) for each in (checkpoint.read_config(out), record)
@@ -41,9 +42,11 @@ def check(out: Path, record: dict[str, Any], resume: bool) -> None:
         changed = [key for key in names if before.get(key) != now.get(key)]
         if changed:
             shown = "; ".join(
-                f"{key} {before.get(key)!r} before, {now.get(key)!r} now" for key in changed[:4]
+                f"{key[:80]} {repr(before.get(key))[:80]} before, {repr(now.get(key))[:80]} now"
+                for key in changed[:4]
             )
-            more = f"; and {', '.join(changed[4:])}" if changed[4:] else ""
+            others = [key[:80] for key in changed[4:12]] + ["..."] * (len(changed) > 12)
+            more = f"; and {', '.join(others)}" if others else ""
             raise UserError(
                 f"--resume: {str(out)!r} is another run: {shown}{more}; give its own arguments"
                 f"{_batch_advice(before.get('data.global_batch'), now)}"
@@ -53,6 +56,18 @@ def check(out: Path, record: dict[str, Any], resume: bool) -> None:
             f"--out {str(out)!r} is not empty; continue that run with --resume, or give another "
             "--out"
         )
+
+
+def _refuse_links(out: Path) -> None:
+    """Refuse a run folder in which one of our names is a link: what is written and removed under it
+    would lie elsewhere."""
+    folders = (checkpoint.FOLDER, nonfinite.FOLDER, trackers.FOLDER)
+    for name in (checkpoint.CONFIG, "environment.json", NAME, *folders):
+        if (out / name).is_symlink():
+            raise UserError(
+                f"{str(out / name)!r} is a link, and a run writes into its own folder alone; put "
+                "the file or folder itself there, or give another --out"
+            )
 
 
 def _batch_advice(before: object, now: dict[str, Any]) -> str:

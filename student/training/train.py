@@ -139,7 +139,7 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     computed = [row["fallback"] for row in rows if "fallback" in row]
     facts = {"run": str(run.out), "steps": total, "first_step": first, **record["data"], **skipped}
     facts |= {"fallback": sum(computed)} if computed else {}
-    return {**facts, "loss": rows[-1]["loss"] if rows else None}
+    return {**facts, "loss": rows[-1].get("loss") if rows else None}
 
 
 def build_state(

@@ -148,6 +148,7 @@ def build_train_state(
         )
     if saved is not None:
         checkpoint.restore(run, saved, module, None if sharded(acc) else optimizer)
+        saved = {**saved, "optimizer": checkpoint.optimizer_state(run, saved, optimizer)}
     drop_rates = drop_path.attach(module)
     average = None if run_options.ema is None else _average(module, run_options.ema, run, saved)
     if run_options.checkpoint_activations:
@@ -156,14 +157,14 @@ def build_train_state(
         module.compile()
     model, optimizer = acc.prepare(module, optimizer)
     if saved is not None:
-        _restore_prepared(saved, acc, module, optimizer)
+        _restore_prepared(run, saved, acc, module, optimizer)
     model.train()
     skipped = int(saved.get("skipped", 0)) if saved is not None else 0
     return TrainState(acc, module, model, optimizer, run_options, average, skipped, drop_rates)
 
 
 def _restore_prepared(
-    saved: StateDict, acc: Accelerator, module: nn.Module, optimizer: Any
+    run: Path, saved: StateDict, acc: Accelerator, module: nn.Module, optimizer: Any
 ) -> None:
     """Restore what takes its content only when Accelerate has prepared it: the optimizer under
     FSDP, and the scaler."""
@@ -171,8 +172,8 @@ def _restore_prepared(
         options = spread.StateDictOptions(full_state_dict=True)
         named = _by_name(saved["optimizer"], module, optimizer.optimizer)
         spread.set_optimizer_state_dict(module, optimizer.optimizer, named, options=options)
-    if acc.scaler is not None and saved["scaler"]:
-        acc.scaler.load_state_dict(saved["scaler"])
+    if acc.scaler is not None and saved.get("scaler"):
+        acc.scaler.load_state_dict(checkpoint.check_scaler(run, saved, acc.scaler.state_dict()))
 
 
 def _average(module: nn.Module, decay: float, run: Path, saved: StateDict | None) -> ModelEmaV3:

@@ -113,9 +113,9 @@ def test_code_in_a_checkpoint_is_never_run(form: str, run: Path, tmp_path: Path)
     else:
         path.write_bytes(pickle.dumps(state))
     assert resume(run).status == 1
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read|does not hold an optimizer"):
         checkpoint.load_latest(run)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read|does not hold an optimizer"):
         checkpoint.load_encoder(run)
     assert not mark.exists()
     torch.load(path, weights_only=False) if form == "torch" else pickle.loads(path.read_bytes())
