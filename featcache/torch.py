@@ -38,7 +38,7 @@ from featcache.views.policy import policy_from_dict
 from featcache.views.render import render
 
 Sample = dict[str, Any]
-TOLERANCE_OPTION = "pixel_tolerance=LEVELS"
+_ADVICE = pixel_check.training_advice("pixel_tolerance=LEVELS")
 
 
 class Dataset(torch.utils.data.Dataset[Sample]):
@@ -123,7 +123,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         if isinstance(self.source, join.StoredPixels):
             return 0
         facts = (self.cache, self.source, self.pictures, self.rows)
-        check = PictureCheck(*facts, self.pixel_tolerance, TOLERANCE_OPTION)
+        check = PictureCheck(*facts, self.pixel_tolerance, _ADVICE)
         sample = check.sample(seed=0)
         check.check_pixels(sample, seed=0)
         return len(sample)
@@ -166,7 +166,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             pixel_check.sample_views(digests, views, self.epoch, 0, self.check_pixels)
         ).tolist():
             where = (int(rows[i]), int(views[i]), pixels[i])
-            pixel_check.check_pixels(self.cache, *where, self.pixel_tolerance, TOLERANCE_OPTION)
+            pixel_check.check_pixels(self.cache, *where, self.pixel_tolerance, _ADVICE)
         arrays = self._tensors({name: to_tensor(host[name]) for name in self._stored()})
         return [
             {

@@ -303,14 +303,13 @@ def _run(
 def _batch_size(out: Path, asked: int) -> int:
     """Return the size that a cache was begun with, since a real network gives other bits at
     another; who asks for another size gets it, and is told."""
-    size = (
-        manifest.read(out)["provenance"].get("batch_size", asked)
-        if (out / manifest.NAME).is_file()
-        else asked
-    )
+    from featcache.extraction.target_folder import recorded_batch_size
+
+    begun = (out / manifest.NAME).is_file()
+    size = recorded_batch_size(manifest.read(out), asked) if begun else asked
     source = click.get_current_context().get_parameter_source("batch_size")
     if size == asked or source is not ParameterSource.COMMANDLINE:
-        return int(size)
+        return size
     echo(
         f"note: --batch-size {asked}: {out} was begun with {size}; the same numbers but for their "
         "last bits",

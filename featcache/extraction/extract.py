@@ -21,6 +21,7 @@ from featcache.errors import IdentityError, UsageError, UserError
 from featcache.extraction import device_pipeline, rendering
 from featcache.extraction import rows as item_rows
 from featcache.extraction.layout import checked_token_ids
+from featcache.extraction.picture_check import check_same_pictures
 from featcache.extraction.plan import ExtractJob, Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.extraction.shard_queue import free_shards, lacks_record
@@ -32,7 +33,7 @@ from featcache.extraction.target_folder import (
 )
 from featcache.models import tokenizer
 from featcache.storage import checksums, commit, manifest
-from featcache.storage.part import previous_record
+from featcache.storage.part import cache_root, previous_record
 from featcache.storage.statistics import FeatureStatistics, Statistics, stored_feature_statistics
 from featcache.storage.store import ShardWriter, get_store
 
@@ -122,6 +123,7 @@ def _extract_missing(
     for job in jobs:
         commit.recover(job.out, job.store, by_name)
     recount = _count_pictures(jobs, shards, options.progress)
+    _check_pictures(jobs, shards)
     queue = free_shards(jobs, list(by_name), options.progress.waiting, recount=recount)
     with ThreadPools(options.workers) as pools, contextlib.closing(queue) as free:
         for name, lacking in free:
@@ -133,9 +135,7 @@ def _count_pictures(
 ) -> Callable[[str, int], None]:
     """Set the total to the pictures of the shards that are missing; returns what corrects it."""
     missing = {
-        shard["name"]: shard["count"]
-        for shard in shards
-        if any(lacks_record(job, shard["name"], leased=False) for job in jobs)
+        shard["name"]: shard["count"] for shard in shards if any(_lacks(job, shard) for job in jobs)
     }
     progress.total = progress.total or sum(missing.values())
 
@@ -143,6 +143,17 @@ def _count_pictures(
         progress.total += times * missing.get(shard, 0)
 
     return recount
+
+
+def _check_pictures(jobs: Sequence[ExtractJob], shards: Sequence[Shard]) -> None:
+    """Raise IdentityError where rows are to be added to those of other pictures."""
+    count = sum(shard["count"] for shard in shards if any(_lacks(job, shard) for job in jobs))
+    if count:
+        check_same_pictures(jobs[0].plan.source, cache_root(jobs[0].out), count)
+
+
+def _lacks(job: ExtractJob, shard: Shard) -> bool:
+    return lacks_record(job, shard["name"], leased=False)
 
 
 class ThreadPools(contextlib.ExitStack):

@@ -6,6 +6,7 @@ Nothing here needs torch: a copy starts without it.
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from featcache.storage.store import QUARANTINE, SHARDS, record_path
 if TYPE_CHECKING:
     from featcache.extraction.plan import ExtractJob, Plan
 
+_LOG = logging.getLogger(__name__)
 _SPARE_BYTES = 64 << 20  # what a disk should keep beyond the cache
 
 
@@ -51,6 +53,19 @@ def prepare_folder(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
     check_space(out, _missing_bytes(plan, out), EXTRACT)
     begin_folder(out, wanted, plan.side_files())
     return wanted
+
+
+def recorded_batch_size(about: Mapping[str, Any], default: int) -> int:
+    """Return the batch size that a cache was begun with; the default, with a note, where its
+    manifest records none."""
+    size: int | None = about["provenance"].get("batch_size")
+    if size is not None:
+        return size
+    _LOG.warning(
+        "the cache records no batch size, %d is taken: real networks may give other last bits",
+        default,
+    )
+    return default
 
 
 def existing_manifest(

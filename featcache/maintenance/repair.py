@@ -14,17 +14,22 @@ from typing import Any
 from featcache.catalog import extract_command
 from featcache.errors import IdentityError, UnreadableError, UserError
 from featcache.extraction import extract
+from featcache.extraction.picture_check import check_same_pictures
 from featcache.extraction.plan import ExtractJob, Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.extraction.shard_queue import free_shards
-from featcache.extraction.target_folder import report_quarantine, write_side_files
+from featcache.extraction.target_folder import (
+    recorded_batch_size,
+    report_quarantine,
+    write_side_files,
+)
 from featcache.maintenance import verify
 from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
 from featcache.storage import belongings, commit, json_file, manifest
 from featcache.storage import lease as leases
 from featcache.storage.identity import refuse_mismatch
-from featcache.storage.part import added_parts
+from featcache.storage.part import added_parts, cache_root
 from featcache.storage.record import read_quarantine, read_record
 from featcache.storage.store import QUARANTINE, SHARDS, record_path
 from featcache.views.policy import policy_from_dict
@@ -127,12 +132,12 @@ def _extract(
     )
     write_side_files(part, plan.side_files())
     shards = [shard for shard in about["shards"] if shard["name"] in bad]
-    options = extract.RunOptions(
-        batch_size=about["provenance"].get("batch_size", extract_command.BATCH_SIZE),
-        workers=workers,
-        progress=progress,
-    )
-    progress.total += sum(shard["count"] for shard in shards)
+    size = recorded_batch_size(about, extract_command.BATCH_SIZE)
+    options = extract.RunOptions(batch_size=size, workers=workers, progress=progress)
+    count = sum(shard["count"] for shard in shards)
+    if count:
+        check_same_pictures(source, cache_root(part), count, bad)
+    progress.total += count
     for shard in shards:
         _replace(ExtractJob(plan, part), shard, about, options)
 

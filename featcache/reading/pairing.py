@@ -13,12 +13,10 @@ import numpy.typing as npt
 from featcache.errors import IdentityError
 from featcache.reading.cache import Cache
 from featcache.reading.join import I64
-from featcache.reading.pixel_check import OTHER_PICTURE
+from featcache.reading.pixel_check import OTHER_PICTURE, SAME_PICTURE
 from featcache.reading.sample_check import SAMPLE
 
 VIEW_FIELDS = ("crop", "flip", "jitter", "source_size")  # what makes a view of a picture
-# mean difference of block means, in levels of 255, that another decoder's version may make
-SAME_PICTURE = 1.0
 _ROWS = 1 << 16  # compared at a time: a few MB
 
 

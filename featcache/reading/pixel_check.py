@@ -16,6 +16,7 @@ from featcache.views.fingerprint import pixel_hash, thumbnail
 
 # mean difference of block means, in levels of 255, above which no decoder is the cause
 OTHER_PICTURE = 8.0
+SAME_PICTURE = 1.0  # and that of another version of a decoder
 
 
 def sample_views(
@@ -34,23 +35,29 @@ def check_pixels(
     view: int,
     pixels: npt.NDArray[np.uint8],
     tolerance: float = 0.0,
-    option: str = "tolerance",
+    advice: str = "",
+    key: str | None = None,
 ) -> None:
     """Raise IdentityError unless a view (S, S, 3) is what the teacher saw: the stored hash, or with
-    a `tolerance` a mean difference of block means up to so many levels of 255. `option` is how the
-    caller's user sets it."""
-    problem = pixel_problem(cache, row, view, pixels)
+    a `tolerance` a mean difference of block means up to so many levels of 255. `advice` says what
+    the caller's user can do; `key` of the row, where it is known."""
+    problem = pixel_problem(cache, row, view, pixels, key)
     if problem is None:
         return
     stored = cache.read([row], view, ("thumbnail",))["thumbnail"][0]
     difference = np.abs(thumbnail(pixels).astype(int) - stored.astype(int)).mean()
     if difference > tolerance or not tolerance:
-        raise IdentityError(
-            f"{problem}; train on the pictures of the extraction, or allow it: {option}"
-        )
+        raise IdentityError(f"{problem}; {advice or training_advice('tolerance')}")
 
 
-def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
+def training_advice(option: str) -> str:
+    """Say what a person who trains can do about other pixels; `option` sets the tolerance."""
+    return f"train on the pictures of the extraction, or allow it: {option}"
+
+
+def pixel_problem(
+    cache: Cache, row: int, view: int, pixels: Any, key: str | None = None
+) -> str | None:
     """Say what differs between a view rendered at the policy's size and the extracted one; None
     when nothing does."""
     stored = cache.read([row], view, ("pixel_hash", "thumbnail"))
@@ -63,8 +70,8 @@ def pixel_problem(cache: Cache, row: int, view: int, pixels: Any) -> str | None:
         else _other_path(cache)
     )
     return (
-        f"picture {cache.keys[row]!r}, view {view}: its pixels are not those the teacher saw "
-        f"(block means differ by {difference.mean():.1f} levels of 255, at most "
+        f"picture {key or cache.keys[row]!r}, view {view}: its pixels are not those the teacher "
+        f"saw (block means differ by {difference.mean():.1f} levels of 255, at most "
         f"{difference.max()}); likely {cause}"
     )
 

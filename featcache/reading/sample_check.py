@@ -39,21 +39,22 @@ class PictureCheck:
     pictures: I64 = field(repr=False)  # (n,) indices in the source
     rows: I64 = field(repr=False)  # (n,)
     tolerance: float = 0.0  # mean difference of block means, in levels of 255, that is let pass
-    option: str = "tolerance"  # how the caller's user sets it
+    advice: str = ""  # what the caller's user can do
     threads: int = 4
+    skip_unusable: bool = False  # pictures that cannot be decoded are no error
 
-    def sample(self, seed: int) -> I64:
-        """Choose (m,) of the training pictures, at most SAMPLE, spread over the shards: a pure
+    def sample(self, seed: int, most: int = SAMPLE) -> I64:
+        """Choose (m,) of the training pictures, at most `most`, spread over the shards: a pure
         function of the seed."""
         starts = np.cumsum([record["rows"] for record in self.cache.records])
         shard = np.where(self.rows < 0, len(starts), np.searchsorted(starts, self.rows, "right"))
         counts = np.bincount(shard, minlength=len(starts))[: len(starts)]
         order, firsts = np.argsort(shard, kind="stable"), np.cumsum(counts) - counts
-        words = rng.words(rng.key_digests(["sample"]), rng.stream("sample", seed), 1 + SAMPLE)
+        words = rng.words(rng.key_digests(["sample"]), rng.stream("sample", seed), 1 + most)
         draw = rng.uniform(words)[0]
         held = np.flatnonzero(counts)
-        chosen = held[_spread(len(held), SAMPLE, draw[-1])]
-        each = SAMPLE // max(len(chosen), 1)
+        chosen = held[_spread(len(held), most, draw[-1])]
+        each = most // max(len(chosen), 1)
         picked = [
             order[firsts[shard] + _spread(counts[shard], each, draw[i])]
             for i, shard in enumerate(chosen)
@@ -78,13 +79,14 @@ class PictureCheck:
             try:
                 picture = pixel_path.decode_picture(self.source, int(self.pictures[at[i]]))
             except (PictureError, OSError) as error:
+                if self.skip_unusable:
+                    return
                 raise _unusable(keys[i], error) from error
             self._check_size(keys[i], (picture.height, picture.width), drawn["source_size"][i])
             parts = (drawn["crop"][i], drawn["flip"][i], drawn["jitter"][i])
             pixels = render(picture, *parts, policy.size, policy.filter)
-            pixel_check.check_pixels(
-                self.cache, int(rows[i]), int(views[i]), pixels, self.tolerance, self.option
-            )
+            where = (int(rows[i]), int(views[i]), pixels)
+            pixel_check.check_pixels(self.cache, *where, self.tolerance, self.advice, key=keys[i])
 
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(check, range(len(at))))
@@ -114,7 +116,7 @@ class PictureCheck:
         raise IdentityError(
             f"picture {key!r}: it has {size[0]} x {size[1]} pixels, in cache "
             f"{str(self.cache.path)!r} it has {stored[0]} x {stored[1]}; likely another picture "
-            f"under this key; train on the pictures of the extraction, or allow it: {self.option}"
+            f"under this key; {self.advice or pixel_check.training_advice('tolerance')}"
         )
 
 

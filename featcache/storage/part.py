@@ -186,10 +186,15 @@ class Part:
         return read_tail(self.path, self.manifest)
 
 
+def cache_root(out: Path) -> Path:
+    """Return the cache that a part's folder belongs to: itself, or what the part was added to."""
+    return out.parent.parent if out.parent.name == PARTS else out
+
+
 def previous_record(out: Path, shard: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Read the record of the same rows as they were made before: of the shard that a repair has
     backed up, or in a part beside this one; None where there is none yet."""
-    root = out.parent.parent if out.parent.name == PARTS else out
+    root = cache_root(out)
     candidates = [(out, commit.backup_path(record_path(out, shard["name"])))]
     candidates += [
         (part, record_path(part, shard["name"]))

@@ -16,7 +16,7 @@ from featcache.reading.sample_check import PictureCheck
 from student import checkpoint
 from student.data.loader import Loader
 from student.setup.options import Say
-from student.targets.cached import TOLERANCE_OPTION, CachedTargets
+from student.targets.cached import TOLERANCE_ADVICE, CachedTargets
 from student.targets.fallback import FallbackTargets
 from student.training.train import Run
 
@@ -34,7 +34,7 @@ def check_pictures(run: Run, loader: Loader, acc: Accelerator, say: Say) -> None
         loader.pictures,
         cached.rows,
         cached.tolerance,
-        TOLERANCE_OPTION,
+        TOLERANCE_ADVICE,
         loader.workers,
     )
     sample = check.sample(run.seed)

@@ -34,7 +34,7 @@ from student.targets import buffers
 from student.targets.assemble import copy_to_device, pixel_layout, recipe_targets
 from student.targets.contract import I64, HostBatch, Moments, ResidentRows
 
-TOLERANCE_OPTION = "--pixel-tolerance LEVELS"
+TOLERANCE_ADVICE = pixel_check.training_advice("--pixel-tolerance LEVELS")
 
 
 @dataclass
@@ -177,7 +177,7 @@ class CachedTargets:
         if pixel_hash(pixels) == stored_hash:
             return
         row = int(self.rows[index])
-        pixel_check.check_pixels(self.cache, row, view, pixels, self.tolerance, TOLERANCE_OPTION)
+        pixel_check.check_pixels(self.cache, row, view, pixels, self.tolerance, TOLERANCE_ADVICE)
 
     def to_device(
         self, host: HostBatch, device: torch.device

@@ -202,6 +202,25 @@ def test_several_things_at_once(cache: Path, pictures: Path) -> None:
     assert len(done["shards"]) == 2
 
 
+def test_a_batch_size_that_is_not_recorded_is_the_usual_one(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other programs write manifests too, and older ones of ours noted none."""
+    cache = copy_tree(sound(pictures, "zarr"), tmp_path / "c")
+    about = manifest.read(cache)
+    about["provenance"].pop("batch_size")
+    for path in (cache / manifest.NAME, cache / SHARDS / manifest.COPY):
+        json_file.write_json(path, about)
+    (cache / SHARDS / "000001.json").unlink()
+    before = files_below(sound(pictures, "zarr"))
+    repair.run(cache, load_of(pictures))
+    after = files_below(cache)
+    assert {name for name in before if before[name] != after[name]} == {
+        manifest.NAME, f"{SHARDS}/{manifest.COPY}",
+    }  # fmt: skip
+    assert "records no batch size, 32 is taken" in caplog.text
+
+
 def test_real_weights_and_another_batch_size_are_as_at_extraction(
     photos: Path, tmp_path: Path
 ) -> None:
