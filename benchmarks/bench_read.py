@@ -63,7 +63,7 @@ def measure_ours(
 ) -> None:
     """Measure rows and blocks by every number of threads, parts of a row by the default number."""
     levels, tokens, _ = cache_readers.task.item
-    default, visible = cache_readers.task.threads, max(tokens * VISIBLE // TOKENS, 1)
+    default, visible = cache_readers.task.threads, max(tokens * VISIBLE // TOKENS, 2)
     cases = [
         ReadCase(kind, n, checks=c)
         for n in options.threads

@@ -80,6 +80,8 @@ def write_cache(path: Path, rows: int, view_count: int) -> None:
     items: dict[str, Any] = {
         a.name: np.zeros((plan.rows_per_shard * view_count, *a.item), a.dtype) for a in plan.arrays
     }
+    items["crop"][..., 2:] = items["source_size"][:] = 1
+    items["mask_order"][:] = range(items["mask_order"].shape[1])
     items |= checksums.compute_checksums(plan.arrays, items)
     known = Statistics()
     known.add(items, FeatureStatistics(0.0, 0.0, np.zeros((len(items["features"]), 5), np.float32)))

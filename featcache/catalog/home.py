@@ -31,13 +31,37 @@ def home() -> Path:
 
 
 def caches() -> list[Path]:
-    """List the folders below home that hold a manifest, by name. Raises UsageError where home is
-    a file."""
+    """List the folders below home that hold a manifest, by name; a note tells of those that cannot
+    be looked into. Raises UsageError where home is a file."""
     if home().is_file():
         raise UsageError(f"FEATCACHE_HOME {str(home())!r} is a file; it names a folder of caches")
-    found = (path.parent for path in home().glob(f"*/{manifest.NAME}"))
+    try:
+        found = sorted(home().iterdir())
+    except FileNotFoundError:
+        return []
     # hidden ones are half removed
-    return sorted(path for path in found if not path.name.startswith("."))
+    return [path for path in found if not path.name.startswith(".") and _holds_manifest(path)]
+
+
+def _holds_manifest(folder: Path) -> bool:
+    try:
+        (folder / manifest.NAME).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        note_passed_over(folder, str(error.strerror))
+        return False
+    return True
+
+
+def note_passed_over(path: Path, why: str) -> None:
+    """Tell, once, that something below home is left out, and why."""
+    _note_once(str(path), why)
+
+
+@lru_cache(1024)
+def _note_once(path: str, why: str) -> None:
+    _LOG.warning("%r is passed over: %s", path, why)
 
 
 def log_run(**facts: Any) -> None:

@@ -23,6 +23,8 @@ def describe(path: Path) -> dict[str, Any]:
         ]
     except UserError as error:
         return {"path": str(path), "damaged": str(error)}
+    except OSError as error:
+        return {"path": str(path), "damaged": f"{error.filename}: {error.strerror}"}
     identity, runs = cache_manifest["identity"], home.runs_of(cache_manifest["id"])
     every = [*records, *(record for _, (found, _) in parts for record in found)]
     return {

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError
 from featcache.storage import commit, identity, json_file, manifest
+from featcache.storage.own_folder import own_shards
 from featcache.storage.record import read_record
-from featcache.storage.store import QUARANTINE, SHARDS, record_path
+from featcache.storage.store import QUARANTINE, record_path
 
 if TYPE_CHECKING:
     from featcache.extraction.plan import ExtractJob, Plan
@@ -97,12 +98,13 @@ def _holds_files(out: Path) -> bool:
 def begin_folder(out: Path, wanted: dict[str, Any], side_files: Mapping[str, bytes]) -> None:
     """Write manifest and copy before any shard, so that a process that dies from here on leaves a
     cache to continue; then the files beside them."""
+    shards = own_shards(out)
     out.mkdir(parents=True, exist_ok=True)
-    for path in (out / manifest.NAME, out / SHARDS / manifest.COPY):
+    for path in (out / manifest.NAME, shards / manifest.COPY):
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             json_file.write_json(path, wanted)
-    for folder in (out, out / SHARDS):
+    for folder in (out, shards):
         json_file.sweep(folder)
     write_side_files(out, side_files)
 

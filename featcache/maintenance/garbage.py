@@ -42,6 +42,8 @@ def find(unused_days: float | None) -> Garbage:
                 _add(found, path, strangers)
         except UserError as error:  # nothing says that it is ours, nor whose files are in it
             found.left[cache] = str(error)
+        except OSError as error:  # somebody else's folder
+            found.left[cache] = f"{error.filename}: {error.strerror}"
     if unused_days is not None:
         found.unused = list(_unused_caches(unused_days, found.left))
     return found
@@ -82,6 +84,8 @@ def _leftovers_of(cache: Path) -> Iterator[tuple[Path, list[Path]]]:
 def _unused_caches(days: float, left: dict[Path, str]) -> Iterator[Path]:
     for cache in home.caches():
         facts = listing.describe(cache)
+        if "damaged" in facts:
+            left[cache] = facts["damaged"]
         complete = facts.get("shards") == facts.get("shards_complete") and facts.get(
             "parts"
         ) == facts.get("parts_complete")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from featcache.errors import UserError
 from featcache.storage import belongings, json_file, lease, manifest, owner
+from featcache.storage.own_folder import linked_folder
 from featcache.storage.part import PARTS, added_parts
 from featcache.storage.store import SHARDS
 
@@ -55,9 +56,10 @@ def active_leases(cache: Path) -> list[Path]:
 
 
 def lease_paths(cache: Path) -> list[Path]:
-    return sorted(
-        path for part in (cache, *added_parts(cache)) for path in (part / SHARDS).glob("*.lease")
-    )
+    """List the leases in a cache and in what was added to it; what lies behind a link is not in
+    it."""
+    parts = [part for part in (cache, *added_parts(cache)) if not linked_folder(part)]
+    return sorted(path for part in parts for path in (part / SHARDS).glob("*.lease"))
 
 
 def is_stale_lease(path: Path) -> bool:

@@ -29,6 +29,7 @@ from featcache.pictures.source import Source
 from featcache.storage import belongings, commit, json_file, manifest
 from featcache.storage import lease as leases
 from featcache.storage.identity import refuse_mismatch
+from featcache.storage.own_folder import own_shards
 from featcache.storage.part import added_parts, cache_root
 from featcache.storage.record import read_quarantine, read_record
 from featcache.storage.store import QUARANTINE, SHARDS, record_path
@@ -47,6 +48,7 @@ def run(
     restored: list[str] = []
     shards: list[str] = []
     for part in (cache, *added_parts(cache)):
+        own_shards(part)
         restored += _restore_manifest(part)
         about = manifest.read(part)
         problems = list(verify.part_problems(part, about))

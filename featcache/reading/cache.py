@@ -24,6 +24,7 @@ from featcache.reading.byte_ranges import RowChecksumError
 from featcache.reading.locations import locate_rows
 from featcache.reading.range_reader import IO, RangeReader
 from featcache.reading.read_plan import ReadPlan, parts_of
+from featcache.reading.value_check import value_problem
 from featcache.runtime.local_path import local_path
 from featcache.storage import checksums, commit, manifest
 from featcache.storage.keys import I64, Keys
@@ -229,6 +230,8 @@ class Cache:
             self._reader.read(batches)
         except RowChecksumError as bad:
             raise self._explain(bad, rows, views) from bad
+        for name in fields:
+            self._check_values(name, result[name])
         return result
 
     def derive(self, name: str, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
@@ -344,6 +347,16 @@ class Cache:
         )
 
     # ------------------------------------------------------------ errors
+
+    def _check_values(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Raise UserError where what was read of a field is not what an extraction writes."""
+        teacher, _, plain = name.rpartition("/")
+        about = self.manifest_of(teacher) if teacher else self.manifest
+        if why := value_problem(plain, values, about["identity"]):
+            raise UserError(
+                f"cache {str(self.path)!r}: {name} holds {why}, which no extraction writes; "
+                "extract it again"
+            )
 
     def _explain(self, bad: RowChecksumError, rows: I64, views: I64) -> UserError:
         """Name the file at fault: that of the row, or that of its checksum."""

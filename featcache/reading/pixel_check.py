@@ -79,7 +79,7 @@ def pixel_problem(
 def _other_path(cache: Cache) -> str:
     """Say why nearly equal pixels differ. Pillow's decoders change, and since 13 it resizes tall
     crops in another order."""
-    theirs, here = cache.manifest["provenance"]["versions"].get("pillow"), PIL.__version__
+    theirs, here = cache.manifest["provenance"].get("versions", {}).get("pillow"), PIL.__version__
     if theirs in (None, here) or cache.identity["pixel_path"]["decoder"] != "pillow":
         return "another decoder, library version or file"
     return (

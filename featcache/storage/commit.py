@@ -18,6 +18,7 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError, raise_if_unreadable
 from featcache.storage import json_file, manifest, schema
+from featcache.storage.own_folder import linked_folder, own_shards
 from featcache.storage.owner import is_abandoned, is_own, split_temporary, writer_id
 from featcache.storage.store import SHARDS, STORES, folder_path, get_store, record_path
 
@@ -28,7 +29,7 @@ _READ_BYTES = 8 << 20
 
 def begin_shard(cache: Path, shard: str, name: str) -> Path:
     """Make a new folder for one writer of a shard in the store `name`."""
-    folder = cache / SHARDS / f"{shard}.{name}.{writer_id()}.tmp"
+    folder = own_shards(cache) / f"{shard}.{name}.{writer_id()}.tmp"
     try:
         # no parents: a cache that was moved away meanwhile must not come back as a stump
         folder.mkdir()
@@ -82,8 +83,11 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
 
 
 def _publish_record(cache: Path, shard: str, name: str) -> None:
+    folder = folder_path(cache, shard, name)
+    if folder.is_symlink():
+        raise UserError(f"{str(folder)!r} is a link; remove it and run the same command again")
     try:
-        (folder_path(cache, shard, name) / RECORD).rename(record_path(cache, shard))
+        (folder / RECORD).rename(record_path(cache, shard))
     except FileNotFoundError:
         if not record_path(cache, shard).is_file():  # else another process was a moment faster
             raise
@@ -94,7 +98,8 @@ def recover(cache: Path, name: str, shards: Iterable[str]) -> None:
     """Clean up what dead writers left of shards: a folder without a record is adopted when its own
     record proves every byte, and removed otherwise; unfinished folders are removed."""
     wanted = set(shards)
-    for path in sorted((cache / SHARDS).iterdir()) if (cache / SHARDS).is_dir() else []:
+    shards_folder = own_shards(cache)
+    for path in sorted(shards_folder.iterdir()) if shards_folder.is_dir() else []:
         shard, _, rest = path.name.partition(".")
         if shard not in wanted:
             continue
@@ -107,7 +112,8 @@ def recover(cache: Path, name: str, shards: Iterable[str]) -> None:
 
 def _adopt(cache: Path, shard: str, name: str) -> None:
     folder = folder_path(cache, shard, name)
-    record = _inner_record(folder)
+    # of what lies behind a link nothing is taken
+    record = None if folder.is_symlink() else _inner_record(folder)
     # Only now: a record that left the folder in the meantime was moved here by the process that
     # wrote it.
     if record_path(cache, shard).is_file():
@@ -121,7 +127,9 @@ def _adopt(cache: Path, shard: str, name: str) -> None:
 def abort(cache: Path) -> None:
     """Remove what this process has unfinished in a cache: an interrupt may fall between any two
     lines."""
-    for path in (cache / SHARDS).iterdir() if (cache / SHARDS).is_dir() else []:
+    if linked_folder(cache) or not (cache / SHARDS).is_dir():
+        return
+    for path in (cache / SHARDS).iterdir():
         of = split_temporary(path.name)
         if of is not None and is_own(of[1]):
             remove_path(path)
@@ -185,6 +193,7 @@ def file_crc(path: Path, count: int) -> int:
 
 def move_to_backup(cache: Path, shard: str, name: str) -> None:
     """Rename a shard's files and record out of sight, where `restore_backup` finds them."""
+    own_shards(cache)
     present = [
         path
         for path in (record_path(cache, shard), folder_path(cache, shard, name))
@@ -204,6 +213,7 @@ def move_to_backup(cache: Path, shard: str, name: str) -> None:
 
 def restore_backup(cache: Path, shard: str, name: str) -> None:
     """Undo `move_to_backup`, unless a new shard is complete."""
+    own_shards(cache)
     if record_path(cache, shard).is_file():
         remove_backup(cache, shard, name)
         return
@@ -216,6 +226,7 @@ def restore_backup(cache: Path, shard: str, name: str) -> None:
 
 def remove_backup(cache: Path, shard: str, name: str) -> None:
     """Remove the backup of a shard."""
+    own_shards(cache)
     backup_path(record_path(cache, shard)).unlink(missing_ok=True)
     remove_path(backup_path(folder_path(cache, shard, name)))
 
@@ -228,7 +239,7 @@ def backup_path(path: Path) -> Path:
 def leftovers(cache: Path) -> Iterator[Path]:
     """Yield temporary files of dead writers, and backups of shards whose replacement is
     complete."""
-    for folder in (cache, cache / SHARDS):
+    for folder in (cache, own_shards(cache)):
         yield from (
             path
             for path in folder.glob("*.tmp")

@@ -79,6 +79,9 @@ def _identity_problems(identity: Mapping[str, Any]) -> Iterator[str]:
         identity["keep"] > teacher["patches"] or identity["tokens"] != "ranked"
     ):
         yield f"identity.keep is {identity['keep']} of {teacher['patches']} patches"
+    for name in ("scale", "ratio"):
+        if identity["policy"][name][0] > identity["policy"][name][1]:
+            yield f"identity.policy.{name} has its larger end first"
     if not isinstance(identity["pixel_path"].get("decoder"), str):
         yield "identity.pixel_path.decoder is missing"
 

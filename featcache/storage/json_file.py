@@ -11,12 +11,12 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError, command_line, raise_if_unreadable, short
-from featcache.pictures.regular_file import open_regular
 from featcache.storage.owner import is_abandoned, split_temporary, writer_id
 
 CHECKSUM = "checksum"
@@ -115,12 +115,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _bytes(path: Path) -> bytes:
-    """Read a regular file that is not larger than any of ours."""
-    with os.fdopen(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > LARGEST_BYTES:
-            raise OSError(errno.EFBIG, f"it has {size} bytes, {LARGEST_BYTES} are allowed")
-        return file.read()
+    """Read a regular file that is not larger than any of ours; a pipe would be waited for."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    if status.st_size > LARGEST_BYTES:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, {LARGEST_BYTES} are allowed")
+    return path.read_bytes()
 
 
 def advice(path: Path) -> str:

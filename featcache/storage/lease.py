@@ -15,6 +15,7 @@ from pathlib import Path
 
 from featcache.errors import UserError
 from featcache.storage import commit
+from featcache.storage.own_folder import linked_folder, own_shards
 from featcache.storage.owner import is_alive, is_here, is_own, is_writer, writer_id
 from featcache.storage.store import SHARDS
 
@@ -51,6 +52,7 @@ def lease_path(cache: Path, shard: str) -> Path:
 
 def acquire(cache: Path, shard: str) -> Lease | None:
     """Take the lease of a shard, or None while somebody else holds it."""
+    own_shards(cache)
     path, own = lease_path(cache, shard), writer_id()
     probe = path.with_name(f".{path.name}.{own}.tmp")
     try:
@@ -91,7 +93,7 @@ def _replace(path: Path, probe: Path) -> bool:
 
 def abort(cache: Path) -> None:
     """Remove the leases of this process, whatever it was doing when it was interrupted."""
-    for path in (cache / SHARDS).glob("*.lease"):
+    for path in [] if linked_folder(cache) else (cache / SHARDS).glob("*.lease"):
         with contextlib.suppress(OSError):
             if path.is_file() and is_own(_read(path)):
                 path.unlink()
@@ -99,6 +101,7 @@ def abort(cache: Path) -> None:
 
 def clear_stale(cache: Path, shard: str) -> None:
     """Remove what a dead holder left of a shard that is complete."""
+    own_shards(cache)
     path = lease_path(cache, shard)
     if path.is_file() and not is_held(cache, shard):
         path.unlink(missing_ok=True)
@@ -146,6 +149,7 @@ def is_of_writer(path: Path) -> bool:
 
 def is_held(cache: Path, shard: str) -> bool:
     """Return whether somebody works on a shard."""
+    own_shards(cache)
     path = lease_path(cache, shard)
     probe = path.with_name(f".{path.name}.{writer_id()}.tmp")
     probe.touch()

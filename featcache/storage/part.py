@@ -21,6 +21,7 @@ from featcache.storage.identity import Mismatch, compare
 from featcache.storage.keys import I64, Keys, read_shard_keys
 from featcache.storage.record import RecordCheck, read_quarantine
 from featcache.storage.store import (
+    PARTS,
     QUARANTINE,
     SHARDS,
     Array,
@@ -29,8 +30,6 @@ from featcache.storage.store import (
     record_path,
 )
 from featcache.storage.tail import read_tail
-
-PARTS = "parts"  # folder of what was added to a cache
 
 
 class FileRows(NamedTuple):

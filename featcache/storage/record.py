@@ -69,9 +69,14 @@ class RecordCheck:
     def _file_problem(self, rows: int, files: Mapping[str, Any]) -> str | None:
         if files.keys() != self._sizes.keys():
             strange = sorted(files.keys() ^ self._sizes.keys())
-            return f"does not list the files of its arrays, such as {short(strange[0])}"
+            return (
+                f"is not the record of a shard: it lists other files, such as {short(strange[0])}"
+            )
         for name, size in self._sizes.items():
             wanted = None if size is None else size.fixed + rows * size.per_row
             if wanted is not None and files[name]["bytes"] != wanted:
-                return f"gives {name} {files[name]['bytes']} bytes, its {rows} rows have {wanted}"
+                return (
+                    f"is not the record of a shard: {name} has {files[name]['bytes']} bytes, of "
+                    f"{rows} rows {wanted}"
+                )
         return None

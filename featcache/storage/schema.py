@@ -62,7 +62,6 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]
 Size = Annotated[int, Field(ge=1, le=1 << 16)]  # of tokens, of channels
 Extent = Annotated[int, Field(ge=0, le=1 << 31)]
 Dtype = Literal["|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", "<u8", "<i8", "<f8"]
-Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Channels = Annotated[list[Number], Field(min_length=3, max_length=3)]
 
 
@@ -105,14 +104,14 @@ class Teacher(_Object):
 
 
 class Policy(_Object):
-    """Types alone: `views.policy` knows what a policy may be."""
+    """What `views.policy` allows, but for the names of filters."""
 
     size: Pixels
-    scale: Pair
-    ratio: Pair
+    scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
+    ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
     filter: Word
-    flip: Number
-    jitter: Number
+    flip: Annotated[float, Field(ge=0, le=1)]
+    jitter: Annotated[float, Field(ge=0, lt=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -193,7 +192,7 @@ class ShardFiles(_Object):
 
     model_config = ConfigDict(extra="ignore")
 
-    files: Annotated[dict[FileName, File], Field(min_length=1)]
+    files: dict[FileName, File]
 
 
 class Record(ShardFiles):

@@ -39,6 +39,7 @@ STORES = {
     "webdataset": "featcache.storage.webdataset_store",
 }
 SHARDS = "shards"
+PARTS = "parts"  # folder of what was added to a cache
 QUARANTINE = "quarantine.json"
 
 

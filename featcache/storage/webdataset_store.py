@@ -261,7 +261,14 @@ def _unpack(path: str | Path, data: bytes) -> Index:
             ShardKeys(tensors["key"], tensors["key_offsets"]),
         )
         given, crc = about["crc32c"], f"{_crc(index):08x}"
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise _damaged(path, "it is not the index of a shard") from error
     dtypes = [values.dtype for values in (index.offsets, index.keys.blob, index.keys.offsets)]
     rows = index.keys.offsets.size - 1
@@ -289,13 +296,19 @@ def _load(path: str, stamp: Stamp) -> Index:
 
 
 @lru_cache(_COLUMNS)
-def _column(path: str, stamp: Stamp, views: int, view: int, name: str) -> npt.NDArray[np.int64]:
-    """(n,) offsets of one array in the tar of one view."""
+def _column(
+    path: str, stamp: Stamp, views: int, view: int, name: str, item_bytes: int
+) -> npt.NDArray[np.int64]:
+    """(n,) offsets of one array's items in the tar of one view, all within it."""
     index = _load(path, stamp)
     if name not in index.names or len(index.offsets) != views:
         held = f"{len(index.offsets)} views of {', '.join(index.names)}"
         raise _damaged(path, f"it holds {held}, and {name} of {views} views is looked for")
-    return index.offsets[view, :, index.names.index(name)].copy()
+    column = index.offsets[view, :, index.names.index(name)].copy()
+    tar = Path(path).with_name(_tar(view))
+    if len(column) and not 0 <= column.min() <= column.max() <= tar.stat().st_size - item_bytes:
+        raise _damaged(path, f"its offsets of {name} lie outside of {tar.name}")
+    return column
 
 
 def locate(
@@ -309,11 +322,12 @@ def locate(
     index = f"{folder}/{INDEX}"
     try:
         status = os.stat(index)  # noqa: PTH116
-        column = _column(
-            index, (status.st_mtime_ns, status.st_size, status.st_ino), views, view, array.name
-        )
+        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        column = _column(index, stamp, views, view, array.name, array.item_bytes)
     except OSError as error:
         raise read_error(index, error) from error
+    if len(rows) and rows.max() >= len(column):
+        raise _damaged(index, f"it has {len(column)} rows, row {rows.max()} is looked for")
     return f"{folder}/{_tar(view)}", column[rows]
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
+from featcache.errors import IdentityError
+
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -42,6 +44,12 @@ def render(
     from featcache.views import resample  # machine code, which most commands do without
 
     top, left, height, width = (int(x) for x in crop)
+    if top + height > picture.height or left + width > picture.width or min(top, left) < 0:
+        raise IdentityError(
+            f"a picture has {picture.height} x {picture.width} pixels, its stored crop is {height} "
+            f"x {width} at {top}, {left}: another picture under this key; give the pictures of the "
+            "extraction"
+        )
     picture = apply_jitter(picture, jitter)
     box = (left, top, left + width, top + height)
     return resample.resize(picture.crop(box), size, FILTERS[filter], bool(flip))

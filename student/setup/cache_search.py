@@ -38,6 +38,8 @@ def find_cache(
             found.append(candidate)
         except UserError as error:
             rejected.append(f"{path}: {error}")
+        except OSError as error:  # a folder of somebody else's
+            rejected.append(f"{path}: {error.strerror}")
     if not found:
         command = extract_remedy(recipe.needs(plain), plain, None, source)
         raise _none_serves(name, rejected, command)

@@ -190,6 +190,14 @@ def test_a_missing_field(tmp_path: Path) -> None:
     about["arrays"]["attention_"] = about["arrays"].pop("attention")
     for path in there.rglob("manifest*.json"):  # itself and its copy
         json_file.write_json(path, about)
+    for path in there.glob("shards/0*.json"):
+        record = json_file.read_json(path)
+        renamed = {
+            name.replace("attention/", "attention_/"): f for name, f in record["files"].items()
+        }
+        json_file.write_json(path, {**record, "files": renamed})
+    for path in there.glob("shards/*/attention"):
+        path.rename(path.with_name("attention_"))
     ran = fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE)
     assert ran.status == 1
     assert "field attention is missing" in ran.line
