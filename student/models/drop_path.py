@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import timm.layers
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from featcache import rng
 
@@ -85,6 +86,18 @@ def attach(model: nn.Module) -> tuple[float, ...]:
             module.draws, module.number = draws, number
         model.register_forward_pre_hook(partial(_take, draws))
     return tuple(module.drop_prob for module in found)
+
+
+def process_draws(model: nn.Module) -> list[str]:
+    """Return the names of modules that draw from torch's generator, which is seeded for each
+    process: those of a recipe of the user's own."""
+    return [name for name, module in model.named_modules() if _draws_alone(module)]
+
+
+def _draws_alone(module: nn.Module) -> bool:
+    if isinstance(module, timm.layers.DropPath):
+        return type(module) is not DropPath and (module.drop_prob or 0) > 0
+    return isinstance(module, _DropoutNd) and module.p > 0
 
 
 def _take(draws: Draws, model: nn.Module, args: tuple[Any, ...]) -> None:

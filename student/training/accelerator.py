@@ -86,7 +86,13 @@ def _accelerator(mixed_precision: str, cpu: bool) -> Accelerator:
 def deterministic() -> None:
     """Make a GPU give the same bits for the same command from here on, at the price of slower
     kernels; torch refuses an operation that has no such kernel."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first call of cuBLAS
+    name, allowed = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+    given = os.environ.setdefault(name, allowed[0])  # before the first call of cuBLAS
+    if given not in allowed:
+        raise UsageError(
+            f"--deterministic: the environment variable {name}={given!r}; {' and '.join(allowed)} "
+            "give the same bits again: unset it"
+        )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers, get_available_trackers
 
-from featcache.errors import UsageError
+from featcache.errors import UsageError, UserError, one_line
 from featcache.storage import identity, json_file
 
 JSON = "json"  # metrics.jsonl and nothing else
@@ -56,7 +56,14 @@ def start_trackers(
         # One curve for all parts of a run.
         "wandb": {"id": _identity(folder), "resume": "allow", "name": run.name, "dir": str(folder)},
     }
-    acc.init_trackers("student", _flat(record), {name: kwargs[name] for name in names})
+    try:
+        acc.init_trackers("student", _flat(record), {name: kwargs[name] for name in names})
+    except Exception as error:  # of a service: no login, no network, no room
+        raise UserError(
+            f"--tracker {', '.join(names)} cannot begin: {type(error).__name__}: "
+            f"{one_line(str(error))}; set it up (wandb: `wandb login`, or WANDB_MODE=offline), or "
+            f"take --tracker {JSON}, which needs nothing"
+        ) from error
     try:
         yield lambda row: acc.log(
             {key: value for key, value in row.items() if key != "step"}, step=row["step"]

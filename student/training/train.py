@@ -22,12 +22,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from featcache import rng
+from featcache.console.text import echo
 from featcache.errors import UserError, command_line
 from featcache.storage import manifest
 from student import checkpoint
 from student.config import RecipeConfig, as_dict
 from student.data.loader import Loader
 from student.data.prefetch import Prefetcher, WaitShare, WaitTime, to_device
+from student.models import drop_path
 from student.targets.contract import HostBatch, Targets
 from student.training import (
     nonfinite,
@@ -148,8 +150,21 @@ def build_state(
     """Build the run's model and optimizer, as the seed gives them or as a checkpoint saved them."""
     torch.manual_seed(run.seed)
     model = run.recipe.Model(run.config).to(acc.device)
+    if acc.is_main_process:
+        _note_process_draws(drop_path.process_draws(model))
     optimizer = optim.adamw(model, run.config, optim.peak_lr(run.config, loader.global_batch))
     return train_state.build_train_state(acc, model, optimizer, run.run_options, run.out, saved)
+
+
+def _note_process_draws(names: list[str]) -> None:
+    if names:
+        shown = f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)}"
+        echo(
+            f"note: {shown} of this recipe draw from torch's generator, which is seeded for each "
+            "process: another number of processes gives other numbers; "
+            "student.models.drop_path.DropPath draws for each sample",
+            err=True,
+        )
 
 
 def train_step(

@@ -43,7 +43,7 @@ from tests.student.test_masking import blocks, numpy_words
 
 STEPS, BATCH, SEED, PATCHES, FIRST_LEVEL = 10, 8, 3, 16, 2
 RATE, LOWEST, WARMUP = 1e-3, 2e-4, 3  # one epoch of 24 pictures is three steps
-# Beside the small settings of the fixtures: no drop path, which draws from torch's generator; a
+# Beside the small settings of the fixtures: no drop path, whose draws have tests of their own; a
 # rate that rises, falls and does not end at zero; so much decay, and where a recipe clips so small
 # a norm, that either shows within ten steps.
 SETS = ("drop_path=0", "warmup_epochs=1", f"lr={RATE}", f"min_lr={LOWEST}", "weight_decay=2.0")

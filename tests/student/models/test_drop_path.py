@@ -192,3 +192,11 @@ def test_a_compiled_model_is_one_graph_and_draws_alike(again: bool) -> None:
         assert mine.grad is None or torch.equal(mine.grad, other.grad)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_what_draws_for_a_process_is_named() -> None:
+    model = nn.Sequential(
+        nn.Dropout(0.1), nn.Dropout(0.0), nn.Dropout2d(0.2), timm.layers.DropPath(0.3),
+        timm.layers.DropPath(0.0), drop_path.DropPath(0.4),
+    )  # fmt: skip
+    assert drop_path.process_draws(model) == ["0", "2", "3"]

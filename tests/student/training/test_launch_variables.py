@@ -135,3 +135,13 @@ def test_a_missing_package_or_compiler_stops_before_targets_are_chosen(
         ran = fx.train("mralign", tmp_path / "run", "--cache", tmp_path / "none", *option)
         assert ran.status == 2
         assert told in ran.line
+
+
+def test_deterministic_kernels_want_a_workspace_that_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    given = ("--cache", fx.cache_path(), "--steps", 1, "--deterministic")
+    ran = fx.train("mralign", tmp_path / "run", *given)
+    assert ran.status == 2
+    assert "CUBLAS_WORKSPACE_CONFIG=':0:0'; :4096:8 and :16:8 give the same bits" in ran.line

@@ -117,6 +117,23 @@ def test_a_missing_package_is_one_line(
     assert f'\n{name} = ["{name}' in pyproject  # the extra that the line names
 
 
+def test_a_tracker_that_cannot_begin_is_one_line(
+    told: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where nobody is logged in; the folder is free again."""
+    import wandb
+
+    def init(project: str, **given: Any) -> None:
+        raise RuntimeError("api_key not configured (no-tty).\n Run wandb login")
+
+    monkeypatch.setattr(wandb, "init", init)
+    options = ("--cache", fx.cache_path(), *OPTIONS, "--tracker", "wandb", "--steps", "1")
+    ran = fx.train("maskalign", tmp_path / "run", *options)
+    assert ran.status == 1
+    assert "--tracker wandb cannot begin: RuntimeError: api_key not configured" in ran.line
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_tracker(tmp_path: Path) -> None:
     ran = fx.train(
         "maskalign", tmp_path / "run", "--cache", fx.cache_path(), *OPTIONS, "--tracker", "mlflow"

@@ -62,8 +62,8 @@ class Model(torch.nn.Module):
 '''
 
 
-def mine(tmp_path: Path, run: Path, *options: str) -> fx.Ran:
-    (tmp_path / "mine.py").write_text(MINE)
+def mine(tmp_path: Path, run: Path, *options: str, text: str = MINE) -> fx.Ran:
+    (tmp_path / "mine.py").write_text(text)
     sets = [part for text in (*fx.COMMON, "patch_size=8") for part in ("--set", text)]
     recipe = (
         "--recipe",
@@ -85,6 +85,21 @@ def mine(tmp_path: Path, run: Path, *options: str) -> fx.Ran:
         *options,
         home=tmp_path / "home",
     )
+
+
+def test_a_recipe_that_draws_for_a_process_is_told_so(tmp_path: Path) -> None:
+    """Dropout of its own comes from torch's generator, seeded by step and process: the same again
+    in the same number of processes."""
+    own = MINE.replace(
+        "self.bad, self.calls", "self.rest = torch.nn.Dropout(0.5)\n        self.bad, self.calls"
+    )
+    own = own.replace('self.encoder(batch["images"])', 'self.rest(self.encoder(batch["images"]))')
+    found = []
+    for name in "ab":
+        ran = fx.good(mine(tmp_path, tmp_path / name, "--steps", "2", text=own))
+        assert "note: rest of this recipe draw from torch's generator" in ran.err
+        found.append(fx.losses(tmp_path / name))
+    assert found[0] == found[1]
 
 
 def run_of(
