@@ -52,5 +52,8 @@ def load_module(path: Path, kind: str, needs: Mapping[str, str], example: str) -
 
 def reason(error: BaseException) -> str:
     """Return the kind and first line of an exception."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0]}"
+    try:
+        lines = str(error).strip().splitlines() or ["no message"]
+    except Exception:  # its own way of saying it fails
+        lines = ["no message"]
+    return f"{type(error).__name__}: {lines[0][:300]}"

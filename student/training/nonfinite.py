@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from featcache.console.text import join_lines
 from featcache.errors import UsageError, UserError
 from featcache.runtime import strict_json
+from featcache.runtime.user_file import reason
 from featcache.storage import json_file
 from student import config, recipes
 from student.models import drop_path
@@ -237,7 +238,18 @@ def run_again(
         )
     if precision is not None and precision not in DTYPES:
         raise UsageError(f"--precision {precision!r}: fp32, bf16 and fp16 are allowed")
-    return replay(saved, build(saved, recipes.load(name)), torch.device(device), precision)
+    recipe = recipes.load(name)
+    try:
+        return replay(saved, build(saved, recipe), torch.device(device), precision)
+    except UserError as error:
+        raise UserError(f"cannot replay {str(file)!r}: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # tensors of any shape and kind, which a model is run on
+        raise UserError(
+            f"cannot replay {str(file)!r}: recipe {name!r} fails on what it holds: {reason(error)};"
+            " give a file that training wrote, and a recipe of your own as it was"
+        ) from error
 
 
 def text(facts: dict[str, Any]) -> str:
