@@ -105,9 +105,9 @@ def open_beton(spec: str) -> BetonSource:
     """Open the pictures of a `.beton`. Keys are the field `key` (bytes or JSON), or without one a
     digest of the file and the picture's number."""
     if not Path(spec).is_file():
+        what = "is no regular file" if Path(spec).exists() else "does not exist"
         raise UserError(
-            f"no pictures found: {spec!r} does not exist; give an FFCV .beton, a folder, or "
-            "webdataset tars"
+            f"no pictures found: {spec!r} {what}; give an FFCV .beton, a folder, or webdataset tars"
         )
     reader = _reader(spec)
     names = reader.metadata.dtype.names

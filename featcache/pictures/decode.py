@@ -19,7 +19,7 @@ from featcache.pictures.source import PictureError
 # often found under them. No other code of Pillow's sees a stranger's bytes, and none that starts a
 # program (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
-_ORIENTATION = 0x0112  # EXIF's tag
+ORIENTATION = 0x0112  # EXIF's tag
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 # Where orientation may stand in a picture's `info`
 _EXIF_FIELDS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
@@ -86,7 +86,7 @@ def orientation(picture: Image.Image) -> int:
     if not any(name in picture.info for name in _EXIF_FIELDS):
         return 1
     try:
-        found: Any = picture.getexif().get(_ORIENTATION, 1)
+        found: Any = picture.getexif().get(ORIENTATION, 1)
     except Exception:  # a damaged block beside good pixels
         return 1
     return found if type(found) is int and 1 <= found <= 8 else 1

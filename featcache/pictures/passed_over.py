@@ -11,7 +11,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-# Reasons are plural phrases: a note puts a number before them.
+# Reasons are plural phrases.
 OTHER_SUFFIX = "files with other suffixes"
 HIDDEN = "hidden pictures"
 NO_FILE = "named pipes, sockets or devices"
@@ -43,7 +43,7 @@ class PassedOver:
     first: str
 
     def __str__(self) -> str:
-        return f"{self.count} {self.reason} (the first is {self.first[:200]!r})"
+        return f"{self.reason} ({self.count}, the first is {self.first[:200]!r})"
 
 
 class Tally:

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from featcache.errors import UserError
-from featcache.pictures.decode import decode, opened
+from featcache.pictures.decode import ORIENTATION, decode, opened, orientation
 from featcache.pictures.folder import FolderSource
 from featcache.pictures.source import PictureError, Source
 
@@ -33,6 +33,7 @@ MAGIC = {
 }
 # Suffixes of one format: a file keeps its own
 _SAME_FORMAT = {".jpeg": ".jpg", ".tiff": ".tif", ".pgm": ".ppm"}
+_WITH_EXIF = ("JPEG", "PNG", "WEBP")
 LOSSLESS = ("PNG", "BMP", "PPM", "TIFF")  # as Pillow writes them where no compression is asked for
 
 
@@ -73,7 +74,7 @@ def resized(data: bytes, shorter_px: int) -> bytes:
     larger. Raises PictureError.
 
     Pixels go through the one decoder (no EXIF transpose, named conversions to RGB); grey stays
-    grey.
+    grey, and an EXIF orientation stays stated.
     """
     picture = decode(data)
     width, height = picture.size
@@ -88,6 +89,9 @@ def resized(data: bytes, shorter_px: int) -> bytes:
     file = io.BytesIO()
     try:
         name, options = _format(kind, data)
+        if name in _WITH_EXIF and (turn := orientation(picture)) != 1:
+            options["exif"] = Image.Exif()
+            options["exif"][ORIENTATION] = turn
         small.save(file, name, **options)
     except (KeyError, OSError, ValueError) as error:
         raise PictureError(f"its format {kind} cannot be written") from error

@@ -355,7 +355,7 @@ def test_eval_of_a_teacher_in_place_of_a_run(
 def test_eval_and_train_say_what_the_pictures_source_passes_over(tmp_path: Path) -> None:
     pictures = fx.save_pictures(tmp_path / "pictures", 30, seed=3, classes=3)
     (pictures / "more.gif").write_bytes(b"GIF89a")
-    said = f"note: pictures {str(pictures)!r}: passed over 1 files with other suffixes"
+    said = f"note: pictures {str(pictures)!r}: passed over files with other suffixes (1"
     words = ("--teacher", fx.TEACHER, "--images", pictures, "--json", "--device", "cpu", "--k", "1")
     ran = fx.good(fx.stud("eval", "knn", *words))
     assert ran.err.count(said) == 1

@@ -124,6 +124,25 @@ def test_hidden_files_and_folders_are_no_pictures(tmp_path: Path) -> None:
     assert list(open_source(write_folder(tmp_path / ".root", "b.png")).keys) == ["b"]
 
 
+def test_a_hidden_folder_that_cannot_be_listed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk's own lost+found is no reason to stop."""
+    write_folder(tmp_path, "a/1.png", "lost+found/x.png", ".git/y.png")
+    scandir = os.scandir
+
+    def failing(path: str) -> object:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert reasons(tmp_path) == {
+        "hidden folders that cannot be listed": (1, "lost+found"),
+        "hidden pictures": (1, ".git/y.png"),
+    }
+
+
 def test_other_suffixes_are_counted_but_not_companions(tmp_path: Path) -> None:
     others = ["a/x.gif", "a/y.heic", "a/z.JFIF", "notes.txt", "a/features.npy"]
     companions = ["README.md", "LICENSE", "classes.json", "a/1.txt", "a/1.png.json"]
@@ -146,7 +165,7 @@ def test_tars_beside_pictures_and_files_beside_tars(tmp_path: Path) -> None:
 
 def test_a_folder_without_pictures_says_what_it_passed_over(tmp_path: Path) -> None:
     write_folder(tmp_path, "a/x.gif", "a/y.gif")
-    with pytest.raises(UserError, match=r"passed over 2 files with other suffixes .*'a/x\.gif'"):
+    with pytest.raises(UserError, match=r"passed over files with other suffixes \(2, .*'a/x\.gif'"):
         open_source(tmp_path)
 
 
@@ -154,8 +173,8 @@ def test_opening_notes_it_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
     write_folder(tmp_path, "a/1.png", "a/x.gif", "a/.y.png")
     open_source(tmp_path)
     assert caplog.messages == [
-        f"pictures {str(tmp_path)!r}: passed over 1 files with other suffixes (the first is "
-        "'a/x.gif'), 1 hidden pictures (the first is 'a/.y.png')"
+        f"pictures {str(tmp_path)!r}: passed over files with other suffixes (1, the first is "
+        "'a/x.gif'), hidden pictures (1, the first is 'a/.y.png')"
     ]
 
 
@@ -167,7 +186,7 @@ def test_extraction_says_it_once_and_in_its_json(
     options = ("--teacher", SYNTHETIC, "--levels", "last:1", "--images", folder, "--json", *more)
     ran = featcache_command("extract", *options, "--out", tmp_path / "c")
     assert ran.status == 0
-    assert ran.err.count("passed over 1 files with other suffixes") == 1
+    assert ran.err.count("passed over files with other suffixes (1") == 1
     assert json.loads(ran.out)["passed_over"] == [
         {"reason": "files with other suffixes", "count": 1, "first": "a/x.gif"}
     ]
