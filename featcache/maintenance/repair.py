@@ -156,20 +156,18 @@ def _replace(
         return not (leased and _is_good(job.out, about, shard))
 
     queue = free_shards([job], [name], options.progress.waiting, lacks=lacks)
-    try:
-        with contextlib.closing(queue) as free:
-            for _ in free:
+    with contextlib.closing(queue) as free:
+        for _ in free:
+            try:
                 commit.move_to_backup(job.out, name, job.store)
                 commit.recover(job.out, job.store, [name])
                 extract.extract_shard(job, shard, about, options)
                 _check_views(job.out, name)
                 commit.remove_backup(job.out, name, job.store)
-    except BaseException:
-        lease = leases.acquire(job.out, name)
-        if lease is not None:  # else another works on it now, and puts it back if need be
-            commit.restore_backup(job.out, name, job.store)
-            lease.release()
-        raise
+            except BaseException:
+                # while the lease is ours: a full disk may have no room for another
+                commit.restore_backup(job.out, name, job.store)
+                raise
 
 
 def _check_views(part: Path, shard: str) -> None:

@@ -19,6 +19,10 @@ def parse_options(text: str) -> dict[str, Option]:
         key, equals, value = part.partition("=")
         if not equals or not key:
             raise UsageError(f"option {part!r}: key=value is needed, several are parted by commas")
+        if key in options:
+            raise UsageError(
+                f"option {key!r} is given twice, the second time as {part!r}; once is allowed"
+            )
         options[key] = _parse_value(value)
     return options
 

@@ -24,7 +24,8 @@ from featcache.errors import UserError, raise_if_unreadable
 
 I64 = npt.NDArray[np.int64]
 NAME = "classes.json"
-LARGEST_BYTES = 64 << 20  # 22 thousand classes of ImageNet-22k take one
+MOST_CLASSES = 1 << 17  # ImageNet-22k has 22 thousand; a score of each is kept for every picture
+LARGEST_BYTES = 64 << 20
 LABEL_DIGITS = 18  # what 64 bits hold
 
 
@@ -55,6 +56,8 @@ def _problem(names: Any) -> str:
         return ""
     if not isinstance(names, list) or not names:
         return f"{'an empty list' if names == [] else type(names).__name__}"
+    if len(names) > MOST_CLASSES:
+        return f"{len(names)} names, more than {MOST_CLASSES},"
     for i, name in enumerate(names):
         if not isinstance(name, str) or not name:
             return f"{name!r:.40} as entry {i}"

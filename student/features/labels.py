@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from featcache import rng
 from featcache.errors import UsageError, UserError, near
-from featcache.pictures.classes import NAME
+from featcache.pictures.classes import MOST_CLASSES, NAME
 from featcache.pictures.source import Source
 
 I64 = npt.NDArray[np.int64]
@@ -27,8 +27,14 @@ def labels_of(source: Source) -> I64:
 
 def class_count(train: Source) -> int:
     """Count classes by name where the source names them, else the different numbers among its
-    labels."""
-    return len(_numbers(train)) if train.classes is None else len(train.classes)
+    labels. Raises UserError for more than MOST_CLASSES."""
+    count = len(_numbers(train))
+    if count > MOST_CLASSES:
+        raise UserError(
+            f"cannot evaluate on {train.spec}: its labels are of {count} classes, {MOST_CLASSES} "
+            "at most are allowed; give pictures of fewer"
+        )
+    return count
 
 
 def class_name(source: Source, index: int) -> str:

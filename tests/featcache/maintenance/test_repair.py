@@ -7,6 +7,7 @@ damaged in every way.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import shutil
@@ -24,6 +25,7 @@ from featcache.models.contract import Teacher
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
 from featcache.storage import commit, json_file, manifest
+from featcache.storage import lease as leases
 from featcache.storage.store import SHARDS, STORES
 from tests.conftest import Ran, copy_tree, files_below, flip, make_plan
 
@@ -200,6 +202,26 @@ def test_several_things_at_once(cache: Path, pictures: Path) -> None:
     done = repair.run(cache, load_of(pictures))
     assert files_below(cache) == whole
     assert len(done["shards"]) == 2
+
+
+def test_a_full_disk_puts_the_shard_back_without_a_further_lease(
+    cache: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease is a file, for which there is no room either."""
+    DAMAGE["one bit"](cache / CHUNKS[0])
+    before = files_below(cache)
+
+    def full(*args: object, **kwargs: object) -> None:
+        def no_lease(*args: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(leases, "acquire", no_lease)
+        no_lease()
+
+    monkeypatch.setattr(extract, "extract_shard", full)
+    with pytest.raises((UserError, OSError)):
+        repair.run(cache, load_of(pictures))
+    assert files_below(cache) == before
 
 
 def test_a_batch_size_that_is_not_recorded_is_the_usual_one(

@@ -89,6 +89,7 @@ def test_tars_without_labels_have_no_classes(tmp_path: Path) -> None:
         ("\x00\xff", "no JSON"),
         ("", "no JSON"),
         ("1" * 5000, "no JSON"),
+        (json.dumps([str(i) for i in range((1 << 17) + 1)]), "131073 names, more than 131072"),
     ],
 )
 def test_another_content_is_one_line_that_names_the_file(

@@ -349,6 +349,12 @@ def test_networks_without_what_is_read_are_refused(spec: str) -> None:
         teachers.load(spec, "random:0")
 
 
+def test_an_option_that_is_given_twice_is_refused() -> None:
+    """The name of a cache would hold both, and its numbers come of the last."""
+    with pytest.raises(UsageError, match="option 'a' is given twice, the second time as 'a=2'"):
+        parse_options("a=1,b=0,a=2")
+
+
 def test_every_registered_name_has_its_facts() -> None:
     rows = teachers.model_cards()
     assert {"clip-b16", "dino-b16", "synthetic"} <= rows.keys()

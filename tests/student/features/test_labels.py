@@ -100,6 +100,12 @@ def test_unknown_classes_of_test_pictures_are_refused() -> None:
         labels_as(Labelled([0], ["yak"]), Labelled([0, 1], ["ant", "bee"]))
 
 
+def test_more_classes_than_scores_have_room_for_are_refused() -> None:
+    """A label of its own for every picture is none."""
+    with pytest.raises(UserError, match="its labels are of 131073 classes, 131072 at most"):
+        class_count(Labelled(list(range((1 << 17) + 1))))
+
+
 def test_both_parts_of_a_split_keep_the_numbers_of_the_whole() -> None:
     """A rare class may lie in one part alone, and its number still means the same."""
     source = Labelled([i % 3 * 5 for i in range(39)] + [99])
