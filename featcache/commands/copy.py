@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from featcache.console import text as show
-from featcache.console.params import LocalPath
+from featcache.console.params import COUNT, LocalPath
 from featcache.console.progress_bar import ProgressBar, WaitingNote, eta
 from featcache.errors import UsageError
 from featcache.maintenance import transfer
 from featcache.reading.cache import Cache
+from featcache.runtime.numbers import is_whole
 from featcache.storage import manifest
 
 
@@ -24,7 +25,7 @@ from featcache.storage import manifest
 )
 @click.argument("cache", type=LocalPath())
 @click.argument("dest", type=LocalPath())
-@click.option("--views", type=click.IntRange(1), help="Only the first N views. [default: all]")
+@click.option("--views", type=COUNT, help="Only the first N views. [default: all]")
 @click.option(
     "--levels", help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]"
 )
@@ -66,7 +67,7 @@ def _levels(cache: Path, text: str) -> tuple[int, ...]:
 def _span(cache: Path, text: str) -> tuple[int, int]:
     """Parse 'A:B', where either may be left out, -> numbers of shards."""
     low, colon, high = text.partition(":")
-    if not colon or not all(part == "" or part.isdecimal() for part in (low, high)):
+    if not colon or not all(part == "" or is_whole(part) for part in (low, high)):
         raise UsageError(
             f"--shards {text!r}: A:B is needed, shards A to B - 1 counted from 0, such as 0:100"
         )

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from featcache.catalog import home
 from featcache.console import extract_report
 from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
-from featcache.console.params import FloatPair, LocalPath, LocalText
+from featcache.console.params import BATCH, COUNT, THREADS, FloatPair, LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.console.text import echo, print_facts
 from featcache.errors import UsageError, UserError
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 @click.option(
     "--views",
     "view_count",
-    type=click.IntRange(1),
+    type=COUNT,
     default=1,
     show_default=True,
     help="Views drawn of each picture.",
@@ -175,21 +175,21 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--rows-per-shard",
-    type=click.IntRange(1),
+    type=COUNT,
     default=1024,
     show_default=True,
     help="Pictures in a shard, the unit of resuming, sharing and repair.",
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=BATCH,
     default=32,
     show_default=True,
     help="Views a teacher batch.",
 )
 @click.option(
     "--workers",
-    type=click.IntRange(1),
+    type=THREADS,
     default=os.cpu_count() or 1,
     help="Decoding threads. [default: cores]",
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from featcache.console.params import LocalPath, LocalText
+from featcache.console.params import SEED, LocalPath, LocalText
 from featcache.console.text import echo
 from featcache.errors import UsageError
 from featcache.pictures.open_source import open_source
@@ -25,9 +25,7 @@ from featcache.pictures.source import Source
 @click.argument("src", type=LocalText())
 @click.argument("out", type=LocalPath())
 @click.option("--shard-size", type=int, help="Pictures a shard; needed for tars.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the shuffled order."
-)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the shuffled order.")
 @click.option(
     "--resize",
     "resize_px",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featcache.console import text
-from featcache.console.params import LocalPath, LocalText
+from featcache.console.params import THREADS, LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     metavar="SPEC",
     help="The teacher, where it is a file of your own: a cache chooses no code and no file.",
 )
-@click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads."
-)
+@click.option("--workers", type=THREADS, default=2, show_default=True, help="Decoding threads.")
 @click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def command(

@@ -10,7 +10,7 @@ import click
 
 from featcache.catalog import extract_command
 from featcache.console import text
-from featcache.console.params import LocalPath, LocalText
+from featcache.console.params import SEED, LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar
 from featcache.errors import UserError, command_line
 from featcache.pictures.open_source import open_source
@@ -24,7 +24,10 @@ from featcache.views import pixel_path
 )
 @click.argument("cache", type=LocalPath())
 @click.option(
-    "--recompute", type=click.IntRange(0), default=0, help="Also run the teacher on N random rows."
+    "--recompute",
+    type=click.IntRange(0, 10**9),
+    default=0,
+    help="Also run the teacher on N random rows.",
 )
 @click.option(
     "--images",
@@ -42,7 +45,7 @@ from featcache.views import pixel_path
     metavar="SPEC",
     help="The teacher, where it is a file of your own: a cache chooses no code and no file.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Which rows are recomputed.")
 @click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def command(

@@ -116,13 +116,19 @@ def _machine_failure(error: Exception) -> _Failure | None:
         case OSError() if error.errno is not None:
             what = f"{error.filename or 'system'}: {error.strerror}"
             return _Failure(f"{what}; fix this and run the same command again", WORK_FAILED)
-        case MemoryError():
+        case MemoryError() | RuntimeError() if _is_out_of_memory(error):
             advice = "give a smaller --batch-size or --workers, or more memory"
             return _Failure(f"out of memory; {advice}", WORK_FAILED)
         case RuntimeError() if _is_thread_limit(error):
             advice = "raise the limit (`ulimit -u`) and run again"
             return _Failure(f"this process may start no more threads; {advice}", WORK_FAILED)
     return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory could not be had. By its text: PyTorch raises a bare RuntimeError on a CPU."""
+    told = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in told)
 
 
 def _is_thread_limit(error: RuntimeError) -> bool:

@@ -48,6 +48,10 @@ class FiniteRange(click.FloatRange):
 
 
 SEED = click.IntRange(0, 2**63 - 1)  # what a view policy allows, and torch's generator takes
+# more is a mistake, of which memory, or the disk, would tell late
+COUNT = click.IntRange(1, 10**9)
+BATCH = click.IntRange(1, 65536)
+THREADS = click.IntRange(1, 4096)
 
 
 def _number(text: str) -> float:

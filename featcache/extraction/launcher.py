@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 from featcache.errors import UsageError
+from featcache.runtime.numbers import is_whole
 
 _LOG = logging.getLogger(__name__)
 _OWN = ("--devices", "--device", "--check-teacher")  # options that a helper is not given
@@ -35,7 +36,7 @@ def parse_devices(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         kind, _, number = name.partition(":")
-        if name != "cpu" and not (kind == "cuda" and number.isdecimal() and int(number) < count):
+        if name != "cpu" and not (kind == "cuda" and is_whole(number) and int(number) < count):
             here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
             raise UsageError(f"--devices {text!r}: {name!r} is not here; allowed: {here}")
     return names

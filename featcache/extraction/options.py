@@ -21,8 +21,10 @@ from featcache.models.contract import Teacher
 from featcache.models.weights import is_random
 from featcache.runtime.compiler import check_compiler
 from featcache.runtime.local_path import local_path
+from featcache.runtime.numbers import is_whole
 
 DEFAULT_LEVELS = "last:5"
+_LONGEST = 30  # of a number in text
 
 
 def per_teacher(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
@@ -85,10 +87,10 @@ def parse_levels(text: str, depth: int) -> tuple[int, ...]:
     head, _, count = text.partition(":")
     if text == "all":
         return tuple(range(1, depth + 1))
-    if head == "last" and count.isdecimal() and 1 <= int(count) <= depth:
+    if head == "last" and is_whole(count) and 1 <= int(count) <= depth:
         return tuple(range(depth - int(count) + 1, depth + 1))
     parts = text.split(",")
-    if all(part.removeprefix("-").isdecimal() and 1 <= abs(int(part)) <= depth for part in parts):
+    if all(is_whole(part.removeprefix("-")) and 1 <= abs(int(part)) <= depth for part in parts):
         blocks = {int(part) % (depth + 1) for part in parts}  # -1 is the last
         if len(blocks) == len(parts):
             return tuple(sorted(blocks))
@@ -107,7 +109,7 @@ def parse_share(text: str | None) -> tuple[int, int]:
     if text is None:
         return 0, 1
     index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+    if not (is_whole(index) and is_whole(count) and int(index) < int(count)):
         raise UsageError(
             f"--shard {text!r}: I/N with I from 0 to N - 1 is needed, such as "
             "$SLURM_ARRAY_TASK_ID/8"
@@ -130,7 +132,9 @@ def parse_keep(text: str | None, patches: int) -> int | None:
         return None
     allowed = f"a number of patches from 1 to {patches}, or a share of them such as 0.3, is needed"
     try:
-        value = int(text) if text.isdecimal() else Fraction(text)
+        if len(text) > _LONGEST or "e" in text.lower():
+            raise ValueError("no number, or a power of ten that none can hold")
+        value = int(text) if is_whole(text) else Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
         raise UsageError(f"--keep {text!r}: {allowed}") from error
     if isinstance(value, Fraction):

@@ -32,6 +32,7 @@ from featcache.pictures.tars import escape
 from featcache.storage.json_file import write_file
 
 PREFIX = "pictures"
+_MOST = 10**9  # pictures of a shard
 _AHEAD = 256  # pictures read (and resized) before they are written; bounds the memory
 # mtime and owner would differ from run to run; a compressed tar could not be read by offset
 _FIXED = {
@@ -75,8 +76,11 @@ def pack(
 
 def _check(out: Path, shard_size: int, resize_px: int | None, prefix: str) -> None:
     """Refuse what cannot be packed before the first byte is written."""
-    if shard_size < 1:
-        raise UsageError(f"--shard-size {shard_size}: a shard holds 1 picture or more; give 1000")
+    if not 1 <= shard_size <= _MOST:
+        raise UsageError(
+            f"--shard-size {shard_size}: a shard holds 1 picture or more, at most {_MOST}; "
+            "give 1000"
+        )
     check_resize(resize_px)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", prefix):
         raise UsageError(

@@ -27,6 +27,7 @@ from featcache.models import restricted_unpickler
 from featcache.models.contract import Teacher, Tokenizer
 from featcache.models.state_names import entry_of, network_state
 from featcache.models.tokenizer import network_of
+from featcache.runtime.numbers import is_whole
 
 Got = TypeVar("Got")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pkl")
@@ -217,9 +218,10 @@ def build_seeded(make: Callable[[], nn.Module], weights: str | None) -> nn.Modul
     seed = 0
     if weights is not None and is_random(weights):
         text = weights.partition(":")[2]
-        if not text.isdecimal():
+        if not is_whole(text):
             raise UsageError(
-                f"--weights {weights!r}: random:SEED needs a whole number, as in random:0"
+                f"--weights {weights!r}: random:SEED needs a whole number below 10**18, as in "
+                "random:0"
             )
         seed = int(text)
     with torch.random.fork_rng(devices=[]):

@@ -9,9 +9,12 @@ from typing import Any
 
 import click
 
-from featcache.console.params import SEED, FiniteRange, LocalPath, LocalText
+from featcache.console.params import BATCH, SEED, FiniteRange, LocalPath, LocalText
 from featcache.console.text import echo, first_paragraph, print_facts
 from featcache.errors import UsageError
+
+_NUMBER = click.IntRange(-(10**9), 10**9)
+_KINDS: dict[type, click.ParamType] = {int: _NUMBER, type(None): _NUMBER}
 
 
 class _Evals(click.Group):
@@ -40,7 +43,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
             default=default,
             show_default=default is not None,
             help=text,
-            type=int if default is None else type(default),
+            type=_KINDS.get(type(default), type(default)),
         )
         for key, (default, text) in module.OPTIONS.items()
     ]
@@ -74,7 +77,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
             default=0.875,
             show_default=True,
         ),
-        click.Option(["--embed-batch"], type=click.IntRange(1), default=64, show_default=True),
+        click.Option(["--embed-batch"], type=BATCH, default=64, show_default=True),
         click.Option(["--seed"], type=SEED, default=0, show_default=True),
         click.Option(["--device"], help="cpu, cuda, ... [default: cuda where there is one]"),
         click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featcache.console.params import (
+    BATCH,
+    COUNT,
     SEED,
+    THREADS,
     FiniteRange,
     FloatPair,
     LocalPath,
@@ -51,30 +54,28 @@ if TYPE_CHECKING:
     help="Training pictures. [default: $FEATCACHE_IMAGES, then the cache's]",
 )
 @click.option("--out", type=LocalPath(), help="Run folder. [default: runs/RECIPE-sSEED]")
-@click.option(
-    "--epochs", type=click.IntRange(1), help="Passes over the pictures. [default: the recipe's]"
-)
+@click.option("--epochs", type=COUNT, help="Passes over the pictures. [default: the recipe's]")
 @click.option(
     "--steps",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 10**12),
     help="Optimiser steps in place of epochs; 0 writes the untrained student.",
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=BATCH,
     help="Pictures, per process. [default: 64, or all if fewer; with --resume what keeps the "
     "run's global batch]",
 )
 @click.option(
     "--accumulate",
-    type=click.IntRange(1),
+    type=BATCH,
     default=1,
     show_default=True,
     help="Batches summed up in a step.",
 )
 @click.option(
     "--aug-repeats",
-    type=click.IntRange(1),
+    type=BATCH,
     default=1,
     show_default=True,
     help="Views of a picture in one step, decoded once: a batch of 64 with 4 shows 16 pictures.",
@@ -130,7 +131,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--views",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Online: views a picture. [default: a fresh one each epoch]",
 )
 @click.option(
@@ -158,11 +159,11 @@ if TYPE_CHECKING:
     help="ffcv: a .beton through FFCV's own decode. [default: what the cache was extracted "
     "through, else pillow]",
 )
+@click.option("--workers", type=THREADS, default=2, show_default=True, help="Decoding threads.")
 @click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Decoding threads."
-)
-@click.option(
-    "--save-every", type=click.IntRange(1), help="Steps between checkpoints. [default: an epoch]"
+    "--save-every",
+    type=click.IntRange(1, 10**12),
+    help="Steps between checkpoints. [default: an epoch]",
 )
 @click.option(
     "--check-pixels",
@@ -209,7 +210,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--read-threads",
-    type=click.IntRange(1),
+    type=THREADS,
     help="Threads that read a batch. [default: 4, or fewer cores]",
 )
 @click.option(

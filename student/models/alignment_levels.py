@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from featcache.errors import UsageError, near
+from featcache.runtime.numbers import is_whole
 
 
 def parse_align_levels(text: str) -> list[int] | None:
@@ -11,7 +12,7 @@ def parse_align_levels(text: str) -> list[int] | None:
     if text == "auto":
         return None
     kind, colon, count = text.partition(":")
-    if kind == "last" and colon and count.isdecimal() and int(count) > 0:
+    if kind == "last" and colon and is_whole(count) and int(count) > 0:
         return [-int(count)]
     if numbers := parse_block_numbers(text):
         return numbers
@@ -28,7 +29,7 @@ def parse_block_numbers(text: str) -> list[int]:
     ([8, 12], [], [])
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(is_whole(part) and int(part) > 0 for part in parts):
         return []
     return sorted({int(part) for part in parts})
 
@@ -101,7 +102,7 @@ def expand_level_weights(name: str, n: int) -> tuple[float, ...]:
 def parse_level_weights(name: str) -> tuple[str, int]:
     """Return ('top', K), or (name, 0) for the names without a count; anything else is refused."""
     kind, colon, count = name.partition(":")
-    if kind == "top" and colon and count.isdecimal() and int(count) > 0:
+    if kind == "top" and colon and is_whole(count) and int(count) > 0:
         return kind, int(count)
     if name in LEVEL_WEIGHTS[1:]:
         return name, 0
