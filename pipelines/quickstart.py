@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -160,8 +161,11 @@ def _clear(out: Path) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()
-    for old in [*out.glob("seed-*"), *out.glob("results.*"), *out.glob("overview.png")]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for old in out.iterdir():
+        if re.fullmatch(r"seed-\d+", old.name) and old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        elif old.name in ("results.json", "results.md", "overview.png") and not old.is_dir():
+            old.unlink()
 
 
 def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:

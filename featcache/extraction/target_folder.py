@@ -184,7 +184,7 @@ def write_quarantine(out: Path, records: Iterable[Mapping[str, Any]]) -> list[di
     path, rows = out / QUARANTINE, [row for record in records for row in record["quarantined"]]
     if rows and not _is_written(path, {"pictures": rows}):
         json_file.write_json(path, {"pictures": rows})
-    elif not rows and path.exists():  # only then: a complete cache may be read-only
+    elif not rows and path.is_file():  # only then: a complete cache may be read-only
         commit.remove_path(path)
     return rows
 

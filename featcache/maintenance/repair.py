@@ -57,7 +57,10 @@ def run(
             _extract(part, about, bad, load, workers, progress or ExtractProgress())
         if problems:
             if (part / QUARANTINE).is_dir():
-                commit.remove_path(part / QUARANTINE)
+                raise UserError(
+                    f"{str(part / QUARANTINE)!r} is a folder where a file is to be, and none that "
+                    "featcache made; move it away and run the same command again"
+                )
             report_quarantine(part, about)
         for leftover, strangers in belongings.leftovers(part):
             if not strangers:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +102,7 @@ def forget_unbegun(run: Path) -> None:
         return
     for name in (NAME, "environment.json", checkpoint.CONFIG):
         (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / trackers.FOLDER, ignore_errors=True)
+    trackers.forget(run)
     with contextlib.suppress(OSError):  # somebody else's file is in it
         run.rmdir()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from featcache.storage import identity, json_file
 JSON = "json"  # metrics.jsonl and nothing else
 NAMES = (JSON, "tensorboard", "wandb")
 FOLDER = "tracking"  # in the run
+_WRITTEN = re.compile(r"id|hparams\.yml|events\.out\.tfevents\..*")
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -71,6 +73,21 @@ def start_trackers(
     finally:
         for tracker in acc.trackers:  # acc.end_training would also end the process group
             tracker.finish()
+
+
+def forget(run: Path) -> None:
+    """Remove what trackers wrote into a run that made no step; files of other names stay, and so
+    do their folders."""
+    top = run / FOLDER
+    if top.is_symlink():
+        return
+    for folder, _, files in os.walk(top, topdown=False):
+        is_wandb = "wandb" in Path(folder).relative_to(top).parts
+        for name in files:
+            if is_wandb or _WRITTEN.fullmatch(name):
+                Path(folder, name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's file is in it
+            Path(folder).rmdir()
 
 
 def _identity(folder: Path) -> str:

@@ -111,9 +111,12 @@ def test_only_its_own_folder_is_cleared(tmp_path: Path) -> None:
     quickstart._clear(out)
     (out / "seed-0").mkdir()
     (out / "results.md").write_text("old")
-    (out / "notes.txt").write_text("mine")
+    mine = {"notes.txt", "seed-notes", "seed-1", "results.xlsx", "seed-2"}
+    for name in mine - {"seed-2"}:
+        (out / name).write_text("mine")
+    (out / "seed-2").symlink_to(tmp_path)
     quickstart._clear(out)
-    assert sorted(path.name for path in out.iterdir()) == [quickstart.MARKER, "notes.txt"]
+    assert {path.name for path in out.iterdir()} == {quickstart.MARKER, *mine}
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").write_text("years")
     with pytest.raises(UserError, match="did not write"):

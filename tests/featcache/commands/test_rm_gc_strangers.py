@@ -296,3 +296,26 @@ def test_repair_leaves_strangers_files(featcache_command: Command, cache: Path, 
     assert json_file.read_json(cache / "manifest.json") == about
     assert all(path.is_file() for path in kept)
     assert not ours.exists()
+
+
+def test_repair_removes_no_folder_in_the_place_of_a_file(
+    featcache_command: Command, cache: Path
+) -> None:
+    thesis = put(cache / "quarantine.json/thesis.tex")
+    flip(cache / "manifest.json", 5)
+    featcache_command("repair", cache)
+    assert thesis.is_file()
+
+
+def test_gc_and_rm_follow_no_link_in_the_place_of_a_folder(
+    featcache_command: Command, cache: Path, dead: str, tmp_path: Path
+) -> None:
+    disk = (cache / "shards").rename(tmp_path / "disk")
+    (cache / "shards").symlink_to(disk)
+    put(disk / f".000000.json.{dead}.tmp")
+    (disk / "000001.lease").write_text(dead)
+    before = files_below(disk)
+    featcache_command("gc", "--yes")
+    assert files_below(disk) == before
+    assert featcache_command("rm", cache, "--yes").status == 0
+    assert files_below(disk) == before

@@ -206,3 +206,23 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     events = EventAccumulator(str(run / "tracking/student")).Reload()
     scalars = {event.step: event.value for event in events.Scalars("loss")}
     assert scalars == {row["step"]: pytest.approx(row["loss"]) for row in metrics.read(run)}
+
+
+def test_a_run_without_a_step_takes_away_what_its_trackers_wrote_alone(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    top = tmp_path / "run" / trackers.FOLDER
+    for name in (
+        "id", "student/events.out.tfevents.1.host", "student/1.5/hparams.yml", "wandb/run-1/a.log",
+        "thesis.tex", "student/notes/thesis.tex",
+    ):  # fmt: skip
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text("")
+    (elsewhere / "events.out.tfevents.1").write_text("")
+    (top / "student/link").symlink_to(elsewhere)
+    trackers.forget(tmp_path / "run")
+    left = {path.relative_to(top).as_posix() for path in top.rglob("*")}
+    assert left == {
+        "thesis.tex", "student", "student/link", "student/notes", "student/notes/thesis.tex"
+    }  # fmt: skip
+    assert (elsewhere / "events.out.tfevents.1").is_file()
