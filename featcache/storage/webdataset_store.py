@@ -34,7 +34,7 @@ from numpy.lib import format as npy_format
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from featcache.errors import UserError, command_line
+from featcache.errors import UserError, command_line, short
 from featcache.pictures.tars import escape
 from featcache.storage import checksums, commit, json_file
 from featcache.storage.posix_io import read_error
@@ -260,6 +260,8 @@ def _unpack(path: str | Path, data: bytes) -> Index:
             tensors["offsets"],
             ShardKeys(tensors["key"], tensors["key_offsets"]),
         )
+        if any(type(name) is not str for name in index.names):
+            raise ValueError("a name is no text")
         given, crc = about["crc32c"], f"{_crc(index):08x}"
     except (
         SafetensorError,
@@ -277,7 +279,7 @@ def _unpack(path: str | Path, data: bytes) -> Index:
         or dtypes != [np.int64, np.uint8, np.int64]
         or index.offsets.shape[1:] != (rows, len(index.names))
     ):
-        raise _damaged(path, f"its checksum is {given}, its content has {crc}")
+        raise _damaged(path, f"its checksum is {short(given)}, its content has {crc}")
     return index
 
 
