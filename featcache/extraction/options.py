@@ -132,8 +132,9 @@ def parse_keep(text: str | None, patches: int) -> int | None:
         return None
     allowed = f"a number of patches from 1 to {patches}, or a share of them such as 0.3, is needed"
     try:
-        if len(text) > _LONGEST or "e" in text.lower():
-            raise ValueError("no number, or a power of ten that none can hold")
+        power = text.lower().partition("e")[2].lstrip("+-")
+        if len(text) > _LONGEST or len(power) > 3:  # Fraction would write out every digit
+            raise ValueError(f"{text[:_LONGEST]} is no number, or a very large one")
         value = int(text) if is_whole(text) else Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
         raise UsageError(f"--keep {text!r}: {allowed}") from error
