@@ -18,7 +18,7 @@ import click
 
 from featcache.console.text import echo
 from featcache.errors import COMMAND_WRONG, WORK_FAILED, UserError, one_line, printable
-from featcache.runtime import signals, streams
+from featcache.runtime import signals, streams, user_file
 
 AGAIN = "stopped; run the same command again"
 
@@ -102,11 +102,13 @@ def _failure_of(error: BaseException, stopped_status: int) -> _Failure | None:
             return _Failure(error.format_message(), WORK_FAILED)
         case click.Abort() | KeyboardInterrupt():
             return _Failure(AGAIN, stopped_status)
-        case OSError() | MemoryError() | RuntimeError():
-            return _machine_failure(error)
+        case OSError() | MemoryError() | RuntimeError() if machine := _machine_failure(error):
+            return machine
         case Exception() if signals.was_signalled():
             # what a library made of a signal while it was imported
             return _Failure(AGAIN, stopped_status)
+        case Exception() | SystemExit() if line := user_file.failure(error):
+            return _Failure(line, WORK_FAILED)
     return None
 
 

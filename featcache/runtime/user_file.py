@@ -12,6 +12,8 @@ from types import ModuleType
 from featcache.errors import UsageError, UserError
 from featcache.runtime.signals import was_signalled
 
+_PREFIX = "featcache_user_file_"  # of the names of such modules
+
 
 def load_module(path: Path, kind: str, needs: Mapping[str, str], example: str) -> ModuleType:
     """Run the file of a `kind` (teacher, recipe) as a module. It stays in sys.modules, where
@@ -27,7 +29,7 @@ def load_module(path: Path, kind: str, needs: Mapping[str, str], example: str) -
             ".py file"
         )
     digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()
-    spec = importlib.util.spec_from_file_location(f"user_{kind}_{path.stem}_{digest}", path)
+    spec = importlib.util.spec_from_file_location(f"{_PREFIX}{kind}_{path.stem}_{digest}", path)
     assert spec is not None  # the name ends in .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -36,7 +38,7 @@ def load_module(path: Path, kind: str, needs: Mapping[str, str], example: str) -
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if was_signalled():  # what a library made of it is no mistake of the file's
             raise
         raise UserError(
@@ -57,3 +59,18 @@ def reason(error: BaseException) -> str:
     except Exception:  # its own way of saying it fails
         lines = ["no message"]
     return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def failure(error: BaseException) -> str:
+    """Return the line that tells an exception which came out of a user's file; empty where none of
+    its frames is of one.
+
+    The file's own mistakes come out anywhere: in a teacher's `forward`, in a recipe's `needs`.
+    """
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        if str(trace.tb_frame.f_globals.get("__name__", "")).startswith(_PREFIX):
+            found = f"{trace.tb_frame.f_code.co_filename!r} fails at line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"your own file {found}: {reason(error)}; fix the file" if found else ""

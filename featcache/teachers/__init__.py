@@ -168,7 +168,7 @@ def _load_own(
         loaded = module.load(name, options, weights)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"teacher {name!r}: its load(...) fails: {reason(error)}; fix the file"
         ) from error
