@@ -19,8 +19,10 @@ from featcache.pictures.source import PictureError
 # often found under them. No other code of Pillow's sees a stranger's bytes, and none that starts a
 # program (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
+MOST_PX = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # what Pillow refuses to open: decompression bombs
 ORIENTATION = 0x0112  # EXIF's tag
-_BITS_PER_SAMPLE = 258  # TIFF's tag
+# TIFF's tags, and the value that makes 0 white
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 # Where orientation may stand in a picture's `info`
 _EXIF_FIELDS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _TURNS = {
@@ -101,8 +103,11 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """
     mode = picture.mode
     if mode.startswith("I"):
-        grey = np.asarray(picture, np.int64) >> (_grey_bits(picture) - 8)
-        rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        grey = (np.asarray(picture, np.int64) >> (_grey_bits(picture) - 8)).astype(np.uint8)
+        # Pillow turns it about for 8 bits, and leaves it for 16
+        if getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            grey = 255 - grey
+        rgb = Image.fromarray(grey).convert("RGB")
         rgb.info = dict(picture.info)
         return rgb
     if mode in {"F", "LAB", "HSV"}:

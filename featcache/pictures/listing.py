@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from featcache.errors import UserError
 from featcache.pictures.passed_over import (
+    EMPTY,
     HIDDEN,
     NO_FILE,
     NOWHERE,
@@ -72,7 +73,9 @@ def _list_one(folder: _Folder, found: Listing, ways: dict[Identity, int]) -> Ite
     if ways[here] > _MOST_WAYS:
         raise OSError(errno.ELOOP, f"more than {_MOST_WAYS} links lead to it", folder.path)
     with os.scandir(folder.path) as entries:
+        is_empty = True
         for entry in entries:
+            is_empty = False
             name = folder.prefix + entry.name
             if is_hidden(entry.name):
                 _count_hidden(entry, name, found.tally)
@@ -80,6 +83,8 @@ def _list_one(folder: _Folder, found: Listing, ways: dict[Identity, int]) -> Ite
                 yield _Folder(entry.path, f"{name}/", folder.above | {here})
             else:
                 _sort_file(entry, name, found)
+    if is_empty and folder.prefix:
+        found.tally.add(EMPTY, folder.prefix.rstrip("/"))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

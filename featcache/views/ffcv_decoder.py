@@ -27,7 +27,7 @@ from PIL import Image
 
 from featcache.errors import IdentityError
 from featcache.pictures.beton import JPG, RAW, BetonSource, import_ffcv
-from featcache.pictures.decode import size_of
+from featcache.pictures.decode import MOST_PX, size_of
 from featcache.pictures.passed_over import PassedOver, passed_over
 from featcache.pictures.source import PictureError
 from featcache.views.policy import AREA
@@ -84,6 +84,8 @@ def _check_size(data: bytes, height: int, width: int) -> None:
         raise PictureError(
             f"its row says {height} x {width} pixels, its JPEG has {found[0]} x {found[1]}"
         )
+    if height * width > MOST_PX:
+        raise PictureError(f"{height} x {width} pixels: a picture has at most {MOST_PX}")
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

@@ -82,9 +82,9 @@ def test_32_bit_grey_has_no_range(top: int) -> None:
         decode(encoded(Image.fromarray(grey), "tiff"))
 
 
-def tiff(bits: int, sample_format: int, strip: bytes, width: int) -> bytes:
-    """A little-endian TIFF of one row of grey."""
-    tags = [(256, width), (257, 1), (258, bits), (259, 1), (262, 1), (273, 134), (277, 1),
+def tiff(bits: int, sample_format: int, strip: bytes, width: int, photometric: int = 1) -> bytes:
+    """A little-endian TIFF of one row of grey; 0 is black, or white at `photometric` 0."""
+    tags = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 134), (277, 1),
             (278, 1), (279, len(strip)), (339, sample_format)]  # fmt: skip
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
@@ -104,6 +104,14 @@ def test_signed_and_unsigned_16_bits_are_told_apart() -> None:
         decode(tiff(16, 2, strip, 2))
     with pytest.raises(PictureError, match="32 bits"):
         decode(tiff(32, 1, struct.pack("<II", 1, 2), 2))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_where_0_is_white_grey_is_turned_about(bits: int) -> None:
+    strip = b"\x12\xab" if bits == 8 else struct.pack("<HH", 0x1234, 0xABCD)
+    for photometric, levels in ((1, [0x12, 0xAB]), (0, [0xED, 0x54])):
+        found = np.asarray(decode(tiff(bits, 1, strip, 2, photometric)))
+        assert found[0, :, 0].tolist() == levels
 
 
 @pytest.mark.parametrize(("top", "value", "level"), [(65535, 0xAB12, 0xAB), (1000, 500, 128)])

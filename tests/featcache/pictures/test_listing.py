@@ -143,6 +143,12 @@ def test_a_hidden_folder_that_cannot_be_listed_is_said(
     }
 
 
+def test_a_class_folder_without_a_file_is_said(tmp_path: Path) -> None:
+    write_folder(tmp_path, "a/1.png")
+    (tmp_path / "b").mkdir()
+    assert reasons(tmp_path) == {"empty folders": (1, "b")}
+
+
 def test_other_suffixes_are_counted_but_not_companions(tmp_path: Path) -> None:
     others = ["a/x.gif", "a/y.heic", "a/z.JFIF", "notes.txt", "a/features.npy"]
     companions = ["README.md", "LICENSE", "classes.json", "a/1.txt", "a/1.png.json"]
@@ -158,6 +164,7 @@ def test_tars_beside_pictures_and_files_beside_tars(tmp_path: Path) -> None:
         "tars beside or below a folder's pictures or tars": (1, "x.tar"),
     }
     (tmp_path / "a/1.png").rename(tmp_path / "y.tar.gz")
+    (tmp_path / "a").rmdir()
     write_folder(tmp_path, "x.idx", "classes.json")
     assert list(open_source(tmp_path).keys) == ["k"]
     assert reasons(tmp_path) == {"files with other suffixes": (1, "y.tar.gz")}

@@ -154,6 +154,15 @@ def test_a_jpeg_of_another_size_than_its_row_says_is_not_decoded(
         _with_jpeg(tmp_path, "other", _jpeg(photo(4)), size).picture(0)
 
 
+def test_a_decompression_bomb_is_not_decoded(ffcv: None, tmp_path: Path) -> None:
+    """A frame header of 20000 x 20000 before scans of a small picture."""
+    data = bytearray(_jpeg(photo(4)))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = (20000).to_bytes(2) * 2
+    with pytest.raises(PictureError, match="20000 x 20000 pixels: a picture has at most"):
+        _with_jpeg(tmp_path, "bomb", bytes(data), (20000, 20000)).picture(0)
+
+
 def test_a_jpegs_size_is_that_of_its_frame_header() -> None:
     """Beside fill bytes, a thumbnail in its EXIF block, and progressive scans."""
     thumbnail, file = _jpeg(photo(0)), io.BytesIO()
