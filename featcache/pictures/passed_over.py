@@ -71,9 +71,14 @@ class Tally:
     @property
     def rows(self) -> tuple[PassedOver, ...]:
         return tuple(
-            PassedOver(reason, count, self._first[reason])
+            PassedOver(reason, count, _text(self._first[reason]))
             for reason, count in sorted(self._counts.items())
         )
+
+
+def _text(name: str) -> str:
+    """A name as text: bytes that are no UTF-8 are written out, as other programs' JSON wants."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def is_hidden(name: str) -> bool:

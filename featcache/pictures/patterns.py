@@ -18,6 +18,7 @@ from featcache.pictures.source import ALLOWED
 from featcache.runtime.local_path import local_path
 
 MOST_TARS = 1_000_000  # that a pattern may name
+_DEEPEST = 50  # braces within braces; braceexpand takes seconds for thousands
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
@@ -81,6 +82,8 @@ def _most_names(spec: str) -> int:
     for at, char in enumerate(_ESCAPED.sub("..", spec)):
         if char == "{":
             open_braces.append([at + 1, 1])
+            if len(open_braces) > _DEEPEST:
+                raise ValueError(f"more than {_DEEPEST} within each other")
         elif char == "," and open_braces:
             open_braces[-1][1] += 1
         elif char == "}" and open_braces:

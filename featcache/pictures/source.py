@@ -25,7 +25,7 @@ class PictureError(Exception):
 
 class Source(Protocol):
     """Pictures by number: `keys` in source order, bytes on demand, labels (n,) int64 or None. Safe
-    in threads."""
+    in threads. What it left out stands in `passed_over`, where a source has it."""
 
     @property
     def spec(self) -> str: ...

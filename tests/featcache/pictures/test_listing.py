@@ -143,6 +143,13 @@ def test_a_hidden_folder_that_cannot_be_listed_is_said(
     }
 
 
+def test_a_first_name_that_is_no_text_can_be_written_as_json(tmp_path: Path) -> None:
+    write_folder(tmp_path, "a/1.png")
+    with open(bytes(tmp_path) + b"/a/\xff.gif", "wb"):  # noqa: PTH123 (a name in bytes)
+        pass
+    assert reasons(tmp_path) == {"files with other suffixes": (1, "a/\\udcff.gif")}
+
+
 def test_a_class_folder_without_a_file_is_said(tmp_path: Path) -> None:
     write_folder(tmp_path, "a/1.png")
     (tmp_path / "b").mkdir()
