@@ -114,6 +114,31 @@ def test_every_recipe_makes_the_same_numbers_in_two_processes(recipe: str, tmp_p
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
+@SLOW
+@pytest.mark.parametrize(
+    "way",
+    [
+        ("--teacher", "online"),
+        ("--aug-repeats", 2),
+        ("--sampling", "block"),
+        ("--resident",),
+        ("--checkpoint-activations", "--ema", 0.9),
+        ("--accumulate", 2),
+    ],
+    ids=lambda way: way[0],
+)
+def test_every_way_of_training_is_the_same_in_two_processes(
+    way: tuple[object, ...], tmp_path: Path
+) -> None:
+    """Drop path at a half, six steps."""
+    for world, batch in ((1, 8), (2, 4)):
+        options = ("--batch-size", batch, "--steps", 6, "--out", tmp_path / str(world), *way)
+        cache = ("--cache", fx.cache_path())
+        processes.good(processes.train(world, *cache, *options, recipe="mralign", sets=HALVES))
+    one, two = (fx.losses(tmp_path / str(world)) for world in (1, 2))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
 @pytest.mark.parametrize("recipe", ["mralign", pytest.param("maskalign", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("given", [(), ("--batch-size", 16)])
 def test_a_run_goes_on_with_another_number_of_processes(
