@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import pkgutil
 import sys
 import traceback
@@ -33,17 +32,27 @@ def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
     warnings.filterwarnings("ignore", module="PIL")
     try:
         command.main(standalone_mode=False)
-    except BrokenPipeError:  # the reader of our output went away, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except click.exceptions.NoArgsIsHelpError as error:
-        echo(error.ctx.get_help() if error.ctx else "", err=True)
+    except click.exceptions.NoArgsIsHelpError as asked:
+        echo(asked.ctx.get_help() if asked.ctx else "", err=True)
         sys.exit(COMMAND_WRONG)
-    except BaseException as error:
+    except BaseException as caught:
+        error = caught.error if isinstance(caught, _PipeError) else caught
+        if isinstance(error, BrokenPipeError) and streams.is_broken(sys.stdout):
+            streams.silence(sys.stdout)  # its reader went away, as with `| head`
+            return
         failure = _failure_of(error, stopped_status)
         if failure is None:
             raise
         echo(f"error: {one_line(failure.message)}", err=True)
         sys.exit(failure.status)
+
+
+class _PipeError(Exception):
+    """Holds a broken pipe, of which click would make a silent exit, whatever pipe it was."""
+
+    def __init__(self, error: BrokenPipeError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class _Formatter(logging.Formatter):
@@ -169,6 +178,8 @@ class CommandFolder(click.Group):
             if self.stopped is None:
                 raise
             raise UserError(self.stopped.get(ctx.invoked_subcommand or "", AGAIN)) from None
+        except BrokenPipeError as error:
+            raise _PipeError(error) from error
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in self.list_commands(ctx):

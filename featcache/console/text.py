@@ -4,17 +4,25 @@ comes from here, so that no stranger's text reaches a terminal raw."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 
 from featcache.errors import printable
+from featcache.runtime import streams
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
-    """Print text on stdout, or on stderr, with control characters escaped."""
-    click.echo(printable(text), err=err, nl=nl)  # noqa: TID251
+    """Print text on stdout, or on stderr, with control characters escaped. Work goes on where
+    stderr takes nothing, as when its disk is full."""
+    try:
+        click.echo(printable(text), err=err, nl=nl)  # noqa: TID251
+    except OSError:
+        if not err:
+            raise
+        streams.silence(sys.stderr)
 
 
 def confirm(question: str) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import select
 import sys
+from typing import TextIO
 
 
 def prepare() -> None:
@@ -21,6 +24,24 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def is_broken(stream: TextIO) -> bool:
+    """Return whether nobody reads a stream any more, which is a pipe."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):  # no file, as in a test
+        return False
+
+
+def silence(stream: TextIO) -> None:
+    """Let what a stream still holds, and all that is written to it from now on, go nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def _is_closed(number: int) -> bool:

@@ -35,3 +35,53 @@ def test_what_an_encoding_lacks_is_escaped() -> None:
         env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=60,
     )  # fmt: skip
     assert (ran.stdout, ran.stderr) == (b"na\\xefve\n", b"na\\xefve\n")
+
+
+NOTES = """
+import click
+from featcache.console import entry
+from featcache.console.text import echo
+def run():
+    for _ in range(3):
+        echo("a note", err=True)
+    echo("done")
+entry.entry(click.Command("run", callback=run))
+"""
+PIPE = """
+import sys
+from featcache.catalog import home
+from featcache.cli import main
+def breaks():
+    raise BrokenPipeError(32, "Broken pipe", "another pipe")
+home.caches = breaks
+sys.argv = ["featcache", "ls"]
+main()
+"""
+
+
+def test_work_goes_on_where_stderr_takes_nothing() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        ran = subprocess.run(
+            [sys.executable, "-c", NOTES], stdout=subprocess.PIPE, stderr=full, check=False,
+            timeout=60,
+        )  # fmt: skip
+    assert (ran.returncode, ran.stdout) == (0, b"done\n")
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [sys.executable, "-m", "featcache", "ls"], stdout=write, stderr=subprocess.PIPE,
+        check=False, timeout=60,
+    )  # fmt: skip
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_another_pipe_that_breaks_is_told() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", PIPE], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("error: another pipe: Broken pipe; ")
