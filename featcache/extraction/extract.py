@@ -21,7 +21,11 @@ from featcache.errors import IdentityError, UsageError, UserError
 from featcache.extraction import device_pipeline, rendering
 from featcache.extraction import rows as item_rows
 from featcache.extraction.layout import checked_token_ids
-from featcache.extraction.picture_check import check_same_pictures
+from featcache.extraction.picture_check import (
+    StoredViews,
+    check_same_pictures,
+    stored_views,
+)
 from featcache.extraction.plan import ExtractJob, Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.extraction.shard_queue import free_shards, lacks_record
@@ -125,9 +129,13 @@ def _extract_missing(
     recount = _count_pictures(jobs, shards, options.progress)
     _check_pictures(jobs, shards)
     queue = free_shards(jobs, list(by_name), options.progress.waiting, recount=recount)
-    with ThreadPools(options.workers) as pools, contextlib.closing(queue) as free:
+    with (
+        stored_views([job.out for job in jobs], cache_root(jobs[0].out)) as stored,
+        ThreadPools(options.workers) as pools,
+        contextlib.closing(queue) as free,
+    ):
         for name, lacking in free:
-            _write_shard(lacking, by_name[name], options, pools)
+            _write_shard(lacking, by_name[name], options, pools, stored)
 
 
 def _count_pictures(
@@ -211,7 +219,11 @@ class ShardWriterTask:
 
 
 def _write_shard(
-    jobs: Sequence[ExtractJob], shard: Shard, options: RunOptions, pools: ThreadPools
+    jobs: Sequence[ExtractJob],
+    shard: Shard,
+    options: RunOptions,
+    pools: ThreadPools,
+    stored: StoredViews | None = None,
 ) -> None:
     tasks: list[ShardWriterTask] = []
     try:
@@ -220,7 +232,7 @@ def _write_shard(
                 job.out, shard["name"], job.plan.arrays, job.plan.views
             )
             tasks.append(ShardWriterTask(job.plan, writer, options))
-        _run_tasks(tasks, _Rows(jobs, shard), options, pools)
+        _run_tasks(tasks, _Rows(jobs, shard, stored), options, pools)
     except BaseException:
         pools.stop()
         for task in tasks:
@@ -232,7 +244,11 @@ class _Rows:
     """Decide which pictures of a shard have a row. Where parts beside this one, or the shard that
     is replaced, have decided it already, theirs are the rows, since row i is row i everywhere."""
 
-    def __init__(self, jobs: Sequence[ExtractJob], shard: Shard) -> None:
+    def __init__(
+        self, jobs: Sequence[ExtractJob], shard: Shard, stored: StoredViews | None
+    ) -> None:
+        self.stored, self._first_view = stored, jobs[0].plan.first_view
+        self._rows = stored.rows(shard["name"]) if stored else {}
         keys, numbers = (
             jobs[0].plan.source.keys,
             range(shard["first"], shard["first"] + shard["count"]),
@@ -250,9 +266,11 @@ class _Rows:
                 "pictures give; give the pictures of that extraction: --images SRC"
             )
 
-    def check(self) -> None:
+    def check(self, batch: item_rows.Batch) -> None:
         """Raise UserError where a picture that had a row can no longer be used: it would move every
-        later row."""
+        later row; IdentityError where the views of a batch are of other pictures than the rows."""
+        if self.stored:
+            self.stored.check(batch, self._rows, self._first_view)
         for row in self.quarantined if self.decided else []:
             if row not in self._before:
                 raise UserError(
@@ -269,7 +287,7 @@ def _run_tasks(
     progress, views = options.progress, tasks[0].plan.views
     pending: deque[Future[None]] = deque()
     for batch in _batches([task.plan for task in tasks], rows, options, pools):
-        rows.check()
+        rows.check(batch)
         for task in tasks:
             in_flight = task.pipeline.submit(batch)
             while len(pending) >= IN_FLIGHT:
@@ -282,7 +300,7 @@ def _run_tasks(
         progress.report(progress)
     for future in pending:
         future.result()
-    rows.check()
+    rows.check([])
     for task in tasks:
         with progress.stage("write"):
             task.writer.finish(rows.quarantined, task.statistics.summary())

@@ -2,17 +2,23 @@
 
 Names alone would let other pictures under the same keys finish a cache, repair it, or give it a
 second teacher. A few pictures of all shards are decoded and rendered, one for every SHARE that are
-to be extracted, so that it costs a few per cent at most.
+to be extracted, so that it costs a few per cent at most. What is added to rows that are there is
+compared with them row by row: sizes, and pixels of the views that both have, for some bytes a view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from featcache.errors import UserError
+from featcache.errors import IdentityError, UserError
+from featcache.extraction.rows import Batch
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
 from featcache.reading.join import I64
@@ -60,12 +66,83 @@ def _sound_rows(cache: Cache, without: Collection[str]) -> I64:
 
 def _index(source: Source, cache: Cache, row: int) -> int:
     """Return the number of a row's picture in the source, found among those of its shard; -1 where
-    it is not there. Keys of other shards may be damaged, and are not read."""
-    ends = np.cumsum([record["rows"] for record in cache.records])
-    record = cache.records[int(np.searchsorted(ends, row, "right"))]
-    shard = next(each for each in cache.manifest["shards"] if each["name"] == record["shard"])
-    here = Keys(*get_store(cache.identity["store"]).keys(cache.path, shard["name"], record))
-    first = int(ends[ends <= row].max(initial=0))
-    key, listed = here[row - first], slice(shard["first"], shard["first"] + shard["count"])
-    keys = list(source.keys[listed])
+    it is not there."""
+    number = int(np.searchsorted(_ends(cache), row, "right"))
+    name = cache.records[number]["shard"]
+    shard = next(each for each in cache.manifest["shards"] if each["name"] == name)
+    key = next(key for key, here in _rows_of_shard(cache, number).items() if here == row)
+    keys = list(source.keys[shard["first"] : shard["first"] + shard["count"]])
     return shard["first"] + keys.index(key) if key in keys else -1
+
+
+def _ends(cache: Cache) -> I64:
+    return np.cumsum([record["rows"] for record in cache.records])
+
+
+def _rows_of_shard(cache: Cache, number: int) -> dict[str, int]:
+    """Return key -> row of one shard; the keys of others may be damaged, and are not read."""
+    record = cache.records[number]
+    keys = Keys(*get_store(cache.identity["store"]).keys(cache.path, record["shard"], record))
+    first = int(_ends(cache)[number]) - record["rows"]
+    return {key: first + i for i, key in enumerate(keys)}
+
+
+# ------------------------------------------------------------ row by row
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """Compares what is rendered for a part with the views that its cache has of the same rows."""
+
+    cache: Cache
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {record["shard"]: i for i, record in enumerate(self.cache.records)}
+
+    def rows(self, shard: str) -> dict[str, int]:
+        """Return key -> row of a shard; nothing where the cache itself does not have it yet."""
+        number = self._numbers.get(shard)
+        return {} if number is None else _rows_of_shard(self.cache, number)
+
+    def check(self, batch: Batch, rows: dict[str, int], first_view: int) -> None:
+        """Raise IdentityError unless the views of a batch, numbered from `first_view`, are of the
+        pictures that the cache has at these rows."""
+        known = [(picture, view) for picture, view in batch if picture.key in rows]
+        at = np.array([rows[picture.key] for picture, _ in known], np.int64)
+        sizes = self.cache.read(at, 0, ("source_size",))["source_size"]
+        for (picture, _), size in zip(known, sizes.tolist(), strict=True):
+            if list(picture.source_size) != size:
+                here = "{} x {} pixels".format(*picture.source_size)
+                raise _other(picture.key, f"it has {here}, {size[0]} x {size[1]} in the cache")
+        both = [i for i, (_, view) in enumerate(known) if first_view + view < self.cache.views]
+        views = np.array([first_view + known[i][1] for i in both], np.int64)
+        stored = self.cache.read(at[both], views, ("pixel_hash",))["pixel_hash"]
+        for i, view, there in zip(both, views.tolist(), stored.tolist(), strict=True):
+            picture, own = known[i]
+            if int(picture.hashes[own]) != there:
+                self._check_thumbnail(picture.key, int(at[i]), view, picture.thumbnails[own])
+
+    def _check_thumbnail(self, key: str, row: int, view: int, seen: npt.NDArray[np.uint8]) -> None:
+        stored = self.cache.read([row], view, ("thumbnail",))["thumbnail"][0]
+        difference = np.abs(seen.astype(int) - stored.astype(int)).mean()
+        if difference > SAME_PICTURE:
+            means = f"block means differ by {difference:.1f} levels of 255"
+            raise _other(key, f"view {view} is not that of the cache ({means})")
+
+
+def _other(key: str, why: str) -> IdentityError:
+    return IdentityError(
+        f"picture {key!r}: {why}; likely another picture under this key; {_ADVICE}"
+    )
+
+
+@contextlib.contextmanager
+def stored_views(folders: Collection[Path], root: Path) -> Iterator[StoredViews | None]:
+    """Yield what parts that are added to the cache `root` are compared with; None where nothing but
+    the cache itself is extracted."""
+    if all(folder == root for folder in folders):
+        yield None
+        return
+    with Cache(root) as cache:
+        yield StoredViews(cache)

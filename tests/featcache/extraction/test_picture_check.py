@@ -12,7 +12,7 @@ from PIL import Image
 
 from featcache import teachers
 from featcache.errors import IdentityError
-from featcache.extraction import extend, extract
+from featcache.extraction import extend, extract, picture_check
 from featcache.maintenance import repair
 from featcache.pictures.open_source import open_source
 from featcache.storage.store import STORES
@@ -103,3 +103,31 @@ def test_pictures_that_can_no_longer_be_decoded_keep_their_rows(
     )
     (these / "p00.png").write_bytes(b"no picture any more")
     extract.run(make_plan(these), tmp_path / "c", batch_size=4)
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("size", [(40, 40), (40, 41)])
+def test_one_other_picture_of_many_is_found_as_a_teacher_is_added(
+    both: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    store: str,
+    size: tuple[int, int],
+) -> None:
+    """Which the sample may miss; new views show it by its size alone."""
+    monkeypatch.setattr(picture_check, "check_same_pictures", lambda *args: None)
+    monkeypatch.setattr(extract, "check_same_pictures", lambda *args: None)
+    these, others = both
+    extract.run(make_plan(these, store=store, views=2), tmp_path / "c", batch_size=4)
+    with Image.open(others / "p13.png") as picture:
+        picture.resize(size).save(these / "p13.png")
+    wanted = [make_plan(these, OTHER, store=store, views=2)]
+    if size != (40, 40):
+        wanted += [make_plan(these, SYNTHETIC, store=store, views=3)]
+    for each in wanted:
+        part = extend.plan_part(each, tmp_path / "c")
+        assert part is not None
+        with pytest.raises(IdentityError, match=r"'p13': .* likely another picture under this key"):
+            extract.run(*part, batch_size=4)
+        assert not (part.out / "shards/000002.json").exists()
+        shutil.rmtree(tmp_path / "c/parts")
