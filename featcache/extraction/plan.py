@@ -119,7 +119,7 @@ class Plan:
 
     def _of_teacher(self) -> list[Array]:
         levels, tokens, patches = len(self.levels), self.stored_tokens, self.teacher.patches
-        coded = codecs.CODECS[self.codec].arrays(self.teacher.width)
+        coded = codecs.get_codec(self.codec).arrays(self.teacher.width)
         order, size = "|u1" if patches <= 256 else "<u2", self.policy.size
         row_view = ("row", "view")
         pixels = Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)

@@ -86,6 +86,15 @@ def existing_manifest(
     identity.refuse_mismatch(
         wanted, there, what, words.other_cache, grades, show_fixes=words.show_fixes
     )
+    for field in (
+        "arrays",
+        "shards",
+    ):  # they follow from the identity, unless somebody changed them
+        if wanted[field] != there[field]:
+            raise UserError(
+                f"{words.option}{str(out)!r} holds a cache whose {field} are not those of its "
+                "identity; give an empty or new folder"
+            )
     return there
 
 

@@ -141,7 +141,7 @@ def _errors(
     from featcache.extraction.forward import compute_targets, rank_tokens
     from featcache.targets import codecs
 
-    codec = codecs.CODECS[cache.identity["codec"]]
+    codec = codecs.get_codec(cache.identity["codec"])
     stored = cache.read([row], view, (*codec.arrays(teacher.width), "attention", "mask_order"))
     device = next(iter(teacher.state_dict().values())).device
     batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)

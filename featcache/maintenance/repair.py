@@ -135,6 +135,11 @@ def _extract(
     refuse_mismatch(
         wanted, about, f"cannot repair {str(part)!r}", todo, ("fatal", "lossy", "layout")
     )
+    if wanted["arrays"] != about["arrays"]:
+        raise UserError(
+            f"cannot repair {str(part)!r}: its arrays are not those of its identity; extract again "
+            "into another folder"
+        )
     write_side_files(part, plan.side_files())
     shards = [shard for shard in about["shards"] if shard["name"] in bad]
     size = recorded_batch_size(about, extract_command.BATCH_SIZE)

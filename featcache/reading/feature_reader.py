@@ -19,9 +19,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featcache.errors import UserError
 from featcache.reading.tensors import tail_tensors, to_image_order, to_tensor
-from featcache.targets.codecs import CODECS
+from featcache.targets.codecs import Codec, get_codec
 from featcache.targets.levels import EPS
+
+
+def _codec_of(about: Mapping[str, Any]) -> Codec:
+    """Return the codec of a manifest. Raises UserError where its arrays are not those the codec
+    writes."""
+    identity = about["identity"]
+    codec = get_codec(identity["codec"])
+    for name, (dtype, item, _) in codec.arrays(identity["teacher"]["width"]).items():
+        stored = about["arrays"].get(name, {"dtype": dtype, "item": [0, 0, *item]})
+        if (stored["dtype"], tuple(stored["item"][2:])) != (dtype, item):
+            raise UserError(
+                f"array {name} of the cache of {identity['teacher']['name']} is "
+                f"{stored['dtype']} {stored['item']}, codec {identity['codec']} writes {dtype} "
+                f"{list(item)} of each token; extract again"
+            )
+    return codec
 
 
 class HasTeachers(Protocol):
@@ -52,7 +69,7 @@ class FeatureReader:
         teacher = teacher or cache.teachers[0]
         identity = cache.manifest_of(teacher)["identity"]
         prefix = "" if teacher == cache.teachers[0] else f"{teacher}/"
-        self.codec = CODECS[identity["codec"]]
+        self.codec = _codec_of(cache.manifest_of(teacher))
         self._coded = {
             f"{prefix}{part}": part for part in self.codec.arrays(identity["teacher"]["width"])
         }

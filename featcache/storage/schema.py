@@ -104,12 +104,12 @@ class Teacher(_Object):
 
 
 class Policy(_Object):
-    """What `views.policy` allows, but for the names of filters."""
+    """What `views.policy` allows."""
 
     size: Pixels
     scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
     ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
-    filter: Word
+    filter: Literal["bilinear", "bicubic", "lanczos", "area"]
     flip: Annotated[float, Field(ge=0, le=1)]
     jitter: Annotated[float, Field(ge=0, lt=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -164,7 +164,7 @@ class ArrayFacts(_Object):
 class Shard(_Object):
     name: ShardName
     first: Count
-    count: Annotated[int, Field(ge=1, le=2**40)]
+    count: Annotated[int, Field(ge=1, le=1 << 26)]
 
 
 class File(_Object):

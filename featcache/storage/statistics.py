@@ -37,7 +37,7 @@ def stored_feature_statistics(
 
     from featcache.targets import codecs
 
-    codec = codecs.CODECS[codec_name]
+    codec = codecs.get_codec(codec_name)
     # (n, L, T, D) float32
     h = codec.decode({name: torch.from_numpy(items[name]) for name in codec.arrays(width)})
     low, high = h.aminmax()

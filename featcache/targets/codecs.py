@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from featcache.errors import UserError, near
+
 
 class Codec(NamedTuple):
     """A pair of functions encodes and decodes levels. `arrays`: width -> what is stored of a token,
@@ -49,6 +51,16 @@ def decode_fp16(coded: Mapping[str, Tensor]) -> Tensor:
 
 # named functions: spawned workers get codecs by pickle
 CODECS = {"fp16": Codec(fp16_arrays, encode_fp16, decode_fp16)}
+
+
+def get_codec(name: str) -> Codec:
+    """Return the codec that a cache names."""
+    if name not in CODECS:
+        raise UserError(
+            f"unknown codec {name!r}: {near(name, CODECS)}; a newer version of featcache may know "
+            "it"
+        )
+    return CODECS[name]
 
 
 _WIDER = {torch.float32: torch.float64, torch.float64: torch.float64}
