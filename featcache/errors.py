@@ -21,6 +21,7 @@ WORK_FAILED = 1  # the command was right, the work could not be done
 COMMAND_WRONG = 2  # the command itself cannot be meant
 # training was asked to stop and can go on: sysexits.h's EX_TEMPFAIL, which a scheduler may requeue
 STOPPED = 75
+_LINE = 4000  # characters of a message; a list of all known names has some 2,000
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -78,7 +79,13 @@ class UserError(Exception):
     exit_status = WORK_FAILED
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(_shortened(one_line(message)))
+
+
+def _shortened(line: str) -> str:
+    """Leave out the middle of a line that nobody could read: a value in a file may have any
+    length."""
+    return line if len(line) <= _LINE else f"{line[: _LINE // 2]} ... {line[-_LINE // 2 :]}"
 
 
 class UsageError(UserError):
@@ -142,6 +149,6 @@ def near(given: str, known: Iterable[str]) -> str:
     'did you mean clip-b16? known: clip-b16, dino-b16, synthetic'
     """
     names = sorted(known)
-    close = difflib.get_close_matches(given, names, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(given[:200], names, n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(close)}? " if close else ""
     return f"{hint}known: {', '.join(names)}"

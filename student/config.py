@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_typ
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import from_json
 
 from featcache.errors import UsageError, near
 from student import masking
@@ -276,7 +277,7 @@ def _read(text: str, hint: Any) -> Any:
     the JSON is not one."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return text if hint is str and not isinstance(value, str) else value
 
@@ -287,11 +288,22 @@ def _build(kind: type[Config], values: dict[str, Any]) -> Config:
         return TypeAdapter(kind).validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors()[0]
-        key = str(first["loc"][0])
+        key = str(first["loc"][0]) if first["loc"] else _unreadable(values)
         raise UsageError(
             f"cannot set {key}: given {json.dumps(values[key])[:80]}; allowed: "
             f"{_allowed(kind, key)} ({first['msg']}); change it with {key}=VALUE"
         ) from None
+
+
+def _unreadable(values: Mapping[str, Any]) -> str:
+    """Return the key of the value that pydantic does not read as JSON: half of a surrogate pair, a
+    deep nest."""
+    for key, value in values.items():
+        try:
+            from_json(json.dumps(value))
+        except ValueError:
+            return key
+    raise AssertionError("all values are JSON")
 
 
 def _allowed(kind: type[RecipeConfig], key: str) -> str:

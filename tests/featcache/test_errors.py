@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import featcache
-from featcache.errors import UserError, command_line, one_line, printable
+from featcache.errors import UserError, command_line, near, one_line, printable
 
 ROOT = Path(featcache.__file__).parent.parent
 # one of each kind that a terminal carries out, or that hides what is there
@@ -81,3 +81,16 @@ def test_nothing_but_these_files_prints() -> None:
                 if isinstance(node, ast.Call)
             }
             assert called & set(FORBIDDEN.split()) <= ALLOWED.get(name, set()), name
+
+
+def test_the_middle_of_a_long_line_is_left_out() -> None:
+    line = str(UserError("begin " + "x" * 10**6 + " end"))
+    assert line.startswith("begin xxx")
+    assert line.endswith("xxx end")
+    assert " ... " in line
+    assert len(line) < 4100
+    assert str(UserError("y" * 4000)) == "y" * 4000
+
+
+def test_a_long_name_is_near_to_nothing_soon() -> None:
+    assert near("x" * 10**6, ["clip-b16"]) == "known: clip-b16"

@@ -186,3 +186,12 @@ def test_target_of_output_recipes() -> None:
         UsageError, match="unknown target 'y': known: f, z; choose one with target=NAME"
     ):
         from_overrides(config.OutputConfig, ["target=y"])
+
+
+@pytest.mark.parametrize("value", ["\ud800", [[[]]] * 3, {"a": {}}, 10**400, 1e300, [1] * 5000])
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(RecipeConfig)])
+def test_a_value_of_any_kind_in_a_file_is_one_line(key: str, value: object) -> None:
+    texts = {**{"epochs": "x", "blr": None}, key: value}
+    with pytest.raises(UsageError) as caught:
+        config.build_config(RecipeConfig, config.read_settings(RecipeConfig, texts))
+    assert len(str(caught.value)) < 5000
