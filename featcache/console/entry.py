@@ -17,7 +17,7 @@ import click
 
 from featcache.console.text import echo
 from featcache.errors import COMMAND_WRONG, WORK_FAILED, UserError, one_line, printable
-from featcache.runtime import imports, signals, streams, user_file
+from featcache.runtime import compiler, imports, signals, streams, user_file
 
 AGAIN = "stopped; run the same command again"
 
@@ -118,7 +118,7 @@ def _failure_of(error: BaseException, stopped_status: int) -> _Failure | None:
             return _Failure(AGAIN, stopped_status)
         case Exception() | SystemExit() if line := user_file.failure(error):
             return _Failure(line, WORK_FAILED)
-        case Exception() if told := imports.failure(error):
+        case Exception() if told := compiler.failure(error) or imports.failure(error):
             return _Failure(told, WORK_FAILED)
     return None
 

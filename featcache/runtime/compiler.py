@@ -31,3 +31,15 @@ def check_compiler(device: str) -> None:
             f"--compile needs a compiler: {' or '.join(wanted)} is not on PATH; run `apt-get "
             f"install g++`, name one in the variable {name}, or leave --compile out"
         )
+
+
+def failure(error: BaseException) -> str | None:
+    """Return the line for an error of torch.compile, whose tools can fail at work too; None for any
+    other."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    reason = " ".join(str(error).split())[:200]
+    return (
+        f"torch.compile fails on this machine: {reason}; it needs a working C++ compiler, and on a "
+        "GPU triton, a C compiler and Python's headers: mend them, or leave --compile out"
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import UsageError
-from featcache.runtime.compiler import check_compiler
+from featcache.runtime.compiler import check_compiler, failure
 
 
 @pytest.fixture
@@ -55,3 +55,15 @@ def test_a_variable_that_turns_it_off_is_named(
     monkeypatch.setenv(name, "1")
     with pytest.raises(UsageError, match=f"{name}=1 turns it off"):
         check_compiler("cpu")
+
+
+def test_a_compiler_that_fails_at_work_is_one_line() -> None:
+    class CppCompileError(RuntimeError):
+        """Stands for torch's own."""
+
+    CppCompileError.__module__ = "torch._inductor.exc"
+    line = failure(CppCompileError("C++ compile error\n\nfatal error: Python.h"))
+    assert line is not None
+    assert "fails on this machine: C++ compile error fatal error: Python.h; it needs" in line
+    assert "leave --compile out" in line
+    assert failure(RuntimeError("torch._inductor")) is None
