@@ -12,6 +12,7 @@ number of pictures.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from functools import partial
@@ -26,11 +27,12 @@ from featcache import rng
 from featcache.errors import UserError
 from featcache.maintenance.packing import check_resize, classes_json, read_ahead, reading_threads
 from featcache.pictures.beton import JPG, RAW, import_ffcv, open_beton
-from featcache.pictures.decode import decode, opened
+from featcache.pictures.decode import decode, opened, orientation
 from featcache.pictures.picture_bytes import read_picture
 from featcache.pictures.source import PictureError, Source
 from featcache.storage.json_file import sync_folder, write_file
 
+_LOG = logging.getLogger(__name__)
 LARGEST_PX = 65535  # FFCV keeps sides in 16 bits
 _PAGE_BYTES = 8 << 20  # FFCV's own; larger where a picture does not fit
 _AHEAD = 256  # pictures read before they are written, and at most so many bytes of them
@@ -95,8 +97,16 @@ def _write(source: Source, work: Path, order: list[int], resize_px: int | None) 
         )
         keys = [source.keys[row].encode() for row in order]
         window = max(2, min(_AHEAD, _AHEAD_BYTES // page))
-        items = read_ahead(pool, partial(item, source, resize_px), order, window, "packing")
+        lost: list[int] = []
+        read = partial(item, source, resize_px, lost=lost)
+        items = read_ahead(pool, read, order, window, "packing")
         writer.finalize(_write_data(allocator, columns["key"], keys, columns["image"], items))
+    if lost:
+        _LOG.warning(
+            "%d pictures are stored as pixels, without the EXIF orientation that they had; pack "
+            "into tars where it should be kept",
+            len(lost),
+        )
     with work.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -164,16 +174,20 @@ def _count_raw(source: Source, work: Path, order: list[int]) -> int:
 # ------------------------------------------------------------ one picture
 
 
-def item(source: Source, resize_px: int | None, row: int) -> Item:
-    """Return a grey or RGB JPEG as it is, any other picture as its pixels by the one decoder."""
+def item(source: Source, resize_px: int | None, row: int, lost: list[int] | None = None) -> Item:
+    """Return a grey or RGB JPEG as it is, any other picture as its pixels by the one decoder; those
+    whose pixels state an EXIF orientation no more are added to `lost`."""
     _, data = read_picture(source, resize_px, row)
     try:
         with opened(data) as picture:  # reads the header
             if _keeps_bytes(picture):
                 return Item(JPG, picture.height, picture.width, data)
-        pixels = np.asarray(decode(data))
+        decoded = decode(data)
     except PictureError as error:
         raise _unusable(source, row, str(error)) from error
+    if lost is not None and orientation(decoded) != 1:
+        lost.append(row)
+    pixels = np.asarray(decoded)
     return Item(RAW, len(pixels), pixels.shape[1], pixels.tobytes())
 
 

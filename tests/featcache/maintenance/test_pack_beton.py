@@ -97,6 +97,17 @@ def test_bytes_of_jpegs_and_pixels_of_the_rest(folder: Path, tmp_path: Path, run
         assert np.array_equal(*pixels)
 
 
+def test_an_orientation_that_pixels_cannot_state_is_said(tmp_path: Path, run: Run) -> None:
+    """A JPEG keeps its bytes, and with them its EXIF block; of a PNG the pixels are stored."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    save(tmp_path / "in/a.jpg", (60, 20), 0, exif=turned)
+    save(tmp_path / "in/b.png", (60, 20), 0, exif=turned)
+    status, _, err = run(tmp_path / "in", tmp_path / "x.beton")
+    assert status == 0
+    assert "note: 1 pictures are stored as pixels, without the EXIF orientation" in err
+
+
 def test_the_same_pictures_give_the_same_bytes_in_an_order_of_the_seed(
     folder: Path, tmp_path: Path, run: Run
 ) -> None:
