@@ -299,7 +299,7 @@ def _load(path: str, stamp: Stamp) -> Index:
 
 @lru_cache(_COLUMNS)
 def _column(
-    path: str, stamp: Stamp, views: int, view: int, name: str, item_bytes: int
+    path: str, stamp: Stamp, views: int, view: int, name: str, item_bytes: int = 0
 ) -> npt.NDArray[np.int64]:
     """(n,) offsets of one array's items in the tar of one view, all within it."""
     index = _load(path, stamp)
