@@ -289,8 +289,9 @@ def _build(kind: type[Config], values: dict[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else _unreadable(values)
+        given = json.dumps(values[key])[:80] if key in values else "nothing, and it has no default"
         raise UsageError(
-            f"cannot set {key}: given {json.dumps(values[key])[:80]}; allowed: "
+            f"cannot set {key}: given {given}; allowed: "
             f"{_allowed(kind, key)} ({first['msg']}); change it with {key}=VALUE"
         ) from None
 

@@ -96,7 +96,7 @@ def _check_numbers(source: Source, train: Source) -> None:
     nameless = " and ".join(each.spec for each in (source, train) if each.classes is None)
     raise UserError(
         f"cannot score {source.spec}: its classes are {_text(ours)}, those of {train.spec} are "
-        f"{_text(theirs)}, and {nameless} has no names for them ({NAME} beside the tars), so that "
+        f"{_text(theirs)}; those of {nameless} have no names ({NAME} beside the tars), so that "
         "a number may mean two things; pack both from class folders with `featcache pack`, or "
         "give sets with the same classes"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from featcache.reading import join
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
@@ -12,6 +14,8 @@ from student.setup.options import RunRequest, Say
 def say_jitter(request: RunRequest) -> None:
     """Say where the colours' jitter was set otherwise than the recipe was published with."""
     recipe = request.recipe
+    if any(field.default is dataclasses.MISSING for field in dataclasses.fields(recipe.Config)):
+        return  # a recipe of one's own, which nobody has published
     published, jitter = recipe.needs(recipe.Config()).jitter, recipe.needs(request.config).jitter
     if jitter != published:
         request.say(

@@ -50,8 +50,8 @@ from student.recipes import maskalign
 
 @dataclass(frozen=True, kw_only=True)
 class Config(maskalign.Config):
-    ids: str = "dvae/token_ids"
-    other: str = "attention"
+    ids: str  # to be set
+    other: str
 
 
 class Model(maskalign.Model):
@@ -108,6 +108,13 @@ def test_a_recipe_that_wants_ids_which_are_not_there_is_told_how_to_make_them(
     assert ran.status == 1
     assert "field dvae/token_ids is missing" in ran.line
     assert "--teacher dvae" in ran.line
+
+
+def test_a_setting_without_a_default_is_asked_for(tmp_path: Path) -> None:
+    recipe = ("--recipe", folder() / "recipe.py", "--out", tmp_path / "run", "--device", "cpu")
+    ran = fx.stud("train", *recipe, "--set", "ids=x/token_ids", "--cache", folder() / "cache")
+    assert ran.status == 2
+    assert "cannot set other: given nothing, and it has no default" in ran.line
 
 
 def test_a_batch_holds_the_levels_and_the_ids() -> None:
