@@ -291,6 +291,15 @@ class StoreContract:
         names = {path.name for path in (tmp_path / SHARDS).iterdir()}
         assert names == {f"{SHARD}.{self.name}", f"{SHARD}.json"}
 
+    @pytest.mark.parametrize(("rows", "views"), [(0, 1), (4, 2), (3, 3)])
+    def test_file_sizes_are_those_of_the_files(self, tmp_path: Path, rows: int, views: int) -> None:
+        record = self.publish(tmp_path, numbers(ARRAYS, rows, views), views=views)
+        sizes = self.backend.file_sizes(ARRAYS, views)
+        assert sizes.keys() == record["files"].keys()
+        for name, size in sizes.items():
+            if size is not None:
+                assert size.fixed + rows * size.per_row == record["files"][name]["bytes"]
+
     def test_odd_keys_come_back(self, tmp_path: Path) -> None:
         data = numbers(ARRAYS, len(ODD_KEYS), 2)
         record = self.publish(tmp_path, data, keys=ODD_KEYS, cuts=[1, 5, 6])

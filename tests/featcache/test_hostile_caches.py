@@ -110,6 +110,19 @@ def test_a_name_that_leads_outside_is_refused(
         assert ran.status == 1 or (kind, command) == ("record", "repair")
 
 
+def test_a_cache_is_continued_only_with_the_shards_of_its_identity(
+    home: Path, origins: dict[str, Path], pictures: Path
+) -> None:
+    """Shards of other names fit one another, and would be written beside those that are there."""
+    here = world(home, origins["zarr"], pictures)
+    about = here.read("manifest")
+    for shard in about["shards"]:
+        shard["name"] = f"{int(shard['name']) + 7:06d}"
+    here.forge("manifest", about)
+    assert "whose shards are not those of its identity" in here.ask("extract").line
+    assert not list(here.cache.glob("shards/000007*"))
+
+
 # ---------------------------------------------------------------- links
 
 
