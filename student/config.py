@@ -34,8 +34,8 @@ def _known_mask(name: str) -> str:
 CLIP_L14 = {"teacher": "clip-l14", "teacher_depth": 24, "teacher_width": 1024, "teacher_out": 768}
 
 Positive = Annotated[int, Field(gt=0, le=1 << 24)]
-Depth = Annotated[int, Field(gt=0, le=512)]  # blocks
-DepthOrZero = Annotated[int, Field(le=512)]  # blocks; a recipe says what 0 means
+Depth = Annotated[int, Field(gt=0, le=256)]  # blocks
+DepthOrZero = Annotated[int, Field(le=256)]  # blocks; a recipe says what 0 means
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]

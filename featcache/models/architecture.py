@@ -47,7 +47,7 @@ class Choice(tuple[Option, ...]):
         return " or ".join(str(each).lower() for each in self)
 
 
-MAX_WIDTH, MAX_DEPTH, MAX_PX = 16_384, 512, 16_384  # several times those of any published network
+MAX_WIDTH, MAX_DEPTH, MAX_PX = 16_384, 256, 4096  # several times those of any published network
 _FLAG = Choice((True, False))
 _SHARE = Range(float, 0, 1)
 KEYWORDS: dict[str, Range | Choice] = {

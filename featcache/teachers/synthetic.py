@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from featcache import rng
 from featcache.errors import UsageError
+from featcache.models.architecture import MAX_PX
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.spec import check_options
 
@@ -135,6 +136,8 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> Syntheti
             f"teacher 'synthetic': tokens={tokens}, size={size}; a square number of patches that "
             "fit is needed"
         )
+    if size > MAX_PX:
+        raise UsageError(f"teacher 'synthetic': size={size}; {MAX_PX} pixels at most")
     if levels * (4 + tokens) * width > _MOST_NUMBERS:
         raise UsageError(
             f"teacher 'synthetic': levels={levels}, tokens={tokens}, width={width} make more than "

@@ -25,6 +25,8 @@ from student.config import as_dict, from_overrides
 from tests import hostile_json as hostile
 from tests import student_fixtures as fx
 
+# few by default, many where minutes are given
+EXAMPLES = pytest.mark.parametrize("examples", [8, pytest.param(150, marks=pytest.mark.slow)])
 CHECKS = list(HealthCheck)  # a fixture serves all examples, and some of them are slow
 TRAINED = ("--cache", fx.cache_path, "--steps", "2", "--batch-size", "8", "--device", "cpu")
 TENSORS = (
@@ -140,9 +142,10 @@ def test_the_run_as_it_is_serves_every_command(command: str, world: World) -> No
     assert world.attack(command).status == 0
 
 
+@EXAMPLES
 @pytest.mark.parametrize("command", ["resume", "eval", "config"])
-def test_config_json(command: str, fresh: Any) -> None:
-    @settings(max_examples=25, suppress_health_check=CHECKS)
+def test_config_json(command: str, examples: int, fresh: Any) -> None:
+    @settings(max_examples=examples, suppress_health_check=CHECKS)
     @given(st.data())
     def attacked(data: st.DataObject) -> None:
         world = fresh()
@@ -157,8 +160,9 @@ def test_config_json(command: str, fresh: Any) -> None:
     attacked()
 
 
-def test_rows_of_metrics(fresh: Any) -> None:
-    @settings(max_examples=15, suppress_health_check=CHECKS)
+@EXAMPLES
+def test_rows_of_metrics(examples: int, fresh: Any) -> None:
+    @settings(max_examples=examples, suppress_health_check=CHECKS)
     @given(st.data())
     def attacked(data: st.DataObject) -> None:
         world = fresh()
@@ -190,9 +194,10 @@ def objects(draw: st.DrawFn, value: dict[str, Any]) -> Any:
     return hostile.removed(value, where)
 
 
+@EXAMPLES
 @pytest.mark.parametrize("command", ["resume", "eval", "eval ema"])
-def test_checkpoints(command: str, fresh: Any) -> None:
-    @settings(max_examples=25, suppress_health_check=CHECKS)
+def test_checkpoints(command: str, examples: int, fresh: Any) -> None:
+    @settings(max_examples=examples, suppress_health_check=CHECKS)
     @given(st.data())
     def attacked(data: st.DataObject) -> None:
         world = fresh()
@@ -206,8 +211,9 @@ def test_checkpoints(command: str, fresh: Any) -> None:
     attacked()
 
 
-def test_reproducers(fresh: Any) -> None:
-    @settings(max_examples=40, suppress_health_check=CHECKS)
+@EXAMPLES
+def test_reproducers(examples: int, fresh: Any) -> None:
+    @settings(max_examples=examples, suppress_health_check=CHECKS)
     @given(st.data())
     def attacked(data: st.DataObject) -> None:
         world = fresh()
@@ -269,7 +275,7 @@ def test_a_link_to_nothing_makes_no_file_elsewhere(name: str, world: World) -> N
          "no multiple"),
         ('{"recipe": "x", "config": {"encoder": "./x.py", "img_size": 32, "patch_size": 8}}',
          "unknown encoder"),
-        ('{"recipe": "mae", "config": {"encoder": "tiny,depth=100,embed_dim=12288", '
+        ('{"recipe": "mae", "config": {"encoder": "tiny,depth=24,embed_dim=12288", '
          '"img_size": 32, "patch_size": 8}}', "config.json"),
         ('{"recipe": "mae", "config": {"encoder": "tiny", "img_size": 32, "patch_size": 8, '
          '"family": "../x"}}', "family"),

@@ -86,22 +86,25 @@ def test_an_unknown_keyword_is_met_with_near_ones() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: vit.build("tiny,depth=512,embed_dim=16384,num_heads=16"),
+        lambda: vit.build("tiny,depth=48,embed_dim=16384,num_heads=16"),
         lambda: vit.build("base", img_size=1 << 20),
-        lambda: beit.build("tiny,depth=512,embed_dim=16384,num_heads=16", "cae"),
-        lambda: conv_vit.build("tiny,depth=512,embed_dim=16384,num_heads=16"),
-        lambda: teachers.load("timm:vit_tiny_patch16_224,depth=512,embed_dim=16384", "random:0"),
+        lambda: beit.build("tiny,depth=48,embed_dim=16384,num_heads=16", "cae"),
+        lambda: conv_vit.build("tiny,depth=48,embed_dim=16384,num_heads=16"),
+        lambda: teachers.load(
+            "timm:vit_tiny_patch16_224,depth=48,embed_dim=16384,num_heads=16", "random:0"
+        ),
         lambda: teachers.load_tokenizer("dvae,width=16384", "random:0"),
         lambda: teachers.load_tokenizer("dvae,vocabulary=100000000", "random:0"),
         lambda: teachers.load("synthetic:levels=100000,tokens=1000000,width=100000,size=1000"),
         lambda: teachers.load("timm:vit_tiny_patch16_224,img_size=1000000000", "random:0"),
         lambda: teachers.load("timm:vit_tiny_patch16_224,grid=100000", "random:0"),
+        lambda: teachers.load("synthetic:levels=1,tokens=4,width=8,size=1000000000"),
     ],
 )
 def test_what_no_memory_holds_is_refused_before_it_is_built(make, monkeypatch) -> None:
     memory = type("Memory", (), {"total": 64 << 30})
     monkeypatch.setattr(architecture.psutil, "virtual_memory", lambda: memory)
-    with pytest.raises(UserError, match=r"GiB|numbers|at most|up to|16384"):
+    with pytest.raises(UserError, match=r"GiB|numbers|at most|up to|4096"):
         make()
 
 

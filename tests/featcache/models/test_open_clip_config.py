@@ -118,7 +118,7 @@ def test_a_config_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_network_that_no_memory_holds(tmp_path: Path, monkeypatch: Any) -> None:
     memory = type("Memory", (), {"total": 8 << 30})
     monkeypatch.setattr(open_clip_config.psutil, "virtual_memory", lambda: memory)
-    path = write(tmp_path, changed(vision_cfg={"width": 16384, "layers": 512}))
+    path = write(tmp_path, changed(vision_cfg={"width": 16384, "layers": 200}))
     with pytest.raises(UserError, match="do not fit"):
         read_config(path, "x")
 
