@@ -159,6 +159,12 @@ if TYPE_CHECKING:
     help="ffcv: a .beton through FFCV's own decode. [default: what the cache was extracted "
     "through, else pillow]",
 )
+@click.option(
+    "--exif",
+    is_flag=True,
+    help="Without a cache: turn pictures as their EXIF orientation says. With one, what the cache "
+    "was extracted with is done.",
+)
 @click.option("--workers", type=THREADS, default=2, show_default=True, help="Decoding threads.")
 @click.option(
     "--save-every",

@@ -11,7 +11,7 @@ from featcache.reading import join
 from student.setup import notes
 from student.setup.cache_match import MatchedCache
 from student.setup.options import Options, RunRequest
-from student.setup.source_choice import decoded_source
+from student.setup.source_choice import check_exif, decoded_source
 from student.setup.training_inputs import (
     TrainingInputs,
     refuse,
@@ -60,6 +60,7 @@ def _check_options(options: Options, stored: bool) -> None:
 
 def _source(options: Options, found: MatchedCache, given: Source | None, stored: bool) -> Source:
     """Return the pictures; where pixels are stored nothing of a given source is decoded."""
+    check_exif(options, found)
     if not stored:
         return decoded_source(given, found, options)
     return join.StoredPixels(found.cache) if given is None else given

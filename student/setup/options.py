@@ -59,6 +59,7 @@ class Options:
     checkpoint_activations: bool
     skip_nonfinite: int | None
     trackers: Sequence[str]
+    exif: bool = False
 
     @property
     def run_options(self) -> RunOptions:

@@ -14,7 +14,8 @@ def given_source(options: Options) -> Source | None:
     """Open the pictures of --images; None where none are given."""
     if not options.images:
         return None
-    return pixel_path.open_with_decoder(options.images, options.decoder or "pillow")
+    decoder = options.decoder or "pillow"
+    return pixel_path.open_with_decoder(options.images, decoder, exif=options.exif)
 
 
 def decoded_source(given: Source | None, found: MatchedCache | None, options: Options) -> Source:
@@ -23,9 +24,19 @@ def decoded_source(given: Source | None, found: MatchedCache | None, options: Op
     if found is None:
         return source
     path = found.cache.identity["pixel_path"]
+    check_exif(options, found)
     return pixel_path.match_decoder(
         source, {**path, "decoder": options.decoder} if options.decoder else path
     )
+
+
+def check_exif(options: Options, found: MatchedCache) -> None:
+    """Raise UsageError where --exif is given with a cache that was extracted without it."""
+    if options.exif and found.cache.identity["pixel_path"].get("exif_transpose") is not True:
+        raise UsageError(
+            f"--exif: cache {str(found.cache.path)!r} was extracted without it, and training shows "
+            "what the teacher saw; leave it out, or extract with --exif"
+        )
 
 
 def _source_of(found: MatchedCache | None, decoder: str | None) -> Source:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from accelerate.state import AcceleratorState
+from click.testing import CliRunner, Result
 from PIL import Image
 
 import featcache
@@ -126,6 +127,31 @@ def test_training_replays_them(turned_cache: Path, photos8: Path, tmp_path: Path
         words += ["--out", str(tmp_path / f"run{len(images)}"), "--workers", "1"]
         ran = CliRunner().invoke(student.cli.cli, words, catch_exceptions=False)
         assert ran.exit_code == 0, ran.output
+
+
+def train(*words: object) -> Result:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    more = ("--steps", "1", "--batch-size", "4", "--device", "cpu", "--workers", "1")
+    given = ["train", *map(str, words), "--set", "encoder=tiny,depth=1", *more]
+    return CliRunner().invoke(student.cli.cli, given)
+
+
+def test_training_without_a_cache_turns_them_where_asked_to(photos8: Path, tmp_path: Path) -> None:
+    for name, more in (("plain", ()), ("turned", ("--exif",))):
+        words = ("--recipe", "mae", "--images", photos8, "--out", tmp_path / name, *more)
+        assert train(*words).exit_code == 0
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert f'"exif_transpose": {json.dumps(bool(more))}' in json.dumps(config)
+
+
+def test_training_from_a_cache_without_them_refuses_the_option(
+    featcache_command: Command, photos8: Path, tmp_path: Path
+) -> None:
+    assert extract(featcache_command, photos8, tmp_path / "c", "--size", 28).status == 0
+    words = ("--recipe", "maskalign", "--cache", tmp_path / "c", "--set", "level_weights=top:1")
+    ran = train(*words, "--exif", "--out", tmp_path / "run")
+    assert isinstance(ran.exception, UsageError)
+    assert "was extracted without it" in str(ran.exception)
 
 
 def test_another_pixel_path_is_refused_with_the_option(
