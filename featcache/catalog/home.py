@@ -74,7 +74,9 @@ def log_run(**facts: Any) -> None:
     )
     try:
         home().mkdir(parents=True, exist_ok=True)
-        with (home() / LEDGER).open("a") as file:
+        # a pipe that nobody reads is an error, and not waited for
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+        with os.fdopen(os.open(home() / LEDGER, flags, 0o666), "a") as file:
             file.write(line + "\n")
     except OSError as error:
         _LOG.warning(

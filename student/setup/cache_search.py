@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 from featcache.catalog import home
@@ -9,6 +10,7 @@ from featcache.errors import UsageError, UserError
 from featcache.pictures.source import Source
 from featcache.reading import crop_range
 from featcache.reading.join import join_by_key, stores_pixels
+from featcache.storage import manifest
 from featcache.views import pixel_path
 from student.config import RecipeConfig, Settings, build_config
 from student.setup.cache_match import MatchedCache, ReadOptions, open_given
@@ -32,18 +34,31 @@ def find_cache(
         return None
     found, rejected = [], []
     for path in home.caches():
+        if why := _unreadable(path):
+            home.note_passed_over(path, why)
+            rejected.append(f"{path}: {why}")
+            continue
         try:
             candidate = open_given(path, recipe, name, settings, reading)
             _check_fit(candidate, plain, source)
             found.append(candidate)
-        except UserError as error:
+        except (UserError, OSError) as error:
             rejected.append(f"{path}: {error}")
-        except OSError as error:  # a folder of somebody else's
-            rejected.append(f"{path}: {error.strerror}")
     if not found:
         command = extract_remedy(recipe.needs(plain), plain, None, source)
         raise _none_serves(name, rejected, command)
     return _only_one(found, name)
+
+
+def _unreadable(path: Path) -> str:
+    """Say why a folder is no cache that can be read; empty where it is one, whomever it serves."""
+    try:
+        manifest.read(path)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return str(error.strerror)
+    return ""
 
 
 def _none_serves(name: str, rejected: list[str], command: str) -> UserError:

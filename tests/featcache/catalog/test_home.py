@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,49 @@ def test_lines_that_cannot_be_read_are_passed_over(place: Path) -> None:
         )
     home.log_run(command="train", cache_id="c1", run="r1")
     assert [run["run"] for run in home.runs_of("c1")] == ["r0", "r1"]
+
+
+LINES = (
+    "null",
+    "[]",
+    "3",
+    '"train"',
+    '{"command": "train", "cache_id": "c1"}',
+    '{"time": 5, "command": "train", "cache_id": "c1"}',
+    '{"time": "2026", "command": ["train"], "cache_id": "c1"}',
+    '{"time": "2026", "command": "train", "cache_id": {"c1": 1}}',
+    '{"time": "2026", "command": "train", "cache_id": "c1", "recipe": 5}',
+    '{"time": "2026", "command": "train", "cache_id": "c1", "run": ["a"]}',
+    '{"time": "\x1b[2J", "command": "train", "cache_id": "c1"}',
+    "[" * 100_000,
+    "1" * 5000,
+    "x" * (3 << 20),
+)
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line[:30])
+def test_a_line_of_others_is_passed_over_and_counted_once(
+    place: Path, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    home.log_run(command="train", cache_id="c1", run="r0")
+    with (place / "runs.jsonl").open("a") as file:
+        file.write(line + "\n")
+    for _ in range(2):
+        assert [run["run"] for run in home.runs_of("c1")] == ["r0"]
+        assert home.runs_of("c2") == []
+    assert len(caplog.messages) == 1
+    assert "none of ours" in caplog.messages[0]
+
+
+def test_a_ledger_that_is_a_pipe_is_not_waited_for(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.mkdir(parents=True)
+    os.mkfifo(place / "runs.jsonl")
+    assert home.runs_of("c1") == []
+    home.log_run(command="train", cache_id="c1")
+    assert "cannot be read" in caplog.messages[0]
+    assert "cannot be written" in caplog.messages[1]
 
 
 def test_a_home_that_cannot_be_written_is_told_and_stops_nothing(

@@ -409,7 +409,10 @@ def test_those_that_do_not_serve_are_passed_over(tmp_path: Path) -> None:
     json_file.write_json(home / "few" / manifest.NAME, about)
     fx.extract(fx.save_pictures(tmp_path / "others", 4, seed=9, classes=2), home / "others")
     fx.extract(fx.pictures(), home / "crops", "--scale", "0.08,1")
-    fx.good(search(tmp_path, home, "--images", fx.pictures()))
+    ran = search(tmp_path, home, "--images", fx.pictures())
+    fx.good(ran)
+    for name in ("broken", "few"):
+        assert f"home/{name}' is passed over: " in ran.err
     assert (
         checkpoint.read_config(tmp_path / "run")["targets"]["id"]
         == manifest.read(home / "good")["id"]
