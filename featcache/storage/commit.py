@@ -8,8 +8,10 @@ next process.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,7 +164,10 @@ def check_shard(
     for file, facts in record["files"].items():
         path = f"{folder}/{file}"  # text, not Path: a cache of ImageNet has 40,000 files to look at
         try:
-            size = os.stat(path).st_size  # noqa: PTH116
+            status = os.stat(path)  # noqa: PTH116
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                raise OSError(errno.EINVAL, "is no regular file")
+            size = status.st_size
             good = not deep or size != facts["bytes"] or is_intact(Path(path), facts)
         except OSError as error:
             raise_if_unreadable(path, error)

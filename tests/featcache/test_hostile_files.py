@@ -180,3 +180,18 @@ def test_what_is_no_regular_file(
             with (here.cache / path).open("wb") as file:
                 file.truncate(3 << 30)
         here.ask(command)
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "key/c.0", "crop/c.0.0.0"])
+def test_a_pipe_in_the_place_of_a_shards_file(
+    home: Path, origins: dict[str, Path], pictures: Path, name: str
+) -> None:
+    for command in ("info", "verify", "copy", "repair"):
+        here = world(home, origins["zarr"], pictures)
+        record = here.read("record")
+        record["files"][name] = {"bytes": 0, "crc32c": "00000000"}
+        here.forge("record", record)
+        (here.cache / "shards/000001.zarr" / name).unlink()
+        os.mkfifo(here.cache / "shards/000001.zarr" / name)
+        ran = here.ask(command)
+        assert ran.status == 1 or command == "repair"
