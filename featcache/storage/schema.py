@@ -195,6 +195,17 @@ class ShardFiles(_Object):
     files: dict[FileName, File]
 
 
+class ArrayStatistics(_Object):
+    """Other numbers may be there, such as those of later versions."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Number] = Field(init=False)
+
+    min: Number
+    max: Number
+    non_finite: Count
+
+
 class Record(ShardFiles):
     model_config = ConfigDict(extra="forbid")
 
@@ -202,7 +213,7 @@ class Record(ShardFiles):
     rows: Count
     keys_digest: Digest
     quarantined: list[Quarantined]
-    statistics: Annotated[dict[Name, dict[Name, Number]], Field(max_length=256)]
+    statistics: Annotated[dict[Name, ArrayStatistics], Field(max_length=256)]
     content: Digest = ""
 
 

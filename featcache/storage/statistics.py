@@ -112,7 +112,7 @@ def merge(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             for word in ("norm", "entropy"):
                 if word in facts:
                     total = so_far.get(word, 0.0) * so_far["rows"] + facts[word] * record["rows"]
-                    so_far[word] = total / (so_far["rows"] + record["rows"])
+                    so_far[word] = total / max(so_far["rows"] + record["rows"], 1)
             so_far["rows"] += record["rows"]
     return {
         name: {key: value for key, value in facts.items() if key != "rows"}

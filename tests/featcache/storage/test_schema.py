@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from featcache.errors import UserError
-from featcache.storage import manifest, schema
+from featcache.storage import manifest, schema, statistics
 from featcache.storage.cross_check import cross_problem
 from featcache.views.policy import AREA
 from featcache.views.render import FILTERS
@@ -132,6 +132,46 @@ def test_fields_that_do_not_fit_together(
     there = change(about, field, value)
     assert schema.schema_problem(schema.Manifest, there) == ""
     assert told in cross_problem(there)
+
+
+RECORD = {
+    "shard": "000000",
+    "rows": 4,
+    "keys_digest": "ab" * 16,
+    "quarantined": [{"key": "a", "reason": "b"}],
+    "files": {"zarr.json": {"bytes": 1, "crc32c": "00000000"}},
+    "statistics": {"features": {"min": -1.5, "max": 2, "non_finite": 0, "norm": 3.25}},
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rows", -1),
+        ("rows", 10**18),
+        ("rows", False),
+        ("quarantined", [["a", "b"]]),
+        ("quarantined.0", {"key": "a"}),
+        ("quarantined.0.key", "\ud800"),
+        ("files", []),
+        ("files", {"../zarr.json": {"bytes": 1, "crc32c": "00000000"}}),
+        ("statistics.features", {"min": 0}),
+        ("statistics.features.min", None),
+        ("statistics.features.max", 10**400),
+        ("statistics.features.norm", "3"),
+        ("statistics.features.more", []),
+        ("content", 5),
+        ("more", 1),
+    ],
+)
+def test_a_record_with_another_field(field: str, value: Any) -> None:
+    assert schema.schema_problem(schema.Record, RECORD) == ""
+    assert schema.schema_problem(schema.Record, change(RECORD, field, value))
+
+
+def test_a_shard_without_rows_has_no_mean() -> None:
+    record = {**RECORD, "rows": 0}
+    assert statistics.merge([record, record])["features"]["norm"] == 0
 
 
 def test_the_line_names_file_field_and_value(about: dict[str, Any], tmp_path: Path) -> None:
