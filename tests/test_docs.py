@@ -18,7 +18,7 @@ from student import evals, masking, recipes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 PROGRAMS = {"featcache": featcache_cli.cli, "student": student_cli.cli}
 
@@ -48,6 +48,30 @@ def test_every_teacher_recipe_and_eval_is_in_the_readme(name: str) -> None:
 def test_the_readme_names_no_command_that_does_not_exist() -> None:
     for program, command in re.findall(r"`(featcache|student) ([a-z_]+)", README):
         assert command in _names(program), f"{program} {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_names_commands_options_and_links_that_exist(page: Path) -> None:
+    text = page.read_text()
+    for program, name, rest in re.findall(r"`(featcache|student) ([a-z_]+)([^`]*)`", text):
+        assert name in _names(program), f"{program} {name}"
+        options = {opt for param in _command(program, name).params for opt in param.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options, (program, name, rest)
+    every = {
+        opt
+        for program in PROGRAMS
+        for name in _names(program)
+        for param in _command(program, name).params
+        for opt in param.opts
+    }
+    assert set(re.findall(r"`(--[a-z-]+)", text)) <= every
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    assert [page.name for page in PAGES if f"(docs/{page.name})" not in README] == []
+    assert PAGES
 
 
 def file_map() -> dict[str, set[str]]:
