@@ -1,5 +1,5 @@
-"""Compare this checkout with an earlier commit: extraction, training steps, and opening a cache
-with as many rows as ImageNet-1k.
+"""Compare this checkout with an earlier commit: extraction, training steps, reading, and opening a
+cache with as many rows as ImageNet-1k.
 
     python -m benchmarks.bench_commits HEAD~20
     python -m benchmarks.bench_commits v0.1 --rounds 3 --rows 20000 --json commits.json
@@ -108,6 +108,7 @@ def measure(code: Path, work: Path, steps: int) -> dict[str, float]:
         ["extract", "pictures", "again", *EXTRACT],
         ["train", *train, *TRAIN],
         ["open", "large"],
+        ["read", "cache"],
     ]
     found: dict[str, float] = {}
     for task in tasks:

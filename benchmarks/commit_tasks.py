@@ -4,6 +4,7 @@ of two, so it uses nothing but commands and `featcache.open`, which stay the sam
     python -P benchmarks/commit_tasks.py extract PICTURES OUT OPTION...
     python -P benchmarks/commit_tasks.py train RUN BATCH OPTION...
     python -P benchmarks/commit_tasks.py open CACHE
+    python -P benchmarks/commit_tasks.py read CACHE
 
 The last line is a JSON object of seconds.
 """
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 WARM_STEPS = 10  # of a run, before its steps count
+READS, READ_ROWS = 60, 256
 
 
 def extract(pictures: str, out: str, *options: str) -> dict[str, float]:
@@ -58,10 +60,31 @@ def open_cache(path: str) -> dict[str, float]:
     return {"open": time.perf_counter() - start}
 
 
+def read(path: str) -> dict[str, float]:
+    """Time a random batch of all fields, and one of features alone, medians of many."""
+    import numpy as np
+
+    import featcache
+
+    random, found = np.random.default_rng(0), {}
+    with featcache.open(path) as cache:
+        for name, fields in (("read all fields", cache.fields), ("read features", ("features",))):
+            seconds = []
+            for _ in range(READS):
+                rows = random.integers(0, len(cache), READ_ROWS)
+                views = random.integers(0, cache.views, READ_ROWS)
+                start = time.perf_counter()
+                cache.read(rows, views, fields)
+                seconds.append(time.perf_counter() - start)
+            found[name] = statistics.median(seconds)
+    return found
+
+
 TASKS: dict[str, Callable[..., dict[str, float]]] = {
     "extract": extract,
     "train": train,
     "open": open_cache,
+    "read": read,
 }
 
 if __name__ == "__main__":

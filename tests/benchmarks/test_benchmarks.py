@@ -79,7 +79,8 @@ def test_bench_commits_to_its_end(tmp_path: Path) -> None:
     done = program("bench_commits", "HEAD", *small, "--json", path)
     assert done.returncode == 0, done.stderr
     results = json.loads(path.read_text())["results"]
-    assert set(results) == {"extract", "step", "around the steps", "open"}
+    reads = {"read all fields", "read features"}
+    assert set(results) == {"extract", "step", "around the steps", "open", *reads}
     assert all(facts["ratio"] > 0 for facts in results.values())
     worktrees = subprocess.run(
         ["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True, check=True
