@@ -46,13 +46,30 @@ def file_mode(path: str) -> int:
 def expand_patterns(spec: str) -> list[str]:
     """Return the tars that a path, a glob or a brace pattern names, each once. Raises UserError
     where one does not exist, and where there is none."""
-    parts = [spec] if os.path.lexists(spec) else _expand_braces(spec)
+    parts = [spec] if os.path.lexists(spec) else _expand_below(_literal_folder(spec), spec)
     tars = list(dict.fromkeys(path for part in parts for path in _expand_glob(part) or [part]))
     missing = next((path for path in tars if not stat.S_ISREG(file_mode(path))), None)
     if missing is not None:
         what = "is no regular file" if file_mode(missing) else "does not exist"
         raise UserError(f"no pictures found: {missing[:300]!r} {what}; allowed is {ALLOWED}")
     return tars
+
+
+def _literal_folder(spec: str) -> str:
+    """Return the longest beginning of a spec that is a folder, with its slash: braces in the name
+    of a folder that exists are part of its name, as the brackets are.
+
+    >>> _literal_folder("/no such folder {a,b}/{0..9}.tar"), _literal_folder("{0..9}.tar")
+    ('/', '')
+    """
+    end = spec.rfind("/")
+    while end >= 0 and not stat.S_ISDIR(file_mode(spec[: end + 1])):
+        end = spec.rfind("/", 0, end)
+    return spec[: end + 1]
+
+
+def _expand_below(folder: str, spec: str) -> list[str]:
+    return [folder + name for name in _expand_braces(spec[len(folder) :])]
 
 
 def _expand_braces(spec: str) -> list[str]:

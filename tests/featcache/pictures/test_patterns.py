@@ -30,6 +30,16 @@ def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
     assert expand_patterns(f"{tmp_path}/run[1]/*.tar") == [f"{tmp_path}/run[1]/t.tar"]
 
 
+@pytest.mark.parametrize("pattern", ["*.tar", "t{0..1}.tar", "[t]{0,1}.tar", "t?.tar"])
+def test_braces_in_a_folder_that_exists_are_part_of_its_name(tmp_path: Path, pattern: str) -> None:
+    tars = [tmp_path / "x[1]{a,b}" / f"t{number}.tar" for number in range(2)]
+    for folder in ("x[1]{a,b}", "x[1]a", "x1{a,b}"):
+        (tmp_path / folder).mkdir()
+        for tar in tars:
+            write_tar(tmp_path / folder / tar.name, {f"{tar.stem}.png": PNG})
+    assert expand_patterns(f"{tars[0].parent}/{pattern}") == [str(tar) for tar in tars]
+
+
 def test_a_literal_part_of_a_brace_pattern_is_no_glob(tmp_path: Path) -> None:
     for name in ("a[1]-0.tar", "a[1]-1.tar", "a1-0.tar"):
         write_tar(tmp_path / name, {"k.png": PNG})
