@@ -133,8 +133,8 @@ class IdentityError(UserError):
 def short(value: object) -> str:
     """Show what was found in a file in a few words, without its control characters.
 
-    >>> short("a\\x1b[0m"), short(10**50), short([0] * 100)[-8:]
-    ("'a\\\\x1b[0m'", 'a huge number', '0, 0 ...')
+    >>> short("a\\x1b[0m"), short(10**50), short("x" * 100)[-8:]
+    ("'a\\\\x1b[0m'", 'a huge number', 'xxxx ...')
     """
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a huge number"  # which Python may refuse to write out
