@@ -107,6 +107,8 @@ def _weights_problem(weights: object) -> str:
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             return "what are no named tensors"
+        if value.is_floating_point() and value.element_size() < 2:
+            return f"quantised values of {name[:100]!r}"
         if value.is_floating_point() and not bool(value.isfinite().all()):
             return f"values of {name[:100]!r} that are not finite"
     return ""
@@ -189,6 +191,8 @@ def _same_groups(given: object, own: dict[str, Any]) -> bool:
 
 def _is_moment(name: object, value: object, parameter: Tensor) -> bool:
     if name not in _MOMENTS or not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if value.element_size() < 2:  # quantised, and torch cannot say whether it is finite
         return False
     shape = () if name == "step" else parameter.shape
     return value.shape == shape and bool(value.isfinite().all())

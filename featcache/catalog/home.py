@@ -100,6 +100,18 @@ def runs_of(cache_id: str) -> list[dict[str, Any]]:
         return []
 
 
+def ledger_problem() -> str:
+    """Say why the ledger, which tells what is in use, cannot be read; empty where it can, and where
+    there is none."""
+    try:
+        os.close(open_regular(str(home() / LEDGER)))
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"the run ledger cannot be read: {error.strerror}; no cache is known to be unused"
+    return ""
+
+
 @lru_cache(1)  # `ls` asks for every cache
 def _training_runs(path: str, mtime_ns: int, size: int) -> dict[str, list[dict[str, Any]]]:
     """Read the ledger: cache id -> its lines on training."""

@@ -44,7 +44,9 @@ def find(unused_days: float | None) -> Garbage:
             found.left[cache] = str(error)
         except OSError as error:  # somebody else's folder
             found.left[cache] = f"{error.filename}: {error.strerror}"
-    if unused_days is not None:
+    if unused_days is not None and (why := home.ledger_problem()):
+        found.left[home.home() / home.LEDGER] = why
+    elif unused_days is not None:
         found.unused = list(_unused_caches(unused_days, found.left))
     return found
 

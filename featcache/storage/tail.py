@@ -47,7 +47,14 @@ def _load(path: Path) -> dict[str, F32]:
 
     try:
         return load_file(path)
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (
+        SafetensorError,
+        AttributeError,  # of a number type that numpy lacks, such as float8
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise UserError(
             f"cache file {path} cannot be read as safetensors: {error}; extract again"
         ) from error

@@ -32,7 +32,7 @@ FREE = ("targets.reading.", "running.")
 def check(out: Path, record: dict[str, Any], resume: bool) -> None:
     """Refuse a folder that holds something else, or another run than the one to resume."""
     path = out / checkpoint.CONFIG
-    _refuse_links(out)
+    _refuse_strange_kinds(out)
     if resume and path.is_file():
         before, now = (
             dict(identity.flatten(each)) for each in (checkpoint.read_config(out), record)
@@ -57,15 +57,20 @@ def check(out: Path, record: dict[str, Any], resume: bool) -> None:
         )
 
 
-def _refuse_links(out: Path) -> None:
+def _refuse_strange_kinds(out: Path) -> None:
     """Refuse a run folder in which one of our names is a link: what is written and removed under it
-    would lie elsewhere."""
-    folders = (checkpoint.FOLDER, nonfinite.FOLDER, trackers.FOLDER)
-    for name in (checkpoint.CONFIG, "environment.json", NAME, *folders):
-        if (out / name).is_symlink():
+    would lie elsewhere; and one in which it is a pipe or another thing that is waited for."""
+    files = (checkpoint.CONFIG, "environment.json", NAME)
+    for name in (*files, checkpoint.FOLDER, nonfinite.FOLDER, trackers.FOLDER):
+        path, kind = out / name, "file" if name in files else "folder"
+        if path.is_symlink():
             raise UserError(
-                f"{str(out / name)!r} is a link, and a run writes into its own folder alone; put "
+                f"{str(path)!r} is a link, and a run writes into its own folder alone; put "
                 "the file or folder itself there, or give another --out"
+            )
+        if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
+            raise UserError(
+                f"{str(path)!r} is no plain {kind}; move it away, or give another --out"
             )
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from student import recipes
+from student import checkpoint, recipes
 from student.cli import cli
 from student.config import as_dict, from_overrides
 from tests import hostile_json as hostile
@@ -259,6 +259,29 @@ def test_a_link_to_nothing_makes_no_file_elsewhere(name: str, world: World) -> N
     place.symlink_to(world.root / "made")
     assert "is a link" in world.attack("resume").line
     assert not (world.root / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json"])
+def test_a_pipe_in_a_run_folder_is_not_waited_for(name: str, world: World) -> None:
+    (world.run / name).unlink(missing_ok=True)
+    os.mkfifo(world.run / name)
+    assert f"{name}' is no plain file" in world.attack("resume").line
+
+
+@pytest.mark.parametrize("what", ["model", "exp_avg"])
+@pytest.mark.parametrize("command", ["resume", "eval"])
+def test_quantised_values_in_a_checkpoint_are_one_line(
+    what: str, command: str, world: World
+) -> None:
+    path = checkpoint.list_checkpoints(world.run)[-1]
+    saved = torch.load(path, weights_only=True)
+    values = saved["model"] if what == "model" else saved["optimizer"]["state"][0]
+    name = next(key for key in values if key == what or what == "model")
+    values[name] = values[name].to(torch.float8_e4m3fn)
+    torch.save(saved, path)
+    ran = world.attack(command)
+    if (what, command) != ("exp_avg", "eval"):
+        assert path.name in ran.line
 
 
 @pytest.mark.parametrize(

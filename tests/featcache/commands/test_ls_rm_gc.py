@@ -368,6 +368,24 @@ def aged(cache: Path) -> Path:
     return cache
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop"])
+def test_gc_knows_no_unused_cache_where_the_ledger_cannot_be_read(
+    kind: str, featcache_command: Command, aged: Path
+) -> None:
+    ledger = aged.parent / home.LEDGER
+    if kind == "folder":
+        ledger.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(ledger)
+    else:
+        ledger.symlink_to(ledger.name)
+    ran = featcache_command("gc", "--unused", 99, "--yes", "--json")
+    facts = json.loads(ran.out)
+    assert (facts["unused"], facts["removed"]) == ({}, [])
+    assert "the run ledger cannot be read" in facts["left"][str(ledger)]
+    assert aged.is_dir()
+
+
 def test_gc_unused_lists_and_removes_only_with_yes(
     featcache_command: Command, aged: Path, tmp_path: Path
 ) -> None:
