@@ -4,6 +4,7 @@ JSON has."""
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,10 @@ DEPTH = 64  # of lists and objects; none of ours has more than 8
 
 def read_file(path: Path, most_bytes: int = FILE_BYTES) -> Any:
     """Read the value in a JSON file. Raises OSError where the file cannot be read, and ValueError
-    with a reason in one line where it is too large or what `parse` refuses."""
+    with a reason in one line where it is no regular file (a pipe would be waited for), too large,
+    or what `parse` refuses."""
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise ValueError("it is no regular file")
     with path.open("rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
@@ -22,8 +26,8 @@ def read_file(path: Path, most_bytes: int = FILE_BYTES) -> Any:
 
 
 def parse(text: str | bytes) -> Any:
-    """Parse a JSON text; what is no JSON, has NaN or infinities, or is nested deeply is a
-    ValueError with a reason in one line.
+    """Parse a JSON text; what is no JSON, has NaN or infinities, names a value twice, or is
+    nested deeply is a ValueError with a reason in one line.
 
     >>> parse(b'{"a": [1, 2.5, null]}')
     {'a': [1, 2.5, None]}
@@ -32,7 +36,13 @@ def parse(text: str | bytes) -> Any:
     ValueError: it holds NaN, which is no number of JSON
     """
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+        value = json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_constant=_refuse,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     _check_depth(value)
@@ -52,6 +62,16 @@ def as_object(value: Any) -> dict[str, Any]:
 
 
 _KINDS = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, of which Python would keep the last of two values without a word."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names {twice[:60]!r} twice")
+    return value
 
 
 def _refuse(constant: str) -> NoReturn:

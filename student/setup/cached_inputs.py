@@ -50,7 +50,7 @@ def cached_inputs(request: RunRequest, found: MatchedCache, given: Source | None
 def _check_options(options: Options, stored: bool) -> None:
     refuse_view_options(options)
     if not options.fallback:  # which wants the weights again when shards are absent
-        refuse({"--weights": options.weights})
+        refuse({"--weights": options.weights, "--teacher-name": options.teacher_name})
     if stored and options.decoder:
         raise UsageError(
             f"--decoder {options.decoder} is about decoding pictures, and the cache stores pixels: "

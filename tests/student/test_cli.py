@@ -262,7 +262,12 @@ def test_pictures_that_moved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("--weights", "random:0"), ("--views", "2"), ("--policy", "caev2")],
+    [
+        ("--weights", "random:0"),
+        ("--teacher-name", "./mine.py"),
+        ("--views", "2"),
+        ("--policy", "caev2"),
+    ],
     ids=lambda pair: pair[0],
 )
 def test_options_of_the_teacher_in_the_loop_do_not_fit_a_cache(

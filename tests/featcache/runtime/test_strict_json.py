@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from featcache.runtime import strict_json
         ("[" * 65 + "]" * 65, "nested more than 64"), ("[" * 900 + "]" * 900, "nested"),
         ("1" * 5000, "digits"), ("", "Expecting value"), ("{", "Expecting"), ("\x00", "Expecting"),
         ("[1] x", "Extra data"), ("{'a': 1}", "Expecting"),
+        ('{"lr": 1, "b": 2, "lr": 3}', "'lr' twice"), ('[{"": {"x": 1, "x": 1}}]', "'x' twice"),
     ],
 )  # fmt: skip
 def test_what_is_no_plain_json_is_a_value_error_of_one_line(text: str, told: str) -> None:
@@ -47,6 +49,13 @@ def test_a_file_too_large(tmp_path: Path) -> None:
         strict_json.read_file(path, 50)
     with pytest.raises(IsADirectoryError):
         strict_json.read_file(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    for path in (tmp_path / "a.json", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="no regular file"):
+            strict_json.read_file(path)
 
 
 @pytest.mark.parametrize(
