@@ -22,9 +22,9 @@ from featcache.errors import UsageError, UserError, command_line, near
 from featcache.reading import request
 from featcache.reading.byte_ranges import RowChecksumError
 from featcache.reading.locations import locate_rows
-from featcache.reading.range_reader import IO, RangeReader
+from featcache.reading.range_reader import RangeReader, choose_io
 from featcache.reading.read_plan import ReadPlan, parts_of
-from featcache.reading.value_check import value_problem
+from featcache.reading.value_check import check_values
 from featcache.runtime.local_path import local_path
 from featcache.storage import checksums, commit, manifest
 from featcache.storage.keys import I64, Keys
@@ -78,7 +78,7 @@ class Cache:
         self.views: int = self.views_of(self._base.teacher)
         self.levels: tuple[int, ...] = self.levels_of(self._base.teacher)
         self.arrays: dict[str, Array] = dict(self._all_arrays())
-        self._reader = RangeReader(threads, _choose(io, self.bytes))
+        self._reader = RangeReader(threads, choose_io(io, self.bytes))
 
     def _all_arrays(self) -> Iterator[tuple[str, Array]]:
         """Yield arrays by the names that `read` takes, with the levels of all parts; another
@@ -352,11 +352,7 @@ class Cache:
         """Raise UserError where what was read of a field is not what an extraction writes."""
         teacher, _, plain = name.rpartition("/")
         about = self.manifest_of(teacher) if teacher else self.manifest
-        if why := value_problem(plain, values, about["identity"]):
-            raise UserError(
-                f"cache {str(self.path)!r}: {name} holds {why}, which no extraction writes; "
-                "extract it again"
-            )
+        check_values(f"cache {str(self.path)!r}: {name}", plain, values, about["identity"])
 
     def _explain(self, bad: RowChecksumError, rows: I64, views: I64) -> UserError:
         """Name the file at fault: that of the row, or that of its checksum."""
@@ -399,10 +395,3 @@ class Cache:
         # then names are gone, and files close anyway
         if hasattr(self, "_reader") and not sys.is_finalizing():
             self._reader.close()
-
-
-def _choose(io: str, cache_bytes: int) -> str:
-    if io not in IO:
-        raise UsageError(f"io {io!r}: one of {', '.join(IO)} is allowed")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return ("streaming" if cache_bytes > memory else "buffered") if io == "auto" else io

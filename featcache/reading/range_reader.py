@@ -42,6 +42,17 @@ from featcache.storage.posix_io import (
 )
 
 IO = ("auto", "buffered", "streaming", "direct")
+
+
+def choose_io(io: str, cache_bytes: int) -> str:
+    """Return the kind of reads for a cache of so many bytes: `auto` is streaming where memory
+    cannot hold them. Raises UsageError for a kind that is not in IO."""
+    if io not in IO:
+        raise UsageError(f"io {io!r}: one of {', '.join(IO)} is allowed")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return ("streaming" if cache_bytes > memory else "buffered") if io == "auto" else io
+
+
 _SMALL_ITEM_BYTES = 4096  # items up to this are read many at a time where they lie close
 _GATHER_ITEMS = 8  # such items of a file, and more, are worth one read of all that is between them
 _GATHER_SPAN_BYTES = 256 << 10  # from the first to the last of such items, at most

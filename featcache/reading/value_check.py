@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.errors import UserError
+
 Values = npt.NDArray[Any]
 _PIXELS = 1 << 20  # a side of a picture
 _JITTER_ORDERS = 6
@@ -27,6 +29,12 @@ def value_problem(name: str, values: Values, identity: Mapping[str, Any]) -> str
     array is not looked at."""
     check = _CHECKS.get(name)
     return check(values, identity["teacher"]) if check and values.size else ""
+
+
+def check_values(where: str, name: str, values: Values, identity: Mapping[str, Any]) -> None:
+    """Raise UserError where `value_problem` finds one; `where` names the cache and the field."""
+    if why := value_problem(name, values, identity):
+        raise UserError(f"{where} holds {why}, which no extraction writes; extract it again")
 
 
 def _crop(values: Values, teacher: Mapping[str, Any]) -> str:

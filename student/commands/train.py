@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,8 @@ from featcache.console.params import (
     LocalText,
     images_variable,
 )
-from featcache.console.text import echo, print_facts
-from featcache.errors import STOPPED, StoppedError, UsageError, UserError, one_line
+from featcache.errors import STOPPED, StoppedError, UsageError, UserError
+from student.setup.console import Console
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -289,29 +288,13 @@ def command(
         accelerator.deterministic()
     acc = accelerator.accelerator(options["precision"], device)
     options["images"] = options["images"] or images_variable()
-    console = _Console(acc.is_main_process, as_json)
+    console = Console(acc.is_main_process, as_json)
     if not console.speaks:
         logging.getLogger("featcache").setLevel(logging.ERROR)  # notes on the pictures
     run, loader = build.build_run(name, recipe, acc, Options(**options), console.say)
     for note in build.rate_notes(run, loader):
         console.say(note)
     (_dry_run if dry_run else _train)(run, loader, acc, console)
-
-
-@dataclass(frozen=True)
-class _Console:
-    """The first process of a run speaks, all others say nothing."""
-
-    speaks: bool
-    as_json: bool
-
-    def say(self, text: str) -> None:
-        if self.speaks:
-            echo(one_line(text), err=True)
-
-    def print(self, facts: dict[str, Any], text: str) -> None:
-        if self.speaks:
-            print_facts(facts, self.as_json, text)
 
 
 def _load_recipe(name: str | None) -> tuple[str, ModuleType]:
@@ -325,7 +308,7 @@ def _load_recipe(name: str | None) -> tuple[str, ModuleType]:
     return name, recipes.load(name)
 
 
-def _dry_run(run: Run, loader: Loader, acc: Accelerator, console: _Console) -> None:
+def _dry_run(run: Run, loader: Loader, acc: Accelerator, console: Console) -> None:
     """Say what would be trained and what it costs; every process takes part."""
     from student.setup import build
     from student.training import accelerator, dry_run
@@ -336,7 +319,7 @@ def _dry_run(run: Run, loader: Loader, acc: Accelerator, console: _Console) -> N
     console.print(facts, dry_run.text(facts))
 
 
-def _train(run: Run, loader: Loader, acc: Accelerator, console: _Console) -> None:
+def _train(run: Run, loader: Loader, acc: Accelerator, console: Console) -> None:
     """Train, and note in the ledger how far the run came, however it ended."""
     from student import checkpoint
     from student.setup import picture_check
@@ -358,7 +341,7 @@ def _train(run: Run, loader: Loader, acc: Accelerator, console: _Console) -> Non
     console.print(summary, text)
 
 
-def _announce(run: Run, loader: Loader, console: _Console) -> None:
+def _announce(run: Run, loader: Loader, console: Console) -> None:
     from student.setup import build
 
     facts = build.run_facts(run, loader)
@@ -369,7 +352,7 @@ def _announce(run: Run, loader: Loader, console: _Console) -> None:
 
 
 def _stopped(
-    error: BaseException, run: Run, before: int | None, console: _Console
+    error: BaseException, run: Run, before: int | None, console: Console
 ) -> StoppedError | SystemExit:
     """The one line of a run that was stopped; processes that do not speak have the status alone."""
     from student.training import preemption
@@ -382,7 +365,7 @@ def _stopped(
     return preemption.stopped_at_once(run.out, run.resume)
 
 
-def _report_failure(run: Run, before: int | None, console: _Console) -> None:
+def _report_failure(run: Run, before: int | None, console: Console) -> None:
     """Say which checkpoint is kept, where the run saved one before it failed."""
     from student import checkpoint
     from student.training import preemption

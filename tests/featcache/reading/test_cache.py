@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 import featcache
 from featcache.errors import UsageError, UserError
 from featcache.reading import range_reader
-from featcache.reading.cache import Cache, _choose
+from featcache.reading.cache import Cache
+from featcache.reading.range_reader import choose_io
 from featcache.storage import checksums, json_file, manifest, statistics
 from featcache.storage.store import SHARDS, STORES, Array, get_store
 from featcache.views.policy import Policy
@@ -429,9 +430,9 @@ def test_impossible_options(folder: Path, options: dict, message: str) -> None:
 
 def test_auto_streams_what_is_larger_than_memory() -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert _choose("auto", memory // 2) == "buffered"
-    assert _choose("auto", 2 * memory) == "streaming"
-    assert _choose("direct", 1) == "direct"
+    assert choose_io("auto", memory // 2) == "buffered"
+    assert choose_io("auto", 2 * memory) == "streaming"
+    assert choose_io("direct", 1) == "direct"
 
 
 def test_close_and_read_again(folder: Path) -> None:
