@@ -27,6 +27,8 @@ LIBRARIES = (
     "numpy",
     "fastcrc",
     "torch",
+    "timm",
+    "transformers",
     "zarr",
     "zarrs",
     "tensorstore",

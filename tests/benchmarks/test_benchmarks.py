@@ -34,7 +34,6 @@ from benchmarks import (
     drop,
     markdown_table,
     peers,
-    plain_steps,
     resident_share,
     warm,
 )
@@ -117,21 +116,6 @@ def test_bench_train_step_to_its_end(tmp_path: Path) -> None:
         "cached / in memory, at most (maskalign, synthetic) = "
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
-
-
-def test_a_plain_step_is_a_step() -> None:
-    """Losses of the two recipes that are written with PyTorch and timm alone, of the sizes that
-    they take."""
-    draw = torch.Generator().manual_seed(0)
-    keep, masked = torch.arange(58).repeat(2, 1), torch.arange(58, 196).repeat(2, 1)
-    images, features = (
-        torch.randn(shape, generator=draw) for shape in ((2, 3, 224, 224), (2, 2, 197, 32))
-    )
-    batch = {"images": images, "ids_keep": keep, "ids_masked": masked, "features": features}
-    for make in plain_steps.MODELS.values():
-        loss = make(2, 32)(batch)
-        assert loss.ndim == 0
-        assert bool(loss.isfinite())
 
 
 def test_bench_loader_to_its_end(tmp_path: Path) -> None:
