@@ -12,7 +12,8 @@ The teachers are CLIP's, their weights drawn: a step costs the same. Each varian
 turns, another one first each time; ratios are of one repetition, and medians are printed, beside
 the ratio of multiply-accumulates. `cached` has the trainer's own loader, reads, checks and
 decoding in it; `in memory` takes batches that are on the device already; `online` runs the teacher
-in each step; `plain` is PyTorch and timm alone, eager, on batches in memory.
+in each step; `plain` is PyTorch and timm alone, eager, on batches in memory; `released` is
+MaskAlign's step as its released code makes it, the teacher in it (with the package transformers).
 """
 
 from __future__ import annotations
@@ -21,32 +22,30 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields
-from itertools import cycle
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
-import featcache.cli
-from benchmarks import describe, environment, loading, markdown_table, plain_steps, save_json
+from benchmarks import (
+    describe,
+    environment,
+    loading,
+    markdown_table,
+    plain_steps,
+    released_step,
+    save_json,
+)
+from benchmarks import training_steps as steps
+from benchmarks.training_steps import BatchesInMemory, StepConfig, ratio
 from featcache.console.entry import entry
 from featcache.errors import UsageError, UserError, near
 from featcache.models import precision as running
 from featcache.runtime.device import pick_device
 from student import recipes
-from student.commands import train as train_command
-from student.data.prefetch import PrefetchedBatch, Prefetcher, WaitTime
-from student.setup.build import build_run
-from student.setup.options import Options
-from student.training import accelerator, train
-from student.training.train_state import TrainState
+from student.training import train
 
 TEACHERS = {"clip-b16": "clip-b16", "clip-l14": "clip-l14:grid=14"}
 TRIAL = {"synthetic": "synthetic:levels=6,tokens=196,width=32,size=224"}
@@ -61,174 +60,58 @@ GMAC = {
     ("caev2", "clip-b16"): (36.4, 17.6),
     ("fd", "clip-b16"): (53.0, 17.6),
 }
-SCALE = "0.2,1"  # of the crops
 # of each variant, before anything is timed: kernels are chosen, memory is touched, code is compiled
 WARM_STEPS = 2
 AIM = 1.03  # cached / in memory
 
 
-class BatchesInMemory:
-    """Gives the same batches on the device again and again, as a Prefetcher gives new ones."""
-
-    def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
-        self._batches = cycle(batches)
-
-    def take(self) -> PrefetchedBatch:
-        return PrefetchedBatch(next(self._batches), [], WaitTime())
-
-    def bring(self) -> None:
-        """They are there already."""
-
-
 # ------------------------------------------------------------ what is measured
 
 
-@dataclass(frozen=True)
-class StepConfig:
-    """The options that all variants of all recipes share."""
-
-    pictures: Path
-    batch_size: int
-    steps: int
-    reps: int
-    device: str
-    precision: str
-    compiled: bool
-    workers: int
-    sets: tuple[str, ...]
-
-
-def extract(config: StepConfig, teacher: str, out: Path) -> Path:
-    """Extract a cache of the last five levels with random weights, by the command."""
-    args = [
-        "extract",
-        "--teacher",
-        teacher,
-        "--images",
-        str(config.pictures),
-        "--out",
-        str(out),
-        "--views",
-        "1",
-    ]
-    args += [
-        "--levels",
-        "last:5",
-        "--scale",
-        SCALE,
-        "--device",
-        config.device,
-        "--batch-size",
-        str(min(config.batch_size, 64)),
-    ]
-    args += [] if teacher.startswith("synthetic") else ["--weights", "random:0"]
-    featcache.cli.cli.main(args, standalone_mode=False)
-    return out
-
-
-def build(
-    config: StepConfig, recipe: str, cache: Path, online: bool
-) -> tuple[Any, Any, Accelerator]:
-    """Build run, loader and accelerator as `student train` does."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    options = {
-        "--recipe": recipe,
-        "--cache": cache,
-        "--images": config.pictures,
-        "--steps": 1_000_000,
-        "--batch-size": config.batch_size,
-        "--workers": config.workers,
-        "--out": cache / "never",
-        "--precision": config.precision,
-        "--device": config.device,
-        "--scale": SCALE,  # all views, whatever crops the recipe was published with
-    }
-    args = [str(part) for option in options.items() for part in option]
-    args += ["--compile"] if config.compiled else []
-    args += ["--teacher", "online"] if online else []
-    args += [part for text in config.sets for part in ("--set", text)]
-    given = train_command.command.make_context("train", args).params
-    rest = {field.name: given[field.name] for field in fields(Options)}
-    acc = accelerator.accelerator(config.precision, config.device)
-    run, loader = build_run(recipe, recipes.load(recipe), acc, Options(**rest), lambda line: None)
-    return run, loader, acc
-
-
-def make_step(run: Any, loader: Any, state: TrainState, feed: Any) -> Callable[[], None]:
-    """Return the trainer's own step, of a run so long that its learning rate hardly moves."""
-    numbers = iter(range(1, 1 << 40))
-
-    def step() -> None:
-        train.train_step(run, loader, state, feed, next(numbers), 1 << 40)
-
-    return step
-
-
 def step_functions(
-    config: StepConfig, recipe: str, cache: Path, stack: ExitStack
-) -> dict[str, Callable[[], None]]:
+    config: StepConfig, recipe: str, teacher: str, cache: Path, stack: ExitStack
+) -> dict[str, steps.Step]:
     """Return every variant that the recipe has, each with a model of its own."""
-    variants: dict[str, Callable[[], None]] = {}
+    variants: dict[str, steps.Step] = {}
     for name, online in (("online", True), ("cached", False), ("in memory", False)):
-        if (
-            online
-            and not recipes.load(recipe).needs(build(config, recipe, cache, False)[0].config).fields
-        ):
-            continue  # it has no teacher
+        if online and not steps.has_teacher(config, recipe, cache):
+            continue
         try:
-            run, loader, acc = build(config, recipe, cache, online)
+            run, loader, acc = steps.build(config, recipe, cache, online)
         except UsageError as error:  # such as token ids, which no teacher in the loop gives
             click.echo(f"  {recipe}, {name}: {error}", err=True)
             continue
         state = train.build_state(run, loader, acc)
-        hosts = stack.enter_context(closing(loader.iterate(1, 1 << 40, state.drop_rates)))
-        feed: Any = Prefetcher(run.config, run.targets, hosts, acc.device, run.seed)
+        feed = steps.make_feed(run, loader, state, acc, stack)
         if name == "in memory":
             feed = BatchesInMemory([feed.take().batch for _ in range(2)])
-        variants[name] = make_step(run, loader, state, feed)
-    if recipe in plain_steps.MODELS and not config.sets:
-        batch = feed.take().batch
-        variants["plain"] = plain_steps.make_step(recipe, batch, acc.device, acc.mixed_precision)
+        variants[name] = steps.make_step(run, loader, state, feed)
+    if not config.sets:
+        device, precision, batch = acc.device, acc.mixed_precision, feed.take().batch
+        if recipe in plain_steps.MODELS:
+            variants["plain"] = plain_steps.make_step(recipe, batch, device, precision)
+        if recipe == "maskalign":
+            try:
+                variants["released"] = released_step.make_step(
+                    teacher, "base", batch["images"], device, precision
+                )
+            except UserError as error:  # without transformers
+                click.echo(f"  {recipe}, released: {error}", err=True)
     return variants
 
 
-def seconds_of(step: Callable[[], None], count: int, device: str) -> float:
-    """Return the seconds of one step, all work on the device done."""
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    _wait(device)
-    return (time.perf_counter() - start) / count
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def measure(config: StepConfig, recipe: str, cache: Path) -> dict[str, list[float]]:
+def measure(
+    config: StepConfig, recipe: str, teacher: str, cache: Path, reps: int, count: int
+) -> dict[str, list[float]]:
     """Return the seconds of a step, by variant and repetition."""
     with ExitStack() as stack:
-        variants = step_functions(config, recipe, cache, stack)
+        variants = step_functions(config, recipe, teacher, cache, stack)
         for step in variants.values():
-            seconds_of(step, WARM_STEPS, config.device)
-        found: dict[str, list[float]] = {name: [] for name in variants}
-        for rep in range(config.reps):
-            names = [*variants]
-            for name in [*names[rep % len(names) :], *names[: rep % len(names)]]:
-                found[name].append(seconds_of(variants[name], config.steps, config.device))
-        return found
+            steps.seconds_of(step, WARM_STEPS, config.device)
+        return steps.in_turns(variants, reps, count, config.device)
 
 
 # ------------------------------------------------------------ results
-
-
-def ratio(found: dict[str, list[float]], over: str, under: str) -> float | None:
-    """Return the median over repetitions; None where the recipe lacks one of the variants."""
-    if over not in found or under not in found:
-        return None
-    return statistics.median(a / b for a, b in zip(found[over], found[under], strict=True))
 
 
 def result_row(
@@ -243,12 +126,19 @@ def result_row(
         "by GMAC": None if gmac is None else sum(gmac) / gmac[0],
         "cached / in memory": ratio(found, "cached", "in memory"),
         "plain / in memory": ratio(found, "plain", "in memory"),
+        "released / cached": ratio(found, "released", "cached"),
         "seconds": found,
     }
 
 
 def results_table(lines: list[dict[str, Any]]) -> str:
-    names = ("online / cached", "by GMAC", "cached / in memory", "plain / in memory")
+    names = (
+        "online / cached",
+        "by GMAC",
+        "cached / in memory",
+        "plain / in memory",
+        "released / cached",
+    )
     rows = [
         (
             f"{line['recipe']}, {line['teacher']}",
@@ -285,6 +175,7 @@ def _chosen(text: str, allowed: list[str], option: str) -> list[str]:
 )
 @click.option(
     "--steps",
+    "count",
     type=click.IntRange(1),
     default=2,
     show_default=True,
@@ -326,7 +217,7 @@ def cli(
     teacher_names: str,
     batch_size: int,
     pictures: int,
-    steps: int,
+    count: int,
     reps: int,
     precision: str,
     compiled: bool,
@@ -354,30 +245,27 @@ def cli(
         shown = loading.write_pictures(root / "pictures", pictures)
         for teacher in teachers:
             sets = ("encoder=tiny",) if trial else ()
-            config = StepConfig(
-                shown, batch_size, steps, reps, device, precision, compiled, workers, sets
-            )
-            cache = extract(config, known[teacher], root / teacher)
+            config = StepConfig(shown, batch_size, device, precision, compiled, workers, sets=sets)
+            cache = steps.extract(config, known[teacher], root / teacher)
             for recipe in wanted:
                 try:
-                    lines.append(
-                        result_row(recipe, teacher, measure(config, recipe, cache), batch_size)
-                    )
+                    found = measure(config, recipe, teacher, cache, reps, count)
+                    lines.append(result_row(recipe, teacher, found, batch_size))
                 except UserError as error:  # this teacher's cache does not serve this recipe
                     click.echo(f"  {recipe}, {teacher}: {error}", err=True)
                 click.echo(f"  {recipe}, {teacher} done", err=True)
     if not lines:
         sys.exit(1)
     click.echo(f"\n{results_table(lines)}\n")
-    found = [line for line in lines if line["cached / in memory"] is not None]
-    worst = max(found, key=lambda line: line["cached / in memory"])
+    told = [line for line in lines if line["cached / in memory"] is not None]
+    worst = max(told, key=lambda line: line["cached / in memory"])
     verdict = "ok" if worst["cached / in memory"] <= AIM else "MISSED"
     text = f"cached / in memory, at most ({worst['recipe']}, {worst['teacher']})"
     click.echo(f"{text} = {worst['cached / in memory']:.3f}, aim {AIM}  {verdict}")
     options = {
         "batch_size": batch_size,
         "pictures": pictures,
-        "steps": steps,
+        "steps": count,
         "reps": reps,
         "precision": precision,
     }

@@ -234,7 +234,8 @@ if TYPE_CHECKING:
     "--compile",
     "compiled",
     is_flag=True,
-    help="torch.compile the model: slow to begin with, then faster.",
+    help="torch.compile the model, and the teacher with --teacher online: slow to begin with, then "
+    "faster.",
 )
 @click.option(
     "--checkpoint-activations",

@@ -6,9 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from featcache.errors import UsageError
+from featcache.models import precision
 from featcache.models.contract import Teacher
+from featcache.models.tokenizer import network_of
 from featcache.models.weights import weight_hash
 from featcache.pictures.source import Source
 from featcache.reading import join
@@ -33,7 +36,7 @@ def online_inputs(
     recipe, settings = request.recipe, found.settings if found else request.settings
     spec = recipe.needs(build_config(recipe.Config, settings))
     policy = _policy(request, spec, found, source)
-    teacher = load_teacher(request, found) if spec.fields else None
+    teacher = _compiled(load_teacher(request, found), request) if spec.fields else None
     facts = _facts(found, policy, teacher)
     config = cache_match.config_with_facts(recipe.Config, settings, facts)
     spec = recipe.needs(config)
@@ -45,6 +48,14 @@ def online_inputs(
     targets = OnlineTargets(policy, spec, teacher, views, order, selection.schedule)
     record = _record(targets, source, selection)
     return TrainingInputs(config, source, targets, selection.pictures, record)
+
+
+def _compiled(teacher: Teacher, request: RunRequest) -> Teacher:
+    """Let --compile be of the whole step, of which the teacher is the larger part; one that is no
+    network stays as it is."""
+    if not request.options.compiled or not isinstance(network_of(teacher), nn.Module):
+        return teacher
+    return precision.configure(teacher, precision.execution_config(teacher).precision, True)
 
 
 def _check_options(options: Options, found: MatchedCache | None) -> None:

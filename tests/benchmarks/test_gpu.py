@@ -1,0 +1,283 @@
+"""The program for whoever has a GPU for minutes: what fails or hangs costs itself alone, and runs
+are merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import results, runner, worker
+from benchmarks.gpu.plan import PLAN, TRIAL, Measurement
+from benchmarks.gpu.results import Entry, Results, Row
+from featcache.errors import UsageError, UserError
+
+ROOT = Path(__file__).parents[2]
+SMALL = "tests.benchmarks.gpu_cases:open_small"
+
+
+def case(name: str, box_s: int = 60, least_s: int = 1, **options: Any) -> Measurement:
+    return Measurement(
+        name, f"It {name}.", f"tests.benchmarks.gpu_cases:{name}", least_s, box_s, options
+    )
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, or does within five seconds."""
+    for _ in range(100):
+        status = Path(f"/proc/{pid}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def measure(
+    cases: list[Measurement], folder: Path, seconds: float = 300.0
+) -> tuple[dict[str, Entry], list[str]]:
+    """Entries by name, and the lines that were said."""
+    options = worker.WorkerOptions(folder, folder / "log.txt", "cpu", TRIAL, 1, SMALL)
+    kept: dict[str, Entry] = {}
+    lines: list[str] = []
+    with runner.closing_worker(options) as own:
+        runner.run(cases, own, time.monotonic() + seconds, kept.__setitem__, lines.append)
+    return kept, lines
+
+
+def test_what_fails_hangs_or_dies_costs_itself_alone(tmp_path: Path) -> None:
+    """Rows that came before are kept, others go on in a fresh process, and no process is left."""
+    note = tmp_path / "pid"
+    cases = [
+        case("gives"),
+        case("fails"),
+        case("sleeps", box_s=4, note=str(note)),
+        case("dies"),
+        case("exits"),
+        Measurement("last", "It gives.", "tests.benchmarks.gpu_cases:gives", 1, 60, {"value": 2.0}),
+    ]
+    kept, lines = measure(cases, tmp_path)
+    assert {name: (entry.status, entry.reason) for name, entry in kept.items()} == {
+        "gives": ("done", ""),
+        "fails": ("failed", "RuntimeError: CUDA error: an illegal memory access"),
+        "sleeps": ("ended by its time box", "after 4 s"),
+        "dies": ("failed", "its process was ended by SIGSEGV"),
+        "exits": ("failed", "its process ended with exit status 3"),
+        "last": ("done", ""),
+    }
+    rows = {name: [(row.label, row.value) for row in entry.rows] for name, entry in kept.items()}
+    assert rows == {
+        "gives": [("a row", 1.0)],
+        "fails": [("before it fails", 2.0)],
+        "sleeps": [("before it sleeps", 3.0)],
+        "dies": [],
+        "exits": [],
+        "last": [("a row", 2.0)],
+    }
+    assert 4 <= kept["sleeps"].seconds < 20
+    assert "a row: 2 ratio  (goal at most 1.03: MISSED)" in " ".join(lines)
+    assert is_gone(int(note.read_text()))
+    assert "illegal memory access" in (tmp_path / "log.txt").read_text()
+
+
+def test_what_does_not_fit_is_not_run(tmp_path: Path) -> None:
+    kept, _ = measure([case("gives", least_s=40), case("fails", least_s=5)], tmp_path, seconds=20)
+    assert kept["gives"].status == "not run"
+    assert "it wants 40" in kept["gives"].reason
+    assert kept["fails"].status == "failed"  # what comes after it may be shorter
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "cuda" in line
+    assert "--trial" in line
+
+
+# ------------------------------------------------------------ results
+
+
+def row(value: float | None, **more: Any) -> Row:
+    return Row(label="x", value=value, **more)
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [
+        (row(1.03, at_most=1.03), "ok"),
+        (row(1.04, at_most=1.03), "MISSED"),
+        (row(1.5, at_least=1.5), "ok"),
+        (row(1.49, at_least=1.5), "MISSED"),
+        (row(float("nan"), at_most=1.0), "MISSED"),
+        (row(7.0), ""),
+        (row(None, at_most=1.0), ""),
+    ],
+)
+def test_a_goal_is_reached_or_missed(given: Row, verdict: str) -> None:
+    assert given.verdict == verdict
+
+
+def some() -> Results:
+    return Results(
+        sizes="real",
+        machine={"device": "NVIDIA H200", "driver": "580.1", "GPU memory GiB": 139.8},
+        versions={"torch": "2.11"},
+        commit="b" * 40,
+        settings="Steps of 256 pictures.",
+        measurements={
+            "step-b16": Entry(
+                title="A step.",
+                status="done",
+                seconds=61.0,
+                commit="a" * 40,
+                rows=[Row(label="cached / in memory", value=1.0125, at_most=1.03)],
+            ),
+            "memory": Entry(
+                title="Memory.",
+                status="failed",
+                reason="it | <b>\x1b[2J",
+                rows=[Row(label="batch 2,048", value=None, note="out of memory")],
+            ),
+        },
+    )
+
+
+def test_the_page_tells_hardware_goals_and_what_is_missing() -> None:
+    page = results.markdown(some())
+    assert "device NVIDIA H200, driver 580.1, GPU memory GiB 139.8, torch 2.11; commit bbb" in page
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if "|" in line
+    ]
+    assert table[2:] == [
+        ["step-b16", "cached / in memory", "1.012", "at most 1.03", "ok"],
+        ["memory", "batch 2,048", "-", "", ""],
+        ["memory", "failed: it / &lt;b>\\x1b[2J", "", "", ""],
+    ]
+    assert f"- **step-b16**: A step. (61 s, commit {'a' * 40})" in page
+    assert "  - batch 2,048: out of memory" in page
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    results.save(tmp_path, some())
+    assert results.load(tmp_path, "real") == some()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": 2, "sizes": "real"}',
+        '{"format": 1, "sizes": "real", "measurements": {"x": {"title": 3}}}',
+        '{"format": 1, "sizes": "real", "measurements": []}',
+        '{"format": 1, "sizes": "real", "sizes": "real"}',
+        '{"format": 1, "sizes": "trial"}',
+        "[" * 100_000,
+    ],
+)
+def test_results_of_others_are_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / results.JSON).write_text(text)
+    with pytest.raises(UserError, match=r"give another --out$") as raised:
+        results.load(tmp_path, "real")
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / results.JSON).read_text() == text
+
+
+def test_another_machine_s_results_are_not_added_to() -> None:
+    results.check_machine(some(), {"device": "NVIDIA H200"})
+    with pytest.raises(UserError, match=r"are of NVIDIA H200, and this machine has NVIDIA A100"):
+        results.check_machine(some(), {"device": "NVIDIA A100"})
+
+
+# ------------------------------------------------------------ the command
+
+
+def test_every_measurement_can_be_called() -> None:
+    assert len({each.name for each in PLAN}) == len(PLAN)
+    for each in PLAN:
+        assert callable(each.load())
+        assert 0 < each.least_s <= each.box_s
+
+
+def test_a_second_run_takes_up_what_is_missing_first_what_was_never_tried() -> None:
+    tried = {
+        "step-b16": "done",
+        "exact": "failed",
+        "data": "done",
+        "memory": "ended by its time box",
+    }
+    before = Results(
+        sizes="real",
+        measurements={name: Entry(title="", status=status) for name, status in tried.items()},
+    )
+    before.measurements["kernels"] = Entry(title="")
+    names = [each.name for each in program._missing(PLAN, before)]
+    assert names[:2] == ["kernels", "extract-b16"]
+    assert names[-2:] == ["exact", "memory"]
+    assert len(names) == len(PLAN) - 2
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((), "--out is needed"),
+        (("--out", "x", "--only", "kernel"), "--only: unknown 'kernel'; did you mean kernels?"),
+    ],
+)
+def test_what_cannot_be_asked(args: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        program.cli.main(list(args), standalone_mode=False)
+    assert said in str(raised.value)
+
+
+def test_the_list_names_every_measurement() -> None:
+    done = CliRunner().invoke(program.cli, ["--list"])
+    assert [line.split()[0] for line in done.output.splitlines()] == [each.name for each in PLAN]
+
+
+@pytest.mark.slow
+def test_a_trial_measures_everything_in_four_minutes(tmp_path: Path) -> None:
+    """And the same command again has nothing to do."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--trial",
+        "--minutes",
+        "4",
+        "--out",
+        str(out),
+    ]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()[-4000:]
+    found = json.loads((out / results.JSON).read_text())["measurements"]
+    assert [*found] == [each.name for each in PLAN]
+    assert {entry["status"] for entry in found.values()} == {"done"}
+    assert all(entry["rows"] for entry in found.values())
+    lacking = [
+        (name, each["label"])
+        for name, entry in found.items()
+        for each in entry["rows"]
+        if each.get("value") is None
+    ]
+    assert lacking == []
+    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert again.stdout.startswith("all is measured")
