@@ -186,10 +186,7 @@ def init_truncated_normal(x: Tensor) -> None:
 def encode(beit: Beit, images: Tensor, ids_keep: Tensor) -> Tensor:
     """Encode the visible patches: images (B,3,H,W), ids_keep (B,V) -> (B,1+V,D), CLS first, after
     the final norm; family cae."""
-    x = vit.gather_tokens(beit.patch_embed(images), ids_keep)
-    x = torch.cat([beit.cls_token.expand(len(x), -1, -1), x], dim=1)
-    assert beit.pos_embed is not None
-    x = x + vit.gather_tokens(beit.pos_embed.expand(len(x), -1, -1), vit.prepend_cls_id(ids_keep))
+    x = vit.embed_visible(beit, images, ids_keep)
     for block in beit.blocks:
         x = block(x)
     return beit.norm(x)

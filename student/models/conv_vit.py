@@ -178,6 +178,10 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.act(channel_norm(self.norm, self.proj(x)))
 
+    def embed_visible(self, x: Tensor, ids_keep: Tensor) -> Tensor:
+        """Compute the output at ids_keep (B,V) alone: x (B,C,H,W) -> (B,V,D)."""
+        return self.act(self.norm(vit.project_patches(self.proj, x, ids_keep)))
+
 
 class ConvMlp(nn.Module):
     """Apply two 1 x 1 convolutions with a GELU between them."""
@@ -263,25 +267,26 @@ class ConvViT(nn.Module):
         maps of the first two."""
         hidden = torch.ones(len(images), self.grid**2, dtype=torch.bool, device=images.device)
         hidden = hidden.scatter(1, ids_keep, False).view(-1, 1, self.grid, self.grid)
-        stage1, stage2, patches = self._embed_stages(images, hidden)
-        return self._run_blocks(vit.gather_tokens(patches, ids_keep)), (stage1, stage2)
+        stage1, stage2 = self._run_stages(images, hidden)
+        x = self.patch_embed4(self.patch_embed3.embed_visible(stage2, ids_keep))
+        x = x + vit.gather_positions(self.pos_embed, ids_keep)
+        return self._run_blocks(x), (stage1, stage2)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Encode all patches: images (B,3,H,W) -> (B,P,D), CLS first where there is one, after
         `norm`."""
-        return self.norm(self._run_blocks(self._embed_stages(images, None)[-1])[-1])
+        patches = self.patch_embed3(self._run_stages(images, None)[-1]).flatten(2).transpose(1, 2)
+        return self.norm(self._run_blocks(self.patch_embed4(patches) + self.pos_embed)[-1])
 
-    def _embed_stages(self, images: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the maps of both stages, and the patch tokens (B,P,D) with their positions, for
-        hidden (B,1,G,G)."""
-        stage1 = self.patch_embed1(images)
+    def _run_stages(self, images: Tensor, hidden: Tensor | None) -> Stages:
+        """Compute the maps of both stages, for hidden (B,1,G,G)."""
+        stage1, fine = self.patch_embed1(images), _upsample_mask(hidden, 4)
         for block in self.blocks1:
-            stage1 = block(stage1, _upsample_mask(hidden, 4))
-        stage2 = self.patch_embed2(stage1)
+            stage1 = block(stage1, fine)
+        stage2, coarse = self.patch_embed2(stage1), _upsample_mask(hidden, 2)
         for block in self.blocks2:
-            stage2 = block(stage2, _upsample_mask(hidden, 2))
-        patches = self.patch_embed3(stage2).flatten(2).transpose(1, 2)
-        return stage1, stage2, self.patch_embed4(patches) + self.pos_embed
+            stage2 = block(stage2, coarse)
+        return stage1, stage2
 
     def _run_blocks(self, x: Tensor) -> list[Tensor]:
         """Return the output of every block for patch tokens (B,V,D), CLS in front where there is
@@ -321,5 +326,6 @@ class StageFusion(nn.Module):
 
     def forward(self, stages: Stages, ids_keep: Tensor) -> Tensor:
         """Return (B,V,D), the sum of both at the visible patches."""
-        both = self.stage1_output_decode(stages[0]) + self.stage2_output_decode(stages[1])
-        return vit.gather_tokens(both.flatten(2).transpose(1, 2), ids_keep)
+        both = zip((self.stage1_output_decode, self.stage2_output_decode), stages, strict=True)
+        one, two = (vit.project_patches(conv, stage, ids_keep) for conv, stage in both)
+        return one + two

@@ -80,18 +80,11 @@ def norm_pix(patches: Tensor) -> Tensor:
         return (patches - mean) / (variance + NORM_PIX_EPS).sqrt()
 
 
-def masked_pixel_mse(
-    pred: Tensor, patches: Tensor, ids_masked: Tensor, *, normalise: bool = True
-) -> Tensor:
+def pixel_mse(pred: Tensor, patches: Tensor, *, normalise: bool = True) -> Tensor:
     """Compute the squared error, mean over a patch, then over masked patches: pred, patches
-    (B,P,C), ids_masked (B,M) -> scalar.
+    (B,M,C) of these alone -> scalar.
 
     Every picture hides the same number of patches, so this is MAE's sum(loss * mask) / sum(mask).
-    Only masked patches are gathered and normalised: visible ones never enter.
     """
-    index = ids_masked.unsqueeze(-1).expand(-1, -1, pred.shape[-1])
-    target = patches.gather(1, index)
     with autocast_off(pred):
-        return F.mse_loss(
-            upcast(pred.gather(1, index)), norm_pix(target) if normalise else upcast(target)
-        )
+        return F.mse_loss(upcast(pred), norm_pix(patches) if normalise else upcast(patches))

@@ -1,9 +1,9 @@
 """The MAE-style encoder and decoder are a timm VisionTransformer with MAE's stem, start values and
 token selection.
 
-    pictures -> embed all patches -> + positions -> keep the visible -> CLS in front -> blocks
+    pictures -> take the visible patches -> embed -> CLS in front -> + positions -> blocks
                                                                                         (encode)
-    encoder tokens -> narrow -> mask tokens in the holes -> + positions -> blocks -> pixels
+    encoder tokens -> narrow -> mask tokens behind them -> + positions -> blocks -> pixels
                                                                                         (Decoder)
 
 The modules are timm's own, so an encoder's state dict loads into timm by name; the decoder's
@@ -21,7 +21,9 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchDropout
+from timm.models.beit import Beit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -204,9 +206,14 @@ def sincos(width: int, grid: int, layout: str = "mae") -> Tensor:
 # --- encoding -------------------------------------------------------------------------------------
 
 
-def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """Embed images (B,3,H,W) -> patch tokens with their positions (B,P,D), CLS not among them."""
-    return vit.patch_embed(images) + _tokens(vit)[1][:, 1:]
+def embed_visible(encoder: VisionTransformer | Beit, images: Tensor, ids_keep: Tensor) -> Tensor:
+    """Embed the visible patches: images (B,3,H,W), ids_keep (B,V) -> tokens with their positions
+    (B,1+V,D), CLS first."""
+    assert encoder.cls_token is not None
+    assert encoder.pos_embed is not None
+    x = encoder.patch_embed.norm(project_patches(encoder.patch_embed.proj, images, ids_keep))
+    x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)
+    return x + gather_positions(encoder.pos_embed, prepend_cls_id(ids_keep))
 
 
 def encode(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> list[Tensor]:
@@ -215,10 +222,7 @@ def encode(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> list[Ten
 
     This is the residual stream: `vit.norm` is not applied.
     """
-    cls_token, positions = _tokens(vit)
-    x = gather_tokens(embed(vit, images), ids_keep)
-    x = torch.cat([(cls_token + positions[:, :1]).expand(len(x), -1, -1), x], dim=1)
-    outputs = []
+    x, outputs = embed_visible(vit, images, ids_keep), []
     for block in vit.blocks:
         x = block(x)
         outputs.append(x)
@@ -230,27 +234,34 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+def gather_positions(table: Tensor, ids: Tensor) -> Tensor:
+    """Gather positions (1,N,D) at ids (B,M) -> (B,M,D)."""
+    return gather_tokens(table.expand(len(ids), -1, -1), ids)
+
+
 def prepend_cls_id(ids: Tensor) -> Tensor:
     """Map ids (B,M) of patches -> ids (B,1+M) of tokens, of which CLS is the first."""
     return torch.cat([ids.new_zeros(len(ids), 1), ids + 1], dim=1)
 
 
-def restore_order(tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-    """Sort tokens (B,1+P,D), CLS, those of ids_keep (B,V), those of ids_masked (B,P-V), into CLS,
-    then raster order; without CLS where there are P tokens."""
-    order = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)
-    return gather_tokens(
-        tokens, order if tokens.shape[1] == order.shape[1] else prepend_cls_id(order)
-    )
+def project_patches(conv: nn.Conv2d, images: Tensor, ids: Tensor) -> Tensor:
+    """Apply a convolution whose stride is its kernel at patches alone: images (B,C,H,W), ids (B,N)
+    of its output's cells -> (B,N,D).
+
+    It multiplies no other pixels. Embedding all patches and choosing afterwards takes 2.4 times as
+    long on a CPU where a quarter is visible.
+    """
+    kernel = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (D,p*p*C), as the patches have them
+    return F.linear(gather_patches(images, ids, conv.kernel_size[0]), kernel, conv.bias)
 
 
-def patchify(images: Tensor, patch_px: int) -> Tensor:
-    """Cut images (B,3,H,W) -> (B,P,p*p*3): patches in raster order; inside one (row, column,
-    channel), channel fastest."""
-    batch, channels, height, width = images.shape
-    rows, cols = height // patch_px, width // patch_px
-    x = images.reshape(batch, channels, rows, patch_px, cols, patch_px)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * cols, patch_px * patch_px * channels)
+def gather_patches(images: Tensor, ids: Tensor, patch_px: int) -> Tensor:
+    """Gather patches of images (B,C,H,W) at ids (B,N), in raster order -> (B,N,p*p*C); inside one
+    (row, column, channel), channel fastest. The other patches are not copied."""
+    x = images.unflatten(2, (-1, patch_px)).unflatten(4, (-1, patch_px))  # (B,C,G,p,G,p)
+    x, cols = x.permute(0, 2, 4, 3, 5, 1), x.shape[4]
+    picture = torch.arange(len(ids), device=ids.device).unsqueeze(1)
+    return x[picture, ids // cols, ids % cols].flatten(2)
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -301,22 +312,28 @@ class Decoder(nn.Module):
         init_fixed_positions(self.decoder_pos_embed, patches_grid)
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """Predict (B,P,out) in raster order, no CLS, from tokens (B,1+V,D) of the encoder, ids_keep
-        (B,V), ids_masked (B,P-V)."""
-        return self.predict_with_cls(tokens, ids_keep, ids_masked)[:, self.prefix :]
+        """Predict the masked patches (B,M,out), from tokens (B,1+V,D) of the encoder, ids_keep
+        (B,V), ids_masked (B,M)."""
+        return self.decoder_pred(self.masked_states(tokens, ids_keep, ids_masked))
 
-    def predict_with_cls(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """Predict as `forward`, with CLS in front: (B,1+P,out)."""
-        return self.decoder_pred(self.hidden_states(tokens, ids_keep, ids_masked))
+    def predict_all(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """Predict (B,1+P,out) in the decoder's order: CLS, the visible, the masked."""
+        x = self._run_blocks(tokens, ids_keep, ids_masked)
+        return self.decoder_pred(self.decoder_norm(x))
 
-    def hidden_states(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """Return what the last Linear reads: (B,1+P,width), CLS first where there is one."""
+    def masked_states(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """Return what the last Linear reads of the masked patches: (B,M,width)."""
+        x = self._run_blocks(tokens, ids_keep, ids_masked)
+        return self.decoder_norm(x[:, tokens.shape[1] :])
+
+    def _run_blocks(self, tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """Return (B,1+P,width): CLS, the visible, the masked. Attention asks for no order, so the
+        positions are brought to the tokens, which are not sorted into those of the picture."""
+        ids = torch.cat([ids_keep, ids_masked], dim=1)
+        ids = prepend_cls_id(ids) if self.prefix else ids
         x = self.decoder_embed(tokens)
-        holes = self.mask_token.to(x.dtype).expand(*ids_masked.shape, -1)
-        x = (
-            restore_order(torch.cat([x, holes], dim=1), ids_keep, ids_masked)
-            + self.decoder_pos_embed
-        )
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(*ids_masked.shape, -1)], dim=1)
+        x = x + gather_positions(self.decoder_pos_embed, ids)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_norm(x)
+        return x

@@ -4,7 +4,7 @@ Paper:    Hou et al., "MILAN: Masked Image Pretraining on Language Assisted Repr
           2208.06049), Table 10
 Command:  student train --recipe kd --cache CACHE --images SRC --batch-size 512
           (8 processes: 4,096)
-Cost:     ViT-B, 49 of 196 patches: 13.3 GMAC a picture forward and backward; the teacher's 17.6 are
+Cost:     ViT-B, 49 of 196 patches: 13.0 GMAC a picture forward and backward; the teacher's 17.6 are
           in the cache
 Expected: ImageNet-1k, ViT-B from CLIP-B/16, 400 epochs: 84.0 fine-tuned, beside MILAN's 85.4
           (published, not yet ours)

@@ -134,7 +134,7 @@ class Model(nn.Module):
         outputs = vit.encode(self.encoder, images, ids_keep)
         aligned, parts = self.align(outputs, batch["features"], ids_keep)
         pred = self.decoder(self.encoder.norm(outputs[-1]), ids_keep, ids_masked)
-        patches = vit.patchify(images, self.config.patch_size)
-        pixel = losses.masked_pixel_mse(pred, patches, ids_masked, normalise=self.config.norm_pix)
+        patches = vit.gather_patches(images, ids_masked, self.config.patch_size)
+        pixel = losses.pixel_mse(pred, patches, normalise=self.config.norm_pix)
         loss = self.config.align_weight * aligned + self.config.pixel_weight * pixel
         return {"loss": loss, "align": aligned.detach(), "pixel": pixel.detach(), **parts}

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import UsageError
@@ -48,9 +49,8 @@ def reference_block(
 def embedded(w: Weights, images: Tensor) -> Tensor:
     """Embed every patch through the kernel, without a position: (B,P,D)."""
     kernel = w["patch_embed.proj.weight"]
-    flat = vit.patchify(images, kernel.shape[-1]) @ kernel.permute(2, 3, 1, 0).reshape(
-        -1, kernel.shape[0]
-    )
+    patches = F.unfold(images, kernel.shape[-1], stride=kernel.shape[-1]).transpose(1, 2)
+    flat = patches @ kernel.flatten(1).T
     return flat + w["patch_embed.proj.bias"]
 
 

@@ -29,26 +29,22 @@ def test_norm_pix_of_a_flat_patch_is_zero() -> None:
     assert losses.norm_pix(torch.full((2, 4), 0.7)).abs().max() == 0
 
 
-def test_masked_pixel_mse_by_hand() -> None:
-    """Patches 0 and 2 are masked: errors 1, 1 and 0, 4 -> (1 + 2) / 2; patch 1 is far off and does
-    not count."""
-    pred = torch.tensor([[[1.0, 1.0], [99.0, 99.0], [3.0, 7.0]]])
-    patches = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [3.0, 5.0]]])
-    ids_masked = torch.tensor([[0, 2]])
-    assert losses.masked_pixel_mse(pred, patches, ids_masked, normalise=False).item() == 1.5
+def test_pixel_mse_by_hand() -> None:
+    """Errors 1, 1 and 0, 4 -> (1 + 2) / 2."""
+    pred = torch.tensor([[[1.0, 1.0], [3.0, 7.0]]])
+    patches = torch.tensor([[[0.0, 2.0], [3.0, 5.0]]])
+    assert losses.pixel_mse(pred, patches, normalise=False).item() == 1.5
 
 
-def test_masked_pixel_mse_normalised_in_numpy() -> None:
+def test_pixel_mse_normalised_in_numpy() -> None:
     rng = np.random.default_rng(0)
     pred, patches = rng.normal(size=(2, 5, 12)), rng.normal(2, 3, size=(2, 5, 12))
-    ids = np.array([[0, 3], [1, 4]])
     terms = []
-    for b in range(2):
-        for i in ids[b]:
-            patch = patches[b, i]
-            target = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
-            terms.append(((pred[b, i] - target) ** 2).mean())
-    got = losses.masked_pixel_mse(torch.tensor(pred), torch.tensor(patches), torch.tensor(ids))
+    for b, i in np.ndindex(2, 5):
+        patch = patches[b, i]
+        target = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
+        terms.append(((pred[b, i] - target) ** 2).mean())
+    got = losses.pixel_mse(torch.tensor(pred), torch.tensor(patches))
     assert got.item() == pytest.approx(np.mean(terms), rel=1e-12)
 
 
@@ -63,11 +59,10 @@ def test_masked_pixel_mse_normalised_in_numpy() -> None:
 )
 def test_half_is_promoted_and_float64_kept(given: torch.dtype, kept: torch.dtype) -> None:
     x, y = torch.zeros(1, 2, 4, dtype=given), torch.ones(1, 2, 4, dtype=given)
-    ids = torch.tensor([[1]])
     assert losses.upcast(x).dtype == kept
     assert losses.smooth_l1(x, y).dtype == kept
     assert losses.norm_pix(x).dtype == kept
-    assert losses.masked_pixel_mse(x, y, ids).dtype == kept
+    assert losses.pixel_mse(x, y).dtype == kept
 
 
 def test_small_errors_survive_half_precision_and_autocast() -> None:
@@ -81,9 +76,8 @@ def test_gradients() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, 4, 6, dtype=torch.float64) * 2
-    ids = torch.tensor([[0, 2], [1, 3]])
     assert torch.autograd.gradcheck(lambda x: losses.smooth_l1(x, y), x)
-    assert torch.autograd.gradcheck(lambda x: losses.masked_pixel_mse(x, y, ids), x)
+    assert torch.autograd.gradcheck(lambda x: losses.pixel_mse(x, y), x)
     assert torch.autograd.gradcheck(losses.norm_pix, x)
 
 

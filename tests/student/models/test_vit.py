@@ -3,8 +3,10 @@ values."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UsageError
-from student.models import vit
+from student.models import beit, vit
 
 TINY = "vit_tiny_patch16_224,embed_dim=16,depth=2,num_heads=2"
 Weights = Mapping[str, Tensor]
@@ -97,6 +99,50 @@ def test_encode_of_all_patches_is_timms_forward() -> None:
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     last = vit.encode(model, images, torch.arange(16).expand(2, -1))[-1]
     torch.testing.assert_close(model.norm(last), model.forward_features(images))
+
+
+@pytest.mark.parametrize("family", ["mae", "cae"])
+def test_visible_patches_are_embedded_as_by_timm(family: str) -> None:
+    """timm embeds all patches by a convolution; the same tokens and the same gradients, to
+    rounding. The norm behind the convolution is timm's option."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 24, "patch_size": 4}
+    build = vit.build if family == "mae" else partial(beit.build, family=family)
+    ours = build("tiny,embed_dim=16,depth=1,num_heads=2", **sizes).double()
+    ours.patch_embed.norm = torch.nn.LayerNorm(16).double()
+    timms = copy.deepcopy(ours)
+    images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    ids = torch.tensor([[35, 7, 0], [1, 20, 4]])
+    every = timms.patch_embed(images) + timms.pos_embed[:, 1:]
+    cls = timms.cls_token[0] + timms.pos_embed[0, :1]
+    expected = torch.stack([torch.cat([cls, row[i]]) for row, i in zip(every, ids, strict=True)])
+    got = vit.embed_visible(ours, images, ids)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    weight = torch.randn_like(got)
+    (got * weight).sum().backward()
+    (expected * weight).sum().backward()
+    names = ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")
+    for name in (*names, "patch_embed.norm.weight"):
+        one, two = ours.get_parameter(name).grad, timms.get_parameter(name).grad
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_project_patches_is_the_convolution_at_these_cells(bias: bool) -> None:
+    """Of a map of 5 channels too; the values and both gradients, to rounding."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(5, 7, 2, stride=2, bias=bias, dtype=torch.float64)
+    x = torch.randn(2, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    got = vit.project_patches(conv, x, torch.tensor([[4, 1], [0, 5]]))
+    out = conv(x)  # (2,7,2,3)
+    expected = torch.stack([out[0, :, 1, 1], out[0, :, 0, 1], out[1, :, 0, 0], out[1, :, 1, 2]])
+    expected = expected.view(2, 2, 7)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    weight = torch.randn_like(got)
+    one = torch.autograd.grad((got * weight).sum(), [x, *conv.parameters()])
+    two = torch.autograd.grad((expected * weight).sum(), [x, *conv.parameters()])
+    for mine, other in zip(one, two, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
 
 
 def test_hidden_pixels_never_reach_the_visible_tokens() -> None:
@@ -222,14 +268,20 @@ def test_other_encoders_are_refused(encoder: str, message: str) -> None:
 # --- patches and the decoder ----------------------------------------------------------------------
 
 
-def test_patchify_order() -> None:
-    """A 2-channel-coded picture: value = 100 * channel + 10 * row + column; patches of 2 x 2."""
+def test_gather_patches_by_hand() -> None:
+    """A coded picture: value = 100 * channel + 10 * row + column; 2 x 3 patches of 2 x 2, of which
+    the fifth and the second are asked for."""
     channel, row, col = torch.meshgrid(
-        torch.arange(3), torch.arange(4), torch.arange(4), indexing="ij"
+        torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij"
     )
-    patches = vit.patchify((100 * channel + 10 * row + col)[None], 2)
-    assert patches.shape == (1, 4, 12)
-    assert patches[0, 1].tolist() == [2, 102, 202, 3, 103, 203, 12, 112, 212, 13, 113, 213]
+    images = torch.stack([100 * channel + 10 * row + col, torch.zeros(3, 4, 6, dtype=torch.int64)])
+    patches = vit.gather_patches(images, torch.tensor([[4, 1], [0, 5]]), 2)
+    assert patches.shape == (2, 2, 12)
+    assert patches[0].tolist() == [
+        [22, 122, 222, 23, 123, 223, 32, 132, 232, 33, 133, 233],
+        [2, 102, 202, 3, 103, 203, 12, 112, 212, 13, 113, 213],
+    ]
+    assert not patches[1].any()
 
 
 def reference_decode(
@@ -257,10 +309,14 @@ def test_decoder_equals_plain_matrix_code() -> None:
     tokens = torch.randn(2, 4, 6, dtype=torch.float64)
     ids_keep = torch.tensor([[7, 0, 2], [1, 4, 5]])
     ids_masked = torch.tensor([[1, 3, 4, 5, 6, 8], [0, 2, 3, 6, 7, 8]])
-    got = decoder(tokens, ids_keep, ids_masked)
-    expected = reference_decode(decoder.state_dict(), tokens, ids_keep, heads=2, depth=2)
-    assert got.shape == (2, 9, 5)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    masked = decoder(tokens, ids_keep, ids_masked)
+    every = decoder.predict_all(tokens, ids_keep, ids_masked)
+    raster = reference_decode(decoder.state_dict(), tokens, ids_keep, heads=2, depth=2)
+    ids = torch.cat([ids_keep, ids_masked], dim=1)
+    expected = torch.stack([row[order] for row, order in zip(raster, ids, strict=True)])
+    assert (masked.shape, every.shape) == ((2, 6, 5), (2, 10, 5))
+    torch.testing.assert_close(masked, expected[:, 3:], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(every[:, 1:], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_decoder_names_are_those_of_the_released_code() -> None:

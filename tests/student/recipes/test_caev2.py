@@ -210,8 +210,8 @@ def test_sizes() -> None:
 
 
 def test_cost() -> None:
-    """36.4 GMAC forward and backward, within 2 %."""
-    assert 3 * gmac("caev2") == pytest.approx(36.4, rel=0.02)
+    """36.2 GMAC forward and backward, within 2 %."""
+    assert 3 * gmac("caev2") == pytest.approx(36.2, rel=0.02)
 
 
 @pytest.mark.parametrize(
