@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +105,11 @@ def permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return np.argsort(raw, kind="stable")
 
 
+def exponentials(raw: U64) -> F64:
+    """Return draws of Exp(1), one a word."""
+    return -np.log(open_uniform(raw))
+
+
 def race(weights: npt.ArrayLike, raw: U64) -> npt.NDArray[np.int64]:
     """Order by an exponential race, (n, P) weights and (n, P) words -> (n, P), so that for every m
     the first m entries are drawn without replacement in proportion to the weights (METHODS 0.3:
@@ -111,7 +117,15 @@ def race(weights: npt.ArrayLike, raw: U64) -> npt.NDArray[np.int64]:
 
     Zeros are legal and come last, in index order.
     """
-    with np.errstate(divide="ignore"):
-        log_p = np.log(np.asarray(weights, np.float64))
-    keys = log_p - np.log(-np.log(open_uniform(raw)))
-    return np.argsort(-keys, axis=-1, kind="stable")
+    return finish_order(exponentials(raw), np.asarray(weights, np.float64))
+
+
+def finish_order(drawn: Any, weights: Any) -> Any:
+    """Order by the race of exponentials (n, P) float64 and weights (n, P) -> (n, P), arrays or
+    tensors: j finishes at e_j / w_j.
+
+    A division and a stable sort are exact everywhere, so that a GPU gives the order of the host. A
+    logarithm is not, which is why the exponentials are drawn on the host.
+    """
+    with np.errstate(divide="ignore", over="ignore"):
+        return (drawn / abs(weights)).argsort(stable=True)  # abs: a zero may be negative

@@ -2,10 +2,14 @@
 
 A mask is a function that orders the patches of each picture; the first `n_visible` of the order are
 seen. A function takes what its parameters name - `raw` (the picture's own random words of this
-epoch, one a patch), `draws` (as many such rounds of words as it wants), `n_visible`, `attention`
-(the teacher's CLS attention) or `mask_order` (the order stored with the cache) - so that a new mask
-is one function and one line in `MASKS`. Everything is a pure function of (seed, epoch, key):
-worker, batch and world size never enter.
+epoch, one a patch), `exponentials` (draws of Exp(1) from such words), `draws` (as many rounds of
+words as it wants), `n_visible`, `attention` (the teacher's CLS attention) or `mask_order` (the
+order stored with the cache) - so that a new mask is one function and one line in `MASKS`.
+Everything is a pure function of (seed, epoch, key): worker, batch and world size never enter.
+
+With the teacher in the loop `attention` and `mask_order` are tensors on its device. So a mask that
+takes one of them draws `exponentials` at most, which are made on the host, and computes by what is
+exact on every device and what arrays and tensors share.
 
 Shapes: n pictures, P patches, V = n_visible.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,33 +52,37 @@ def uniform(raw: U64) -> I64:
     return np.argsort(raw, axis=1, kind="stable")
 
 
-def attentive(raw: U64, attention: npt.NDArray[np.floating]) -> I64:
+def attentive(exponentials: Any, attention: Any) -> Any:
     """Order the patches so that what the teacher attends to is likely visible (MaskAlign and
-    MILAN): raw, attention (n, P) -> order (n, P).
+    MILAN): exponentials, attention (n, P) -> order (n, P).
 
     Patch j finishes at e_j / p_j with e_j ~ Exp(1); the order of finishing is a draw without
     replacement in proportion to the attention, which need not sum to one. A weight of zero is legal
     and comes last.
     """
-    _check_attention(attention)
-    return rng.race(attention, raw)
+    return rng.finish_order(exponentials, attention)
 
 
-def topk(attention: npt.NDArray[np.floating]) -> I64:
+def topk(attention: Any) -> Any:
     """Order the patches by falling attention, equals in raster order: attention (n, P) -> order (n,
     P).
 
     Nothing is drawn, so that a view shows the same in each epoch (MR-MAE's focused mimicking, as
     its text reads).
     """
-    _check_attention(attention)
-    return np.argsort(-attention, axis=1, kind="stable")
+    return (-attention).argsort(stable=True)
 
 
-def _check_attention(weight: npt.NDArray[np.floating]) -> None:
-    """Refuse a row that is not finite, has a negative weight, or nothing but zeros: it cannot be
-    sampled from."""
-    wrong = ~np.isfinite(weight).all(axis=1) | (weight < 0).any(axis=1) | ~(weight > 0).any(axis=1)
+def unfit(attention: Any) -> Any:
+    """Return (n,) whether each row of attention (n, P), an array or a tensor, cannot be sampled
+    from: it is not finite, has a negative weight, or nothing but zeros."""
+    allowed = (attention >= 0) & (attention < math.inf)
+    return ~allowed.all(1) | ~(attention > 0).any(1)
+
+
+def check_attention(weight: npt.NDArray[np.floating]) -> None:
+    """Refuse rows that cannot be sampled from."""
+    wrong = unfit(weight)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise UserError(
@@ -85,10 +93,10 @@ def _check_attention(weight: npt.NDArray[np.floating]) -> None:
         )
 
 
-def stored(mask_order: npt.NDArray[np.integer]) -> I64:
+def stored(mask_order: Any) -> Any:
     """Return the order that was drawn when the view was extracted: the same mask in every epoch
     that shows this view."""
-    return np.asarray(mask_order).astype(np.int64)
+    return mask_order
 
 
 def blockwise(draws: Callable[[int], U64], n_visible: int) -> I64:
@@ -147,7 +155,8 @@ MASKS: dict[str, Callable[..., I64]] = {
     "stored": stored,
     "blockwise": blockwise,
 }
-DRAWN = ("raw", "draws", "n_visible")  # parameters of a mask that are no arrays of a cache
+# parameters of a mask that are no arrays of a cache
+DRAWN = ("raw", "exponentials", "draws", "n_visible")
 
 
 def fields(name: str) -> tuple[str, ...]:
@@ -182,31 +191,56 @@ def draw(
 
     `attention` and `mask_order` are (n, P) and are looked at only by the masks that name them.
     """
-    rows: dict[str, npt.NDArray | None] = {"attention": attention, "mask_order": mask_order}
-    given = {
-        field: _rows(name, field, rows[field], (len(digests), n_patches)) for field in fields(name)
-    }
+    own = drawn(
+        name, digests=digests, seed=seed, epoch=epoch, n_visible=n_visible, n_patches=n_patches
+    )
+    rows = {"attention": attention, "mask_order": mask_order}
+    given = _given(name, rows, (len(digests), n_patches))
+    if "attention" in given:
+        check_attention(given["attention"])
+    return split(np.asarray(MASKS[name](**own, **given)).astype(np.int64), n_visible)
+
+
+def order_on_device(
+    name: str, own: Mapping[str, Any], rows: Mapping[str, Any], shape: tuple[int, int]
+) -> Any:
+    """Order the patches (n, P) = `shape` by what was `drawn` and the `rows` that the mask takes, by
+    name, all of them tensors: the order that `draw` would take. Attention is not checked, since
+    that would wait for it."""
+    own = {key: value for key, value in own.items() if key in DRAWN}
+    return MASKS[name](**own, **_given(name, rows, shape))
+
+
+def drawn(
+    name: str, *, digests: U64, seed: int, epoch: int | I64, n_visible: int, n_patches: int
+) -> dict[str, Any]:
+    """Return what a mask takes beside arrays of a cache, by the names of its parameters."""
 
     def words(purpose: str) -> U64:
         return rng.words(digests, rng.stream(purpose, seed), n_patches, epoch=epoch)
 
-    asked = inspect.signature(MASKS[name]).parameters
-    drawn: dict[str, Any] = {"draws": lambda k: words(f"mask:{name}:{k}"), "n_visible": n_visible}
-    drawn = {key: value for key, value in drawn.items() if key in asked}
-    if "raw" in asked:
-        drawn["raw"] = words(f"mask:{name}")
-    return split(MASKS[name](**given, **drawn), n_visible)
+    makers: dict[str, Callable[[], Any]] = {
+        "raw": lambda: words(f"mask:{name}"),
+        "exponentials": lambda: rng.exponentials(words(f"mask:{name}")),
+        "draws": lambda: lambda k: words(f"mask:{name}:{k}"),
+        "n_visible": lambda: n_visible,
+    }
+    asked = inspect.signature(known(name)).parameters
+    return {parameter: make() for parameter, make in makers.items() if parameter in asked}
 
 
-def _rows(name: str, field: str, array: npt.NDArray | None, shape: tuple[int, int]) -> npt.NDArray:
-    if array is None or array.shape != shape:
-        got = "nothing" if array is None else f"shape {array.shape}"
-        raise UserError(
-            f"cannot draw mask {name!r}: its {field} is {got}, needed: one row of {shape[1]} "
-            f"patches for each of {shape[0]} pictures; use a cache that holds {field} on this "
-            "patch grid, or train with mask=uniform"
-        )
-    return array
+def _given(name: str, rows: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
+    """Return the arrays that a mask takes, each (n, P) = `shape`, or raise a UserError."""
+    given = {field: rows.get(field) for field in fields(name)}
+    for field, array in given.items():
+        if array is None or tuple(array.shape) != shape:
+            got = "nothing" if array is None else f"shape {tuple(array.shape)}"
+            raise UserError(
+                f"cannot draw mask {name!r}: its {field} is {got}, needed: one row of {shape[1]} "
+                f"patches for each of {shape[0]} pictures; use a cache that holds {field} on this "
+                "patch grid, or train with mask=uniform"
+            )
+    return given
 
 
 def split(order: I64, n_visible: int) -> tuple[I64, I64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,26 @@ def tail_arrays(norm: Any, **more: Tensor) -> dict[str, npt.NDArray[np.float32]]
 def normalise_pixels(
     images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
 ) -> Tensor:
-    """Normalise uint8 (B, 3, S, S) by the channels' mean and std; returns float32.
+    """Normalise uint8 (B, 3, S, S) by the channels' mean and std, numbers or float32 tensors (3,)
+    on the images' device; returns float32."""
+    if not isinstance(mean, Tensor):
+        mean = _on_device(tuple(mean), images.device)
+    if not isinstance(std, Tensor):
+        std = _on_device(tuple(std), images.device)
+    return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
-    Statistics given as float32 tensors (3,) on the images' device are used as they are; numbers are
-    copied there at each call, for which a GPU's stream is waited for.
-    """
-    mean, std = (
-        torch.as_tensor(values, dtype=torch.float32, device=images.device).view(3, 1, 1)
-        for values in (mean, std)
-    )
-    return (images.float() / 255 - mean) / std
+
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers (3,) on a device; kept, since a GPU's stream is waited for to copy them."""
+    # what is compiled has them for constants
+    return _make(values, device) if torch.compiler.is_compiling() else _kept(values, device)
+
+
+def _make(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@cache
+def _kept(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # whose tensors could not be used outside of it
+        return _make(values, device)

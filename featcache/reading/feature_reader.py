@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
-from featcache.reading.tensors import tail_tensors, to_image_order, to_tensor
+from featcache.reading.tensors import copy_to_device, tail_tensors, to_image_order
 from featcache.targets.codecs import Codec, get_codec
 from featcache.targets.levels import EPS
 
@@ -85,15 +85,16 @@ class FeatureReader:
         return (*self._coded, *filter(None, (self.stats_field, self.order_field)))
 
     def to_device(
-        self, host: Mapping[str, npt.NDArray[Any]], device: torch.device
+        self, host: Mapping[str, npt.NDArray[Any] | Tensor], device: torch.device
     ) -> dict[str, Tensor]:
-        """Move the arrays of `fields` to the device, without waiting for the copies.
+        """Move the arrays of `fields` to the device, without waiting for the copies; those that are
+        there already stay.
 
         Statistics may go on into a batch as they are, so they are never the host's own memory,
         which is filled again.
         """
         return {
-            name: to_tensor(host[name]).to(device, non_blocking=True, copy=name == self.stats_field)
+            name: copy_to_device(host[name], device, own=name == self.stats_field)
             for name in self.fields
         }
 

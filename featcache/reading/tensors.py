@@ -26,11 +26,26 @@ def to_image_order(features: Tensor, order: Tensor) -> Tensor:
 
 
 def to_tensor(values: npt.NDArray[Any]) -> Tensor:
-    """Make a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64 of
-    the same bits."""
-    if values.dtype.kind == "u" and values.dtype.itemsize > 1:
-        values = values.view(np.int64) if values.dtype.itemsize == 8 else values.astype(np.int64)
-    return torch.from_numpy(values)
+    """Make a tensor; unsigned numbers of more than 8 bits, which PyTorch hardly knows, as int64."""
+    return copy_to_device(values, torch.device("cpu"))
+
+
+def copy_to_device(
+    values: npt.NDArray[Any] | Tensor, device: torch.device, *, own: bool = False
+) -> Tensor:
+    """Copy values as they are stored, without waiting for the copy; what is there already stays.
+    Unsigned numbers of more than 8 bits become int64 on the device.
+
+    With `own` the result never shares the host's memory; without, it does on a CPU.
+    """
+    if isinstance(values, Tensor):
+        return values.to(device, non_blocking=True)
+    wide = values.dtype.kind == "u" and values.dtype.itemsize > 1
+    stored = values.view(f"i{values.dtype.itemsize}") if wide else values
+    copied = torch.from_numpy(stored).to(device, non_blocking=True, copy=own)
+    if wide and values.dtype.itemsize < 8:
+        return copied.long() & ((1 << 8 * values.dtype.itemsize) - 1)
+    return copied
 
 
 def tail_tensors(tail: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:

@@ -20,3 +20,9 @@ def pick_device(name: str | None) -> str:
             f"--device {chosen!r} cannot be used here: {reason}; cpu always can"
         ) from error
     return chosen
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Return whether a device works through a queue behind the host, which copies to it from
+    page-locked memory without waiting."""
+    return device.type == "cuda"

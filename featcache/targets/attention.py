@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -37,13 +39,26 @@ def mask_order(
     any ratio; `topk`: by falling attention; `uniform`: regardless of it.
     """
     patches = attention.shape[1]
-    raw = rng.words(digests, rng.stream(f"order:{kind}", seed), patches, view=view)
-    if kind == "attentive":
-        order = rng.race(attention, raw)
-    elif kind == "topk":
-        order = np.argsort(-attention, axis=-1, kind="stable")
-    elif kind == "uniform":
-        order = np.argsort(raw, axis=-1, kind="stable")
-    else:
-        raise errors.UsageError(f"unknown mask order {kind!r}: {errors.near(kind, ORDERS)}")
+    drawn = draw_for_order(kind, patches, digests, view, seed)
+    order = order_by(kind, drawn, attention)
     return order.astype(np.uint8 if patches <= 256 else np.uint16)
+
+
+def draw_for_order(
+    kind: str, patches: int, digests: rng.U64, view: int | npt.ArrayLike, seed: int
+) -> npt.NDArray[np.float64 | np.int64]:
+    """Draw what an order needs beside the attention: exponentials (n, P) for `attentive`, nothing
+    (n, 0) for `topk`, the order (n, P) itself for `uniform`."""
+    if kind not in ORDERS:
+        raise errors.UsageError(f"unknown mask order {kind!r}: {errors.near(kind, ORDERS)}")
+    count = 0 if kind == "topk" else patches
+    raw = rng.words(digests, rng.stream(f"order:{kind}", seed), count, view=view)
+    return np.argsort(raw, axis=-1, kind="stable") if kind == "uniform" else rng.exponentials(raw)
+
+
+def order_by(kind: str, drawn: Any, attention: Any) -> Any:
+    """Order the patches (n, P) by what was drawn and the attention (n, P), arrays or tensors: the
+    same order on every device."""
+    if kind == "topk":
+        return (-attention).argsort(stable=True)
+    return drawn if kind == "uniform" else rng.finish_order(drawn, attention)

@@ -7,8 +7,9 @@ derived (METHODS 10.1).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,19 +32,23 @@ def normalise(y: Tensor) -> tuple[Tensor, Tensor]:
     return centred.div_(std), torch.cat([mean, std], -1)
 
 
-def moment_sums(stats: npt.NDArray[np.floating], width: int) -> npt.NDArray[np.float64]:
+def moment_sums(stats: Any, width: int) -> Any:
     """Sum the moments of the numbers y of each level, from stats (n, L, T, 2) of `normalise` and D
-    channels -> (L, 3): their count, their sum and the sum of their squares, over pictures, tokens
-    and channels; what several batches give may be added."""
-    mean, std = np.moveaxis(stats.astype(np.float64), -1, 0)  # each (n, L, T)
+    channels -> (L, 3) float64: their count, their sum and the sum of their squares, over pictures,
+    tokens and channels; what several batches give may be added. Arrays or tensors."""
+    of = np if isinstance(stats, np.ndarray) else torch
+    stats = stats.astype(np.float64) if of is np else stats.double()
+    mean, std = stats[..., 0], stats[..., 1]
     squares = (std**2 - EPS + mean**2).sum((0, 2)) * width
-    count = np.full(stats.shape[1], stats.shape[0] * stats.shape[2] * width, np.float64)
-    return np.stack([count, mean.sum((0, 2)) * width, squares], 1)
+    count = of.full_like(squares, stats.shape[0] * stats.shape[2] * width)
+    return of.stack([count, mean.sum((0, 2)) * width, squares], 1)
 
 
-def moments(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """Turn `sums` (L, 3) into (L, 2): mean and unbiased variance of each level (MaskAlign's
-    whole-tensor `bn`, METHODS 14)."""
+def moments(sums: Any) -> Any:
+    """Turn `sums` (L, 3) into (L, 2) float32: mean and unbiased variance of each level (MaskAlign's
+    whole-tensor `bn`, METHODS 14). An array or a tensor."""
+    of = np if isinstance(sums, np.ndarray) else torch
     count, total, squares = sums.T
     variance = (squares - total**2 / count) / (count - 1)
-    return np.stack([total / count, variance], 1).astype(np.float32)
+    both = of.stack([total / count, variance], 1)
+    return both.astype(np.float32) if of is np else both.float()

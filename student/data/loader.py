@@ -68,8 +68,8 @@ class Loader:
     repeats: int = 1  # views of a picture in one step; it is decoded once
     # (n,) of the pictures in storage: sampled by blocks; None: at random
     positions: npt.NDArray[np.int64] | None = None
-    # drawn here, where all they read is on the host
-    masks: Callable[[HostBatch], Mapping[str, Tensor] | None] | None = None
+    # draws masks, or what is random in them where they read what only the device will know
+    masks: Callable[[HostBatch], Mapping[str, Tensor]] | None = None
     pin: bool = False  # page-locked memory, for a GPU
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class Loader:
     def batch(self, step: int, micro: int, decoders: ThreadPoolExecutor) -> HostBatch:
         """Make one micro-batch in memory of its own: `pixels` (B, S, S, 3) uint8, the stored
         arrays, `view`, `round` (how often each picture was shown before), `at`, `digests`, `epoch`,
-        `keys`, and `masks` where drawn here."""
+        `keys`, and `drawn` by name."""
         return self._begin(step, micro, decoders, None).finish()
 
     def _begin(
@@ -195,7 +195,7 @@ class Loader:
         host: HostBatch = memory | self.targets.fetch(at, view, memory)
         host |= {"at": at, "view": view, "round": rounds, "digests": digests, "epoch": epoch}
         if (moments := self._moments(step)) is not None:
-            host["moments"] = moments
+            host |= self._pinned({"moments": torch.from_numpy(moments.copy())})
         host["keys"] = [self.source.keys[self.pictures[i]] for i in at]
         checked = pixel_check.sample_views(digests, view, rounds, self.seed, self.check_fraction)
         hashes = self._hashes(at, view, checked)
@@ -206,12 +206,20 @@ class Loader:
         else:
             work = [[i] for i in starts]
         futures = [decoders.submit(self._samples, host, some, hashes) for some in work if some]
-        if self.masks is not None and (masks := self.masks(host)) is not None:
-            host["masks"] = self._pinned(masks)
+        host["drawn"] = self._pinned(self._draw(host, step, micro, drop_rates))
+        return _Begun(host, memory, futures)
+
+    def _draw(
+        self, host: HostBatch, step: int, micro: int, drop_rates: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """Draw all that is random in a batch beside its views."""
+        drawn = {name: torch.from_numpy(each) for name, each in self.targets.draw(host).items()}
+        if self.masks is not None:
+            drawn |= self.masks(host)
         if drop_rates:
             kept = drop_path.draw(drop_rates, self.seed, step, self.positions_in_step(micro))
-            host["drawn"] = self._pinned({drop_path.ENTRY: torch.from_numpy(kept)})
-        return _Begun(host, memory, futures)
+            drawn[drop_path.ENTRY] = torch.from_numpy(kept)
+        return drawn
 
     def _pinned(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {name: x.pin_memory() for name, x in tensors.items()} if self.pin else tensors

@@ -2,59 +2,93 @@
 is being computed.
 
 On a GPU a side stream copies the next batch from page-locked memory (uint8 pixels, targets as they
-are stored) and normalises and decodes it there while the step runs. On a CPU there is nothing to
-overlap with, and a batch is made when it is taken. B batch, S pixels.
+are stored) and normalises and decodes it there while the step runs; a teacher in the loop runs in
+the step itself, on pixels that were copied before. On a CPU there is nothing to overlap with, and a
+batch is made when it is taken. B batch, S pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from featcache.models.hooks import normalise_pixels
+from featcache.reading.tensors import copy_to_device
+from featcache.runtime import device as devices
+from student import masking
 from student.config import RecipeConfig
-from student.targets.assemble import draw_masks
+from student.data import device_queue
+from student.data.device_queue import LateChecks, Marks, Seconds, mark
+from student.models import drop_path
+from student.targets.assemble import draw_for_masks, draw_masks, masks_on_device
 from student.targets.contract import HostBatch, Targets
 
-Marks = tuple[torch.cuda.Event, torch.cuda.Event]
+MASK_ENTRIES = ("ids_keep", "ids_masked")
 
 
 def to_device(
-    config: RecipeConfig, targets: Targets, host: HostBatch, device: torch.device, seed: int
+    config: RecipeConfig,
+    targets: Targets,
+    host: HostBatch,
+    device: torch.device,
+    seed: int,
+    checks: LateChecks | None = None,
 ) -> dict[str, Tensor]:
     """Return a host batch as the recipe takes it: normalised images (B, 3, S, S), decoded features,
     masks, drop path where it is drawn. Nothing in it shares memory with the host batch, which is
-    filled again."""
-    pixels = torch.from_numpy(host["pixels"]).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    mean, std = _statistics(device)
-    features, sources = targets.to_device(host, device)
-    drawn = {
-        **(host.get("masks") or draw_masks(config, host, sources, seed)),
-        **host.get("drawn", {}),
-    }
+    filled again. What is wrong with attention is told by `checks`, or at once."""
+    pixels = copy_to_device(host["pixels"], device).permute(0, 3, 1, 2)
+    drawn = _drawn_on_device(config, host, device, seed)
+    features, mask_inputs = targets.to_device({**host, "drawn": drawn}, device)
+    if "ids_keep" not in drawn:
+        drawn |= masks_on_device(config, drawn, mask_inputs, len(pixels))
+        _check_attention(config, mask_inputs, checks or LateChecks(0))
     return {
-        "images": normalise_pixels(pixels, mean, std),
+        "images": normalise_pixels(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         **features,
-        **{name: ids.to(device, non_blocking=True) for name, ids in drawn.items()},
+        **{name: drawn[name] for name in (*MASK_ENTRIES, drop_path.ENTRY) if name in drawn},
     }
 
 
-@cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ImageNet's mean and std, (3,) each; made once, since making them waits for the
-    stream."""
-    mean, std = (
-        torch.tensor(values, device=device)
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+def copy_batch(
+    config: RecipeConfig, targets: Targets, host: HostBatch, device: torch.device, seed: int
+) -> HostBatch:
+    """Return a host batch of which all that `to_device` reads on the device is there, each array
+    copied once and without waiting."""
+    names = ("pixels", *targets.device_arrays(host))
+    copied = {name: copy_to_device(host[name], device) for name in names}
+    return {**host, **copied, "drawn": _drawn_on_device(config, host, device, seed)}
+
+
+def _drawn_on_device(
+    config: RecipeConfig, host: HostBatch, device: torch.device, seed: int
+) -> dict[str, Tensor]:
+    """Return all that is random in a batch; the masks, or what is random in them, are drawn here
+    where the loader did not."""
+    drawn = dict(host.get("drawn", {}))
+    if not drawn.keys() & {"ids_keep", "exponentials"}:
+        reads = masking.fields(config.mask)
+        drawn |= draw_for_masks(config, host, seed) if reads else draw_masks(config, host, {}, seed)
+    return {name: copy_to_device(each, device) for name, each in drawn.items()}
+
+
+def _check_attention(
+    config: RecipeConfig, mask_inputs: Mapping[str, Tensor], checks: LateChecks
+) -> None:
+    """Have it told, now or later, when a mask was drawn from rows that cannot be sampled from."""
+    if "attention" not in masking.fields(config.mask):
+        return
+    attention = mask_inputs["attention"]
+    checks.add(
+        masking.unfit(attention).any(),
+        lambda: masking.check_attention(attention.cpu().numpy()),
     )
-    return mean, std
 
 
 @dataclass(frozen=True)
@@ -64,36 +98,18 @@ class PrefetchedBatch:
 
     batch: dict[str, Tensor]
     keys: list[str]
-    waited: WaitTime
-
-
-class WaitTime:
-    """Measures seconds without work for want of a batch: on a GPU those between two marks in its
-    own queue."""
-
-    def __init__(self, seconds: float = 0.0, marks: Sequence[Marks] = ()) -> None:
-        self._seconds, self._marks = seconds, marks
-
-    def item(self) -> float:
-        """Return the number; waits until the device has passed the last mark."""
-        for begun, ended in self._marks:
-            ended.synchronize()
-            self._seconds += begun.elapsed_time(ended) / 1000
-        self._marks = ()
-        return self._seconds
+    waited: Seconds
 
 
 class WaitShare:
     """Measures the share of a step's seconds that was spent waiting, from 0 to 1."""
 
-    def __init__(self, waits: list[WaitTime], seconds: float) -> None:
-        self._waits, self._seconds = waits, seconds
+    def __init__(self, waits: list[Seconds], whole: Seconds) -> None:
+        self._waits, self._whole = waits, whole
 
     def item(self) -> float:
-        return round(min(sum(wait.item() for wait in self._waits) / self._seconds, 1.0), 4)
-
-    def __float__(self) -> float:
-        return self.item()
+        waited = sum(wait.item() for wait in self._waits)
+        return round(min(waited / max(self._whole.item(), 1e-9), 1.0), 4)
 
 
 class Prefetcher:
@@ -115,8 +131,9 @@ class Prefetcher:
             device,
             seed,
         )
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._next: tuple[HostBatch, dict[str, Tensor], list[Marks]] | None = None
+        self.checks = LateChecks(device_queue.lag(device))
+        self._side = torch.cuda.Stream(device) if devices.is_gpu(device) else None
+        self._next: tuple[HostBatch, list[Marks]] | None = None
         self._copied: torch.cuda.Event | None = None  # the last host batch has been read
 
     def take(self) -> PrefetchedBatch:
@@ -125,53 +142,58 @@ class Prefetcher:
         if self._side is None:
             start = time.perf_counter()
             host = next(self.batches)
-            waited = WaitTime(time.perf_counter() - start)
-            return PrefetchedBatch(
-                to_device(self.config, self.targets, host, self.device, self.seed),
-                host["keys"],
-                waited,
-            )
+            waited = Seconds(time.perf_counter() - start)
+            return PrefetchedBatch(self._to_device(host), host["keys"], waited)
         main = torch.cuda.current_stream(self.device)
-        if not self.targets.is_stored:
-            host, marks = self._host(main)
-            batch = to_device(self.config, self.targets, host, self.device, self.seed)
-            self._copied = _mark(main)
-            return PrefetchedBatch(batch, host["keys"], WaitTime(marks=[marks]))
-        host, batch, stalls = self._next or self._prepare(self._side, main)
+        host, stalls = self._next or self._prepare(self._side, main)
         self._next = None
-        free = _mark(main)
+        free = mark(main)
         main.wait_stream(self._side)
-        for tensor in batch.values():
+        waited = Seconds(marks=[*stalls, (free, mark(main))])
+        batch = host["batch"] if self.targets.is_stored else self._to_device(host)
+        for tensor in _tensors(host):
             tensor.record_stream(main)  # its memory is not given away while the step reads it
-        return PrefetchedBatch(batch, host["keys"], WaitTime(marks=[*stalls, (free, _mark(main))]))
+        return PrefetchedBatch(batch, host["keys"], waited)
 
     def bring(self) -> None:
-        """Queue the next batch's copies and decoding beside the step; nothing after the last
-        one."""
-        if self._side is not None and self.targets.is_stored and self._next is None:
+        """Queue the next batch's copies, and its decoding where no teacher has to run first, beside
+        the step; nothing after the last one."""
+        if self._side is not None and self._next is None:
             with contextlib.suppress(StopIteration):
                 self._next = self._prepare(self._side, torch.cuda.current_stream(self.device))
 
     def _prepare(
         self, side: torch.cuda.Stream, main: torch.cuda.Stream
-    ) -> tuple[HostBatch, dict[str, Tensor], list[Marks]]:
+    ) -> tuple[HostBatch, list[Marks]]:
+        """Return a batch that is being copied, with `batch` as the recipe takes it where all of it
+        is stored."""
         host, marks = self._host(main)
         with torch.cuda.stream(side):
-            batch = to_device(self.config, self.targets, host, self.device, self.seed)
-            self._copied = _mark(side)
-        return {"keys": host["keys"]}, batch, [marks]
+            copied = copy_batch(self.config, self.targets, host, self.device, self.seed)
+            self._copied = mark(side)
+            if self.targets.is_stored:
+                copied = {"keys": host["keys"], "batch": self._to_device(copied)}
+        return copied, [marks]
+
+    def _to_device(self, host: HostBatch) -> dict[str, Tensor]:
+        return to_device(
+            self.config, self.targets, host, self.device, self.seed, checks=self.checks
+        )
 
     def _host(self, main: torch.cuda.Stream) -> tuple[HostBatch, Marks]:
         """Return the next host batch, and marks around the wait for it. Asking gives the memory of
         the last one back, which must have been read."""
         if self._copied is not None:
             self._copied.synchronize()
-        asked = _mark(main)
+        asked = mark(main)
         host = next(self.batches)
-        return host, (asked, _mark(main))
+        return host, (asked, mark(main))
 
 
-def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(stream)
-    return event
+def _tensors(host: HostBatch) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, those of dictionaries in it as well."""
+    for value in host.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value)

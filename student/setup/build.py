@@ -7,20 +7,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from accelerate import Accelerator
 from torch import Tensor
 
 from featcache import rng
 from featcache.errors import UsageError
+from featcache.runtime import device as devices
 from featcache.runtime.compiler import check_compiler
 from featcache.storage import identity
-from student import checkpoint
+from student import checkpoint, masking
+from student.config import RecipeConfig
 from student.data.loader import Loader
 from student.setup.options import Options, RunRequest, Say, user_settings
 from student.setup.target_choice import choose_targets
 from student.setup.training_inputs import TrainingInputs
 from student.targets import in_memory
-from student.targets.assemble import draw_masks
+from student.targets.assemble import draw_for_masks, draw_masks
 from student.targets.cached import CachedTargets
 from student.targets.contract import HostBatch, Targets
 from student.targets.fallback import FallbackTargets
@@ -28,7 +32,8 @@ from student.training import optim, trackers
 from student.training.train import Run
 
 BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
-DrawMasks = Callable[[HostBatch], dict[str, Tensor] | None]
+DrawMasks = Callable[[HostBatch], dict[str, Tensor]]
+Bool = npt.NDArray[np.bool_]
 
 
 def build_run(
@@ -91,8 +96,8 @@ def _loader(inputs: TrainingInputs, options: Options, acc: Accelerator, out: Pat
         check_fraction=options.check_pixels,
         repeats=options.aug_repeats,
         positions=inputs.positions if options.sampling == "block" else None,
-        masks=_draw_early(inputs, options.seed),
-        pin=acc.device.type == "cuda",
+        masks=_draw_masks(inputs, options.seed),
+        pin=devices.is_gpu(acc.device),
     )
 
 
@@ -133,19 +138,29 @@ def _resumed_batch_size(out: Path, options: Options, acc: Accelerator) -> int | 
     return total // parts
 
 
-def _draw_early(inputs: TrainingInputs, seed: int) -> DrawMasks | None:
-    """Masks are drawn with the batch where all they read is stored; else after the teacher in the
-    loop has run."""
-    targets = inputs.targets
-    if not targets.is_stored:
-        return None
+def _draw_masks(inputs: TrainingInputs, seed: int) -> DrawMasks:
+    """Masks are drawn with the batch where all they read is stored; else what is random in them,
+    and the device orders the patches after the teacher in the loop has run."""
+    targets, config = inputs.targets, inputs.config
 
-    def draw(host: HostBatch) -> dict[str, Tensor] | None:
-        if "absent" in host and host["absent"].any():
-            return None
-        return draw_masks(inputs.config, host, targets.mask_inputs(host), seed)
+    def draw(host: HostBatch) -> dict[str, Tensor]:
+        absent = host.get("absent", np.full(len(host["at"]), not targets.is_stored))
+        if not masking.fields(config.mask) or not absent.any():
+            return draw_masks(config, host, targets.mask_inputs(host), seed)
+        _check_stored(config, host, targets, ~absent, seed)
+        return draw_for_masks(config, host, seed)
 
     return draw
+
+
+def _check_stored(
+    config: RecipeConfig, host: HostBatch, targets: Targets, stored: Bool, seed: int
+) -> None:
+    """Refuse stored rows that no mask can be drawn from, as the device would not."""
+    some = {name: host[name][stored] for name in ("digests", "round")}
+    rows = {name: rows[stored] for name, rows in targets.mask_inputs(host).items()}
+    if stored.any():
+        draw_masks(config, some, rows, seed)
 
 
 def run_facts(run: Run, loader: Loader) -> dict[str, Any]:

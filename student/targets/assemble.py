@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.reading.tensors import to_tensor
+from featcache.runtime import device as devices
 from featcache.targets.derived import derive
 from student import masking
 from student.config import RecipeConfig
@@ -66,24 +66,50 @@ def _derive_visible(
     return out.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, visible.shape[-1]), visible)
 
 
-def copy_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy to the device, and never give the host's own memory, which is filled again: on a CPU
-    nothing else would copy it."""
-    return to_tensor(values).to(device, non_blocking=True, copy=True)
+def copy_page_locked(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy a small array, without waiting for the copy: through page-locked memory of its own."""
+    tensor = torch.from_numpy(values)
+    return (tensor.pin_memory() if devices.is_gpu(device) else tensor).to(device, non_blocking=True)
+
+
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def draw_masks(
-    config: RecipeConfig, host: HostBatch, mask_inputs: dict[str, npt.NDArray[Any]], seed: int
+    config: RecipeConfig, host: HostBatch, mask_inputs: Mapping[str, Any], seed: int
 ) -> dict[str, Tensor]:
     """Draw ids_keep (B, V) and ids_masked (B, P - V) of a batch, from (seed, round, key) and what
     the mask reads, (B, P) each."""
-    keep, masked = masking.draw(
-        config.mask,
-        digests=host["digests"],
-        seed=seed,
-        epoch=host["round"],
-        n_visible=config.visible,
-        n_patches=config.patches,
-        **mask_inputs,
-    )
+    keep, masked = masking.draw(config.mask, **_drawn_from(config, host, seed), **mask_inputs)
     return {"ids_keep": torch.from_numpy(keep), "ids_masked": torch.from_numpy(masked)}
+
+
+def draw_for_masks(config: RecipeConfig, host: HostBatch, seed: int) -> dict[str, Tensor]:
+    """Draw what a mask needs beside rows that only the device will know: `exponentials` (B, P)
+    float64, or nothing."""
+    drawn = masking.drawn(config.mask, **_drawn_from(config, host, seed))
+    assert drawn.keys() <= {"exponentials"}, (config.mask, tuple(drawn))
+    return {name: torch.from_numpy(values) for name, values in drawn.items()}
+
+
+def masks_on_device(
+    config: RecipeConfig,
+    drawn: Mapping[str, Tensor],
+    mask_inputs: Mapping[str, Tensor],
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """Return the masks that `draw_masks` would give, of what `draw_for_masks` drew and what the
+    mask reads, (B, P) each; all on one device, which is not waited for."""
+    order = masking.order_on_device(config.mask, drawn, mask_inputs, (batch_size, config.patches))
+    keep, masked = order.long().tensor_split([config.visible], dim=1)
+    return {"ids_keep": keep.sort(1).values, "ids_masked": masked.sort(1).values}
+
+
+def _drawn_from(config: RecipeConfig, host: HostBatch, seed: int) -> dict[str, Any]:
+    return {
+        "digests": host["digests"],
+        "seed": seed,
+        "epoch": host["round"],
+        "n_visible": config.visible,
+        "n_patches": config.patches,
+    }

@@ -21,7 +21,7 @@ from featcache.reading import pixel_check
 from featcache.reading.cache import Cache
 from featcache.reading.crop_range import ViewSchedule
 from featcache.reading.feature_reader import FeatureReader
-from featcache.reading.tensors import tail_to_device, to_tensor
+from featcache.reading.tensors import copy_to_device, tail_to_device
 from featcache.targets import derived
 from featcache.targets import levels as target_levels
 from featcache.targets.codecs import Codec
@@ -31,7 +31,7 @@ from featcache.views.fingerprint import pixel_hash
 from featcache.views.policy import policy_from_dict
 from student.recipes import TargetSpec
 from student.targets import buffers
-from student.targets.assemble import copy_to_device, pixel_layout, recipe_targets
+from student.targets.assemble import pixel_layout, recipe_targets
 from student.targets.contract import I64, HostBatch, Moments, ResidentRows
 
 TOLERANCE_ADVICE = pixel_check.training_advice("--pixel-tolerance LEVELS")
@@ -59,16 +59,14 @@ class SecondTeacher:
 
     def to_device(self, host: HostBatch, device: torch.device) -> dict[str, Tensor]:
         """Return `second` (B, 1 + P, E) on the device."""
-        arrays = self.reader.to_device(host, device)
-        h, stats = self.reader.features(arrays)[:, 0], self.reader.stats(arrays)
+        reader = self.reader
+        arrays = reader.to_device(host, device)
+        h, stats = reader.features(arrays)[:, 0], reader.stats(arrays)
         if not self.spec.derive:
             return {"second": h}
+        reader.tail = tail_to_device(reader.tail, device)  # moved once, with the first batch
         std = None if stats is None else stats[:, 0, :, 1:]
-        return {
-            "second": derived.derive(
-                self.spec.derive, h, tail_to_device(self.reader.tail, device), std
-            )
-        }
+        return {"second": derived.derive(self.spec.derive, h, reader.tail, std)}
 
 
 @dataclass
@@ -137,6 +135,8 @@ class CachedTargets:
         fields, levels = self.own_fields, self.spec.levels or None
         memory = None if out is None else {name: out[name] for name in fields}
         host = self.cache.read(rows, view, fields, levels, self.tokens, memory)
+        for name in self._token_fields:
+            _check_token_ids(host[name], self.spec.vocabulary)
         return host if self.second is None else host | self.second.fetch(rows, view, out)
 
     @property
@@ -179,41 +179,55 @@ class CachedTargets:
         row = int(self.rows[index])
         pixel_check.check_pixels(self.cache, row, view, pixels, self.tolerance, TOLERANCE_ADVICE)
 
+    def draw(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
+        return {}
+
+    def device_arrays(self, host: HostBatch) -> tuple[str, ...]:
+        names = [*(self.reader.fields if self.reader else ()), *self._token_fields]
+        names += ["moments"] if "moments" in host else []
+        names += self.second.reader.fields if self.second else ()
+        return (*names, *self._undrawn(host))
+
     def to_device(
         self, host: HostBatch, device: torch.device
-    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         out: dict[str, Tensor] = {}
-        for field in self.spec.fields:
-            # a tokenizer's part of a cache: NAME/token_ids
-            if field.rpartition("/")[2] == "token_ids":
-                ids = _token_ids(host[field], self.spec.vocabulary)
-                out["token_ids"] = ids.to(device, non_blocking=True)
+        for name in self._token_fields:
+            out["token_ids"] = copy_to_device(host[name], device).long()
         if self.reader is not None:
             out |= self._features(self.reader, host, device)
         if "moments" in host:
             out["moments"] = copy_to_device(host["moments"], device)
         if self.second is not None:
             out |= self.second.to_device(host, device)
-        return out, self.mask_inputs(host)
+        rows = self._undrawn(host)
+        return out, {name: copy_to_device(rows[name], device) for name in rows}
+
+    def _undrawn(self, host: HostBatch) -> dict[str, Any]:
+        """Return what the masks are drawn from, where they are not drawn yet."""
+        return {} if "ids_keep" in host.get("drawn", {}) else self.mask_inputs(host)
+
+    @property
+    def _token_fields(self) -> tuple[str, ...]:
+        # a tokenizer's part of a cache: NAME/token_ids
+        return tuple(name for name in self.spec.fields if name.rpartition("/")[2] == "token_ids")
 
     def _features(
         self, reader: FeatureReader, host: HostBatch, device: torch.device
     ) -> dict[str, Tensor]:
         arrays = reader.to_device(host, device)
         reader.tail = tail_to_device(reader.tail, device)  # moved once, with the first batch
-        visible = None
-        if self.spec.visible_only and "masks" in host:
-            visible = host["masks"]["ids_keep"].to(device)
+        visible = host.get("drawn", {}).get("ids_keep") if self.spec.visible_only else None
+        visible = None if visible is None else visible.to(device, non_blocking=True)
         features, stats = reader.features(arrays), reader.stats(arrays)
         return recipe_targets(self.spec, features, stats, reader.tail, visible)
 
 
-def _token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> Tensor:
-    """ids (B, P) as stored -> int64; UserError for an id that the recipe has no class for."""
+def _check_token_ids(ids: npt.NDArray[np.unsignedinteger], vocabulary: int) -> None:
+    """Raise UserError where ids (B, P) hold one that the recipe has no class for."""
     if ids.size and int(ids.max()) >= vocabulary:
         raise UserError(
             f"cannot predict token id {int(ids.max())} of the cache: vocabulary={vocabulary}; "
             "allowed: a vocabulary above every id; give vocabulary=N of the tokenizer that made "
             "them"
         )
-    return to_tensor(ids).long()

@@ -24,7 +24,7 @@ from featcache.views.policy import Policy
 from student.targets import buffers
 
 I64 = npt.NDArray[np.int64]
-HostBatch = dict[str, Any]  # arrays of a batch on the host
+HostBatch = dict[str, Any]  # arrays of a batch on the host; some may be on the device already
 # training pictures (m,) in views (m,) -> mean and variance (L, 2)
 Moments = Callable[[I64, I64], npt.NDArray[np.float32]]
 
@@ -106,11 +106,20 @@ class Targets(Protocol):
         """Raise IdentityError when rendered pixels (S, S, 3) are not those the teacher saw."""
         ...
 
+    def draw(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
+        """Draw what `to_device` needs of random numbers (B, ...); called in a loader thread."""
+        ...
+
+    def device_arrays(self, host: HostBatch) -> tuple[str, ...]:
+        """Return the names of the arrays of a batch that `to_device` reads on the device."""
+        ...
+
     def to_device(
         self, host: HostBatch, device: torch.device
-    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
-        """Return what a recipe takes, on the device, and the arrays (B, P) that a mask is drawn
-        from.
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what a recipe takes, and the arrays (B, P) that a mask is drawn from where `host`
+        has no masks yet; all on the device, which is not waited for. What of `host` is a tensor on
+        the device already is taken as it is.
 
         `features` (B, L, 1 + P, D), or `targets` (B, 1 + P, E) derived from the one level; beside
         them `feature_stats` (B, L, 1 + P, 2), `moments` (L, 2), `token_ids` (B, P) and `second`

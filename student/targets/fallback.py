@@ -21,10 +21,12 @@ from featcache import rng
 from featcache.errors import IdentityError, UsageError, UserError, command_line
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
+from featcache.reading.tensors import copy_to_device
 from featcache.storage import manifest
 from featcache.views import pixel_path
 from student.recipes import TargetSpec
 from student.targets import buffers
+from student.targets.assemble import copy_page_locked
 from student.targets.cached import CachedTargets
 from student.targets.contract import I64, HostBatch
 from student.targets.online import OnlineTargets
@@ -98,29 +100,42 @@ class FallbackTargets:
         if not self.absent[index]:
             self.cached.check_pixels(pixels, index, view, stored_hash)
 
+    def draw(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
+        return self.online.draw(host) if host["absent"].any() else {}
+
+    def device_arrays(self, host: HostBatch) -> tuple[str, ...]:
+        online = self.online.device_arrays(host) if host["absent"].any() else ()
+        return (*self.cached.device_arrays(host), *online)
+
     def to_device(
         self, host: HostBatch, device: torch.device
-    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         out, mask_inputs = self.cached.to_device(host, device)
         absent = np.flatnonzero(host["absent"])
         if not len(absent):
             return out, mask_inputs
-        fresh, fresh_inputs = self._compute(host, absent, device)
+        index = copy_page_locked(absent, device)
+        fresh, fresh_inputs = self._compute(host, absent, index)
         assert fresh.keys() == out.keys(), (fresh.keys(), out.keys())
-        index = torch.from_numpy(absent).to(device)
-        for name, values in fresh.items():
-            out[name] = out[name].index_copy(0, index, values.to(out[name].dtype))
-        for name in mask_inputs:  # a copy: the batch's own memory is filled again
-            mask_inputs[name] = mask_inputs[name].copy()
-            mask_inputs[name][absent] = fresh_inputs[name]
+        for name, values in out.items():
+            out[name] = values.index_copy(0, index, fresh[name].to(values.dtype))
+        for name, values in mask_inputs.items():
+            mask_inputs[name] = values.index_copy(0, index, fresh_inputs[name].to(values.dtype))
         return out, mask_inputs
 
     def _compute(
-        self, host: HostBatch, absent: I64, device: torch.device
-    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
-        """Targets and mask inputs of the samples `absent` of a batch, by the teacher."""
-        names = [name for name in ("pixels", "teacher_pixels", "digests", "view") if name in host]
-        return self.online.to_device({name: host[name][absent] for name in names}, device)
+        self, host: HostBatch, absent: I64, index: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Targets and mask inputs of the samples `absent` of a batch, by the teacher; `index` says
+        on the device which they are."""
+        device = index.device
+        own: HostBatch = {name: host[name][absent] for name in ("digests", "view") if name in host}
+        for name in self.online.device_arrays(host):
+            own[name] = copy_to_device(host[name], device).index_select(0, index)
+        if "order" in (drawn := host.get("drawn", {})):
+            order = drawn["order"].to(device, non_blocking=True)
+            own["drawn"] = {"order": order.index_select(0, index)}
+        return self.online.to_device(own, device)
 
 
 def check_spec(spec: TargetSpec) -> None:

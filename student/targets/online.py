@@ -21,15 +21,15 @@ from featcache.errors import UsageError
 from featcache.models import precision
 from featcache.models.contract import Teacher
 from featcache.reading.crop_range import ViewSchedule
-from featcache.reading.tensors import tail_tensors, tail_to_device, to_tensor
+from featcache.reading.tensors import copy_to_device, tail_tensors, tail_to_device
 from featcache.targets import codecs, levels
-from featcache.targets.attention import mask_order
+from featcache.targets.attention import draw_for_order, order_by
 from featcache.views import render as view_render
 from featcache.views.draw import draw_views, stored_view
 from featcache.views.policy import Policy
 from student.recipes import TargetSpec
 from student.targets import buffers
-from student.targets.assemble import pixel_layout, recipe_targets
+from student.targets.assemble import copy_page_locked, pixel_layout, recipe_targets
 from student.targets.contract import I64, HostBatch
 
 
@@ -114,9 +114,20 @@ class OnlineTargets:
     ) -> None:
         """Nothing is stored that the pixels could differ from."""
 
+    def draw(self, host: HostBatch) -> dict[str, npt.NDArray[Any]]:
+        if self.teacher is None or "mask_order" not in self.spec.fields:
+            return {}
+        seeds = (host["digests"], host["view"], self.policy.seed)
+        return {"order": draw_for_order(self.order, self.teacher.patches, *seeds)}
+
+    def device_arrays(self, host: HostBatch) -> tuple[str, ...]:
+        if self.teacher is None:
+            return ()
+        return ("teacher_pixels" if self.teacher_px else "pixels",)
+
     def to_device(
         self, host: HostBatch, device: torch.device
-    ) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self.teacher is None:
             return {}, {}
         pairs, attention = self._forward(self.teacher, host, device)
@@ -129,7 +140,10 @@ class OnlineTargets:
         self.tail = tail_to_device(self.tail, device)  # moved once, with the first batch
         out = recipe_targets(self.spec, features, stats, self.tail)
         if self.spec.moments:
-            out["moments"] = self._moments(stats, self.teacher.width)
+            # A step has one micro-batch (`target_choice` sees to it): the others' targets would not
+            # be known yet. All processes come here.
+            sums = levels.moment_sums(stats, self.teacher.width)
+            out["moments"] = levels.moments(reduce(sums, "sum"))
         return out, mask_inputs
 
     def _forward(
@@ -137,24 +151,19 @@ class OnlineTargets:
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """The teacher's L levels, each h (B, 1 + P, D) with its stats (B, 1 + P, 2), and its
         attention (B, P)."""
-        pixels = torch.from_numpy(host.get("teacher_pixels", host["pixels"])).to(device)
+        (name,) = self.device_arrays(host)
+        pixels = copy_to_device(host[name], device)
         # as a cache's teacher ran, whatever the student runs in
         with torch.no_grad(), precision.autocast_for(teacher):
             ys, attention = teacher(pixels.permute(0, 3, 1, 2).contiguous(), self.spec.levels)
             return [levels.normalise(y) for y in ys], attention
 
-    def _mask_inputs(self, host: HostBatch, attention: Tensor) -> dict[str, npt.NDArray[Any]]:
-        weights = attention.float().cpu().numpy()
-        out = {"attention": weights}
+    def _mask_inputs(self, host: HostBatch, attention: Tensor) -> dict[str, Tensor]:
+        out = {"attention": attention.float()}
         if "mask_order" in self.spec.fields:
-            seeds = (host["digests"], host["view"], self.policy.seed)
-            out["mask_order"] = mask_order(self.order, weights, *seeds)
+            drawn = host.get("drawn", {}).get("order")
+            if drawn is None:
+                drawn = copy_page_locked(self.draw(host)["order"], attention.device)
+            drawn = drawn.to(attention.device, non_blocking=True)
+            out["mask_order"] = order_by(self.order, drawn, out["attention"])
         return out
-
-    def _moments(self, stats: Tensor, width: int) -> Tensor:
-        """stats (B, L, 1 + P, 2) -> (L, 2) over the batches of all processes, which all come here.
-        A step has one micro-batch (`target_choice` sees to it): the others' targets would not be
-        known yet."""
-        sums = levels.moment_sums(stats.cpu().numpy(), width)
-        own = torch.from_numpy(sums).to(stats.device)
-        return to_tensor(levels.moments(reduce(own, "sum").cpu().numpy())).to(stats.device)

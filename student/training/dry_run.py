@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from featcache.console.text import format_bytes, join_lines
 from featcache.errors import UserError
 from featcache.reading.cache import Cache
+from featcache.runtime import device as devices
 from student.data.loader import Loader
 from student.data.prefetch import Prefetcher
 from student.targets.cached import CachedTargets
@@ -85,7 +86,7 @@ def _steps(run: Run, loader: Loader, state: TrainState) -> tuple[list[float], li
                 else contextlib.nullcontext([0]) as count
             ):
                 result = train.train_step(run, loader, state, feed, step, total)
-            if state.acc.device.type == "cuda":
+            if devices.is_gpu(state.acc.device):
                 torch.cuda.synchronize()
             wall = time.perf_counter() - start
             if step == 0:

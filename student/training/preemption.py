@@ -1,8 +1,8 @@
 """Training ends after the step in hand when SIGTERM, a scheduler's notice, or Ctrl-C asks it to.
 
 Every process of a run must end after the same step, since saving is a collective. With several
-processes each tells the others at every step by an all-reduce, whose result is looked at one step
-later, when it is known without waiting for a device.
+processes each tells the others at every step by an all-reduce, whose result all look at the same
+number of steps later, when it is known without waiting for the newest work of a device.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import deque
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from featcache.errors import StoppedError
 from student import checkpoint
+from student.data.device_queue import LateNumbers, lag
 
 _NOTE = b"\nnote: stopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
 
@@ -31,7 +32,7 @@ class StopNotice:
     def __init__(self, acc: Accelerator) -> None:
         self.acc = acc
         self.asked: str | None = None
-        self._told: Tensor | None = None
+        self._told: deque[LateNumbers] = deque()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopNotice:
@@ -57,12 +58,12 @@ class StopNotice:
         step."""
         if self.acc.num_processes == 1:
             return self.asked is not None
-        before, mine = (
-            self._told,
-            torch.tensor(float(self.asked is not None), device=self.acc.device),
-        )
-        self._told = self.acc.reduce(mine, "sum")
-        return before is not None and bool(before.item())
+        # made on the device, by a kernel: a copy from the host would be waited for
+        mine = torch.full((), float(self.asked is not None), device=self.acc.device)
+        self._told.append(LateNumbers(self.acc.reduce(mine, "sum")))
+        if len(self._told) <= max(lag(self.acc.device), 1):
+            return False
+        return bool(self._told.popleft().read())
 
 
 def stopped_error(step: int, total: int, why: str | None, resume: bool) -> StoppedError:

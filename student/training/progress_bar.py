@@ -8,15 +8,13 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from featcache.console.progress_bar import ProgressBar
 
-EVERY = 20  # steps between two looks at a loss that lies on a GPU: each look waits for the device
 # of a row of metrics
 NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait")
 
@@ -32,23 +30,18 @@ class TrainProgress:
         )
         self.bar(first, total)
 
-    def update_with(self, row: dict[str, Any]) -> None:
-        self._row = row
-        self.bar(row["step"], self.total)
+    def update_with(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Show that `step` is done, and the newest row whose values are known."""
+        self._row = rows[-1] if rows else self._row
+        self.bar(step, self.total)
 
     def _text(self, done: int, total: int) -> str:
-        row = self._row
-        if not row or (_is_on_gpu(row["loss"]) and row["step"] % EVERY):
-            return ""
-        return line(row, self.steps_per_epoch)
-
-
-def _is_on_gpu(loss: Any) -> bool:
-    return isinstance(loss, Tensor) and loss.device.type == "cuda"
+        return line(self._row, self.steps_per_epoch) if self._row else ""
 
 
 def line(row: dict[str, Any], steps_per_epoch: int) -> str:
-    """Return what stands behind the bar, which itself shows steps, time passed and time left."""
+    """Return what stands behind the bar for a row of numbers; the bar itself shows steps, time
+    passed and time left."""
     epoch = row["step"] / steps_per_epoch
     parts = {
         name: value
@@ -56,12 +49,12 @@ def line(row: dict[str, Any], steps_per_epoch: int) -> str:
         if name not in NOT_PARTS and not name.startswith("level_")
     }
     losses = [
-        f"loss {float(row['loss']):.4f}",
-        *(f"{name} {float(value):.4g}" for name, value in parts.items()),
+        f"loss {row['loss']:.4f}",
+        *(f"{name} {value:.4g}" for name, value in parts.items()),
     ]
     return (
         f"epoch {epoch:.2f}  {' '.join(losses)}  lr {row['lr']:.2e}  {row['images_per_s']:.0f} "
-        f"images/s  waiting for data {float(row['data_wait']):.0%}  {memory_bytes() / 1e9:.1f} GB"
+        f"images/s  waiting for data {row['data_wait']:.0%}  {memory_bytes() / 1e9:.1f} GB"
     )
 
 

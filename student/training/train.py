@@ -9,7 +9,6 @@ again) and not the schedule (it would step once a process).
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,8 +26,9 @@ from featcache.errors import UserError, command_line
 from featcache.storage import manifest
 from student import checkpoint
 from student.config import RecipeConfig, as_dict
+from student.data.device_queue import LateNumbers, Rate, Seconds, StepClock, lag
 from student.data.loader import Loader
-from student.data.prefetch import Prefetcher, WaitShare, WaitTime, to_device
+from student.data.prefetch import Prefetcher, WaitShare, to_device
 from student.models import drop_path
 from student.targets.contract import HostBatch, Targets
 from student.training import (
@@ -43,9 +43,6 @@ from student.training import (
 from student.training.accelerator import out_of_memory_told
 from student.training.metrics import Metrics, cut, read
 from student.training.train_state import RunOptions, TrainState
-
-# on a GPU: steps until a row of metrics is looked at, so that the device is not waited for
-LATE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class StepResult:
     row: dict[str, Any]  # of metrics
     keys: list[str]  # of this process's samples
     applied: bool  # False: the loss is known not to be finite, nothing was changed
-    waits: list[WaitTime]  # for data, one a micro-batch
+    waits: list[Seconds]  # for data, one a micro-batch
 
 
 def train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
@@ -124,14 +121,16 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         notice = stack.enter_context(preemption.StopNotice(acc))
         for step in range(first, total):
             result = train_step(run, loader, state, feed, step, total)
-            look = metrics.add if result.applied else metrics.flush_with
-            _check_losses(look(result.row), run, loader, state)
-            bar.update_with(result.row)
+            rows = metrics.add(result.row) if result.applied else metrics.flush_with(result.row)
+            _check_losses(rows, run, loader, state)
+            bar.update_with(step + 1, rows)
             due = notice.due()
             if (due or (step + 1) % save_every == 0) and step + 1 < total:
+                feed.checks.look()
                 _save(run, loader, state, step + 1, metrics)
             if due and step + 1 < total:
                 raise preemption.stopped_error(step + 1, total, notice.asked, run.resume)
+        feed.checks.look()
         _check_losses(metrics.flush(), run, loader, state)
         if first < total or not checkpoint.list_checkpoints(run.out):
             _save(run, loader, state, total, metrics)
@@ -171,28 +170,32 @@ def train_step(
     run: Run, loader: Loader, state: TrainState, feed: Prefetcher, step: int, total: int
 ) -> StepResult:
     """Make one optimiser step at its learning rate."""
-    started = time.perf_counter()
+    clock = StepClock(state.acc.device)
     warmup = round(run.config.warmup_epochs * loader.steps_per_epoch)
     peak = optim.peak_lr(run.config, loader.global_batch)
     lr = optim.warmup_cosine(step, total=total, warmup=warmup, peak=peak, minimum=run.config.min_lr)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     parts, waits, keys = _gradients(run, loader, state, feed, step)
-    applied = state.update(parts["loss"], step)
-    row = {"step": step + 1, "epoch": step // loader.steps_per_epoch, **parts, "lr": lr}
+    names, values = list(parts), _mean(state.acc, parts)
+    numbers = LateNumbers(values)
+    applied = state.update(values[names.index("loss")], step)
+    row: dict[str, Any] = {"step": step + 1, "epoch": step // loader.steps_per_epoch}
+    row |= {name: numbers.number(i) for i, name in enumerate(names)} | {"lr": lr}
     row |= run.targets.step_metrics(loader.step_rows(step)[0])
     if run.run_options.skip_nonfinite is not None:
         row["skipped"] = state.skipped
-    return StepResult(row | _speed(loader, started, waits), keys, applied, waits)
+    row |= _speed(loader.global_batch, clock.seconds(), waits)
+    return StepResult(row, keys, applied, waits)
 
 
 def _gradients(
     run: Run, loader: Loader, state: TrainState, feed: Prefetcher, step: int
-) -> tuple[dict[str, Tensor], list[WaitTime], list[str]]:
-    """Run forward and backward of a step's micro-batches; return the mean parts of the loss, waits
-    for data and sample keys."""
+) -> tuple[dict[str, Tensor], list[Seconds], list[str]]:
+    """Run forward and backward of a step's micro-batches; return this process's mean parts of the
+    loss, waits for data and sample keys."""
     acc, sums = state.acc, dict[str, Tensor]()
-    waits, keys = list[WaitTime](), list[str]()
+    waits, keys = list[Seconds](), list[str]()
     for micro in range(loader.accumulation):
         taken = feed.take()
         waits.append(taken.waited)
@@ -211,9 +214,15 @@ def _gradients(
         sums["grad_norm"] = train_state.whole(
             acc.clip_grad_norm_(state.model.parameters(), run.config.clip_grad)
         )
-    if acc.num_processes > 1:
-        sums = {name: acc.reduce(value, "mean") for name, value in sums.items()}
     return sums, waits, keys
+
+
+def _mean(acc: Accelerator, parts: dict[str, Tensor]) -> Tensor:
+    """Return the parts of a loss, a number each, as one vector where the loss is: means over the
+    processes."""
+    device = parts["loss"].device
+    values = torch.stack([part.reshape(()).to(device) for part in parts.values()])
+    return acc.reduce(values, "mean") if acc.num_processes > 1 else values
 
 
 def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
@@ -225,12 +234,11 @@ def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
     return int(word >> np.uint64(1))
 
 
-def _speed(loader: Loader, started: float, waits: list[WaitTime]) -> dict[str, Any]:
+def _speed(global_batch: int, seconds: Seconds, waits: list[Seconds]) -> dict[str, Any]:
     """Return samples a second over all processes, and the share of the step spent waiting for
     data."""
-    seconds = max(time.perf_counter() - started, 1e-9)
     return {
-        "images_per_s": round(loader.global_batch / seconds, 2),
+        "images_per_s": Rate(global_batch, seconds),
         "data_wait": WaitShare(waits, seconds),
     }
 
@@ -305,8 +313,7 @@ def _metrics(run: Run, first: int, acc: Accelerator, log: trackers.Log | None) -
     """Open metrics.jsonl in the first process; the others look at their losses all the same."""
     if acc.is_main_process:
         cut(run.out, first)
-    lag = LATE_ROWS if acc.device.type == "cuda" else 0
-    return Metrics(run.out if acc.is_main_process else None, lag, log)
+    return Metrics(run.out if acc.is_main_process else None, lag(acc.device), log)
 
 
 def _save(run: Run, loader: Loader, state: TrainState, step: int, metrics: Metrics) -> None:

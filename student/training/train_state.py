@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import state_dict as spread
 from torch.distributed.tensor import DTensor
 
 from featcache.errors import UsageError
+from featcache.runtime import device as devices
 from student import checkpoint
 from student.models import drop_path
 from student.training import activation_checkpointing
@@ -59,7 +60,7 @@ class TrainState:
 
     def __post_init__(self) -> None:
         raw = getattr(self.optimizer, "optimizer", self.optimizer)
-        on_gpu = self.acc.device.type == "cuda" and bool(raw.defaults.get("fused"))
+        on_gpu = devices.is_gpu(self.acc.device) and bool(raw.defaults.get("fused"))
         if (
             on_gpu
             and self.acc.scaler is None

@@ -110,7 +110,8 @@ def test_attentive_draws_without_replacement_in_proportion() -> None:
     freedom."""
     p, n = np.array([0.5, 0.25, 0.15, 0.1]), 24_000
     raw = rng.words(rng.key_digests(f"{i}" for i in range(n)), rng.stream("test", 0), 4)
-    order = masking.attentive(raw, np.tile(3 * p, (n, 1)))  # not normalised, on purpose
+    weights = np.tile(3 * p, (n, 1))  # not normalised, on purpose
+    order = masking.attentive(rng.exponentials(raw), weights)
     chi_square = 0.0
     for i in range(4):
         for j in set(range(4)) - {i}:
@@ -124,7 +125,7 @@ def test_zero_weights_come_last_in_index_order() -> None:
     attention = np.zeros((50, 6), np.float32)
     attention[:, [1, 4]] = 1e-30
     raw = rng.words(rng.key_digests(f"{i}" for i in range(50)), rng.stream("test", 0), 6)
-    order = masking.attentive(raw, attention)
+    order = masking.attentive(rng.exponentials(raw), attention)
     assert {tuple(row[:2]) for row in order.tolist()} == {(1, 4), (4, 1)}
     assert {tuple(row[2:]) for row in order.tolist()} == {(0, 2, 3, 5)}
 

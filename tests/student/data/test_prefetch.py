@@ -14,8 +14,9 @@ import torch
 from featcache import rng, teachers
 from featcache.pictures.open_source import open_source
 from student import config, recipes
+from student.data.device_queue import Seconds
 from student.data.loader import Loader
-from student.data.prefetch import Prefetcher, WaitShare, WaitTime, to_device
+from student.data.prefetch import Prefetcher, WaitShare, to_device
 from student.recipes import TargetSpec
 from student.targets.assemble import draw_masks
 from student.targets.cached import CachedTargets
@@ -102,9 +103,9 @@ def test_what_is_taken_is_what_was_loaded(online: bool, stats: bool) -> None:
 
 
 def test_the_share_of_a_step_that_was_waited() -> None:
-    assert WaitShare([WaitTime(0.25), WaitTime(0.5)], 3.0).item() == 0.25
-    assert WaitShare([WaitTime(2.0)], 1.0).item() == 1.0
-    assert WaitShare([WaitTime()], 1.0).item() == 0.0
+    assert WaitShare([Seconds(0.25), Seconds(0.5)], Seconds(3.0)).item() == 0.25
+    assert WaitShare([Seconds(2.0)], Seconds(1.0)).item() == 1.0
+    assert WaitShare([Seconds()], Seconds(1.0)).item() == 0.0
 
 
 @pytest.mark.gpu

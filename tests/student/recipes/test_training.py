@@ -192,7 +192,7 @@ def test_derived_targets_equal_numpys(kind: type[Projecting], derive: str, path:
 
     ids_keep = np.array([[3, 0, 15], [7, 8, 9], [1, 14, 2], [0, 1, 2], [15, 14, 13]])
     some = CachedTargets(cache, spec_of(derive, visible_only=True), np.arange(len(cache)))
-    host = some.fetch(rows, view) | {"masks": {"ids_keep": torch.from_numpy(ids_keep)}}
+    host = some.fetch(rows, view) | {"drawn": {"ids_keep": torch.from_numpy(ids_keep)}}
     seen = some.to_device(host, CPU)[0]["targets"].numpy()
     known = np.zeros((5, 17), bool)
     known[:, 0] = True

@@ -15,7 +15,7 @@ from torch import nn
 
 import student.training.train
 from featcache.errors import UserError
-from student.data.prefetch import WaitTime
+from student.data.device_queue import Seconds
 from student.targets.cached import CachedTargets
 from student.training import dry_run
 from student.training.train import StepResult
@@ -99,7 +99,7 @@ def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def slow(*args: Any) -> StepResult:
         result = plain(*args)
         now[0] += 2.0
-        return dataclasses.replace(result, waits=[WaitTime(1.0)])
+        return dataclasses.replace(result, waits=[Seconds(1.0)])
 
     monkeypatch.setattr(student.training.train, "train_step", slow)
     monkeypatch.setattr(dry_run.time, "perf_counter", lambda: now[0])

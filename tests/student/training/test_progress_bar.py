@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from student.commands import eval as eval_command
-from student.data.prefetch import WaitShare, WaitTime
 from student.training import progress_bar
 from tests import student_fixtures as fx
 
@@ -24,13 +23,13 @@ class Terminal(io.StringIO):
 ROW = {
     "step": 30,
     "epoch": 2,
-    "loss": torch.tensor(1.23456),
-    "align": torch.tensor(0.5),
-    "level_3": torch.tensor(9.0),
+    "loss": 1.23456,
+    "align": 0.5,
+    "level_3": 9.0,
     "grad_norm": 2.0,
     "lr": 0.00025,
     "images_per_s": 812.4,
-    "data_wait": WaitShare([WaitTime(0.01), WaitTime(0.03)], 1.0),
+    "data_wait": 0.04,
 }
 
 
@@ -50,7 +49,7 @@ def test_a_terminal_shows_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", out)
     with progress_bar.shown(100, 20, 12, True) as bar:
         for step in range(21, 31):
-            bar.update_with({**ROW, "step": step})
+            bar.update_with(step, [{**ROW, "step": step}])
     last = out.getvalue().split("\r")[-1]
     assert "30/100" in last
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", last), last  # passed < left
@@ -62,7 +61,7 @@ def test_nothing_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     for out, speaks in ((io.StringIO(), True), (Terminal(), False)):
         monkeypatch.setattr(sys, "stderr", out)
         with progress_bar.shown(10, 0, 12, speaks) as bar:
-            bar.update_with(ROW)
+            bar.update_with(30, [ROW])
         assert out.getvalue() == ""
 
 
