@@ -19,7 +19,8 @@ from accelerate.state import AcceleratorState
 import featcache.cli
 from student import recipes
 from student.commands import train as train_command
-from student.data.prefetch import PrefetchedBatch, Prefetcher, WaitTime
+from student.data.device_queue import Seconds
+from student.data.prefetch import PrefetchedBatch, Prefetcher
 from student.setup.build import build_run
 from student.setup.options import Options
 from student.training import accelerator, train
@@ -54,7 +55,7 @@ class BatchesInMemory:
         self._batches = cycle(batches)
 
     def take(self) -> PrefetchedBatch:
-        return PrefetchedBatch(next(self._batches), [], WaitTime())
+        return PrefetchedBatch(next(self._batches), [], Seconds())
 
     def bring(self) -> None:
         """They are there already."""

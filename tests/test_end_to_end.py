@@ -642,8 +642,8 @@ def test_every_view_and_the_right_rows_reach_the_recipe(
     seen: list[tuple[list[str], Any, Any, torch.Tensor]] = []
     original = prefetch.to_device
 
-    def watch(config: Any, targets: Any, host: Any, device: Any, seed: int) -> Any:
-        batch = original(config, targets, host, device, seed)
+    def watch(config: Any, targets: Any, host: Any, device: Any, seed: int, **more: Any) -> Any:
+        batch = original(config, targets, host, device, seed, **more)
         seen.append((host["keys"], host["view"].copy(), host["epoch"], batch["features"].clone()))
         return batch
 

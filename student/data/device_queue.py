@@ -19,9 +19,8 @@ from featcache.runtime import device as devices
 
 Marks = tuple[torch.cuda.Event, torch.cuda.Event]
 
-# Steps until what a step left on a GPU is looked at. The host is no further ahead than these, since
-# then it waits: enough for the device to have its next step queued always, and each costs the
-# memory of one more batch.
+# Steps until what a step left on a GPU is looked at, and batches that the host is ahead at most:
+# the device has its next step queued always, and each costs the memory of one more batch.
 LATE_STEPS = 2
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -135,6 +136,7 @@ class Prefetcher:
         self._side = torch.cuda.Stream(device) if devices.is_gpu(device) else None
         self._next: tuple[HostBatch, list[Marks]] | None = None
         self._copied: torch.cuda.Event | None = None  # the last host batch has been read
+        self._taken: deque[torch.cuda.Event] = deque()  # the device is done with the one before
 
     def take(self) -> PrefetchedBatch:
         """Return the next batch; StopIteration after the last. Its teacher, where one is in the
@@ -145,15 +147,22 @@ class Prefetcher:
             waited = Seconds(time.perf_counter() - start)
             return PrefetchedBatch(self._to_device(host), host["keys"], waited)
         main = torch.cuda.current_stream(self.device)
+        self._keep_close()
         host, stalls = self._next or self._prepare(self._side, main)
         self._next = None
         free = mark(main)
         main.wait_stream(self._side)
-        waited = Seconds(marks=[*stalls, (free, mark(main))])
+        self._taken.append(mark(main))
+        waited = Seconds(marks=[*stalls, (free, self._taken[-1])])
         batch = host["batch"] if self.targets.is_stored else self._to_device(host)
         for tensor in _tensors(host):
             tensor.record_stream(main)  # its memory is not given away while the step reads it
         return PrefetchedBatch(batch, host["keys"], waited)
+
+    def _keep_close(self) -> None:
+        """Wait until the device is near: batches that it has not come to yet take its memory."""
+        while len(self._taken) >= device_queue.LATE_STEPS:
+            self._taken.popleft().synchronize()
 
     def bring(self) -> None:
         """Queue the next batch's copies, and its decoding where no teacher has to run first, beside

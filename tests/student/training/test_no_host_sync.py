@@ -31,10 +31,11 @@ from tests.student.targets import test_second_teacher as second
 STEPS = 6
 LATE = 2  # steps until a row of metrics is looked at
 # The host waits for these alone, and so many batches are queued behind each meanwhile, or steps: a
-# row of metrics and the times in it; a flag that is raised for bad attention; that a process is to
-# stop; and the copy of the last host batch, whose memory is filled again.
+# row of metrics and the times in it; that a process is to stop; a flag that is raised for bad
+# attention; batches, of which only so many may be on the device; and the copy of the last one on
+# the host, whose memory is filled again.
 STEPS_LATE = {"LateNumber.item": LATE, "Seconds.item": LATE, "StopNotice.due": LATE}
-BATCHES_LATE = {"LateChecks.look": LATE, "Prefetcher._host": 1}
+BATCHES_LATE = {"LateChecks.look": LATE, "Prefetcher._keep_close": LATE, "Prefetcher._host": 1}
 ONLINE = ("--teacher", "online")
 
 
@@ -103,6 +104,7 @@ def assert_nothing_is_waited_for(ran: Ran, batches: int = 1) -> None:
     checked = range(max(batches, LATE), batches * (STEPS - 1))  # batches with some before them
     assert seen.pop("LateChecks.look", 0) in (0, len(checked))
     assert seen == {
+        "Prefetcher._keep_close": len(checked),
         "LateNumber.item": rows,
         "Seconds.item": rows * (1 + 2 * batches),  # the step; two waits for data a batch
         "Prefetcher._host": batches * (STEPS - 2),
