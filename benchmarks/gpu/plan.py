@@ -171,7 +171,9 @@ class Sizes:
 
 GPU_TESTS = (
     "tests/student/training/test_train_exact.py",
+    "tests/student/data/test_device_queue.py",
     "tests/student/data/test_prefetch.py",
+    "tests/student/training/test_no_host_sync.py",
     "tests/student/training/test_optim.py",
     "tests/featcache/extraction/test_device_pipeline.py",
 )

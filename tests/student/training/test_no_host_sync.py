@@ -245,3 +245,36 @@ def test_bad_attention_is_told_some_steps_later(
         "of 8); allowed: finite weights >= 0, not all zero; run featcache verify on the cache, or "
         "train with mask=uniform"
     )
+
+
+# --- a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [("cae", ()), *((r, o) for r in ("kd", "maskalign", "mralign") for o in ((), ONLINE))],
+)
+def test_cuda_itself_sees_no_wait(
+    recipe: str, options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step to the last checkpoint torch raises an error at each call that waits for
+    a stream; to wait for a mark is allowed."""
+    step, save = train.train_step, train._save
+
+    def strict(run: Any, loader: Any, state: Any, feed: Any, number: int, total: int) -> Any:
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        return step(run, loader, state, feed, number, total)
+
+    def relaxed(*args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        save(*args)
+
+    monkeypatch.setattr(train, "train_step", strict)
+    monkeypatch.setattr(train, "_save", relaxed)
+    try:
+        gpu = ("--device", "cuda", *options)
+        fx.good(fx.train(recipe, tmp_path / "run", *given(recipe, gpu)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(metrics.read(tmp_path / "run")) == STEPS
