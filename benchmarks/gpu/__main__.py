@@ -21,7 +21,7 @@ from benchmarks.gpu.plan import PLAN, REAL, TRIAL, Measurement
 from benchmarks.gpu.results import DONE, NOT_RUN, Entry, Results
 from benchmarks.gpu.worker import WorkerOptions
 from featcache.console.entry import entry
-from featcache.errors import UsageError, near
+from featcache.errors import UsageError, UserError, near
 
 LOG = "log.txt"
 RESERVE_S = 5  # to end the process and to write
@@ -85,6 +85,7 @@ def cli(
         click.echo(f"all is measured: {out / kept.MARKDOWN}; --again measures it anew")
         return
     out.mkdir(parents=True, exist_ok=True)
+    _check_log(out / LOG)
     until = begun + 60 * (minutes or (TRIAL_MINUTES if trial else 4.0)) - RESERVE_S
     with _made(folder) as shared:
         options = WorkerOptions(
@@ -132,6 +133,12 @@ def _measure(
             kept.save(out, results)
 
         runner.run(todo, own, until, keep, lambda line: click.echo(line))
+
+
+def _check_log(log: Path) -> None:
+    """Refuse to write through a link, or into what is no file."""
+    if log.is_symlink() or (log.exists() and not log.is_file()):
+        raise UserError(f"{str(log)!r} is a link, or no file: remove it, or give another --out")
 
 
 def _chosen(only: str | None) -> list[Measurement]:

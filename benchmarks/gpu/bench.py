@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import featcache.cli
 from benchmarks import training_steps
@@ -139,6 +141,8 @@ def open_bench(
     options: WorkerOptions, emit: Callable[[dict[str, Any]], None]
 ) -> tuple[Bench, dict[str, Any]]:
     """Open the device of a process, and tell what machine it is on."""
+    # tqdm's own lock is a semaphore, which a process that is killed leaves behind
+    tqdm.set_lock(threading.RLock())
     bench = Bench(options, emit)
     return bench, machine_facts(bench.device)
 

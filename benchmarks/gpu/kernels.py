@@ -97,5 +97,7 @@ def _device_us(event: Any, on_gpu: bool) -> float:
     """Return an event's own microseconds: of a kernel on a GPU, of an operator on a CPU."""
     if not on_gpu:
         return float(event.self_cpu_time_total)
-    is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
-    return float(event.self_device_time_total) if is_kernel else 0.0
+    on_device = event.device_type == torch.autograd.DeviceType.CUDA
+    # a range that a library names, such as the optimizer's step, spans kernels that are there too
+    is_range = getattr(event, "is_user_annotation", False)
+    return float(event.self_device_time_total) if on_device and not is_range else 0.0

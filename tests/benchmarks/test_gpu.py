@@ -106,6 +106,16 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "--trial" in line
 
 
+def test_a_log_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    out.mkdir()
+    other.write_text("mine")
+    (out / program.LOG).symlink_to(other)
+    with pytest.raises(UserError, match=r"log\.txt' is a link, or no file"):
+        program.cli.main(["--trial", "--out", str(out)], standalone_mode=False)
+    assert other.read_text() == "mine"
+
+
 # ------------------------------------------------------------ results
 
 
