@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UsageError, UserError, command_line, near
-from featcache.reading import request
+from featcache.reading import request, reused_memory
 from featcache.reading.byte_ranges import RowChecksumError
 from featcache.reading.locations import locate_rows
 from featcache.reading.range_reader import RangeReader, choose_io
@@ -192,8 +192,8 @@ class Cache:
         `view`: one number or one per row. `levels`: the teacher's 1-based block numbers, as in
         `--levels`; `tokens`: the first so many of T ([CLS] first; in ranked caches then by rank);
         both apply to arrays (L, T, ...), and to no other field. `out` is filled where it names a
-        field: reused memory reads twice as fast as new. `check=False` compares nothing. Raises
-        UserError when bytes are missing or not those that were written.
+        field; other arrays take the memory of earlier ones that are gone. `check=False` compares
+        nothing. Raises UserError when bytes are missing or not those that were written.
         """
         rows, views, fields = (
             request.check_numbers("rows", rows),
@@ -319,7 +319,9 @@ class Cache:
             rows,
             *((levels, tokens, *spec.item[2:]) if checksums.has_levels(spec) else spec.item),
         )
-        target = out[name] if out is not None and name in out else np.empty(shape, spec.dtype)
+        if out is None or name not in out:
+            return reused_memory.shared.empty(shape, spec.dtype)
+        target = out[name]
         if target.shape != shape or target.dtype != spec.dtype or not target.flags.carray:
             raise UsageError(
                 f"read: out[{name!r}] must be C-contiguous, writable {spec.dtype} {shape}"
@@ -382,8 +384,9 @@ class Cache:
         )
 
     def close(self) -> None:
-        """Close all files; the next `read` opens them again."""
+        """Close all files, and give kept memory back; the next `read` opens them again."""
         self._reader.close()
+        reused_memory.shared.clear()
 
     def __enter__(self) -> Cache:
         return self
