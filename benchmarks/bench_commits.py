@@ -3,6 +3,8 @@ cache with as many rows as ImageNet-1k.
 
     python -m benchmarks.bench_commits HEAD~20
     python -m benchmarks.bench_commits v0.1 --rounds 3 --rows 20000 --json commits.json
+    python -m benchmarks.bench_commits HEAD~20 --recipe maskalign --recipe mralign --steps 16
+        steps of ViT-B/16 alone, from five levels of width 768 and stored pixels
 
 Both read the same pictures and the same caches, which the earlier commit wrote. Each measurement is
 a process of its own; the two take turns, and the one that begins changes with the round. Of every
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,10 @@ TRAIN = (
     "--recipe", "maskalign", "--set", "encoder=vit_tiny_patch16_224,depth=4,embed_dim=96",
     "--set", "level_weights=top:3", "--set", "warmup_epochs=0", "--device", "cpu",
 )  # fmt: skip
+
+LARGE_BATCH = 8  # of ViT-B/16
+LARGE_TEACHER = "synthetic:levels=12,tokens=196,width=768"
+LARGE_EXTRACT = ("--teacher", LARGE_TEACHER, "--levels", "last:5", "--pixels", "raw")
 
 Seconds = dict[str, list[float]]  # of one checkout: a measurement's name, and a value a round
 
@@ -100,7 +106,7 @@ def prepare(before: Path, work: Path, pictures: int, rows: int) -> None:
     run_in(before, work, "-c", code)
 
 
-def measure(code: Path, work: Path, steps: int) -> dict[str, float]:
+def measure_all(code: Path, work: Path, steps: int) -> dict[str, float]:
     """Take every measurement of one checkout once."""
     script = str(ROOT / "benchmarks/commit_tasks.py")
     train = ["run", str(BATCH), "--cache", "cache", "--images", "pictures", "--steps", str(steps)]
@@ -116,12 +122,32 @@ def measure(code: Path, work: Path, steps: int) -> dict[str, float]:
     return found
 
 
-def compare(checkouts: dict[str, Path], work: Path, rounds: int, steps: int) -> dict[str, Seconds]:
+def prepare_large(before: Path, work: Path) -> None:
+    """Write pictures, and a cache of features as large as CLIP-B/16's by the earlier commit."""
+    write_pictures(work / "pictures", 4 * LARGE_BATCH)
+    extract = ("extract", "--images", "pictures", "--out", "large", *LARGE_EXTRACT)
+    run_in(before, work, "-m", "featcache", *extract)
+
+
+def measure_large(code: Path, work: Path, steps: int, recipes: Sequence[str]) -> dict[str, float]:
+    """Take the step of ViT-B/16 with each recipe, of one checkout."""
+    script, found = str(ROOT / "benchmarks/commit_tasks.py"), {}
+    common = ("--cache", "large", "--steps", str(steps), "--device", "cpu")
+    for recipe in recipes:
+        task = ("train", "run", str(LARGE_BATCH), *common, "--recipe", recipe)
+        told = json.loads(run_in(code, work, "-P", script, *task).splitlines()[-1])
+        found[f"ViT-B/16 step, {recipe}"] = told["step"]
+    return found
+
+
+def compare(
+    checkouts: dict[str, Path], rounds: int, measure: Callable[[Path], dict[str, float]]
+) -> dict[str, Seconds]:
     """Let the checkouts take turns; return the seconds of each, round by round."""
     seconds: dict[str, Seconds] = {name: defaultdict(list) for name in checkouts}
     for number in range(rounds):
         for name in sorted(checkouts, reverse=bool(number % 2)):
-            for task, spent in measure(checkouts[name], work, steps).items():
+            for task, spent in measure(checkouts[name]).items():
                 seconds[name][task].append(spent)
         click.echo(f"round {number + 1} of {rounds}", err=True)
     return seconds
@@ -154,15 +180,31 @@ def table(results: dict[str, dict[str, float]]) -> str:
 @click.option("--pictures", default=512, show_default=True, type=click.IntRange(BATCH))
 @click.option("--rows", default=1_281_167, show_default=True, help="Of the cache that is opened.")
 @click.option("--steps", default=60, show_default=True, type=click.IntRange(12))
+@click.option("--recipe", "recipes", multiple=True, help="ViT-B/16 steps of this recipe alone.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write results there.")
 def main(
-    revision: str, rounds: int, pictures: int, rows: int, steps: int, json_path: Path | None
+    revision: str,
+    rounds: int,
+    pictures: int,
+    rows: int,
+    steps: int,
+    recipes: tuple[str, ...],
+    json_path: Path | None,
 ) -> None:
     """Seconds of this checkout over those of REVISION."""
     with checkout(revision) as before, tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        prepare(before, work, pictures, rows)
-        seconds = compare({"before": before, "after": ROOT}, work, rounds, steps)
+        if recipes:
+            prepare_large(before, work)
+        else:
+            prepare(before, work, pictures, rows)
+
+        def measure(code: Path) -> dict[str, float]:
+            if recipes:
+                return measure_large(code, work, steps, recipes)
+            return measure_all(code, work, steps)
+
+        seconds = compare({"before": before, "after": ROOT}, rounds, measure)
         about = environment(work)
     tasks = seconds["before"]
     results = {name: summarise(tasks[name], seconds["after"][name]) for name in tasks}
