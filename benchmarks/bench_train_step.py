@@ -49,15 +49,15 @@ from student.training import train
 
 TEACHERS = {"clip-b16": "clip-b16", "clip-l14": "clip-l14:grid=14"}
 TRIAL = {"synthetic": "synthetic:levels=6,tokens=196,width=32,size=224"}
-# METHODS 9.2, GMAC a picture: (student forward and backward, teacher) by recipe and teacher, where
-# it lists them.
+# GMAC a picture by recipe and teacher: (student forward and backward, teacher). METHODS 9.2, less
+# the embedding of hidden patches.
 GMAC = {
-    ("maskalign", "clip-b16"): (16.1, 17.6),
-    ("maskalign", "clip-l14"): (18.9, 61.5),
-    ("milan", "clip-b16"): (25.9, 17.6),
-    ("kd", "clip-b16"): (13.3, 17.6),
-    ("mrmae", "clip-b16"): (29.4, 17.6),
-    ("caev2", "clip-b16"): (36.4, 17.6),
+    ("maskalign", "clip-b16"): (15.9, 17.6),
+    ("maskalign", "clip-l14"): (18.7, 61.5),
+    ("milan", "clip-b16"): (25.6, 17.6),
+    ("kd", "clip-b16"): (13.0, 17.6),
+    ("mrmae", "clip-b16"): (29.1, 17.6),
+    ("caev2", "clip-b16"): (36.2, 17.6),
     ("fd", "clip-b16"): (53.0, 17.6),
 }
 # of each variant, before anything is timed: kernels are chosen, memory is touched, code is compiled

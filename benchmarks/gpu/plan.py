@@ -39,8 +39,8 @@ def _step(name: str, title: str, *, box_s: int = 90, **options: Any) -> Measurem
     return Measurement(name, title, "benchmarks.gpu.steps:step", 45, box_s, options)
 
 
-# A teacher's share is told by multiply-accumulates (METHODS of the papers: 16.1 GMAC a picture for
-# MaskAlign's ViT-B student, 17.6 for CLIP-B/16; 18.9 and 61.5 for CLIP-L/14 at 196 pixels).
+# by_gmac: student and teacher over the student alone, by multiply-accumulates: 15.9 GMAC a picture
+# for MaskAlign's ViT-B student and 17.6 for CLIP-B/16; 18.7 and 61.5 with CLIP-L/14 at 196 pixels.
 PLAN = (
     _step(
         "step-b16",

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from benchmarks.gpu.results import Entry, Results, Row
 from featcache.errors import UsageError, UserError
 
 ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/gpu.md").read_text()
 SMALL = "tests.benchmarks.gpu_cases:open_small"
 
 
@@ -259,6 +262,28 @@ def test_what_cannot_be_asked(args: tuple[str, ...], said: str) -> None:
 def test_the_list_names_every_measurement() -> None:
     done = CliRunner().invoke(program.cli, ["--list"])
     assert [line.split()[0] for line in done.output.splitlines()] == [each.name for each in PLAN]
+
+
+def test_the_page_names_every_measurement_and_option() -> None:
+    for each in PLAN:
+        assert f"`{each.name}`" in PAGE, each.name
+    known = {option for param in program.cli.params for option in param.opts}
+    lines = [line for line in PAGE.splitlines() if line.startswith("python -m benchmarks.gpu")]
+    assert len(lines) == 5
+    for line in lines:
+        assert set(re.findall(r"--[a-z-]+", line.partition("#")[0])) <= known, line
+
+
+def test_the_page_names_what_a_machine_with_pytorch_lacks() -> None:
+    """Every dependency is one of those that such a machine has, or is named, with a version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[><=\[]", text)[0] for text in project["dependencies"]}
+    section = PAGE.split("## What a machine with PyTorch still lacks")[1].split("## ")[0]
+    there = set(re.findall(r"[a-z]+", section.split("```")[0]))
+    named = set(section.split("```")[1].split())
+    assert wanted <= there | named
+    pinned = dict(re.findall(r"([\w-]+)==([\d.post]+)", section))
+    assert set(pinned) == named
 
 
 @pytest.mark.slow
