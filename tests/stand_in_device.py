@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from featcache.runtime import device as devices
+from student.targets import buffers
 
 DEVICE = torch.device("cpu", 1)  # no tensor of the host has an index
 ATEN = torch.ops.aten
@@ -272,7 +273,8 @@ def installed() -> Iterator[Queue]:
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: _current[-1])
         patch.setattr(torch.cuda, "stream", _stream)
-        patch.setattr(torch, "empty", _empty(torch.empty))
+        # not torch.empty itself: torch remembers for good which functions make tensors
+        patch.setattr(buffers, "_array", _array(buffers._array))
         patch.setattr(Tensor, "pin_memory", _pin_memory)
         patch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
         patch.setattr(nn.Module, "to", _to(nn.Module.to))
@@ -289,14 +291,14 @@ def _stream(stream: Stream) -> Iterator[None]:
         _current.pop()
 
 
-def _empty(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        made = plain(*args, **kwargs)
-        if pin_memory:
-            _queue.pinned.append(made)
+def _array(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def array(shape: tuple[int, ...], dtype: Any, pin: bool) -> Any:
+        made = plain(shape, dtype, False)
+        if pin:
+            _queue.pinned.append(torch.from_numpy(made.reshape(-1).view("u1")))
         return made
 
-    return empty
+    return array
 
 
 def _pin_memory(tensor: Tensor) -> Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from featcache.runtime import device as devices
+from student.targets import buffers
 from tests import stand_in_device as stand_in
+from tests import student_fixtures as fx
 from tests.stand_in_device import DEVICE
 
 
@@ -142,12 +148,47 @@ def test_tensors_of_two_devices_do_not_mix() -> None:
         assert (x + torch.tensor(1.0)).cpu().tolist() == [2.0, 3.0]  # a number goes with the kernel
 
 
+def patched() -> tuple[Any, ...]:
+    cuda = (torch.cuda.Event, torch.cuda.Stream, torch.cuda.stream, torch.cuda.current_stream)
+    return (*cuda, Tensor.pin_memory, Tensor.record_stream, nn.Module.to, buffers._array)
+
+
+RUN = """
+import sys
+from pathlib import Path
+from tests import student_fixtures as fx
+from tests.student.training import test_no_host_sync as runs
+out = Path(sys.argv[1])
+if sys.argv[2:]:
+    runs.run_on_device("mae", out / "device")
+fx.good(fx.train("mae", out / "after", *runs.given("mae", ())))
+print(fx.losses(out / "after"))
+"""
+
+
+def test_a_run_on_it_leaves_no_trace(tmp_path: Path) -> None:
+    """In a process that had used nothing of torch before: what follows it is what a run alone
+    gives."""
+    given = ((tmp_path / "a",), (tmp_path / "b", "first"))
+    ran = [
+        subprocess.run(
+            [sys.executable, "-c", RUN, *map(str, args)],
+            env=fx.environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for args in given
+    ]
+    assert ran[0].stdout == ran[1].stdout
+    assert len(json.loads(ran[0].stdout)) == 6
+
+
 def test_nothing_is_left_behind() -> None:
-    before = (torch.empty, Tensor.pin_memory, nn.Module.to, torch.cuda.Event, torch.cuda.stream)
+    before = patched()
     with stand_in.installed():
         assert devices.is_gpu(DEVICE)
         assert not devices.is_gpu(torch.device("cpu"))
-    after = (torch.empty, Tensor.pin_memory, nn.Module.to, torch.cuda.Event, torch.cuda.stream)
-    assert before == after
+    assert before == patched()
     assert not devices.is_gpu(DEVICE)
     assert devices.is_gpu(torch.device("cuda"))
