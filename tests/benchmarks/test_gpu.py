@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import results, runner, worker
-from benchmarks.gpu.plan import PLAN, TRIAL, Measurement
+from benchmarks.gpu.plan import GPU_TESTS, PLAN, TRIAL, Measurement
 from benchmarks.gpu.results import Entry, Results, Row
 from featcache.errors import UsageError, UserError
 
@@ -226,6 +226,16 @@ def test_every_measurement_can_be_called() -> None:
     for each in PLAN:
         assert callable(each.load())
         assert 0 < each.least_s <= each.box_s
+
+
+def test_every_test_that_needs_a_gpu_is_run() -> None:
+    mark = "@pytest.mark." + "gpu"
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if mark in path.read_text()
+    }
+    assert set(GPU_TESTS) == found
 
 
 def test_a_second_run_takes_up_what_is_missing_first_what_was_never_tried() -> None:
