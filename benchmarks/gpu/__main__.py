@@ -25,7 +25,6 @@ from featcache.errors import UsageError, UserError, near
 
 LOG = "log.txt"
 RESERVE_S = 5  # to end the process and to write
-TRIAL_MINUTES = 10.0
 
 
 @click.command(
@@ -35,7 +34,13 @@ TRIAL_MINUTES = 10.0
     "  python -m benchmarks.gpu --minutes 10 --out results --only kernels,memory --again\n"
     "  python -m benchmarks.gpu --trial --out trial",
 )
-@click.option("--minutes", type=click.FloatRange(0.1, 10_000), help="In all.  [default: 4]")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0.1, 10_000),
+    default=4.0,
+    show_default=True,
+    help="In all.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -56,7 +61,7 @@ TRIAL_MINUTES = 10.0
 )
 @click.option("--commit", help="Of this code, where no repository tells it.")
 def cli(
-    minutes: float | None,
+    minutes: float,
     out: Path | None,
     only: str | None,
     again: bool,
@@ -86,7 +91,7 @@ def cli(
         return
     out.mkdir(parents=True, exist_ok=True)
     _check_log(out / LOG)
-    until = begun + 60 * (minutes or (TRIAL_MINUTES if trial else 4.0)) - RESERVE_S
+    until = begun + 60 * minutes - RESERVE_S
     with _made(folder) as shared:
         options = WorkerOptions(
             shared,

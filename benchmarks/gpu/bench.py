@@ -3,6 +3,7 @@ first who needs them makes."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,8 @@ class Bench:
 
     def pictures(self) -> Path:
         """Return a folder of pictures."""
-        count = self.sizes.pictures
-        folder = self._made("pictures", lambda out: pictures.write(out / "jpeg", count))
+        number = self.sizes.pictures
+        folder = self._made("pictures", lambda out: pictures.write(out / "jpeg", number))
         return folder / "jpeg"
 
     def tars(self) -> str:
@@ -119,13 +121,14 @@ class Bench:
         return ("--precision", wanted)
 
     def _made(self, name: str, make: Callable[[Path], None]) -> Path:
-        """Make a folder once; one that was not made to its end is made again beside it."""
-        for number in range(100):
-            folder = self.folder / f"{name}-{number}"
-            if (folder / _MADE).is_file():
-                return folder
-            if not folder.exists():
-                break
+        """Make a folder of these sizes once; one that was not made to its end stays, and is made
+        again beside it."""
+        key = hashlib.sha256(f"{self.sizes} {self.on_gpu}".encode()).hexdigest()[:8]
+        names = (f"{name}-{key}-{number}" for number in count())
+        tried = (self.folder / each for each in names)
+        folder = next(each for each in tried if (each / _MADE).is_file() or not each.exists())
+        if folder.exists():
+            return folder
         folder.mkdir(parents=True)
         start = time.perf_counter()
         make(folder)

@@ -3,8 +3,8 @@ its device, the whole extraction into nothing, and into the store."""
 
 from __future__ import annotations
 
-import shutil
 import statistics
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,24 +44,27 @@ def _one(bench: Bench, name: str, precision: str) -> None:
         levels=parse_levels(bench.sizes.levels, model.depth),
         rows_per_shard=1024,
     )
-    nothing, out = replace(plan, store=null_store.NAME), bench.folder / "extracted"
+    nothing = replace(plan, store=null_store.NAME)
     batches = bench_extract.batches_of(plan, batch_size)
     for each in (nothing, plan):  # the hash of the weights is taken once
         each.manifest()
     bench_extract.forward(bare, batches[:2], ())
     bench_extract.forward(model, batches[:2], plan.levels)
 
-    def run(made: Plan) -> dict[str, object]:
-        return bench_extract.extract(made, out, batch_size, bench.workers)
+    with tempfile.TemporaryDirectory(dir=bench.folder) as temporary:
+        out = Path(temporary) / "cache"
 
-    ways = (
-        lambda: bench_extract.forward(bare, batches, ()),
-        lambda: run(nothing),
-        lambda: run(plan),
-    )
-    variants = dict(zip(VARIANTS, ways, strict=True))
-    done = [bench_extract.repetition(variants, out, i) for i in range(bench.sizes.extract_reps)]
-    _remove(out)
+        def run(made: Plan) -> dict[str, object]:
+            return bench_extract.extract(made, out, batch_size, bench.workers)
+
+        ways = (
+            lambda: bench_extract.forward(bare, batches, ()),
+            lambda: run(nothing),
+            lambda: run(plan),
+        )
+        variants = dict(zip(VARIANTS, ways, strict=True))
+        reps = range(bench.sizes.extract_reps)
+        done = [bench_extract.repetition(variants, out, rep) for rep in reps]
     _rows(bench, precision, len(plan.source), done)
 
 
@@ -73,7 +76,3 @@ def _rows(bench: Bench, precision: str, views: int, done: list[dict[str, dict]])
         note = f"the stage that limits it: {bench_extract.slowest_stage(done, name)}"
         value = statistics.median(ratios)
         bench.row(f"{precision}: {name} / bare forward", value, at_most=AIM, note=note)
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

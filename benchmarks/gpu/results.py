@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks import markdown_table
+from featcache.console.text import format_table
 from featcache.errors import UserError, printable
 from featcache.runtime import strict_json
 from featcache.storage import json_file
@@ -148,7 +148,8 @@ def markdown(results: Results) -> str:
         "",
         *_details(results),
     ]
-    return "\n".join(lines)
+    # rows of an earlier run are a file's, and this goes to a terminal
+    return "\n".join(map(printable, "\n".join(lines).split("\n")))
 
 
 def machine_line(results: Results) -> str:
@@ -169,8 +170,8 @@ def _trial_note(results: Results) -> list[str]:
 
 
 def _table(results: Results) -> str:
-    head = ("measurement", "", "value", "goal", "")
-    return markdown_table(head, _table_rows(results))
+    head = ("measurement", "of it", "value", "goal", "verdict")
+    return format_table([head, *_table_rows(results)], right=(2,), markdown=True)
 
 
 def _table_rows(results: Results) -> Iterator[tuple[str, ...]]:
@@ -186,7 +187,7 @@ def _table_rows(results: Results) -> Iterator[tuple[str, ...]]:
 
 def _cell(text: str) -> str:
     """Return text that does not end its cell, nor is markup."""
-    return printable(text).replace("|", "/").replace("<", "&lt;")
+    return text.replace("|", "/").replace("<", "&lt;")
 
 
 def _number(value: float) -> str:

@@ -43,8 +43,7 @@ def step(
     sets = (f"encoder={sizes.students[student]}", *settings(bench, recipe))
     config = bench.config(compiled=compiled, sets=sets)
     with ExitStack() as stack:
-        variants = _ours(config, recipe, bench.cache(teacher), stack)
-        batch = variants.pop("batch")
+        variants, batch = _ours(config, recipe, bench.cache(teacher), stack)
         for name, made in _others(bench, recipe, teacher, student, batch).items():
             if isinstance(made, str):
                 bench.row(f"{name} step", None, note=made)
@@ -63,8 +62,10 @@ def settings(bench: Bench, recipe: str) -> tuple[str, ...]:
     return tuple(text for text in bench.sizes.settings if text.partition("=")[0] in known)
 
 
-def _ours(config: steps.StepConfig, recipe: str, cache: Path, stack: ExitStack) -> dict[str, Any]:
-    """Return our variants, and `batch`, one that lies on the device."""
+def _ours(
+    config: steps.StepConfig, recipe: str, cache: Path, stack: ExitStack
+) -> tuple[dict[str, steps.Step], dict[str, torch.Tensor]]:
+    """Return our variants, and a batch that lies on the device."""
     run, loader, acc = steps.build(config, recipe, cache)
     state = train.build_state(run, loader, acc)
     feed = steps.make_feed(run, loader, state, acc, stack)
@@ -77,7 +78,7 @@ def _ours(config: steps.StepConfig, recipe: str, cache: Path, stack: ExitStack) 
         run, loader, acc = steps.build(config, recipe, cache, online=True)
         feed = steps.make_feed(run, loader, state, acc, stack)
         found["online"] = steps.make_step(run, loader, state, feed)
-    return {**found, "batch": batches[0]}
+    return found, batches[0]
 
 
 def _others(

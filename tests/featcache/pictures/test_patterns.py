@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import glob
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -47,16 +46,15 @@ def test_a_literal_part_of_a_brace_pattern_is_no_glob(tmp_path: Path) -> None:
     assert expand_patterns(f"{tmp_path}/a[1]-{{0,1}}.tar") == wanted
 
 
+@pytest.mark.timeout(60)  # written out they would take hours
 @pytest.mark.parametrize(
     "braces",
     ["{0..999999999999}", "{000000..999999999999}", "{0..999}{0..999}{0..999}", "{a,b}" * 40,
      "{" + "{a,b}" * 40 + ",x}", "{9999999999..0..2}"],
 )  # fmt: skip
 def test_endless_braces_are_refused_at_once(tmp_path: Path, braces: str) -> None:
-    start = time.perf_counter()
     with pytest.raises(UserError, match="name more than 1000000 tars"):
         open_source(f"{tmp_path}/{braces}.tar")
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("braces", ["{0.." + "9" * 5000 + "}", "{" * 5000 + "}" * 5000, "{a", "a}"])

@@ -65,4 +65,4 @@ def test_on_a_gpu_nothing_waits_for_the_newest_work() -> None:
     assert not done.query()
     seconds = clock.seconds().item()
     assert done.query()
-    assert 0 < seconds < 60
+    assert seconds > 0
