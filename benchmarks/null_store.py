@@ -1,21 +1,33 @@
 """The store `null` keeps nothing: what an extraction costs without its writing is measured with it.
 
-A program registers it by `STORES[NAME] = null_store.__name__`.
+A program that ends afterwards registers it by `STORES[NAME] = null_store.__name__`, any other for
+a block.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from featcache.storage import commit, manifest
-from featcache.storage.store import Array
+from featcache.storage.store import STORES, Array
 
 NAME = "null"
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Let a block write into it by its name."""
+    STORES[NAME] = __name__
+    try:
+        yield
+    finally:
+        del STORES[NAME]
 
 
 class NullWriter:

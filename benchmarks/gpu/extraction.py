@@ -14,7 +14,6 @@ from featcache.extraction.options import parse_levels
 from featcache.extraction.plan import Plan
 from featcache.models import precision as running
 from featcache.pictures.open_source import open_source
-from featcache.storage.store import STORES
 from featcache.teachers import load
 from featcache.views.policy import load_policy
 
@@ -25,12 +24,12 @@ VARIANTS = ("bare forward", "null sink", "store")
 def extraction(bench: Bench, teacher: str) -> None:
     """Give both ratios, in fp32 as is the default and in the precision of the other
     measurements."""
-    for precision in dict.fromkeys(("fp32", bench.sizes.precision)):
-        _one(bench, teacher, precision)
+    with null_store.registered():
+        for precision in dict.fromkeys(("fp32", bench.sizes.precision)):
+            _one(bench, teacher, precision)
 
 
 def _one(bench: Bench, name: str, precision: str) -> None:
-    STORES[null_store.NAME] = null_store.__name__
     spec, batch_size = bench.sizes.teachers[name], min(bench.sizes.batch_size, 256)
     model = running.configure(load(spec, "random:0", bench.device), precision)
     bare = bench_extract.without_hooks(

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import null_store
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import extraction, results, runner, worker
 from benchmarks.gpu.bench import open_bench
 from benchmarks.gpu.plan import GPU_TESTS, PLAN, TRIAL, Measurement
 from benchmarks.gpu.results import Entry, Results, Row
 from featcache.errors import UsageError, UserError
+from featcache.storage.store import STORES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/gpu.md").read_text()
@@ -132,6 +134,7 @@ def test_what_lies_in_a_folder_is_of_its_sizes_and_others_files_stay(tmp_path: P
     assert [len(list(folder.rglob("*.jpg"))) for folder in made] == [8, 9, 8]
     assert made[0] == made[2]
     extraction.extraction(bench, "clip-b16")
+    assert null_store.NAME not in STORES
     assert (tmp_path / "extracted/mine").read_text() == "mine"
     kept = sorted(path.name.partition("-")[0] for path in tmp_path.iterdir())
     assert kept == ["extracted", "pictures", "pictures"]
