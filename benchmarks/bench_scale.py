@@ -90,7 +90,9 @@ def write_cache(path: Path, rows: int, view_count: int) -> None:
         for shard in about["shards"]:
             count = shard["count"] * view_count
             keys = [plan.source.keys[shard["first"] + i // view_count] for i in range(count)]
-            writer = get_store(plan.store).writer(path, shard["name"], plan.arrays, view_count)
+            writer = get_store(plan.store).writer(
+                path, shard["name"], plan.arrays, view_count, plan.form
+            )
             writer.append(keys, {name: values[:count] for name, values in items.items()})
             writer.finish([], known.summary())
     finally:

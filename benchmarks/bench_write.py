@@ -113,7 +113,7 @@ def write_alone(path: Path, plan: Plan, batch_size: int) -> int:
     batch["features"][:] = random.standard_normal(batch["features"].shape, np.float32)
     (path / SHARDS).mkdir(parents=True)
     for shard in plan.shards:
-        sink = get_store(plan.store).writer(path, shard["name"], arrays, plan.views)
+        sink = get_store(plan.store).writer(path, shard["name"], arrays, plan.views, plan.form)
         names = [
             plan.source.keys[shard["first"] + i]
             for i in range(shard["count"])

@@ -57,24 +57,10 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
     arrays += checksums.checksum_arrays(arrays, levels, tokens, ranked=ranked)
     keys = [f"{row:09d}" for row in range(rows)]
     (path / SHARDS).mkdir(parents=True)
-    shards = []
-    for first in range(0, rows, SHARD_ROWS):
-        shard = {
-            "name": f"{first // SHARD_ROWS:06d}",
-            "first": first,
-            "count": min(SHARD_ROWS, rows - first),
-        }
-        writer = get_store(name).writer(path, shard["name"], arrays, 1)
-        for low in range(first, first + shard["count"], 32):
-            high = min(low + 32, first + shard["count"])
-            items: dict[str, Any] = {
-                "features": source[low:high],
-                "attention": np.full((high - low, tokens - 1), 1 / tokens, np.float32),
-                "mask_order": np.tile(np.arange(tokens - 1, dtype=np.uint16), (high - low, 1)),
-            }
-            writer.append(keys[low:high], {**items, **checksums.compute_checksums(arrays, items)})
-        writer.finish([], {})
-        shards.append(shard)
+    shards = [
+        {"name": f"{i:06d}", "first": first, "count": min(SHARD_ROWS, rows - first)}
+        for i, first in enumerate(range(0, rows, SHARD_ROWS))
+    ]
     identity = {
         "teacher": {"name": "benchmark", "patches": tokens - 1, "width": width, "depth": levels},
         "levels": list(range(1, levels + 1)),
@@ -89,11 +75,25 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
         "rows_per_shard": SHARD_ROWS,
         "store": name,
     }
-    declared = {array.name: array.as_dict() for array in arrays}
-    json_file.write_json(
-        path / manifest.NAME,
-        manifest.make(identity, {"weights": "registered", "source": ""}, declared, shards, {}),
+    provenance, declared = (
+        {"weights": "registered", "source": ""},
+        {array.name: array.as_dict() for array in arrays},
     )
+    about = manifest.make(identity, provenance, declared, shards, {})
+    json_file.write_json(path / manifest.NAME, about)
+    form = manifest.shard_form(about)
+    for shard in shards:
+        first = shard["first"]
+        writer = get_store(name).writer(path, shard["name"], arrays, 1, form)
+        for low in range(first, first + shard["count"], 32):
+            high = min(low + 32, first + shard["count"])
+            items: dict[str, Any] = {
+                "features": source[low:high],
+                "attention": np.full((high - low, tokens - 1), 1 / tokens, np.float32),
+                "mask_order": np.tile(np.arange(tokens - 1, dtype=np.uint16), (high - low, 1)),
+            }
+            writer.append(keys[low:high], {**items, **checksums.compute_checksums(arrays, items)})
+        writer.finish([], {})
     return path
 
 

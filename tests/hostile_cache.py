@@ -59,7 +59,7 @@ def make_origins(pictures: Path) -> dict[str, Path]:
     part = extend.plan_part(plan, out)
     assert part is not None
     extract.run(*part, batch_size=32)
-    transfer.convert(out, pictures.parent / "webdataset", "webdataset")
+    transfer.convert(out, pictures.parent / "webdataset", store="webdataset")
     return {name: pictures.parent / name for name in ("zarr", "webdataset")}
 
 

@@ -24,7 +24,15 @@ from hypothesis import strategies as st
 
 from featcache.errors import UserError
 from featcache.storage import belongings, commit, json_file, manifest, owner
-from featcache.storage.store import SHARDS, Array, ShardWriter, folder_path, get_store, record_path
+from featcache.storage.store import (
+    SHARDS,
+    Array,
+    ShardForm,
+    ShardWriter,
+    folder_path,
+    get_store,
+    record_path,
+)
 
 SHARD = "000000"
 DTYPES = ["<f2", "<f4", "|u1", "<u2", "<u4", "<i4", "<u8"]
@@ -98,6 +106,7 @@ class StoreContract:
     """Inherit as `class TestX(StoreContract): name = "x"`."""
 
     name: str
+    form = ShardForm(coordinates={"level": (8, 12)}, attributes={"teacher": "t"})
 
     @property
     def backend(self) -> ModuleType:
@@ -107,7 +116,7 @@ class StoreContract:
         self, cache: Path, arrays: Sequence[Array] = ARRAYS, views: int = 2, shard: str = SHARD
     ) -> ShardWriter:
         (cache / SHARDS).mkdir(parents=True, exist_ok=True)
-        writer: ShardWriter = self.backend.writer(cache, shard, arrays, views)
+        writer: ShardWriter = self.backend.writer(cache, shard, arrays, views, self.form)
         return writer
 
     def fill(
@@ -292,13 +301,16 @@ class StoreContract:
         assert names == {f"{SHARD}.{self.name}", f"{SHARD}.json"}
 
     @pytest.mark.parametrize(("rows", "views"), [(0, 1), (4, 2), (3, 3)])
-    def test_file_sizes_are_those_of_the_files(self, tmp_path: Path, rows: int, views: int) -> None:
+    def test_file_shapes_are_those_of_the_files(
+        self, tmp_path: Path, rows: int, views: int
+    ) -> None:
         record = self.publish(tmp_path, numbers(ARRAYS, rows, views), views=views)
-        sizes = self.backend.file_sizes(ARRAYS, views)
-        assert sizes.keys() == record["files"].keys()
-        for name, size in sizes.items():
-            if size is not None:
-                assert size.fixed + rows * size.per_row == record["files"][name]["bytes"]
+        shapes = self.backend.file_shapes(ARRAYS, views, self.form)
+        assert shapes.keys() == record["files"].keys()
+        for name, shape in shapes.items():
+            stated = record["files"][name].items() - {("crc32c", record["files"][name]["crc32c"])}
+            expected = {} if shape is None else shape.facts(rows)
+            assert dict(stated) == {"bytes": record["files"][name]["bytes"], **expected}
 
     def test_odd_keys_come_back(self, tmp_path: Path) -> None:
         data = numbers(ARRAYS, len(ODD_KEYS), 2)

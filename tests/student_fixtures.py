@@ -150,7 +150,9 @@ def token_path() -> Path:
         json_file.write_json(
             path, {**about, "arrays": {spec.name: spec.as_dict() for spec in arrays}}
         )
-    writer = zarr_store.writer(out, about["shards"][0]["name"], arrays, VIEWS)
+    writer = zarr_store.writer(
+        out, about["shards"][0]["name"], arrays, VIEWS, manifest.shard_form(about)
+    )
     writer.append(keys, {**items, **checksums.compute_checksums(arrays, items)})
     writer.finish([], {})
     return out

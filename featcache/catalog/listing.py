@@ -36,6 +36,8 @@ def describe(path: Path) -> dict[str, Any]:
         "levels": _levels(identity, [part["identity"] for part, _ in parts]),
         "codec": identity["codec"],
         "store": identity["store"],
+        "format": cache_manifest["format"],
+        "compression": cache_manifest.get("compression", ""),
         "tokens": identity["tokens"],
         "bytes": sum(file["bytes"] for record in every for file in record["files"].values()),
         "shards": total,

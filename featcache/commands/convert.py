@@ -1,4 +1,4 @@
-"""`featcache convert` writes a cache in the other store, without the teacher."""
+"""`featcache convert` writes a cache in another store or format, without the teacher."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ import click
 from featcache.commands.copy import carry_out
 from featcache.console.params import LocalPath
 from featcache.maintenance import transfer
-from featcache.storage.store import STORES
+from featcache.storage.store import FORMATS, STORES
 
 
 @click.command(
     epilog="Examples:\n\n"
     "  featcache convert caches/clip-b16-1a2b3c4d /data/clip-b16-tars --store webdataset\n\n"
-    "  featcache convert /data/clip-b16-tars caches/clip-b16 --store zarr"
+    "  featcache convert /data/clip-b16-tars caches/clip-b16 --store zarr\n\n"
+    "  featcache convert caches/old caches/new --format 4"
 )
 @click.argument("cache", type=LocalPath())
 @click.argument("out", type=LocalPath())
 @click.option(
-    "--store", "name", type=click.Choice(list(STORES)), required=True, help="The store of OUT."
+    "--store", type=click.Choice(list(STORES)), help="The store of OUT. [default: that of CACHE]"
+)
+@click.option(
+    "--format",
+    type=click.Choice([*map(str, FORMATS)]),
+    help="The format of OUT; 4 has an index of rows for other libraries. [default: that of CACHE]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def command(cache: Path, out: Path, name: str, as_json: bool) -> None:
-    """Write CACHE, and what was added to it, to OUT in the other store. Killed, the same command
-    continues.
+def command(cache: Path, out: Path, store: str | None, format: str | None, as_json: bool) -> None:
+    """Write CACHE, and what was added to it, to OUT in another store or format. Killed, the same
+    command continues.
 
     Every row is checked as it is read; converting back gives the same bytes again.
     """
@@ -33,5 +39,7 @@ def command(cache: Path, out: Path, name: str, as_json: bool) -> None:
         "convert",
         out,
         as_json,
-        lambda progress: transfer.convert(cache, out, name, progress=progress),
+        lambda progress: transfer.convert(
+            cache, out, store=store, format=int(format) if format else None, progress=progress
+        ),
     )

@@ -21,7 +21,8 @@ from featcache.storage import manifest
 @click.command(
     epilog="Examples:\n\n  featcache copy caches/clip-b16-1a2b3c4d /local/clip-b16\n\n"
     "  featcache copy caches/clip-b16-1a2b3c4d /local/small --views 1 --levels last:5\n\n"
-    "  featcache copy caches/clip-b16-1a2b3c4d /local/tenth --shards 0:125"
+    "  featcache copy caches/clip-b16-1a2b3c4d /local/tenth --shards 0:125\n\n"
+    "  featcache copy caches/clip-b16-1a2b3c4d /cold/clip-b16 --compress"
 )
 @click.argument("cache", type=LocalPath())
 @click.argument("dest", type=LocalPath())
@@ -30,6 +31,11 @@ from featcache.storage import manifest
     "--levels", help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]"
 )
 @click.option("--shards", help="A:B: only shards A to B - 1, counted from 0. [default: all]")
+@click.option(
+    "--compress",
+    is_flag=True,
+    help="Write an archive: smaller, and slow to read. A copy of it without this is plain again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
     cache: Path,
@@ -37,6 +43,7 @@ def command(
     views: int | None,
     levels: str | None,
     shards: str | None,
+    compress: bool,
     as_json: bool,
 ) -> None:
     """Copy CACHE to DEST, every file compared with its checksum. Killed, the same command
@@ -52,7 +59,13 @@ def command(
         dest,
         as_json,
         lambda progress: transfer.copy(
-            cache, dest, views=views, levels=chosen, shards=span, progress=progress
+            cache,
+            dest,
+            views=views,
+            levels=chosen,
+            shards=span,
+            compress=compress,
+            progress=progress,
         ),
     )
 
@@ -95,6 +108,8 @@ def carry_out(
             "cache": str(dest),
             "id": cache.manifest["id"],
             "store": cache.identity["store"],
+            "format": cache.manifest["format"],
+            "compression": cache.manifest.get("compression", ""),
             "rows": len(cache),
             "views": cache.views,
             "levels": cache.levels,
@@ -108,12 +123,17 @@ def carry_out(
     show.print_facts(summary, as_json, _story(summary))
 
 
+def _form(summary: dict[str, Any]) -> str:
+    archive = " (archive)" if summary["compression"] else ""
+    return f", format {summary['format']}{archive}"
+
+
 def _story(summary: dict[str, Any]) -> str:
     levels = ",".join(map(str, summary["levels"]))
     lines = [
         f"{summary['cache']}: {summary['rows']} pictures x {summary['views']} views, levels "
-        f"{levels}, {summary['store']} store, {show.format_bytes(summary['bytes'])}, id "
-        f"{summary['id']}",
+        f"{levels}, {summary['store']} store{_form(summary)}, "
+        f"{show.format_bytes(summary['bytes'])}, id {summary['id']}",
         f"{summary['new_shards']} shards written, {show.format_bytes(summary['bytes_per_s'])}/s"
         if summary["new_shards"]
         else "was complete already; nothing to do",

@@ -44,6 +44,8 @@ def describe(cache: Cache) -> dict[str, Any]:
     }
     return {
         "id": cache.manifest["id"],
+        "format": cache.manifest["format"],
+        "compression": cache.manifest.get("compression", ""),
         "identity": cache.identity,
         "provenance": cache.manifest["provenance"],
         "random_weights": manifest.is_random(cache.manifest),
@@ -69,7 +71,8 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
         manifest.title(cache.manifest, facts["rows"], facts["views"]),
         f"{facts['shards_complete']} of {facts['shards']} shards, {facts['rows']} of "
         f"{identity['pictures']['count']} pictures stored, {format_bytes(facts['bytes'])}, "
-        f"{identity['store']} store, codec {identity['codec']}, tokens {_tokens(identity)}",
+        f"{identity['store']} store, {_form(facts)}, codec {identity['codec']}, "
+        f"tokens {_tokens(identity)}",
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
         *(f"added: {part}" for part in facts["parts"][1:]),
         *format_table(
@@ -95,6 +98,10 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
     return join_lines(
         [*lines, "the same with more --views or --levels, and with --add, adds to it"]
     )
+
+
+def _form(facts: dict[str, Any]) -> str:
+    return f"format {facts['format']}" + (" (archive)" if facts["compression"] else "")
 
 
 def _tokens(identity: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from featcache.errors import UsageError, UserError
 from featcache.extraction.options import file_name
 from featcache.extraction.plan import ExtractJob, Plan
-from featcache.extraction.target_folder import existing_manifest
+from featcache.extraction.target_folder import existing_manifest, in_form_of
 from featcache.models import tokenizer
 from featcache.reading.cache import Cache
 from featcache.storage import identity, json_file, manifest
@@ -44,7 +44,7 @@ def plan_jobs(plans: Sequence[Plan], out: Path, *, add: bool) -> list[ExtractJob
                 "after the other, in several commands"
             )
         return jobs
-    base, *others = plans
+    base, *others = (in_form_of(out, plan) for plan in plans)
     if base.is_tokenizer:
         raise UsageError(
             f"--teacher {base.teacher.name}: discrete tokens are added to a cache of features: "
@@ -89,11 +89,9 @@ def plan_parts(wanted: Sequence[Plan], out: Path) -> list[ExtractJob]:
 
 def _part(wanted: Plan, cache: Cache) -> Plan | None:
     base = cache.identity
-    wanted = _own(
-        replace(
-            wanted, rows_per_shard=base["rows_per_shard"], pixels=wanted.pixels or "pixels" in base
-        )
-    )
+    pixels = wanted.pixels or "pixels" in base
+    wanted = replace(wanted, rows_per_shard=base["rows_per_shard"], pixels=pixels)
+    wanted = _own(in_form_of(cache.path, wanted))
     name = wanted.teacher.name
     _check_same(
         wanted,

@@ -32,6 +32,7 @@ from featcache.extraction.shard_queue import free_shards, lacks_record
 from featcache.extraction.target_folder import (
     check_disk_space,
     disk_full_error,
+    in_form_of,
     prepare_folder,
     report_quarantine,
 )
@@ -83,6 +84,7 @@ def run_jobs(
     is quarantined, or a UserError with `strict`."""
     progress = progress or ExtractProgress()
     options = RunOptions(batch_size=batch_size, workers=workers, strict=strict, progress=progress)
+    jobs = [ExtractJob(in_form_of(job.out, job.plan), job.out) for job in jobs]
     if len(jobs) > 1:
         check_disk_space(jobs)
     wanted = [prepare_folder(*job, batch_size) for job in jobs]
@@ -229,7 +231,7 @@ def _write_shard(
     try:
         for job in jobs:
             writer = get_store(job.store).writer(
-                job.out, shard["name"], job.plan.arrays, job.plan.views
+                job.out, shard["name"], job.plan.arrays, job.plan.views, job.plan.form
             )
             tasks.append(ShardWriterTask(job.plan, writer, options))
         _run_tasks(tasks, _Rows(jobs, shard, stored), options, pools)

@@ -9,19 +9,19 @@ import numpy.typing as npt
 
 from featcache.errors import UserError
 from featcache.models.tokenizer import FIELD, LARGEST
-from featcache.storage.store import Array
+from featcache.storage.store import Array, hash_dtype
 from featcache.views.fingerprint import THUMBNAIL
 
 
-def view_arrays() -> list[Array]:
-    """Return the arrays that every part stores of the views themselves."""
+def view_arrays(format: int) -> list[Array]:
+    """Return the arrays that every part of a format stores of the views themselves."""
     row_view = ("row", "view")
     return [
         Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
         Array("flip", "|u1", (), row_view),
         Array("area", "<f4", (), row_view),
         Array("jitter", "<f4", (4,), (*row_view, "brightness_contrast_saturation_order")),
-        Array("pixel_hash", "<u8", (), row_view),
+        Array("pixel_hash", hash_dtype(format), (), row_view),
         Array("thumbnail", "|u1", (THUMBNAIL, THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
         Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
     ]

@@ -18,6 +18,7 @@ import PIL
 import torch
 from safetensors.numpy import save
 
+import featcache
 from featcache.errors import UsageError
 from featcache.extraction.layout import token_ids_array, view_arrays
 from featcache.extraction.options import file_name
@@ -25,7 +26,7 @@ from featcache.models import precision, tokenizer, weights
 from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
 from featcache.storage import checksums, manifest
-from featcache.storage.store import Array
+from featcache.storage.store import FORMAT, Array, ShardForm
 from featcache.targets import codecs
 from featcache.targets import levels as target_levels
 from featcache.views import pixel_path
@@ -53,6 +54,8 @@ class Plan:
     first_view: int = 0  # above 0 where views are added to a cache
     # statistics of what is stored, as a copy of fewer views or levels has them
     recount: bool = False
+    format: int = FORMAT  # an earlier one where such a cache is continued, repaired or added to
+    compression: str = ""  # of an archive that is repaired
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.rows_per_shard < 1:
@@ -110,7 +113,7 @@ class Plan:
     @property
     def arrays(self) -> list[Array]:
         own = [token_ids_array(self.teacher.patches)] if self.is_tokenizer else self._of_teacher()
-        arrays = [*own, *view_arrays()]
+        arrays = [*own, *view_arrays(self.format)]
         ranked = self.tokens == "ranked"
         return [
             *arrays,
@@ -160,9 +163,20 @@ class Plan:
     def manifest(self) -> dict[str, Any]:
         """Make the manifest of the cache; its id is the digest of the identity alone."""
         arrays = {array.name: array.as_dict() for array in self.arrays}
-        return manifest.make(
-            self._identity(), self._provenance(), arrays, self.shards, self.side_files()
+        made = manifest.make(
+            self._identity(),
+            self._provenance(),
+            arrays,
+            self.shards,
+            self.side_files(),
+            format=self.format,
         )
+        return {**made, **({"compression": self.compression} if self.compression else {})}
+
+    @cached_property
+    def form(self) -> ShardForm:
+        """Return how shards are written."""
+        return manifest.shard_form(self.manifest())
 
     def _identity(self) -> dict[str, Any]:
         """Return all that the stored numbers depend on. An option that is not used leaves no trace,
@@ -219,6 +233,7 @@ class Plan:
             else {}
         )
         return {
+            "featcache": featcache.__version__,
             "torch": torch.__version__,
             "pillow": PIL.__version__,
             "python": platform.python_version(),

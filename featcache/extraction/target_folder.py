@@ -9,7 +9,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from featcache.errors import UserError
 from featcache.storage import commit, identity, json_file, manifest
 from featcache.storage.own_folder import own_shards
 from featcache.storage.record import read_record
-from featcache.storage.store import QUARANTINE, record_path
+from featcache.storage.store import QUARANTINE, get_store, record_path
 
 if TYPE_CHECKING:
     from featcache.extraction.plan import ExtractJob, Plan
@@ -32,6 +32,7 @@ class Wording:
 
     option: str  # what names the folder, as in `--out 'c'`
     other_cache: str  # what to do where the folder holds another cache
+    other_form: str  # what to do where it is the same cache, written otherwise
     smaller: str  # what to do where the disk is too small
     show_fixes: bool  # whether the options of `featcache extract` lead to the cache that is there
 
@@ -40,9 +41,19 @@ EXTRACT = Wording(
     option="--out ",
     other_cache="these options continue the cache that is there, another --out makes a new one, "
     "--add adds to this one",
+    other_form="give another folder",
     smaller="fewer --views or --levels, or another disk",
     show_fixes=True,
 )
+
+
+def in_form_of(cache: Path, plan: Plan) -> Plan:
+    """Return the plan in the format of the cache at `cache`, where one is there: a cache is
+    continued and added to as it was begun."""
+    if not (cache / manifest.NAME).is_file():
+        return plan
+    there = manifest.read(cache)
+    return replace(plan, format=there["format"], compression=there.get("compression", ""))
 
 
 def prepare_folder(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
@@ -86,16 +97,25 @@ def existing_manifest(
     identity.refuse_mismatch(
         wanted, there, what, words.other_cache, grades, show_fixes=words.show_fixes
     )
-    for field in (
-        "arrays",
-        "shards",
-    ):  # they follow from the identity, unless somebody changed them
+    if _form(wanted) != _form(there):
+        raise UserError(
+            f"{words.option}{str(out)!r} holds the same cache as {_form(there)}, not as "
+            f"{_form(wanted)}; {words.other_form}"
+        )
+    # they follow from the identity, unless somebody changed them
+    for field in ("arrays", "shards"):
         if wanted[field] != there[field]:
             raise UserError(
                 f"{words.option}{str(out)!r} holds a cache whose {field} are not those of its "
                 "identity; give an empty or new folder"
             )
     return there
+
+
+def _form(about: Mapping[str, Any]) -> str:
+    """Describe how a cache's shards are written."""
+    archive = "an archive, " if "compression" in about else ""
+    return f"{archive}format {about['format']}"
 
 
 def _holds_files(out: Path) -> bool:
@@ -115,12 +135,25 @@ def begin_folder(out: Path, wanted: dict[str, Any], side_files: Mapping[str, byt
             json_file.write_json(path, wanted)
     for folder in (out, shards):
         json_file.sweep(folder)
-    write_side_files(out, side_files)
+    write_side_files(out, {**side_files, **root_files(wanted)})
+
+
+def root_files(about: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return what the store of a cache has beside all shards, by paths in the cache."""
+    found: dict[str, bytes] = get_store(about["identity"]["store"]).root_files(
+        manifest.shard_form(about)
+    )
+    return found
 
 
 def write_side_files(out: Path, side_files: Mapping[str, bytes]) -> None:
     """Write what is missing or differs of the files beside the manifest."""
     for name, data in side_files.items():
+        if (out / name).is_dir():
+            raise UserError(
+                f"{str(out / name)!r} is a folder where a file is to be, and none that featcache "
+                "made; move it away and run the same command again"
+            )
         if not (out / name).is_file() or (out / name).read_bytes() != data:
             json_file.write_file(out / name, data)
 

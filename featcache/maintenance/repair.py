@@ -21,6 +21,7 @@ from featcache.extraction.shard_queue import free_shards
 from featcache.extraction.target_folder import (
     recorded_batch_size,
     report_quarantine,
+    root_files,
     write_side_files,
 )
 from featcache.maintenance import verify
@@ -56,6 +57,7 @@ def run(
         if bad or any(problem.path.name in about["files"] for problem in problems):
             _extract(part, about, bad, load, workers, progress or ExtractProgress())
         if problems:
+            write_side_files(part, root_files(about))
             if (part / QUARANTINE).is_dir():
                 raise UserError(
                     f"{str(part / QUARANTINE)!r} is a folder where a file is to be, and none that "
@@ -252,4 +254,6 @@ def plan_from_manifest(about: dict[str, Any], source: Source, teacher: Teacher) 
         pixels="pixels" in identity,
         first_view=identity.get("first_view", 0),
         recount="statistics" in about["provenance"],
+        format=about["format"],
+        compression=about.get("compression", ""),
     )

@@ -1,9 +1,9 @@
-"""A cache, or a part of it, is copied or converted to another store, without the teacher.
+"""A cache, or a part of it, is copied or converted to another store or format, without the teacher.
 
-What stays as it is goes file by file, each compared with its record; what changes (another store,
-fewer views or levels) goes row by row through `Cache.read`, which checks every item, into a writer.
-Both publish shard by shard as an extraction does, so that a transfer that was killed continues
-where it stopped.
+What stays as it is goes file by file, each compared with its record; what changes (another store or
+format, an archive, fewer views or levels) goes row by row through `Cache.read`, which checks every
+item, into a writer. Both publish shard by shard as an extraction does, so that a transfer that was
+killed continues where it stopped.
 
 n items (row, view), L levels, T tokens, D width.
 """
@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,17 +27,18 @@ from featcache.errors import UsageError, UserError, command_line
 from featcache.extraction import target_folder
 from featcache.extraction.shard_queue import free_shards
 from featcache.maintenance import transfer_plan
-from featcache.maintenance.transfer_plan import TransferJob
+from featcache.maintenance.transfer_plan import Target, TransferJob, target_like
 from featcache.reading.cache import Cache
 from featcache.storage import checksums, commit, manifest
 from featcache.storage.statistics import Statistics, stored_feature_statistics
-from featcache.storage.store import STORES, folder_path, get_store
+from featcache.storage.store import COMPRESSIONS, FORMATS, folder_path, get_store
 
 BLOCK_BYTES = 64 << 20  # items held at a time
 _FILE_BYTES = 8 << 20
 WORDS = target_folder.Wording(
     option="",
     other_cache="give another folder, or the same command to continue this one",
+    other_form="give another folder, or the options that it was begun with",
     smaller="another disk, or less: `featcache copy` takes --views, --levels and --shards",
     show_fixes=False,
 )
@@ -73,38 +74,57 @@ def copy(
     views: int | None = None,
     levels: Sequence[int] | None = None,
     shards: tuple[int, int] | None = None,
+    compress: bool = False,
     progress: TransferProgress | None = None,
 ) -> list[str]:
     """Copy the cache with all that was added to it, or shards A to B - 1 of it; with `views` (the
-    first so many) or `levels`, one flat cache of its own teacher. Returns what was left out, in
-    words."""
+    first so many) or `levels`, one flat cache of its own teacher. With `compress` the copy is an
+    archive; without, a copy of an archive is plain again. Returns what was left out, in words."""
     _apart(cache, out)
     with Cache(cache) as source:
+        if compress and source.identity["store"] != "zarr":
+            raise UsageError(
+                f"--compress: cache {str(cache)!r} is in the {source.identity['store']} store; an "
+                "archive is written of the zarr store: run `featcache convert --store zarr` first"
+            )
+        compression = COMPRESSIONS[0] if compress else ""
+        target = replace(target_like(source), compression=compression)
         if views is None and levels is None:
-            jobs, left = transfer_plan.whole_cache_jobs(source, out, shards=shards)
+            jobs, left = transfer_plan.whole_cache_jobs(source, out, target, shards=shards)
         else:
             jobs, left = transfer_plan.flat_cache_jobs(
-                source, out, views=views, levels=levels, shards=shards
+                source, out, target, views=views, levels=levels, shards=shards
             )
         _run(jobs, progress or TransferProgress())
     return left
 
 
 def convert(
-    cache: Path, out: Path, name: str, *, progress: TransferProgress | None = None
+    cache: Path,
+    out: Path,
+    *,
+    store: str | None = None,
+    format: int | None = None,
+    progress: TransferProgress | None = None,
 ) -> list[str]:
-    """Write the same cache, and all that was added to it, in the store `name`. Returns what was
-    left out, in words."""
+    """Write the same cache, and all that was added to it, in another store or format. Returns what
+    was left out, in words."""
     _apart(cache, out)
     with Cache(cache) as source:
-        here = source.identity["store"]
-        if name not in STORES or name == here:
-            others = ", ".join(other for other in STORES if other != here)
+        here = target_like(source)
+        get_store(store or here.store)
+        if format not in (None, *FORMATS):
+            allowed = ", ".join(map(str, FORMATS))
+            raise UsageError(f"--format {format!r}: {allowed} is allowed")
+        target = Target(store or here.store, format or here.format, here.compression)
+        if target.store != "zarr":
+            target = replace(target, compression="")
+        if target == here:
             raise UsageError(
-                f"--store {name!r}: cache {str(cache)!r} is in the {here} store; {others} is "
-                "allowed, and `featcache copy` copies it as it is"
+                f"cache {str(cache)!r} is in the {here.store} store and format {here.format} "
+                "already: give another --store or --format; `featcache copy` copies it as it is"
             )
-        jobs, left = transfer_plan.whole_cache_jobs(source, out, store=name)
+        jobs, left = transfer_plan.whole_cache_jobs(source, out, target)
         _run(jobs, progress or TransferProgress())
     return left
 
@@ -209,7 +229,11 @@ def _copy_file(
 
 def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:
     writer = get_store(job.store).writer(
-        job.out, record["shard"], job.arrays, job.identity["views"]
+        job.out,
+        record["shard"],
+        job.arrays,
+        job.identity["views"],
+        manifest.shard_form(job.manifest),
     )
     statistics = Statistics()
     try:
@@ -242,7 +266,10 @@ def _blocks(
     rows = transfer_plan.shard_rows(job.source, record)
     total = int(record["rows"]) * views
     count = max(1, min(total, BLOCK_BYTES // max(sum(spec.item_bytes for spec in specs), 1)))
-    memory = {spec.name: np.empty((count, *spec.item), spec.dtype) for spec in specs}
+    memory = {
+        spec.name: np.empty((count, *spec.item), job.source.arrays[spec.name].dtype)
+        for spec in specs
+    }
     for low in range(0, total, count):
         at = np.arange(low, min(low + count, total))
         out = {name: values[: len(at)] for name, values in memory.items()}

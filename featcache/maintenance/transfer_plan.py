@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import featcache
 from featcache.errors import UsageError, UserError
 from featcache.reading.cache import Cache
 from featcache.storage import checksums, json_file
 from featcache.storage import manifest as manifests
 from featcache.storage.part import PARTS, added_parts, describe_part
-from featcache.storage.store import Array, array_from_dict, record_path
+from featcache.storage.store import Array, array_from_dict, hash_dtype, record_path
 
 Range = tuple[int, int]  # numbers of shards, the end not included
 
@@ -66,14 +67,28 @@ class TransferJob:
         )
 
 
+@dataclass(frozen=True)
+class Target:
+    """Says how the target is written: its store, its format, and whether it is an archive."""
+
+    store: str
+    format: int
+    compression: str = ""
+
+
+def target_like(cache: Cache) -> Target:
+    """Return the target that is written as a cache itself is."""
+    about = cache.manifest
+    return Target(cache.identity["store"], about["format"], about.get("compression", ""))
+
+
 def whole_cache_jobs(
-    source: Cache, out: Path, *, shards: Range | None = None, store: str | None = None
+    source: Cache, out: Path, target: Target, *, shards: Range | None = None
 ) -> tuple[list[TransferJob], list[str]]:
     """Return (jobs of the cache and of what was added to it, what is left out in words)."""
-    changes = {"store": store} if store else {}
     parts = [Cache(path) for path in added_parts(source.path)]
-    jobs = [_choose(source, out, changes, shards)]
-    jobs += [_addition(_choose(part, out, changes, shards)) for part in parts if part.complete]
+    jobs = [_choose(source, out, target, {}, shards)]
+    jobs += [_addition(_choose(part, out, target, {}, shards)) for part in parts if part.complete]
     return jobs, [
         f"{describe_part(part.manifest)} (unfinished)" for part in parts if not part.complete
     ]
@@ -82,6 +97,7 @@ def whole_cache_jobs(
 def flat_cache_jobs(
     source: Cache,
     out: Path,
+    target: Target,
     *,
     views: int | None = None,
     levels: Sequence[int] | None = None,
@@ -109,9 +125,8 @@ def flat_cache_jobs(
         for about in map(manifests.read, added_parts(source.path))
         if _teacher(about) != _teacher(source.manifest)
     ]
-    return [_choose(source, out, {"views": views, "levels": list(chosen)}, shards)], [
-        describe_part(each) for each in others
-    ]
+    changes = {"views": views, "levels": list(chosen)}
+    return [_choose(source, out, target, changes, shards)], [describe_part(each) for each in others]
 
 
 def _teacher(about: Mapping[str, Any]) -> str:
@@ -125,12 +140,15 @@ def shard_rows(source: Cache, record: Mapping[str, Any]) -> slice:
     return slice(first, first + record["rows"])
 
 
-def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | None) -> TransferJob:
+def _choose(
+    source: Cache, out: Path, target: Target, changes: dict[str, Any], shards: Range | None
+) -> TransferJob:
     """Plan one part with `changes` of its identity."""
     about, numbers = source.manifest, _numbers(source, shards)
     records = _records(source, numbers)
-    identity = {**source.identity, **changes}
-    fewer, as_files = len(numbers) < len(about["shards"]), identity == source.identity
+    identity = {**source.identity, **changes, "store": target.store}
+    fewer = len(numbers) < len(about["shards"])
+    as_files = identity == source.identity and target == target_like(source)
     recount = not as_files and "views" in changes
     if fewer:
         keys = [key for record in records for key in source.keys[shard_rows(source, record)]]
@@ -143,9 +161,19 @@ def _choose(source: Cache, out: Path, changes: dict[str, Any], shards: Range | N
         **({"statistics": "of stored numbers"} if recount else {}),
     }
     arrays = _fewer(about["arrays"], identity) if recount else about["arrays"]
+    if target.format != about["format"]:
+        versions = provenance.get("versions", {})
+        provenance["versions"] = {**versions, "featcache": featcache.__version__}
+        hashes = {"dtype": hash_dtype(target.format)}
+        arrays = {
+            name: facts | (hashes if name == "pixel_hash" else {}) for name, facts in arrays.items()
+        }
     chosen = [about["shards"][i] for i in numbers]
-    made = manifests.make(identity, provenance, arrays, chosen, {})
-    return TransferJob(source, out, {**made, "files": about["files"]}, records, as_files, recount)
+    made = manifests.make(identity, provenance, arrays, chosen, {}, format=target.format)
+    made["files"] = about["files"]
+    if target.compression:
+        made["compression"] = target.compression
+    return TransferJob(source, out, made, records, as_files, recount)
 
 
 def _fewer(arrays: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from featcache.errors import UnreadableError, UserError
+from featcache.extraction import target_folder
 from featcache.reading.cache import Cache
 from featcache.storage import commit, json_file, manifest
 from featcache.storage.keys import Keys, read_shard_keys
@@ -80,6 +81,9 @@ def part_problems(
     backend, check = about["identity"]["store"], RecordCheck(about)
     for text in manifest.check_files(part, about):
         yield Problem(Path(text.rpartition(": ")[0]), text)
+    for name, data in target_folder.root_files(about).items():
+        if differs := _difference(part / name, data):
+            yield Problem(part / name, f"{part / name}: {differs}")
     for path in (part / SHARDS / manifest.COPY, part / QUARANTINE):
         wanted = path.name == manifest.COPY or path.is_file() or _lacks_quarantine(part, about)
         if wanted and (damage := json_problem(path)):
@@ -102,6 +106,13 @@ def part_problems(
             else:
                 yield from _of_files(part, shard["name"], backend, read)
         progress(done, len(about["shards"]))
+
+
+def _difference(path: Path, data: bytes) -> str:
+    if not path.is_file():
+        return "missing"
+    same = path.stat().st_size == len(data) and path.read_bytes() == data
+    return "" if same else f"differs from what {manifest.NAME} says"
 
 
 def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> Iterator[Problem]:

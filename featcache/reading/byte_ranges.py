@@ -36,6 +36,15 @@ class FileCheck(NamedTuple):
     file_record: Callable[[str], Mapping[str, Any]]
 
 
+class CompressedChunks(NamedTuple):
+    """Files hold compressed chunks, each of so many bytes before: see `compressed_rows`. Offsets
+    are those of plain rows."""
+
+    compression: str
+    chunk_bytes: int
+    file_record: Callable[[str], Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class RangeBatch:
     """Fill `rows` (n,) of `target` (rows, row bytes) uint8 from `offsets` (n,) in the files `paths`
@@ -49,6 +58,7 @@ class RangeBatch:
     ranges: tuple[ByteRange, ...]
     crcs: npt.NDArray[np.uint32] | None = None  # (n, columns)
     file_check: FileCheck | None = None  # of each file, before the first read of it
+    chunks: CompressedChunks | None = None  # None: plain rows
 
     @property
     def row_bytes(self) -> int:
@@ -66,6 +76,7 @@ class RangeBatch:
             self.ranges,
             None if self.crcs is None else self.crcs[low:high],
             self.file_check,
+            self.chunks,
         )
 
     def split_by_files(self, max_files: int) -> Iterator[RangeBatch]:

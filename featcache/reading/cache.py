@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UsageError, UserError, command_line, near
+from featcache.errors import UsageError, near
 from featcache.reading import request, reused_memory
-from featcache.reading.byte_ranges import RowChecksumError
+from featcache.reading.byte_ranges import RangeBatch, RowChecksumError
+from featcache.reading.compressed_rows import note_archive
 from featcache.reading.locations import locate_rows
 from featcache.reading.range_reader import RangeReader, choose_io
 from featcache.reading.read_plan import ReadPlan, parts_of
+from featcache.reading.row_error import row_error
 from featcache.reading.value_check import check_values
 from featcache.runtime.local_path import local_path
-from featcache.storage import checksums, commit, manifest
+from featcache.storage import checksums, manifest
 from featcache.storage.keys import I64, Keys
 from featcache.storage.part import describe_part, open_parts
 from featcache.storage.store import Array
@@ -89,6 +91,8 @@ class Cache:
             for name, spec in first.arrays.items():
                 if name in checksums.NAMES:
                     continue
+                if name == "pixel_hash":  # whatever it is stored as
+                    spec = replace(spec, dtype="<u8")
                 if checksums.has_levels(spec):
                     spec = replace(spec, item=(levels, *spec.item[1:]))
                 if first is self._base:
@@ -212,7 +216,7 @@ class Cache:
         locations = locate_rows(self._base.starts, rows, views)
         plan = ReadPlan(self._parts, rows, locations, checked)
         tables, batches = plan.checksum_batches(fields, tokens)
-        self._reader.read(batches)
+        self._fill(batches, rows, views)
         result: dict[str, npt.NDArray[Any]] = {}
         batches = []
         for name in fields:
@@ -226,13 +230,20 @@ class Cache:
                 batches += plan.field_batches(
                     name, self.arrays[name], target, wanted, count, tables
                 )
-        try:
-            self._reader.read(batches)
-        except RowChecksumError as bad:
-            raise self._explain(bad, rows, views) from bad
+        self._fill(batches, rows, views)
         for name in fields:
             self._check_values(name, result[name])
         return result
+
+    def _fill(self, batches: Sequence[RangeBatch], rows: I64, views: I64) -> None:
+        if any(batch.chunks for batch in batches):
+            note_archive(str(self.path))
+        try:
+            self._reader.read(batches)
+        except RowChecksumError as bad:
+            row, view = int(rows[bad.row]), int(views[bad.row])
+            key = self.keys[row]
+            raise row_error(self.path, self._parts, bad.path, row, key, view) from bad
 
     def derive(self, name: str, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
         """Read `f`, `z`, `fd` or `y` (n, T, width), which follow from what is stored: see
@@ -355,33 +366,6 @@ class Cache:
         teacher, _, plain = name.rpartition("/")
         about = self.manifest_of(teacher) if teacher else self.manifest
         check_values(f"cache {str(self.path)!r}: {name}", plain, values, about["identity"])
-
-    def _explain(self, bad: RowChecksumError, rows: I64, views: I64) -> UserError:
-        """Name the file at fault: that of the row, or that of its checksum."""
-        row, view = int(rows[bad.row]), int(views[bad.row])
-        shard = int(np.searchsorted(self._base.starts, row, side="right") - 1)
-        record = self.records[shard]["shard"]
-        problems = [
-            problem
-            for part in self._parts
-            for problem in commit.check_shard(
-                part.path, record, part.identity["store"], part.records[shard], deep=True
-            )
-        ]
-        if problems:  # others may be damaged as well
-            problem = min(
-                problems,
-                key=lambda text: (not text.startswith(f"{bad.path}:"), "_crc/" not in text),
-            )
-            return UserError(
-                f"cache file {problem} (seen at row {row}, {self.keys[row]!r}, view {view}); "
-                f"run `{command_line('featcache', 'repair', self.path)}`"
-            )
-        return UserError(
-            f"cache file {bad.path}: row {row} ({self.keys[row]!r}), view {view} differed from its "
-            f"checksum, but shard {record} is sound on disk: memory or transport may be at fault; "
-            "run again, and `featcache verify` it"
-        )
 
     def close(self) -> None:
         """Close all files, and give kept memory back; the next `read` opens them again."""

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from featcache.reading.byte_ranges import ByteRange, FileCheck, RangeBatch
+from featcache.reading.byte_ranges import ByteRange, CompressedChunks, FileCheck, RangeBatch
 from featcache.storage import checksums
+from featcache.storage.chunk_index import chunk_bytes
 from featcache.storage.keys import I64
 from featcache.storage.part import FileRows, Part
 from featcache.storage.store import Array
@@ -55,8 +56,26 @@ def range_batches(
     files = FileRows(shards[first], views[first], counts)
     paths, offsets = part.locate_all(spec, files, rows[positions])
     file_index = np.repeat(np.arange(len(first)), counts)
-    own_crcs = None if crcs is None else crcs[positions]
-    return [RangeBatch(paths, target, positions, file_index, offsets, ranges, own_crcs, file_check)]
+    return [
+        RangeBatch(
+            paths,
+            target,
+            positions,
+            file_index,
+            offsets,
+            ranges,
+            None if crcs is None else crcs[positions],
+            file_check,
+            _chunks(part, spec),
+        )
+    ]
+
+
+def _chunks(part: Part, spec: Array) -> CompressedChunks | None:
+    """Describe the chunks of an archive's array, None of one that lies plain."""
+    if not (part.compression and spec.split):
+        return None
+    return CompressedChunks(part.compression, chunk_bytes(spec), part.file_record)
 
 
 def byte_ranges(

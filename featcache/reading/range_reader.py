@@ -30,6 +30,7 @@ from featcache.reading.byte_ranges import (
     merge_neighbours,
     split_batches,
 )
+from featcache.reading.compressed_rows import CompressedRows
 from featcache.reading.file_pool import FilePool
 from featcache.storage.posix_io import (
     FULL,
@@ -75,6 +76,7 @@ class RangeReader:
         self.threads = threads or (2 * min(4, cores) if io == "direct" else min(4, cores))
         self.io = io
         self._files = FilePool(os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0))
+        self._compressed = CompressedRows(self._pread)
         # path -> (inode, mtime_ns) when it was as recorded
         self._checked_files: dict[str, tuple[int, int]] = {}
         self._loops_compiled = False  # from the first large read on
@@ -172,6 +174,9 @@ class RangeReader:
         self._checked_files[path] = stamp
 
     def _fill(self, batch: RangeBatch, fds: Sequence[int]) -> None:
+        if batch.chunks is not None:
+            self._compressed.fill(batch, fds)
+            return
         many = len(batch.rows) >= _GATHER_ITEMS * len(batch.paths)
         if not many or batch.row_bytes > _SMALL_ITEM_BYTES:
             self._fill_by_range(batch, fds)

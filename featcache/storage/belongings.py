@@ -39,7 +39,7 @@ def foreign(cache: Path) -> Iterator[Path]:
     """Yield the files and folders in a cache, or in what was added to it, that are none of its own;
     of a folder that is none, the folder alone. UserError where the cache itself is none."""
     about = own_manifest(cache)
-    files = {manifest.NAME, QUARANTINE, *about["files"]}
+    files = {manifest.NAME, QUARANTINE, *about["files"], *_root_files(about, ".")}
     for entry in _entries(cache):
         of = split_temporary(entry.name)
         if entry.is_dir(follow_symlinks=False):
@@ -56,6 +56,13 @@ def foreign(cache: Path) -> Iterator[Path]:
             (entry.is_symlink() and entry.name in (SHARDS, PARTS)) or _is_file_of(files, entry)
         ):
             yield Path(entry)
+
+
+def _root_files(about: Mapping[str, Any], folder: str) -> set[str]:
+    """Return the names of what the store writes into one of the folders above its shards."""
+    store = get_store(about["identity"]["store"])
+    paths = [Path(name) for name in store.root_files(manifest.shard_form(about))]
+    return {path.name for path in paths if str(path.parent) == folder}
 
 
 def leftovers(cache: Path) -> Iterator[tuple[Path, list[Path]]]:
@@ -80,7 +87,7 @@ def _foreign_in_part(path: Path) -> Iterator[Path]:
 def _foreign_in_shards(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     names, store = {shard["name"] for shard in about["shards"]}, about["identity"]["store"]
     files = {manifest.COPY, *(f"{name}{end}" for name in names for end in (".json", ".lease"))}
-    files |= {f"{name}.json.{BACKUP_SUFFIX}" for name in names}
+    files |= {f"{name}.json.{BACKUP_SUFFIX}" for name in names} | _root_files(about, SHARDS)
     folders = {f"{name}.{store}" for name in names}
     for entry in _entries(folder):
         of = split_temporary(entry.name)

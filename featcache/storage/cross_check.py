@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from featcache.storage import checksums
-from featcache.storage.store import Array, array_from_dict
+from featcache.storage.store import Array, array_from_dict, hash_dtype
 
 _ROW_VIEW = ("row", "view")
 _ITEM_BYTES = 1 << 31
@@ -43,12 +43,12 @@ _DTYPES = {
     "flip": ("|u1",),
     "area": ("<f4",),
     "jitter": ("<f4",),
-    "pixel_hash": ("<u8",),
+    "pixel_hash": ("<u8", "<i8"),
     "thumbnail": ("|u1",),
     "pixels": ("|u1",),
     "source_size": ("<i4",),
 }
-_RESERVED = ("key", "key_offsets")  # a store's own arrays
+_RESERVED = ("key", "key_bytes", "key_offsets", "level", "view")  # a store's own arrays
 
 
 def cross_problem(manifest: Mapping[str, Any]) -> str:
@@ -60,6 +60,7 @@ def cross_problem(manifest: Mapping[str, Any]) -> str:
         (
             problem
             for found in (
+                _form_problems(manifest),
                 _identity_problems(identity),
                 _shard_problems(manifest["shards"], identity),
                 _array_problems(arrays, identity),
@@ -69,6 +70,15 @@ def cross_problem(manifest: Mapping[str, Any]) -> str:
         ),
         "",
     )
+
+
+def _form_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """A hash is signed or not by the format; Zarr alone knows compressed rows."""
+    dtype = hash_dtype(manifest["format"])
+    if manifest["arrays"].get("pixel_hash", {"dtype": dtype})["dtype"] != dtype:
+        yield f"arrays.pixel_hash is not {dtype}, as in format {manifest['format']}"
+    if "compression" in manifest and manifest["identity"]["store"] != "zarr":
+        yield f"a cache in the {manifest['identity']['store']} store is not compressed"
 
 
 def _identity_problems(identity: Mapping[str, Any]) -> Iterator[str]:

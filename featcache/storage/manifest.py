@@ -8,6 +8,7 @@ holds a time, so the same work gives the same bytes.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from featcache.errors import UserError, command_line, one_line, short
 from featcache.storage import json_file, schema
 from featcache.storage.cross_check import cross_problem
 from featcache.storage.json_file import digest
+from featcache.storage.store import FORMAT, FORMATS, ShardForm
 
-FORMAT = 3
 NAME = "manifest.json"
 COPY = "manifest.copy.json"  # below shards/: what `repair` restores a damaged manifest from
 
@@ -46,11 +47,13 @@ def make(
     arrays: dict[str, Any],
     shards: list[Any],
     files: Mapping[str, bytes],
+    *,
+    format: int = FORMAT,
 ) -> dict[str, Any]:
     """Make a manifest; its id is the digest of the identity alone. `files` lie beside it, and are
     noted with checksums."""
     return {
-        "format": FORMAT,
+        "format": format,
         "id": digest(identity)[:16],
         "identity": identity,
         "provenance": provenance,
@@ -84,12 +87,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """Read a manifest, or its copy, from a file; everything in it is checked here, and may be
     trusted afterwards."""
     manifest = json_file.read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"cache {str(json_file.cache_of(path))!r} has format "
-            f"{short(manifest.get('format'))}, this version reads format {FORMAT}; use the "
-            "version of featcache that wrote it, or extract again"
-        )
+    check_format(json_file.cache_of(path), manifest)
     parts = {"id", "identity", "provenance", "arrays", "shards", "files"}
     why = ""
     if not parts <= manifest.keys() or manifest["id"] != digest(manifest["identity"])[:16]:
@@ -101,6 +99,54 @@ def read_file(path: Path) -> dict[str, Any]:
             "featcache that wrote it, or extract again into another folder"
         )
     return manifest
+
+
+def check_format(cache: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError for a format that this version does not read; of a newer one it names the
+    version that wrote it."""
+    given = manifest.get("format")
+    if type(given) is int and given in FORMATS:
+        return
+    readable = f"this version reads formats {' and '.join(map(str, FORMATS))}"
+    if type(given) is int and given > FORMAT:
+        todo = f"install a version that does: pip install --upgrade {_writer(manifest)}"
+    else:
+        todo = "extract again, or use the version of featcache that wrote it"
+    raise UserError(f"cache {str(cache)!r} has format {short(given)}, {readable}; {todo}")
+
+
+def _writer(manifest: Mapping[str, Any]) -> str:
+    """Return what to give pip for the version that a manifest of another format names."""
+    provenance = manifest.get("provenance")
+    versions = provenance.get("versions") if isinstance(provenance, dict) else None
+    version = versions.get("featcache") if isinstance(versions, dict) else None
+    if isinstance(version, str) and re.fullmatch(r"[0-9]+(\.[0-9]+){1,3}", version):
+        return f"'featcache>={version}'"
+    return "featcache"
+
+
+def shard_form(manifest: Mapping[str, Any]) -> ShardForm:
+    """Return how the files of a cache's shards are written."""
+    identity = manifest["identity"]
+    first_view = identity.get("first_view", 0)
+    version = manifest["provenance"].get("versions", {}).get("featcache", "")
+    return ShardForm(
+        format=manifest["format"],
+        compression=manifest.get("compression", ""),
+        coordinates={
+            "level": identity["levels"],
+            "view": range(first_view, first_view + identity["views"]),
+        },
+        attributes={
+            "teacher": identity["teacher"]["name"],
+            "levels": identity["levels"],
+            "codec": identity["codec"],
+            "tokens": identity["tokens"],
+            "policy": identity["policy"],
+            "format": manifest["format"],
+        },
+        created_by=f"featcache {version}".strip(),
+    )
 
 
 def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:

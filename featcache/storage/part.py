@@ -59,6 +59,7 @@ class Part:
             name: array_from_dict(name, f) for name, f in self.manifest["arrays"].items()
         }
         self.store = get_store(self.identity["store"])
+        self.compression: str = self.manifest.get("compression", "")  # of an archive
         self._check = RecordCheck(self.manifest)
         self.absent: dict[str, str] = {}  # shard -> why
         # {key, reason} each; of absent shards as well, where that is known

@@ -11,7 +11,7 @@ from typing import Any
 
 from featcache.errors import short
 from featcache.storage import json_file, manifest, schema
-from featcache.storage.store import FileSize, array_from_dict, get_store
+from featcache.storage.store import FileShape, array_from_dict, get_store
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -40,14 +40,14 @@ class RecordCheck:
         return manifest.content_digest(self.about)
 
     @cached_property
-    def _sizes(self) -> Mapping[str, FileSize | None]:
+    def _shapes(self) -> Mapping[str, FileShape | None]:
         """The files of a shard, by what the manifest says of its arrays."""
         identity, arrays = self.about["identity"], self.about["arrays"]
         specs = [array_from_dict(name, facts) for name, facts in arrays.items()]
-        sizes: Mapping[str, FileSize | None] = get_store(identity["store"]).file_sizes(
-            specs, identity["views"]
+        shapes: Mapping[str, FileShape | None] = get_store(identity["store"]).file_shapes(
+            specs, identity["views"], manifest.shard_form(self.about)
         )
-        return sizes
+        return shapes
 
     def problem(self, shard: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
         """Say why an intact JSON is not the record of this shard of this cache; None where it
@@ -67,16 +67,18 @@ class RecordCheck:
         return self._file_problem(rows, record["files"])
 
     def _file_problem(self, rows: int, files: Mapping[str, Any]) -> str | None:
-        if files.keys() != self._sizes.keys():
-            strange = sorted(files.keys() ^ self._sizes.keys())
+        if files.keys() != self._shapes.keys():
+            strange = sorted(files.keys() ^ self._shapes.keys())
             return (
                 f"is not the record of a shard: it lists other files, such as {short(strange[0])}"
             )
-        for name, size in self._sizes.items():
-            wanted = None if size is None else size.fixed + rows * size.per_row
-            if wanted is not None and files[name]["bytes"] != wanted:
-                return (
-                    f"is not the record of a shard: {name} has {files[name]['bytes']} bytes, of "
-                    f"{rows} rows {wanted}"
-                )
+        for name, shape in self._shapes.items():
+            wanted = {} if shape is None else shape.facts(rows)
+            for fact in ("bytes", "chunks", "compression"):
+                stated = files[name].get(fact)
+                if stated != wanted.get(fact, stated if fact == "bytes" else None):
+                    return (
+                        f"is not the record of a shard: {name} has {fact} {stated}, of {rows} rows "
+                        f"{wanted.get(fact)}"
+                    )
         return None

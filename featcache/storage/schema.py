@@ -167,9 +167,16 @@ class Shard(_Object):
     count: Annotated[int, Field(ge=1, le=1 << 26)]
 
 
-class File(_Object):
+class SideFile(_Object):
     bytes: Count
     crc32c: Crc
+
+
+class File(SideFile):
+    """Describes a file of a shard. `chunks` of one that ends with an index of them."""
+
+    chunks: Count = 0
+    compression: Literal["blosc"] = "blosc"
 
 
 class Manifest(_Object):
@@ -179,7 +186,8 @@ class Manifest(_Object):
     provenance: Provenance
     arrays: Annotated[dict[Name, ArrayFacts], Field(min_length=1, max_length=256)]
     shards: Annotated[list[Shard], Field(min_length=1)]
-    files: Annotated[dict[SideName, File], Field(max_length=64)]
+    files: Annotated[dict[SideName, SideFile], Field(max_length=64)]
+    compression: Literal["blosc"] = "blosc"
 
 
 class Quarantined(_Object):

@@ -15,6 +15,8 @@ data and one publishes the record:
 Whatever moment a process dies at, the next one removes the temporary folder, or adopts the renamed
 one. All stores share `commit`; a store writes the files, says where items lie, and
 checks a file.
+
+The meaning of a format never changes: a cache is continued, repaired and added to in its own.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import importlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +43,9 @@ STORES = {
 SHARDS = "shards"
 PARTS = "parts"  # folder of what was added to a cache
 QUARANTINE = "quarantine.json"
+FORMATS = (3, 4)  # that are read and written; the last is that of new caches
+FORMAT = FORMATS[-1]
+COMPRESSIONS = ("blosc",)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,22 @@ def array_from_dict(name: str, fields: Mapping[str, Any]) -> Array:
     return Array(name, fields["dtype"], item, dimensions, fields["per_view"], fields["split"])
 
 
+@dataclass(frozen=True)
+class ShardForm:
+    """Says how the files of a shard are written beside what its arrays say; a manifest decides it.
+
+    `compression` of the rows of split arrays, none by default. The others are for other libraries,
+    where a store has room for them: `coordinates`, dimension -> its numbers, such as those of
+    levels; `attributes` of every shard; `created_by`, of the cache.
+    """
+
+    format: int = FORMAT
+    compression: str = ""
+    coordinates: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    created_by: str = ""
+
+
 class ShardKeys(NamedTuple):
     """The keys of a shard's rows lie in one block of bytes: key i is blob[offsets[i]:offsets[i +
     1]], UTF-8."""
@@ -86,11 +107,22 @@ class ShardKeys(NamedTuple):
     offsets: npt.NDArray[np.int64]
 
 
-class FileSize(NamedTuple):
-    """The bytes of a shard's file follow from its rows."""
+class FileShape(NamedTuple):
+    """The bytes of a shard's file follow from its rows, unless they are compressed; so do the
+    chunks that a file with an index has, and `chunks` is None of one without."""
 
     fixed: int
     per_row: int
+    chunks: int | None = None
+    compression: str = ""
+
+    def facts(self, rows: int) -> dict[str, Any]:
+        """Return what the record states of the file of so many rows, but for its checksum."""
+        return {
+            **({} if self.compression else {"bytes": self.fixed + rows * self.per_row}),
+            **({} if self.chunks is None else {"chunks": rows * self.chunks}),
+            **({"compression": self.compression} if self.compression else {}),
+        }
 
 
 class ShardWriter(Protocol):
@@ -122,7 +154,9 @@ class Store(Protocol):
     FILES: re.Pattern[str]
 
     @staticmethod
-    def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> ShardWriter: ...
+    def writer(
+        cache: Path, shard: str, arrays: Sequence[Array], views: int, form: ShardForm
+    ) -> ShardWriter: ...
 
     @staticmethod
     def locate(
@@ -147,9 +181,23 @@ class Store(Protocol):
         ...
 
     @staticmethod
-    def file_sizes(arrays: Sequence[Array], views: int) -> dict[str, FileSize | None]:
-        """Name all files of a shard, with their sizes where those follow from the rows alone."""
+    def file_shapes(
+        arrays: Sequence[Array], views: int, form: ShardForm
+    ) -> dict[str, FileShape | None]:
+        """Name all files of a shard, with what follows of them from the rows alone."""
         ...
+
+    @staticmethod
+    def root_files(form: ShardForm) -> dict[str, bytes]:
+        """Return the files that a store has beside all shards, by their paths in the cache; they
+        say nothing that the manifest does not."""
+        ...
+
+
+def hash_dtype(format: int) -> str:
+    """Return what `pixel_hash` is stored as; signed since format 4, for readers that know no
+    unsigned numbers of 64 bits. Its bytes are the same."""
+    return "<i8" if format >= 4 else "<u8"
 
 
 def get_store(name: str) -> ModuleType:

@@ -39,7 +39,7 @@ from featcache.pictures.tars import escape
 from featcache.storage import checksums, commit, json_file
 from featcache.storage.posix_io import read_error
 from featcache.storage.row_file import RowFile
-from featcache.storage.store import SHARDS, Array, FileSize, ShardKeys, folder_path
+from featcache.storage.store import SHARDS, Array, FileShape, ShardForm, ShardKeys, folder_path
 
 NAME = "webdataset"
 INDEX = "index.safetensors"
@@ -225,7 +225,10 @@ def _close(file: RowFile) -> dict[str, Any]:
     return {"bytes": file.bytes, "crc32c": f"{file.crc:08x}"}
 
 
-def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> TarShardWriter:
+def writer(
+    cache: Path, shard: str, arrays: Sequence[Array], views: int, form: ShardForm
+) -> TarShardWriter:
+    """See store.Store.writer; tars have no room for what `form` says."""
     return TarShardWriter(cache, shard, arrays, views)
 
 
@@ -350,13 +353,20 @@ def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
     return f"{commit.file_crc(path, path.stat().st_size):08x}" == facts["crc32c"]
 
 
-def file_sizes(arrays: Sequence[Array], views: int) -> dict[str, FileSize | None]:
-    """See store.Store.file_sizes."""
-    sizes: dict[str, FileSize | None] = {INDEX: None}
-    sizes |= {_tar(view): None for view in range(views)}
+def file_shapes(
+    arrays: Sequence[Array], views: int, form: ShardForm
+) -> dict[str, FileShape | None]:
+    """See store.Store.file_shapes."""
+    shapes: dict[str, FileShape | None] = {INDEX: None}
+    shapes |= {_tar(view): None for view in range(views)}
     for array in arrays:
         if array.name in checksums.NAMES:
             items = 1 if array.split else views
             for view in range(views) if array.split else [0]:
-                sizes[_npy(array, view)] = FileSize(_NPY_BYTES, items * array.item_bytes)
-    return sizes
+                shapes[_npy(array, view)] = FileShape(_NPY_BYTES, items * array.item_bytes)
+    return shapes
+
+
+def root_files(form: ShardForm) -> dict[str, bytes]:
+    """See store.Store.root_files."""
+    return {}

@@ -87,9 +87,10 @@ def records_apart(files: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, 
 def by_zarr(cache: Path, name: str) -> np.ndarray:
     """(n, V, ...) of one array of a cache's own shards, read by zarr-python."""
     shards = sorted((cache / "shards").glob("*.zarr"))
-    return np.concatenate(
+    values = np.concatenate(
         [np.asarray(zarr.open_group(shard, mode="r")[name][...]) for shard in shards]
     )
+    return values.view(np.uint64) if name == "pixel_hash" else values
 
 
 def check_clean(cache: Path) -> None:
@@ -136,21 +137,21 @@ def test_to_tars_and_back_gives_the_same_bytes(
     pictures: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     origin = made(pictures, "plain-" + "-".join(changes), **changes)
-    transfer.convert(origin, tmp_path / "tars", "webdataset")
-    transfer.convert(tmp_path / "tars", tmp_path / "back", "zarr")
+    transfer.convert(origin, tmp_path / "tars", store="webdataset")
+    transfer.convert(tmp_path / "tars", tmp_path / "back", store="zarr")
     assert files_below(tmp_path / "back") == files_below(origin)
     check_clean(tmp_path / "tars")
 
 
 def test_additions_are_converted_too(grown: Path, tmp_path: Path) -> None:
-    transfer.convert(grown, tmp_path / "tars", "webdataset")
+    transfer.convert(grown, tmp_path / "tars", store="webdataset")
     with featcache.Cache(grown) as here, featcache.Cache(tmp_path / "tars") as there:
         assert (there.views, there.levels, there.teachers) == (4, (1, 2, 3), here.teachers)
         for view in range(4):
             a, b = (cache.read(range(len(cache)), view, here.fields) for cache in (here, there))
             for name in here.fields:
                 np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    transfer.convert(tmp_path / "tars", tmp_path / "back", "zarr")
+    transfer.convert(tmp_path / "tars", tmp_path / "back", store="zarr")
     assert files_below(tmp_path / "back") == files_below(grown)
     check_clean(tmp_path / "tars")
 
@@ -159,7 +160,7 @@ def test_converted_is_what_is_extracted_into_that_store(
     pictures: Path, plain: Path, tmp_path: Path
 ) -> None:
     direct = made(pictures, "direct", store="webdataset")
-    transfer.convert(plain, tmp_path / "tars", "webdataset")
+    transfer.convert(plain, tmp_path / "tars", store="webdataset")
     assert files_below(tmp_path / "tars") == files_below(direct)
     assert manifest.read(tmp_path / "tars") == manifest.read(direct)
     for record in sorted((direct / "shards").glob("0*.json")):
@@ -173,10 +174,10 @@ def test_blocks_of_one_item_change_no_byte(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transfer.copy(plain, tmp_path / "whole", views=2)
-    transfer.convert(plain, tmp_path / "whole-tars", "webdataset")
+    transfer.convert(plain, tmp_path / "whole-tars", store="webdataset")
     monkeypatch.setattr(transfer, "BLOCK_BYTES", 1)
     transfer.copy(plain, tmp_path / "items", views=2)
-    transfer.convert(plain, tmp_path / "items-tars", "webdataset")
+    transfer.convert(plain, tmp_path / "items-tars", store="webdataset")
     assert files_below(tmp_path / "items") == files_below(tmp_path / "whole")
     assert files_below(tmp_path / "items-tars") == files_below(tmp_path / "whole-tars")
 
@@ -344,7 +345,7 @@ def test_any_choice_holds_the_numbers_of_the_source(
 WORK: dict[str, Callable[[Path, Path], object]] = {
     "files": lambda cache, out: transfer.copy(cache, out),
     "rows": lambda cache, out: transfer.copy(cache, out, views=2),
-    "convert": lambda cache, out: transfer.convert(cache, out, "webdataset"),
+    "convert": lambda cache, out: transfer.convert(cache, out, store="webdataset"),
 }
 
 
@@ -419,7 +420,7 @@ import featcache.storage.zarr_store, featcache.storage.webdataset_store, zarr
 source, root, stops = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 WORK = {
     "files": lambda out: transfer.copy(source, out),
-    "convert": lambda out: transfer.convert(source, out, "webdataset"),
+    "convert": lambda out: transfer.convert(source, out, store="webdataset"),
 }
 for i, (work, target, call) in enumerate(stops):
     child = os.fork()
@@ -575,8 +576,12 @@ def test_what_is_not_stored_is_refused(plain: Path, grown: Path, tmp_path: Path)
     )
     with pytest.raises(UsageError, match="was added to a cache"):
         transfer.copy(added, tmp_path / "c", views=1)
-    with pytest.raises(UsageError, match="is in the zarr store; webdataset is allowed"):
-        transfer.convert(plain, tmp_path / "c", "zarr")
+    with pytest.raises(UsageError, match="is in the zarr store and format 4 already"):
+        transfer.convert(plain, tmp_path / "c", store="zarr")
+    with pytest.raises(UsageError, match="give another --store or --format"):
+        transfer.convert(plain, tmp_path / "c")
+    with pytest.raises(UsageError, match=r"--format 5: 3, 4 is allowed"):
+        transfer.convert(plain, tmp_path / "c", format=5)
     assert not (tmp_path / "c").exists()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ PLAIN = [
         split=True,
     ),
     Array("attention", "<f4", (4,), (*ROW_VIEW, "patch")),
-    Array("pixel_hash", "<u8", (), ROW_VIEW),
+    Array("pixel_hash", "<i8", (), ROW_VIEW),
     Array("flip", "|u1", (), ROW_VIEW),
     Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
 ]
@@ -79,9 +80,16 @@ def write_cache(
     """A cache in the store `name`, its features ranked or not (which the numbers do not show)."""
     (path / SHARDS).mkdir(parents=True)
     arrays = [*PLAIN, *checksums.checksum_arrays(PLAIN, 3, TOKENS, ranked=tokens == "ranked")]
-    first, shards = 0, []
+    firsts = [sum(list(sizes.values())[:i]) + i for i in range(len(sizes))]
+    shards = [
+        {"name": shard, "first": first, "count": count + 1}
+        for (shard, count), first in zip(sizes.items(), firsts, strict=True)
+    ]
+    about = make_manifest(name, tokens, arrays, shards)
+    json_file.write_json(path / manifest.NAME, about)
+    first = 0
     for shard, count in sizes.items():
-        writer = get_store(name).writer(path, shard, arrays, VIEWS)
+        writer = get_store(name).writer(path, shard, arrays, VIEWS, manifest.shard_form(about))
         rows = slice(first, first + count)
         items = {a.name: NUMBERS[a.name][rows].reshape(-1, *a.item) for a in PLAIN}
         items["source_size"] = np.repeat(items["source_size"], VIEWS, 0)
@@ -92,8 +100,13 @@ def write_cache(
         keys = [key for key in KEYS[rows] for _ in range(VIEWS)]
         writer.append(keys, {**items, **checksums.compute_checksums(arrays, items)})
         writer.finish([{"key": f"bad{shard}", "reason": "cut"}], found.summary())
-        shards.append({"name": shard, "first": first + len(shards), "count": count + 1})
         first += count
+    return path
+
+
+def make_manifest(
+    name: str, tokens: str, arrays: list[Array], shards: list[dict[str, Any]]
+) -> dict[str, Any]:
     identity = {
         "pixel_path": {"decoder": "pillow"},
         "teacher": {"name": "synthetic", "patches": TOKENS - 1, "width": WIDTH, "depth": 6},
@@ -109,9 +122,7 @@ def write_cache(
         "pictures": {"count": 10, "keys_digest": "0"},
     }
     provenance = {"weights": "random:4", "source": "x"}
-    about = manifest.make(identity, provenance, {a.name: a.as_dict() for a in arrays}, shards, {})
-    json_file.write_json(path / manifest.NAME, about)
-    return path
+    return manifest.make(identity, provenance, {a.name: a.as_dict() for a in arrays}, shards, {})
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +154,8 @@ def test_what_zarr_reads_is_what_was_written(folders: dict[tuple[str, str], Path
             for shard in SIZES
         ]
         for name, values in NUMBERS.items():
-            np.testing.assert_array_equal(
-                np.concatenate([group[name][:] for group in groups]), values
-            )
+            stored = np.concatenate([group[name][:] for group in groups])
+            np.testing.assert_array_equal(stored.view(values.dtype), values)
 
 
 def reference(
@@ -259,7 +269,7 @@ def test_reads_agree_with_plain_zarr(cache: Cache, folder: Path) -> None:
     group = zarr.open_group(folder / SHARDS / "000001.zarr", mode="r")
     for name in FIELDS:
         got = cache.read([5, 6, 7], 1, [name])[name]
-        stored = group[name][:]
+        stored = group[name][:].view(got.dtype)
         np.testing.assert_array_equal(got, stored if name == "source_size" else stored[:, 1])
 
 

@@ -135,8 +135,38 @@ def test_no_cache_and_another_format(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no cache at"):
         manifest.read(tmp_path / "nothing")
     json_file.write_json(tmp_path / manifest.NAME, {**make(), "format": 99})
-    with pytest.raises(UserError, match=r"format 99.*format 3"):
+    with pytest.raises(
+        UserError, match=r"format 99, this version reads formats 3 and 4;.*--upgrade featcache$"
+    ):
         manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("given", [2, True, "4", 4.0, None, -1, [4]])
+def test_what_is_no_later_format_is_not_to_be_waited_for(tmp_path: Path, given: object) -> None:
+    json_file.write_json(tmp_path / manifest.NAME, {**make(), "format": given})
+    with pytest.raises(UserError, match=r"has format .*formats 3 and 4; extract again"):
+        manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("versions", "wanted"),
+    [
+        ({"featcache": "1.4.0"}, "'featcache>=1.4.0'"),
+        ({"featcache": "1.4'; rm -r ~"}, "featcache"),
+        ({"featcache": "1.4.0\n"}, "featcache"),
+        ({"featcache": 1}, "featcache"),
+        ("1.4.0", "featcache"),
+    ],
+)
+def test_a_later_format_names_the_version_that_wrote_it(
+    tmp_path: Path, versions: object, wanted: str
+) -> None:
+    """A text of the file goes onto the line only where it is a version."""
+    later = {"format": 5, "provenance": {"versions": versions}, "unheard": "of"}
+    json_file.write_json(tmp_path / manifest.NAME, later)
+    with pytest.raises(UserError) as caught:
+        manifest.read(tmp_path)
+    assert str(caught.value).endswith(f"pip install --upgrade {wanted}")
 
 
 def test_side_files_are_checked(tmp_path: Path) -> None:

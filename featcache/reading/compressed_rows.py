@@ -1,0 +1,131 @@
+"""Rows of an archive are read: the compressed chunks that hold a range are found by the file's
+index, and decompressed into place.
+
+To those who ask, a file of compressed chunks is one of plain rows, with the same offsets. Each
+range costs the decompression of the chunks it lies in: many times the time of plain rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
+
+from featcache.errors import UserError
+from featcache.reading.byte_ranges import RangeBatch, RowChecksumError
+from featcache.storage import chunk_index, compression
+
+# (file descriptor, path, memory, offset): fill the memory from a file
+Pread = Callable[[int, str, memoryview, int], None]
+_INDICES = 512  # kept at a time, of 16 bytes a chunk
+Stamp = tuple[int, int, int]
+_LOG = logging.getLogger(__name__)
+
+
+@lru_cache
+def note_archive(cache: str) -> None:
+    """Say, once, that a cache is slow to read."""
+    _LOG.warning("%r is an archive, and slow to read; `featcache copy` writes it out plain", cache)
+
+
+class CompressedRows:
+    """Reads ranges of rows from files of compressed chunks. Safe in threads."""
+
+    def __init__(self, pread: Pread) -> None:
+        self._pread = pread
+        self._indices: dict[str, tuple[Stamp, chunk_index.U64]] = {}
+
+    def fill(self, batch: RangeBatch, fds: Sequence[int]) -> None:
+        """Fill the rows of a batch that has `chunks`. Raises UserError for a damaged index,
+        RowChecksumError for a row that is not what was written."""
+        files = [_File(self, batch, path, fd) for path, fd in zip(batch.paths, fds, strict=True)]
+        crcs_of = [None] * len(batch.rows) if batch.crcs is None else batch.crcs.tolist()
+        sources = zip(
+            batch.rows.tolist(),
+            batch.file_index.tolist(),
+            batch.offsets.tolist(),
+            crcs_of,
+            strict=True,
+        )
+        for row, number, offset, crcs in sources:
+            file = files[number]
+            for item_offset, row_offset, size, column in batch.ranges:
+                view = batch.target[row, row_offset : row_offset + size]
+                if not file.read(view, offset + item_offset):
+                    raise RowChecksumError(file.path, row, column)
+                if crcs is not None and column >= 0 and crc32c(view.data) != crcs[column]:
+                    raise RowChecksumError(file.path, row, column)
+
+    def index(self, path: str, fd: int, record: Mapping[str, Any]) -> chunk_index.U64:
+        """Return where the chunks of a file are (m, 2); read once, and again when the file has
+        changed."""
+        status = os.fstat(fd)
+        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+        known, entries = self._indices.get(path, (None, None))
+        if known == stamp and entries is not None:
+            return entries
+        size = chunk_index.index_bytes(record["chunks"])
+        data_bytes = record["bytes"] - size
+        tail = bytearray(max(size, 0))
+        if data_bytes >= 0:
+            self._pread(fd, path, memoryview(tail), data_bytes)
+        found = chunk_index.unpack(bytes(tail)) if data_bytes >= 0 else None
+        if found is None or not chunk_index.is_in_order(found, data_bytes, equal=False):
+            raise UserError(
+                f"cache file {path}: its index of rows is not the one that was written; run "
+                "`featcache verify`"
+            )
+        if len(self._indices) >= _INDICES:
+            self._indices.clear()
+        self._indices[path] = (stamp, found)
+        return found
+
+    def fetch(self, fd: int, path: str, size: int, offset: int) -> bytes:
+        coded = bytearray(size)
+        self._pread(fd, path, memoryview(coded), offset)
+        return bytes(coded)
+
+
+class _File:
+    """One file of a batch, with the chunk that was decompressed last: of some arrays a chunk holds
+    several of the wanted ranges."""
+
+    def __init__(self, rows: CompressedRows, batch: RangeBatch, path: str, fd: int) -> None:
+        assert batch.chunks is not None
+        self._rows, self._chunks, self.path, self._fd = rows, batch.chunks, path, fd
+        self._entries = rows.index(path, fd, batch.chunks.file_record(path))
+        self._last = -1
+        self._memory = np.empty(batch.chunks.chunk_bytes, np.uint8)
+
+    def read(self, view: npt.NDArray[np.uint8], offset: int) -> bool:
+        """Fill `view` from an offset among plain rows. False where a chunk is not what was
+        written."""
+        done, each = 0, self._chunks.chunk_bytes
+        while done < view.nbytes:
+            number, begin = divmod(offset + done, each)
+            count = min(each - begin, view.nbytes - done)
+            if number >= len(self._entries):
+                return False
+            if count == each:
+                if not self._decode(number, view[done : done + each]):
+                    return False
+            else:
+                if number != self._last:
+                    self._last = -1
+                    if not self._decode(number, self._memory):
+                        return False
+                    self._last = number
+                view[done : done + count] = self._memory[begin : begin + count]
+            done += count
+        return True
+
+    def _decode(self, number: int, out: npt.NDArray[np.uint8]) -> bool:
+        offset, size = self._entries[number].tolist()
+        coded = self._rows.fetch(self._fd, self.path, size, offset)
+        return compression.decode(self._chunks.compression, coded, out)

@@ -1,0 +1,54 @@
+"""Chunks are compressed, for archives, as Zarr specifies it: by blosc, with zstd after bit-shuffle.
+
+Normalised levels in half precision are close to random: 3 to 5 % are saved of them. Statistics and
+pixels shrink more.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.storage.store import COMPRESSIONS
+
+LEVEL = 5
+_HEADER = struct.Struct("<4B3I")  # two versions, flags, item bytes; bytes, block, compressed bytes
+
+
+def zarr_codec(name: str, item_bytes: int) -> dict[str, Any]:
+    """Return the codec as Zarr's metadata states it."""
+    assert name in COMPRESSIONS, name
+    about = {"cname": "zstd", "clevel": LEVEL, "shuffle": "bitshuffle"}
+    return {"name": name, "configuration": {**about, "typesize": item_bytes, "blocksize": 0}}
+
+
+def encode(name: str, chunk: npt.NDArray[Any]) -> bytes:
+    """Compress the bytes of an array."""
+    from numcodecs.blosc import BITSHUFFLE, compress
+
+    assert name in COMPRESSIONS, name
+    coded: bytes = compress(np.ascontiguousarray(chunk), b"zstd", LEVEL, BITSHUFFLE)
+    return coded
+
+
+def decode(name: str, coded: bytes, out: npt.NDArray[np.uint8]) -> bool:
+    """Fill `out` with what was compressed. False where it is no chunk of so many bytes: it comes
+    from a stranger, and its header says how far the decompressor goes."""
+    from numcodecs.blosc import decompress
+
+    assert name in COMPRESSIONS, name
+    if len(coded) < _HEADER.size:
+        return False
+    *_, size, _, coded_bytes = _HEADER.unpack_from(coded)
+    if (size, coded_bytes) != (out.nbytes, len(coded)):
+        return False
+    if not size:
+        return True
+    try:
+        decompress(coded, out)
+    except (RuntimeError, ValueError):
+        return False
+    return True
