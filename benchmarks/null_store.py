@@ -15,7 +15,7 @@ from typing import Any
 import numpy.typing as npt
 
 from featcache.storage import commit, manifest
-from featcache.storage.store import STORES, Array
+from featcache.storage.store import STORES, Array, ShardForm
 
 NAME = "null"
 
@@ -61,6 +61,12 @@ class NullWriter:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def writer(cache: Path, shard: str, arrays: Sequence[Array], views: int) -> NullWriter:
+def writer(
+    cache: Path, shard: str, arrays: Sequence[Array], views: int, form: ShardForm
+) -> NullWriter:
     """Return the writer of one shard."""
     return NullWriter(cache, shard, views)
+
+
+def root_files(form: ShardForm) -> dict[str, bytes]:
+    return {}

@@ -20,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import featcache
+from featcache import teachers
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.extraction import extend, extract, shard_queue
-from featcache.maintenance import transfer, verify
+from featcache.maintenance import repair, transfer, verify
+from featcache.pictures.open_source import open_source
 from featcache.storage import commit, json_file, lease, manifest
 from featcache.storage.store import get_store, record_path
 from tests.conftest import SYNTHETIC, Ran, files_below, flip, make_photos, make_plan, python
@@ -340,12 +342,112 @@ def test_any_choice_holds_the_numbers_of_the_source(
     check_clean(out)
 
 
+# ---------------------------------------------------------------- archives
+
+
+def test_an_archive_and_back_is_the_same_to_the_byte(grown: Path, tmp_path: Path) -> None:
+    """With all that was added; killed and continued as any copy."""
+    assert transfer.copy(grown, tmp_path / "archive", compress=True) == []
+    check_clean(tmp_path / "archive")
+    parts = sorted((tmp_path / "archive/parts").iterdir())
+    for path in (tmp_path / "archive", *parts):
+        assert manifest.read(path)["compression"] == "blosc"
+    assert manifest.read(tmp_path / "archive")["id"] == manifest.read(grown)["id"]
+    transfer.copy(tmp_path / "archive", tmp_path / "back")
+    assert files_below(tmp_path / "back") == files_below(grown)
+
+
+def test_an_archive_is_copied_as_it_is(plain: Path, tmp_path: Path) -> None:
+    transfer.copy(plain, tmp_path / "archive", compress=True)
+    transfer.copy(tmp_path / "archive", tmp_path / "again", compress=True)
+    assert files_below(tmp_path / "again") == files_below(tmp_path / "archive")
+    transfer.copy(tmp_path / "archive", tmp_path / "some", compress=True, views=1, shards=(1, 3))
+    check_clean(tmp_path / "some")
+    np.testing.assert_array_equal(
+        by_zarr(tmp_path / "some", "features"), by_zarr(plain, "features")[4:, :1]
+    )
+
+
+def test_an_archive_of_pixels_and_ranked_tokens(pictures: Path, tmp_path: Path) -> None:
+    origin = made(pictures, "ranked-pixels", pixels=True, **RANKED)
+    transfer.copy(origin, tmp_path / "archive", compress=True)
+    check_clean(tmp_path / "archive")
+    for name in ("features", "feature_stats", "pixels", "prefix_crc"):
+        np.testing.assert_array_equal(by_zarr(tmp_path / "archive", name), by_zarr(origin, name))
+    sizes = [
+        sum(path.stat().st_size for path in cache.glob("shards/*/pixels/c.*"))
+        for cache in (origin, tmp_path / "archive")
+    ]
+    assert sizes[1] < sizes[0]
+    with featcache.open(tmp_path / "archive") as here, featcache.open(origin) as there:
+        one, other = (each.read(range(11), 1, tokens=2)["features"] for each in (here, there))
+        np.testing.assert_array_equal(one, other)
+    transfer.copy(tmp_path / "archive", tmp_path / "back")
+    assert files_below(tmp_path / "back") == files_below(origin)
+
+
+def test_an_archive_becomes_tars(plain: Path, tmp_path: Path) -> None:
+    transfer.copy(plain, tmp_path / "archive", compress=True)
+    transfer.convert(tmp_path / "archive", tmp_path / "tars", store="webdataset")
+    transfer.convert(plain, tmp_path / "expected", store="webdataset")
+    assert files_below(tmp_path / "tars") == files_below(tmp_path / "expected")
+    with pytest.raises(UsageError, match=r"webdataset store.*convert --store zarr"):
+        transfer.copy(tmp_path / "tars", tmp_path / "c", compress=True)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_an_archive_and_a_plain_copy_are_not_mixed(
+    plain: Path, tmp_path: Path, compress: bool
+) -> None:
+    transfer.copy(plain, tmp_path / "c", compress=compress)
+    before = files_below(tmp_path / "c")
+    with pytest.raises(UserError, match=r"holds the same cache as .*give another folder"):
+        transfer.copy(plain, tmp_path / "c", compress=not compress)
+    with pytest.raises(UserError, match=r"as .*format 4, not as format 3"):
+        transfer.convert(plain, tmp_path / "c", format=3)
+    assert files_below(tmp_path / "c") == before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "record"])
+def test_a_damaged_archive_is_repaired_as_an_archive(
+    pictures: Path, plain: Path, tmp_path: Path, damage: str
+) -> None:
+    transfer.copy(plain, tmp_path / "c", compress=True)
+    whole = files_below(tmp_path / "c")
+    path = tmp_path / "c/shards/000001.zarr/features/c.0.1.0.0.0"
+    if damage == "flipped":
+        flip(path, 30)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        record_path(tmp_path / "c", "000001").unlink()
+    repair.run(tmp_path / "c", lambda _: (open_source(pictures), teachers.load(SYNTHETIC, None)))
+    assert files_below(tmp_path / "c") == whole
+
+
+def test_an_archive_takes_additions_as_archives(
+    pictures: Path, plain: Path, tmp_path: Path
+) -> None:
+    transfer.copy(plain, tmp_path / "c", compress=True)
+    part = extend.plan_part(make_plan(pictures, levels=(1, 2, 3)), tmp_path / "c")
+    assert part is not None
+    extract.run(*part, batch_size=4)
+    assert manifest.read(part[1])["compression"] == "blosc"
+    check_clean(tmp_path / "c")
+    with featcache.open(tmp_path / "c") as cache:
+        assert cache.levels == (1, 2, 3)
+        cache.read(range(11), 2)
+
+
 # ---------------------------------------------------------------- interrupted
 
 WORK: dict[str, Callable[[Path, Path], object]] = {
     "files": lambda cache, out: transfer.copy(cache, out),
     "rows": lambda cache, out: transfer.copy(cache, out, views=2),
     "convert": lambda cache, out: transfer.convert(cache, out, store="webdataset"),
+    "format": lambda cache, out: transfer.convert(cache, out, format=3),
+    "compress": lambda cache, out: transfer.copy(cache, out, compress=True),
 }
 
 
@@ -377,6 +479,11 @@ STOPS = [
     ("convert", "storage.row_file:RowFile.append", 9),
     ("convert", "storage.commit.publish", 3),
     ("convert", "extraction.target_folder.write_quarantine", 1),
+    ("format", "storage.zarr_metadata.shard_metadata", 2),
+    ("format", "storage.commit._publish_record", 2),
+    ("compress", "storage.chunk_index:ChunkFile.finish", 8),
+    ("compress", "storage.zarr_metadata.shard_metadata", 3),
+    ("compress", "storage.commit.publish", 2),
 ]
 
 
@@ -421,6 +528,8 @@ source, root, stops = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[
 WORK = {
     "files": lambda out: transfer.copy(source, out),
     "convert": lambda out: transfer.convert(source, out, store="webdataset"),
+    "format": lambda out: transfer.convert(source, out, format=3),
+    "compress": lambda out: transfer.copy(source, out, compress=True),
 }
 for i, (work, target, call) in enumerate(stops):
     child = os.fork()
@@ -447,7 +556,7 @@ def test_killed_and_run_again_gives_the_same_bytes(plain: Path, tmp_path: Path) 
     stops = [stop for stop in STOPS if stop[0] != "rows"]
     ran = python(KILLED, plain, tmp_path, json.dumps(stops))
     assert ran.stdout.split() == ["9"] * len(stops), ran.stdout + ran.stderr
-    for work in ("files", "convert"):
+    for work in ("files", "convert", "format", "compress"):
         WORK[work](plain, tmp_path / work)
     for i, (work, _, _) in enumerate(stops):
         assert files_below(tmp_path / str(i)) != files_below(tmp_path / work)
