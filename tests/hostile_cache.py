@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "copy": ("copy", "CACHE", "DEST"),
     "copy some": ("copy", "CACHE", "DEST", "--views", "1", "--levels", "all"),
     "convert": ("convert", "CACHE", "DEST", "--store", "webdataset"),
+    "archive": ("copy", "CACHE", "DEST", "--compress"),
+    "format": ("convert", "CACHE", "DEST", "--format", "3"),
     "extract": ("extract", *EXTRACT, "--levels", "1,3", *WHERE),
     "add": ("extract", *EXTRACT, "--add", "--levels", "all", *WHERE),
     "rm": ("rm", "CACHE", "--yes"),

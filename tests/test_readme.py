@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+import featcache
 from featcache.pictures.open_source import open_source
 from tests import student_fixtures as fx
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+FORMAT_PAGE = (Path(__file__).parent.parent / "docs/format.md").read_text()
+FORMAT_BLOCKS = re.findall(r"^```python\n(.*?)^```$", FORMAT_PAGE, re.M | re.S)
 CACHE = "caches/clip-b16-1a2b3c4d"
 CLIP = "synthetic:levels=12,tokens=196,width=768,size=224"  # the shapes of CLIP-B/16
 DINO = "synthetic:levels=12,tokens=196,width=96,size=224"
@@ -120,6 +123,47 @@ def test_without_us(block: Callable[[str], dict[str, Any]], place: Path) -> None
     assert all(
         np.array_equal(names["shard"]["features"][i, 0], item) for i, (_, item) in enumerate(found)
     )
+
+
+@pytest.fixture
+def page_block(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], dict[str, Any]]:
+    """Run a block of the page on the format; its names afterwards."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
+    def run(word: str) -> dict[str, Any]:
+        (text,) = (each for each in FORMAT_BLOCKS if word in each)
+        path = tmp_path / "block.py"
+        path.write_text(text)
+        return runpy.run_path(str(path))
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_what_the_page_on_the_format_shows(
+    place: Path, page_block: Callable[[str], dict[str, Any]]
+) -> None:
+    assert len(FORMAT_BLOCKS) == 5
+    with featcache.open(place / CACHE) as cache:
+        rows = cache.read([0, cache.keys.find(["n01440764/n01440764_10026"])[0]], 1)["features"]
+        keys = list(cache.keys)
+    names = page_block("import xarray")
+    np.testing.assert_array_equal(names["shard"]["features"].sel(level=12, view=1)[0], rows[0, 1])
+    picked = names["by_key"].sel(key="n01440764/n01440764_10026", view=1)["features"].values
+    np.testing.assert_array_equal(picked, rows[1])
+    names = page_block("zarr.open_group(")
+    np.testing.assert_array_equal(names["row"], rows[0])
+    assert (names["keys"].tolist(), names["teacher"]) == (keys, CLIP)
+    np.testing.assert_array_equal(page_block("import tensorstore")["row"], rows[0])
+    samples = list(page_block("import WebDataset")["samples"])
+    np.testing.assert_array_equal(samples[0]["features.npy"], rows[0])
+    loaded = page_block("import datasets")["loaded"]
+    assert len(loaded) == len(keys) == len(samples)
+    np.testing.assert_array_equal(np.array(loaded[0]["features.npy"], np.float16), rows[0])
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def carry_out(
             "views": cache.views,
             "levels": cache.levels,
             "bytes": cache.bytes,
+            "compressed_bytes": cache.compressed_bytes,
             "complete": cache.complete,
             "parts": cache.parts,
             "new_shards": progress.shards,
@@ -124,8 +125,14 @@ def carry_out(
 
 
 def _form(summary: dict[str, Any]) -> str:
-    archive = " (archive)" if summary["compression"] else ""
-    return f", format {summary['format']}{archive}"
+    """Write the format, and how much smaller an archive's rows are than before.
+
+    >>> _form({"format": 4, "compression": "blosc", "compressed_bytes": (93, 100)})
+    ', format 4 (archive, 0.93 of the bytes of rows)'
+    """
+    files, rows = summary["compressed_bytes"]
+    share = f" (archive, {files / max(rows, 1):.2f} of the bytes of rows)"
+    return f", format {summary['format']}{share if summary['compression'] else ''}"
 
 
 def _story(summary: dict[str, Any]) -> str:

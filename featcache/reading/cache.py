@@ -151,9 +151,20 @@ class Cache:
         return self._base.complete
 
     @property
+    def is_archive(self) -> bool:
+        """Whether rows are compressed, and slow to read."""
+        return any(part.compression for part in self._parts)
+
+    @property
     def bytes(self) -> int:
         """The size of all files of complete shards."""
         return sum(part.bytes for part in self._parts)
+
+    @property
+    def compressed_bytes(self) -> tuple[int, int]:
+        """The size of all compressed files, and of the rows in them; (0, 0) where none is."""
+        files, rows = zip(*(part.compressed_bytes for part in self._parts), strict=True)
+        return sum(files), sum(rows)
 
     @property
     def parts(self) -> list[str]:
@@ -236,7 +247,7 @@ class Cache:
         return result
 
     def _fill(self, batches: Sequence[RangeBatch], rows: I64, views: I64) -> None:
-        if any(batch.chunks for batch in batches):
+        if self.is_archive and any(batch.chunks for batch in batches):
             note_archive(str(self.path))
         try:
             self._reader.read(batches)

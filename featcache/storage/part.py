@@ -130,6 +130,16 @@ class Part:
         return sum(file["bytes"] for record in self.records for file in record["files"].values())
 
     @property
+    def compressed_bytes(self) -> tuple[int, int]:
+        """The size of all compressed files of an archive, and of the rows in them; (0, 0) of
+        another part."""
+        if not self.compression:
+            return 0, 0
+        every = [file for record in self.records for file in record["files"].values()]
+        row = sum(spec.item_bytes * self.views for spec in self.arrays.values() if spec.split)
+        return sum(file["bytes"] for file in every if "compression" in file), row * len(self)
+
+    @property
     def view_numbers(self) -> range:
         return range(self.first_view, self.first_view + self.views)
 

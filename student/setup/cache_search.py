@@ -70,7 +70,9 @@ def _none_serves(name: str, rejected: list[str], command: str) -> UserError:
 
 
 def _only_one(found: list[MatchedCache], name: str) -> MatchedCache:
-    """Of several, the one whose views are shown without a choice among them."""
+    """Of several, the one that is no archive, and whose views are shown without a choice among
+    them."""
+    found = [each for each in found if not each.cache.is_archive] or found
     exact = [each for each in found if _scale(each) == each.spec.scale]
     found = exact or found
     if len(found) > 1:
