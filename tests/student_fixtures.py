@@ -28,9 +28,10 @@ from PIL import Image
 
 import featcache.cli
 import student.cli
+from featcache.extraction import target_folder
 from featcache.reading.cache import Cache
-from featcache.storage import checksums, json_file, manifest, zarr_store
-from featcache.storage.store import Array
+from featcache.storage import checksums, manifest, zarr_store
+from featcache.storage.store import Array, array_from_dict
 from student.training import metrics
 
 TEACHER = "synthetic:levels=4,tokens=16,width=24,size=32"
@@ -132,10 +133,12 @@ def token_path() -> Path:
     two of green at its middle. Written through the store's own contract, as a tokenizer would."""
     out = root() / "tokens"
     with Cache(cache_path()) as cache:
-        about, plain = (
-            dict(cache.manifest),
-            [spec for name, spec in cache.arrays.items() if name not in checksums.NAMES],
-        )
+        about = dict(cache.manifest)
+        plain = [
+            array_from_dict(name, facts)
+            for name, facts in about["arrays"].items()
+            if name not in checksums.NAMES
+        ]
         rows, view = np.repeat(np.arange(len(cache)), VIEWS), np.tile(np.arange(VIEWS), len(cache))
         items = cache.read(rows, view, [spec.name for spec in plain])
         keys, tail = [cache.keys[row] for row in rows], next(iter(about["files"]))
@@ -144,12 +147,10 @@ def token_path() -> Path:
     items["token_ids"] = (colours[..., 0] + 4 * colours[..., 1]).astype("<u2")
     arrays = [*plain, Array("token_ids", "<u2", (16,), ("row", "view", "patch"))]
     arrays += checksums.checksum_arrays(arrays, len(about["identity"]["levels"]), 17, ranked=False)
-    (out / "shards").mkdir(parents=True)
+    out.mkdir()
     shutil.copy(cache_path() / tail, out / tail)
-    for path in (out / manifest.NAME, out / "shards" / manifest.COPY):
-        json_file.write_json(
-            path, {**about, "arrays": {spec.name: spec.as_dict() for spec in arrays}}
-        )
+    about["arrays"] = {spec.name: spec.as_dict() for spec in arrays}
+    target_folder.begin_folder(out, about, {})
     writer = zarr_store.writer(
         out, about["shards"][0]["name"], arrays, VIEWS, manifest.shard_form(about)
     )

@@ -24,7 +24,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,7 @@ class Stored:
     def __init__(self, path: Path) -> None:
         self.group = zarr.open_group(next((path / "shards").glob("*.zarr")), mode="r")
         self.tail = load_file(next(path.glob("*.safetensors")))
-        offsets, blob = self.group["key_offsets"][:], self.group["key"][:].tobytes()
-        self.keys = [blob[a:b].decode() for a, b in pairwise(offsets)]
+        self.keys = self.group["key"][:].tolist()
         self.views = self.group["crop"].shape[1]
 
     def view_of(self, row: int, epoch: int, low: float) -> int:

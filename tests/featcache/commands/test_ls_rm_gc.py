@@ -80,6 +80,8 @@ def test_ls_tells_what_there_is(
             "levels": [1, 2, 3],
             "codec": "fp16",
             "store": "zarr",
+            "format": 4,
+            "compression": "",
             "tokens": "raster",
             "bytes": sum(facts["bytes"] for facts in files),
             "shards": 3,

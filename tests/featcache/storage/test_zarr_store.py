@@ -263,7 +263,7 @@ def test_the_metadata_of_a_group_is_joined_in_one_document(written: Written) -> 
     group = json.loads((cache / GROUP / "zarr.json").read_text())
     joined = group["consolidated_metadata"]
     assert (joined["kind"], joined["must_understand"]) == ("inline", False)
-    assert joined["metadata"].keys() == {*data, "key", "key_bytes", "key_offsets", "level", "view"}
+    assert joined["metadata"].keys() == {*data, "key", "key_bytes", "key_offsets", "level"}
     for name, meta in joined["metadata"].items():
         assert meta == json.loads((cache / GROUP / name / "zarr.json").read_text())
 
