@@ -63,7 +63,8 @@ def _row(facts: dict[str, Any]) -> tuple[str, ...]:
         facts["teacher"],
         f"{facts['pictures']} x {facts['views']}",
         ",".join(map(str, facts["levels"])),
-        f"{facts['codec']} {facts['store']} {facts['tokens']}",
+        f"{facts['codec']} {facts['store']} {facts['tokens']}"
+        + (" archive" if facts["compression"] else ""),
         format_bytes(facts["bytes"]),
         f"{_share(facts)}{' + unfinished addition' if lacking else ''}",
         facts["last_used"] or "never",

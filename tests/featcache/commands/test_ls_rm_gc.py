@@ -107,6 +107,16 @@ def test_ls_tells_what_there_is(
         assert word in row
 
 
+def test_ls_and_info_tell_an_archive(
+    featcache_command: Command, cache: Path, tmp_path: Path
+) -> None:
+    featcache_command("copy", cache, tmp_path / "home/cold", "--compress")
+    lines = featcache_command("ls").out.splitlines()
+    assert ["fp16 zarr raster archive" in line for line in lines] == [False, True, False]
+    assert "zarr store, format 4 (archive)" in featcache_command("info", tmp_path / "home/cold").out
+    assert "archive" not in featcache_command("info", cache).out
+
+
 def test_ls_of_an_empty_home_says_where_it_looked(
     featcache_command: Command, tmp_path: Path
 ) -> None:

@@ -242,6 +242,23 @@ def test_none_in_an_empty_home(tmp_path: Path) -> None:
     fx.good(fx.train("maskalign", tmp_path / "run", *options, sets=OWN_TEACHER, home=home))
 
 
+def test_a_plain_cache_is_found_beside_its_archive(tmp_path: Path) -> None:
+    """An archive alone serves as well, and says that it is slow; two plain ones are a choice."""
+    home = tmp_path / "home"
+    options = ("--images", fx.pictures(), *ONE)
+    fx.good(fx.feat("copy", str(fx.cache_path()), str(home / "a"), "--compress"))
+
+    def train(name: str) -> fx.Ran:
+        return fx.train("maskalign", tmp_path / name, *options, sets=OWN_TEACHER, home=home)
+
+    assert f"{str(home / 'a')!r} is an archive" in fx.good(train("slow")).err
+    shutil.copytree(fx.cache_path(), home / "b")
+    assert "archive" not in fx.good(train("fast")).err
+    assert fx.losses(tmp_path / "slow") == fx.losses(tmp_path / "fast")
+    shutil.copytree(fx.cache_path(), home / "c")
+    assert "2 caches serve maskalign" in train("either").line
+
+
 @pytest.mark.parametrize(
     "sets",
     [
