@@ -37,10 +37,11 @@ from benchmarks import (
     sync,
     warm,
 )
-from benchmarks.comparison import Comparison, Task
+from benchmarks.comparison import Task
 from benchmarks.read_report import (
     PeerResult,
     Results,
+    claim_ours,
     cold_table,
     fastest,
     ours_table,
@@ -49,6 +50,7 @@ from benchmarks.read_report import (
 from benchmarks.records import CacheReaders, ReadCase, make_source, write_cache
 from featcache.console.entry import entry
 from featcache.errors import UsageError, UserError
+from featcache.maintenance import transfer
 from featcache.storage.store import STORES
 
 NO_YES = (False, True)
@@ -87,14 +89,20 @@ def measure_ours(
         for n in {1, default}
         for t, k in ((None, False), (visible, False), (visible, True))
     ]
-    raster, ranked = (
+    cases += [ReadCase("rows", n, checks=c, fresh=True) for n in {1, default} for c in NO_YES]
+    archives = options.store == "zarr"
+    cases += [ReadCase("rows", n, checks=True, archive=True) for n in {1, default} if archives]
+    raster, archive, ranked = (
         folder / "raster",
+        folder / "archive",
         write_cache(folder / "ranked", cache_readers.source, options.store, ranked=True),
     )
+    if archives:
+        transfer.copy(raster, archive, compress=True)
     kept = write_cache(
         folder / "kept", cache_readers.source[:, :, :visible], options.store, ranked=True
     )
-    paths = (raster, ranked, kept)
+    paths = (raster, ranked, kept, *([archive] if archives else []))
     opened = {
         (path, n): featcache.open(path, threads=n, io="buffered")
         for path in paths
@@ -102,11 +110,12 @@ def measure_ours(
     }
     sync(folder)
     resident = [warm(path) for path in paths]
-    comparison = cache_readers.compare(
-        cases,
-        lambda case: opened[kept if case.kept else ranked if case.tokens else raster, case.threads],
-        [],
-    )
+
+    def cache_of(case: ReadCase) -> featcache.Cache:
+        path = kept if case.kept else ranked if case.tokens else raster
+        return opened[archive if case.archive else path, case.threads]
+
+    comparison = cache_readers.compare(cases, cache_of, [])
     comparison.run(cache_readers.order, options.reps, options.seconds, options.log)
     for case in cases:
         results.add(
@@ -120,45 +129,9 @@ def measure_ours(
     results.note_pages("ours", *resident, *(resident_share(path) for path in paths))
     for cache in opened.values():
         cache.close()
-    for path in (ranked, kept):
+    for path in paths[1:]:
         shutil.rmtree(path)
-    _claim_ours(comparison, default, levels, visible, results)
-
-
-def _claim_ours(
-    comparison: Comparison, threads: int, levels: int, visible: int, results: Results
-) -> None:
-    plain, checked = ReadCase("rows", threads, checks=False), ReadCase("rows", threads, checks=True)
-    results.claim(
-        "random rows, no checks / memcpy", comparison.ratio(plain.name, plain.memcpy.name), 0.8
-    )
-    results.claim(
-        "random rows, row checks / memcpy", comparison.ratio(checked.name, checked.memcpy.name), 0.6
-    )
-    for case in (plain, checked):
-        words = "row checks" if case.checks else "no checks"
-        if levels > 1:
-            part = comparison.time_ratio(case._replace(levels=1).name, case.name)
-            results.claim(f"time for 1 of {levels} levels / all, {words}", part, high=1.25 / levels)
-        for threads in sorted({1, case.threads}):
-            whole = case._replace(threads=threads)
-            for kept in (False, True):
-                few = whole._replace(tokens=visible, kept=kept)
-                text = (
-                    f"{visible} {'kept' if kept else 'ranked'} tokens / all, {words}, "
-                    f"threads: {threads}"
-                )
-                results.claim(
-                    f"time for {text}", comparison.time_ratio(few.name, whole.name), high=0.35
-                )
-    for threads in sorted({1, plain.threads}):
-        bare = ReadCase("rows", threads, bare=True)
-        for kept in (False, True):
-            few = bare._replace(tokens=visible, kept=kept)
-            text = f"{visible} {'kept' if kept else 'ranked'} tokens / all, threads: {threads}"
-            results.claim(
-                f"plain preads: time for {text}", comparison.time_ratio(few.name, bare.name)
-            )
+    claim_ours(comparison, default, levels, visible, results)
 
 
 def measure_layout(

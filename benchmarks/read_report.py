@@ -12,6 +12,7 @@ import click
 from benchmarks import markdown_table
 from benchmarks.cold import PAIRS, ColdRates
 from benchmarks.comparison import Comparison
+from benchmarks.records import ReadCase
 
 
 @dataclass
@@ -121,3 +122,48 @@ def cold_table(cold: ColdRates) -> str:
         for name in cold.gb_s
     ]
     return markdown_table(["", "GB/s", "/ plain"], rows)
+
+
+def claim_ours(
+    comparison: Comparison, threads: int, levels: int, visible: int, results: Results
+) -> None:
+    """Add what is claimed of our own reads, of all rows and of parts of them."""
+    plain, checked = ReadCase("rows", threads, checks=False), ReadCase("rows", threads, checks=True)
+    results.claim(
+        "random rows, no checks / memcpy", comparison.ratio(plain.name, plain.memcpy.name), 0.8
+    )
+    results.claim(
+        "random rows, row checks / memcpy", comparison.ratio(checked.name, checked.memcpy.name), 0.6
+    )
+    for case in (plain, checked):
+        fresh = case._replace(fresh=True)
+        words = "row checks" if case.checks else "no checks"
+        results.claim(
+            f"random rows without out=, {words} / memcpy",
+            comparison.ratio(fresh.name, fresh.memcpy.name),
+            0.7,
+        )
+    for case in (plain, checked):
+        words = "row checks" if case.checks else "no checks"
+        if levels > 1:
+            part = comparison.time_ratio(case._replace(levels=1).name, case.name)
+            results.claim(f"time for 1 of {levels} levels / all, {words}", part, high=1.25 / levels)
+        for threads in sorted({1, case.threads}):
+            whole = case._replace(threads=threads)
+            for kept in (False, True):
+                few = whole._replace(tokens=visible, kept=kept)
+                text = (
+                    f"{visible} {'kept' if kept else 'ranked'} tokens / all, {words}, "
+                    f"threads: {threads}"
+                )
+                results.claim(
+                    f"time for {text}", comparison.time_ratio(few.name, whole.name), high=0.35
+                )
+    for threads in sorted({1, plain.threads}):
+        bare = ReadCase("rows", threads, bare=True)
+        for kept in (False, True):
+            few = bare._replace(tokens=visible, kept=kept)
+            text = f"{visible} {'kept' if kept else 'ranked'} tokens / all, threads: {threads}"
+            results.claim(
+                f"plain preads: time for {text}", comparison.time_ratio(few.name, bare.name)
+            )

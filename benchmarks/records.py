@@ -110,12 +110,15 @@ class ReadCase(NamedTuple):
     checks: bool | None = None  # None: memcpy
     kept: bool = False  # the tokens are all that is stored (--keep)
     bare: bool = False  # the system calls alone
+    fresh: bool = False  # without `out=`
+    archive: bool = False  # of compressed rows
 
     @property
     def name(self) -> str:
         who = "preads" if self.bare else "memcpy" if self.checks is None else "ours"
         part = [f"{self.levels} level{'s' * (self.levels != 1)}"] * bool(self.levels)
         part += [f"{self.tokens} {'kept ' * self.kept}tokens"] * bool(self.tokens)
+        part += ["without out="] * self.fresh + ["of an archive"] * self.archive
         checks = [] if self.checks is None else ["checks" if self.checks else "no checks"]
         return ", ".join(
             [who, self.kind, *part, *checks, f"{self.threads} thread{'s' * (self.threads > 1)}"]
@@ -123,7 +126,7 @@ class ReadCase(NamedTuple):
 
     @property
     def memcpy(self) -> ReadCase:
-        return self._replace(checks=None, kept=False, bare=False)
+        return self._replace(checks=None, kept=False, bare=False, fresh=False, archive=False)
 
 
 class CacheReaders:
@@ -156,15 +159,11 @@ class CacheReaders:
 
         def read(order: I64) -> Batches:
             for rows in self.requests(case.kind):
-                destination = out[: len(rows)]
-                cache.read(
-                    rows,
-                    levels=levels,
-                    tokens=tokens,
-                    out={"features": destination},
-                    check=bool(case.checks),
+                given = None if case.fresh else {"features": out[: len(rows)]}
+                got = cache.read(
+                    rows, levels=levels, tokens=tokens, out=given, check=bool(case.checks)
                 )
-                yield rows, destination
+                yield rows, got["features"]
 
         return Reader(case.name, case.kind, read, case.levels, case.tokens)
 
