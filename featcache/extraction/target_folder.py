@@ -124,7 +124,9 @@ def _holds_files(out: Path) -> bool:
     )
 
 
-def begin_folder(out: Path, wanted: dict[str, Any], side_files: Mapping[str, bytes]) -> None:
+def begin_folder(
+    out: Path, wanted: dict[str, Any], side_files: Mapping[str, bytes], words: Wording = EXTRACT
+) -> None:
     """Write manifest and copy before any shard, so that a process that dies from here on leaves a
     cache to continue; then the files beside them."""
     shards = own_shards(out)
@@ -135,7 +137,9 @@ def begin_folder(out: Path, wanted: dict[str, Any], side_files: Mapping[str, byt
             json_file.write_json(path, wanted)
     for folder in (out, shards):
         json_file.sweep(folder)
-    write_side_files(out, {**side_files, **root_files(wanted)})
+    # another process may have begun it in this moment, or another version before
+    about = existing_manifest(wanted, out, words) or wanted
+    write_side_files(out, {**side_files, **root_files(about)})
 
 
 def root_files(about: Mapping[str, Any]) -> dict[str, bytes]:
@@ -154,8 +158,13 @@ def write_side_files(out: Path, side_files: Mapping[str, bytes]) -> None:
                 f"{str(out / name)!r} is a folder where a file is to be, and none that featcache "
                 "made; move it away and run the same command again"
             )
-        if not (out / name).is_file() or (out / name).read_bytes() != data:
+        if not is_written(out / name, data):
             json_file.write_file(out / name, data)
+
+
+def is_written(path: Path, data: bytes) -> bool:
+    """Tell whether a file holds these bytes; its size first, since a stranger's may be huge."""
+    return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 
 # ------------------------------------------------------------ the disk

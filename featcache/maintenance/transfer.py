@@ -167,7 +167,7 @@ def _begin(job: TransferJob) -> None:
             f"cache file {problems[0]}; run `{command_line('featcache', 'repair', source.path)}`"
         )
     files = {name: (source.path / name).read_bytes() for name in job.manifest["files"]}
-    target_folder.begin_folder(job.out, job.manifest, files)
+    target_folder.begin_folder(job.out, job.manifest, files, WORDS)
 
 
 def _transfer_shards(job: TransferJob, progress: TransferProgress) -> None:

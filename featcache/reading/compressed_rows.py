@@ -72,10 +72,9 @@ class CompressedRows:
             return entries
         size = chunk_index.index_bytes(record["chunks"])
         data_bytes = record["bytes"] - size
-        tail = bytearray(max(size, 0))
-        if data_bytes >= 0:
-            self._pread(fd, path, memoryview(tail), data_bytes)
-        found = chunk_index.unpack(bytes(tail)) if data_bytes >= 0 else None
+        found = None
+        if data_bytes >= 0:  # else nothing is large enough to hold it
+            found = chunk_index.unpack(self.fetch(fd, path, size, data_bytes))
         if found is None or not chunk_index.is_in_order(found, data_bytes, equal=False):
             raise UserError(
                 f"cache file {path}: its index of rows is not the one that was written; run "
@@ -127,5 +126,8 @@ class _File:
 
     def _decode(self, number: int, out: npt.NDArray[np.uint8]) -> bool:
         offset, size = self._entries[number].tolist()
+        # a stranger's index may claim the whole file for one chunk
+        if size > self._chunks.chunk_bytes + compression.OVERHEAD:
+            return False
         coded = self._rows.fetch(self._fd, self.path, size, offset)
         return compression.decode(self._chunks.compression, coded, out)

@@ -71,14 +71,16 @@ class ChunkFile:
 
     def finish(self) -> dict[str, Any]:
         """Write the index and close; returns what the record says of the file. Its checksum is of
-        all bytes."""
+        all but the last four bytes: with them it would be the same for any index."""
         index = _packed(_entries_in_order(np.array(self._sizes, np.uint64)))
-        self._file.append(np.frombuffer(index, np.uint8))
+        self._file.append(np.frombuffer(index[:-CRC_BYTES], np.uint8))
+        crc = self._file.crc
+        self._file.append(np.frombuffer(index[-CRC_BYTES:], np.uint8))
         self._file.close()
         compressed = {"compression": self._compression} if self._compression else {}
         return {
             "bytes": self._file.bytes,
-            "crc32c": f"{self._file.crc:08x}",
+            "crc32c": f"{crc:08x}",
             "chunks": len(self._sizes),
             **compressed,
         }
@@ -114,7 +116,7 @@ def is_in_order(entries: U64, data_bytes: int, *, equal: bool) -> bool:
         return data_bytes == 0
     if equal and (data_bytes % len(entries) or (sizes != data_bytes // len(entries)).any()):
         return False
-    if (sizes > data_bytes).any():  # their sum could overflow
+    if (sizes > data_bytes).any() or (offsets > data_bytes).any():  # their sum could overflow
         return False
     ends = np.cumsum(sizes)
     return bool(int(ends[-1]) == data_bytes and (offsets == ends - sizes).all())

@@ -7,6 +7,7 @@ pixels shrink more.
 from __future__ import annotations
 
 import struct
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from featcache.storage.store import COMPRESSIONS
 
 LEVEL = 5
+OVERHEAD = 16  # bytes that a chunk may grow by, and has at least: those of its header
 _HEADER = struct.Struct("<4B3I")  # two versions, flags, item bytes; bytes, block, compressed bytes
 
 
@@ -25,20 +27,26 @@ def zarr_codec(name: str, item_bytes: int) -> dict[str, Any]:
     return {"name": name, "configuration": {**about, "typesize": item_bytes, "blocksize": 0}}
 
 
+def _blosc() -> ModuleType:
+    """Return blosc without threads of its own: they write the blocks of a chunk as they are done,
+    obey BLOSC_* of the environment, and fail where no thread may be started."""
+    from numcodecs import blosc
+
+    blosc.use_threads = False
+    return blosc
+
+
 def encode(name: str, chunk: npt.NDArray[Any]) -> bytes:
     """Compress the bytes of an array."""
-    from numcodecs.blosc import BITSHUFFLE, compress
-
     assert name in COMPRESSIONS, name
-    coded: bytes = compress(np.ascontiguousarray(chunk), b"zstd", LEVEL, BITSHUFFLE)
+    blosc = _blosc()
+    coded: bytes = blosc.compress(np.ascontiguousarray(chunk), b"zstd", LEVEL, blosc.BITSHUFFLE)
     return coded
 
 
 def decode(name: str, coded: bytes, out: npt.NDArray[np.uint8]) -> bool:
     """Fill `out` with what was compressed. False where it is no chunk of so many bytes: it comes
     from a stranger, and its header says how far the decompressor goes."""
-    from numcodecs.blosc import decompress
-
     assert name in COMPRESSIONS, name
     if len(coded) < _HEADER.size:
         return False
@@ -48,7 +56,7 @@ def decode(name: str, coded: bytes, out: npt.NDArray[np.uint8]) -> bool:
     if not size:
         return True
     try:
-        decompress(coded, out)
+        _blosc().decompress(coded, out)
     except (RuntimeError, ValueError):
         return False
     return True

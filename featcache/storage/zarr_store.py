@@ -222,12 +222,13 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
 
 
 def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
-    """See store.Store.is_intact. The recorded crc32c is of a plain chunk's rows, without the four
-    bytes that repeat it; of other files it is of all bytes."""
-    if path.name == DOCUMENT or "chunks" in facts:
-        whole = f"{commit.file_crc(path, facts['bytes']):08x}" == facts["crc32c"]
-        return whole and ("chunks" not in facts or is_index_sound(path, facts))
+    """See store.Store.is_intact. The recorded crc32c is of a file without its last four bytes, a
+    checksum that the index, or else `_PlainFile`, ends with; of a document it is of all bytes."""
+    if path.name == DOCUMENT:
+        return f"{commit.file_crc(path, facts['bytes']):08x}" == facts["crc32c"]
     crc = commit.file_crc(path, facts["bytes"] - CRC_BYTES)
+    if "chunks" in facts:
+        return f"{crc:08x}" == facts["crc32c"] and is_index_sound(path, facts)
     with path.open("rb") as file:
         file.seek(facts["bytes"] - CRC_BYTES)
         tail = file.read(CRC_BYTES)

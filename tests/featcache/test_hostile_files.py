@@ -60,7 +60,7 @@ def offsets_of(data: bytes) -> list[bytes]:
 READERS = ("info", "verify", "copy", "copy some", "convert", "repair", "add", "extract")
 
 
-@pytest.mark.parametrize("name", ["key/c.0", "key_offsets/c.0"])
+@pytest.mark.parametrize("name", ["key_bytes/c.0", "key_offsets/c.0"])
 def test_keys_that_are_no_text(
     home: Path, origins: dict[str, Path], pictures: Path, name: str
 ) -> None:
