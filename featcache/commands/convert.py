@@ -33,7 +33,7 @@ def command(cache: Path, out: Path, store: str | None, format: str | None, as_js
     """Write CACHE, and what was added to it, to OUT in another store or format. Killed, the same
     command continues.
 
-    Every row is checked as it is read; converting back gives the same bytes again.
+    Every row is checked as it is read; converting back gives the same rows, to the byte.
     """
     carry_out(
         "convert",

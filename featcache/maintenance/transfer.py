@@ -113,6 +113,11 @@ def convert(
     with Cache(cache) as source:
         here = target_like(source)
         get_store(store or here.store)
+        if store is None and format is None:
+            raise UsageError(
+                f"cache {str(cache)!r} is in the {here.store} store and format {here.format}: give "
+                "--store, --format or both of what OUT is to be"
+            )
         if format not in (None, *FORMATS):
             allowed = ", ".join(map(str, FORMATS))
             raise UsageError(f"--format {format!r}: {allowed} is allowed")
@@ -122,7 +127,7 @@ def convert(
         if target == here:
             raise UsageError(
                 f"cache {str(cache)!r} is in the {here.store} store and format {here.format} "
-                "already: give another --store or --format; `featcache copy` copies it as it is"
+                "already: give another --store or --format; `featcache copy` copies it"
             )
         jobs, left = transfer_plan.whole_cache_jobs(source, out, target)
         _run(jobs, progress or TransferProgress())
@@ -228,6 +233,7 @@ def _copy_file(
 
 
 def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:
+    job.source.notes_archive = False  # who copies it out need not be told to
     writer = get_store(job.store).writer(
         job.out,
         record["shard"],

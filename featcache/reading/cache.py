@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,7 @@ class Cache:
         self.identity = self._base.identity
         self.records = self._base.records
         self.verify_rows, self._calls = verify_rows, 0
+        self.notes_archive = self.is_archive  # whether it is said once that this is slow
         self.views: int = self.views_of(self._base.teacher)
         self.levels: tuple[int, ...] = self.levels_of(self._base.teacher)
         self.arrays: dict[str, Array] = dict(self._all_arrays())
@@ -247,7 +248,7 @@ class Cache:
         return result
 
     def _fill(self, batches: Sequence[RangeBatch], rows: I64, views: I64) -> None:
-        if self.is_archive and any(batch.chunks for batch in batches):
+        if self.notes_archive and any(batch.chunks for batch in batches):
             note_archive(str(self.path))
         try:
             self._reader.read(batches)
@@ -389,7 +390,7 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # then names are gone, and files close anyway
-        if hasattr(self, "_reader") and not sys.is_finalizing():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # then names are gone, even those of modules, and files close anyway
+        if hasattr(self, "_reader") and not is_finalizing():
             self._reader.close()

@@ -23,7 +23,7 @@ from featcache.storage import chunk_index, compression
 
 # (file descriptor, path, memory, offset): fill the memory from a file
 Pread = Callable[[int, str, memoryview, int], None]
-_INDICES = 512  # kept at a time, of 16 bytes a chunk
+_INDEX_BYTES = 64 << 20  # of indices that are kept
 Stamp = tuple[int, int, int]
 _LOG = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class CompressedRows:
                 f"cache file {path}: its index of rows is not the one that was written; run "
                 "`featcache verify`"
             )
-        if len(self._indices) >= _INDICES:
+        kept = list(self._indices.values())
+        if sum(each.nbytes for _, each in kept) + found.nbytes > _INDEX_BYTES:
             self._indices.clear()
         self._indices[path] = (stamp, found)
         return found
@@ -100,7 +101,7 @@ class _File:
         self._rows, self._chunks, self.path, self._fd = rows, batch.chunks, path, fd
         self._entries = rows.index(path, fd, batch.chunks.file_record(path))
         self._last = -1
-        self._memory = np.empty(batch.chunks.chunk_bytes, np.uint8)
+        self._memory = np.empty(0, np.uint8)  # of a chunk, where a part of one is wanted
 
     def read(self, view: npt.NDArray[np.uint8], offset: int) -> bool:
         """Fill `view` from an offset among plain rows. False where a chunk is not what was
@@ -117,6 +118,7 @@ class _File:
             else:
                 if number != self._last:
                     self._last = -1
+                    self._memory = np.empty(each, np.uint8)
                     if not self._decode(number, self._memory):
                         return False
                     self._last = number

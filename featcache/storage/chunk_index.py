@@ -71,7 +71,8 @@ class ChunkFile:
 
     def finish(self) -> dict[str, Any]:
         """Write the index and close; returns what the record says of the file. Its checksum is of
-        all but the last four bytes: with them it would be the same for any index."""
+        all bytes; of compressed ones it leaves out the last four, since with them it would be the
+        same for any index, and the index of plain rows alone follows from their size."""
         index = _packed(_entries_in_order(np.array(self._sizes, np.uint64)))
         self._file.append(np.frombuffer(index[:-CRC_BYTES], np.uint8))
         crc = self._file.crc
@@ -80,7 +81,7 @@ class ChunkFile:
         compressed = {"compression": self._compression} if self._compression else {}
         return {
             "bytes": self._file.bytes,
-            "crc32c": f"{crc:08x}",
+            "crc32c": f"{crc if self._compression else self._file.crc:08x}",
             "chunks": len(self._sizes),
             **compressed,
         }

@@ -7,12 +7,14 @@ pixels shrink more.
 from __future__ import annotations
 
 import struct
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from featcache.errors import UserError
 from featcache.storage.store import COMPRESSIONS
 
 LEVEL = 5
@@ -37,10 +39,17 @@ def _blosc() -> ModuleType:
 
 
 def encode(name: str, chunk: npt.NDArray[Any]) -> bytes:
-    """Compress the bytes of an array."""
+    """Compress the bytes of an array. UserError where they do not come back: an archive may be all
+    that is kept."""
     assert name in COMPRESSIONS, name
-    blosc = _blosc()
-    coded: bytes = blosc.compress(np.ascontiguousarray(chunk), b"zstd", LEVEL, blosc.BITSHUFFLE)
+    blosc, plain = _blosc(), np.ascontiguousarray(chunk)
+    coded: bytes = blosc.compress(plain, b"zstd", LEVEL, blosc.BITSHUFFLE)
+    back = np.empty(plain.nbytes, np.uint8)
+    if not decode(name, coded, back) or back.tobytes() != plain.tobytes():
+        raise UserError(
+            f"{name} does not give back what it compressed: memory may be at fault, or numcodecs "
+            f"{version('numcodecs')}; run the same command again"
+        )
     return coded
 
 

@@ -48,7 +48,12 @@ _DTYPES = {
     "pixels": ("|u1",),
     "source_size": ("<i4",),
 }
-_RESERVED = ("key", "key_bytes", "key_offsets", "level", "view")  # a store's own arrays
+# a store's own arrays, by format
+_RESERVED = {
+    3: ("key", "key_offsets"),
+    4: ("key", "key_bytes", "key_offsets", "level", "view"),
+}
+_MOST_FILES = 1 << 20  # of a shard
 
 
 def cross_problem(manifest: Mapping[str, Any]) -> str:
@@ -63,7 +68,7 @@ def cross_problem(manifest: Mapping[str, Any]) -> str:
                 _form_problems(manifest),
                 _identity_problems(identity),
                 _shard_problems(manifest["shards"], identity),
-                _array_problems(arrays, identity),
+                _array_problems(arrays, manifest),
                 _checksum_problems(arrays, identity),
             )
             for problem in found
@@ -108,11 +113,14 @@ def _shard_problems(shards: list[dict[str, Any]], identity: Mapping[str, Any]) -
         yield f"identity.pictures.count is {identity['pictures']['count']}, its shards have fewer"
 
 
-def _array_problems(arrays: list[Array], identity: Mapping[str, Any]) -> Iterator[str]:
+def _array_problems(arrays: list[Array], manifest: Mapping[str, Any]) -> Iterator[str]:
+    identity, reserved = manifest["identity"], _RESERVED[manifest["format"]]
     sizes = _sizes(identity)
+    if identity["views"] * sum(spec.split for spec in arrays) > _MOST_FILES:
+        yield f"arrays: {identity['views']} views of so many are more files than a shard has"
     for spec in arrays:
         own = ("row", "view") if spec.per_view else ("row",)
-        if spec.name in _RESERVED or spec.dimensions[: len(own)] != own:
+        if spec.name in reserved or spec.dimensions[: len(own)] != own:
             yield f"arrays.{spec.name} is no array of rows"
         elif len(spec.dimensions) != len(own) + len(spec.item) or spec.split > spec.per_view:
             yield f"arrays.{spec.name} has {len(spec.dimensions)} dimensions, its item others"

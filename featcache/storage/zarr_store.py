@@ -222,13 +222,13 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
 
 
 def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
-    """See store.Store.is_intact. The recorded crc32c is of a file without its last four bytes, a
-    checksum that the index, or else `_PlainFile`, ends with; of a document it is of all bytes."""
-    if path.name == DOCUMENT:
-        return f"{commit.file_crc(path, facts['bytes']):08x}" == facts["crc32c"]
-    crc = commit.file_crc(path, facts["bytes"] - CRC_BYTES)
-    if "chunks" in facts:
-        return f"{crc:08x}" == facts["crc32c"] and is_index_sound(path, facts)
+    """See store.Store.is_intact. The recorded crc32c is of all bytes of documents and of files of
+    plain rows with an index; of others it leaves out the last four, which are a checksum."""
+    whole = path.name == DOCUMENT or ("chunks" in facts and "compression" not in facts)
+    crc = commit.file_crc(path, facts["bytes"] - (0 if whole else CRC_BYTES))
+    if whole or "chunks" in facts:
+        indexed = "chunks" not in facts or is_index_sound(path, facts)
+        return f"{crc:08x}" == facts["crc32c"] and indexed
     with path.open("rb") as file:
         file.seek(facts["bytes"] - CRC_BYTES)
         tail = file.read(CRC_BYTES)

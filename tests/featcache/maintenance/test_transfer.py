@@ -386,6 +386,24 @@ def test_an_archive_of_pixels_and_ranked_tokens(pictures: Path, tmp_path: Path) 
     assert files_below(tmp_path / "back") == files_below(origin)
 
 
+@pytest.mark.parametrize("here", ["one", "other"])
+def test_groups_say_what_the_manifest_that_was_first_says(
+    plain: Path, tmp_path: Path, here: str
+) -> None:
+    """Another version had begun the copy."""
+    transfer.copy(plain, tmp_path / "c")
+    for path in (tmp_path / "c/manifest.json", tmp_path / "c/shards/manifest.copy.json"):
+        about = json_file.read_json(path)
+        about["provenance"]["versions"]["featcache"] = "9.8.7"
+        json_file.write_json(path, about)
+    for path in (tmp_path / "c/zarr.json", tmp_path / "c/shards/zarr.json"):
+        path.unlink() if here == "one" else path.write_text("{}")
+    record_path(tmp_path / "c", "000001").unlink()
+    transfer.copy(plain, tmp_path / "c")
+    check_clean(tmp_path / "c")
+    assert zarr.open_group(tmp_path / "c", mode="r").attrs["created_by"] == "featcache 9.8.7"
+
+
 def test_an_archive_becomes_tars(plain: Path, tmp_path: Path) -> None:
     transfer.copy(plain, tmp_path / "archive", compress=True)
     transfer.convert(tmp_path / "archive", tmp_path / "tars", store="webdataset")
@@ -687,7 +705,7 @@ def test_what_is_not_stored_is_refused(plain: Path, grown: Path, tmp_path: Path)
         transfer.copy(added, tmp_path / "c", views=1)
     with pytest.raises(UsageError, match="is in the zarr store and format 4 already"):
         transfer.convert(plain, tmp_path / "c", store="zarr")
-    with pytest.raises(UsageError, match="give another --store or --format"):
+    with pytest.raises(UsageError, match="give --store, --format or both"):
         transfer.convert(plain, tmp_path / "c")
     with pytest.raises(UsageError, match=r"--format 5: 3, 4 is allowed"):
         transfer.convert(plain, tmp_path / "c", format=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import featcache
 from featcache.errors import UserError
 from featcache.maintenance import transfer, verify
 from featcache.reading import compressed_rows
-from featcache.storage import compression
+from featcache.storage import compression, json_file
 from featcache.storage.store import SHARDS
 from tests.conftest import copy_tree, flip
 from tests.featcache.reading.test_cache import (
@@ -150,6 +151,47 @@ def test_a_rerouted_index_is_refused(copied: Path, change: dict[int, int]) -> No
     with pytest.raises(UserError, match=rf"{path}: its index of rows is not"):
         read_all(copied)
     assert verify.verify_cache(copied)[0] == [f"{path}: checksum differs"]
+
+
+@pytest.mark.parametrize("chunk", ["first", "none"])
+def test_a_small_file_that_claims_to_be_huge_takes_no_memory(copied: Path, chunk: str) -> None:
+    """Sparse, with right checksums: one chunk is all of it, or all that it could hold is index."""
+    path, size = copied / CHUNK, 1 << 30
+    chunks = 3 * IN_SHARD
+    entries = [(0, size)] + [(size, 0)] * (chunks - 1)
+    data = b"".join(n.to_bytes(8, "little") for entry in entries for n in entry)
+    with path.open("r+b") as file:
+        file.truncate(size)
+        if chunk == "first":
+            file.seek(size)
+            file.write(data + crc32c.crc32c(data).to_bytes(4, "little"))
+    record = copied / f"{SHARDS}/000001.json"
+    about = json_file.read_json(record)
+    about["files"]["features/c.0.1.0.0.0"]["bytes"] = path.stat().st_size
+    json_file.write_json(record, about)
+    tracemalloc.start()
+    try:
+        with featcache.open(copied) as cache, pytest.raises(UserError, match=f"{path}"):
+            cache.read([5], 1, check=False)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_does_not_come_back_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "decode", lambda name, coded, out: out.fill(0) is None)
+    compression.encode("blosc", np.zeros(9, np.uint8))
+    with pytest.raises(UserError, match="does not give back"):
+        compression.encode("blosc", np.ones(9, np.uint8))
+
+
+def test_who_copies_it_out_is_not_told(
+    archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compressed_rows.note_archive.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        transfer.copy(archive, tmp_path / "plain")
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("at", range(16))
