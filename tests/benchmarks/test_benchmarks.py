@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import featcache
 from benchmarks import (
     bench_commits,
     bench_extract,
+    bench_foreign,
     bench_read,
     bench_recipes,
     cold,
@@ -189,6 +192,42 @@ def test_bench_read_to_its_end(tmp_path: Path) -> None:
         ), text
     assert found["cold"]["gb_s"] or found["cold"]["skipped"]
     assert [path.name for path in tmp_path.iterdir()] == ["read.json"]  # nothing else is left
+
+
+@pytest.mark.slow
+def test_bench_foreign_to_its_end(tmp_path: Path) -> None:
+    """It checks the row that each library reads; a row of a few MB is read in each."""
+    ran = program(
+        "bench_foreign", "--rows", "16", "--folder", tmp_path, "--json", tmp_path / "found.json"
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 9
+    assert {row["library"] for row in found} == {"zarr-python", "zarrs", "tensorstore"}
+    for row in found:
+        whole = row["shard"] == "format 3"
+        assert (row["read_bytes"] > 16 * 1_512_960) == whole
+        assert whole or row["read_bytes"] < 1_600_000
+
+
+def test_bench_foreign_serves_ranges(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    with bench_foreign.serve(tmp_path) as (address, sent):
+        for given, wanted in (
+            ("bytes=5-9", slice(5, 10)),
+            ("bytes=90-", slice(90, 100)),
+            ("bytes=-4", slice(96, 100)),
+            (None, slice(0, 100)),
+        ):
+            request = urllib.request.Request(f"{address}/file")
+            if given:
+                request.add_header("Range", given)
+            with urllib.request.urlopen(request) as answer:
+                assert answer.read() == bytes(range(100))[wanted]
+        with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+            urllib.request.urlopen(f"{address}/none")
+        caught.value.close()
+    assert sent == [5, 10, 4, 100]
 
 
 def test_bench_write_to_its_end(tmp_path: Path) -> None:
