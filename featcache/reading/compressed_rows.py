@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ import numpy.typing as npt
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError
-from featcache.reading.byte_ranges import RangeBatch, RowChecksumError
+from featcache.reading.byte_ranges import CompressedChunks, RangeBatch, RowChecksumError
 from featcache.storage import chunk_index, compression
 
 # (file descriptor, path, memory, offset): fill the memory from a file
 Pread = Callable[[int, str, memoryview, int], None]
+Fetch = Callable[[int, int], bytes]  # so many bytes from an offset of one file
 _INDEX_BYTES = 64 << 20  # of indices that are kept
 Stamp = tuple[int, int, int]
 _LOG = logging.getLogger(__name__)
@@ -35,16 +36,21 @@ def note_archive(cache: str) -> None:
 
 
 class CompressedRows:
-    """Reads ranges of rows from files of compressed chunks. Safe in threads."""
+    """Reads ranges of rows from files of compressed chunks, whose indices it keeps. Safe in
+    threads."""
 
-    def __init__(self, pread: Pread) -> None:
-        self._pread = pread
+    def __init__(self) -> None:
         self._indices: dict[str, tuple[Stamp, chunk_index.U64]] = {}
 
-    def fill(self, batch: RangeBatch, fds: Sequence[int]) -> None:
+    def fill(self, batch: RangeBatch, fds: Sequence[int], pread: Pread) -> None:
         """Fill the rows of a batch that has `chunks`. Raises UserError for a damaged index,
         RowChecksumError for a row that is not what was written."""
-        files = [_File(self, batch, path, fd) for path, fd in zip(batch.paths, fds, strict=True)]
+        assert batch.chunks is not None
+        files = []
+        for path, fd in zip(batch.paths, fds, strict=True):
+            fetch = partial(_fetch, pread, fd, path)
+            entries = self._index(path, fd, batch.chunks.file_record(path), fetch)
+            files.append(_File(path, batch.chunks, entries, fetch))
         crcs_of = [None] * len(batch.rows) if batch.crcs is None else batch.crcs.tolist()
         sources = zip(
             batch.rows.tolist(),
@@ -62,7 +68,9 @@ class CompressedRows:
                 if crcs is not None and column >= 0 and crc32c(view.data) != crcs[column]:
                     raise RowChecksumError(file.path, row, column)
 
-    def index(self, path: str, fd: int, record: Mapping[str, Any]) -> chunk_index.U64:
+    def _index(
+        self, path: str, fd: int, record: Mapping[str, Any], fetch: Fetch
+    ) -> chunk_index.U64:
         """Return where the chunks of a file are (m, 2); read once, and again when the file has
         changed."""
         status = os.fstat(fd)
@@ -74,7 +82,7 @@ class CompressedRows:
         data_bytes = record["bytes"] - size
         found = None
         if data_bytes >= 0:  # else nothing is large enough to hold it
-            found = chunk_index.unpack(self.fetch(fd, path, size, data_bytes))
+            found = chunk_index.unpack(fetch(size, data_bytes))
         if found is None or not chunk_index.is_in_order(found, data_bytes, equal=False):
             raise UserError(
                 f"cache file {path}: its index of rows is not the one that was written; run "
@@ -86,20 +94,21 @@ class CompressedRows:
         self._indices[path] = (stamp, found)
         return found
 
-    def fetch(self, fd: int, path: str, size: int, offset: int) -> bytes:
-        coded = bytearray(size)
-        self._pread(fd, path, memoryview(coded), offset)
-        return bytes(coded)
+
+def _fetch(pread: Pread, fd: int, path: str, size: int, offset: int) -> bytes:
+    coded = bytearray(size)
+    pread(fd, path, memoryview(coded), offset)
+    return bytes(coded)
 
 
 class _File:
     """One file of a batch, with the chunk that was decompressed last: of some arrays a chunk holds
     several of the wanted ranges."""
 
-    def __init__(self, rows: CompressedRows, batch: RangeBatch, path: str, fd: int) -> None:
-        assert batch.chunks is not None
-        self._rows, self._chunks, self.path, self._fd = rows, batch.chunks, path, fd
-        self._entries = rows.index(path, fd, batch.chunks.file_record(path))
+    def __init__(
+        self, path: str, chunks: CompressedChunks, entries: chunk_index.U64, fetch: Fetch
+    ) -> None:
+        self.path, self._chunks, self._entries, self._fetch = path, chunks, entries, fetch
         self._last = -1
         self._memory = np.empty(0, np.uint8)  # of a chunk, where a part of one is wanted
 
@@ -131,5 +140,4 @@ class _File:
         # a stranger's index may claim the whole file for one chunk
         if size > self._chunks.chunk_bytes + compression.OVERHEAD:
             return False
-        coded = self._rows.fetch(self._fd, self.path, size, offset)
-        return compression.decode(self._chunks.compression, coded, out)
+        return compression.decode(self._chunks.compression, self._fetch(size, offset), out)

@@ -76,7 +76,7 @@ class RangeReader:
         self.threads = threads or (2 * min(4, cores) if io == "direct" else min(4, cores))
         self.io = io
         self._files = FilePool(os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0))
-        self._compressed = CompressedRows(self._pread)
+        self._compressed = CompressedRows()
         # path -> (inode, mtime_ns) when it was as recorded
         self._checked_files: dict[str, tuple[int, int]] = {}
         self._loops_compiled = False  # from the first large read on
@@ -175,7 +175,7 @@ class RangeReader:
 
     def _fill(self, batch: RangeBatch, fds: Sequence[int]) -> None:
         if batch.chunks is not None:
-            self._compressed.fill(batch, fds)
+            self._compressed.fill(batch, fds, self._pread)
             return
         many = len(batch.rows) >= _GATHER_ITEMS * len(batch.paths)
         if not many or batch.row_bytes > _SMALL_ITEM_BYTES:
