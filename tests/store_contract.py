@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import crc32c
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -90,6 +91,17 @@ def files_below(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def change_index(path: Path, entries: int, change: Mapping[int, int]) -> None:
+    """Write other numbers into the index of a file of so many chunks, and the checksum that fits
+    them."""
+    data = bytearray(path.read_bytes())
+    begin = len(data) - 4 - 16 * entries
+    for number, value in change.items():
+        data[begin + 8 * number : begin + 8 * number + 8] = value.to_bytes(8, "little")
+    data[-4:] = crc32c.crc32c(bytes(data[begin:-4])).to_bytes(4, "little")
+    path.write_bytes(data)
 
 
 def dead_process() -> int:

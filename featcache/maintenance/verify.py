@@ -82,8 +82,11 @@ def part_problems(
     for text in manifest.check_files(part, about):
         yield Problem(Path(text.rpartition(": ")[0]), text)
     for name, data in target_folder.root_files(about).items():
-        if differs := _difference(part / name, data):
-            yield Problem(part / name, f"{part / name}: {differs}")
+        if not target_folder.is_written(part / name, data):
+            how = (
+                f"differs from what {manifest.NAME} says" if (part / name).is_file() else "missing"
+            )
+            yield Problem(part / name, f"{part / name}: {how}")
     for path in (part / SHARDS / manifest.COPY, part / QUARANTINE):
         wanted = path.name == manifest.COPY or path.is_file() or _lacks_quarantine(part, about)
         if wanted and (damage := json_problem(path)):
@@ -106,13 +109,6 @@ def part_problems(
             else:
                 yield from _of_files(part, shard["name"], backend, read)
         progress(done, len(about["shards"]))
-
-
-def _difference(path: Path, data: bytes) -> str:
-    if not path.is_file():
-        return "missing"
-    same = path.stat().st_size == len(data) and path.read_bytes() == data
-    return "" if same else f"differs from what {manifest.NAME} says"
 
 
 def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> Iterator[Problem]:

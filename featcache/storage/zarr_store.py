@@ -33,7 +33,6 @@ from featcache.storage.chunk_index import (
 )
 from featcache.storage.row_file import RowFile
 from featcache.storage.store import (
-    FORMATS,
     SHARDS,
     Array,
     FileShape,
@@ -206,8 +205,8 @@ def locate(
 def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
     """See store.Store.keys."""
     parts = []
-    names = [_chunk(_key_bytes(ShardForm(format)), 0) for format in FORMATS[::-1]]
-    blob = next(name for name in names if name in record["files"])
+    # by format: where there is the first, the second holds strings
+    blob = next(name for name in ("key_bytes/c.0", "key/c.0") if name in record["files"])
     for name, dtype in ((blob, "|u1"), (_chunk(KEY_OFFSETS, 0), KEY_OFFSETS.dtype)):
         path = folder_path(cache, shard, NAME) / name
         facts = record["files"][name]

@@ -23,6 +23,7 @@ from featcache.maintenance import repair, transfer, verify
 from featcache.pictures.open_source import open_source
 from featcache.storage import json_file
 from tests.conftest import SYNTHETIC, copy_tree, files_below, flip, make_photos, make_plan
+from tests.store_contract import change_index
 
 FEATURES = "features/c.0.1.0.0.0"
 ENTRIES = 6 * 2  # of the index: rows and levels
@@ -110,16 +111,6 @@ def test_datasets_loads_whole_tars(cache: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what is damaged
 
 
-def change_index(path: Path, change: dict[int, int]) -> None:
-    """Put other numbers into an index, and the checksum that fits them."""
-    data = bytearray(path.read_bytes())
-    begin = len(data) - 4 - 16 * ENTRIES
-    for number, value in change.items():
-        data[begin + 8 * number : begin + 8 * number + 8] = value.to_bytes(8, "little")
-    data[-4:] = crc32c.crc32c(bytes(data[begin:-4])).to_bytes(4, "little")
-    path.write_bytes(data)
-
-
 def forge_record(path: Path) -> None:
     """Let the record state the changed file's checksum."""
     record = path.parents[1].with_suffix(".json")
@@ -130,7 +121,7 @@ def forge_record(path: Path) -> None:
 
 def reroute(path: Path) -> None:
     one, other = (5 * 8 * 2 * at for at in (0, 3))
-    change_index(path, {0: other, 6: one})
+    change_index(path, ENTRIES, {0: other, 6: one})
 
 
 DAMAGE = {
@@ -139,9 +130,9 @@ DAMAGE = {
     "missing file": lambda path: path.unlink(),
     "rerouted index": reroute,
     "rerouted index, record too": lambda path: (reroute(path), forge_record(path)),
-    "missing chunk": lambda path: change_index(path, {4: (1 << 64) - 1, 5: (1 << 64) - 1}),
+    "missing chunk": lambda path: change_index(path, ENTRIES, {4: (1 << 64) - 1, 5: (1 << 64) - 1}),
     "missing chunk, record too": lambda path: (
-        change_index(path, {4: (1 << 64) - 1, 5: (1 << 64) - 1}),
+        change_index(path, ENTRIES, {4: (1 << 64) - 1, 5: (1 << 64) - 1}),
         forge_record(path),
     ),
 }

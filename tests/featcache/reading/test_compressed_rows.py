@@ -32,6 +32,7 @@ from tests.featcache.reading.test_cache import (
     reference,
     write_cache,
 )
+from tests.store_contract import change_index
 
 CHUNK = f"{SHARDS}/000001.zarr/features/c.0.1.0.0.0"
 IN_SHARD = 3  # rows of it; with 3 levels 9 chunks
@@ -127,16 +128,6 @@ def test_a_flip_anywhere_is_harmless_or_named(copied: Path) -> None:
     read_all(copied)
 
 
-def rewrite_index(path: Path, change: dict[int, int]) -> None:
-    """Put other numbers into the index, and the checksum that fits them."""
-    data = bytearray(path.read_bytes())
-    begin = len(data) - 4 - 16 * 3 * IN_SHARD
-    for number, value in change.items():
-        data[begin + 8 * number : begin + 8 * number + 8] = value.to_bytes(8, "little")
-    data[-4:] = crc32c.crc32c(bytes(data[begin:-4])).to_bytes(4, "little")
-    path.write_bytes(data)
-
-
 ALL = (1 << 64) - 1
 
 
@@ -147,7 +138,7 @@ ALL = (1 << 64) - 1
 )
 def test_a_rerouted_index_is_refused(copied: Path, change: dict[int, int]) -> None:
     path = copied / CHUNK
-    rewrite_index(path, change)
+    change_index(path, 3 * IN_SHARD, change)
     with pytest.raises(UserError, match=rf"{path}: its index of rows is not"):
         read_all(copied)
     assert verify.verify_cache(copied)[0] == [f"{path}: checksum differs"]

@@ -21,7 +21,15 @@ import zarr
 from featcache.storage import compression
 from featcache.storage.store import SHARDS, Array, ShardForm, folder_path
 from tests.conftest import python
-from tests.store_contract import ARRAYS, ODD_KEYS, SHARD, StoreContract, files_below, numbers
+from tests.store_contract import (
+    ARRAYS,
+    ODD_KEYS,
+    SHARD,
+    StoreContract,
+    change_index,
+    files_below,
+    numbers,
+)
 
 GROUP = f"{SHARDS}/000000.zarr"
 ZARRS = "zarrs.ZarrsCodecPipeline"
@@ -306,16 +314,6 @@ def test_a_shard_without_rows_opens_in_plain_zarr(tmp_path: Path, kind: str) -> 
 
 
 # ---------------------------------------------------------------- the index
-
-
-def change_index(path: Path, entries: int, change: Mapping[int, int]) -> None:
-    """Write other numbers into an index, and the checksum that fits them."""
-    data = bytearray(path.read_bytes())
-    begin = len(data) - 4 - 16 * entries
-    for number, value in change.items():
-        data[begin + 8 * number : begin + 8 * number + 8] = value.to_bytes(8, "little")
-    data[-4:] = crc32c.crc32c(bytes(data[begin:-4])).to_bytes(4, "little")
-    path.write_bytes(data)
 
 
 ALL = (1 << 64) - 1
