@@ -7,14 +7,15 @@ files states with a literal what its default configuration reads, which is parse
     SERVED_BY = {"fields": ("features", "attention"), "levels": "last:5", "mask_ratio": 0.7}
 
 `all_tokens`: hidden patches' tokens are read too. `derive`: z, which only a teacher with a
-projection gives.
+projection gives. What else an extraction takes from there is in `recipe_needs`.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -53,27 +54,53 @@ def read_needs(path: Path) -> dict[str, Any] | None:
     return None
 
 
+@dataclass(frozen=True)
+class StoredFacts:
+    """Hold the facts of a cache, or of one that is planned, by which it serves a recipe."""
+
+    depth: int  # blocks of its first teacher
+    patches: int
+    keep: int | None  # patches stored of a view; None: all
+    levels: Collection[int]
+    fields: Collection[str]
+    has_projection: Callable[[], bool]
+
+
 def unsupported_reason(cache: Cache, needs: dict[str, Any]) -> str:
     """Say what the default configuration of a recipe would miss here."""
+    teacher = cache.identity["teacher"]
+    stored = StoredFacts(
+        depth=teacher["depth"],
+        patches=teacher["patches"],
+        keep=cache.identity.get("keep"),
+        levels=cache.levels,
+        fields=cache.fields,
+        has_projection=lambda: _has_projection(cache),
+    )
+    if reason := lacking(stored, needs):
+        return reason
+    return "the cache is incomplete" if needs["fields"] and not cache.complete else ""
+
+
+def lacking(stored: StoredFacts, needs: dict[str, Any]) -> str:
+    """Say what is not stored of what a recipe needs; empty where all is."""
     if not needs["fields"]:
         return ""
-    depth = cache.identity["teacher"]["depth"]
-    wanted = _levels(needs["levels"], depth)
+    wanted = _levels(needs["levels"], stored.depth)
     if wanted.start < 1:
-        return f"{len(wanted)} levels are aligned, the teacher has {depth} blocks"
-    if missing := [level for level in wanted if level not in cache.levels]:
+        return f"{len(wanted)} levels are aligned, the teacher has {stored.depth} blocks"
+    if missing := [level for level in wanted if level not in stored.levels]:
         return f"level {', '.join(map(str, missing))} is not stored (--levels {needs['levels']})"
-    patches, keep = cache.identity["teacher"]["patches"], cache.identity.get("keep")
-    visible = int(patches * (1 - needs["mask_ratio"]))
-    if keep is not None and (keep < visible or needs.get("all_tokens")):
-        return f"{keep} patches are kept, " + (
+    visible = int(stored.patches * (1 - needs["mask_ratio"]))
+    if stored.keep is not None and (stored.keep < visible or needs.get("all_tokens")):
+        return f"{stored.keep} patches are kept, " + (
             "all are read" if needs.get("all_tokens") else f"{visible} are visible"
         )
-    if fields := [field for field in needs["fields"] if field not in cache.fields]:
+    if fields := [field for field in needs["fields"] if field not in stored.fields]:
         return f"{', '.join(fields)} is not stored"
-    if needs.get("derive") == "z" and not _has_projection(cache):
+    if needs.get("derive") == "z" and not stored.has_projection():
         return "its teacher has no projection (target=f)"
-    return "" if cache.complete else "the cache is incomplete"
+    return ""
 
 
 def _has_projection(cache: Cache) -> bool:

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from featcache.catalog import home
-from featcache.console import extract_report
+from featcache.console import extract_report, for_recipes
 from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
 from featcache.console.params import BATCH, COUNT, THREADS, FloatPair, LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar, WaitingNote
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     "--weights ViT-B-16.safetensors\n"
     "  featcache extract --teacher clip-b16 --teacher dino-b16 --levels last:5 "
     "--levels dino-b16=-1 --images train/\n"
+    "  featcache extract --for maskalign,mrmae --images train/ --views 4\n"
     "  featcache extract --teacher synthetic:levels=5,tokens=196,width=768 --images photos/ "
     "--out trial"
 )
@@ -45,6 +46,14 @@ if TYPE_CHECKING:
     multiple=True,
     help="Name, or NAME,key=value,...; `featcache teachers` lists them. "
     "Several: one pass over the same views.",
+)
+@click.option(
+    "--for",
+    "recipes",
+    type=LocalText(),
+    metavar="RECIPE[,RECIPE]",
+    help="Make what these recipes read by default, where no other option says it: --teacher, "
+    "--levels, --size, --scale, --jitter. A name, or your own ./mine.py.",
 )
 @click.option(
     "--images",
@@ -211,19 +220,24 @@ def command(**given: Any) -> None:
     command continues."""
     from featcache.models.precision import keep_freed_memory
 
-    options = ExtractOptions(**given)
+    choice = for_recipes.choose(ExtractOptions(**given))
+    options = choice.options
+    if why := choice.nothing_to_extract:
+        print_facts({"cache": None, "complete": True, **choice.record}, options.as_json, why)
+        return
     check_names(options)
     keep_freed_memory()
     plans, inputs = build_plans(options)
+    for_recipes.check_plans(choice, plans)
     _note_random_weights(plans)
     if options.labelled is not None:
         _check_teachers(plans, options.labelled, inputs, options.batch_size)
     jobs = _plan_jobs(plans, options)
     if jobs:
-        _carry_out(jobs, options, inputs.devices)
+        _carry_out(jobs, options, inputs.devices, choice.record)
     else:
         text = f"{options.out}: has all of this already; nothing to add"
-        facts = {"cache": str(options.out), "new_pictures": 0, "complete": True}
+        facts = {"cache": str(options.out), "new_pictures": 0, "complete": True, **choice.record}
         print_facts(facts, options.as_json, text)
 
 
@@ -261,14 +275,16 @@ def _plan_jobs(plans: list[Plan], options: ExtractOptions) -> list[ExtractJob]:
     return extend.plan_jobs(plans, options.out or home.home() / name, add=options.add)
 
 
-def _carry_out(jobs: list[ExtractJob], options: ExtractOptions, devices: list[str]) -> None:
+def _carry_out(
+    jobs: list[ExtractJob], options: ExtractOptions, devices: list[str], record: dict[str, Any]
+) -> None:
     """Preview the extraction with --dry-run; else run it and report what is there now."""
     from featcache.extraction.options import parse_share
 
     share = parse_share(options.share)
     shards = jobs[0].plan.shards[share[0] :: share[1]]
     summary = extract_report.summary(jobs, options.out, shards)
-    summary |= {"added": options.add, "share": options.share}
+    summary |= {"added": options.add, "share": options.share, **record}
     if options.dry_run:
         summary |= extract_report.remaining_facts(jobs, shards)
         text = extract_report.dry_run_text(summary, jobs[0].out)

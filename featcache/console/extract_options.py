@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class ExtractOptions:
     """Hold the options of one call; each field is named as click names its parameter."""
 
+    recipes: str | None  # of --for
     names: tuple[str, ...]
     images_spec: str | None
     out: Path | None

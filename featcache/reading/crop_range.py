@@ -17,6 +17,7 @@ n pictures, V stored views.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,13 +26,16 @@ import numpy.typing as npt
 
 from featcache import rng
 from featcache.reading.cache import Cache
-from featcache.views.draw import central_box, stored_view
-from featcache.views.policy import policy_from_dict
+from featcache.views.draw import central_box, draw_views, stored_view
+from featcache.views.policy import Policy, policy_from_dict
 
 I64 = npt.NDArray[np.int64]
 BOOL = npt.NDArray[np.bool_]
 Scale = tuple[float, float]  # share of the picture's area, ends included
+LEFT_OUT = 0.001  # share of the pictures that may have no view in the range
 _ROWS = 1 << 16  # read at a time: some MB
+_USUAL_SIZE = (375, 500)  # height and width of a picture of ImageNet, by its median
+_DRAWN = 1 << 14  # views that a share is estimated from
 
 
 def is_within(inner: Scale, outer: Scale) -> bool:
@@ -43,6 +47,17 @@ def in_range(areas: npt.NDArray[np.float32], scale: Scale) -> BOOL:
     """Return whether the sampled areas, as they are stored, lie in the range."""
     low, high = np.float32(scale[0]), np.float32(scale[1])
     return (areas >= low) & (areas <= high)
+
+
+@functools.cache
+def rejected_share(inner: Scale, outer: Scale) -> float:
+    """Estimate the share of the views of the outer range that are rejected for the inner one, of
+    pictures of 4:3: of v views, all are with this share to the power of v."""
+    policy = Policy(scale=outer)
+    sizes = np.full((_DRAWN, 2), _USUAL_SIZE)
+    drawn = draw_views(policy, rng.key_digests(map(str, range(_DRAWN))), sizes)
+    centre = (drawn.crop[:, 0] == central_box(policy, sizes)).all(1)
+    return 1 - float((in_range(drawn.area[:, 0], inner) | centre).mean())
 
 
 def accepted_views(cache: Cache, rows: I64, scale: Scale) -> BOOL:

@@ -66,10 +66,12 @@ from student.config import (
 from student.models import beit, drop_path, latent_regressor, losses, vit
 from student.recipes import TargetSpec
 
-SERVED_BY = {  # by default; `featcache info` reads this
+SERVED_BY = {  # by default; `featcache info` and `extract --for` read this
+    "teacher": "clip-b16",
     "fields": ("dvae/token_ids",),
     "levels": "",
     "mask_ratio": 0.5,
+    "scale": (0.08, 1.0),
 }
 
 

@@ -66,12 +66,15 @@ from student.config import (
 from student.models import beit, latent_regressor, losses, vit
 from student.recipes import TargetSpec
 
-SERVED_BY = {  # by default; `featcache info` reads this
+SERVED_BY = {  # by default; `featcache info` and `extract --for` read this
+    "teacher": "clip-b16",
     "fields": ("features",),
     "levels": "last:1",
     "mask_ratio": 0.5,
     "all_tokens": True,
     "derive": "z",
+    "scale": (0.4, 1.0),
+    "jitter": 0.4,
 }
 
 

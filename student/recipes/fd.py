@@ -46,12 +46,14 @@ from student.config import (
 from student.models import beit, losses
 from student.recipes import TargetSpec
 
-SERVED_BY = {  # by default; `featcache info` reads this
+SERVED_BY = {  # by default; `featcache info` and `extract --for` read this
+    "teacher": "clip-b16",
     "fields": ("features",),
     "levels": "last:1",
     "mask_ratio": 0.0,
     "all_tokens": True,
     "derive": "fd",
+    "scale": (0.08, 1.0),
 }
 
 

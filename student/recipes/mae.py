@@ -28,7 +28,8 @@ from student.config import CHECKED, Depth, NotNegative, Positive, RecipeConfig, 
 from student.models import losses, vit
 from student.recipes import TargetSpec
 
-SERVED_BY = {"fields": (), "levels": ""}  # by default; `featcache info` reads this
+# by default; `featcache info` and `extract --for` read this
+SERVED_BY = {"fields": (), "levels": ""}
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)

@@ -68,7 +68,8 @@ from student.models import vit
 from student.models.alignment_levels import aligned_levels, parse_align_levels, parse_level_weights
 from student.recipes import TargetSpec
 
-SERVED_BY = {  # by default; `featcache info` reads this
+SERVED_BY = {  # by default; `featcache info` and `extract --for` read this
+    "teacher": "clip-b16",
     "fields": ("features", "attention"),
     "levels": "last:5",
     "mask_ratio": 0.7,

@@ -58,7 +58,8 @@ from student.config import (
 from student.models import losses, vit
 from student.recipes import TargetSpec
 
-SERVED_BY = {  # by default; `featcache info` reads this
+SERVED_BY = {  # by default; `featcache info` and `extract --for` read this
+    "teacher": "clip-b16",
     "fields": ("features", "attention"),
     "levels": "last:1",
     "mask_ratio": 0.75,

@@ -78,7 +78,8 @@ from student.models import conv_vit, losses, vit
 from student.models.alignment_levels import parse_block_numbers
 from student.recipes import TargetSpec
 
-SERVED_BY = {  # by default; `featcache info` reads this
+SERVED_BY = {  # by default; `featcache info` and `extract --for` read this
+    "teacher": "clip-b16",
     "fields": ("features", "attention"),
     "levels": "last:1",
     "mask_ratio": 0.75,

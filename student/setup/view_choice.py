@@ -22,11 +22,10 @@ from featcache.catalog import extract_command
 from featcache.errors import UsageError, UserError
 from featcache.reading import crop_range
 from featcache.reading.cache import Cache
-from featcache.reading.crop_range import Scale, ViewSchedule
+from featcache.reading.crop_range import LEFT_OUT, Scale, ViewSchedule
 
 I64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
-LEFT_OUT = 0.001  # share of the pictures that may have no view in the range
 SHAPE_STEP = 0.1  # of the logarithm of height / width: pictures within it are alike
 MOST_VIEWS = 64  # no more are proposed
 NAMED = 1000  # pictures that are left out, by name in a run's record; a screen has five

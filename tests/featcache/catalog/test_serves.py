@@ -24,12 +24,20 @@ def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
     stated = serves.read_needs(Path(str(module.__file__)))
     assert stated == module.SERVED_BY
     assert stated.get("mask_ratio", module.Config().mask_ratio) == module.Config().mask_ratio
-    assert set(stated) - {"mask_ratio", "all_tokens", "derive"} == {"fields", "levels"}
+    optional = {"mask_ratio", "all_tokens", "derive", "teacher", "scale", "jitter", "size"}
+    assert set(stated) - optional == {"fields", "levels"}
     assert stated.get("all_tokens", False) == (
         "features" in needs.fields and not needs.visible_only
     )
     assert stated.get("derive", "") == needs.derive
     assert stated["fields"] == needs.fields
+    # what `extract --for` makes a cache with: the teacher, the crops and the size of the student
+    assert stated.get("teacher", "") == needs.teacher
+    assert stated.get("scale", (0.2, 1.0)) == needs.scale
+    assert stated.get("jitter", 0.0) == needs.jitter
+    assert stated.get("size", 224) == module.Config().img_size
+    others = {field.rpartition("/")[0] for field in stated["fields"] if field.endswith("/features")}
+    assert others == ({needs.second} if needs.second else set())
     assert tuple(serves._levels(stated["levels"], module.Config().teacher_depth)) == needs.levels
 
 

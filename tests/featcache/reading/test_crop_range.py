@@ -218,3 +218,23 @@ def test_accepted_views_of_a_cache(tmp_path: Path) -> None:
         assert crop_range.keys_without_view(got, keys) == [
             key for key, row in zip(keys, got, strict=True) if not row.any()
         ]
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "rejected"),
+    [
+        (NARROW, WIDE, 0.18),  # 82 % are accepted, and 53 % at 0.4
+        ((0.4, 1.0), WIDE, 0.47),
+        (WIDE, WIDE, 0.0),
+    ],
+)
+def test_the_share_that_is_rejected_is_known_beforehand(
+    inner: tuple[float, float], outer: tuple[float, float], rejected: float
+) -> None:
+    """Against views of other keys, of pictures of 375 x 500."""
+    found = crop_range.rejected_share(inner, outer)
+    assert found == pytest.approx(rejected, abs=0.005)
+    views = drawn(outer, (375, 500), (3 / 4, 4 / 3), "b")
+    whole = (views.crop == [0, 0, 375, 500]).all(-1)
+    accepted = (views.area >= np.float32(inner[0])) | whole
+    assert found == pytest.approx(1 - accepted.mean(), abs=0.012)
