@@ -109,7 +109,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         # workers see what `set_epoch` writes
         self._epoch = torch.tensor([_checked_epoch(epoch)]).share_memory_()
         self._readers = {
-            name: FeatureReader(self.cache, name.rpartition("/")[0] or None)
+            name: FeatureReader(self.cache, name.rpartition("/")[0] or None, levels=levels)
             for name in self.fields
             if name.rpartition("/")[2] == "features"
         }

@@ -150,6 +150,6 @@ def _plain(option: click.Option) -> bool:
 
 
 def test_dictionaries_of_the_seams_hold_what_the_readme_says() -> None:
-    assert set(codecs.CODECS) == {"fp16"}
+    assert set(codecs.CODECS) == {"fp16", "q8", "t4", "t3"}
     assert set(store.STORES) == {"zarr", "webdataset"}
     assert {"uniform", "attentive", "stored"} <= set(masking.MASKS)

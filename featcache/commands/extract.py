@@ -117,7 +117,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Stored mask order: attentive, topk or uniform.",
 )
-@click.option("--codec", default="fp16", show_default=True, help="How features are stored: fp16.")
+@click.option(
+    "--codec",
+    default="fp16",
+    show_default=True,
+    help="How features are stored: fp16, or q8, t4, t3 of 8, 4, 3 bits.",
+)
 @click.option(
     "--store",
     "store_name",

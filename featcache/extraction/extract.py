@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from featcache.errors import IdentityError, UsageError, UserError
-from featcache.extraction import device_pipeline, rendering
+from featcache.extraction import codec_sample, device_pipeline, rendering
 from featcache.extraction import rows as item_rows
 from featcache.extraction.layout import checked_token_ids
 from featcache.extraction.picture_check import (
@@ -87,12 +87,24 @@ def run_jobs(
     jobs = [ExtractJob(in_form_of(job.out, job.plan), job.out) for job in jobs]
     if len(jobs) > 1:
         check_disk_space(jobs)
+    jobs = _with_states(jobs, options)
     wanted = [prepare_folder(*job, batch_size) for job in jobs]
     with _undone_on_failure(jobs, wanted[0]):
         _extract_missing(jobs, wanted[0]["shards"][share[0] :: share[1]], options)
     for job, each in zip(jobs, wanted, strict=True):
         report_quarantine(job.out, each)
     return wanted
+
+
+def _with_states(jobs: Sequence[ExtractJob], options: RunOptions) -> list[ExtractJob]:
+    """Return the jobs with the states of their codecs, which are made where there are none yet."""
+    with ThreadPools(options.workers) as pools:
+
+        def batches(plan: Plan, shard: Mapping[str, Any]) -> Iterator[item_rows.Batch]:
+            numbers = range(shard["first"], shard["first"] + shard["count"])
+            return _batches([plan], _Pictures(numbers, []), options, pools)
+
+        return [codec_sample.with_state(job, options.batch_size, batches) for job in jobs]
 
 
 def extract_shard(
@@ -209,10 +221,10 @@ class ShardWriterTask:
             )
         answer = item_rows.check_encoded(plan, batch, host)
         items = item_rows.batch_items(plan, batch, answer)
-        of_copy = plan.keep is not None or plan.recount
+        of_stored = plan.keep is not None or plan.recount or bool(plan.state)
         return items, stored_feature_statistics(
-            plan.codec, plan.teacher.width, items
-        ) if of_copy else answer.about
+            plan.codec, plan.teacher.width, items, plan.state
+        ) if of_stored else answer.about
 
     def write(self, made: Future[tuple[list[str], item_rows.Host]]) -> None:
         keys, items = made.result()
@@ -240,6 +252,13 @@ def _write_shard(
         for task in tasks:
             task.writer.discard()
         raise
+
+
+class _Pictures(NamedTuple):
+    """Hold the numbers of pictures, and those that turn out to be unusable."""
+
+    indices: Sequence[int]
+    quarantined: list[dict[str, str]]
 
 
 class _Rows:
@@ -311,7 +330,7 @@ def _run_tasks(
 
 
 def _batches(
-    plans: Sequence[Plan], rows: _Rows, options: RunOptions, pools: ThreadPools
+    plans: Sequence[Plan], rows: _Rows | _Pictures, options: RunOptions, pools: ThreadPools
 ) -> Iterator[item_rows.Batch]:
     """Decode and render a shard's pictures in threads; those that cannot be used are
     quarantined."""

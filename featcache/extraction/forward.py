@@ -34,39 +34,48 @@ def encode_outputs(plan: Plan, answer: tuple[Tensor, ...], count: int) -> dict[s
     if plan.is_tokenizer:
         return {tokenizer.FIELD: answer[0][:count]}
     *ys, attention = answer
-    return {**encode_levels(ys, plan.codec, count), "attention": attention[:count].float()}
+    rest = encode_levels(ys, plan.codec, count, plan.device_state)
+    return {**rest, "attention": attention[:count].float()}
 
 
-def encode_levels(ys: Sequence[Tensor], codec: str, count: int) -> dict[str, Tensor]:
+def encode_levels(
+    ys: Sequence[Tensor], codec: str, count: int, state: codecs.State
+) -> dict[str, Tensor]:
     """Encode levels: y_k (B, T, D) -> the codec's arrays and `feature_stats` (n, L, T, ...); of h
-    its range (L, 2) and mean norms (n, L); whether all is `finite` (n, L)."""
-    coded, stats, ranges, norms = [], [], [], []
-    for y in ys:
+    its range (L, 2) and mean norms (n, L); whether all is `finite` (n, L). `state` is the codec's,
+    of these levels."""
+    coded, stats, ranges, norms, finite = [], [], [], [], []
+    for k, y in enumerate(ys):
         h, stat = target_levels.normalise(y[:count])
         ranges.append(torch.stack(h.aminmax()))
         norms.append(torch.linalg.vector_norm(h, dim=-1).mean(-1))
-        coded.append(codecs.CODECS[codec].encode(h))
+        rounded = h.to(torch.float16)
+        finite.append(codecs.all_finite(rounded, stat))
+        coded.append(codecs.CODECS[codec].encode(rounded[:, None], codecs.of_level(state, k)))
         stats.append(stat)
-    arrays = {name: torch.stack([level[name] for level in coded], 1) for name in coded[0]}
-    about = {"range": torch.stack(ranges).double(), "norms": torch.stack(norms, 1).float()}
-    stacked = torch.stack(stats, 1)
     return {
-        **arrays,
-        "feature_stats": stacked,
-        **about,
-        "finite": codecs.all_finite(arrays, stacked),
+        **{name: torch.cat([level[name] for level in coded], 1) for name in coded[0]},
+        "feature_stats": torch.stack(stats, 1),
+        "range": torch.stack(ranges).double(),
+        "norms": torch.stack(norms, 1).float(),
+        "finite": torch.stack(finite, 1),
     }
 
 
 def compute_targets(
-    teacher: Teacher, pixels: Tensor, levels: Sequence[int], codec: str, count: int
+    teacher: Teacher,
+    pixels: Tensor,
+    levels: Sequence[int],
+    codec: str,
+    count: int,
+    state: codecs.State,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
     """Compute what an extraction stores of pixels, for those who compare: uint8 (B, 3, S, S) -> the
     codec's arrays (n, L, T, ...), statistics (n, L, T, 2), attention (n, P), facts on h, all where
-    the teacher is."""
+    the teacher is. `state` is the codec's, of these levels."""
     *ys, attention = run_teacher(teacher, pixels, levels)
     with torch.no_grad():
-        rest = encode_levels(ys, codec, count)
+        rest = encode_levels(ys, codec, count, state)
     coded = {name: rest.pop(name) for name in codecs.CODECS[codec].arrays(teacher.width)}
     return coded, rest.pop("feature_stats"), attention[:count].float(), rest
 

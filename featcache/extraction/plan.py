@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import PIL
 import torch
 from safetensors.numpy import save
+from torch import Tensor
 
 import featcache
 from featcache.errors import UsageError
@@ -25,7 +26,7 @@ from featcache.extraction.options import file_name
 from featcache.models import precision, tokenizer, weights
 from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
-from featcache.storage import checksums, manifest
+from featcache.storage import checksums, codec_state, manifest
 from featcache.storage.store import FORMAT, Array, ShardForm
 from featcache.targets import codecs
 from featcache.targets import levels as target_levels
@@ -56,6 +57,7 @@ class Plan:
     recount: bool = False
     format: int = FORMAT  # an earlier one where such a cache is continued, repaired or added to
     compression: str = ""  # of an archive that is repaired
+    state_file: bytes = b""  # of the codec, once it is made or read
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.rows_per_shard < 1:
@@ -122,7 +124,7 @@ class Plan:
 
     def _of_teacher(self) -> list[Array]:
         levels, tokens, patches = len(self.levels), self.stored_tokens, self.teacher.patches
-        coded = codecs.get_codec(self.codec).arrays(self.teacher.width)
+        coded = self.coded_arrays
         order, size = "|u1" if patches <= 256 else "<u2", self.policy.size
         row_view = ("row", "view")
         pixels = Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)
@@ -148,6 +150,29 @@ class Plan:
             Array("attention", "<f4", (patches,), (*row_view, "patch")),
             Array("mask_order", order, (patches,), (*row_view, "rank")),
         ]
+
+    @property
+    def coded_arrays(self) -> codecs.ArrayForms:
+        """Return what the codec stores of a token."""
+        return codecs.get_codec(self.codec).arrays(self.teacher.width)
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """Return the codec's state for these levels."""
+        if not self.state_file:
+            return {}
+        return codec_state.unpack(self.state_file, self.manifest(), "the state of the codec")
+
+    @cached_property
+    def device_state(self) -> dict[str, Tensor]:
+        """Return the same where the teacher is."""
+        device = precision.device_of(self.teacher)
+        return {name: values.to(device) for name, values in self.state.items()}
+
+    @property
+    def state_name(self) -> str:
+        """Return the name of the file of the codec's state."""
+        return f"{file_name(self.teacher.name)}.{self.codec}.safetensors"
 
     @property
     def view_bytes(self) -> int:
@@ -241,8 +266,10 @@ class Plan:
         }
 
     def side_files(self) -> dict[str, bytes]:
-        """Return the files beside the manifest: the teacher's tail."""
-        return {f"{file_name(self.teacher.name)}.safetensors": save(self.teacher.tail())}
+        """Return the files beside the manifest: the teacher's tail, and the codec's state once it
+        is known."""
+        state = {self.state_name: self.state_file} if self.state_file else {}
+        return {f"{file_name(self.teacher.name)}.safetensors": save(self.teacher.tail()), **state}
 
 
 class ExtractJob(NamedTuple):

@@ -16,7 +16,6 @@ from featcache.extraction.plan import Plan
 from featcache.extraction.rendering import Rendered
 from featcache.models import precision
 from featcache.storage.statistics import FeatureStatistics
-from featcache.targets import codecs
 from featcache.targets.attention import mask_order
 from featcache.views.draw import DrawnViews
 
@@ -50,7 +49,7 @@ def check_encoded(plan: Plan, batch: Batch, host: Host) -> EncodedBatch:
             f"teacher {plan.teacher.name!r} gave [CLS] attention outside 0 to 1 for picture "
             f"{_of(plan, batch, row)}; weights of one softmax row are needed{_remedy(plan)}"
         )
-    names = (*codecs.CODECS[plan.codec].arrays(plan.teacher.width), "feature_stats")
+    names = (*plan.coded_arrays, "feature_stats")
     about = FeatureStatistics(
         float(host["range"][:, 0].min()), float(host["range"][:, 1].max()), host["norms"]
     )
@@ -73,9 +72,7 @@ def _remedy(plan: Plan) -> str:
 
 def batch_items(plan: Plan, batch: Batch, answer: EncodedBatch) -> Host:
     """Return what is stored of a batch of features, but for the checksums."""
-    digests = rng.key_digests(picture.key for picture, _ in batch)
-    numbers = np.array([plan.view_numbers[view] for _, view in batch])
-    order = mask_order(plan.order, answer.attention, digests, numbers, plan.policy.seed)
+    order = order_of(plan, batch, answer.attention)
     stored: Mapping[str, npt.NDArray[Any]] = answer.tokens
     if plan.tokens == "ranked":
         stored = {
@@ -93,6 +90,15 @@ def batch_items(plan: Plan, batch: Batch, answer: EncodedBatch) -> Host:
         "mask_order": order,
         **view_items(batch),
     }
+
+
+def order_of(
+    plan: Plan, batch: Batch, attention: npt.NDArray[np.float32]
+) -> npt.NDArray[np.unsignedinteger]:
+    """Return the mask order (n, P) of a batch, from the attention (n, P)."""
+    digests = rng.key_digests(picture.key for picture, _ in batch)
+    numbers = np.array([plan.view_numbers[view] for _, view in batch])
+    return mask_order(plan.order, attention, digests, numbers, plan.policy.seed)
 
 
 def view_items(batch: Batch) -> Host:

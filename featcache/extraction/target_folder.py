@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError
-from featcache.storage import commit, identity, json_file, manifest
+from featcache.storage import codec_state, commit, identity, json_file, manifest
 from featcache.storage.own_folder import own_shards
 from featcache.storage.record import read_record
 from featcache.storage.store import QUARANTINE, get_store, record_path
@@ -86,7 +86,7 @@ def existing_manifest(
     """Return the manifest of the cache at `out` where it is the wanted one, None where nothing is
     there; another cache and other files are refused."""
     if not (out / manifest.NAME).is_file():
-        if not _holds_files(out):
+        if not _holds_files(out, wanted):
             return None
         if not (out / manifest.NAME).is_file():  # else another process began it in this moment
             raise UserError(
@@ -118,10 +118,17 @@ def _form(about: Mapping[str, Any]) -> str:
     return f"{archive}format {about['format']}"
 
 
-def _holds_files(out: Path) -> bool:
-    return out.exists() and (
-        not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
-    )
+def _holds_files(out: Path, wanted: Mapping[str, Any]) -> bool:
+    """Tell whether something is there that a cache may not be written over; the state of a codec,
+    which is there before the manifest, is looked at by who takes it."""
+    if not out.is_dir():
+        return out.exists()
+    names = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    if codec_state.needs_state(wanted):
+        ending = codec_state.ending(wanted)
+        states = {f"{name.removesuffix('.safetensors')}{ending}" for name in wanted["files"]}
+        names = [name for name in names if name not in states]
+    return bool(names)
 
 
 def begin_folder(
@@ -139,7 +146,8 @@ def begin_folder(
         json_file.sweep(folder)
     # another process may have begun it in this moment, or another version before
     about = existing_manifest(wanted, out, words) or wanted
-    write_side_files(out, {**side_files, **root_files(about)})
+    copy = codec_state.copy_of(about, side_files)
+    write_side_files(out, {**side_files, **copy, **root_files(about)})
 
 
 def root_files(about: Mapping[str, Any]) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from featcache.extraction.target_folder import (
 from featcache.maintenance import verify
 from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
-from featcache.storage import belongings, commit, json_file, manifest
+from featcache.storage import belongings, codec_state, commit, json_file, manifest
 from featcache.storage import lease as leases
 from featcache.storage.identity import refuse_mismatch
 from featcache.storage.own_folder import own_shards
@@ -52,6 +53,7 @@ def run(
         own_shards(part)
         restored += _restore_manifest(part)
         about = manifest.read(part)
+        restored += _restore_state(part, about)
         problems = list(verify.part_problems(part, about))
         bad = sorted({problem.shard for problem in problems if problem.shard})
         if bad or any(problem.path.name in about["files"] for problem in problems):
@@ -108,6 +110,25 @@ def _restore_manifest(part: Path) -> list[str]:
     return [str(target)]
 
 
+def _restore_state(part: Path, about: dict[str, Any]) -> list[str]:
+    """Restore the state of the codec from its copy, or the copy from it."""
+    name = codec_state.file_name(about)
+    if not name:
+        return []
+    pair, facts = (part / name, part / SHARDS / codec_state.COPY), about["files"][name]
+    bad = [path for path in pair if codec_state.problem(path, facts)]
+    if len(bad) == 2:
+        raise UserError(
+            f"cache {str(part)!r}: {name} and its copy {SHARDS}/{codec_state.COPY} are both "
+            "missing or damaged, and without them nothing decodes; extract again into another "
+            "folder"
+        )
+    for path in bad:
+        good = pair[1] if path == pair[0] else pair[0]
+        write_side_files(part, {str(path.relative_to(part)): good.read_bytes()})
+    return [str(path) for path in bad]
+
+
 def _manifest_problem(path: Path) -> str | None:
     """Say why a file is no manifest that may be restored from; an UnreadableError where that
     cannot be said."""
@@ -130,6 +151,7 @@ def _extract(
 ) -> None:
     source, teacher = load(about)
     plan = plan_from_manifest(about, source, teacher)
+    plan = replace(plan, state_file=codec_state.read_file(part, about))
     wanted = plan.manifest()
     if "copied_from" in about["provenance"] and _holds(part, about, source):
         wanted["identity"]["pictures"] = about["identity"]["pictures"]

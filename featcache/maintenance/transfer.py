@@ -29,7 +29,7 @@ from featcache.extraction.shard_queue import free_shards
 from featcache.maintenance import transfer_plan
 from featcache.maintenance.transfer_plan import Target, TransferJob, target_like
 from featcache.reading.cache import Cache
-from featcache.storage import checksums, commit, manifest
+from featcache.storage import checksums, codec_state, commit, manifest
 from featcache.storage.statistics import Statistics, stored_feature_statistics
 from featcache.storage.store import COMPRESSIONS, FORMATS, folder_path, get_store
 
@@ -172,6 +172,8 @@ def _begin(job: TransferJob) -> None:
             f"cache file {problems[0]}; run `{command_line('featcache', 'repair', source.path)}`"
         )
     files = {name: (source.path / name).read_bytes() for name in job.manifest["files"]}
+    if job.state_file:
+        files[codec_state.file_name(job.manifest)] = job.state_file
     target_folder.begin_folder(job.out, job.manifest, files, WORDS)
 
 
@@ -242,13 +244,14 @@ def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferP
         manifest.shard_form(job.manifest),
     )
     statistics = Statistics()
+    state = job.source.codec_state(job.source.teachers[0], job.identity["levels"])
     try:
         for keys, items in _blocks(job, record):
             if job.recount:
                 statistics.add(
                     items,
                     stored_feature_statistics(
-                        job.identity["codec"], job.identity["teacher"]["width"], items
+                        job.identity["codec"], job.identity["teacher"]["width"], items, state
                     ),
                 )
             items = {**items, **checksums.compute_checksums(job.arrays, items)}

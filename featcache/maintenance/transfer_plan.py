@@ -15,7 +15,7 @@ from typing import Any
 import featcache
 from featcache.errors import UsageError, UserError
 from featcache.reading.cache import Cache
-from featcache.storage import checksums, json_file
+from featcache.storage import checksums, codec_state, json_file
 from featcache.storage import manifest as manifests
 from featcache.storage.part import PARTS, added_parts, describe_part
 from featcache.storage.store import Array, array_from_dict, hash_dtype, record_path
@@ -33,6 +33,7 @@ class TransferJob:
     records: tuple[dict[str, Any], ...]  # of the source's shards that are wanted
     as_files: bool  # nothing changes within a shard
     recount: bool  # fewer numbers: statistics of what is kept
+    state_file: bytes = b""  # of the codec, where several parts of the source have one each
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -170,10 +171,21 @@ def _choose(
         }
     chosen = [about["shards"][i] for i in numbers]
     made = manifests.make(identity, provenance, arrays, chosen, {}, format=target.format)
-    made["files"] = about["files"]
+    state = _merged_state(source, made)
+    made["files"] = about["files"] | manifests.file_facts(state)
     if target.compression:
         made["compression"] = target.compression
-    return TransferJob(source, out, made, records, as_files, recount)
+    return TransferJob(source, out, made, records, as_files, recount, *state.values())
+
+
+def _merged_state(source: Cache, made: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the file of the codec's state of a flat copy, where its levels are not all those of
+    one part."""
+    about, levels = source.manifest, made["identity"]["levels"]
+    if not codec_state.needs_state(about) or set(levels) <= set(about["identity"]["levels"]):
+        return {}
+    state = source.codec_state(_teacher(about), levels)
+    return {codec_state.file_name(about): codec_state.pack(state, levels, made["id"])}
 
 
 def _fewer(arrays: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from featcache.errors import UnreadableError, UserError
 from featcache.extraction import target_folder
 from featcache.reading.cache import Cache
-from featcache.storage import commit, json_file, manifest
+from featcache.storage import codec_state, commit, json_file, manifest
 from featcache.storage.keys import Keys, read_shard_keys
 from featcache.storage.part import added_parts
 from featcache.storage.record import RecordCheck, read_record
@@ -81,6 +81,10 @@ def part_problems(
     backend, check = about["identity"]["store"], RecordCheck(about)
     for text in manifest.check_files(part, about):
         yield Problem(Path(text.rpartition(": ")[0]), text)
+    if name := codec_state.file_name(about):
+        copy = part / SHARDS / codec_state.COPY
+        if what := codec_state.problem(copy, about["files"][name]):
+            yield Problem(copy, f"{copy}: {what}")
     for name, data in target_folder.root_files(about).items():
         if not target_folder.is_written(part / name, data):
             how = (

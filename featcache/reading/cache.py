@@ -28,7 +28,7 @@ from featcache.reading.read_plan import ReadPlan, parts_of
 from featcache.reading.row_error import row_error
 from featcache.reading.value_check import check_values
 from featcache.runtime.local_path import local_path
-from featcache.storage import checksums, manifest
+from featcache.storage import checksums, codec_state, manifest
 from featcache.storage.keys import I64, Keys
 from featcache.storage.part import describe_part, open_parts
 from featcache.storage.store import Array
@@ -189,9 +189,13 @@ class Cache:
             raise UsageError(
                 f"tail: unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}"
             )
-        return next(
-            part for part in self._parts if part.teacher == (teacher or self._base.teacher)
-        ).tail()
+        teacher = teacher or self._base.teacher
+        return next(part for part in self._parts if part.teacher == teacher).tail()
+
+    def codec_state(self, teacher: str, levels: Sequence[int]) -> dict[str, Any]:
+        """Read the state (tensors) that decodes these levels of a teacher, in their order."""
+        parts = [part for part in self._parts if part.teacher == teacher]
+        return codec_state.read_levels(self.path, parts, levels)
 
     def read(
         self,
@@ -258,8 +262,7 @@ class Cache:
             raise row_error(self.path, self._parts, bad.path, row, key, view) from bad
 
     def derive(self, name: str, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
-        """Read `f`, `z`, `fd` or `y` (n, T, width), which follow from what is stored: see
-        `featcache.derive.read`."""
+        """Read `h`, `f`, `z`, `fd` or `y` (n, T, width), see `featcache.derive.read`."""
         from featcache.reading.derived import read  # needs torch, which reading does without
 
         return read(self, name, *args, **options)

@@ -5,6 +5,7 @@
     z    f @ proj                  CLIP's projection: MILAN, CAE v2, KD
     fd   f normalised again, no affine: feature distillation
     y    h * std + mean            the residual stream itself, of any stored level
+    h    as it is stored           a normalised level, decoded, of any stored level
 
 `target` works on tensors where they are, for trainers that decode on a GPU; `read` takes rows of a
 cache. h is stored with std = sqrt(var + 1e-5). A model whose final norm has another eps
@@ -25,6 +26,7 @@ import torch
 
 from featcache import errors
 from featcache.reading.feature_reader import FeatureReader, HasTeachers
+from featcache.reading.tensors import tail_tensors
 from featcache.targets.derived import target
 
 
@@ -54,7 +56,7 @@ def read(
     teacher: str | None = None,
 ) -> npt.NDArray[np.float32]:
     """Read the target (n, T, E) of rows of a cache, all of them by default; tokens as `Cache.read`
-    gives them, in a ranked cache by rank. `level` is of y alone; `teacher` is one of
+    gives them, in a ranked cache by rank. `level` is of h and y alone; `teacher` is one of
     `cache.teachers`."""
     teacher = teacher or cache.teachers[0]
     if teacher not in cache.teachers:
@@ -62,27 +64,28 @@ def read(
             f"derive: teacher {teacher!r} is not in this cache; "
             f"{errors.near(teacher, cache.teachers)}"
         )
-    reader = FeatureReader(cache, teacher, derive=name)
     width = int(cache.manifest_of(teacher)["identity"]["teacher"]["width"])
+    tail = {} if name == "h" else tail_tensors(cache.tail(teacher))
     # what cannot be derived is refused before any read
-    target(name, torch.zeros(1, width), reader.tail, torch.ones(1, 2))
+    target(name, torch.zeros(1, width), tail, torch.ones(1, 2))
     chosen = _level(cache, name, level, teacher)
+    reader = FeatureReader(cache, teacher, levels=[chosen], derive="" if name == "h" else name)
     # tokens stay as they are stored
     fields = [field for field in reader.fields if field != reader.order_field]
     rows = np.arange(len(cache)) if rows is None else rows
     arrays = {
-        field: torch.from_numpy(values[:, 0])
+        field: torch.from_numpy(values)
         for field, values in cache.read(rows, view, fields, [chosen], tokens).items()
     }
-    out: npt.NDArray[np.float32] = target(
-        name, reader.decode(arrays), reader.tail, arrays.get(reader.stats_field)
-    ).numpy()
+    h, stats = reader.decode(arrays)[:, 0], arrays.get(reader.stats_field)
+    stats = None if stats is None else stats[:, 0]
+    out: npt.NDArray[np.float32] = target(name, h, reader.tail, stats).numpy()
     return out
 
 
 def _level(cache: ReadableCache, name: str, level: int | None, teacher: str) -> int:
     depth = int(cache.manifest_of(teacher)["identity"]["teacher"]["depth"])
-    if level not in (None, depth) and name != "y":
+    if level not in (None, depth) and name not in ("h", "y"):
         raise errors.UsageError(
             f"derive: {name!r} is of the last level, {depth}; level {level} is given: leave it out"
         )

@@ -11,7 +11,7 @@ P patches, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,15 +47,18 @@ class HasTeachers(Protocol):
     @property
     def teachers(self) -> list[str]: ...
     def manifest_of(self, teacher: str) -> dict[str, Any]: ...
+    def levels_of(self, teacher: str) -> tuple[int, ...]: ...
     def tail(self, teacher: str | None = None) -> dict[str, npt.NDArray[np.float32]]: ...
+    def codec_state(self, teacher: str, levels: Sequence[int]) -> dict[str, Tensor]: ...
 
 
 class FeatureReader:
     """Names the stored arrays of one teacher's levels and decodes them.
 
-    `teacher`: one of `cache.teachers`, the cache's own by default. `derive`: the target that is
-    made of a level, which needs the teacher's tail, and the stored statistics where it is y or the
-    tail has another eps. `stats`: the statistics are read in any case.
+    `teacher`: one of `cache.teachers`, the cache's own by default. `levels`: those that will be
+    read, in their order; all that are stored by default. `derive`: the target that is made of a
+    level, which needs the teacher's tail, and the stored statistics where it is y or the tail has
+    another eps. `stats`: the statistics are read in any case.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class FeatureReader:
         cache: HasTeachers,
         teacher: str | None = None,
         *,
+        levels: Sequence[int] | None = None,
         derive: str = "",
         stats: bool = False,
     ) -> None:
@@ -73,6 +77,7 @@ class FeatureReader:
         self._coded = {
             f"{prefix}{part}": part for part in self.codec.arrays(identity["teacher"]["width"])
         }
+        self.state = cache.codec_state(teacher, levels or cache.levels_of(teacher))
         tail = cache.tail(teacher) if derive else {}
         self.tail = tail_tensors(tail)
         other_eps = "eps" in tail and float(tail["eps"]) != float(np.float32(EPS))
@@ -99,8 +104,23 @@ class FeatureReader:
         }
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Decode arrays (..., T, *item) to (..., T, D) float32, tokens as they are stored."""
-        return self.codec.decode({part: arrays[name] for name, part in self._coded.items()})
+        """Decode arrays (..., L, T, *item) to (..., L, T, D) float32, tokens as they are stored."""
+        coded = {part: arrays[name] for name, part in self._coded.items()}
+        self._move_state(coded["features"].device)
+        return self.codec.decode(coded, self.state)
+
+    def through_codec(self, h: Tensor) -> Tensor:
+        """Encode levels (..., L, T, D) and decode them again, as if they had been stored."""
+        self._move_state(h.device)
+        return self.codec.decode(self.codec.encode(h, self.state), self.state)
+
+    def residual(self, h: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return what is left of levels (..., L, T, D) without the mean that the codec knows."""
+        return h - self.state["mean"][:, None].cpu().numpy() if self.state else h
+
+    def _move_state(self, device: torch.device) -> None:
+        """Move the codec's state; once, with the first batch."""
+        self.state = {name: values.to(device) for name, values in self.state.items()}
 
     def features(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Decode arrays (B, L, T, *item) to (B, L, 1 + P, D) float32 in image order, NaN where a

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UnreadableError, UserError
-from featcache.storage import commit, manifest
+from featcache.storage import codec_state, commit, manifest
 from featcache.storage.commit import BACKUP_SUFFIX, RECORD
 from featcache.storage.owner import split_temporary
 from featcache.storage.part import PARTS
@@ -86,7 +86,8 @@ def _foreign_in_part(path: Path) -> Iterator[Path]:
 
 def _foreign_in_shards(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     names, store = {shard["name"] for shard in about["shards"]}, about["identity"]["store"]
-    files = {manifest.COPY, *(f"{name}{end}" for name in names for end in (".json", ".lease"))}
+    files = {manifest.COPY, codec_state.COPY}
+    files |= {*(f"{name}{end}" for name in names for end in (".json", ".lease"))}
     files |= {f"{name}.json.{BACKUP_SUFFIX}" for name in names} | _root_files(about, SHARDS)
     folders = {f"{name}.{store}" for name in names}
     for entry in _entries(folder):

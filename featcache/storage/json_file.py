@@ -49,6 +49,37 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def create_file(path: Path, data: bytes) -> bool:
+    """Write a file where there is none, so that it is durable or absent; returns whether it was
+    absent. Of several who do so at once, one is told that it was."""
+    temporary = path.with_name(f".{path.name}.{writer_id()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        _sync(temporary)
+        if not link_or_create(temporary, path):
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def link_or_create(source: Path, path: Path) -> bool:
+    """Create `path` with the bytes of `source` by a hard link, which is atomic on shared file
+    systems too; where there are none, by exclusive creation. Returns whether it was absent."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        try:
+            with path.open("xb") as file:
+                file.write(source.read_bytes())
+        except FileExistsError:
+            return False
+    return True
+
+
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write a file at; when the block ends, the file is

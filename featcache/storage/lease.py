@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 from featcache.errors import UserError
-from featcache.storage import commit
+from featcache.storage import commit, json_file
 from featcache.storage.own_folder import linked_folder, own_shards
 from featcache.storage.owner import is_alive, is_here, is_own, is_writer, writer_id
 from featcache.storage.store import SHARDS
@@ -60,29 +60,13 @@ def acquire(cache: Path, shard: str) -> Lease | None:
     except FileNotFoundError as error:
         raise commit.cache_gone_error(cache) from error
     try:
-        if _create(path, probe) or (
+        if json_file.link_or_create(probe, path) or (
             is_stale(path, probe.stat().st_mtime) and _replace(path, probe)
         ):
             return Lease(path)
         return None
     finally:
         probe.unlink(missing_ok=True)
-
-
-def _create(path: Path, probe: Path) -> bool:
-    """Create the lease by a hard link, which is atomic on shared file systems too; where there are
-    none, by exclusive creation."""
-    try:
-        os.link(probe, path)
-    except FileExistsError:
-        return False
-    except OSError:
-        try:
-            with path.open("x") as file:
-                file.write(probe.read_text())
-        except FileExistsError:
-            return False
-    return True
 
 
 def _replace(path: Path, probe: Path) -> bool:

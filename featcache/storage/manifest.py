@@ -59,10 +59,14 @@ def make(
         "provenance": provenance,
         "arrays": arrays,
         "shards": shards,
-        "files": {
-            name: {"bytes": len(data), "crc32c": f"{crc32c(data):08x}"}
-            for name, data in files.items()
-        },
+        "files": file_facts(files),
+    }
+
+
+def file_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return what a manifest notes of files beside it."""
+    return {
+        name: {"bytes": len(data), "crc32c": f"{crc32c(data):08x}"} for name, data in files.items()
     }
 
 

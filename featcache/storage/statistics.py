@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.storage import checksums
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OPAQUE = {*checksums.NAMES, "pixel_hash"}  # hashes: their range says nothing
 
@@ -29,17 +32,20 @@ class FeatureStatistics(NamedTuple):
 
 
 def stored_feature_statistics(
-    codec_name: str, width: int, items: Mapping[str, npt.NDArray[Any]]
+    codec_name: str,
+    width: int,
+    items: Mapping[str, npt.NDArray[Any]],
+    state: Mapping[str, Tensor],
 ) -> FeatureStatistics:
-    """Compute the same of levels as they are stored, where what was encoded is not at hand or not
-    all of it was kept."""
+    """Compute the same of levels as they are stored, where what was encoded is not at hand, or not
+    all of it was kept, or a codec changed it. `state` is the codec's, of these levels."""
     import torch
 
     from featcache.targets import codecs
 
     codec = codecs.get_codec(codec_name)
-    # (n, L, T, D) float32
-    h = codec.decode({name: torch.from_numpy(items[name]) for name in codec.arrays(width)})
+    coded = {name: torch.from_numpy(items[name]) for name in codec.arrays(width)}
+    h = codec.decode(coded, state)  # (n, L, T, D) float32
     low, high = h.aminmax()
     return FeatureStatistics(
         float(low), float(high), torch.linalg.vector_norm(h, dim=-1).mean(-1).numpy()

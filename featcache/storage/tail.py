@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UserError, command_line
-from featcache.storage import manifest
+from featcache.storage import codec_state, manifest
 
 F32 = npt.NDArray[np.float32]
 
@@ -25,9 +25,9 @@ def read_tail(part: Path, about: Mapping[str, Any]) -> dict[str, F32]:
         raise UserError(
             f"cache file {problems[0]}; run `{command_line('featcache', 'repair', part)}`"
         )
-    if not about["files"]:
+    if not codec_state.tail_name(about):
         return {}
-    path = part / next(iter(about["files"]))
+    path = part / codec_state.tail_name(about)
     tail = _load(path)
     width = about["identity"]["teacher"]["width"]
     for name, values in tail.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from featcache import errors
 from featcache.targets.levels import EPS
 
-NAMES = ("f", "z", "fd", "y")
+NAMES = ("h", "f", "z", "fd", "y")
 
 
 def target(name: str, h: Tensor, tail: Mapping[str, Tensor], stats: Tensor | None = None) -> Tensor:
@@ -22,6 +22,8 @@ def target(name: str, h: Tensor, tail: Mapping[str, Tensor], stats: Tensor | Non
     """
     if name not in NAMES:
         raise errors.UsageError(f"unknown derived target {name!r}: {errors.near(name, NAMES)}")
+    if name == "h":
+        return h
     if name != "y":
         return derive(name, h, tail, None if stats is None else stats[..., 1:])
     if stats is None:

@@ -85,6 +85,6 @@ def _targets(request: RunRequest, found: MatchedCache, rows: I64) -> FallbackTar
         cache, spec, rows, tolerance=request.options.pixel_tolerance, tokens=found.tokens
     )
     online = OnlineTargets(
-        cached.policy, spec, teacher, cache.views, cache.identity["order"], codec=cached.codec
+        cached.policy, spec, teacher, cache.views, cache.identity["order"], stored_as=cached.reader
     )
     return FallbackTargets(cached, online)

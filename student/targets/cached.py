@@ -24,7 +24,6 @@ from featcache.reading.feature_reader import FeatureReader
 from featcache.reading.tensors import copy_to_device, tail_to_device
 from featcache.targets import derived
 from featcache.targets import levels as target_levels
-from featcache.targets.codecs import Codec
 from featcache.views import render as view_render
 from featcache.views.draw import DrawnViews, stored_view
 from featcache.views.fingerprint import pixel_hash
@@ -45,7 +44,12 @@ class SecondTeacher:
     spec: TargetSpec
 
     def __post_init__(self) -> None:
-        self.reader = FeatureReader(self.cache, self.spec.second, derive=self.spec.derive)
+        self.reader = FeatureReader(
+            self.cache,
+            self.spec.second,
+            levels=(self.spec.second_level,),
+            derive=self.spec.derive,
+        )
 
     def fetch(
         self, rows: I64, view: I64, out: Mapping[str, npt.NDArray[Any]] | None = None
@@ -90,7 +94,12 @@ class CachedTargets:
     def __post_init__(self) -> None:
         self.policy = policy_from_dict(self.cache.identity["policy"])
         wanted = self.spec.fields
-        reader = FeatureReader(self.cache, derive=self.spec.derive, stats="feature_stats" in wanted)
+        reader = FeatureReader(
+            self.cache,
+            levels=self.spec.levels or None,
+            derive=self.spec.derive,
+            stats="feature_stats" in wanted,
+        )
         self.reader = reader if "features" in wanted else None
         self.second = SecondTeacher(self.cache, self.spec) if self.spec.second else None
         self.resident: ResidentRows | None = None
@@ -114,11 +123,6 @@ class CachedTargets:
         if self.schedule is None:
             return stored_view(digests, rounds, self.cache.views)
         return self.schedule.view(digests, rounds)
-
-    @property
-    def codec(self) -> Codec | None:
-        """Return the codec of the features; None where the recipe reads none."""
-        return self.reader.codec if self.reader else None
 
     @property
     def is_io_bound(self) -> bool:

@@ -21,8 +21,9 @@ from featcache.errors import UsageError
 from featcache.models import precision
 from featcache.models.contract import Teacher
 from featcache.reading.crop_range import ViewSchedule
+from featcache.reading.feature_reader import FeatureReader
 from featcache.reading.tensors import copy_to_device, tail_tensors, tail_to_device
-from featcache.targets import codecs, levels
+from featcache.targets import levels
 from featcache.targets.attention import draw_for_order, order_by
 from featcache.views import render as view_render
 from featcache.views.draw import draw_views, stored_view
@@ -45,8 +46,8 @@ class OnlineTargets:
     order: str = "attentive"  # of `mask_order`
     # of the views of a cache that are shown, where not all are
     schedule: ViewSchedule | None = None
-    # of a cache, through which features go as if they had been stored
-    codec: codecs.Codec | None = None
+    # of a cache's codec, through which features go as if they had been stored
+    stored_as: FeatureReader | None = None
     is_stored = False
     stored_pixels = is_io_bound = False
     moments = None
@@ -135,8 +136,8 @@ class OnlineTargets:
         if not pairs:
             return {}, mask_inputs
         features, stats = (torch.stack(each, 1) for each in zip(*pairs, strict=True))
-        if self.codec is not None:
-            features = self.codec.decode(self.codec.encode(features))
+        if self.stored_as is not None:
+            features = self.stored_as.through_codec(features)
         self.tail = tail_to_device(self.tail, device)  # moved once, with the first batch
         out = recipe_targets(self.spec, features, stats, self.tail)
         if self.spec.moments:

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache.targets import codecs, levels
+from featcache.errors import UserError
+from featcache.targets import codec_names, codecs, levels
 
 # value -> the IEEE half nearest to it, as stored (little-endian); written by hand from the format.
 LITERAL = [
@@ -28,9 +29,9 @@ LITERAL = [
 @pytest.mark.parametrize(("value", "stored"), LITERAL)
 def test_fp16_literal_bytes(value: float, stored: str) -> None:
     codec = codecs.CODECS["fp16"]
-    encoded = codec.encode(torch.tensor([value]))["features"]
+    encoded = codec.encode(torch.tensor([value]), {})["features"]
     assert encoded.numpy().astype("<f2").tobytes().hex() == stored
-    decoded = codec.decode({"features": encoded})
+    decoded = codec.decode({"features": encoded}, {})
     assert decoded.dtype == torch.float32
     assert decoded.item() == np.frombuffer(bytes.fromhex(stored), "<f2")[0]
 
@@ -44,7 +45,7 @@ def test_fp16_error_bound(values: list[float]) -> None:
     """Half an ulp: 2**-11 relative, 2**-25 absolute below the smallest normal number."""
     h = torch.tensor(values)
     codec = codecs.CODECS["fp16"]
-    error = (codec.decode(codec.encode(h)) - h).abs().double()
+    error = (codec.decode(codec.encode(h, {}), {}) - h).abs().double()
     assert (error <= torch.clamp(h.abs().double() * 2**-11, min=2**-25)).all()
 
 
@@ -56,33 +57,47 @@ def test_a_normalised_token_never_leaves_the_range(width: int) -> None:
     y[..., 0] = 1e20
     h, stats = levels.normalise(y)
     assert h.abs().max() <= (width - 1) ** 0.5 * (1 + 1e-9)
-    assert bool(codecs.all_finite(codecs.CODECS["fp16"].encode(h), stats.float()).all())
+    rounded = codecs.CODECS["fp16"].encode(h[0], {})["features"]
+    assert bool(codecs.all_finite(rounded, stats[0].float()).all())
 
 
-def test_what_is_not_finite_is_told_by_batch_and_level() -> None:
-    features, stats = torch.zeros(3, 2, 4, 5), torch.zeros(3, 2, 4, 2)
-    assert codecs.all_finite({"features": features}, stats).tolist() == [[True, True]] * 3
-    features[1, 0, 3, 4] = float("inf")
-    stats[2, 1, 0, 1] = float("nan")
-    assert codecs.all_finite({"features": features}, stats).tolist() == [
-        [True, True],
-        [False, True],
-        [True, False],
+def test_what_is_not_finite_is_told_by_view() -> None:
+    features, stats = torch.zeros(3, 4, 5), torch.zeros(3, 4, 2)
+    assert codecs.all_finite(features, stats).tolist() == [True] * 3
+    features[1, 3, 4] = float("inf")
+    stats[2, 0, 1] = float("nan")
+    assert codecs.all_finite(features, stats).tolist() == [True, False, False]
+    too_large = codecs.CODECS["fp16"].encode(torch.full((1, 1, 1), 70000.0), {})["features"]
+    assert codecs.all_finite(too_large, torch.zeros(1, 1, 2)).tolist() == [False]
+
+
+def test_the_names_that_need_no_tensors_are_those_of_the_codecs() -> None:
+    assert tuple(codecs.CODECS) == codec_names.NAMES
+    assert [name for name, codec in codecs.CODECS.items() if not codec.tolerance] == [
+        codec_names.LOSSLESS
     ]
-    too_large = codecs.CODECS["fp16"].encode(torch.full((1, 1, 1, 1), 70000.0))
-    assert codecs.all_finite(too_large, torch.zeros(1, 1, 1, 2)).tolist() == [[False]]
 
 
 @pytest.mark.parametrize("name", sorted(codecs.CODECS))
 def test_every_codec_stores_what_it_declares(name: str) -> None:
     codec = codecs.CODECS[name]
-    h = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-    encoded = codec.encode(h)
-    declared = codec.arrays(8)
+    h = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(0))
+    state = codec.prepare(h, 0)
+    encoded = codec.encode(h, state)
+    declared = codec.arrays(64)
     assert "features" in declared
     assert encoded.keys() == declared.keys()
     for array, (dtype, item, dimensions) in declared.items():
         assert encoded[array].numpy().dtype == np.dtype(dtype)
-        assert encoded[array].shape == (2, 3, *item)
+        assert encoded[array].shape == (2, 3, 5, *item)
         assert len(dimensions) == len(item)
-    assert codec.decode(encoded).shape == (2, 3, 8)
+    assert codec.decode(encoded, state).shape == (2, 3, 5, 64)
+    assert codec.state_problem(state, 3, 64) == ""
+    assert codec.encode(h[:0], state)["features"].shape[0] == 0
+    assert codec.decode({"features": encoded["features"][:0]}, state).shape == (0, 3, 5, 64)
+
+
+@pytest.mark.parametrize("name", ["q8", "t4", "t3"])
+def test_a_width_that_cannot_be_rotated_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match="a width that 64 divides, the teacher has 100"):
+        codecs.CODECS[name].arrays(100)

@@ -1,0 +1,229 @@
+"""Levels are stored in 8, 4 or 3 bits a value: what is left of a token without the channels' means
+is rotated, divided by its root mean square, and written as one stream of bits.
+
+The value of a channel is `table[w]`, where w is the last 8 bits of the stream up to there: with 4
+or 3 new bits a value, most of the window is shared with the values before, and the best stream is
+searched for (Viterbi; trellis-coded quantisation, Marcellin and Fischer 1990, with the shift
+register of Mao, Gray and Linder 2012). With 8 new bits it is the nearest number of the table.
+
+    token    scale, 4 bytes (float32, little-endian), then D k / 8 bytes, the first bit the highest
+    decoded  mean + scale / gain * rotate_back(values)
+
+The scale makes the error orthogonal to the token, so that decoded tokens are not shorter on
+average. Shapes: L levels, T tokens, D width, B bytes of a token, N tokens of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featcache.targets import rotation, trellis_tables
+
+State = Mapping[str, Tensor]
+SCALE_BYTES = 4
+_STATES = 256
+_CHUNK = 1 << 14  # tokens of one search on a GPU: 16 or 32 bytes a value
+_LEAST = 64  # tokens that are worth a thread
+
+
+def token_bytes(width: int, bits: int) -> int:
+    """Count the bytes of a token: 4 + D k / 8.
+
+    >>> token_bytes(768, 3)
+    292
+    """
+    return SCALE_BYTES + width * bits // 8
+
+
+def prepare(sample: Iterable[Tensor], seed: int, bits: int) -> dict[str, Tensor]:
+    """Make the state from views (L, T, D), as fp16 has them: `mean` (L, D) float32 of all their
+    tokens, summed in float64 in the order given; `signs` and `order` of the rotation; `table`."""
+    total, count = torch.zeros(()), 0
+    for levels in sample:
+        # in the order of tokens, wherever the views are
+        total = total + levels.half().cpu().double().cumsum(1)[:, -1]
+        count += levels.shape[1]
+    mean = (total / count).float()
+    return {
+        "mean": mean,
+        **rotation.draw(mean.shape[-1], seed),
+        "table": trellis_tables.table(bits),
+    }
+
+
+def state_problem(state: State, levels: int, width: int, bits: int) -> str:
+    """Say what is wrong with a state that was read from a file, for L levels of width D; empty
+    where nothing is. Its numbers become places in memory."""
+    expected = prepare([torch.zeros(1, 1, width)], 0, bits)
+    shapes = {name: tuple(like.shape) for name, like in expected.items()}
+    shapes["mean"] = (levels, width)
+    if state.keys() != expected.keys():
+        return f"it holds {', '.join(sorted(state)) or 'nothing'}, not {', '.join(expected)}"
+    for name, like in expected.items():
+        if (tuple(state[name].shape), state[name].dtype) != (shapes[name], like.dtype):
+            return (
+                f"{name!r} is {state[name].dtype} {list(state[name].shape)}, {like.dtype} "
+                f"{list(shapes[name])} is needed"
+            )
+    problems = {
+        "'mean' is not finite": not state["mean"].isfinite().all(),
+        "'signs' are not 1 and -1": not (state["signs"].abs() == 1).all(),
+        "'order' is no permutation": not (
+            state["order"].sort(1).values == torch.arange(width)
+        ).all(),
+        "'table' is not the codec's": not torch.equal(state["table"], expected["table"]),
+    }
+    return next((text for text, found in problems.items() if found), "")
+
+
+def encode(h: Tensor, state: State, bits: int) -> Tensor:
+    """Encode levels (..., L, T, D) to (..., L, T, B) uint8, where they are."""
+    residual = (h.half().float() - state["mean"][:, None]).reshape(-1, h.shape[-1])
+    on_cpu = h.device.type == "cpu" and _compiles()
+    scales, codes = (_encode_on_cpu if on_cpu else _encode)(residual.contiguous(), state, bits)
+    head = scales[:, None].contiguous().view(torch.uint8)
+    return torch.cat((head, codes), 1).reshape(*h.shape[:-1], token_bytes(h.shape[-1], bits))
+
+
+def decode(coded: Tensor, state: State, bits: int) -> Tensor:
+    """Decode (..., L, T, B) uint8 to (..., L, T, D) float32, where they are."""
+    flat = coded.reshape(-1, coded.shape[-1])
+    factors = flat[:, :SCALE_BYTES].contiguous().view(torch.float32)[:, 0]
+    factors = factors / rotation.gain(state["mean"].shape[-1])
+    codes = flat[:, SCALE_BYTES:]
+    shape = (*coded.shape[:-1], state["mean"].shape[-1])
+    if coded.device.type == "cpu" and _compiles():
+        return _decode_on_cpu(factors, codes, state, bits, coded.shape[-2]).reshape(shape)
+    values = rotation.rotate_back(state["table"][_windows(codes, bits)], state)
+    return (values * factors[:, None]).reshape(shape) + state["mean"][:, None]
+
+
+def _compiles() -> bool:
+    from numba import config
+
+    return not config.DISABLE_JIT  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------ on a CPU, compiled
+
+
+def _encode_on_cpu(residual: Tensor, state: State, bits: int) -> tuple[Tensor, Tensor]:
+    from featcache.targets import trellis_jit
+
+    n, width = residual.shape
+    scales, codes = torch.empty(n), torch.empty(n, width * bits // 8, dtype=torch.uint8)
+    table = state["table"].numpy()
+    arrays = [each.numpy() for each in (residual, scales, codes)]
+    encoder = trellis_jit.encoder(bits)
+    edges = ((table[1:] + table[:-1]) / 2).astype("f4")
+
+    def run(part: slice) -> None:
+        of, scale, code = (each[part] for each in arrays)
+        encoder(of, *_turns(state, width), table, edges, scale, code)
+
+    _in_threads(run, n)
+    return scales, codes
+
+
+def _decode_on_cpu(factors: Tensor, codes: Tensor, state: State, bits: int, tokens: int) -> Tensor:
+    from featcache.targets import trellis_jit
+
+    width = state["mean"].shape[-1]
+    out = torch.empty(len(codes), width)
+    arrays = [each.numpy() for each in (factors, codes.contiguous(), out)]
+    decoder = trellis_jit.decoder(bits)
+    table, means = (state[name].contiguous().numpy() for name in ("table", "mean"))
+
+    def run(part: slice) -> None:
+        factor, code, to = (each[part] for each in arrays)
+        decoder(factor, code, *_turns(state, width), table, means, tokens, part.start, to)
+
+    _in_threads(run, len(codes))
+    return out
+
+
+def _turns(state: State, width: int) -> tuple[Any, Any, int]:
+    return state["signs"].numpy(), state["order"].numpy(), rotation.block_width(width)
+
+
+def _in_threads(run: Callable[[slice], None], n: int) -> None:
+    """Run over ranges of n tokens, in as many threads as torch has. They are made each time: a
+    process that forks would lose those that are kept."""
+    threads = max(1, min(torch.get_num_threads(), n // _LEAST))
+    ends = [n * i // threads for i in range(threads + 1)]
+    parts = [slice(*pair) for pair in pairwise(ends)]
+    if threads == 1:
+        run(parts[0])
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, parts))
+
+
+# ------------------------------------------------------------ on any device, in tensors
+
+
+def _encode(residual: Tensor, state: State, bits: int) -> tuple[Tensor, Tensor]:
+    found = [_encode_chunk(each, state, bits) for each in residual.split(_CHUNK)]
+    scales, codes = (torch.cat(each) for each in zip(*found, strict=True))
+    return scales, codes
+
+
+def _encode_chunk(residual: Tensor, state: State, bits: int) -> tuple[Tensor, Tensor]:
+    x = rotation.rotate(residual, state)
+    rms = x.double().square().mean(1, keepdim=True).sqrt()
+    x = torch.where(rms > 0, x.double() / rms, 0).float()
+    path = _nearest(x, state["table"]) if bits == 8 else _viterbi(x, state["table"], bits)
+    value, found = x.double(), state["table"][path].double()
+    own, common = value.square().sum(1), (value * found).sum(1)
+    rms = rms[:, 0] / rotation.gain(x.shape[1])
+    scales = torch.where(common > 0, rms * own / common, 0).float()
+    fresh = torch.where(scales[:, None] == 0, 0, path & ((1 << bits) - 1))
+    return scales, _pack(fresh, bits)
+
+
+def _nearest(x: Tensor, table: Tensor) -> Tensor:
+    return torch.bucketize(x, (table[1:] + table[:-1]) / 2)
+
+
+def _viterbi(x: Tensor, table: Tensor, bits: int) -> Tensor:
+    """Search for the states (N, D) whose numbers are nearest to x (N, D), all in all."""
+    groups = _STATES >> bits
+    cost = x.new_full((len(x), _STATES), torch.inf)
+    cost[:, 0] = 0
+    come = torch.empty(x.shape[1], len(x), groups, dtype=torch.uint8, device=x.device)
+    for t in range(x.shape[1]):
+        # states that differ in the bits which are lost next lead to the same ones
+        best, at = cost.reshape(len(x), -1, groups).min(1)
+        come[t] = at
+        distance = (x[:, t, None] - table).square()
+        cost = (best[:, :, None] + distance.reshape(len(x), groups, -1)).reshape(len(x), -1)
+    state, path = cost.argmin(1), torch.empty(x.shape, dtype=torch.long, device=x.device)
+    for t in range(x.shape[1] - 1, -1, -1):
+        path[:, t] = state
+        group = (state >> bits)[:, None]
+        state = (come[t].gather(1, group).long() * groups + group)[:, 0]
+    return path
+
+
+def _pack(fresh: Tensor, bits: int) -> Tensor:
+    """Write the new bits of values (N, D) as streams (N, B)."""
+    shifts = torch.arange(bits - 1, -1, -1, device=fresh.device)
+    stream = (fresh[..., None] >> shifts & 1).reshape(len(fresh), -1, 8)
+    weights = 1 << torch.arange(7, -1, -1, device=fresh.device)
+    return (stream * weights).sum(2).to(torch.uint8)
+
+
+def _windows(codes: Tensor, bits: int) -> Tensor:
+    """Return the last 8 bits (N, D) of streams (N, B) at each value."""
+    count = codes.shape[1] * 8 // bits
+    end = bits * torch.arange(1, count + 1, device=codes.device) - 1
+    before = codes.new_zeros(len(codes), 1)
+    bytes_ = torch.cat((before, codes), 1).int()
+    word = bytes_[:, end // 8] << 8 | bytes_[:, end // 8 + 1]
+    return (word >> (7 - end % 8)) & 255
