@@ -142,7 +142,7 @@ STAGES = {
     "before the copy": ("storage.json_file:write_json", 2),
     "before the tail": ("storage.json_file:write_file", 3),
     "before a lease": ("storage.lease:acquire", 2),
-    "while a lease is taken": ("storage.lease:_create", 2),
+    "while a lease is taken": ("storage.json_file:link_or_create", 2),
     "holding a lease": ("storage.commit:recover", 3),
     "decode": ("views.pixel_path:decode", 8),
     "render": ("views.render:render", 20),
