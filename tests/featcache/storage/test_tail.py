@@ -18,6 +18,6 @@ def test_numbers_that_numpy_does_not_know_are_one_line(tmp_path: Path) -> None:
     save_file({"gamma": torch.zeros(4).to(torch.float8_e4m3fn)}, path)
     data = path.read_bytes()
     facts = {"bytes": len(data), "crc32c": f"{iscsi(data):08x}"}
-    about = {"files": {path.name: facts}, "identity": {"teacher": {"width": 4}}}
+    about = {"files": {path.name: facts}, "identity": {"codec": "fp16", "teacher": {"width": 4}}}
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         read_tail(tmp_path, about)
