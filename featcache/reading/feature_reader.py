@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import UserError
@@ -52,6 +53,12 @@ class HasTeachers(Protocol):
     def codec_state(self, teacher: str, levels: Sequence[int]) -> dict[str, Tensor]: ...
 
 
+def _take_tokens(values: Tensor, at: Tensor) -> Tensor:
+    """Take tokens `at` (B, V) of values (B, L, T, *item)."""
+    index = at.reshape(len(at), 1, -1, *[1] * (values.ndim - 3))
+    return values.gather(2, index.expand(-1, values.shape[1], -1, *values.shape[3:]))
+
+
 class FeatureReader:
     """Names the stored arrays of one teacher's levels and decodes them.
 
@@ -73,11 +80,13 @@ class FeatureReader:
         teacher = teacher or cache.teachers[0]
         identity = cache.manifest_of(teacher)["identity"]
         prefix = "" if teacher == cache.teachers[0] else f"{teacher}/"
+        self.codec_name: str = identity["codec"]
         self.codec = _codec_of(cache.manifest_of(teacher))
         self._coded = {
             f"{prefix}{part}": part for part in self.codec.arrays(identity["teacher"]["width"])
         }
         self.state = cache.codec_state(teacher, levels or cache.levels_of(teacher))
+        self._features_field = f"{prefix}features"
         tail = cache.tail(teacher) if derive else {}
         self.tail = tail_tensors(tail)
         other_eps = "eps" in tail and float(tail["eps"]) != float(np.float32(EPS))
@@ -122,10 +131,32 @@ class FeatureReader:
         """Move the codec's state; once, with the first batch."""
         self.state = {name: values.to(device) for name, values in self.state.items()}
 
-    def features(self, arrays: Mapping[str, Tensor]) -> Tensor:
+    def features(self, arrays: Mapping[str, Tensor], visible: Tensor | None = None) -> Tensor:
         """Decode arrays (B, L, T, *item) to (B, L, 1 + P, D) float32 in image order, NaN where a
-        token was not read."""
-        return self._in_image_order(self.decode(arrays), arrays)
+        token was not read.
+
+        With `visible` (B, V), patches in image order, a codec whose decoding takes time decodes
+        [CLS] and these alone, and the others are NaN.
+        """
+        tokens = arrays[self._features_field].shape[2]
+        if visible is None or not self.codec.tolerance or tokens <= 1 + visible.shape[1]:
+            return self._in_image_order(self.decode(arrays), arrays)
+        return self._decode_visible(arrays, visible.long())
+
+    def _decode_visible(self, arrays: Mapping[str, Tensor], visible: Tensor) -> Tensor:
+        first, tokens = arrays[self._features_field], arrays[self._features_field].shape[2]
+        wanted = patches = F.pad(1 + visible, (1, 0))  # [CLS] is token 0
+        count = tokens
+        if self.order_field:  # where each patch lies
+            order = arrays[self.order_field].long()
+            wanted = F.pad(1 + order.argsort(1).gather(1, visible), (1, 0))
+            count = 1 + order.shape[1]
+        read = wanted < tokens
+        at = torch.where(read, wanted, 0)
+        chosen = {name: _take_tokens(arrays[name], at) for name in self._coded}
+        h = torch.where(read[:, None, :, None], self.decode(chosen), torch.nan)
+        out = h.new_full((*first.shape[:2], count, h.shape[-1]), torch.nan)
+        return out.scatter_(2, patches[:, None, :, None].expand_as(h), h)
 
     def stats(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
         """Return mean and std (B, L, 1 + P, 2) in image order; None where they are not among

@@ -19,6 +19,7 @@ from typing import Any
 from featcache.errors import UsageError, UserError, command_line
 from featcache.maintenance import verify
 from featcache.reading.cache import Cache
+from featcache.targets import codec_names
 from student.config import OutputConfig, RecipeConfig, Settings, build_config
 from student.recipes import TargetSpec
 from student.setup.missing import keeps_few, kept_text, missing
@@ -66,6 +67,14 @@ class MatchedCache:
         if not ranked or not few:
             return None
         return 1 + self.config.visible
+
+    @property
+    def lossy_codec(self) -> str:
+        """Name the codec of what the recipe reads, where it loses something; else nothing."""
+        read = [field for field in self.spec.fields if field.rpartition("/")[2] == "features"]
+        teachers = [field.rpartition("/")[0] or self.cache.teachers[0] for field in read]
+        names = (self.cache.manifest_of(each)["identity"]["codec"] for each in teachers)
+        return next((name for name in names if name != codec_names.LOSSLESS), "")
 
 
 def config_with_facts(

@@ -44,10 +44,23 @@ def find_cache(
             found.append(candidate)
         except (UserError, OSError) as error:
             rejected.append(f"{path}: {error}")
+    found = _only_exact(found, rejected)
     if not found:
         command = extract_remedy(recipe.needs(plain), plain, None, source)
         raise _none_serves(name, rejected, command)
     return _only_one(found, name)
+
+
+def _only_exact(found: list[MatchedCache], rejected: list[str]) -> list[MatchedCache]:
+    """Leave out caches whose codec loses something: they are taken where they are named."""
+    exact = [each for each in found if not each.lossy_codec]
+    if not exact:
+        rejected[:0] = [
+            f"{each.cache.path}: it serves in codec {each.lossy_codec}, which is lossy, and is not "
+            "taken unless --cache names it"
+            for each in found
+        ]
+    return exact
 
 
 def _unreadable(path: Path) -> str:

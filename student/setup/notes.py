@@ -34,6 +34,8 @@ def say_cache(say: Say, found: MatchedCache) -> None:
             f"note: colours jittered by {policy['jitter']:g}; the recipe was published with "
             f"{spec.jitter:g}"
         )
+    if found.lossy_codec:
+        say(f"note: the cache keeps its levels in codec {found.lossy_codec}, which is lossy")
     for note in found.notes:
         say(f"note: {note}")
     for part in found.cache.unfinished:

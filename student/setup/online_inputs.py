@@ -15,6 +15,7 @@ from featcache.models.tokenizer import network_of
 from featcache.models.weights import weight_hash
 from featcache.pictures.source import Source
 from featcache.reading import join
+from featcache.reading.feature_reader import FeatureReader
 from featcache.views import pixel_path
 from featcache.views.policy import AREA, Policy, load_policy, policy_from_dict
 from student.config import build_config
@@ -45,9 +46,25 @@ def online_inputs(
     selection = _select(request, found, source)
     views = request.options.views or (found.cache.views if found else None)
     order = found.cache.identity["order"] if found else "attentive"
-    targets = OnlineTargets(policy, spec, teacher, views, order, selection.schedule)
+    stored_as = _stored_as(request, found, spec)
+    targets = OnlineTargets(policy, spec, teacher, views, order, selection.schedule, stored_as)
     record = _record(targets, source, selection)
     return TrainingInputs(config, source, targets, selection.pictures, record)
+
+
+def _stored_as(
+    request: RunRequest, found: MatchedCache | None, spec: TargetSpec
+) -> FeatureReader | None:
+    """The codec of the cache, through which the teacher's levels go, so that a run with the teacher
+    in the loop is one from the cache; None where no cache is given."""
+    if found is None or "features" not in spec.fields:
+        return None
+    reader = FeatureReader(found.cache, levels=spec.levels)
+    if reader.codec.tolerance:
+        request.say(
+            f"note: the teacher's levels go through codec {reader.codec_name}, as in the cache"
+        )
+    return reader
 
 
 def _compiled(teacher: Teacher, request: RunRequest) -> Teacher:
@@ -145,4 +162,6 @@ def _record(targets: OnlineTargets, source: Source, selection: ViewSelection) ->
     teacher = targets.teacher
     if teacher is not None:
         record |= {"teacher": teacher.name, "weight_hash": weight_hash(teacher)}
+    if targets.stored_as is not None:
+        record |= {"codec": targets.stored_as.codec_name}
     return record

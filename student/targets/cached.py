@@ -223,7 +223,7 @@ class CachedTargets:
         reader.tail = tail_to_device(reader.tail, device)  # moved once, with the first batch
         visible = host.get("drawn", {}).get("ids_keep") if self.spec.visible_only else None
         visible = None if visible is None else visible.to(device, non_blocking=True)
-        features, stats = reader.features(arrays), reader.stats(arrays)
+        features, stats = reader.features(arrays, visible), reader.stats(arrays)
         return recipe_targets(self.spec, features, stats, reader.tail, visible)
 
 

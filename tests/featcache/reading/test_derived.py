@@ -98,7 +98,7 @@ def test_what_needs_the_statistics_says_so() -> None:
 
 def test_what_cannot_be_derived_is_one_line() -> None:
     h = torch.zeros(1, 2, 16)
-    with pytest.raises(UsageError, match=r"unknown derived target 'q'.*known: f, fd, y, z"):
+    with pytest.raises(UsageError, match=r"unknown derived target 'q'.*known: f, fd, h, y, z"):
         derived.target("q", h, tail_of(16, 1e-5))
     with pytest.raises(UserError, match="has no projection; it has gamma, beta, eps"):
         derived.target("z", h, tail_of(16, 1e-5, None))
