@@ -1,5 +1,5 @@
-"""The `featcache extract` command that a cache comes from is rebuilt from its manifest: it finishes
-the cache, or adds to it."""
+"""The `featcache extract` or `derive` command that a cache comes from is rebuilt from its manifest:
+it finishes the cache, or adds to it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,36 @@ def shell_line(words: Sequence[str]) -> str:
 
 def for_cache(manifest: Mapping[str, Any], out: Path) -> str:
     """Return the command that makes, or continues, the cache at `out`."""
+    if is_derived(manifest):
+        return _derive_line(manifest, out)
     return shell_line([*extract_options(manifest), "--out", str(out)])
 
 
 def for_addition(manifest: Mapping[str, Any], cache: Path) -> str:
     """Return the command that makes, or continues, what was added to a cache."""
+    if is_derived(manifest):
+        return _derive_line(manifest, cache)
     return shell_line([*extract_options(manifest), "--add", "--out", str(cache)])
+
+
+def is_derived(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a cache was derived from another, and not extracted."""
+    return "parent" in manifest["identity"]
+
+
+def _derive_line(manifest: Mapping[str, Any], out: Path) -> str:
+    identity, provenance = manifest["identity"], manifest["provenance"]
+    merged = {
+        "levels": ",".join(map(str, identity["levels"])),
+        "views": identity["views"],
+    }
+    given = {
+        **{key: identity[key] for key in ("codec", "tokens", "keep") if key in identity},
+        **(merged if provenance.get("merged") else {}),
+    }
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    parent = provenance.get("derived_from") or "PARENT"
+    return command_line("featcache", "derive", parent, str(out), *words)
 
 
 class Unfinished(NamedTuple):

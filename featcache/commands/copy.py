@@ -53,7 +53,7 @@ def command(
     teacher.
     """
     span = None if shards is None else _span(cache, shards)
-    chosen = None if levels is None else _levels(cache, levels)
+    chosen = None if levels is None else parse_levels_of(cache, levels)
     carry_out(
         "copy",
         dest,
@@ -70,7 +70,7 @@ def command(
     )
 
 
-def _levels(cache: Path, text: str) -> tuple[int, ...]:
+def parse_levels_of(cache: Path, text: str) -> tuple[int, ...]:
     """Parse levels as `extract` does."""
     from featcache.extraction.options import parse_levels
 

@@ -94,10 +94,10 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
         return join_lines(
             [*lines, *(str(extract_command.Unfinished(**each)) for each in facts["unfinished"])]
         )
-    lines.append(f"made by: {facts['made_by']}")
-    return join_lines(
-        [*lines, "the same with more --views or --levels, and with --add, adds to it"]
-    )
+    more = "the same with more --views or --levels, and with --add, adds to it"
+    if "parent" in identity:
+        more = f"derived from {identity['parent']}: what it lacks is added there, and derived again"
+    return join_lines([*lines, f"made by: {facts['made_by']}", more])
 
 
 def _form(facts: dict[str, Any]) -> str:

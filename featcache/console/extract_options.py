@@ -82,7 +82,7 @@ def check_names(options: ExtractOptions) -> None:
     """Raise UsageError for unknown names, before anything is read."""
     from featcache import teachers
     from featcache.models.spec import split_spec
-    from featcache.targets import codecs
+    from featcache.targets import codec_names
     from featcache.targets.attention import ORDERS
 
     if not options.names:
@@ -90,10 +90,9 @@ def check_names(options: ExtractOptions) -> None:
             f"no teacher given: --teacher is one of {', '.join(teachers.model_cards())}, or "
             "timm:NAME"
         )
-    given = (("--order", options.order, ORDERS), ("--codec", options.codec, codecs.CODECS))
-    for option, value, known in given:
-        if value not in known:
-            raise UsageError(f"{option} {value!r}: {', '.join(known)} are allowed")
+    if options.order not in ORDERS:
+        raise UsageError(f"--order {options.order!r}: {', '.join(ORDERS)} are allowed")
+    codec_names.check(options.codec)
     for name in options.names:
         teachers.family(split_spec(name)[0])
 

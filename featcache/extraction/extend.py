@@ -70,6 +70,11 @@ def plan_part(wanted: Plan, out: Path) -> ExtractJob | None:
 def plan_parts(wanted: Sequence[Plan], out: Path) -> list[ExtractJob]:
     """Do the same for several plans, without those that lack nothing."""
     with Cache(out) as cache:
+        if "parent" in cache.identity:
+            raise UserError(
+                f"--add: cache {str(out)!r} was derived from {cache.identity['parent']}; add to "
+                "that one, and derive again"
+            )
         if not cache.complete:
             raise UserError(
                 f"--add: cache {str(out)!r} is incomplete; finish it first, with the command that "

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from featcache.errors import UserError
 from featcache.models.tokenizer import FIELD, LARGEST
 from featcache.storage.store import Array, hash_dtype
+from featcache.targets.codecs import get_codec
 from featcache.views.fingerprint import THUMBNAIL
 
 
@@ -24,6 +25,19 @@ def view_arrays(format: int) -> list[Array]:
         Array("pixel_hash", hash_dtype(format), (), row_view),
         Array("thumbnail", "|u1", (THUMBNAIL, THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
         Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
+    ]
+
+
+def level_arrays(codec: str, width: int, levels: int, tokens: int) -> list[Array]:
+    """Return the arrays of the tokens of levels: those of a codec, and their statistics."""
+    coded = {
+        **get_codec(codec).arrays(width),
+        "feature_stats": ("<f4", (2,), ("mean_std",)),
+    }
+    dimensions = ("row", "view", "level", "token")
+    return [
+        Array(name, dtype, (levels, tokens, *item), (*dimensions, *names), split=True)
+        for name, (dtype, item, names) in coded.items()
     ]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import featcache
 from featcache.errors import UsageError
-from featcache.extraction.layout import token_ids_array, view_arrays
+from featcache.extraction.layout import level_arrays, token_ids_array, view_arrays
 from featcache.extraction.options import file_name
 from featcache.models import precision, tokenizer, weights
 from featcache.models.contract import Teacher
@@ -123,29 +123,13 @@ class Plan:
         ]
 
     def _of_teacher(self) -> list[Array]:
-        levels, tokens, patches = len(self.levels), self.stored_tokens, self.teacher.patches
-        coded = self.coded_arrays
+        levels, patches = len(self.levels), self.teacher.patches
+        own = level_arrays(self.codec, self.teacher.width, levels, self.stored_tokens)
         order, size = "|u1" if patches <= 256 else "<u2", self.policy.size
         row_view = ("row", "view")
         pixels = Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)
         return [
-            *(
-                Array(
-                    name,
-                    dtype,
-                    (levels, tokens, *item),
-                    (*row_view, "level", "token", *names),
-                    split=True,
-                )
-                for name, (dtype, item, names) in coded.items()
-            ),
-            Array(
-                "feature_stats",
-                "<f4",
-                (levels, tokens, 2),
-                (*row_view, "level", "token", "mean_std"),
-                split=True,
-            ),
+            *own,
             *([pixels] if self.pixels else []),
             Array("attention", "<f4", (patches,), (*row_view, "patch")),
             Array("mask_order", order, (patches,), (*row_view, "rank")),

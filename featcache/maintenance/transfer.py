@@ -80,7 +80,7 @@ def copy(
     """Copy the cache with all that was added to it, or shards A to B - 1 of it; with `views` (the
     first so many) or `levels`, one flat cache of its own teacher. With `compress` the copy is an
     archive; without, a copy of an archive is plain again. Returns what was left out, in words."""
-    _apart(cache, out)
+    check_apart(cache, out)
     with Cache(cache) as source:
         if compress and source.identity["store"] != "zarr":
             raise UsageError(
@@ -95,7 +95,7 @@ def copy(
             jobs, left = transfer_plan.flat_cache_jobs(
                 source, out, target, views=views, levels=levels, shards=shards
             )
-        _run(jobs, progress or TransferProgress())
+        run(jobs, progress or TransferProgress())
     return left
 
 
@@ -109,7 +109,7 @@ def convert(
 ) -> list[str]:
     """Write the same cache, and all that was added to it, in another store or format. Returns what
     was left out, in words."""
-    _apart(cache, out)
+    check_apart(cache, out)
     with Cache(cache) as source:
         here = target_like(source)
         get_store(store or here.store)
@@ -130,11 +130,11 @@ def convert(
                 "already: give another --store or --format; `featcache copy` copies it"
             )
         jobs, left = transfer_plan.whole_cache_jobs(source, out, target)
-        _run(jobs, progress or TransferProgress())
+        run(jobs, progress or TransferProgress())
     return left
 
 
-def _apart(cache: Path, out: Path) -> None:
+def check_apart(cache: Path, out: Path) -> None:
     here, there = cache.resolve(), out.resolve()
     if here == there or here in there.parents:
         raise UsageError(
@@ -142,17 +142,20 @@ def _apart(cache: Path, out: Path) -> None:
         )
 
 
-def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
+def run(
+    jobs: Sequence[TransferJob],
+    progress: TransferProgress,
+    prepare: Callable[[TransferJob], TransferJob] = lambda job: job,
+) -> None:
     """Transfer the base, which is the first job, last, so that a cache is complete when all of it
-    is there."""
+    is there. `prepare` is called with each job before its folder is begun."""
     for job in jobs:
         target_folder.existing_manifest(job.manifest, job.out, WORDS)
     progress.total = sum(job.bytes(record) for job in jobs for record in job.missing)
     target_folder.check_space(jobs[0].out, progress.total, WORDS)
     try:
-        for job in jobs:
-            _begin(job)
-        for job in reversed(jobs):
+        ready = [_begin(prepare(job)) for job in jobs]
+        for job in reversed(ready):
             _transfer_shards(job, progress)
             target_folder.write_quarantine(job.out, job.records)
     except OSError as error:
@@ -165,16 +168,17 @@ def _run(jobs: Sequence[TransferJob], progress: TransferProgress) -> None:
             job.source.close()
 
 
-def _begin(job: TransferJob) -> None:
+def _begin(job: TransferJob) -> TransferJob:
     source = job.source
     if problems := manifest.check_files(source.path, source.manifest):
         raise UserError(
             f"cache file {problems[0]}; run `{command_line('featcache', 'repair', source.path)}`"
         )
-    files = {name: (source.path / name).read_bytes() for name in job.manifest["files"]}
-    if job.state_file:
-        files[codec_state.file_name(job.manifest)] = job.state_file
+    state = {codec_state.file_name(job.manifest): job.state_file} if job.state_file else {}
+    others = [name for name in job.manifest["files"] if name not in state]
+    files = {**{name: (source.path / name).read_bytes() for name in others}, **state}
     target_folder.begin_folder(job.out, job.manifest, files, WORDS)
+    return job
 
 
 def _transfer_shards(job: TransferJob, progress: TransferProgress) -> None:
@@ -244,9 +248,15 @@ def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferP
         manifest.shard_form(job.manifest),
     )
     statistics = Statistics()
-    state = job.source.codec_state(job.source.teachers[0], job.identity["levels"])
+    state = (
+        job.change.new_state
+        if job.change
+        else job.source.codec_state(job.source.teachers[0], job.identity["levels"])
+    )
     try:
-        for keys, items in _blocks(job, record):
+        for keys, items in blocks(job, record):
+            if job.change:
+                items = job.change.apply(items)
             if job.recount:
                 statistics.add(
                     items,
@@ -265,20 +275,17 @@ def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferP
         raise
 
 
-def _blocks(
+def blocks(
     job: TransferJob, record: dict[str, Any]
 ) -> Iterator[tuple[list[str], dict[str, npt.NDArray[Any]]]]:
-    """Yield keys and items (n, *item) of a shard in (row, view) order, without checksums. Memory is
-    used again: a block is gone when the next comes."""
+    """Yield keys and items (n, *item) of a shard in (row, view) order, as the source has them,
+    without checksums. Memory is used again: a block is gone when the next comes."""
     views, first_view = job.identity["views"], job.identity.get("first_view", 0)
-    specs = [spec for spec in job.arrays if spec.name not in checksums.NAMES]
+    specs = job.source_arrays
     rows = transfer_plan.shard_rows(job.source, record)
     total = int(record["rows"]) * views
     count = max(1, min(total, BLOCK_BYTES // max(sum(spec.item_bytes for spec in specs), 1)))
-    memory = {
-        spec.name: np.empty((count, *spec.item), job.source.arrays[spec.name].dtype)
-        for spec in specs
-    }
+    memory = {spec.name: np.empty((count, *spec.item), spec.dtype) for spec in specs}
     for low in range(0, total, count):
         at = np.arange(low, min(low + count, total))
         out = {name: values[: len(at)] for name, values in memory.items()}

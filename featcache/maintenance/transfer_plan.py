@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy.typing as npt
 
 import featcache
 from featcache.errors import UsageError, UserError
@@ -23,6 +25,14 @@ from featcache.storage.store import Array, array_from_dict, hash_dtype, record_p
 Range = tuple[int, int]  # numbers of shards, the end not included
 
 
+class Change(Protocol):
+    """What the levels of rows go through on their way."""
+
+    @property
+    def new_state(self) -> Mapping[str, Any]: ...
+    def apply(self, items: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]: ...
+
+
 @dataclass(frozen=True)
 class TransferJob:
     """Describe one part of a cache and what becomes of it."""
@@ -33,7 +43,8 @@ class TransferJob:
     records: tuple[dict[str, Any], ...]  # of the source's shards that are wanted
     as_files: bool  # nothing changes within a shard
     recount: bool  # fewer numbers: statistics of what is kept
-    state_file: bytes = b""  # of the codec, where several parts of the source have one each
+    state_file: bytes = b""  # of the codec, where it is not the source's
+    change: Change | None = None  # of the levels, where there is one
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -47,6 +58,16 @@ class TransferJob:
     @property
     def arrays(self) -> list[Array]:
         return [array_from_dict(name, facts) for name, facts in self.manifest["arrays"].items()]
+
+    @property
+    def source_arrays(self) -> list[Array]:
+        """Return the arrays to read, but for checksums, as the source has them of these levels."""
+        levels, found = len(self.identity["levels"]), []
+        for name in (spec.name for spec in self.arrays if spec.name not in checksums.NAMES):
+            spec = self.source.arrays[name]
+            item = (levels, *spec.item[1:]) if checksums.has_levels(spec) else spec.item
+            found.append(replace(spec, item=item))
+        return found
 
     @property
     def missing(self) -> list[dict[str, Any]]:
@@ -175,7 +196,8 @@ def _choose(
     made["files"] = about["files"] | manifests.file_facts(state)
     if target.compression:
         made["compression"] = target.compression
-    return TransferJob(source, out, made, records, as_files, recount, *state.values())
+    state_file = next(iter(state.values()), b"")
+    return TransferJob(source, out, made, records, as_files, recount, state_file)
 
 
 def _merged_state(source: Cache, made: Mapping[str, Any]) -> dict[str, bytes]:

@@ -136,6 +136,7 @@ class Identity(_Object):
     pictures: Pictures
     rows_per_shard: Annotated[int, Field(ge=1, le=2**40)]
     store: Word
+    parent: Digest = ""  # the id of the cache that it was derived from
 
 
 class Provenance(_Object):
@@ -151,6 +152,8 @@ class Provenance(_Object):
     compiled: bool = True
     copied_from: Text = ""
     statistics: Text = ""
+    derived_from: Text = ""
+    merged: bool = False  # derived with --levels or --views, so that additions were merged
 
 
 class ArrayFacts(_Object):

@@ -1,0 +1,68 @@
+"""`featcache derive` makes a smaller cache of a cache, without its pictures and its teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from featcache.commands.copy import carry_out, parse_levels_of
+from featcache.console.params import COUNT, LocalPath
+from featcache.targets import codec_names
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  featcache derive caches/clip-b16-1a2b3c4d /local/small --codec t4\n"
+    "  featcache derive caches/clip-b16-1a2b3c4d /local/small --tokens ranked --keep 58 "
+    "--codec t3\n"
+    "  featcache derive caches/clip-b16-1a2b3c4d /local/last --levels last:1 --views 1"
+)
+@click.argument("cache", type=LocalPath())
+@click.argument("dest", type=LocalPath())
+@click.option(
+    "--codec",
+    help="How features are stored: fp16, or q8, t4, t3 of 8, 4, 3 bits. [default: as they are]",
+)
+@click.option(
+    "--tokens",
+    type=click.Choice(["raster", "ranked"]),
+    help="Order of patches: raster, as in the picture, or ranked, in mask order. [default: as they "
+    "are]",
+)
+@click.option(
+    "--keep",
+    help="Of ranked tokens only the first N patches of a view, or a share such as 0.3. [default: "
+    "all that are stored]",
+)
+@click.option("--views", type=COUNT, help="Only the first N views. [default: all]")
+@click.option(
+    "--levels", help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def command(
+    cache: Path,
+    dest: Path,
+    codec: str | None,
+    tokens: str | None,
+    keep: str | None,
+    views: int | None,
+    levels: str | None,
+    as_json: bool,
+) -> None:
+    """Derive a cache at DEST from CACHE: the bytes are those of an extraction with these options.
+    Killed, the same command continues.
+
+    Levels in fp16 become any codec; a lossy one stays as it is. With --views or --levels, additions
+    to CACHE are merged: DEST is one flat cache of its own teacher.
+    """
+    from featcache.maintenance.derive import derive
+    from featcache.maintenance.derive_plan import Wish
+
+    if codec is not None:
+        codec_names.check(codec)
+    chosen = None if levels is None else parse_levels_of(cache, levels)
+    wish = Wish(levels=chosen, views=views, tokens=tokens, keep=keep, codec=codec)
+    carry_out(
+        "derive", dest, as_json, lambda progress: derive(cache, dest, wish, progress=progress)
+    )

@@ -1,0 +1,81 @@
+"""A cache is derived from another without its pictures and its teacher: in another codec, with
+ranked tokens, with fewer of them, of fewer levels or views.
+
+From levels in fp16 it is byte for byte what an extraction with these options writes on the same
+machine. `transfer` does the work, so a derivation that was killed continues where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from torch import Tensor
+
+from featcache.errors import UserError
+from featcache.extraction import codec_sample
+from featcache.extraction.target_folder import existing_manifest
+from featcache.maintenance import transfer
+from featcache.maintenance.derive_plan import LevelChange, Wish, derive_jobs
+from featcache.maintenance.transfer_plan import TransferJob
+from featcache.reading.cache import Cache
+from featcache.storage import codec_state, manifest
+from featcache.storage.part import cache_root
+
+
+def derive(
+    cache: Path, out: Path, wish: Wish, *, progress: transfer.TransferProgress | None = None
+) -> list[str]:
+    """Derive the cache at `out`. Returns what was left out, in words."""
+    transfer.check_apart(cache, out)
+    with Cache(cache) as source:
+        if not len(source):
+            raise UserError(f"derive: {str(cache)!r} has no pictures; finish it, or extract again")
+        jobs, left = derive_jobs(source, out, wish)
+        transfer.run(jobs, progress or transfer.TransferProgress(), prepare=_with_change)
+    return left
+
+
+def _with_change(job: TransferJob) -> TransferJob:
+    """Return the job with the change of its levels, which needs the state of the new codec: that of
+    the cache that is there, or the source's where the codec stays, else one made from the first
+    views."""
+    about, source = job.manifest, job.source
+    if "features" not in about["arrays"]:
+        return job
+    old = source.codec_state(source.teachers[0], about["identity"]["levels"])
+    change = LevelChange(source.identity, about["identity"], old, old)
+    if not codec_state.needs_state(about):
+        return replace(job, change=change)
+    tail = codec_state.tail_name(source.manifest)
+    name = f"{tail.removesuffix('.safetensors')}{codec_state.ending(about)}"
+    there = existing_manifest(about, job.out, transfer.WORDS)
+    if there is not None:
+        data = codec_state.read_file(job.out, there)
+    else:
+        state = _new_state(job, change)
+        data = codec_state.pack(state, about["identity"]["levels"], about["id"])
+        data = codec_state.begin(job.out, about, name, data)
+    about = {**about, "files": {**about["files"], **manifest.file_facts({name: data})}}
+    change = replace(change, new_state=codec_state.unpack(data, about, f"the state {name}"))
+    return replace(job, manifest=about, change=change, state_file=data)
+
+
+def _new_state(job: TransferJob, change: LevelChange) -> dict[str, Tensor]:
+    if change.old["codec"] == change.new["codec"]:
+        return dict(change.old_state)
+    known = codec_sample.known_state(cache_root(job.out), job.manifest)
+    return codec_sample.make_state(job.manifest, known, lambda: _first_levels(job, change))
+
+
+def _first_levels(job: TransferJob, change: LevelChange) -> Iterator[Tensor]:
+    """Yield the levels (L, T, D) float16 of the first views, as an extraction would encode them."""
+    every = (
+        view
+        for record in job.records
+        for _, items in transfer.blocks(job, record)
+        for view in change.levels(items)
+    )
+    yield from islice(every, codec_sample.VIEWS)
