@@ -203,7 +203,8 @@ def test_no_channel_is_biased(name: str) -> None:
 def test_the_mean_is_of_all_tokens_of_all_views(name: str) -> None:
     """In float64, so that it is the same whatever the order; sums of halves are exact there."""
     rng = np.random.default_rng(8)
-    views = (rng.standard_normal((5, 3, 7, 64)) * 10.0 ** rng.integers(-3, 4, 64)).astype("f2")
+    sizes = 10.0 ** rng.integers(-4, 5, (5, 3, 7, 64))  # more than float32 sums
+    views = (rng.standard_normal(sizes.shape) * sizes).astype("f2")
     sample = [torch.from_numpy(view) for view in views]
     expected = views.astype("f8").mean((0, 2)).astype("f4")
     for given in (sample, iter(sample), sample[::-1], [view.float() for view in sample]):
@@ -247,3 +248,17 @@ def test_without_a_compiler_the_bytes_and_values_are_the_same(
     assert np.array_equal(plain.numpy(), compiled.numpy())
     assert np.array_equal(decoded(name, plain, state), values)
     assert asked
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_threads_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three threads begin in the middle of a level's tokens; each token is given its own mean."""
+    h, mean = gaussian(64, levels=3, tokens=67)
+    state = tensors(state_of(name, mean, seed=10))
+    results = []
+    for threads in (1, 3, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        coded = encoded(name, h, state)
+        results.append((coded.numpy().tobytes(), decoded(name, coded, state).tobytes()))
+    assert results[1:] == results[:1] * 2
+    assert lost(decoded(name, coded, state), h, mean[:, None]).mean() <= BOUNDS[name]
