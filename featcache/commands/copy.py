@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from featcache.console import text as show
+from featcache.console.distortion_table import loss_lines
 from featcache.console.params import COUNT, LocalPath
 from featcache.console.progress_bar import ProgressBar, WaitingNote, eta
 from featcache.errors import UsageError
@@ -120,6 +121,7 @@ def carry_out(
             "new_shards": progress.shards,
             "bytes_per_s": round(progress.rate),
             "left_out": left,
+            "distortion": cache.manifest["provenance"].get("distortion", {}),
         }
     show.print_facts(summary, as_json, _story(summary))
 
@@ -146,5 +148,6 @@ def _story(summary: dict[str, Any]) -> str:
         else "was complete already; nothing to do",
         *(f"added: {part}" for part in summary["parts"][1:]),
         *(f"left out: {part}" for part in summary["left_out"]),
+        *loss_lines(Path(summary["cache"])),
     ]
     return show.join_lines(lines)

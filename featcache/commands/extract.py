@@ -297,7 +297,7 @@ def _carry_out(
         summary |= _run(jobs, options, share, devices, summary)
         if note := extract_report.exif_note(summary):
             echo(note, err=True)
-        text = extract_report.summary_text(summary)
+        text = extract_report.summary_text(summary, jobs)
     print_facts(summary, options.as_json, text)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from featcache.catalog import extract_command, home, serves
+from featcache.console.distortion_table import loss_lines
 from featcache.console.params import LocalPath
 from featcache.console.text import format_bytes, format_table, join_lines, print_facts
 from featcache.reading.cache import Cache
@@ -75,6 +76,7 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
         f"tokens {_tokens(identity)}",
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
         *(f"added: {part}" for part in facts["parts"][1:]),
+        *loss_lines(cache.path),
         *format_table(
             [("array", "dtype", "shape", "range", ""), *map(_row, facts["arrays"].items())]
         ).split("\n"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.console import text
+from featcache.console.distortion_table import distortion_lines
 from featcache.console.progress_bar import eta
 from featcache.pictures import passed_over
 from featcache.reading.cache import Cache
@@ -80,6 +81,10 @@ def result(jobs: list[ExtractJob], progress: ExtractProgress) -> dict[str, Any]:
             "quarantined": cache.quarantined,
             "pictures_per_s": round(progress.rate, 2),
             "slowest": progress.slowest,
+            "distortion": {
+                job.plan.teacher.name: manifest.read(job.out)["provenance"].get("distortion", {})
+                for job in jobs
+            },
         }
 
 
@@ -118,7 +123,7 @@ def rate_text(progress: ExtractProgress) -> str:
     return f"{progress.rate:.1f} pictures/s, {left}, slowest: {progress.slowest}"
 
 
-def summary_text(summary: dict[str, Any]) -> str:
+def summary_text(summary: dict[str, Any], jobs: list[ExtractJob]) -> str:
     count = manifest.pluralize(summary["rows"], "picture")
     if summary["share"]:
         count = (
@@ -131,6 +136,10 @@ def summary_text(summary: dict[str, Any]) -> str:
         lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
     elif summary["complete"]:
         lines.append("was complete already; nothing to do")
+    for plan, _ in jobs:
+        facts = summary["distortion"][plan.teacher.name]
+        found = distortion_lines(plan.codec, plan.levels, facts)
+        lines += [f"{plan.teacher.name}:", *found] if found and len(jobs) > 1 else found
     if not summary["complete"]:
         lines.append(
             f"this share is done; the cache has {summary['rows']} pictures so far, other shares "

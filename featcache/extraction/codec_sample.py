@@ -1,5 +1,5 @@
-"""Whoever begins a cache makes the state of its codec, from the first views that decode; all others
-take it from there.
+"""Whoever begins a cache makes the state of its codec from the first views that decode, and
+measures what it loses of them; all others take it from there.
 
 The views are those of the first pictures of the whole list, whatever share of it this process
 takes, in the batches that the cache will be made in. What is summed is what will be stored: levels
@@ -9,13 +9,15 @@ as fp16 has them, the tokens that are kept, in their order. L levels, T stored t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featcache.errors import UserError
 from featcache.extraction import device_pipeline, rows
@@ -23,12 +25,16 @@ from featcache.extraction.forward import rank_tokens
 from featcache.extraction.plan import ExtractJob, Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.extraction.target_folder import existing_manifest
+from featcache.models import precision
+from featcache.models.tokenizer import network_of
 from featcache.storage import codec_state, manifest
 from featcache.storage.part import added_parts, cache_root
+from featcache.targets import distortion
 from featcache.targets.codecs import get_codec
 from featcache.targets.levels import normalise
 
 VIEWS = 256
+MEASURED = 16  # of them, by which what is lost is told
 
 # a plan and one of its shards -> batches of the views that decode
 ShardBatches = Callable[[Plan, Mapping[str, Any]], Iterator[rows.Batch]]
@@ -41,21 +47,43 @@ class Known(NamedTuple):
     means: dict[int, Tensor]
 
 
-def with_state(job: ExtractJob, batch_size: int, batches: ShardBatches) -> ExtractJob:
+@dataclass
+class Sample:
+    """The first views as they come, of which a few are kept to measure with."""
+
+    levels: list[Tensor] = field(default_factory=list)  # (L, T, D) float16 each
+    views: rows.Batch = field(default_factory=list)
+    orders: list[Any] = field(default_factory=list)  # of ranked tokens, (P,) each
+
+    def take(self, level: Tensor, view: Any, order: Any) -> None:
+        if len(self.levels) < MEASURED:
+            self.levels.append(level)
+            self.views.append(view)
+            self.orders.append(order)
+
+
+def begin_codec(job: ExtractJob, batch_size: int, batches: ShardBatches) -> ExtractJob:
     """Return the job with the state of its codec: that of the cache that is there, else one made
-    from the first views and written into the folder. A codec without a state needs none."""
+    from the first views and written into the folder, with what it loses of them."""
     plan, out = job
     wanted = plan.manifest()
-    if not codec_state.needs_state(wanted) or plan.state_file:
+    if plan.is_tokenizer:
         return job
     there = existing_manifest(wanted, out)
     if there is not None:
         return ExtractJob(replace(plan, state_file=codec_state.read_file(out, there)), out)
-    known = known_state(cache_root(out), wanted)
-    state = make_state(wanted, known, lambda: first_levels(plan, batch_size, batches))
-    data = codec_state.pack(state, plan.levels, wanted["id"])
-    data = codec_state.begin(out, wanted, plan.state_name, data)
-    return ExtractJob(replace(plan, state_file=data), out)
+    sample = Sample()
+    data = b""
+    if codec_state.needs_state(wanted):
+        known = known_state(cache_root(out), wanted)
+        state = make_state(wanted, known, lambda: first_levels(plan, batch_size, batches, sample))
+        data = codec_state.pack(state, plan.levels, wanted["id"])
+        data = codec_state.begin(out, wanted, plan.state_name, data)
+        plan = replace(plan, state_file=data)
+    if (data or _is_plain_network(plan)) and not sample.levels:
+        found = first_levels(plan, batch_size, batches, sample, count=MEASURED)
+        deque(found, maxlen=0)
+    return ExtractJob(replace(plan, distortion=_measure(plan, batch_size, sample)), out)
 
 
 def known_state(root: Path, wanted: Mapping[str, Any]) -> Known:
@@ -89,19 +117,22 @@ def make_state(
     return {**made, **known.rotation, "mean": torch.stack(mean)}
 
 
-def first_levels(plan: Plan, batch_size: int, batches: ShardBatches) -> Iterator[Tensor]:
-    """Yield the levels (L, T, D) float16, as they would be stored, of the first views that decode.
-    A UserError where none does."""
+def first_levels(
+    plan: Plan, batch_size: int, batches: ShardBatches, sample: Sample, count: int = VIEWS
+) -> Iterator[Tensor]:
+    """Yield the levels (L, T, D) float16, as they would be stored, of the first views that decode;
+    `sample` keeps a few of them. A UserError where none does and the codec has a state."""
     pipeline = device_pipeline.DevicePipeline(plan, batch_size, ExtractProgress())
-    every = itertools.chain.from_iterable(batches(plan, shard) for shard in plan.shards)
     found = 0
-    for batch in every:
-        for view in _stored_levels(plan, batch, pipeline.submit(batch).answer):
-            yield view
+    for batch in itertools.chain.from_iterable(batches(plan, shard) for shard in plan.shards):
+        levels, orders = _stored_levels(plan, batch, pipeline.submit(batch).answer)
+        for level, view, order in zip(levels, batch, orders, strict=True):
+            sample.take(level, view, order)
+            yield level
             found += 1
-            if found == VIEWS:
+            if found == count:
                 return
-    if not found:
+    if not found and codec_state.needs_state(plan.manifest()):
         raise UserError(
             f"none of {len(plan.source)} pictures can be used, and codec {plan.codec} begins with "
             "the first of them; give other pictures: --images SRC"
@@ -109,12 +140,70 @@ def first_levels(plan: Plan, batch_size: int, batches: ShardBatches) -> Iterator
 
 
 @torch.no_grad()
-def _stored_levels(plan: Plan, batch: rows.Batch, answer: tuple[Tensor, ...]) -> Iterator[Tensor]:
-    """Yield what is stored of each view's levels, as fp16 has them."""
+def _stored_levels(
+    plan: Plan, batch: rows.Batch, answer: tuple[Tensor, ...], orders: Sequence[Any] | None = None
+) -> tuple[Tensor, Sequence[Any]]:
+    """Return what is stored of each view's levels (n, L, T, D), as fp16 has them, and the orders of
+    its patches, which are those given where any are."""
     *ys, attention = answer
     n = len(batch)
-    h = torch.stack([normalise(y[:n])[0].half() for y in ys], 1).cpu().numpy()
-    if plan.tokens == "ranked":
-        order = rows.order_of(plan, batch, attention[:n].float().cpu().numpy())
-        h = rank_tokens(h, order, plan.stored_tokens)
-    yield from torch.from_numpy(h)
+    h = torch.stack([normalise(y[:n])[0].half() for y in ys], 1).cpu()
+    if plan.tokens != "ranked":
+        return h, [None] * n
+    order = rows.order_of(plan, batch, attention[:n].float().cpu().numpy())
+    order = order if orders is None else np.stack(orders)
+    return torch.from_numpy(rank_tokens(h.numpy(), order, plan.stored_tokens)), list(order)
+
+
+# ------------------------------------------------------------ what is lost
+
+
+def _measure(plan: Plan, batch_size: int, sample: Sample) -> dict[str, Any]:
+    """Measure what the codec loses of the sample, and, of a network, what another batch size and
+    another precision change; nothing where there is nothing to measure."""
+    if not sample.levels:
+        return {}
+    every = torch.stack(sample.levels)
+    mean = plan.state.get("mean", every.double().mean((0, 2)).float())
+    facts = measure_codec(plan.codec, plan.state, sample.levels) if plan.state else {}
+    if not _is_plain_network(plan):
+        return facts
+    batch = distortion.compare(_again(plan, sample, 1 if batch_size > 1 else 2), mean)
+    other = "bf16" if precision.execution_config(plan.teacher).precision == "fp32" else "fp32"
+    with precision.run_as(plan.teacher, other):
+        arithmetic = distortion.compare(_again(plan, sample, batch_size), mean)
+    return {
+        "views": len(sample.levels),
+        **facts,
+        "batch_mse": batch.mse,
+        "batch_added_loss": batch.added_loss,
+        "precision": other,
+        "precision_mse": arithmetic.mse,
+        "precision_added_loss": arithmetic.added_loss,
+    }
+
+
+def measure_codec(
+    name: str, state: Mapping[str, Tensor], views: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Return what a codec loses of views (L, T, D), as a manifest notes it."""
+    codec = get_codec(name)
+    pairs = ((h, codec.decode(codec.encode(h, state), state)) for h in views)
+    return {"views": len(views), **distortion.compare(pairs, state["mean"])._asdict()}
+
+
+def _is_plain_network(plan: Plan) -> bool:
+    """Tell whether a teacher can be run otherwise: one that is compiled would be compiled again."""
+    compiled = precision.execution_config(plan.teacher).compiled
+    return isinstance(network_of(plan.teacher), nn.Module) and not compiled
+
+
+def _again(plan: Plan, sample: Sample, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the levels of the sample and those that the teacher gives now, (L, T, D) each."""
+    pipeline = device_pipeline.DevicePipeline(plan, batch_size, ExtractProgress())
+    for first in range(0, len(sample.views), batch_size):
+        part = slice(first, first + batch_size)
+        batch = sample.views[part]
+        orders = sample.orders[part] if plan.tokens == "ranked" else None
+        levels, _ = _stored_levels(plan, batch, pipeline.submit(batch).answer, orders)
+        yield from zip(sample.levels[part], levels, strict=True)

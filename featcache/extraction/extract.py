@@ -104,7 +104,7 @@ def _with_states(jobs: Sequence[ExtractJob], options: RunOptions) -> list[Extrac
             numbers = range(shard["first"], shard["first"] + shard["count"])
             return _batches([plan], _Pictures(numbers, []), options, pools)
 
-        return [codec_sample.with_state(job, options.batch_size, batches) for job in jobs]
+        return [codec_sample.begin_codec(job, options.batch_size, batches) for job in jobs]
 
 
 def extract_shard(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +59,8 @@ class Plan:
     format: int = FORMAT  # an earlier one where such a cache is continued, repaired or added to
     compression: str = ""  # of an archive that is repaired
     state_file: bytes = b""  # of the codec, once it is made or read
+    # what the codec loses and the teacher's arithmetic changes, once it is measured
+    distortion: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.rows_per_shard < 1:
@@ -233,6 +236,7 @@ class Plan:
             **({"compiled": True} if compiled else {}),
             "source": os.path.abspath(self.source.spec),  # noqa: PTH100 (a pattern, not always a path)
             "versions": self._versions(),
+            **({"distortion": dict(self.distortion)} if self.distortion else {}),
         }
 
     def _versions(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -58,9 +59,22 @@ def _with_change(job: TransferJob) -> TransferJob:
         state = _new_state(job, change)
         data = codec_state.pack(state, about["identity"]["levels"], about["id"])
         data = codec_state.begin(job.out, about, name, data)
-    about = {**about, "files": {**about["files"], **manifest.file_facts({name: data})}}
-    change = replace(change, new_state=codec_state.unpack(data, about, f"the state {name}"))
-    return replace(job, manifest=about, change=change, state_file=data)
+    state = codec_state.unpack(data, about, f"the state {name}")
+    files = {**about["files"], **manifest.file_facts({name: data})}
+    provenance = {**about["provenance"], **_lost(job, change, state)}
+    about = {**about, "files": files, "provenance": provenance}
+    return replace(job, manifest=about, change=replace(change, new_state=state), state_file=data)
+
+
+def _lost(job: TransferJob, change: LevelChange, state: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what the new codec loses of the first views, beside what the teacher's arithmetic
+    changes, which the source knows."""
+    if change.old["codec"] == change.new["codec"]:
+        return {}
+    views = list(islice(_first_levels(job, change), codec_sample.MEASURED))
+    before = job.manifest["provenance"].get("distortion", {})
+    lost = codec_sample.measure_codec(change.new["codec"], state, views)
+    return {"distortion": {**before, **lost}}
 
 
 def _new_state(job: TransferJob, change: LevelChange) -> dict[str, Tensor]:

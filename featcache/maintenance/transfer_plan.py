@@ -179,6 +179,7 @@ def _choose(
         identity["pictures"] = {"count": len(keys), "keys_digest": manifests.keys_digest(keys)}
     provenance = {
         **about["provenance"],
+        **_distortion(about, identity["levels"]),
         **({"copied_from": about["id"]} if fewer or recount else {}),
         **({"statistics": "of stored numbers"} if recount else {}),
     }
@@ -198,6 +199,13 @@ def _choose(
         made["compression"] = target.compression
     state_file = next(iter(state.values()), b"")
     return TransferJob(source, out, made, records, as_files, recount, state_file)
+
+
+def _distortion(about: Mapping[str, Any], levels: Sequence[int]) -> dict[str, Any]:
+    """Return what was measured of these levels, in the place of what was of all."""
+    if "distortion" not in about["provenance"]:
+        return {}
+    return {"distortion": manifests.distortion_of(about, levels)}
 
 
 def _merged_state(source: Cache, made: Mapping[str, Any]) -> dict[str, bytes]:

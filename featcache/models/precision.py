@@ -146,6 +146,17 @@ def autocast_for(teacher: Teacher) -> Iterator[None]:
 
 
 @contextmanager
+def run_as(teacher: Teacher, precision: str) -> Iterator[None]:
+    """Let a teacher that is a network run in another precision for a while."""
+    before = execution_config(teacher)
+    teacher.running = ExecutionConfig(precision, before.compiled)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        teacher.running = before  # type: ignore[attr-defined]
+
+
+@contextmanager
 def fp32_products(arithmetic: str) -> Iterator[None]:
     """Let a GPU multiply and convolve fp32 numbers in `ieee` or `tf32` arithmetic, and afterwards
     as it did before."""

@@ -67,6 +67,7 @@ def cross_problem(manifest: Mapping[str, Any]) -> str:
             for found in (
                 _form_problems(manifest),
                 _identity_problems(identity),
+                _distortion_problems(manifest),
                 _shard_problems(manifest["shards"], identity),
                 _array_problems(arrays, manifest),
                 _checksum_problems(arrays, identity),
@@ -99,6 +100,14 @@ def _identity_problems(identity: Mapping[str, Any]) -> Iterator[str]:
             yield f"identity.policy.{name} has its larger end first"
     if not isinstance(identity["pixel_path"].get("decoder"), str):
         yield "identity.pixel_path.decoder is missing"
+
+
+def _distortion_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers of levels are one for each."""
+    levels = len(manifest["identity"]["levels"])
+    for name, values in manifest["provenance"].get("distortion", {}).items():
+        if isinstance(values, list) and len(values) != levels:
+            yield f"provenance.distortion.{name} has {len(values)} numbers for {levels} levels"
 
 
 def _shard_problems(shards: list[dict[str, Any]], identity: Mapping[str, Any]) -> Iterator[str]:

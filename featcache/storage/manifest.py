@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,20 @@ def check_files(cache: Path, manifest: Mapping[str, Any]) -> list[str]:
         elif f"{crc32c(path.read_bytes()):08x}" != facts["crc32c"]:
             problems.append(f"{path}: checksum differs")
     return problems
+
+
+def distortion_of(manifest: Mapping[str, Any], levels: Sequence[int]) -> dict[str, Any]:
+    """Return what was measured of some levels as a part was begun: its numbers are one for each.
+    Nothing where one of them was not among those."""
+    facts = manifest["provenance"].get("distortion", {})
+    stored = manifest["identity"]["levels"]
+    if not set(levels) <= set(stored):
+        return {}
+    at = [stored.index(level) for level in levels]
+    return {
+        name: [value[i] for i in at] if isinstance(value, list) and value else value
+        for name, value in facts.items()
+    }
 
 
 def is_random(manifest: Mapping[str, Any]) -> bool:

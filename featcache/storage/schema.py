@@ -139,6 +139,24 @@ class Identity(_Object):
     parent: Digest = ""  # the id of the cache that it was derived from
 
 
+Losses = Annotated[list[Number], Field(max_length=_ENTRIES)]  # one a level
+
+
+class Distortion(_Object):
+    """What a codec loses, and what the teacher's own arithmetic changes."""
+
+    views: Count = 0
+    cosine: Losses = []
+    mse: Losses = []
+    worst: Losses = []
+    added_loss: Losses = []
+    batch_mse: Losses = []
+    batch_added_loss: Losses = []
+    precision: Word = ""
+    precision_mse: Losses = []
+    precision_added_loss: Losses = []
+
+
 class Provenance(_Object):
     """Other fields may be there: they change nothing."""
 
@@ -153,6 +171,7 @@ class Provenance(_Object):
     copied_from: Text = ""
     statistics: Text = ""
     derived_from: Text = ""
+    distortion: Distortion = Distortion()
     merged: bool = False  # derived with --levels or --views, so that additions were merged
 
 
