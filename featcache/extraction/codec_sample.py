@@ -67,22 +67,19 @@ def begin_codec(job: ExtractJob, batch_size: int, batches: ShardBatches) -> Extr
     from the first views and written into the folder, with what it loses of them."""
     plan, out = job
     wanted = plan.manifest()
-    if plan.is_tokenizer:
+    if not codec_state.needs_state(wanted):
         return job
     there = existing_manifest(wanted, out)
     if there is not None:
         return ExtractJob(replace(plan, state_file=codec_state.read_file(out, there)), out)
     sample = Sample()
-    data = b""
-    if codec_state.needs_state(wanted):
-        known = known_state(cache_root(out), wanted)
-        state = make_state(wanted, known, lambda: first_levels(plan, batch_size, batches, sample))
-        data = codec_state.pack(state, plan.levels, wanted["id"])
-        data = codec_state.begin(out, wanted, plan.state_name, data)
-        plan = replace(plan, state_file=data)
-    if (data or _is_plain_network(plan)) and not sample.levels:
-        found = first_levels(plan, batch_size, batches, sample, count=MEASURED)
-        deque(found, maxlen=0)
+    known = known_state(cache_root(out), wanted)
+    state = make_state(wanted, known, lambda: first_levels(plan, batch_size, batches, sample))
+    data = codec_state.pack(state, plan.levels, wanted["id"])
+    data = codec_state.begin(out, wanted, plan.state_name, data)
+    plan = replace(plan, state_file=data)
+    if not sample.levels:  # every mean was known
+        deque(first_levels(plan, batch_size, batches, sample, count=MEASURED), maxlen=0)
     return ExtractJob(replace(plan, distortion=_measure(plan, batch_size, sample)), out)
 
 
@@ -121,18 +118,20 @@ def first_levels(
     plan: Plan, batch_size: int, batches: ShardBatches, sample: Sample, count: int = VIEWS
 ) -> Iterator[Tensor]:
     """Yield the levels (L, T, D) float16, as they would be stored, of the first views that decode;
-    `sample` keeps a few of them. A UserError where none does and the codec has a state."""
+    `sample` keeps a few of them. A UserError where none does, or a number is not finite."""
     pipeline = device_pipeline.DevicePipeline(plan, batch_size, ExtractProgress())
     found = 0
     for batch in itertools.chain.from_iterable(batches(plan, shard) for shard in plan.shards):
         levels, orders = _stored_levels(plan, batch, pipeline.submit(batch).answer)
-        for level, view, order in zip(levels, batch, orders, strict=True):
+        for i, (level, view, order) in enumerate(zip(levels, batch, orders, strict=True)):
+            for k in (~level.isfinite().all(2).all(1)).nonzero()[:1].flatten().tolist():
+                raise rows.not_finite_error(plan, batch, i, k)
             sample.take(level, view, order)
             yield level
             found += 1
             if found == count:
                 return
-    if not found and codec_state.needs_state(plan.manifest()):
+    if not found:
         raise UserError(
             f"none of {len(plan.source)} pictures can be used, and codec {plan.codec} begins with "
             "the first of them; give other pictures: --images SRC"
@@ -160,12 +159,9 @@ def _stored_levels(
 
 def _measure(plan: Plan, batch_size: int, sample: Sample) -> dict[str, Any]:
     """Measure what the codec loses of the sample, and, of a network, what another batch size and
-    another precision change; nothing where there is nothing to measure."""
-    if not sample.levels:
-        return {}
-    every = torch.stack(sample.levels)
-    mean = plan.state.get("mean", every.double().mean((0, 2)).float())
-    facts = measure_codec(plan.codec, plan.state, sample.levels) if plan.state else {}
+    another precision change."""
+    mean = plan.state["mean"]
+    facts = measure_codec(plan.codec, plan.state, sample.levels)
     if not _is_plain_network(plan):
         return facts
     batch = distortion.compare(_again(plan, sample, 1 if batch_size > 1 else 2), mean)
@@ -173,7 +169,6 @@ def _measure(plan: Plan, batch_size: int, sample: Sample) -> dict[str, Any]:
     with precision.run_as(plan.teacher, other):
         arithmetic = distortion.compare(_again(plan, sample, batch_size), mean)
     return {
-        "views": len(sample.levels),
         **facts,
         "batch_mse": batch.mse,
         "batch_added_loss": batch.added_loss,

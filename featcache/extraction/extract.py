@@ -60,6 +60,8 @@ class RunOptions:
     workers: int = 2
     strict: bool = False  # a picture that cannot be used is an error
     progress: ExtractProgress = field(default_factory=ExtractProgress)
+    # pictures that are rendered already, by their numbers
+    kept: dict[int, rendering.Rendered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 1:
@@ -97,12 +99,14 @@ def run_jobs(
 
 
 def _with_states(jobs: Sequence[ExtractJob], options: RunOptions) -> list[ExtractJob]:
-    """Return the jobs with the states of their codecs, which are made where there are none yet."""
+    """Return the jobs with the states of their codecs, which are made where there are none yet.
+    The pictures that are looked at for it are kept, and not decoded again."""
+    plans = [job.plan for job in jobs]
     with ThreadPools(options.workers) as pools:
 
         def batches(plan: Plan, shard: Mapping[str, Any]) -> Iterator[item_rows.Batch]:
             numbers = range(shard["first"], shard["first"] + shard["count"])
-            return _batches([plan], _Pictures(numbers, []), options, pools)
+            return _batches(plans, _Pictures(numbers, []), options, pools, keep=True)
 
         return [codec_sample.begin_codec(job, options.batch_size, batches) for job in jobs]
 
@@ -330,14 +334,24 @@ def _run_tasks(
 
 
 def _batches(
-    plans: Sequence[Plan], rows: _Rows | _Pictures, options: RunOptions, pools: ThreadPools
+    plans: Sequence[Plan],
+    rows: _Rows | _Pictures,
+    options: RunOptions,
+    pools: ThreadPools,
+    *,
+    keep: bool = False,
 ) -> Iterator[item_rows.Batch]:
-    """Decode and render a shard's pictures in threads; those that cannot be used are
-    quarantined."""
+    """Decode and render a shard's pictures in threads; those that cannot be used are quarantined.
+    With `keep` they are kept for a later call, which takes them."""
 
     def decode(index: int) -> rendering.Rendered:
         with options.progress.stage("decode"):
-            return rendering.render_views(plans, index)
+            found = options.kept.get(index) or rendering.render_views(plans, index)
+            if keep:
+                options.kept[index] = found
+            else:
+                options.kept.pop(index, None)
+            return found
 
     plan, window = plans[0], max(2 * options.batch_size // plans[0].views, 2 * options.workers)
     futures = rendering.prefetch(pools.decode, decode, rows.indices, window)

@@ -38,10 +38,7 @@ def check_encoded(plan: Plan, batch: Batch, host: Host) -> EncodedBatch:
     """Check that features are finite and that attention is a softmax row; a UserError names the
     picture where it is not so."""
     for row, level in np.argwhere(~host["finite"])[:1].tolist():
-        raise UserError(
-            f"teacher {plan.teacher.name!r} gave non-finite features for picture "
-            f"{_of(plan, batch, row)}, level {plan.levels[level]}{_remedy(plan)}"
-        )
+        raise not_finite_error(plan, batch, row, level)
     weights = host["attention"]
     good = np.isfinite(weights).all(1) & (weights >= 0).all(1) & (weights.sum(1) <= 1 + 1e-3)
     for row in np.flatnonzero(~good)[:1].tolist():
@@ -54,6 +51,14 @@ def check_encoded(plan: Plan, batch: Batch, host: Host) -> EncodedBatch:
         float(host["range"][:, 0].min()), float(host["range"][:, 1].max()), host["norms"]
     )
     return EncodedBatch({name: host[name] for name in names}, weights, about)
+
+
+def not_finite_error(plan: Plan, batch: Batch, row: int, level: int) -> UserError:
+    """Return the error that names the picture of a row of a batch, and the level."""
+    return UserError(
+        f"teacher {plan.teacher.name!r} gave non-finite features for picture "
+        f"{_of(plan, batch, row)}, level {plan.levels[level]}{_remedy(plan)}"
+    )
 
 
 def _of(plan: Plan, batch: Batch, row: int) -> str:
