@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     metavar="SPEC",
     help="The teacher, where it is a file of your own: a cache chooses no code and no file.",
 )
+@click.option(
+    "--parent",
+    type=LocalPath(),
+    help="Of a derived cache: the one it was derived from. [default: where it was then]",
+)
 @click.option("--workers", type=THREADS, default=2, show_default=True, help="Decoding threads.")
 @click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
@@ -48,12 +53,13 @@ def command(
     images_spec: str | None,
     weights: str | None,
     named: tuple[str, ...],
+    parent: Path | None,
     workers: int,
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Find what is damaged in CACHE and fix it: files from their copies, bad shards by the
-    teacher."""
+    """Find what is damaged in CACHE and fix it: files from their copies, bad shards by the teacher,
+    those of a derived cache from the one it was derived from."""
     from featcache.extraction.progress import ExtractProgress
     from featcache.maintenance import repair
 
@@ -65,10 +71,11 @@ def command(
 
     bar = ProgressBar("repair", "pictures")
     progress = ExtractProgress(lambda now: bar(now.pictures, now.total))
-    done = repair.run(cache, load, workers=workers, progress=progress)
+    find = repair.recorded_parent if parent is None else (lambda about: parent)
+    done = repair.run(cache, load, parent=find, workers=workers, progress=progress)
     bar.close()
     lines = [f"restored {name}" for name in done["restored"]] + [
-        f"extracted again {name}" for name in done["shards"]
+        f"made again {name}" for name in done["shards"]
     ]
     text.print_facts(
         {"cache": str(cache), **done}, as_json, text.join_lines(lines) or f"{cache}: nothing to fix"

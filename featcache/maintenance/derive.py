@@ -7,7 +7,8 @@ machine. `transfer` does the work, so a derivation that was killed continues whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -37,6 +38,51 @@ def derive(
         jobs, left = derive_jobs(source, out, wish)
         transfer.run(jobs, progress or transfer.TransferProgress(), prepare=_with_change)
     return left
+
+
+@contextlib.contextmanager
+def again(
+    part: Path, about: dict[str, Any], parent: Path
+) -> Iterator[tuple[dict[str, bytes], Callable[[str], None]]]:
+    """Yield what writes shards of a derived part again: the files beside its manifest, and a
+    function of a shard's name. UserError where `parent` is not the cache that it was derived
+    from."""
+    wanted, where = about["identity"], f"cannot repair {str(part)!r}"
+    with Cache(parent) as source:
+        if source.manifest["id"] != wanted["parent"]:
+            raise UserError(
+                f"{where}: {str(parent)!r} is cache {source.manifest['id']}, it was derived from "
+                f"{wanted['parent']}; give that one with --parent CACHE"
+            )
+        jobs, _ = derive_jobs(source, cache_root(part), _wish_of(about))
+        found = [job for job in jobs if job.identity == wanted]
+        if not found or found[0].manifest["arrays"] != about["arrays"]:
+            raise UserError(
+                f"{where}: no part of {str(parent)!r} gives it any more; derive it again into "
+                "another folder"
+            )
+        job = _with_change(replace(found[0], out=part))
+        tail = codec_state.tail_name(about)
+        files = {tail: (job.source.path / tail).read_bytes()} if tail else {}
+        records = {record["shard"]: record for record in job.records}
+        yield (
+            files,
+            lambda name: transfer.rewrite_shard(job, records[name], transfer.TransferProgress()),
+        )
+
+
+def _wish_of(about: dict[str, Any]) -> Wish:
+    """Return what a part was derived with."""
+    identity = about["identity"]
+    merged = about["provenance"].get("merged", False)
+    keep = identity.get("keep")
+    return Wish(
+        levels=tuple(identity["levels"]) if merged else None,
+        views=identity["views"] if merged else None,
+        tokens=identity["tokens"],
+        keep=None if keep is None else str(keep),
+        codec=identity["codec"],
+    )
 
 
 def _with_change(job: TransferJob) -> TransferJob:

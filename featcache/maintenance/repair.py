@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from featcache.catalog import extract_command
 from featcache.errors import IdentityError, UnreadableError, UserError
@@ -25,9 +25,10 @@ from featcache.extraction.target_folder import (
     root_files,
     write_side_files,
 )
-from featcache.maintenance import verify
+from featcache.maintenance import derive, verify
 from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
+from featcache.runtime.local_path import local_path
 from featcache.storage import belongings, codec_state, commit, json_file, manifest
 from featcache.storage import lease as leases
 from featcache.storage.identity import refuse_mismatch
@@ -39,14 +40,40 @@ from featcache.views.policy import policy_from_dict
 
 # manifest -> its pictures and its teacher
 Load = Callable[[dict[str, Any]], tuple[Source, Teacher]]
+FindParent = Callable[[dict[str, Any]], Path]  # manifest -> the cache that it was derived from
+Make = Callable[[dict[str, Any]], None]  # makes a shard
+
+
+class _Folder(NamedTuple):
+    """A part whose shards are made."""
+
+    out: Path
+    store: str
+
+
+def recorded_parent(about: dict[str, Any]) -> Path:
+    """Return where the cache was that a part was derived from. Raises UserError where it is no
+    longer there."""
+    path = Path(local_path(about["provenance"].get("derived_from") or "PARENT", "the parent"))
+    if not (path / manifest.NAME).is_file():
+        raise UserError(
+            f"it was derived from cache {about['identity']['parent']}, which is not at "
+            f"{str(path)!r}; give it with --parent CACHE"
+        )
+    return path
 
 
 def run(
-    cache: Path, load: Load, *, workers: int = 2, progress: ExtractProgress | None = None
+    cache: Path,
+    load: Load,
+    *,
+    parent: FindParent = recorded_parent,
+    workers: int = 2,
+    progress: ExtractProgress | None = None,
 ) -> dict[str, Any]:
-    """Repair the cache and what was added to it. Returns the files restored and the shards
-    extracted again; the pictures and the teacher are opened only when a shard or the teacher's tail
-    needs them."""
+    """Repair the cache and what was added to it. Returns the files restored and the shards made
+    again; the pictures and the teacher, or the cache that this one was derived from, are opened
+    only when a shard or the teacher's tail needs them."""
     restored: list[str] = []
     shards: list[str] = []
     for part in (cache, *added_parts(cache)):
@@ -57,7 +84,11 @@ def run(
         problems = list(verify.part_problems(part, about))
         bad = sorted({problem.shard for problem in problems if problem.shard})
         if bad or any(problem.path.name in about["files"] for problem in problems):
-            _extract(part, about, bad, load, workers, progress or ExtractProgress())
+            shown = progress or ExtractProgress()
+            if extract_command.is_derived(about):
+                _derive(part, about, bad, parent, shown)
+            else:
+                _extract(part, about, bad, load, workers, shown)
         if problems:
             write_side_files(part, root_files(about))
             if (part / QUARANTINE).is_dir():
@@ -172,28 +203,54 @@ def _extract(
     if count:
         check_same_pictures(source, cache_root(part), count, bad)
     progress.total += count
+
+    def make(shard: dict[str, Any]) -> None:
+        extract.extract_shard(ExtractJob(plan, part), shard, about, options)
+
     for shard in shards:
-        _replace(ExtractJob(plan, part), shard, about, options)
+        _replace(part, shard, about, make, progress)
+
+
+def _derive(
+    part: Path,
+    about: dict[str, Any],
+    bad: list[str],
+    parent: FindParent,
+    progress: ExtractProgress,
+) -> None:
+    """Derive the bad shards again, from the cache that they were derived from."""
+    shards = [shard for shard in about["shards"] if shard["name"] in bad]
+    progress.total += sum(shard["count"] for shard in shards)
+    with derive.again(part, about, parent(about)) as (side_files, write):
+        write_side_files(part, side_files)
+
+        def make(shard: dict[str, Any]) -> None:
+            write(shard["name"])
+            progress.pictures += shard["count"]
+            progress.report(progress)
+
+        for shard in shards:
+            _replace(part, shard, about, make, progress)
 
 
 def _replace(
-    job: ExtractJob, shard: dict[str, Any], about: dict[str, Any], options: extract.RunOptions
+    part: Path, shard: dict[str, Any], about: dict[str, Any], make: Make, progress: ExtractProgress
 ) -> None:
-    """Extract one shard again, so that a death in between hides no other. It is put back when no
-    new one could be made."""
-    name = shard["name"]
+    """Make one shard again, so that a death in between hides no other. It is put back when no new
+    one could be made."""
+    name, job = shard["name"], _Folder(part, about["identity"]["store"])
 
-    def lacks(job: ExtractJob, name: str, *, leased: bool) -> bool:
+    def lacks(job: _Folder, name: str, *, leased: bool) -> bool:
         """Look only once the lease is ours: another repair may have been here."""
         return not (leased and _is_good(job.out, about, shard))
 
-    queue = free_shards([job], [name], options.progress.waiting, lacks=lacks)
+    queue = free_shards([job], [name], progress.waiting, lacks=lacks)
     with contextlib.closing(queue) as free:
         for _ in free:
             try:
                 commit.move_to_backup(job.out, name, job.store)
                 commit.recover(job.out, job.store, [name])
-                extract.extract_shard(job, shard, about, options)
+                make(shard)
                 _check_views(job.out, name)
                 commit.remove_backup(job.out, name, job.store)
             except BaseException:

@@ -183,7 +183,7 @@ def _begin(job: TransferJob) -> TransferJob:
 
 def _transfer_shards(job: TransferJob, progress: TransferProgress) -> None:
     records = {record["shard"]: record for record in job.records}
-    transfer = _copy_shard if job.as_files else _rewrite_shard
+    transfer = _copy_shard if job.as_files else rewrite_shard
     with contextlib.closing(free_shards([job], list(records), progress.waiting)) as free:
         for shard, _ in free:
             transfer(job, records[shard], progress)
@@ -238,7 +238,8 @@ def _copy_file(
     )
 
 
-def _rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:
+def rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferProgress) -> None:
+    """Write one shard of a job, row by row, from the record of the source's."""
     job.source.notes_archive = False  # who copies it out need not be told to
     writer = get_store(job.store).writer(
         job.out,

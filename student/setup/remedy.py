@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from featcache.catalog import extract_command
+from featcache.catalog import extract_command, home
+from featcache.errors import UserError
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
+from featcache.storage import manifest
 from featcache.views import pixel_path
 from featcache.views.policy import Policy
 from student.config import RecipeConfig
 from student.recipes import TargetSpec
-from student.setup.missing import missing_levels, missing_tokens, second_keeps_few, second_missing
+from student.setup.missing import (
+    missing,
+    missing_levels,
+    missing_tokens,
+    second_keeps_few,
+    second_missing,
+)
 
 
 def extract_remedy(
@@ -22,10 +31,41 @@ def extract_remedy(
     if cache is None:
         command = _new_cache(spec, config, source)
     elif not cache.complete:
-        command = [*extract_command.extract_options(cache.manifest), "--out", str(cache.path)]
+        return f"make it with: {extract_command.for_cache(cache.manifest, cache.path)}"
+    elif extract_command.is_derived(cache.manifest):
+        return _of_parent(spec, config, cache)
     else:
         command = _more(spec, config, cache)
     return f"make it with: {extract_command.shell_line(command)}"
+
+
+def _of_parent(spec: TargetSpec, config: RecipeConfig, cache: Cache) -> str:
+    """Say what to do where a derived cache does not serve: nothing is added to it, but the one that
+    it was derived from may serve, or be added to."""
+    wanted = cache.identity["parent"]
+    path = next((each for each in home.caches() if _id(each) == wanted), None)
+    if path is None:
+        recorded = cache.manifest["provenance"].get("derived_from", "")
+        return (
+            f"it was derived from cache {wanted} ({recorded!r}), which is not below "
+            f"{str(home.home())!r}: train from that one, or derive another of it with "
+            "`featcache derive`"
+        )
+    with Cache(path) as parent:
+        if not missing(parent, spec, config):
+            return (
+                f"the cache that it was derived from serves: --cache {str(path)!r}, or derive "
+                "another of it with `featcache derive`"
+            )
+        return f"derive it again once the parent has it: {extract_remedy(spec, config, parent)}"
+
+
+def _id(path: Path) -> str:
+    """Return a cache's id; empty where it cannot be read."""
+    try:
+        return str(manifest.read(path)["id"])
+    except (UserError, OSError):
+        return ""
 
 
 def _new_cache(spec: TargetSpec, config: RecipeConfig, source: Source | None) -> list[str]:

@@ -126,7 +126,7 @@ def _more_views(cache: Cache, rows: I64, accepted: Bool, allowed: float) -> str:
     """The command that adds as many views as leave out so few pictures, or half a picture where
     none may be; empty where that many are too many."""
     views = _views_needed(cache, rows, accepted, allowed)
-    if views is None:
+    if views is None or extract_command.is_derived(cache.manifest):
         return ""
     options = extract_command.extract_options(cache.manifest, cache.levels, views)
     more = [*options, "--add", "--out", str(cache.path)]

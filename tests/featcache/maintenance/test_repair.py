@@ -357,7 +357,7 @@ def test_the_command(
     assert "nowhere" in ran.error
     ran = featcache_command("repair", cache)  # pictures from where they were
     assert ran.status == 0, ran.err
-    assert ran.out == f"extracted again {cache}/{SHARDS}/000001.json\n"
+    assert ran.out == f"made again {cache}/{SHARDS}/000001.json\n"
     assert files_below(cache) == whole
     (cache / "manifest.json").unlink()
     assert f"`featcache repair {cache}`" in featcache_command("verify", cache).error

@@ -172,7 +172,7 @@ def test_more_views_are_counted_by_the_pictures_shapes(monkeypatch: pytest.Monke
     sizes = np.array([[300, 300]] * 50 + [[200, 400]] * 25 + [[400, 200]] * 25)
     cache: Any = SimpleNamespace(
         views=10,
-        manifest={},
+        manifest={"identity": {}},
         levels=(1,),
         path="c",
         read=lambda *_: {"source_size": sizes.astype(np.int32)},
