@@ -97,6 +97,13 @@ PLAN = (
         30,
         90,
     ),
+    Measurement(
+        "codecs",
+        "decoding a batch of each codec beside the step, encoding it beside the teacher",
+        "benchmarks.gpu.codecs:codecs",
+        30,
+        90,
+    ),
     _step(
         "step-mralign",
         "MR-Align's step, ViT-B/16 from CLIP-B/16",

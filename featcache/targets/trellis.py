@@ -100,8 +100,12 @@ def decode(coded: Tensor, state: State, bits: int) -> Tensor:
     shape = (*coded.shape[:-1], state["mean"].shape[-1])
     if coded.device.type == "cpu" and _compiles():
         return _decode_on_cpu(factors, codes, state, bits, coded.shape[-2]).reshape(shape)
-    values = rotation.rotate_back(state["table"][_windows(codes, bits)], state)
-    return (values * factors[:, None]).reshape(shape) + state["mean"][:, None]
+    out = coded.new_empty(len(flat), shape[-1], dtype=torch.float32)
+    parts = zip(codes.split(_CHUNK), factors.split(_CHUNK), out.split(_CHUNK), strict=True)
+    for code, factor, values in parts:  # a batch at once would need its memory several times over
+        turned = rotation.rotate_back(state["table"][_windows(code, bits)], state)
+        torch.mul(turned, factor[:, None], out=values)
+    return out.reshape(shape) + state["mean"][:, None]
 
 
 def _compiles() -> bool:
