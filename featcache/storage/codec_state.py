@@ -118,6 +118,8 @@ def read_file(part: Path, about: Mapping[str, Any]) -> bytes:
             f"cache file {path}: {why}; without it nothing decodes: run "
             f"`{command_line('featcache', 'repair', part)}`"
         )
+    if not facts["bytes"]:
+        raise UserError(f"cache file {path} is empty, and no state of a codec; extract again")
     return path.read_bytes()
 
 

@@ -193,6 +193,7 @@ def patch(target, call):
 
 folder, root = Path(sys.argv[1]), Path(sys.argv[2])
 teacher, stages = sys.argv[3], json.loads(sys.argv[4])
+options = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
 children = {}
 for stage, (target, call) in stages.items():
     children[stage] = os.fork()
@@ -202,7 +203,7 @@ for stage, (target, call) in stages.items():
         levels, policy = (1, loaded.depth), Policy(size=28)
         made = plan.Plan(
             source=open_source(folder), teacher=loaded, policy=policy, views=3, levels=levels,
-            rows_per_shard=5,
+            rows_per_shard=5, **options,
         )
         extract.run(made, root / stage, batch_size=4, workers=2)
         os._exit(0)
