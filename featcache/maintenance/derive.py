@@ -116,7 +116,8 @@ def _lost(job: TransferJob, change: LevelChange, state: dict[str, Tensor]) -> di
     """Return what the new codec loses of the first views; one that stays loses nothing more."""
     if change.old["codec"] == change.new["codec"]:
         return {}
-    views = list(islice(_first_levels(job, change), codec_sample.MEASURED))
+    first = islice(_first_levels(job, change), codec_sample.MEASURED)
+    views = [view.clone() for view in first]  # whose memory is used again
     return {"distortion": codec_sample.measure_codec(change.new["codec"], state, views)}
 
 

@@ -264,7 +264,7 @@ def _records(source: Cache, numbers: range) -> tuple[dict[str, Any], ...]:
     if lacking := [name for name in wanted if name not in records]:
         raise UserError(
             f"cache {str(source.path)!r} is incomplete: {len(lacking)} of {len(wanted)} shards are "
-            f"missing, the first {lacking[0]}; finish it with the command that made it, or give "
-            "--shards A:B of those that are there"
+            f"missing, the first {lacking[0]}; finish it with the command that made it, or "
+            "take those that are there: `featcache copy --shards A:B`"
         )
     return tuple(records[name] for name in wanted)
