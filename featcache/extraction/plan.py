@@ -29,7 +29,7 @@ from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
 from featcache.storage import checksums, codec_state, manifest
 from featcache.storage.store import FORMAT, Array, ShardForm
-from featcache.targets import codecs
+from featcache.targets import codec_names, codecs
 from featcache.targets import levels as target_levels
 from featcache.views import pixel_path
 from featcache.views.policy import Policy
@@ -139,7 +139,7 @@ class Plan:
         ]
 
     @property
-    def coded_arrays(self) -> codecs.ArrayForms:
+    def coded_arrays(self) -> codec_names.ArrayForms:
         """Return what the codec stores of a token."""
         return codecs.get_codec(self.codec).arrays(self.teacher.width)
 

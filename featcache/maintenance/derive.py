@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from featcache.errors import UserError
+from featcache.errors import UserError, command_line
 from featcache.extraction import codec_sample
+from featcache.extraction.options import file_name
 from featcache.extraction.target_folder import existing_manifest
 from featcache.maintenance import transfer
 from featcache.maintenance.derive_plan import LevelChange, Wish, derive_jobs
@@ -63,12 +64,23 @@ def again(
             )
         job = _with_change(replace(found[0], out=part))
         tail = codec_state.tail_name(about)
-        files = {tail: (job.source.path / tail).read_bytes()} if tail else {}
+        files = {tail: _tail(job, tail, about)} if tail else {}
         records = {record["shard"]: record for record in job.records}
         yield (
             files,
             lambda name: transfer.rewrite_shard(job, records[name], transfer.TransferProgress()),
         )
+
+
+def _tail(job: TransferJob, name: str, about: dict[str, Any]) -> bytes:
+    """Read the teacher's end beside the source, which is the one that was derived with it."""
+    path, facts = job.source.path / name, about["files"][name]
+    if why := codec_state.problem(path, facts):
+        raise UserError(
+            f"cannot repair {name} from cache file {path}: {why}; run "
+            f"`{command_line('featcache', 'repair', job.source.path)}` first"
+        )
+    return path.read_bytes()
 
 
 def _wish_of(about: dict[str, Any]) -> Wish:
@@ -96,7 +108,7 @@ def _with_change(job: TransferJob) -> TransferJob:
     change = LevelChange(source.identity, about["identity"], old, old)
     if not codec_state.needs_state(about):
         return replace(job, change=change)
-    tail = codec_state.tail_name(source.manifest)
+    tail = codec_state.tail_name(source.manifest) or file_name(about["identity"]["teacher"]["name"])
     name = f"{tail.removesuffix('.safetensors')}{codec_state.ending(about)}"
     there = existing_manifest(about, job.out, transfer.WORDS)
     if there is not None:
@@ -131,9 +143,15 @@ def _new_state(job: TransferJob, change: LevelChange) -> dict[str, Tensor]:
 def _first_levels(job: TransferJob, change: LevelChange) -> Iterator[Tensor]:
     """Yield the levels (L, T, D) float16 of the first views, as an extraction would encode them."""
     every = (
-        view
+        pair
         for record in job.records
-        for _, items in transfer.blocks(job, record)
-        for view in change.levels(items)
+        for keys, items in transfer.blocks(job, record)
+        for pair in zip(keys, change.levels(items), strict=True)
     )
-    yield from islice(every, codec_sample.VIEWS)
+    for key, view in islice(every, codec_sample.VIEWS):
+        if not view.isfinite().all():
+            raise UserError(
+                f"cache {str(job.source.path)!r}: features of {key!r} are not finite, which no "
+                "extraction writes; extract it again"
+            )
+        yield view

@@ -14,7 +14,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,12 @@ from featcache.maintenance import transfer_plan
 from featcache.maintenance.transfer_plan import Target, TransferJob, target_like
 from featcache.reading.cache import Cache
 from featcache.storage import checksums, codec_state, commit, manifest
-from featcache.storage.statistics import Statistics, stored_feature_statistics
+from featcache.storage.statistics import (
+    FeatureStatistics,
+    Statistics,
+    first_not_finite,
+    stored_feature_statistics,
+)
 from featcache.storage.store import COMPRESSIONS, FORMATS, folder_path, get_store
 
 BLOCK_BYTES = 64 << 20  # items held at a time
@@ -174,6 +179,8 @@ def _begin(job: TransferJob) -> TransferJob:
         raise UserError(
             f"cache file {problems[0]}; run `{command_line('featcache', 'repair', source.path)}`"
         )
+    if not job.as_files:
+        _state_of(job)  # raises before anything is written
     state = {codec_state.file_name(job.manifest): job.state_file} if job.state_file else {}
     others = [name for name in job.manifest["files"] if name not in state]
     files = {**{name: (source.path / name).read_bytes() for name in others}, **state}
@@ -249,22 +256,17 @@ def rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferPr
         manifest.shard_form(job.manifest),
     )
     statistics = Statistics()
-    state = (
-        job.change.new_state
-        if job.change
-        else job.source.codec_state(job.source.teachers[0], job.identity["levels"])
-    )
+    state = _state_of(job)
     try:
         for keys, items in blocks(job, record):
             if job.change:
                 items = job.change.apply(items)
             if job.recount:
-                statistics.add(
-                    items,
-                    stored_feature_statistics(
-                        job.identity["codec"], job.identity["teacher"]["width"], items, state
-                    ),
+                found = stored_feature_statistics(
+                    job.identity["codec"], job.identity["teacher"]["width"], items, state
                 )
+                _check_finite(job, keys, items, found)
+                statistics.add(items, found)
             items = {**items, **checksums.compute_checksums(job.arrays, items)}
             writer.append(keys, items)
             progress.add(job.bytes(record) * len(keys) // (record["rows"] * job.identity["views"]))
@@ -274,6 +276,28 @@ def rewrite_shard(job: TransferJob, record: dict[str, Any], progress: TransferPr
     except BaseException:
         writer.discard()
         raise
+
+
+def _state_of(job: TransferJob) -> Mapping[str, Any]:
+    """Return the state that decodes the levels of the target."""
+    if job.change:
+        return job.change.new_state
+    return job.source.codec_state(job.source.teachers[0], job.identity["levels"])
+
+
+def _check_finite(
+    job: TransferJob,
+    keys: Sequence[str],
+    items: Mapping[str, npt.NDArray[Any]],
+    features: FeatureStatistics,
+) -> None:
+    """Raise UserError for numbers that no extraction writes, and no statistics can be made of."""
+    if bad := first_not_finite(items, features):
+        name, item = bad
+        raise UserError(
+            f"cache {str(job.source.path)!r}: {name} of {keys[item]!r} are not finite, which no "
+            "extraction writes; extract it again"
+        )
 
 
 def blocks(

@@ -17,6 +17,7 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError, command_line
 from featcache.storage import json_file
+from featcache.storage.schema import LARGEST_SIDE_FILE
 from featcache.storage.store import SHARDS
 from featcache.targets import codec_names
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 COPY = "state.copy.safetensors"  # below shards/
 _LEVELS, _CACHE = "levels", "cache"
-_LARGEST_BYTES = 1 << 30  # of 24 levels of a width of 1,024 it has 130 kB
 
 
 def needs_state(about: Mapping[str, Any]) -> bool:
@@ -127,7 +127,7 @@ def problem(path: Path, facts: Mapping[str, Any]) -> str:
     """Say how a file differs from what the manifest says of it; empty where it does not."""
     if not path.is_file():
         return "missing"
-    if path.stat().st_size != facts["bytes"] or facts["bytes"] > _LARGEST_BYTES:
+    if path.stat().st_size != facts["bytes"]:
         return f"{path.stat().st_size} bytes, {facts['bytes']} recorded"
     return "" if f"{crc32c(path.read_bytes()):08x}" == facts["crc32c"] else "checksum differs"
 
@@ -135,8 +135,10 @@ def problem(path: Path, facts: Mapping[str, Any]) -> str:
 def read_state(part: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read the state that decodes the levels of a part, in their order; empty where its codec has
     none."""
+    if not needs_state(about):
+        return {}
     data = read_file(part, about)
-    return unpack(data, about, f"cache file {part / file_name(about)}") if data else {}
+    return unpack(data, about, f"cache file {part / file_name(about)}")
 
 
 def copy_of(about: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -147,12 +149,14 @@ def copy_of(about: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, b
 
 def begin(out: Path, about: Mapping[str, Any], name: str, data: bytes) -> bytes:
     """Write the state of a cache that has no manifest yet, unless another process has done so in
-    this moment; returns the bytes that are there, whose numbers may differ in their last bits."""
+    this moment; returns the bytes that are there, whose numbers may differ in their last bits.
+    Raises UserError, and writes nothing, where they are no state that decodes."""
     path = out / name
+    unpack(data, about, f"the state {name}")
     out.mkdir(parents=True, exist_ok=True)
     if json_file.create_file(path, data):
         return data
-    if path.is_file() and cache_of(path) == about["id"]:
+    if is_small(path) and cache_of(path) == about["id"]:
         there = path.read_bytes()
         unpack(there, about, str(path))
         return there
@@ -160,6 +164,11 @@ def begin(out: Path, about: Mapping[str, Any], name: str, data: bytes) -> bytes:
         f"{str(path)!r} is there, and is no state of the cache that is to be made; give an empty "
         "or new folder"
     )
+
+
+def is_small(path: Path) -> bool:
+    """Tell whether a path is a file no larger than those beside a manifest."""
+    return path.is_file() and path.stat().st_size <= LARGEST_SIDE_FILE
 
 
 class HasState(Protocol):

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from featcache.errors import UserError
 from featcache.storage import checksums
 from featcache.storage.store import Array, array_from_dict, hash_dtype
+from featcache.targets import codec_names
 
 _ROW_VIEW = ("row", "view")
 _ITEM_BYTES = 1 << 31
@@ -54,6 +56,13 @@ _RESERVED = {
     4: ("key", "key_bytes", "key_offsets", "level", "view"),
 }
 _MOST_FILES = 1 << 20  # of a shard
+_FILE = ".safetensors"
+# the fields of a measurement, which are there together
+_MEASURED = (
+    ("views", "cosine", "mse", "worst", "added_loss"),
+    ("batch_mse", "batch_added_loss"),
+    ("precision", "precision_mse", "precision_added_loss"),
+)
 
 
 def cross_problem(manifest: Mapping[str, Any]) -> str:
@@ -67,9 +76,11 @@ def cross_problem(manifest: Mapping[str, Any]) -> str:
             for found in (
                 _form_problems(manifest),
                 _identity_problems(identity),
+                _file_problems(manifest),
                 _distortion_problems(manifest),
                 _shard_problems(manifest["shards"], identity),
                 _array_problems(arrays, manifest),
+                _codec_problems(arrays, identity),
                 _checksum_problems(arrays, identity),
             )
             for problem in found
@@ -102,10 +113,26 @@ def _identity_problems(identity: Mapping[str, Any]) -> Iterator[str]:
         yield "identity.pixel_path.decoder is missing"
 
 
+def _file_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The end of a teacher is NAME.safetensors, the state of its codec NAME.CODEC.safetensors."""
+    codec, names = manifest["identity"]["codec"], sorted(manifest["files"], key=len)
+    if codec not in codec_names.NAMES:
+        return
+    if len(names) > (1 if codec == codec_names.LOSSLESS else 2):
+        yield f"files are {len(names)}, codec {codec} has fewer"
+    elif len(names) == 2 and names[1] != f"{names[0].removesuffix(_FILE)}.{codec}{_FILE}":
+        yield f"files: {names[1]} is no state of codec {codec} beside {names[0]}"
+
+
 def _distortion_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers of levels are one for each."""
+    """What was measured is there as a whole; numbers of levels are one for each."""
     levels = len(manifest["identity"]["levels"])
-    for name, values in manifest["provenance"].get("distortion", {}).items():
+    facts = manifest["provenance"].get("distortion", {})
+    for group in _MEASURED:
+        lacking = [name for name in group if name not in facts]
+        if 0 < len(lacking) < len(group):
+            yield f"provenance.distortion.{lacking[0]} is missing"
+    for name, values in facts.items():
         if isinstance(values, list) and len(values) != levels:
             yield f"provenance.distortion.{name} has {len(values)} numbers for {levels} levels"
 
@@ -143,6 +170,24 @@ def _array_problems(arrays: list[Array], manifest: Mapping[str, Any]) -> Iterato
                 wanted = sizes.get(f"{spec.name}.{dimension}", sizes.get(dimension, size))
                 if size != wanted:
                     yield f"arrays.{spec.name} has {size} of {dimension}, the identity {wanted}"
+
+
+def _codec_problems(arrays: list[Array], identity: Mapping[str, Any]) -> Iterator[str]:
+    """Levels are stored as their codec writes them: its loops go by the width of a token."""
+    forms, width = codec_names.ARRAYS.get(identity["codec"]), identity["teacher"]["width"]
+    stored = {spec.name: spec for spec in arrays}
+    if forms is None or "features" not in stored:
+        return
+    try:
+        wanted = forms(width)
+    except UserError as error:
+        yield f"identity.codec: {error}"
+        return
+    for name, (dtype, item, _) in wanted.items():
+        spec = stored.get(name)
+        if spec is None or (spec.dtype, spec.item[2:]) != (dtype, item):
+            given = f"{spec.dtype} {list(spec.item[2:])}" if spec else "missing"
+            yield f"arrays.{name} is {given}, codec {identity['codec']} has {dtype} {list(item)}"
 
 
 def _is_as_known(spec: Array) -> bool:

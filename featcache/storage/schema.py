@@ -26,6 +26,7 @@ from featcache.storage.names import check_file_name
 
 _ENTRIES = 4096  # of lists and objects whose length nothing else bounds
 _TEXT = 1 << 16
+LARGEST_SIDE_FILE = 1 << 30  # bytes; of 24 levels of a width of 1,024 a state has 130 kB
 
 
 def _printable(text: str) -> str:
@@ -194,6 +195,12 @@ class SideFile(_Object):
     crc32c: Crc
 
 
+class ManifestFile(SideFile):
+    """Describes a file beside the manifest, which is read as a whole."""
+
+    bytes: Annotated[int, Field(ge=0, le=LARGEST_SIDE_FILE)]
+
+
 class File(SideFile):
     """Describes a file of a shard. `chunks` of one that ends with an index of them."""
 
@@ -208,7 +215,7 @@ class Manifest(_Object):
     provenance: Provenance
     arrays: Annotated[dict[Name, ArrayFacts], Field(min_length=1, max_length=256)]
     shards: Annotated[list[Shard], Field(min_length=1)]
-    files: Annotated[dict[SideName, SideFile], Field(max_length=64)]
+    files: Annotated[dict[SideName, ManifestFile], Field(max_length=64)]
     compression: Literal["blosc"] = "blosc"
 
 

@@ -52,6 +52,20 @@ def stored_feature_statistics(
     )
 
 
+def first_not_finite(
+    items: Mapping[str, npt.NDArray[Any]], features: FeatureStatistics
+) -> tuple[str, int] | None:
+    """Return the name of an array with numbers that are not finite, or whose norm is not, and the
+    first item that has them; None where all are."""
+    for name, values in items.items():
+        plain = features.norms if name == "features" else values
+        if plain.dtype.kind == "f":
+            bad = ~np.isfinite(plain.reshape(len(plain), -1)).all(1)
+            if bad.any():
+                return name, int(bad.argmax())
+    return None
+
+
 class Statistics:
     """Gathers minimum, maximum and sums. Means are kept as numbers per item and summed exactly at
     the end."""

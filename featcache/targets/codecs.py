@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError, near
-from featcache.targets import rotation, trellis
-from featcache.targets.codec_names import LOSSLESS
+from featcache.targets import trellis
+from featcache.targets.codec_names import ARRAYS, LOSSLESS, ArrayForms
 
 Coded = Mapping[str, Tensor]
 State = Mapping[str, Tensor]
-ArrayForms = dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]]
 
 
 class Codec(NamedTuple):
@@ -47,11 +46,6 @@ class Codec(NamedTuple):
 
 
 # ------------------------------------------------------------ fp16
-
-
-def fp16_arrays(width: int) -> ArrayForms:
-    """Return the one array that half precision needs."""
-    return {"features": ("<f2", (width,), ("channel",))}
 
 
 def prepare_nothing(sample: Iterable[Tensor], seed: int) -> dict[str, Tensor]:
@@ -79,16 +73,6 @@ def no_state_problem(state: State, levels: int, width: int) -> str:
 # ------------------------------------------------------------ q8, t4, t3
 
 
-def trellis_arrays(bits: int, width: int) -> ArrayForms:
-    """Return the one array of bytes. Raises UserError for a width that no rotation is known for."""
-    if width % rotation.SMALLEST_BLOCK:
-        raise UserError(
-            f"a codec that rotates its tokens needs a width that {rotation.SMALLEST_BLOCK} "
-            f"divides, the teacher has {width}; store fp16: --codec fp16"
-        )
-    return {"features": ("|u1", (trellis.token_bytes(width, bits),), ("byte",))}
-
-
 def prepare_trellis(bits: int, sample: Iterable[Tensor], seed: int) -> dict[str, Tensor]:
     return trellis.prepare(sample, seed, bits)
 
@@ -109,9 +93,9 @@ def trellis_state_problem(bits: int, state: State, levels: int, width: int) -> s
 _TOLERANCES = {8: 0.02, 4: 0.11, 3: 0.22}
 
 
-def _trellis(bits: int) -> Codec:
+def _trellis(name: str, bits: int) -> Codec:
     return Codec(
-        partial(trellis_arrays, bits),
+        ARRAYS[name],
         partial(prepare_trellis, bits),
         partial(encode_trellis, bits),
         partial(decode_trellis, bits),
@@ -122,10 +106,10 @@ def _trellis(bits: int) -> Codec:
 
 # named functions: spawned workers get codecs by pickle
 CODECS = {
-    LOSSLESS: Codec(fp16_arrays, prepare_nothing, encode_fp16, decode_fp16, no_state_problem),
-    "q8": _trellis(8),
-    "t4": _trellis(4),
-    "t3": _trellis(3),
+    LOSSLESS: Codec(ARRAYS[LOSSLESS], prepare_nothing, encode_fp16, decode_fp16, no_state_problem),
+    "q8": _trellis("q8", 8),
+    "t4": _trellis("t4", 4),
+    "t3": _trellis("t3", 3),
 }
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from featcache import rng
 
 ROUNDS = 4
-SMALLEST_BLOCK = 64  # what a token's outliers are spread over at once
 
 
 def block_width(width: int) -> int:

@@ -23,22 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featcache.errors import UserError
 from featcache.targets import rotation, trellis_tables
+from featcache.targets.codec_names import SCALE_BYTES, token_bytes
 
 State = Mapping[str, Tensor]
-SCALE_BYTES = 4
 _STATES = 256
 _CHUNK = 1 << 14  # tokens of one search on a GPU: 16 or 32 bytes a value
 _LEAST = 64  # tokens that are worth a thread
-
-
-def token_bytes(width: int, bits: int) -> int:
-    """Count the bytes of a token: 4 + D k / 8.
-
-    >>> token_bytes(768, 3)
-    292
-    """
-    return SCALE_BYTES + width * bits // 8
 
 
 def prepare(sample: Iterable[Tensor], seed: int, bits: int) -> dict[str, Tensor]:
@@ -72,7 +64,9 @@ def state_problem(state: State, levels: int, width: int, bits: int) -> str:
                 f"{list(shapes[name])} is needed"
             )
     problems = {
-        "'mean' is not finite": not state["mean"].isfinite().all(),
+        "'mean' is not that of normalised levels": not (
+            state["mean"].abs() <= 2 * width**0.5  # no level is beyond the root of D
+        ).all(),
         "'signs' are not 1 and -1": not (state["signs"].abs() == 1).all(),
         "'order' is no permutation": not (
             state["order"].sort(1).values == torch.arange(width)
@@ -84,6 +78,7 @@ def state_problem(state: State, levels: int, width: int, bits: int) -> str:
 
 def encode(h: Tensor, state: State, bits: int) -> Tensor:
     """Encode levels (..., L, T, D) to (..., L, T, B) uint8, where they are."""
+    _check_width(h, state["mean"].shape[-1])
     residual = (h.half().float() - state["mean"][:, None]).reshape(-1, h.shape[-1])
     on_cpu = h.device.type == "cpu" and _compiles()
     scales, codes = (_encode_on_cpu if on_cpu else _encode)(residual.contiguous(), state, bits)
@@ -93,6 +88,7 @@ def encode(h: Tensor, state: State, bits: int) -> Tensor:
 
 def decode(coded: Tensor, state: State, bits: int) -> Tensor:
     """Decode (..., L, T, B) uint8 to (..., L, T, D) float32, where they are."""
+    _check_width(coded, token_bytes(state["mean"].shape[-1], bits))
     flat = coded.reshape(-1, coded.shape[-1])
     factors = flat[:, :SCALE_BYTES].contiguous().view(torch.float32)[:, 0]
     factors = factors / rotation.gain(state["mean"].shape[-1])
@@ -106,6 +102,15 @@ def decode(coded: Tensor, state: State, bits: int) -> Tensor:
         turned = rotation.rotate_back(state["table"][_windows(code, bits)], state)
         torch.mul(turned, factor[:, None], out=values)
     return out.reshape(shape) + state["mean"][:, None]
+
+
+def _check_width(values: Tensor, wanted: int) -> None:
+    """Raise UserError for tokens of another size: compiled loops would read beyond them."""
+    if values.shape[-1] != wanted:
+        raise UserError(
+            f"tokens of {values.shape[-1]} numbers are given, the codec's state is made for "
+            f"{wanted}; extract again"
+        )
 
 
 def _compiles() -> bool:
