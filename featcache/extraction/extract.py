@@ -89,8 +89,8 @@ def run_jobs(
     jobs = [ExtractJob(in_form_of(job.out, job.plan), job.out) for job in jobs]
     if len(jobs) > 1:
         check_disk_space(jobs)
-    jobs = _with_states(jobs, options)
-    wanted = [prepare_folder(*job, batch_size) for job in jobs]
+    begun = list(_begin(jobs, options))
+    jobs, wanted = [job for job, _ in begun], [about for _, about in begun]
     with _undone_on_failure(jobs, wanted[0]):
         _extract_missing(jobs, wanted[0]["shards"][share[0] :: share[1]], options)
     for job, each in zip(jobs, wanted, strict=True):
@@ -98,9 +98,12 @@ def run_jobs(
     return wanted
 
 
-def _with_states(jobs: Sequence[ExtractJob], options: RunOptions) -> list[ExtractJob]:
-    """Return the jobs with the states of their codecs, which are made where there are none yet.
-    The pictures that are looked at for it are kept, and not decoded again."""
+def _begin(
+    jobs: Sequence[ExtractJob], options: RunOptions
+) -> Iterator[tuple[ExtractJob, dict[str, Any]]]:
+    """Begin the folders of the jobs, one after the other, since a cache is there before what is
+    added to it. Yield each with the state of its codec, which is made where there is none yet, and
+    its manifest. The pictures that are looked at for it are kept, and not decoded again."""
     plans = [job.plan for job in jobs]
     with ThreadPools(options.workers) as pools:
 
@@ -108,7 +111,9 @@ def _with_states(jobs: Sequence[ExtractJob], options: RunOptions) -> list[Extrac
             numbers = range(shard["first"], shard["first"] + shard["count"])
             return _batches(plans, _Pictures(numbers, []), options, pools, keep=True)
 
-        return [codec_sample.begin_codec(job, options.batch_size, batches) for job in jobs]
+        for job in jobs:
+            ready = codec_sample.begin_codec(job, options.batch_size, batches)
+            yield ready, prepare_folder(*ready, options.batch_size)
 
 
 def extract_shard(

@@ -3,8 +3,10 @@ to them; and what is told of a state that is not the one."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,11 @@ from featcache.extraction.extract import ExtractJob
 from featcache.maintenance import recompute, repair, transfer, verify
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
-from featcache.storage import manifest
+from featcache.storage import json_file, manifest
 from tests import codec_caches as cc
 from tests.codec_caches import LAYOUTS, LOSSY, OTHER, VIT, WIDE
 from tests.conftest import Ran, Running, copy_tree, files_below, flip, make_photos, python
-from tests.featcache.extraction.test_launcher import FAST, KILLED, SLOW
+from tests.featcache.extraction.test_launcher import FAST, KILLED, SLOW, wait_for
 
 Start = Callable[..., Running]
 Command = Callable[..., Ran]
@@ -123,6 +125,21 @@ def test_teachers_of_one_pass_get_what_they_get_alone(pictures: Path, tmp_path: 
     assert files_below(tmp_path / "b") == files_below(cc.made(pictures, teacher=OTHER, codec="q8"))
 
 
+def test_two_teachers_of_one_command(
+    featcache_command: Command, pictures: Path, tmp_path: Path
+) -> None:
+    """As one after the other: the cache is begun before what is added to it."""
+    words = ("--images", pictures, "--size", 28, "--levels", "last:1", "--codec", "t3")
+    both = ("--teacher", WIDE, "--teacher", OTHER)
+    ran = featcache_command("extract", *both, *words, "--out", tmp_path / "both")
+    assert ran.status == 0, ran.err
+    for teacher, more in ((WIDE, ()), (OTHER, ("--add",))):
+        given = ("--teacher", teacher, *words, "--out", tmp_path / "one", *more)
+        ran = featcache_command("extract", *given)
+        assert ran.status == 0, ran.err
+    assert files_below(tmp_path / "both") == files_below(tmp_path / "one")
+
+
 def test_a_picture_is_decoded_once(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +175,48 @@ def test_three_processes_at_once_give_the_same_bytes(
     ]
     assert [each.wait() for each in running] == [0, 0, 0], [each.said for each in running]
     assert files_below(tmp_path / "c") == files_below(cc.made(pictures, codec="t3"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_stopped_by_hand_before_the_state_is_there(
+    pictures: Path, tmp_path: Path, start: Start, number: signal.Signals
+) -> None:
+    words = ("--teacher", WIDE, "--size", 28, "--views", 3, "--levels", "2,5", "--codec", "t3")
+    words += ("--rows-per-shard", 5, "--batch-size", 4, "--workers", 2, "--images", pictures)
+    slow = SLOW.replace("0.08", "0.5")
+    running = start("extract", *words, "--out", tmp_path / "c", before=f"{slow}\n{SAYING}")
+    wait_for(lambda: "third picture" in running.said)
+    running.signal(number)
+    assert running.wait(30) == 1
+    (line,) = [each for each in running.said.splitlines() if each != "third picture"]
+    assert line.startswith("error: stopped")
+    assert not (tmp_path / "c").exists()
+    cc.extracted(pictures, tmp_path / "c", codec="t3")
+    assert files_below(tmp_path / "c") == files_below(cc.made(pictures, codec="t3"))
+
+
+SAYING = """
+import itertools
+import featcache.views.pixel_path as i
+saying, count = i.decode, itertools.count()
+i.decode = lambda data: (next(count) == 2 and print("third picture", flush=True), saying(data))[1]
+"""
+
+
+def test_a_full_disk_as_the_state_is_written(
+    featcache_command: Command, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = ("--teacher", WIDE, "--images", pictures, "--size", 28, "--out", tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(json_file, "_sync", full)
+        ran = featcache_command("extract", *options, "--codec", "t3")
+    assert ran.status == 1
+    assert "No space left on device" in ran.error
+    assert [path for path in (tmp_path / "c").rglob("*") if path.is_file()] == []
+    assert featcache_command("extract", *options, "--codec", "t3").status == 0
 
 
 # the function that the killed process enters for the n-th time, and dies in
@@ -385,7 +444,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "shape": (lambda s: {"mean": s["mean"][:1].copy()}, "'mean' is torch.float32"),
     "width": (lambda s: {"mean": s["mean"][:, :32].copy()}, "'mean' is torch.float32"),
     "dtype": (lambda s: {"mean": s["mean"].astype("f2")}, "'mean' is torch.float16"),
-    "nan": (lambda s: {"mean": s["mean"] * np.float32("nan")}, "'mean' is not finite"),
+    "nan": (
+        lambda s: {"mean": s["mean"] * np.float32("nan")},
+        "'mean' is not that of normalised levels",
+    ),
     "table": (lambda s: {"table": swapped(s["table"])}, "'table' is not the codec's"),
     "signs": (lambda s: {"signs": s["signs"] * 0}, "'signs' are not 1 and -1"),
     "order": (lambda s: {"order": twice_the_first(s["order"])}, "'order' is no permutation"),

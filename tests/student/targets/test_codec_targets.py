@@ -1,5 +1,5 @@
-"""Training from caches in q8, t4 and t3: what is decoded of a batch, the teacher in the loop, memory,
-two teachers, the search for a cache, and the PyTorch dataset."""
+"""Training from caches in q8, t4 and t3: what is decoded of a batch, the teacher in the loop,
+memory, two teachers, the search for a cache, and the PyTorch dataset."""
 
 from __future__ import annotations
 
