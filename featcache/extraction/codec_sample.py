@@ -8,7 +8,6 @@ as fp16 has them, the tokens that are kept, in their order. L levels, T stored t
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,8 +35,7 @@ from featcache.targets.levels import normalise
 VIEWS = 256
 MEASURED = 16  # of them, by which what is lost is told
 
-# a plan and one of its shards -> batches of the views that decode
-ShardBatches = Callable[[Plan, Mapping[str, Any]], Iterator[rows.Batch]]
+FirstBatches = Callable[[], Iterator[rows.Batch]]  # of the views that decode, from the first
 
 
 class Known(NamedTuple):
@@ -62,7 +60,7 @@ class Sample:
             self.orders.append(order)
 
 
-def begin_codec(job: ExtractJob, batch_size: int, batches: ShardBatches) -> ExtractJob:
+def begin_codec(job: ExtractJob, batch_size: int, batches: FirstBatches) -> ExtractJob:
     """Return the job with the state of its codec: that of the cache that is there, else one made
     from the first views and written into the folder, with what it loses of them."""
     plan, out = job
@@ -115,13 +113,13 @@ def make_state(
 
 
 def first_levels(
-    plan: Plan, batch_size: int, batches: ShardBatches, sample: Sample, count: int = VIEWS
+    plan: Plan, batch_size: int, batches: FirstBatches, sample: Sample, count: int = VIEWS
 ) -> Iterator[Tensor]:
     """Yield the levels (L, T, D) float16, as they would be stored, of the first views that decode;
     `sample` keeps a few of them. A UserError where none does, or a number is not finite."""
     pipeline = device_pipeline.DevicePipeline(plan, batch_size, ExtractProgress())
     found = 0
-    for batch in itertools.chain.from_iterable(batches(plan, shard) for shard in plan.shards):
+    for batch in batches():
         levels, orders = _stored_levels(plan, batch, pipeline.submit(batch).answer)
         for i, (level, view, order) in enumerate(zip(levels, batch, orders, strict=True)):
             for k in (~level.isfinite().all(2).all(1)).nonzero()[:1].flatten().tolist():

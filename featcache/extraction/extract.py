@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from featcache.errors import IdentityError, UsageError, UserError
 from featcache.extraction import codec_sample, device_pipeline, rendering
@@ -104,16 +105,26 @@ def _begin(
     """Begin the folders of the jobs, one after the other, since a cache is there before what is
     added to it. Yield each with the state of its codec, which is made where there is none yet, and
     its manifest. The pictures that are looked at for it are kept, and not decoded again."""
-    plans = [job.plan for job in jobs]
     with ThreadPools(options.workers) as pools:
-
-        def batches(plan: Plan, shard: Mapping[str, Any]) -> Iterator[item_rows.Batch]:
-            numbers = range(shard["first"], shard["first"] + shard["count"])
-            return _batches(plans, _Pictures(numbers, []), options, pools, keep=True)
-
         for job in jobs:
-            ready = codec_sample.begin_codec(job, options.batch_size, batches)
+            views = partial(_first_batches, jobs, job, options, pools)
+            ready = codec_sample.begin_codec(job, options.batch_size, views)
             yield ready, prepare_folder(*ready, options.batch_size)
+
+
+def _first_batches(
+    jobs: Sequence[ExtractJob], job: ExtractJob, options: RunOptions, pools: ThreadPools
+) -> Iterator[item_rows.Batch]:
+    """Yield the batches that a job's rows will be made of, from the first; those of other pictures
+    than the rows that are there are an error here too."""
+    plans = [each.plan for each in jobs]
+    with stored_views([job.out], cache_root(job.out)) as stored:
+        for shard in job.plan.shards:
+            rows = _Rows(jobs, shard, stored)
+            for batch in _batches(plans, rows, options, pools, keep=True):
+                rows.check(batch)
+                yield batch
+            rows.check([])
 
 
 def extract_shard(
@@ -263,13 +274,6 @@ def _write_shard(
         raise
 
 
-class _Pictures(NamedTuple):
-    """Hold the numbers of pictures, and those that turn out to be unusable."""
-
-    indices: Sequence[int]
-    quarantined: list[dict[str, str]]
-
-
 class _Rows:
     """Decide which pictures of a shard have a row. Where parts beside this one, or the shard that
     is replaced, have decided it already, theirs are the rows, since row i is row i everywhere."""
@@ -340,7 +344,7 @@ def _run_tasks(
 
 def _batches(
     plans: Sequence[Plan],
-    rows: _Rows | _Pictures,
+    rows: _Rows,
     options: RunOptions,
     pools: ThreadPools,
     *,

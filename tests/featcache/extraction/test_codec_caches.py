@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from featcache import Cache, teachers
-from featcache.errors import UserError
+from featcache.errors import IdentityError, UserError
 from featcache.extraction import extract
 from featcache.extraction.extract import ExtractJob
 from featcache.maintenance import recompute, repair, transfer, verify
@@ -25,7 +26,7 @@ from featcache.pictures.source import Source
 from featcache.storage import json_file, manifest
 from tests import codec_caches as cc
 from tests.codec_caches import LAYOUTS, LOSSY, OTHER, VIT, WIDE
-from tests.conftest import Ran, Running, copy_tree, files_below, flip, make_photos, python
+from tests.conftest import Ran, Running, copy_tree, files_below, flip, make_photos, python, waves
 from tests.featcache.extraction.test_launcher import FAST, KILLED, SLOW, wait_for
 
 Start = Callable[..., Running]
@@ -372,6 +373,42 @@ def assert_reads(
             for k, level in enumerate(chosen):
                 i = levels.index(level)
                 cc.assert_near(h[:, k], values[rows, view, i], codec, mean[i])
+
+
+def test_other_pictures_make_no_state_of_what_is_added(pictures: Path, tmp_path: Path) -> None:
+    """They are refused before anything is written; with the pictures of the rows all is as ever."""
+    out = copy_tree(cc.made(pictures, codec="t3"), tmp_path / "c")
+    before = files_below(out)
+    other = copy_tree(pictures, tmp_path / "other")
+    Image.fromarray(255 - waves(50, 60, 3.0)).save(other / "rgb.png")
+    for teacher, levels in ((WIDE, (1, 2, 5)), (OTHER, (3,))):
+        with pytest.raises(IdentityError, match="likely another picture under this key"):
+            cc.add(other, out, teacher, codec="t3", levels=levels)
+        assert files_below(out) == before
+    cc.add(pictures, out, codec="t3", levels=(1, 2, 5))
+    expected = copy_tree(cc.made(pictures, codec="t3"), tmp_path / "expected")
+    cc.add(pictures, expected, codec="t3", levels=(1, 2, 5))
+    assert files_below(out) == files_below(expected)
+
+
+def test_the_means_of_what_is_added_are_of_the_rows_that_are_there(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """A picture that can be used now, and has no row, is not among them; one that has a row and is
+    gone is told before anything is written."""
+    folder = copy_tree(pictures, tmp_path / "pictures")
+    out = cc.extracted(folder, tmp_path / "c", codec="q8")
+    before = files_below(out)
+    shutil.copy(folder / "rgb.png", folder / "a.png")
+    good = (folder / "grey.png").read_bytes()
+    (folder / "grey.png").write_text("not a picture")
+    with pytest.raises(UserError, match=r"'grey' has a row in .* and cannot be used now"):
+        cc.add(folder, out, codec="q8", levels=(1, 2, 5))
+    assert files_below(out) == before
+    (folder / "grey.png").write_bytes(good)
+    part = cc.add(folder, out, codec="q8", levels=(1, 2, 5))
+    every = cc.made(pictures, levels=[1, 2, 5])
+    np.testing.assert_array_equal(cc.state(part)["mean"], cc.mean_of(every)[:1])
 
 
 def test_an_added_teacher_has_a_codec_and_a_state_of_its_own(
