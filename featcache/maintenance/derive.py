@@ -8,7 +8,7 @@ machine. `transfer` does the work, so a derivation that was killed continues whe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -119,9 +119,15 @@ def _with_change(job: TransferJob) -> TransferJob:
         data = codec_state.begin(job.out, about, name, data)
     state = codec_state.unpack(data, about, f"the state {name}")
     files = {**about["files"], **manifest.file_facts({name: data})}
-    provenance = {**about["provenance"], **_lost(job, change, state)}
+    lost = _lost(job, change, state) if there is None else _measured(there)
+    provenance = {**about["provenance"], **lost}
     about = {**about, "files": files, "provenance": provenance}
     return replace(job, manifest=about, change=replace(change, new_state=state), state_file=data)
+
+
+def _measured(there: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was measured as a part was begun."""
+    return {name: facts for name, facts in there["provenance"].items() if name == "distortion"}
 
 
 def _lost(job: TransferJob, change: LevelChange, state: dict[str, Tensor]) -> dict[str, Any]:

@@ -647,6 +647,17 @@ def test_a_damaged_parent_leaves_the_shard_that_is_there(pictures: Path, tmp_pat
     assert files_below(tmp_path / "c") == before
 
 
+def test_another_shard_of_the_parent_need_not_be_sound(pictures: Path, tmp_path: Path) -> None:
+    """The first, of which the state was made and measured."""
+    origin = copy_tree(cc.made(pictures), tmp_path / "origin")
+    derive(origin, tmp_path / "c", codec="t3", tokens="ranked")
+    whole = files_below(tmp_path / "c")
+    flip(next((origin / "shards/000000.zarr/features").glob("c*")), 41)
+    LOSSES["a bit of a shard"](tmp_path / "c")
+    repair.run(tmp_path / "c", never)
+    assert files_below(tmp_path / "c") == whole
+
+
 def test_state_and_copy_lost_are_one_line(pictures: Path, tmp_path: Path) -> None:
     derive(cc.made(pictures), tmp_path / "c", codec="t3")
     LOSSES["the state"](tmp_path / "c")
