@@ -16,6 +16,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Iterable
+from pathlib import PurePath
 
 WORK_FAILED = 1  # the command was right, the work could not be done
 COMMAND_WRONG = 2  # the command itself cannot be meant
@@ -54,8 +55,14 @@ def command_line(*words: object) -> str:
 
     >>> print(command_line("rm", "my cache", "\\x1b'"))
     rm 'my cache' $'\\x1b\\x27'
+
+    A path is no option, whatever it begins with.
     """
-    return " ".join(_shell_word(str(word)) for word in words)
+    texts = (
+        f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else str(word)
+        for word in words
+    )
+    return " ".join(map(_shell_word, texts))
 
 
 def _shell_word(word: str) -> str:

@@ -3,6 +3,7 @@ it finishes the cache, or adds to it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from featcache.views import pixel_path
 from featcache.views.policy import Policy
 
 BATCH_SIZE = 32  # of `featcache extract` where none is given
+_LONGEST_PATH, _LONGEST_NAME = 4096, 256  # bytes, the end not included
 
 
 def shell_line(words: Sequence[str]) -> str:
@@ -57,8 +59,16 @@ def _derive_line(manifest: Mapping[str, Any], out: Path) -> str:
         **(merged if provenance.get("merged") else {}),
     }
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    parent = provenance.get("derived_from") or "PARENT"
-    return command_line("featcache", "derive", parent, str(out), *words)
+    return command_line("featcache", "derive", parent_path(manifest) or "PARENT", out, *words)
+
+
+def parent_path(manifest: Mapping[str, Any]) -> str:
+    """Return where the cache was that this one was derived from; empty where what is recorded is no
+    absolute path, as derivation writes it: another text may be an option, or lead to anywhere."""
+    path = str(manifest["provenance"].get("derived_from", ""))
+    names = [os.fsencode(name) for name in path.split("/")]
+    fine = path.startswith("/") and "\0" not in path and len(os.fsencode(path)) < _LONGEST_PATH
+    return path if fine and max(map(len, names)) < _LONGEST_NAME else ""
 
 
 class Unfinished(NamedTuple):

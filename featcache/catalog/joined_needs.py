@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from featcache.catalog.recipe_files import NEEDS_LITERAL
 from featcache.catalog.recipe_needs import RecipeNeeds
-from featcache.catalog.serves import NEEDS_LITERAL
 from featcache.errors import UsageError
 from featcache.reading import crop_range
 from featcache.reading.crop_range import Scale

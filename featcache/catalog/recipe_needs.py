@@ -16,20 +16,22 @@ were published (catalog.serves); here it is checked and becomes its needs:
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.catalog import serves
+from featcache.catalog import recipe_files
+from featcache.catalog.recipe_files import NEEDS_LITERAL
 from featcache.errors import UsageError, UserError, near, short
 from featcache.reading.crop_range import Scale
-from featcache.runtime.user_file import reason
 from featcache.views.policy import Policy
 
 MOST_LEVELS = 256
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,36 @@ def find_needs(name: str) -> RecipeNeeds:
     UsageError where there is none, or where it does not state what it reads."""
     if name.endswith(".py"):
         return parse_needs(name, _own_literal(Path(name)))
-    known = dict(serves.recipe_needs())
+    known = installed()
     if name not in known:
         raise UsageError(
             f"--for: unknown recipe {name!r}: {near(name, known)}; or the path of your own file, "
             "./mine.py"
         )
-    return parse_needs(name, known[name])
+    found = known[name]
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def installed() -> dict[str, RecipeNeeds | UserError]:
+    """Return the needs of every recipe that is announced, by its name; or why it states none."""
+    found: dict[str, RecipeNeeds | UserError] = {}
+    taken: dict[str, Path] = {}
+    for path in recipe_files.installed_files():
+        needs: RecipeNeeds | UserError | None
+        try:
+            literal = recipe_files.read_needs(path)
+            needs = None if literal is None else parse_needs(path.stem, literal)
+        except UserError as error:
+            needs = error
+        if needs is None or taken.get(path.stem) == path:
+            continue
+        if path.stem in taken:
+            _LOG.warning("recipe %r of %s is hidden by %s", path.stem, path, taken[path.stem])
+            continue
+        found[path.stem], taken[path.stem] = needs, path
+    return found
 
 
 def _own_literal(path: Path) -> dict[str, Any]:
@@ -66,17 +91,10 @@ def _own_literal(path: Path) -> dict[str, Any]:
             f"--for: cannot read recipe {str(path)!r}: no such file; give a name or the path of "
             "your own .py file"
         )
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of a text that is only parsed
-            literal = serves.read_needs(path)
-    except (OSError, SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise UserError(
-            f"--for: recipe {str(path)!r} cannot be read: {reason(error)}; its "
-            f"{serves.NEEDS_LITERAL} is a literal, which is parsed and not run: fix the file"
-        ) from error
+    literal = recipe_files.read_needs(path)
     if literal is None:
         raise UsageError(
-            f"--for: recipe {str(path)!r} states no {serves.NEEDS_LITERAL} = {{...}}, so nothing "
+            f"--for: recipe {str(path)!r} states no {NEEDS_LITERAL} = {{...}}, so nothing "
             "is known of what it reads; add it, or give --teacher and --levels in place of --for"
         )
     return literal
@@ -124,18 +142,18 @@ def parse_needs(name: str, literal: dict[str, Any]) -> RecipeNeeds:
     for key, value in literal.items():
         if key not in _KEYS:
             raise UsageError(
-                f"--for {name}: its {serves.NEEDS_LITERAL} has an unknown key {short(key)}; "
+                f"--for {name}: its {NEEDS_LITERAL} has an unknown key {short(key)}; "
                 f"{near(str(key), _KEYS)}; change it"
             )
         if not _KEYS[key][0](value):
             raise UsageError(
-                f"--for {name}: its {serves.NEEDS_LITERAL} has {key}={short(value)}; "
+                f"--for {name}: its {NEEDS_LITERAL} has {key}={short(value)}; "
                 f"{_KEYS[key][1]} is needed; change it"
             )
     for key in _NEEDED if literal.get("fields") else _NEEDED[:1]:
         if key not in literal:
             raise UsageError(
-                f"--for {name}: its {serves.NEEDS_LITERAL} has no {key!r}; {_KEYS[key][1]} is "
+                f"--for {name}: its {NEEDS_LITERAL} has no {key!r}; {_KEYS[key][1]} is "
                 "needed; add it"
             )
     count = literal.get("levels", "").removeprefix("last:")

@@ -1,10 +1,4 @@
-"""The recipes that a cache can serve are found without importing any of them (they need torch;
-`info` must not).
-
-A package of recipes announces itself with the entry point group `featcache.recipes`; each of its
-files states with a literal what its default configuration reads, which is parsed and never run:
-
-    SERVED_BY = {"fields": ("features", "attention"), "levels": "last:5", "mask_ratio": 0.7}
+"""A cache is compared with what recipes state that they read: whom it can serve.
 
 `all_tokens`: hidden patches' tokens are read too. `derive`: z, which only a teacher with a
 projection gives. What else an extraction takes from there is in `recipe_needs`.
@@ -12,46 +6,24 @@ projection gives. What else an extraction takes from there is in `recipe_needs`.
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
+from featcache.catalog import recipe_needs
 from featcache.errors import UserError
 from featcache.reading.cache import Cache
-
-ENTRY_POINT_GROUP = "featcache.recipes"
-NEEDS_LITERAL = "SERVED_BY"
 
 
 def recipe_support(cache: Cache) -> dict[str, str]:
     """Return recipe name -> why this cache does not serve it, empty where it does."""
-    return {name: unsupported_reason(cache, needs) for name, needs in sorted(recipe_needs())}
-
-
-def recipe_needs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every announced recipe and what it states."""
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        package, *inner = point.value.split(".")
-        spec = importlib.util.find_spec(package)  # of a top-level name, which imports nothing
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            for path in Path(folder, *inner).glob("*.py"):
-                if needs := read_needs(path):
-                    yield path.stem, needs
-
-
-def read_needs(path: Path) -> dict[str, Any] | None:
-    """Read the literal of one file; None where there is none."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [
-            NEEDS_LITERAL
-        ]:
-            value = ast.literal_eval(node.value)
-            return value if isinstance(value, dict) else None
-    return None
+    found = {}
+    for name, needs in sorted(recipe_needs.installed().items()):
+        if isinstance(needs, UserError):
+            found[name] = str(needs).removeprefix(f"--for {name}: ")
+        else:
+            found[name] = unsupported_reason(cache, needs.literal)
+    return found
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from featcache.extraction.target_folder import (
 from featcache.maintenance import derive, verify
 from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
-from featcache.runtime.local_path import local_path
 from featcache.storage import belongings, codec_state, commit, json_file, manifest
 from featcache.storage import lease as leases
 from featcache.storage.identity import refuse_mismatch
@@ -54,13 +53,14 @@ class _Folder(NamedTuple):
 def recorded_parent(about: dict[str, Any]) -> Path:
     """Return where the cache was that a part was derived from. Raises UserError where it is no
     longer there."""
-    path = Path(local_path(about["provenance"].get("derived_from") or "PARENT", "the parent"))
-    if not (path / manifest.NAME).is_file():
+    path = extract_command.parent_path(about)
+    if not path or not (Path(path) / manifest.NAME).is_file():
+        where = f"not at {path!r}" if path else "at no place that is recorded"
         raise UserError(
-            f"it was derived from cache {about['identity']['parent']}, which is not at "
-            f"{str(path)!r}; give it with --parent CACHE"
+            f"it was derived from cache {about['identity']['parent']}, which is {where}; give it "
+            "with --parent CACHE"
         )
-    return path
+    return Path(path)
 
 
 def run(

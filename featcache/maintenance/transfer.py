@@ -240,8 +240,8 @@ def _copy_file(
             "fault; run the same command again"
         )
     raise UserError(
-        f"cache file {origin}: its bytes are not those that were written; run `featcache repair "
-        f"{cache}`"
+        f"cache file {origin}: its bytes are not those that were written; run "
+        f"`{command_line('featcache', 'repair', cache)}`"
     )
 
 

@@ -64,6 +64,7 @@ def state_problem(state: State, levels: int, width: int, bits: int) -> str:
                 f"{list(shapes[name])} is needed"
             )
     problems = {
+        "'mean' is not finite": not state["mean"].isfinite().all(),
         "'mean' is not that of normalised levels": not (
             state["mean"].abs() <= 2 * width**0.5  # no level is beyond the root of D
         ).all(),

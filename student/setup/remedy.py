@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from featcache.catalog import extract_command, home
-from featcache.errors import UserError
+from featcache.errors import UserError, command_line
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
@@ -45,7 +45,7 @@ def _of_parent(spec: TargetSpec, config: RecipeConfig, cache: Cache) -> str:
     wanted = cache.identity["parent"]
     path = next((each for each in home.caches() if _id(each) == wanted), None)
     if path is None:
-        recorded = cache.manifest["provenance"].get("derived_from", "")
+        recorded = extract_command.parent_path(cache.manifest)
         return (
             f"it was derived from cache {wanted} ({recorded!r}), which is not below "
             f"{str(home.home())!r}: train from that one, or derive another of it with "
@@ -54,8 +54,8 @@ def _of_parent(spec: TargetSpec, config: RecipeConfig, cache: Cache) -> str:
     with Cache(path) as parent:
         if not missing(parent, spec, config):
             return (
-                f"the cache that it was derived from serves: --cache {str(path)!r}, or derive "
-                "another of it with `featcache derive`"
+                f"the cache that it was derived from serves: {command_line('--cache', path)}, or "
+                "derive another of it with `featcache derive`"
             )
         return f"derive it again once the parent has it: {extract_remedy(spec, config, parent)}"
 

@@ -6,8 +6,10 @@ Checksums and ids are right throughout: nothing but the one change is wrong.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -294,6 +296,99 @@ def test_an_unknown_codec_and_missing_files_are_told_in_a_line(
     forge(t4, change)
     told = [ran.status for _, ran in everything(t4, home / "dest", origins / "pictures")]
     assert 1 in told
+
+
+# ---------------------------------------------------------------- parents
+
+
+@pytest.mark.parametrize("path", ["--help", "-rf", "x", ".", "~root", "~nobody-here/x", "s3://b/x",
+                                  "/a\0b", "/a\n$(b)", "/\x1b[31m", "/'\"$(touch x)`touch x`",
+                                  "/\udc80", "/" + "x" * 300, "/x" * 30_000,
+                                  "/dev/zero", "FIFO", "ITSELF", "PICTURES"])  # fmt: skip
+def test_a_parent_at_a_path_of_any_kind_is_told_or_left_out(
+    t4: Path, home: Path, origins: Path, path: str
+) -> None:
+    """A line that is pasted into a shell names an absolute path, or none."""
+    os.mkfifo(home / "fifo")
+    places = {"FIFO": home / "fifo", "ITSELF": t4, "PICTURES": origins / "pictures"}
+    path = str(places.get(path, path))
+    forge(t4, lambda about: about["provenance"].update(derived_from=path))
+    (t4 / "shards/000001.json").unlink()
+    made_by = json.loads(ask("info", t4, "--json").out)["made_by"]
+    if "\0" not in path and len(path) < 300:
+        words = bash(made_by)
+        assert words[:2] == ["featcache", "derive"]
+        assert words[2] == (path if path.startswith("/") else "PARENT")
+    ran = ask("repair", t4)
+    assert ran.status == 1
+    assert hostile.read(t4 / "manifest.json")["identity"]["parent"] in ran.line
+
+
+def bash(line: str) -> list[str]:
+    """The words that a shell makes of a line."""
+    ran = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True, timeout=20
+    )
+    return [os.fsdecode(word) for word in ran.stdout.split(b"\0")[:-1]]
+
+
+@pytest.mark.parametrize("kind", ["missing", "fifo", "other", "huge"])
+def test_a_teachers_end_is_restored_from_that_of_the_parent_alone(
+    t4: Path, home: Path, origins: Path, kind: str
+) -> None:
+    parent = Path(shutil.copytree(origins / "fp16", home / "parent"))
+    tail = next(parent.glob("*.safetensors"))
+    data = (t4 / tail.name).read_bytes()
+    (t4 / tail.name).unlink()
+    tail.unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(tail)
+        case "other":
+            tail.write_bytes(bytes(len(data)))
+        case "huge":
+            with tail.open("wb") as file:
+                file.truncate(10 << 30)
+    assert f"run `featcache repair {parent}` first" in ask("repair", t4, "--parent", parent).line
+    assert not (t4 / tail.name).exists()
+    tail.unlink(missing_ok=True)
+    tail.write_bytes(data)
+    assert ask("repair", t4, "--parent", parent).status == 0
+    assert (t4 / tail.name).read_bytes() == data
+
+
+@pytest.mark.parametrize("which", ["state", "copy"])
+@pytest.mark.parametrize("kind", ["fifo", "huge", "link", "folder"])
+def test_what_stands_in_the_place_of_a_state_is_no_state(
+    t4: Path, home: Path, origins: Path, which: str, kind: str
+) -> None:
+    path = state_of(t4) if which == "state" else t4 / "shards/state.copy.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "huge":
+            with path.open("wb") as file:
+                file.truncate(10 << 30)
+        case "link":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+            (path / "mine").write_text("mine")
+    assert ask("verify", t4).status == 1
+    assert ask("derive", t4, home / "dest", "--tokens", "ranked").status == (which == "state")
+    ran = ask("repair", t4)
+    if kind == "folder":
+        assert "is a folder where a file is to be" in ran.line
+        assert "holds what featcache did not write" in ask("rm", t4, "--yes").line
+        assert (path / "mine").read_text() == "mine"
+    else:
+        assert ran.status == 0
+        assert path.read_bytes() == data
+        assert not path.is_symlink()
+        assert ask("rm", t4, "--yes").status == 0
+        assert not t4.exists()
 
 
 # ---------------------------------------------------------------- numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,71 @@ def test_a_file_that_says_nothing(
 def test_an_unknown_recipe_gets_near_names() -> None:
     with pytest.raises(UsageError, match=r"unknown recipe 'maskalgin': did you mean maskalign"):
         recipe_needs.find_needs("maskalgin")
+
+
+# ------------------------------------------------------------ files and packages of strangers
+
+
+def test_a_file_is_read_as_the_interpreter_reads_it(tmp_path: Path) -> None:
+    """It may begin with a mark of its encoding, name another, or annotate the literal."""
+    for text in (
+        b"\xef\xbb\xbfSERVED_BY = {'fields': ()}",
+        b"# -*- coding: latin-1 -*-\nNAME = '\xe9'\nSERVED_BY = {'fields': ()}",
+        b"SERVED_BY: dict[str, object] = {'fields': ()}",
+    ):
+        (tmp_path / "mine.py").write_bytes(text)
+        assert recipe_needs.find_needs(str(tmp_path / "mine.py")).fields == ()
+
+
+def test_a_file_of_any_size_is_told_at_once(tmp_path: Path) -> None:
+    with (tmp_path / "mine.py").open("wb") as file:
+        file.truncate(10 << 30)
+    with pytest.raises(UserError, match="has more than 1048576 bytes"):
+        recipe_needs.find_needs(str(tmp_path / "mine.py"))
+
+
+def announce(root: Path, package: str, **files: str) -> None:
+    """Put a package of recipes, and what announces it, where Python looks."""
+    info = root / f"{package}-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[featcache.recipes]\n{package} = {package}\n")
+    if files:
+        (root / package).mkdir()
+    for name, text in files.items():
+        (root / package / f"{name}.py").write_text(text)
+
+
+WHOLE = "{'fields': ('features',), 'levels': 'last:1', 'mask_ratio': 0.5}"
+
+
+def test_a_package_of_strangers_breaks_no_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    announce(tmp_path, "absent_recipes")
+    announce(
+        tmp_path,
+        "odd_recipes",
+        broken="SERVED_BY = {",
+        called="SERVED_BY = open('ran', 'w')",
+        unnamed="SERVED_BY = {'fields': ('features',)}",
+        levels=f"SERVED_BY = {WHOLE.replace('last:1', 'last:x')}",
+        fine=f"raise SystemExit\nSERVED_BY = {WHOLE}",
+        mae=f"SERVED_BY = {WHOLE}",
+        helper="",
+    )
+    os.mkfifo(tmp_path / "odd_recipes/pipe.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = recipe_needs.installed()
+    assert {name for name, needs in found.items() if isinstance(needs, UserError)} == {
+        "broken", "called", "unnamed", "levels", "pipe",
+    }  # fmt: skip
+    assert "helper" not in found
+    assert recipe_needs.find_needs("fine").levels == 1
+    assert recipe_needs.find_needs("maskalign").fields
+    with pytest.raises(UserError, match=r"broken\.py' cannot be read: SyntaxError"):
+        recipe_needs.find_needs("broken")
+    assert "'absent_recipes', which is no package here" in caplog.text
+    assert "recipe 'mae' of" in caplog.text
+    assert not (tmp_path / "ran").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache.catalog import serves
+from featcache.catalog import recipe_files, recipe_needs, serves
 from featcache.reading.cache import Cache
 from student import recipes
 from tests import student_fixtures as fx
@@ -21,7 +21,7 @@ SIX = "synthetic:levels=6,tokens=16,width=24,size=32"
 def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
     module = recipes.load(name)
     needs = module.needs(module.Config())
-    stated = serves.read_needs(Path(str(module.__file__)))
+    stated = recipe_files.read_needs(Path(str(module.__file__)))
     assert stated == module.SERVED_BY
     assert stated.get("mask_ratio", module.Config().mask_ratio) == module.Config().mask_ratio
     optional = {"mask_ratio", "all_tokens", "derive", "teacher", "scale", "jitter", "size"}
@@ -42,7 +42,7 @@ def test_the_literal_is_what_the_default_configuration_needs(name: str) -> None:
 
 
 def test_every_recipe_is_known() -> None:
-    assert sorted(name for name, _ in serves.recipe_needs()) == recipes.names()
+    assert sorted(recipe_needs.installed()) == recipes.names()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_every_recipe_is_known() -> None:
 )
 def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: Path) -> None:
     (tmp_path / "recipe.py").write_text(text)
-    assert serves.read_needs(tmp_path / "recipe.py") == expected
+    assert recipe_files.read_needs(tmp_path / "recipe.py") == expected
 
 
 @pytest.mark.parametrize(
