@@ -7,6 +7,7 @@ long to import.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
 import sys
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_AGAIN_S = 0.05  # until a callback is left
 _received: list[int] = []
 
 
@@ -26,11 +28,24 @@ def install_handlers() -> None:
             # as under nohup, or in the background of a script
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _stop)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _raise_again
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     raise KeyboardInterrupt
+
+
+def _raise_again(ignored: sys.UnraisableHookArgs) -> None:
+    """Send a signal again that was raised in a library's callback, where Python prints an exception
+    and goes on: numba compiles with such."""
+    if not (isinstance(ignored.exc_value, KeyboardInterrupt) and _received):
+        sys.__unraisablehook__(ignored)
+        return
+    again = threading.Timer(_AGAIN_S, _thread.interrupt_main, _received[-1:])
+    again.daemon = True
+    again.start()
 
 
 def was_signalled() -> bool:

@@ -1,0 +1,33 @@
+"""Signals stop a program wherever they come."""
+
+from __future__ import annotations
+
+from tests.conftest import python
+
+IN_CALLBACK = """
+import ctypes, os, signal, time
+from featcache.runtime import signals
+
+signals.install_handlers()
+
+@ctypes.CFUNCTYPE(None)
+def callback():
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(5)
+
+try:
+    callback()
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("stopped", signals.was_signalled())
+else:
+    print("went on")
+"""
+
+
+def test_a_signal_in_a_librarys_callback_is_not_lost() -> None:
+    """Python ignores what is raised there, and prints it."""
+    for name in ("SIGINT", "SIGTERM"):
+        ran = python(IN_CALLBACK.format(name=name))
+        assert ran.stdout == "stopped True\n"
+        assert ran.stderr == ""
