@@ -22,7 +22,7 @@ from featcache.extraction.options import file_name
 from featcache.extraction.target_folder import existing_manifest
 from featcache.maintenance import transfer
 from featcache.maintenance.derive_plan import LevelChange, Wish, derive_jobs
-from featcache.maintenance.transfer_plan import TransferJob
+from featcache.maintenance.transfer_plan import Target, TransferJob
 from featcache.reading.cache import Cache
 from featcache.storage import codec_state, manifest
 from featcache.storage.part import cache_root
@@ -55,14 +55,15 @@ def again(
                 f"{where}: {str(parent)!r} is cache {source.manifest['id']}, it was derived from "
                 f"{wanted['parent']}; give that one with --parent CACHE"
             )
-        jobs, _ = derive_jobs(source, cache_root(part), _wish_of(about))
-        found = [job for job in jobs if job.identity == wanted]
+        target = Target(wanted["store"], about["format"], about.get("compression", ""))
+        jobs, _ = derive_jobs(source, cache_root(part), _wish_of(part, about), target)
+        found = [job for job in jobs if _numbers_of(job.manifest) == _numbers_of(about)]
         if not found or found[0].manifest["arrays"] != about["arrays"]:
             raise UserError(
                 f"{where}: no part of {str(parent)!r} gives it any more; derive it again into "
                 "another folder"
             )
-        job = _with_change(replace(found[0], out=part))
+        job = _with_change(replace(found[0], out=part, manifest=about))
         tail = codec_state.tail_name(about)
         files = {tail: _tail(job, tail, about)} if tail else {}
         records = {record["shard"]: record for record in job.records}
@@ -83,10 +84,16 @@ def _tail(job: TransferJob, name: str, about: dict[str, Any]) -> bytes:
     return path.read_bytes()
 
 
-def _wish_of(about: dict[str, Any]) -> Wish:
-    """Return what a part was derived with."""
-    identity = about["identity"]
-    merged = about["provenance"].get("merged", False)
+def _numbers_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity, but for its pictures: a copy may have some of the shards."""
+    return {name: value for name, value in about["identity"].items() if name != "pictures"}
+
+
+def _wish_of(part: Path, about: dict[str, Any]) -> Wish:
+    """Return what a part was derived with, and copied with since."""
+    identity, provenance = about["identity"], about["provenance"]
+    copied = "copied_from" in provenance and part == cache_root(part)
+    merged = copied or provenance.get("merged", False)
     keep = identity.get("keep")
     return Wish(
         levels=tuple(identity["levels"]) if merged else None,

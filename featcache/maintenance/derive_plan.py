@@ -96,10 +96,12 @@ def _unrank(values: npt.NDArray[Any], order: npt.NDArray[np.unsignedinteger]) ->
     return out
 
 
-def derive_jobs(source: Cache, out: Path, wish: Wish) -> tuple[list[TransferJob], list[str]]:
+def derive_jobs(
+    source: Cache, out: Path, wish: Wish, target: Target | None = None
+) -> tuple[list[TransferJob], list[str]]:
     """Return (jobs, what is left out in words): of the cache and all that was added to it, or with
-    levels or views of one flat cache of its own teacher."""
-    target = Target(source.identity["store"], FORMAT)
+    levels or views of one flat cache of its own teacher. Without `target` in the source's store."""
+    target = target or Target(source.identity["store"], FORMAT)
     if wish.levels is None and wish.views is None:
         jobs, left = whole_cache_jobs(source, out, target)
     else:
@@ -133,8 +135,8 @@ def _changed(job: TransferJob, source: Cache, wish: Wish) -> TransferJob:
         "statistics": "of stored numbers",
         **({"merged": True} if wish.levels or wish.views else {}),
     }
-    made = manifests.make(identity, provenance, arrays, about["shards"], {}, format=FORMAT)
-    made["files"] = about["files"]
+    made = manifests.make(identity, provenance, arrays, about["shards"], {}, format=about["format"])
+    made |= {name: about[name] for name in ("files", "compression") if name in about}
     recount = "features" in arrays
     return replace(job, manifest=made, as_files=False, recount=recount)
 

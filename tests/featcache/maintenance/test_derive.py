@@ -647,6 +647,44 @@ def test_a_damaged_parent_leaves_the_shard_that_is_there(pictures: Path, tmp_pat
     assert files_below(tmp_path / "c") == before
 
 
+COPIES: dict[str, Callable[[Path, Path], Any]] = {
+    "whole": lambda c, out: transfer.copy(c, out),
+    "views": lambda c, out: transfer.copy(c, out, views=2),
+    "levels": lambda c, out: transfer.copy(c, out, levels=(5,)),
+    "shards": lambda c, out: transfer.copy(c, out, shards=(1, 3)),
+    "archive": lambda c, out: transfer.copy(c, out, compress=True),
+    "tars": lambda c, out: transfer.convert(c, out, store="webdataset"),
+    "format 3": lambda c, out: transfer.convert(c, out, format=3),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("codec", ["t3", "fp16"])
+def test_a_copy_of_it_is_repaired_from_its_parent(
+    pictures: Path, tmp_path: Path, copy: str, codec: str
+) -> None:
+    """However it is written."""
+    derive(cc.made(pictures), tmp_path / "d", codec=codec, tokens="ranked", keep="5")
+    out = tmp_path / "c"
+    COPIES[copy](tmp_path / "d", out)
+    whole = files_below(out)
+    (record,) = out.glob("shards/000001.json")
+    record.unlink()
+    min(out.glob("*.safetensors"), key=lambda path: len(path.name)).unlink()
+    assert repair.run(out, never)["shards"] == [str(record)]
+    assert files_below(out) == whole
+
+
+def test_parts_of_a_copy_are_repaired(grown: Path, tmp_path: Path) -> None:
+    derive(grown, tmp_path / "d", codec="q8")
+    transfer.copy(tmp_path / "d", tmp_path / "c", shards=(0, 2))
+    whole = files_below(tmp_path / "c")
+    for part in (tmp_path / "c", *sorted((tmp_path / "c/parts").iterdir())):
+        record_path(part, "000001").unlink()
+    repair.run(tmp_path / "c", never)
+    assert files_below(tmp_path / "c") == whole
+
+
 def test_another_shard_of_the_parent_need_not_be_sound(pictures: Path, tmp_path: Path) -> None:
     """The first, of which the state was made and measured."""
     origin = copy_tree(cc.made(pictures), tmp_path / "origin")
