@@ -3,6 +3,7 @@ and run again; of what was added; what is refused; and repaired from their paren
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -103,19 +104,26 @@ def assert_as_extracted(derived: Path, direct: Path) -> None:
 # ---------------------------------------------------------------- as an extraction writes it
 
 
+FEW = {
+    ("q8", "raster", "all"),
+    ("t4", "kept", "views"),
+    *(("t3", layout, "all") for layout in LAYOUTS),
+    ("t3", "kept", "levels"),
+    ("fp16", "ranked", "all"),
+    ("fp16", "kept", "views"),
+    ("fp16", "raster", "levels"),
+}
+
+
 def combinations() -> list[Any]:
-    """All in zarr; in tars those that differ most. The first of each kind runs by default."""
+    """All in both stores; by default those that differ most, and one of them in tars."""
+    every = itertools.product(("zarr", "webdataset"), CODECS, LAYOUTS, LESS)
     found = []
-    for store in ("zarr", "webdataset"):
-        for codec in CODECS:
-            for layout in LAYOUTS:
-                for less in LESS:
-                    if (codec, layout, less) == ("fp16", "raster", "all"):
-                        continue
-                    few = store == "zarr" and (codec in ("t3", "fp16") or less == "all")
-                    few = few or (codec, layout, less) == ("t4", "kept", "views")
-                    marks = () if few else pytest.mark.slow
-                    found.append(pytest.param(store, codec, layout, less, marks=marks))
+    for store, *options in every:
+        run = tuple(options) in FEW and (store == "zarr" or options[:2] == ["t4", "kept"])
+        if options != ["fp16", "raster", "all"]:
+            marks = () if run else pytest.mark.slow
+            found.append(pytest.param(store, *options, marks=marks))
     return found
 
 
@@ -659,7 +667,7 @@ COPIES: dict[str, Callable[[Path, Path], Any]] = {
 
 
 @pytest.mark.parametrize("copy", COPIES)
-@pytest.mark.parametrize("codec", ["t3", "fp16"])
+@pytest.mark.parametrize("codec", ["t3", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_copy_of_it_is_repaired_from_its_parent(
     pictures: Path, tmp_path: Path, copy: str, codec: str
 ) -> None:
