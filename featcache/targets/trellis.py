@@ -7,10 +7,12 @@ searched for (Viterbi; trellis-coded quantisation, Marcellin and Fischer 1990, w
 register of Mao, Gray and Linder 2012). With 8 new bits it is the nearest number of the table.
 
     token    scale, 4 bytes (float32, little-endian), then D k / 8 bytes, the first bit the highest
-    decoded  mean + scale / gain * rotate_back(values)
+    decoded  mean + scale / gain * rotate_back(values), its channels turned back by `turn`
 
 The scale makes the error orthogonal to the token, so that decoded tokens are not shorter on
-average. Shapes: L levels, T tokens, D width, B bytes of a token, N tokens of all.
+average. Its lowest 8 bits are `turn`, by how many places a token's channels are turned before
+the rotation: a hash of the token, so that tokens which are alike do not share an error, and what
+they lose is gone on average. L levels, T tokens, D width, B bytes of a token, N tokens of all.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ State = Mapping[str, Tensor]
 _STATES = 256
 _CHUNK = 1 << 14  # tokens of one search on a GPU: 16 or 32 bytes a value
 _LEAST = 64  # tokens that are worth a thread
+_TURNS = 255
 
 
 def prepare(sample: Iterable[Tensor], seed: int, bits: int) -> dict[str, Tensor]:
@@ -80,10 +83,13 @@ def state_problem(state: State, levels: int, width: int, bits: int) -> str:
 def encode(h: Tensor, state: State, bits: int) -> Tensor:
     """Encode levels (..., L, T, D) to (..., L, T, B) uint8, where they are."""
     _check_width(h, state["mean"].shape[-1])
-    residual = (h.half().float() - state["mean"][:, None]).reshape(-1, h.shape[-1])
+    rounded = h.half()
+    residual = (rounded.float() - state["mean"][:, None]).reshape(-1, h.shape[-1])
+    turns = _turns(rounded).reshape(-1)
     on_cpu = h.device.type == "cpu" and _compiles()
-    scales, codes = (_encode_on_cpu if on_cpu else _encode)(residual.contiguous(), state, bits)
-    head = scales[:, None].contiguous().view(torch.uint8)
+    work = _encode_on_cpu if on_cpu else _encode
+    scales, codes = work(residual.contiguous(), turns, state, bits)
+    head = _with_turns(scales, turns)[:, None].contiguous().view(torch.uint8)
     return torch.cat((head, codes), 1).reshape(*h.shape[:-1], token_bytes(h.shape[-1], bits))
 
 
@@ -91,17 +97,18 @@ def decode(coded: Tensor, state: State, bits: int) -> Tensor:
     """Decode (..., L, T, B) uint8 to (..., L, T, D) float32, where they are."""
     _check_width(coded, token_bytes(state["mean"].shape[-1], bits))
     flat = coded.reshape(-1, coded.shape[-1])
-    factors = flat[:, :SCALE_BYTES].contiguous().view(torch.float32)[:, 0]
-    factors = factors / rotation.gain(state["mean"].shape[-1])
+    scales = flat[:, :SCALE_BYTES].contiguous().view(torch.float32)[:, 0]
+    turns = scales.view(torch.int32) & _TURNS
+    factors = scales / rotation.gain(state["mean"].shape[-1])
     codes = flat[:, SCALE_BYTES:]
     shape = (*coded.shape[:-1], state["mean"].shape[-1])
     if coded.device.type == "cpu" and _compiles():
-        return _decode_on_cpu(factors, codes, state, bits, coded.shape[-2]).reshape(shape)
+        return _decode_on_cpu(factors, turns, codes, state, bits, coded.shape[-2]).reshape(shape)
     out = coded.new_empty(len(flat), shape[-1], dtype=torch.float32)
-    parts = zip(codes.split(_CHUNK), factors.split(_CHUNK), out.split(_CHUNK), strict=True)
-    for code, factor, values in parts:  # a batch at once would need its memory several times over
+    parts = (each.split(_CHUNK) for each in (factors, turns, codes, out))
+    for factor, turn, code, values in zip(*parts, strict=True):  # a batch at once is too large
         turned = rotation.rotate_back(state["table"][_windows(code, bits)], state)
-        torch.mul(turned, factor[:, None], out=values)
+        torch.mul(_turn(turned, turn), factor[:, None], out=values)
     return out.reshape(shape) + state["mean"][:, None]
 
 
@@ -114,6 +121,28 @@ def _check_width(values: Tensor, wanted: int) -> None:
         )
 
 
+def _turns(rounded: Tensor) -> Tensor:
+    """Hash tokens (..., D) of float16 to (...) numbers below 256: the sum of their bits, times the
+    golden ratio of 32 bits."""
+    total = (rounded.contiguous().view(torch.int16).long() & 0xFFFF).sum(-1)
+    return ((total * 0x9E3779B1 >> 24) & _TURNS).int()
+
+
+def _with_turns(scales: Tensor, turns: Tensor) -> Tensor:
+    """Return the float32 nearest to each scale whose lowest bits are `turns`; 0, and what is below
+    the normal numbers, becomes 0."""
+    bits = scales.view(torch.int32)
+    nearest = ((bits - turns + (_TURNS + 1) // 2) & ~_TURNS) + turns
+    normal = scales >= torch.finfo(torch.float32).tiny
+    return torch.where(normal, nearest, 0).int().view(torch.float32)
+
+
+def _turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the channels of tokens (N, D): channel i becomes that at i + turn."""
+    places = torch.arange(x.shape[1], device=x.device)
+    return x.gather(1, (places + turns[:, None]) % x.shape[1])
+
+
 def _compiles() -> bool:
     from numba import config
 
@@ -123,42 +152,46 @@ def _compiles() -> bool:
 # ------------------------------------------------------------ on a CPU, compiled
 
 
-def _encode_on_cpu(residual: Tensor, state: State, bits: int) -> tuple[Tensor, Tensor]:
+def _encode_on_cpu(
+    residual: Tensor, turns: Tensor, state: State, bits: int
+) -> tuple[Tensor, Tensor]:
     from featcache.targets import trellis_jit
 
     n, width = residual.shape
     scales, codes = torch.empty(n), torch.empty(n, width * bits // 8, dtype=torch.uint8)
     table = state["table"].numpy()
-    arrays = [each.numpy() for each in (residual, scales, codes)]
+    arrays = [each.numpy() for each in (residual, turns, scales, codes)]
     encoder = trellis_jit.encoder(bits)
     edges = ((table[1:] + table[:-1]) / 2).astype("f4")
 
     def run(part: slice) -> None:
-        of, scale, code = (each[part] for each in arrays)
-        encoder(of, *_turns(state, width), table, edges, scale, code)
+        of, turn, scale, code = (each[part] for each in arrays)
+        encoder(of, turn, *_rotation(state, width), table, edges, scale, code)
 
     _in_threads(run, n)
     return scales, codes
 
 
-def _decode_on_cpu(factors: Tensor, codes: Tensor, state: State, bits: int, tokens: int) -> Tensor:
+def _decode_on_cpu(
+    factors: Tensor, turns: Tensor, codes: Tensor, state: State, bits: int, tokens: int
+) -> Tensor:
     from featcache.targets import trellis_jit
 
     width = state["mean"].shape[-1]
     out = torch.empty(len(codes), width)
-    arrays = [each.numpy() for each in (factors, codes.contiguous(), out)]
+    arrays = [each.numpy() for each in (factors, turns, codes.contiguous(), out)]
     decoder = trellis_jit.decoder(bits)
     table, means = (state[name].contiguous().numpy() for name in ("table", "mean"))
 
     def run(part: slice) -> None:
-        factor, code, to = (each[part] for each in arrays)
-        decoder(factor, code, *_turns(state, width), table, means, tokens, part.start, to)
+        factor, turn, code, to = (each[part] for each in arrays)
+        decoder(factor, turn, code, *_rotation(state, width), table, means, tokens, part.start, to)
 
     _in_threads(run, len(codes))
     return out
 
 
-def _turns(state: State, width: int) -> tuple[Any, Any, int]:
+def _rotation(state: State, width: int) -> tuple[Any, Any, int]:
     return state["signs"].numpy(), state["order"].numpy(), rotation.block_width(width)
 
 
@@ -178,8 +211,9 @@ def _in_threads(run: Callable[[slice], None], n: int) -> None:
 # ------------------------------------------------------------ on any device, in tensors
 
 
-def _encode(residual: Tensor, state: State, bits: int) -> tuple[Tensor, Tensor]:
-    found = [_encode_chunk(each, state, bits) for each in residual.split(_CHUNK)]
+def _encode(residual: Tensor, turns: Tensor, state: State, bits: int) -> tuple[Tensor, Tensor]:
+    parts = zip(residual.split(_CHUNK), turns.split(_CHUNK), strict=True)
+    found = [_encode_chunk(_turn(each, -turn), state, bits) for each, turn in parts]
     scales, codes = (torch.cat(each) for each in zip(*found, strict=True))
     return scales, codes
 

@@ -69,13 +69,16 @@ def _hadamard(x: Any, block: int) -> None:
 
 
 @compiled
-def _load(residual: Any, first: int, x: Any) -> int:
-    """Load up to LANES tokens from `first` on, zeros behind the last; returns how many."""
-    count = min(LANES, residual.shape[0] - first)
+def _load(residual: Any, turns: Any, first: int, x: Any) -> int:
+    """Load up to LANES tokens from `first` on, their channels turned, zeros behind the last;
+    returns how many."""
+    count, width = min(LANES, residual.shape[0] - first), x.shape[0]
     x[:] = 0
     for lane in range(count):
-        for i in range(x.shape[0]):
-            x[i, lane] = residual[first + lane, i]
+        at = turns[first + lane] % width
+        for i in range(width):
+            x[at, lane] = residual[first + lane, i]
+            at = at + 1 if at + 1 < width else 0
     return int(count)
 
 
@@ -179,13 +182,14 @@ def viterbi(bits: int) -> Any:
 
 @cache
 def encoder(bits: int) -> Any:
-    """Return the function that encodes residuals (N, D) float32 to `scales` (N,) float32, as
-    rms, and `codes` (N, B) uint8."""
+    """Return the function that encodes residuals (N, D) float32, turned by `turns` (N,), to
+    `scales` (N,) float32 and `codes` (N, B) uint8."""
     search, groups, memoryless = viterbi(min(bits, 7)), STATES >> bits, bits == 8
     fresh = (1 << bits) - 1
 
     def encode(
         residual: Any,
+        turns: Any,
         signs: Any,
         order: Any,
         block: int,
@@ -201,7 +205,7 @@ def encoder(bits: int) -> Any:
         back = np.empty((1 if memoryless else width, LANES * groups), np.uint8)
         codes[:] = 0
         for first in range(0, residual.shape[0], LANES):
-            count = _load(residual, first, x)
+            count = _load(residual, turns, first, x)
             _rotate(x, scratch, signs, order, block)
             _unit(x, rms)
             if memoryless:
@@ -230,6 +234,7 @@ def decoder(bits: int) -> Any:
 
     def decode(
         factors: Any,
+        turns: Any,
         codes: Any,
         signs: Any,
         order: Any,
@@ -256,7 +261,9 @@ def decoder(bits: int) -> Any:
             for lane in range(count):
                 token = first + lane
                 factor, mean = factors[token], means[(number + token) // tokens % len(means)]
+                at = turns[token] % width
                 for i in range(width):
-                    out[token, i] = x[i, lane] * factor + mean[i]
+                    out[token, i] = x[at, lane] * factor + mean[i]
+                    at = at + 1 if at + 1 < width else 0
 
     return compiled(decode)

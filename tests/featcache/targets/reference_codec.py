@@ -111,11 +111,38 @@ def search(u: F64, table: npt.NDArray[Any], bits: int) -> npt.NDArray[np.int64]:
     return codes
 
 
+def turns(h: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Tokens (..., D) -> (...): the hash of what fp16 stores, from 0 to 255."""
+    patterns = np.ascontiguousarray(h.astype("<f2")).view("<u2").astype(object)
+    totals = patterns.sum(-1)
+    hashed = np.vectorize(lambda total: (int(total) * 2654435761) // 2**24 % 256, [int])(totals)
+    return np.asarray(hashed, np.int64)
+
+
+def rolled(x: F64, by: npt.NDArray[np.int64]) -> F64:
+    """Each token (..., D) rolled by its number (...): what was at i is at i + by."""
+    flat, numbers = x.reshape(-1, x.shape[-1]), np.ravel(by)
+    rows = [np.roll(row, number) for row, number in zip(flat, numbers, strict=True)]
+    return np.stack(rows).reshape(x.shape)
+
+
+def with_turns(scale: F64, turn: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """The float32 nearest to each scale of those whose lowest 8 bits are its turn; too small a
+    scale is 0."""
+    plain = scale.astype("<f4")
+    above = plain.view("<u4").astype(np.int64) // 256 * 256 + turn
+    every = np.stack([above - 256, above, above + 256])
+    values = np.where(every > 0, every, 0).astype("<u4").view("<f4")
+    distance = np.abs(values.astype("f8") - plain)
+    nearest = np.take_along_axis(values, distance.argmin(0)[None], 0)[0]
+    return np.where(plain < 2.0**-126, 0, nearest).astype("<f4")
+
+
 def divided(h: npt.NDArray[Any], mean: npt.NDArray[Any], state: State) -> tuple[F64, F64]:
     """The rotated residuals (..., D) divided by their root mean square, and the rms (...) of the
     residuals of what fp16 stores. A residual of zero stays zero."""
     residual = h.astype("f2").astype("f8") - mean
-    rotated = rotate(residual, state)
+    rotated = rotate(rolled(residual, turns(np.broadcast_to(h, residual.shape))), state)
     size = np.sqrt(np.mean(rotated**2, axis=-1, keepdims=True))
     return rotated / np.where(size > 0, size, 1), np.sqrt(np.mean(residual**2, axis=-1))
 
@@ -128,15 +155,17 @@ def encode(h: npt.NDArray[Any], mean: npt.NDArray[Any], state: State, bits: int)
     stream = pack(codes, bits)
     v = state["table"].astype("f8")[windows(stream, bits)]
     scale = rms * (u**2).sum(-1) / np.where(rms > 0, (u * v).sum(-1), 1)
-    head = np.ascontiguousarray(scale[..., None].astype("<f4")).view(np.uint8)
+    scale = with_turns(scale, turns(np.broadcast_to(h, u.shape)))
+    head = np.ascontiguousarray(scale[..., None]).view(np.uint8)
     return np.concatenate([head, stream], axis=-1)
 
 
 def decode(coded: U8, mean: npt.NDArray[Any], state: State, bits: int) -> F64:
     """Bytes (..., 4 + k D / 8) -> tokens (..., D)."""
-    scale = np.ascontiguousarray(coded[..., :4]).view("<f4").astype("f8")
+    head = np.ascontiguousarray(coded[..., :4])
+    scale, turn = head.view("<f4").astype("f8"), head.view("<u4")[..., 0].astype(np.int64) % 256
     v = state["table"].astype("f8")[windows(coded[..., 4:], bits)]
-    return mean + scale / block(v.shape[-1]) ** 2 * rotate_back(v, state)
+    return mean + rolled(scale / block(v.shape[-1]) ** 2 * rotate_back(v, state), -turn)
 
 
 def predicted_error(
