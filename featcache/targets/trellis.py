@@ -11,8 +11,10 @@ register of Mao, Gray and Linder 2012). With 8 new bits it is the nearest number
 
 The scale makes the error orthogonal to the token, so that decoded tokens are not shorter on
 average. Its lowest 8 bits are `turn`, by how many places a token's channels are turned before
-the rotation: a hash of the token, so that tokens which are alike do not share an error, and what
-they lose is gone on average. L levels, T tokens, D width, B bytes of a token, N tokens of all.
+the rotation. Of `TRIES` turns that begin with a hash of the token, the one whose largest value is
+smallest is taken: tokens which are alike do not share an error, so what they lose is gone on
+average, and no token has a value far beyond the table. L levels, T tokens, D width, B bytes of a
+token, N tokens of all.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ _STATES = 256
 _CHUNK = 1 << 14  # tokens of one search on a GPU: 16 or 32 bytes a value
 _LEAST = 64  # tokens that are worth a thread
 _TURNS = 255
+TRIES, _STEP = 4, 37  # turns of a token, and from one to the next
 
 
 def prepare(sample: Iterable[Tensor], seed: int, bits: int) -> dict[str, Tensor]:
@@ -85,10 +88,10 @@ def encode(h: Tensor, state: State, bits: int) -> Tensor:
     _check_width(h, state["mean"].shape[-1])
     rounded = h.half()
     residual = (rounded.float() - state["mean"][:, None]).reshape(-1, h.shape[-1])
-    turns = _turns(rounded).reshape(-1)
+    first = _hashes(rounded).reshape(-1)
     on_cpu = h.device.type == "cpu" and _compiles()
     work = _encode_on_cpu if on_cpu else _encode
-    scales, codes = work(residual.contiguous(), turns, state, bits)
+    scales, turns, codes = work(residual.contiguous(), first, state, bits)
     head = _with_turns(scales, turns)[:, None].contiguous().view(torch.uint8)
     return torch.cat((head, codes), 1).reshape(*h.shape[:-1], token_bytes(h.shape[-1], bits))
 
@@ -121,7 +124,7 @@ def _check_width(values: Tensor, wanted: int) -> None:
         )
 
 
-def _turns(rounded: Tensor) -> Tensor:
+def _hashes(rounded: Tensor) -> Tensor:
     """Hash tokens (..., D) of float16 to (...) numbers below 256: the sum of their bits, times the
     golden ratio of 32 bits."""
     total = (rounded.contiguous().view(torch.int16).long() & 0xFFFF).sum(-1)
@@ -153,13 +156,14 @@ def _compiles() -> bool:
 
 
 def _encode_on_cpu(
-    residual: Tensor, turns: Tensor, state: State, bits: int
-) -> tuple[Tensor, Tensor]:
+    residual: Tensor, first: Tensor, state: State, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
     from featcache.targets import trellis_jit
 
     n, width = residual.shape
     scales, codes = torch.empty(n), torch.empty(n, width * bits // 8, dtype=torch.uint8)
     table = state["table"].numpy()
+    turns = (first[:, None] + _STEP * torch.arange(TRIES, dtype=torch.int32)) & _TURNS
     arrays = [each.numpy() for each in (residual, turns, scales, codes)]
     encoder = trellis_jit.encoder(bits)
     edges = ((table[1:] + table[:-1]) / 2).astype("f4")
@@ -169,7 +173,7 @@ def _encode_on_cpu(
         encoder(of, turn, *_rotation(state, width), table, edges, scale, code)
 
     _in_threads(run, n)
-    return scales, codes
+    return scales, turns[:, 0], codes
 
 
 def _decode_on_cpu(
@@ -211,15 +215,24 @@ def _in_threads(run: Callable[[slice], None], n: int) -> None:
 # ------------------------------------------------------------ on any device, in tensors
 
 
-def _encode(residual: Tensor, turns: Tensor, state: State, bits: int) -> tuple[Tensor, Tensor]:
-    parts = zip(residual.split(_CHUNK), turns.split(_CHUNK), strict=True)
-    found = [_encode_chunk(_turn(each, -turn), state, bits) for each, turn in parts]
-    scales, codes = (torch.cat(each) for each in zip(*found, strict=True))
-    return scales, codes
+def _encode(
+    residual: Tensor, first: Tensor, state: State, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = zip(residual.split(_CHUNK), first.split(_CHUNK), strict=True)
+    found = [_encode_chunk(*part, state, bits) for part in parts]
+    scales, turns, codes = (torch.cat(each) for each in zip(*found, strict=True))
+    return scales, turns, codes
 
 
-def _encode_chunk(residual: Tensor, state: State, bits: int) -> tuple[Tensor, Tensor]:
-    x = rotation.rotate(residual, state)
+def _encode_chunk(
+    residual: Tensor, first: Tensor, state: State, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    turns, x = first, rotation.rotate(_turn(residual, -first), state)
+    for number in range(1, TRIES):
+        others = (first + _STEP * number) & _TURNS
+        turned = rotation.rotate(_turn(residual, -others), state)
+        better = turned.abs().amax(1) < x.abs().amax(1)
+        turns, x = torch.where(better, others, turns), torch.where(better[:, None], turned, x)
     rms = x.double().square().mean(1, keepdim=True).sqrt()
     x = torch.where(rms > 0, x.double() / rms, 0).float()
     path = _nearest(x, state["table"]) if bits == 8 else _viterbi(x, state["table"], bits)
@@ -228,7 +241,7 @@ def _encode_chunk(residual: Tensor, state: State, bits: int) -> tuple[Tensor, Te
     rms = rms[:, 0] / rotation.gain(x.shape[1])
     scales = torch.where(common > 0, rms * own / common, 0).float()
     fresh = torch.where(scales[:, None] == 0, 0, path & ((1 << bits) - 1))
-    return scales, _pack(fresh, bits)
+    return scales, turns, _pack(fresh, bits)
 
 
 def _nearest(x: Tensor, table: Tensor) -> Tensor:

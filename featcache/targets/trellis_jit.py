@@ -69,17 +69,32 @@ def _hadamard(x: Any, block: int) -> None:
 
 
 @compiled
-def _load(residual: Any, turns: Any, first: int, x: Any) -> int:
-    """Load up to LANES tokens from `first` on, their channels turned, zeros behind the last;
-    returns how many."""
+def _load(residual: Any, turns: Any, number: int, first: int, x: Any) -> int:
+    """Load up to LANES tokens from `first` on, their channels turned by the turn of this `number`,
+    zeros behind the last; returns how many."""
     count, width = min(LANES, residual.shape[0] - first), x.shape[0]
     x[:] = 0
     for lane in range(count):
-        at = turns[first + lane] % width
+        at = turns[first + lane, number] % width
         for i in range(width):
             x[at, lane] = residual[first + lane, i]
             at = at + 1 if at + 1 < width else 0
     return int(count)
+
+
+@compiled
+def _keep_better(x: Any, largest: Any, best: Any, turns: Any, number: int, first: int) -> None:
+    """Keep the tokens whose largest value is smaller than that of earlier turns."""
+    here = np.zeros(LANES, np.float32)
+    for i in range(x.shape[0]):
+        for lane in range(LANES):
+            here[lane] = max(here[lane], abs(x[i, lane]))
+    for lane in range(min(LANES, turns.shape[0] - first)):
+        if number == 0 or here[lane] < largest[lane]:
+            largest[lane] = here[lane]
+            turns[first + lane, 0] = turns[first + lane, number]
+            for i in range(x.shape[0]):
+                best[i, lane] = x[i, lane]
 
 
 @compiled
@@ -182,8 +197,8 @@ def viterbi(bits: int) -> Any:
 
 @cache
 def encoder(bits: int) -> Any:
-    """Return the function that encodes residuals (N, D) float32, turned by `turns` (N,), to
-    `scales` (N,) float32 and `codes` (N, B) uint8."""
+    """Return the function that encodes residuals (N, D) float32 to `scales` (N,) float32 and
+    `codes` (N, B) uint8. Of `turns` (N, tries) the best one is used, and becomes the first."""
     search, groups, memoryless = viterbi(min(bits, 7)), STATES >> bits, bits == 8
     fresh = (1 << bits) - 1
 
@@ -200,20 +215,24 @@ def encoder(bits: int) -> Any:
     ) -> None:
         width, gain = residual.shape[1], float(block) ** (len(signs) // 2)
         x = np.empty((width, LANES), np.float32)
-        scratch, rms = np.empty_like(x), np.empty(LANES, np.float64)
+        best, scratch, rms = np.empty_like(x), np.empty_like(x), np.empty(LANES, np.float64)
+        largest = np.empty(LANES, np.float32)
         path = np.empty((width, LANES), np.int32)
         back = np.empty((1 if memoryless else width, LANES * groups), np.uint8)
         codes[:] = 0
         for first in range(0, residual.shape[0], LANES):
-            count = _load(residual, turns, first, x)
-            _rotate(x, scratch, signs, order, block)
-            _unit(x, rms)
+            best[:] = 0
+            for number in range(turns.shape[1]):
+                count = _load(residual, turns, number, first, x)
+                _rotate(x, scratch, signs, order, block)
+                _keep_better(x, largest, best, turns, number, first)
+            _unit(best, rms)
             if memoryless:
-                _nearest(x, edges, path)
+                _nearest(best, edges, path)
             else:
-                search(x, table, back, path)
+                search(best, table, back, path)
             for lane in range(count):
-                scales[first + lane] = _scale(x, path, table, rms[lane] / gain, lane)
+                scales[first + lane] = _scale(best, path, table, rms[lane] / gain, lane)
                 if scales[first + lane] == 0:
                     continue
                 for i in range(width):

@@ -111,7 +111,7 @@ def search(u: F64, table: npt.NDArray[Any], bits: int) -> npt.NDArray[np.int64]:
     return codes
 
 
-def turns(h: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def hashes(h: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Tokens (..., D) -> (...): the hash of what fp16 stores, from 0 to 255."""
     patterns = np.ascontiguousarray(h.astype("<f2")).view("<u2").astype(object)
     totals = patterns.sum(-1)
@@ -126,6 +126,14 @@ def rolled(x: F64, by: npt.NDArray[np.int64]) -> F64:
     return np.stack(rows).reshape(x.shape)
 
 
+def turns(h: npt.NDArray[Any], residual: F64, state: State) -> npt.NDArray[np.int64]:
+    """(...): of four turns that begin with the hash, the one whose largest rotated value is
+    smallest."""
+    four = np.stack([(hashes(h) + 37 * number) % 256 for number in range(4)])
+    largest = [np.abs(rotate(rolled(residual, each), state)).max(-1) for each in four]
+    return np.take_along_axis(four, np.argmin(largest, 0)[None], 0)[0]
+
+
 def with_turns(scale: F64, turn: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """The float32 nearest to each scale of those whose lowest 8 bits are its turn; too small a
     scale is 0."""
@@ -138,24 +146,27 @@ def with_turns(scale: F64, turn: npt.NDArray[np.int64]) -> npt.NDArray[np.float3
     return np.where(plain < 2.0**-126, 0, nearest).astype("<f4")
 
 
-def divided(h: npt.NDArray[Any], mean: npt.NDArray[Any], state: State) -> tuple[F64, F64]:
-    """The rotated residuals (..., D) divided by their root mean square, and the rms (...) of the
-    residuals of what fp16 stores. A residual of zero stays zero."""
+def divided(
+    h: npt.NDArray[Any], mean: npt.NDArray[Any], state: State
+) -> tuple[F64, F64, npt.NDArray[np.int64]]:
+    """The rotated residuals (..., D) divided by their root mean square, the rms (...) of the
+    residuals of what fp16 stores, and their turns (...). A residual of zero stays zero."""
     residual = h.astype("f2").astype("f8") - mean
-    rotated = rotate(rolled(residual, turns(np.broadcast_to(h, residual.shape))), state)
+    turn = turns(np.broadcast_to(h, residual.shape), residual, state)
+    rotated = rotate(rolled(residual, turn), state)
     size = np.sqrt(np.mean(rotated**2, axis=-1, keepdims=True))
-    return rotated / np.where(size > 0, size, 1), np.sqrt(np.mean(residual**2, axis=-1))
+    return rotated / np.where(size > 0, size, 1), np.sqrt(np.mean(residual**2, axis=-1)), turn
 
 
 def encode(h: npt.NDArray[Any], mean: npt.NDArray[Any], state: State, bits: int) -> U8:
     """Tokens (..., D) and their means, of any shape that broadcasts -> (..., 4 + k D / 8) bytes."""
-    u, rms = divided(h, mean, state)
+    u, rms, turn = divided(h, mean, state)
     codes = search(u.reshape(-1, u.shape[-1]), state["table"], bits).reshape(u.shape)
     codes[rms == 0] = 0
     stream = pack(codes, bits)
     v = state["table"].astype("f8")[windows(stream, bits)]
     scale = rms * (u**2).sum(-1) / np.where(rms > 0, (u * v).sum(-1), 1)
-    scale = with_turns(scale, turns(np.broadcast_to(h, u.shape)))
+    scale = with_turns(scale, turn)
     head = np.ascontiguousarray(scale[..., None]).view(np.uint8)
     return np.concatenate([head, stream], axis=-1)
 
@@ -173,6 +184,6 @@ def predicted_error(
 ) -> F64:
     """|h decoded - h|^2 / |h - mean|^2 of tokens that are not their mean, without decoding: with
     the scale of the specification it is (u.u) (v.v) / (u.v)^2 - 1."""
-    u, _ = divided(h, mean, state)
+    u, _, _ = divided(h, mean, state)
     v = state["table"].astype("f8")[windows(coded[..., 4:], bits)]
     return (u**2).sum(-1) * (v**2).sum(-1) / (u * v).sum(-1) ** 2 - 1

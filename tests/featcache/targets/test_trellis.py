@@ -93,7 +93,7 @@ def test_our_streams_are_as_good_as_the_best(name: str, width: int) -> None:
     equal distance leaves an error that differs a little, by the scale."""
     bits, (h, mean) = reference.BITS[name], gaussian(width)
     state = state_of(name, mean, seed=3)
-    u, rms = reference.divided(h, mean[:, None], state)
+    u, rms, _ = reference.divided(h, mean[:, None], state)
     coded = encoded(name, h, tensors(state)).numpy()
     best = reference.encode(h, mean[:, None], state, bits)
     v, v_best = (state["table"][reference.windows(c[..., 4:], bits)] for c in (coded, best))
