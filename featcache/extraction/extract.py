@@ -90,13 +90,25 @@ def run_jobs(
     jobs = [ExtractJob(in_form_of(job.out, job.plan), job.out) for job in jobs]
     if len(jobs) > 1:
         check_disk_space(jobs)
-    begun = list(_begin(jobs, options))
+    begun = _begin_all(jobs, options)
     jobs, wanted = [job for job, _ in begun], [about for _, about in begun]
     with _undone_on_failure(jobs, wanted[0]):
         _extract_missing(jobs, wanted[0]["shards"][share[0] :: share[1]], options)
     for job, each in zip(jobs, wanted, strict=True):
         report_quarantine(job.out, each)
     return wanted
+
+
+def _begin_all(
+    jobs: Sequence[ExtractJob], options: RunOptions
+) -> list[tuple[ExtractJob, dict[str, Any]]]:
+    try:
+        return list(_begin(jobs, options))
+    except OSError as error:
+        folders = {job.out: job.plan.manifest() for job in jobs}
+        if full := disk_full_error(error, folders):
+            raise full from error
+        raise
 
 
 def _begin(

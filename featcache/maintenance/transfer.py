@@ -163,14 +163,36 @@ def run(
         for job in reversed(ready):
             _transfer_shards(job, progress)
             target_folder.write_quarantine(job.out, job.records)
+        _check_whole(ready)
     except OSError as error:
         folders = {job.out: job.manifest for job in jobs}
         if full := target_folder.disk_full_error(error, folders, WORDS):
             raise full from error
+        if gone := _gone_folder(error, jobs):
+            raise commit.cache_gone_error(gone) from error
         raise
     finally:
         for job in jobs:
             job.source.close()
+
+
+def _gone_folder(error: OSError, jobs: Sequence[TransferJob]) -> Path | None:
+    """Return the folder that was removed while it was written to; None where that is not why."""
+    missing = Path(str(error.filename)) if isinstance(error, FileNotFoundError) else None
+    for job in jobs:
+        if missing and missing.is_relative_to(job.out) and not (job.out / manifest.NAME).is_file():
+            return job.out
+    return None
+
+
+def _check_whole(jobs: Sequence[TransferJob]) -> None:
+    for job in jobs:
+        if lost := job.missing:
+            raise UserError(
+                f"{str(job.out)!r}: {len(lost)} of {len(job.records)} shards are no longer there, "
+                f"the first {lost[0]['shard']}: something else removed them; run the same command "
+                "again"
+            )
 
 
 def _begin(job: TransferJob) -> TransferJob:

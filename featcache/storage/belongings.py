@@ -86,7 +86,7 @@ def _foreign_in_part(path: Path) -> Iterator[Path]:
 
 def _foreign_in_shards(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     names, store = {shard["name"] for shard in about["shards"]}, about["identity"]["store"]
-    files = {manifest.COPY, codec_state.COPY}
+    files = {manifest.COPY, *([codec_state.COPY] if codec_state.needs_state(about) else [])}
     files |= {*(f"{name}{end}" for name in names for end in (".json", ".lease"))}
     files |= {f"{name}.json.{BACKUP_SUFFIX}" for name in names} | _root_files(about, SHARDS)
     folders = {f"{name}.{store}" for name in names}

@@ -6,6 +6,7 @@ Checksums and ids are right throughout: nothing but the one change is wrong.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from featcache.cli import cli
 from featcache.errors import UserError
 from featcache.maintenance import transfer, transfer_plan
 from featcache.reading.cache import Cache
+from featcache.storage import json_file
 from tests import hostile_json as hostile
 from tests.conftest import make_photos
 
@@ -455,3 +457,78 @@ def test_other_numbers_that_are_not_finite_are_told(home: Path, origins: Path) -
 
     cache = rewritten(origins / "fp16", home / "odd", change)
     assert "area of" in ask("copy", cache, home / "dest", "--views", "1").line
+
+
+# ---------------------------------------------------------------- in the midst of it
+
+
+def at_the_second_shard(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]
+) -> pytest.MonkeyPatch:
+    """Do something to the folders when the first of two shards is complete."""
+    calls, original = [], transfer.rewrite_shard
+
+    def rewrite(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            act()
+        original(*args)
+
+    monkeypatch.setattr(transfer, "rewrite_shard", rewrite)
+    return monkeypatch
+
+
+def test_a_folder_that_is_removed_meanwhile_is_told(
+    home: Path, origins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dest = home / "dest"
+    with monkeypatch.context() as patched:
+        at_the_second_shard(patched, lambda: shutil.rmtree(dest))
+        ran = ask("derive", origins / "fp16", dest, "--codec", "t4")
+    assert ran.status == 1
+    assert "was moved or removed while it was written to" in ran.line
+
+
+def test_shards_that_are_removed_meanwhile_are_told(
+    home: Path, origins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dest = home / "dest"
+    with monkeypatch.context() as patched:
+        at_the_second_shard(patched, (dest / "shards/000000.json").unlink)
+        ran = ask("derive", origins / "fp16", dest, "--codec", "t4")
+    assert (ran.status, "1 of 2 shards are no longer there" in ran.line) == (1, True)
+    assert ask("derive", origins / "fp16", dest, "--codec", "t4").status == 0
+    assert ask("verify", dest).status == 0
+
+
+def test_a_parent_that_changes_meanwhile_is_told(
+    home: Path, origins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = Path(shutil.copytree(origins / "fp16", home / "parent"))
+
+    def change() -> None:
+        for path in parent.glob("shards/000001.zarr/features/c*"):
+            with path.open("r+b") as file:  # as it stands, and not another file of its name
+                file.write(bytes(path.stat().st_size))
+
+    with monkeypatch.context() as patched:
+        at_the_second_shard(patched, change)
+        ran = ask("derive", parent, home / "dest", "--codec", "t4")
+    assert (ran.status, "checksum differs" in ran.line) == (1, True)
+    assert not (home / "dest/shards/000001.json").exists()
+
+
+def test_no_room_for_a_state_is_a_full_disk(
+    home: Path, origins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    words = ("extract", *EXTRACT, "--levels", "1,3", "--codec", "t4",
+             "--images", origins / "pictures", "--out", home / "dest")  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(json_file, "create_file", full)
+        ran = ask(*words)
+    assert ran.status == 1
+    assert "0 of 2 shards are complete and kept; make room" in ran.line
+    assert ask(*words).status == 0
