@@ -165,6 +165,7 @@ def warm_up(plan: Plan, batch_size: int) -> None:
         plan.levels,
         plan.codec,
         1,
+        plan.state,
     )
 
 

@@ -55,15 +55,12 @@ def online_inputs(
 def _stored_as(
     request: RunRequest, found: MatchedCache | None, spec: TargetSpec
 ) -> FeatureReader | None:
-    """The codec of the cache, through which the teacher's levels go, so that a run with the teacher
-    in the loop is one from the cache; None where no cache is given."""
-    if found is None or "features" not in spec.fields:
+    """The lossy codec of the cache, through which the teacher's levels go, so that a run with the
+    teacher in the loop is one from the cache; None where there is none."""
+    if found is None or not found.lossy_codec or "features" not in spec.fields:
         return None
     reader = FeatureReader(found.cache, levels=spec.levels)
-    if reader.codec.tolerance:
-        request.say(
-            f"note: the teacher's levels go through codec {reader.codec_name}, as in the cache"
-        )
+    request.say(f"note: the teacher's levels go through codec {reader.codec_name}, as in the cache")
     return reader
 
 
