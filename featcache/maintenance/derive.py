@@ -21,8 +21,8 @@ from featcache.extraction import codec_sample
 from featcache.extraction.options import file_name
 from featcache.extraction.target_folder import existing_manifest
 from featcache.maintenance import transfer
-from featcache.maintenance.derive_plan import LevelChange, Wish, derive_jobs
-from featcache.maintenance.transfer_plan import Target, TransferJob
+from featcache.maintenance.derive_plan import LevelChange, Wish, derive_jobs, job_again
+from featcache.maintenance.transfer_plan import TransferJob
 from featcache.reading.cache import Cache
 from featcache.storage import codec_state, manifest
 from featcache.storage.part import cache_root
@@ -55,15 +55,13 @@ def again(
                 f"{where}: {str(parent)!r} is cache {source.manifest['id']}, it was derived from "
                 f"{wanted['parent']}; give that one with --parent CACHE"
             )
-        target = Target(wanted["store"], about["format"], about.get("compression", ""))
-        jobs, _ = derive_jobs(source, cache_root(part), _wish_of(part, about), target)
-        found = [job for job in jobs if _numbers_of(job.manifest) == _numbers_of(about)]
-        if not found or found[0].manifest["arrays"] != about["arrays"]:
+        found = job_again(source, part, _wish_of(part, about), about)
+        if found is None:
             raise UserError(
                 f"{where}: no part of {str(parent)!r} gives it any more; derive it again into "
                 "another folder"
             )
-        job = _with_change(replace(found[0], out=part, manifest=about))
+        job = _with_change(found)
         tail = codec_state.tail_name(about)
         files = {tail: _tail(job, tail, about)} if tail else {}
         records = {record["shard"]: record for record in job.records}
@@ -82,11 +80,6 @@ def _tail(job: TransferJob, name: str, about: dict[str, Any]) -> bytes:
             f"`{command_line('featcache', 'repair', job.source.path)}` first"
         )
     return path.read_bytes()
-
-
-def _numbers_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity, but for its pictures: a copy may have some of the shards."""
-    return {name: value for name, value in about["identity"].items() if name != "pictures"}
 
 
 def _wish_of(part: Path, about: dict[str, Any]) -> Wish:

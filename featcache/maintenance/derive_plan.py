@@ -31,6 +31,7 @@ from featcache.maintenance.transfer_plan import (
 from featcache.reading.cache import Cache
 from featcache.storage import checksums
 from featcache.storage import manifest as manifests
+from featcache.storage.part import cache_root
 from featcache.storage.store import FORMAT, array_from_dict
 from featcache.targets.codec_names import LOSSLESS
 from featcache.targets.codecs import get_codec
@@ -96,16 +97,10 @@ def _unrank(values: npt.NDArray[Any], order: npt.NDArray[np.unsignedinteger]) ->
     return out
 
 
-def derive_jobs(
-    source: Cache, out: Path, wish: Wish, target: Target | None = None
-) -> tuple[list[TransferJob], list[str]]:
+def derive_jobs(source: Cache, out: Path, wish: Wish) -> tuple[list[TransferJob], list[str]]:
     """Return (jobs, what is left out in words): of the cache and all that was added to it, or with
-    levels or views of one flat cache of its own teacher. Without `target` in the source's store."""
-    target = target or Target(source.identity["store"], FORMAT)
-    if wish.levels is None and wish.views is None:
-        jobs, left = whole_cache_jobs(source, out, target)
-    else:
-        jobs, left = flat_cache_jobs(source, out, target, views=wish.views, levels=wish.levels)
+    levels or views of one flat cache of its own teacher."""
+    jobs, left = _transfers(source, out, wish, Target(source.identity["store"], FORMAT))
     changed = [_changed(job, source, wish) for job in jobs]
     if all(_same(job) for job in changed):
         raise UsageError(
@@ -115,9 +110,42 @@ def derive_jobs(
     return [_placed(job, out) for job in changed], left
 
 
+def job_again(
+    source: Cache, part: Path, wish: Wish, about: Mapping[str, Any]
+) -> TransferJob | None:
+    """Return the job that gives a part that was derived before, as it is written now; None where
+    there is none. The wish is of this part alone."""
+    target = Target(about["identity"]["store"], about["format"], about.get("compression", ""))
+    jobs, _ = _transfers(source, cache_root(part), wish, target)
+    wanted = _without(about["identity"], "pictures")  # a copy may have some of the shards
+    for job in jobs:
+        if all(job.identity.get(name) == wanted.get(name) for name in _OF_PART):
+            changed = _changed(job, source, wish)
+            same = _without(changed.identity, "pictures") == wanted
+            if same and changed.manifest["arrays"] == about["arrays"]:
+                return replace(changed, out=part, manifest=dict(about))
+    return None
+
+
+_OF_PART = ("teacher", "levels", "views", "first_view")
+
+
+def _transfers(
+    source: Cache, out: Path, wish: Wish, target: Target
+) -> tuple[list[TransferJob], list[str]]:
+    """Plan what is wanted of the source, as it is."""
+    if wish.levels is None and wish.views is None:
+        return whole_cache_jobs(source, out, target)
+    return flat_cache_jobs(source, out, target, views=wish.views, levels=wish.levels)
+
+
+def _without(identity: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key != name}
+
+
 def _same(job: TransferJob) -> bool:
     old, new = job.source.identity, job.identity
-    return old == {key: value for key, value in new.items() if key != "parent"}
+    return old == _without(new, "parent")
 
 
 def _changed(job: TransferJob, source: Cache, wish: Wish) -> TransferJob:

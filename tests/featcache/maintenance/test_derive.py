@@ -8,6 +8,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import pytest
 
 from featcache import Cache, teachers
 from featcache.errors import IdentityError, UsageError, UserError
-from featcache.extraction import extract
+from featcache.extraction import extend, extract
 from featcache.maintenance import derive as deriving
 from featcache.maintenance import repair, transfer, verify
 from featcache.maintenance.derive_plan import Wish
+from featcache.models.tokenizer import TokenizerTeacher
 from featcache.pictures.open_source import open_source
 from featcache.storage import manifest
 from featcache.storage.store import record_path
 from tests import codec_caches as cc
 from tests.codec_caches import LAYOUTS, LOSSY, OTHER, WIDE
 from tests.conftest import Ran, Running, copy_tree, files_below, flip, make_photos, python
+from tests.featcache.models.test_tokenizer import Reds
 
 Command = Callable[..., Ran]
 Start = Callable[..., Running]
@@ -360,6 +363,33 @@ def test_merged_it_is_one_flat_cache(pictures: Path, grown: Path, tmp_path: Path
     assert_as_extracted(tmp_path / "added", cc.made(pictures, views=2, levels=[1]))
 
 
+def test_token_ids_that_were_added_stay(pictures: Path, tmp_path: Path) -> None:
+    """A tokenizer's part has no features and no codec but fp16: its numbers are copied, and its
+    shards repaired."""
+    origin = copy_tree(cc.made(pictures), tmp_path / "origin")
+    wanted = cc.make_plan(pictures, levels=(1,))
+    part = extend.plan_part(replace(wanted, teacher=TokenizerTeacher(Reds())), origin)
+    assert part is not None
+    extract.run(*part, batch_size=4)
+    assert derive(origin, tmp_path / "c", codec="t3", tokens="ranked", keep="5") == []
+    with Cache(origin) as here, Cache(tmp_path / "c") as there:
+        assert there.teachers == [WIDE, "reds"]
+        for view in range(3):
+            ids = [each.read(range(11), view, ["reds/token_ids"]) for each in (here, there)]
+            np.testing.assert_array_equal(ids[0]["reds/token_ids"], ids[1]["reds/token_ids"])
+    assert verify.verify_cache(tmp_path / "c")[0] == []
+    whole = files_below(tmp_path / "c")
+    (added,) = (tmp_path / "c/parts").iterdir()
+    assert manifest.read(added)["identity"]["codec"] == "fp16"
+    record_path(added, "000001").unlink()
+    record_path(tmp_path / "c", "000000").unlink()
+    repair.run(tmp_path / "c", never)
+    assert files_below(tmp_path / "c") == whole
+    assert derive(origin, tmp_path / "flat", codec="t3", views=2) == [
+        "reds  levels 1  views 0 to 2"
+    ]
+
+
 def test_of_lossy_parts_a_flat_cache_decodes_as_they_do(pictures: Path, tmp_path: Path) -> None:
     origin = copy_tree(cc.made(pictures, codec="t3", views=2), tmp_path / "origin")
     cc.add(pictures, origin, codec="t3", views=2, levels=(1, 2, 5))
@@ -600,8 +630,10 @@ def test_it_is_repaired_from_its_parent(pictures: Path, tmp_path: Path, lost: st
     assert repair.run(tmp_path / "c", never) == {"restored": [], "shards": []}
 
 
-def test_parts_are_repaired_from_the_parents(grown: Path, tmp_path: Path) -> None:
-    derive(grown, tmp_path / "c", codec="t4")
+@pytest.mark.parametrize("keep", [None, "0.3"])
+def test_parts_are_repaired_from_the_parents(grown: Path, tmp_path: Path, keep: str | None) -> None:
+    """A share of the patches is another number of each teacher's."""
+    derive(grown, tmp_path / "c", codec="t4", tokens="ranked" if keep else None, keep=keep)
     whole = files_below(tmp_path / "c")
     for part in (tmp_path / "c", *sorted((tmp_path / "c/parts").iterdir())):
         flip(next(part.glob("shards/000001.zarr/features/c*")), 40)
