@@ -66,7 +66,7 @@ def check_parts_agree(path: Path) -> list[str]:
             ):
                 return []
     except UserError as error:
-        return [str(error)]
+        return [str(error).removeprefix("cache file ")]  # of which who tells it says so
     return [
         f"cache {str(path)!r}: the keys of its shards are not those of its list of pictures, so "
         "one is of an extraction of others; remove that shard's files and its record, and run "

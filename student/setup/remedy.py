@@ -46,18 +46,22 @@ def _of_parent(spec: TargetSpec, config: RecipeConfig, cache: Cache) -> str:
     path = next((each for each in home.caches() if _id(each) == wanted), None)
     if path is None:
         recorded = extract_command.parent_path(cache.manifest)
+        place = f" ({recorded!r})" if recorded else ""
         return (
-            f"it was derived from cache {wanted} ({recorded!r}), which is not below "
+            f"it was derived from cache {wanted}{place}, which is not below "
             f"{str(home.home())!r}: train from that one, or derive another of it with "
             "`featcache derive`"
         )
-    with Cache(path) as parent:
-        if not missing(parent, spec, config):
-            return (
-                f"the cache that it was derived from serves: {command_line('--cache', path)}, or "
-                "derive another of it with `featcache derive`"
-            )
-        return f"derive it again once the parent has it: {extract_remedy(spec, config, parent)}"
+    try:
+        with Cache(path) as parent:
+            if not missing(parent, spec, config):
+                return (
+                    f"the cache that it was derived from serves: {command_line('--cache', path)}, "
+                    "or derive another of it with `featcache derive`"
+                )
+            return f"derive it again once the parent has it: {extract_remedy(spec, config, parent)}"
+    except UserError as error:
+        return f"the cache that it was derived from cannot be read: {error}"
 
 
 def _id(path: Path) -> str:
