@@ -33,6 +33,7 @@ from benchmarks import (
     bench_foreign,
     bench_read,
     bench_recipes,
+    codec_peers,
     cold,
     drop,
     markdown_table,
@@ -613,3 +614,47 @@ def test_tables_line_up() -> None:
         "| x    |  1 |",
         "| long | 22 |",
     ]
+
+
+def test_bench_codecs_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    small = ("--teacher", "timm:vit_tiny_patch16_224", "--pictures", 4, "--views", 1, "--reps", 1)
+    ran = program("bench_codecs", *small, "--seconds", 0, "--folder", tmp_path, "--json", path)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(path.read_text())
+    # 5 levels of 59 tokens: 4 bytes of scale, and 8, 4 or 3 bits for each of 192 channels
+    sizes = {name: 5 * 59 * (4 + 24 * bits) for name, bits in (("q8", 8), ("t4", 4), ("t3", 3))}
+    for name, count in sizes.items():
+        assert count < found["bytes"][name] < count + 1200
+        assert found["token_bytes"][name] * 5 * 59 == count
+    assert "| fp16" in ran.stdout
+    assert {"holds", "does not hold"} >= {
+        line.partition(":")[0] for line in ran.stdout.splitlines() if ", at " in line
+    }
+    assert not list(tmp_path.glob("tmp*"))
+
+
+def test_peers_of_codecs_are_as_good_as_they_are_known_to_be() -> None:
+    """Relative errors of normal numbers, as others have measured them."""
+    x = torch.randn(2000, 768, generator=torch.Generator().manual_seed(0))
+    lost = {
+        name: float((peer.through(x) - x).square().mean())
+        for name, peer in codec_peers.PEERS.items()
+    }
+    assert 4e-5 < lost["int8, a scale a token"] < 8e-5
+    assert 5e-4 < lost["FP8 E4M3, a scale a token"] < 9e-4
+    assert 7e-3 < lost["NF4, blocks of 64"] < 1e-2
+    assert 7e-3 < lost["NVFP4, blocks of 16"] < 1.1e-2
+    assert 1.2e-2 < lost["int4, a scale a token"] < 2.5e-2
+
+
+@pytest.mark.slow
+def test_bench_codec_students_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    ran = program(
+        "bench_codec_students", "--reduced", "--seeds", 0, "--codecs", "t3", "--json", path
+    )
+    assert ran.returncode == 0, ran.stderr
+    scored = json.loads(path.read_text())["seeds"]["0"]
+    assert set(scored) == {"fp16", "t3"}
+    assert scored["t3"]["loss"] != scored["fp16"]["loss"]
