@@ -365,6 +365,10 @@ def _extract(
 def _shown_progress(bar: ProgressBar) -> ExtractProgress:
     from featcache.extraction.progress import ExtractProgress
 
-    progress = ExtractProgress(lambda now: bar(now.pictures, now.total), WaitingNote())
+    progress = ExtractProgress(
+        lambda now: bar(now.pictures, now.total),
+        WaitingNote(),
+        lambda text: echo(f"note: {text}", err=True),
+    )
     bar.text = lambda done, total: extract_report.rate_text(progress)
     return progress

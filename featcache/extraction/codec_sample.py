@@ -60,7 +60,9 @@ class Sample:
             self.orders.append(order)
 
 
-def begin_codec(job: ExtractJob, batch_size: int, batches: FirstBatches) -> ExtractJob:
+def begin_codec(
+    job: ExtractJob, batch_size: int, batches: FirstBatches, progress: ExtractProgress
+) -> ExtractJob:
     """Return the job with the state of its codec: that of the cache that is there, else one made
     from the first views and written into the folder, with what it loses of them."""
     plan, out = job
@@ -70,6 +72,7 @@ def begin_codec(job: ExtractJob, batch_size: int, batches: FirstBatches) -> Extr
     there = existing_manifest(wanted, out)
     if there is not None:
         return ExtractJob(replace(plan, state_file=codec_state.read_file(out, there)), out)
+    progress.note(f"codec {plan.codec} first looks at up to {VIEWS} views")
     sample = Sample()
     known = known_state(cache_root(out), wanted)
     state = make_state(wanted, known, lambda: first_levels(plan, batch_size, batches, sample))

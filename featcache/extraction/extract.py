@@ -120,7 +120,7 @@ def _begin(
     with ThreadPools(options.workers) as pools:
         for job in jobs:
             views = partial(_first_batches, jobs, job, options, pools)
-            ready = codec_sample.begin_codec(job, options.batch_size, views)
+            ready = codec_sample.begin_codec(job, options.batch_size, views, options.progress)
             yield ready, prepare_folder(*ready, options.batch_size)
 
 

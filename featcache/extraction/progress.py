@@ -28,6 +28,8 @@ class ExtractProgress:
     report: Callable[[ExtractProgress], None] = lambda progress: None
     # called while other processes hold the last shards
     waiting: Callable[[int], None] = lambda shards: None
+    # called with a sentence on what is done before the first shard
+    note: Callable[[str], None] = lambda text: None
     pictures: int = 0
     total: int = 0
     exif_ignored: int = 0  # pictures whose EXIF orientation is not applied
