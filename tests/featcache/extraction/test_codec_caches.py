@@ -189,7 +189,8 @@ def test_stopped_by_hand_before_the_state_is_there(
     wait_for(lambda: "third picture" in running.said)
     running.signal(number)
     assert running.wait(30) == 1
-    (line,) = [each for each in running.said.splitlines() if each != "third picture"]
+    note, line = (each for each in running.said.splitlines() if each != "third picture")
+    assert note == "note: codec t3 first looks at up to 256 views"
     assert line.startswith("error: stopped")
     assert not (tmp_path / "c").exists()
     cc.extracted(pictures, tmp_path / "c", codec="t3")
