@@ -14,9 +14,12 @@ import pytest
 from featcache.cli import cli
 from featcache.extraction import extend, extract
 from featcache.maintenance import transfer
+from featcache.maintenance.derive import derive
+from featcache.maintenance.derive_plan import Wish
 from tests import hostile_json as hostile
 from tests.conftest import SYNTHETIC, make_photos, make_plan
 
+WIDE = "synthetic:levels=3,tokens=4,width=64,size=28"  # which the codecs rotate
 EXTRACT = ("--teacher", SYNTHETIC, "--views", "2", "--size", "28", "--rows-per-shard", "6")
 WHERE = ("--images", "PICTURES", "--out", "CACHE")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -31,6 +34,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "copy some": ("copy", "CACHE", "DEST", "--views", "1", "--levels", "all"),
     "convert": ("convert", "CACHE", "DEST", "--store", "webdataset"),
     "archive": ("copy", "CACHE", "DEST", "--compress"),
+    "derive": ("derive", "CACHE", "DEST", "--tokens", "ranked", "--keep", "1"),
+    "derive some": ("derive", "CACHE", "DEST", "--levels", "3", "--views", "1"),
     "format": ("convert", "CACHE", "DEST", "--format", "3"),
     "extract": ("extract", *EXTRACT, "--levels", "1,3", *WHERE),
     "add": ("extract", *EXTRACT, "--add", "--levels", "all", *WHERE),
@@ -54,15 +59,21 @@ def make_pictures(folder: Path) -> Path:
 
 def make_origins(pictures: Path) -> dict[str, Path]:
     """Make a cache of twelve pictures in two shards, one of them in quarantine, with a level added;
-    in each store."""
-    out = pictures.parent / "zarr"
-    extract.run(make_plan(pictures, views=2, rows_per_shard=6), out, batch_size=32)
-    plan = make_plan(pictures, views=2, rows_per_shard=6, levels=(1, 2, 3))
+    in each store, and derived in a codec."""
+    root = pictures.parent
+    _extract(pictures, SYNTHETIC, root / "zarr")
+    transfer.convert(root / "zarr", root / "webdataset", store="webdataset")
+    _extract(pictures, WIDE, root / "wide")
+    derive(root / "wide", root / "derived", Wish(codec="t4", tokens="ranked", keep="2"))
+    return {name: root / name for name in ("zarr", "webdataset", "derived")}
+
+
+def _extract(pictures: Path, teacher: str, out: Path) -> None:
+    extract.run(make_plan(pictures, teacher, views=2, rows_per_shard=6), out, batch_size=32)
+    plan = make_plan(pictures, teacher, views=2, rows_per_shard=6, levels=(1, 2, 3))
     part = extend.plan_part(plan, out)
     assert part is not None
     extract.run(*part, batch_size=32)
-    transfer.convert(out, pictures.parent / "webdataset", store="webdataset")
-    return {name: pictures.parent / name for name in ("zarr", "webdataset")}
 
 
 class World:
