@@ -49,7 +49,7 @@ from featcache.views.policy import load_policy
 
 LOSSY = tuple(name for name in codec_names.NAMES if name != codec_names.LOSSLESS)
 KEPT = 58
-BATCH = 64  # rows of a read
+BATCH = 256  # rows of a read, as of a training step
 SIDE_ARRAYS = ("feature_stats", "thumbnail", "prefix_crc")  # left out of the bytes a view
 AIMS = {"q8": 1.8, "t4": 3.0}
 BYTES = {"q8": 230_000, "t4": 116_000, "t3": 88_000}
