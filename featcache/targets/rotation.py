@@ -5,7 +5,8 @@ numbers whatever the outlier channels.
 two that divides the width D. The blocks are not normalised: `rotate` multiplies by the orthogonal
 matrix and by `gain`, and so does `rotate_back`, by the transposed matrix. There are additions and
 changes of sign only, in a fixed order, so that every device gives the same bits, whatever the
-batch.
+batch. Before the first round and after the second the channels are turned by some places, so that
+a token may choose among `TURNS` squared matrices.
 
 N tokens, R rounds.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from featcache import rng
 
 ROUNDS = 4
+TURNS = 64  # before the first round, and as many after the second: 4,096 matrices of one state
 
 
 def block_width(width: int) -> int:
@@ -56,18 +58,30 @@ def draw(width: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def rotate(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Rotate tokens (N, D) float32."""
-    for signs, order in zip(state["signs"], state["order"], strict=True):
+def rotate(x: Tensor, state: Mapping[str, Tensor], turns: Tensor) -> Tensor:
+    """Rotate tokens (N, D) float32, each by the matrix of its number (N,) in `turns`."""
+    x = _turned(x, -(turns % TURNS))
+    for number, (signs, order) in enumerate(zip(state["signs"], state["order"], strict=True)):
         x = _hadamard(x * signs)[:, order.long()]
+        if number == ROUNDS // 2 - 1:
+            x = _turned(x, -(turns // TURNS))
     return x
 
 
-def rotate_back(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Rotate tokens (N, D) float32 by the transposed matrix."""
-    for signs, order in zip(state["signs"].flip(0), state["order"].flip(0), strict=True):
+def rotate_back(x: Tensor, state: Mapping[str, Tensor], turns: Tensor) -> Tensor:
+    """Rotate tokens (N, D) float32 by the transposed matrices."""
+    for number in range(ROUNDS - 1, -1, -1):
+        if number == ROUNDS // 2 - 1:
+            x = _turned(x, turns // TURNS)
+        signs, order = state["signs"][number], state["order"][number]
         x = _hadamard(torch.empty_like(x).index_copy_(1, order.long(), x)) * signs
-    return x
+    return _turned(x, turns % TURNS)
+
+
+def _turned(x: Tensor, places: Tensor) -> Tensor:
+    """Turn the channels of tokens (N, D): channel i becomes that at i + places (N,)."""
+    at = torch.arange(x.shape[1], device=x.device) + places[:, None]
+    return x.gather(1, at % x.shape[1])
 
 
 def _hadamard(x: Tensor) -> Tensor:

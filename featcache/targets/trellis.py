@@ -7,14 +7,13 @@ searched for (Viterbi; trellis-coded quantisation, Marcellin and Fischer 1990, w
 register of Mao, Gray and Linder 2012). With 8 new bits it is the nearest number of the table.
 
     token    scale, 4 bytes (float32, little-endian), then D k / 8 bytes, the first bit the highest
-    decoded  mean + scale / gain * rotate_back(values), its channels turned back by `turn`
+    decoded  mean + scale / gain * rotate_back(values)
 
 The scale makes the error orthogonal to the token, so that decoded tokens are not shorter on
-average. Its lowest 8 bits are `turn`, by how many places a token's channels are turned before
-the rotation. Of `TRIES` turns that begin with a hash of the token, the one whose largest value is
-smallest is taken: tokens which are alike do not share an error, so what they lose is gone on
-average, and no token has a value far beyond the table. L levels, T tokens, D width, B bytes of a
-token, N tokens of all.
+average. Its lowest 12 bits are `turn`, the number of the token's own rotation. Of `TRIES` numbers
+that begin with a hash of the token, the one whose largest value is smallest is taken: tokens which
+are alike do not share an error, so what they lose is gone on average, and no token has a value far
+beyond the table. L levels, T tokens, D width, B bytes of a token, N tokens of all.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ State = Mapping[str, Tensor]
 _STATES = 256
 _CHUNK = 1 << 14  # tokens of one search on a GPU: 16 or 32 bytes a value
 _LEAST = 64  # tokens that are worth a thread
-_TURNS = 255
-TRIES, _STEP = 4, 37  # turns of a token, and from one to the next
+_TURNS = rotation.TURNS**2 - 1
+TRIES, _STEP = 4, 1237  # turns of a token, and from one to the next
 
 
 def prepare(sample: Iterable[Tensor], seed: int, bits: int) -> dict[str, Tensor]:
@@ -110,8 +109,8 @@ def decode(coded: Tensor, state: State, bits: int) -> Tensor:
     out = coded.new_empty(len(flat), shape[-1], dtype=torch.float32)
     parts = (each.split(_CHUNK) for each in (factors, turns, codes, out))
     for factor, turn, code, values in zip(*parts, strict=True):  # a batch at once is too large
-        turned = rotation.rotate_back(state["table"][_windows(code, bits)], state)
-        torch.mul(_turn(turned, turn), factor[:, None], out=values)
+        turned = rotation.rotate_back(state["table"][_windows(code, bits)], state, turn)
+        torch.mul(turned, factor[:, None], out=values)
     return out.reshape(shape) + state["mean"][:, None]
 
 
@@ -125,10 +124,10 @@ def _check_width(values: Tensor, wanted: int) -> None:
 
 
 def _hashes(rounded: Tensor) -> Tensor:
-    """Hash tokens (..., D) of float16 to (...) numbers below 256: the sum of their bits, times the
-    golden ratio of 32 bits."""
+    """Hash tokens (..., D) of float16 to (...) numbers below 4,096: the sum of their bits, times
+    the golden ratio of 32 bits."""
     total = (rounded.contiguous().view(torch.int16).long() & 0xFFFF).sum(-1)
-    return ((total * 0x9E3779B1 >> 24) & _TURNS).int()
+    return ((total * 0x9E3779B1 >> 20) & _TURNS).int()
 
 
 def _with_turns(scales: Tensor, turns: Tensor) -> Tensor:
@@ -138,12 +137,6 @@ def _with_turns(scales: Tensor, turns: Tensor) -> Tensor:
     nearest = ((bits - turns + (_TURNS + 1) // 2) & ~_TURNS) + turns
     normal = scales >= torch.finfo(torch.float32).tiny
     return torch.where(normal, nearest, 0).int().view(torch.float32)
-
-
-def _turn(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the channels of tokens (N, D): channel i becomes that at i + turn."""
-    places = torch.arange(x.shape[1], device=x.device)
-    return x.gather(1, (places + turns[:, None]) % x.shape[1])
 
 
 def _compiles() -> bool:
@@ -227,10 +220,10 @@ def _encode(
 def _encode_chunk(
     residual: Tensor, first: Tensor, state: State, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    turns, x = first, rotation.rotate(_turn(residual, -first), state)
+    turns, x = first, rotation.rotate(residual, state, first)
     for number in range(1, TRIES):
         others = (first + _STEP * number) & _TURNS
-        turned = rotation.rotate(_turn(residual, -others), state)
+        turned = rotation.rotate(residual, state, others)
         better = turned.abs().amax(1) < x.abs().amax(1)
         turns, x = torch.where(better, others, turns), torch.where(better[:, None], turned, x)
     rms = x.double().square().mean(1, keepdim=True).sqrt()

@@ -15,12 +15,14 @@ import numpy as np
 from featcache.runtime.jit import compiled
 
 LANES = 16
+TURNS = 64  # as `rotation` has them
 STATES = 256
 
 
 @compiled
-def _rotate(x: Any, scratch: Any, signs: Any, order: Any, block: int) -> None:
-    """Rotate LANES tokens (D, LANES) where they are; `scratch` is as large."""
+def _rotate(x: Any, scratch: Any, signs: Any, order: Any, block: int, turns: Any) -> None:
+    """Rotate LANES tokens (D, LANES) where they are, by their `turns` after the second round;
+    `scratch` is as large."""
     width = x.shape[0]
     for turn in range(signs.shape[0]):
         for i in range(width):
@@ -32,15 +34,42 @@ def _rotate(x: Any, scratch: Any, signs: Any, order: Any, block: int) -> None:
             source = order[turn, i]
             for lane in range(LANES):
                 scratch[i, lane] = x[source, lane]
-        for i in range(width):
-            for lane in range(LANES):
-                x[i, lane] = scratch[i, lane]
+        if turn == signs.shape[0] // 2 - 1:
+            _turn(scratch, x, turns)
+        else:
+            for i in range(width):
+                for lane in range(LANES):
+                    x[i, lane] = scratch[i, lane]
 
 
 @compiled
-def _rotate_back(x: Any, scratch: Any, signs: Any, order: Any, block: int) -> None:
+def _turn(source: Any, out: Any, places: Any) -> None:
+    """Turn the channels of LANES tokens: what is at i comes to i + places (LANES,), below D."""
+    width = source.shape[0]
+    for lane in range(LANES):
+        at = places[lane]
+        for i in range(width):
+            out[at, lane] = source[i, lane]
+            at = at + 1 if at + 1 < width else 0
+
+
+@compiled
+def _turn_back(source: Any, out: Any, places: Any) -> None:
+    width = source.shape[0]
+    for lane in range(LANES):
+        at = places[lane]
+        for i in range(width):
+            out[i, lane] = source[at, lane]
+            at = at + 1 if at + 1 < width else 0
+
+
+@compiled
+def _rotate_back(x: Any, scratch: Any, signs: Any, order: Any, block: int, turns: Any) -> None:
     width = x.shape[0]
     for turn in range(signs.shape[0] - 1, -1, -1):
+        if turn == signs.shape[0] // 2 - 1:
+            _turn_back(x, scratch, turns)
+            x[:] = scratch
         for i in range(width):
             target = order[turn, i]
             for lane in range(LANES):
@@ -69,13 +98,15 @@ def _hadamard(x: Any, block: int) -> None:
 
 
 @compiled
-def _load(residual: Any, turns: Any, number: int, first: int, x: Any) -> int:
+def _load(residual: Any, turns: Any, number: int, first: int, x: Any, later: Any) -> int:
     """Load up to LANES tokens from `first` on, their channels turned by the turn of this `number`,
-    zeros behind the last; returns how many."""
+    zeros behind the last; returns how many. `later` (LANES,) is what is left of the turns."""
     count, width = min(LANES, residual.shape[0] - first), x.shape[0]
     x[:] = 0
+    later[:] = 0
     for lane in range(count):
-        at = turns[first + lane, number] % width
+        at = turns[first + lane, number] % TURNS
+        later[lane] = turns[first + lane, number] // TURNS
         for i in range(width):
             x[at, lane] = residual[first + lane, i]
             at = at + 1 if at + 1 < width else 0
@@ -216,15 +247,15 @@ def encoder(bits: int) -> Any:
         width, gain = residual.shape[1], float(block) ** (len(signs) // 2)
         x = np.empty((width, LANES), np.float32)
         best, scratch, rms = np.empty_like(x), np.empty_like(x), np.empty(LANES, np.float64)
-        largest = np.empty(LANES, np.float32)
+        largest, later = np.empty(LANES, np.float32), np.empty(LANES, np.int64)
         path = np.empty((width, LANES), np.int32)
         back = np.empty((1 if memoryless else width, LANES * groups), np.uint8)
         codes[:] = 0
         for first in range(0, residual.shape[0], LANES):
             best[:] = 0
             for number in range(turns.shape[1]):
-                count = _load(residual, turns, number, first, x)
-                _rotate(x, scratch, signs, order, block)
+                count = _load(residual, turns, number, first, x, later)
+                _rotate(x, scratch, signs, order, block, later)
                 _keep_better(x, largest, best, turns, number, first)
             _unit(best, rms)
             if memoryless:
@@ -266,7 +297,7 @@ def decoder(bits: int) -> Any:
     ) -> None:
         width = out.shape[1]
         x = np.zeros((width, LANES), np.float32)
-        scratch = np.empty_like(x)
+        scratch, later = np.empty_like(x), np.zeros(LANES, np.int64)
         for first in range(0, codes.shape[0], LANES):
             count = min(LANES, codes.shape[0] - first)
             for lane in range(count):
@@ -276,11 +307,12 @@ def decoder(bits: int) -> Any:
                     before = np.int32(codes[first + lane, at - 1]) if at else np.int32(0)
                     word = before << 8 | np.int32(codes[first + lane, at])
                     x[i, lane] = table[(word >> (7 - (end - 1) % 8)) & 255]
-            _rotate_back(x, scratch, signs, order, block)
+                later[lane] = turns[first + lane] // TURNS
+            _rotate_back(x, scratch, signs, order, block, later)
             for lane in range(count):
                 token = first + lane
                 factor, mean = factors[token], means[(number + token) // tokens % len(means)]
-                at = turns[token] % width
+                at = turns[token] % TURNS
                 for i in range(width):
                     out[token, i] = x[at, lane] * factor + mean[i]
                     at = at + 1 if at + 1 < width else 0

@@ -54,22 +54,34 @@ def blocks_of_hadamard(width: int) -> F64:
     return np.kron(np.eye(width // len(hadamard)), hadamard)
 
 
-def rotate(x: F64, state: State) -> F64:
-    """(..., D) -> (..., D): b^2 times an orthogonal matrix."""
-    matrix = blocks_of_hadamard(x.shape[-1])
-    for signs, order in zip(state["signs"], state["order"], strict=True):
+def rotate(x: F64, state: State, turn: npt.ArrayLike = 0) -> F64:
+    """(..., D) and turns (...) -> (..., D): b^2 times an orthogonal matrix."""
+    matrix, turn = blocks_of_hadamard(x.shape[-1]), np.broadcast_to(turn, x.shape[:-1])
+    x = rolled(x, turn % 64)
+    for number, (signs, order) in enumerate(zip(state["signs"], state["order"], strict=True)):
         x = ((x * signs) @ matrix.T)[..., order]
+        if number == 1:
+            x = rolled(x, turn // 64)
     return x
 
 
-def rotate_back(v: F64, state: State) -> F64:
+def rotate_back(v: F64, state: State, turn: npt.ArrayLike = 0) -> F64:
     """The transpose of `rotate`, so that rotate_back(rotate(x)) is b^4 x."""
-    matrix = blocks_of_hadamard(v.shape[-1])
-    for signs, order in zip(state["signs"][::-1], state["order"][::-1], strict=True):
+    matrix, turn = blocks_of_hadamard(v.shape[-1]), np.broadcast_to(turn, v.shape[:-1])
+    for number in (3, 2, 1, 0):
+        if number == 1:
+            v = rolled(v, -(turn // 64))
         scattered = np.empty_like(v)
-        scattered[..., order] = v
-        v = (scattered @ matrix) * signs
-    return v
+        scattered[..., state["order"][number]] = v
+        v = (scattered @ matrix) * state["signs"][number]
+    return rolled(v, -(turn % 64))
+
+
+def rolled(x: F64, by: npt.NDArray[np.int64]) -> F64:
+    """Each token (..., D) rolled by its number (...): what was at i is at i + by."""
+    flat, numbers = x.reshape(-1, x.shape[-1]), np.ravel(by)
+    rows = [np.roll(row, number) for row, number in zip(flat, numbers, strict=True)]
+    return np.stack(rows).reshape(x.shape)
 
 
 def windows(stream: U8, bits: int) -> npt.NDArray[np.int64]:
@@ -112,34 +124,27 @@ def search(u: F64, table: npt.NDArray[Any], bits: int) -> npt.NDArray[np.int64]:
 
 
 def hashes(h: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Tokens (..., D) -> (...): the hash of what fp16 stores, from 0 to 255."""
+    """Tokens (..., D) -> (...): the hash of what fp16 stores, from 0 to 4095."""
     patterns = np.ascontiguousarray(h.astype("<f2")).view("<u2").astype(object)
     totals = patterns.sum(-1)
-    hashed = np.vectorize(lambda total: (int(total) * 2654435761) // 2**24 % 256, [int])(totals)
+    hashed = np.vectorize(lambda total: (int(total) * 2654435761) // 2**20 % 4096, [int])(totals)
     return np.asarray(hashed, np.int64)
-
-
-def rolled(x: F64, by: npt.NDArray[np.int64]) -> F64:
-    """Each token (..., D) rolled by its number (...): what was at i is at i + by."""
-    flat, numbers = x.reshape(-1, x.shape[-1]), np.ravel(by)
-    rows = [np.roll(row, number) for row, number in zip(flat, numbers, strict=True)]
-    return np.stack(rows).reshape(x.shape)
 
 
 def turns(h: npt.NDArray[Any], residual: F64, state: State) -> npt.NDArray[np.int64]:
     """(...): of four turns that begin with the hash, the one whose largest rotated value is
     smallest."""
-    four = np.stack([(hashes(h) + 37 * number) % 256 for number in range(4)])
-    largest = [np.abs(rotate(rolled(residual, each), state)).max(-1) for each in four]
+    four = np.stack([(hashes(h) + 1237 * number) % 4096 for number in range(4)])
+    largest = [np.abs(rotate(residual, state, each)).max(-1) for each in four]
     return np.take_along_axis(four, np.argmin(largest, 0)[None], 0)[0]
 
 
 def with_turns(scale: F64, turn: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """The float32 nearest to each scale of those whose lowest 8 bits are its turn; too small a
+    """The float32 nearest to each scale of those whose lowest 12 bits are its turn; too small a
     scale is 0."""
     plain = scale.astype("<f4")
-    above = plain.view("<u4").astype(np.int64) // 256 * 256 + turn
-    every = np.stack([above - 256, above, above + 256])
+    above = plain.view("<u4").astype(np.int64) // 4096 * 4096 + turn
+    every = np.stack([above - 4096, above, above + 4096])
     values = np.where(every > 0, every, 0).astype("<u4").view("<f4")
     distance = np.abs(values.astype("f8") - plain)
     nearest = np.take_along_axis(values, distance.argmin(0)[None], 0)[0]
@@ -153,7 +158,7 @@ def divided(
     residuals of what fp16 stores, and their turns (...). A residual of zero stays zero."""
     residual = h.astype("f2").astype("f8") - mean
     turn = turns(np.broadcast_to(h, residual.shape), residual, state)
-    rotated = rotate(rolled(residual, turn), state)
+    rotated = rotate(residual, state, turn)
     size = np.sqrt(np.mean(rotated**2, axis=-1, keepdims=True))
     return rotated / np.where(size > 0, size, 1), np.sqrt(np.mean(residual**2, axis=-1)), turn
 
@@ -174,16 +179,17 @@ def encode(h: npt.NDArray[Any], mean: npt.NDArray[Any], state: State, bits: int)
 def decode(coded: U8, mean: npt.NDArray[Any], state: State, bits: int) -> F64:
     """Bytes (..., 4 + k D / 8) -> tokens (..., D)."""
     head = np.ascontiguousarray(coded[..., :4])
-    scale, turn = head.view("<f4").astype("f8"), head.view("<u4")[..., 0].astype(np.int64) % 256
+    scale, turn = head.view("<f4").astype("f8"), head.view("<u4")[..., 0].astype(np.int64) % 4096
     v = state["table"].astype("f8")[windows(coded[..., 4:], bits)]
-    return mean + rolled(scale / block(v.shape[-1]) ** 2 * rotate_back(v, state), -turn)
+    return mean + scale / block(v.shape[-1]) ** 2 * rotate_back(v, state, turn)
 
 
 def predicted_error(
     h: npt.NDArray[Any], mean: npt.NDArray[Any], coded: U8, state: State, bits: int
 ) -> F64:
-    """|h decoded - h|^2 / |h - mean|^2 of tokens that are not their mean, without decoding: with
-    the scale of the specification it is (u.u) (v.v) / (u.v)^2 - 1."""
-    u, _, _ = divided(h, mean, state)
+    """|h decoded - h|^2 / |h - mean|^2 of tokens that are not their mean, without decoding: that of
+    the numbers found, by the scale that is stored, from the divided values."""
+    u, rms, _ = divided(h, mean, state)
     v = state["table"].astype("f8")[windows(coded[..., 4:], bits)]
-    return (u**2).sum(-1) * (v**2).sum(-1) / (u * v).sum(-1) ** 2 - 1
+    scale = np.ascontiguousarray(coded[..., :4]).view("<f4").astype("f8")[..., 0] / rms
+    return ((scale[..., None] * v - u) ** 2).sum(-1) / (u**2).sum(-1)

@@ -100,9 +100,7 @@ def test_real_levels_come_back_within_the_bounds_and_unbiased(
     assert np.square(error).sum() / np.square(residual).sum() <= BOUNDS[name]
     flat = error.reshape(-1, error.shape[-1])
     sigma = flat.std(0) / np.sqrt(len(flat))
-    # of digits many tokens are nearly the same, in 128 channels, and so are some of their errors
-    off = np.abs(flat.mean(0))
-    assert (off <= (5 * sigma if network == "clip" else 0.08 * flat.std(0))).all()
+    assert (np.abs(flat.mean(0)) <= 5 * sigma).all()
     # no token loses a multiple of what others do; but the table of q8 ends, at 4.6
     ratio = np.square(error).sum(-1) / np.square(residual).sum(-1)
     assert name == "q8" or ratio.max() <= 10 * BOUNDS[name]

@@ -136,11 +136,10 @@ def test_gaussians_lose_as_little_as_promised_and_as_predicted(name: str) -> Non
     lost = (error**2).sum(1) / ((h - mean) ** 2).sum(1)
     assert 0.5 * BOUNDS[name] < lost.mean() <= BOUNDS[name]
     predicted = reference.predicted_error(h, mean, coded, state, bits)
-    # the scale is within 128 of the 2^23 steps of float32: 8 of its bits say something else
-    np.testing.assert_allclose(lost, predicted, rtol=2.0**-15 * 1.1, atol=2.0**-31)
-    # Orthogonal to the token, to what is kept of the scale.
+    np.testing.assert_allclose(lost, predicted, rtol=1e-6)
+    # Orthogonal to the token, to what is kept of the scale: 12 of its bits say something else.
     across = (error * (h - mean)).sum(1) / ((h - mean) ** 2).sum(1)
-    assert np.abs(across).max() <= 2.0**-16 * 1.01
+    assert np.abs(across).max() <= 2.0**-12 * 1.01
 
 
 @pytest.mark.parametrize("name", reference.BITS)

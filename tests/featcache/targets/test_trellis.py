@@ -99,7 +99,7 @@ def test_our_streams_are_as_good_as_the_best(name: str, width: int) -> None:
     v, v_best = (state["table"][reference.windows(c[..., 4:], bits)] for c in (coded, best))
     assert (((u - v) ** 2).sum(-1) < ((u - v_best) ** 2).sum(-1) * (1 + 1e-5)).all()
     scale = np.ascontiguousarray(coded[..., :4]).view("<f4")[..., 0]
-    np.testing.assert_allclose(scale, rms * (u**2).sum(-1) / (u * v).sum(-1), rtol=2e-5)
+    np.testing.assert_allclose(scale, rms * (u**2).sum(-1) / (u * v).sum(-1), rtol=2.5e-4)
     ours = lost(decoded(name, torch.from_numpy(coded), tensors(state)), h, mean[:, None])
     theirs = lost(reference.decode(best, mean[:, None], state, bits), h, mean[:, None])
     np.testing.assert_allclose(ours, theirs, rtol=0.01)
@@ -196,7 +196,7 @@ def test_no_channel_is_biased(name: str) -> None:
     assert (np.abs(error.mean(0)) < 5 * error.std(0) / len(error) ** 0.5).all()
     # A token is not shorter on average: the error is orthogonal to it.
     across = (error * h[0]).sum(1) / (h[0].astype("f8") ** 2).sum(1)
-    assert np.abs(across).max() < 2e-5  # 8 bits of the scale say something else
+    assert np.abs(across).max() < 2.5e-4  # 12 bits of the scale say something else
 
 
 @pytest.mark.parametrize("name", NAMES)
