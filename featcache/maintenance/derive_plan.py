@@ -67,7 +67,7 @@ class LevelChange:
         stored = {name: self._tokens(items[name], items["mask_order"]) for name in WITH_TOKENS}
         if self.old["codec"] == self.new["codec"]:
             return {**items, **stored}
-        h = torch.from_numpy(stored.pop("features"))  # lossless: `_check_codec` sees to it
+        h = torch.from_numpy(stored.pop("features"))  # lossless: `_wished` sees to it
         coded = get_codec(self.new["codec"]).encode(h, self.new_state)
         return {**items, **stored, **{name: each.numpy() for name, each in coded.items()}}
 

@@ -140,6 +140,7 @@ def convert(
 
 
 def check_apart(cache: Path, out: Path) -> None:
+    """Raise UsageError for a folder that lies in the cache itself."""
     here, there = cache.resolve(), out.resolve()
     if here == there or here in there.parents:
         raise UsageError(

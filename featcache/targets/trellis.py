@@ -158,12 +158,11 @@ def _encode_on_cpu(
     table = state["table"].numpy()
     turns = (first[:, None] + _STEP * torch.arange(TRIES, dtype=torch.int32)) & _TURNS
     arrays = [each.numpy() for each in (residual, turns, scales, codes)]
-    encoder = trellis_jit.encoder(bits)
     edges = ((table[1:] + table[:-1]) / 2).astype("f4")
 
     def run(part: slice) -> None:
         of, turn, scale, code = (each[part] for each in arrays)
-        encoder(of, turn, *_rotation(state, width), table, edges, scale, code)
+        trellis_jit.encode(of, turn, *_rotation(state, width), table, edges, bits, scale, code)
 
     _in_threads(run, n)
     return scales, turns[:, 0], codes
@@ -177,12 +176,12 @@ def _decode_on_cpu(
     width = state["mean"].shape[-1]
     out = torch.empty(len(codes), width)
     arrays = [each.numpy() for each in (factors, turns, codes.contiguous(), out)]
-    decoder = trellis_jit.decoder(bits)
     table, means = (state[name].contiguous().numpy() for name in ("table", "mean"))
 
     def run(part: slice) -> None:
         factor, turn, code, to = (each[part] for each in arrays)
-        decoder(factor, turn, code, *_rotation(state, width), table, means, tokens, part.start, to)
+        given = (factor, turn, code, *_rotation(state, width), table, bits)
+        trellis_jit.decode(*given, means, tokens, part.start, to)
 
     _in_threads(run, len(codes))
     return out

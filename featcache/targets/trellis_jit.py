@@ -7,15 +7,14 @@ comparisons of float32, none of them fused. N tokens, D width, k bits a value, B
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from featcache.runtime.jit import compiled
+from featcache.targets.rotation import TURNS
 
 LANES = 16
-TURNS = 64  # as `rotation` has them
 STATES = 256
 
 
@@ -167,9 +166,9 @@ def _nearest(x: Any, edges: Any, path: Any) -> None:
             path[i, lane] = at
 
 
-@cache
-def viterbi(bits: int) -> Any:
-    """Return the search for the best path (D, LANES) of states through tokens (D, LANES)."""
+def _search_of(bits: int) -> Any:
+    """Return the search for the best path (D, LANES) of states through tokens (D, LANES), compiled
+    for so many bits a value."""
     branches, groups = 1 << bits, STATES >> bits
     rows, parts = max(branches // groups, 1), max(groups // branches, 1)
     columns = LANES * groups
@@ -226,95 +225,95 @@ def viterbi(bits: int) -> Any:
     return compiled(search)
 
 
-@cache
-def encoder(bits: int) -> Any:
-    """Return the function that encodes residuals (N, D) float32 to `scales` (N,) float32 and
+# Made here, and no inner variables of `encode`: what is compiled of a function that holds another
+# one in itself is found again by no other process.
+_search_4, _search_3 = _search_of(4), _search_of(3)
+
+
+@compiled
+def encode(
+    residual: Any,
+    turns: Any,
+    signs: Any,
+    order: Any,
+    block: int,
+    table: Any,
+    edges: Any,
+    bits: int,
+    scales: Any,
+    codes: Any,
+) -> None:
+    """Encode residuals (N, D) float32 in 8, 4 or 3 `bits` a value to `scales` (N,) float32 and
     `codes` (N, B) uint8. Of `turns` (N, tries) the best one is used, and becomes the first."""
-    search, groups, memoryless = viterbi(min(bits, 7)), STATES >> bits, bits == 8
+    width, gain = residual.shape[1], float(block) ** (len(signs) // 2)
+    x = np.empty((width, LANES), np.float32)
+    best, scratch, rms = np.empty_like(x), np.empty_like(x), np.empty(LANES, np.float64)
+    largest, later = np.empty(LANES, np.float32), np.empty(LANES, np.int64)
+    path = np.empty((width, LANES), np.int32)
+    back = np.empty((width if bits < 8 else 1, LANES * (STATES >> bits)), np.uint8)
     fresh = (1 << bits) - 1
-
-    def encode(
-        residual: Any,
-        turns: Any,
-        signs: Any,
-        order: Any,
-        block: int,
-        table: Any,
-        edges: Any,
-        scales: Any,
-        codes: Any,
-    ) -> None:
-        width, gain = residual.shape[1], float(block) ** (len(signs) // 2)
-        x = np.empty((width, LANES), np.float32)
-        best, scratch, rms = np.empty_like(x), np.empty_like(x), np.empty(LANES, np.float64)
-        largest, later = np.empty(LANES, np.float32), np.empty(LANES, np.int64)
-        path = np.empty((width, LANES), np.int32)
-        back = np.empty((1 if memoryless else width, LANES * groups), np.uint8)
-        codes[:] = 0
-        for first in range(0, residual.shape[0], LANES):
-            best[:] = 0
-            for number in range(turns.shape[1]):
-                count = _load(residual, turns, number, first, x, later)
-                _rotate(x, scratch, signs, order, block, later)
-                _keep_better(x, largest, best, turns, number, first)
-            _unit(best, rms)
-            if memoryless:
-                _nearest(best, edges, path)
-            else:
-                search(best, table, back, path)
-            for lane in range(count):
-                scales[first + lane] = _scale(best, path, table, rms[lane] / gain, lane)
-                if scales[first + lane] == 0:
-                    continue
-                for i in range(width):
-                    end = bits * (i + 1)  # bits of the stream up to this value
-                    word = (path[i, lane] & fresh) << (7 - (end - 1) % 8)
-                    at = first + lane, (end - 1) // 8
-                    codes[at] |= np.uint8(word & 255)
-                    if word > 255:  # it begins in the byte before
-                        codes[at[0], at[1] - 1] |= np.uint8(word >> 8)
-
-    return compiled(encode)
+    codes[:] = 0
+    for first in range(0, residual.shape[0], LANES):
+        best[:] = 0
+        for number in range(turns.shape[1]):
+            count = _load(residual, turns, number, first, x, later)
+            _rotate(x, scratch, signs, order, block, later)
+            _keep_better(x, largest, best, turns, number, first)
+        _unit(best, rms)
+        if bits == 8:
+            _nearest(best, edges, path)
+        elif bits == 4:
+            _search_4(best, table, back, path)
+        else:
+            _search_3(best, table, back, path)
+        for lane in range(count):
+            scales[first + lane] = _scale(best, path, table, rms[lane] / gain, lane)
+            if scales[first + lane] == 0:
+                continue
+            for i in range(width):
+                end = bits * (i + 1)  # bits of the stream up to this value
+                word = (path[i, lane] & fresh) << (7 - (end - 1) % 8)
+                at = first + lane, (end - 1) // 8
+                codes[at] |= np.uint8(word & 255)
+                if word > 255:  # it begins in the byte before
+                    codes[at[0], at[1] - 1] |= np.uint8(word >> 8)
 
 
-@cache
-def decoder(bits: int) -> Any:
-    """Return the function that decodes `factors` (N,) and `codes` (N, B) to (N, D) float32; of
-    `means` (L, D) token i is given that of level i // tokens % L, counted from `number`."""
-
-    def decode(
-        factors: Any,
-        turns: Any,
-        codes: Any,
-        signs: Any,
-        order: Any,
-        block: int,
-        table: Any,
-        means: Any,
-        tokens: int,
-        number: int,
-        out: Any,
-    ) -> None:
-        width = out.shape[1]
-        x = np.zeros((width, LANES), np.float32)
-        scratch, later = np.empty_like(x), np.zeros(LANES, np.int64)
-        for first in range(0, codes.shape[0], LANES):
-            count = min(LANES, codes.shape[0] - first)
-            for lane in range(count):
-                for i in range(width):
-                    end = bits * (i + 1)
-                    at = (end - 1) // 8
-                    before = np.int32(codes[first + lane, at - 1]) if at else np.int32(0)
-                    word = before << 8 | np.int32(codes[first + lane, at])
-                    x[i, lane] = table[(word >> (7 - (end - 1) % 8)) & 255]
-                later[lane] = turns[first + lane] // TURNS
-            _rotate_back(x, scratch, signs, order, block, later)
-            for lane in range(count):
-                token = first + lane
-                factor, mean = factors[token], means[(number + token) // tokens % len(means)]
-                at = turns[token] % TURNS
-                for i in range(width):
-                    out[token, i] = x[at, lane] * factor + mean[i]
-                    at = at + 1 if at + 1 < width else 0
-
-    return compiled(decode)
+@compiled
+def decode(
+    factors: Any,
+    turns: Any,
+    codes: Any,
+    signs: Any,
+    order: Any,
+    block: int,
+    table: Any,
+    bits: int,
+    means: Any,
+    tokens: int,
+    number: int,
+    out: Any,
+) -> None:
+    """Decode `factors` (N,), `turns` (N,) and `codes` (N, B) to `out` (N, D) float32; of `means`
+    (L, D) token i is given that of level i // tokens % L, counted from `number`."""
+    width = out.shape[1]
+    x = np.zeros((width, LANES), np.float32)
+    scratch, later = np.empty_like(x), np.zeros(LANES, np.int64)
+    for first in range(0, codes.shape[0], LANES):
+        count = min(LANES, codes.shape[0] - first)
+        for lane in range(count):
+            for i in range(width):
+                end = bits * (i + 1)
+                at = (end - 1) // 8
+                before = np.int32(codes[first + lane, at - 1]) if at else np.int32(0)
+                word = before << 8 | np.int32(codes[first + lane, at])
+                x[i, lane] = table[(word >> (7 - (end - 1) % 8)) & 255]
+            later[lane] = turns[first + lane] // TURNS
+        _rotate_back(x, scratch, signs, order, block, later)
+        for lane in range(count):
+            token = first + lane
+            factor, mean = factors[token], means[(number + token) // tokens % len(means)]
+            at = turns[token] % TURNS
+            for i in range(width):
+                out[token, i] = x[at, lane] * factor + mean[i]
+                at = at + 1 if at + 1 < width else 0

@@ -19,7 +19,7 @@ from typing import Any
 from featcache.errors import UsageError, UserError, command_line
 from featcache.maintenance import verify
 from featcache.reading.cache import Cache
-from featcache.targets import codec_names
+from featcache.storage import codec_state
 from student.config import OutputConfig, RecipeConfig, Settings, build_config
 from student.recipes import TargetSpec
 from student.setup.missing import keeps_few, kept_text, missing
@@ -69,12 +69,18 @@ class MatchedCache:
         return 1 + self.config.visible
 
     @property
-    def lossy_codec(self) -> str:
-        """Name the codec of what the recipe reads, where it loses something; else nothing."""
+    def lossy(self) -> dict[str, Any]:
+        """Return the manifest of the teacher whose levels the recipe reads in a codec that loses
+        something; empty where there is none."""
         read = [field for field in self.spec.fields if field.rpartition("/")[2] == "features"]
         teachers = [field.rpartition("/")[0] or self.cache.teachers[0] for field in read]
-        names = (self.cache.manifest_of(each)["identity"]["codec"] for each in teachers)
-        return next((name for name in names if name != codec_names.LOSSLESS), "")
+        parts = map(self.cache.manifest_of, teachers)
+        return next((each for each in parts if codec_state.needs_state(each)), {})
+
+    @property
+    def lossy_codec(self) -> str:
+        """Name that codec; empty where there is none."""
+        return str(self.lossy["identity"]["codec"]) if self.lossy else ""
 
 
 def config_with_facts(

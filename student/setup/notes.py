@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from featcache.reading import join
 from featcache.reading.cache import Cache
@@ -35,16 +37,16 @@ def say_cache(say: Say, found: MatchedCache) -> None:
             f"{spec.jitter:g}"
         )
     if found.lossy_codec:
-        say(f"note: the cache keeps its levels in codec {found.lossy_codec}, {_loss(found.cache)}")
+        say(f"note: the cache keeps its levels in codec {found.lossy_codec}, {_loss(found.lossy)}")
     for note in found.notes:
         say(f"note: {note}")
     for part in found.cache.unfinished:
         say(f"note: {part} is not whole, nothing of it is read")
 
 
-def _loss(cache: Cache) -> str:
-    """Say what the codec of a cache loses, as far as it was measured."""
-    added = cache.manifest["provenance"].get("distortion", {}).get("added_loss")
+def _loss(about: Mapping[str, Any]) -> str:
+    """Say what the codec of a teacher's part loses, as far as it was measured."""
+    added = about["provenance"].get("distortion", {}).get("added_loss")
     if not added:
         return "which is lossy"
     return f"which is lossy: at a residual of 0.5 the loss rises by {max(added):.2%}"

@@ -27,7 +27,7 @@ from featcache.storage import json_file, manifest
 from tests import codec_caches as cc
 from tests.codec_caches import LAYOUTS, LOSSY, OTHER, VIT, WIDE
 from tests.conftest import Ran, Running, copy_tree, files_below, flip, make_photos, python, waves
-from tests.featcache.extraction.test_launcher import FAST, KILLED, SLOW, wait_for
+from tests.featcache.extraction.test_launcher import DYING, FAST, KILLED, SLOW, wait_for
 
 Start = Callable[..., Running]
 Command = Callable[..., Ran]
@@ -238,7 +238,7 @@ STAGES = {
 def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("killed")
     options = json.dumps({"codec": "t3"})
-    ran = python(KILLED, pictures, root, WIDE, json.dumps(STAGES), options)
+    ran = python(DYING + KILLED, pictures, root, WIDE, json.dumps(STAGES), options)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [f"{stage} 9" for stage in STAGES], ran.stdout + ran.stderr
     return root

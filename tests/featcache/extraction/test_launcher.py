@@ -134,6 +134,25 @@ def test_a_share_by_the_command(pictures: Path, tmp_path: Path, start: Start) ->
 
 # ---------------------------------------------------------------- killed at every stage
 
+# Lets a process that runs this die as it enters a function, MODULE:NAME, for the n-th time.
+DYING = """
+import importlib, os, signal, threading
+
+def patch(target, call):
+    module, _, path = target.partition(":")
+    place = importlib.import_module("featcache." + module)
+    *holders, name = path.split(".")
+    for holder in holders:
+        place = getattr(place, holder)
+    original, lock, calls = getattr(place, name), threading.Lock(), []
+    def dies(*args, **kwargs):
+        with lock:
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(place, name, dies)
+"""
 # Each stage: the function that the killed process enters for the n-th time, and dies in.
 STAGES = {
     "before the manifest": ("storage.json_file:write_json", 1),
@@ -164,7 +183,7 @@ STAGES = {
 # Forks from a process that has loaded everything and run nothing: two seconds in all instead of
 # three for each.
 KILLED = """
-import importlib, json, os, signal, sys, threading
+import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -175,21 +194,6 @@ from featcache.views.policy import Policy
 import featcache.storage.zarr_store
 import zarr
 teachers.modules()
-
-def patch(target, call):
-    module, _, path = target.partition(":")
-    place = importlib.import_module("featcache." + module)
-    *holders, name = path.split(".")
-    for holder in holders:
-        place = getattr(place, holder)
-    original, lock, calls = getattr(place, name), threading.Lock(), []
-    def dies(*args, **kwargs):
-        with lock:
-            calls.append(1)
-            if len(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    setattr(place, name, dies)
 
 folder, root = Path(sys.argv[1]), Path(sys.argv[2])
 teacher, stages = sys.argv[3], json.loads(sys.argv[4])
@@ -216,7 +220,7 @@ for stage, child in children.items():
 @pytest.fixture(scope="module")
 def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("killed")
-    ran = python(KILLED, pictures, root, SYNTHETIC, json.dumps(STAGES))
+    ran = python(DYING + KILLED, pictures, root, SYNTHETIC, json.dumps(STAGES))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [f"{stage} 9" for stage in STAGES], ran.stdout + ran.stderr
     return root

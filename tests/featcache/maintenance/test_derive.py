@@ -28,6 +28,7 @@ from featcache.storage.store import record_path
 from tests import codec_caches as cc
 from tests.codec_caches import LAYOUTS, LOSSY, OTHER, WIDE
 from tests.conftest import Ran, Running, copy_tree, files_below, flip, make_photos, python
+from tests.featcache.extraction.test_launcher import DYING
 from tests.featcache.models.test_tokenizer import Reds
 
 Command = Callable[..., Ran]
@@ -225,17 +226,17 @@ def test_fewer_of_a_lossy_cache_decode_as_before(
 
 # the function that the killed process enters for the n-th time, and dies in
 STOPS = {
-    "before the state": ("storage.codec_state.begin", 1),
-    "before the state is linked": ("storage.json_file.link_or_create", 1),
-    "while it is measured": ("extraction.codec_sample.measure_codec", 1),
-    "between state and manifest": ("extraction.target_folder.begin_folder", 1),
-    "before the tail": ("storage.json_file.write_file", 3),
-    "before the copy of the state": ("storage.json_file.write_file", 4),
-    "before the second record": ("storage.commit.publish", 2),
-    "before the quarantine": ("extraction.target_folder.write_quarantine", 1),
+    "before the state": ("storage.codec_state:begin", 1),
+    "before the state is linked": ("storage.json_file:link_or_create", 1),
+    "while it is measured": ("extraction.codec_sample:measure_codec", 1),
+    "between state and manifest": ("extraction.target_folder:begin_folder", 1),
+    "before the tail": ("storage.json_file:write_file", 3),
+    "before the copy of the state": ("storage.json_file:write_file", 4),
+    "before the second record": ("storage.commit:publish", 2),
+    "before the quarantine": ("extraction.target_folder:write_quarantine", 1),
 }
 KILLED = """
-import importlib, json, os, signal, sys
+import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -244,21 +245,10 @@ from featcache.maintenance.derive_plan import Wish
 import featcache.storage.zarr_store, zarr
 source, root, stops = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 children = []
-for i, target in enumerate(stops):
+for i, (target, call) in enumerate(stops):
     children.append(os.fork())
     if children[-1] == 0:
-        name, call = target
-        place, _, name = name.rpartition(".")
-        module, _, holder = place.partition(":")
-        owner = importlib.import_module("featcache." + module)
-        owner = getattr(owner, holder) if holder else owner
-        original, calls = getattr(owner, name), []
-        def dies(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-        setattr(owner, name, dies)
+        patch(target, call)
         derive(source, root / str(i), Wish(codec="t3", tokens="ranked"))
         os._exit(0)
 for child in children:
@@ -269,7 +259,7 @@ for child in children:
 
 def test_killed_and_run_again_gives_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
     origin = cc.made(pictures)
-    ran = python(KILLED, origin, tmp_path, json.dumps(list(STOPS.values())))
+    ran = python(DYING + KILLED, origin, tmp_path, json.dumps(list(STOPS.values())))
     assert ran.stdout.split() == ["9"] * len(STOPS), ran.stdout + ran.stderr
     derive(origin, tmp_path / "whole", codec="t3", tokens="ranked")
     whole = files_below(tmp_path / "whole")

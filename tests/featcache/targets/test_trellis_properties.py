@@ -6,6 +6,8 @@ L levels, T tokens, D width.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from featcache.targets.codecs import CODECS
+from tests.conftest import python
 from tests.featcache.targets import reference_codec as reference
 
 NAMES = sorted(reference.BITS)
@@ -176,3 +179,25 @@ def test_a_state_of_other_things_has_a_problem(name: str) -> None:
 @pytest.mark.parametrize(("name", "other"), [("q8", "t4"), ("t4", "t3"), ("t3", "q8")])
 def test_the_state_of_another_codec_has_a_problem(name: str, other: str) -> None:
     assert "table" in CODECS[name].state_problem(good(other), LEVELS, 64)
+
+
+ONCE = """
+import torch
+from featcache.targets.codecs import CODECS
+h = torch.randn(2, 1, 65, 64)
+for name in ("q8", "t4", "t3"):
+    state = CODECS[name].prepare(h, 0)
+    CODECS[name].decode(CODECS[name].encode(h, state), state)
+"""
+
+
+@pytest.mark.slow
+def test_loops_are_compiled_once_for_all_processes(tmp_path: Path) -> None:
+    """What the first has compiled, the others find: nothing more is kept by them."""
+    kept = []
+    for _ in range(3):
+        ran = python(ONCE, NUMBA_CACHE_DIR=str(tmp_path))
+        assert ran.returncode == 0, ran.stderr
+        kept.append(sorted(path.name for path in tmp_path.rglob("*.nbc")))
+    assert kept[0]
+    assert kept[1] == kept[2] == kept[0]
