@@ -43,10 +43,10 @@ def _rotate(x: Any, scratch: Any, signs: Any, order: Any, block: int, turns: Any
 
 @compiled
 def _turn(source: Any, out: Any, places: Any) -> None:
-    """Turn the channels of LANES tokens: what is at i comes to i + places (LANES,), below D."""
+    """Turn the channels of LANES tokens: what is at i comes to i + places (LANES,)."""
     width = source.shape[0]
     for lane in range(LANES):
-        at = places[lane]
+        at = places[lane] % width
         for i in range(width):
             out[at, lane] = source[i, lane]
             at = at + 1 if at + 1 < width else 0
@@ -56,7 +56,7 @@ def _turn(source: Any, out: Any, places: Any) -> None:
 def _turn_back(source: Any, out: Any, places: Any) -> None:
     width = source.shape[0]
     for lane in range(LANES):
-        at = places[lane]
+        at = places[lane] % width
         for i in range(width):
             out[i, lane] = source[at, lane]
             at = at + 1 if at + 1 < width else 0
@@ -104,7 +104,7 @@ def _load(residual: Any, turns: Any, number: int, first: int, x: Any, later: Any
     x[:] = 0
     later[:] = 0
     for lane in range(count):
-        at = turns[first + lane, number] % TURNS
+        at = turns[first + lane, number] % TURNS % width
         later[lane] = turns[first + lane, number] // TURNS
         for i in range(width):
             x[at, lane] = residual[first + lane, i]
@@ -313,7 +313,7 @@ def decode(
         for lane in range(count):
             token = first + lane
             factor, mean = factors[token], means[(number + token) // tokens % len(means)]
-            at = turns[token] % TURNS
+            at = turns[token] % TURNS % width
             for i in range(width):
                 out[token, i] = x[at, lane] * factor + mean[i]
                 at = at + 1 if at + 1 < width else 0

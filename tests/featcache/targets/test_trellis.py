@@ -233,7 +233,7 @@ def test_the_rotation_is_of_width_and_seed_alone(name: str) -> None:
     assert len({rotation(seed) for seed in (0, 1, 2, 2**40)}) == 4
 
 
-@pytest.mark.parametrize("width", [64, 192, 768])
+@pytest.mark.parametrize("width", [16, 64, 192, 768])  # no place may lie beyond the narrowest
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_compiler_the_bytes_and_values_are_the_same(
     name: str, width: int, monkeypatch: pytest.MonkeyPatch
