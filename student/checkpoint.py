@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,24 @@ _SETTINGS = {
 EMA = "ema"  # the average of the weights in a checkpoint, where the run keeps one
 
 
-def save(run: Path, step: int, content: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class Retention:
+    """Says which checkpoints of a run stay: the newest ones, and every one whose step `every`
+    divides (None: no others)."""
+
+    newest: int = KEEP
+    every: int | None = None
+
+    def dropped(self, paths: list[Path]) -> list[Path]:
+        """Return those of a run's checkpoints, oldest first, that do not stay."""
+        return [
+            path
+            for path in paths[: -self.newest]
+            if self.every is None or _step_of(path) % self.every
+        ]
+
+
+def save(run: Path, step: int, content: dict[str, Any], retention: Retention = Retention()) -> Path:
     """Write the checkpoint of `step`, durable before older ones go."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +63,7 @@ def save(run: Path, step: int, content: dict[str, Any]) -> Path:
     # an open file: given a path, torch would write the temporary name into the archive
     with json_file.replaced(path) as temporary, temporary.open("wb") as file:
         torch.save({"step": step, **content}, file)
-    for old in list_checkpoints(run)[:-KEEP]:
+    for old in retention.dropped(list_checkpoints(run)):
         old.unlink()
     return path
 
@@ -68,20 +86,38 @@ def _step_of(path: Path) -> int:
 
 
 def load_latest(run: Path) -> dict[str, Any]:
-    """Read the newest checkpoint onto the CPU: {step, model, optimizer, scaler, skipped} and
-    perhaps ema, of the types that `save` writes; anything else is a UserError."""
+    """Read the newest checkpoint, as `load` does."""
+    return load(run, None)
+
+
+def load(run: Path, step: int | None) -> dict[str, Any]:
+    """Read a checkpoint (None: the newest) onto the CPU: {step, model, optimizer, scaler, skipped}
+    and perhaps ema, of the types that `save` writes; anything else is a UserError."""
+    path = _path(run, step)
+    try:
+        saved = restricted_unpickler.load(path)
+    except (OSError, ValueError) as error:  # truncated or foreign files fail in many ways
+        raise _unusable(run, f"cannot be read ({str(error)[:120]})", step) from error
+    if why := _problem(saved, _step_of(path)):
+        raise _unusable(run, why, step)
+    return dict(saved)
+
+
+def _path(run: Path, step: int | None) -> Path:
     paths = list_checkpoints(run)
     if not paths:
         raise UserError(
             f"run {str(run)!r} has no checkpoint; train it first, or give the folder of a run"
         )
-    try:
-        saved = restricted_unpickler.load(paths[-1])
-    except (OSError, ValueError) as error:  # truncated or foreign files fail in many ways
-        raise _unusable(run, f"cannot be read ({str(error)[:120]})") from error
-    if why := _problem(saved, _step_of(paths[-1])):
-        raise _unusable(run, why)
-    return dict(saved)
+    found = [path for path in paths if step is None or _step_of(path) == step]
+    if not found:
+        steps = [str(_step_of(path)) for path in paths]
+        shown = ", ".join([*steps[:8], *(["..."] if len(steps) > 8 else [])])
+        raise UsageError(
+            f"run {str(run)!r} has no checkpoint of step {step}; there are those of {shown}; "
+            "`student train --keep-checkpoints` says which ones stay"
+        )
+    return found[-1]
 
 
 def _problem(saved: object, step: int) -> str:
@@ -216,10 +252,10 @@ def check_scaler(run: Path, saved: dict[str, Any], own: dict[str, Any]) -> dict[
     return dict(given)  # type: ignore[arg-type]
 
 
-def _unusable(run: Path, what: str) -> UserError:
+def _unusable(run: Path, what: str, step: int | None = None) -> UserError:
+    """Say what is wrong with a run's checkpoint: the newest, or that of `step`."""
     return UserError(
-        f"checkpoint {str(list_checkpoints(run)[-1])!r} {what}; remove it to go on from the one "
-        "before"
+        f"checkpoint {str(_path(run, step))!r} {what}; remove it to go on from the one before"
     )
 
 
@@ -246,11 +282,13 @@ def read_config(run: Path) -> dict[str, Any]:
     return record
 
 
-def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the newest encoder of a run in eval mode, or the average of its weights, and the
-    recipe's configuration."""
+def load_encoder(
+    run: Path, ema: bool = False, step: int | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the encoder of a run's newest checkpoint, or of the one of `step`, in eval mode, or
+    the average of its weights, and the recipe's configuration."""
     settings = read_config(run)["config"]
-    saved = load_latest(run)
+    saved = load(run, step)
     if ema and EMA not in saved:
         raise UsageError(
             f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train "
@@ -261,7 +299,7 @@ def load_encoder(run: Path, ema: bool = False) -> tuple[nn.Module, dict[str, Any
     with torch.device("meta"):
         own = _build_encoder(run, settings).state_dict()
     if why := _mismatch(own, weights):
-        raise _unusable(run, f"does not fit the encoder of its {CONFIG} ({why})")
+        raise _unusable(run, f"does not fit the encoder of its {CONFIG} ({why})", step)
     encoder = _build_encoder(run, settings)
     encoder.load_state_dict(weights)
     return encoder.eval(), settings

@@ -73,17 +73,23 @@ def log_run(**facts: Any) -> None:
         default=str,
     )
     try:
-        home().mkdir(parents=True, exist_ok=True)
-        # a pipe that nobody reads is an error, and not waited for
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-        with os.fdopen(os.open(home() / LEDGER, flags, 0o666), "a") as file:
-            file.write(line + "\n")
+        append(home() / LEDGER, line + "\n")
     except OSError as error:
         _LOG.warning(
             "the run ledger %r cannot be written: %s", str(home() / LEDGER), error.strerror
         )
     except UserError as error:  # home is no place of this machine
         _LOG.warning("the run ledger cannot be written: %s", error)
+
+
+def append(path: Path, text: str, *, follow: bool = True) -> None:
+    """Append whole lines to a file of ours, made where there is none; a link in its place is an
+    OSError unless it is to be followed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a pipe that nobody reads is an error, and not waited for
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+    with os.fdopen(os.open(path, flags | (0 if follow else os.O_NOFOLLOW), 0o666), "a") as file:
+        file.write(text)
 
 
 def runs_of(cache_id: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from featcache.pictures import regular_file
 from featcache.pictures.listing import Listing, list_folder
 from featcache.pictures.passed_over import TARS, PassedOver, Tally, listed
 from featcache.pictures.source import ALLOWED, Source
+from featcache.pictures.stamps import stamp_files
 from featcache.pictures.tars import open_tars
 
 
@@ -34,6 +36,14 @@ class FolderSource:
 
     def read(self, index: int) -> bytes:
         return regular_file.read_file(self.root / self.files[index])
+
+    def stamp(self, rows: Sequence[int]) -> str:
+        """Digest what tells these pictures from others, without reading them."""
+        root = str(self.root)
+        return stamp_files(
+            (self.keys[row] for row in rows),
+            (os.path.join(root, self.files[row]) for row in rows),  # noqa: PTH118 (as in stamps)
+        )
 
     @cached_property
     def classes(self) -> list[str] | None:

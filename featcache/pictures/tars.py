@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from featcache.pictures.classes import LABEL_DIGITS, FolderClasses, folder_class
 from featcache.pictures.passed_over import PassedOver, Tally, listed
 from featcache.pictures.regular_file import read_range
 from featcache.pictures.source import ALLOWED
+from featcache.pictures.stamps import stamp_files
 from featcache.pictures.tar_index import Member, Segments, read_members
 from featcache.pictures.tar_samples import choose_pictures
 from featcache.pictures.tar_samples import escape as escape
@@ -40,6 +42,12 @@ class TarSource:
     def read(self, index: int) -> bytes:
         tar, offset, size = (int(x) for x in self.ranges[index])
         return read_range(self.tars[tar], offset, size, self.sparse.get(index))
+
+    def stamp(self, rows: Sequence[int]) -> str:
+        """Digest what tells these pictures from others, without reading them."""
+        ranges = self.ranges[np.asarray(rows, np.int64)]
+        used = [self.tars[tar] for tar in np.unique(ranges[:, 0])]
+        return stamp_files((self.keys[row] for row in rows), used, ranges)
 
     @cached_property
     def _folder_classes(self) -> FolderClasses:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from featcache.console.params import BATCH, SEED, FiniteRange, LocalPath, LocalText
 from featcache.console.text import echo, first_paragraph, print_facts
 from featcache.errors import UsageError
 
+if TYPE_CHECKING:
+    from student.features.frozen import FrozenEncoder
+    from student.features.labelled import Sets
+    from student.features.task import Outcome
+
 _NUMBER = click.IntRange(-(10**9), 10**9)
-_KINDS: dict[type, click.ParamType] = {int: _NUMBER, type(None): _NUMBER}
+_KINDS: dict[type, click.ParamType] = {
+    int: _NUMBER,
+    type(None): _NUMBER,
+    float: FiniteRange(),
+    str: LocalText(),
+}
 
 
 class _Evals(click.Group):
@@ -33,21 +45,15 @@ class _Evals(click.Group):
 
 @click.group("eval", cls=_Evals)
 def command() -> None:
-    """Accuracy of frozen features on labelled pictures."""
+    """Accuracy of frozen features on labelled pictures, by the papers' protocols.
+
+    Each result is a line of RUN/results.jsonl and of $FEATCACHE_HOME/results.jsonl. Features are
+    kept below $FEATCACHE_HOME/features, so that the next protocol reads no picture.
+    """
 
 
-def _eval_command(name: str, module: Any) -> click.Command:
-    options = [
-        click.Option(
-            [f"--{key.replace('_', '-')}"],
-            default=default,
-            show_default=default is not None,
-            help=text,
-            type=_KINDS.get(type(default), type(default)),
-        )
-        for key, (default, text) in module.OPTIONS.items()
-    ]
-    shared = [
+def _shared() -> list[click.Parameter]:
+    return [
         click.Argument(["run"], required=False, type=LocalPath()),
         click.Option(
             ["--images", "images_spec"],
@@ -55,122 +61,272 @@ def _eval_command(name: str, module: Any) -> click.Command:
             help="Labelled pictures: class folders, tars with .cls, or .beton.",
         ),
         click.Option(
-            ["--test", "test_spec"],
+            ["--test", "tests"],
             type=LocalText(),
-            help="Labelled test pictures. [default: a fifth of --images, held out]",
+            multiple=True,
+            metavar="[NAME=]SPEC",
+            help="Labelled test pictures; may be repeated. [default: a fifth of --images, held "
+            "out]",
+        ),
+        click.Option(
+            ["--subset", "subsets"],
+            multiple=True,
+            metavar="NAME[=FILE]",
+            help="Of that test set only the classes that it has, or those in FILE, one a line, can "
+            "be chosen (ImageNet-A, -R).",
+        ),
+        click.Option(
+            ["--class-map", "maps"],
+            multiple=True,
+            metavar="NAME=FILE",
+            help="JSON object from training class to class of that test set (ImageNet-9).",
+        ),
+        click.Option(
+            ["--shots"], type=click.IntRange(1, 10**6), help="Train on so many pictures a class."
+        ),
+        click.Option(
+            ["--fraction"],
+            type=FiniteRange(0, 1, min_open=True),
+            help="Train on this share of each class, such as 0.01.",
+        ),
+        click.Option(
+            ["--checkpoint"],
+            type=click.IntRange(0, 10**12),
+            metavar="STEP",
+            help="That checkpoint of RUN. [default: the newest]",
+        ),
+        click.Option(
+            ["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."
         ),
         click.Option(
             ["--teacher", "teacher_spec"],
             type=LocalText(),
             help="Evaluate a teacher in place of RUN.",
         ),
-        click.Option(["--weights"], type=LocalText(), help="That teacher's weights."),
-        click.Option(
-            ["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."
-        ),
+        click.Option(["--weights"], type=LocalText(), help="The teacher's weights."),
         click.Option(
             ["--pool"], default="cls", show_default=True, help="cls or mean of the patch tokens."
+        ),
+        click.Option(
+            ["--blocks"],
+            type=click.IntRange(1, 256),
+            default=1,
+            show_default=True,
+            help="Pool the last so many blocks, one after the other.",
         ),
         click.Option(
             ["--crop-pct"],
             type=FiniteRange(0, 1, min_open=True),
             default=0.875,
             show_default=True,
+            help="Share of the shorter side that the centre crop has.",
         ),
-        click.Option(["--embed-batch"], type=BATCH, default=64, show_default=True),
-        click.Option(["--seed"], type=SEED, default=0, show_default=True),
+        click.Option(
+            ["--embed-batch"],
+            type=BATCH,
+            default=64,
+            show_default=True,
+            help="Pictures embedded at once.",
+        ),
+        click.Option(
+            ["--skip-bad"],
+            type=click.IntRange(0, 10**9),
+            default=0,
+            show_default=True,
+            help="Pictures that may be left out because they cannot be decoded.",
+        ),
+        click.Option(
+            ["--keep/--no-keep"],
+            default=True,
+            show_default=True,
+            help="Keep features below $FEATCACHE_HOME/features for the next evaluation.",
+        ),
+        click.Option(
+            ["--seed"], type=SEED, default=0, show_default=True, help="Of splits, views and heads."
+        ),
         click.Option(["--device"], help="cpu, cuda, ... [default: cuda where there is one]"),
         click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
     ]
 
-    def run(**given: Any) -> None:
-        _evaluate(module, name, {key: given.pop(key) for key in module.OPTIONS}, **given)
 
-    help_text = first_paragraph(module.__doc__)
+def _eval_command(name: str, module: Any) -> click.Command:
+    own = [
+        click.Option(
+            [f"--{key.replace('_', '-')}", key],
+            default=default,
+            show_default=default is not None,
+            help=text,
+            type=_KINDS.get(type(default), type(default)),
+        )
+        for key, (default, text) in module.OPTIONS.items()
+    ]
+
+    @click.pass_context
+    def run(ctx: click.Context, **given: Any) -> None:
+        options = {key: given.pop(key) for key in module.OPTIONS}
+        set_by_user = {
+            key for key in options if ctx.get_parameter_source(key) is not ParameterSource.DEFAULT
+        }
+        _evaluate(module, name, options, set_by_user, given)
+
     example = f"Example:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/"
     return click.Command(
-        name, params=[*shared, *options], callback=run, help=help_text, epilog=example
+        name,
+        params=[*_shared(), *own],
+        callback=run,
+        help=first_paragraph(module.__doc__),
+        epilog=example,
     )
 
 
 def _evaluate(
-    module: Any,
-    name: str,
-    own: dict[str, Any],
-    *,
-    run: Path | None,
-    images_spec: str | None,
-    test_spec: str | None,
-    teacher_spec: str | None,
-    weights: str | None,
-    ema: bool,
-    pool: str,
-    crop_pct: float,
-    embed_batch: int,
-    seed: int,
-    device: str | None,
-    as_json: bool,
+    module: Any, name: str, options: dict[str, Any], set_by_user: set[str], given: dict[str, Any]
 ) -> None:
     from featcache.console.params import require_images
-    from featcache.pictures import passed_over
-    from featcache.pictures.open_source import open_source
     from featcache.runtime.device import pick_device
-    from student.features import frozen
-    from student.features.labels import match_notes, split_holdout
+    from student.features import results
+    from student.features.embed import Skipped
+    from student.features.labelled import SetOptions, open_sets
+    from student.features.task import Task
+    from student.training.run_folder import commit
 
-    if (run is None) == (teacher_spec is None):
+    run: Path | None = given["run"]
+    _check_subject(name, given)
+    sets = open_sets(
+        SetOptions(
+            require_images(given["images_spec"]), given["tests"], given["subsets"], given["maps"],
+            given["shots"], given["fraction"], given["seed"],
+        )
+    )  # fmt: skip
+    frozen = _frozen(given)
+    _check_blocks(frozen, given["blocks"])
+    options |= _published(module, name, frozen, options, set_by_user)
+    for note in sets.notes:
+        echo(f"note: {note}", err=True)
+    started, skipped = time.perf_counter(), Skipped(given["skip_bad"])
+    with _stage_bars() as progress:
+        task = Task(
+            frozen, sets.train, sets.tests, sets.names, given["pool"], given["blocks"],
+            given["seed"], pick_device(given["device"]), given["crop_pct"], given["embed_batch"],
+            given["keep"], skipped, progress,
+        )  # fmt: skip
+        outcome = module.evaluate(task, **options)
+    facts = {
+        "eval": name,
+        "of": str(run.absolute() if run else given["teacher_spec"]),
+        **frozen.facts,
+        **_facts(given, options, sets, outcome, skipped),
+        "seconds": round(time.perf_counter() - started, 2),
+        "commit": commit(),
+    }
+    if head := results.record(run, facts, outcome.head):
+        facts["head"] = head
+    if facts.get("note"):
+        echo(f"note: {facts['note']}", err=True)
+    print_facts(facts, given["as_json"], _text(name, facts))
+
+
+def _check_subject(name: str, given: dict[str, Any]) -> None:
+    """Raise UsageError unless one thing is evaluated, by options that are about it."""
+    run, teacher = given["run"], given["teacher_spec"]
+    if (run is None) == (teacher is None):
         raise UsageError(
             f"student eval {name} takes either RUN, a run folder, or --teacher SPEC; give one of "
             "them"
         )
-    if ema and run is None:
+    for option, value in (("--ema", given["ema"]), ("--checkpoint", given["checkpoint"])):
+        if teacher is not None and value not in (False, None):
+            raise UsageError(
+                f"{option} is about the weights of RUN, and --teacher is evaluated: leave one of "
+                "them out"
+            )
+
+
+def _frozen(given: dict[str, Any]) -> FrozenEncoder:
+    from student.features import frozen
+
+    if given["run"] is not None:
+        return frozen.from_run(given["run"], given["ema"], given["checkpoint"])
+    return frozen.from_teacher(given["teacher_spec"], given["weights"])
+
+
+def _check_blocks(frozen: FrozenEncoder, blocks: int) -> None:
+    if blocks > frozen.depth:
         raise UsageError(
-            "--ema is about the weights of RUN, and --teacher is evaluated: leave one of them out"
+            f"--blocks {blocks}: the encoder of {frozen.name} has {frozen.depth} blocks; give at "
+            "most that"
         )
-    train = open_source(require_images(images_spec))
-    test = open_source(test_spec) if test_spec else None
-    left_out = [row for source in (train, test) for row in passed_over.as_json(source)]
-    net = (
-        frozen.from_run(run, pool, ema)
-        if run
-        else frozen.from_teacher(str(teacher_spec), weights, pool)
-    )
-    if test is None:
-        train, test = split_holdout(train, seed=seed)
-        echo(
-            f"note: no --test given; {len(test)} of {len(train) + len(test)} pictures are held out",
-            err=True,
-        )
-    notes = match_notes(test, train)
-    for note in notes:
-        echo(f"note: {note}", err=True)
-    with _stage_bars() as progress:
-        result = module.evaluate(
-            net, train, test, seed=seed, device=pick_device(device), batch_size_embed=embed_batch,
-            crop_pct=crop_pct, progress=progress, **own,
-        )  # fmt: skip
-    facts = {
-        "eval": name,
-        "of": str(run or teacher_spec),
-        "pool": pool,
-        **({"ema": True} if ema else {}),
-        **({"labels": notes} if notes else {}),
-        **({"passed_over": left_out} if left_out else {}),
-        **result,
+
+
+def _published(
+    module: Any,
+    name: str,
+    frozen: FrozenEncoder,
+    options: dict[str, Any],
+    set_by_user: set[str],
+) -> dict[str, Any]:
+    """Return the settings that a recipe's publication has for this protocol, where the user gave
+    none; a note tells them."""
+    recipe, size = frozen.facts.get("recipe"), frozen.facts.get("size")
+    found = module.DEFAULTS.get((recipe, size), module.DEFAULTS.get((recipe, None), {}))
+    changed = {
+        key: value
+        for key, value in found.items()
+        if key not in set_by_user and value != options[key]
     }
-    if result.get("note"):
-        echo(f"note: {result['note']}", err=True)
-    print_facts(
-        facts,
-        as_json,
-        f"{name} of {facts['of']}: top-1 {result['top1']:.2f} % "
-        f"({result['n_test']} test, {result['n_train']} training pictures)",
-    )
+    if changed:
+        told = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changed.items())
+        echo(f"note: {name} as {recipe} has it: {told}", err=True)
+    return changed
+
+
+def _facts(
+    given: dict[str, Any], options: dict[str, Any], sets: Sets, outcome: Outcome, skipped: Any
+) -> dict[str, Any]:
+    """Return what a result says of settings and scores, as plain JSON."""
+    from student.features import scores
+
+    tests = {each.of.name: scores.of_test(each) for each in outcome.scored}
+    first = next(iter(tests.values()))
+    shared = {
+        key: given[key]
+        for key in ("pool", "blocks", "crop_pct", "seed", "shots", "fraction")
+        if given[key] is not None
+    }
+    trained = sets.train.source
+    shared |= {
+        "images": given["images_spec"],
+        "tests": {test.name: test.source.spec for test in sets.tests},
+    }
+    return {
+        **first,
+        "n_train": len(trained),
+        "classes": len(sets.names),
+        "pool": given["pool"],
+        "settings": {**shared, **options},
+        "tests": tests,
+        **outcome.facts,
+        **({"labels": sets.notes} if sets.notes else {}),
+        **({"passed_over": sets.passed_over} if sets.passed_over else {}),
+        **({"skipped": skipped.told()} if skipped.count else {}),
+    }
+
+
+def _text(name: str, facts: dict[str, Any]) -> str:
+    lines = [
+        f"{name} of {facts['of']}{' on ' + test if len(facts['tests']) > 1 else ''}: top-1 "
+        f"{each['top1']:.2f} % ({each['interval'][0]:.1f} to {each['interval'][1]:.1f}; "
+        f"{each['n_test']} test, {facts['n_train']} training pictures)"
+        for test, each in facts["tests"].items()
+    ]
+    if "skipped" in facts:
+        lines.append(f"{facts['skipped']['count']} pictures cannot be decoded and are left out")
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def _stage_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show each stage of an evaluation as a bar at a terminal, and nothing elsewhere."""
+    """Show each stage of an evaluation as a bar at a terminal, by a line now and then elsewhere."""
     from featcache.console.progress_bar import ProgressBar
 
     bars: dict[str, ProgressBar] = {}  # the one of the stage in hand
@@ -183,7 +339,7 @@ def _stage_bars() -> Iterator[Callable[[str, int, int], None]]:
     def show(stage: str, done: int, total: int) -> None:
         if stage not in bars:
             close()
-            bars[stage] = ProgressBar(stage, "it", lines=False)
+            bars[stage] = ProgressBar(stage, "it")
         bars[stage](done, total)
 
     try:

@@ -171,6 +171,14 @@ if TYPE_CHECKING:
     help="Steps between checkpoints. [default: an epoch]",
 )
 @click.option(
+    "--keep-checkpoints",
+    default="2",
+    show_default=True,
+    metavar="N|every:E",
+    help="The newest N stay; every:E keeps those of every E epochs beside the newest 2, for "
+    "`student eval --checkpoint`.",
+)
+@click.option(
     "--check-pixels",
     type=FiniteRange(0, 1),
     default=1 / 16,

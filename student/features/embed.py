@@ -1,9 +1,15 @@
-"""A frozen encoder embeds pictures, batch by batch."""
+"""A frozen encoder embeds pictures, batch by batch.
+
+n pictures, V views of each, b pictures of a batch, S pixels a side, T tokens, D width.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,47 +25,132 @@ from featcache.views import draw as view_draw
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
 from student.features.frozen import FrozenEncoder
-from student.features.labels import labels_of
 
+I64 = npt.NDArray[np.int64]
+Keep = Callable[[Tensor], Tensor]
 CROP_PCT = 0.875  # 256 -> 224, the centre crop of MAE's and DINO's evaluations
 DECODE_THREADS = 4  # Pillow frees the interpreter while it decodes and resizes
 EmbedProgress = Callable[[str, int, int], None]  # stage, pictures (or epochs) done, of how many
 
 
-def embed_source(
+@dataclass(frozen=True)
+class Rendering:
+    """Says which pixels of a picture an encoder sees: its centre crop, or the augmented view of a
+    number, drawn under `seed`."""
+
+    size: int
+    crop_pct: float = CROP_PCT
+    view: int | None = None  # None: the centre crop
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_pct <= 1:
+            raise UsageError(
+                f"cannot take a centre crop of {self.crop_pct:g}: --crop-pct is above 0 and at "
+                "most 1; give 0.875"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the pixels depend on beside the picture."""
+        if self.view is None:
+            return {"crop": "centre", "size": self.size, "crop_pct": self.crop_pct}
+        return {"policy": policy_of(self.size, self.seed).as_dict(), "view": self.view}
+
+
+class Skipped:
+    """Counts pictures that cannot be decoded, and raises the error of the one that is too many."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self.errors: dict[str, dict[int, UserError]] = {}
+
+    def add(self, source: Source, row: int, error: UserError) -> None:
+        """Raise the error unless it may be skipped."""
+        self.errors.setdefault(source.spec, {})[row] = error
+        if self.count > self.allowed:
+            raise error
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.errors.values()))
+
+    def told(self) -> dict[str, Any]:
+        """Return how many were skipped, and the first of them, as plain JSON."""
+        errors = [str(error) for found in self.errors.values() for error in found.values()]
+        return {"count": self.count, "first": errors[:5]}
+
+
+def tokens_of(
     frozen: FrozenEncoder,
     source: Source,
-    view_numbers: Sequence[int] | None = None,
+    renderings: Sequence[Rendering],
     *,
-    batch_size: int = 256,
-    device: str = "cpu",
-    progress: EmbedProgress | None = None,
-    crop_pct: float = CROP_PCT,
-    seed: int = 0,
-    stage: str = "features",
-) -> tuple[Tensor, Tensor]:
-    """Embed a source; return features (V,n,D) float32 and labels (n,) int64, both on the CPU.
+    blocks: Sequence[int],
+    batch_size: int,
+    device: str,
+    skipped: Skipped,
+    keep: Keep | None = None,
+) -> Iterator[tuple[I64, list[list[Tensor]]]]:
+    """Yield, batch by batch in source order, rows (b,) of the source and the tokens (b,T,D) of each
+    rendering and block, on the device. Rows of pictures that were skipped are not among them.
 
-    `view_numbers` None is the centre crop (V = 1); else those augmented views of each picture,
-    drawn under `seed`. Every picture is decoded once; at most two batches of pixels are held.
+    Every picture is decoded once; at most two batches of pixels are held. `keep` maps pixels
+    (b,3,S,S) to the ids (b,V) of the patches that the encoder is to see.
     """
-    labels = torch.from_numpy(labels_of(source))
-    count = 1 if view_numbers is None else len(view_numbers)
-    draw = centre_views(source, frozen.img_size, crop_pct)
-    if view_numbers is not None:
-        draw = augmented_views(source, frozen.img_size, view_numbers, seed)
     frozen.to(device)
-    parts: list[Tensor] = []
-    done = 0
-    for pixels in _batches(draw, len(source), max(1, batch_size // count)):  # (b,V,3,S,S)
-        flat = [
-            frozen.embed(chunk.to(device)).cpu() for chunk in pixels.flatten(0, 1).split(batch_size)
-        ]
-        parts.append(torch.cat(flat).unflatten(0, pixels.shape[:2]))
-        done += len(pixels)
-        if progress is not None:
-            progress(stage, done, len(source))
-    return torch.cat(parts).transpose(0, 1).contiguous(), labels
+    draw = functools.partial(_render, source, list(renderings))
+    per_batch = max(1, batch_size // len(renderings))
+    for start, pixels in _batches(draw, len(source), per_batch):
+        rows = [start + i for i, each in enumerate(pixels) if not isinstance(each, UserError)]
+        for i, each in enumerate(pixels):
+            if isinstance(each, UserError):
+                skipped.add(source, start + i, each)
+        if not rows:
+            continue
+        good = np.stack([each for each in pixels if not isinstance(each, UserError)])
+        batch = torch.from_numpy(good).permute(1, 0, 4, 2, 3).contiguous()  # (V,b,3,S,S)
+        found: list[list[Tensor]] = []
+        for each in batch:
+            images = each.to(device)
+            ids = None if keep is None else keep(images)
+            found.append(frozen.tokens(images, blocks, ids))
+        yield np.array(rows, np.int64), found
+
+
+def _render(
+    source: Source, renderings: list[Rendering], row: int
+) -> npt.NDArray[np.uint8] | UserError:
+    """Return (V,S,S,3), or the error of a picture that cannot be decoded."""
+    try:
+        picture = decode(source.read(row))
+        return np.stack([_view(picture, source.keys[row], each) for each in renderings])
+    except PictureError as error:
+        refused = UserError(
+            f"cannot decode the picture {source.keys[row]!r} of {source.spec}: {error}; an "
+            "evaluation counts every labelled picture: repair it, take it out of the source, or "
+            "leave some out with --skip-bad N"
+        )
+        refused.__cause__ = error
+        return refused
+
+
+def _view(picture: Image, key: str, rendering: Rendering) -> npt.NDArray[np.uint8]:
+    """Render (S,S,3); the box of a view comes from the picture's key and the view's number,
+    whatever the batch."""
+    size = rendering.size
+    if rendering.view is None:
+        return render_centre(picture, size, rendering.crop_pct, "bicubic")
+    policy = policy_of(size, rendering.seed)
+    drawn = view_draw.draw_views(
+        policy,
+        rng.key_digests([key]),
+        np.array([[picture.height, picture.width]]),
+        views=[rendering.view],
+        clamp=True,
+    )
+    return render(
+        picture, drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0], size, policy.filter
+    )
 
 
 def policy_of(img_size: int, seed: int) -> Policy:
@@ -68,67 +159,13 @@ def policy_of(img_size: int, seed: int) -> Policy:
     return Policy(size=img_size, scale=(0.08, 1.0), filter="bicubic", flip=0.5, seed=seed)
 
 
-def centre_views(
-    source: Source, size: int, crop_pct: float
-) -> Callable[[int], npt.NDArray[np.uint8]]:
-    """Return a function from a row to its centre crop (1,S,S,3)."""
-    if not 0 < crop_pct <= 1:
-        raise UsageError(
-            f"cannot take a centre crop of {crop_pct:g}: --crop-pct is above 0 and at most 1; give "
-            "0.875"
-        )
-    return lambda row: render_centre(_picture(source, row), size, crop_pct, "bicubic")[None]
-
-
-def augmented_views(
-    source: Source, size: int, view_numbers: Sequence[int], seed: int
-) -> Callable[[int], npt.NDArray[np.uint8]]:
-    """Return a function from a row to its views (V,S,S,3), whose boxes come from the picture's key
-    and the view numbers, whatever the batch."""
-    policy = policy_of(size, seed)
-
-    def pixels(row: int) -> npt.NDArray[np.uint8]:
-        picture = _picture(source, row)
-        digest = rng.key_digests([source.keys[row]])
-        drawn = view_draw.draw_views(
-            policy,
-            digest,
-            np.array([[picture.height, picture.width]]),
-            views=view_numbers,
-            clamp=True,
-        )
-        return np.stack(
-            [
-                render(
-                    picture,
-                    drawn.crop[0, v],
-                    drawn.flip[0, v],
-                    drawn.jitter[0, v],
-                    size,
-                    policy.filter,
-                )
-                for v in range(len(view_numbers))
-            ]
-        )
-
-    return pixels
-
-
-def _picture(source: Source, row: int) -> Image:
-    try:
-        return decode(source.read(row))
-    except PictureError as error:
-        raise UserError(
-            f"cannot decode the picture {source.keys[row]!r} of {source.spec}: {error}; an "
-            "evaluation counts every labelled picture: repair it or take it out of the source"
-        ) from error
-
-
-def _batches(draw: Callable[[int], npt.NDArray[np.uint8]], n: int, rows: int) -> Iterator[Tensor]:
-    """Yield uint8 (b,V,3,S,S) in source order; the next batch decodes while the caller embeds this
-    one."""
+def _batches(
+    draw: Callable[[int], npt.NDArray[np.uint8] | UserError], n: int, rows: int
+) -> Iterator[tuple[int, list[npt.NDArray[np.uint8] | UserError]]]:
+    """Yield the first row of a batch and its pictures, in source order; the next batch decodes
+    while the caller embeds this one."""
     pool = ThreadPoolExecutor(DECODE_THREADS)
-    ahead: list[Future[npt.NDArray[np.uint8]]] = []
+    ahead: list[Future[npt.NDArray[np.uint8] | UserError]] = []
     try:
         for start in range(0, n, rows):
             current, ahead = (
@@ -136,16 +173,8 @@ def _batches(draw: Callable[[int], npt.NDArray[np.uint8]], n: int, rows: int) ->
                 [pool.submit(draw, row) for row in range(start, min(start + rows, n))],
             )
             if current:
-                yield _stacked(current)
+                yield start - rows, [future.result() for future in current]
         if ahead:
-            yield _stacked(ahead)
+            yield n - len(ahead), [future.result() for future in ahead]
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _stacked(futures: list[Future[npt.NDArray[np.uint8]]]) -> Tensor:
-    return (
-        torch.from_numpy(np.stack([future.result() for future in futures]))
-        .permute(0, 1, 4, 2, 3)
-        .contiguous()
-    )

@@ -1,85 +1,189 @@
-"""A frozen encoder gives features to labelled pictures.
+"""A frozen encoder gives the tokens of pictures.
 
 An evaluation never looks at a run folder or a teacher: it takes a `FrozenEncoder`, which turns
-uint8 pixels into one feature row a picture, and `embed_source`, which turns a source of pictures
-into feature rows. A student's feature is its CLS token after the encoder's own final norm (MAE's
-protocol; a MaskAlign student never trains that norm, and the published numbers read through it all
-the same); a teacher's feature is its own output, f = gamma * LN(y_T) + beta.
+uint8 pixels into tokens, and features of them (`features.task`). A student's tokens are those after
+the encoder's own final norm (MAE's protocol; a MaskAlign student never trains that norm, and the
+published numbers read through it all the same); a teacher's are its own output,
+f = gamma * LN(y) + beta.
 
-n pictures, V views of each, S pixels a side, T = prefix + P tokens, D width.
+B pictures, S pixels a side, T = prefix + P tokens, V visible patches, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from featcache import teachers
 from featcache.errors import UsageError, UserError, near
+from featcache.models import weights as weight_files
 from featcache.models.hooks import normalise_pixels
+from featcache.storage import json_file
 
 POOLS = ("cls", "mean")
+# pixels (B,3,S,S), 1-based blocks, perhaps ids_keep (B,V) -> tokens (B,T,D) of each block
+Forward = Callable[[Tensor, Sequence[int], Tensor | None], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """Holds a frozen network: `forward` maps uint8 pixels to pooled features, `to` moves its
-    weights to a device."""
+    """Holds a frozen network: `forward` maps uint8 pixels to tokens after the final norm, `to`
+    moves its weights to a device. `digest` is of everything its tokens depend on but the pixels;
+    features of an encoder without one are not kept."""
 
     name: str
     img_size: int
-    pool: str
-    forward: Callable[[Tensor], Tensor]
+    depth: int  # blocks
+    prefix: int  # tokens before the patches, [CLS] first; 0: there is no [CLS]
+    forward: Forward
     to: Callable[[str], object]
+    digest: str = ""
+    hides: bool = False  # it can be given some of the patches only
+    facts: Mapping[str, Any] = field(default_factory=dict)  # recipe, size, checkpoint of a run
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Map uint8 pixels (B,3,S,S) to features (B,D) float32, on the device of the pixels,
-        without gradients."""
+    def tokens(
+        self, pixels: Tensor, blocks: Sequence[int] = (), ids_keep: Tensor | None = None
+    ) -> list[Tensor]:
+        """Map uint8 pixels (B,3,S,S) to tokens (B,T,D) float32 of 1-based `blocks` (default: the
+        last), on the device of the pixels, without gradients. With ids_keep (B,V) the other patches
+        are not there at all: T = prefix + V."""
         with torch.no_grad():
-            return self.forward(pixels).float()
+            return [
+                each.float() for each in self.forward(pixels, blocks or (self.depth,), ids_keep)
+            ]
+
+    def check_pool(self, pool: str) -> None:
+        """Raise UsageError for a pool that there is not, or [CLS] of an encoder without one."""
+        if pool not in POOLS:
+            raise UsageError(f"unknown pool {pool!r}: {near(pool, POOLS)}")
+        if pool == "cls" and not self.prefix:
+            raise UsageError(
+                f"cannot pool the [CLS] token of {self.name}: its encoder has none; give --pool "
+                "mean"
+            )
 
 
-def from_run(run: Path, pool: str = "cls", ema: bool = False) -> FrozenEncoder:
-    """Freeze the encoder of a training run, or the average of its weights: CLS, or the mean of the
-    patch tokens, after its final norm."""
+# ------------------------------------------------------------ a student
+
+
+def from_run(run: Path, ema: bool = False, step: int | None = None) -> FrozenEncoder:
+    """Freeze the encoder of a training run, or the average of its weights: that of its newest
+    checkpoint, or of the one of `step`."""
     # imports the trainer's side; a teacher needs none of it
-    from student.checkpoint import load_encoder
+    from student import checkpoint
 
-    _check_pool(pool)
-    encoder, config = load_encoder(run, ema)
-    return from_encoder(encoder, int(config["img_size"]), str(run), pool)
+    encoder, config = checkpoint.load_encoder(run, ema, step)
+    facts = {
+        "recipe": str(checkpoint.read_config(run)["recipe"]),
+        "checkpoint": checkpoint.latest_step(run) if step is None else step,
+        **({"ema": True} if ema else {}),
+    }
+    return from_encoder(encoder, int(config["img_size"]), str(run), facts)
 
 
-def from_encoder(encoder: nn.Module, img_size: int, name: str, pool: str = "cls") -> FrozenEncoder:
-    """Freeze a timm VisionTransformer that reads ImageNet-normalised pixels."""
-    _check_pool(pool)
-    prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
-    if pool == "cls" and prefix == 0:
-        raise UsageError(
-            f"cannot pool the CLS token of {name}: its encoder has none; give --pool mean"
-        )
+def from_encoder(
+    encoder: nn.Module, img_size: int, name: str, facts: Mapping[str, Any] | None = None
+) -> FrozenEncoder:
+    """Freeze an encoder that reads ImageNet-normalised pixels: timm's VisionTransformer or Beit, or
+    the convolutional one."""
     encoder.eval().requires_grad_(False)
+    stack: Any = getattr(encoder, "blocks3", None) or encoder.blocks
+    hides = _encode_visible(encoder)
 
-    def forward(pixels: Tensor) -> Tensor:
-        tokens = encoder.forward_features(  # type: ignore[operator]  # (B,T,D), normed
-            normalise_pixels(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        )
-        return _pooled(tokens, pool, prefix)
+    def forward(pixels: Tensor, blocks: Sequence[int], ids_keep: Tensor | None) -> list[Tensor]:
+        images = normalise_pixels(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        if ids_keep is not None:
+            assert hides is not None
+            return [hides(images, ids_keep)]
+        outputs: dict[int, Tensor] = {}
+        hooks = [
+            stack[block - 1].register_forward_hook(_keeper(outputs, block))
+            for block in blocks
+            if block != len(stack)
+        ]
+        try:
+            last = encoder.forward_features(images)  # type: ignore[operator]  # (B,T,D), normed
+        finally:
+            for hook in hooks:
+                hook.remove()
+        norm: Any = encoder.norm
+        return [norm(outputs[block]) if block in outputs else last for block in blocks]
 
-    return FrozenEncoder(name, img_size, pool, forward, encoder.to)
+    return FrozenEncoder(
+        name,
+        img_size,
+        len(stack),
+        int(encoder.num_prefix_tokens),  # type: ignore[arg-type]
+        forward,
+        encoder.to,
+        _digest(encoder, {"img_size": img_size, "class": type(encoder).__name__}),
+        hides is not None,
+        {"size": size_of(encoder), **(facts or {})},
+    )
 
 
-def from_teacher(spec: str, weights: str | None = None, pool: str = "cls") -> FrozenEncoder:
-    """Freeze a teacher: its own output f = gamma * LN(y_T) + beta (CLIP's ln_post), before any
+def _keeper(outputs: dict[int, Tensor], block: int) -> Callable[..., None]:
+    def keep(module: nn.Module, given: object, output: Tensor) -> None:
+        outputs[block] = output
+
+    return keep
+
+
+def _encode_visible(encoder: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return a function from images and ids_keep to normed tokens; None where a family cannot leave
+    patches out (relative positions)."""
+    from student.models import beit, vit
+    from student.models.conv_vit import ConvViT
+
+    if isinstance(encoder, ConvViT):
+        return lambda images, ids: encoder.norm(encoder.encode(images, ids)[0][-1])
+    if encoder.pos_embed is None or encoder.num_prefix_tokens != 1:
+        return None
+    if isinstance(encoder, Beit):
+        return lambda images, ids: beit.encode(encoder, images, ids)
+    if isinstance(encoder, VisionTransformer) and encoder.cls_token is not None:
+        return lambda images, ids: encoder.norm(vit.encode(encoder, images, ids)[-1])
+    return None
+
+
+SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+
+
+def size_of(encoder: nn.Module) -> str:
+    """Return the name that papers give to an encoder of this width; empty where they have none."""
+    return SIZES.get(int(getattr(encoder, "embed_dim", 0)), "")
+
+
+def _digest(module: nn.Module, architecture: Mapping[str, Any]) -> str:
+    """Return a digest of weights and buffers, and of what else the tokens depend on."""
+    digest = hashlib.blake2b(json_file.canonical(dict(architecture)), digest_size=16)
+    digest.update(repr(module).encode())  # kinds of layers, heads' widths, eps
+    heads = [getattr(part, "num_heads", 0) for part in module.modules()]
+    digest.update(json_file.canonical(heads))
+    for name, value in sorted(module.state_dict().items()):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------ a teacher
+
+
+def from_teacher(spec: str, weights: str | None = None) -> FrozenEncoder:
+    """Freeze a teacher: its own output f = gamma * LN(y) + beta (CLIP's ln_post), before any
     projection."""
-    _check_pool(pool)
     teacher = teachers.load(spec, weights)
     tail = {
         name: torch.from_numpy(np.array(value, np.float32))
@@ -91,20 +195,20 @@ def from_teacher(spec: str, weights: str | None = None, pool: str = "cls") -> Fr
             "pools first); give a teacher with one, such as dino-b16"
         )
 
-    def forward(pixels: Tensor) -> Tensor:
-        (last,), _ = teacher(pixels, (teacher.depth,))  # y_T (B,1+P,D)
+    def forward(pixels: Tensor, blocks: Sequence[int], ids_keep: Tensor | None) -> list[Tensor]:
+        assert ids_keep is None
         gamma, beta = tail["gamma"].to(pixels.device), tail["beta"].to(pixels.device)
-        f = F.layer_norm(last.float(), last.shape[-1:], gamma, beta, float(tail["eps"]))
-        return _pooled(f, pool, prefix=1)
+        levels, _ = teacher(pixels, tuple(blocks))  # y (B,1+P,D) each
+        return [
+            F.layer_norm(y.float(), y.shape[-1:], gamma, beta, float(tail["eps"])) for y in levels
+        ]
 
-    return FrozenEncoder(spec, teacher.input_px, pool, forward, teacher.to)
-
-
-def _check_pool(pool: str) -> None:
-    if pool not in POOLS:
-        raise UsageError(f"unknown pool {pool!r}: {near(pool, POOLS)}")
-
-
-def _pooled(tokens: Tensor, pool: str, prefix: int) -> Tensor:
-    """Pool (B,T,D) to (B,D); `prefix` tokens (CLS, registers) come before the patches."""
-    return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)
+    architecture = {
+        "spec": spec,
+        "pixels": [teacher.input_px, list(teacher.pixel_mean), list(teacher.pixel_std)],
+        "weights": weight_files.weight_hash(teacher),
+    }
+    digest = json_file.digest(architecture)
+    return FrozenEncoder(
+        spec, teacher.input_px, teacher.depth, 1, forward, teacher.to, digest, False, {}
+    )

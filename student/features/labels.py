@@ -1,4 +1,5 @@
-"""A source of pictures gives labels, and is split into a training and a held-out part."""
+"""A source of pictures gives labels, is split into a training and a held-out part, and is cut to a
+few pictures of each class."""
 
 from __future__ import annotations
 
@@ -141,6 +142,11 @@ class Subset:
     def read(self, index: int) -> bytes:
         return self.source.read(self.rows[index])
 
+    def stamp(self, rows: Sequence[int]) -> str:
+        """Digest what tells these pictures from others; empty where the source cannot."""
+        own = getattr(self.source, "stamp", None)
+        return str(own([self.rows[row] for row in rows])) if own is not None else ""
+
     @property
     def labels(self) -> I64 | None:
         labels = self.source.labels
@@ -180,3 +186,28 @@ def split_holdout(source: Source, fraction: float = 0.2, seed: int = 0) -> tuple
             "seed, or test pictures of their own"
         )
     return train, test
+
+
+def low_shot(
+    source: Source, *, shots: int | None = None, fraction: float | None = None, seed: int = 0
+) -> Subset:
+    """Return `shots` pictures of each class, or a `fraction` of them (rounded, at least one): those
+    whose keys have the smallest words.
+
+    A picture's word depends on its key and the seed alone, so that 1 shot is among the 5, and other
+    pictures change nothing. Raises UserError where a class has fewer than `shots`.
+    """
+    labels = labels_of(source)
+    raw = rng.words(rng.key_digests(source.keys), rng.stream("low-shot", seed), 1)[:, 0]
+    rows = list[int]()
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        count = shots if shots is not None else max(1, round((fraction or 0) * len(own)))
+        if count > len(own):
+            raise UserError(
+                f"cannot take {count} pictures of each class of {source.spec}: there are "
+                f"{len(own)} of {class_name(source, int(label))}; give a smaller --shots"
+            )
+        rows += own[np.argsort(raw[own], kind="stable")[:count]].tolist()
+    told = f"{shots} a class" if shots is not None else f"{100 * (fraction or 0):g} %"
+    return Subset(source, sorted(rows), f"{source.spec} ({told})")

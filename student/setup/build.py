@@ -62,6 +62,7 @@ def build_run(
         resume=options.resume,
         run_options=options.run_options,
         trackers=shown,
+        retention=options.retention(loader.steps_per_epoch),
     )
     return run, loader
 

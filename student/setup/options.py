@@ -10,6 +10,8 @@ from types import ModuleType
 from featcache.errors import UsageError, UserError
 from featcache.reading.crop_range import Scale
 from featcache.runtime import strict_json
+from featcache.runtime.numbers import is_whole
+from student.checkpoint import KEEP, Retention
 from student.config import RecipeConfig, Settings, build_config, parse_settings, read_settings
 from student.setup.cache_match import ReadOptions
 from student.training.train_state import RunOptions
@@ -59,7 +61,28 @@ class Options:
     checkpoint_activations: bool
     skip_nonfinite: int | None
     trackers: Sequence[str]
+    keep_checkpoints: str = str(KEEP)
     exif: bool = False
+
+    def retention(self, steps_per_epoch: int) -> Retention:
+        """Return which checkpoints stay, by --keep-checkpoints N or every:E of epochs."""
+        what, _, number = self.keep_checkpoints.rpartition(":")
+        if what not in ("", "every") or not is_whole(number) or int(number) < 1:
+            raise UsageError(
+                f"--keep-checkpoints {self.keep_checkpoints}: a number of newest ones is allowed, "
+                f"or every:E, those of every E epochs beside the newest {KEEP}; give {KEEP} or "
+                "every:10"
+            )
+        if not what:
+            return Retention(int(number))
+        every = int(number) * steps_per_epoch
+        if every % (self.save_every or steps_per_epoch):
+            raise UsageError(
+                f"--keep-checkpoints {self.keep_checkpoints} --save-every {self.save_every}: "
+                f"{number} epochs have {every} steps, which {self.save_every} does not divide, so "
+                "that no checkpoint is of that step; change one of them"
+            )
+        return Retention(KEEP, every)
 
     @property
     def run_options(self) -> RunOptions:

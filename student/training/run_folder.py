@@ -126,18 +126,23 @@ def environment() -> dict[str, Any]:
         if torch.cuda.is_available()
         else platform.processor() or platform.machine()
     )
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         **versions,
         "python": platform.python_version(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "commit": commit or None,
+        "commit": commit(),
         "command": sys.argv,
         "variables": variables.recorded(),
     }
+
+
+def commit() -> str | None:
+    """Return the commit that this code is at; None where it is no checkout."""
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None

@@ -61,6 +61,7 @@ class Run:
     resume: bool = False
     run_options: RunOptions = field(default_factory=RunOptions)
     trackers: tuple[str, ...] = ()  # beside metrics.jsonl
+    retention: checkpoint.Retention = field(default_factory=checkpoint.Retention)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimiser steps of the whole run."""
@@ -322,7 +323,7 @@ def _save(run: Run, loader: Loader, state: TrainState, step: int, metrics: Metri
     state.acc.wait_for_everyone()
     content = state.state_dict()
     if state.acc.is_main_process:
-        checkpoint.save(run.out, step, content)
+        checkpoint.save(run.out, step, content, run.retention)
 
 
 def _record(run: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from PIL import Image
 
 from featcache.errors import UsageError
 from featcache.pictures.open_source import open_source
-from student import evals
-from student.evals import hits, knn, percent
-from student.features.frozen import FrozenEncoder
+from featcache.pictures.source import Source
+from student import evals, recipes
+from student.evals import knn
+from student.features import scores
+from student.features.frozen import SIZES
+from student.features.scores import hits, percent
+from tests.student import toy_task as toys
 
 
 def test_hits_rank_ties_by_class_number() -> None:
@@ -57,51 +62,68 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "train", tmp_path / "test"
 
 
-def mean_colour() -> FrozenEncoder:
-    return FrozenEncoder(
-        "colour", 8, "cls", lambda pixels: pixels.float().mean((2, 3)), lambda device: None
+def evaluated(train: Source, test: Source, **options: Any) -> dict[str, Any]:
+    told = options.pop("told", [])
+    task = toys.task_of(
+        toys.encoder(toys.colour), train, test, progress=lambda *report: told.append(report)
     )
+    outcome = knn.evaluate(task, **options)
+    return {**scores.of_test(outcome.scored[0]), **outcome.facts}
 
 
 def test_evaluate_scores_colours(folders: tuple[Path, Path]) -> None:
     """Five of six test pictures have their class's colour; nobody near the sixth votes for 'e'."""
     train, test = map(open_source, folders)
-    told = []
-    got = knn.evaluate(
-        mean_colour(), train, test, seed=0, k=3, progress=lambda *report: told.append(report)
-    )
+    told: list[tuple[str, int, int]] = []
+    got = evaluated(train, test, k="3", told=told)
+    each = {"top1": 100.0, "pictures": 1}
     assert json.loads(json.dumps(got)) == {
-        "top1": 83.3333, "top5": 83.3333, "k": 3, "temperature": 0.07, "n_train": 15, "n_test": 6,
-        "classes": 5, "features": "colour", "pool": "cls",
+        "top1": 83.3333, "interval": [50.0, 100.0], "top5": 83.3333, "n_test": 6,
+        "per_class": {**dict.fromkeys("abcd", each), "e": {"top1": 50.0, "pictures": 2}},
+        "k": 3, "temperature": 0.07,
     }  # fmt: skip
     assert told == [("train", 15, 15), ("test", 6, 6)]
-    assert knn.evaluate(mean_colour(), train, test, k=15, temperature=0.07)["top5"] == 100.0
+    assert evaluated(train, test, k="15", temperature="0.07")["top5"] == 100.0
+
+
+def test_a_sweep_is_judged_by_the_training_pictures_alone(folders: tuple[Path, Path]) -> None:
+    """Each colour has three shades: with 2 or 1 neighbours all are right, with all 14 the classes
+    are outvoted at a temperature that makes every vote count the same."""
+    train, test = map(open_source, folders)
+    got = evaluated(train, test, k="14,2,1", temperature="1000")
+    assert got["grid"]["k=2 temperature=1000"] == 100.0
+    assert got["grid"]["k=14 temperature=1000"] == 0.0  # 2 votes for its own, 3 for each other
+    assert got["k"] == 2
 
 
 def test_evaluate_refuses_before_it_reads(folders: tuple[Path, Path]) -> None:
     train, test = map(open_source, folders)
-    broken = FrozenEncoder("never", 8, "cls", lambda pixels: 1 / 0, lambda device: None)  # type: ignore[arg-type,return-value]
+    task = toys.task_of(toys.encoder(lambda pixels: 1 / 0), train, test)  # type: ignore[arg-type,return-value]
     with pytest.raises(
         UsageError, match="20 nearest neighbours: there are 15 training pictures, --k is 1 to 15"
     ):
-        knn.evaluate(broken, train, test)
+        knn.evaluate(task)
     with pytest.raises(UsageError, match="--k is 1 to 15"):
-        knn.evaluate(broken, train, test, k=0)
+        knn.evaluate(task, k="0")
     with pytest.raises(UsageError, match="temperature 0: --temperature is above 0"):
-        knn.evaluate(broken, train, test, k=1, temperature=0.0)
+        knn.evaluate(task, k="1", temperature="0")
+    with pytest.raises(UsageError, match="numbers parted by commas are needed"):
+        knn.evaluate(task, k="1,x")
 
 
 def test_evals_are_found_by_module_name() -> None:
-    assert {"knn", "linear"} <= set(evals.names())
+    assert {"knn", "linear", "logreg"} <= set(evals.names())
+    sizes = (None, *SIZES.values())
     for name in evals.names():
         module = evals.load(name)
-        assert all(
-            len(option) == 2 and isinstance(option[1], str) for option in module.OPTIONS.values()
-        )
-        assert module.OPTIONS.keys() <= set(module.evaluate.__kwdefaults__)
-        assert all(
-            module.evaluate.__kwdefaults__[key] == value
-            for key, (value, _) in module.OPTIONS.items()
-        )
+        for default, text in module.OPTIONS.values():
+            assert isinstance(text, str)
+            assert isinstance(default, int | float | str | None)
+        for (recipe, size), changes in module.DEFAULTS.items():
+            assert recipe in recipes.names()
+            assert size in sizes
+            assert changes.keys() <= module.OPTIONS.keys()
+            for key, value in changes.items():
+                assert type(value) is type(module.OPTIONS[key][0])
     with pytest.raises(UsageError, match=r"unknown eval 'kn': did you mean knn\? known: "):
         evals.load("kn")

@@ -4,10 +4,8 @@ numbers and numpy."""
 from __future__ import annotations
 
 import io
-import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +21,10 @@ from featcache.pictures.open_source import open_source
 from featcache.views import draw as view_draw
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
+from student import checkpoint
 from student.features import frozen as fz
-from student.features.embed import embed_source
-from student.features.labels import Subset, class_count, labels_as, split_holdout
+from student.features.labels import Subset, class_count, labels_as, labels_of, split_holdout
+from tests.student import toy_task as toys
 
 TINY = {
     "img_size": 16,
@@ -75,9 +74,15 @@ def noise(n: int, seed: int = 0) -> Pictures:
 
 def raw_pixels(size: int = 8) -> fz.FrozenEncoder:
     """Features are the pixels themselves, so that every view can be compared to the byte."""
-    return fz.FrozenEncoder(
-        "pixels", size, "cls", lambda pixels: pixels.flatten(1), lambda device: None
-    )
+    return toys.encoder(lambda pixels: pixels.flatten(1)[:, None].expand(-1, 2, -1), size=size)
+
+
+def embedded(
+    source: Pictures, views: list[int] | None = None, **options: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (V,n,D) and labels (n,) of pictures whose features are their pixels."""
+    task = toys.task_of(raw_pixels(), source, source, **options)  # type: ignore[arg-type]
+    return task.pooled(task.train, views, stage="train")
 
 
 def tiny_vit(**changes: object) -> nn.Module:
@@ -94,6 +99,10 @@ def layer_norm(y: np.ndarray, gamma: np.ndarray, beta: np.ndarray, eps: float) -
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * gamma + beta
 
 
+def pooled(tokens: torch.Tensor, pool: str) -> torch.Tensor:
+    return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
+
+
 # --- encoders and teachers ------------------------------------------------------------------------
 
 
@@ -106,11 +115,14 @@ def test_encoder_features_are_pooled_after_the_final_norm(pool: str) -> None:
     with torch.no_grad():
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         vit.eval()(((pixels / 255.0) - mean[:, None, None]) / std[:, None, None])
-    tokens = layer_norm(
+    normed = layer_norm(
         last[0].numpy(), vit.norm.weight.detach().numpy(), vit.norm.bias.detach().numpy(), 1e-6
     )
-    want = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
-    got = fz.from_encoder(vit.train(), 16, "run", pool).embed(pixels)
+    want = normed[:, 0] if pool == "cls" else normed[:, 1:].mean(1)
+    frozen = fz.from_encoder(vit.train(), 16, "run")
+    (tokens,) = frozen.tokens(pixels)
+    got = pooled(tokens, pool)
+    assert (frozen.depth, frozen.prefix) == (len(vit.blocks), 1)
     assert got.dtype == torch.float32
     assert not got.requires_grad
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-4)
@@ -124,10 +136,11 @@ def test_teacher_features_are_its_normed_last_level(pool: str) -> None:
     (y,), _ = teacher(pixels, (3,))
     tail = teacher.tail()
     f = layer_norm(y.numpy(), tail["gamma"], tail["beta"], 1e-5)
-    got = fz.from_teacher(spec, None, pool)
-    assert (got.img_size, got.name, got.pool) == (16, spec, pool)
+    got = fz.from_teacher(spec)
+    assert (got.img_size, got.name, got.depth, got.prefix) == (16, spec, 3, 1)
+    (tokens,) = got.tokens(pixels)
     np.testing.assert_allclose(
-        got.embed(pixels).numpy(), f[:, 0] if pool == "cls" else f[:, 1:].mean(1), atol=1e-5
+        pooled(tokens, pool).numpy(), f[:, 0] if pool == "cls" else f[:, 1:].mean(1), atol=1e-5
     )
 
 
@@ -140,30 +153,68 @@ def test_timm_teacher_equals_the_same_network_as_an_encoder_with_its_own_pixels(
     mean, std = (torch.tensor(x)[:, None, None] for x in (teacher.pixel_mean, teacher.pixel_std))
     with torch.no_grad():
         want = teacher.vit((pixels / 255.0 - mean) / std)  # type: ignore[attr-defined]
-    torch.testing.assert_close(frozen.embed(pixels), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(frozen.tokens(pixels)[0][:, 0], want, rtol=1e-5, atol=1e-5)
 
 
 def test_run_is_loaded_through_its_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    module = SimpleNamespace(load_encoder=lambda run, ema: (tiny_vit(), {"img_size": 16}))
-    monkeypatch.setitem(sys.modules, "student.checkpoint", module)
-    got = fz.from_run(tmp_path)
-    assert (got.img_size, got.name, got.pool) == (16, str(tmp_path), "cls")
-    assert got.embed(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape == (2, 16)
+    asked = []
+
+    def load_encoder(run: Path, ema: bool, step: int | None) -> tuple[nn.Module, dict[str, int]]:
+        asked.append((run, ema, step))
+        return tiny_vit(), {"img_size": 16}
+
+    monkeypatch.setattr(checkpoint, "load_encoder", load_encoder)
+    monkeypatch.setattr(checkpoint, "read_config", lambda run: {"recipe": "mae"})
+    got = fz.from_run(tmp_path, True, 7)
+    assert (got.img_size, got.name) == (16, str(tmp_path))
+    assert got.facts == {"recipe": "mae", "size": "", "checkpoint": 7, "ema": True}
+    assert asked == [(tmp_path, True, 7)]
+    assert got.tokens(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))[0].shape == (2, 5, 16)
+
+
+def test_blocks_are_normed_and_come_in_the_order_asked_for() -> None:
+    vit = tiny_vit()
+    outputs: list[np.ndarray] = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda _, __, y: outputs.append(y.detach().numpy()))
+    pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 3, 16, 16), np.uint8))
+    depth = len(vit.blocks)
+    got = fz.from_encoder(vit, 16, "run").tokens(pixels, (depth, 1))
+    gamma, beta = vit.norm.weight.detach().numpy(), vit.norm.bias.detach().numpy()
+    for tokens, block in zip(got, (depth, 1), strict=True):
+        want = layer_norm(outputs[block - 1], gamma, beta, 1e-6)
+        np.testing.assert_allclose(tokens.numpy(), want, rtol=1e-4, atol=1e-4)
+    assert all(len(block._forward_hooks) == 1 for block in vit.blocks)  # the test's own
+
+
+def test_a_digest_is_of_weights_and_architecture() -> None:
+    digests = {
+        "same": fz.from_encoder(tiny_vit(), 16, "a").digest,
+        "name": fz.from_encoder(tiny_vit(), 16, "b").digest,
+        "heads": fz.from_encoder(tiny_vit(num_heads=4), 16, "a").digest,
+    }
+    changed = tiny_vit()
+    with torch.no_grad():
+        changed.norm.bias[3] += 1e-3
+    digests["weight"] = fz.from_encoder(changed, 16, "a").digest
+    assert digests["same"] == digests["name"]
+    assert len(set(digests.values())) == 3
 
 
 def test_unknown_pool_and_a_missing_cls_token_are_refused() -> None:
+    teacher = fz.from_teacher("synthetic")
     with pytest.raises(
         UsageError, match=r"unknown pool 'clss': did you mean cls\? known: cls, mean"
     ):
-        fz.from_teacher("synthetic", None, "clss")
-    bare = tiny_vit(class_token=False, global_pool="avg", fc_norm=False)
+        teacher.check_pool("clss")
+    bare = fz.from_encoder(tiny_vit(class_token=False, global_pool="avg", fc_norm=False), 16, "run")
     with pytest.raises(UsageError, match="its encoder has none; give --pool mean"):
-        fz.from_encoder(bare, 16, "run")
-    assert fz.from_encoder(bare, 16, "run", "mean").embed(
-        torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    ).shape == (1, 16)
+        bare.check_pool("cls")
+    bare.check_pool("mean")
+    assert bare.prefix == 0
+    assert bare.tokens(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))[0].shape == (1, 4, 16)
 
 
 # --- features of a source -------------------------------------------------------------------------
@@ -173,7 +224,7 @@ def test_centre_features_in_source_order_for_any_batch_size() -> None:
     source = noise(7)
     want = np.stack([render_centre(decode(blob), 8, 0.875, "bicubic") for blob in source.blobs])
     for batch_size in (1, 3, 7, 100):
-        features, labels = embed_source(raw_pixels(), source, batch_size=batch_size)
+        features, labels = embedded(source, batch_size=batch_size)
         assert features.shape == (1, 7, 192)
         assert features.dtype == torch.float32
         np.testing.assert_array_equal(
@@ -185,7 +236,7 @@ def test_centre_features_in_source_order_for_any_batch_size() -> None:
 def test_augmented_views_are_the_drawn_ones() -> None:
     source = noise(4)
     policy = Policy(size=8, scale=(0.08, 1.0), filter="bicubic", flip=0.5, seed=9)
-    features, _ = embed_source(raw_pixels(), source, [5, 2], batch_size=3, seed=9)
+    features, _ = embedded(source, [5, 2], batch_size=3, seed=9)
     assert features.shape == (2, 4, 192)
     for row, blob in enumerate(source.blobs):
         picture = decode(blob)
@@ -205,16 +256,17 @@ def test_each_picture_is_read_once_and_two_batches_at_most_are_held() -> None:
 
     def forward(pixels: torch.Tensor) -> torch.Tensor:
         seen.append((len(pixels), len(source.reads)))
-        return pixels.flatten(1)
+        return pixels.flatten(1)[:, None].expand(-1, 2, -1)
 
     told: list[tuple[str, int, int]] = []
-    embed_source(
-        fz.FrozenEncoder("f", 8, "cls", forward, lambda device: None), source, [0, 1], batch_size=8,
-        progress=lambda *report: told.append(report), stage="train",
+    task = toys.task_of(
+        toys.encoder(forward), source, source, batch_size=8,
+        progress=lambda *report: told.append(report),
     )  # fmt: skip
+    task.pooled(task.train, [0, 1], stage="train")
     assert sorted(source.reads) == list(range(20))
-    assert [count for count, _ in seen] == [8] * 5  # 4 pictures x 2 views a time
-    assert all(reads <= 4 * (step + 2) for step, (_, reads) in enumerate(seen))
+    assert [count for count, _ in seen] == [4] * 10  # 4 pictures, 2 views of each
+    assert all(reads <= 4 * (step // 2 + 2) for step, (_, reads) in enumerate(seen))
     assert told == [("train", done, 20) for done in (4, 8, 12, 16, 20)]
 
 
@@ -222,9 +274,9 @@ def test_a_broken_picture_is_named() -> None:
     source = noise(5)
     source.blobs[3] = b"not a picture"
     with pytest.raises(
-        UserError, match=r"cannot decode the picture 'k3' of pictures: .*repair it or take it out"
+        UserError, match=r"cannot decode the picture 'k3' of pictures: .*repair it, take it out"
     ):
-        embed_source(raw_pixels(), source, batch_size=2)
+        embedded(source, batch_size=2)
 
 
 def test_unlabelled_pictures_are_refused_with_the_way_to_give_labels() -> None:
@@ -234,16 +286,16 @@ def test_unlabelled_pictures_are_refused_with_the_way_to_give_labels() -> None:
         UserError,
         match=r"no labels; labels are class folders \(SRC/CLASS/picture.png\) or the .cls",
     ):
-        embed_source(raw_pixels(), source)
+        labels_of(source)
     with pytest.raises(UserError, match="no labels"):
-        embed_source(raw_pixels(), Subset(source, [0], "half"))
+        labels_of(Subset(source, [0], "half"))
 
 
 def test_crop_outside_its_range_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"centre crop of 1\.2: --crop-pct is above 0 and at most 1"
     ):
-        embed_source(raw_pixels(), noise(1), crop_pct=1.2)
+        embedded(noise(2), crop_pct=1.2)
 
 
 # --- labels and the held-out split ----------------------------------------------------------------
