@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from student.features.task import Scored
@@ -50,6 +49,8 @@ def interval(right: int, count: int) -> list[float]:
     >>> interval(0, 10), interval(10, 10)
     ([0.0, 0.0], [100.0, 100.0])
     """
+    from scipy.stats import binom  # half a second, and nothing else needs it
+
     tail = (1 - COVERAGE) / 2
     low, high = binom.ppf([tail, 1 - tail], count, right / count)
     return [float(np.round(100.0 * each / count, 4)) for each in (low, high)]
