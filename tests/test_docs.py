@@ -33,6 +33,18 @@ def _command(program: str, name: str) -> click.Command:
     return command
 
 
+def _options(command: click.Command) -> set[str]:
+    """The options of a command, and of those below it."""
+    own = {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)}
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            own |= _options(below)
+    return own
+
+
 @pytest.mark.parametrize(
     "command", [f"{program} {name}" for program in PROGRAMS for name in _names(program)]
 )
@@ -55,14 +67,13 @@ def test_a_page_names_commands_options_and_links_that_exist(page: Path) -> None:
     text = page.read_text()
     for program, name, rest in re.findall(r"`(featcache|student) ([a-z_]+)([^`]*)`", text):
         assert name in _names(program), f"{program} {name}"
-        options = {opt for param in _command(program, name).params for opt in param.opts}
+        options = _options(_command(program, name))
         assert set(re.findall(r"--[a-z-]+", rest)) <= options, (program, name, rest)
     every = {
         opt
         for program in PROGRAMS
         for name in _names(program)
-        for param in _command(program, name).params
-        for opt in param.opts
+        for opt in _options(_command(program, name))
     }
     assert set(re.findall(r"`(--[a-z-]+)", text)) <= every
     for target in re.findall(r"\]\(([^)#]+)", text):
