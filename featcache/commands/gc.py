@@ -13,7 +13,7 @@ from featcache.catalog import home
 from featcache.console import text
 from featcache.console.params import FiniteRange
 from featcache.errors import UsageError
-from featcache.maintenance import remove
+from featcache.maintenance import remove, remove_features
 from featcache.maintenance.garbage import find, remove_leftovers
 
 
@@ -25,7 +25,7 @@ from featcache.maintenance.garbage import find, remove_leftovers
     "--unused",
     type=FiniteRange(0),
     metavar="DAYS",
-    help="Also list caches no training run used, untouched for DAYS days.",
+    help="Also list caches no training run used, and features no evaluation, for DAYS days.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask: remove all that is listed.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
@@ -34,7 +34,8 @@ def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> No
     """List temporary files, leases and half-removed caches of processes that are gone, ask, and
     remove them. Work of live ones is safe, and so is what featcache did not write.
 
-    With --unused, complete caches are listed that no `student train` below this home used and whose
+    With --unused, kept features (features/) are listed that no evaluation used for DAYS days, and
+    complete caches are listed that no `student train` below this home used and whose
     newest file is older than DAYS days. Programs of your own that read a cache (featcache.open,
     featcache.torch.Dataset) leave no trace: look at the list before you say yes.
 
@@ -45,14 +46,14 @@ def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> No
     asks = not yes and not dry_run and sys.stdin.isatty()
     agreed = {
         path: count
-        for what, sizes in (("leftover", left), ("unused cache", idle))
+        for what, sizes in (("leftover", left), ("unused folder", idle))
         if (yes and not dry_run) or (asks and sizes and _agreed(what, sizes))
         for path, count in sizes.items()
     }
     remove_leftovers([path for path in left if path in agreed])
     for path in idle:
         if path in agreed:
-            remove.remove_cache(path)
+            (remove_features.remove if remove_features.is_kept(path) else remove.remove_cache)(path)
     facts = {
         "home": str(home.home()),
         "dry_run": dry_run,
@@ -92,8 +93,8 @@ def _story(facts: dict[str, Any], agreed: set[str]) -> str:
     lines += [f"left {path}: {why}" for path, why in facts["left"].items()]
     if set(facts["unused"]) - set(facts["removed"]):
         lines.append(
-            "unused: by no `student train` that this home's ledger knows; other programs' reading "
-            "is not noted; the same command with --yes removes them"
+            "unused: by no `student train` that this home's ledger knows, or no `student eval`; "
+            "other programs' reading is not noted; the same command with --yes removes them"
         )
     if not lines:
         return f"nothing to remove below {facts['home']}"

@@ -3,11 +3,12 @@ theirs is looked at."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import click
 
-from featcache.catalog import home
+from featcache.catalog import home, kept_features
 from featcache.catalog.listing import describe
 from featcache.console.text import echo, format_bytes, format_json, format_table, join_lines
 
@@ -18,16 +19,37 @@ from featcache.console.text import echo, format_bytes, format_json, format_table
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(as_json: bool) -> None:
     """List the caches below $FEATCACHE_HOME: what they hold, how much of it is there, and who used
-    them last."""
+    them last; then the features that evaluations kept."""
     found = [describe(path) for path in home.caches()]
+    kept = [kept_features.describe(path) for path in kept_features.items()]
     if as_json:
-        echo(format_json(found, indent=1))
+        echo(format_json([*found, *({"kind": "features", **facts} for facts in kept)], indent=1))
+    elif not found and not kept:
+        echo(f"no caches below {str(home.home())!r}; FEATCACHE_HOME names the folder")
     else:
-        echo(
-            text(found)
-            if found
-            else f"no caches below {str(home.home())!r}; FEATCACHE_HOME names the folder"
+        echo("\n\n".join(part(facts) for part, facts in ((text, found), (_kept, kept)) if facts))
+
+
+def _kept(found: list[dict[str, Any]]) -> str:
+    """Return the table of kept features."""
+    rows = [
+        (
+            facts["path"],
+            facts["encoder"],
+            facts["pictures"],
+            f"{facts['what']} {' x '.join(map(str, facts['shape']))}",
+            format_bytes(facts["bytes"]),
+            time.strftime("%Y-%m-%d", time.gmtime(facts["last_used"])),
         )
+        for facts in found
+        if "damaged" not in facts
+    ]
+    head = ("kept features", "encoder", "pictures", "what", "size", "last evaluation")
+    table = format_table([head, *rows], right=(4,)) if rows else ""
+    lines = [
+        f"{facts['path']}: damaged: {facts['damaged']}" for facts in found if "damaged" in facts
+    ]
+    return "\n".join(filter(None, [table, join_lines(lines)]))
 
 
 def text(found: list[dict[str, Any]]) -> str:

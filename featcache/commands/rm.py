@@ -1,4 +1,4 @@
-"""`featcache rm` removes whole caches, or additions, and nothing else.
+"""`featcache rm` removes whole caches, additions, or kept features, and nothing else.
 
 The folder is renamed first, to a name that no command takes for a cache; a removal that was killed
 is finished by `featcache gc`.
@@ -14,6 +14,7 @@ import click
 from featcache.console import text
 from featcache.console.params import LocalPath
 from featcache.errors import UsageError
+from featcache.maintenance import remove_features
 from featcache.maintenance.remove import check_removable, folder_bytes, remove_cache
 
 
@@ -25,16 +26,17 @@ from featcache.maintenance.remove import check_removable, folder_bytes, remove_c
 @click.option("--yes", is_flag=True, help="Do not ask. Needed where there is no terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was removed as JSON.")
 def command(caches: tuple[Path, ...], yes: bool, as_json: bool) -> None:
-    """Remove caches. A folder that is none, or that somebody writes into, is refused before
-    anything is removed."""
+    """Remove caches, or features that evaluations kept. A folder that is none of them, or that
+    somebody writes into, is refused before anything is removed."""
     for each in caches:
-        check_removable(each)
+        kept = remove_features.is_kept(each)
+        (remove_features.check_removable if kept else check_removable)(each)
     sizes = {str(cache): folder_bytes(cache) for cache in caches}
     if not yes and not _agreed(sizes):
         text.echo("nothing removed", err=True)
         return
-    for cache in sizes:
-        remove_cache(Path(cache))
+    for cache in map(Path, sizes):
+        (remove_features.remove if remove_features.is_kept(cache) else remove_cache)(cache)
     lines = [f"removed {cache}: {text.format_bytes(count)}" for cache, count in sizes.items()]
     lines.append(f"{text.format_bytes(sum(sizes.values()))} freed")
     text.print_facts(
@@ -49,4 +51,4 @@ def _agreed(sizes: dict[str, int]) -> bool:
         )
     for cache, count in sizes.items():
         text.echo(f"{cache}: {text.format_bytes(count)}", err=True)
-    return text.confirm(f"remove {len(sizes)} cache(s), {text.format_bytes(sum(sizes.values()))}?")
+    return text.confirm(f"remove {len(sizes)} folder(s), {text.format_bytes(sum(sizes.values()))}?")

@@ -1,5 +1,5 @@
-"""Leftovers of dead processes, and caches that no training run used, are found and removed; what
-may be a stranger's is left, and told."""
+"""Leftovers of dead processes, caches that no training run used, and kept features that no
+evaluation used are found and removed; what may be a stranger's is left, and told."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from featcache.catalog import home, listing
+from featcache.catalog import home, kept_features, listing
 from featcache.errors import UserError
-from featcache.maintenance import remove
+from featcache.maintenance import remove, remove_features
 from featcache.storage import belongings, lease
 from featcache.storage.owner import is_abandoned, split_temporary
 from featcache.storage.part import added_parts
@@ -30,7 +30,8 @@ class Garbage:
 
 def find(unused_days: float | None) -> Garbage:
     """Find files and folders that no live process works on, and, unless `unused_days` is None,
-    complete caches that no training run in the ledger used, untouched for so many days."""
+    complete caches that no training run in the ledger used, untouched for so many days, and
+    features that no evaluation used."""
     found = Garbage()
     half = [path for path in _entries(home.home()) if split_temporary(path.name)]
     for path in half:
@@ -44,10 +45,14 @@ def find(unused_days: float | None) -> Garbage:
             found.left[cache] = str(error)
         except OSError as error:  # somebody else's folder
             found.left[cache] = f"{error.filename}: {error.strerror}"
+    for path, strangers in remove_features.leftovers():
+        _add(found, path, strangers)
     if unused_days is not None and (why := home.ledger_problem()):
         found.left[home.home() / home.LEDGER] = why
     elif unused_days is not None:
         found.unused = list(_unused_caches(unused_days, found.left))
+    if unused_days is not None:
+        found.unused += remove_features.unused(unused_days)
     return found
 
 
@@ -109,7 +114,9 @@ def remove_leftovers(paths: list[Path]) -> None:
     removed one or taken a lease over."""
     for path in set(find(None).leftovers) & set(paths):
         with contextlib.suppress(OSError):  # what cannot be removed is told
-            if path.is_dir():
+            if path.parent.name == kept_features.FOLDER:
+                remove_features.delete(path)
+            elif path.is_dir():
                 remove.delete(path)
             else:
                 path.unlink(missing_ok=True)

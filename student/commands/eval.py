@@ -191,20 +191,20 @@ def _evaluate(
     from student.training.run_folder import commit
 
     run: Path | None = given["run"]
-    _check_subject(name, given)
+    check_subject(f"eval {name}", given)
     sets = open_sets(
         SetOptions(
             require_images(given["images_spec"]), given["tests"], given["subsets"], given["maps"],
             given["shots"], given["fraction"], given["seed"],
         )
     )  # fmt: skip
-    frozen = _frozen(given)
-    _check_blocks(frozen, given["blocks"])
+    frozen = freeze(given)
+    check_blocks(frozen, given["blocks"])
     options |= _published(module, name, frozen, options, set_by_user)
     for note in sets.notes:
         echo(f"note: {note}", err=True)
     started, skipped = time.perf_counter(), Skipped(given["skip_bad"])
-    with _stage_bars() as progress:
+    with stage_bars() as progress:
         task = Task(
             frozen, sets.train, sets.tests, sets.names, given["pool"], given["blocks"],
             given["seed"], pick_device(given["device"]), given["crop_pct"], given["embed_batch"],
@@ -226,13 +226,15 @@ def _evaluate(
     print_facts(facts, given["as_json"], _text(name, facts))
 
 
-def _check_subject(name: str, given: dict[str, Any]) -> None:
+# ------------------------------------------------------------ shared with `student embed`
+
+
+def check_subject(name: str, given: dict[str, Any]) -> None:
     """Raise UsageError unless one thing is evaluated, by options that are about it."""
     run, teacher = given["run"], given["teacher_spec"]
     if (run is None) == (teacher is None):
         raise UsageError(
-            f"student eval {name} takes either RUN, a run folder, or --teacher SPEC; give one of "
-            "them"
+            f"student {name} takes either RUN, a run folder, or --teacher SPEC; give one of them"
         )
     for option, value in (("--ema", given["ema"]), ("--checkpoint", given["checkpoint"])):
         if teacher is not None and value not in (False, None):
@@ -242,7 +244,8 @@ def _check_subject(name: str, given: dict[str, Any]) -> None:
             )
 
 
-def _frozen(given: dict[str, Any]) -> FrozenEncoder:
+def freeze(given: dict[str, Any]) -> FrozenEncoder:
+    """Return the encoder of RUN, or a teacher."""
     from student.features import frozen
 
     if given["run"] is not None:
@@ -250,7 +253,8 @@ def _frozen(given: dict[str, Any]) -> FrozenEncoder:
     return frozen.from_teacher(given["teacher_spec"], given["weights"])
 
 
-def _check_blocks(frozen: FrozenEncoder, blocks: int) -> None:
+def check_blocks(frozen: FrozenEncoder, blocks: int) -> None:
+    """Raise UsageError for more blocks than there are."""
     if blocks > frozen.depth:
         raise UsageError(
             f"--blocks {blocks}: the encoder of {frozen.name} has {frozen.depth} blocks; give at "
@@ -325,7 +329,7 @@ def _text(name: str, facts: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Show each stage of an evaluation as a bar at a terminal, by a line now and then elsewhere."""
     from featcache.console.progress_bar import ProgressBar
 

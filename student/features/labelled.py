@@ -183,10 +183,10 @@ def _mapped(test: str, source: Source, file: str, names: list[str]) -> TestSet:
                 f"--class-map {test}={file}: {name!r:.80} is no training class "
                 f"({near(name, names)[:300]})"
             )
-        if target is not None and target not in number:
+        if target is not None and not (isinstance(target, str) and target in number):
             raise UserError(
-                f"--class-map {test}={file}: {target!r:.80} is no class of {source.spec} "
-                f"({near(str(target), number)[:300]})"
+                f"--class-map {test}={file}: {repr(target)[:80]} is no class of {source.spec} "
+                f"({near(str(target)[:80], number)[:300]})"
             )
         if target is not None:
             mapping[names.index(name)] = number[target]

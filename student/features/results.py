@@ -16,8 +16,9 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
 from torch import Tensor
 
@@ -25,10 +26,32 @@ from featcache.catalog import home
 from featcache.errors import UserError
 from featcache.runtime import strict_json
 from featcache.storage import json_file
+from featcache.storage.schema import schema_problem
 
 NAME = "results.jsonl"
 FOLDER = "evals"
 _LOG = logging.getLogger(__name__)
+
+
+Text = Annotated[str, Field(max_length=4096)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class ResultLine(BaseModel):
+    """Holds what is relied on of a line; the rest is for people."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    time: Text
+    run: Text
+    protocol: Text
+    settings: dict[str, Any]
+    test: Text
+    score: Percent
+    interval: Annotated[list[Percent], Field(min_length=2, max_length=2)]
+    n_test: Annotated[int, Field(ge=1)]
+    recipe: Text = ""
+    checkpoint: int | None = None
 
 
 def record(run: Path | None, facts: Mapping[str, Any], head: Mapping[str, Tensor] | None) -> str:
@@ -125,8 +148,4 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = strict_json.parse_object(line)
     except ValueError:
         return None
-    numbers = (row.get("score"), *(row.get("interval") or ["none"]))
-    good = isinstance(row.get("protocol"), str) and all(
-        type(each) in (int, float) and 0 <= each <= 100 for each in numbers
-    )
-    return row if good and isinstance(row.get("settings"), dict) else None
+    return None if schema_problem(ResultLine, row) else row

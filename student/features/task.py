@@ -329,3 +329,16 @@ def _part(
     own = np.flatnonzero(np.isin(rows, skipped)).tolist()
     same = len(rows) == len(whole) and bool((rows == np.arange(len(whole))).all())
     return (whole if same else whole[rows]), own
+
+
+def task_of_one(
+    frozen: FrozenEncoder, source: Source, given: Mapping[str, Any], progress: EmbedProgress
+) -> Task:
+    """Return a task whose pictures need no labels: the number of each picture stands for one."""
+    from featcache.runtime.device import pick_device
+
+    return Task(
+        frozen, LabelledSet("pictures", source, np.arange(len(source))), (), (), given["pool"],
+        given["blocks"], 0, pick_device(given["device"]), given["crop_pct"], given["embed_batch"],
+        given["keep"], Skipped(given["skip_bad"]), progress,
+    )  # fmt: skip

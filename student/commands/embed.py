@@ -1,0 +1,180 @@
+"""`student embed` writes features of pictures to a file that other programs read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featcache.console.params import BATCH, FiniteRange, LocalPath, LocalText
+from featcache.console.text import print_facts
+from featcache.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    pass
+
+FORMATS = (".npy", ".parquet")
+
+
+@click.command(
+    epilog="Examples:\n\n  student embed runs/mralign-s0 --images val/ -o val.npy\n\n"
+    "  student embed --teacher clip-b16 --images val/ --pool mean -o val.parquet"
+)
+@click.argument("run", required=False, type=LocalPath())
+@click.option("--images", "images_spec", type=LocalText(), help="Pictures; they need no labels.")
+@click.option(
+    "-o",
+    "--out",
+    type=LocalPath(),
+    required=True,
+    help="FILE.npy (and FILE.json with keys and labels beside it), or FILE.parquet.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.IntRange(0, 10**12),
+    metavar="STEP",
+    help="That checkpoint of RUN. [default: the newest]",
+)
+@click.option("--ema", is_flag=True, help="The average of RUN's weights.")
+@click.option("--teacher", "teacher_spec", type=LocalText(), help="A teacher in place of RUN.")
+@click.option("--weights", type=LocalText(), help="The teacher's weights.")
+@click.option("--pool", default="cls", show_default=True, help="cls or mean of the patch tokens.")
+@click.option(
+    "--blocks",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Pool the last so many blocks, one after the other.",
+)
+@click.option(
+    "--crop-pct",
+    type=FiniteRange(0, 1, min_open=True),
+    default=0.875,
+    show_default=True,
+    help="Share of the shorter side that the centre crop has.",
+)
+@click.option(
+    "--embed-batch", type=BATCH, default=64, show_default=True, help="Pictures embedded at once."
+)
+@click.option(
+    "--skip-bad",
+    type=click.IntRange(0, 10**9),
+    default=0,
+    show_default=True,
+    help="Pictures that may be left out because they cannot be decoded.",
+)
+@click.option(
+    "--keep/--no-keep",
+    default=True,
+    show_default=True,
+    help="Keep features below $FEATCACHE_HOME/features for evaluations.",
+)
+@click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def command(out: Path, as_json: bool, **given: Any) -> None:
+    """Write features (n, D) float32 of the pictures' centre crops: [CLS], or the mean of the
+    patches, after the final norm. They are those that `student eval` judges."""
+    from featcache.console.params import require_images
+    from featcache.pictures.open_source import open_source
+    from student.commands.eval import check_blocks, check_subject, freeze, stage_bars
+    from student.features.task import task_of_one
+
+    check_subject("embed", given)
+    _check_out(out)
+    source = open_source(require_images(given["images_spec"]))
+    frozen = freeze(given)
+    check_blocks(frozen, given["blocks"])
+    with stage_bars() as progress:
+        task = task_of_one(frozen, source, given, progress)
+        (features,), rows = task.pooled(task.train, stage="embed")
+    keys = [source.keys[row] for row in rows.tolist()]
+    facts = {
+        "out": str(out),
+        "of": str(given["run"].absolute() if given["run"] else given["teacher_spec"]),
+        **frozen.facts,
+        **{key: given[key] for key in ("pool", "blocks", "crop_pct")},
+        "pictures": len(keys),
+        "width": features.shape[1],
+        **({"skipped": task.skipped.told()} if task.skipped.count else {}),
+    }
+    labels = None if source.labels is None else source.labels[rows.numpy()].tolist()
+    writers = {".npy": _write_npy, ".parquet": _write_parquet}
+    writers[out.suffix](out, features.numpy(), keys, labels, source.classes, facts)
+    print_facts(facts, as_json, f"{out}: {len(keys)} pictures x {features.shape[1]}")
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix not in FORMATS:
+        raise UsageError(
+            f"--out {str(out)!r}: a file that ends in {' or '.join(FORMATS)} is needed"
+        )
+    for path in (out, *([out.with_suffix(".json")] if out.suffix == ".npy" else [])):
+        if path.exists() or path.is_symlink():
+            raise UsageError(
+                f"--out: {str(path)!r} is there already, and is left as it is; give another "
+                "name, or remove it"
+            )
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"--out: the folder {str(out.absolute().parent)!r} is missing; make it")
+    if out.suffix == ".parquet":
+        _pyarrow()
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(
+            "a .parquet file needs pyarrow; run `pip install pyarrow` (or `pip install "
+            "'featcache[parquet]'`), or write .npy"
+        ) from error
+    return pyarrow
+
+
+def _write_npy(
+    out: Path,
+    features: Any,
+    keys: list[str],
+    labels: list[int] | None,
+    classes: list[str] | None,
+    facts: dict[str, Any],
+) -> None:
+    import numpy as np
+
+    from featcache.storage import json_file
+
+    about = {**facts, "keys": keys, "labels": labels, "classes": classes}
+    json_file.write_file(out.with_suffix(".json"), (json.dumps(about) + "\n").encode())
+    with json_file.replaced(out) as temporary, temporary.open("wb") as file:
+        np.save(file, features, allow_pickle=False)
+
+
+def _write_parquet(
+    out: Path,
+    features: Any,
+    keys: list[str],
+    labels: list[int] | None,
+    classes: list[str] | None,
+    facts: dict[str, Any],
+) -> None:
+    from featcache.storage import json_file
+
+    pa = _pyarrow()
+    width = features.shape[1]
+    columns = {
+        "key": pa.array(keys, pa.string()),
+        "features": pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), width),
+    }
+    if labels is not None:
+        columns["label"] = pa.array(labels, pa.int64())
+    if labels is not None and classes is not None:
+        columns["class"] = pa.array([classes[label] for label in labels], pa.string())
+    table = pa.table(columns).replace_schema_metadata({"student.embed": json.dumps(facts)})
+    try:
+        with json_file.replaced(out) as temporary:
+            pa.parquet.write_table(table, temporary)
+    except pa.ArrowException as error:
+        raise UserError(f"{str(out)!r} cannot be written: {error}") from error
