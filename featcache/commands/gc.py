@@ -93,8 +93,8 @@ def _story(facts: dict[str, Any], agreed: set[str]) -> str:
     lines += [f"left {path}: {why}" for path, why in facts["left"].items()]
     if set(facts["unused"]) - set(facts["removed"]):
         lines.append(
-            "unused: by no `student train` that this home's ledger knows, or no `student eval`; "
-            "other programs' reading is not noted; the same command with --yes removes them"
+            "unused: by no `student train` that this home's ledger knows; other programs' reading "
+            "is not noted; the same command with --yes removes them"
         )
     if not lines:
         return f"nothing to remove below {facts['home']}"

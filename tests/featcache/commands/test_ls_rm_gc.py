@@ -204,7 +204,7 @@ def test_rm_asks_at_a_terminal(cache: Path, tmp_path: Path, answer: str, left: b
     os.close(ours)
     os.close(theirs)
     assert ran.returncode == 0, ran.stderr
-    assert "remove 1 cache(s), " in ran.stderr
+    assert "remove 1 folder(s), " in ran.stderr
     assert cache.is_dir() == left
     assert ("nothing removed" in ran.stderr) == left
 
