@@ -6,6 +6,7 @@ n pictures, V views of each, b pictures of a batch, S pixels a side, T tokens, D
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from student.features.frozen import FrozenEncoder
 I64 = npt.NDArray[np.int64]
 Keep = Callable[[Tensor], Tensor]
 CROP_PCT = 0.875  # 256 -> 224, the centre crop of MAE's and DINO's evaluations
-DECODE_THREADS = 4  # Pillow frees the interpreter while it decodes and resizes
+# Pillow frees the interpreter while it decodes and resizes; more than 32 wait for it all the same
+DECODE_THREADS = max(4, min(32, len(os.sched_getaffinity(0))))
 EmbedProgress = Callable[[str, int, int], None]  # stage, pictures (or epochs) done, of how many
 
 
