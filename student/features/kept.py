@@ -63,6 +63,7 @@ class OnDisk:
         self.folder = kept_features.folder()
         self.temporary = self.folder / f".{json_file.digest(self.of)}.{writer_id()}.tmp"
         _own_folder(self.folder)
+        _refuse_strange(self.folder / json_file.digest(self.of))
         self.temporary.mkdir()
         self.file = (self.temporary / DATA).open("xb")
         self.crc, self.bytes, self.next = 0, 0, 0
@@ -70,7 +71,13 @@ class OnDisk:
         np.lib.format.write_array_header_1_0(_Tee(self), head)
 
     def write(self, data: bytes) -> None:
-        self.file.write(data)
+        try:
+            self.file.write(data)
+        except OSError as error:
+            raise UserError(
+                f"cannot keep features in {str(self.folder)!r}: {error.strerror}; make room, set "
+                "FEATCACHE_HOME to another disk, or run with --no-keep"
+            ) from error
         self.crc = crc32c(data, self.crc)
         self.bytes += len(data)
 
@@ -139,6 +146,15 @@ def _own_folder(path: Path) -> None:
             f"cannot keep features in {str(path)!r}: {error.strerror}; set FEATCACHE_HOME to a "
             "folder that can be written, or run with --no-keep"
         ) from error
+
+
+def _refuse_strange(path: Path) -> None:
+    """Refuse a link, or a file, in the place of a folder of ours."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(
+            f"{str(path)!r} is no folder, and features are kept there; move it away, or run with "
+            "--no-keep"
+        )
 
 
 def find(of: Mapping[str, Any], shape: tuple[int | None, ...]) -> tuple[Rows, list[int]] | None:

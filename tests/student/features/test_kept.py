@@ -299,6 +299,35 @@ def test_links_are_not_followed(home: Path, photos: Path, tmp_path: Path) -> Non
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+def test_a_link_in_the_place_of_features_is_refused(
+    home: Path, photos: Path, tmp_path: Path
+) -> None:
+    task = task_of(photos)
+    task.pooled(task.train, stage="train")
+    path = only(home)
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match="is no folder, and features are kept there"):
+        task_of(photos).pooled(task.train, stage="train")
+
+
+def test_a_full_disk_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    sink = kept.OnDisk({"of": 3}, (2, 2), "<f4", "e", "p")
+    sink.file.close()
+    monkeypatch.setattr(sink, "file", Full())
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        sink.add([0], np.ones((1, 2), "f4"))
+    sink.discard()
+    assert list(home.iterdir()) == []
+
+
 def test_a_failure_in_the_middle_leaves_nothing(home: Path, photos: Path) -> None:
     calls = []
 
