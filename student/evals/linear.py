@@ -33,10 +33,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.optim import Lars
-
 from student.features.task import Outcome, Task
 from student.training import probe
+from student.training.lars import lars, travel_note
 from student.training.probe import Head, Probe, ProbeOptions
 
 OPTIONS = probe.OPTIONS
@@ -49,28 +48,6 @@ DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
     ("caev2", "small"): {"batch_size": 8192},
     ("caev2", "base"): {"batch_size": 8192},
 }
-# lengths of the weight; below it the digits above lose points, ImageNet's protocol has 60 to 250
-TRAVEL_LEAST = 3.0
-
-
-def lars(head: Head) -> Lars:
-    """Build LARS as MAE has it: m <- 0.9 m + q g, w <- w - lr m, q = 0.001 |w| / |g| for the weight
-    and 1 for the bias.
-
-    timm scales a group only if it has weight decay or `always_adapt`; eps 0 because MAE's ratio has
-    none (a zero norm gives q = 1 in both).
-    """
-    groups = [
-        {"params": [head.linear.weight], "always_adapt": True},
-        {"params": [head.linear.bias], "always_adapt": False},
-    ]
-    return Lars(groups, lr=0.0, momentum=0.9, weight_decay=0.0, trust_coeff=0.001, eps=0.0)
-
-
-def travel(learning_rates: list[float]) -> float:
-    """Return the most the weight can move, in its own lengths: 0.001 lr a step, ten times over by
-    the momentum of 0.9."""
-    return 0.01 * sum(learning_rates)
 
 
 def evaluate(task: Task, **options: Any) -> Outcome:
@@ -79,18 +56,6 @@ def evaluate(task: Task, **options: Any) -> Outcome:
     made = Probe(chosen, lambda width, classes: Head(width, classes, task.seed), lars, tokens=False)
     trained, scored = probe.run_probe(task, made)
     facts = probe.facts(made, trained, len(task.train))
-    if note := _note(trained.learning_rates, trained.blr, chosen):
+    if note := travel_note(trained.learning_rates, trained.blr, chosen):
         facts["note"] = note
     return Outcome(scored, facts, trained.head.state_dict())
-
-
-def _note(learning_rates: list[float], blr: float, options: ProbeOptions) -> str:
-    """Return advice where the head cannot move far enough, else nothing."""
-    moved = travel(learning_rates)
-    if moved >= TRAVEL_LEAST:
-        return ""
-    return (
-        f"the head could move only {moved:.2g} of its own length: --blr {blr:g} over "
-        f"{options.epochs} epochs is too small for {options.pictures} pictures; try --blr "
-        f"{2 * TRAVEL_LEAST * blr / moved:.2g} with --batch-size 256 or less, or more --epochs"
-    )

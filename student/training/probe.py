@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featcache import rng
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, near
 from student.features.scores import hits, percent
 from student.features.task import LabelledSet, Scored, Task
 from student.training.optim import warmup_cosine
@@ -81,7 +81,7 @@ class ProbeOptions:
         """Raise UsageError where BatchNorm would see one picture."""
         if min(self.batch_size, pictures) < 2:
             raise UsageError(
-                f"cannot train a {self.what} probe with batches of "
+                f"cannot train the {self.what} probe with batches of "
                 f"{min(self.batch_size, pictures)}: BatchNorm needs at least 2 pictures a step; "
                 "give a larger --batch-size or more training pictures"
             )
@@ -120,6 +120,28 @@ def parse_rates(text: str) -> tuple[float, ...]:
     if len(set(rates)) < len(rates):
         raise UsageError(f"--blr {text}: a base learning rate is given twice; give each once")
     return rates
+
+
+def parse_tokens(text: str) -> bool:
+    """Tell whether a probe takes patches alone. Raises UsageError for neither `all` nor
+    `patches`."""
+    if text not in ("all", "patches"):
+        raise UsageError(f"unknown tokens {text!r}: {near(text, ('all', 'patches'))}")
+    return text == "patches"
+
+
+def check_parts(what: str, parts: int, width: int) -> None:
+    """Raise UsageError unless a width can be cut into so many parts, which `--what` gives.
+
+    >>> check_parts("heads", 12, 768)
+    """
+    if 1 <= parts <= width and width % parts == 0:
+        return
+    possible = ", ".join(str(each) for each in range(1, width + 1) if width % each == 0)
+    raise UsageError(
+        f"cannot cut tokens of width {width} into {parts} equal parts, one for each of --{what}; "
+        f"give one of {possible}"
+    )
 
 
 # ------------------------------------------------------------ the head
@@ -188,6 +210,7 @@ class Trained:
 
 def run_probe(task: Task, probe: Probe) -> tuple[Trained, list[Scored]]:
     """Train the head of a protocol, and score every test set's centre crops with it."""
+    _check_pooling(task, probe)
     # the test pictures first, so that a broken one stops the probe at its start
     tests = [(test, *_features(task, probe, test, None, test.name)) for test in task.tests]
     trained = _train(task, probe)
@@ -196,6 +219,15 @@ def run_probe(task: Task, probe: Probe) -> tuple[Trained, list[Scored]]:
         logits = predict(trained.head, _taker(rows, task, probe), np.arange(len(labels)))
         scored.append(Scored(test, logits, labels))
     return trained, scored
+
+
+def _check_pooling(task: Task, probe: Probe) -> None:
+    """Raise UsageError where pooled features are chosen for a probe that pools tokens itself."""
+    if probe.tokens and (task.pool, task.blocks) != ("cls", 1):
+        raise UsageError(
+            f"the {probe.options.what} probe pools the tokens of the last block itself; leave "
+            "--pool and --blocks out"
+        )
 
 
 def facts(probe: Probe, trained: Trained, pictures: int) -> dict[str, Any]:
