@@ -102,14 +102,34 @@ class AlignmentHead(nn.Module):
         outputs: S x (B,1+V,D); features (B,L,1+P,Dt), ids_keep (B,V), and for target norms other
         than ln feature_stats (B,L,1+P,2), for bn moments (L,2).
         """
+        parts: dict[str, Tensor] = {}
+        # Level by level: one product over stacked weights and one smooth-L1 of all five levels took
+        # 1.1 times as long on a CPU, and 1.24 times the memory.
+        for level, predicted, target in self.pairs(
+            outputs, features, ids_keep, feature_stats, moments
+        ):
+            parts[f"level_{level}"] = LOSSES[self.options.loss](predicted, target)
+        weighted = [
+            weight * part
+            for weight, part in zip(self.weights.values(), parts.values(), strict=True)
+        ]
+        return torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()}
+
+    def pairs(
+        self,
+        outputs: Sequence[Tensor],
+        features: Tensor,
+        ids_keep: Tensor,
+        feature_stats: Tensor | None = None,
+        moments: Tensor | None = None,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each aligned level's number, q_t and its target, (B,N,Dt) both, in ascending order
+        of level; arguments are those of `forward`."""
         assert features.shape[1] == len(self.weights), (features.shape, tuple(self.weights))
         rows = vit.prepend_cls_id(ids_keep) if self.options.cls_loss else ids_keep + 1
         aligned = self._predictions(
             outputs if self.options.cls_loss else [x[:, 1:] for x in outputs]
         )
-        parts: dict[str, Tensor] = {}
-        # Level by level: one product over stacked weights and one smooth-L1 of all five levels took
-        # 1.1 times as long on a CPU, and 1.24 times the memory.
         for i, (level, predicted) in enumerate(zip(self.weights, aligned, strict=True)):
             target = vit.gather_tokens(features[:, i], rows)
             if self.options.target_norm != "ln":
@@ -118,12 +138,7 @@ class AlignmentHead(nn.Module):
                 target = normalise_target(
                     self.options.target_norm, target, stats, None if moments is None else moments[i]
                 )
-            parts[f"level_{level}"] = LOSSES[self.options.loss](predicted, target)
-        weighted = [
-            weight * part
-            for weight, part in zip(self.weights.values(), parts.values(), strict=True)
-        ]
-        return torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()}
+            yield level, predicted, target
 
     def _predictions(self, outputs: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield q_t in ascending order of level: S x (B,N,D) -> L x (B,N,Dt)."""

@@ -41,6 +41,7 @@ Shapes: B batch, V visible, P patches, M = P - V masked, W regressor width, E ta
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -200,21 +201,33 @@ class Model(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss and its parts from images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V),
         ids_masked (B,M)."""
+        errors: dict[str, Tensor] = {}
+        for where, pred, target in self._pairs(batch):
+            error = _token_errors(pred, target, self.config.loss)
+            if where == "visible":
+                errors |= {"cls": error[:, :1], "visible": error[:, 1:]}
+            else:
+                errors[where] = error
+        parts = {name: error.mean().detach() for name, error in errors.items()}
+        return {"loss": _reduce(errors, self.config.reduction), **parts}
+
+    def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the prediction and the target, (B,N,E) both, at CLS and the visible patches, or at
+        the hidden ones where these alone are aligned."""
+        _, pred, target = next(self._pairs(batch))
+        return {f"cosine_{self.config.target}": (pred, _loss_target(target, self.config.loss))}
+
+    def _pairs(self, batch: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield what is aligned, visible (with CLS) and masked: predictions and targets (B,N,E)."""
         ids_keep, ids_masked, targets = batch["ids_keep"], batch["ids_masked"], batch["targets"]
         x = beit.encode(self.encoder, batch["images"], ids_keep)
         x = self.encoder_to_regresser_norm(self.encoder_to_regresser(x))  # (B,1+V,W)
-        errors: dict[str, Tensor] = {}
         if self.config.align != "masked":
             target = vit.gather_tokens(targets, vit.prepend_cls_id(ids_keep))
-            aligned = _token_errors(self.decoder(x), target, self.config.loss)
-            errors |= {"cls": aligned[:, :1], "visible": aligned[:, 1:]}
+            yield "visible", self.decoder(x), target
         if self.config.align != "visible":
             pred = self.decoder(self._regress(x[:, 1:], ids_keep, ids_masked))
-            errors["masked"] = _token_errors(
-                pred, vit.gather_tokens(targets, ids_masked + 1), self.config.loss
-            )
-        parts = {name: error.mean().detach() for name, error in errors.items()}
-        return {"loss": _reduce(errors, self.config.reduction), **parts}
+            yield "masked", pred, vit.gather_tokens(targets, ids_masked + 1)
 
     def _regress(self, visible: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """Predict masked latents (B,M,W) from visible (B,V,W)."""
@@ -228,11 +241,20 @@ def _token_errors(pred: Tensor, target: Tensor, loss: str) -> Tensor:
     if loss == "cosine":
         return losses.cosine_distance(pred, target)
     with losses.autocast_off(pred):
-        pred, target = losses.upcast(pred), losses.upcast(target)
-        target = F.layer_norm(target, target.shape[-1:])
+        pred, target = losses.upcast(pred), _loss_target(target, loss)
         return (F.mse_loss if loss == "mse" else F.smooth_l1_loss)(
             pred, target, reduction="none"
         ).mean(dim=-1)
+
+
+def _loss_target(target: Tensor, loss: str) -> Tensor:
+    """Return the target (B,N,E) that a loss compares with: each token normalised for smooth_l1 and
+    mse."""
+    if loss == "cosine":
+        return target
+    with losses.autocast_off(target):
+        target = losses.upcast(target)
+        return F.layer_norm(target, target.shape[-1:])
 
 
 def _reduce(errors: dict[str, Tensor], reduction: str) -> Tensor:

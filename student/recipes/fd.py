@@ -131,9 +131,15 @@ class Model(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss over all tokens, and its part at CLS, from images (B,3,H,W), targets
         (B,1+P,Dt)."""
-        pred = self.decoder(
-            beit.encode_all(self.encoder, self.encoder.patch_embed(batch["images"]))
-        )
+        pred = self._predict(batch["images"])
         loss = losses.fd_smooth_l1(pred, batch["targets"], self.beta)
         cls = losses.fd_smooth_l1(pred[:, 0], batch["targets"][:, 0], self.beta)
         return {"loss": loss, "cls": cls.detach()}
+
+    def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the prediction and the target, (B,1+P,Dt) both, at all tokens: none is hidden."""
+        return {"cosine_fd": (self._predict(batch["images"]), batch["targets"])}
+
+    def _predict(self, images: Tensor) -> Tensor:
+        """Map images (B,3,H,W) -> (B,1+P,Dt)."""
+        return self.decoder(beit.encode_all(self.encoder, self.encoder.patch_embed(images)))

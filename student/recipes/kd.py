@@ -73,6 +73,7 @@ class Model(nn.Module):
         )
         self.head = nn.Linear(self.encoder.embed_dim, config.target_width)
         vit.init_linear_and_norm(self.head)
+        self.target = config.target
 
     def no_weight_decay(self) -> set[str]:
         """Return none beyond the rule for 1-D parameters and tokens."""
@@ -81,9 +82,16 @@ class Model(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss, and that of CLS and of visible patches, from images (B,3,H,W), targets
         (B,1+P,E), ids_keep (B,V)."""
-        ids_keep = batch["ids_keep"]
-        pred = self.head(self.encoder.norm(vit.encode(self.encoder, batch["images"], ids_keep)[-1]))
-        target = vit.gather_tokens(batch["targets"], vit.prepend_cls_id(ids_keep))
+        pred, target = self._pair(batch)
         distance = 2 * losses.cosine_distance(pred, target)  # (B,1+V)
         parts = {"cls": distance[:, 0].mean().detach(), "visible": distance[:, 1:].mean().detach()}
         return {"loss": distance.mean(), **parts}
+
+    def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the prediction and the target, (B,1+V,E) both, at CLS and the visible patches."""
+        return {f"cosine_{self.target}": self._pair(batch)}
+
+    def _pair(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids_keep = batch["ids_keep"]
+        pred = self.head(self.encoder.norm(vit.encode(self.encoder, batch["images"], ids_keep)[-1]))
+        return pred, vit.gather_tokens(batch["targets"], vit.prepend_cls_id(ids_keep))

@@ -176,7 +176,17 @@ class Model(nn.Module):
         images (B,3,H,W), features (B,L,1+P,Dt), ids_keep (B,V), and where the target norm asks for
         them feature_stats (B,L,1+P,2) and moments (L,2).
         """
+        loss, parts = self.align(*self._aligned(batch))
+        return {"loss": loss, **parts}
+
+    def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the prediction of each aligned level and the level, (B,N,Dt) both, at [CLS] and
+        the visible patches of a batch as `forward` takes it."""
+        pairs = self.align.pairs(*self._aligned(batch))
+        return {f"cosine_{level}": (predicted, target) for level, predicted, target in pairs}
+
+    def _aligned(self, batch: dict[str, Tensor]) -> tuple[Any, ...]:
+        """Return the arguments of the alignment head."""
         outputs = vit.encode(self.encoder, batch["images"], batch["ids_keep"])
         stats, moments = batch.get("feature_stats"), batch.get("moments")
-        loss, parts = self.align(outputs, batch["features"], batch["ids_keep"], stats, moments)
-        return {"loss": loss, **parts}
+        return outputs, batch["features"], batch["ids_keep"], stats, moments

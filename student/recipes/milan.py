@@ -225,8 +225,7 @@ class Model(nn.Module):
         """Compute the loss and its parts from images (B,3,H,W), targets (B,1+P,E), ids_keep (B,V),
         ids_masked (B,M)."""
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
-        tokens = self.encoder.norm(vit.encode(self.encoder, images, ids_keep)[-1])
-        pred = self.decoder.predict_all(tokens, ids_keep, ids_masked)
+        pred = self._predict_all(batch)
         sizes = [1, ids_keep.shape[1], ids_masked.shape[1]]
         if self.config.target == "pixels":
             patches = vit.gather_patches(images, ids_masked, self.config.patch_size)
@@ -238,6 +237,21 @@ class Model(nn.Module):
         loss = distance.mean() if self.config.cls_loss else distance[:, 1:].mean()
         parts = zip(("cls", "visible", "masked"), distance.detach().split(sizes, 1), strict=True)
         return {"loss": loss, **{name: part.mean() for name, part in parts}}
+
+    def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the prediction and the target, (B,1+V,E) both, at CLS and the visible patches;
+        nothing where pixels are the target."""
+        if self.config.target == "pixels":
+            return {}
+        ids = vit.prepend_cls_id(batch["ids_keep"])
+        pred = self._predict_all(batch)[:, : ids.shape[1]]
+        return {f"cosine_{self.config.target}": (pred, vit.gather_tokens(batch["targets"], ids))}
+
+    def _predict_all(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return (B,1+P,out): CLS, the visible, the masked."""
+        images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
+        tokens = self.encoder.norm(vit.encode(self.encoder, images, ids_keep)[-1])
+        return self.decoder.predict_all(tokens, ids_keep, ids_masked)
 
 
 def _build_decoder(width_in: int, config: Config, out_dim: int) -> PromptingDecoder | vit.Decoder:

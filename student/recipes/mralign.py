@@ -139,3 +139,10 @@ class Model(nn.Module):
         pixel = losses.pixel_mse(pred, patches, normalise=self.config.norm_pix)
         loss = self.config.align_weight * aligned + self.config.pixel_weight * pixel
         return {"loss": loss, "align": aligned.detach(), "pixel": pixel.detach(), **parts}
+
+    def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the prediction of each aligned level and the level, (B,N,Dt) both, at [CLS] and
+        the visible patches of a batch as `forward` takes it."""
+        outputs = vit.encode(self.encoder, batch["images"], batch["ids_keep"])
+        pairs = self.align.pairs(outputs, batch["features"], batch["ids_keep"])
+        return {f"cosine_{level}": (predicted, target) for level, predicted, target in pairs}

@@ -54,6 +54,8 @@ where there is one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -220,8 +222,7 @@ class Model(nn.Module):
         """
         images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
         fused = self._fuse_layers(images, ids_keep)
-        tokens, ids = fused[:, self.prefix :], ids_keep
-        weighted, parts = [], {}
+        states, weighted, parts = None, [], {}
         if self.decoder is not None:
             states = self.decoder.masked_states(fused, ids_keep, ids_masked)
             patches = vit.gather_patches(images, ids_masked, self.config.patch_size)
@@ -229,18 +230,42 @@ class Model(nn.Module):
             pixel = losses.pixel_mse(pred, patches, normalise=self.config.norm_pix)
             parts["pixel"] = self._reduce(pixel, patches.shape[-1])
             weighted.append(self.config.pixel_weight * parts["pixel"])
-            if self.config.mimic_at == "decoder":
-                tokens, ids = states, ids_masked
         if self.mimic_head is not None:
-            parts["mimic"] = self._mimic_loss(self.mimic_head, tokens, _mimic_target(batch), ids)
-            if self.joint_head is not None:
-                parts["joint"] = self._mimic_loss(self.joint_head, tokens, batch["second"], ids)
+            for name, pred, target in self._mimicked(fused, states, batch):
+                parts[name] = self._mimic_loss(pred, target)
             both = [parts[name] for name in ("mimic", "joint") if name in parts]
             weighted.append(self.config.mimic_weight * torch.stack(both).mean())
         return {
             "loss": torch.stack(weighted).sum(),
             **{name: part.detach() for name, part in parts.items()},
         }
+
+    def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the prediction and the target of each teacher, (B,N,E) both, at the visible
+        patches, or at the hidden ones with mimic_at=decoder. A second teacher's where the batch has
+        it."""
+        if self.mimic_head is None:
+            return {}
+        fused, states = self._fuse_layers(batch["images"], batch["ids_keep"]), None
+        if self.config.mimic_at == "decoder" and self.decoder is not None:
+            states = self.decoder.masked_states(fused, batch["ids_keep"], batch["ids_masked"])
+        names = {"mimic": self.config.target, "joint": "joint"}
+        given = islice(self._mimicked(fused, states, batch), None if "second" in batch else 1)
+        return {f"cosine_{names[name]}": (pred, target) for name, pred, target in given}
+
+    def _mimicked(
+        self, fused: Tensor, states: Tensor | None, batch: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield the part's name, predictions and targets (B,N,E) of each teacher, from the
+        encoder's tokens, or from the decoder's states of the hidden patches."""
+        assert self.mimic_head is not None
+        tokens, ids = fused[:, self.prefix :], batch["ids_keep"]
+        if self.config.mimic_at == "decoder":
+            assert states is not None
+            tokens, ids = states, batch["ids_masked"]
+        yield "mimic", self.mimic_head(tokens), vit.gather_tokens(_mimic_target(batch), ids + 1)
+        if self.joint_head is not None:
+            yield "joint", self.joint_head(tokens), vit.gather_tokens(batch["second"], ids + 1)
 
     def _fuse_layers(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Sum the layers, after which comes the encoder's norm: images, ids_keep (B,V) ->
@@ -255,9 +280,8 @@ class Model(nn.Module):
             fused = torch.stack([outputs[i - 1] for i in self.blocks]).sum(0)
         return self.encoder.norm(fused)
 
-    def _mimic_loss(self, head: nn.Linear, tokens: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-        """Compute Eq. 2 for tokens (B,V,D) of the patches `ids` (B,V), target (B,1+P,E)."""
-        pred, target = head(tokens), vit.gather_tokens(target, ids + 1)
+    def _mimic_loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compute Eq. 2 for predictions and targets (B,N,E)."""
         with losses.autocast_off(pred):
             mse = F.mse_loss(losses.upcast(pred), losses.upcast(target))
         return self._reduce(mse, target.shape[-1])

@@ -102,6 +102,7 @@ class Model(nn.Module):
         self.mask_token = latent_regressor.build_mask_token(self.encoder.embed_dim)
         self.head = nn.Linear(self.encoder.embed_dim, config.target_width)
         beit.init_weights(self.head)
+        self.target = config.target
 
     def no_weight_decay(self) -> set[str]:
         """Return none beyond the rule for 1-D parameters and tokens."""
@@ -110,9 +111,17 @@ class Model(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss, which is its only part, from images (B,3,H,W), targets (B,1+P,E),
         ids_masked (B,M)."""
+        loss = losses.cosine_distance(*self._pair(batch)).mean()
+        return {"loss": loss, "masked": loss.detach()}
+
+    def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the prediction and the target, (B,M,E) both, at the hidden patches, the only ones
+        that are predicted."""
+        return {f"cosine_{self.target}": self._pair(batch)}
+
+    def _pair(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         patches, ids = self.encoder.patch_embed(batch["images"]), batch["ids_masked"]
         token = self.mask_token.to(patches.dtype).expand(*ids.shape, -1)
         patches = patches.scatter(1, ids.unsqueeze(-1).expand_as(token), token)
         pred = self.head(vit.gather_tokens(beit.encode_all(self.encoder, patches), ids + 1))
-        loss = losses.cosine_distance(pred, vit.gather_tokens(batch["targets"], ids + 1)).mean()
-        return {"loss": loss, "masked": loss.detach()}
+        return pred, vit.gather_tokens(batch["targets"], ids + 1)
