@@ -120,13 +120,13 @@ if TYPE_CHECKING:
 @click.option(
     "--weights",
     type=LocalText(),
-    help="Online or fallback: the teacher's weights, FILE, tag or random:SEED.",
+    help="Online, fallback or probe: the teacher's weights, FILE, tag or random:SEED.",
 )
 @click.option(
     "--teacher-name",
     metavar="SPEC",
-    help="Online or fallback: the teacher, where a cache's is a file of your own, ./mine.py; a "
-    "cache chooses no code and no file.",
+    help="Online, fallback or probe: the teacher, where a cache's is a file of your own, "
+    "./mine.py; a cache chooses no code and no file.",
 )
 @click.option(
     "--views",
@@ -269,6 +269,13 @@ if TYPE_CHECKING:
     help="Show metrics there as well; RUN/metrics.jsonl (json) is always written. May be "
     "given twice.",
 )
+@click.option(
+    "--probe",
+    type=LocalText(),
+    help="Labelled pictures: their k-NN, linear probe, RankMe and cosine with the teacher are "
+    "measured as the run goes on, of which no number changes.",
+)
+@click.option("--probe-every", type=COUNT, help="Epochs between probes. [default: 3 % of the time]")
 @click.option(
     "--dry-run",
     is_flag=True,

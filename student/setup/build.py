@@ -21,6 +21,7 @@ from student import checkpoint, masking
 from student.config import RecipeConfig
 from student.data.loader import Loader
 from student.setup.options import Options, RunRequest, Say, user_settings
+from student.setup.probe_inputs import probe_plan
 from student.setup.target_choice import choose_targets
 from student.setup.training_inputs import TrainingInputs
 from student.targets import in_memory
@@ -44,7 +45,9 @@ def build_run(
     if options.compiled:
         check_compiler(str(acc.device))
     settings = user_settings(recipe.Config, options)
-    inputs = choose_targets(RunRequest(name, recipe, settings, options, str(acc.device), say))
+    request = RunRequest(name, recipe, settings, options, str(acc.device), say)
+    inputs = choose_targets(request)
+    probe = probe_plan(request, inputs, acc)
     if options.resident:
         _load_into_memory(inputs.targets, acc, say)
     out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
@@ -63,6 +66,7 @@ def build_run(
         run_options=options.run_options,
         trackers=shown,
         retention=options.retention(loader.steps_per_epoch),
+        probe=probe,
     )
     return run, loader
 
@@ -176,6 +180,7 @@ def run_facts(run: Run, loader: Loader) -> dict[str, Any]:
         "global_batch": loader.global_batch,
         "steps_per_epoch": loader.steps_per_epoch,
         "steps": run.total_steps(loader.steps_per_epoch),
+        **({"probe": run.probe.facts} if run.probe else {}),
     }
 
 

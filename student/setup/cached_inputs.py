@@ -49,7 +49,8 @@ def cached_inputs(request: RunRequest, found: MatchedCache, given: Source | None
 
 def _check_options(options: Options, stored: bool) -> None:
     refuse_view_options(options)
-    if not options.fallback:  # which wants the weights again when shards are absent
+    # these want the teacher: of absent shards, and for the alignment of held-out pictures
+    if not options.fallback and options.probe is None:
         refuse({"--weights": options.weights, "--teacher-name": options.teacher_name})
     if stored and options.decoder:
         raise UsageError(

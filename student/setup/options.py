@@ -63,6 +63,8 @@ class Options:
     trackers: Sequence[str]
     keep_checkpoints: str = str(KEEP)
     exif: bool = False
+    probe: str | None = None
+    probe_every: int | None = None  # epochs
 
     def retention(self, steps_per_epoch: int) -> Retention:
         """Return which checkpoints stay, by --keep-checkpoints N or every:E of epochs."""

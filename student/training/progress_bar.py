@@ -16,7 +16,9 @@ import torch
 from featcache.console.progress_bar import ProgressBar
 
 # of a row of metrics
-NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait")
+NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", "rankme", "probe_s")
+LONG = ("level_", "cosine_")  # of each level, which would fill the line
+PROBED = ("probe_knn", "probe_linear")  # in few rows; the last ones stay in sight
 
 
 class TrainProgress:
@@ -32,7 +34,10 @@ class TrainProgress:
 
     def update_with(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Show that `step` is done, and the newest row whose values are known."""
-        self._row = rows[-1] if rows else self._row
+        seen = {name: self._row[name] for name in PROBED if name in self._row}
+        for row in rows:
+            seen = {**seen, **{name: row[name] for name in PROBED if name in row}}
+            self._row = {**row, **seen}
         self.bar(step, self.total)
 
     def _text(self, done: int, total: int) -> str:
@@ -46,7 +51,7 @@ def line(row: dict[str, Any], steps_per_epoch: int) -> str:
     parts = {
         name: value
         for name, value in row.items()
-        if name not in NOT_PARTS and not name.startswith("level_")
+        if name not in NOT_PARTS and not name.startswith(LONG)
     }
     losses = [
         f"loss {row['loss']:.4f}",

@@ -33,6 +33,7 @@ from student.models import drop_path
 from student.targets.contract import HostBatch, Targets
 from student.training import (
     nonfinite,
+    online_probe,
     optim,
     preemption,
     progress_bar,
@@ -62,6 +63,7 @@ class Run:
     run_options: RunOptions = field(default_factory=RunOptions)
     trackers: tuple[str, ...] = ()  # beside metrics.jsonl
     retention: checkpoint.Retention = field(default_factory=checkpoint.Retention)
+    probe: online_probe.ProbePlan | None = None
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimiser steps of the whole run."""
@@ -115,6 +117,9 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         hosts = stack.enter_context(
             contextlib.closing(loader.iterate(first, total, state.drop_rates))
         )
+        probed = stack.enter_context(
+            online_probe.started(run.probe, state, first, total, loader.steps_per_epoch)
+        )
         feed = Prefetcher(run.config, run.targets, hosts, acc.device, run.seed)
         bar = stack.enter_context(
             progress_bar.shown(total, first, loader.steps_per_epoch, acc.is_main_process)
@@ -122,6 +127,7 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         notice = stack.enter_context(preemption.StopNotice(acc))
         for step in range(first, total):
             result = train_step(run, loader, state, feed, step, total)
+            result.row.update(probed(step + 1))
             rows = metrics.add(result.row) if result.applied else metrics.flush_with(result.row)
             _check_losses(rows, run, loader, state)
             bar.update_with(step + 1, rows)
