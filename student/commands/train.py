@@ -92,13 +92,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Read the cache into memory first, once for all processes of a machine.",
 )
-@click.option(
-    "--seed",
-    type=SEED,
-    default=0,
-    show_default=True,
-    help="Of weights, order and masks.",
-)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, order, masks.")
 @click.option(
     "--teacher",
     type=click.Choice(["cached", "online"]),

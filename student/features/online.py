@@ -31,17 +31,17 @@ from featcache.models.hooks import normalise_pixels
 from featcache.pictures.decode import decode
 from featcache.pictures.source import PictureError, Source
 from featcache.views.render import render_centre
+from student.features.embed import CROP_PCT, DECODE_THREADS
 from student.features.labels import class_name, labels_of
 from student.features.rankme import rankme
+from student.features.scores import hits, percent
 from student.models import losses
 
 MOST = 2048  # pictures, half of them held out
-CROP_PCT = 0.875  # of the shorter side, as `student eval` crops
 # Times N. On random features of the digits (N = 400, D = 64 to 768) 0.03 and 0.1 are within a point
 # of the best of 1e-4 to 10; 1 loses two to three, and 1e-4 loses 27 where N is about D.
 RIDGE = 0.1
 STD_EPS = 1e-6  # of a channel that hardly varies
-DECODE_THREADS = 4
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 
@@ -159,8 +159,8 @@ def scores(train: Tensor, test: Tensor, rows: ProbeRows) -> dict[str, float]:
     neighbours = votes(test, train, bank, rows.classes, k=min(K, len(train)))
     linear = ridge_scores(train, bank, test, rows.classes)
     return {
-        "probe_knn": _top1(neighbours, labels),
-        "probe_linear": _top1(linear, labels),
+        "probe_knn": percent(hits(neighbours, labels, 1)),
+        "probe_linear": percent(hits(linear, labels, 1)),
         "rankme": rankme(every),
     }
 
@@ -191,12 +191,6 @@ def _solve(gram: Tensor, damping: float, right: Tensor) -> Tensor:
     """Solve (gram + damping I) z = right."""
     gram.diagonal().add_(damping)
     return torch.cholesky_solve(right, torch.linalg.cholesky(gram))
-
-
-def _top1(found: Tensor, labels: Tensor) -> float:
-    """Return the share of rows whose best class is their label, in per cent; of equal scores the
-    smaller class number counts."""
-    return 100.0 * (found.argmax(1) == labels).double().mean().item()
 
 
 # --- alignment ------------------------------------------------------------------------------------
