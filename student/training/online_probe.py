@@ -24,7 +24,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from featcache.console.text import echo
-from featcache.errors import UserError
+from featcache.errors import UserError, one_line
 from featcache.models.hooks import normalise_pixels
 from featcache.pictures.source import Source
 from featcache.runtime import device as devices
@@ -158,18 +158,18 @@ def started(
         return
     probe = OnlineProbe(plan, state, total, steps_per_epoch)
     values = ", ".join(f"{name} {value:.4g}" for name, value in probe.values.items())
-    echo(
+    _say(
         f"note: probe: {plan.facts}; {probe.prepared_s:.1f} s to prepare, {probe.last_s:.2f} s a "
-        f"probe; before the first step {values}",
-        err=True,
+        f"probe; before the first step {values}"
     )
     yield probe.after
     share = probe.spent_s / max(probe.trained_s, 1e-9)
-    echo(
-        f"note: {probe.count} probes took {probe.spent_s:.1f} s, {share:.1%} of the time of "
-        "training",
-        err=True,
-    )
+    count = f"{probe.count} probe{'s' * (probe.count > 1)}"
+    _say(f"note: {count} took {probe.spent_s:.1f} s, {share:.1%} of the time of training")
+
+
+def _say(text: str) -> None:
+    echo(one_line(text), err=True)
 
 
 # --- nothing of the run is touched ----------------------------------------------------------------

@@ -445,7 +445,7 @@ def test_notes_say_pictures_time_and_share(tmp_path: Path) -> None:
         "most 3% of the time; "
     )
     assert "before the first step probe_knn " in first
-    assert last.startswith("note: 1 probes took ")
+    assert last.startswith("note: 1 probe took ")
     assert last.endswith("% of the time of training")
     assert probed(tmp_path / "run") == {}  # a second of training is not enough for one
     done = fx.good(fx.train("kd", tmp_path / "two", *options, *probe(2), "--dry-run"))
