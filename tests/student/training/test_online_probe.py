@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -324,6 +325,17 @@ def test_any_way_to_the_teacher_gives_the_same_alignment(tmp_path: Path) -> None
     assert still(tmp_path, "lossy", "--cache", lossy) == cached
     assert still(tmp_path, "both", "--cache", lossy, "--teacher", "online") == cached
     assert {name for name in cached if name.startswith("cosine_")}
+
+
+def test_the_teacher_of_absent_shards_is_that_of_the_probe(tmp_path: Path) -> None:
+    """--fallback online: the same cosines, and the same losses as without a probe."""
+    cache = fx.extract(fx.pictures(), tmp_path / "cache", "--rows-per-shard", "5")
+    cached = still(tmp_path, "whole", "--cache", cache)
+    shutil.rmtree(cache / "shards" / "000001.zarr")
+    options = ("--cache", cache, "--fallback", "online", "--fallback-limit", 0.3)
+    assert still(tmp_path, "some", *options) == cached
+    plain = ran(tmp_path, "plain", *options, "--steps", 4)
+    assert_same(plain, ran(tmp_path, "watched", *options, "--steps", 4, *probe()))
 
 
 def test_a_teacher_that_cannot_be_had_leaves_alignment_out(

@@ -56,6 +56,21 @@ def test_a_terminal_shows_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "loss 1.2346" in last
 
 
+def test_the_last_scores_of_a_probe_stay_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows have them; what would fill the line is in the metrics alone."""
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    scores = {"probe_knn": 41.5, "probe_linear": 52.25, "rankme": 7.0, "probe_s": 0.5}
+    with progress_bar.shown(100, 20, 12, True) as bar:
+        bar.update_with(24, [{**ROW, **scores, "cosine_12": 0.7}])
+        for step in range(25, 31):
+            bar.update_with(step, [ROW])
+    last = out.getvalue().split("\r")[-1]
+    assert "grad_norm 2 probe_knn 41.5 probe_linear 52.25  lr" in last
+    assert "rankme" not in out.getvalue()
+    assert "cosine" not in out.getvalue()
+
+
 def test_nothing_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not into a file, not by another process than the first."""
     for out, speaks in ((io.StringIO(), True), (Terminal(), False)):
