@@ -34,9 +34,10 @@ import featcache
 from featcache.console.entry import entry
 from featcache.console.params import LocalPath
 from featcache.console.text import echo, format_table
-from featcache.errors import UsageError, UserError, command_line
+from featcache.errors import UserError, command_line
 from featcache.pictures.open_source import open_source
 from pipelines import digits, overview
+from pipelines.seeds import parse_seeds, spread
 
 MARGIN = 6.0  # points of k-NN, mralign above mae
 # torch's threads spin while they wait for one another. On two cores that are shared with anything
@@ -116,7 +117,7 @@ def cli(out: Path, seed: int, seeds: str | None, reduced: bool) -> None:
       python -m pipelines.quickstart --seeds 0,1,2 --out three-seeds
     """
     plan = REDUCED if reduced else Plan()
-    numbers = _numbers(seeds) if seeds else [seed]
+    numbers = parse_seeds(seeds) if seeds else [seed]
     _clear(out)
     os.environ["FEATCACHE_HOME"] = str(out)  # the ledger of runs goes there too
     os.environ.setdefault("OMP_WAIT_POLICY", WAITING)
@@ -141,15 +142,6 @@ def cli(out: Path, seed: int, seeds: str | None, reduced: bool) -> None:
         f"\n{text}\n{out / 'results.json'}  {out / 'results.md'}\nthe picture to look at: {picture}"
     )
     judge(margins(found), plan)
-
-
-def _numbers(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise UsageError(
-            f"--seeds {text!r}: different whole numbers parted by commas are needed, such as 0,1,2"
-        )
-    return [int(part) for part in parts]
 
 
 def _clear(out: Path) -> None:
@@ -318,7 +310,7 @@ def report(
     table = format_table(cells, right=range(1, len(cells[0])), markdown=True)
     lines = ["# Quickstart: what students know of 397 held-out digits", "", table, ""]
     for other, points in margins(found).items():
-        told = " and ".join(f"{_spread(points[kind], '+.1f')} points of {kind}" for kind in points)
+        told = " and ".join(f"{spread(points[kind], '+.1f')} points of {kind}" for kind in points)
         lines.append(f"- {ROWS['mralign']} less {ROWS[other]}: {told.replace('knn', 'k-NN')}")
     length = "reduced: too short to mean much" if not plan.enforced else f"{plan.epochs} epochs"
     lines += [
@@ -336,17 +328,7 @@ def _cell(values: Sequence[float | None], key: str) -> str:
     given = [value for value in values if value is not None]
     if not given:
         return "-"
-    return _spread(given, ".1f") if key in ("knn", "linear") else f"{statistics.mean(given):,.0f}"
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    """The mean, and the standard deviation where there are several values.
-
-    >>> _spread([1.0, 3.0], ".1f"), _spread([2.0], "+.1f")
-    ('2.0 ± 1.4', '+2.0')
-    """
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+    return spread(given, ".1f") if key in ("knn", "linear") else f"{statistics.mean(given):,.0f}"
 
 
 def judge(points: dict[str, dict[str, list[float]]], plan: Plan) -> None:

@@ -12,6 +12,7 @@ from featcache import cli as featcache_cli
 from featcache.errors import UsageError, UserError
 from pipelines import quickstart
 from pipelines.quickstart import REDUCED, Plan
+from pipelines.seeds import parse_seeds
 from student import cli as student_cli
 
 ENVIRONMENT = {"device": "cpu", "torch": "2", "commit": None}
@@ -128,5 +129,5 @@ def test_only_its_own_folder_is_cleared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["0,0", "a", "1,", "-1"])
 def test_wrong_seeds(text: str) -> None:
     with pytest.raises(UsageError, match="different whole numbers"):
-        quickstart._numbers(text)
-    assert quickstart._numbers("0,2,1") == [0, 2, 1]
+        parse_seeds(text)
+    assert parse_seeds("0,2,1") == [0, 2, 1]
