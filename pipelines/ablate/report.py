@@ -103,6 +103,7 @@ def _footer(table: Table, scale: Scale, found: Mapping[str, Any]) -> list[str]:
     settings = ", ".join(f"{key}={value}" for key, value in scale.settings.items())
     lines = [
         *table.notes,
+        *_interval_note(found["results"]),
         f"Seeds {', '.join(map(str, seeds))} ({length}): the teacher {scale.teacher_epochs} epochs "
         f"with labels, every student {scale.epochs} epochs of {scale.batch_size} pictures a step "
         f"on {scale.views} views; of each setting that a recipe has: {settings}.",
@@ -111,6 +112,18 @@ def _footer(table: Table, scale: Scale, found: Mapping[str, Any]) -> list[str]:
     if len(seeds) > 1:
         lines.append("Numbers are means over the seeds, with the standard deviation of one seed.")
     return lines
+
+
+def _interval_note(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Say how far a score is known, from the intervals of all evaluations."""
+    known = [
+        each["interval"] for rows in results.values() for row in rows.values()
+        for each in row.values() if "interval" in each
+    ]  # fmt: skip
+    if not known:
+        return []
+    half = statistics.mean((high - low) / 2 for low, high in known)
+    return [f"One score has a 95 % interval of ± {half:.1f} points on average: so few are tested."]
 
 
 def _told_maker(made_by: Mapping[str, Any]) -> str:

@@ -78,7 +78,8 @@ def test_the_words_of_each_kind_of_job() -> None:
     ]  # fmt: skip
     assert list(named(jobs, "seed-3/evals/teacher/linear").words) == [
         "student", "eval", "linear", "--teacher", spec, "--weights", weights, "--images", train,
-        "--test", test, "--crop-pct", "1", "--seed", "3", "--train-views", "0", "--batch-size",
+        "--test", test, "--crop-pct", "1", "--seed", "3", "--epochs", "90", "--train-views", "0",
+        "--batch-size",
         "256", "--blr", "2.7", "--json",
     ]  # fmt: skip
 

@@ -57,6 +57,7 @@ def test_the_table_of_two_seeds() -> None:
         "- mae above teacher by k-NN: does not hold, -21.0 ± 1.4 points (in 0 of 2 seeds). "
         "Expected: hearsay",
     ]
+    assert "95 %" not in text
     assert "A note.\nSeeds 0, 1 (full length): the teacher 20 epochs" in text
     assert "355 s in all; 2 cores (a CPU), torch 2.11, commit abc." in text
     assert "with the standard deviation of one seed" in text
@@ -68,6 +69,14 @@ def test_one_seed_has_no_spread_and_equal_is_not_above() -> None:
     assert "- teacher above mae by linear: does not hold, +0.0 points (of one seed)" in text
     assert "Seeds 0 (reduced: too short to mean much)" in text
     assert "standard deviation" not in text
+
+
+def test_the_mean_interval_is_told() -> None:
+    known = found((90.0, 80.0, 70.0, 80.0))
+    known["results"] = {
+        0: {"mae": {"knn": {"interval": [68.0, 74.0]}, "lin": {"interval": [75.0, 85.0]}}}
+    }
+    assert "One score has a 95 % interval of ± 4.0 points" in report.text(TABLE, DIGITS, known)
 
 
 def test_facts_hold_the_points_of_each_seed() -> None:
