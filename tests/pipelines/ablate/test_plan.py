@@ -93,8 +93,8 @@ def test_an_untrained_student_takes_no_step() -> None:
 def test_rows_share_the_cache_that_serves_them_all() -> None:
     jobs = plan(
         Row("mae", "", recipe="mae"),
-        Row("milan", "", recipe="milan"),
         Row("deep", "", recipe="maskalign", settings={"level_weights": "top:5"}),
+        Row("milan", "", recipe="milan"),
         Row("small", "", recipe="milan", extract={"codec": "t4"}),
     )
     caches = {job.name: job.words for job in jobs if job.kind == "extract"}
