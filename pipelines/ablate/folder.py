@@ -50,15 +50,16 @@ class Folder:
         proof = _digest(job.proof)
         return found if is_same and proof is not None and found.get("proof") == proof else None
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job) -> bool:
         """Note a job's command, so that another one in the same place is noticed, and empty the
-        folder of one that starts over."""
+        folder of one that starts over. Return whether it goes on from what it left before."""
         self._write(job, {"words": plain_words(job, self.out)})
         if job.makes is None:
-            return
+            return False
         self._refuse_link(job.makes)
         if job.restarted and job.makes.is_dir():
             shutil.rmtree(job.makes)
+        return job.makes.is_dir()
 
     def finish(self, job: Job, facts: dict[str, Any]) -> None:
         """Note that a job is done. Raises UserError where it left nothing."""

@@ -24,6 +24,7 @@ def collect(folder: Folder, seeds: Sequence[int]) -> dict[str, Any]:
     """Return scores, whole results and seconds of the jobs of some seeds that are done."""
     done = [(job, folder.result(job)) for job in folder.jobs if job.seed in seeds]
     found: dict[str, Any] = {"scores": {}, "results": {}, "seconds": {}, "made_by": []}
+    found["went_on"] = [job.name for job, record in done if record and record.get("went_on")]
     for job, record in done:
         if record is None:
             continue
@@ -109,6 +110,9 @@ def _footer(table: Table, scale: Scale, found: Mapping[str, Any]) -> list[str]:
         f"on {scale.views} views; of each setting that a recipe has: {settings}.",
         f"{total:,.0f} s in all; {'; '.join(map(_told_maker, found['made_by']))}.",
     ]
+    if found["went_on"]:
+        names = ", ".join(found["went_on"])
+        lines.append(f"Stopped and continued, so that only the last part was timed: {names}.")
     if len(seeds) > 1:
         lines.append("Numbers are means over the seeds, with the standard deviation of one seed.")
     return lines

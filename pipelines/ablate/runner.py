@@ -27,10 +27,10 @@ def run_jobs(folder: Folder, jobs: Sequence[Job], lock: int, made_by: dict[str, 
         gone = time.strftime("%H:%M:%S", time.gmtime(time.perf_counter() - started))
         number = folder.jobs.index(job) + 1
         echo(f"\n[{number} of {total}] {job.name}: {gone} gone, {told_eta(folder)}")
-        folder.begin(job)
+        went_on = folder.begin(job)
         said, seconds = run(job, lock)
         result = json.loads(said.splitlines()[-1]) if job.makes is None else None
-        facts = {"seconds": seconds, "made_by": made_by, "result": result}
+        facts = {"seconds": seconds, "went_on": went_on, "made_by": made_by, "result": result}
         folder.finish(job, facts)
         if result is not None:
             echo(f"{job.row} {job.column}: top-1 {result['top1']:.2f} %, {seconds:.0f} s")
@@ -74,7 +74,7 @@ def told_eta(folder: Folder) -> str:
         found = folder.result(job)
         if found is None:
             open_kinds.append(job.kind)
-        else:
+        elif not found.get("went_on"):  # else its seconds are those of its last part
             seconds.setdefault(job.kind, []).append(float(found["seconds"]))
     if not seconds:
         return "ETA unknown"

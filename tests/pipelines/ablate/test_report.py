@@ -35,7 +35,7 @@ def found(*seeds: tuple[float, float, float, float]) -> dict[str, Any]:
     }
     parts = {"data": 100.0, "teacher evals": 6.0, "extract": 13.0, "train mae": 50.0}
     seconds = {seed: {**parts, "mae evals": 8.0 + seed} for seed in scores}
-    return {"scores": scores, "seconds": seconds, "made_by": [MAKER], "results": {}}
+    return {"scores": scores, "seconds": seconds, "made_by": [MAKER], "results": {}, "went_on": []}
 
 
 def test_the_table_of_two_seeds() -> None:
@@ -69,6 +69,10 @@ def test_one_seed_has_no_spread_and_equal_is_not_above() -> None:
     assert "- teacher above mae by linear: does not hold, +0.0 points (of one seed)" in text
     assert "Seeds 0 (reduced: too short to mean much)" in text
     assert "standard deviation" not in text
+    assert "Stopped" not in text
+    stopped = {**found((90.0, 80.0, 70.0, 80.0)), "went_on": ["seed-0/runs/mae"]}
+    told = report.text(TABLE, DIGITS, stopped)
+    assert "so that only the last part was timed: seed-0/runs/mae." in told
 
 
 def test_the_mean_interval_is_told() -> None:
@@ -98,15 +102,18 @@ def test_what_is_done_is_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         job("b", None, "mae", "lin"), job("c", None, "teacher", "knn"),
     ]  # fmt: skip
     records: dict[str, Any] = {
-        "data": {"seconds": 100.0, "made_by": MAKER, "result": None},
-        "run": {"seconds": 50.0, "made_by": MAKER, "result": None},
+        "data": {"seconds": 100.0, "result": None},
+        "run": {"seconds": 50.0, "went_on": True, "result": None},
         "a": {"seconds": 3.0, "made_by": {**MAKER, "commit": "def"}, "result": {"top1": 60.0}},
-        "b": {"seconds": 4.0, "made_by": MAKER, "result": {"top1": 61.0, "top5": 99.0}},
+        "b": {"seconds": 4.0, "result": {"top1": 61.0, "top5": 99.0}},
     }
+    usual = {"made_by": MAKER, "went_on": False}
+    records = {name: {**usual, **record} for name, record in records.items()}
     monkeypatch.setattr(Folder, "result", lambda self, job: records.get(job.name))
     got = report.collect(Folder(tmp_path, jobs), [0])
     assert got["scores"] == {0: {"mae": {"knn": 60.0, "lin": 61.0}}}
     assert got["results"][0]["mae"]["lin"] == {"top1": 61.0, "top5": 99.0}
     assert got["seconds"] == {0: {"data": 100.0, "train mae": 50.0, "mae evals": 7.0}}
     assert [each["commit"] for each in got["made_by"]] == ["abc", "def"]
+    assert got["went_on"] == ["run"]
     assert report.collect(Folder(tmp_path, jobs), [1])["scores"] == {}

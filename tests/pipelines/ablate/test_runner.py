@@ -117,6 +117,8 @@ def test_a_job_that_breaks_ends_the_run_and_the_next_run_goes_on(
     run(out, jobs)
     assert ran(orders) == ["run 5", "score"]
     assert (out / "seed-0/run/half").exists()  # it goes on in its folder
+    records = [Folder(out, jobs).record(job) for job in jobs]
+    assert [record["went_on"] for record in records] == [False, True, False]
 
 
 def test_pictures_are_written_anew_where_that_broke(tmp_path: Path, orders: Path) -> None:
@@ -261,6 +263,10 @@ def test_the_time_left_is_that_of_jobs_of_the_same_kind(tmp_path: Path, orders: 
             job.proof.touch()
             folder.finish(job, {"seconds": seconds})
     assert runner.told_eta(folder) == "ETA 00:02:03"
+    # the seconds of a run that went on are not those of a whole one: the mean of the others
+    folder.finish(jobs[0], {"seconds": 1.0, "went_on": True})
+    assert runner.told_eta(folder) == "ETA 00:00:34"  # 11.5 + 20 + 3
+    folder.finish(jobs[0], {"seconds": 100.0, "went_on": False})
     unlike = [replace(job, kind="other") for job in jobs[:2]]
     folder.jobs = [jobs[0], *(replace(job, name=f"{job.name}-3") for job in unlike)]
     folder._digests |= {job.name: "" for job in folder.jobs[1:]}
@@ -271,4 +277,6 @@ def test_records_are_plain_json(tmp_path: Path, orders: Path) -> None:
     run(tmp_path / "out", make_jobs(tmp_path / "out", orders))
     record = json.loads((tmp_path / "out/jobs/seed-0/run.json").read_text())
     assert record["words"] == ["stand_in", "run", "OUT/seed-0/run", str(orders), "5"]
-    assert set(record) == {"words", "digest", "proof", "seconds", "made_by", "result"}
+    assert set(record) == {
+        "words", "digest", "proof", "seconds", "went_on", "made_by", "result"
+    }  # fmt: skip
