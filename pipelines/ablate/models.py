@@ -28,6 +28,8 @@ TABLE = Table(
         Column("knn-mean", "k-NN mean", "knn", "mean"),
         Column("linear-cls", "linear [CLS]", "linear", "cls"),
         Column("linear-mean", "linear mean", "linear", "mean"),
+        Column("efficient", "efficient", "efficient"),
+        Column("attentive", "attentive", "attentive"),
         Column("shots-cls", "10-shot [CLS]", "logreg", "cls", {"shots": 10}),
         Column("shots-mean", "10-shot mean", "logreg", "mean", {"shots": 10}),
     ),

@@ -36,6 +36,15 @@ SETTINGS: dict[str, Any] = {
 # recipe was published with, and all rows are to be judged alike.
 PROBES: dict[str, dict[str, Any]] = {
     "linear": {"epochs": 90, "train-views": 0, "batch-size": 256, "blr": 2.7},
+    "efficient": {"epochs": 90, "train-views": 0, "batch-size": 256, "blr": 2.7},
+    # SGD: a held-out tenth chooses the rate; as many heads as the encoder has
+    "attentive": {
+        "epochs": 90,
+        "train-views": 0,
+        "batch-size": 256,
+        "blr": "0.0125,0.05,0.2",
+        "heads": digits.OPTIONS["num_heads"],
+    },
     "logreg": {"C": 1},  # with ten pictures a class there are none to choose it by
 }
 
