@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from featcache.console.params import BATCH, SEED, FiniteRange, LocalPath, LocalText
+from featcache.console.progress_bar import eta
 from featcache.console.text import echo, first_paragraph, print_facts
 from featcache.errors import UsageError
 
@@ -343,10 +345,23 @@ def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
     def show(stage: str, done: int, total: int) -> None:
         if stage not in bars:
             close()
-            bars[stage] = ProgressBar(stage, "it")
+            unit = "epochs" if stage == "epochs" else "fits" if stage == "fits" else "pictures"
+            bars[stage] = ProgressBar(stage, unit, _pace(time.monotonic()))
         bars[stage](done, total)
 
     try:
         yield show
     finally:
         close()
+
+
+def _pace(started: float) -> Callable[[int, int], str]:
+    """Return what a line says of rate and time left; a bar at a terminal has its own."""
+
+    def text(done: int, total: int) -> str:
+        if sys.stderr.isatty():
+            return ""
+        rate = done / max(time.monotonic() - started, 1e-9)
+        return f"{rate:.1f} a second, {eta(total - done, rate)}"
+
+    return text

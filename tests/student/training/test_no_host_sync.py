@@ -77,7 +77,7 @@ def run_on_device(recipe: str, out: Path, *options: Any, sets: tuple[str, ...] =
         ran = Ran(queue)
         patch.setattr(train, "train_step", counted_step)
         patch.setattr(accelerator, "accelerator", on_device)
-        patch.setattr(checkpoint, "save", lambda run, step, content: ran.saved.append(step))
+        patch.setattr(checkpoint, "save", lambda run, step, *more: ran.saved.append(step))
         patch.setattr(fx, "io", SimpleNamespace(StringIO=Terminal))
         command = fx.train(recipe, out, *given(recipe, options), sets=sets)
     ran.status, ran.err = command.status, command.err

@@ -320,9 +320,7 @@ def test_a_step_that_is_left_out_changes_nothing(tmp_path: Path, pictures: Path)
     """Weights, moments, counts of steps and the average are those of the checkpoint before it."""
     run = tmp_path / "run"
     options = ("--steps", 12, "--skip-nonfinite", 9, "--ema", 0.9, "--save-every", 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "KEEP", 99)
-        fx.good(train(tmp_path, pictures, run, *options))
+    fx.good(train(tmp_path, pictures, run, *options, "--keep-checkpoints", 99))
     bad = next(
         step
         for step in (row["step"] for row in metrics.read(run) if isinstance(row["loss"], str))

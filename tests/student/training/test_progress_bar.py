@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from featcache.console import progress_bar as console_bar
 from student.commands import eval as eval_command
 from student.training import progress_bar
 from tests import student_fixtures as fx
@@ -80,16 +81,26 @@ def test_nothing_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         assert out.getvalue() == ""
 
 
-def test_an_evaluation_shows_a_bar_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_shows_a_bar_a_stage_or_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shown = {}
     for out in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", out)
-        with eval_command._stage_bars() as progress:
+        with eval_command.stage_bars() as progress:
             for stage, done, total in (("train", 4, 9), ("train", 9, 9), ("test", 3, 3)):
                 progress(stage, done, total)
         shown[type(out)] = out.getvalue()
     assert re.search(r"train: 100%.* 9/9 .*\n.*test: 100%.* 3/3 ", shown[Terminal])
     assert shown[io.StringIO] == ""
+    # half a minute later
+    monkeypatch.setattr(console_bar, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", out := io.StringIO())
+    with eval_command.stage_bars() as progress:
+        progress("train", 4, 9)
+        progress("train", 9, 9)
+    line = r"train: 9 of 9 pictures, [\d.]+ a second, ETA 00:00:00\n"
+    assert re.fullmatch(line, out.getvalue())
 
 
 def test_a_whole_command_in_a_file_says_what_it_does_and_no_more(tmp_path: Path) -> None:

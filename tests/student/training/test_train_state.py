@@ -34,11 +34,11 @@ def run_of(place: Path, *options: Any, recipe: str = "mralign", sets: tuple[str,
 # --- the average of the weights -------------------------------------------------------------------
 
 
-def test_the_average_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_by_hand(tmp_path: Path) -> None:
     """timm's warm-up: after step n the decay is min(0.5, 1 - n^(-2/3)), n = 1 being a copy; in
     float64 from the checkpoints of every step."""
-    monkeypatch.setattr(checkpoint, "KEEP", 99)
-    run = run_of(tmp_path / "run", "--ema", "0.5", "--save-every", "1")
+    every = ("--save-every", "1", "--keep-checkpoints", "99")
+    run = run_of(tmp_path / "run", "--ema", "0.5", *every)
     states = [torch.load(path, weights_only=True) for path in checkpoint.list_checkpoints(run)]
     assert len(states) == 6
     for name, value in states[0]["model"].items():
