@@ -20,7 +20,7 @@ from featcache.errors import UsageError
 if TYPE_CHECKING:
     from student.features.frozen import FrozenEncoder
     from student.features.labelled import Sets
-    from student.features.task import Outcome
+    from student.features.task import Outcome, Subject
 
 _NUMBER = click.IntRange(-(10**9), 10**9)
 _KINDS: dict[type, click.ParamType] = {
@@ -156,7 +156,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
         click.Option(
             [f"--{key.replace('_', '-')}", key],
             default=default,
-            show_default=default is not None,
+            show_default=default not in (None, ""),
             help=text,
             type=_KINDS.get(type(default), type(default)),
         )
@@ -193,11 +193,12 @@ def _evaluate(
     from student.training.run_folder import commit
 
     run: Path | None = given["run"]
+    trains = getattr(module, "TRAINS", True)
     check_subject(f"eval {name}", given)
     sets = open_sets(
         SetOptions(
             require_images(given["images_spec"]), given["tests"], given["subsets"], given["maps"],
-            given["shots"], given["fraction"], given["seed"],
+            given["shots"], given["fraction"], given["seed"], trains,
         )
     )  # fmt: skip
     frozen = freeze(given)
@@ -210,7 +211,7 @@ def _evaluate(
         task = Task(
             frozen, sets.train, sets.tests, sets.names, given["pool"], given["blocks"],
             given["seed"], pick_device(given["device"]), given["crop_pct"], given["embed_batch"],
-            given["keep"], skipped, progress,
+            given["keep"], skipped, progress, _subject(given, frozen),
         )  # fmt: skip
         outcome = module.evaluate(task, **options)
     facts = {
@@ -218,6 +219,7 @@ def _evaluate(
         "of": str(run.absolute() if run else given["teacher_spec"]),
         **frozen.facts,
         **_facts(given, options, sets, outcome, skipped),
+        **({} if trains else {"n_train": 0}),
         "seconds": round(time.perf_counter() - started, 2),
         "commit": commit(),
     }
@@ -262,6 +264,15 @@ def check_blocks(frozen: FrozenEncoder, blocks: int) -> None:
             f"--blocks {blocks}: the encoder of {frozen.name} has {frozen.depth} blocks; give at "
             "most that"
         )
+
+
+def _subject(given: dict[str, Any], frozen: FrozenEncoder) -> Subject:
+    from student.features.task import Subject
+
+    # the step that was read: a run that goes on has newer ones meanwhile
+    step = frozen.facts.get("checkpoint")
+    teacher = given["teacher_spec"] or ""
+    return Subject(given["run"], step, given["ema"], teacher, given["weights"])
 
 
 def _published(
@@ -319,10 +330,11 @@ def _facts(
 
 
 def _text(name: str, facts: dict[str, Any]) -> str:
+    training = f", {facts['n_train']} training" if facts["n_train"] else ""
     lines = [
         f"{name} of {facts['of']}{' on ' + test if len(facts['tests']) > 1 else ''}: top-1 "
         f"{each['top1']:.2f} % ({each['interval'][0]:.1f} to {each['interval'][1]:.1f}; "
-        f"{each['n_test']} test, {facts['n_train']} training pictures)"
+        f"{each['n_test']} test{training} pictures)"
         for test, each in facts["tests"].items()
     ]
     if "skipped" in facts:

@@ -92,15 +92,19 @@ def tokens_of(
     device: str,
     skipped: Skipped,
     keep: Keep | None = None,
+    keep_px: int = 0,
 ) -> Iterator[tuple[I64, list[list[Tensor]]]]:
     """Yield, batch by batch in source order, rows (b,) of the source and the tokens (b,T,D) of each
     rendering and block, on the device. Rows of pictures that were skipped are not among them.
 
     Every picture is decoded once; at most two batches of pixels are held. `keep` maps pixels
-    (b,3,S,S) to the ids (b,V) of the patches that the encoder is to see.
+    (b,3,S,S) to the ids (b,V) of the patches that the encoder is to see; with `keep_px` it is given
+    the same crops at that size.
     """
     frozen.to(device)
-    draw = functools.partial(_render, source, list(renderings))
+    other_size = keep is not None and keep_px not in (0, frozen.img_size)
+    sizes = (frozen.img_size, keep_px) if other_size else (frozen.img_size,)
+    draw = functools.partial(_render, source, list(renderings), sizes)
     per_batch = max(1, batch_size // len(renderings))
     for start, pixels in _batches(draw, len(source), per_batch):
         rows = [start + i for i, each in enumerate(pixels) if not isinstance(each, UserError)]
@@ -109,23 +113,35 @@ def tokens_of(
                 skipped.add(source, start + i, each)
         if not rows:
             continue
-        good = np.stack([each for each in pixels if not isinstance(each, UserError)])
-        batch = torch.from_numpy(good).permute(1, 0, 4, 2, 3).contiguous()  # (V,b,3,S,S)
+        good = [each for each in pixels if not isinstance(each, UserError)]
+        batches = [_stacked([each[i] for each in good]) for i in range(len(sizes))]  # (V,b,3,S,S)
         found: list[list[Tensor]] = []
-        for each in batch:
-            images = each.to(device)
-            ids = None if keep is None else keep(images)
+        for shown, seen in zip(batches[0], batches[-1], strict=True):
+            images = shown.to(device)
+            ids = None
+            if keep is not None:
+                ids = keep(seen.to(device) if other_size else images)
             found.append(frozen.tokens(images, blocks, ids))
         yield np.array(rows, np.int64), found
 
 
+def _stacked(pictures: list[npt.NDArray[np.uint8]]) -> Tensor:
+    """Turn b times (V,S,S,3) into (V,b,3,S,S)."""
+    return torch.from_numpy(np.stack(pictures)).permute(1, 0, 4, 2, 3).contiguous()
+
+
+Views = list[npt.NDArray[np.uint8]]  # (V,S,S,3) of each size
+
+
 def _render(
-    source: Source, renderings: list[Rendering], row: int
-) -> npt.NDArray[np.uint8] | UserError:
-    """Return (V,S,S,3), or the error of a picture that cannot be decoded."""
+    source: Source, renderings: list[Rendering], sizes: tuple[int, ...], row: int
+) -> Views | UserError:
+    """Return the views of a picture at each size, or the error of one that cannot be decoded."""
     try:
-        picture = decode(source.read(row))
-        return np.stack([_view(picture, source.keys[row], each) for each in renderings])
+        picture, key = decode(source.read(row)), source.keys[row]
+        return [
+            np.stack([_view(picture, key, each, size) for each in renderings]) for size in sizes
+        ]
     except PictureError as error:
         refused = UserError(
             f"cannot decode the picture {source.keys[row]!r} of {source.spec}: {error}; an "
@@ -136,10 +152,9 @@ def _render(
         return refused
 
 
-def _view(picture: Image, key: str, rendering: Rendering) -> npt.NDArray[np.uint8]:
+def _view(picture: Image, key: str, rendering: Rendering, size: int) -> npt.NDArray[np.uint8]:
     """Render (S,S,3); the box of a view comes from the picture's key and the view's number,
-    whatever the batch."""
-    size = rendering.size
+    whatever the batch and the size."""
     if rendering.view is None:
         return render_centre(picture, size, rendering.crop_pct, "bicubic")
     policy = policy_of(size, rendering.seed)
@@ -162,12 +177,12 @@ def policy_of(img_size: int, seed: int) -> Policy:
 
 
 def _batches(
-    draw: Callable[[int], npt.NDArray[np.uint8] | UserError], n: int, rows: int
-) -> Iterator[tuple[int, list[npt.NDArray[np.uint8] | UserError]]]:
+    draw: Callable[[int], Views | UserError], n: int, rows: int
+) -> Iterator[tuple[int, list[Views | UserError]]]:
     """Yield the first row of a batch and its pictures, in source order; the next batch decodes
     while the caller embeds this one."""
     pool = ThreadPoolExecutor(DECODE_THREADS)
-    ahead: list[Future[npt.NDArray[np.uint8] | UserError]] = []
+    ahead: list[Future[Views | UserError]] = []
     try:
         for start in range(0, n, rows):
             current, ahead = (

@@ -45,6 +45,7 @@ class SetOptions:
     shots: int | None = None
     fraction: float | None = None
     seed: int = 0
+    trains: bool = True  # False: the pictures name the classes, and are the test set
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,14 @@ class Sets:
 
 
 def open_sets(options: SetOptions) -> Sets:
-    """Open the pictures; without test sets a fifth of the training pictures is held out."""
+    """Open the pictures; without test sets a fifth of the training pictures is held out, and where
+    nothing is trained they are the test set."""
+    few = options.shots is not None or options.fraction is not None
+    if few and not options.trains:
+        raise UsageError(
+            "--shots and --fraction choose training pictures, and this protocol trains on none: "
+            "leave them out"
+        )
     if options.shots is not None and options.fraction is not None:
         raise UsageError("--shots and --fraction: one of them is allowed; leave one out")
     source = open_source(options.images)
@@ -76,11 +84,13 @@ def open_sets(options: SetOptions) -> Sets:
     left_out = [row for each in (source, *sources.values()) for row in passed_over.as_json(each)]
     notes = list[str]()
     train: Source = source
+    if not sources and not options.trains:
+        sources = {"test": source}
     if not sources:
         train, held = split_holdout(source, seed=options.seed)
         sources = {"test": held}
         notes.append(f"no --test given; {len(held)} of {len(source)} pictures are held out")
-    if options.shots is not None or options.fraction is not None:
+    if few:
         train = low_shot(train, shots=options.shots, fraction=options.fraction, seed=options.seed)
         notes.append(f"{len(train)} training pictures are used: {train.spec}")
     subsets, maps = (
@@ -92,7 +102,7 @@ def open_sets(options: SetOptions) -> Sets:
         if name in maps:
             tests.append(_mapped(name, test, maps[name], names))
             continue
-        notes += match_notes(test, train)
+        notes += match_notes(test, train) if options.trains else []
         labels = labels_as(test, source)
         classes = None
         if name in subsets:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,18 @@ class Visible:
     name: str  # of how they are chosen: kept features depend on it
     count: int
     choose: Keep = field(repr=False)
+    size: int = 0  # pixels a side that `choose` looks at, of the same crop; 0: the encoder's own
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Names what is evaluated: a run with its checkpoint, or a teacher."""
+
+    run: Path | None = None
+    checkpoint: int | None = None  # None: the newest
+    ema: bool = False
+    teacher: str = ""
+    weights: str | None = None  # of the teacher
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,7 @@ class Task:
     keep: bool = True
     skipped: Skipped = field(default_factory=lambda: Skipped(0), repr=False)
     progress: EmbedProgress | None = field(default=None, repr=False)
+    subject: Subject = field(default_factory=Subject)
     _stamps: dict[int, str] = field(default_factory=dict, repr=False)
 
     def stamp(self, source: Source) -> str:
@@ -273,6 +287,7 @@ class _Job:
             task.frozen, self.source, self.renderings, blocks=self.blocks,
             batch_size=task.batch_size, device=task.device, skipped=task.skipped,
             keep=self.visible.choose if self.visible else None,
+            keep_px=self.visible.size if self.visible else 0,
         )  # fmt: skip
 
     def _values(self, tokens: list[Tensor]) -> dict[str, npt.NDArray[Any]]:

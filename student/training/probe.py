@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from featcache import rng
 from featcache.errors import UsageError, UserError, near
 from student.features.scores import hits, percent
-from student.features.task import LabelledSet, Scored, Task
+from student.features.task import LabelledSet, Scored, Task, Visible
 from student.training.optim import warmup_cosine
 
 HELD_BACK = 0.1  # of the training pictures, to choose a learning rate by
@@ -195,6 +195,7 @@ class Probe:
     optimizer: Callable[[Head], torch.optim.Optimizer]
     tokens: bool  # heads take all tokens, not pooled features
     patches_only: bool = False  # of the tokens
+    visible: Visible | None = None  # the patches that the encoder sees, of pooled features
 
 
 @dataclass(frozen=True)
@@ -353,7 +354,7 @@ def _features(
 ) -> tuple[Sequence[Any], Tensor]:
     if probe.tokens:
         return task.tokens(of, views, stage=stage, keep=keep)
-    features, labels = task.pooled(of, views, stage=stage, keep=keep)
+    features, labels = task.pooled(of, views, stage=stage, keep=keep, visible=probe.visible)
     return list(features), labels
 
 
