@@ -11,7 +11,7 @@ resumes by arithmetic.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -288,21 +288,42 @@ def load_encoder(
     """Return the encoder of a run's newest checkpoint, or of the one of `step`, in eval mode, or
     the average of its weights, and the recipe's configuration."""
     settings = read_config(run)["config"]
+    weights = _part(_read_weights(run, ema, step), "encoder.")
+    encoder = _fill(run, lambda: _build_encoder(run, settings), weights, "encoder", step)
+    return encoder, settings
+
+
+def load_model(
+    run: Path, build: Callable[[], nn.Module], ema: bool = False, step: int | None = None
+) -> nn.Module:
+    """Return the whole model of a run, which `build` makes by its configuration, in eval mode; else
+    as `load_encoder` does."""
+    return _fill(run, build, _read_weights(run, ema, step), "model", step)
+
+
+def _read_weights(run: Path, ema: bool, step: int | None) -> dict[str, Any]:
+    """Return the weights of a checkpoint, or their average."""
     saved = load(run, step)
     if ema and EMA not in saved:
         raise UsageError(
             f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train "
             "with it"
         )
-    weights = _part(saved[EMA if ema else "model"], "encoder.")
-    # first without memory: a file's sizes are believed only where the checkpoint holds such weights
+    return dict(saved[EMA if ema else "model"])
+
+
+def _fill(
+    run: Path, build: Callable[[], nn.Module], weights: dict[str, Any], what: str, step: int | None
+) -> nn.Module:
+    """Build a network twice, first without memory: a file's sizes are believed only where the
+    checkpoint holds such weights."""
     with torch.device("meta"):
-        own = _build_encoder(run, settings).state_dict()
+        own = build().state_dict()
     if why := _mismatch(own, weights):
-        raise _unusable(run, f"does not fit the encoder of its {CONFIG} ({why})", step)
-    encoder = _build_encoder(run, settings)
-    encoder.load_state_dict(weights)
-    return encoder.eval(), settings
+        raise _unusable(run, f"does not fit the {what} of its {CONFIG} ({why})", step)
+    network = build()
+    network.load_state_dict(weights)
+    return network.eval()
 
 
 def _build_encoder(run: Path, settings: dict[str, Any]) -> nn.Module:

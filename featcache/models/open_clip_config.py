@@ -8,6 +8,7 @@ picture tower. The text tower is never run here, so a fetched one is left out; w
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,13 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
             "needed"
         )
     return {"model_cfg": _checked_model(model, what), "preprocess_cfg": _statistics(about, what)}
+
+
+def has_text(config: Mapping[str, Any] | None) -> bool:
+    """Return whether a config that was read describes a text tower, with a tokenizer that
+    open_clip brings along."""
+    text = config["model_cfg"]["text_cfg"] if config else {}
+    return text != _NO_TEXT and not text.get("hf_tokenizer_name")
 
 
 def _checked_model(model: dict[str, Any], what: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -47,6 +47,9 @@ from featcache.models.weights import (  # fmt: skip
 )
 from featcache.runtime.user_file import load_module, reason
 
+if TYPE_CHECKING:
+    from featcache.models.open_clip_text import TextTower
+
 # What a family of one's own is written with, by one name.
 __all__ = [
     "REGISTERED",
@@ -63,6 +66,7 @@ __all__ = [
     "is_tokenizer",
     "load",
     "load_state",
+    "load_text",
     "load_tokenizer",
     "model_cards",
     "modules",
@@ -133,6 +137,19 @@ def load(spec: str, weights: str | None = None, device: str = "cpu") -> Teacher:
         )
     teacher: Teacher = _load(spec, weights, device, Teacher)
     return teacher
+
+
+def load_text(spec: str, weights: str | None = None) -> TextTower:
+    """Load the text tower of a CLIP, whose picture tower `load` gives; `weights` as there, of the
+    whole CLIP. UserError for a teacher without one."""
+    name, options = split_spec(spec)
+    make = getattr(family(name), "load_text", None)
+    if make is None:
+        raise UserError(
+            f"teacher {spec!r} has no text tower; a CLIP is needed here, such as clip-b16"
+        )
+    tower: TextTower = make(name, options, None if weights == REGISTERED else weights)
+    return tower
 
 
 def load_tokenizer(spec: str, weights: str | None = None, device: str = "cpu") -> Tokenizer:

@@ -18,9 +18,11 @@ The tower itself is read by `models.open_clip_wrapper`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from typing import Any
 from torch import nn
 
 from featcache.errors import UsageError, UserError, near
-from featcache.models import open_clip_config, position_embedding, quick_gelu
+from featcache.models import open_clip_config, open_clip_text, position_embedding, quick_gelu
 from featcache.models.contract import REGISTERED, ModelCard, Option
+from featcache.models.open_clip_text import TextTower
 from featcache.models.open_clip_wrapper import set_positions, wrap
 from featcache.models.spec import check_options
 from featcache.models.weights import (
@@ -84,25 +87,61 @@ class _ModelSource:
 def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Module:
     """Load the tower that `name` stands for. `weights`: None for the tag or folder that the name
     says, a file, a tag, or random:SEED."""
+    source, path = _find(name, options, weights)
+    if _is_drawn(weights):
+        visual = _build_drawn(name, source, options, weights).visual
+    elif path:
+        visual = _load_file(name, source, options, path)
+    else:
+        visual = _load_tag(name, source, options).visual
+    mean, std = _pixel_statistics(name, source, visual)
+    return wrap(visual, name, options, source.default_px, weights or REGISTERED, mean, std)
+
+
+def load_text(name: str, options: dict[str, Option], weights: str | None) -> TextTower:
+    """Load the text tower that belongs to the tower of `load`, by the same names and weights."""
+    source, path = _find(name, options, weights)
+    if not open_clip_config.has_text(source.config):
+        raise UserError(
+            f"teacher {name!r}: its config names a text tower or a tokenizer to be fetched, and "
+            "none is; a config with a text tower of open_clip's own is needed"
+        )
+    if _is_drawn(weights):
+        model = _build_drawn(name, source, options, weights)
+    elif path:
+        quick, _ = _file_activation(name, source, options, path)
+        model = build_seeded(lambda: _build_model(source, quick), None)
+        open_clip_text.load_text_state(model, read_state(path, name), path, name)
+    else:
+        model = _load_tag(name, source, options)
+    return open_clip_text.wrap(model, lambda: _tokenizer(source, name), name)
+
+
+def _find(
+    name: str, options: dict[str, Option], weights: str | None
+) -> tuple[_ModelSource, str | None]:
+    """Return what a name stands for, and the file of weights where there is one."""
     check_options(name, options, _OPTIONS)
     path = weights_file(weights)
-    drawn = bool(weights) and is_random(str(weights))
-    tag = None if path or drawn else weights
+    tag = None if path or _is_drawn(weights) else weights
     source = _resolve_source(name, tag, options)
     if weights is not None and source.arch.startswith("hf-hub:"):
         raise UsageError(
             f"teacher {name!r} takes its weights from the hub, --weights {weights!r} is given; "
             "leave it out"
         )
-    if drawn:
-        quick = quick_gelu.resolve_activation(name, options, source.quick, "the architecture")
-        visual = build_seeded(lambda: _build_tower(source, quick), weights)
-    elif path := path or _weights_in_folder(source):
-        visual = _load_file(name, source, options, path)
-    else:
-        visual = _load_tag(name, source, options)
-    mean, std = _pixel_statistics(name, source, visual)
-    return wrap(visual, name, options, source.default_px, weights or REGISTERED, mean, std)
+    return source, path or (None if _is_drawn(weights) else _weights_in_folder(source))
+
+
+def _is_drawn(weights: str | None) -> bool:
+    return bool(weights) and is_random(str(weights))
+
+
+def _build_drawn(
+    name: str, source: _ModelSource, options: dict[str, Option], weights: str | None
+) -> Any:
+    quick = quick_gelu.resolve_activation(name, options, source.quick, "the architecture")
+    return build_seeded(lambda: _build_model(source, quick), weights)
 
 
 def _resolve_source(name: str, tag: str | None, options: dict[str, Option]) -> _ModelSource:
@@ -174,7 +213,7 @@ def _check_arch(name: str, arch: str) -> None:
 
 
 def _load_tag(name: str, source: _ModelSource, options: dict[str, Option]) -> Any:
-    """Load the weights of a tag or of a hub's repository by open_clip's own reader."""
+    """Load the network of a tag or of a hub's repository by open_clip's own reader."""
     import open_clip
 
     if source.tag is None and not source.arch.startswith("hf-hub:"):
@@ -186,27 +225,23 @@ def _load_tag(name: str, source: _ModelSource, options: dict[str, Option]) -> An
     if source.tag is not None:
         quick = quick_gelu.resolve_activation(name, options, source.quick, "the tag")
         return fetch_pretrained(
-            lambda: _build_tower(source, quick, pretrained=True), name, source.tag
+            lambda: _build_model(source, quick, pretrained=True), name, source.tag
         )
-    visual = fetch_pretrained(
-        lambda: _build_tower(source, False, pretrained=True), name, source.arch
+    model = fetch_pretrained(
+        lambda: _build_model(source, False, pretrained=True), name, source.arch
     )
-    quick_gelu.resolve_activation(
-        name, options, quick_gelu.uses_quick_gelu(visual), "the hub's config"
-    )
-    return visual
+    found = quick_gelu.uses_quick_gelu(model.visual)
+    quick_gelu.resolve_activation(name, options, found, "the hub's config")
+    return model
 
 
 def _load_file(name: str, source: _ModelSource, options: dict[str, Option], path: str) -> Any:
-    """Load a file's tower, at the grid of the file's own positions."""
-    # "clip-b16" means OpenAI's, but a file given with it may be anyone's: what it says itself
-    # counts first.
-    ours = name in _REGISTERED
-    by_name, fallback = (None, source.quick) if ours else (source.quick, None)
-    quick, note = quick_gelu.from_file(name, by_name, options, split_part(path)[0], fallback)
+    """Load a file's picture tower, at the grid of the file's own positions."""
+    quick, note = _file_activation(name, source, options, path)
     if note:
         _LOG.warning(note)
-    visual: Any = build_seeded(lambda: _build_tower(source, quick), None)
+    model: Any = build_seeded(lambda: _build_model(source, quick), None)
+    visual = model.visual
     state = read_state(path, name)
     own = {
         key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")
@@ -219,6 +254,16 @@ def _load_file(name: str, source: _ModelSource, options: dict[str, Option], path
             set_positions(visual, there.float(), square[0])
     load_state(visual, own, path, name)
     return visual
+
+
+def _file_activation(
+    name: str, source: _ModelSource, options: dict[str, Option], path: str
+) -> tuple[bool, str]:
+    """Return whether QuickGELU runs, and a note. "clip-b16" means OpenAI's, but a file given with
+    it may be anyone's: what it says itself counts first."""
+    ours = name in _REGISTERED
+    by_name, fallback = (None, source.quick) if ours else (source.quick, None)
+    return quick_gelu.from_file(name, by_name, options, split_part(path)[0], fallback)
 
 
 def _weights_in_folder(source: _ModelSource) -> str | None:
@@ -236,16 +281,30 @@ def _weights_in_folder(source: _ModelSource) -> str | None:
     return str(files[0])
 
 
-def _build_tower(source: _ModelSource, quick: bool, *, pretrained: bool = False) -> Any:
-    """Build open_clip's picture tower; its own reader is used for tags and hubs only."""
+def _build_model(source: _ModelSource, quick: bool, *, pretrained: bool = False) -> Any:
+    """Build open_clip's network; its own reader is used for tags and hubs only."""
+    with _schema(source) as arch:
+        return _create_model(arch, source.tag if pretrained else None, quick, pretrained)
+
+
+def _tokenizer(source: _ModelSource, name: str) -> Any:
+    import open_clip
+
+    with _schema(source) as arch:  # one of the hub's is fetched as weights are
+        return fetch_pretrained(lambda: open_clip.get_tokenizer(arch), name, "tokenizer")
+
+
+@contextlib.contextmanager
+def _schema(source: _ModelSource) -> Iterator[str]:
+    """Give the name by which open_clip finds a network: for a config that it does not ship, a
+    folder that holds it meanwhile."""
     if not source.config:
-        return _create_model(source.arch, source.tag if pretrained else None, quick, pretrained)
-    # where open_clip looks for a config that it does not ship
+        yield source.arch
+        return
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, open_clip_config.NAME).write_text(
-            json.dumps({"model_cfg": source.config["model_cfg"]})
-        )
-        return _create_model(f"local-dir:{folder}", None, quick, pretrained=False)
+        about = json.dumps({"model_cfg": source.config["model_cfg"]})
+        Path(folder, open_clip_config.NAME).write_text(about)
+        yield f"local-dir:{folder}"
 
 
 def _create_model(arch: str, tag: str | None, quick: bool, pretrained: bool) -> Any:
@@ -260,7 +319,7 @@ def _create_model(arch: str, tag: str | None, quick: bool, pretrained: bool) -> 
         "pretrained_text": False,
     }
     try:
-        return open_clip.create_model(arch, tag, force_quick_gelu=quick, **wanted).visual
+        return open_clip.create_model(arch, tag, force_quick_gelu=quick, **wanted)
     except (
         Exception
     ) as error:  # a config of somebody's own, a text tower whose package is not installed, ...

@@ -51,6 +51,7 @@ class FrozenEncoder:
     digest: str = ""
     hides: bool = False  # it can be given some of the patches only
     facts: Mapping[str, Any] = field(default_factory=dict)  # recipe, size, checkpoint of a run
+    projection: Tensor | None = None  # (D,E) of a CLIP, from its tokens to the space of its texts
 
     def tokens(
         self, pixels: Tensor, blocks: Sequence[int] = (), ids_keep: Tensor | None = None
@@ -127,7 +128,7 @@ def from_encoder(
         int(encoder.num_prefix_tokens),  # type: ignore[arg-type]
         forward,
         encoder.to,
-        _digest(encoder, {"img_size": img_size, "class": type(encoder).__name__}),
+        digest_of(encoder, {"img_size": img_size, "class": type(encoder).__name__}),
         hides is not None,
         {"size": size_of(encoder), **(facts or {})},
     )
@@ -165,7 +166,7 @@ def size_of(encoder: nn.Module) -> str:
     return SIZES.get(int(getattr(encoder, "embed_dim", 0)), "")
 
 
-def _digest(module: nn.Module, architecture: Mapping[str, Any]) -> str:
+def digest_of(module: nn.Module, architecture: Mapping[str, Any]) -> str:
     """Return a digest of weights and buffers, and of what else the tokens depend on."""
     digest = hashlib.blake2b(json_file.canonical(dict(architecture)), digest_size=16)
     digest.update(repr(module).encode())  # kinds of layers, heads' widths, eps
@@ -210,5 +211,6 @@ def from_teacher(spec: str, weights: str | None = None) -> FrozenEncoder:
     }
     digest = json_file.digest(architecture)
     return FrozenEncoder(
-        spec, teacher.input_px, teacher.depth, 1, forward, teacher.to, digest, False, {}
-    )
+        spec, teacher.input_px, teacher.depth, 1, forward, teacher.to, digest, False, {},
+        tail.get("proj"),
+    )  # fmt: skip
