@@ -15,7 +15,8 @@ parts, and `needs(config)`, which says what a cache must hold. A recipe is a pur
 
 A `Model` may give `predictions(batch)` as well: by name, such as `cosine_12` or `cosine_z`, what is
 predicted of a teacher and what it is compared with, (B, N, D) both. `student train --probe` reports
-their cosine on held-out pictures.
+their cosine on held-out pictures; `student eval zeroshot` takes the first of N = 1 + P tokens of
+`cosine_z`, `cosine_f` or the last level.
 
 >>> sorted(set(names()) & {"mae", "maskalign", "mralign"})
 ['mae', 'maskalign', 'mralign']

@@ -213,9 +213,14 @@ class Model(nn.Module):
 
     def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the prediction and the target, (B,N,E) both, at CLS and the visible patches, or at
-        the hidden ones where these alone are aligned."""
-        _, pred, target = next(self._pairs(batch))
-        return {f"cosine_{self.config.target}": (pred, _loss_target(target, self.config.loss))}
+        the hidden ones where these alone are aligned; without CLS where the loss has none. What is
+        learned of a normalised target is named so."""
+        where, pred, target = next(self._pairs(batch))
+        target = _loss_target(target, self.config.loss)
+        if where == "visible" and self.config.reduction == "paper":
+            pred, target = pred[:, 1:], target[:, 1:]
+        normed = "" if self.config.loss == "cosine" else "ln_"
+        return {f"cosine_{normed}{self.config.target}": (pred, target)}
 
     def _pairs(self, batch: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield what is aligned, visible (with CLS) and masked: predictions and targets (B,N,E)."""

@@ -239,12 +239,13 @@ class Model(nn.Module):
         return {"loss": loss, **{name: part.mean() for name, part in parts}}
 
     def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the prediction and the target, (B,1+V,E) both, at CLS and the visible patches;
-        nothing where pixels are the target."""
+        """Return the prediction and the target, (B,N,E) both, at CLS and the visible patches,
+        without CLS where the loss has none; nothing where pixels are the target."""
         if self.config.target == "pixels":
             return {}
-        ids = vit.prepend_cls_id(batch["ids_keep"])
-        pred = self._predict_all(batch)[:, : ids.shape[1]]
+        first = int(not self.config.cls_loss)
+        ids = vit.prepend_cls_id(batch["ids_keep"])[:, first:]
+        pred = self._predict_all(batch)[:, first : first + ids.shape[1]]
         return {f"cosine_{self.config.target}": (pred, vit.gather_tokens(batch["targets"], ids))}
 
     def _predict_all(self, batch: dict[str, Tensor]) -> Tensor:

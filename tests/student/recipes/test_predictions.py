@@ -54,8 +54,14 @@ CASES = [  # recipe, settings, [(name, tokens, part of the loss, its formula)]
     (
         "caev2",
         ("align=masked", "loss=mse", "mask_ratio=0.75"),
-        [("cosine_z", 12, "masked", mse)],
+        [("cosine_ln_z", 12, "masked", mse)],
     ),
+    (
+        "caev2",
+        ("reduction=paper",),
+        [("cosine_z", 4, "visible", distance_at(1, ALL))],
+    ),
+    ("milan", ("cls_loss=false",), [("cosine_z", 4, "visible", distance_at(2, ALL))]),
     ("mvp", ("mask_ratio=0.75",), [("cosine_z", 12, "masked", distance_at(1, ALL))]),
     ("fd", (), [("cosine_fd", 17, "loss", fd)]),
     ("mrmae", (), [("cosine_fd", 4, "mimic", mse)]),
