@@ -54,7 +54,8 @@ def command() -> None:
     """
 
 
-def _shared() -> list[click.Parameter]:
+def _shared(trains: bool) -> list[click.Parameter]:
+    default = "a fifth of --images, held out" if trains else "all of --images"
     return [
         click.Argument(["run"], required=False, type=LocalPath()),
         click.Option(
@@ -67,8 +68,7 @@ def _shared() -> list[click.Parameter]:
             type=LocalText(),
             multiple=True,
             metavar="[NAME=]SPEC",
-            help="Labelled test pictures; may be repeated. [default: a fifth of --images, held "
-            "out]",
+            help=f"Labelled test pictures; may be repeated. [default: {default}]",
         ),
         click.Option(
             ["--subset", "subsets"],
@@ -174,7 +174,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
     example = f"Example:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/"
     return click.Command(
         name,
-        params=[*_shared(), *own],
+        params=[*_shared(getattr(module, "TRAINS", True)), *own],
         callback=run,
         help=first_paragraph(module.__doc__),
         epilog=example,
