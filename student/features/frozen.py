@@ -84,10 +84,12 @@ def from_run(run: Path, ema: bool = False, step: int | None = None) -> FrozenEnc
     # imports the trainer's side; a teacher needs none of it
     from student import checkpoint
 
+    # a run that goes on may have a newer one in a moment
+    step = checkpoint.latest_step(run) if step is None else step
     encoder, config = checkpoint.load_encoder(run, ema, step)
     facts = {
         "recipe": str(checkpoint.read_config(run)["recipe"]),
-        "checkpoint": checkpoint.latest_step(run) if step is None else step,
+        "checkpoint": step,
         **({"ema": True} if ema else {}),
     }
     return from_encoder(encoder, int(config["img_size"]), str(run), facts)
