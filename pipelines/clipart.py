@@ -37,6 +37,9 @@ from featcache import rng
 from featcache.console.entry import entry
 from featcache.console.params import LocalPath
 from featcache.errors import UserError
+from featcache.pictures.decode import opened
+from featcache.pictures.regular_file import read_file
+from featcache.pictures.source import PictureError
 from pipelines import small_teacher
 from pipelines.small_teacher import SmallTeacher
 
@@ -185,11 +188,15 @@ def _files(words: Mapping[str, Sequence[Path]], what: str, seed: int) -> Iterato
 
 def on_white(path: Path) -> Image.Image | None:
     """Read a drawing, whatever its mode, as (S, S) RGB: on white, cut to what is drawn, in the
-    middle. None where nothing is, or where it has more than LARGEST_PX."""
-    with Image.open(path) as opened:
-        if opened.width * opened.height > LARGEST_PX:
-            return None
-        drawing = opened.convert("RGBA")
+    middle. None where nothing is, or where it has more than LARGEST_PX. Raises UserError for a file
+    that cannot be read."""
+    try:
+        with opened(read_file(path)) as found:
+            if found.width * found.height > LARGEST_PX:
+                return None
+            drawing = found.convert("RGBA")
+    except PictureError as error:
+        raise UserError(f"clip art {str(path)!r}: {error}; take the file away") from error
     sheet = Image.new("RGBA", drawing.size, "white")
     sheet.alpha_composite(drawing)
     whole = sheet.convert("RGB")
