@@ -22,10 +22,22 @@ if TYPE_CHECKING:
     from student.features.labelled import Sets
     from student.features.task import Outcome, Subject
 
-_NUMBER = click.IntRange(-(10**9), 10**9)
+
+class _Whole(click.types.IntParamType):
+    """One option takes a whole number; how large, the protocol says. More than 10**9 is a mistake,
+    of which memory would tell late."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = super().convert(value, param, ctx)
+        if abs(number) > 10**9:
+            self.fail(f"{number} is too large; at most 1000000000 is allowed", param, ctx)
+        return number
+
+
+_CHOSEN = ("k", "temperature", "blr", "C")  # what a protocol chooses on training pictures
 _KINDS: dict[type, click.ParamType] = {
-    int: _NUMBER,
-    type(None): _NUMBER,
+    int: _Whole(),
+    type(None): _Whole(),
     float: FiniteRange(),
     str: LocalText(),
 }
@@ -246,6 +258,8 @@ def check_subject(name: str, given: dict[str, Any]) -> None:
                 f"{option} is about the weights of RUN, and --teacher is evaluated: leave one of "
                 "them out"
             )
+    if run is not None and given["weights"]:
+        raise UsageError("--weights is about --teacher, and RUN is evaluated: leave one out")
 
 
 def freeze(given: dict[str, Any]) -> FrozenEncoder:
@@ -315,6 +329,9 @@ def _facts(
         "images": given["images_spec"],
         "tests": {test.name: test.source.spec for test in sets.tests},
     }
+    # a result of other weights or other classes is another result
+    named = {"weights": "weights", "subsets": "subset", "maps": "class_map"}
+    shared |= {told: given[key] for key, told in named.items() if given[key]}
     return {
         **first,
         "n_train": len(trained),
@@ -337,6 +354,9 @@ def _text(name: str, facts: dict[str, Any]) -> str:
         f"{each['n_test']} test{training} pictures)"
         for test, each in facts["tests"].items()
     ]
+    if "grid" in facts:
+        chosen = [f"--{key} {facts[key]:g}" for key in _CHOSEN if key in facts]
+        lines.append(f"{' '.join(chosen)}: best of {len(facts['grid'])} on training pictures")
     if "skipped" in facts:
         lines.append(f"{facts['skipped']['count']} pictures cannot be decoded and are left out")
     return "\n".join(lines)

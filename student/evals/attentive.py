@@ -131,7 +131,7 @@ def evaluate(
     pool = trained.head.pool
     assert isinstance(pool, AttentivePool)
     own = {"pool": "attentive", "heads": pool.heads, "tokens": tokens}
-    facts = probe.facts(made, trained, len(task.train)) | own
+    facts = probe.facts(made, trained) | own
     return Outcome(scored, facts, trained.head.state_dict())
 
 

@@ -89,7 +89,7 @@ def evaluate(task: Task, *, queries: int = 32, tokens: str = "patches", **option
     made = Probe(chosen, make, lars, tokens=True, patches_only=patches_only)
     trained, scored = probe.run_probe(task, made)
     own = {"pool": "efficient", "queries": queries, "tokens": tokens}
-    facts = probe.facts(made, trained, len(task.train)) | own
+    facts = probe.facts(made, trained) | own
     if note := travel_note(trained.learning_rates, trained.blr, chosen):
         facts["note"] = note
     return Outcome(scored, facts, trained.head.state_dict())

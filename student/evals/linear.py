@@ -44,7 +44,8 @@ DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
     ("mralign", None): {"blr": "0.025"},  # none was published: that of its nearest parent
     ("milan", None): {"blr": "0.05", "epochs": 100},
     ("milan", "large"): {"blr": "0.02", "epochs": 100},
-    ("kd", None): {"blr": "0.05", "epochs": 100},
+    ("kd", None): {"blr": "0.05", "epochs": 100},  # nor for kd: MILAN's
+    ("kd", "large"): {"blr": "0.02", "epochs": 100},
     ("caev2", "small"): {"batch_size": 8192},
     ("caev2", "base"): {"batch_size": 8192},
 }
@@ -55,7 +56,7 @@ def evaluate(task: Task, **options: Any) -> Outcome:
     chosen = ProbeOptions("linear", len(task.train), **options)
     made = Probe(chosen, lambda width, classes: Head(width, classes, task.seed), lars, tokens=False)
     trained, scored = probe.run_probe(task, made)
-    facts = probe.facts(made, trained, len(task.train))
+    facts = probe.facts(made, trained)
     if note := travel_note(trained.learning_rates, trained.blr, chosen):
         facts["note"] = note
     return Outcome(scored, facts, trained.head.state_dict())

@@ -65,7 +65,7 @@ def evaluate(
         visible=visible,
     )  # fmt: skip
     trained, scored = probe.run_probe(task, made)
-    facts = probe.facts(made, trained, len(task.train))
+    facts = probe.facts(made, trained)
     facts |= {"teacher": teacher.name, "weight_hash": weight_hash(teacher)}
     facts |= {"patches": patches, "kept": visible.count}
     if note := travel_note(trained.learning_rates, trained.blr, chosen):

@@ -29,6 +29,7 @@ from featcache import teachers
 from featcache.errors import UsageError, UserError, near
 from featcache.models import weights as weight_files
 from featcache.models.hooks import normalise_pixels
+from featcache.models.precision import fp32_products
 from featcache.storage import json_file
 
 POOLS = ("cls", "mean")
@@ -59,7 +60,8 @@ class FrozenEncoder:
         """Map uint8 pixels (B,3,S,S) to tokens (B,T,D) float32 of 1-based `blocks` (default: the
         last), on the device of the pixels, without gradients. With ids_keep (B,V) the other patches
         are not there at all: T = prefix + V."""
-        with torch.no_grad():
+        # a GPU would convolve in TF32: the patch embedding with 10 bits of its pixels
+        with torch.no_grad(), fp32_products("ieee"):
             return [
                 each.float() for each in self.forward(pixels, blocks or (self.depth,), ids_keep)
             ]

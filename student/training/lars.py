@@ -43,8 +43,9 @@ def travel_note(learning_rates: list[float], blr: float, options: ProbeOptions) 
     moved = travel(learning_rates)
     if moved >= TRAVEL_LEAST:
         return ""
+    wanted = float(f"{2 * TRAVEL_LEAST * blr / moved:.2g}")
     return (
         f"the head could move only {moved:.2g} of its own length: --blr {blr:g} over "
         f"{options.epochs} epochs is too small for {options.pictures} pictures; try --blr "
-        f"{2 * TRAVEL_LEAST * blr / moved:.2g} with --batch-size 256 or less, or more --epochs"
+        f"{wanted:g} with --batch-size 256 or less, or more --epochs"
     )

@@ -207,6 +207,7 @@ class Trained:
     loss: float
     learning_rates: list[float]
     grid: dict[str, float]  # top-1 of each base learning rate on the pictures held back
+    pictures: int  # that a head learned from
 
 
 def run_probe(task: Task, probe: Probe) -> tuple[Trained, list[Scored]]:
@@ -231,10 +232,10 @@ def _check_pooling(task: Task, probe: Probe) -> None:
         )
 
 
-def facts(probe: Probe, trained: Trained, pictures: int) -> dict[str, Any]:
+def facts(probe: Probe, trained: Trained) -> dict[str, Any]:
     """Return what a result says of a probe's settings."""
     options = probe.options
-    batch = min(options.batch_size, pictures)
+    batch = min(options.batch_size, trained.pictures)
     return {
         "epochs": options.epochs,
         "blr": trained.blr,
@@ -277,7 +278,9 @@ def _train(task: Task, probe: Probe) -> Trained:
         ]
         best = int(np.argmax(usable))
         grid = {f"{blr:g}": score for blr, score in zip(options.rates, scored, strict=True)}
-    return Trained(heads[best].eval(), options.rates[best], losses[best], plans[best], grid)
+    return Trained(
+        heads[best].eval(), options.rates[best], losses[best], plans[best], grid, len(fit)
+    )
 
 
 def _split(task: Task, count: int, several: bool) -> tuple[npt.NDArray[np.int64], Any]:

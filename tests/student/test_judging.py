@@ -186,6 +186,40 @@ def test_what_a_protocol_cannot_do_is_one_line(run: Path, labelled: Path, tmp_pa
     ran = fx.stud("eval", "knn", "--teacher", fx.TEACHER, "--checkpoint", 2, "--images", labelled)
     assert ran.status == 2
     assert "--checkpoint is about the weights of RUN" in ran.line
+    ran = fx.stud("eval", "knn", run, "--weights", "random:1", "--images", labelled)
+    assert ran.status == 2
+    assert "--weights is about --teacher, and RUN is evaluated" in ran.line
+
+
+def test_results_of_other_classes_or_weights_lie_beside_each_other(
+    run: Path, labelled: Path, home: Path, tmp_path: Path
+) -> None:
+    """A line says what it is of, and no result takes another's file."""
+    names = tmp_path / "names.txt"
+    names.write_text("c0\nc1\nc2\n")
+    words = ("--images", labelled, "--test", f"a={labelled}", *KNN)
+    for own in ((), ("--subset", "a"), ("--subset", f"a={names}")):
+        fx.good(fx.stud("eval", "knn", run, *words, *own, home=home))
+    assert [row["settings"].get("subset") for row in results.read(run)] == [
+        None, ["a"], [f"a={names}"],
+    ]  # fmt: skip
+    assert len(list((run / "evals").glob("knn-*.json"))) == 3
+    for weights in ("random:1", "random:2"):
+        small = "timm:vit_tiny_patch16_224,img_size=32,embed_dim=24,depth=2,num_heads=2"
+        teacher = ("--teacher", small, "--weights", weights)
+        fx.good(fx.stud("eval", "knn", *teacher, *words, home=home))
+    assert [row["settings"]["weights"] for row in results.read(home)[-2:]] == [
+        "random:1", "random:2",
+    ]  # fmt: skip
+    assert len(list((home / "evals").glob("knn-*.json"))) == 2
+
+
+def test_what_training_pictures_chose_is_told(run: Path, labelled: Path) -> None:
+    ran = fx.good(fx.stud("eval", "knn", run, "--images", labelled, "--k", "3,1"))
+    k = fx.good(fx.stud("eval", "knn", run, "--images", labelled, "--k", "3,1", "--json")).json["k"]
+    assert ran.out.splitlines()[1:] == [
+        f"--k {k} --temperature 0.07: best of 2 on training pictures"
+    ]
 
 
 # --- kept features --------------------------------------------------------------------------------

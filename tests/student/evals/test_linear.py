@@ -165,6 +165,12 @@ def test_the_batch_is_cut_to_the_training_set() -> None:
     assert (got["batch_size"], got["lr"]) == (100, 0.1 * 100 / 256)
 
 
+def test_the_batch_that_is_told_is_without_the_pictures_held_back() -> None:
+    """A tenth of 100 chooses, so that a step takes 90."""
+    got = evaluated(batch_size=16384, blr="25.6,51.2")
+    assert (got["batch_size"], got["lr"]) == (90, got["blr"] * 90 / 256)
+
+
 def test_several_rates_are_trained_beside_each_other() -> None:
     """Each head is what it would be alone on nine tenths of the pictures, and the tenth that is
     held back chooses."""
@@ -192,7 +198,7 @@ def test_a_rate_too_small_for_few_pictures_is_told() -> None:
     few = {"epochs": 2, "warmup_epochs": 0, "batch_size": 100}
     assert evaluated(**few, blr="0.256")["note"] == (
         "the head could move only 0.0015 of its own length: --blr 0.256 over 2 epochs is too small "
-        "for 100 pictures; try --blr 1e+03 with --batch-size 256 or less, or more --epochs"
+        "for 100 pictures; try --blr 1000 with --batch-size 256 or less, or more --epochs"
     )
     assert "note" not in evaluated(**few, blr="512")
 

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from sklearn.linear_model import LogisticRegression
 
@@ -41,6 +42,26 @@ def test_the_sweep_chooses_by_held_out_training_pictures_and_fits_all() -> None:
     alone = logreg.evaluate(task, C=best)
     assert "grid" not in alone.facts
     assert torch.equal(got.scored[0].scores, alone.scored[0].scores)
+
+
+def test_small_fits_take_one_thread_of_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are allowed around the evaluation, and are again after it."""
+    fit, seen = LogisticRegression.fit, list[set[int]]()
+
+    def threads() -> set[int]:
+        return {each["num_threads"] for each in threadpoolctl.threadpool_info()}
+
+    def watched(self: LogisticRegression, *given: object) -> LogisticRegression:
+        seen.append(threads())
+        return fit(self, *given)
+
+    monkeypatch.setattr(LogisticRegression, "fit", watched)
+    with threadpoolctl.threadpool_limits(2):
+        logreg.evaluate(toys.toy_task(), C="1")
+        assert threads() == {2}
+        monkeypatch.setattr(logreg, "SMALL", 0)
+        logreg.evaluate(toys.toy_task(), C="1")
+    assert seen == [{1}, {2}]
 
 
 def test_two_classes_and_a_class_that_train_lacks() -> None:

@@ -174,6 +174,20 @@ def test_run_is_loaded_through_its_checkpoint(
     assert got.tokens(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))[0].shape == (2, 5, 16)
 
 
+def test_features_are_of_fp32_arithmetic() -> None:
+    """A GPU convolves in TF32 unless it is told not to; what was set before is set again."""
+    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, seen = switch.fp32_precision, list[str]()
+
+    def look(pixels: torch.Tensor, *rest: object) -> list[torch.Tensor]:
+        seen.append(switch.fp32_precision)
+        return [pixels.float().flatten(2)]
+
+    assert before != "ieee"
+    fz.FrozenEncoder("x", 4, 1, 0, look, str).tokens(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    assert (seen, switch.fp32_precision) == (["ieee"], before)
+
+
 def test_blocks_are_normed_and_come_in_the_order_asked_for() -> None:
     vit = tiny_vit()
     outputs: list[np.ndarray] = []
