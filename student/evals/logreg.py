@@ -60,8 +60,8 @@ def evaluate(task: Task, C: str = "1", max_iter: int = 1000) -> Outcome:
     facts: dict[str, Any] = {"C": best, "iterations": int(fitted.n_iter_.max())}
     if len(grid) > 1:
         facts["grid"] = {f"{value:g}": score for value, score in grid.items()}
-    if facts["iterations"] >= max_iter:
-        facts["note"] = f"the fit had not converged after {max_iter} iterations; raise --max-iter"
+    if note := _note(best, grid, facts["iterations"], max_iter):
+        facts["note"] = note
     scored = []
     for test, (rows,), own in tests:
         scores = np.full((len(rows), task.classes), -np.inf)
@@ -70,6 +70,17 @@ def evaluate(task: Task, C: str = "1", max_iter: int = 1000) -> Outcome:
     weights = {"coef": fitted.coef_, "intercept": fitted.intercept_, "classes": fitted.classes_}
     head = {name: torch.from_numpy(np.ascontiguousarray(each)) for name, each in weights.items()}
     return Outcome(scored, facts, head)
+
+
+def _note(best: float, grid: dict[float, float], iterations: int, max_iter: int) -> str:
+    """Say where the fit had not ended, or the best C may lie beyond those that were compared."""
+    if iterations >= max_iter:
+        return f"the fit had not converged after {max_iter} iterations; raise --max-iter"
+    alone = list(grid.values()).count(grid[best]) == 1
+    if len(grid) > 1 and alone and best in (min(grid), max(grid)):
+        side = "largest" if best == max(grid) else "smallest"
+        return f"the {side} C that was compared, {best:g}, is the best; give --C a wider range"
+    return ""
 
 
 def _values(text: str) -> list[float]:

@@ -44,6 +44,23 @@ def test_the_sweep_chooses_by_held_out_training_pictures_and_fits_all() -> None:
     assert torch.equal(got.scored[0].scores, alone.scored[0].scores)
 
 
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        ({1.0: 80.0, 10.0: 90.0}, "the largest C that was compared, 10, is the best"),
+        ({10.0: 80.0, 0.1: 90.0, 1.0: 80.0}, "the smallest C that was compared, 0.1, is the best"),
+        ({1.0: 80.0, 10.0: 90.0, 100.0: 80.0}, ""),
+        ({0.1: 90.0, 1.0: 90.0, 10.0: 80.0}, ""),  # an equal one is better known
+    ],
+)
+def test_a_best_value_at_the_end_of_its_range_is_told(
+    monkeypatch: pytest.MonkeyPatch, grid: dict[float, float], told: str
+) -> None:
+    monkeypatch.setattr(logreg, "_sweep", lambda *_: grid)
+    note = logreg.evaluate(toys.toy_task(), C=",".join(map(str, grid))).facts.get("note", "")
+    assert note == (f"{told}; give --C a wider range" if told else "")
+
+
 def test_small_fits_take_one_thread_of_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two are allowed around the evaluation, and are again after it."""
     fit, seen = LogisticRegression.fit, list[set[int]]()
