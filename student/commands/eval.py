@@ -334,7 +334,7 @@ def _facts(
     shared |= {told: given[key] for key, told in named.items() if given[key]}
     return {
         **first,
-        "n_train": len(trained),
+        "n_train": len(trained) - len(skipped.errors.get(trained.spec, ())),
         "classes": len(sets.names),
         "pool": given["pool"],
         "settings": {**shared, **options},
@@ -358,7 +358,7 @@ def _text(name: str, facts: dict[str, Any]) -> str:
         chosen = [f"--{key} {facts[key]:g}" for key in _CHOSEN if key in facts]
         lines.append(f"{' '.join(chosen)}: best of {len(facts['grid'])} on training pictures")
     if "skipped" in facts:
-        lines.append(f"{facts['skipped']['count']} pictures cannot be decoded and are left out")
+        lines.append(f"left out, as they cannot be decoded: {facts['skipped']['count']}")
     return "\n".join(lines)
 
 

@@ -97,6 +97,11 @@ def open_sets(options: SetOptions) -> Sets:
         _by_test("--subset", options.subsets, sources),
         _by_test("--class-map", options.maps, sources),
     )
+    if both := subsets.keys() & maps.keys():
+        raise UsageError(
+            f"--subset and --class-map are both given for the test set {min(both)}: classes that "
+            "its map leads nowhere are null in the file; leave --subset out"
+        )
     tests = []
     for name, test in sources.items():
         if name in maps:

@@ -214,6 +214,20 @@ def test_results_of_other_classes_or_weights_lie_beside_each_other(
     assert len(list((home / "evals").glob("knn-*.json"))) == 2
 
 
+def test_pictures_left_out_are_no_training_pictures(
+    run: Path, labelled: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(labelled, tmp_path / "broken"))
+    first = min(broken.rglob("*.png"))
+    first.write_bytes(first.read_bytes()[:60])
+    words = ("--images", broken, "--test", labelled, "--skip-bad", 1, *KNN)
+    ran = fx.good(fx.stud("eval", "knn", run, *words, "--json"))
+    assert ran.json["n_train"] == len(list(labelled.rglob("*.png"))) - 1
+    assert ran.json["skipped"]["count"] == 1
+    ran = fx.good(fx.stud("eval", "knn", run, *words))
+    assert ran.out.splitlines()[1:] == ["left out, as they cannot be decoded: 1"]
+
+
 def test_what_training_pictures_chose_is_told(run: Path, labelled: Path) -> None:
     ran = fx.good(fx.stud("eval", "knn", run, "--images", labelled, "--k", "3,1"))
     k = fx.good(fx.stud("eval", "knn", run, "--images", labelled, "--k", "3,1", "--json")).json["k"]

@@ -156,6 +156,8 @@ def test_classes_are_mapped_by_a_json_object(train: Path, tmp_path: Path) -> Non
             mapped(value)
     with pytest.raises(UsageError, match="a file is needed"):
         opened(train, f"k={kinds}", maps=["k"])
+    with pytest.raises(UsageError, match=r"both given for the test set k: .*leave --subset out"):
+        opened(train, f"k={kinds}", maps=[f"k={path}"], subsets=["k"])
 
 
 def test_one_class_only_is_refused(tmp_path: Path) -> None:
