@@ -21,7 +21,8 @@ times as steep as later ones, as in the released code.
 What differs: the released code calls its block with arguments that it does not take, which are left
 out; it tests with the BatchNorm of the test batch, here running statistics do; the score is that of
 the last epoch, not the best one on the test pictures; tokens are kept in float16 and pooled in
-float32; crops come of MAE's one-try sampler; batches larger than the training set are cut to it.
+float32; crops come of MAE's one-try sampler; the learning rate is MAE's function of the step (the
+released one is at its peak for two steps); batches larger than the training set are cut to it.
 Numbers of heads other than CAE's: see `default_heads`.
 
 B batch, T tokens, D width, H heads, d = D / H, C classes.
