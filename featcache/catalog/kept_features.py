@@ -24,6 +24,8 @@ FOLDER = "features"
 ABOUT = "about.json"
 DATA = "features.npy"
 KIND = "kept features"
+MOST_BYTES = 16 << 20  # of about.json: it has hundreds, and a dozen for each picture skipped
+_LATEST_S = 253402300799.0  # of the year 9999; a file's time may be any number
 
 Text = Annotated[str, Field(max_length=4096)]
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
@@ -57,15 +59,25 @@ def items() -> Iterator[Path]:
     if top.is_symlink() or not top.is_dir():
         return
     for path in sorted(top.iterdir()):
-        if not path.name.startswith(".") and not path.is_symlink() and (path / ABOUT).is_file():
+        if not path.name.startswith(".") and not path.is_symlink() and _holds_about(path):
             yield path
+
+
+def _holds_about(path: Path) -> bool:
+    try:
+        return (path / ABOUT).is_file()
+    except OSError as error:  # somebody else's folder
+        home.note_passed_over(path, str(error.strerror))
+        return False
 
 
 def read(path: Path) -> About:
     """Read about.json. Raises UserError where it is damaged, or of something else."""
     advice = f"run `{command_line('featcache', 'rm', path)}`: features are made again"
+    if (path / ABOUT).is_symlink():
+        raise UserError(f"{str(path / ABOUT)!r} is a link; {advice}")
     try:
-        found = json_file.read_json(path / ABOUT)
+        found = json_file.read_json(path / ABOUT, MOST_BYTES)
     except UserError as error:
         raise UserError(f"{str(path / ABOUT)!r} is damaged; {advice}") from error
     # the checksum is json_file's, and read_json has taken it out
@@ -95,7 +107,7 @@ def foreign(path: Path) -> list[Path]:
 def describe(path: Path) -> dict[str, Any]:
     """Return the facts of kept features as plain data; damaged ones are {path, damaged: why}."""
     try:
-        about = read(path)
+        about, used = read(path), (path / ABOUT).stat().st_mtime
     except UserError as error:
         return {"path": str(path), "damaged": str(error)}
     except OSError as error:
@@ -105,8 +117,8 @@ def describe(path: Path) -> dict[str, Any]:
         "encoder": about.encoder,
         "pictures": about.pictures,
         "count": about.count,
-        "what": str(about.of.get("what", "")),
+        "what": str(about.of.get("what", ""))[:80],
         "shape": about.shape,
         "bytes": about.bytes,
-        "last_used": (path / ABOUT).stat().st_mtime,
+        "last_used": min(max(used, 0.0), _LATEST_S),
     }

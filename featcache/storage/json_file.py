@@ -115,11 +115,11 @@ def sweep(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int = LARGEST_BYTES) -> dict[str, Any]:
     """Read the object in a JSON of a cache; a missing, cut or changed file is a UserError that says
     what fixes it."""
     try:
-        data = _bytes(path)
+        data = _bytes(path, most_bytes)
         value = json.loads(data)
         given = value.pop(CHECKSUM)
         found, as_written = digest(value), _is_as_written(data, value, given)
@@ -155,13 +155,13 @@ def _is_as_written(data: bytes, value: Mapping[str, Any], checksum: Any) -> bool
     return joined == text.encode() and data.endswith(b"}\n")
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, most_bytes: int) -> bytes:
     """Read a regular file that is not larger than any of ours; a pipe would be waited for."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file")
-    if status.st_size > LARGEST_BYTES:
-        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, {LARGEST_BYTES} are allowed")
+    if status.st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, {most_bytes} are allowed")
     return path.read_bytes()
 
 

@@ -10,10 +10,12 @@ n pictures; a row is what is kept of one.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,20 +66,15 @@ class OnDisk:
         self.temporary = self.folder / f".{json_file.digest(self.of)}.{writer_id()}.tmp"
         _own_folder(self.folder)
         _refuse_strange(self.folder / json_file.digest(self.of))
-        self.temporary.mkdir()
-        self.file = (self.temporary / DATA).open("xb")
+        with _told(self.folder):
+            self.temporary.mkdir()
+            self.file = (self.temporary / DATA).open("xb")
         self.crc, self.bytes, self.next = 0, 0, 0
-        head = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(_Tee(self), head)
+        self.write(_header(shape, self.dtype.str))
 
     def write(self, data: bytes) -> None:
-        try:
+        with _told(self.folder):
             self.file.write(data)
-        except OSError as error:
-            raise UserError(
-                f"cannot keep features in {str(self.folder)!r}: {error.strerror}; make room, set "
-                "FEATCACHE_HOME to another disk, or run with --no-keep"
-            ) from error
         self.crc = crc32c(data, self.crc)
         self.bytes += len(data)
 
@@ -97,9 +94,10 @@ class OnDisk:
 
     def finish(self, skipped: Sequence[int]) -> Rows:
         self._fill(self.shape[0])
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with _told(self.folder):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
         about = {
             "kind": KIND,
             "of": self.of,
@@ -111,7 +109,8 @@ class OnDisk:
             "bytes": self.bytes,
             "crc32c": self.crc,
         }
-        json_file.write_json(self.temporary / ABOUT, about)
+        with _told(self.folder):
+            json_file.write_json(self.temporary / ABOUT, about)
         path = self.folder / json_file.digest(self.of)
         with contextlib.suppress(OSError):  # somebody else was first: the same numbers
             self.temporary.rename(path)
@@ -121,15 +120,29 @@ class OnDisk:
 
     def discard(self) -> None:
         """Remove what is not complete."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # it writes what it holds, and the disk may be full
+            self.file.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-class _Tee:
-    """A file whose bytes are counted and checksummed."""
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn an error of the disk into a UserError that says what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot keep features in {str(folder)!r}: {error.strerror}; make room, set "
+            "FEATCACHE_HOME to another disk, or run with --no-keep"
+        ) from error
 
-    def __init__(self, sink: OnDisk) -> None:
-        self.write = sink.write
+
+def _header(shape: Sequence[int], dtype: str) -> bytes:
+    """Return what a .npy file of such rows begins with."""
+    head = {"descr": dtype, "fortran_order": False, "shape": tuple(shape)}
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, head)
+    return out.getvalue()
 
 
 def _own_folder(path: Path) -> None:
@@ -157,20 +170,31 @@ def _refuse_strange(path: Path) -> None:
         )
 
 
-def find(of: Mapping[str, Any], shape: tuple[int | None, ...]) -> tuple[Rows, list[int]] | None:
-    """Return kept rows of a shape (None: any number), mapped from their file, and which of them
-    were skipped; None where they are not kept. Damaged ones are removed, and a note says so."""
-    path = kept_features.folder() / json_file.digest(dict(of))
-    if path.parent.is_symlink() or path.is_symlink() or not path.is_dir():
+def is_there(of: Mapping[str, Any]) -> bool:
+    """Tell whether there is a folder of these features, whole or damaged."""
+    path = _path(of)
+    return not path.parent.is_symlink() and not path.is_symlink() and path.is_dir()
+
+
+def _path(of: Mapping[str, Any]) -> Path:
+    return kept_features.folder() / json_file.digest(dict(of))
+
+
+def find(
+    of: Mapping[str, Any], shape: tuple[int, ...], dtype: str
+) -> tuple[Rows, list[int]] | None:
+    """Return kept rows of a shape and dtype, mapped from their file, and which of them were
+    skipped; None where they are not kept. Damaged ones are removed, and a note says so."""
+    path = _path(of)
+    if not is_there(of):
         return None
     try:
         about = kept_features.read(path)
         rows = _mapped(path, about)
-        fits = len(rows.shape) == len(shape) and all(
-            wanted in (None, given) for given, wanted in zip(rows.shape, shape, strict=True)
-        )
-        if not fits or any(row >= about.count for row in about.skipped):
-            raise UserError(f"{str(path)!r} has {rows.shape}, {shape} is needed")
+        if (rows.shape, about.dtype) != (shape, dtype):
+            raise UserError(f"{str(path)!r} has {rows.shape} {about.dtype}, {shape} is needed")
+        if any(row >= about.count for row in about.skipped):
+            raise UserError(f"{str(path)!r} names pictures that were skipped and are not there")
     except (UserError, OSError, ValueError) as error:
         _LOG.warning("features are made again: %s", error)
         _remove(path)
@@ -181,15 +205,23 @@ def find(of: Mapping[str, Any], shape: tuple[int | None, ...]) -> tuple[Rows, li
 
 
 def _mapped(path: Path, about: About) -> Rows:
-    """Map the rows of a folder. Raises UserError unless they are what about.json says."""
-    data = path / DATA
+    """Map the rows of a folder. Raises UserError unless they are what about.json says.
+
+    The header is compared, not parsed: one that is ours has one form.
+    """
+    data, shape, head = path / DATA, tuple(about.shape), _header(about.shape, about.dtype)
     if data.is_symlink() or not data.is_file() or data.stat().st_size != about.bytes:
         raise UserError(f"{str(data)!r} has not the size that {ABOUT} says")
-    rows: Rows = np.load(data, mmap_mode="r", allow_pickle=False)
-    if list(rows.shape) != about.shape or rows.dtype.str != about.dtype:
-        raise UserError(f"{str(data)!r} has not the shape that {ABOUT} says")
-    if about.bytes <= VERIFIED_BYTES and crc32c(data.read_bytes()) != about.crc32c:
-        raise UserError(f"{str(data)!r} is damaged: its checksum is another")
+    size = math.prod(shape) * np.dtype(about.dtype).itemsize
+    with data.open("rb") as file:
+        if not size or about.bytes != len(head) + size or file.read(len(head)) != head:
+            raise UserError(f"{str(data)!r} has not the shape that {ABOUT} says")
+    rows: Rows = np.memmap(data, about.dtype, "r", len(head), shape)
+    if about.bytes <= VERIFIED_BYTES:
+        if crc32c(data.read_bytes()) != about.crc32c:
+            raise UserError(f"{str(data)!r} is damaged: its checksum is another")
+        if not np.isfinite(rows).all():
+            raise UserError(f"{str(data)!r} is damaged: it holds what is no finite number")
     return rows
 
 

@@ -120,6 +120,16 @@ class Task:
     progress: EmbedProgress | None = field(default=None, repr=False)
     subject: Subject = field(default_factory=Subject)
     _stamps: dict[int, str] = field(default_factory=dict, repr=False)
+    _shapes: list[Any] = field(default_factory=list, repr=False)
+
+    def token_shape(self) -> tuple[int, int]:
+        """Return (T,D) of the encoder's tokens, of a blank picture that is shown to it once."""
+        if not self._shapes:
+            frozen, side = self.frozen, self.frozen.img_size
+            frozen.to(self.device)
+            blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
+            self._shapes.append(tuple(frozen.tokens(blank)[0].shape[1:]))
+        return self._shapes[0]
 
     def stamp(self, source: Source) -> str:
         """Return what `pictures.stamps` says of a source, asked once: a folder has many files."""
@@ -258,10 +268,13 @@ class _Job:
         self, source: Source, rendering: Rendering
     ) -> tuple[npt.NDArray[Any], list[int]] | None:
         of = self.of(source, rendering, self.what)
+        if of is None or not kept.is_there(of):
+            return None
+        tokens, width = self.task.token_shape()
+        if self.what == "tokens":
+            return kept.find(of, (len(source), tokens, width), "<f2")
         pools = 2 if self.task.frozen.prefix else 1
-        pooled = (len(source), len(self.blocks), pools, None)
-        shape = pooled if self.what == "pooled" else (len(source), None, None)
-        return None if of is None else kept.find(of, shape)
+        return kept.find(of, (len(source), len(self.blocks), pools, width), "<f4")
 
     def make(self, stage: str) -> Found:
         """Embed the pictures, and keep their features unless that was not asked for."""
