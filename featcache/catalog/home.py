@@ -89,7 +89,21 @@ def append(path: Path, text: str, *, follow: bool = True) -> None:
     # a pipe that nobody reads is an error, and not waited for
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
     with os.fdopen(os.open(path, flags | (0 if follow else os.O_NOFOLLOW), 0o666), "a") as file:
-        file.write(text)
+        file.write(text if _ends_a_line(path) else f"\n{text}")
+
+
+def _ends_a_line(path: Path) -> bool:
+    """Tell whether a file ends with a whole line; it does not where a disk became full within one,
+    or its writer was killed, and the next line must not be lost with it."""
+    try:
+        fd = open_regular(path)
+    except OSError:  # no file that can be looked at
+        return True
+    try:
+        size = os.fstat(fd).st_size
+        return size == 0 or os.pread(fd, 1, size - 1) == b"\n"
+    finally:
+        os.close(fd)
 
 
 def runs_of(cache_id: str) -> list[dict[str, Any]]:

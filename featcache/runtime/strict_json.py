@@ -4,6 +4,7 @@ JSON has."""
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,13 +17,20 @@ def read_file(path: Path, most_bytes: int = FILE_BYTES) -> Any:
     """Read the value in a JSON file. Raises OSError where the file cannot be read, and ValueError
     with a reason in one line where it is no regular file (a pipe would be waited for), too large,
     or what `parse` refuses."""
-    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-        raise ValueError("it is no regular file")
-    with path.open("rb") as file:
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
+    return parse(read_bytes(path, most_bytes))
+
+
+def read_bytes(path: Path, most_bytes: int = FILE_BYTES) -> bytes:
+    """Read a file that others wrote, of text as well. Raises as `read_file` does, but for what is
+    in it."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        data = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
+    if max(status.st_size, len(data)) > most_bytes:
         raise ValueError(f"it has more than {most_bytes >> 20} MiB")
-    return parse(data)
+    return data
 
 
 def parse(text: str | bytes) -> Any:
@@ -68,8 +76,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object, of which Python would keep the last of two values without a word."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen = set[str]()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"it names {twice[:60]!r} twice")
     return value
 

@@ -62,8 +62,9 @@ def _from_file(path: Path, names: Sequence[str]) -> list[list[str]]:
             f"--names {path}: {error}; a JSON object from class to name, or to a list of names, is "
             "needed"
         ) from error
+    known = set(names)
     for name in given:
-        if name not in names:
+        if name not in known:
             raise UserError(f"--names {path}: {name!r:.80} is no class ({near(name, names)[:300]})")
     return [_names(path, name, given) for name in names]
 
@@ -93,7 +94,7 @@ def templates(given: str) -> list[str]:
         }[given]
         return [template("{}") for template in chosen]
     try:
-        text = Path(given).read_bytes()[:_MOST_BYTES].decode("utf-8")
+        text = strict_json.read_bytes(Path(given), _MOST_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(
             f"--templates {given}: it is neither {' nor '.join(TEMPLATES)}, nor a text file "

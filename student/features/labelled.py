@@ -31,6 +31,7 @@ from student.features.labels import (
 )
 from student.features.task import LabelledSet, TestSet
 
+NAMES_BYTES = 16 << 20  # of a file of class names
 _NAMED = re.compile(r"([A-Za-z0-9_.-]{1,40})=(.+)", re.DOTALL)
 
 
@@ -159,8 +160,8 @@ def _subset(test: str, file: str, labels: I64, names: list[str]) -> I64:
     if not file:
         return np.unique(labels)
     try:
-        lines = Path(file).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = strict_json.read_bytes(Path(file), NAMES_BYTES).decode("utf-8").splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"--subset {test}={file}: it cannot be read as text ({error})") from error
     number = {name: i for i, name in enumerate(names)}
     wanted = [line.strip() for line in lines if line.strip()]
@@ -190,7 +191,7 @@ def _mapped(test: str, source: Source, file: str, names: list[str]) -> TestSet:
             "to that of a class of the test set, or null, is needed"
         ) from error
     own = [_plain(source, label) for label in range(class_count(source))]
-    number, known = {name: i for i, name in enumerate(own)}, set(names)
+    number, known = ({name: i for i, name in enumerate(each)} for each in (own, names))
     mapping = np.full(len(names), -1, np.int64)
     for name, target in given.items():
         if name not in known:
@@ -204,7 +205,7 @@ def _mapped(test: str, source: Source, file: str, names: list[str]) -> TestSet:
                 f"({near(str(target)[:80], number)[:300]})"
             )
         if target is not None:
-            mapping[names.index(name)] = number[target]
+            mapping[known[name]] = number[target]
     if not (mapping >= 0).any():
         raise UserError(f"--class-map {test}={file}: it maps no class; nothing could be right")
     return TestSet(test, source, labels_of(source), own, None, mapping)

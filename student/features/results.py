@@ -29,6 +29,7 @@ from featcache.storage import json_file
 from featcache.storage.schema import schema_problem
 
 NAME = "results.jsonl"
+MOST_BYTES = 256 << 20  # that are read of it
 FOLDER = "evals"
 _LOG = logging.getLogger(__name__)
 
@@ -133,8 +134,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
     path = folder / NAME
     if path.is_symlink() or not path.is_file():
         return []
+    try:
+        data = strict_json.read_bytes(path, MOST_BYTES)
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error}; move it away") from error
     rows, strange = list[dict[str, Any]](), 0
-    for line in path.read_bytes().splitlines():
+    for line in data.splitlines():
         row = _row(line)
         rows += [row] if row is not None else []
         strange += row is None
