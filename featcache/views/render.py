@@ -11,6 +11,9 @@ import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
 from featcache.errors import IdentityError
+from featcache.pictures.source import PictureError
+
+MOST_CENTRE_PX = 1 << 26  # of a picture that a centre crop is cut from: 268 MB
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -78,11 +81,17 @@ def render_centre(
     """Render the evaluation view: shorter side to round(size / crop_pct), then the central size x
     size; uint8 HWC.
 
-    Sides and offsets are rounded as in torchvision's Resize and CenterCrop.
+    Sides and offsets are rounded as in torchvision's Resize and CenterCrop. Raises PictureError for
+    one so long that it would be enlarged to gigabytes.
     """
     short = round(size / crop_pct)
     width, height = picture.size
     long = short * max(width, height) // min(width, height)
+    if short * long > max(MOST_CENTRE_PX, width * height):
+        raise PictureError(
+            f"{width} x {height} pixels: its centre crop would be cut from {short * long} pixels, "
+            f"{MOST_CENTRE_PX} at most are allowed"
+        )
     picture = picture.resize((short, long) if width <= height else (long, short), FILTERS[filter])
     left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
     return np.asarray(picture.crop((left, top, left + size, top + size)))

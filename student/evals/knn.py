@@ -68,6 +68,7 @@ def evaluate(task: Task, k: str = str(K), temperature: str = str(TEMPERATURE)) -
     nothing here is random."""
     counts, temperatures = _numbers(k, temperature, len(task.train))
     (bank,), labels = task.pooled(task.train, stage="train")
+    _numbers(k, temperature, len(bank))  # fewer where pictures were skipped
     bank = bank.to(task.device)
     grid = _compared(bank, labels, task.classes, counts, temperatures)
     best = max(grid, key=lambda each: grid[each])

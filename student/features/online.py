@@ -116,13 +116,12 @@ def centre_crops(source: Source, rows: Sequence[int] | I64, size: int) -> U8:
 
     def crop(row: int) -> U8:
         try:
-            picture = decode(source.read(row))
+            return render_centre(decode(source.read(row)), size, CROP_PCT, "bicubic")
         except PictureError as error:
             raise UserError(
                 f"--probe {source.spec}: cannot decode the picture {source.keys[row]!r}: {error}; "
                 "repair it or take it out of the source"
             ) from error
-        return render_centre(picture, size, CROP_PCT, "bicubic")
 
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         return np.stack(list(pool.map(crop, [int(row) for row in rows])))

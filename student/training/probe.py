@@ -28,6 +28,7 @@ from student.features.scores import hits, percent
 from student.features.task import LabelledSet, Scored, Task, Visible
 from student.training.optim import warmup_cosine
 
+MOST_EPOCHS, MOST_VIEWS, MOST_STEPS = 10_000, 1000, 10**7  # more is a mistake
 HELD_BACK = 0.1  # of the training pictures, to choose a learning rate by
 ROWS = 4096  # scored at once
 
@@ -70,12 +71,23 @@ class ProbeOptions:
                 "is 0 or more and below the epochs; give --warmup-epochs "
                 f"{max(0, self.epochs // 9)} or more epochs"
             )
+        if self.epochs > MOST_EPOCHS or (self.train_views or 0) > MOST_VIEWS:
+            raise UsageError(
+                f"cannot train {self.epochs} epochs on {self.train_views or 'fresh'} views: "
+                f"{MOST_EPOCHS} epochs and {MOST_VIEWS} views at most are allowed"
+            )
         if self.train_views is not None and self.train_views < 0:
             raise UsageError(
                 f"cannot train on {self.train_views} views: --train-views is 0 (centre view), 1 or "
                 "more (augmented views, embedded once) or not given (a fresh view each epoch)"
             )
         self.check_batch(self.pictures)
+        steps = self.epochs * (self.pictures // min(self.batch_size, self.pictures))
+        if steps > MOST_STEPS:
+            raise UsageError(
+                f"cannot train {steps} steps: {MOST_STEPS} at most are allowed; give fewer "
+                "--epochs or a larger --batch-size"
+            )
 
     def check_batch(self, pictures: int) -> None:
         """Raise UsageError where BatchNorm would see one picture."""

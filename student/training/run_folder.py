@@ -139,10 +139,13 @@ def environment() -> dict[str, Any]:
 
 def commit() -> str | None:
     """Return the commit that this code is at; None where it is no checkout."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # there is no git here
+        return None
     return done.stdout.strip() or None

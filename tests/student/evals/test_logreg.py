@@ -97,8 +97,8 @@ def test_two_classes_and_a_class_that_train_lacks() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"C": "0"}, "--C is a number above 0"),
-        ({"C": "a,b"}, "--C is a number above 0"),
+        ({"C": "0"}, "--C is a number from 1e-30"),
+        ({"C": "a,b"}, "--C is a number from 1e-30"),
         ({"max_iter": 0}, "--max-iter is 0; at least 1"),
     ],
 )
