@@ -52,6 +52,7 @@ SEED = click.IntRange(0, 2**63 - 1)  # what a view policy allows, and torch's ge
 COUNT = click.IntRange(1, 10**9)
 BATCH = click.IntRange(1, 65536)
 THREADS = click.IntRange(1, 4096)
+CROP_SHARE = FiniteRange(0.05, 1)  # below it pictures would be enlarged to gigabytes
 
 
 def _number(text: str) -> float:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from featcache.console.params import BATCH, FiniteRange, LocalPath, LocalText
-from featcache.console.text import print_facts
+from featcache.console.params import BATCH, CROP_SHARE, LocalPath, LocalText
+from featcache.console.text import join_lines, print_facts
 from featcache.errors import UsageError, UserError
-
-if TYPE_CHECKING:
-    pass
+from student.commands.eval import check_blocks, check_subject, freeze, stage_bars
 
 FORMATS = (".npy", ".parquet")
 
@@ -50,7 +48,7 @@ FORMATS = (".npy", ".parquet")
 )
 @click.option(
     "--crop-pct",
-    type=FiniteRange(0, 1, min_open=True),
+    type=CROP_SHARE,
     default=0.875,
     show_default=True,
     help="Share of the shorter side that the centre crop has.",
@@ -78,7 +76,6 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     patches, after the final norm. They are those that `student eval` judges."""
     from featcache.console.params import require_images
     from featcache.pictures.open_source import open_source
-    from student.commands.eval import check_blocks, check_subject, freeze, stage_bars
     from student.features.task import task_of_one
 
     check_subject("embed", given)
@@ -101,8 +98,14 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     }
     labels = None if source.labels is None else source.labels[rows.numpy()].tolist()
     writers = {".npy": _write_npy, ".parquet": _write_parquet}
-    writers[out.suffix](out, features.numpy(), keys, labels, source.classes, facts)
-    print_facts(facts, as_json, f"{out}: {len(keys)} pictures x {features.shape[1]}")
+    try:
+        writers[out.suffix](out, features.numpy(), keys, labels, source.classes, facts)
+    except OSError as error:
+        raise UserError(
+            f"--out {str(out)!r} cannot be written: {error.strerror or error}; nothing is left of "
+            "it; make room, or give another place"
+        ) from error
+    print_facts(facts, as_json, join_lines([f"{out}: {len(keys)} pictures x {features.shape[1]}"]))
 
 
 def _check_out(out: Path) -> None:
@@ -147,9 +150,13 @@ def _write_npy(
     from featcache.storage import json_file
 
     about = {**facts, "keys": keys, "labels": labels, "classes": classes}
-    json_file.write_file(out.with_suffix(".json"), (json.dumps(about) + "\n").encode())
-    with json_file.replaced(out) as temporary, temporary.open("wb") as file:
-        np.save(file, features, allow_pickle=False)
+    head = {"descr": features.dtype.str, "fortran_order": False, "shape": features.shape}
+    # both are written before one has its name
+    with json_file.replaced(out.with_suffix(".json")) as beside, json_file.replaced(out) as rows:
+        beside.write_bytes((json.dumps(about) + "\n").encode())
+        with rows.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, head)
+            file.write(np.ascontiguousarray(features).data)  # np.save hides a full disk's errno
 
 
 def _write_parquet(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from featcache.console.params import BATCH, SEED, FiniteRange, LocalPath, LocalText
+from featcache.console.params import BATCH, CROP_SHARE, SEED, FiniteRange, LocalPath, LocalText
 from featcache.console.progress_bar import eta
-from featcache.console.text import echo, first_paragraph, print_facts
-from featcache.errors import UsageError
+from featcache.console.text import echo, first_paragraph, join_lines, print_facts
+from featcache.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from student.features.frozen import FrozenEncoder
@@ -130,7 +130,7 @@ def _shared(trains: bool) -> list[click.Parameter]:
         ),
         click.Option(
             ["--crop-pct"],
-            type=FiniteRange(0, 1, min_open=True),
+            type=CROP_SHARE,
             default=0.875,
             show_default=True,
             help="Share of the shorter side that the centre crop has.",
@@ -217,7 +217,7 @@ def _evaluate(
     check_blocks(frozen, given["blocks"])
     options |= _published(module, name, frozen, options, set_by_user)
     for note in sets.notes:
-        echo(f"note: {note}", err=True)
+        echo(one_line(f"note: {note}"), err=True)
     started, skipped = time.perf_counter(), Skipped(given["skip_bad"])
     with stage_bars() as progress:
         task = Task(
@@ -238,7 +238,7 @@ def _evaluate(
     if head := results.record(run, facts, outcome.head):
         facts["head"] = head
     if facts.get("note"):
-        echo(f"note: {facts['note']}", err=True)
+        echo(one_line(f"note: {facts['note']}"), err=True)
     print_facts(facts, given["as_json"], _text(name, facts))
 
 
@@ -307,7 +307,7 @@ def _published(
     }
     if changed:
         told = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changed.items())
-        echo(f"note: {name} as {recipe} has it: {told}", err=True)
+        echo(one_line(f"note: {name} as {recipe} has it: {told}"), err=True)
     return changed
 
 
@@ -359,7 +359,7 @@ def _text(name: str, facts: dict[str, Any]) -> str:
         lines.append(f"{' '.join(chosen)}: best of {len(facts['grid'])} on training pictures")
     if "skipped" in facts:
         lines.append(f"left out, as they cannot be decoded: {facts['skipped']['count']}")
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 @contextlib.contextmanager
