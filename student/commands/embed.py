@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from featcache.console.params import BATCH, CROP_SHARE, LocalPath, LocalText
+from featcache.console.params import LocalPath, LocalText
 from featcache.console.text import join_lines, print_facts
 from featcache.errors import UsageError, UserError
-from student.commands.eval import check_blocks, check_subject, freeze, stage_bars
+from student.setup import eval_options
 
 FORMATS = (".npy", ".parquet")
 
@@ -20,7 +20,6 @@ FORMATS = (".npy", ".parquet")
     epilog="Examples:\n\n  student embed runs/mralign-s0 --images val/ -o val.npy\n\n"
     "  student embed --teacher clip-b16 --images val/ --pool mean -o val.parquet"
 )
-@click.argument("run", required=False, type=LocalPath())
 @click.option("--images", "images_spec", type=LocalText(), help="Pictures; they need no labels.")
 @click.option(
     "-o",
@@ -29,48 +28,6 @@ FORMATS = (".npy", ".parquet")
     required=True,
     help="FILE.npy (and FILE.json with keys and labels beside it), or FILE.parquet.",
 )
-@click.option(
-    "--checkpoint",
-    type=click.IntRange(0, 10**12),
-    metavar="STEP",
-    help="That checkpoint of RUN. [default: the newest]",
-)
-@click.option("--ema", is_flag=True, help="The average of RUN's weights.")
-@click.option("--teacher", "teacher_spec", type=LocalText(), help="A teacher in place of RUN.")
-@click.option("--weights", type=LocalText(), help="The teacher's weights.")
-@click.option("--pool", default="cls", show_default=True, help="cls or mean of the patch tokens.")
-@click.option(
-    "--blocks",
-    type=click.IntRange(1, 256),
-    default=1,
-    show_default=True,
-    help="Pool the last so many blocks, one after the other.",
-)
-@click.option(
-    "--crop-pct",
-    type=CROP_SHARE,
-    default=0.875,
-    show_default=True,
-    help="Share of the shorter side that the centre crop has.",
-)
-@click.option(
-    "--embed-batch", type=BATCH, default=64, show_default=True, help="Pictures embedded at once."
-)
-@click.option(
-    "--skip-bad",
-    type=click.IntRange(0, 10**9),
-    default=0,
-    show_default=True,
-    help="Pictures that may be left out because they cannot be decoded.",
-)
-@click.option(
-    "--keep/--no-keep",
-    default=True,
-    show_default=True,
-    help="Keep features below $FEATCACHE_HOME/features for evaluations.",
-)
-@click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def command(out: Path, as_json: bool, **given: Any) -> None:
     """Write features (n, D) float32 of the pictures' centre crops: [CLS], or the mean of the
     patches, after the final norm. They are those that `student eval` judges."""
@@ -78,12 +35,12 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     from featcache.pictures.open_source import open_source
     from student.features.task import task_of_one
 
-    check_subject("embed", given)
+    eval_options.check_subject("embed", given)
     _check_out(out)
     source = open_source(require_images(given["images_spec"]))
-    frozen = freeze(given)
-    check_blocks(frozen, given["blocks"])
-    with stage_bars() as progress:
+    frozen = eval_options.freeze(given)
+    eval_options.check_blocks(frozen, given["blocks"])
+    with eval_options.stage_bars() as progress:
         task = task_of_one(frozen, source, given, progress)
         (features,), rows = task.pooled(task.train, stage="embed")
     keys = [source.keys[row] for row in rows.tolist()]
@@ -106,6 +63,9 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
             "it; make room, or give another place"
         ) from error
     print_facts(facts, as_json, join_lines([f"{out}: {len(keys)} pictures x {features.shape[1]}"]))
+
+
+command.params += eval_options.parameters()
 
 
 def _check_out(out: Path) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from featcache.console.params import BATCH, CROP_SHARE, SEED, FiniteRange, LocalPath, LocalText
-from featcache.console.progress_bar import eta
+from featcache.console.params import SEED, FiniteRange, LocalText
 from featcache.console.text import echo, first_paragraph, join_lines, print_facts
-from featcache.errors import UsageError, one_line
+from featcache.errors import one_line
+from student.setup import eval_options
 
 if TYPE_CHECKING:
     from student.features.frozen import FrozenEncoder
@@ -66,10 +63,22 @@ def command() -> None:
     """
 
 
-def _shared(trains: bool) -> list[click.Parameter]:
+def _parameters(module: Any) -> list[click.Parameter]:
+    """Return what all protocols share; one that trains nothing has no training pictures, one that
+    pools tokens itself no pools."""
+    trains = getattr(module, "TRAINS", True)
     default = "a fifth of --images, held out" if trains else "all of --images"
+    few = [
+        click.Option(
+            ["--shots"], type=click.IntRange(1, 10**6), help="Train on so many pictures a class."
+        ),
+        click.Option(
+            ["--fraction"],
+            type=FiniteRange(0, 1, min_open=True),
+            help="Train on this share of each class, such as 0.01.",
+        ),
+    ]
     return [
-        click.Argument(["run"], required=False, type=LocalPath()),
         click.Option(
             ["--images", "images_spec"],
             type=LocalText(),
@@ -95,71 +104,11 @@ def _shared(trains: bool) -> list[click.Parameter]:
             metavar="NAME=FILE",
             help="JSON object from training class to class of that test set (ImageNet-9).",
         ),
-        click.Option(
-            ["--shots"], type=click.IntRange(1, 10**6), help="Train on so many pictures a class."
-        ),
-        click.Option(
-            ["--fraction"],
-            type=FiniteRange(0, 1, min_open=True),
-            help="Train on this share of each class, such as 0.01.",
-        ),
-        click.Option(
-            ["--checkpoint"],
-            type=click.IntRange(0, 10**12),
-            metavar="STEP",
-            help="That checkpoint of RUN. [default: the newest]",
-        ),
-        click.Option(
-            ["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."
-        ),
-        click.Option(
-            ["--teacher", "teacher_spec"],
-            type=LocalText(),
-            help="Evaluate a teacher in place of RUN.",
-        ),
-        click.Option(["--weights"], type=LocalText(), help="The teacher's weights."),
-        click.Option(
-            ["--pool"], default="cls", show_default=True, help="cls or mean of the patch tokens."
-        ),
-        click.Option(
-            ["--blocks"],
-            type=click.IntRange(1, 256),
-            default=1,
-            show_default=True,
-            help="Pool the last so many blocks, one after the other.",
-        ),
-        click.Option(
-            ["--crop-pct"],
-            type=CROP_SHARE,
-            default=0.875,
-            show_default=True,
-            help="Share of the shorter side that the centre crop has.",
-        ),
-        click.Option(
-            ["--embed-batch"],
-            type=BATCH,
-            default=64,
-            show_default=True,
-            help="Pictures embedded at once.",
-        ),
-        click.Option(
-            ["--skip-bad"],
-            type=click.IntRange(0, 10**9),
-            default=0,
-            show_default=True,
-            help="Pictures that may be left out because they cannot be decoded.",
-        ),
-        click.Option(
-            ["--keep/--no-keep"],
-            default=True,
-            show_default=True,
-            help="Keep features below $FEATCACHE_HOME/features for the next evaluation.",
-        ),
+        *(few if trains else ()),
+        *eval_options.parameters(pools=getattr(module, "POOLS", True)),
         click.Option(
             ["--seed"], type=SEED, default=0, show_default=True, help="Of splits, views and heads."
         ),
-        click.Option(["--device"], help="cpu, cuda, ... [default: cuda where there is one]"),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
     ]
 
 
@@ -181,12 +130,12 @@ def _eval_command(name: str, module: Any) -> click.Command:
         set_by_user = {
             key for key in options if ctx.get_parameter_source(key) is not ParameterSource.DEFAULT
         }
-        _evaluate(module, name, options, set_by_user, given)
+        _evaluate(module, name, options, set_by_user, eval_options.filled(given))
 
     example = f"Example:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/"
     return click.Command(
         name,
-        params=[*_shared(getattr(module, "TRAINS", True)), *own],
+        params=[*_parameters(module), *own],
         callback=run,
         help=first_paragraph(module.__doc__),
         epilog=example,
@@ -206,20 +155,20 @@ def _evaluate(
 
     run: Path | None = given["run"]
     trains = getattr(module, "TRAINS", True)
-    check_subject(f"eval {name}", given)
+    eval_options.check_subject(f"eval {name}", given)
     sets = open_sets(
         SetOptions(
             require_images(given["images_spec"]), given["tests"], given["subsets"], given["maps"],
             given["shots"], given["fraction"], given["seed"], trains,
         )
     )  # fmt: skip
-    frozen = freeze(given)
-    check_blocks(frozen, given["blocks"])
+    frozen = eval_options.freeze(given)
+    eval_options.check_blocks(frozen, given["blocks"])
     options |= _published(module, name, frozen, options, set_by_user)
     for note in sets.notes:
         echo(one_line(f"note: {note}"), err=True)
     started, skipped = time.perf_counter(), Skipped(given["skip_bad"])
-    with stage_bars() as progress:
+    with eval_options.stage_bars() as progress:
         task = Task(
             frozen, sets.train, sets.tests, sets.names, given["pool"], given["blocks"],
             given["seed"], pick_device(given["device"]), given["crop_pct"], given["embed_batch"],
@@ -240,44 +189,6 @@ def _evaluate(
     if facts.get("note"):
         echo(one_line(f"note: {facts['note']}"), err=True)
     print_facts(facts, given["as_json"], _text(name, facts))
-
-
-# ------------------------------------------------------------ shared with `student embed`
-
-
-def check_subject(name: str, given: dict[str, Any]) -> None:
-    """Raise UsageError unless one thing is evaluated, by options that are about it."""
-    run, teacher = given["run"], given["teacher_spec"]
-    if (run is None) == (teacher is None):
-        raise UsageError(
-            f"student {name} takes either RUN, a run folder, or --teacher SPEC; give one of them"
-        )
-    for option, value in (("--ema", given["ema"]), ("--checkpoint", given["checkpoint"])):
-        if teacher is not None and value not in (False, None):
-            raise UsageError(
-                f"{option} is about the weights of RUN, and --teacher is evaluated: leave one of "
-                "them out"
-            )
-    if run is not None and given["weights"]:
-        raise UsageError("--weights is about --teacher, and RUN is evaluated: leave one out")
-
-
-def freeze(given: dict[str, Any]) -> FrozenEncoder:
-    """Return the encoder of RUN, or a teacher."""
-    from student.features import frozen
-
-    if given["run"] is not None:
-        return frozen.from_run(given["run"], given["ema"], given["checkpoint"])
-    return frozen.from_teacher(given["teacher_spec"], given["weights"])
-
-
-def check_blocks(frozen: FrozenEncoder, blocks: int) -> None:
-    """Raise UsageError for more blocks than there are."""
-    if blocks > frozen.depth:
-        raise UsageError(
-            f"--blocks {blocks}: the encoder of {frozen.name} has {frozen.depth} blocks; give at "
-            "most that"
-        )
 
 
 def _subject(given: dict[str, Any], frozen: FrozenEncoder) -> Subject:
@@ -322,7 +233,7 @@ def _facts(
     shared = {
         key: given[key]
         for key in ("pool", "blocks", "crop_pct", "seed", "shots", "fraction")
-        if given[key] is not None
+        if key in given["own"] and given[key] is not None
     }
     trained = sets.train.source
     shared |= {
@@ -360,40 +271,3 @@ def _text(name: str, facts: dict[str, Any]) -> str:
     if "skipped" in facts:
         lines.append(f"left out, as they cannot be decoded: {facts['skipped']['count']}")
     return join_lines(lines)
-
-
-@contextlib.contextmanager
-def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show each stage of an evaluation as a bar at a terminal, by a line now and then elsewhere."""
-    from featcache.console.progress_bar import ProgressBar
-
-    bars: dict[str, ProgressBar] = {}  # the one of the stage in hand
-
-    def close() -> None:
-        for bar in bars.values():
-            bar.close()
-        bars.clear()
-
-    def show(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            close()
-            unit = "epochs" if stage == "epochs" else "fits" if stage == "fits" else "pictures"
-            bars[stage] = ProgressBar(stage, unit, _pace(time.monotonic()))
-        bars[stage](done, total)
-
-    try:
-        yield show
-    finally:
-        close()
-
-
-def _pace(started: float) -> Callable[[int, int], str]:
-    """Return what a line says of rate and time left; a bar at a terminal has its own."""
-
-    def text(done: int, total: int) -> str:
-        if sys.stderr.isatty():
-            return ""
-        rate = done / max(time.monotonic() - started, 1e-9)
-        return f"{rate:.1f} a second, {eta(total - done, rate)}"
-
-    return text

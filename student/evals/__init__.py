@@ -8,7 +8,7 @@ dict[tuple[recipe, size | None], dict[str, Any]]`, what a publication sets other
 with a `Task` and an `Outcome` of `student.features.task`: scores of every class for each picture of
 the test sets. What becomes of scores (accuracy, interval, classes, the line in results.jsonl) is
 the same for all. One that needs no training pictures says `TRAINS = False`: it scores all of
---images where no --test is given.
+--images where no --test is given; one that pools tokens itself says `POOLS = False`.
 """
 
 from __future__ import annotations

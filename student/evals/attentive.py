@@ -41,6 +41,7 @@ from student.features.task import Outcome, Task
 from student.training import probe
 from student.training.probe import Head, Probe, ProbeOptions
 
+POOLS = False  # it pools tokens itself
 OPTIONS: dict[str, tuple[Any, str]] = {
     **probe.OPTIONS,
     "blr": ("0.0125", probe.OPTIONS["blr"][1]),

@@ -37,6 +37,7 @@ from student.training import probe
 from student.training.lars import lars, travel_note
 from student.training.probe import Head, Probe, ProbeOptions
 
+POOLS = False  # it pools tokens itself
 OPTIONS: dict[str, tuple[Any, str]] = {
     **probe.OPTIONS,
     "batch_size": (4096, probe.OPTIONS["batch_size"][1]),

@@ -43,7 +43,7 @@ from student.features.frozen import FrozenEncoder
 from student.features.task import Outcome, Scored, Task
 from student.targets import predicted
 
-TRAINS = False
+TRAINS = POOLS = False
 OPTIONS: dict[str, tuple[Any, str]] = {
     "templates": ("openai", "sentences around a name: openai (80), simple (7), or a FILE of lines"),
     "names": ("", "JSON FILE of class -> name or list of names; or imagenet. [default: folders]"),
@@ -56,11 +56,6 @@ def evaluate(
     task: Task, templates: str, names: str, teacher_name: str, teacher_weights: str
 ) -> Outcome:
     """Score the test pictures by the cosine of their embeddings with those of the classes."""
-    if (task.pool, task.blocks) != ("cls", 1):
-        raise UsageError(
-            "student eval zeroshot reads the embedding that goes with [CLS]; leave --pool and "
-            "--blocks out"
-        )
     of = class_texts.templates(templates)
     texts = [
         class_texts.sentences(each, of)

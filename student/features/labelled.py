@@ -63,12 +63,6 @@ class Sets:
 def open_sets(options: SetOptions) -> Sets:
     """Open the pictures; without test sets a fifth of the training pictures is held out, and where
     nothing is trained they are the test set."""
-    few = options.shots is not None or options.fraction is not None
-    if few and not options.trains:
-        raise UsageError(
-            "--shots and --fraction choose training pictures, and this protocol trains on none: "
-            "leave them out"
-        )
     if options.shots is not None and options.fraction is not None:
         raise UsageError("--shots and --fraction: one of them is allowed; leave one out")
     source = open_source(options.images)
@@ -91,7 +85,7 @@ def open_sets(options: SetOptions) -> Sets:
         train, held = split_holdout(source, seed=options.seed)
         sources = {"test": held}
         notes.append(f"no --test given; {len(held)} of {len(source)} pictures are held out")
-    if few:
+    if options.shots is not None or options.fraction is not None:
         train = low_shot(train, shots=options.shots, fraction=options.fraction, seed=options.seed)
         notes.append(f"{len(train)} training pictures are used: {train.spec}")
     subsets, maps = (

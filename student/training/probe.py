@@ -224,7 +224,6 @@ class Trained:
 
 def run_probe(task: Task, probe: Probe) -> tuple[Trained, list[Scored]]:
     """Train the head of a protocol, and score every test set's centre crops with it."""
-    _check_pooling(task, probe)
     # the test pictures first, so that a broken one stops the probe at its start
     tests = [(test, *_features(task, probe, test, None, test.name)) for test in task.tests]
     trained = _train(task, probe)
@@ -233,15 +232,6 @@ def run_probe(task: Task, probe: Probe) -> tuple[Trained, list[Scored]]:
         logits = predict(trained.head, _taker(rows, task, probe), np.arange(len(labels)))
         scored.append(Scored(test, logits, labels))
     return trained, scored
-
-
-def _check_pooling(task: Task, probe: Probe) -> None:
-    """Raise UsageError where pooled features are chosen for a probe that pools tokens itself."""
-    if probe.tokens and (task.pool, task.blocks) != ("cls", 1):
-        raise UsageError(
-            f"the {probe.options.what} probe pools the tokens of the last block itself; leave "
-            "--pool and --blocks out"
-        )
 
 
 def facts(probe: Probe, trained: Trained) -> dict[str, Any]:

@@ -3,7 +3,6 @@ gradients, and whole probes on toys."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -312,11 +311,3 @@ def test_the_rate_ends_at_a_millionth(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_trained_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         probed(toys.toy_task(), **options)
-
-
-@pytest.mark.parametrize("given", [{"pool": "mean"}, {"blocks": 4}])
-def test_pooled_features_are_not_for_it(given: dict[str, Any]) -> None:
-    task = dataclasses.replace(toys.toy_task(), **given)
-    with pytest.raises(UsageError, match="attentive probe pools the tokens of the last block"):
-        probed(task)
-    assert task.calls == []

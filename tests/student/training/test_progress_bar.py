@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from featcache.console import progress_bar as console_bar
-from student.commands import eval as eval_command
+from student.setup import eval_options
 from student.training import progress_bar
 from tests import student_fixtures as fx
 
@@ -87,7 +87,7 @@ def test_an_evaluation_shows_a_bar_a_stage_or_lines(
     shown = {}
     for out in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", out)
-        with eval_command.stage_bars() as progress:
+        with eval_options.stage_bars() as progress:
             for stage, done, total in (("train", 4, 9), ("train", 9, 9), ("test", 3, 3)):
                 progress(stage, done, total)
         shown[type(out)] = out.getvalue()
@@ -96,7 +96,7 @@ def test_an_evaluation_shows_a_bar_a_stage_or_lines(
     # half a minute later
     monkeypatch.setattr(console_bar, "LOG_EVERY_S", 0.0)
     monkeypatch.setattr(sys, "stderr", out := io.StringIO())
-    with eval_command.stage_bars() as progress:
+    with eval_options.stage_bars() as progress:
         progress("train", 4, 9)
         progress("train", 9, 9)
     line = r"train: 9 of 9 pictures, [\d.]+ a second, ETA 00:00:00\n"

@@ -1,0 +1,162 @@
+"""Options that `student eval` and `student embed` share: what is looked at, through which encoder,
+and how pictures get to it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featcache.console.params import BATCH, CROP_SHARE, LocalPath, LocalText
+from featcache.console.progress_bar import eta
+from featcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from student.features.frozen import FrozenEncoder
+
+
+def parameters(*, pools: bool = True) -> list[click.Parameter]:
+    """Return the parameters; without `pools` there are no --pool and no --blocks, which `filled`
+    then fills in."""
+    pool = [
+        click.Option(
+            ["--pool"], default="cls", show_default=True, help="cls or mean of the patch tokens."
+        ),
+        click.Option(
+            ["--blocks"],
+            type=click.IntRange(1, 256),
+            default=1,
+            show_default=True,
+            help="Pool the last so many blocks, one after the other.",
+        ),
+    ]
+    return [
+        click.Argument(["run"], required=False, type=LocalPath()),
+        click.Option(
+            ["--checkpoint"],
+            type=click.IntRange(0, 10**12),
+            metavar="STEP",
+            help="That checkpoint of RUN. [default: the newest]",
+        ),
+        click.Option(
+            ["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."
+        ),
+        click.Option(
+            ["--teacher", "teacher_spec"],
+            type=LocalText(),
+            help="Evaluate a teacher in place of RUN.",
+        ),
+        click.Option(["--weights"], type=LocalText(), help="The teacher's weights."),
+        *(pool if pools else ()),
+        click.Option(
+            ["--crop-pct"],
+            type=CROP_SHARE,
+            default=0.875,
+            show_default=True,
+            help="Share of the shorter side that the centre crop has.",
+        ),
+        click.Option(
+            ["--embed-batch"],
+            type=BATCH,
+            default=64,
+            show_default=True,
+            help="Pictures embedded at once.",
+        ),
+        click.Option(
+            ["--skip-bad"],
+            type=click.IntRange(0, 10**9),
+            default=0,
+            show_default=True,
+            help="Pictures that may be left out because they cannot be decoded.",
+        ),
+        click.Option(
+            ["--keep/--no-keep"],
+            default=True,
+            show_default=True,
+            help="Keep features below $FEATCACHE_HOME/features for the next evaluation.",
+        ),
+        click.Option(["--device"], help="cpu, cuda, ... [default: cuda where there is one]"),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
+    ]
+
+
+def filled(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a command, and those that it does not have; `own` names the former."""
+    absent = {"pool": "cls", "blocks": 1, "shots": None, "fraction": None}
+    return {**absent, **options, "own": frozenset(options)}
+
+
+def check_subject(name: str, given: dict[str, Any]) -> None:
+    """Raise UsageError unless one thing is evaluated, by options that are about it."""
+    run, teacher = given["run"], given["teacher_spec"]
+    if (run is None) == (teacher is None):
+        raise UsageError(
+            f"student {name} takes either RUN, a run folder, or --teacher SPEC; give one of them"
+        )
+    for option, value in (("--ema", given["ema"]), ("--checkpoint", given["checkpoint"])):
+        if teacher is not None and value not in (False, None):
+            raise UsageError(
+                f"{option} is about the weights of RUN, and --teacher is evaluated: leave one of "
+                "them out"
+            )
+    if run is not None and given["weights"]:
+        raise UsageError("--weights is about --teacher, and RUN is evaluated: leave one out")
+
+
+def freeze(given: dict[str, Any]) -> FrozenEncoder:
+    """Return the encoder of RUN, or a teacher."""
+    from student.features import frozen
+
+    if given["run"] is not None:
+        return frozen.from_run(given["run"], given["ema"], given["checkpoint"])
+    return frozen.from_teacher(given["teacher_spec"], given["weights"])
+
+
+def check_blocks(frozen: FrozenEncoder, blocks: int) -> None:
+    """Raise UsageError for more blocks than there are."""
+    if blocks > frozen.depth:
+        raise UsageError(
+            f"--blocks {blocks}: the encoder of {frozen.name} has {frozen.depth} blocks; give at "
+            "most that"
+        )
+
+
+@contextlib.contextmanager
+def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show each stage of an evaluation as a bar at a terminal, by a line now and then elsewhere."""
+    from featcache.console.progress_bar import ProgressBar
+
+    bars: dict[str, ProgressBar] = {}  # the one of the stage in hand
+
+    def close() -> None:
+        for bar in bars.values():
+            bar.close()
+        bars.clear()
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            close()
+            unit = "epochs" if stage == "epochs" else "fits" if stage == "fits" else "pictures"
+            bars[stage] = ProgressBar(stage, unit, _pace(time.monotonic()))
+        bars[stage](done, total)
+
+    try:
+        yield show
+    finally:
+        close()
+
+
+def _pace(started: float) -> Callable[[int, int], str]:
+    """Return what a line says of rate and time left; a bar at a terminal has its own."""
+
+    def text(done: int, total: int) -> str:
+        if sys.stderr.isatty():
+            return ""
+        rate = done / max(time.monotonic() - started, 1e-9)
+        return f"{rate:.1f} a second, {eta(total - done, rate)}"
+
+    return text
