@@ -1,7 +1,8 @@
 # The two commands are `make quickstart` and `make test`; both make .venv and install what they need.
 #
 #   make quickstart      the whole idea on real pictures, some minutes on two cores; QUICKSTART_ARGS="--seeds 0,1,2"
-#   make test            linters, layers of imports, types, doctests and the tests that are not slow; PYTEST_ARGS="-x -k views"
+#   make test            linters, layers of imports, types, doctests and the tests that are not slow; PYTEST_ARGS="-x -k views",
+#                        WORKERS=8 processes in place of 2
 #   make test-all        the slow ones too
 #   make test EXTRAS=dev,ffcv     those of FFCV's .beton files too, which are skipped without it: it is built from source
 #                        and needs apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++
@@ -14,6 +15,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MARKS ?= not slow and not gpu
 PYTEST_ARGS ?=
+# Processes that tests run in, each with a file of them at a time; a gigabyte of memory each.
+WORKERS ?= 2
 EXTRAS ?= dev
 QUICKSTART_ARGS ?=
 
@@ -29,7 +32,7 @@ test: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m '$(MARKS)' --doctest-modules featcache student pipelines tests $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m '$(MARKS)' --doctest-modules featcache student pipelines tests $(PYTEST_ARGS)
 
 test-all:
 	$(MAKE) test MARKS='not gpu'
