@@ -118,7 +118,17 @@ def describe(path: Path) -> dict[str, Any]:
         "pictures": about.pictures,
         "count": about.count,
         "what": str(about.of.get("what", ""))[:80],
+        "crop": _crop(about.of.get("rendering")),
         "shape": about.shape,
         "bytes": about.bytes,
         "last_used": min(max(used, 0.0), _LATEST_S),
     }
+
+
+def _crop(rendering: Any) -> str:
+    """Say which part of the pictures was looked at; empty for what none of ours says."""
+    if not isinstance(rendering, dict):
+        return ""
+    if rendering.get("crop") == "centre":
+        return f"centre {rendering.get('crop_pct')}"[:80]
+    return f"view {rendering.get('view')}"[:80]

@@ -38,14 +38,15 @@ def _kept(found: list[dict[str, Any]]) -> str:
             facts["encoder"],
             facts["pictures"],
             f"{facts['what']} {' x '.join(map(str, facts['shape']))}",
+            facts["crop"],
             format_bytes(facts["bytes"]),
             time.strftime("%Y-%m-%d", time.gmtime(facts["last_used"])),
         )
         for facts in found
         if "damaged" not in facts
     ]
-    head = ("kept features", "encoder", "pictures", "what", "size", "last evaluation")
-    table = format_table([head, *rows], right=(4,)) if rows else ""
+    head = ("kept features", "encoder", "pictures", "what", "crop", "size", "last evaluation")
+    table = format_table([head, *rows], right=(5,)) if rows else ""
     lines = [
         f"{facts['path']}: damaged: {facts['damaged']}" for facts in found if "damaged" in facts
     ]

@@ -66,6 +66,12 @@ class FrozenEncoder:
                 each.float() for each in self.forward(pixels, blocks or (self.depth,), ids_keep)
             ]
 
+    @property
+    def told(self) -> str:
+        """Return the name, with the checkpoint of a run, and whether its weights are averaged."""
+        step = f", step {self.facts['checkpoint']}" if "checkpoint" in self.facts else ""
+        return f"{self.name}{step}{', average' if self.facts.get('ema') else ''}"
+
     def check_pool(self, pool: str) -> None:
         """Raise UsageError for a pool that there is not, or [CLS] of an encoder without one."""
         if pool not in POOLS:

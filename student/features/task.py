@@ -333,7 +333,7 @@ class _Job:
         of = self.of(self.source, self.renderings[view], what)
         if of is None:
             return kept.InMemory(shape, dtype)
-        sink = kept.OnDisk(of, shape, dtype, self.task.frozen.name, self.source.spec)
+        sink = kept.OnDisk(of, shape, dtype, self.task.frozen.told, self.source.spec)
         stack.callback(sink.discard)
         return sink
 

@@ -275,7 +275,10 @@ def test_ls_rm_and_gc_know_them(run: Path, labelled: Path, home: Path) -> None:
     listed = fx.good(fx.feat("ls", "--json", home=home)).json
     assert {row["kind"] for row in listed} == {"features"}
     assert len(listed) == 4  # pooled and tokens of training and held-out pictures
-    assert "kept features" in fx.good(fx.feat("ls", home=home)).out
+    shown = fx.good(fx.feat("ls", home=home)).out
+    assert "kept features" in shown
+    assert shown.count(f"{run}, step 4") == 4
+    assert shown.count("centre 0.875") == 4
     first, second, *rest = (Path(row["path"]) for row in listed)
     fx.good(fx.feat("rm", str(first), "--yes", home=home))
     assert not first.exists()
