@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MARKS ?= not slow and not gpu
 PYTEST_ARGS ?=
-# Processes that tests run in, each with a file of them at a time; a gigabyte of memory each.
+# Processes that tests run in, each with a file of them at a time; some take 7 GB of memory.
 WORKERS ?= 2
 EXTRAS ?= dev
 QUICKSTART_ARGS ?=

@@ -39,12 +39,13 @@ from torch import nn
 from benchmarks import describe, environment, markdown_table, save_json
 from featcache.console.entry import entry
 from featcache.errors import STOPPED, UsageError, UserError, near
-from featcache.pictures.open_source import open_source
 from pipelines import digits, tokenizer
 from pipelines.quickstart import run
 from student import checkpoint, config, recipes
 from student.evals import knn
-from student.features import frozen
+from student.features import frozen, scores
+from student.features.labelled import SetOptions, open_sets
+from student.features.task import Task
 from student.setup import cache_match
 
 UNTRAINED = 5  # seeds
@@ -166,12 +167,14 @@ def untrained(case: Case, cache: Path, seed: int) -> nn.Module:
 def make_scorer(given: DigitsData, px: int) -> Callable[[nn.Module], float]:
     """Return a function that scores an encoder: per cent of the held-out digits that k-NN names
     rightly from its features."""
-    train, test = (open_source(given.part(name)) for name in ("train", "test"))
+    sets = open_sets(SetOptions(given.part("train"), [given.part("test")]))
 
     def score(encoder: nn.Module) -> float:
-        pool = "cls" if encoder.num_prefix_tokens else "mean"
-        features = frozen.from_encoder(encoder, px, "student", pool)
-        return float(knn.evaluate(features, train, test, crop_pct=1.0)["top1"])
+        task = Task(
+            frozen.from_encoder(encoder, px, "student"), sets.train, sets.tests, sets.names,
+            pool="cls" if encoder.num_prefix_tokens else "mean", crop_pct=1.0, keep=False,
+        )  # fmt: skip
+        return float(scores.of_test(knn.evaluate(task).scored[0])["top1"])
 
     return score
 

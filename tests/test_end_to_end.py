@@ -233,8 +233,9 @@ def test_a_recipe_that_looks_at_a_token_that_was_not_read_is_noticed(tmp_path: P
     number."""
     text = (Path(recipes.__file__).parent / "maskalign.py").read_text()
     wrong = text.replace(
-        'self.align(outputs, batch["features"], ', 'self.align(outputs, spread(batch["features"]), '
+        'return outputs, batch["features"], ', 'return outputs, spread(batch["features"]), '
     )
+    assert wrong != text
     (tmp_path / "wrong.py").write_text(
         wrong + "\n\ndef spread(x):\n    return x + 0 * x.mean(2, keepdim=True)\n"
     )
