@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 
 from featcache.errors import UsageError
 from featcache.pictures.open_source import open_source
@@ -84,6 +86,22 @@ def test_evaluate_scores_colours(folders: tuple[Path, Path]) -> None:
     }  # fmt: skip
     assert told == [("train", 15, 15), ("test", 6, 6)]
     assert evaluated(train, test, k="15", temperature="0.07")["top5"] == 100.0
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (7, 0.07), (20, 0.5), (100, 0.04)])
+def test_it_is_scikit_learns(k: int, temperature: float) -> None:
+    """Neighbours by cosine on rows of length 1, in float64; a vote is exp(cosine / temperature)."""
+    task = toys.toy_task(gap=0.4)
+    ((x,), y), ((queries,), _) = (task.pooled(of, stage="") for of in (task.train, task.tests[0]))
+    x, queries = (torch.nn.functional.normalize(rows.double(), dim=1) for rows in (x, queries))
+    judge = KNeighborsClassifier(
+        k, weights=lambda distance: np.exp((1 - distance**2 / 2) / temperature), algorithm="brute"
+    ).fit(x.numpy(), y.numpy())
+    want = judge.predict_proba(queries.numpy())
+    found = knn.evaluate(task, k=str(k), temperature=str(temperature)).scored[0].scores
+    votes = torch.where(found > -torch.inf, found, 0).numpy()
+    np.testing.assert_allclose(votes / votes.sum(1, keepdims=True), want, atol=1e-6)
+    assert 0.3 < (want.argmax(1) == task.tests[0].labels).mean() < 1
 
 
 def test_a_sweep_is_judged_by_the_training_pictures_alone(folders: tuple[Path, Path]) -> None:
