@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError
+from featcache.runtime import strict_json
 from featcache.storage import json_file
 from pipelines.ablate.plan import Job, digests, plain_words
 
@@ -38,10 +39,9 @@ class Folder:
     def record(self, job: Job) -> dict[str, Any]:
         """Return what is known of a job; nothing where it never began, or its record is none."""
         try:
-            found = json.loads(self._path(job).read_text())
+            return strict_json.as_object(strict_json.read_file(self._path(job)))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """Return the record of a job that is done; None of any other."""
@@ -146,9 +146,9 @@ def check(out: Path, about: dict[str, Any]) -> None:
             f"--out {str(out)!r} holds something that this program did not write; only its own "
             "folder is used again: give another --out"
         )
-    text = marker.read_text() if _is_file(marker) else ""
     try:
-        found = json.loads(text) if text else about
+        holds = _is_file(marker) and marker.stat().st_size > 0
+        found = strict_json.read_file(marker) if holds else about
     except ValueError:
         found = None
     if found != about:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from featcache.errors import UsageError, UserError
 from student.setup import eval_options
 
 FORMATS = (".npy", ".parquet")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Holds what is written: features (n,D), and of each picture its key and label."""
+
+    features: Any
+    keys: list[str]
+    labels: list[int] | None
+    classes: list[str] | None
+    facts: dict[str, Any]
 
 
 @click.command(
@@ -33,7 +45,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     patches, after the final norm. They are those that `student eval` judges."""
     from featcache.console.params import require_images
     from featcache.pictures.open_source import open_source
-    from student.features.task import task_of_one
+    from student.features.task import unlabelled_task
 
     eval_options.check_subject("embed", given)
     _check_out(out)
@@ -41,7 +53,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     frozen = eval_options.freeze(given)
     eval_options.check_blocks(frozen, given["blocks"])
     with eval_options.stage_bars() as progress:
-        task = task_of_one(frozen, source, given, progress)
+        task = unlabelled_task(frozen, source, given, progress)
         (features,), rows = task.pooled(task.train, stage="embed")
     keys = [source.keys[row] for row in rows.tolist()]
     facts = {
@@ -56,7 +68,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     labels = None if source.labels is None else source.labels[rows.numpy()].tolist()
     writers = {".npy": _write_npy, ".parquet": _write_parquet}
     try:
-        writers[out.suffix](out, features.numpy(), keys, labels, source.classes, facts)
+        writers[out.suffix](out, _Rows(features.numpy(), keys, labels, source.classes, facts))
     except OSError as error:
         raise UserError(
             f"--out {str(out)!r} cannot be written: {error.strerror or error}; nothing is left of "
@@ -97,49 +109,36 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def _write_npy(
-    out: Path,
-    features: Any,
-    keys: list[str],
-    labels: list[int] | None,
-    classes: list[str] | None,
-    facts: dict[str, Any],
-) -> None:
+def _write_npy(out: Path, rows: _Rows) -> None:
     import numpy as np
 
     from featcache.storage import json_file
 
-    about = {**facts, "keys": keys, "labels": labels, "classes": classes}
+    features = rows.features
+    about = {**rows.facts, "keys": rows.keys, "labels": rows.labels, "classes": rows.classes}
     head = {"descr": features.dtype.str, "fortran_order": False, "shape": features.shape}
     # both are written before one has its name
-    with json_file.replaced(out.with_suffix(".json")) as beside, json_file.replaced(out) as rows:
+    with json_file.replaced(out.with_suffix(".json")) as beside, json_file.replaced(out) as data:
         beside.write_bytes((json.dumps(about) + "\n").encode())
-        with rows.open("wb") as file:
+        with data.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, head)
             file.write(np.ascontiguousarray(features).data)  # np.save hides a full disk's errno
 
 
-def _write_parquet(
-    out: Path,
-    features: Any,
-    keys: list[str],
-    labels: list[int] | None,
-    classes: list[str] | None,
-    facts: dict[str, Any],
-) -> None:
+def _write_parquet(out: Path, rows: _Rows) -> None:
     from featcache.storage import json_file
 
     pa = _pyarrow()
-    width = features.shape[1]
+    flat, width = pa.array(rows.features.reshape(-1)), rows.features.shape[1]
     columns = {
-        "key": pa.array(keys, pa.string()),
-        "features": pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), width),
+        "key": pa.array(rows.keys, pa.string()),
+        "features": pa.FixedSizeListArray.from_arrays(flat, width),
     }
-    if labels is not None:
-        columns["label"] = pa.array(labels, pa.int64())
-    if labels is not None and classes is not None:
-        columns["class"] = pa.array([classes[label] for label in labels], pa.string())
-    table = pa.table(columns).replace_schema_metadata({"student.embed": json.dumps(facts)})
+    if rows.labels is not None:
+        columns["label"] = pa.array(rows.labels, pa.int64())
+    if rows.labels is not None and rows.classes is not None:
+        columns["class"] = pa.array([rows.classes[label] for label in rows.labels], pa.string())
+    table = pa.table(columns).replace_schema_metadata({"student.embed": json.dumps(rows.facts)})
     try:
         with json_file.replaced(out) as temporary:
             pa.parquet.write_table(table, temporary)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from featcache import rng
 from student.features.task import Outcome, Task
 from student.training import probe
-from student.training.lars import lars, travel_note
+from student.training.optim import lars
 from student.training.probe import Head, Probe, ProbeOptions
 
 POOLS = False  # it pools tokens itself
@@ -91,8 +91,6 @@ def evaluate(task: Task, *, queries: int = 32, tokens: str = "patches", **option
     trained, scored = probe.run_probe(task, made)
     own = {"pool": "efficient", "queries": queries, "tokens": tokens}
     facts = probe.facts(made, trained) | own
-    if note := travel_note(trained.learning_rates, trained.blr, chosen):
-        facts["note"] = note
     return Outcome(scored, facts, trained.head.state_dict())
 
 

@@ -35,7 +35,7 @@ from typing import Any
 
 from student.features.task import Outcome, Task
 from student.training import probe
-from student.training.lars import lars, travel_note
+from student.training.optim import lars
 from student.training.probe import Head, Probe, ProbeOptions
 
 OPTIONS = probe.OPTIONS
@@ -57,6 +57,4 @@ def evaluate(task: Task, **options: Any) -> Outcome:
     made = Probe(chosen, lambda width, classes: Head(width, classes, task.seed), lars, tokens=False)
     trained, scored = probe.run_probe(task, made)
     facts = probe.facts(made, trained)
-    if note := travel_note(trained.learning_rates, trained.blr, chosen):
-        facts["note"] = note
     return Outcome(scored, facts, trained.head.state_dict())

@@ -37,7 +37,7 @@ from featcache.models.weights import weight_hash
 from student.features import run_teacher
 from student.features.task import Outcome, Task, Visible
 from student.training import probe
-from student.training.lars import lars, travel_note
+from student.training.optim import lars
 from student.training.probe import Head, Probe, ProbeOptions
 
 OPTIONS: dict[str, tuple[Any, str]] = {
@@ -68,8 +68,6 @@ def evaluate(
     facts = probe.facts(made, trained)
     facts |= {"teacher": teacher.name, "weight_hash": weight_hash(teacher)}
     facts |= {"patches": patches, "kept": visible.count}
-    if note := travel_note(trained.learning_rates, trained.blr, chosen):
-        facts["note"] = note
     return Outcome(scored, facts, trained.head.state_dict())
 
 
@@ -131,16 +129,13 @@ def _check(task: Task, share: float) -> int:
         raise UsageError(
             f"--blocks {task.blocks}: student eval semantic reads the last block; leave it out"
         )
-    task.frozen.to(task.device)
-    side = task.frozen.img_size
-    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=task.device)
-    patches = task.frozen.tokens(blank)[0].shape[1] - task.frozen.prefix
+    patches = task.token_shape()[0] - task.frozen.prefix
     if not 0 < share <= 1 or int(patches * share) < 1:
         raise UsageError(
             f"cannot keep {share:g} of {patches} patches: --keep-share is at most 1 and leaves one "
             "patch at least; give 0.7"
         )
-    return int(patches)
+    return patches
 
 
 def _check_grid(teacher: Teacher, patches: int) -> None:

@@ -93,11 +93,11 @@ def summarise(
     }
     if mapping is None and scores.shape[1] >= 5:
         result["top5"] = percent(hits(scores, labels, 5))
+    pictures = torch.bincount(labels, minlength=len(names)).tolist()
+    right = torch.bincount(labels[hit], minlength=len(names)).tolist()
     result["per_class"] = {
-        names[label]: {
-            "top1": percent(hit[labels == label]),
-            "pictures": int((labels == label).sum()),
-        }
-        for label in labels.unique().tolist()
+        name: {"top1": float(np.round(100.0 * good / count, 4)), "pictures": count}
+        for name, good, count in zip(names, right, pictures, strict=True)
+        if count
     }
     return result | {"n_test": len(labels)}

@@ -280,9 +280,10 @@ class _Job:
         """Embed the pictures, and keep their features unless that was not asked for."""
         with contextlib.ExitStack() as stack:
             sinks: dict[tuple[int, str], kept.Sink] = {}
+            with_tokens = self._keeps_tokens()
             for rows, found in self._batches():
                 for view, tokens in enumerate(found):
-                    for what, values in self._values(tokens).items():
+                    for what, values in self._values(tokens, with_tokens).items():
                         if (view, what) not in sinks:
                             sinks[view, what] = self._sink(view, what, values, stack)
                         sinks[view, what].add(rows, values)
@@ -303,11 +304,20 @@ class _Job:
             keep_px=self.visible.size if self.visible else 0,
         )  # fmt: skip
 
-    def _values(self, tokens: list[Tensor]) -> dict[str, npt.NDArray[Any]]:
+    def _keeps_tokens(self) -> bool:
+        """Tell whether tokens are written: they are asked for, or small and not kept yet."""
+        if self.what == "tokens":
+            return True
+        every = [self.of(self.source, each, "tokens") for each in self.renderings]
+        if self.visible is not None or all(each is None or kept.is_there(each) for each in every):
+            return False
+        tokens, width = self.task.token_shape()
+        return 2 * tokens * width * len(self.source) * len(every) <= SMALL_BYTES
+
+    def _values(self, tokens: list[Tensor], with_tokens: bool) -> dict[str, npt.NDArray[Any]]:
         """Return what is kept of a batch: `pooled` (b,L,K,D) float32, `tokens` (b,T,D) float16."""
         prefix = self.task.frozen.prefix
         values = {}
-        last = tokens[-1]
         if self.what == "pooled":
             pools = [
                 torch.stack([*([each[:, 0]] if prefix else []), each[:, prefix:].mean(1)], 1)
@@ -319,11 +329,8 @@ class _Job:
                     f"features of {self.task.frozen.name} are not finite; look at the run's "
                     "losses, or evaluate another checkpoint"
                 )
-        size = 2 * last[0].numel() * len(self.source) * len(self.renderings)
-        kept_too = self.of(self.source, self.renderings[0], "tokens") is not None
-        small = kept_too and self.visible is None and size <= SMALL_BYTES
-        if self.what == "tokens" or small:
-            values["tokens"] = _halves(last, self.task.frozen.name)
+        if with_tokens:
+            values["tokens"] = _halves(tokens[-1], self.task.frozen.name)
         return values
 
     def _sink(
@@ -359,7 +366,7 @@ def _part(
     return (whole if same else whole[rows]), own
 
 
-def task_of_one(
+def unlabelled_task(
     frozen: FrozenEncoder, source: Source, given: Mapping[str, Any], progress: EmbedProgress
 ) -> Task:
     """Return a task whose pictures need no labels: the number of each picture stands for one."""

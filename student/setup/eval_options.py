@@ -140,7 +140,7 @@ def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
     def show(stage: str, done: int, total: int) -> None:
         if stage not in bars:
             close()
-            unit = "epochs" if stage == "epochs" else "fits" if stage == "fits" else "pictures"
+            unit = stage if stage in ("epochs", "fits", "classes") else "pictures"
             bars[stage] = ProgressBar(stage, unit, _pace(time.monotonic()))
         bars[stage](done, total)
 

@@ -1,4 +1,5 @@
-"""AdamW decays one of two groups of parameters; MAE's learning rate is a function of the step.
+"""AdamW decays one of two groups of parameters, LARS trains the heads of probes, and MAE's learning
+rate is a function of the step.
 
 The schedule is a plain function rather than a scheduler object: resuming is arithmetic, and no
 wrapper can step it twice.
@@ -10,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import Lars, param_groups_weight_decay
 from torch import nn
 
 from student.config import RecipeConfig
@@ -52,6 +53,22 @@ def adamw(model: nn.Module, config: RecipeConfig, lr: float) -> torch.optim.Adam
     groups = param_groups(model, config.weight_decay, config.decay_tokens)
     fused = all(parameter.device.type in FUSED for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=fused)
+
+
+def lars(head: nn.Module) -> Lars:
+    """Build LARS for a head, as MAE's released code has it (facebookresearch/mae util/lars.py),
+    without weight decay: m <- 0.9 m + q g, w <- w - lr m, q = 0.001 |w| / |g| for a matrix and 1
+    for a bias.
+
+    timm scales a group only if it has weight decay or `always_adapt`; eps 0 because MAE's ratio has
+    none (a zero norm gives q = 1 in both).
+    """
+    parameters = list(head.parameters())
+    groups = [
+        {"params": [each for each in parameters if each.ndim > 1], "always_adapt": True},
+        {"params": [each for each in parameters if each.ndim < 2], "always_adapt": False},
+    ]
+    return Lars(groups, lr=0.0, momentum=0.9, weight_decay=0.0, trust_coeff=0.001, eps=0.0)
 
 
 def peak_lr(config: RecipeConfig, global_batch: int) -> float:

@@ -26,11 +26,13 @@ from featcache import rng
 from featcache.errors import UsageError, UserError, near
 from student.features.scores import hits, percent
 from student.features.task import LabelledSet, Scored, Task, Visible
-from student.training.optim import warmup_cosine
+from student.training.optim import lars, warmup_cosine
 
 MOST_EPOCHS, MOST_VIEWS, MOST_STEPS = 10_000, 1000, 10**7  # more is a mistake
 HELD_BACK = 0.1  # of the training pictures, to choose a learning rate by
 ROWS = 4096  # scored at once
+# lengths of the weight; below it 1,437 digits lose points, ImageNet's protocol has 60 to 250
+TRAVEL_LEAST = 3.0
 
 OPTIONS: dict[str, tuple[Any, str]] = {
     "epochs": (90, "epochs of the head"),
@@ -235,9 +237,10 @@ def run_probe(task: Task, probe: Probe) -> tuple[Trained, list[Scored]]:
 
 
 def facts(probe: Probe, trained: Trained) -> dict[str, Any]:
-    """Return what a result says of a probe's settings."""
+    """Return what a result says of a probe's settings, and a note where its head could not move."""
     options = probe.options
     batch = min(options.batch_size, trained.pictures)
+    note = _travel_note(options, trained) if probe.optimizer is lars else ""
     return {
         "epochs": options.epochs,
         "blr": trained.blr,
@@ -247,7 +250,22 @@ def facts(probe: Probe, trained: Trained) -> dict[str, Any]:
         "train_views": options.train_views,
         "train_loss": trained.loss,
         **({"grid": trained.grid} if trained.grid else {}),
+        **({"note": note} if note else {}),
     }
+
+
+def _travel_note(options: ProbeOptions, trained: Trained) -> str:
+    """Return advice where LARS cannot move a head far enough, else nothing. A step moves a matrix
+    by 0.001 lr of its own length, whatever the loss, ten times over by the momentum of 0.9."""
+    moved = 0.01 * sum(trained.learning_rates)
+    if moved >= TRAVEL_LEAST:
+        return ""
+    wanted = float(f"{2 * TRAVEL_LEAST * trained.blr / moved:.2g}")
+    return (
+        f"the head could move only {moved:.2g} of its own length: --blr {trained.blr:g} over "
+        f"{options.epochs} epochs is too small for {options.pictures} pictures; try --blr "
+        f"{wanted:g} with --batch-size 256 or less, or more --epochs"
+    )
 
 
 def _train(task: Task, probe: Probe) -> Trained:
@@ -368,9 +386,6 @@ def _taker(rows: Any, task: Task, probe: Probe) -> Take:
         return lambda index: rows[index]
     first = task.frozen.prefix if probe.patches_only else 0
     return lambda index: torch.from_numpy(rows[index][:, first:].astype(np.float32))
-
-
-# ------------------------------------------------------------ its scores
 
 
 @torch.no_grad()

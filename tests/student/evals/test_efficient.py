@@ -16,7 +16,7 @@ from student.evals import efficient
 from student.evals.efficient import EfficientPool
 from student.features import scores
 from student.features.task import Outcome
-from student.training.lars import lars
+from student.training.optim import lars
 from tests.student import toy_task as toys
 
 F64 = np.ndarray

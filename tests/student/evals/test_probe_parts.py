@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from featcache import rng
 from featcache.errors import UsageError
 from student.evals import linear
-from student.training.lars import lars
+from student.training.optim import lars
 from student.training.probe import Head, check_parts, parse_tokens
 from tests.student import toy_task as toys
 

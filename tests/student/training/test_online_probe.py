@@ -383,7 +383,7 @@ class Clock:
         return self.now
 
 
-class Stub(OnlineProbe):
+class Timed(OnlineProbe):
     """A probe whose pictures cost nothing and whose probes take a second by a clock of ours."""
 
     cost = 1.0
@@ -393,7 +393,9 @@ class Stub(OnlineProbe):
         return {"probe_knn": 50.0}
 
 
-def stub(tmp_path: Path, every: int | None, total: int, per_epoch: int) -> tuple[Stub, Clock]:
+def timed_probe(
+    tmp_path: Path, every: int | None, total: int, per_epoch: int
+) -> tuple[Timed, Clock]:
     from featcache.pictures.open_source import open_source
 
     source = open_source(labelled())
@@ -404,12 +406,12 @@ def stub(tmp_path: Path, every: int | None, total: int, per_epoch: int) -> tuple
         module=SimpleNamespace(encoder=encoder), acc=SimpleNamespace(device=torch.device("cpu"))
     )
     clock = Clock()
-    return Stub(plan, state, total, per_epoch, clock), clock
+    return Timed(plan, state, total, per_epoch, clock), clock
 
 
 def probed_steps(tmp_path: Path, every: int | None, step_s: float, total: int) -> list[int]:
     """The steps of `total`, ten an epoch, that a probe follows."""
-    own, clock = stub(tmp_path, every, total, 10)
+    own, clock = timed_probe(tmp_path, every, total, 10)
     found = []
     for step in range(1, total + 1):
         clock.now += step_s
@@ -433,7 +435,7 @@ def test_the_last_step_keeps_to_the_budget_too(tmp_path: Path) -> None:
 
 def test_a_probe_that_has_become_slow_waits_longer(tmp_path: Path) -> None:
     """The last cost counts: 10 s now, 1 + 1 + 10 spent, the next would make 22: 733 s."""
-    own, clock = stub(tmp_path, None, 10**6, 10)
+    own, clock = timed_probe(tmp_path, None, 10**6, 10)
     clock.now += 100
     own.cost = 10.0
     assert own.after(10)["probe_s"] == 10.0
