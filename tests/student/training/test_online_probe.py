@@ -90,7 +90,7 @@ SEEDED = "\nnp.random.seed(1)\nrandom.seed(1)\ntorch.manual_seed(1)\n"
 @functools.cache
 def labelled() -> Path:
     """40 pictures of four classes, 5 + 5 of each."""
-    return fx.save_pictures(fx.root() / "labelled", 40, seed=3, classes=4)
+    return fx.save_pictures(fx.root() / "probed", 40, seed=3, classes=4)
 
 
 def probe(every: int | None = 1) -> tuple[Any, ...]:
