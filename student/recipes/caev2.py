@@ -16,9 +16,9 @@ Code:     Atten4Vis/CAE with --model_type caev2
 Reference global batch: 2,048; lr 1.5e-3 as it is, at any batch size (lr=null with blr=1.875e-4
 scales it).
 
-Tables by settings: 2 is align=both, align=masked, or align=visible regressor_depth=0; 3 is
-loss=cosine, smooth_l1 or mse; 4 is regressor_depth; 5 is mask=blockwise or uniform; Figure 3 is
-mask_ratio.
+Tables by settings: 1 is recipe cae, cae with target=z, align=masked, and the defaults; 2 is
+align=both, align=masked, or align=visible regressor_depth=0; 3 is loss=cosine, smooth_l1 or mse; 4
+is regressor_depth; 5 is mask=blockwise or uniform; Figure 3 is mask_ratio.
 
 What differs from the released code:
 - the regressor's final norm, which it has and never uses, is not built; neither is a regressor with

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,8 +105,8 @@ def tiny_model(name: str, *more: str) -> tuple[nn.Module, Any]:
     return model, settings
 
 
-def first_losses(name: str, steps: int = 3) -> list[float]:
-    model, settings = tiny_model(name)
+def first_losses(name: str, steps: int = 3, more: Sequence[str] = ()) -> list[float]:
+    model, settings = tiny_model(name, *more)
     optimizer = optim.adamw(model, settings, lr=1e-2)
     found = []
     for _ in range(steps):
@@ -178,12 +178,15 @@ def gmac(name: str, *more: str) -> float:
 
 
 def reference_losses(
-    name: str, reference: Callable[[dict[str, Tensor]], Tensor], steps: int = 3
+    name: str,
+    reference: Callable[[dict[str, Tensor]], Tensor],
+    steps: int = 3,
+    more: Sequence[str] = (),
 ) -> list[float]:
     """Return what `first_losses` must give: a second implementation's loss of the state dict,
     and AdamW written out (learning rate 1e-2, eps 1e-8, decay 0.05 of every matrix that is no
     token)."""
-    model, settings = tiny_model(name)
+    model, settings = tiny_model(name, *more)
     names, (b1, b2) = list(trained(model)), settings.betas
     w = {key: x.clone() for key, x in model.state_dict().items()}
     m, v = ({key: torch.zeros_like(w[key]) for key in names} for _ in range(2))
@@ -345,7 +348,8 @@ GOLDEN = {
         mask="blockwise", mask_ratio=0.5, lr=1.5e-3, betas=[0.9, 0.999], clip_grad=3.0, epochs=800,
         warmup_epochs=20, family="cae", layer_scale=0.1, xavier=True, regressor_width=768,
         regressor_depth=4, regressor_heads=12, decoder_depth=4, token_field="dvae/token_ids",
-        vocabulary=8192, align_weight=2.0, align_drop_path=True,
+        vocabulary=8192, align_weight=2.0, align_drop_path=True, target="tokens", teacher_out=512,
+        norm_pix=True,
     ),
     "fd": golden(
         drop_path=0.2, mask="uniform", mask_ratio=0.0, min_lr=2e-5, betas=[0.9, 0.999],
