@@ -76,13 +76,14 @@ class AlignmentHead(nn.Module):
         mixes = self.options.alignment != "layer_wise"
         if not mixes:
             _check_equal_depths("alignment=layer_wise", student_depth, teacher_depth)
-            _check_last_block(max(weights), student_depth)
         start = (
             _initial_mix(self.options.mix_start, student_depth, teacher_depth, tuple(weights))
             if mixes
             else None
         )
         self.mix = None if start is None else nn.Parameter(start)
+        # student blocks that the loss looks at, from the first on: W looks at all
+        self.blocks_read = student_depth if mixes else max(weights)
         blocks_adapted = self.options.alignment == "adapt_then_mix"
         numbers = range(1, student_depth + 1) if blocks_adapted else weights
         self.adaptors = nn.ModuleDict(
@@ -200,15 +201,6 @@ def _check_equal_depths(what: str, student_depth: int, teacher_depth: int) -> No
             f"{what} pairs student block t with teacher level t: the student has {student_depth} "
             f"blocks, the teacher {teacher_depth}; allowed: equal depths; give another encoder or "
             "teacher, or leave it out"
-        )
-
-
-def _check_last_block(level: int, student_depth: int) -> None:
-    if level < student_depth:
-        raise UsageError(
-            f"alignment=layer_wise aligns block {level} last, and the blocks after it, of "
-            f"{student_depth}, would learn nothing; allowed: levels up to {student_depth}, itself "
-            "among them; change align_levels, or the alignment"
         )
 
 

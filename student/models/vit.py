@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import timm
@@ -216,14 +217,16 @@ def embed_visible(encoder: VisionTransformer | Beit, images: Tensor, ids_keep: T
     return x + gather_positions(encoder.pos_embed, prepend_cls_id(ids_keep))
 
 
-def encode(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> list[Tensor]:
-    """Encode the visible patches: images (B,3,H,W), ids_keep (B,V) -> the output of every block,
-    (B,1+V,D) each, CLS first.
+def encode(
+    vit: VisionTransformer, images: Tensor, ids_keep: Tensor, depth: int | None = None
+) -> list[Tensor]:
+    """Encode the visible patches: images (B,3,H,W), ids_keep (B,V) -> the output of every block, or
+    of the first `depth`, (B,1+V,D) each, CLS first.
 
     This is the residual stream: `vit.norm` is not applied.
     """
     x, outputs = embed_visible(vit, images, ids_keep), []
-    for block in vit.blocks:
+    for block in islice(vit.blocks, depth):
         x = block(x)
         outputs.append(x)
     return outputs

@@ -31,8 +31,8 @@ released. Eq. 3 lacks the factor 2 that the released loss has. target_norm=bn ha
 variance for a whole level, as the code.
 
 The released flags: fusion linear, sum and simple are mix_start=identity, mix_start=even and
-alignment=layer_wise; whiten is target_norm=ln; out is level_weights=last; midN is
-level_weights=last align_levels=N+1.
+alignment=layer_wise; whiten is target_norm=ln; out is level_weights=last; midN, which counts from
+0, is level_weights=last align_levels=N+1.
 
 What differs from the released code:
 - target_norm=bn has the mean and variance of the whole batch, of all processes and micro-batches
@@ -47,7 +47,10 @@ What differs from the released code:
   number of views.
 
 The student is aligned before its final norm, so that norm would never get a gradient: it is frozen
-at weight 1, bias 0. The published linear probe reads CLS through it.
+at weight 1, bias 0. The published linear probe reads CLS through it. Likewise the blocks after the
+highest level of alignment=layer_wise are frozen at their start values, and not run: no gradient
+reaches them in the released code, whose optimiser then passes them over. They are taken home as
+they are; student eval --blocks reads the last one that was trained.
 
 Shapes: B batch, V visible, P patches, L levels.
 """
@@ -164,6 +167,8 @@ class Model(nn.Module):
             weights,
             config.alignment_options,
         )
+        for block in self.encoder.blocks[self.align.blocks_read :]:
+            block.requires_grad_(False)
 
     def no_weight_decay(self) -> set[str]:
         """Return W, which starts near the identity and is not pulled to zero; tokens are the
@@ -187,6 +192,7 @@ class Model(nn.Module):
 
     def _aligned(self, batch: dict[str, Tensor]) -> tuple[Any, ...]:
         """Return the arguments of the alignment head."""
-        outputs = vit.encode(self.encoder, batch["images"], batch["ids_keep"])
+        images, depth = batch["images"], self.align.blocks_read
+        outputs = vit.encode(self.encoder, images, batch["ids_keep"], depth)
         stats, moments = batch.get("feature_stats"), batch.get("moments")
         return outputs, batch["features"], batch["ids_keep"], stats, moments

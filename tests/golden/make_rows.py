@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tests.student.recipes import test_cae
+from tests.student.recipes import test_cae, test_maskalign
 from tests.student.recipes.test_recipes import reference_losses, tiny_batch
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
@@ -37,6 +37,11 @@ ROWS: dict[str, tuple[str, tuple[str, ...], Loss]] = {
     f"cae target={target}": ("cae", (f"target={target}", "teacher_out=10"), cae_loss(target))
     for target in ("z", "pixels")
 }
+ROWS["maskalign mid1"] = (
+    "maskalign",
+    test_maskalign.MID1,
+    lambda w: test_maskalign.middle_loss(w, tiny_batch(1)),
+)
 
 
 if __name__ == "__main__":

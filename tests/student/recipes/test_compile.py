@@ -39,6 +39,7 @@ FIRST: list[tuple[str, ...]] = [
 ]
 OTHERS: list[tuple[str, ...]] = [
     ("maskalign", "alignment=layer_wise"),
+    ("maskalign", "alignment=layer_wise", "level_weights=last", "align_levels=2"),
     ("maskalign", "mix_start=even"),
     *(("maskalign", f"adaptor={kind}") for kind in ("norm_linear", "mlp", "mlp2")),
     *(("maskalign", f"target_norm={kind}") for kind in ("l2", "bn", "none")),
@@ -54,6 +55,8 @@ OTHERS: list[tuple[str, ...]] = [
     ("caev2", "reduction=paper"),
     ("caev2", "head=linear_norm", "regressor_width=24"),
     ("cae", "align_weight=0"),
+    ("cae", "target=z", "teacher_out=10"),
+    ("cae", "target=pixels"),
     ("cae", "align_drop_path=false"),
     ("cae", "decoder_depth=0", "regressor_width=24"),
     ("mrmae", "mimic_weight=0"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from featcache.errors import UsageError
 from student import config, recipes
+from student.models import alignment as align
 from student.recipes import maskalign
+from tests import student_fixtures as fx
 from tests.student.models.test_vit import Weights, reference_encode
 from tests.student.recipes.test_recipes import (
     check_against,
@@ -21,6 +25,8 @@ from tests.student.recipes.test_recipes import (
     tiny_model,
     trained,
 )
+
+ROWS = json.loads((Path(__file__).parents[2] / "golden/rows.json").read_text())
 
 
 def reference_loss(w: Weights, batch: dict[str, Tensor], levels: dict[int, float]) -> Tensor:
@@ -307,15 +313,81 @@ def test_what_pairs_blocks_wants_equal_depths(setting: str) -> None:
         maskalign.Model(given)
 
 
-def test_layer_wise_wants_the_last_block() -> None:
-    """The blocks after the highest aligned level would have no gradient."""
-    given = ["alignment=layer_wise", "align_levels=8,11", "level_weights=mean", "encoder=tiny"]
-    with pytest.raises(
-        UsageError,
-        match="aligns block 11 last, and the blocks after it, of 12, would learn nothing",
-    ):
-        maskalign.Model(config.from_overrides(maskalign.Config, given))
-    maskalign.Model(config.from_overrides(maskalign.Config, [*given, "alignment=mix_then_adapt"]))
+# --- layer_wise up to a middle level: the released midN -------------------------------------------
+
+MID1 = ("alignment=layer_wise", "level_weights=last", "align_levels=2")
+
+
+def middle_loss(w: Weights, batch: dict[str, Tensor]) -> Tensor:
+    """Compute block 2 of 3 through its adaptor against the only level."""
+    w = {name.replace("align.adaptors.2", "adaptor"): x for name, x in w.items()}
+    encoder = {
+        name.removeprefix("encoder."): x for name, x in w.items() if name.startswith("encoder.")
+    }
+    x = reference_encode(encoder, batch["images"], batch["ids_keep"], heads=2, depth=3)[1]
+    q = x @ w["adaptor.weight"].T + w["adaptor.bias"]
+    rows = zip(batch["features"][:, 0], batch["ids_keep"].tolist(), strict=True)
+    h = torch.stack([torch.stack([p[0], *(p[1 + i] for i in ids)]) for p, ids in rows])
+    e = (q - h).abs()
+    return torch.where(e <= 1, e**2, 2 * e - 1).mean()
+
+
+def test_a_middle_level_equals_the_second_implementation() -> None:
+    """And the golden first losses of tests/golden/make_rows.py."""
+    model, settings = tiny_model("maskalign", *MID1)
+    assert maskalign.needs(settings).levels == (2,)
+    batch = tiny_batch(1)
+    check_against(model, model(batch)["loss"], lambda w: middle_loss(w, batch))
+    found = first_losses("maskalign", more=MID1, levels=1)
+    assert found == pytest.approx(ROWS["maskalign mid1"], rel=1e-8)
+
+
+def test_blocks_after_the_middle_level_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are frozen and never run, whatever their weights; with W every block is trained."""
+    model, _ = tiny_model("maskalign", *MID1)
+    frozen = {name for name, x in model.named_parameters() if not x.requires_grad}
+    after = {name for name, _ in model.named_parameters() if name.startswith("encoder.blocks.2.")}
+    assert frozen == {"encoder.pos_embed", "encoder.norm.weight", "encoder.norm.bias", *after}
+    assert len(after) == 12
+    with torch.no_grad():
+        model.get_parameter("encoder.blocks.2.mlp.fc1.weight").fill_(float("nan"))
+    assert torch.isfinite(model(tiny_batch(1))["loss"])
+    mixed, _ = tiny_model("maskalign", *MID1[1:])
+    assert all(x.requires_grad for x in mixed.encoder.blocks.parameters())
+
+
+def test_a_middle_level_by_hand() -> None:
+    """mid1 of three blocks of width 1: block 2 has 2 at CLS and 5 at the one visible patch, its
+    adaptor is 3 x + 1: 7 and 16. The level has 6.5 and 19: errors of 1/2 and -3 are 1/4 and 5 in
+    twice smooth-L1, 2.625 their mean. Blocks 1 and 3 do not count."""
+    blocks = [torch.tensor(x).view(1, 2, 1) for x in ([100.0, 100.0], [2.0, 5.0])]
+    head = align.AlignmentHead(3, 1, 3, 1, {2: 1.0}, align.AlignmentOptions("layer_wise"))
+    with torch.no_grad():
+        for parameter, value in zip(head.parameters(), (3.0, 1.0), strict=True):
+            parameter.fill_(value)
+    features = torch.tensor([6.5, 19.0]).view(1, 1, 2, 1)
+    loss, parts = head(blocks, features, torch.tensor([[0]]))
+    assert (loss.item(), list(parts)) == (2.625, ["level_2"])
+
+
+def test_size_with_a_middle_level() -> None:
+    """mid5: one adaptor; blocks 7 to 12 are frozen, 7,087,872 each."""
+    total = 85_798_656 + 590_592
+    given = ("alignment=layer_wise", "level_weights=last", "align_levels=6")
+    trained = total - 151_296 - 1_536 - 6 * 7_087_872
+    assert parameters("maskalign", *given) == (total, trained)
+
+
+def test_a_middle_level_trains_from_a_cache(tmp_path: Path) -> None:
+    """Blocks 3 and 4 of 4 end as they started, block 2 does not."""
+    options = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--batch-size", "8")
+    sets = (*MID1, "weight_decay=0.5")
+    for steps in ("0", "4"):
+        fx.good(fx.train("maskalign", tmp_path / steps, *options, "--steps", steps, sets=sets))
+    before, after = (fx.weights(tmp_path / steps) for steps in ("0", "4"))
+    moved = {name.split(".")[2] for name in after if not torch.equal(before[name], after[name])
+             and name.startswith("encoder.blocks.")}  # fmt: skip
+    assert moved == {"0", "1"}
 
 
 def test_an_even_start_of_equal_depths() -> None:

@@ -105,12 +105,14 @@ def tiny_model(name: str, *more: str) -> tuple[nn.Module, Any]:
     return model, settings
 
 
-def first_losses(name: str, steps: int = 3, more: Sequence[str] = ()) -> list[float]:
+def first_losses(
+    name: str, steps: int = 3, more: Sequence[str] = (), levels: int = 2
+) -> list[float]:
     model, settings = tiny_model(name, *more)
     optimizer = optim.adamw(model, settings, lr=1e-2)
     found = []
     for _ in range(steps):
-        loss = model(tiny_batch())["loss"]
+        loss = model(tiny_batch(levels))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
