@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tests.student.recipes import test_cae, test_maskalign
-from tests.student.recipes.test_recipes import reference_losses, tiny_batch
+from tests.student.recipes import test_cae, test_maskalign, test_mrmae
+from tests.student.recipes.test_recipes import reference_losses, tiny_batch, tiny_model
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
@@ -33,6 +33,7 @@ def cae_loss(target: str) -> Loss:
     return loss
 
 
+NARROW = tiny_model("mrmae", *test_mrmae.NARROW_HUGE)[1]
 ROWS: dict[str, tuple[str, tuple[str, ...], Loss]] = {
     f"cae target={target}": ("cae", (f"target={target}", "teacher_out=10"), cae_loss(target))
     for target in ("z", "pixels")
@@ -41,6 +42,11 @@ ROWS["maskalign mid1"] = (
     "maskalign",
     test_maskalign.MID1,
     lambda w: test_maskalign.middle_loss(w, tiny_batch(1)),
+)
+ROWS["mrmae narrow huge"] = (
+    "mrmae",
+    tuple(test_mrmae.NARROW_HUGE),
+    lambda w: test_mrmae.reference_loss(w, tiny_batch(), NARROW, (3,)),
 )
 
 

@@ -3,6 +3,8 @@ refusals are checked."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,11 @@ CONV = [
     "family=conv_vit",
     "encoder=tiny,stage1=4,stage2=6,embed_dim=16,depth=3,num_heads=2,stage_mlp=2",
 ]
+NARROW_HUGE = [
+    "family=conv_vit",
+    "encoder=huge,stage1=4,stage2=6,embed_dim=16,depth=3,num_heads=2",
+]
+ROWS = json.loads((Path(__file__).parents[2] / "golden/rows.json").read_text())
 
 
 # --- a second implementation ----------------------------------------------------------------------
@@ -231,6 +238,12 @@ def test_first_losses() -> None:
     assert first_losses("mrmae") == pytest.approx(expected, rel=1e-8)
 
 
+def test_first_losses_of_a_narrow_huge() -> None:
+    """Huge with its stages' MLP ratio of 8, all else small; by tests/golden/make_rows.py."""
+    found = first_losses("mrmae", more=NARROW_HUGE)
+    assert found == pytest.approx(ROWS["mrmae narrow huge"], rel=1e-8)
+
+
 def test_hidden_pixels_are_targets_only() -> None:
     """With the convolutions before it too: what the mimic loss sees does not change with a hidden
     pixel, to the bit."""
@@ -319,6 +332,9 @@ def test_sizes() -> None:
            decoder_norm                                                           1,024
            decoder_pred        512 * 768 + 768                                  393,984
                                                                      total  115,632,000
+    conv_vit, huge: 679,457,792 + 16 * 768 * 1280 + 1280 + 4 * 1024 * 1280 + 1280 (stages)
+           + 1280 * 768 + 768 (head) + 1280 * 512 + 512 (decoder_embed)
+           + 512 + 100,352 + 25,219,072 + 1,024 + 393,984 = 727,786,496
     with CLS: 768 for the token, and a row of 512 fixed positions
     """
     fixed = 151_296 + 100_864
@@ -327,6 +343,8 @@ def test_sizes() -> None:
     assert parameters("mrmae", "encoder=small")[0] == 47_873_920
     assert parameters("mrmae", "encoder=large")[0] == 330_329_088
     assert parameters("mrmae", "family=conv_vit") == (115_632_000, 115_632_000 - 150_528 - 100_352)
+    huge = parameters("mrmae", "family=conv_vit", "encoder=huge")
+    assert huge == (727_786_496, 727_786_496 - 250_880 - 100_352)
     assert parameters("mrmae", "family=conv_vit", "conv_cls=true")[0] == 115_632_000 + 768 + 512
     assert parameters("mrmae", "joint=dino-b16")[0] == 112_498_432 + 590_592
     assert parameters("mrmae", "pixel_weight=0")[0] == 85_798_656 + 590_592
