@@ -105,7 +105,7 @@ def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
     A sample's numbers come from its seed alone. Boxes and seeds on the host save time: only what is
     erased is drawn. On the device they are not waited for, and numbers are drawn for all pictures.
     """
-    if boxes.device.type != "cpu":
+    if boxes.device != torch.device("cpu"):
         return _fill(images, boxes, seeds)
     rows = boxes[:, 2:].all(1).nonzero()[:, 0]
     if not len(rows):
