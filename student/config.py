@@ -73,6 +73,7 @@ class RecipeConfig:
     mask: Mask = "uniform"  # a name in student.masking.MASKS
     # hidden part of the patches; int(patches * (1 - mask_ratio)) stay visible
     mask_ratio: Fraction = 0.75
+    mask_count: str = "visible"  # or hidden: int(patches * mask_ratio) are hidden
 
     # optimiser
     blr: Above0 = 1.5e-4  # base learning rate: lr = blr * global batch / 256
@@ -85,9 +86,13 @@ class RecipeConfig:
     clip_grad: Above0 | None = None  # largest gradient norm; null: no clipping
     epochs: Positive = 200
     warmup_epochs: NotNegative = 20  # may exceed epochs: then the learning rate only rises
+    # the warm-up's last step has the peak, which the cosine's first repeats, as in BEiT's and CAE's
+    # released code
+    repeat_peak: bool = False
 
     def __post_init__(self) -> None:
         """Raise UsageError where fields do not go together."""
+        check_choice("mask_count", self.mask_count, masking.COUNTS)
         if self.img_size % self.patch_size:
             raise UsageError(
                 f"cannot cut the picture into patches: img_size={self.img_size}, "
@@ -108,7 +113,7 @@ class RecipeConfig:
     @property
     def visible(self) -> int:
         """Return V, the number of patches the student sees."""
-        return masking.kept_count(self.patches, self.mask_ratio)
+        return masking.kept_count(self.patches, self.mask_ratio, self.mask_count)
 
 
 Config = TypeVar("Config", bound=RecipeConfig)

@@ -38,12 +38,21 @@ ASPECT = 0.3  # its smallest height over width; the largest is 1 / 0.3
 ROUNDS = 1000  # of P words, four a try: 49,000 tries on 196 patches, where 30 are the rule
 
 
-def kept_count(n_patches: int, mask_ratio: float) -> int:
-    """Return how many patches stay visible: truncated, as the released code does.
+COUNTS = ("visible", "hidden")
+
+
+def kept_count(n_patches: int, mask_ratio: float, counted: str = "visible") -> int:
+    """Return how many patches stay visible: truncated, as the released code does. Or what is left
+    where the `hidden` ones are truncated, as CAE's and CAE v2's random masks do
+    (Atten4Vis/CAE furnace/masking_generator.py at 1016f85).
 
     >>> kept_count(196, 0.7), kept_count(196, 0.75)
     (58, 49)
+    >>> kept_count(196, 0.7, "hidden"), kept_count(196, 0.75, "hidden")
+    (59, 49)
     """
+    if counted == "hidden":
+        return n_patches - int(mask_ratio * n_patches)
     return int(n_patches * (1 - mask_ratio))
 
 

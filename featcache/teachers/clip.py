@@ -9,9 +9,10 @@ the `clip-` names stand for OpenAI's weights and run QuickGELU then, with a note
 refused.
 
 Options: `img_size` in pixels or `grid` in patches a side; `pos`, how positions come onto another
-grid (`models.position_embedding`); `quick_gelu`. `clip-l14` sees 196 pixels on the 14 x 14 grid of
-a /16 student by default; `img_size=224` is its own size, and `img_size=336` is the other network
-that OpenAI trained for it.
+grid (`models.position_embedding`); `quick_gelu`; `pixels=imagenet`, which normalises pixels by
+ImageNet's statistics in place of the tower's own, as MILAN's released code did. `clip-l14` sees 196
+pixels on the 14 x 14 grid of a /16 student by default; `img_size=224` is its own size, and
+`img_size=336` is the other network that OpenAI trained for it.
 
 The tower itself is read by `models.open_clip_wrapper`.
 """
@@ -68,7 +69,8 @@ _REGISTERED = {
     "clip-l14": ("ViT-L-14", 196),
 }
 _TAG = "openai"
-_OPTIONS = ("img_size", "grid", "pos", "quick_gelu")
+_OPTIONS = ("img_size", "grid", "pos", "quick_gelu", "pixels")
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Modul
         visual = _load_file(name, source, options, path)
     else:
         visual = _load_tag(name, source, options).visual
-    mean, std = _pixel_statistics(name, source, visual)
+    own = _pixel_statistics(name, source, visual)
+    mean, std = _IMAGENET if options.get("pixels", "own") == "imagenet" else own
     return wrap(visual, name, options, source.default_px, weights or REGISTERED, mean, std)
 
 
@@ -122,6 +125,11 @@ def _find(
 ) -> tuple[_ModelSource, str | None]:
     """Return what a name stands for, and the file of weights where there is one."""
     check_options(name, options, _OPTIONS)
+    if (pixels := options.get("pixels", "own")) not in ("own", "imagenet"):
+        raise UsageError(
+            f"teacher {name!r}: pixels={pixels}; allowed: own, the tower's own statistics, or "
+            "imagenet"
+        )
     path = weights_file(weights)
     tag = None if path or _is_drawn(weights) else weights
     source = _resolve_source(name, tag, options)

@@ -38,7 +38,9 @@ What differs from the released code:
 - z' comes from the encoder itself; there a second one shares its memory after every step, which is
   the same numbers;
 - cls_token and mask_token are not decayed (decay_tokens=true decays them); the learning rate
-  rises to its peak once, not twice; bf16 in place of fp16, by the trainer;
+  reaches its peak at one step, there at two in a row (repeat_peak=true); bf16 in place of fp16, by
+  the trainer;
+- mask=uniform hides P - int(P (1 - ratio)) patches, there int(P ratio) (mask_count=hidden);
 - large is as its released script in fact runs: a regressor and a decoder of width 768 and 12 heads
   behind a Linear and a norm, Xavier start (a line break in it drops what was meant:
   regressor_width=1024 regressor_heads=16 xavier=false).

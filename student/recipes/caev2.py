@@ -28,10 +28,10 @@ What differs from the released code:
   normalised over its channels without affine, as in the works the paper cites for them; mean over
   channels, smooth-L1 with beta 1;
 - cls_token and mask_token are not decayed (decay_tokens=true decays them); the learning rate
-  rises to its peak once, not twice; bf16 in place of fp16, by the trainer; its cosine adds 1e-12 to
-  each squared length;
+  reaches its peak at one step, there at two in a row (repeat_peak=true); bf16 in place of fp16, by
+  the trainer; its cosine adds 1e-12 to each squared length;
 - mask=uniform hides P - int(P (1 - ratio)) patches, there int(P ratio): one fewer where that is no
-  whole number.
+  whole number (mask_count=hidden).
 The paper's own forms: reduction=paper (Eq. 2: the mean over visible patches plus the mean over
 masked ones, no CLS; the code has one mean over all tokens), head=linear_norm (the code's is norm,
 then Linear), betas=[0.9,0.98].

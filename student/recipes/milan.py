@@ -17,8 +17,9 @@ mask=uniform; prompting decoder on pixels is target=pixels mask=uniform; samplin
 decoder=mae target=pixels; then decoder=mae, mask=uniform, and the defaults.
 
 What differs from the released code:
-- the teacher sees pixels normalised by its own statistics, as the cache has it (there by
-  ImageNet's, as the student);
+- the teacher sees pixels normalised by its own statistics, as caches have it by default (there by
+  ImageNet's, as the student: a cache of its own, extracted and trained from with
+  teacher=clip-b16,pixels=imagenet);
 - the head is as wide as the target (512 by CLIP-B/16, 768 by CLIP-L/14; one released file has 512,
   another 768);
 - decoder=mae is MAE's decoder with the same head and loss on all 197 tokens (the released ablation

@@ -78,16 +78,27 @@ def peak_lr(config: RecipeConfig, global_batch: int) -> float:
 
 
 def warmup_cosine(
-    at: float, *, total: float, warmup: float, peak: float, minimum: float = 0.0
+    at: float,
+    *,
+    total: float,
+    warmup: float,
+    peak: float,
+    minimum: float = 0.0,
+    repeat_peak: bool = False,
 ) -> float:
     """Return the learning rate at a point of a run that is `total` long, both in steps or both in
     epochs: linear from 0 to the peak, then half a cosine down to the minimum.
 
+    With `repeat_peak`, in steps, the warm-up reaches the peak at its last step, so that two steps
+    have it; a warm-up of one step stays at 0 (Atten4Vis/CAE furnace/utils.py at 1016f85).
+
     >>> [warmup_cosine(at, total=6, warmup=2, peak=1.0) for at in (0, 1, 2, 4, 6)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
+    >>> [warmup_cosine(at, total=6, warmup=2, peak=1.0, repeat_peak=True) for at in (0, 1, 2, 4)]
+    [0.0, 1.0, 1.0, 0.5]
     """
     if at < warmup:
-        return peak * at / warmup
+        return peak * at / (max(warmup - 1, 1) if repeat_peak else warmup)
     if at >= total:
         return minimum
     done = (at - warmup) / (total - warmup)

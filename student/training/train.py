@@ -178,9 +178,7 @@ def train_step(
 ) -> StepResult:
     """Make one optimiser step at its learning rate."""
     clock = StepClock(state.acc.device)
-    warmup = round(run.config.warmup_epochs * loader.steps_per_epoch)
-    peak = optim.peak_lr(run.config, loader.global_batch)
-    lr = optim.warmup_cosine(step, total=total, warmup=warmup, peak=peak, minimum=run.config.min_lr)
+    lr = _learning_rate(run, loader, step, total)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     parts, waits, keys = _gradients(run, loader, state, feed, step)
@@ -194,6 +192,17 @@ def train_step(
         row["skipped"] = state.skipped
     row |= _speed(loader.global_batch, clock.seconds(), waits)
     return StepResult(row, keys, applied, waits)
+
+
+def _learning_rate(run: Run, loader: Loader, step: int, total: int) -> float:
+    return optim.warmup_cosine(
+        step,
+        total=total,
+        warmup=round(run.config.warmup_epochs * loader.steps_per_epoch),
+        peak=optim.peak_lr(run.config, loader.global_batch),
+        minimum=run.config.min_lr,
+        repeat_peak=run.config.repeat_peak,
+    )
 
 
 def _gradients(

@@ -69,6 +69,7 @@ def test_values_are_read_and_typed(override: str, value: object) -> None:
             "patch_size=15",
             "img_size=224, patch_size=15; allowed: a patch_size that divides img_size",
         ),
+        ("mask_count=all", "unknown mask_count 'all': known: hidden, visible"),
         ("mask_ratio=0.999", "mask_ratio=0.999 leaves 0 of 196 patches"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 from featcache import rng
 from featcache.errors import UsageError, UserError
 from student import masking
+from student.config import RecipeConfig, from_overrides
 
 KEYS = ("n01440764/a", "n01440764/b")
 RAMP = (np.arange(1, 17, dtype=np.float32) / 200)[None].repeat(2, axis=0)
@@ -49,6 +50,17 @@ def draw(name: str, **changes: Any) -> tuple[list[list[int]], list[list[int]]]:
 )
 def test_kept_counts(ratio: float, kept: int) -> None:
     assert masking.kept_count(196, ratio) == kept
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept"),
+    [(0.15, 167), (0.25, 147), (0.5, 98), (0.6, 79), (0.7, 59), (0.75, 49), (0.9, 20), (0.0, 196)],
+)
+def test_kept_counts_where_the_hidden_are_truncated(ratio: float, kept: int) -> None:
+    """CAE's RandomMaskingGenerator hides 29, 49, 98, 117, 137, 147, 176 and 0 of 196."""
+    assert masking.kept_count(196, ratio, "hidden") == kept
+    given = ["mask=uniform", "mask_count=hidden", f"mask_ratio={ratio}"]
+    assert from_overrides(RecipeConfig, given).visible == kept
 
 
 def test_golden_masks() -> None:

@@ -313,7 +313,7 @@ def golden(**changes: object) -> dict[str, object]:
     common: dict[str, object] = {
         "encoder": "base", "img_size": 224, "patch_size": 16, "drop_path": 0.1,
         "teacher": "clip-b16", "teacher_depth": 12, "teacher_width": 768,
-        "mask": "attentive", "mask_ratio": 0.7,
+        "mask": "attentive", "mask_ratio": 0.7, "mask_count": "visible", "repeat_peak": False,
         "blr": 1.5e-4, "lr": None, "min_lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.05,
         "decay_tokens": False, "clip_grad": None, "epochs": 200, "warmup_epochs": 20,
     }  # fmt: skip

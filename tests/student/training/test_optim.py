@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 from student import recipes
 from student.config import RecipeConfig
-from student.training import optim
+from student.training import metrics, optim
+from tests import student_fixtures as fx
 from tests.student.recipes.test_recipes import tiny_model
 
 
@@ -190,6 +192,36 @@ def test_schedule_edges() -> None:
     # only ever rises
     assert optim.warmup_cosine(4, total=5, warmup=10, peak=1.0) == 0.4
     assert optim.warmup_cosine(5, total=5, warmup=5, peak=1.0, minimum=0.2) == 0.2
+
+
+def test_released_schedule_by_hand() -> None:
+    """CAE's: the warm-up's four steps are 0, 1/3, 2/3 and the peak, and the cosine begins at the
+    peak again; from there on it is ours. One step of warm-up is at 0."""
+    steps = range(12)
+    ours, released = (
+        [
+            optim.warmup_cosine(step, total=12, warmup=4, peak=1.5, minimum=0.1, repeat_peak=twice)
+            for step in steps
+        ]
+        for twice in (False, True)
+    )
+    assert released[:5] == pytest.approx([0, 0.5, 1.0, 1.5, 1.5], rel=1e-12)
+    assert ours[:5] == pytest.approx([0, 0.375, 0.75, 1.125, 1.5], rel=1e-12)
+    assert released[4:] == ours[4:]
+    # a quarter of the way down: 0.1 + 1.4 * (1 + cos 45 degrees) / 2
+    assert released[6] == pytest.approx(0.1 + 0.7 * (1 + math.sqrt(0.5)), rel=1e-12)
+    assert optim.warmup_cosine(0, total=3, warmup=1, peak=1.0, repeat_peak=True) == 0
+    assert optim.warmup_cosine(0, total=3, warmup=0, peak=1.0, repeat_peak=True) == 1
+
+
+def test_a_run_repeats_its_peak(tmp_path: Path) -> None:
+    """One epoch of warm-up is three steps of eight pictures."""
+    options = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--batch-size", "8")
+    sets = ("warmup_epochs=1", "lr=0.002", "repeat_peak=true")
+    fx.good(fx.train("kd", tmp_path / "run", *options, "--steps", "5", sets=sets))
+    rates = [row["lr"] for row in metrics.read(tmp_path / "run")]
+    assert rates[:4] == pytest.approx([0, 0.001, 0.002, 0.002], rel=1e-12)
+    assert rates[4] < 0.002
 
 
 def test_peak_lr() -> None:
