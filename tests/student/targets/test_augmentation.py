@@ -411,7 +411,9 @@ def test_lambda_is_what_the_box_leaves(
     assert min(top, left, height, width) >= 0
     assert max(top + height, left + width) <= size
     assert (height > 0) == (width > 0)
-    if height:
+    if not height:
+        assert (top, left) == (0, 0)
+    else:
         assert lam == pytest.approx(1 - height * width / size**2, abs=1e-6)
 
 

@@ -18,6 +18,7 @@ from timm.data import auto_augment
 
 from featcache import rng
 from featcache.errors import UsageError
+from student.targets import rand_augment as ours_module
 from student.targets.augmentation import Augmentation
 from student.targets.rand_augment import draw_rand_augment, rand_augment
 from tests.conftest import waves
@@ -71,6 +72,13 @@ def test_bytes_are_those_of_timms_pipeline(
         for op in random.choices(theirs.ops, k=theirs.num_layers):
             want = op(want)
         assert ours(picture(), word).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_what_no_operation_reads_is_timms_too(size: int) -> None:
+    """The distance of an absolute translation, say."""
+    (hparams,) = {repr(op.hparams) for op in timms(MAE, size).ops}
+    assert repr(ours_module._hparams(size, MEAN) | {"magnitude_std": 0.5}) == hparams
 
 
 def test_corners_that_turning_leaves_have_the_means_colour() -> None:
