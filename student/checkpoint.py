@@ -23,6 +23,7 @@ from featcache.errors import UsageError, UserError
 from featcache.models import restricted_unpickler
 from featcache.runtime import strict_json
 from featcache.storage import json_file
+from student.models import classifier
 from student.models.build import build_encoder
 
 FOLDER = "checkpoints"
@@ -327,9 +328,11 @@ def _fill(
 
 
 def _build_encoder(run: Path, settings: dict[str, Any]) -> nn.Module:
-    """Build the encoder that config.json describes; what cannot be meant is that file's fault."""
+    """Build the encoder that config.json describes, with its head where it was fine-tuned; what
+    cannot be meant is that file's fault."""
+    build = classifier.build if "classes" in settings else build_encoder
     try:
-        return build_encoder(settings, settings.get("family", "mae"))
+        return build(settings, settings.get("family", "mae"))
     except UserError as error:
         raise UserError(f"{str(run / CONFIG)!r}: {error}") from error
 

@@ -12,7 +12,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -40,6 +49,41 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Mask = Annotated[str, AfterValidator(_known_mask)]
+
+
+class TrainConfig(Protocol):
+    """The trainer reads this of a configuration: a recipe's, or fine-tuning's own."""
+
+    @property
+    def mask(self) -> str | None: ...  # None: every patch is seen, and nothing is drawn
+    @property
+    def mask_ratio(self) -> float: ...
+    @property
+    def img_size(self) -> int: ...
+    @property
+    def patches(self) -> int: ...
+    @property
+    def visible(self) -> int: ...
+    @property
+    def blr(self) -> float: ...
+    @property
+    def lr(self) -> float | None: ...
+    @property
+    def min_lr(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def decay_tokens(self) -> bool: ...
+    @property
+    def clip_grad(self) -> float | None: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def warmup_epochs(self) -> float: ...
+    @property
+    def repeat_peak(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
@@ -116,7 +160,7 @@ class RecipeConfig:
         return masking.kept_count(self.patches, self.mask_ratio, self.mask_count)
 
 
-Config = TypeVar("Config", bound=RecipeConfig)
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
@@ -201,18 +245,18 @@ def from_overrides(kind: type[Config], overrides: Iterable[str]) -> Config:
     return build_config(kind, parse_settings(kind, overrides))
 
 
-def parse_settings(kind: type[RecipeConfig], overrides: Iterable[str]) -> Settings:
+def parse_settings(kind: type[Any], overrides: Iterable[str]) -> Settings:
     """Read 'key=value' texts, as `--set` takes them, by the types of a recipe's fields."""
     return _read_settings(kind, dict(map(_split, overrides)), "option")
 
 
-def read_settings(kind: type[RecipeConfig], values: Mapping[str, Any]) -> Settings:
+def read_settings(kind: type[Any], values: Mapping[str, Any]) -> Settings:
     """Read the values of a JSON file, such as a run's config.json, by the types of the fields."""
     texts = {key: json.dumps(value) for key, value in values.items()}
     return _read_settings(kind, texts, "file")
 
 
-def _read_settings(kind: type[RecipeConfig], texts: Mapping[str, str], origin: Origin) -> Settings:
+def _read_settings(kind: type[Any], texts: Mapping[str, str], origin: Origin) -> Settings:
     _check_keys(kind, texts)
     hints = get_type_hints(kind)
     values = {key: _read(text, hints[key]) for key, text in texts.items()}
@@ -233,8 +277,9 @@ def _split(override: str) -> tuple[str, str]:
 def build_config(kind: type[Config], settings: Settings) -> Config:
     """Build a recipe's configuration: its defaults, those of the model size, then the settings."""
     given = settings.values
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    sized = kind.SIZES.get(size(given.get("encoder", defaults["encoder"])), {})
+    recipe: Any = kind
+    defaults = {field.name: field.default for field in dataclasses.fields(recipe)}
+    sized = recipe.SIZES.get(size(given.get("encoder", defaults["encoder"])), {})
     values = {**sized, **given}
     if "blr" in given and "lr" not in given and {**defaults, **values}["lr"] is not None:
         raise UsageError(
@@ -263,12 +308,12 @@ def replace(config: Config, **facts: Any) -> Config:
     return _build(type(config), {**as_dict(config), **facts})
 
 
-def as_dict(config: RecipeConfig) -> dict[str, Any]:
+def as_dict(config: Any) -> dict[str, Any]:
     """Return the plain values, JSON-ready: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _check_keys(kind: type[RecipeConfig], values: Mapping[str, Any]) -> None:
+def _check_keys(kind: type[Any], values: Mapping[str, Any]) -> None:
     names = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in names:
@@ -312,7 +357,7 @@ def _unreadable(values: Mapping[str, Any]) -> str:
     raise AssertionError("all values are JSON")
 
 
-def _allowed(kind: type[RecipeConfig], key: str) -> str:
+def _allowed(kind: type[Any], key: str) -> str:
     """Return the type of a field in words: 'float or null'."""
     hint = get_type_hints(kind)[key]
     if type(None) in get_args(hint):

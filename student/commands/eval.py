@@ -10,9 +10,9 @@ import click
 from click.core import ParameterSource
 
 from featcache.console.params import SEED, FiniteRange, LocalText
-from featcache.console.text import echo, first_paragraph, join_lines, print_facts
+from featcache.console.text import echo, first_paragraph, print_facts
 from featcache.errors import one_line
-from student.setup import eval_options
+from student.setup import eval_options, eval_text, finetune_options
 
 if TYPE_CHECKING:
     from student.features.frozen import FrozenEncoder
@@ -31,7 +31,6 @@ class _Whole(click.types.IntParamType):
         return number
 
 
-_CHOSEN = ("k", "temperature", "blr", "C")  # what a protocol chooses on training pictures
 _KINDS: dict[type, click.ParamType] = {
     int: _Whole(),
     type(None): _Whole(),
@@ -51,7 +50,10 @@ class _Evals(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command:
         from student import evals
 
-        return _eval_command(name, evals.load(name))
+        module = evals.load(name)
+        if getattr(module, "TRAINS_ENCODER", False):
+            return _training_command(name, module)
+        return _eval_command(name, module)
 
 
 @click.group("eval", cls=_Evals)
@@ -64,9 +66,19 @@ def command() -> None:
 
 
 def _parameters(module: Any) -> list[click.Parameter]:
-    """Return what all protocols share; one that trains nothing has no training pictures, one that
-    pools tokens itself no pools."""
-    trains = getattr(module, "TRAINS", True)
+    """Return what all protocols of frozen features share; one that trains nothing has no training
+    pictures, one that pools tokens itself no pools."""
+    return [
+        *_pictures(trains=getattr(module, "TRAINS", True)),
+        *eval_options.parameters(pools=getattr(module, "POOLS", True)),
+        click.Option(
+            ["--seed"], type=SEED, default=0, show_default=True, help="Of splits, views and heads."
+        ),
+    ]
+
+
+def _pictures(*, trains: bool) -> list[click.Parameter]:
+    """Return the options that name training and test pictures."""
     default = "a fifth of --images, held out" if trains else "all of --images"
     few = [
         click.Option(
@@ -105,11 +117,28 @@ def _parameters(module: Any) -> list[click.Parameter]:
             help="JSON object from training class to class of that test set (ImageNet-9).",
         ),
         *(few if trains else ()),
-        *eval_options.parameters(pools=getattr(module, "POOLS", True)),
-        click.Option(
-            ["--seed"], type=SEED, default=0, show_default=True, help="Of splits, views and heads."
-        ),
     ]
+
+
+def _training_command(name: str, module: Any) -> click.Command:
+    """Return the command of a protocol that trains the encoder itself, as a run."""
+
+    def run(**given: Any) -> None:
+        from student.setup import finetune_run
+
+        finetune_run.run(name, module, given)
+
+    examples = (
+        f"Examples:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/\n\n"
+        f"  student eval {name} runs/mralign-s0 --images train/ --set img_size=384 --resume"
+    )
+    return click.Command(
+        name,
+        params=[*_pictures(trains=True), *finetune_options.parameters()],
+        callback=run,
+        help=first_paragraph(module.__doc__),
+        epilog=examples,
+    )
 
 
 def _eval_command(name: str, module: Any) -> click.Command:
@@ -188,7 +217,7 @@ def _evaluate(
         facts["head"] = head
     if facts.get("note"):
         echo(one_line(f"note: {facts['note']}"), err=True)
-    print_facts(facts, given["as_json"], _text(name, facts))
+    print_facts(facts, given["as_json"], eval_text.of_result(name, facts))
 
 
 def _subject(given: dict[str, Any], frozen: FrozenEncoder) -> Subject:
@@ -255,19 +284,3 @@ def _facts(
         **({"passed_over": sets.passed_over} if sets.passed_over else {}),
         **({"skipped": skipped.told()} if skipped.count else {}),
     }
-
-
-def _text(name: str, facts: dict[str, Any]) -> str:
-    training = f", {facts['n_train']} training" if facts["n_train"] else ""
-    lines = [
-        f"{name} of {facts['of']}{' on ' + test if len(facts['tests']) > 1 else ''}: top-1 "
-        f"{each['top1']:.2f} % ({each['interval'][0]:.1f} to {each['interval'][1]:.1f}; "
-        f"{each['n_test']} test{training} pictures)"
-        for test, each in facts["tests"].items()
-    ]
-    if "grid" in facts:
-        chosen = [f"--{key} {facts[key]:g}" for key in _CHOSEN if key in facts]
-        lines.append(f"{' '.join(chosen)}: best of {len(facts['grid'])} on training pictures")
-    if "skipped" in facts:
-        lines.append(f"left out, as they cannot be decoded: {facts['skipped']['count']}")
-    return join_lines(lines)

@@ -19,7 +19,7 @@ from featcache.console.params import (
     LocalText,
     images_variable,
 )
-from featcache.errors import STOPPED, StoppedError, UsageError, UserError
+from featcache.errors import UsageError
 from student.setup.console import Console
 
 if TYPE_CHECKING:
@@ -331,68 +331,8 @@ def _dry_run(run: Run, loader: Loader, acc: Accelerator, console: Console) -> No
 
 def _train(run: Run, loader: Loader, acc: Accelerator, console: Console) -> None:
     """Train, and note in the ledger how far the run came, however it ended."""
-    from student import checkpoint
-    from student.setup import picture_check
-    from student.training import train
+    from student.setup.run_to_end import run_to_end
 
-    _announce(run, loader, console)
-    before = checkpoint.latest_step(run.out)
-    try:
-        picture_check.check_pictures(run, loader, acc, console.say)
-        summary = train.train(run, loader, acc)
-    except (StoppedError, KeyboardInterrupt) as error:
-        raise _stopped(error, run, before, console) from None
-    except (UserError, OSError):
-        _report_failure(run, before, console)
-        raise
-    if console.speaks:
-        _note_run(run, before, summary)
+    summary = run_to_end(run, loader, acc, console)
     text = f"{summary['run']}: {summary['steps']} steps done, loss {summary['loss']}"
     console.print(summary, text)
-
-
-def _announce(run: Run, loader: Loader, console: Console) -> None:
-    from student.setup import build
-
-    facts = build.run_facts(run, loader)
-    console.say(
-        f"{run.name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
-        f"steps of {facts['global_batch']} -> {run.out}"
-    )
-
-
-def _stopped(
-    error: BaseException, run: Run, before: int | None, console: Console
-) -> StoppedError | SystemExit:
-    """The one line of a run that was stopped; processes that do not speak have the status alone."""
-    from student.training import preemption
-
-    if not console.speaks:
-        return SystemExit(STOPPED)
-    _note_run(run, before, {"stopped": True})
-    if isinstance(error, StoppedError):
-        return error
-    return preemption.stopped_at_once(run.out, run.resume)
-
-
-def _report_failure(run: Run, before: int | None, console: Console) -> None:
-    """Say which checkpoint is kept, where the run saved one before it failed."""
-    from student import checkpoint
-    from student.training import preemption
-
-    step = checkpoint.latest_step(run.out)
-    if console.speaks and step != before:
-        _note_run(run, before, {"stopped": True})
-        console.say(
-            f"note: the checkpoint of step {step} is kept; {preemption.resume_hint(run.resume)}"
-        )
-
-
-def _note_run(run: Run, before: int | None, facts: dict[str, Any]) -> None:
-    """Add a line to the ledger, where this process brought the run further than it was `before`."""
-    from featcache.catalog import home
-    from student import checkpoint
-
-    if (step := checkpoint.latest_step(run.out)) != before:
-        facts = {**facts, "run": str(run.out.absolute()), "step": step}
-        home.log_run(command="train", recipe=run.name, cache_id=run.about.get("id"), **facts)

@@ -194,6 +194,7 @@ class Loader:
         view = self.targets.view(digests, rounds)
         host: HostBatch = memory | self.targets.fetch(at, view, memory)
         host |= {"at": at, "view": view, "round": rounds, "digests": digests, "epoch": epoch}
+        host["step"] = step
         if (moments := self._moments(step)) is not None:
             host |= self._pinned({"moments": torch.from_numpy(moments.copy())})
         host["keys"] = [self.source.keys[self.pictures[i]] for i in at]

@@ -23,18 +23,18 @@ from featcache.models.hooks import normalise_pixels
 from featcache.reading.tensors import copy_to_device
 from featcache.runtime import device as devices
 from student import masking
-from student.config import RecipeConfig
+from student.config import TrainConfig
 from student.data import device_queue
 from student.data.device_queue import LateChecks, Marks, Seconds, mark
 from student.models import drop_path
-from student.targets.assemble import draw_for_masks, draw_masks, masks_on_device
+from student.targets.assemble import draw_for_masks, draw_masks, mask_of, masks_on_device
 from student.targets.contract import HostBatch, Targets
 
 MASK_ENTRIES = ("ids_keep", "ids_masked")
 
 
 def to_device(
-    config: RecipeConfig,
+    config: TrainConfig,
     targets: Targets,
     host: HostBatch,
     device: torch.device,
@@ -47,18 +47,25 @@ def to_device(
     pixels = copy_to_device(host["pixels"], device).permute(0, 3, 1, 2)
     drawn = _drawn_on_device(config, host, device, seed)
     features, mask_inputs = targets.to_device({**host, "drawn": drawn}, device)
-    if "ids_keep" not in drawn:
+    if "images" in features:  # a source of targets that changes pictures on the device
+        return {**features, **_taken(drawn)}
+    if config.mask is not None and "ids_keep" not in drawn:
         drawn |= masks_on_device(config, drawn, mask_inputs, len(pixels))
         _check_attention(config, mask_inputs, checks or LateChecks(0))
     return {
         "images": normalise_pixels(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         **features,
-        **{name: drawn[name] for name in (*MASK_ENTRIES, drop_path.ENTRY) if name in drawn},
+        **_taken(drawn),
     }
 
 
+def _taken(drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a recipe takes of all that is random in a batch."""
+    return {name: drawn[name] for name in (*MASK_ENTRIES, drop_path.ENTRY) if name in drawn}
+
+
 def copy_batch(
-    config: RecipeConfig, targets: Targets, host: HostBatch, device: torch.device, seed: int
+    config: TrainConfig, targets: Targets, host: HostBatch, device: torch.device, seed: int
 ) -> HostBatch:
     """Return a host batch of which all that `to_device` reads on the device is there, each array
     copied once and without waiting."""
@@ -68,22 +75,22 @@ def copy_batch(
 
 
 def _drawn_on_device(
-    config: RecipeConfig, host: HostBatch, device: torch.device, seed: int
+    config: TrainConfig, host: HostBatch, device: torch.device, seed: int
 ) -> dict[str, Tensor]:
     """Return all that is random in a batch; the masks, or what is random in them, are drawn here
     where the loader did not."""
     drawn = dict(host.get("drawn", {}))
-    if not drawn.keys() & {"ids_keep", "exponentials"}:
+    if config.mask is not None and not drawn.keys() & {"ids_keep", "exponentials"}:
         reads = masking.fields(config.mask)
         drawn |= draw_for_masks(config, host, seed) if reads else draw_masks(config, host, {}, seed)
     return {name: copy_to_device(each, device) for name, each in drawn.items()}
 
 
 def _check_attention(
-    config: RecipeConfig, mask_inputs: Mapping[str, Tensor], checks: LateChecks
+    config: TrainConfig, mask_inputs: Mapping[str, Tensor], checks: LateChecks
 ) -> None:
     """Have it told, now or later, when a mask was drawn from rows that cannot be sampled from."""
-    if "attention" not in masking.fields(config.mask):
+    if "attention" not in masking.fields(mask_of(config)):
         return
     attention = mask_inputs["attention"]
     checks.add(
@@ -119,7 +126,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        config: RecipeConfig,
+        config: TrainConfig,
         targets: Targets,
         batches: Iterator[HostBatch],
         device: torch.device,

@@ -104,17 +104,7 @@ def tokens_of(
     frozen.to(device)
     other_size = keep is not None and keep_px not in (0, frozen.img_size)
     sizes = (frozen.img_size, keep_px) if other_size else (frozen.img_size,)
-    draw = functools.partial(_render, source, list(renderings), sizes)
-    per_batch = max(1, batch_size // len(renderings))
-    for start, pixels in _batches(draw, len(source), per_batch):
-        rows = [start + i for i, each in enumerate(pixels) if not isinstance(each, UserError)]
-        for i, each in enumerate(pixels):
-            if isinstance(each, UserError):
-                skipped.add(source, start + i, each)
-        if not rows:
-            continue
-        good = [each for each in pixels if not isinstance(each, UserError)]
-        batches = [_stacked([each[i] for each in good]) for i in range(len(sizes))]  # (V,b,3,S,S)
+    for rows, batches in pixels_of(source, renderings, sizes, batch_size, skipped):
         found: list[list[Tensor]] = []
         for shown, seen in zip(batches[0], batches[-1], strict=True):
             images = shown.to(device)
@@ -122,7 +112,30 @@ def tokens_of(
             if keep is not None:
                 ids = keep(seen.to(device) if other_size else images)
             found.append(frozen.tokens(images, blocks, ids))
-        yield np.array(rows, np.int64), found
+        yield rows, found
+
+
+def pixels_of(
+    source: Source,
+    renderings: Sequence[Rendering],
+    sizes: tuple[int, ...],
+    batch_size: int,
+    skipped: Skipped,
+) -> Iterator[tuple[I64, list[Tensor]]]:
+    """Yield, batch by batch in source order, rows (b,) of the source and, at each of the sizes, the
+    uint8 pixels (V,b,3,S,S) of the renderings. Rows of pictures that were skipped are not among
+    them."""
+    draw = functools.partial(_render, source, list(renderings), sizes)
+    per_batch = max(1, batch_size // len(renderings))
+    for start, pixels in _batches(draw, len(source), per_batch):
+        rows = [start + i for i, each in enumerate(pixels) if not isinstance(each, UserError)]
+        for i, each in enumerate(pixels):
+            if isinstance(each, UserError):
+                skipped.add(source, start + i, each)
+        good = [each for each in pixels if not isinstance(each, UserError)]
+        if good:
+            shown = [_stacked([each[i] for each in good]) for i in range(len(sizes))]
+            yield np.array(rows, np.int64), shown
 
 
 def _stacked(pictures: list[npt.NDArray[np.uint8]]) -> Tensor:

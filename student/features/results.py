@@ -55,9 +55,15 @@ class ResultLine(BaseModel):
     checkpoint: int | None = None
 
 
-def record(run: Path | None, facts: Mapping[str, Any], head: Mapping[str, Tensor] | None) -> str:
+def record(
+    run: Path | None,
+    facts: Mapping[str, Any],
+    head: Mapping[str, Tensor] | None,
+    also: Path | None = None,
+) -> str:
     """Write a result and return the path of its head; empty where there is none, or nothing could
-    be written. `facts` has `eval`, `settings`, and `tests` with a score for each."""
+    be written. `facts` has `eval`, `settings`, and `tests` with a score for each; `also` is the run
+    that the evaluation made itself."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     shared = {key: value for key, value in facts.items() if key not in ("tests", "per_class")}
     rows = [
@@ -65,7 +71,7 @@ def record(run: Path | None, facts: Mapping[str, Any], head: Mapping[str, Tensor
         for name, scores in facts["tests"].items()
     ]
     text = "".join(f"{json.dumps(row, sort_keys=True, allow_nan=False)}\n" for row in rows)
-    folders = [run] if run is not None else []
+    folders = [each for each in (run, also) if each is not None]
     written = ""
     for folder in [*folders, _home()]:
         if folder is None:

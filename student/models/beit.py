@@ -60,11 +60,14 @@ def build(
     drop_path: float = 0.0,
     layer_scale: float = 0.1,
     xavier: bool = True,
+    rel_pos: bool = False,
 ) -> Beit:
     """Build an encoder of the family, without a classifier.
 
     `encoder` is tiny, small, base or large, or one of these with changes:
     tiny,depth=6,embed_dim=128. `xavier=False` leaves CAE's encoder at BEiT's start values.
+    `rel_pos` gives each block a table of relative positions, at zero, beside absolute ones or in
+    place of the shared table: for fine-tuning.
     """
     options = parse_encoder(encoder)
     fixed: dict[str, Any] = {
@@ -72,6 +75,7 @@ def build(
         "global_pool": "token",
         "norm_layer": vit.NORM,
         **FAMILIES[family],
+        **({"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False} if rel_pos else {}),
     }
     sizes: dict[str, Any] = {
         "img_size": img_size,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
@@ -10,6 +11,9 @@ from torch import nn
 from featcache.errors import UserError
 from featcache.models.architecture import MAX_PX
 from student.models import vit
+
+if TYPE_CHECKING:
+    from student.models import conv_vit
 
 
 class EncoderSettings(BaseModel):
@@ -24,27 +28,51 @@ class EncoderSettings(BaseModel):
     conv_cls: bool = False
 
 
-def build_encoder(settings: dict[str, Any], family: str) -> nn.Module:
-    """Build the encoder of a run's settings, at its start values."""
+def build_encoder(
+    settings: Mapping[str, Any],
+    family: str,
+    *,
+    drop_path: float = 0.0,
+    rel_pos: bool = False,
+    conv: type[conv_vit.ConvViT] | None = None,
+) -> nn.Module:
+    """Build the encoder of a run's settings, at its start values.
+
+    `rel_pos` gives each block of a BEiT a table of relative positions of its own; `conv` is the
+    class of a convolutional one.
+    """
     from student.models import beit, conv_vit  # which most runs do without
 
-    given = _read(settings)
-    img_size, patch_size = given.img_size, given.patch_size
+    given = read_settings(EncoderSettings, settings)
+    sizes: Any = {"img_size": given.img_size, "patch_size": given.patch_size}
+    if rel_pos and family not in beit.FAMILIES:
+        raise UserError(
+            f"rel_pos=true: encoders of family {str(family)[:80]!r} have no relative positions; "
+            f"known: {', '.join(beit.FAMILIES)}; leave it false"
+        )
     if family == "mae":
-        return vit.build(given.encoder, img_size=img_size, patch_size=patch_size)
-    if family in (*beit.FAMILIES,):
-        return beit.build(given.encoder, family, img_size=img_size, patch_size=patch_size)
+        return vit.build(given.encoder, drop_path=drop_path, **sizes)
+    if family in beit.FAMILIES:
+        return beit.build(given.encoder, family, drop_path=drop_path, rel_pos=rel_pos, **sizes)
     if family == conv_vit.FAMILY:
         return conv_vit.build(
-            given.encoder, img_size=img_size, patch_size=patch_size, cls_token=given.conv_cls
+            given.encoder,
+            drop_path=drop_path,
+            cls_token=given.conv_cls,
+            network=conv,
+            **sizes,
         )
     known = ", ".join(("mae", *beit.FAMILIES, conv_vit.FAMILY))
     raise UserError(f"cannot build the run's encoder: family {str(family)[:80]!r}; known: {known}")
 
 
-def _read(settings: dict[str, Any]) -> EncoderSettings:
+Kind = TypeVar("Kind", bound=EncoderSettings)
+
+
+def read_settings(kind: type[Kind], settings: Mapping[str, Any]) -> Kind:
+    """Read and check the settings of an encoder. Raises UserError for what cannot be meant."""
     try:
-        given = EncoderSettings.model_validate(settings)
+        given = kind.model_validate(dict(settings))
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])

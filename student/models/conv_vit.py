@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -95,17 +96,18 @@ def build(
     patch_size: int = 16,
     drop_path: float = 0.0,
     cls_token: bool = False,
+    network: type[ConvViT] | None = None,
 ) -> ConvViT:
     """Build the encoder at its start values.
 
     `encoder` is tiny, small, base, large or huge, or one of these with changes:
     tiny,depth=4,stage1=16. `cls_token` gives it a CLS token, as the published MR-MAE checkpoints
-    have one.
+    have one. `network` is its class.
     """
     sizes = parse_encoder(encoder)
 
     def create() -> ConvViT:
-        return ConvViT(sizes, img_size, patch_size, drop_path, cls_token)
+        return (network or ConvViT)(sizes, img_size, patch_size, drop_path, cls_token)
 
     architecture.check_memory(create, f"cannot build encoder {encoder!r}")
     net = create()
@@ -256,6 +258,7 @@ class ConvViT(nn.Module):
             img_size // patch_size,
             int(cls_token),
         )
+        self.patch_px = patch_size
         rates = torch.linspace(
             0, drop_path, 2 * STAGE_BLOCKS + sizes["depth"], device="cpu"
         ).tolist()
@@ -289,6 +292,17 @@ class ConvViT(nn.Module):
         `norm`."""
         patches = self.patch_embed3(self._run_stages(images, None)[-1]).flatten(2).transpose(1, 2)
         return self.norm(self._run_blocks(self.patch_embed4(patches) + self.pos_embed)[-1])
+
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Take pictures of another size from here on: fixed positions are resized, as timm's
+        networks do by this method."""
+        grid = img_size[0] // self.patch_px
+        # [CLS] has no position here
+        table = resample_abs_pos_embed(
+            self.pos_embed, [grid, grid], [self.grid] * 2, num_prefix_tokens=0
+        )
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self.grid = grid
 
     def _run_stages(self, images: Tensor, hidden: Tensor | None) -> Stages:
         """Compute the maps of both stages, for hidden (B,1,G,G)."""

@@ -58,7 +58,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -302,7 +302,7 @@ def _build_encoder(
     config: Config,
 ) -> tuple[VisionTransformer | conv_vit.ConvViT, conv_vit.StageFusion | None]:
     """Build the encoder, and what brings a conv_vit's stages to its tokens."""
-    sizes = {"img_size": config.img_size, "patch_size": config.patch_size}
+    sizes: Any = {"img_size": config.img_size, "patch_size": config.patch_size}
     if config.family == "mae":
         return vit.build(config.encoder, drop_path=config.drop_path, **sizes), None
     channels = conv_vit.parse_encoder(config.encoder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,10 +16,10 @@ from featcache import rng
 from featcache.errors import UsageError
 from featcache.runtime import device as devices
 from featcache.runtime.compiler import check_compiler
-from featcache.storage import identity
-from student import checkpoint, masking
+from student import masking
 from student.config import RecipeConfig
 from student.data.loader import Loader
+from student.setup.batch_size import chosen_batch_size
 from student.setup.options import Options, RunRequest, Say, user_settings
 from student.setup.probe_inputs import probe_plan
 from student.setup.target_choice import choose_targets
@@ -32,7 +32,6 @@ from student.targets.fallback import FallbackTargets
 from student.training import optim, trackers
 from student.training.train import Run
 
-BATCH_SIZE = 64  # per process where none is given, or all pictures where there are fewer
 DrawMasks = Callable[[HostBatch], dict[str, Tensor]]
 Bool = npt.NDArray[np.bool_]
 
@@ -66,7 +65,7 @@ def build_run(
         run_options=options.run_options,
         trackers=shown,
         retention=options.retention(loader.steps_per_epoch),
-        probe=probe,
+        watch=probe,
     )
     return run, loader
 
@@ -91,9 +90,7 @@ def _loader(inputs: TrainingInputs, options: Options, acc: Accelerator, out: Pat
         pictures=inputs.pictures,
         digests=rng.key_digests(inputs.source.keys[i] for i in inputs.pictures),
         seed=options.seed,
-        batch_size=options.batch_size
-        or _resumed_batch_size(out, options, acc)
-        or _batch_size(len(inputs.pictures), options, acc),
+        batch_size=chosen_batch_size(options, len(inputs.pictures), acc, out, options.aug_repeats),
         accumulation=options.accumulate,
         world=acc.num_processes,
         rank=acc.process_index,
@@ -114,33 +111,6 @@ def _check_repeats(repeats: int, targets: Targets) -> None:
             f"--aug-repeats {repeats}: the cache stores {cached.cache.views} views of a picture, "
             "and as many are allowed; add views with `featcache extract --views`"
         )
-
-
-def _batch_size(n: int, options: Options, acc: Accelerator) -> int:
-    """BATCH_SIZE, or fewer where n pictures make no such batch; a multiple of the repeats."""
-    repeats = options.aug_repeats
-    fitting = max(n // acc.num_processes // options.accumulate, 1) * repeats
-    return min(BATCH_SIZE // repeats * repeats or repeats, fitting)
-
-
-def _resumed_batch_size(out: Path, options: Options, acc: Accelerator) -> int | None:
-    """Return what keeps the global batch of the run that is resumed, whatever the number of
-    processes; None where there is no such run."""
-    if not (options.resume and (out / checkpoint.CONFIG).is_file()):
-        return None
-    total = dict(identity.flatten({"run": checkpoint.read_config(out)})).get(
-        "run.data.global_batch"
-    )
-    if not isinstance(total, int):
-        return None  # no run of ours, as the comparison with this one will tell
-    parts = acc.num_processes * options.accumulate
-    if total % parts:
-        raise UsageError(
-            f"--resume: a step of {str(out)!r} takes {total} pictures, which {acc.num_processes} "
-            f"processes x --accumulate {options.accumulate} cannot share evenly; give a number of "
-            f"processes and an --accumulate whose product divides {total}"
-        )
-    return total // parts
 
 
 def _draw_masks(inputs: TrainingInputs, seed: int) -> DrawMasks:
@@ -173,15 +143,22 @@ def run_facts(run: Run, loader: Loader) -> dict[str, Any]:
     about = run.about
     return {
         "recipe": run.name,
-        "targets": f"cache {about['id']}"
-        if about["kind"] == "cached"
-        else f"online, teacher {about.get('teacher', 'not needed')}",
+        "targets": _told_targets(about),
         "pictures": len(loader.pictures),
         "global_batch": loader.global_batch,
         "steps_per_epoch": loader.steps_per_epoch,
         "steps": run.total_steps(loader.steps_per_epoch),
-        **({"probe": run.probe.facts} if run.probe else {}),
+        **({"probe": run.watch.facts} if run.watch else {}),
     }
+
+
+def _told_targets(about: Mapping[str, Any]) -> str:
+    """Say what is learnt from."""
+    if about["kind"] == "labelled":
+        return "their labels"
+    if about["kind"] == "cached":
+        return f"cache {about['id']}"
+    return f"online, teacher {about.get('teacher', 'not needed')}"
 
 
 def rate_notes(run: Run, loader: Loader) -> list[str]:

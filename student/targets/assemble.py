@@ -17,7 +17,7 @@ from torch import Tensor
 from featcache.runtime import device as devices
 from featcache.targets.derived import derive
 from student import masking
-from student.config import RecipeConfig
+from student.config import TrainConfig
 from student.models import vit
 from student.recipes import TargetSpec
 from student.targets.contract import HostBatch
@@ -75,37 +75,45 @@ def copy_page_locked(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 # --- masks ----------------------------------------------------------------------------------------
 
 
+def mask_of(config: TrainConfig) -> str:
+    """Return the mask of a configuration that has one."""
+    assert config.mask is not None
+    return config.mask
+
+
 def draw_masks(
-    config: RecipeConfig, host: HostBatch, mask_inputs: Mapping[str, Any], seed: int
+    config: TrainConfig, host: HostBatch, mask_inputs: Mapping[str, Any], seed: int
 ) -> dict[str, Tensor]:
     """Draw ids_keep (B, V) and ids_masked (B, P - V) of a batch, from (seed, round, key) and what
     the mask reads, (B, P) each."""
-    keep, masked = masking.draw(config.mask, **_drawn_from(config, host, seed), **mask_inputs)
+    keep, masked = masking.draw(mask_of(config), **_drawn_from(config, host, seed), **mask_inputs)
     return {"ids_keep": torch.from_numpy(keep), "ids_masked": torch.from_numpy(masked)}
 
 
-def draw_for_masks(config: RecipeConfig, host: HostBatch, seed: int) -> dict[str, Tensor]:
+def draw_for_masks(config: TrainConfig, host: HostBatch, seed: int) -> dict[str, Tensor]:
     """Draw what a mask needs beside rows that only the device will know: `exponentials` (B, P)
     float64, or nothing."""
-    drawn = masking.drawn(config.mask, **_drawn_from(config, host, seed))
+    drawn = masking.drawn(mask_of(config), **_drawn_from(config, host, seed))
     assert drawn.keys() <= {"exponentials"}, (config.mask, tuple(drawn))
     return {name: torch.from_numpy(values) for name, values in drawn.items()}
 
 
 def masks_on_device(
-    config: RecipeConfig,
+    config: TrainConfig,
     drawn: Mapping[str, Tensor],
     mask_inputs: Mapping[str, Tensor],
     batch_size: int,
 ) -> dict[str, Tensor]:
     """Return the masks that `draw_masks` would give, of what `draw_for_masks` drew and what the
     mask reads, (B, P) each; all on one device, which is not waited for."""
-    order = masking.order_on_device(config.mask, drawn, mask_inputs, (batch_size, config.patches))
+    order = masking.order_on_device(
+        mask_of(config), drawn, mask_inputs, (batch_size, config.patches)
+    )
     keep, masked = order.long().tensor_split([config.visible], dim=1)
     return {"ids_keep": keep.sort(1).values, "ids_masked": masked.sort(1).values}
 
 
-def _drawn_from(config: RecipeConfig, host: HostBatch, seed: int) -> dict[str, Any]:
+def _drawn_from(config: TrainConfig, host: HostBatch, seed: int) -> dict[str, Any]:
     return {
         "digests": host["digests"],
         "seed": seed,

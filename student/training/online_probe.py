@@ -12,13 +12,12 @@ the time of training; `--probe-every E` probes every E epochs whatever it costs.
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -30,6 +29,7 @@ from featcache.pictures.source import Source
 from featcache.runtime import device as devices
 from student.features import online
 from student.features.online import U8, ProbeRows
+from student.training.set_aside import generators_kept, set_aside
 from student.training.train_state import TrainState
 
 BUDGET = 0.03  # of the seconds of training, for all probes together
@@ -48,6 +48,26 @@ class ProbePlan:
     img_size: int
     every: int | None  # epochs; None: as the budget allows
     align: Callable[[U8], Batches]
+
+    @contextlib.contextmanager
+    def started(
+        self, state: TrainState, out: Path, first: int, total: int, steps_per_epoch: int
+    ) -> Iterator[Callable[[int], dict[str, float]]]:
+        """Yield what gives each step's row its extra values; nothing in other processes than the
+        first, or where no step is left. Notes tell pictures, time and the share that it took."""
+        if not state.acc.is_main_process or first >= total:
+            yield lambda step: {}
+            return
+        probe = OnlineProbe(self, state, total, steps_per_epoch)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in probe.values.items())
+        _say(
+            f"note: probe: {self.facts}; {probe.prepared_s:.1f} s to prepare, {probe.last_s:.2f} s "
+            f"a probe; before the first step {values}"
+        )
+        yield probe.after
+        share = probe.spent_s / max(probe.trained_s, 1e-9)
+        count = f"{probe.count} probe{'s' * (probe.count > 1)}"
+        _say(f"note: {count} took {probe.spent_s:.1f} s, {share:.1%} of the time of training")
 
     @property
     def facts(self) -> str:
@@ -88,7 +108,7 @@ class OnlineProbe:
             online.centre_crops(plan.source, rows, plan.img_size)
             for rows in (plan.rows.train, plan.rows.test)
         )
-        with _generators_kept(state.acc.device):
+        with generators_kept(state.acc.device):
             self.batches = plan.align(self.test)
         self.prepared_s = clock() - begun
         self.count, self.spent_s, self.last_s = 0, 0.0, 0.0
@@ -127,7 +147,7 @@ class OnlineProbe:
     def _measure(self) -> dict[str, float]:
         module: Any = self.state.module
         device, found = self.state.acc.device, dict[str, float]()
-        with _set_aside(self.state):
+        with set_aside(self.state):
             train, test = (
                 online.embed(module.encoder, crops, device) for crops in (self.train, self.test)
             )
@@ -146,61 +166,8 @@ class OnlineProbe:
             yield {"images": images} | {name: value.to(device) for name, value in batch.items()}
 
 
-@contextlib.contextmanager
-def started(
-    plan: ProbePlan | None, state: TrainState, first: int, total: int, steps_per_epoch: int
-) -> Iterator[Callable[[int], dict[str, float]]]:
-    """Yield what gives each step's row its extra values; nothing in other processes than the first,
-    without a plan, or where no step is left. Notes tell pictures, time and the share that it
-    took."""
-    if plan is None or not state.acc.is_main_process or first >= total:
-        yield lambda step: {}
-        return
-    probe = OnlineProbe(plan, state, total, steps_per_epoch)
-    values = ", ".join(f"{name} {value:.4g}" for name, value in probe.values.items())
-    _say(
-        f"note: probe: {plan.facts}; {probe.prepared_s:.1f} s to prepare, {probe.last_s:.2f} s a "
-        f"probe; before the first step {values}"
-    )
-    yield probe.after
-    share = probe.spent_s / max(probe.trained_s, 1e-9)
-    count = f"{probe.count} probe{'s' * (probe.count > 1)}"
-    _say(f"note: {count} took {probe.spent_s:.1f} s, {share:.1%} of the time of training")
-
-
 def _say(text: str) -> None:
     echo(one_line(text), err=True)
-
-
-# --- nothing of the run is touched ----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _set_aside(state: TrainState) -> Iterator[None]:
-    """Put the model into eval mode in the run's precision, without gradients; modes and generators
-    are as they were afterwards."""
-    modes = [(module, module.training) for module in state.module.modules()]
-    with _generators_kept(state.acc.device), torch.no_grad(), state.acc.autocast():
-        state.module.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-
-@contextlib.contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """Leave the global generators of torch, numpy and Python as they were: a network that is built
-    draws start values, and a recipe of the user's own may draw in its forward."""
-    legacy: Any = np.random  # whose global state is not ours to use, but a user's recipe may
-    numpy_state, python_state = legacy.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[device] if devices.is_gpu(device) else []):
-        try:
-            yield
-        finally:
-            legacy.set_state(numpy_state)
-            random.setstate(python_state)
 
 
 def _wait(device: torch.device) -> None:

@@ -14,7 +14,7 @@ import torch
 from timm.optim import Lars, param_groups_weight_decay
 from torch import nn
 
-from student.config import RecipeConfig
+from student.config import TrainConfig
 
 # 3-D in the MAE family, so the rule for 1-D parameters does not spare them; the released
 # pre-training code decays them, probably unintended. We do not, unless decay_tokens asks for it.
@@ -47,10 +47,11 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
-def adamw(model: nn.Module, config: RecipeConfig, lr: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.AdamW:
     """Build AdamW with the recipe's betas and decay, fused where the device has that kernel: move
-    the model there first."""
-    groups = param_groups(model, config.weight_decay, config.decay_tokens)
+    the model there first. A model may give groups of its own, with an `lr_scale` each."""
+    own = getattr(model, "param_groups", None)
+    groups = param_groups(model, config.weight_decay, config.decay_tokens) if own is None else own()
     fused = all(parameter.device.type in FUSED for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=fused)
 
@@ -71,10 +72,16 @@ def lars(head: nn.Module) -> Lars:
     return Lars(groups, lr=0.0, momentum=0.9, weight_decay=0.0, trust_coeff=0.001, eps=0.0)
 
 
-def peak_lr(config: RecipeConfig, global_batch: int) -> float:
+def peak_lr(config: TrainConfig, global_batch: int) -> float:
     """Return `lr` where the user set it, else blr * global_batch / 256 (global: per process *
     accumulation * processes)."""
     return config.lr if config.lr is not None else config.blr * global_batch / 256
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of a step, times the scale of each group that has one (layer decay)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def warmup_cosine(

@@ -9,23 +9,23 @@ again) and not the schedule (it would step once a process).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from featcache import rng
 from featcache.console.text import echo
 from featcache.errors import UserError, command_line
 from featcache.storage import manifest
 from student import checkpoint
-from student.config import RecipeConfig, as_dict
+from student.config import TrainConfig, as_dict
 from student.data.device_queue import LateNumbers, Rate, Seconds, StepClock, lag
 from student.data.loader import Loader
 from student.data.prefetch import Prefetcher, WaitShare, to_device
@@ -33,7 +33,6 @@ from student.models import drop_path
 from student.targets.contract import HostBatch, Targets
 from student.training import (
     nonfinite,
-    online_probe,
     optim,
     preemption,
     progress_bar,
@@ -46,13 +45,29 @@ from student.training.metrics import Metrics, cut, read
 from student.training.train_state import RunOptions, TrainState
 
 
+class Watch(Protocol):
+    """Measures a model while it is trained, without changing a number of the run."""
+
+    @property
+    def facts(self) -> str:
+        """Return pictures and pace in words."""
+        ...
+
+    def started(
+        self, state: TrainState, out: Path, first: int, total: int, steps_per_epoch: int
+    ) -> contextlib.AbstractContextManager[Callable[[int], dict[str, float]]]:
+        """Give what adds values to the row of metrics of each step, counted from 1, called by every
+        process."""
+        ...
+
+
 @dataclass(frozen=True)
 class Run:
     """Names everything the numbers of a run depend on, and the folder they go to."""
 
     name: str  # of the recipe
     recipe: ModuleType
-    config: RecipeConfig
+    config: TrainConfig
     targets: Targets
     out: Path
     seed: int
@@ -63,7 +78,9 @@ class Run:
     run_options: RunOptions = field(default_factory=RunOptions)
     trackers: tuple[str, ...] = ()  # beside metrics.jsonl
     retention: checkpoint.Retention = field(default_factory=checkpoint.Retention)
-    probe: online_probe.ProbePlan | None = None
+    watch: Watch | None = None  # measures the model as the run goes on
+    # gives a new model its first weights; None: those of the seed
+    start: Callable[[nn.Module], None] | None = None
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimiser steps of the whole run."""
@@ -117,8 +134,10 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         hosts = stack.enter_context(
             contextlib.closing(loader.iterate(first, total, state.drop_rates))
         )
-        probed = stack.enter_context(
-            online_probe.started(run.probe, state, first, total, loader.steps_per_epoch)
+        watched = stack.enter_context(
+            run.watch.started(state, run.out, first, total, loader.steps_per_epoch)
+            if run.watch is not None
+            else contextlib.nullcontext(_nothing)
         )
         feed = Prefetcher(run.config, run.targets, hosts, acc.device, run.seed)
         bar = stack.enter_context(
@@ -127,7 +146,7 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         notice = stack.enter_context(preemption.StopNotice(acc))
         for step in range(first, total):
             result = train_step(run, loader, state, feed, step, total)
-            result.row.update(probed(step + 1))
+            result.row.update(watched(step + 1))
             rows = metrics.add(result.row) if result.applied else metrics.flush_with(result.row)
             _check_losses(rows, run, loader, state)
             bar.update_with(step + 1, rows)
@@ -150,12 +169,19 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     return {**facts, "loss": rows[-1].get("loss") if rows else None}
 
 
+def _nothing(step: int) -> dict[str, float]:
+    return {}
+
+
 def build_state(
     run: Run, loader: Loader, acc: Accelerator, saved: dict[str, Any] | None = None
 ) -> TrainState:
     """Build the run's model and optimizer, as the seed gives them or as a checkpoint saved them."""
     torch.manual_seed(run.seed)
-    model = run.recipe.Model(run.config).to(acc.device)
+    model = run.recipe.Model(run.config)
+    if saved is None and run.start is not None:
+        run.start(model)
+    model = model.to(acc.device)
     if acc.is_main_process:
         _note_process_draws(drop_path.process_draws(model))
     optimizer = optim.adamw(model, run.config, optim.peak_lr(run.config, loader.global_batch))
@@ -179,8 +205,7 @@ def train_step(
     """Make one optimiser step at its learning rate."""
     clock = StepClock(state.acc.device)
     lr = _learning_rate(run, loader, step, total)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
+    optim.set_lr(state.optimizer, lr)
     parts, waits, keys = _gradients(run, loader, state, feed, step)
     names, values = list(parts), _mean(state.acc, parts)
     numbers = LateNumbers(values)

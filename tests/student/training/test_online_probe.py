@@ -24,7 +24,7 @@ from student import checkpoint, recipes
 from student.features.online import ProbeRows
 from student.models import vit
 from student.setup import probe_inputs
-from student.training import metrics, online_probe, trackers
+from student.training import metrics, online_probe, set_aside, trackers
 from student.training.online_probe import OnlineProbe, ProbePlan
 from tests import processes
 from tests import student_fixtures as fx
@@ -204,7 +204,8 @@ def test_a_recipe_that_draws_and_keeps_statistics_is_left_alone(tmp_path: Path) 
 def test_the_comparison_sees_a_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the generators' being kept the two runs differ."""
     plain = mine(tmp_path, "plain", "--steps", 7)
-    monkeypatch.setattr(online_probe, "_generators_kept", lambda device: torch.no_grad())
+    for module in (online_probe, set_aside):
+        monkeypatch.setattr(module, "generators_kept", lambda device: torch.no_grad())
     watched = mine(tmp_path, "watched", "--steps", 7, *probe())
     assert without_probe(plain) != without_probe(watched)
 
@@ -543,7 +544,7 @@ def test_modes_are_put_back_after_an_error() -> None:
         acc=SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.no_grad()),
     )
     seen = []
-    with contextlib.suppress(RuntimeError), online_probe._set_aside(state):
+    with contextlib.suppress(RuntimeError), set_aside.set_aside(state):
         seen += [each.training for each in module]
         raise RuntimeError
     assert seen == [False, False]

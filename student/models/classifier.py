@@ -1,0 +1,129 @@
+"""An encoder becomes a classifier that is fine-tuned whole: pool, norm, head, at any picture size.
+
+    mean   tokens of the patches -> mean -> fc_norm -> head     (MAE's and BEiT's fine-tuning)
+    cls    tokens -> norm -> [CLS] -> head
+
+Plain ViTs and BEiTs are timm's own classifiers, so that what was fine-tuned loads into
+`timm.create_model(..., num_classes=C, global_pool="avg")` by name; the convolutional one is
+`ConvClassifier`. Each may be given tables of relative positions, one a block, as CAE's and Feature
+Distillation's fine-tuning has them.
+
+B pictures, T tokens, D width, C classes, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from featcache.errors import UsageError
+from student.models import conv_vit, vit
+from student.models.build import EncoderSettings, build_encoder, read_settings
+
+POOLS = ("mean", "cls")
+_TABLE = "relative_position_bias_table"
+
+
+class ClassifierSettings(EncoderSettings):
+    """Hold what a run's settings say of its classifier; they lie in a file that others may have
+    written."""
+
+    classes: Annotated[int, Field(ge=2, le=10**6)]
+    pool: Literal["mean", "cls"]
+    rel_pos: bool
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConvClassifier(conv_vit.ConvViT):
+    """Classify by ConvMAE's encoder; of both stages only what the third reads is used, as in its
+    released fine-tuning (Alpha-VL/ConvMAE models_convvit.py)."""
+
+    fc_norm: nn.Module
+    head: nn.Module
+
+    def reset_classifier(self, classes: int, global_pool: str) -> None:
+        """Give it a head, as timm's networks have this method."""
+        self.global_pool = global_pool
+        self.head = nn.Linear(self.embed_dim, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B,3,S,S) -> logits (B,C)."""
+        x = self.forward_features(images)
+        patches = x[:, self.num_prefix_tokens :].mean(1)
+        return self.head(self.fc_norm(patches if self.global_pool == "avg" else x[:, 0]))
+
+
+def build(settings: Mapping[str, Any], family: str) -> nn.Module:
+    """Build the classifier of a run's settings at its start values; its head is timm's."""
+    given = read_settings(ClassifierSettings, settings)
+    kind = ConvClassifier if family == conv_vit.FAMILY else None
+    net: Any = build_encoder(
+        dict(settings), family, drop_path=given.drop_path, rel_pos=given.rel_pos, conv=kind
+    )
+    check_pool(given.pool, net.num_prefix_tokens, settings["encoder"])
+    net.reset_classifier(given.classes, "avg" if given.pool == "mean" else "token")
+    net.fc_norm = nn.Identity()
+    if given.pool == "mean":
+        net.fc_norm, net.norm = vit.NORM(net.embed_dim), nn.Identity()
+    return net
+
+
+def check_pool(pool: str, prefix: int, encoder: str) -> None:
+    """Raise UsageError for [CLS] of an encoder that has none."""
+    if pool == "cls" and not prefix:
+        raise UsageError(
+            f"pool=cls: the encoder {encoder} has no [CLS] token; allowed: pool=mean; change it "
+            "with --set pool=mean"
+        )
+
+
+# --- start values ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def init_head(net: Any, std: float, scale: float) -> None:
+    """Draw the head's weights from a normal of this std cut at two, times `scale`; its bias is 0.
+
+    MAE has std 2e-5, MILAN timm's 0.02, BEiT and CAE 0.02 times 0.001.
+    """
+    nn.init.trunc_normal_(net.head.weight, std=std)
+    net.head.weight.mul_(scale)
+    nn.init.zeros_(net.head.bias)
+
+
+@torch.no_grad()
+def load_encoder(net: Any, encoder: Any, *, fc_norm_from_norm: bool) -> None:
+    """Take the weights of a trained encoder: everything but the head.
+
+    Positions and tables of an encoder that saw another picture size are resized first, by timm's
+    own functions. A table that all blocks shared is copied to each (Feature Distillation
+    main_finetune's rule); without one the tables keep their zeros. The last norm becomes `fc_norm`
+    (BEiT, CAE), or is dropped and `fc_norm` starts at one (MAE).
+    """
+    encoder.set_input_size(img_size=(picture_px(net),) * 2)
+    state = dict(encoder.state_dict())
+    own = net.state_dict()
+    shared = state.pop(f"rel_pos_bias.{_TABLE}", None)
+    if shared is not None and f"rel_pos_bias.{_TABLE}" in own:
+        state[f"rel_pos_bias.{_TABLE}"] = shared
+    elif shared is not None:
+        state |= {name: shared for name in own if name.endswith(f".attn.{_TABLE}")}
+    if not isinstance(net.fc_norm, nn.Identity):
+        norm = {name: state.pop(name) for name in ("norm.weight", "norm.bias")}
+        if fc_norm_from_norm:
+            state |= {f"fc_{name}": value for name, value in norm.items()}
+    fresh = {name for name in own if name.startswith(("head.", "fc_norm.")) or _TABLE in name}
+    strange = (own.keys() - state.keys() - fresh) | (state.keys() - own.keys())
+    assert not strange, sorted(strange)  # both were built of the same settings
+    net.load_state_dict(state, strict=False)
+
+
+def picture_px(net: Any) -> int:
+    """Return S, the pixels a side that a network takes."""
+    if isinstance(net, conv_vit.ConvViT):
+        return net.grid * net.patch_px
+    return int(net.patch_embed.img_size[0])

@@ -1,0 +1,216 @@
+"""What is fine-tuned, on which pictures and how, becomes a Run and the Loader of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from torch import nn
+
+from featcache import rng
+from featcache.errors import UsageError
+from featcache.runtime import device as devices
+from featcache.runtime.compiler import check_compiler
+from featcache.storage import json_file
+from featcache.views.policy import Policy
+from student import checkpoint
+from student.checkpoint import KEEP, Retention
+from student.config import Settings, build_config, parse_settings, size
+from student.data.loader import Loader
+from student.features.embed import Rendering, Skipped
+from student.features.frozen import size_of
+from student.features.labelled import Sets
+from student.setup.batch_size import chosen_batch_size
+from student.targets.labelled_views import LabelledViews
+from student.training import finetune, trackers
+from student.training.finetune import Config
+from student.training.train import Run
+from student.training.train_state import RunOptions
+from student.training.validation import ValidationPlan
+
+FACTS = ("encoder", "family", "patch_size", "conv_cls", "pixel_mean", "pixel_std", "classes")
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """The options of `student eval finetune` that a run depends on keep the names they have
+    there."""
+
+    run: Path | None
+    teacher_spec: str | None
+    weights: str | None
+    checkpoint: int | None
+    ema: bool
+    out: Path | None
+    epochs: int | None
+    batch_size: int | None
+    accumulate: int
+    settings: Sequence[str]
+    seed: int
+    workers: int
+    save_every: int | None
+    eval_every: int
+    crop_pct: float | None
+    embed_batch: int
+    skip_bad: int
+    resume: bool
+    keep_ema: float | None
+    compiled: bool
+    checkpoint_activations: bool
+    skip_nonfinite: int | None
+    trackers: Sequence[str]
+
+    @property
+    def run_options(self) -> RunOptions:
+        """Return the options of running the model."""
+        return RunOptions(
+            self.keep_ema, self.compiled, self.checkpoint_activations, self.skip_nonfinite
+        )
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Holds the network that fine-tuning begins with: its weights, and what is known of it."""
+
+    encoder: nn.Module
+    name: str
+    facts: Mapping[str, Any]  # settings of the configuration
+    about: Mapping[str, Any]  # identity, for config.json
+    recipe: str = ""
+    size: str = ""
+
+
+def begin(options: FinetuneOptions) -> Begun:
+    """Open what is fine-tuned."""
+    assert options.run is not None
+    run = options.run
+    step = checkpoint.latest_step(run) if options.checkpoint is None else options.checkpoint
+    encoder, settings = checkpoint.load_encoder(run, options.ema, step)
+    if "classes" in settings:
+        raise UsageError(
+            f"run {str(run)!r} was fine-tuned already; give the run that it began with, or its "
+            "own --resume to go on"
+        )
+    names = ("encoder", "patch_size", "conv_cls", "img_size")
+    known = {name: settings[name] for name in names if name in settings}
+    recipe = str(checkpoint.read_config(run)["recipe"])
+    return Begun(
+        encoder,
+        run.name,
+        {**known, "family": settings.get("family", "mae")},
+        {"run": str(run.absolute()), "checkpoint": step, "ema": options.ema, "recipe": recipe},
+        recipe,
+        size_of(encoder) or size(settings["encoder"]),
+    )
+
+
+def configure(options: FinetuneOptions, begun: Begun, protocol: ModuleType, classes: int) -> Config:
+    """Return the configuration: the recipe's own publication, then what the user set."""
+    given = parse_settings(Config, options.settings)
+    for name in FACTS:
+        if name in given.values:
+            raise UsageError(
+                f"--set {name}: it is a fact of {begun.name} and of the labels; leave it out"
+            )
+    published = protocol.DEFAULTS.get(
+        (begun.recipe, begun.size), protocol.DEFAULTS.get((begun.recipe, None), {})
+    )
+    settings = Settings().updated({**published, **begun.facts, "classes": classes}, "fact")
+    settings = settings.merged(given)
+    if options.epochs is not None:
+        settings = settings.updated({"epochs": options.epochs}, "option")
+    return build_config(Config, settings)
+
+
+def build(
+    options: FinetuneOptions, begun: Begun, config: Config, sets: Sets, acc: Accelerator
+) -> tuple[Run, Loader]:
+    """Return the run and the loader of this process."""
+    shown = trackers.check(options.trackers)
+    if options.compiled:
+        check_compiler(str(acc.device))
+    out = options.out or Path("runs") / f"finetune-{begun.name}-s{options.seed}"
+    targets = LabelledViews(
+        Policy(
+            size=config.img_size,
+            scale=config.crop_scale,
+            filter="bicubic",
+            flip=config.flip,
+            seed=options.seed,
+        ),
+        sets.train.labels,
+        config.classes,
+        config.augmentation,
+        config.pixel_mean,
+        config.pixel_std,
+    )
+    loader = _loader(options, sets, targets, acc, out)
+    validation = ValidationPlan(
+        sets.tests,
+        rendering(options, config),
+        config.pixel_mean,
+        config.pixel_std,
+        config.classes,
+        options.embed_batch,
+        options.eval_every,
+        Skipped(options.skip_bad),
+    )
+    run = Run(
+        name=finetune.NAME,
+        recipe=finetune,
+        config=config,
+        targets=targets,
+        out=out,
+        seed=options.seed,
+        about=_about(begun, sets, options),
+        save_every=options.save_every,
+        resume=options.resume,
+        run_options=options.run_options,
+        trackers=shown,
+        retention=Retention(KEEP),
+        watch=validation,
+        start=lambda model: model.load_encoder(begun.encoder),  # type: ignore[operator]
+    )
+    return run, loader
+
+
+def rendering(options: FinetuneOptions, config: Config) -> Rendering:
+    """Say how test pictures are cut."""
+    default = 0.875 if config.img_size <= 224 else 1.0
+    return Rendering(config.img_size, options.crop_pct or default)
+
+
+def _loader(
+    options: FinetuneOptions, sets: Sets, targets: LabelledViews, acc: Accelerator, out: Path
+) -> Loader:
+    source = sets.train.source
+    return Loader(
+        source=source,
+        targets=targets,
+        pictures=np.arange(len(source)),
+        digests=rng.key_digests(source.keys),
+        seed=options.seed,
+        batch_size=chosen_batch_size(options, len(source), acc, out),
+        accumulation=options.accumulate,
+        world=acc.num_processes,
+        rank=acc.process_index,
+        workers=options.workers,
+        pin=devices.is_gpu(acc.device),
+    )
+
+
+def _about(begun: Begun, sets: Sets, options: FinetuneOptions) -> dict[str, Any]:
+    """Return what else the numbers of the run depend on, for config.json."""
+    return {
+        "kind": "labelled",
+        "begun": dict(begun.about),
+        "labels": json_file.digest(sets.train.labels.tolist()),
+        "classes": json_file.digest(list(sets.names)),
+        "tests": {test.name: len(test) for test in sets.tests},
+        "crop_pct": options.crop_pct,
+    }

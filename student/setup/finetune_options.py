@@ -1,0 +1,177 @@
+"""Options of `student eval finetune` beside those that it shares with the other protocols."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from featcache.console.params import (
+    BATCH,
+    COUNT,
+    CROP_SHARE,
+    SEED,
+    THREADS,
+    FiniteRange,
+    LocalPath,
+    LocalText,
+)
+
+
+def parameters() -> list[click.Parameter]:
+    """Return the parameters: what is fine-tuned, how, and how it is run."""
+    return [*_subject(), *_training(), *_running()]
+
+
+def _subject() -> list[click.Parameter]:
+    return [
+        click.Argument(["run"], required=False, type=LocalPath()),
+        click.Option(
+            ["--checkpoint"],
+            type=click.IntRange(0, 10**12),
+            metavar="STEP",
+            help="Begin with that checkpoint of RUN. [default: the newest]",
+        ),
+        click.Option(["--ema"], is_flag=True, help="Begin with the average of RUN's weights."),
+        click.Option(
+            ["--teacher", "teacher_spec"],
+            type=LocalText(),
+            help="Fine-tune a teacher in place of RUN.",
+        ),
+        click.Option(["--weights"], type=LocalText(), help="The teacher's weights."),
+        click.Option(
+            ["--out"],
+            type=LocalPath(),
+            help="Run folder of the fine-tuning. [default: runs/finetune-RUN-sSEED]",
+        ),
+    ]
+
+
+def _training() -> list[click.Parameter]:
+    return [
+        click.Option(
+            ["--set", "settings"],
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="One setting, such as img_size=384, pool=cls or layer_decay=0.75; --show lists "
+            "them with the recipe's own values.",
+        ),
+        click.Option(["--show"], is_flag=True, help="Print the settings and stop."),
+        click.Option(
+            ["--epochs"], type=COUNT, help="Passes over the pictures. [default: the recipe's]"
+        ),
+        click.Option(
+            ["--batch-size"],
+            type=BATCH,
+            help="Pictures, per process. [default: 64, or all if fewer]",
+        ),
+        click.Option(
+            ["--accumulate"],
+            type=BATCH,
+            default=1,
+            show_default=True,
+            help="Batches summed up in a step.",
+        ),
+        click.Option(
+            ["--seed"],
+            type=SEED,
+            default=0,
+            show_default=True,
+            help="Of splits, views, order and head.",
+        ),
+        click.Option(
+            ["--eval-every"],
+            type=COUNT,
+            default=1,
+            show_default=True,
+            help="Epochs between scores of the test pictures.",
+        ),
+        click.Option(
+            ["--crop-pct"],
+            type=CROP_SHARE,
+            help="Share of the shorter side that a test picture's centre crop has. [default: "
+            "0.875; 1 above 224 pixels]",
+        ),
+        click.Option(
+            ["--embed-batch"],
+            type=BATCH,
+            default=64,
+            show_default=True,
+            help="Test pictures at once.",
+        ),
+        click.Option(
+            ["--skip-bad"],
+            type=click.IntRange(0, 10**9),
+            default=0,
+            show_default=True,
+            help="Test pictures that may be left out because they cannot be decoded.",
+        ),
+    ]
+
+
+def _running() -> list[click.Parameter]:
+    return [
+        click.Option(
+            ["--resume"],
+            is_flag=True,
+            help="Go on from the newest checkpoint of --out; start where there is none yet.",
+        ),
+        click.Option(
+            ["--save-every"],
+            type=click.IntRange(1, 10**12),
+            help="Steps between checkpoints. [default: an epoch]",
+        ),
+        click.Option(
+            ["--keep-ema"],
+            type=FiniteRange(0, 1, min_open=True, max_open=True),
+            metavar="DECAY",
+            help="Keep and score an average of the weights as well, of this decay, such as 0.9999.",
+        ),
+        click.Option(
+            ["--precision"], default="auto", show_default=True, help="auto, fp32, bf16 or fp16."
+        ),
+        click.Option(
+            ["--device"], help="cpu keeps off the GPU. [default: cuda where there is one]"
+        ),
+        click.Option(
+            ["--workers"], type=THREADS, default=2, show_default=True, help="Decoding threads."
+        ),
+        click.Option(["--compile", "compiled"], is_flag=True, help="torch.compile the model."),
+        click.Option(
+            ["--checkpoint-activations"],
+            is_flag=True,
+            help="Compute blocks again in the backward pass: less memory, more time.",
+        ),
+        click.Option(
+            ["--deterministic"],
+            is_flag=True,
+            help="The same bits again on a GPU too, by slower kernels.",
+        ),
+        click.Option(
+            ["--skip-nonfinite"],
+            type=click.IntRange(0),
+            metavar="N",
+            help="Leave out up to N steps whose loss is not finite. [default: the first one stops]",
+        ),
+        click.Option(
+            ["--tracker", "trackers"],
+            type=click.Choice(["json", "tensorboard", "wandb"]),
+            multiple=True,
+            default=("json",),
+            show_default=True,
+            help="Show metrics there as well. May be given twice.",
+        ),
+        click.Option(
+            ["--dry-run"],
+            is_flag=True,
+            help="Say what would be trained, with memory and time; write nothing.",
+        ),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
+    ]
+
+
+def option_values(given: dict[str, Any]) -> dict[str, Any]:
+    """Return those that a run depends on, by name."""
+    from student.setup.finetune_inputs import FinetuneOptions
+
+    return {name: given[name] for name in FinetuneOptions.__dataclass_fields__}
