@@ -84,9 +84,8 @@ class LabelledViews:
         parts = (drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0])
         pixels = view_render.render(picture, *parts, self.policy.size, self.policy.filter)
         if self._change is not None:
-            stream = rng.stream("randaugment", self.policy.seed)
-            word = int(rng.words(digest[None], stream, 1, view=view)[0, 0])
-            pixels = np.asarray(self._change(Image.fromarray(pixels), word))
+            words = augmentation.draw_rand_augment(digest[None], self.policy.seed, view)
+            pixels = np.asarray(self._change(Image.fromarray(pixels), int(words[0])))
         return {"pixels": pixels}
 
     def pixel_hashes(self, indices: I64, view: I64) -> npt.NDArray[np.uint64] | None:
