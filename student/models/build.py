@@ -41,7 +41,8 @@ def build_encoder(
     `rel_pos` gives each block of a BEiT a table of relative positions of its own; `conv` is the
     class of a convolutional one.
     """
-    from student.models import beit, conv_vit  # which most runs do without
+    # which most runs do without
+    from student.models import beit, conv_vit, timm_network
 
     given = read_settings(EncoderSettings, settings)
     sizes: Any = {"img_size": given.img_size, "patch_size": given.patch_size}
@@ -62,7 +63,9 @@ def build_encoder(
             network=conv,
             **sizes,
         )
-    known = ", ".join(("mae", *beit.FAMILIES, conv_vit.FAMILY))
+    if family == timm_network.FAMILY:
+        return timm_network.build(given.encoder, drop_path=drop_path, **sizes)
+    known = ", ".join(("mae", *beit.FAMILIES, conv_vit.FAMILY, timm_network.FAMILY))
     raise UserError(f"cannot build the run's encoder: family {str(family)[:80]!r}; known: {known}")
 
 

@@ -26,6 +26,9 @@ from student.models.build import EncoderSettings, build_encoder, read_settings
 
 POOLS = ("mean", "cls")
 _TABLE = "relative_position_bias_table"
+_SHARED = f"rel_pos_bias.{_TABLE}"
+_NORMS = ("norm.", "fc_norm.")
+_OWN_HEADS = ("attn_pool.", "head.")  # of a teacher, which another head replaces
 
 
 class ClassifierSettings(EncoderSettings):
@@ -66,10 +69,17 @@ def build(settings: Mapping[str, Any], family: str) -> nn.Module:
     )
     check_pool(given.pool, net.num_prefix_tokens, settings["encoder"])
     net.reset_classifier(given.classes, "avg" if given.pool == "mean" else "token")
-    net.fc_norm = nn.Identity()
+    # a network that was made to be pooled has its last norm behind the pool already
+    norm = next((each for each in (net.norm, net.fc_norm) if not _is_none(each)), None)
+    norm = vit.NORM(net.embed_dim) if norm is None else norm
+    net.norm, net.fc_norm = norm, nn.Identity()
     if given.pool == "mean":
-        net.fc_norm, net.norm = vit.NORM(net.embed_dim), nn.Identity()
+        net.norm, net.fc_norm = nn.Identity(), norm
     return net
+
+
+def _is_none(part: nn.Module) -> bool:
+    return isinstance(part, nn.Identity)
 
 
 def check_pool(pool: str, prefix: int, encoder: str) -> None:
@@ -105,21 +115,38 @@ def load_encoder(net: Any, encoder: Any, *, fc_norm_from_norm: bool) -> None:
     (BEiT, CAE), or is dropped and `fc_norm` starts at one (MAE).
     """
     encoder.set_input_size(img_size=(picture_px(net),) * 2)
-    state = dict(encoder.state_dict())
-    own = net.state_dict()
-    shared = state.pop(f"rel_pos_bias.{_TABLE}", None)
-    if shared is not None and f"rel_pos_bias.{_TABLE}" in own:
-        state[f"rel_pos_bias.{_TABLE}"] = shared
-    elif shared is not None:
-        state |= {name: shared for name in own if name.endswith(f".attn.{_TABLE}")}
-    if not isinstance(net.fc_norm, nn.Identity):
-        norm = {name: state.pop(name) for name in ("norm.weight", "norm.bias")}
-        if fc_norm_from_norm:
-            state |= {f"fc_{name}": value for name, value in norm.items()}
-    fresh = {name for name in own if name.startswith(("head.", "fc_norm.")) or _TABLE in name}
+    own, given = net.state_dict(), encoder.state_dict()
+    state = {name: given[name] for name in given if not name.startswith((*_NORMS, *_OWN_HEADS))}
+    state = _tables_for(state, own) | _norm_for(given, net, fc_norm_from_norm)
+    fresh = {name for name in own if name.startswith(("head.", *_NORMS)) or _TABLE in name}
     strange = (own.keys() - state.keys() - fresh) | (state.keys() - own.keys())
     assert not strange, sorted(strange)  # both were built of the same settings
     net.load_state_dict(state, strict=False)
+
+
+def _tables_for(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with a shared table copied to every block, where the network has tables
+    of its blocks."""
+    shared = state.get(_SHARED)
+    if shared is None or _SHARED in own:
+        return dict(state)
+    kept = {name: value for name, value in state.items() if name != _SHARED}
+    return kept | {name: shared for name in own if name.endswith(f".attn.{_TABLE}")}
+
+
+def _norm_for(given: Mapping[str, Tensor], net: Any, from_norm: bool) -> dict[str, Tensor]:
+    """Return the last norm under the name that the network has for it; nothing where `fc_norm`
+    starts anew, at one and zero."""
+    last = {
+        name.removeprefix("fc_"): value for name, value in given.items() if name.startswith(_NORMS)
+    }
+    if _is_none(net.fc_norm):
+        return last
+    if from_norm:
+        return {f"fc_{name}": value for name, value in last.items()}
+    for name, parameter in net.fc_norm.named_parameters():
+        nn.init.constant_(parameter, float(name == "weight"))
+    return {}
 
 
 def picture_px(net: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,9 @@ import numpy as np
 from accelerate import Accelerator
 from torch import nn
 
-from featcache import rng
+from featcache import rng, teachers
 from featcache.errors import UsageError
+from featcache.models.weights import is_random, weight_hash
 from featcache.runtime import device as devices
 from featcache.runtime.compiler import check_compiler
 from featcache.storage import json_file
@@ -25,6 +28,7 @@ from student.data.loader import Loader
 from student.features.embed import Rendering, Skipped
 from student.features.frozen import size_of
 from student.features.labelled import Sets
+from student.models import timm_network
 from student.setup.batch_size import chosen_batch_size
 from student.targets.labelled_views import LabelledViews
 from student.training import finetune, trackers
@@ -83,12 +87,34 @@ class Begun:
     about: Mapping[str, Any]  # identity, for config.json
     recipe: str = ""
     size: str = ""
+    note: str = ""
 
 
 def begin(options: FinetuneOptions) -> Begun:
     """Open what is fine-tuned."""
-    assert options.run is not None
-    run = options.run
+    return _of_teacher(options) if options.run is None else _of_run(options.run, options)
+
+
+def _of_teacher(options: FinetuneOptions) -> Begun:
+    spec = str(options.teacher_spec)
+    teacher = teachers.load(spec, options.weights)
+    network, encoder = timm_network.of_teacher(teacher, spec)
+    facts = {
+        "encoder": encoder,
+        "family": timm_network.FAMILY,
+        "img_size": teacher.input_px,
+        "patch_size": teacher.input_px // math.isqrt(teacher.patches),
+        "pixel_mean": list(teacher.pixel_mean),
+        "pixel_std": list(teacher.pixel_std),
+    }
+    about = {"teacher": spec, "weight_hash": weight_hash(teacher)}
+    note = ""
+    if is_random(teacher.weights):
+        note = f"note: {teacher.weights} - these weights are drawn, not trained"
+    return Begun(network, re.sub(r"[^\w.-]+", "-", spec)[:60], facts, about, note=note)
+
+
+def _of_run(run: Path, options: FinetuneOptions) -> Begun:
     step = checkpoint.latest_step(run) if options.checkpoint is None else options.checkpoint
     encoder, settings = checkpoint.load_encoder(run, options.ema, step)
     if "classes" in settings:

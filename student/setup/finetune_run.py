@@ -48,8 +48,8 @@ def run(name: str, protocol: ModuleType, given: dict[str, Any]) -> None:
         text = "\n".join(f"{key} = {value}" for key, value in as_dict(config).items())
         console.print(as_dict(config), text)
         return
-    for note in sets.notes:
-        console.say(f"note: {note}")
+    for note in [*([begun.note] if begun.note else ()), *(f"note: {each}" for each in sets.notes)]:
+        console.say(note)
     started = time.perf_counter()
     job, loader = finetune_inputs.build(options, begun, config, sets, acc)
     for note in build.rate_notes(job, loader):
