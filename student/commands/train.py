@@ -114,7 +114,9 @@ if TYPE_CHECKING:
 @click.option(
     "--weights",
     type=LocalText(),
-    help="Online, fallback or probe: the teacher's weights, FILE, tag or random:SEED.",
+    multiple=True,
+    help="Online, fallback or probe: the teacher's weights, FILE, tag or random:SEED; NAME=... for "
+    "a tokenizer or one of two teachers.",
 )
 @click.option(
     "--teacher-name",

@@ -3,19 +3,22 @@ is given, else over fresh views."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from featcache import teachers
 from featcache.errors import UsageError
 from featcache.models import precision
 from featcache.models.contract import Teacher
-from featcache.models.tokenizer import network_of
+from featcache.models.tokenizer import FIELD, TokenizerTeacher, network_of
 from featcache.models.weights import weight_hash
 from featcache.pictures.source import Source
 from featcache.reading import join
 from featcache.reading.feature_reader import FeatureReader
+from featcache.storage import codec_state
 from featcache.views import pixel_path
 from featcache.views.policy import AREA, Policy, load_policy, policy_from_dict
 from student.config import build_config
@@ -23,10 +26,11 @@ from student.recipes import TargetSpec
 from student.setup import cache_match, notes
 from student.setup.cache_match import MatchedCache
 from student.setup.options import Options, RunRequest
-from student.setup.teacher_choice import load_teacher
+from student.setup.teacher_choice import load_other, load_teacher
 from student.setup.training_inputs import TrainingInputs, refuse_view_options, select_views
 from student.setup.view_choice import ViewSelection
-from student.targets.online import OnlineTargets
+from student.targets.online import TEACHER_FIELDS, OnlineTargets
+from student.targets.online_others import OnlineNetwork, OnlineSecond, OnlineTokens
 
 
 def online_inputs(
@@ -37,8 +41,11 @@ def online_inputs(
     recipe, settings = request.recipe, found.settings if found else request.settings
     spec = recipe.needs(build_config(recipe.Config, settings))
     policy = _policy(request, spec, found, source)
-    teacher = _compiled(load_teacher(request, found), request) if spec.fields else None
-    facts = _facts(found, policy, teacher)
+    names = _other_names(spec, found)
+    own = any(field in TEACHER_FIELDS for field in spec.fields)
+    teacher = _compiled(load_teacher(request, found, names), request) if own else None
+    others = {name: _load_other(request, found, name, spec) for name in names}
+    facts = _facts(found, policy, teacher) | _other_facts(found, policy, teacher, others, spec)
     config = cache_match.config_with_facts(recipe.Config, settings, facts)
     spec = recipe.needs(config)
     if teacher is not None and spec.derive == "z":
@@ -47,9 +54,63 @@ def online_inputs(
     views = request.options.views or (found.cache.views if found else None)
     order = found.cache.identity["order"] if found else "attentive"
     stored_as = _stored_as(request, found, spec)
-    targets = OnlineTargets(policy, spec, teacher, views, order, selection.schedule, stored_as)
+    beside = [_beside(found, network, spec, request) for network in others.values()]
+    targets = OnlineTargets(
+        policy, spec, teacher, views, order, selection.schedule, stored_as, beside
+    )
     record = _record(targets, source, selection)
     return TrainingInputs(config, source, targets, selection.pictures, record)
+
+
+def _other_names(spec: TargetSpec, found: MatchedCache | None) -> list[str]:
+    """Return the tokenizer and the second teacher that a recipe reads of. A tokenizer's field
+    without a name is of the teacher that its cache begins with."""
+    own = found.cache.identity["teacher"]["name"] if found else spec.teacher
+    tokens = [field for field in spec.fields if field.rpartition("/")[2] == FIELD]
+    names = [field.rpartition("/")[0] or own for field in tokens]
+    return [*names, *([spec.second] if spec.second else ())]
+
+
+def _load_other(
+    request: RunRequest, found: MatchedCache | None, name: str, spec: TargetSpec
+) -> Teacher:
+    """Load a network that runs beside the teacher; UsageError where it gives something else."""
+    if teachers.is_tokenizer(name) == (name == spec.second):
+        what = "token ids" if name == spec.second else "features"
+        raise UsageError(f"teacher {name!r} gives {what}, and the recipe reads the other of it")
+    return _compiled(load_other(request, found, name, _other_names(spec, found)), request)
+
+
+def _beside(
+    found: MatchedCache | None, network: Teacher, spec: TargetSpec, request: RunRequest
+) -> OnlineNetwork:
+    """Wrap a network that runs beside the teacher as its targets take it."""
+    if isinstance(network, TokenizerTeacher):
+        fields = (field for field in spec.fields if field.rpartition("/")[2] == FIELD)
+        return OnlineTokens(network, next(fields), spec)
+    field, stored_as = f"{spec.second}/features", None
+    if found and codec_state.needs_state(found.cache.manifest_of(spec.second)):
+        stored_as = FeatureReader(found.cache, spec.second, levels=(spec.second_level,))
+        request.say(f"note: levels of {spec.second} go through codec {stored_as.codec_name}")
+    return OnlineSecond(network, field, spec, stored_as)
+
+
+def _other_facts(
+    found: MatchedCache | None,
+    policy: Policy,
+    teacher: Teacher | None,
+    others: Mapping[str, Teacher],
+    spec: TargetSpec,
+) -> dict[str, Any]:
+    """Return the facts of the networks beside the teacher: a second one's depth and width; the grid
+    of a tokenizer where nothing else tells it."""
+    if spec.second:
+        second = others[spec.second]
+        return {"joint_depth": second.depth, "joint_width": second.width}
+    if others and teacher is None and found is None:
+        patches = next(iter(others.values())).patches
+        return {"patch_size": cache_match.patch_size(policy.size, patches)}
+    return {}
 
 
 def _stored_as(
@@ -57,7 +118,9 @@ def _stored_as(
 ) -> FeatureReader | None:
     """The lossy codec of the cache, through which the teacher's levels go, so that a run with the
     teacher in the loop is one from the cache; None where there is none."""
-    if found is None or not found.lossy_codec or "features" not in spec.fields:
+    if found is None or "features" not in spec.fields:
+        return None
+    if not codec_state.needs_state(found.cache.manifest):
         return None
     reader = FeatureReader(found.cache, levels=spec.levels)
     request.say(f"note: the teacher's levels go through codec {reader.codec_name}, as in the cache")
@@ -159,6 +222,9 @@ def _record(targets: OnlineTargets, source: Source, selection: ViewSelection) ->
     teacher = targets.teacher
     if teacher is not None:
         record |= {"teacher": teacher.name, "weight_hash": weight_hash(teacher)}
+    for other in targets.others:
+        network = other.network
+        record[other.field] = {"teacher": network.name, "weight_hash": weight_hash(network)}
     if targets.stored_as is not None:
         record |= {"codec": targets.stored_as.codec_name}
     return record

@@ -32,7 +32,7 @@ class Options:
     accumulate: int
     seed: int
     teacher: str
-    weights: str | None
+    weights: Sequence[str]  # one, or NAME=... of each network in the loop
     teacher_name: str | None
     views: int | None
     policy: str | None

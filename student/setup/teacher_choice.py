@@ -1,11 +1,14 @@
-"""The teacher in the loop is the one that a cache was made with, or the recipe's own."""
+"""The teacher in the loop is the one that a cache was made with, or the recipe's own; so are a
+tokenizer and a second teacher beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from featcache import teachers
 from featcache.errors import IdentityError
+from featcache.extraction.options import weights_per_teacher
 from featcache.models import precision
 from featcache.models.contract import Teacher
 from featcache.models.weights import is_random, weight_hash
@@ -13,19 +16,66 @@ from student.setup.cache_match import MatchedCache
 from student.setup.options import RunRequest
 
 OPTION = "--teacher-name"
+SET = "--set"
 
 
-def load_teacher(request: RunRequest, found: MatchedCache | None) -> Teacher:
-    """Load the teacher; IdentityError where its weights are not those that the cache was made
-    with."""
+def load_teacher(
+    request: RunRequest, found: MatchedCache | None, others: Sequence[str] = ()
+) -> Teacher:
+    """Load the teacher; IdentityError where its weights are not those that the cache was made with.
+    `others` are the networks that run beside it, of which --weights may speak too."""
     if found is None:
-        weights = request.options.weights or None
-        teacher = teachers.load(_own_spec(request), weights, request.device)
+        spec = _own_spec(request)
+        teacher = teachers.load(spec, _weights(request, spec, others), request.device)
     else:
-        teacher = _load_same(request, found)
+        teacher = _load_same(request, found, others)
+    _say_drawn(request, teacher)
+    return teacher if found is None else precision.configure_like(teacher, found.cache.identity)
+
+
+def load_other(
+    request: RunRequest, found: MatchedCache | None, spec: str, names: Sequence[str]
+) -> Teacher:
+    """Load a tokenizer or a second teacher, which the recipe's settings name, as the cache has it
+    where one is given; `names` are all networks of the loop."""
+    named = [spec] if _named_by_option(request, spec) else []
+    if _named_by_file(request, spec):
+        spec = teachers.recorded_spec(spec, named, f"--config {str(request.options.config)!r}", SET)
+    about = found.cache.manifest_of(spec) if found and spec in found.cache.teachers else None
+    recorded = about["provenance"]["weights"] if about else None
+    weights = _weights(request, spec, [name for name in names if name != spec]) or recorded
+    teacher = teachers.load_any(spec, weights, request.device)
+    _say_drawn(request, teacher)
+    if about is None:
+        return teacher
+    _check_hash(teacher, weights, about["identity"]["teacher"])
+    return precision.configure_like(teacher, about["identity"])
+
+
+def _weights(request: RunRequest, spec: str, others: Sequence[str]) -> str | None:
+    """Return what --weights gives for one of the networks of the loop."""
+    return weights_per_teacher(request.options.weights, [spec, *others])[spec] or None
+
+
+def _say_drawn(request: RunRequest, teacher: Teacher) -> None:
     if is_random(teacher.weights):
         request.say(f"note: {teacher.weights} - these weights are drawn, not trained")
-    return teacher if found is None else precision.configure_like(teacher, found.cache.identity)
+
+
+def _named_by_option(request: RunRequest, spec: str) -> bool:
+    return any(_names(request, key, spec) for key, how in request.settings.origins.items()
+               if how == "option")  # fmt: skip
+
+
+def _named_by_file(request: RunRequest, spec: str) -> bool:
+    return any(_names(request, key, spec) for key, how in request.settings.origins.items()
+               if how == "file")  # fmt: skip
+
+
+def _names(request: RunRequest, key: str, spec: str) -> bool:
+    """Tell whether a setting is a network's spec, or a field of its part of a cache."""
+    value = request.settings.values[key]
+    return isinstance(value, str) and spec in (value, value.rpartition("/")[0])
 
 
 def _own_spec(request: RunRequest) -> str:
@@ -45,17 +95,22 @@ def _named(request: RunRequest) -> list[str]:
     return [*([given] if given else ()), *([settings.values["teacher"]] if by_setting else ())]
 
 
-def _load_same(request: RunRequest, found: MatchedCache) -> Teacher:
+def _load_same(request: RunRequest, found: MatchedCache, others: Sequence[str]) -> Teacher:
     """Load the teacher of a cache, with the weights that were given, else those it names."""
     identity: dict[str, Any] = found.cache.identity["teacher"]
-    weights = request.options.weights or found.cache.manifest["provenance"]["weights"]
     where = f"cache {str(found.cache.path)!r}"
     spec = teachers.recorded_spec(identity["name"], _named(request), where, OPTION)
+    recorded = found.cache.manifest["provenance"]["weights"]
+    weights = _weights(request, spec, others) or recorded
     teacher = teachers.load(spec, weights, request.device)
     teacher.name = identity["name"]  # wherever the user's file lies now
+    _check_hash(teacher, weights, identity)
+    return teacher
+
+
+def _check_hash(teacher: Teacher, weights: str | None, identity: dict[str, Any]) -> None:
     if weight_hash(teacher) != identity["weight_hash"]:
         raise IdentityError(
             f"weights {weights!r} have hash {weight_hash(teacher)}, the cache was made with "
             f"{identity['weight_hash']}; give those with --weights, or leave --cache out"
         )
-    return teacher

@@ -29,12 +29,10 @@ from student.targets import buffers
 from student.targets.assemble import copy_page_locked
 from student.targets.cached import CachedTargets
 from student.targets.contract import I64, HostBatch
-from student.targets.online import OnlineTargets
+from student.targets.online import TEACHER_FIELDS, OnlineTargets
 
 Bool = npt.NDArray[np.bool_]
 LIMIT = 0.01  # share of the training pictures that may be absent
-# the fields that the teacher in the loop gives
-ONLINE_FIELDS = {"features", "feature_stats", "attention", "mask_order"}
 
 
 @dataclass
@@ -141,7 +139,7 @@ class FallbackTargets:
 def check_spec(spec: TargetSpec) -> None:
     """Raise UsageError where a recipe needs what the teacher cannot compute for some of a batch's
     pictures."""
-    others = sorted(set(spec.fields) - ONLINE_FIELDS)
+    others = sorted(set(spec.fields) - set(TEACHER_FIELDS))
     wrong = {
         "target_norm=bn wants statistics of the whole batch as it is stored": spec.moments,
         f"the recipe learns from {spec.second} too, and only the cache's own teacher is "

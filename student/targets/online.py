@@ -5,7 +5,7 @@ B samples of a batch, L levels, P patches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,10 @@ from student.recipes import TargetSpec
 from student.targets import buffers
 from student.targets.assemble import copy_page_locked, pixel_layout, recipe_targets
 from student.targets.contract import I64, HostBatch
+from student.targets.online_others import OnlineNetwork
+
+# the fields that a cache's own teacher gives
+TEACHER_FIELDS = ("features", "feature_stats", "attention", "mask_order")
 
 
 @dataclass
@@ -48,12 +52,15 @@ class OnlineTargets:
     schedule: ViewSchedule | None = None
     # of a cache's codec, through which features go as if they had been stored
     stored_as: FeatureReader | None = None
+    # a tokenizer, a second teacher
+    others: Sequence[OnlineNetwork] = ()
     is_stored = False
     stored_pixels = is_io_bound = False
     moments = None
 
     def __post_init__(self) -> None:
-        lacking = set(self.spec.fields) - {"features", "feature_stats", "attention", "mask_order"}
+        given = {*TEACHER_FIELDS, *(other.field for other in self.others)}
+        lacking = set(self.spec.fields) - given
         if lacking:
             raise UsageError(
                 f"--teacher online computes no {', '.join(sorted(lacking))}; allowed: features and "
@@ -64,10 +71,26 @@ class OnlineTargets:
             self.tail = tail_tensors(self.teacher.tail())
 
     def layout(self) -> buffers.Layout:
-        student = pixel_layout(self.policy.size)
-        return student | (
-            pixel_layout(self.teacher_px, "teacher_pixels") if self.teacher_px else {}
-        )
+        sizes = {name: size for name, (size, _) in self._renderings().items()}
+        every = [pixel_layout(size, name) for name, size in sizes.items()]
+        return {name: array for each in every for name, array in each.items()}
+
+    def _renderings(self) -> dict[str, tuple[int, str]]:
+        """Return pixels a side and filter of every array of pixels."""
+        filter = self.policy.filter
+        found = {"pixels": (self.policy.size, filter)}
+        if self.teacher_px:
+            found["teacher_pixels"] = (self.teacher_px, filter)
+        for other in self.others:
+            if self._array_of(other) != "pixels":
+                found[other.array] = (other.network.input_px, other.filter or filter)
+        return found
+
+    def _array_of(self, other: OnlineNetwork) -> str:
+        """Return the array of pixels that a network reads: the student's where it would be the
+        same."""
+        own = (other.network.input_px, other.filter or self.policy.filter)
+        return "pixels" if own == (self.policy.size, self.policy.filter) else other.array
 
     @property
     def teacher_px(self) -> int:
@@ -100,12 +123,10 @@ class OnlineTargets:
         size = np.array([(picture.height, picture.width)])
         drawn = draw_views(self.policy, digest[None], size, [view])
         parts = (drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0])
-        out = {"pixels": view_render.render(picture, *parts, self.policy.size, self.policy.filter)}
-        if self.teacher_px:
-            out["teacher_pixels"] = view_render.render(
-                picture, *parts, self.teacher_px, self.policy.filter
-            )
-        return out
+        return {
+            name: view_render.render(picture, *parts, *kind)
+            for name, kind in self._renderings().items()
+        }
 
     def pixel_hashes(self, indices: I64, view: I64) -> npt.NDArray[np.uint64] | None:
         return None
@@ -122,16 +143,28 @@ class OnlineTargets:
         return {"order": draw_for_order(self.order, self.teacher.patches, *seeds)}
 
     def device_arrays(self, host: HostBatch) -> tuple[str, ...]:
-        if self.teacher is None:
-            return ()
-        return ("teacher_pixels" if self.teacher_px else "pixels",)
+        names = [self._teacher_array] if self.teacher is not None else []
+        return tuple(dict.fromkeys([*names, *map(self._array_of, self.others)]))
+
+    @property
+    def _teacher_array(self) -> str:
+        return "teacher_pixels" if self.teacher_px else "pixels"
 
     def to_device(
         self, host: HostBatch, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if self.teacher is None:
-            return {}, {}
-        pairs, attention = self._forward(self.teacher, host, device)
+        out, mask_inputs = (
+            ({}, {}) if self.teacher is None else self._of_teacher(self.teacher, host, device)
+        )
+        for other in self.others:
+            out |= other.compute(_images(host[self._array_of(other)], device))
+        return out, mask_inputs
+
+    def _of_teacher(
+        self, teacher: Teacher, host: HostBatch, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what `to_device` does of the teacher itself."""
+        pairs, attention = self._forward(teacher, host, device)
         mask_inputs = self._mask_inputs(host, attention)
         if not pairs:
             return {}, mask_inputs
@@ -143,7 +176,7 @@ class OnlineTargets:
         if self.spec.moments:
             # A step has one micro-batch (`target_choice` sees to it): the others' targets would not
             # be known yet. All processes come here.
-            sums = levels.moment_sums(stats, self.teacher.width)
+            sums = levels.moment_sums(stats, teacher.width)
             out["moments"] = levels.moments(reduce(sums, "sum"))
         return out, mask_inputs
 
@@ -152,11 +185,10 @@ class OnlineTargets:
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """The teacher's L levels, each h (B, 1 + P, D) with its stats (B, 1 + P, 2), and its
         attention (B, P)."""
-        (name,) = self.device_arrays(host)
-        pixels = copy_to_device(host[name], device)
+        images = _images(host[self._teacher_array], device)
         # as a cache's teacher ran, whatever the student runs in
         with torch.no_grad(), precision.autocast_for(teacher):
-            ys, attention = teacher(pixels.permute(0, 3, 1, 2).contiguous(), self.spec.levels)
+            ys, attention = teacher(images, self.spec.levels)
             return [levels.normalise(y) for y in ys], attention
 
     def _mask_inputs(self, host: HostBatch, attention: Tensor) -> dict[str, Tensor]:
@@ -168,3 +200,8 @@ class OnlineTargets:
             drawn = drawn.to(attention.device, non_blocking=True)
             out["mask_order"] = order_by(self.order, drawn, out["attention"])
         return out
+
+
+def _images(pixels: Any, device: torch.device) -> Tensor:
+    """Bring pixels (B, S, S, 3) to the device as images (B, 3, S, S)."""
+    return copy_to_device(pixels, device).permute(0, 3, 1, 2).contiguous()

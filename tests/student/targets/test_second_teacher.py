@@ -228,10 +228,3 @@ def test_none_in_an_empty_home(tmp_path: Path) -> None:
     assert ran.status == 1
     fx.good(fx.feat("extract", *proposed(ran.line), home=home))
     fx.good(fx.train("mrmae", tmp_path / "run", *options, sets=sets, home=home))
-
-
-def test_no_teacher_in_the_loop_gives_it(tmp_path: Path) -> None:
-    options = ("--cache", both_path(), "--teacher", "online", *ONE)
-    ran = fx.train("mrmae", tmp_path / "run", *options, sets=JOINT)
-    assert ran.status == 2
-    assert f"--teacher online computes no {OTHER}/features" in ran.line
