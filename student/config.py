@@ -318,7 +318,8 @@ def _check_keys(kind: type[Any], values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in names:
             raise UsageError(
-                f"unknown setting {key!r}: {near(key, names)}; see student recipes NAME"
+                f"unknown setting {key!r}: {near(key, names)}; see "
+                f"{getattr(kind, 'LISTED', 'student recipes NAME')}"
             )
 
 

@@ -32,7 +32,7 @@ from pipelines.ablate.table import Table
 from pipelines.quickstart import WAITING
 from pipelines.seeds import parse_seeds
 
-TABLES = ("models",)  # each is a file beside this one, with its TABLE
+TABLES = ("models", "finetune")  # each is a file beside this one, with its TABLE
 
 
 class _Tables(click.Group):

@@ -177,10 +177,14 @@ class _Place:
         run, test = self.home / "runs" / row.name, f"{self.home}/{DATA}/data/test-*.tar"
         teacher = ["--teacher", self.scale.teacher.spec, "--weights", self.weights]
         options = {**self.scale.probes.get(column.protocol, {}), **column.options}
+        if column.trains and self.scale.is_reduced:
+            options["epochs"] = 2
         words = [
             "student", "eval", column.protocol, *([run] if row.recipe else teacher),
             "--images", self.train, "--test", test, "--crop-pct", 1,
             *(["--pool", column.pool] if column.pool else []),
+            *(["--out", self.home / "runs" / f"{row.name}-{column.name}", "--resume"]
+              if column.trains else []),
             "--seed", self.seed, *_options(options), "--json",
         ]  # fmt: skip
         proof = run / "config.json" if row.recipe else self.home / DATA / "teacher.json"
@@ -196,7 +200,13 @@ def _texts(*words: Any) -> tuple[str, ...]:
 
 
 def _options(options: Mapping[str, Any]) -> list[Any]:
-    return [word for key, value in options.items() for word in (f"--{key}", value)]
+    """Return options as words; one of several values is given as often."""
+    return [
+        word
+        for key, value in options.items()
+        for each in (value if isinstance(value, tuple) else (value,))
+        for word in (f"--{key}", each)
+    ]
 
 
 def _settings(settings: Mapping[str, Any]) -> list[Any]:

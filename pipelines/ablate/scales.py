@@ -46,6 +46,20 @@ PROBES: dict[str, dict[str, Any]] = {
         "heads": digits.OPTIONS["num_heads"],
     },
     "logreg": {"C": 1},  # with ten pictures a class there are none to choose it by
+    # MAE's protocol but for the learning rate; crops are the teacher's, since digits have a side
+    # and drawings are small. Spelled out for the same reason.
+    "finetune": {
+        "batch-size": 20,
+        "eval-every": 50,
+        "set": (
+            "lr=0.001",
+            "layer_decay=0.75",
+            "drop_path=0.1",
+            "warmup_epochs=5",
+            f"flip={digits.TEACHER.crops['flip']:g}",
+            f"crop_scale={list(digits.TEACHER.crops['scale'])}",
+        ),
+    },
 }
 
 

@@ -31,6 +31,7 @@ class Column:
     protocol: str
     pool: str = ""  # none: the protocol reads all tokens
     options: Mapping[str, Any] = field(default_factory=dict)  # over the scale's
+    trains: bool = False  # the encoder is trained, in a run of its own
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ parts, and `needs(config)`, which says what a cache must hold. A recipe is a pur
     feature_stats (B, L, 1 + P, 2)  where they are among the fields: mean and divisor of every token
     moments (L, 2)               where the spec asks for them
 
+A `Model` may give `param_groups()`: groups of its parameters for AdamW, each with a `weight_decay`
+and perhaps an `lr_scale`, which multiplies the learning rate of every step.
+
 A `Model` may give `predictions(batch)` as well: by name, such as `cosine_12` or `cosine_z`, what is
 predicted of a teacher and what it is compared with, (B, N, D) both. `student train --probe` reports
 their cosine on held-out pictures; `student eval zeroshot` takes the first of N = 1 + P tokens of

@@ -37,6 +37,7 @@ class Config:
     mask_ratio: ClassVar[float] = 0.0
     decay_tokens: ClassVar[bool] = False
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {}
+    LISTED: ClassVar[str] = "student eval finetune RUN --show"
 
     # network: facts of the run or teacher that is fine-tuned
     encoder: str = "base"

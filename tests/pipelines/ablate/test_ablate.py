@@ -22,7 +22,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 
 def test_every_table_has_help_and_is_found() -> None:
     context = click.Context(ablate.cli)
-    assert ablate.cli.list_commands(context) == ["models"]
+    assert ablate.cli.list_commands(context) == ["models", "finetune"]
     for name in ablate.TABLES:
         command = ablate.cli.get_command(context, name)
         assert command is not None

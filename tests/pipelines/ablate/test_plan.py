@@ -11,7 +11,7 @@ import pytest
 
 from featcache import cli as featcache_cli
 from featcache.errors import UsageError
-from pipelines.ablate import models
+from pipelines.ablate import finetune, models
 from pipelines.ablate.plan import Job, digests, make_plan, row_settings
 from pipelines.ablate.scales import CLIPART, DIGITS
 from pipelines.ablate.table import Column, Ordering, Row, Table
@@ -105,9 +105,10 @@ def test_rows_share_the_cache_that_serves_them_all() -> None:
     assert named(jobs, "seed-3/runs/mae").after == ("seed-3/cache",)
 
 
-def test_the_table_of_models_reads_one_cache_a_seed() -> None:
+@pytest.mark.parametrize("table", [models.TABLE, finetune.TABLE], ids=lambda table: table.title)
+def test_a_table_reads_one_cache_a_seed(table: Table) -> None:
     for scale in (DIGITS, CLIPART):
-        jobs = make_plan(models.TABLE, scale, OUT, (0, 1))
+        jobs = make_plan(table, scale, OUT, (0, 1))
         assert [job.name for job in jobs if job.kind == "extract"] == [
             "seed-0/cache",
             "seed-1/cache",
@@ -149,12 +150,28 @@ def _known_options(words: tuple[str, ...]) -> set[str]:
     return {option for parameter in known.params for option in parameter.opts}
 
 
+@pytest.mark.parametrize("table", [models.TABLE, finetune.TABLE], ids=lambda table: table.title)
 @pytest.mark.parametrize("scale", [DIGITS, CLIPART], ids=lambda scale: scale.name)
-def test_commands_and_their_options_exist(scale: Any) -> None:
-    for job in make_plan(models.TABLE, scale, OUT, (0,))[1:]:
+def test_commands_and_their_options_exist(scale: Any, table: Table) -> None:
+    for job in make_plan(table, scale, OUT, (0,))[1:]:
         given = {word for word in job.words if word.startswith("--")}
         assert given <= _known_options(job.words), job.name
-    assert {column.protocol for column in models.TABLE.columns} <= set(evals.names())
+    assert {column.protocol for column in table.columns} <= set(evals.names())
+
+
+def test_what_is_fine_tuned_is_a_run_that_goes_on() -> None:
+    jobs = make_plan(finetune.TABLE, DIGITS, OUT, (3,))
+    job = named(jobs, "seed-3/evals/mae/finetune-shots")
+    words = " ".join(job.words)
+    home = OUT / "seed-3"
+    assert words.startswith(
+        f"student eval finetune {home}/runs/mae --images {home}/data/data/train-*.tar"
+    )
+    assert f"--out {home}/runs/mae-finetune-shots --resume --seed 3 --batch-size 20" in words
+    assert "--set lr=0.001 --set layer_decay=0.75" in words
+    assert words.endswith("--shots 10 --epochs 200 --json")
+    short = make_plan(finetune.TABLE, DIGITS.reduced(), OUT, (3,))
+    assert named(short, "seed-3/evals/mae/finetune-all").words[-3:] == ("--epochs", "2", "--json")
 
 
 def test_an_ordering_names_rows_and_columns_of_its_table() -> None:
