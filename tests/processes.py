@@ -1,4 +1,4 @@
-"""`student train` in several processes over gloo, forked from a server that has imported
+"""`student` in several processes over gloo, forked from a server that has imported
 everything: about a second a run, where a launcher that imports torch in each process takes ten.
 """
 
@@ -32,13 +32,19 @@ def train(
 ) -> Several:
     """`student train ARGS` in `world` processes; each runs the Python text `before` first. A
     recipe's small settings are added where one is named."""
-    words = ["train", "--device", "cpu", *map(str, args)]
+    words = ["train", "--device", "cpu", *args]
     if recipe:
         words += [
             "--recipe",
             recipe,
             *(part for text in (*fx.RECIPES[recipe], *sets) for part in ("--set", text)),
         ]
+    return student(world, words, before)
+
+
+def student(world: int, args: Sequence[Any], before: str = "") -> Several:
+    """`student ARGS` in `world` processes; each runs the Python text `before` first."""
+    words = [str(word) for word in args]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

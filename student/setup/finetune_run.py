@@ -83,6 +83,7 @@ def _dry_run(job: Run, loader: Loader, acc: Accelerator, console: Console) -> No
 def _result(job: Run, acc: Accelerator, sets: Sets, options: FinetuneOptions) -> dict[str, Any]:
     """Score what the run left on disk: the last weights, and their average; every process takes
     part."""
+    acc.wait_for_everyone()  # the first process writes the last checkpoint
     network, _ = finetuned.load_classifier(job.out)
     scored = _scored(job, network, acc)
     tests = {each.of.name: scores.of_test(each) for each in scored}
