@@ -27,7 +27,7 @@ from featcache.catalog import extract_command
 from featcache.errors import UsageError, UserError
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import PictureError, Source
-from featcache.reading import join, pixel_check
+from featcache.reading import join, pixel_check, transform_probe
 from featcache.reading.cache import Cache
 from featcache.reading.feature_reader import FeatureReader
 from featcache.reading.sample_check import PictureCheck
@@ -50,7 +50,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     skipped, pictures the cache does not know are refused. A sample holds
 
         pixels   (3, S, S) uint8, geometry as stored; `transform` is applied to it, and may change
-                 colours only
+                 colours only: with `check_transform` it is tried on pictures of our own as the
+                 dataset is made, and refused where it moves pixels, though it be now and then
         FIELDS   each of `fields` as a tensor; of `features` only `levels` (block numbers) and the
                  first `tokens`
         key, view, row, index     the picture's key, the view shown, the row in the cache, the
@@ -89,6 +90,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         check_pixels: float = 1 / 16,
         pixel_tolerance: float = 0.0,
         check_sample: bool = True,
+        check_transform: bool = True,
     ) -> None:
         _check_shares(check_pixels, pixel_tolerance)
         self.cache = cache if isinstance(cache, Cache) else Cache(cache)
@@ -103,6 +105,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         self.left_out, _ = join.left_out(self.cache, self.rows)
         self.policy = policy_from_dict(self.cache.identity["policy"])
         self.fields, self.levels, self.tokens = tuple(fields), levels, tokens
+        if transform is not None and check_transform:
+            transform_probe.check_transform(transform, self.policy.size)
         self.decoded, self.transform, self.return_key = decode, transform, return_key
         self.check_pixels, self.pixel_tolerance = check_pixels, pixel_tolerance
         self._digests = rng.key_digests(self.source.keys[i] for i in self.pictures)

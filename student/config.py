@@ -316,6 +316,12 @@ def as_dict(config: Any) -> dict[str, Any]:
 def _check_keys(kind: type[Any], values: Mapping[str, Any]) -> None:
     names = [field.name for field in dataclasses.fields(kind)]
     for key in values:
+        if key not in names and key.startswith(("mixup", "cutmix")):
+            raise UsageError(
+                f"cannot set {key}: a cached target belongs to one picture's view, and a mixture "
+                "of two pictures has none; labels are mixed, by student eval finetune --set; "
+                "leave it out"
+            )
         if key not in names:
             raise UsageError(
                 f"unknown setting {key!r}: {near(key, names)}; see "

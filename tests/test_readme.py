@@ -167,7 +167,17 @@ def test_what_the_page_on_the_format_shows(
 
 
 @pytest.mark.parametrize(
-    "option", ["pictures", "decode", "fields", "levels", "tokens", "transform", "check_pixels"]
+    "option",
+    [
+        "pictures",
+        "decode",
+        "fields",
+        "levels",
+        "tokens",
+        "transform",
+        "check_pixels",
+        "check_transform",
+    ],
 )
 def test_the_options_of_dataset_exist(option: str) -> None:
     import inspect

@@ -114,9 +114,13 @@ if TYPE_CHECKING:
 @click.option(
     "--weights",
     type=LocalText(),
+    help="Online, fallback or probe: the teacher's weights, FILE, tag or random:SEED.",
+)
+@click.option(
+    "--other-weights",
+    type=LocalText(),
     multiple=True,
-    help="Online, fallback or probe: the teacher's weights, FILE, tag or random:SEED; NAME=... for "
-    "a tokenizer or one of two teachers.",
+    help="Online: those of a tokenizer or a second teacher; NAME=... for one of several.",
 )
 @click.option(
     "--teacher-name",

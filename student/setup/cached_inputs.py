@@ -51,8 +51,7 @@ def _check_options(options: Options, stored: bool) -> None:
     refuse_view_options(options)
     # these want the teacher: of absent shards, and for the alignment of held-out pictures
     if not options.fallback and options.probe is None:
-        weights = " ".join(options.weights) or None
-        refuse({"--weights": weights, "--teacher-name": options.teacher_name})
+        refuse({"--weights": options.weights, "--teacher-name": options.teacher_name})
     if stored and options.decoder:
         raise UsageError(
             f"--decoder {options.decoder} is about decoding pictures, and the cache stores pixels: "

@@ -43,8 +43,8 @@ def online_inputs(
     policy = _policy(request, spec, found, source)
     names = _other_names(spec, found)
     own = any(field in TEACHER_FIELDS for field in spec.fields)
-    teacher = _compiled(load_teacher(request, found, names), request) if own else None
-    others = {name: _load_other(request, found, name, spec) for name in names}
+    teacher = _compiled(load_teacher(request, found), request) if own else None
+    others = {name: _load_other(request, found, name, spec, alone=not own) for name in names}
     facts = _facts(found, policy, teacher) | _other_facts(found, policy, teacher, others, spec)
     config = cache_match.config_with_facts(recipe.Config, settings, facts)
     spec = recipe.needs(config)
@@ -72,13 +72,13 @@ def _other_names(spec: TargetSpec, found: MatchedCache | None) -> list[str]:
 
 
 def _load_other(
-    request: RunRequest, found: MatchedCache | None, name: str, spec: TargetSpec
+    request: RunRequest, found: MatchedCache | None, name: str, spec: TargetSpec, alone: bool
 ) -> Teacher:
     """Load a network that runs beside the teacher; UsageError where it gives something else."""
     if teachers.is_tokenizer(name) == (name == spec.second):
         what = "token ids" if name == spec.second else "features"
         raise UsageError(f"teacher {name!r} gives {what}, and the recipe reads the other of it")
-    return _compiled(load_other(request, found, name, _other_names(spec, found)), request)
+    return _compiled(load_other(request, found, name, _other_names(spec, found), alone), request)
 
 
 def _beside(

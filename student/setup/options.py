@@ -32,7 +32,7 @@ class Options:
     accumulate: int
     seed: int
     teacher: str
-    weights: Sequence[str]  # one, or NAME=... of each network in the loop
+    weights: str | None
     teacher_name: str | None
     views: int | None
     policy: str | None
@@ -63,6 +63,7 @@ class Options:
     trackers: Sequence[str]
     keep_checkpoints: str = str(KEEP)
     exif: bool = False
+    other_weights: Sequence[str] = ()  # NAME=..., of networks beside the teacher
     probe: str | None = None
     probe_every: int | None = None  # epochs
 

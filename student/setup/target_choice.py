@@ -4,6 +4,7 @@ a cache with the teacher for what is absent from it (`--fallback`)."""
 from __future__ import annotations
 
 from featcache.errors import UsageError
+from featcache.models.tokenizer import FIELD
 from featcache.pictures.source import Source
 from student.recipes import TargetSpec
 from student.setup import cache_match, notes
@@ -52,6 +53,12 @@ def _check_options(options: Options, spec: TargetSpec) -> None:
     """Raise UsageError for options that do nothing beside the others, or nothing right."""
     if options.fallback:
         _check_fallback(options)
+    beside = spec.second or any(field.rpartition("/")[2] == FIELD for field in spec.fields)
+    if options.other_weights and (options.teacher != "online" or not beside):
+        raise UsageError(
+            "--other-weights is about a tokenizer or a second teacher in the loop, and none is run: "
+            "give --teacher online with a recipe that reads of one, or leave it out"
+        )
     if options.accumulate > 1 and options.teacher == "online" and spec.moments:
         raise UsageError(
             f"--accumulate {options.accumulate} with --teacher online: these targets are "

@@ -19,42 +19,37 @@ OPTION = "--teacher-name"
 SET = "--set"
 
 
-def load_teacher(
-    request: RunRequest, found: MatchedCache | None, others: Sequence[str] = ()
-) -> Teacher:
-    """Load the teacher; IdentityError where its weights are not those that the cache was made with.
-    `others` are the networks that run beside it, of which --weights may speak too."""
+def load_teacher(request: RunRequest, found: MatchedCache | None) -> Teacher:
+    """Load the teacher; IdentityError where its weights are not those that the cache was made
+    with."""
     if found is None:
-        spec = _own_spec(request)
-        teacher = teachers.load(spec, _weights(request, spec, others), request.device)
+        weights = request.options.weights or None
+        teacher = teachers.load(_own_spec(request), weights, request.device)
     else:
-        teacher = _load_same(request, found, others)
+        teacher = _load_same(request, found)
     _say_drawn(request, teacher)
     return teacher if found is None else precision.configure_like(teacher, found.cache.identity)
 
 
 def load_other(
-    request: RunRequest, found: MatchedCache | None, spec: str, names: Sequence[str]
+    request: RunRequest, found: MatchedCache | None, spec: str, names: Sequence[str], alone: bool
 ) -> Teacher:
     """Load a tokenizer or a second teacher, which the recipe's settings name, as the cache has it
-    where one is given; `names` are all networks of the loop."""
+    where one is given. `names` are all that run beside the teacher; `alone` says that there is
+    none, so that --weights speaks of this network."""
     named = [spec] if _named_by_option(request, spec) else []
     if _named_by_file(request, spec):
         spec = teachers.recorded_spec(spec, named, f"--config {str(request.options.config)!r}", SET)
     about = found.cache.manifest_of(spec) if found and spec in found.cache.teachers else None
     recorded = about["provenance"]["weights"] if about else None
-    weights = _weights(request, spec, [name for name in names if name != spec]) or recorded
+    given = weights_per_teacher(request.options.other_weights, names)[spec]
+    weights = given or (request.options.weights if alone else None) or recorded
     teacher = teachers.load_any(spec, weights, request.device)
     _say_drawn(request, teacher)
     if about is None:
         return teacher
     _check_hash(teacher, weights, about["identity"]["teacher"])
     return precision.configure_like(teacher, about["identity"])
-
-
-def _weights(request: RunRequest, spec: str, others: Sequence[str]) -> str | None:
-    """Return what --weights gives for one of the networks of the loop."""
-    return weights_per_teacher(request.options.weights, [spec, *others])[spec] or None
 
 
 def _say_drawn(request: RunRequest, teacher: Teacher) -> None:
@@ -95,13 +90,12 @@ def _named(request: RunRequest) -> list[str]:
     return [*([given] if given else ()), *([settings.values["teacher"]] if by_setting else ())]
 
 
-def _load_same(request: RunRequest, found: MatchedCache, others: Sequence[str]) -> Teacher:
+def _load_same(request: RunRequest, found: MatchedCache) -> Teacher:
     """Load the teacher of a cache, with the weights that were given, else those it names."""
     identity: dict[str, Any] = found.cache.identity["teacher"]
     where = f"cache {str(found.cache.path)!r}"
     spec = teachers.recorded_spec(identity["name"], _named(request), where, OPTION)
-    recorded = found.cache.manifest["provenance"]["weights"]
-    weights = _weights(request, spec, others) or recorded
+    weights = request.options.weights or found.cache.manifest["provenance"]["weights"]
     teacher = teachers.load(spec, weights, request.device)
     teacher.name = identity["name"]  # wherever the user's file lies now
     _check_hash(teacher, weights, identity)

@@ -69,6 +69,8 @@ def test_values_are_read_and_typed(override: str, value: object) -> None:
             "patch_size=15",
             "img_size=224, patch_size=15; allowed: a patch_size that divides img_size",
         ),
+        ("mixup=0.8", "cannot set mixup: a cached target belongs to one picture's view"),
+        ("cutmix_alpha=1", "cannot set cutmix_alpha: .* a mixture of two pictures has none"),
         ("mask_count=all", "unknown mask_count 'all': known: hidden, visible"),
         ("mask_ratio=0.999", "mask_ratio=0.999 leaves 0 of 196 patches"),
     ],

@@ -181,10 +181,16 @@ def test_cae_trains_without_any_cache(tmp_path: Path) -> None:
     """The grid is the tokenizer's, and so are the weights that are named for it."""
     options = ("--images", fx.pictures(), *STEPS, "--teacher", "online", "--policy")
     sets = (f"token_field={DVAE}/token_ids", "vocabulary=64")
-    weights = ("--weights", f"{DVAE}=random:3")
     run = tmp_path / "run"
-    ran = fx.good(fx.train("cae", run, *options, fx.policy_file(), *weights, sets=sets))
-    assert "random:3 - these weights are drawn" in ran.err
+    losses = []
+    # alone in the loop it is what --weights speaks of
+    for weights in (("--weights", "random:3"), ("--other-weights", f"{DVAE}=random:3")):
+        ran = fx.good(fx.train("cae", run, *options, fx.policy_file(), *weights, sets=sets))
+        assert "random:3 - these weights are drawn" in ran.err
+        losses.append(fx.losses(run))
+        shutil.move(run, tmp_path / f"{len(losses)}")
+    assert losses[0] == losses[1]
+    run = tmp_path / "2"
     saved = checkpoint.read_config(run)["config"]
     assert (saved["img_size"], saved["patch_size"]) == (32, 8)
     assert np.isfinite(fx.losses(run)).all()
@@ -236,7 +242,7 @@ OTHER_WEIGHTS = "dvae,img_size=32,width=16,vocabulary=64=random:4"
 @pytest.mark.parametrize(
     ("sets", "more", "message"),
     [
-        ((f"token_field={DVAE}/token_ids", "vocabulary=64"), ("--weights", OTHER_WEIGHTS),
+        ((f"token_field={DVAE}/token_ids", "vocabulary=64"), ("--other-weights", OTHER_WEIGHTS),
          "the cache was made with"),
         ((f"token_field={DVAE}/token_ids", "vocabulary=60"), (), "give vocabulary=64"),
     ],
@@ -248,6 +254,18 @@ def test_other_weights_or_too_few_words(
     ran = fx.train("cae", tmp_path / "run", *options, "--teacher", "online", sets=sets)
     assert ran.status in (1, 2)
     assert message in ran.line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"), [("kd", ("--teacher", "online")), ("mrmae", ("--teacher", "cached"))]
+)
+def test_weights_of_networks_that_are_not_run(
+    recipe: str, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    options = ("--cache", fx.cache_path(), "--images", fx.pictures(), *STEPS, *more)
+    ran = fx.train(recipe, tmp_path / "run", *options, "--other-weights", "random:0")
+    assert ran.status == 2
+    assert "--other-weights is about a tokenizer or a second teacher" in ran.line
 
 
 @pytest.mark.parametrize(
