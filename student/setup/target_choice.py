@@ -56,8 +56,8 @@ def _check_options(options: Options, spec: TargetSpec) -> None:
     beside = spec.second or any(field.rpartition("/")[2] == FIELD for field in spec.fields)
     if options.other_weights and (options.teacher != "online" or not beside):
         raise UsageError(
-            "--other-weights is about a tokenizer or a second teacher in the loop, and none is run: "
-            "give --teacher online with a recipe that reads of one, or leave it out"
+            "--other-weights is about a tokenizer or a second teacher in the loop, and none is "
+            "run: give --teacher online with a recipe that reads of one, or leave it out"
         )
     if options.accumulate > 1 and options.teacher == "online" and spec.moments:
         raise UsageError(
