@@ -38,9 +38,10 @@ def pretrained(recipe: str) -> Path:
 def words(recipe: str, out: Path, *options: Any, sets: tuple[str, ...] = ()) -> tuple[Any, ...]:
     """Return the command line; `sets` come after the small settings."""
     settings = [part for text in (*SETS, *sets) for part in ("--set", text)]
+    tests = () if "--test" in options else ("--test", test_pictures())
     subject = ("eval", "finetune", pretrained(recipe), "--images", train_pictures())
-    shared = ("--test", test_pictures(), "--out", out, "--device", "cpu", *SMALL)
-    return (*subject, *shared, *settings, *options)
+    shared = ("--out", out, "--device", "cpu", *SMALL)
+    return (*subject, *tests, *shared, *settings, *options)
 
 
 def finetune(

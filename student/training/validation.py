@@ -20,15 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from featcache.errors import UserError
 from featcache.models.hooks import normalise_pixels
 from student.features import finetuned, scores
 from student.features.embed import Rendering, Skipped, pixels_of
 from student.features.labels import Subset
 from student.features.task import Scored, TestSet
 from student.training.set_aside import set_aside
-from student.training.train_state import TrainState
+from student.training.train_state import TrainState, sharded
 
 Triple = tuple[float, float, float]
 Network = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -70,7 +72,9 @@ class ValidationPlan:
     def _validate(self, state: TrainState, best: _Best, step: int) -> dict[str, float]:
         values = dict[str, float]()
         with set_aside(state):
-            found = self.score(state.model, state.acc)
+            # DDP would exchange buffers in each forward, and processes may make unequally many
+            network = state.model if sharded(state.acc) else state.module
+            found = self.score(network, state.acc)
             values |= {_named("top1", each): scores.of_test(each)["top1"] for each in found}
             if state.average is not None:
                 averaged = self.score(state.average.module, state.acc)
@@ -82,7 +86,8 @@ class ValidationPlan:
         return values
 
     def score(self, model: Network, acc: Accelerator) -> list[Scored]:
-        """Score every test set by a model in eval mode; every process returns the whole."""
+        """Score every test set by a model in eval mode; every process returns the whole, or raises
+        the UserError of a picture that is one too many to be left out."""
         return [self._scored(test, model, acc) for test in self.tests]
 
     def _scored(self, test: TestSet, model: Network, acc: Accelerator) -> Scored:
@@ -92,16 +97,30 @@ class ValidationPlan:
         own = rows[acc.process_index :: acc.num_processes]
         pictures = Subset(test.source, own.tolist(), test.source.spec)
         logits, seen = torch.zeros(share, self.classes), torch.zeros(share, dtype=torch.bool)
+        skipped = Skipped(share)  # all of them: how many are too many, the sum of all says
         for at, pixels in pixels_of(
-            pictures, [self.rendering], (self.rendering.size,), self.batch_size, self.skipped
+            pictures, [self.rendering], (self.rendering.size,), self.batch_size, skipped
         ):
             images = normalise_pixels(pixels[0][0].to(acc.device), self.mean, self.std)
             logits[at] = model({"images": images})["logits"].float().cpu()
             seen[at] = True
+        errors = skipped.errors.get(pictures.spec, {})
+        self._count_skipped(test, {int(own[row]): error for row, error in errors.items()}, acc)
         places = np.arange(len(rows)).reshape(-1, acc.num_processes).T.reshape(-1)
         order = np.argsort(places)[: len(test)]
         logits, good = (_gathered(each, acc)[order] for each in (logits, seen))
         return Scored(test, logits[good], torch.from_numpy(test.labels)[good])
+
+    def _count_skipped(self, test: TestSet, errors: dict[int, UserError], acc: Accelerator) -> None:
+        """Add the pictures that any process left out, by their rows of the test set."""
+        texts = [(row, str(error)) for row, error in errors.items()]
+        for row, text in sorted(set(gather_object(texts) if acc.num_processes > 1 else texts)):
+            self.skipped.add(test.source, row, UserError(text))
+        if len(self.skipped.errors.get(test.source.spec, {})) == len(test):
+            raise UserError(
+                f"cannot score {test.source.spec}: none of its {len(test)} pictures can be "
+                "decoded; give others with --test"
+            )
 
 
 def _gathered(rows: Tensor, acc: Accelerator) -> Tensor:
