@@ -1,7 +1,7 @@
 """Targets that recipes ask for by name and no cache stores are derived from what is stored (METHODS
 0.8, 10.1).
 
-    f    gamma * h_T + beta        the teacher's final LayerNorm: CLIP's ln_post, DINO's norm
+    f    gamma * h_T + beta        the teacher's final norm: CLIP's ln_post, DINO's norm
     z    f @ proj                  CLIP's projection: MILAN, CAE v2, KD
     fd   f normalised again, no affine: feature distillation
     y    h * std + mean            the residual stream itself, of any stored level
@@ -10,7 +10,8 @@
 `target` works on tensors where they are, for trainers that decode on a GPU; `read` takes rows of a
 cache. h is stored with std = sqrt(var + 1e-5). A model whose final norm has another eps
 divides by sqrt(var + eps), which is sqrt(std^2 - 1e-5 + eps), so h is multiplied by std over that;
-the formulas are in `targets.derived`.
+of a model whose final norm is an RMS norm, or that has none, f is made of y. The formulas are in
+`targets.derived`.
 
 n rows, T tokens, D width, E width of the target.
 """

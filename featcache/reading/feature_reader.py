@@ -23,7 +23,7 @@ from torch import Tensor
 from featcache.errors import UserError
 from featcache.reading.tensors import copy_to_device, tail_tensors, to_image_order
 from featcache.targets.codecs import Codec, get_codec
-from featcache.targets.levels import EPS
+from featcache.targets.derived import needs_stats
 
 
 def _codec_of(about: Mapping[str, Any]) -> Codec:
@@ -64,8 +64,8 @@ class FeatureReader:
 
     `teacher`: one of `cache.teachers`, the cache's own by default. `levels`: those that will be
     read, in their order; all that are stored by default. `derive`: the target that is made of a
-    level, which needs the teacher's tail, and the stored statistics where it is y or the tail has
-    another eps. `stats`: the statistics are read in any case.
+    level, which needs the teacher's tail, and the stored statistics where it is y or the tail
+    `needs_stats`. `stats`: the statistics are read in any case.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class FeatureReader:
         self._features_field = f"{prefix}features"
         tail = cache.tail(teacher) if derive else {}
         self.tail = tail_tensors(tail)
-        other_eps = "eps" in tail and float(tail["eps"]) != float(np.float32(EPS))
-        self.stats_field = f"{prefix}feature_stats" if stats or derive == "y" or other_eps else ""
+        of_stats = derive == "y" or (derive not in ("", "h") and needs_stats(tail))
+        self.stats_field = f"{prefix}feature_stats" if stats or of_stats else ""
         self.order_field = f"{prefix}mask_order" if identity["tokens"] == "ranked" else ""
 
     @property

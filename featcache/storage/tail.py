@@ -19,8 +19,9 @@ F32 = npt.NDArray[np.float32]
 
 
 def read_tail(part: Path, about: Mapping[str, Any]) -> dict[str, F32]:
-    """Read gamma (D,), beta (D,), eps () and proj (D, E), those that there are. Raises UserError
-    where the file is not as it was written, or holds anything else."""
+    """Read gamma (D,), beta (D,), rms_gamma (D,), eps (), identity () and proj (D, E), those that
+    there are (`targets.derived`). Raises UserError where the file is not as it was written, or
+    holds anything else."""
     if problems := manifest.check_files(part, about):
         raise UserError(
             f"cache file {problems[0]}; run `{command_line('featcache', 'repair', part)}`"
@@ -34,7 +35,8 @@ def read_tail(part: Path, about: Mapping[str, Any]) -> dict[str, F32]:
         if values.dtype != np.float32 or not _fits(name, values.shape, width):
             raise UserError(
                 f"cache file {path}: {name!r} is {values.dtype} {values.shape}; the end of a "
-                f"teacher of width {width} is gamma, beta, eps and proj, float32: extract again"
+                f"teacher of width {width} is gamma, beta, rms_gamma, eps, identity and proj, "
+                "float32: extract again"
             )
         if not np.isfinite(values).all():
             raise UserError(f"cache file {path}: {name!r} is not finite; extract again")
@@ -62,9 +64,9 @@ def _load(path: Path) -> dict[str, F32]:
 
 def _fits(name: str, shape: tuple[int, ...], width: int) -> bool:
     match name:
-        case "gamma" | "beta":
+        case "gamma" | "beta" | "rms_gamma":
             return shape == (width,)
-        case "eps":
+        case "eps" | "identity":
             return shape == ()
         case "proj":
             return len(shape) == 2 and shape[0] == width and shape[1] > 0

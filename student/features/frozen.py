@@ -3,8 +3,8 @@
 An evaluation never looks at a run folder or a teacher: it takes a `FrozenEncoder`, which turns
 uint8 pixels into tokens, and features of them (`features.task`). A student's tokens are those after
 the encoder's own final norm (MAE's protocol; a MaskAlign student never trains that norm, and the
-published numbers read through it all the same); a teacher's are its own output,
-f = gamma * LN(y) + beta.
+published numbers read through it all the same); a teacher's are its own output f, after its final
+norm where it has one.
 
 B pictures, S pixels a side, T = prefix + P tokens, V visible patches, D width.
 """
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
@@ -30,7 +29,9 @@ from featcache.errors import UsageError, UserError, near
 from featcache.models import weights as weight_files
 from featcache.models.hooks import normalise_pixels
 from featcache.models.precision import fp32_products
+from featcache.reading.tensors import tail_to_device
 from featcache.storage import json_file
+from featcache.targets.derived import has_output, output
 
 POOLS = ("cls", "mean")
 # pixels (B,3,S,S), 1-based blocks, perhaps ids_keep (B,V) -> tokens (B,T,D) of each block
@@ -193,26 +194,24 @@ def digest_of(module: nn.Module, architecture: Mapping[str, Any]) -> str:
 
 
 def from_teacher(spec: str, weights: str | None = None) -> FrozenEncoder:
-    """Freeze a teacher: its own output f = gamma * LN(y) + beta (CLIP's ln_post), before any
-    projection."""
+    """Freeze a teacher: its own output f, that of its final norm (CLIP's ln_post), y itself where
+    it has none; before any projection."""
     teacher = teachers.load(spec, weights)
     tail = {
         name: torch.from_numpy(np.array(value, np.float32))
         for name, value in teacher.tail().items()
     }
-    if "gamma" not in tail:
+    if not has_output(tail):
         raise UserError(
-            f"cannot take the output of teacher {spec!r}: it has no final norm on its tokens (it "
-            "pools first); give a teacher with one, such as dino-b16"
+            f"cannot take the output of teacher {spec!r}: its tail names no final norm, nor that "
+            "there is none; give a teacher whose tail does, such as dino-b16"
         )
 
     def forward(pixels: Tensor, blocks: Sequence[int], ids_keep: Tensor | None) -> list[Tensor]:
         assert ids_keep is None
-        gamma, beta = tail["gamma"].to(pixels.device), tail["beta"].to(pixels.device)
+        own = tail_to_device(tail, pixels.device)
         levels, _ = teacher(pixels, tuple(blocks))  # y (B,1+P,D) each
-        return [
-            F.layer_norm(y.float(), y.shape[-1:], gamma, beta, float(tail["eps"])) for y in levels
-        ]
+        return [output(y.float(), own) for y in levels]
 
     architecture = {
         "spec": spec,

@@ -41,27 +41,29 @@ def recipe_targets(
     levels, and their stats where it asks for them; or `targets` (B, 1 + P, E) derived from the only
     level.
 
-    Stats are mean and divisor; a derived target looks at them where the teacher's eps is not the
-    cache's. With `ids_keep` (B, V) the targets are those of CLS and these patches, and the rest is
-    NaN: a projection of 197 tokens for 50 that are looked at costs a percent of kd's step.
+    Stats are mean and divisor; a derived target looks at them where it needs them
+    (`targets.derived`). With `ids_keep` (B, V) the targets are those of CLS and these patches, and
+    the rest is NaN: a projection of 197 tokens for 50 that are looked at costs a percent of kd's
+    step.
     """
     if not spec.derive:
         if stats is not None and "feature_stats" in spec.fields:
             return {"features": features, "feature_stats": stats}
         return {"features": features}
     assert features.shape[1] == 1, features.shape
-    h, std = features[:, 0], None if stats is None else stats[:, 0, :, 1:]
+    h, stats = features[:, 0], None if stats is None else stats[:, 0]
     if ids_keep is None:
-        return {"targets": derive(spec.derive, h, tail, std)}
-    return {"targets": _derive_visible(spec.derive, h, std, tail, vit.prepend_cls_id(ids_keep))}
+        return {"targets": derive(spec.derive, h, tail, stats)}
+    return {"targets": _derive_visible(spec.derive, h, stats, tail, vit.prepend_cls_id(ids_keep))}
 
 
 def _derive_visible(
-    name: str, h: Tensor, std: Tensor | None, tail: Mapping[str, Tensor], ids: Tensor
+    name: str, h: Tensor, stats: Tensor | None, tail: Mapping[str, Tensor], ids: Tensor
 ) -> Tensor:
-    """h (B, 1 + P, D), std (B, 1 + P, 1), ids (B, 1 + V) -> (B, 1 + P, E), NaN beside the ids."""
-    visible_std = None if std is None else vit.gather_tokens(std, ids)
-    visible = derive(name, vit.gather_tokens(h, ids), tail, visible_std)
+    """h (B, 1 + P, D), stats (B, 1 + P, 2), ids (B, 1 + V) -> (B, 1 + P, E), NaN beside the
+    ids."""
+    visible_stats = None if stats is None else vit.gather_tokens(stats, ids)
+    visible = derive(name, vit.gather_tokens(h, ids), tail, visible_stats)
     out = visible.new_full((*h.shape[:2], visible.shape[-1]), float("nan"))
     return out.scatter_(1, ids.unsqueeze(-1).expand(-1, -1, visible.shape[-1]), visible)
 

@@ -69,8 +69,8 @@ class SecondTeacher:
         if not self.spec.derive:
             return {"second": h}
         reader.tail = tail_to_device(reader.tail, device)  # moved once, with the first batch
-        std = None if stats is None else stats[:, 0, :, 1:]
-        return {"second": derived.derive(self.spec.derive, h, reader.tail, std)}
+        stats = None if stats is None else stats[:, 0]
+        return {"second": derived.derive(self.spec.derive, h, reader.tail, stats)}
 
 
 @dataclass

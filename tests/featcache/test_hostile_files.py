@@ -140,6 +140,9 @@ TAILS: list[dict[str, Any]] = [
     {"gamma": np.full(8, np.nan, np.float32)},
     {"gamma": np.zeros(8, np.int64)},
     {"eps": np.zeros(3, np.float32)},
+    {"rms_gamma": np.ones(7, np.float32), "eps": np.ones((), np.float32)},
+    {"rms_gamma": np.ones(8, np.float32)},
+    {"identity": np.zeros(3, np.float32)},
     {"proj": np.zeros((8, 0), np.float32)},
     {"proj": np.zeros(8, np.float32)},
 ]

@@ -89,11 +89,42 @@ def test_what_needs_the_statistics_says_so() -> None:
     assert derived.target("f", h, tail_of(16, 1e-5)).shape == (1, 2, 16)
     for name in ("f", "z", "fd"):
         with pytest.raises(
-            UsageError, match=rf"'{name}': this teacher's eps is 1e-06, so `std` is needed"
+            UsageError, match=rf"'{name}': this teacher's eps is 1e-06, so `stats`.*are needed"
         ):
             derived.target(name, h, tail_of(16, 1e-6))
     with pytest.raises(UsageError, match=r"'y' needs `stats`.*feature_stats"):
         derived.target("y", h, tail_of(16, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("tail", "told"),
+    [
+        ({"rms_gamma": torch.ones(16), "eps": torch.tensor(1e-5)}, "final norm is an RMS norm"),
+        ({"identity": torch.tensor(1.0)}, "has no final norm"),
+    ],
+)
+def test_other_norms_need_the_statistics(tail: dict[str, torch.Tensor], told: str) -> None:
+    h, stats = levels.normalise(torch.from_numpy(draw(1, 2, 16)))
+    assert derived.needs_stats(tail)
+    assert derived.has_output(tail)
+    assert derived.target("f", h, tail, stats).shape == (1, 2, 16)
+    with pytest.raises(UsageError, match=rf"'f': this teacher('s)? {told}, so `stats`"):
+        derived.target("f", h, tail)
+    with pytest.raises(UserError, match="'z': this teacher's tail has no projection"):
+        derived.target("z", h, tail, stats)
+
+
+def test_an_rms_norm_and_no_norm_by_hand() -> None:
+    """y = (3, -4), as h = (1, -1), mean -0.5 and std 3.5 give it; the mean of its squares is 12.5,
+    and an eps of 12.5 makes the root 5."""
+    h, stats = torch.tensor([1.0, -1.0]), torch.tensor([-0.5, 3.5])
+    rms = {"rms_gamma": torch.tensor([2.0, 0.5]), "eps": torch.tensor(12.5)}
+    assert derived.target("f", h, rms, stats).tolist() == pytest.approx([1.2, -0.4])
+    assert derived.output(torch.tensor([3.0, -4.0]), rms).tolist() == pytest.approx([1.2, -0.4])
+    bare = {"identity": torch.tensor(1.0), "proj": torch.tensor([[1.0], [2.0]])}
+    assert derived.target("f", h, bare, stats).tolist() == [3.0, -4.0]
+    assert derived.target("z", h, bare, stats).tolist() == [-5.0]
+    assert derived.target("fd", h, bare, stats).tolist() == pytest.approx([1.0, -1.0], abs=1e-5)
 
 
 def test_what_cannot_be_derived_is_one_line() -> None:
@@ -102,7 +133,7 @@ def test_what_cannot_be_derived_is_one_line() -> None:
         derived.target("q", h, tail_of(16, 1e-5))
     with pytest.raises(UserError, match="has no projection; it has gamma, beta, eps"):
         derived.target("z", h, tail_of(16, 1e-5, None))
-    # it pools before its norm
+    # a user's own teacher that tells nothing
     with pytest.raises(UserError, match="has no beta, eps, gamma; it has nothing"):
         derived.target("f", h, {})
 

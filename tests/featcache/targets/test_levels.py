@@ -207,14 +207,14 @@ def test_derived_targets_are_the_teachers_own(eps: float, scale: float) -> None:
     f = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + eps) * gamma + beta
     fd = (f - f.mean(-1, keepdims=True)) / np.sqrt(f.var(-1, keepdims=True) + 1e-5)
     for name, expected in (("f", f), ("z", f @ proj), ("fd", fd)):
-        got = derived.derive(name, h, tail, stats[..., 1:])
+        got = derived.derive(name, h, tail, stats)
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_clips_eps_needs_no_statistics() -> None:
     h, _ = levels.normalise(torch.from_numpy(draw(1, 2, 16)))
     assert derived.derive("f", h, tail_of(16, 1e-5)).shape == (1, 2, 16)
-    with pytest.raises(UsageError, match=r"eps is 1e-06.*std"):
+    with pytest.raises(UsageError, match=r"eps is 1e-06.*stats"):
         derived.derive("f", h, tail_of(16, 1e-6))
 
 
@@ -224,5 +224,5 @@ def test_what_cannot_be_derived_is_one_line() -> None:
         derived.derive("q", h, tail_of(16, 1e-5))
     with pytest.raises(UserError, match="has no proj"):
         derived.derive("z", h, tail_of(16, 1e-5, None))
-    with pytest.raises(UserError):  # a teacher that pools before its norm has no tail at all
+    with pytest.raises(UserError):  # a teacher that tells nothing of its norm
         derived.derive("f", h, {})
