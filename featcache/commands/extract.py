@@ -113,9 +113,8 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Seed of the views. [default: the policy's, 0]")
 @click.option(
     "--order",
-    default="attentive",
-    show_default=True,
-    help="Stored mask order: attentive, topk or uniform.",
+    help="Stored mask order: attentive, topk or uniform. [default: attentive; uniform for a "
+    "teacher without attention]",
 )
 @click.option(
     "--codec",

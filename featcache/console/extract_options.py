@@ -37,7 +37,7 @@ class ExtractOptions:
     flip: float | None
     jitter: float | None
     seed: int | None
-    order: str
+    order: str | None
     codec: str
     store_name: str
     tokens: str
@@ -90,7 +90,7 @@ def check_names(options: ExtractOptions) -> None:
             f"no teacher given: --teacher is one of {', '.join(teachers.model_cards())}, or "
             "timm:NAME"
         )
-    if options.order not in ORDERS:
+    if options.order is not None and options.order not in ORDERS:
         raise UsageError(f"--order {options.order!r}: {', '.join(ORDERS)} are allowed")
     codec_names.check(options.codec)
     for name in options.names:
@@ -134,7 +134,12 @@ def build_plans(options: ExtractOptions) -> tuple[list[Plan], Inputs]:
 def _plan(
     options: ExtractOptions, inputs: Inputs, name: str, levels: str | None, weights: str | None
 ) -> Plan:
-    from featcache.extraction.options import levels_of_teacher, load_teacher, parse_keep
+    from featcache.extraction.options import (
+        default_order,
+        levels_of_teacher,
+        load_teacher,
+        parse_keep,
+    )
     from featcache.extraction.plan import Plan
 
     device = inputs.devices[0]
@@ -145,7 +150,7 @@ def _plan(
         policy=inputs.policy,
         views=options.view_count,
         levels=levels_of_teacher(levels, teacher),
-        order=options.order,
+        order=options.order or default_order(teacher),
         codec=options.codec,
         store=options.store_name,
         rows_per_shard=options.rows_per_shard,

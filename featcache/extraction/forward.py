@@ -19,8 +19,8 @@ from featcache.targets import levels as target_levels
 
 @torch.no_grad()
 def run_teacher(teacher: Teacher, pixels: Tensor, levels: Sequence[int]) -> tuple[Tensor, ...]:
-    """Run a teacher: uint8 (B, 3, S, S) -> y_k (B, T, D) of each level, then attention (B, P); of a
-    tokenizer its ids (B, P)."""
+    """Run a teacher: uint8 (B, 3, S, S) -> y_k (B, T, D) of each level, then attention (B, P), or
+    (B, 0) where it has none; of a tokenizer its ids (B, P)."""
     with precision.autocast_for(teacher):
         if isinstance(teacher, tokenizer.TokenizerTeacher):
             return (teacher.ids(pixels),)

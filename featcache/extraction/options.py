@@ -17,7 +17,7 @@ from featcache import teachers
 from featcache.errors import UsageError
 from featcache.models import precision as running
 from featcache.models import tokenizer
-from featcache.models.contract import Teacher
+from featcache.models.contract import Teacher, has_attention
 from featcache.models.weights import is_random
 from featcache.runtime.compiler import check_compiler
 from featcache.runtime.local_path import local_path
@@ -67,6 +67,21 @@ def levels_of_teacher(text: str | None, teacher: Teacher) -> tuple[int, ...]:
     if isinstance(teacher, tokenizer.TokenizerTeacher):
         return tokenizer.LEVELS
     return parse_levels(text or DEFAULT_LEVELS, teacher.depth)
+
+
+def default_order(teacher: Teacher) -> str:
+    """Return the mask order where none is asked for: by attention, where the teacher gives one."""
+    return "attentive" if has_attention(teacher) else "uniform"
+
+
+def check_order(order: str, teacher: Teacher) -> None:
+    """Raise UsageError for an order by attention, of a teacher that gives none."""
+    if order != "uniform" and not has_attention(teacher):
+        raise UsageError(
+            f"--order {order}: teacher {teacher.name!r} has no [CLS] token and no attention pool, "
+            "so no attention to order patches by; give --order uniform, or another teacher, such "
+            "as clip-b16"
+        )
 
 
 def load_teacher(

@@ -23,9 +23,9 @@ from torch import Tensor
 import featcache
 from featcache.errors import UsageError
 from featcache.extraction.layout import level_arrays, token_ids_array, view_arrays
-from featcache.extraction.options import file_name
+from featcache.extraction.options import check_order, file_name
 from featcache.models import precision, tokenizer, weights
-from featcache.models.contract import Teacher
+from featcache.models.contract import Teacher, has_attention
 from featcache.pictures.source import Source
 from featcache.storage import checksums, codec_state, manifest
 from featcache.storage.store import FORMAT, Array, ShardForm
@@ -70,6 +70,7 @@ class Plan:
             )
         if self.tokens not in TOKENS:
             raise UsageError(f"--tokens {self.tokens!r}: {' or '.join(TOKENS)} is allowed")
+        check_order(self.order, self.teacher)
         if self.keep is not None and self.tokens != "ranked":
             raise UsageError(
                 f"--keep {self.keep} keeps the first of ranked tokens: give --tokens ranked with it"
@@ -129,12 +130,12 @@ class Plan:
         levels, patches = len(self.levels), self.teacher.patches
         own = level_arrays(self.codec, self.teacher.width, levels, self.stored_tokens)
         order, size = "|u1" if patches <= 256 else "<u2", self.policy.size
-        row_view = ("row", "view")
+        row_view, attends = ("row", "view"), has_attention(self.teacher)
         pixels = Array("pixels", "|u1", (size, size, 3), (*row_view, "y", "x", "rgb"), split=True)
         return [
             *own,
             *([pixels] if self.pixels else []),
-            Array("attention", "<f4", (patches,), (*row_view, "patch")),
+            *([Array("attention", "<f4", (patches,), (*row_view, "patch"))] if attends else []),
             Array("mask_order", order, (patches,), (*row_view, "rank")),
         ]
 

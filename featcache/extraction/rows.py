@@ -15,6 +15,7 @@ from featcache.extraction.forward import rank_tokens
 from featcache.extraction.plan import Plan
 from featcache.extraction.rendering import Rendered
 from featcache.models import precision
+from featcache.models.contract import has_attention
 from featcache.storage.statistics import FeatureStatistics
 from featcache.targets.attention import mask_order
 from featcache.views.draw import DrawnViews
@@ -30,7 +31,7 @@ class EncodedBatch:
 
     # the codec's arrays, `features` (n, L, T, ...) among them, and `feature_stats` (n, L, T, 2)
     tokens: Host
-    attention: npt.NDArray[np.float32]  # (n, P)
+    attention: npt.NDArray[np.float32]  # (n, P), or (n, 0) where the teacher gives none
     about: FeatureStatistics  # h before encoding
 
 
@@ -91,7 +92,7 @@ def batch_items(plan: Plan, batch: Batch, answer: EncodedBatch) -> Host:
     return {
         **stored,
         **pixels,
-        "attention": answer.attention,
+        **({"attention": answer.attention} if has_attention(plan.teacher) else {}),
         "mask_order": order,
         **view_items(batch),
     }
@@ -100,7 +101,10 @@ def batch_items(plan: Plan, batch: Batch, answer: EncodedBatch) -> Host:
 def order_of(
     plan: Plan, batch: Batch, attention: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.unsignedinteger]:
-    """Return the mask order (n, P) of a batch, from the attention (n, P)."""
+    """Return the mask order (n, P) of a batch, from the attention (n, P); (n, 0) of a teacher
+    without, whose order does not look at it."""
+    if not has_attention(plan.teacher):
+        attention = np.zeros((len(batch), plan.teacher.patches), np.float32)
     digests = rng.key_digests(picture.key for picture, _ in batch)
     numbers = np.array([plan.view_numbers[view] for _, view in batch])
     return mask_order(plan.order, attention, digests, numbers, plan.policy.seed)

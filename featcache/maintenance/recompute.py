@@ -30,7 +30,8 @@ class RecomputedRow(NamedTuple):
     those of the extraction."""
 
     problem: str | None = None
-    errors: tuple[float, float] | None = None  # of features, of attention
+    # of features, of attention: 0 where the teacher gives none
+    errors: tuple[float, float] | None = None
 
 
 def recompute(
@@ -144,7 +145,8 @@ def _errors(
     from featcache.targets.codecs import LOSSLESS
 
     reader = FeatureReader(cache)
-    stored = cache.read([row], view, (*reader.fields, "attention", "mask_order"))
+    weighed = ["attention"] if "attention" in cache.fields else []
+    stored = cache.read([row], view, (*reader.fields, *weighed, "mask_order"))
     device = next(iter(teacher.state_dict().values())).device
     batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)
     coded, _, attention, _ = compute_targets(teacher, batch, cache.levels, LOSSLESS, 1, {})
@@ -157,6 +159,8 @@ def _errors(
     error = np.linalg.norm(new - old, axis=-1) / np.maximum(norm, 1e-12)
     allowed = bound + reader.codec.tolerance * residual / np.maximum(norm, 1e-12)
     worst = (error / allowed).argmax()
+    found = float(error.flat[worst]), float(allowed.flat[worst])
+    if not weighed:
+        return *found, 0.0
     a = attention[0].cpu().numpy()
-    attention_error = float(np.abs(a - stored["attention"][0]).max() / a.max())
-    return float(error.flat[worst]), float(allowed.flat[worst]), attention_error
+    return *found, float(np.abs(a - stored["attention"][0]).max() / a.max())

@@ -60,7 +60,8 @@ class Teacher(Protocol):
     input_px, P patches, D width.
 
     A model without a [CLS] token says `first_token = "mean"`: row 0 of its levels is then the mean
-    of the patches, and its attention is that of its attention pool's query.
+    of the patches, and its attention is that of its attention pool's query. One that has neither
+    says `has_attention = False` and gives an attention of (B, 0).
     """
 
     name: str
@@ -78,12 +79,18 @@ class Teacher(Protocol):
         ...
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Return gamma (D,), beta (D,), eps () of the final norm, and proj (D, E) where there is
-        one."""
+        """Return the final norm and the projection, as `targets.derived` takes them: gamma (D,),
+        beta (D,), eps () of a LayerNorm, and proj (D, E) where there is one."""
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]: ...
     def to(self, device: str) -> Any: ...
+
+
+def has_attention(teacher: Teacher) -> bool:
+    """Return whether a teacher gives an attention over its patches, as all do that do not say
+    otherwise."""
+    return bool(getattr(teacher, "has_attention", True))
 
 
 class Tokenizer(Protocol):

@@ -22,7 +22,7 @@ from featcache.reading.cache import Cache
 from featcache.storage import codec_state
 from student.config import OutputConfig, RecipeConfig, Settings, build_config
 from student.recipes import TargetSpec
-from student.setup.missing import keeps_few, kept_text, missing
+from student.setup.missing import keeps_few, kept_text, lacks_attention, missing
 from student.setup.remedy import extract_remedy
 
 VERIFIED_BYTES = 2 << 30  # a cache up to this size is read through before training: a second or two
@@ -155,6 +155,8 @@ def open_given(
         note = f"{kept_text(cache)}: mask=stored, a view shows the same in each epoch"
         found = _match(cache, recipe, settings.updated({"mask": "stored"}, "cache"), note)
     lacking = missing(cache, found.spec, found.config)
+    if lacks_attention(cache, found.spec):
+        raise UserError(f"cache {str(path)!r} does not serve {name}: {lacking[0]}")
     if lacking:
         raise UserError(
             f"cache {str(path)!r} does not serve {name}: {'; '.join(lacking)}; "

@@ -24,6 +24,8 @@ def kept_text(cache: Cache) -> str:
 def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
     """List in words what a recipe needs and this cache lacks."""
     levels = missing_levels(cache, spec)
+    if lacks_attention(cache, spec):
+        return [no_attention_text(cache.teachers[0], config)]
     fields = [field for field in spec.fields if field not in cache.fields]
     shards = f"{len(cache.records)} of {len(cache.manifest['shards'])} shards"
     found = {
@@ -35,6 +37,21 @@ def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
     }
     own = [text for text, lacks in found.items() if lacks]
     return [*own, *missing_tokens(cache, spec, config), *second_missing(cache, spec)]
+
+
+def lacks_attention(cache: Cache, spec: TargetSpec) -> bool:
+    """Tell whether a recipe needs attention of a teacher that gives none: of all others it is
+    stored, so that no extraction adds it."""
+    stored = {"features", "mask_order"} <= set(cache.fields)
+    return "attention" in spec.fields and stored and "attention" not in cache.fields
+
+
+def no_attention_text(teacher: str, config: RecipeConfig) -> str:
+    """Say in words that a mask by attention cannot be had, and what can."""
+    return (
+        f"mask={config.mask} reads attention, and teacher {teacher!r} has none (no [CLS] token, no "
+        "attention pool): --set mask=uniform, or take another teacher, such as clip-b16"
+    )
 
 
 def missing_levels(cache: Cache, spec: TargetSpec) -> list[int]:

@@ -10,9 +10,9 @@ import numpy as np
 from torch import nn
 
 from featcache import teachers
-from featcache.errors import UsageError
+from featcache.errors import UsageError, UserError
 from featcache.models import precision
-from featcache.models.contract import Teacher
+from featcache.models.contract import Teacher, has_attention
 from featcache.models.tokenizer import FIELD, TokenizerTeacher, network_of
 from featcache.models.weights import weight_hash
 from featcache.pictures.source import Source
@@ -25,6 +25,7 @@ from student.config import build_config
 from student.recipes import TargetSpec
 from student.setup import cache_match, notes
 from student.setup.cache_match import MatchedCache
+from student.setup.missing import no_attention_text
 from student.setup.options import Options, RunRequest
 from student.setup.teacher_choice import load_other, load_teacher
 from student.setup.training_inputs import TrainingInputs, refuse_view_options, select_views
@@ -50,9 +51,13 @@ def online_inputs(
     spec = recipe.needs(config)
     if teacher is not None and spec.derive == "z":
         cache_match.check_projection(teacher.tail(), f"teacher {teacher.name!r}")
+    attends = teacher is None or has_attention(teacher)
+    if teacher is not None and "attention" in spec.fields and not attends:
+        raise UserError(f"{request.name}: {no_attention_text(teacher.name, config)}")
     selection = _select(request, found, source)
     views = request.options.views or (found.cache.views if found else None)
-    order = found.cache.identity["order"] if found else "attentive"
+    own_order = "attentive" if attends else "uniform"
+    order = found.cache.identity["order"] if found else own_order
     stored_as = _stored_as(request, found, spec)
     beside = [_beside(found, network, spec, request) for network in others.values()]
     targets = OnlineTargets(

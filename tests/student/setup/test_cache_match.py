@@ -183,24 +183,24 @@ def test_the_command_names_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_missing_field(tmp_path: Path) -> None:
-    """A cache whose attention goes by another name: the command makes another cache, nothing can be
-    added."""
+    """A cache whose stored order goes by another name: the command makes another cache, nothing can
+    be added."""
     there = copy(fx.cache_path(), tmp_path)
     about = manifest.read(there)
-    about["arrays"]["attention_"] = about["arrays"].pop("attention")
+    about["arrays"]["mask_order_"] = about["arrays"].pop("mask_order")
     for path in there.rglob("manifest*.json"):  # itself and its copy
         json_file.write_json(path, about)
     for path in there.glob("shards/0*.json"):
         record = json_file.read_json(path)
         renamed = {
-            name.replace("attention/", "attention_/"): f for name, f in record["files"].items()
+            name.replace("mask_order/", "mask_order_/"): f for name, f in record["files"].items()
         }
         json_file.write_json(path, {**record, "files": renamed})
-    for path in there.glob("shards/*/attention"):
-        path.rename(path.with_name("attention_"))
-    ran = fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE)
+    for path in there.glob("shards/*/mask_order"):
+        path.rename(path.with_name("mask_order_"))
+    ran = fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE, sets=("mask=stored",))
     assert ran.status == 1
-    assert "field attention is missing" in ran.line
+    assert "field mask_order is missing" in ran.line
     assert run_command(ran.line, tmp_path / "home").status == 0
     sets = (f"teacher={fx.TEACHER}",)
     fx.good(
