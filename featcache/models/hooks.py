@@ -38,6 +38,12 @@ def tail_arrays(norm: Any, **more: Tensor) -> dict[str, npt.NDArray[np.float32]]
     return {name: part.detach().cpu().float().numpy() for name, part in parts.items()}
 
 
+def rms_tail_arrays(norm: Any) -> dict[str, npt.NDArray[np.float32]]:
+    """Return rms_gamma (D,) and eps () of a final RMS norm."""
+    parts = {"rms_gamma": norm.weight, "eps": torch.tensor(norm.eps)}
+    return {name: part.detach().cpu().float().numpy() for name, part in parts.items()}
+
+
 def normalise_pixels(
     images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
 ) -> Tensor:

@@ -14,15 +14,20 @@ from featcache import errors, rng
 ORDERS = ("attentive", "topk", "uniform")
 
 
-def cls_attention(query: Tensor, keys: Tensor, heads: int, prefix: int = 1) -> Tensor:
+def cls_attention(
+    query: Tensor, keys: Tensor, heads: int, prefix: int = 1, bias: Tensor | None = None
+) -> Tensor:
     """Compute the attention (B, T - prefix) float32 of [CLS] from query (B, D) and keys (B, T, D):
     softmax over all tokens, mean over heads, patches only, not renormalised (METHODS 0.3). Only one
-    row of the attention map is computed."""
+    row of the attention map is computed. `bias` (H, T), of relative positions, is added before the
+    softmax."""
     batch, tokens, width = keys.shape
     q = query.reshape(batch, heads, 1, width // heads) * (width // heads) ** -0.5
     k = keys.reshape(batch, tokens, heads, width // heads).permute(0, 2, 3, 1)
-    weights = (q @ k).softmax(-1, dtype=torch.float32)
-    return weights.mean(1)[:, 0, prefix:]
+    logits = q @ k  # (B, H, 1, T)
+    if bias is not None:
+        logits = logits + bias[:, None]
+    return logits.softmax(-1, dtype=torch.float32).mean(1)[:, 0, prefix:]
 
 
 def mask_order(

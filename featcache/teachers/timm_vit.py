@@ -1,5 +1,6 @@
-"""timm's vision transformers are teachers: DINO, DINOv2, DINOv3, SigLIP, MAE and DeiT by short
-names, others as `timm:NAME[,key=value...]`.
+"""timm's vision transformers are teachers: DINO, DINOv2, DINOv3, TIPSv2, C-RADIO, SigLIP,
+Perception Encoder, EVA-02-CLIP, AIMv2, BEiT v2, MAE and DeiT by short names, others as
+`timm:NAME[,key=value...]`.
 
 Options: `img_size` in pixels or `grid` in patches a side; `pos`, how positions come onto another
 grid (`featcache.models.position_embedding`); all others go to timm's constructor, so a small
@@ -9,15 +10,24 @@ teacher of one's own is
 constructor draws them.
 
 What is stored is [CLS] and the patches: register and distillation tokens take part in everything,
-the attention's softmax included, and are then left out. SigLIP has no [CLS]: its row 0 is the mean
-of the patches, and its attention is that of its attention pool's query on the patches.
+the attention's softmax included, and are then left out. SigLIP and AIMv2 have no [CLS]: their row 0
+is the mean of the patches. SigLIP's attention is that of its attention pool's query on the patches;
+AIMv2 has none. Which token is [CLS], and whose attention is taken, is told in
+`featcache.models.timm_wrapper`.
+
+C-RADIO's positions are a grid of 128 x 128 that its authors resize at each input size, bilinearly;
+timm does so when weights are loaded, so without `pos` the network is made at the input size asked
+for. A file of BEiT v2's self-supervised pretraining has a final norm and one table of relative
+positions: `beitv2-b16,use_fc_norm=false,use_rel_pos_bias=false,use_shared_rel_pos_bias=true`.
 
 B batch, T tokens, P patches, D width, H heads, d width of a head, S input pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +36,13 @@ from featcache.errors import UsageError, UserError, near
 from featcache.models import architecture, position_embedding
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.position_embedding import resolve_input_px
-from featcache.models.timm_wrapper import TimmVit, check_architecture, wrap
+from featcache.models.timm_wrapper import (
+    TimmVit,
+    check_architecture,
+    position_prefix,
+    set_input_px,
+    wrap,
+)
 from featcache.models.weights import (
     build_seeded,
     fetch_pretrained,
@@ -37,6 +53,7 @@ from featcache.models.weights import (
 )
 
 PREFIX = "timm"
+_RADIO_PX = 512  # timm's own input size of C-RADIO
 
 
 def _card(
@@ -53,6 +70,7 @@ def _card(
     )
 
 
+_NVIDIA = "nvidia-open-model-license"
 NAMES = {
     "dino-b16": _card("vit_base_patch16_224.dino", 224, 768, 12, 85_798_656, 17.56),
     "dino-s16": _card("vit_small_patch16_224.dino", 224, 384, 12, 21_665_664, 4.6),
@@ -71,8 +89,51 @@ NAMES = {
     "dinov3-l16": _card(
         "vit_large_patch16_dinov3.lvd1689m", 224, 1024, 24, 303_079_424, 62.84, "dinov3-license"
     ),
+    # DINOv2's network by another recipe; pixels are not normalised
+    "tipsv2-b14": _card("vit_base_patch14_reg1_tipsv2.webli", 196, 768, 12, 85_678_848, 17.63),
+    "tipsv2-l14": _card("vit_large_patch14_reg1_tipsv2.webli", 196, 1024, 24, 303_166_464, 61.84),
+    "c-radio-v3-b16": _card(
+        "vit_base_patch16_radio_v3.c_radio", 224, 768, 12, 85_820_160, 18.21, _NVIDIA
+    ),
+    "c-radio-v3-l16": _card(
+        "vit_large_patch16_radio_v3.c_radio", 224, 1024, 24, 303_354_880, 63.81, _NVIDIA
+    ),
+    "c-radio-v3-h16": _card(
+        "vit_huge_patch16_radio_v3.c_radio", 224, 1280, 32, 630_923_520, 131.95, _NVIDIA
+    ),
+    "c-radio-v4-so400m16": _card(
+        "vit_so400m_patch16_radio_v4.c_radio", 224, 1152, 27, 412_589_808, 87.49, _NVIDIA
+    ),
+    "c-radio-v4-h16": _card(
+        "vit_huge_patch16_radio_v4.c_radio", 224, 1280, 32, 630_926_080, 133.27, _NVIDIA
+    ),
+    "pe-core-b16": _card("vit_pe_core_base_patch16_224.fb", 224, 768, 12, 92_886_528, 17.56),
+    "pe-core-l14": _card("vit_pe_core_large_patch14_336.fb", 196, 1024, 24, 315_713_536, 61.52),
+    "pe-spatial-b16": _card("vit_pe_spatial_base_patch16_512.fb", 224, 768, 12, 85_797_888, 17.56),
+    "pe-spatial-l14": _card(
+        "vit_pe_spatial_large_patch14_448.fb", 196, 1024, 24, 303_116_288, 61.52
+    ),
+    "eva02-clip-b16": _card(
+        "eva02_base_patch16_clip_224.merged2b", 224, 768, 12, 85_869_312, 17.56, "mit"
+    ),
+    "eva02-clip-l14": _card(
+        "eva02_large_patch14_clip_224.merged2b", 196, 1024, 24, 303_256_512, 61.51, "mit"
+    ),
+    # Apple's own repositories say apple-amlr, for research alone, since March 2025; timm's copies
+    # still say apple-ascl, as Apple's did before
+    "aimv2-l14": _card(
+        "aimv2_large_patch14_224.apple_pt", 196, 1024, 24, 309_136_384, 62.43, "apple-amlr"
+    ),
+    "aimv2-h14": _card(
+        "aimv2_huge_patch14_224.apple_pt", 196, 1536, 24, 680_759_808, 136.19, "apple-amlr"
+    ),
     "siglip-b16": _card("vit_base_patch16_siglip_224.webli", 224, 768, 12, 92_884_224, 17.47),
     "siglip2-b16": _card("vit_base_patch16_siglip_224.v2_webli", 224, 768, 12, 92_884_224, 17.47),
+    # timm has no weights from before fine-tuning; these are the least tuned to a thousand classes
+    "beitv2-b16": _card("beitv2_base_patch16_224.in1k_ft_in22k", 224, 768, 12, 85_761_984, 17.56),
+    "beitv2-l16": _card(
+        "beitv2_large_patch16_224.in1k_ft_in22k", 224, 1024, 24, 303_405_568, 61.55
+    ),
     "mae-b16": _card("vit_base_patch16_224.mae", 224, 768, 12, 85_798_656, 17.56, "cc-by-nc-4.0"),
     "mae-l16": _card(
         "vit_large_patch16_224.mae", 224, 1024, 24, 303_301_632, 61.55, "cc-by-nc-4.0"
@@ -86,6 +147,8 @@ _UNUSED = (
     "attn_pool.",
     "mask_token",
     "decoder_",
+    "lm_head.",
+    "cls_pt_",
 )  # of a file, where the model has none
 
 
@@ -110,7 +173,11 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
             "timm's name"
         )
     default = row.input_px if row else None
-    if drawn and "img_size" in options and not {"grid", "pos"} & options.keys():
+    if pos is None and _resizes_itself(arch):
+        patch_px = int(constructor.get("patch_size", 16))
+        constructor["img_size"] = resolve_input_px(name, options, patch_px, default) or _RADIO_PX
+        options, default = {}, None
+    elif drawn and "img_size" in options and not {"grid", "pos"} & options.keys():
         constructor["img_size"] = options["img_size"]
         options, default = {}, None
     if path:
@@ -118,7 +185,7 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
             **constructor,
             **({"img_size": options["img_size"]} if "img_size" in options else {}),
         }
-        vit = _load_file(lambda: _create_model(arch, sized, pretrained=False), name, path)
+        vit = _load_file(lambda: _create_model(arch, sized, pretrained=False), name, path, pos)
     elif drawn:
         vit = build_seeded(lambda: _create_model(arch, constructor, pretrained=False), weights)
     else:
@@ -129,25 +196,15 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
     return wrap(vit, name, px, pos, weights or REGISTERED)
 
 
-def _load_file(make: Callable[[], nn.Module], name: str, path: str) -> Any:
+def _load_file(make: Callable[[], nn.Module], name: str, path: str, pos: Option | None) -> Any:
     """Load a file's model at the input size of the file's own positions; timm renames other layouts
-    of the same network."""
+    of the same network, and resizes positions where that is its part."""
     vit: Any = build_seeded(make, None)
     check_architecture(vit, name)
     state = read_state(path, name)
-    there = next(
-        (
-            v
-            for k, v in state.items()
-            if k.rpartition(".")[2] in ("pos_embed", "positional_embedding")
-        ),
-        None,
-    )
-    if there is not None and vit.pos_embed is not None and 2 <= there.ndim <= 3:
-        prefixes = (0 if vit.no_embed_class else vit.num_prefix_tokens, 1, 0)
-        square = position_embedding.grid_side(there.shape[-2], prefixes)
-        if square is not None:
-            vit.set_input_size(img_size=(square[0] * int(vit.patch_embed.patch_size[0]),) * 2)
+    side = None if pos is None and _resizes_itself(_arch(vit)) else _stored_side(vit, state)
+    if side is not None:
+        set_input_px(vit, side * int(vit.patch_embed.patch_size[0]))
     kept = vit.state_dict().keys()
     own = {
         k: v
@@ -158,21 +215,60 @@ def _load_file(make: Callable[[], nn.Module], name: str, path: str) -> Any:
     return vit
 
 
+def _arch(vit: Any) -> str:
+    return str(vit.pretrained_cfg.get("architecture", ""))
+
+
+def _resizes_itself(arch: str) -> bool:
+    """Tell whether timm resizes an architecture's positions as its authors do."""
+    return "_radio_" in arch
+
+
+def _stored_side(vit: Any, state: Mapping[str, Tensor]) -> int | None:
+    """Return the patches a side of the grid that a file's positions are of, None where they do not
+    tell."""
+    by_name = {name.rpartition(".")[2]: value for name, value in reversed(list(state.items()))}
+    table = by_name.get("relative_position_bias_table")
+    if table is not None and table.ndim == 2:  # BEiT's: (2 side - 1)^2 offsets and three of [CLS]
+        return (math.isqrt(max(table.shape[0] - 3, 0)) + 1) // 2 or None
+    there = by_name.get("pos_embed", by_name.get("positional_embedding"))
+    if there is None or vit.pos_embed is None or not 2 <= there.ndim <= 3:
+        return None
+    square = position_embedding.grid_side(there.shape[-2], (position_prefix(vit), 1, 0))
+    return square[0] if square else None
+
+
 def _convert_names(state: dict[str, Tensor], vit: Any, path: str, name: str) -> dict[str, Tensor]:
     """Rename a foreign project's tensors as timm does (DINOv2's registers, DINOv3, OpenAI's,
-    open_clip's)."""
-    from timm.models import eva, vision_transformer
-
-    if state.keys() == vit.state_dict().keys():
+    open_clip's, RADIO's)."""
+    if state.keys() == vit.state_dict().keys() and not _resizes_itself(_arch(vit)):
         return state
-    module = eva if isinstance(vit, eva.Eva) else vision_transformer
     try:
-        return dict(module.checkpoint_filter_fn(dict(state), vit))
+        return dict(_timm_filter(vit)(dict(state), vit))
     except Exception as error:  # it reads tensors by name and shape, and a foreign file has others
         raise UserError(
             f"weights {path!r} do not fit {name}: {type(error).__name__}: {error}; give the file "
             "of this architecture"
         ) from error
+
+
+def _timm_filter(vit: Any) -> Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]]:
+    """Return the function by which timm takes files of an architecture."""
+    from timm.models import beit, eva, vision_transformer
+
+    arch = _arch(vit)
+    if _resizes_itself(arch):  # as timm itself calls it for these, which it does not offer by name
+        corners = any(part in arch for part in vision_transformer._RADIO_ALIGN_CORNERS)
+        return partial(
+            vision_transformer.checkpoint_filter_fn,
+            interpolation="bilinear",
+            antialias=False,
+            align_corners=corners,
+        )
+    modules = {eva.Eva: eva, beit.Beit: beit}
+    found: Any = modules.get(type(vit), vision_transformer)
+    take: Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]] = found.checkpoint_filter_fn
+    return take
 
 
 def _check_name(arch: str) -> None:

@@ -40,7 +40,8 @@ TIMM = {
     "eva02": ("eva02_base_patch14_224.mim_in22k", f"img_size=56,{SMALL}", 1),
     # by block and head
     "rope-mixed": ("vit_small_patch16_rope_mixed_224.naver_in1k", f"img_size=80,{SMALL}", 1),
-    "pe": ("vit_pe_core_base_patch16_224.fb", f"img_size=80,{SMALL}", 1),
+    "pe-spatial": ("vit_pe_spatial_base_patch16_512.fb", f"img_size=80,{SMALL}", 1),
+    "beit": ("beit_base_patch16_224.in22k_ft_in22k", f"img_size=80,{SMALL}", 1),
     "mae": ("vit_base_patch16_224.mae", f"img_size=96,{SMALL}", 1),
     "deit": ("deit_base_patch16_224.fb_in1k", f"img_size=96,{SMALL}", 1),
     "deit-distilled": ("deit_base_distilled_patch16_224.fb_in1k", f"img_size=96,{SMALL}", 2),

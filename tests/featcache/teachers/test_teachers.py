@@ -11,6 +11,7 @@ import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -223,6 +224,28 @@ def test_timm_tail_is_its_final_norm() -> None:
     assert tail["eps"] == np.float32(teacher.vit.norm.eps) == np.float32(1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (",norm_layer=rmsnorm", {"rms_gamma", "eps"}),
+        (",final_norm=false", {"identity"}),
+        (",fc_norm=true", {"identity"}),  # it pools before its norm: its tokens are as they are
+    ],
+)
+def test_timm_tail_tells_of_other_norms(options: str, names: set[str]) -> None:
+    tail = teachers.load(TINY + options, "random:0").tail()
+    assert set(tail) == names
+    assert all(values.dtype == np.float32 for values in tail.values())
+
+
+def test_a_model_without_cls_and_pool_has_no_attention() -> None:
+    teacher: Any = teachers.load(TINY + ",class_token=false,global_pool=avg", "random:0")
+    (y,), attention = teacher(pictures(2, 32), (3,))
+    assert (teacher.has_attention, teacher.first_token) == (False, "mean")
+    assert attention.shape == (2, 0)
+    torch.testing.assert_close(y[:, 0], y[:, 1:].mean(1))
+
+
 def test_a_teacher_is_frozen_and_in_eval_mode() -> None:
     teacher = teachers.load(TINY + ",proj_drop_rate=0.5,drop_path_rate=0.5", "random:0")
     assert isinstance(teacher, nn.Module)
@@ -333,7 +356,6 @@ def test_impossible_names_and_options_are_usage_errors(spec: str, told: str) -> 
     "spec",
     [
         "timm:resnet18",
-        TINY + ",class_token=false,global_pool=avg",  # nothing to take the attention of
         # parallel attention
         "timm:vit_small_patch16_18x2_224,img_size=32,embed_dim=24,depth=1,num_heads=3",
         TINY + ",in_chans=1",
@@ -345,7 +367,7 @@ def test_impossible_names_and_options_are_usage_errors(spec: str, told: str) -> 
 def test_networks_without_what_is_read_are_refused(spec: str) -> None:
     """Their attention could not be read, or worse: it would be read wrongly and nobody would
     notice."""
-    with pytest.raises(UserError, match="CLS"):
+    with pytest.raises(UserError, match="plain attention and three colours is needed"):
         teachers.load(spec, "random:0")
 
 
