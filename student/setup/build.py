@@ -158,7 +158,9 @@ def _told_targets(about: Mapping[str, Any]) -> str:
         return "their labels"
     if about["kind"] == "cached":
         return f"cache {about['id']}"
-    return f"online, teacher {about.get('teacher', 'not needed')}"
+    own = [about["teacher"]] if "teacher" in about else []
+    beside = [other["teacher"] for other in about.get("others", {}).values()]
+    return f"online, teacher {' and '.join([*own, *beside]) or 'not needed'}"
 
 
 def rate_notes(run: Run, loader: Loader) -> list[str]:

@@ -227,9 +227,12 @@ def _record(targets: OnlineTargets, source: Source, selection: ViewSelection) ->
     teacher = targets.teacher
     if teacher is not None:
         record |= {"teacher": teacher.name, "weight_hash": weight_hash(teacher)}
-    for other in targets.others:
-        network = other.network
-        record[other.field] = {"teacher": network.name, "weight_hash": weight_hash(network)}
+    networks = {other.field: other.network for other in targets.others}
+    if networks:
+        record["others"] = {
+            field: {"teacher": network.name, "weight_hash": weight_hash(network)}
+            for field, network in networks.items()
+        }
     if targets.stored_as is not None:
         record |= {"codec": targets.stored_as.codec_name}
     return record

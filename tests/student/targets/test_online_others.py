@@ -166,15 +166,15 @@ def both_ways(recipe: str, tmp_path: Path, cache: Path, sets: tuple[str, ...]) -
 
 
 def test_cae_trains_with_its_tokenizer_in_the_loop(tmp_path: Path) -> None:
-    """To the bit, since ids are; the cache's own teacher is not run. The record names it."""
+    """To the bit, since ids are; the cache's own teacher is not run. The record and what is said
+    name the tokenizer."""
     sets = (f"token_field={reds()}/token_ids", "vocabulary=64")
-    both_ways("cae", tmp_path, folder() / "cache", sets)
+    ran = both_ways("cae", tmp_path, folder() / "cache", sets)
+    assert f"online, teacher {reds()}, 6 steps" in ran.err
     assert fx.losses(tmp_path / "cached") == fx.losses(tmp_path / "online")
     assert fx.same_weights(tmp_path / "cached", tmp_path / "online")
-    about = json.loads((tmp_path / "online/config.json").read_text())
-    found = json.dumps(about)
-    assert f'"{reds()}/token_ids": {{"teacher": "{reds()}"' in found
-    assert "weight_hash" in found
+    about = json.dumps(json.loads((tmp_path / "online/config.json").read_text()))
+    assert f'"others": {{"{reds()}/token_ids": {{"teacher": "{reds()}", "weight_hash": "' in about
 
 
 def test_cae_trains_without_any_cache(tmp_path: Path) -> None:

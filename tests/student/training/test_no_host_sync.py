@@ -26,6 +26,7 @@ from student.training import accelerator, metrics, train
 from tests import stand_in_device as stand_in
 from tests import student_fixtures as fx
 from tests.stand_in_device import DEVICE, Queue
+from tests.student.targets import test_online_others as others
 from tests.student.targets import test_second_teacher as second
 
 STEPS = 6
@@ -195,9 +196,20 @@ def test_steps_that_may_be_left_out_are_asked_for(tmp_path: Path) -> None:
     assert asked == ["_local_scalar_dense"] * (STEPS - 2)
 
 
-def test_two_teachers(tmp_path: Path) -> None:
-    ran = run_on_device("mrmae", tmp_path / "a", "--cache", second.both_path(), sets=second.JOINT)
+@pytest.mark.parametrize("more", [(), ONLINE])
+def test_two_teachers(more: tuple[str, ...], tmp_path: Path) -> None:
+    options = ("--cache", second.both_path(), *more)
+    ran = run_on_device("mrmae", tmp_path / "a", *options, sets=second.JOINT)
     assert_nothing_is_waited_for(ran)
+
+
+def test_a_tokenizer_in_the_loop(tmp_path: Path) -> None:
+    options = ("--cache", others.folder() / "cache", *ONLINE)
+    sets = (f"token_field={others.reds()}/token_ids", "vocabulary=64")
+    ran = run_on_device("cae", tmp_path / "a", *options, sets=sets)
+    assert_nothing_is_waited_for(ran)
+    fx.good(fx.train("cae", tmp_path / "cpu", *given("cae", options), sets=sets))
+    assert same_numbers(ran, tmp_path / "cpu")
 
 
 @pytest.mark.parametrize("mask", ["attentive", "stored", "uniform"])
