@@ -21,8 +21,8 @@ TABLE = Table(
         Row("mralign", "mralign student", recipe="mralign"),
     ),
     columns=(
-        Column(FEW, "10 a class", "finetune", options={"shots": 10, "epochs": 200}, trains=True),
-        Column(ALL, "all", "finetune", options={"epochs": 50}, trains=True),
+        Column(FEW, "10 a class", "finetune", options={"shots": 10, "epochs": 100}, trains=True),
+        Column(ALL, "all", "finetune", options={"epochs": 20}, trains=True),
     ),
     orderings=(
         *(
