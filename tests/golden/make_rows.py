@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tests.student.recipes import test_cae, test_maskalign, test_mrmae
+from tests.student.recipes import test_cae_targets, test_maskalign, test_mrmae
 from tests.student.recipes.test_recipes import reference_losses, tiny_batch, tiny_model
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
@@ -27,7 +27,7 @@ def cae_loss(target: str) -> Loss:
 
     def loss(w: dict[str, Tensor]) -> Tensor:
         constants = {name: x.detach() for name, x in w.items()}
-        error, align = test_cae.reference_target(w, tiny_batch(), constants, target)
+        error, align = test_cae_targets.reference_target(w, tiny_batch(), constants, target)
         return error + 2 * align
 
     return loss
