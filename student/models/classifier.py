@@ -13,6 +13,7 @@ B pictures, T tokens, D width, C classes, S pixels a side.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -51,7 +52,7 @@ class ConvClassifier(conv_vit.ConvViT):
     def reset_classifier(self, classes: int, global_pool: str) -> None:
         """Give it a head, as timm's networks have this method."""
         self.global_pool = global_pool
-        self.head = nn.Linear(self.embed_dim, classes)
+        self.head, self.fc_norm = nn.Linear(self.embed_dim, classes), nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B,3,S,S) -> logits (B,C)."""
@@ -114,7 +115,10 @@ def load_encoder(net: Any, encoder: Any, *, fc_norm_from_norm: bool) -> None:
     main_finetune's rule); without one the tables keep their zeros. The last norm becomes `fc_norm`
     (BEiT, CAE), or is dropped and `fc_norm` starts at one (MAE).
     """
-    encoder.set_input_size(img_size=(picture_px(net),) * 2)
+    with warnings.catch_warnings():
+        # timm's resizing of tables has torch complain of timm's own indices
+        warnings.filterwarnings("ignore", r"torch\.searchsorted", UserWarning)
+        encoder.set_input_size(img_size=(picture_px(net),) * 2)
     own, given = net.state_dict(), encoder.state_dict()
     state = {name: given[name] for name in given if not name.startswith((*_NORMS, *_OWN_HEADS))}
     state = _tables_for(state, own) | _norm_for(given, net, fc_norm_from_norm)
