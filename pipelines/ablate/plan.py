@@ -177,8 +177,8 @@ class _Place:
         run, test = self.home / "runs" / row.name, f"{self.home}/{DATA}/data/test-*.tar"
         teacher = ["--teacher", self.scale.teacher.spec, "--weights", self.weights]
         options = {**self.scale.probes.get(column.protocol, {}), **column.options}
-        if column.trains and self.scale.is_reduced:
-            options["epochs"] = 2
+        if column.trains:
+            options |= self._fine_tuning(options)
         words = [
             "student", "eval", column.protocol, *([run] if row.recipe else teacher),
             "--images", self.train, "--test", test, "--crop-pct", 1,
@@ -193,6 +193,13 @@ class _Place:
             _texts(*words), (self.name(f"runs/{row.name}" if row.recipe else DATA),), proof,
             seed=self.seed, row=row.name, column=column.name,
         )  # fmt: skip
+
+    def _fine_tuning(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a fine-tuning with the teacher's crops, short where all is."""
+        crops = self.scale.teacher.crops
+        own = (f"flip={crops['flip']:g}", f"crop_scale={list(crops['scale'])}")
+        short = {"epochs": 2} if self.scale.is_reduced else {}
+        return {"set": (*options["set"], *own), **short}
 
 
 def _texts(*words: Any) -> tuple[str, ...]:

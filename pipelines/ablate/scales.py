@@ -56,8 +56,6 @@ PROBES: dict[str, dict[str, Any]] = {
             "layer_decay=0.75",
             "drop_path=0.1",
             "warmup_epochs=5",
-            f"flip={digits.TEACHER.crops['flip']:g}",
-            f"crop_scale={list(digits.TEACHER.crops['scale'])}",
         ),
     },
 }
