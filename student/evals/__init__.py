@@ -9,6 +9,10 @@ with a `Task` and an `Outcome` of `student.features.task`: scores of every class
 the test sets. What becomes of scores (accuracy, interval, classes, the line in results.jsonl) is
 the same for all. One that needs no training pictures says `TRAINS = False`: it scores all of
 --images where no --test is given; one that pools tokens itself says `POOLS = False`.
+
+One that trains the encoder itself says `TRAINS_ENCODER = True`. It is a run of
+`student.training.finetune`, whose settings its `DEFAULTS` are, and has no `OPTIONS` and no
+`evaluate`; `crop_pct(img_size)` says how test pictures are cut.
 """
 
 from __future__ import annotations

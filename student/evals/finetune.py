@@ -30,10 +30,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from student.training.finetune import Config
-
 TRAINS_ENCODER = True
-CONFIG = Config  # settings, by --set
 
 _CAE = {"fc_norm": "norm", "rel_pos": True, "train_positions": False}
 _MASKALIGN = {"blr": 3e-4, "layer_decay": 0.55, "drop_path": 0.2}

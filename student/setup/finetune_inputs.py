@@ -19,14 +19,14 @@ from featcache.errors import UsageError
 from featcache.models.weights import is_random, weight_hash
 from featcache.runtime import device as devices
 from featcache.runtime.compiler import check_compiler
-from featcache.storage import json_file
+from featcache.storage import identity, json_file
 from featcache.views.policy import Policy
 from student import checkpoint
 from student.checkpoint import KEEP, Retention
 from student.config import Settings, build_config, parse_settings, size
 from student.data.loader import Loader
 from student.features.embed import Rendering, Skipped
-from student.features.frozen import size_of
+from student.features.frozen import digest_of, size_of
 from student.features.labelled import Sets
 from student.models import timm_network
 from student.setup.batch_size import chosen_batch_size
@@ -70,6 +70,17 @@ class FinetuneOptions:
     trackers: Sequence[str]
 
     @property
+    def name(self) -> str:
+        """Return what a folder is named after: the run, or the teacher without what a path
+        divides."""
+        return self.run.name if self.run else re.sub(r"[^\w.-]+", "-", str(self.teacher_spec))[:60]
+
+    @property
+    def folder(self) -> Path:
+        """Return the run folder."""
+        return self.out or Path("runs") / f"finetune-{self.name}-s{self.seed}"
+
+    @property
     def run_options(self) -> RunOptions:
         """Return the options of running the model."""
         return RunOptions(
@@ -107,15 +118,19 @@ def _of_teacher(options: FinetuneOptions) -> Begun:
         "pixel_mean": list(teacher.pixel_mean),
         "pixel_std": list(teacher.pixel_std),
     }
-    about = {"teacher": spec, "weight_hash": weight_hash(teacher)}
+    about = {"teacher": spec, "weights": weight_hash(teacher)}
     note = ""
     if is_random(teacher.weights):
         note = f"note: {teacher.weights} - these weights are drawn, not trained"
-    return Begun(network, re.sub(r"[^\w.-]+", "-", spec)[:60], facts, about, note=note)
+    return Begun(network, options.name, facts, about, note=note)
 
 
 def _of_run(run: Path, options: FinetuneOptions) -> Begun:
-    step = checkpoint.latest_step(run) if options.checkpoint is None else options.checkpoint
+    step = options.checkpoint
+    if step is None:
+        step = _begun_step(options)
+    if step is None:
+        step = checkpoint.latest_step(run)
     encoder, settings = checkpoint.load_encoder(run, options.ema, step)
     if "classes" in settings:
         raise UsageError(
@@ -129,10 +144,24 @@ def _of_run(run: Path, options: FinetuneOptions) -> Begun:
         encoder,
         run.name,
         {**known, "family": settings.get("family", "mae")},
-        {"run": str(run.absolute()), "checkpoint": step, "ema": options.ema, "recipe": recipe},
+        {
+            "recipe": recipe,
+            "checkpoint": step,
+            "ema": options.ema,
+            "weights": digest_of(encoder, {}),
+        },
         recipe,
         size_of(encoder) or size(settings["encoder"]),
     )
+
+
+def _begun_step(options: FinetuneOptions) -> int | None:
+    """Return the checkpoint that the resumed run began with: RUN may have a newer one by now."""
+    if not (options.resume and (options.folder / checkpoint.CONFIG).is_file()):
+        return None
+    known = dict(identity.flatten({"run": checkpoint.read_config(options.folder)}))
+    step = known.get("run.targets.begun.checkpoint")
+    return step if type(step) is int and step >= 0 else None
 
 
 def configure(options: FinetuneOptions, begun: Begun, protocol: ModuleType, classes: int) -> Config:
@@ -154,13 +183,17 @@ def configure(options: FinetuneOptions, begun: Begun, protocol: ModuleType, clas
 
 
 def build(
-    options: FinetuneOptions, begun: Begun, config: Config, sets: Sets, acc: Accelerator
+    options: FinetuneOptions,
+    begun: Begun,
+    config: Config,
+    sets: Sets,
+    acc: Accelerator,
+    crop_pct: float,
 ) -> tuple[Run, Loader]:
-    """Return the run and the loader of this process."""
+    """Return the run and the loader of this process; `crop_pct` is of test pictures."""
     shown = trackers.check(options.trackers)
     if options.compiled:
         check_compiler(str(acc.device))
-    out = options.out or Path("runs") / f"finetune-{begun.name}-s{options.seed}"
     targets = LabelledViews(
         Policy(
             size=config.img_size,
@@ -175,10 +208,10 @@ def build(
         config.pixel_mean,
         config.pixel_std,
     )
-    loader = _loader(options, sets, targets, acc, out)
+    loader = _loader(options, sets, targets, acc)
     validation = ValidationPlan(
         sets.tests,
-        rendering(options, config),
+        Rendering(config.img_size, crop_pct),
         config.pixel_mean,
         config.pixel_std,
         config.classes,
@@ -191,9 +224,9 @@ def build(
         recipe=finetune,
         config=config,
         targets=targets,
-        out=out,
+        out=options.folder,
         seed=options.seed,
-        about=_about(begun, sets, options),
+        about=_about(begun, sets, options, crop_pct),
         save_every=options.save_every,
         resume=options.resume,
         run_options=options.run_options,
@@ -205,14 +238,8 @@ def build(
     return run, loader
 
 
-def rendering(options: FinetuneOptions, config: Config) -> Rendering:
-    """Say how test pictures are cut."""
-    default = 0.875 if config.img_size <= 224 else 1.0
-    return Rendering(config.img_size, options.crop_pct or default)
-
-
 def _loader(
-    options: FinetuneOptions, sets: Sets, targets: LabelledViews, acc: Accelerator, out: Path
+    options: FinetuneOptions, sets: Sets, targets: LabelledViews, acc: Accelerator
 ) -> Loader:
     source = sets.train.source
     return Loader(
@@ -221,7 +248,7 @@ def _loader(
         pictures=np.arange(len(source)),
         digests=rng.key_digests(source.keys),
         seed=options.seed,
-        batch_size=chosen_batch_size(options, len(source), acc, out),
+        batch_size=chosen_batch_size(options, len(source), acc, options.folder),
         accumulation=options.accumulate,
         world=acc.num_processes,
         rank=acc.process_index,
@@ -230,7 +257,7 @@ def _loader(
     )
 
 
-def _about(begun: Begun, sets: Sets, options: FinetuneOptions) -> dict[str, Any]:
+def _about(begun: Begun, sets: Sets, options: FinetuneOptions, crop_pct: float) -> dict[str, Any]:
     """Return what else the numbers of the run depend on, for config.json."""
     return {
         "kind": "labelled",
@@ -238,5 +265,7 @@ def _about(begun: Begun, sets: Sets, options: FinetuneOptions) -> dict[str, Any]
         "labels": json_file.digest(sets.train.labels.tolist()),
         "classes": json_file.digest(list(sets.names)),
         "tests": {test.name: len(test) for test in sets.tests},
-        "crop_pct": options.crop_pct,
+        "crop_pct": crop_pct,
+        # where it lies may change
+        "reading": {"run": str(options.run.absolute()) if options.run else ""},
     }

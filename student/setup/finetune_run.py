@@ -51,7 +51,8 @@ def run(name: str, protocol: ModuleType, given: dict[str, Any]) -> None:
     for note in [*([begun.note] if begun.note else ()), *(f"note: {each}" for each in sets.notes)]:
         console.say(note)
     started = time.perf_counter()
-    job, loader = finetune_inputs.build(options, begun, config, sets, acc)
+    crop_pct = options.crop_pct or protocol.crop_pct(config.img_size)
+    job, loader = finetune_inputs.build(options, begun, config, sets, acc, crop_pct)
     for note in build.rate_notes(job, loader):
         console.say(note)
     if given["dry_run"]:
