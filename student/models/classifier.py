@@ -116,8 +116,8 @@ def load_encoder(net: Any, encoder: Any, *, fc_norm_from_norm: bool) -> None:
     (BEiT, CAE), or is dropped and `fc_norm` starts at one (MAE).
     """
     with warnings.catch_warnings():
-        # timm's resizing of tables has torch complain of timm's own indices
-        warnings.filterwarnings("ignore", r"torch\.searchsorted", UserWarning)
+        # torch complains of how timm indexes tables, which nothing here can answer
+        warnings.filterwarnings("ignore", category=UserWarning, module="timm")
         encoder.set_input_size(img_size=(picture_px(net),) * 2)
     own, given = net.state_dict(), encoder.state_dict()
     state = {name: given[name] for name in given if not name.startswith((*_NORMS, *_OWN_HEADS))}

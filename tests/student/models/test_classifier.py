@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -201,6 +202,22 @@ def test_a_shared_table_is_resized_as_timm_does_and_copied_to_each_block(
     assert torch.equal(expected[-3:], before[-3:])
     if size == 32:
         assert torch.equal(expected, before)
+
+
+def test_a_table_is_resized_between_positions_that_grow_geometrically() -> None:
+    """4 -> 6 patches a side, 7 -> 11 distances: timm's positions are 0, +-1, +-(1 + q),
+    +-(1 + q + q^2) with q at most 1.5; linear between them, the outermost value beyond 4.75."""
+    given = encoder("beit")
+    before = given.rel_pos_bias.relative_position_bias_table.detach().double().numpy()
+    net = model("beit", given, img_size=48, rel_pos=True).encoder
+    got = net.blocks[0].attn.relative_position_bias_table.detach().numpy()
+    known = np.array([-4.75, -2.5, -1, 0, 1, 2.5, 4.75])
+    wanted = np.arange(-5.0, 6.0)
+    for head in range(HEADS):
+        rows = before[:-3, head].reshape(7, 7)
+        across = np.stack([np.interp(wanted, known, row) for row in rows])
+        both = np.stack([np.interp(wanted, known, column) for column in across.T]).T
+        np.testing.assert_allclose(got[:-3, head].reshape(11, 11), both, atol=1e-5)
 
 
 def test_a_table_of_each_block_gives_the_logits_of_the_shared_one() -> None:
