@@ -20,6 +20,7 @@ from typing import (
     Protocol,
     TypeVar,
     get_args,
+    get_origin,
     get_type_hints,
 )
 
@@ -367,6 +368,8 @@ def _unreadable(values: Mapping[str, Any]) -> str:
 def _allowed(kind: type[Any], key: str) -> str:
     """Return the type of a field in words: 'float or null'."""
     hint = get_type_hints(kind)[key]
+    if get_origin(hint) is Literal:
+        return " or ".join(json.dumps(choice) for choice in get_args(hint))
     if type(None) in get_args(hint):
         return " or ".join(
             "null" if part is type(None) else part.__name__ for part in get_args(hint)

@@ -130,7 +130,7 @@ def _training_command(name: str, module: Any) -> click.Command:
 
     examples = (
         f"Examples:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/\n\n"
-        f"  student eval {name} runs/mralign-s0 --images train/ --set img_size=384 --resume"
+        f"  student eval {name} RUN --images train/ --set img_size=384 --resume"
     )
     return click.Command(
         name,

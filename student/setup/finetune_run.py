@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from types import ModuleType
 from typing import Any
@@ -45,7 +46,7 @@ def run(name: str, protocol: ModuleType, given: dict[str, Any]) -> None:
     begun = finetune_inputs.begin(options)
     config = finetune_inputs.configure(options, begun, protocol, len(sets.names))
     if given["show"]:
-        text = "\n".join(f"{key} = {value}" for key, value in as_dict(config).items())
+        text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in as_dict(config).items())
         console.print(as_dict(config), text)
         return
     for note in [*([begun.note] if begun.note else ()), *(f"note: {each}" for each in sets.notes)]:
