@@ -147,7 +147,18 @@ def begin_folder(
     # another process may have begun it in this moment, or another version before
     about = existing_manifest(wanted, out, words) or wanted
     copy = codec_state.copy_of(about, side_files)
-    write_side_files(out, {**side_files, **copy, **root_files(about)})
+    write_side_files(out, {**_noted(about, side_files), **copy, **root_files(about)})
+
+
+def _noted(about: Mapping[str, Any], side_files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Leave out files that are not those of the manifest: an earlier version told less of some
+    teachers' ends, and what it wrote stays."""
+    facts = manifest.file_facts(side_files)
+    return {
+        name: data
+        for name, data in side_files.items()
+        if about["files"].get(name, facts[name]) == facts[name]
+    }
 
 
 def root_files(about: Mapping[str, Any]) -> dict[str, bytes]:

@@ -13,7 +13,10 @@ import torch
 
 import tests.student_fixtures as fx
 from featcache import teachers
+from featcache.errors import UserError
+from featcache.models.timm_wrapper import TimmVit
 from featcache.reading.cache import Cache
+from student.evals.semantic import chosen_patches
 
 TINY = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 RMS = f"timm:vit_tiny_patch16_224,{TINY},norm_layer=rmsnorm"
@@ -91,6 +94,20 @@ def test_a_teacher_is_judged(kind: str, tmp_path: Path) -> None:
         given = ("--images", str(images), "--teacher", KINDS[kind], *WEIGHTS, "--pool", pool)
         ran = fx.good(fx.stud("eval", "knn", *given, "--device", "cpu", home=tmp_path / "home"))
         assert "24" in ran.out + ran.err
+
+
+def test_a_cache_whose_end_told_nothing_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version wrote no tail of a teacher without a final norm; the file stays as the
+    manifest has it."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(TimmVit, "tail", lambda self: {})
+        make("none", tmp_path / "c")
+    make("none", tmp_path / "c")
+    fx.good(fx.feat("verify", str(tmp_path / "c")))
+    with Cache(tmp_path / "c") as cache, pytest.raises(UserError, match="has nothing"):
+        cache.derive("f", [0])
 
 
 # ---------------------------------------------------------------- no attention
@@ -184,9 +201,6 @@ def test_a_recipe_that_needs_attention_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_patches_that_no_teacher_attends_to_are_not_chosen() -> None:
-    from featcache.errors import UserError
-    from student.evals.semantic import chosen_patches
-
     teacher: Any = teachers.load(AIM, "random:0")
     choose = chosen_patches(teacher, 0.5, "cpu").choose
     with pytest.raises(UserError, match="gives no attention of"):
