@@ -66,6 +66,6 @@ def _row(fact: dict[str, Any]) -> tuple[str, ...]:
         f"{fact['gmac']:.1f}",
         f"{fact['bytes_a_view_last5_fp16']:,}",
         "yes" if fact["on_this_machine"] else "no",
-        fact["licence"],
+        fact["licence"].removesuffix("-license"),
         fact["source"],
     )

@@ -92,19 +92,19 @@ NAMES = {
     # DINOv2's network by another recipe; pixels are not normalised
     "tipsv2-b14": _card("vit_base_patch14_reg1_tipsv2.webli", 196, 768, 12, 85_678_848, 17.63),
     "tipsv2-l14": _card("vit_large_patch14_reg1_tipsv2.webli", 196, 1024, 24, 303_166_464, 61.84),
-    "c-radio-v3-b16": _card(
+    "radiov3-b16": _card(
         "vit_base_patch16_radio_v3.c_radio", 224, 768, 12, 85_820_160, 18.21, _NVIDIA
     ),
-    "c-radio-v3-l16": _card(
+    "radiov3-l16": _card(
         "vit_large_patch16_radio_v3.c_radio", 224, 1024, 24, 303_354_880, 63.81, _NVIDIA
     ),
-    "c-radio-v3-h16": _card(
+    "radiov3-h16": _card(
         "vit_huge_patch16_radio_v3.c_radio", 224, 1280, 32, 630_923_520, 131.95, _NVIDIA
     ),
-    "c-radio-v4-so400m16": _card(
+    "radiov4-so400m": _card(
         "vit_so400m_patch16_radio_v4.c_radio", 224, 1152, 27, 412_589_808, 87.49, _NVIDIA
     ),
-    "c-radio-v4-h16": _card(
+    "radiov4-h16": _card(
         "vit_huge_patch16_radio_v4.c_radio", 224, 1280, 32, 630_926_080, 133.27, _NVIDIA
     ),
     "pe-core-b16": _card("vit_pe_core_base_patch16_224.fb", 224, 768, 12, 92_886_528, 17.56),

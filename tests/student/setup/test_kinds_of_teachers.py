@@ -20,7 +20,7 @@ from student.evals.semantic import chosen_patches
 
 TINY = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 RMS = f"timm:vit_tiny_patch16_224,{TINY},norm_layer=rmsnorm"
-BARE = f"c-radio-v3-b16,{TINY}"  # no final norm, seven tokens that are not stored
+BARE = f"radiov3-b16,{TINY}"  # no final norm, seven tokens that are not stored
 AIM = f"aimv2-l14,{TINY}"  # an RMS norm, and neither [CLS] nor an attention pool
 WIDE = AIM.replace("embed_dim=24", "embed_dim=64").replace("num_heads=3", "num_heads=4")
 KINDS = {"rms": RMS, "none": BARE, "no attention": AIM, "wide": WIDE}
