@@ -13,7 +13,9 @@ from tests import student_fixtures as fx
 CLASSES = 5
 SMALL = ("--batch-size", 8, "--epochs", 3, "--workers", 1)
 SETS = ("lr=0.002", "warmup_epochs=1")
-FAMILIES = {"vit": "mae", "cae": "cae", "beit": "fd", "conv_vit": "mrmae"}
+CONV = ("family=conv_vit", "encoder=tiny,stage1=8,stage2=12,embed_dim=48,depth=2,num_heads=3")
+# what is fine-tuned beside the recipes by name -> recipe and settings
+OTHERS = {"conv": ("mrmae", CONV), "conv cls": ("mrmae", (*CONV, "conv_cls=true"))}
 
 
 @functools.cache
@@ -29,9 +31,10 @@ def test_pictures() -> Path:
 @functools.cache
 def pretrained(recipe: str) -> Path:
     """A run of two steps, with an average of its weights and both checkpoints."""
-    out = fx.root() / f"pre-{recipe}"
+    out = fx.root() / f"pre-{recipe.replace(' ', '-')}"
+    recipe, sets = OTHERS.get(recipe, (recipe, ()))
     cache = ("--cache", fx.cache_of(recipe), "--steps", "2", "--batch-size", "8", "--ema", "0.5")
-    fx.good(fx.train(recipe, out, *cache, "--save-every", "1", sets=("lr=0.01",)))
+    fx.good(fx.train(recipe, out, *cache, "--save-every", "1", sets=("lr=0.01", *sets)))
     return out
 
 

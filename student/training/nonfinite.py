@@ -33,8 +33,9 @@ from featcache.errors import UsageError, UserError
 from featcache.runtime import strict_json
 from featcache.runtime.user_file import reason
 from featcache.storage import json_file
-from student import config, recipes
+from student import config
 from student.models import drop_path
+from student.training import trainable
 from student.training.train_state import TrainState
 
 FOLDER = "nonfinite"
@@ -176,7 +177,7 @@ def build(saved: Reproducer, recipe: ModuleType) -> nn.Module:
     settings = config.read_settings(recipe.Config, values)
     built = config.build_config(recipe.Config, settings)
     what = f"the reproducer's weights do not fit recipe {saved.about['recipe']!r}"
-    if saved.about["recipe"] in recipes.names():
+    if saved.about["recipe"] in trainable.names():
         # first without memory: sizes are believed only where the file holds such weights
         with torch.device("meta"):
             own = {name: value.shape for name, value in recipe.Model(built).state_dict().items()}
@@ -231,14 +232,14 @@ def run_again(
     reproducer brings no code."""
     saved = load(file)
     name = recipe_name or saved.about["recipe"]
-    if recipe_name is None and name not in recipes.names():
+    if recipe_name is None and name not in trainable.names():
         raise UsageError(
             f"the run's recipe was a file of its own, {name!r}, and a reproducer brings no code: "
             "give it with --recipe"
         )
     if precision is not None and precision not in DTYPES:
         raise UsageError(f"--precision {precision!r}: fp32, bf16 and fp16 are allowed")
-    recipe = recipes.load(name)
+    recipe = trainable.load(name)
     try:
         return replay(saved, build(saved, recipe), torch.device(device), precision)
     except UserError as error:

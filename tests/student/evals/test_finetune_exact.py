@@ -170,7 +170,7 @@ WHOLE, HALVES, TWO, BOTH = (1, 8, 1), (1, 4, 2), (2, 4, 1), (2, 2, 2)
     [
         ("mae", (HALVES, TWO, BOTH)),
         pytest.param("cae", (TWO,), marks=SLOW),
-        pytest.param("mrmae", (BOTH,), marks=SLOW),
+        pytest.param("conv", (BOTH,), marks=SLOW),
     ],
 )
 def test_any_cut_of_a_step_makes_the_same_losses_and_scores(
