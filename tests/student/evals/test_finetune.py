@@ -103,7 +103,7 @@ def test_every_recipe_has_an_answer() -> None:
 
 
 def test_set_wins_over_what_is_published() -> None:
-    config = configured("fd", "large", "blr=0.5", "rel_pos=false", "clip_grad=none", "img_size=384")
+    config = configured("fd", "large", "blr=0.5", "rel_pos=false", "clip_grad=null", "img_size=384")
     assert (config.blr, config.rel_pos, config.clip_grad, config.img_size) == (
         0.5,
         False,
