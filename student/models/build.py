@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from featcache.models.architecture import MAX_PX
 from student.models import vit
 
@@ -47,9 +47,9 @@ def build_encoder(
     given = read_settings(EncoderSettings, settings)
     sizes: Any = {"img_size": given.img_size, "patch_size": given.patch_size}
     if rel_pos and family not in beit.FAMILIES:
-        raise UserError(
+        raise UsageError(
             f"rel_pos=true: encoders of family {str(family)[:80]!r} have no relative positions; "
-            f"known: {', '.join(beit.FAMILIES)}; leave it false"
+            f"known: {', '.join(beit.FAMILIES)}; change it with --set rel_pos=false"
         )
     if family == "mae":
         return vit.build(given.encoder, drop_path=drop_path, **sizes)
