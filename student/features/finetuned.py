@@ -10,6 +10,7 @@ network.state_dict()   -> timm.create_model(NAME, num_classes=C, global_pool="av
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,11 +63,14 @@ def load_classifier(run: Path, *, best: bool = False) -> tuple[nn.Module, dict[s
         weights = {
             name.removeprefix("encoder."): value for name, value in _read(run / BEST)[1].items()
         }
-        own = {name: value.shape for name, value in network.state_dict().items()}
-        if own != {name: value.shape for name, value in weights.items()}:
+        if _kinds(network.state_dict()) != _kinds(weights):
             raise UserError(f"{str(run / BEST)!r} does not fit the network of its run; remove it")
         network.load_state_dict(weights)
     return network, settings
+
+
+def _kinds(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: (value.shape, value.is_floating_point()) for name, value in weights.items()}
 
 
 def _read(path: Path) -> tuple[BestFacts, dict[str, Tensor]]:
@@ -77,8 +81,12 @@ def _read(path: Path) -> tuple[BestFacts, dict[str, Tensor]]:
             about = strict_json.parse_object((content.metadata() or {}).get("about", ""))
             facts = BestFacts.model_validate(about)
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no dictionary
-        if not all(bool(each.float().isfinite().all()) for each in tensors.values()):
-            raise ValueError("it holds values that are not finite")
+        for name, value in tensors.items():
+            # of quantised ones torch cannot say whether they are finite
+            if value.is_complex() or (value.is_floating_point() and value.element_size() < 2):
+                raise ValueError(f"{name[:80]!r} is {value.dtype}, which no weights are")
+            if not bool(value.isfinite().all()):
+                raise ValueError("it holds values that are not finite")
     except (OSError, SafetensorError, ValidationError, ValueError) as error:
         raise UserError(
             f"{str(path)!r} cannot be read: {str(error).splitlines()[0][:160]}; remove it, and the "

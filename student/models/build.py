@@ -45,6 +45,12 @@ def build_encoder(
     from student.models import beit, conv_vit, timm_network
 
     given = read_settings(EncoderSettings, settings)
+    known = ("mae", *beit.FAMILIES, conv_vit.FAMILY, timm_network.FAMILY)
+    if family not in known:
+        raise UserError(
+            f"cannot build the run's encoder: family {str(family)[:80]!r}; known: "
+            f"{', '.join(known)}"
+        )
     sizes: Any = {"img_size": given.img_size, "patch_size": given.patch_size}
     if rel_pos and family not in beit.FAMILIES:
         raise UsageError(
@@ -63,10 +69,7 @@ def build_encoder(
             network=conv,
             **sizes,
         )
-    if family == timm_network.FAMILY:
-        return timm_network.build(given.encoder, drop_path=drop_path, **sizes)
-    known = ", ".join(("mae", *beit.FAMILIES, conv_vit.FAMILY, timm_network.FAMILY))
-    raise UserError(f"cannot build the run's encoder: family {str(family)[:80]!r}; known: {known}")
+    return timm_network.build(given.encoder, drop_path=drop_path, **sizes)
 
 
 Kind = TypeVar("Kind", bound=EncoderSettings)
