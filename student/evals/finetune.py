@@ -15,12 +15,12 @@ checkpoints as any run, and `best.safetensors` beside them. Accuracies are those
 weights; the best of all epochs, which is chosen on the test pictures, is told beside.
 
 Learning rates are written for a batch of 256 and scale with the batch. What differs from the
-released codes: the warm-up starts at 0 and the peak comes once (CAE's comes twice); Feature
-Distillation's floor, 1e-6 for every layer, is scaled by layer as the others' is; positions of
-another picture size are resized by timm's functions, with antialiasing; pairs that are mixed are
-neighbours in the batch, and one lambda is drawn for the global batch, whatever the number of
-processes; test pictures are normalised as training pictures are, where Feature Distillation takes
-CLIP's numbers.
+released codes: the warm-up starts at 0 and the peak comes once (CAE's and BEiT's come twice:
+repeat_peak=true); Feature Distillation's floor, 1e-6 for every layer, is scaled by layer as the
+others' is; positions of another picture size are resized by timm's functions, with antialiasing,
+where CAE's code takes sines and cosines of the new grid; pairs that are mixed are neighbours in the
+batch, and one lambda is drawn for the global batch, whatever the number of processes; test pictures
+are normalised as training pictures are, where Feature Distillation takes CLIP's numbers.
 
 MR-MAE's learning rate is in its text only, without code. None was published for mralign and kd,
 which take their nearest parents', nor for mvp in what we could read: BEiT's.
@@ -76,8 +76,12 @@ DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
     ("fd", "large"): {
         **_FD, "blr": 1.25e-4, "layer_decay": 0.75, "drop_path": 0.4, "epochs": 50, "min_lr": 2e-6,
     },
-    # microsoft/unilm beit: 4e-3 at a batch of 1,024
-    ("mvp", None): {"rel_pos": True, "fc_norm": "norm", "blr": 1e-3, "warmup_epochs": 20},
+    # microsoft/unilm beit, for its models without intermediate fine-tuning: 4e-3 and 1e-3 at a
+    # batch of 1,024
+    ("mvp", None): {"rel_pos": True, "blr": 1e-3, "warmup_epochs": 20},
+    ("mvp", "large"): {
+        "rel_pos": True, "blr": 2.5e-4, "layer_decay": 0.75, "drop_path": 0.2, "epochs": 50,
+    },
 }  # fmt: skip
 
 

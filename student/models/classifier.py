@@ -113,7 +113,7 @@ def load_encoder(net: Any, encoder: Any, *, fc_norm_from_norm: bool) -> None:
     Positions and tables of an encoder that saw another picture size are resized first, by timm's
     own functions. A table that all blocks shared is copied to each (Feature Distillation
     main_finetune's rule); without one the tables keep their zeros. The last norm becomes `fc_norm`
-    (BEiT, CAE), or is dropped and `fc_norm` starts at one (MAE).
+    (CAE), or is dropped and `fc_norm` starts at one (MAE, BEiT).
     """
     with warnings.catch_warnings():
         # torch complains of how timm indexes tables, which nothing here can answer

@@ -80,7 +80,7 @@ class LabelledViews:
         self, picture: Image.Image, host: HostBatch, i: int, key: str, digest: rng.U64, view: int
     ) -> dict[str, Any]:
         size = np.array([(picture.height, picture.width)])
-        drawn = draw_views(self.policy, digest[None], size, [view], clamp=True)
+        drawn = draw_views(self.policy, digest[None], size, [view])
         parts = (drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0])
         pixels = view_render.render(picture, *parts, self.policy.size, self.policy.filter)
         if self._change is not None:

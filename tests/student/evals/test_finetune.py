@@ -55,6 +55,7 @@ PUBLISHED = [
     ("fd", "base", 5e-3, 2048, 100, 20, 0.6, 0.3),
     ("fd", "large", 1e-3, 2048, 50, 5, 0.75, 0.4),
     ("mvp", "base", 4e-3, 1024, 100, 20, 0.65, 0.1),
+    ("mvp", "large", 1e-3, 1024, 50, 5, 0.75, 0.2),
 ]
 # what is the same for all but these
 SHARED = {
@@ -69,7 +70,7 @@ ITS_OWN: dict[str, dict[str, Any]] = {
     "caev2 tiny": {"mixup": 0.2, "cutmix": 0.0, "smoothing": 0.0},
     "fd": {"rel_pos": True, "clip_grad": 5.0},
     "fd large": {"min_lr": 2e-6},
-    "mvp": {"fc_norm": "norm", "rel_pos": True},
+    "mvp": {"rel_pos": True},
 }
 
 

@@ -93,7 +93,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     for at in SampleOrder(len(source), 0).step(0, 8 * step, 8):
         key, picture = source.keys[at], decode(source.read(int(at)))
         size = np.array([(picture.height, picture.width)])
-        drawn = draw_views(policy, rng.key_digests([key]), size, [0], clamp=True)
+        drawn = draw_views(policy, rng.key_digests([key]), size, [0])
         pixels = render(
             picture, drawn.crop[0, 0], drawn.flip[0, 0], drawn.jitter[0, 0], 32, "bicubic"
         )
