@@ -120,7 +120,7 @@ def test_show_prints_the_settings_and_writes_nothing(tmp_path: Path) -> None:
     lines = dict(line.split(" = ", 1) for line in shown.splitlines())
     assert set(lines) == {each.name for each in dataclasses.fields(finetune.Config)}
     assert [lines[name] for name in ("layer_decay", "img_size", "rel_pos", "classes")] == [
-        "0.9", "48", "True", "5",
+        "0.9", "48", "true", "5",
     ]  # fmt: skip
     ran = fx.good(ft.finetune("cae", tmp_path / "run", "--show", "--json", sets=sets))
     assert ran.json["fc_norm"] == "norm"
