@@ -168,7 +168,7 @@ def test_what_is_fine_tuned_is_a_run_that_goes_on() -> None:
         f"student eval finetune {home}/runs/mae --images {home}/data/data/train-*.tar"
     )
     assert f"--out {home}/runs/mae-finetune-shots --resume --seed 3 --batch-size 20" in words
-    assert "--set lr=0.003 --set layer_decay=0.75" in words
+    assert "--set lr=0.001 --set layer_decay=0.75" in words
     assert words.endswith("--shots 10 --epochs 100 --json")
     short = make_plan(finetune.TABLE, DIGITS.reduced(), OUT, (3,))
     assert named(short, "seed-3/evals/mae/finetune-all").words[-3:] == ("--epochs", "2", "--json")
