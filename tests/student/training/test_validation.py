@@ -20,6 +20,7 @@ from PIL import Image
 from featcache.errors import UserError
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
+from student.features import finetuned
 from student.features.embed import Rendering, Skipped
 from student.features.labels import labels_of
 from student.features.task import TestSet
@@ -196,3 +197,17 @@ def test_every_second_epoch_and_the_end(tmp_path: Path) -> None:
     fx.good(ft.finetune("mae", tmp_path / "run", "--eval-every", 2))
     scored = [row["step"] for row in metrics.read(tmp_path / "run") if "top1" in row]
     assert scored == [4, 6]
+
+
+def test_the_best_of_steps_that_are_made_again_does_not_count(tmp_path: Path) -> None:
+    """A run goes on from step 4, and its file holds the weights of step 6: they come again, or what
+    takes their place."""
+    weights = {"x": torch.arange(2.0)}
+    state: Any = SimpleNamespace(acc=SimpleNamespace(is_main_process=True), weights=lambda: weights)
+    finetuned.write_best(tmp_path / finetuned.BEST, weights, 6, 80.0)
+    for first, step, top1 in ((6, 7, 79.0), (6, 7, 80.0), (4, 5, 10.0), (5, 6, 10.0), (5, 6, 11.0)):
+        validation._Best(tmp_path, first).take(state, step, top1)
+        found = finetuned.best_facts(tmp_path)
+        assert found is not None
+        expected = {(6, 7): (6, 80.0), (4, 5): (5, 10.0), (5, 6): (5, 10.0)}[first, step]
+        assert (found.step, found.top1) == (expected if top1 != 11.0 else (6, 11.0))
