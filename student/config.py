@@ -314,6 +314,13 @@ def as_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def default_values(config: Any) -> dict[str, Any]:
+    """Return the defaults of a configuration's settings as plain values, where they have one."""
+    fields = dataclasses.fields(config)
+    known = {each.name: each.default for each in fields if each.default is not dataclasses.MISSING}
+    return json.loads(json.dumps(known))
+
+
 def _check_keys(kind: type[Any], values: Mapping[str, Any]) -> None:
     names = [field.name for field in dataclasses.fields(kind)]
     for key in values:

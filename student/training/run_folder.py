@@ -11,6 +11,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,19 @@ from student.training.metrics import NAME, read
 FREE = ("targets.reading.", "running.")
 
 
-def check(out: Path, record: dict[str, Any], resume: bool) -> None:
-    """Refuse a folder that holds something else, or another run than the one to resume."""
+def check(
+    out: Path, record: dict[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse a folder that holds something else, or another run than the one to resume.
+
+    A setting that the run's version did not know yet had its value of `defaults` there.
+    """
     path = out / checkpoint.CONFIG
     _refuse_strange_kinds(out)
     if resume and path.is_file():
-        before, now = (
-            dict(identity.flatten(each)) for each in (checkpoint.read_config(out), record)
-        )
+        saved = checkpoint.read_config(out)
+        saved["config"] = {**(defaults or {}), **saved["config"]}
+        before, now = (dict(identity.flatten(each)) for each in (saved, record))
         names = [key for key in {**before, **now} if not key.startswith(FREE)]
         changed = [key for key in names if before.get(key) != now.get(key)]
         if changed:

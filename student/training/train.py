@@ -25,7 +25,7 @@ from featcache.console.text import echo
 from featcache.errors import UserError, command_line
 from featcache.storage import manifest
 from student import checkpoint
-from student.config import TrainConfig, as_dict
+from student.config import TrainConfig, as_dict, default_values
 from student.data.device_queue import LateNumbers, Rate, Seconds, StepClock, lag
 from student.data.loader import Loader
 from student.data.prefetch import Prefetcher, WaitShare, to_device
@@ -109,7 +109,7 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     total = run.total_steps(loader.steps_per_epoch)
     record = _record(run, loader, acc, total)
     if acc.is_main_process:
-        run_folder.check(run.out, record, run.resume)
+        run_folder.check(run.out, record, run.resume, default_values(run.config))
 
     # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind
     resumes = run.resume and checkpoint.list_checkpoints(run.out)

@@ -609,6 +609,23 @@ def test_other_settings_are_refused_by_name(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path: Path) -> None:
+    """What its version did not know had the value of today's default; another one is refused."""
+    run = run_of(tmp_path, "--steps", "4", "--save-every", "2")
+    whole = fx.losses(run)
+    (run / "checkpoints" / "step-00000004.pt").unlink()
+    record = json.loads((run / "config.json").read_text())
+    for name in ("mask_count", "repeat_peak", "betas"):
+        del record["config"][name]
+    (run / "config.json").write_text(json.dumps(record))
+    options = ("--cache", fx.cache_path(), "--steps", "4", *SMALL, "--save-every", "2", "--resume")
+    ran = fx.train("maskalign", run, *options, "--set", "repeat_peak=true")
+    assert ran.status == 1
+    assert "config.repeat_peak False before, True now; give" in ran.line
+    fx.good(fx.train("maskalign", run, *options))
+    assert fx.losses(run) == whole
+
+
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, "--steps", "1")
     ran = fx.train("mralign", run, "--cache", fx.cache_path(), "--steps", "1", *SMALL, "--resume")
