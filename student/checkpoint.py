@@ -330,7 +330,7 @@ def _fill(
 def _build_encoder(run: Path, settings: dict[str, Any]) -> nn.Module:
     """Build the encoder that config.json describes, with its head where it was fine-tuned; what
     cannot be meant is that file's fault."""
-    build = classifier.build if "classes" in settings else build_encoder
+    build = classifier.build if classifier.is_meant(settings) else build_encoder
     try:
         return build(settings, settings.get("family", "mae"))
     except UserError as error:

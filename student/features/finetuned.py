@@ -23,6 +23,7 @@ from featcache.errors import UserError
 from featcache.runtime import strict_json
 from featcache.storage import json_file
 from student import checkpoint
+from student.models import classifier
 
 BEST = "best.safetensors"
 
@@ -53,7 +54,7 @@ def load_classifier(run: Path, *, best: bool = False) -> tuple[nn.Module, dict[s
     """Return a fine-tuned network with its head, in eval mode, and the run's configuration: the
     last weights or the best. Raises UserError for a run that was not fine-tuned."""
     settings = checkpoint.read_config(run)["config"]
-    if "classes" not in settings:
+    if not classifier.is_meant(settings):
         raise UserError(
             f"run {str(run)!r} has no head: it was not fine-tuned; give one that `student eval "
             "finetune` wrote"

@@ -61,6 +61,12 @@ class ConvClassifier(conv_vit.ConvViT):
         return self.head(self.fc_norm(patches if self.global_pool == "avg" else x[:, 0]))
 
 
+def is_meant(settings: Mapping[str, Any]) -> bool:
+    """Return whether settings are of a classifier; a recipe of the user's own may have classes,
+    too."""
+    return {"classes", "pool", "rel_pos"} <= settings.keys()
+
+
 def build(settings: Mapping[str, Any], family: str) -> nn.Module:
     """Build the classifier of a run's settings at its start values; its head is timm's."""
     given = read_settings(ClassifierSettings, settings)

@@ -28,7 +28,7 @@ from student.data.loader import Loader
 from student.features.embed import Rendering, Skipped
 from student.features.frozen import digest_of, size_of
 from student.features.labelled import Sets
-from student.models import timm_network
+from student.models import classifier, timm_network
 from student.setup.batch_size import chosen_batch_size
 from student.targets.labelled_views import LabelledViews
 from student.training import finetune, trackers
@@ -132,7 +132,7 @@ def _of_run(run: Path, options: FinetuneOptions) -> Begun:
     if step is None:
         step = checkpoint.latest_step(run)
     encoder, settings = checkpoint.load_encoder(run, options.ema, step)
-    if "classes" in settings:
+    if classifier.is_meant(settings):
         raise UsageError(
             f"run {str(run)!r} was fine-tuned already; give the run that it began with, or its "
             "own --resume to go on"

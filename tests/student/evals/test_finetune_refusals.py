@@ -3,6 +3,7 @@ written; what it makes serves the other commands."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from featcache.errors import UserError
 from student.features.finetuned import load_classifier
 from tests import finetuning as ft
 from tests import student_fixtures as fx
@@ -170,3 +172,20 @@ def test_a_fine_tuned_run_is_embedded_and_judged(recipe: str, tmp_path: Path) ->
         ran = fx.good(fx.stud("eval", *words, *shared, "--json", home=tmp_path / "home"))
         assert ran.json["recipe"] == "finetune"
         assert ran.json["n_test"] == 7
+
+
+def test_a_recipe_of_ones_own_may_have_classes(tmp_path: Path) -> None:
+    """A setting of that name makes no classifier of a run; it is fine-tuned as any other, from
+    step 0 too."""
+    run = tmp_path / "pre"
+    words = ("--cache", fx.cache_path(), "--steps", "0", "--batch-size", "8")
+    fx.good(fx.train("mae", run, *words))
+    path = run / "config.json"
+    record = json.loads(path.read_text())
+    record["config"]["classes"] = 10
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="has no head: it was not fine-tuned"):
+        load_classifier(run)
+    given = ft.words("mae", tmp_path / "out", "--epochs", 1, "--json")
+    facts = fx.good(fx.stud(*(run if word == ft.pretrained("mae") else word for word in given)))
+    assert facts.json["checkpoint"] == 0
