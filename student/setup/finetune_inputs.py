@@ -238,6 +238,19 @@ def build(
     return run, loader
 
 
+def mix_notes(config: Config, loader: Loader) -> list[str]:
+    """Return what a person may not have meant of batches of an odd number, whose last picture has
+    no neighbour."""
+    mixes = config.mix_prob > 0 and (config.mixup > 0 or config.cutmix > 0)
+    if not mixes or loader.batch_size % 2 == 0:
+        return []
+    left = "no picture is" if loader.batch_size == 1 else "the last one of each is not"
+    return [
+        f"note: batches of {loader.batch_size} a process: {left} mixed, and another number of "
+        "processes mixes other pairs; give an even --batch-size, or --set mix_prob=0"
+    ]
+
+
 def _loader(
     options: FinetuneOptions, sets: Sets, targets: LabelledViews, acc: Accelerator
 ) -> Loader:

@@ -54,7 +54,7 @@ def run(name: str, protocol: ModuleType, given: dict[str, Any]) -> None:
     started = time.perf_counter()
     crop_pct = options.crop_pct or protocol.crop_pct(config.img_size)
     job, loader = finetune_inputs.build(options, begun, config, sets, acc, crop_pct)
-    for note in build.rate_notes(job, loader):
+    for note in [*build.rate_notes(job, loader), *finetune_inputs.mix_notes(config, loader)]:
         console.say(note)
     if given["dry_run"]:
         _dry_run(job, loader, acc, console)

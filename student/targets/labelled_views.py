@@ -6,7 +6,8 @@ a teacher's features.
     label   -> smoothed -> mixed likewise
 
 All that is random is a function of (seed, key, epoch), or of (seed, step) where pictures are mixed;
-neighbours of a step are mixed, so that any number of processes makes the same pairs.
+neighbours of a step are mixed, so that any number of processes with even batches makes the same
+pairs.
 
 B samples of a batch, C classes, S pixels a side.
 """

@@ -341,3 +341,27 @@ def test_a_loss_that_is_not_finite_is_replayed(recipe: str, tmp_path: Path) -> N
     assert facts["nonfinite_weights"] == facts["nonfinite_inputs"] == []
     assert facts["first_nonfinite_module"].startswith("encoder.")
     assert not np.isfinite(float(facts["parts"]["loss"]))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sets", "told"),
+    [
+        (8, (), ""),
+        (5, (), "batches of 5 a process: the last one of each is not mixed"),
+        (1, ("mixup=0",), "batches of 1 a process: no picture is mixed"),
+        (5, ("mixup=0", "cutmix=0"), ""),
+        (5, ("mix_prob=0",), ""),
+    ],
+)
+def test_batches_of_an_odd_number_are_told(
+    batch_size: int, sets: tuple[str, ...], told: str
+) -> None:
+    loader: Any = SimpleNamespace(batch_size=batch_size)
+    notes = finetune_inputs.mix_notes(configured("mae", "base", *sets), loader)
+    assert len(notes) == bool(told)
+    assert told in "".join(notes)
+
+
+def test_the_command_tells_what_is_not_mixed(tmp_path: Path) -> None:
+    ran = fx.good(ft.finetune("mae", tmp_path / "run", "--dry-run", "--batch-size", 5))
+    assert "note: batches of 5 a process" in ran.err
