@@ -314,5 +314,6 @@ def _create_model(arch: str, options: dict[str, Option], *, pretrained: bool) ->
         RuntimeError,
     ) as error:  # timm hands options to the constructor
         raise UsageError(
-            f"timm model {arch!r} with options {options}: {error}; give its constructor's arguments"
+            f"timm model {arch!r} with options {options}: {str(error) or type(error).__name__}; "
+            "give its constructor's arguments"
         ) from error

@@ -74,7 +74,9 @@ def build(settings: Mapping[str, Any], family: str) -> nn.Module:
     net: Any = build_encoder(
         dict(settings), family, drop_path=given.drop_path, rel_pos=given.rel_pos, conv=kind
     )
-    check_pool(given.pool, net.num_prefix_tokens, settings["encoder"])
+    # tokens before the patches may be registers alone
+    has_cls = getattr(net, "cls_token", None) is not None
+    check_pool(given.pool, has_cls, settings["encoder"])
     net.reset_classifier(given.classes, "avg" if given.pool == "mean" else "token")
     # a network that was made to be pooled has its last norm behind the pool already
     norm = next((each for each in (net.norm, net.fc_norm) if not _is_none(each)), None)
@@ -89,9 +91,9 @@ def _is_none(part: nn.Module) -> bool:
     return isinstance(part, nn.Identity)
 
 
-def check_pool(pool: str, prefix: int, encoder: str) -> None:
+def check_pool(pool: str, has_cls: bool, encoder: str) -> None:
     """Raise UsageError for [CLS] of an encoder that has none."""
-    if pool == "cls" and not prefix:
+    if pool == "cls" and not has_cls:
         raise UsageError(
             f"pool=cls: the encoder {encoder} has no [CLS] token; allowed: pool=mean; change it "
             "with --set pool=mean"

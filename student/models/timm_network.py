@@ -50,8 +50,8 @@ def build(encoder: str, *, img_size: int, patch_size: int, drop_path: float = 0.
         net = create()
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"cannot build encoder {encoder!r}: timm says {error}; a vision transformer and its "
-            "options are allowed"
+            f"cannot build encoder {encoder!r}: timm says {str(error) or type(error).__name__}; "
+            "a vision transformer and its options are allowed"
         ) from None
     check(net, encoder)
     drops.replace(net)
@@ -62,9 +62,12 @@ def check(net: Any, name: str) -> None:
     """Raise UsageError for a network that cannot be given a head and another picture size."""
     needs = ("blocks", "norm", "fc_norm", "reset_classifier", "set_input_size", "num_prefix_tokens")
     missing = [part for part in needs if not hasattr(net, part)]
-    if missing:
+    why = f"has no {', '.join(missing)}" if missing else ""
+    if hasattr(net, "head_dist"):
+        why = "has two heads, of [CLS] and of a distillation token"
+    if why:
         raise UsageError(
-            f"cannot fine-tune {name!r}: timm's {type(net).__name__} has no {', '.join(missing)}; "
+            f"cannot fine-tune {name!r}: timm's {type(net).__name__} {why}; "
             "a vision transformer is needed, such as dino-b16 or clip-b16"
         )
 

@@ -82,7 +82,8 @@ class ValidationPlan:
                     _named("ema_top1", each): scores.of_test(each)["top1"] for each in averaged
                 }
         # all processes have all scores, and come to the same end
-        best.take(state, step, values[_named("top1", found[0])])
+        if bool(found[0].scores.isfinite().all()):  # else it is no score of these weights
+            best.take(state, step, values[_named("top1", found[0])])
         return values
 
     def score(self, model: Network, acc: Accelerator) -> list[Scored]:

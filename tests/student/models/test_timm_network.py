@@ -103,8 +103,19 @@ def test_a_teacher_of_ones_own_is_refused() -> None:
         ("vit_tiny_patch16_224,checkpoint_path=x", "checkpoint_path"),
         ("resnet18", "cannot (build encoder|fine-tune) 'resnet18'"),
         ("vit_tiny_patch16_224,depth=256,embed_dim=16383", "GiB"),
+        ("deit_tiny_distilled_patch16_224,depth=1", "VisionTransformerDistilled has two heads"),
+        ("vit_tiny_patch16_224,patch_drop_rate=1", "timm says AssertionError;"),
     ],
 )
 def test_what_a_run_may_not_name(encoder: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         timm_network.build(encoder, img_size=32, patch_size=8)
+
+
+def test_registers_are_no_cls() -> None:
+    text = (
+        "vit_tiny_patch16_224,depth=1,embed_dim=48,class_token=false,reg_tokens=4,global_pool=avg"
+    )
+    assert classifier.build(settings(text, patch_size=8), "timm").num_prefix_tokens == 4
+    with pytest.raises(UsageError, match=r"reg_tokens=4,global_pool=avg has no \[CLS\] token"):
+        classifier.build(settings(text, patch_size=8, pool="cls"), "timm")

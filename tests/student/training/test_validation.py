@@ -211,3 +211,12 @@ def test_the_best_of_steps_that_are_made_again_does_not_count(tmp_path: Path) ->
         assert found is not None
         expected = {(6, 7): (6, 80.0), (4, 5): (5, 10.0), (5, 6): (5, 10.0)}[first, step]
         assert (found.step, found.top1) == (expected if top1 != 11.0 else (6, 11.0))
+
+
+def test_weights_that_are_not_finite_are_never_the_best(tmp_path: Path) -> None:
+    """They are scored before the loss of the next step stops the run."""
+    run = tmp_path / "run"
+    sets = ("lr=1e30", "warmup_epochs=0", "drop_path=0")
+    ran = fx.stud(*ft.words("mae", run, "--batch-size", 20, sets=sets))
+    assert "loss is nan at step 2" in ran.line
+    assert not (run / "best.safetensors").exists()
