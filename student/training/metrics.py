@@ -90,15 +90,21 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            row = strict_json.parse_object(line)
-            if not _is_row(row):
-                raise ValueError("it lacks a step, or holds more than numbers and texts")
+            row = parse_row(line)
         except ValueError as error:
             raise UserError(
                 f"{str(path)!r}, line {number}: no row of a run's metrics ({error}); remove this "
                 "line"
             ) from error
         yield line.decode(), row
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """Parse the line of a row; ValueError where it is none, with a reason in one line."""
+    row = strict_json.parse_object(line)
+    if not _is_row(row):
+        raise ValueError("it lacks a step, or holds more than numbers and texts")
+    return row
 
 
 def _is_row(row: dict[str, Any]) -> bool:

@@ -1,0 +1,1 @@
+"""Run folders are summed up, listed and compared here; nothing in them is written or executed."""
