@@ -1,0 +1,68 @@
+"""`student export` writes a run's encoder as another library reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache.console.params import LocalPath, LocalText
+from featcache.console.text import join_lines, print_facts
+from student import exporting
+
+
+@click.command(
+    epilog="Examples:\n\n  student export runs/mralign-s0 --format timm --out mralign-timm\n\n"
+    "  student export RUN --format hf --checkpoint 5000 --ema --images val/ --out DIR"
+)
+@click.argument("run", type=LocalPath())
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(exporting.names()),
+    required=True,
+    help="timm: its hub format; hf: transformers' ViTModel; mae: the names of MAE's checkpoints.",
+)
+@click.option(
+    "--checkpoint", type=click.IntRange(0, 10**12), help="Step of the checkpoint. [default: newest]"
+)
+@click.option("--ema", is_flag=True, help="The average of the weights, of a run that keeps one.")
+@click.option(
+    "--images",
+    "images_spec",
+    type=LocalText(),
+    help="Pictures to compare on. [default: FEATCACHE_IMAGES, else a made picture]",
+)
+@click.option("--out", type=LocalPath(), required=True, help="A new or empty folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(
+    run: Path,
+    form: str,
+    checkpoint: int | None,
+    ema: bool,
+    images_spec: str | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Write a run's encoder, with its head where it was fine-tuned, for another library:
+    safetensors, the library's config and a model card. It is read back by that library and compared
+    before it is called done."""
+    from featcache.console.params import images_variable
+    from student.features import export_folder, exported
+
+    export_folder.check_out(out)
+    given = exported.read(run, checkpoint, ema)
+    images = images_spec or images_variable()
+    done = export_folder.export(given, exporting.load(form), out, images)
+    print_facts({"run": str(run), "format": form, **done}, as_json, _text(run, form, done))
+
+
+def _text(run: Path, form: str, done: dict[str, Any]) -> str:
+    average = ", average" if done["ema"] else ""
+    return join_lines(
+        [
+            f"{run}, step {done['step']}{average} -> {done['out']} ({form})",
+            f"compared on {done['compared_on']}: differs by at most {done['difference']:.1e}",
+        ]
+    )

@@ -1,0 +1,170 @@
+"""An exported model is written to a folder beside its place, read back by the library it is for,
+compared with the run's own network, and only then renamed into place.
+
+The comparison is in float64, so that what is left of a difference is not the rounding of one kernel
+or another: MOST of it is allowed, 1e-5.
+
+B pictures, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache.errors import UserError
+from featcache.models.hooks import normalise_pixels
+from featcache.pictures.decode import decode
+from featcache.pictures.open_source import open_source
+from featcache.pictures.source import PictureError
+from featcache.storage import json_file, manifest
+from featcache.storage.owner import writer_id
+from featcache.views.render import render_centre
+from student.features import exported, model_card
+from student.features.exported import Exported
+
+MOST = 1e-5  # difference of tokens and logits that is allowed
+PICTURES = 4
+CROP_PCT = 0.875
+
+
+def export(given: Exported, form: ModuleType, out: Path, images: str | None) -> dict[str, Any]:
+    """Write a run's encoder to the folder `out` in a format of `student.exporting`, compare it on
+    pictures of `images` (None: on made ones), and return what was done. Raises UserError for what
+    the format cannot express, a folder in use, and outputs that differ."""
+    check_out(out)
+    form.check(given)
+    pixels, told = read_pixels(given, images) if images else made_pixels(given.img_size)
+    with _folder(out) as folder:
+        form.write(given, folder)
+        try:
+            found = form.reload(folder, given.classes)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {str(error)[:300]}"
+            raise UserError(
+                f"{form.LIBRARY} does not read back what was written for it ({why}); nothing is "
+                f"left at {str(out)!r}; take another --format"
+            ) from error
+        worst = compare(given, found, pixels)
+        checked = (
+            f"Read back by {form.LIBRARY} and compared with the run's network on {told}: tokens"
+            f"{' and logits' if given.classes else ''} differ by at most {worst:.1e} (float64)."
+        )
+        (folder / "README.md").write_text(card(given, form, out.name, checked))
+    return {
+        "out": str(out), "step": given.step, "ema": given.ema, "compared_on": told,
+        "pictures": len(pixels), "difference": worst,
+    }  # fmt: skip
+
+
+def card(given: Exported, form: ModuleType, name: str, checked: str) -> str:
+    """Return the text of the model card."""
+    facts, scores = exported.facts(given), exported.scores(given)
+    command = exported.command(given)
+    return model_card.build(name, form.LIBRARY, facts, scores, command, form.usage(given), checked)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def read_pixels(given: Exported, images: str) -> tuple[Tensor, str]:
+    """Return centre crops (B,3,S,S) uint8 of the first pictures of a source that can be decoded,
+    and a text that says whether it is the list that the run was trained on."""
+    source, crops = open_source(images), list[Tensor]()
+    for index in range(len(source)):
+        with contextlib.suppress(PictureError):
+            crop = render_centre(decode(source.read(index)), given.img_size, CROP_PCT, "bicubic")
+            crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
+        if len(crops) == PICTURES:
+            break
+    if not crops:
+        raise UserError(f"--images {images!r}: no picture can be decoded; give others")
+    data = given.record.get("data")
+    digest = data.get("keys_digest") if isinstance(data, dict) else None
+    own = "the run's own list" if digest == manifest.keys_digest(source.keys) else "another list"
+    return torch.stack(crops), f"{len(crops)} pictures of --images ({own})"
+
+
+def made_pixels(size: int) -> tuple[Tensor, str]:
+    """Return a made picture (1,3,S,S) uint8: waves of three colours, each at its own angle."""
+    line = torch.arange(size, dtype=torch.float64) / size
+    row, col = line.view(-1, 1), line.view(1, -1)
+    waves = [torch.sin(9 * row + 4 * col), torch.sin(3 * row - 11 * col), torch.cos(17 * row * col)]
+    pixels = (127.5 + 127.5 * torch.stack(waves)).to(torch.uint8)
+    return pixels.unsqueeze(0), "a made picture (no --images given)"
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def compare(given: Exported, found: Any, pixels: Tensor) -> float:
+    """Return the largest difference of tokens and logits on pixels (B,3,S,S). Raises UserError for
+    one above MOST, relative where values are above one."""
+    net: Any = given.net.double()
+    images = normalise_pixels(pixels, *given.pixels).double()
+    with torch.no_grad():
+        tokens = net.forward_features(images)
+        own = {"tokens": tokens, **({"logits": net(images)} if given.classes else {})}
+        theirs = found(images)
+    worst = 0.0
+    for name, value in own.items():
+        same = theirs[name].shape == value.shape
+        scale = max(1.0, float(value.abs().max()))
+        gap = float((theirs[name] - value).abs().max()) / scale if same else float("inf")
+        if not gap <= MOST:
+            raise UserError(
+                f"the exported model gives other {name} than the run: they differ by {gap:.1e}, "
+                f"{MOST:g} is allowed; nothing was written; take another --format"
+            )
+        worst = max(worst, gap)
+    return worst
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError unless a folder is absent or empty: nothing of anybody's is overwritten."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"--out {str(out)!r} is no folder of its own; give an empty or new folder")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {str(out)!r} is not empty; give an empty or new folder")
+
+
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """Yield a new folder beside `out`; it is renamed to `out` at the end, and gone after an
+    error."""
+    out = out.absolute()
+    temporary = out.with_name(f".{out.name}.{writer_id()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        _sync(temporary)
+        temporary.rename(out)  # which fails where another has written there meanwhile
+        json_file.sync_folder(out.parent)
+    except OSError as error:
+        raise UserError(
+            f"--out {str(out)!r} cannot be written: {error.strerror or error}; give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
