@@ -19,6 +19,7 @@ from featcache.errors import UserError
 from featcache.runtime import strict_json
 from student import checkpoint
 from student.features import results
+from student.models import classifier
 
 MODULE = (
     "`student.checkpoint.load_encoder(RUN)` in Python returns the module, built from the run's "
@@ -49,7 +50,9 @@ class Exported:
 
     @property
     def classes(self) -> int:
-        return int(self.settings.get("classes", 0))
+        """Return C of a classifier, 0 for an encoder; a recipe of the user's own may have classes,
+        too, and no head."""
+        return int(self.settings["classes"]) if classifier.is_meant(self.settings) else 0
 
     @property
     def pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -138,6 +138,16 @@ def test_the_library_gives_the_runs_features(name: str, form: str, tmp_path: Pat
             torch.testing.assert_close(logits, net(x), rtol=0, atol=1e-5)
 
 
+def test_classes_of_ones_own_recipe_are_no_head(tmp_path: Path) -> None:
+    run = copied(run_of("mae"), tmp_path / "run")
+    about = json.loads((run / "config.json").read_text())
+    about["config"]["classes"] = 5
+    (run / "config.json").write_text(json.dumps(about))
+    fx.good(export(run, "hf", tmp_path / "out"))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["ViTModel"]
+
+
 @pytest.mark.parametrize(("name", "form", "why"), BAD)
 def test_what_a_format_cannot_express_is_named(
     name: str, form: str, why: str, tmp_path: Path
