@@ -22,3 +22,10 @@ def test_those_that_change_numbers_are_recorded_in_order(monkeypatch: pytest.Mon
         "TIMM_FUSED_ATTN": "0",
         "ACCELERATE_FUTURE": "x",
     }
+
+
+def test_variables_that_only_look_like_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = variables.unknown()
+    for name in ("FEATCACHE_HOMES", "FEATCACHE_HOME", "FEATCACHE_IMAGES", "MY_FEATCACHE_X"):
+        monkeypatch.setenv(name, "x")
+    assert variables.unknown() == sorted([*before, "FEATCACHE_HOMES"])
