@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -84,7 +85,7 @@ def link_or_create(source: Path, path: Path) -> bool:
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write a file at; when the block ends, the file is
     synced and renamed to `path`, and the folder is synced. After an error `path` is as it was and
-    nothing is left behind.
+    nothing is left behind. A disk that takes no more is an OSError, whatever the writer raised.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.txt"
@@ -98,9 +99,25 @@ def replaced(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.replace(path)
+    except Exception as error:
+        if number := _disk_fault(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _disk_fault(error: Exception) -> int:
+    """Return the number of the system's error that torch.save (RuntimeError) and safetensors hide
+    in errors of their own; 0 where there is none."""
+    if isinstance(error, OSError | UserError):
+        return 0
+    inner = error.__context__
+    if isinstance(error, RuntimeError) and isinstance(inner, OSError):
+        return inner.errno or 0
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0
 
 
 def sweep(folder: Path) -> None:

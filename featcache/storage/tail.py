@@ -40,6 +40,8 @@ def read_tail(part: Path, about: Mapping[str, Any]) -> dict[str, F32]:
             )
         if not np.isfinite(values).all():
             raise UserError(f"cache file {path}: {name!r} is not finite; extract again")
+        if name == "eps" and values < 0:
+            raise UserError(f"cache file {path}: eps is {values:g}, below 0; extract again")
     return tail
 
 
