@@ -59,7 +59,7 @@ def export(given: Exported, form: ModuleType, out: Path, images: str | None) -> 
             f"Read back by {form.LIBRARY} and compared with the run's network on {told}: tokens"
             f"{' and logits' if given.classes else ''} differ by at most {worst:.1e} (float64)."
         )
-        (folder / "README.md").write_text(card(given, form, out.name, checked))
+        (folder / "README.md").write_text(card(given, form, out.absolute().name, checked))
     return {
         "out": str(out), "step": given.step, "ema": given.ema, "compared_on": told,
         "pictures": len(pixels), "difference": worst,

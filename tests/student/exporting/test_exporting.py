@@ -375,6 +375,16 @@ def test_nothing_of_anybodys_is_overwritten(tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["empty", "file", "link", "used"]
 
 
+def test_a_card_is_named_after_the_folder_that_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of("mae").absolute()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fx.good(export(run, "timm", Path()))
+    assert "# `here`" in (tmp_path / "here/README.md").read_text()
+
+
 def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of("mae")
     monkeypatch.setitem(sys.modules, "transformers", None)
