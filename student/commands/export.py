@@ -28,6 +28,7 @@ from student import exporting
     "--checkpoint", type=click.IntRange(0, 10**12), help="Step of the checkpoint. [default: newest]"
 )
 @click.option("--ema", is_flag=True, help="The average of the weights, of a run that keeps one.")
+@click.option("--best", is_flag=True, help="Of a fine-tuning: the weights of its best epoch.")
 @click.option(
     "--images",
     "images_spec",
@@ -41,6 +42,7 @@ def command(
     form: str,
     checkpoint: int | None,
     ema: bool,
+    best: bool,
     images_spec: str | None,
     out: Path,
     as_json: bool,
@@ -52,7 +54,7 @@ def command(
     from student.features import export_folder, exported
 
     export_folder.check_out(out)
-    given = exported.read(run, checkpoint, ema)
+    given = exported.read(run, checkpoint, ema, best)
     images = images_spec or images_variable()
     done = export_folder.export(given, exporting.load(form), out, images)
     print_facts({"run": str(run), "format": form, **done}, as_json, _text(run, form, done))

@@ -15,10 +15,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from featcache import teachers
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from featcache.runtime import strict_json
 from student import checkpoint
-from student.features import results
+from student.features import finetuned, results
 from student.models import classifier
 
 MODULE = (
@@ -39,6 +39,7 @@ class Exported:
     record: Mapping[str, Any]  # config.json
     step: int
     ema: bool
+    best: bool = False  # those of a fine-tuning's best epoch, which was chosen on test pictures
 
     @property
     def family(self) -> str:
@@ -77,9 +78,15 @@ def _triple(value: object, default: tuple[float, ...]) -> tuple[float, ...]:
     )
 
 
-def read(run: Path, step: int | None, ema: bool) -> Exported:
+def read(run: Path, step: int | None, ema: bool, best: bool = False) -> Exported:
     """Read the encoder of a run's newest checkpoint, or of the one of `step`, with its head where
-    it was fine-tuned. Raises UserError for a family that no library has."""
+    it was fine-tuned; `best` is that of the epoch with the best score. Raises UserError for a
+    family that no library has."""
+    if best and (step is not None or ema):
+        raise UsageError(
+            "--best: a fine-tuning keeps its best epoch's weights alone, whose step it records and "
+            "of which there is no average; leave --checkpoint and --ema out"
+        )
     record = checkpoint.read_config(run)
     step = checkpoint.latest_step(run) if step is None else step
     family = record["config"].get("family", "mae")
@@ -88,9 +95,14 @@ def read(run: Path, step: int | None, ema: bool) -> Exported:
             f"cannot export run {str(run)!r}: no library has encoders of family "
             f"{repr(family)[:80]}, allowed: {', '.join(_KINDS)}; {MODULE}"
         )
-    net, settings = checkpoint.load_encoder(run, ema, step)
+    if best:
+        net, settings = finetuned.load_classifier(run, best=True)
+        known = finetuned.best_facts(run)
+        step = known.step if known is not None else step
+    else:
+        net, settings = checkpoint.load_encoder(run, ema, step)
     assert step is not None  # else there was no checkpoint to load
-    return Exported(run, net.eval().requires_grad_(False), settings, record, step, ema)
+    return Exported(run, net.eval().requires_grad_(False), settings, record, step, ema, best)
 
 
 # --- what the run says of itself ------------------------------------------------------------------
@@ -119,6 +131,8 @@ def facts(given: Exported) -> dict[str, str]:
         "pictures": data.get("pictures"),
         "digest of the pictures' keys": data.get("keys_digest"),
     }
+    if given.best:
+        found["epoch"] = "the best of all, chosen on the test pictures"
     return {name: str(value)[:500] for name, value in found.items() if value is not None}
 
 
