@@ -182,6 +182,7 @@ GPU_TESTS = (
     "tests/student/data/test_prefetch.py",
     "tests/student/training/test_no_host_sync.py",
     "tests/student/training/test_optim.py",
+    "tests/student/targets/test_augmentation.py",
     "tests/featcache/extraction/test_device_pipeline.py",
 )
 REAL = Sizes(

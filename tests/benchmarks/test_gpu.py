@@ -335,7 +335,7 @@ def test_the_page_names_what_a_machine_with_pytorch_lacks() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = {re.split(r"[><=\[]", text)[0] for text in project["dependencies"]}
     section = PAGE.split("## What a machine with PyTorch still lacks")[1].split("## ")[0]
-    there = set(re.findall(r"[a-z]+", section.split("```")[0]))
+    there = set(re.findall(r"[a-z_]+", section.split("```")[0]))
     named = set(section.split("```")[1].split())
     assert wanted <= there | named
     pinned = dict(re.findall(r"([\w-]+)==([\d.post]+)", section))
