@@ -21,6 +21,7 @@ from student.evals import knn
 from student.features import scores
 from student.features.frozen import SIZES
 from student.features.scores import hits, percent
+from student.training import finetune
 from tests.student import toy_task as toys
 
 
@@ -134,12 +135,17 @@ def test_evals_are_found_by_module_name() -> None:
     sizes = (None, *SIZES.values())
     for name in evals.names():
         module = evals.load(name)
+        for (recipe, size), _ in module.DEFAULTS.items():
+            assert recipe in recipes.names()
+            assert size in sizes
+        if getattr(module, "TRAINS_ENCODER", False):
+            for changes in module.DEFAULTS.values():
+                finetune.Config(**changes)  # refuses what is no setting of it
+            continue
         for default, text in module.OPTIONS.values():
             assert isinstance(text, str)
             assert isinstance(default, int | float | str | None)
-        for (recipe, size), changes in module.DEFAULTS.items():
-            assert recipe in recipes.names()
-            assert size in sizes
+        for changes in module.DEFAULTS.values():
             assert changes.keys() <= module.OPTIONS.keys()
             for key, value in changes.items():
                 assert type(value) is type(module.OPTIONS[key][0])
