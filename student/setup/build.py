@@ -141,6 +141,7 @@ def _check_stored(
 def run_facts(run: Run, loader: Loader) -> dict[str, Any]:
     """Return what is going to be trained, and from what."""
     about = run.about
+    watched = "scored" if about["kind"] == "labelled" else "probe"
     return {
         "recipe": run.name,
         "targets": _told_targets(about),
@@ -148,7 +149,7 @@ def run_facts(run: Run, loader: Loader) -> dict[str, Any]:
         "global_batch": loader.global_batch,
         "steps_per_epoch": loader.steps_per_epoch,
         "steps": run.total_steps(loader.steps_per_epoch),
-        **({"probe": run.watch.facts} if run.watch else {}),
+        **({watched: run.watch.facts} if run.watch else {}),
     }
 
 

@@ -69,4 +69,5 @@ def _note_run(run: Run, before: int | None, facts: dict[str, Any]) -> None:
     """Add a line to the ledger, where this process brought the run further than it was `before`."""
     if (step := checkpoint.latest_step(run.out)) != before:
         facts = {**facts, "run": str(run.out.absolute()), "step": step}
-        home.log_run(command="train", recipe=run.name, cache_id=run.about.get("id"), **facts)
+        command = "eval finetune" if run.about["kind"] == "labelled" else "train"
+        home.log_run(command=command, recipe=run.name, cache_id=run.about.get("id"), **facts)

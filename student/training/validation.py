@@ -52,7 +52,10 @@ class ValidationPlan:
     @property
     def facts(self) -> str:
         pictures = ", ".join(f"{len(test)} of {test.source.spec}" for test in self.tests)
-        return f"{pictures}; every {self.every} epochs and at the end"
+        pace = (
+            f"every {self.every} epochs and at the end" if self.every > 1 else "after every epoch"
+        )
+        return f"{pictures}; {pace}"
 
     @contextlib.contextmanager
     def started(

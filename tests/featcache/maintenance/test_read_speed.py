@@ -46,7 +46,7 @@ def test_all_that_was_written_is_read_and_nothing_is_left(
     before = open_files()
     found = read_speed.measure(tmp_path)
     assert found.bytes == 12 * MIB
-    assert 0 < found.seconds < 60
+    assert found.seconds > 0
     assert found.bytes_per_s == found.bytes / found.seconds
     assert list(tmp_path.iterdir()) == []
     assert open_files() == before
