@@ -6,6 +6,7 @@
 #   make test-all        the slow ones too
 #   make test EXTRAS=dev,ffcv     those of FFCV's .beton files too, which are skipped without it: it is built from source
 #                        and needs apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++
+#                        Those that open pages in a browser are skipped without Debian's chromium: apt-get install chromium
 #   make clean           removes what these made, but not .venv; make distclean removes that as well
 #
 # PYTHON is the interpreter that .venv is made with: make test PYTHON=python3.12
