@@ -7,6 +7,7 @@
 #   make test EXTRAS=dev,ffcv     those of FFCV's .beton files too, which are skipped without it: it is built from source
 #                        and needs apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++
 #                        Those that open pages in a browser are skipped without Debian's chromium: apt-get install chromium
+#   make docs            builds the site of the documentation into site/; python -m http.server -d site shows it
 #   make clean           removes what these made, but not .venv; make distclean removes that as well
 #
 # PYTHON is the interpreter that .venv is made with: make test PYTHON=python3.12
@@ -23,7 +24,7 @@ QUICKSTART_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-all clean distclean
+.PHONY: quickstart test test-all docs clean distclean
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m pipelines.quickstart $(QUICKSTART_ARGS)
@@ -38,6 +39,10 @@ test: $(VENV)/.installed-$(EXTRAS)
 test-all:
 	$(MAKE) test MARKS='not gpu'
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; python3 -m http.server -d site shows it"
+
 # pip runs again only when pyproject.toml is newer than the stamp of the last installation.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "installing .[$*] into $(VENV) (the first time: some minutes, torch is large)"
@@ -50,7 +55,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf quickstart build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf quickstart site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find featcache student pipelines tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

@@ -1,4 +1,5 @@
-"""The Python of README.md runs as it stands, on a small home that has what it names."""
+"""The Python of README.md and of the pages runs as it stands, on a small home that has what it
+names."""
 
 from __future__ import annotations
 
@@ -16,10 +17,17 @@ import featcache
 from featcache.pictures.open_source import open_source
 from tests import student_fixtures as fx
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
-FORMAT_PAGE = (Path(__file__).parent.parent / "docs/format.md").read_text()
-FORMAT_BLOCKS = re.findall(r"^```python\n(.*?)^```$", FORMAT_PAGE, re.M | re.S)
+ROOT = Path(__file__).parent.parent
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+
+
+README_BLOCKS = blocks_of("README.md")
+TRAINER = "docs/guides/own-trainer.md"
+BLOCKS = blocks_of(TRAINER)
+FORMAT_BLOCKS = blocks_of("docs/format.md")
 CACHE = "caches/clip-b16-1a2b3c4d"
 CLIP = "synthetic:levels=12,tokens=196,width=768,size=224"  # the shapes of CLIP-B/16
 DINO = "synthetic:levels=12,tokens=196,width=96,size=224"
@@ -77,7 +85,17 @@ def block(
 
 
 def test_every_block_is_run_here() -> None:
-    assert len(BLOCKS) == 4
+    assert (len(README_BLOCKS), len(BLOCKS)) == (1, 4)
+
+
+def test_the_readme(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All but CLIP's projection, which the synthetic teacher of this home has not."""
+    monkeypatch.chdir(place)
+    text, lines = README_BLOCKS[0], README_BLOCKS[0].splitlines()
+    assert lines[-1].startswith('cache.derive("z", rows, view=2)')
+    path = tmp_path / "block.py"
+    path.write_text(text.replace('derive("z"', 'derive("f"'))
+    assert runpy.run_path(str(path))["batch"]["features"].shape == (1, 2, 197, 768)
 
 
 def test_reading(block: Callable[[str], dict[str, Any]]) -> None:
@@ -184,6 +202,6 @@ def test_the_options_of_dataset_exist(option: str) -> None:
 
     from featcache.torch import Dataset
 
-    table = README.split("| `Dataset` option")[1].split("\n\n")[0]
+    table = (ROOT / TRAINER).read_text().split("| `Dataset` option")[1].split("\n\n")[0]
     assert f"`{option}" in table
     assert option in inspect.signature(Dataset).parameters
