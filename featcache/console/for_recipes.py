@@ -7,7 +7,7 @@ is part of what the cache is: the options that were chosen, spelled out, make th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from featcache.catalog import joined_needs, recipe_needs, serves
 from featcache.catalog.joined_needs import CacheNeeds, GivenOptions
 from featcache.catalog.recipe_needs import RecipeNeeds
 from featcache.console.extract_options import ExtractOptions
-from featcache.console.text import echo
+from featcache.console.text import say
 from featcache.errors import UsageError, command_line
 from featcache.storage import manifest
 from featcache.views.policy import Policy, load_policy
@@ -53,7 +53,7 @@ class Choice:
         return f"--for {self.recipes}: no cache is read, nothing to extract"
 
 
-def choose(options: ExtractOptions) -> Choice:
+def choose(options: ExtractOptions, say: Callable[[str], None] = say) -> Choice:
     """Choose what the recipes of --for need and no option gives, and say so. UsageError where no
     one cache serves them, or not with the options that are given."""
     if options.recipes is None:
@@ -64,7 +64,7 @@ def choose(options: ExtractOptions) -> Choice:
     if not readers:
         return Choice(options, needs)
     choice = _with_chosen(options, needs, readers)
-    echo(_note(choice, readers), err=True)
+    say(_note(choice, readers))
     return choice
 
 

@@ -7,19 +7,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from featcache.console.text import echo
+from featcache.console.text import echo, say
 from featcache.errors import printable
 
 
 class WaitingNote:
     """Prints a note whenever the number of shards that other processes hold has changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = say) -> None:
+        self._say = say
         self._told = 0
 
     def __call__(self, shards: int) -> None:
         if shards != self._told:
-            echo(f"note: waiting for {shards} shards that other processes work on", err=True)
+            self._say(f"note: waiting for {shards} shards that other processes work on")
         self._told = shards
 
 

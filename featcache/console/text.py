@@ -25,6 +25,11 @@ def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
         streams.silence(sys.stderr)
 
 
+def say(text: str) -> None:
+    """Print a note, or another line about the work, on stderr."""
+    echo(text, err=True)
+
+
 def confirm(question: str) -> bool:
     """Ask on stderr for a yes or no."""
     return click.confirm(printable(question), err=True)  # noqa: TID251

@@ -43,14 +43,16 @@ def parse_devices(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def worker_processes(names: Sequence[str]) -> Iterator[None]:
-    """Run the same command once more for each device; they are waited for, or stopped where the
-    caller fails."""
+def worker_processes(names: Sequence[str], words: Sequence[str] | None = None) -> Iterator[None]:
+    """Run a command once more for each device: `words`, or this process's own. They are waited for,
+    or stopped where the caller fails."""
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in names]
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "featcache", *_arguments(name)], stdout=log, stderr=log
+                [sys.executable, "-m", "featcache", *_arguments(name, words)],
+                stdout=log,
+                stderr=log,
             )
             for name, log in zip(names, logs, strict=True)
         ]
@@ -74,10 +76,10 @@ def _note_failure(name: str, status: int, log: IO[str]) -> None:
     _LOG.warning("the process on %s failed, its shards were done by the others: %s", name, last)
 
 
-def _arguments(device: str) -> list[str]:
-    """Return this process's own command line with one device in place of several, and without the
-    check it has made."""
-    out, words = [], iter(sys.argv[1:])
+def _arguments(device: str, given: Sequence[str] | None = None) -> list[str]:
+    """Return a command line, this process's own where none is given, with one device in place of
+    several, and without the check that was made already."""
+    out, words = [], iter(sys.argv[1:] if given is None else given)
     for word in words:
         if word in _OWN:
             next(words, None)

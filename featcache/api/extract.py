@@ -1,0 +1,286 @@
+"""`featcache.extract` does what the command of this name does, which is a thin layer over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from featcache.api import progress as api_progress
+from featcache.api.progress import Progress, ProgressCallback
+from featcache.catalog import home
+from featcache.console import extract_parameters, extract_report, for_recipes, keywords
+from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
+from featcache.console.progress_bar import WaitingNote
+from featcache.errors import StoppedError, UsageError
+from featcache.pictures.open_source import open_source
+from featcache.runtime import variables
+from featcache.storage import manifest
+
+if TYPE_CHECKING:
+    from featcache.extraction.plan import ExtractJob, Plan
+    from featcache.extraction.progress import ExtractProgress
+
+Say = Callable[[str], None]
+Watch = Callable[[], AbstractContextManager["ExtractProgress"]]
+Text = str | os.PathLike[str]
+Pair = str | tuple[float, float]  # LOW,HIGH
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """Says what there is after an extraction; `facts` are plain JSON, all that --json prints."""
+
+    cache: Path | None  # the folder; None where the recipes of for_ read no cache
+    complete: bool  # every shard is there
+    new_pictures: int  # of this call; of a dry run, those that it would extract
+    facts: dict[str, Any] = field(repr=False)
+
+
+def extract(
+    *,
+    teacher: str | Sequence[str] = (),
+    for_: str | None = None,
+    images: Text | None = None,
+    out: Text | None = None,
+    views: int = 1,
+    levels: str | Sequence[str] | Sequence[int] = (),
+    policy: Text = "default",
+    size: int | None = None,
+    scale: Pair | None = None,
+    ratio: Pair | None = None,
+    filter: str | None = None,
+    flip: float | None = None,
+    jitter: float | None = None,
+    seed: int | None = None,
+    order: str | None = None,
+    codec: str = "fp16",
+    store: Literal["zarr", "webdataset"] = "zarr",
+    tokens: str = "raster",
+    keep: str | float | None = None,
+    pixels: Literal["raw"] | None = None,
+    decoder: Literal["pillow", "ffcv"] = "pillow",
+    exif: bool = False,
+    weights: Text | Sequence[Text] = (),
+    precision: str = "fp32",
+    compile: bool = False,
+    check_teacher: Text | None = None,
+    rows_per_shard: int = 1024,
+    batch_size: int = 32,
+    workers: int = os.cpu_count() or 1,
+    device: str | None = None,
+    devices: str | None = None,
+    shard: str | None = None,
+    add: bool = False,
+    strict: bool = False,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+) -> ExtractResult:
+    """Run a teacher over augmented views of pictures, and store its targets in a cache.
+
+    Each keyword is the option of `featcache extract` of this name, with its meaning, range and
+    default; `featcache extract --help` says them. `for_` is --for. Several teachers, levels or
+    weights are a list of what is typed after each option: `levels=["last:5", "dino-b16=-1"]`;
+    `levels=[8, 10, 12]` are blocks. A `batch_size` other than 32 is kept to, as one that is typed;
+    32 leaves a cache the batch size that it was begun with. `progress` is called after every batch
+    with a `Progress` of stage "extract", in pictures; what it raises ends the work in order, and
+    the same call continues. Notes go to the logger "featcache".
+
+    Raises UsageError for what cannot be meant, UserError where the work cannot be done,
+    IdentityError where the cache is of other weights, pictures or views, and StoppedError after
+    Ctrl-C; an OSError of the machine passes through.
+
+    >>> import featcache
+    >>> featcache.extract(teacher="synthetic", images="photos", views=0)
+    Traceback (most recent call last):
+    ...
+    featcache.errors.UsageError: Invalid value for views: 0 is not in the range 1<=x<=1000000000.
+    """
+    given = dict(locals())  # the keywords, which are all there is yet
+    callback = given.pop("progress") or api_progress.ignore
+    values = keywords.read(extract_parameters.parameters(), given)
+    options = ExtractOptions(**values, as_json=True)
+    say = api_progress.log_to("featcache")
+    facts, _ = carry_out(
+        options,
+        _watched(callback, say),
+        say,
+        keeps_batch=batch_size != 32,
+        helpers=_helper_words,
+    )
+    cache = None if facts["cache"] is None else Path(facts["cache"])
+    return ExtractResult(cache, facts["complete"], facts.get("new_pictures", 0), facts)
+
+
+def _watched(callback: ProgressCallback, say: Say) -> Watch:
+    """Return what gives a progress that calls back."""
+
+    def report(now: ExtractProgress) -> None:
+        callback(Progress("extract", now.pictures, now.total, now.rate))
+
+    @contextmanager
+    def watch() -> Iterator[ExtractProgress]:
+        from featcache.extraction.progress import ExtractProgress
+
+        yield ExtractProgress(report, WaitingNote(say), lambda text: say(f"note: {text}"))
+
+    return watch
+
+
+def _helper_words(options: ExtractOptions) -> list[str]:
+    """Return the command line of a process for another device: this program's own is not ours."""
+    values = {**vars(options), "recipes": None, "device": None, "devices": None, "labelled": None}
+    return ["extract", *keywords.words(extract_parameters.parameters(), values)]
+
+
+# --- the work, for the command too ----------------------------------------------------------------
+
+
+def carry_out(
+    options: ExtractOptions,
+    watch: Watch,
+    say: Say,
+    *,
+    keeps_batch: bool,
+    helpers: Callable[[ExtractOptions], list[str]] | None = None,
+) -> tuple[dict[str, Any], str]:
+    """Extract, or say with --dry-run what would be; return what is known afterwards, and the text
+    of it.
+
+    `watch` gives the progress while shards are made. `keeps_batch`: the batch size was asked for.
+    `helpers` gives the command line of the processes of --devices; None: this program's own.
+    """
+    from featcache.models.precision import keep_freed_memory
+
+    choice = for_recipes.choose(options, say)
+    options = choice.options
+    if why := choice.nothing_to_extract:
+        return {"cache": None, "complete": True, **choice.record}, why
+    check_names(options)
+    keep_freed_memory()
+    plans, inputs = build_plans(options)
+    for_recipes.check_plans(choice, plans)
+    _note_random_weights(plans, say)
+    if options.labelled is not None:
+        _check_teachers(plans, options.labelled, inputs, options.batch_size, say)
+    jobs = _plan_jobs(plans, options)
+    if not jobs:
+        facts = {"cache": str(options.out), "new_pictures": 0, "complete": True, **choice.record}
+        return facts, f"{options.out}: has all of this already; nothing to add"
+    words = helpers(options) if helpers else None
+    work = _Work(jobs, options, inputs.devices, watch, say, keeps_batch, words)
+    return work.report(choice.record)
+
+
+def _note_random_weights(plans: list[Plan], say: Say) -> None:
+    from featcache.models.weights import is_random
+
+    for plan in plans:
+        if is_random(given := plan.teacher.weights):
+            say(
+                f"note: {given} - these weights are drawn, not trained; the features carry no "
+                "meaning"
+            )
+
+
+def _check_teachers(
+    plans: list[Plan], labelled: str, inputs: Inputs, batch_size: int, say: Say
+) -> None:
+    """Say a score before hours are spent; at chance level it is a UserError."""
+    from featcache.extraction import teacher_check
+
+    for plan in plans:
+        found = teacher_check.check(plan.teacher, open_source(labelled), inputs.policy, batch_size)
+        say(found.text)
+        found.refuse()
+
+
+def _plan_jobs(plans: list[Plan], options: ExtractOptions) -> list[ExtractJob]:
+    """Return what is to be extracted and the folders it goes to; nothing where there is nothing to
+    add."""
+    from featcache.extraction import extend
+    from featcache.extraction.options import file_name
+
+    if options.add and options.out is None:
+        raise UsageError("--add adds to a cache: name it with --out CACHE")
+    name = f"{file_name(plans[0].teacher.name)}-{plans[0].manifest()['id'][:8]}"
+    return extend.plan_jobs(plans, options.out or home.home() / name, add=options.add)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Holds what is to be extracted, and how it is told."""
+
+    jobs: list[ExtractJob]
+    options: ExtractOptions
+    devices: list[str]
+    watch: Watch
+    say: Say
+    keeps_batch: bool
+    words: list[str] | None  # of the command line of other processes
+
+    def report(self, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """Preview the extraction with --dry-run; else run it and report what is there now."""
+        from featcache.extraction.options import parse_share
+
+        jobs, options = self.jobs, self.options
+        share = parse_share(options.share)
+        shards = jobs[0].plan.shards[share[0] :: share[1]]
+        summary = extract_report.summary(jobs, options.out, shards)
+        summary |= {"added": options.add, "share": options.share, **record}
+        if options.dry_run:
+            summary |= extract_report.remaining_facts(jobs, shards)
+            return summary, extract_report.dry_run_text(summary, jobs[0].out)
+        summary |= self._run(share, summary)
+        if note := extract_report.exif_note(summary):
+            self.say(note)
+        return summary, extract_report.summary_text(summary, jobs)
+
+    def _run(self, share: tuple[int, int], summary: dict[str, Any]) -> dict[str, Any]:
+        """Extract on every device, and note it in the ledger; returns what is known afterwards."""
+        from featcache.extraction import launcher
+
+        batch_size, workers = self._batch_size(), self.options.workers
+        with launcher.worker_processes(self.devices[1:], self.words):
+            found = self._extract(batch_size, share)
+        noted = {**summary, **found, "batch_size": batch_size, "workers": workers}
+        noted["variables"] = variables.recorded()
+        noted["cache"] = os.path.abspath(summary["cache"])  # noqa: PTH100 (the ledger is read elsewhere)
+        home.log_run(command="extract", device=self.devices[0], **noted)
+        return found
+
+    def _batch_size(self) -> int:
+        """Return the size that a cache was begun with, since a real network gives other bits at
+        another; who asks for another size gets it, and is told."""
+        from featcache.extraction.target_folder import recorded_batch_size
+
+        out, asked = self.jobs[0].out, self.options.batch_size
+        begun = (out / manifest.NAME).is_file()
+        size = recorded_batch_size(manifest.read(out), asked) if begun else asked
+        if size == asked or not self.keeps_batch:
+            return size
+        self.say(
+            f"note: --batch-size {asked}: {out} was begun with {size}; the same numbers but for "
+            "their last bits"
+        )
+        return asked
+
+    def _extract(self, batch_size: int, share: tuple[int, int]) -> dict[str, Any]:
+        from featcache.extraction import extract
+
+        with self.watch() as progress:
+            try:
+                extract.run_jobs(
+                    self.jobs,
+                    batch_size=batch_size,
+                    workers=self.options.workers,
+                    strict=self.options.strict,
+                    progress=progress,
+                    share=share,
+                )
+            except KeyboardInterrupt:
+                raise StoppedError(extract_report.stopped_text(self.jobs)) from None
+        return extract_report.result(self.jobs, progress)

@@ -1,0 +1,61 @@
+"""A Python call is compared with the command that it stands for, option by option."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from featcache.console import keywords
+
+# Of a call alone, and what a page of arguments has in place of a command's RUN.
+CALLS_OWN = {"progress"}
+
+
+def differences(
+    call: Callable[..., Any], parameters: Sequence[click.Parameter], others: Sequence[str] = ()
+) -> list[str]:
+    """What a call and a command do not share: names, defaults, choices and kinds."""
+    found = keywords.keywords(parameters)
+    signature = inspect.signature(call).parameters
+    named = {
+        name
+        for name, each in signature.items()
+        if each.kind is not inspect.Parameter.VAR_KEYWORD and name not in CALLS_OWN | set(others)
+    }
+    told = [f"{name} is missing" for name in found.keys() - named]
+    told += [f"{name} is no option" for name in named - found.keys()]
+    hints = typing.get_type_hints(call)
+    for name in named & found.keys():
+        told += _of_one(name, signature[name], hints[name], found[name])
+    return sorted(told)
+
+
+def _of_one(name: str, here: inspect.Parameter, hint: Any, param: click.Parameter) -> list[str]:
+    told = []
+    required = here.default is inspect.Parameter.empty
+    if required != param.required or (not required and here.default != keywords.default(param)):
+        told.append(f"{name}={here.default!r}, {keywords.default(param)!r} by the option")
+    kinds = [*typing.get_args(hint), hint]
+    literals = {v for kind in kinds for v in typing.get_args(kind) if isinstance(v, str)}
+    choices = set(param.type.choices) if isinstance(param.type, click.Choice) else set()
+    if literals != choices:
+        told.append(f"{name}: {literals} and {choices}")
+    kind = _kind(param)
+    if kind is not None and kind not in kinds:
+        told.append(f"{name} is {hint}, {kind} by the option")
+    return told
+
+
+def _kind(param: click.Parameter) -> type | None:
+    match param.type:
+        case click.types.BoolParamType():
+            return bool
+        case click.types.IntParamType():
+            return int
+        case click.types.FloatParamType():
+            return float
+    return None if isinstance(param.type, click.Choice) else str

@@ -1,0 +1,52 @@
+"""A program that calls us is checked by mypy: the keywords' types, and those of what comes back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def checked(code: str, folder: Path) -> list[str]:
+    """What mypy says of a program, by our own configuration: what it knows of us is not read
+    again."""
+    config = folder / "pyproject.toml"
+    own = (ROOT / "pyproject.toml").read_text()
+    config.write_text("".join(x for x in own.splitlines(True) if not x.startswith("packages = ")))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", str(config), "--no-error-summary",
+         "--hide-error-codes", "--no-pretty", "-c", code],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=500,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return [line.partition(": ")[2] for line in done.stdout.splitlines()]
+
+
+def test_types_are_seen(tmp_path: Path) -> None:
+    told = checked(
+        """
+import featcache
+done = featcache.extract(teacher="synthetic", images="photos", levels=[8, 10], scale=(0.2, 1))
+reveal_type(done)
+reveal_type(done.cache)
+featcache.extract(views="two")
+featcache.extract(store="tar")
+featcache.extract(batchsize=3)
+def note(now: featcache.Progress) -> None:
+    reveal_type(now.rate)
+featcache.extract(progress=note)
+""",
+        tmp_path,
+    )
+    assert told == [
+        'note: Revealed type is "featcache.api.extract.ExtractResult"',
+        'note: Revealed type is "pathlib.Path | None"',
+        'error: Argument "views" to "extract" has incompatible type "str"; expected "int"',
+        'error: Argument "store" to "extract" has incompatible type "Literal[\'tar\']"; expected '
+        "\"Literal['zarr', 'webdataset']\"",
+        'error: Unexpected keyword argument "batchsize" for "extract"; did you mean "batch_size"?',
+        'note: "extract" defined in "featcache.api.extract"',
+        'note: Revealed type is "float | None"',
+    ]
