@@ -14,7 +14,8 @@ from student import exporting
 
 @click.command(
     epilog="Examples:\n\n  student export runs/mralign-s0 --format timm --out mralign-timm\n\n"
-    "  student export RUN --format hf --checkpoint 5000 --ema --images val/ --out DIR"
+    "  student export RUN --format hf --checkpoint 5000 --ema --images val/ --out DIR\n\n"
+    "  student export runs/mralign-s0 --format onnx --out mralign-onnx"
 )
 @click.argument("run", type=LocalPath())
 @click.option(
@@ -22,7 +23,8 @@ from student import exporting
     "form",
     type=click.Choice(exporting.names()),
     required=True,
-    help="timm: its hub format; hf: transformers' ViTModel; mae: the names of MAE's checkpoints.",
+    help="timm: its hub format; hf: transformers' ViTModel; mae, vitdet: the names of MAE's and "
+    "ViTDet's checkpoints; onnx: one file for ONNX Runtime.",
 )
 @click.option(
     "--checkpoint", type=click.IntRange(0, 10**12), help="Step of the checkpoint. [default: newest]"
@@ -47,9 +49,9 @@ def command(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Write a run's encoder, with its head where it was fine-tuned, for another library:
-    safetensors, the library's config and a model card. It is read back by that library and compared
-    before it is called done."""
+    """Write a run's encoder, with its head where it was fine-tuned, for another library: weights,
+    the library's config and a model card. It is read back by that library and compared before it is
+    called done."""
     from featcache.console.params import images_variable
     from student.features import export_folder, exported
 

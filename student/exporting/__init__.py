@@ -1,12 +1,14 @@
 """Formats write a trained encoder as another library reads it; each is one file, found by module
 name.
 
-A format module holds `LIBRARY`, the library's name on the hub, and
+A format module holds `LIBRARY`, the library's name on the hub; `FAMILIES`, the families of encoders
+that it may have; `COMPARISON`, how it is compared with the run (`student.features.comparison`); and
 
     check(given)                  UserError for what the format cannot express, or a missing package
-    write(given, folder)          config and model.safetensors
+    write(given, folder)          config and weights
     reload(folder, classes)       read both back by the library: images (B,3,S,S) float64 ->
-                                  {"tokens": (B,1+P,D), "logits": (B,C) of a classifier}
+                                  {"tokens": (B,1+P,D), "logits": (B,C) of a classifier}, or what
+                                  COMPARISON expects in their place
     usage(given)                  Python that loads the folder DIR, for the model card
 
 with an `Exported` of `student.features.exported`. The folder, the card and the comparison are the

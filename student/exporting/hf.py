@@ -18,10 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featcache.errors import UserError
-from student.features.exported import MODULE, Exported
+from student.features.comparison import Comparison
+from student.features.exported import MODULE, TIMM_FAMILIES, Exported
 from student.models.plain_vit import PlainVit, plain_vit
 
 LIBRARY = "transformers"
+FAMILIES = TIMM_FAMILIES
+COMPARISON = Comparison("transformers")
 _OTHERWISE = f"take --format timm, or {MODULE}"
 _TOP = {
     "embeddings.cls_token": "cls_token",

@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from student.features.exported import MODULE, Exported
+from student.features.comparison import Comparison
+from student.features.exported import MODULE, TIMM_FAMILIES, Exported
 from student.models.plain_vit import PlainVit, plain_vit
 
 LIBRARY = "pytorch"
+FAMILIES = TIMM_FAMILIES
+COMPARISON = Comparison("timm's VisionTransformer by MAE's names")
 _OTHERWISE = f"take --format timm, or {MODULE}"
 # as MAE's models_vit and timm's VisionTransformer call them
 _SIZES = {

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from featcache.errors import UserError
 from featcache.models.spec import parse_options
-from student.features.exported import MODULE, Exported
+from student.features.comparison import Comparison
+from student.features.exported import MODULE, TIMM_FAMILIES, Exported
 from student.models import beit, vit
 
 LIBRARY = "timm"
+FAMILIES = TIMM_FAMILIES
+COMPARISON = Comparison("timm")
 CROP_PCT = 0.875
 _GELU = {"act_layer": "gelu"}  # of every encoder of family mae that names no other
 

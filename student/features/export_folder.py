@@ -1,9 +1,6 @@
 """An exported model is written to a folder beside its place, read back by the library it is for,
 compared with the run's own network, and only then renamed into place.
 
-The comparison is in float64, so that what is left of a difference is not the rounding of one kernel
-or another: MOST of it is allowed, 1e-5.
-
 B pictures, S pixels a side.
 """
 
@@ -22,7 +19,6 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UserError
-from featcache.models.hooks import normalise_pixels
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import PictureError
@@ -30,9 +26,9 @@ from featcache.storage import json_file, manifest
 from featcache.storage.owner import writer_id
 from featcache.views.render import render_centre
 from student.features import exported, model_card
-from student.features.exported import Exported
+from student.features.comparison import compare
+from student.features.exported import MODULE, Exported
 
-MOST = 1e-5  # difference of tokens and logits that is allowed
 PICTURES = 4
 CROP_PCT = 0.875
 
@@ -42,6 +38,7 @@ def export(given: Exported, form: ModuleType, out: Path, images: str | None) -> 
     pictures of `images` (None: on made ones), and return what was done. Raises UserError for what
     the format cannot express, a folder in use, and outputs that differ."""
     check_out(out)
+    check_family(given, form)
     form.check(given)
     pixels, told = read_pixels(given, images) if images else made_pixels(given.img_size)
     with _folder(out) as folder:
@@ -51,19 +48,35 @@ def export(given: Exported, form: ModuleType, out: Path, images: str | None) -> 
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {str(error)[:300]}"
             raise UserError(
-                f"{form.LIBRARY} does not read back what was written for it ({why}); nothing is "
-                f"left at {str(out)!r}; take another --format"
+                f"{form.COMPARISON.reader} does not read back what was written for it ({why}); "
+                f"nothing is left at {str(out)!r}; take another --format"
             ) from error
-        worst = compare(given, found, pixels)
-        checked = (
-            f"Read back by {form.LIBRARY} and compared with the run's network on {told}: tokens"
-            f"{' and logits' if given.classes else ''} differ by at most {worst:.1e} (float64)."
-        )
+        worst = compare(given, form.COMPARISON, found, pixels)
+        checked = _checked(given, form, told, worst)
         (folder / "README.md").write_text(card(given, form, out.absolute().name, checked))
     return {
         "out": str(out), "step": given.step, "ema": given.ema, "compared_on": told,
         "pictures": len(pixels), "difference": worst,
     }  # fmt: skip
+
+
+def check_family(given: Exported, form: ModuleType) -> None:
+    """Raise UserError for a family of encoders that a format has not."""
+    if given.family not in form.FAMILIES:
+        raise UserError(
+            f"cannot export run {str(given.run)!r}: {form.LIBRARY} has no encoders of family "
+            f"{repr(given.family)[:80]}, allowed: {', '.join(form.FAMILIES)}; take --format onnx "
+            f"where it is 'conv_vit', or {MODULE}"
+        )
+
+
+def _checked(given: Exported, form: ModuleType, told: str, worst: float) -> str:
+    how = form.COMPARISON
+    logits = " and logits" if given.classes and how.logits else ""
+    return (
+        f"Read back by {how.reader} and compared with the run's network on {told}: {how.tokens}"
+        f"{logits} differ by at most {worst:.1e} ({how.numbers})."
+    )
 
 
 def card(given: Exported, form: ModuleType, name: str, checked: str) -> str:
@@ -101,32 +114,6 @@ def made_pixels(size: int) -> tuple[Tensor, str]:
     waves = [torch.sin(9 * row + 4 * col), torch.sin(3 * row - 11 * col), torch.cos(17 * row * col)]
     pixels = (127.5 + 127.5 * torch.stack(waves)).to(torch.uint8)
     return pixels.unsqueeze(0), "a made picture (no --images given)"
-
-
-# --- comparison -----------------------------------------------------------------------------------
-
-
-def compare(given: Exported, found: Any, pixels: Tensor) -> float:
-    """Return the largest difference of tokens and logits on pixels (B,3,S,S). Raises UserError for
-    one above MOST, relative where values are above one."""
-    net: Any = given.net.double()
-    images = normalise_pixels(pixels, *given.pixels).double()
-    with torch.no_grad():
-        tokens = net.forward_features(images)
-        own = {"tokens": tokens, **({"logits": net(images)} if given.classes else {})}
-        theirs = found(images)
-    worst = 0.0
-    for name, value in own.items():
-        same = theirs[name].shape == value.shape
-        scale = max(1.0, float(value.abs().max()))
-        gap = float((theirs[name] - value).abs().max()) / scale if same else float("inf")
-        if not gap <= MOST:
-            raise UserError(
-                f"the exported model gives other {name} than the run: they differ by {gap:.1e}, "
-                f"{MOST:g} is allowed; nothing was written; take another --format"
-            )
-        worst = max(worst, gap)
-    return worst
 
 
 # --- the folder -----------------------------------------------------------------------------------

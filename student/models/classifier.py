@@ -56,7 +56,10 @@ class ConvClassifier(conv_vit.ConvViT):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B,3,S,S) -> logits (B,C)."""
-        x = self.forward_features(images)
+        return self.forward_head(self.forward_features(images))
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Map tokens (B,T,D) -> logits (B,C), as timm's networks have this method."""
         patches = x[:, self.num_prefix_tokens :].mean(1)
         return self.head(self.fc_norm(patches if self.global_pool == "avg" else x[:, 0]))
 

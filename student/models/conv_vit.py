@@ -318,7 +318,7 @@ class ConvViT(nn.Module):
         """Return the output of every block for patch tokens (B,V,D), CLS in front where there is
         one; it has no position."""
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         outputs = []
         for block in self.blocks3:
             x = block(x)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import student_fixtures as fx
-from tests.student.exporting.test_exporting import export, run_of
+from tests.student.exporting.readers import export, run_of
 
 
 def test_the_best_weights_of_a_fine_tuning(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from featcache.errors import UserError
-from student.exporting import hf, mae
+from student import exporting
+from student.exporting import hf, mae, vitdet
 from student.exporting import timm as timm_format
-from student.models import classifier
+from student.features import export_folder
+from student.models import beit, classifier, conv_vit
 from student.models.build import build_encoder
 from student.models.plain_vit import plain_vit
 
@@ -24,6 +26,7 @@ SIZES = {
     "small": (384, 12, 6),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
+    "vit_huge_patch14_224": (1280, 32, 16),
 }
 MAE_TOP = {
     "cls_token": "1,1,D",
@@ -46,6 +49,11 @@ MAE_BLOCK = {
     "mlp.fc1.bias": "M",
     "mlp.fc2.weight": "D,M",
     "mlp.fc2.bias": "D",
+}
+VITDET_TOP = {
+    "backbone.net.pos_embed": "1,197,D",
+    "backbone.net.patch_embed.proj.weight": "D,3,16,16",
+    "backbone.net.patch_embed.proj.bias": "D",
 }
 HF_TOP = {
     "embeddings.cls_token": "1,1,D",
@@ -82,7 +90,13 @@ def settings(size: str, **more: Any) -> dict[str, Any]:
 def given(net: nn.Module, about: dict[str, Any], family: str, classes: int = 0) -> Any:
     pixels = ((0.0,) * 3, (1.0,) * 3)
     return SimpleNamespace(
-        net=net, settings=about, family=family, classes=classes, img_size=224, pixels=pixels
+        run="RUN",
+        net=net,
+        settings=about,
+        family=family,
+        classes=classes,
+        img_size=224,
+        pixels=pixels,
     )
 
 
@@ -104,8 +118,42 @@ def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-@pytest.mark.parametrize("family", ["mae", "cae"])
-@pytest.mark.parametrize("size", SIZES)
+FAMILIES = {
+    "mae": [*SIZES],
+    "cae": [*beit.SIZES],
+    "beit": [*beit.SIZES],
+    "conv_vit": [*conv_vit.SIZES],
+}
+BUILT = [(family, size) for family, sizes in FAMILIES.items() for size in sizes]
+# the word of a refusal, of family and format; all others are exported
+REFUSED = {
+    **{("beit", form): "relative positions" for form in ("hf", "mae", "vitdet")},
+    **{("conv_vit", form): "'conv_vit'" for form in ("timm", "hf", "mae", "vitdet")},
+}
+
+
+@pytest.mark.parametrize("form", exporting.names())
+@pytest.mark.parametrize(("family", "size"), BUILT)
+def test_every_format_says_of_every_size_whether_it_takes_it(
+    family: str, size: str, form: str
+) -> None:
+    about, module = settings(size), exporting.load(form)
+    with torch.device("meta"):
+        whole = given(build_encoder(about, family), about, family)
+    if why := REFUSED.get((family, form)):
+        with pytest.raises(UserError, match=why):
+            _check(whole, module)
+    else:
+        _check(whole, module)
+
+
+def _check(whole: Any, module: Any) -> None:
+    export_folder.check_family(whole, module)
+    with torch.device("meta"):
+        module.check(whole)
+
+
+@pytest.mark.parametrize(("family", "size"), [each for each in BUILT if each[0] in ("mae", "cae")])
 def test_names_and_shapes(size: str, family: str) -> None:
     width, depth, heads = SIZES[size]
     about = settings(size)
@@ -113,15 +161,17 @@ def test_names_and_shapes(size: str, family: str) -> None:
         net = build_encoder(about, family)
         whole = given(net, about, family)
         found, theirs = mae.plain(whole), hf.state_dict(hf.plain(whole))
+        detector = vitdet.state_dict(vitdet.plain(whole))
     assert shapes(found.state) == expected(MAE_TOP, MAE_BLOCK, "blocks", width, depth)
     assert shapes(theirs) == expected(HF_TOP, HF_BLOCK, "encoder.layer", width, depth)
+    names = expected(VITDET_TOP, MAE_BLOCK, "backbone.net.blocks", width, depth)
+    assert shapes(detector) == names
     # CAE's tiny and small have 12 heads
     assert found.heads == (heads if family == "mae" else max(heads, 12))
     assert (found.eps, found.depth, found.mlp_width) == (1e-6, depth, 4 * width)
 
 
-@pytest.mark.parametrize("family", ["mae", "cae", "beit"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("family", "size"), [each for each in BUILT if each[0] != "conv_vit"])
 def test_timm_builds_what_the_run_has(size: str, family: str) -> None:
     about = settings(size)
     with torch.device("meta"):
@@ -130,7 +180,8 @@ def test_timm_builds_what_the_run_has(size: str, family: str) -> None:
         timm_format.check(whole)
         name, arguments = timm_format.architecture(whole)
         theirs = timm.create_model(name, **arguments)
-    assert name == (f"vit_{size}_patch16_224" if family == "mae" else "beit_base_patch16_224")
+    own = size if size.startswith("vit_") else f"vit_{size}_patch16_224"
+    assert name == (own if family == "mae" else "beit_base_patch16_224")
     assert shapes(theirs.state_dict()) == shapes(net.state_dict())
 
 
@@ -168,6 +219,14 @@ def test_layer_scale_and_biases_by_hand() -> None:
     assert state["blocks.0.attn.proj.bias"].tolist() == [20.0, 30.0, 50.0, 70.0]
     assert state["blocks.0.mlp.fc2.weight"].unique().tolist() == [2.0]
     assert state["blocks.0.attn.qkv.bias"].tolist() == [1.5] * 4 + [0.0] * 4 + [2.5] * 4
+
+
+def test_a_detectors_backbone_has_no_head_and_no_class_token() -> None:
+    about = settings("tiny", classes=7, pool="mean", rel_pos=False, drop_path=0.1)
+    with torch.device("meta"):
+        whole = given(classifier.build(about, "mae"), about, "mae", 7)
+        found = vitdet.state_dict(vitdet.plain(whole))
+    assert shapes(found) == expected(VITDET_TOP, MAE_BLOCK, "backbone.net.blocks", 192, 12)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from student.features import export_folder
 from student.features.exported import Exported
 from student.models import classifier
 from student.models.build import build_encoder
-from tests.student.exporting.test_exporting import READERS, images
+from tests.student.exporting.readers import READERS, images
 
 TEACHERS = {
     "clip": "vit_base_patch16_clip_224,embed_dim=64,depth=2,num_heads=2,act_layer=quick_gelu",
