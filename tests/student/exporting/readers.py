@@ -21,15 +21,16 @@ TEACHER = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=48,depth
 # run, and for each format the word that a refusal holds; empty: it is exported
 _TABLES = {"mae": "relative positions", "vitdet": "relative positions"}
 _ALL = dict.fromkeys(("timm", "hf", "mae", "vitdet", "onnx"), "")
+_PLAIN = dict.fromkeys(("timm", "hf", "mae", "vitdet"), "")
 TABLE: dict[str, dict[str, str]] = {
     "mae": _ALL,
-    "mralign": _ALL,
+    "mralign": _PLAIN,
     "cae": _ALL,
     "fd": {**_ALL, **_TABLES, "hf": "relative positions"},
     "conv": {**dict.fromkeys(("timm", "hf", "mae", "vitdet"), "'conv_vit'"), "onnx": ""},
     "conv cls": {"onnx": ""},
     "mae tuned": {**_ALL, "hf": "pool=mean"},
-    "mae tuned cls": _ALL,
+    "mae tuned cls": _PLAIN,
     "cae tuned": {**_ALL, **_TABLES, "hf": "relative positions"},
     "fd tuned": {**_ALL, **_TABLES, "hf": "relative positions"},
     "conv tuned": {"onnx": ""},
@@ -201,9 +202,11 @@ def by_onnxruntime(folder: Path) -> Any:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / "model.onnx")
+    about = json.loads((folder / "config.json").read_text())
+    mean, std = (_triple(about[f"built_in_{name}"]) for name in ("mean", "std"))
 
     def run(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        pixels = (x.double() * _triple(STD) + _triple(MEAN)).float()
+        pixels = (x.double() * std + mean).float()
         parts = [session.run(None, {"images": part.numpy()}) for part in (pixels[:1], pixels[1:])]
         found = [
             torch.cat([torch.from_numpy(y) for y in each]) for each in zip(*parts, strict=True)
