@@ -187,13 +187,14 @@ def file_map() -> dict[str, set[str]]:
     """Each folder of the map and the words of its lines."""
     block = ARCHITECTURE.split("```")[1]
     found: dict[str, set[str]] = {}
-    package = folder = ""
+    folders: list[str] = []
+    folder = ""
     for line in block.strip().splitlines():
-        if match := re.match(r"(  )?(\w+)/ +", line):
-            package = package if match[1] else match[2]
-            folder = f"{package}/{match[2]}" if match[1] else match[2]
+        if match := re.match(r"((?:  )*)(\w+)/ +", line):
+            folders = [*folders[: len(match[1]) // 2], match[2]]
+            folder = "/".join(folders)
         elif re.match(r" {15}\S", line):
-            folder = package  # a file that lies on top of its package, between two folders
+            folder = folders[0]  # a file that lies on top of its package, between two folders
         found.setdefault(folder, set()).update(re.findall(r"\w+", line))
     return found
 
@@ -201,7 +202,7 @@ def file_map() -> dict[str, set[str]]:
 FOLDERS = sorted(
     path.relative_to(ROOT).as_posix()
     for package in ("featcache", "student", "pipelines")
-    for path in (ROOT / package, *(ROOT / package).iterdir())
+    for path in (ROOT / package, *(ROOT / package).rglob("*"))
     if (path / "__init__.py").is_file()
 )
 

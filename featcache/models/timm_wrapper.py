@@ -75,10 +75,7 @@ class TimmVit(nn.Module):
         self, attn: Any, inputs: tuple[Tensor, ...], more: Mapping[str, Any]
     ) -> None:
         """Keep the [CLS] row of the last block's attention, from its normed tokens (B, T, D)."""
-        query, keys = _query_keys(attn, inputs[0], more.get("rope"))
-        bias = _position_bias(attn, more.get("shared_rel_pos_bias"))
-        prefix = self.vit.num_prefix_tokens
-        self._attention = cls_attention(query, keys, attn.num_heads, prefix, bias)
+        self._attention = attention_of_cls(attn, inputs[0], more, self.vit.num_prefix_tokens)
 
     def _record_pool_attention(
         self, norm: nn.Module, inputs: tuple[Tensor, ...], x: Tensor
@@ -141,6 +138,14 @@ def _norm_in_weights_dtype(vit: nn.Module) -> None:
             module.register_forward_pre_hook(
                 lambda norm, given: (given[0].to(norm.weight.dtype), *given[1:])
             )
+
+
+def attention_of_cls(attn: Any, x: Tensor, more: Mapping[str, Any], prefix: int) -> Tensor:
+    """Compute the [CLS] row (B, P) of a timm layer of attention, from its normed tokens x (B, T, D)
+    and what else it was called with; `targets.attention.cls_attention` says of what kind it is."""
+    query, keys = _query_keys(attn, x, more.get("rope"))
+    bias = _position_bias(attn, more.get("shared_rel_pos_bias"))
+    return cls_attention(query, keys, attn.num_heads, prefix, bias)
 
 
 def _query_keys(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:

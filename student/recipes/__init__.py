@@ -21,6 +21,10 @@ predicted of a teacher and what it is compared with, (B, N, D) both. `student tr
 their cosine on held-out pictures; `student eval zeroshot` takes the first of N = 1 + P tokens of
 `cosine_z`, `cosine_f` or the last level.
 
+A `Model` may give `reconstruct(batch)`: the pixels (B, M, p * p * 3) that it predicts of the hidden
+patches, each less its mean and over its std where the setting `norm_pix` says so, or None where it
+predicts none. `student report` draws them.
+
 >>> sorted(set(names()) & {"mae", "maskalign", "mralign"})
 ['mae', 'maskalign', 'mralign']
 """

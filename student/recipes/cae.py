@@ -261,6 +261,11 @@ class Model(nn.Module):
         target = vit.gather_tokens(batch["targets"], batch["ids_masked"] + 1)
         return {f"cosine_{self.config.target}": (self._predict(batch)[1], target)}
 
+    def reconstruct(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Predict the hidden patches (B,M,p*p*3) of a batch as `forward` takes it, normalised with
+        norm_pix; None but with target=pixels."""
+        return self._predict(batch)[1] if self.config.target == "pixels" else None
+
     def _predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the latents (B,M,W) of the masked patches, and what the decoder makes of them."""
         ids_keep, ids_masked = batch["ids_keep"], batch["ids_masked"]

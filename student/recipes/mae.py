@@ -88,9 +88,14 @@ class Model(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss, which is its only part, from images (B,3,H,W), ids_keep (B,V),
         ids_masked (B,P-V)."""
-        images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
-        tokens = self.encoder.norm(vit.encode(self.encoder, images, ids_keep)[-1])
-        pred = self.decoder(tokens, ids_keep, ids_masked)
-        patches = vit.gather_patches(images, ids_masked, self.patch_size)
+        pred = self.reconstruct(batch)
+        patches = vit.gather_patches(batch["images"], batch["ids_masked"], self.patch_size)
         pixel = losses.pixel_mse(pred, patches, normalise=self.norm_pix)
         return {"loss": pixel, "pixel": pixel.detach()}
+
+    def reconstruct(self, batch: dict[str, Tensor]) -> Tensor:
+        """Predict the hidden patches (B,M,C) of a batch as `forward` takes it, normalised with
+        norm_pix."""
+        images, ids_keep, ids_masked = batch["images"], batch["ids_keep"], batch["ids_masked"]
+        tokens = self.encoder.norm(vit.encode(self.encoder, images, ids_keep)[-1])
+        return self.decoder(tokens, ids_keep, ids_masked)

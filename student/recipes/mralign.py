@@ -140,6 +140,13 @@ class Model(nn.Module):
         loss = self.config.align_weight * aligned + self.config.pixel_weight * pixel
         return {"loss": loss, "align": aligned.detach(), "pixel": pixel.detach(), **parts}
 
+    def reconstruct(self, batch: dict[str, Tensor]) -> Tensor:
+        """Predict the hidden patches (B,M,p*p*3) of a batch as `forward` takes it, but for its
+        features; normalised with norm_pix."""
+        ids_keep, ids_masked = batch["ids_keep"], batch["ids_masked"]
+        tokens = self.encoder.norm(vit.encode(self.encoder, batch["images"], ids_keep)[-1])
+        return self.decoder(tokens, ids_keep, ids_masked)
+
     def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the prediction of each aligned level and the level, (B,N,Dt) both, at [CLS] and
         the visible patches of a batch as `forward` takes it."""

@@ -242,6 +242,14 @@ class Model(nn.Module):
             **{name: part.detach() for name, part in parts.items()},
         }
 
+    def reconstruct(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Predict the hidden patches (B,M,p*p*3) of a batch as `forward` takes it, but for its
+        targets; normalised with norm_pix. None with pixel_weight=0."""
+        if self.decoder is None:
+            return None
+        fused = self._fuse_layers(batch["images"], batch["ids_keep"])
+        return self.decoder(fused, batch["ids_keep"], batch["ids_masked"])
+
     def predictions(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the prediction and the target of each teacher, (B,N,E) both, at the visible
         patches, or at the hidden ones with mimic_at=decoder. A second teacher's where the batch has

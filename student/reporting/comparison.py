@@ -25,8 +25,16 @@ def compare(runs: Sequence[Path]) -> Facts:
     `losses`, `scores` and the facts of each run. UserError where a run is damaged."""
     records = [checkpoint.read_config(run) for run in runs]
     about = [_facts(run, record) for run, record in zip(runs, records, strict=True)]
+    judged = judge(runs, records, [facts["step"] for facts in about])
+    losses = _losses(runs, min(facts["step"] for facts in about))
+    return {**judged, "runs": about, "losses": losses}
+
+
+def judge(runs: Sequence[Path], records: Sequence[Facts], made: Sequence[int]) -> Facts:
+    """Return what differs between runs whose config.json hold `records` and that have `made` so
+    many steps: `ablation`, `verdict`, `settings`, `held`, `told` and `scores`."""
     with_environment = [
-        {**record, "environment": _environment(run)}
+        {**record, "environment": environment(run)}
         for run, record in zip(runs, records, strict=True)
     ]
     found = differences.compare(with_environment)
@@ -34,9 +42,8 @@ def compare(runs: Sequence[Path]) -> Facts:
         evaluations.newest(results.read(run), record)
         for run, record in zip(runs, records, strict=True)
     ]
-    made = [facts["step"] for facts in about]
     if len(set(made)) > 1:
-        found.setdefault(STEPS, {})["steps made"] = made
+        found.setdefault(STEPS, {})["steps made"] = list(made)
     if unlike := evaluations.compare(judged):
         found.setdefault(EVALUATION, {}).update(unlike)
     held = {group: found[group] for group in HELD if group in found}
@@ -44,11 +51,9 @@ def compare(runs: Sequence[Path]) -> Facts:
     return {
         "ablation": not held,
         "verdict": verdict(list(held), list(settings)),
-        "runs": about,
         "settings": settings,
         "held": held,
         "told": found.get(TOLD, {}),
-        "losses": _losses(runs, min(made)),
         "scores": evaluations.scores(judged),
     }
 
@@ -76,7 +81,7 @@ def _facts(run: Path, record: Facts) -> Facts:
         ) from error
 
 
-def _environment(run: Path) -> Facts:
+def environment(run: Path) -> Facts:
     """Return what a run says of its program and device; a file that cannot be read says nothing."""
     path = run / run_facts.ENVIRONMENT
     try:

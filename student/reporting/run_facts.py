@@ -57,14 +57,14 @@ def describe(run: Path, now: float | None = None) -> Facts:
         return {"path": str(run), "damaged": f"{error.filename or run}: {error.strerror}"}
 
 
-def read(run: Path, record: Facts, now: float) -> Facts:
-    """Return the facts of a run whose config.json holds `record`. Raises UserError and OSError
-    where the run is damaged."""
+def read(run: Path, record: Facts, now: float, row: Facts | None = None) -> Facts:
+    """Return the facts of a run whose config.json holds `record`, and perhaps its last `row` of
+    metrics, which is read else. Raises UserError and OSError where the run is damaged."""
     steps = record.get("steps")
     if type(steps) is not int or not 0 <= steps < 10**12:
         path = run / checkpoint.CONFIG
         raise UserError(f"{str(path)!r} is damaged: it holds no number of steps; restore it")
-    row = metric_rows.last_row(run) or {"step": 0}
+    row = row or metric_rows.last_row(run) or {"step": 0}
     saved = checkpoint.latest_step(run)
     written = min(max((run / NAME).stat().st_mtime, 0), _LAST)
     step = max(row["step"], saved or 0)

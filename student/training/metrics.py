@@ -14,6 +14,8 @@ from featcache.runtime import strict_json
 from featcache.storage import json_file
 
 NAME = "metrics.jsonl"
+_NUMBERS = {int, float}
+_HUGE = 1e18  # rows of larger numbers are looked at one by one
 
 
 class Metrics:
@@ -101,10 +103,27 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def parse_row(line: bytes) -> dict[str, Any]:
     """Parse the line of a row; ValueError where it is none, with a reason in one line."""
+    if (plain := plain_row(line)) is not None:
+        return plain
     row = strict_json.parse_object(line)
     if not _is_row(row):
         raise ValueError("it lacks a step, or holds more than numbers and texts")
     return row
+
+
+def plain_row(line: bytes) -> dict[str, Any] | None:
+    """Parse a row of finite numbers alone, as nearly all are, in a third of the time; None where
+    the line holds anything else, which is for `strict_json` to judge."""
+    try:
+        row = json.loads(line.decode())
+        if type(row) is not dict or line.count(b'":') != len(row):  # perhaps a name given twice
+            return None
+        values = row.values()
+        if not set(map(type, values)) <= _NUMBERS or not abs(sum(values)) < _HUGE:  # NaN is not
+            return None
+    except (ValueError, OverflowError, RecursionError):
+        return None
+    return row if type(row.get("step")) is int and row["step"] >= 0 else None
 
 
 def _is_row(row: dict[str, Any]) -> bool:
