@@ -9,21 +9,16 @@ network.state_dict()   -> timm.create_model(NAME, num_classes=C, global_pool="av
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featcache.errors import UserError
-from featcache.runtime import strict_json
-from featcache.storage import json_file
 from student import checkpoint
-from student.models import classifier
+from student.models import classifier, weights_file
 
 BEST = "best.safetensors"
 
@@ -39,10 +34,7 @@ class BestFacts(BaseModel):
 
 def write_best(path: Path, weights: dict[str, Tensor], step: int, top1: float) -> None:
     """Write the weights of a run's model as the best, whole or not at all."""
-    own = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
-    about = json.dumps({"step": step, "top1": top1})
-    with json_file.replaced(path) as temporary:
-        save_file(own, str(temporary), metadata={"about": about})
+    weights_file.write(path, weights, {"step": step, "top1": top1})
 
 
 def best_facts(run: Path) -> BestFacts | None:
@@ -76,19 +68,9 @@ def _kinds(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[BestFacts, dict[str, Tensor]]:
     try:
-        if path.is_symlink() or not path.is_file():  # a pipe would be waited for
-            raise ValueError("no plain file")
-        with safe_open(str(path), "pt") as content:
-            about = strict_json.parse_object((content.metadata() or {}).get("about", ""))
-            facts = BestFacts.model_validate(about)
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no dictionary
-        for name, value in tensors.items():
-            # of quantised ones torch cannot say whether they are finite
-            if value.is_complex() or (value.is_floating_point() and value.element_size() < 2):
-                raise ValueError(f"{name[:80]!r} is {value.dtype}, which no weights are")
-            if not bool(value.isfinite().all()):
-                raise ValueError("it holds values that are not finite")
-    except (OSError, SafetensorError, ValidationError, ValueError) as error:
+        about, tensors = weights_file.read(path)
+        facts = BestFacts.model_validate(about)
+    except (OSError, ValidationError, ValueError) as error:
         raise UserError(
             f"{str(path)!r} cannot be read: {str(error).splitlines()[0][:160]}; remove it, and the "
             "next score that is higher writes it again"

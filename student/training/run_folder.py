@@ -1,7 +1,7 @@
 """A run's folder is made before the first step, checked when the run is resumed, and removed again
 where no step was made.
 
-    RUN/config.json  environment.json  metrics.jsonl  checkpoints/
+    RUN/config.json  environment.json  metrics.jsonl  checkpoints/  encoder.safetensors
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check(
 def _refuse_strange_kinds(out: Path) -> None:
     """Refuse a run folder in which one of our names is a link: what is written and removed under it
     would lie elsewhere; and one in which it is a pipe or another thing that is waited for."""
-    files = (checkpoint.CONFIG, "environment.json", NAME)
+    files = (checkpoint.CONFIG, "environment.json", NAME, checkpoint.ENCODER)
     for name in (*files, checkpoint.FOLDER, nonfinite.FOLDER, trackers.FOLDER):
         path, kind = out / name, "file" if name in files else "folder"
         if path.is_symlink():

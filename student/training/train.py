@@ -99,7 +99,7 @@ class StepResult:
 
 def train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
     """Train to the end of the run and return a summary. The run folder holds config.json,
-    metrics.jsonl, environment.json and checkpoints/."""
+    metrics.jsonl, environment.json, checkpoints/ and encoder.safetensors."""
     with out_of_memory_told(loader.batch_size):
         return _train(run, loader, acc)
 
@@ -364,6 +364,7 @@ def _save(run: Run, loader: Loader, state: TrainState, step: int, metrics: Metri
     content = state.state_dict()
     if state.acc.is_main_process:
         checkpoint.save(run.out, step, content, run.retention)
+        checkpoint.save_encoder(run.out, step, run.name, as_dict(run.config), content["model"])
 
 
 def _record(run: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
     step = int(found[1])
     assert 5 <= step < 50
     assert checkpoint.latest_step(run) == step
+    assert checkpoint.load_encoder_file(run / checkpoint.ENCODER)[1]["step"] == step
     assert len(metrics.read(run)) == step
     assert ("note: stopping after this step" in err) == (number == signal.SIGINT)
     facts = fx.good(

@@ -221,7 +221,7 @@ def test_a_resumed_run_that_fails_at_once_is_kept(tmp_path: Path) -> None:
 def test_the_run_folder(tmp_path: Path) -> None:
     run = run_of(tmp_path, "--steps", "4", "--seed", "5", recipe="mralign")
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.json", "environment.json", "metrics.jsonl",
+        "checkpoints", "config.json", "encoder.safetensors", "environment.json", "metrics.jsonl",
     ]  # fmt: skip
     rows = metrics.read(run)
     parts = {"align", "pixel", "level_2", "level_3", "level_4"}
