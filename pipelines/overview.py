@@ -6,7 +6,7 @@
 Everything is replayed from the cache: the boxes, the mirrored views, the teacher's attention, the
 stored mask order.
 
-V views shown, P = g * g patches, S pixels a side.
+V views shown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -24,6 +23,8 @@ from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from featcache.drawing import pictures
+from featcache.drawing.panels import visible
 from featcache.errors import UserError
 from featcache.pictures.decode import decode
 from featcache.pictures.source import Source
@@ -34,7 +35,6 @@ from featcache.views.render import render
 from student.training import metrics
 
 VIEWS_SHOWN = 4  # more would be too small to read
-GREY = 0.82  # hidden patches
 FIELDS = ("crop", "flip", "jitter", "attention", "mask_order")
 PANELS = {
     "loss": "loss",
@@ -43,8 +43,6 @@ PANELS = {
 }
 VIEW_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd")
 RUN_COLOURS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e")
-
-Pixels = npt.NDArray[np.float64]  # (S, S, 3) in 0..1
 
 
 def draw(
@@ -142,41 +140,6 @@ def samples(source: Source, cache: Cache, keys: Sequence[str], count: int) -> li
     return found
 
 
-def attention_over(pixels: npt.NDArray[np.uint8], attention: npt.NDArray[np.floating]) -> Pixels:
-    """Return the grey view (S, S, 3) under a heat map of attention (P,), scaled to its own largest
-    weight."""
-    grid = grid_side(len(attention))
-    heat = np.asarray(attention, np.float64).reshape(grid, grid) / max(
-        float(np.max(attention)), 1e-12
-    )
-    coloured = matplotlib.colormaps["inferno"](_to_pixels(heat, len(pixels)))[..., :3]
-    grey = pixels.mean(-1, keepdims=True) / 255
-    return np.clip(0.4 * grey + 0.6 * coloured, 0, 1)
-
-
-def masked(
-    pixels: npt.NDArray[np.uint8], mask_order: npt.NDArray[np.integer], visible_ratio: float
-) -> Pixels:
-    """Return the view (S, S, 3) with the first patches of a permutation (P,); the others are
-    grey."""
-    grid = grid_side(len(mask_order))
-    seen = np.zeros(grid * grid)
-    seen[np.asarray(mask_order[: int(grid * grid * visible_ratio)], np.int64)] = 1
-    shown = _to_pixels(seen.reshape(grid, grid), len(pixels))[..., None]
-    return shown * (pixels / 255) + (1 - shown) * GREY
-
-
-def grid_side(patches: int) -> int:
-    """Return g of P = g * g."""
-    return round(patches**0.5)
-
-
-def _to_pixels(grid: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
-    """(g, g) -> (S, S): every pixel takes its patch's value."""
-    at = np.arange(size) * len(grid) // size
-    return grid[at][:, at]
-
-
 def _show_boxes(axes: Axes, sample: dict[str, Any]) -> None:
     """Draw the source picture with the coloured boxes of its views."""
     picture: Image.Image = sample["picture"]
@@ -199,13 +162,12 @@ def _show_boxes(axes: Axes, sample: dict[str, Any]) -> None:
 
 def _show(axes: Axes, view: dict[str, Any], kind: str, visible_ratio: float, colour: str) -> None:
     """Draw one view in one of its three forms, in a frame of its box's colour."""
-    pixels = view["pixels"]
+    shown: pictures.Pixels = view["pixels"]
     if kind == "attention":
-        shown: npt.NDArray[Any] = attention_over(pixels, view["attention"])
+        side = pictures.grid_side(len(view["attention"]))
+        shown = pictures.attention_map(shown, view["attention"].reshape(side, side))
     elif kind == "mask":
-        shown = masked(pixels, view["mask_order"], visible_ratio)
-    else:
-        shown = pixels
+        shown = pictures.masked(shown, visible(view["mask_order"], visible_ratio))
     axes.imshow(shown, interpolation="nearest")
     _bare(axes)
     for spine in axes.spines.values():

@@ -114,14 +114,18 @@ def figure(png: bytes, alt: str, caption: str = "") -> str:
     return picture(f"data:image/png;base64,{base64.b64encode(png).decode()}", image, alt, caption)
 
 
-def picture(source: str, image: Image.Image, alt: str, caption: str = "") -> str:
-    """Return a picture that lies at `source`, a name beside the page; `image` tells its size."""
+def picture(
+    source: str, image: Image.Image, alt: str, caption: str = "", *, link: bool = False
+) -> str:
+    """Return a picture that lies at `source`, a name beside the page; `image` tells its size. With
+    a `link` it opens by itself."""
     width, height = image.size
+    name = html.escape(source)
+    shown = f'<img src="{name}" width="{width}" height="{height}" alt="{escape(alt)}">'
+    if link:
+        shown = f'<a href="{name}">{shown}</a>'
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return (
-        f'<figure><img src="{html.escape(source)}" width="{width}" height="{height}" '
-        f'alt="{escape(alt)}">{below}</figure>'
-    )
+    return f"<figure>{shown}{below}</figure>"
 
 
 def figures(parts: Iterable[str]) -> str:

@@ -123,12 +123,17 @@ def patches(colours: Pixels, size: int, present: Bools | None = None) -> Pixels:
     return shown if present is None else _hatch(shown, ~present)
 
 
+def hatched(height: int, width: int) -> Pixels:
+    """Return diagonal stripes (H, W, 3): what is not there."""
+    row, col = np.indices((height, width))
+    stripes = np.where((row + col) // max(2, max(height, width) // 56) % 2, 150, 225)
+    return np.repeat(stripes[..., None].astype(np.uint8), 3, axis=-1)
+
+
 def _hatch(pixels: Pixels, missing: Bools) -> Pixels:
-    """Return the pixels (S, S, 3) with diagonal stripes over the missing patches (g, g)."""
+    """Return the pixels (S, S, 3), those of missing patches (g, g) hatched."""
     size = len(pixels)
-    row, col = np.indices((size, size))
-    stripes = np.where((row + col) // max(2, size // 56) % 2, 150, 225).astype(np.uint8)
-    return np.where(spread(missing, size)[..., None], stripes[..., None], pixels)
+    return np.where(spread(missing, size)[..., None], hatched(size, size), pixels)
 
 
 def boxes(picture: Pixels, boxes: npt.ArrayLike, labels: Sequence[str]) -> Pixels:

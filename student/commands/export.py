@@ -53,9 +53,10 @@ def command(
     the library's config and a model card. It is read back by that library and compared before it is
     called done."""
     from featcache.console.params import images_variable
+    from featcache.storage.new_folder import check_new
     from student.features import export_folder, exported
 
-    export_folder.check_out(out)
+    check_new(out)
     given = exported.read(run, checkpoint, ema, best)
     images = images_spec or images_variable()
     done = export_folder.export(given, exporting.load(form), out, images)

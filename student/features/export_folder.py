@@ -7,9 +7,6 @@ B pictures, S pixels a side.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +19,8 @@ from featcache.errors import UserError
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import PictureError
-from featcache.storage import json_file, manifest
-from featcache.storage.owner import writer_id
+from featcache.storage import manifest
+from featcache.storage.new_folder import check_new, new_folder
 from featcache.views.render import render_centre
 from student.features import exported, model_card
 from student.features.comparison import compare
@@ -37,11 +34,11 @@ def export(given: Exported, form: ModuleType, out: Path, images: str | None) -> 
     """Write a run's encoder to the folder `out` in a format of `student.exporting`, compare it on
     pictures of `images` (None: on made ones), and return what was done. Raises UserError for what
     the format cannot express, a folder in use, and outputs that differ."""
-    check_out(out)
+    check_new(out)
     check_family(given, form)
     form.check(given)
     pixels, told = read_pixels(given, images) if images else made_pixels(given.img_size)
-    with _folder(out) as folder:
+    with new_folder(out) as folder:
         form.write(given, folder)
         try:
             found = form.reload(folder, given.classes)
@@ -114,44 +111,3 @@ def made_pixels(size: int) -> tuple[Tensor, str]:
     waves = [torch.sin(9 * row + 4 * col), torch.sin(3 * row - 11 * col), torch.cos(17 * row * col)]
     pixels = (127.5 + 127.5 * torch.stack(waves)).to(torch.uint8)
     return pixels.unsqueeze(0), "a made picture (no --images given)"
-
-
-# --- the folder -----------------------------------------------------------------------------------
-
-
-def check_out(out: Path) -> None:
-    """Raise UserError unless a folder is absent or empty: nothing of anybody's is overwritten."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"--out {str(out)!r} is no folder of its own; give an empty or new folder")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {str(out)!r} is not empty; give an empty or new folder")
-
-
-@contextlib.contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside `out`; it is renamed to `out` at the end, and gone after an
-    error."""
-    out = out.absolute()
-    temporary = out.with_name(f".{out.name}.{writer_id()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        _sync(temporary)
-        temporary.rename(out)  # which fails where another has written there meanwhile
-        json_file.sync_folder(out.parent)
-    except OSError as error:
-        raise UserError(
-            f"--out {str(out)!r} cannot be written: {error.strerror or error}; give another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

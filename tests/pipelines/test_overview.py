@@ -85,23 +85,6 @@ def test_an_unknown_key_is_one_line(cache: Cache, photos: Path) -> None:
         overview.samples(open_source(photos), cache, ["photo0", "nobody"], 1)
 
 
-def test_masked_shows_the_first_patches_of_the_order() -> None:
-    """4 x 4 pixels, 2 x 2 patches, half visible: patches 3 (lower right) and 0 (upper left)."""
-    pixels = np.full((4, 4, 3), 51, np.uint8)  # 51 / 255 = 0.2
-    shown = overview.masked(pixels, np.array([3, 0, 1, 2]), 0.5)[..., 0]
-    s, g = 0.2, overview.GREY
-    assert np.allclose(shown, [[s, s, g, g], [s, s, g, g], [g, g, s, s], [g, g, s, s]])
-
-
-def test_attention_is_brightest_where_it_is_largest() -> None:
-    shown = overview.attention_over(np.zeros((4, 4, 3), np.uint8), np.array([0.0, 0.1, 0.2, 0.4]))
-    patches = shown[::2, ::2].sum(-1).ravel()
-    assert patches.argsort().tolist() == [0, 1, 2, 3]
-    # the first colour of inferno
-    assert np.allclose(patches[0], 0.6 * sum((0.001462, 0.000466, 0.013866)))
-    assert np.isfinite(overview.attention_over(np.zeros((4, 4, 3), np.uint8), np.zeros(4))).all()
-
-
 @pytest.mark.parametrize(
     ("values", "width", "expected"),
     [

@@ -1,0 +1,104 @@
+"""`featcache gallery` draws what a cache stores, on a sample of its pictures, as a page to look
+at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featcache.console.params import SEED, LocalPath, LocalText, images_variable
+from featcache.console.progress_bar import ProgressBar
+from featcache.console.text import echo, format_bytes, join_lines, print_facts
+from featcache.errors import UsageError, UserError, command_line
+from featcache.reading.cache import Cache
+from featcache.storage import manifest
+from featcache.storage.manifest import pluralize
+from featcache.storage.new_folder import check_new
+
+_COUNT = click.IntRange(1, 10_000)  # of pictures on one page
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  featcache gallery caches/clip-b16-1a2b3c4d --out gallery --images train/\n"
+    "  featcache gallery caches/clip-b16-1a2b3c4d --out two --keys n01440764/n01440764_10026 "
+    "--views 1"
+)
+@click.argument("cache", type=LocalPath())
+@click.option("--out", type=LocalPath(), required=True, help="A new or empty folder.")
+@click.option(
+    "--count", type=_COUNT, help="How many pictures are drawn, chosen by --seed. [default: 24]"
+)
+@click.option("--seed", type=SEED, help="Which pictures are drawn. [default: 0]")
+@click.option("--keys", multiple=True, metavar="KEY", help="This picture; may be given again.")
+@click.option(
+    "--views",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Of each picture only the first N views.",
+)
+@click.option(
+    "--images",
+    "images_spec",
+    type=LocalText(),
+    help="The pictures of the extraction. [default: FEATCACHE_IMAGES, else none]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def command(
+    cache: Path,
+    out: Path,
+    count: int | None,
+    seed: int | None,
+    keys: tuple[str, ...],
+    views: int,
+    images_spec: str | None,
+    as_json: bool,
+) -> None:
+    """Draw pictures of CACHE as a page: views and their boxes, attention, visible patches and
+    features as colours.
+
+    Without --images, of views only what the cache stores is drawn: their pixels, or block means.
+    """
+    from featcache.drawing import gallery, row_choice
+
+    check_new(out)
+    if keys and (count is not None or seed is not None):
+        raise UsageError("--keys names the pictures, --count and --seed choose them: give one way")
+    bar = ProgressBar("gallery", "pictures")
+    with Cache(cache, partial=True) as opened:
+        if keys:
+            rows = row_choice.by_keys(opened, keys)
+        else:
+            rows = row_choice.by_seed(24 if count is None else count, len(opened), seed or 0)
+        images = images_spec or images_variable()
+        done = gallery.draw(opened, rows, out, images=images, views=views, progress=bar)
+        said = manifest.title(opened.manifest, len(opened), opened.views)
+    bar.close()
+    print_facts({"cache": str(cache), **done}, as_json, _text(done, said))
+    _tell_problems(cache, done)
+
+
+def _text(done: dict[str, Any], title: str) -> str:
+    return join_lines(
+        [
+            title,
+            f"{pluralize(done['pictures'], 'picture')}, {pluralize(done['views'], 'view')} each "
+            f"-> {done['out']}/index.html ({done['files']} files, {format_bytes(done['bytes'])})",
+        ]
+    )
+
+
+def _tell_problems(cache: Path, done: dict[str, Any]) -> None:
+    """Say what could not be drawn. Raises UserError where something could not."""
+    problems = done["problems"]
+    for problem in problems[:10]:
+        echo(join_lines([f"note: {problem}"]), err=True)
+    if problems:
+        raise UserError(
+            f"{pluralize(len(problems), 'problem')} of {str(cache)!r} in {done['out']!r}, each is "
+            f"told there, the first: {problems[0]}; `{command_line('featcache', 'verify', cache)}` "
+            "looks at every byte"
+        )
