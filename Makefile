@@ -23,6 +23,7 @@ EXTRAS ?= dev
 QUICKSTART_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
 
 .PHONY: quickstart test test-all docs clean distclean
 

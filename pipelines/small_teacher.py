@@ -38,6 +38,8 @@ from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
 from student.training.optim import warmup_cosine
 
+TELL_S = 8.0  # seconds between two lines on how far it is
+
 
 @dataclass(frozen=True)
 class SmallTeacher:
@@ -100,6 +102,7 @@ def train(
     optimizer = torch.optim.AdamW(vit.parameters(), lr=lr, weight_decay=0.05)
     steps = math.ceil(len(source) / batch_size)
     vit.train()
+    told = time.perf_counter()
     for epoch in range(epochs):
         pixels = _views(kind, pictures, digests, seed, epoch)
         order = torch.from_numpy(rng.permutation(len(source), seed, epoch))
@@ -112,7 +115,8 @@ def train(
             loss.backward()
             optimizer.step()
             total += loss.item()
-        if epoch % 5 == 4 or epoch == epochs - 1:
+        if epoch == epochs - 1 or time.perf_counter() - told > TELL_S:
+            told = time.perf_counter()
             echo(f"teacher: epoch {epoch + 1} of {epochs}, loss {total / steps:.3f}")
     return vit.eval()
 

@@ -3,6 +3,7 @@ for real."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -18,35 +19,35 @@ from student import cli as student_cli
 ENVIRONMENT = {"device": "cpu", "torch": "2", "commit": None}
 
 
-def rows(mralign: float, mae: float = 60.0) -> dict[str, quickstart.Row]:
-    """The rows of one seed, linear 10 above k-NN."""
-    knn = {"teacher": 90.0, "untrained": 50.0, "mae": mae, "mralign": mralign, "control": 55.0}
+def rows(mralign: float, untrained: float = 50.0) -> dict[str, quickstart.Row]:
+    """The rows of one seed: linear 10 above k-NN, the mean of the patches 1 below [CLS]."""
+    knn = {"teacher": 90.0, "untrained": untrained, "mralign": mralign, "control": 55.0}
     found: dict[str, quickstart.Row] = {
-        name: {"knn": value, "linear": value + 10, "train_s": 7.4} for name, value in knn.items()
-    }
+        name: {
+            "knn": value, "knn_mean": value - 1, "linear": value + 10, "linear_mean": value + 9,
+            "train_s": 7.4,
+        }
+        for name, value in knn.items()
+    }  # fmt: skip
     found["mralign"] |= {"extract_s": 12.0, "cache_bytes": 1234567}
     return found
 
 
 def test_margins_are_points_above_each_other_student() -> None:
     points = quickstart.margins({0: rows(80.0), 1: rows(70.5)})
-    assert points["mae"] == {"knn": [20.0, 10.5], "linear": [20.0, 10.5]}
-    assert points["untrained"]["knn"] == [30.0, 20.5]
+    both = {"knn": [30.0, 20.5], "knn_mean": [30.0, 20.5]}
+    assert points["untrained"] == {**both, "linear": [30.0, 20.5], "linear_mean": [30.0, 20.5]}
+    assert points["control"]["knn"] == [25.0, 15.5]
 
 
 def test_the_report_of_one_seed() -> None:
     text = quickstart.report({0: rows(80.0)}, ENVIRONMENT, Plan(), 333.3)
+    lines = [re.sub(r" +", " ", line) for line in text.splitlines()]
+    assert "| mralign student | 80.0 | 79.0 | 90.0 | 89.0 | 12 | 7 | 1,234,567 |" in lines
+    assert "| untrained student | 50.0 | 49.0 | 60.0 | 59.0 | - | 7 | - |" in lines
     assert (
-        "| mralign student                         |   80.0 |     90.0 |        12 |       7 |   "
-        "1,234,567 |" in text
-    )
-    assert (
-        "| mae student                             |   60.0 |     70.0 |         - |       7 |   "
-        "        - |" in text
-    )
-    assert (
-        "- mralign student less mae student: +20.0 points of k-NN and +20.0 points of linear"
-        in text
+        "- mralign student less untrained student, in points: +30.0 k-NN [CLS], +30.0 k-NN mean, "
+        "+30.0 linear [CLS], +30.0 linear mean" in lines
     )
     assert "Seeds 0 (16 epochs); 333 s in all" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
@@ -56,38 +57,39 @@ def test_the_report_of_one_seed() -> None:
 def test_the_report_of_several_seeds_has_means_and_spreads() -> None:
     text = quickstart.report({0: rows(80.0), 1: rows(82.0)}, ENVIRONMENT, REDUCED, 1.0)
     assert "81.0 ± 1.4" in text
-    assert "+21.0 ± 1.4 points of k-NN" in text
+    assert "+31.0 ± 1.4 k-NN [CLS]" in text
     assert "reduced: too short" in text
 
 
-def test_six_points_are_enough_and_less_is_an_error() -> None:
-    quickstart.judge(quickstart.margins({0: rows(66.0)}), Plan())
+def test_two_deviations_are_enough_and_less_is_an_error() -> None:
+    """3.0 points of k-NN and 1.9 of the linear probe are one standard deviation."""
+    quickstart.judge(quickstart.margins({0: rows(56.0)}), Plan())
     with pytest.raises(
-        UserError, match=r"mralign is \+5.9 points of k-NN above mae, at least \+6"
+        UserError, match=r"mralign is \+5.9 points of k-NN \[CLS\] above .* at least \+6.0"
     ) as error:
-        quickstart.judge(quickstart.margins({0: rows(65.9)}), Plan())
+        quickstart.judge(quickstart.margins({0: rows(55.9)}), Plan())
     assert error.value.exit_status == 1
+    weak = rows(60.0)
+    weak["mralign"]["linear"] = 63.7
+    with pytest.raises(UserError, match=r"\+3.7 points of linear \[CLS\] .* at least \+3.8"):
+        quickstart.judge(quickstart.margins({0: weak}), Plan())
     quickstart.judge(quickstart.margins({0: rows(50.0)}), REDUCED)
 
 
 def test_options_exist_in_the_commands(tmp_path: Path) -> None:
     train = quickstart.train_arguments("mralign", tmp_path, "SRC", tmp_path, 0, Plan())
     extract = quickstart.extract_arguments("SRC", "random:0", tmp_path, 0, Plan())
+    scores = quickstart.eval_arguments("linear", "mean", [tmp_path], "SRC", "OTHER", 0)
+    evals = student_cli.cli.get_command(click.Context(student_cli.cli), "eval")
+    assert isinstance(evals, click.Group)
     for arguments, command in (
         (train, student_cli.cli.get_command(click.Context(student_cli.cli), "train")),
         (extract, featcache_cli.cli.get_command(click.Context(featcache_cli.cli), "extract")),
+        (scores, evals.get_command(click.Context(evals), "linear")),
     ):
         assert command is not None
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in map(str, arguments) if word.startswith("--")} <= known
-
-
-def test_only_mralign_is_told_the_level_weights(tmp_path: Path) -> None:
-    mralign, mae = (
-        quickstart.train_arguments(name, tmp_path, "SRC", tmp_path, 0, Plan())
-        for name in ("mralign", "mae")
-    )
-    assert [word for word in mralign if word not in mae] == ["mralign", "level_weights=top:3"]
 
 
 def test_a_command_is_shown_run_and_timed(capfd: pytest.CaptureFixture[str]) -> None:
