@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from featcache.api import progress as api_progress
 from featcache.api.progress import Progress, ProgressCallback
 from featcache.catalog import home
-from featcache.console import extract_parameters, extract_report, for_recipes, keywords
+from featcache.console import config_file, extract_parameters, extract_report, for_recipes, keywords
 from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
 from featcache.console.progress_bar import WaitingNote
 from featcache.errors import StoppedError, UsageError
@@ -248,6 +248,7 @@ class _Work:
             found = self._extract(batch_size, share)
         noted = {**summary, **found, "batch_size": batch_size, "workers": workers}
         noted["variables"] = variables.recorded()
+        noted["options"] = config_file.given_options()
         noted["cache"] = os.path.abspath(summary["cache"])  # noqa: PTH100 (the ledger is read elsewhere)
         home.log_run(command="extract", device=self.devices[0], **noted)
         return found

@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 
 from featcache.commands.copy import carry_out, parse_levels_of
+from featcache.console import config_file
 from featcache.console.params import COUNT, LocalPath
 from featcache.targets import codec_names
 
 
+@config_file.accepts()
 @click.command(
     epilog="\b\nExamples:\n"
     "  featcache derive caches/clip-b16-1a2b3c4d /local/small --codec t4\n"

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from featcache.api.extract import carry_out
-from featcache.console import extract_parameters, extract_report
+from featcache.console import config_file, extract_parameters, extract_report
 from featcache.console.extract_options import ExtractOptions
 from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.console.text import echo, print_facts, say
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from featcache.extraction.progress import ExtractProgress
 
 
+@config_file.accepts(
+    own_code={"names": config_file.is_registered},
+    rivals={"device": "devices", "devices": "device"},
+    soft=("batch_size",),  # a cache that was begun has its own
+)
 @click.command(
     params=extract_parameters.parameters(),
     epilog="\b\nExamples:\n"
@@ -30,14 +35,15 @@ if TYPE_CHECKING:
     "--levels dino-b16=-1 --images train/\n"
     "  featcache extract --for maskalign,mrmae --images train/ --views 4\n"
     "  featcache extract --teacher synthetic:levels=5,tokens=196,width=768 --images photos/ "
-    "--out trial",
+    "--out trial\n"
+    "  featcache extract --config cache.yaml --dry-run",
 )
 @click.pass_context
 def command(ctx: click.Context, **given: Any) -> None:
     """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same
     command continues."""
     options = ExtractOptions(**given)
-    asked = ctx.get_parameter_source("batch_size") is ParameterSource.COMMANDLINE
+    asked = ctx.get_parameter_source("batch_size") is not ParameterSource.DEFAULT
     try:
         facts, text = carry_out(options, _shown, say, keeps_batch=asked)
     except StoppedError as error:

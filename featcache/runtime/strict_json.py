@@ -29,8 +29,12 @@ def read_bytes(path: Path, most_bytes: int = FILE_BYTES) -> bytes:
             raise ValueError("it is no regular file")
         data = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
     if max(status.st_size, len(data)) > most_bytes:
-        raise ValueError(f"it has more than {most_bytes >> 20} MiB")
+        raise ValueError(f"it has more than {_size(most_bytes)}")
     return data
+
+
+def _size(count: int) -> str:
+    return f"{count >> 20} MiB" if count >> 20 else f"{count >> 10} KiB"
 
 
 def parse(text: str | bytes) -> Any:
@@ -53,7 +57,7 @@ def parse(text: str | bytes) -> Any:
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    _check_depth(value)
+    check_depth(value)
     return value
 
 
@@ -99,7 +103,8 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Raise ValueError where lists and objects are nested more than DEPTH deep."""
     level = [value]
     for _ in range(DEPTH):
         level = [

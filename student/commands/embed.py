@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from featcache.console import config_file
 from featcache.console.params import LocalPath, LocalText
 from featcache.console.text import join_lines, print_facts
 from featcache.errors import UsageError, UserError
@@ -78,6 +79,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
 
 
 command.params += eval_options.parameters()
+command = config_file.accepts(own_code={"teacher_spec": config_file.is_registered})(command)
 
 
 def _check_out(out: Path) -> None:

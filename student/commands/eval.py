@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from featcache.console import config_file
 from featcache.console.params import SEED, FiniteRange, LocalText
 from featcache.console.text import echo, first_paragraph, print_facts
 from featcache.errors import one_line
@@ -132,13 +134,26 @@ def _training_command(name: str, module: Any) -> click.Command:
         f"Examples:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/\n\n"
         f"  student eval {name} RUN --images train/ --set img_size=384 --resume"
     )
-    return click.Command(
+    command = click.Command(
         name,
         params=[*_pictures(trains=True), *finetune_options.parameters()],
         callback=run,
         help=first_paragraph(module.__doc__),
         epilog=examples,
     )
+    return config_file.accepts(
+        settings=_settings,
+        own_code={"teacher_spec": config_file.is_registered},
+        also_settings=("epochs",),
+    )(command)
+
+
+def _settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of a fine-tuning, from --config and --set."""
+    from student.setup.file_settings import merged_values
+    from student.training.finetune import Config
+
+    return merged_values(Config, given)
 
 
 def _eval_command(name: str, module: Any) -> click.Command:
@@ -162,13 +177,18 @@ def _eval_command(name: str, module: Any) -> click.Command:
         _evaluate(module, name, options, set_by_user, eval_options.filled(given))
 
     example = f"Example:\n\n  student eval {name} runs/mralign-s0 --images train/ --test val/"
-    return click.Command(
+    command = click.Command(
         name,
         params=[*_parameters(module), *own],
         callback=run,
         help=first_paragraph(module.__doc__),
         epilog=example,
     )
+    return config_file.accepts(
+        own_code={"teacher_spec": config_file.is_registered},
+        rivals={"shots": "fraction", "fraction": "shots"},
+        soft=tuple(module.OPTIONS),  # a recipe's publication has others
+    )(command)
 
 
 def _evaluate(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from featcache.console import config_file
 from featcache.console.params import (
     BATCH,
     COUNT,
@@ -29,12 +31,29 @@ if TYPE_CHECKING:
     from student.training.train import Run
 
 
+def _settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of the recipe, from --config and --set."""
+    from student.setup.file_settings import merged_values
+
+    return merged_values(_load_recipe(given["recipe_name"])[1].Config, given)
+
+
+@config_file.accepts(
+    settings=_settings,
+    own_code={
+        "recipe_name": lambda name: not name.endswith(".py"),
+        "teacher_name": config_file.is_registered,
+    },
+    rivals={"epochs": "steps", "steps": "epochs"},
+    also_settings=("epochs",),
+)
 @click.command(
     epilog="\b\nExamples:\n  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d "
     "--batch-size 256\n"
     "  student train --recipe maskalign --images train/ --set encoder=small "
     "--set drop_path=0 --out runs/small\n"
-    "  accelerate launch -m student train --recipe mralign --cache CACHE --out RUN --resume"
+    "  accelerate launch -m student train --recipe mralign --cache CACHE --out RUN --resume\n"
+    "  student train --config run.yaml --seed 1"
 )
 @click.option(
     "--recipe",
@@ -137,11 +156,6 @@ if TYPE_CHECKING:
     "--policy",
     type=LocalText(),
     help="Online without --cache: a named view policy or a .json file. [default: default]",
-)
-@click.option(
-    "--config",
-    type=LocalPath(),
-    help="JSON of recipe settings, or a run's config.json; --set wins.",
 )
 @click.option(
     "--set",

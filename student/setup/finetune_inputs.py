@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from featcache import rng, teachers
+from featcache.console.config_file import FileSettings
 from featcache.errors import UsageError
 from featcache.models.weights import is_random, weight_hash
 from featcache.runtime import device as devices
@@ -30,6 +31,7 @@ from student.features.frozen import digest_of, size_of
 from student.features.labelled import Sets
 from student.models import classifier, timm_network
 from student.setup.batch_size import chosen_batch_size
+from student.setup.file_settings import settings_of_file
 from student.targets.labelled_views import LabelledViews
 from student.training import finetune, trackers
 from student.training.finetune import Config
@@ -68,6 +70,7 @@ class FinetuneOptions:
     checkpoint_activations: bool
     skip_nonfinite: int | None
     trackers: Sequence[str]
+    file_settings: FileSettings = field(default_factory=FileSettings)  # of --config
 
     @property
     def name(self) -> str:
@@ -166,7 +169,8 @@ def _begun_step(options: FinetuneOptions) -> int | None:
 
 def configure(options: FinetuneOptions, begun: Begun, protocol: ModuleType, classes: int) -> Config:
     """Return the configuration: the recipe's own publication, then what the user set."""
-    given = parse_settings(Config, options.settings)
+    given = settings_of_file(Config, options.file_settings)
+    given = given.merged(parse_settings(Config, options.settings))
     for name in FACTS:
         if name in given.values:
             raise UsageError(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from featcache.errors import UsageError, UserError
+from featcache.console import config_file
+from featcache.console.config_file import FileSettings
+from featcache.errors import UsageError
 from featcache.reading.crop_range import Scale
-from featcache.runtime import strict_json
 from featcache.runtime.numbers import is_whole
 from student.checkpoint import KEEP, Retention
-from student.config import RecipeConfig, Settings, build_config, parse_settings, read_settings
+from student.config import RecipeConfig
+from student.settings import Settings, build_config, parse_settings
 from student.setup.cache_match import ReadOptions
+from student.setup.file_settings import settings_of_file
 from student.training.train_state import RunOptions
 
 Say = Callable[[str], None]
@@ -66,6 +69,14 @@ class Options:
     other_weights: Sequence[str] = ()  # NAME=..., of networks beside the teacher
     probe: str | None = None
     probe_every: int | None = None  # epochs
+    file_settings: FileSettings = field(default_factory=FileSettings)  # of --config
+
+    @property
+    def given_settings(self) -> FileSettings:
+        """Return the settings of the --config file; a command has parted them from its options."""
+        if self.config is None or self.file_settings.path:
+            return self.file_settings
+        return config_file.read_settings(self.config)
 
     def retention(self, steps_per_epoch: int) -> Retention:
         """Return which checkpoints stay, by --keep-checkpoints N or every:E of epochs."""
@@ -126,22 +137,10 @@ def user_settings(kind: type[RecipeConfig], options: Options) -> Settings:
             f"--epochs {options.epochs} and --steps {options.steps}: one of them is allowed; leave "
             "one out"
         )
-    settings = file_settings(kind, options.config) if options.config else Settings()
+    settings = settings_of_file(kind, options.given_settings)
     settings = settings.merged(parse_settings(kind, options.settings))
     return (
         settings
         if options.epochs is None
         else settings.updated({"epochs": options.epochs}, "option")
     )
-
-
-def file_settings(kind: type[RecipeConfig], path: Path) -> Settings:
-    """Read settings from a JSON object, or from a run's config.json."""
-    try:
-        fields = strict_json.as_object(strict_json.read_file(path))
-        return read_settings(kind, strict_json.as_object(fields.get("config", fields)))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--config {str(path)!r}: {error}; a JSON object of settings is needed, such as a "
-            "run's config.json"
-        ) from error

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import featcache
+from featcache.console import config_file
 from featcache.errors import UserError
 from featcache.runtime import variables
 from featcache.storage import identity, json_file
@@ -139,6 +140,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": commit(),
         "command": sys.argv,
+        "options": config_file.given_options(),
         "variables": variables.recorded(),
     }
 

@@ -45,7 +45,7 @@ def test_a_file_too_large(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("[" + " " * 100 + "]")
     assert strict_json.read_file(path) == []
-    with pytest.raises(ValueError, match="more than 0 MiB"):
+    with pytest.raises(ValueError, match="more than 0 KiB"):
         strict_json.read_file(path, 50)
     with pytest.raises(IsADirectoryError):
         strict_json.read_file(tmp_path)

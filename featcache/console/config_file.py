@@ -1,0 +1,392 @@
+"""A file of options stands for a command line: `--config` reads one, `--print-config` writes it.
+
+Keys are the names of options, values are what they take. A value becomes the text that the command
+line would have and goes through click from there on: the same types, the same messages. The command
+line wins over the file. A file is a stranger's: it names data, but no code (`own_code`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from featcache.console import config_text
+from featcache.console.params import FloatPair, LocalPath
+from featcache.console.text import echo
+from featcache.errors import UsageError, UserError, near, short
+from featcache.runtime import strict_json, strict_yaml
+from featcache.runtime.strict_yaml import WrittenFloat
+
+FILE_BYTES = 64 << 10  # of YAML and TOML, which are written by hand
+_DOTS = 256  # in a line of TOML: Python takes the square of a dotted key's parts
+_META = "featcache.config_file"
+_OWN = ("config", "print_config")
+
+
+@dataclass(frozen=True)
+class FileSettings:
+    """The settings of a `--config` file, as far as they are no options; `options` are those that
+    the command has."""
+
+    path: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    options: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        return f"--config {self.path!r}"
+
+
+# Checks the settings of the file and those of --set (`given`), and returns them as one mapping.
+SettingsOf = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a command says of its options to those who fill them from a file."""
+
+    settings: SettingsOf | None = None  # of the recipe that --set speaks of
+    # parameter -> whether a file may choose this value: names of networks, and no user's code
+    own_code: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
+    # parameters of which one may be given; those of one that is a setting as well
+    rivals: Mapping[str, str] = field(default_factory=dict)
+    also_settings: Sequence[str] = ()
+    # parameters whose default gives way to what a cache or a publication has
+    soft: Sequence[str] = ()
+
+
+def accepts(
+    settings: SettingsOf | None = None,
+    own_code: Mapping[str, Callable[[str], bool]] | None = None,
+    rivals: Mapping[str, str] | None = None,
+    also_settings: Sequence[str] = (),
+    soft: Sequence[str] = (),
+) -> Callable[[click.Command], click.Command]:
+    """Give a command the options --config and --print-config; the arguments are those of Rules."""
+    rules = Rules(settings, own_code or {}, rivals or {}, also_settings, soft)
+
+    def with_file(command: click.Command) -> click.Command:
+        body = command.callback
+        assert body is not None
+        command.callback = functools.partial(_run, body, rules)
+        command.params += _options(rules)
+        return command
+
+    return with_file
+
+
+def given_options() -> dict[str, Any] | None:
+    """Return the options of the command that runs which are not left to their defaults, by the keys
+    of a `--config` file; None where no such command runs."""
+    ctx = click.get_current_context(silent=True)
+    found: dict[str, Any] | None = ctx.meta.get(_META) if ctx else None
+    return found
+
+
+def _options(rules: Rules) -> list[click.Parameter]:
+    held = " or settings" if rules.settings else ""
+    run = " A run's config.json is one of settings." if rules.settings else ""
+    return [
+        click.Option(
+            ["--config"],
+            type=LocalPath(),
+            is_eager=True,
+            expose_value=rules.settings is not None,
+            callback=functools.partial(_read_into, rules),
+            help=f"YAML, TOML or JSON file of options{held}; the command line wins.{run}",
+        ),
+        click.Option(
+            ["--print-config"],
+            is_flag=True,
+            expose_value=False,
+            callback=lambda ctx, _, asked: ctx.meta.update({f"{_META}.print": asked}),
+            help="Print all options as YAML that --config reads, and stop.",
+        ),
+    ]
+
+
+def is_registered(spec: str) -> bool:
+    """Tell whether a file may choose this teacher: one of a library's own list."""
+    from featcache import teachers
+
+    return teachers.is_registered(spec)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a file of named values, TOML or YAML by its suffix, else JSON. Raises UserError."""
+    try:
+        return strict_json.as_object(_PARSE.get(path.suffix.lower(), strict_json.read_file)(path))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--config {str(path)!r}: {error}; a .yaml, .toml or .json file with an object of "
+            "named values is needed, such as --print-config prints"
+        ) from error
+
+
+def _read_yaml(path: Path) -> Any:
+    return strict_yaml.parse(strict_json.read_bytes(path, FILE_BYTES))
+
+
+def _read_toml(path: Path) -> Any:
+    text = strict_json.read_bytes(path, FILE_BYTES).decode("utf-8-sig")
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > _DOTS:
+            raise ValueError(f"line {number} has more than {_DOTS} dots")
+    try:
+        value = tomllib.loads(text, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    strict_json.check_depth(value)
+    _refuse_dates(value)
+    return value
+
+
+_PARSE = {".yaml": _read_yaml, ".yml": _read_yaml, ".toml": _read_toml}
+
+
+def _finite(text: str) -> WrittenFloat:
+    number = WrittenFloat(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {text[:20]}, which is no finite number")
+    return number
+
+
+def _refuse_dates(value: Any) -> None:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            _refuse_dates(part)
+    elif isinstance(value, datetime.date | datetime.time):
+        raise ValueError(f"it holds the date or time {value}; quote it to have a text")
+    elif isinstance(value, int) and abs(value) >= 10**40:
+        raise ValueError("it holds a huge number")
+
+
+def _read_into(rules: Rules, ctx: click.Context, param: click.Parameter, path: Any) -> Any:
+    """Let what the file holds be the defaults of this call, checked."""
+    if path is None or ctx.resilient_parsing:
+        return path
+    known, where = keys(ctx.command), f"--config {str(path)!r}"
+    found, settings = _sorted_out(rules, known, read(path), where)
+    ctx.default_map = {
+        **(ctx.default_map or {}),
+        **{known[key].name: _checked(known[key], key, value, ctx, where)
+           for key, value in found.items()},
+    }  # fmt: skip
+    ctx.meta[f"{_META}.settings"] = FileSettings(str(path), settings, tuple(known))
+    return path
+
+
+def _sorted_out(
+    rules: Rules, known: Mapping[str, click.Parameter], values: dict[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part what a file holds into options, by their keys, and settings."""
+    if rules.settings is None:
+        return _by_key(known, values, where), {}
+    if isinstance(record := values.get("config"), dict):  # a run's own
+        return {}, record
+    named = values.pop("set", {})
+    if not isinstance(named, dict):
+        raise UsageError(f"{where}: set: {short(named)} given; settings by name are needed")
+    flat = {key for key, value in values.items() if _is_setting(known, key, value)}
+    if twice := flat & set(named):
+        raise UsageError(f"{where}: {min(twice)!r} is there twice, under set and beside it")
+    options = {key: value for key, value in values.items() if key not in flat}
+    return _by_key(known, options, where), {**{key: values[key] for key in flat}, **named}
+
+
+def _is_setting(known: Mapping[str, click.Parameter], key: str, value: Any) -> bool:
+    """Tell settings from options: `teacher: cached` is the option, and `teacher: dino-b16` the
+    setting, since it is none of the option's choices."""
+    param = known.get(key.replace("_", "-"))
+    if param is None:
+        return True
+    if param.multiple or not isinstance(param.type, click.Choice):
+        return False
+    return isinstance(value, str) and value not in param.type.choices
+
+
+def _by_key(
+    known: Mapping[str, click.Parameter], values: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for given, value in values.items():
+        key = given.replace("_", "-")
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {given!r}: {near(key, known)}")
+        if key in found:
+            raise UsageError(f"{where}: {key} is there twice, as {given!r} too; leave one out")
+        found[key] = value
+    return {key: value for key, value in found.items() if not _is_left_out(known[key], value)}
+
+
+def _is_left_out(param: click.Parameter, value: Any) -> bool:
+    """Tell whether null is given where the option has no default."""
+    return value is None and not param.required and config_text.default(param) in (None, ())
+
+
+def read_settings(path: Path) -> FileSettings:
+    """Read a file of nothing but settings, as a Python call names one. Raises UserError."""
+    where = f"--config {str(path)!r}"
+    _, settings = _sorted_out(Rules(settings=dict), {}, read(path), where)
+    return FileSettings(str(path), settings)
+
+
+def keys(command: click.Command) -> dict[str, click.Parameter]:
+    """Return the parameters that a file may give, by their keys: long names, without dashes."""
+    return {config_text.key(param): param for param in command.params if param.name not in _OWN}
+
+
+# ---- one value -----------------------------------------------------------------------------------
+
+
+def _checked(param: click.Parameter, key: str, value: Any, ctx: click.Context, where: str) -> Any:
+    """Return a value as click takes it from a command line; UsageError where it would be refused
+    there."""
+    try:
+        given = _as_given(param, value)
+        param.type_cast_value(ctx, given)
+    except click.BadParameter as error:
+        raise UsageError(f"{where}: {key}: {error.message}") from None
+    except UserError as error:
+        raise type(error)(f"{where}: {error}") from None
+    return given
+
+
+def _as_given(param: click.Parameter, value: Any) -> Any:
+    if isinstance(param, click.Option) and param.is_flag:
+        if not isinstance(value, bool):
+            _fail(value, "true or false")
+        return value
+    if isinstance(param.type, FloatPair) and isinstance(value, list):
+        return ",".join(_word(part) for part in value)
+    if isinstance(param, click.Option) and param.multiple:
+        return [_word(part) for part in (value if isinstance(value, list) else [value])]
+    return _word(value)
+
+
+def _word(value: Any) -> str:
+    """Return what stands on a command line for this value."""
+    if isinstance(value, WrittenFloat):
+        return value.text
+    if isinstance(value, str):
+        return _possible(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _fail(value, "a text or a number")
+    return repr(value)
+
+
+def _possible(text: str) -> str:
+    """Refuse what no command line can hold, so that nobody behind it expects it."""
+    try:
+        if b"\0" not in os.fsencode(text):
+            return text
+    except UnicodeEncodeError:
+        pass
+    _fail(text, "a text without null characters and halves of characters")
+
+
+def _fail(value: Any, needed: str) -> NoReturn:
+    given = {True: "true", False: "false", None: "null"}.get(value) if _is_word(value) else None
+    raise click.BadParameter(f"{given or short(value)} given; {needed} is needed")
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def _run(body: Callable[..., Any], rules: Rules, /, **given: Any) -> Any:
+    """Run a command's own function on what the command line and the file say together."""
+    ctx = click.get_current_context()
+    found: FileSettings = ctx.meta.get(f"{_META}.settings", FileSettings())
+    given, found = _prefer_command_line(ctx, rules, given, found)
+    _refuse_code(ctx, rules, given, found)
+    if rules.settings is not None:
+        given["file_settings"] = found
+    resolved = _resolved(ctx, rules, given)
+    ctx.meta[_META] = {
+        key: value for key, (value, is_default) in resolved.items() if not is_default
+    }
+    if not ctx.meta[f"{_META}.print"]:
+        return body(**given)
+    if rules.settings is not None and resolved["set"][0]:
+        resolved["set"] = (dict(rules.settings(given)), False)
+    echo(config_text.document(ctx, resolved, rules.soft))
+    return None
+
+
+def _prefer_command_line(
+    ctx: click.Context, rules: Rules, given: dict[str, Any], found: FileSettings
+) -> tuple[dict[str, Any], FileSettings]:
+    """Let an option of the file give way to the command line's rival of it, or to its --set; one
+    that is a setting as well becomes that."""
+    named = {text.partition("=")[0].strip() for text in given.get("settings", ())}
+    for name in {*rules.rivals, *rules.also_settings}:
+        rival = ctx.get_parameter_source(rules.rivals.get(name, ""))
+        overruled = rival is ParameterSource.COMMANDLINE or (
+            name in rules.also_settings and name in named
+        )
+        if not overruled or ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
+            continue
+        if name in rules.also_settings:
+            values = {name: given[name], **found.values}
+            found = FileSettings(found.path, values, found.options)
+        given = {**given, name: None}
+        ctx.set_parameter_source(name, ParameterSource.DEFAULT)
+    return given, found
+
+
+def _refuse_code(
+    ctx: click.Context, rules: Rules, given: Mapping[str, Any], found: FileSettings
+) -> None:
+    for name, may_choose in rules.own_code.items():
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
+            continue
+        values = given[name] if isinstance(given[name], tuple) else (given[name],)
+        for value in values:
+            if value is not None and not may_choose(value):
+                param = next(each for each in ctx.command.params if each.name == name)
+                option = max(param.opts, key=len)
+                raise UsageError(
+                    f"{found}: {option.lstrip('-')}: {value!r}: code and files of networks are "
+                    "taken only from your own command line, never from what a file says; give "
+                    f"{option} there as well"
+                )
+
+
+def _resolved(
+    ctx: click.Context, rules: Rules, given: Mapping[str, Any]
+) -> dict[str, tuple[Any, bool]]:
+    """Return every option's plain value by its key, and whether it is left to its default."""
+    resolved = {}
+    for key, param in keys(ctx.command).items():
+        is_default = ctx.get_parameter_source(str(param.name)) is ParameterSource.DEFAULT
+        value = config_text.plain(given[str(param.name)])
+        if key == "set" and rules.settings is not None:
+            value = {**given["file_settings"].values, **dict(map(_split, value))}
+            is_default = not value
+        resolved[key] = (value, is_default)
+    return resolved
+
+
+def _split(text: str) -> tuple[str, Any]:
+    """Return key and value of a `--set` as far as they are told without the setting's type."""
+    key, _, value = text.partition("=")
+    try:
+        return key.strip(), strict_json.parse(value)
+    except ValueError:
+        return key.strip(), value
