@@ -61,5 +61,6 @@ def command(
     if not as_json:
         for what in facts["missing"]:
             echo(one_line(f"note: not on the page: {what}"), err=True)
-    shown = f"{out}  {format_bytes(facts['bytes'])}; {facts['verdict']}"
+    told = facts["verdict"] if len(runs) > 1 else "1 run"
+    shown = f"{out}  {format_bytes(facts['bytes'])}; {told}"
     print_facts(facts, as_json, one_line(shown))
