@@ -9,6 +9,7 @@ import click
 
 from featcache.console.params import LocalPath, LocalText
 from featcache.console.text import join_lines, print_facts
+from featcache.errors import UsageError
 from student import exporting
 
 
@@ -38,6 +39,14 @@ from student import exporting
     help="Pictures to compare on. [default: FEATCACHE_IMAGES, else a made picture]",
 )
 @click.option("--out", type=LocalPath(), required=True, help="A new or empty folder.")
+@click.option(
+    "--push",
+    "repo",
+    metavar="REPO",
+    type=LocalText(),
+    help="Then upload the folder to this repository of the Hugging Face hub.",
+)
+@click.option("--public", is_flag=True, help="With --push: a new repository is public.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
     run: Path,
@@ -47,6 +56,8 @@ def command(
     best: bool,
     images_spec: str | None,
     out: Path,
+    repo: str | None,
+    public: bool,
     as_json: bool,
 ) -> None:
     """Write a run's encoder, with its head where it was fine-tuned, for another library: weights,
@@ -54,12 +65,20 @@ def command(
     called done."""
     from featcache.console.params import images_variable
     from featcache.storage.new_folder import check_new
-    from student.features import export_folder, exported
+    from student.features import export_folder, exported, hub_upload
 
+    if public and repo is None:
+        raise UsageError(
+            "--public says how --push makes a repository; give --push REPO, or leave it out"
+        )
+    if repo is not None:
+        hub_upload.check(repo)
     check_new(out)
     given = exported.read(run, checkpoint, ema, best)
     images = images_spec or images_variable()
     done = export_folder.export(given, exporting.load(form), out, images)
+    if repo is not None:
+        done["pushed"] = hub_upload.push(out, repo, public)
     print_facts({"run": str(run), "format": form, **done}, as_json, _text(run, form, done))
 
 
@@ -69,5 +88,6 @@ def _text(run: Path, form: str, done: dict[str, Any]) -> str:
         [
             f"{run}, step {done['step']}{average} -> {done['out']} ({form})",
             f"compared on {done['compared_on']}: differs by at most {done['difference']:.1e}",
+            *([f"pushed to {done['pushed']}"] if "pushed" in done else []),
         ]
     )
