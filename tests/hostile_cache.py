@@ -40,6 +40,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "extract": ("extract", *EXTRACT, "--levels", "1,3", *WHERE),
     "add": ("extract", *EXTRACT, "--add", "--levels", "all", *WHERE),
     "rm": ("rm", "CACHE", "--yes"),
+    "show": ("show", "CACHE", "0"),
+    "show --json": ("show", "CACHE", "photo1", "--json"),
+    "gallery": ("gallery", "CACHE", "--count", "2", "--out", "DEST"),
+    "gallery pictures": ("gallery", "CACHE", "--images", "PICTURES", "--out", "DEST"),
 }  # fmt: skip
 KINDS = ("manifest", "one manifest", "record", "part", "part record", "quarantine", "ledger")
 RUN = {

@@ -71,6 +71,35 @@ def test_what_a_cache_says_is_escaped(
     assert_safe(featcache_command(*words, *cache))
 
 
+def test_what_a_cache_says_is_escaped_where_it_is_shown(
+    featcache_command: Command, origin: Path, evil: Path, tmp_path: Path
+) -> None:
+    """In the terminal and in a page; of a manifest that is not taken, in its one line."""
+    for words in (["show", origin, "0"], ["show", origin, f"{EVIL}x"], ["show", evil, "0"]):
+        assert_safe(featcache_command(*words))
+    assert_safe(featcache_command("gallery", evil, "--out", tmp_path / "none"))
+    ran = featcache_command("gallery", origin, "--out", tmp_path / "out")
+    assert_safe(ran)
+    assert ran.status == 0, ran.err
+    page = (tmp_path / "out/index.html").read_text()
+    assert printable(page) == page
+    assert page.count(r"\x1b]0;owned\x07") == 5
+
+
+def test_markup_in_a_manifest_is_text(
+    featcache_command: Command, origin: Path, tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(origin, tmp_path / "cache"))
+    about = manifest.read(cache)
+    about["provenance"]["weights"] = "random:<script>alert(1)</script>"
+    json_file.write_json(cache / "manifest.json", about)
+    ran = featcache_command("gallery", cache, "--out", tmp_path / "out", "--count", "1")
+    assert ran.status == 0, ran.err
+    page = (tmp_path / "out/index.html").read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)") == 2
+
+
 def test_what_pictures_and_runs_are_called_is_escaped(
     featcache_command: Command, origin: Path
 ) -> None:
