@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.drawing.page import escape
-from featcache.storage import manifest
 from student.reporting import student_attention
 from student.reporting.reported_run import ReportedRun
 from student.reporting.shown_views import VIEW, ShownViews
@@ -64,8 +63,7 @@ class Contents:
         """Return a paragraph that says how pictures are read, and whose the views are."""
         views = self.views
         if views is not None and views.cache is not None:
-            title = manifest.title(views.cache.manifest)
-            text += f" Teacher: {views.teacher}, as the cache has it ({title}), view {VIEW}."
+            text += f" Views {VIEW} of cache {views.cache.manifest['id']}; teacher {views.teacher}."
         return f'<p class="muted">{escape(text)}</p>\n'
 
     def miss(self, what: str) -> None:

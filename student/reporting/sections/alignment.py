@@ -16,6 +16,8 @@ from student.reporting.reported_run import ReportedRun
 EXPLAINED = (
     "Row: a block of the student. Column: a level of the teacher. A level's prediction is made of "
     "the sum of all blocks, each times its number here, as they stand: no softmax, no sum to one. "
+    "Training starts from 1.01 at the level's own block and 0.01 at the others, or from one over "
+    "the number of blocks where teacher and student differ in depth."
 )
 
 

@@ -85,8 +85,12 @@ def _chart(runs: Sequence[ReportedRun], name: str) -> str:
     title = TITLES.get(name) or _title(name)
     having = [run for run in runs if name in run.curves.columns]
     series = [Series(run.number - 1, run.curves.columns[name]) for run in having]
-    svg = line_chart.draw(title, series, last_step(list(runs)), noisy=name not in STEADY)
-    notes = "".join(f'<p class="muted">{escape(note)}</p>' for note in _notes(having, name, series))
+    logarithmic = name not in (*STEADY, *SPEED) and line_chart.is_logarithmic(series)
+    svg = line_chart.draw(
+        title, series, last_step(list(runs)), noisy=name not in STEADY, logarithmic=logarithmic
+    )
+    told = [*(["logarithmic axis"] if logarithmic else []), *_notes(having, name)]
+    notes = "".join(f'<p class="muted">{escape(note)}</p>' for note in told)
     return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}{notes}</figure>'
 
 
@@ -97,12 +101,13 @@ def _title(name: str) -> str:
     return name
 
 
-def _notes(having: Sequence[ReportedRun], name: str, series: Sequence[Series]) -> list[str]:
-    """Say where a chart shows less than a reader would think."""
-    notes = ["logarithmic axis"] if line_chart.is_logarithmic(series) else []
+def _notes(having: Sequence[ReportedRun], name: str) -> list[str]:
+    """Count the rows of each run that a chart can only mark."""
     bad = {run.number: run.curves.columns[name].nonfinite for run in having}
-    told = [f"run {number}: {count:,} rows" for number, count in bad.items() if count]
-    return notes + ([f"\u00d7 not finite, {'; '.join(told)}"] if told else [])
+    told = [
+        f"run {number}: {count:,} row{'s' * (count > 1)}" for number, count in bad.items() if count
+    ]
+    return [f"\u00d7 not finite, {'; '.join(told)}"] if told else []
 
 
 def _explanation(contents: Contents) -> str:

@@ -22,7 +22,7 @@ DASHES = ("solid", (0, (5, 1.6)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (9, 
 MARKS = ("", "o", "s")  # of the next six runs, and of those after them
 MOST_RUNS = len(DASHES) * len(MARKS)
 WIDTH_IN, HEIGHT_IN = 4.4, 2.3  # small, so that numbers can be read on a telephone
-LOG_FROM = 30  # greatest over least value of a chart that has a logarithmic axis
+LOG_FROM = 30  # greatest over small values of a chart that has a logarithmic axis
 SMOOTHED = 60  # points of a curve that gets a running mean
 # matplotlib takes colours alone; these stand for the page's own
 _INK, _LINE = "#010101", "#020202"
@@ -40,7 +40,14 @@ class Series:
     curve: Curve
 
 
-def draw(title: str, series: Sequence[Series], last_step: int, *, noisy: bool = True) -> str:
+def draw(
+    title: str,
+    series: Sequence[Series],
+    last_step: int,
+    *,
+    noisy: bool = True,
+    logarithmic: bool = False,
+) -> str:
     """Return the SVG of curves on axes from step 0 to `last_step`; steps whose value is not finite
     have a cross above. A curve that is not `noisy` has no running mean. `title` is for those who
     cannot see it."""
@@ -51,19 +58,21 @@ def draw(title: str, series: Sequence[Series], last_step: int, *, noisy: bool = 
         LogLocator,
         MaxNLocator,
         NullFormatter,
+        ScalarFormatter,
     )
 
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.subplots()
     axes.patch.set_alpha(0)
-    if is_logarithmic(series):
+    if logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False, useMathText=False))
     for each in series:
         _draw_curve(axes, each, noisy)
     axes.set_xlim(0, max(last_step, 1))
@@ -77,9 +86,12 @@ def draw(title: str, series: Sequence[Series], last_step: int, *, noisy: bool = 
 
 
 def is_logarithmic(series: Sequence[Series]) -> bool:
-    """Return whether values are positive, and too far apart for one axis."""
+    """Return whether values are positive, and the greatest far above nearly all: a few that are
+    small do not make it so."""
     values = np.concatenate([each.curve.values[each.curve.finite] for each in series])
-    return bool(len(values) and values.min() > 0 and values.max() / values.min() > LOG_FROM)
+    if not len(values) or values.min() <= 0:
+        return False
+    return bool(values.max() / np.percentile(values, 5) > LOG_FROM)
 
 
 def _draw_curve(axes: Any, series: Series, noisy: bool) -> None:

@@ -209,8 +209,9 @@ def test_an_axis_is_logarithmic_where_values_are_far_apart() -> None:
         curve = Curve(np.arange(len(values)), np.array(values))
         return line_chart.is_logarithmic([line_chart.Series(0, curve)])
 
-    assert of(1, 31, np.nan)
-    assert not of(1, 29)
+    assert of(*[1] * 40, 31, np.nan)
+    assert not of(*[1] * 40, 29)
+    assert not of(*[1] * 40, 1e-9)
     assert not of(0, 1e9)
     assert not of(np.inf)
 
