@@ -46,7 +46,11 @@ class Contents:
                 "that the cache was made from"
             )
             return None
-        return student_attention.look(run.encoder, run.images(pixels))
+        looked = student_attention.look(run.encoder, run.images(pixels))
+        if not np.isfinite(looked.tokens).all():
+            run.missing.append("what it makes of the views: its features are not finite")
+            return None
+        return looked
 
     @cached_property
     def backdrop(self) -> npt.NDArray[np.uint8]:

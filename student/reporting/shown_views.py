@@ -6,6 +6,7 @@ n views shown, P patches of the teacher's grid, D its width, S pixels a side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -141,10 +142,18 @@ def of_cache(cache: Cache, source: Source | None, count: int, seed: int) -> Show
     else:
         source = pixel_path.match_decoder(source, cache.identity["pixel_path"])
         indices, rows, _ = join.join_by_key(cache, source)
+    if not len(rows):
+        raise UserError(f"cache {str(cache.path)!r} has no view to show; give another --cache")
     at = choose(count, len(rows), seed)
     chosen: list[int] = rows[at].tolist()
     stored = cache.read(chosen, VIEW, DrawnViews._fields)
     drawn = DrawnViews(*(stored[name][:, None] for name in DrawnViews._fields))
+    patches = int(cache.identity["teacher"]["patches"])
+    if math.isqrt(patches) ** 2 != patches:
+        raise UserError(
+            f"cache {str(cache.path)!r}: {patches} patches of a view are no square grid, and one "
+            "is needed to draw them; give another --cache"
+        )
     policy = policy_from_dict(cache.identity["policy"])
     keys = [cache.keys[row] for row in chosen]
     own = [] if source is None else indices[at].tolist()

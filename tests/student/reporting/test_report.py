@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from student.reporting import report
 from student.reporting.metric_curves import Curve
@@ -266,6 +267,18 @@ def test_a_damaged_checkpoint_costs_the_pictures_alone(runs: Path, tmp_path: Pat
     facts = make(tmp_path, "bad", out=tmp_path / "page.html", more=options(*SHOWN))
     assert "curves" in facts["sections"]
     assert any("cannot be read" in what for what in facts["missing"])
+
+
+def test_features_that_are_not_finite_are_told(runs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "huge"
+    shutil.copytree(runs / "mralign", run)
+    newest = max((run / "checkpoints").iterdir())
+    saved = torch.load(newest, weights_only=True)
+    saved["model"]["encoder.norm.weight"].fill_(3e38)
+    torch.save(saved, newest)
+    facts = make(tmp_path, "huge", out=tmp_path / "page.html", more=options(*SHOWN))
+    assert any("not finite" in what for what in facts["missing"])
+    assert "attention" in facts["sections"]  # the teacher's
 
 
 def test_a_file_that_is_no_report_is_left_alone(runs: Path, tmp_path: Path) -> None:
