@@ -105,6 +105,19 @@ def test_interrupted_at_every_step_and_resumed(
     assert_same_run(run, whole)
 
 
+def _half_written(name: str) -> str:
+    """Code that dies in the middle of a file of weights."""
+    return f"""
+import os, student.models.weights_file
+def dies(tensors, path, metadata):
+    if {name!r} not in os.path.basename(path):
+        return plain(tensors, path, metadata=metadata)
+    open(path, "wb").write(b"half")
+    os.kill(os.getpid(), 9)
+plain, student.models.weights_file.save_file = student.models.weights_file.save_file, dies
+"""
+
+
 # kill -9 where the best weights are ahead of the checkpoints, or half written
 KILLS = {
     "between best and checkpoint": """
@@ -115,13 +128,8 @@ def dies(run, loader, state, step, metrics):
     plain(run, loader, state, step, metrics)
 plain, student.training.train._save = student.training.train._save, dies
 """,
-    "while the best is written": """
-import os, student.features.finetuned
-def dies(tensors, path, metadata):
-    open(path, "wb").write(b"half")
-    os.kill(os.getpid(), 9)
-student.features.finetuned.save_file = dies
-""",
+    "while the best is written": _half_written("best"),
+    "while the encoder is written": _half_written("encoder"),
     "while a checkpoint is written": """
 import os, torch
 def dies(content, file):
@@ -147,6 +155,8 @@ def test_killed_and_resumed(where: str, whole: Path, tmp_path: Path) -> None:
     assert ran.status == [-9], ran.said
     fx.good(ft.finetune("mae", run, *AVERAGE, "--resume", sets=ALL))
     assert_same_run(run, whole)
+    encoder = "encoder.safetensors"
+    assert (run / encoder).read_bytes() == (whole / encoder).read_bytes()
     assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]
 
 
