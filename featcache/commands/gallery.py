@@ -100,5 +100,5 @@ def _tell_problems(cache: Path, done: dict[str, Any]) -> None:
         raise UserError(
             f"{pluralize(len(problems), 'problem')} of {str(cache)!r} in {done['out']!r}, each is "
             f"told there, the first: {problems[0]}; `{command_line('featcache', 'verify', cache)}` "
-            "looks at every byte"
+            "tells whether its bytes are at fault"
         )

@@ -63,7 +63,7 @@ def command(
         raise UserError(
             f"row {row} of {str(cache)!r}, key {facts['key'][:200]!r}: {len(facts['problems'])} "
             f"problem(s), the first: {facts['problems'][0]}; "
-            f"`{command_line('featcache', 'verify', cache)}` looks at every byte"
+            f"`{command_line('featcache', 'verify', cache)}` tells whether its bytes are at fault"
         )
 
 
