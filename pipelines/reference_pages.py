@@ -106,7 +106,7 @@ def teachers_page() -> str:
 
 def recipes_page() -> str:
     """Return each recipe's paper trail and its settings."""
-    from student import config, recipes
+    from student import config, recipes, setting_help
 
     parts = [
         "# Recipes",
@@ -115,12 +115,18 @@ def recipes_page() -> str:
     ]
     for name in recipes.names():
         module = recipes.load(name)
-        values = config.as_dict(config.from_overrides(module.Config, ()))
-        rows = [(f"`{key}`", f"`{json.dumps(value)}`") for key, value in values.items()]
+        described = setting_help.describe(config.from_overrides(module.Config, ()))
+        rows = [
+            (
+                f"`{each.key}`", f"`{json.dumps(each.value)}`", _cell(each.type),
+                _cell(each.allowed), _cell(each.help),
+            )
+            for each in described
+        ]  # fmt: skip
         title, _, rest = (module.__doc__ or "").strip().partition("\n")
         parts += [
             f"## `{name}`", _cell(title), _fence(rest.strip("\n"), "text"),
-            table(("setting", "default"), rows),
+            table(("setting", "default", "type", "allowed", "meaning"), rows),
         ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

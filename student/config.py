@@ -7,10 +7,11 @@ a person who writes a recipe needs of that is here as well.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Protocol
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from featcache.errors import UsageError, near
@@ -51,19 +52,51 @@ __all__ = [
     "check_hides_patches",
     "default_values",
     "from_overrides",
+    "one_of",
     "parse_settings",
     "read_settings",
     "replace",
     "size",
 ]
 
-# Strict: 200 is an int and true is not; extra: an unknown key stops the run.
-CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+# Strict: 200 is an int and true is not; extra: an unknown key stops the run. The text below a field
+# says what it means, and `student recipes NAME` prints it.
+CHECKED = ConfigDict(
+    extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+)
 
 
-def _known_mask(name: str) -> str:
-    masking.known(name)
-    return name
+def check_choice(key: str, given: str, allowed: Sequence[str]) -> None:
+    """Raise UsageError unless a setting is one of a few names."""
+    if given not in allowed:
+        raise UsageError(
+            f"unknown {key} {given!r}: {near(given, allowed)}; choose one with {key}=NAME"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneOf:
+    """Checks that a setting is one of `names`, which descriptions list."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, given: str, info: ValidationInfo) -> str:
+        check_choice(str(info.field_name), given, self.names)
+        return given
+
+
+@dataclasses.dataclass(frozen=True)
+class _KnownMask:
+    names: tuple[str, ...] = tuple(masking.MASKS)
+
+    def __call__(self, given: str) -> str:
+        masking.known(given)
+        return given
+
+
+def one_of(*names: str) -> AfterValidator:
+    """Allow a few names: Annotated[str, one_of("cosine", "mse")] is the type of such a setting."""
+    return AfterValidator(_OneOf(names))
 
 
 # What a publication's large student learns from, where that is CLIP-L/14: for a recipe's SIZES.
@@ -75,7 +108,7 @@ DepthOrZero = Annotated[int, Field(le=256)]  # blocks; a recipe says what 0 mean
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
-Mask = Annotated[str, AfterValidator(_known_mask)]
+Mask = Annotated[str, AfterValidator(_KnownMask())]
 
 
 class TrainConfig(Protocol):
@@ -130,40 +163,64 @@ class RecipeConfig:
     SIZES: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     # student
-    encoder: str = "base"  # tiny, small, base, large, or a timm ViT: NAME or NAME,key=value,...
-    img_size: Positive = 224  # pixels a side, of the student's view
-    patch_size: Positive = 16  # pixels a side; both sizes overrule those in the encoder's name
-    drop_path: Fraction = 0.0  # share at the last block, linear from 0 at the first
+    encoder: str = "base"
+    """The student: tiny, small, base or large (huge too with family=conv_vit), for plain ViTs also
+    any of timm's by name, each with changes: tiny,depth=6,embed_dim=128."""
+    img_size: Positive = 224
+    """Pixels a side of the student's view; it overrules the encoder's name."""
+    patch_size: Positive = 16
+    """Pixels a side of a patch, which divides img_size; it overrules the encoder's name."""
+    drop_path: Fraction = 0.0
+    """Probability that a branch of the last block is left out of a sample (stochastic depth); it
+    rises linearly from 0 at the first block."""
 
     # teacher: facts of the cache, filled in by the trainer when it has opened one
     teacher: str = "clip-b16"
-    teacher_depth: Depth = 12  # blocks
-    teacher_width: Positive = 768  # channels of a block's output
+    """The network whose targets are learned, a name of `featcache teachers`; with --cache the one
+    that was extracted with."""
+    teacher_depth: Depth = 12
+    """Blocks of the teacher; a fact of the cache, filled in from there."""
+    teacher_width: Positive = 768
+    """Channels of a teacher block's output; a fact of the cache, filled in from there."""
 
     # mask
-    mask: Mask = "uniform"  # a name in student.masking.MASKS
-    # hidden part of the patches; int(patches * (1 - mask_ratio)) stay visible
+    mask: Mask = "uniform"
+    """How the visible patches are chosen: attentive draws by the teacher's attention, topk takes
+    what it attends to most, blockwise hides rectangles, stored keeps the order drawn at
+    extraction."""
     mask_ratio: Fraction = 0.75
-    mask_count: str = "visible"  # or hidden: int(patches * mask_ratio) are hidden
+    """Share of the patches that is hidden; mask_count says how it is rounded."""
+    mask_count: Annotated[str, one_of(*masking.COUNTS)] = "visible"
+    """What is rounded down: visible leaves int(patches * (1 - mask_ratio)) to be seen, hidden hides
+    int(patches * mask_ratio)."""
 
     # optimiser
-    blr: Above0 = 1.5e-4  # base learning rate: lr = blr * global batch / 256
-    lr: Above0 | None = None  # peak learning rate as it is; wins over blr
-    min_lr: NotNegative = 0.0  # learning rate at the end of the cosine
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # AdamW
+    blr: Above0 = 1.5e-4
+    """Base learning rate: the peak is blr * global batch / 256."""
+    lr: Above0 | None = None
+    """Peak learning rate at any batch size, which wins over blr; null: by blr."""
+    min_lr: NotNegative = 0.0
+    """Learning rate at the end of the cosine."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay of the first and of the second moment."""
     weight_decay: NotNegative = 0.05
-    # decay cls_token and mask_token too, as the released MAE-family code does
+    """AdamW's weight decay; biases, norms and other 1-D parameters have none."""
     decay_tokens: bool = False
-    clip_grad: Above0 | None = None  # largest gradient norm; null: no clipping
+    """Whether weight decay reaches cls_token and mask_token too, as in the released code of the MAE
+    family."""
+    clip_grad: Above0 | None = None
+    """Largest norm of the gradient, which is scaled down to it; null: no clipping."""
     epochs: Positive = 200
-    warmup_epochs: NotNegative = 20  # may exceed epochs: then the learning rate only rises
-    # the warm-up's last step has the peak, which the cosine's first repeats, as in BEiT's and CAE's
-    # released code
+    """Passes over the training pictures."""
+    warmup_epochs: NotNegative = 20
+    """Epochs in which the learning rate rises linearly from 0 to its peak; with more of them than
+    epochs it only rises."""
     repeat_peak: bool = False
+    """Whether the warm-up's last step has the peak, which the cosine's first repeats, as in BEiT's
+    and CAE's released code."""
 
     def __post_init__(self) -> None:
         """Raise UsageError where fields do not go together."""
-        check_choice("mask_count", self.mask_count, masking.COUNTS)
         if self.img_size % self.patch_size:
             raise UsageError(
                 f"cannot cut the picture into patches: img_size={self.img_size}, "
@@ -199,8 +256,11 @@ class OutputConfig(RecipeConfig):
     TARGETS: ClassVar[tuple[str, ...]] = ("z", "f")
 
     target: str = "z"
-    # channels of z, a fact of the cache; the teacher's width where it has no projection
+    """What is learned of the teacher: z is its output after the projection, as CLIP has one, f the
+    output of its last norm, for teachers without."""
     teacher_out: Positive = 512
+    """Channels of z, the teacher's width where it has no projection; a fact of the cache, filled in
+    from there."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,14 +270,6 @@ class OutputConfig(RecipeConfig):
     def target_width(self) -> int:
         """Return E, the channels of the target."""
         return self.teacher_out if self.target == "z" else self.teacher_width
-
-
-def check_choice(key: str, given: str, allowed: Sequence[str]) -> None:
-    """Raise UsageError unless a setting is one of a few names."""
-    if given not in allowed:
-        raise UsageError(
-            f"unknown {key} {given!r}: {near(given, allowed)}; choose one with {key}=NAME"
-        )
 
 
 def check_hides_patches(config: RecipeConfig) -> None:

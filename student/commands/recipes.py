@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from featcache.console.text import first_paragraph, print_facts
+from featcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from student.setting_help import SettingHelp
 
 
 @click.command(
     epilog="Examples:\n\n  student recipes\n\n  student recipes mralign --set encoder=large"
+    "\n\n  student recipes mralign --json > mralign.json"
 )
 @click.argument("name", required=False)
 @click.option(
@@ -20,13 +25,23 @@ from featcache.console.text import first_paragraph, print_facts
     metavar="KEY=VALUE",
     help="Show the configuration with this change.",
 )
+@click.option(
+    "--schema",
+    is_flag=True,
+    help="Print as JSON of each setting its value, default, type, what is allowed and its meaning.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(name: str | None, settings: tuple[str, ...], as_json: bool) -> None:
-    """List the recipes, or show one recipe's paper trail and its flattened configuration."""
-    if name is None:
-        _list_recipes(as_json)
-    else:
-        _show_recipe(name, settings, as_json)
+def command(name: str | None, settings: tuple[str, ...], schema: bool, as_json: bool) -> None:
+    """List the recipes, or show one recipe's paper trail and what each of its settings means."""
+    if name is not None:
+        _show_recipe(name, settings, schema, as_json)
+        return
+    if schema or settings:
+        raise UsageError(
+            f"{'--schema' if schema else '--set'} is about one recipe: name it, as in student "
+            "recipes mae"
+        )
+    _list_recipes(as_json)
 
 
 def _list_recipes(as_json: bool) -> None:
@@ -37,10 +52,20 @@ def _list_recipes(as_json: bool) -> None:
     print_facts(titles, as_json, text)
 
 
-def _show_recipe(name: str, settings: tuple[str, ...], as_json: bool) -> None:
-    from student import config, recipes
+def _show_recipe(name: str, settings: tuple[str, ...], schema: bool, as_json: bool) -> None:
+    from student import config, recipes, setting_help
 
     module = recipes.load(name)
-    values = config.as_dict(config.from_overrides(module.Config, settings))
-    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
-    print_facts(values, as_json, f"{(module.__doc__ or '').strip()}\n\n{lines}")
+    shown = config.from_overrides(module.Config, settings)
+    described = setting_help.describe(shown)
+    if schema:
+        print_facts({each.key: _facts(each) for each in described}, True, "")
+        return
+    entries = [setting_help.as_lines(each) for each in described]
+    text = "\n".join([f"{(module.__doc__ or '').strip()}\n", *entries])
+    print_facts(config.as_dict(shown), as_json, text)
+
+
+def _facts(setting: SettingHelp) -> dict[str, Any]:
+    names = ("value", "default", "type", "allowed", "help")
+    return {name: getattr(setting, name) for name in names}

@@ -53,7 +53,7 @@ width.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +73,8 @@ from student.config import (
     NotNegative,
     OutputConfig,
     Positive,
-    check_choice,
     check_hides_patches,
+    one_of,
 )
 from student.models import beit, drop_path, latent_regressor, losses, vit
 from student.recipes import TargetSpec
@@ -107,26 +107,40 @@ class Config(OutputConfig):
     epochs: Positive = 800
     warmup_epochs: NotNegative = 20
 
-    # of the hidden patches; or z, f: a teacher's output; or pixels
     target: str = "tokens"
-    norm_pix: bool = True  # of target=pixels: each target patch less its mean, over its std
-    family: str = "cae"  # of the encoder: timm's Beit with CAE's positions and start values
-    layer_scale: Above0 = 0.1  # start, in the encoder
-    # start of every Linear; false: BEiT's truncated normals, scaled down with depth
+    """What is predicted of the hidden patches: the tokenizer's tokens, the teacher's output z
+    (after its projection) or f (of its last norm), or pixels."""
+    norm_pix: bool = True
+    """With target=pixels, whether each target patch is taken less its mean and over its standard
+    deviation."""
+    family: Annotated[str, one_of("cae")] = "cae"
+    """Architecture of the encoder: timm's Beit with CAE's fixed positions and start values."""
+    layer_scale: Above0 = 0.1
+    """Start value of LayerScale in the encoder's blocks."""
     xavier: bool = True
-    # of the decoder too; a Linear and a norm lie between it and another encoder width
+    """Whether every Linear starts as Xavier has it; else as BEiT's truncated normals, scaled down
+    with depth."""
     regressor_width: Positive = 768
-    regressor_depth: Depth = 4  # blocks
-    regressor_heads: Positive = 12  # of the decoder too
-    decoder_depth: DepthOrZero = 4  # blocks; 0: a Linear alone
-    token_field: str = "dvae/token_ids"  # of the cache
-    vocabulary: Positive = 8192  # tokens of the tokenizer
-    align_weight: NotNegative = 2.0  # 0: no alignment, and no second encoding
-    align_drop_path: bool = True  # drop path in the second encoding
+    """Channels of regressor and decoder; a Linear and a norm lie between them and an encoder of
+    another width."""
+    regressor_depth: Depth = 4
+    """Blocks of the latent contextual regressor."""
+    regressor_heads: Positive = 12
+    """Attention heads of a block of regressor and decoder; they divide regressor_width."""
+    decoder_depth: DepthOrZero = 4
+    """Blocks of the decoder; 0: one Linear predicts from the regressor's output (Table 2)."""
+    token_field: str = "dvae/token_ids"
+    """The cache's array of tokens: NAME/token_ids of the tokenizer NAME, or token_ids."""
+    vocabulary: Positive = 8192
+    """Number of different tokens that the tokenizer has."""
+    align_weight: NotNegative = 2.0
+    """Weight of the alignment of the masked patches' latents with those that the encoder gives; 0:
+    none, and no second encoding (Table 2)."""
+    align_drop_path: bool = True
+    """Whether drop path is on in the second encoding, as in the released code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("family", self.family, ("cae",))
         beit.check_heads("regressor", self.regressor_width, self.regressor_heads)
         check_hides_patches(self)
         if self.decoder_depth < 0:

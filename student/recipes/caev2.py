@@ -42,7 +42,7 @@ Shapes: B batch, V visible, P patches, M = P - V masked, W regressor width, E ta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,8 @@ from student.config import (
     NotNegative,
     OutputConfig,
     Positive,
-    check_choice,
     check_hides_patches,
+    one_of,
 )
 from student.models import beit, latent_regressor, losses, vit
 from student.recipes import TargetSpec
@@ -103,25 +103,36 @@ class Config(OutputConfig):
     epochs: Positive = 300
     warmup_epochs: NotNegative = 10
 
-    family: str = "cae"  # of the encoder: timm's Beit with CAE's positions and start values
-    layer_scale: Above0 = 0.1  # start, in the encoder
-    # a Linear and a norm lie between it and another width of the encoder
+    family: Annotated[str, one_of("cae")] = "cae"
+    """Architecture of the encoder: timm's Beit with CAE's fixed positions and start values."""
+    layer_scale: Above0 = 0.1
+    """Start value of LayerScale in the encoder's blocks."""
     regressor_width: Positive = 768
-    regressor_depth: DepthOrZero = 4  # blocks
+    """Channels of the regressor; a Linear and a norm lie between it and an encoder of another
+    width."""
+    regressor_depth: DepthOrZero = 4
+    """Blocks of the latent contextual regressor, 1 or more (Table 4); 0 with align=visible, which
+    has none."""
     regressor_heads: Positive = 12
-    align: str = "both"  # both, or only the visible or the masked
-    loss: str = "cosine"  # or smooth_l1, mse
-    reduction: str = "code"  # one mean over all tokens; or paper, two means, without CLS
-    head: str = "norm_linear"  # as in the code; or linear_norm, the paper's
-    jitter: Fraction = 0.4  # of the colours, in the cache's views; seen by teacher and student
+    """Attention heads of a regressor block; they divide regressor_width."""
+    align: Annotated[str, one_of("both", "visible", "masked")] = "both"
+    """Patches whose latents are aligned with the teacher's output: the visible, the masked, or both
+    (Table 2)."""
+    loss: Annotated[str, one_of("cosine", "smooth_l1", "mse")] = "cosine"
+    """Distance of a latent from the target: cosine is 1 less the cosine, smooth_l1 and mse are of
+    the target normalised over its channels (Table 3)."""
+    reduction: Annotated[str, one_of("code", "paper")] = "code"
+    """How errors are averaged: code has one mean over all tokens, paper the mean over visible
+    patches plus the mean over masked ones, without [CLS] (Eq. 2)."""
+    head: Annotated[str, one_of("norm_linear", "linear_norm")] = "norm_linear"
+    """Order of the prediction head's norm and Linear: norm_linear as the released code, linear_norm
+    as the paper."""
+    jitter: Fraction = 0.4
+    """Largest change of brightness, contrast and saturation in the cache's views, which teacher and
+    student both see."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("family", self.family, ("cae",))
-        check_choice("align", self.align, ("both", "visible", "masked"))
-        check_choice("loss", self.loss, ("cosine", "smooth_l1", "mse"))
-        check_choice("reduction", self.reduction, ("code", "paper"))
-        check_choice("head", self.head, ("norm_linear", "linear_norm"))
         beit.check_heads("regressor", self.regressor_width, self.regressor_heads)
         if self.align != "visible":
             check_hides_patches(self)

@@ -28,7 +28,7 @@ Shapes: B batch, P patches, D student width, Dt teacher width.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from student.config import (
     NotNegative,
     Positive,
     RecipeConfig,
-    check_choice,
+    one_of,
 )
 from student.models import beit, losses
 from student.recipes import TargetSpec
@@ -74,19 +74,23 @@ class Config(RecipeConfig):
 
     drop_path: Fraction = 0.2
     mask_ratio: Fraction = 0.0
+    """Share of the patches that is hidden: 0 alone, since nothing is hidden here."""
     min_lr: NotNegative = 2e-5
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip_grad: Above0 | None = 3.0
     epochs: Positive = 300
     warmup_epochs: NotNegative = 10
 
-    family: str = "beit"  # of the encoder: timm's Beit with shared relative positions
-    layer_scale: Above0 = 0.1  # start, in the encoder
-    beta: Above0 = 2.0  # where the loss turns from square to linear
+    family: Annotated[str, one_of("beit")] = "beit"
+    """Architecture of the encoder: timm's Beit with one table of relative positions for all
+    blocks."""
+    layer_scale: Above0 = 0.1
+    """Start value of LayerScale in the encoder's blocks."""
+    beta: Above0 = 2.0
+    """Difference at which the smooth-L1 loss turns from square to linear."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("family", self.family, ("beit",))
         if self.mask_ratio or self.mask != "uniform":
             raise UsageError(
                 f"nothing is hidden in fd: mask={self.mask} mask_ratio={self.mask_ratio}; allowed: "

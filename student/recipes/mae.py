@@ -40,9 +40,13 @@ class Config(RecipeConfig):
     warmup_epochs: NotNegative = 40
 
     decoder_width: Positive = 512
-    decoder_depth: Depth = 8  # blocks
+    """Channels of the decoder."""
+    decoder_depth: Depth = 8
+    """Blocks of the decoder."""
     decoder_heads: Positive = 16
-    norm_pix: bool = True  # each target patch less its mean, over its std
+    """Attention heads of a decoder block; they divide decoder_width."""
+    norm_pix: bool = True
+    """Whether each target patch is taken less its mean and over its standard deviation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -58,14 +58,14 @@ Shapes: B batch, V visible, P patches, L levels.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from featcache.errors import UsageError
 from student import masking
-from student.config import CHECKED, Fraction, Mask, NotNegative, RecipeConfig, check_choice
+from student.config import CHECKED, Fraction, Mask, NotNegative, RecipeConfig, one_of
 from student.models import alignment as align
 from student.models import vit
 from student.models.alignment_levels import aligned_levels, parse_align_levels, parse_level_weights
@@ -91,28 +91,34 @@ class Config(RecipeConfig):
     mask_ratio: Fraction = 0.7
     min_lr: NotNegative = 1e-5
 
-    level_weights: str = "top:5"  # top:K, mean, last, linear-decay
-    # auto (what level_weights names), last:K, or block numbers from 1: 8,10,12
+    level_weights: str = "top:5"
+    """Weights of the aligned teacher levels: top:K has 1/K for the last K of them, mean the same
+    for all, last 1 for the last, linear-decay falls linearly to 0 at the lowest."""
     align_levels: str = "auto"
-    alignment: str = "mix_then_adapt"  # or adapt_then_mix, the paper's Eq. 1; layer_wise, without W
-    # of W: identity (+ 0.01), which equal depths have; even (1/S), which others have
-    mix_start: str = "auto"
-    # or norm_linear; mlp: Linear, GELU, Linear; mlp2: Linear, LayerNorm, Linear
-    adaptor: str = "linear"
-    # of each token; or l2; none: the teacher's stream itself; bn: by the batch's moments
-    target_norm: str = "ln"
-    loss: str = "smooth_l1"  # twice the mean, as the released code; or l2, l1
-    cls_loss: bool = True  # CLS is aligned too
+    """Teacher levels that are aligned: auto (those that level_weights names), last:K, or block
+    numbers from 1 such as 8,10,12."""
+    alignment: Annotated[str, one_of(*align.ALIGNMENTS)] = "mix_then_adapt"
+    """Order of the matrix W, which mixes student blocks, and the adaptors: mix_then_adapt as the
+    released code, adapt_then_mix as Eq. 1, layer_wise without W (Table 3)."""
+    mix_start: Annotated[str, one_of(*align.MIX_STARTS)] = "auto"
+    """Start of W: identity is 1 for the block of the level's own number and 0.01 more for all, even
+    is 1/S of S blocks; auto is identity at equal depths, else even."""
+    adaptor: Annotated[str, one_of(*align.ADAPTORS)] = "linear"
+    """What maps the student's width to the teacher's: one Linear, norm_linear with a LayerNorm
+    first, mlp (Linear, GELU, Linear) or mlp2 (Linear, LayerNorm, Linear) (Table 6)."""
+    target_norm: Annotated[str, one_of(*align.TARGET_NORMS)] = "ln"
+    """How a teacher's token is normalised: ln by LayerNorm without affine, l2 to length 1, bn by
+    mean and variance of the level over the batch, none leaves the stream (Table 6)."""
+    loss: Annotated[str, one_of(*align.LOSSES)] = "smooth_l1"
+    """Distance of aligned tokens: smooth_l1 is twice the mean, as in the released code (Eq. 3 lacks
+    the 2), or l2, l1."""
+    cls_loss: bool = True
+    """Whether [CLS] is aligned as well as the visible patches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_level_weights(self.level_weights)
         parse_align_levels(self.align_levels)
-        check_choice("alignment", self.alignment, align.ALIGNMENTS)
-        check_choice("mix_start", self.mix_start, align.MIX_STARTS)
-        check_choice("adaptor", self.adaptor, align.ADAPTORS)
-        check_choice("target_norm", self.target_norm, align.TARGET_NORMS)
-        check_choice("loss", self.loss, tuple(align.LOSSES))
         if self.alignment == "layer_wise" and self.mix_start != "auto":
             raise UsageError(
                 f"cannot train maskalign so: mix_start={self.mix_start} does nothing with "

@@ -35,7 +35,7 @@ Shapes: B batch, V visible, P patches, M = P - V masked, W decoder width, E targ
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +53,8 @@ from student.config import (
     NotNegative,
     OutputConfig,
     Positive,
-    check_choice,
     check_hides_patches,
+    one_of,
 )
 from student.models import losses, vit
 from student.recipes import TargetSpec
@@ -80,19 +80,31 @@ class Config(OutputConfig):
     epochs: Positive = 400
     warmup_epochs: NotNegative = 40
 
-    decoder: str = "prompting"  # or mae, which updates all tokens
-    # by each block's keys and values, as in the code; or raw, as in Eq. 2
-    prompts: str = "projected"
+    target: str = "z"
+    """What is predicted: z is the teacher's output after the projection, as CLIP has one, f the
+    output of its last norm, for teachers without, pixels the colours of hidden patches
+    (Table 5)."""
+    decoder: Annotated[str, one_of("prompting", "mae")] = "prompting"
+    """prompting updates the masked tokens alone, and the encoder's are its fixed prompts; mae is
+    MAE's decoder, which updates all (Table 5)."""
+    prompts: Annotated[str, one_of("projected", "raw")] = "projected"
+    """What the prompts join keys and values as: projected in each block, as in the released code,
+    or raw as in Eq. 2; of decoder=prompting."""
     decoder_width: Positive = 512
-    decoder_depth: Depth = 8  # blocks
+    """Channels of the decoder."""
+    decoder_depth: Depth = 8
+    """Blocks of the decoder."""
     decoder_heads: Positive = 16
-    cls_loss: bool = True  # CLS is one of the tokens of the loss
-    norm_pix: bool = True  # of target=pixels: each target patch less its mean, over its std
+    """Attention heads of a decoder block; they divide decoder_width."""
+    cls_loss: bool = True
+    """Whether [CLS] is one of the tokens of the loss, as in the released code; Eq. 1 counts patches
+    alone."""
+    norm_pix: bool = True
+    """With target=pixels, whether each target patch is taken less its mean and over its standard
+    deviation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("decoder", self.decoder, ("prompting", "mae"))
-        check_choice("prompts", self.prompts, ("projected", "raw"))
         check_hides_patches(self)
         vit.check_decoder(self.decoder_width, self.decoder_heads)
         idle = {

@@ -57,19 +57,28 @@ class Config(RecipeConfig):
     """Take MaskAlign's optimiser, MR-MAE's ratio and weights, MAE's decoder."""
 
     drop_path: Fraction = 0.1
-    mask: Mask = "attentive"  # one mask for both halves
+    mask: Mask = "attentive"
     mask_ratio: Fraction = 0.75
     min_lr: NotNegative = 1e-5
 
-    level_weights: str = "top:5"  # top:K, mean, last, linear-decay
-    # auto (what level_weights names), last:K, or block numbers from 1: 8,10,12
+    level_weights: str = "top:5"
+    """Weights of the aligned teacher levels: top:K has 1/K for the last K of them, mean the same
+    for all, last 1 for the last, linear-decay falls linearly to 0 at the lowest."""
     align_levels: str = "auto"
-    align_weight: NotNegative = 0.5  # of the alignment loss
-    pixel_weight: NotNegative = 0.5  # of the pixel loss
+    """Teacher levels that are aligned: auto (those that level_weights names), last:K, or block
+    numbers from 1 such as 8,10,12."""
+    align_weight: NotNegative = 0.5
+    """Weight of the alignment loss, at [CLS] and visible patches (MaskAlign's)."""
+    pixel_weight: NotNegative = 0.5
+    """Weight of the pixel loss, at hidden patches (MAE's)."""
     decoder_width: Positive = 512
-    decoder_depth: Depth = 8  # blocks
+    """Channels of the decoder."""
+    decoder_depth: Depth = 8
+    """Blocks of the decoder."""
     decoder_heads: Positive = 16
-    norm_pix: bool = True  # each target patch less its mean, over its std
+    """Attention heads of a decoder block; they divide decoder_width."""
+    norm_pix: bool = True
+    """Whether each target patch is taken less its mean and over its standard deviation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

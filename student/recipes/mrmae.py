@@ -58,7 +58,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +75,8 @@ from student.config import (
     NotNegative,
     OutputConfig,
     Positive,
-    check_choice,
     check_hides_patches,
+    one_of,
 )
 from student.models import conv_vit, losses, vit
 from student.models.alignment_levels import parse_block_numbers
@@ -97,32 +97,49 @@ class Config(OutputConfig):
 
     TARGETS: ClassVar[tuple[str, ...]] = ("fd", "f", "h", "z")
 
-    mask: Mask = "attentive"  # or topk; one mask for both halves
+    mask: Mask = "attentive"
     epochs: Positive = 400
     warmup_epochs: NotNegative = 80
 
     target: str = "fd"
-    # of the encoder: a plain ViT; or conv_vit, with masked convolutions before its blocks
-    family: str = "mae"
-    conv_cls: bool = False  # conv_vit with a CLS token
-    fuse: str = "auto"  # last, or the blocks whose outputs are summed, numbers from 1: 3,6,9,12
-    mimic_at: str = "encoder"  # or decoder, at the hidden patches
-    mimic_weight: NotNegative = 0.5  # 0: no teacher
-    pixel_weight: NotNegative = 0.5  # 0: no decoder
-    reduction: str = "mean"  # over the channels of a patch; or sum
-    joint: str = ""  # a second teacher, whose arrays were added to the cache
-    joint_depth: Depth = 12  # facts of the cache, as the first teacher's
+    """What is mimicked: fd is the output of the teacher's last norm, normalised once more, f that
+    output, z the one after the projection, h the last block's stream, normalised."""
+    family: Annotated[str, one_of("mae", conv_vit.FAMILY)] = "mae"
+    """Architecture of the encoder: mae is a plain ViT, conv_vit has masked convolutions before its
+    blocks (Table 3)."""
+    conv_cls: bool = False
+    """Whether a conv_vit has a [CLS] token; a plain ViT has one anyway."""
+    fuse: str = "auto"
+    """Blocks whose outputs are summed before the heads: auto is every quarter of a plain ViT and
+    both stages with the last block of a conv_vit, last the last block, or numbers from 1 such as
+    3,6,9,12."""
+    mimic_at: Annotated[str, one_of("encoder", "decoder")] = "encoder"
+    """Where the teacher is mimicked: at the encoder's visible patches, or at the decoder's hidden
+    ones (Table 3)."""
+    mimic_weight: NotNegative = 0.5
+    """Weight of the mimic loss (Eq. 2); 0: no teacher."""
+    pixel_weight: NotNegative = 0.5
+    """Weight of the pixel loss; 0: no decoder."""
+    reduction: Annotated[str, one_of("mean", "sum")] = "mean"
+    """How both losses treat the channels of a patch: by their mean, or by their sum."""
+    joint: str = ""
+    """A second teacher, whose arrays were added to the cache, with a head of its own (Table 4);
+    empty: none."""
+    joint_depth: Depth = 12
+    """Blocks of the second teacher; a fact of the cache, filled in from there."""
     joint_width: Positive = 768
+    """Channels of the second teacher; a fact of the cache, filled in from there."""
     decoder_width: Positive = 512
-    decoder_depth: Depth = 8  # blocks
+    """Channels of the decoder."""
+    decoder_depth: Depth = 8
+    """Blocks of the decoder."""
     decoder_heads: Positive = 16
-    norm_pix: bool = True  # each target patch less its mean, over its std
+    """Attention heads of a decoder block; they divide decoder_width."""
+    norm_pix: bool = True
+    """Whether each target patch is taken less its mean and over its standard deviation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("family", self.family, ("mae", conv_vit.FAMILY))
-        check_choice("mimic_at", self.mimic_at, ("encoder", "decoder"))
-        check_choice("reduction", self.reduction, ("mean", "sum"))
         parse_fuse(self.fuse)
         vit.check_decoder(self.decoder_width, self.decoder_heads)
         if self.family == conv_vit.FAMILY:

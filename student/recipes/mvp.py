@@ -24,6 +24,8 @@ Shapes: B batch, P patches, M masked, D width, E target width.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -36,8 +38,8 @@ from student.config import (
     NotNegative,
     OutputConfig,
     Positive,
-    check_choice,
     check_hides_patches,
+    one_of,
 )
 from student.models import beit, latent_regressor, losses, vit
 from student.recipes import TargetSpec
@@ -66,12 +68,14 @@ class Config(OutputConfig):
     epochs: Positive = 300
     warmup_epochs: NotNegative = 10
 
-    family: str = "beit"  # of the encoder: timm's Beit with shared relative positions
-    layer_scale: Above0 = 0.1  # start, in the encoder
+    family: Annotated[str, one_of("beit")] = "beit"
+    """Architecture of the encoder: timm's Beit with one table of relative positions for all
+    blocks."""
+    layer_scale: Above0 = 0.1
+    """Start value of LayerScale in the encoder's blocks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("family", self.family, ("beit",))
         check_hides_patches(self)
 
 

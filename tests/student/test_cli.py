@@ -153,7 +153,9 @@ def test_a_recipes_paper_trail_and_configuration(name: str) -> None:
     ran = fx.good(fx.stud("recipes", name))
     module = recipes.load(name)
     assert (module.__doc__ or "").strip() in ran.out
-    shown = dict(line.split(" = ", 1) for line in ran.out.split("\n\n")[-1].splitlines())
+    lines = ran.out.split("\n\n")[-1].splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = dict(line.split(" = ", 1) for line in lines if not line.startswith("    "))
     assert {key: json.loads(value) for key, value in shown.items()} == config.as_dict(
         module.Config()
     )
