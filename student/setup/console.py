@@ -1,12 +1,29 @@
-"""A run of several processes speaks with one voice."""
+"""A run of several processes speaks with one voice: that of a command at a terminal, or of a Python
+call."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from featcache.console.text import echo, print_facts
-from featcache.errors import one_line
+from featcache.console.text import print_facts, say
+from featcache.errors import STOPPED, StoppedError, one_line
+from student.training.progress_bar import Display, shown
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Says what happens while a run is made: lines for the user, and the steps."""
+
+    tell: Callable[[str], None]
+    display: Display
+    ends_process: bool = False  # a stopped run ends the processes that do not speak by their status
+
+
+TERMINAL = Voice(say, shown, ends_process=True)
 
 
 @dataclass(frozen=True)
@@ -14,12 +31,37 @@ class Console:
     """The first process of a run speaks, all others say nothing."""
 
     speaks: bool
-    as_json: bool
+    voice: Voice = TERMINAL
 
     def say(self, text: str) -> None:
         if self.speaks:
-            echo(one_line(text), err=True)
+            self.voice.tell(one_line(text))
 
-    def print(self, facts: dict[str, Any], text: str) -> None:
+    def stopped(self, error: StoppedError) -> StoppedError | SystemExit:
+        """Return what a run that was stopped raises: one line, by one process of a command."""
+        return error if self.speaks or not self.voice.ends_process else SystemExit(STOPPED)
+
+    @contextlib.contextmanager
+    def notes_of_one(self) -> Iterator[None]:
+        """Keep the notes of a logger, as on pictures, to the process that speaks."""
+        logger = logging.getLogger("featcache")
+        before = logger.level
+        if not self.speaks:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Holds what a run has found, as plain JSON and as text, and whether this process says it."""
+
+    facts: dict[str, Any]
+    text: str
+    speaks: bool
+
+    def print(self, as_json: bool) -> None:
         if self.speaks:
-            print_facts(facts, self.as_json, text)
+            print_facts(self.facts, as_json, self.text)

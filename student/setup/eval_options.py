@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -90,7 +90,7 @@ def filled(options: dict[str, Any]) -> dict[str, Any]:
     return {**absent, **options, "own": frozenset(options)}
 
 
-def check_subject(name: str, given: dict[str, Any]) -> None:
+def check_subject(name: str, given: Mapping[str, Any]) -> None:
     """Raise UsageError unless one thing is evaluated, by options that are about it."""
     run, teacher = given["run"], given["teacher_spec"]
     if (run is None) == (teacher is None):
@@ -107,7 +107,7 @@ def check_subject(name: str, given: dict[str, Any]) -> None:
         raise UsageError("--weights is about --teacher, and RUN is evaluated: leave one out")
 
 
-def freeze(given: dict[str, Any]) -> FrozenEncoder:
+def freeze(given: Mapping[str, Any]) -> FrozenEncoder:
     """Return the encoder of RUN, or a teacher."""
     from student.features import frozen
 

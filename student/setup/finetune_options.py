@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -170,8 +171,8 @@ def _running() -> list[click.Parameter]:
     ]
 
 
-def option_values(given: dict[str, Any]) -> dict[str, Any]:
+def option_values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those that a run depends on, by name."""
     from student.setup.finetune_inputs import FinetuneOptions
 
-    return {name: given[name] for name in FinetuneOptions.__dataclass_fields__}
+    return {name: given[name] for name in FinetuneOptions.__dataclass_fields__ if name in given}

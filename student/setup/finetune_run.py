@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -12,30 +13,36 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from featcache.console.params import require_images
-from featcache.console.text import print_facts
 from student import checkpoint
 from student.config import as_dict
-from student.data.loader import Loader
 from student.features import finetuned, results, scores
 from student.features.labelled import SetOptions, Sets, open_sets
 from student.features.task import Scored
 from student.setup import build, eval_options, eval_text, finetune_inputs, finetune_options
-from student.setup.console import Console
+from student.setup.console import Console, Told, Voice
 from student.setup.finetune_inputs import FinetuneOptions
-from student.setup.run_to_end import run_to_end
-from student.training import accelerator, dry_run
+from student.setup.run_to_end import measure_run, run_to_end
+from student.training import accelerator
 from student.training.run_folder import commit
+from student.training.set_aside import generators_kept
 from student.training.train import Run
 from student.training.validation import ValidationPlan
 
 
-def run(name: str, protocol: ModuleType, given: dict[str, Any]) -> None:
-    """Fine-tune by a protocol, and print and record the result."""
+def run(name: str, protocol: ModuleType, given: Mapping[str, Any], voice: Voice) -> Told:
+    """Fine-tune by a protocol, score and record the result; every process takes part. `given` are
+    the options by click's names."""
     eval_options.check_subject(f"eval {name}", given)
-    if given["deterministic"]:
-        accelerator.deterministic()
-    acc = accelerator.accelerator(given["precision"], given["device"])
-    console = Console(acc.is_main_process, given["as_json"])
+    with accelerator.own_state(), accelerator.kernels(deterministic=given["deterministic"]):
+        acc = accelerator.accelerator(given["precision"], given["device"])
+        console = Console(acc.is_main_process, voice)
+        with generators_kept(acc.device):
+            return _run(name, protocol, given, acc, console)
+
+
+def _run(
+    name: str, protocol: ModuleType, given: Mapping[str, Any], acc: Accelerator, console: Console
+) -> Told:
     sets = open_sets(
         SetOptions(
             require_images(given["images_spec"]), given["tests"], given["subsets"], given["maps"],
@@ -47,8 +54,7 @@ def run(name: str, protocol: ModuleType, given: dict[str, Any]) -> None:
     config = finetune_inputs.configure(options, begun, protocol, len(sets.names))
     if given["show"]:
         text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in as_dict(config).items())
-        console.print(as_dict(config), text)
-        return
+        return Told(as_dict(config), text, console.speaks)
     for note in [*([begun.note] if begun.note else ()), *(f"note: {each}" for each in sets.notes)]:
         console.say(note)
     started = time.perf_counter()
@@ -57,8 +63,7 @@ def run(name: str, protocol: ModuleType, given: dict[str, Any]) -> None:
     for note in [*build.rate_notes(job, loader), *finetune_inputs.mix_notes(config, loader)]:
         console.say(note)
     if given["dry_run"]:
-        _dry_run(job, loader, acc, console)
-        return
+        return measure_run(job, loader, acc, console)
     run_to_end(job, loader, acc, console)
     facts = {
         "eval": name,
@@ -73,14 +78,7 @@ def run(name: str, protocol: ModuleType, given: dict[str, Any]) -> None:
     }
     if console.speaks:
         results.record(options.run, facts, None, also=job.out)
-        print_facts(facts, given["as_json"], _text(name, facts))
-
-
-def _dry_run(job: Run, loader: Loader, acc: Accelerator, console: Console) -> None:
-    facts = build.run_facts(job, loader)
-    with accelerator.out_of_memory_told(loader.batch_size):
-        facts |= dry_run.measure(job, loader, acc)
-    console.print(facts, dry_run.text(facts))
+    return Told(facts, _text(name, facts), console.speaks)
 
 
 def _result(job: Run, acc: Accelerator, sets: Sets, options: FinetuneOptions) -> dict[str, Any]:
@@ -124,7 +122,7 @@ def _scored(job: Run, network: nn.Module, acc: Accelerator) -> list[Scored]:
         return job.watch.score(logits, acc)
 
 
-def _settings(given: dict[str, Any], sets: Sets, job: Run) -> dict[str, Any]:
+def _settings(given: Mapping[str, Any], sets: Sets, job: Run) -> dict[str, Any]:
     """Return what the result depends on, as plain JSON."""
     names = ("seed", "shots", "fraction", "crop_pct", "epochs", "batch_size", "accumulate")
     shared = {key: given[key] for key in names if given[key] is not None}

@@ -64,7 +64,7 @@ def probe_plan(request: RunRequest, inputs: TrainingInputs, acc: Accelerator) ->
     def align(crops: online.U8) -> list[dict[str, Tensor]]:
         return _alignment(request, inputs, HeldOut(source, rows.test[:ALIGNED], crops[:ALIGNED]))
 
-    return ProbePlan(source, rows, inputs.config.img_size, options.probe_every, align)
+    return ProbePlan(source, rows, inputs.config.img_size, options.probe_every, align, request.say)
 
 
 def _check_options(options: Options, acc: Accelerator) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from featcache.catalog import home
-from featcache.errors import STOPPED, StoppedError, UserError
+from featcache.errors import StoppedError, UserError
 from student import checkpoint
 from student.data.loader import Loader
 from student.setup import build, picture_check
-from student.setup.console import Console
-from student.training import preemption, train
+from student.setup.console import Console, Told
+from student.training import accelerator, dry_run, preemption, train
 from student.training.train import Run
 
 
@@ -22,7 +22,7 @@ def run_to_end(run: Run, loader: Loader, acc: Accelerator, console: Console) -> 
     before = checkpoint.latest_step(run.out)
     try:
         picture_check.check_pictures(run, loader, acc, console.say)
-        summary = train.train(run, loader, acc)
+        summary = train.train(run, loader, acc, console.voice.display)
     except (StoppedError, KeyboardInterrupt) as error:
         raise _stopped(error, run, before, console) from None
     except (UserError, OSError):
@@ -31,6 +31,14 @@ def run_to_end(run: Run, loader: Loader, acc: Accelerator, console: Console) -> 
     if console.speaks:
         _note_run(run, before, summary)
     return summary
+
+
+def measure_run(run: Run, loader: Loader, acc: Accelerator, console: Console) -> Told:
+    """Say what would be trained and what it costs; every process takes part."""
+    facts = build.run_facts(run, loader)
+    with accelerator.out_of_memory_told(loader.batch_size):
+        facts |= dry_run.measure(run, loader, acc)
+    return Told(facts, dry_run.text(facts), console.speaks)
 
 
 def _announce(run: Run, loader: Loader, console: Console) -> None:
@@ -44,13 +52,12 @@ def _announce(run: Run, loader: Loader, console: Console) -> None:
 def _stopped(
     error: BaseException, run: Run, before: int | None, console: Console
 ) -> StoppedError | SystemExit:
-    """The one line of a run that was stopped; processes that do not speak have the status alone."""
-    if not console.speaks:
-        return SystemExit(STOPPED)
-    _note_run(run, before, {"stopped": True})
+    """The one line of a run that was stopped."""
+    if console.speaks:
+        _note_run(run, before, {"stopped": True})
     if isinstance(error, StoppedError):
-        return error
-    return preemption.stopped_at_once(run.out, run.resume)
+        return console.stopped(error)
+    return console.stopped(preemption.stopped_at_once(run.out, run.resume))
 
 
 def _report_failure(run: Run, before: int | None, console: Console) -> None:

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedType,
     DynamoBackend,
@@ -23,6 +26,8 @@ from student.training import launch_variables
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+STATES: tuple[Any, ...] = (PartialState, AcceleratorState, GradientState)
+_ONE = threading.Lock()
 
 
 def accelerator(precision: str, device: str | None = None) -> Accelerator:
@@ -83,7 +88,7 @@ def _accelerator(mixed_precision: str, cpu: bool) -> Accelerator:
         ) from error
 
 
-def deterministic() -> None:
+def make_deterministic() -> None:
     """Make a GPU give the same bits for the same command from here on, at the price of slower
     kernels; torch refuses an operation that has no such kernel."""
     name, allowed = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
@@ -95,6 +100,47 @@ def deterministic() -> None:
         )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def kernels(*, deterministic: bool) -> Iterator[None]:
+    """Make kernels deterministic inside the block, if that is asked for; torch's flags are
+    afterwards as they were."""
+    asked, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if deterministic:
+            make_deterministic()
+        yield
+    finally:
+        if deterministic:
+            torch.use_deterministic_algorithms(asked, warn_only=warns)
+            torch.backends.cudnn.benchmark = benchmark
+
+
+@contextlib.contextmanager
+def own_state() -> Iterator[None]:
+    """Give a run an Accelerate of its own, and a program its own back.
+
+    Accelerate keeps one state a process, which every object of it shares, and refuses another
+    precision or device than the first. Its objects of before keep theirs; processes that were
+    joined stay joined. Raises UserError where another run of this process is not over: they would
+    share torch's generator, and its flags.
+    """
+    if not _ONE.acquire(blocking=False):
+        raise UserError(
+            "another training runs in this process, and one at a time is allowed; wait for its "
+            "end, or start a process of its own for each"
+        )
+    before = [kind._shared_state for kind in STATES]
+    try:
+        for kind in STATES:
+            kind._shared_state = type(kind._shared_state)()
+        yield
+    finally:
+        for kind, state in zip(STATES, before, strict=True):
+            kind._shared_state = state
+        _ONE.release()
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from featcache.console.text import echo
-from featcache.errors import UserError, one_line
+from featcache.console.text import say
+from featcache.errors import UserError
 from featcache.models.hooks import normalise_pixels
 from featcache.pictures.source import Source
 from featcache.runtime import device as devices
@@ -48,6 +48,7 @@ class ProbePlan:
     img_size: int
     every: int | None  # epochs; None: as the budget allows
     align: Callable[[U8], Batches]
+    say: Callable[[str], None] = say  # takes notes
 
     @contextlib.contextmanager
     def started(
@@ -60,14 +61,14 @@ class ProbePlan:
             return
         probe = OnlineProbe(self, state, total, steps_per_epoch)
         values = ", ".join(f"{name} {value:.4g}" for name, value in probe.values.items())
-        _say(
+        self.say(
             f"note: probe: {self.facts}; {probe.prepared_s:.1f} s to prepare, {probe.last_s:.2f} s "
             f"a probe; before the first step {values}"
         )
         yield probe.after
         share = probe.spent_s / max(probe.trained_s, 1e-9)
         count = f"{probe.count} probe{'s' * (probe.count > 1)}"
-        _say(f"note: {count} took {probe.spent_s:.1f} s, {share:.1%} of the time of training")
+        self.say(f"note: {count} took {probe.spent_s:.1f} s, {share:.1%} of the time of training")
 
     @property
     def facts(self) -> str:
@@ -164,10 +165,6 @@ class OnlineProbe:
             pixels = torch.from_numpy(crops).to(device).permute(0, 3, 1, 2)
             images = normalise_pixels(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
             yield {"images": images} | {name: value.to(device) for name, value in batch.items()}
-
-
-def _say(text: str) -> None:
-    echo(one_line(text), err=True)
 
 
 def _wait(device: torch.device) -> None:

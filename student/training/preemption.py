@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,12 +26,17 @@ from student.data.device_queue import LateNumbers, lag
 _NOTE = b"\nnote: stopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
 
 
+def note_stopping() -> None:
+    """Say on stderr that the run ends after the step in hand; a signal's handler may call it."""
+    os.write(2, _NOTE)  # print may be in the middle of something
+
+
 class StopNotice:
     """Notes SIGTERM and the first Ctrl-C inside its block; the second Ctrl-C is a
-    KeyboardInterrupt."""
+    KeyboardInterrupt. `stopping` is called at the first Ctrl-C, by the signal's handler."""
 
-    def __init__(self, acc: Accelerator) -> None:
-        self.acc = acc
+    def __init__(self, acc: Accelerator, stopping: Callable[[], None] = note_stopping) -> None:
+        self.acc, self.stopping = acc, stopping
         self.asked: str | None = None
         self._told: deque[LateNumbers] = deque()
         self._before: dict[int, Any] = {}
@@ -38,7 +44,8 @@ class StopNotice:
     def __enter__(self) -> StopNotice:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                # None: set by something that is not Python, which could not be put back
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._hear)
         return self
 
@@ -50,8 +57,8 @@ class StopNotice:
         if number == signal.SIGINT and self.asked == "SIGINT":
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
-        if number == signal.SIGINT and self.acc.is_main_process:
-            os.write(2, _NOTE)  # print may be in the middle of something
+        if number == signal.SIGINT:
+            self.stopping()
 
     def due(self) -> bool:
         """Return whether this step is the last, for all processes; to be asked once after each

@@ -8,17 +8,33 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
 from featcache.console.progress_bar import ProgressBar
+from student.training import preemption
 
 # of a row of metrics
 NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", "rankme", "probe_s")
 LONG = ("level_", "cosine_")  # of each level, which would fill the line
 PROBED = ("probe_knn", "probe_linear")  # in few rows; the last ones stay in sight
+
+
+class Steps(Protocol):
+    """Is told of each step of a run, and of the first Ctrl-C."""
+
+    def update_with(self, step: int, rows: Sequence[dict[str, Any]]) -> None: ...
+
+    def stopping(self) -> None:
+        """Tell that the run ends after the step in hand; called by a signal handler."""
+        ...
+
+
+# total, first, steps_per_epoch, whether this process speaks -> what is told
+Display = Callable[[int, int, int, bool], AbstractContextManager[Steps]]
 
 
 class TrainProgress:
@@ -39,6 +55,10 @@ class TrainProgress:
             seen = {**seen, **{name: row[name] for name in PROBED if name in row}}
             self._row = {**row, **seen}
         self.bar(step, self.total)
+
+    def stopping(self) -> None:
+        if self.bar.enabled:
+            preemption.note_stopping()
 
     def _text(self, done: int, total: int) -> str:
         return line(self._row, self.steps_per_epoch) if self._row else ""

@@ -34,7 +34,8 @@ def generators_kept(device: torch.device) -> Iterator[None]:
     draws start values, and a recipe of the user's own may draw in its forward."""
     legacy: Any = np.random  # whose global state is not ours to use, but a user's recipe may
     numpy_state, python_state = legacy.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[device] if devices.is_gpu(device) else []):
+    cuda = devices.is_gpu(device) and torch.cuda.is_available()
+    with torch.random.fork_rng(devices=[device] if cuda else []):
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ again) and not the schedule (it would step once a process).
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from featcache import rng
-from featcache.console.text import echo
 from featcache.errors import UserError, command_line
 from featcache.storage import manifest
 from student import checkpoint
@@ -43,6 +43,8 @@ from student.training import (
 from student.training.accelerator import out_of_memory_told
 from student.training.metrics import Metrics, cut, read
 from student.training.train_state import RunOptions, TrainState
+
+_LOG = logging.getLogger(__name__)
 
 
 class Watch(Protocol):
@@ -97,14 +99,18 @@ class StepResult:
     waits: list[Seconds]  # for data, one a micro-batch
 
 
-def train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
-    """Train to the end of the run and return a summary. The run folder holds config.json,
-    metrics.jsonl, environment.json, checkpoints/ and encoder.safetensors."""
+def train(
+    run: Run, loader: Loader, acc: Accelerator, display: progress_bar.Display = progress_bar.shown
+) -> dict[str, Any]:
+    """Train to the end of the run and return a summary; steps are told to `display`. The run folder
+    holds config.json, metrics.jsonl, environment.json, checkpoints/ and encoder.safetensors."""
     with out_of_memory_told(loader.batch_size):
-        return _train(run, loader, acc)
+        return _train(run, loader, acc, display)
 
 
-def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
+def _train(
+    run: Run, loader: Loader, acc: Accelerator, display: progress_bar.Display
+) -> dict[str, Any]:
     # ---- what is to be done ----------------------------------------------------------------------
     total = run.total_steps(loader.steps_per_epoch)
     record = _record(run, loader, acc, total)
@@ -141,9 +147,9 @@ def _train(run: Run, loader: Loader, acc: Accelerator) -> dict[str, Any]:
         )
         feed = Prefetcher(run.config, run.targets, hosts, acc.device, run.seed)
         bar = stack.enter_context(
-            progress_bar.shown(total, first, loader.steps_per_epoch, acc.is_main_process)
+            display(total, first, loader.steps_per_epoch, acc.is_main_process)
         )
-        notice = stack.enter_context(preemption.StopNotice(acc))
+        notice = stack.enter_context(preemption.StopNotice(acc, bar.stopping))
         for step in range(first, total):
             result = train_step(run, loader, state, feed, step, total)
             result.row.update(watched(step + 1))
@@ -191,11 +197,11 @@ def build_state(
 def _note_process_draws(names: list[str]) -> None:
     if names:
         shown = f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)}"
-        echo(
-            f"note: {shown} of this recipe draw from torch's generator, which is seeded for each "
-            "process: another number of processes gives other numbers; "
-            "student.models.drop_path.DropPath draws for each sample",
-            err=True,
+        _LOG.warning(
+            "%s of this recipe draw from torch's generator, which is seeded for each process: "
+            "another number of processes gives other numbers; student.models.drop_path.DropPath "
+            "draws for each sample",
+            shown,
         )
 
 

@@ -37,6 +37,12 @@ featcache.extract(batchsize=3)
 def note(now: featcache.Progress) -> None:
     reveal_type(now.rate)
 featcache.extract(progress=note)
+import student
+reveal_type(student.train(recipe="mae", settings={"drop_path": 0}, progress=note).run)
+reveal_type(student.evaluate("knn", run="runs/x", k=5).scores["test"].interval)
+reveal_type(student.export(run="runs/x", format="timm", out="x").difference)
+student.train(sampling="blocks")
+student.evaluate(run="runs/x")
 """,
         tmp_path,
     )
@@ -49,4 +55,10 @@ featcache.extract(progress=note)
         'error: Unexpected keyword argument "batchsize" for "extract"; did you mean "batch_size"?',
         'note: "extract" defined in "featcache.api.extract"',
         'note: Revealed type is "float | None"',
+        'note: Revealed type is "pathlib.Path | None"',
+        'note: Revealed type is "tuple[float, float]"',
+        'note: Revealed type is "float"',
+        'error: Argument "sampling" to "train" has incompatible type "Literal[\'blocks\']"; '
+        "expected \"Literal['random', 'block']\"",
+        'error: Missing positional argument "protocol" in call to "evaluate"',
     ]

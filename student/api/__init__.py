@@ -1,0 +1,1 @@
+"""Python calls do what the commands do, by the same options as keywords."""

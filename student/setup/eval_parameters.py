@@ -1,0 +1,105 @@
+"""The parameters of `student eval PROTOCOL`, which a command line and a Python call share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from featcache.console.params import SEED, FiniteRange, LocalText
+from student.setup import eval_options, finetune_options
+
+
+class _Whole(click.types.IntParamType):
+    """One option takes a whole number; how large, the protocol says. More than 10**9 is a mistake,
+    of which memory would tell late."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = super().convert(value, param, ctx)
+        if abs(number) > 10**9:
+            self.fail(f"{number} is too large; at most 1000000000 is allowed", param, ctx)
+        return number
+
+
+_KINDS: dict[type, click.ParamType] = {
+    int: _Whole(),
+    type(None): _Whole(),
+    float: FiniteRange(),
+    str: LocalText(),
+}
+
+
+def parameters(module: Any) -> list[click.Parameter]:
+    """Return the parameters of a protocol, with its own."""
+    if getattr(module, "TRAINS_ENCODER", False):
+        return [*_pictures(trains=True), *finetune_options.parameters()]
+    return [*_shared(module), *_own(module)]
+
+
+def _shared(module: Any) -> list[click.Parameter]:
+    """Return what all protocols of frozen features share; one that trains nothing has no training
+    pictures, one that pools tokens itself no pools."""
+    return [
+        *_pictures(trains=getattr(module, "TRAINS", True)),
+        *eval_options.parameters(pools=getattr(module, "POOLS", True)),
+        click.Option(
+            ["--seed"], type=SEED, default=0, show_default=True, help="Of splits, views and heads."
+        ),
+    ]
+
+
+def _pictures(*, trains: bool) -> list[click.Parameter]:
+    """Return the options that name training and test pictures."""
+    default = "a fifth of --images, held out" if trains else "all of --images"
+    few = [
+        click.Option(
+            ["--shots"], type=click.IntRange(1, 10**6), help="Train on so many pictures a class."
+        ),
+        click.Option(
+            ["--fraction"],
+            type=FiniteRange(0, 1, min_open=True),
+            help="Train on this share of each class, such as 0.01.",
+        ),
+    ]
+    return [
+        click.Option(
+            ["--images", "images_spec"],
+            type=LocalText(),
+            help="Labelled pictures: class folders, tars with .cls, or .beton.",
+        ),
+        click.Option(
+            ["--test", "tests"],
+            type=LocalText(),
+            multiple=True,
+            metavar="[NAME=]SPEC",
+            help=f"Labelled test pictures; may be repeated. [default: {default}]",
+        ),
+        click.Option(
+            ["--subset", "subsets"],
+            multiple=True,
+            metavar="NAME[=FILE]",
+            help="Of that test set only the classes that it has, or those in FILE, one a line, can "
+            "be chosen (ImageNet-A, -R).",
+        ),
+        click.Option(
+            ["--class-map", "maps"],
+            multiple=True,
+            metavar="NAME=FILE",
+            help="JSON object from training class to class of that test set (ImageNet-9).",
+        ),
+        *(few if trains else ()),
+    ]
+
+
+def _own(module: Any) -> list[click.Parameter]:
+    """Return the options that a protocol alone has."""
+    return [
+        click.Option(
+            [f"--{key.replace('_', '-')}", key],
+            default=default,
+            show_default=default not in (None, ""),
+            help=text,
+            type=_KINDS.get(type(default), type(default)),
+        )
+        for key, (default, text) in module.OPTIONS.items()
+    ]

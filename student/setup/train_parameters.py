@@ -1,0 +1,339 @@
+"""The parameters of `student train`, which a command line and a Python call share."""
+
+from __future__ import annotations
+
+import click
+
+from featcache.console.params import (
+    BATCH,
+    COUNT,
+    SEED,
+    THREADS,
+    FiniteRange,
+    FloatPair,
+    LocalPath,
+    LocalText,
+)
+
+
+def parameters() -> list[click.Parameter]:
+    """Return the parameters: the recipe, what is read, how it is trained and run."""
+    return [
+        *_inputs(),
+        *_length(),
+        *_targets(),
+        *_settings(),
+        *_checkpoints(),
+        *_views(),
+        *_reading(),
+        *_running(),
+        *_told(),
+    ]
+
+
+def _inputs() -> list[click.Parameter]:
+    """Return the options that name recipe, cache, pictures and run folder."""
+    return [
+        click.Option(
+            ["--recipe", "recipe_name"],
+            type=LocalText(),
+            help="A name from `student recipes`, or the path of your own .py file.",
+        ),
+        click.Option(
+            ["--cache"],
+            type=LocalPath(),
+            help="Cache folder. [default: the one in $FEATCACHE_HOME that serves]",
+        ),
+        click.Option(
+            ["--images"],
+            type=LocalText(),
+            help="Training pictures. [default: $FEATCACHE_IMAGES, then the cache's]",
+        ),
+        click.Option(["--out"], type=LocalPath(), help="Run folder. [default: runs/RECIPE-sSEED]"),
+    ]
+
+
+def _length() -> list[click.Parameter]:
+    """Return the options of how long, and by which batches, is trained."""
+    return [
+        click.Option(
+            ["--epochs"], type=COUNT, help="Passes over the pictures. [default: the recipe's]"
+        ),
+        click.Option(
+            ["--steps"],
+            type=click.IntRange(0, 10**12),
+            help="Optimiser steps in place of epochs; 0 writes the untrained student.",
+        ),
+        click.Option(
+            ["--batch-size"],
+            type=BATCH,
+            help="Pictures, per process. [default: 64, or all if fewer; with --resume what keeps "
+            "the run's global batch]",
+        ),
+        click.Option(
+            ["--accumulate"],
+            type=BATCH,
+            default=1,
+            show_default=True,
+            help="Batches summed up in a step.",
+        ),
+        click.Option(
+            ["--aug-repeats"],
+            type=BATCH,
+            default=1,
+            show_default=True,
+            help="Views of a picture in one step, decoded once: a batch of 64 with 4 shows 16 "
+            "pictures.",
+        ),
+        click.Option(
+            ["--sampling"],
+            type=click.Choice(["random", "block"]),
+            default="random",
+            show_default=True,
+            help="block: 64 neighbours in storage stay close in time, for network disks where "
+            "opening a file is dear.",
+        ),
+        click.Option(
+            ["--resident"],
+            is_flag=True,
+            help="Read the cache into memory first, once for all processes of a machine.",
+        ),
+        click.Option(
+            ["--seed"], type=SEED, default=0, show_default=True, help="Of weights, order, masks."
+        ),
+    ]
+
+
+def _targets() -> list[click.Parameter]:
+    """Return the options of where targets come from."""
+    return [
+        click.Option(
+            ["--teacher"],
+            type=click.Choice(["cached", "online"]),
+            default="cached",
+            show_default=True,
+            help="online: the teacher in the loop, no targets read.",
+        ),
+        click.Option(
+            ["--fallback"],
+            type=click.Choice(["online"]),
+            help="With --cache: the teacher for shards that are lost.",
+        ),
+        click.Option(
+            ["--fallback-limit"],
+            type=FiniteRange(0, 1),
+            metavar="SHARE",
+            help="Share of the pictures that --fallback may be used for. [default: 0.01]",
+        ),
+        click.Option(
+            ["--weights"],
+            type=LocalText(),
+            help="Online, fallback or probe: the teacher's weights, FILE, tag or random:SEED.",
+        ),
+        click.Option(
+            ["--other-weights"],
+            type=LocalText(),
+            multiple=True,
+            help="Online: those of a tokenizer or a second teacher; NAME=... for one of several.",
+        ),
+        click.Option(
+            ["--teacher-name"],
+            metavar="SPEC",
+            help="Online, fallback or probe: the teacher, where a cache's is a file of your own, "
+            "./mine.py; a cache chooses no code and no file.",
+        ),
+        click.Option(
+            ["--views"],
+            type=COUNT,
+            help="Online: views a picture. [default: a fresh one each epoch]",
+        ),
+        click.Option(
+            ["--policy"],
+            type=LocalText(),
+            help="Online without --cache: a named view policy or a .json file. [default: default]",
+        ),
+    ]
+
+
+def _settings() -> list[click.Parameter]:
+    """Return the options of settings, device and pictures."""
+    return [
+        click.Option(
+            ["--set", "settings"],
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="One setting; `student recipes RECIPE` lists them.",
+        ),
+        click.Option(
+            ["--precision"], default="auto", show_default=True, help="auto, fp32, bf16 or fp16."
+        ),
+        click.Option(
+            ["--device"], help="cpu keeps off the GPU. [default: cuda where there is one]"
+        ),
+        click.Option(
+            ["--decoder"],
+            type=click.Choice(["pillow", "ffcv"]),
+            help="ffcv: a .beton through FFCV's own decode. [default: what the cache was extracted "
+            "through, else pillow]",
+        ),
+        click.Option(
+            ["--exif"],
+            is_flag=True,
+            help="Without a cache: turn pictures as their EXIF orientation says. With one, what "
+            "the cache was extracted with is done.",
+        ),
+        click.Option(
+            ["--workers"], type=THREADS, default=2, show_default=True, help="Decoding threads."
+        ),
+    ]
+
+
+def _checkpoints() -> list[click.Parameter]:
+    """Return the options of checkpoints."""
+    return [
+        click.Option(
+            ["--save-every"],
+            type=click.IntRange(1, 10**12),
+            help="Steps between checkpoints. [default: an epoch]",
+        ),
+        click.Option(
+            ["--keep-checkpoints"],
+            default="2",
+            show_default=True,
+            metavar="N|every:E",
+            help="The newest N stay; every:E keeps those of every E epochs beside the newest 2, "
+            "for `student eval --checkpoint`.",
+        ),
+    ]
+
+
+def _views() -> list[click.Parameter]:
+    """Return the options of the views that are shown, and of how they are compared."""
+    return [
+        click.Option(
+            ["--check-pixels"],
+            type=FiniteRange(0, 1),
+            default=1 / 16,
+            show_default="1/16",
+            help="Share of views compared with what the teacher saw.",
+        ),
+        click.Option(
+            ["--pixel-tolerance"],
+            type=FiniteRange(0),
+            default=0.0,
+            show_default=True,
+            help="Mean difference let pass, in levels of 255; written into the run.",
+        ),
+        click.Option(
+            ["--scale"],
+            type=FloatPair(),
+            help="Show only the cached views whose crop has such a share of the picture's area. "
+            "[default: the recipe's, where the cache holds it]",
+        ),
+        click.Option(
+            ["--without-view"],
+            type=FiniteRange(0, 1),
+            default=0.001,
+            show_default=True,
+            help="Share of pictures that may have no such view and are left out.",
+        ),
+    ]
+
+
+def _reading() -> list[click.Parameter]:
+    """Return the options of how a cache is read."""
+    return [
+        click.Option(
+            ["--decode"],
+            is_flag=True,
+            help="Decode the pictures although the cache stores pixels (--pixels raw).",
+        ),
+        click.Option(
+            ["--direct"],
+            is_flag=True,
+            help="Read with O_DIRECT: the cache takes no memory from other files.",
+        ),
+        click.Option(
+            ["--verify-rows"],
+            type=FiniteRange(0, 1),
+            default=1.0,
+            show_default=True,
+            help="Share of rows checked as they are read. Before that, a cache of up to 2 GiB is "
+            "verified whole; of a larger one the files' existence and sizes.",
+        ),
+        click.Option(
+            ["--read-threads"],
+            type=THREADS,
+            help="Threads that read a batch. [default: 4, or fewer cores]",
+        ),
+    ]
+
+
+def _running() -> list[click.Parameter]:
+    """Return the options of how the model is run."""
+    return [
+        click.Option(
+            ["--resume"],
+            is_flag=True,
+            help="Go on from the run's newest checkpoint; start where there is no run yet, so a "
+            "job can be requeued. The number of processes may change, the global batch may not.",
+        ),
+        click.Option(
+            ["--ema"],
+            type=FiniteRange(0, 1, min_open=True, max_open=True),
+            help="Keep an average of the weights as well, of this decay, such as 0.9999; `student "
+            "eval --ema` takes it.",
+        ),
+        click.Option(
+            ["--compile", "compiled"],
+            is_flag=True,
+            help="torch.compile the model, and the teacher with --teacher online: slow to begin "
+            "with, then faster.",
+        ),
+        click.Option(
+            ["--checkpoint-activations"],
+            is_flag=True,
+            help="Compute blocks again in the backward pass: less memory, more time.",
+        ),
+        click.Option(
+            ["--deterministic"],
+            is_flag=True,
+            help="The same bits again on a GPU too, by slower kernels.",
+        ),
+        click.Option(
+            ["--skip-nonfinite"],
+            type=click.IntRange(0),
+            metavar="N",
+            help="Leave out up to N steps whose loss is not finite. [default: the first one stops]",
+        ),
+    ]
+
+
+def _told() -> list[click.Parameter]:
+    """Return the options of what is measured and told."""
+    return [
+        click.Option(
+            ["--tracker", "trackers"],
+            type=click.Choice(["json", "tensorboard", "wandb"]),
+            multiple=True,
+            default=("json",),
+            show_default=True,
+            help="Show metrics there as well; RUN/metrics.jsonl (json) is always written. May be "
+            "given twice.",
+        ),
+        click.Option(
+            ["--probe"],
+            type=LocalText(),
+            help="Labelled pictures: their k-NN, linear probe, RankMe and cosine with the teacher "
+            "are measured as the run goes on, of which no number changes.",
+        ),
+        click.Option(
+            ["--probe-every"], type=COUNT, help="Epochs between probes. [default: 3 % of the time]"
+        ),
+        click.Option(
+            ["--dry-run"],
+            is_flag=True,
+            help="Say what would be trained, with memory, time and disk; write nothing.",
+        ),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print the summary as JSON."),
+    ]
