@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import featcache.cli
+from featcache.runtime.device_clock import Seconds
 from student import recipes
 from student.commands import train as train_command
-from student.data.device_queue import Seconds
 from student.data.prefetch import PrefetchedBatch, Prefetcher
 from student.setup.build import build_run
 from student.setup.options import Options

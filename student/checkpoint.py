@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from featcache.errors import UsageError, UserError
 from featcache.models import restricted_unpickler
 from featcache.runtime import strict_json
+from featcache.runtime.meter import meter
 from featcache.storage import json_file
 from student.models import classifier, weights_file
 from student.models.build import build_encoder
@@ -67,6 +68,7 @@ def save(run: Path, step: int, content: dict[str, Any], retention: Retention = R
     # an open file: given a path, torch would write the temporary name into the archive
     with json_file.replaced(path) as temporary, temporary.open("wb") as file:
         torch.save({"step": step, **content}, file)
+        meter.count("bytes_written", file.tell())
     for old in retention.dropped(list_checkpoints(run)):
         old.unlink()
     return path

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from featcache.api import progress as api_progress
 from featcache.api.progress import Progress, ProgressCallback
 from featcache.catalog import home
+from featcache.catalog.account import account
 from featcache.console import config_file, extract_parameters, extract_report, for_recipes, keywords
 from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
 from featcache.console.progress_bar import WaitingNote
@@ -243,14 +244,14 @@ class _Work:
         """Extract on every device, and note it in the ledger; returns what is known afterwards."""
         from featcache.extraction import launcher
 
-        batch_size, workers = self._batch_size(), self.options.workers
-        with launcher.worker_processes(self.devices[1:], self.words):
-            found = self._extract(batch_size, share)
-        noted = {**summary, **found, "batch_size": batch_size, "workers": workers}
-        noted["variables"] = variables.recorded()
-        noted["options"] = config_file.given_options()
-        noted["cache"] = os.path.abspath(summary["cache"])  # noqa: PTH100 (the ledger is read elsewhere)
-        home.log_run(command="extract", device=self.devices[0], **noted)
+        facts = {**summary, "device": self.devices[0], "processes": len(self.devices)}
+        facts |= {"batch_size": self._batch_size(), "workers": self.options.workers}
+        facts["variables"] = variables.recorded()
+        facts["options"] = config_file.given_options()
+        with account("extract", **facts) as line:
+            with launcher.worker_processes(self.devices[1:], self.words) as others:
+                found = self._extract(facts["batch_size"], share)
+            line.update(found, counted=1 + len(others))
         return found
 
     def _batch_size(self) -> int:

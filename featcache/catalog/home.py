@@ -1,26 +1,18 @@
-"""Caches live, and runs are logged, below `$FEATCACHE_HOME`, by default `./caches`.
-
-The run ledger lies here and never inside a cache, which may be read-only or shared.
-"""
+"""Caches live, and runs are logged (`ledger`), below `$FEATCACHE_HOME`, by default `./caches`."""
 
 from __future__ import annotations
 
-import json
+import errno
 import logging
 import os
-import time
+import stat
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from featcache.errors import UsageError, UserError
-from featcache.pictures.regular_file import open_regular
+from featcache.errors import UsageError
 from featcache.runtime.local_path import local_path
 from featcache.storage import manifest
-from featcache.storage.schema import LedgerLine, schema_problem
 
-LEDGER = "runs.jsonl"
-_LINE_BYTES = 1 << 20  # a line has less than a thousand
 _LOG = logging.getLogger(__name__)
 
 
@@ -64,95 +56,41 @@ def _note_once(path: str, why: str) -> None:
     _LOG.warning("%r is passed over: %s", path, why)
 
 
-def log_run(**facts: Any) -> None:
-    """Append one line to the run ledger; a home that cannot be written is reported and stops
-    nothing."""
-    line = json.dumps(
-        {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts},
-        sort_keys=True,
-        default=str,
-    )
-    try:
-        append(home() / LEDGER, line + "\n")
-    except OSError as error:
-        _LOG.warning(
-            "the run ledger %r cannot be written: %s", str(home() / LEDGER), error.strerror
-        )
-    except UserError as error:  # home is no place of this machine
-        _LOG.warning("the run ledger cannot be written: %s", error)
-
-
-def append(path: Path, text: str, *, follow: bool = True) -> None:
-    """Append whole lines to a file of ours, made where there is none; a link in its place is an
-    OSError unless it is to be followed."""
+def append(path: Path, text: str) -> None:
+    """Append whole lines to a file of ours, by one write, made where there is none. Raises OSError
+    where it is no file, or a link."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a pipe that nobody reads is an error, and not waited for
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-    with os.fdopen(os.open(path, flags | (0 if follow else os.O_NOFOLLOW), 0o666), "a") as file:
-        file.write(text if _ends_a_line(path) else f"\n{text}")
+    append_to(open_lines(path), text)
 
 
-def _ends_a_line(path: Path) -> bool:
-    """Tell whether a file ends with a whole line; it does not where a disk became full within one,
-    or its writer was killed, and the next line must not be lost with it."""
+def open_lines(path: str | Path, dir_fd: int | None = None) -> int:
+    """Open a file of lines to be added to and return its descriptor; a link, whoever made it, is
+    an OSError, and a pipe is not waited for."""
+    flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = open_regular(path)
-    except OSError:  # no file that can be looked at
-        return True
+        return os.open(path, os.O_RDWR | flags, 0o666, dir_fd=dir_fd)
+    except PermissionError:  # that may be written and not be read
+        return os.open(path, os.O_WRONLY | flags, 0o666, dir_fd=dir_fd)
+
+
+def append_to(fd: int, text: str) -> None:
+    """Append whole lines by one write, so that those of others stay whole, and close the file.
+    Raises OSError where it is no regular file, or not all could be written."""
     try:
-        size = os.fstat(fd).st_size
-        return size == 0 or os.pread(fd, 1, size - 1) == b"\n"
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file")
+        data = (text if _ends_a_line(fd) else f"\n{text}").encode(errors="surrogateescape")
+        if os.write(fd, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(fd)
 
 
-def runs_of(cache_id: str) -> list[dict[str, Any]]:
-    """Return the ledger's lines on training with a cache, oldest first. Lines that are none of ours
-    are passed over; a note counts them, once."""
-    path = home() / LEDGER
+def _ends_a_line(fd: int) -> bool:
+    """Tell whether a file ends with a whole line; it does not where a disk became full within one,
+    or its writer was killed, and the next line must not be lost with it."""
+    size = os.fstat(fd).st_size
     try:
-        status = path.stat()
-        return _training_runs(str(path), status.st_mtime_ns, status.st_size).get(cache_id, [])
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        _LOG.warning("the run ledger %r cannot be read: %s", str(path), error.strerror)
-        return []
-
-
-def ledger_problem() -> str:
-    """Say why the ledger, which tells what is in use, cannot be read; empty where it can, and where
-    there is none."""
-    try:
-        os.close(open_regular(str(home() / LEDGER)))
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        return f"the run ledger cannot be read: {error.strerror}; no cache is known to be unused"
-    return ""
-
-
-@lru_cache(1)  # `ls` asks for every cache
-def _training_runs(path: str, mtime_ns: int, size: int) -> dict[str, list[dict[str, Any]]]:
-    """Read the ledger: cache id -> its lines on training."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    passed_over = 0
-    with os.fdopen(open_regular(path), "rb") as file:
-        while line := file.readline(_LINE_BYTES):
-            run = _parse(line)
-            passed_over += run is None
-            if run is not None and run["command"] == "train" and run.get("cache_id"):
-                found.setdefault(run["cache_id"], []).append(run)
-    if passed_over:
-        _LOG.warning("%d lines of %r are none of ours; they are passed over", passed_over, path)
-    return found
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return what a line says; None where a process died while it wrote, or another program wrote
-    it."""
-    try:
-        run = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return None if schema_problem(LedgerLine, run) else run
+        return size == 0 or os.pread(fd, 1, size - 1) == b"\n"
+    except OSError:  # that may not be read
+        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featcache.catalog import home
+from featcache.catalog import ledger
 from featcache.errors import UserError
 from featcache.storage import manifest
 from featcache.storage.part import added_parts
@@ -25,7 +25,7 @@ def describe(path: Path) -> dict[str, Any]:
         return {"path": str(path), "damaged": str(error)}
     except OSError as error:
         return {"path": str(path), "damaged": f"{error.filename}: {error.strerror}"}
-    identity, runs = cache_manifest["identity"], home.runs_of(cache_manifest["id"])
+    identity = cache_manifest["identity"]
     every = [*records, *(record for _, (found, _) in parts for record in found)]
     return {
         "path": str(path),
@@ -44,7 +44,7 @@ def describe(path: Path) -> dict[str, Any]:
         "shards_complete": len(records),
         "parts": len(parts),
         "parts_complete": sum(len(found) == wanted for _, (found, wanted) in parts),
-        "last_used": runs[-1]["time"] if runs else None,
+        "last_used": ledger.last_use(cache_manifest["id"]),
         "random_weights": manifest.is_random(cache_manifest),
     }
 

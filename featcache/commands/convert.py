@@ -37,6 +37,7 @@ def command(cache: Path, out: Path, store: str | None, format: str | None, as_js
     """
     carry_out(
         "convert",
+        cache,
         out,
         as_json,
         lambda progress: transfer.convert(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from featcache.catalog.account import account
 from featcache.console import text as show
 from featcache.console.distortion_table import loss_lines
 from featcache.console.params import COUNT, LocalPath
@@ -57,6 +58,7 @@ def command(
     chosen = None if levels is None else parse_levels_of(cache, levels)
     carry_out(
         "copy",
+        cache,
         dest,
         as_json,
         lambda progress: transfer.copy(
@@ -89,7 +91,11 @@ def _span(cache: Path, text: str) -> tuple[int, int]:
 
 
 def carry_out(
-    what: str, dest: Path, as_json: bool, work: Callable[[transfer.TransferProgress], list[str]]
+    what: str,
+    source: Path,
+    dest: Path,
+    as_json: bool,
+    work: Callable[[transfer.TransferProgress], list[str]],
 ) -> None:
     """Run a transfer with a progress bar, and tell what is there now."""
     bar = ProgressBar(what, "MB")
@@ -100,10 +106,13 @@ def carry_out(
         f"{show.format_bytes(progress.rate)}/s, "
         f"{eta(progress.total - progress.done, progress.rate)}"
     )
-    try:
-        left = work(progress)
-    finally:
-        bar.close()
+    # no teacher runs, and what a device does of it is not measured
+    with account(what, cache=dest, source=str(source.absolute()), device_s=None) as line:
+        try:
+            left = work(progress)
+        finally:
+            bar.close()
+        line["from_id"] = manifest.read(source)["id"]
     with Cache(dest) as cache:
         summary = {
             "cache": str(dest),

@@ -66,5 +66,9 @@ def command(
     chosen = None if levels is None else parse_levels_of(cache, levels)
     wish = Wish(levels=chosen, views=views, tokens=tokens, keep=keep, codec=codec)
     carry_out(
-        "derive", dest, as_json, lambda progress: derive(cache, dest, wish, progress=progress)
+        "derive",
+        cache,
+        dest,
+        as_json,
+        lambda progress: derive(cache, dest, wish, progress=progress),
     )

@@ -36,7 +36,9 @@ def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> No
 
     With --unused, kept features (features/) are listed that no evaluation used for DAYS days, and
     complete caches are listed that no `student train` below this home used and whose
-    newest file is older than DAYS days. Programs of your own that read a cache (featcache.open,
+    newest file is older than DAYS days. Runs of this home's other users are known, and of the homes
+    that FEATCACHE_LEDGERS names (HOME:HOME); where a ledger cannot be read, no cache is listed.
+    Programs of your own that read a cache (featcache.open,
     featcache.torch.Dataset) leave no trace: look at the list before you say yes.
 
     Where there is no terminal to ask at, nothing is removed without --yes.
@@ -93,8 +95,9 @@ def _story(facts: dict[str, Any], agreed: set[str]) -> str:
     lines += [f"left {path}: {why}" for path, why in facts["left"].items()]
     if set(facts["unused"]) - set(facts["removed"]):
         lines.append(
-            "unused: by no `student train` that this home's ledger knows; other programs' reading "
-            "is not noted; the same command with --yes removes them"
+            "unused: by no `student train` that this home's ledger knows, nor those of "
+            "FEATCACHE_LEDGERS; other programs' reading is not noted; the same command with --yes "
+            "removes them"
         )
     if not lines:
         return f"nothing to remove below {facts['home']}"

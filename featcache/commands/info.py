@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from featcache.catalog import extract_command, home, serves
+from featcache.catalog import extract_command, ledger, serves
 from featcache.console.distortion_table import loss_lines
 from featcache.console.params import LocalPath
 from featcache.console.text import format_bytes, format_table, join_lines, print_facts
@@ -61,7 +61,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "unfinished": [each._asdict() for each in extract_command.unfinished(cache.path)],
         "arrays": arrays,
         "serves": serves.recipe_support(cache),
-        "runs": home.runs_of(cache.manifest["id"]),
+        "runs": ledger.runs_of(cache.manifest["id"]),
         "quarantined": cache.quarantined,
     }
 

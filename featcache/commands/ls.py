@@ -14,12 +14,21 @@ from featcache.console.text import echo, format_bytes, format_json, format_table
 
 
 @click.command(
-    epilog="Examples:\n\n  featcache ls\n\n  FEATCACHE_HOME=/data/caches featcache ls --json"
+    epilog="Examples:\n\n  featcache ls\n\n  FEATCACHE_HOME=/data/caches featcache ls --json\n\n"
+    "  featcache ls --costs"
+)
+@click.option(
+    "--costs",
+    is_flag=True,
+    help="What extractions, runs and evaluations cost, by the run ledger, in place of the list.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(as_json: bool) -> None:
+def command(costs: bool, as_json: bool) -> None:
     """List the caches below $FEATCACHE_HOME: what they hold, how much of it is there, and who used
     them last; then the features that evaluations kept."""
+    if costs:
+        _print_costs(as_json)
+        return
     found = [describe(path) for path in home.caches()]
     kept = [kept_features.describe(path) for path in kept_features.items()]
     if as_json:
@@ -28,6 +37,19 @@ def command(as_json: bool) -> None:
         echo(f"no caches below {str(home.home())!r}; FEATCACHE_HOME names the folder")
     else:
         echo("\n\n".join(part(facts) for part, facts in ((text, found), (_kept, kept)) if facts))
+
+
+def _print_costs(as_json: bool) -> None:
+    from featcache.catalog.costs import read
+    from featcache.console import costs_table
+
+    found = read()
+    if as_json:
+        echo(format_json(costs_table.as_json(found), indent=1))
+    elif not found.total.lines and not found.passed_over:
+        echo(f"no run ledger below {str(home.home())!r}; FEATCACHE_HOME names the folder")
+    else:
+        echo(costs_table.text(found))
 
 
 def _kept(found: list[dict[str, Any]]) -> str:

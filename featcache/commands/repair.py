@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featcache.catalog.account import account
 from featcache.console import text
 from featcache.console.params import THREADS, LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar
@@ -72,7 +73,9 @@ def command(
     bar = ProgressBar("repair", "pictures")
     progress = ExtractProgress(lambda now: bar(now.pictures, now.total))
     find = repair.recorded_parent if parent is None else (lambda about: parent)
-    done = repair.run(cache, load, parent=find, workers=workers, progress=progress)
+    with account("repair", cache=cache) as line:
+        done = repair.run(cache, load, parent=find, workers=workers, progress=progress)
+        line.update({name: len(each) for name, each in done.items()})
     bar.close()
     lines = [f"restored {name}" for name in done["restored"]] + [
         f"made again {name}" for name in done["shards"]

@@ -123,7 +123,9 @@ def first_levels(
     pipeline = device_pipeline.DevicePipeline(plan, batch_size, ExtractProgress())
     found = 0
     for batch in batches():
-        levels, orders = _stored_levels(plan, batch, pipeline.submit(batch).answer)
+        in_flight = pipeline.submit(batch)
+        levels, orders = _stored_levels(plan, batch, in_flight.answer)
+        pipeline.count(in_flight)
         for i, (level, view, order) in enumerate(zip(levels, batch, orders, strict=True)):
             for k in (~level.isfinite().all(2).all(1)).nonzero()[:1].flatten().tolist():
                 raise rows.not_finite_error(plan, batch, i, k)
@@ -201,5 +203,7 @@ def _again(plan: Plan, sample: Sample, batch_size: int) -> Iterator[tuple[Tensor
         part = slice(first, first + batch_size)
         batch = sample.views[part]
         orders = sample.orders[part] if plan.tokens == "ranked" else None
-        levels, _ = _stored_levels(plan, batch, pipeline.submit(batch).answer, orders)
+        in_flight = pipeline.submit(batch)
+        levels, _ = _stored_levels(plan, batch, in_flight.answer, orders)
+        pipeline.count(in_flight)
         yield from zip(sample.levels[part], levels, strict=True)

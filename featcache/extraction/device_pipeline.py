@@ -15,6 +15,7 @@ width.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from featcache.extraction.plan import Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.extraction.rows import Batch, Host
 from featcache.models import precision
+from featcache.runtime.meter import meter
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class DevicePipeline:
         self._hand_over([pixels], spans, main)
         with self._stage("teacher", main, spans):
             answer = run_teacher(self.plan.teacher, pixels, self.plan.levels)
+        meter.teacher(self.plan.teacher.name, 0.0, len(batch))
         return InFlight(batch, answer, spans)
 
     def collect(self, in_flight: InFlight) -> Host:
@@ -70,9 +73,20 @@ class DevicePipeline:
             host = {name: self._to_host(values) for name, values in coded.items()}
         if in_flight.spans:
             in_flight.spans[-1][2].synchronize()
-        for stage, begin, end in in_flight.spans:
-            self.progress.add(stage, begin.elapsed_time(end) / 1000)
+        self.count(in_flight)
         return {name: values.numpy() for name, values in host.items()}
+
+    def count(self, in_flight: InFlight) -> None:
+        """Count the seconds of a batch that a GPU is done with."""
+        for stage, begin, end in in_flight.spans:
+            self._spend(stage, begin.elapsed_time(end) / 1000)
+        in_flight.spans.clear()
+
+    def _spend(self, stage: str, seconds: float) -> None:
+        self.progress.add(stage, seconds)
+        if stage == "teacher":
+            meter.device(seconds)
+            meter.teacher(self.plan.teacher.name, seconds, 0)
 
     def _to_device(self, batch: Batch) -> Tensor:
         """(B, 3, S, S) uint8."""
@@ -107,8 +121,9 @@ class DevicePipeline:
     def _stage(self, name: str, stream: Any, spans: list[tuple[str, Any, Any]]) -> Iterator[None]:
         """Run on a stream between two of its events; without one, on the clock."""
         if stream is None:
-            with self.progress.stage(name):
-                yield
+            begun = time.perf_counter()
+            yield
+            self._spend(name, time.perf_counter() - begun)
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 from featcache.errors import UsageError
+from featcache.runtime import process_counts
+from featcache.runtime.meter import Counts, meter
 from featcache.runtime.numbers import is_whole
 
 _LOG = logging.getLogger(__name__)
@@ -43,21 +46,24 @@ def parse_devices(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def worker_processes(names: Sequence[str], words: Sequence[str] | None = None) -> Iterator[None]:
+def worker_processes(
+    names: Sequence[str], words: Sequence[str] | None = None
+) -> Iterator[list[Counts]]:
     """Run a command once more for each device: `words`, or this process's own. They are waited for,
-    or stopped where the caller fails."""
+    or stopped where the caller fails. What they counted is added to this process's counts, and to
+    the list, as they end."""
+    counted = list[Counts]()
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in names]
+        logs, counts = (
+            [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in names]
+            for _ in range(2)
+        )
         started = [
-            subprocess.Popen(
-                [sys.executable, "-m", "featcache", *_arguments(name, words)],
-                stdout=log,
-                stderr=log,
-            )
-            for name, log in zip(names, logs, strict=True)
+            _start(_arguments(name, words), log, own)
+            for name, log, own in zip(names, logs, counts, strict=True)
         ]
         try:
-            yield
+            yield counted
         except BaseException:
             for process in started:
                 process.terminate()
@@ -65,9 +71,22 @@ def worker_processes(names: Sequence[str], words: Sequence[str] | None = None) -
         finally:
             for process in started:
                 process.wait()
+            counted += process_counts.take_over(counts)
+            for each in counted:
+                meter.add(each)
         for name, process, log in zip(names, started, logs, strict=True):
             if process.returncode:
                 _note_failure(name, process.returncode, log)
+
+
+def _start(words: list[str], log: IO[str], counts: IO[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "featcache", *words],
+        stdout=log,
+        stderr=log,
+        env={**os.environ, process_counts.VARIABLE: str(counts.fileno())},
+        pass_fds=[counts.fileno()],
+    )
 
 
 def _note_failure(name: str, status: int, log: IO[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from featcache.catalog import home, kept_features, listing
+from featcache.catalog import home, kept_features, ledger, listing
 from featcache.errors import UserError
 from featcache.maintenance import remove, remove_features
 from featcache.storage import belongings, lease
@@ -47,8 +47,8 @@ def find(unused_days: float | None) -> Garbage:
             found.left[cache] = f"{error.filename}: {error.strerror}"
     for path, strangers in remove_features.leftovers():
         _add(found, path, strangers)
-    if unused_days is not None and (why := home.ledger_problem()):
-        found.left[home.home() / home.LEDGER] = why
+    if unused_days is not None and (unreadable := ledger.problem()):
+        found.left[unreadable[0]] = unreadable[1]
     elif unused_days is not None:
         found.unused = list(_unused_caches(unused_days, found.left))
     if unused_days is not None:

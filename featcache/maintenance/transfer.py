@@ -29,6 +29,7 @@ from featcache.extraction.shard_queue import free_shards
 from featcache.maintenance import transfer_plan
 from featcache.maintenance.transfer_plan import Target, TransferJob, target_like
 from featcache.reading.cache import Cache
+from featcache.runtime.meter import meter
 from featcache.storage import checksums, codec_state, commit, manifest
 from featcache.storage.statistics import (
     FeatureStatistics,
@@ -252,6 +253,7 @@ def _copy_file(
     with origin.open("rb", buffering=0) as source, target.open("xb") as out:
         while count := source.readinto(buffer):
             out.write(buffer[:count])
+            meter.count("bytes_read", count)
             progress.add(count)
         out.flush()
         os.fsync(out.fileno())

@@ -32,6 +32,7 @@ from featcache.reading.byte_ranges import (
 )
 from featcache.reading.compressed_rows import CompressedRows
 from featcache.reading.file_pool import FilePool
+from featcache.runtime.meter import meter
 from featcache.storage.posix_io import (
     FULL,
     NoFileDescriptorError,
@@ -94,6 +95,10 @@ class RangeReader:
         """Fill the target of every batch. Raises UserError for a missing or short file,
         RowChecksumError for a wrong checksum."""
         total = sum(batch.row_bytes * len(batch.rows) for batch in batches)
+        self._read(batches, total)
+        meter.count("bytes_read", total)
+
+    def _read(self, batches: Sequence[RangeBatch], total: int) -> None:
         files = max(self._files.share // self.threads, 1)
         if total < _INLINE_BYTES:
             self._read_parts(split_batches(batches, _INLINE_BYTES, files))

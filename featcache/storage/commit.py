@@ -19,6 +19,7 @@ from typing import Any
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError, raise_if_unreadable
+from featcache.runtime.meter import meter
 from featcache.storage import json_file, manifest, schema
 from featcache.storage.own_folder import linked_folder, own_shards
 from featcache.storage.owner import is_abandoned, is_own, split_temporary, writer_id
@@ -82,6 +83,7 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
             raise
         remove_path(folder)
     _publish_record(cache, shard, name)
+    meter.count("bytes_written", sum(facts["bytes"] for facts in record["files"].values()))
 
 
 def _publish_record(cache: Path, shard: str, name: str) -> None:

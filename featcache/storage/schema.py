@@ -258,16 +258,42 @@ class Quarantine(_Object):
     pictures: list[Quarantined]
 
 
+Spent = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]  # seconds
+Moment = Annotated[str, StringConstraints(pattern=r"^[0-9T:.Z+-]{1,40}$")]
+ViewCost = Annotated[list[Spent], Field(min_length=2, max_length=2)]  # seconds, views
+
+
 class LedgerLine(_Object):
-    """A line of `runs.jsonl`; what else it says is of its command."""
+    """A line of `runs.jsonl`; what else it says is of its command. What could not be known is null
+    or absent, and is never a guess."""
 
     model_config = ConfigDict(extra="ignore")
 
-    time: Annotated[str, StringConstraints(pattern=r"^[0-9T:.Z+-]{1,40}$")]
-    command: Word
+    time: Moment
+    # such as `extract`, `eval knn`
+    command: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.+-]{0,63}$")]
     cache_id: Text | None = None
     recipe: Text = ""
     run: Text = ""
+    # what the work cost: see `catalog.account`
+    start: Moment = ""
+    end: Moment = ""
+    wall_s: Spent | None = None
+    device_s: Spent | None = None
+    bytes_read: Count | None = None
+    picture_bytes: Count | None = None
+    bytes_written: Count | None = None
+    teacher_s: Spent | None = None
+    teacher_saved_s: Spent | None = None
+    teacher_cost: Annotated[dict[Text, ViewCost], Field(max_length=64)] = {}
+    views_shown: Count | None = None
+    user: Text = ""
+    host: Text = ""
+    pid: Count = 0
+    outcome: Literal["done", "stopped", "failed"] = "done"
+    processes: Count = 1
+    counted: Count = 1  # processes whose counts are in the line
+    from_id: Text = ""  # of the cache that this one was copied or derived from
 
 
 def schema_problem(kind: type[BaseModel], value: Any) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from featcache.pictures.decode import decode, size_of
 from featcache.pictures.passed_over import PassedOver, passed_over
 from featcache.pictures.source import Source
+from featcache.runtime.meter import meter
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class ExifSource:
 
     def picture(self, index: int) -> Image.Image:
         """Decode a picture, and turn it. Raises PictureError."""
-        return decode(self.source.read(index), exif=True)
+        data = self.source.read(index)
+        meter.count("picture_bytes", len(data))
+        return decode(data, exif=True)
 
     def picture_size(self, index: int) -> tuple[int, int]:
         """Return height and width of a turned picture, from its header. Raises PictureError."""

@@ -30,6 +30,7 @@ from featcache.pictures.beton import JPG, RAW, BetonSource, import_ffcv
 from featcache.pictures.decode import MOST_PX, size_of
 from featcache.pictures.passed_over import PassedOver, passed_over
 from featcache.pictures.source import PictureError
+from featcache.runtime.meter import meter
 from featcache.views.policy import AREA
 from featcache.views.render import apply_jitter
 
@@ -197,6 +198,7 @@ class FfcvSource:
         part."""
         height, width = self.beton.sizes[index].tolist()
         stored = self.beton.stored(index)
+        meter.count("picture_bytes", len(stored))
         if self.beton.modes[index] == JPG:
             _check_size(stored, height, width)
         # numba compiles once, for writable bytes

@@ -12,6 +12,7 @@ from featcache.errors import IdentityError, UsageError
 from featcache.pictures.decode import decode, orientation, size_of
 from featcache.pictures.open_source import is_beton, open_source
 from featcache.pictures.source import Source
+from featcache.runtime.meter import meter
 from featcache.views.policy import AREA
 
 DECODERS = ("pillow", "ffcv")
@@ -34,7 +35,11 @@ def decode_picture(source: Source, index: int) -> Any:
     """Decode a picture by the source's pixel path. Raises PictureError with the decoder's own
     reason."""
     own = getattr(source, "picture", None)
-    return decode(source.read(index)) if own is None else own(index)
+    if own is not None:
+        return own(index)
+    data = source.read(index)
+    meter.count("picture_bytes", len(data))
+    return decode(data)
 
 
 def picture_size(source: Source, index: int) -> tuple[int, int]:

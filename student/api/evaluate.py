@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from featcache.api.progress import Progress, ProgressCallback, ignore
+from featcache.catalog.account import account
 from featcache.console import keywords
 from featcache.console.config_file import read_settings
 from featcache.console.params import require_images
@@ -143,8 +144,12 @@ def carry_out(
         return finetune_run.run(name, module, given, voice)
     options = {key: given[key] for key in module.OPTIONS}
     shared = eval_options.filled({key: given[key] for key in given if key not in options})
-    with generators_kept(torch.device("cpu")):
-        return _evaluate(module, name, options, set(chosen) & set(options), shared, voice, stages)
+    about = eval_options.subject_facts(given)
+    with generators_kept(torch.device("cpu")), account(f"eval {name}", **about) as line:
+        asked = set(chosen) & set(options)
+        told = _evaluate(module, name, options, asked, shared, voice, stages)
+        line |= {"recipe": told.facts.get("recipe", ""), "step": told.facts.get("checkpoint")}
+    return told
 
 
 def _evaluate(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from featcache.catalog.account import account
 from featcache.console import config_file
 from featcache.console.params import LocalPath, LocalText
 from featcache.console.text import join_lines, print_facts
@@ -44,6 +45,15 @@ class _Rows:
 def command(out: Path, as_json: bool, **given: Any) -> None:
     """Write features (n, D) float32 of the pictures' centre crops: [CLS], or the mean of the
     patches, after the final norm. They are those that `student eval` judges."""
+    with account("embed", **eval_options.subject_facts(given)) as line:
+        facts = _embed(out, given)
+        line["pictures"] = facts["pictures"]
+    shown = join_lines([f"{out}: {facts['pictures']} pictures x {facts['width']}"])
+    print_facts(facts, as_json, shown)
+
+
+def _embed(out: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Embed the pictures and write the file; return what is said of it."""
     from featcache.console.params import require_images
     from featcache.pictures.open_source import open_source
     from student.features.task import unlabelled_task
@@ -75,7 +85,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
             f"--out {str(out)!r} cannot be written: {error.strerror or error}; nothing is left of "
             "it; make room, or give another place"
         ) from error
-    print_facts(facts, as_json, join_lines([f"{out}: {len(keys)} pictures x {features.shape[1]}"]))
+    return facts
 
 
 command.params += eval_options.parameters()

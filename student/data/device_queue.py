@@ -8,16 +8,14 @@ mark behind it, and the reader waits for the mark alone. On a CPU all is known a
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from featcache.runtime import device as devices
-
-Marks = tuple[torch.cuda.Event, torch.cuda.Event]
+from featcache.runtime.device_clock import Seconds, mark
 
 # Steps until what a step left on a GPU is looked at, and batches that the host is ahead at most:
 # the device has its next step queued always, and each costs the memory of one more batch.
@@ -27,14 +25,6 @@ LATE_STEPS = 2
 def lag(device: torch.device) -> int:
     """Return the steps until what a step left on a device is looked at."""
     return LATE_STEPS if devices.is_gpu(device) else 0
-
-
-def mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Queue a mark behind all that a stream has to do."""
-    # who waits for it sleeps: loader threads want the core
-    event = torch.cuda.Event(enable_timing=True, blocking=True)
-    event.record(stream)
-    return event
 
 
 class LateNumbers:
@@ -87,36 +77,6 @@ class LateChecks:
             raised, tell = self._waiting.popleft()
             if raised.read().any():
                 tell()
-
-
-class Seconds:
-    """Measures a time: on the host's clock, or between pairs of marks in a GPU's queue."""
-
-    def __init__(self, seconds: float = 0.0, marks: Sequence[Marks] = ()) -> None:
-        self._seconds, self._marks = seconds, marks
-
-    def item(self) -> float:
-        """Return the number; waits until the device has passed the last mark."""
-        for begun, ended in self._marks:
-            ended.synchronize()
-            self._seconds += begun.elapsed_time(ended) / 1000
-        self._marks = ()
-        return self._seconds
-
-
-class StepClock:
-    """Measures a step from here: on a GPU the time in its queue, since the host is ahead of it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.current_stream(device) if devices.is_gpu(device) else None
-        self._mark = None if self._stream is None else mark(self._stream)
-        self._begun = time.perf_counter()
-
-    def seconds(self) -> Seconds:
-        """Return the time until now."""
-        if self._stream is None or self._mark is None:
-            return Seconds(time.perf_counter() - self._begun)
-        return Seconds(marks=[(self._mark, mark(self._stream))])
 
 
 class Rate:

@@ -22,10 +22,11 @@ from torch import Tensor
 from featcache.models.hooks import normalise_pixels
 from featcache.reading.tensors import copy_to_device
 from featcache.runtime import device as devices
+from featcache.runtime.device_clock import Marks, Seconds, mark
 from student import masking
 from student.config import TrainConfig
 from student.data import device_queue
-from student.data.device_queue import LateChecks, Marks, Seconds, mark
+from student.data.device_queue import LateChecks
 from student.models import drop_path
 from student.targets.assemble import draw_for_masks, draw_masks, mask_of, masks_on_device
 from student.targets.contract import HostBatch, Targets
@@ -118,6 +119,16 @@ class WaitShare:
     def item(self) -> float:
         waited = sum(wait.item() for wait in self._waits)
         return round(min(waited / max(self._whole.item(), 1e-9), 1.0), 4)
+
+
+class BusySeconds:
+    """Measures the seconds of a step that were not spent waiting for data."""
+
+    def __init__(self, waits: list[Seconds], whole: Seconds) -> None:
+        self._waits, self._whole = waits, whole
+
+    def item(self) -> float:
+        return max(self._whole.item() - sum(wait.item() for wait in self._waits), 0.0)
 
 
 class Prefetcher:

@@ -22,6 +22,7 @@ from featcache import rng
 from featcache.errors import UsageError, UserError
 from featcache.pictures.decode import decode
 from featcache.pictures.source import PictureError, Source
+from featcache.runtime.meter import meter
 from featcache.views import draw as view_draw
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
@@ -151,7 +152,9 @@ def _render(
 ) -> Views | UserError:
     """Return the views of a picture at each size, or the error of one that cannot be decoded."""
     try:
-        picture, key = decode(source.read(row)), source.keys[row]
+        data, key = source.read(row), source.keys[row]
+        meter.count("picture_bytes", len(data))
+        picture = decode(data)
         return [
             np.stack([_view(picture, key, each, size) for each in renderings]) for size in sizes
         ]

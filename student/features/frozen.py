@@ -30,6 +30,8 @@ from featcache.models import weights as weight_files
 from featcache.models.hooks import normalise_pixels
 from featcache.models.precision import fp32_products
 from featcache.reading.tensors import tail_to_device
+from featcache.runtime.device_clock import StepClock
+from featcache.runtime.meter import meter
 from featcache.storage import json_file
 from featcache.targets.derived import has_output, output
 
@@ -61,11 +63,12 @@ class FrozenEncoder:
         """Map uint8 pixels (B,3,S,S) to tokens (B,T,D) float32 of 1-based `blocks` (default: the
         last), on the device of the pixels, without gradients. With ids_keep (B,V) the other patches
         are not there at all: T = prefix + V."""
+        clock = StepClock(pixels.device)
         # a GPU would convolve in TF32: the patch embedding with 10 bits of its pixels
         with torch.no_grad(), fp32_products("ieee"):
-            return [
-                each.float() for each in self.forward(pixels, blocks or (self.depth,), ids_keep)
-            ]
+            made = self.forward(pixels, blocks or (self.depth,), ids_keep)
+            meter.device(clock.seconds())
+            return [each.float() for each in made]
 
     @property
     def told(self) -> str:

@@ -26,6 +26,7 @@ from fastcrc.crc32 import iscsi as crc32c
 from featcache.catalog import kept_features
 from featcache.catalog.kept_features import ABOUT, DATA, KIND, About
 from featcache.errors import UserError
+from featcache.runtime.meter import meter
 from featcache.storage import json_file
 from featcache.storage.owner import writer_id
 
@@ -77,6 +78,7 @@ class OnDisk:
             self.file.write(data)
         self.crc = crc32c(data, self.crc)
         self.bytes += len(data)
+        meter.count("bytes_written", len(data))
 
     def add(self, first: Sequence[int], values: Rows) -> None:
         rows, values = np.asarray(first), np.ascontiguousarray(values, self.dtype)

@@ -77,7 +77,7 @@ def record(
         if folder is None:
             continue
         try:
-            home.append(folder / NAME, text, follow=False)
+            home.append(folder / NAME, text)
         except OSError as error:
             _LOG.warning("the result is not written to %r: %s", str(folder / NAME), error.strerror)
     target = run if run is not None else _home()

@@ -6,9 +6,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from featcache.catalog.account import Begun
 from featcache.console.text import print_facts, say
 from featcache.errors import STOPPED, StoppedError, one_line
 from student.training.progress_bar import Display, shown
@@ -32,6 +33,8 @@ class Console:
 
     speaks: bool
     voice: Voice = TERMINAL
+    # it is made before all else: what a run costs is counted from here
+    begun: Begun = field(default_factory=Begun, repr=False)
 
     def say(self, text: str) -> None:
         if self.speaks:

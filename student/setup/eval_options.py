@@ -107,6 +107,12 @@ def check_subject(name: str, given: Mapping[str, Any]) -> None:
         raise UsageError("--weights is about --teacher, and RUN is evaluated: leave one out")
 
 
+def subject_facts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the run ledger says of the run, or the teacher, that is looked at."""
+    run = given["run"]
+    return {"of": given["teacher_spec"]} if run is None else {"of_run": str(run.absolute())}
+
+
 def freeze(given: Mapping[str, Any]) -> FrozenEncoder:
     """Return the encoder of RUN, or a teacher."""
     from student.features import frozen

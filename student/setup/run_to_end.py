@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
 from accelerate import Accelerator
 
-from featcache.catalog import home
+from featcache.catalog.account import account
 from featcache.errors import StoppedError, UserError
 from student import checkpoint
 from student.data.loader import Loader
-from student.setup import build, picture_check
+from student.setup import build, picture_check, run_cost
 from student.setup.console import Console, Told
 from student.training import accelerator, dry_run, preemption, train
 from student.training.train import Run
 
 
 def run_to_end(run: Run, loader: Loader, acc: Accelerator, console: Console) -> dict[str, Any]:
-    """Train, and note in the ledger how far the run came, however it ended; return the summary."""
+    """Train, and note in the ledger how far the run came and what it cost, however it ended; return
+    the summary."""
     _announce(run, loader, console)
-    before = checkpoint.latest_step(run.out)
-    try:
-        picture_check.check_pictures(run, loader, acc, console.say)
-        summary = train.train(run, loader, acc, console.voice.display)
-    except (StoppedError, KeyboardInterrupt) as error:
-        raise _stopped(error, run, before, console) from None
-    except (UserError, OSError):
-        _report_failure(run, before, console)
-        raise
     if console.speaks:
-        _note_run(run, before, summary)
+        run_cost.note_use(run)
+    before = checkpoint.latest_step(run.out)
+    with _account(run, acc, console) as line:
+        try:
+            picture_check.check_pictures(run, loader, acc, console.say)
+            summary = train.train(run, loader, acc, console.voice.display)
+        except (StoppedError, KeyboardInterrupt) as error:
+            line["stopped"] = True
+            raise _stopped(error, run, console) from None
+        except (UserError, OSError):
+            _report_failure(run, before, console)
+            raise
+        finally:
+            line["step"] = checkpoint.latest_step(run.out)
+        line.update(summary, run=line["run"])
     return summary
+
+
+def _account(
+    run: Run, acc: Accelerator, console: Console
+) -> contextlib.AbstractContextManager[dict[str, Any]]:
+    """Open the account of a run, one line for all of its processes."""
+    return account(
+        "eval finetune" if run.about["kind"] == "labelled" else "train",
+        begun=console.begun,
+        gather=functools.partial(run_cost.gather, acc),
+        finish=functools.partial(run_cost.saved, run),
+        speaks=console.speaks,
+        recipe=run.name,
+        cache_id=run.about.get("id"),
+        run=str(run.out.absolute()),
+        processes=acc.num_processes,
+        device=str(acc.device),
+    )
 
 
 def measure_run(run: Run, loader: Loader, acc: Accelerator, console: Console) -> Told:
@@ -49,12 +75,8 @@ def _announce(run: Run, loader: Loader, console: Console) -> None:
     )
 
 
-def _stopped(
-    error: BaseException, run: Run, before: int | None, console: Console
-) -> StoppedError | SystemExit:
+def _stopped(error: BaseException, run: Run, console: Console) -> StoppedError | SystemExit:
     """The one line of a run that was stopped."""
-    if console.speaks:
-        _note_run(run, before, {"stopped": True})
     if isinstance(error, StoppedError):
         return console.stopped(error)
     return console.stopped(preemption.stopped_at_once(run.out, run.resume))
@@ -62,19 +84,8 @@ def _stopped(
 
 def _report_failure(run: Run, before: int | None, console: Console) -> None:
     """Say which checkpoint is kept, where the run saved one before it failed."""
-    from student import checkpoint
-
     step = checkpoint.latest_step(run.out)
     if console.speaks and step != before:
-        _note_run(run, before, {"stopped": True})
         console.say(
             f"note: the checkpoint of step {step} is kept; {preemption.resume_hint(run.resume)}"
         )
-
-
-def _note_run(run: Run, before: int | None, facts: dict[str, Any]) -> None:
-    """Add a line to the ledger, where this process brought the run further than it was `before`."""
-    if (step := checkpoint.latest_step(run.out)) != before:
-        facts = {**facts, "run": str(run.out.absolute()), "step": step}
-        command = "eval finetune" if run.about["kind"] == "labelled" else "train"
-        home.log_run(command=command, recipe=run.name, cache_id=run.about.get("id"), **facts)

@@ -23,6 +23,8 @@ from featcache.models.contract import Teacher
 from featcache.reading.crop_range import ViewSchedule
 from featcache.reading.feature_reader import FeatureReader
 from featcache.reading.tensors import copy_to_device, tail_tensors, tail_to_device
+from featcache.runtime.device_clock import StepClock
+from featcache.runtime.meter import meter
 from featcache.targets import levels
 from featcache.targets.attention import draw_for_order, order_by
 from featcache.views import render as view_render
@@ -186,9 +188,11 @@ class OnlineTargets:
         """The teacher's L levels, each h (B, 1 + P, D) with its stats (B, 1 + P, 2), and its
         attention (B, P)."""
         images = _images(host[self._teacher_array], device)
+        clock = StepClock(device)
         # as a cache's teacher ran, whatever the student runs in
         with torch.no_grad(), precision.autocast_for(teacher):
             ys, attention = teacher(images, self.spec.levels)
+            meter.teacher(teacher.name, clock.seconds(), len(images))
             return [levels.normalise(y) for y in ys], attention
 
     def _mask_inputs(self, host: HostBatch, attention: Tensor) -> dict[str, Tensor]:

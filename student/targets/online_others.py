@@ -20,6 +20,8 @@ from featcache.models.contract import Teacher
 from featcache.models.tokenizer import TokenizerTeacher
 from featcache.reading.feature_reader import FeatureReader
 from featcache.reading.tensors import tail_tensors, tail_to_device
+from featcache.runtime.device_clock import StepClock
+from featcache.runtime.meter import meter
 from featcache.targets import levels
 from student.recipes import TargetSpec
 from student.targets.assemble import recipe_targets
@@ -65,8 +67,11 @@ class OnlineTokens:
         return self.network.filter
 
     def compute(self, images: Tensor) -> dict[str, Tensor]:
+        clock = StepClock(images.device)
         with torch.no_grad(), precision.autocast_for(self.network):
-            return {"token_ids": self.network.ids(images).long()}
+            ids = self.network.ids(images).long()
+        meter.teacher(self.network.name, clock.seconds(), len(images))
+        return {"token_ids": ids}
 
 
 @dataclass
@@ -88,8 +93,10 @@ class OnlineSecond:
         )
 
     def compute(self, images: Tensor) -> dict[str, Tensor]:
+        clock = StepClock(images.device)
         with torch.no_grad(), precision.autocast_for(self.network):
             (y,), _ = self.network(images, (self.spec.second_level,))
+            meter.teacher(self.network.name, clock.seconds(), len(images))
             h, stats = levels.normalise(y)
         h, stats = h[:, None], stats[:, None]  # (B, 1, 1 + P, D)
         if self.stored_as is not None:

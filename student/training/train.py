@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from featcache import rng
 from featcache.errors import UserError, command_line
+from featcache.runtime.device_clock import Seconds, StepClock
+from featcache.runtime.meter import meter
 from featcache.storage import manifest
 from student import checkpoint
 from student.config import TrainConfig, as_dict, default_values
-from student.data.device_queue import LateNumbers, Rate, Seconds, StepClock, lag
+from student.data.device_queue import LateNumbers, Rate, lag
 from student.data.loader import Loader
-from student.data.prefetch import Prefetcher, WaitShare, to_device
+from student.data.prefetch import BusySeconds, Prefetcher, WaitShare, to_device
 from student.models import drop_path
 from student.targets.contract import HostBatch, Targets
 from student.training import (
@@ -221,7 +223,10 @@ def train_step(
     row |= run.targets.step_metrics(loader.step_rows(step)[0])
     if run.run_options.skip_nonfinite is not None:
         row["skipped"] = state.skipped
-    row |= _speed(loader.global_batch, clock.seconds(), waits)
+    seconds = clock.seconds()
+    meter.device(BusySeconds(waits, seconds))
+    meter.count("views_shown", loader.batch_size * loader.accumulation)
+    row |= _speed(loader.global_batch, seconds, waits)
     return StepResult(row, keys, applied, waits)
 
 

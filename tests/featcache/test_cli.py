@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import featcache
-from featcache.catalog import home
+from featcache.catalog import ledger
 from featcache.storage import manifest
 from tests.conftest import SYNTHETIC, Ran, files_below, make_photos, python
 
@@ -472,8 +472,8 @@ def test_info_tells_which_recipes_lack_what(
 def test_info_lists_the_runs_of_this_cache(featcache_command: Command, made: Path) -> None:
     cache_id = manifest.read(made)["id"]
     for i in range(7):
-        home.log_run(command="train", recipe=f"mae{i}", cache_id=cache_id, run=f"runs/{i}")
-    home.log_run(command="train", recipe="other", cache_id="0" * 16, run="runs/x")
+        ledger.log_run(command="train", recipe=f"mae{i}", cache_id=cache_id, run=f"runs/{i}")
+    ledger.log_run(command="train", recipe="other", cache_id="0" * 16, run="runs/x")
     text = featcache_command("info", made).out
     assert "runs: 7, the last:" in text
     assert "mae6  runs/6" in text

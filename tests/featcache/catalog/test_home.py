@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache.catalog import home
+from featcache.catalog import home, ledger
 
 
 @pytest.fixture(autouse=True)
@@ -36,27 +36,27 @@ def test_caches_are_folders_with_a_manifest(place: Path) -> None:
 
 
 def test_runs_come_back_in_order_and_only_of_that_cache(place: Path) -> None:
-    assert home.runs_of("c1") == []
-    home.log_run(command="extract", cache_id="c1", cache=Path("x"))
+    assert ledger.runs_of("c1") == []
+    ledger.log_run(command="extract", cache_id="c1", cache=Path("x"))
     for i, cache_id in enumerate(["c1", "c2", "c1"]):
-        home.log_run(command="train", recipe="mae", cache_id=cache_id, run=f"r{i}")
-    assert [run["run"] for run in home.runs_of("c1")] == ["r0", "r2"]
-    assert [run["run"] for run in home.runs_of("c2")] == ["r1"]
-    assert home.runs_of("c") == []
-    assert all(run["time"].endswith("Z") for run in home.runs_of("c1"))
+        ledger.log_run(command="train", recipe="mae", cache_id=cache_id, run=f"r{i}")
+    assert [run["run"] for run in ledger.runs_of("c1")] == ["r0", "r2"]
+    assert [run["run"] for run in ledger.runs_of("c2")] == ["r1"]
+    assert ledger.runs_of("c") == []
+    assert all(run["time"].endswith("Z") for run in ledger.runs_of("c1"))
     assert len((place / "runs.jsonl").read_text().splitlines()) == 4
 
 
 def test_lines_that_cannot_be_read_are_passed_over(place: Path) -> None:
     """A process that died while it wrote, another's line, bytes that are no text."""
-    home.log_run(command="train", cache_id="c1", run="r0")
+    ledger.log_run(command="train", cache_id="c1", run="r0")
     with (place / "runs.jsonl").open("ab") as file:
         file.write(
             b'{"command": "train", "cache_id": "c1", "ru\n"c1"\n["c1"]\n\xff\xfe c1\n'
             b'{"note": "c1"}\n'
         )
-    home.log_run(command="train", cache_id="c1", run="r1")
-    assert [run["run"] for run in home.runs_of("c1")] == ["r0", "r1"]
+    ledger.log_run(command="train", cache_id="c1", run="r1")
+    assert [run["run"] for run in ledger.runs_of("c1")] == ["r0", "r1"]
 
 
 LINES = (
@@ -81,12 +81,12 @@ LINES = (
 def test_a_line_of_others_is_passed_over_and_counted_once(
     place: Path, line: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    home.log_run(command="train", cache_id="c1", run="r0")
+    ledger.log_run(command="train", cache_id="c1", run="r0")
     with (place / "runs.jsonl").open("a") as file:
         file.write(line + "\n")
     for _ in range(2):
-        assert [run["run"] for run in home.runs_of("c1")] == ["r0"]
-        assert home.runs_of("c2") == []
+        assert [run["run"] for run in ledger.runs_of("c1")] == ["r0"]
+        assert ledger.runs_of("c2") == []
     assert len(caplog.messages) == 1
     assert "none of ours" in caplog.messages[0]
 
@@ -96,8 +96,8 @@ def test_a_ledger_that_is_a_pipe_is_not_waited_for(
 ) -> None:
     place.mkdir(parents=True)
     os.mkfifo(place / "runs.jsonl")
-    assert home.runs_of("c1") == []
-    home.log_run(command="train", cache_id="c1")
+    assert ledger.runs_of("c1") == []
+    ledger.log_run(command="train", cache_id="c1")
     assert "cannot be read" in caplog.messages[0]
     assert "cannot be written" in caplog.messages[1]
 
@@ -107,14 +107,14 @@ def test_a_home_that_cannot_be_written_is_told_and_stops_nothing(
 ) -> None:
     place.parent.mkdir()
     place.write_text("a file")
-    home.log_run(command="train")
+    ledger.log_run(command="train")
     (note,) = caplog.messages
     assert note == f"the run ledger {str(place / 'runs.jsonl')!r} cannot be written: File exists"
-    assert home.runs_of("c1") == []
+    assert ledger.runs_of("c1") == []
 
 
 def test_a_line_is_one_line_of_json(place: Path) -> None:
-    home.log_run(command="train", cache=Path("a b"), text="two\nlines")
+    ledger.log_run(command="train", cache=Path("a b"), text="two\nlines")
     lines = (place / "runs.jsonl").read_text().splitlines()
     assert len(lines) == 1
     assert json.loads(lines[0])["cache"] == "a b"

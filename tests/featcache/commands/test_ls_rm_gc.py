@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache.catalog import home
+from featcache.catalog import ledger
 from featcache.extraction import extend, extract
 from featcache.storage import commit, json_file, lease, manifest
 from featcache.storage import owner as storage_owner
@@ -92,7 +92,7 @@ def test_ls_tells_what_there_is(
             "random_weights": False,
         }
     ]
-    home.log_run(command="train", recipe="mae", cache_id=about["id"])
+    ledger.log_run(command="train", recipe="mae", cache_id=about["id"])
     head, row = featcache_command("ls").out.splitlines()
     assert re.split(r"  +", head)[:3] == ["path", "id", "teacher"]
     for word in (
@@ -384,7 +384,7 @@ def aged(cache: Path) -> Path:
 def test_gc_knows_no_unused_cache_where_the_ledger_cannot_be_read(
     kind: str, featcache_command: Command, aged: Path
 ) -> None:
-    ledger = aged.parent / home.LEDGER
+    ledger = aged.parent / "runs.jsonl"
     if kind == "folder":
         ledger.mkdir()
     elif kind == "pipe":
@@ -433,7 +433,7 @@ def test_gc_unused_lists_and_removes_only_with_yes(
 def test_gc_unused_spares(featcache_command: Command, aged: Path, reason: str) -> None:
     held = None
     if reason == "used":
-        home.log_run(command="train", cache_id=manifest.read(aged)["id"])
+        ledger.log_run(command="train", cache_id=manifest.read(aged)["id"])
     elif reason == "incomplete":
         record_path(part_of(aged), "000000").unlink()
     elif reason == "damaged":

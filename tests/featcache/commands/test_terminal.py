@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from featcache.catalog import home
+from featcache.catalog import ledger
 from featcache.errors import printable
 from featcache.extraction import extract
 from featcache.storage import json_file, manifest
@@ -65,7 +65,7 @@ def test_what_a_cache_says_is_escaped(
     featcache_command: Command, evil: Path, words: list[str]
 ) -> None:
     cache_id = json.loads((evil / "manifest.json").read_text())["id"]
-    home.log_run(command="train", recipe=EVIL, run=EVIL, cache_id=cache_id)
+    ledger.log_run(command="train", recipe=EVIL, run=EVIL, cache_id=cache_id)
     (evil / "shards/000001.json").unlink()
     cache = [] if words[0] in ("ls", "gc") else [evil]
     assert_safe(featcache_command(*words, *cache))
@@ -103,7 +103,7 @@ def test_markup_in_a_manifest_is_text(
 def test_what_pictures_and_runs_are_called_is_escaped(
     featcache_command: Command, origin: Path
 ) -> None:
-    home.log_run(command="train", recipe=EVIL, run=EVIL, cache_id=manifest.read(origin)["id"])
+    ledger.log_run(command="train", recipe=EVIL, run=EVIL, cache_id=manifest.read(origin)["id"])
     ran = featcache_command("info", origin)
     assert_safe(ran)
     assert ran.out.count(r"\x1b]0;owned\x07") >= 2

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import featcache
-from featcache.catalog import home
+from featcache.catalog import home, ledger
 from featcache.cli import cli as featcache_cli
 from featcache.errors import UsageError, UserError
 from featcache.extraction.options import weights_per_teacher
@@ -123,7 +123,7 @@ def test_a_home_that_can_be_none_does_not_fail_the_work_that_is_done(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("FEATCACHE_HOME", "s3://x")
-    home.log_run(command="extract")
+    ledger.log_run(command="extract")
     (note,) = caplog.messages
     assert "only local paths" in note
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from featcache.errors import UserError
-from student.data.device_queue import LateChecks, LateNumbers, Rate, Seconds, StepClock, lag
+from featcache.runtime.device_clock import Seconds, StepClock
+from student.data.device_queue import LateChecks, LateNumbers, Rate, lag
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ import torch
 
 from featcache import rng, teachers
 from featcache.pictures.open_source import open_source
+from featcache.runtime.device_clock import Seconds
 from student import config, recipes
-from student.data.device_queue import Seconds
 from student.data.loader import Loader
 from student.data.prefetch import Prefetcher, WaitShare, to_device
 from student.recipes import TargetSpec

@@ -15,7 +15,7 @@ from torch import nn
 
 import student.training.train
 from featcache.errors import UserError
-from student.data.device_queue import Seconds
+from featcache.runtime.device_clock import Seconds
 from student.targets.cached import CachedTargets
 from student.training import dry_run
 from student.training.train import StepResult

@@ -18,7 +18,7 @@ import pytest
 from accelerate import Accelerator
 
 from featcache import cli
-from featcache.catalog import home
+from featcache.catalog import ledger
 from featcache.errors import StoppedError
 from featcache.runtime import signals
 from student import checkpoint
@@ -274,7 +274,7 @@ def test_a_stopped_run_is_in_the_ledger_and_a_resume_without_work_is_not(
     for _ in range(3):
         fx.good(fx.train("mralign", Path("run"), *options, "--resume", home=tmp_path / "home"))
     with fx.open_cache() as cache:
-        runs = home.runs_of(cache.manifest["id"])
+        runs = ledger.runs_of(cache.manifest["id"])
     assert [(run["run"], run["step"], run.get("stopped")) for run in runs] == [
         (str(tmp_path / "run"), 1, True),
         (str(tmp_path / "run"), 3, None),
