@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from featcache.catalog import home
+from featcache.catalog import ledger
 from featcache.console.text import format_bytes
 from featcache.drawing.page import table
 from featcache.errors import UserError
@@ -62,7 +62,7 @@ def _starts(run: ReportedRun) -> str:
     if not isinstance(cache, str):
         return "-"
     try:
-        lines = home.runs_of(cache)
+        lines = ledger.runs_of(cache)
     except UserError:  # there is no home
         return "-"
     mine = [line for line in lines if line.get("run") == str(run.path.absolute())]

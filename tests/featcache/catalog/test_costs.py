@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,14 @@ def test_the_table_says_the_same(place: Path) -> None:
     assert lines[6] == "3 lines stopped or failed, with what they cost until then"
     assert lines[7].startswith("1 line of an older version")
     assert lines[8].startswith("1 line of training from a cache of which no ledger here says")
+
+
+def test_the_example_of_the_guide_is_what_is_printed(place: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs/guides/costs.md").read_text()
+    (ledger_text,) = re.findall(r"^```json\n(.*?)^```$", page, re.M | re.S)
+    (table,) = re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S)
+    (place / "runs.jsonl").write_text(ledger_text)
+    assert feat("ls", "--costs", home=place).out == table
 
 
 def test_what_a_view_took_is_of_the_extraction_or_of_its_origin(place: Path) -> None:

@@ -408,8 +408,8 @@ def test_gc_unused_lists_and_removes_only_with_yes(
     assert ran.out.splitlines()[0].startswith(f"unused: {aged}: ")
     assert "--yes removes them" in ran.out
     assert (
-        "by no `student train` that this home's ledger knows; other programs' reading is not noted"
-        in ran.out
+        "by no `student train` that this home's ledger knows, nor those of FEATCACHE_LEDGERS; "
+        "other programs' reading is not noted" in ran.out
     )
     assert "featcache.torch.Dataset" in featcache_command("gc", "--help").out
     for words in (["--dry-run", "--yes"], []):

@@ -3,6 +3,7 @@ the first moment on."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -250,13 +251,16 @@ def test_an_interrupt_before_the_first_step_leaves_no_run(
     assert ran.status == 75
     assert ran.line == "error: stopped before the first step; run the same command again"
     assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "home").exists()
+    text = (tmp_path / "home/runs.jsonl").read_text()
+    use, line = map(json.loads, text.splitlines())
+    assert (use["command"], line["command"], line["views_shown"]) == ("use", "train", 0)
+    assert line["outcome"] == "stopped"
 
 
 # ---------------------------------------------------------------- the ledger
 
 
-def test_a_stopped_run_is_in_the_ledger_and_a_resume_without_work_is_not(
+def test_a_stopped_run_is_among_a_caches_runs_and_a_resume_without_work_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run's path is absolute: the next reader may stand elsewhere."""

@@ -274,7 +274,8 @@ def test_the_ledger_lies_in_home_and_the_cache_is_untouched(tmp_path: Path) -> N
         )
     )
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
-    (line,) = (tmp_path / "home" / "runs.jsonl").read_text().splitlines()
+    use, line = (tmp_path / "home" / "runs.jsonl").read_text().splitlines()
+    assert json.loads(use)["command"] == "use"
     noted = json.loads(line)
     assert noted["command"] == "train"
     assert noted["recipe"] == "maskalign"
