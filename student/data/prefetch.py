@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -23,10 +24,11 @@ from featcache.models.hooks import normalise_pixels
 from featcache.reading.tensors import copy_to_device
 from featcache.runtime import device as devices
 from featcache.runtime.device_clock import Marks, Seconds, mark
+from featcache.runtime.meter import meter
 from student import masking
 from student.config import TrainConfig
 from student.data import device_queue
-from student.data.device_queue import LateChecks
+from student.data.device_queue import LateChecks, Rate
 from student.models import drop_path
 from student.targets.assemble import draw_for_masks, draw_masks, mask_of, masks_on_device
 from student.targets.contract import HostBatch, Targets
@@ -129,6 +131,13 @@ class BusySeconds:
 
     def item(self) -> float:
         return max(self._whole.item() - sum(wait.item() for wait in self._waits), 0.0)
+
+
+def step_speed(global_batch: int, seconds: Seconds, waits: list[Seconds]) -> dict[str, Any]:
+    """Count the seconds that a step computed; return samples a second over all processes, and the
+    share of the step that was spent waiting for data."""
+    meter.device(BusySeconds(waits, seconds))
+    return {"images_per_s": Rate(global_batch, seconds), "data_wait": WaitShare(waits, seconds)}
 
 
 class Prefetcher:

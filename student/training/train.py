@@ -28,9 +28,9 @@ from featcache.runtime.meter import meter
 from featcache.storage import manifest
 from student import checkpoint
 from student.config import TrainConfig, as_dict, default_values
-from student.data.device_queue import LateNumbers, Rate, lag
+from student.data.device_queue import LateNumbers, lag
 from student.data.loader import Loader
-from student.data.prefetch import BusySeconds, Prefetcher, WaitShare, to_device
+from student.data.prefetch import Prefetcher, step_speed, to_device
 from student.models import drop_path
 from student.targets.contract import HostBatch, Targets
 from student.training import (
@@ -223,10 +223,8 @@ def train_step(
     row |= run.targets.step_metrics(loader.step_rows(step)[0])
     if run.run_options.skip_nonfinite is not None:
         row["skipped"] = state.skipped
-    seconds = clock.seconds()
-    meter.device(BusySeconds(waits, seconds))
     meter.count("views_shown", loader.batch_size * loader.accumulation)
-    row |= _speed(loader.global_batch, seconds, waits)
+    row |= step_speed(loader.global_batch, clock.seconds(), waits)
     return StepResult(row, keys, applied, waits)
 
 
@@ -284,15 +282,6 @@ def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
         rng.key_digests([f"step:{micro}:{rank}"]), rng.stream("model", seed), 1, epoch=step
     )[0, 0]
     return int(word >> np.uint64(1))
-
-
-def _speed(global_batch: int, seconds: Seconds, waits: list[Seconds]) -> dict[str, Any]:
-    """Return samples a second over all processes, and the share of the step spent waiting for
-    data."""
-    return {
-        "images_per_s": Rate(global_batch, seconds),
-        "data_wait": WaitShare(waits, seconds),
-    }
 
 
 def _check_losses(rows: list[dict[str, Any]], run: Run, loader: Loader, state: TrainState) -> None:
