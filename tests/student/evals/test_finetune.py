@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 
+from featcache.console.config_file import FileSettings
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.views.render import render_centre
@@ -77,7 +78,7 @@ ITS_OWN: dict[str, dict[str, Any]] = {
 def configured(recipe: str, size: str, *sets: str) -> finetune.Config:
     facts = {"encoder": size, "family": "mae", "patch_size": 16, "img_size": 224}
     begun = Begun(torch.nn.Identity(), "run", facts, {}, recipe, size)
-    options: Any = SimpleNamespace(settings=sets, epochs=None)
+    options: Any = SimpleNamespace(file_settings=FileSettings(), settings=sets, epochs=None)
     return finetune_inputs.configure(options, begun, evals.load("finetune"), 1000)
 
 
