@@ -180,7 +180,8 @@ def test_what_a_callback_raises_ends_the_evaluation(
     with pytest.raises(LookupError, match="enough"):
         student.evaluate("knn", **given(labelled, run), progress=fail, embed_batch=4)
     left = [p for p in (tmp_path / "home").rglob("*") if p.is_file()]
-    assert left == []
+    assert left == [tmp_path / "home/runs.jsonl"]  # what it cost until then
+    assert json.loads(left[0].read_text())["outcome"] == "failed"
     assert student.evaluate("knn", **given(labelled, run), embed_batch=4).scores
 
 
