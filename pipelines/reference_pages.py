@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "benchmarks.md",
+    "examples/notebook.py": "examples/notebook.md",
     "examples/plain_pytorch.py": "examples/plain_pytorch.md",
     "benchmarks/bench_foreign.py": "examples/bench_foreign.md",
 }
