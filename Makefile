@@ -47,7 +47,7 @@ docs: $(VENV)/.installed-docs
 # pip runs again only when pyproject.toml is newer than the stamp of the last installation.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "installing .[$*] into $(VENV) (the first time: some minutes, torch is large)"
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install -qq --editable '.[$*]'
 	@touch $@
 
 $(BIN)/python:

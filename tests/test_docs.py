@@ -251,3 +251,21 @@ def test_dictionaries_of_the_seams_hold_what_the_readme_says() -> None:
     assert set(codecs.CODECS) == {"fp16", "q8", "t4", "t3"}
     assert set(store.STORES) == {"zarr", "webdataset"}
     assert {"uniform", "attentive", "stored"} <= set(masking.MASKS)
+
+
+@pytest.mark.parametrize("package", ["student", "featcache"])
+def test_the_drawing_has_the_layers_that_are_checked(package: str) -> None:
+    contract = (ROOT / ".importlinter").read_text().split(f"containers = {package}\n")[1]
+    layers = contract.split("layers =\n")[1].split("\n\n")[0].splitlines()
+    there = [
+        [name for name in re.findall(r"\w+", line) if _exists(package, name)] for line in layers
+    ]
+    drawing = (ROOT / "docs/img/layers.svg").read_text()
+    kind = package[0]  # the class of its boxes
+    drawn = re.findall(rf'class="{kind}".*?<text class="t"[^>]*>([^<]*)<', drawing)
+    assert [line.split(" · ") for line in drawn] == there
+
+
+def _exists(package: str, name: str) -> bool:
+    path = ROOT / package / name
+    return path.is_dir() or path.with_suffix(".py").is_file()
