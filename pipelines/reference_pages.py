@@ -164,7 +164,7 @@ def _default(value: Any) -> str:
 def commands_page(program: str) -> str:
     """Return the help of each command of a program: text, usage, options and examples."""
     group = _program(program)
-    context = click.Context(group, info_name=program)
+    context = click.Context(group, info_name=program, **group.context_settings)
     parts = [f"# {program}", _text(group.help)]
     for name in group.list_commands(context):
         parts += _command(group.get_command(context, name), f"{program} {name}", context, 2)

@@ -147,7 +147,8 @@ def test_a_command_line_is_one_that_the_program_takes(line: str) -> None:
     """Its options are there, and their values of the right kind; `...` stands for others."""
     words = shlex.split(line.partition(" && ")[0].partition(" > ")[0], comments=True)
     command: click.Command = PROGRAMS[words.pop(0)]
-    context = click.Context(command)
+    # with the names of its help option, which a command keeps from the first context it meets
+    context = click.Context(command, **command.context_settings)
     while isinstance(command, click.Group) and words:
         found = command.get_command(context, words.pop(0))
         assert found is not None, line
