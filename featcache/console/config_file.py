@@ -141,7 +141,7 @@ def _read_yaml(path: Path) -> Any:
 
 def _read_toml(path: Path) -> Any:
     text = strict_json.read_bytes(path, FILE_BYTES).decode("utf-8-sig")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # TOML ends lines at no other character
         if line.count(".") > _DOTS:
             raise ValueError(f"line {number} has more than {_DOTS} dots")
     try:

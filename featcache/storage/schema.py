@@ -273,6 +273,7 @@ class LedgerLine(_Object):
     # such as `extract`, `eval knn`
     command: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.+-]{0,63}$")]
     cache_id: Text | None = None
+    cache: Text | None = None  # its path
     recipe: Text = ""
     run: Text = ""
     # what the work cost: see `catalog.account`

@@ -119,6 +119,7 @@ class Curves:
     first_broken: str = ""
     left_out: set[str] = field(default_factory=set)  # columns beyond COLUMNS
     last: Row | None = None  # of the highest step
+    timed: int = 0  # rows that say how fast their step was
     trained_s: float = 0.0  # seconds that the steps took, for a batch of one picture
     waited_s: float = 0.0  # of these, waiting for data
 
@@ -231,5 +232,6 @@ def _add_times(found: Curves, rows: Sequence[Row]) -> None:
     wait = np.array([row.get("data_wait", 0) for row in rows], np.float64)
     good = np.isfinite(speed) & (speed > 0)
     seconds = 1 / speed[good]
+    found.timed += len(seconds)
     found.trained_s += float(seconds.sum())
     found.waited_s += float((np.clip(np.nan_to_num(wait[good]), 0, 1) * seconds).sum())

@@ -30,13 +30,12 @@ def section(contents: Contents) -> str:
 def _column(run: ReportedRun) -> dict[str, str]:
     curves, batch = run.curves, _number(run.record, "data", "global_batch")
     seconds = batch * curves.trained_s
-    rows = curves.lines - curves.broken
     environment = run.environment
     return {
         "steps": f"{run.facts['step']:,} of {run.facts['steps']:,}",
         "pictures a step": f"{batch:,}" if batch else "-",
         "time of the steps": duration(seconds) if seconds else "-",
-        "pictures a second": f"{rows / curves.trained_s:,.0f}" if curves.trained_s else "-",
+        "pictures a second": f"{curves.timed / curves.trained_s:,.0f}" if curves.trained_s else "-",
         "waiting for data": f"{curves.waited_s / curves.trained_s:.1%}" if seconds else "-",
         "processes": str(_number(run.record, "running", "processes") or "-"),
         "started, by the run ledger": _starts(run),

@@ -160,7 +160,11 @@ def to_inline(figure: Any, title: str) -> str:
     import matplotlib
 
     text = io.StringIO()
-    own: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "path.simplify_threshold": 0.3}
+    own: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": escape(title),
+        "path.simplify_threshold": 0.3,
+    }
     with matplotlib.rc_context(own):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()

@@ -134,6 +134,7 @@ HOSTILE = (
     {"outcome": "perfect"},
     {"user": ["root"]},
     {"from_id": 5},
+    {"cache": {"a": 1}},
     {"start": "\x1b[2J"},
     {"command": "eval\x1b[2J"},
     {"pid": -5},

@@ -155,6 +155,7 @@ def test_a_key_twice_in_two_spellings(tmp_path: Path) -> None:
         ("a = " + "9" * 60, "huge number"),
         ("a = " + "[" * 5000, "nested"),
         ("a" + ".a" * 300 + " = 1", "more than 256 dots"),
+        (("a." * 200 + '"\u2028".') * 2 + "a = 1", "line 1 has more than 256 dots"),
         ("\n".join(f"a{i}.b = {i}" for i in range(9000)), "more than 64 KiB"),
         ("a = 1\na = 2", "Cannot overwrite"),
         ("a =", "Invalid value"),

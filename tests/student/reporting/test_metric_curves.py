@@ -166,6 +166,7 @@ def test_the_time_of_steps_is_added_up(tmp_path: Path) -> None:
     ]
     found = metric_curves.read(write(tmp_path / "run", rows))
     assert found.trained_s == pytest.approx(0.1 + 0.05)  # for a batch of one picture
+    assert found.timed == 2
     assert found.waited_s == pytest.approx(0.5 * 0.1 + 0.1 * 0.05)
 
 

@@ -205,6 +205,12 @@ def test_a_chart_marks_a_step_that_is_not_finite() -> None:
     assert "#0" not in re.sub(r"#[pm][0-9a-f]+", "", chart([1.0, 2.0]))
 
 
+def test_a_title_that_is_no_unicode_is_shown() -> None:
+    curve = Curve(np.arange(2), np.ones(2))
+    svg = line_chart.draw("half \ud800", [line_chart.Series(0, curve)], 2)
+    assert 'aria-label="half \\ud800"' in svg.encode().decode()
+
+
 def test_an_axis_is_logarithmic_where_values_are_far_apart() -> None:
     def of(*values: float) -> bool:
         curve = Curve(np.arange(len(values)), np.array(values))
