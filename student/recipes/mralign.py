@@ -1,4 +1,4 @@
-"""MR-Align: align visible tokens with a teacher, predict hidden pixels. Ours, the one to begin with.
+"""MR-Align: align visible tokens with a teacher, predict hidden pixels. Ours, the first to try.
 
 Paper:    none; this combination is ours, from parts that were published:
           - alignment of CLS and visible tokens with five teacher levels, and the optimiser:
