@@ -47,7 +47,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
     and the folder stays."""
     from huggingface_hub import HfApi
 
-    with _errors(folder, repo), _no_bars():
+    with _errors(folder, repo, public), _no_bars():
         api = HfApi()
         made = api.create_repo(repo, private=not public, exist_ok=True)
         found: str = made.repo_id  # with its owner
@@ -56,7 +56,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
 
 
 @contextlib.contextmanager
-def _errors(folder: Path, repo: str) -> Iterator[None]:
+def _errors(folder: Path, repo: str, public: bool) -> Iterator[None]:
     """Raise whatever stops an upload as one line. The client's kinds of errors changed with the
     library below it; the common ones are OSErrors and its HTTPError."""
     from huggingface_hub.errors import HTTPError
@@ -64,7 +64,8 @@ def _errors(folder: Path, repo: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPError, RuntimeError, ValueError, LookupError, AttributeError) as error:
-        again = command_line("hf", "upload", repo, str(folder), ".")
+        private = () if public else ("--private",)  # hf itself makes public ones
+        again = command_line("hf", "upload", repo, str(folder), ".", *private)
         raise UserError(
             f"--push {repo}: {_why(error)}; the export is complete and stays at {str(folder)!r}: "
             f"`{again}` sends it later"

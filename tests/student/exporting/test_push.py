@@ -74,6 +74,14 @@ def test_what_the_hub_refuses_is_one_line(
     assert ran.status == 1
     assert why in ran.line
     assert f"the export is complete and stays at '{tmp_path / 'out'}'" in ran.line
+    assert f"`hf upload me/model {tmp_path / 'out'} . --private`" in ran.line
+
+
+def test_who_wants_a_public_repository_is_told_how_to_upload_to_one(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.status, hub.fails_at = 401, "/api/repos/create"
+    ran = pushed(tmp_path / "out", "--push", "me/model", "--public")
     assert f"`hf upload me/model {tmp_path / 'out'} .`" in ran.line
     assert TOKEN not in ran.out + ran.err
     assert "\x1b" not in ran.err
