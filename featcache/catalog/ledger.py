@@ -139,7 +139,12 @@ def _make_users_folder(folder: Path) -> None:
     except FileExistsError:
         return
     mode = stat.S_IMODE(folder.stat().st_mode)
-    (folder / USERS).chmod(mode | stat.S_ISVTX if mode & _SHARED else mode)
+    inside = os.open(folder / USERS, _FOLDER)  # no link that another put there meanwhile
+    try:
+        if os.fstat(inside).st_uid == os.geteuid():
+            os.fchmod(inside, mode | stat.S_ISVTX if mode & _SHARED else mode)
+    finally:
+        os.close(inside)
 
 
 # ------------------------------------------------------------ read

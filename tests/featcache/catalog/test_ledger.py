@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -278,3 +279,24 @@ def test_home_append_is_one_write(place: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "write", lambda fd, data: written.append(len(data)) or real(fd, data))
     home.append(place / "lines", "x" * 100_000 + "\n")
     assert written == [100_001]
+
+
+def test_a_link_in_place_of_the_new_folder_is_not_followed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write the home may put one there at any moment."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    place.chmod(0o777)
+    make = Path.mkdir
+
+    def swapped(self: Path, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        if self.name == ledger.USERS:
+            self.rmdir()
+            self.symlink_to(private)
+
+    monkeypatch.setattr(Path, "mkdir", swapped)
+    ledger.log_run(command="train")
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert not any(private.iterdir())
