@@ -267,13 +267,15 @@ def _waiting(module: str, words: Sequence[str]) -> Callable[[float], None]:
     name = " ".join([module, *words[:1]])
     out = Path(words[words.index("--out") + 1]) if "--out" in words else None
 
-    def told(seconds: float) -> None:
+    def tell(seconds: float) -> None:
         if not sys.stderr.isatty():
             row = _last_row(out) if out is not None and words[0] == "train" else None
-            step = f", step {row['step']}, loss {row['loss']:.4f}" if row else ""
+            loss = metric_rows.number(row.get("loss")) if row else None
+            told = f", loss {loss:.4f}" if isinstance(loss, float) else ""
+            step = f", step {row['step']}{told}" if row else ""
             echo(f"  {name}: {seconds:.0f} s{step}", err=True)
 
-    return told
+    return tell
 
 
 def _last_row(out: Path) -> dict[str, Any] | None:

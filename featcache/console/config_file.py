@@ -194,8 +194,8 @@ def _sorted_out(
     """Part what a file holds into options, by their keys, and settings."""
     if rules.settings is None:
         return _by_key(known, values, where), {}
-    if isinstance(record := values.get("config"), dict):  # a run's own
-        return {}, record
+    if isinstance(record := values.get("config"), dict):
+        return {}, _settings_of_record(record, values, where)
     named = values.pop("set", {})
     if not isinstance(named, dict):
         raise UsageError(f"{where}: set: {short(named)} given; settings by name are needed")
@@ -204,6 +204,19 @@ def _sorted_out(
         raise UsageError(f"{where}: {min(twice)!r} is there twice, under set and beside it")
     options = {key: value for key, value in values.items() if key not in flat}
     return _by_key(known, options, where), {**{key: values[key] for key in flat}, **named}
+
+
+def _settings_of_record(
+    settings: dict[str, Any], values: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Return the settings of a run's config.json, all else of which is no option."""
+    if len(values) > 1 and not {"recipe", "steps"} <= values.keys():
+        raise UsageError(
+            f"{where}: config holds settings, as in a run's config.json, and "
+            f"{short(min(values.keys() - {'config'}))} stands beside it, which no run has alone; "
+            "write the settings below set"
+        )
+    return settings
 
 
 def _is_setting(known: Mapping[str, click.Parameter], key: str, value: Any) -> bool:

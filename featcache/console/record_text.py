@@ -102,7 +102,8 @@ def _half(attention: Sequence[float]) -> int:
     >>> _half([0.1, 0.4, 0.2, 0.3])
     2
     """
-    left, count = sum(attention) / 2, 0
+    # what a sum of rounded numbers lacks is no reason for one patch more
+    left, count = sum(attention) / 2 * (1 - 1e-9), 0
     for weight in sorted(attention, reverse=True):
         if left <= 0:
             break

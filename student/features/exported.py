@@ -139,13 +139,26 @@ def licence(teacher: object) -> str:
 
 
 def command(given: Exported) -> list[str]:
-    """Return the command that made the run, from environment.json; empty where none is recorded."""
+    """Return the command that made the run, from environment.json; empty where none is recorded.
+    Of absolute paths the last part is left: where they lie is nobody's business."""
     path = given.run / "environment.json"
     try:
         found = strict_json.as_object(strict_json.read_file(path)).get("command")
     except (OSError, ValueError):
         return []
-    return [str(word)[:500] for word in found[:200]] if isinstance(found, list) else []
+    return [_last_part(str(word)[:500]) for word in found[:200]] if isinstance(found, list) else []
+
+
+def _last_part(word: str) -> str:
+    """Shorten a word of a command line that is an absolute path, or gives one to an option.
+
+    >>> _last_part("/home/ann/train"), _last_part("--out=/data/runs/a"), _last_part("runs/a")
+    ('.../train', '--out=.../a', 'runs/a')
+    """
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    if not value.startswith(("/", "~")):
+        return word
+    return f"{option}{equals}.../{value.rstrip('/').rpartition('/')[2]}"
 
 
 def scores(given: Exported) -> list[dict[str, Any]]:

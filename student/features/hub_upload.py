@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from featcache.errors import UsageError, UserError, command_line, one_line
 
@@ -52,7 +53,13 @@ def push(folder: Path, repo: str, public: bool) -> str:
         made = api.create_repo(repo, private=not public, exist_ok=True)
         found: str = made.repo_id  # with its owner
         api.upload_folder(repo_id=found, folder_path=folder, commit_message=MESSAGE)
-        return f"{api.endpoint}/{found}"
+        return f"{_without_user(str(api.endpoint))}/{found}"
+
+
+def _without_user(address: str) -> str:
+    """Return an address without the name and password that may stand before its host."""
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def test_a_run_of_a_file_is_the_run_of_its_command_line(tmp_path: Path) -> None:
         "lr: 1e-3\nepochs: 3\nmask_ratio: 0.5",
         "set:\n  lr: 1e-3\n  mask_ratio: 0.5\nepochs: 3",
         "set: {lr: 1e-3, mask_ratio: .5, epochs: 3}",
-        "config: {lr: 0.001, epochs: 3, mask_ratio: 0.5}\nseed: 7\nrecipe: kd\nrows: 5",
+        "config: {lr: 0.001, epochs: 3, mask_ratio: 0.5}\nseed: 7\nrecipe: kd\nsteps: 5",
     ],
 )
 def test_settings_stand_beside_options_or_below_set(text: str, tmp_path: Path) -> None:
@@ -160,3 +160,15 @@ def test_evaluations_take_files(tmp_path: Path) -> None:
     assert {"  img_size: 384", "  lr: 0.1", "  drop_path: 0.2"} <= set(entries(shown))
     path.write_text("teacher: open_clip:local-dir:x\nimages: p\n")
     assert "give --teacher there as well" in fx.stud("eval", "knn", "--config", path).line
+
+
+def test_what_stands_beside_a_config_that_is_no_runs_is_not_dropped(tmp_path: Path) -> None:
+    """A run's config.json has much beside `config`; a file with a seed of its own is none."""
+    path = tmp_path / "a.yaml"
+    path.write_text("config: {mask_ratio: 0.5}\nseed: 3\n")
+    ran = fx.stud("train", "--recipe", "kd", "--config", path, "--print-config")
+    assert ran.status == 2
+    assert "'seed' stands beside it" in ran.err
+    assert "below set" in ran.err
+    path.write_text("config: {mask_ratio: 0.5}\n")
+    assert fx.stud("train", "--recipe", "kd", "--config", path, "--print-config").status == 0
