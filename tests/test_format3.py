@@ -7,6 +7,7 @@ four bytes.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tarfile
@@ -85,6 +86,40 @@ def assert_same_rows(here: Path, there: Path) -> None:
             assert new[name] == data, (one, name)
 
 
+# Sums of squares are rounded as a processor adds them up: a std that is made again elsewhere may
+# have another last bit, and with it the checksums of its row.
+LAST_BIT = 2e-7  # of a float32, relative
+FOLLOWING = ("row_crc", "side_crc")
+
+
+def assert_made_again(made: dict[str, bytes], old: dict[str, bytes]) -> None:
+    """Rows that the teacher made again are the old ones, but for last bits of their statistics."""
+    other = {name.split("/")[0] for name, data in old.items() if made[name] != data}
+    assert other <= {"feature_stats", *FOLLOWING}
+    for name in (name for name in old if name.startswith("feature_stats/")):
+        np.testing.assert_allclose(
+            np.frombuffer(made[name], "<f4"), np.frombuffer(old[name], "<f4"), rtol=LAST_BIT
+        )
+    assert "feature_stats" in other or not other
+
+
+def members(data: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        files = {each.name: archive.extractfile(each) for each in archive.getmembers()}
+        return {name: file.read() for name, file in files.items() if file is not None}
+
+
+def assert_tar_made_again(made: bytes, old: bytes) -> None:
+    """The same of a tar: names, sizes and order are those of the old one."""
+    here, there = members(made), members(old)
+    assert (len(made), list(here)) == (len(old), list(there))
+    for name, data in there.items():
+        if here[name] != data:
+            assert name.endswith(".feature_stats.npy"), name
+            one, other = (np.load(io.BytesIO(each)) for each in (here[name], data))
+            np.testing.assert_allclose(one, other, rtol=LAST_BIT)
+
+
 def assert_clean(cache: Path) -> None:
     assert verify.verify_cache(cache)[0] == []
 
@@ -150,8 +185,9 @@ def test_format_4_has_the_same_rows(old: Path, tmp_path: Path, kind: str) -> Non
     assert manifest.read(tmp_path / "again")["format"] == 4
     for shard in sorted((old / kind / "shards").glob("*.zarr")):
         rows = rows_of(tmp_path / "again/shards" / shard.name)
-        for name, data in rows_of(shard).items():
-            assert rows["key_bytes/c.0" if name == "key/c.0" else name] == data, name
+        here = rows_of(shard)
+        here["key_bytes/c.0"] = here.pop("key/c.0")
+        assert_made_again(rows, here)
 
 
 def test_a_file_of_format_4_begins_with_one_of_format_3(old: Path, tmp_path: Path) -> None:
@@ -229,7 +265,9 @@ def test_it_is_continued_in_its_format(copied: Path) -> None:
     assert manifest.read(out)["format"] == 3
     for name in ("000000", "000001"):
         shard = f"shards/{name}.zarr"
-        assert rows_of(out / shard) == rows_of(copied / "zarr" / shard)
+        made, there = rows_of(out / shard), rows_of(copied / "zarr" / shard)
+        assert made.keys() == there.keys()
+        assert_made_again(made, there)
     assert not (out / "zarr.json").exists()
     assert_clean(out)
 
@@ -253,7 +291,10 @@ def test_damage_is_named_and_mended(copied: Path, kind: str, damage: str) -> Non
     ran = command(copied, "verify", cache)
     assert (ran.status, str(path) in ran.out) == (1, True)
     good(command(copied, "repair", cache, *images(copied)))
-    assert path.read_bytes() == data
+    if kind == "webdataset":
+        assert_tar_made_again(path.read_bytes(), data)
+    else:
+        assert path.read_bytes() == data
     assert_clean(cache)
 
 

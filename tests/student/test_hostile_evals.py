@@ -255,8 +255,8 @@ def test_a_full_disk_leaves_nothing_of_an_export(
 def test_a_line_after_half_a_line_is_one_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text('{"half')
-    homes.append(path, '{"a": 1}\n', follow=False)
-    homes.append(path, '{"b": 2}\n', follow=False)
+    homes.append(path, '{"a": 1}\n')
+    homes.append(path, '{"b": 2}\n')
     assert path.read_text() == '{"half\n{"a": 1}\n{"b": 2}\n'
 
 
