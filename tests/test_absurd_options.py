@@ -57,6 +57,7 @@ LINES = [
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[-40:])
 def test_it_is_one_line(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setenv("FEATCACHE_HOME", str(place.parent / "home"))  # where failures are noted
     words = line.split()
     cli = student_cli if words[0] in ("train", "eval") else featcache_cli
     error = CliRunner().invoke(cli, words, standalone_mode=False).exception

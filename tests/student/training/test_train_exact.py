@@ -383,15 +383,18 @@ student.training.train._gradients = dies
 
 @pytest.mark.slow
 def test_deterministic_kernels_are_asked_for_and_every_recipe_has_them(tmp_path: Path) -> None:
-    """In a process of its own, since the switch is the process's. On a CPU nothing changes."""
+    """In a process of its own, since the switch is the process's while it trains. On a CPU nothing
+    changes."""
     for name in sorted(fx.RECIPES):
         options = ("--cache", fx.cache_of(name), "--steps", 2, "--batch-size", 8)
         asked = """
 import torch
-from multiprocessing.util import Finalize
-def told():
+from student.training import train
+run = train.train
+def told(*given):
     print("deterministic", torch.are_deterministic_algorithms_enabled(), flush=True)
-Finalize(None, told, exitpriority=1)
+    return run(*given)
+train.train = told
 """
         on = processes.train(
             1,
