@@ -98,9 +98,10 @@ def test_real_levels_come_back_within_the_bounds_and_unbiased(
     error = back.numpy().astype(np.float64) - exact
     residual = exact - exact.mean((0, 2), keepdims=True)
     assert np.square(error).sum() / np.square(residual).sum() <= BOUNDS[name]
-    flat = error.reshape(-1, error.shape[-1])
-    sigma = flat.std(0) / np.sqrt(len(flat))
-    assert (np.abs(flat.mean(0)) <= 5 * sigma).all()
+    # a bias has no more than a hundredth of a channel's squared error; tokens that share an outlier
+    # share errors, so that the spread over tokens says nothing of it
+    mean, square = error.mean((0, 1, 2)), np.square(error).mean((0, 1, 2))
+    assert (mean**2 <= 0.01 * square).all()
     # no token loses a multiple of what others do; but the table of q8 ends, at 4.6
     ratio = np.square(error).sum(-1) / np.square(residual).sum(-1)
     assert name == "q8" or ratio.max() <= 10 * BOUNDS[name]
