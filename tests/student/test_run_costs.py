@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,16 @@ def test_an_extraction_that_is_complete_costs_nothing_more(home: Path, cache: Pa
 
 def test_several_processes_are_one_line(home: Path) -> None:
     """A process of its own, as `--devices` starts it, hands its counts over."""
-    words = ["featcache", "extract", "--teacher", fx.TEACHER, "--images", str(fx.pictures())]
+    words = [
+        sys.executable,
+        "-m",
+        "featcache",
+        "extract",
+        "--teacher",
+        fx.TEACHER,
+        "--images",
+        str(fx.pictures()),
+    ]
     words += [
         "--size",
         "32",
