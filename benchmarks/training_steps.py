@@ -105,7 +105,8 @@ def build(
     args += ["--teacher", "online"] if online else []
     args += [part for text in config.sets for part in ("--set", text)]
     given = train_command.command.make_context("train", args).params
-    rest = {field.name: given[field.name] for field in fields(Options) if field.name in given}
+    names = {field.name for field in fields(Options)} - {"file_settings"}  # of --config
+    rest = {name: given[name] for name in names}
     acc = accelerator.accelerator(config.precision, config.device)
     run, loader = build_run(recipe, recipes.load(recipe), acc, Options(**rest), lambda line: None)
     return run, loader, acc

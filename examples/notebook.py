@@ -6,7 +6,8 @@ it.
 A small ViT learns 1,400 digits with labels and becomes the teacher; its targets are stored once,
 for four views of each digit; a student learns from them with mralign, and another stays untrained.
 Both, and the teacher, are judged on 397 digits that none of them saw. With --reduced a few epochs
-show that everything runs, and decide nothing.
+show that everything runs, and decide nothing. A cell that is run again goes on with what is there;
+the last one wants `notebook/timm` gone.
 """
 
 # %% What is needed, and how far each call is
@@ -52,11 +53,8 @@ cache = featcache.extract(
 print(f"\n{cache.cache}: {cache.new_pictures} pictures")
 
 # %% Students: one learns from the cache, one is not trained
-ENCODER = f"{digits.ARCHITECTURE}," + ",".join(
-    f"{key}={digits.OPTIONS[key]}" for key in ("embed_dim", "depth", "num_heads")
-)
 SETTINGS = {
-    "encoder": ENCODER,
+    "encoder": digits.ENCODER,
     "decoder_width": 64,
     "decoder_depth": 2,
     "decoder_heads": 4,
@@ -78,6 +76,7 @@ for name, length in {
         batch_size=64,
         seed=0,
         settings=SETTINGS,
+        resume=True,
         progress=show,
         **length,
     )

@@ -102,7 +102,7 @@ class UsageError(UserError):
 
 
 class StoppedError(UserError):
-    """Training was asked to stop, and did so in order."""
+    """A piece of work was asked to stop, and did so in order."""
 
     exit_status = STOPPED
 

@@ -50,6 +50,10 @@ OPTIONS: dict[str, Any] = {
 # shape.
 CROPS: dict[str, Any] = {"size": PX, "scale": (0.7, 1.0), "flip": 0.0}
 TEACHER = SmallTeacher(ARCHITECTURE, OPTIONS, CLASSES, CROPS)
+# a student of the same sizes, whose picture and patch come from the cache
+ENCODER = f"{ARCHITECTURE}," + ",".join(
+    f"{key}={OPTIONS[key]}" for key in ("embed_dim", "depth", "num_heads")
+)
 SPEC = TEACHER.spec
 
 

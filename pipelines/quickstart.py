@@ -43,7 +43,7 @@ from student.reporting import metric_rows
 
 SPREADS = 2.0
 # Points by which one seed's mralign less untrained differs from another's: the standard deviation
-# over three seeds (docs/tables.md).
+# over three seeds (benchmarks/README.md).
 SPREAD = {"knn": 3.0, "linear": 1.9}
 # torch's threads spin while they wait for one another. On two cores that are shared with anything
 # else this makes a step three to seven times slower (measured beside one busy process); sleeping
@@ -51,14 +51,11 @@ SPREAD = {"knn": 3.0, "linear": 1.9}
 WAITING = "PASSIVE"
 MARKER = ".quickstart"  # in a folder that this program made and may clear
 LEVELS = 3
-ENCODER = f"{digits.ARCHITECTURE}," + ",".join(
-    f"{key}={digits.OPTIONS[key]}" for key in ("embed_dim", "depth", "num_heads")
-)
 # One decoder, one learning rate, one schedule for every student: the recipes' own defaults are for
 # ImageNet. The learning rate is where the training loss is lowest: after 20 epochs 1e-3, 2e-3 and
 # 4e-3 end at .29, .26 and .20 for mralign.
 SETTINGS = {
-    "encoder": ENCODER,
+    "encoder": digits.ENCODER,
     "decoder_width": 64,
     "decoder_depth": 2,
     "decoder_heads": 4,

@@ -4,6 +4,8 @@ pictures that are blank, texts that lie over one another, a page that is wider t
     page = open_page(tmp_path / "index.html", 360)
     page.check()  # none of those
 
+One Chromium serves the tests of a module, which begins with `pytestmark = SHARED`.
+
 Chromium comes from the system (`apt-get install chromium`); where it is absent the test is skipped,
 or fails with FEATCACHE_REQUIRE_CHROMIUM=1.
 """
@@ -35,6 +37,8 @@ ARGS = (
     "--no-first-run",
 )
 HEIGHT = 900
+SHARED = pytest.mark.usefixtures("chromium")
+_running: list[Any] = []  # the browser of the module, while it has one
 TIMEOUT_MS = 60_000
 
 IMAGES = """() => [...document.images].map(image => ({
@@ -144,11 +148,36 @@ def open_page(
         page.overflow_px, page.text = tab.evaluate(OVERFLOW), tab.evaluate(TEXT)
         if screenshot:
             tab.screenshot(path=screenshot, full_page=True)
+        tab.close()
     return page
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[None]:
+    """Run a browser for a module. Not for a session: playwright keeps an event loop, and other
+    tests of the worker run their own."""
+    if shutil.which("chromium") is None:  # who opens a page is told
+        yield
+        return
+    with _started() as browser:
+        _running.append(browser)
+        try:
+            yield
+        finally:
+            _running.clear()
 
 
 @contextmanager
 def _browser() -> Iterator[Any]:
+    if _running:
+        yield _running[0]
+        return
+    with _started() as browser:
+        yield browser
+
+
+@contextmanager
+def _started() -> Iterator[Any]:
     path = shutil.which("chromium")
     if path is None:
         if os.environ.get("FEATCACHE_REQUIRE_CHROMIUM"):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
+import signal
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+import pytest
 
 from featcache.console import keywords
+from featcache.runtime import signals
 
-# Of a call alone, and what a page of arguments has in place of a command's RUN.
+# of a call alone
 CALLS_OWN = {"progress"}
 
 
@@ -59,3 +65,27 @@ def _kind(param: click.Parameter) -> type | None:
         case click.types.FloatParamType():
             return float
     return None if isinstance(param.type, click.Choice) else str
+
+
+def silence() -> None:
+    """Take away the handlers of logs that a command set up."""
+    for name in ("featcache", "student"):
+        logging.getLogger(name).handlers = [logging.NullHandler()]
+
+
+@contextlib.contextmanager
+def own_program(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
+    """Logs and signals as in a program that never ran a command of ours, and afterwards as
+    before."""
+    for name in ("featcache", "student"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [logging.NullHandler()])
+    monkeypatch.setenv("FEATCACHE_HOME", str(home))
+    monkeypatch.delenv("FEATCACHE_IMAGES", raising=False)
+    plain = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in plain.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signals._received.clear()

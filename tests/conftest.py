@@ -27,6 +27,7 @@ from hypothesis import settings
 from PIL import Image
 
 from featcache.pictures import beton
+from tests.browser import chromium  # noqa: F401 (a fixture)
 
 # One thread, here and in every process a test starts: bit-equality is promised for one number of
 # threads, and two threads of two processes on shared cores mostly wait for one another.

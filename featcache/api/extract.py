@@ -24,6 +24,7 @@ from featcache.storage import manifest
 if TYPE_CHECKING:
     from featcache.extraction.plan import ExtractJob, Plan
     from featcache.extraction.progress import ExtractProgress
+    from featcache.runtime.meter import Counts
 
 Say = Callable[[str], None]
 Watch = Callable[[], AbstractContextManager["ExtractProgress"]]
@@ -110,7 +111,6 @@ def extract(
         _watched(callback, say),
         say,
         keeps_batch=batch_size != 32,
-        helpers=_helper_words,
     )
     cache = None if facts["cache"] is None else Path(facts["cache"])
     return ExtractResult(cache, facts["complete"], facts.get("new_pictures", 0), facts)
@@ -131,12 +131,6 @@ def _watched(callback: ProgressCallback, say: Say) -> Watch:
     return watch
 
 
-def _helper_words(options: ExtractOptions) -> list[str]:
-    """Return the command line of a process for another device: this program's own is not ours."""
-    values = {**vars(options), "recipes": None, "device": None, "devices": None, "labelled": None}
-    return ["extract", *keywords.words(extract_parameters.parameters(), values)]
-
-
 # --- the work, for the command too ----------------------------------------------------------------
 
 
@@ -146,13 +140,11 @@ def carry_out(
     say: Say,
     *,
     keeps_batch: bool,
-    helpers: Callable[[ExtractOptions], list[str]] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Extract, or say with --dry-run what would be; return what is known afterwards, and the text
     of it.
 
     `watch` gives the progress while shards are made. `keeps_batch`: the batch size was asked for.
-    `helpers` gives the command line of the processes of --devices; None: this program's own.
     """
     from featcache.models.precision import keep_freed_memory
 
@@ -171,8 +163,7 @@ def carry_out(
     if not jobs:
         facts = {"cache": str(options.out), "new_pictures": 0, "complete": True, **choice.record}
         return facts, f"{options.out}: has all of this already; nothing to add"
-    words = helpers(options) if helpers else None
-    work = _Work(jobs, options, inputs.devices, watch, say, keeps_batch, words)
+    work = _Work(jobs, options, inputs.devices, watch, say, keeps_batch)
     return work.report(choice.record)
 
 
@@ -221,7 +212,6 @@ class _Work:
     watch: Watch
     say: Say
     keeps_batch: bool
-    words: list[str] | None  # of the command line of other processes
 
     def report(self, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Preview the extraction with --dry-run; else run it and report what is there now."""
@@ -248,11 +238,25 @@ class _Work:
         facts |= {"batch_size": self._batch_size(), "workers": self.options.workers}
         facts["variables"] = variables.recorded()
         facts["options"] = config_file.given_options()
+        others: list[Counts] = []
         with account("extract", **facts) as line:
-            with launcher.worker_processes(self.devices[1:], self.words) as others:
-                found = self._extract(facts["batch_size"], share)
-            line.update(found, counted=1 + len(others))
+            try:
+                with launcher.worker_processes(self.devices[1:], self._words()) as others:
+                    found = self._extract(facts["batch_size"], share)
+                line.update(found)
+            finally:
+                line["counted"] = 1 + len(others)
         return found
+
+    def _words(self) -> list[str]:
+        """Return the command line of a process for another device, which repeats no check: what
+        this process was started with may be another program's, or a file's."""
+        values = {**vars(self.options), "recipes": None, "device": None, "devices": None}
+        words = keywords.words(
+            extract_parameters.parameters(), {**values, "labelled": None, "batch_size": None}
+        )
+        size = [f"--batch-size={self.options.batch_size}"] if self.keeps_batch else []
+        return ["extract", *words, *size]
 
     def _batch_size(self) -> int:
         """Return the size that a cache was begun with, since a real network gives other bits at

@@ -126,11 +126,11 @@ def payback(costs: list[Cost]) -> dict[str, float | None]:
     spent = sum(cost.sums["teacher_s"] for cost in costs)
     saved = sum(cost.sums["teacher_saved_s"] for cost in costs)
     runs = len(set[str]().union(*(cost.saving_runs for cost in costs)))
-    if not spent or not saved:
-        return {"paid_back": None, "paid_back_after_runs": None}
+    known = bool(spent and saved)
     return {
-        "paid_back": round(saved / spent, 3),
-        "paid_back_after_runs": round(spent / (saved / runs), 2),
+        "paid_back": round(saved / spent, 3) if known else None,
+        # a line may name no run
+        "paid_back_after_runs": round(spent / (saved / runs), 2) if known and runs else None,
     }
 
 

@@ -58,7 +58,7 @@ def log_use(cache: Path, **facts: Any) -> None:
     whoever's it is: there `featcache gc --unused` looks. A cache that lies in none is noted at
     home."""
     folder = cache.absolute().parent.resolve()
-    if not any(os.path.lexists(folder / name) for name in (NAME, USERS)):
+    if not _is_home(folder):
         log_run(command=USE, **facts)
         return
     try:
@@ -71,6 +71,17 @@ def log_use(cache: Path, **facts: Any) -> None:
             str(folder),
             error.strerror,
         )
+
+
+def _is_home(folder: Path) -> bool:
+    """Tell a home from a folder that has a file of that name from another program, by its first
+    line."""
+    if not any(os.path.lexists(folder / name) for name in (NAME, USERS)):
+        return False
+    try:
+        return all(next(read(path), {}) is not None for path in _files(folder, must_exist=False))
+    except OSError:  # the append will tell
+        return True
 
 
 def _line(facts: dict[str, Any]) -> str:

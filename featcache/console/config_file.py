@@ -7,11 +7,8 @@ line wins over the file. A file is a stranger's: it names data, but no code (`ow
 
 from __future__ import annotations
 
-import datetime
 import functools
-import math
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +21,9 @@ from featcache.console import config_text
 from featcache.console.params import FloatPair, LocalPath
 from featcache.console.text import echo
 from featcache.errors import UsageError, UserError, near, short
-from featcache.runtime import strict_json, strict_yaml
+from featcache.runtime import strict_json, values_file
 from featcache.runtime.strict_yaml import WrittenFloat
 
-FILE_BYTES = 64 << 10  # of YAML and TOML, which are written by hand
-_DOTS = 256  # in a line of TOML: Python takes the square of a dotted key's parts
 _META = "featcache.config_file"
 _OWN = ("config", "print_config")
 
@@ -127,50 +122,12 @@ def is_registered(spec: str) -> bool:
 def read(path: Path) -> dict[str, Any]:
     """Read a file of named values, TOML or YAML by its suffix, else JSON. Raises UserError."""
     try:
-        return strict_json.as_object(_PARSE.get(path.suffix.lower(), strict_json.read_file)(path))
+        return strict_json.as_object(values_file.read(path))
     except (OSError, ValueError) as error:
         raise UserError(
             f"--config {str(path)!r}: {error}; a .yaml, .toml or .json file with an object of "
             "named values is needed, such as --print-config prints"
         ) from error
-
-
-def _read_yaml(path: Path) -> Any:
-    return strict_yaml.parse(strict_json.read_bytes(path, FILE_BYTES))
-
-
-def _read_toml(path: Path) -> Any:
-    text = strict_json.read_bytes(path, FILE_BYTES).decode("utf-8-sig")
-    for number, line in enumerate(text.split("\n"), 1):  # TOML ends lines at no other character
-        if line.count(".") > _DOTS:
-            raise ValueError(f"line {number} has more than {_DOTS} dots")
-    try:
-        value = tomllib.loads(text, parse_float=_finite)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    strict_json.check_depth(value)
-    _refuse_dates(value)
-    return value
-
-
-_PARSE = {".yaml": _read_yaml, ".yml": _read_yaml, ".toml": _read_toml}
-
-
-def _finite(text: str) -> WrittenFloat:
-    number = WrittenFloat(text)
-    if not math.isfinite(number):
-        raise ValueError(f"it holds {text[:20]}, which is no finite number")
-    return number
-
-
-def _refuse_dates(value: Any) -> None:
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            _refuse_dates(part)
-    elif isinstance(value, datetime.date | datetime.time):
-        raise ValueError(f"it holds the date or time {value}; quote it to have a text")
-    elif isinstance(value, int) and abs(value) >= 10**40:
-        raise ValueError("it holds a huge number")
 
 
 def _read_into(rules: Rules, ctx: click.Context, param: click.Parameter, path: Any) -> Any:

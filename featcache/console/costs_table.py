@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from featcache.catalog.costs import Cost, Costs, payback
-from featcache.console.text import format_bytes, format_table, join_lines
+from featcache.console.text import format_bytes, format_seconds, format_table, join_lines
 from featcache.storage.manifest import pluralize
 
 _HEAD = (
@@ -69,17 +69,6 @@ def _row(cost: Cost) -> tuple[str, ...]:
 def _payback(costs: list[Cost]) -> str:
     after = payback(costs)["paid_back_after_runs"]
     return "" if after is None else f"{after:g} runs"
-
-
-def format_seconds(seconds: float) -> str:
-    """Write seconds as a person reads them.
-
-    >>> format_seconds(0), format_seconds(0.25), format_seconds(119.6), format_seconds(5400)
-    ('0 s', '0.25 s', '120 s', '1.5 h')
-    """
-    if seconds >= 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
 def _notes(costs: Costs) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from featcache.console.config_text import default, key
 from featcache.errors import UsageError, short
 
 # Words of Python's own, and one that says more than the option does.
@@ -28,7 +29,7 @@ def keyword(param: click.Parameter) -> str:
     >>> keyword(click.Option(["--batch-size"])), keyword(click.Option(["--set", "settings"]))
     ('batch_size', 'settings')
     """
-    name = max(param.opts, key=len).removeprefix("--").replace("-", "_")
+    name = key(param).replace("-", "_")
     return NAMES.get(name, name)
 
 
@@ -39,12 +40,6 @@ def keywords(parameters: Sequence[click.Parameter]) -> dict[str, click.Parameter
         for param in parameters
         if param.expose_value and param.name not in COMMANDS_OWN
     }
-
-
-def default(param: click.Parameter) -> Any:
-    """Return what a keyword is where it is not given."""
-    value = param.to_info_dict()["default"]
-    return value if value is not None else () if param.multiple else None
 
 
 def read(parameters: Sequence[click.Parameter], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from featcache.console.block_map import block_map
+from featcache.storage.manifest import pluralize
 
 ORDER_SHOWN = 12  # patches of the mask order
 LARGEST_MAP = 60  # patches a side of an attention that a terminal has room for
@@ -26,8 +27,7 @@ def lines(facts: Mapping[str, Any], shades: str) -> Iterator[str]:
         yield ""
         yield from _view(view, facts["stored_views"], shades)
     yield ""
-    count = len(facts["views"])
-    views = f"{count} view{'' if count == 1 else 's'}"
+    views = pluralize(len(facts["views"]), "view")
     if facts["problems"]:
         yield from facts["problems"]
     else:
@@ -50,7 +50,7 @@ def _view(view: Mapping[str, Any], stored: int, shades: str) -> Iterator[str]:
         for level, about in found["levels"].items():
             yield f"    level {level}: {_level(about)}"
         if found["attention"] is not None:
-            yield from _attention(found["attention"], shades)
+            yield from _attention(found["attention"], found["half"], shades)
         if found["mask_order"] is not None:
             yield f"    mask order begins {_first(found['mask_order'])}"
         if found["token_ids"] is not None:
@@ -59,9 +59,9 @@ def _view(view: Mapping[str, Any], stored: int, shades: str) -> Iterator[str]:
 
 def _jitter(jitter: Mapping[str, Any]) -> str:
     """Say how the colours were changed; nothing where they were not."""
-    if all(jitter[name] == 1 for name in jitter["order"]):
+    if all(factor == 1 for factor in jitter.values()):
         return ""
-    return "; " + ", then ".join(f"{name} x {jitter[name]:.3f}" for name in jitter["order"])
+    return "; " + ", then ".join(f"{name} x {factor:.3f}" for name, factor in jitter.items())
 
 
 def _level(about: Mapping[str, Any]) -> str:
@@ -86,29 +86,14 @@ def _norms(norms: Mapping[str, float | None]) -> str:
     return f"[CLS] {first}, patches {norms['mean']:.3g} ({low:.3g} to {high:.3g})"
 
 
-def _attention(attention: Sequence[float], shades: str) -> Iterator[str]:
+def _attention(attention: Sequence[float], half: int, shades: str) -> Iterator[str]:
     side = math.isqrt(len(attention))
     yield (
         f"    attention: sum {sum(attention):.3f}, largest {max(attention):.4f}; half of it in "
-        f"{_half(attention)} of {len(attention)} patches"
+        f"{half} of {len(attention)} patches"
     )
     if side <= LARGEST_MAP:
         yield from (f"      |{line}|" for line in block_map(attention, side, shades))
-
-
-def _half(attention: Sequence[float]) -> int:
-    """Count the fewest patches that hold half of the attention.
-
-    >>> _half([0.1, 0.4, 0.2, 0.3])
-    2
-    """
-    # what a sum of rounded numbers lacks is no reason for one patch more
-    left, count = sum(attention) / 2 * (1 - 1e-9), 0
-    for weight in sorted(attention, reverse=True):
-        if left <= 0:
-            break
-        left, count = left - weight, count + 1
-    return count
 
 
 def _first(numbers: Sequence[int]) -> str:

@@ -72,6 +72,17 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def format_seconds(seconds: float) -> str:
+    """Write seconds as a person reads them.
+
+    >>> format_seconds(0), format_seconds(0.25), format_seconds(119.6), format_seconds(5400)
+    ('0 s', '0.25 s', '120 s', '1.5 h')
+    """
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+
+
 def format_table(
     rows: Sequence[Sequence[str]], right: Iterable[int] = (), markdown: bool = False
 ) -> str:

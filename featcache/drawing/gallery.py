@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]  # rows done, of how many
 
 @dataclass
 class Gallery:
-    """Draws rows of a cache into a folder, and keeps what went wrong: (key, view, problem)."""
+    """Draws rows of a cache into a folder, and keeps what went wrong, a line each."""
 
     cache: Cache
     images: Pictures

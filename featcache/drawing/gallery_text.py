@@ -13,7 +13,7 @@ from featcache.reading.cache import Cache
 from featcache.reading.join import stores_pixels
 from featcache.storage import manifest
 from featcache.storage.manifest import pluralize
-from featcache.views.render import JITTER_ORDERS
+from featcache.views.render import jitter_factors
 
 KEY_LENGTH = 200  # of a key in a heading; its whole text is below it
 STYLE = """
@@ -235,11 +235,9 @@ def how(about: Mapping[str, Any]) -> str:
     ]
     if int(about["flip"]):
         parts.append("mirrored")
-    factors = [float(x) for x in about["jitter"][:3]]
-    if any(factor != 1 for factor in factors):
-        values = dict(zip(("brightness", "contrast", "saturation"), factors, strict=True))
-        order = JITTER_ORDERS[int(about["jitter"][3])]
-        parts.append(", then ".join(f"{name} x {values[name]:.2f}" for name in order))
+    factors = jitter_factors([float(x) for x in about["jitter"]])
+    if any(factor != 1 for factor in factors.values()):
+        parts.append(", then ".join(f"{name} x {factor:.2f}" for name, factor in factors.items()))
     return "; ".join(parts)
 
 

@@ -19,6 +19,7 @@ MOST_TOKENS = 8192  # of a level: a second of a core at a width of 768
 def fit_levels(reader: TeacherReader, views: Sequence[tuple[int, int]]) -> dict[int, pca.Basis]:
     """Return the basis of each level of a teacher, of patches of the (row, view) pairs, evenly
     chosen; a level of which nothing can be read has none."""
+    views = views[:: -(-len(views) // MOST_TOKENS) or 1]
     found = {}
     for level in reader.levels:
         tokens = list(_tokens(reader, level, views))

@@ -104,8 +104,14 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[object] = ()) -> st
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     top = f"<thead><tr>{head}</tr></thead>\n" if head else ""
+    return scrolling(f"{top}<tbody>\n{body}\n</tbody>")
+
+
+def scrolling(rows: str, kind: str = "") -> str:
+    """Return a table of HTML rows, which scrolls inside its own box where it is too wide."""
+    named = f' class="{kind}"' if kind else ""
     # a box that scrolls can be reached by the keyboard
-    return f'<div class="scroll" tabindex="0"><table>{top}<tbody>\n{body}\n</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table{named}>{rows}</table></div>'
 
 
 def figure(png: bytes, alt: str, caption: str = "") -> str:

@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from featcache.drawing.level_colours import fit_levels
 from featcache.drawing.panels import Panel, target_panels, view_panel
-from featcache.drawing.pictures import Pixels
+from featcache.drawing.pictures import Pixels, smallest_set
 from featcache.drawing.sheet import compose
 from featcache.drawing.stored_view import StoredView, TeacherReader, read_drawn
 from featcache.drawing.view_pixels import Pictures
 from featcache.errors import UserError
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
-from featcache.views.render import JITTER_ORDERS
+from featcache.views.render import jitter_factors
 
 EPS = 1e-5  # of the stored standard deviation, sqrt(var + EPS)
 
@@ -81,22 +81,22 @@ def _view(
 
 
 def _drawn(about: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    *factors, order = about["jitter"].tolist()
     return {
         "crop": about["crop"].tolist(),
         "source_size": about["source_size"].tolist(),
         "flip": bool(about["flip"]),
         "area": float(about["area"]),
-        "jitter": {
-            **dict(zip(("brightness", "contrast", "saturation"), factors, strict=True)),
-            "order": list(JITTER_ORDERS[int(order)]),
-        },
+        "jitter": jitter_factors(about["jitter"].tolist()),
     }
 
 
 def _targets(stored: StoredView) -> dict[str, Any]:
     return {
         "attention": None if stored.attention is None else stored.attention.tolist(),
+        # the fewest patches that hold half of it
+        "half": None
+        if stored.attention is None
+        else int(smallest_set(stored.attention, 0.5).sum()),
         "mask_order": None if stored.order is None else stored.order.tolist(),
         "token_ids": None if stored.token_ids is None else stored.token_ids.tolist(),
         "levels": {

@@ -37,6 +37,9 @@ def by_seed(count: int, rows: int, seed: int) -> list[int]:
 
 def by_keys(cache: Cache, keys: Sequence[str]) -> list[int]:
     """Return the rows of keys. Raises UserError for one that is not there."""
+    for key in keys:
+        if not _is_text(key):
+            raise _unknown(cache, key)
     rows = cache.keys.find([*keys]).tolist()
     for key, row in zip(keys, rows, strict=True):
         if row < 0:

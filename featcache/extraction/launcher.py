@@ -21,7 +21,6 @@ from featcache.runtime.meter import Counts, meter
 from featcache.runtime.numbers import is_whole
 
 _LOG = logging.getLogger(__name__)
-_OWN = ("--devices", "--device", "--check-teacher")  # options that a helper is not given
 
 
 def parse_devices(text: str) -> list[str]:
@@ -46,12 +45,10 @@ def parse_devices(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def worker_processes(
-    names: Sequence[str], words: Sequence[str] | None = None
-) -> Iterator[list[Counts]]:
-    """Run a command once more for each device: `words`, or this process's own. They are waited for,
-    or stopped where the caller fails. What they counted is added to this process's counts, and to
-    the list, as they end."""
+def worker_processes(names: Sequence[str], words: Sequence[str]) -> Iterator[list[Counts]]:
+    """Run the command line `words`, which says nothing of devices, once more for each of these.
+    They are waited for, or stopped where the caller fails. What they counted is added to this
+    process's counts, and to the list, as they end."""
     counted = list[Counts]()
     with contextlib.ExitStack() as stack:
         logs, counts = (
@@ -59,7 +56,7 @@ def worker_processes(
             for _ in range(2)
         )
         started = [
-            _start(_arguments(name, words), log, own)
+            _start([*words, "--device", name], log, own)
             for name, log, own in zip(names, logs, counts, strict=True)
         ]
         try:
@@ -93,15 +90,3 @@ def _note_failure(name: str, status: int, log: IO[str]) -> None:
     log.seek(0)
     last = (log.read().strip().splitlines() or [f"exit status {status}"])[-1]
     _LOG.warning("the process on %s failed, its shards were done by the others: %s", name, last)
-
-
-def _arguments(device: str, given: Sequence[str] | None = None) -> list[str]:
-    """Return a command line, this process's own where none is given, with one device in place of
-    several, and without the check that was made already."""
-    out, words = [], iter(sys.argv[1:] if given is None else given)
-    for word in words:
-        if word in _OWN:
-            next(words, None)
-        elif not word.startswith(tuple(f"{name}=" for name in _OWN)):
-            out.append(word)
-    return [*out, "--device", device]

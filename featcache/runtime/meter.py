@@ -3,7 +3,7 @@
     device_s        seconds that a teacher, a student or an encoder was computing
     bytes_read      of rows of caches, with their checksums; of an archive as its rows are unpacked
     picture_bytes   of encoded pictures that were read to be decoded
-    bytes_written   of files of published shards
+    bytes_written   of files of finished shards, checkpoints, weights and kept features
     views_shown     to a student in training
     teachers        of each teacher by name: seconds and views of its forward passes
 

@@ -31,16 +31,25 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    try:
         yield temporary
         _sync(temporary)
         temporary.rename(out)  # which fails where another has written there meanwhile
         json_file.sync_folder(out.parent)
     except OSError as error:
-        raise UserError(
-            f"--out {str(out)!r} cannot be written: {error.strerror or error}; give another folder"
-        ) from error
+        if error.filename is not None and not Path(error.filename).is_relative_to(out.parent):
+            raise  # of what is read, not written
+        raise _unwritable(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(
+        f"--out {str(out)!r} cannot be written: {error.strerror or error}; give another folder"
+    )
 
 
 def _sync(folder: Path) -> None:

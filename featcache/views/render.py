@@ -58,20 +58,28 @@ def render(
     return resample.resize(picture.crop(box), size, FILTERS[filter], bool(flip))
 
 
+def jitter_factors(jitter: Sequence[float]) -> dict[str, float]:
+    """Return the three factors by name, in the order in which they are applied.
+
+    >>> jitter_factors([0.8, 1.0, 1.25, 0])
+    {'brightness': 0.8, 'contrast': 1.0, 'saturation': 1.25}
+    """
+    factors = (float(x) for x in jitter[:3])
+    named = dict(zip(("brightness", "contrast", "saturation"), factors, strict=True))
+    return {name: named[name] for name in JITTER_ORDERS[int(jitter[3])]}
+
+
 def apply_jitter(picture: Image.Image, jitter: Sequence[float]) -> Image.Image:
     """Change the whole picture's brightness, contrast (about its mean grey) and saturation, in the
     stored order."""
-    factors = dict(
-        zip(("brightness", "contrast", "saturation"), (float(x) for x in jitter[:3]), strict=True)
-    )
     enhance = {
         "brightness": ImageEnhance.Brightness,
         "contrast": ImageEnhance.Contrast,
         "saturation": ImageEnhance.Color,
     }
-    for name in JITTER_ORDERS[int(jitter[3])]:
-        if factors[name] != 1.0:
-            picture = enhance[name](picture).enhance(factors[name])
+    for name, factor in jitter_factors(jitter).items():
+        if factor != 1.0:
+            picture = enhance[name](picture).enhance(factor)
     return picture
 
 

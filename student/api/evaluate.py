@@ -16,12 +16,11 @@ import torch
 from featcache.api.progress import Progress, ProgressCallback, ignore
 from featcache.catalog.account import account
 from featcache.console import keywords
-from featcache.console.config_file import read_settings
 from featcache.console.params import require_images
-from featcache.errors import UsageError, near, one_line, short
+from featcache.errors import UsageError, UserError, near, one_line, short
 from featcache.runtime.device import pick_device
 from student import evals
-from student.api.settings import SETTINGS_FILE, setting_texts
+from student.api.settings import SETTINGS_FILE, setting_texts, with_file
 from student.api.voice import voice
 from student.features import results, scores
 from student.features.embed import Skipped
@@ -59,7 +58,12 @@ class EvalResult:
 
     @property
     def top1(self) -> float:
-        """Return the accuracy on the first test set."""
+        """Return the accuracy on the first test set. Raises UserError where nothing was scored."""
+        if not self.scores:
+            raise UserError(
+                f"{self.protocol}: nothing was scored, so there is no top1: a dry run, or settings "
+                "alone, were asked for; evaluate without them"
+            )
         return next(iter(self.scores.values())).top1
 
 
@@ -102,8 +106,7 @@ def evaluate(
     trains = getattr(module, "TRAINS_ENCODER", False)
     parameters = [*eval_parameters.parameters(module), *([SETTINGS_FILE] if trains else [])]
     values = keywords.read(parameters, {**_defaults(protocol, parameters, own), **given, **own})
-    if path := values.get("config"):
-        values["file_settings"] = read_settings(path)
+    values = with_file(values)
     told = carry_out(protocol, values, own, voice(callback), _stages(callback or ignore))
     tests = told.facts.get("tests", {})
     return EvalResult(protocol, {name: _score(each) for name, each in tests.items()}, told.facts)

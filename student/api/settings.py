@@ -10,12 +10,19 @@ from typing import Any
 
 import click
 
+from featcache.console.config_file import read_settings
 from featcache.console.params import LocalPath
 from featcache.errors import UsageError, short
 
 # of a command it is a file of options as well, which a call has as keywords
 SETTINGS_FILE = click.Option(["--config"], type=LocalPath())
 SettingsGiven = Mapping[str, Any] | str | Sequence[str]
+
+
+def with_file(values: dict[str, Any]) -> dict[str, Any]:
+    """Add the settings of the file that a call names, of nothing else. Raises UserError."""
+    path = values.get("config")
+    return {**values, "file_settings": read_settings(path)} if path else values
 
 
 def setting_texts(given: SettingsGiven) -> Any:

@@ -16,7 +16,7 @@ from featcache.console import keywords
 from featcache.console.params import images_variable
 from featcache.errors import UsageError
 from student import recipes
-from student.api.settings import SETTINGS_FILE, SettingsGiven, setting_texts
+from student.api.settings import SETTINGS_FILE, SettingsGiven, setting_texts, with_file
 from student.api.voice import voice
 from student.data.loader import Loader
 from student.setup import build, train_parameters
@@ -112,9 +112,8 @@ def train(
     given = dict(locals())  # the keywords, which are all there is yet
     callback = given.pop("progress")
     given["settings"] = setting_texts(settings)
-    told = carry_out(
-        keywords.read([*train_parameters.parameters(), SETTINGS_FILE], given), voice(callback)
-    )
+    values = keywords.read([*train_parameters.parameters(), SETTINGS_FILE], given)
+    told = carry_out(with_file(values), voice(callback))
     facts = told.facts
     run = None if dry_run else Path(facts["run"])
     return TrainResult(run, facts["steps"], facts.get("loss"), facts)
@@ -128,6 +127,7 @@ def carry_out(given: Mapping[str, Any], voice: Voice) -> Told:
     the options by click's names."""
     options = dict(given)
     name, dry, device = (options.pop(key) for key in ("recipe_name", "dry_run", "device"))
+    options.pop("config")  # whose settings are those of `file_settings`
     with accelerator.own_state(), accelerator.kernels(deterministic=options.pop("deterministic")):
         name, recipe = load_recipe(name)
         acc = accelerator.accelerator(options["precision"], device)

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from featcache.catalog.account import account
 from featcache.console import config_file
 from featcache.console.params import LocalPath, LocalText
 from featcache.console.text import join_lines, print_facts
@@ -45,6 +44,8 @@ class _Rows:
 def command(out: Path, as_json: bool, **given: Any) -> None:
     """Write features (n, D) float32 of the pictures' centre crops: [CLS], or the mean of the
     patches, after the final norm. They are those that `student eval` judges."""
+    from featcache.catalog.account import account
+
     with account("embed", **eval_options.subject_facts(given)) as line:
         facts = _embed(out, given)
         line["pictures"] = facts["pictures"]

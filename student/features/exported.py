@@ -118,7 +118,7 @@ def facts(given: Exported) -> dict[str, str]:
         "average of the weights": "yes" if given.ema else "no",
         "seed": given.record.get("seed"),
         "cache": targets.get("id"),
-        "teacher": teacher,
+        "teacher": _last_part(str(teacher)) if teacher else None,  # perhaps one's own file
         "licence of the teacher": licence(teacher) if teacher else None,
         "begun from": begun.get("recipe"),
         "pictures": data.get("pictures"),
@@ -150,15 +150,15 @@ def command(given: Exported) -> list[str]:
 
 
 def _last_part(word: str) -> str:
-    """Shorten a word of a command line that is an absolute path, or gives one to an option.
+    """Shorten a word of a command line that is an absolute path, or gives one to a name.
 
-    >>> _last_part("/home/ann/train"), _last_part("--out=/data/runs/a"), _last_part("runs/a")
-    ('.../train', '--out=.../a', 'runs/a')
+    >>> _last_part("/home/ann/train"), _last_part("--test=val=/data/val"), _last_part("runs/a")
+    ('.../train', '--test=val=.../val', 'runs/a')
     """
-    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    name, equals, value = word.rpartition("=")
     if not value.startswith(("/", "~")):
         return word
-    return f"{option}{equals}.../{value.rstrip('/').rpartition('/')[2]}"
+    return f"{name}{equals}.../{value.rstrip('/').rpartition('/')[2]}"
 
 
 def scores(given: Exported) -> list[dict[str, Any]]:

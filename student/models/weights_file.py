@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featcache.runtime import strict_json
+from featcache.runtime.meter import meter
 from featcache.storage import json_file
 
 ABOUT = "about"
@@ -23,6 +24,7 @@ def write(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -
     own = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
     with json_file.replaced(path) as temporary:
         save_file(own, str(temporary), metadata={ABOUT: json.dumps(about)})
+        meter.count("bytes_written", temporary.stat().st_size)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -242,7 +242,7 @@ class Model(nn.Module):
         sizes = [1, ids_keep.shape[1], ids_masked.shape[1]]
         if self.config.target == "pixels":
             patches = vit.gather_patches(images, ids_masked, self.config.patch_size)
-            pred = pred.split(sizes, dim=1)[-1]
+            pred = self._hidden(pred, ids_keep)
             pixel = losses.pixel_mse(pred, patches, normalise=self.config.norm_pix)
             return {"loss": pixel, "pixel": pixel.detach()}
         ids = vit.prepend_cls_id(torch.cat([ids_keep, ids_masked], dim=1))
@@ -260,6 +260,17 @@ class Model(nn.Module):
         ids = vit.prepend_cls_id(batch["ids_keep"])[:, first:]
         pred = self._predict_all(batch)[:, first : first + ids.shape[1]]
         return {f"cosine_{self.config.target}": (pred, vit.gather_tokens(batch["targets"], ids))}
+
+    def reconstruct(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Return the pixels (B,M,C) that are predicted of the hidden patches; None where others
+        are the target."""
+        if self.config.target != "pixels":
+            return None
+        return self._hidden(self._predict_all(batch), batch["ids_keep"])
+
+    def _hidden(self, pred: Tensor, ids_keep: Tensor) -> Tensor:
+        """Return of (B,1+P,out) the part (B,M,out) of the hidden patches."""
+        return pred[:, 1 + ids_keep.shape[1] :]
 
     def _predict_all(self, batch: dict[str, Tensor]) -> Tensor:
         """Return (B,1+P,out): CLS, the visible, the masked."""

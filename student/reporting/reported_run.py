@@ -71,6 +71,11 @@ class ReportedRun:
         """Return the model of the newest checkpoint in eval mode, or for a recipe of the user's
         own, whose code is not run here, its encoder as `model.encoder`; None where neither can be
         had, which `missing` then tells."""
+        if self.record["recipe"] not in trainable.names():
+            self.missing.append(
+                "its matrix W and reconstructions: the code of a recipe of one's own is not run "
+                "for a report"
+            )
         try:
             return load_model(self.path, self.record)
         except UserError as error:
@@ -117,7 +122,9 @@ class ReportedRun:
         meant."""
         keys = ("mask", "mask_ratio", "mask_count")
         name, ratio, counted = (self.settings.get(key) for key in keys)
-        if name not in masking.MASKS or counted not in masking.COUNTS or not self.grid:
+        if not isinstance(name, str) or not isinstance(counted, str) or not self.grid:
+            return None
+        if name not in masking.MASKS or counted not in masking.COUNTS:
             return None
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
             return None

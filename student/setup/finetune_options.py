@@ -12,11 +12,11 @@ from featcache.console.params import (
     COUNT,
     CROP_SHARE,
     SEED,
-    THREADS,
     FiniteRange,
     LocalPath,
     LocalText,
 )
+from student.setup import run_parameters
 
 
 def parameters() -> list[click.Parameter]:
@@ -58,21 +58,13 @@ def _training() -> list[click.Parameter]:
             "them with the recipe's own values.",
         ),
         click.Option(["--show"], is_flag=True, help="Print the settings and stop."),
-        click.Option(
-            ["--epochs"], type=COUNT, help="Passes over the pictures. [default: the recipe's]"
-        ),
+        run_parameters.EPOCHS,
         click.Option(
             ["--batch-size"],
             type=BATCH,
             help="Pictures, per process. [default: 64, or all if fewer]",
         ),
-        click.Option(
-            ["--accumulate"],
-            type=BATCH,
-            default=1,
-            show_default=True,
-            help="Batches summed up in a step.",
-        ),
+        run_parameters.ACCUMULATE,
         click.Option(
             ["--seed"],
             type=SEED,
@@ -117,43 +109,20 @@ def _running() -> list[click.Parameter]:
             is_flag=True,
             help="Go on from the newest checkpoint of --out; start where there is none yet.",
         ),
-        click.Option(
-            ["--save-every"],
-            type=click.IntRange(1, 10**12),
-            help="Steps between checkpoints. [default: an epoch]",
-        ),
+        run_parameters.SAVE_EVERY,
         click.Option(
             ["--keep-ema"],
             type=FiniteRange(0, 1, min_open=True, max_open=True),
             metavar="DECAY",
             help="Keep and score an average of the weights as well, of this decay, such as 0.9999.",
         ),
-        click.Option(
-            ["--precision"], default="auto", show_default=True, help="auto, fp32, bf16 or fp16."
-        ),
-        click.Option(
-            ["--device"], help="cpu keeps off the GPU. [default: cuda where there is one]"
-        ),
-        click.Option(
-            ["--workers"], type=THREADS, default=2, show_default=True, help="Decoding threads."
-        ),
+        run_parameters.PRECISION,
+        run_parameters.DEVICE,
+        run_parameters.WORKERS,
         click.Option(["--compile", "compiled"], is_flag=True, help="torch.compile the model."),
-        click.Option(
-            ["--checkpoint-activations"],
-            is_flag=True,
-            help="Compute blocks again in the backward pass: less memory, more time.",
-        ),
-        click.Option(
-            ["--deterministic"],
-            is_flag=True,
-            help="The same bits again on a GPU too, by slower kernels.",
-        ),
-        click.Option(
-            ["--skip-nonfinite"],
-            type=click.IntRange(0),
-            metavar="N",
-            help="Leave out up to N steps whose loss is not finite. [default: the first one stops]",
-        ),
+        run_parameters.CHECKPOINT_ACTIVATIONS,
+        run_parameters.DETERMINISTIC,
+        run_parameters.SKIP_NONFINITE,
         click.Option(
             ["--tracker", "trackers"],
             type=click.Choice(["json", "tensorboard", "wandb"]),

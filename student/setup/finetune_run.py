@@ -36,7 +36,7 @@ def run(name: str, protocol: ModuleType, given: Mapping[str, Any], voice: Voice)
     with accelerator.own_state(), accelerator.kernels(deterministic=given["deterministic"]):
         acc = accelerator.accelerator(given["precision"], given["device"])
         console = Console(acc.is_main_process, voice)
-        with generators_kept(acc.device):
+        with console.notes_of_one(), generators_kept(acc.device):
             return _run(name, protocol, given, acc, console)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from featcache.console import config_file
 from featcache.console.config_file import FileSettings
 from featcache.errors import UsageError
 from featcache.reading.crop_range import Scale
@@ -39,7 +38,6 @@ class Options:
     teacher_name: str | None
     views: int | None
     policy: str | None
-    config: Path | None
     settings: Sequence[str]
     precision: str
     decoder: str | None
@@ -70,13 +68,6 @@ class Options:
     probe: str | None = None
     probe_every: int | None = None  # epochs
     file_settings: FileSettings = field(default_factory=FileSettings)  # of --config
-
-    @property
-    def given_settings(self) -> FileSettings:
-        """Return the settings of the --config file; a command has parted them from its options."""
-        if self.config is None or self.file_settings.path:
-            return self.file_settings
-        return config_file.read_settings(self.config)
 
     def retention(self, steps_per_epoch: int) -> Retention:
         """Return which checkpoints stay, by --keep-checkpoints N or every:E of epochs."""
@@ -137,7 +128,7 @@ def user_settings(kind: type[RecipeConfig], options: Options) -> Settings:
             f"--epochs {options.epochs} and --steps {options.steps}: one of them is allowed; leave "
             "one out"
         )
-    settings = settings_of_file(kind, options.given_settings)
+    settings = settings_of_file(kind, options.file_settings)
     settings = settings.merged(parse_settings(kind, options.settings))
     return (
         settings

@@ -39,7 +39,7 @@ def load_other(
     none, so that --weights speaks of this network."""
     named = [spec] if _named_by_option(request, spec) else []
     if _named_by_file(request, spec):
-        spec = teachers.recorded_spec(spec, named, f"--config {str(request.options.config)!r}", SET)
+        spec = teachers.recorded_spec(spec, named, str(request.options.file_settings), SET)
     about = found.cache.manifest_of(spec) if found and spec in found.cache.teachers else None
     recorded = about["provenance"]["weights"] if about else None
     given = weights_per_teacher(request.options.other_weights, names)[spec]
@@ -80,7 +80,7 @@ def _own_spec(request: RunRequest) -> str:
         return request.options.teacher_name
     if request.settings.origins.get("teacher") != "file":
         return spec  # an option's, or the recipe's own
-    return teachers.recorded_spec(spec, named, f"--config {str(request.options.config)!r}", OPTION)
+    return teachers.recorded_spec(spec, named, str(request.options.file_settings), OPTION)
 
 
 def _named(request: RunRequest) -> list[str]:

@@ -14,6 +14,7 @@ from featcache.console.params import (
     LocalPath,
     LocalText,
 )
+from student.setup import run_parameters
 
 
 def parameters() -> list[click.Parameter]:
@@ -56,9 +57,7 @@ def _inputs() -> list[click.Parameter]:
 def _length() -> list[click.Parameter]:
     """Return the options of how long, and by which batches, is trained."""
     return [
-        click.Option(
-            ["--epochs"], type=COUNT, help="Passes over the pictures. [default: the recipe's]"
-        ),
+        run_parameters.EPOCHS,
         click.Option(
             ["--steps"],
             type=click.IntRange(0, 10**12),
@@ -70,13 +69,7 @@ def _length() -> list[click.Parameter]:
             help="Pictures, per process. [default: 64, or all if fewer; with --resume what keeps "
             "the run's global batch]",
         ),
-        click.Option(
-            ["--accumulate"],
-            type=BATCH,
-            default=1,
-            show_default=True,
-            help="Batches summed up in a step.",
-        ),
+        run_parameters.ACCUMULATE,
         click.Option(
             ["--aug-repeats"],
             type=BATCH,
@@ -164,12 +157,8 @@ def _settings() -> list[click.Parameter]:
             metavar="KEY=VALUE",
             help="One setting; `student recipes RECIPE` lists them.",
         ),
-        click.Option(
-            ["--precision"], default="auto", show_default=True, help="auto, fp32, bf16 or fp16."
-        ),
-        click.Option(
-            ["--device"], help="cpu keeps off the GPU. [default: cuda where there is one]"
-        ),
+        run_parameters.PRECISION,
+        run_parameters.DEVICE,
         click.Option(
             ["--decoder"],
             type=click.Choice(["pillow", "ffcv"]),
@@ -182,20 +171,14 @@ def _settings() -> list[click.Parameter]:
             help="Without a cache: turn pictures as their EXIF orientation says. With one, what "
             "the cache was extracted with is done.",
         ),
-        click.Option(
-            ["--workers"], type=THREADS, default=2, show_default=True, help="Decoding threads."
-        ),
+        run_parameters.WORKERS,
     ]
 
 
 def _checkpoints() -> list[click.Parameter]:
     """Return the options of checkpoints."""
     return [
-        click.Option(
-            ["--save-every"],
-            type=click.IntRange(1, 10**12),
-            help="Steps between checkpoints. [default: an epoch]",
-        ),
+        run_parameters.SAVE_EVERY,
         click.Option(
             ["--keep-checkpoints"],
             default="2",
@@ -290,22 +273,9 @@ def _running() -> list[click.Parameter]:
             help="torch.compile the model, and the teacher with --teacher online: slow to begin "
             "with, then faster.",
         ),
-        click.Option(
-            ["--checkpoint-activations"],
-            is_flag=True,
-            help="Compute blocks again in the backward pass: less memory, more time.",
-        ),
-        click.Option(
-            ["--deterministic"],
-            is_flag=True,
-            help="The same bits again on a GPU too, by slower kernels.",
-        ),
-        click.Option(
-            ["--skip-nonfinite"],
-            type=click.IntRange(0),
-            metavar="N",
-            help="Leave out up to N steps whose loss is not finite. [default: the first one stops]",
-        ),
+        run_parameters.CHECKPOINT_ACTIVATIONS,
+        run_parameters.DETERMINISTIC,
+        run_parameters.SKIP_NONFINITE,
     ]
 
 

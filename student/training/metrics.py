@@ -116,10 +116,12 @@ def plain_row(line: bytes) -> dict[str, Any] | None:
     the line holds anything else, which is for `strict_json` to judge."""
     try:
         row = json.loads(line.decode())
-        if type(row) is not dict or line.count(b'":') != len(row):  # perhaps a name given twice
-            return None
+        if type(row) is not dict or line.count(b'":') != len(row) or b"\\" in line:
+            return None  # perhaps a name given twice
         values = row.values()
-        if not set(map(type, values)) <= _NUMBERS or not abs(sum(values)) < _HUGE:  # NaN is not
+        if not set(map(type, values)) <= _NUMBERS:
+            return None
+        if not sum(map(abs, values)) < _HUGE:  # NaN is not
             return None
     except (ValueError, OverflowError, RecursionError):
         return None

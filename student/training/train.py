@@ -363,8 +363,9 @@ def _save(run: Run, loader: Loader, state: TrainState, step: int, metrics: Metri
     state.acc.wait_for_everyone()
     content = state.state_dict()
     if state.acc.is_main_process:
-        checkpoint.save(run.out, step, content, run.retention)
+        # the encoder first: killed between the two, a run that goes on makes this step again
         checkpoint.save_encoder(run.out, step, run.name, as_dict(run.config), content["model"])
+        checkpoint.save(run.out, step, content, run.retention)
 
 
 def _record(run: Run, loader: Loader, acc: Accelerator, total: int) -> dict[str, Any]:

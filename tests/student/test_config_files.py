@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from featcache.console.config_file import FileSettings
+from featcache.console import config_file
 from featcache.errors import UsageError
 from student.checkpoint import read_config
 from student.commands.train import command as train
 from student.recipes import maskalign
+from student.settings import Settings
 from student.setup.options import Options, user_settings
 from tests import student_fixtures as fx
 
@@ -125,14 +126,17 @@ def test_a_mistake_names_file_and_key(text: str, told: str, tmp_path: Path) -> N
 
 def test_a_call_without_a_command_reads_settings_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    given = {each.name: None for each in fields(Options)} | {"config": path, "settings": ()}
-    options = Options(**{**given, "file_settings": FileSettings()})
+    given = {each.name: None for each in fields(Options)} | {"settings": ()}
+
+    def settings() -> Settings:
+        file = {"file_settings": config_file.read_settings(path)}
+        return user_settings(maskalign.Config, Options(**{**given, **file}))
+
     path.write_text("lr: 1e-3\nset: {mask: topk}\n")
-    values = user_settings(maskalign.Config, options).values
-    assert values == {"lr": 1e-3, "mask": "topk"}
+    assert settings().values == {"lr": 1e-3, "mask": "topk"}
     path.write_text("seed: 3")
     with pytest.raises(UsageError, match=r"a\.yaml.*unknown key 'seed'"):
-        user_settings(maskalign.Config, options)
+        settings()
 
 
 def test_settings_need_a_recipe_to_be_read(tmp_path: Path) -> None:
@@ -142,7 +146,7 @@ def test_settings_need_a_recipe_to_be_read(tmp_path: Path) -> None:
 
 def test_nothing_is_done_before_it_is_printed(tmp_path: Path) -> None:
     words = ["--recipe", "mae", "--images", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
-    ran = CliRunner().invoke(train, [*words, "--print-config"])
+    ran = CliRunner().invoke(train, [*words, "--print-config"], help_option_names=["-h", "--help"])
     assert ran.exit_code == 0
     assert list(tmp_path.iterdir()) == []
 

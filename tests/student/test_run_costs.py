@@ -13,7 +13,9 @@ import pytest
 
 from featcache.catalog import costs
 from featcache.catalog.kept_features import DATA
+from featcache.extraction.progress import ExtractProgress
 from featcache.reading.cache import Cache
+from featcache.runtime.device_clock import Seconds
 from student.recipes import TargetSpec
 from student.setup import run_cost
 from student.targets.cached import CachedTargets
@@ -54,7 +56,14 @@ def picture_bytes() -> int:
     return sum(path.stat().st_size for path in fx.pictures().glob("*.png"))
 
 
-def test_an_extraction_is_counted_to_the_byte(home: Path, cache: Path) -> None:
+def test_an_extraction_is_counted_to_the_byte(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: list[float] = []
+
+    def add(progress: ExtractProgress, stage: str, seconds: float) -> None:
+        spent.extend([seconds] if stage == "teacher" else [])
+
+    monkeypatch.setattr(ExtractProgress, "add", add)
+    cache = fx.extract(fx.pictures(), home / "one", home=home)
     (line,) = lines(home)
     assert (line["command"], line["outcome"], line["device"]) == ("extract", "done", "cpu")
     assert line["bytes_written"] == files_of(cache)
@@ -62,8 +71,8 @@ def test_an_extraction_is_counted_to_the_byte(home: Path, cache: Path) -> None:
     assert line["bytes_read"] == 0
     ((seconds, views),) = line["teacher_cost"].values()
     assert views == VIEWS
-    assert 0 < seconds <= line["wall_s"]
-    assert line["teacher_s"] == line["device_s"] == pytest.approx(seconds, abs=1e-6)
+    assert seconds == pytest.approx(sum(spent), abs=1e-5)
+    assert line["teacher_s"] == line["device_s"] == pytest.approx(seconds, abs=1e-5)
     with Cache(cache) as opened:
         assert line["cache_id"] == opened.manifest["id"]
 
@@ -194,13 +203,17 @@ def test_what_a_cache_of_unknown_cost_saved_is_null(home: Path, tmp_path: Path) 
     assert "what they saved is not known" in fx.feat("ls", "--costs", home=home).out
 
 
-def test_a_teacher_in_the_loop_is_spent_and_saves_nothing(home: Path, tmp_path: Path) -> None:
+def test_a_teacher_in_the_loop_is_spent_and_saves_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock by which each forward pass takes a quarter of a second."""
+    monkeypatch.setattr("student.targets.online.StepClock.seconds", lambda clock: Seconds(0.25))
     options = ("--teacher", "online", "--cache", fx.cache_path(), "--images", fx.pictures())
     fx.good(fx.train("kd", tmp_path / "run", *options, *OPTIONS, home=home))
     (line,) = lines(home, "train")
     ((seconds, views),) = line["teacher_cost"].values()
     assert views == line["views_shown"] == 48
-    assert 0 < seconds <= line["device_s"]
+    assert seconds == line["teacher_s"] == 6 * 0.25  # steps
     assert line["teacher_saved_s"] == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,24 @@ def test_all_choices_are_allowed_and_no_other(name: str, key: str) -> None:
         assert choice in found.help or key in ("mask", "family"), choice
 
 
-@pytest.mark.parametrize(("name", "key"), ALL)
-def test_ranges_are_those_that_are_checked(name: str, key: str) -> None:
-    kind = recipes.load(name).Config
-    allowed = described(kind)[key].allowed
-    ends = {"above 0": "0", "from 0": "-1", "below 1": "1", "at most 256": "257"}
-    for text, outside in ends.items():
-        if text in allowed.split(", "):
+OUTSIDE = {"above": 0, "below": 0, "from": -1, "at most": 1}  # beside a range's end
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_ranges_are_those_that_are_checked(name: str) -> None:
+    kind, tried = recipes.load(name).Config, 0
+    for key, found in described(kind).items():
+        if not found.allowed or found.allowed.startswith("one of "):
+            continue
+        for part in found.allowed.split(", "):
+            end = re.fullmatch(r"(above|below|from|at most) (-?[0-9]+)", part)
+            assert end, (key, part)
+            outside = int(end[2]) + OUTSIDE[end[1]]
             value = f"[{outside},{outside}]" if key == "betas" else outside
             with pytest.raises(UsageError, match=f"cannot set {key}"):
                 config.from_overrides(kind, [f"{key}={value}"])
+            tried += 1
+    assert tried > 10
 
 
 def test_one_setting_by_hand() -> None:

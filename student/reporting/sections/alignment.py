@@ -8,7 +8,7 @@ import html
 import numpy as np
 import numpy.typing as npt
 
-from featcache.drawing.page import escape
+from featcache.drawing.page import escape, scrolling
 from student.models.alignment import AlignmentHead
 from student.reporting.contents import Contents
 from student.reporting.reported_run import ReportedRun
@@ -50,10 +50,7 @@ def _table(levels: list[int], weights: npt.NDArray[np.float64]) -> str:
         f"<tr><th>block {block}</th>{''.join(_cell(value, largest) for value in row)}</tr>"
         for block, row in enumerate(weights.T, 1)
     )
-    return (
-        '<div class="scroll" tabindex="0"><table class="matrix">'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>"
-    )
+    return scrolling(f"<thead><tr><th></th>{head}</tr></thead><tbody>\n{rows}\n</tbody>", "matrix")
 
 
 def _cell(value: float, largest: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from featcache.catalog import ledger
-from featcache.console.text import format_bytes
+from featcache.console.text import format_bytes, format_seconds
 from featcache.drawing.page import table
 from featcache.errors import UserError
 from student.reporting.contents import Contents
@@ -34,7 +34,7 @@ def _column(run: ReportedRun) -> dict[str, str]:
     return {
         "steps": f"{run.facts['step']:,} of {run.facts['steps']:,}",
         "pictures a step": f"{batch:,}" if batch else "-",
-        "time of the steps": duration(seconds) if seconds else "-",
+        "time of the steps": format_seconds(seconds) if seconds else "-",
         "pictures a second": f"{curves.timed / curves.trained_s:,.0f}" if curves.trained_s else "-",
         "waiting for data": f"{curves.waited_s / curves.trained_s:.1%}" if seconds else "-",
         "processes": str(_number(run.record, "running", "processes") or "-"),
@@ -66,15 +66,3 @@ def _starts(run: ReportedRun) -> str:
         return "-"
     mine = [line for line in lines if line.get("run") == str(run.path.absolute())]
     return f"{len(mine)} time{'s' * (len(mine) != 1)}" if mine else "-"
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people.
-
-    >>> duration(59.4), duration(3700), duration(400_000)
-    ('59 s', '1 h 2 min', '111 h 7 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

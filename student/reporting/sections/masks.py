@@ -47,11 +47,11 @@ def _row(contents: Contents, view: npt.NDArray[np.uint8], wanted: Mask) -> str:
             contents.miss(f"mask {name}: {lacking}")
             continue
         try:
-            seen = visible(contents.views, mask)[0]
+            shown = visible(contents.views, mask)[0]
         except UserError as error:  # blocks may not fit a small grid
             contents.miss(f"mask {name}: {error}")
             continue
-        figures.append(display.figure(pictures.masked(view, seen), f"{name}{used}", key))
+        figures.append(display.figure(pictures.masked(view, shown), f"{name}{used}", key))
     count = wanted.grid**2
     title = f"mask_ratio {wanted.ratio:g}: {wanted.visible} of {count} patches of {key} are seen"
     return display.row(title, figures)
@@ -75,9 +75,14 @@ def visible(views: ShownViews, mask: Mask) -> npt.NDArray[np.bool_]:
     """Return which patches (n, g, g) of the views a mask of epoch 0 shows. Raises UserError where
     it reads what is not there."""
     keep, _ = drawn(views, mask)
-    seen = np.zeros((len(keep), mask.grid**2), bool)
-    np.put_along_axis(seen, keep, True, 1)
-    return seen.reshape(-1, mask.grid, mask.grid)
+    return seen(keep, mask.grid)
+
+
+def seen(keep: I64, grid: int) -> npt.NDArray[np.bool_]:
+    """Return which patches (n, g, g) are those of ids (n, V)."""
+    found = np.zeros((len(keep), grid**2), bool)
+    np.put_along_axis(found, keep, True, 1)
+    return found.reshape(-1, grid, grid)
 
 
 def drawn(views: ShownViews, mask: Mask) -> tuple[I64, I64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from featcache.console.text import format_bytes
-from featcache.drawing.page import escape
+from featcache.drawing.page import escape, scrolling
 from student.reporting.contents import Contents
 from student.reporting.reported_run import ReportedRun
 from student.reporting.sections import line_chart
@@ -15,10 +15,7 @@ def section(contents: Contents) -> str:
     """Return a row for each run, and the verdict where there are several."""
     rows = "\n".join(map(_row, contents.runs))
     head = "".join(f"<th>{name}</th>" for name in HEAD)
-    table = (
-        f'<div class="scroll" tabindex="0"><table class="runs"><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
-    )
+    table = scrolling(f"<thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody>", "runs")
     if len(contents.runs) < 2:
         return table
     verdict = contents.judged["verdict"]

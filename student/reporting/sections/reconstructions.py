@@ -46,13 +46,17 @@ def section(contents: Contents) -> str:
 def _of_run(run: ReportedRun, views: ShownViews) -> list[list[str]] | None:
     """Return two figures for each view; None of a run that predicts no pixels."""
     pixels = views.pixels(run.img_size) if hasattr(run.model, "reconstruct") else None
-    if pixels is None or run.mask is None:
+    if pixels is None:
+        return None
+    if run.mask is None:
+        run.missing.append("reconstructions: its config.json says of no mask that it has one")
         return None
     mask, note = _possible(run.mask, views)
-    made = reconstruct(run, pixels, masks.drawn(views, mask))
+    ids = masks.drawn(views, mask)
+    made = reconstruct(run, pixels, ids)
     if made is None:
         return None
-    seen = masks.visible(views, mask)
+    seen = masks.seen(ids[0], mask.grid)
     hidden = [
         pictures.masked(display.resized(each), own) for each, own in zip(pixels, seen, strict=True)
     ]
@@ -88,7 +92,8 @@ def reconstruct(run: ReportedRun, pixels: U8, ids: tuple[Any, Any]) -> U8 | None
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in run.pixel_stats)
     levels = ((filled * std + mean) * 255).round().clamp(0, 255).byte()
     made: U8 = levels.permute(0, 2, 3, 1).numpy()
-    made[_outside(ids[0], run)] = pixels[_outside(ids[0], run)]  # what is seen, bit for bit
+    shown = masks.seen(ids[0], run.grid).repeat(run.patch_px, 1).repeat(run.patch_px, 2)
+    made[shown] = pixels[shown]  # what is seen, bit for bit
     return made
 
 
@@ -109,11 +114,3 @@ def fill(images: Tensor, patches: Tensor, ids: Tensor, patch_px: int) -> Tensor:
     cols, picture = cells.shape[2], torch.arange(len(ids)).unsqueeze(1)
     cells[picture, ids // cols, ids % cols] = patches.unflatten(2, (patch_px, patch_px, 3))
     return filled
-
-
-def _outside(keep: npt.NDArray[np.int64], run: ReportedRun) -> npt.NDArray[np.bool_]:
-    """Return which pixels (n, S, S) lie in visible patches."""
-    seen = np.zeros((len(keep), run.grid**2), bool)
-    np.put_along_axis(seen, keep, True, 1)
-    grid = seen.reshape(-1, run.grid, run.grid)
-    return grid.repeat(run.patch_px, 1).repeat(run.patch_px, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from featcache.drawing.page import escape
+from featcache.drawing.page import escape, scrolling
 from student.reporting.contents import Contents
 from student.reporting.sections import line_chart
 
@@ -31,8 +31,7 @@ def _evaluation(contents: Contents, each: dict[str, Any]) -> str:
     )
     return (
         f"<h3>{escape(each['label'])}, {each['n_test']:,} test pictures</h3>\n"
-        f'<div class="scroll" tabindex="0"><table class="scores"><tbody>\n{rows}\n</tbody></table>'
-        "</div>"
+        f"{scrolling(f'<tbody>{rows}</tbody>', 'scores')}"
     )
 
 

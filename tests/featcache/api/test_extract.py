@@ -10,26 +10,29 @@ import logging
 import re
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import featcache
+from featcache.cli import cli
 from featcache.commands.extract import command
 from featcache.extraction import launcher
-from tests.calls import differences
+from tests.calls import differences, own_program, silence
 from tests.conftest import SYNTHETIC, Ran, files_below, python
 
+Command = Callable[..., Ran]
 LOGGER = logging.getLogger("featcache")
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A program of its own: no handler of a command's, a home of the test's."""
-    monkeypatch.setattr(LOGGER, "handlers", [logging.NullHandler()])
-    monkeypatch.setenv("FEATCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("FEATCACHE_IMAGES", raising=False)
+    with own_program(monkeypatch, tmp_path / "home"):
+        yield
 
 
 def small(photos: Path, out: Path | None, **changes: Any) -> featcache.ExtractResult:
@@ -71,7 +74,7 @@ def test_it_writes_the_bytes_of_the_command(
         *WORDS, "--json",
     )  # fmt: skip
     assert ran.status == 0
-    logging.getLogger("featcache").handlers = [logging.NullHandler()]
+    silence()
     result = small(photos, tmp_path / "by call")
     assert wanted(tmp_path / "by call") == wanted(tmp_path / "by command")
     assert (result.cache, result.complete, result.new_pictures) == (tmp_path / "by call", True, 11)
@@ -235,22 +238,48 @@ def test_other_devices_get_words_of_their_own(
     """This process's own command line is a notebook's, or pytest's: it is not run again."""
     small(photos, tmp_path / "whole")
     started: list[list[str]] = []
-    arguments = launcher._arguments
+    start = launcher._start
 
-    def seen(*given: Any) -> list[str]:
-        started.append(arguments(*given))
-        return started[-1]
+    def seen(words: list[str], *files: Any) -> Any:
+        started.append(words)
+        return start(words, *files)
 
-    monkeypatch.setattr(launcher, "_arguments", seen)
+    monkeypatch.setattr(launcher, "_start", seen)
     small(photos, tmp_path / "c", devices="cpu,cpu", check_teacher=None, scale=(0.2, 1))
     (words,) = started
-    options = command.make_context("extract", words[1:]).params
+    program = click.Context(cli, **cli.context_settings)
+    options = command.make_context("extract", words[1:], parent=program).params
     assert words[0] == "extract"
     assert (options["device"], options["devices"], options["labelled"]) == ("cpu", None, None)
     assert (options["names"], options["out"]) == ((SYNTHETIC,), tmp_path / "c")
     assert (options["scale"], options["levels"]) == ((0.2, 1.0), ("all",))
     assert featcache.open(tmp_path / "c").unfinished == []
     assert files_below(tmp_path / "c") == files_below(tmp_path / "whole")
+
+
+def test_other_devices_of_a_command_with_a_file_check_nothing_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, featcache_command: Command
+) -> None:
+    """What --config says is said to them as options: devices and the check are left out."""
+    started: list[list[str]] = []
+    start = launcher._start
+
+    def seen(words: list[str], *files: Any) -> Any:
+        started.append(words)
+        return start(words, *files)
+
+    monkeypatch.setattr(launcher, "_start", seen)
+    path = tmp_path / "extract.yaml"
+    path.write_text(
+        f"teacher: {SYNTHETIC}\nsize: 28\nlevels: all\ndevices: 'cpu,cpu'\nbatch-size: 32\n"
+    )
+    ran = featcache_command(
+        "extract", "--config", path, "--images", photos, "--out", tmp_path / "c"
+    )
+    assert ran.status == 0, ran.err
+    (words,) = started
+    assert words[-3:] == ["--batch-size=32", "--device", "cpu"]
+    assert [word for word in words if word.startswith(("--devices", "--config"))] == []
 
 
 def test_importing_needs_neither_torch_nor_click() -> None:
@@ -266,3 +295,13 @@ def test_help_shows_the_keywords() -> None:
     assert "batch_size: 'int' = 32" in str(inspect.signature(featcache.extract))
     assert "Raises UsageError" in (featcache.extract.__doc__ or "")
     assert not hasattr(featcache, "no_such_name")
+
+
+def test_a_program_without_logging_hears_nothing() -> None:
+    code = (
+        "import logging, featcache, student\n"
+        "for name in ('featcache', 'student'):\n"
+        "    logging.getLogger(name).warning('x')\n"
+    )
+    ran = python(code)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")

@@ -188,3 +188,10 @@ def test_a_run_in_parts_sums_to_the_whole(parts: list[tuple[str, int, float, flo
     assert one.sums["bytes_read"] == sum(count for _, count, _, _ in parts)
     exact = float(sum(Fraction(wall) for _, _, wall, _ in parts))
     assert one.sums["wall_s"] == pytest.approx(exact, rel=1e-12)
+
+
+def test_a_line_that_saved_and_names_no_run_pays_back_after_nobody_knows_how_many() -> None:
+    made, trained = costs.Cost(), costs.Cost()
+    made.add({"teacher_s": 30.0})
+    trained.add({"teacher_saved_s": 15.0})
+    assert costs.payback([made, trained]) == {"paid_back": 0.5, "paid_back_after_runs": None}

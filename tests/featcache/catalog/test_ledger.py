@@ -7,6 +7,8 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,23 @@ def as_user(uid: int, code: str, **variables: str) -> str:
     return ran.stdout
 
 
-def open_to_all(place: Path, mode: int = 0o1777) -> None:
-    """Let every user come as far as the home, and write into it."""
-    for folder in place.parents:
-        if folder == Path("/tmp") or folder == Path("/"):
-            break
-        folder.chmod(folder.stat().st_mode | 0o055)
-    place.chmod(mode)
+@pytest.fixture
+def open_to_all(place: Path) -> Iterator[Callable[..., None]]:
+    """Lets every user come as far as the home, and write into it, until the test ends."""
+    shared = Path(tempfile.gettempdir()).resolve()
+    own = [folder for folder in place.resolve().parents if shared in folder.parents]
+    if any(not folder.stat().st_mode & 0o001 for folder in (shared, *shared.parents)):
+        pytest.skip(f"other users cannot reach {shared}")
+    before = {folder: folder.stat().st_mode for folder in own}
+
+    def make(mode: int = 0o1777) -> None:
+        for folder in own:
+            folder.chmod(before[folder] | 0o055)
+        place.chmod(mode)
+
+    yield make
+    for folder, mode in before.items():
+        folder.chmod(mode)
 
 
 def test_a_home_of_ones_own_has_one_file(place: Path) -> None:
@@ -185,8 +197,10 @@ def test_a_further_home_without_a_ledger_makes_no_cache_unused(
 
 
 @as_root
-def test_two_users_of_one_home_write_their_own_files_and_see_each_other(place: Path) -> None:
-    open_to_all(place)
+def test_two_users_of_one_home_write_their_own_files_and_see_each_other(
+    place: Path, open_to_all: Callable[..., None]
+) -> None:
+    open_to_all()
     ledger.log_run(command="train", cache_id="c", run="root")
     for uid in USERS:
         # a umask that shuts others out is no reason to lose a use
@@ -210,8 +224,10 @@ def test_two_users_of_one_home_write_their_own_files_and_see_each_other(place: P
 
 
 @as_root
-def test_an_unreadable_ledger_of_another_makes_no_cache_unused(place: Path) -> None:
-    open_to_all(place)
+def test_an_unreadable_ledger_of_another_makes_no_cache_unused(
+    place: Path, open_to_all: Callable[..., None]
+) -> None:
+    open_to_all()
     (place / "runs.d").mkdir()
     (place / "runs.d/7.jsonl").write_text("")
     (place / "runs.d/7.jsonl").chmod(0o600)
@@ -225,16 +241,20 @@ def test_an_unreadable_ledger_of_another_makes_no_cache_unused(place: Path) -> N
 
 
 @as_root
-def test_a_home_that_a_user_may_not_write_is_told_and_stops_nothing(place: Path) -> None:
-    open_to_all(place, 0o755)
+def test_a_home_that_a_user_may_not_write_is_told_and_stops_nothing(
+    place: Path, open_to_all: Callable[..., None]
+) -> None:
+    open_to_all(0o755)
     told = as_user(USERS[0], "ledger.log_run(command='train', cache_id='c', run='r')")
     assert "cannot be written: Permission denied" in told
     assert names(place) == []
 
 
 @as_root
-def test_a_folder_for_users_is_enough_where_the_home_is_its_owners(place: Path) -> None:
-    open_to_all(place, 0o755)
+def test_a_folder_for_users_is_enough_where_the_home_is_its_owners(
+    place: Path, open_to_all: Callable[..., None]
+) -> None:
+    open_to_all(0o755)
     (place / "runs.d").mkdir()
     (place / "runs.d").chmod(0o1777)
     assert as_user(USERS[0], "ledger.log_run(command='train', cache_id='c', run='r')") == ""
@@ -242,9 +262,11 @@ def test_a_folder_for_users_is_enough_where_the_home_is_its_owners(place: Path) 
 
 
 @as_root
-def test_a_use_of_another_users_cache_is_seen_in_that_home(place: Path, tmp_path: Path) -> None:
+def test_a_use_of_another_users_cache_is_seen_in_that_home(
+    place: Path, tmp_path: Path, open_to_all: Callable[..., None]
+) -> None:
     """A run whose home is another leaves its mark where the cache lies, or says that it cannot."""
-    open_to_all(place, 0o755)
+    open_to_all(0o755)
     ledger.log_run(command="extract")
     own = tmp_path / "own"
     own.mkdir()
@@ -260,8 +282,10 @@ def test_a_use_of_another_users_cache_is_seen_in_that_home(place: Path, tmp_path
 
 
 @as_root
-def test_a_file_that_another_put_in_a_users_place_is_not_written(place: Path) -> None:
-    open_to_all(place)
+def test_a_file_that_another_put_in_a_users_place_is_not_written(
+    place: Path, open_to_all: Callable[..., None]
+) -> None:
+    open_to_all()
     (place / "runs.d").mkdir()
     (place / "runs.d").chmod(0o1777)
     planted = place / "runs.d/12345.jsonl"
@@ -300,3 +324,18 @@ def test_a_link_in_place_of_the_new_folder_is_not_followed(
     ledger.log_run(command="train")
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     assert not any(private.iterdir())
+
+
+def test_a_file_of_that_name_of_another_program_is_left_alone(tmp_path: Path, place: Path) -> None:
+    """Beside a cache may lie somebody's own runs.jsonl."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "runs.jsonl").write_text('{"my": "experiment"}\n')
+    ledger.log_use(other / "cache", cache_id="c")
+    assert (other / "runs.jsonl").read_text() == '{"my": "experiment"}\n'
+    assert [
+        json.loads(line)["command"] for line in (place / "runs.jsonl").read_text().splitlines()
+    ] == ["use"]
+    (other / "runs.jsonl").write_text("")  # an owner's, who has shared it and not begun
+    ledger.log_use(other / "cache", cache_id="c")
+    assert json.loads((other / "runs.jsonl").read_text())["command"] == "use"

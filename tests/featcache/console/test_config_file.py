@@ -48,9 +48,13 @@ def build(**rules: Any) -> click.Command:
     return config_file.accepts(**rules)(click.Command("toy", params=params, callback=body))
 
 
+# as the programs have it: a command keeps its help option from the first context it meets
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
+
 def run(command: click.Command, *words: object) -> dict[str, Any]:
     """What a command was given."""
-    ran = CliRunner().invoke(command, list(map(str, words)), catch_exceptions=False)
+    ran = CliRunner().invoke(command, list(map(str, words)), catch_exceptions=False, **HELP)
     assert ran.exit_code == 0, ran.output
     found: dict[str, Any] = json.loads(ran.output)
     return found
@@ -58,13 +62,13 @@ def run(command: click.Command, *words: object) -> dict[str, Any]:
 
 def refusal(command: click.Command, *words: object) -> str:
     """The line of a refused command."""
-    error = CliRunner().invoke(command, list(map(str, words))).exception
+    error = CliRunner().invoke(command, list(map(str, words)), **HELP).exception
     assert isinstance(error, UserError), error
     return str(error)
 
 
 def printed(command: click.Command, *words: str) -> str:
-    ran = CliRunner().invoke(command, [*words, "--print-config"], catch_exceptions=False)
+    ran = CliRunner().invoke(command, [*words, "--print-config"], catch_exceptions=False, **HELP)
     assert ran.exit_code == 0, ran.output
     return ran.output
 
@@ -240,8 +244,8 @@ def test_what_is_printed_reads_back_to_the_very_same_options(
     words = as_words(options)
     path.write_text(printed(extract, *words))
     assert all(char.isprintable() or char == "\n" for char in path.read_text())
-    before = extract.make_context("extract", list(words)).params
-    after = extract.make_context("extract", ["--config", str(path)]).params
+    before = extract.make_context("extract", list(words), **HELP).params
+    after = extract.make_context("extract", ["--config", str(path)], **HELP).params
     assert after == before
     assert printed(extract, "--config", str(path), *words) == path.read_text()
 

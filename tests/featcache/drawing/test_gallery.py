@@ -20,9 +20,11 @@ from featcache.drawing.pictures import COLOURS, HIDDEN
 from featcache.extraction import extend, extract
 from featcache.storage import manifest
 from featcache.views.fingerprint import pixel_hash
-from tests.browser import open_page
+from tests.browser import SHARED, open_page
 from tests.codec_caches import OTHER, VIT, WIDE
 from tests.conftest import Ran, copy_tree, flip, make_plan
+
+pytestmark = SHARED
 
 Command = Callable[..., Ran]
 ROWS = (1, 4, 6)  # of eleven, in two of three shards

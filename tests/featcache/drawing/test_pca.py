@@ -19,7 +19,8 @@ def test_the_components_are_those_of_scikit_learn(tokens: np.ndarray) -> None:
     basis = pca.fit(tokens)
     assert np.allclose(np.abs(basis.components.T), np.abs(theirs.components_), atol=1e-9)
     assert np.allclose(basis.shares, theirs.explained_variance_ratio_)
-    assert (np.take(basis.components, np.abs(basis.components).argmax(0)[0], 0)[0]) > 0
+    largest = np.abs(basis.components).argmax(0)
+    assert (np.take_along_axis(basis.components, largest[None], 0) > 0).all()
 
 
 def test_colours_by_hand() -> None:

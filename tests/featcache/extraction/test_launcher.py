@@ -329,36 +329,10 @@ def test_unknown_devices(text: str) -> None:
     assert launcher.parse_devices("cpu,cpu") == ["cpu", "cpu"]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--devices", "cpu,cpu", "--json"],
-        ["--devices=cpu,cpu", "--json"],
-        ["--json", "--devices", "cpu,cpu"],
-        ["--check-teacher", "labelled", "--json", "--devices", "cpu,cpu"],
-        ["--json", "--devices", "cpu,cpu", "--check-teacher=labelled"],
-    ],
-    ids=" ".join,
-)
-def test_a_helper_gets_the_same_command_for_one_device(
-    monkeypatch: pytest.MonkeyPatch, words: list[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["featcache", "extract", "--out", "c d", *words])
-    assert launcher._arguments("cuda:3") == [
-        "extract",
-        "--out",
-        "c d",
-        "--json",
-        "--device",
-        "cuda:3",
-    ]
-
-
 def test_a_failed_helper_is_told_and_does_no_harm(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["featcache", "info", str(tmp_path)])
-    with launcher.worker_processes(["cpu"]):
+    with launcher.worker_processes(["cpu"], ["extract", "--out", str(tmp_path)]):
         pass
     (told,) = caplog.messages
     assert told.startswith("the process on cpu failed, its shards were done by the others: error: ")
@@ -372,14 +346,13 @@ def test_helpers_are_stopped_where_the_caller_fails(
     sleeper.write_text("#!/bin/sh\nexec sleep 1000\n")
     sleeper.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(sleeper))
-    monkeypatch.setattr(sys, "argv", ["featcache"])
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), launcher.worker_processes(["cpu", "cpu"]):
+    with pytest.raises(KeyboardInterrupt), launcher.worker_processes(["cpu", "cpu"], []):
         raise KeyboardInterrupt
     assert time.monotonic() - began < 30
 
 
 def test_no_devices_no_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere")
-    with launcher.worker_processes([]):
+    with launcher.worker_processes([], []):
         pass

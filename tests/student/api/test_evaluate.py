@@ -4,8 +4,8 @@ and files, refusals as exceptions, nothing on stdout or stderr, progress by a ca
 from __future__ import annotations
 
 import json
-import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,15 @@ from student.commands.eval import command as eval_group
 from student.commands.export import command as export_command
 from student.setup import eval_parameters
 from tests import student_fixtures as fx
-from tests.calls import differences
+from tests.calls import differences, own_program, silence
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A program of its own: no handler of a command's, a home of the test's."""
     fx.fresh_state()
-    for name in ("featcache", "student"):
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [logging.NullHandler()])
-    monkeypatch.setenv("FEATCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("FEATCACHE_IMAGES", raising=False)
-
-
-def silence() -> None:
-    """Take away the handlers that a command set up."""
-    for name in ("featcache", "student"):
-        logging.getLogger(name).handlers = [logging.NullHandler()]
+    with own_program(monkeypatch, tmp_path / "home"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import logging
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,16 @@ from student import checkpoint
 from student.commands.train import command
 from tests import processes
 from tests import student_fixtures as fx
-from tests.calls import differences
+from tests.calls import differences, own_program, silence
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A program of its own: no handler of a command's, a home of the test's."""
+    fx.cache_path()  # which a command makes
     fx.fresh_state()
-    for name in ("featcache", "student"):
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [logging.NullHandler()])
-    monkeypatch.setenv("FEATCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("FEATCACHE_IMAGES", raising=False)
+    with own_program(monkeypatch, tmp_path / "home"):
+        yield
 
 
 SETTINGS = {
@@ -57,8 +57,7 @@ def test_the_call_has_every_option_with_its_default() -> None:
 def test_it_trains_as_the_command_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ("--cache", fx.cache_path(), "--images", fx.pictures(), "--batch-size", "8")
     ran = fx.good(fx.train("mralign", tmp_path / "a", *words, "--steps", "4", "--json"))
-    for name in ("featcache", "student"):
-        logging.getLogger(name).handlers = [logging.NullHandler()]
+    silence()
     capfd.readouterr()
     result = small(tmp_path / "b")
     assert capfd.readouterr() == ("", "")

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from student.cli import cli
 from tests import hostile_json as hostile
@@ -50,49 +48,31 @@ def attack(world: Path) -> None:
                 assert ran.status == 0
 
 
+def test_runs_that_nobody_harmed_are_compared(world: Path) -> None:
+    ran = hostile.run(cli, ["compare", str(world / "good"), str(world / "bad")])
+    assert (ran.status, "no setting differs" in ran.out) == (0, True)
+
+
 @EXAMPLES
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "results.jsonl"])
 def test_objects(name: str, examples: int, world: Path) -> None:
-    before = (world / "good" / name).read_bytes()
-
-    @settings(max_examples=examples, suppress_health_check=list(HealthCheck), deadline=None)
-    @given(st.data())
-    def attacked(data: st.DataObject) -> None:
-        value = data.draw(hostile.mutations(json.loads(before)))
-        hostile.write(world / "bad" / name, value)
-        attack(world)
-
-    attacked()
-    (world / "bad" / name).write_bytes(before)
+    path = world / "bad" / name
+    drawn = hostile.mutations(json.loads(path.read_bytes())).map(hostile.as_file)
+    hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
 @EXAMPLES
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.jsonl"])
 def test_bytes(name: str, examples: int, world: Path) -> None:
-    before = (world / "good" / name).read_bytes()
-
-    @settings(max_examples=examples, suppress_health_check=list(HealthCheck), deadline=None)
-    @given(st.data())
-    def attacked(data: st.DataObject) -> None:
-        (world / "bad" / name).write_bytes(data.draw(hostile.raw_bytes(before)))
-        attack(world)
-
-    attacked()
-    (world / "bad" / name).write_bytes(before)
+    path = world / "bad" / name
+    drawn = hostile.raw_bytes(path.read_bytes())
+    hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
 @EXAMPLES
 def test_rows(examples: int, world: Path) -> None:
     path = world / "bad/metrics.jsonl"
-    before = path.read_bytes()
-    rows = [json.loads(line) for line in before.splitlines()]
-
-    @settings(max_examples=examples, suppress_health_check=list(HealthCheck), deadline=None)
-    @given(st.data())
-    def attacked(data: st.DataObject) -> None:
-        hostile.write(path, data.draw(hostile.mutations(rows[1])))
-        path.write_bytes(json.dumps(rows[0]).encode() + b"\n" + path.read_bytes() + b"\n")
-        attack(world)
-
-    attacked()
-    path.write_bytes(before)
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    first = json.dumps(rows[0]).encode()
+    drawn = hostile.mutations(rows[1]).map(lambda row: first + b"\n" + hostile.as_file(row) + b"\n")
+    hostile.attack_file(path, drawn, lambda: attack(world), examples)

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from student.cli import cli
@@ -19,7 +18,6 @@ from tests.featcache.drawing.test_page import Parsed
 
 # few by default, many where minutes are given
 EXAMPLES = pytest.mark.parametrize("examples", [6, pytest.param(200, marks=pytest.mark.slow)])
-CHECKS = list(HealthCheck)
 
 
 @pytest.fixture(scope="module")
@@ -33,60 +31,53 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def attack(world: Path) -> None:
+def attack(world: Path) -> int:
+    """Make a report of both runs; returns the status."""
     out = world / "pages/page.html"
     words = ("report", world / "good", world / "bad", "--cache", fx.ranked_path(), "--count", "1")
     with hostile.unchanged(world, world / "pages"):
         ran = hostile.run(cli, [str(word) for word in (*words, "--out", out)], 60.0)
     hostile.assert_one_line(ran)
     if ran.status:
-        return
+        return ran.status
     assert out.read_bytes().startswith(report.MARK)
     assert not {"script", "iframe", "object", "link", "base"} & set(Parsed(out.read_text()).tags)
+    return 0
+
+
+def test_runs_that_nobody_harmed_make_a_page(world: Path) -> None:
+    assert attack(world) == 0
+
+
+@pytest.mark.parametrize("mask", [[], {}, 5, "none"])
+def test_a_mask_that_is_none(world: Path, mask: object) -> None:
+    path = world / "bad/config.json"
+    record = json.loads(path.read_bytes())
+    record["config"]["mask"] = mask
+    hostile.attack_file(path, st.just(json.dumps(record).encode()), lambda: attack(world), 1)
 
 
 @EXAMPLES
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
 def test_objects(name: str, examples: int, world: Path) -> None:
-    before = (world / "good" / name).read_bytes()
-
-    @settings(max_examples=examples, suppress_health_check=CHECKS, deadline=None)
-    @given(st.data())
-    def attacked(data: st.DataObject) -> None:
-        hostile.write(world / "bad" / name, data.draw(hostile.mutations(json.loads(before))))
-        attack(world)
-
-    attacked()
-    (world / "bad" / name).write_bytes(before)
+    path = world / "bad" / name
+    drawn = hostile.mutations(json.loads(path.read_bytes())).map(hostile.as_file)
+    hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
 @EXAMPLES
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
 def test_bytes(name: str, examples: int, world: Path) -> None:
-    before = (world / "good" / name).read_bytes()
-
-    @settings(max_examples=examples, suppress_health_check=CHECKS, deadline=None)
-    @given(st.data())
-    def attacked(data: st.DataObject) -> None:
-        (world / "bad" / name).write_bytes(data.draw(hostile.raw_bytes(before)))
-        attack(world)
-
-    attacked()
-    (world / "bad" / name).write_bytes(before)
+    path = world / "bad" / name
+    drawn = hostile.raw_bytes(path.read_bytes())
+    hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
 @EXAMPLES
 def test_rows(examples: int, world: Path) -> None:
     path = world / "bad/metrics.jsonl"
-    before = path.read_bytes()
-    row = json.loads(before.splitlines()[0])
-
-    @settings(max_examples=examples, suppress_health_check=CHECKS, deadline=None)
-    @given(st.data())
-    def attacked(data: st.DataObject) -> None:
-        rows = [data.draw(hostile.mutations(row)) for _ in range(3)]
-        path.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
-        attack(world)
-
-    attacked()
-    path.write_bytes(before)
+    row = json.loads(path.read_bytes().splitlines()[0])
+    drawn = st.lists(hostile.mutations(row), min_size=3, max_size=3).map(
+        lambda rows: "".join(f"{json.dumps(each)}\n" for each in rows).encode()
+    )
+    hostile.attack_file(path, drawn, lambda: attack(world), examples)
