@@ -195,10 +195,10 @@ def runs_of(cache_id: str) -> list[dict[str, Any]]:
     ]
 
 
-def last_use(cache_id: str) -> str | None:
-    """Return when a training run last began or ended that reads a cache; None where none is
-    known."""
-    return max((run["time"] for run in _uses(cache_id)), default=None)
+def last_uses() -> dict[str, str]:
+    """Return, of each cache by its id, when a training run last began or ended that reads it."""
+    every = _training_runs(_state())
+    return {cache_id: max(str(run["time"]) for run in runs) for cache_id, runs in every.items()}
 
 
 def _uses(cache_id: str) -> list[dict[str, Any]]:

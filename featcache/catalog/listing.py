@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featcache.catalog import ledger
 from featcache.errors import UserError
 from featcache.storage import manifest
 from featcache.storage.part import added_parts
@@ -13,8 +13,9 @@ from featcache.storage.record import read_record
 from featcache.storage.store import record_path
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Return the facts of one cache as plain data; a damaged one is {path, damaged: the reason}."""
+def describe(path: Path, last_uses: Mapping[str, str]) -> dict[str, Any]:
+    """Return the facts of one cache as plain data; a damaged one is {path, damaged: the reason}.
+    `last_uses` are those of the ledgers, which are read once for all caches."""
     try:
         cache_manifest = manifest.read(path)
         records, total = _records(path, cache_manifest)
@@ -44,7 +45,7 @@ def describe(path: Path) -> dict[str, Any]:
         "shards_complete": len(records),
         "parts": len(parts),
         "parts_complete": sum(len(found) == wanted for _, (found, wanted) in parts),
-        "last_used": ledger.last_use(cache_manifest["id"]),
+        "last_used": last_uses.get(cache_manifest["id"]),
         "random_weights": manifest.is_random(cache_manifest),
     }
 

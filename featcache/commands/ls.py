@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from featcache.catalog import home, kept_features
+from featcache.catalog import home, kept_features, ledger
 from featcache.catalog.listing import describe
 from featcache.console.text import echo, format_bytes, format_json, format_table, join_lines
 
@@ -29,7 +29,8 @@ def command(costs: bool, as_json: bool) -> None:
     if costs:
         _print_costs(as_json)
         return
-    found = [describe(path) for path in home.caches()]
+    last_uses = ledger.last_uses()
+    found = [describe(path, last_uses) for path in home.caches()]
     kept = [kept_features.describe(path) for path in kept_features.items()]
     if as_json:
         echo(format_json([*found, *({"kind": "features", **facts} for facts in kept)], indent=1))

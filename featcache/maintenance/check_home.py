@@ -74,7 +74,7 @@ def caches() -> list[Finding]:
     for path in paths:
         if time.monotonic() > end:
             break
-        found.append(describe(path))
+        found.append(describe(path, {}))  # of which uses are not asked
     damaged = [facts for facts in found if "damaged" in facts]
     return [_count(len(paths), found, len(damaged)), *map(_damaged, damaged)]
 

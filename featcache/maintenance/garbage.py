@@ -89,8 +89,9 @@ def _leftovers_of(cache: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def _unused_caches(days: float, left: dict[Path, str]) -> Iterator[Path]:
+    last_uses = ledger.last_uses()
     for cache in home.caches():
-        facts = listing.describe(cache)
+        facts = listing.describe(cache, last_uses)
         if "damaged" in facts:
             left[cache] = facts["damaged"]
         complete = facts.get("shards") == facts.get("shards_complete") and facts.get(

@@ -137,7 +137,7 @@ def test_the_files_of_all_users_are_merged_by_time(place: Path) -> None:
         )
     (place / "runs.d/note.txt").write_text("no ledger")
     assert [run["run"] for run in ledger.runs_of("c")] == ["1", "2", "3", "4", "5"]
-    assert ledger.last_use("c") == "2026-05"
+    assert ledger.last_uses().get("c") == "2026-05"
     assert ledger.problem() is None
 
 
@@ -145,7 +145,7 @@ def test_a_use_is_seen_from_the_moment_a_run_begins_and_is_no_run(place: Path) -
     (place / "runs.jsonl").touch()
     ledger.log_use(place / "one", cache_id="c", run="r1")
     assert ledger.runs_of("c") == []
-    assert ledger.last_use("c") is not None
+    assert ledger.last_uses().get("c") is not None
     assert json.loads((place / "runs.jsonl").read_text())["command"] == "use"
 
 
@@ -165,7 +165,7 @@ def test_a_use_of_a_cache_in_no_home_is_noted_at_home(place: Path, tmp_path: Pat
     (tmp_path / "shared/one").mkdir(parents=True)
     ledger.log_use(tmp_path / "shared/one", cache_id="c", run="r1")
     assert names(tmp_path / "shared") == []
-    assert ledger.last_use("c") is not None
+    assert ledger.last_uses().get("c") is not None
 
 
 def test_further_homes_are_read_and_each_once(
@@ -175,7 +175,7 @@ def test_further_homes_are_read_and_each_once(
     other.mkdir()
     line = {"time": "2026-01", "command": "train", "cache_id": "c", "run": "r1"}
     (other / "runs.jsonl").write_text(json.dumps(line) + "\n")
-    assert ledger.last_use("c") is None
+    assert ledger.last_uses().get("c") is None
     monkeypatch.setenv("FEATCACHE_LEDGERS", f"{other}:{place}:{other}/")
     assert [run["run"] for run in ledger.runs_of("c")] == ["r1"]
     assert ledger.problem() is None
@@ -278,7 +278,7 @@ def test_a_use_of_another_users_cache_is_seen_in_that_home(
     (place / "runs.d").mkdir()
     (place / "runs.d").chmod(0o1777)
     assert as_user(USERS[0], use, FEATCACHE_HOME=str(own)) == ""
-    assert ledger.last_use("c") is not None
+    assert ledger.last_uses().get("c") is not None
 
 
 @as_root
