@@ -37,6 +37,7 @@ BUCKETS = 250  # of steps, with four points each, of one that is not
 CHUNK_BYTES = 2 << 20
 COLUMNS = 256  # of a file; a recipe with 24 levels has 60
 MOST_STEPS = 10**15
+SLOWEST = 1e-6  # pictures a second: a step of eleven days; below are rows that nobody measured
 NO_CURVE = ("step", "epoch", "probe_s")
 
 
@@ -230,7 +231,7 @@ def _add_times(found: Curves, rows: Sequence[Row]) -> None:
     """Add the seconds that steps took: pictures a second are all that a row tells of them."""
     speed = np.array([row.get("images_per_s", 0) for row in rows], np.float64)
     wait = np.array([row.get("data_wait", 0) for row in rows], np.float64)
-    good = np.isfinite(speed) & (speed > 0)
+    good = np.isfinite(speed) & (speed > SLOWEST)
     seconds = 1 / speed[good]
     found.timed += len(seconds)
     found.trained_s += float(seconds.sum())

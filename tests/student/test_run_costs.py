@@ -114,7 +114,8 @@ def test_several_processes_are_one_line(home: Path) -> None:
     ((_, views),) = line["teacher_cost"].values()
     assert views == 24
     assert line["bytes_written"] == files_of(home / "two")
-    assert line["picture_bytes"] == picture_bytes()
+    # Both may read ahead into a shard that only one of them then gets.
+    assert picture_bytes() <= line["picture_bytes"] <= 2 * picture_bytes()
 
 
 def test_copies_and_derived_caches_are_counted(home: Path, cache: Path) -> None:

@@ -118,7 +118,7 @@ def running_mean(curve: Curve) -> tuple[Any, F64]:
     """Return steps and the mean of each row and its neighbours, a thirtieth of the run in all; of a
     curve that was thinned the rows are the first of each bucket, which are no extremes.
 
-    >>> curve = Curve(np.arange(90), np.tile([1.0, 3.0, 2.0], 30))
+    >>> curve = Curve(np.arange(90), np.tile([1.0, 2.0, 3.0], 30))
     >>> running_mean(curve)[1][[0, 40]].tolist()
     [1.5, 2.0]
     """

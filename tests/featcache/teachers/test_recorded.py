@@ -122,7 +122,7 @@ def test_training_runs_a_caches_own_teacher_only_where_it_is_named(
 
 def test_a_teacher_of_a_config_file_is_not_run(own: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"recipe": "x", "config": {"teacher": str(own)}}))
+    config.write_text(json.dumps({"recipe": "x", "steps": 1, "config": {"teacher": str(own)}}))
     options = ("--images", fixtures.pictures(), "--teacher", "online", "--policy",
                fixtures.policy_file(), "--steps", "1", "--config", config)  # fmt: skip
     refused = train("maskalign", tmp_path / "run", *options)

@@ -162,6 +162,7 @@ def test_the_time_of_steps_is_added_up(tmp_path: Path) -> None:
         {"step": 1, "images_per_s": 10.0, "data_wait": 0.5},
         {"step": 2, "images_per_s": 20.0, "data_wait": 0.1},
         {"step": 3, "images_per_s": 0.0},
+        {"step": 4, "images_per_s": 5e-324},
         {"step": 4},
     ]
     found = metric_curves.read(write(tmp_path / "run", rows))
