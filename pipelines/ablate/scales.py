@@ -81,7 +81,11 @@ class Scale:
 
     def reduced(self) -> Scale:
         """Return the scale with everything as short as it can be: it shows that all runs."""
-        return replace(self, teacher_epochs=2, epochs=3, views=2, is_reduced=True)
+        probes = {
+            name: {**own, "epochs": 2} if "epochs" in own else own
+            for name, own in self.probes.items()
+        }
+        return replace(self, teacher_epochs=1, epochs=1, views=1, probes=probes, is_reduced=True)
 
 
 DIGITS = Scale(

@@ -23,7 +23,7 @@ from featcache.maintenance import repair, transfer, verify
 from featcache.pictures.open_source import open_source
 from featcache.storage import json_file
 from tests.conftest import SYNTHETIC, copy_tree, files_below, flip, make_photos, make_plan
-from tests.store_contract import change_index
+from tests.shard_index import change_index
 
 FEATURES = "features/c.0.1.0.0.0"
 ENTRIES = 6 * 2  # of the index: rows and levels

@@ -32,7 +32,7 @@ from tests.featcache.reading.test_cache import (
     reference,
     write_cache,
 )
-from tests.store_contract import change_index
+from tests.shard_index import change_index
 
 CHUNK = f"{SHARDS}/000001.zarr/features/c.0.1.0.0.0"
 IN_SHARD = 3  # rows of it; with 3 levels 9 chunks

@@ -19,7 +19,7 @@ import pytest
 from featcache.errors import UserError
 from featcache.storage import commit, json_file, owner
 from featcache.storage.store import SHARDS, folder_path, record_path
-from tests.store_contract import dead_process, files_below
+from featcache.testing.items import dead_process, files_below
 
 STORE, SHARD = "webdataset", "000007"
 DAY_S = 24 * 3600

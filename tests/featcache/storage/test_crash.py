@@ -22,8 +22,8 @@ from featcache.extraction import extract
 from featcache.extraction.plan import Plan
 from featcache.pictures.open_source import open_source
 from featcache.storage import lease
+from featcache.testing.items import files_below
 from featcache.views.policy import Policy
-from tests.store_contract import files_below
 
 PICTURES = 72
 SYNTHETIC = "synthetic:levels=3,tokens=16,width=24"

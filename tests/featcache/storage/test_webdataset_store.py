@@ -25,7 +25,8 @@ from featcache.pictures.tars import escape, unescape
 from featcache.storage import commit, webdataset_store
 from featcache.storage.row_file import RowFile
 from featcache.storage.store import SHARDS, Array
-from tests.store_contract import ARRAYS, ODD_KEYS, SHARD, StoreContract, as_items, numbers
+from featcache.testing.items import ARRAYS, ODD_KEYS, SHARD, as_items, numbers
+from featcache.testing.store import StoreContract
 
 FOLDER = f"{SHARDS}/{SHARD}.webdataset"
 INDEX = f"{FOLDER}/index.safetensors"

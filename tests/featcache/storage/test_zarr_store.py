@@ -20,16 +20,10 @@ import zarr
 
 from featcache.storage import compression
 from featcache.storage.store import SHARDS, Array, ShardForm, folder_path
+from featcache.testing.items import ARRAYS, ODD_KEYS, SHARD, files_below, numbers
+from featcache.testing.store import StoreContract
 from tests.conftest import python
-from tests.store_contract import (
-    ARRAYS,
-    ODD_KEYS,
-    SHARD,
-    StoreContract,
-    change_index,
-    files_below,
-    numbers,
-)
+from tests.shard_index import change_index
 
 GROUP = f"{SHARDS}/000000.zarr"
 ZARRS = "zarrs.ZarrsCodecPipeline"

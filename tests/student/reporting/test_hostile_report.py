@@ -17,7 +17,7 @@ from tests import student_fixtures as fx
 from tests.featcache.drawing.test_page import Parsed
 
 # few by default, many where minutes are given
-EXAMPLES = pytest.mark.parametrize("examples", [6, pytest.param(200, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [4, pytest.param(25, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
