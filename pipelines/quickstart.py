@@ -1,14 +1,15 @@
 """Run the whole idea on real pictures in some minutes: a teacher, its cache, students from it, and
 their accuracy.
 
-    python -m pipelines.quickstart [--out quickstart] [--seed 0 | --seeds 0,1,2] [--reduced]
+    python -m pipelines.quickstart [--out quickstart] [--seed 0 | --seeds 0,1,2] [--control]
+                                   [--reduced]
 
 Everything runs through the commands that a user has; each is printed before it runs and can be run
 again by hand. Per seed: the digits are split and packed, and a small ViT is trained on them
-(pipelines.digits); `featcache extract` stores four views from it and, as a control, from the same
-ViT before its training; `student train` makes a student with mralign from either cache, and one
-that is not trained; `student eval` scores all of them on held-out digits, by [CLS] and by the mean
-of the patches. Writes OUT/results.json, results.md and overview.png.
+(pipelines.digits); `featcache extract` stores four views from it; `student train` makes a student
+with mralign from the cache, and one that is not trained; `student eval` scores all of them on
+held-out digits, by [CLS] and by the mean of the patches. Writes OUT/results.json, results.md and
+overview.png. `--control` adds a cache of the same ViT before its training, and a student of it.
 
 Exit status 1 when the mralign student is not SPREADS standard deviations above the untrained one by
 [CLS], in k-NN and by the linear probe.
@@ -25,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ class Plan:
     epochs: int = 16
     views: int = 4
     batch_size: int = 64
+    control: bool = False  # whether there is a student of an untrained teacher
     enforced: bool = True  # whether the margin decides the exit status
 
 
@@ -116,17 +118,22 @@ REDUCED = Plan(teacher_epochs=1, epochs=1, views=1, enforced=False)
 )
 @click.option("--seeds", help="Several, such as 0,1,2; then means and spreads are told.")
 @click.option(
+    "--control",
+    is_flag=True,
+    help="Also a student of an untrained teacher: what alignment gives without knowledge.",
+)
+@click.option(
     "--reduced", is_flag=True, help="A few epochs: shows that everything runs, decides nothing."
 )
-def cli(out: Path, seed: int, seeds: str | None, reduced: bool) -> None:
+def cli(out: Path, seed: int, seeds: str | None, control: bool, reduced: bool) -> None:
     """Teach digits to a student from a cached teacher, and compare it with students that had none.
 
     \b
     Examples:
       python -m pipelines.quickstart
-      python -m pipelines.quickstart --seeds 0,1,2 --out three-seeds
+      python -m pipelines.quickstart --seeds 0,1,2 --control --out three-seeds
     """
-    plan = REDUCED if reduced else Plan()
+    plan = replace(REDUCED if reduced else Plan(), control=control)
     numbers = parse_seeds(seeds) if seeds else [seed]
     _clear(out)
     os.environ["FEATCACHE_HOME"] = str(out)  # the ledger of runs goes there too
@@ -175,7 +182,7 @@ def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:
     each row of the table."""
     train, test = f"{home}/data/train-*.tar", f"{home}/data/test-*.tar"
     teacher = home / "teacher.safetensors"
-    rows: dict[str, Row] = {name: {} for name in ROWS}
+    rows: dict[str, Row] = {name: {} for name in ROWS if plan.control or name != "control"}
 
     # ---- digits and teacher ----------------------------------------------------------------------
     _, seconds = run("pipelines.digits", home, "--seed", seed, "--epochs", plan.teacher_epochs)
@@ -183,19 +190,20 @@ def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:
 
     # ---- caches ----------------------------------------------------------------------------------
     caches = {"mralign": home / "cache", "control": home / "cache-untrained-teacher"}
-    for name, weights in (("mralign", teacher), ("control", digits.start_of(seed))):
-        _, seconds = run(*extract_arguments(train, weights, caches[name], seed, plan))
+    weights: dict[str, Path | str] = {"mralign": teacher, "control": digits.start_of(seed)}
+    for name in [name for name in caches if name in rows]:
+        _, seconds = run(*extract_arguments(train, weights[name], caches[name], seed, plan))
         rows[name] |= {"extract_s": seconds, "cache_bytes": _bytes(caches[name])}
 
     # ---- students --------------------------------------------------------------------------------
-    for name in ("untrained", "mralign", "control"):
+    for name in [name for name in rows if name != "teacher"]:
         length = ["--steps", 0] if name == "untrained" else ["--epochs", plan.epochs]
         cache = caches["control" if name == "control" else "mralign"]
         arguments = train_arguments("mralign", cache, train, home / name, seed, plan)
         _, rows[name]["train_s"] = run(*arguments, *length)
 
     # ---- accuracy on held-out digits -------------------------------------------------------------
-    for name in ROWS:
+    for name in rows:
         given = (
             ["--teacher", digits.SPEC, "--weights", teacher] if name == "teacher" else [home / name]
         )
@@ -294,6 +302,7 @@ def _draw(out: Path, home: Path) -> Path:
         first.setdefault(key.split("/")[0], key)
     keys = [first[name] for name in sorted(first)][2:6]
     names = {"mralign": "mralign", "mralign, untrained teacher": "control"}
+    names = {name: run for name, run in names.items() if (home / run).is_dir()}
     with featcache.open(home / "cache") as cache:
         overview.draw(
             source,
@@ -313,6 +322,7 @@ def margins(found: dict[int, dict[str, Row]]) -> dict[str, dict[str, list[float]
             for kind in EVALS
         }
         for other in ("untrained", "control")
+        if all(other in rows for rows in found.values())
     }
 
 
@@ -321,7 +331,8 @@ def report(
 ) -> str:
     """Format the table as Markdown that is legible as text, with the machine it was measured on."""
     cells = [["", *COLUMNS.values()]]
-    for name, title in ROWS.items():
+    for name in next(iter(found.values())):
+        title = ROWS[name]
         cells.append(
             [
                 title,

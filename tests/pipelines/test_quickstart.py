@@ -76,6 +76,13 @@ def test_two_deviations_are_enough_and_less_is_an_error() -> None:
     quickstart.judge(quickstart.margins({0: rows(50.0)}), REDUCED)
 
 
+def test_a_control_that_was_not_asked_for_is_not_told() -> None:
+    found = rows(80.0)
+    del found["control"]
+    assert list(quickstart.margins({0: found})) == ["untrained"]
+    assert "untrained teacher" not in quickstart.report({0: found}, ENVIRONMENT, Plan(), 1.0)
+
+
 def test_options_exist_in_the_commands(tmp_path: Path) -> None:
     train = quickstart.train_arguments("mralign", tmp_path, "SRC", tmp_path, 0, Plan())
     extract = quickstart.extract_arguments("SRC", "random:0", tmp_path, 0, Plan())
