@@ -3,6 +3,8 @@
     | picture, crop boxes | views 1..V | attention 1..V | mask 1..V |      one row a sample
     | loss over steps     | its parts, where runs have them         |
 
+    python -m pipelines.overview CACHE OUT.png [--images SRC] [--key KEY ...] [--run RUN ...]
+
 Everything is replayed from the cache: the boxes, the mirrored views, the teacher's attention, the
 stored mask order.
 
@@ -15,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -23,18 +26,23 @@ from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from featcache.console.entry import entry
+from featcache.console.params import LocalPath, LocalText
+from featcache.console.text import echo
 from featcache.drawing import pictures
 from featcache.drawing.panels import visible
-from featcache.errors import UserError
+from featcache.errors import UsageError, UserError
 from featcache.pictures.decode import decode
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
+from featcache.views import pixel_path
 from featcache.views.policy import policy_from_dict
 from featcache.views.render import render
 from student.training import metrics
 
-VIEWS_SHOWN = 4  # more would be too small to read
+VIEWS_SHOWN = ROWS_SHOWN = 4  # more would be too small to read
+SUFFIXES = (".png", ".pdf")
 FIELDS = ("crop", "flip", "jitter", "attention", "mask_order")
 PANELS = {
     "loss": "loss",
@@ -237,3 +245,34 @@ def running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.
     at = np.arange(len(values))
     starts, ends = np.maximum(at - width, 0), np.minimum(at + width + 1, len(values))
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+@click.command()
+@click.argument("cache", type=LocalPath())
+@click.argument("out", type=LocalPath())
+@click.option("--images", type=LocalText(), help="The pictures. [default: the cache's]")
+@click.option("--key", "keys", multiple=True, help="A sample to draw. [default: the first 4]")
+@click.option("--run", "runs", type=LocalPath(), multiple=True, help="A run whose loss is drawn.")
+def command(
+    cache: Path, out: Path, images: str | None, keys: tuple[str, ...], runs: tuple[Path, ...]
+) -> None:
+    """Draw samples of CACHE and the losses of runs as the picture OUT, a .png or .pdf."""
+    if out.suffix not in SUFFIXES:
+        raise UsageError(f"OUT {str(out)!r}: the name ends in {' or '.join(SUFFIXES)}; change it")
+    with Cache(cache) as opened:
+        about = opened.manifest
+        source = pixel_path.match_decoder(
+            pixel_path.open_with_decoder(images or about["provenance"]["source"], "pillow"),
+            opened.identity["pixel_path"],
+        )
+        chosen = keys or [opened.keys[row] for row in range(min(len(opened.keys), ROWS_SHOWN))]
+        draw(source, opened, chosen, {str(run): run for run in runs}, out)
+    echo(str(out))
+
+
+def main() -> None:
+    entry(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from featcache.api import progress as api_progress
+from featcache.api.begun_cache import with_shards
 from featcache.api.progress import Progress, ProgressCallback
 from featcache.catalog import home
 from featcache.catalog.account import account
@@ -70,7 +71,7 @@ def extract(
     precision: str = "fp32",
     compile: bool = False,
     check_teacher: Text | None = None,
-    rows_per_shard: int = 1024,
+    rows_per_shard: int | str = "auto",
     batch_size: int = 32,
     workers: int = os.cpu_count() or 1,
     device: str | None = None,
@@ -155,6 +156,8 @@ def carry_out(
     check_names(options)
     keep_freed_memory()
     plans, inputs = build_plans(options)
+    if options.rows_per_shard == "auto":
+        plans = with_shards(plans, options.out)
     for_recipes.check_plans(choice, plans)
     _note_random_weights(plans, say)
     if options.labelled is not None:

@@ -49,7 +49,7 @@ class ExtractOptions:
     precision: str
     compiled: bool
     labelled: str | None
-    rows_per_shard: int
+    rows_per_shard: int | str  # auto
     batch_size: int
     workers: int
     device: str | None
@@ -144,6 +144,7 @@ def _plan(
 
     device = inputs.devices[0]
     teacher = load_teacher(name, weights, device, options.precision, options.compiled)
+    rows: Any = options.rows_per_shard
     return Plan(
         source=inputs.source,
         teacher=teacher,
@@ -153,7 +154,7 @@ def _plan(
         order=options.order or default_order(teacher),
         codec=options.codec,
         store=options.store_name,
-        rows_per_shard=options.rows_per_shard,
+        **({} if rows == "auto" else {"rows_per_shard": rows}),
         tokens=options.tokens,
         keep=parse_keep(options.keep, teacher.patches),
         pixels=options.pixels is not None,

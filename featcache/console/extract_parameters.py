@@ -6,7 +6,15 @@ import os
 
 import click
 
-from featcache.console.params import BATCH, COUNT, THREADS, FloatPair, LocalPath, LocalText
+from featcache.console.params import (
+    BATCH,
+    COUNT,
+    THREADS,
+    CountOrAuto,
+    FloatPair,
+    LocalPath,
+    LocalText,
+)
 from featcache.storage.store import STORES
 from featcache.views import pixel_path
 from featcache.views.policy import POLICIES
@@ -195,10 +203,12 @@ def _running() -> list[click.Parameter]:
     return [
         click.Option(
             ["--rows-per-shard"],
-            type=COUNT,
-            default=1024,
+            type=CountOrAuto(),
+            default="auto",
             show_default=True,
-            help="Pictures in a shard, the unit of resuming, sharing and repair.",
+            help="Pictures in a shard, the unit of resuming, sharing and repair. auto: 1024, 1 GiB "
+            "or a sixteenth of all, whichever is least, but at least 64; a cache that was begun "
+            "keeps its own.",
         ),
         click.Option(
             ["--batch-size"],

@@ -47,6 +47,19 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class CountOrAuto(click.ParamType):
+    """One option takes a number of at least 1, or `auto`: what fits is chosen."""
+
+    name = "N|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if value == "auto":
+            return "auto"
+        return int(COUNT.convert(value, param, ctx))
+
+
 SEED = click.IntRange(0, 2**63 - 1)  # what a view policy allows, and torch's generator takes
 # more is a mistake, of which memory, or the disk, would tell late
 COUNT = click.IntRange(1, 10**9)

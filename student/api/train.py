@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -14,7 +13,6 @@ from accelerate import Accelerator
 from featcache.api.progress import ProgressCallback
 from featcache.console import keywords
 from featcache.console.params import images_variable
-from featcache.errors import UsageError
 from student import recipes
 from student.api.settings import SETTINGS_FILE, SettingsGiven, setting_texts, with_file
 from student.api.voice import voice
@@ -43,7 +41,7 @@ class TrainResult:
 
 def train(
     *,
-    recipe: Text | None = None,
+    recipe: Text = "mralign",
     cache: Text | None = None,
     images: Text | None = None,
     out: Text | None = None,
@@ -129,7 +127,7 @@ def carry_out(given: Mapping[str, Any], voice: Voice) -> Told:
     name, dry, device = (options.pop(key) for key in ("recipe_name", "dry_run", "device"))
     options.pop("config")  # whose settings are those of `file_settings`
     with accelerator.own_state(), accelerator.kernels(deterministic=options.pop("deterministic")):
-        name, recipe = load_recipe(name)
+        recipe = recipes.load(name)
         acc = accelerator.accelerator(options["precision"], device)
         options["images"] = options["images"] or images_variable()
         console = Console(acc.is_main_process, voice)
@@ -138,16 +136,6 @@ def carry_out(given: Mapping[str, Any], voice: Voice) -> Told:
             for note in build.rate_notes(run, loader):
                 console.say(note)
             return (measure_run if dry else _train)(run, loader, acc, console)
-
-
-def load_recipe(name: str | None) -> tuple[str, ModuleType]:
-    """Return a recipe's name and its module. Raises UsageError where none is given."""
-    if name is None:
-        raise UsageError(
-            f"no recipe given: --recipe is one of {', '.join(recipes.names())}, or a .py file of "
-            "your own"
-        )
-    return name, recipes.load(name)
 
 
 def _train(run: Run, loader: Loader, acc: Accelerator, console: Console) -> Told:

@@ -13,10 +13,10 @@ from student.setup import train_parameters
 
 def _settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of the recipe, from --config and --set."""
-    from student.api.train import load_recipe
+    from student import recipes
     from student.setup.file_settings import merged_values
 
-    return merged_values(load_recipe(given["recipe_name"])[1].Config, given)
+    return merged_values(recipes.load(given["recipe_name"]).Config, given)
 
 
 @config_file.accepts(
@@ -30,7 +30,8 @@ def _settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
 )
 @click.command(
     params=train_parameters.parameters(),
-    epilog="\b\nExamples:\n  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d "
+    epilog="\b\nExamples:\n  student train --images train/ --epochs 200\n"
+    "  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d "
     "--batch-size 256\n"
     "  student train --recipe maskalign --images train/ --set encoder=small "
     "--set drop_path=0 --out runs/small\n"

@@ -69,8 +69,9 @@ def measure_run(run: Run, loader: Loader, acc: Accelerator, console: Console) ->
 
 def _announce(run: Run, loader: Loader, console: Console) -> None:
     facts = build.run_facts(run, loader)
+    kind = "" if run.about["kind"] == "labelled" else "recipe "
     console.say(
-        f"{run.name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
+        f"{kind}{run.name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
         f"steps of {facts['global_batch']} -> {run.out}"
     )
 

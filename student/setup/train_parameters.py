@@ -38,6 +38,8 @@ def _inputs() -> list[click.Parameter]:
         click.Option(
             ["--recipe", "recipe_name"],
             type=LocalText(),
+            default="mralign",
+            show_default=True,
             help="A name from `student recipes`, or the path of your own .py file.",
         ),
         click.Option(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 import featcache
@@ -95,3 +96,19 @@ def test_an_unknown_key_is_one_line(cache: Cache, photos: Path) -> None:
 )
 def test_running_mean(values: list[float], width: int, expected: list[float]) -> None:
     assert overview.running_mean(np.array(values), width).tolist() == expected
+
+
+def test_the_command_draws_the_first_samples_and_refuses_another_suffix(
+    cache: Cache, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "mae", {"loss": 2.0})
+    out = tmp_path / "a.png"
+    words = [str(cache.path), str(out), "--run", str(run)]
+    done = CliRunner().invoke(overview.command, words, catch_exceptions=False)
+    assert done.output == f"{out}\n"
+    with Image.open(out) as picture:
+        assert picture.width > 500
+    refused = CliRunner().invoke(overview.command, [str(cache.path), str(tmp_path / "a.exe")])
+    assert isinstance(refused.exception, UserError)
+    assert ".png or .pdf" in str(refused.exception)
+    assert not (tmp_path / "a.exe").exists()

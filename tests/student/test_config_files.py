@@ -139,8 +139,8 @@ def test_a_call_without_a_command_reads_settings_alone(tmp_path: Path) -> None:
         settings()
 
 
-def test_settings_need_a_recipe_to_be_read(tmp_path: Path) -> None:
-    assert "no recipe given" in fx.stud("train", "--set", "lr=1", "--print-config").line
+def test_settings_are_those_of_the_default_recipe(tmp_path: Path) -> None:
+    assert "mralign" in fx.good(fx.stud("train", "--set", "lr=1", "--print-config")).out
     assert entries(printed("train", "--seed", 3))
 
 

@@ -200,7 +200,7 @@ def test_notes_go_to_the_logger(
     with caplog.at_level(logging.INFO, logger="student"):
         small(tmp_path / "run", settings={**SETTINGS, "warmup_epochs": 3})
     told = {(r.name, r.levelname, r.getMessage().split(":")[0]) for r in caplog.records}
-    assert ("student", "INFO", "mralign") in told
+    assert ("student", "INFO", "recipe mralign") in told
     assert ("student", "WARNING", "warm-up (9 steps) is not shorter than the run (4)") in told
     assert capfd.readouterr() == ("", "")
 
@@ -208,7 +208,7 @@ def test_notes_go_to_the_logger(
 @pytest.mark.parametrize(
     ("changes", "kind", "told"),
     [
-        ({"recipe": None}, featcache.UsageError, "no recipe given: --recipe is one of"),
+        ({"recipe": None}, featcache.UsageError, "Invalid value for recipe: None is no text."),
         ({"recipe": "mralinn"}, featcache.UsageError, "did you mean mralign"),
         ({"batch_size": 0}, featcache.UsageError,
          "Invalid value for batch_size: 0 is not in the range 1<=x<=65536."),
