@@ -8,41 +8,43 @@ line wins over the file. A file is a stranger's: it names data, but no code (`ow
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from featcache.console import config_text
-from featcache.console.params import FloatPair, LocalPath
+from featcache.console import config_text, config_value
+from featcache.console.params import LocalPath
 from featcache.console.text import echo
 from featcache.errors import UsageError, UserError, near, short
 from featcache.runtime import strict_json, values_file
-from featcache.runtime.strict_yaml import WrittenFloat
 
 _META = "featcache.config_file"
-_OWN = ("config", "print_config")
+_OWN = ("config", "print_config", "resumed")
 
 
 @dataclass(frozen=True)
 class FileSettings:
-    """The settings of a `--config` file, as far as they are no options; `options` are those that
-    the command has."""
+    """The settings of a `--config` file, or of the run that --resume names, as far as they are no
+    options; `options` are those that the command has, `taken` those that were there."""
 
     path: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
     options: Sequence[str] = ()
+    option: str = "--config"
+    taken: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"--config {self.path!r}"
+        return f"{self.option} {self.path!r}"
 
 
 # Checks the settings of the file and those of --set (`given`), and returns them as one mapping.
 SettingsOf = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+# Reads the options that a run folder records, by their keys.
+OptionsOf = Callable[[Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Rules:
     also_settings: Sequence[str] = ()
     # parameters whose default gives way to what a cache or a publication has
     soft: Sequence[str] = ()
+    # reads the options that a run was made with, for a command that goes on with one
+    recorded: OptionsOf | None = None
 
 
 def accepts(
@@ -65,9 +69,10 @@ def accepts(
     rivals: Mapping[str, str] | None = None,
     also_settings: Sequence[str] = (),
     soft: Sequence[str] = (),
+    recorded: OptionsOf | None = None,
 ) -> Callable[[click.Command], click.Command]:
     """Give a command the options --config and --print-config; the arguments are those of Rules."""
-    rules = Rules(settings, own_code or {}, rivals or {}, also_settings, soft)
+    rules = Rules(settings, own_code or {}, rivals or {}, also_settings, soft, recorded)
 
     def with_file(command: click.Command) -> click.Command:
         body = command.callback
@@ -106,7 +111,21 @@ def _options(rules: Rules) -> list[click.Parameter]:
             callback=lambda ctx, _, asked: ctx.meta.update({f"{_META}.print": asked}),
             help="Print all options as YAML that --config reads, and stop.",
         ),
+        *([_run_argument(rules)] if rules.recorded else []),
     ]
+
+
+def _run_argument(rules: Rules) -> click.Argument:
+    """Return the argument of `--resume RUN`, whose own options are the defaults of the call."""
+    return click.Argument(
+        ["resumed"],
+        type=LocalPath(),
+        required=False,
+        metavar="[RUN]",
+        is_eager=True,
+        expose_value=False,
+        callback=functools.partial(_resume, rules),
+    )
 
 
 def is_registered(spec: str) -> bool:
@@ -132,17 +151,37 @@ def read(path: Path) -> dict[str, Any]:
 
 def _read_into(rules: Rules, ctx: click.Context, param: click.Parameter, path: Any) -> Any:
     """Let what the file holds be the defaults of this call, checked."""
-    if path is None or ctx.resilient_parsing:
-        return path
-    known, where = keys(ctx.command), f"--config {str(path)!r}"
-    found, settings = _sorted_out(rules, known, read(path), where)
+    if path is not None and not ctx.resilient_parsing:
+        _take(rules, ctx, read(path), "--config", path)
+    return path
+
+
+def _resume(rules: Rules, ctx: click.Context, param: click.Parameter, run: Any) -> Any:
+    """Let the options that a run was made with be the defaults of this call, checked."""
+    if run is not None and not ctx.resilient_parsing:
+        assert rules.recorded is not None
+        _take(rules, ctx, {**rules.recorded(run), "out": str(run)}, "--resume", run)
+    return run
+
+
+def _take(
+    rules: Rules, ctx: click.Context, values: dict[str, Any], option: str, path: Path
+) -> None:
+    known, where = keys(ctx.command), f"{option} {str(path)!r}"
+    if before := ctx.meta.get(f"{_META}.settings"):
+        raise UsageError(
+            f"{where} and {before}: both say all options, and one of them is allowed; leave "
+            "--config out"
+        )
+    found, settings = _sorted_out(rules, known, values, where)
     ctx.default_map = {
         **(ctx.default_map or {}),
-        **{known[key].name: _checked(known[key], key, value, ctx, where)
+        **{known[key].name: config_value.checked(known[key], key, value, ctx, where)
            for key, value in found.items()},
     }  # fmt: skip
-    ctx.meta[f"{_META}.settings"] = FileSettings(str(path), settings, tuple(known))
-    return path
+    ctx.meta[f"{_META}.settings"] = FileSettings(
+        str(path), settings, tuple(known), option, {**found, **settings}
+    )
 
 
 def _sorted_out(
@@ -218,64 +257,6 @@ def keys(command: click.Command) -> dict[str, click.Parameter]:
     return {config_text.key(param): param for param in command.params if param.name not in _OWN}
 
 
-# ---- one value -----------------------------------------------------------------------------------
-
-
-def _checked(param: click.Parameter, key: str, value: Any, ctx: click.Context, where: str) -> Any:
-    """Return a value as click takes it from a command line; UsageError where it would be refused
-    there."""
-    try:
-        given = _as_given(param, value)
-        param.type_cast_value(ctx, given)
-    except click.BadParameter as error:
-        raise UsageError(f"{where}: {key}: {error.message}") from None
-    except UserError as error:
-        raise type(error)(f"{where}: {error}") from None
-    return given
-
-
-def _as_given(param: click.Parameter, value: Any) -> Any:
-    if isinstance(param, click.Option) and param.is_flag:
-        if not isinstance(value, bool):
-            _fail(value, "true or false")
-        return value
-    if isinstance(param.type, FloatPair) and isinstance(value, list):
-        return ",".join(_word(part) for part in value)
-    if isinstance(param, click.Option) and param.multiple:
-        return [_word(part) for part in (value if isinstance(value, list) else [value])]
-    return _word(value)
-
-
-def _word(value: Any) -> str:
-    """Return what stands on a command line for this value."""
-    if isinstance(value, WrittenFloat):
-        return value.text
-    if isinstance(value, str):
-        return _possible(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _fail(value, "a text or a number")
-    return repr(value)
-
-
-def _possible(text: str) -> str:
-    """Refuse what no command line can hold, so that nobody behind it expects it."""
-    try:
-        if b"\0" not in os.fsencode(text):
-            return text
-    except UnicodeEncodeError:
-        pass
-    _fail(text, "a text without null characters and halves of characters")
-
-
-def _fail(value: Any, needed: str) -> NoReturn:
-    given = {True: "true", False: "false", None: "null"}.get(value) if _is_word(value) else None
-    raise click.BadParameter(f"{given or short(value)} given; {needed} is needed")
-
-
-def _is_word(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
 # ---- running -------------------------------------------------------------------------------------
 
 
@@ -285,6 +266,8 @@ def _run(body: Callable[..., Any], rules: Rules, /, **given: Any) -> Any:
     found: FileSettings = ctx.meta.get(f"{_META}.settings", FileSettings())
     given, found = _prefer_command_line(ctx, rules, given, found)
     _refuse_code(ctx, rules, given, found)
+    if found.option == "--resume":
+        _check_resumed(ctx, found, given)
     if rules.settings is not None:
         given["file_settings"] = found
     resolved = _resolved(ctx, rules, given)
@@ -297,6 +280,20 @@ def _run(body: Callable[..., Any], rules: Rules, /, **given: Any) -> Any:
         resolved["set"] = (dict(rules.settings(given)), False)
     echo(config_text.document(ctx, resolved, rules.soft))
     return None
+
+
+def _check_resumed(ctx: click.Context, found: FileSettings, given: Mapping[str, Any]) -> None:
+    """Raise UsageError where RUN is given and not gone on with, or stands beside another --out."""
+    if not given["resume"]:
+        raise UsageError(
+            f"RUN {found.path!r} is the run to go on with: give --resume {found.path}, or --out "
+            "for the folder of a new run"
+        )
+    if ctx.get_parameter_source("out") is ParameterSource.COMMANDLINE:
+        raise UsageError(
+            f"{found} and --out {str(given['out'])!r}: a run goes on in its own folder; leave "
+            "--out out"
+        )
 
 
 def _prefer_command_line(
@@ -313,8 +310,7 @@ def _prefer_command_line(
         if not overruled or ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
             continue
         if name in rules.also_settings:
-            values = {name: given[name], **found.values}
-            found = FileSettings(found.path, values, found.options)
+            found = replace(found, values={name: given[name], **found.values})
         given = {**given, name: None}
         ctx.set_parameter_source(name, ParameterSource.DEFAULT)
     return given, found

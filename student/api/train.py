@@ -17,7 +17,7 @@ from student import recipes
 from student.api.settings import SETTINGS_FILE, SettingsGiven, setting_texts, with_file
 from student.api.voice import voice
 from student.data.loader import Loader
-from student.setup import build, train_parameters
+from student.setup import build, recorded_options, train_parameters
 from student.setup.console import Console, Told, Voice
 from student.setup.options import Options
 from student.setup.run_to_end import measure_run, run_to_end
@@ -132,6 +132,9 @@ def carry_out(given: Mapping[str, Any], voice: Voice) -> Told:
         options["images"] = options["images"] or images_variable()
         console = Console(acc.is_main_process, voice)
         with console.notes_of_one(), generators_kept(acc.device):
+            file = options.get("file_settings")
+            if file is not None and file.option == "--resume":
+                console.say(f"note: {file}: {recorded_options.told(file.taken)}")
             run, loader = build.build_run(name, recipe, acc, Options(**options), console.say)
             for note in build.rate_notes(run, loader):
                 console.say(note)

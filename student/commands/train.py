@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,13 @@ def _settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return merged_values(recipes.load(given["recipe_name"]).Config, given)
 
 
+def _recorded(run: Path) -> dict[str, Any]:
+    """Return the options that a run was made with."""
+    from student.setup import recorded_options
+
+    return recorded_options.read(run)
+
+
 @config_file.accepts(
     settings=_settings,
     own_code={
@@ -27,6 +35,7 @@ def _settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     },
     rivals={"epochs": "steps", "steps": "epochs"},
     also_settings=("epochs",),
+    recorded=_recorded,
 )
 @click.command(
     params=train_parameters.parameters(),
@@ -36,13 +45,14 @@ def _settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     "  student train --recipe maskalign --images train/ --set encoder=small "
     "--set drop_path=0 --out runs/small\n"
     "  accelerate launch -m student train --recipe mralign --cache CACHE --out RUN --resume\n"
+    "  student train --resume runs/mralign-s0\n"
     "  student train --config run.yaml --seed 1",
 )
 def command(as_json: bool, **given: Any) -> None:
     """Train a student by RECIPE from cached targets, or with the teacher in the loop.
 
     Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status
-    75; --resume goes on.
+    75; --resume goes on, and --resume RUN alone does so by the options that the run was made with.
     """
     from student.api import train
     from student.setup.console import TERMINAL

@@ -261,7 +261,8 @@ def _running() -> list[click.Parameter]:
             ["--resume"],
             is_flag=True,
             help="Go on from the run's newest checkpoint; start where there is no run yet, so a "
-            "job can be requeued. The number of processes may change, the global batch may not.",
+            "job can be requeued. The number of processes may change, the global batch may not. "
+            "--resume RUN: by the options that the run was made with; those given here win.",
         ),
         click.Option(
             ["--ema"],

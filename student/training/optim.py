@@ -8,6 +8,7 @@ wrapper can step it twice.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from student.config import TrainConfig
 # 3-D in the MAE family, so the rule for 1-D parameters does not spare them; the released
 # pre-training code decays them, probably unintended. We do not, unless decay_tokens asks for it.
 TOKENS = ("cls_token", "mask_token", "pos_embed", "decoder_pos_embed")
+
+# (step, steps of the whole run) -> learning rate
+Schedule = Callable[[int, int], float]
 
 # devices with torch's fused kernel of AdamW; on a CPU it takes a third of the time
 FUSED = ("cpu", "cuda")
@@ -76,6 +80,22 @@ def peak_lr(config: TrainConfig, global_batch: int) -> float:
     """Return `lr` where the user set it, else blr * global_batch / 256 (global: per process *
     accumulation * processes)."""
     return config.lr if config.lr is not None else config.blr * global_batch / 256
+
+
+def schedule(config: TrainConfig, global_batch: int, steps_per_epoch: int) -> Schedule:
+    """Return the learning rate of a recipe as a function of step and length of the run."""
+
+    def rate(step: int, total: int) -> float:
+        return warmup_cosine(
+            step,
+            total=total,
+            warmup=round(config.warmup_epochs * steps_per_epoch),
+            peak=peak_lr(config, global_batch),
+            minimum=config.min_lr,
+            repeat_peak=config.repeat_peak,
+        )
+
+    return rate
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

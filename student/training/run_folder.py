@@ -23,7 +23,7 @@ from featcache.errors import UserError
 from featcache.runtime import variables
 from featcache.storage import identity, json_file
 from student import checkpoint
-from student.training import nonfinite, trackers
+from student.training import lengthening, nonfinite, trackers
 from student.training.metrics import NAME, read
 
 # Parts of config.json that may change when a run goes on: how a cache was read is of no effect on
@@ -45,7 +45,8 @@ def check(
         saved["config"] = {**(defaults or {}), **saved["config"]}
         before, now = (dict(identity.flatten(each)) for each in (saved, record))
         names = [key for key in {**before, **now} if not key.startswith(FREE)]
-        changed = [key for key in names if before.get(key) != now.get(key)]
+        free = lengthening.LENGTH if lengthening.is_longer(before, now) else ()
+        changed = [key for key in names if before.get(key) != now.get(key) and key not in free]
         if changed:
             shown = "; ".join(
                 f"{key[:80]} {repr(before.get(key))[:80]} before, {repr(now.get(key))[:80]} now"

@@ -34,6 +34,7 @@ from student.data.prefetch import Prefetcher, step_speed, to_device
 from student.models import drop_path
 from student.targets.contract import HostBatch, Targets
 from student.training import (
+    lengthening,
     nonfinite,
     optim,
     preemption,
@@ -117,6 +118,7 @@ def _train(
     total = run.total_steps(loader.steps_per_epoch)
     record = _record(run, loader, acc, total)
     if acc.is_main_process:
+        record = lengthening.with_plans(record, run.out) if run.resume else record
         run_folder.check(run.out, record, run.resume, default_values(run.config))
 
     # ---- model and optimizer, or the checkpoint: what cannot be built leaves no run folder behind
@@ -128,6 +130,8 @@ def _train(
     # ---- the run folder --------------------------------------------------------------------------
     is_new = acc.is_main_process and run_folder.make(run.out, record)
     acc.wait_for_everyone()
+    if note := lengthening.note(record, first, _schedule(run, loader)):
+        _LOG.warning("%s", note)
 
     # ---- the loop --------------------------------------------------------------------------------
     save_every = run.save_every or loader.steps_per_epoch
@@ -212,7 +216,7 @@ def train_step(
 ) -> StepResult:
     """Make one optimiser step at its learning rate."""
     clock = StepClock(state.acc.device)
-    lr = _learning_rate(run, loader, step, total)
+    lr = _schedule(run, loader)(step, total)
     optim.set_lr(state.optimizer, lr)
     parts, waits, keys = _gradients(run, loader, state, feed, step)
     names, values = list(parts), _mean(state.acc, parts)
@@ -228,15 +232,8 @@ def train_step(
     return StepResult(row, keys, applied, waits)
 
 
-def _learning_rate(run: Run, loader: Loader, step: int, total: int) -> float:
-    return optim.warmup_cosine(
-        step,
-        total=total,
-        warmup=round(run.config.warmup_epochs * loader.steps_per_epoch),
-        peak=optim.peak_lr(run.config, loader.global_batch),
-        minimum=run.config.min_lr,
-        repeat_peak=run.config.repeat_peak,
-    )
+def _schedule(run: Run, loader: Loader) -> optim.Schedule:
+    return optim.schedule(run.config, loader.global_batch, loader.steps_per_epoch)
 
 
 def _gradients(

@@ -191,10 +191,11 @@ def test_json_is_the_only_thing_on_stdout(tmp_path: Path) -> None:
     assert ran.json["loss"] == pytest.approx(fx.losses(tmp_path / "run")[-1], abs=1e-6)
 
 
-def test_no_recipe() -> None:
-    ran = fx.stud("train")
-    assert ran.status == 2
-    assert all(name in ran.line for name in recipes.names())
+def test_the_recipe_is_mralign_where_none_is_given(tmp_path: Path) -> None:
+    """No cache serves it here, and the line that says so names it."""
+    ran = fx.stud("train", "--images", fx.pictures(), home=tmp_path / "home")
+    assert ran.status == 1
+    assert "mralign" in ran.line
 
 
 def test_no_pictures_and_no_cache(tmp_path: Path) -> None:

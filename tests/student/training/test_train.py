@@ -579,7 +579,7 @@ def test_ways_of_reading_without_anything_to_read(option: tuple[str, ...], tmp_p
     ("change", "told"),
     [
         (("--seed", "1"), ("seed", "0", "1")),
-        (("--steps", "9"), ("steps", "4", "9")),
+        (("--steps", "3"), ("steps", "4", "3")),
         (("--batch-size", "4"), ("global_batch", "8", "4")),
         (("--precision", "bf16"), ("precision", "bf16")),
         (("--set", "drop_path=0.2"), ("drop_path", "0.1", "0.2")),
