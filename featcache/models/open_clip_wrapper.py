@@ -20,6 +20,7 @@ from featcache.models.contract import Option
 from featcache.models.hooks import BlockOutputs, normalise_pixels, tail_arrays
 from featcache.models.timm_wrapper import DEFAULT_POS, check_architecture
 from featcache.models.timm_wrapper import wrap as wrap_timm
+from featcache.models.transformers_folder import Architecture, activation_of
 from featcache.targets.attention import cls_attention
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -70,11 +71,12 @@ class OpenClipVit(nn.Module):
         return self._block_outputs.take(levels), self._attention
 
     def tail(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Return the arrays of the final norm and projection; none where a pool of its own comes
-        before the norm (CoCa)."""
+        """Return the arrays of the final norm and, where the weights have one, the projection; none
+        where a pool of its own comes before the norm (CoCa)."""
         if self.visual.attn_pool is not None:
             return {}
-        return tail_arrays(self.visual.ln_post, proj=self.visual.proj)
+        proj = self.visual.proj
+        return tail_arrays(self.visual.ln_post, **({} if proj is None else {"proj": proj}))
 
 
 def wrap(
@@ -125,6 +127,22 @@ def _check_attention(visual: Any, name: str) -> None:
             f"teacher {name!r} is an open_clip {type(visual).__name__} without what is read here: "
             "a VisionTransformer with plain attention is needed, such as ViT-B-16"
         )
+
+
+def architecture_of(visual: Any, name: str) -> Architecture:
+    """Return the sizes of a tower, its activation and eps, as transformers' config has them."""
+    _check_attention(visual, name)
+    block = visual.transformer.resblocks[0]
+    return Architecture(
+        width=int(visual.transformer.width),
+        depth=len(visual.transformer.resblocks),
+        heads=int(block.attn.num_heads),
+        mlp_width=int(block.mlp.c_fc.out_features),
+        patch_px=int(visual.patch_size[0]),
+        registers=0,
+        activation=activation_of(block.mlp.gelu),
+        layer_norm_eps=float(visual.ln_post.eps),
+    )
 
 
 def set_positions(visual: Any, values: Tensor, side: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from featcache.errors import UsageError, near
-from featcache.models import open_clip_config, restricted_unpickler
+from featcache.models import open_clip_config, restricted_unpickler, transformers_folder
 
 Statistics = tuple[float, float, float]
 
@@ -105,11 +105,7 @@ def from_file(
     and no option is given, the `fallback` with a note that tells of it; without one, the option is
     asked for.
     """
-    says = {
-        "the archive": _archive_activation(path),
-        f"{open_clip_config.NAME} beside the file": _folder_activation(path),
-        "the name": by_name,
-    }
+    says = {**_said_by_file(path, name), "the name": by_name}
     known = {whose: quick for whose, quick in says.items() if quick is not None}
     if len(set(known.values())) > 1:
         each = ", ".join(f"{whose} says {activation_name(quick)}" for whose, quick in known.items())
@@ -130,6 +126,17 @@ def from_file(
         )
     whose, quick = next(iter(known.items()), ("", None))
     return resolve_activation(name, options, quick, whose), ""
+
+
+def _said_by_file(path: str, name: str) -> dict[str, bool | None]:
+    """Return what a file, the config beside it, or a transformers' folder says."""
+    if transformers_folder.is_folder(path):
+        folder = transformers_folder.read_config(path, name, clip=True)
+        return {f"its {transformers_folder.CONFIG}": folder.architecture.activation == "quick_gelu"}
+    return {
+        "the archive": _archive_activation(path),
+        f"{open_clip_config.NAME} beside the file": _folder_activation(path),
+    }
 
 
 def _archive_activation(path: str) -> bool | None:

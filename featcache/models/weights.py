@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, hub, nn
 
 from featcache.errors import UsageError, UserError
-from featcache.models import restricted_unpickler
+from featcache.models import restricted_unpickler, transformers_folder
 from featcache.models.contract import Teacher, Tokenizer
 from featcache.models.state_names import entry_of, network_state
 from featcache.models.tokenizer import network_of
@@ -255,12 +255,18 @@ def _activation_names(teacher: Teacher | Tokenizer) -> list[str]:
 
 
 def weights_file(weights: str | None) -> str | None:
-    """Return the path where `weights` names a file that exists; a path that does not exist is a
-    UserError."""
+    """Return the path where `weights` names a file that exists, or a folder of transformers'; a
+    path that does not exist is a UserError."""
     if weights is None or is_random(weights):
         return None
-    if is_file(split_part(weights)[0]):
+    if is_file(split_part(weights)[0]) or transformers_folder.is_folder(weights):
         return weights
+    if "/" in weights and Path(weights).is_dir():
+        raise UserError(
+            f"weights {weights!r}: no such file, but a folder without "
+            f"{transformers_folder.CONFIG}; give a file, or "
+            "the folder that transformers' save_pretrained wrote"
+        )
     if "/" in weights or weights.endswith(SUFFIXES):
         raise UserError(
             f"weights {weights!r}: no such file; give an existing file, a registered tag or "

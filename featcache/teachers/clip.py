@@ -28,13 +28,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError, near
-from featcache.models import open_clip_config, open_clip_text, position_embedding, quick_gelu
+from featcache.models import (
+    open_clip_config,
+    open_clip_text,
+    position_embedding,
+    quick_gelu,
+    transformers_folder,
+)
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.open_clip_text import TextTower
-from featcache.models.open_clip_wrapper import set_positions, wrap
+from featcache.models.open_clip_wrapper import architecture_of, set_positions, wrap
 from featcache.models.spec import check_options
 from featcache.models.weights import (
     SUFFIXES,
@@ -111,6 +117,11 @@ def load_text(name: str, options: dict[str, Option], weights: str | None) -> Tex
         )
     if _is_drawn(weights):
         model = _build_drawn(name, source, options, weights)
+    elif path and transformers_folder.is_folder(path):
+        raise UserError(
+            f"teacher {name!r}: the text tower is not read from a folder of transformers' "
+            f"({path!r}); give the weights in open_clip's layout"
+        )
     elif path:
         quick, _ = _file_activation(name, source, options, path)
         model = build_seeded(lambda: _build_model(source, quick), None)
@@ -250,7 +261,7 @@ def _load_file(name: str, source: _ModelSource, options: dict[str, Option], path
         _LOG.warning(note)
     model: Any = build_seeded(lambda: _build_model(source, quick), None)
     visual = model.visual
-    state = read_state(path, name)
+    state = _read(visual, path, name)
     own = {
         key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")
     } or state
@@ -262,6 +273,21 @@ def _load_file(name: str, source: _ModelSource, options: dict[str, Option], path
             set_positions(visual, there.float(), square[0])
     load_state(visual, own, path, name)
     return visual
+
+
+def _read(visual: Any, path: str, name: str) -> dict[str, Tensor]:
+    """Read a file's tensors, or those of a transformers' folder whose config fits the tower; a
+    CLIPVisionModel has no projection, and the tower then has none."""
+    if not transformers_folder.is_folder(path):
+        return read_state(path, name)
+    folder = transformers_folder.read_config(path, name, clip=True)
+    own = architecture_of(visual, name)
+    state = transformers_folder.read_state(folder, name)
+    eps = transformers_folder.check(folder, own, state.get("positional_embedding"), name)
+    transformers_folder.set_eps(visual, eps)
+    if "proj" not in state:
+        visual.proj = None
+    return state
 
 
 def _file_activation(

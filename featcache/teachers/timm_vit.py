@@ -33,7 +33,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError, near
-from featcache.models import architecture, position_embedding
+from featcache.models import architecture, position_embedding, transformers_folder
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.position_embedding import resolve_input_px
 from featcache.models.timm_wrapper import (
@@ -201,7 +201,7 @@ def _load_file(make: Callable[[], nn.Module], name: str, path: str, pos: Option 
     of the same network, and resizes positions where that is its part."""
     vit: Any = build_seeded(make, None)
     check_architecture(vit, name)
-    state = read_state(path, name)
+    state = _read(vit, path, name)
     side = None if pos is None and _resizes_itself(_arch(vit)) else _stored_side(vit, state)
     if side is not None:
         set_input_px(vit, side * int(vit.patch_embed.patch_size[0]))
@@ -213,6 +213,28 @@ def _load_file(make: Callable[[], nn.Module], name: str, path: str, pos: Option 
     }
     load_state(vit, own, path, name)
     return vit
+
+
+def _read(vit: Any, path: str, name: str) -> dict[str, Tensor]:
+    """Read a file's tensors, or those of a transformers' folder whose config fits the network."""
+    if not transformers_folder.is_folder(path):
+        return read_state(path, name)
+    folder = transformers_folder.read_config(path, name, clip=False)
+    state = transformers_folder.read_state(folder, name)
+    block = vit.blocks[0]
+    own = transformers_folder.Architecture(
+        width=int(vit.embed_dim),
+        depth=len(vit.blocks),
+        heads=int(block.attn.num_heads),
+        mlp_width=int(block.mlp.fc1.out_features),
+        patch_px=int(vit.patch_embed.patch_size[0]),
+        registers=int(getattr(vit, "num_reg_tokens", 0)),
+        activation=transformers_folder.activation_of(block.mlp.act),
+        layer_norm_eps=float(getattr(block.norm1, "eps", 0)),
+    )
+    eps = transformers_folder.check(folder, own, state.get("pos_embed"), name)
+    transformers_folder.set_eps(vit, eps)
+    return state
 
 
 def _arch(vit: Any) -> str:
