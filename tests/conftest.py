@@ -47,6 +47,20 @@ settings.register_profile(
 )
 settings.load_profile("featcache")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the later cases of what is `slow_after` some; before any is left out by its marks."""
+    seen: dict[str, int] = {}
+    for item in items:
+        mark = item.get_closest_marker("slow_after")
+        if mark is not None:
+            name = item.nodeid.partition("[")[0]
+            seen[name] = seen.get(name, 0) + 1
+            if seen[name] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+
+
 SYNTHETIC = "synthetic:levels=3,tokens=4,width=8,size=28"  # L 3, P 4, D 8, S 28
 
 

@@ -150,6 +150,7 @@ def test_other_masks_are_equal_online_too(mask: str, tmp_path: Path) -> None:
     assert_same_losses(tmp_path / "cached", tmp_path / "without", 1e-3)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("norm", ["l2", "none", "bn"])
 def test_other_target_norms_are_equal_online_too(norm: str, tmp_path: Path) -> None:
     """They are made of what is stored, h and its statistics, and online of the same from the
@@ -345,6 +346,7 @@ def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
 # --- interrupted ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("died", "save_every"), [(0, 4), (3, 4), (4, 4), (9, 4), (11, 12), (17, 5)]
 )
@@ -382,6 +384,7 @@ def assert_undisturbed(run: Path, whole: Path) -> None:
     assert fx.same_weights(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [pytest.param("maskalign", marks=pytest.mark.slow), "mralign"])
 def test_killed_in_training_and_resumed(recipe: str, tmp_path: Path) -> None:
     options = (

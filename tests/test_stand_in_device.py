@@ -166,6 +166,7 @@ print(fx.losses(out / "after"))
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_it_leaves_no_trace(tmp_path: Path) -> None:
     """In a process that had used nothing of torch before: what follows it is what a run alone
     gives."""

@@ -91,6 +91,7 @@ def test_bench_commits_to_its_end(tmp_path: Path) -> None:
     assert "before" not in worktrees.stdout
 
 
+@pytest.mark.slow
 def test_bench_train_step_to_its_end(tmp_path: Path) -> None:
     """A trial: each way takes its steps, and the ratios are of the seconds beside them."""
     path = tmp_path / "step.json"
@@ -122,6 +123,7 @@ def test_bench_train_step_to_its_end(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
 
 
+@pytest.mark.slow
 def test_bench_loader_to_its_end(tmp_path: Path) -> None:
     """Every way delivers, ratios are of the rates beside them, and nothing is left."""
     path = tmp_path / "loader.json"
@@ -231,6 +233,7 @@ def test_bench_foreign_serves_ranges(tmp_path: Path) -> None:
     assert sent == [5, 10, 4, 100]
 
 
+@pytest.mark.slow
 def test_bench_write_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "write.json"
     small = (
@@ -275,6 +278,7 @@ def test_bench_write_to_its_end(tmp_path: Path) -> None:
 VIT = "timm:vit_tiny_patch16_224,img_size=32,patch_size=16,embed_dim=24,depth=2,num_heads=3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ready", [(), ("--ready",)], ids=["network", "ready"])
 def test_bench_extract_to_its_end(tmp_path: Path, ready: tuple[str, ...]) -> None:
     path = tmp_path / "extract.json"
@@ -616,6 +620,7 @@ def test_tables_line_up() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_bench_codecs_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     small = ("--teacher", "timm:vit_tiny_patch16_224", "--pictures", 4, "--views", 1, "--reps", 1)

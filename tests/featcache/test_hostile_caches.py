@@ -86,6 +86,7 @@ def outside_names(kind: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("kind", ["manifest", "record"])
 @pytest.mark.parametrize("command", ["copy", "convert", "repair", "add", "extract", "verify"])
 def test_a_name_that_leads_outside_is_refused(
@@ -185,6 +186,7 @@ def link_and_ask(here: World, link: str, state: State, command: str) -> None:
     here.ask(command)  # which compares what lies outside
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("link", LINKS)
 def test_nothing_behind_a_link_of_a_folder_is_changed(
     home: Path, origins: dict[str, Path], pictures: Path, link: str

@@ -148,6 +148,7 @@ TAILS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("data", [*map(save, TAILS), b"", b"\xff" * 100, b"{}", bytes(8) + b"{}"])
 def test_the_end_of_a_teacher_that_is_none(
     home: Path, origins: dict[str, Path], pictures: Path, data: bytes
@@ -164,6 +165,7 @@ def test_the_end_of_a_teacher_that_is_none(
         cache.derive("f", [0])
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     "path", ["manifest.json", "shards/000001.json", "shards/manifest.copy.json"]
 )

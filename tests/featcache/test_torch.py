@@ -271,6 +271,7 @@ def test_the_example_learns(cache: str, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.startswith("epoch 0: loss ")
 
 
+@pytest.mark.slow
 def test_the_example_tells_a_mistake_in_a_line(tmp_path: Path) -> None:
     for args, message in (
         ((), "two arguments are needed"),

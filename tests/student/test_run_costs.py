@@ -84,6 +84,7 @@ def test_an_extraction_that_is_complete_costs_nothing_more(home: Path, cache: Pa
     assert costs.read().total.sums["bytes_written"] == files_of(cache)
 
 
+@pytest.mark.slow
 def test_several_processes_are_one_line(home: Path) -> None:
     """A process of its own, as `--devices` starts it, hands its counts over."""
     words = [

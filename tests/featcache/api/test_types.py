@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -24,6 +26,7 @@ def checked(code: str, folder: Path) -> list[str]:
     return [line.partition(": ")[2] for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_types_are_seen(tmp_path: Path) -> None:
     told = checked(
         """

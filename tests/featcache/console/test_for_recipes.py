@@ -230,6 +230,7 @@ def test_what_was_chosen_is_said(tmp_path: Path) -> None:
 # --- what is made ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_cache_is_that_of_the_options_spelled_out(tmp_path: Path) -> None:
     teachers = ("--teacher", GRID, "--weights", "dvae=random:0", "--batch-size", "4")
     images = ("--images", str(fx.save_pictures(tmp_path / "p", 3)), "--views", "4")
@@ -268,6 +269,7 @@ def serve(recipe: str, folder: Path, *options: str) -> None:
         fx.good(fx.stud("train", *words, *more))
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "recipe", sorted({*recipes.names(), "maskalign,milan,mrmae"} - {"mae", "cae"})
 )

@@ -82,6 +82,7 @@ def patch_cells(pixels: np.ndarray, side: int = 4) -> np.ndarray:
     return cells.reshape(side * side, n, n, 3)
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("width", [360, 1400])
 @pytest.mark.parametrize("name", [*LAYOUTS, "two", "bare"])
 def test_a_reader_meets_nothing_wrong(galleries: dict[str, Path], name: str, width: int) -> None:
@@ -377,6 +378,7 @@ def test_the_same_gallery_twice(caches: dict[str, Path], tmp_path: Path) -> None
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
+@pytest.mark.slow
 def test_an_added_teacher_of_random_weights_is_told(
     caches: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

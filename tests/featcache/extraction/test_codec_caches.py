@@ -59,6 +59,7 @@ def load_of(folder: Path) -> repair.Load:
 # ---------------------------------------------------------------- the state's mean
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("layout", "views"),
     [
@@ -244,6 +245,7 @@ def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_run_again_gives_the_same_bytes(
     pictures: Path, killed: Path, stage: str
@@ -297,6 +299,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.slow_after(6)
 @pytest.mark.parametrize(("codec", "form"), FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_features_come_back_within_the_codecs_error(

@@ -131,6 +131,7 @@ def combinations() -> list[Any]:
     return found
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(("store", "codec", "layout", "less"), combinations())
 def test_derived_is_what_an_extraction_writes(
     pictures: Path, tmp_path: Path, store: str, codec: str, layout: str, less: str
@@ -257,6 +258,7 @@ for child in children:
 """
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_gives_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
     origin = cc.made(pictures)
     ran = python(DYING + KILLED, origin, tmp_path, json.dumps(list(STOPS.values())))
@@ -308,6 +310,7 @@ def grown(pictures: Path) -> Path:
     return out
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("layout", ["raster", "kept"])
 def test_all_that_was_added_is_derived_part_by_part(
     pictures: Path, grown: Path, tmp_path: Path, layout: str
@@ -688,6 +691,7 @@ COPIES: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("codec", ["t3", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_copy_of_it_is_repaired_from_its_parent(

@@ -96,6 +96,7 @@ def sweep(
 CACHES = [(pictures, store) for pictures in ("pictures", "photos") for store in STORES]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("given", "store"), CACHES, ids=str)
 def test_every_file_with_one_damage_or_another(
     request: pytest.FixtureRequest, tmp_path: Path, given: str, store: str

@@ -505,6 +505,7 @@ STOPS = [
 ]
 
 
+@pytest.mark.slow_after(8)
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr
 )
@@ -570,6 +571,7 @@ for i, (work, target, call) in enumerate(stops):
 """
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_gives_the_same_bytes(plain: Path, tmp_path: Path) -> None:
     stops = [stop for stop in STOPS if stop[0] != "rows"]
     ran = python(KILLED, plain, tmp_path, json.dumps(stops))

@@ -244,6 +244,7 @@ VIT = "timm:vit_base_patch16_224,embed_dim=24,depth=1,num_heads=3"
 ROPE = "timm:vit_base_patch16_dinov3,embed_dim=24,depth=1,num_heads=3"
 
 
+@pytest.mark.slow_after(6)
 @pytest.mark.parametrize(
     ("spec", "told"),
     [

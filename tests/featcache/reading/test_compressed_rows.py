@@ -112,6 +112,7 @@ def read_all(path: Path) -> None:
             np.testing.assert_array_equal(got, NUMBERS["features"][:, view])
 
 
+@pytest.mark.slow_after(1)
 def test_a_flip_anywhere_is_harmless_or_named(copied: Path) -> None:
     """Of a file of compressed chunks, byte by byte: never other numbers."""
     path = copied / CHUNK

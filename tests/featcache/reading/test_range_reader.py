@@ -160,6 +160,7 @@ ANYWHERE = st.tuples(
 )
 
 
+@pytest.mark.slow_after(1)
 @settings(max_examples=300)
 @given(where=ANYWHERE, tokens=st.one_of(st.none(), st.integers(1, TOKENS)))
 def test_a_flip_anywhere_is_harmless_or_named(
@@ -751,6 +752,7 @@ else:
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("delay", [0.02, 0.2])
 def test_a_fork_while_another_thread_loads_machine_code_reads(copy: Path, delay: float) -> None:
     code = """
@@ -774,6 +776,7 @@ sys.exit(f"the child ended with {ended}" if ended else 0)
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("callers", [1, 3])
 def test_few_free_file_descriptors_are_shared(tmp_path: Path, callers: int) -> None:
     """Rows of eight files, checked or not, first large reads, where up to nine file descriptors

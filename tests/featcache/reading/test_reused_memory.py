@@ -56,6 +56,7 @@ VIEWS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("kind", VIEWS)
 def test_memory_that_can_be_seen_is_not_used_again(kind: str) -> None:
     memory = ReusedMemory(8 * MIB)

@@ -94,6 +94,7 @@ MOVES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_pass(name: str) -> None:
     check_transform(COLOURS[name], 224)

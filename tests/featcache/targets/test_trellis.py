@@ -61,6 +61,7 @@ def gaussian(width: int, levels: int = 2, tokens: int = 24) -> tuple[npt.NDArray
     return (rng.standard_normal((2, levels, tokens, width)) + mean[:, None]).astype("f2"), mean
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_decodes_our_bytes_to_what_we_decode(name: str, width: int) -> None:
@@ -75,6 +76,7 @@ def test_the_reference_decodes_our_bytes_to_what_we_decode(name: str, width: int
     assert (np.abs(ours - theirs) / rms).max() < 1e-5
 
 
+@pytest.mark.slow_after(6)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
 def test_we_decode_the_references_bytes_with_the_error_it_predicts(name: str, width: int) -> None:
@@ -86,6 +88,7 @@ def test_we_decode_the_references_bytes_with_the_error_it_predicts(name: str, wi
     np.testing.assert_allclose(lost(ours, h, mean[:, None]), predicted, rtol=1e-4)
 
 
+@pytest.mark.slow_after(6)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
 def test_our_streams_are_as_good_as_the_best(name: str, width: int) -> None:

@@ -156,6 +156,7 @@ def plain_timm(recipe: str, config: dict[str, Any]) -> Any:
     )
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("best", [False, True])
 @pytest.mark.parametrize("size", [32, 48])
 @pytest.mark.parametrize("recipe", ["mae", "cae", "fd"])

@@ -80,6 +80,7 @@ def test_the_whole_run_has_something_to_compare(whole: Path) -> None:
     assert best(whole)[0] == {"step": first, "top1": max(scores)}
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("way", ["told", "died", "died often saved"])
 @pytest.mark.parametrize("step", range(STEPS))
 def test_interrupted_at_every_step_and_resumed(
@@ -147,6 +148,7 @@ student.features.results.record = dies
 }
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("whole", ["mae"], indirect=True)
 @pytest.mark.parametrize("where", KILLS)
 def test_killed_and_resumed(where: str, whole: Path, tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def forged(world: World, forge: Forge) -> None:
     forge(world.run / BEST, load_file(world.run / BEST))
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("forge", UNREADABLE, ids=lambda each: each.__name__)
 def test_best_weights_that_are_none(forge: Forge, world: World) -> None:
     forged(world, forge)
@@ -245,6 +246,7 @@ MISFITS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("forge", MISFITS, ids=lambda each: each.__name__)
 def test_best_weights_of_another_network(forge: Forge, world: World) -> None:
     """They are not loaded; a run that goes on replaces them where it scores higher, or says so."""
@@ -262,6 +264,7 @@ def test_a_link_to_nothing_makes_no_file_elsewhere(world: World) -> None:
 # --- config.json ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(6)
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -149,6 +149,7 @@ def test_the_centre_crop_by_name_is_the_default(run: Path) -> None:
 # --- a fine-tuned run serves the other commands ---------------------------------------------------
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("recipe", ["mae", "cae", "fd", "conv cls"])
 def test_a_fine_tuned_run_is_embedded_and_judged(recipe: str, tmp_path: Path) -> None:
     """Its features are timm's: [CLS] of `forward_features`, whose last norm has gone behind the

@@ -277,6 +277,7 @@ def predicted(name: str, run: Path, images: Path) -> F64:
 SERVE = ["kd", "kd f", "milan", "caev2", "maskalign", "maskalign bn", "mralign"]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", SERVE)
 def test_a_students_embedding_is_its_prediction_of_the_teachers_cls(
     clip: Clip, labelled: Path, run_of: Callable[[str], Path], name: str
@@ -302,6 +303,7 @@ def test_the_average_of_weights(clip: Clip, labelled: Path, run_of: Callable[[st
     assert not torch.allclose(one, two, atol=1e-6)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("name", "predicts"), [
     ("mvp", "predicts z, and not the teacher's output at [CLS]"),
     ("fd", "predicts fd, and not"),
@@ -519,6 +521,7 @@ def test_a_record_is_not_trusted(
         zeroshot.evaluate(task, **{**OPTIONS, **given})
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipes_model_is_loaded_whole(name: str, tmp_path: Path) -> None:
     """Its weights are compared without memory first."""

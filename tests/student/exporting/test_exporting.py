@@ -23,6 +23,7 @@ from tests.student.exporting.readers import BAD, GOOD, READERS, export, images, 
 from tests.teacher_reference import photographs
 
 
+@pytest.mark.slow_after(6)
 @pytest.mark.parametrize(("name", "form"), GOOD)
 def test_the_library_gives_the_runs_features(name: str, form: str, tmp_path: Path) -> None:
     ran = fx.good(export(run_of(name), form, tmp_path / "out", "--json"))

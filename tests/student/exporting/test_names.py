@@ -132,6 +132,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow_after(10)
 @pytest.mark.parametrize("form", exporting.names())
 @pytest.mark.parametrize(("family", "size"), BUILT)
 def test_every_format_says_of_every_size_whether_it_takes_it(
@@ -153,6 +154,7 @@ def _check(whole: Any, module: Any) -> None:
         module.check(whole)
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(("family", "size"), [each for each in BUILT if each[0] in ("mae", "cae")])
 def test_names_and_shapes(size: str, family: str) -> None:
     width, depth, heads = SIZES[size]
@@ -171,6 +173,7 @@ def test_names_and_shapes(size: str, family: str) -> None:
     assert (found.eps, found.depth, found.mlp_width) == (1e-6, depth, 4 * width)
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(("family", "size"), [each for each in BUILT if each[0] != "conv_vit"])
 def test_timm_builds_what_the_run_has(size: str, family: str) -> None:
     about = settings(size)

@@ -51,6 +51,7 @@ def test_the_file_holds_no_trace_of_where_it_was_made(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", TEACHERS)
 def test_networks_of_every_kind(name: str, tmp_path: Path) -> None:
     head = {"classes": 4, "pool": "mean", "rel_pos": False, "drop_path": 0.1}

@@ -126,6 +126,7 @@ def test_public_is_of_push(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_program_takes_the_server_from_the_environment(hub: Hub, tmp_path: Path) -> None:
     words = ("export", run_of("mae"), "--format", "mae", "--out", tmp_path / "out")
     env = {

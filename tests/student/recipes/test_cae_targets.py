@@ -114,6 +114,7 @@ def test_first_losses_of_other_targets(target: str) -> None:
     assert first_losses("cae", more=given) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("target", ["f", "pixels"])
 def test_other_targets_train_from_a_cache_without_tokens(target: str, tmp_path: Path) -> None:
     """As with the teacher in the loop; pixels need no cache at all."""

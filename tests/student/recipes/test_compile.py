@@ -161,11 +161,13 @@ def check_case_in_bf16(case: tuple[str, ...]) -> None:
     torch.testing.assert_close(compiled, losses, rtol=1e-2, atol=0)
 
 
+@pytest.mark.slow_after(2)
 @each
 def test_one_graph_that_equals_the_plain_model(case: tuple[str, ...]) -> None:
     check_case(case)
 
 
+@pytest.mark.slow_after(1)
 @each
 def test_one_graph_of_checkpointed_blocks_in_bf16(case: tuple[str, ...]) -> None:
     check_case_in_bf16(case)

@@ -57,6 +57,7 @@ def test_a_mask_that_is_none(world: Path, mask: object) -> None:
     hostile.attack_file(path, st.just(json.dumps(record).encode()), lambda: attack(world), 1)
 
 
+@pytest.mark.slow_after(1)
 @EXAMPLES
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
 def test_objects(name: str, examples: int, world: Path) -> None:
@@ -65,6 +66,7 @@ def test_objects(name: str, examples: int, world: Path) -> None:
     hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
+@pytest.mark.slow_after(1)
 @EXAMPLES
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
 def test_bytes(name: str, examples: int, world: Path) -> None:

@@ -58,6 +58,7 @@ def options(*given: Any) -> tuple[Any, ...]:
     return tuple(each() if callable(each) else each for each in given)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("width", [360, 1400])
 def test_two_runs_in_a_browser(width: int, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"

@@ -69,6 +69,7 @@ def whole_features(cache: Cache, rows: np.ndarray, views: np.ndarray, layout: st
 # --- what is decoded of a batch -------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_visible_tokens_alone_are_decoded(
@@ -165,6 +166,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("recipe", "sets"), RUNS, ids=str)
 def test_the_teacher_online_gives_what_the_cache_does(
     recipe: str, sets: tuple[str, ...], tmp_path: Path
@@ -203,6 +205,7 @@ def test_a_recipe_that_reads_no_features_is_told_nothing(tmp_path: Path) -> None
     assert "codec" not in ran.err
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("recipe", "layout", "sets"),
     [
@@ -251,6 +254,7 @@ def test_ranked_and_raster_caches_train_alike(tmp_path: Path) -> None:
 # --- two teachers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("own", "second"), [("t4", "q8"), ("fp16", "t3"), ("t3", "fp16")])
 def test_two_teachers_in_two_codecs(own: str, second: str, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(cache_path(own), tmp_path / "cache"))

@@ -119,6 +119,7 @@ def test_what_does_not_fit_or_is_not_read_is_refused(
     fx.good(fx.train("maskalign", tmp_path / "b", *common))
 
 
+@pytest.mark.slow
 def test_memory_of_another_process(tmp_path: Path) -> None:
     """Two processes: the second maps what the first has loaded, and both train as without."""
     options = (

@@ -185,6 +185,7 @@ student.training.train._gradients = fails
     assert_undisturbed(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_cache_is_deleted_under_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,7 @@ MORE: list[tuple[str, tuple[str, ...], tuple[Any, ...]]] = [
 ]
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize(
     ("recipe", "sets", "options"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],

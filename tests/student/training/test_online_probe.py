@@ -167,6 +167,7 @@ def assert_same(a: Path, b: Path) -> None:
 # --- nothing of the run changes -------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
 def test_every_recipe_makes_the_same_numbers_with_a_probe(recipe: str, tmp_path: Path) -> None:
     """Drop path at a half, an average of the weights; probes after steps 3, 6 and the last."""

@@ -72,6 +72,7 @@ def lines(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
     whole: Path, tmp_path: Path, number: signal.Signals

@@ -293,6 +293,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("way", ["told", "died"])
 @pytest.mark.parametrize("step", range(12))
 def test_interrupted_at_every_step_and_resumed(

@@ -101,6 +101,7 @@ def test_decays_that_are_none(given: str, tmp_path: Path) -> None:
 # --- activation checkpointing ---------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
 def test_checkpointed_blocks_give_the_same_run_to_the_bit(recipe: str, tmp_path: Path) -> None:
     """Every recipe, drop path drawn alike in the second forward."""
