@@ -201,7 +201,9 @@ def test_nothing_behind_a_link_of_a_folder_is_changed(
 def test_nothing_behind_a_link_of_a_folder_is_changed_by_any_command(
     home: Path, origins: dict[str, Path], pictures: Path, link: str, state: State
 ) -> None:
-    for command in COMMANDS:
+    """A third of the commands in each case: every one meets every link and every state."""
+    first = (LINKS.index(link) + STATES.index(state)) % 3
+    for command in list(COMMANDS)[first::3]:
         link_and_ask(world(home, origins["zarr"], pictures), link, state, command)
 
 

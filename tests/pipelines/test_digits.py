@@ -81,8 +81,8 @@ def test_training_is_repeatable_and_draws_from_no_global_generator(
 def test_training_learns(tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=0)
     train, test = (open_source(tmp_path / part) for part in ("train", "test"))
-    vit = digits.train_teacher(train, seed=0, epochs=6)
-    assert digits.accuracy(vit, test) > 30  # a guess is right for 10 in 100
+    vit = digits.train_teacher(train, seed=0, epochs=3)
+    assert digits.accuracy(vit, test) > 20  # a guess is right for 10 in 100
 
 
 def test_the_command_leaves_shards_and_a_teacher_that_featcache_loads(

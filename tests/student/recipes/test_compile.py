@@ -175,10 +175,15 @@ def test_one_graph_of_checkpointed_blocks_in_bf16(case: tuple[str, ...]) -> None
 
 @pytest.mark.slow
 @each_other
-def test_one_graph_whatever_the_settings(case: tuple[str, ...]) -> None:
+def test_one_graph_whatever_the_settings(
+    case: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 forward alone is traced: backward is that of the cases above."""
     check_case(case)
     torch._dynamo.reset()
     counters.clear()
+    whole = partialmethod(nn.Module.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(nn.Module, "compile", whole)
     check_case_in_bf16(case)
 
 
@@ -219,11 +224,10 @@ def test_a_whole_run_compiles_once(recipe: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [("mralign",), ("mrmae", *CONV)], ids=" ".join)
-def test_inductor_equals_the_plain_model(
-    case: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The backend of `--compile`, with kernels of its own; needs a C++ compiler."""
+def test_inductor_equals_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend of `--compile`, with kernels of its own, here of convolutions; a whole run of a
+    plain ViT is compiled by it in test_train_state.py. Needs a C++ compiler."""
+    case = ("mrmae", *CONV)
     losses, gradients = three_steps(case)
     whole = partialmethod(nn.Module.compile, backend="inductor")
     monkeypatch.setattr(nn.Module, "compile", whole)

@@ -219,12 +219,11 @@ def test_attention_is_torchs_fused_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["mralign", "maskalign"])
-def test_a_compiled_run_equals_the_plain_one(recipe: str, tmp_path: Path) -> None:
+def test_a_compiled_run_equals_the_plain_one(tmp_path: Path) -> None:
     """To rounding, with the same drop path. In its own process."""
     options = ("--cache", fx.cache_path(), *STEPS)
     for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        ran = processes.train(1, *options, "--out", tmp_path / name, *more, recipe=recipe)
+        ran = processes.train(1, *options, "--out", tmp_path / name, *more, recipe="mralign")
         processes.good(ran)
     one, two = (np.array(fx.losses(tmp_path / name)) for name in ("plain", "compiled"))
     assert np.abs(one - two).max() <= 1e-4 * one.min()
