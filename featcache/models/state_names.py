@@ -14,9 +14,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# The averages of weights first, as timm's own loader takes them (timm.models.load_state_dict);
 # open_clip's, timm's and DINO's own programs; MAE's and DeiT's; DINO's, of which the teacher is the
-# one that is published and evaluated
-WRAPPERS = ("state_dict", "model", "teacher")
+# one that is published and evaluated.
+_AVERAGED = ("state_dict_ema", "model_ema")
+WRAPPERS = (*_AVERAGED, "state_dict", "model", "teacher")
+_CHOICES = {"ema": (*_AVERAGED, "ema"), "model": ("model", "state_dict")}
 _TAKEN_OFF = "module."  # names without it stay
 _HEADED = "backbone."  # what lies beside it is a head
 _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -35,6 +38,13 @@ def entry_of(state: Mapping[str, Tensor], entry: str) -> dict[str, Tensor]:
     """Return the tensors below a name of the file, without it; none where there is no such part."""
     start = entry.rstrip(".") + "."
     return {name.removeprefix(start): value for name, value in state.items() if _is(name, start)}
+
+
+def chosen_part(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Return the tensors of a part, where `ema` and `model` stand for what timm's programs call the
+    average of the weights and the weights; none where there is no such part."""
+    names = _CHOICES.get(part, ())
+    return next(filter(None, (entry_of(state, name) for name in (part, *names))), {})
 
 
 def network_state(state: Mapping[str, Tensor]) -> NamedState:

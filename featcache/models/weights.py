@@ -25,7 +25,7 @@ from torch import Tensor, hub, nn
 from featcache.errors import UsageError, UserError
 from featcache.models import restricted_unpickler, transformers_folder
 from featcache.models.contract import Teacher, Tokenizer
-from featcache.models.state_names import entry_of, network_state
+from featcache.models.state_names import chosen_part, network_state
 from featcache.models.tokenizer import network_of
 from featcache.runtime.numbers import is_whole
 
@@ -41,7 +41,7 @@ _HUB_FILES = (
 
 
 def read_state(path: str, what: str) -> dict[str, Tensor]:
-    """Read name -> tensor of a weights file, or of one part of it, FILE:PART; a file that holds
+    """Read name -> tensor of a weights file, or of one part of it, FILE#PART; a file that holds
     none is a UserError. Where the file holds the network twice, a note tells which is taken."""
     file, part = split_part(path)
     try:
@@ -51,7 +51,7 @@ def read_state(path: str, what: str) -> dict[str, Tensor]:
             state = load_file(file)
         else:
             state = restricted_unpickler.load_tensors(file)
-        found = network_state(entry_of(state, part) if part else state)
+        found = network_state(chosen_part(state, part) if part else state)
     except (
         Exception
     ) as error:  # truncated, text, a foreign pickle, another header: all are the file's fault
@@ -70,19 +70,23 @@ def read_state(path: str, what: str) -> dict[str, Tensor]:
         others = " and ".join(map(repr, found.others))
         _LOG.warning(
             f"weights {path!r} hold the network twice, as {found.taken!r} and as {others}: "
-            f"{found.taken!r} is taken; --weights {file}:{found.others[0]} takes the other"
+            f"{found.taken!r} is taken; --weights {file}#{found.others[0]} takes the other"
         )
     return found.tensors
 
 
 def split_part(path: str) -> tuple[str, str]:
-    """Return the file and the part that FILE:PART names; the part is empty for a file alone.
+    """Return the file and the part that FILE#PART, or FILE:PART, names; the part is empty for a
+    file alone.
 
     >>> split_part("nowhere.pt:model_ema")
     ('nowhere.pt:model_ema', '')
     """
-    file, _, part = path.rpartition(":")
-    return (file, part) if file and part and not is_file(path) and is_file(file) else (path, "")
+    for mark in "#:":
+        file, _, part = path.rpartition(mark)
+        if file and part and not is_file(path) and is_file(file):
+            return file, part
+    return path, ""
 
 
 def is_file(path: str) -> bool:

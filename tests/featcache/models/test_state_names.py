@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -53,8 +55,8 @@ def test_names_with_and_without_a_prefix_are_refused_where_they_meet() -> None:
 @pytest.mark.parametrize(
     ("parts", "taken", "others"),
     [
-        (("state_dict", "state_dict_ema"), "state_dict", ("state_dict_ema",)),
-        (("model", "model_ema"), "model", ("model_ema",)),
+        (("state_dict", "state_dict_ema"), "state_dict_ema", ("state_dict",)),
+        (("model", "model_ema"), "model_ema", ("model",)),
         (("model", "ema"), "model", ("ema",)),
         (("student", "teacher"), "teacher", ("student",)),
         (("model", "optimizer"), "model", ()),
@@ -91,14 +93,18 @@ def test_the_ema_of_a_timm_checkpoint_is_told_and_can_be_taken(
     torch.save({"epoch": 3, "state_dict": plain, "state_dict_ema": ema, "arch": "x"}, path)
     with caplog.at_level(logging.WARNING):
         teacher = teachers.load(SPEC, str(path))
-    assert torch.equal(teacher.state_dict()["vit.cls_token"], plain["cls_token"])
-    assert "'state_dict' is taken" in caplog.text
-    assert f"--weights {path}:state_dict_ema" in caplog.text
+    timms = timm.models.load_state_dict(str(path), weights_only=True)
+    for taken in (timms, ema):
+        assert torch.equal(teacher.state_dict()["vit.cls_token"], taken["cls_token"])
+    assert "'state_dict_ema' is taken" in caplog.text
+    assert f"--weights {path}#state_dict" in caplog.text
     caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        teacher = teachers.load(SPEC, f"{path}:state_dict_ema")
-    assert torch.equal(teacher.state_dict()["vit.cls_token"], ema["cls_token"])
-    assert teacher.weights == f"{path}:state_dict_ema"
+    parts = {"#ema": ema, "#model": plain, "#state_dict": plain, ":state_dict_ema": ema}
+    for part, wanted in parts.items():
+        with caplog.at_level(logging.WARNING):
+            teacher = teachers.load(SPEC, f"{path}{part}")
+        assert torch.equal(teacher.state_dict()["vit.cls_token"], wanted["cls_token"])
+        assert teacher.weights == f"{path}{part}"
     assert caplog.text == ""
     with pytest.raises(UserError, match="no named tensor"):
         teachers.load(SPEC, f"{path}:nothing")
@@ -162,3 +168,47 @@ def test_what_is_no_file_of_weights_is_one_line(tmp_path: Path, kind: str) -> No
         given = f"{'x' * 5000}.pt" if kind == "long" else "a\0b.pt"
     with pytest.raises(UserError, match=r"no such file|cannot be read"):
         teachers.load(SPEC, given)
+
+
+def test_a_whole_checkpoint_of_dino_is_read(tmp_path: Path) -> None:
+    """The layout of facebookresearch/dino, main_dino.py: `save_dict` at the end of an epoch."""
+    head = {"head.mlp.0.weight": torch.ones(4, 24), "head.last_layer.weight_v": torch.ones(8, 4)}
+    ours, theirs = _network(0), _network(1)
+    path = tmp_path / "checkpoint.pth"
+    teacher_part = {f"backbone.{name}": value for name, value in ours.items()} | head
+    student_part = {f"backbone.{name}": value for name, value in theirs.items()} | head
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    torch.save(
+        {
+            "student": {f"module.{name}": value for name, value in student_part.items()},
+            "teacher": teacher_part,
+            "optimizer": optimizer.state_dict(),
+            "epoch": 1,
+            "args": argparse.Namespace(arch="vit_tiny", lr=np.float64(0.1)),
+            "dino_loss": {"center": torch.zeros(1, 8)},
+            "fp16_scaler": {"scale": 65536.0},
+        },
+        path,
+    )
+    for part, wanted in {"": ours, "#teacher": ours, "#student": theirs}.items():
+        found = teachers.load(SPEC, f"{path}{part}").state_dict()
+        assert all(torch.equal(found[f"vit.{name}"], value) for name, value in wanted.items())
+
+
+def test_wrapped_and_saved_by_torch_itself(tmp_path: Path) -> None:
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
+    wrapped = {
+        "compiled": torch.compile(net).state_dict(),
+        "parallel": torch.nn.DataParallel(net).state_dict(),  # the prefix of DDP's
+        "both": torch.nn.DataParallel(torch.compile(net)).state_dict(),
+        # as pytorch_lightning's Trainer.save_checkpoint writes a module's `self.model`
+        "lightning": {
+            "state_dict": {f"model.{name}": value for name, value in net.state_dict().items()},
+            "pytorch-lightning_version": "2.0",
+        },
+    }
+    for name, saved in wrapped.items():
+        torch.save(saved, tmp_path / f"{name}.pt")
+        found = teachers.load(SPEC, str(tmp_path / f"{name}.pt")).state_dict()
+        assert all(torch.equal(found[f"vit.{k}"], v) for k, v in net.state_dict().items()), name
