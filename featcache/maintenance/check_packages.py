@@ -170,12 +170,13 @@ def _home_variable() -> Finding:
 def _images_variable() -> Finding:
     from featcache.pictures.open_source import is_beton
     from featcache.pictures.patterns import expand_patterns, file_mode, literal_path
+    from featcache.pictures.spec import parse_spec
 
     name, value = "FEATCACHE_IMAGES", os.environ.get("FEATCACHE_IMAGES")
     if not value:
         return Finding(name, "not set: --images names the pictures")
     try:
-        path = literal_path(value)
+        path = literal_path(parse_spec(value).path)
         mode = file_mode(path)
         if is_beton(path) and not stat.S_ISREG(mode):
             return Finding(name, f"{value!r}: no such file", BROKEN, "name pictures, or unset it")

@@ -13,11 +13,14 @@ import numpy.typing as npt
 
 from featcache.errors import UserError
 from featcache.pictures import regular_file
+from featcache.pictures.given_labels import GivenLabels
 from featcache.pictures.listing import Listing, list_folder
+from featcache.pictures.parquet import ParquetSource, is_parquet, open_parquet
 from featcache.pictures.passed_over import TARS, PassedOver, Tally, listed
-from featcache.pictures.source import ALLOWED, Source
+from featcache.pictures.source import ALLOWED, check_double
+from featcache.pictures.spec import Spec
 from featcache.pictures.stamps import stamp_files
-from featcache.pictures.tars import open_tars
+from featcache.pictures.tars import TarSource, open_tars
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class FolderSource:
     files: list[str] = field(repr=False)
     keys: list[str] = field(repr=False)
     passed_over: tuple[PassedOver, ...] = ()
+    given: GivenLabels | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -47,41 +51,56 @@ class FolderSource:
 
     @cached_property
     def classes(self) -> list[str] | None:
+        if self.given is not None:
+            return self.given.names
         if not all("/" in key for key in self.keys):
             return None
         return sorted({key.split("/", 1)[0] for key in self.keys})
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:
+        if self.given is not None:
+            return self.given.numbers
         if self.classes is None:
             return None
         number = {name: i for i, name in enumerate(self.classes)}
         return np.array([number[key.split("/", 1)[0]] for key in self.keys], np.int64)
 
 
-def open_folder(spec: str, root: Path) -> Source:
-    """List the pictures below a folder, or open the tars in it. Raises UserError where there is
-    neither, and where a part of it cannot be listed."""
-    found = list_folder(spec)
+def open_folder(spec: Spec) -> FolderSource | TarSource | ParquetSource:
+    """List the pictures below a folder, or open the tars in it, or its parquet files. Raises
+    UserError where there are none, and where a part of it cannot be listed."""
+    text = spec.path
+    found = list_folder(text)
     if found.pictures:
-        return _pictures(spec, root, found)
+        return _pictures(spec, found)
     tars = sorted(name for name in found.tars if "/" not in name)
-    if not tars:
-        rows = _finish(found, [], found.tars).rows
-        raise UserError(
-            f"no pictures found in the folder {spec!r}"
-            + (f": passed over {listed(rows)}" if rows else "")
-            + f"; allowed is {ALLOWED}"
-        )
-    tally = _finish(found, tars, [name for name in found.tars if "/" in name])
-    return open_tars(spec, [os.path.join(spec, name) for name in tars], tally)  # noqa: PTH118 (the text is kept as given)
+    if tars:
+        spec.check_kind("tars")
+        tally = _finish(found, tars, [name for name in found.tars if "/" in name])
+        return open_tars(text, _joined(text, tars), tally, spec.image_member)
+    parquet = sorted(name for name in found.others if is_parquet(name) and "/" not in name)
+    rows = _finish(found, parquet, found.tars)
+    if parquet:
+        return open_parquet(spec, _joined(text, parquet), rows)
+    raise UserError(
+        f"no pictures found in the folder {text!r}"
+        + (f": passed over {listed(rows.rows)}" if rows.rows else "")
+        + f"; allowed is {ALLOWED}"
+    )
 
 
-def _pictures(spec: str, root: Path, found: Listing) -> FolderSource:
+def _joined(folder: str, names: list[str]) -> list[str]:
+    return [os.path.join(folder, name) for name in names]  # noqa: PTH118 (the text is kept as given)
+
+
+def _pictures(spec: Spec, found: Listing) -> FolderSource:
+    spec.check_kind("a folder")
     files = sorted(found.pictures)
     rows = _finish(found, files, found.tars).rows
     keys = [os.path.splitext(file)[0] for file in files]  # noqa: PTH122 (a Path a file costs as much as all else)
-    return FolderSource(spec, root, files, keys, rows)
+    check_double(spec.path, keys, files.__getitem__)
+    return FolderSource(spec.path, Path(spec.path), files, keys, rows)
 
 
 def _finish(found: Listing, used: list[str], tars: list[str]) -> Tally:

@@ -1,4 +1,5 @@
-"""A source of pictures is opened by its spec: a folder, webdataset tars, or an FFCV `.beton`.
+"""A source of pictures is opened by its spec: a folder, webdataset tars, a tar of tars, parquet
+files or an FFCV `.beton`.
 
 A source gives every picture a key (its path below the source without the last suffix), bytes at
 random access, and labels where there are any. The decoder of the bytes is chosen by
@@ -7,41 +8,72 @@ random access, and labels where there are any. The decoder of the bytes is chose
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
-from pathlib import Path
 
+from featcache.errors import UserError
 from featcache.pictures import passed_over
-from featcache.pictures.folder import open_folder
+from featcache.pictures.folder import FolderSource, open_folder
+from featcache.pictures.given_labels import read_labels
+from featcache.pictures.parquet import ParquetSource, is_parquet, open_parquet
 from featcache.pictures.patterns import expand_patterns, file_mode, literal_path
-from featcache.pictures.source import Source, check_keys
-from featcache.pictures.tars import open_tars
+from featcache.pictures.source import ALLOWED, Source, check_keys
+from featcache.pictures.spec import Spec, parse_spec
+from featcache.pictures.tars import TarSource, open_tars
 
 
 def open_source(spec: str | os.PathLike[str]) -> Source:
     """Open the pictures at `spec`. Raises UserError when there are none, or when two pictures have
     one key. What is passed over is noted in a line."""
-    text = literal_path(os.fspath(spec))
-    if is_beton(text):
+    given = parse_spec(os.fspath(spec))
+    given = dataclasses.replace(given, path=literal_path(given.path))
+    source: Source
+    if _is_beton_path(given.path):
         from featcache.pictures import beton
 
-        source: Source = beton.open_beton(text)
+        given.check_kind("a .beton")
+        source = beton.open_beton(given.path)
+        check_keys(source)
     else:
-        is_folder = stat.S_ISDIR(file_mode(text))
-        source = (
-            open_folder(text, Path(text)) if is_folder else open_tars(text, expand_patterns(text))
-        )
-    check_keys(source)
+        opened = _open(given)
+        check_keys(opened)
+        source = _named(opened, given)
     passed_over.log(source)
     return source
 
 
-def _open_folder_or_tars(text: str) -> Source:
-    if stat.S_ISDIR(file_mode(text)):
-        return open_folder(text, Path(text))
-    return open_tars(text, expand_patterns(text))
+def _open(spec: Spec) -> FolderSource | TarSource | ParquetSource:
+    if stat.S_ISDIR(file_mode(spec.path)):
+        return open_folder(spec)
+    files = expand_patterns(spec.path)
+    parquet = [file for file in files if is_parquet(file)]
+    if not parquet:
+        spec.check_kind("tars")
+        return open_tars(spec.path, files, member=spec.image_member)
+    if len(parquet) < len(files):
+        other = next(file for file in files if not is_parquet(file))
+        raise UserError(
+            f"pictures {spec.path!r}: {parquet[0]!r} is parquet and {other!r} is not; files of one "
+            f"kind are needed; allowed is {ALLOWED}"
+        )
+    return open_parquet(spec, parquet)
+
+
+def _named(source: FolderSource | TarSource | ParquetSource, spec: Spec) -> Source:
+    """Return a source under its whole spec, with the labels that the spec gives."""
+    if spec.labels is None:
+        return dataclasses.replace(source, spec=spec.text())
+    tally = passed_over.Tally()
+    given = read_labels(spec, source.keys, tally)
+    rows = (*source.passed_over, *tally.rows)
+    return dataclasses.replace(source, spec=spec.text(), given=given, passed_over=rows)
 
 
 def is_beton(text: str) -> bool:
     """Return whether a spec names an FFCV file."""
-    return text.endswith(".beton") and not stat.S_ISDIR(file_mode(text))
+    return _is_beton_path(parse_spec(text).path)
+
+
+def _is_beton_path(path: str) -> bool:
+    return path.endswith(".beton") and not stat.S_ISDIR(file_mode(path))

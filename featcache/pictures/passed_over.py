@@ -14,6 +14,7 @@ _LOG = logging.getLogger(__name__)
 # Reasons are plural phrases.
 OTHER_SUFFIX = "files with other suffixes"
 HIDDEN = "hidden pictures"
+HIDDEN_TAR = "hidden tars in a tar"
 NO_FILE = "named pipes, sockets or devices"
 NOWHERE = "links that lead nowhere"
 EMPTY = "empty folders"
@@ -23,7 +24,9 @@ TARS = "tars beside or below a folder's pictures or tars"
 NO_MEMBER = "links to what is no file of their tar"
 ODD_MEMBER = "members that are pipes, devices or of an unknown kind"
 BESIDE_PLAIN = "pictures beside the plain one of their sample"
-SEVERAL = "pictures of samples that have several and no plain one (KEY.jpg)"
+SEVERAL = "pictures of samples that have several and no plain one (KEY.jpg) or #image-member="
+NOT_CHOSEN = "samples without the member that #image-member= names"
+ROWS_ALONE = "rows of labels without a picture"
 LONE_ZEROS = "blocks of zeros between members, where a header may be lost"
 AFTER_END = "tars with other data after their end mark"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", "
 ALLOWED = (
     "a folder of pictures (" + " ".join(sorted(SUFFIXES)) + "), "
     "webdataset tars as a path, a glob or a brace pattern ('train-{000000..000009}.tar'), "
-    "or an FFCV .beton"
+    "a tar of tars (ImageNet's), parquet files with a column of pictures, or an FFCV .beton"
 )
 
 
@@ -69,6 +69,20 @@ def check_keys(source: Source) -> None:
         f"pictures {source.spec!r}: the key {double!r} is used by two pictures; a key is the path "
         "without its last suffix and must be unique: rename one of them"
     )
+
+
+def check_double(spec: str, keys: Sequence[str], name: Callable[[int], str]) -> None:
+    """Raise UserError where two pictures have one key; it names the files that they are."""
+    if len(set(keys)) == len(keys):
+        return
+    first: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        if (other := first.setdefault(key, row)) != row:
+            raise UserError(
+                f"pictures {spec!r}: the key {key[:200]!r} is used by two pictures, "
+                f"{name(other)[-300:]!r} and {name(row)[-300:]!r}; a key is the path without its "
+                "last suffix and must be unique: rename one of them"
+            )
 
 
 def _is_utf8(key: str) -> bool:

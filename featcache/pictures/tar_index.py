@@ -11,7 +11,7 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from featcache.errors import UserError
 from featcache.pictures.passed_over import (
@@ -49,25 +49,32 @@ class _Link(NamedTuple):
     target: str  # the name of a member
 
 
-def read_members(path: str, tally: Tally) -> list[Member]:
-    """List the files of a tar, links as what they lead to, in the order of the tar. Raises
-    UserError where it is damaged, cut off, or no tar."""
+def read_members(path: str, tally: Tally, inner: Member | None = None) -> list[Member]:
+    """List the files of a tar, links as what they lead to, in the order of the tar; of a tar within
+    it, the member `inner`, with offsets in the file at `path`. Raises UserError where it is
+    damaged, cut off, or no tar."""
+    name = path if inner is None else f"{path}/{inner.name[:200]}"
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            return _resolved([*_entries(path, file, tally)], tally)
+            if inner is None:
+                return _resolved([*_entries(name, file, tally)], tally)
+            found = _resolved([*_entries(name, _Window(file, inner), tally)], tally)
+            return [each._replace(offset=each.offset + inner.offset) for each in found]
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"reading {path!r} as a tar failed: {error}{_compressed(path)}; allowed is {ALLOWED}"
+            f"reading {name!r} as a tar failed: {error}"
+            f"{_compressed(path, inner.offset if inner else 0)}; allowed is {ALLOWED}"
         ) from error
     # tarfile lets through what int(), decode() and unpacking raise on forged headers
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-        raise _damaged(path, f"a header that cannot be read ({str(e)[:80]})") from e
+        raise _damaged(name, f"a header that cannot be read ({str(e)[:80]})") from e
 
 
-def _compressed(path: str) -> str:
-    """Say that a file is compressed, where its first bytes tell."""
+def _compressed(path: str, offset: int) -> str:
+    """Say that a tar is compressed, where its first bytes tell."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
+            file.seek(offset)
             head = file.read(8)
     except OSError:
         return ""
@@ -87,10 +94,38 @@ def _damaged(path: str, why: str) -> UserError:
 # ------------------------------------------------------------ headers
 
 
+class _Bytes(Protocol):
+    """A file, or a part of one, as headers are read from it."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def seek(self, at: int, /) -> int: ...
+    def tell(self) -> int: ...
+
+
+class _Window:
+    """A member as a file of its own: what reads it sees nothing beyond its end."""
+
+    def __init__(self, file: IO[bytes], member: Member) -> None:
+        self._file, self._start, self._size, self._at = file, member.offset, member.size, 0
+
+    def seek(self, at: int, /) -> int:
+        self._at = at
+        return at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int, /) -> bytes:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(size, self._size - self._at)))
+        self._at += len(data)
+        return data
+
+
 class _Headers:
     """The file as tarfile sees it: headers only, so that a forged size reads no gigabytes."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: _Bytes) -> None:
         self._file, self.left = file, _MOST_HEADER_BYTES
         self.tell, self.seek = file.tell, file.seek
 
@@ -103,7 +138,7 @@ class _Headers:
         return self._file.read(size)
 
 
-def _entries(path: str, file: IO[bytes], tally: Tally) -> Iterator[Member | _Link]:
+def _entries(path: str, file: _Bytes, tally: Tally) -> Iterator[Member | _Link]:
     """Yield files and links of a tar, and of tars appended to it (`cat a.tar b.tar`)."""
     start: int | None = 0
     while start is not None:
@@ -127,7 +162,7 @@ def _entries(path: str, file: IO[bytes], tally: Tally) -> Iterator[Member | _Lin
         start = _after_end(path, file, tar.offset, tally)
 
 
-def _after_end(path: str, file: IO[bytes], end: int, tally: Tally) -> int | None:
+def _after_end(path: str, file: _Bytes, end: int, tally: Tally) -> int | None:
     """Return where the next tar begins behind the end mark at `end`; None where nothing follows.
     Raises UserError where no end mark is there, or what follows shows a lost header."""
     file.seek(end)
@@ -157,7 +192,7 @@ def _after_end(path: str, file: IO[bytes], end: int, tally: Tally) -> int | None
     return None
 
 
-def _next_data(file: IO[bytes], at: int) -> int | None:
+def _next_data(file: _Bytes, at: int) -> int | None:
     """Return the first block from `at` on that is not all zeros."""
     file.seek(at)
     while chunk := file.read(_CHUNK):
@@ -175,7 +210,7 @@ def _is_header(block: bytes) -> bool:
     return True
 
 
-def _finds_header(file: IO[bytes], at: int) -> bool:
+def _finds_header(file: _Bytes, at: int) -> bool:
     """Whether a member's header lies anywhere from `at` on."""
     file.seek(at)
     before = b""

@@ -5,7 +5,7 @@
     photo 2.0.png                 the same: key photo 2.0
 
 Beside a plain picture, others of its sample are counted and passed over; so are several without a
-plain one.
+plain one. `#image-member=seg.png` after the tars' path chooses the member KEY.seg.png instead.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 from featcache.pictures.passed_over import (
     BESIDE_PLAIN,
     HIDDEN,
+    NOT_CHOSEN,
     OTHER_SUFFIX,
     SEVERAL,
     Tally,
@@ -40,6 +41,26 @@ class _Sample:
 
     plain: bool = False
     dotted: list[int] = field(default_factory=list)  # indices of members
+
+
+def choose_member(members: list[Member], suffix: str, tally: Tally) -> Chosen:
+    """Choose the member KEY.SUFFIX of each sample as its picture; samples without one go to
+    `tally`."""
+    wanted = suffix.removeprefix(".").lower()
+    pictures: list[tuple[str, Member]] = []
+    labels: dict[str, Member] = {}
+    others: dict[str, str] = {}
+    for member in members:
+        key, own = split_name(member.name)
+        if own.lower() == wanted and not _is_hidden(member.name):
+            pictures.append((key, member))
+        elif own == "cls":
+            labels[key] = member
+        elif f".{own.rpartition('.')[2].lower()}" in SUFFIXES:
+            others.setdefault(key, member.name)
+    for key in others.keys() - {key for key, _ in pictures}:
+        tally.add(NOT_CHOSEN, others[key])
+    return Chosen(pictures, labels)
 
 
 def choose_pictures(members: list[Member], tally: Tally) -> Chosen:

@@ -18,6 +18,7 @@ from featcache.errors import UsageError, UserError, near
 from featcache.pictures import passed_over
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
+from featcache.pictures.spec import parse_spec
 from featcache.runtime import strict_json
 from student.features.labels import (
     I64,
@@ -125,7 +126,7 @@ def _named_specs(tests: Sequence[str]) -> dict[str, str]:
         if match:
             name, spec = match.groups()
         else:
-            name, spec = "test" if len(tests) == 1 else Path(text).name[:40], text
+            name, spec = "test" if len(tests) == 1 else Path(parse_spec(text).path).name[:40], text
         if name in found:
             raise UsageError(
                 f"--test {text}: two test sets are called {name}; give each a name, as in "

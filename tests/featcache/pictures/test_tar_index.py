@@ -178,7 +178,10 @@ def test_others_beside_a_plain_picture_and_several_without_one_are_counted(tmp_p
     assert list(open_source(path).keys) == ["a", "c"]
     assert reasons(path) == {
         "pictures beside the plain one of their sample": (2, "a.depth.png"),
-        "pictures of samples that have several and no plain one (KEY.jpg)": (2, "b.left.jpg"),
+        "pictures of samples that have several and no plain one (KEY.jpg) or #image-member=": (
+            2,
+            "b.left.jpg",
+        ),
     }
 
 
