@@ -227,6 +227,9 @@ class _Work:
         summary |= {"added": options.add, "share": options.share, **record}
         if options.dry_run:
             summary |= extract_report.remaining_facts(jobs, shards)
+            summary |= extract_report.cost_facts(
+                jobs, summary, options.batch_size, options.workers, len(self.devices)
+            )
             return summary, extract_report.dry_run_text(summary, jobs[0].out)
         summary |= self._run(share, summary)
         if note := extract_report.exif_note(summary):

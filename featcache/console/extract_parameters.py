@@ -243,7 +243,10 @@ def _running() -> list[click.Parameter]:
             ["--strict"], is_flag=True, help="Stop at the first picture that cannot be used."
         ),
         click.Option(
-            ["--dry-run"], is_flag=True, help="Say what would be written, and write nothing."
+            ["--dry-run"],
+            is_flag=True,
+            help="Say what would be written, whether the disk has room, and the hours by the pace "
+            "of one batch; write nothing.",
         ),
         click.Option(["--json", "as_json"], is_flag=True, help="Print the summary as JSON."),
     ]

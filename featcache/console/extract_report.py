@@ -99,8 +99,46 @@ def exif_note(facts: dict[str, Any]) -> str:
     )
 
 
+def cost_facts(
+    jobs: list[ExtractJob], facts: dict[str, Any], batch_size: int, workers: int, processes: int
+) -> dict[str, Any]:
+    """Return what a dry run measures: the disk's free bytes, and the hours by one batch, None where
+    no picture of it could be used."""
+    from featcache.extraction.target_folder import free_bytes, needed_bytes
+    from featcache.extraction.trial_batch import time_batch
+
+    if facts["complete"]:
+        return {}
+    free = free_bytes(jobs[0].out)
+    found = {"free_bytes": free, "fits": needed_bytes(facts["new_bytes"]) <= free}
+    timed = time_batch([job.plan for job in jobs], batch_size, workers)
+    views = facts["new_pictures"] * jobs[0].plan.views
+    hours = None if timed is None else timed.seconds(views) / 3600 / processes
+    return {**found, "new_views": views, "hours": hours}
+
+
+def _cost_text(facts: dict[str, Any]) -> str:
+    """Say what a dry run measured; empty where there is nothing to do."""
+    if "fits" not in facts:
+        return ""
+    fits = "fits into" if facts["fits"] else "DOES NOT FIT into"
+    space = f"{fits} the {text.format_bytes(facts['free_bytes'])} that are free"
+    pace = "no picture of the first batch can be used"
+    if facts["hours"] is not None:
+        pace = f"about {facts['hours']:.3g} hours by the pace of one batch"
+    return (
+        f"{manifest.pluralize(facts['new_pictures'], 'picture')}, "
+        f"{manifest.pluralize(facts['new_views'], 'view')}: {space}; {pace}"
+    )
+
+
 def dry_run_text(facts: dict[str, Any], folder: Path) -> str:
-    """Say what the extraction would write."""
+    """Say what the extraction would write, whether it fits, and how long it takes."""
+    lines = [_dry_run_line(facts, folder), *filter(None, [_cost_text(facts)])]
+    return text.join_lines(lines)
+
+
+def _dry_run_line(facts: dict[str, Any], folder: Path) -> str:
     whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
     pictures, views = (
         manifest.pluralize(facts["share_pictures"], "picture"),

@@ -200,10 +200,20 @@ def _missing_bytes(plan: Plan, out: Path) -> int:
     return plan.view_bytes * plan.views * sum(shard["count"] for shard in missing)
 
 
+def free_bytes(out: Path) -> int:
+    """Return the free bytes of the disk that `out` is on, or will be."""
+    disk = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    return shutil.disk_usage(disk).free
+
+
+def needed_bytes(missing_bytes: int) -> int:
+    """Return what must be free for so much more, with what a disk should keep."""
+    return missing_bytes + _SPARE_BYTES
+
+
 def check_space(out: Path, missing_bytes: int, words: Wording) -> None:
     """Raise UserError where the disk of `out` has no room for so much more."""
-    disk = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    needed, free = missing_bytes + _SPARE_BYTES, shutil.disk_usage(disk).free
+    needed, free = needed_bytes(missing_bytes), free_bytes(out)
     if missing_bytes and needed > free:
         raise UserError(
             f"{words.option}{str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, "
