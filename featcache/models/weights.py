@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, hub, nn
 
 from featcache.errors import UsageError, UserError
-from featcache.models import restricted_unpickler, transformers_folder
+from featcache.models import foreign_layouts, restricted_unpickler, transformers_folder
 from featcache.models.contract import Teacher, Tokenizer
 from featcache.models.state_names import chosen_part, network_state
 from featcache.models.tokenizer import network_of
@@ -114,9 +114,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str, what: s
             for name in sorted(shapes)[:1]
         ),
     ]
+    remedy = foreign_layouts.describe(extra) or "give the file of this architecture"
     raise UserError(
-        f"weights {path!r} do not fit {what}: {', '.join(filter(None, parts))}; give the file of "
-        "this architecture"
+        f"weights {path!r} do not fit {what}: {', '.join(filter(None, parts))}; {remedy}"
     )
 
 

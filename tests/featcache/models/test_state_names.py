@@ -212,3 +212,21 @@ def test_wrapped_and_saved_by_torch_itself(tmp_path: Path) -> None:
         torch.save(saved, tmp_path / f"{name}.pt")
         found = teachers.load(SPEC, str(tmp_path / f"{name}.pt")).state_dict()
         assert all(torch.equal(found[f"vit.{k}"], v) for k, v in net.state_dict().items()), name
+
+
+def test_another_projects_layout_is_named(tmp_path: Path) -> None:
+    own = {
+        "base.blocks.0.attn.qkv.lora_A.weight": "a LoRA adapter",
+        "backbone.bottom_up.net.pos_embed": "Detectron2",
+        "proposal_generator.rpn_head.conv.weight": "Detectron2",
+        "down_blocks.0.resnets.0.conv1.weight": "diffusers",
+        "vision_model.encoder.layers.0.self_attn.q_proj.weight": "give the folder",
+        "layer.encoder.layer.0.attention.output.dense.weight": "give the folder",
+        "something.else": "give the file of this architecture",
+    }
+    for i, (name, told) in enumerate(own.items()):
+        path = tmp_path / f"{i}.pt"
+        torch.save({name: torch.ones(2, 2), "other.w": torch.ones(1)}, path)
+        with pytest.raises(UserError, match=told) as error:
+            teachers.load(SPEC, str(path))
+        assert "\n" not in str(error.value)
