@@ -61,6 +61,7 @@ def train(
     teacher_name: str | None = None,
     views: int | None = None,
     policy: Text | None = None,
+    size: int | None = None,
     config: Text | None = None,
     settings: SettingsGiven = (),
     precision: str = "auto",

@@ -172,7 +172,7 @@ def _policy(
     """The views of the cache, of --policy, or of the recipe's publication."""
     path = pixel_path.pixel_path(source)
     if found is None:
-        policy = _fresh_policy(request.options.policy, spec, path)
+        policy = _fresh_policy(request.options, spec, path)
     else:
         identity, what = found.cache.identity, f"cache {str(found.cache.path)!r}"
         policy = policy_from_dict(identity["policy"])
@@ -181,13 +181,15 @@ def _policy(
     return policy
 
 
-def _fresh_policy(name: str | None, spec: TargetSpec, path: dict[str, Any]) -> Policy:
+def _fresh_policy(options: Options, spec: TargetSpec, path: dict[str, Any]) -> Policy:
     """The policy that was named, or the crops of the recipe's publication, with the filter of the
-    pixel path."""
-    filter = {"filter": AREA} if path["decoder"] == "ffcv" else {}
-    if name:
-        return load_policy(name, **filter)
-    return load_policy(scale=spec.scale, jitter=spec.jitter, **filter)
+    pixel path; --size wins."""
+    changes: dict[str, Any] = {"filter": AREA} if path["decoder"] == "ffcv" else {}
+    if options.size is not None:
+        changes["size"] = options.size
+    if options.policy:
+        return load_policy(options.policy, **changes)
+    return load_policy(scale=spec.scale, jitter=spec.jitter, **changes)
 
 
 def _facts(found: MatchedCache | None, policy: Policy, teacher: Teacher | None) -> dict[str, Any]:

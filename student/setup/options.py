@@ -63,6 +63,7 @@ class Options:
     skip_nonfinite: int | None
     trackers: Sequence[str]
     keep_checkpoints: str = str(KEEP)
+    size: int | None = None  # pixels of a view
     exif: bool = False
     other_weights: Sequence[str] = ()  # NAME=..., of networks beside the teacher
     probe: str | None = None

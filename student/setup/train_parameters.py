@@ -147,6 +147,11 @@ def _targets() -> list[click.Parameter]:
             type=LocalText(),
             help="Online without --cache: a named view policy or a .json file. [default: default]",
         ),
+        click.Option(
+            ["--size"],
+            type=COUNT,
+            help="Online without --cache: pixels of a view, a side. [default: the policy's, 224]",
+        ),
     ]
 
 

@@ -58,7 +58,7 @@ def select_views(
 
 def refuse_view_options(options: Options) -> None:
     """Raise UsageError for options that draw views anew: a cache has views of its own."""
-    refuse({"--views": options.views, "--policy": options.policy})
+    refuse({"--views": options.views, "--policy": options.policy, "--size": options.size})
 
 
 def refuse(given: dict[str, Any]) -> None:

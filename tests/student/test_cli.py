@@ -270,6 +270,7 @@ def test_pictures_that_moved(tmp_path: Path) -> None:
         ("--teacher-name", "./mine.py"),
         ("--views", "2"),
         ("--policy", "caev2"),
+        ("--size", "48"),
     ],
     ids=lambda pair: pair[0],
 )
