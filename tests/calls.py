@@ -81,7 +81,8 @@ def own_program(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
         monkeypatch.setattr(logging.getLogger(name), "handlers", [logging.NullHandler()])
     monkeypatch.setenv("FEATCACHE_HOME", str(home))
     monkeypatch.delenv("FEATCACHE_IMAGES", raising=False)
-    plain = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    plain: dict[int, Any] = dict.fromkeys(signals.NOTICES, signal.SIG_DFL)
+    plain[signal.SIGINT] = signal.default_int_handler
     before = {number: signal.signal(number, handler) for number, handler in plain.items()}
     try:
         yield

@@ -49,8 +49,9 @@ class ProgressBar:
         bar.close()
 
     `text` gives what stands behind the bar, asked for only where it is shown; empty keeps what
-    stood there before. `first` was done by an earlier command. Without `lines` nothing is shown but
-    at a terminal, and nothing at all unless `enabled`.
+    stood there before. `first` was done by an earlier command. Nothing is shown unless `enabled`.
+    A line begins with the time, in UTC; work of less than half a minute has none, and other work
+    has one of its end.
     """
 
     def __init__(
@@ -61,24 +62,32 @@ class ProgressBar:
         *,
         first: int = 0,
         smoothing: float = 0.3,
-        lines: bool = True,
         enabled: bool = True,
     ) -> None:
         self.what, self.unit, self.text = what, unit, text
-        self.first, self.smoothing, self.lines, self.enabled = first, smoothing, lines, enabled
+        self.first, self.smoothing, self.enabled = first, smoothing, enabled
         self._bar: Any = None
-        self._last = 0.0
+        self._last: float | None = None  # when a line was due
+        self._untold: tuple[int, int] | None = None  # what came after the last line
+        self._spoke = False
 
     def __call__(self, done: int, total: int) -> None:
         if self.enabled and sys.stderr.isatty():
             self._show(done, total)
-        elif self.enabled and self.lines and time.monotonic() - self._last >= LOG_EVERY_S:
-            if self._last:
-                note = self.text(done, total)
-                echo(
-                    f"{self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}", err=True
-                )
-            self._last = time.monotonic()
+        elif self.enabled:
+            self._untold = done, total
+            if self._last is None:
+                self._last = time.monotonic()
+            elif time.monotonic() - self._last >= LOG_EVERY_S:
+                self._say(done, total)
+
+    def _say(self, done: int, total: int) -> None:
+        self._last, self._untold, self._spoke = time.monotonic(), None, True
+        note = self.text(done, total)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        echo(
+            f"{stamp} {self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}", err=True
+        )
 
     def _show(self, done: int, total: int) -> None:
         from tqdm import tqdm
@@ -94,6 +103,8 @@ class ProgressBar:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
+        if self._spoke and self._untold is not None:
+            self._say(*self._untold)
         if self._bar is not None:
             self._bar.close()
             self._bar = None

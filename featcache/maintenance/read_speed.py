@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from featcache.runtime import signals
+
 BYTES = 256 << 20
 SECONDS = 1.0  # of writing, and again of reading
 _BLOCK = 4 << 20
@@ -74,7 +76,7 @@ def _open_nameless(folder: Path) -> int:
         if error.errno not in _NO_TMPFILE:
             raise
     # this file system makes none without a name: no signal comes between its two calls
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *signals.NOTICES})
     try:
         fd, path = tempfile.mkstemp(prefix=".doctor-", dir=folder)
         Path(path).unlink()

@@ -1,5 +1,5 @@
 """SIGTERM is handled as orderly as Ctrl-C, from a program's first moment on: one line, never
-silence and never a traceback.
+silence and never a traceback. SIGUSR1 and SIGUSR2 mean the same, since Slurm's --signal sends them.
 
 Only the standard library is imported here, so that `guard` can stand before everything that takes
 long to import.
@@ -18,13 +18,18 @@ from types import FrameType
 _AGAIN_S = 0.05  # until a callback is left
 _received: list[int] = []
 
+# what a scheduler sends to a job that has to end; a system without one of them lacks the name
+NOTICES = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+
 
 def install_handlers() -> None:
-    """Let SIGTERM raise KeyboardInterrupt too; other threads than the first cannot set this, and
-    need not."""
+    """Let a scheduler's notice raise KeyboardInterrupt too; other threads than the first cannot set
+    this, and need not."""
     _received.clear()
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (*NOTICES, signal.SIGINT):
             # as under nohup, or in the background of a script
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _stop)

@@ -51,8 +51,9 @@ def _recorded(run: Path) -> dict[str, Any]:
 def command(as_json: bool, **given: Any) -> None:
     """Train a student by RECIPE from cached targets, or with the teacher in the loop.
 
-    Stopped by Ctrl-C or SIGTERM it saves a checkpoint after the step in hand and exits with status
-    75; --resume goes on, and --resume RUN alone does so by the options that the run was made with.
+    Stopped by Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 it saves a checkpoint after the step in hand and
+    exits with status 75; --resume goes on, and --resume RUN alone does so by the options that the
+    run was made with.
     """
     from student.api import train
     from student.setup.console import TERMINAL

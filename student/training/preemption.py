@@ -1,4 +1,5 @@
-"""Training ends after the step in hand when SIGTERM, a scheduler's notice, or Ctrl-C asks it to.
+"""Training ends after the step in hand when SIGTERM, SIGUSR1 or SIGUSR2, a scheduler's
+notices, or Ctrl-C asks it to.
 
 Every process of a run must end after the same step, since saving is a collective. With several
 processes each tells the others at every step by an all-reduce, whose result all look at the same
@@ -20,6 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from featcache.errors import StoppedError
+from featcache.runtime import signals
 from student import checkpoint
 from student.data.device_queue import LateNumbers, lag
 
@@ -32,7 +34,7 @@ def note_stopping() -> None:
 
 
 class StopNotice:
-    """Notes SIGTERM and the first Ctrl-C inside its block; the second Ctrl-C is a
+    """Notes a scheduler's notice and the first Ctrl-C inside its block; the second Ctrl-C is a
     KeyboardInterrupt. `stopping` is called at the first Ctrl-C, by the signal's handler."""
 
     def __init__(self, acc: Accelerator, stopping: Callable[[], None] = note_stopping) -> None:
@@ -43,7 +45,7 @@ class StopNotice:
 
     def __enter__(self) -> StopNotice:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (*signals.NOTICES, signal.SIGINT):
                 # None: set by something that is not Python, which could not be put back
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._hear)

@@ -1,6 +1,6 @@
 """A bar at a terminal shows a run: epoch, step, the loss and its parts, learning rate, images a
 second, the share of a step spent waiting for data, memory, and the time that is left. Where stderr
-is no terminal nothing is shown.
+is no terminal a line says so every half minute.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
-from featcache.console.progress_bar import ProgressBar
+from featcache.console.progress_bar import ProgressBar, eta
 from student.training import preemption
 
 # of a row of metrics
@@ -41,10 +42,11 @@ class TrainProgress:
     """Shows the steps of a run, and a line of metrics behind them."""
 
     def __init__(self, total: int, first: int, steps_per_epoch: int, speaks: bool) -> None:
-        self.total, self.steps_per_epoch = total, steps_per_epoch
+        self.total, self.first, self.steps_per_epoch = total, first, steps_per_epoch
+        self._started = time.monotonic()
         self._row: dict[str, Any] = {}
         self.bar = ProgressBar(
-            "", "step", self._text, first=first, smoothing=0.1, lines=False, enabled=speaks
+            "train", "steps", self._text, first=first, smoothing=0.1, enabled=speaks
         )
         self.bar(first, total)
 
@@ -61,7 +63,13 @@ class TrainProgress:
             preemption.note_stopping()
 
     def _text(self, done: int, total: int) -> str:
-        return line(self._row, self.steps_per_epoch) if self._row else ""
+        shown = line(self._row, self.steps_per_epoch) if self._row else ""
+        return shown if sys.stderr.isatty() else f"{shown}{'  ' * bool(shown)}{self._eta(done)}"
+
+    def _eta(self, done: int) -> str:
+        """Write the time left by the pace since this process began: earlier steps say nothing."""
+        passed = max(time.monotonic() - self._started, 1e-9)
+        return eta(self.total - done, (done - self.first) / passed)
 
 
 def line(row: dict[str, Any], steps_per_epoch: int) -> str:

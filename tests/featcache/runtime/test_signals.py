@@ -27,7 +27,7 @@ else:
 
 def test_a_signal_in_a_librarys_callback_is_not_lost() -> None:
     """Python ignores what is raised there, and prints it."""
-    for name in ("SIGINT", "SIGTERM"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         ran = python(IN_CALLBACK.format(name=name))
         assert ran.stdout == "stopped True\n"
         assert ran.stderr == ""

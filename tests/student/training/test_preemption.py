@@ -85,7 +85,9 @@ def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
     assert process.returncode == 75, err
     assert out == ""
     said = [
-        line for line in err.splitlines() if line and not line.startswith(("note:", "mralign:"))
+        line
+        for line in err.splitlines()
+        if line and not line.startswith(("note:", "recipe mralign:"))
     ]
     assert len(said) == 1, err
     found = re.fullmatch(
@@ -187,11 +189,17 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(acc: Accelerator) -> Non
         signal.signal(signal.SIGINT, before)
 
 
-def test_schedulers_may_send_sigterm_twice(acc: Accelerator) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_schedulers_may_send_a_notice_twice(acc: Accelerator, name: str) -> None:
+    """Slurm's --signal sends the one that it is told to."""
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
     with preemption.StopNotice(acc) as notice:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert notice.asked == "SIGTERM"
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert notice.asked == name
+        assert notice.due()
+    assert signal.getsignal(number) == before
 
 
 def test_training_in_another_thread_leaves_signals_alone(acc: Accelerator) -> None:

@@ -1,4 +1,4 @@
-"""A person at a terminal sees the progress of a run, and nobody else sees anything."""
+"""A person at a terminal sees the progress of a run, and a log has a line every half minute."""
 
 from __future__ import annotations
 
@@ -72,8 +72,31 @@ def test_the_last_scores_of_a_probe_stay_in_sight(monkeypatch: pytest.MonkeyPatc
     assert "cosine" not in out.getvalue()
 
 
-def test_nothing_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not into a file, not by another process than the first."""
+def test_a_log_has_a_line_every_half_minute_and_one_of_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps of 4 s, from step 20 on: lines after 32 s and 64 s, and of the end. The time left is
+    that of 4 s a step, whatever an earlier process did."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_bar, "memory_bytes", lambda: 3_140_000_000)
+    monkeypatch.setattr(sys, "stderr", out := io.StringIO())
+    with progress_bar.shown(100, 20, 12, True) as bar:
+        for step in range(21, 40):
+            now[0] += 4
+            bar.update_with(step, [{**ROW, "step": step}])
+    said = out.getvalue().splitlines()
+    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    for text, done, left in zip(
+        said, (28, 36, 39), ("00:04:48", "00:04:16", "00:04:04"), strict=True
+    ):
+        begin = rf"{stamp} train: {done} of 100 steps, epoch [\d.]+  loss 1\.2346 "
+        assert re.fullmatch(rf"{begin}.*  812 images/s .*  ETA {left}", text), text
+    assert "\r" not in out.getvalue()
+
+
+def test_nothing_is_shown_by_others_or_of_short_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a moment into a file, not by another process than the first."""
     for out, speaks in ((io.StringIO(), True), (Terminal(), False)):
         monkeypatch.setattr(sys, "stderr", out)
         with progress_bar.shown(10, 0, 12, speaks) as bar:
@@ -99,7 +122,7 @@ def test_an_evaluation_shows_a_bar_a_stage_or_lines(
     with eval_options.stage_bars() as progress:
         progress("train", 4, 9)
         progress("train", 9, 9)
-    line = r"train: 9 of 9 pictures, [\d.]+ a second, ETA 00:00:00\n"
+    line = r"[\d-]{10}T[\d:]{8}Z train: 9 of 9 pictures, [\d.]+ a second, ETA 00:00:00\n"
     assert re.fullmatch(line, out.getvalue())
 
 
