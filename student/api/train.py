@@ -53,6 +53,7 @@ def train(
     sampling: Literal["random", "block"] = "random",
     resident: bool = False,
     seed: int = 0,
+    init: Text | None = None,
     teacher: Literal["cached", "online"] = "cached",
     fallback: Literal["online"] | None = None,
     fallback_limit: float | None = None,

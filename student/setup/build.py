@@ -20,6 +20,7 @@ from student import masking
 from student.config import RecipeConfig
 from student.data.loader import Loader
 from student.setup.batch_size import chosen_batch_size
+from student.setup.first_weights import first_weights
 from student.setup.options import Options, RunRequest, Say, user_settings
 from student.setup.probe_inputs import probe_plan
 from student.setup.target_choice import choose_targets
@@ -50,6 +51,7 @@ def build_run(
     if options.resident:
         _load_into_memory(inputs.targets, acc, say)
     out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
+    start, about = first_weights(options, out, inputs.config.img_size)
     loader = _loader(inputs, options, acc, out)
     run = Run(
         name=name,
@@ -58,7 +60,7 @@ def build_run(
         targets=inputs.targets,
         out=out,
         seed=options.seed,
-        about=inputs.record,
+        about={**inputs.record, **about},
         steps=options.steps,
         save_every=options.save_every,
         resume=options.resume,
@@ -66,6 +68,7 @@ def build_run(
         trackers=shown,
         retention=options.retention(loader.steps_per_epoch),
         watch=probe,
+        start=start,
     )
     return run, loader
 

@@ -64,6 +64,7 @@ class Options:
     trackers: Sequence[str]
     keep_checkpoints: str = str(KEEP)
     size: int | None = None  # pixels of a view
+    init: Path | None = None  # a run or its encoder, whose weights are the first
     exif: bool = False
     other_weights: Sequence[str] = ()  # NAME=..., of networks beside the teacher
     probe: str | None = None

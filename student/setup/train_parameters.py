@@ -96,6 +96,13 @@ def _length() -> list[click.Parameter]:
         click.Option(
             ["--seed"], type=SEED, default=0, show_default=True, help="Of weights, order, masks."
         ),
+        click.Option(
+            ["--init"],
+            type=LocalPath(),
+            metavar="RUN|FILE",
+            help="A run, or an encoder.safetensors, whose encoder a new run begins with; positions "
+            "are resized, all else must fit.",
+        ),
     ]
 
 
