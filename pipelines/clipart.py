@@ -34,7 +34,9 @@ import torch
 from PIL import Image, ImageChops
 
 from featcache import rng
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.errors import UserError
 from featcache.pictures.decode import opened
@@ -211,24 +213,33 @@ def on_white(path: Path) -> Image.Image | None:
     return picture
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog="Examples:\n"
+    "  python -m pipelines.clipart clipart\n"
+    "  python -m pipelines.clipart clipart-1 --seed 1 --clipart tree/usr/share/openclipart/png",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.argument("out", type=LocalPath())
-@click.option(
+@option(
     "--seed",
+    group=HelpGroup.TRAINING,
     type=click.IntRange(0),
     default=0,
     show_default=True,
     help="Of the choice, the split and the teacher.",
 )
-@click.option(
+@option(
     "--epochs",
+    group=HelpGroup.TRAINING,
     type=click.IntRange(2),
     default=60,
     show_default=True,
     help="Of the teacher's training.",
 )
-@click.option(
+@option(
     "--clipart",
+    group=HelpGroup.INPUT,
     type=LocalPath(),
     default=ROOT,
     show_default=True,
@@ -237,11 +248,6 @@ def on_white(path: Path) -> Image.Image | None:
 def cli(out: Path, seed: int, epochs: int, clipart: Path) -> None:
     """Write clip art to OUT/data as labelled shards and train OUT/teacher.safetensors on the
     training part.
-
-    \b
-    Examples:
-      python -m pipelines.clipart clipart
-      python -m pipelines.clipart clipart-1 --seed 1 --clipart tree/usr/share/openclipart/png
     """
     torch.set_num_threads(2)
     write_pictures(clipart, out / "pictures", seed)

@@ -26,7 +26,9 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from featcache import rng
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.pictures.source import Source
 from pipelines import small_teacher
@@ -96,17 +98,25 @@ def accuracy(vit: VisionTransformer, source: Source) -> float:
     return small_teacher.accuracy(TEACHER, vit, source)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog="Examples:\n"
+    "  python -m pipelines.digits digits\n"
+    "  python -m pipelines.digits digits-1 --seed 1 --epochs 10",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.argument("out", type=LocalPath())
-@click.option(
+@option(
     "--seed",
+    group=HelpGroup.TRAINING,
     type=click.IntRange(0),
     default=0,
     show_default=True,
     help="Of the split and the teacher.",
 )
-@click.option(
+@option(
     "--epochs",
+    group=HelpGroup.TRAINING,
     type=click.IntRange(2),
     default=25,
     show_default=True,
@@ -115,11 +125,6 @@ def accuracy(vit: VisionTransformer, source: Source) -> float:
 def cli(out: Path, seed: int, epochs: int) -> None:
     """Write the digits to OUT/data as labelled shards and train OUT/teacher.safetensors on the
     training part.
-
-    \b
-    Examples:
-      python -m pipelines.digits digits
-      python -m pipelines.digits digits-1 --seed 1 --epochs 10
     """
     torch.set_num_threads(2)
     write_shards(out, seed)

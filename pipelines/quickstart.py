@@ -33,7 +33,9 @@ from typing import Any
 import click
 
 import featcache
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.console.text import echo, format_table
 from featcache.errors import UserError, command_line
@@ -107,32 +109,49 @@ class Plan:
 REDUCED = Plan(teacher_epochs=1, epochs=1, views=1, enforced=False)
 
 
-@click.command()
-@click.option("--out", type=LocalPath(), default=Path("quickstart"), show_default=True)
-@click.option(
+@click.command(
+    cls=Command,
+    epilog="Examples:\n"
+    "  python -m pipelines.quickstart\n"
+    "  python -m pipelines.quickstart --seeds 0,1,2 --control --out three-seeds",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@option(
+    "--out",
+    group=HelpGroup.INPUT,
+    type=LocalPath(),
+    default=Path("quickstart"),
+    show_default=True,
+    help="Folder of all that is made.",
+)
+@option(
     "--seed",
+    group=HelpGroup.TRAINING,
     type=click.IntRange(0),
     default=0,
     show_default=True,
     help="Of split, teacher, views, student.",
 )
-@click.option("--seeds", help="Several, such as 0,1,2; then means and spreads are told.")
-@click.option(
+@option(
+    "--seeds",
+    group=HelpGroup.TRAINING,
+    help="Several, such as 0,1,2; then means and spreads are told.",
+)
+@option(
     "--control",
+    group=HelpGroup.TRAINING,
     is_flag=True,
     help="Also a student of an untrained teacher: what alignment gives without knowledge.",
 )
-@click.option(
-    "--reduced", is_flag=True, help="A few epochs: shows that everything runs, decides nothing."
+@option(
+    "--reduced",
+    group=HelpGroup.TRAINING,
+    is_flag=True,
+    help="A few epochs: shows that everything runs, decides nothing.",
 )
 def cli(out: Path, seed: int, seeds: str | None, control: bool, reduced: bool) -> None:
-    """Teach digits to a student from a cached teacher, and compare it with students that had none.
-
-    \b
-    Examples:
-      python -m pipelines.quickstart
-      python -m pipelines.quickstart --seeds 0,1,2 --control --out three-seeds
-    """
+    """Teach digits to a student from a cached teacher, and compare it with students that had
+    none."""
     plan = replace(REDUCED if reduced else Plan(), control=control)
     numbers = parse_seeds(seeds) if seeds else [seed]
     _clear(out)

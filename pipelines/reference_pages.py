@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featcache.console.command import examples, option_groups
+
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
@@ -30,6 +32,7 @@ OUTSIDE = {
     "examples/plain_pytorch.py": "examples/plain_pytorch.md",
     "benchmarks/bench_foreign.py": "examples/bench_foreign.md",
 }
+MOST_COLUMNS = 110  # of a command line
 _LINK = re.compile(r"\]\((?:\.\./)*([^)#]+)")
 
 
@@ -185,12 +188,12 @@ def _command(
     assert command is not None, path
     context = click.Context(command, info_name=path.rpartition(" ")[2], parent=parent)
     usage = " ".join([path, *command.collect_usage_pieces(context)])
-    found = [param.get_help_record(context) for param in command.params]
-    rows = [(f"`{name}`", _cell(text)) for name, text in (each for each in found if each)]
-    parts = [
-        f"{'#' * depth} {path}", _text(command.help), _fence(usage, "text"),
-        table(("option", "meaning"), rows) if rows else "", _fence(_plain(command.epilog), "text"),
-    ]  # fmt: skip
+    parts = [f"{'#' * depth} {path}", _text(command.help), _fence(usage, "text")]
+    for heading, params in option_groups(command, context).items():
+        records = [each for param in params if (each := param.get_help_record(context))]
+        rows = [(f"`{name}`", _cell(text)) for name, text in records]
+        parts.append(table((heading, "meaning"), rows))
+    parts.append(_fence(examples(command.epilog or "", MOST_COLUMNS), "text"))
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             parts += _command(

@@ -31,7 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featcache import rng
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.console.text import echo
 from featcache.errors import UserError
@@ -163,17 +165,25 @@ def quality(encoder: Dvae, decoder: Decoder, source: Source) -> dict[str, float]
     }
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog="Examples:\n"
+    "  python -m pipelines.tokenizer digits\n"
+    "  python -m pipelines.tokenizer digits --epochs 4",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.argument("out", type=LocalPath())
-@click.option(
+@option(
     "--seed",
+    group=HelpGroup.TRAINING,
     type=click.IntRange(0),
     default=0,
     show_default=True,
     help="Of the weights and the views.",
 )
-@click.option(
+@option(
     "--epochs",
+    group=HelpGroup.TRAINING,
     type=click.IntRange(2),
     default=10,
     show_default=True,
@@ -182,11 +192,6 @@ def quality(encoder: Dvae, decoder: Decoder, source: Source) -> dict[str, float]
 def cli(out: Path, seed: int, epochs: int) -> None:
     """Train OUT/tokenizer.safetensors on the digits in OUT/data, which `python -m pipelines.digits
     OUT` wrote.
-
-    \b
-    Examples:
-      python -m pipelines.tokenizer digits
-      python -m pipelines.tokenizer digits --epochs 4
     """
     if not any((out / "data").glob("train-*.tar")):
         raise UserError(

@@ -7,28 +7,39 @@ from pathlib import Path
 import click
 
 from featcache.commands.copy import carry_out
-from featcache.console.params import LocalPath
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
+from featcache.console.params import Choice, LocalPath
 from featcache.maintenance import transfer
 from featcache.storage.store import FORMATS, STORES
 
 
 @click.command(
+    cls=Command,
+    section=Section.MAKE,
+    short_help="Write a cache in another store or format.",
     epilog="Examples:\n\n"
     "  featcache convert caches/clip-b16-1a2b3c4d /data/clip-b16-tars --store webdataset\n\n"
     "  featcache convert /data/clip-b16-tars caches/clip-b16 --store zarr\n\n"
-    "  featcache convert caches/old caches/new --format 4"
+    "  featcache convert caches/old caches/new --format 4",
 )
 @click.argument("cache", type=LocalPath())
 @click.argument("out", type=LocalPath())
-@click.option(
-    "--store", type=click.Choice(list(STORES)), help="The store of OUT. [default: that of CACHE]"
+@option(
+    "--store",
+    group=HelpGroup.STORAGE,
+    type=Choice(list(STORES)),
+    help="The store of OUT. [default: that of CACHE]",
 )
-@click.option(
+@option(
     "--format",
-    type=click.Choice([*map(str, FORMATS)]),
+    group=HelpGroup.STORAGE,
+    type=Choice([*map(str, FORMATS)]),
     help="The format of OUT; 4 has an index of rows for other libraries. [default: that of CACHE]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@option(
+    "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the summary as JSON."
+)
 def command(cache: Path, out: Path, store: str | None, format: str | None, as_json: bool) -> None:
     """Write CACHE, and what was added to it, to OUT in another store or format. Killed, the same
     command continues.

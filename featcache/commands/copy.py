@@ -10,7 +10,9 @@ import click
 
 from featcache.catalog.account import account
 from featcache.console import text as show
+from featcache.console.command import Command, Section
 from featcache.console.distortion_table import loss_lines
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import COUNT, LocalPath
 from featcache.console.progress_bar import ProgressBar, WaitingNote, eta
 from featcache.errors import UsageError
@@ -21,24 +23,38 @@ from featcache.storage import manifest
 
 
 @click.command(
+    cls=Command,
+    section=Section.MAKE,
+    short_help="Copy a cache, or a part of it, to another disk.",
     epilog="Examples:\n\n  featcache copy caches/clip-b16-1a2b3c4d /local/clip-b16\n\n"
     "  featcache copy caches/clip-b16-1a2b3c4d /local/small --views 1 --levels last:5\n\n"
     "  featcache copy caches/clip-b16-1a2b3c4d /local/tenth --shards 0:125\n\n"
-    "  featcache copy caches/clip-b16-1a2b3c4d /cold/clip-b16 --compress"
+    "  featcache copy caches/clip-b16-1a2b3c4d /cold/clip-b16 --compress",
 )
 @click.argument("cache", type=LocalPath())
 @click.argument("dest", type=LocalPath())
-@click.option("--views", type=COUNT, help="Only the first N views. [default: all]")
-@click.option(
-    "--levels", help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]"
+@option(
+    "--views", group=HelpGroup.STORAGE, type=COUNT, help="Only the first N views. [default: all]"
 )
-@click.option("--shards", help="A:B: only shards A to B - 1, counted from 0. [default: all]")
-@click.option(
+@option(
+    "--levels",
+    group=HelpGroup.STORAGE,
+    help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]",
+)
+@option(
+    "--shards",
+    group=HelpGroup.STORAGE,
+    help="A:B: only shards A to B - 1, counted from 0. [default: all]",
+)
+@option(
     "--compress",
+    group=HelpGroup.STORAGE,
     is_flag=True,
     help="Write an archive: smaller, and slow to read. A copy of it without this is plain again.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@option(
+    "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the summary as JSON."
+)
 def command(
     cache: Path,
     dest: Path,

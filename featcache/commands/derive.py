@@ -8,40 +8,55 @@ import click
 
 from featcache.commands.copy import carry_out, parse_levels_of
 from featcache.console import config_file
-from featcache.console.params import COUNT, LocalPath
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
+from featcache.console.params import COUNT, TOKEN_ORDERS, Choice, LocalPath
 from featcache.targets import codec_names
 
 
 @config_file.accepts()
 @click.command(
-    epilog="\b\nExamples:\n"
+    cls=Command,
+    section=Section.MAKE,
+    short_help="Make a smaller cache of a cache, without its teacher.",
+    epilog="Examples:\n"
     "  featcache derive caches/clip-b16-1a2b3c4d /local/small --codec t4\n"
     "  featcache derive caches/clip-b16-1a2b3c4d /local/small --tokens ranked --keep 58 "
     "--codec t3\n"
-    "  featcache derive caches/clip-b16-1a2b3c4d /local/last --levels last:1 --views 1"
+    "  featcache derive caches/clip-b16-1a2b3c4d /local/last --levels last:1 --views 1",
 )
 @click.argument("cache", type=LocalPath())
 @click.argument("dest", type=LocalPath())
-@click.option(
+@option(
     "--codec",
+    group=HelpGroup.STORAGE,
+    type=Choice(codec_names.NAMES),
     help="How features are stored: fp16, or q8, t4, t3 of 8, 4, 3 bits. [default: as they are]",
 )
-@click.option(
+@option(
     "--tokens",
-    type=click.Choice(["raster", "ranked"]),
+    group=HelpGroup.STORAGE,
+    type=Choice(TOKEN_ORDERS),
     help="Order of patches: raster, as in the picture, or ranked, in mask order. [default: as they "
     "are]",
 )
-@click.option(
+@option(
     "--keep",
+    group=HelpGroup.STORAGE,
     help="Of ranked tokens only the first N patches of a view, or a share such as 0.3. [default: "
     "all that are stored]",
 )
-@click.option("--views", type=COUNT, help="Only the first N views. [default: all]")
-@click.option(
-    "--levels", help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]"
+@option(
+    "--views", group=HelpGroup.STORAGE, type=COUNT, help="Only the first N views. [default: all]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@option(
+    "--levels",
+    group=HelpGroup.STORAGE,
+    help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]",
+)
+@option(
+    "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the summary as JSON."
+)
 def command(
     cache: Path,
     dest: Path,
@@ -61,8 +76,6 @@ def command(
     from featcache.maintenance.derive import derive
     from featcache.maintenance.derive_plan import Wish
 
-    if codec is not None:
-        codec_names.check(codec)
     chosen = None if levels is None else parse_levels_of(cache, levels)
     wish = Wish(levels=chosen, views=views, tokens=tokens, keep=keep, codec=codec)
     carry_out(

@@ -8,16 +8,23 @@ from typing import Any
 import click
 
 from featcache.console import text
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.errors import UserError
 from featcache.maintenance.doctor import examine
 from featcache.maintenance.finding import BROKEN, Finding
 
 
 @click.command(
+    cls=Command,
+    section=Section.KEEP,
+    short_help="Say what of this installation and machine works.",
     epilog="Examples:\n\n  featcache doctor\n\n"
-    "  FEATCACHE_HOME=/data/caches featcache doctor --json"
+    "  FEATCACHE_HOME=/data/caches featcache doctor --json",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@option(
+    "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the findings as JSON."
+)
 def command(as_json: bool) -> None:
     """Look at versions, extras, compiled code, cores, memory, GPUs, limits, variables, disks and
     the caches below $FEATCACHE_HOME; say what is wrong, and what to do about it.

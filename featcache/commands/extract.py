@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from featcache.api.extract import carry_out
 from featcache.console import config_file, extract_parameters, extract_report
+from featcache.console.command import Command, Section
 from featcache.console.extract_options import ExtractOptions
 from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.console.text import echo, print_facts, say
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     soft=("batch_size",),  # a cache that was begun has its own
 )
 @click.command(
+    cls=Command,
+    section=Section.MAKE,
+    short_help="Run a teacher over views of pictures, and store its targets.",
     params=extract_parameters.parameters(),
-    epilog="\b\nExamples:\n"
+    epilog="Examples:\n"
     "  featcache extract --teacher clip-b16 --images train/ --views 4 --levels last:5\n"
     "  featcache extract --teacher clip-b16 --images 'train-{000000..001281}.tar' "
     "--weights ViT-B-16.safetensors\n"

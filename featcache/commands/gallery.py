@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import SEED, LocalPath, LocalText, images_variable
 from featcache.console.progress_bar import ProgressBar
 from featcache.console.text import echo, format_bytes, join_lines, print_facts
@@ -21,32 +23,54 @@ _COUNT = click.IntRange(1, 10_000)  # of pictures on one page
 
 
 @click.command(
-    epilog="\b\nExamples:\n"
+    cls=Command,
+    section=Section.LOOK,
+    short_help="Draw pictures of a cache as a page to look at.",
+    epilog="Examples:\n"
     "  featcache gallery caches/clip-b16-1a2b3c4d --out gallery --images train/\n"
     "  featcache gallery caches/clip-b16-1a2b3c4d --out two --keys n01440764/n01440764_10026 "
-    "--views 1"
+    "--views 1",
 )
 @click.argument("cache", type=LocalPath())
-@click.option("--out", type=LocalPath(), required=True, help="A new or empty folder.")
-@click.option(
-    "--count", type=_COUNT, help="How many pictures are drawn, chosen by --seed. [default: 24]"
+@option(
+    "--out", group=HelpGroup.INPUT, type=LocalPath(), required=True, help="A new or empty folder."
 )
-@click.option("--seed", type=SEED, help="Which pictures are drawn. [default: 0]")
-@click.option("--keys", multiple=True, metavar="KEY", help="This picture; may be given again.")
-@click.option(
+@option(
+    "--count",
+    group=HelpGroup.INPUT,
+    type=_COUNT,
+    help="How many pictures are drawn, chosen by --seed. [default: 24]",
+)
+@option("--seed", group=HelpGroup.INPUT, type=SEED, help="Which pictures are drawn. [default: 0]")
+@option(
+    "--keys",
+    group=HelpGroup.INPUT,
+    multiple=True,
+    metavar="KEY",
+    help="This picture; may be given again.",
+)
+@option(
     "--views",
+    group=HelpGroup.VIEWS,
     type=click.IntRange(1, 64),
     default=4,
     show_default=True,
     help="Of each picture only the first N views.",
 )
-@click.option(
+@option(
     "--images",
     "images_spec",
+    group=HelpGroup.INPUT,
     type=LocalText(),
     help="The pictures of the extraction. [default: FEATCACHE_IMAGES, else none]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@option(
+    "--json",
+    "as_json",
+    group=HelpGroup.REPORT,
+    is_flag=True,
+    help="Print what was written as JSON.",
+)
 def command(
     cache: Path,
     out: Path,

@@ -11,6 +11,8 @@ import click
 
 from featcache.catalog import home
 from featcache.console import text
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import FiniteRange
 from featcache.errors import UsageError
 from featcache.maintenance import remove, remove_features
@@ -18,18 +20,31 @@ from featcache.maintenance.garbage import find, remove_leftovers
 
 
 @click.command(
+    cls=Command,
+    section=Section.KEEP,
+    short_help="Remove what dead processes left, and unused caches.",
     epilog="Examples:\n\n  featcache gc --dry-run\n\n  featcache gc --unused 90\n\n"
-    "  featcache gc --unused 90 --yes"
+    "  featcache gc --unused 90 --yes",
 )
-@click.option(
+@option(
     "--unused",
+    group=HelpGroup.INPUT,
     type=FiniteRange(0),
     metavar="DAYS",
     help="Also list caches no training run used, and features no evaluation, for DAYS days.",
 )
-@click.option("--yes", is_flag=True, help="Do not ask: remove all that is listed.")
-@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@option(
+    "--yes", group=HelpGroup.RUNNING, is_flag=True, help="Do not ask: remove all that is listed."
+)
+@option(
+    "--dry-run",
+    group=HelpGroup.REPORT,
+    is_flag=True,
+    help="Say what would be removed, and remove nothing.",
+)
+@option(
+    "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the findings as JSON."
+)
 def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> None:
     """List temporary files, leases and half-removed caches of processes that are gone, ask, and
     remove them. Work of live ones is safe, and so is what featcache did not write.

@@ -8,16 +8,23 @@ from typing import Any
 import click
 
 from featcache.catalog import extract_command, ledger, serves
+from featcache.console.command import Command, Section
 from featcache.console.distortion_table import loss_lines
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.console.text import format_bytes, format_table, join_lines, print_facts
 from featcache.reading.cache import Cache
 from featcache.storage import manifest, statistics
 
 
-@click.command(epilog="Example:\n\n  featcache info caches/clip-b16-1a2b3c4d --json")
+@click.command(
+    cls=Command,
+    section=Section.LOOK,
+    short_help="Show what a cache holds, and which recipes it serves.",
+    epilog="Example:\n\n  featcache info caches/clip-b16-1a2b3c4d --json",
+)
 @click.argument("cache", type=LocalPath())
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
 def command(cache: Path, as_json: bool) -> None:
     """Show identity, completeness, sizes and statistics of CACHE, the recipes it can serve and the
     runs that used it."""

@@ -10,19 +10,25 @@ import click
 
 from featcache.catalog import home, kept_features, ledger
 from featcache.catalog.listing import describe
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.text import echo, format_bytes, format_json, format_table, join_lines
 
 
 @click.command(
+    cls=Command,
+    section=Section.LOOK,
+    short_help="List the caches that there are, and what they cost.",
     epilog="Examples:\n\n  featcache ls\n\n  FEATCACHE_HOME=/data/caches featcache ls --json\n\n"
-    "  featcache ls --costs"
+    "  featcache ls --costs",
 )
-@click.option(
+@option(
     "--costs",
+    group=HelpGroup.REPORT,
     is_flag=True,
     help="What extractions, runs and evaluations cost, by the run ledger, in place of the list.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
 def command(costs: bool, as_json: bool) -> None:
     """List the caches below $FEATCACHE_HOME: what they hold, how much of it is there, and who used
     them last; then the features that evaluations kept."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import SEED, LocalPath, LocalText
 from featcache.console.text import echo
 from featcache.errors import UsageError
@@ -14,27 +16,42 @@ from featcache.pictures.source import Source
 
 
 @click.command(
-    epilog="\b\nExamples:\n"
+    cls=Command,
+    section=Section.MAKE,
+    short_help="Pack pictures into tar shards, or into one FFCV file.",
+    epilog="Examples:\n"
     "  featcache pack photos packed --shard-size 1000\n"
     "  featcache pack imagenet/train shards --shard-size 1000 \\\n"
     "    --name train --resize 256\n"
     "  featcache pack 'old-{000000..000009}.tar' reshuffled \\\n"
     "    --shard-size 500 --seed 1\n"
-    "  featcache pack imagenet/train train.beton"
+    "  featcache pack imagenet/train train.beton",
 )
 @click.argument("src", type=LocalText())
 @click.argument("out", type=LocalPath())
-@click.option("--shard-size", type=int, help="Pictures a shard; needed for tars.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the shuffled order.")
-@click.option(
+@option("--shard-size", group=HelpGroup.INPUT, type=int, help="Pictures a shard; needed for tars.")
+@option(
+    "--seed",
+    group=HelpGroup.RUNNING,
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Of the shuffled order.",
+)
+@option(
     "--resize",
     "resize_px",
+    group=HelpGroup.INPUT,
     type=int,
     metavar="PX",
     help="Shorter side to PX pixels; never enlarges.",
 )
-@click.option(
-    "--name", "prefix", metavar="PREFIX", help="Shards are PREFIX-NNNNNN.tar.  [default: pictures]"
+@option(
+    "--name",
+    "prefix",
+    group=HelpGroup.INPUT,
+    metavar="PREFIX",
+    help="Shards are PREFIX-NNNNNN.tar.  [default: pictures]",
 )
 def command(
     src: str,
@@ -70,10 +87,10 @@ def _check_options(out: Path, shard_size: int | None, prefix: str | None, is_bet
             f"packing into {str(out)!r}: --shard-size N is needed for tars; give 1000, or name "
             "OUT.beton"
         )
-    for option, value in {"--shard-size": shard_size, "--name": prefix}.items() if is_beton else ():
+    for name, value in {"--shard-size": shard_size, "--name": prefix}.items() if is_beton else ():
         if value is not None:
             raise UsageError(
-                f"{option} {value}: {out.name} is one file without shards; leave {option} out"
+                f"{name} {value}: {out.name} is one file without shards; leave {name} out"
             )
 
 

@@ -9,6 +9,8 @@ import click
 
 from featcache.catalog.account import account
 from featcache.console import text
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import THREADS, LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar
 from featcache.pictures.open_source import open_source
@@ -20,35 +22,55 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Command,
+    section=Section.KEEP,
+    short_help="Fix what is damaged in a cache.",
     epilog="Examples:\n\n  featcache repair caches/clip-b16-1a2b3c4d\n\n"
     "  featcache repair caches/clip-b16-1a2b3c4d --images /mnt/other/train "
-    "--weights ViT-B-16.safetensors"
+    "--weights ViT-B-16.safetensors",
 )
 @click.argument("cache", type=LocalPath())
-@click.option(
+@option(
     "--images",
     "images_spec",
+    group=HelpGroup.INPUT,
     type=LocalText(),
     help="The pictures. [default: where they were at extraction]",
 )
-@click.option(
-    "--weights", type=LocalText(), help="The teacher's weights. [default: as at extraction]"
+@option(
+    "--weights",
+    group=HelpGroup.TEACHER,
+    type=LocalText(),
+    help="The teacher's weights. [default: as at extraction]",
 )
-@click.option(
+@option(
     "--teacher",
     "named",
+    group=HelpGroup.TEACHER,
     multiple=True,
     metavar="SPEC",
     help="The teacher, where it is a file of your own: a cache chooses no code and no file.",
 )
-@click.option(
+@option(
     "--parent",
+    group=HelpGroup.INPUT,
     type=LocalPath(),
     help="Of a derived cache: the one it was derived from. [default: where it was then]",
 )
-@click.option("--workers", type=THREADS, default=2, show_default=True, help="Decoding threads.")
-@click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@option(
+    "--workers",
+    group=HelpGroup.RUNNING,
+    type=THREADS,
+    default=2,
+    show_default=True,
+    help="Decoding threads.",
+)
+@option(
+    "--device", group=HelpGroup.RUNNING, help="cpu, cuda, ... [default: cuda where there is one]"
+)
+@option(
+    "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print what was done as JSON."
+)
 def command(
     cache: Path,
     images_spec: str | None,

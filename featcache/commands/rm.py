@@ -12,6 +12,8 @@ from pathlib import Path
 import click
 
 from featcache.console import text
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.errors import UsageError
 from featcache.maintenance import remove_features
@@ -19,12 +21,26 @@ from featcache.maintenance.remove import check_removable, folder_bytes, remove_c
 
 
 @click.command(
+    cls=Command,
+    section=Section.KEEP,
+    short_help="Remove caches, or features that evaluations kept.",
     epilog="Examples:\n\n  featcache rm caches/clip-b16-1a2b3c4d\n\n"
-    "  featcache rm caches/trial* --yes"
+    "  featcache rm caches/trial* --yes",
 )
 @click.argument("caches", nargs=-1, required=True, metavar="CACHE...", type=LocalPath())
-@click.option("--yes", is_flag=True, help="Do not ask. Needed where there is no terminal.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was removed as JSON.")
+@option(
+    "--yes",
+    group=HelpGroup.RUNNING,
+    is_flag=True,
+    help="Do not ask. Needed where there is no terminal.",
+)
+@option(
+    "--json",
+    "as_json",
+    group=HelpGroup.REPORT,
+    is_flag=True,
+    help="Print what was removed as JSON.",
+)
 def command(caches: tuple[Path, ...], yes: bool, as_json: bool) -> None:
     """Remove caches, or features that evaluations kept. A folder that is none of them, or that
     somebody writes into, is refused before anything is removed."""

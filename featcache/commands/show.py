@@ -10,6 +10,8 @@ import click
 
 from featcache.console import record_text
 from featcache.console.block_map import terminal_shades
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath, LocalText, images_variable
 from featcache.console.text import echo, join_lines, print_facts
 from featcache.errors import UsageError, UserError, command_line
@@ -21,21 +23,35 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog="\b\nExamples:\n"
+    cls=Command,
+    section=Section.LOOK,
+    short_help="Show one record of a cache: views, attention, mask order.",
+    epilog="Examples:\n"
     "  featcache show caches/clip-b16-1a2b3c4d n01440764/n01440764_10026\n"
-    "  featcache show caches/clip-b16-1a2b3c4d 17 --view 2 --out record.png --images train/"
+    "  featcache show caches/clip-b16-1a2b3c4d 17 --view 2 --out record.png --images train/",
 )
 @click.argument("cache", type=LocalPath())
 @click.argument("key", metavar="KEY|N")
-@click.option("--view", type=click.IntRange(0, 10**6), help="This view alone. [default: all]")
-@click.option("--out", type=LocalPath(), help="Draw the record into this new PNG file as well.")
-@click.option(
+@option(
+    "--view",
+    group=HelpGroup.VIEWS,
+    type=click.IntRange(0, 10**6),
+    help="This view alone. [default: all]",
+)
+@option(
+    "--out",
+    group=HelpGroup.INPUT,
+    type=LocalPath(),
+    help="Draw the record into this new PNG file as well.",
+)
+@option(
     "--images",
     "images_spec",
+    group=HelpGroup.INPUT,
     type=LocalText(),
     help="The pictures that --out draws views from. [default: FEATCACHE_IMAGES, else none]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
 def command(
     cache: Path,
     key: str,

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.text import echo, format_json, format_table
 
 HEAD = (
@@ -14,8 +16,13 @@ HEAD = (
 )  # fmt: skip
 
 
-@click.command(epilog="Example:\n\n  featcache teachers --json")
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+@click.command(
+    cls=Command,
+    section=Section.LOOK,
+    short_help="List the teachers that are known by name.",
+    epilog="Example:\n\n  featcache teachers --json",
+)
+@option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the table as JSON.")
 def command(as_json: bool) -> None:
     """List the teachers known by name, what they cost, and whether their weights are on this
     machine. Asks no network."""

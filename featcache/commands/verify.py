@@ -10,6 +10,8 @@ import click
 
 from featcache.catalog import extract_command
 from featcache.console import text
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import SEED, LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar
 from featcache.errors import UserError, command_line
@@ -19,35 +21,55 @@ from featcache.views import pixel_path
 
 
 @click.command(
+    cls=Command,
+    section=Section.KEEP,
+    short_help="Compare a cache with its checksums, or with its teacher.",
     epilog="Examples:\n\n  featcache verify caches/clip-b16-1a2b3c4d\n\n"
-    "  featcache verify caches/clip-b16-1a2b3c4d --recompute 64 --images train/"
+    "  featcache verify caches/clip-b16-1a2b3c4d --recompute 64 --images train/",
 )
 @click.argument("cache", type=LocalPath())
-@click.option(
+@option(
     "--recompute",
+    group=HelpGroup.CHECKS,
     type=click.IntRange(0, 10**9),
     default=0,
     help="Also run the teacher on N random rows.",
 )
-@click.option(
+@option(
     "--images",
     "images_spec",
+    group=HelpGroup.INPUT,
     type=LocalText(),
     help="The pictures. [default: where they were at extraction]",
 )
-@click.option(
-    "--weights", type=LocalText(), help="The teacher's weights. [default: as at extraction]"
+@option(
+    "--weights",
+    group=HelpGroup.TEACHER,
+    type=LocalText(),
+    help="The teacher's weights. [default: as at extraction]",
 )
-@click.option(
+@option(
     "--teacher",
     "named",
+    group=HelpGroup.TEACHER,
     multiple=True,
     metavar="SPEC",
     help="The teacher, where it is a file of your own: a cache chooses no code and no file.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Which rows are recomputed.")
-@click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@option(
+    "--seed",
+    group=HelpGroup.CHECKS,
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Which rows are recomputed.",
+)
+@option(
+    "--device", group=HelpGroup.RUNNING, help="cpu, cuda, ... [default: cuda where there is one]"
+)
+@option(
+    "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the findings as JSON."
+)
 def command(
     cache: Path,
     recompute: int,

@@ -17,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 from featcache.console import config_text, config_value
+from featcache.console.option import HelpGroup, Option
 from featcache.console.params import LocalPath
 from featcache.console.text import echo
 from featcache.errors import UsageError, UserError, near, short
@@ -61,6 +62,8 @@ class Rules:
     soft: Sequence[str] = ()
     # reads the options that a run was made with, for a command that goes on with one
     recorded: OptionsOf | None = None
+    # parameters with choices: any other value is a setting of that name
+    choice_or_setting: Sequence[str] = ()
 
 
 def accepts(
@@ -70,9 +73,12 @@ def accepts(
     also_settings: Sequence[str] = (),
     soft: Sequence[str] = (),
     recorded: OptionsOf | None = None,
+    choice_or_setting: Sequence[str] = (),
 ) -> Callable[[click.Command], click.Command]:
     """Give a command the options --config and --print-config; the arguments are those of Rules."""
-    rules = Rules(settings, own_code or {}, rivals or {}, also_settings, soft, recorded)
+    rules = Rules(
+        settings, own_code or {}, rivals or {}, also_settings, soft, recorded, choice_or_setting
+    )
 
     def with_file(command: click.Command) -> click.Command:
         body = command.callback
@@ -96,16 +102,18 @@ def _options(rules: Rules) -> list[click.Parameter]:
     held = " or settings" if rules.settings else ""
     run = " A run's config.json is one of settings." if rules.settings else ""
     return [
-        click.Option(
+        Option(
             ["--config"],
+            group=HelpGroup.FILE,
             type=LocalPath(),
             is_eager=True,
             expose_value=rules.settings is not None,
             callback=functools.partial(_read_into, rules),
             help=f"YAML, TOML or JSON file of options{held}; the command line wins.{run}",
         ),
-        click.Option(
+        Option(
             ["--print-config"],
+            group=HelpGroup.FILE,
             is_flag=True,
             expose_value=False,
             callback=lambda ctx, _, asked: ctx.meta.update({f"{_META}.print": asked}),
@@ -195,7 +203,7 @@ def _sorted_out(
     named = values.pop("set", {})
     if not isinstance(named, dict):
         raise UsageError(f"{where}: set: {short(named)} given; settings by name are needed")
-    flat = {key for key, value in values.items() if _is_setting(known, key, value)}
+    flat = {key for key, value in values.items() if _is_setting(rules, known, key, value)}
     if twice := flat & set(named):
         raise UsageError(f"{where}: {min(twice)!r} is there twice, under set and beside it")
     options = {key: value for key, value in values.items() if key not in flat}
@@ -215,13 +223,13 @@ def _settings_of_record(
     return settings
 
 
-def _is_setting(known: Mapping[str, click.Parameter], key: str, value: Any) -> bool:
+def _is_setting(rules: Rules, known: Mapping[str, click.Parameter], key: str, value: Any) -> bool:
     """Tell settings from options: `teacher: cached` is the option, and `teacher: dino-b16` the
     setting, since it is none of the option's choices."""
     param = known.get(key.replace("_", "-"))
     if param is None:
         return True
-    if param.multiple or not isinstance(param.type, click.Choice):
+    if param.name not in rules.choice_or_setting or not isinstance(param.type, click.Choice):
         return False
     return isinstance(value, str) and value not in param.type.choices
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from featcache.console.command import CommandList
 from featcache.console.text import echo
 from featcache.errors import COMMAND_WRONG, WORK_FAILED, UserError, one_line, printable
 from featcache.runtime import compiler, imports, signals, streams, user_file
@@ -150,7 +151,7 @@ def _is_thread_limit(error: RuntimeError) -> bool:
     return "can't start new thread" in str(error)
 
 
-class CommandFolder(click.Group):
+class CommandFolder(CommandList):
     """A group finds its commands in the files of a package; each has a click command named
     `command`.
 

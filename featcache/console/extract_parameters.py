@@ -6,18 +6,25 @@ import os
 
 import click
 
+from featcache.console.option import HelpGroup, Option
 from featcache.console.params import (
     BATCH,
     COUNT,
+    MASK_ORDERS,
+    PRECISIONS,
     THREADS,
+    TOKEN_ORDERS,
+    Choice,
     CountOrAuto,
     FloatPair,
     LocalPath,
     LocalText,
 )
 from featcache.storage.store import STORES
+from featcache.targets import codec_names
 from featcache.views import pixel_path
-from featcache.views.policy import POLICIES
+from featcache.views.policy import AREA, POLICIES
+from featcache.views.render import FILTERS
 
 
 def parameters() -> list[click.Parameter]:
@@ -28,37 +35,45 @@ def parameters() -> list[click.Parameter]:
 def _targets() -> list[click.Parameter]:
     """Return the options that name teachers, pictures and levels."""
     return [
-        click.Option(
+        Option(
             ["--teacher", "names"],
+            group=HelpGroup.INPUT,
             type=LocalText(),
             multiple=True,
             help="Name, or NAME,key=value,...; `featcache teachers` lists them. "
             "Several: one pass over the same views.",
         ),
-        click.Option(
+        Option(
             ["--for", "recipes"],
+            group=HelpGroup.INPUT,
             type=LocalText(),
             metavar="RECIPE[,RECIPE]",
             help="Make what these recipes read by default, where no other option says it: "
             "--teacher, --levels, --size, --scale, --jitter. A name, or your own ./mine.py.",
         ),
-        click.Option(
+        Option(
             ["--images", "images_spec"],
+            group=HelpGroup.INPUT,
             type=LocalText(),
             help="Folder of pictures, webdataset tars or .beton. [default: $FEATCACHE_IMAGES]",
         ),
-        click.Option(
-            ["--out"], type=LocalPath(), help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]"
+        Option(
+            ["--out"],
+            group=HelpGroup.INPUT,
+            type=LocalPath(),
+            help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]",
         ),
-        click.Option(
+        Option(
             ["--views", "view_count"],
+            group=HelpGroup.VIEWS,
             type=COUNT,
             default=1,
             show_default=True,
             help="Views drawn of each picture.",
         ),
-        click.Option(
+        Option(
             ["--levels"],
+            group=HelpGroup.STORAGE,
             multiple=True,
             help="Blocks to store: last:N, a list such as 8,10,12 or -1,-3 from the end, or all; "
             "TEACHER=... for one. [default: last:5]",
@@ -69,80 +84,104 @@ def _targets() -> list[click.Parameter]:
 def _views() -> list[click.Parameter]:
     """Return the options of how views are drawn."""
     return [
-        click.Option(
+        Option(
             ["--policy", "policy_name"],
+            group=HelpGroup.VIEWS,
             type=LocalText(),
             default="default",
             show_default=True,
             help=f"How views are drawn: {', '.join(POLICIES)} or a .json file.",
         ),
-        click.Option(
-            ["--size"], type=int, help="Pixels of a view, a side. [default: the policy's, 224]"
+        Option(
+            ["--size"],
+            group=HelpGroup.VIEWS,
+            type=int,
+            help="Pixels of a view, a side. [default: the policy's, 224]",
         ),
-        click.Option(
+        Option(
             ["--scale"],
+            group=HelpGroup.VIEWS,
             type=FloatPair(),
             help="Share of the picture's area in a view. [default: the policy's, 0.2,1]",
         ),
-        click.Option(
+        Option(
             ["--ratio"],
+            group=HelpGroup.VIEWS,
             type=FloatPair(),
             help="Width / height of a view. [default: the policy's, 3/4,4/3]",
         ),
-        click.Option(
+        Option(
             ["--filter", "filter_name"],
-            help="bicubic, bilinear or lanczos; area with FFCV. [default: the policy's, bicubic]",
+            group=HelpGroup.VIEWS,
+            type=Choice([*FILTERS, AREA]),
+            help="How pixels are resampled; area with FFCV alone. [default: the policy's, bicubic]",
         ),
-        click.Option(
+        Option(
             ["--flip"],
+            group=HelpGroup.VIEWS,
             type=float,
             help="Probability of a mirrored view. [default: the policy's, 0.5]",
         ),
-        click.Option(
+        Option(
             ["--jitter"],
+            group=HelpGroup.VIEWS,
             type=float,
             help="Largest change of brightness, contrast, saturation. [default: the policy's, 0]",
         ),
-        click.Option(["--seed"], type=int, help="Seed of the views. [default: the policy's, 0]"),
+        Option(
+            ["--seed"],
+            group=HelpGroup.VIEWS,
+            type=int,
+            help="Seed of the views. [default: the policy's, 0]",
+        ),
     ]
 
 
 def _storage() -> list[click.Parameter]:
     """Return the options of what is stored of a view."""
     return [
-        click.Option(
+        Option(
             ["--order"],
-            help="Stored mask order: attentive, topk or uniform. [default: attentive; uniform for "
+            group=HelpGroup.STORAGE,
+            type=Choice(MASK_ORDERS),
+            help="Stored mask order: by attention, or by chance. [default: attentive; uniform for "
             "a teacher without attention]",
         ),
-        click.Option(
+        Option(
             ["--codec"],
+            group=HelpGroup.STORAGE,
+            type=Choice(codec_names.NAMES),
             default="fp16",
             show_default=True,
             help="How features are stored: fp16, or q8, t4, t3 of 8, 4, 3 bits.",
         ),
-        click.Option(
+        Option(
             ["--store", "store_name"],
-            type=click.Choice(list(STORES)),
+            group=HelpGroup.STORAGE,
+            type=Choice(list(STORES)),
             default="zarr",
             show_default=True,
             help="Zarr v3 arrays, or tars.",
         ),
-        click.Option(
+        Option(
             ["--tokens"],
+            group=HelpGroup.STORAGE,
+            type=Choice(TOKEN_ORDERS),
             default="raster",
             show_default=True,
             help="Order of patches: raster, as in the picture; ranked, in mask order, "
             "of which the first can be read or kept.",
         ),
-        click.Option(
+        Option(
             ["--keep"],
+            group=HelpGroup.STORAGE,
             help="With --tokens ranked: store only the first N patches of a view, or a share such "
             "as 0.3.",
         ),
-        click.Option(
+        Option(
             ["--pixels"],
-            type=click.Choice(["raw"]),
+            group=HelpGroup.STORAGE,
+            type=Choice(["raw"]),
             help="raw: store the rendered views, so training decodes nothing.",
         ),
     ]
@@ -151,16 +190,18 @@ def _storage() -> list[click.Parameter]:
 def _pixels() -> list[click.Parameter]:
     """Return the options of how pictures become pixels."""
     return [
-        click.Option(
+        Option(
             ["--decoder"],
-            type=click.Choice(pixel_path.DECODERS),
+            group=HelpGroup.VIEWS,
+            type=Choice(pixel_path.DECODERS),
             default="pillow",
             show_default=True,
             help="ffcv: a .beton through FFCV's own decode and resize: other pixels than Pillow's. "
             "Training does the same.",
         ),
-        click.Option(
+        Option(
             ["--exif"],
+            group=HelpGroup.VIEWS,
             is_flag=True,
             help="Turn pictures as their EXIF orientation says, which is ignored otherwise. "
             "Training does the same.",
@@ -171,26 +212,31 @@ def _pixels() -> list[click.Parameter]:
 def _teacher() -> list[click.Parameter]:
     """Return the options of how the teacher runs."""
     return [
-        click.Option(
+        Option(
             ["--weights"],
+            group=HelpGroup.TEACHER,
             type=LocalText(),
             multiple=True,
             help="FILE, a tag, or random:SEED for a trial; TEACHER=... for one. "
             "[default: the pretrained ones]",
         ),
-        click.Option(
+        Option(
             ["--precision"],
+            group=HelpGroup.TEACHER,
+            type=Choice(PRECISIONS),
             default="fp32",
             show_default=True,
             help="Of the teacher: fp32, or autocast to bf16 or fp16, or tf32.",
         ),
-        click.Option(
+        Option(
             ["--compile", "compiled"],
+            group=HelpGroup.TEACHER,
             is_flag=True,
             help="torch.compile the teacher: minutes first, then faster.",
         ),
-        click.Option(
+        Option(
             ["--check-teacher", "labelled"],
+            group=HelpGroup.CHECKS,
             type=LocalText(),
             metavar="LABELLED",
             help="First a k-NN score on these labelled pictures.",
@@ -201,8 +247,9 @@ def _teacher() -> list[click.Parameter]:
 def _running() -> list[click.Parameter]:
     """Return the options of how the work is done, and of what is told."""
     return [
-        click.Option(
+        Option(
             ["--rows-per-shard"],
+            group=HelpGroup.STORAGE,
             type=CountOrAuto(),
             default="auto",
             show_default=True,
@@ -210,43 +257,59 @@ def _running() -> list[click.Parameter]:
             "or a sixteenth of all, whichever is least, but at least 64; a cache that was begun "
             "keeps its own.",
         ),
-        click.Option(
+        Option(
             ["--batch-size"],
+            group=HelpGroup.RUNNING,
             type=BATCH,
             default=32,
             show_default=True,
             help="Views a teacher batch.",
         ),
-        click.Option(
+        Option(
             ["--workers"],
+            group=HelpGroup.RUNNING,
             type=THREADS,
             default=os.cpu_count() or 1,
             help="Decoding threads. [default: cores]",
         ),
-        click.Option(
-            ["--device"], help="cpu, cuda, cuda:1, ... [default: cuda where there is one]"
+        Option(
+            ["--device"],
+            group=HelpGroup.RUNNING,
+            help="cpu, cuda, cuda:1, ... [default: cuda where there is one]",
         ),
-        click.Option(
+        Option(
             ["--devices"],
+            group=HelpGroup.SHARING,
             help="all, or a list such as cuda:0,cuda:1: one process each, on one cache.",
         ),
-        click.Option(
+        Option(
             ["--shard", "share"],
+            group=HelpGroup.SHARING,
             help="I/N: only shards I, I + N, ...; I counts from 0. For job arrays.",
         ),
-        click.Option(
+        Option(
             ["--add"],
+            group=HelpGroup.INPUT,
             is_flag=True,
             help="Add views, levels or a second teacher to the cache at --out.",
         ),
-        click.Option(
-            ["--strict"], is_flag=True, help="Stop at the first picture that cannot be used."
+        Option(
+            ["--strict"],
+            group=HelpGroup.CHECKS,
+            is_flag=True,
+            help="Stop at the first picture that cannot be used.",
         ),
-        click.Option(
+        Option(
             ["--dry-run"],
+            group=HelpGroup.REPORT,
             is_flag=True,
             help="Say what would be written, whether the disk has room, and the hours by the pace "
             "of one batch; write nothing.",
         ),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print the summary as JSON."),
+        Option(
+            ["--json", "as_json"],
+            group=HelpGroup.REPORT,
+            is_flag=True,
+            help="Print the summary as JSON.",
+        ),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from featcache.errors import UsageError
+from featcache.errors import UsageError, near, short
 from featcache.pictures.source import ALLOWED
 from featcache.runtime.local_path import local_path
 
@@ -33,6 +33,15 @@ class FloatPair(click.ParamType):
                 ctx,
             )
         return low, high
+
+
+class Choice(click.Choice[str]):
+    """One option takes a word of a closed set, and proposes near ones."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            self.fail(f"{short(value)} given; {near(str(value), self.choices)}", param, ctx)
+        return str(value)
 
 
 class FiniteRange(click.FloatRange):
@@ -59,6 +68,11 @@ class CountOrAuto(click.ParamType):
             return "auto"
         return int(COUNT.convert(value, param, ctx))
 
+
+# closed sets of modules that import torch, which no help waits for
+MASK_ORDERS = ("attentive", "topk", "uniform")
+TOKEN_ORDERS = ("raster", "ranked")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of a teacher
 
 SEED = click.IntRange(0, 2**63 - 1)  # what a view policy allows, and torch's generator takes
 # more is a mistake, of which memory, or the disk, would tell late

@@ -17,8 +17,10 @@ from typing import Any
 
 import click
 
+from featcache.console.command import Command, CommandList
 from featcache.console.entry import entry
-from featcache.console.params import LocalPath
+from featcache.console.option import HelpGroup, Option
+from featcache.console.params import Choice, LocalPath
 from featcache.console.text import echo
 from featcache.errors import UsageError, command_line
 from featcache.storage import json_file
@@ -35,7 +37,7 @@ from pipelines.seeds import parse_seeds
 TABLES = ("models", "finetune")  # each is a file beside this one, with its TABLE
 
 
-class _Tables(click.Group):
+class _Tables(CommandList):
     """Offers one command for each table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -45,7 +47,7 @@ class _Tables(click.Group):
         return _command(name) if name in TABLES else None
 
 
-@click.group(cls=_Tables)
+@click.group(cls=_Tables, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Make a table of students against each other; the same command goes on where it stopped."""
 
@@ -53,22 +55,41 @@ def cli() -> None:
 def _command(name: str) -> click.Command:
     module = importlib.import_module(f"pipelines.ablate.{name}")
     options: list[click.Parameter] = [
-        click.Option(
-            ["--scale"], type=click.Choice(list(SCALES)), default="digits", show_default=True
+        Option(
+            ["--scale"],
+            group=HelpGroup.INPUT,
+            type=Choice(list(SCALES)),
+            default="digits",
+            show_default=True,
+            help="Pictures, teacher and students: how large they are.",
         ),
-        click.Option(["--out"], type=LocalPath(), help="[default: ablate/TABLE-SCALE]"),
-        click.Option(["--seeds"], help="Such as 0,1. [default: the scale's]"),
-        click.Option(
-            ["--reduced"], is_flag=True, help="A few epochs: shows that all runs, decides nothing."
+        Option(
+            ["--out"],
+            group=HelpGroup.INPUT,
+            type=LocalPath(),
+            help="Folder of all that is made. [default: ablate/TABLE-SCALE]",
         ),
-        click.Option(
+        Option(["--seeds"], group=HelpGroup.TRAINING, help="Such as 0,1. [default: the scale's]"),
+        Option(
+            ["--reduced"],
+            group=HelpGroup.TRAINING,
+            is_flag=True,
+            help="A few epochs: shows that all runs, decides nothing.",
+        ),
+        Option(
             ["--clipart", "clipart_folder"],
+            group=HelpGroup.INPUT,
             type=LocalPath(),
             default=clipart.ROOT,
             show_default=True,
             help="Where the package openclipart-png lies.",
         ),
-        click.Option(["--dry-run"], is_flag=True, help="List the jobs, and which are done."),
+        Option(
+            ["--dry-run"],
+            group=HelpGroup.REPORT,
+            is_flag=True,
+            help="List the jobs, and which are done.",
+        ),
     ]
 
     def run(**given: Any) -> None:
@@ -76,7 +97,14 @@ def _command(name: str) -> click.Command:
 
     example = f"Example:\n\n  python -m pipelines.ablate {name} --scale digits --out {name}"
     summary = (module.__doc__ or "").partition("\n\n")[0].replace("The table", "Make the table")
-    return click.Command(name, params=options, callback=run, help=summary, epilog=example)
+    return Command(
+        name,
+        params=options,
+        callback=run,
+        help=summary,
+        short_help=module.TITLE,
+        epilog=example,
+    )
 
 
 def make_table(

@@ -12,6 +12,7 @@ from pipelines.ablate.table import Column, Ordering, Row, Table
 FEW, ALL = "finetune-shots", "finetune-all"
 IMAGENET = "ImageNet-1k, ViT-B from CLIP-B/16, fine-tuned"
 
+TITLE = "Students that are fine-tuned, with few labels and with all."
 TABLE = Table(
     title="Students fine-tuned",
     rows=(

@@ -12,6 +12,7 @@ from pipelines.ablate.table import Column, Ordering, Row, Table
 LINEAR = "linear-cls"
 IMAGENET = "ImageNet-1k, ViT-B from CLIP-B/16, linear"
 
+TITLE = "A teacher, its students, and a student that learnt nothing."
 TABLE = Table(
     title="What a teacher and its students know",
     rows=(

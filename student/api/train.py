@@ -65,7 +65,7 @@ def train(
     size: int | None = None,
     config: Text | None = None,
     settings: SettingsGiven = (),
-    precision: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     device: str | None = None,
     decoder: Literal["pillow", "ffcv"] | None = None,
     exif: bool = False,

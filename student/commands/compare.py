@@ -6,17 +6,22 @@ from pathlib import Path
 
 import click
 
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.console.text import print_facts
 from featcache.errors import UsageError, UserError
 
 
 @click.command(
+    cls=Command,
+    section=Section.LOOK,
+    short_help="Put runs side by side: settings, losses, scores.",
     epilog="Examples:\n\n  student compare runs/mralign-s0 runs/mralign-mask60\n\n"
-    "  student compare runs/a runs/b --json && echo 'an ablation'"
+    "  student compare runs/a runs/b --json && echo 'an ablation'",
 )
 @click.argument("runs", type=LocalPath(), nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
 def command(runs: tuple[Path, ...], as_json: bool) -> None:
     """Compare RUNS: settings that differ, losses at the same steps, scores with intervals.
 

@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from featcache.console import config_file
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath, LocalText
 from featcache.console.text import join_lines, print_facts
 from featcache.errors import UsageError, UserError
@@ -30,13 +32,23 @@ class _Rows:
 
 
 @click.command(
+    cls=Command,
+    section=Section.TRAIN,
+    short_help="Write features of pictures to a file.",
     epilog="Examples:\n\n  student embed runs/mralign-s0 --images val/ -o val.npy\n\n"
-    "  student embed --teacher clip-b16 --images val/ --pool mean -o val.parquet"
+    "  student embed --teacher clip-b16 --images val/ --pool mean -o val.parquet",
 )
-@click.option("--images", "images_spec", type=LocalText(), help="Pictures; they need no labels.")
-@click.option(
+@option(
+    "--images",
+    "images_spec",
+    group=HelpGroup.INPUT,
+    type=LocalText(),
+    help="Pictures; they need no labels.",
+)
+@option(
     "-o",
     "--out",
+    group=HelpGroup.INPUT,
     type=LocalPath(),
     required=True,
     help="FILE.npy (and FILE.json with keys and labels beside it), or FILE.parquet.",
@@ -90,7 +102,7 @@ def _embed(out: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 command.params += eval_options.parameters()
-command = config_file.accepts(own_code={"teacher_spec": config_file.is_registered})(command)
+config_file.accepts(own_code={"teacher_spec": config_file.is_registered})(command)
 
 
 def _check_out(out: Path) -> None:

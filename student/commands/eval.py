@@ -9,11 +9,12 @@ import click
 from click.core import ParameterSource
 
 from featcache.console import config_file
+from featcache.console.command import Command, CommandList, Section
 from featcache.console.text import first_paragraph
 from student.setup import eval_options, eval_parameters
 
 
-class _Evals(click.Group):
+class _Evals(CommandList):
     """Offers one command for each file in student/evals."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -27,7 +28,12 @@ class _Evals(click.Group):
         return _eval_command(name, evals.load(name))
 
 
-@click.group("eval", cls=_Evals)
+@click.group(
+    "eval",
+    cls=_Evals,
+    section=Section.TRAIN,
+    short_help="Judge frozen features, or fine-tune, on labelled pictures.",
+)
 def command() -> None:
     """Accuracy of frozen features on labelled pictures, by the papers' protocols.
 
@@ -48,7 +54,7 @@ def _eval_command(name: str, module: Any) -> click.Command:
         found = evaluate.carry_out(name, given, chosen, TERMINAL, eval_options.stage_bars)
         found.print(as_json)
 
-    command = click.Command(
+    command = Command(
         name,
         params=eval_parameters.parameters(module),
         callback=run,

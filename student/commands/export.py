@@ -6,12 +6,16 @@ from typing import Any
 
 import click
 
+from featcache.console.command import Command, Section
 from featcache.console.text import print_facts
 from student import exporting
 from student.setup import export_parameters
 
 
 @click.command(
+    cls=Command,
+    section=Section.TRAIN,
+    short_help="Write an encoder for timm, transformers, ONNX and others.",
     params=export_parameters.parameters(exporting.names()),
     epilog="Examples:\n\n  student export runs/mralign-s0 --format timm --out mralign-timm\n\n"
     "  student export RUN --format hf --checkpoint 5000 --ema --images val/ --out DIR\n\n"

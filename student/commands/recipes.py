@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.text import first_paragraph, print_facts
 from featcache.errors import UsageError
 
@@ -14,23 +16,28 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Command,
+    section=Section.LOOK,
+    short_help="List the recipes, or show the settings of one.",
     epilog="Examples:\n\n  student recipes\n\n  student recipes mralign --set encoder=large"
-    "\n\n  student recipes mralign --json > mralign.json"
+    "\n\n  student recipes mralign --json > mralign.json",
 )
 @click.argument("name", required=False)
-@click.option(
+@option(
     "--set",
     "settings",
+    group=HelpGroup.INPUT,
     multiple=True,
     metavar="KEY=VALUE",
     help="Show the configuration with this change.",
 )
-@click.option(
+@option(
     "--schema",
+    group=HelpGroup.REPORT,
     is_flag=True,
     help="Print as JSON of each setting its value, default, type, what is allowed and its meaning.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print as JSON.")
 def command(name: str | None, settings: tuple[str, ...], schema: bool, as_json: bool) -> None:
     """List the recipes, or show one recipe's paper trail and what each of its settings means."""
     if name is not None:

@@ -7,37 +7,59 @@ from pathlib import Path
 
 import click
 
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import SEED, LocalPath, LocalText, images_variable
 from featcache.console.text import echo, format_bytes, print_facts
 from featcache.errors import one_line
 
 
 @click.command(
+    cls=Command,
+    section=Section.LOOK,
+    short_help="Make one HTML page of runs.",
     epilog="Examples:\n\n  student report runs/mralign-s0 --out report.html\n\n"
-    "  student report runs/a runs/b --cache CACHE --images train/ --out ablation.html"
+    "  student report runs/a runs/b --cache CACHE --images train/ --out ablation.html",
 )
 @click.argument("runs", type=LocalPath(), nargs=-1, required=True)
-@click.option("--out", type=LocalPath(), required=True, metavar="FILE.html", help="The page.")
-@click.option(
+@option(
+    "--out",
+    group=HelpGroup.INPUT,
+    type=LocalPath(),
+    required=True,
+    metavar="FILE.html",
+    help="The page.",
+)
+@option(
     "--cache",
+    group=HelpGroup.INPUT,
     type=LocalPath(),
     help="Whose views are shown. [default: the runs' own, below $FEATCACHE_HOME]",
 )
-@click.option(
+@option(
     "--images",
+    group=HelpGroup.INPUT,
     type=LocalText(),
     metavar="SRC",
     help="Pictures to show to the models. [default: $FEATCACHE_IMAGES]",
 )
-@click.option(
+@option(
     "--count",
+    group=HelpGroup.INPUT,
     type=click.IntRange(1, 64),
     default=4,
     show_default=True,
     help="Pictures that are shown.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of their choice.")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@option(
+    "--seed",
+    group=HelpGroup.INPUT,
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Of their choice.",
+)
+@option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the facts as JSON.")
 def command(
     runs: tuple[Path, ...],
     out: Path,

@@ -6,22 +6,28 @@ from pathlib import Path
 
 import click
 
+from featcache.console.command import Command, Section
+from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.console.text import echo, format_json
 from featcache.errors import one_line
 
 
 @click.command(
+    cls=Command,
+    section=Section.LOOK,
+    short_help="List the runs below a folder: how far, and how good.",
     epilog="Examples:\n\n  student runs\n\n  student runs /data/runs --sort linear/test\n\n"
-    "  student runs --json"
+    "  student runs --json",
 )
 @click.argument("folder", type=LocalPath(), default=Path("runs"), required=False)
-@click.option(
+@option(
     "--sort",
+    group=HelpGroup.REPORT,
     metavar="SCORE",
     help="Best first by the newest score of this protocol, or of PROTOCOL/TEST.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
 def command(folder: Path, sort: str | None, as_json: bool) -> None:
     """List the runs below FOLDER (runs/ else): recipe, state, step, loss, learning rate, newest
     scores, size on disk and the time of the last row.

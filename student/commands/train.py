@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from featcache.console import config_file
+from featcache.console.command import Command, Section
 from student.setup import train_parameters
 
 
@@ -36,10 +37,14 @@ def _recorded(run: Path) -> dict[str, Any]:
     rivals={"epochs": "steps", "steps": "epochs"},
     also_settings=("epochs",),
     recorded=_recorded,
+    choice_or_setting=("teacher",),
 )
 @click.command(
+    cls=Command,
+    section=Section.TRAIN,
+    short_help="Train a student by a recipe.",
     params=train_parameters.parameters(),
-    epilog="\b\nExamples:\n  student train --images train/ --epochs 200\n"
+    epilog="Examples:\n  student train --images train/ --epochs 200\n"
     "  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d "
     "--batch-size 256\n"
     "  student train --recipe maskalign --images train/ --set encoder=small "

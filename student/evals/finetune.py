@@ -1,4 +1,4 @@
-"""Fine-tune an encoder with a new head, by the recipe's own publication.
+"""Fine-tune an encoder with a new head, by its recipe's paper.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, appendix A.2, as in the
 released code (facebookresearch/mae main_finetune.py): mean of the patches, a norm and a linear

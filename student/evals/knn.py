@@ -1,4 +1,6 @@
-"""Classify frozen features by weighted k-nearest neighbours: no training, no seed, one number.
+"""Classify frozen features by weighted k-nearest neighbours.
+
+There is no training, no seed, one number.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021: cosine
 similarity between the centre views of test and training pictures; each of the k nearest training

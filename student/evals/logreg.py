@@ -1,4 +1,6 @@
-"""Classify frozen features by logistic regression, with a sweep over its regularisation.
+"""Classify frozen features by logistic regression.
+
+A sweep chooses its regularisation.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP),
 ICML 2021, appendix A.3: scikit-learn's logistic regression by L-BFGS, its C swept on a logarithmic

@@ -1,4 +1,4 @@
-"""Train a linear probe on what an encoder makes of the patches that its teacher attends to most.
+"""Train a linear probe on the patches that the teacher attends to.
 
 Hou et al., "MILAN: Masked Image Pretraining on Language Assisted Representation" (arXiv
 2208.06049), the semantic-aware probe, by zejiangh/MILAN models_probe.py: the [CLS] row of the

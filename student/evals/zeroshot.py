@@ -1,4 +1,6 @@
-"""Classify pictures by texts: a student of a CLIP through its teacher's text tower.
+"""Classify pictures by texts, for a student of a CLIP.
+
+The texts go through its teacher's text tower.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP),
 ICML 2021, section 3.1: the names of the classes, in the sentences of templates, are embedded by the

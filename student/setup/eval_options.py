@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featcache.console.params import BATCH, CROP_SHARE, LocalPath, LocalText
+from featcache.console.option import HelpGroup, Option
+from featcache.console.params import BATCH, CROP_SHARE, Choice, LocalPath, LocalText
 from featcache.console.progress_bar import eta
 from featcache.errors import UsageError
 
@@ -23,11 +24,17 @@ def parameters(*, pools: bool = True) -> list[click.Parameter]:
     """Return the parameters; without `pools` there are no --pool and no --blocks, which `filled`
     then fills in."""
     pool = [
-        click.Option(
-            ["--pool"], default="cls", show_default=True, help="cls or mean of the patch tokens."
+        Option(
+            ["--pool"],
+            group=HelpGroup.FEATURES,
+            type=Choice(["cls", "mean"]),
+            default="cls",
+            show_default=True,
+            help="The token [CLS], or the mean of the patches' tokens.",
         ),
-        click.Option(
+        Option(
             ["--blocks"],
+            group=HelpGroup.FEATURES,
             type=click.IntRange(1, 256),
             default=1,
             show_default=True,
@@ -36,51 +43,71 @@ def parameters(*, pools: bool = True) -> list[click.Parameter]:
     ]
     return [
         click.Argument(["run"], required=False, type=LocalPath()),
-        click.Option(
+        Option(
             ["--checkpoint"],
+            group=HelpGroup.INPUT,
             type=click.IntRange(0, 10**12),
             metavar="STEP",
             help="That checkpoint of RUN. [default: the newest]",
         ),
-        click.Option(
-            ["--ema"], is_flag=True, help="The average of RUN's weights, which train --ema keeps."
+        Option(
+            ["--ema"],
+            group=HelpGroup.INPUT,
+            is_flag=True,
+            help="The average of RUN's weights, which train --ema keeps.",
         ),
-        click.Option(
+        Option(
             ["--teacher", "teacher_spec"],
+            group=HelpGroup.INPUT,
             type=LocalText(),
             help="Evaluate a teacher in place of RUN.",
         ),
-        click.Option(["--weights"], type=LocalText(), help="The teacher's weights."),
+        Option(
+            ["--weights"], group=HelpGroup.INPUT, type=LocalText(), help="The teacher's weights."
+        ),
         *(pool if pools else ()),
-        click.Option(
+        Option(
             ["--crop-pct"],
+            group=HelpGroup.FEATURES,
             type=CROP_SHARE,
             default=0.875,
             show_default=True,
             help="Share of the shorter side that the centre crop has.",
         ),
-        click.Option(
+        Option(
             ["--embed-batch"],
+            group=HelpGroup.RUNNING,
             type=BATCH,
             default=64,
             show_default=True,
             help="Pictures embedded at once.",
         ),
-        click.Option(
+        Option(
             ["--skip-bad"],
+            group=HelpGroup.FEATURES,
             type=click.IntRange(0, 10**9),
             default=0,
             show_default=True,
             help="Pictures that may be left out because they cannot be decoded.",
         ),
-        click.Option(
+        Option(
             ["--keep/--no-keep"],
+            group=HelpGroup.FEATURES,
             default=True,
             show_default=True,
             help="Keep features below $FEATCACHE_HOME/features for the next evaluation.",
         ),
-        click.Option(["--device"], help="cpu, cuda, ... [default: cuda where there is one]"),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
+        Option(
+            ["--device"],
+            group=HelpGroup.RUNNING,
+            help="cpu, cuda, ... [default: cuda where there is one]",
+        ),
+        Option(
+            ["--json", "as_json"],
+            group=HelpGroup.REPORT,
+            is_flag=True,
+            help="Print the result as JSON.",
+        ),
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from featcache.console.option import HelpGroup, Option
 from featcache.console.params import SEED, FiniteRange, LocalText
 from student.setup import eval_options, finetune_options
 
@@ -42,8 +43,13 @@ def _shared(module: Any) -> list[click.Parameter]:
     return [
         *_pictures(trains=getattr(module, "TRAINS", True)),
         *eval_options.parameters(pools=getattr(module, "POOLS", True)),
-        click.Option(
-            ["--seed"], type=SEED, default=0, show_default=True, help="Of splits, views and heads."
+        Option(
+            ["--seed"],
+            group=HelpGroup.RUNNING,
+            type=SEED,
+            default=0,
+            show_default=True,
+            help="Of splits, views and heads.",
         ),
     ]
 
@@ -52,37 +58,45 @@ def _pictures(*, trains: bool) -> list[click.Parameter]:
     """Return the options that name training and test pictures."""
     default = "a fifth of --images, held out" if trains else "all of --images"
     few = [
-        click.Option(
-            ["--shots"], type=click.IntRange(1, 10**6), help="Train on so many pictures a class."
+        Option(
+            ["--shots"],
+            group=HelpGroup.PICTURES,
+            type=click.IntRange(1, 10**6),
+            help="Train on so many pictures a class.",
         ),
-        click.Option(
+        Option(
             ["--fraction"],
+            group=HelpGroup.PICTURES,
             type=FiniteRange(0, 1, min_open=True),
             help="Train on this share of each class, such as 0.01.",
         ),
     ]
     return [
-        click.Option(
+        Option(
             ["--images", "images_spec"],
+            group=HelpGroup.PICTURES,
             type=LocalText(),
             help="Labelled pictures: class folders, tars with .cls, or .beton.",
         ),
-        click.Option(
+        Option(
             ["--test", "tests"],
+            group=HelpGroup.PICTURES,
             type=LocalText(),
             multiple=True,
             metavar="[NAME=]SPEC",
             help=f"Labelled test pictures; may be repeated. [default: {default}]",
         ),
-        click.Option(
+        Option(
             ["--subset", "subsets"],
+            group=HelpGroup.PICTURES,
             multiple=True,
             metavar="NAME[=FILE]",
             help="Of that test set only the classes that it has, or those in FILE, one a line, can "
             "be chosen (ImageNet-A, -R).",
         ),
-        click.Option(
+        Option(
             ["--class-map", "maps"],
+            group=HelpGroup.PICTURES,
             multiple=True,
             metavar="NAME=FILE",
             help="JSON object from training class to class of that test set (ImageNet-9).",
@@ -94,8 +108,9 @@ def _pictures(*, trains: bool) -> list[click.Parameter]:
 def _own(module: Any) -> list[click.Parameter]:
     """Return the options that a protocol alone has."""
     return [
-        click.Option(
+        Option(
             [f"--{key.replace('_', '-')}", key],
+            group=HelpGroup.PROTOCOL,
             default=default,
             show_default=default not in (None, ""),
             help=text,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import click
 
+from featcache.console.option import HelpGroup, Option
 from featcache.console.params import (
     BATCH,
     COUNT,
     SEED,
     THREADS,
+    Choice,
     FiniteRange,
     FloatPair,
     LocalPath,
@@ -35,24 +37,32 @@ def parameters() -> list[click.Parameter]:
 def _inputs() -> list[click.Parameter]:
     """Return the options that name recipe, cache, pictures and run folder."""
     return [
-        click.Option(
+        Option(
             ["--recipe", "recipe_name"],
+            group=HelpGroup.INPUT,
             type=LocalText(),
             default="mralign",
             show_default=True,
             help="A name from `student recipes`, or the path of your own .py file.",
         ),
-        click.Option(
+        Option(
             ["--cache"],
+            group=HelpGroup.INPUT,
             type=LocalPath(),
             help="Cache folder. [default: the one in $FEATCACHE_HOME that serves]",
         ),
-        click.Option(
+        Option(
             ["--images"],
+            group=HelpGroup.INPUT,
             type=LocalText(),
             help="Training pictures. [default: $FEATCACHE_IMAGES, then the cache's]",
         ),
-        click.Option(["--out"], type=LocalPath(), help="Run folder. [default: runs/RECIPE-sSEED]"),
+        Option(
+            ["--out"],
+            group=HelpGroup.INPUT,
+            type=LocalPath(),
+            help="Run folder. [default: runs/RECIPE-sSEED]",
+        ),
     ]
 
 
@@ -60,44 +70,55 @@ def _length() -> list[click.Parameter]:
     """Return the options of how long, and by which batches, is trained."""
     return [
         run_parameters.EPOCHS,
-        click.Option(
+        Option(
             ["--steps"],
+            group=HelpGroup.TRAINING,
             type=click.IntRange(0, 10**12),
             help="Optimiser steps in place of epochs; 0 writes the untrained student.",
         ),
-        click.Option(
+        Option(
             ["--batch-size"],
+            group=HelpGroup.TRAINING,
             type=BATCH,
             help="Pictures, per process. [default: 64, or all if fewer; with --resume what keeps "
             "the run's global batch]",
         ),
         run_parameters.ACCUMULATE,
-        click.Option(
+        Option(
             ["--aug-repeats"],
+            group=HelpGroup.TRAINING,
             type=BATCH,
             default=1,
             show_default=True,
             help="Views of a picture in one step, decoded once: a batch of 64 with 4 shows 16 "
             "pictures.",
         ),
-        click.Option(
+        Option(
             ["--sampling"],
-            type=click.Choice(["random", "block"]),
+            group=HelpGroup.READING,
+            type=Choice(["random", "block"]),
             default="random",
             show_default=True,
             help="block: 64 neighbours in storage stay close in time, for network disks where "
             "opening a file is dear.",
         ),
-        click.Option(
+        Option(
             ["--resident"],
+            group=HelpGroup.READING,
             is_flag=True,
             help="Read the cache into memory first, once for all processes of a machine.",
         ),
-        click.Option(
-            ["--seed"], type=SEED, default=0, show_default=True, help="Of weights, order, masks."
+        Option(
+            ["--seed"],
+            group=HelpGroup.TRAINING,
+            type=SEED,
+            default=0,
+            show_default=True,
+            help="Of weights, order, masks.",
         ),
-        click.Option(
+        Option(
             ["--init"],
+            group=HelpGroup.TRAINING,
             type=LocalPath(),
             metavar="RUN|FILE",
             help="A run, or an encoder.safetensors, whose encoder a new run begins with; positions "
@@ -109,53 +130,62 @@ def _length() -> list[click.Parameter]:
 def _targets() -> list[click.Parameter]:
     """Return the options of where targets come from."""
     return [
-        click.Option(
+        Option(
             ["--teacher"],
-            type=click.Choice(["cached", "online"]),
+            group=HelpGroup.TARGETS,
+            type=Choice(["cached", "online"]),
             default="cached",
             show_default=True,
             help="online: the teacher in the loop, no targets read.",
         ),
-        click.Option(
+        Option(
             ["--fallback"],
-            type=click.Choice(["online"]),
+            group=HelpGroup.TARGETS,
+            type=Choice(["online"]),
             help="With --cache: the teacher for shards that are lost.",
         ),
-        click.Option(
+        Option(
             ["--fallback-limit"],
+            group=HelpGroup.TARGETS,
             type=FiniteRange(0, 1),
             metavar="SHARE",
             help="Share of the pictures that --fallback may be used for. [default: 0.01]",
         ),
-        click.Option(
+        Option(
             ["--weights"],
+            group=HelpGroup.TARGETS,
             type=LocalText(),
             help="Online, fallback or probe: the teacher's weights, FILE, tag or random:SEED.",
         ),
-        click.Option(
+        Option(
             ["--other-weights"],
+            group=HelpGroup.TARGETS,
             type=LocalText(),
             multiple=True,
             help="Online: those of a tokenizer or a second teacher; NAME=... for one of several.",
         ),
-        click.Option(
+        Option(
             ["--teacher-name"],
+            group=HelpGroup.TARGETS,
             metavar="SPEC",
             help="Online, fallback or probe: the teacher, where a cache's is a file of your own, "
             "./mine.py; a cache chooses no code and no file.",
         ),
-        click.Option(
+        Option(
             ["--views"],
+            group=HelpGroup.TARGETS,
             type=COUNT,
             help="Online: views a picture. [default: a fresh one each epoch]",
         ),
-        click.Option(
+        Option(
             ["--policy"],
+            group=HelpGroup.TARGETS,
             type=LocalText(),
             help="Online without --cache: a named view policy or a .json file. [default: default]",
         ),
-        click.Option(
+        Option(
             ["--size"],
+            group=HelpGroup.TRAINING,
             type=COUNT,
             help="Online without --cache: pixels of a view, a side. [default: the policy's, 224]",
         ),
@@ -165,22 +195,25 @@ def _targets() -> list[click.Parameter]:
 def _settings() -> list[click.Parameter]:
     """Return the options of settings, device and pictures."""
     return [
-        click.Option(
+        Option(
             ["--set", "settings"],
+            group=HelpGroup.TRAINING,
             multiple=True,
             metavar="KEY=VALUE",
             help="One setting; `student recipes RECIPE` lists them.",
         ),
         run_parameters.PRECISION,
         run_parameters.DEVICE,
-        click.Option(
+        Option(
             ["--decoder"],
-            type=click.Choice(["pillow", "ffcv"]),
+            group=HelpGroup.SHOWN,
+            type=Choice(["pillow", "ffcv"]),
             help="ffcv: a .beton through FFCV's own decode. [default: what the cache was extracted "
             "through, else pillow]",
         ),
-        click.Option(
+        Option(
             ["--exif"],
+            group=HelpGroup.SHOWN,
             is_flag=True,
             help="Without a cache: turn pictures as their EXIF orientation says. With one, what "
             "the cache was extracted with is done.",
@@ -193,8 +226,9 @@ def _checkpoints() -> list[click.Parameter]:
     """Return the options of checkpoints."""
     return [
         run_parameters.SAVE_EVERY,
-        click.Option(
+        Option(
             ["--keep-checkpoints"],
+            group=HelpGroup.CHECKPOINTS,
             default="2",
             show_default=True,
             metavar="N|every:E",
@@ -207,28 +241,32 @@ def _checkpoints() -> list[click.Parameter]:
 def _views() -> list[click.Parameter]:
     """Return the options of the views that are shown, and of how they are compared."""
     return [
-        click.Option(
+        Option(
             ["--check-pixels"],
+            group=HelpGroup.SHOWN,
             type=FiniteRange(0, 1),
             default=1 / 16,
             show_default="1/16",
             help="Share of views compared with what the teacher saw.",
         ),
-        click.Option(
+        Option(
             ["--pixel-tolerance"],
+            group=HelpGroup.SHOWN,
             type=FiniteRange(0),
             default=0.0,
             show_default=True,
             help="Mean difference let pass, in levels of 255; written into the run.",
         ),
-        click.Option(
+        Option(
             ["--scale"],
+            group=HelpGroup.SHOWN,
             type=FloatPair(),
             help="Show only the cached views whose crop has such a share of the picture's area. "
             "[default: the recipe's, where the cache holds it]",
         ),
-        click.Option(
+        Option(
             ["--without-view"],
+            group=HelpGroup.SHOWN,
             type=FiniteRange(0, 1),
             default=0.001,
             show_default=True,
@@ -240,26 +278,30 @@ def _views() -> list[click.Parameter]:
 def _reading() -> list[click.Parameter]:
     """Return the options of how a cache is read."""
     return [
-        click.Option(
+        Option(
             ["--decode"],
+            group=HelpGroup.READING,
             is_flag=True,
             help="Decode the pictures although the cache stores pixels (--pixels raw).",
         ),
-        click.Option(
+        Option(
             ["--direct"],
+            group=HelpGroup.READING,
             is_flag=True,
             help="Read with O_DIRECT: the cache takes no memory from other files.",
         ),
-        click.Option(
+        Option(
             ["--verify-rows"],
+            group=HelpGroup.READING,
             type=FiniteRange(0, 1),
             default=1.0,
             show_default=True,
             help="Share of rows checked as they are read. Before that, a cache of up to 2 GiB is "
             "verified whole; of a larger one the files' existence and sizes.",
         ),
-        click.Option(
+        Option(
             ["--read-threads"],
+            group=HelpGroup.READING,
             type=THREADS,
             help="Threads that read a batch. [default: 4, or fewer cores]",
         ),
@@ -269,21 +311,24 @@ def _reading() -> list[click.Parameter]:
 def _running() -> list[click.Parameter]:
     """Return the options of how the model is run."""
     return [
-        click.Option(
+        Option(
             ["--resume"],
+            group=HelpGroup.CHECKPOINTS,
             is_flag=True,
             help="Go on from the run's newest checkpoint; start where there is no run yet, so a "
             "job can be requeued. The number of processes may change, the global batch may not. "
             "--resume RUN: by the options that the run was made with; those given here win.",
         ),
-        click.Option(
+        Option(
             ["--ema"],
+            group=HelpGroup.TRAINING,
             type=FiniteRange(0, 1, min_open=True, max_open=True),
             help="Keep an average of the weights as well, of this decay, such as 0.9999; `student "
             "eval --ema` takes it.",
         ),
-        click.Option(
+        Option(
             ["--compile", "compiled"],
+            group=HelpGroup.RUNNING,
             is_flag=True,
             help="torch.compile the model, and the teacher with --teacher online: slow to begin "
             "with, then faster.",
@@ -297,28 +342,39 @@ def _running() -> list[click.Parameter]:
 def _told() -> list[click.Parameter]:
     """Return the options of what is measured and told."""
     return [
-        click.Option(
+        Option(
             ["--tracker", "trackers"],
-            type=click.Choice(["json", "tensorboard", "wandb"]),
+            group=HelpGroup.REPORT,
+            type=Choice(["json", "tensorboard", "wandb"]),
             multiple=True,
             default=("json",),
             show_default=True,
             help="Show metrics there as well; RUN/metrics.jsonl (json) is always written. May be "
             "given twice.",
         ),
-        click.Option(
+        Option(
             ["--probe"],
+            group=HelpGroup.REPORT,
             type=LocalText(),
             help="Labelled pictures: their k-NN, linear probe, RankMe and cosine with the teacher "
             "are measured as the run goes on, of which no number changes.",
         ),
-        click.Option(
-            ["--probe-every"], type=COUNT, help="Epochs between probes. [default: 3 % of the time]"
+        Option(
+            ["--probe-every"],
+            group=HelpGroup.REPORT,
+            type=COUNT,
+            help="Epochs between probes. [default: 3 % of the time]",
         ),
-        click.Option(
+        Option(
             ["--dry-run"],
+            group=HelpGroup.REPORT,
             is_flag=True,
             help="Say what would be trained, with memory, time and disk; write nothing.",
         ),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print the summary as JSON."),
+        Option(
+            ["--json", "as_json"],
+            group=HelpGroup.REPORT,
+            is_flag=True,
+            help="Print the summary as JSON.",
+        ),
     ]

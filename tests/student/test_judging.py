@@ -176,7 +176,7 @@ def test_what_a_protocol_cannot_do_is_one_line(run: Path, labelled: Path, tmp_pa
         (("--images", labelled, "--test", strange), 1, "the first is 'zebra'"),
         (("--images", labelled, "--shots", 99), 1, "cannot take 99 pictures of each class"),
         (("--images", labelled, "--blocks", 9), 2, "has 4 blocks; give at most that"),
-        (("--images", labelled, "--pool", "max"), 2, "unknown pool 'max'"),
+        (("--images", labelled, "--pool", "max"), 2, "'max' given; known: cls, mean"),
         (("--images", labelled, "--subset", "x"), 2, "'x' is no test set"),
         (("--images", labelled, "--fraction", "0"), 2, "0"),
     ):

@@ -220,7 +220,9 @@ def test_export_as_the_command_has_it(
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(featcache.UserError, match="--out"):
         student.export(run=run, format="timm", out=tmp_path / "b")
-    with pytest.raises(featcache.UsageError, match="Invalid value for format: 'onyx' is not one"):
+    with pytest.raises(
+        featcache.UsageError, match="Invalid value for format: 'onyx' given; did you mean onnx"
+    ):
         student.export(run=run, format="onyx", out=tmp_path / "c")  # type: ignore[arg-type]
     with pytest.raises(featcache.UserError, match="not/there"):
         student.export(run="not/there", format="mae", out=tmp_path / "c")

@@ -219,11 +219,11 @@ def test_notes_go_to_the_logger(
          "Invalid value for ema: nan is no finite number"),
         ({"ema": 1}, featcache.UsageError, "Invalid value for ema: 1.0 is not in the range 0<x<1."),
         ({"sampling": "blocks"}, featcache.UsageError,
-         "Invalid value for sampling: 'blocks' is not one of 'random', 'block'."),
+         "Invalid value for sampling: 'blocks' given; did you mean block?"),
         ({"resume": 1}, featcache.UsageError, "Invalid value for resume: 1 is neither True nor"),
         ({"cache": 3}, featcache.UsageError, "Invalid value for cache: 3 is no path."),
-        ({"tracker": ["json", "x"]}, featcache.UsageError, "Invalid value for tracker: 'x' is not"),
-        ({"precision": "fp8"}, featcache.UsageError, "--precision 'fp8'"),
+        ({"tracker": ["json", "x"]}, featcache.UsageError, "tracker: 'x' given; known: json"),
+        ({"precision": "fp8"}, featcache.UsageError, "precision: 'fp8' given"),
         ({"settings": {"learning_rate": 1}}, featcache.UsageError, "learning_rate"),
         ({"settings": {"lr": object}}, featcache.UsageError,
          "Invalid value for settings: 'lr': <class 'object'> is no plain value; give a number"),
@@ -298,7 +298,7 @@ def test_two_trainings_in_two_processes(tmp_path: Path) -> None:
     # the first process calls back; a mistake is an exception in both
     assert [steps for steps, *_ in told] == [[1, 2, 3, 4] * 2, []]
     assert {tuple(rest) for _, *rest in told} == {
-        (4, "--precision 'fp8': auto, fp32, bf16, fp16 are allowed")
+        (4, "Invalid value for precision: 'fp8' given; known: auto, bf16, fp16, fp32")
     }
     small(tmp_path / "one")
     np.testing.assert_allclose(
