@@ -113,7 +113,7 @@ def test_a_failing_command_is_named(capfd: pytest.CaptureFixture[str]) -> None:
         UserError, match=r"`python -m student eval none \.\.\.` failed with exit status 2"
     ):
         quickstart.run("student", "eval", "none", "somewhere")
-    assert "unknown eval 'none'" in capfd.readouterr().err
+    assert "unknown command 'none': known: attentive" in capfd.readouterr().err
 
 
 def test_only_its_own_folder_is_cleared(tmp_path: Path) -> None:

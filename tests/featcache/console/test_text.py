@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -69,13 +70,17 @@ def test_a_log_gets_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None at once, so that short work says nothing."""
-    clock = iter([100.0, 100.0, 110.0, 140.0, 140.0, 150.0, 171.0, 171.0])
+    clock = iter([100.0, 110.0, 140.0, 140.0, 150.0, 171.0, 171.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.gmtime", lambda: time.struct_time((2026, 3, 4, 5, 6, 7, 0, 0, 0)))
     bar = ProgressBar("verify", "shards", lambda done, total: f"{100 * done // total} %")
     for done in range(1, 6):
         bar(done, 8)
     bar.close()
-    assert capsys.readouterr().err == "verify: 3 of 8 shards, 37 %\nverify: 5 of 8 shards, 62 %\n"
+    assert capsys.readouterr().err == (
+        "2026-03-04T05:06:07Z verify: 3 of 8 shards, 37 %\n"
+        "2026-03-04T05:06:07Z verify: 5 of 8 shards, 62 %\n"
+    )
 
 
 def test_a_terminal_gets_a_bar(
