@@ -106,7 +106,7 @@ class Plan:
     enforced: bool = True  # whether the margin decides the exit status
 
 
-REDUCED = Plan(teacher_epochs=1, epochs=1, views=1, enforced=False)
+REDUCED = Plan(teacher_epochs=2, epochs=1, views=1, enforced=False)
 
 
 @click.command(

@@ -85,7 +85,7 @@ class Scale:
             name: {**own, "epochs": 2} if "epochs" in own else own
             for name, own in self.probes.items()
         }
-        return replace(self, teacher_epochs=1, epochs=1, views=1, probes=probes, is_reduced=True)
+        return replace(self, teacher_epochs=2, epochs=1, views=1, probes=probes, is_reduced=True)
 
 
 DIGITS = Scale(

@@ -294,4 +294,4 @@ def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_format_is_a_mistake(tmp_path: Path) -> None:
     ran = export(run_of("mae"), "tim", tmp_path / "out")
     assert ran.status == 2
-    assert "'hf', 'mae', 'onnx', 'timm', 'vitdet'" in ran.err
+    assert "did you mean timm? known: hf, mae, onnx, timm, vitdet" in ran.line
