@@ -25,6 +25,8 @@ def with_plans(record: dict[str, Any], out: Path) -> dict[str, Any]:
     if not (out / checkpoint.CONFIG).is_file():
         return record
     saved = checkpoint.read_config(out)
+    if saved.get("recipe") != record["recipe"]:
+        return record  # another run, as the comparison will tell
     before, now = saved.get("steps"), record["steps"]
     plans = saved.get(PLANNED) or []
     if isinstance(before, int) and isinstance(plans, list) and before != now:
