@@ -37,7 +37,7 @@ def _recorded(run: Path) -> dict[str, Any]:
     rivals={"epochs": "steps", "steps": "epochs"},
     also_settings=("epochs",),
     recorded=_recorded,
-    choice_or_setting=("teacher",),
+    choice_or_setting=("teacher", "decoder"),
 )
 @click.command(
     cls=Command,

@@ -174,18 +174,18 @@ def test_run_is_loaded_through_its_checkpoint(
     assert got.tokens(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))[0].shape == (2, 5, 16)
 
 
-def test_features_are_of_fp32_arithmetic() -> None:
+def test_features_are_of_fp32_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU convolves in TF32 unless it is told not to; what was set before is set again."""
     switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before, seen = switch.fp32_precision, list[str]()
+    monkeypatch.setattr(switch, "fp32_precision", "tf32")  # whatever this process did before
+    seen = list[str]()
 
     def look(pixels: torch.Tensor, *rest: object) -> list[torch.Tensor]:
         seen.append(switch.fp32_precision)
         return [pixels.float().flatten(2)]
 
-    assert before != "ieee"
     fz.FrozenEncoder("x", 4, 1, 0, look, str).tokens(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
-    assert (seen, switch.fp32_precision) == (["ieee"], before)
+    assert (seen, switch.fp32_precision) == (["ieee"], "tf32")
 
 
 def test_blocks_are_normed_and_come_in_the_order_asked_for() -> None:
