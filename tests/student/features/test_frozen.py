@@ -16,6 +16,7 @@ from torch import nn
 
 from featcache import rng, teachers
 from featcache.errors import UsageError, UserError
+from featcache.models.precision import fp32_products
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.views import draw as view_draw
@@ -174,18 +175,19 @@ def test_run_is_loaded_through_its_checkpoint(
     assert got.tokens(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))[0].shape == (2, 5, 16)
 
 
-def test_features_are_of_fp32_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_of_fp32_arithmetic() -> None:
     """A GPU convolves in TF32 unless it is told not to; what was set before is set again."""
     switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    monkeypatch.setattr(switch, "fp32_precision", "tf32")  # whatever this process did before
     seen = list[str]()
 
     def look(pixels: torch.Tensor, *rest: object) -> list[torch.Tensor]:
         seen.append(switch.fp32_precision)
         return [pixels.float().flatten(2)]
 
-    fz.FrozenEncoder("x", 4, 1, 0, look, str).tokens(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
-    assert (seen, switch.fp32_precision) == (["ieee"], "tf32")
+    encoder = fz.FrozenEncoder("x", 4, 1, 0, look, str)
+    with fp32_products("tf32"):  # whatever this process did before
+        encoder.tokens(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+        assert (seen, switch.fp32_precision) == (["ieee"], "tf32")
 
 
 def test_blocks_are_normed_and_come_in_the_order_asked_for() -> None:
