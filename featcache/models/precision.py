@@ -13,8 +13,9 @@ part of the identity.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -156,20 +157,48 @@ def run_as(teacher: Teacher, precision: str) -> Iterator[None]:
         teacher.running = before  # type: ignore[attr-defined]
 
 
-@contextmanager
-def fp32_products(arithmetic: str) -> Iterator[None]:
+class _Switches:
+    """The arithmetic of fp32 products is one state of the process, which threads that run teachers
+    share: the last one that leaves sets what was before the first one came."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside: list[tuple[object, str]] = []
+        self._before: list[str] = []
+
+    @contextmanager
+    def set_to(self, arithmetic: str) -> Iterator[None]:
+        mine = (object(), arithmetic)
+        with self._lock:
+            if not self._inside:
+                self._before = [switch.fp32_precision for switch in self._all()]
+            self._inside.append(mine)
+            self._set([arithmetic] * len(self._before))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside.remove(mine)
+                left = self._inside[-1:]
+                self._set([left[0][1]] * len(self._before) if left else self._before)
+
+    def _set(self, values: Sequence[str]) -> None:
+        for switch, value in zip(self._all(), values, strict=True):
+            switch.fp32_precision = value
+
+    @staticmethod
+    def _all() -> tuple[Any, ...]:
+        return (
+            torch.backends.cuda.matmul,
+            torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+            torch.backends.cudnn.rnn,
+        )
+
+
+_SWITCHES = _Switches()
+
+
+def fp32_products(arithmetic: str) -> AbstractContextManager[None]:
     """Let a GPU multiply and convolve fp32 numbers in `ieee` or `tf32` arithmetic, and afterwards
     as it did before."""
-    switches: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-        torch.backends.cudnn.rnn,
-    )
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = arithmetic
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+    return _SWITCHES.set_to(arithmetic)

@@ -94,6 +94,19 @@ def test_autocast_is_the_librarys_own(precision: str, photos: Path, tmp_path: Pa
     assert 0.1 * MANTISSA[precision] < error.max() < 10 * MANTISSA[precision]
 
 
+def test_threads_that_overlap_leave_what_was_before() -> None:
+    """The second comes while the first is inside, and stays when it leaves."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [each.fp32_precision for each in switches]
+    first, second = (running.fp32_products(name) for name in ("tf32", "ieee"))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert [each.fp32_precision for each in switches] == ["ieee"] * 3
+    second.__exit__(None, None, None)
+    assert [each.fp32_precision for each in switches] == before
+
+
 def test_fp32_is_ieee_and_what_was_set_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from inside the forward; cuDNN's convolutions use TF32 unless told otherwise."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)

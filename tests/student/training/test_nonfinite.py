@@ -240,7 +240,8 @@ def test_two_processes_the_one_that_had_it_keeps_it(tmp_path: Path, pictures: Pa
         facts = fx.good(
             fx.stud("replay", path, "--recipe", tmp_path / "mine.py", "--device", "cpu", "--json")
         ).json
-        assert facts["parts"]["plain"] == facts["parts_then"]["plain"]
+        then = facts["parts_then"]["plain"]
+        assert facts["parts"]["plain"] == pytest.approx(then, rel=1e-6)
         found[about["rank"], about["micro"]] = seed
         if len(found) == 2:
             return
