@@ -82,7 +82,7 @@ class Scale:
     def reduced(self) -> Scale:
         """Return the scale with everything as short as it can be: it shows that all runs."""
         probes = {
-            name: {**own, "epochs": 2} if "epochs" in own else own
+            name: {**own, "epochs": 12} if "epochs" in own else own  # 10 of warm-up
             for name, own in self.probes.items()
         }
         return replace(self, teacher_epochs=2, epochs=1, views=1, probes=probes, is_reduced=True)
