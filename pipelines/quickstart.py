@@ -321,15 +321,9 @@ def _draw(out: Path, home: Path) -> Path:
         first.setdefault(key.split("/")[0], key)
     keys = [first[name] for name in sorted(first)][2:6]
     names = {"mralign": "mralign", "mralign, untrained teacher": "control"}
-    names = {name: run for name, run in names.items() if (home / run).is_dir()}
+    runs = {name: home / run for name, run in names.items() if (home / run).is_dir()}
     with featcache.open(home / "cache") as cache:
-        overview.draw(
-            source,
-            cache,
-            keys,
-            {name: home / run for name, run in names.items()},
-            out / "overview.png",
-        )
+        overview.draw(source, cache, keys, runs, out / "overview.png")
     return out / "overview.png"
 
 

@@ -66,7 +66,10 @@ class CountOrAuto(click.ParamType):
     ) -> int | str:
         if value == "auto":
             return "auto"
-        return int(COUNT.convert(value, param, ctx))
+        try:
+            return int(COUNT.convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(f"{short(value)} given; auto, or 1 to {COUNT.max} is allowed", param, ctx)
 
 
 # closed sets of modules that import torch, which no help waits for

@@ -241,7 +241,7 @@ def test_no_teacher_lists_them(featcache_command: Command, photos: Path) -> None
             ("--keep 1.5:", "1 to 4", "share of them such as 0.3"),
         ),
         (("--pixels", "png"), 2, ("png", "raw")),
-        (("--rows-per-shard", "0"), 2, ("--rows-per-shard",)),
+        (("--rows-per-shard", "0"), 2, ("--rows-per-shard", "auto, or 1 to")),
         (("--add",), 1, ("no cache at",)),
         (("extra",), 2, ("extra",)),
     ],
