@@ -55,8 +55,8 @@ def _targets() -> list[click.Parameter]:
             ["--images", "images_spec"],
             group=HelpGroup.INPUT,
             type=LocalText(),
-            help="Folder of pictures, webdataset tars, a tar of tars, parquet or .beton; parts such as "
-            "#image-member=EXT and #labels=FILE.csv may follow. [default: $FEATCACHE_IMAGES]",
+            help="Folder of pictures, webdataset tars, a tar of tars, parquet or .beton; parts "
+            "such as #image-member=EXT and #labels=FILE.csv may follow. [default: $FEATCACHE_IMAGES]",
         ),
         Option(
             ["--out"],
