@@ -56,7 +56,8 @@ def _targets() -> list[click.Parameter]:
             group=HelpGroup.INPUT,
             type=LocalText(),
             help="Folder of pictures, webdataset tars, a tar of tars, parquet or .beton; parts "
-            "such as #image-member=EXT and #labels=FILE.csv may follow. [default: $FEATCACHE_IMAGES]",
+            "such as #image-member=EXT and #labels=FILE.csv may follow. "
+            "[default: $FEATCACHE_IMAGES]",
         ),
         Option(
             ["--out"],
