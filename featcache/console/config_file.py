@@ -16,7 +16,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from featcache.console import config_text, config_value
+from featcache.console import config_text, config_value, log_file
 from featcache.console.option import HelpGroup, Option
 from featcache.console.params import LocalPath
 from featcache.console.text import echo
@@ -24,7 +24,7 @@ from featcache.errors import UsageError, UserError, near, short
 from featcache.runtime import strict_json, values_file
 
 _META = "featcache.config_file"
-_OWN = ("config", "print_config", "resumed")
+_OWN = ("config", "print_config", "log_file", "resumed")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def accepts(
     recorded: OptionsOf | None = None,
     choice_or_setting: Sequence[str] = (),
 ) -> Callable[[click.Command], click.Command]:
-    """Give a command the options --config and --print-config; the arguments are those of Rules."""
+    """Give a command the options --config, --print-config and --log-file; the arguments are those
+    of Rules."""
     rules = Rules(
         settings, own_code or {}, rivals or {}, also_settings, soft, recorded, choice_or_setting
     )
@@ -119,6 +120,7 @@ def _options(rules: Rules) -> list[click.Parameter]:
             callback=lambda ctx, _, asked: ctx.meta.update({f"{_META}.print": asked}),
             help="Print all options as YAML that --config reads, and stop.",
         ),
+        log_file.option(),
         *([_run_argument(rules)] if rules.recorded else []),
     ]
 

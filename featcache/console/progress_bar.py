@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from featcache.console.text import echo, say
+from featcache.console import log_file
+from featcache.console.text import is_copied, log, say
 from featcache.errors import printable
 
 
@@ -72,9 +73,10 @@ class ProgressBar:
         self._spoke = False
 
     def __call__(self, done: int, total: int) -> None:
-        if self.enabled and sys.stderr.isatty():
+        at_terminal = sys.stderr.isatty()
+        if self.enabled and at_terminal:
             self._show(done, total)
-        elif self.enabled:
+        if self.enabled and (not at_terminal or is_copied()):
             self._untold = done, total
             if self._last is None:
                 self._last = time.monotonic()
@@ -84,10 +86,9 @@ class ProgressBar:
     def _say(self, done: int, total: int) -> None:
         self._last, self._untold, self._spoke = time.monotonic(), None, True
         note = self.text(done, total)
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        echo(
-            f"{stamp} {self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}", err=True
-        )
+        line = f"{self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}"
+        tell = log if sys.stderr.isatty() else say  # beside the bar, to a --log-file alone
+        tell(f"{log_file.stamp()} {line}")
 
     def _show(self, done: int, total: int) -> None:
         from tqdm import tqdm

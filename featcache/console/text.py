@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -13,10 +13,31 @@ import click
 from featcache.errors import printable
 from featcache.runtime import streams
 
+_copy: Callable[[str], None] | None = None  # gets the lines of stderr as well
+
+
+def copy_lines_to(copy: Callable[[str], None] | None) -> None:
+    """Let what is printed on stderr go to a log as well, or no longer."""
+    global _copy
+    _copy = copy
+
+
+def is_copied() -> bool:
+    """Tell whether there is a log."""
+    return _copy is not None
+
+
+def log(text: str) -> None:
+    """Write lines to the log alone, where there is one."""
+    if _copy is not None:
+        _copy(printable(text))
+
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print text on stdout, or on stderr, with control characters escaped. Work goes on where
     stderr takes nothing, as when its disk is full."""
+    if err:
+        log(text)
     try:
         click.echo(printable(text), err=err, nl=nl)  # noqa: TID251
     except OSError:

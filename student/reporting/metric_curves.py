@@ -38,7 +38,7 @@ CHUNK_BYTES = 2 << 20
 COLUMNS = 256  # of a file; a recipe with 24 levels has 60
 MOST_STEPS = 10**15
 SLOWEST = 1e-6  # pictures a second: a step of eleven days; below are rows that nobody measured
-NO_CURVE = ("step", "epoch", "probe_s")
+NO_CURVE = ("step", "epoch", "probe_s", "time")
 
 
 @dataclass

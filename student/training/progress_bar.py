@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 
 from featcache.console.progress_bar import ProgressBar, eta
-from student.training import preemption
+from student.training import metrics, preemption
 
 # of a row of metrics
-NOT_PARTS = ("step", "epoch", "loss", "lr", "images_per_s", "data_wait", "rankme", "probe_s")
+NOT_PARTS = ("step", "epoch", "loss", "lr", *metrics.CLOCKS, "rankme", "probe_s")
 LONG = ("level_", "cosine_")  # of each level, which would fill the line
 PROBED = ("probe_knn", "probe_linear")  # in few rows; the last ones stay in sight
 

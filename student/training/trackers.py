@@ -68,7 +68,8 @@ def start_trackers(
         ) from error
     try:
         yield lambda row: acc.log(
-            {key: value for key, value in row.items() if key != "step"}, step=row["step"]
+            {key: value for key, value in row.items() if key not in ("step", "time")},
+            step=row["step"],
         )
     finally:
         for tracker in acc.trackers:  # acc.end_training would also end the process group

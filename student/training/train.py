@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -229,6 +230,7 @@ def train_step(
         row["skipped"] = state.skipped
     meter.count("views_shown", loader.batch_size * loader.accumulation)
     row |= step_speed(loader.global_batch, clock.seconds(), waits)
+    row["time"] = round(time.time(), 3)
     return StepResult(row, keys, applied, waits)
 
 

@@ -119,7 +119,7 @@ def mine(tmp_path: Path, name: str, *options: Any) -> Path:
 
 def without_probe(run: Path) -> list[dict[str, Any]]:
     """The rows of a run, less what a probe adds and what a clock gives."""
-    timed = {"images_per_s", "data_wait"}
+    timed = set(metrics.CLOCKS)
     return [
         {
             name: value
@@ -137,7 +137,7 @@ def probed(run: Path) -> dict[int, dict[str, Any]]:
         row["step"]: {name: row[name] for name in row.keys() - kept.keys()}
         for row, kept in zip(metrics.read(run), plain, strict=True)
     }
-    timed = {"images_per_s", "data_wait"}
+    timed = set(metrics.CLOCKS)
     return {
         step: {name: value for name, value in values.items() if name not in timed}
         for step, values in found.items()

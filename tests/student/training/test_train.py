@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -219,14 +220,19 @@ def test_a_resumed_run_that_fails_at_once_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_run_folder(tmp_path: Path) -> None:
+    begun = time.time()
     run = run_of(tmp_path, "--steps", "4", "--seed", "5", recipe="mralign")
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "config.json", "encoder.safetensors", "environment.json", "metrics.jsonl",
     ]  # fmt: skip
     rows = metrics.read(run)
     parts = {"align", "pixel", "level_2", "level_3", "level_4"}
-    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "images_per_s", "data_wait"} | parts
+    assert set(rows[0]) == {"step", "epoch", "loss", "lr", *metrics.CLOCKS} | parts
     assert all(row["images_per_s"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+    times = [row["time"] for row in rows]
+    assert times == sorted(times)
+    assert begun <= times[0]
+    assert times[-1] <= time.time()
     for row in rows:
         assert row["loss"] == pytest.approx(0.5 * row["align"] + 0.5 * row["pixel"], rel=1e-5)
         assert row["align"] == pytest.approx(
