@@ -21,7 +21,7 @@ from student.training.train import Run
 def run_to_end(run: Run, loader: Loader, acc: Accelerator, console: Console) -> dict[str, Any]:
     """Train, and note in the ledger how far the run came and what it cost, however it ended; return
     the summary."""
-    _announce(run, loader, console)
+    _announce(run, loader, acc, console)
     if console.speaks:
         run_cost.note_use(run)
     before = checkpoint.latest_step(run.out)
@@ -67,12 +67,12 @@ def measure_run(run: Run, loader: Loader, acc: Accelerator, console: Console) ->
     return Told(facts, dry_run.text(facts), console.speaks)
 
 
-def _announce(run: Run, loader: Loader, console: Console) -> None:
+def _announce(run: Run, loader: Loader, acc: Accelerator, console: Console) -> None:
     facts = build.run_facts(run, loader)
     kind = "" if run.about["kind"] == "labelled" else "recipe "
     console.say(
         f"{kind}{run.name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
-        f"steps of {facts['global_batch']} -> {run.out}"
+        f"steps of {facts['global_batch']}, {accelerator.where(acc)} -> {run.out}"
     )
 
 

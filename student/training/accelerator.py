@@ -88,6 +88,17 @@ def _accelerator(mixed_precision: str, cpu: bool) -> Accelerator:
         ) from error
 
 
+def where(acc: Accelerator) -> str:
+    """Say on how many processes and machines a run computes, and on what device this process."""
+    device = str(acc.device)
+    if acc.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(acc.device)})"
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")  # of torchrun and `accelerate launch`
+    machines = acc.num_processes // max(int(told), 1) if told.isdecimal() else 1
+    many = f"{acc.num_processes} processes" if acc.num_processes > 1 else "1 process"
+    return f"{many} on {f'{machines} machines, ' if machines > 1 else ''}{device}"
+
+
 def make_deterministic() -> None:
     """Make a GPU give the same bits for the same command from here on, at the price of slower
     kernels; torch refuses an operation that has no such kernel."""

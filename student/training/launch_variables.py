@@ -81,9 +81,23 @@ def check_processes(environ: Mapping[str, str], count: int, sharded: bool) -> No
                 f"the environment variable {name}={told!r} tells of other processes, this one "
                 "knows of none; start them by `accelerate launch` or torchrun, or unset it"
             )
+    if count == 1 and _is_alone(environ):
+        raise UsageError(
+            "`accelerate launch` was asked for several processes and has started one: on CPUs it "
+            "starts no others; `torchrun --nproc_per_node N -m student train ...` starts N, and "
+            "`accelerate launch --multi_gpu` those of GPUs (for one process, unset MASTER_ADDR)"
+        )
     if not sharded and environ.get("ACCELERATE_USE_FSDP", "").strip().lower() not in OFF:
         raise UsageError(
             f"the environment variable ACCELERATE_USE_FSDP={environ['ACCELERATE_USE_FSDP']!r} "
             "asks for FSDP, which several processes on GPUs can have; unset it, or start them by "
             "`accelerate launch`"
         )
+
+
+def _is_alone(environ: Mapping[str, str]) -> bool:
+    """Tell whether Accelerate's simple launcher started this process: it names an address where
+    more than one process was asked for, and no rank (accelerate/utils/launch.py at v1.10.0,
+    `prepare_simple_launcher_cmd_env`)."""
+    launched = environ.keys() >= {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"}
+    return launched and not environ.keys() & {"RANK", "LOCAL_RANK", *WORLD}

@@ -87,6 +87,31 @@ def test_variables_that_pass_change_no_number_and_are_recorded(
     assert "FEATCACHE_HOME" not in noted
 
 
+@pytest.mark.parametrize("device", ["--cpu", "--gpu_ids=0"])
+def test_accelerates_launcher_that_starts_one_process_of_several_is_refused(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the variables that the installed Accelerate sets."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", *launch_variables.WORLD):
+        monkeypatch.delenv(name, raising=False)
+
+    def environ(processes: int) -> dict[str, str]:
+        words = [device, "--num_processes", str(processes), "--mixed_precision", "no"]
+        words += ["--dynamo_backend", "no", "--num_machines", "1"]
+        words += ["--num_cpu_threads_per_process", "1", "train.py"]
+        given = launch_command_parser().parse_args(words)
+        given.use_cpu = given.cpu  # as the configuration, which is not read here, would say
+        return prepare_simple_launcher_cmd_env(given)[1]
+
+    launch_variables.check_processes(environ(1), 1, sharded=False)
+    with pytest.raises(UsageError, match=r"torchrun --nproc_per_node N -m student train"):
+        launch_variables.check_processes(environ(2), 1, sharded=False)
+    launch_variables.check_processes({**environ(2), "RANK": "0"}, 2, sharded=False)
+
+
 @pytest.mark.parametrize("name", launch_variables.WORLD)
 def test_processes_that_know_nothing_of_each_other_are_refused(name: str) -> None:
     """As mpirun starts them on GPUs, or a WORLD_SIZE without a rank: each would train alone into
