@@ -71,9 +71,8 @@ class Ran:
     def line(self) -> str:
         """The one line of a user's mistake: the last one, after what was announced."""
         lines = self.err.splitlines()
-        assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [
-            True
-        ], self.err
+        said = [line.startswith(("error: ", "stopped")) for line in lines]
+        assert said == [False] * (len(lines) - 1) + [True], self.err
         assert "Traceback" not in self.err + self.out
         return lines[-1]
 

@@ -17,7 +17,14 @@ import click
 
 from featcache.console.command import CommandList
 from featcache.console.text import echo
-from featcache.errors import COMMAND_WRONG, WORK_FAILED, UserError, one_line, printable
+from featcache.errors import (
+    COMMAND_WRONG,
+    WORK_FAILED,
+    StoppedError,
+    UserError,
+    one_line,
+    printable,
+)
 from featcache.runtime import compiler, imports, signals, streams, user_file
 
 AGAIN = "stopped; run the same command again"
@@ -44,7 +51,7 @@ def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
         failure = _failure_of(error, stopped_status)
         if failure is None:
             raise
-        echo(f"error: {one_line(failure.message)}", err=True)
+        echo(f"{'' if failure.in_order else 'error: '}{one_line(failure.message)}", err=True)
         sys.exit(failure.status)
 
 
@@ -94,9 +101,14 @@ def _print_traceback(
     echo("".join(traceback.format_exception(kind, error, where)), err=True, nl=False)
 
 
+class _Interrupted(UserError):
+    """Tells what is left by a command that was asked to stop."""
+
+
 class _Failure(NamedTuple):
     message: str
     status: int
+    in_order: bool = False  # it was asked to stop and did so, which is no error
 
 
 def _failure_of(error: BaseException, stopped_status: int) -> _Failure | None:
@@ -104,19 +116,20 @@ def _failure_of(error: BaseException, stopped_status: int) -> _Failure | None:
     ours, which keeps its traceback."""
     match error:
         case UserError():
-            return _Failure(str(error), error.exit_status)
+            in_order = isinstance(error, StoppedError | _Interrupted)
+            return _Failure(str(error), error.exit_status, in_order)
         case click.UsageError():
             where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
             return _Failure(" ".join(error.format_message().split()) + where, COMMAND_WRONG)
         case click.ClickException():
             return _Failure(error.format_message(), WORK_FAILED)
         case click.Abort() | KeyboardInterrupt():
-            return _Failure(AGAIN, stopped_status)
+            return _Failure(AGAIN, stopped_status, in_order=True)
         case OSError() | MemoryError() | RuntimeError() if machine := _machine_failure(error):
             return machine
         case Exception() if signals.was_signalled():
             # what a library made of a signal while it was imported
-            return _Failure(AGAIN, stopped_status)
+            return _Failure(AGAIN, stopped_status, in_order=True)
         case Exception() | SystemExit() if line := user_file.failure(error):
             return _Failure(line, WORK_FAILED)
         case Exception() if told := compiler.failure(error) or imports.failure(error):
@@ -178,7 +191,7 @@ class CommandFolder(CommandList):
         except KeyboardInterrupt:
             if self.stopped is None:
                 raise
-            raise UserError(self.stopped.get(ctx.invoked_subcommand or "", AGAIN)) from None
+            raise _Interrupted(self.stopped.get(ctx.invoked_subcommand or "", AGAIN)) from None
         except BrokenPipeError as error:
             raise _PipeError(error) from error
 

@@ -69,6 +69,6 @@ def guard_imports(status: int) -> Iterator[None]:
         if not was_signalled():
             raise
         print(  # noqa: T201 (imports that print may be what was stopped)
-            "error: stopped before anything was begun; run the same command again", file=sys.stderr
+            "stopped before anything was begun; run the same command again", file=sys.stderr
         )
         sys.exit(status)

@@ -421,5 +421,5 @@ read_speed._read = stop
     (tmp_path / "home").mkdir()
     ran = start("doctor", before=before)
     assert ran.wait() == 1
-    assert ran.said == "error: stopped; run the same command again\n"
+    assert ran.said == "stopped; run the same command again\n"
     assert list((tmp_path / "home").iterdir()) == []

@@ -192,7 +192,7 @@ def test_stopped_by_hand_before_the_state_is_there(
     assert running.wait(30) == 1
     note, line = (each for each in running.said.splitlines() if each != "third picture")
     assert note == "note: codec t3 first looks at up to 256 views"
-    assert line.startswith("error: stopped")
+    assert line.startswith("stopped")
     assert not (tmp_path / "c").exists()
     cc.extracted(pictures, tmp_path / "c", codec="t3")
     assert files_below(tmp_path / "c") == files_below(cc.made(pictures, codec="t3"))

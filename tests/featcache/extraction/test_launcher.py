@@ -253,7 +253,7 @@ def test_a_killed_process_is_succeeded_by_one_that_waits(
     wait_for(lambda: "waiting for 1 shards that other processes work on" in hasty.said)
     hasty.signal(signal.SIGTERM)
     assert hasty.wait() == 1
-    assert hasty.said.splitlines()[-1].startswith("error: stopped: 6 of 7 shards")
+    assert hasty.said.splitlines()[-1].startswith("stopped: 6 of 7 shards")
     assert len(records(out)) == 6
     stuck.signal(signal.SIGKILL)
     assert stuck.wait() == -9
@@ -272,7 +272,7 @@ def test_stopped_by_hand_it_says_what_is_left_and_continues(
     running.signal(number)
     assert running.wait() == 1
     found = re.fullmatch(
-        rf"error: stopped: (\d) of 7 shards of '{out}' are complete and kept, (\d+) pictures are "
+        rf"stopped: (\d) of 7 shards of '{out}' are complete and kept, (\d+) pictures are "
         r"left; the same command continues",
         running.said.strip(),
     )

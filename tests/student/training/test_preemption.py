@@ -91,7 +91,7 @@ def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
     ]
     assert len(said) == 1, err
     found = re.fullmatch(
-        rf"error: stopped after step (\d+) of 60 by {number.name}, its checkpoint is saved; "
+        rf"stopped after step (\d+) of 60 by {number.name}, its checkpoint is saved; "
         r"the same command with --resume goes on from there",
         said[0],
     )
@@ -144,8 +144,8 @@ def test_two_processes_stop_after_the_same_step(tmp_path: Path) -> None:
     step = checkpoint.latest_step(run)
     assert step is not None, err
     assert 5 <= step < 50
-    assert err.count("error: stopped after step") == 1
-    assert f"error: stopped after step {step} of 60" in err
+    assert err.count("stopped after step") == 1
+    assert f"stopped after step {step} of 60" in err
     ran = subprocess.run(
         [*command, "--resume"], env=fx.environment(), capture_output=True, text=True, check=False
     )
@@ -258,7 +258,7 @@ def test_an_interrupt_before_the_first_step_leaves_no_run(
         "mralign", tmp_path / "run", "--cache", fx.cache_path(), *OPTIONS, home=tmp_path / "home"
     )
     assert ran.status == 75
-    assert ran.line == "error: stopped before the first step; run the same command again"
+    assert ran.line == "stopped before the first step; run the same command again"
     assert not (tmp_path / "run").exists()
     text = (tmp_path / "home/runs.jsonl").read_text()
     use, line = map(json.loads, text.splitlines())
@@ -317,7 +317,7 @@ def test_stopped_while_it_is_imported(
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (status, "")
     assert re.fullmatch(
-        r"error: stopped( before anything was begun)?; run the same command again\n", err
+        r"stopped( before anything was begun)?; run the same command again\n", err
     ), err
 
 

@@ -367,7 +367,7 @@ def test_an_out_that_is_used_is_refused(tmp_path: Path) -> None:
         *SMALL,
         "--resume",
     )
-    assert "1 steps done, loss 2." in ran.out  # a run that was complete tells its own last loss
+    assert "1 step done, loss 2." in ran.out  # a run that was complete tells its own last loss
 
 
 # --- what stops it --------------------------------------------------------------------------------
