@@ -79,6 +79,15 @@ def _shell_char(char: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", escape))
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Write a number with what it counts.
+
+    >>> counted(1, "view"), counted(0, "view"), counted(2, "picture is", "pictures are")
+    ('1 view', '0 views', '2 pictures are')
+    """
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 class UserError(Exception):
     """Gives one line to the person at the keyboard; `exit_status` is 1 (the work failed) or 2 (the
     command was wrong)."""

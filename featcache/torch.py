@@ -24,7 +24,7 @@ from torch import Tensor
 
 from featcache import rng
 from featcache.catalog import extract_command
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import PictureError, Source
 from featcache.reading import join, pixel_check, transform_probe
@@ -97,7 +97,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         if not self.cache.complete:
             raise UserError(
                 f"cache {str(self.cache.path)!r} is incomplete ({len(self.cache.records)} of "
-                f"{len(self.cache.manifest['shards'])} shards); finish it with: "
+                f"{counted(len(self.cache.manifest['shards']), 'shard')}); finish it with: "
                 f"{extract_command.for_cache(self.cache.manifest, self.cache.path)}"
             )
         self.source = _open(pictures, self.cache)

@@ -38,7 +38,7 @@ from featcache.console.command import Command
 from featcache.console.entry import entry
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.pictures.decode import opened
 from featcache.pictures.regular_file import read_file
 from featcache.pictures.source import PictureError
@@ -175,7 +175,8 @@ def write_pictures(root: Path, out: Path, seed: int) -> None:
                     break
             if count < wanted:
                 raise UserError(
-                    f"too little clip art in {str(root / CLASSES[name])!r}: {count} pictures for "
+                    f"too little clip art in {str(root / CLASSES[name])!r}: "
+                    f"{counted(count, 'picture')} for "
                     f"the {part} part, {wanted} are needed; give the whole library with --clipart"
                 )
 

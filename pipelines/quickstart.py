@@ -38,7 +38,7 @@ from featcache.console.entry import entry
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.console.text import echo, format_table
-from featcache.errors import UserError, command_line
+from featcache.errors import UserError, command_line, counted
 from featcache.pictures.open_source import open_source
 from pipelines import digits, overview, warm_commands
 from pipelines.seeds import parse_seeds, spread
@@ -359,7 +359,9 @@ def report(
             f"{spread(points[kind], '+.1f')} {COLUMNS[kind].removesuffix(' %')}" for kind in points
         )
         lines.append(f"- {ROWS['mralign']} less {ROWS[other]}, in points: {told}")
-    length = "reduced: too short to mean much" if not plan.enforced else f"{plan.epochs} epochs"
+    length = (
+        "reduced: too short to mean much" if not plan.enforced else counted(plan.epochs, "epoch")
+    )
     lines += [
         "",
         f"Seeds {', '.join(map(str, found))} ({length}); {seconds:.0f} s in all on "

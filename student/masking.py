@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache import rng
-from featcache.errors import UsageError, UserError, near
+from featcache.errors import UsageError, UserError, counted, near
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
@@ -95,7 +95,8 @@ def check_attention(weight: npt.NDArray[np.floating]) -> None:
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise UserError(
-            f"cannot take a mask from it: attention of row {row} runs from {weight[row].min()} to "
+            f"cannot take a mask from it: attention of row {row} runs from "
+            f"{weight[row].min()} to "
             f"{weight[row].max()} ({int(wrong.sum())} such rows of {len(weight)}); allowed: finite "
             "weights >= 0, not all zero; run featcache verify on the cache, or train with "
             "mask=uniform"
@@ -122,7 +123,8 @@ def blockwise(draws: Callable[[int], U64], n_visible: int) -> I64:
     side, wanted = math.isqrt(n_patches), n_patches - n_visible
     if side**2 != n_patches:
         raise UserError(
-            f"cannot draw mask 'blockwise' on {n_patches} patches: a square grid is needed; "
+            f"cannot draw mask 'blockwise' on {counted(n_patches, 'patch', 'patches')}: "
+            f"a square grid is needed; "
             "mask=uniform"
         )
     hidden = np.zeros((n, side, side), bool)
@@ -134,7 +136,8 @@ def blockwise(draws: Callable[[int], U64], n_visible: int) -> I64:
                 return np.argsort(hidden.reshape(n, -1), axis=1, kind="stable")
             hidden[rows] |= _block(rng.uniform(words[rows, t : t + 4]), hidden[rows], wanted)
     raise UserError(
-        f"cannot hide {wanted} of {side} x {side} patches in blocks: {ROUNDS * (n_patches // 4)} "
+        f"cannot hide {wanted} of {side} x {counted(side, 'patch', 'patches')} in "
+        f"blocks: {ROUNDS * (n_patches // 4)} "
         "tries were refused; blocks need a larger grid; give another mask_ratio, or mask=uniform"
     )
 
@@ -246,7 +249,8 @@ def _given(name: str, rows: Mapping[str, Any], shape: tuple[int, int]) -> dict[s
             got = "nothing" if array is None else f"shape {tuple(array.shape)}"
             raise UserError(
                 f"cannot draw mask {name!r}: its {field} is {got}, needed: one row of {shape[1]} "
-                f"patches for each of {shape[0]} pictures; use a cache that holds {field} on this "
+                f"patches for each of {counted(shape[0], 'picture')}; use a cache that "
+                f"holds {field} on this "
                 "patch grid, or train with mask=uniform"
             )
     return given

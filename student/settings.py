@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from featcache.errors import UsageError, near
+from featcache.runtime.field_words import field_reason
 from featcache.runtime.strict_yaml import WrittenFloat
 
 Config = TypeVar("Config")
@@ -179,7 +180,7 @@ def _build(kind: type[Config], values: dict[str, Any]) -> Config:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else _unreadable(values)
         given = json.dumps(values[key])[:80] if key in values else "nothing, and it has no default"
-        raise _refusal(kind, key, given, first["msg"]) from None
+        raise _refusal(kind, key, given, field_reason(first)) from None
 
 
 def check_values(kind: type[Any], values: Mapping[str, Any]) -> None:
@@ -192,7 +193,7 @@ def check_values(kind: type[Any], values: Mapping[str, Any]) -> None:
             TypeAdapter(hints[key], config=checked).validate_json(json.dumps(value))
         except ValidationError as error:
             given = json.dumps(value)[:80]
-            raise _refusal(kind, key, given, error.errors()[0]["msg"]) from None
+            raise _refusal(kind, key, given, field_reason(error.errors()[0])) from None
 
 
 def _refusal(kind: type[Any], key: str, given: str, why: str) -> UsageError:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from featcache.errors import command_line
+from featcache.errors import command_line, counted
 from featcache.models.contract import REGISTERED
 from featcache.storage import manifest
 from featcache.storage.part import added_parts, describe_part
@@ -82,8 +82,10 @@ class Unfinished(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"unfinished: {self.shards_complete} of {self.shards} shards of {self.what} are there, "
-            f"{self.pictures_left} pictures are left; finish it with: {self.finish}"
+            f"unfinished: {self.shards_complete} of {counted(self.shards, 'shard')} of "
+            f"{self.what} are there, "
+            f"{counted(self.pictures_left, 'picture is', 'pictures are')} left; finish "
+            f"it with: {self.finish}"
         )
 
 

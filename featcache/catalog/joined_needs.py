@@ -10,7 +10,7 @@ from typing import Any
 
 from featcache.catalog.recipe_files import NEEDS_LITERAL
 from featcache.catalog.recipe_needs import RecipeNeeds
-from featcache.errors import UsageError
+from featcache.errors import UsageError, counted
 from featcache.reading import crop_range
 from featcache.reading.crop_range import Scale
 
@@ -144,7 +144,7 @@ def _values(needs: Sequence[RecipeNeeds], field: str) -> str:
 def _commands(needs: Sequence[RecipeNeeds], *fields: str) -> str:
     groups = _groups(needs, *fields).values()
     lines = " and ".join(f"--for {_names(group)}" for group in groups)
-    return f"{len(groups)} caches, with {len(groups)} commands: {lines}"
+    return f"{counted(len(groups), 'cache')}, with {len(groups)} commands: {lines}"
 
 
 def _names(needs: Iterable[RecipeNeeds]) -> str:

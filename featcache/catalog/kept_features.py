@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from featcache.catalog import home
-from featcache.errors import UserError, command_line
+from featcache.errors import UserError, command_line, counted
 from featcache.storage import json_file
 from featcache.storage.schema import check
 
@@ -89,7 +89,8 @@ def read(path: Path) -> About:
         )
     if about.shape[0] != about.count:
         raise UserError(
-            f"{str(path / ABOUT)!r} has {about.shape[0]} rows for {about.count} pictures; {advice}"
+            f"{str(path / ABOUT)!r} has {counted(about.shape[0], 'row')} for "
+            f"{counted(about.count, 'picture')}; {advice}"
         )
     return about
 

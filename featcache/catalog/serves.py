@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featcache.catalog import recipe_needs
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.reading.cache import Cache
 
 
@@ -60,12 +60,15 @@ def lacking(stored: StoredFacts, needs: dict[str, Any]) -> str:
         return ""
     wanted = _levels(needs["levels"], stored.depth)
     if wanted.start < 1:
-        return f"{len(wanted)} levels are aligned, the teacher has {stored.depth} blocks"
+        return (
+            f"{counted(len(wanted), 'level is', 'levels are')} aligned, the teacher "
+            f"has {counted(stored.depth, 'block')}"
+        )
     if missing := [level for level in wanted if level not in stored.levels]:
         return f"level {', '.join(map(str, missing))} is not stored (--levels {needs['levels']})"
     visible = int(stored.patches * (1 - needs["mask_ratio"]))
     if stored.keep is not None and (stored.keep < visible or needs.get("all_tokens")):
-        return f"{stored.keep} patches are kept, " + (
+        return f"{counted(stored.keep, 'patch is', 'patches are')} kept, " + (
             "all are read" if needs.get("all_tokens") else f"{visible} are visible"
         )
     if fields := [field for field in needs["fields"] if field not in stored.fields]:

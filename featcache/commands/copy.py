@@ -15,7 +15,7 @@ from featcache.console.distortion_table import loss_lines
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import COUNT, LocalPath
 from featcache.console.progress_bar import ProgressBar, WaitingNote, eta
-from featcache.errors import UsageError
+from featcache.errors import UsageError, counted
 from featcache.maintenance import transfer
 from featcache.reading.cache import Cache
 from featcache.runtime.numbers import is_whole
@@ -165,10 +165,12 @@ def _form(summary: dict[str, Any]) -> str:
 def _story(summary: dict[str, Any]) -> str:
     levels = ",".join(map(str, summary["levels"]))
     lines = [
-        f"{summary['cache']}: {summary['rows']} pictures x {summary['views']} views, levels "
+        f"{summary['cache']}: {counted(summary['rows'], 'picture')} x "
+        f"{counted(summary['views'], 'view')}, levels "
         f"{levels}, {summary['store']} store{_form(summary)}, "
         f"{show.format_bytes(summary['bytes'])}, id {summary['id']}",
-        f"{summary['new_shards']} shards written, {show.format_bytes(summary['bytes_per_s'])}/s"
+        f"{counted(summary['new_shards'], 'shard')} written, "
+        f"{show.format_bytes(summary['bytes_per_s'])}/s"
         if summary["new_shards"]
         else "was complete already; nothing to do",
         *(f"added: {part}" for part in summary["parts"][1:]),

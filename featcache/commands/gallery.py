@@ -13,10 +13,9 @@ from featcache.console.option import HelpGroup, option
 from featcache.console.params import SEED, LocalPath, LocalText, images_variable
 from featcache.console.progress_bar import ProgressBar
 from featcache.console.text import echo, format_bytes, join_lines, print_facts
-from featcache.errors import UsageError, UserError, command_line
+from featcache.errors import UsageError, UserError, command_line, counted
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
-from featcache.storage.manifest import pluralize
 from featcache.storage.new_folder import check_new
 
 _COUNT = click.IntRange(1, 10_000)  # of pictures on one page
@@ -109,8 +108,9 @@ def _text(done: dict[str, Any], title: str) -> str:
     return join_lines(
         [
             title,
-            f"{pluralize(done['pictures'], 'picture')}, {pluralize(done['views'], 'view')} each "
-            f"-> {done['out']}/index.html ({done['files']} files, {format_bytes(done['bytes'])})",
+            f"{counted(done['pictures'], 'picture')}, {counted(done['views'], 'view')} each "
+            f"-> {done['out']}/index.html ({counted(done['files'], 'file')}, "
+            f"{format_bytes(done['bytes'])})",
         ]
     )
 
@@ -122,7 +122,7 @@ def _tell_problems(cache: Path, done: dict[str, Any]) -> None:
         echo(join_lines([f"note: {problem}"]), err=True)
     if problems:
         raise UserError(
-            f"{pluralize(len(problems), 'problem')} of {str(cache)!r} in {done['out']!r}, each is "
+            f"{counted(len(problems), 'problem')} of {str(cache)!r} in {done['out']!r}, each is "
             f"told there, the first: {problems[0]}; `{command_line('featcache', 'verify', cache)}` "
             "tells whether its bytes are at fault"
         )

@@ -13,6 +13,7 @@ from featcache.console.distortion_table import loss_lines
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.console.text import format_bytes, format_table, join_lines, print_facts
+from featcache.errors import counted
 from featcache.reading.cache import Cache
 from featcache.storage import manifest, statistics
 
@@ -77,8 +78,9 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
     identity, quarantined = facts["identity"], facts["quarantined"]
     lines = [
         manifest.title(cache.manifest, facts["rows"], facts["views"]),
-        f"{facts['shards_complete']} of {facts['shards']} shards, {facts['rows']} of "
-        f"{identity['pictures']['count']} pictures stored, {format_bytes(facts['bytes'])}, "
+        f"{facts['shards_complete']} of {counted(facts['shards'], 'shard')}, {facts['rows']} of "
+        f"{counted(identity['pictures']['count'], 'picture')} stored, "
+        f"{format_bytes(facts['bytes'])}, "
         f"{identity['store']} store, {_form(facts)}, codec {identity['codec']}, "
         f"tokens {_tokens(identity)}",
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
@@ -120,7 +122,8 @@ def _tokens(identity: dict[str, Any]) -> str:
     'ranked, first 58 of 196 patches'
     """
     kept = (
-        f", first {identity['keep']} of {identity['teacher']['patches']} patches"
+        f", first {identity['keep']} of "
+        f"{counted(identity['teacher']['patches'], 'patch', 'patches')}"
         if "keep" in identity
         else ""
     )

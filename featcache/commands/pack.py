@@ -10,7 +10,7 @@ from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import SEED, LocalPath, LocalText
 from featcache.console.text import echo
-from featcache.errors import UsageError
+from featcache.errors import UsageError, counted
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
 
@@ -72,12 +72,16 @@ def command(
     is_beton = out.suffix == ".beton"
     _check_options(out, shard_size, prefix, is_beton)
     source = open_source(src)
-    labels = "no labels" if source.labels is None else f"{len(set(source.labels.tolist()))} classes"
+    labels = (
+        "no labels"
+        if source.labels is None
+        else counted(len(set(source.labels.tolist())), "class", "classes")
+    )
     if is_beton:
         written = _pack_beton(source, out, seed, resize_px)
     else:
         written = _pack_tars(source, out, shard_size or 0, seed, resize_px, prefix)
-    echo(f"{len(source)} pictures ({labels}) in {written}")
+    echo(f"{counted(len(source), 'picture')} ({labels}) in {written}")
 
 
 def _check_options(out: Path, shard_size: int | None, prefix: str | None, is_beton: bool) -> None:
@@ -113,4 +117,4 @@ def _pack_tars(
 
     name = prefix or pack_tars.PREFIX
     shards = pack_tars.pack(source, out, shard_size, seed=seed, resize_px=resize_px, prefix=name)
-    return f"{len(shards)} shards: {shards[0]} ... {shards[-1].name}"
+    return f"{counted(len(shards), 'shard')}: {shards[0]} ... {shards[-1].name}"

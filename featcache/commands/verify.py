@@ -14,7 +14,7 @@ from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import SEED, LocalPath, LocalText
 from featcache.console.progress_bar import ProgressBar
-from featcache.errors import UserError, command_line
+from featcache.errors import UserError, command_line, counted
 from featcache.pictures.open_source import open_source
 from featcache.reading.cache import Cache
 from featcache.views import pixel_path
@@ -138,11 +138,13 @@ def _of_rows(facts: dict[str, Any]) -> str:
     if again["other_pictures"]:
         return (
             f"the pictures {facts['images']!r} are not those that {facts['cache']} was extracted "
-            f"from: of {again['rows']} rows {again['rows'] - again['compared']} have other pixels "
+            f"from: of {counted(again['rows'], 'row')} "
+            f"{again['rows'] - again['compared']} have other pixels "
             f"or no picture, the first: {problems[0]}; give the right ones with --images"
         )
     return (
-        f"{len(problems)} of {again['rows']} rows of {facts['cache']} do not agree with pictures "
+        f"{len(problems)} of {counted(again['rows'], 'row')} of {facts['cache']} do not "
+        f"agree with pictures "
         f"and teacher, the first: {problems[0]}; every byte is as it was written, so fix these "
         "pictures, or extract into another --out"
     )
@@ -151,11 +153,15 @@ def _of_rows(facts: dict[str, Any]) -> str:
 def _verdict(facts: dict[str, Any]) -> list[str]:
     again = facts.get("recompute")
     if not again:
-        return [f"{facts['shards']} shards checked, {len(facts['problems'])} problems"]
-    lines = [f"{facts['shards']} shards checked, every byte as it was written"]
+        return [
+            f"{counted(facts['shards'], 'shard')} checked, "
+            f"{counted(len(facts['problems']), 'problem')}"
+        ]
+    lines = [f"{counted(facts['shards'], 'shard')} checked, every byte as it was written"]
     if again["compared"]:
         lines.append(
-            f"{again['compared']} rows recomputed: features within {again['feature_error']:.1e} "
+            f"{counted(again['compared'], 'row')} recomputed: features within "
+            f"{again['feature_error']:.1e} "
             f"per token, attention within {again['attention_error']:.1e}"
         )
     if again["other_teachers"]:
@@ -172,13 +178,13 @@ def _confidence(again: dict[str, Any]) -> str:
     """Say what a clean sample tells of the rest."""
     if again["rows"] < again["of_rows"]:
         return (
-            f"a clean sample of {again['rows']} rows: at 95 % confidence at most "
+            f"a clean sample of {counted(again['rows'], 'row')}: at 95 % confidence at most "
             f"{again['bad_rows_below']:.1%} of all rows are bad; a larger --recompute N narrows "
             "this"
         )
     views = (
         ""
         if again["views"] == 1
-        else f", in one of its {again['views']} views; another --seed takes others"
+        else f", in one of its {counted(again['views'], 'view')}; another --seed takes others"
     )
     return f"every row was recomputed{views}"

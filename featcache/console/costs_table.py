@@ -6,7 +6,7 @@ from typing import Any
 
 from featcache.catalog.costs import Cost, Costs, payback
 from featcache.console.text import format_bytes, format_seconds, format_table, join_lines
-from featcache.storage.manifest import pluralize
+from featcache.errors import counted
 
 _HEAD = (
     "cache",
@@ -81,5 +81,5 @@ def _notes(costs: Costs) -> list[str]:
         "none of ours, and passed over": costs.passed_over,
     }
     return [
-        join_lines([f"{pluralize(count, 'line')} {what}"]) for what, count in notes.items() if count
+        join_lines([f"{counted(count, 'line')} {what}"]) for what, count in notes.items() if count
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.console.text import format_table
+from featcache.errors import counted
 from featcache.storage import manifest
 from featcache.storage.part import added_parts, describe_part
 
@@ -52,7 +53,7 @@ def distortion_lines(codec: str, levels: Sequence[int], facts: Mapping[str, Any]
             (str(level), f"{cosine:.4f}", f"{mse:.1e}", f"{worst:.1e}", _percent(added))
             for level, cosine, mse, worst, added in every
         ]
-        lines = [f"codec {codec} loses, of {facts['views']} views:"]
+        lines = [f"codec {codec} loses, of {counted(facts['views'], 'view')}:"]
         lines += [line.rstrip() for line in format_table([names, *rows]).split("\n")]
     for what, key in (
         ("in batches of another size", "batch"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.console import text
 from featcache.console.distortion_table import distortion_lines
 from featcache.console.progress_bar import eta
+from featcache.errors import counted
 from featcache.pictures import passed_over
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
@@ -48,9 +49,11 @@ def stopped_text(jobs: list[ExtractJob]) -> str:
     """Say how much of a stopped extraction is kept, and how much is left."""
     left = max((unfinished_shards(job) for job in jobs), key=len)
     shards = len(jobs[0].plan.shards)
+    pictures = sum(shard["count"] for shard in left)
     return (
-        f"stopped: {shards - len(left)} of {shards} shards of {str(jobs[0].out)!r} are complete "
-        f"and kept, {sum(shard['count'] for shard in left)} pictures are left; the same command "
+        f"stopped: {shards - len(left)} of {counted(shards, 'shard')} of "
+        f"{str(jobs[0].out)!r} are complete "
+        f"and kept, {counted(pictures, 'picture is', 'pictures are')} left; the same command "
         "continues"
     )
 
@@ -94,7 +97,7 @@ def exif_note(facts: dict[str, Any]) -> str:
     if not facts["exif_ignored"]:
         return ""
     return (
-        f"note: {facts['exif_ignored']} of {manifest.pluralize(facts['new_pictures'], 'picture')} "
+        f"note: {facts['exif_ignored']} of {counted(facts['new_pictures'], 'picture')} "
         "have an EXIF orientation other than 1, which is not applied; --exif applies it"
     )
 
@@ -127,8 +130,8 @@ def _cost_text(facts: dict[str, Any]) -> str:
     if facts["hours"] is not None:
         pace = f"about {facts['hours']:.3g} hours by the pace of one batch"
     return (
-        f"{manifest.pluralize(facts['new_pictures'], 'picture')}, "
-        f"{manifest.pluralize(facts['new_views'], 'view')}: {space}; {pace}"
+        f"{counted(facts['new_pictures'], 'picture')}, "
+        f"{counted(facts['new_views'], 'view')}: {space}; {pace}"
     )
 
 
@@ -141,8 +144,8 @@ def dry_run_text(facts: dict[str, Any], folder: Path) -> str:
 def _dry_run_line(facts: dict[str, Any], folder: Path) -> str:
     whose = f"share {facts['share']} of {folder}" if facts["share"] else str(folder)
     pictures, views = (
-        manifest.pluralize(facts["share_pictures"], "picture"),
-        manifest.pluralize(facts["views"], "view"),
+        counted(facts["share_pictures"], "picture"),
+        counted(facts["views"], "view"),
     )
     what = f"{pictures} x {views}, {text.format_bytes(facts['bytes'])}"
     if facts["complete"]:
@@ -152,7 +155,7 @@ def _dry_run_line(facts: dict[str, Any], folder: Path) -> str:
         if facts["new_shards"] == facts["shards"]
         else f"; {facts['shards'] - facts['new_shards']} are there"
     )
-    shards = manifest.pluralize(facts["new_shards"], "shard")
+    shards = counted(facts["new_shards"], "shard")
     return f"would write {text.format_bytes(facts['new_bytes'])} in {shards} to {whose}{some}"
 
 
@@ -162,13 +165,13 @@ def rate_text(progress: ExtractProgress) -> str:
 
 
 def summary_text(summary: dict[str, Any], jobs: list[ExtractJob]) -> str:
-    count = manifest.pluralize(summary["rows"], "picture")
+    count = counted(summary["rows"], "picture")
     if summary["share"]:
         count = (
             f"share {summary['share']}, {summary['share_pictures']} of "
-            f"{summary['pictures']} pictures"
+            f"{counted(summary['pictures'], 'picture')}"
         )
-    views, verb = manifest.pluralize(summary["views"], "view"), "added " if summary["added"] else ""
+    views, verb = counted(summary["views"], "view"), "added " if summary["added"] else ""
     lines = [f"{summary['cache']}: {verb}{count} x {views}, {text.format_bytes(summary['bytes'])}"]
     if summary["new_pictures"]:
         lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
@@ -180,7 +183,8 @@ def summary_text(summary: dict[str, Any], jobs: list[ExtractJob]) -> str:
         lines += [f"{plan.teacher.name}:", *found] if found and len(jobs) > 1 else found
     if not summary["complete"]:
         lines.append(
-            f"this share is done; the cache has {summary['rows']} pictures so far, other shares "
+            f"this share is done; the cache has {counted(summary['rows'], 'picture')} "
+            f"so far, other shares "
             "complete it"
         )
     for row in summary["quarantined"][:10]:

@@ -16,7 +16,7 @@ from featcache.catalog.joined_needs import CacheNeeds, GivenOptions
 from featcache.catalog.recipe_needs import RecipeNeeds
 from featcache.console.extract_options import ExtractOptions
 from featcache.console.text import say
-from featcache.errors import UsageError, command_line
+from featcache.errors import UsageError, command_line, counted
 from featcache.storage import manifest
 from featcache.views.policy import Policy, load_policy
 
@@ -198,16 +198,25 @@ def _misfit(plans: Sequence[Plan], needs: RecipeNeeds) -> str:
     patches, size = first.teacher.patches, first.policy.size
     side = math.isqrt(patches)
     if side * side != patches or size % side:
-        return f"views of {size} pixels (--size) cannot be cut into {patches} patches"
+        return (
+            f"views of {size} pixels (--size) cannot be cut into "
+            f"{counted(patches, 'patch', 'patches')}"
+        )
     for plan in others:
         name = plan.teacher.name
         read = [field for field in needs.fields if field.rpartition("/")[0] == name]
         if read and plan.teacher.patches != patches:
-            return f"{name} has {plan.teacher.patches} patches, {first.teacher.name} has {patches}"
+            return (
+                f"{name} has {counted(plan.teacher.patches, 'patch', 'patches')}, "
+                f"{first.teacher.name} has {patches}"
+            )
         if f"{name}/features" in read and plan.teacher.depth not in plan.levels:
             return f"level {plan.teacher.depth} of {name} is not stored (--levels {name}=last:1)"
         if f"{name}/features" in read and plan.keep is not None:
-            return f"{plan.keep} patches of {name} are kept (--keep), all are read"
+            return (
+                f"{counted(plan.keep, 'patch', 'patches')} of {name} are kept "
+                f"(--keep), all are read"
+            )
     return ""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from featcache.console import log_file
 from featcache.console.text import is_copied, log, say
-from featcache.errors import printable
+from featcache.errors import counted, printable
 
 
 class WaitingNote:
@@ -21,7 +21,7 @@ class WaitingNote:
 
     def __call__(self, shards: int) -> None:
         if shards != self._told:
-            self._say(f"note: waiting for {shards} shards that other processes work on")
+            self._say(f"note: waiting for {counted(shards, 'shard')} that other processes work on")
         self._told = shards
 
 

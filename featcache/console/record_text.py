@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from featcache.console.block_map import block_map
-from featcache.storage.manifest import pluralize
+from featcache.errors import counted
 
 ORDER_SHOWN = 12  # patches of the mask order
 LARGEST_MAP = 60  # patches a side of an attention that a terminal has room for
@@ -27,7 +27,7 @@ def lines(facts: Mapping[str, Any], shades: str) -> Iterator[str]:
         yield ""
         yield from _view(view, facts["stored_views"], shades)
     yield ""
-    views = pluralize(len(facts["views"]), "view")
+    views = counted(len(facts["views"]), "view")
     if facts["problems"]:
         yield from facts["problems"]
     else:
@@ -67,7 +67,11 @@ def _jitter(jitter: Mapping[str, Any]) -> str:
 def _level(about: Mapping[str, Any]) -> str:
     tokens, width = about["shape"]
     stored = about["stored_tokens"]
-    here = f"{tokens} tokens" if stored == tokens else f"{stored} of {tokens} tokens stored"
+    here = (
+        counted(tokens, "token")
+        if stored == tokens
+        else f"{stored} of {counted(tokens, 'token')} stored"
+    )
     text = f"{here} x {width}, norm {_norms(about['norm'])}"
     residual = about["residual_norm"]
     return text + (f"; residual stream {_norms(residual)}" if residual else "")
@@ -90,7 +94,7 @@ def _attention(attention: Sequence[float], half: int, shades: str) -> Iterator[s
     side = math.isqrt(len(attention))
     yield (
         f"    attention: sum {sum(attention):.3f}, largest {max(attention):.4f}; half of it in "
-        f"{half} of {len(attention)} patches"
+        f"{half} of {counted(len(attention), 'patch', 'patches')}"
     )
     if side <= LARGEST_MAP:
         yield from (f"      |{line}|" for line in block_map(attention, side, shades))

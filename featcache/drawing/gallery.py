@@ -23,7 +23,7 @@ from featcache.drawing.level_colours import fit_levels
 from featcache.drawing.panels import Panel, target_panels, view_panel
 from featcache.drawing.stored_view import TeacherReader, read_drawn
 from featcache.drawing.view_pixels import Pictures, ViewPixels, small_picture
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.reading.cache import Cache
 from featcache.storage.new_folder import new_folder
 
@@ -103,7 +103,8 @@ def _check_pictures(cache: Cache, source: Pictures, rows: Sequence[int]) -> None
     keys = [cache.keys[row] for row in rows]
     if not any(key in source for key in keys):
         raise UserError(
-            f"--images {source.source.spec!r}: none of the {len(keys)} rows to draw is there, the "
+            f"--images {source.source.spec!r}: none of the {counted(len(keys), 'row')} "
+            f"to draw is there, the "
             f"first is {keys[0]!r}; give the pictures of the extraction, or leave --images out"
         )
 

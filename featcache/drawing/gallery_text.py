@@ -9,10 +9,10 @@ from typing import Any
 from featcache.drawing import page as pages
 from featcache.drawing import pca, pictures
 from featcache.drawing.view_pixels import Pictures
+from featcache.errors import counted
 from featcache.reading.cache import Cache
 from featcache.reading.join import stores_pixels
 from featcache.storage import manifest
-from featcache.storage.manifest import pluralize
 from featcache.views.render import jitter_factors
 
 KEY_LENGTH = 200  # of a key in a heading; its whole text is below it
@@ -55,17 +55,17 @@ def head(
     lines = [warning(_random(cache, teacher)) for teacher in _random_teachers(cache)]
     if problems:
         lines.append(
-            warning(f"{pluralize(problems, 'problem')} met while drawing; each is told below")
+            warning(f"{counted(problems, 'problem')} met while drawing; each is told below")
         )
     if cache.absent:
         lines.append(
-            warning(f"{pluralize(len(cache.absent), 'shard')} absent: {min(cache.absent.values())}")
+            warning(f"{counted(len(cache.absent), 'shard')} absent: {min(cache.absent.values())}")
         )
     lines.append(pages.section("cache", "The cache", pages.table(facts(cache))))
     drawn = (
         "A cache keeps what a frozen network, the teacher, computed on views: cut-outs of pictures "
         "in which a student will see them. Drawn here are "
-        f"{pluralize(rows, 'picture')} of {len(cache)} with {pluralize(views, 'view')} of "
+        f"{counted(rows, 'picture')} of {len(cache)} with {counted(views, 'view')} of "
         f"{cache.views} each. {_pixels(cache, source)}"
     )
     legend = f"<p>{pages.escape(drawn)}</p>\n{_legend(cache, bases)}"
@@ -95,8 +95,8 @@ def facts(cache: Cache) -> list[tuple[str, str]]:
         ("view policy", _policy(identity["policy"])),
         (
             "rows",
-            f"{len(cache)} of {identity['pictures']['count']} pictures, "
-            f"{pluralize(cache.views, 'view')} each, {len(cache.quarantined)} in quarantine",
+            f"{len(cache)} of {counted(identity['pictures']['count'], 'picture')}, "
+            f"{counted(cache.views, 'view')} each, {len(cache.quarantined)} in quarantine",
         ),
         ("shards", f"{len(cache.records)} of {len(cache.manifest['shards'])}, {identity['store']}"),
     ]
@@ -119,9 +119,14 @@ def _teacher(cache: Cache, teacher: str) -> str:
     identity = about["identity"]
     side = pictures.grid_side(identity["teacher"]["patches"])
     levels = ", ".join(map(str, cache.levels_of(teacher))) or "none"
-    kept = f", the first {identity['keep']} patches of each view" if "keep" in identity else ""
+    kept = (
+        f", the first {counted(identity['keep'], 'patch', 'patches')} of each view"
+        if "keep" in identity
+        else ""
+    )
     return (
-        f"{teacher}: {side} x {side} patches, width {identity['teacher']['width']}, levels "
+        f"{teacher}: {side} x {counted(side, 'patch', 'patches')}, width "
+        f"{identity['teacher']['width']}, levels "
         f"{levels}, codec {identity['codec']}, {identity['tokens']} order{kept}, weights "
         f"{about['provenance']['weights']}"
     )

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from featcache.errors import counted
+
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
 Bools = npt.NDArray[np.bool_]
 
@@ -49,7 +51,7 @@ def grid_side(patches: int) -> int:
     """Return g of P = g * g; a grid that is not square raises ValueError."""
     side = round(patches**0.5)
     if side * side != patches:
-        raise ValueError(f"{patches} patches are no square grid")
+        raise ValueError(f"{counted(patches, 'patch is', 'patches are')} no square grid")
     return side
 
 

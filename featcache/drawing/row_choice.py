@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from featcache import rng
-from featcache.errors import UserError, short
+from featcache.errors import UserError, counted, short
 from featcache.reading.cache import Cache
 from featcache.storage.keys import Keys
 
@@ -62,7 +62,7 @@ def by_word(cache: Cache, word: str) -> Chosen:
     if number >= len(cache):
         raise UserError(
             f"row {number} of cache {str(cache.path)!r}: no key is called so, and it has "
-            f"{len(cache)} rows, 0 to {len(cache) - 1}; give one of these, or a key"
+            f"{counted(len(cache), 'row')}, 0 to {len(cache) - 1}; give one of these, or a key"
         )
     if number < 0:
         raise _unknown(cache, word)
@@ -82,7 +82,8 @@ def _unknown(cache: Cache, key: str) -> UserError:
     hint = f"did you mean {' or '.join(map(short, close))}?" if close else "no key is like it;"
     absent = f" ({len(cache.absent)} of its shards are absent)" if cache.absent else ""
     return UserError(
-        f"key {short(key)} is not in {where}, which has {len(cache)} rows{absent}; {hint} give a "
+        f"key {short(key)} is not in {where}, which has "
+        f"{counted(len(cache), 'row')}{absent}; {hint} give a "
         "key as extraction wrote it (the path below SRC without its last suffix), or a row's number"
     )
 

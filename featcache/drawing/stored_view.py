@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.reading.cache import Cache
 from featcache.reading.feature_reader import FeatureReader
 
@@ -47,7 +47,8 @@ class TeacherReader:
         self.patches: int = self.about["identity"]["teacher"]["patches"]
         if round(self.patches**0.5) ** 2 != self.patches:
             raise UserError(
-                f"cache {str(cache.path)!r}: {self.patches} patches of {teacher} are no square "
+                f"cache {str(cache.path)!r}: "
+                f"{counted(self.patches, 'patch', 'patches')} of {teacher} are no square "
                 "grid, and only those can be drawn; show another cache"
             )
         self.prefix = "" if teacher == cache.teachers[0] else f"{teacher}/"

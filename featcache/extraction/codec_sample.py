@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.extraction import device_pipeline, rows
 from featcache.extraction.forward import rank_tokens
 from featcache.extraction.plan import ExtractJob, Plan
@@ -136,7 +136,8 @@ def first_levels(
                 return
     if not found:
         raise UserError(
-            f"none of {len(plan.source)} pictures can be used, and codec {plan.codec} begins with "
+            f"none of {counted(len(plan.source), 'picture')} can be used, and codec "
+            f"{plan.codec} begins with "
             "the first of them; give other pictures: --images SRC"
         )
 

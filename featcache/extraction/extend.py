@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.extraction.options import file_name
 from featcache.extraction.plan import ExtractJob, Plan
 from featcache.extraction.target_folder import existing_manifest, in_form_of
@@ -157,7 +157,8 @@ def _lacking(wanted: Plan, cache: Cache) -> Plan | None:
     more = (wanted.views if name == first else cache.views) - views
     if levels and more > 0 and name == first:
         raise UsageError(
-            f"--add: {views} views are stored and levels {list(stored)}; add levels "
+            f"--add: {counted(views, 'view is', 'views are')} stored and levels "
+            f"{list(stored)}; add levels "
             f"({','.join(map(str, levels))}) and views ({wanted.views}) one after the other, in "
             "two commands"
         )

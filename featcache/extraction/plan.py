@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 import featcache
-from featcache.errors import UsageError
+from featcache.errors import UsageError, counted
 from featcache.extraction.layout import level_arrays, token_ids_array, view_arrays
 from featcache.extraction.options import check_order, file_name
 from featcache.models import precision, tokenizer, weights
@@ -76,7 +76,10 @@ class Plan:
                 f"--keep {self.keep} keeps the first of ranked tokens: give --tokens ranked with it"
             )
         if self.keep is not None and not 1 <= self.keep <= self.teacher.patches:
-            raise UsageError(f"--keep {self.keep}: 1 to {self.teacher.patches} patches are allowed")
+            raise UsageError(
+                f"--keep {self.keep}: 1 to "
+                f"{counted(self.teacher.patches, 'patch is', 'patches are')} allowed"
+            )
         for each in (self.policy.filter, self.filter):
             pixel_path.check_filter(pixel_path.pixel_path(self.source), each)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.storage import codec_state, commit, identity, json_file, manifest
 from featcache.storage.own_folder import own_shards
 from featcache.storage.record import read_record
@@ -253,7 +253,7 @@ def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
     rows = write_quarantine(out, records)
     if rows and not sum(record["rows"] for record in records):
         raise UserError(
-            f"none of {len(rows)} pictures could be used, the first {rows[0]['key']!r}: "
+            f"none of {counted(len(rows), 'picture')} could be used, the first {rows[0]['key']!r}: "
             f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}"
         )
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.extraction.forward import run_teacher
 from featcache.extraction.knn import K, votes
 from featcache.models import precision, tokenizer
@@ -62,8 +62,9 @@ class Score:
             else "; no better than the pixels: are these the right weights?"
         )
         return (
-            f"check of {self.teacher}: k-NN {self.right:.1%} of {self.pictures} pictures of "
-            f"{self.classes} classes, chance {self.chance:.1%}, bare pixels "
+            f"check of {self.teacher}: k-NN {self.right:.1%} of "
+            f"{counted(self.pictures, 'picture')} of "
+            f"{counted(self.classes, 'class', 'classes')}, chance {self.chance:.1%}, bare pixels "
             f"{self.pixels:.1%}{verdict}"
         )
 
@@ -116,7 +117,8 @@ def _choose(source: Source) -> tuple[I64, I64]:
     known = np.flatnonzero(counts >= 2)  # one picture has no neighbour of its class
     if len(known) < 2:
         raise UserError(
-            f"--check-teacher {source.spec!r}: {len(known)} classes have two pictures or more, two "
+            f"--check-teacher {source.spec!r}: "
+            f"{counted(len(known), 'class has', 'classes have')} two pictures or more, two "
             "such classes are needed"
         )
     kept = known[_spread(len(known), CLASSES)]

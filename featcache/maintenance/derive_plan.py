@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import featcache
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.extraction.forward import rank_tokens
 from featcache.extraction.layout import level_arrays
 from featcache.extraction.options import parse_keep
@@ -182,7 +182,8 @@ def _wished(identity: dict[str, Any], part: Cache, wish: Wish) -> dict[str, Any]
     keep = parse_keep(wish.keep, patches) if wish.keep is not None else old.get("keep")
     if (keep or patches) > there or (tokens == "raster" and "keep" in old):
         raise UserError(
-            f"{where} keeps the first {there} of {patches} patches of each view: give --keep of at "
+            f"{where} keeps the first {there} of {counted(patches, 'patch', 'patches')} "
+            f"of each view: give --keep of at "
             f"most {there} and --tokens ranked, or extract again"
         )
     codec = wish.codec or old["codec"]

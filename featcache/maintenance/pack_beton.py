@@ -103,9 +103,9 @@ def _write(source: Source, work: Path, order: list[int], resize_px: int | None) 
         writer.finalize(_write_data(allocator, columns["key"], keys, columns["image"], items))
     if lost:
         _LOG.warning(
-            "%d pictures are stored as pixels, without the EXIF orientation that they had; pack "
-            "into tars where it should be kept",
-            len(lost),
+            "%s stored as pixels, without the EXIF orientation; pack into tars where it should be "
+            "kept",
+            counted(len(lost), "picture is", "pictures are"),
         )
     with work.open("rb") as file:
         os.fsync(file.fileno())

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from webdataset import TarWriter
 
 from featcache import rng
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.maintenance.packing import check_resize, classes_json, read_ahead, reading_threads
 from featcache.pictures.picture_bytes import read_picture
 from featcache.pictures.source import Source
@@ -94,7 +94,8 @@ def _check(out: Path, shard_size: int, resize_px: int | None, prefix: str) -> No
     there = sorted(out.glob(f"{prefix}-*.tar"))
     if there:
         raise UserError(
-            f"packing into {str(out)!r}: it holds {len(there)} shards already ({there[0].name} "
+            f"packing into {str(out)!r}: it holds {counted(len(there), 'shard')} "
+            f"already ({there[0].name} "
             "...), which are never overwritten; give another OUT or --name, or remove them"
         )
 

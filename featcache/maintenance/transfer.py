@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UsageError, UserError, command_line
+from featcache.errors import UsageError, UserError, command_line, counted
 from featcache.extraction import target_folder
 from featcache.extraction.shard_queue import free_shards
 from featcache.maintenance import transfer_plan
@@ -191,7 +191,8 @@ def _check_whole(jobs: Sequence[TransferJob]) -> None:
     for job in jobs:
         if lost := job.missing:
             raise UserError(
-                f"{str(job.out)!r}: {len(lost)} of {len(job.records)} shards are no longer there, "
+                f"{str(job.out)!r}: {len(lost)} of "
+                f"{counted(len(job.records), 'shard is', 'shards are')} no longer there, "
                 f"the first {lost[0]['shard']}: something else removed them; run the same command "
                 "again"
             )

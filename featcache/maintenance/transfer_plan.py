@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 import featcache
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.reading.cache import Cache
 from featcache.storage import checksums, codec_state, json_file
 from featcache.storage import manifest as manifests
@@ -136,7 +136,8 @@ def flat_cache_jobs(
         )
     if not 1 <= views <= source.views:
         raise UsageError(
-            f"--views {views}: 1 to {source.views} views are stored in {str(source.path)!r}"
+            f"--views {views}: 1 to {counted(source.views, 'view is', 'views are')} "
+            f"stored in {str(source.path)!r}"
         )
     if lacking := [level for level in chosen if level not in source.levels]:
         raise UsageError(
@@ -263,7 +264,8 @@ def _records(source: Cache, numbers: range) -> tuple[dict[str, Any], ...]:
     records = {record["shard"]: record for record in source.records}
     if lacking := [name for name in wanted if name not in records]:
         raise UserError(
-            f"cache {str(source.path)!r} is incomplete: {len(lacking)} of {len(wanted)} shards are "
+            f"cache {str(source.path)!r} is incomplete: {len(lacking)} of "
+            f"{counted(len(wanted), 'shard is', 'shards are')} "
             f"missing, the first {lacking[0]}; finish it with the command that made it, or "
             "take those that are there: `featcache copy --shards A:B`"
         )

@@ -115,7 +115,8 @@ def from_file(
     if not known and "quick_gelu" not in options and fallback is not None:
         other = f"{name},quick_gelu={str(not fallback).lower()}"
         return fallback, (
-            f"{path} does not say its activation; {name} runs {activation_name(fallback)}, as the "
+            f"{path} does not say its activation; {name} runs "
+            f"{activation_name(fallback)}, as the "
             f"weights it is named for: give {other} if these are others"
         )
     if not known and "quick_gelu" not in options:

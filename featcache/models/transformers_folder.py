@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from torch import Tensor, nn
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.models import restricted_unpickler, transformers_names
 from featcache.runtime import strict_json
 
@@ -206,7 +206,7 @@ def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
             raise ValueError(f"{index}: the shard of {tensor[:80]!r} is no name")
         shards.setdefault(shard, set()).add(tensor)
     if len(shards) > _SHARDS:
-        raise ValueError(f"{index} names {len(shards)} shards, {_SHARDS} at most")
+        raise ValueError(f"{index} names {counted(len(shards), 'shard')}, {_SHARDS} at most")
     ending = Path(index.removesuffix(".index.json")).suffix
     paths = {shard: _own_file(folder, shard, ending) for shard in sorted(shards)}
     _check_size(list(paths.values()))

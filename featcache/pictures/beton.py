@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UserError, one_line
+from featcache.errors import UserError, counted, one_line
 from featcache.pictures import classes
 from featcache.pictures.classes import check_labels, read_classes
 from featcache.pictures.regular_file import read_range
@@ -165,7 +165,7 @@ def _reader(spec: str) -> Any:
             f"{size} bytes, its table of allocations should begin at {header['alloc_table_ptr']}",
         )
     if int(header["num_samples"]) * _LEAST_ROW_BYTES > size:  # numpy would make room for them all
-        raise _cut(spec, f"{size} bytes, for {header['num_samples']} samples")
+        raise _cut(spec, f"{size} bytes, for {counted(header['num_samples'], 'sample')}")
     reader_type = import_ffcv("reader").Reader
     try:
         with np.errstate(all="ignore"):  # sizes of arrays that nobody reads

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.pictures.classes import MOST_CLASSES
 from featcache.pictures.passed_over import ROWS_ALONE, Tally
 from featcache.pictures.source import SUFFIXES
@@ -58,7 +58,8 @@ def read_labels(spec: Spec, keys: Sequence[str], tally: Tally) -> GivenLabels:
     missing = [key for key in keys if key not in found]
     if missing:
         raise UserError(
-            f"labels of {spec.path!r}: {len(missing)} of {len(keys)} pictures have no row in "
+            f"labels of {spec.path!r}: {len(missing)} of "
+            f"{counted(len(keys), 'picture has', 'pictures have')} no row in "
             f"{str(table.path)!r}, the first are {_some(missing)}; its first rows are of "
             f"{_some(table.first)}; every picture needs one, by its key or its file's name"
         )
@@ -73,7 +74,8 @@ def _numbered(spec: Spec, names: Sequence[str]) -> GivenLabels:
     different = set(names)
     if len(different) > MOST_CLASSES:
         raise UserError(
-            f"labels of {spec.path!r}: #labels={spec.labels} gives {len(different)} classes, at "
+            f"labels of {spec.path!r}: #labels={spec.labels} gives "
+            f"{counted(len(different), 'class', 'classes')}, at "
             f"most {MOST_CLASSES} are allowed; give another column or separator"
         )
     ordered = sorted(different)
@@ -96,7 +98,8 @@ def _prefixes(spec: Spec, keys: Sequence[str]) -> list[str]:
     ]
     if missing:
         raise UserError(
-            f"labels of {spec.path!r}: {len(missing)} of {len(keys)} keys have nothing before a "
+            f"labels of {spec.path!r}: {len(missing)} of "
+            f"{counted(len(keys), 'key has', 'keys have')} nothing before a "
             f"{mark!r}, the first are {_some(missing)}; a class, the separator and a name are "
             "needed (n01440764_10026, cats/1): give #separator=, or a table with #labels=FILE.csv"
         )
@@ -132,7 +135,8 @@ class _Table:
                 found[key] = label.split()[0] if boxes else label
         if double:
             raise self._refusal(
-                f"{len(double)} pictures stand in it twice, the first are {_some(double)}",
+                f"{counted(len(double), 'picture stands', 'pictures stand')} in it twice, the "
+                f"first are {_some(double)}",
                 "one row a picture is allowed: take the others out",
             )
         return found
@@ -164,7 +168,7 @@ class _Table:
         if self.column is None and (not named or _key(head[0].strip(), known) is not None):
             if len(head) != 2:
                 raise self._refusal(
-                    f"its first row has {len(head)} columns and no names that are known",
+                    f"its first row has {counted(len(head), 'column')} and no names that are known",
                     "KEY,CLASS are allowed, or a header that names a column label",
                 )
             return None, 1, False
@@ -187,7 +191,7 @@ class _Table:
 
     def _cells(self, line: int, row: list[str], key_at: int, label_at: int) -> tuple[str, str]:
         if len(row) <= max(key_at, label_at):
-            raise self._refusal(f"line {line} has {len(row)} columns", "write it again")
+            raise self._refusal(f"line {line} has {counted(len(row), 'column')}", "write it again")
         key, label = row[key_at].strip(), row[label_at].strip()
         if not key or not label:
             raise self._refusal(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.pictures.parquet_groups import GROUP_BYTES, ParquetFile, batches
 from featcache.runtime import strict_json
 
@@ -99,7 +99,11 @@ def _image_column(
     found = [image] if image is not None else said or structs or usable
     if len(found) == 1 and found[0] in usable:
         return found[0]
-    given = f"#image-column={image} is" if image is not None else f"{len(found)} columns could be"
+    given = (
+        f"#image-column={image} is"
+        if image is not None
+        else f"{counted(len(found), 'column')} could be"
+    )
     raise UserError(
         f"pictures {spec!r}: {given} {'no' if image is not None else 'the'} column of pictures of "
         f"{file.path!r}; those of bytes are {_listed(usable)}, all are "

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UsageError, UserError, one_line
+from featcache.errors import UsageError, UserError, counted, one_line
 from featcache.pictures.regular_file import open_regular
 from featcache.pictures.source import PictureError
 
@@ -68,7 +68,8 @@ def open_file(path: str) -> ParquetFile:
     # a picture of less than a byte is none; a list of so many keys would fill memory
     if any(not 0 <= count <= size for count in counts) or sum(counts) > size:
         raise UserError(
-            f"{path!r} is damaged: its footer tells of {sum(counts)} rows in {size} bytes; fetch "
+            f"{path!r} is damaged: its footer tells of {counted(sum(counts), 'row')} in "
+            f"{size} bytes; fetch "
             "or write it again"
         )
     return ParquetFile(path, schema, metadata, np.cumsum([0, *counts], dtype=np.int64), most)
@@ -107,7 +108,7 @@ def batches(file: ParquetFile, column: str, group: int, most_bytes: int) -> Iter
                     )
                 yield _innermost(batch.column(0))
         if rows < count:
-            raise ValueError(f"row group {group} has {rows} rows of {count}")
+            raise ValueError(f"row group {group} has {counted(rows, 'row')} of {count}")
     except GeneratorExit:
         raise
     except Exception as error:  # as in `open_file`

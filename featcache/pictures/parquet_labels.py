@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.pictures.classes import MOST_CLASSES, check_labels
 from featcache.pictures.parquet_columns import Columns, read_column
 from featcache.pictures.parquet_groups import ParquetFile
@@ -27,7 +27,7 @@ def read_labels(
     if columns.label is None:
         if columns.labels:
             raise UserError(
-                f"labels of {spec!r}: {len(columns.labels)} columns hold classes, "
+                f"labels of {spec!r}: {counted(len(columns.labels), 'column')} hold classes, "
                 f"{', '.join(map(repr, columns.labels[:10]))}; give one with #label-column=NAME"
             )
         return None, None
@@ -37,7 +37,8 @@ def read_labels(
         return None, None
     if missing:
         raise UserError(
-            f"labels of {spec!r}: {missing} of {len(values)} rows have none in the column "
+            f"labels of {spec!r}: {missing} of "
+            f"{counted(len(values), 'row has', 'rows have')} none in the column "
             f"{columns.label!r}; every picture needs one: give a table with #labels=FILE.csv"
         )
     return _text(spec, values) if isinstance(values[0], str) else _numbers(spec, columns, values)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.pictures.classes import LABEL_DIGITS, FolderClasses, folder_classes, parse_label
 from featcache.pictures.given_labels import GivenLabels
 from featcache.pictures.passed_over import HIDDEN_TAR, PassedOver, Tally, is_hidden, listed
@@ -85,7 +85,8 @@ class TarSource:
         missing = [key for key in self.keys if key not in self.label_ranges]
         if missing:
             raise UserError(
-                f"labels of {self.spec}: {len(missing)} of {len(self)} pictures have no .cls "
+                f"labels of {self.spec}: {len(missing)} of "
+                f"{counted(len(self), 'picture has', 'pictures have')} no .cls "
                 f"member, the first is {missing[0]!r}; every picture needs one: pack the tars "
                 "again with `featcache pack`"
             )

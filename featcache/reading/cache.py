@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UsageError, near
+from featcache.errors import UsageError, counted, near
 from featcache.reading import request, reused_memory
 from featcache.reading.byte_ranges import RangeBatch, RowChecksumError
 from featcache.reading.compressed_rows import note_archive
@@ -223,7 +223,8 @@ class Cache:
         request.check_options(levels, tokens, out, fields)
         if len(views) not in (1, len(rows)):
             raise UsageError(
-                f"read: {len(views)} views for {len(rows)} rows; one view, or one for each row, is "
+                f"read: {counted(len(views), 'view')} for {counted(len(rows), 'row')}; "
+                f"one view, or one for each row, is "
                 "needed"
             )
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views

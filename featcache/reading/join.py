@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import IdentityError, UserError
+from featcache.errors import IdentityError, UserError, counted
 from featcache.pictures.source import ALLOWED, Source
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
@@ -72,7 +72,8 @@ def join_by_key(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[
     strange = [source.keys[i] for i in unknown.tolist() if source.keys[i] not in quarantined]
     if strange:
         raise IdentityError(
-            f"{len(strange)} of {len(source)} pictures of {source.spec!r} are not in cache "
+            f"{len(strange)} of {counted(len(source), 'picture')} of {source.spec!r} "
+            f"are not in cache "
             f"{str(cache.path)!r} ({manifest.title(cache.manifest)}), the first is {strange[0]!r}; "
             "give the pictures it was made from, or extract these"
         )

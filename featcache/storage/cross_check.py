@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.storage import checksums
 from featcache.storage.store import Array, array_from_dict, hash_dtype
 from featcache.targets import codec_names
@@ -105,7 +105,10 @@ def _identity_problems(identity: Mapping[str, Any]) -> Iterator[str]:
     if "keep" in identity and (
         identity["keep"] > teacher["patches"] or identity["tokens"] != "ranked"
     ):
-        yield f"identity.keep is {identity['keep']} of {teacher['patches']} patches"
+        yield (
+            f"identity.keep is {identity['keep']} of "
+            f"{counted(teacher['patches'], 'patch', 'patches')}"
+        )
     for name in ("scale", "ratio"):
         if identity["policy"][name][0] > identity["policy"][name][1]:
             yield f"identity.policy.{name} has its larger end first"
@@ -134,14 +137,19 @@ def _distortion_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"provenance.distortion.{lacking[0]} is missing"
     for name, values in facts.items():
         if isinstance(values, list) and len(values) != levels:
-            yield f"provenance.distortion.{name} has {len(values)} numbers for {levels} levels"
+            yield (
+                f"provenance.distortion.{name} has {len(values)} numbers for "
+                f"{counted(levels, 'level')}"
+            )
 
 
 def _shard_problems(shards: list[dict[str, Any]], identity: Mapping[str, Any]) -> Iterator[str]:
     rows = identity["rows_per_shard"]
     for shard in shards:
         if shard["count"] > rows:
-            yield f"shard {shard['name']} has {shard['count']} pictures of at most {rows}"
+            yield (
+                f"shard {shard['name']} has {counted(shard['count'], 'picture')} of at most {rows}"
+            )
     for here, there in pairwise(shards):
         if here["name"] >= there["name"] or here["first"] + here["count"] != there["first"]:
             yield f"shard {there['name']} does not begin where {here['name']} ends"
@@ -153,7 +161,10 @@ def _array_problems(arrays: list[Array], manifest: Mapping[str, Any]) -> Iterato
     identity, reserved = manifest["identity"], _RESERVED[manifest["format"]]
     sizes = _sizes(identity)
     if identity["views"] * sum(spec.split for spec in arrays) > _MOST_FILES:
-        yield f"arrays: {identity['views']} views of so many are more files than a shard has"
+        yield (
+            f"arrays: {counted(identity['views'], 'view')} of so many are more files "
+            f"than a shard has"
+        )
     for spec in arrays:
         own = ("row", "view") if spec.per_view else ("row",)
         if spec.name in reserved or spec.dimensions[: len(own)] != own:

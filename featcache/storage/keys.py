@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache import rng
-from featcache.errors import UsageError, UserError, command_line
+from featcache.errors import UsageError, UserError, command_line, counted
 from featcache.storage.store import ShardKeys, folder_path
 
 I64 = npt.NDArray[np.int64]
@@ -30,7 +30,8 @@ def read_shard_keys(store: ModuleType, cache: Path, record: Mapping[str, Any]) -
     ):
         raise UserError(
             f"cache file {folder_path(cache, record['shard'], store.NAME)}: its keys are not text "
-            f"of {record['rows']} rows; run `{command_line('featcache', 'verify', cache)}`"
+            f"of {counted(record['rows'], 'row')}; run "
+            f"`{command_line('featcache', 'verify', cache)}`"
         )
     return ShardKeys(blob, offsets)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastcrc.crc32 import iscsi as crc32c
 
-from featcache.errors import UserError, command_line, one_line, short
+from featcache.errors import UserError, command_line, counted, one_line, short
 from featcache.storage import json_file, schema
 from featcache.storage.cross_check import cross_problem
 from featcache.storage.json_file import digest
@@ -199,11 +199,6 @@ def title(manifest: Mapping[str, Any], rows: int | None = None, views: int | Non
     )
     return one_line(
         f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  "
-        f"{pluralize(identity['pictures']['count'] if rows is None else rows, 'picture')} x "
-        f"{pluralize(views or identity['views'], 'view')}  id {manifest['id']}{note}"
+        f"{counted(identity['pictures']['count'] if rows is None else rows, 'picture')} x "
+        f"{counted(views or identity['views'], 'view')}  id {manifest['id']}{note}"
     )
-
-
-def pluralize(number: int, noun: str) -> str:
-    """Write a count with its noun: '1 view', '2 views'."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

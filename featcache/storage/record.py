@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import short
+from featcache.errors import counted, short
 from featcache.storage import json_file, manifest, schema
 from featcache.storage.store import FileShape, array_from_dict, get_store
 
@@ -59,8 +59,8 @@ class RecordCheck:
         rows, quarantined = record["rows"], record["quarantined"]
         if rows + len(quarantined) != shard["count"]:
             return (
-                f"has {rows} rows and {len(quarantined)} in quarantine, "
-                f"the manifest {shard['count']} pictures"
+                f"has {counted(rows, 'row')} and {len(quarantined)} in quarantine, "
+                f"the manifest {counted(shard['count'], 'picture')}"
             )
         if record.get("content", self._content) != self._content:
             return "is of a shard of another cache"
@@ -78,7 +78,8 @@ class RecordCheck:
                 stated = files[name].get(fact)
                 if stated != wanted.get(fact, stated if fact == "bytes" else None):
                     return (
-                        f"is not the record of a shard: {name} has {fact} {stated}, of {rows} rows "
+                        f"is not the record of a shard: {name} has {fact} {stated}, of "
+                        f"{counted(rows, 'row')} "
                         f"{wanted.get(fact)}"
                     )
         return None

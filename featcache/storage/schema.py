@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from featcache.errors import UserError, short
+from featcache.runtime.field_words import field_reason
 from featcache.storage.names import check_file_name
 
 _ENTRIES = 4096  # of lists and objects whose length nothing else bounds
@@ -315,7 +316,7 @@ def check(kind: type[BaseModel], value: Any, path: Path, todo: str) -> None:
 
 def _first_problem(error: ValidationError) -> str:
     """Describe the first of the problems: the others may be many."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     loc = ".".join(str(part) for part in first["loc"] if part != "[key]")
     field = loc if loc.isprintable() and len(loc) <= 80 else short(loc)
     match first["type"]:
@@ -323,5 +324,4 @@ def _first_problem(error: ValidationError) -> str:
             return f"{field} is missing"
         case "extra_forbidden":
             return f"{field} is not known to this version"
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return f"{field or 'it'} is {short(first['input'])}: {message}"
+    return f"{field or 'it'} is {short(first['input'])}: {field_reason(first)}"

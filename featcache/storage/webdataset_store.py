@@ -34,7 +34,7 @@ from numpy.lib import format as npy_format
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from featcache.errors import UserError, command_line, short
+from featcache.errors import UserError, command_line, counted, short
 from featcache.pictures.tars import escape
 from featcache.storage import checksums, commit, json_file
 from featcache.storage.posix_io import read_error
@@ -307,8 +307,10 @@ def _column(
     """(n,) offsets of one array's items in the tar of one view, all within it."""
     index = _load(path, stamp)
     if name not in index.names or len(index.offsets) != views:
-        held = f"{len(index.offsets)} views of {', '.join(index.names)}"
-        raise _damaged(path, f"it holds {held}, and {name} of {views} views is looked for")
+        held = f"{counted(len(index.offsets), 'view')} of {', '.join(index.names)}"
+        raise _damaged(
+            path, f"it holds {held}, and {name} of {counted(views, 'view')} is looked for"
+        )
     column = index.offsets[view, :, index.names.index(name)].copy()
     tar = Path(path).with_name(_tar(view))
     if len(column) and not 0 <= column.min() <= column.max() <= tar.stat().st_size - item_bytes:
@@ -332,7 +334,9 @@ def locate(
     except OSError as error:
         raise read_error(index, error) from error
     if len(rows) and rows.max() >= len(column):
-        raise _damaged(index, f"it has {len(column)} rows, row {rows.max()} is looked for")
+        raise _damaged(
+            index, f"it has {counted(len(column), 'row')}, row {rows.max()} is looked for"
+        )
     return f"{folder}/{_tar(view)}", column[rows]
 
 

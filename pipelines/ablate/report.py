@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.console.text import format_table
+from featcache.errors import counted
 from pipelines.ablate.folder import Folder
 from pipelines.ablate.scales import Scale
 from pipelines.ablate.table import Ordering, Table
@@ -105,9 +106,11 @@ def _footer(table: Table, scale: Scale, found: Mapping[str, Any]) -> list[str]:
     lines = [
         *table.notes,
         *_interval_note(found["results"]),
-        f"Seeds {', '.join(map(str, seeds))} ({length}): the teacher {scale.teacher_epochs} epochs "
-        f"with labels, every student {scale.epochs} epochs of {scale.batch_size} pictures a step "
-        f"on {scale.views} views; of each setting that a recipe has: {settings}.",
+        f"Seeds {', '.join(map(str, seeds))} ({length}): the teacher "
+        f"{counted(scale.teacher_epochs, 'epoch')} "
+        f"with labels, every student {counted(scale.epochs, 'epoch')} of "
+        f"{counted(scale.batch_size, 'picture')} a step "
+        f"on {counted(scale.views, 'view')}; of each setting that a recipe has: {settings}.",
         f"{total:,.0f} s in all; {'; '.join(map(_told_maker, found['made_by']))}.",
     ]
     if found["went_on"]:

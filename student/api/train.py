@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from featcache.api.progress import ProgressCallback
 from featcache.console import keywords
 from featcache.console.params import images_variable
-from featcache.storage.manifest import pluralize
+from featcache.errors import counted
 from student import recipes
 from student.api.settings import SETTINGS_FILE, SettingsGiven, setting_texts, with_file
 from student.api.voice import voice
@@ -147,7 +147,7 @@ def carry_out(given: Mapping[str, Any], voice: Voice) -> Told:
 def _train(run: Run, loader: Loader, acc: Accelerator, console: Console) -> Told:
     """Train, and note in the ledger how far the run came, however it ended."""
     summary = run_to_end(run, loader, acc, console)
-    text = f"{summary['run']}: {pluralize(summary['steps'], 'step')} done"
+    text = f"{summary['run']}: {counted(summary['steps'], 'step')} done"
     loss = summary["loss"]
     if loss is not None:  # NaN is a text, as in the metrics that it was read from
         text += f", loss {loss:.4f}" if isinstance(loss, float) else f", loss {loss}"

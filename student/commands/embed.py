@@ -14,7 +14,7 @@ from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath, LocalText
 from featcache.console.text import join_lines, print_facts
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from student.setup import eval_options
 
 FORMATS = (".npy", ".parquet")
@@ -61,7 +61,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     with account("embed", **eval_options.subject_facts(given)) as line:
         facts = _embed(out, given)
         line["pictures"] = facts["pictures"]
-    shown = join_lines([f"{out}: {facts['pictures']} pictures x {facts['width']}"])
+    shown = join_lines([f"{out}: {counted(facts['pictures'], 'picture')} x {facts['width']}"])
     print_facts(facts, as_json, shown)
 
 

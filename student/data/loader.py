@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from featcache import rng
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.pictures.source import PictureError, Source
 from featcache.reading import pixel_check
 from featcache.views import pixel_path
@@ -81,16 +81,18 @@ class Loader:
             )
         if self.global_batch > n * self.repeats:
             raise UserError(
-                f"one step takes {self.global_batch // self.repeats} pictures ({self._cut()}), the "
+                f"one step takes "
+                f"{counted(self.global_batch // self.repeats, 'picture')} ({self._cut()}), the "
                 f"training set has {n}; give a smaller --batch-size"
             )
         self._order = SampleOrder(n, self.seed, self.positions)
         self._moments = lru_cache(AHEAD + 1)(self._moments_of)
 
     def _cut(self) -> str:
-        shown = f" / {self.repeats} views" if self.repeats > 1 else ""
+        shown = f" / {counted(self.repeats, 'view')}" if self.repeats > 1 else ""
         return (
-            f"{self.batch_size} x {self.accumulation} micro-batches x {self.world} processes{shown}"
+            f"{self.batch_size} x {self.accumulation} micro-batches x "
+            f"{counted(self.world, 'process', 'processes')}{shown}"
         )
 
     @property

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.models.contract import Teacher
 from featcache.models.weights import weight_hash
 from student.features import run_teacher
@@ -88,7 +88,8 @@ def chosen_patches(teacher: Teacher, share: float, device: str) -> Visible:
         return most_attended(attention, count)
 
     name = (
-        f"the first int({teacher.patches} * {share!r}) = {count} patches by attention of "
+        f"the first int({teacher.patches} * {share!r}) = "
+        f"{counted(count, 'patch', 'patches')} by attention of "
         f"{teacher.name} {weight_hash(teacher)} at {teacher.input_px} pixels"
     )
     return Visible(name, count, choose, teacher.input_px)
@@ -132,7 +133,8 @@ def _check(task: Task, share: float) -> int:
     patches = task.token_shape()[0] - task.frozen.prefix
     if not 0 < share <= 1 or int(patches * share) < 1:
         raise UsageError(
-            f"cannot keep {share:g} of {patches} patches: --keep-share is at most 1 and leaves one "
+            f"cannot keep {share:g} of {counted(patches, 'patch', 'patches')}: "
+            f"--keep-share is at most 1 and leaves one "
             "patch at least; give 0.7"
         )
     return patches
@@ -141,7 +143,8 @@ def _check(task: Task, share: float) -> int:
 def _check_grid(teacher: Teacher, patches: int) -> None:
     if teacher.patches != patches:
         raise UserError(
-            f"teacher {teacher.name!r} has {teacher.patches} patches, the student {patches}: the "
+            f"teacher {teacher.name!r} has "
+            f"{counted(teacher.patches, 'patch', 'patches')}, the student {patches}: the "
             "attention to the one's chooses none of the other's; a teacher on the student's grid "
             "is needed, as NAME,grid=14 makes it"
         )

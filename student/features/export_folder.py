@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.pictures.decode import decode
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import PictureError
@@ -101,7 +101,7 @@ def read_pixels(given: Exported, images: str) -> tuple[Tensor, str]:
     data = given.record.get("data")
     digest = data.get("keys_digest") if isinstance(data, dict) else None
     own = "the run's own list" if digest == manifest.keys_digest(source.keys) else "another list"
-    return torch.stack(crops), f"{len(crops)} pictures of --images ({own})"
+    return torch.stack(crops), f"{counted(len(crops), 'picture')} of --images ({own})"
 
 
 def made_pixels(size: int) -> tuple[Tensor, str]:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from featcache.errors import UserError
+from featcache.runtime.field_words import field_reason
 from student import checkpoint
 from student.models import classifier, weights_file
 
@@ -70,9 +71,11 @@ def _read(path: Path) -> tuple[BestFacts, dict[str, Tensor]]:
     try:
         about, tensors = weights_file.read(path)
         facts = BestFacts.model_validate(about)
-    except (OSError, ValidationError, ValueError) as error:
+    except (OSError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        why = f"{'.'.join(map(str, first['loc']))}: {field_reason(first)}" if first else str(error)
         raise UserError(
-            f"{str(path)!r} cannot be read: {str(error).splitlines()[0][:160]}; remove it, and the "
-            "next score that is higher writes it again"
+            f"{str(path)!r} cannot be read: {why.splitlines()[0][:160]}; remove it, and the next "
+            "score that is higher writes it again"
         ) from error
     return facts, tensors

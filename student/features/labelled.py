@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.errors import UsageError, UserError, near
+from featcache.errors import UsageError, UserError, counted, near
 from featcache.pictures import passed_over
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
@@ -72,7 +72,8 @@ def open_sets(options: SetOptions) -> Sets:
     present = np.unique(labels_of(source))
     if len(present) < 2:
         raise UserError(
-            f"cannot evaluate on {source.spec}: its {len(source)} pictures are of one class, two "
+            f"cannot evaluate on {source.spec}: its "
+            f"{counted(len(source), 'picture is', 'pictures are')} of one class, two "
             "at least are needed; give pictures of more classes (SRC/CLASS/picture.png)"
         )
     specs = _named_specs(options.tests)
@@ -85,7 +86,10 @@ def open_sets(options: SetOptions) -> Sets:
     if not sources:
         train, held = split_holdout(source, seed=options.seed)
         sources = {"test": held}
-        notes.append(f"no --test given; {len(held)} of {len(source)} pictures are held out")
+        notes.append(
+            f"no --test given; {len(held)} of "
+            f"{counted(len(source), 'picture is', 'pictures are')} held out"
+        )
     if options.shots is not None or options.fraction is not None:
         train = low_shot(train, shots=options.shots, fraction=options.fraction, seed=options.seed)
         notes.append(f"{len(train)} training pictures are used: {train.spec}")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache import rng
-from featcache.errors import UsageError, UserError, near
+from featcache.errors import UsageError, UserError, counted, near
 from featcache.pictures.classes import MOST_CLASSES, NAME
 from featcache.pictures.source import Source
 
@@ -32,7 +32,8 @@ def class_count(train: Source) -> int:
     count = len(_numbers(train))
     if count > MOST_CLASSES:
         raise UserError(
-            f"cannot evaluate on {train.spec}: its labels are of {count} classes, {MOST_CLASSES} "
+            f"cannot evaluate on {train.spec}: its labels are of "
+            f"{counted(count, 'class', 'classes')}, {MOST_CLASSES} "
             "at most are allowed; give pictures of fewer"
         )
     return count
@@ -46,7 +47,8 @@ def class_name(source: Source, index: int) -> str:
 def _given(source: Source) -> I64:
     if source.labels is None:
         raise UserError(
-            f"cannot evaluate on {source.spec}: its {len(source)} pictures have no labels; labels "
+            f"cannot evaluate on {source.spec}: its "
+            f"{counted(len(source), 'picture has', 'pictures have')} no labels; labels "
             "are class folders (SRC/CLASS/picture.png) or the .cls members of webdataset tars; "
             "arrange the pictures so, or pack them with `featcache pack`"
         )
@@ -119,7 +121,7 @@ def match_notes(test: Source, train: Source) -> list[str]:
         classes = np.unique(unseen)
         notes.append(
             f"{unseen.size} of {len(test)} test pictures count as wrong, since no training picture "
-            f"is of their class ({len(classes)} classes, the first is "
+            f"is of their class ({counted(len(classes), 'class', 'classes')}, the first is "
             f"{class_name(train, int(classes[0]))})"
         )
     return notes
@@ -181,7 +183,8 @@ def split_holdout(source: Source, fraction: float = 0.2, seed: int = 0) -> tuple
     test = Subset(source, np.flatnonzero(held).tolist(), f"{source.spec} (held-out part)")
     if not len(train) or not len(test):
         raise UserError(
-            f"cannot hold out {fraction:g} of {len(source)} pictures: {len(train)} are left to "
+            f"cannot hold out {fraction:g} of {counted(len(source), 'picture')}: "
+            f"{len(train)} are left to "
             f"train and {len(test)} to test, both need at least one; give more pictures, another "
             "seed, or test pictures of their own"
         )
@@ -205,7 +208,8 @@ def low_shot(
         count = shots if shots is not None else max(1, round((fraction or 0) * len(own)))
         if count > len(own):
             raise UserError(
-                f"cannot take {count} pictures of each class of {source.spec}: there are "
+                f"cannot take {counted(count, 'picture')} of each class of "
+                f"{source.spec}: there are "
                 f"{len(own)} of {class_name(source, int(label))}; give a smaller --shots"
             )
         rows += own[np.argsort(raw[own], kind="stable")[:count]].tolist()

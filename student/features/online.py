@@ -25,7 +25,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from featcache import rng
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.extraction.knn import K, votes
 from featcache.models.hooks import normalise_pixels
 from featcache.pictures.decode import decode
@@ -90,12 +90,14 @@ def choose_rows(source: Source, seed: int, most: int = MOST) -> ProbeRows:
 def _check_classes(source: Source, present: I64, counts: I64) -> None:
     if len(present) < 2:
         raise UserError(
-            f"--probe {source.spec}: all {len(source)} pictures are of one class, "
+            f"--probe {source.spec}: all "
+            f"{counted(len(source), 'picture is', 'pictures are')} of one class, "
             f"{class_name(source, int(present[0]))}; give pictures of two classes or more"
         )
     if (rare := np.flatnonzero(counts < 2)).size:
         raise UserError(
-            f"--probe {source.spec}: {rare.size} of {len(present)} classes have one picture, the "
+            f"--probe {source.spec}: {rare.size} of "
+            f"{counted(len(present), 'class has', 'classes have')} one picture, the "
             f"first is {class_name(source, int(present[rare[0]]))}; a class needs 2 pictures, one "
             "to train and one held out: give more of them, or leave the class out"
         )

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.pictures.source import Source
 from featcache.pictures.stamps import stamp
 from student.features import kept
@@ -199,7 +199,8 @@ class Task:
         good = np.setdiff1d(np.arange(len(of)), skipped)
         if not len(good):
             raise UserError(
-                f"cannot evaluate on {of.source.spec}: none of its {len(of)} pictures can be "
+                f"cannot evaluate on {of.source.spec}: none of its "
+                f"{counted(len(of), 'picture')} can be "
                 "decoded; give other pictures"
             )
         return [rows for rows, _ in found], good

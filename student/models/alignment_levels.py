@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featcache.errors import UsageError, near
+from featcache.errors import UsageError, counted, near
 from featcache.runtime.numbers import is_whole
 
 
@@ -62,7 +62,8 @@ def _check_depth(needed: int, level_weights: str, align_levels: str, teacher_dep
     if needed > teacher_depth:
         raise UsageError(
             f"cannot align levels: level_weights={level_weights} with align_levels={align_levels} "
-            f"needs {needed} levels; allowed: the teacher's {teacher_depth}; give fewer, as in "
+            f"needs {counted(needed, 'level')}; allowed: the teacher's {teacher_depth}; "
+            f"give fewer, as in "
             f"level_weights=top:{teacher_depth}, or teacher_depth=N of a deeper teacher"
         )
 
@@ -83,7 +84,8 @@ def expand_level_weights(name: str, n: int) -> tuple[float, ...]:
         if count > n:
             # The released code would give the n levels 1/K each, a sum of n/K.
             raise UsageError(
-                f"cannot weight levels: level_weights={name} needs {count} levels, {n} are "
+                f"cannot weight levels: level_weights={name} needs "
+                f"{counted(count, 'level')}, {n} are "
                 f"aligned; give level_weights=top:{n} or less, or align more levels"
             )
         return (0.0,) * (n - count) + (1 / count,) * count

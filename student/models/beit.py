@@ -27,7 +27,7 @@ import torch
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from featcache.errors import UsageError, near
+from featcache.errors import UsageError, counted, near
 from featcache.models import architecture
 from featcache.models.spec import parse_options
 from student.models import drop_path as drops
@@ -136,7 +136,8 @@ def check_heads(what: str, width: int, heads: int) -> None:
     """Refuse a width that the heads or 4 (sine and cosine of two axes) do not divide."""
     if width % heads or width % 4:
         raise UsageError(
-            f"cannot build the {what}: width {width}, {heads} heads; allowed: a width that 4 and "
+            f"cannot build the {what}: width {width}, {counted(heads, 'head')}; "
+            f"allowed: a width that 4 and "
             "the heads divide; change one of them"
         )
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from featcache.errors import UsageError, UserError
 from featcache.models.architecture import MAX_PX
+from featcache.runtime.field_words import field_reason
 from student.models import vit
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def read_settings(kind: type[Kind], settings: Mapping[str, Any]) -> Kind:
         key = str(first["loc"][0])
         raise UserError(
             f"cannot build the run's encoder: {key} is {repr(settings.get(key))[:80]} "
-            f"({first['msg']}); the settings of a run are needed"
+            f"({field_reason(first)}); the settings of a run are needed"
         ) from None
     if given.img_size % given.patch_size:
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.drawing import page
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.pictures.open_source import open_source
 from featcache.pictures.regular_file import open_regular
 from featcache.reading.cache import Cache
@@ -129,7 +129,8 @@ def read(request: Request) -> Contents:
     """Read the runs, and choose the views that are shown."""
     if len(request.runs) > line_chart.MOST_RUNS:
         raise UsageError(
-            f"{len(request.runs)} runs given; up to {line_chart.MOST_RUNS} can be told apart in a "
+            f"{counted(len(request.runs), 'run')} given; up to {line_chart.MOST_RUNS} "
+            f"can be told apart in a "
             "chart: leave some out"
         )
     runs = [reported_run.read(number, run) for number, run in enumerate(request.runs, 1)]

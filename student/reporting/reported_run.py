@@ -18,7 +18,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from featcache.errors import UserError, printable
+from featcache.errors import UserError, counted, printable
 from featcache.models import architecture
 from featcache.models.hooks import normalise_pixels
 from student import checkpoint, config, masking
@@ -163,7 +163,8 @@ def _told(curves: Curves) -> list[str]:
     told = []
     if curves.broken:
         told.append(
-            f"{curves.broken} of {curves.lines} lines of metrics.jsonl are no rows, and are passed "
+            f"{curves.broken} of {counted(curves.lines, 'line')} of metrics.jsonl are "
+            f"no rows, and are passed "
             f"over; the first is {curves.first_broken}"
         )
     if curves.left_out:

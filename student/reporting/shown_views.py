@@ -20,7 +20,7 @@ from PIL import Image
 
 from featcache import rng
 from featcache.catalog import home
-from featcache.errors import UserError, one_line
+from featcache.errors import UserError, counted, one_line
 from featcache.models.weights import is_random
 from featcache.pictures.source import PictureError, Source
 from featcache.reading import join, pixel_check
@@ -151,7 +151,8 @@ def of_cache(cache: Cache, source: Source | None, count: int, seed: int) -> Show
     patches = int(cache.identity["teacher"]["patches"])
     if math.isqrt(patches) ** 2 != patches:
         raise UserError(
-            f"cache {str(cache.path)!r}: {patches} patches of a view are no square grid, and one "
+            f"cache {str(cache.path)!r}: {counted(patches, 'patch', 'patches')} of a "
+            f"view are no square grid, and one "
             "is needed to draw them; give another --cache"
         )
     policy = policy_from_dict(cache.identity["policy"])

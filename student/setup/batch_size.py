@@ -8,7 +8,7 @@ from typing import Protocol
 
 from accelerate import Accelerator
 
-from featcache.errors import UsageError
+from featcache.errors import UsageError, counted
 from featcache.storage import identity
 from student import checkpoint
 
@@ -52,7 +52,8 @@ def _resumed(out: Path, options: BatchOptions, acc: Accelerator) -> int | None:
     parts = acc.num_processes * options.accumulate
     if total % parts:
         raise UsageError(
-            f"--resume: a step of {str(out)!r} takes {total} pictures, which {acc.num_processes} "
+            f"--resume: a step of {str(out)!r} takes {counted(total, 'picture')}, which "
+            f"{acc.num_processes} "
             f"processes x --accumulate {options.accumulate} cannot share evenly; give a number of "
             f"processes and an --accumulate whose product divides {total}"
         )

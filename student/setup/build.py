@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from featcache import rng
-from featcache.errors import UsageError
+from featcache.errors import UsageError, counted
 from featcache.runtime import device as devices
 from featcache.runtime.compiler import check_compiler
 from student import masking
@@ -111,7 +111,8 @@ def _check_repeats(repeats: int, targets: Targets) -> None:
     cached = targets.cached if isinstance(targets, FallbackTargets) else targets
     if isinstance(cached, CachedTargets) and repeats > cached.cache.views:
         raise UsageError(
-            f"--aug-repeats {repeats}: the cache stores {cached.cache.views} views of a picture, "
+            f"--aug-repeats {repeats}: the cache stores "
+            f"{counted(cached.cache.views, 'view')} of a picture, "
             "and as many are allowed; add views with `featcache extract --views`"
         )
 
@@ -186,6 +187,7 @@ def _warmup_note(run: Run, loader: Loader) -> str:
     if not total or warmup < total:
         return ""
     return (
-        f"note: warm-up ({warmup} steps) is not shorter than the run ({total}): the learning rate "
+        f"note: warm-up ({counted(warmup, 'step')}) is not shorter than the run "
+        f"({total}): the learning rate "
         "never reaches its peak; --set warmup_epochs=N changes it"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from featcache.errors import UsageError, UserError, command_line
+from featcache.errors import UsageError, UserError, command_line, counted
 from featcache.maintenance import verify
 from featcache.reading.cache import Cache
 from featcache.storage import codec_state
@@ -135,7 +135,8 @@ def patch_size(size: int, patches: int) -> int:
     side = math.isqrt(patches)
     if side * side != patches or size % side:
         raise UserError(
-            f"views of {size} pixels cannot be cut into the teacher's {patches} patches; extract "
+            f"views of {size} pixels cannot be cut into the teacher's "
+            f"{counted(patches, 'patch', 'patches')}; extract "
             "at another --size"
         )
     return size // side

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from featcache.catalog import home
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.pictures.source import Source
 from featcache.reading import crop_range
 from featcache.reading.join import join_by_key, stores_pixels
@@ -90,7 +90,9 @@ def _only_one(found: list[MatchedCache], name: str) -> MatchedCache:
     found = exact or found
     if len(found) > 1:
         paths = ", ".join(str(each.cache.path) for each in found)
-        raise UsageError(f"{len(found)} caches serve {name}: {paths}; choose one with --cache")
+        raise UsageError(
+            f"{counted(len(found), 'cache')} serve {name}: {paths}; choose one with --cache"
+        )
     return found[0]
 
 

@@ -14,7 +14,7 @@ import click
 from featcache.console.option import HelpGroup, Option
 from featcache.console.params import BATCH, CROP_SHARE, Choice, LocalPath, LocalText
 from featcache.console.progress_bar import eta
-from featcache.errors import UsageError
+from featcache.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from student.features.frozen import FrozenEncoder
@@ -153,7 +153,8 @@ def check_blocks(frozen: FrozenEncoder, blocks: int) -> None:
     """Raise UsageError for more blocks than there are."""
     if blocks > frozen.depth:
         raise UsageError(
-            f"--blocks {blocks}: the encoder of {frozen.name} has {frozen.depth} blocks; give at "
+            f"--blocks {blocks}: the encoder of {frozen.name} has "
+            f"{counted(frozen.depth, 'block')}; give at "
             "most that"
         )
 

@@ -6,7 +6,7 @@ Pixels are decoded for all pictures, though the cache may store some. n training
 
 from __future__ import annotations
 
-from featcache.errors import UsageError, command_line
+from featcache.errors import UsageError, command_line, counted
 from featcache.pictures.source import Source
 from featcache.reading import join
 from featcache.reading.cache import Cache
@@ -68,7 +68,8 @@ def _say_absent(
 ) -> None:
     request.say(
         f"note: {fallback.absent_text(found.cache)}: the teacher computes the targets of {absent} "
-        f"of {n} pictures ({absent / n:.4g}, allowed {limit:g}), whose pixels nothing can be "
+        f"of {counted(n, 'picture')} ({absent / n:.4g}, allowed {limit:g}), whose "
+        f"pixels nothing can be "
         "compared with"
     )
     if join.stores_pixels(found.cache):

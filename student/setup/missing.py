@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from featcache.errors import counted
 from featcache.reading.cache import Cache
 from student.config import RecipeConfig
 from student.recipes import TargetSpec
@@ -16,7 +17,8 @@ def kept_text(cache: Cache) -> str:
     """Say in words how many patches a cache keeps."""
     keep, patches = cache.identity["keep"], cache.identity["teacher"]["patches"]
     return (
-        f"the cache keeps the first {keep} of {patches} patches of each view (--keep), in their "
+        f"the cache keeps the first {keep} of {counted(patches, 'patch', 'patches')} of "
+        f"each view (--keep), in their "
         "stored order"
     )
 
@@ -27,7 +29,7 @@ def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
     if lacks_attention(cache, spec):
         return [no_attention_text(cache.teachers[0], config)]
     fields = [field for field in spec.fields if field not in cache.fields]
-    shards = f"{len(cache.records)} of {len(cache.manifest['shards'])} shards"
+    shards = f"{len(cache.records)} of {counted(len(cache.manifest['shards']), 'shard')}"
     found = {
         f"it is incomplete ({shards}; --fallback online trains all the same)": not cache.complete
         and not cache.absent,
@@ -90,9 +92,12 @@ def second_missing(cache: Cache, spec: TargetSpec) -> list[str]:
     found = {
         f"level {spec.second_level} of {name} is missing, it has "
         f"{', '.join(map(str, levels))}": spec.second_level not in levels,
-        f"{views} of its {cache.views} views have {name}": views < cache.views,
-        f"{name} has {patches} patches, {spec.patches} are needed": patches != spec.patches,
-        f"of {name} it keeps {identity.get('keep')} patches, and others may be "
+        f"{views} of its {counted(cache.views, 'view has', 'views have')} {name}": views
+        < cache.views,
+        f"{name} has {counted(patches, 'patch', 'patches')}, {spec.patches} are needed": patches
+        != spec.patches,
+        f"of {name} it keeps {counted(identity.get('keep'), 'patch', 'patches')}, and "
+        f"others may be "
         "visible": second_keeps_few(cache, spec),
     }
     return [text for text, lacks in found.items() if lacks]

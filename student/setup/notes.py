@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from featcache.errors import counted
 from featcache.reading import join
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
@@ -55,7 +56,10 @@ def _loss(about: Mapping[str, Any]) -> str:
 def say_skipped(say: Say, skipped: int) -> None:
     """Say how many pictures are in the cache's quarantine."""
     if skipped:
-        say(f"note: {skipped} pictures are in the cache's quarantine and are skipped")
+        say(
+            f"note: {counted(skipped, 'picture is', 'pictures are')} in the cache's quarantine "
+            "and skipped"
+        )
 
 
 def say_left_out(say: Say, cache: Cache, rows: join.I64) -> None:
@@ -64,6 +68,7 @@ def say_left_out(say: Say, cache: Cache, rows: join.I64) -> None:
     count, first = join.left_out(cache, rows)
     if count:
         say(
-            f"note: {count} of the {len(cache)} pictures of the cache are not among those given, "
+            f"note: {count} of the {counted(len(cache), 'picture')} of the cache are "
+            f"not among those given, "
             f"and not trained on, the first is {first!r}"
         )

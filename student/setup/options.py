@@ -86,7 +86,8 @@ class Options:
         if every % (self.save_every or steps_per_epoch):
             raise UsageError(
                 f"--keep-checkpoints {self.keep_checkpoints} --save-every {self.save_every}: "
-                f"{number} epochs have {every} steps, which {self.save_every} does not divide, so "
+                f"{number} epochs have "
+                f"{every} steps, which {self.save_every} does not divide, so "
                 "that no checkpoint is of that step; change one of them"
             )
         return Retention(KEEP, every)

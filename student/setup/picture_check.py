@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from featcache.errors import IdentityError, UserError
+from featcache.errors import IdentityError, UserError, counted
 from featcache.reading.sample_check import PictureCheck
 from student import checkpoint
 from student.data.loader import Loader
@@ -46,7 +46,8 @@ def check_pictures(run: Run, loader: Loader, acc: Accelerator, say: Say) -> None
         error = problem
     _stop_all(error, acc)
     say(
-        f"note: checked {len(sample)} pictures of {check.shards(sample)} shards against the cache, "
+        f"note: checked {counted(len(sample), 'picture')} of "
+        f"{counted(check.shards(sample), 'shard')} against the cache, "
         "and the sizes of the first step's pictures"
     )
 

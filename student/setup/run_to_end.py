@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from featcache.catalog.account import account
-from featcache.errors import StoppedError, UserError
+from featcache.errors import StoppedError, UserError, counted
 from student import checkpoint
 from student.data.loader import Loader
 from student.setup import build, picture_check, run_cost
@@ -71,7 +71,8 @@ def _announce(run: Run, loader: Loader, acc: Accelerator, console: Console) -> N
     facts = build.run_facts(run, loader)
     kind = "" if run.about["kind"] == "labelled" else "recipe "
     console.say(
-        f"{kind}{run.name}: {facts['pictures']} pictures, {facts['targets']}, {facts['steps']} "
+        f"{kind}{run.name}: {counted(facts['pictures'], 'picture')}, "
+        f"{facts['targets']}, {facts['steps']} "
         f"steps of {facts['global_batch']}, {accelerator.where(acc)} -> {run.out}"
     )
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from featcache import rng
 from featcache.catalog import extract_command
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.reading import crop_range
 from featcache.reading.cache import Cache
 from featcache.reading.crop_range import LEFT_OUT, Scale, ViewSchedule
@@ -153,7 +153,7 @@ def _text(scale: Scale) -> str:
 
 
 def _pictures(keys: Sequence[str]) -> str:
-    return "1 picture" if len(keys) == 1 else f"{len(keys)} pictures"
+    return "1 picture" if len(keys) == 1 else counted(len(keys), "picture")
 
 
 def _names(keys: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from featcache import rng
-from featcache.errors import IdentityError, UsageError, UserError, command_line
+from featcache.errors import IdentityError, UsageError, UserError, command_line, counted
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
 from featcache.reading.tensors import copy_to_device
@@ -175,7 +175,8 @@ def join(cache: Cache, source: Source, limit: float) -> tuple[I64, I64, int]:
 def _check_same_list(cache: Cache, source: Source) -> None:
     if manifest.keys_digest(source.keys) != cache.identity["pictures"]["keys_digest"]:
         raise IdentityError(
-            f"--fallback online: the {len(source)} pictures of {source.spec!r} are not the list "
+            f"--fallback online: the {counted(len(source), 'picture')} of "
+            f"{source.spec!r} are not the list "
             f"that cache {str(cache.path)!r} was made from, so those of its absent shards are not "
             "known; give that list"
         )
@@ -193,7 +194,8 @@ def _in_absent_shards(cache: Cache, count: int) -> Bool:
 def _check_known(cache: Cache, source: Source, known: Bool) -> None:
     if (unknown := np.flatnonzero(~known)).size:
         raise IdentityError(
-            f"{len(unknown)} of {len(source)} pictures of {source.spec!r} are neither in cache "
+            f"{len(unknown)} of {counted(len(source), 'picture')} of {source.spec!r} "
+            f"are neither in cache "
             f"{str(cache.path)!r} nor in its absent shards, the first is "
             f"{source.keys[unknown[0]]!r}; run `{command_line('featcache', 'verify', cache.path)}`"
         )
@@ -202,7 +204,8 @@ def _check_known(cache: Cache, source: Source, known: Bool) -> None:
 def _check_share(cache: Cache, count: int, n: int, limit: float) -> None:
     if not count <= limit * n:
         raise UserError(
-            f"{absent_text(cache)}: {count} of {n} pictures ({count / n:.4g}) would have their "
+            f"{absent_text(cache)}: {count} of {counted(n, 'picture')} "
+            f"({count / n:.4g}) would have their "
             f"targets computed, allowed: {limit:g}; run "
             f"`{command_line('featcache', 'repair', cache.path)}`, or allow "
             f"it with --fallback-limit {np.ceil(1000 * count / n) / 1000:g}"
@@ -212,5 +215,8 @@ def _check_share(cache: Cache, count: int, n: int, limit: float) -> None:
 def absent_text(cache: Cache) -> str:
     """Say in words which shards are absent."""
     shard, why = next(iter(cache.absent.items()))
-    many = f"{len(cache.absent)} of {len(cache.manifest['shards'])} shards are absent"
+    many = (
+        f"{len(cache.absent)} of "
+        f"{counted(len(cache.manifest['shards']), 'shard is', 'shards are')} absent"
+    )
     return f"cache {str(cache.path)!r}: {many}, the first is {shard} ({why.partition('; run ')[0]})"

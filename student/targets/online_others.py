@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from featcache.errors import UsageError
+from featcache.errors import UsageError, counted
 from featcache.models import precision
 from featcache.models.contract import Teacher
 from featcache.models.tokenizer import TokenizerTeacher
@@ -58,7 +58,7 @@ class OnlineTokens:
         _check_patches(self.network, self.spec)
         if self.network.width > self.spec.vocabulary:
             raise UsageError(
-                f"tokenizer {self.network.name!r} has {self.network.width} tokens, "
+                f"tokenizer {self.network.name!r} has {counted(self.network.width, 'token')}, "
                 f"vocabulary={self.spec.vocabulary}; give vocabulary={self.network.width}"
             )
 
@@ -110,6 +110,7 @@ class OnlineSecond:
 def _check_patches(network: Teacher, spec: TargetSpec) -> None:
     if network.patches != spec.patches:
         raise UsageError(
-            f"{network.name} has {network.patches} patches, {spec.patches} are needed; give one on "
+            f"{network.name} has {counted(network.patches, 'patch', 'patches')}, "
+            f"{spec.patches} are needed; give one on "
             "that grid"
         )

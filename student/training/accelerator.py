@@ -20,7 +20,7 @@ from accelerate.utils import (
     TorchDynamoPlugin,
 )
 
-from featcache.errors import UsageError, UserError, one_line
+from featcache.errors import UsageError, UserError, counted, one_line
 from featcache.runtime.device import pick_device
 from student.training import launch_variables
 
@@ -95,7 +95,7 @@ def where(acc: Accelerator) -> str:
         device += f" ({torch.cuda.get_device_name(acc.device)})"
     told = os.environ.get("LOCAL_WORLD_SIZE", "")  # of torchrun and `accelerate launch`
     machines = acc.num_processes // max(int(told), 1) if told.isdecimal() else 1
-    many = f"{acc.num_processes} processes" if acc.num_processes > 1 else "1 process"
+    many = counted(acc.num_processes, "process", "processes")
     return f"{many} on {f'{machines} machines, ' if machines > 1 else ''}{device}"
 
 

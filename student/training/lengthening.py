@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from student import checkpoint
 from student.training import optim
 
@@ -33,7 +33,8 @@ def with_plans(record: dict[str, Any], out: Path) -> dict[str, Any]:
         done = checkpoint.latest_step(out) or 0
         if now < before:
             raise UserError(
-                f"--resume: {str(out)!r} is planned for {before} steps and has made {done}, {now} "
+                f"--resume: {str(out)!r} is planned for {counted(before, 'step')} and "
+                f"has made {done}, {now} "
                 f"are given; {before} or more are allowed: give --steps {before}, or another --out"
             )
         plans = [*plans, {"steps": before, "done": done}]
@@ -53,8 +54,9 @@ def note(record: dict[str, Any], done: int, rate: optim.Schedule) -> str:
     if plans[-1].get("done") != done or before is None or before >= total:
         return ""
     return (
-        f"the run was planned for {before} steps and goes on from step {done} to {total}: warm-up "
+        f"the run was planned for {counted(before, 'step')} and goes on from step "
+        f"{done} to {total}: warm-up "
         f"and cosine are planned anew over {total}, so that the learning rate of step {done + 1} "
         f"is {rate(done, total):.3g}, {rate(done, before):.3g} by the old plan; what is done stays "
-        f"as it is, and the whole is no run of {total} steps from its start"
+        f"as it is, and the whole is no run of {counted(total, 'step')} from its start"
     )

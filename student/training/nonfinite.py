@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featcache.console.text import join_lines
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.runtime import strict_json
+from featcache.runtime.field_words import field_reason
 from featcache.runtime.user_file import reason
 from featcache.storage import json_file
 from student import config
@@ -167,7 +168,7 @@ class _About(BaseModel):
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
-    return f"its {'.'.join(map(str, first['loc']))[:80]} is no good ({first['msg'][:120]})"
+    return f"its {'.'.join(map(str, first['loc']))[:80]} is no good ({field_reason(first)[:120]})"
 
 
 def build(saved: Reproducer, recipe: ModuleType) -> nn.Module:
@@ -256,7 +257,9 @@ def run_again(
 def text(facts: dict[str, Any]) -> str:
     """Return the facts of `replay` as text for a person."""
     keys = ", ".join(facts["keys"][:8]) + (" ..." if len(facts["keys"]) > 8 else "")
-    lines = [f"{facts['recipe']}, step {facts['step']}, {len(facts['keys'])} pictures: {keys}"]
+    lines = [
+        f"{facts['recipe']}, step {facts['step']}, {counted(len(facts['keys']), 'picture')}: {keys}"
+    ]
     lines += [
         f"{name}: {facts['parts_then'].get(name)} then, {now} now"
         for name, now in facts["parts"].items()

@@ -23,7 +23,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from featcache.console.text import say
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.models.hooks import normalise_pixels
 from featcache.pictures.source import Source
 from featcache.runtime import device as devices
@@ -76,12 +76,15 @@ class ProbePlan:
         pace = (
             f"after epochs, at most {BUDGET:.0%} of the time"
             if self.every is None
-            else f"every {self.every} epochs and at the end"
+            else f"every {counted(self.every, 'epoch')} and at the end"
             if self.every > 1
             else "after every epoch"
         )
         count = f"{len(self.rows.train)} + {len(self.rows.test)} held-out pictures"
-        return f"{count} of {self.rows.classes} classes of {self.source.spec}; {pace}"
+        return (
+            f"{count} of {counted(self.rows.classes, 'class', 'classes')} of "
+            f"{self.source.spec}; {pace}"
+        )
 
 
 class OnlineProbe:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featcache import rng
-from featcache.errors import UsageError, UserError, near
+from featcache.errors import UsageError, UserError, counted, near
 from student.features.scores import hits, percent
 from student.features.task import LabelledSet, Scored, Task, Visible
 from student.training.optim import lars, warmup_cosine
@@ -69,25 +69,29 @@ class ProbeOptions:
         object.__setattr__(self, "rates", parse_rates(self.blr))
         if self.epochs < 1 or not 0 <= self.warmup_epochs < self.epochs:
             raise UsageError(
-                f"cannot train {self.epochs} epochs with {self.warmup_epochs} of warm-up: warm-up "
+                f"cannot train {counted(self.epochs, 'epoch')} with "
+                f"{self.warmup_epochs} of warm-up: warm-up "
                 "is 0 or more and below the epochs; give --warmup-epochs "
                 f"{max(0, self.epochs // 9)} or more epochs"
             )
         if self.epochs > MOST_EPOCHS or (self.train_views or 0) > MOST_VIEWS:
             raise UsageError(
-                f"cannot train {self.epochs} epochs on {self.train_views or 'fresh'} views: "
+                f"cannot train {counted(self.epochs, 'epoch')} on "
+                f"{self.train_views or 'fresh'} views: "
                 f"{MOST_EPOCHS} epochs and {MOST_VIEWS} views at most are allowed"
             )
         if self.train_views is not None and self.train_views < 0:
             raise UsageError(
-                f"cannot train on {self.train_views} views: --train-views is 0 (centre view), 1 or "
+                f"cannot train on {counted(self.train_views, 'view')}: --train-views is "
+                f"0 (centre view), 1 or "
                 "more (augmented views, embedded once) or not given (a fresh view each epoch)"
             )
         self.check_batch(self.pictures)
         steps = self.epochs * (self.pictures // min(self.batch_size, self.pictures))
         if steps > MOST_STEPS:
             raise UsageError(
-                f"cannot train {steps} steps: {MOST_STEPS} at most are allowed; give fewer "
+                f"cannot train {counted(steps, 'step')}: {MOST_STEPS} at most are "
+                f"allowed; give fewer "
                 "--epochs or a larger --batch-size"
             )
 
@@ -263,7 +267,8 @@ def _travel_note(options: ProbeOptions, trained: Trained) -> str:
     wanted = float(f"{2 * TRAVEL_LEAST * trained.blr / moved:.2g}")
     return (
         f"the head could move only {moved:.2g} of its own length: --blr {trained.blr:g} over "
-        f"{options.epochs} epochs is too small for {options.pictures} pictures; try --blr "
+        f"{counted(options.epochs, 'epoch')} is too small for "
+        f"{counted(options.pictures, 'picture')}; try --blr "
         f"{wanted:g} with --batch-size 256 or less, or more --epochs"
     )
 

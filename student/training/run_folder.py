@@ -19,7 +19,7 @@ import torch
 
 import featcache
 from featcache.console import config_file
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.runtime import variables
 from featcache.storage import identity, json_file
 from student import checkpoint
@@ -89,7 +89,8 @@ def _batch_advice(before: object, now: dict[str, Any]) -> str:
     if not isinstance(before, int) or before == now["data.global_batch"] or before % parts:
         return ""
     return (
-        f"; --batch-size {before // parts} on {now['running.processes']} processes with "
+        f"; --batch-size {before // parts} on "
+        f"{counted(now['running.processes'], 'process', 'processes')} with "
         f"--accumulate {now['running.accumulate']} makes its global batch of {before}"
     )
 

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from featcache import rng
-from featcache.errors import UserError, command_line
+from featcache.errors import UserError, command_line, counted
 from featcache.runtime.device_clock import Seconds, StepClock
 from featcache.runtime.meter import meter
 from featcache.storage import manifest
@@ -330,7 +330,7 @@ def _advice(run: Run, state: TrainState) -> str:
     """Return what a person can do about losses that are not finite."""
     if run.run_options.skip_nonfinite is not None:
         return (
-            f"the {state.skipped} steps left out are more than --skip-nonfinite "
+            f"the {counted(state.skipped, 'step')} left out are more than --skip-nonfinite "
             f"{run.run_options.skip_nonfinite}"
         )
     return (

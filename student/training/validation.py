@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.models.hooks import normalise_pixels
 from student.features import finetuned, scores
 from student.features.embed import Rendering, Skipped, pixels_of
@@ -53,7 +53,9 @@ class ValidationPlan:
     def facts(self) -> str:
         pictures = ", ".join(f"{len(test)} of {test.source.spec}" for test in self.tests)
         pace = (
-            f"every {self.every} epochs and at the end" if self.every > 1 else "after every epoch"
+            f"every {counted(self.every, 'epoch')} and at the end"
+            if self.every > 1
+            else "after every epoch"
         )
         return f"{pictures}; {pace}"
 
@@ -122,7 +124,8 @@ class ValidationPlan:
             self.skipped.add(test.source, row, UserError(text))
         if len(self.skipped.errors.get(test.source.spec, {})) == len(test):
             raise UserError(
-                f"cannot score {test.source.spec}: none of its {len(test)} pictures can be "
+                f"cannot score {test.source.spec}: none of its "
+                f"{counted(len(test), 'picture')} can be "
                 "decoded; give others with --test"
             )
 

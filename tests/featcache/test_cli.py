@@ -443,7 +443,7 @@ def test_info(featcache_command: Command, made: Path) -> None:
     for part in (
         SYNTHETIC,
         facts["id"],
-        "1 of 1 shards",
+        "1 of 1 shard",
         "11 of 11 pictures stored",
         "features",
         "serves: ",

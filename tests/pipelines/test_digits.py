@@ -118,4 +118,4 @@ def test_a_second_run_does_not_overwrite(
     with pytest.raises(SystemExit) as stop:
         digits.main()
     assert stop.value.code == 1
-    assert "holds 1 shards already" in capsys.readouterr().err
+    assert "holds 1 shard already" in capsys.readouterr().err

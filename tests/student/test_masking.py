@@ -243,7 +243,7 @@ def test_blocks_that_cannot_be() -> None:
     with pytest.raises(UserError, match="'blockwise' on 15 patches: a square grid is needed"):
         draw("blockwise", n_patches=15)
     with pytest.raises(
-        UserError, match=r"cannot hide 2 of 1 x 1 patches|cannot hide 1 of 1 x 1 patches"
+        UserError, match=r"cannot hide 2 of 1 x 1 patch|cannot hide 1 of 1 x 1 patch"
     ):
         draw("blockwise", n_patches=1, n_visible=0)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from featcache import rng
 from featcache.drawing import pictures
 from featcache.drawing.page import escape
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from student import masking
 from student.reporting.contents import Contents
 from student.reporting.reported_run import Mask
@@ -53,7 +53,10 @@ def _row(contents: Contents, view: npt.NDArray[np.uint8], wanted: Mask) -> str:
             continue
         figures.append(display.figure(pictures.masked(view, shown), f"{name}{used}", key))
     count = wanted.grid**2
-    title = f"mask_ratio {wanted.ratio:g}: {wanted.visible} of {count} patches of {key} are seen"
+    title = (
+        f"mask_ratio {wanted.ratio:g}: {wanted.visible} of "
+        f"{counted(count, 'patch', 'patches')} of {key} are seen"
+    )
     return display.row(title, figures)
 
 
@@ -62,7 +65,7 @@ def lacks(views: ShownViews, mask: Mask) -> str:
     fields = [name for name in masking.fields(mask.name) if _stored(views, name, mask) is None]
     if not fields:
         return ""
-    grid = f"of {mask.grid} x {mask.grid} patches"
+    grid = f"of {mask.grid} x {counted(mask.grid, 'patch', 'patches')}"
     return f"it is drawn by {fields[0]} {grid}: --cache CACHE with such a teacher"
 
 

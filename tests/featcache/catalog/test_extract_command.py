@@ -53,13 +53,13 @@ def test_info_of_an_unfinished_cache(
     (copy / "shards/000000.json").unlink()
     ran = featcache_command("info", copy)
     assert ran.status == 0
-    assert "unfinished: 0 of 1 shards" in ran.out
+    assert "unfinished: 0 of 1 shard" in ran.out
     assert "11 pictures are left" in ran.out
     facts = json.loads(featcache_command("info", copy, "--json").out)
     assert facts["complete"] is False
     verified = featcache_command("verify", copy)
     mistake(
-        verified, 1, "sound as far as it goes", "unfinished: 0 of 1 shards", "11 pictures are left"
+        verified, 1, "sound as far as it goes", "unfinished: 0 of 1 shard", "11 pictures are left"
     )
     assert "repair" not in verified.error
     command = facts["unfinished"][0]["finish"]

@@ -250,7 +250,7 @@ def test_a_killed_process_is_succeeded_by_one_that_waits(
     wait_for(lambda: len(records(out)) == 2 and list((out / SHARDS).glob("000002.lease")))
     patient, hasty = (start(*command(pictures, out), before=FAST) for _ in range(2))
     wait_for(lambda: len(records(out)) == 6)
-    wait_for(lambda: "waiting for 1 shards that other processes work on" in hasty.said)
+    wait_for(lambda: "waiting for 1 shard that other processes work on" in hasty.said)
     hasty.signal(signal.SIGTERM)
     assert hasty.wait() == 1
     assert hasty.said.splitlines()[-1].startswith("stopped: 6 of 7 shards")

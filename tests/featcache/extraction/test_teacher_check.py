@@ -147,7 +147,7 @@ def test_pictures_without_labels_are_refused(photos: Path, labelled: Path, tmp_p
     ):
         score(sighted(), photos)
     shutil.copytree(labelled / "red", tmp_path / "red")
-    with pytest.raises(UserError, match="1 classes have two pictures or more"):
+    with pytest.raises(UserError, match="1 class has two pictures or more"):
         score(sighted(), tmp_path)
     (tmp_path / "green").mkdir()
     for i in range(2):

@@ -105,7 +105,7 @@ def test_an_orientation_that_pixels_cannot_state_is_said(tmp_path: Path, run: Ru
     save(tmp_path / "in/b.png", (60, 20), 0, exif=turned)
     status, _, err = run(tmp_path / "in", tmp_path / "x.beton")
     assert status == 0
-    assert "note: 1 pictures are stored as pixels, without the EXIF orientation" in err
+    assert "note: 1 picture is stored as pixels, without the EXIF orientation" in err
 
 
 def test_the_same_pictures_give_the_same_bytes_in_an_order_of_the_seed(

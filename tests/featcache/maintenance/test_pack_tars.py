@@ -226,7 +226,7 @@ def test_resize_through_the_command(tmp_path: Path) -> None:
     ]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
-    assert "3 pictures (2 classes) in 1 shards" in result.output
+    assert "3 pictures (2 classes) in 1 shard" in result.output
     packed = open_source(str(tmp_path / "out/train-*.tar"))
     sizes = {key: Image.open(io.BytesIO(packed.read(i))).size for i, key in enumerate(packed.keys)}
     assert sizes == {"a/wide": (20, 10), "b/tall": (10, 30), "b/s": (5, 4)}

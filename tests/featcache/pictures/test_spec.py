@@ -117,11 +117,11 @@ def test_tables_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     folder, table = write_folder(tmp_path / "val", "a.png", "b.png"), tmp_path / "t.csv"
     for text, words in (
         ("a,1\n", "1 of 2 pictures have no row"),
-        ("a,1\na.png,1\nb,1\n", "1 pictures stand in it twice, the first are 'a.png'"),
+        ("a,1\na.png,1\nb,1\n", "1 picture stands in it twice, the first are 'a.png'"),
         ("a,1,2\nb,1,2\n", "its first row has 3 columns"),
         ("key,w,x\na,1,2\n", "its header has no column of labels"),
         ("key,label\na,\n", "line 2 has no label"),
-        ("key,label\na\n", "line 2 has 1 columns"),
+        ("key,label\na\n", "line 2 has 1 column"),
         ("", "it has no rows"),
         ('a,"1\n', "line 1: unexpected end of data"),
         (b"\xff\xfea,1", "it cannot be read as text"),

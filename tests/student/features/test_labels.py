@@ -119,7 +119,7 @@ def test_both_parts_of_a_split_keep_the_numbers_of_the_whole() -> None:
         assert match_notes(test, train) == (
             [
                 f"1 of {len(test)} test pictures count as wrong, since no training picture is of "
-                "their class (1 classes, the first is 99)"
+                "their class (1 class, the first is 99)"
             ]
             if rare
             else []

@@ -499,7 +499,7 @@ def test_quarantined_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
             "8",
         )
     )
-    assert "1 pictures are in the cache's quarantine" in ran.err
+    assert "1 picture is in the cache's quarantine" in ran.err
     assert checkpoint.read_config(tmp_path / "run")["data"]["pictures"] == fx.PICTURES
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tests import processes
 from tests import student_fixtures as fx
 
-CHECKED = "note: checked 24 pictures of 1 shards against the cache"
+CHECKED = "note: checked 24 pictures of 1 shard against the cache"
 SHORT = ("--steps", "1", "--batch-size", "4")
 
 

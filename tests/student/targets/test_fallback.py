@@ -357,7 +357,7 @@ def test_pictures_in_quarantine_stay_there(record: str, tmp_path: Path) -> None:
     fx.good(fx.train("maskalign", tmp_path / "a", "--cache", cache, *given))
     (pictures / "p07.png").write_bytes(good)
     ran = fx.good(fx.train("maskalign", tmp_path / "b", "--cache", part, *given, *FALLBACK))
-    assert "note: 1 pictures are in the cache's quarantine and are skipped" in ran.err
+    assert "note: 1 picture is in the cache's quarantine and skipped" in ran.err
     assert "the teacher computes the targets of 4 of 23 pictures" in ran.err
     assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
 

@@ -141,7 +141,7 @@ def test_a_whole_command_in_a_file_says_what_it_does_and_no_more(tmp_path: Path)
     )
     announced, checked = ran.err.splitlines()
     assert announced.startswith("recipe mralign: 24 pictures, cache ")
-    assert checked.startswith("note: checked 24 pictures of 1 shards against the cache")
+    assert checked.startswith("note: checked 24 pictures of 1 shard against the cache")
     assert "\r" not in ran.err
 
 

@@ -172,11 +172,11 @@ def test_another_global_batch_is_another_run(tmp_path: Path) -> None:
     assert ran.status == 1
     assert "data.global_batch 8 before, 16 now" in ran.line
     assert ran.line.endswith(
-        "--batch-size 2 on 1 processes with --accumulate 4 makes its global batch of 8"
+        "--batch-size 2 on 1 process with --accumulate 4 makes its global batch of 8"
     )
     ran = fx.train("mralign", tmp_path, *common, "--resume", "--accumulate", 3)
     assert ran.status == 2
-    assert "takes 8 pictures, which 1 processes x --accumulate 3 cannot share evenly" in ran.line
+    assert "takes 8 pictures, which 1 process x --accumulate 3 cannot share evenly" in ran.line
 
 
 @pytest.mark.parametrize("way", ["cached", "online"])
