@@ -124,7 +124,7 @@ def blockwise(draws: Callable[[int], U64], n_visible: int) -> I64:
     if side**2 != n_patches:
         raise UserError(
             f"cannot draw mask 'blockwise' on {counted(n_patches, 'patch', 'patches')}: "
-            f"a square grid is needed; "
+            "a square grid is needed; "
             "mask=uniform"
         )
     hidden = np.zeros((n, side, side), bool)

@@ -144,7 +144,7 @@ def _of_rows(facts: dict[str, Any]) -> str:
         )
     return (
         f"{len(problems)} of {counted(again['rows'], 'row')} of {facts['cache']} do not "
-        f"agree with pictures "
+        "agree with pictures "
         f"and teacher, the first: {problems[0]}; every byte is as it was written, so fix these "
         "pictures, or extract into another --out"
     )

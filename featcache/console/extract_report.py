@@ -184,7 +184,7 @@ def summary_text(summary: dict[str, Any], jobs: list[ExtractJob]) -> str:
     if not summary["complete"]:
         lines.append(
             f"this share is done; the cache has {counted(summary['rows'], 'picture')} "
-            f"so far, other shares "
+            "so far, other shares "
             "complete it"
         )
     for row in summary["quarantined"][:10]:

@@ -215,7 +215,7 @@ def _misfit(plans: Sequence[Plan], needs: RecipeNeeds) -> str:
         if f"{name}/features" in read and plan.keep is not None:
             return (
                 f"{counted(plan.keep, 'patch', 'patches')} of {name} are kept "
-                f"(--keep), all are read"
+                "(--keep), all are read"
             )
     return ""
 

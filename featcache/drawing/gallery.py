@@ -104,7 +104,7 @@ def _check_pictures(cache: Cache, source: Pictures, rows: Sequence[int]) -> None
     if not any(key in source for key in keys):
         raise UserError(
             f"--images {source.source.spec!r}: none of the {counted(len(keys), 'row')} "
-            f"to draw is there, the "
+            "to draw is there, the "
             f"first is {keys[0]!r}; give the pictures of the extraction, or leave --images out"
         )
 

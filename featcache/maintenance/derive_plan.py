@@ -183,7 +183,7 @@ def _wished(identity: dict[str, Any], part: Cache, wish: Wish) -> dict[str, Any]
     if (keep or patches) > there or (tokens == "raster" and "keep" in old):
         raise UserError(
             f"{where} keeps the first {there} of {counted(patches, 'patch', 'patches')} "
-            f"of each view: give --keep of at "
+            "of each view: give --keep of at "
             f"most {there} and --tokens ranked, or extract again"
         )
     codec = wish.codec or old["codec"]

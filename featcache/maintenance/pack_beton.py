@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from featcache import rng
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.maintenance.packing import check_resize, classes_json, read_ahead, reading_threads
 from featcache.pictures.beton import JPG, RAW, import_ffcv, open_beton
 from featcache.pictures.decode import decode, opened, orientation

@@ -224,7 +224,7 @@ class Cache:
         if len(views) not in (1, len(rows)):
             raise UsageError(
                 f"read: {counted(len(views), 'view')} for {counted(len(rows), 'row')}; "
-                f"one view, or one for each row, is "
+                "one view, or one for each row, is "
                 "needed"
             )
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views

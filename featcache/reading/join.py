@@ -73,7 +73,7 @@ def join_by_key(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[
     if strange:
         raise IdentityError(
             f"{len(strange)} of {counted(len(source), 'picture')} of {source.spec!r} "
-            f"are not in cache "
+            "are not in cache "
             f"{str(cache.path)!r} ({manifest.title(cache.manifest)}), the first is {strange[0]!r}; "
             "give the pictures it was made from, or extract these"
         )

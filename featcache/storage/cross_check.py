@@ -163,7 +163,7 @@ def _array_problems(arrays: list[Array], manifest: Mapping[str, Any]) -> Iterato
     if identity["views"] * sum(spec.split for spec in arrays) > _MOST_FILES:
         yield (
             f"arrays: {counted(identity['views'], 'view')} of so many are more files "
-            f"than a shard has"
+            "than a shard has"
         )
     for spec in arrays:
         own = ("row", "view") if spec.per_view else ("row",)

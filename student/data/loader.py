@@ -81,7 +81,7 @@ class Loader:
             )
         if self.global_batch > n * self.repeats:
             raise UserError(
-                f"one step takes "
+                "one step takes "
                 f"{counted(self.global_batch // self.repeats, 'picture')} ({self._cut()}), the "
                 f"training set has {n}; give a smaller --batch-size"
             )

@@ -134,7 +134,7 @@ def _check(task: Task, share: float) -> int:
     if not 0 < share <= 1 or int(patches * share) < 1:
         raise UsageError(
             f"cannot keep {share:g} of {counted(patches, 'patch', 'patches')}: "
-            f"--keep-share is at most 1 and leaves one "
+            "--keep-share is at most 1 and leaves one "
             "patch at least; give 0.7"
         )
     return patches

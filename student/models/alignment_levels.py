@@ -63,7 +63,7 @@ def _check_depth(needed: int, level_weights: str, align_levels: str, teacher_dep
         raise UsageError(
             f"cannot align levels: level_weights={level_weights} with align_levels={align_levels} "
             f"needs {counted(needed, 'level')}; allowed: the teacher's {teacher_depth}; "
-            f"give fewer, as in "
+            "give fewer, as in "
             f"level_weights=top:{teacher_depth}, or teacher_depth=N of a deeper teacher"
         )
 

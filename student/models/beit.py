@@ -137,7 +137,7 @@ def check_heads(what: str, width: int, heads: int) -> None:
     if width % heads or width % 4:
         raise UsageError(
             f"cannot build the {what}: width {width}, {counted(heads, 'head')}; "
-            f"allowed: a width that 4 and "
+            "allowed: a width that 4 and "
             "the heads divide; change one of them"
         )
 

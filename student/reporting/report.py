@@ -130,7 +130,7 @@ def read(request: Request) -> Contents:
     if len(request.runs) > line_chart.MOST_RUNS:
         raise UsageError(
             f"{counted(len(request.runs), 'run')} given; up to {line_chart.MOST_RUNS} "
-            f"can be told apart in a "
+            "can be told apart in a "
             "chart: leave some out"
         )
     runs = [reported_run.read(number, run) for number, run in enumerate(request.runs, 1)]

@@ -164,7 +164,7 @@ def _told(curves: Curves) -> list[str]:
     if curves.broken:
         told.append(
             f"{curves.broken} of {counted(curves.lines, 'line')} of metrics.jsonl are "
-            f"no rows, and are passed "
+            "no rows, and are passed "
             f"over; the first is {curves.first_broken}"
         )
     if curves.left_out:

@@ -152,7 +152,7 @@ def of_cache(cache: Cache, source: Source | None, count: int, seed: int) -> Show
     if math.isqrt(patches) ** 2 != patches:
         raise UserError(
             f"cache {str(cache.path)!r}: {counted(patches, 'patch', 'patches')} of a "
-            f"view are no square grid, and one "
+            "view are no square grid, and one "
             "is needed to draw them; give another --cache"
         )
     policy = policy_from_dict(cache.identity["policy"])

@@ -69,7 +69,7 @@ def _say_absent(
     request.say(
         f"note: {fallback.absent_text(found.cache)}: the teacher computes the targets of {absent} "
         f"of {counted(n, 'picture')} ({absent / n:.4g}, allowed {limit:g}), whose "
-        f"pixels nothing can be "
+        "pixels nothing can be "
         "compared with"
     )
     if join.stores_pixels(found.cache):

@@ -18,7 +18,7 @@ def kept_text(cache: Cache) -> str:
     keep, patches = cache.identity["keep"], cache.identity["teacher"]["patches"]
     return (
         f"the cache keeps the first {keep} of {counted(patches, 'patch', 'patches')} of "
-        f"each view (--keep), in their "
+        "each view (--keep), in their "
         "stored order"
     )
 
@@ -97,7 +97,7 @@ def second_missing(cache: Cache, spec: TargetSpec) -> list[str]:
         f"{name} has {counted(patches, 'patch', 'patches')}, {spec.patches} are needed": patches
         != spec.patches,
         f"of {name} it keeps {counted(identity.get('keep'), 'patch', 'patches')}, and "
-        f"others may be "
+        "others may be "
         "visible": second_keeps_few(cache, spec),
     }
     return [text for text, lacks in found.items() if lacks]

@@ -69,6 +69,6 @@ def say_left_out(say: Say, cache: Cache, rows: join.I64) -> None:
     if count:
         say(
             f"note: {count} of the {counted(len(cache), 'picture')} of the cache are "
-            f"not among those given, "
+            "not among those given, "
             f"and not trained on, the first is {first!r}"
         )

@@ -195,7 +195,7 @@ def _check_known(cache: Cache, source: Source, known: Bool) -> None:
     if (unknown := np.flatnonzero(~known)).size:
         raise IdentityError(
             f"{len(unknown)} of {counted(len(source), 'picture')} of {source.spec!r} "
-            f"are neither in cache "
+            "are neither in cache "
             f"{str(cache.path)!r} nor in its absent shards, the first is "
             f"{source.keys[unknown[0]]!r}; run `{command_line('featcache', 'verify', cache.path)}`"
         )

@@ -83,7 +83,7 @@ class ProbeOptions:
         if self.train_views is not None and self.train_views < 0:
             raise UsageError(
                 f"cannot train on {counted(self.train_views, 'view')}: --train-views is "
-                f"0 (centre view), 1 or "
+                "0 (centre view), 1 or "
                 "more (augmented views, embedded once) or not given (a fresh view each epoch)"
             )
         self.check_batch(self.pictures)
@@ -91,7 +91,7 @@ class ProbeOptions:
         if steps > MOST_STEPS:
             raise UsageError(
                 f"cannot train {counted(steps, 'step')}: {MOST_STEPS} at most are "
-                f"allowed; give fewer "
+                "allowed; give fewer "
                 "--epochs or a larger --batch-size"
             )
 
