@@ -235,8 +235,9 @@ def disk_full_error(
     ]
     done = sum(path.is_file() for path in records)
     return UserError(
-        f"{words.option}{str(next(iter(folders)))!r}: {error.strerror}; {done} of {len(records)} "
-        "shards are complete and kept; make room and run the same command again, it continues"
+        f"{words.option}{str(next(iter(folders)))!r}: {error.strerror}; {done} of "
+        f"{counted(len(records), 'shard is', 'shards are')} complete and kept; make room "
+        "and run the same command again, it continues"
     )
 
 

@@ -252,8 +252,8 @@ def _numbers(source: Cache, shards: Range | None) -> range:
     low, high = shards or (0, count)
     if not 0 <= low < high <= count:
         raise UsageError(
-            f"--shards {low}:{high}: A:B with A < B <= {count} is allowed, the cache has {count} "
-            "shards"
+            f"--shards {low}:{high}: A:B with A < B <= {count} is allowed, the cache has "
+            f"{counted(count, 'shard')}"
         )
     return range(low, high)
 

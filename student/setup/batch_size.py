@@ -53,8 +53,8 @@ def _resumed(out: Path, options: BatchOptions, acc: Accelerator) -> int | None:
     if total % parts:
         raise UsageError(
             f"--resume: a step of {str(out)!r} takes {counted(total, 'picture')}, which "
-            f"{acc.num_processes} "
-            f"processes x --accumulate {options.accumulate} cannot share evenly; give a number of "
+            f"{counted(acc.num_processes, 'process', 'processes')} x --accumulate "
+            f"{options.accumulate} cannot share evenly; give a number of "
             f"processes and an --accumulate whose product divides {total}"
         )
     return total // parts

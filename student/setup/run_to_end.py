@@ -72,8 +72,8 @@ def _announce(run: Run, loader: Loader, acc: Accelerator, console: Console) -> N
     kind = "" if run.about["kind"] == "labelled" else "recipe "
     console.say(
         f"{kind}{run.name}: {counted(facts['pictures'], 'picture')}, "
-        f"{facts['targets']}, {facts['steps']} "
-        f"steps of {facts['global_batch']}, {accelerator.where(acc)} -> {run.out}"
+        f"{facts['targets']}, {counted(facts['steps'], 'step')} of {facts['global_batch']}, "
+        f"{accelerator.where(acc)} -> {run.out}"
     )
 
 
