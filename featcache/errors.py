@@ -88,6 +88,16 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
+def listed(names: Iterable[object], one: str, many: str) -> str:
+    """Write names into the sentence that is right for as many.
+
+    >>> listed([8], "level {} is", "levels {} are"), listed([8, 9], "level {} is", "levels {} are")
+    ('level 8 is', 'levels 8, 9 are')
+    """
+    words = [str(name) for name in names]
+    return (one if len(words) == 1 else many).format(", ".join(words))
+
+
 class UserError(Exception):
     """Gives one line to the person at the keyboard; `exit_status` is 1 (the work failed) or 2 (the
     command was wrong)."""

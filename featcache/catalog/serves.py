@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featcache.catalog import recipe_needs
-from featcache.errors import UserError, counted
+from featcache.errors import UserError, counted, listed
 from featcache.reading.cache import Cache
 
 
@@ -65,16 +65,17 @@ def lacking(stored: StoredFacts, needs: dict[str, Any]) -> str:
             f"has {counted(stored.depth, 'block')}"
         )
     if missing := [level for level in wanted if level not in stored.levels]:
-        return f"level {', '.join(map(str, missing))} is not stored (--levels {needs['levels']})"
+        absent = listed(missing, "level {} is", "levels {} are")
+        return f"{absent} not stored (--levels {needs['levels']})"
     visible = int(stored.patches * (1 - needs["mask_ratio"]))
     if stored.keep is not None and (stored.keep < visible or needs.get("all_tokens")):
         return f"{counted(stored.keep, 'patch is', 'patches are')} kept, " + (
             "all are read" if needs.get("all_tokens") else f"{visible} are visible"
         )
     if fields := [field for field in needs["fields"] if field not in stored.fields]:
-        return f"{', '.join(fields)} is not stored"
+        return listed(fields, "{} is not stored", "{} are not stored")
     if needs.get("derive") == "z" and not stored.has_projection():
-        return "its teacher has no projection (target=f)"
+        return "its teacher has no projection (student train --set target=f)"
     return ""
 
 

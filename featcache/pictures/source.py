@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UserError
+from featcache.errors import UserError, counted
 from featcache.runtime.local_path import check_encoding
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"])
@@ -66,8 +66,9 @@ def check_keys(source: Source) -> None:
     seen: set[str] = set()
     double = next(key for key in source.keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
     raise UserError(
-        f"pictures {source.spec!r}: the key {double!r} is used by two pictures; a key is the path "
-        "without its last suffix and must be unique: rename one of them"
+        f"pictures {source.spec!r}: the key {double!r} is used by two pictures"
+        f"{_as_well(source.keys)}; a key is the path without its last suffix and must be unique: "
+        "rename one of them"
     )
 
 
@@ -80,9 +81,16 @@ def check_double(spec: str, keys: Sequence[str], name: Callable[[int], str]) -> 
         if (other := first.setdefault(key, row)) != row:
             raise UserError(
                 f"pictures {spec!r}: the key {key[:200]!r} is used by two pictures, "
-                f"{name(other)[-300:]!r} and {name(row)[-300:]!r}; a key is the path without its "
-                "last suffix and must be unique: rename one of them"
+                f"{name(other)[-300:]!r} and {name(row)[-300:]!r}{_as_well(keys)}; a key is the "
+                "path without its last suffix and must be unique: rename one of them"
             )
+
+
+def _as_well(keys: Sequence[str]) -> str:
+    """Count the pictures whose key another has, beside the one that a message names."""
+    more = len(keys) - len(set(keys)) - 1
+    told = counted(more, "more picture has", "more pictures have")
+    return f" (and {told} the key of another)" if more else ""
 
 
 def _is_utf8(key: str) -> bool:

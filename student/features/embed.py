@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from featcache import rng
-from featcache.errors import UsageError, UserError
+from featcache.errors import UsageError, UserError, counted
 from featcache.pictures.decode import decode
 from featcache.pictures.source import PictureError, Source
 from featcache.runtime.meter import meter
@@ -71,7 +71,16 @@ class Skipped:
         """Raise the error unless it may be skipped."""
         self.errors.setdefault(source.spec, {})[row] = error
         if self.count > self.allowed:
-            raise error
+            raise self._one_too_many(error)
+
+    def _one_too_many(self, error: UserError) -> UserError:
+        """Add to the error of the picture that is too many how many were left out before it."""
+        if not self.allowed:
+            return error
+        left_out = counted(self.allowed, "other was", "others were")
+        told = UserError(f"{error}; {left_out} left out already, as many as --skip-bad allows")
+        told.__cause__ = error
+        return told
 
     @property
     def count(self) -> int:
@@ -162,7 +171,7 @@ def _render(
         refused = UserError(
             f"cannot decode the picture {source.keys[row]!r} of {source.spec}: {error}; an "
             "evaluation counts every labelled picture: repair it, take it out of the source, or "
-            "leave some out with --skip-bad N"
+            "leave up to N out with --skip-bad N"
         )
         refused.__cause__ = error
         return refused

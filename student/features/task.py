@@ -212,7 +212,7 @@ class Task:
                 error = UserError(
                     f"cannot decode the picture {source.keys[row]!r} of {source.spec}, as was "
                     "found when its features were kept; repair it, take it out of the source, or "
-                    "leave some out with --skip-bad N"
+                    "leave up to N out with --skip-bad N"
                 )
                 self.skipped.add(source, row, error)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featcache.errors import counted
+from featcache.errors import counted, listed
 from featcache.reading.cache import Cache
 from student.config import RecipeConfig
 from student.recipes import TargetSpec
@@ -33,8 +33,9 @@ def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
     found = {
         f"it is incomplete ({shards}; --fallback online trains all the same)": not cache.complete
         and not cache.absent,
-        f"field {', '.join(fields)} is missing, it has {', '.join(cache.fields)}": fields,
-        f"level {', '.join(map(str, levels))} is missing, it has "
+        f"{listed(fields, 'field {} is', 'fields {} are')} missing, it has "
+        f"{', '.join(cache.fields)}": fields,
+        f"{listed(levels, 'level {} is', 'levels {} are')} missing, it has "
         f"{', '.join(map(str, cache.levels))}": levels,
     }
     own = [text for text, lacks in found.items() if lacks]

@@ -31,7 +31,7 @@ def extract_remedy(
     if cache is None:
         command = _new_cache(spec, config, source)
     elif not cache.complete:
-        return f"make it with: {extract_command.for_cache(cache.manifest, cache.path)}"
+        return f"finish it with: {extract_command.for_cache(cache.manifest, cache.path)}"
     elif extract_command.is_derived(cache.manifest):
         return _of_parent(spec, config, cache)
     else:

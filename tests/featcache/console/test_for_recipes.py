@@ -171,8 +171,8 @@ def test_a_refusal_is_one_line_before_anything_is_read(line: str, message: str) 
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
-        ("maskalign", ("--levels", "6"), "--levels 6, level 2, 3, 4, 5 is not stored (--levels l"),
-        ("milan", (), "its teacher has no projection (target=f)"),
+        ("maskalign", ("--levels", "6"), "--levels 6, levels 2, 3, 4, 5 are not stored (--levels "),
+        ("milan", (), "its teacher has no projection (student train --set target=f)"),
         ("fd", ("--tokens", "ranked", "--keep", "4"), "--keep 4, 4 patches are kept, all are r"),
         ("mrmae", ("--size", "30"), "views of 30 pixels (--size) cannot be cut into 16 patches"),
         ("cae", ("--weights", "dvae=random:0"), f"dvae has 196 patches, {SIX} has 16"),

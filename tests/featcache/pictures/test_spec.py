@@ -253,6 +253,9 @@ def test_equal_stems_are_refused_by_both_names(tmp_path: Path) -> None:
         UserError, match=r"'a/1' is used by two pictures, 'a/1\.jpg' and 'a/1\.png'"
     ):
         open_source(tmp_path / "f")
+    write_folder(tmp_path / "f", "a/1.webp", "b.jpg")
+    with pytest.raises(UserError, match=r"png' \(and 2 more pictures have the key of another\); a"):
+        open_source(tmp_path / "f")
     shutil.rmtree(tmp_path / "f")
     with pytest.raises(UserError, match=r"t\.tar/a/1\.jpg' and .*t\.tar/a/1\.png'"):
         open_source(write_tar(tmp_path / "t.tar", {"a/1.jpg": PNG, "a/1.png": PNG}))
