@@ -55,7 +55,7 @@ class Retention:
         return [
             path
             for path in paths[: -self.newest]
-            if self.every is None or _step_of(path) % self.every
+            if self.every is None or step_of(path) % self.every
         ]
 
 
@@ -78,16 +78,17 @@ def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first; a file that was being written when its process
     died is not among them, nor is anything else that lies there."""
     found = [path for path in (run / FOLDER).glob("step-*.pt") if _NAME.fullmatch(path.name)]
-    return sorted((path for path in found if path.is_file()), key=_step_of)
+    return sorted((path for path in found if path.is_file()), key=step_of)
 
 
 def latest_step(run: Path) -> int | None:
     """Return the step of a run's newest checkpoint; None where there is none."""
     paths = list_checkpoints(run)
-    return _step_of(paths[-1]) if paths else None
+    return step_of(paths[-1]) if paths else None
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint."""
     return int(path.stem.removeprefix("step-"))
 
 
@@ -104,7 +105,7 @@ def load(run: Path, step: int | None) -> dict[str, Any]:
         saved = restricted_unpickler.load(path)
     except (OSError, ValueError) as error:  # truncated or foreign files fail in many ways
         raise _unusable(run, f"cannot be read ({str(error)[:120]})", step) from error
-    if why := _problem(saved, _step_of(path)):
+    if why := _problem(saved, step_of(path)):
         raise _unusable(run, why, step)
     return dict(saved)
 
@@ -115,9 +116,9 @@ def _path(run: Path, step: int | None) -> Path:
         raise UserError(
             f"run {str(run)!r} has no checkpoint; train it first, or give the folder of a run"
         )
-    found = [path for path in paths if step is None or _step_of(path) == step]
+    found = [path for path in paths if step is None or step_of(path) == step]
     if not found:
-        steps = [str(_step_of(path)) for path in paths]
+        steps = [str(step_of(path)) for path in paths]
         shown = ", ".join([*steps[:8], *(["..."] if len(steps) > 8 else [])])
         raise UsageError(
             f"run {str(run)!r} has no checkpoint of step {step}; there are those of {shown}; "
@@ -294,11 +295,16 @@ def load_encoder(
     """Return the encoder of a run's newest checkpoint, or of the one of `step`, in eval mode, or
     the average of its weights, and the recipe's configuration."""
     settings = read_config(run)["config"]
-    weights = _part(_read_weights(run, ema, step), "encoder.")
+    return encoder_of(run, settings, load(run, step), ema), settings
+
+
+def encoder_of(run: Path, settings: dict[str, Any], saved: Any, ema: bool) -> nn.Module:
+    """Return the encoder, in eval mode, of a checkpoint that was read already."""
+    weights = _part(_weights(run, saved, ema), "encoder.")
     try:
-        return _fill(lambda: _build_encoder(run, settings), weights), settings
+        return _fill(lambda: _build_encoder(run, settings), weights)
     except ValueError as error:
-        raise _unfit(run, "encoder", error, step) from error
+        raise _unfit(run, "encoder", error, saved["step"]) from error
 
 
 def save_encoder(
@@ -339,7 +345,7 @@ def load_model(
 ) -> nn.Module:
     """Return the whole model of a run, which `build` makes by its configuration, in eval mode; else
     as `load_encoder` does."""
-    weights = _read_weights(run, ema, step)
+    weights = _weights(run, load(run, step), ema)
     try:
         return _fill(build, weights)
     except ValueError as error:
@@ -350,9 +356,8 @@ def _unfit(run: Path, what: str, error: ValueError, step: int | None) -> UserErr
     return _unusable(run, f"does not fit the {what} of its {CONFIG} ({error})", step)
 
 
-def _read_weights(run: Path, ema: bool, step: int | None) -> dict[str, Any]:
+def _weights(run: Path, saved: dict[str, Any], ema: bool) -> dict[str, Any]:
     """Return the weights of a checkpoint, or their average."""
-    saved = load(run, step)
     if ema and EMA not in saved:
         raise UsageError(
             f"--ema: run {str(run)!r} keeps no average of its weights; leave --ema out, or train "

@@ -39,8 +39,8 @@ def command(as_json: bool) -> None:
     echo(format_table([HEAD, *map(_row, table)], right=range(1, 8)))
     echo(
         "bytes/view: five levels in fp16, or token ids. here: the weights are on this machine.\n"
-        "Also timm:NAME[,key=value...], open_clip:ARCH/TAG, ./mine.py, and "
-        "synthetic:levels=..,tokens=..,width=..\nOptions of ViTs: img_size= or grid=, "
+        "Also timm:NAME[,key=value...], open_clip:ARCH/TAG, run:RUN, ./mine.py, "
+        "and synthetic:levels=..,tokens=..,width=..\nOptions of ViTs: img_size= or grid=, "
         "pos=bicubic|bilinear|bicubic-antialias|tensor-bicubic; of CLIP also\n"
         "quick_gelu=true|false."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from featcache.errors import UsageError, near
@@ -51,9 +52,11 @@ def split_spec(spec: str) -> tuple[str, dict[str, Option]]:
 
     >>> split_spec("timm:NAME,img_size=32"), split_spec("synthetic:levels=5")
     (('timm:NAME', {'img_size': 32}), ('synthetic', {'levels': 5}))
+    >>> split_spec("run:runs/lr=0.1")
+    ('run:runs/lr=0.1', {})
     """
     name, _, options = spec.partition(",")
     head, colon, first = name.partition(":")
-    if colon and "=" in first:  # PREFIX:key=value,... without a name
+    if colon and re.match(r"\w*=", first):  # PREFIX:key=value,... without a name
         return head, parse_options(spec.partition(":")[2])
     return name, parse_options(options)

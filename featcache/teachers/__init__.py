@@ -7,8 +7,10 @@ other file. A family imports its library when it builds a model, not when it is 
 finding a name costs nothing.
 
 A spec may also be the path of a user's own file, `./mine.py[,key=value...]`: the same `load`, no
-other declaration. Most families give features (`Teacher`); one that declares `TOKENIZER = True`
-gives a token id for each patch (`Tokenizer`) and is loaded by `load_tokenizer`.
+other declaration; or begin with the prefix of a family that another package announces
+(`featcache.models.announced`), as `run:RUN` does, one's own training run, which `student` gives.
+Most families give features (`Teacher`); one that declares `TOKENIZER = True` gives a token id for
+each patch (`Tokenizer`) and is loaded by `load_tokenizer`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from featcache.errors import UsageError, UserError, near
+from featcache.models import announced
 from featcache.models.contract import (
     REGISTERED,
     ModelCard,
@@ -99,24 +102,31 @@ def model_cards() -> dict[str, ModelCard]:
 
 
 def family(name: str) -> ModuleType:
-    """Return the module that knows `name`, or the user's own file; an unknown name is a UsageError
-    that offers near ones."""
+    """Return the module that knows `name`, of this folder or of a package that announces its
+    prefix, or the user's own file; an unknown name is a UsageError that offers near ones."""
     if name.endswith(".py"):
         return load_module(Path(name), "teacher", _NEEDS, "featcache/teachers/synthetic.py")
+    prefix = _prefix(name)
     for module in modules():
-        if name in module.NAMES or (
-            ":" in name and name.partition(":")[0] == getattr(module, "PREFIX", None)
-        ):
+        if name in module.NAMES or (prefix and prefix == _own_prefix(module)):
             return module
-    prefixes = [
-        f"{p}:NAME"
-        for module in modules()
-        if (p := getattr(module, "PREFIX", None)) and p not in module.NAMES
-    ]
+    if prefix and (found := announced.find(prefix)) is not None:
+        return found
+    own = [p for module in modules() if (p := _own_prefix(module)) and p not in module.NAMES]
+    prefixes = [f"{prefix}:NAME" for prefix in (*own, *announced.prefixes())]
     raise UsageError(
         f"unknown teacher {name!r}: {near(name, [*model_cards(), *prefixes])}; or your own file, "
         "./mine.py"
     )
+
+
+def _prefix(name: str) -> str:
+    """Return what stands before the first colon of a name; empty where there is none."""
+    return name.partition(":")[0] if ":" in name else ""
+
+
+def _own_prefix(module: ModuleType) -> str:
+    return getattr(module, "PREFIX", None) or ""
 
 
 def is_tokenizer(spec: str) -> bool:
@@ -201,15 +211,21 @@ def _load_own(
 
 def is_registered(spec: str) -> bool:
     """Return whether a spec names a network of a library's own list, and so neither code, nor a
-    file, nor an address that whoever wrote the spec chose.
+    file, nor an address that whoever wrote the spec chose. What follows a prefix of another package
+    may be any of these, as the folder of `run:RUN` is.
 
     >>> [is_registered(spec) for spec in ("clip-b16", "timm:vit_tiny_patch16_224,depth=2")]
     [True, True]
     >>> [is_registered(spec) for spec in ("./mine.py", "open_clip:local-dir:x", "timm:hf-hub:a/b")]
     [False, False, False]
+    >>> is_registered("run:runs/mralign-s0")
+    False
     """
     name, _ = split_spec(spec)
-    return bool(_REGISTERED.fullmatch(name)) and not name.lower().endswith((".py", ".json"))
+    if not _REGISTERED.fullmatch(name) or name.lower().endswith((".py", ".json")):
+        return False
+    prefix = _prefix(name)
+    return not prefix or prefix in map(_own_prefix, modules())
 
 
 def recorded_spec(recorded: str, named: Sequence[str], where: str, option: str) -> str:

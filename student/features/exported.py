@@ -6,6 +6,7 @@ shown, never used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,11 +155,11 @@ def _last_part(word: str) -> str:
 
     >>> _last_part("/home/ann/train"), _last_part("--test=val=/data/val"), _last_part("runs/a")
     ('.../train', '--test=val=.../val', 'runs/a')
+    >>> _last_part("run:/home/ann/runs/a"), _last_part("https://example.org/a")
+    ('run:.../a', 'https://example.org/a')
     """
-    name, equals, value = word.rpartition("=")
-    if not value.startswith(("/", "~")):
-        return word
-    return f"{name}{equals}.../{value.rstrip('/').rpartition('/')[2]}"
+    found = re.fullmatch(r"((?:.*[=:])?)(~.*|/(?!/).*)", word, re.DOTALL)
+    return f"{found[1]}.../{found[2].rstrip('/').rpartition('/')[2]}" if found else word
 
 
 def scores(given: Exported) -> list[dict[str, Any]]:
