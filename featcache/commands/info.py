@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "compression": cache.manifest.get("compression", ""),
         "identity": cache.identity,
         "provenance": cache.manifest["provenance"],
+        "weights": {name: _weights(cache.manifest_of(name)) for name in cache.teachers},
         "random_weights": manifest.is_random(cache.manifest),
         "complete": cache.complete,
         "shards": len(cache.manifest["shards"]),
@@ -74,6 +76,15 @@ def describe(cache: Cache) -> dict[str, Any]:
     }
 
 
+def _weights(about: Mapping[str, Any]) -> dict[str, str]:
+    """Return which weights a teacher had: a file with the part that was taken, a tag or what its
+    name stands for, and their hash."""
+    return {
+        "weights": about["provenance"]["weights"],
+        "hash": about["identity"]["teacher"]["weight_hash"],
+    }
+
+
 def text(cache: Cache, facts: dict[str, Any]) -> str:
     identity, quarantined = facts["identity"], facts["quarantined"]
     lines = [
@@ -83,6 +94,10 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
         f"{format_bytes(facts['bytes'])}, "
         f"{identity['store']} store, {_form(facts)}, codec {identity['codec']}, "
         f"tokens {_tokens(identity)}",
+        *(
+            f"weights of {name}: {about['weights']}, hash {about['hash']}"
+            for name, about in facts["weights"].items()
+        ),
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),
         *(f"added: {part}" for part in facts["parts"][1:]),
         *loss_lines(cache.path),

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -40,9 +40,23 @@ _HUB_FILES = (
 )
 
 
+class FilePart(NamedTuple):
+    """Hold the tensors of a network that were read of a file, and what names them again: its path,
+    with the part where the file holds the network twice."""
+
+    tensors: dict[str, Tensor]
+    weights: str
+
+
 def read_state(path: str, what: str) -> dict[str, Tensor]:
-    """Read name -> tensor of a weights file, or of one part of it, FILE#PART; a file that holds
-    none is a UserError. Where the file holds the network twice, a note tells which is taken."""
+    """Read name -> tensor of a weights file, or of one part of it, FILE#PART; else as
+    `read_part`."""
+    return read_part(path, what).tensors
+
+
+def read_part(path: str, what: str) -> FilePart:
+    """Read the network in a weights file, or in one part of it, FILE#PART; a file that holds none
+    is a UserError. Where the file holds the network twice, a note tells which is taken."""
     file, part = split_part(path)
     try:
         if file.endswith(".safetensors"):
@@ -72,7 +86,8 @@ def read_state(path: str, what: str) -> dict[str, Tensor]:
             f"weights {path!r} hold the network twice, as {found.taken!r} and as {others}: "
             f"{found.taken!r} is taken; --weights {file}#{found.others[0]} takes the other"
         )
-    return found.tensors
+    twice = bool(found.others) and not part and bool(chosen_part(state, found.taken))
+    return FilePart(found.tensors, f"{file}#{found.taken}" if twice else path)
 
 
 def split_part(path: str) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from featcache.errors import UsageError, UserError, near
 from featcache.models import (
@@ -44,10 +44,12 @@ from featcache.models.open_clip_wrapper import architecture_of, set_positions, w
 from featcache.models.spec import check_options
 from featcache.models.weights import (
     SUFFIXES,
+    FilePart,
     build_seeded,
     fetch_pretrained,
     is_random,
     load_state,
+    read_part,
     read_state,
     split_part,
     weights_file,
@@ -99,7 +101,8 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Modul
     if _is_drawn(weights):
         visual = _build_drawn(name, source, options, weights).visual
     elif path:
-        visual = _load_file(name, source, options, path)
+        visual, used = _load_file(name, source, options, path)
+        weights = used if weights else None
     else:
         visual = _load_tag(name, source, options).visual
     own = _pixel_statistics(name, source, visual)
@@ -254,14 +257,17 @@ def _load_tag(name: str, source: _ModelSource, options: dict[str, Option]) -> An
     return model
 
 
-def _load_file(name: str, source: _ModelSource, options: dict[str, Option], path: str) -> Any:
-    """Load a file's picture tower, at the grid of the file's own positions."""
+def _load_file(
+    name: str, source: _ModelSource, options: dict[str, Option], path: str
+) -> tuple[Any, str]:
+    """Load a file's picture tower, at the grid of the file's own positions, and return what names
+    its weights."""
     quick, note = _file_activation(name, source, options, path)
     if note:
         _LOG.warning(note)
     model: Any = build_seeded(lambda: _build_model(source, quick), None)
     visual = model.visual
-    state = _read(visual, path, name)
+    state, weights = _read(visual, path, name)
     own = {
         key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")
     } or state
@@ -272,14 +278,14 @@ def _load_file(name: str, source: _ModelSource, options: dict[str, Option], path
         if square is not None:
             set_positions(visual, there.float(), square[0])
     load_state(visual, own, path, name)
-    return visual
+    return visual, weights
 
 
-def _read(visual: Any, path: str, name: str) -> dict[str, Tensor]:
+def _read(visual: Any, path: str, name: str) -> FilePart:
     """Read a file's tensors, or those of a transformers' folder whose config fits the tower; a
     CLIPVisionModel has no projection, and the tower then has none."""
     if not transformers_folder.is_folder(path):
-        return read_state(path, name)
+        return read_part(path, name)
     folder = transformers_folder.read_config(path, name, clip=True)
     own = architecture_of(visual, name)
     state = transformers_folder.read_state(folder, name)
@@ -287,7 +293,7 @@ def _read(visual: Any, path: str, name: str) -> dict[str, Tensor]:
     transformers_folder.set_eps(visual, eps)
     if "proj" not in state:
         visual.proj = None
-    return state
+    return FilePart(state, path)
 
 
 def _file_activation(

@@ -137,7 +137,8 @@ def load(name: str, options: dict[str, Option], given: str | None) -> Dvae:
     with torch.device("meta"):
         encoder = _build(given or REGISTERED, sizes)
     encoder.to_empty(device="cpu")
-    load_weights(encoder, file, name)
+    used = load_weights(encoder, file, name)
+    encoder.weights = used if given else REGISTERED
     return encoder
 
 
@@ -161,10 +162,13 @@ def _build(given: str, sizes: dict[str, int]) -> Dvae:
     return Dvae(given, sizes["width"], sizes["vocabulary"], sizes["img_size"])
 
 
-def load_weights(encoder: Dvae, path: str, name: str) -> None:
-    """Load a state dict, with the published names or with torch's own, or the published module."""
-    state = {_torch_name(key): value for key, value in weights.read_state(path, name).items()}
+def load_weights(encoder: Dvae, path: str, name: str) -> str:
+    """Load a state dict, with the published names or with torch's own, or the published module;
+    return what names these weights again."""
+    tensors, used = weights.read_part(path, name)
+    state = {_torch_name(key): value for key, value in tensors.items()}
     weights.load_state(encoder, state, path, name)
+    return used
 
 
 def _torch_name(key: str) -> str:

@@ -44,11 +44,12 @@ from featcache.models.timm_wrapper import (
     wrap,
 )
 from featcache.models.weights import (
+    FilePart,
     build_seeded,
     fetch_pretrained,
     is_random,
     load_state,
-    read_state,
+    read_part,
     weights_file,
 )
 
@@ -185,7 +186,9 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
             **constructor,
             **({"img_size": options["img_size"]} if "img_size" in options else {}),
         }
-        vit = _load_file(lambda: _create_model(arch, sized, pretrained=False), name, path, pos)
+        vit, weights = _load_file(
+            lambda: _create_model(arch, sized, pretrained=False), name, path, pos
+        )
     elif drawn:
         vit = build_seeded(lambda: _create_model(arch, constructor, pretrained=False), weights)
     else:
@@ -196,12 +199,15 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
     return wrap(vit, name, px, pos, weights or REGISTERED)
 
 
-def _load_file(make: Callable[[], nn.Module], name: str, path: str, pos: Option | None) -> Any:
-    """Load a file's model at the input size of the file's own positions; timm renames other layouts
-    of the same network, and resizes positions where that is its part."""
+def _load_file(
+    make: Callable[[], nn.Module], name: str, path: str, pos: Option | None
+) -> tuple[Any, str]:
+    """Load a file's model at the input size of the file's own positions, and return what names its
+    weights; timm renames other layouts of the same network, and resizes positions where that is its
+    part."""
     vit: Any = build_seeded(make, None)
     check_architecture(vit, name)
-    state = _read(vit, path, name)
+    state, weights = _read(vit, path, name)
     side = None if pos is None and _resizes_itself(_arch(vit)) else _stored_side(vit, state)
     if side is not None:
         set_input_px(vit, side * int(vit.patch_embed.patch_size[0]))
@@ -212,13 +218,13 @@ def _load_file(make: Callable[[], nn.Module], name: str, path: str, pos: Option 
         if k in kept or not k.startswith(_UNUSED)
     }
     load_state(vit, own, path, name)
-    return vit
+    return vit, weights
 
 
-def _read(vit: Any, path: str, name: str) -> dict[str, Tensor]:
+def _read(vit: Any, path: str, name: str) -> FilePart:
     """Read a file's tensors, or those of a transformers' folder whose config fits the network."""
     if not transformers_folder.is_folder(path):
-        return read_state(path, name)
+        return read_part(path, name)
     folder = transformers_folder.read_config(path, name, clip=False)
     state = transformers_folder.read_state(folder, name)
     block = vit.blocks[0]
@@ -234,7 +240,7 @@ def _read(vit: Any, path: str, name: str) -> dict[str, Tensor]:
     )
     eps = transformers_folder.check(folder, own, state.get("pos_embed"), name)
     transformers_folder.set_eps(vit, eps)
-    return state
+    return FilePart(state, path)
 
 
 def _arch(vit: Any) -> str:
