@@ -186,11 +186,17 @@ def digest_of(module: nn.Module, architecture: Mapping[str, Any]) -> str:
     digest.update(repr(module).encode())  # kinds of layers, heads' widths, eps
     heads = [getattr(part, "num_heads", 0) for part in module.modules()]
     digest.update(json_file.canonical(heads))
-    for name, value in sorted(module.state_dict().items()):
+    return digest_of_tensors(module.state_dict(), digest)
+
+
+def digest_of_tensors(state: Mapping[str, Tensor], digest: Any = None) -> str:
+    """Return a digest of names, dtypes, shapes and bytes of tensors, after what `digest` holds."""
+    digest = digest or hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 # ------------------------------------------------------------ a teacher

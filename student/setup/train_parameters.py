@@ -120,9 +120,9 @@ def _length() -> list[click.Parameter]:
             ["--init"],
             group=HelpGroup.TRAINING,
             type=LocalPath(),
-            metavar="RUN|FILE",
-            help="A run, or an encoder.safetensors, whose encoder a new run begins with; positions "
-            "are resized, all else must fit.",
+            metavar="RUN|FILE|DIR",
+            help="A run, its encoder.safetensors, or an exported folder (timm, hf, mae) whose "
+            "encoder a new run begins with; positions are resized, all else must fit.",
         ),
     ]
 

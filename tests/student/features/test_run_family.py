@@ -21,8 +21,7 @@ from featcache.models.weights import weight_hash
 from featcache.reading.cache import Cache
 from student import checkpoint
 from student.features.exported import Exported
-from student.models.build import build_encoder
-from tests import announced, teacher_reference
+from tests import announced, teacher_reference, written_runs
 from tests import student_fixtures as fx
 
 CLOSE = 1e-5
@@ -48,13 +47,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     words = ("--images", fx.pictures(), "--size", "32", "--batch-size", "8", "--steps", "2")
     fx.good(fx.train("mae", root / "mae", *words, "--ema", "0.5", sets=("patch_size=8",)))
-    for name, (recipe, family, encoder) in OTHERS.items():
-        settings = {"encoder": encoder, "family": family, "img_size": 32, "patch_size": 8}
-        net = teacher_reference.randomise_parameters(build_encoder(settings, family), std=0.05)
-        model = {f"encoder.{key}": value for key, value in net.state_dict().items()}
-        checkpoint.save(root / name, 2, {"model": model, "optimizer": {}, "scaler": {}})
-        record = {"recipe": recipe, "config": settings, "steps": 2}
-        (root / name / "config.json").write_text(json.dumps(record))
+    for name, about in OTHERS.items():
+        written_runs.write(root / name, *about)
     return {path.name: path for path in root.iterdir()}
 
 
