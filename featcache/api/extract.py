@@ -48,6 +48,8 @@ def extract(
     teacher: str | Sequence[str] = (),
     for_: str | None = None,
     images: Text | None = None,
+    labels: Text | None = None,
+    image_member: str | None = None,
     out: Text | None = None,
     views: int = 1,
     levels: str | Sequence[str] | Sequence[int] = (),
@@ -258,9 +260,8 @@ class _Work:
         """Return the command line of a process for another device, which repeats no check: what
         this process was started with may be another program's, or a file's."""
         values = {**vars(self.options), "recipes": None, "device": None, "devices": None}
-        words = keywords.words(
-            extract_parameters.parameters(), {**values, "labelled": None, "batch_size": None}
-        )
+        values |= dict.fromkeys(("labelled", "batch_size", "labels", "image_member"))
+        words = keywords.words(extract_parameters.parameters(), values)
         size = [f"--batch-size={self.options.batch_size}"] if self.keeps_batch else []
         return ["extract", *words, *size]
 

@@ -10,7 +10,8 @@ import click
 
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import SEED, LocalPath, LocalText, images_variable
+from featcache.console.params import SEED, LocalPath, images_variable
+from featcache.console.picture_options import with_pictures
 from featcache.console.progress_bar import ProgressBar
 from featcache.console.text import echo, format_bytes, join_lines, print_facts
 from featcache.errors import UsageError, UserError, command_line, counted
@@ -56,12 +57,10 @@ _COUNT = click.IntRange(1, 10_000)  # of pictures on one page
     show_default=True,
     help="Of each picture only the first N views.",
 )
-@option(
-    "--images",
+@with_pictures(
     "images_spec",
     group=HelpGroup.INPUT,
-    type=LocalText(),
-    help="The pictures of the extraction. [default: FEATCACHE_IMAGES, else none]",
+    help="The pictures of the extraction. [default: $FEATCACHE_IMAGES, else none]",
 )
 @option(
     "--json",

@@ -12,6 +12,7 @@ from featcache.console import text
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import THREADS, LocalPath, LocalText
+from featcache.console.picture_options import with_pictures
 from featcache.console.progress_bar import ProgressBar
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import Source
@@ -30,12 +31,11 @@ if TYPE_CHECKING:
     "--weights ViT-B-16.safetensors",
 )
 @click.argument("cache", type=LocalPath())
-@option(
-    "--images",
+@with_pictures(
     "images_spec",
     group=HelpGroup.INPUT,
-    type=LocalText(),
     help="The pictures. [default: where they were at extraction]",
+    variable=False,
 )
 @option(
     "--weights",

@@ -12,7 +12,8 @@ from featcache.console import record_text
 from featcache.console.block_map import terminal_shades
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import LocalPath, LocalText, images_variable
+from featcache.console.params import LocalPath, images_variable
+from featcache.console.picture_options import with_pictures
 from featcache.console.text import echo, join_lines, print_facts
 from featcache.errors import UsageError, UserError, command_line
 from featcache.reading.cache import Cache
@@ -44,12 +45,10 @@ if TYPE_CHECKING:
     type=LocalPath(),
     help="Draw the record into this new PNG file as well.",
 )
-@option(
-    "--images",
+@with_pictures(
     "images_spec",
     group=HelpGroup.INPUT,
-    type=LocalText(),
-    help="The pictures that --out draws views from. [default: FEATCACHE_IMAGES, else none]",
+    help="The pictures that --out draws views from. [default: $FEATCACHE_IMAGES, else none]",
 )
 @option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
 def command(

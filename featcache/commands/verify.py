@@ -13,6 +13,7 @@ from featcache.console import text
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import SEED, LocalPath, LocalText
+from featcache.console.picture_options import with_pictures
 from featcache.console.progress_bar import ProgressBar
 from featcache.errors import UserError, command_line, counted
 from featcache.pictures.open_source import open_source
@@ -35,12 +36,11 @@ from featcache.views import pixel_path
     default=0,
     help="Also run the teacher on N random rows.",
 )
-@option(
-    "--images",
+@with_pictures(
     "images_spec",
     group=HelpGroup.INPUT,
-    type=LocalText(),
     help="The pictures. [default: where they were at extraction]",
+    variable=False,
 )
 @option(
     "--weights",

@@ -11,11 +11,13 @@ from typing import Any
 
 import click
 
+from featcache.console import picture_options
 from featcache.console.option import HelpGroup, group_of
-from featcache.errors import near
+from featcache.errors import near, short
 
 FEW = 6  # options that need no groups
 _INDENT = "  "
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"
 
 
 class Section(enum.StrEnum):
@@ -28,13 +30,29 @@ class Section(enum.StrEnum):
     KEEP = "Keep caches sound"
 
 
-class Command(click.Command):
+class _KnowsOptions(click.Command):
+    """Answers a mistyped option with near ones; all that are known stand in the help, which click's
+    error names."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            close = ", ".join(error.possibilities or ())
+            hint = f": did you mean {close}?" if close else ""
+            name = short(error.option_name)
+            raise click.UsageError(f"unknown option {name}{hint}", ctx) from None
+
+
+class Command(_KnowsOptions):
     """A command whose help has its options in groups; `section` is its heading in the list of
     commands."""
 
     def __init__(self, *args: Any, section: Section = Section.COMMANDS, **attrs: Any) -> None:
         super().__init__(*args, **attrs)
         self.section = section
+        if self.callback is not None:
+            self.callback = picture_options.wrapped(self.callback, self.params)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each group of options below its heading."""
@@ -61,7 +79,12 @@ def _column(formatter: click.HelpFormatter) -> int:
 
 
 def _write_rows(formatter: click.HelpFormatter, rows: list[tuple[str, str]], column: int) -> None:
-    formatter.write_dl([(name.ljust(column), text) for name, text in rows], col_max=column)
+    """Write options and their texts, whose lines break between words: a hyphen belongs to the name
+    of an option, of a file or of a part of the pictures' text."""
+    start = len(formatter.buffer)
+    whole = [(name.ljust(column), text.replace("-", _HYPHEN)) for name, text in rows]
+    formatter.write_dl(whole, col_max=column)
+    formatter.buffer[start:] = [each.replace(_HYPHEN, "-") for each in formatter.buffer[start:]]
 
 
 def option_groups(command: click.Command, ctx: click.Context) -> dict[str, list[click.Parameter]]:
@@ -138,7 +161,7 @@ def _is_open(text: str) -> bool:
 # --- lists of commands ----------------------------------------------------------------------------
 
 
-class CommandList(click.Group):
+class CommandList(_KnowsOptions, click.Group):
     """A group lists its commands by their sections, and knows near names of them; it has a section
     itself in the list above it."""
 

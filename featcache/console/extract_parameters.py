@@ -20,6 +20,7 @@ from featcache.console.params import (
     LocalPath,
     LocalText,
 )
+from featcache.console.picture_options import picture_options
 from featcache.storage.store import STORES
 from featcache.targets import codec_names
 from featcache.views import pixel_path
@@ -51,12 +52,11 @@ def _targets() -> list[click.Parameter]:
             help="Make what these recipes read by default, where no other option says it: "
             "--teacher, --levels, --size, --scale, --jitter. A name, or your own ./mine.py.",
         ),
-        Option(
-            ["--images", "images_spec"],
+        *picture_options(
+            "images_spec",
             group=HelpGroup.INPUT,
-            type=LocalText(),
-            help="Folder of pictures, webdataset tars, a tar of tars, parquet or .beton; parts "
-            "such as #image-member=EXT and #labels=FILE.csv may follow. "
+            help="Folder of pictures, webdataset tars, a tar of tars, parquet or .beton; "
+            "#labels=, #separator=, #label-column=, #image-column= and #image-member= may follow. "
             "[default: $FEATCACHE_IMAGES]",
         ),
         Option(

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from featcache.console import picture_options
 from featcache.console.config_text import default, key
 from featcache.errors import UsageError, short
 
@@ -43,12 +44,13 @@ def keywords(parameters: Sequence[click.Parameter]) -> dict[str, click.Parameter
 
 
 def read(parameters: Sequence[click.Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of all parameters by click's own names. Raises UsageError, which names the
-    keyword, for a value that the command would refuse."""
-    return {
+    """Return the values of all parameters by click's own names, as the command's own function gets
+    them. Raises UsageError, which names the keyword, for a value that the command would refuse."""
+    values = {
         str(param.name): _read(name, param, given[name])
         for name, param in keywords(parameters).items()
     }
+    return picture_options.joined(parameters, values)
 
 
 def _read(name: str, param: click.Parameter, value: Any) -> Any:

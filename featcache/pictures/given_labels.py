@@ -148,7 +148,8 @@ class _Table:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise self._refusal(
-                f"it cannot be read as text ({reason})", "give a CSV file"
+                f"it cannot be read as text ({reason})",
+                "give a CSV file, or prefix for the first part of each key",
             ) from error
         mark = _DELIMITERS.get(self.path.suffix.lower(), ",")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)

@@ -131,7 +131,8 @@ def open_tars(
     if not pictures:
         wanted = f" with a member KEY.{member.removeprefix('.')}" if member else ""
         raise UserError(
-            f"no pictures found in {spec!r}: {len(tars)} tars hold none{wanted}"
+            f"no pictures found in {spec!r}: {counted(len(tars), 'tar holds', 'tars hold')} "
+            f"none{wanted}"
             + (f", passed over {listed(tally.rows)}" if tally.rows else "")
             + f"; allowed is {ALLOWED}"
         )

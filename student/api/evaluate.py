@@ -76,6 +76,8 @@ def evaluate(
     checkpoint: int | None = None,
     ema: bool = False,
     images: Text | None = None,
+    labels: Text | None = None,
+    image_member: str | None = None,
     test: Texts = (),
     subset: str | Sequence[str] = (),
     class_map: str | Sequence[str] = (),

@@ -43,6 +43,8 @@ def export(
     ema: bool = False,
     best: bool = False,
     images: Text | None = None,
+    labels: Text | None = None,
+    image_member: str | None = None,
     push: str | None = None,
     public: bool = False,
 ) -> ExportResult:

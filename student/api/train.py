@@ -45,6 +45,8 @@ def train(
     recipe: Text = "mralign",
     cache: Text | None = None,
     images: Text | None = None,
+    labels: Text | None = None,
+    image_member: str | None = None,
     out: Text | None = None,
     epochs: int | None = None,
     steps: int | None = None,

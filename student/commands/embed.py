@@ -12,7 +12,8 @@ import click
 from featcache.console import config_file
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import LocalPath, LocalText
+from featcache.console.params import LocalPath
+from featcache.console.picture_options import with_pictures
 from featcache.console.text import join_lines, print_facts
 from featcache.errors import UsageError, UserError, counted
 from student.setup import eval_options
@@ -38,12 +39,10 @@ class _Rows:
     epilog="Examples:\n\n  student embed runs/mralign-s0 --images val/ -o val.npy\n\n"
     "  student embed --teacher clip-b16 --images val/ --pool mean -o val.parquet",
 )
-@option(
-    "--images",
+@with_pictures(
     "images_spec",
     group=HelpGroup.INPUT,
-    type=LocalText(),
-    help="Pictures; they need no labels.",
+    help="Pictures; they need no labels. [default: $FEATCACHE_IMAGES]",
 )
 @option(
     "-o",

@@ -9,7 +9,8 @@ import click
 
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import SEED, LocalPath, LocalText, images_variable
+from featcache.console.params import SEED, LocalPath, images_variable
+from featcache.console.picture_options import with_pictures
 from featcache.console.text import echo, format_bytes, print_facts
 from featcache.errors import one_line
 
@@ -36,11 +37,9 @@ from featcache.errors import one_line
     type=LocalPath(),
     help="Whose views are shown. [default: the runs' own, below $FEATCACHE_HOME]",
 )
-@option(
-    "--images",
+@with_pictures(
+    "images",
     group=HelpGroup.INPUT,
-    type=LocalText(),
-    metavar="SRC",
     help="Pictures to show to the models. [default: $FEATCACHE_IMAGES]",
 )
 @option(

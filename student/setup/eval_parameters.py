@@ -8,6 +8,7 @@ import click
 
 from featcache.console.option import HelpGroup, Option
 from featcache.console.params import SEED, FiniteRange, LocalText
+from featcache.console.picture_options import picture_options
 from student.setup import eval_options, finetune_options
 
 
@@ -72,11 +73,11 @@ def _pictures(*, trains: bool) -> list[click.Parameter]:
         ),
     ]
     return [
-        Option(
-            ["--images", "images_spec"],
+        *picture_options(
+            "images_spec",
             group=HelpGroup.PICTURES,
-            type=LocalText(),
-            help="Labelled pictures: class folders, tars with .cls, or .beton.",
+            help="Labelled pictures: class folders, tars with .cls, parquet or .beton. [default: "
+            "$FEATCACHE_IMAGES]",
         ),
         Option(
             ["--test", "tests"],

@@ -8,6 +8,7 @@ import click
 
 from featcache.console.option import HelpGroup, Option
 from featcache.console.params import Choice, LocalPath, LocalText
+from featcache.console.picture_options import picture_options
 
 
 def parameters(formats: Sequence[str]) -> list[click.Parameter]:
@@ -40,11 +41,10 @@ def parameters(formats: Sequence[str]) -> list[click.Parameter]:
             is_flag=True,
             help="Of a fine-tuning: the weights of its best epoch.",
         ),
-        Option(
-            ["--images", "images_spec"],
+        *picture_options(
+            "images_spec",
             group=HelpGroup.INPUT,
-            type=LocalText(),
-            help="Pictures to compare on. [default: FEATCACHE_IMAGES, else a made picture]",
+            help="Pictures to compare on. [default: $FEATCACHE_IMAGES, else a made picture]",
         ),
         Option(
             ["--out"],

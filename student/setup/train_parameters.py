@@ -16,6 +16,7 @@ from featcache.console.params import (
     LocalPath,
     LocalText,
 )
+from featcache.console.picture_options import picture_options
 from student.setup import run_parameters
 
 
@@ -51,10 +52,9 @@ def _inputs() -> list[click.Parameter]:
             type=LocalPath(),
             help="Cache folder. [default: the one in $FEATCACHE_HOME that serves]",
         ),
-        Option(
-            ["--images"],
+        *picture_options(
+            "images",
             group=HelpGroup.INPUT,
-            type=LocalText(),
             help="Training pictures. [default: $FEATCACHE_IMAGES, then the cache's]",
         ),
         Option(

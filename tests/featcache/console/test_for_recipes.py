@@ -13,6 +13,7 @@ import skimage
 from featcache.commands.extract import command
 from featcache.console import for_recipes
 from featcache.console.extract_options import ExtractOptions
+from featcache.console.picture_options import joined
 from featcache.errors import UsageError, UserError
 from student import recipes
 from tests import student_fixtures as fx
@@ -40,7 +41,7 @@ CHOSEN = {
 
 
 def parse(line: str) -> dict[str, Any]:
-    return command.make_context("extract", shlex.split(line)).params
+    return joined(command.params, command.make_context("extract", shlex.split(line)).params)
 
 
 def choose(line: str) -> for_recipes.Choice:

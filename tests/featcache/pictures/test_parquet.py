@@ -132,7 +132,7 @@ def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
     for part, words in (
         ("image-column=fine", "#image-column=fine is no column of pictures"),
         ("image-column=two#label-column=one", "#label-column=one is no column of numbers"),
-        ("image-member=png", "#image-member=png is given, and for parquet"),
+        ("image-member=png", r"#image-member=png \(or --image-member\) is given, and for parquet"),
     ):
         with pytest.raises(UserError, match=words):
             open_source(f"{path}#{part}")

@@ -240,7 +240,7 @@ def test_the_member_that_is_the_picture_is_chosen(tmp_path: Path) -> None:
         "samples without the member that #image-member= names (1, the first is 'c.jpg')"
     ]
     assert open_source(f"{tar}#image-member=0.jpg").read(0) == PHOTO
-    with pytest.raises(UserError, match=r"hold none with a member KEY\.exr"):
+    with pytest.raises(UserError, match=r"1 tar holds none with a member KEY\.exr"):
         open_source(f"{tar}#image-member=exr")
     assert "#image-member=" in str(
         passed_over(open_source(write_tar(tar, {**members, "d.png": PNG})))

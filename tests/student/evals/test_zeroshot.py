@@ -372,8 +372,8 @@ def test_a_text_of_the_result_names_no_training_pictures(clip: Clip, labelled: P
 
 
 @pytest.mark.parametrize(("options", "error"), [
-    (("--shots", "1"), "No such option '--shots'"),
-    (("--pool", "mean"), "No such option '--pool'"),
+    (("--shots", "1"), "unknown option '--shots'"),
+    (("--pool", "mean"), "unknown option '--pool'"),
     (("--templates", "opnai"), "--templates opnai: it is neither openai nor simple, nor a text fi"),
     (("--names", "imagenet"), "names the 1,000 classes of ImageNet-1k, n01440764 to n15075141; th"),
     (("--names", "none.json"), "--names none.json: "),
