@@ -26,8 +26,11 @@ from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from featcache.console.command import Command
 from featcache.console.entry import entry
-from featcache.console.params import LocalPath, LocalText
+from featcache.console.option import HelpGroup, option
+from featcache.console.params import LocalPath
+from featcache.console.picture_options import with_pictures
 from featcache.console.text import echo
 from featcache.drawing import pictures
 from featcache.drawing.panels import visible
@@ -39,6 +42,7 @@ from featcache.storage import manifest
 from featcache.views import pixel_path
 from featcache.views.policy import policy_from_dict
 from featcache.views.render import render
+from student import checkpoint
 from student.training import metrics
 
 VIEWS_SHOWN = ROWS_SHOWN = 4  # more would be too small to read
@@ -247,18 +251,44 @@ def running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog="Examples:\n\n  python -m pipelines.overview caches/clip-b16-1a2b3c4d overview.png\n\n"
+    "  python -m pipelines.overview CACHE overview.pdf --run runs/mralign-s0 --run runs/mae-s0",
+)
 @click.argument("cache", type=LocalPath())
 @click.argument("out", type=LocalPath())
-@click.option("--images", type=LocalText(), help="The pictures. [default: the cache's]")
-@click.option("--key", "keys", multiple=True, help="A sample to draw. [default: the first 4]")
-@click.option("--run", "runs", type=LocalPath(), multiple=True, help="A run whose loss is drawn.")
+@with_pictures(
+    "images",
+    group=HelpGroup.INPUT,
+    help="The pictures. [default: where they were at extraction]",
+    variable=False,
+)
+@option(
+    "--key",
+    "keys",
+    group=HelpGroup.INPUT,
+    multiple=True,
+    metavar="KEY",
+    help="Draw this picture; may be given again. [default: the first 4]",
+)
+@option(
+    "--run",
+    "runs",
+    group=HelpGroup.INPUT,
+    type=LocalPath(),
+    multiple=True,
+    metavar="RUN",
+    help="Draw this run's losses; may be given again.",
+)
 def command(
     cache: Path, out: Path, images: str | None, keys: tuple[str, ...], runs: tuple[Path, ...]
 ) -> None:
     """Draw samples of CACHE and the losses of runs as the picture OUT, a .png or .pdf."""
     if out.suffix not in SUFFIXES:
         raise UsageError(f"OUT {str(out)!r}: the name ends in {' or '.join(SUFFIXES)}; change it")
+    for run in runs:
+        checkpoint.read_config(run)  # says so where it is no run
     with Cache(cache) as opened:
         about = opened.manifest
         source = pixel_path.match_decoder(

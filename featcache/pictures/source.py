@@ -61,15 +61,7 @@ def check_keys(source: Source) -> None:
             f"pictures {source.spec!r}: the name {strange[:200]!r} leads out of its folder, or "
             "holds a NUL; rename the picture, or pack the set again"
         )
-    if len(set(source.keys)) == len(source):
-        return
-    seen: set[str] = set()
-    double = next(key for key in source.keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-    raise UserError(
-        f"pictures {source.spec!r}: the key {double!r} is used by two pictures"
-        f"{_as_well(source.keys)}; a key is the path without its last suffix and must be unique: "
-        "rename one of them"
-    )
+    check_double(source.spec, source.keys, lambda row: f"picture {row}")
 
 
 def check_double(spec: str, keys: Sequence[str], name: Callable[[int], str]) -> None:

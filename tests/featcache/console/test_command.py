@@ -15,7 +15,7 @@ from featcache import cli as featcache_cli
 from featcache.console.command import Command, CommandList, Section, examples
 from featcache.console.option import HelpGroup, Option
 from featcache.console.params import Choice
-from pipelines import clipart, digits, quickstart, tokenizer
+from pipelines import clipart, digits, overview, pack_images, quickstart, tokenizer
 from pipelines.ablate import __main__ as ablate
 from student import cli as student_cli
 
@@ -25,6 +25,8 @@ PROGRAMS: dict[str, click.Command] = {
     "python -m pipelines.ablate": ablate.cli,
     "python -m pipelines.clipart": clipart.cli,
     "python -m pipelines.digits": digits.cli,
+    "python -m pipelines.overview": overview.command,
+    "python -m pipelines.pack_images": pack_images.command,
     "python -m pipelines.quickstart": quickstart.cli,
     "python -m pipelines.tokenizer": tokenizer.cli,
 }

@@ -91,7 +91,7 @@ def test_a_source_goes_to_other_processes(ffcv_files: Path) -> None:
         ("noimage", "0 of its fields label, key are RGBImageFields"),
         ("twoimages", "2 of its fields one, two, key are RGBImageFields"),
         ("intkey", "field key is IntField, BytesField or JSONField is allowed"),
-        ("double", "the key 'k0' is used by two pictures"),
+        ("double", "the key 'k0' is used by two pictures, 'picture [0-9]+' and 'picture"),
         ("own", "custom field x"),
         ("emptykey", "the key of picture 3 is empty"),
     ],

@@ -260,3 +260,7 @@ def test_equal_stems_are_refused_by_both_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"t\.tar/a/1\.jpg' and .*t\.tar/a/1\.png'"):
         open_source(write_tar(tmp_path / "t.tar", {"a/1.jpg": PNG, "a/1.png": PNG}))
     assert whole_key("a/1.png") == "a/1"
+    for name in ("u", "v"):
+        write_tar(tmp_path / f"{name}.tar", {"b.png": PNG, f"only {name}.png": PNG})
+    with pytest.raises(UserError, match=r"'b' is used by .*u\.tar/b\.png' and .*v\.tar/b\.png'"):
+        open_source(f"{tmp_path}/[uv].tar")

@@ -14,6 +14,7 @@ import pytest
 
 import featcache
 import student
+from featcache.pictures.open_source import open_source
 from student import evals, exporting
 from student.commands.eval import command as eval_group
 from student.commands.export import command as export_command
@@ -55,6 +56,26 @@ def given(labelled: Path, run: Path) -> dict[str, Any]:
 def words(labelled: Path, run: Path) -> list[str]:
     return [str(run), "--images", str(labelled / "train"), "--test", str(labelled / "test"),
             "--device", "cpu", "--json"]  # fmt: skip
+
+
+def test_labels_beside_the_pictures_are_those_of_their_text(
+    labelled: Path, run: Path, tmp_path: Path
+) -> None:
+    """A table that exchanges the two classes: right and wrong are exchanged with it."""
+    keys = open_source(labelled / "train").keys
+    classes = sorted({key.partition("/")[0] for key in keys})
+    other = dict(zip(classes, classes[::-1], strict=True))
+    table = tmp_path / "table.csv"
+    table.write_text("".join(f"{key},{other[key.partition('/')[0]]}\n" for key in keys))
+    plain = student.evaluate("knn", **given(labelled, run), k="1")
+    beside = student.evaluate("knn", **given(labelled, run), k="1", labels=table)
+    assert beside.top1 == pytest.approx(100 - plain.top1)
+    assert plain.top1 != 50
+    ran = fx.good(fx.stud("eval", "knn", *words(labelled, run), "--k", "1", "--labels", table))
+    told = given(labelled, run) | {"images": f"{labelled}/train#labels={table}"}
+    by_text = student.evaluate("knn", **told, k="1")
+    assert ran.json["settings"] == by_text.facts["settings"] == beside.facts["settings"]
+    assert ran.json["top1"] == by_text.top1 == beside.top1
 
 
 # --- options --------------------------------------------------------------------------------------
