@@ -17,8 +17,10 @@ from typing import Any
 
 import click
 
-from benchmarks import describe, environment, markdown_table, save_json
+from benchmarks import command_options, describe, environment, markdown_table, save_json
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.targets import codec_names
 from pipelines import quickstart
 
@@ -83,16 +85,35 @@ def report(found: dict[int, dict[str, Scores]]) -> str:
     return markdown_table(head, rows)
 
 
-@click.command(context_settings={"max_content_width": 110})
-@click.option("--seeds", default="0,1", show_default=True)
-@click.option("--codecs", "names", default="q8,t3", show_default=True)
-@click.option("--reduced", is_flag=True, help="A few epochs: shows that everything runs.")
-@click.option(
+@click.command(cls=Command, context_settings={"max_content_width": 110})
+@option(
+    "--seeds",
+    group=HelpGroup.INPUT,
+    default="0,1",
+    show_default=True,
+    help="Seeds of the students, with commas.",
+)
+@option(
+    "--codecs",
+    "names",
+    group=HelpGroup.STORAGE,
+    default="q8,t3",
+    show_default=True,
+    help="Codecs, with commas; fp16 is compared with.",
+)
+@option(
+    "--reduced",
+    group=HelpGroup.RUNNING,
+    is_flag=True,
+    help="A few epochs: shows that everything runs.",
+)
+@option(
     "--folder",
-    type=click.Path(path_type=Path, file_okay=False),
+    group=HelpGroup.REPORT,
+    type=command_options.WorkFolder(),
     help="Where everything goes, and stays. [default: a temporary one]",
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+@command_options.json_file
 def cli(seeds: str, names: str, reduced: bool, folder: Path | None, json_path: Path | None) -> None:
     """Train students from caches of several codecs."""
     wanted = [codec_names.LOSSLESS, *names.split(",")]

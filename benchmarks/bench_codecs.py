@@ -29,9 +29,20 @@ from PIL import Image
 from torch import Tensor
 
 import featcache
-from benchmarks import describe, environment, markdown_table, plain_steps, save_json, sync, warm
+from benchmarks import (
+    command_options,
+    describe,
+    environment,
+    markdown_table,
+    plain_steps,
+    save_json,
+    sync,
+    warm,
+)
 from benchmarks.codec_peers import PEERS
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.extraction.extract import run
 from featcache.extraction.forward import run_teacher
 from featcache.extraction.options import parse_levels
@@ -331,21 +342,22 @@ def _verdict(what: str, found: float, aim: float, *, least: bool = False) -> str
     return f"{'holds' if holds else 'does not hold'}: {text}"
 
 
-@click.command(context_settings={"max_content_width": 110})
-@click.option("--teacher", default="clip-b16", show_default=True)
-@click.option("--weights", default="random:0", show_default=True)
-@click.option("--pictures", type=click.IntRange(2), default=512, show_default=True)
-@click.option(
-    "--views", type=click.IntRange(1), default=2, show_default=True, help="Views a picture."
+@click.command(cls=Command, context_settings={"max_content_width": 110})
+@command_options.text("--teacher", default="clip-b16")
+@command_options.text("--weights", default="random:0")
+@command_options.number("--pictures", HelpGroup.INPUT, 512, "Pictures that are made.", least=2)
+@command_options.number("--views", HelpGroup.INPUT, 2, "Views a picture.")
+@command_options.reps(5)
+@option(
+    "--seconds",
+    group=HelpGroup.RUNNING,
+    type=float,
+    default=3.0,
+    show_default=True,
+    help="Of each read.",
 )
-@click.option("--reps", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--seconds", type=float, default=3.0, show_default=True, help="Of each read.")
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where the caches go. [default: a temporary one]",
-)
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+@command_options.folder
+@command_options.json_file
 def cli(
     teacher: str,
     weights: str,

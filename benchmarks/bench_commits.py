@@ -31,7 +31,10 @@ import click
 import numpy as np
 from PIL import Image
 
-from benchmarks import describe, environment, markdown_table, save_json
+from benchmarks import command_options, describe, environment, markdown_table, save_json
+from featcache.console.command import Command
+from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 
 ROOT = Path(__file__).parents[1]
 BATCH = 32
@@ -174,15 +177,21 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return markdown_table(head, lines)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("revision")
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
-@click.option("--pictures", default=512, show_default=True, type=click.IntRange(BATCH))
-@click.option("--rows", default=1_281_167, show_default=True, help="Of the cache that is opened.")
-@click.option("--steps", default=60, show_default=True, type=click.IntRange(12))
-@click.option("--recipe", "recipes", multiple=True, help="ViT-B/16 steps of this recipe alone.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write results there.")
-def main(
+@command_options.number("--rounds", HelpGroup.RUNNING, 7, "Rounds; each measures both once.")
+@command_options.number("--pictures", HelpGroup.INPUT, 512, "Pictures that are made.", least=BATCH)
+@command_options.number("--rows", HelpGroup.INPUT, 1_281_167, "Of the cache that is opened.")
+@command_options.number("--steps", HelpGroup.RUNNING, 60, "Steps of a run.", least=12)
+@option(
+    "--recipe",
+    "recipes",
+    group=HelpGroup.INPUT,
+    multiple=True,
+    help="ViT-B/16 steps of this recipe alone.",
+)
+@command_options.json_file
+def cli(
     revision: str,
     rounds: int,
     pictures: int,
@@ -216,4 +225,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    entry(cli)

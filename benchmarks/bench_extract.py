@@ -20,7 +20,6 @@ In turns, another one first each time; ratios are of one repetition, and their m
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -34,9 +33,11 @@ import click
 import torch
 from torch import nn
 
-from benchmarks import describe, environment, markdown_table, null_store, save_json
+from benchmarks import command_options, describe, environment, markdown_table, null_store, save_json
 from benchmarks.bench_write import MemoizedTeacher, write_pictures, write_raw
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.extraction import device_pipeline, rendering
 from featcache.extraction.extract import run
 from featcache.extraction.forward import run_teacher
@@ -170,52 +171,38 @@ def rates_table(reps: list[dict[str, dict[str, Any]]], views: int) -> str:
     return markdown_table(["", "seconds", "views/s", "slowest", "busy seconds of the last"], rows)
 
 
-@click.command(context_settings={"max_content_width": 110})
-@click.option("--teacher", "name", default="clip-b16", show_default=True)
-@click.option(
-    "--weights", default="random:0", show_default=True, help="As for `featcache extract`."
-)
-@click.option(
+@click.command(cls=Command, context_settings={"max_content_width": 110})
+@command_options.text("--teacher", "name", default="clip-b16")
+@command_options.text("--weights", default="random:0")
+@option(
     "--ready",
+    group=HelpGroup.RUNNING,
     is_flag=True,
     help="Answer every batch with the teacher's first answer: no wait for it.",
 )
-@click.option("--levels", default="last:5", show_default=True)
-@click.option(
-    "--rows",
-    type=click.IntRange(1),
-    default=64,
+@command_options.levels
+@command_options.number("--rows", HelpGroup.INPUT, 64, "Pictures; one view each, one shard.")
+@command_options.store
+@option(
+    "--precision",
+    group=HelpGroup.RUNNING,
+    default="fp32",
     show_default=True,
-    help="Pictures; one view each, one shard.",
+    help="As for `featcache extract`.",
 )
-@click.option(
-    "--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True
+@option(
+    "--compile",
+    "compiled",
+    group=HelpGroup.RUNNING,
+    is_flag=True,
+    help="As for `featcache extract`.",
 )
-@click.option("--precision", default="fp32", show_default=True, help="As for `featcache extract`.")
-@click.option("--compile", "compiled", is_flag=True, help="As for `featcache extract`.")
-@click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=os.cpu_count() or 1,
-    help="Decoding threads. [default: cores]",
-)
-@click.option(
-    "--reps",
-    type=click.IntRange(1),
-    default=9,
-    show_default=True,
-    help="Repetitions; medians are shown.",
-)
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    help="Where files are written. [default: a temporary one]",
-)
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
-)
+@command_options.device
+@command_options.batch_size(32)
+@command_options.workers
+@command_options.reps(9)
+@command_options.folder
+@command_options.json_file
 def cli(
     name: str,
     weights: str,

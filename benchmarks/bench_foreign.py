@@ -11,7 +11,6 @@ zarrita reads through HTTP ranges from a server here, which counts what it sends
 
 from __future__ import annotations
 
-import argparse
 import http.server
 import json
 import os
@@ -26,8 +25,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
+from benchmarks import command_options
+from featcache.console.command import Command
+from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
+from featcache.errors import UserError
 from featcache.storage.store import SHARDS, Array, ShardForm, get_store
 
 ITEM = (5, 197, 768)
@@ -74,27 +79,32 @@ console.log(JSON.stringify([0, process.memoryUsage().rss - before, [...words], g
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--node", type=Path, help="where zarrita is installed")
-    parser.add_argument("--folder", type=Path, help="where the shards are made; a temporary one")
-    args = parser.parse_args()
+@click.command(cls=Command)
+@command_options.number("--rows", HelpGroup.INPUT, 1024, "Rows of the shard.", least=8)
+@option(
+    "--node",
+    group=HelpGroup.INPUT,
+    type=command_options.OldFolder(),
+    help="Where zarrita was installed; read by it too.",
+)
+@command_options.folder
+@command_options.json_file
+def cli(rows: int, node: Path | None, folder: Path | None, json_path: Path | None) -> None:
+    """Measure what one row of a shard costs other people's libraries, in bytes and memory."""
     found = []
-    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         for name, form in FORMS.items():
-            folder = Path(temporary) / name.replace(" ", "")
-            first = write_shard(folder, form, args.rows)
-            found += measure(folder / f"{SHARDS}/000000.zarr", name, args.rows, first, args.node)
-            shutil.rmtree(folder)
-    print(f"one row of {ROW_BYTES / 1e6:.2f} MB, of a shard of {args.rows}")
-    print(f"{'shard':10}{'library':14}{'read, MB':>10}{'memory, MB':>12}")
+            work = Path(temporary) / name.replace(" ", "")
+            first = write_shard(work, form, rows)
+            found += measure(work / f"{SHARDS}/000000.zarr", name, rows, first, node)
+            shutil.rmtree(work)
+    click.echo(f"one row of {ROW_BYTES / 1e6:.2f} MB, of a shard of {rows}")
+    click.echo(f"{'shard':10}{'library':14}{'read, MB':>10}{'memory, MB':>12}")
     for each in found:
         read, memory = each["read_bytes"] / 1e6, each["memory_bytes"] / 1e6
-        print(f"{each['shard']:10}{each['library']:14}{read:10.2f}{memory:12.1f}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        click.echo(f"{each['shard']:10}{each['library']:14}{read:10.2f}{memory:12.1f}")
+    if json_path:
+        json_path.write_text(json.dumps(found, indent=1))
 
 
 def write_shard(folder: Path, form: ShardForm, rows: int) -> list[int]:
@@ -140,7 +150,8 @@ def measure(
 def _run(words: list[str], cwd: Path | None = None) -> list[Any]:
     ran = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd)
     if ran.returncode:
-        raise SystemExit(ran.stderr)
+        said = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"{Path(words[0]).name} could not read the shard: {said}")
     found: list[Any] = json.loads(ran.stdout)
     return found
 
@@ -148,7 +159,7 @@ def _run(words: list[str], cwd: Path | None = None) -> list[Any]:
 def _result(shard: str, library: str, ran: list[Any], first: list[int]) -> dict[str, Any]:
     read, memory, bits, shape = ran
     if (bits, shape) != (first, list(ITEM)):
-        raise SystemExit(f"{library} read another row of {shard}")
+        raise UserError(f"{library} read another row of {shard}")
     return {"shard": shard, "library": library, "read_bytes": read, "memory_bytes": memory}
 
 
@@ -212,4 +223,4 @@ def _span(first: str, last: str, size: int) -> tuple[int, int]:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    entry(cli)

@@ -32,9 +32,20 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import featcache
-from benchmarks import describe, environment, loading, markdown_table, save_json, sync, warm
+from benchmarks import (
+    command_options,
+    describe,
+    environment,
+    loading,
+    markdown_table,
+    save_json,
+    sync,
+    warm,
+)
 from featcache import rng, teachers
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.extraction.extract import run
 from featcache.extraction.plan import Plan
 from featcache.models import precision
@@ -266,47 +277,31 @@ def rates_table(rates: dict[str, list[float]], sample_bytes: int) -> str:
     return markdown_table(["", "samples/s", "GB/s", "/ preads", f"{TARS} / it"], rows)
 
 
-@click.command(context_settings={"max_content_width": 110})
-@click.option("--rows", type=click.IntRange(8), default=512, show_default=True, help="Pictures.")
-@click.option(
+@click.command(cls=Command, context_settings={"max_content_width": 110})
+@command_options.number("--rows", HelpGroup.INPUT, 512, "Pictures that are made.", least=8)
+@option(
     "--shape",
+    group=HelpGroup.STORAGE,
     default="5x197x768",
     show_default=True,
     help="Levels, tokens ([CLS] and 196) and width.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=2,
+@command_options.batch_size(64)
+@command_options.number("--workers", HelpGroup.RUNNING, 2, "Threads of ours; others' workers.")
+@command_options.number(
+    "--steps", HelpGroup.RUNNING, 12, "Of the run that tells data_wait.", least=0
+)
+@command_options.reps(5)
+@option(
+    "--seconds",
+    group=HelpGroup.RUNNING,
+    type=click.FloatRange(0.1),
+    default=4.0,
     show_default=True,
-    help="Threads of ours; others' workers.",
+    help="Of a turn.",
 )
-@click.option(
-    "--steps",
-    type=click.IntRange(0),
-    default=12,
-    show_default=True,
-    help="Of the run that tells data_wait.",
-)
-@click.option(
-    "--reps",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    help="Repetitions; medians are shown.",
-)
-@click.option(
-    "--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Of a turn."
-)
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    help="Where files are written. [default: a temporary one]",
-)
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
-)
+@command_options.folder
+@command_options.json_file
 def cli(
     rows: int,
     shape: str,

@@ -29,6 +29,7 @@ import numpy as np
 import featcache
 from benchmarks import cold as colds
 from benchmarks import (
+    command_options,
     describe,
     environment,
     peers,
@@ -48,10 +49,11 @@ from benchmarks.read_report import (
     peers_table,
 )
 from benchmarks.records import CacheReaders, ReadCase, make_source, write_cache
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.errors import UsageError, UserError
 from featcache.maintenance import transfer
-from featcache.storage.store import STORES
 
 NO_YES = (False, True)
 TOKENS, VISIBLE = 197, 59  # [CLS] and all patches; [CLS] and those a student with 30 % sees
@@ -276,47 +278,49 @@ def _check_space(folder: Path, task: Task) -> None:
         )
 
 
-@click.command(context_settings={"max_content_width": 110})
-@click.option(
-    "--rows", type=click.IntRange(8), default=2048, show_default=True, help="Records; 1.5 MB each."
-)
-@click.option(
-    "--reps",
-    type=click.IntRange(1),
-    default=5,
+@click.command(cls=Command, context_settings={"max_content_width": 110})
+@command_options.number("--rows", HelpGroup.INPUT, 2048, "Records; 1.5 MB each.", least=8)
+@command_options.reps(5)
+@option(
+    "--seconds",
+    group=HelpGroup.RUNNING,
+    type=float,
+    default=2.0,
     show_default=True,
-    help="Repetitions; medians are shown.",
+    help="Longest turn of one reader.",
 )
-@click.option(
-    "--seconds", type=float, default=2.0, show_default=True, help="Longest turn of one reader."
-)
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    help="Where files are written. [default: a temporary one]",
-)
-@click.option(
+@command_options.folder
+@option(
     "--peers",
     "peers_text",
+    group=HelpGroup.INPUT,
     default="all",
     show_default=True,
     help=f"{','.join(peers.PEERS)}, or none.",
 )
-@click.option(
-    "--cold/--no-cold", default=True, show_default=True, help="Measure reads from the disk."
+@option(
+    "--cold/--no-cold",
+    group=HelpGroup.RUNNING,
+    default=True,
+    show_default=True,
+    help="Measure reads from the disk.",
 )
-@click.option(
-    "--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True
+@command_options.store
+@option(
+    "--threads",
+    group=HelpGroup.RUNNING,
+    default="1,2,3,4",
+    show_default=True,
+    help="Numbers of reading threads to try.",
 )
-@click.option(
-    "--threads", default="1,2,3,4", show_default=True, help="Numbers of reading threads to try."
+@option(
+    "--shape",
+    group=HelpGroup.STORAGE,
+    default="5x197x768",
+    show_default=True,
+    help="Levels x tokens x width of a record.",
 )
-@click.option(
-    "--shape", default="5x197x768", show_default=True, help="Levels x tokens x width of a record."
-)
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
-)
+@command_options.json_file
 def cli(
     rows: int,
     reps: int,

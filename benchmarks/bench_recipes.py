@@ -36,8 +36,10 @@ import click
 import torch
 from torch import nn
 
-from benchmarks import describe, environment, markdown_table, save_json
+from benchmarks import command_options, describe, environment, markdown_table, save_json
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.errors import STOPPED, UsageError, UserError, near
 from pipelines import digits, tokenizer
 from pipelines.quickstart import run
@@ -274,53 +276,26 @@ def report(found: dict[str, dict[str, Any]], steps: int) -> str:
     return markdown_table(head, rows)
 
 
-@click.command()
-@click.option(
+@click.command(cls=Command)
+@option(
     "--recipe",
     "names",
+    group=HelpGroup.INPUT,
     multiple=True,
     help="A row of the table; several may be given. [default: all]",
 )
-@click.option(
+@option(
     "--folder",
-    type=click.Path(path_type=Path),
+    group=HelpGroup.REPORT,
+    type=command_options.WorkFolder(),
     help="Digits, teacher and caches; kept, and used again.",
 )
-@click.option(
-    "--epochs",
-    type=click.IntRange(2),
-    default=20,
-    show_default=True,
-    help="Of the teacher's training.",
-)
-@click.option(
-    "--steps",
-    type=click.IntRange(1),
-    default=2000,
-    show_default=True,
-    help="At most, of each recipe.",
-)
-@click.option(
-    "--every",
-    type=click.IntRange(1),
-    default=50,
-    show_default=True,
-    help="Steps between two checkpoints.",
-)
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Of digits, views and students.",
-)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path),
-    help="Write everything that was measured.",
-)
+@command_options.number("--epochs", HelpGroup.RUNNING, 20, "Of the teacher's training.", least=2)
+@command_options.number("--steps", HelpGroup.RUNNING, 2000, "At most, of each recipe.")
+@command_options.number("--every", HelpGroup.RUNNING, 50, "Steps between two checkpoints.")
+@command_options.batch_size(32)
+@command_options.number("--seed", HelpGroup.INPUT, 0, "Of digits, views and students.", least=0)
+@command_options.json_file
 def cli(
     names: tuple[str, ...],
     folder: Path | None,

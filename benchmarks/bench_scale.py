@@ -30,7 +30,10 @@ import click
 import numpy as np
 
 import featcache
-from benchmarks import describe, environment, markdown_table, save_json
+from benchmarks import command_options, describe, environment, markdown_table, save_json
+from featcache.console.command import Command
+from featcache.console.entry import entry
+from featcache.console.option import HelpGroup
 
 FIELDS = ("features", "attention", "crop", "flip", "jitter")
 BATCH = 1024
@@ -154,20 +157,16 @@ def measure_epochs(path: Path, count: int, batches: int) -> list[dict[str, float
     return facts
 
 
-@click.command()
-@click.option("--rows", default=1_281_167, show_default=True)
-@click.option("--views", "view_count", default=4, show_default=True)
-@click.option("--epochs", "epoch_count", default=5, show_default=True)
-@click.option("--batches", default=100, show_default=True, help="Batches of 1,024 rows an epoch.")
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    help="Where the cache goes. [default: a temporary folder]",
+@click.command(cls=Command)
+@command_options.number("--rows", HelpGroup.INPUT, 1_281_167, "Pictures of the cache.")
+@command_options.number("--views", HelpGroup.INPUT, 4, "Views a picture.", param="view_count")
+@command_options.number(
+    "--epochs", HelpGroup.RUNNING, 5, "Epochs of random batches.", param="epoch_count"
 )
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write the results there."
-)
-def main(
+@command_options.number("--batches", HelpGroup.RUNNING, 100, "Batches of 1,024 rows an epoch.")
+@command_options.folder
+@command_options.json_file
+def cli(
     rows: int,
     view_count: int,
     epoch_count: int,
@@ -214,4 +213,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    entry(cli)

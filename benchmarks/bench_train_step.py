@@ -18,7 +18,6 @@ MaskAlign's step as its released code makes it, the teacher in it (with the pack
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import click
 import torch
 
 from benchmarks import (
+    command_options,
     describe,
     environment,
     loading,
@@ -40,7 +40,9 @@ from benchmarks import (
 )
 from benchmarks import training_steps as steps
 from benchmarks.training_steps import BatchesInMemory, StepConfig, ratio
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.errors import UsageError, UserError, near
 from featcache.models import precision as running
 from featcache.runtime.device import pick_device
@@ -158,60 +160,53 @@ def _chosen(text: str, allowed: list[str], option: str) -> list[str]:
     return names
 
 
-@click.command(context_settings={"max_content_width": 110})
-@click.option(
-    "--recipe", "recipe_names", default="all", show_default=True, help="Names, with commas."
-)
-@click.option(
-    "--teacher", "teacher_names", default="all", show_default=True, help="clip-b16, clip-l14."
-)
-@click.option("--batch-size", type=click.IntRange(2), default=8, show_default=True)
-@click.option(
-    "--pictures",
-    type=click.IntRange(4),
-    default=32,
+@click.command(cls=Command, context_settings={"max_content_width": 110})
+@option(
+    "--recipe",
+    "recipe_names",
+    group=HelpGroup.INPUT,
+    default="all",
     show_default=True,
-    help="Pictures in the cache.",
+    help="Names, with commas.",
 )
-@click.option(
-    "--steps",
-    "count",
-    type=click.IntRange(1),
-    default=2,
+@option(
+    "--teacher",
+    "teacher_names",
+    group=HelpGroup.INPUT,
+    default="all",
     show_default=True,
-    help="Of each variant in a repetition.",
+    help="clip-b16, clip-l14.",
 )
-@click.option(
-    "--reps",
-    type=click.IntRange(1),
-    default=3,
+@command_options.batch_size(8, least=2)
+@command_options.number("--pictures", HelpGroup.INPUT, 32, "Pictures in the cache.", least=4)
+@command_options.number(
+    "--steps", HelpGroup.RUNNING, 2, "Of each variant in a repetition.", param="count"
+)
+@command_options.reps(3)
+@option(
+    "--precision",
+    group=HelpGroup.RUNNING,
+    default="auto",
     show_default=True,
-    help="Repetitions; medians are shown.",
+    help="As for `student train`.",
 )
-@click.option("--precision", default="auto", show_default=True, help="As for `student train`.")
-@click.option(
-    "--compile", "compiled", is_flag=True, help="As for `student train`; `plain` stays eager."
+@option(
+    "--compile",
+    "compiled",
+    group=HelpGroup.RUNNING,
+    is_flag=True,
+    help="As for `student train`; `plain` stays eager.",
 )
-@click.option("--device", help="cpu, cuda, ... [default: cuda where there is one]")
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=os.cpu_count() or 1,
-    help="Decoding threads. [default: cores]",
-)
-@click.option(
+@command_options.device
+@command_options.workers
+@option(
     "--trial",
+    group=HelpGroup.RUNNING,
     is_flag=True,
     help="Tiny models and a synthetic teacher: tries the program, measures nothing.",
 )
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    help="Where files are written. [default: a temporary one]",
-)
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
-)
+@command_options.folder
+@command_options.json_file
 def cli(
     recipe_names: str,
     teacher_names: str,

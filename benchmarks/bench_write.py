@@ -37,9 +37,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import describe, environment, markdown_table, null_store, save_json
+from benchmarks import command_options, describe, environment, markdown_table, null_store, save_json
 from benchmarks.memory_monitor import MemoryMonitor
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.errors import UserError
 from featcache.extraction.extract import run
 from featcache.extraction.forward import compute_targets
@@ -245,46 +247,28 @@ def memory_table(reps: Sequence[dict[str, dict[str, Any]]]) -> str:
     )
 
 
-@click.command(context_settings={"max_content_width": 110})
-@click.option("--teacher", default="synthetic:levels=5,tokens=196,width=768", show_default=True)
-@click.option("--weights", help="As for `featcache extract`.")
-@click.option(
+@click.command(cls=Command, context_settings={"max_content_width": 110})
+@command_options.text("--teacher", default="synthetic:levels=5,tokens=196,width=768")
+@option(
+    "--weights",
+    group=HelpGroup.INPUT,
+    help="As for `featcache extract`.",
+)
+@option(
     "--ready",
+    group=HelpGroup.RUNNING,
     is_flag=True,
     help="Answer every batch with the teacher's first answer: no wait for it.",
 )
-@click.option("--levels", default="last:5", show_default=True)
-@click.option(
-    "--rows", type=click.IntRange(1), default=1024, show_default=True, help="Pictures; one shard."
-)
-@click.option(
-    "--views", type=click.IntRange(1), default=4, show_default=True, help="Views a picture."
-)
-@click.option(
-    "--store", "store_name", type=click.Choice(list(STORES)), default="zarr", show_default=True
-)
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=os.cpu_count() or 1,
-    help="Decoding threads. [default: cores]",
-)
-@click.option(
-    "--reps",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Repetitions; medians are shown.",
-)
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    help="Where files are written. [default: a temporary one]",
-)
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers there."
-)
+@command_options.levels
+@command_options.number("--rows", HelpGroup.INPUT, 1024, "Pictures; one shard.")
+@command_options.number("--views", HelpGroup.INPUT, 4, "Views a picture.")
+@command_options.store
+@command_options.batch_size(32)
+@command_options.workers
+@command_options.reps(1)
+@command_options.folder
+@command_options.json_file
 def cli(
     teacher: str,
     weights: str | None,

@@ -11,6 +11,8 @@ The last line is a JSON object of seconds.
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import shutil
 import statistics
@@ -87,5 +89,30 @@ TASKS: dict[str, Callable[..., dict[str, float]]] = {
     "read": read,
 }
 
+
+def main() -> None:
+    """Do the task that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=list(TASKS))
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="what the task takes")
+    given = parser.parse_args()
+    task = TASKS[given.task]
+    try:
+        inspect.signature(task).bind(*given.words)
+    except TypeError as error:
+        parser.error(f"{given.task}: {error}")
+    import click
+
+    import featcache
+
+    try:
+        found = task(*given.words)
+    except (featcache.UserError, click.ClickException) as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    print(json.dumps(TASKS[sys.argv[1]](*sys.argv[2:])))
+    main()

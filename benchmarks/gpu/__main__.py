@@ -14,13 +14,15 @@ from typing import Literal
 
 import click
 
-from benchmarks import _commit
+from benchmarks import _commit, command_options
 from benchmarks.gpu import results as kept
 from benchmarks.gpu import runner
 from benchmarks.gpu.plan import PLAN, REAL, TRIAL, Measurement
 from benchmarks.gpu.results import DONE, NOT_RUN, Entry, Results
 from benchmarks.gpu.worker import WorkerOptions
+from featcache.console.command import Command
 from featcache.console.entry import entry
+from featcache.console.option import HelpGroup, option
 from featcache.errors import UsageError, UserError, near
 
 LOG = "log.txt"
@@ -28,38 +30,73 @@ RESERVE_S = 5  # to end the process and to write
 
 
 @click.command(
+    cls=Command,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
     epilog="\b\nExamples:\n"
     "  python -m benchmarks.gpu --minutes 4 --out results\n"
     "  python -m benchmarks.gpu --minutes 10 --out results --only kernels,memory --again\n"
     "  python -m benchmarks.gpu --trial --out trial",
 )
-@click.option(
+@option(
     "--minutes",
+    group=HelpGroup.RUNNING,
     type=click.FloatRange(0.1, 10_000),
     default=4.0,
     show_default=True,
     help="In all.",
 )
-@click.option(
+@option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    group=HelpGroup.REPORT,
+    type=command_options.WorkFolder(),
     help="Folder of results.json, results.md and log.txt; what it holds is not measured again.",
 )
-@click.option("--only", help="Names of measurements, with commas, in this order.")
-@click.option("--again", is_flag=True, help="Measure what has been measured too.")
-@click.option("--trial", is_flag=True, help="Tiny models, on a CPU too: tries the program.")
-@click.option("--list", "listed", is_flag=True, help="List the measurements, and end.")
-@click.option(
-    "--device", help="cuda, cuda:1, ...  [default: cuda; with --trial where there is one]"
+@option(
+    "--only",
+    group=HelpGroup.INPUT,
+    help="Names of measurements, with commas, in this order.",
 )
-@click.option("--workers", type=click.IntRange(1, 4096), help="Decoding threads. [default: cores]")
-@click.option(
+@option(
+    "--again",
+    group=HelpGroup.RUNNING,
+    is_flag=True,
+    help="Measure what has been measured too.",
+)
+@option(
+    "--trial",
+    group=HelpGroup.RUNNING,
+    is_flag=True,
+    help="Tiny models, on a CPU too: tries the program.",
+)
+@option(
+    "--list",
+    "listed",
+    group=HelpGroup.REPORT,
+    is_flag=True,
+    help="List the measurements, and end.",
+)
+@option(
+    "--device",
+    group=HelpGroup.RUNNING,
+    help="cuda, cuda:1, ...  [default: cuda; with --trial where there is one]",
+)
+@option(
+    "--workers",
+    group=HelpGroup.RUNNING,
+    type=click.IntRange(1, 4096),
+    help="Decoding threads. [default: cores]",
+)
+@option(
     "--folder",
-    type=click.Path(path_type=Path, file_okay=False),
+    group=HelpGroup.REPORT,
+    type=command_options.WorkFolder(),
     help="Where pictures and caches are made and kept.  [default: a temporary one]",
 )
-@click.option("--commit", help="Of this code, where no repository tells it.")
+@option(
+    "--commit",
+    group=HelpGroup.REPORT,
+    help="Of this code, where no repository tells it.",
+)
 def cli(
     minutes: float,
     out: Path | None,

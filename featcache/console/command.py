@@ -99,6 +99,8 @@ def option_groups(command: click.Command, ctx: click.Context) -> dict[str, list[
         for heading in HelpGroup
         if (found := [each for each in options if group_of(each) is heading])
     }
+    if len(grouped.get(HelpGroup.FILE, ())) == 1:  # click's own --help
+        grouped[HelpGroup.HELP] = grouped.pop(HelpGroup.FILE)
     if len(options) > FEW:
         return grouped
     return {"Options": [each for found in grouped.values() for each in found]}

@@ -35,6 +35,7 @@ class HelpGroup(enum.StrEnum):
     SHARING = "Several processes"
     REPORT = "Reports"
     FILE = "Options from a file, and help"
+    HELP = "Help"  # of a command that reads no file
 
 
 class Option(click.Option):

@@ -102,6 +102,7 @@ def test_the_command_draws_the_first_samples_and_refuses_another_suffix(
     cache: Cache, tmp_path: Path
 ) -> None:
     run = write_run(tmp_path / "mae", {"loss": 2.0})
+    (run / "config.json").write_text('{"recipe": "mae", "config": {}}')
     out = tmp_path / "a.png"
     words = [str(cache.path), str(out), "--run", str(run)]
     done = CliRunner().invoke(overview.command, words, catch_exceptions=False)
@@ -111,4 +112,7 @@ def test_the_command_draws_the_first_samples_and_refuses_another_suffix(
     refused = CliRunner().invoke(overview.command, [str(cache.path), str(tmp_path / "a.exe")])
     assert isinstance(refused.exception, UserError)
     assert ".png or .pdf" in str(refused.exception)
-    assert not (tmp_path / "a.exe").exists()
+    words = [str(cache.path), str(tmp_path / "b.png"), "--run", str(tmp_path / "no run")]
+    refused = CliRunner().invoke(overview.command, words)
+    assert "no run at" in str(refused.exception)
+    assert [path.name for path in tmp_path.glob("*.*")] == ["a.png"]

@@ -128,7 +128,7 @@ Views:
 Reports:
   --json TEXT   A json.
 
-Options from a file, and help:
+Help:
   --help        Show this message and exit.
 """
     )
