@@ -86,7 +86,7 @@ def read_config(path: str, name: str, *, clip: bool) -> Folder:
     can be such a teacher: a CLIP for `clip`, a ViT or DINOv2 else."""
     folder = Path(path)
     try:
-        found = strict_json.as_object(strict_json.read_file(_own_file(folder, CONFIG)))
+        found = strict_json.as_object(strict_json.read_file(own_file(folder, CONFIG)))
         kind = found.get("model_type")
         allowed = [each for each in _KINDS if each.startswith("clip") == clip]
         if kind not in allowed:
@@ -187,7 +187,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the first of the forms that is there, safetensors first: one file, or shards."""
     for file in _FILES:
         if (folder / file).exists():
-            path = _own_file(folder, file)
+            path = own_file(folder, file)
             _check_size([path])
             return _read_file(path)
         if (folder / f"{file}.index.json").exists():
@@ -196,7 +196,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
-    about = strict_json.as_object(strict_json.read_file(_own_file(folder, index)))
+    about = strict_json.as_object(strict_json.read_file(own_file(folder, index)))
     places = about.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map")
@@ -208,7 +208,7 @@ def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
     if len(shards) > _SHARDS:
         raise ValueError(f"{index} names {counted(len(shards), 'shard')}, {_SHARDS} at most")
     ending = Path(index.removesuffix(".index.json")).suffix
-    paths = {shard: _own_file(folder, shard, ending) for shard in sorted(shards)}
+    paths = {shard: own_file(folder, shard, ending) for shard in sorted(shards)}
     _check_size(list(paths.values()))
     found: dict[str, Tensor] = {}
     for shard, path in paths.items():
@@ -219,7 +219,7 @@ def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
     return found
 
 
-def _own_file(folder: Path, name: str, ending: str = "") -> Path:
+def own_file(folder: Path, name: str, ending: str = "") -> Path:
     """Return a regular file of the folder; ValueError for a name that leads elsewhere. A snapshot
     of the hub's cache links to the blobs of the same repository."""
     if not name or name != Path(name).name or "\\" in name or "\0" in name or len(name) > 255:

@@ -25,6 +25,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from featcache.models import (
     position_embedding,
     quick_gelu,
     transformers_folder,
+    transformers_pixels,
 )
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.open_clip_text import TextTower
@@ -78,7 +80,7 @@ _REGISTERED = {
 }
 _TAG = "openai"
 _OPTIONS = ("img_size", "grid", "pos", "quick_gelu", "pixels")
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std
+_IMAGENET: Any = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,9 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> nn.Modul
         weights = used if weights else None
     else:
         visual = _load_tag(name, source, options).visual
-    own = _pixel_statistics(name, source, visual)
-    mean, std = _IMAGENET if options.get("pixels", "own") == "imagenet" else own
+    own = partial(_pixel_statistics, name, source, visual)
+    imagenet = options.get("pixels") == "imagenet"
+    mean, std = _IMAGENET if imagenet else transformers_pixels.choose(path, name, own)
     return wrap(visual, name, options, source.default_px, weights or REGISTERED, mean, std)
 
 
@@ -381,11 +384,8 @@ def _pixel_statistics(name: str, source: _ModelSource, visual: Any) -> tuple[Any
         facts = quick_gelu.from_tag(name, source.arch, source.tag)
         return facts.mean, facts.std
     if source.config is not None or source.arch.startswith("hf-hub:"):
-        about = (
-            (source.config or {}).get("preprocess_cfg", {})
-            if source.config
-            else visual.preprocess_cfg
-        )
+        config = source.config
+        about = config.get("preprocess_cfg", {}) if config else visual.preprocess_cfg
         return about.get("mean"), about.get("std")
     tags = open_clip.list_pretrained_tags_by_model(source.arch)
     shared = {

@@ -33,7 +33,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from featcache.errors import UsageError, UserError, near
-from featcache.models import architecture, position_embedding, transformers_folder
+from featcache.models import (
+    architecture,
+    position_embedding,
+    transformers_folder,
+    transformers_pixels,
+)
 from featcache.models.contract import REGISTERED, ModelCard, Option
 from featcache.models.position_embedding import resolve_input_px
 from featcache.models.timm_wrapper import (
@@ -196,7 +201,9 @@ def load(name: str, options: dict[str, Option], weights: str | None) -> TimmVit:
         vit = fetch_pretrained(lambda: _create_model(arch, constructor, pretrained=True), name, tag)
     check_architecture(vit, name)
     px = resolve_input_px(name, options, int(vit.patch_embed.patch_size[0]), default)
-    return wrap(vit, name, px, pos, weights or REGISTERED)
+    own = vit.pretrained_cfg
+    mean, std = transformers_pixels.choose(path, name, lambda: (own["mean"], own["std"]))
+    return wrap(vit, name, px, pos, weights or REGISTERED, mean, std)
 
 
 def _load_file(

@@ -4,6 +4,8 @@ own models give on the same pixels."""
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,112 @@ def test_a_snapshot_of_the_hubs_cache_is_read(folders: dict[str, Path], tmp_path
     teacher = teachers.load(SPEC["vit"], str(snapshot))
     same = teachers.load(SPEC["vit"], str(folders["vit"]))
     assert teachers.weight_hash(teacher) == teachers.weight_hash(same)
+
+
+# --- the pixels of a folder -----------------------------------------------------------------------
+
+
+def _processor(**facts: Any) -> Any:
+    """transformers' own image processor at the pictures' size: no resize, no crop."""
+    return transformers.ViTImageProcessor(do_resize=False, **facts)
+
+
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "of its class": {},
+    "other numbers": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+    "not normalised": {"do_normalize": False},
+    "of 255": {"do_rescale": False, "image_mean": [99, 88, 77], "image_std": [55, 66, 77]},
+    "rescaled otherwise": {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0]},
+}
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip-projected"])
+def test_pixels_are_normalised_as_the_folders_image_processor_does(
+    folders: dict[str, Path], tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Features are those of transformers' own model behind its own image processor."""
+    spec = SPEC.get(kind) or _clip_spec(tmp_path)
+    images, model = teacher_reference.photographs(32), _model(kind)
+    for name, facts in PROCESSORS.items():
+        folder = Path(shutil.copytree(folders[kind], tmp_path / name))
+        processor = _processor(**facts)
+        processor.save_pretrained(folder)
+        with caplog.at_level(logging.WARNING):
+            teacher: Any = teachers.load(spec, str(folder))
+        pixels = processor(list(images), return_tensors="pt", input_data_format="channels_first")
+        with torch.no_grad():
+            wanted, _ = _run(model, pixels["pixel_values"].float())
+        ys, _ = teacher(images, (1, 2))
+        for y, own in zip(ys, wanted, strict=True):
+            error = float((y - own).abs().max() / own.abs().max())
+            assert error < 1e-4, (name, error)
+        # told where it is not what the teacher would do by itself, as far as that is known
+        differs = kind == "dinov2" or (kind == "vit" and name != "of its class")
+        assert ("as the image processor of weights" in caplog.text) == differs
+        caplog.clear()
+
+
+def test_a_folder_without_an_image_processor_is_told(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        teacher = teachers.load(SPEC["dinov2"], str(folders["dinov2"]))
+    assert "have no preprocessor_config.json" in caplog.text
+    assert teacher.pixel_mean == (0.485, 0.456, 0.406)
+    caplog.clear()
+    # an option of the command line is no accident
+    spec = f"{_clip_spec(tmp_path)},pixels=imagenet"
+    with caplog.at_level(logging.WARNING):
+        assert teachers.load(spec, str(folders["clip"])).pixel_mean == (0.485, 0.456, 0.406)
+    assert "preprocessor" not in caplog.text
+
+
+def test_the_processor_of_a_processor_comes_first(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As transformers reads a folder that has both."""
+    folder = Path(shutil.copytree(folders["vit"], tmp_path / "both"))
+    _processor(image_mean=[0.1, 0.1, 0.1]).save_pretrained(folder)
+    nested = {**_processor(image_mean=[0.2, 0.2, 0.2]).to_dict()}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    theirs = transformers.ViTImageProcessor.from_pretrained(folder)
+    assert teachers.load(SPEC["vit"], str(folder)).pixel_mean == tuple(theirs.image_mean)
+    assert list(theirs.image_mean) == [0.2, 0.2, 0.2]
+    (folder / "processor_config.json").write_text("{}")
+    assert teachers.load(SPEC["vit"], str(folder)).pixel_mean == (0.1, 0.1, 0.1)
+
+
+def test_an_image_processor_that_says_nonsense_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["vit"], tmp_path / "copy"))
+    _processor().save_pretrained(folder)
+    whole = json.loads((folder / "preprocessor_config.json").read_text())
+    cases: dict[str, Any] = {
+        "image_mean is": {"image_mean": None},
+        "three numbers are needed": {"image_std": [1, 1]},
+        "image_std is 'x'": {"image_std": ["x", 1, 1]},
+        "image_mean is 'True'": {"image_mean": [True, 1, 1]},
+        "image_std is not above 0": {"image_std": [0.5, 0, 0.5]},
+        "rescale_factor or": {"rescale_factor": -1},
+        "rescale_factor is": {"rescale_factor": 1e300},
+        "do_rescale is": {"do_rescale": 1},
+        "do_flip_channel_order is true": {"do_flip_channel_order": True},
+        "rescale_offset is true": {"rescale_offset": True},
+    }
+    for told, facts in cases.items():
+        (folder / "preprocessor_config.json").write_text(json.dumps({**whole, **facts}))
+        with pytest.raises(UserError, match=told) as caught:
+            teachers.load(SPEC["vit"], str(folder))
+        assert "\n" not in str(caught.value)
+    for text in ("[]", "{", '{"image_mean": [NaN, 1, 1]}', '{"a": 1, "a": 2}'):
+        (folder / "preprocessor_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"preprocessor_config\.json cannot be taken"):
+            teachers.load(SPEC["vit"], str(folder))
+    outside = tmp_path / "outside.json"
+    outside.write_text(json.dumps(whole))
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "preprocessor_config.json").symlink_to(outside)
+    with pytest.raises(UserError, match="link out of the folder"):
+        teachers.load(SPEC["vit"], str(folder))
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
