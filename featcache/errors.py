@@ -20,7 +20,7 @@ from pathlib import PurePath
 
 WORK_FAILED = 1  # the command was right, the work could not be done
 COMMAND_WRONG = 2  # the command itself cannot be meant
-# training was asked to stop and can go on: sysexits.h's EX_TEMPFAIL, which a scheduler may requeue
+# it was asked to stop, and the same command goes on: sysexits.h's EX_TEMPFAIL, for a scheduler
 STOPPED = 75
 _LINE = 4000  # characters of a message; a list of all known names has some 2,000
 

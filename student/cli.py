@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from featcache.console.entry import CommandFolder, entry
-from featcache.errors import STOPPED
 from student import commands
 
 
@@ -20,5 +19,5 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; a stopped training exits with status 75."""
-    entry(cli, STOPPED)
+    """Run the command line."""
+    entry(cli)

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ import featcache.cli
 import student.cli
 from featcache.extraction import target_folder
 from featcache.reading.cache import Cache
+from featcache.runtime import signals
 from featcache.storage import checksums, manifest, zarr_store
 from featcache.storage.store import Array, array_from_dict
 from student.training import metrics
@@ -253,6 +255,7 @@ def environment(home: Path | None = None) -> dict[str, str]:
 @contextlib.contextmanager
 def _as_command(name: str, args: tuple[str, ...], home: Path | None) -> Iterator[None]:
     before, argv, given = dict(os.environ), sys.argv, environment(home)
+    handlers = {number: signal.getsignal(number) for number in signals.NOTICES}
     os.environ.clear()
     os.environ.update(given)
     sys.argv = [name, *args]
@@ -260,6 +263,8 @@ def _as_command(name: str, args: tuple[str, ...], home: Path | None) -> Iterator
         yield
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():  # as a command leaves them that has stopped
+            signal.signal(number, handler)
         os.environ.clear()
         os.environ.update(before)
 

@@ -1,5 +1,6 @@
 """The sbatch files: bash and shellcheck read them, the programs take their command lines, and a
-notice stops the work and queues the job again. srun and scontrol are stand-ins."""
+notice stops the work and queues the job again. srun, scancel and scontrol are stand-ins which do
+what Slurm's own were seen to do: srun kills its work when it gets the notice itself."""
 
 from __future__ import annotations
 
@@ -24,14 +25,19 @@ each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 VARIABLES = {
     "IMAGES": "pictures", "CACHE": "cache", "RUN": "run", "SLURM_JOB_ID": "12", "SLURM_NNODES": "2",
     "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_CPUS_PER_TASK": "16",
 }  # fmt: skip
 
 
 def stand_ins(folder: Path, work: str) -> dict[str, str]:
-    """Programs that note how they are called: `srun` and what it starts are `work`, a line of bash;
-    returns the variables with them on PATH."""
+    """Programs that note how they are called: `srun` starts `work`, a line of bash, and `scancel`
+    signals it; returns the variables with them on PATH."""
+    (folder / "work").write_text(f'#!/bin/bash\necho $$ > "$CALLS.pid"\n{work}\n')
+    (folder / "work").chmod(0o755)
+    begins = 'echo "srun $*" >> "$CALLS"; work & trap "kill -KILL $!" TERM; wait $!'
     for name, body in (
-        ("srun", f'echo "srun $*" >> "$CALLS"; {work}'),
+        ("srun", begins),
+        ("scancel", 'echo "scancel $*" >> "$CALLS"; kill -TERM "$(<"$CALLS.pid")"'),
         ("scontrol", 'echo "scontrol $*" >> "$CALLS"; echo node1; echo node2'),
     ):
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -68,7 +74,10 @@ def _shellcheck() -> str:
 def test_its_command_is_one_that_the_program_takes(path: Path) -> None:
     text = path.read_text().replace("\\\n", " ")
     (line,) = re.findall(r"^srun .*$", text, re.M)
-    words = re.sub(r"^srun (torchrun .* -m )?", "", line).removesuffix(" &")
+    # srun gives a task one core where it is not told again how many
+    words = re.sub(
+        r'^srun --cpus-per-task "\$SLURM_CPUS_PER_TASK" (torchrun .* -m )?', "", line
+    ).removesuffix(" &")
     check_line(words.replace('"', ""))
 
 
@@ -95,8 +104,8 @@ def test_a_notice_reaches_the_work_and_the_job_is_queued_again_unless_it_is_done
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert "noticed" in calls
     job = {"extract": "12_3", "train": "12"}[path.stem]
+    assert calls[1 + (path.stem == "train") :][:2] == [f"scancel --signal=TERM {job}", "noticed"]
     assert (calls[-1] == f"scontrol requeue {job}") is again
     assert process.returncode == 0
 

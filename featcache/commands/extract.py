@@ -15,7 +15,6 @@ from featcache.console.command import Command, Section
 from featcache.console.extract_options import ExtractOptions
 from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.console.text import echo, print_facts, say
-from featcache.errors import StoppedError, UserError
 
 if TYPE_CHECKING:
     from featcache.extraction.progress import ExtractProgress
@@ -48,10 +47,7 @@ def command(ctx: click.Context, **given: Any) -> None:
     command continues."""
     options = ExtractOptions(**given)
     asked = ctx.get_parameter_source("batch_size") is not ParameterSource.DEFAULT
-    try:
-        facts, text = carry_out(options, _shown, say, keeps_batch=asked)
-    except StoppedError as error:
-        raise UserError(str(error)) from None
+    facts, text = carry_out(options, _shown, say, keeps_batch=asked)
     print_facts(facts, options.as_json, text)
 
 

@@ -19,6 +19,7 @@ from featcache.console.command import CommandList
 from featcache.console.text import echo
 from featcache.errors import (
     COMMAND_WRONG,
+    STOPPED,
     WORK_FAILED,
     StoppedError,
     UserError,
@@ -30,9 +31,9 @@ from featcache.runtime import compiler, imports, signals, streams, user_file
 AGAIN = "stopped; run the same command again"
 
 
-def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
+def entry(command: click.Command) -> None:
     """Run a command: a user's mistake is one line on stderr and exit status 1 or 2, never a
-    traceback; SIGTERM and Ctrl-C are one line as well."""
+    traceback; SIGTERM and Ctrl-C are one line as well, and status 75."""
     streams.prepare()
     signals.install_handlers()
     _print_libraries_safely()
@@ -48,7 +49,7 @@ def entry(command: click.Command, stopped_status: int = WORK_FAILED) -> None:
         if isinstance(error, BrokenPipeError) and streams.is_broken(sys.stdout):
             streams.silence(sys.stdout)  # its reader went away, as with `| head`
             return
-        failure = _failure_of(error, stopped_status)
+        failure = _failure_of(error)
         if failure is None:
             raise
         echo(f"{'' if failure.in_order else 'error: '}{one_line(failure.message)}", err=True)
@@ -101,35 +102,30 @@ def _print_traceback(
     echo("".join(traceback.format_exception(kind, error, where)), err=True, nl=False)
 
 
-class _Interrupted(UserError):
-    """Tells what is left by a command that was asked to stop."""
-
-
 class _Failure(NamedTuple):
     message: str
     status: int
     in_order: bool = False  # it was asked to stop and did so, which is no error
 
 
-def _failure_of(error: BaseException, stopped_status: int) -> _Failure | None:
+def _failure_of(error: BaseException) -> _Failure | None:
     """The line and the exit status of what a user or the machine can cause; None for a defect of
     ours, which keeps its traceback."""
     match error:
         case UserError():
-            in_order = isinstance(error, StoppedError | _Interrupted)
-            return _Failure(str(error), error.exit_status, in_order)
+            return _Failure(str(error), error.exit_status, isinstance(error, StoppedError))
         case click.UsageError():
             where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
             return _Failure(" ".join(error.format_message().split()) + where, COMMAND_WRONG)
         case click.ClickException():
             return _Failure(error.format_message(), WORK_FAILED)
         case click.Abort() | KeyboardInterrupt():
-            return _Failure(AGAIN, stopped_status, in_order=True)
+            return _Failure(AGAIN, STOPPED, in_order=True)
         case OSError() | MemoryError() | RuntimeError() if machine := _machine_failure(error):
             return machine
         case Exception() if signals.was_signalled():
             # what a library made of a signal while it was imported
-            return _Failure(AGAIN, stopped_status, in_order=True)
+            return _Failure(AGAIN, STOPPED, in_order=True)
         case Exception() | SystemExit() if line := user_file.failure(error):
             return _Failure(line, WORK_FAILED)
         case Exception() if told := compiler.failure(error) or imports.failure(error):
@@ -191,7 +187,7 @@ class CommandFolder(CommandList):
         except KeyboardInterrupt:
             if self.stopped is None:
                 raise
-            raise _Interrupted(self.stopped.get(ctx.invoked_subcommand or "", AGAIN)) from None
+            raise StoppedError(self.stopped.get(ctx.invoked_subcommand or "", AGAIN)) from None
         except BrokenPipeError as error:
             raise _PipeError(error) from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from types import FrameType
 
 _AGAIN_S = 0.05  # until a callback is left
 _received: list[int] = []
+_begun = {os.getpid(): os.getppid()}  # this process -> the one that started it
 
 # what a scheduler sends to a job that has to end; a system without one of them lacks the name
 NOTICES = tuple(
@@ -28,6 +30,7 @@ def install_handlers() -> None:
     """Let a scheduler's notice raise KeyboardInterrupt too; other threads than the first cannot set
     this, and need not."""
     _received.clear()
+    _begun.setdefault(os.getpid(), os.getppid())  # another one's after a fork
     if threading.current_thread() is threading.main_thread():
         for number in (*NOTICES, signal.SIGINT):
             # as under nohup, or in the background of a script
@@ -57,6 +60,22 @@ def was_signalled() -> bool:
     """Return whether a signal came; a library that was being imported may have made another error
     of it."""
     return bool(_received)
+
+
+def ignore_notices() -> None:
+    """Let a scheduler's further notices do nothing to a program that is about to end: a launcher
+    sends one to the others as soon as the first of them has ended, and their status would be lost.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in NOTICES:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def launcher_has_ended() -> bool:
+    """Return whether torchrun, or `accelerate launch`, started this process and is no longer there:
+    a signal that it does not know ends it alone, and nobody waits for its processes any more."""
+    begun = _begun.get(os.getpid())
+    return "TORCHELASTIC_RUN_ID" in os.environ and begun not in (None, os.getppid())
 
 
 @contextlib.contextmanager

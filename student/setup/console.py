@@ -12,6 +12,7 @@ from typing import Any
 from featcache.catalog.account import Begun
 from featcache.console.text import print_facts, say
 from featcache.errors import STOPPED, StoppedError, one_line
+from featcache.runtime import signals
 from student.training.progress_bar import Display, shown
 
 
@@ -42,7 +43,13 @@ class Console:
 
     def stopped(self, error: StoppedError) -> StoppedError | SystemExit:
         """Return what a run that was stopped raises: one line, by one process of a command."""
+        self.end()
         return error if self.speaks or not self.voice.ends_process else SystemExit(STOPPED)
+
+    def end(self) -> None:
+        """Let nothing take its last line and status from a command that has stopped or failed."""
+        if self.voice.ends_process:
+            signals.ignore_notices()
 
     @contextlib.contextmanager
     def notes_of_one(self) -> Iterator[None]:

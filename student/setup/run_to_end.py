@@ -15,6 +15,7 @@ from student.data.loader import Loader
 from student.setup import build, picture_check, run_cost
 from student.setup.console import Console, Told
 from student.training import accelerator, dry_run, preemption, train
+from student.training.lost_process import lost_process_told
 from student.training.train import Run
 
 
@@ -27,12 +28,14 @@ def run_to_end(run: Run, loader: Loader, acc: Accelerator, console: Console) -> 
     before = checkpoint.latest_step(run.out)
     with _account(run, acc, console) as line:
         try:
-            picture_check.check_pictures(run, loader, acc, console.say)
-            summary = train.train(run, loader, acc, console.voice.display)
+            with lost_process_told():
+                picture_check.check_pictures(run, loader, acc, console.say)
+                summary = train.train(run, loader, acc, console.voice.display)
         except (StoppedError, KeyboardInterrupt) as error:
             line["stopped"] = True
             raise _stopped(error, run, console) from None
         except (UserError, OSError):
+            console.end()
             _report_failure(run, before, console)
             raise
         finally:

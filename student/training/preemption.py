@@ -1,5 +1,5 @@
 """Training ends after the step in hand when SIGTERM, SIGUSR1 or SIGUSR2, a scheduler's
-notices, or Ctrl-C asks it to.
+notices, or Ctrl-C asks it to, or when its launcher is no longer there.
 
 Every process of a run must end after the same step, since saving is a collective. With several
 processes each tells the others at every step by an all-reduce, whose result all look at the same
@@ -65,6 +65,8 @@ class StopNotice:
     def due(self) -> bool:
         """Return whether this step is the last, for all processes; to be asked once after each
         step."""
+        if self.asked is None and signals.launcher_has_ended():
+            self.asked = "the end of its launcher"
         if self.acc.num_processes == 1:
             return self.asked is not None
         # made on the device, by a kernel: a copy from the host would be waited for

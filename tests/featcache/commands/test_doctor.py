@@ -420,6 +420,6 @@ read_speed._read = stop
 """
     (tmp_path / "home").mkdir()
     ran = start("doctor", before=before)
-    assert ran.wait() == 1
+    assert ran.wait() == 75
     assert ran.said == "stopped; run the same command again\n"
     assert list((tmp_path / "home").iterdir()) == []

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
+
+from featcache.runtime import signals
 from tests.conftest import python
 
 IN_CALLBACK = """
@@ -31,3 +36,15 @@ def test_a_signal_in_a_librarys_callback_is_not_lost() -> None:
         ran = python(IN_CALLBACK.format(name=name))
         assert ran.stdout == "stopped True\n"
         assert ran.stderr == ""
+
+
+def test_a_process_knows_that_its_launcher_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by the parent's number, which changes; a program that no launcher started has none."""
+    signals.install_handlers()
+    parent = os.getppid()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert not signals.launcher_has_ended()
+    monkeypatch.setattr(os, "getppid", lambda: 1 if parent != 1 else 2)
+    assert signals.launcher_has_ended()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert not signals.launcher_has_ended()
